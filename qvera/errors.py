@@ -1,0 +1,35 @@
+"""The errors that a person sees, and the exit code that a script sees for each."""
+
+from __future__ import annotations
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_INPUT = 2
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: saved, run the same command again
+
+
+class QveraError(Exception):
+    """An error whose message is written for the person who ran the command; the CLI prints it without a traceback."""
+
+    exit_code = EXIT_FAILED
+
+
+class InputError(QveraError):
+    """What was given is wrong: a recipe, a data file, a directory. Nothing was written. Exit code 2.
+
+    The message names the file, line or key, what was found, what was expected and what to do.
+    """
+
+    exit_code = EXIT_INPUT
+
+
+class RunFailed(QveraError):
+    """A run that had started could not go on (a NaN loss, a full disk); what was saved before is kept. Exit code 1."""
+
+    exit_code = EXIT_FAILED
+
+
+class Interrupted(QveraError):
+    """Ctrl-C or SIGTERM: the state was saved and the same command with ``--resume`` goes on from it. Exit code 75."""
+
+    exit_code = EXIT_INTERRUPTED

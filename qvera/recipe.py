@@ -1,0 +1,430 @@
+"""A recipe: one YAML file, five sections, every default written here and nowhere else.
+
+A recipe is read strictly. An unknown key at any depth, a wrong type and a value out of range are all reported at
+once, each with its key, what was found, what is accepted and (for a misspelt key) the nearest name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from pydantic import BeforeValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from .errors import InputError
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+def _yaml_float(value: Any) -> Any:
+    # YAML 1.1 reads `4e-3` (no dot) as a string; people write learning rates that way.
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value.strip()):
+        return float(value)
+    return value
+
+
+# pydantic's lax mode would take True for 1 and "yes" for True.
+_Int = Annotated[int, Strict()]
+_Bool = Annotated[bool, Strict()]
+_Float = Annotated[float, BeforeValidator(_yaml_float), Strict()]
+Positive = Annotated[_Int, Field(ge=1)]
+NonNegative = Annotated[_Int, Field(ge=0)]
+Fraction = Annotated[_Float, Field(ge=0.0, lt=1.0)]
+PositiveFloat = Annotated[_Float, Field(gt=0.0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[_Float, Field(ge=0.0, allow_inf_nan=False)]
+NonEmpty = Annotated[str, Field(min_length=1)]
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+
+
+@dataclass(config=_STRICT, kw_only=True)
+class ModelSection:
+    """The frozen base model. ``model: some/path`` alone is short for ``model: {path: some/path}``."""
+
+    path: NonEmpty
+    """A local directory with safetensors (sharded or not), or a hub id such as ``meta-llama/Llama-2-7b-hf``."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    quantization: Literal["nf4", "fp4", "int8", "none"] = "nf4"
+    """How the frozen linears are stored. ``none`` keeps them in the compute dtype."""
+    double_quant: _Bool = True
+    """Quantize the 4-bit scales too (QLoRA, section 3): 0.37 bits a weight less."""
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """The dtype of matrix products and activations. ``auto``: bfloat16 where the device has it, else float16."""
+    quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] = "bfloat16"
+    """The dtype in which packed 4-bit weights are held; bytes are the same. bfloat16 lets ZeRO-3 shard them."""
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    trust_remote_code: _Bool = False
+    """Run Python code that comes with the model. Only for a model whose authors you trust."""
+    tokenizer: str | None = None
+    """Another directory or hub id for the tokenizer. Default: the model's own."""
+
+
+@dataclass(config=_STRICT, kw_only=True)
+class AdapterSection:
+    """The VeRA adapter (arXiv 2310.11454): vectors d [rank] and b [out_features] for each adapted linear."""
+
+    rank: Positive = 256
+    targets: Literal["all-linear"] | Annotated[list[NonEmpty], Field(min_length=1)] = "all-linear"
+    """``all-linear`` (every linear but the head) or names such as ``[q_proj, v_proj]``; each must match something."""
+    d_initial: _Float = 0.1
+    dropout: Fraction = 0.0
+    seed: NonNegative = 0
+    """The seed of the shared projections A and B. The same seed gives the same numbers on every machine."""
+    init_from: str | None = None
+    """Start from the vectors of this adapter directory (same rank, targets and seed)."""
+
+
+@dataclass(config=_STRICT, kw_only=True)
+class DataSection:
+    """Where rows come from, how they become text, and which tokens are trained."""
+
+    path: NonEmpty
+    """A .jsonl, .json, .csv or .parquet file, a directory of them, or a hub dataset id."""
+    eval_path: str | None = None
+    """Held-out rows from another file. Without it ``eval_fraction`` of ``path`` is held out, chosen by ``seed``."""
+    eval_fraction: Fraction = 0.0
+    split: NonEmpty = "train"
+    """The split of a hub dataset."""
+    config_name: str | None = None
+    """The configuration of a hub dataset."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset."""
+    format: Literal["auto", "alpaca", "messages", "sharegpt", "prompt-completion", "text"] = "auto"
+    """``auto`` looks at the column names of the first row and says what it found."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Names of your columns where they differ: ``{prompt: question, completion: answer}``."""
+    template: NonEmpty = "auto"
+    """``auto``: the tokenizer's own chat template, else ``alpaca``. Or one of the named templates."""
+    system: str | None = None
+    """A system prompt for rows that bring none."""
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    """Train every assistant turn, only the last one, or all tokens."""
+    max_length: Annotated[_Int, Field(ge=8)] = 1024
+    """Longer rows lose tokens at the end (counted and reported)."""
+    max_source_length: Positive | None = None
+    """Tokens kept of what comes before the first trained token (VeRA's instruction runs: 768)."""
+    max_target_length: Positive | None = None
+    """Tokens kept from the first trained token on (VeRA's instruction runs: 256)."""
+    limit: Positive | None = None
+    """Use only the first rows."""
+    shuffle: _Bool = True
+    seed: NonNegative = 0
+
+
+@dataclass(config=_STRICT, kw_only=True)
+class TrainingSection:
+    """The loop. Names are those of transformers' TrainingArguments where the meaning is the same."""
+
+    output_dir: str | None = None
+    """Where the run is written. Default: ``runs/`` and the recipe's file name."""
+    num_train_epochs: PositiveFloat = 1.0
+    max_steps: Annotated[_Int, Field(ge=-1)] = -1
+    """Optimizer steps; -1: what ``num_train_epochs`` comes to."""
+    global_batch_size: Positive = 16
+    """Rows per optimizer step, whatever the number of processes."""
+    per_device_train_batch_size: Positive = 4
+    """Rows per forward pass on one device; accumulation follows from ``global_batch_size``."""
+    per_device_eval_batch_size: Positive = 4
+    learning_rate: PositiveFloat = 4e-3
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: Fraction = 0.1
+    warmup_steps: NonNegative = 0
+    """Overrides ``warmup_ratio`` when above 0."""
+    optim: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
+    weight_decay: NonNegativeFloat = 0.0
+    adam_beta1: Fraction = 0.9
+    adam_beta2: Fraction = 0.999
+    adam_epsilon: PositiveFloat = 1e-8
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Clip the gradient of all vectors together to this norm; 0: do not clip."""
+    gradient_checkpointing: _Bool = True
+    loss_chunk_tokens: Positive = 512
+    """Tokens whose logits exist at one time in the loss."""
+    seed: NonNegative = 0
+    full_determinism: _Bool = False
+    """Deterministic CUDA kernels (slower): a resumed run then equals an uninterrupted one to the bit there too."""
+    logging_steps: Positive = 1
+    eval_steps: NonNegative = 0
+    """Evaluate every so many steps; 0: only at the end, where there are held-out rows."""
+    save_steps: Positive = 100
+    save_total_limit: Positive = 2
+    """Checkpoints kept (the best one is kept besides)."""
+    load_best_model_at_end: _Bool = False
+    """Leave the vectors with the lowest held-out loss in ``adapter/`` instead of the last ones."""
+    early_stopping_patience: NonNegative = 0
+    """Stop after so many evaluations without a lower held-out loss; 0: never."""
+    report_to: list[NonEmpty] = field(default_factory=list)
+    """``tensorboard``, ``wandb``, ... as transformers names them. metrics.jsonl and report.html are always written."""
+    sample_count: NonNegative = 3
+    """Held-out prompts answered before and after training, for the report."""
+    sample_max_new_tokens: Positive = 160
+
+
+@dataclass(config=_STRICT, kw_only=True)
+class ExportSection:
+    """What ``qvera export`` does unless its flags say otherwise."""
+
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    base: Literal["original", "dequantized"] = "original"
+    """Merge into the 16-bit weights, or into the dequantized ones that the vectors were trained against."""
+    max_shard_size_bytes: Positive = 5_000_000_000
+    certificate_rows: NonNegative = 16
+    """Held-out rows on which the trained and the exported model are compared."""
+
+
+@dataclass(config=_STRICT, kw_only=True)
+class Recipe:
+    """A whole run. See the sections for what each key means."""
+
+    model: ModelSection
+    data: DataSection
+    adapter: AdapterSection = field(default_factory=AdapterSection)
+    training: TrainingSection = field(default_factory=TrainingSection)
+    export: ExportSection = field(default_factory=ExportSection)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every key with its value, defaults filled in."""
+        return dataclasses.asdict(self)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        """Forward passes per optimizer step in one process."""
+        return -(-self.training.global_batch_size // self.training.per_device_train_batch_size)
+
+
+# What to write instead of a TrainingArguments field that has another name or place here.
+_INSTEAD = {
+    "gradient_accumulation_steps": "set training.global_batch_size; accumulation is global_batch_size / "
+    "(per_device_train_batch_size x processes)",
+    "bf16": "set model.compute_dtype: bfloat16",
+    "fp16": "set model.compute_dtype: float16",
+    "tf32": "set it with torch.set_float32_matmul_precision in your own script; the low-rank path does not use it",
+    "logging_dir": "TensorBoard files go into the run directory; set training.output_dir",
+    "eval_strategy": "set training.eval_steps (0: only at the end)",
+    "evaluation_strategy": "set training.eval_steps (0: only at the end)",
+    "save_strategy": "set training.save_steps",
+    "logging_strategy": "set training.logging_steps",
+    "do_train": "use the command `qvera train`",
+    "do_eval": "use the command `qvera eval`, or set training.eval_steps",
+    "do_predict": "use the command `qvera generate`",
+    "resume_from_checkpoint": "use `qvera train RECIPE --resume`",
+    "data_seed": "set data.seed",
+    "group_by_length": "rows are not grouped by length yet; remove it",
+    "overwrite_output_dir": "remove it; a finished run is never overwritten, choose another training.output_dir",
+    "metric_for_best_model": "remove it; the best checkpoint is the one with the lowest held-out loss",
+    "greater_is_better": "remove it; the best checkpoint is the one with the lowest held-out loss",
+    "max_seq_length": "set data.max_length",
+    "max_length": "set data.max_length",
+    "per_gpu_train_batch_size": "set training.per_device_train_batch_size",
+    "gradient_checkpointing_kwargs": "remove it; checkpointing is non-reentrant here",
+    "use_cpu": "remove it; CUDA is used when there is one (hide it with CUDA_VISIBLE_DEVICES=)",
+    "no_cuda": "remove it; CUDA is used when there is one (hide it with CUDA_VISIBLE_DEVICES=)",
+}
+
+_RECIPE_ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Recipe)
+
+
+def _section_fields(path: tuple[str, ...]) -> list[str]:
+    """The valid key names of the section at ``path`` in a recipe."""
+    cls: Any = Recipe
+    for part in path:
+        cls = get_type_hints(cls).get(part)
+    return [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+
+
+def _accepts(hint: Any) -> str:
+    """What a field takes, in words, read from its type."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        base, bounds = _accepts(args[0]), []
+        for meta in args[1:]:
+            for constraint in getattr(meta, "metadata", [meta]):
+                for name, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<")):
+                    if getattr(constraint, name, None) is not None:
+                        bounds.append(f"{sign} {getattr(constraint, name):g}")
+                if getattr(constraint, "min_length", None):
+                    base = f"a non-empty {base.removeprefix('a ')}"
+        return f"{base} {' and '.join(bounds)}".strip()
+    if origin is Literal:
+        return ("one of " if len(args) > 1 else "") + ", ".join(str(a) for a in args)
+    if origin is Union or str(origin) == "<class 'types.UnionType'>":
+        return " or ".join("nothing (null)" if a is type(None) else _accepts(a) for a in args)
+    if origin is list:
+        return f"a list of {_accepts(args[0]).removeprefix('a ')}"
+    if origin is dict:
+        return "a mapping of names to names"
+    names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
+    return names.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _explain(error: Any) -> tuple[str, str]:
+    """One pydantic error as (key, sentence)."""
+    path = tuple(str(part) for part in error["loc"])
+    kind, got = error["type"], error.get("input")
+    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        *parents, name = path
+        known = _section_fields(tuple(parents))
+        if tuple(parents) == ("training",):
+            advice = _INSTEAD.get(name) or _training_argument_advice(name)
+            if advice:
+                return ".".join(path), f"is not a key of this section: {advice}."
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        elsewhere = [s for s in _section_fields(()) if parents != [s] and name in _section_fields((s,))]
+        if near:
+            hint = f"Did you mean `{near[0]}`?"
+        elif elsewhere:
+            hint = f"There is `{elsewhere[0]}.{name}`: move it there."
+        else:
+            hint = f"Known here: {', '.join(known)}."
+        return ".".join(path), f"unknown key. {hint}"
+    # pydantic adds the branch of a union to the path ("targets", "literal['all-linear']"): keep the keys only
+    keys: list[str] = []
+    hint: Any = Recipe
+    for part in path:
+        hints = get_type_hints(hint, include_extras=True) if dataclasses.is_dataclass(hint) else {}
+        if part not in hints:
+            break
+        keys.append(part)
+        hint = hints[part]
+    key = ".".join(keys) or "the recipe"
+    if kind in ("missing", "missing_argument"):
+        return key, "is missing and has no default." if keys else f"is missing: {path}"
+    if dataclasses.is_dataclass(hint):
+        return key, f"takes a mapping of keys, got {got!r}."
+    return key, f"takes {_accepts(hint)}, got {got!r}."
+
+
+def _training_argument_advice(name: str) -> str | None:
+    from transformers import TrainingArguments
+
+    if name in {f.name for f in dataclasses.fields(TrainingArguments)}:
+        return "it is a TrainingArguments field that this loop does not have; remove it"
+    return None
+
+
+def parse_recipe(tree: Any, source: str) -> Recipe:
+    """Turn a parsed YAML tree into a `Recipe`.
+
+    Args:
+        tree: what ``yaml.safe_load`` gave.
+        source: the file's name, for messages.
+
+    Raises:
+        InputError: with every problem of the recipe, one a line.
+    """
+    if not isinstance(tree, dict):
+        got = "an empty file" if tree is None else type(tree).__name__
+        raise InputError(f"{source}: a recipe is a mapping with at least `model` and `data`, got {got}.")
+    tree = dict(tree)
+    if isinstance(tree.get("model"), str):
+        tree["model"] = {"path": tree["model"]}
+    try:
+        recipe = _RECIPE_ADAPTER.validate_python(tree)
+    except ValidationError as failure:
+        problems: dict[str, str] = {}
+        for error in failure.errors():
+            key, sentence = _explain(error)
+            problems.setdefault(key, sentence)
+        lines = "\n".join(f"  {key}: {sentence}" for key, sentence in problems.items())
+        count = len(problems)
+        raise InputError(f"{source}: {count} problem{'s' if count > 1 else ''} in the recipe:\n{lines}") from None
+    problems_across = _check_across(recipe)
+    if problems_across:
+        lines = "\n".join(f"  {line}" for line in problems_across)
+        raise InputError(f"{source}: the recipe's keys contradict each other:\n{lines}")
+    return recipe
+
+
+def _check_across(recipe: Recipe) -> list[str]:
+    """Problems that no single key shows."""
+    problems = []
+    training, data, model = recipe.training, recipe.data, recipe.model
+    if training.global_batch_size % training.per_device_train_batch_size:
+        problems.append(
+            f"training.global_batch_size: {training.global_batch_size} is not a multiple of "
+            f"training.per_device_train_batch_size ({training.per_device_train_batch_size})."
+        )
+    held_out = data.eval_path is not None or data.eval_fraction > 0
+    if not held_out:
+        for name in ("eval_steps", "load_best_model_at_end", "early_stopping_patience"):
+            if getattr(training, name):
+                problems.append(f"training.{name}: needs held-out rows; set data.eval_path or data.eval_fraction.")
+    elif not training.eval_steps:
+        for name in ("load_best_model_at_end", "early_stopping_patience"):
+            if getattr(training, name):
+                problems.append(f"training.{name}: needs training.eval_steps above 0.")
+    if data.eval_path is not None and data.eval_fraction > 0:
+        problems.append("data.eval_fraction: held-out rows already come from data.eval_path; remove one of the two.")
+    if model.quantization == "int8" and model.compute_dtype == "float32":
+        problems.append("model.compute_dtype: int8 linears compute in 16 bits; use auto, bfloat16 or float16.")
+    return problems
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML keeps the last of two equal keys without a word; a recipe must not."""
+
+    def construct_mapping(self, node: Any, deep: _Bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is written twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe file and apply ``section.key=value`` overrides (values are YAML).
+
+    Raises:
+        InputError: the file can't be read, is not YAML, or is not a valid recipe.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        hint = f" Did you mean {path.parent / near[0]}?" if near else ""
+        raise InputError(f"{path}: no such recipe file.{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: can't be read as a recipe (UTF-8 YAML): {error}") from None
+    try:
+        tree = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {error}") from None
+    for override in overrides or []:
+        tree = _override(tree, override)
+    return parse_recipe(tree, str(path))
+
+
+def _override(tree: Any, override: str) -> Any:
+    key, equals, text = override.partition("=")
+    parts = key.split(".")
+    if not equals or not all(parts):
+        raise InputError(f"--set {override}: expected section.key=value, for example --set training.max_steps=100.")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {override}: the value is not valid YAML: {error}") from None
+    tree = dict(tree) if isinstance(tree, dict) else {}
+    node = tree
+    for depth, part in enumerate(parts[:-1]):
+        child = node.get(part)
+        if depth == 0 and part == "model" and isinstance(child, str):
+            child = {"path": child}
+        node[part] = dict(child) if isinstance(child, dict) else {}
+        node = node[part]
+    node[parts[-1]] = value
+    return tree
