@@ -150,7 +150,6 @@ class TrainingSection:
     seed: NonNegative = 0
     full_determinism: _Bool = False
     """Deterministic CUDA kernels (slower): a resumed run then equals an uninterrupted one to the bit there too."""
-    logging_steps: Positive = 1
     eval_steps: NonNegative = 0
     """Evaluate every so many steps; 0: only at the end, where there are held-out rows."""
     save_steps: Positive = 100
@@ -160,11 +159,14 @@ class TrainingSection:
     """Leave the vectors with the lowest held-out loss in ``adapter/`` instead of the last ones."""
     early_stopping_patience: NonNegative = 0
     """Stop after so many evaluations without a lower held-out loss; 0: never."""
-    report_to: list[NonEmpty] = field(default_factory=list)
-    """``tensorboard``, ``wandb``, ... as transformers names them. metrics.jsonl and report.html are always written."""
+    report_to: list[NonEmpty] = field(default_factory=lambda: ["auto"])
+    """``tensorboard``, ``wandb``, ... by their usual names; ``auto``: TensorBoard where it is installed. metrics.jsonl and
+    report.html are always written."""
     sample_count: NonNegative = 3
     """Held-out prompts answered before and after training, for the report."""
     sample_max_new_tokens: Positive = 160
+    exact_match_rows: NonNegative = 0
+    """Held-out rows answered greedily before and after training and compared with their reference."""
 
 
 @dataclass(config=_STRICT, kw_only=True)
@@ -213,7 +215,9 @@ _INSTEAD = {
     "eval_strategy": "set training.eval_steps (0: only at the end)",
     "evaluation_strategy": "set training.eval_steps (0: only at the end)",
     "save_strategy": "set training.save_steps",
-    "logging_strategy": "set training.logging_steps",
+    "logging_strategy": "remove it; every step is logged",
+    "logging_steps": "remove it; every step is logged",
+    "logging_first_step": "remove it; every step is logged",
     "do_train": "use the command `qvera train`",
     "do_eval": "use the command `qvera eval`, or set training.eval_steps",
     "do_predict": "use the command `qvera generate`",

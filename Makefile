@@ -1,0 +1,71 @@
+# make quickstart   fine-tune a small real Llama on this machine, no GPU needed (minutes)
+# make test         the test suite
+# make lint         ruff and mypy
+#
+# PYTHON chooses the interpreter that makes the virtual environment: make test PYTHON=python3.12
+# ARGS goes to `qvera quickstart`:                                  make quickstart ARGS="--fetch-only"
+
+PYTHON ?= python3
+VENV   ?= .venv
+LOWEST ?= .venv-lowest
+ARGS   ?=
+BIN     = $(VENV)/bin
+
+.PHONY: help quickstart test test-slow test-lowest lint format clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make quickstart    install into $(VENV), then fine-tune SmolLM2-135M and show what it learnt"
+	@echo "make test          the test suite, without the slow part"
+	@echo "make test-slow     the slow part: matrices and long proofs"
+	@echo "make test-lowest   the test suite with the oldest versions that pyproject.toml allows"
+	@echo "make lint          ruff check, ruff format --check, mypy"
+	@echo "make format        let ruff mend what it can"
+	@echo "make clean         remove virtual environments, caches and builds (runs/ stays)"
+
+quickstart: $(VENV)/.installed-quickstart
+	$(BIN)/qvera quickstart $(ARGS)
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q
+
+# pytest exits with 5 where it finds no test, which fails here too: a slow suite that vanished must not pass.
+test-slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q -m slow
+
+test-lowest: $(LOWEST)/.installed-test
+	$(LOWEST)/bin/python -m pip list
+	$(LOWEST)/bin/python -m pytest -q
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy qvera
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) $(LOWEST) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find qvera tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp file is newer than pyproject.toml once its extras are installed, so nothing is installed twice.
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "qvera needs Python 3.11 or newer; $(PYTHON) is %d.%d. Try: make PYTHON=python3.11" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.installed-%: pyproject.toml $(VENV)/.created
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	touch $@
+
+$(LOWEST)/.created:
+	$(PYTHON) -m venv $(LOWEST)
+	touch $@
+
+$(LOWEST)/.installed-test: pyproject.toml tests/lowest.py $(LOWEST)/.created
+	$(LOWEST)/bin/python tests/lowest.py pyproject.toml > $(LOWEST)/constraints.txt
+	cat $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(LOWEST)/constraints.txt --editable '.[test]'
+	touch $@

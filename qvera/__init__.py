@@ -1,0 +1,8 @@
+"""qvera: fine-tune a Llama in 4-bit with VeRA. Importing it teaches PEFT the adapter type ``QVERA``."""
+
+from .vera import QveraConfig, QveraModel, register
+
+__version__ = "0.1.0"
+__all__ = ["QveraConfig", "QveraModel", "__version__"]
+
+register()

@@ -1,0 +1,180 @@
+"""A checkpoint: vectors, optimizer, schedule, random state, position. Never the frozen base.
+
+Layout of ``checkpoints/step-00000100/``::
+
+    vectors.safetensors     name → fp32 vector, the names of the adapter file
+    optimizer.safetensors   "name/key" → tensor of the optimizer's state for that vector
+    state.json              step, schedule, scalars of the optimizer, early-stopping state, earlier results
+    random.safetensors      torch's generator states (uint8)
+    manifest.json           SHA-256 and size of each file; written last
+
+Everything is written under a temporary name, flushed, and renamed. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .errors import InputError
+from .model import file_sha256
+
+FORMAT = 1
+_NAME = re.compile(r"step-(\d{8})$")
+
+
+@dataclasses.dataclass
+class Checkpoint:
+    """What `load` gives back. ``state`` is the JSON object that was saved."""
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+    vectors: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+    random: dict[str, torch.Tensor]
+
+
+def save(
+    directory: Path, step: int, vectors: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> Path:
+    """Write ``directory/step-XXXXXXXX``; it appears under this name only when it is complete and on disk."""
+    directory.mkdir(parents=True, exist_ok=True)
+    final = directory / f"step-{step:08d}"
+    partial = directory / f".partial-{final.name}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    tensors, scalars = _optimizer_state(vectors, optimizer)
+    save_file({n: p.detach().cpu().contiguous() for n, p in vectors.items()}, partial / "vectors.safetensors")
+    save_file(tensors, partial / "optimizer.safetensors")
+    save_file(_random_state(), partial / "random.safetensors")
+    document = {"format": FORMAT, "step": step, "optimizer_scalars": scalars, **state}
+    (partial / "state.json").write_text(json.dumps(document, indent=1))
+    manifest = {}
+    for file in sorted(partial.iterdir()):
+        manifest[file.name] = {"sha256": file_sha256(file), "bytes": file.stat().st_size}
+        _flush(file)
+    (partial / "manifest.json").write_text(json.dumps({"format": FORMAT, "step": step, "files": manifest}, indent=1))
+    _flush(partial / "manifest.json")
+    if final.exists():
+        shutil.rmtree(final)  # the same step, saved by a run that was then resumed from before it
+    partial.rename(final)
+    _flush(directory)
+    return final
+
+
+def newest(directory: Path, warn: Any = None) -> Checkpoint | None:
+    """The newest checkpoint that verifies, or None. ``warn`` is called with a sentence about each one passed over."""
+    if not directory.is_dir():
+        return None
+    for path in sorted((p for p in directory.iterdir() if _NAME.search(p.name)), reverse=True):
+        try:
+            return load(path)
+        except InputError as error:
+            if warn is not None:
+                warn(f"{error} It is passed over.")
+    return None
+
+
+def load(path: Path) -> Checkpoint:
+    """Read and verify one checkpoint.
+
+    Raises:
+        InputError: a file is missing, cut short or changed, or the format is another one.
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        files, version = manifest["files"], manifest["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: has no readable manifest.json ({type(error).__name__}), so it was not finished.") from None
+    if version != FORMAT:
+        raise InputError(f"{path}: has checkpoint format {version}; this qvera reads format {FORMAT}.")
+    for name, facts in files.items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != facts["bytes"] or file_sha256(file) != facts["sha256"]:
+            raise InputError(f"{file}: is missing or not what the manifest says (SHA-256), so this checkpoint is damaged.")
+    state = json.loads((path / "state.json").read_text())
+    return Checkpoint(
+        path,
+        state["step"],
+        state,
+        load_file(path / "vectors.safetensors"),
+        load_file(path / "optimizer.safetensors"),
+        load_file(path / "random.safetensors"),
+    )
+
+
+def restore(checkpoint: Checkpoint, vectors: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """Put a checkpoint's vectors, optimizer state and random state into a run.
+
+    Raises:
+        InputError: the names or shapes are not those of this run.
+    """
+    stored = {name: list(t.shape) for name, t in checkpoint.vectors.items()}
+    ours = {name: list(p.shape) for name, p in vectors.items()}
+    if stored != ours:
+        raise InputError(f"{checkpoint.path}: its vectors are not those of this recipe (other rank, targets or model).")
+    with torch.no_grad():
+        for name, parameter in vectors.items():
+            parameter.copy_(checkpoint.vectors[name])
+    for name, parameter in vectors.items():
+        entry: dict[str, Any] = dict(checkpoint.state["optimizer_scalars"].get(name, {}))
+        for key, tensor in checkpoint.optimizer.items():
+            owner, _, part = key.rpartition("/")
+            if owner == name:
+                # torch keeps AdamW's step counter on the CPU
+                entry[part] = tensor if part == "step" else tensor.to(parameter.device)
+        if entry:
+            optimizer.state[parameter] = entry
+    torch.set_rng_state(checkpoint.random["cpu"])
+    if "cuda" in checkpoint.random and torch.cuda.is_available():
+        torch.cuda.set_rng_state(checkpoint.random["cuda"])
+
+
+def prune(directory: Path, keep: int, also: set[int]) -> None:
+    """Delete all but the newest ``keep`` checkpoints and those of the steps in ``also``; and leftovers of killed writes."""
+    names = sorted(p for p in directory.iterdir() if _NAME.search(p.name))
+    for path in names[: max(len(names) - keep, 0)]:
+        if int(path.name[-8:]) not in also:
+            shutil.rmtree(path)
+    for path in directory.glob(".partial-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _optimizer_state(
+    vectors: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, Any]]]:
+    tensors: dict[str, torch.Tensor] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    for name, parameter in vectors.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{name}/{key}"] = value.detach().cpu().contiguous().clone()
+            else:
+                scalars.setdefault(name, {})[key] = value
+    return tensors, scalars
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _flush(path: Path) -> None:
+    """fsync a file or a directory: a rename must not reach the disk before what it names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

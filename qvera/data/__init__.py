@@ -1,0 +1,32 @@
+"""Rows → tokens, labels, batches. See `build_datasets` for the way in and `batches` for the order of training."""
+
+from .batches import IGNORED, collate, global_batch, microbatches, order, steps_per_epoch
+from .encode import Encoder
+from .examples import DataStats, Example
+from .formats import FORMATS, Conversation, Text, Turn
+from .named_templates import NAMED_TEMPLATES
+from .preflight import print_preflight
+from .templates import ChatTemplate, resolve_template
+from .tokenize import Datasets, build_datasets
+
+__all__ = [
+    "FORMATS",
+    "IGNORED",
+    "NAMED_TEMPLATES",
+    "ChatTemplate",
+    "Conversation",
+    "DataStats",
+    "Datasets",
+    "Encoder",
+    "Example",
+    "Text",
+    "Turn",
+    "build_datasets",
+    "collate",
+    "global_batch",
+    "microbatches",
+    "order",
+    "print_preflight",
+    "resolve_template",
+    "steps_per_epoch",
+]

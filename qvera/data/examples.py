@@ -1,0 +1,122 @@
+"""What a tokenized row is, and the counts of a data set of them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Example:
+    """One row, ready for a batch.
+
+    Attributes:
+        input_ids: int32 [T].
+        trained: bool [T]; ``trained[i]``: token i is a target (the logits at i - 1 are trained to give it). The first
+            token has nothing before it, so it never is one.
+        source: where the row came from, for messages.
+        prompt_ids: int32 [P]; what the last assistant turn is generated from, BOS included. Empty for plain text and
+            for rows that do not end with an assistant turn.
+        prompt_text: the same as text (without a BOS that the tokenizer itself would add).
+        reference: the content of that last assistant turn, or None.
+    """
+
+    input_ids: np.ndarray
+    trained: np.ndarray
+    source: str
+    prompt_ids: np.ndarray
+    prompt_text: str
+    reference: str | None
+
+    @property
+    def trained_tokens(self) -> int:
+        return int(self.trained.sum())
+
+
+@dataclass(slots=True)
+class DataStats:
+    """What happened to the rows. Token counts are of the training rows, after truncation.
+
+    Attributes:
+        truncated_rows: rows, train and eval, that lost tokens to max_length, max_source_length or max_target_length.
+        truncated_tokens: how many tokens they lost.
+        dropped: reason → sources of rows that were left without a trained token by truncation.
+        spelled_rows: rows whose text spells special tokens (such as ``</s>``), which are read as those tokens.
+        repeated_rows: eval rows that are, token for token, also training rows.
+        histogram_edges, histogram_counts: training rows by length in tokens; counts[i] is of
+            edges[i] <= T < edges[i + 1].
+    """
+
+    format: str
+    template: str
+    unused_columns: list[str] = field(default_factory=list)
+    train_rows: int = 0
+    eval_rows: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    longest_tokens: int = 0
+    truncated_rows: int = 0
+    truncated_tokens: int = 0
+    dropped: dict[str, list[str]] = field(default_factory=dict)
+    spelled_rows: int = 0
+    repeated_rows: int = 0
+    pads_with_eos: bool = False
+    histogram_edges: list[int] = field(default_factory=list)
+    histogram_counts: list[int] = field(default_factory=list)
+
+    @property
+    def dropped_rows(self) -> int:
+        return sum(map(len, self.dropped.values()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The ``data`` object of run.json."""
+        return {
+            "train_rows": self.train_rows,
+            "eval_rows": self.eval_rows,
+            "tokens": self.tokens,
+            "trained_tokens": self.trained_tokens,
+            "longest_tokens": self.longest_tokens,
+            "truncated_rows": self.truncated_rows,
+            "truncated_tokens": self.truncated_tokens,
+            "dropped_rows": self.dropped_rows,
+            "dropped": {reason: len(sources) for reason, sources in self.dropped.items()},
+            "repeated_rows": self.repeated_rows,
+            "format": self.format,
+            "template": self.template,
+            "length_histogram": {"edges": self.histogram_edges, "counts": self.histogram_counts},
+        }
+
+
+def count(stats: DataStats, train: list[Example], held_out: list[Example]) -> None:
+    lengths = np.array([len(example.input_ids) for example in train])
+    stats.train_rows, stats.eval_rows = len(train), len(held_out)
+    stats.tokens = int(lengths.sum())
+    stats.trained_tokens = sum(example.trained_tokens for example in train)
+    stats.longest_tokens = int(lengths.max())
+    seen = {example.input_ids.tobytes() for example in train} if held_out else set()
+    stats.repeated_rows = sum(example.input_ids.tobytes() in seen for example in held_out)
+    stats.histogram_edges, stats.histogram_counts = length_histogram(lengths)
+
+
+def length_histogram(lengths: np.ndarray, bins: int = 10) -> tuple[list[int], list[int]]:
+    """At most ``bins`` intervals of equal, round width that cover ``lengths``.
+
+    Returns:
+        edges [k + 1] and counts [k]; all intervals but the last are open on the right.
+    """
+    low, high = int(lengths.min()), int(lengths.max())
+    width = next(w for w in _round_widths() if low // w * w + bins * w > high)
+    edges = [low // width * width]
+    while edges[-1] <= high:
+        edges.append(edges[-1] + width)
+    counts, _ = np.histogram(lengths, bins=edges)
+    return edges, counts.tolist()
+
+
+def _round_widths() -> Iterator[int]:
+    for power in itertools.count():
+        yield from (10**power, 2 * 10**power, 5 * 10**power)

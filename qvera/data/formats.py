@@ -1,0 +1,283 @@
+"""Raw rows → conversations: which of the known shapes a data set has, and every row of it checked."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import InputError
+from .sources import RawRow, _shown
+
+# The fields of each format: those that every row must have, then those it may have. Detection tries them in this order.
+_FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "messages": (("messages",), ("tools",)),
+    "sharegpt": (("conversations",), ("system", "tools")),
+    "alpaca": (("instruction", "output"), ("input", "system")),
+    "prompt-completion": (("prompt", "completion"), ("system", "tools")),
+    "text": (("text",), ()),
+}
+FORMATS = tuple(_FORMATS)
+
+_ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "ipython": "tool",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message.
+
+    Attributes:
+        role: system, user, assistant or tool. Only assistant turns can be trained.
+        content: its text; empty for an assistant turn that is nothing but a tool call.
+        trained: the row's own word on whether this turn is trained; None: ``train_on`` decides.
+        context: Alpaca's ``input``. Kept apart because the alpaca template has a heading for it; every other template
+            gets it below the instruction.
+        extra: what only some templates read (``tool_calls``, ``name``, ``tool_call_id``), passed through.
+    """
+
+    role: str
+    content: str
+    trained: bool | None = None
+    context: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A row of turns, with the tools it offers (JSON schemas) where it offers any."""
+
+    turns: list[Turn]
+    source: str
+    tools: list[dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A row of plain text; all of it is trained."""
+
+    text: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class RowFormat:
+    """What the rows of a data set look like.
+
+    Attributes:
+        name: one of `FORMATS`.
+        columns: our field name → the data set's column name, for the fields that this format reads.
+        unused: columns of the first row that nothing reads.
+    """
+
+    name: str
+    columns: dict[str, str]
+    unused: list[str]
+
+
+def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | None = None) -> RowFormat:
+    """Decide from the first row what the rows are.
+
+    Args:
+        row: the first row.
+        format: a name from `FORMATS`, or ``auto`` to go by the column names.
+        columns: ``data.columns``, our field name → the column's name in the file.
+
+    Raises:
+        InputError: an unknown field or a column that is not there, or nothing known matches.
+    """
+    columns = columns or {}
+    known = sorted({name for required, optional in _FORMATS.values() for name in required + optional})
+    found = ", ".join(map(str, row.fields)) or "none"
+    for ours, theirs in columns.items():
+        if ours not in known:
+            near = difflib.get_close_matches(ours, known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise InputError(f"data.columns: {ours!r} is not a field that rows have; {hint}Fields: {', '.join(known)}.")
+        if theirs not in row.fields:
+            near = difflib.get_close_matches(theirs, list(map(str, row.fields)), n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise InputError(f"{row.source}: no column {theirs!r} (data.columns.{ours}). Columns found: {found}.{hint}")
+    present = {name for name in known if name in columns or name in row.fields}
+    if format == "auto":
+        matches = [name for name, (required, _) in _FORMATS.items() if present.issuperset(required)]
+        # A column that the recipe names is meant to be read: formats that read it come first.
+        matches.sort(key=lambda name: not set(columns) & {*_FORMATS[name][0], *_FORMATS[name][1]})
+        if not matches:
+            shapes = "; ".join(f"{name} ({', '.join(required)})" for name, (required, _) in _FORMATS.items())
+            raise InputError(
+                f"{row.source}: the columns match no known format. Columns found: {found}. Known: {shapes}. "
+                "Name yours in the recipe, for example data.columns: {prompt: question, completion: answer}."
+            )
+        format = matches[0]
+    required, optional = _FORMATS[format]
+    missing = [name for name in required if name not in present]
+    if missing:
+        raise InputError(
+            f"{row.source}: format {format} needs the column{'s' if len(missing) > 1 else ''} {', '.join(missing)}. "
+            f"Columns found: {found}. Name yours in data.columns ({{{missing[0]}: YOUR_COLUMN}}) or set another "
+            "data.format."
+        )
+    read = {name: columns.get(name, name) for name in required + optional if name in present}
+    for ours in columns:
+        if ours not in read:
+            raise InputError(
+                f"data.columns: format {format} does not read {ours!r}; it reads {', '.join(required + optional)}."
+            )
+    unused = [str(name) for name in row.fields if name not in read.values()]
+    return RowFormat(format, read, unused)
+
+
+def parse_row(row: RawRow, format: RowFormat, system: str | None = None) -> Conversation | Text:
+    """Check one row and turn it into a conversation (or text).
+
+    Args:
+        row: the row.
+        format: what `detect_format` made of the first row.
+        system: the system prompt for rows that bring none.
+
+    Raises:
+        InputError: a missing column, a value of the wrong type, an unknown role; names the row's source.
+    """
+    if format.name == "text":
+        return Text(_string(row, format, "text"), row.source)
+    tools = _tools(row, format)
+    own_system = _string(row, format, "system") if _given(row, format, "system") else ""
+    if format.name in ("messages", "sharegpt"):
+        name = "messages" if format.name == "messages" else "conversations"
+        turns = _turns(row, format, name)
+    elif format.name == "alpaca":
+        context = _string(row, format, "input") if _given(row, format, "input") else ""
+        question = Turn("user", _string(row, format, "instruction"), context=context if context.strip() else None)
+        turns = [question, Turn("assistant", _string(row, format, "output"))]
+    else:
+        turns = _prompt_completion(row, format)
+    if turns[0].role != "system" and (own_system or system):
+        turns = [Turn("system", own_system or system or ""), *turns]
+    return Conversation(turns, row.source, tools)
+
+
+def _column(row: RawRow, format: RowFormat, name: str) -> Any:
+    column = format.columns.get(name, name)
+    if column not in row.fields:
+        raise InputError(
+            f"{row.source}: the column {column!r} is missing here, though the first row has it. "
+            f"Columns found: {', '.join(map(str, row.fields)) or 'none'}."
+        )
+    return row.fields[column]
+
+
+def _given(row: RawRow, format: RowFormat, name: str) -> bool:
+    return row.fields.get(format.columns.get(name, name)) is not None
+
+
+def _string(row: RawRow, format: RowFormat, name: str) -> str:
+    value = _column(row, format, name)
+    if not isinstance(value, str):
+        column = format.columns.get(name, name)
+        raise InputError(f"{row.source}: {column} must be text, got {_shown(value)}. Fix the row.")
+    return value
+
+
+def _prompt_completion(row: RawRow, format: RowFormat) -> list[Turn]:
+    prompt = _column(row, format, "prompt")
+    if isinstance(prompt, list):  # TRL's conversational form: both sides are lists of messages
+        return _turns(row, format, "prompt") + _turns(row, format, "completion")
+    return [Turn("user", _string(row, format, "prompt")), Turn("assistant", _string(row, format, "completion"))]
+
+
+def _tools(row: RawRow, format: RowFormat) -> list[dict[str, Any]] | None:
+    if "tools" not in format.columns or not _given(row, format, "tools"):
+        return None
+    tools = _from_json(row.fields[format.columns["tools"]])
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise InputError(f"{row.source}: tools must be a list of JSON schemas (objects), got {_shown(tools)}.")
+    return tools
+
+
+def _from_json(value: Any) -> Any:
+    # CSV has no lists and some Parquet exports write nested values as JSON text.
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError:
+            return value
+    return value
+
+
+def _turns(row: RawRow, format: RowFormat, name: str) -> list[Turn]:
+    value = _from_json(_column(row, format, name))
+    column = format.columns.get(name, name)
+    if not isinstance(value, list):
+        raise InputError(
+            f'{row.source}: {column} must be a list of turns such as {{"role": "user", "content": "..."}}, '
+            f"got {_shown(value)}."
+        )
+    if not value:
+        raise InputError(f"{row.source}: {column} is an empty list. Expected at least one user and one assistant turn.")
+    return [_turn(item, f"{row.source}: {column}[{index}]") for index, item in enumerate(value)]
+
+
+def _turn(item: Any, where: str) -> Turn:
+    if not isinstance(item, dict):
+        raise InputError(f'{where} must be an object such as {{"role": "user", "content": "..."}}, got {_shown(item)}.')
+    role_key, content_key = ("from", "value") if "from" in item and "role" not in item else ("role", "content")
+    for key in (role_key, content_key):
+        if key not in item and not (key == content_key and item.get("tool_calls")):
+            raise InputError(f"{where} has no {key!r}; its keys are {', '.join(map(str, item)) or 'none'}.")
+    role = _ROLES.get(item[role_key]) if isinstance(item[role_key], str) else None
+    if role is None:
+        near = difflib.get_close_matches(str(item[role_key]), list(_ROLES), n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise InputError(f"{where}: unknown role {item[role_key]!r}; {hint}Known roles: {', '.join(_ROLES)}.")
+    extra = {k: item[k] for k in ("tool_calls", "name", "tool_call_id") if item.get(k) is not None}
+    calls_tools = role == "assistant" and "tool_calls" in extra
+    content = _content(item.get(content_key), f"{where}.{content_key}", optional=calls_tools)
+    return Turn(role, content, _trained(item, role, where), None, extra)
+
+
+def _content(value: Any, where: str, optional: bool) -> str:
+    if value is None and optional:
+        return ""
+    if isinstance(value, list):  # OpenAI's content parts
+        parts = []
+        for part in value:
+            text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else None
+            if not isinstance(text, str):
+                kind = part.get("type") if isinstance(part, dict) else _shown(part)
+                raise InputError(f"{where}: a part of it is {kind!r}; only text parts can be trained on. Remove it.")
+            parts.append(text)
+        return "".join(parts)
+    if not isinstance(value, str):
+        raise InputError(f"{where} must be text, got {_shown(value)}. Fix the row.")
+    return value
+
+
+def _trained(item: dict[str, Any], role: str, where: str) -> bool | None:
+    for key in ("weight", "train"):  # OpenAI's fine-tuning format; Axolotl's
+        value = item.get(key)
+        if value is None:
+            continue
+        if value not in (0, 1):
+            raise InputError(f"{where}.{key} must be 0 or 1 (false or true), got {_shown(value)}.")
+        if value and role != "assistant":
+            raise InputError(f"{where}.{key}: only assistant turns can be trained; this is a {role} turn. Set it to 0.")
+        return bool(value)
+    return None

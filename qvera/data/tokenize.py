@@ -1,0 +1,299 @@
+"""Conversations → examples: ids, which of them are trained, and what was cut off on the way."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..errors import InputError
+from ..recipe import DataSection
+from .batches import philox_key
+from .encode import END, START, Cut, Encoder
+from .examples import DataStats, Example, count
+from .formats import Conversation, RowFormat, Text, detect_format, parse_row
+from .sources import RawRow, read_rows
+from .templates import ChatTemplate, Rendered, resolve_template
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedTokenizerBase
+
+_CHUNK_ROWS = 256
+_PROGRESS_ROWS = 2000
+
+
+@dataclass(slots=True)
+class Datasets:
+    """Everything that a run reads from its data.
+
+    Attributes:
+        train, eval: rows in file order; ``eval`` is empty where the recipe holds none out.
+        stats: counts for the preflight and run.json.
+        template: the template that was used, for generation and to be saved beside the adapter.
+        pad_id: for `collate`.
+    """
+
+    train: list[Example]
+    eval: list[Example]
+    stats: DataStats
+    template: ChatTemplate
+    pad_id: int
+
+
+def build_datasets(
+    section: DataSection, tokenizer: PreTrainedTokenizerBase, console: Console | None = None
+) -> Datasets:
+    """Read, check, render and tokenize the rows that a recipe names. Nothing is shuffled here.
+
+    Args:
+        section: the recipe's ``data``.
+        tokenizer: the base model's.
+        console: where the progress bar of a long run goes (default: stderr).
+
+    Raises:
+        InputError: anything wrong with the recipe's ``data``, a file, a row or the tokenizer.
+    """
+    encoder = Encoder(tokenizer)
+    rows = _read(section, section.path)
+    row_format = detect_format(rows[0], section.format, section.columns)
+    template = resolve_template(section.template, tokenizer, row_format.name)
+    stats = DataStats(row_format.name, template.name, row_format.unused, pads_with_eos=encoder.pads_with_eos)
+    tokenize = _Tokenizer(section, encoder, template, stats, console)
+
+    if section.eval_path is not None:
+        if section.eval_path == section.path:
+            raise InputError(
+                f"data.eval_path: {section.path} is data.path too, so nothing would be held out. Name another file, or "
+                "set data.eval_fraction instead."
+            )
+        train_rows, eval_rows = rows, _read(section, section.eval_path)
+        eval_format = detect_format(eval_rows[0], section.format, section.columns)
+    else:
+        train_rows, eval_rows = hold_out(rows, section.eval_fraction, section.seed)
+        eval_format = row_format
+    train = tokenize(train_rows, row_format, section.path, "training")
+    held_out = tokenize(eval_rows, eval_format, section.eval_path or section.path, "held-out") if eval_rows else []
+    count(stats, train, held_out)
+    return Datasets(train, held_out, stats, template, encoder.pad_id)
+
+
+def hold_out(rows: list[RawRow], fraction: float, seed: int) -> tuple[list[RawRow], list[RawRow]]:
+    """Split rows into training and held-out ones; both keep file order, both have at least one row.
+
+    Args:
+        rows: all rows.
+        fraction: of them to hold out, 0 <= fraction < 1; 0 holds out none.
+        seed: decides which.
+
+    Raises:
+        InputError: there is only one row to split.
+    """
+    if fraction <= 0:
+        return rows, []
+    if len(rows) < 2:
+        raise InputError(
+            f"data.eval_fraction: {rows[0].source} is the only row, so none can be held out. Add rows, or set "
+            "data.eval_path, or remove data.eval_fraction."
+        )
+    count = min(max(1, round(len(rows) * fraction)), len(rows) - 1)
+    # The second key word keeps this stream apart from the epochs' (batches.order counts them up from 0).
+    words = np.random.Philox(key=philox_key(seed, -1)).random_raw(len(rows))
+    chosen = set(np.argsort(words, kind="stable")[:count].tolist())
+    return (
+        [row for index, row in enumerate(rows) if index not in chosen],
+        [row for index, row in enumerate(rows) if index in chosen],
+    )
+
+
+def _read(section: DataSection, path: str) -> list[RawRow]:
+    if path == section.path or not Path(path).expanduser().exists():
+        rows = read_rows(path, split=section.split, config_name=section.config_name, revision=section.revision)
+    else:  # a local eval file beside a hub dataset: the hub's keys are not about it
+        rows = read_rows(path)
+    return list(itertools.islice(rows, section.limit if path == section.path else None))
+
+
+class _Tokenizer:
+    """One pass over the rows of a data set; counts into ``stats``."""
+
+    def __init__(
+        self,
+        section: DataSection,
+        encoder: Encoder,
+        template: ChatTemplate,
+        stats: DataStats,
+        console: Console | None,
+    ) -> None:
+        self.section = section
+        self.encoder = encoder
+        self.template = template
+        self.stats = stats
+        self.console = console
+
+    def __call__(self, rows: list[RawRow], row_format: RowFormat, path: str, purpose: str) -> list[Example]:
+        examples: list[Example] = []
+        hollow: list[str] = []
+        for chunk in self._chunks(rows, path):
+            parsed = [parse_row(row, row_format, self.section.system) for row in chunk]
+            full = []
+            for row in parsed:
+                if self._is_hollow(row):
+                    hollow.append(row.source)
+                else:
+                    full.append(row)
+            if not hollow:  # otherwise only the rest of the list of such rows is of interest
+                examples += self._encode(full)
+        if hollow:
+            shown = ", ".join(hollow[:5]) + (f" and {len(hollow) - 5} more" if len(hollow) > 5 else "")
+            what = "its answer (or text) is empty" if len(hollow) == 1 else "their answers (or texts) are empty"
+            if self.section.train_on == "last" or row_format.name in ("messages", "sharegpt"):
+                what += ", or there is no assistant turn to train"
+            raise InputError(
+                f"{shown}: {len(hollow)} row{'s' if len(hollow) > 1 else ''} with no token to train on: {what}. "
+                "Fill in or remove them."
+            )
+        if not examples:
+            raise InputError(
+                f"{path}: no {purpose} row is left: truncation cut off every trained token of all {len(rows)} of them. "
+                f"Raise data.max_length ({self.section.max_length}), or set data.max_source_length below it."
+            )
+        return examples
+
+    def _chunks(self, rows: list[RawRow], path: str) -> Iterator[list[RawRow]]:
+        chunks = [rows[start : start + _CHUNK_ROWS] for start in range(0, len(rows), _CHUNK_ROWS)]
+        if len(rows) <= _PROGRESS_ROWS:
+            yield from chunks
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("Tokenizing {task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("rows"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console or Console(stderr=True), transient=True) as progress:
+            task = progress.add_task(path, total=len(rows))
+            for chunk in chunks:
+                yield chunk
+                progress.update(task, advance=len(chunk))
+
+    def _trains(self, conversation: Conversation) -> list[int]:
+        """The turns of a conversation that are trained."""
+        answers = [i for i, turn in enumerate(conversation.turns) if turn.role == "assistant"]
+        if self.section.train_on == "last":
+            answers = answers[-1:]
+        return [i for i in answers if conversation.turns[i].trained is not False]
+
+    def _is_hollow(self, row: Conversation | Text) -> bool:
+        if isinstance(row, Text):
+            return not row.text.strip()
+        if self.section.train_on == "all":
+            return not any(turn.content.strip() for turn in row.turns)
+        turns = [row.turns[i] for i in self._trains(row)]
+        return not any(turn.content.strip() or turn.extra.get("tool_calls") for turn in turns)
+
+    def _encode(self, rows: list[Conversation | Text]) -> list[Example]:
+        layouts: list[tuple[str, list[Cut], Rendered | None]] = []
+        for row in rows:
+            self.stats.spelled_rows += self._spells(row)
+            if isinstance(row, Text):
+                layouts.append((row.text, [], None))
+                continue
+            needed = [] if self.section.train_on == "all" else self._trains(row)
+            rendered = self.template.lay_out(row, needed)
+            cuts = []
+            for answer in rendered.answers:
+                cuts += [Cut(answer.header, START), Cut(answer.start, START), Cut(answer.end, END)]
+            layouts.append((rendered.text, cuts, rendered))
+        encoded = self.encoder.encode([text for text, _, _ in layouts], [cuts for _, cuts, _ in layouts])
+        examples = []
+        for row, (text, _, layout), (ids, positions) in zip(rows, layouts, encoded, strict=True):
+            example = self._example(row, text, layout, ids, positions)
+            if example is not None:
+                examples.append(example)
+        return examples
+
+    def _spells(self, row: Conversation | Text) -> bool:
+        texts = [row.text] if isinstance(row, Text) else [t.content + (t.context or "") for t in row.turns]
+        return any(self.template.spells_marker(text) for text in texts)
+
+    def _example(
+        self, row: Conversation | Text, text: str, rendered: Rendered | None, ids: list[int], positions: list[int]
+    ) -> Example | None:
+        with_bos = self.encoder.with_bos(ids)
+        shift = len(with_bos) - len(ids)
+        prompt_ids: list[int] = []
+        prompt_text, reference, header = "", None, 0
+        if rendered is None or self.section.train_on == "all":
+            trained = np.ones(len(with_bos), dtype=bool)
+            trained[:shift] = False
+        else:
+            trained = np.zeros(len(with_bos), dtype=bool)
+        if rendered is None:
+            append_eos = with_bos[-1:] != [self.encoder.eos_id]
+        else:
+            assert isinstance(row, Conversation)
+            append_eos = rendered.append_eos
+            wanted = self._trains(row)
+            for number, answer in enumerate(rendered.answers):
+                opening, start, end = (position + shift for position in positions[3 * number : 3 * number + 3])
+                if answer.turn in wanted:
+                    if not trained.any():
+                        header = start - opening
+                    trained[start:end] = True
+                if answer.turn == len(row.turns) - 1:
+                    prompt_ids, prompt_text = with_bos[:start], text[: answer.start]
+                    reference = row.turns[answer.turn].content
+            if append_eos and _answer_is_untrained(row, wanted, self.section.train_on):
+                append_eos = False
+        if append_eos:
+            with_bos = [*with_bos, self.encoder.eos_id]
+            trained = np.append(trained, True)
+        trained[:1] = False
+        if not trained.any():
+            raise InputError(f"{row.source}: no token to train on: the row is a single token. Remove it.")
+        return self._truncate(row, np.asarray(with_bos, np.int32), trained, header, prompt_ids, prompt_text, reference)
+
+    def _truncate(
+        self,
+        row: Conversation | Text,
+        ids: np.ndarray,
+        trained: np.ndarray,
+        header: int,
+        prompt: list[int],
+        prompt_text: str,
+        reference: str | None,
+    ) -> Example | None:
+        section = self.section
+        prompt_ids = np.asarray(prompt, np.int32)
+        first = int(np.argmax(trained))
+        keep = np.ones(len(ids), dtype=bool)
+        if section.max_source_length is not None and first > section.max_source_length:
+            # The opening of the answer ("### Response:") stays, or the model would learn to answer without being asked.
+            header = min(header, section.max_source_length)
+            keep[section.max_source_length - header : first - header] = False
+        if section.max_target_length is not None:
+            keep[first + section.max_target_length :] = False
+        kept = np.flatnonzero(keep)[: section.max_length]
+        if len(kept) < len(ids):
+            self.stats.truncated_rows += 1
+            self.stats.truncated_tokens += len(ids) - len(kept)
+            if not trained[kept].any():
+                self.stats.dropped.setdefault("max_length", []).append(row.source)
+                return None
+        if len(prompt_ids):
+            prompt_ids = prompt_ids[keep[: len(prompt_ids)]]
+        return Example(ids[kept], trained[kept], row.source, prompt_ids, prompt_text, reference)
+
+
+def _answer_is_untrained(row: Conversation, wanted: list[int], train_on: str) -> bool:
+    """The last turn is not trained, so there is nothing for an appended eos to teach."""
+    return train_on != "all" and len(row.turns) - 1 not in wanted

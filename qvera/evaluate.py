@@ -1,0 +1,105 @@
+"""Held-out loss, perplexity and exact match of a model."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .data import Example, collate, microbatches
+from .generate import exact_match, generate
+from .loss import Head, summed_nll
+
+
+def hidden_states(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """The decoder's last hidden states [B, T, hidden] (after its final norm), without the head."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder = causal.get_decoder()
+    return decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+
+
+def batch_nll(model: Any, batch: dict[str, torch.Tensor], chunk_tokens: int) -> tuple[torch.Tensor, int]:
+    """Summed negative log likelihood (scalar) of a batch's trained tokens, and how many there are."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hidden = hidden_states(model, batch["input_ids"], batch["attention_mask"])
+    return summed_nll(hidden, batch["labels"], Head.of(causal), chunk_tokens)
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: Any,
+    examples: Sequence[Example],
+    *,
+    pad_id: int,
+    batch_size: int,
+    chunk_tokens: int,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Mean negative log likelihood over all trained tokens of ``examples``, and its exponential.
+
+    Returns:
+        ``loss`` (nats a token), ``perplexity``, ``rows``, ``trained_tokens``, ``seconds``.
+    """
+    started = time.perf_counter()
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    total, tokens = 0.0, 0
+    try:
+        by_length = sorted(range(len(examples)), key=lambda i: (len(examples[i].input_ids), i))
+        done = 0
+        for rows in microbatches(by_length, batch_size):
+            nll, count = batch_nll(model, collate([examples[i] for i in rows], pad_id, device), chunk_tokens)
+            total += float(nll)
+            tokens += count
+            done += len(rows)
+            if progress is not None:
+                progress(done)
+    finally:
+        model.train(was_training)
+    loss = total / tokens if tokens else math.nan
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)) if tokens else math.nan,
+        "rows": len(examples),
+        "trained_tokens": tokens,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def answer_rows(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 16,
+    progress: Callable[[int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Greedy answers to the prompts of ``examples`` (those that have one), beside their references.
+
+    Returns:
+        One dict a row: ``source``, ``prompt``, ``reference``, ``answer``, ``exact`` (None where there is no reference).
+    """
+    rows = [e for e in examples if len(e.prompt_ids)]
+    answers = generate(
+        model,
+        tokenizer,
+        [e.prompt_ids.tolist() for e in rows],
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return [
+        {
+            "source": e.source,
+            "prompt": e.prompt_text,
+            "reference": e.reference,
+            "answer": answer,
+            "exact": None if e.reference is None else exact_match(answer, e.reference),
+        }
+        for e, answer in zip(rows, answers, strict=True)
+    ]

@@ -1,0 +1,119 @@
+"""The frozen linear: one function that runs a frozen base layer, forward and backward, for the whole project.
+
+It keeps the *module* for backward and reads the weight again there, not a view of it. That lets ZeRO-3 release a
+gathered layer after forward, keeps a memory-mapped file evictable, and dequantizes one layer at a time. It also never
+lets bitsandbytes repack a weight in place, which an evaluation pass of stock `Linear4bit` does on CPUs with
+AVX512-BF16 and which silently ruins every later gradient.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from . import quantize
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
+        ctx.module = module
+        bias = None if module.bias is None else module.bias.to(x.dtype)
+        return F.linear(x, quantize.dequantized_weight(module, x.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return g @ quantize.dequantized_weight(ctx.module, g.dtype), None
+
+
+def frozen_linear(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """y = x Wᵀ + bias with W [m, n] frozen and quantized: [..., n] gives [..., m], in x's dtype, differentiable in x.
+
+    The product is taken in the layer's compute dtype (`compute_dtype`).
+    """
+    dtype = compute_dtype(module, x)
+    inner = x.to(dtype)
+    if not (torch.is_grad_enabled() and x.requires_grad) and isinstance(module, quantize.Linear4bit):
+        y = quantize.fused_matmul(inner, module, getattr(module, "_inference_pack", None))
+        if y is not None:
+            return (y if module.bias is None else y + module.bias.to(y.dtype)).to(x.dtype)
+    return _FrozenLinear.apply(inner, module).to(x.dtype)
+
+
+def compute_dtype(module: torch.nn.Module, x: torch.Tensor) -> torch.dtype:
+    """The dtype in which a layer multiplies: autocast's if on, a 4-bit layer's own, else that of its input."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    if isinstance(module, quantize.Linear4bit) and module.compute_dtype is not None:
+        return module.compute_dtype
+    return x.dtype
+
+
+class _Frozen:
+    """Mixed into bitsandbytes' layers: our forward, and a guard on dtype casts."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return frozen_linear(self, x)  # type: ignore[arg-type]  # always mixed into a Module
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # Packed bytes may be stored as bfloat16 or float16. `model.to(torch.float16)` would convert those "numbers" and
+        # destroy the weights without a word; a cast applies to the compute side only, the bytes just move.
+        weight = self.weight  # type: ignore[attr-defined]
+
+        def guarded(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor is not weight:
+                return fn(tensor)
+            probe = fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device))
+            return fn(tensor) if probe.dtype == tensor.dtype else tensor.to(probe.device)
+
+        return super()._apply(guarded, recurse)  # type: ignore[misc]
+
+
+class FrozenLinear4bit(_Frozen, quantize.Linear4bit):
+    """`bitsandbytes.nn.Linear4bit` run by `frozen_linear`."""
+
+
+class FrozenLinear8bit(_Frozen, quantize.Linear8bit):
+    """`bitsandbytes.nn.Linear8bitLt` run by `frozen_linear`: weights in int8, products in the compute dtype."""
+
+
+def freeze_linears(model: torch.nn.Module) -> int:
+    """Make every bitsandbytes linear of this model run through `frozen_linear`; returns how many there are.
+
+    Changes these module objects only (their class), not bitsandbytes. Doing it twice is harmless.
+    """
+    count = 0
+    for module in model.modules():
+        for stock, ours in ((quantize.Linear4bit, FrozenLinear4bit), (quantize.Linear8bit, FrozenLinear8bit)):
+            if isinstance(module, stock):
+                if type(module) is stock:
+                    module.__class__ = ours
+                count += 1
+    return count
+
+
+@contextlib.contextmanager
+def inference_layout(model: torch.nn.Module) -> Iterator[None]:
+    """For the time of the block, 4-bit layers hold a second copy of their weight in the layout of the fused CPU kernel.
+
+    Generation then runs at bitsandbytes' speed while the training weights stay as they are. Costs the packed weights'
+    size again until the block ends; does nothing where there is no such kernel (CUDA has its own, on the plain layout).
+    """
+    packed = []
+    try:
+        for module in model.modules():
+            if isinstance(module, FrozenLinear4bit) and getattr(module, "_inference_pack", None) is None:
+                pack = quantize.inference_pack(module)
+                if pack is not None:
+                    module._inference_pack = pack  # type: ignore[assignment]
+                    packed.append(module)
+        yield
+    finally:
+        for module in packed:
+            del module._inference_pack

@@ -1,0 +1,106 @@
+"""Answers: prompts → text, batched, greedy or sampled, at the speed of stock 4-bit generation."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from . import frozen
+
+
+@contextlib.contextmanager
+def generating(model: torch.nn.Module) -> Iterator[None]:
+    """For the time of the block: evaluation mode, the KV cache on, 4-bit layers in the layout of the fused kernel.
+
+    Everything is put back afterwards; weights and later gradients are bit-unchanged.
+    """
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    was_training, used_cache = model.training, inner.config.use_cache
+    model.eval()
+    inner.config.use_cache = True
+    try:
+        with torch.no_grad(), frozen.inference_layout(model):
+            yield
+    finally:
+        inner.config.use_cache = used_cache
+        model.train(was_training)
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 16,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    streamer: Any = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """Complete each prompt, in batches of similar length, and return the texts in the order of the prompts.
+
+    Args:
+        prompts: token ids, BOS included where the model wants one.
+        max_new_tokens: tokens at most per answer; an end-of-turn token ends it earlier.
+        temperature: 0: greedy, else sampled with ``top_p`` from a generator seeded with ``seed``.
+        streamer: a transformers streamer, for one prompt.
+        progress: called with the number of prompts finished after each batch.
+
+    Returns:
+        The decoded answers, without prompt and special tokens.
+    """
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    device = next(model.parameters()).device
+    ends = _end_tokens(model, tokenizer)
+    answers: dict[int, str] = {}
+    by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with generating(model), forked:  # sampling must not move the training run's random state
+        torch.manual_seed(seed)
+        for start in range(0, len(by_length), batch_size):
+            rows = by_length[start : start + batch_size]
+            width = max(len(prompts[i]) for i in rows)
+            ids = torch.full((len(rows), width), pad, dtype=torch.long)
+            mask = torch.zeros_like(ids)
+            for row, i in enumerate(rows):  # padded on the left, so that every answer starts in the same column
+                ids[row, width - len(prompts[i]) :] = torch.as_tensor(list(prompts[i]), dtype=torch.long)
+                mask[row, width - len(prompts[i]) :] = 1
+            out = model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                max_new_tokens=max_new_tokens,
+                pad_token_id=pad,
+                eos_token_id=ends,
+                streamer=streamer,
+                **sampling,
+            )
+            for row, i in enumerate(rows):
+                answers[i] = tokenizer.decode(out[row, width:], skip_special_tokens=True)
+            if progress is not None:
+                progress(len(answers))
+    return [answers[i] for i in range(len(prompts))]
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Every token that ends an answer: the tokenizer's and those of the model's generation config."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = {tokenizer.eos_token_id}
+    ends.update(configured if isinstance(configured, list) else [configured])
+    return sorted(e for e in ends if e is not None)
+
+
+def exact_match(answer: str, reference: str) -> bool:
+    """Whether an answer is its reference: equal as JSON values where both are JSON, else equal up to white space."""
+    try:
+        return json.loads(answer) == json.loads(reference)
+    except ValueError:
+        return " ".join(answer.split()) == " ".join(reference.split())

@@ -1,0 +1,370 @@
+"""Load the frozen base, read back what was loaded, attach an adapter, save and load adapters."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HFValidationError
+from peft import PeftModel, get_peft_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from . import frozen, quantize
+from .errors import InputError
+from .recipe import AdapterSection, ModelSection
+from .vera import QveraConfig, QveraLinear
+from .vera.config import PEFT_TYPE
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+@dataclasses.dataclass
+class Base:
+    """A loaded base model with its tokenizer and what was read back from it."""
+
+    model: Any
+    tokenizer: Any
+    facts: dict[str, Any]
+
+
+def pick_device() -> torch.device:
+    """CUDA when there is one, else CPU. Under a launcher each process takes the card of its LOCAL_RANK."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+def pick_compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The torch dtype of a recipe's ``compute_dtype``; ``auto`` asks the device what it multiplies fast.
+
+    ``auto`` gives bfloat16 where the hardware has it, else float16 on CUDA and float32 on a CPU.
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if capabilities:
+        fast = any(capabilities.get(k) for k in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+    else:
+        fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def resolve_path(path: str) -> str:
+    """A recipe's model or tokenizer path with ``~`` expanded; hub ids stay as they are."""
+    return os.path.expanduser(path) if path.startswith("~") else path
+
+
+def load_tokenizer(section: ModelSection) -> Any:
+    """The tokenizer of a model section.
+
+    Raises:
+        InputError: there is none at that path, or it has no end-of-sequence token.
+    """
+    name = resolve_path(section.tokenizer or section.path)
+    revision = None if section.tokenizer else section.revision
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=section.trust_remote_code
+        )
+    except (OSError, ValueError, HFValidationError, KeyError) as error:
+        raise InputError(
+            f"model.path: no tokenizer can be loaded from {name!r} ({_first_line(error)}). Expected tokenizer.json or "
+            "tokenizer.model beside the weights; or name another one with model.tokenizer."
+        ) from None
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"model.path: the tokenizer of {name!r} has no end-of-sequence token, so no answer could ever end. Set eos_token in its "
+            "tokenizer_config.json."
+        )
+    return tokenizer
+
+
+def load_base(section: ModelSection, device: torch.device | None = None) -> Base:
+    """Load the base model of a recipe, quantized and frozen, in evaluation mode.
+
+    Quantization happens while loading, one tensor at a time; a checkpoint that is already in bitsandbytes' 4-bit format
+    is taken as it is. Every 4-bit and int8 linear is then run by `qvera.frozen`.
+
+    Raises:
+        InputError: no model at that path, not a causal language model, or what was loaded is not what the recipe says.
+    """
+    device = device or pick_device()
+    dtype = pick_compute_dtype(section.compute_dtype, device)
+    name = resolve_path(section.path)
+    _check_local(name)
+    tokenizer = load_tokenizer(section)
+    common: dict[str, Any] = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(name, **common)
+        stored = getattr(config, "quantization_config", None)
+        kwargs: dict[str, Any] = {}
+        if stored is None:
+            quantization = quantize.quantization_config(section, dtype)
+            if quantization is not None:
+                kwargs["quantization_config"] = quantization
+        if section.attn_implementation != "auto":
+            kwargs["attn_implementation"] = section.attn_implementation
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, device_map={"": device}, use_safetensors=True, **common, **kwargs
+        )
+    except (OSError, ValueError, KeyError, HFValidationError, SafetensorError, ImportError) as error:
+        raise InputError(
+            f"model.path: {name!r} can't be loaded as a causal language model: {_first_line(error)} Expected a hub id, or a "
+            "directory with config.json and safetensors weights."
+        ) from None
+    model.requires_grad_(False)
+    model.eval()
+    frozen.freeze_linears(model)
+    facts = read_back(model, section, dtype, prequantized=stored is not None)
+    return Base(model, tokenizer, facts)
+
+
+def _check_local(name: str) -> None:
+    path = Path(name)
+    looks_local = name.startswith((".", "/", "~")) or path.exists()
+    if looks_local and not path.is_dir():
+        raise InputError(f"model.path: {name!r} is not a directory. Expected one with config.json and *.safetensors.")
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"model.path: {name!r} has no config.json, so it is not a model directory.")
+        if not any(path.glob("*.safetensors")):
+            pickles = sorted(p.name for p in [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
+            found = f"; it has {', '.join(pickles[:3])}, which are pickles and are not read" if pickles else ""
+            raise InputError(f"model.path: {name!r} has no *.safetensors weights{found}. Convert the weights to safetensors.")
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    line = text.splitlines()[0] if text else type(error).__name__
+    return line if line.endswith(".") else line + "."
+
+
+def read_back(model: nn.Module, section: ModelSection, dtype: torch.dtype, prequantized: bool = False) -> dict[str, Any]:
+    """Quantization, dtypes, counts and bytes as read from the live modules (the ``model`` object of run.json).
+
+    Raises:
+        InputError: what was loaded is not what the recipe says.
+    """
+    four_bit = [m for m in model.modules() if isinstance(m, quantize.Linear4bit)]
+    eight_bit = [m for m in model.modules() if isinstance(m, quantize.Linear8bit)]
+    wanted, found = section.quantization, "none"
+    problems = []
+    storage = None
+    if four_bit:
+        facts = {quantize.four_bit_facts(m) for m in four_bit}
+        if len(facts) > 1:
+            problems.append(f"its 4-bit layers differ among themselves: {sorted(map(str, facts))}")
+        fact = next(iter(facts))
+        found, storage = fact.quant_type, str(fact.storage_dtype).removeprefix("torch.")
+        if fact.double_quant != section.double_quant:
+            problems.append(f"double_quant is {fact.double_quant}, the recipe says {section.double_quant}")
+        if storage != section.quant_storage and not prequantized:
+            problems.append(f"quant_storage is {storage}, the recipe says {section.quant_storage}")
+        if fact.compute_dtype != dtype:
+            if prequantized:
+                for module in four_bit:
+                    module.compute_dtype = dtype
+            else:
+                problems.append(f"the compute dtype is {fact.compute_dtype}, the recipe says {dtype}")
+    elif eight_bit:
+        found = "int8"
+    if found != wanted:
+        problems.append(f"quantization is {found}, the recipe says {wanted}")
+    if problems:
+        raise InputError(f"model: what was loaded from {section.path!r} is not what the recipe says: {'; '.join(problems)}.")
+    quantized = {id(m.weight) for m in [*four_bit, *eight_bit]}
+    dense_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in quantized)
+    parameters = sum(p.numel() for p in model.parameters() if id(p) not in quantized)
+    parameters += sum(m.in_features * m.out_features for m in [*four_bit, *eight_bit])
+    return {
+        "path": section.path,
+        "architecture": type(model).__name__,
+        "parameters": parameters,
+        "quantization": found,
+        "double_quant": section.double_quant if four_bit else None,
+        "compute_dtype": str(dtype).removeprefix("torch."),
+        "quant_storage": storage,
+        "four_bit_modules": len(four_bit),
+        "int8_modules": len(eight_bit),
+        "base_bytes": dense_bytes + sum(quantize.storage_bytes(m) for m in [*four_bit, *eight_bit]),
+    }
+
+
+def attach(model: nn.Module, section: AdapterSection, base_name: str | None = None) -> PeftModel:
+    """Put a fresh adapter (or, with ``init_from``, the vectors of an existing one) on a loaded base.
+
+    Only its vectors are trainable afterwards.
+
+    Raises:
+        InputError: a target matches nothing, or ``init_from`` does not fit.
+    """
+    config = QveraConfig(
+        rank=section.rank,
+        target_modules=section.targets if isinstance(section.targets, str) else list(section.targets),
+        d_initial=section.d_initial,
+        dropout=section.dropout,
+        projection_seed=section.seed,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_name,
+    )
+    peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
+    if base_name is not None:
+        config.base_model_name_or_path = base_name
+    if section.init_from is not None:
+        stored, vectors = read_adapter(Path(resolve_path(section.init_from)))
+        for ours, theirs, key in (
+            (config.rank, stored.rank, "rank"),
+            (config.projection_seed, stored.projection_seed, "seed"),
+            (config.projection_sha256, stored.projection_sha256, "projections' SHA-256"),
+        ):
+            if ours != theirs:
+                raise InputError(f"adapter.init_from: {section.init_from} has {key} {theirs}, the recipe {ours}.")
+        load_vectors(peft_model, vectors, section.init_from)
+    return peft_model
+
+
+def named_vectors(model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
+    """``layer.qvera_b`` / ``layer.qvera_d`` → parameter, for every adapted layer, with the keys of the adapter file."""
+    vectors: dict[str, nn.Parameter] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QveraLinear) and adapter in module.qvera_d:
+            vectors[f"{name}.qvera_b"] = module.qvera_b[adapter]
+            vectors[f"{name}.qvera_d"] = module.qvera_d[adapter]
+    return vectors
+
+
+def adapter_facts(model: PeftModel, adapter: str = "default") -> dict[str, Any]:
+    """Counts read from the live adapter (the ``adapter`` object of run.json, less the file size)."""
+    layers = [m for m in model.modules() if isinstance(m, QveraLinear) and adapter in m.qvera_d]
+    config: Any = model.peft_config[adapter]
+    return {
+        "rank": config.rank,
+        "targets": sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, QveraLinear)}),
+        "adapted_modules": len(layers),
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "seed": config.projection_seed,
+        "lora_r64_parameters": sum(64 * (m.in_features + m.out_features) for m in layers),
+    }
+
+
+def save_adapter(model: PeftModel, directory: Path) -> int:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` (fp32 vectors, no projections); returns their bytes.
+
+    Written to a temporary name and renamed, so that a half-written adapter never stands under its final name.
+    """
+    partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    # save_embedding_layers=False: PEFT would otherwise look the base up on the hub
+    model.save_pretrained(str(partial), save_embedding_layers=False)
+    (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    for file in partial.iterdir():
+        with open(file, "rb+") as handle:
+            os.fsync(handle.fileno())
+    if directory.exists():
+        old = directory.with_name(f".{directory.name}.old-{os.getpid()}")
+        directory.rename(old)
+        partial.rename(directory)
+        shutil.rmtree(old)
+    else:
+        partial.rename(directory)
+    return sum(f.stat().st_size for f in directory.iterdir())
+
+
+def read_adapter(directory: Path) -> tuple[QveraConfig, dict[str, torch.Tensor]]:
+    """Read an adapter directory without a model.
+
+    Raises:
+        InputError: it is not an adapter directory, not a QVERA adapter, truncated, or has NaN or Inf in it.
+    """
+    config_file, weights_file = directory / ADAPTER_CONFIG, directory / ADAPTER_WEIGHTS
+    if not directory.is_dir():
+        raise InputError(f"{directory}: no such adapter directory.")
+    for file in (config_file, weights_file):
+        if not file.is_file():
+            raise InputError(f"{directory}: has no {file.name}, so it is not an adapter directory.")
+    try:
+        raw = json.loads(config_file.read_text(encoding="utf-8"))
+        kind = raw["peft_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{config_file}: not a PEFT adapter config ({type(error).__name__}: {error}).") from None
+    if kind != PEFT_TYPE:
+        raise InputError(f"{config_file}: peft_type is {kind}, expected {PEFT_TYPE}.")
+    known = {f.name for f in dataclasses.fields(QveraConfig)}
+    try:
+        config = QveraConfig(**{k: v for k, v in raw.items() if k in known})
+    except InputError as error:
+        raise InputError(f"{config_file}: {error}") from None
+    except TypeError as error:
+        raise InputError(f"{config_file}: a value has the wrong type ({error}).") from None
+    try:
+        vectors = load_file(weights_file)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{weights_file}: not a readable safetensors file, or cut short ({error}).") from None
+    broken = sorted(name for name, tensor in vectors.items() if not torch.isfinite(tensor).all())
+    if broken:
+        raise InputError(f"{weights_file}: {broken[0]} (and {len(broken) - 1} more) has NaN or Inf in it.")
+    return config, vectors
+
+
+def load_vectors(model: nn.Module, vectors: dict[str, torch.Tensor], source: str, adapter: str = "default") -> None:
+    """Copy vectors read from a file into a model; names and shapes must be exactly those that the model has.
+
+    Raises:
+        InputError: a vector is missing, unknown or of another shape; nothing was copied.
+    """
+    ours = named_vectors(model, adapter)
+    missing, unknown = sorted(ours.keys() - vectors.keys()), sorted(vectors.keys() - ours.keys())
+    if missing or unknown:
+        parts = [f"{len(keys)} {what} (first: {keys[0]})" for keys, what in ((missing, "missing"), (unknown, "unknown")) if keys]
+        raise InputError(f"{source}: its vectors do not fit this model and these targets: {', '.join(parts)}.")
+    for name, parameter in ours.items():
+        if parameter.shape != vectors[name].shape:
+            raise InputError(
+                f"{source}: {name} has shape {list(vectors[name].shape)}, this model needs {list(parameter.shape)}."
+            )
+    with torch.no_grad():
+        for name, parameter in ours.items():
+            parameter.copy_(vectors[name])
+
+
+def load_adapter(model: nn.Module, directory: Path) -> PeftModel:
+    """Attach the adapter in ``directory`` to a loaded base, checked: projections, names, shapes, finite values.
+
+    Raises:
+        InputError: it is no adapter, or not one for this model.
+    """
+    config, vectors = read_adapter(directory)
+    try:
+        peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
+    except InputError as error:
+        raise InputError(f"{directory}: {error}") from None
+    load_vectors(peft_model, vectors, str(directory / ADAPTER_WEIGHTS))
+    peft_model.requires_grad_(False)
+    peft_model.eval()
+    return peft_model
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def enable_checkpointing(model: PeftModel) -> None:
+    """Recompute each decoder layer in backward instead of keeping its activations (non-reentrant)."""
+    base = model.get_base_model()
+    # transformers renamed the method in 5.x and warns about the old name
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable({"use_reentrant": False})

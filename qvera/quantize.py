@@ -1,0 +1,183 @@
+"""All that is known of bitsandbytes' formats: how to ask for a quantized load, and how to read a quantized weight.
+
+Storage formats: 4-bit NF4/FP4 with optional double quantization (QLoRA, arXiv 2305.14314, sections 3.1 and 3.2) as
+`bitsandbytes.nn.Linear4bit` holds it, and int8 with one scale a row (LLM.int8(), arXiv 2208.07339) as
+`bitsandbytes.nn.Linear8bitLt` holds it.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes import functional as bnb_functional
+from transformers import BitsAndBytesConfig
+
+from .recipe import ModelSection
+
+Linear4bit = bnb.nn.Linear4bit
+Linear8bit = bnb.nn.Linear8bitLt
+
+
+def quantization_config(section: ModelSection, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """What transformers needs in order to quantize while it loads; None for an unquantized base."""
+    if section.quantization == "none":
+        return None
+    if section.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=section.quantization,
+        bnb_4bit_use_double_quant=section.double_quant,
+        bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_quant_storage=getattr(torch, section.quant_storage),
+    )
+
+
+def dequantized_weight(module: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    """The weight [out_features, in_features] of a linear layer in ``dtype``, dequantized if it is quantized.
+
+    A dense layer's weight comes back as it is where the dtype already fits (not a copy).
+
+    Raises:
+        RuntimeError: the 4-bit weight has no quantization state, or another library repacked it in place.
+    """
+    weight = module.weight
+    if isinstance(module, Linear4bit):
+        # ZeRO-3 and low_cpu_mem loading can separate a parameter from its state; bitsandbytes keeps a second reference
+        state = getattr(weight, "quant_state", None) or module.quant_state
+        if state is None:
+            raise RuntimeError("a 4-bit layer has no quantization state: its weight was never quantized")
+        if getattr(state, "packing_format_for_cpu", False):
+            raise RuntimeError(
+                "this 4-bit weight was repacked by a bitsandbytes evaluation pass before qvera got it; such a weight has no "
+                "correct gradient. Load the base model again and attach the adapter before running it"
+            )
+        return bnb_functional.dequantize_4bit(weight.data.view(-1, 1), state).to(dtype)
+    if isinstance(module, Linear8bit):
+        rows, scales = _int8_rows(module)
+        return (rows.to(torch.float32) * (scales.to(torch.float32) / 127.0).unsqueeze(1)).to(dtype)
+    return weight.to(dtype)
+
+
+def _int8_rows(module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed rows int8 [m, n] and the absolute maximum of each row [m]; a forward pass moves them into the state."""
+    state: Any = module.state
+    if state.CB is not None:
+        return state.CB, state.SCB
+    return module.weight.data, module.weight.SCB
+
+
+def storage_bytes(module: torch.nn.Module) -> int:
+    """Bytes that a linear layer's weight takes as stored, quantization state included."""
+    weight = module.weight
+    size = weight.numel() * weight.element_size()
+    if isinstance(module, Linear4bit):
+        state = getattr(weight, "quant_state", None) or module.quant_state
+        if state is not None:
+            size += _state_bytes(state)
+    elif isinstance(module, Linear8bit):
+        size += _int8_rows(module)[1].numel() * 4
+    return size
+
+
+def _state_bytes(state: Any) -> int:
+    size = state.absmax.numel() * state.absmax.element_size()
+    return size + (_state_bytes(state.state2) if getattr(state, "nested", False) else 0)
+
+
+class FourBitFacts(NamedTuple):
+    """What a loaded 4-bit layer really is, read from the live module."""
+
+    quant_type: str
+    double_quant: bool
+    storage_dtype: torch.dtype
+    compute_dtype: torch.dtype | None
+    blocksize: int
+
+
+def four_bit_facts(module: torch.nn.Module) -> FourBitFacts:
+    """Read a Linear4bit's quantization back from its live tensors.
+
+    Raises:
+        RuntimeError: the layer was never quantized.
+    """
+    weight = module.weight
+    state = getattr(weight, "quant_state", None) or module.quant_state
+    if state is None:
+        raise RuntimeError("a 4-bit layer has no quantization state: its weight was never quantized")
+    return FourBitFacts(state.quant_type, bool(state.nested), weight.dtype, module.compute_dtype, state.blocksize)
+
+
+def requantized(module: torch.nn.Module, weight: torch.Tensor) -> torch.nn.Parameter:
+    """``weight`` [m, n] quantized the way ``module`` is, as a new parameter on the module's device (for merging)."""
+    if isinstance(module, Linear4bit):
+        facts, device = four_bit_facts(module), module.weight.device
+        source = weight.to(device=device, dtype=facts.compute_dtype or torch.float32)
+        packed, state = bnb_functional.quantize_4bit(
+            source,
+            blocksize=facts.blocksize,
+            compress_statistics=facts.double_quant,
+            quant_type=facts.quant_type,
+            quant_storage=facts.storage_dtype,
+        )
+        return bnb.nn.Params4bit(
+            packed,
+            requires_grad=False,
+            quant_state=state,
+            blocksize=facts.blocksize,
+            compress_statistics=facts.double_quant,
+            quant_type=facts.quant_type,
+            quant_storage=facts.storage_dtype,
+            module=module,
+            bnb_quantized=True,
+        )
+    rows, scales, _ = bnb_functional.int8_vectorwise_quant(weight.to(device=module.weight.device, dtype=torch.float16))
+    return bnb.nn.Int8Params(rows, requires_grad=False, has_fp16_weights=False, CB=rows, SCB=scales)
+
+
+class InferencePack(NamedTuple):
+    """A copy of a 4-bit weight in the layout of bitsandbytes' fused AVX512-BF16 kernel. The original is untouched."""
+
+    weight: torch.Tensor
+    state: Any
+
+
+def inference_pack(module: torch.nn.Module) -> InferencePack | None:
+    """Make that copy where the CPU and the shape allow it, else None (the caller dequantizes, as bitsandbytes does).
+
+    bitsandbytes itself repacks the weight *in place* on the first evaluation pass, after which its gradients are wrong.
+    """
+    pack = getattr(bnb_functional, "_convert_weight_packed_for_cpu", None)
+    available = getattr(bnb_functional, "has_avx512bf16", None)
+    weight = module.weight
+    if pack is None or available is None or weight.device.type != "cpu" or not available():
+        return None
+    state = getattr(weight, "quant_state", None) or module.quant_state
+    rows, columns = state.shape
+    if rows % 32 or columns % state.blocksize or columns % 2:
+        return None
+    packed, packed_state = pack(weight.data, copy.copy(state))
+    return InferencePack(packed, packed_state)
+
+
+def fused_matmul(x: torch.Tensor, module: torch.nn.Module, pack: InferencePack | None) -> torch.Tensor | None:
+    """x Wᵀ [..., m] by bitsandbytes' fused 4-bit kernels, for use without gradients; None where there is no faster one."""
+    if pack is not None:
+        return bnb_functional.gemv_4bit(x, pack.weight, state=pack.state)
+    if x.device.type != "cpu":
+        state = getattr(module.weight, "quant_state", None) or module.quant_state
+        return bnb.matmul_4bit(x, module.weight.t(), quant_state=state)
+    return None
+
+
+def bitsandbytes_optimizer(name: str, groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
+    """An AdamW of bitsandbytes by its recipe name: ``adamw_8bit``, ``paged_adamw`` or ``paged_adamw_8bit``."""
+    classes = {
+        "adamw_8bit": bnb.optim.AdamW8bit,
+        "paged_adamw": bnb.optim.PagedAdamW,
+        "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
+    }
+    return classes[name](groups, **settings)

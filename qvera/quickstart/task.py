@@ -1,0 +1,125 @@
+"""The quickstart's task: a repair request in free text → one line of JSON.
+
+Eight keys, two of them nested objects, three of the values optional (null where the text does not say). All values but
+`urgent` are copied from the text as they stand. Training and held-out rows come from two vocabularies (words.py) that share
+no template, name, street, city, thing, brand, fault, date, time, phone number or distractor.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from .words import HELDOUT, TRAIN, Vocabulary
+
+Split = Literal["train", "heldout"]
+
+INSTRUCTION = (
+    'Write this order as JSON: {"item":string,"count":integer,"colour":string|null,"to":{"name":string,"street":string,'
+    '"city":string},"when":{"date":string,"time":string|null}|null,"gift":boolean}. Copy words from the text.'
+)
+"""The instruction with the full schema; every prompt is this, a blank line and the text."""
+
+TRAIN_ROWS = 960
+HELDOUT_ROWS = 256
+
+_VOCABULARIES: dict[str, Vocabulary] = {"train": TRAIN, "heldout": HELDOUT}
+_OPTIONAL = re.compile(r"\[([^\[\]]*)\]")
+_PRESENT = {"colour": 0.55, "date": 0.75, "time": 0.6, "gift": 0.4, "aside": 0.4}
+"""How often each optional part of a message is there."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """One message before it is written down: the answer, and the facts by template name (an absent one is None)."""
+
+    answer: dict[str, Any]
+    facts: dict[str, str | None]
+
+
+def _order(words: Vocabulary, rng: random.Random) -> Order:
+    def maybe(key: str, choices: Sequence[str]) -> str | None:
+        return rng.choice(choices) if rng.random() < _PRESENT[key] else None
+
+    name = f"{rng.choice(words.first_names)} {rng.choice(words.last_names)}"
+    street = f"{rng.choice(words.house_numbers)} {rng.choice(words.street_names)} {rng.choice(words.street_types)}"
+    city, item = rng.choice(words.cities), rng.choice(words.items)
+    count = rng.choice(list(words.counts))
+    colour = maybe("colour", words.colours)
+    date = maybe("date", [f"{rng.randint(1, 28)} {rng.choice(words.months)}"])
+    time = maybe("time", words.times) if date else None
+    gift, aside = maybe("gift", words.gift), maybe("aside", words.asides)
+    if gift is None and rng.random() < 0.25:
+        aside = rng.choice(words.no_gift)
+    count_text = words.counts[count] if rng.random() < 0.4 else str(count)
+    answer = {
+        "item": item,
+        "count": count,
+        "colour": colour,
+        "to": {"name": name, "street": street, "city": city},
+        "when": {"date": date, "time": time} if date else None,
+        "gift": gift is not None,
+    }
+    facts = {"name": name, "street": street, "city": city, "item": item, "count": count_text, "colour": colour}
+    return Order(answer, {**facts, "date": date, "time": time, "gift": gift, "aside": aside})
+
+
+def render(template: str, facts: dict[str, str | None]) -> str:
+    """Fill a template of words.py. A bracketed part is dropped where a fact in it is None."""
+
+    def part(match: re.Match[str]) -> str:
+        inside = match[1]
+        return "" if any(facts[key] is None for key in re.findall(r"\{(\w+)\}", inside)) else inside
+
+    while (shorter := _OPTIONAL.sub(part, template)) != template:  # innermost brackets first
+        template = shorter
+    text = template.format(**{key: value or "" for key, value in facts.items()})
+    text = re.sub(r" {2,}", " ", text).strip()
+    return text[0].upper() + text[1:] if text[0].islower() else text
+
+
+def generate(split: Split, rows: int, seed: int = 0) -> list[dict[str, str]]:
+    """Rows of the task, the same for the same arguments on every machine and Python version.
+
+    Args:
+        split: which vocabulary and templates to use.
+        rows: how many rows; all differ.
+        seed: of Python's Mersenne Twister, whose integer stream is stable across versions.
+
+    Returns:
+        ``{"prompt": INSTRUCTION + blank line + text, "completion": compact JSON}`` for each row.
+    """
+    words = _VOCABULARIES[split]
+    rng = random.Random(f"qvera quickstart {split} {seed}")
+    made: dict[str, dict[str, str]] = {}
+    while len(made) < rows:
+        # Round robin, so that every template comes equally often; the trainer shuffles.
+        template = words.templates[len(made) % len(words.templates)]
+        order = _order(words, rng)
+        text = render(template, order.facts)
+        completion = json.dumps(order.answer, separators=(",", ":"), ensure_ascii=False)
+        made[text] = {"prompt": f"{INSTRUCTION}\n\n{text}", "completion": completion}
+    return list(made.values())
+
+
+def message_of(prompt: str) -> str:
+    """The free text in a prompt of `generate`."""
+    return prompt.removeprefix(INSTRUCTION).strip()
+
+
+def write_task(
+    directory: Path, train_rows: int = TRAIN_ROWS, heldout_rows: int = HELDOUT_ROWS, seed: int = 0
+) -> tuple[Path, Path]:
+    """Write ``train.jsonl`` and ``heldout.jsonl`` into ``directory`` (made where missing) and return their paths."""
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = directory / "train.jsonl", directory / "heldout.jsonl"
+    sizes: dict[Split, int] = {"train": train_rows, "heldout": heldout_rows}
+    for path, (split, rows) in zip(paths, sizes.items(), strict=True):
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in generate(split, rows, seed)]
+        path.write_text("".join(lines), encoding="utf-8")
+    return paths

@@ -1,0 +1,344 @@
+"""SVG charts as pure functions of numbers: no library, no state, no scripts.
+
+A chart fills the width that it is given while its text keeps its size: curves live in an inner SVG that stretches
+(``preserveAspectRatio="none"``, strokes that do not scale), ticks and dots in the outer one at percentages.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Literal
+
+from .numbers import axis_labels, count
+
+Point = tuple[float, float | None]
+"""x (a step) and y; None: no value there, a gap in the curve."""
+
+
+def nice_ticks(low: float, high: float, about: int = 5, whole: bool = False) -> list[float]:
+    """Round ticks (steps of 1, 2 or 5 × 10^k) whose first is <= ``low`` and whose last is >= ``high``.
+
+    Args:
+        low, high: finite, ``low <= high``; where they are equal room is made on both sides.
+        about: how many intervals are wanted.
+        whole: ticks are integers.
+    """
+    if high <= low:
+        room = abs(low) * 0.5 or 1.0
+        low, high = (min(low, 0.0), low + room) if low >= 0 else (low - room, 0.0)
+    rough = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * (1 - 1e-9))
+    if whole:
+        step = max(1.0, float(round(step)))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    # index × step, not repeated addition: 3 × 0.1 is off by one rounding, a running sum by many
+    return [index * step for index in range(first, last + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Ticks for a logarithmic axis from at or below ``low`` to at or above ``high`` (both positive).
+
+    1, 2 and 5 of each decade over up to three decades, powers of ten beyond, thinned to at most eight.
+    """
+    first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
+    last = max(last, first + 1)
+    if math.log10(high / low) <= 3:
+        fine = [factor * 10.0**power for power in range(first, last + 1) for factor in (1, 2, 5)]
+        start = max(index for index, tick in enumerate(fine) if tick <= low * (1 + 1e-9))
+        end = min(index for index, tick in enumerate(fine) if tick >= high * (1 - 1e-9))
+        return fine[start : max(end, start + 1) + 1]
+    stride = -(-(last - first) // 7)
+    last = first + stride * -(-(last - first) // stride)
+    return [10.0**power for power in range(first, last + 1, stride)]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A mapping of [low, high] to [0, 1].
+
+    Attributes:
+        low, high: the ends, ``low < high``; both above 0 where ``log``.
+        log: equal ratios get equal distances.
+    """
+
+    low: float
+    high: float
+    log: bool = False
+
+    def fraction(self, value: float) -> float:
+        """Where ``value`` lies; below 0 or above 1 outside the ends, -inf for a value that a log scale has not."""
+        if not self.log:
+            return (value - self.low) / (self.high - self.low)
+        if value <= 0:
+            return -math.inf
+        return math.log(value / self.low) / math.log(self.high / self.low)
+
+
+MOST_POINTS = 500
+"""Points of a curve in the page; a longer run is thinned to this, so that the page stays small."""
+
+
+def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
+    """At most ``most`` points: means of equal runs of neighbours, placed at each run's last x.
+
+    A run with no value at all stays a gap.
+    """
+    if len(points) <= most:
+        return list(points)
+    thinned: list[Point] = []
+    for index in range(most):
+        run = points[index * len(points) // most : (index + 1) * len(points) // most]
+        values = [y for _, y in run if y is not None]
+        thinned.append((run[-1][0], sum(values) / len(values) if values else None))
+    return thinned
+
+
+def median_of_five(points: Sequence[Point]) -> list[Point]:
+    """Each value replaced by the median of itself and two neighbours on either side (fewer near the ends).
+
+    Single spikes vanish, steps stay where they are; gaps stay gaps.
+    """
+    result: list[Point] = []
+    for index, (x, y) in enumerate(points):
+        reach = min(2, index, len(points) - 1 - index)
+        near = sorted(value for _, value in points[index - reach : index + reach + 1] if value is not None)
+        result.append((x, near[len(near) // 2] if y is not None else None))
+    return result
+
+
+def smooth(points: Sequence[Point], width: float) -> list[Point]:
+    """A running mean with Gaussian weights over medians of five, centred, so that the curve is not late.
+
+    The medians keep one outlier from becoming a hill as wide as the weights.
+
+    Args:
+        points: gaps stay gaps and weigh nothing.
+        width: the standard deviation of the weights, in points; 0: unchanged.
+    """
+    if width <= 0:
+        return list(points)
+    medians = median_of_five(points)
+    reach = math.ceil(3 * width)
+    weights = [math.exp(-0.5 * (offset / width) ** 2) for offset in range(-reach, reach + 1)]
+    smoothed: list[Point] = []
+    for index, (x, y) in enumerate(medians):
+        if y is None:
+            smoothed.append((x, None))
+            continue
+        # the same reach on both sides, also near the ends: a one-sided mean would bend a falling curve
+        around = min(reach, index, len(medians) - 1 - index)
+        total = weight_sum = 0.0
+        for neighbour in range(index - around, index + around + 1):
+            value = medians[neighbour][1]
+            if value is not None:
+                weight = weights[neighbour - index + reach]
+                total += weight * value
+                weight_sum += weight
+        smoothed.append((x, total / weight_sum))
+    return smoothed
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve.
+
+    Attributes:
+        label: its name in legend and tooltip.
+        points: rising x.
+        style: ``faint`` (raw values), ``main``, ``held-out`` (accent, a dot at each point) or ``dashed``.
+        texts: what the tooltip says at each point.
+    """
+
+    label: str
+    points: Sequence[Point]
+    style: Literal["faint", "main", "held-out", "dashed"]
+    texts: Sequence[str]
+
+
+def values_range(lines: Sequence[Line]) -> tuple[float, float] | None:
+    """The range that an axis has to show; None where no line has a value.
+
+    Where there is a faint line (raw values), the smoothed one follows it and single spikes of it may leave the picture:
+    one step with a loss of 1000 would else press everything else flat.
+    """
+    has_raw = any(line.style == "faint" for line in lines)
+    lows, highs = [], []
+    for line in lines:
+        values = [y for _, y in line.points if y is not None]
+        if not values or (has_raw and line.style == "main"):
+            continue
+        low, high = min(values), max(values)
+        if line.style == "faint":
+            typical = [y for _, y in median_of_five(line.points) if y is not None]
+            room = 0.25 * (max(typical) - min(typical))
+            low, high = max(low, min(typical) - room), min(high, max(typical) + room)
+        lows.append(low)
+        highs.append(high)
+    return (min(lows), max(highs)) if lows else None
+
+
+def line_chart(
+    lines: Sequence[Line],
+    *,
+    description: str,
+    kind: str = "number",
+    height: int = 120,
+    from_zero: bool = False,
+    may_be_log: bool = False,
+    best: float | None = None,
+) -> str:
+    """A chart of values over optimizer steps; "" where no line has a value.
+
+    Args:
+        lines: drawn in order, the last on top.
+        description: what a screen reader says in place of the picture.
+        kind: of the y axis, as in `numbers.axis_labels`.
+        height: of the plot, in CSS pixels.
+        from_zero: the y axis starts at 0.
+        may_be_log: use a logarithmic y axis where the values span more than a factor of 30.
+        best: a step to mark with a vertical line and a ring on the held-out curve.
+    """
+    extent = values_range(lines)
+    if extent is None:
+        return ""
+    low, high = extent
+    log = may_be_log and low > 0 and high / low > 30
+    ticks = log_ticks(low, high) if log else nice_ticks(0.0 if from_zero else low, high, max(2, height // 40))
+    y_scale = Scale(ticks[0], ticks[-1], log)
+    steps = sorted({x for line in lines for x, _ in line.points} | ({best} if best is not None else set()))
+    first, last = steps[0], steps[-1]
+    x_scale = Scale(first, last) if last > first else Scale(first - 1, last + 1)
+
+    parts = []
+    for tick, label in zip(ticks, axis_labels(ticks, "log" if log else kind), strict=True):
+        y = _px(height * (1 - y_scale.fraction(tick)))
+        parts.append(f'<line class="grid" x1="0" x2="100%" y1="{y}" y2="{y}"/>')
+        parts.append(f'<text class="tick" x="0" dx="-8" y="{y}" dy="4" text-anchor="end">{escape(label)}</text>')
+    parts.append(f'<text class="tick" x="0" dx="-18" y="{height + 20}" text-anchor="end">step</text>')
+    for tick in nice_ticks(first, last, 5, whole=True) if last > first else [first]:
+        if x_scale.low <= tick <= x_scale.high:
+            x = _percent(x_scale.fraction(tick))
+            parts.append(f'<text class="tick" x="{x}" y="{height + 20}" text-anchor="middle">{count(tick)}</text>')
+    if best is not None:
+        x = _percent(x_scale.fraction(best))
+        parts.append(f'<line class="best" x1="{x}" x2="{x}" y1="0" y2="{height}"/>')
+    curves = "".join(
+        f'<path class="{line.style}" d="{_path(line.points, x_scale, y_scale)}"/>' for line in lines if line.points
+    )
+    parts.append(
+        f'<svg width="100%" height="{height}" viewBox="0 0 1000 1000" preserveAspectRatio="none" '
+        f'aria-hidden="true">{curves}</svg>'
+    )
+    for line in lines:
+        parts += _dots(line, x_scale, y_scale, height, best)
+    parts.append(f'<line class="rule" x1="0" x2="0" y1="0" y2="{height}"/>')
+    return _figure(parts, height, description, "steps", _tooltips(lines, x_scale), log)
+
+
+def histogram(edges: Sequence[float], counts: Sequence[float], *, description: str, height: int = 120) -> str:
+    """Bars of ``counts`` [n] over ``edges`` [n + 1] (rising, in tokens).
+
+    Gives "" where the two do not fit together or all bars are empty.
+
+    Bars stand at their place on a linear axis, so bins of unequal width keep their width.
+    """
+    rising = all(left < right for left, right in zip(edges, edges[1:], strict=False))
+    if len(edges) != len(counts) + 1 or not counts or not rising or max(counts) <= 0 or min(counts) < 0:
+        return ""
+    ticks = nice_ticks(0.0, max(counts), 2, whole=True)
+    y_scale, x_scale = Scale(ticks[0], ticks[-1]), Scale(edges[0], edges[-1])
+    parts = []
+    for tick, label in zip(ticks, axis_labels(ticks, "count"), strict=True):
+        y = _px(height * (1 - y_scale.fraction(tick)))
+        parts.append(f'<line class="grid" x1="0" x2="100%" y1="{y}" y2="{y}"/>')
+        parts.append(f'<text class="tick" x="0" dx="-8" y="{y}" dy="4" text-anchor="end">{escape(label)}</text>')
+    where: list[float] = []
+    texts: list[list[str]] = []
+    for left, right, number in zip(edges, edges[1:], counts, strict=False):
+        start, end = x_scale.fraction(left), x_scale.fraction(right)
+        tall = height * y_scale.fraction(number)
+        said = f"{count(left)} to {count(right)} tokens: {count(number)} rows"
+        parts.append(
+            f'<rect class="bar" x="{_percent(start)}" width="{_percent(end - start)}" y="{_px(height - tall)}" '
+            f'height="{_px(tall)}"><title>{escape(said)}</title></rect>'
+        )
+        where.append(round((start + end) / 2, 4))
+        texts.append([f"{count(left)} to {count(right)} tokens", f"{count(number)} rows"])
+    for tick in nice_ticks(edges[0], edges[-1], 5, whole=True):
+        if edges[0] <= tick <= edges[-1]:
+            x = _percent(x_scale.fraction(tick))
+            parts.append(f'<text class="tick" x="{x}" y="{height + 20}" text-anchor="middle">{count(tick)}</text>')
+    return _figure(parts, height, description, "", {"at": where, "step": where, "say": texts})
+
+
+def _figure(
+    parts: Sequence[str], height: int, description: str, sync: str, tooltips: dict[str, object], log: bool = False
+) -> str:
+    data = escape(json.dumps(tooltips, separators=(",", ":"), ensure_ascii=True), quote=True)
+    return (
+        f'<div class="plot" tabindex="0" data-sync="{escape(sync)}" data-log="{int(log)}" '
+        f'data-tips="{data}">'
+        f'<svg class="axes" role="img" aria-label="{escape(description, quote=True)}" width="100%" height="{height}">'
+        f"{''.join(parts)}</svg>"
+        '<div class="tip" hidden></div></div>'
+    )
+
+
+def _tooltips(lines: Sequence[Line], x_scale: Scale) -> dict[str, object]:
+    said: dict[float, list[str]] = {}
+    for line in lines:
+        for (x, _), text in zip(line.points, line.texts, strict=True):
+            said.setdefault(x, [f"step {x:,.0f}"]).append(f"{line.label} {text}")
+    steps = sorted(said)
+    return {
+        "at": [round(x_scale.fraction(step), 4) for step in steps],
+        "step": steps,
+        "say": [said[step] for step in steps],
+    }
+
+
+def _path(points: Sequence[Point], x_scale: Scale, y_scale: Scale) -> str:
+    """An SVG path in a 1000 × 1000 box; what lies outside is cut off a little beyond the edge."""
+    commands, pen_down = [], False
+    for x, y in points:
+        if y is None:
+            pen_down = False
+            continue
+        down = 1000 * (1 - min(max(y_scale.fraction(y), -1.0), 2.0))
+        commands.append(f"{'L' if pen_down else 'M'}{_px(1000 * x_scale.fraction(x))} {_px(down)}")
+        pen_down = True
+    return "".join(commands)
+
+
+def _dots(line: Line, x_scale: Scale, y_scale: Scale, height: int, best: float | None) -> list[str]:
+    dots = []
+    for index, (x, y) in enumerate(line.points):
+        if y is None:
+            continue
+        before = line.points[index - 1][1] if index else None
+        after = line.points[index + 1][1] if index + 1 < len(line.points) else None
+        # a value between two gaps has no stroke of its own
+        if line.style != "held-out" and not (before is None and after is None):
+            continue
+        fraction = y_scale.fraction(y)
+        if not -1e-9 <= fraction <= 1 + 1e-9:
+            continue
+        place = f'cx="{_percent(x_scale.fraction(x))}" cy="{_px(height * (1 - fraction))}"'
+        said = escape(f"step {x:,.0f}: {line.label} {line.texts[index]}")
+        if line.style == "held-out" and x == best:
+            dots.append(f'<circle class="ring" {place} r="7"/>')
+        dots.append(f'<circle class="dot {line.style}" {place} r="3.5"><title>{said}</title></circle>')
+    return dots
+
+
+def _px(value: float) -> str:
+    return f"{value:.1f}".removesuffix(".0")
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.2f}".rstrip("0").rstrip(".") + "%"

@@ -1,0 +1,107 @@
+"""Numbers as people read them. Sizes are decimal (1 kB = 1000 bytes), as on a disk's label."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from datetime import datetime
+
+_COUNT_UNITS = ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k"))
+_BYTE_UNITS = ((1e12, " TB"), (1e9, " GB"), (1e6, " MB"), (1e3, " kB"))
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """``digits`` significant digits, without an exponent where one can be avoided: 2.31, 0.0412, 1,234, 1.2e+09."""
+    if value == 0 or not math.isfinite(value):
+        return "0" if value == 0 else str(value)
+    # the exponent after rounding: 9.996 has its three digits as 10.0, not as 10.00
+    exponent = int(f"{value:.{digits - 1}e}".partition("e")[2])
+    if exponent >= 6 or exponent < -4:
+        mantissa, _, power = f"{value:.1e}".partition("e")
+        return f"{mantissa.removesuffix('.0')}e{int(power)}"
+    return f"{value:,.{max(0, digits - 1 - exponent)}f}"
+
+
+def _scaled(value: float, units: Sequence[tuple[float, str]]) -> str | None:
+    for factor, unit in units:
+        # 999,600 is 1.00 M, not 1000 k
+        if abs(value) >= factor * 0.9995:
+            return f"{significant(value / factor)}{unit}"
+    return None
+
+
+def count(value: float) -> str:
+    """9,871; from 10,000 on three digits and a unit: 209 k, 1.42 M, 7 B."""
+    if abs(value) < 9_999.5:
+        return f"{value:,.0f}"
+    return _scaled(value, _COUNT_UNITS) or f"{value:,.0f}"
+
+
+def size(value: float) -> str:
+    """Bytes: 512 B, 838 kB, 1.23 GB."""
+    return _scaled(value, _BYTE_UNITS) or f"{value:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """0.85 s, 48 s, 3 min 12 s, 2 h 05 min, 3 d 4 h."""
+    if seconds < 9.95:
+        return f"{significant(seconds, 2)} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    hours = round(seconds / 3600)
+    return f"{hours // 24} d {hours % 24} h"
+
+
+def percent(fraction: float) -> str:
+    """0.875 → 87.5 %; a trailing .0 is dropped."""
+    return f"{100 * fraction:.1f}".removesuffix(".0") + " %"
+
+
+def moment(iso: str) -> str:
+    """An ISO 8601 time as 24 November 2026, 15:20 UTC; anything else comes back as it is."""
+    try:
+        when = datetime.fromisoformat(iso)
+    except ValueError:
+        return iso
+    zone = f" {when.tzname()}" if when.tzinfo else ""
+    return f"{when.day} {when:%B %Y, %H:%M}{zone}"
+
+
+def axis_labels(ticks: Sequence[float], kind: str = "number") -> list[str]:
+    """Labels for the ticks of one axis, with the same unit and the same number of decimals.
+
+    Args:
+        ticks: rising, evenly spaced or powers of ten.
+        kind: ``number``, ``count`` (k, M), ``bytes`` (kB, MB, GB) or ``log`` (numbers, each with its own decimals).
+    """
+    if kind == "log":
+        return [f"{tick:g}" for tick in ticks]
+    top = max((abs(tick) for tick in ticks), default=0.0)
+    factor, unit = 1.0, ""
+    if kind in ("count", "bytes"):
+        units = _BYTE_UNITS if kind == "bytes" else _COUNT_UNITS
+        unit = " B" if kind == "bytes" else ""
+        threshold = 1.0 if kind == "bytes" else 10.0
+        for candidate, name in units:
+            if top >= candidate * threshold or (top >= candidate and candidate > 1e3):
+                factor, unit = candidate, name
+                break
+    scaled = [tick / factor for tick in ticks]
+    if len(scaled) > 1 and 0 < top / factor < 1e-3:
+        return [significant(tick, 1) if tick else "0" for tick in scaled]
+    places = max((_decimals(tick) for tick in scaled), default=0)
+    return [f"{tick:,.{places}f}{unit if tick else ''}" if tick else "0" for tick in scaled]
+
+
+def _decimals(value: float) -> int:
+    """Decimals that ``value``, a round number, needs."""
+    for places in range(10):
+        if math.isclose(round(value, places), value, rel_tol=1e-6, abs_tol=1e-12):
+            return places
+    return 10

@@ -1,0 +1,199 @@
+"""The page, section by section in the order that a reader wants. Every text from outside goes through `esc`."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from typing import Any
+
+import yaml
+
+from . import curves
+from .assets import SCRIPT, STYLE
+from .charts import histogram
+from .compare import mark, same_answer
+from .headline import head, model_name, tiles
+from .markup import esc, fact_list, section
+from .numbers import count, moment, percent, size
+from .read import Run, number, pick, words
+from .settings import changed_settings
+
+_LONG_PROMPT = 600
+"""Characters; a longer prompt is folded."""
+
+
+def render(run: Run) -> str:
+    """The whole page as HTML. Its policy forbids every load, and every script but its own (by hash)."""
+    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    body = "".join((head(run), tiles(run), _curves(run), _samples(run), _data(run), _recipe(run), _machine(run)))
+    version = words(run.info, "versions", "qvera")
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<link rel="icon" href="data:,">\n'
+        f"<title>{esc(model_name(run))} · {esc(run.name)} · qvera</title>\n<style>{STYLE}</style>\n</head>\n"
+        f"<body>\n<main>\n{body}"
+        f"<footer>Written by qvera {esc(version)} from recipe.yaml, metrics.jsonl and run.json. "
+        "Sizes are decimal: 1 MB is 1,000,000 bytes.</footer>\n</main>\n"
+        f"<script>{SCRIPT}</script>\n</body>\n</html>\n"
+    )
+
+
+def _curves(run: Run) -> str:
+    loss, small = curves.loss_figure(run), curves.small_figures(run)
+    grid = f'<div class="grid2">{"".join(small)}</div>' if small else ""
+    return section("Training", loss, curves.eval_table(run), grid)
+
+
+def _samples(run: Run) -> str:
+    listed = pick(run.info, "samples")
+    samples = [sample for sample in listed if isinstance(sample, dict)] if isinstance(listed, list) else []
+    if not samples:
+        return ""
+    legend = (
+        '<p class="caption">Answered before and after training. <mark>Marked</mark>: not in the reference; '
+        '<mark class="gap"><span>▲</span></mark>: words of the reference are missing there.</p>'
+    )
+    return section("Held-out prompts", legend, *(_sample(sample) for sample in samples))
+
+
+def _sample(sample: dict[str, Any]) -> str:
+    prompt, reference = words(sample, "prompt"), words(sample, "reference")
+    answers = [("Before", words(sample, "before")), ("After", words(sample, "after"))]
+    cells = []
+    for name, answer in answers:
+        against = reference or (answers[0][1] if name == "After" else "")
+        right = bool(reference) and same_answer(answer, reference)
+        kind = "right" if right else "wrong"
+        verdict = f'<span class="{kind}">{_verdict(answer, reference, right)}</span>'
+        shown = _marked(answer, against) if against and not right else esc(answer)
+        cells.append(f'<div><h3>{name} {verdict}</h3><pre dir="auto">{shown}</pre></div>')
+    if reference:
+        cells.append(f'<div><h3>Reference</h3><pre dir="auto">{esc(reference)}</pre></div>')
+    shown = f'<pre class="prompt" dir="auto">{esc(prompt)}</pre>'
+    if len(prompt) > _LONG_PROMPT:
+        # the end of a prompt is what differs from row to row
+        shown = (
+            f'<pre class="prompt" dir="auto">… {esc(prompt[-_LONG_PROMPT // 2 :])}</pre>'
+            f"<details><summary>The whole prompt, {count(len(prompt))} characters</summary>{shown}</details>"
+        )
+    return f'<article class="sample"><h3>Prompt</h3>{shown}<div class="answers">{"".join(cells)}</div></article>\n'
+
+
+def _verdict(answer: str, reference: str, right: bool) -> str:
+    if not answer.strip():
+        return "· empty"
+    if not reference:
+        return ""
+    if not right:
+        return "· differs"
+    return "· equals the reference" if answer.strip() == reference.strip() else "· same JSON as the reference"
+
+
+def _marked(answer: str, other: str) -> str:
+    html = []
+    for piece in mark(answer, other):
+        if piece.missing and not piece.text:
+            lacks = esc(piece.missing.strip())
+            if lacks:
+                html.append(
+                    f'<mark class="gap" title="missing: {lacks}"><span aria-hidden="true">▲</span>'
+                    f'<span class="aloud">(missing: {lacks})</span></mark>'
+                )
+        elif piece.differs and piece.text.strip():
+            html.append(f"<mark>{esc(piece.text)}</mark>")
+        else:
+            html.append(esc(piece.text))
+    return "".join(html)
+
+
+def _count_of(run: Run, section: str, key: str, alarm: bool = False) -> str:
+    value = number(run.info, section, key)
+    if value is None:
+        return ""
+    return f"<b>{count(value)}</b>" if alarm and value > 0 else count(value)
+
+
+def _data(run: Run) -> str:
+    tokens, trained = number(run.info, "data", "tokens"), number(run.info, "data", "trained_tokens")
+    share = f" ({percent(trained / tokens)})" if trained is not None and tokens else ""
+    facts = fact_list(
+        [
+            ("Source", esc(words(run.recipe, "data", "path"))),
+            ("Rows to train on", _count_of(run, "data", "train_rows")),
+            ("Rows held out", _count_of(run, "data", "eval_rows")),
+            ("Tokens", _count_of(run, "data", "tokens")),
+            ("Tokens trained", _count_of(run, "data", "trained_tokens") + share),
+            ("Rows cut to length", _count_of(run, "data", "truncated_rows", alarm=True)),
+            ("Rows dropped", _count_of(run, "data", "dropped_rows", alarm=True)),
+            ("Format", esc(words(run.info, "data", "format"))),
+            ("Template", esc(words(run.info, "data", "template"))),
+        ]
+    )
+    edges, counts = (_numbers(pick(run.info, "data", "length_histogram", key)) for key in ("edges", "counts"))
+    chart = histogram(edges, counts, description=f"Rows by length in tokens, in {len(counts)} bins.")
+    figure = (
+        '<figure><figcaption><h3>Length of rows</h3><span class="caption">rows by tokens</span></figcaption>'
+        f"{chart}</figure>"
+        if chart
+        else ""
+    )
+    return section("Data", f'<div class="columns"><div>{facts}</div>{figure}</div>' if facts or figure else "")
+
+
+def _numbers(values: Any) -> list[float]:
+    if not isinstance(values, list):
+        return []
+    found = [number({"value": value}, "value") for value in values]
+    kept = [value for value in found if value is not None]
+    return kept if len(kept) == len(values) else []
+
+
+def _recipe(run: Run) -> str:
+    if not run.recipe_text:
+        return ""
+    changed = changed_settings(run.recipe)
+    facts = fact_list([(key, f"<code>{esc(_yaml_value(value))}</code>") for key, value in changed])
+    intro = '<p class="caption intro">What it sets beyond the defaults:</p>' if facts else ""
+    whole = (
+        "<details><summary>The whole effective recipe, every default filled in</summary>"
+        f"<pre>{esc(run.recipe_text)}</pre></details>"
+    )
+    return section("Recipe", intro, facts, whole)
+
+
+def _yaml_value(value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def _machine(run: Run) -> str:
+    parameters = number(run.info, "model", "parameters")
+    base = number(run.info, "model", "base_bytes")
+    targets = pick(run.info, "adapter", "targets")
+    model = [
+        ("Model", esc(words(run.info, "model", "path"))),
+        ("Architecture", esc(words(run.info, "model", "architecture"))),
+        ("Parameters", count(parameters) if parameters is not None else ""),
+        ("Quantization", esc(words(run.info, "model", "quantization"))),
+        ("4-bit layers", _count_of(run, "model", "four_bit_modules")),
+        ("Compute dtype", esc(words(run.info, "model", "compute_dtype"))),
+        ("Storage dtype", esc(words(run.info, "model", "quant_storage"))),
+        ("Base in memory", size(base) if base is not None else ""),
+        ("Adapted", esc(", ".join(map(str, targets)) if isinstance(targets, list) else targets or "")),
+        ("Projection seed", _count_of(run, "adapter", "seed")),
+    ]
+    versions = pick(run.info, "versions")
+    versions = versions if isinstance(versions, dict) else {}
+    machine = [("Device", esc(words(run.info, "device")))]
+    machine += [
+        ("Started", esc(moment(words(run.info, "started")))),
+        ("Finished", esc(moment(words(run.info, "finished")))),
+    ]
+    machine += [(str(name), esc(version)) for name, version in versions.items()]
+    left, right = fact_list(model), fact_list(machine)
+    return section(
+        "Model and machine", f'<div class="columns"><div>{left}</div><div>{right}</div></div>' if left or right else ""
+    )

@@ -1,0 +1,97 @@
+"""Open what a run left behind: recipe, base model and trained adapter, from its directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from . import model
+from .errors import InputError
+from .recipe import ModelSection, Recipe, load_recipe
+
+RECIPE_FILE = "recipe.yaml"
+
+
+@dataclasses.dataclass
+class OpenRun:
+    """A run ready to use. ``recipe`` is None for an adapter directory that stands alone."""
+
+    path: Path
+    recipe: Recipe | None
+    base: model.Base
+    model: Any
+
+
+def locate(path: Path) -> tuple[Recipe | None, ModelSection, Path]:
+    """Recipe, model section and adapter directory of a run or adapter directory, without loading anything big.
+
+    Raises:
+        InputError: it is neither, or the run has no adapter yet.
+    """
+    if not path.is_dir():
+        raise InputError(f"{path}: no such directory. Expected a run (with {RECIPE_FILE} and adapter/) or an adapter directory.")
+    if (path / RECIPE_FILE).is_file():
+        recipe = load_recipe(path / RECIPE_FILE)
+        adapter = path / "adapter"
+        if not adapter.is_dir():
+            raise InputError(f"{path}: this run has no adapter/ yet; finish it with `qvera train ... --resume`.")
+        return recipe, recipe.model, adapter
+    if (path / model.ADAPTER_CONFIG).is_file():
+        config, _ = model.read_adapter(path)
+        if config.base_model_name_or_path is None:
+            raise InputError(f"{path / model.ADAPTER_CONFIG}: names no base model (base_model_name_or_path).")
+        return None, ModelSection(path=config.base_model_name_or_path, revision=config.revision), path
+    raise InputError(
+        f"{path}: is neither a run (it has no {RECIPE_FILE}) nor an adapter directory (it has no {model.ADAPTER_CONFIG})."
+    )
+
+
+def open_run(path: str | Path, *, adapter: bool = True) -> OpenRun:
+    """Load base and adapter of a run or adapter directory, ready for answers.
+
+    Args:
+        adapter: False: the base model alone (for a comparison).
+    """
+    path = Path(path)
+    recipe, section, directory = locate(path)
+    if adapter:
+        model.read_adapter(directory)  # a broken adapter is found before a big model is loaded
+    base = model.load_base(section)
+    return OpenRun(path, recipe, base, model.load_adapter(base.model, directory) if adapter else base.model)
+
+
+def describe(path: str | Path) -> dict[str, Any]:
+    """Facts of a run or adapter directory, read from its files: base, adapter, counts, hashes, versions (`qvera info`)."""
+    path = Path(path)
+    recipe, section, directory = locate(path)
+    config, vectors = model.read_adapter(directory)
+    facts: dict[str, Any] = {
+        "kind": "run" if recipe is not None else "adapter",
+        "path": str(path),
+        "base": section.path,
+        "base_revision": section.revision,
+        "quantization": section.quantization if recipe is not None else None,
+        "rank": config.rank,
+        "targets": config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules or ()),
+        "adapted_modules": sum(name.endswith(".qvera_b") for name in vectors),
+        "trained_numbers": sum(t.numel() for t in vectors.values()),
+        "adapter_file_bytes": (directory / model.ADAPTER_WEIGHTS).stat().st_size,
+        "projection_seed": config.projection_seed,
+        "projection_generator": config.projection_generator,
+        "projection_sha256": config.projection_sha256,
+        "adapter_sha256": model.file_sha256(directory / model.ADAPTER_WEIGHTS),
+        "format_version": config.format_version,
+        "peft_type": config.peft_type,
+    }
+    summary = path / "run.json"
+    if summary.is_file():
+        try:
+            run = json.loads(summary.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{summary}: is not JSON ({error}).") from None
+        facts["status"] = run.get("status")
+        facts["versions"] = run.get("versions")
+        facts["result"] = {k: v for k, v in (run.get("result") or {}).items() if not isinstance(v, dict)}
+    return facts

@@ -1,0 +1,456 @@
+"""The only training loop, from top to bottom.
+
+A run is a function of its recipe: the rows of optimizer step k depend on k alone, the loss is the mean over the
+trained tokens of the whole global batch, and a checkpoint holds everything else that a step depends on. So a resumed
+run gives the numbers of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import math
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from . import checkpoint, evaluate, measure
+from .data import Datasets, Example, build_datasets, collate, global_batch, microbatches, print_preflight, steps_per_epoch
+from .errors import InputError, Interrupted, RunFailed
+from .metrics import MetricsLog, Progress, Trackers
+from .model import (
+    Base,
+    adapter_facts,
+    attach,
+    enable_checkpointing,
+    load_base,
+    load_tokenizer,
+    load_vectors,
+    named_vectors,
+    pick_device,
+    save_adapter,
+)
+from .optimize import build_optimizer, build_schedule, optimizer_bytes
+from .recipe import Recipe, load_recipe
+from .report import write_report
+
+
+@dataclasses.dataclass
+class RunResult:
+    """What `train` leaves behind: the run directory and the contents of its run.json."""
+
+    run_dir: Path
+    run: dict[str, Any]
+
+
+@dataclasses.dataclass
+class _Progressed:
+    """Everything a later step depends on besides vectors, optimizer and random state; saved in each checkpoint."""
+
+    step: int = 0
+    best_loss: float | None = None
+    best_step: int | None = None
+    evaluations_without_gain: int = 0
+    stopped_early: bool = False
+    train_loss_first: float | None = None
+    train_loss_last: float | None = None
+    train_seconds: float = 0.0
+    input_tokens: int = 0
+    before: dict[str, Any] | None = None
+    samples_before: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+
+class LocalEngine:
+    """One process: backward, clip, step. A DeepSpeed engine takes this object's place when there are many."""
+
+    world_size = 1
+    rank = 0
+
+    def __init__(self, vectors: dict[str, torch.nn.Parameter], optimizer: Any, schedule: Any, max_grad_norm: float) -> None:
+        self.parameters = list(vectors.values())
+        self.optimizer, self.schedule, self.max_grad_norm = optimizer, schedule, max_grad_norm
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def clip(self) -> float:
+        """Norm of the gradient of all vectors together before clipping."""
+        limit = self.max_grad_norm if self.max_grad_norm > 0 else math.inf
+        return float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+
+    def step(self) -> float:
+        """Take the optimizer step; returns the learning rate it was taken with."""
+        rate = self.schedule.get_last_lr()[0]
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return rate
+
+
+def run_directory(recipe: Recipe, recipe_path: Path | None) -> Path:
+    """``training.output_dir``, or ``runs/`` and the recipe's file name."""
+    if recipe.training.output_dir is not None:
+        return Path(os.path.expanduser(recipe.training.output_dir))
+    return Path("runs") / (recipe_path.stem if recipe_path is not None else "run")
+
+
+def train(
+    recipe: Recipe,
+    run_dir: Path,
+    *,
+    resume: bool = False,
+    dry_run: bool = False,
+    console: Console | None = None,
+    base: Base | None = None,
+) -> RunResult | None:
+    """Train an adapter as a recipe says and leave a run directory behind.
+
+    Args:
+        run_dir: must not hold a run yet, unless ``resume``.
+        resume: go on from the newest checkpoint in ``run_dir`` that verifies.
+        dry_run: stop after the preflight; nothing is written (returns None).
+        base: an already loaded base, for callers that train more than once on it.
+
+    Raises:
+        InputError: recipe, data, model or run directory are wrong; nothing was written.
+        Interrupted: SIGINT or SIGTERM came; a checkpoint was saved at the step boundary.
+        RunFailed: the loss or the gradient became NaN or Inf; the last checkpoint is kept.
+    """
+    console = console or Console(stderr=True)
+    training = recipe.training
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    _check_run_dir(run_dir, recipe, resume, dry_run)
+    device = pick_device()
+    torch.manual_seed(training.seed)
+    if training.full_determinism:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+    # data first: a wrong row is found before minutes go into loading and quantizing a model
+    tokenizer = base.tokenizer if base is not None else load_tokenizer(recipe.model)
+    datasets = build_datasets(recipe.data, tokenizer, console)
+    if not datasets.train:
+        raise InputError(f"{recipe.data.path}: no row is left to train on. Raise data.max_length.")
+    print_preflight(datasets, tokenizer, console)
+    if dry_run:
+        return None
+
+    with console.status(f"Loading {recipe.model.path}"):
+        base = base or load_base(recipe.model, device)
+        model = attach(base.model, recipe.adapter, recipe.model.path)
+    if training.gradient_checkpointing:
+        enable_checkpointing(model)
+    vectors = named_vectors(model)
+    optimizer = build_optimizer(training, vectors)
+    per_epoch = steps_per_epoch(len(datasets.train), training.global_batch_size)
+    steps = training.max_steps if training.max_steps >= 0 else math.ceil(training.num_train_epochs * per_epoch)
+    schedule = build_schedule(training, optimizer, steps)
+    engine = LocalEngine(vectors, optimizer, schedule, training.max_grad_norm)
+    done = _Progressed()
+
+    checkpoints = run_dir / "checkpoints"
+    if resume:
+        found = checkpoint.newest(checkpoints, warn=lambda text: console.print(f"[yellow]{text}"))
+        if found is None:
+            console.print(f"No checkpoint in {checkpoints} verifies: starting from step 0.")
+        else:
+            checkpoint.restore(found, vectors, optimizer)
+            schedule.load_state_dict(found.state["schedule"])
+            for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
+                group["lr"] = rate
+            done = _Progressed(**found.state["progressed"])
+            console.print(f"Going on from step {done.step} of {steps} ({found.path}).")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    log = MetricsLog(run_dir / "metrics.jsonl", keep_through_step=done.step)
+    run = _run_facts(base, model, datasets, device, started)
+    facts: dict[str, Any] = run["adapter"]
+    console.print(
+        f"Training {facts['trainable_parameters']:,} numbers in {facts['adapted_modules']} linears "
+        f"(LoRA r=64 would have {facts['lora_r64_parameters']:,}) for {steps} steps on {measure.device_name(device)}."
+    )
+
+    def save() -> None:
+        state = {"schedule": schedule.state_dict(), "progressed": dataclasses.asdict(done)}
+        checkpoint.save(checkpoints, done.step, vectors, optimizer, _plain(state))
+        keep = {done.best_step} if done.best_step is not None else set()
+        checkpoint.prune(checkpoints, training.save_total_limit, keep)
+
+    def score(label: str) -> dict[str, Any] | None:
+        return _score(model, base, datasets, recipe, console, label)
+
+    signals = _StopRequests()
+    trackers = Trackers(training.report_to, run_dir, recipe.to_dict())
+    with signals, trackers:
+        if done.before is None and datasets.eval:
+            done.before = score("Before training")
+            done.samples_before = _samples(model, base, datasets.eval, recipe)
+        model.train()
+        with Progress(console, steps, done.step) as bar:
+            while done.step < steps and not done.stopped_early and not signals.asked:
+                record = _step(model, engine, datasets, recipe, done, device)
+                log.write(record)
+                trackers.log(record)
+                bar.update(record)
+                if done.step == 1 and training.optim != "adamw":
+                    plain = 2 * 4 * sum(p.numel() for p in vectors.values())
+                    console.print(
+                        f"{training.optim} holds {optimizer_bytes(optimizer):,} bytes of state; torch's adamw would hold {plain:,}."
+                    )
+                if datasets.eval and training.eval_steps and done.step % training.eval_steps == 0:
+                    best_before = done.best_step
+                    _evaluate(model, datasets, recipe, done, log, trackers, bar)
+                    if done.best_step != best_before:
+                        save()  # the best vectors are then on disk, whatever comes
+                if done.step % training.save_steps == 0:
+                    save()
+        if done.step and not (checkpoints / f"step-{done.step:08d}").exists():
+            save()
+        if signals.asked and done.step < steps and not done.stopped_early:
+            run["status"] = "interrupted"
+            _finish(run_dir, run, done, model, steps, per_epoch, device, None, [])
+            raise Interrupted(
+                f"Stopped by {signals.asked} after step {done.step} of {steps}, and saved. The same command with --resume goes on."
+            )
+        if training.load_best_model_at_end and done.best_step is not None and done.best_step != done.step:
+            best = checkpoint.load(checkpoints / f"step-{done.best_step:08d}")
+            load_vectors(model, best.vectors, str(best.path))
+        run["adapter"]["file_bytes"] = save_adapter(model, run_dir / "adapter")
+        after = score("After training") if datasets.eval else None
+        samples = _samples(model, base, datasets.eval, recipe) if datasets.eval else []
+    run["status"] = "done"
+    _finish(run_dir, run, done, model, steps, per_epoch, device, after, samples)
+    return RunResult(run_dir, run)
+
+
+def _step(
+    model: Any, engine: LocalEngine, datasets: Datasets, recipe: Recipe, done: _Progressed, device: torch.device
+) -> dict[str, Any]:
+    """One optimizer step: accumulate the gradient of the mean loss over the global batch's trained tokens, clip, step."""
+    training, data = recipe.training, recipe.data
+    began = time.perf_counter()
+    rows = global_batch(done.step, len(datasets.train), training.global_batch_size, data.seed, data.shuffle)
+    trained = sum(datasets.train[i].trained_tokens for i in rows)
+    nlls, inputs = [], 0
+    for micro in microbatches(rows, training.per_device_train_batch_size):
+        batch = collate([datasets.train[i] for i in micro], datasets.pad_id, device)
+        nll, _ = evaluate.batch_nll(model, batch, training.loss_chunk_tokens)
+        # divided by the tokens of the whole global batch, so that accumulation does not change the mean
+        engine.backward(nll / trained)
+        nlls.append(nll.detach())
+        inputs += int(batch["attention_mask"].sum())
+    losses = torch.stack(nlls).tolist()
+    norm = engine.clip()
+    if not all(map(math.isfinite, losses)) or not math.isfinite(norm):
+        raise RunFailed(_not_finite(done.step + 1, losses, norm, rows, datasets.train, training.per_device_train_batch_size))
+    rate = engine.step()
+    done.step += 1
+    seconds = time.perf_counter() - began
+    loss = sum(losses) / trained
+    done.train_loss_first = loss if done.train_loss_first is None else done.train_loss_first
+    done.train_loss_last = loss
+    done.train_seconds += seconds
+    done.input_tokens += inputs
+    per_epoch = steps_per_epoch(len(datasets.train), training.global_batch_size)
+    return {
+        "kind": "train",
+        "step": done.step,
+        "epoch": round(done.step / per_epoch, 4),
+        "loss": loss,
+        "learning_rate": rate,
+        "grad_norm": norm,
+        "trained_tokens": trained,
+        "input_tokens": inputs,
+        "step_seconds": seconds,
+        "tokens_per_second": inputs / seconds,
+        "memory_bytes": measure.memory_bytes(device),
+        "peak_bytes": measure.peak_bytes(device),
+    }
+
+
+def _not_finite(step: int, losses: list[float], norm: float, rows: list[int], train: list[Example], size: int) -> str:
+    bad = [micro for micro, loss in zip(microbatches(rows, size), losses, strict=True) if not math.isfinite(loss)]
+    where = ", ".join(train[i].source for micro in bad for i in micro) or "the gradient only; rows " + ", ".join(
+        train[i].source for i in rows
+    )
+    return (
+        f"Step {step}: the loss or its gradient is not finite (losses {losses}, gradient norm {norm}); rows: {where}. No step was "
+        "taken and earlier checkpoints are kept. Lower training.learning_rate, or look at these rows."
+    )
+
+
+def _evaluate(
+    model: Any, datasets: Datasets, recipe: Recipe, done: _Progressed, log: MetricsLog, trackers: Trackers, bar: Progress
+) -> None:
+    """Held-out loss in the middle of a run: logged, and compared with the best so far."""
+    result = _held_out(model, datasets, recipe)
+    record = {"kind": "eval", "step": done.step, **result}
+    log.write(record)
+    trackers.log(record)
+    bar.note(f"step {done.step}: held-out loss {result['loss']:.4f}, perplexity {result['perplexity']:.3f}")
+    if done.best_loss is None or result["loss"] < done.best_loss:
+        done.best_loss, done.best_step, done.evaluations_without_gain = result["loss"], done.step, 0
+    else:
+        done.evaluations_without_gain += 1
+        patience = recipe.training.early_stopping_patience
+        if patience and done.evaluations_without_gain >= patience:
+            done.stopped_early = True
+            bar.note(f"stopping: {patience} evaluations without a lower held-out loss (best: step {done.best_step})")
+
+
+def _held_out(model: Any, datasets: Datasets, recipe: Recipe) -> dict[str, Any]:
+    return evaluate.held_out_loss(
+        model,
+        datasets.eval,
+        pad_id=datasets.pad_id,
+        batch_size=recipe.training.per_device_eval_batch_size,
+        chunk_tokens=recipe.training.loss_chunk_tokens,
+    )
+
+
+def _score(
+    model: Any, base: Base, datasets: Datasets, recipe: Recipe, console: Console, label: str
+) -> dict[str, Any] | None:
+    """Held-out loss and, where the recipe asks for it, exact match of greedy answers."""
+    with console.status(f"{label}: held-out rows"):
+        result = _held_out(model, datasets, recipe)
+        if recipe.training.exact_match_rows:
+            rows = [e for e in datasets.eval if e.reference is not None][: recipe.training.exact_match_rows]
+            answers = evaluate.answer_rows(
+                model, base.tokenizer, rows, max_new_tokens=recipe.training.sample_max_new_tokens
+            )
+            if answers:
+                result["exact_match"] = sum(bool(a["exact"]) for a in answers) / len(answers)
+                result["exact_match_rows"] = len(answers)
+    text = f"{label}: held-out loss {result['loss']:.4f}"
+    if "exact_match" in result:
+        text += f", exact match {result['exact_match']:.1%} of {result['exact_match_rows']} rows"
+    console.print(text)
+    return result
+
+
+def _samples(model: Any, base: Base, examples: list[Example], recipe: Recipe) -> list[dict[str, Any]]:
+    rows = [e for e in examples if len(e.prompt_ids)][: recipe.training.sample_count]
+    return evaluate.answer_rows(model, base.tokenizer, rows, max_new_tokens=recipe.training.sample_max_new_tokens)
+
+
+def _run_facts(base: Base, model: Any, datasets: Datasets, device: torch.device, started: str) -> dict[str, Any]:
+    return {
+        "format": 1,
+        "status": "running",
+        "started": started,
+        "model": base.facts,
+        "adapter": {**adapter_facts(model), "file_bytes": None},
+        "data": datasets.stats.to_dict(),
+        "versions": measure.versions(),
+        "device": measure.device_name(device),
+    }
+
+
+def _finish(
+    run_dir: Path,
+    run: dict[str, Any],
+    done: _Progressed,
+    model: Any,
+    steps: int,
+    per_epoch: int,
+    device: torch.device,
+    after: dict[str, Any] | None,
+    samples: list[dict[str, Any]],
+) -> None:
+    """Write run.json and the report page."""
+    run["finished"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    run["result"] = {
+        "steps": done.step,
+        "planned_steps": steps,
+        "epochs": done.step / per_epoch,
+        "train_loss_first": done.train_loss_first,
+        "train_loss_last": done.train_loss_last,
+        "eval_before": done.before,
+        "eval_after": after,
+        "best_step": done.best_step,
+        "stopped_early": done.stopped_early,
+        "seconds": done.train_seconds,
+        "tokens_per_second": done.input_tokens / done.train_seconds if done.train_seconds else None,
+        "peak_bytes": measure.peak_bytes(device),
+    }
+    run["samples"] = [
+        {"prompt": a["prompt"], "reference": a["reference"], "before": b["answer"], "after": a["answer"]}
+        for b, a in zip(done.samples_before, samples, strict=False)
+    ]
+    partial = run_dir / ".run.json.partial"
+    partial.write_text(json.dumps(_plain(run), indent=1, ensure_ascii=False), encoding="utf-8")
+    partial.replace(run_dir / "run.json")
+    write_report(run_dir)
+
+
+def _plain(value: Any) -> Any:
+    """JSON without NaN (which other parsers refuse): not-a-number becomes null."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _check_run_dir(run_dir: Path, recipe: Recipe, resume: bool, dry_run: bool) -> None:
+    if dry_run:
+        return
+    existing = run_dir / "recipe.yaml"
+    if run_dir.exists() and not run_dir.is_dir():
+        raise InputError(f"{run_dir}: is a file; a run needs a directory (training.output_dir).")
+    if existing.exists() and not resume:
+        raise InputError(
+            f"{run_dir}: already holds a run. Add --resume to go on with it, or choose another training.output_dir."
+        )
+    if resume and not existing.exists():
+        raise InputError(f"{run_dir}: holds no run to resume (no recipe.yaml).")
+    if resume:
+        before, now = load_recipe(existing).to_dict(), recipe.to_dict()
+        # these may change in the middle of a run without changing what its steps compute
+        for free in ("output_dir", "save_steps", "save_total_limit", "report_to"):
+            before["training"].pop(free), now["training"].pop(free)
+        changed = [f"{s}.{k}" for s in now if s != "export" for k in now[s] if before[s].get(k) != now[s][k]]
+        if changed:
+            raise InputError(
+                f"{run_dir}: was started with another recipe; {', '.join(changed)} changed. Undo that, or start a new run in "
+                "another training.output_dir."
+            )
+    parent = run_dir
+    while not parent.exists():
+        parent = parent.parent
+    if not os.access(parent, os.W_OK):
+        raise InputError(f"{run_dir}: {parent} is not writable. Choose another training.output_dir.")
+
+
+class _StopRequests:
+    """SIGINT and SIGTERM ask for a stop at the next step boundary; a second SIGINT stops at once."""
+
+    def __init__(self) -> None:
+        self.asked: str | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> _StopRequests:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._previous[number] = signal.signal(number, self._ask)
+            except ValueError:  # not the main thread (a notebook's worker): leave signals alone
+                break
+        return self
+
+    def _ask(self, number: int, _frame: Any) -> None:
+        if self.asked is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = signal.Signals(number).name
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,69 @@
+"""The adapter's config: what `adapter_config.json` holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+
+from ..errors import InputError
+from ..recipe import AdapterSection
+from .projection import GENERATOR
+
+PEFT_TYPE = "QVERA"
+FORMAT_VERSION = 1
+
+
+@dataclass
+class QveraConfig(PeftConfig):
+    """A VeRA adapter over a (quantized) base. Defaults are those of a recipe's adapter section.
+
+    Args:
+        rank: length of d and number of rows of A.
+        target_modules: ``"all-linear"`` (every linear but the head) or names; each name must match something.
+        d_initial: initial value of every element of d (0.1, VeRA section 3.2).
+        dropout: dropout probability on the adapter's input.
+        projection_seed: the seed of A and B, see `qvera.vera.projection`.
+        projection_generator, projection_shapes, projection_sha256: filled in when the adapter is attached and checked when it
+            is loaded, so that an adapter never runs on other projections than it was trained with.
+        format_version: version of this file's meaning.
+        magnitude, seed_chain: reserved for later formats; refused when set.
+
+    Raises:
+        InputError: the config was written by a newer format or by another generator.
+    """
+
+    rank: int = field(default=AdapterSection.rank)
+    target_modules: str | list[str] | set[str] | None = field(default="all-linear")
+    d_initial: float = field(default=AdapterSection.d_initial)
+    dropout: float = field(default=AdapterSection.dropout)
+    projection_seed: int = field(default=AdapterSection.seed)
+    projection_generator: str = field(default=GENERATOR)
+    projection_shapes: dict[str, list[int]] | None = field(default=None)
+    projection_sha256: str | None = field(default=None)
+    format_version: int = field(default=FORMAT_VERSION)
+    magnitude: bool | None = field(default=None)
+    seed_chain: list[int] | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type: Any = PEFT_TYPE  # a string: PEFT's enum stays as it is
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if self.format_version > FORMAT_VERSION or self.magnitude or self.seed_chain:
+            raise InputError(
+                f"this QVERA adapter has format version {self.format_version} and optional parts this qvera does not know "
+                f"(it reads version {FORMAT_VERSION}): update qvera."
+            )
+        if self.projection_generator != GENERATOR:
+            raise InputError(
+                f"this QVERA adapter's projections come from the generator {self.projection_generator!r}; this qvera has "
+                f"{GENERATOR!r} only: update qvera."
+            )
+        if not isinstance(self.rank, int) or self.rank < 1:
+            raise InputError(f"rank: takes a whole number >= 1, got {self.rank!r}.")
+        if not 0.0 <= self.dropout < 1.0:
+            raise InputError(f"dropout: takes a number >= 0 and < 1, got {self.dropout!r}.")
+        if self.projection_seed < 0:
+            raise InputError(f"projection_seed: takes a whole number >= 0, got {self.projection_seed!r}.")

@@ -1,0 +1,115 @@
+"""The mathematics of VeRA: forward, backward and ΔW as pure functions over tensors.
+
+Notation (VeRA, arXiv 2310.11454, equation 2, with the Kaiming bounds as one scalar s, see `projection.vera_scale`):
+
+    x [T, n] input      A [r, n], B [m, r] frozen and shared      d [r], b [m] trained      s scalar
+    z = x Aᵀ            y = base + b ⊙ ((s d ⊙ z) Bᵀ) = base + z Cᵀ      with C = diag(b) B diag(s d)   [m, r]
+
+and for the upstream gradient g [T, m]:
+
+    M  = gᵀ z                           one GEMM [m, r]: everything the vectors need
+    ∂b_i = s Σ_k M_ik B_ik d_k          ∂d_k = s Σ_i b_i B_ik M_ik          ∂z = g C
+
+Only z is kept for backward: A is frozen, so x is never needed, and C is cheaper to build again than to keep.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+
+def project(x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+    """z = x Aᵀ: [..., n] and [r, n] give [..., r].
+
+    A node of its own in the graph, so that layers which read the same x can share z, and autograd then adds up their
+    ∂z before the one GEMM of backward. A is frozen, so autograd keeps a reference to A and not to x.
+    """
+    return torch.nn.functional.linear(x, A)
+
+
+def combined(B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """C = diag(b) B diag(s d) [m, r] in ``dtype``.
+
+    The product is taken in the vectors' dtype and rounded once: fewer roundings than scaling z and the output, and
+    the two elementwise passes over [T, r] and [T, m] disappear into one over [m, r].
+    """
+    return ((b.unsqueeze(1) * B) * (d * scale)).to(dtype)
+
+
+def _few(tokens: int, B: torch.Tensor) -> bool:
+    """Whether scaling z and the output, T (r + 2 m) elements, touches fewer elements than building C, m r of them."""
+    out_features, rank = B.shape
+    return tokens * (rank + 2 * out_features) < out_features * rank
+
+
+def delta_weight(A: torch.Tensor, B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """ΔW = diag(b) B diag(s d) A: [m, n], in the dtype of the inputs. x ΔWᵀ is what `expand` adds to the base output."""
+    return combined(B, d, b, scale, B.dtype) @ A
+
+
+class _Expand(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        base: torch.Tensor,
+        z: torch.Tensor,
+        d: torch.Tensor,
+        b: torch.Tensor,
+        B: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(z, d, b, B)
+        ctx.scale = scale
+        flat = z.reshape(-1, z.shape[-1])
+        if _few(flat.shape[0], B):  # a decoding step: C would cost more than the whole product
+            inner = flat * (d * scale).to(z.dtype)
+            delta = (inner @ B.to(z.dtype).t()).mul_(b.to(z.dtype))
+            return base + delta.view(base.shape).to(base.dtype)
+        C = combined(B, d, b, scale, z.dtype)
+        if base.dtype == z.dtype:
+            return torch.addmm(base.reshape(-1, base.shape[-1]), flat, C.t()).view(base.shape)
+        return base + (flat @ C.t()).view(base.shape).to(base.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        z, d, b, B = ctx.saved_tensors
+        need_base, need_z, need_d, need_b = ctx.needs_input_grad[:4]
+        g_flat = g.reshape(-1, g.shape[-1]).to(z.dtype)
+        z_flat = z.reshape(-1, z.shape[-1])
+        grad_z = grad_d = grad_b = None
+        if need_d or need_b:
+            M = (g_flat.t() @ z_flat).to(d.dtype)
+            M.mul_(B)
+            if need_b:
+                grad_b = (M @ d) * ctx.scale
+            if need_d:
+                grad_d = (b @ M) * ctx.scale
+        if need_z:
+            if _few(z_flat.shape[0], B):
+                grad_z = ((g_flat * b.to(z.dtype)) @ B.to(z.dtype)) * (d * ctx.scale).to(z.dtype)
+            else:
+                grad_z = g_flat @ combined(B, d, b, ctx.scale, z.dtype)
+            grad_z = grad_z.view(z.shape)
+        return (g if need_base else None), grad_z, grad_d, grad_b, None, None
+
+
+def expand(
+    base: torch.Tensor, z: torch.Tensor, d: torch.Tensor, b: torch.Tensor, B: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """y = base + b ⊙ ((s d ⊙ z) Bᵀ).
+
+    Args:
+        base: the frozen layer's output [..., m].
+        z: `project`'s output [..., r], in the compute dtype.
+        d, b: the vectors [r] and [m], normally fp32; their gradients come in the same dtype.
+        B: [m, r] in any dtype; frozen.
+        scale: see `projection.vera_scale`.
+
+    Returns:
+        [..., m] in base's dtype. Differentiable once in base, z, d and b.
+    """
+    return _Expand.apply(base, z, d, b, B, scale)

@@ -1,0 +1,160 @@
+"""The adapted linear: a frozen base layer plus VeRA's low-rank path, for every adapter attached to it."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .. import frozen, quantize
+from .config import QveraConfig
+from .functional import delta_weight, expand, project
+from .projection import SharedProjection, vera_scale
+
+
+def layer_shape(base_layer: nn.Module) -> tuple[int, int] | None:
+    """(in_features, out_features) of a layer that can be adapted, else None."""
+    if isinstance(base_layer, Conv1D):
+        return base_layer.weight.shape[0], base_layer.weight.shape[1]
+    if isinstance(base_layer, nn.Linear):  # bitsandbytes' linears are nn.Linear too
+        return base_layer.in_features, base_layer.out_features
+    return None
+
+
+class VectorDict(nn.ParameterDict):
+    """Adapter name → vector. Stays fp32 when the model is cast to 16 bits: the optimizer's steps are finer than bf16."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        def at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if moved.dtype.itemsize < tensor.dtype.itemsize else moved
+
+        return super()._apply(at_least_fp32, recurse)
+
+
+class QveraLinear(nn.Module, BaseTunerLayer):
+    """y = base(x) + b ⊙ ((s d ⊙ (x Aᵀ)) Bᵀ) (VeRA, equation 2) over `Linear4bit`, `Linear8bitLt`, `Linear` or `Conv1D`.
+
+    Shapes: x [..., in_features] to y [..., out_features]; per adapter d [rank] and b [out_features], fp32, trained.
+    The low-rank path runs in the base layer's compute dtype.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("qvera_b", "qvera_d")
+    other_param_names: tuple[str, ...] = ("qvera_rank", "qvera_dropout", "qvera_projection")
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, projection: SharedProjection, config: QveraConfig) -> None:
+        super().__init__()
+        shape = layer_shape(base_layer)
+        if shape is None:
+            raise TypeError(f"QVERA adapts linear layers, not {type(base_layer).__name__}")
+        self.base_layer = base_layer
+        self.in_features, self.out_features = shape
+        self.qvera_b = VectorDict()
+        self.qvera_d = VectorDict()
+        self.qvera_dropout = nn.ModuleDict()
+        # every layer names the same module, so that moving any part of the model moves the one pair with it
+        self.qvera_projection = nn.ModuleDict()
+        self.qvera_rank: dict[str, int] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._unmerged_weight: nn.Parameter | None = None
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, projection, config)
+
+    def update_layer(self, adapter_name: str, projection: SharedProjection, config: QveraConfig) -> None:
+        """Add the vectors of one more adapter: b = 0 and d = d_initial, so that the model starts unchanged."""
+        device = self.base_layer.weight.device
+        self.qvera_rank[adapter_name] = config.rank
+        self.qvera_projection[adapter_name] = projection
+        self.qvera_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.qvera_b[adapter_name] = nn.Parameter(torch.zeros(self.out_features, device=device, dtype=torch.float32))
+        self.qvera_d[adapter_name] = nn.Parameter(
+            torch.full((config.rank,), config.d_initial, device=device, dtype=torch.float32)
+        )
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def parts(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float]:
+        """A [r, n], B [m, r], d [r], b [m] and the scalar s of one adapter in this layer."""
+        rank = self.qvera_rank[adapter]
+        projection: Any = self.qvera_projection[adapter]
+        A, B = projection.slices(rank, self.in_features, self.out_features)
+        return A, B, self.qvera_d[adapter], self.qvera_b[adapter], vera_scale(rank, self.in_features)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        for adapter in self.active_adapters:
+            if adapter not in self.qvera_d:
+                continue
+            A, B, d, b, scale = self.parts(adapter)
+            dtype = frozen.compute_dtype(self.base_layer, x)
+            inner = self.qvera_dropout[adapter](x).to(dtype)
+            z = project(inner, A.to(dtype))
+            result = expand(result, z, d, b, B, scale)
+        return result
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """ΔW of one adapter in fp32, oriented as the base layer's weight: [out, in], or [in, out] for a Conv1D."""
+        A, B, d, b, scale = self.parts(adapter)
+        delta = delta_weight(A.float(), B.float(), d.detach().float(), b.detach().float(), scale)
+        return delta.t() if isinstance(self.base_layer, Conv1D) else delta
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add ΔW of the given (default: active) adapters to the base weight; `unmerge` restores the original bytes.
+
+        A quantized weight is quantized again; a warning gives the measured error of that.
+
+        Raises:
+            ValueError: ``safe_merge`` and the merged weight has NaN or Inf; the layer is left as it was.
+        """
+        adapter_names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.qvera_d]
+        if not adapter_names:
+            return
+        base: Any = self.base_layer
+        merged = quantize.dequantized_weight(base, torch.float32)
+        merged = merged + sum(self.get_delta_weight(name) for name in adapter_names)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(f"merging {adapter_names} gives NaN or Inf: the adapter or the base weight is broken")
+        original = base.weight
+        if isinstance(base, (quantize.Linear4bit, quantize.Linear8bit)):
+            replacement = quantize.requantized(base, merged)
+            self._install(replacement)
+            error = quantize.dequantized_weight(base, torch.float32) - merged
+            relative = (error.norm() / merged.norm()).item()
+            warnings.warn(
+                f"merged into a quantized weight, which is quantized again: relative error {relative:.2e} (Frobenius). "
+                "Export to 16 bits for an exact merge",
+                stacklevel=2,
+            )
+        else:
+            self._install(nn.Parameter(merged.to(original.dtype), requires_grad=original.requires_grad))
+        if self._unmerged_weight is None:
+            self._unmerged_weight = original
+        self.merged_adapters.extend(adapter_names)
+
+    def unmerge(self) -> None:
+        """Put the original weight back: the very bytes that were there before `merge`."""
+        if self._unmerged_weight is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self._install(self._unmerged_weight)
+        self._unmerged_weight = None
+        self.merged_adapters.clear()
+
+    def _install(self, weight: nn.Parameter) -> None:
+        base: Any = self.base_layer
+        base.weight = weight
+        if isinstance(base, quantize.Linear4bit):
+            base.quant_state = weight.quant_state
+        elif isinstance(base, quantize.Linear8bit):
+            base.state.CB, base.state.SCB = weight.CB, weight.SCB
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}: rank={rank}" for name, rank in self.qvera_rank.items())

@@ -1,0 +1,145 @@
+"""The PEFT side: which modules are adapted, the shared projections, and the names under which PEFT finds all this."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import mapping
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from torch import nn
+
+from .. import frozen
+from ..errors import InputError
+from .config import PEFT_TYPE, QveraConfig
+from .layer import QveraLinear, layer_shape
+from .projection import SharedProjection, projection_sha256
+
+
+class QveraModel(BaseTuner):
+    """Adapts the linears of a model with VeRA; one pair A, B serves all layers and all adapters of a seed."""
+
+    uses_shared_state: bool = True
+    prefix: str = "qvera_"
+    tuner_layer_cls = QveraLinear
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def _projection(self, seed: int, device: torch.device, dtype: torch.dtype) -> SharedProjection:
+        """The pair of this seed on this device (a model spread over devices has one on each)."""
+        pool = self.__dict__.setdefault("_projection_pool", [])
+        for projection in pool:
+            if (projection.seed, projection.A.device, projection.A.dtype) == (seed, device, dtype):
+                return projection
+        pool.append(SharedProjection(seed, device, dtype))
+        return pool[-1]
+
+    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        if getattr(model, "dtype", None) is None and not any(True for _ in model.parameters()):
+            raise InputError("the model has no parameters: there is nothing to adapt.")
+        frozen.freeze_linears(model)
+        config = _maybe_include_all_linear_layers(config, model)
+        if config.target_modules is None:
+            raise InputError("target_modules: takes `all-linear` or a list of module names, got nothing.")
+        matched: list[tuple[str, nn.Module]] = []
+        names: set[str] = {config.target_modules} if isinstance(config.target_modules, str) else set(config.target_modules)
+        unmatched, wrong_kind = set(names), []
+        for key, module in model.named_modules():
+            if not self._check_target_module_exists(config, key):
+                continue
+            base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            if layer_shape(base) is None:
+                wrong_kind.append(f"{key} ({type(base).__name__})")
+                continue
+            matched.append((key, base))
+            unmatched -= {name for name in names if key == name or key.endswith(f".{name}")}
+        if isinstance(config.target_modules, str) and matched:
+            unmatched = set()  # a regular expression
+        if wrong_kind:
+            raise InputError(
+                f"targets: QVERA adapts linear layers, but these are none: {', '.join(wrong_kind[:5])}. Name linears only."
+            )
+        if unmatched or not matched:
+            linears = sorted({k.rpartition(".")[2] for k, m in model.named_modules() if layer_shape(m) is not None})
+            raise InputError(
+                f"targets: no module of this model is named {', '.join(sorted(unmatched)) or names}. "
+                f"Its linears are named {', '.join(linears)}."
+            )
+        config.target_modules = _short_names(config.target_modules, [key for key, _ in matched], model)
+        shapes = [layer_shape(base) for _, base in matched]
+        largest_in = max(shape[0] for shape in shapes if shape)
+        largest_out = max(shape[1] for shape in shapes if shape)
+        self._check_projection(config, largest_in, largest_out)
+        for _, base in matched:
+            projection = self._projection(config.projection_seed, *_home(base))
+            projection.ensure(config.rank, largest_in, largest_out)
+
+    @staticmethod
+    def _check_projection(config: QveraConfig, largest_in: int, largest_out: int) -> None:
+        shapes = {"A": [config.rank, largest_in], "B": [largest_out, config.rank]}
+        digest = projection_sha256(config.rank, largest_in, largest_out, config.projection_seed)
+        if config.projection_shapes is not None and config.projection_shapes != shapes:
+            raise InputError(
+                f"this adapter was trained with projections of shapes {config.projection_shapes}, but this model and its "
+                f"targets need {shapes}: it belongs to another base model."
+            )
+        if config.projection_sha256 is not None and config.projection_sha256 != digest:
+            raise InputError(
+                f"the projections of seed {config.projection_seed} have SHA-256 {digest[:16]}… here and "
+                f"{config.projection_sha256[:16]}… in the adapter: the adapter file was changed, or made by another generator."
+            )
+        config.projection_shapes, config.projection_sha256 = shapes, digest
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+        **_: Any,
+    ) -> None:
+        base: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        projection = self._projection(peft_config.projection_seed, *_home(base))
+        if isinstance(target, QveraLinear):
+            target.update_layer(adapter_name, projection, peft_config)
+            return
+        layer = QveraLinear(target, adapter_name, projection, peft_config)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)  # a further adapter is not trained until it is made active
+        self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's own would move and cast the new module; ours is already where and what it should be
+        setattr(parent, child_name, new_module)
+
+
+def _short_names(targets: str | set[str] | list[str], matched: list[str], model: nn.Module) -> str | list[str]:
+    """Last names (``q_proj``) in place of full ones where they mean the same modules; sorted, so files are reproducible."""
+    if isinstance(targets, str):
+        return targets
+    last_names = {key.rpartition(".")[2] for key in matched}
+    same = {key for key, module in model.named_modules() if key.rpartition(".")[2] in last_names and "base_layer" not in key}
+    return sorted(last_names if same == set(matched) else set(targets))
+
+
+def _home(base: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where a layer's low-rank path lives: its device, and the dtype it computes in."""
+    weight: Any = base.weight
+    compute = getattr(base, "compute_dtype", None)
+    if compute is None:
+        # int8 layers hold integers and compute in their input's dtype, 16 bits as a rule
+        compute = weight.dtype if weight.dtype.is_floating_point else torch.bfloat16
+    return weight.device, compute
+
+
+def register() -> None:
+    """Make PEFT know ``QVERA``: `PeftModel.from_pretrained` and `save_pretrained` then work. Harmless when repeated.
+
+    PEFT's own registration helper takes names of its enum only; its mappings take any string.
+    """
+    key: Any = PEFT_TYPE
+    mapping.PEFT_TYPE_TO_CONFIG_MAPPING[key] = QveraConfig
+    mapping.PEFT_TYPE_TO_TUNER_MAPPING[key] = QveraModel
+    mapping.PEFT_TYPE_TO_PREFIX_MAPPING[key] = QveraModel.prefix

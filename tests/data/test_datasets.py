@@ -1,0 +1,211 @@
+"""From a recipe's data section to examples: splits, truncation, counts, what is refused, what is shown."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from transformers import PreTrainedTokenizerFast
+
+from qvera.data import Datasets, build_datasets, print_preflight
+from qvera.data.examples import length_histogram
+from qvera.data.sources import RawRow
+from qvera.data.tokenize import hold_out
+from qvera.errors import InputError
+from qvera.recipe import DataSection
+
+from .conftest import MakeTokenizer
+
+Write = Callable[..., str]
+
+
+def pairs(count: int, answer: str = "yes") -> list[dict[str, str]]:
+    return [{"prompt": f"question {i} ->", "completion": f" {answer} {i}"} for i in range(count)]
+
+
+def words(tokenizer: PreTrainedTokenizerFast, text: str) -> int:
+    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+@given(n=st.integers(2, 200), fraction=st.floats(0.001, 0.999), seed=st.integers(0, 2**64))
+def test_hold_out_is_a_disjoint_ordered_split(n: int, fraction: float, seed: int) -> None:
+    rows = [RawRow({}, str(i)) for i in range(n)]
+    train, held_out = hold_out(rows, fraction, seed)
+    assert train and held_out
+    assert sorted([*train, *held_out], key=lambda row: int(row.source)) == rows
+    for part in (train, held_out):
+        assert [int(row.source) for row in part] == sorted(int(row.source) for row in part)
+    assert (train, held_out) == hold_out(rows, fraction, seed)
+    assert abs(len(held_out) - n * fraction) <= 1
+
+
+def test_hold_out_follows_the_seed() -> None:
+    rows = [RawRow({}, str(i)) for i in range(100)]
+    assert hold_out(rows, 0.1, 0)[1] != hold_out(rows, 0.1, 1)[1]
+    assert hold_out(rows, 0.0, 0) == (rows, [])
+
+
+def test_eval_fraction_eval_path_and_limit(write: Write, base_tokenizer: PreTrainedTokenizerFast) -> None:
+    path, other = write(pairs(10), "a.jsonl"), write([{"instruction": "i", "output": "o"}], "b.jsonl")
+    split = build_datasets(DataSection(path=path, eval_fraction=0.2), base_tokenizer)
+    assert (len(split.train), len(split.eval)) == (8, 2)
+    limited = build_datasets(DataSection(path=path, limit=3, eval_path=other), base_tokenizer)
+    assert [e.source for e in limited.train] == [f"{path}:{n}" for n in (1, 2, 3)]
+    assert limited.eval[0].reference == "o"
+    with pytest.raises(InputError, match="data.eval_path: .* is data.path too"):
+        build_datasets(DataSection(path=path, eval_path=path), base_tokenizer)
+    with pytest.raises(InputError, match="is the only row, so none can be held out"):
+        build_datasets(DataSection(path=path, limit=1, eval_fraction=0.5), base_tokenizer)
+
+
+def test_held_out_rows_that_are_also_trained_on_are_counted(
+    write: Write, base_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    data = build_datasets(
+        DataSection(path=write(pairs(4), "a.jsonl"), eval_path=write(pairs(6)[3:], "b.jsonl")), base_tokenizer
+    )
+    assert data.stats.repeated_rows == 1
+
+
+def test_truncation_at_the_end(write: Write, base_tokenizer: PreTrainedTokenizerFast) -> None:
+    path = write([{"prompt": "question", "completion": " yes" * 40}, {"prompt": "q", "completion": " yes"}])
+    whole = build_datasets(DataSection(path=path), base_tokenizer)
+    cut = build_datasets(DataSection(path=path, max_length=20), base_tokenizer)
+    assert cut.train[0].input_ids.tolist() == whole.train[0].input_ids[:20].tolist()
+    assert cut.stats.truncated_rows == 1
+    assert cut.stats.truncated_tokens == len(whole.train[0].input_ids) - 20
+    assert cut.stats.tokens == 20 + len(whole.train[1].input_ids)
+    assert cut.stats.dropped_rows == 0
+
+
+def test_rows_without_a_trained_token_left_are_dropped_and_named(
+    write: Write, base_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path = write([{"prompt": "long question " * 30, "completion": " yes"}, {"prompt": "q", "completion": " yes"}])
+    data = build_datasets(DataSection(path=path, max_length=16), base_tokenizer)
+    assert [e.source for e in data.train] == [f"{path}:2"]
+    assert data.stats.dropped == {"max_length": [f"{path}:1"]}
+    assert data.stats.to_dict()["dropped_rows"] == 1 and data.stats.truncated_rows == 1
+    long = write([{"prompt": "x " * 99, "completion": "y"}])
+    with pytest.raises(InputError, match=r"no training row is left: .* Raise data\.max_length \(8\)"):
+        build_datasets(DataSection(path=long, max_length=8), base_tokenizer)
+
+
+def test_source_and_target_lengths(write: Write, base_tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer = base_tokenizer
+    path = write([{"instruction": "word " * 200, "output": "yes " * 100}])
+    section = DataSection(path=path, max_source_length=60, max_target_length=25)
+    example = build_datasets(section, tokenizer).train[0]
+    first = int(np.argmax(example.trained))
+    assert (first, len(example.input_ids) - first) == (60, 25)
+    assert example.trained[first:].all() and not example.trained[:first].any()
+    source = tokenizer.decode(example.input_ids[:first], clean_up_tokenization_spaces=False)
+    # The middle of the instruction goes; BOS, the introduction and the heading of the answer stay.
+    assert source.startswith("<s>Below is an instruction") and source.endswith("\n\n### Response:\n")
+    assert example.prompt_ids.tolist() == example.input_ids[:first].tolist()
+    whole = build_datasets(DataSection(path=path, max_length=100_000), tokenizer)
+    truncated = build_datasets(section, tokenizer).stats
+    assert truncated.truncated_tokens == whole.stats.tokens - 85 and truncated.truncated_rows == 1
+    exact = DataSection(
+        path=path, max_length=10_000, max_source_length=len(whole.train[0].prompt_ids), max_target_length=10_000
+    )
+    assert build_datasets(exact, tokenizer).stats.truncated_rows == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"prompt": "p", "completion": ""}], r":1: 1 row with no token to train on: its answer"),
+        ([{"prompt": "p", "completion": "c"}, {"prompt": "p", "completion": " \n"}], r":2: 1 row with no token"),
+        ([{"text": "a"}, {"text": ""}, {"text": " "}], r":2, .*:3: 2 rows with no token to train on"),
+        ([{"messages": [{"role": "user", "content": "x"}]}], "there is no assistant turn to train"),
+        (
+            [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "weight": 0}]}],
+            "no token to train on",
+        ),
+    ],
+)
+def test_rows_with_nothing_to_train(
+    rows: list[Any], message: str, write: Write, base_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(InputError, match=message):
+        build_datasets(DataSection(path=write(rows)), base_tokenizer)
+
+
+def test_many_hollow_rows_make_one_short_message(write: Write, base_tokenizer: PreTrainedTokenizerFast) -> None:
+    path = write([{"prompt": "p", "completion": "" if i % 2 else "c"} for i in range(600)])
+    with pytest.raises(InputError, match=r":2, .*:4, .*:6, .*:8, .*:10 and 295 more: 300 rows") as failure:
+        build_datasets(DataSection(path=path), base_tokenizer)
+    assert len(str(failure.value)) < 1000
+
+
+def test_tokenizer_without_eos_or_pad(write: Write, make_tokenizer: MakeTokenizer) -> None:
+    path = write(pairs(2))
+    with pytest.raises(InputError, match="has no eos_token"):
+        build_datasets(DataSection(path=path), make_tokenizer(eos=None))
+    tokenizer = make_tokenizer(pad=None)
+    size = len(tokenizer)
+    data = build_datasets(DataSection(path=path), tokenizer)
+    assert data.pad_id == tokenizer.eos_token_id and data.stats.pads_with_eos
+    assert len(tokenizer) == size and tokenizer.pad_token is None
+    assert "padded with eos" in preflight(data, tokenizer)
+
+
+def test_spelled_special_tokens_are_counted(write: Write, base_tokenizer: PreTrainedTokenizerFast) -> None:
+    path = write([{"prompt": "what is </s>?", "completion": "an end"}, {"prompt": "p", "completion": "c"}])
+    data = build_datasets(DataSection(path=path), base_tokenizer)
+    assert data.stats.spelled_rows == 1
+    assert "which are read as those tokens: 1" in preflight(data, base_tokenizer)
+
+
+def test_many_rows_are_in_file_order(write: Write, base_tokenizer: PreTrainedTokenizerFast) -> None:
+    path = write(pairs(2100))
+    out = io.StringIO()
+    data = build_datasets(DataSection(path=path), base_tokenizer, Console(file=out, force_terminal=True, width=100))
+    assert [e.source for e in data.train] == [f"{path}:{n}" for n in range(1, 2101)]
+    assert "Tokenizing" in out.getvalue()
+
+
+@given(st.lists(st.integers(1, 5000), min_size=1, max_size=50))
+def test_histogram_covers_every_row(lengths: list[int]) -> None:
+    edges, counts = length_histogram(np.array(lengths))
+    assert len(edges) == len(counts) + 1 <= 11
+    assert len(set(np.diff(edges))) == 1
+    assert counts == [sum(low <= t < high for t in lengths) for low, high in zip(edges, edges[1:], strict=False)]
+    assert sum(counts) == len(lengths)
+
+
+def preflight(data: Datasets, tokenizer: PreTrainedTokenizerFast, width: int = 1000) -> str:
+    out = io.StringIO()
+    print_preflight(data, tokenizer, Console(file=out, width=width))
+    return out.getvalue()
+
+
+def test_preflight_shows_what_is_trained(write: Write, smollm2_tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [{"prompt": "[red] hi", "completion": f"yes [/b] {i}", "id": i} for i in range(5)]
+    path = write([*rows, {"prompt": "long " * 300, "completion": "never", "id": 9}])
+    data = build_datasets(DataSection(path=path, eval_fraction=0.5, max_length=100), smollm2_tokenizer)
+    shown = preflight(data, smollm2_tokenizer)
+    assert "prompt-completion, template: the tokenizer's own" in shown
+    assert f"{data.stats.train_rows} to train on, {data.stats.eval_rows} held out" in shown
+    assert f"{data.stats.trained_tokens} tokens, {data.stats.trained_tokens / data.stats.tokens:.1%}" in shown
+    assert "Not read   columns id" in shown
+    assert f"Dropped because max_length cut off every trained token: {path}:6" in shown
+    assert "█" in shown
+    # Two rows, with the mark that survives a log file; brackets in the data are not read as colours.
+    for example in data.train[:2]:
+        assert f"⟦{example.reference}<|im_end|>⟧" in shown
+    assert shown.count("<|im_end|>⟧") == 2
+    assert "[red] hi<|im_end|>" in shown
+
+
+def test_preflight_shortens_long_rows(write: Write, base_tokenizer: PreTrainedTokenizerFast) -> None:
+    data = build_datasets(DataSection(path=write([{"text": "word " * 900}]), max_length=4000), base_tokenizer)
+    shown = preflight(data, base_tokenizer)
+    assert " tokens … " in shown and len(shown) < 4000

@@ -1,0 +1,168 @@
+"""A run learns, resumes to the bit, stops when asked, and refuses what would spoil it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qvera import trainer
+from qvera.errors import InputError, Interrupted, RunFailed
+from qvera.recipe import Recipe
+from qvera.trainer import train
+
+
+def records(run_dir: Path, kind: str = "train") -> list[dict[str, Any]]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if r["kind"] == kind]
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [r["loss"] for r in records(run_dir)]
+
+
+def vectors(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "adapter" / "adapter_model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_run_learns_and_leaves_its_files(make_recipe: Any, tmp_path: Path) -> None:
+    recipe = make_recipe(training={"max_steps": 40, "save_steps": 20, "eval_steps": 20, "exact_match_rows": 4})
+    result = train(recipe, tmp_path / "run")
+    assert result is not None
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    before, after = run["result"]["eval_before"]["loss"], run["result"]["eval_after"]["loss"]
+    assert after < before - 1.0
+    assert run["status"] == "done"
+    assert [r["step"] for r in records(tmp_path / "run")] == list(range(1, 41))
+    assert [r["step"] for r in records(tmp_path / "run", "eval")] == [20, 40]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        "adapter", "checkpoints", "metrics.jsonl", "recipe.yaml", "report.html", "run.json",
+    ]  # fmt: skip
+    assert sorted(p.name for p in (tmp_path / "run" / "adapter").iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors",
+    ]  # fmt: skip
+    assert run["adapter"]["trainable_parameters"] == sum(t.numel() for t in vectors(tmp_path / "run").values())
+    assert {t.dtype for t in vectors(tmp_path / "run").values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(make_recipe: Any, tmp_path: Path, dropout: float) -> None:
+    recipe = make_recipe(adapter={"dropout": dropout}, training={"max_steps": 8, "save_steps": 3, "eval_steps": 4})
+    train(recipe, tmp_path / "whole")
+    stop_after(recipe, tmp_path / "cut", step=4)
+    train(recipe, tmp_path / "cut", resume=True)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert same(vectors(tmp_path / "cut"), vectors(tmp_path / "whole"))
+    strip = lambda rows: [(r["step"], r["loss"]) for r in rows]  # noqa: E731
+    assert strip(records(tmp_path / "cut", "eval")) == strip(records(tmp_path / "whole", "eval"))
+
+
+def stop_after(recipe: Recipe, run_dir: Path, step: int) -> None:
+    """Run until SIGTERM arrives during ``step``; the run saves and says so."""
+    original = trainer._step
+
+    def interrupted(*args: Any) -> dict[str, Any]:
+        record = original(*args)
+        if record["step"] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return record
+
+    trainer._step = interrupted  # type: ignore[assignment]
+    try:
+        with pytest.raises(Interrupted, match=rf"SIGTERM after step {step} of .*--resume"):
+            train(recipe, run_dir)
+    finally:
+        trainer._step = original
+    assert (run_dir / "checkpoints" / f"step-{step:08d}" / "manifest.json").exists()
+
+
+def test_a_damaged_checkpoint_is_passed_over(make_recipe: Any, tmp_path: Path, capsys: Any) -> None:
+    recipe = make_recipe(training={"max_steps": 6, "save_steps": 2, "save_total_limit": 3})
+    train(recipe, tmp_path / "whole")
+    stop_after(recipe, tmp_path / "cut", step=5)
+    newest = tmp_path / "cut" / "checkpoints" / "step-00000005" / "vectors.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[-1] ^= 1
+    newest.write_bytes(bytes(data))
+    train(recipe, tmp_path / "cut", resume=True)
+    assert "vectors.safetensors: is missing or not what the manifest says" in " ".join(capsys.readouterr().err.split())
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert same(vectors(tmp_path / "cut"), vectors(tmp_path / "whole"))
+
+
+def test_accumulation_does_not_change_the_update(make_recipe: Any, tmp_path: Path) -> None:
+    """1 x 8, 2 x 4 and 4 x 2 rows: the same losses and vectors, though rows have different numbers of trained tokens."""
+    found = {}
+    for size in (8, 4, 2):
+        run = tmp_path / str(size)
+        train(make_recipe(training={"max_steps": 4, "per_device_train_batch_size": size}), run)
+        found[size] = (torch.tensor(losses(run)), vectors(run))
+    for size in (4, 2):
+        torch.testing.assert_close(found[size][0], found[8][0], rtol=1e-5, atol=0)
+        for name, tensor in found[8][1].items():
+            torch.testing.assert_close(found[size][1][name], tensor, rtol=1e-3, atol=2e-5)
+
+
+def test_nan_stops_the_run_and_names_step_and_rows(make_recipe: Any, tmp_path: Path) -> None:
+    recipe = make_recipe(training={"max_steps": 6, "save_steps": 2, "learning_rate": 1e-3})
+    original = trainer.evaluate.batch_nll
+    calls = 0
+
+    def poisoned(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        nll, count = original(*args)
+        return (nll * float("nan") if calls == 12 else nll), count  # 2 held-out batches, then 2 a step: step 5's second
+
+    trainer.evaluate.batch_nll = poisoned  # type: ignore[assignment]
+    try:
+        with pytest.raises(RunFailed, match=r"Step 5: .*rows\.jsonl:\d+"):
+            train(recipe, tmp_path / "run")
+    finally:
+        trainer.evaluate.batch_nll = original
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
+    assert [r["step"] for r in records(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_early_stopping_keeps_the_best_vectors(make_recipe: Any, tmp_path: Path) -> None:
+    recipe = make_recipe(
+        training={
+            "max_steps": 30, "eval_steps": 1, "early_stopping_patience": 2, "load_best_model_at_end": True,
+            "learning_rate": 60.0, "warmup_ratio": 0.0, "lr_scheduler_type": "constant", "max_grad_norm": 0,
+        }
+    )  # fmt: skip
+    result = train(recipe, tmp_path / "run")
+    assert result is not None
+    evals = records(tmp_path / "run", "eval")
+    best = min(evals, key=lambda r: r["loss"])
+    assert result.run["result"]["stopped_early"]
+    assert len(evals) == best["step"] + 2 < 30
+    assert result.run["result"]["best_step"] == best["step"]
+    assert result.run["result"]["eval_after"]["loss"] == pytest.approx(best["loss"], rel=1e-6)
+
+
+def test_a_finished_run_is_not_overwritten(make_recipe: Any, tmp_path: Path) -> None:
+    recipe = make_recipe(training={"max_steps": 1})
+    train(recipe, tmp_path / "run")
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    with pytest.raises(InputError, match="already holds a run. Add --resume"):
+        train(recipe, tmp_path / "run")
+    with pytest.raises(InputError, match=r"another recipe; adapter\.rank changed"):
+        train(make_recipe(adapter={"rank": 16}, training={"max_steps": 1}), tmp_path / "run", resume=True)
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+
+
+def test_dry_run_writes_nothing(make_recipe: Any, tmp_path: Path, capsys: Any) -> None:
+    assert train(make_recipe(), tmp_path / "run", dry_run=True) is None
+    assert not (tmp_path / "run").exists()
+    assert "⟦" in capsys.readouterr().err
