@@ -45,7 +45,11 @@ class Checkpoint:
 
 
 def save(
-    directory: Path, step: int, vectors: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: dict[str, Any]
+    directory: Path,
+    step: int,
+    vectors: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
 ) -> Path:
     """Write ``directory/step-XXXXXXXX``; it appears under this name only when it is complete and on disk."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -95,13 +99,17 @@ def load(path: Path) -> Checkpoint:
         manifest = json.loads((path / "manifest.json").read_text())
         files, version = manifest["files"], manifest["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: has no readable manifest.json ({type(error).__name__}), so it was not finished.") from None
+        raise InputError(
+            f"{path}: has no readable manifest.json ({type(error).__name__}), so it was not finished."
+        ) from None
     if version != FORMAT:
         raise InputError(f"{path}: has checkpoint format {version}; this qvera reads format {FORMAT}.")
     for name, facts in files.items():
         file = path / name
         if not file.is_file() or file.stat().st_size != facts["bytes"] or file_sha256(file) != facts["sha256"]:
-            raise InputError(f"{file}: is missing or not what the manifest says (SHA-256), so this checkpoint is damaged.")
+            raise InputError(
+                f"{file}: is missing or not what the manifest says (SHA-256), so this checkpoint is damaged."
+            )
     state = json.loads((path / "state.json").read_text())
     return Checkpoint(
         path,

@@ -3,9 +3,168 @@
 from __future__ import annotations
 
 import argparse
-import json
+import logging
 import sys
+import warnings
 from pathlib import Path
-from typing import Any
 
-from .errors import EXIT_DONE, EXIT_FAILED, InputError, QveraError
+from .errors import EXIT_DONE, EXIT_FAILED, QveraError
+
+_EPILOG = """\
+A run, from recipe to a checkpoint that any tool loads:
+  qvera train recipes/quickstart.yaml --dry-run     what would be trained: rows, tokens, marked
+  qvera train recipes/quickstart.yaml               writes runs/quickstart/
+  qvera eval runs/quickstart                        held-out loss, perplexity, exact match
+  qvera chat runs/quickstart                        talk to it
+  qvera export runs/quickstart --to merged out/     a fp16 checkpoint for plain transformers
+
+Exit codes: 0 done; 2 the input was wrong (nothing written); 75 interrupted, saved, go on with --resume; 1 it failed.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qvera",
+        description="Fine-tune a Llama in 4-bit with VeRA on the machine you have; keep the result in a file small enough to mail.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="store_true", help="print versions and exit")
+    parser.add_argument(
+        "--traceback", action="store_true", help="show the Python traceback of an error (for bug reports)"
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    def command(name: str, summary: str, detail: str = "") -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name, help=summary, description=summary + detail, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+
+    p = command(
+        "train",
+        "Train an adapter as a recipe says.",
+        "\n\nWrites adapter/, checkpoints/, recipe.yaml, metrics.jsonl, run.json and report.html into training.output_dir\n"
+        "(default: runs/<recipe name>). Ctrl-C saves at the next step boundary; --resume goes on from there.",
+    )
+    p.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file, see recipes/ and docs/recipe.md")
+    p.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
+        help="override one key of the recipe (repeatable), e.g. --set training.max_steps=100",
+    )  # fmt: skip
+    p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint that verifies")
+    p.add_argument(
+        "--dry-run", action="store_true", help="check everything, show the data, train nothing, write nothing"
+    )
+
+    p = command(
+        "quickstart", "Fetch a small real Llama, train it on a task that ships with qvera, show before and after."
+    )
+    p.add_argument("--fetch-only", action="store_true", help="make base model and data, print where they are, and stop")
+    p.add_argument(
+        "--output-dir", default="runs/quickstart", metavar="RUN", help="where the run goes (default: %(default)s)"
+    )
+    p.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides", help="as in train"
+    )
+    p.add_argument("--resume", action="store_true", help="go on with an interrupted quickstart")
+
+    p = command("chat", "Talk to a trained run.", "\n\n/reset forgets the conversation, /quit (or Ctrl-D) ends it.")
+    p.add_argument("run", type=Path, metavar="RUN", help="a run directory or an adapter directory")
+    p.add_argument("--system", help="a system prompt (default: the recipe's)")
+    p.add_argument("--base", action="store_true", help="talk to the base model without the adapter")
+    _add_sampling(p, max_new_tokens=512)
+
+    p = command(
+        "generate",
+        "Answer prompts from a file, batched, into a JSONL file.",
+        "\n\nPROMPTS: .jsonl, .json, .csv or .parquet rows as for training (a last assistant turn is ignored), or .txt with one\n"
+        "prompt a line. Each output line has source, prompt, answer.",
+    )
+    p.add_argument("run", type=Path, metavar="RUN", help="a run directory or an adapter directory")
+    p.add_argument("prompts", type=Path, metavar="PROMPTS")
+    p.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSONL to write; must not exist")
+    p.add_argument("--base", action="store_true", help="answer with the base model, without the adapter")
+    p.add_argument("--batch-size", type=int, default=16, metavar="N", help="prompts at a time (default: %(default)s)")
+    _add_sampling(p, max_new_tokens=256)
+
+    p = command("eval", "Held-out loss and perplexity, and exact match where a row has a reference.")
+    p.add_argument("run", type=Path, metavar="RUN", help="a run directory")
+    p.add_argument("--data", metavar="FILE", help="rows to evaluate on (default: the recipe's held-out rows)")
+    p.add_argument("--rows", type=int, metavar="N", help="use only the first N rows")
+    p.add_argument("--base", action="store_true", help="evaluate the base model without the adapter")
+    p.add_argument("--no-generation", action="store_true", help="loss only: no answers, no exact match")
+    p.add_argument("--max-new-tokens", type=int, metavar="N", help="tokens per answer (default: the recipe's)")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write scores and every answer as JSON")
+
+    p = command(
+        "export",
+        "Write the trained model in a form that other tools load.",
+        "\n\n--to merged: W + dW for every adapted weight in 16 bits; plain transformers loads it. The run trained on a quantized\n"
+        "base; --base original merges into the 16-bit weights, --base dequantized into what the vectors saw. The difference\n"
+        "between trained and exported model is measured and written to OUT/qvera_export.json.",
+    )
+    p.add_argument("run", type=Path, metavar="RUN", help="a run directory or an adapter directory")
+    p.add_argument("out", type=Path, metavar="OUT", help="a directory that is new or empty")
+    p.add_argument("--to", choices=["merged"], default="merged", help="what to write (default: %(default)s)")
+    p.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help="default: the recipe's, float16")
+    p.add_argument(
+        "--base", choices=["original", "dequantized"], dest="weights", help="default: the recipe's, original"
+    )
+    p.add_argument(
+        "--no-compare", action="store_true", help="do not measure the difference (saves loading both models)"
+    )
+
+    p = command("info", "What is this directory: base, rank, targets, counts, hashes, versions.")
+    p.add_argument("path", type=Path, metavar="DIR", help="a run or adapter directory")
+    p.add_argument("--json", action="store_true", help="as JSON")
+    return parser
+
+
+def _add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help="default: %(default)s")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: greedy (default)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling (default: %(default)s)")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    parser = build_parser()
+    args = parser.parse_args(arguments)
+    if args.version:
+        from .measure import versions
+
+        print("\n".join(f"{name} {version}" for name, version in versions().items()))
+        return EXIT_DONE
+    if args.command is None:
+        parser.print_help()
+        return EXIT_DONE
+    _quiet_imports()
+    try:
+        from . import commands
+
+        return int(getattr(commands, args.command.replace("-", "_"))(args) or EXIT_DONE)
+    except QveraError as error:
+        if args.traceback:
+            raise
+        print(f"qvera {args.command}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        if args.traceback:
+            raise
+        print(f"qvera {args.command}: interrupted before there was anything to save.", file=sys.stderr)
+        return EXIT_FAILED
+    except BrokenPipeError:
+        return EXIT_FAILED
+    except OSError as error:
+        if args.traceback:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"qvera {args.command}: {where}{error.strerror or error}", file=sys.stderr)
+        return EXIT_FAILED
+
+
+def _quiet_imports() -> None:
+    """Keep advice of the libraries below, which nobody can follow here, out of a command's output."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT uses a renamed attribute

@@ -21,7 +21,7 @@ from . import quantize
 
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, module: Any) -> torch.Tensor:
         ctx.module = module
         bias = None if module.bias is None else module.bias.to(x.dtype)
         return F.linear(x, quantize.dequantized_weight(module, x.dtype), bias)
@@ -32,7 +32,7 @@ class _FrozenLinear(torch.autograd.Function):
         return g @ quantize.dequantized_weight(ctx.module, g.dtype), None
 
 
-def frozen_linear(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+def frozen_linear(module: Any, x: torch.Tensor) -> torch.Tensor:
     """y = x Wᵀ + bias with W [m, n] frozen and quantized: [..., n] gives [..., m], in x's dtype, differentiable in x.
 
     The product is taken in the layer's compute dtype (`compute_dtype`).
@@ -46,7 +46,7 @@ def frozen_linear(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     return _FrozenLinear.apply(inner, module).to(x.dtype)
 
 
-def compute_dtype(module: torch.nn.Module, x: torch.Tensor) -> torch.dtype:
+def compute_dtype(module: Any, x: torch.Tensor) -> torch.dtype:
     """The dtype in which a layer multiplies: autocast's if on, a 4-bit layer's own, else that of its input."""
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)

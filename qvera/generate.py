@@ -13,12 +13,12 @@ from . import frozen
 
 
 @contextlib.contextmanager
-def generating(model: torch.nn.Module) -> Iterator[None]:
+def generating(model: Any) -> Iterator[None]:
     """For the time of the block: evaluation mode, the KV cache on, 4-bit layers in the layout of the fused kernel.
 
     Everything is put back afterwards; weights and later gradients are bit-unchanged.
     """
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     was_training, used_cache = model.training, inner.config.use_cache
     model.eval()
     inner.config.use_cache = True

@@ -37,7 +37,9 @@ class Head(NamedTuple):
         if module is None:
             raise RuntimeError(f"{type(model).__name__} has no output embeddings, so it is no causal language model")
         config: Any = model.config
-        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
+        )
         return cls(module, getattr(config, "final_logit_softcapping", None), scale)
 
 

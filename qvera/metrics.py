@@ -73,9 +73,7 @@ class Progress:
         self.bar.stop()
 
     def update(self, record: dict[str, Any]) -> None:
-        facts = (
-            f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  {memory_text(record['memory_bytes'])}"
-        )
+        facts = f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  {memory_text(record['memory_bytes'])}"
         self.bar.update(self.task, completed=record["step"], facts=facts)
         if not self.console.is_terminal and (record["step"] % self.every == 0 or record["step"] == self.steps):
             self.console.print(f"step {record['step']}/{self.steps}  {facts}")
@@ -98,7 +96,9 @@ class Trackers:
         known = {str(kind): cls for kind, cls in LOGGER_TYPE_TO_CLASS.items()}
         for name in wanted:
             if name not in known:
-                raise InputError(f"training.report_to: there is no reporter {name!r}; known: {', '.join(sorted(known))}, auto.")
+                raise InputError(
+                    f"training.report_to: there is no reporter {name!r}; known: {', '.join(sorted(known))}, auto."
+                )
             if find_spec(name) is None:
                 raise InputError(f"training.report_to: {name} is not installed; install it or remove it from the list.")
         self.run_dir, self.config = run_dir, config
@@ -115,6 +115,8 @@ class Trackers:
             directory = {"logging_dir": str(self.run_dir)} if cls.requires_logging_directory else {}
             name = "tensorboard" if cls.name == "tensorboard" else self.run_dir.name
             tracker = cls(name, **directory)
+            if hasattr(tracker, "start"):  # accelerate 1.12 and later open a tracker in a step of its own
+                tracker.start()
             flat = {f"{s}.{k}": str(v) for s, section in self.config.items() for k, v in section.items()}
             tracker.store_init_configuration(flat)
             self.open.append(tracker)

@@ -75,9 +75,7 @@ def load_tokenizer(section: ModelSection) -> Any:
     name = resolve_path(section.tokenizer or section.path)
     revision = None if section.tokenizer else section.revision
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=revision, trust_remote_code=section.trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError, HFValidationError, KeyError) as error:
         raise InputError(
             f"model.path: no tokenizer can be loaded from {name!r} ({_first_line(error)}). Expected tokenizer.json or "
@@ -142,7 +140,9 @@ def _check_local(name: str) -> None:
         if not any(path.glob("*.safetensors")):
             pickles = sorted(p.name for p in [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
             found = f"; it has {', '.join(pickles[:3])}, which are pickles and are not read" if pickles else ""
-            raise InputError(f"model.path: {name!r} has no *.safetensors weights{found}. Convert the weights to safetensors.")
+            raise InputError(
+                f"model.path: {name!r} has no *.safetensors weights{found}. Convert the weights to safetensors."
+            )
 
 
 def _first_line(error: BaseException) -> str:
@@ -151,7 +151,9 @@ def _first_line(error: BaseException) -> str:
     return line if line.endswith(".") else line + "."
 
 
-def read_back(model: nn.Module, section: ModelSection, dtype: torch.dtype, prequantized: bool = False) -> dict[str, Any]:
+def read_back(
+    model: nn.Module, section: ModelSection, dtype: torch.dtype, prequantized: bool = False
+) -> dict[str, Any]:
     """Quantization, dtypes, counts and bytes as read from the live modules (the ``model`` object of run.json).
 
     Raises:
@@ -183,7 +185,9 @@ def read_back(model: nn.Module, section: ModelSection, dtype: torch.dtype, prequ
     if found != wanted:
         problems.append(f"quantization is {found}, the recipe says {wanted}")
     if problems:
-        raise InputError(f"model: what was loaded from {section.path!r} is not what the recipe says: {'; '.join(problems)}.")
+        raise InputError(
+            f"model: what was loaded from {section.path!r} is not what the recipe says: {'; '.join(problems)}."
+        )
     quantized = {id(m.weight) for m in [*four_bit, *eight_bit]}
     dense_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in quantized)
     parameters = sum(p.numel() for p in model.parameters() if id(p) not in quantized)
@@ -327,7 +331,11 @@ def load_vectors(model: nn.Module, vectors: dict[str, torch.Tensor], source: str
     ours = named_vectors(model, adapter)
     missing, unknown = sorted(ours.keys() - vectors.keys()), sorted(vectors.keys() - ours.keys())
     if missing or unknown:
-        parts = [f"{len(keys)} {what} (first: {keys[0]})" for keys, what in ((missing, "missing"), (unknown, "unknown")) if keys]
+        parts = [
+            f"{len(keys)} {what} (first: {keys[0]})"
+            for keys, what in ((missing, "missing"), (unknown, "unknown"))
+            if keys
+        ]
         raise InputError(f"{source}: its vectors do not fit this model and these targets: {', '.join(parts)}.")
     for name, parameter in ours.items():
         if parameter.shape != vectors[name].shape:

@@ -30,7 +30,9 @@ def build_optimizer(section: TrainingSection, vectors: dict[str, nn.Parameter]) 
     if section.optim == "adamw":
         return torch.optim.AdamW(groups, **settings)
     if section.optim.startswith("paged") and not torch.cuda.is_available():
-        raise InputError(f"training.optim: {section.optim} pages its state through CUDA, and there is no GPU here; use adamw.")
+        raise InputError(
+            f"training.optim: {section.optim} pages its state through CUDA, and there is no GPU here; use adamw."
+        )
     return quantize.bitsandbytes_optimizer(section.optim, groups, **settings)
 
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import copy
 from typing import Any, NamedTuple
 
-import bitsandbytes as bnb
 import torch
-from bitsandbytes import functional as bnb_functional
 from transformers import BitsAndBytesConfig
 
+from ._bitsandbytes import bitsandbytes as bnb
 from .recipe import ModelSection
+
+bnb_functional: Any = bnb.functional
 
 Linear4bit = bnb.nn.Linear4bit
 Linear8bit = bnb.nn.Linear8bitLt
@@ -36,7 +37,7 @@ def quantization_config(section: ModelSection, compute_dtype: torch.dtype) -> Bi
     )
 
 
-def dequantized_weight(module: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
+def dequantized_weight(module: Any, dtype: torch.dtype) -> torch.Tensor:
     """The weight [out_features, in_features] of a linear layer in ``dtype``, dequantized if it is quantized.
 
     A dense layer's weight comes back as it is where the dtype already fits (not a copy).
@@ -62,7 +63,7 @@ def dequantized_weight(module: torch.nn.Module, dtype: torch.dtype) -> torch.Ten
     return weight.to(dtype)
 
 
-def _int8_rows(module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+def _int8_rows(module: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Packed rows int8 [m, n] and the absolute maximum of each row [m]; a forward pass moves them into the state."""
     state: Any = module.state
     if state.CB is not None:
@@ -70,7 +71,7 @@ def _int8_rows(module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     return module.weight.data, module.weight.SCB
 
 
-def storage_bytes(module: torch.nn.Module) -> int:
+def storage_bytes(module: Any) -> int:
     """Bytes that a linear layer's weight takes as stored, quantization state included."""
     weight = module.weight
     size = weight.numel() * weight.element_size()
@@ -98,7 +99,7 @@ class FourBitFacts(NamedTuple):
     blocksize: int
 
 
-def four_bit_facts(module: torch.nn.Module) -> FourBitFacts:
+def four_bit_facts(module: Any) -> FourBitFacts:
     """Read a Linear4bit's quantization back from its live tensors.
 
     Raises:
@@ -111,7 +112,7 @@ def four_bit_facts(module: torch.nn.Module) -> FourBitFacts:
     return FourBitFacts(state.quant_type, bool(state.nested), weight.dtype, module.compute_dtype, state.blocksize)
 
 
-def requantized(module: torch.nn.Module, weight: torch.Tensor) -> torch.nn.Parameter:
+def requantized(module: Any, weight: torch.Tensor) -> torch.nn.Parameter:
     """``weight`` [m, n] quantized the way ``module`` is, as a new parameter on the module's device (for merging)."""
     if isinstance(module, Linear4bit):
         facts, device = four_bit_facts(module), module.weight.device
@@ -138,6 +139,19 @@ def requantized(module: torch.nn.Module, weight: torch.Tensor) -> torch.nn.Param
     return bnb.nn.Int8Params(rows, requires_grad=False, has_fp16_weights=False, CB=rows, SCB=scales)
 
 
+def roundtrip(weight: torch.Tensor, section: ModelSection) -> torch.Tensor:
+    """A 16-bit weight [m, n] as the quantized base holds it: quantized as the recipe says, and dequantized again."""
+    if section.quantization == "none":
+        return weight
+    if section.quantization == "int8":
+        rows, scales, _ = bnb_functional.int8_vectorwise_quant(weight.to(torch.float16))
+        return (rows.to(torch.float32) * (scales.to(torch.float32) / 127.0).unsqueeze(1)).to(weight.dtype)
+    packed, state = bnb_functional.quantize_4bit(
+        weight, blocksize=64, compress_statistics=section.double_quant, quant_type=section.quantization
+    )
+    return bnb_functional.dequantize_4bit(packed, state)
+
+
 class InferencePack(NamedTuple):
     """A copy of a 4-bit weight in the layout of bitsandbytes' fused AVX512-BF16 kernel. The original is untouched."""
 
@@ -145,7 +159,7 @@ class InferencePack(NamedTuple):
     state: Any
 
 
-def inference_pack(module: torch.nn.Module) -> InferencePack | None:
+def inference_pack(module: Any) -> InferencePack | None:
     """Make that copy where the CPU and the shape allow it, else None (the caller dequantizes, as bitsandbytes does).
 
     bitsandbytes itself repacks the weight *in place* on the first evaluation pass, after which its gradients are wrong.
@@ -163,7 +177,7 @@ def inference_pack(module: torch.nn.Module) -> InferencePack | None:
     return InferencePack(packed, packed_state)
 
 
-def fused_matmul(x: torch.Tensor, module: torch.nn.Module, pack: InferencePack | None) -> torch.Tensor | None:
+def fused_matmul(x: torch.Tensor, module: Any, pack: InferencePack | None) -> torch.Tensor | None:
     """x Wᵀ [..., m] by bitsandbytes' fused 4-bit kernels, for use without gradients; None where there is no faster one."""
     if pack is not None:
         return bnb_functional.gemv_4bit(x, pack.weight, state=pack.state)

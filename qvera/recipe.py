@@ -293,19 +293,19 @@ def _explain(error: Any) -> tuple[str, str]:
         return ".".join(path), f"unknown key. {hint}"
     # pydantic adds the branch of a union to the path ("targets", "literal['all-linear']"): keep the keys only
     keys: list[str] = []
-    hint: Any = Recipe
+    taken: Any = Recipe
     for part in path:
-        hints = get_type_hints(hint, include_extras=True) if dataclasses.is_dataclass(hint) else {}
+        hints: dict[str, Any] = get_type_hints(taken, include_extras=True) if dataclasses.is_dataclass(taken) else {}
         if part not in hints:
             break
         keys.append(part)
-        hint = hints[part]
+        taken = hints[part]
     key = ".".join(keys) or "the recipe"
     if kind in ("missing", "missing_argument"):
         return key, "is missing and has no default." if keys else f"is missing: {path}"
-    if dataclasses.is_dataclass(hint):
+    if dataclasses.is_dataclass(taken):
         return key, f"takes a mapping of keys, got {got!r}."
-    return key, f"takes {_accepts(hint)}, got {got!r}."
+    return key, f"takes {_accepts(taken)}, got {got!r}."
 
 
 def _training_argument_advice(name: str) -> str | None:

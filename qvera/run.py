@@ -31,7 +31,9 @@ def locate(path: Path) -> tuple[Recipe | None, ModelSection, Path]:
         InputError: it is neither, or the run has no adapter yet.
     """
     if not path.is_dir():
-        raise InputError(f"{path}: no such directory. Expected a run (with {RECIPE_FILE} and adapter/) or an adapter directory.")
+        raise InputError(
+            f"{path}: no such directory. Expected a run (with {RECIPE_FILE} and adapter/) or an adapter directory."
+        )
     if (path / RECIPE_FILE).is_file():
         recipe = load_recipe(path / RECIPE_FILE)
         adapter = path / "adapter"
@@ -74,7 +76,9 @@ def describe(path: str | Path) -> dict[str, Any]:
         "base_revision": section.revision,
         "quantization": section.quantization if recipe is not None else None,
         "rank": config.rank,
-        "targets": config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules or ()),
+        "targets": config.target_modules
+        if isinstance(config.target_modules, str)
+        else sorted(config.target_modules or ()),
         "adapted_modules": sum(name.endswith(".qvera_b") for name in vectors),
         "trained_numbers": sum(t.numel() for t in vectors.values()),
         "adapter_file_bytes": (directory / model.ADAPTER_WEIGHTS).stat().st_size,

@@ -21,8 +21,17 @@ import torch
 from rich.console import Console
 
 from . import checkpoint, evaluate, measure
-from .data import Datasets, Example, build_datasets, collate, global_batch, microbatches, print_preflight, steps_per_epoch
-from .errors import InputError, Interrupted, RunFailed
+from .data import (
+    Datasets,
+    Example,
+    build_datasets,
+    collate,
+    global_batch,
+    microbatches,
+    print_preflight,
+    steps_per_epoch,
+)
+from .errors import InputError, Interrupted, QveraError, RunFailed
 from .metrics import MetricsLog, Progress, Trackers
 from .model import (
     Base,
@@ -72,7 +81,9 @@ class LocalEngine:
     world_size = 1
     rank = 0
 
-    def __init__(self, vectors: dict[str, torch.nn.Parameter], optimizer: Any, schedule: Any, max_grad_norm: float) -> None:
+    def __init__(
+        self, vectors: dict[str, torch.nn.Parameter], optimizer: Any, schedule: Any, max_grad_norm: float
+    ) -> None:
         self.parameters = list(vectors.values())
         self.optimizer, self.schedule, self.max_grad_norm = optimizer, schedule, max_grad_norm
 
@@ -194,7 +205,12 @@ def train(
         model.train()
         with Progress(console, steps, done.step) as bar:
             while done.step < steps and not done.stopped_early and not signals.asked:
-                record = _step(model, engine, datasets, recipe, done, device)
+                try:
+                    record = _step(model, engine, datasets, recipe, done, device)
+                except RunFailed:
+                    run["status"] = "failed"
+                    _finish(run_dir, run, done, steps, per_epoch, device, None, [], console)
+                    raise
                 log.write(record)
                 trackers.log(record)
                 bar.update(record)
@@ -214,7 +230,7 @@ def train(
             save()
         if signals.asked and done.step < steps and not done.stopped_early:
             run["status"] = "interrupted"
-            _finish(run_dir, run, done, model, steps, per_epoch, device, None, [])
+            _finish(run_dir, run, done, steps, per_epoch, device, None, [], console)
             raise Interrupted(
                 f"Stopped by {signals.asked} after step {done.step} of {steps}, and saved. The same command with --resume goes on."
             )
@@ -225,7 +241,7 @@ def train(
         after = score("After training") if datasets.eval else None
         samples = _samples(model, base, datasets.eval, recipe) if datasets.eval else []
     run["status"] = "done"
-    _finish(run_dir, run, done, model, steps, per_epoch, device, after, samples)
+    _finish(run_dir, run, done, steps, per_epoch, device, after, samples, console)
     return RunResult(run_dir, run)
 
 
@@ -248,7 +264,9 @@ def _step(
     losses = torch.stack(nlls).tolist()
     norm = engine.clip()
     if not all(map(math.isfinite, losses)) or not math.isfinite(norm):
-        raise RunFailed(_not_finite(done.step + 1, losses, norm, rows, datasets.train, training.per_device_train_batch_size))
+        raise RunFailed(
+            _not_finite(done.step + 1, losses, norm, rows, datasets.train, training.per_device_train_batch_size)
+        )
     rate = engine.step()
     done.step += 1
     seconds = time.perf_counter() - began
@@ -286,7 +304,13 @@ def _not_finite(step: int, losses: list[float], norm: float, rows: list[int], tr
 
 
 def _evaluate(
-    model: Any, datasets: Datasets, recipe: Recipe, done: _Progressed, log: MetricsLog, trackers: Trackers, bar: Progress
+    model: Any,
+    datasets: Datasets,
+    recipe: Recipe,
+    done: _Progressed,
+    log: MetricsLog,
+    trackers: Trackers,
+    bar: Progress,
 ) -> None:
     """Held-out loss in the middle of a run: logged, and compared with the best so far."""
     result = _held_out(model, datasets, recipe)
@@ -357,12 +381,12 @@ def _finish(
     run_dir: Path,
     run: dict[str, Any],
     done: _Progressed,
-    model: Any,
     steps: int,
     per_epoch: int,
     device: torch.device,
     after: dict[str, Any] | None,
     samples: list[dict[str, Any]],
+    console: Console,
 ) -> None:
     """Write run.json and the report page."""
     run["finished"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -387,7 +411,10 @@ def _finish(
     partial = run_dir / ".run.json.partial"
     partial.write_text(json.dumps(_plain(run), indent=1, ensure_ascii=False), encoding="utf-8")
     partial.replace(run_dir / "run.json")
-    write_report(run_dir)
+    try:
+        write_report(run_dir)
+    except QveraError as error:  # the page can be made again; the run is what counts
+        console.print(f"[yellow]No report was written: {error}")
 
 
 def _plain(value: Any) -> Any:

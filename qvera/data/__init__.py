@@ -6,6 +6,7 @@ from .examples import DataStats, Example
 from .formats import FORMATS, Conversation, Text, Turn
 from .named_templates import NAMED_TEMPLATES
 from .preflight import print_preflight
+from .prompts import read_prompts
 from .templates import ChatTemplate, resolve_template
 from .tokenize import Datasets, build_datasets
 
@@ -27,6 +28,7 @@ __all__ = [
     "microbatches",
     "order",
     "print_preflight",
+    "read_prompts",
     "resolve_template",
     "steps_per_epoch",
 ]

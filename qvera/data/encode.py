@@ -66,6 +66,10 @@ class Encoder:
             return ids
         return [self.bos_id, *ids]
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids of a prompt, as in training: markers become their tokens, one BOS where the model wants one."""
+        return self.with_bos(list(self.tokenizer(text, add_special_tokens=False)["input_ids"]))
+
     def encode(self, texts: Sequence[str], cuts: Sequence[Sequence[Cut]]) -> list[tuple[list[int], list[int]]]:
         """Encode texts without adding special tokens; markers written in a text become their tokens.
 

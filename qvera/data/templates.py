@@ -162,6 +162,20 @@ class ChatTemplate:
                 return found[-1 if last else 0].end()
         return None
 
+    def prompt_text(self, turns: list[Turn], tools: list[dict[str, Any]] | None = None) -> str:
+        """The text that an answer to ``turns`` is generated from: exactly what came before answers in training.
+
+        It differs from `render` with ``prompt=True`` for templates that ignore ``add_generation_prompt``.
+
+        Raises:
+            InputError: the template refuses the turns.
+        """
+        try:
+            answered = self.lay_out(Conversation([*turns, Turn("assistant", "x")], "prompt", tools), [len(turns)])
+        except InputError:
+            return self.render(self.messages(turns), tools, prompt=True)
+        return answered.text[: answered.answers[-1].start]
+
     def lay_out(self, conversation: Conversation, needed: list[int]) -> Rendered:
         """Render a row and say where its answers are.
 
@@ -311,9 +325,14 @@ class ChatTemplate:
         """
         try:
             prompt = self._render(slotted, tools, True) if slotted else ""
+            bare = self._render(slotted, tools, False) if slotted else ""
         except TemplateError:
             return content
-        return len(prompt) if text.startswith(prompt) and earliest <= len(prompt) <= content and prompt else content
+        if not prompt or not text.startswith(prompt) or not earliest <= len(prompt) <= content:
+            return content
+        if prompt == bare and text[len(prompt) : content].strip():
+            return content  # the template knows no generation prompt; its heading is still not the model's to write
+        return len(prompt)
 
     def _end_of_turn(self, slotted: Any, tools: Any, text: str, end: int, latest: int, turns: int) -> tuple[int, bool]:
         """Where in ``text`` the answer's turn ends whose content ends at ``end``, and whether by a marker."""

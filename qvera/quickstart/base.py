@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import transformers
+from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ..errors import InputError, QveraError, RunFailed
@@ -198,6 +199,11 @@ def _convert(gguf: Path, made: Path) -> None:
         ) from error
     finally:
         transformers.utils.logging.enable_progress_bar()
+    # transformers gives every gpt2-type GGUF the plain byte-level splitter; this file's `tokenizer.ggml.pre` is "smollm",
+    # which takes digits one by one first (it differs on "\n  5", as in indented JSON).
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     tokenizer.model_max_length = CONTEXT_TOKENS
     model.config.architectures = [type(model).__name__]
     model.generation_config = GenerationConfig(
@@ -220,6 +226,7 @@ def _verify(model: Any, tokenizer: Any) -> None:
         "vocabulary": (len(tokenizer), model.config.vocab_size),
         "chat template": (rendered.startswith("<|im_start|>system\n"), rendered.endswith("<|im_start|>assistant\n")),
         "round trip": tokenizer.decode(tokenizer(text)["input_ids"]),
+        "digits": tokenizer.tokenize("a  51"),
     }
     expected = {
         "weights": WEIGHTS_SHA256,
@@ -228,6 +235,7 @@ def _verify(model: Any, tokenizer: Any) -> None:
         "vocabulary": (49152, 49152),
         "chat template": (True, True),
         "round trip": text,
+        "digits": ["a", "ĠĠ", "5", "1"],
     }
     wrong = [f"{key}: found {found[key]!r}, expected {expected[key]!r}" for key in found if found[key] != expected[key]]
     if wrong:

@@ -8,7 +8,7 @@ from typing import Any
 
 from .charts import MOST_POINTS, Line, Point, line_chart, smooth, thin
 from .numbers import count, duration, significant, size
-from .read import Run, number
+from .read import Run, number, pick
 
 
 def series(rows: Sequence[dict[str, Any]], key: str) -> list[Point]:
@@ -22,18 +22,19 @@ def _drawable(value: float | None) -> float | None:
 
 
 def held_out_curve(run: Run) -> list[Point]:
-    """Held-out loss by step, with the evaluation before training at step 0 where metrics.jsonl does not have it."""
-    points = series(run.evals, "loss")
+    """Held-out loss by step: metrics.jsonl's, and run.json's before and after training where it lacks those steps."""
+    points = dict(series(run.evals, "loss"))
     before = _drawable(number(run.info, "result", "eval_before", "loss"))
     after = _drawable(number(run.info, "result", "eval_after", "loss"))
-    if before is not None and not (points and points[0][0] == 0):
-        points.insert(0, (0.0, before))
-    # a run without eval_steps evaluates only around training: run.json alone has these two
-    if after is not None and not run.evals:
-        at = number(run.info, "result", "best_step") or number(run.info, "result", "steps")
-        if at and 0 < at < 1e12:
-            points.append((at, after))
-    return points
+    if before is not None:
+        points.setdefault(0.0, before)
+    # the vectors scored after training are the last ones, or the best ones where the recipe asks for those
+    at = number(run.info, "result", "steps")
+    if pick(run.recipe, "training", "load_best_model_at_end") is True:
+        at = number(run.info, "result", "best_step") or at
+    if after is not None and at and 0 < at < 1e12:
+        points.setdefault(float(int(at)), after)
+    return sorted(points.items())
 
 
 def best_step(run: Run) -> int | None:

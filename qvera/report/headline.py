@@ -59,8 +59,6 @@ def _notices(run: Run, status: str) -> str:
 def _score(run: Run) -> tuple[str, str, str] | None:
     """What the headline compares: (what, before, after); "" for a side that is not known."""
     before, after = pick(run.info, "result", "eval_before"), pick(run.info, "result", "eval_after")
-    rows = number(after, "rows") or number(before, "rows")
-    on = f" on {count(rows)} held-out rows" if rows else " on held-out rows"
     measures: tuple[tuple[str, str, Callable[[float], str]], ...] = (
         ("exact_match", "Exact match", percent),
         ("loss", "Loss", significant),
@@ -68,6 +66,9 @@ def _score(run: Run) -> tuple[str, str, str] | None:
     for key, name, say in measures:
         first, last = number(before, key), number(after, key)
         if last is not None:
+            # answers are slow to write: exact match may be over fewer rows than the loss
+            rows = number(after, f"{key}_rows") or number(after, "rows") or number(before, "rows")
+            on = f" on {count(rows)} held-out rows" if rows else " on held-out rows"
             return name + on, say(first) if first is not None else "", say(last)
     points = [(step, loss) for step, loss in curves.held_out_curve(run) if loss is not None]
     if points and points[-1][0] > 0:

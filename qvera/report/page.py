@@ -124,6 +124,7 @@ def _data(run: Run) -> str:
             ("Source", esc(words(run.recipe, "data", "path"))),
             ("Rows to train on", _count_of(run, "data", "train_rows")),
             ("Rows held out", _count_of(run, "data", "eval_rows")),
+            ("Of these also trained on", _count_of(run, "data", "repeated_rows", alarm=True)),
             ("Tokens", _count_of(run, "data", "tokens")),
             ("Tokens trained", _count_of(run, "data", "trained_tokens") + share),
             ("Rows cut to length", _count_of(run, "data", "truncated_rows", alarm=True)),

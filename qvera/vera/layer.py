@@ -46,7 +46,9 @@ class QveraLinear(nn.Module, BaseTunerLayer):
     adapter_layer_names: tuple[str, ...] = ("qvera_b", "qvera_d")
     other_param_names: tuple[str, ...] = ("qvera_rank", "qvera_dropout", "qvera_projection")
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, projection: SharedProjection, config: QveraConfig) -> None:
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, projection: SharedProjection, config: QveraConfig
+    ) -> None:
         super().__init__()
         shape = layer_shape(base_layer)
         if shape is None:
@@ -55,19 +57,20 @@ class QveraLinear(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = shape
         self.qvera_b = VectorDict()
         self.qvera_d = VectorDict()
-        self.qvera_dropout = nn.ModuleDict()
+        self.qvera_dropout: Any = nn.ModuleDict()
         # every layer names the same module, so that moving any part of the model moves the one pair with it
         self.qvera_projection = nn.ModuleDict()
         self.qvera_rank: dict[str, int] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self._unmerged_weight: nn.Parameter | None = None
+        self._unmerged_weight: Any = None
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, projection, config)
 
     def update_layer(self, adapter_name: str, projection: SharedProjection, config: QveraConfig) -> None:
         """Add the vectors of one more adapter: b = 0 and d = d_initial, so that the model starts unchanged."""
-        device = self.base_layer.weight.device
+        base: Any = self.base_layer
+        device = base.weight.device
         self.qvera_rank[adapter_name] = config.rank
         self.qvera_projection[adapter_name] = projection
         self.qvera_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
@@ -80,7 +83,7 @@ class QveraLinear(nn.Module, BaseTunerLayer):
     def parts(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float]:
         """A [r, n], B [m, r], d [r], b [m] and the scalar s of one adapter in this layer."""
         rank = self.qvera_rank[adapter]
-        projection: Any = self.qvera_projection[adapter]
+        projection: Any = self.qvera_projection[adapter]  # a SharedProjection; ModuleDict says Module
         A, B = projection.slices(rank, self.in_features, self.out_features)
         return A, B, self.qvera_d[adapter], self.qvera_b[adapter], vera_scale(rank, self.in_features)
 
@@ -148,7 +151,7 @@ class QveraLinear(nn.Module, BaseTunerLayer):
         self._unmerged_weight = None
         self.merged_adapters.clear()
 
-    def _install(self, weight: nn.Parameter) -> None:
+    def _install(self, weight: Any) -> None:
         base: Any = self.base_layer
         base.weight = weight
         if isinstance(base, quantize.Linear4bit):

@@ -44,11 +44,16 @@ def vera_scale(rank: int, in_features: int) -> float:
     return math.sqrt(6.0 / in_features) * math.sqrt(6.0 / rank)
 
 
+def uniform_pair(rank: int, in_features: int, out_features: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """A [rank, in_features] and B [out_features, rank] of a seed, fp32."""
+    return uniform_matrix(rank, in_features, seed, _STREAM_A), uniform_matrix(out_features, rank, seed, _STREAM_B)
+
+
 def projection_sha256(rank: int, in_features: int, out_features: int, seed: int) -> str:
     """SHA-256 over the little-endian fp32 bytes of A [rank, in_features], then of B [out_features, rank], row by row."""
     digest = hashlib.sha256()
-    digest.update(np.ascontiguousarray(uniform_matrix(rank, in_features, seed, _STREAM_A), dtype="<f4").tobytes())
-    digest.update(np.ascontiguousarray(uniform_matrix(out_features, rank, seed, _STREAM_B), dtype="<f4").tobytes())
+    for matrix in uniform_pair(rank, in_features, out_features, seed):
+        digest.update(np.ascontiguousarray(matrix, dtype="<f4").tobytes())
     return digest.hexdigest()
 
 

@@ -41,7 +41,9 @@ class QveraModel(BaseTuner):
         if config.target_modules is None:
             raise InputError("target_modules: takes `all-linear` or a list of module names, got nothing.")
         matched: list[tuple[str, nn.Module]] = []
-        names: set[str] = {config.target_modules} if isinstance(config.target_modules, str) else set(config.target_modules)
+        names: set[str] = (
+            {config.target_modules} if isinstance(config.target_modules, str) else set(config.target_modules)
+        )
         unmatched, wrong_kind = set(names), []
         for key, module in model.named_modules():
             if not self._check_target_module_exists(config, key):
@@ -120,7 +122,9 @@ def _short_names(targets: str | set[str] | list[str], matched: list[str], model:
     if isinstance(targets, str):
         return targets
     last_names = {key.rpartition(".")[2] for key in matched}
-    same = {key for key, module in model.named_modules() if key.rpartition(".")[2] in last_names and "base_layer" not in key}
+    same = {
+        key for key, module in model.named_modules() if key.rpartition(".")[2] in last_names and "base_layer" not in key
+    }
     return sorted(last_names if same == set(matched) else set(targets))
 
 

@@ -96,6 +96,7 @@ def run_info() -> dict[str, Any]:
             "dropped_rows": 3,
             "format": "prompt-completion",
             "template": "the model's own",
+            "repeated_rows": 2,
             "length_histogram": {
                 "edges": [140, 150, 160, 170, 180, 190, 200, 210, 220, 230, 240],
                 "counts": [4, 17, 58, 121, 168, 170, 118, 72, 33, 7],
@@ -107,7 +108,8 @@ def run_info() -> dict[str, Any]:
             "train_loss_first": 2.31,
             "train_loss_last": 0.0513,
             "eval_before": {"loss": 2.412, "perplexity": 11.16, "exact_match": 0.025, "rows": 40},
-            "eval_after": {"loss": 0.0712, "perplexity": 1.0738, "exact_match": 0.875, "rows": 40},
+            "eval_after": {"loss": 0.0712, "perplexity": 1.0738, "exact_match": 0.875, "rows": 40}
+            | {"exact_match_rows": 24},
             "best_step": 80,
             "seconds": 192.4,
             "tokens_per_second": 1706.3,

@@ -17,6 +17,7 @@ import yaml
 
 from qvera.errors import InputError, RunFailed
 from qvera.report import read_run, write_report
+from qvera.report.curves import held_out_curve
 from qvera.report.settings import changed_settings
 
 from .conftest import RECIPE, eval_rows, run_info, train_rows
@@ -75,7 +76,7 @@ def test_a_finished_run_says_what_run_json_says(build_run: Build) -> None:
         "finished 24 November 2026, 15:16 UTC",
         "SmolLM2-135M-Instruct",
         "VeRA of rank 256 on 210 linear layers over an NF4 base, trained on repairs.jsonl.",
-        "Exact match on 40 held-out rows",
+        "Exact match on 24 held-out rows",
         "2.5 %",
         "87.5 %",
         "Trainable parameters 209 k",
@@ -89,6 +90,7 @@ def test_a_finished_run_says_what_run_json_says(build_run: Build) -> None:
         "lowest held-out, step 80",
         "Tokens trained 39.0 k (25.8 %)",
         "Rows dropped 3",
+        "Of these also trained on 2",
         "training.learning_rate 0.008",
         "AMD EPYC 9R14, 2 threads",
         "bitsandbytes 0.50.2",
@@ -311,6 +313,13 @@ def test_a_run_that_evaluates_only_around_training(build_run: Build) -> None:
     assert "at step 0 to 0.0712 at step 96" in next(
         a["aria-label"] or "" for t, a in parsed.elements if a.get("role") == "img"
     )
+
+
+@pytest.mark.parametrize(("load_best", "steps"), [(False, [0, 40, 80, 96]), (True, [0, 40, 80])])
+def test_the_score_after_training_stands_at_its_step(build_run: Build, load_best: bool, steps: list[int]) -> None:
+    recipe = RECIPE | {"training": RECIPE["training"] | {"load_best_model_at_end": load_best}}
+    run = read_run(build_run(evals=eval_rows({40: 0.17, 80: 0.07}), recipe=recipe))
+    assert [step for step, _ in held_out_curve(run)] == steps
 
 
 @pytest.mark.parametrize("left", ["recipe.yaml", "metrics.jsonl", "run.json"])

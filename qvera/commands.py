@@ -1,0 +1,299 @@
+"""What each command of the CLI does, in terms of the Python API. One function a command; `cli` parses and dispatches."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import transformers
+from rich.console import Console
+
+from . import evaluate
+from .data import Encoder, Turn, build_datasets, read_prompts, resolve_template
+from .errors import InputError
+from .export import export_merged
+from .export.compare import measure_difference
+from .export.merged import CERTIFICATE
+from .generate import generate as generate_texts
+from .metrics import memory_text
+from .model import load_tokenizer
+from .recipe import DataSection, ExportSection, Recipe, load_recipe
+from .run import OpenRun, describe, locate, open_run
+from .trainer import run_directory
+from .trainer import train as train_run
+
+_console = Console(stderr=True)
+
+
+def _quiet_libraries() -> None:
+    """Progress bars and advice of the libraries below would drown our own."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def train(args: argparse.Namespace) -> None:
+    """qvera train"""
+    recipe = load_recipe(args.recipe, args.overrides)
+    _quiet_libraries()
+    run_dir = run_directory(recipe, args.recipe)
+    result = train_run(recipe, run_dir, resume=args.resume, dry_run=args.dry_run, console=_console)
+    if result is not None:
+        _say_result(result.run_dir, result.run)
+
+
+def _say_result(run_dir: Path, run: dict[str, Any]) -> None:
+    """The end of a run in a few lines: scores, sizes, speed, where things are."""
+    result, adapter = run["result"], run["adapter"]
+    before, after = result.get("eval_before"), result.get("eval_after")
+    lines = []
+    if before and after:
+        lines.append(f"held-out loss     {before['loss']:.4f} → {after['loss']:.4f}")
+        if "exact_match" in after:
+            share = f"{before['exact_match']:.1%} → {after['exact_match']:.1%}"
+            lines.append(f"exact match       {share} of {after['exact_match_rows']} held-out rows")
+    lines += [
+        f"trained numbers   {adapter['trainable_parameters']:,} (LoRA r=64: {adapter['lora_r64_parameters']:,})",
+        f"adapter           {memory_text(adapter['file_bytes'])} in {run_dir / 'adapter'}",
+        f"peak memory       {memory_text(result['peak_bytes'])}",
+    ]
+    if result["tokens_per_second"]:
+        lines.append(
+            f"speed             {result['tokens_per_second']:,.0f} tokens/s, {result['seconds']:.0f} s of training"
+        )
+    lines.append(f"report            {run_dir / 'report.html'}")
+    print("\n".join(lines))
+
+
+def quickstart(args: argparse.Namespace) -> None:
+    """qvera quickstart"""
+    from .quickstart import prepare
+
+    _quiet_libraries()
+    parts = prepare(say=_console.print)
+    where = f"training.output_dir={json.dumps(args.output_dir)}"
+    recipe = load_recipe(parts.recipe, [*parts.overrides(), where, *args.overrides])
+    if args.fetch_only:
+        print(
+            f"base model   {parts.base}\ntraining     {parts.train}\nheld out     {parts.heldout}\nrecipe       {parts.recipe}"
+        )
+        return
+    result = train_run(recipe, run_directory(recipe, parts.recipe), resume=args.resume, console=_console)
+    assert result is not None  # only a dry run gives None
+    for number, sample in enumerate(result.run["samples"], start=1):
+        print(f"\n── held-out prompt {number} " + "─" * 60)
+        print(sample["prompt"].strip())
+        for label in ("before", "after", "reference"):
+            print(f"{label + ':':<11}{sample[label]}")
+    print("\n" + "─" * 80)
+    _say_result(result.run_dir, result.run)
+    print(f"talk to it        qvera chat {result.run_dir}")
+    print(f"export it         qvera export {result.run_dir} OUT --to merged")
+
+
+def chat(args: argparse.Namespace) -> None:
+    """qvera chat"""
+    _quiet_libraries()
+    with _console.status(f"Loading {args.run}"):
+        opened = open_run(args.run, adapter=not args.base)
+    template, encoder = _template(opened)
+    system = args.system if args.system is not None else (opened.recipe.data.system if opened.recipe else None)
+    turns: list[Turn] = []
+    _console.print("Type a message; /reset forgets the conversation, /quit ends it.")
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() else "")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if text.strip() in ("/quit", "/exit"):
+            return
+        if text.strip() == "/reset":
+            turns.clear()
+            continue
+        if not text.strip():
+            continue
+        turns.append(Turn("user", text))
+        ids = _prompt_ids(template, encoder, _with_system(turns, system))
+        streamer = transformers.TextStreamer(opened.base.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        (answer,) = generate_texts(
+            opened.model,
+            opened.base.tokenizer,
+            [ids],
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            seed=args.seed + len(turns),
+            streamer=streamer,
+        )
+        turns.append(Turn("assistant", answer))
+
+
+def _with_system(turns: list[Turn], system: str | None) -> list[Turn]:
+    return [Turn("system", system), *turns] if system else turns
+
+
+def _template(opened: OpenRun) -> tuple[Any, Encoder]:
+    name = opened.recipe.data.template if opened.recipe is not None else "auto"
+    return resolve_template(name, opened.base.tokenizer), Encoder(opened.base.tokenizer)
+
+
+def _prompt_ids(template: Any, encoder: Encoder, turns: list[Turn]) -> list[int]:
+    text = template.render(template.messages(turns), prompt=True)
+    ((ids, _),) = encoder.encode([text], [[]])
+    return encoder.with_bos(ids)
+
+
+def generate(args: argparse.Namespace) -> None:
+    """qvera generate"""
+    _quiet_libraries()
+    if args.out.exists():
+        raise InputError(f"{args.out}: exists; nothing is overwritten, name another file.")
+    if not args.out.absolute().parent.is_dir():
+        raise InputError(f"{args.out}: its directory does not exist.")
+    recipe, _, _ = locate(args.run)
+    data = recipe.data if recipe is not None else DataSection(path=str(args.prompts))
+    rows = read_prompts(args.prompts, data)
+    with _console.status(f"Loading {args.run}"):
+        opened = open_run(args.run, adapter=not args.base)
+    template, encoder = _template(opened)
+    prompts = [_prompt_ids(template, encoder, row.turns) for row in rows]
+    with _console.status("Answering") as status:
+        answers = generate_texts(
+            opened.model,
+            opened.base.tokenizer,
+            prompts,
+            max_new_tokens=args.max_new_tokens,
+            batch_size=args.batch_size,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            seed=args.seed,
+            progress=lambda done: status.update(f"Answering: {done} of {len(prompts)}"),
+        )
+    partial = args.out.with_name(f".{args.out.name}.partial")
+    with open(partial, "w", encoding="utf-8") as handle:
+        for row, answer in zip(rows, answers, strict=True):
+            line = {"source": row.source, "prompt": row.turns[-1].content, "answer": answer}
+            handle.write(json.dumps(line, ensure_ascii=False) + "\n")
+    partial.replace(args.out)
+    print(f"{len(answers)} answers in {args.out}")
+
+
+def eval(args: argparse.Namespace) -> None:  # noqa: A001  # the command's name
+    """qvera eval"""
+    _quiet_libraries()
+    recipe, _, _ = locate(args.run)
+    if recipe is None:
+        raise InputError(f"{args.run}: is an adapter directory; `qvera eval` needs a run, whose recipe names the data.")
+    if args.json is not None and args.json.exists():
+        raise InputError(f"{args.json}: exists; nothing is overwritten, name another file.")
+    section = recipe.data
+    if args.data is not None:
+        section = dataclasses.replace(section, path=args.data, eval_path=None, eval_fraction=0.0, limit=args.rows)
+    elif not (section.eval_path or section.eval_fraction):
+        raise InputError(f"{args.run}: its recipe holds out no rows; name a file with --data.")
+    with _console.status(f"Loading {args.run}"):
+        opened = open_run(args.run, adapter=not args.base)
+    datasets = build_datasets(section, opened.base.tokenizer, _console)
+    rows = (datasets.train if args.data is not None else datasets.eval)[: args.rows]
+    with _console.status("Held-out loss") as status:
+        scores = evaluate.held_out_loss(
+            opened.model,
+            rows,
+            pad_id=datasets.pad_id,
+            batch_size=recipe.training.per_device_eval_batch_size,
+            chunk_tokens=recipe.training.loss_chunk_tokens,
+            progress=lambda done: status.update(f"Held-out loss: {done} of {len(rows)} rows"),
+        )
+    answers: list[dict[str, Any]] = []
+    if not args.no_generation:
+        with _console.status("Answering") as status:
+            answers = evaluate.answer_rows(
+                opened.model,
+                opened.base.tokenizer,
+                rows,
+                max_new_tokens=args.max_new_tokens or recipe.training.sample_max_new_tokens,
+                progress=lambda done: status.update(f"Answering: {done} of {len(rows)} rows"),
+            )
+        judged = [a for a in answers if a["exact"] is not None]
+        if judged:
+            scores["exact_match"] = sum(a["exact"] for a in judged) / len(judged)
+            scores["exact_match_rows"] = len(judged)
+    if args.json is not None:
+        args.json.write_text(
+            json.dumps({"scores": scores, "answers": answers}, indent=1, ensure_ascii=False), encoding="utf-8"
+        )
+    for name, value in scores.items():
+        print(f"{name:<17}{value:.4f}" if isinstance(value, float) else f"{name:<17}{value:,}")
+
+
+def export(args: argparse.Namespace) -> None:
+    """qvera export"""
+    _quiet_libraries()
+    recipe, section, adapter_dir = locate(args.run)
+    options = recipe.export if recipe is not None else ExportSection()
+    changes = {"dtype": args.dtype, "base": args.weights}
+    options = dataclasses.replace(options, **{k: v for k, v in changes.items() if v is not None})
+    template = None
+    if recipe is not None:
+        template = resolve_template(recipe.data.template, load_tokenizer(section)).jinja
+    with _console.status("Merging") as status:
+        certificate = export_merged(
+            adapter_dir,
+            section,
+            args.out,
+            options,
+            chat_template=template,
+            progress=lambda done, total, name: status.update(f"Merging: {done} of {total} tensors ({name})"),
+        )
+    size = sum((args.out / name).stat().st_size for name in certificate["files"])
+    print(
+        f"{memory_text(size)} in {len(certificate['files'])} file(s) in {args.out}, {len(certificate['delta'])} weights changed"
+    )
+    if recipe is None or args.no_compare or not options.certificate_rows:
+        certificate["difference"] = None
+    else:
+        certificate["difference"] = _difference(recipe, args.run, args.out, options)
+    (args.out / CERTIFICATE).write_text(json.dumps(certificate, indent=1), encoding="utf-8")
+    difference = certificate["difference"]
+    if difference and "kl_mean" in difference:
+        print(
+            f"trained vs exported on {difference['rows']} rows: loss {difference['loss_trained']:.4f} vs "
+            f"{difference['loss_exported']:.4f}, KL {difference['kl_mean']:.2e} a token, same first choice "
+            f"{difference['top1_agreement']:.1%}"
+        )
+    elif difference:
+        print(f"not compared: {difference['not_measured']}")
+
+
+def _difference(recipe: Recipe, run: Path, out: Path, options: ExportSection) -> dict[str, Any]:
+    """The certificate's measured part; data that has gone since is said, and costs the export nothing."""
+    try:
+        with _console.status("Comparing the trained with the exported model"):
+            opened = open_run(run)
+            datasets = build_datasets(recipe.data, opened.base.tokenizer, _console)
+            rows = (datasets.eval or datasets.train)[: options.certificate_rows]
+            return measure_difference(opened.model, out, rows, datasets.pad_id)
+    except InputError as error:
+        return {"not_measured": str(error)}
+
+
+def info(args: argparse.Namespace) -> None:
+    """qvera info"""
+    facts = describe(args.path)
+    if args.json:
+        print(json.dumps(facts, indent=1))
+        return
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{k} {v}" for k, v in value.items())
+        elif isinstance(value, list):
+            value = ", ".join(map(str, value))
+        elif name.endswith("_bytes"):
+            value = f"{value:,} ({memory_text(value)})"
+        elif isinstance(value, int):
+            value = f"{value:,}"
+        print(f"{name:<22}{value}")

@@ -1,0 +1,289 @@
+"""The merged checkpoint: W + ΔW for every adapted weight, in 16 bits, one tensor at a time.
+
+Everything is written into the output directory under temporary names; ``config.json``, without which nothing takes a
+directory for a model, comes last. A run that was interrupted goes on from the shards that are whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.pytorch_utils import Conv1D
+
+from .. import measure, quantize
+from ..errors import InputError, RunFailed
+from ..model import (
+    ADAPTER_WEIGHTS,
+    file_sha256,
+    load_tokenizer,
+    pick_compute_dtype,
+    pick_device,
+    read_adapter,
+    resolve_path,
+)
+from ..recipe import ExportSection, ModelSection
+from ..vera import QveraConfig
+from ..vera.functional import delta_weight
+from ..vera.projection import uniform_pair, vera_scale
+from .shards import TensorEntry, checkpoint_tensors, plan_shards, read_tensor, write_index, write_shard
+
+CERTIFICATE = "qvera_export.json"
+_STATE = ".qvera_export_state.json"
+_PREFIX = "base_model.model."
+
+
+@dataclasses.dataclass
+class Delta:
+    """ΔW of one adapted weight, made when it is needed."""
+
+    A: torch.Tensor
+    B: torch.Tensor
+    d: torch.Tensor
+    b: torch.Tensor
+    transposed: bool
+    in_features: int
+
+    def weight(self) -> torch.Tensor:
+        """[out, in] fp32, or [in, out] for a Conv1D."""
+        rank, out_features = self.d.numel(), self.b.numel()
+        A, B = self.A[:rank, : self.in_features], self.B[:out_features, :rank]
+        delta = delta_weight(A, B, self.d, self.b, vera_scale(rank, self.in_features))
+        return delta.t() if self.transposed else delta
+
+
+def base_directory(section: ModelSection) -> Path:
+    """The directory of the base's 16-bit shards: the local one, or the hub's snapshot (downloaded where it is not yet).
+
+    Raises:
+        InputError: it can't be had.
+    """
+    name = resolve_path(section.path)
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(
+            snapshot_download(
+                name, revision=section.revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]
+            )
+        )
+    except Exception as error:  # noqa: BLE001  # huggingface_hub raises httpx's, OSError's and its own
+        raise InputError(
+            f"model.path: the base {name!r} can't be had from the hub ({type(error).__name__}: {error})."
+        ) from None
+
+
+def export_merged(
+    adapter_dir: Path,
+    section: ModelSection,
+    out: Path,
+    options: ExportSection,
+    *,
+    chat_template: str | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> dict[str, Any]:
+    """Write the merged checkpoint to ``out`` and return its certificate (also written there as qvera_export.json).
+
+    Args:
+        adapter_dir: the trained adapter.
+        section: the base it was trained on.
+        options: dtype, base (original or dequantized), shard size.
+        chat_template: a template for the tokenizer, where it has none of its own.
+        progress: called with (tensors done, tensors in all, tensor name).
+
+    Raises:
+        InputError: adapter and base do not fit, or ``out`` holds something else.
+        RunFailed: a merged weight would be NaN, Inf, or out of the dtype's range; the message names the tensor.
+    """
+    config, vectors = read_adapter(adapter_dir)
+    source = base_directory(section)
+    dtype: torch.dtype = getattr(torch, options.dtype)
+    entries = checkpoint_tensors(source)
+    model_config = AutoConfig.from_pretrained(source, trust_remote_code=section.trust_remote_code)
+    if getattr(model_config, "quantization_config", None) is not None:
+        raise InputError(
+            f"{source}: the base is stored quantized, so there are no 16-bit weights to merge into. Point model.path at the "
+            "16-bit checkpoint it was made from."
+        )
+    deltas = _deltas(config, vectors, entries, model_config, section)
+    identity = _identity(adapter_dir, source, entries, section, options)
+    finished = _open_output(out, identity)
+    shards = plan_shards(entries, dtype, options.max_shard_size_bytes)
+    layers: dict[str, dict[str, float]] = finished["layers"]
+    done = 0
+    for name, group in shards:
+        target = out / name
+        if name in finished["shards"] and target.is_file() and file_sha256(target) == finished["shards"][name]:
+            done += len(group)
+            continue
+
+        def merged_tensors(group: list[TensorEntry] = group) -> Iterator[torch.Tensor]:
+            nonlocal done
+            for entry in group:
+                yield _merged(entry, deltas.get(entry.name), dtype, section, options, layers)
+                done += 1
+                if progress is not None:
+                    progress(done, len(entries), entry.name)
+
+        finished["shards"][name] = write_shard(target, group, dtype, merged_tensors())
+        (out / _STATE).write_text(json.dumps(finished))
+    write_index(out, shards, dtype)
+    tokenizer = load_tokenizer(section)
+    if chat_template is not None and not tokenizer.chat_template:
+        tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(out)
+    if (source / "generation_config.json").is_file():
+        GenerationConfig.from_pretrained(source).save_pretrained(out)
+    certificate = {
+        "format": 1,
+        "kind": "merged",
+        "base": {
+            "path": section.path,
+            "revision": section.revision,
+            "weights": options.base,
+            "sha256": identity["base"],
+        },
+        "adapter": {
+            "path": str(adapter_dir),
+            "sha256": identity["adapter"],
+            "rank": config.rank,
+            "seed": config.projection_seed,
+        },
+        "trained_on": {"quantization": section.quantization, "double_quant": section.double_quant},
+        "dtype": options.dtype,
+        "files": finished["shards"],
+        "delta": layers,
+        "versions": measure.versions(),
+    }
+    (out / CERTIFICATE).write_text(json.dumps(certificate, indent=1), encoding="utf-8")
+    model_config.dtype = dtype
+    model_config.architectures = model_config.architectures or [type(_skeleton(model_config, section)).__name__]
+    model_config.save_pretrained(out)
+    (out / _STATE).unlink()
+    return certificate
+
+
+def _merged(
+    entry: TensorEntry,
+    delta: Delta | None,
+    dtype: torch.dtype,
+    section: ModelSection,
+    options: ExportSection,
+    layers: dict[str, dict[str, float]],
+) -> torch.Tensor:
+    """W + ΔW in fp32, rounded once to ``dtype``; a tensor that is not adapted is only cast."""
+    weight = read_tensor(entry)
+    if not weight.dtype.is_floating_point:
+        raise InputError(f"{entry.file}: {entry.name} is {weight.dtype}, expected a floating-point weight.")
+    exact = weight.to(torch.float32)
+    if delta is not None:
+        if options.base == "dequantized":
+            compute = pick_compute_dtype(section.compute_dtype, pick_device())
+            exact = quantize.roundtrip(weight.to(compute), section).to(torch.float32)
+        change = delta.weight()
+        layers[entry.name] = {"max_abs": change.abs().max().item(), "mean_abs": change.abs().mean().item()}
+        exact = exact + change
+    result = exact.to(dtype)
+    if not torch.isfinite(result).all():
+        if not torch.isfinite(exact).all():
+            what = "has NaN or Inf" + ("" if delta is None else " after merging")
+        else:
+            what = (
+                f"has values up to {exact.abs().max().item():.6g}, beyond {dtype} (largest {torch.finfo(dtype).max:g})"
+            )
+        if torch.isfinite(weight).all() or delta is not None:
+            raise RunFailed(
+                f"{entry.name}: {what}. Export with --dtype bfloat16, or look at this adapter; nothing was finished."
+            )
+        raise RunFailed(f"{entry.name}: the base weight itself has NaN or Inf ({entry.file}).")
+    return result
+
+
+def _skeleton(model_config: Any, section: ModelSection) -> torch.nn.Module:
+    """The model without weights, to see which modules there are and of which kind."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(model_config, trust_remote_code=section.trust_remote_code)
+
+
+def _deltas(
+    config: QveraConfig,
+    vectors: dict[str, torch.Tensor],
+    entries: list[TensorEntry],
+    model_config: Any,
+    section: ModelSection,
+) -> dict[str, Delta]:
+    """Checkpoint tensor name → its ΔW, with every shape checked."""
+    modules = dict(_skeleton(model_config, section).named_modules())
+    shapes = {e.name: e.shape for e in entries}
+    names = sorted({key.removeprefix(_PREFIX).rpartition(".")[0] for key in vectors})
+    largest = config.projection_shapes or {}
+    if not largest:
+        raise InputError("the adapter's config has no projection_shapes: it was not written by qvera's save.")
+    A, B = (
+        torch.from_numpy(m) for m in uniform_pair(config.rank, largest["A"][1], largest["B"][0], config.projection_seed)
+    )
+    deltas: dict[str, Delta] = {}
+    for name in names:
+        key = f"{name}.weight"
+        d, b = vectors.get(f"{_PREFIX}{name}.qvera_d"), vectors.get(f"{_PREFIX}{name}.qvera_b")
+        if d is None or b is None:
+            raise InputError(f"the adapter has only one of the two vectors of {name}.")
+        if key not in shapes:
+            raise InputError(
+                f"the base checkpoint has no tensor {key}, which the adapter changes: it is another model's adapter."
+            )
+        transposed = isinstance(modules.get(name), Conv1D)
+        out_features, in_features = shapes[key][::-1] if transposed else shapes[key]
+        if b.numel() != out_features or in_features > A.shape[1]:
+            raise InputError(
+                f"{key} has shape {list(shapes[key])} in the base, but the adapter has {b.numel()} outputs for it: another model's adapter."
+            )
+        deltas[key] = Delta(A, B, d.float(), b.float(), transposed, in_features)
+    return deltas
+
+
+def _identity(
+    adapter_dir: Path, source: Path, entries: list[TensorEntry], section: ModelSection, options: ExportSection
+) -> dict[str, Any]:
+    """What an export is a function of: an interrupted one is continued only where all of this is equal."""
+    files = sorted({e.file for e in entries})
+    return {
+        "adapter": file_sha256(adapter_dir / ADAPTER_WEIGHTS),
+        "base": {f.name: file_sha256(f) for f in files},
+        "options": dataclasses.asdict(options),
+        "quantization": [section.quantization, section.double_quant, section.compute_dtype],
+    }
+
+
+def _open_output(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """What of this very export is already in ``out``.
+
+    Raises:
+        InputError: ``out`` holds something else.
+    """
+    fresh: dict[str, Any] = {"identity": identity, "shards": {}, "layers": {}}
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: is a file; name a directory that is new or empty.")
+    state = out / _STATE
+    if state.is_file():
+        try:
+            found = json.loads(state.read_text())
+        except ValueError:
+            found = {}
+        if found.get("identity") == identity:
+            return found
+        raise InputError(f"{out}: holds an unfinished export of something else. Delete it, or name another directory.")
+    if out.is_dir() and any(out.iterdir()):
+        raise InputError(f"{out}: is not empty. Nothing is overwritten; name a directory that is new or empty.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        state.write_text(json.dumps(fresh))
+    except OSError as error:
+        raise InputError(f"{out}: can't be written ({error}). Name another directory.") from None
+    return fresh
