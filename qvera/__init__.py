@@ -1,6 +1,6 @@
 """qvera: fine-tune a Llama in 4-bit with VeRA. Importing it teaches PEFT the adapter type ``QVERA``."""
 
-from ._bitsandbytes import bitsandbytes as _bitsandbytes  # first: PEFT imports it too
+from . import _bitsandbytes as _bitsandbytes  # first, because PEFT imports bitsandbytes too
 from .vera import QveraConfig, QveraModel, register
 
 __version__ = "0.1.0"

@@ -13,7 +13,7 @@ import transformers
 from rich.console import Console
 
 from . import evaluate
-from .data import Encoder, Turn, build_datasets, read_prompts, resolve_template
+from .data import NAMED_TEMPLATES, ChatTemplate, Encoder, Turn, build_datasets, read_prompts, resolve_template
 from .errors import InputError
 from .export import export_merged
 from .export.compare import measure_difference
@@ -136,15 +136,19 @@ def _with_system(turns: list[Turn], system: str | None) -> list[Turn]:
     return [Turn("system", system), *turns] if system else turns
 
 
-def _template(opened: OpenRun) -> tuple[Any, Encoder]:
+def _template(opened: OpenRun) -> tuple[ChatTemplate, Encoder]:
+    """The template that the run was trained with (run.json says which one ``auto`` was), and the tokenizer's encoder."""
     name = opened.recipe.data.template if opened.recipe is not None else "auto"
+    summary = opened.path / "run.json"
+    if name == "auto" and summary.is_file():
+        used = json.loads(summary.read_text(encoding="utf-8")).get("data", {}).get("template")
+        name = used if used in NAMED_TEMPLATES else name
     return resolve_template(name, opened.base.tokenizer), Encoder(opened.base.tokenizer)
 
 
-def _prompt_ids(template: Any, encoder: Encoder, turns: list[Turn]) -> list[int]:
-    text = template.render(template.messages(turns), prompt=True)
-    ((ids, _),) = encoder.encode([text], [[]])
-    return encoder.with_bos(ids)
+def _prompt_ids(template: ChatTemplate, encoder: Encoder, turns: list[Turn], tools: Any = None) -> list[int]:
+    text, starts = template.prompt(turns, tools)
+    return encoder.encode_prompt(text, starts)
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -160,7 +164,7 @@ def generate(args: argparse.Namespace) -> None:
     with _console.status(f"Loading {args.run}"):
         opened = open_run(args.run, adapter=not args.base)
     template, encoder = _template(opened)
-    prompts = [_prompt_ids(template, encoder, row.turns) for row in rows]
+    prompts = [_prompt_ids(template, encoder, row.turns, row.tools) for row in rows]
     with _console.status("Answering") as status:
         answers = generate_texts(
             opened.model,

@@ -14,9 +14,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from . import quantize
-
-IGNORED = -100
-"""Label of a token that is not trained."""
+from .data import IGNORED
 
 
 class Head(NamedTuple):

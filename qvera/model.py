@@ -72,6 +72,7 @@ def load_tokenizer(section: ModelSection) -> Any:
     Raises:
         InputError: there is none at that path, or it has no end-of-sequence token.
     """
+    _check_local(resolve_path(section.path))
     name = resolve_path(section.tokenizer or section.path)
     revision = None if section.tokenizer else section.revision
     try:
@@ -83,8 +84,8 @@ def load_tokenizer(section: ModelSection) -> Any:
         ) from None
     if tokenizer.eos_token_id is None:
         raise InputError(
-            f"model.path: the tokenizer of {name!r} has no end-of-sequence token, so no answer could ever end. Set eos_token in its "
-            "tokenizer_config.json."
+            f"model.path: the tokenizer of {name!r} has no end-of-sequence token, so no answer could ever end. Set "
+            "eos_token in its tokenizer_config.json."
         )
     return tokenizer
 
@@ -101,7 +102,6 @@ def load_base(section: ModelSection, device: torch.device | None = None) -> Base
     device = device or pick_device()
     dtype = pick_compute_dtype(section.compute_dtype, device)
     name = resolve_path(section.path)
-    _check_local(name)
     tokenizer = load_tokenizer(section)
     common: dict[str, Any] = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
     try:

@@ -86,7 +86,7 @@ class DataSection:
     """Where rows come from, how they become text, and which tokens are trained."""
 
     path: NonEmpty
-    """A .jsonl, .json, .csv or .parquet file, a directory of them, or a hub dataset id."""
+    """A .jsonl, .json, .csv, .tsv or .parquet file, a directory of them, or a hub dataset id."""
     eval_path: str | None = None
     """Held-out rows from another file. Without it ``eval_fraction`` of ``path`` is held out, chosen by ``seed``."""
     eval_fraction: Fraction = 0.0
@@ -101,7 +101,8 @@ class DataSection:
     columns: dict[str, str] = field(default_factory=dict)
     """Names of your columns where they differ: ``{prompt: question, completion: answer}``."""
     template: NonEmpty = "auto"
-    """``auto``: the tokenizer's own chat template, else ``alpaca``. Or one of the named templates."""
+    """``auto``: the tokenizer's own chat template; without one ``plain`` for prompt-completion and text rows, else ``alpaca``.
+    Or a named one: alpaca, chatml, llama-2, llama-3, mistral, zephyr, plain."""
     system: str | None = None
     """A system prompt for rows that bring none."""
     train_on: Literal["assistant", "last", "all"] = "assistant"

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import signal
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,7 @@ def train(
     training = recipe.training
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     _check_run_dir(run_dir, recipe, resume, dry_run)
+    trackers = Trackers(training.report_to, run_dir, recipe.to_dict())
     device = pick_device()
     torch.manual_seed(training.seed)
     if training.full_determinism:
@@ -197,7 +199,6 @@ def train(
         return _score(model, base, datasets, recipe, console, label)
 
     signals = _StopRequests()
-    trackers = Trackers(training.report_to, run_dir, recipe.to_dict())
     with signals, trackers:
         if done.before is None and datasets.eval:
             done.before = score("Before training")
@@ -454,8 +455,12 @@ def _check_run_dir(run_dir: Path, recipe: Recipe, resume: bool, dry_run: bool) -
     parent = run_dir
     while not parent.exists():
         parent = parent.parent
-    if not os.access(parent, os.W_OK):
-        raise InputError(f"{run_dir}: {parent} is not writable. Choose another training.output_dir.")
+    try:  # by doing it: permission bits say yes to root even where nothing can be made
+        os.rmdir(tempfile.mkdtemp(prefix=".qvera-", dir=parent))
+    except OSError as error:
+        raise InputError(
+            f"{run_dir}: nothing can be written in {parent} ({error.strerror}). Choose another training.output_dir."
+        ) from None
 
 
 class _StopRequests:

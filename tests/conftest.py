@@ -83,7 +83,9 @@ def tiny_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with open(path, "w", encoding="utf-8") as handle:
         for _ in range(40):
             word = chooser.choice(words)
-            handle.write(json.dumps({"prompt": f"say {word} {chooser.randint(0, 99)}", "completion": f"{word} {word}"}) + "\n")
+            handle.write(
+                json.dumps({"prompt": f"say {word} {chooser.randint(0, 99)}", "completion": f"{word} {word}"}) + "\n"
+            )
     return path
 
 

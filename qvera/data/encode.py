@@ -11,20 +11,21 @@ from ..errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-START, END = "start", "end"
+HEADER, START, END = "header", "start", "end"
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """A place between two characters that separates trained text from other text.
+    """A place between two characters.
 
     Attributes:
         at: characters before it.
-        side: ``start`` of a span or its ``end``: a token that lies across belongs to the span either way.
+        kind: ``start`` of an answer, its ``end``, or where the ``header`` that opens it starts. A token that lies
+            across the start or the end of an answer belongs to the answer.
     """
 
     at: int
-    side: str
+    kind: str
 
 
 class Encoder:
@@ -35,6 +36,8 @@ class Encoder:
         eos_id: ends a row that has no end-of-turn token of its own.
         pad_id: fills up a batch. It is the tokenizer's, or eos where it has none: padding is masked, so any will do.
         pads_with_eos: that second case.
+        splits: a text may be encoded in pieces. SentencePiece tokenizers that put a space in front of whatever they
+            are given can't do that.
 
     Raises:
         InputError: the tokenizer has no eos token.
@@ -59,6 +62,9 @@ class Encoder:
             first = tokenizer("a")["input_ids"][:1]
             if first == [bos] or getattr(tokenizer, "add_bos_token", False) is True:
                 self.bos_id = int(bos)
+        probe = self._encode_batch(["a", "b"])
+        ids = [token for piece in probe["input_ids"] for token in piece]
+        self.splits = bool(getattr(probe, "encodings", None)) and self._decode(ids) == "ab"
 
     def with_bos(self, ids: list[int]) -> list[int]:
         """``ids`` with exactly one BOS in front where the model wants one; a template may have written it already."""
@@ -66,12 +72,22 @@ class Encoder:
             return ids
         return [self.bos_id, *ids]
 
-    def encode_prompt(self, text: str) -> list[int]:
-        """The ids of a prompt, as in training: markers become their tokens, one BOS where the model wants one."""
-        return self.with_bos(list(self.tokenizer(text, add_special_tokens=False)["input_ids"]))
+    def encode_prompt(self, text: str, starts: Sequence[int] = ()) -> list[int]:
+        """The ids of a prompt, as in training: markers become their tokens, one BOS where the model wants one.
+
+        Args:
+            text: the prompt, from `ChatTemplate.prompt`.
+            starts: where earlier answers start in it, from the same place.
+        """
+        (ids, _) = self.encode([text], [[Cut(at, START) for at in starts]])[0]
+        return self.with_bos(ids)
 
     def encode(self, texts: Sequence[str], cuts: Sequence[Sequence[Cut]]) -> list[tuple[list[int], list[int]]]:
         """Encode texts without adding special tokens; markers written in a text become their tokens.
+
+        Where the tokenizer `splits`, a text is encoded in pieces that begin at its answers. A prompt then has the ids
+        that it has when it is generated from: in one piece, a line break before an answer can be one token when it
+        ends the text and another when a word follows.
 
         Args:
             texts: N texts.
@@ -80,68 +96,40 @@ class Encoder:
         Returns:
             For each text its ids, and for each cut the number of tokens that lie before it.
         """
-        batch = self._encode_batch(list(texts))
+        bounds = []
+        for text, row_cuts in zip(texts, cuts, strict=True):
+            starts = {cut.at for cut in row_cuts if cut.kind == START} if self.splits else set()
+            bounds.append(sorted({0, len(text)} | starts) if text else [0, 0])
+        pieces = [
+            text[low:high]
+            for text, edges in zip(texts, bounds, strict=True)
+            for low, high in zip(edges, edges[1:], strict=False)
+        ]
+        batch = self._encode_batch(pieces)
         encodings = getattr(batch, "encodings", None)
+        if not encodings:
+            return [
+                self._locate_by_prefix(text, row_cuts, list(ids))
+                for text, row_cuts, ids in zip(texts, cuts, batch["input_ids"], strict=True)
+            ]
         out = []
-        for row, (text, row_cuts) in enumerate(zip(texts, cuts, strict=True)):
-            if encodings:
-                out.append(self._locate(text, row_cuts, encodings[row]))
-            else:
-                out.append(self._locate_by_prefix(text, row_cuts, list(batch["input_ids"][row])))
+        following = iter(encodings)
+        for row_cuts, edges in zip(cuts, bounds, strict=True):
+            ids: list[int] = []
+            positions: list[int] = []
+            for low, high in zip(edges, edges[1:], strict=False):
+                encoding = next(following)
+                while len(positions) < len(row_cuts) and row_cuts[len(positions)].at <= high:
+                    cut = row_cuts[len(positions)]
+                    positions.append(len(ids) + _tokens_before(encoding, cut.at - low, high - low, cut.kind))
+                ids += encoding.ids
+            out.append((ids, positions))
         return out
 
     def _encode_batch(self, texts: list[str]) -> Any:
         return self.tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
         )
-
-    def _locate(self, text: str, cuts: Sequence[Cut], encoding: Any) -> tuple[list[int], list[int]]:
-        ids = encoding.ids
-        positions = []
-        across = []
-        for cut in cuts:
-            token = _token_at(encoding, cut.at, len(text))
-            if token < len(ids):
-                begin = encoding.offsets[token][0] if cut.side == END else encoding.token_to_chars(token)[0]
-                if begin < cut.at or self._hides_space(text, cut.at, ids[token]):
-                    if cut.side == START:
-                        across.append(cut.at)
-                    else:
-                        while token < len(ids) and encoding.offsets[token][0] < cut.at:
-                            token += 1
-            positions.append(token)
-        if across:
-            # One token would hold the end of the prompt and the start of the answer. When the model generates, the
-            # prompt ends exactly here, so the row is encoded in two pieces where the tokenizer can do that.
-            split = self._split(text, cuts, sorted(set(across)))
-            if split is not None and self._same_text(split[0], ids):
-                return split
-        return ids, positions
-
-    def _hides_space(self, text: str, at: int, token_id: int) -> bool:
-        # Tokenizers that trim offsets leave a token's leading space out of them.
-        if not 0 < at < len(text) or not text[at - 1].isspace() or text[at].isspace():
-            return False
-        token = self.tokenizer.convert_ids_to_tokens(token_id)
-        return isinstance(token, str) and token[:1] in ("Ġ", "▁", "Ċ")
-
-    def _split(self, text: str, cuts: Sequence[Cut], places: list[int]) -> tuple[list[int], list[int]] | None:
-        bounds = [0, *places, len(text)]
-        pieces = [text[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
-        batch = self._encode_batch(pieces)
-        ids: list[int] = []
-        positions: dict[int, int] = {}
-        for piece, (begin, encoding) in enumerate(zip(bounds, batch.encodings, strict=False)):
-            for number, cut in enumerate(cuts):
-                last = piece == len(pieces) - 1
-                if begin <= cut.at < bounds[piece + 1] or (last and cut.at == bounds[-1]):
-                    positions[number] = len(ids) + _token_at(encoding, cut.at - begin, len(pieces[piece]))
-            ids += encoding.ids
-        return ids, [positions[number] for number in range(len(cuts))]
-
-    def _same_text(self, a: list[int], b: list[int]) -> bool:
-        # SentencePiece puts a space in front of every piece it is given; such a split is a different text.
-        return self._decode(a) == self._decode(b)
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -161,15 +149,14 @@ class Encoder:
         return ids, positions
 
 
-def _token_at(encoding: Any, at: int, length: int) -> int:
-    """The first token that ends after character ``at``."""
+def _tokens_before(encoding: Any, at: int, length: int, kind: str) -> int:
+    """How many tokens of a piece lie before character ``at``; see `Cut` for a token that lies across."""
     if at >= length:
         return len(encoding.ids)
     token = encoding.char_to_token(at)
-    if token is not None:
-        return token
-    # No token holds this character (a normalizer dropped it, or offsets are trimmed).
-    for token, (_, end) in enumerate(encoding.offsets):
-        if end > at:
-            return token
-    return len(encoding.ids)
+    if token is None:  # no token holds this character (a normalizer dropped it, or offsets are trimmed)
+        ends = (index for index, (_, end) in enumerate(encoding.offsets) if end > at)
+        token = next(ends, len(encoding.ids))
+    while kind == END and token < len(encoding.ids) and encoding.token_to_chars(token)[0] < at:
+        token += 1
+    return token

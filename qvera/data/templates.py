@@ -162,19 +162,24 @@ class ChatTemplate:
                 return found[-1 if last else 0].end()
         return None
 
-    def prompt_text(self, turns: list[Turn], tools: list[dict[str, Any]] | None = None) -> str:
+    def prompt(self, turns: list[Turn], tools: list[dict[str, Any]] | None = None) -> tuple[str, list[int]]:
         """The text that an answer to ``turns`` is generated from: exactly what came before answers in training.
 
         It differs from `render` with ``prompt=True`` for templates that ignore ``add_generation_prompt``.
 
+        Returns:
+            The text, and the characters at which its earlier answers start (for `Encoder.encode_prompt`).
+
         Raises:
             InputError: the template refuses the turns.
         """
+        conversation = Conversation([*turns, Turn("assistant", "x")], "The conversation", tools)
         try:
-            answered = self.lay_out(Conversation([*turns, Turn("assistant", "x")], "prompt", tools), [len(turns)])
-        except InputError:
-            return self.render(self.messages(turns), tools, prompt=True)
-        return answered.text[: answered.answers[-1].start]
+            rendered = self.lay_out(conversation, [len(turns)])
+        except InputError:  # a template may take the question and refuse or rewrite such an answer
+            return self.render(self.messages(turns), tools, prompt=True), []
+        *earlier, last = rendered.answers
+        return rendered.text[: last.start], [answer.start for answer in earlier]
 
     def lay_out(self, conversation: Conversation, needed: list[int]) -> Rendered:
         """Render a row and say where its answers are.

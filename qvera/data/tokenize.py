@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import InputError
 from ..recipe import DataSection
 from .batches import philox_key
-from .encode import END, START, Cut, Encoder
+from .encode import END, HEADER, START, Cut, Encoder
 from .examples import DataStats, Example, count
 from .formats import Conversation, RowFormat, Text, detect_format, parse_row
 from .sources import RawRow, read_rows
@@ -211,7 +211,7 @@ class _Tokenizer:
             rendered = self.template.lay_out(row, needed)
             cuts = []
             for answer in rendered.answers:
-                cuts += [Cut(answer.header, START), Cut(answer.start, START), Cut(answer.end, END)]
+                cuts += [Cut(answer.header, HEADER), Cut(answer.start, START), Cut(answer.end, END)]
             layouts.append((rendered.text, cuts, rendered))
         encoded = self.encoder.encode([text for text, _, _ in layouts], [cuts for _, cuts, _ in layouts])
         examples = []

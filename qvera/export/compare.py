@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from ..data import Example, collate
+from ..data import IGNORED, Example, collate
 from ..evaluate import hidden_states
-from ..loss import IGNORED, Head
+from ..loss import Head
 
 
 @torch.no_grad()

@@ -242,7 +242,8 @@ def _deltas(
         out_features, in_features = shapes[key][::-1] if transposed else shapes[key]
         if b.numel() != out_features or in_features > A.shape[1]:
             raise InputError(
-                f"{key} has shape {list(shapes[key])} in the base, but the adapter has {b.numel()} outputs for it: another model's adapter."
+                f"{key} has shape {list(shapes[key])} in the base, but the adapter has {b.numel()} outputs for it: "
+                "another model's adapter."
             )
         deltas[key] = Delta(A, B, d.float(), b.float(), transposed, in_features)
     return deltas

@@ -89,7 +89,8 @@ _STREET = re.compile(rf"\b(\d+ {_CAPITALIZED} {_CAPITALIZED})\b")
 _NAME_PATTERNS = [
     re.compile(pattern)
     for pattern in (
-        rf"(?:this is|I am|I'm|it's|Name:|from|From:|Contact|Ask for|ask for|writing for|mother|Customer|Yours,|Thanks,|Thank you,) ({_NAME})",
+        rf"(?:this is|I am|I'm|it's|Name:|from|From:|Contact|[Aa]sk for|writing for|mother|Customer) ({_NAME})",
+        rf"(?:Yours|Thanks|Thank you), ({_NAME})",
         rf"(?:to|for) ({_NAME}),? (?:at )?\d",
         rf"\b({_NAME}) (?:speaking|here|from|who)",
         rf"^({_NAME}),",
@@ -100,8 +101,8 @@ _MONTHS = "January|February|March|April|May|June|July|August|September|October|N
 _DATE = re.compile(rf"\b(\d{{1,2}} (?:{_MONTHS}))\b")
 _TIME = re.compile(r"\b(\d{1,2} [ap]m|noon)\b")
 _COUNT_WORDS = (
-    "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen twenty thirty forty fifty".split()
-)
+    "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen twenty thirty forty fifty"
+).split()
 _COUNT_VALUES = [*range(2, 16), 20, 30, 40, 50]
 _COLOURS = sorted({*TRAIN.colours, "brown", "orange", "pink", "purple"})
 _COUNTED = re.compile(

@@ -20,8 +20,8 @@ from .words import HELDOUT, TRAIN, Vocabulary
 Split = Literal["train", "heldout"]
 
 INSTRUCTION = (
-    'Write this order as JSON: {"item":string,"count":integer,"colour":string|null,"to":{"name":string,"street":string,'
-    '"city":string},"when":{"date":string,"time":string|null}|null,"gift":boolean}. Copy words from the text.'
+    'Write the order as JSON: {"item":string,"count":integer,"colour":string|null,"day":string|null,'
+    '"to":{"name":string,"city":string},"gift":boolean}'
 )
 """The instruction with the full schema; every prompt is this, a blank line and the text."""
 
@@ -30,7 +30,7 @@ HELDOUT_ROWS = 256
 
 _VOCABULARIES: dict[str, Vocabulary] = {"train": TRAIN, "heldout": HELDOUT}
 _OPTIONAL = re.compile(r"\[([^\[\]]*)\]")
-_PRESENT = {"colour": 0.55, "date": 0.75, "time": 0.6, "gift": 0.4, "aside": 0.4}
+_PRESENT = {"colour": 0.5, "day": 0.5, "gift": 0.4, "aside": 0.4}
 """How often each optional part of a message is there."""
 
 
@@ -47,26 +47,19 @@ def _order(words: Vocabulary, rng: random.Random) -> Order:
         return rng.choice(choices) if rng.random() < _PRESENT[key] else None
 
     name = f"{rng.choice(words.first_names)} {rng.choice(words.last_names)}"
-    street = f"{rng.choice(words.house_numbers)} {rng.choice(words.street_names)} {rng.choice(words.street_types)}"
-    city, item = rng.choice(words.cities), rng.choice(words.items)
-    count = rng.choice(list(words.counts))
-    colour = maybe("colour", words.colours)
-    date = maybe("date", [f"{rng.randint(1, 28)} {rng.choice(words.months)}"])
-    time = maybe("time", words.times) if date else None
+    city, item, count = rng.choice(words.cities), rng.choice(words.items), rng.choice(words.counts)
+    colour, day = maybe("colour", words.colours), maybe("day", words.days)
     gift, aside = maybe("gift", words.gift), maybe("aside", words.asides)
-    if gift is None and rng.random() < 0.25:
-        aside = rng.choice(words.no_gift)
-    count_text = words.counts[count] if rng.random() < 0.4 else str(count)
     answer = {
         "item": item,
         "count": count,
         "colour": colour,
-        "to": {"name": name, "street": street, "city": city},
-        "when": {"date": date, "time": time} if date else None,
+        "day": day,
+        "to": {"name": name, "city": city},
         "gift": gift is not None,
     }
-    facts = {"name": name, "street": street, "city": city, "item": item, "count": count_text, "colour": colour}
-    return Order(answer, {**facts, "date": date, "time": time, "gift": gift, "aside": aside})
+    facts = {"name": name, "city": city, "item": item, "count": str(count), "colour": colour, "day": day}
+    return Order(answer, {**facts, "gift": gift, "aside": aside})
 
 
 def render(template: str, facts: dict[str, str | None]) -> str:

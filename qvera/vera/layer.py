@@ -45,6 +45,9 @@ class QveraLinear(nn.Module, BaseTunerLayer):
 
     adapter_layer_names: tuple[str, ...] = ("qvera_b", "qvera_d")
     other_param_names: tuple[str, ...] = ("qvera_rank", "qvera_dropout", "qvera_projection")
+    # PEFT's, which a type checker can't see
+    active_adapters: Any
+    set_adapter: Any
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, projection: SharedProjection, config: QveraConfig

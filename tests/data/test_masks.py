@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from qvera.data import NAMED_TEMPLATES, Datasets, Encoder, Example, Turn, build_datasets, resolve_template
+from qvera.data.encode import Cut
 from qvera.errors import InputError
 from qvera.recipe import DataSection
 
@@ -229,7 +230,8 @@ def test_trimmed_offsets(answer: str, make_tokenizer: MakeTokenizer, tmp_path: P
 def test_sentencepiece(template: str, llama2_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     turns = [("user", "Name a colour."), ("assistant", "Blue é.\n日"), ("user", "Another"), ("assistant", "Be brief.")]
     example = one(tmp_path, turns, llama2_tokenizer, template=template)
-    runs, previous = [], False
+    runs: list[list[int]] = []
+    previous = False
     for token, is_trained in zip(example.input_ids.tolist(), example.trained.tolist(), strict=True):
         if is_trained and not previous:
             runs.append([])
@@ -239,6 +241,11 @@ def test_sentencepiece(template: str, llama2_tokenizer: PreTrainedTokenizerFast,
     eos = llama2_tokenizer.eos_token_id
     assert [run[-1] for run in runs] == [eos, eos]
     assert [decoded(llama2_tokenizer, run[:-1]).strip() for run in runs] == ["Blue é.\n日", "Be brief."]
+    # In one piece: a space would be put in front of every further one.
+    messages = [{"role": role, "content": content} for role, content in turns]
+    text = llama2_tokenizer.apply_chat_template(messages, chat_template=NAMED_TEMPLATES[template].jinja, tokenize=False)
+    ids = llama2_tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert example.input_ids.tolist()[-len(ids) :] == ids
     bos = llama2_tokenizer.bos_token_id
     # Meta's format opens every exchange with BOS; the others have one in front.
     assert example.input_ids.tolist().count(bos) == (2 if template == "llama-2" else 1)
@@ -351,6 +358,14 @@ def test_chat_prompts_are_those_of_training(template: str, make_tokenizer: MakeT
     tokenizer = make_tokenizer(chat_template=NO_PROMPT)
     for turns in (TWO[:2], TWO[:4]):
         example = one(tmp_path, turns, tokenizer, template=template)
-        prompt = resolve_template(template, tokenizer).prompt_text([Turn(*turn) for turn in turns[:-1]])
-        assert prompt == example.prompt_text
-        assert Encoder(tokenizer).encode_prompt(prompt) == example.prompt_ids.tolist()
+        text, starts = resolve_template(template, tokenizer).prompt([Turn(*turn) for turn in turns[:-1]])
+        assert text == example.prompt_text
+        assert Encoder(tokenizer).encode_prompt(text, starts) == example.prompt_ids.tolist()
+
+
+def test_a_token_across_the_end_of_an_answer_belongs_to_it(base_tokenizer: PreTrainedTokenizerFast) -> None:
+    encoder = Encoder(base_tokenizer)
+    whole = base_tokenizer("yes\n\n", add_special_tokens=False)["input_ids"]
+    cuts = [Cut(0, "start"), Cut(len("yes\n"), "end")]
+    assert base_tokenizer.decode(whole[-1:]) == "\n\n"
+    assert encoder.encode(["yes\n\n"], [cuts]) == [(whole, [0, len(whole)])]

@@ -1,0 +1,49 @@
+"""Every file in recipes/ is a valid recipe and says what it claims to say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qvera.recipe import load_recipe
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+NAMES = ["llama2-13b-instruct", "llama2-7b-instruct", "quickstart"]
+
+
+def test_no_recipe_is_unknown_to_this_test() -> None:
+    assert sorted(path.stem for path in RECIPES.iterdir()) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipe_parses(name: str) -> None:
+    recipe = load_recipe(RECIPES / f"{name}.yaml")
+    assert recipe.adapter.targets == "all-linear"
+    assert recipe.model.quantization == "nf4"
+
+
+@pytest.mark.parametrize("size", ["7b", "13b"])
+def test_llama2_recipes_have_the_papers_settings(size: str) -> None:
+    recipe = load_recipe(RECIPES / f"llama2-{size}-instruct.yaml")
+    assert recipe.model.path == f"meta-llama/Llama-2-{size}-hf"
+    assert recipe.model.double_quant
+    assert (recipe.adapter.rank, recipe.adapter.d_initial) == (1024, 0.1)
+    assert (recipe.data.path, recipe.data.template, recipe.data.train_on) == (
+        "yahma/alpaca-cleaned",
+        "alpaca",
+        "assistant",
+    )
+    assert (recipe.data.max_source_length, recipe.data.max_target_length) == (768, 256)
+    training = recipe.training
+    assert (training.global_batch_size, training.per_device_train_batch_size) == (16, 4)
+    assert recipe.gradient_accumulation_steps == 4
+    assert (training.learning_rate, training.lr_scheduler_type, training.warmup_ratio) == (4e-3, "cosine", 0.1)
+    assert (training.num_train_epochs, training.max_steps, training.weight_decay) == (1.0, -1, 0.0)
+
+
+def test_quickstart_recipe_stays_small() -> None:
+    recipe = load_recipe(RECIPES / "quickstart.yaml")
+    assert recipe.adapter.rank == 256
+    rows = recipe.training.max_steps * recipe.training.global_batch_size
+    assert 0 < rows <= 1000, "the quickstart has six minutes on two cores"
