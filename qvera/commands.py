@@ -19,6 +19,7 @@ from .export import export_merged
 from .export.compare import measure_difference
 from .export.merged import CERTIFICATE
 from .generate import generate as generate_texts
+from .generate import generating
 from .metrics import memory_text
 from .model import load_tokenizer
 from .recipe import DataSection, ExportSection, Recipe, load_recipe
@@ -101,8 +102,15 @@ def chat(args: argparse.Namespace) -> None:
         opened = open_run(args.run, adapter=not args.base)
     template, encoder = _template(opened)
     system = args.system if args.system is not None else (opened.recipe.data.system if opened.recipe else None)
-    turns: list[Turn] = []
     _console.print("Type a message; /reset forgets the conversation, /quit ends it.")
+    with generating(opened.model):  # once for all messages
+        _converse(args, opened, template, encoder, system)
+
+
+def _converse(
+    args: argparse.Namespace, opened: OpenRun, template: ChatTemplate, encoder: Encoder, system: str | None
+) -> None:
+    turns: list[Turn] = []
     while True:
         try:
             text = input("> " if sys.stdin.isatty() else "")

@@ -9,7 +9,7 @@ AVX512-BF16 and which silently ruins every later gradient.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -99,20 +99,23 @@ def freeze_linears(model: torch.nn.Module) -> int:
 
 
 @contextlib.contextmanager
-def inference_layout(model: torch.nn.Module) -> Iterator[None]:
-    """For the time of the block, 4-bit layers hold a second copy of their weight in the layout of the fused CPU kernel.
+def inference_layout(model: torch.nn.Module, skip: Collection[torch.nn.Module] = ()) -> Iterator[None]:
+    """For the time of the block, 4-bit layers (but those in ``skip``) hold a second copy of their weight, as packed for the
+    fused CPU kernel.
 
     Generation then runs at bitsandbytes' speed while the training weights stay as they are. Costs the packed weights'
     size again until the block ends; does nothing where there is no such kernel (CUDA has its own, on the plain layout).
     """
     packed = []
+    skipped = set(map(id, skip))
     try:
         for module in model.modules():
-            if isinstance(module, FrozenLinear4bit) and getattr(module, "_inference_pack", None) is None:
-                pack = quantize.inference_pack(module)
-                if pack is not None:
-                    module._inference_pack = pack  # type: ignore[assignment]
-                    packed.append(module)
+            if not isinstance(module, FrozenLinear4bit) or id(module) in skipped:
+                continue
+            pack = None if hasattr(module, "_inference_pack") else quantize.inference_pack(module)
+            if pack is not None:
+                module._inference_pack = pack  # type: ignore[assignment]
+                packed.append(module)
         yield
     finally:
         for module in packed:

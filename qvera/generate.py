@@ -7,27 +7,47 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import psutil
 import torch
 
 from . import frozen
+from .vera import QveraLinear
 
 
 @contextlib.contextmanager
 def generating(model: Any) -> Iterator[None]:
-    """For the time of the block: evaluation mode, the KV cache on, 4-bit layers in the layout of the fused kernel.
+    """For the time of the block: evaluation mode, the KV cache on, linears in their fastest layout for answers.
 
-    Everything is put back afterwards; weights and later gradients are bit-unchanged.
+    On a CPU with memory to spare, adapted layers hold W + ΔW in the compute dtype; 4-bit layers without it hold a copy in
+    the layout of bitsandbytes' fused kernel. Everything is put back afterwards; weights and later gradients are
+    bit-unchanged. Blocks may be nested: the inner ones change nothing.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     was_training, used_cache = model.training, inner.config.use_cache
+    layers = [m for m in model.modules() if isinstance(m, QveraLinear)]
+    if any(layer.holds_inference_weight for layer in layers) or not _dense_fits(layers):
+        layers = []
     model.eval()
     inner.config.use_cache = True
     try:
-        with torch.no_grad(), frozen.inference_layout(model):
-            yield
+        with torch.no_grad():
+            for layer in layers:
+                layer.hold_inference_weight(True)
+            with frozen.inference_layout(model, skip=[layer.base_layer for layer in layers]):
+                yield
     finally:
+        for layer in layers:
+            layer.hold_inference_weight(False)
         inner.config.use_cache = used_cache
         model.train(was_training)
+
+
+def _dense_fits(layers: list[QveraLinear]) -> bool:
+    """Whether dense copies of these layers' weights take at most a quarter of the memory that is free on this CPU."""
+    if not layers or any(parameter.device.type != "cpu" for parameter in layers[0].parameters()):
+        return False
+    size_bytes = sum(layer.in_features * layer.out_features for layer in layers) * 2
+    return size_bytes <= psutil.virtual_memory().available // 4
 
 
 def generate(

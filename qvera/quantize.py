@@ -58,12 +58,12 @@ def dequantized_weight(module: Any, dtype: torch.dtype) -> torch.Tensor:
             )
         return bnb_functional.dequantize_4bit(weight.data.view(-1, 1), state).to(dtype)
     if isinstance(module, Linear8bit):
-        rows, scales = _int8_rows(module)
+        rows, scales = int8_rows(module)
         return (rows.to(torch.float32) * (scales.to(torch.float32) / 127.0).unsqueeze(1)).to(dtype)
     return weight.to(dtype)
 
 
-def _int8_rows(module: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def int8_rows(module: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Packed rows int8 [m, n] and the absolute maximum of each row [m]; a forward pass moves them into the state."""
     state: Any = module.state
     if state.CB is not None:
@@ -80,7 +80,7 @@ def storage_bytes(module: Any) -> int:
         if state is not None:
             size += _state_bytes(state)
     elif isinstance(module, Linear8bit):
-        size += _int8_rows(module)[1].numel() * 4
+        size += int8_rows(module)[1].numel() * 4
     return size
 
 

@@ -65,5 +65,5 @@ class QveraConfig(PeftConfig):
             raise InputError(f"rank: takes a whole number >= 1, got {self.rank!r}.")
         if not 0.0 <= self.dropout < 1.0:
             raise InputError(f"dropout: takes a number >= 0 and < 1, got {self.dropout!r}.")
-        if self.projection_seed < 0:
-            raise InputError(f"projection_seed: takes a whole number >= 0, got {self.projection_seed!r}.")
+        if not isinstance(self.projection_seed, int) or not 0 <= self.projection_seed < 2**64:
+            raise InputError(f"projection_seed: takes a whole number >= 0 and < 2**64, got {self.projection_seed!r}.")

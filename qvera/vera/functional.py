@@ -50,6 +50,20 @@ def delta_weight(A: torch.Tensor, B: torch.Tensor, d: torch.Tensor, b: torch.Ten
     return combined(B, d, b, scale, B.dtype) @ A
 
 
+def _expand(
+    base: torch.Tensor, z: torch.Tensor, d: torch.Tensor, b: torch.Tensor, B: torch.Tensor, scale: float
+) -> torch.Tensor:
+    flat = z.reshape(-1, z.shape[-1])
+    if _few(flat.shape[0], B):  # a decoding step: C would cost more than the whole product
+        inner = flat * (d * scale).to(z.dtype)
+        delta = (inner @ B.to(z.dtype).t()).mul_(b.to(z.dtype))
+        return base + delta.view(base.shape).to(base.dtype)
+    C = combined(B, d, b, scale, z.dtype)
+    if base.dtype == z.dtype:
+        return torch.addmm(base.reshape(-1, base.shape[-1]), flat, C.t()).view(base.shape)
+    return base + (flat @ C.t()).view(base.shape).to(base.dtype)
+
+
 class _Expand(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -63,15 +77,7 @@ class _Expand(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(z, d, b, B)
         ctx.scale = scale
-        flat = z.reshape(-1, z.shape[-1])
-        if _few(flat.shape[0], B):  # a decoding step: C would cost more than the whole product
-            inner = flat * (d * scale).to(z.dtype)
-            delta = (inner @ B.to(z.dtype).t()).mul_(b.to(z.dtype))
-            return base + delta.view(base.shape).to(base.dtype)
-        C = combined(B, d, b, scale, z.dtype)
-        if base.dtype == z.dtype:
-            return torch.addmm(base.reshape(-1, base.shape[-1]), flat, C.t()).view(base.shape)
-        return base + (flat @ C.t()).view(base.shape).to(base.dtype)
+        return _expand(base, z, d, b, B, scale)
 
     @staticmethod
     @once_differentiable
@@ -112,4 +118,6 @@ def expand(
     Returns:
         [..., m] in base's dtype. Differentiable once in base, z, d and b.
     """
+    if not torch.is_grad_enabled():  # a decoding step is short enough for the bookkeeping of autograd to show
+        return _expand(base, z, d, b, B, scale)
     return _Expand.apply(base, z, d, b, B, scale)

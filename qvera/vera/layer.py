@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -67,6 +68,7 @@ class QveraLinear(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._unmerged_weight: Any = None
+        self._inference_weight: torch.Tensor | None = None
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, projection, config)
 
@@ -93,6 +95,11 @@ class QveraLinear(nn.Module, BaseTunerLayer):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if self._inference_weight is not None and not torch.is_grad_enabled() and not self.disable_adapters:
+            bias: Any = self.base_layer.bias
+            dtype = self._inference_weight.dtype
+            y = F.linear(x.to(dtype), self._inference_weight, None if bias is None else bias.to(dtype))
+            return y.to(x.dtype)
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return result
@@ -105,6 +112,24 @@ class QveraLinear(nn.Module, BaseTunerLayer):
             z = project(inner, A.to(dtype))
             result = expand(result, z, d, b, B, scale)
         return result
+
+    def hold_inference_weight(self, hold: bool) -> None:
+        """Hold (or let go of) W + ΔW of the active adapters [m, n] in the compute dtype, beside the untouched base weight.
+
+        One product then serves base and adapters: on a CPU that is as fast as the 4-bit kernel on the base alone. For
+        answers only; with gradients enabled the layer takes its normal path.
+        """
+        self._inference_weight = None
+        if hold and not self.merged and not isinstance(self.base_layer, Conv1D):
+            base: Any = self.base_layer
+            names = [name for name in self.active_adapters if name in self.qvera_d]
+            weight = quantize.dequantized_weight(base, torch.float32)
+            weight = weight + sum(self.get_delta_weight(name) for name in names)
+            self._inference_weight = weight.to(getattr(base, "compute_dtype", None) or base.weight.dtype)
+
+    @property
+    def holds_inference_weight(self) -> bool:
+        return self._inference_weight is not None
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """ΔW of one adapter in fp32, oriented as the base layer's weight: [out, in], or [in, out] for a Conv1D."""
@@ -129,6 +154,9 @@ class QveraLinear(nn.Module, BaseTunerLayer):
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"merging {adapter_names} gives NaN or Inf: the adapter or the base weight is broken")
         original = base.weight
+        if isinstance(base, quantize.Linear8bit):
+            # a stock forward before qvera moves rows and scales into the layer's state: unmerge needs them on the weight
+            original.CB, original.SCB = quantize.int8_rows(base)
         if isinstance(base, (quantize.Linear4bit, quantize.Linear8bit)):
             replacement = quantize.requantized(base, merged)
             self._install(replacement)

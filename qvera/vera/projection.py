@@ -32,8 +32,10 @@ def uniform_matrix(rows: int, columns: int, seed: int, stream: int) -> np.ndarra
         stream: 0 for A (rank x in_features), 1 for B (out_features x rank).
     """
     out = np.empty((rows, columns), dtype=np.float32)
+    # as uint64, since numpy would make float64 of a list in which one number needs the 64th bit, and round the seed
+    key = np.array([seed, stream], dtype=np.uint64)
     for i in range(rows):
-        words = np.random.Philox(counter=[0, i, 0, 0], key=[seed, stream]).random_raw(columns)
+        words = np.random.Philox(counter=np.array([0, i, 0, 0], dtype=np.uint64), key=key).random_raw(columns)
         # 24 bits times 2**-23 minus 1 is exact in fp32, so no rounding mode can change a value
         out[i] = (words >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-23) - np.float32(1.0)
     return out

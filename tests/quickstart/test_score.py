@@ -10,14 +10,7 @@ from qvera.quickstart.score import FIELDS, regex_baseline, score
 from qvera.quickstart.task import Split, generate, message_of
 
 REFERENCE = json.dumps(
-    {
-        "item": "mugs",
-        "count": 1,
-        "colour": None,
-        "to": {"name": "Ann Ray", "street": "1 Elm Road", "city": "Bath"},
-        "when": None,
-        "gift": False,
-    }
+    {"item": "mugs", "count": 1, "colour": None, "day": None, "to": {"name": "Ann Ray", "city": "Bath"}, "gift": False}
 )
 
 
@@ -39,9 +32,9 @@ def test_key_order_and_spaces_do_not_matter() -> None:
         (changed(count=1.0), {"count"}),
         (changed(gift=0), {"gift"}),
         (changed(colour="red"), {"colour"}),
-        (changed(to=None), {"to.name", "to.street", "to.city"}),
-        (changed(when={"date": "3 May", "time": None}), {"when.date"}),
-        (changed(to={"name": "Ann Ray", "city": "Bath"}), {"to.street"}),
+        (changed(to=None), {"to.name", "to.city"}),
+        (changed(day="Friday"), {"day"}),
+        (changed(to={"name": "Ann Ray"}), {"to.city"}),
     ],
 )
 def test_a_wrong_leaf_costs_that_field_and_the_match(answer: str, wrong: set[str]) -> None:

@@ -13,20 +13,8 @@ import pytest
 from qvera.quickstart.task import HELDOUT_ROWS, INSTRUCTION, TRAIN_ROWS, Split, generate, message_of, render, write_task
 from qvera.quickstart.words import HELDOUT, TRAIN
 
-# Sentences that can't differ between the splits without the language running out: words of grammar, and the number
-# words and digits inside distractors, which no field takes.
-VALUE_TABLES = (
-    "first_names",
-    "last_names",
-    "street_names",
-    "street_types",
-    "cities",
-    "colours",
-    "items",
-    "months",
-    "times",
-)
-TEXT_TABLES = ("gift", "no_gift", "asides", "templates")
+VALUE_TABLES = ("first_names", "last_names", "cities", "counts", "colours", "items", "days")
+TEXT_TABLES = ("gift", "asides", "templates")
 
 
 def leaves(tree: Any, path: str = "") -> list[tuple[str, Any]]:
@@ -52,12 +40,6 @@ def test_tables_share_no_entry_and_repeat_none(table: str) -> None:
     assert len(set(heldout)) == len(heldout)
 
 
-def test_numbers_are_disjoint() -> None:
-    assert not set(TRAIN.counts) & set(HELDOUT.counts)
-    assert not set(TRAIN.counts.values()) & set(HELDOUT.counts.values())
-    assert not set(TRAIN.house_numbers) & set(HELDOUT.house_numbers)
-
-
 def test_templates_are_many_and_different_when_only_their_words_are_compared() -> None:
     def skeleton(template: str) -> str:
         return re.sub(r"[\W_]+", " ", template).lower().strip()
@@ -71,15 +53,15 @@ def test_templates_are_many_and_different_when_only_their_words_are_compared() -
 def test_generated_answers_share_no_value() -> None:
     train, heldout = values("train"), values("heldout")
     assert train.keys() == heldout.keys()
-    assert len(train) == 8
+    assert len(train) == 6
     for path, seen in train.items():
         assert not seen & heldout[path], path
 
 
-def test_names_streets_and_cities_share_no_word() -> None:
+def test_names_and_cities_share_no_word() -> None:
     def words(split: Split) -> set[str]:
         found = values(split)
-        return {word for path in ("to.name", "to.street", "to.city") for value in found[path] for word in value.split()}
+        return {word for path in ("to.name", "to.city") for value in found[path] for word in value.split()}
 
     assert not words("train") & words("heldout")
 
@@ -98,7 +80,7 @@ def test_every_copied_value_stands_in_the_text(split: Split) -> None:
         assert row["completion"] == json.dumps(answer, separators=(",", ":"), ensure_ascii=False)
         for path, value in leaves(answer):
             if path == "count":
-                assert re.search(rf"\b({value}|{vocabulary.counts[value]})\b", text, re.IGNORECASE)
+                assert re.search(rf"\b{value}\b", text)
             elif path == "gift":
                 assert value == any(sentence in text for sentence in vocabulary.gift)
             elif value is not None:
@@ -110,22 +92,22 @@ def test_optional_parts_come_and_go_and_templates_are_balanced() -> None:
     answers = [json.loads(row["completion"]) for row in generate("heldout", 600, seed=1)]
     for absent in (
         sum(a["colour"] is None for a in answers),
-        sum(a["when"] is None for a in answers),
-        sum(a["when"] is not None and a["when"]["time"] is None for a in answers),
+        sum(a["day"] is None for a in answers),
         sum(not a["gift"] for a in answers),
     ):
         assert 60 < absent < 540
     assert len({row["prompt"] for row in generate("train", 2000)}) == 2000
-    assert min(Counter(a["count"] for a in answers).values()) > 60
+    assert min(Counter(a["count"] for a in answers).values()) > 50
 
 
 def test_the_instruction_carries_the_whole_schema() -> None:
     schema = re.search(r"\{.*\}", INSTRUCTION)
     assert schema is not None
-    as_json = re.sub(r"\b(string|integer|boolean)(\|null)?", '"leaf"', schema[0].replace("}|null", "}"))
+    as_json = re.sub(r"\b(string|integer|boolean)(\|null)?", '"leaf"', schema[0])
     row = generate("train", 1)[0]
-    answer = next(a for r in generate("train", 50) if (a := json.loads(r["completion"]))["when"])
-    assert [path for path, _ in leaves(json.loads(as_json))] == [path for path, _ in leaves(answer)]
+    paths = [path for path, _ in leaves(json.loads(row["completion"]))]
+    assert [path for path, _ in leaves(json.loads(as_json))] == paths
+    assert len(paths) >= 6
     assert row["prompt"].startswith(f"{INSTRUCTION}\n\n")
 
 
