@@ -23,7 +23,7 @@ CHATML = (
 
 @pytest.fixture(autouse=True, scope="session")
 def _threads() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
 
 
 def small_tokenizer() -> PreTrainedTokenizerFast:

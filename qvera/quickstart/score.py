@@ -10,7 +10,7 @@ from typing import Any
 
 from .words import TRAIN
 
-FIELDS = ("item", "count", "colour", "day", "to.name", "to.city", "gift")
+FIELDS = ("count", "colour", "item", "to.name", "to.city", "day", "gift")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,35 +91,39 @@ _NAME_PATTERNS = [
         rf"(?:to|for) ({_NAME})(?:,| in )",
         rf"\b({_NAME})(?: speaking| here| from|, who)",
         rf"({_NAME})\.?$",
+        rf"\b({_NAME})\b",  # no template has this: any two capitalized words
     )
 ]
+_DAYS = "(?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day"
 _CITY_PATTERNS = [
     re.compile(pattern)
     for pattern in (
         rf"\b(?:live|lives|be|am|here) in ({_CAPITALIZED})",
         rf"City: ({_CAPITALIZED})",
+        rf"{_NAME}, ({_CAPITALIZED})[:.,]",
         rf"\b(?:to|To|agreed on) ({_CAPITALIZED})(?:[., ]|$)(?!{_CAPITALIZED})",
         rf"^(?:Hello from )?({_CAPITALIZED})[:!]",
-        rf"{_NAME},? (?:from |in )?({_CAPITALIZED})[:., ]",
+        rf"{_NAME} (?:from|in) ({_CAPITALIZED})[:., ]",
         rf"(?:[.!?] |for )({_CAPITALIZED}), please",
+        rf"\b(?:in|at|for) (?!{_DAYS})({_CAPITALIZED})\b(?! [A-Z])",  # no template has this: any likely preposition
     )
 ]
-_DAY = re.compile(r"\b((?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day)\b")
-_COLOURS = "|".join(sorted({*TRAIN.colours, "brown", "orange", "pink", "purple", "gray"}))
-_THING = rf"(?:(?P<colour>{_COLOURS}) )?(?P<item>(?:(?!of\b)[a-z]+ )?[a-z]+s)\b"
+_DAY = re.compile(rf"\b({_DAYS})\b")
+_COLOURS = "|".join(sorted({*TRAIN.colours, "brown", "orange", "pink", "purple", "grey"}))
+_THING = rf"(?:(?P<colour>{_COLOURS}) )?(?P<item>(?:(?!of\b)[a-z]+ )?(?!this\b)[a-z]+s)\b"
 _THING_PATTERNS = [
     re.compile(rf"(?:I forgot the|ran out of|From: {_NAME}\.) {_THING}.*?\b(?P<count>\d+)\b"),
     re.compile(rf"\b(?P<count>\d+) (?!pounds|weeks){_THING}"),
 ]
 _COLOUR_AFTER = re.compile(rf"(?: in |, |, all | \()({_COLOURS})\b")
-_GIFT = re.compile(r"\b(?:gift|present)\b")
+_GIFT = re.compile(r"\b(?:gift|present)\b", re.IGNORECASE)
 
 
 def regex_baseline(text: str) -> dict[str, Any]:
     """An answer to one message from regular expressions.
 
-    Written against the training templates and words, plus what anyone would add unasked: all seven days and the common
-    colours.
+    Written against the training templates and words, plus what anyone would add unasked: all seven days, the
+    common colours, and a guess where no pattern fits.
     """
 
     def first(patterns: Sequence[re.Pattern[str]]) -> re.Match[str] | None:

@@ -1,8 +1,9 @@
-"""The quickstart's task: a repair request in free text → one line of JSON.
+"""The quickstart's task: an order in free text → one line of JSON.
 
-Eight keys, two of them nested objects, three of the values optional (null where the text does not say). All values but
-`urgent` are copied from the text as they stand. Training and held-out rows come from two vocabularies (words.py) that share
-no template, name, street, city, thing, brand, fault, date, time, phone number or distractor.
+Seven values, two of them in a nested object, two optional (null where the text does not say). All but `gift` stand in the
+text as they are copied; the order of the keys is the usual order of the words, so that a small model finds the next one
+after the last. Training and held-out rows come from two vocabularies (words.py) that share no template, name, city, thing,
+colour, number, day or distractor.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from .words import HELDOUT, TRAIN, Vocabulary
 Split = Literal["train", "heldout"]
 
 INSTRUCTION = (
-    'Write the order as JSON: {"item":string,"count":integer,"colour":string|null,"day":string|null,'
-    '"to":{"name":string,"city":string},"gift":boolean}'
+    'Write the order as JSON: {"count":integer,"colour":string|null,"item":string,'
+    '"to":{"name":string,"city":string},"day":string|null,"gift":boolean}'
 )
 """The instruction with the full schema; every prompt is this, a blank line and the text."""
 
@@ -51,11 +52,11 @@ def _order(words: Vocabulary, rng: random.Random) -> Order:
     colour, day = maybe("colour", words.colours), maybe("day", words.days)
     gift, aside = maybe("gift", words.gift), maybe("aside", words.asides)
     answer = {
-        "item": item,
         "count": count,
         "colour": colour,
-        "day": day,
+        "item": item,
         "to": {"name": name, "city": city},
+        "day": day,
         "gift": gift is not None,
     }
     facts = {"name": name, "city": city, "item": item, "count": str(count), "colour": colour, "day": day}

@@ -85,6 +85,19 @@ class QveraLinear(nn.Module, BaseTunerLayer):
         )
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's own also casts to the dtype of the base weight, which rounds fp32 vectors over a 16-bit base, and which
+        # for packed weights is not even the dtype that the layer computes in
+        base: Any = self.base_layer
+        device = device or base.weight.device
+        if device.type == "meta":
+            return
+        for vectors in (self.qvera_b, self.qvera_d):
+            if adapter_name in vectors and not vectors[adapter_name].is_meta:
+                vectors[adapter_name].data = vectors[adapter_name].data.to(device)
+        if adapter_name in self.qvera_projection:
+            self.qvera_projection[adapter_name].to(device)
+
     def parts(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float]:
         """A [r, n], B [m, r], d [r], b [m] and the scalar s of one adapter in this layer."""
         rank = self.qvera_rank[adapter]

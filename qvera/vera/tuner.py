@@ -33,7 +33,18 @@ class QveraModel(BaseTuner):
         pool.append(SharedProjection(seed, device, dtype))
         return pool[-1]
 
-    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Check the targets and the projections of an adapter, draw the pair that it needs, then let PEFT put it in.
+
+        Here and not in PEFT's `_pre_injection_hook`, which PEFT calls for a model's first adapter only.
+
+        Raises:
+            InputError: a target matches nothing or no linear, or the adapter belongs to other projections.
+        """
+        self._prepare_projection(model, self.peft_config[adapter_name])
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _prepare_projection(self, model: nn.Module, config: Any) -> None:
         if getattr(model, "dtype", None) is None and not any(True for _ in model.parameters()):
             raise InputError("the model has no parameters: there is nothing to adapt.")
         frozen.freeze_linears(model)

@@ -71,4 +71,4 @@ def test_the_baseline_is_an_honest_one() -> None:
         return score(answers, [row["completion"] for row in rows]).exact_match
 
     assert exact("train") > 0.95
-    assert 0.1 < exact("heldout") < 0.6
+    assert 0.3 < exact("heldout") < 0.8

@@ -1,0 +1,234 @@
+"""The merged checkpoint is W + ΔW, any tool loads it, and nothing half-written passes for a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from qvera import frozen
+from qvera.cli import main
+from qvera.errors import InputError, RunFailed
+from qvera.export import export_merged, merged
+from qvera.model import attach, load_base, named_vectors, save_adapter
+from qvera.recipe import AdapterSection, ExportSection, ModelSection
+from qvera.run import open_run
+from qvera.vera import QveraLinear
+
+from ..conftest import small_llama, small_tokenizer
+
+
+def perturb(model: Any, size: float = 0.2, seed: int = 1) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for vector in named_vectors(model).values():
+            vector.add_(torch.randn(vector.shape, generator=generator) * size)
+
+
+@pytest.fixture
+def trained(tiny_model_dir: Path, tmp_path: Path) -> tuple[Any, ModelSection, Path]:
+    """A perturbed adapter on the NF4 base, saved: (model, model section, adapter directory)."""
+    section = ModelSection(path=str(tiny_model_dir), compute_dtype="float32")
+    model = attach(load_base(section).model, AdapterSection(rank=8), section.path)
+    perturb(model)
+    save_adapter(model, tmp_path / "adapter")
+    return model, section, tmp_path / "adapter"
+
+
+def deltas(model: Any) -> dict[str, torch.Tensor]:
+    prefix = "base_model.model."
+    return {
+        f"{name.removeprefix(prefix)}.weight": module.get_delta_weight("default").detach()
+        for name, module in model.named_modules()
+        if isinstance(module, QveraLinear)
+    }
+
+
+def test_every_weight_is_w_plus_delta_in_fp32_before_the_cast(
+    trained: Any, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    model, section, adapter = trained
+    export_merged(adapter, section, tmp_path / "out32", ExportSection(dtype="float32"))
+    export_merged(adapter, section, tmp_path / "out16", ExportSection(dtype="float16"))
+    source = load_file(tiny_model_dir / "model.safetensors")
+    wide, narrow = (load_file(tmp_path / n / "model.safetensors") for n in ("out32", "out16"))
+    change = deltas(model)
+    assert wide.keys() == narrow.keys() == source.keys()
+    assert len(change) == 14
+    for name, weight in source.items():
+        expected = weight.float() + change[name] if name in change else weight.float()
+        torch.testing.assert_close(wide[name], expected, rtol=0, atol=1e-7)
+        assert torch.equal(narrow[name], wide[name].half())
+        assert (name in change) == (not torch.equal(wide[name], weight.float()))
+
+
+def test_the_dequantized_base_gives_the_trained_models_logits(trained: Any, tmp_path: Path) -> None:
+    model, section, adapter = trained
+    options = ExportSection(dtype="float32", base="dequantized")
+    export_merged(adapter, section, tmp_path / "out", options)
+    ids = torch.arange(3, 43).view(2, 20)
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+    torch.save({"ids": ids}, tmp_path / "ids.pt")
+    code = f"""
+import sys, torch
+for name in ("qvera", "peft", "bitsandbytes"):
+    sys.modules[name] = None  # importing it now fails
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "out")!r}, dtype=torch.float32)
+tokenizer = AutoTokenizer.from_pretrained({str(tmp_path / "out")!r})
+assert tokenizer.chat_template and tokenizer.eos_token == "<|im_end|>"
+ids = torch.load({str(tmp_path / "ids.pt")!r})["ids"]
+with torch.no_grad():
+    torch.save(model(input_ids=ids).logits, {str(tmp_path / "logits.pt")!r})
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_files_config_and_certificate(trained: Any, tiny_model_dir: Path, tmp_path: Path) -> None:
+    model, section, adapter = trained
+    export_merged(adapter, section, tmp_path / "out", ExportSection())
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "qvera_export.json",
+        "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == "float16"
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert "quantization_config" not in config
+    certificate = json.loads((tmp_path / "out" / "qvera_export.json").read_text())
+    sha = lambda p: hashlib.sha256(p.read_bytes()).hexdigest()  # noqa: E731
+    assert certificate["files"] == {"model.safetensors": sha(tmp_path / "out" / "model.safetensors")}
+    assert certificate["base"]["sha256"] == {"model.safetensors": sha(tiny_model_dir / "model.safetensors")}
+    assert certificate["adapter"]["sha256"] == sha(adapter / "adapter_model.safetensors")
+    for name, change in deltas(model).items():
+        assert certificate["delta"][name]["max_abs"] == pytest.approx(change.abs().max().item(), rel=1e-5)
+        assert certificate["delta"][name]["mean_abs"] == pytest.approx(change.abs().mean().item(), rel=1e-5)
+
+
+def test_fp16_overflow_is_refused_by_tensor_name(trained: Any, tmp_path: Path) -> None:
+    model, section, adapter = trained
+    with torch.no_grad():
+        named_vectors(model)["base_model.model.model.layers.1.mlp.up_proj.qvera_b"].mul_(1e8)
+    save_adapter(model, adapter)
+    with pytest.raises(
+        RunFailed, match=r"model\.layers\.1\.mlp\.up_proj\.weight: has values up to .* beyond torch.float16"
+    ):
+        export_merged(adapter, section, tmp_path / "out", ExportSection())
+    assert not (tmp_path / "out" / "config.json").exists()
+    export_merged(adapter, section, tmp_path / "wide", ExportSection(dtype="bfloat16"))
+    assert (tmp_path / "wide" / "config.json").exists()
+
+
+def test_an_interrupted_export_goes_on_from_its_finished_shards(
+    trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, section, adapter = trained
+    options = ExportSection(max_shard_size_bytes=60_000)
+    export_merged(adapter, section, tmp_path / "whole", options)
+    written: list[str] = []
+    original = merged.write_shard
+
+    def dying(path: Path, *rest: Any) -> str:
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        written.append(path.name)
+        return original(path, *rest)
+
+    monkeypatch.setattr(merged, "write_shard", dying)
+    with pytest.raises(KeyboardInterrupt):
+        export_merged(adapter, section, tmp_path / "out", options)
+    assert not (tmp_path / "out" / "config.json").exists(), "half a checkpoint must not pass for a whole one"
+    with pytest.raises(InputError, match="unfinished export of something else"):
+        export_merged(adapter, section, tmp_path / "out", dataclasses.replace(options, dtype="bfloat16"))
+    first = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in written}
+    monkeypatch.setattr(merged, "write_shard", original)
+    export_merged(adapter, section, tmp_path / "out", options)
+    assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in first} == first
+    files = sorted(p.name for p in (tmp_path / "whole").iterdir())
+    assert len([f for f in files if f.endswith(".safetensors")]) > 4
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == files
+    for name in files:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_sharded_base_and_tied_head(tmp_path: Path) -> None:
+    small_llama(tie_word_embeddings=True).to(torch.bfloat16).save_pretrained(tmp_path / "base", max_shard_size="60KB")
+    small_tokenizer().save_pretrained(tmp_path / "base")
+    assert len(list((tmp_path / "base").glob("*.safetensors"))) > 2
+    section = ModelSection(path=str(tmp_path / "base"), compute_dtype="float32", quantization="none")
+    model = attach(load_base(section).model, AdapterSection(rank=8), section.path)
+    perturb(model)
+    save_adapter(model, tmp_path / "adapter")
+    export_merged(tmp_path / "adapter", section, tmp_path / "out", ExportSection(dtype="float32"))
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as reader:
+        assert "lm_head.weight" not in reader.keys()  # noqa: SIM118  # not a dict
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    ids = torch.arange(3, 23).view(1, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_base_with_nan_is_named(trained: Any, tiny_model_dir: Path, tmp_path: Path) -> None:
+    _, section, adapter = trained
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in tiny_model_dir.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RunFailed, match=r"model\.norm\.weight: the base weight itself has NaN"):
+        export_merged(adapter, dataclasses.replace(section, path=str(broken)), tmp_path / "out", ExportSection())
+
+
+def test_the_command_measures_the_difference(write_recipe: Any, tmp_path: Path, capsys: Any) -> None:
+    recipe = write_recipe(training={"output_dir": str(tmp_path / "run"), "max_steps": 4})
+    assert main(["train", str(recipe)]) == 0
+    for base in ("original", "dequantized"):
+        out = tmp_path / base
+        assert main(["export", str(tmp_path / "run"), str(out), "--base", base, "--dtype", "float32"]) == 0
+    found = {
+        b: json.loads((tmp_path / b / "qvera_export.json").read_text())["difference"]
+        for b in ("original", "dequantized")
+    }
+    assert found["dequantized"]["kl_max"] < 1e-6
+    assert found["dequantized"]["top1_agreement"] == 1.0
+    assert found["original"]["kl_mean"] > 1e-4, "the two bases are different models, and the certificate must show it"
+    assert found["original"]["rows"] == 8
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    loss = run["result"]["eval_after"]["loss"]
+    assert found["dequantized"]["loss_trained"] == pytest.approx(loss, rel=1e-5)
+    assert "KL" in capsys.readouterr().out
+
+
+def test_the_exported_weights_are_those_the_run_answers_with(write_recipe: Any, tmp_path: Path) -> None:
+    """`chat` and `generate` hold W + ΔW while they answer: the same tensors as an export on the dequantized base."""
+    recipe = write_recipe(training={"output_dir": str(tmp_path / "run"), "max_steps": 4})
+    assert main(["train", str(recipe)]) == 0
+    opened = open_run(tmp_path / "run")
+    assert opened.recipe is not None
+    options = ExportSection(dtype="float32", base="dequantized")
+    export_merged(tmp_path / "run" / "adapter", opened.recipe.model, tmp_path / "out", options)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    for name, module in opened.model.named_modules():
+        if isinstance(module, QveraLinear):
+            module.hold_inference_weight(True)
+            held = module._inference_weight
+            assert held is not None
+            torch.testing.assert_close(
+                held, tensors[f"{name.removeprefix('base_model.model.')}.weight"], rtol=0, atol=1e-6
+            )
+            assert isinstance(module.base_layer, frozen.FrozenLinear4bit)
