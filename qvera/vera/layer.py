@@ -63,7 +63,7 @@ class QveraLinear(nn.Module, BaseTunerLayer):
         self.qvera_d = VectorDict()
         self.qvera_dropout: Any = nn.ModuleDict()
         # every layer names the same module, so that moving any part of the model moves the one pair with it
-        self.qvera_projection = nn.ModuleDict()
+        self.qvera_projection: Any = nn.ModuleDict()
         self.qvera_rank: dict[str, int] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -101,8 +101,7 @@ class QveraLinear(nn.Module, BaseTunerLayer):
     def parts(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float]:
         """A [r, n], B [m, r], d [r], b [m] and the scalar s of one adapter in this layer."""
         rank = self.qvera_rank[adapter]
-        projection: Any = self.qvera_projection[adapter]  # a SharedProjection; ModuleDict says Module
-        A, B = projection.slices(rank, self.in_features, self.out_features)
+        A, B = self.qvera_projection[adapter].slices(rank, self.in_features, self.out_features)
         return A, B, self.qvera_d[adapter], self.qvera_b[adapter], vera_scale(rank, self.in_features)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -121,8 +120,11 @@ class QveraLinear(nn.Module, BaseTunerLayer):
                 continue
             A, B, d, b, scale = self.parts(adapter)
             dtype = frozen.compute_dtype(self.base_layer, x)
-            inner = self.qvera_dropout[adapter](x).to(dtype)
-            z = project(inner, A.to(dtype))
+            dropout = self.qvera_dropout[adapter]
+            if isinstance(dropout, nn.Identity):
+                z = self.qvera_projection[adapter].project(x, self.qvera_rank[adapter], dtype)
+            else:  # every layer drops other elements, so there is nothing to share
+                z = project(dropout(x).to(dtype), A.to(dtype))
             result = expand(result, z, d, b, B, scale)
         return result
 
