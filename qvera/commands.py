@@ -24,7 +24,7 @@ from .metrics import memory_text
 from .model import load_tokenizer
 from .recipe import DataSection, ExportSection, Recipe, load_recipe
 from .run import OpenRun, describe, locate, open_run
-from .trainer import run_directory
+from .rundir import run_directory
 from .trainer import train as train_run
 
 _console = Console(stderr=True)

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 import math
 import os
 import signal
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -32,11 +30,10 @@ from .data import (
     print_preflight,
     steps_per_epoch,
 )
-from .errors import InputError, Interrupted, QveraError, RunFailed
+from .errors import InputError, Interrupted, RunFailed
 from .metrics import MetricsLog, Progress, Trackers
 from .model import (
     Base,
-    adapter_facts,
     attach,
     enable_checkpointing,
     load_base,
@@ -47,8 +44,8 @@ from .model import (
     save_adapter,
 )
 from .optimize import build_optimizer, build_schedule, optimizer_bytes
-from .recipe import Recipe, load_recipe
-from .report import write_report
+from .recipe import Recipe
+from .rundir import Progressed, check_run_dir, finish, plain, run_facts
 
 
 @dataclasses.dataclass
@@ -57,23 +54,6 @@ class RunResult:
 
     run_dir: Path
     run: dict[str, Any]
-
-
-@dataclasses.dataclass
-class _Progressed:
-    """Everything a later step depends on besides vectors, optimizer and random state; saved in each checkpoint."""
-
-    step: int = 0
-    best_loss: float | None = None
-    best_step: int | None = None
-    evaluations_without_gain: int = 0
-    stopped_early: bool = False
-    train_loss_first: float | None = None
-    train_loss_last: float | None = None
-    train_seconds: float = 0.0
-    input_tokens: int = 0
-    before: dict[str, Any] | None = None
-    samples_before: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
 class LocalEngine:
@@ -105,13 +85,6 @@ class LocalEngine:
         return rate
 
 
-def run_directory(recipe: Recipe, recipe_path: Path | None) -> Path:
-    """``training.output_dir``, or ``runs/`` and the recipe's file name."""
-    if recipe.training.output_dir is not None:
-        return Path(os.path.expanduser(recipe.training.output_dir))
-    return Path("runs") / (recipe_path.stem if recipe_path is not None else "run")
-
-
 def train(
     recipe: Recipe,
     run_dir: Path,
@@ -137,7 +110,7 @@ def train(
     console = console or Console(stderr=True)
     training = recipe.training
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    _check_run_dir(run_dir, recipe, resume, dry_run)
+    check_run_dir(run_dir, recipe, resume, dry_run)
     trackers = Trackers(training.report_to, run_dir, recipe.to_dict())
     device = pick_device()
     torch.manual_seed(training.seed)
@@ -165,7 +138,7 @@ def train(
     steps = training.max_steps if training.max_steps >= 0 else math.ceil(training.num_train_epochs * per_epoch)
     schedule = build_schedule(training, optimizer, steps)
     engine = LocalEngine(vectors, optimizer, schedule, training.max_grad_norm)
-    done = _Progressed()
+    done = Progressed()
 
     checkpoints = run_dir / "checkpoints"
     if resume:
@@ -177,12 +150,12 @@ def train(
             schedule.load_state_dict(found.state["schedule"])
             for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
                 group["lr"] = rate
-            done = _Progressed(**found.state["progressed"])
+            done = Progressed(**found.state["progressed"])
             console.print(f"Going on from step {done.step} of {steps} ({found.path}).")
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     log = MetricsLog(run_dir / "metrics.jsonl", keep_through_step=done.step)
-    run = _run_facts(base, model, datasets, device, started)
+    run = run_facts(base, model, datasets, device, started)
     facts: dict[str, Any] = run["adapter"]
     console.print(
         f"Training {facts['trainable_parameters']:,} numbers in {facts['adapted_modules']} linears "
@@ -191,7 +164,7 @@ def train(
 
     def save() -> None:
         state = {"schedule": schedule.state_dict(), "progressed": dataclasses.asdict(done)}
-        checkpoint.save(checkpoints, done.step, vectors, optimizer, _plain(state))
+        checkpoint.save(checkpoints, done.step, vectors, optimizer, plain(state))
         keep = {done.best_step} if done.best_step is not None else set()
         checkpoint.prune(checkpoints, training.save_total_limit, keep)
 
@@ -210,15 +183,15 @@ def train(
                     record = _step(model, engine, datasets, recipe, done, device)
                 except RunFailed:
                     run["status"] = "failed"
-                    _finish(run_dir, run, done, steps, per_epoch, device, None, [], console)
+                    finish(run_dir, run, done, steps, per_epoch, device, None, [], console)
                     raise
                 log.write(record)
                 trackers.log(record)
                 bar.update(record)
                 if done.step == 1 and training.optim != "adamw":
-                    plain = 2 * 4 * sum(p.numel() for p in vectors.values())
+                    stock_bytes = 2 * 4 * sum(p.numel() for p in vectors.values())
                     console.print(
-                        f"{training.optim} holds {optimizer_bytes(optimizer):,} bytes of state; torch's adamw would hold {plain:,}."
+                        f"{training.optim} holds {optimizer_bytes(optimizer):,} bytes of state; torch's adamw would hold {stock_bytes:,}."
                     )
                 if datasets.eval and training.eval_steps and done.step % training.eval_steps == 0:
                     best_before = done.best_step
@@ -231,7 +204,7 @@ def train(
             save()
         if signals.asked and done.step < steps and not done.stopped_early:
             run["status"] = "interrupted"
-            _finish(run_dir, run, done, steps, per_epoch, device, None, [], console)
+            finish(run_dir, run, done, steps, per_epoch, device, None, [], console)
             raise Interrupted(
                 f"Stopped by {signals.asked} after step {done.step} of {steps}, and saved. The same command with --resume goes on."
             )
@@ -242,12 +215,12 @@ def train(
         after = score("After training") if datasets.eval else None
         samples = _samples(model, base, datasets.eval, recipe) if datasets.eval else []
     run["status"] = "done"
-    _finish(run_dir, run, done, steps, per_epoch, device, after, samples, console)
+    finish(run_dir, run, done, steps, per_epoch, device, after, samples, console)
     return RunResult(run_dir, run)
 
 
 def _step(
-    model: Any, engine: LocalEngine, datasets: Datasets, recipe: Recipe, done: _Progressed, device: torch.device
+    model: Any, engine: LocalEngine, datasets: Datasets, recipe: Recipe, done: Progressed, device: torch.device
 ) -> dict[str, Any]:
     """One optimizer step: accumulate the gradient of the mean loss over the global batch's trained tokens, clip, step."""
     training, data = recipe.training, recipe.data
@@ -308,7 +281,7 @@ def _evaluate(
     model: Any,
     datasets: Datasets,
     recipe: Recipe,
-    done: _Progressed,
+    done: Progressed,
     log: MetricsLog,
     trackers: Trackers,
     bar: Progress,
@@ -363,104 +336,6 @@ def _score(
 def _samples(model: Any, base: Base, examples: list[Example], recipe: Recipe) -> list[dict[str, Any]]:
     rows = [e for e in examples if len(e.prompt_ids)][: recipe.training.sample_count]
     return evaluate.answer_rows(model, base.tokenizer, rows, max_new_tokens=recipe.training.sample_max_new_tokens)
-
-
-def _run_facts(base: Base, model: Any, datasets: Datasets, device: torch.device, started: str) -> dict[str, Any]:
-    return {
-        "format": 1,
-        "status": "running",
-        "started": started,
-        "model": base.facts,
-        "adapter": {**adapter_facts(model), "file_bytes": None},
-        "data": datasets.stats.to_dict(),
-        "versions": measure.versions(),
-        "device": measure.device_name(device),
-    }
-
-
-def _finish(
-    run_dir: Path,
-    run: dict[str, Any],
-    done: _Progressed,
-    steps: int,
-    per_epoch: int,
-    device: torch.device,
-    after: dict[str, Any] | None,
-    samples: list[dict[str, Any]],
-    console: Console,
-) -> None:
-    """Write run.json and the report page."""
-    run["finished"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    run["result"] = {
-        "steps": done.step,
-        "planned_steps": steps,
-        "epochs": done.step / per_epoch,
-        "train_loss_first": done.train_loss_first,
-        "train_loss_last": done.train_loss_last,
-        "eval_before": done.before,
-        "eval_after": after,
-        "best_step": done.best_step,
-        "stopped_early": done.stopped_early,
-        "seconds": done.train_seconds,
-        "tokens_per_second": done.input_tokens / done.train_seconds if done.train_seconds else None,
-        "peak_bytes": measure.peak_bytes(device),
-    }
-    run["samples"] = [
-        {"prompt": a["prompt"], "reference": a["reference"], "before": b["answer"], "after": a["answer"]}
-        for b, a in zip(done.samples_before, samples, strict=False)
-    ]
-    partial = run_dir / ".run.json.partial"
-    partial.write_text(json.dumps(_plain(run), indent=1, ensure_ascii=False), encoding="utf-8")
-    partial.replace(run_dir / "run.json")
-    try:
-        write_report(run_dir)
-    except QveraError as error:  # the page can be made again; the run is what counts
-        console.print(f"[yellow]No report was written: {error}")
-
-
-def _plain(value: Any) -> Any:
-    """JSON without NaN (which other parsers refuse): not-a-number becomes null."""
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def _check_run_dir(run_dir: Path, recipe: Recipe, resume: bool, dry_run: bool) -> None:
-    if dry_run:
-        return
-    existing = run_dir / "recipe.yaml"
-    if run_dir.exists() and not run_dir.is_dir():
-        raise InputError(f"{run_dir}: is a file; a run needs a directory (training.output_dir).")
-    if existing.exists() and not resume:
-        raise InputError(
-            f"{run_dir}: already holds a run. Add --resume to go on with it, or choose another training.output_dir."
-        )
-    if resume and not existing.exists():
-        raise InputError(f"{run_dir}: holds no run to resume (no recipe.yaml).")
-    if resume:
-        before, now = load_recipe(existing).to_dict(), recipe.to_dict()
-        # these may change in the middle of a run without changing what its steps compute
-        for free in ("output_dir", "save_steps", "save_total_limit", "report_to"):
-            before["training"].pop(free), now["training"].pop(free)
-        changed = [f"{s}.{k}" for s in now if s != "export" for k in now[s] if before[s].get(k) != now[s][k]]
-        if changed:
-            raise InputError(
-                f"{run_dir}: was started with another recipe; {', '.join(changed)} changed. Undo that, or start a new run in "
-                "another training.output_dir."
-            )
-    parent = run_dir
-    while not parent.exists():
-        parent = parent.parent
-    try:  # by doing it: permission bits say yes to root even where nothing can be made
-        os.rmdir(tempfile.mkdtemp(prefix=".qvera-", dir=parent))
-    except OSError as error:
-        raise InputError(
-            f"{run_dir}: nothing can be written in {parent} ({error.strerror}). Choose another training.output_dir."
-        ) from None
 
 
 class _StopRequests:

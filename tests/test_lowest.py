@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from lowest import lowest_constraints
+
+from .lowest import lowest_constraints
 
 PROJECT = '[project]\nname = "x"\ndependencies = {}\n'
 

@@ -135,12 +135,15 @@ class QveraLinear(nn.Module, BaseTunerLayer):
         answers only; with gradients enabled the layer takes its normal path.
         """
         self._inference_weight = None
-        if hold and not self.merged and not isinstance(self.base_layer, Conv1D):
+        names = [name for name in self.active_adapters if name in self.qvera_d]
+        if hold and names and not self.merged and not isinstance(self.base_layer, Conv1D):
             base: Any = self.base_layer
-            names = [name for name in self.active_adapters if name in self.qvera_d]
             weight = quantize.dequantized_weight(base, torch.float32)
             weight = weight + sum(self.get_delta_weight(name) for name in names)
-            self._inference_weight = weight.to(getattr(base, "compute_dtype", None) or base.weight.dtype)
+            dtype = getattr(base, "compute_dtype", None) or base.weight.dtype
+            if not dtype.is_floating_point:  # int8: the pair is held in the dtype that its layers compute in
+                dtype = self.qvera_projection[names[0]].A.dtype
+            self._inference_weight = weight.to(dtype)
 
     @property
     def holds_inference_weight(self) -> bool:

@@ -83,7 +83,7 @@ class QveraModel(BaseTuner):
         largest_out = max(shape[1] for shape in shapes if shape)
         self._check_projection(config, largest_in, largest_out)
         for _, base in matched:
-            projection = self._projection(config.projection_seed, *_home(base))
+            projection = self._projection(config.projection_seed, *_home(base, model))
             projection.ensure(config.rank, largest_in, largest_out)
 
     @staticmethod
@@ -114,7 +114,7 @@ class QveraModel(BaseTuner):
         **_: Any,
     ) -> None:
         base: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        projection = self._projection(peft_config.projection_seed, *_home(base))
+        projection = self._projection(peft_config.projection_seed, *_home(base, self.model))
         if isinstance(target, QveraLinear):
             target.update_layer(adapter_name, projection, peft_config)
             return
@@ -139,13 +139,15 @@ def _short_names(targets: str | set[str] | list[str], matched: list[str], model:
     return sorted(last_names if same == set(matched) else set(targets))
 
 
-def _home(base: nn.Module) -> tuple[torch.device, torch.dtype]:
+def _home(base: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Where a layer's low-rank path lives: its device, and the dtype it computes in."""
     weight: Any = base.weight
     compute = getattr(base, "compute_dtype", None)
     if compute is None:
-        # int8 layers hold integers and compute in their input's dtype, 16 bits as a rule
-        compute = weight.dtype if weight.dtype.is_floating_point else torch.bfloat16
+        compute = weight.dtype
+    if not compute.is_floating_point:
+        # int8 layers hold integers and compute in their input's dtype: that of the embeddings, which come first
+        compute = next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.bfloat16)
     return weight.device, compute
 
 

@@ -19,7 +19,7 @@ from torch import nn
 
 import qvera
 from qvera.errors import InputError
-from qvera.model import load_adapter, load_base, named_vectors, read_adapter, save_adapter
+from qvera.model import load_adapter, load_base, load_vectors, named_vectors, read_adapter, save_adapter
 from qvera.recipe import ModelSection
 from qvera.vera import QveraConfig, QveraLinear
 
@@ -79,7 +79,7 @@ for quantized in (False, True):
         if quantized:
             kwargs["quantization_config"] = BitsAndBytesConfig(
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=torch.float32, bnb_4bit_quant_storage=torch.bfloat16)
+                bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_quant_storage=torch.bfloat16)
         model = AutoModelForCausalLM.from_pretrained(base, **kwargs)
         model = PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=low)
         with torch.no_grad():
@@ -92,13 +92,7 @@ def test_a_fresh_process_gives_the_same_logits_to_the_bit(tiny_model_dir: Path, 
     """Stock PEFT calls only, dense and 4-bit, with and without low_cpu_mem_usage, over a bf16 checkpoint."""
     wanted = {}
     for quantized in (False, True):
-        changes = {} if quantized else {"compute_dtype": "bfloat16"}
-        base = load_base(section(tiny_model_dir, "nf4" if quantized else "none", **changes))
-        if quantized:
-            # as stock transformers loads it: 16 bits outside of the 4-bit layers
-            for name, module in base.model.named_modules():
-                if "norm" in name or name in ("model.embed_tokens", "lm_head"):
-                    module.to(torch.bfloat16)
+        base = load_base(section(tiny_model_dir, "nf4" if quantized else "none", compute_dtype="bfloat16"))
         model = adapted(base.model, dropout=0.1)
         wanted[quantized] = logits(model)
         model.save_pretrained(str(tmp_path / "adapter"))
@@ -407,8 +401,6 @@ def test_nothing_is_copied_when_one_vector_does_not_fit(saved: Path) -> None:
     edit_weights(saved, shorten)
     model = get_peft_model(small_llama(), QveraConfig(rank=8))
     before = {n: v.detach().clone() for n, v in named_vectors(model).items()}
-    from qvera.model import load_vectors
-
     with pytest.raises(InputError):
         load_vectors(model, read_adapter(saved)[1], "here")
     assert all(torch.equal(v, before[n]) for n, v in named_vectors(model).items())

@@ -1,0 +1,150 @@
+"""The run directory: may it be written, what is known of a run, and run.json with the report at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from . import measure
+from .data import Datasets
+from .errors import InputError, QveraError
+from .model import Base, adapter_facts
+from .recipe import Recipe, load_recipe
+from .report import write_report
+
+
+@dataclasses.dataclass
+class Progressed:
+    """Everything a later step depends on besides vectors, optimizer and random state; saved in each checkpoint."""
+
+    step: int = 0
+    best_loss: float | None = None
+    best_step: int | None = None
+    evaluations_without_gain: int = 0
+    stopped_early: bool = False
+    train_loss_first: float | None = None
+    train_loss_last: float | None = None
+    train_seconds: float = 0.0
+    input_tokens: int = 0
+    before: dict[str, Any] | None = None
+    samples_before: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+
+def run_directory(recipe: Recipe, recipe_path: Path | None) -> Path:
+    """``training.output_dir``, or ``runs/`` and the recipe's file name."""
+    if recipe.training.output_dir is not None:
+        return Path(os.path.expanduser(recipe.training.output_dir))
+    return Path("runs") / (recipe_path.stem if recipe_path is not None else "run")
+
+
+def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool, dry_run: bool) -> None:
+    """Refuse a directory that a run can't be written to; nothing is written.
+
+    Raises:
+        InputError: it holds a run (without ``resume``), none (with it), one of another recipe, or can't be written.
+    """
+    if dry_run:
+        return
+    existing = run_dir / "recipe.yaml"
+    if run_dir.exists() and not run_dir.is_dir():
+        raise InputError(f"{run_dir}: is a file; a run needs a directory (training.output_dir).")
+    if existing.exists() and not resume:
+        raise InputError(
+            f"{run_dir}: already holds a run. Add --resume to go on with it, or choose another training.output_dir."
+        )
+    if resume and not existing.exists():
+        raise InputError(f"{run_dir}: holds no run to resume (no recipe.yaml).")
+    if resume:
+        before, now = load_recipe(existing).to_dict(), recipe.to_dict()
+        # these may change in the middle of a run without changing what its steps compute
+        for free in ("output_dir", "save_steps", "save_total_limit", "report_to"):
+            before["training"].pop(free), now["training"].pop(free)
+        changed = [f"{s}.{k}" for s in now if s != "export" for k in now[s] if before[s].get(k) != now[s][k]]
+        if changed:
+            raise InputError(
+                f"{run_dir}: was started with another recipe; {', '.join(changed)} changed. Undo that, or start a new run in "
+                "another training.output_dir."
+            )
+    parent = run_dir
+    while not parent.exists():
+        parent = parent.parent
+    try:  # by doing it: permission bits say yes to root even where nothing can be made
+        os.rmdir(tempfile.mkdtemp(prefix=".qvera-", dir=parent))
+    except OSError as error:
+        raise InputError(
+            f"{run_dir}: nothing can be written in {parent} ({error.strerror}). Choose another training.output_dir."
+        ) from None
+
+
+def run_facts(base: Base, model: Any, datasets: Datasets, device: torch.device, started: str) -> dict[str, Any]:
+    """The part of run.json that is known before the first step, read from the live objects."""
+    return {
+        "format": 1,
+        "status": "running",
+        "started": started,
+        "model": base.facts,
+        "adapter": {**adapter_facts(model), "file_bytes": None},
+        "data": datasets.stats.to_dict(),
+        "versions": measure.versions(),
+        "device": measure.device_name(device),
+    }
+
+
+def finish(
+    run_dir: Path,
+    run: dict[str, Any],
+    done: Progressed,
+    steps: int,
+    per_epoch: int,
+    device: torch.device,
+    after: dict[str, Any] | None,
+    samples: list[dict[str, Any]],
+    console: Console,
+) -> None:
+    """Write run.json and the report page."""
+    run["finished"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    run["result"] = {
+        "steps": done.step,
+        "planned_steps": steps,
+        "epochs": done.step / per_epoch,
+        "train_loss_first": done.train_loss_first,
+        "train_loss_last": done.train_loss_last,
+        "eval_before": done.before,
+        "eval_after": after,
+        "best_step": done.best_step,
+        "stopped_early": done.stopped_early,
+        "seconds": done.train_seconds,
+        "tokens_per_second": done.input_tokens / done.train_seconds if done.train_seconds else None,
+        "peak_bytes": measure.peak_bytes(device),
+    }
+    run["samples"] = [
+        {"prompt": a["prompt"], "reference": a["reference"], "before": b["answer"], "after": a["answer"]}
+        for b, a in zip(done.samples_before, samples, strict=False)
+    ]
+    partial = run_dir / ".run.json.partial"
+    partial.write_text(json.dumps(plain(run), indent=1, ensure_ascii=False), encoding="utf-8")
+    partial.replace(run_dir / "run.json")
+    try:
+        write_report(run_dir)
+    except QveraError as error:  # the page can be made again; the run is what counts
+        console.print(f"[yellow]No report was written: {error}")
+
+
+def plain(value: Any) -> Any:
+    """A JSON value without NaN (which other parsers refuse): not-a-number becomes null."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
