@@ -114,7 +114,9 @@ class DataSection:
     max_target_length: Positive | None = None
     """Tokens kept from the first trained token on (VeRA's instruction runs: 256)."""
     limit: Positive | None = None
-    """Use only the first rows."""
+    """Use only the first rows of ``path``."""
+    eval_limit: Positive | None = None
+    """Use only the first held-out rows."""
     shuffle: _Bool = True
     seed: NonNegative = 0
 

@@ -191,7 +191,8 @@ def train(
                 if done.step == 1 and training.optim != "adamw":
                     stock_bytes = 2 * 4 * sum(p.numel() for p in vectors.values())
                     console.print(
-                        f"{training.optim} holds {optimizer_bytes(optimizer):,} bytes of state; torch's adamw would hold {stock_bytes:,}."
+                        f"{training.optim} holds {optimizer_bytes(optimizer):,} bytes of state; torch's adamw would hold "
+                        f"{stock_bytes:,}."
                     )
                 if datasets.eval and training.eval_steps and done.step % training.eval_steps == 0:
                     best_before = done.best_step

@@ -76,6 +76,7 @@ def build_datasets(
     else:
         train_rows, eval_rows = hold_out(rows, section.eval_fraction, section.seed)
         eval_format = row_format
+    eval_rows = eval_rows[: section.eval_limit]
     train = tokenize(train_rows, row_format, section.path, "training")
     held_out = tokenize(eval_rows, eval_format, section.eval_path or section.path, "held-out") if eval_rows else []
     count(stats, train, held_out)

@@ -2,8 +2,8 @@
 
 Seven values, two of them in a nested object, two optional (null where the text does not say). All but `gift` stand in the
 text as they are copied; the order of the keys is the usual order of the words, so that a small model finds the next one
-after the last. Training and held-out rows come from two vocabularies (words.py) that share no template, name, city, thing,
-colour, number, day or distractor.
+after the last. Training and held-out rows come from vocabularies (words.py) that share no template, name, city, thing,
+colour, number, day or distractor. A third, ``development``, is what the task and the recipe were tuned on.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .words import HELDOUT, TRAIN, Vocabulary
+from .words import DEVELOPMENT, HELDOUT, TRAIN, Vocabulary
 
-Split = Literal["train", "heldout"]
+Split = Literal["train", "development", "heldout"]
 
 INSTRUCTION = (
     'Write the order as JSON: {"count":integer,"colour":string|null,"item":string,'
@@ -29,7 +29,7 @@ INSTRUCTION = (
 TRAIN_ROWS = 960
 HELDOUT_ROWS = 256
 
-_VOCABULARIES: dict[str, Vocabulary] = {"train": TRAIN, "heldout": HELDOUT}
+_VOCABULARIES: dict[str, Vocabulary] = {"train": TRAIN, "development": DEVELOPMENT, "heldout": HELDOUT}
 _OPTIONAL = re.compile(r"\[([^\[\]]*)\]")
 _PRESENT = {"colour": 0.5, "day": 0.5, "gift": 0.4, "aside": 0.4}
 """How often each optional part of a message is there."""

@@ -128,7 +128,7 @@ TRAIN = Vocabulary(
     ),
 )
 
-HELDOUT = Vocabulary(
+DEVELOPMENT = Vocabulary(
     first_names=_words(
         "Carl Donald Greg Jean Jeff Josh Kim Lewis Marie Matt Max Maya Neil Phil Ray Rose Samuel Stephen Leon Virginia Ali Alex"
     ),
@@ -175,3 +175,50 @@ HELDOUT = Vocabulary(
         I'm short of [{colour} ]{item}, so I ask for {count}[ on {day}]. {gift} {aside} Send to {name}, {city}."""
     ),
 )
+
+HELDOUT = Vocabulary(
+    first_names=DEVELOPMENT.first_names,
+    last_names=_words(
+        "Abbott Blake Burton Conway Dalton Farrell Griffin Harper Irwin Kemp Lowe Maxwell Norris Ogden Pearson Ramsey "
+        "Sheldon Thornton Upton Vickers Webster Yardley"
+    ),
+    cities=DEVELOPMENT.cities,
+    counts=(4, 7, 9, 12, 30, 60),
+    colours=DEVELOPMENT.colours,
+    items=_listed(
+        "clocks, bottles, ropes, wheels, hats, towels, bowls, plates, drums, bells, cups, knives, baskets, candles, "
+        "cameras, brushes, tiles, pipes, wall clocks, soup bowls, straw hats, glass bottles, tea cups, paint brushes"
+    ),
+    days=DEVELOPMENT.days,
+    gift=_lines(
+        """We want to surprise my uncle with them, as a present.
+        Could you wrap this as a gift?
+        All of it is a present for a friend.
+        It should look like a gift."""
+    ),
+    asides=_lines(
+        """Your leaflet was in my letter box.
+        My husband works at night.
+        There are 3 steps at the door.
+        I found your number online.
+        The old shop closed in 2019.
+        It has been raining all week."""
+    ),
+    templates=_lines(
+        """Greetings from {city}, where I, {name}, would be glad to have {count} [{colour} ]{item}[ on {day}]. {aside} {gift}
+        Could {count} [{colour} ]{item} be brought to {city}? {gift} {aside} Ask for {name}.[ We prefer {day}.]
+        Delivery note: {count} [{colour} ]{item}; {name}; {city}[; {day}]. {gift} {aside}
+        I spoke to you earlier. {aside} It is {name}, and I decided on {count} {item}[ in {colour}] for {city}. {gift}[ See you on {day}.]
+        [By {day} ]we must have {count} [{colour} ]{item}. {gift} {aside} Our office is in {city}. Regards, {name}
+        Put {name} down for {count} [{colour} ]{item}. {aside} The town is {city}.[ Any time on {day} is fine.] {gift}
+        {name} asked me to write: {count} [{colour} ]{item} are needed in {city}[ on {day}]. {aside} {gift}
+        {gift} I have chosen {item}[ in {colour}], and {count} of them. {aside} Bring them to {city}[ on {day}]. Best wishes, {name}
+        Hi team, {aside} {city} is where {name} wants {count} [{colour} ]{item}.[ The date is {day}.] {gift}
+        What do {count} [{colour} ]{item} cost? {aside} If the price is right, send them to {name} in {city}. {gift}[ Not before {day}.]
+        Yes, I confirm. {gift} {count} [{colour} ]{item}. {city} is the place,[ {day} is the day,] {name} is my name. {aside}
+        Re: {item}. {aside} I am {name} in {city} and will take {count}[, only {colour} ones]. {gift}[ Until {day}!]"""
+    ),
+)
+"""Templates, distractors, things and last names that nothing was tuned on: written after task, recipe and training words were
+settled with DEVELOPMENT, and never looked at with a model's answers beside them. First names, cities, colours and days are
+DEVELOPMENT's, since few words meet the rule at the top."""

@@ -117,7 +117,12 @@ class SharedProjection(nn.Module):
             return recent[2]
         z = functional.project(x.to(dtype), A.to(dtype))
         self._recent = (weakref.ref(x, self._forget), key, z)
+        if z.requires_grad:  # once backward has come through, z's graph is spent: the next forward needs a new one
+            z.register_hook(self._forget_spent)
         return z
+
+    def _forget_spent(self, _: torch.Tensor) -> None:
+        self._recent = None
 
     def _forget(self, dead: weakref.ref[torch.Tensor]) -> None:
         if self._recent is not None and self._recent[0] is dead:

@@ -45,6 +45,14 @@ def test_the_same_tensor_is_projected_once_and_gradients_add_up(projection: Shar
     torch.testing.assert_close(x.grad, 3 * projection.A[:4, :10].sum(0).expand(3, 10))
 
 
+def test_the_same_leaf_in_two_steps_gets_a_graph_for_each(projection: SharedProjection, count: list[int]) -> None:
+    x = torch.randn(3, 10, requires_grad=True)
+    for step in (1, 2):
+        projection.project(x, 4, torch.float32).sum().backward()
+        assert x.grad is not None and len(count) == step
+        torch.testing.assert_close(x.grad, step * projection.A[:4, :10].sum(0).expand(3, 10))
+
+
 def test_a_change_in_place_is_seen(projection: SharedProjection, count: list[int]) -> None:
     x = torch.randn(3, 10)
     before = projection.project(x, 4, torch.float32).clone()
