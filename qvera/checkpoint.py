@@ -29,6 +29,7 @@ from .errors import InputError
 from .model import file_sha256
 
 FORMAT = 1
+_FILES = ("vectors.safetensors", "optimizer.safetensors", "state.json", "random.safetensors")
 _NAME = re.compile(r"step-(\d{8})$")
 
 
@@ -97,16 +98,18 @@ def load(path: Path) -> Checkpoint:
     """
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        files, version = manifest["files"], manifest["format"]
+        version = manifest["format"]
+        files = {} if version != FORMAT else {n: manifest["files"][n] for n in _FILES}
+        expected = {name: (facts["bytes"], facts["sha256"]) for name, facts in files.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{path}: has no readable manifest.json ({type(error).__name__}), so it was not finished."
+            f"{path}: has no complete manifest.json ({type(error).__name__}), so it was not finished or is damaged."
         ) from None
     if version != FORMAT:
         raise InputError(f"{path}: has checkpoint format {version}; this qvera reads format {FORMAT}.")
-    for name, facts in files.items():
+    for name, (size_bytes, digest) in expected.items():
         file = path / name
-        if not file.is_file() or file.stat().st_size != facts["bytes"] or file_sha256(file) != facts["sha256"]:
+        if not file.is_file() or file.stat().st_size != size_bytes or file_sha256(file) != digest:
             raise InputError(
                 f"{file}: is missing or not what the manifest says (SHA-256), so this checkpoint is damaged."
             )

@@ -9,23 +9,51 @@ from typing import Any
 
 import torch
 
-from .data import Example, collate, microbatches
+from .data import Example, collate, collate_prefix_once, microbatches
 from .generate import exact_match, generate
 from .loss import Head, summed_nll
 
+_PREFIX_ONCE = ("llama", "mistral", "qwen2", "qwen3")
+"""Model types whose attention takes positions and a mask [1, 1, T, T] as given; each is tested."""
 
-def hidden_states(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """The decoder's last hidden states [B, T, hidden] (after its final norm), without the head."""
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    decoder = causal.get_decoder()
-    return decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+
+def takes_prefix_once(model: Any) -> bool:
+    """Whether this model can be given a batch from `collate_prefix_once`."""
+    config = _causal(model).config
+    full_attention = not getattr(config, "sliding_window", None) or getattr(config, "use_sliding_window", None) is False
+    return config.model_type in _PREFIX_ONCE and full_attention and config._attn_implementation in ("sdpa", "eager")
+
+
+def make_batch(
+    model: Any, examples: Sequence[Example], pad_id: int, prefix_once: bool = True
+) -> dict[str, torch.Tensor]:
+    """The rows as a batch on the model's device: their common prefix once where that pays and the model takes it."""
+    device = next(model.parameters()).device
+    if prefix_once and takes_prefix_once(model):
+        batch = collate_prefix_once(examples, device)
+        if batch is not None:
+            # additive, which both attention implementations take
+            dtype = _causal(model).get_input_embeddings().weight.dtype
+            sees = batch["attention_mask"]
+            hidden = torch.full(sees.shape, torch.finfo(dtype).min, dtype=dtype, device=device)
+            batch["attention_mask"] = hidden.masked_fill_(sees, 0.0)
+            return batch
+    return collate(examples, pad_id, device)
+
+
+def _causal(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def hidden_states(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The decoder's last hidden states [B, T, hidden] (after its final norm) of a batch, without the head."""
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    return _causal(model).get_decoder()(**inputs, use_cache=False).last_hidden_state
 
 
 def batch_nll(model: Any, batch: dict[str, torch.Tensor], chunk_tokens: int) -> tuple[torch.Tensor, int]:
     """Summed negative log likelihood (scalar) of a batch's trained tokens, and how many there are."""
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden = hidden_states(model, batch["input_ids"], batch["attention_mask"])
-    return summed_nll(hidden, batch["labels"], Head.of(causal), chunk_tokens)
+    return summed_nll(hidden_states(model, batch), batch["labels"], Head.of(_causal(model)), chunk_tokens)
 
 
 @torch.no_grad()
@@ -46,13 +74,12 @@ def held_out_loss(
     started = time.perf_counter()
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
     total, tokens = 0.0, 0
     try:
         by_length = sorted(range(len(examples)), key=lambda i: (len(examples[i].input_ids), i))
         done = 0
         for rows in microbatches(by_length, batch_size):
-            nll, count = batch_nll(model, collate([examples[i] for i in rows], pad_id, device), chunk_tokens)
+            nll, count = batch_nll(model, make_batch(model, [examples[i] for i in rows], pad_id), chunk_tokens)
             total += float(nll)
             tokens += count
             done += len(rows)

@@ -24,7 +24,7 @@ def generating(model: Any) -> Iterator[None]:
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     was_training, used_cache = model.training, inner.config.use_cache
-    layers = [m for m in model.modules() if isinstance(m, QveraLinear)]
+    layers = [m for m in model.modules() if isinstance(m, QveraLinear) and not m.disable_adapters]
     if any(layer.holds_inference_weight for layer in layers) or not _dense_fits(layers):
         layers = []
     model.eval()

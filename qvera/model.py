@@ -231,6 +231,7 @@ def attach(model: nn.Module, section: AdapterSection, base_name: str | None = No
         for ours, theirs, key in (
             (config.rank, stored.rank, "rank"),
             (config.projection_seed, stored.projection_seed, "seed"),
+            (config.projection_shapes, stored.projection_shapes, "projections (by its targets and base) of shapes"),
             (config.projection_sha256, stored.projection_sha256, "projections' SHA-256"),
         ):
             if ours != theirs:

@@ -113,6 +113,9 @@ class DataSection:
     """Tokens kept of what comes before the first trained token (VeRA's instruction runs: 768)."""
     max_target_length: Positive | None = None
     """Tokens kept from the first trained token on (VeRA's instruction runs: 256)."""
+    prefix_once: _Bool = True
+    """Compute what the rows of a batch begin with (a system prompt, an instruction) once for all of them, where that pays. The
+    numbers are the same; only Llama-like models with sdpa or eager attention can."""
     limit: Positive | None = None
     """Use only the first rows of ``path``."""
     eval_limit: Positive | None = None
@@ -267,7 +270,7 @@ def _accepts(hint: Any) -> str:
     if origin is Union or str(origin) == "<class 'types.UnionType'>":
         return " or ".join("nothing (null)" if a is type(None) else _accepts(a) for a in args)
     if origin is list:
-        return f"a list of {_accepts(args[0]).removeprefix('a ')}"
+        return f"a list of {_accepts(args[0]).removeprefix('a ')}s"  # all of ours are lists of names
     if origin is dict:
         return "a mapping of names to names"
     names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}

@@ -24,7 +24,6 @@ from .data import (
     Datasets,
     Example,
     build_datasets,
-    collate,
     global_batch,
     microbatches,
     print_preflight,
@@ -230,12 +229,13 @@ def _step(
     trained = sum(datasets.train[i].trained_tokens for i in rows)
     nlls, inputs = [], 0
     for micro in microbatches(rows, training.per_device_train_batch_size):
-        batch = collate([datasets.train[i] for i in micro], datasets.pad_id, device)
+        examples = [datasets.train[i] for i in micro]
+        batch = evaluate.make_batch(model, examples, datasets.pad_id, recipe.data.prefix_once)
         nll, _ = evaluate.batch_nll(model, batch, training.loss_chunk_tokens)
         # divided by the tokens of the whole global batch, so that accumulation does not change the mean
         engine.backward(nll / trained)
         nlls.append(nll.detach())
-        inputs += int(batch["attention_mask"].sum())
+        inputs += sum(len(e.input_ids) for e in examples)
     losses = torch.stack(nlls).tolist()
     norm = engine.clip()
     if not all(map(math.isfinite, losses)) or not math.isfinite(norm):

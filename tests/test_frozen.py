@@ -247,7 +247,9 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
 
 
 def stored(model: Any) -> list[bytes]:
-    return [weight_bytes(m) for m in model.modules() if isinstance(m, (frozen.FrozenLinear4bit, frozen.FrozenLinear8bit))]
+    return [
+        weight_bytes(m) for m in model.modules() if isinstance(m, (frozen.FrozenLinear4bit, frozen.FrozenLinear8bit))
+    ]
 
 
 @pytest.mark.parametrize("compute", ["bfloat16", "float32"])

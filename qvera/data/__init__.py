@@ -5,6 +5,7 @@ from .encode import Encoder
 from .examples import DataStats, Example
 from .formats import FORMATS, Conversation, Text, Turn
 from .named_templates import NAMED_TEMPLATES
+from .prefix import collate_prefix_once
 from .preflight import print_preflight
 from .prompts import read_prompts
 from .templates import ChatTemplate, resolve_template
@@ -24,6 +25,7 @@ __all__ = [
     "Turn",
     "build_datasets",
     "collate",
+    "collate_prefix_once",
     "global_batch",
     "microbatches",
     "order",

@@ -25,7 +25,7 @@ def _log_probabilities(model: Any, example: Example, pad_id: int) -> tuple[torch
     """Logits at the trained positions of one row as log probabilities [tokens, vocabulary] fp32, and the targets."""
     device = next(model.parameters()).device
     batch = collate([example], pad_id, device)
-    hidden = hidden_states(model, batch["input_ids"], batch["attention_mask"])[0, :-1]
+    hidden = hidden_states(model, batch)[0, :-1]
     targets = batch["labels"][0, 1:]
     kept = targets != IGNORED
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -69,6 +69,7 @@ class QveraLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._unmerged_weight: Any = None
         self._inference_weight: torch.Tensor | None = None
+        self._inference_adapters: list[str] = []
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, projection, config)
 
@@ -107,7 +108,7 @@ class QveraLinear(nn.Module, BaseTunerLayer):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
-        if self._inference_weight is not None and not torch.is_grad_enabled() and not self.disable_adapters:
+        if self._inference_weight is not None and self._answers_from_inference_weight():
             bias: Any = self.base_layer.bias
             dtype = self._inference_weight.dtype
             y = F.linear(x.to(dtype), self._inference_weight, None if bias is None else bias.to(dtype))
@@ -143,7 +144,13 @@ class QveraLinear(nn.Module, BaseTunerLayer):
             dtype = getattr(base, "compute_dtype", None) or base.weight.dtype
             if not dtype.is_floating_point:  # int8: the pair is held in the dtype that its layers compute in
                 dtype = self.qvera_projection[names[0]].A.dtype
-            self._inference_weight = weight.to(dtype)
+            self._inference_weight, self._inference_adapters = weight.to(dtype), names
+
+    def _answers_from_inference_weight(self) -> bool:
+        # another adapter may have been made active since, or this one merged: then the normal path is the right one
+        return not (torch.is_grad_enabled() or self.disable_adapters or self.merged) and (
+            [name for name in self.active_adapters if name in self.qvera_d] == self._inference_adapters
+        )
 
     @property
     def holds_inference_weight(self) -> bool:

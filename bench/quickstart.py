@@ -1,0 +1,107 @@
+"""The quickstart's task on all 256 held-out rows: untrained, VeRA (a finished quickstart run), PEFT LoRA r=16, a regex.
+
+    qvera quickstart                                    # first: leaves runs/quickstart
+    python bench/quickstart.py [--run runs/quickstart] [--lora-rates 1e-3 5e-4] [--rows 256]
+
+LoRA is stock PEFT on every linear of the same 4-bit base, trained on the same rows in the same order for the same steps with
+the same loss; each learning rate is tried and all are shown. The run's rows were generated with seed 0; nothing was tuned
+on their templates (see qvera/quickstart/words.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import header, write_result
+from generation import stock
+from peft import LoraConfig, get_peft_model
+
+from qvera import evaluate
+from qvera.data import build_datasets, global_batch
+from qvera.frozen import freeze_linears
+from qvera.optimize import build_optimizer, build_schedule
+from qvera.quickstart.score import regex_baseline, score
+from qvera.quickstart.task import generate as task_rows
+from qvera.quickstart.task import message_of
+from qvera.recipe import Recipe
+from qvera.run import open_run
+
+
+def scored(model: Any, tokenizer: Any, rows: list[Any], tokens: int) -> dict[str, Any]:
+    began = time.perf_counter()
+    answers = evaluate.answer_rows(model, tokenizer, rows, max_new_tokens=tokens)
+    found = score([a["answer"] for a in answers], [a["reference"] for a in answers])
+    return {"exact_match": found.exact_match, "rows": found.rows, "parsed": found.parsed, "fields": found.fields,
+            "seconds": time.perf_counter() - began}  # fmt: skip
+
+
+def train_lora(recipe: Recipe, tokenizer: Any, datasets: Any, rate: float) -> Any:
+    """Stock PEFT LoRA r=16 in the run's order, with its batch, schedule, clipping and loss."""
+    model = stock(str(Path(recipe.model.path).expanduser()))
+    freeze_linears(model)  # stock Linear4bit would repack its weights in the evaluation below
+    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules="all-linear"))
+    model.train()
+    section = recipe.training
+    section.learning_rate = rate
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = build_optimizer(section, parameters)  # type: ignore[arg-type]
+    schedule = build_schedule(section, optimizer, section.max_steps)
+    for step in range(section.max_steps):
+        chosen = global_batch(
+            step, len(datasets.train), section.global_batch_size, recipe.data.seed, recipe.data.shuffle
+        )
+        batch = evaluate.make_batch(model, [datasets.train[i] for i in chosen], datasets.pad_id)
+        nll, count = evaluate.batch_nll(model, batch, section.loss_chunk_tokens)
+        (nll / count).backward()
+        torch.nn.utils.clip_grad_norm_(parameters.values(), section.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--run", type=Path, default=Path("runs/quickstart"))
+    parser.add_argument("--rows", type=int, default=256)
+    parser.add_argument("--lora-rates", type=float, nargs="*", default=[1e-3, 5e-4])
+    args = parser.parse_args()
+    opened = open_run(args.run)
+    recipe = opened.recipe
+    assert recipe is not None
+    recipe.data.eval_limit = args.rows
+    datasets = build_datasets(recipe.data, opened.base.tokenizer)
+    tokens, rows = recipe.training.sample_max_new_tokens, datasets.eval
+    result: dict[str, Any] = {**header(), "steps": recipe.training.max_steps, "scores": {}}
+
+    def record(name: str, found: dict[str, Any]) -> None:
+        result["scores"][name] = found
+        print(f"{name:<28}{found['exact_match']:7.1%} of {found['rows']} rows")
+
+    heldout = task_rows("heldout", len(rows))
+    answers = [json.dumps(regex_baseline(message_of(row["prompt"]))) for row in heldout]
+    regex = score(answers, [row["completion"] for row in heldout])
+    record("regex", {"exact_match": regex.exact_match, "rows": regex.rows, "fields": regex.fields})
+    record("VeRA r=256", scored(opened.model, opened.base.tokenizer, rows, tokens))
+    with opened.model.disable_adapter():
+        record("untrained", scored(opened.model, opened.base.tokenizer, rows, tokens))
+    trained = json.loads((args.run / "run.json").read_text())
+    result["scores"]["VeRA r=256"]["trained_numbers"] = trained["adapter"]["trainable_parameters"]
+    for rate in args.lora_rates:
+        began = time.perf_counter()
+        model = train_lora(recipe, opened.base.tokenizer, datasets, rate)
+        seconds = time.perf_counter() - began
+        found = scored(model, opened.base.tokenizer, rows, tokens)
+        found["trained_numbers"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        found["train_seconds"] = seconds
+        record(f"PEFT LoRA r=16, lr {rate:g}", found)
+    print(write_result("quickstart", result))
+
+
+if __name__ == "__main__":
+    main()
