@@ -33,6 +33,8 @@ _VOCABULARIES: dict[str, Vocabulary] = {"train": TRAIN, "development": DEVELOPME
 _OPTIONAL = re.compile(r"\[([^\[\]]*)\]")
 _PRESENT = {"colour": 0.5, "day": 0.5, "gift": 0.4, "aside": 0.4}
 """How often each optional part of a message is there."""
+_COMPOSED = 0.6
+"""How many of the training messages are composed of sentences; the others are whole templates."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,24 @@ def render(template: str, facts: dict[str, str | None]) -> str:
     return text[0].upper() + text[1:] if text[0].islower() else text
 
 
+def compose(words: Vocabulary, rng: random.Random) -> str:
+    """A template made of sentences in random order: far more kinds of message than anyone writes down."""
+    kind = rng.random()
+    if kind < 0.5:
+        parts = [rng.choice(words.orders), rng.choice(words.places), rng.choice(words.people)]
+    elif kind < 0.75:
+        parts = [rng.choice(words.orders), rng.choice(words.people_in_places)]
+    else:
+        parts = [rng.choice(words.orders_for_people)]
+    if "{day}" not in parts[0]:
+        parts.append(rng.choice(words.times))
+    parts += ["{gift}", "{aside}"]
+    rng.shuffle(parts)
+    if rng.random() < 0.4:
+        parts.insert(0, rng.choice(words.openings))
+    return " ".join(parts)
+
+
 def generate(split: Split, rows: int, seed: int = 0) -> list[dict[str, str]]:
     """Rows of the task, the same for the same arguments on every machine and Python version.
 
@@ -94,6 +114,8 @@ def generate(split: Split, rows: int, seed: int = 0) -> list[dict[str, str]]:
     while len(made) < rows:
         # Round robin, so that every template comes equally often; the trainer shuffles.
         template = words.templates[len(made) % len(words.templates)]
+        if words.orders and rng.random() < _COMPOSED:
+            template = compose(words, rng)
         order = _order(words, rng)
         text = render(template, order.facts)
         completion = json.dumps(order.answer, separators=(",", ":"), ensure_ascii=False)

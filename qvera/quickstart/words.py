@@ -29,6 +29,15 @@ class Vocabulary:
     asides: tuple[str, ...]
     """Distractors: other people, numbers and places, which no field wants."""
     templates: tuple[str, ...]
+    """Whole messages."""
+    orders: tuple[str, ...] = ()
+    """Sentences that say what is wanted; `task.compose` makes messages of these and the ones below."""
+    places: tuple[str, ...] = ()
+    people: tuple[str, ...] = ()
+    people_in_places: tuple[str, ...] = ()
+    orders_for_people: tuple[str, ...] = ()
+    times: tuple[str, ...] = ()
+    openings: tuple[str, ...] = ()
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -94,7 +103,17 @@ TRAIN = Vocabulary(
         I saw the 40 pounds offer.
         You were very kind last year.
         No need to hurry.
-        We met in York."""
+        We met in York.
+        My neighbour Paula has a van.
+        Our street number is 17.
+        In 2018 I paid 30 euros.
+        A friend in Leeds told me about you.
+        My boss, Mr Lind, agrees.
+        You open at 9, I think.
+        My phone was stolen.
+        There is a garage behind the house.
+        The bridge takes 4 tons.
+        I tried the other shop first."""
     ),
     templates=_lines(
         """Hello, this is {name}. Please send {count} [{colour} ]{item} to {city}[ on {day}]. {gift} {aside}
@@ -125,6 +144,106 @@ TRAIN = Vocabulary(
         Hello from {city}! I want {count} {item}[, all {colour}]. {aside} {gift} Come[ on {day}] and ask for {name}.
         {name}, who lives in {city}, needs {count} [{colour} ]{item}. {gift}[ Delivery is on {day}.] {aside}
         Hey, it's {name}. Are you free[ on {day}]? {aside} I want {count} [{colour} ]{item}. {gift} I am in {city}."""
+    ),
+    orders=_lines(
+        """I would like {count} [{colour} ]{item}.
+        We need {count} {item}[ in {colour}].
+        Please send {count} [{colour} ]{item}.
+        {count} [{colour} ]{item}, please.
+        Could I get {count} [{colour} ]{item}?
+        The order is {count} [{colour} ]{item}.
+        My order: {count} [{colour} ]{item}.
+        I'm looking for {count} [{colour} ]{item}.
+        Can you send {count} {item}[, the {colour} ones]?
+        I want to buy {item}[ in {colour}], {count} in total.
+        It is about {item}: I need {count}[ {colour} ones].
+        How soon can you send {count} [{colour} ]{item}?
+        Our [{colour} ]{item} are gone and we need {count}.
+        Of the [{colour} ]{item} I want {count}.
+        I'd be happy with {count} [{colour} ]{item}.
+        So that makes {count} [{colour} ]{item}.
+        Count me in for {count} [{colour} ]{item}.
+        Get me {item}[, {colour} if you can], {count} altogether.
+        The list says {count} [{colour} ]{item}."""
+    ),
+    places=_lines(
+        """Send them to {city}.
+        We are in {city}.
+        I live in {city}.
+        Deliver to {city}.
+        The address is in {city}.
+        It goes to {city}.
+        My shop is in {city}.
+        Ship everything to {city}.
+        {city} is my home.
+        The house is in {city}.
+        You find me in {city}.
+        I moved to {city}.
+        Destination: {city}.
+        We run a school in {city}.
+        The driver knows {city}."""
+    ),
+    people=_lines(
+        """My name is {name}.
+        I am {name}.
+        This is {name}.
+        {name} here.
+        Yours, {name}
+        Thanks, {name}
+        It is for {name}.
+        Customer: {name}.
+        The name on the door is {name}.
+        Call me {name}.
+        Address it to {name}.
+        The order is for {name}.
+        Best, {name}
+        {name} will pay.
+        {name} is waiting for them."""
+    ),
+    people_in_places=_lines(
+        """I am {name} from {city}.
+        To {name}, {city}.
+        This is {name} in {city}.
+        {name} lives in {city}.
+        Deliver to {name} in {city}.
+        Address: {name}, {city}.
+        In {city} you ask for me, {name}.
+        I, {name}, live in {city}.
+        {city} is home to {name}."""
+    ),
+    orders_for_people=_lines(
+        """Send {count} [{colour} ]{item} to {name} in {city}.
+        {name} from {city} wants {count} [{colour} ]{item}.
+        I'm {name} and need {count} [{colour} ]{item} in {city}[ on {day}].
+        {count} [{colour} ]{item} for {name}, {city}.
+        From {city}, {name} orders {count} {item}[ in {colour}].
+        {name} needs {count} [{colour} ]{item}[ by {day}], to be brought to {city}.
+        In {city}, {name} is out of [{colour} ]{item} and asks for {count}.
+        Take {count} [{colour} ]{item} to {city}[ on {day}], to {name}.
+        Customer {name}, town {city}, order {count} [{colour} ]{item}."""
+    ),
+    times=_lines(
+        """[Come on {day}.]
+        [{day} is good for me.]
+        [I need it by {day}.]
+        [Please deliver on {day}.]
+        [We are home on {day}.]
+        [It has to be {day}.]
+        [If possible, on {day}.]
+        [{day}, please.]
+        [How about {day}?]
+        [I can take it on {day}.]
+        [After {day} it is too late.]"""
+    ),
+    openings=_lines(
+        """Hello.
+        Hi!
+        Good day.
+        Dear all,
+        Hi there,
+        Hello, all.
+        Good to meet you.
+        Hey."""
     ),
 )
 

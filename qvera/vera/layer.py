@@ -49,6 +49,7 @@ class QveraLinear(nn.Module, BaseTunerLayer):
     # PEFT's, which a type checker can't see
     active_adapters: Any
     set_adapter: Any
+    enable_adapters: Any
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, projection: SharedProjection, config: QveraConfig

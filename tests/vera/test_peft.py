@@ -12,7 +12,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-from ..conftest import small_llama
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -23,6 +22,7 @@ from qvera.model import load_adapter, load_base, load_vectors, named_vectors, re
 from qvera.recipe import ModelSection
 from qvera.vera import QveraConfig, QveraLinear
 
+from ..conftest import small_llama
 from .helpers import perturb
 
 IDS = torch.tensor([[5, 9, 200, 31, 7, 150, 42]])
