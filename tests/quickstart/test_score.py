@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from qvera.quickstart.score import FIELDS, regex_baseline, score
 from qvera.quickstart import task
+from qvera.quickstart.score import FIELDS, regex_baseline, score
 from qvera.quickstart.task import Split, generate, message_of
 
 REFERENCE = json.dumps(

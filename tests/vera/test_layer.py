@@ -145,8 +145,11 @@ def test_merge_and_unmerge_restore_the_very_bytes(kind: str, dtype: torch.dtype)
     assert layer.merged and weight_bytes(base) != before
     wanted = x.double() @ merged_weight.t() + (0 if base.bias is None else base.bias.double())
     assert relative(layer(x), wanted) < (1e-5 if dtype == torch.float32 else 1e-2)  # the adapter is not added twice
+    if kind in FOUR_BIT:  # bitsandbytes keeps two references to the state, and reads either
+        assert base.quant_state is base.weight.quant_state
     layer.unmerge()
     assert not layer.merged and weight_bytes(base) == before
+    assert kind not in FOUR_BIT or base.quant_state is base.weight.quant_state
     assert torch.equal(base(x), plain) and torch.equal(layer(x), with_adapter)
 
 

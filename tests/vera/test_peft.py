@@ -198,6 +198,9 @@ def test_a_further_adapter_is_not_trained_until_it_is_active() -> None:
     assert all(v.requires_grad for v in first.values()) and not any(v.requires_grad for v in second.values())
     model.set_adapter("second")
     assert not any(v.requires_grad for v in first.values()) and all(v.requires_grad for v in second.values())
+    model = adapted(target_modules=["q_proj"])
+    model.add_adapter("elsewhere", QveraConfig(rank=4, target_modules=["down_proj"]))
+    assert not any(v.requires_grad for v in named_vectors(model, "elsewhere").values())
     base = [p for n, p in model.named_parameters() if "qvera" not in n]
     assert base and not any(p.requires_grad for p in base)
 
