@@ -12,6 +12,7 @@ import torch
 from .data import Example, collate, collate_prefix_once, microbatches
 from .generate import exact_match, generate
 from .loss import Head, summed_nll
+from .model import causal_model
 
 _PREFIX_ONCE = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose attention takes positions and a mask [1, 1, T, T] as given; each is tested."""
@@ -19,7 +20,7 @@ _PREFIX_ONCE = ("llama", "mistral", "qwen2", "qwen3")
 
 def takes_prefix_once(model: Any) -> bool:
     """Whether this model can be given a batch from `collate_prefix_once`."""
-    config = _causal(model).config
+    config = causal_model(model).config
     full_attention = not getattr(config, "sliding_window", None) or getattr(config, "use_sliding_window", None) is False
     return config.model_type in _PREFIX_ONCE and full_attention and config._attn_implementation in ("sdpa", "eager")
 
@@ -33,7 +34,7 @@ def make_batch(
         batch = collate_prefix_once(examples, device)
         if batch is not None:
             # additive, which both attention implementations take
-            dtype = _causal(model).get_input_embeddings().weight.dtype
+            dtype = causal_model(model).get_input_embeddings().weight.dtype
             sees = batch["attention_mask"]
             hidden = torch.full(sees.shape, torch.finfo(dtype).min, dtype=dtype, device=device)
             batch["attention_mask"] = hidden.masked_fill_(sees, 0.0)
@@ -41,19 +42,15 @@ def make_batch(
     return collate(examples, pad_id, device)
 
 
-def _causal(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def hidden_states(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """The decoder's last hidden states [B, T, hidden] (after its final norm) of a batch, without the head."""
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    return _causal(model).get_decoder()(**inputs, use_cache=False).last_hidden_state
+    return causal_model(model).get_decoder()(**inputs, use_cache=False).last_hidden_state
 
 
 def batch_nll(model: Any, batch: dict[str, torch.Tensor], chunk_tokens: int) -> tuple[torch.Tensor, int]:
     """Summed negative log likelihood (scalar) of a batch's trained tokens, and how many there are."""
-    return summed_nll(hidden_states(model, batch), batch["labels"], Head.of(_causal(model)), chunk_tokens)
+    return summed_nll(hidden_states(model, batch), batch["labels"], Head.of(causal_model(model)), chunk_tokens)
 
 
 @torch.no_grad()

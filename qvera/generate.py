@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from . import frozen
+from .model import causal_model
 from .vera import QveraLinear
 
 
@@ -22,7 +23,7 @@ def generating(model: Any) -> Iterator[None]:
     the layout of bitsandbytes' fused kernel. Everything is put back afterwards; weights and later gradients are
     bit-unchanged. Blocks may be nested: the inner ones change nothing.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = causal_model(model)
     was_training, used_cache = model.training, inner.config.use_cache
     layers = [m for m in model.modules() if isinstance(m, QveraLinear) and not m.disable_adapters]
     if any(layer.holds_inference_weight for layer in layers) or not _dense_fits(layers):

@@ -371,6 +371,11 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def causal_model(model: Any) -> Any:
+    """The transformers model itself, whether or not PEFT is wrapped around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def enable_checkpointing(model: PeftModel) -> None:
     """Recompute each decoder layer in backward instead of keeping its activations (non-reentrant)."""
     base = model.get_base_model()

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from ..data import IGNORED, Example, collate
 from ..evaluate import hidden_states
 from ..loss import Head
+from ..model import causal_model
 
 
 @torch.no_grad()
@@ -28,8 +29,7 @@ def _log_probabilities(model: Any, example: Example, pad_id: int) -> tuple[torch
     hidden = hidden_states(model, batch)[0, :-1]
     targets = batch["labels"][0, 1:]
     kept = targets != IGNORED
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    head = Head.of(causal)
+    head = Head.of(causal_model(model))
     logits = head.module(hidden[kept]).float() * head.scale
     if head.softcap is not None:
         logits = torch.tanh(logits / head.softcap) * head.softcap
