@@ -101,11 +101,16 @@ def build_parser() -> argparse.ArgumentParser:
         "Write the trained model in a form that other tools load.",
         "\n\n--to merged: W + dW for every adapted weight in 16 bits; plain transformers loads it. The run trained on a quantized\n"
         "base; --base original merges into the 16-bit weights, --base dequantized into what the vectors saw. The difference\n"
-        "between trained and exported model is measured and written to OUT/qvera_export.json.",
+        "between trained and exported model is measured and written to OUT/qvera_export.json.\n\n"
+        "--to lora: the same change of the weights as an adapter of stock PEFT's LoRA; exact at the adapter's own rank, or cut to\n"
+        "the best --rank K, with the error of each layer. --to peft: an adapter of PEFT's own VeRA, projections in the file.",
     )
     p.add_argument("run", type=Path, metavar="RUN", help="a run directory or an adapter directory")
     p.add_argument("out", type=Path, metavar="OUT", help="a directory that is new or empty")
-    p.add_argument("--to", choices=["merged"], default="merged", help="what to write (default: %(default)s)")
+    p.add_argument(
+        "--to", choices=["merged", "lora", "peft"], default="merged", help="what to write (default: %(default)s)"
+    )
+    p.add_argument("--rank", type=int, metavar="K", help="--to lora: keep the best K directions of each layer only")
     p.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help="default: the recipe's, float16")
     p.add_argument(
         "--base", choices=["original", "dequantized"], dest="weights", help="default: the recipe's, original"

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from rich.console import Console
 
@@ -17,12 +18,14 @@ from .data import NAMED_TEMPLATES, ChatTemplate, Encoder, Turn, build_datasets, 
 from .errors import InputError
 from .export import export_merged
 from .export.compare import measure_difference
+from .export.deltas import read_deltas, skeleton
+from .export.factors import Truncation, export_lora, export_stock_vera, lora_bytes, truncate_all
 from .export.merged import CERTIFICATE
 from .generate import generate as generate_texts
 from .generate import generating
 from .metrics import memory_text
 from .model import load_tokenizer
-from .recipe import DataSection, ExportSection, Recipe, load_recipe
+from .recipe import DataSection, ExportSection, ModelSection, Recipe, load_recipe
 from .run import OpenRun, describe, locate, open_run
 from .rundir import run_directory
 from .trainer import train as train_run
@@ -249,6 +252,11 @@ def export(args: argparse.Namespace) -> None:
     options = recipe.export if recipe is not None else ExportSection()
     changes = {"dtype": args.dtype, "base": args.weights}
     options = dataclasses.replace(options, **{k: v for k, v in changes.items() if v is not None})
+    if args.rank is not None and args.to != "lora":
+        raise InputError("--rank: goes with --to lora only.")
+    if args.to != "merged":
+        _export_adapter(args, section, adapter_dir, getattr(torch, options.dtype))
+        return
     template = None
     if recipe is not None:
         template = resolve_template(recipe.data.template, load_tokenizer(section)).jinja
@@ -279,6 +287,27 @@ def export(args: argparse.Namespace) -> None:
         )
     elif difference:
         print(f"not compared: {difference['not_measured']}")
+
+
+def _export_adapter(args: argparse.Namespace, section: ModelSection, adapter_dir: Path, dtype: torch.dtype) -> None:
+    """--to lora and --to peft"""
+    adapter = read_deltas(adapter_dir, skeleton(section))
+    if args.to == "peft":
+        size = export_stock_vera(adapter, args.out)
+        print(f"{memory_text(size)} in {args.out}: PEFT's VeRA of rank {adapter.A.shape[0]}, projections included")
+        return
+    factors, rank = None, args.rank or adapter.A.shape[0]
+    if args.rank is not None:
+        print(f"{'layer':<44}{'Frobenius':>11}{'spectral':>11}   relative error of rank {rank}")
+
+        def say(_: int, name: str, error: Truncation) -> None:
+            print(f"{name:<44}{error.frobenius:11.2e}{error.spectral:11.2e}")
+
+        factors = truncate_all(adapter, rank, dtype, say)
+    expected = lora_bytes(adapter, rank, dtype)
+    print(f"LoRA of rank {rank} on {len(adapter.layers)} linears: {memory_text(expected)} in {args.out}")
+    size = export_lora(adapter, args.out, dtype, factors)
+    print(f"written: {size:,} bytes; stock PEFT loads it")
 
 
 def _difference(recipe: Recipe, run: Path, out: Path, options: ExportSection) -> dict[str, Any]:

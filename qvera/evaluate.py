@@ -12,17 +12,7 @@ import torch
 from .data import Example, collate, collate_prefix_once, microbatches
 from .generate import exact_match, generate
 from .loss import Head, summed_nll
-from .model import causal_model
-
-_PREFIX_ONCE = ("llama", "mistral", "qwen2", "qwen3")
-"""Model types whose attention takes positions and a mask [1, 1, T, T] as given; each is tested."""
-
-
-def takes_prefix_once(model: Any) -> bool:
-    """Whether this model can be given a batch from `collate_prefix_once`."""
-    config = causal_model(model).config
-    full_attention = not getattr(config, "sliding_window", None) or getattr(config, "use_sliding_window", None) is False
-    return config.model_type in _PREFIX_ONCE and full_attention and config._attn_implementation in ("sdpa", "eager")
+from .model import causal_model, takes_prefix_once
 
 
 def make_batch(

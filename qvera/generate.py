@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import psutil
 import torch
+from transformers import DynamicCache
 
 from . import frozen
-from .model import causal_model
-from .vera import QveraLinear
+from .model import causal_model, takes_prefix_once
+from .vera import LowRankPath
 
 
 @contextlib.contextmanager
@@ -25,7 +27,7 @@ def generating(model: Any) -> Iterator[None]:
     """
     inner = causal_model(model)
     was_training, used_cache = model.training, inner.config.use_cache
-    layers = [m for m in model.modules() if isinstance(m, QveraLinear) and not m.disable_adapters]
+    layers = [m for m in model.modules() if isinstance(m, LowRankPath) and not m.disable_adapters]
     if any(layer.holds_inference_weight for layer in layers) or not _dense_fits(layers):
         layers = []
     model.eval()
@@ -43,7 +45,7 @@ def generating(model: Any) -> Iterator[None]:
         model.train(was_training)
 
 
-def _dense_fits(layers: list[QveraLinear]) -> bool:
+def _dense_fits(layers: list[Any]) -> bool:
     """Whether dense copies of these layers' weights take at most a quarter of the memory that is free on this CPU."""
     if not layers or any(parameter.device.type != "cpu" for parameter in layers[0].parameters()):
         return False
@@ -87,6 +89,8 @@ def generate(
     forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with generating(model), forked:  # sampling must not move the training run's random state
         torch.manual_seed(seed)
+        prefix = _common_prefix(prompts) if takes_prefix_once(model) and streamer is None else 0
+        cache = _prefix_cache(model, prompts[0][:prefix], device) if prefix >= _WORTH_TOKENS else None
         for start in range(0, len(by_length), batch_size):
             rows = by_length[start : start + batch_size]
             width = max(len(prompts[i]) for i in rows)
@@ -95,6 +99,13 @@ def generate(
             for row, i in enumerate(rows):  # padded on the left, so that every answer starts in the same column
                 ids[row, width - len(prompts[i]) :] = torch.as_tensor(list(prompts[i]), dtype=torch.long)
                 mask[row, width - len(prompts[i]) :] = 1
+                if cache is not None:  # the padding comes after what all prompts share
+                    ids[row, :prefix] = torch.as_tensor(list(prompts[i][:prefix]), dtype=torch.long)
+                    mask[row, :prefix] = 1
+                    mask[row, prefix : prefix + width - len(prompts[i])] = 0
+            if cache is not None:
+                sampling["past_key_values"] = copy.deepcopy(cache)
+                sampling["past_key_values"].batch_repeat_interleave(len(rows))
             out = model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
@@ -109,6 +120,27 @@ def generate(
             if progress is not None:
                 progress(len(answers))
     return [answers[i] for i in range(len(prompts))]
+
+
+_WORTH_TOKENS = 16
+"""A shorter common prefix is not computed apart: that takes a forward pass of its own."""
+
+
+def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """Tokens that all of at least two prompts begin with; each keeps one token after them."""
+    if len(prompts) < 2:
+        return 0
+    low, high = min(map(list, prompts)), max(map(list, prompts))  # the two that differ first
+    shared = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
+    return max(0, min(shared, min(map(len, prompts)) - 1))
+
+
+def _prefix_cache(model: Any, prefix: Sequence[int], device: torch.device) -> Any:
+    """The KV cache of one row after ``prefix``, to be repeated for every batch."""
+    cache = DynamicCache(config=causal_model(model).config)
+    ids = torch.as_tensor([list(prefix)], dtype=torch.long, device=device)
+    causal_model(model).get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
+    return cache
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:

@@ -7,12 +7,13 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import HFValidationError
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, VeraConfig, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -21,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from . import frozen, quantize
 from .errors import InputError
 from .recipe import AdapterSection, ModelSection
-from .vera import QveraConfig, QveraLinear
+from .vera import QveraConfig, QveraLinear, accelerated_peft
 from .vera.config import PEFT_TYPE
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -287,11 +288,14 @@ def save_adapter(model: PeftModel, directory: Path) -> int:
     return sum(f.stat().st_size for f in directory.iterdir())
 
 
-def read_adapter(directory: Path) -> tuple[QveraConfig, dict[str, torch.Tensor]]:
-    """Read an adapter directory without a model.
+def read_adapter(directory: Path) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Read an adapter directory without a model: one of ours, or one of PEFT's own VeRA.
+
+    Returns:
+        The config (`QveraConfig`, or PEFT's `VeraConfig`) and the tensors of the adapter file by their keys.
 
     Raises:
-        InputError: it is not an adapter directory, not a QVERA adapter, truncated, or has NaN or Inf in it.
+        InputError: it is not an adapter directory, not a VeRA adapter, truncated, or has NaN or Inf in it.
     """
     config_file, weights_file = directory / ADAPTER_CONFIG, directory / ADAPTER_WEIGHTS
     if not directory.is_dir():
@@ -304,15 +308,20 @@ def read_adapter(directory: Path) -> tuple[QveraConfig, dict[str, torch.Tensor]]
         kind = raw["peft_type"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{config_file}: not a PEFT adapter config ({type(error).__name__}: {error}).") from None
-    if kind != PEFT_TYPE:
-        raise InputError(f"{config_file}: peft_type is {kind}, expected {PEFT_TYPE}.")
-    known = {f.name for f in dataclasses.fields(QveraConfig)}
+    classes: dict[Any, Any] = {PEFT_TYPE: QveraConfig, "VERA": VeraConfig}
+    if kind not in classes:
+        raise InputError(f"{config_file}: peft_type is {kind}, expected {PEFT_TYPE} (or PEFT's own VERA).")
+    known = {f.name for f in dataclasses.fields(classes[kind])}
     try:
-        config = QveraConfig(**{k: v for k, v in raw.items() if k in known})
+        with (
+            warnings.catch_warnings()
+        ):  # PEFT warns of projections that are not in the file; here they are drawn and used
+            warnings.simplefilter("ignore", UserWarning)
+            config = classes[kind](**{k: v for k, v in raw.items() if k in known})
     except InputError as error:
         raise InputError(f"{config_file}: {error}") from None
-    except TypeError as error:
-        raise InputError(f"{config_file}: a value has the wrong type ({error}).") from None
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{config_file}: a value has the wrong type, or is out of range ({error}).") from None
     try:
         vectors = load_file(weights_file)
     except (SafetensorError, OSError) as error:
@@ -355,6 +364,8 @@ def load_adapter(model: nn.Module, directory: Path) -> PeftModel:
         InputError: it is no adapter, or not one for this model.
     """
     config, vectors = read_adapter(directory)
+    if config.peft_type != PEFT_TYPE:
+        return _load_stock_adapter(model, directory)
     try:
         peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
     except InputError as error:
@@ -363,6 +374,21 @@ def load_adapter(model: nn.Module, directory: Path) -> PeftModel:
     peft_model.requires_grad_(False)
     peft_model.eval()
     return peft_model
+
+
+def _load_stock_adapter(model: nn.Module, directory: Path) -> PeftModel:
+    """An adapter of PEFT's own VeRA on our layers: PEFT reads the file, its projections and all."""
+    try:
+        with warnings.catch_warnings(), accelerated_peft():
+            warnings.simplefilter("ignore", UserWarning)
+            peft_model = PeftModel.from_pretrained(model, str(directory))  # type: ignore[arg-type]
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise InputError(f"{directory}: does not fit this base model: {_first_line(error)}") from None
+    missing = [name for name, p in peft_model.named_parameters() if "vera_lambda" in name and p.is_meta]
+    if missing:
+        raise InputError(f"{directory}: has no values for {missing[0]} (and {len(missing) - 1} more).")
+    peft_model.requires_grad_(False)
+    return peft_model.eval()
 
 
 def file_sha256(path: Path) -> str:
@@ -382,3 +408,14 @@ def enable_checkpointing(model: PeftModel) -> None:
     # transformers renamed the method in 5.x and warns about the old name
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+
+
+_PREFIX_ONCE = ("llama", "mistral", "qwen2", "qwen3")
+"""Model types whose attention takes positions and a mask [1, 1, T, T] as given; each is tested."""
+
+
+def takes_prefix_once(model: Any) -> bool:
+    """Whether this model can be given a batch from `collate_prefix_once`."""
+    config = causal_model(model).config
+    full_attention = not getattr(config, "sliding_window", None) or getattr(config, "use_sliding_window", None) is False
+    return config.model_type in _PREFIX_ONCE and full_attention and config._attn_implementation in ("sdpa", "eager")

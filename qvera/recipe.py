@@ -35,6 +35,7 @@ _Bool = Annotated[bool, Strict()]
 _Float = Annotated[float, BeforeValidator(_yaml_float), Strict()]
 Positive = Annotated[_Int, Field(ge=1)]
 NonNegative = Annotated[_Int, Field(ge=0)]
+Seed = Annotated[_Int, Field(ge=0, lt=2**64)]  # what torch's and numpy's generators take
 Fraction = Annotated[_Float, Field(ge=0.0, lt=1.0)]
 PositiveFloat = Annotated[_Float, Field(gt=0.0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[_Float, Field(ge=0.0, allow_inf_nan=False)]
@@ -75,7 +76,7 @@ class AdapterSection:
     """``all-linear`` (every linear but the head) or names such as ``[q_proj, v_proj]``; each must match something."""
     d_initial: _Float = 0.1
     dropout: Fraction = 0.0
-    seed: NonNegative = 0
+    seed: Seed = 0
     """The seed of the shared projections A and B. The same seed gives the same numbers on every machine."""
     init_from: str | None = None
     """Start from the vectors of this adapter directory (same rank, targets and seed)."""
@@ -121,7 +122,7 @@ class DataSection:
     eval_limit: Positive | None = None
     """Use only the first held-out rows."""
     shuffle: _Bool = True
-    seed: NonNegative = 0
+    seed: Seed = 0
 
 
 @dataclass(config=_STRICT, kw_only=True)
@@ -153,7 +154,7 @@ class TrainingSection:
     gradient_checkpointing: _Bool = True
     loss_chunk_tokens: Positive = 512
     """Tokens whose logits exist at one time in the loss."""
-    seed: NonNegative = 0
+    seed: Seed = 0
     full_determinism: _Bool = False
     """Deterministic CUDA kernels (slower): a resumed run then equals an uninterrupted one to the bit there too."""
     eval_steps: NonNegative = 0

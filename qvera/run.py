@@ -75,19 +75,19 @@ def describe(path: str | Path) -> dict[str, Any]:
         "base": section.path,
         "base_revision": section.revision,
         "quantization": section.quantization if recipe is not None else None,
-        "rank": config.rank,
+        "rank": getattr(config, "rank", getattr(config, "r", None)),
         "targets": config.target_modules
         if isinstance(config.target_modules, str)
         else sorted(config.target_modules or ()),
-        "adapted_modules": sum(name.endswith(".qvera_b") for name in vectors),
-        "trained_numbers": sum(t.numel() for t in vectors.values()),
+        "adapted_modules": sum(name.endswith((".qvera_b", ".vera_lambda_b")) for name in vectors),
+        "trained_numbers": sum(t.numel() for name, t in vectors.items() if not name.endswith(("vera_A", "vera_B"))),
         "adapter_file_bytes": (directory / model.ADAPTER_WEIGHTS).stat().st_size,
-        "projection_seed": config.projection_seed,
-        "projection_generator": config.projection_generator,
-        "projection_sha256": config.projection_sha256,
+        "projection_seed": getattr(config, "projection_seed", getattr(config, "projection_prng_key", None)),
+        "projection_generator": getattr(config, "projection_generator", "PEFT's"),
+        "projection_sha256": getattr(config, "projection_sha256", None),
         "adapter_sha256": model.file_sha256(directory / model.ADAPTER_WEIGHTS),
-        "format_version": config.format_version,
-        "peft_type": config.peft_type,
+        "format_version": getattr(config, "format_version", None),
+        "peft_type": str(getattr(config.peft_type, "value", config.peft_type)),
     }
     summary = path / "run.json"
     if summary.is_file():

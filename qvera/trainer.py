@@ -167,14 +167,13 @@ def train(
         keep = {done.best_step} if done.best_step is not None else set()
         checkpoint.prune(checkpoints, training.save_total_limit, keep)
 
-    def score(label: str) -> dict[str, Any] | None:
+    def score(label: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         return _score(model, base, datasets, recipe, console, label)
 
     signals = _StopRequests()
     with signals, trackers:
         if done.before is None and datasets.eval:
-            done.before = score("Before training")
-            done.samples_before = _samples(model, base, datasets.eval, recipe)
+            done.before, done.samples_before = score("Before training")
         model.train()
         with Progress(console, steps, done.step) as bar:
             while done.step < steps and not done.stopped_early and not signals.asked:
@@ -212,8 +211,7 @@ def train(
             best = checkpoint.load(checkpoints / f"step-{done.best_step:08d}")
             load_vectors(model, best.vectors, str(best.path))
         run["adapter"]["file_bytes"] = save_adapter(model, run_dir / "adapter")
-        after = score("After training") if datasets.eval else None
-        samples = _samples(model, base, datasets.eval, recipe) if datasets.eval else []
+        after, samples = score("After training") if datasets.eval else (None, [])
     run["status"] = "done"
     finish(run_dir, run, done, steps, per_epoch, device, after, samples, console)
     return RunResult(run_dir, run)
@@ -315,28 +313,31 @@ def _held_out(model: Any, datasets: Datasets, recipe: Recipe) -> dict[str, Any]:
 
 def _score(
     model: Any, base: Base, datasets: Datasets, recipe: Recipe, console: Console, label: str
-) -> dict[str, Any] | None:
-    """Held-out loss and, where the recipe asks for it, exact match of greedy answers."""
-    with console.status(f"{label}: held-out rows"):
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Held-out loss and, where the recipe asks for it, exact match of greedy answers; and the answers to show as samples."""
+    training = recipe.training
+    with console.status(f"{label}: held-out loss") as status:
         result = _held_out(model, datasets, recipe)
-        if recipe.training.exact_match_rows:
-            rows = [e for e in datasets.eval if e.reference is not None][: recipe.training.exact_match_rows]
-            answers = evaluate.answer_rows(
-                model, base.tokenizer, rows, max_new_tokens=recipe.training.sample_max_new_tokens
-            )
-            if answers:
-                result["exact_match"] = sum(bool(a["exact"]) for a in answers) / len(answers)
-                result["exact_match_rows"] = len(answers)
+        judged = [e for e in datasets.eval if e.reference is not None and len(e.prompt_ids)]
+        judged = judged[: training.exact_match_rows]
+        shown = [e for e in datasets.eval if len(e.prompt_ids)][: training.sample_count]
+        rows = judged + [e for e in shown if not any(e is other for other in judged)]  # each is answered once
+        answers = evaluate.answer_rows(
+            model,
+            base.tokenizer,
+            rows,
+            max_new_tokens=training.sample_max_new_tokens,
+            progress=lambda done: status.update(f"{label}: {done} of {len(rows)} answers"),
+        )
+    by_row = {id(example): answer for example, answer in zip(rows, answers, strict=True)}
+    if judged:
+        result["exact_match"] = sum(bool(by_row[id(e)]["exact"]) for e in judged) / len(judged)
+        result["exact_match_rows"] = len(judged)
     text = f"{label}: held-out loss {result['loss']:.4f}"
-    if "exact_match" in result:
+    if judged:
         text += f", exact match {result['exact_match']:.1%} of {result['exact_match_rows']} rows"
     console.print(text)
-    return result
-
-
-def _samples(model: Any, base: Base, examples: list[Example], recipe: Recipe) -> list[dict[str, Any]]:
-    rows = [e for e in examples if len(e.prompt_ids)][: recipe.training.sample_count]
-    return evaluate.answer_rows(model, base.tokenizer, rows, max_new_tokens=recipe.training.sample_max_new_tokens)
+    return result, [by_row[id(e)] for e in shown]
 
 
 class _StopRequests:

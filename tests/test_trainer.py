@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from qvera import trainer
@@ -166,3 +169,35 @@ def test_dry_run_writes_nothing(make_recipe: Any, tmp_path: Path, capsys: Any) -
     assert train(make_recipe(), tmp_path / "run", dry_run=True) is None
     assert not (tmp_path / "run").exists()
     assert "⟦" in capsys.readouterr().err
+
+
+def test_the_8_bit_optimizer_learns_and_says_what_it_really_saves(make_recipe: Any, tmp_path: Path) -> None:
+    """bitsandbytes keeps fp32 state for small tensors, and VeRA's vectors are small: the printed bytes are counted."""
+    console = Console(file=io.StringIO(), width=200)
+    settings = {"max_steps": 12, "optim": "adamw_8bit", "learning_rate": 0.05}
+    result = train(make_recipe(training=settings), tmp_path / "run", console=console)
+    assert result is not None and losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0] - 0.3
+    said = re.search(
+        r"adamw_8bit holds ([\d,]+) bytes of state; torch's adamw would hold ([\d,]+)", console.file.getvalue()
+    )  # type: ignore[attr-defined]
+    assert said is not None
+    state = torch.load(next((tmp_path / "run" / "checkpoints").glob("*/optimizer.pt")), weights_only=True)
+    held = sum(
+        t.numel() * t.element_size() for s in state["state"].values() for t in s.values() if isinstance(t, torch.Tensor)
+    )
+    numbers = result.run["adapter"]["trainable_parameters"]
+    assert int(said[1].replace(",", "")) == held
+    assert int(said[2].replace(",", "")) == 8 * numbers
+
+
+def test_tensorboard_gets_every_step(make_recipe: Any, tmp_path: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train(make_recipe(training={"max_steps": 4, "report_to": ["tensorboard"]}), tmp_path / "run")
+    found = next((tmp_path / "run").rglob("events.out.tfevents.*"))
+    reader = events.EventAccumulator(str(found.parent))
+    reader.Reload()
+    tags = reader.Tags()["scalars"]
+    (tag,) = [t for t in tags if t.endswith("loss") and "eval" not in t]
+    assert [(e.step, pytest.approx(e.value)) for e in reader.Scalars(tag)] == [
+        (r["step"], r["loss"]) for r in records(tmp_path / "run")
+    ]

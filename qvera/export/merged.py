@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-from transformers.pytorch_utils import Conv1D
+from transformers import AutoConfig, GenerationConfig
 
 from .. import measure, quantize
 from ..errors import InputError, RunFailed
@@ -29,33 +28,11 @@ from ..model import (
     resolve_path,
 )
 from ..recipe import ExportSection, ModelSection
-from ..vera import QveraConfig
-from ..vera.functional import delta_weight
-from ..vera.projection import uniform_pair, vera_scale
+from .deltas import AdapterDeltas, Delta, read_deltas, skeleton
 from .shards import TensorEntry, checkpoint_tensors, plan_shards, read_tensor, write_index, write_shard
 
 CERTIFICATE = "qvera_export.json"
 _STATE = ".qvera_export_state.json"
-_PREFIX = "base_model.model."
-
-
-@dataclasses.dataclass
-class Delta:
-    """ΔW of one adapted weight, made when it is needed."""
-
-    A: torch.Tensor
-    B: torch.Tensor
-    d: torch.Tensor
-    b: torch.Tensor
-    transposed: bool
-    in_features: int
-
-    def weight(self) -> torch.Tensor:
-        """[out, in] fp32, or [in, out] for a Conv1D."""
-        rank, out_features = self.d.numel(), self.b.numel()
-        A, B = self.A[:rank, : self.in_features], self.B[:out_features, :rank]
-        delta = delta_weight(A, B, self.d, self.b, vera_scale(rank, self.in_features))
-        return delta.t() if self.transposed else delta
 
 
 def base_directory(section: ModelSection) -> Path:
@@ -101,7 +78,7 @@ def export_merged(
         InputError: adapter and base do not fit, or ``out`` holds something else.
         RunFailed: a merged weight would be NaN, Inf, or out of the dtype's range; the message names the tensor.
     """
-    config, vectors = read_adapter(adapter_dir)
+    read_adapter(adapter_dir)  # a broken adapter is found before a base is downloaded
     source = base_directory(section)
     dtype: torch.dtype = getattr(torch, options.dtype)
     entries = checkpoint_tensors(source)
@@ -111,7 +88,9 @@ def export_merged(
             f"{source}: the base is stored quantized, so there are no 16-bit weights to merge into. Point model.path at the "
             "16-bit checkpoint it was made from."
         )
-    deltas = _deltas(config, vectors, entries, model_config, section)
+    model = skeleton(section, source)
+    adapter = read_deltas(adapter_dir, model)
+    deltas = _deltas(adapter, entries)
     identity = _identity(adapter_dir, source, entries, section, options)
     finished = _open_output(out, identity)
     shards = plan_shards(entries, dtype, options.max_shard_size_bytes)
@@ -152,8 +131,9 @@ def export_merged(
         "adapter": {
             "path": str(adapter_dir),
             "sha256": identity["adapter"],
-            "rank": config.rank,
-            "seed": config.projection_seed,
+            "kind": str(getattr(adapter.config.peft_type, "value", adapter.config.peft_type)),
+            "rank": adapter.A.shape[0],
+            "seed": getattr(adapter.config, "projection_seed", getattr(adapter.config, "projection_prng_key", None)),
         },
         "trained_on": {"quantization": section.quantization, "double_quant": section.double_quant},
         "dtype": options.dtype,
@@ -163,7 +143,7 @@ def export_merged(
     }
     (out / CERTIFICATE).write_text(json.dumps(certificate, indent=1), encoding="utf-8")
     model_config.dtype = dtype
-    model_config.architectures = model_config.architectures or [type(_skeleton(model_config, section)).__name__]
+    model_config.architectures = model_config.architectures or [type(model).__name__]
     model_config.save_pretrained(out)
     (out / _STATE).unlink()
     return certificate
@@ -205,47 +185,20 @@ def _merged(
     return result
 
 
-def _skeleton(model_config: Any, section: ModelSection) -> torch.nn.Module:
-    """The model without weights, to see which modules there are and of which kind."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(model_config, trust_remote_code=section.trust_remote_code)
-
-
-def _deltas(
-    config: QveraConfig,
-    vectors: dict[str, torch.Tensor],
-    entries: list[TensorEntry],
-    model_config: Any,
-    section: ModelSection,
-) -> dict[str, Delta]:
-    """Checkpoint tensor name → its ΔW, with every shape checked."""
-    modules = dict(_skeleton(model_config, section).named_modules())
+def _deltas(adapter: AdapterDeltas, entries: list[TensorEntry]) -> dict[str, Delta]:
+    """Checkpoint tensor name → its ΔW, where the checkpoint has that tensor in that shape."""
     shapes = {e.name: e.shape for e in entries}
-    names = sorted({key.removeprefix(_PREFIX).rpartition(".")[0] for key in vectors})
-    largest = config.projection_shapes or {}
-    if not largest:
-        raise InputError("the adapter's config has no projection_shapes: it was not written by qvera's save.")
-    A, B = (
-        torch.from_numpy(m) for m in uniform_pair(config.rank, largest["A"][1], largest["B"][0], config.projection_seed)
-    )
     deltas: dict[str, Delta] = {}
-    for name in names:
+    for name, delta in adapter.layers.items():
         key = f"{name}.weight"
-        d, b = vectors.get(f"{_PREFIX}{name}.qvera_d"), vectors.get(f"{_PREFIX}{name}.qvera_b")
-        if d is None or b is None:
-            raise InputError(f"the adapter has only one of the two vectors of {name}.")
-        if key not in shapes:
+        expected = delta.shape[::-1] if delta.transposed else delta.shape
+        if shapes.get(key) != expected:
+            found = "has no such tensor" if key not in shapes else f"has it as {list(shapes[key])}"
             raise InputError(
-                f"the base checkpoint has no tensor {key}, which the adapter changes: it is another model's adapter."
-            )
-        transposed = isinstance(modules.get(name), Conv1D)
-        out_features, in_features = shapes[key][::-1] if transposed else shapes[key]
-        if b.numel() != out_features or in_features > A.shape[1]:
-            raise InputError(
-                f"{key} has shape {list(shapes[key])} in the base, but the adapter has {b.numel()} outputs for it: "
+                f"{key}: the adapter changes this weight of shape {list(expected)}, but the base checkpoint {found}: it is "
                 "another model's adapter."
             )
-        deltas[key] = Delta(A, B, d.float(), b.float(), transposed, in_features)
+        deltas[key] = delta
     return deltas
 
 

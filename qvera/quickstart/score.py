@@ -10,7 +10,7 @@ from typing import Any
 
 from .words import TRAIN
 
-FIELDS = ("count", "colour", "item", "to.name", "to.city", "day", "gift")
+FIELDS = ("count", "colour", "item", "to.name", "to.city", "to.floor", "day")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,7 @@ _THING_PATTERNS = [
     re.compile(rf"\b(?P<count>\d+) (?!pounds|weeks){_THING}"),
 ]
 _COLOUR_AFTER = re.compile(rf"(?: in |, |, all | \()({_COLOURS})\b")
-_GIFT = re.compile(r"\b(?:gift|present)\b", re.IGNORECASE)
+_FLOOR = re.compile(r"\bfloor:? (\d+)", re.IGNORECASE)
 
 
 def regex_baseline(text: str) -> dict[str, Any]:
@@ -129,15 +129,19 @@ def regex_baseline(text: str) -> dict[str, Any]:
     def first(patterns: Sequence[re.Pattern[str]]) -> re.Match[str] | None:
         return next((found for pattern in patterns if (found := pattern.search(text))), None)
 
-    name, city, thing, day = first(_NAME_PATTERNS), first(_CITY_PATTERNS), first(_THING_PATTERNS), _DAY.search(text)
+    name, city, thing = first(_NAME_PATTERNS), first(_CITY_PATTERNS), first(_THING_PATTERNS)
+    floor, day = _FLOOR.search(text), _DAY.search(text)
     colour = thing["colour"] if thing else None
     if thing and colour is None and (after := _COLOUR_AFTER.match(text, thing.end("item"))):
         colour = after[1]
     return {
-        "item": thing["item"] if thing else None,
         "count": int(thing["count"]) if thing else None,
         "colour": colour,
+        "item": thing["item"] if thing else None,
+        "to": {
+            "name": name[1] if name else None,
+            "city": city[1] if city else None,
+            "floor": int(floor[1]) if floor else None,
+        },
         "day": day[1] if day else None,
-        "to": {"name": name[1] if name else None, "city": city[1] if city else None},
-        "gift": bool(_GIFT.search(text)),
     }

@@ -1,9 +1,9 @@
 """The quickstart's task: an order in free text → one line of JSON.
 
-Seven values, two of them in a nested object, two optional (null where the text does not say). All but `gift` stand in the
-text as they are copied; the order of the keys is the usual order of the words, so that a small model finds the next one
-after the last. Training and held-out rows come from vocabularies (words.py) that share no template, name, city, thing,
-colour, number, day or distractor. A third, ``development``, is what the task and the recipe were tuned on.
+Seven values, three of them in a nested object, three optional (null where the text does not say). All stand in the text as
+they are copied, and no key comes after the nested object: what a small model writes wrong first is the punctuation.
+Training and held-out rows come from vocabularies (words.py) that share no template, name, city, thing, colour, number, day
+or distractor. A third, ``development``, is what the task and the recipe were tuned on.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from .words import DEVELOPMENT, HELDOUT, TRAIN, Vocabulary
 Split = Literal["train", "development", "heldout"]
 
 INSTRUCTION = (
-    'Write the order as JSON: {"count":integer,"colour":string|null,"item":string,'
-    '"to":{"name":string,"city":string},"day":string|null,"gift":boolean}'
+    'Write the order as JSON: {"count":integer,"colour":string|null,"item":string,"day":string|null,'
+    '"to":{"name":string,"city":string,"floor":integer|null}}'
 )
 """The instruction with the full schema; every prompt is this, a blank line and the text."""
 
@@ -31,7 +31,7 @@ HELDOUT_ROWS = 256
 
 _VOCABULARIES: dict[str, Vocabulary] = {"train": TRAIN, "development": DEVELOPMENT, "heldout": HELDOUT}
 _OPTIONAL = re.compile(r"\[([^\[\]]*)\]")
-_PRESENT = {"colour": 0.5, "day": 0.5, "gift": 0.4, "aside": 0.4}
+_PRESENT = {"colour": 0.5, "day": 0.5, "floor": 0.5, "aside": 0.4}
 """How often each optional part of a message is there."""
 _COMPOSED = 0.6
 """How many of the training messages are composed of sentences; the others are whole templates."""
@@ -52,17 +52,17 @@ def _order(words: Vocabulary, rng: random.Random) -> Order:
     name = f"{rng.choice(words.first_names)} {rng.choice(words.last_names)}"
     city, item, count = rng.choice(words.cities), rng.choice(words.items), rng.choice(words.counts)
     colour, day = maybe("colour", words.colours), maybe("day", words.days)
-    gift, aside = maybe("gift", words.gift), maybe("aside", words.asides)
+    floor, aside = maybe("floor", words.floors), maybe("aside", words.asides)
+    number = rng.choice(words.floor_numbers)
     answer = {
         "count": count,
         "colour": colour,
         "item": item,
-        "to": {"name": name, "city": city},
         "day": day,
-        "gift": gift is not None,
+        "to": {"name": name, "city": city, "floor": None if floor is None else number},
     }
     facts = {"name": name, "city": city, "item": item, "count": str(count), "colour": colour, "day": day}
-    return Order(answer, {**facts, "gift": gift, "aside": aside})
+    return Order(answer, {**facts, "floor": floor and floor.format(floor=number), "aside": aside})
 
 
 def render(template: str, facts: dict[str, str | None]) -> str:
@@ -90,7 +90,7 @@ def compose(words: Vocabulary, rng: random.Random) -> str:
         parts = [rng.choice(words.orders_for_people)]
     if "{day}" not in parts[0]:
         parts.append(rng.choice(words.times))
-    parts += ["{gift}", "{aside}"]
+    parts += ["{floor}", "{aside}"]
     rng.shuffle(parts)
     if rng.random() < 0.4:
         parts.insert(0, rng.choice(words.openings))

@@ -2,7 +2,7 @@
 
 The two share no template, no distractor and no value; tests/quickstart/test_task.py asserts it. A template names its facts
 as `{name}`, `{city}`, `{count}`, `{colour}`, `{item}`, `{day}`. A part in square brackets is left out where its fact is
-absent. `{gift}` and `{aside}` are whole sentences, or nothing.
+absent. `{floor}` and `{aside}` are whole sentences, or nothing.
 
 First names, cities, colours and nearly all things are words that SmolLM2's tokenizer spells alike after a space and after a quote: a
 model of 135M parameters copies tokens well and respells words badly, and a task of six minutes should not be about spelling.
@@ -25,7 +25,9 @@ class Vocabulary:
     items: tuple[str, ...]
     """Always plural, so that the JSON has the words of the text."""
     days: tuple[str, ...]
-    gift: tuple[str, ...]
+    floor_numbers: tuple[int, ...]
+    floors: tuple[str, ...]
+    """Sentences that name the floor, which as a fact is the number and as a part of a message the whole sentence."""
     asides: tuple[str, ...]
     """Distractors: other people, numbers and places, which no field wants."""
     templates: tuple[str, ...]
@@ -74,27 +76,44 @@ TRAIN = Vocabulary(
         "chairs, tables, shirts, boxes, books, bags, balls, cards, lights, belts, screens, windows, frames, maps, flags, "
         "plants, seeds, pots, sheets, boards, filters, tools, keys, labels, papers, files, ships, coins, threads, "
         "mugs, scarves, brooms, kites, garden chairs, paper bags, toy cars, bath sheets, office tables, kitchen boards, "
-        "flower pots, water filters, note books, desk lights, picture frames"
+        "flower pots, water filters, note books, desk lights, picture frames, caps, clips, chips, films, gates, holders, "
+        "inks, kits, logs, matches, packs, peas, pies, poles, racks, rails, rolls, skirts, strings, tags, weights, wings, "
+        "berries, brushes, metal rails, glass pots, plastic boxes, iron gates, baby skirts, dog belts, cat balls, "
+        "bed sheets, floor lights, door keys, window boxes, car keys, winter scarves, rain caps, music files, wine racks, "
+        "milk pots, bread boxes, rice bags, salt pots, fruit bags, apple pies, hand brushes, hair clips, tooth brushes, "
+        "travel bags, party caps, fire logs, safety belts, power tools, phone cards, camera bags, post cards, mail boxes, "
+        "coin holders, game cards, work shirts, round tables, long poles, old books, new tools, large frames, small bags, "
+        "big pots, soft balls, hot plates"
     ),
     days=_words("Monday Tuesday Wednesday Thursday"),
-    gift=_lines(
-        """It is a gift.
-        They are a present.
-        Please gift wrap them.
-        It's a birthday gift.
-        This is a present for my sister.
-        Wrap them nicely as a gift.
-        They are a wedding present.
-        A gift for my dad.
-        Please add gift paper.
-        I will give them as a present."""
+    floor_numbers=(1, 2, 4, 6, 8),
+    floors=_lines(
+        """We are on floor {floor}.
+        Take the lift to floor {floor}.
+        Floor {floor}, please.
+        It's on floor {floor}.
+        My flat is on floor {floor}.
+        The office is on floor {floor}.
+        Bring them up to floor {floor}.
+        You find us on floor {floor}.
+        I live on floor {floor}.
+        Floor {floor} is ours.
+        Please go to floor {floor}.
+        Floor: {floor}.
+        Carry them to floor {floor}, please.
+        Our door is on floor {floor}.
+        That is floor {floor}.
+        We need them on floor {floor}.
+        Go straight up to floor {floor}.
+        The lift stops at floor {floor}.
+        You have to climb to floor {floor}.
+        Kindly come to floor {floor}."""
     ),
     asides=_lines(
         """The bell does not work.
         I heard of you from Paula.
         I paid by card.
         The dog is friendly.
-        We live on floor 4.
         Last time it took 9 weeks.
         Thanks for your help.
         My old ones broke.
@@ -113,37 +132,61 @@ TRAIN = Vocabulary(
         My phone was stolen.
         There is a garage behind the house.
         The bridge takes 4 tons.
-        I tried the other shop first."""
+        I tried the other shop first.
+        My aunt Greta bought here before.
+        Otto says you are the best.
+        I called twice, and Ingrid took the call.
+        My son Bruno broke the last ones.
+        The manager is called Olga.
+        Pavel and I work together.
+        It is the 3rd door.
+        I have 2 cats and a dog.
+        We were closed for 14 days.
+        Your van hit our gate.
+        The street is narrow.
+        The sun is shining here.
+        I lost my glasses.
+        The last parcel was late.
+        I hope you are well.
+        It was so nice to see the new shop.
+        We opened in 1998.
+        My mother is ill.
+        The train was full.
+        There is a school next door.
+        I can't come to the shop.
+        Ring the bell 2 times.
+        I don't need a bag.
+        The children are asleep at 8."""
     ),
     templates=_lines(
-        """Hello, this is {name}. Please send {count} [{colour} ]{item} to {city}[ on {day}]. {gift} {aside}
-        Hi, I'd like {count} [{colour} ]{item}. {aside} I live in {city}.[ Please come on {day}.] {gift} {name}
-        {gift} We need {count} {item}[ in {colour}] here in {city}[ by {day}]. {aside} {name}
-        Please deliver[ on {day}] to {name}, {city}: {count} [{colour} ]{item}. {aside} {gift}
-        Order from {name}: {count} {item}[, {colour}]. To {city}. {aside}[ Day: {day}.] {gift}
-        Good morning. {aside} Can you bring {count} [{colour} ]{item}[ on {day}]? I am {name} from {city}. {gift}
-        Name: {name}. City: {city}. Wanted: {count} [{colour} ]{item}. {gift}[ Day: {day}.] {aside}
-        {name} here. {aside} I am home[ on {day}], so bring the {count} [{colour} ]{item} to {city}. {gift}
-        Do you have {count} {item}[ in {colour}]? {gift} If so, deliver them to {name} in {city}[ on {day}]. {aside}
-        [On {day} ]I will be in {city}. {gift} Please send {count} [{colour} ]{item}. {aside} Thanks, {name}
-        Dear shop, {count} [{colour} ]{item} for {city}, please. {aside}[ {day} would be best.] {gift} Yours, {name}
-        Hello, {name} speaking. I need {count} [{colour} ]{item}. {gift} {city}, please. {aside}[ Best on {day}.]
-        {aside} {name} from {city} orders {count} [{colour} ]{item}.[ I suggest {day}.] {gift}
-        We agreed on {city}[ for {day}]. {aside} It is about {count} [{colour} ]{item}. {gift} {name}
-        Sorry, I forgot the {item}[ in {colour}]. I need {count}. {gift} Send them to {city}[ on {day}]. {aside} {name}
-        Customer {name}, {city}, wants {count} [{colour} ]{item}[ on {day}]. {aside} {gift}
-        Hi there! {gift} Could I get {count} [{colour} ]{item}[ this {day}]? {aside} I'm {name} and I live in {city}.
-        To the shop: pack {count} [{colour} ]{item} and take them to {city}[ on {day}]. {aside} Ask for {name}. {gift}
-        From: {name}. {item}[ ({colour})], {count} of them. {aside} To {city}[ on {day}]. {gift}
-        My friend {name} lives in {city}. {aside} She ordered {count} [{colour} ]{item}[ for {day}]. {gift}
-        I am writing for {name}. The {count} [{colour} ]{item} go to {city}. {gift}[ {day} would be good.] {aside}
-        {city}: {count} [{colour} ]{item}[, {day}]. {gift} Contact {name}. {aside}
-        Good evening, I'm {name}. {aside} We ran out of [{colour} ]{item}, so we need {count}[ by {day}]. {gift} Send to {city}.
-        There are {count} [{colour} ]{item} missing. {aside} Kindly send them to {city}[ on {day}]. {gift} Thank you, {name}
-        Please book[ {day}] for {name}, {city}. {gift} It's {count} [{colour} ]{item}. {aside}
-        Hello from {city}! I want {count} {item}[, all {colour}]. {aside} {gift} Come[ on {day}] and ask for {name}.
-        {name}, who lives in {city}, needs {count} [{colour} ]{item}. {gift}[ Delivery is on {day}.] {aside}
-        Hey, it's {name}. Are you free[ on {day}]? {aside} I want {count} [{colour} ]{item}. {gift} I am in {city}."""
+        """Hello, this is {name}. Please send {count} [{colour} ]{item} to {city}[ on {day}]. {floor} {aside}
+        Hi, I'd like {count} [{colour} ]{item}. {aside} I live in {city}.[ Please come on {day}.] {floor} {name}
+        {floor} We need {count} {item}[ in {colour}] here in {city}[ by {day}]. {aside} {name}
+        Please deliver[ on {day}] to {name}, {city}: {count} [{colour} ]{item}. {aside} {floor}
+        Order from {name}: {count} {item}[, {colour}]. To {city}. {aside}[ Day: {day}.] {floor}
+        Good morning. {aside} Can you bring {count} [{colour} ]{item}[ on {day}]? I am {name} from {city}. {floor}
+        Name: {name}. City: {city}. Wanted: {count} [{colour} ]{item}. {floor}[ Day: {day}.] {aside}
+        {name} here. {aside} I am home[ on {day}], so bring the {count} [{colour} ]{item} to {city}. {floor}
+        Do you have {count} {item}[ in {colour}]? {floor} If so, deliver them to {name} in {city}[ on {day}]. {aside}
+        [On {day} ]I will be in {city}. {floor} Please send {count} [{colour} ]{item}. {aside} Thanks, {name}
+        Dear shop, {count} [{colour} ]{item} for {city}, please. {aside}[ {day} would be best.] {floor} Yours, {name}
+        Hello, {name} speaking. I need {count} [{colour} ]{item}. {floor} {city}, please. {aside}[ Best on {day}.]
+        {aside} {name} from {city} orders {count} [{colour} ]{item}.[ I suggest {day}.] {floor}
+        We agreed on {city}[ for {day}]. {aside} It is about {count} [{colour} ]{item}. {floor} {name}
+        Sorry, I forgot the {item}[ in {colour}]. I need {count}. {floor} Send them to {city}[ on {day}]. {aside} {name}
+        Customer {name}, {city}, wants {count} [{colour} ]{item}[ on {day}]. {aside} {floor}
+        Hi there! {floor} Could I get {count} [{colour} ]{item}[ this {day}]? {aside} I'm {name} and I live in {city}.
+        To the shop: pack {count} [{colour} ]{item} and take them to {city}[ on {day}]. {aside} Ask for {name}. {floor}
+        From: {name}. {item}[ ({colour})], {count} of them. {aside} To {city}[ on {day}]. {floor}
+        My friend {name} lives in {city}. {aside} She ordered {count} [{colour} ]{item}[ for {day}]. {floor}
+        I am writing for {name}. The {count} [{colour} ]{item} go to {city}. {floor}[ {day} would be good.] {aside}
+        {city}: {count} [{colour} ]{item}[, {day}]. {floor} Contact {name}. {aside}
+        Good evening, I'm {name}. {aside} We ran out of [{colour} ]{item}, so we need {count}[ by {day}]. {floor} Send to {city}.
+        There are {count} [{colour} ]{item} missing. {aside} Kindly send them to {city}[ on {day}]. {floor} Thank you, {name}
+        Please book[ {day}] for {name}, {city}. {floor} It's {count} [{colour} ]{item}. {aside}
+        Hello from {city}! I want {count} {item}[, all {colour}]. {aside} {floor} Come[ on {day}] and ask for {name}.
+        {name}, who lives in {city}, needs {count} [{colour} ]{item}. {floor}[ Delivery is on {day}.] {aside}
+        Hey, it's {name}. Are you free[ on {day}]? {aside} I want {count} [{colour} ]{item}. {floor} I am in {city}."""
     ),
     orders=_lines(
         """I would like {count} [{colour} ]{item}.
@@ -164,7 +207,16 @@ TRAIN = Vocabulary(
         So that makes {count} [{colour} ]{item}.
         Count me in for {count} [{colour} ]{item}.
         Get me {item}[, {colour} if you can], {count} altogether.
-        The list says {count} [{colour} ]{item}."""
+        The list says {count} [{colour} ]{item}.
+        Put {count} [{colour} ]{item} on my list.
+        You still owe us {count} [{colour} ]{item}.
+        Are there {count} [{colour} ]{item} left?
+        For the office we take {count} [{colour} ]{item}.
+        {count} times [{colour} ]{item}, that is all.
+        Have you got {item}[ in {colour}]? I'd need {count}.
+        I saw your [{colour} ]{item} and want {count}.
+        Quantity: {count}. Article: {item}.[ Colour: {colour}.]
+        The club wants {count} new {item}[ in {colour}]."""
     ),
     places=_lines(
         """Send them to {city}.
@@ -181,7 +233,13 @@ TRAIN = Vocabulary(
         I moved to {city}.
         Destination: {city}.
         We run a school in {city}.
-        The driver knows {city}."""
+        The driver knows {city}.
+        Bring it all to {city}.
+        It should arrive in {city}.
+        Our home is in {city}.
+        Town: {city}.
+        {city} is where we are.
+        Do you deliver in {city}?"""
     ),
     people=_lines(
         """My name is {name}.
@@ -198,7 +256,12 @@ TRAIN = Vocabulary(
         The order is for {name}.
         Best, {name}
         {name} will pay.
-        {name} is waiting for them."""
+        {name} is waiting for them.
+        Signed: {name}.
+        Regards from {name}.
+        I go by {name}.
+        The bill goes to {name}.
+        Leave it with {name}."""
     ),
     people_in_places=_lines(
         """I am {name} from {city}.
@@ -209,7 +272,10 @@ TRAIN = Vocabulary(
         Address: {name}, {city}.
         In {city} you ask for me, {name}.
         I, {name}, live in {city}.
-        {city} is home to {name}."""
+        {city} is home to {name}.
+        {name}, {city}.
+        {name} of {city} will pay.
+        You know me, {name} from {city}."""
     ),
     orders_for_people=_lines(
         """Send {count} [{colour} ]{item} to {name} in {city}.
@@ -233,7 +299,12 @@ TRAIN = Vocabulary(
         [{day}, please.]
         [How about {day}?]
         [I can take it on {day}.]
-        [After {day} it is too late.]"""
+        [After {day} it is too late.]
+        [{day} suits us.]
+        [Can you come on {day}?]
+        [Not later than {day}.]
+        [Is {day} possible?]
+        [Day: {day}.]"""
     ),
     openings=_lines(
         """Hello.
@@ -263,12 +334,12 @@ DEVELOPMENT = Vocabulary(
         "buttons, games, beds, trees, garden doors, kitchen pans, wall photos, board games, shirt buttons"
     ),
     days=_words("Friday Saturday Sunday"),
-    gift=_lines(
-        """They are a gift for my mother.
-        It's a birthday present.
-        Please wrap it as a present.
-        I need them gift wrapped.
-        Gift paper, please."""
+    floor_numbers=(3, 5, 7, 9),
+    floors=_lines(
+        """We work on floor {floor}.
+        Leave them on floor {floor}.
+        The stairs lead to floor {floor}.
+        They belong on floor {floor}."""
     ),
     asides=_lines(
         """My cousin Hugo likes your shop.
@@ -280,18 +351,18 @@ DEVELOPMENT = Vocabulary(
         Your site was down."""
     ),
     templates=_lines(
-        """Good afternoon, I am {name} and I want to order {count} [{colour} ]{item}. {aside} My city is {city}.[ Would {day} work?] {gift}
-        {name}, {city}. {aside} {count} [{colour} ]{item}, please. {gift}[ I'd like them on {day}.]
-        {gift} Someone should bring us {count} {item}[ in {colour}]. {aside}[ We are in on {day}.] We live in {city}. Signed, {name}
-        New order[ for {day}]: {name}, {city}. {gift} The customer wants {count} [{colour} ]{item}. {aside}
-        This message is from {name}. {aside} Please drop {count} [{colour} ]{item} in {city}[ on {day}]. {gift}
-        Our {count} [{colour} ]{item} should go to {city}. {gift} {aside} {name} will be there[ on {day}].
-        I wonder if you sell {item}[ in {colour}]; I'd take {count}. {aside} My name is {name}, my home is {city}.[ {day} is best.] {gift}
-        Dear Sir or Madam,[ on {day}] please visit {name} in {city}. {aside} Bring {count} [{colour} ]{item}. {gift}
-        Items: {count} [{colour} ]{item}. {gift} Where: {city}.[ When: {day}.] Who: {name}. {aside}
-        Hello again, {name} of {city}. {gift} This time I need {count} [{colour} ]{item}. {aside} Could you come[ on {day}]?
-        Thanks for taking my call. {aside} As I said, it's {count} [{colour} ]{item} for {city}[ on {day}]. {gift} {name}
-        I'm short of [{colour} ]{item}, so I ask for {count}[ on {day}]. {gift} {aside} Send to {name}, {city}."""
+        """Good afternoon, I am {name} and I want to order {count} [{colour} ]{item}. {aside} My city is {city}.[ Would {day} work?] {floor}
+        {name}, {city}. {aside} {count} [{colour} ]{item}, please. {floor}[ I'd like them on {day}.]
+        {floor} Someone should bring us {count} {item}[ in {colour}]. {aside}[ We are in on {day}.] We live in {city}. Signed, {name}
+        New order[ for {day}]: {name}, {city}. {floor} The customer wants {count} [{colour} ]{item}. {aside}
+        This message is from {name}. {aside} Please drop {count} [{colour} ]{item} in {city}[ on {day}]. {floor}
+        Our {count} [{colour} ]{item} should go to {city}. {floor} {aside} {name} will be there[ on {day}].
+        I wonder if you sell {item}[ in {colour}]; I'd take {count}. {aside} My name is {name}, my home is {city}.[ {day} is best.] {floor}
+        Dear Sir or Madam,[ on {day}] please visit {name} in {city}. {aside} Bring {count} [{colour} ]{item}. {floor}
+        Items: {count} [{colour} ]{item}. {floor} Where: {city}.[ When: {day}.] Who: {name}. {aside}
+        Hello again, {name} of {city}. {floor} This time I need {count} [{colour} ]{item}. {aside} Could you come[ on {day}]?
+        Thanks for taking my call. {aside} As I said, it's {count} [{colour} ]{item} for {city}[ on {day}]. {floor} {name}
+        I'm short of [{colour} ]{item}, so I ask for {count}[ on {day}]. {floor} {aside} Send to {name}, {city}."""
     ),
 )
 
@@ -309,11 +380,12 @@ HELDOUT = Vocabulary(
         "parts, computer parts, wall bars, fish cans"
     ),
     days=DEVELOPMENT.days,
-    gift=_lines(
-        """We want to surprise my uncle with them, as a present.
-        Could you wrap this as a gift?
-        All of it is a present for a friend.
-        It should look like a gift."""
+    floor_numbers=(3, 5, 7, 9),
+    floors=_lines(
+        """Somebody is always on floor {floor}.
+        Deliver up to floor {floor}, the lift works.
+        Our rooms are on floor {floor}.
+        Just ring on floor {floor}."""
     ),
     asides=_lines(
         """Your leaflet was in my letter box.
@@ -324,18 +396,18 @@ HELDOUT = Vocabulary(
         It has been raining all week."""
     ),
     templates=_lines(
-        """Greetings from {city}, where I, {name}, would be glad to have {count} [{colour} ]{item}[ on {day}]. {aside} {gift}
-        Could {count} [{colour} ]{item} be brought to {city}? {gift} {aside} Ask for {name}.[ We prefer {day}.]
-        Delivery note: {count} [{colour} ]{item}; {name}; {city}[; {day}]. {gift} {aside}
-        I spoke to you earlier. {aside} It is {name}, and I decided on {count} {item}[ in {colour}] for {city}. {gift}[ See you on {day}.]
-        [By {day} ]we must have {count} [{colour} ]{item}. {gift} {aside} Our office is in {city}. Regards, {name}
-        Put {name} down for {count} [{colour} ]{item}. {aside} The town is {city}.[ Any time on {day} is fine.] {gift}
-        {name} asked me to write: {count} [{colour} ]{item} are needed in {city}[ on {day}]. {aside} {gift}
-        {gift} I have chosen {item}[ in {colour}], and {count} of them. {aside} Bring them to {city}[ on {day}]. Best wishes, {name}
-        Hi team, {aside} {city} is where {name} wants {count} [{colour} ]{item}.[ The date is {day}.] {gift}
-        What do {count} [{colour} ]{item} cost? {aside} If the price is right, send them to {name} in {city}. {gift}[ Not before {day}.]
-        Yes, I confirm. {gift} {count} [{colour} ]{item}. {city} is the place,[ {day} is the day,] {name} is my name. {aside}
-        Re: {item}. {aside} I am {name} in {city} and will take {count}[, only {colour} ones]. {gift}[ Until {day}!]"""
+        """Greetings from {city}, where I, {name}, would be glad to have {count} [{colour} ]{item}[ on {day}]. {aside} {floor}
+        Could {count} [{colour} ]{item} be brought to {city}? {floor} {aside} Ask for {name}.[ We prefer {day}.]
+        Delivery note: {count} [{colour} ]{item}; {name}; {city}[; {day}]. {floor} {aside}
+        I spoke to you earlier. {aside} It is {name}, and I decided on {count} {item}[ in {colour}] for {city}. {floor}[ See you on {day}.]
+        [By {day} ]we must have {count} [{colour} ]{item}. {floor} {aside} Our office is in {city}. Regards, {name}
+        Put {name} down for {count} [{colour} ]{item}. {aside} The town is {city}.[ Any time on {day} is fine.] {floor}
+        {name} asked me to write: {count} [{colour} ]{item} are needed in {city}[ on {day}]. {aside} {floor}
+        {floor} I have chosen {item}[ in {colour}], and {count} of them. {aside} Bring them to {city}[ on {day}]. Best wishes, {name}
+        Hi team, {aside} {city} is where {name} wants {count} [{colour} ]{item}.[ The date is {day}.] {floor}
+        What do {count} [{colour} ]{item} cost? {aside} If the price is right, send them to {name} in {city}. {floor}[ Not before {day}.]
+        Yes, I confirm. {floor} {count} [{colour} ]{item}. {city} is the place,[ {day} is the day,] {name} is my name. {aside}
+        Re: {item}. {aside} I am {name} in {city} and will take {count}[, only {colour} ones]. {floor}[ Until {day}!]"""
     ),
 )
 """Templates, distractors, things and last names that nothing was tuned on: written after task, recipe and training words were

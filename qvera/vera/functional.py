@@ -64,6 +64,14 @@ def _expand(
     return base + (flat @ C.t()).view(base.shape).to(base.dtype)
 
 
+def vector_gradients(
+    M: torch.Tensor, B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float, need_d: bool, need_b: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """∂d [r] and ∂b [m] from M = gᵀ z [m, r], in the vectors' dtype; None for one that is not needed."""
+    weighted = M.to(d.dtype) * B
+    return (b @ weighted) * scale if need_d else None, (weighted @ d) * scale if need_b else None
+
+
 class _Expand(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -88,12 +96,7 @@ class _Expand(torch.autograd.Function):
         z_flat = z.reshape(-1, z.shape[-1])
         grad_z = grad_d = grad_b = None
         if need_d or need_b:
-            M = (g_flat.t() @ z_flat).to(d.dtype)
-            M.mul_(B)
-            if need_b:
-                grad_b = (M @ d) * ctx.scale
-            if need_d:
-                grad_d = (b @ M) * ctx.scale
+            grad_d, grad_b = vector_gradients(g_flat.t() @ z_flat, B, d, b, ctx.scale, need_d, need_b)
         if need_z:
             if _few(z_flat.shape[0], B):
                 grad_z = ((g_flat * b.to(z.dtype)) @ B.to(z.dtype)) * (d * ctx.scale).to(z.dtype)

@@ -6,14 +6,13 @@ import warnings
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .. import frozen, quantize
+from .. import quantize
 from .config import QveraConfig
-from .functional import delta_weight, expand, project
+from .lowrank import LowRankPath
 from .projection import SharedProjection, vera_scale
 
 
@@ -37,7 +36,7 @@ class VectorDict(nn.ParameterDict):
         return super()._apply(at_least_fp32, recurse)
 
 
-class QveraLinear(nn.Module, BaseTunerLayer):
+class QveraLinear(nn.Module, LowRankPath, BaseTunerLayer):
     """y = base(x) + b ⊙ ((s d ⊙ (x Aᵀ)) Bᵀ) (VeRA, equation 2) over `Linear4bit`, `Linear8bitLt`, `Linear` or `Conv1D`.
 
     Shapes: x [..., in_features] to y [..., out_features]; per adapter d [rank] and b [out_features], fp32, trained.
@@ -47,7 +46,6 @@ class QveraLinear(nn.Module, BaseTunerLayer):
     adapter_layer_names: tuple[str, ...] = ("qvera_b", "qvera_d")
     other_param_names: tuple[str, ...] = ("qvera_rank", "qvera_dropout", "qvera_projection")
     # PEFT's, which a type checker can't see
-    active_adapters: Any
     set_adapter: Any
     enable_adapters: Any
 
@@ -69,8 +67,6 @@ class QveraLinear(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._unmerged_weight: Any = None
-        self._inference_weight: torch.Tensor | None = None
-        self._inference_adapters: list[str] = []
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, projection, config)
 
@@ -106,62 +102,21 @@ class QveraLinear(nn.Module, BaseTunerLayer):
         A, B = self.qvera_projection[adapter].slices(rank, self.in_features, self.out_features)
         return A, B, self.qvera_d[adapter], self.qvera_b[adapter], vera_scale(rank, self.in_features)
 
+    def carries(self, adapter: str) -> bool:
+        return adapter in self.qvera_d
+
+    def dropout_of(self, adapter: str) -> nn.Module:
+        return self.qvera_dropout[adapter]
+
+    def shared_z(self, adapter: str, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return self.qvera_projection[adapter].project(x, self.qvera_rank[adapter], dtype)
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        if self._inference_weight is not None and self._answers_from_inference_weight():
-            bias: Any = self.base_layer.bias
-            dtype = self._inference_weight.dtype
-            y = F.linear(x.to(dtype), self._inference_weight, None if bias is None else bias.to(dtype))
-            return y.to(x.dtype)
-        result = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
-            return result
-        for adapter in self.active_adapters:
-            if adapter not in self.qvera_d:
-                continue
-            A, B, d, b, scale = self.parts(adapter)
-            dtype = frozen.compute_dtype(self.base_layer, x)
-            dropout = self.qvera_dropout[adapter]
-            if isinstance(dropout, nn.Identity):
-                z = self.qvera_projection[adapter].project(x, self.qvera_rank[adapter], dtype)
-            else:  # every layer drops other elements, so there is nothing to share
-                z = project(dropout(x).to(dtype), A.to(dtype))
-            result = expand(result, z, d, b, B, scale)
-        return result
-
-    def hold_inference_weight(self, hold: bool) -> None:
-        """Hold (or let go of) W + ΔW of the active adapters [m, n] in the compute dtype, beside the untouched base weight.
-
-        One product then serves base and adapters: on a CPU that is as fast as the 4-bit kernel on the base alone. For
-        answers only; with gradients enabled the layer takes its normal path.
-        """
-        self._inference_weight = None
-        names = [name for name in self.active_adapters if name in self.qvera_d]
-        if hold and names and not self.merged and not isinstance(self.base_layer, Conv1D):
-            base: Any = self.base_layer
-            weight = quantize.dequantized_weight(base, torch.float32)
-            weight = weight + sum(self.get_delta_weight(name) for name in names)
-            dtype = getattr(base, "compute_dtype", None) or base.weight.dtype
-            if not dtype.is_floating_point:  # int8: the pair is held in the dtype that its layers compute in
-                dtype = self.qvera_projection[names[0]].A.dtype
-            self._inference_weight, self._inference_adapters = weight.to(dtype), names
-
-    def _answers_from_inference_weight(self) -> bool:
-        # another adapter may have been made active since, or this one merged: then the normal path is the right one
-        return not (torch.is_grad_enabled() or self.disable_adapters or self.merged) and (
-            [name for name in self.active_adapters if name in self.qvera_d] == self._inference_adapters
-        )
-
-    @property
-    def holds_inference_weight(self) -> bool:
-        return self._inference_weight is not None
+        return self.low_rank_forward(x, *args, **kwargs)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """ΔW of one adapter in fp32, oriented as the base layer's weight: [out, in], or [in, out] for a Conv1D."""
-        A, B, d, b, scale = self.parts(adapter)
-        delta = delta_weight(A.float(), B.float(), d.detach().float(), b.detach().float(), scale)
-        return delta.t() if isinstance(self.base_layer, Conv1D) else delta
+        """PEFT's name for `delta_weight_fp32`."""
+        return self.delta_weight_fp32(adapter)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add ΔW of the given (default: active) adapters to the base weight; `unmerge` restores the original bytes.

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-import weakref
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from . import functional
+from .lowrank import SharedInput
 
 GENERATOR = "philox4x64-10/u24"
 """Name of the rule above, written into every adapter file. Another rule needs another name."""
@@ -76,7 +75,7 @@ class SharedProjection(nn.Module):
     def __init__(self, seed: int, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         self.seed = seed
-        self._recent: tuple[weakref.ref[torch.Tensor], tuple[Any, ...], torch.Tensor] | None = None
+        self.inputs = SharedInput()
         self.register_buffer("A", torch.empty(0, 0, device=device, dtype=dtype), persistent=False)
         self.register_buffer("B", torch.empty(0, 0, device=device, dtype=dtype), persistent=False)
 
@@ -88,7 +87,7 @@ class SharedProjection(nn.Module):
             self._draw(*wanted, self.A.device, self.A.dtype)
 
     def _draw(self, rank: int, in_features: int, out_features: int, device: torch.device, dtype: torch.dtype) -> None:
-        self._recent = None
+        self.inputs.forget()
         for name, shape, stream in (("A", (rank, in_features), _STREAM_A), ("B", (out_features, rank), _STREAM_B)):
             if device.type == "meta":
                 drawn = torch.empty(shape, device=device, dtype=dtype)
@@ -101,35 +100,8 @@ class SharedProjection(nn.Module):
         return self.A[:rank, :in_features], self.B[:out_features, :rank]
 
     def project(self, x: torch.Tensor, rank: int, dtype: torch.dtype) -> torch.Tensor:
-        """z = x Aᵀ [..., rank] in ``dtype``; layers that read the very same x (q, k and v; gate and up) get the same z.
-
-        Autograd then adds up their ∂z before the one product of backward. z is given again only for the same live tensor
-        object, unchanged since (``_version``), under the same grad mode, dtype and backward pass (a checkpoint's
-        recomputation must build its own), and is let go of with x.
-        """
-        A = self.A[:rank, : x.shape[-1]]
-        if torch.compiler.is_compiling() or x.is_inference():
-            return functional.project(x.to(dtype), A.to(dtype))
-        # the number of the backward pass we are in, -1 outside: checkpointing itself tells its phases apart by it
-        key = (rank, dtype, x._version, x.requires_grad, torch.is_grad_enabled(), torch._C._current_graph_task_id())
-        recent = self._recent
-        if recent is not None and recent[0]() is x and recent[1] == key:
-            return recent[2]
-        z = functional.project(x.to(dtype), A.to(dtype))
-        self._recent = (weakref.ref(x, self._forget), key, z)
-        if z.requires_grad:  # once backward has come through, z's graph is spent: the next forward needs a new one
-            z.register_hook(self._forget_spent)
-        return z
-
-    def _forget_spent(self, _: torch.Tensor) -> None:
-        self._recent = None
-
-    def _forget(self, dead: weakref.ref[torch.Tensor]) -> None:
-        if self._recent is not None and self._recent[0] is dead:
-            self._recent = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_recent": None}  # a weak reference can't be copied to another process
+        """z = x Aᵀ [..., rank] in ``dtype``, shared between the layers that read the same x."""
+        return self.inputs.project(x, self.A[:rank, : x.shape[-1]], dtype, None)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SharedProjection:
         before = self.A.dtype, self.A.device.type

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config, Qwen3
 from qvera import evaluate
 from qvera.data import Example, collate, collate_prefix_once
 from qvera.data.prefix import common_prefix
+from qvera.model import takes_prefix_once
 from qvera.vera import QveraConfig
 
 from ..conftest import small_llama
@@ -103,6 +104,6 @@ def test_not_used_where_it_does_not_pay(rows: list[Example]) -> None:
 
 def test_a_sliding_window_is_left_alone(rows: list[Example]) -> None:
     model = small("mistral")
-    assert evaluate.takes_prefix_once(model)
+    assert takes_prefix_once(model)
     model.config.sliding_window = 8
-    assert not evaluate.takes_prefix_once(model)
+    assert not takes_prefix_once(model)

@@ -13,8 +13,8 @@ import pytest
 from qvera.quickstart.task import HELDOUT_ROWS, INSTRUCTION, TRAIN_ROWS, Split, generate, message_of, render, write_task
 from qvera.quickstart.words import HELDOUT, TRAIN
 
-VALUE_TABLES = ("first_names", "last_names", "cities", "counts", "colours", "items", "days")
-TEXT_TABLES = ("gift", "asides", "templates")
+VALUE_TABLES = ("first_names", "last_names", "cities", "counts", "colours", "items", "days", "floor_numbers")
+TEXT_TABLES = ("floors", "asides", "templates")
 
 
 def leaves(tree: Any, path: str = "") -> list[tuple[str, Any]]:
@@ -50,10 +50,24 @@ def test_templates_are_many_and_different_when_only_their_words_are_compared() -
     assert not train & heldout
 
 
+def test_no_sentence_of_the_training_part_stands_in_a_heldout_template() -> None:
+    def plain(template: str) -> str:
+        return " ".join(re.sub(r"[^\w{}]+", " ", template).lower().split())
+
+    heldout = [plain(template) for template in HELDOUT.templates]
+    parts = ("orders", "places", "people", "people_in_places", "orders_for_people", "times")
+    sentences = [plain(sentence) for part in parts for sentence in getattr(TRAIN, part)]
+    assert len(sentences) > 90
+    for sentence in sentences:
+        words = re.sub(r"{\w+}", " ", sentence).split()
+        if len(words) >= 3:  # "I am {name}" is a phrase, not a template
+            assert not any(f" {sentence} " in f" {template} " for template in heldout), sentence
+
+
 def test_generated_answers_share_no_value() -> None:
     train, heldout = values("train"), values("heldout")
     assert train.keys() == heldout.keys()
-    assert len(train) == 6
+    assert len(train) == 7
     for path, seen in train.items():
         assert not seen & heldout[path], path
 
@@ -81,8 +95,13 @@ def test_every_copied_value_stands_in_the_text(split: Split) -> None:
         for path, value in leaves(answer):
             if path == "count":
                 assert re.search(rf"\b{value}\b", text)
-            elif path == "gift":
-                assert value == any(sentence in text for sentence in vocabulary.gift)
+            elif path == "to.floor":
+                assert (value is not None) == any(
+                    sentence.format(floor=number) in text
+                    for sentence in vocabulary.floors
+                    for number in vocabulary.floor_numbers
+                )
+                assert value is None or re.search(rf"floor:? {value}\b", text, re.IGNORECASE)
             elif value is not None:
                 assert value in text, (path, value, text)
         assert not re.search(r"[\[\]{}]|  | [.,?]|\.\.|,,|^\W", text), text
@@ -93,7 +112,7 @@ def test_optional_parts_come_and_go_and_templates_are_balanced() -> None:
     for absent in (
         sum(a["colour"] is None for a in answers),
         sum(a["day"] is None for a in answers),
-        sum(not a["gift"] for a in answers),
+        sum(a["to"]["floor"] is None for a in answers),
     ):
         assert 60 < absent < 540
     assert len({row["prompt"] for row in generate("train", 2000)}) == 2000

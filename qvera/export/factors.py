@@ -1,0 +1,183 @@
+"""Adapters that other tools load: the exact LoRA, a truncated LoRA, and an adapter of PEFT's own VeRA.
+
+A VeRA adapter is a LoRA of rank r with A' = diag(s d) A and B' = diag(b) B (VeRA, arXiv 2310.11454, equation 2), exactly; it
+only takes r (m + n) numbers a layer to write down what r + m say.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, VeraConfig
+
+from ..errors import InputError
+from ..model import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from .deltas import PREFIX, AdapterDeltas, Delta
+from .shards import TensorEntry, write_shard
+
+
+@dataclasses.dataclass(frozen=True)
+class Truncation:
+    """What a layer loses by keeping k of its r directions, relative to ‖ΔW‖ in the same norm."""
+
+    frobenius: float
+    spectral: float
+
+
+def lora_bytes(adapter: AdapterDeltas, rank: int, dtype: torch.dtype) -> int:
+    """Size of the tensors of a LoRA of that rank on the adapter's layers."""
+    return sum(rank * sum(delta.shape) for delta in adapter.layers.values()) * dtype.itemsize
+
+
+def truncate(delta: Delta, rank: int) -> tuple[torch.Tensor, torch.Tensor, Truncation]:
+    """The best approximation of ΔW by rank k: A'' [k, n] and B'' [m, k] fp32, and its error.
+
+    By Eckart and Young's theorem that is the truncated SVD; it is taken of the small factors (QR of each, then the SVD of an
+    r x r core), never of a dense ΔW. The root of each singular value goes to either side.
+    """
+    A, B = (factor.double() for factor in delta.lora())
+    left, left_core = torch.linalg.qr(B)  # [m, p], [p, r]
+    right, right_core = torch.linalg.qr(A.t())  # [n, q], [q, r]
+    U, S, Vh = torch.linalg.svd(left_core @ right_core.t(), full_matrices=False)
+    root = S[:rank].sqrt()
+    lost, whole = S[rank:], S.norm()
+    error = Truncation(0.0, 0.0)
+    if len(lost) and whole > 0:
+        error = Truncation((lost.norm() / whole).item(), (lost[0] / S[0]).item())
+    kept_B, kept_A = (left @ U[:, :rank]) * root, root.unsqueeze(1) * (right @ Vh[:rank].t()).t()
+    missing = rank - kept_A.shape[0]
+    if missing > 0:  # a layer smaller than the rank: zeros change nothing
+        kept_A = torch.cat([kept_A, kept_A.new_zeros(missing, kept_A.shape[1])])
+        kept_B = torch.cat([kept_B, kept_B.new_zeros(kept_B.shape[0], missing)], dim=1)
+    return kept_A.float(), kept_B.float(), error
+
+
+def truncate_all(
+    adapter: AdapterDeltas,
+    rank: int,
+    dtype: torch.dtype,
+    progress: Callable[[int, str, Truncation], None] | None = None,
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Every layer cut to ``rank``, rounded to ``dtype``; ``progress`` gets (layers done, name, error) layer by layer.
+
+    Raises:
+        InputError: ``rank`` is not below the adapter's own.
+    """
+    own = adapter.A.shape[0]
+    if not 1 <= rank < own:
+        raise InputError(f"--rank: takes a whole number from 1 to {own - 1} (the adapter has rank {own}), got {rank}.")
+    factors = {}
+    for done, (name, delta) in enumerate(adapter.layers.items(), start=1):
+        A, B, error = truncate(delta, rank)
+        factors[name] = (A.to(dtype), B.to(dtype))
+        if progress is not None:
+            progress(done, name, error)
+    return factors
+
+
+def export_lora(
+    adapter: AdapterDeltas,
+    out: Path,
+    dtype: torch.dtype,
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None,
+) -> int:
+    """Write the LoRA to ``out``, layer by layer, for stock PEFT; returns its bytes.
+
+    Args:
+        out: new or empty.
+        factors: from `truncate_all`; None: the exact LoRA, at the adapter's rank.
+
+    Raises:
+        InputError: ``out`` is not empty, a layer is a Conv1D, or a factor does not fit into ``dtype``.
+    """
+    rank = adapter.A.shape[0] if factors is None else next(iter(factors.values()))[0].shape[0]
+    entries, order = [], []
+    for name, delta in adapter.layers.items():
+        m, n = delta.shape
+        entries += [
+            TensorEntry(f"{PREFIX}{name}.lora_A.weight", (rank, n), out),
+            TensorEntry(f"{PREFIX}{name}.lora_B.weight", (m, rank), out),
+        ]
+        order.append(name)
+
+    def tensors() -> Iterator[torch.Tensor]:
+        for name in order:
+            pair = adapter.layers[name].lora() if factors is None else factors[name]
+            for factor in pair:
+                rounded = factor.to(dtype)
+                if not torch.isfinite(rounded).all():
+                    raise InputError(f"{name}: a factor does not fit into {dtype}. Export with --dtype bfloat16.")
+                yield rounded
+
+    transposed = {delta.transposed for delta in adapter.layers.values()}
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,  # PEFT multiplies by alpha / r
+        fan_in_fan_out=transposed == {True},
+        **_common(adapter),
+    )
+    return _write(out, config, entries, dtype, tensors())
+
+
+def export_stock_vera(adapter: AdapterDeltas, out: Path) -> int:
+    """Write an adapter of PEFT's own VeRA, its projections in the file, each layer's scale in its d; returns its bytes.
+
+    Raises:
+        InputError: ``out`` is not empty.
+    """
+    entries, values = [], []
+    for name, delta in adapter.layers.items():
+        for suffix, vector in (("vera_lambda_b", delta.b), ("vera_lambda_d", delta.d * delta.scale)):
+            entries.append(TensorEntry(f"{PREFIX}{name}.{suffix}", tuple(vector.shape), out))
+            values.append(vector)
+    for suffix, matrix in (("vera_A", adapter.A), ("vera_B", adapter.B)):
+        entries.append(TensorEntry(f"base_model.{suffix}", tuple(matrix.shape), out))
+        values.append(matrix)
+    transposed = {delta.transposed for delta in adapter.layers.values()}
+    config = VeraConfig(
+        r=adapter.A.shape[0], save_projection=True, fan_in_fan_out=transposed == {True}, **_common(adapter)
+    )
+    return _write(out, config, entries, torch.float32, (value.float() for value in values))
+
+
+def _common(adapter: AdapterDeltas) -> dict[str, Any]:
+    config = adapter.config
+    targets = config.target_modules
+    return {
+        "target_modules": targets if isinstance(targets, str) else sorted(targets),
+        "task_type": config.task_type,
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "inference_mode": True,
+    }
+
+
+def _write(
+    out: Path, config: Any, entries: list[TensorEntry], dtype: torch.dtype, tensors: Iterator[torch.Tensor]
+) -> int:
+    """Both files of an adapter directory, under a temporary name until they are whole."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(
+            f"{out}: is not an empty directory. Nothing is overwritten; name a directory that is new or empty."
+        )
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{out}: can't be written ({error}). Name another directory.") from None
+    try:
+        write_shard(partial / ADAPTER_WEIGHTS, entries, dtype, tensors)
+        document = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+        (partial / ADAPTER_CONFIG).write_text(json.dumps(document, indent=2, sort_keys=True), encoding="utf-8")
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return sum(file.stat().st_size for file in out.iterdir())

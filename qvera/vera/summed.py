@@ -1,0 +1,104 @@
+"""The same linear in fewer operations when there are many tokens: one product with W + ΔW.
+
+The low-rank path costs T r (2 n + 3 m) multiply-adds for T tokens, forward and backward. Adding ΔW to the dequantized weight
+once per call, m n r of them, makes it part of the base's own products:
+
+    forward     W' = W + C A                y = x W'ᵀ
+    backward    W' again                    ∂x = g W'
+                M = gᵀ z   or   (gᵀ x) Aᵀ   ∂b, ∂d from M as in `functional`
+
+M by way of z = x Aᵀ costs T r (n + m) and keeps z [T, r]; by way of gᵀ x it costs m n (T + r) and keeps x [T, n], which is
+cheaper where the rank is above n. W' is rounded to the compute dtype: in fp32 that loses nothing, but in bf16 a ΔW below
+half a unit in the last place of W is lost altogether. So 16-bit layers take the low-rank path (`pays`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from .. import quantize
+from .functional import combined, vector_gradients
+
+
+def pays(tokens: int, in_features: int, out_features: int, rank: int, dtype: torch.dtype) -> bool:
+    """Whether `summed_linear` loses no precision in this dtype and takes fewer multiply-adds than the low-rank path."""
+    n, m = in_features, out_features
+    low_rank = tokens * rank * (2 * n + 3 * m)
+    return dtype.itemsize >= 4 and 2 * m * n * rank + _gradient_cost(tokens, n, m, rank) < low_rank
+
+
+def keeps_input(tokens: int, in_features: int, out_features: int, rank: int) -> bool:
+    """Whether backward takes M by way of gᵀ x, so that x is kept and not z."""
+    n, m = in_features, out_features
+    return m * n * (tokens + rank) < tokens * rank * (n + m) and n <= rank
+
+
+def _gradient_cost(tokens: int, n: int, m: int, rank: int) -> int:
+    return m * n * (tokens + rank) if keeps_input(tokens, n, m, rank) else tokens * rank * (n + m)
+
+
+def summed_weight(
+    module: Any, A: torch.Tensor, B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """W + ΔW [m, n] in ``dtype``, a new tensor."""
+    return torch.addmm(quantize.dequantized_weight(module, dtype), combined(B, d, b, scale, dtype), A.to(dtype))
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        z: torch.Tensor | None,
+        d: torch.Tensor,
+        b: torch.Tensor,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        scale: float,
+        module: Any,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x if z is None else z, d, b, A, B)
+        ctx.scale, ctx.module, ctx.keeps_input = scale, module, z is None
+        bias = None if module.bias is None else module.bias.to(x.dtype)
+        return F.linear(x, summed_weight(module, A, B, d, b, scale, x.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        kept, d, b, A, B = ctx.saved_tensors
+        grad_x = grad_d = grad_b = None
+        if ctx.needs_input_grad[0]:
+            grad_x = g @ summed_weight(ctx.module, A, B, d, b, ctx.scale, g.dtype)
+        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+            M = g.reshape(-1, g.shape[-1]).t() @ kept.reshape(-1, kept.shape[-1])
+            if ctx.keeps_input:
+                M = M @ A.to(M.dtype).t()
+            grad_d, grad_b = vector_gradients(M, B, d, b, ctx.scale, *ctx.needs_input_grad[2:4])
+        return grad_x, None, grad_d, grad_b, None, None, None, None
+
+
+def summed_linear(
+    module: Any,
+    x: torch.Tensor,
+    z: torch.Tensor | None,
+    d: torch.Tensor,
+    b: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """y = x (W + ΔW)ᵀ + bias for the frozen linear ``module``, differentiable once in x, d and b.
+
+    Args:
+        x: [..., n] in the compute dtype.
+        z: x Aᵀ [..., r], without a graph, or None: x is kept in its place (`keeps_input`).
+        d, b, A, B, scale: as `functional.expand` and `functional.delta_weight` take them.
+
+    Returns:
+        [..., m] in x's dtype.
+    """
+    return _Summed.apply(x, z, d, b, A, B, scale, module)

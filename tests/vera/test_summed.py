@@ -1,0 +1,124 @@
+"""The product with W + ΔW against the low-rank path and the textbook formula; and when it is taken at all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from qvera.vera import summed
+
+from .helpers import IN, KINDS, OUT, relative
+from .test_functional import parts, textbook
+from .test_layer import adapted, reference, run
+
+NAMES = ("y", "x", "b", "d")
+WAYS = {"keeps z": 12, "keeps x": 80}  # the rank decides
+TOKENS = 600
+
+
+@pytest.mark.parametrize("rank", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "conv1d"])
+def test_it_is_taken_and_equals_the_dense_layer(kind: str, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = adapted(kind, rank=rank)
+    assert summed.pays(TOKENS, IN, OUT, rank, torch.float32)
+    assert summed.keeps_input(TOKENS, IN, OUT, rank) is (rank == WAYS["keeps x"])
+    torch.manual_seed(5)
+    x, upstream = torch.randn(2, TOKENS // 2, IN), torch.randn(2, TOKENS // 2, OUT)
+    calls = []
+    product = summed.summed_weight
+    monkeypatch.setattr(summed, "summed_weight", lambda *a: calls.append(1) or product(*a))
+    actual = run(layer, x, upstream)
+    assert len(calls) == 2  # forward and backward
+    for name, one, other in zip(NAMES, actual, reference(layer, x, upstream, torch.float32), strict=True):
+        assert relative(one, other) < 3e-6, name
+    monkeypatch.setattr(summed, "pays", lambda *_: False)
+    low_rank = run(layer, x, upstream)
+    assert len(calls) == 2
+    for name, one, other in zip(NAMES, actual, low_rank, strict=True):
+        assert relative(one, other) < 3e-6, name
+
+
+@pytest.mark.parametrize("keeps_z", [True, False])
+def test_gradcheck(keeps_z: bool) -> None:
+    p = parts(9, 4, 5, 6)
+    module = nn.Linear(4, 5).double().requires_grad_(False)
+    x, d, b = (p[k].requires_grad_() for k in ("x", "d", "b"))
+
+    def through(x: torch.Tensor, d: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        z = (x.detach() @ p["A"].t()) if keeps_z else None
+        return summed.summed_linear(module, x, z, d, b, p["A"], p["B"], 0.7)
+
+    assert torch.autograd.gradcheck(through, (x, d, b))
+    upstream = torch.randn(9, 5, dtype=torch.float64)
+    module.weight.data, module.bias.data = p["W"].clone(), torch.zeros(5, dtype=torch.float64)
+    expected = textbook({k: v.detach() for k, v in p.items()}, 0.7, upstream)
+    y = through(x, d, b)
+    y.backward(upstream)
+    for actual, name in ((y.detach(), "y"), (x.grad, "x"), (d.grad, "d"), (b.grad, "b")):
+        assert actual is not None and relative(actual, expected[name]) < 1e-12, name
+
+
+def test_sixteen_bit_layers_and_few_tokens_take_the_low_rank_path() -> None:
+    shape = 576, 576, 256
+    assert summed.pays(1024, *shape, torch.float32) and summed.pays(1024, *shape, torch.float64)
+    assert not summed.pays(1024, *shape, torch.bfloat16) and not summed.pays(1024, *shape, torch.float16)
+    assert not summed.pays(64, *shape, torch.float32)
+    assert not summed.pays(512, 4096, 4096, 256, torch.float32)
+
+
+def no_product(*_: Any) -> None:
+    raise AssertionError("took the product with W + ΔW")
+
+
+@pytest.mark.parametrize("reason", ["conv1d", "dropout", "bf16", "two adapters", "ZeRO-3", "disabled"])
+def test_where_it_would_be_wrong_or_lose_precision_it_is_not_taken(
+    reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dtype = torch.bfloat16 if reason == "bf16" else torch.float32
+    layer = adapted("conv1d" if reason == "conv1d" else "linear", dtype, dropout=0.1 if reason == "dropout" else 0.0)
+    if reason == "two adapters":
+        other = adapted("linear")
+        layer.qvera_rank["other"] = other.qvera_rank["default"]
+        for name in ("qvera_d", "qvera_b", "qvera_dropout", "qvera_projection"):
+            getattr(layer, name)["other"] = getattr(other, name)["default"]
+        layer.set_adapter(["default", "other"])
+    if reason == "ZeRO-3":
+        layer.base_layer.weight.ds_id = 3  # type: ignore[union-attr, assignment]
+    if reason == "disabled":
+        layer.enable_adapters(False)
+    monkeypatch.setattr(summed, "summed_weight", no_product)
+    layer(torch.randn(TOKENS, IN, dtype=dtype)).sum()
+
+
+def test_what_is_kept_for_backward() -> None:
+    for rank, width in ((WAYS["keeps z"], WAYS["keeps z"]), (WAYS["keeps x"], IN)):
+        layer = adapted("nf4+dq-bfloat16", rank=rank)
+        large: list[tuple[int, ...]] = []
+
+        def pack(tensor: torch.Tensor, large: list[Any] = large) -> torch.Tensor:
+            if tensor.shape[:1] == (TOKENS,):
+                large.append(tuple(tensor.shape))
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            layer(torch.randn(TOKENS, IN, requires_grad=True))
+        assert large == [(TOKENS, width)]
+
+
+def test_layers_that_read_the_same_input_share_z(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = adapted("linear")
+    second = adapted("linear")
+    second.qvera_projection["default"] = first.qvera_projection["default"]
+    x = torch.randn(TOKENS, IN, requires_grad=True)
+    kept: list[int] = []
+    original = summed.summed_linear
+    monkeypatch.setattr(
+        summed, "summed_linear", lambda module, x, z, *rest: kept.append(id(z)) or original(module, x, z, *rest)
+    )
+    y = first(x) + second(x)
+    assert len(kept) == 2 and kept[0] == kept[1]
+    y.sum().backward()
+    assert x.grad is not None and torch.count_nonzero(x.grad) > 0
