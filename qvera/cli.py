@@ -119,6 +119,25 @@ def build_parser() -> argparse.ArgumentParser:
         "--no-compare", action="store_true", help="do not measure the difference (saves loading both models)"
     )
 
+    p = command(
+        "merge-adapters",
+        "Scale, add, average or interpolate adapters of one base model.",
+        "\n\nThe default is their average; --weights 1 -1 subtracts, --weights 0.3 0.7 interpolates, one with --weights 0.5\n"
+        "is scaled. Where seed, rank, targets and d agree (adapter.train_d: false) the result is again a QVERA adapter,\n"
+        "exactly. Any others add up exactly to a LoRA of their ranks' sum: --to lora, cut with --rank K.",
+    )
+    p.add_argument("adapters", type=Path, nargs="+", metavar="ADAPTER", help="run or adapter directories")
+    p.add_argument("out", type=Path, metavar="OUT", help="a directory that is new or empty")
+    p.add_argument("--weights", type=float, nargs="+", metavar="W", help="one for each (default: their average)")
+    p.add_argument("--to", choices=["qvera", "lora"], default="qvera", help="what to write (default: %(default)s)")
+    p.add_argument("--rank", type=int, metavar="K", help="--to lora: keep the best K directions of each layer only")
+    p.add_argument(
+        "--dtype",
+        choices=["float16", "bfloat16", "float32"],
+        default="float32",
+        help="of a LoRA (default: %(default)s)",
+    )
+
     p = command("info", "What is this directory: base, rank, targets, counts, hashes, versions.")
     p.add_argument("path", type=Path, metavar="DIR", help="a run or adapter directory")
     p.add_argument("--json", action="store_true", help="as JSON")

@@ -14,12 +14,13 @@ import transformers
 from rich.console import Console
 
 from . import evaluate
+from .adapters import stacked_factors, union, weighted_sum, write_vectors
 from .data import NAMED_TEMPLATES, ChatTemplate, Encoder, Turn, build_datasets, read_prompts, resolve_template
 from .errors import InputError
 from .export import export_merged
 from .export.compare import measure_difference
-from .export.deltas import read_deltas, skeleton
-from .export.factors import Truncation, export_lora, export_stock_vera, lora_bytes, truncate_all
+from .export.deltas import AdapterDeltas, read_deltas, skeleton
+from .export.factors import Truncation, export_lora, export_stock_vera, lora_bytes, lora_factors, truncate_all
 from .export.merged import CERTIFICATE
 from .generate import generate as generate_texts
 from .generate import generating
@@ -296,18 +297,49 @@ def _export_adapter(args: argparse.Namespace, section: ModelSection, adapter_dir
         size = export_stock_vera(adapter, args.out)
         print(f"{memory_text(size)} in {args.out}: PEFT's VeRA of rank {adapter.A.shape[0]}, projections included")
         return
-    factors, rank = None, args.rank or adapter.A.shape[0]
-    if args.rank is not None:
-        print(f"{'layer':<44}{'Frobenius':>11}{'spectral':>11}   relative error of rank {rank}")
+    _write_lora(adapter, args.out, dtype, adapter.A.shape[0], args.rank, None)
+
+
+def _write_lora(
+    adapter: AdapterDeltas,
+    out: Path,
+    dtype: torch.dtype,
+    own: int,
+    cut: int | None,
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor]] | None,
+) -> None:
+    """Say errors, rank and size, then write."""
+    if cut is not None:
+        print(f"{'layer':<44}{'Frobenius':>11}{'spectral':>11}   relative error of rank {cut}")
 
         def say(_: int, name: str, error: Truncation) -> None:
             print(f"{name:<44}{error.frobenius:11.2e}{error.spectral:11.2e}")
 
-        factors = truncate_all(adapter, rank, dtype, say)
+        factors = truncate_all(factors.items() if factors else lora_factors(adapter), own, cut, dtype, say)
+    rank = cut or own
     expected = lora_bytes(adapter, rank, dtype)
-    print(f"LoRA of rank {rank} on {len(adapter.layers)} linears: {memory_text(expected)} in {args.out}")
-    size = export_lora(adapter, args.out, dtype, factors)
+    print(f"LoRA of rank {rank} on {len(adapter.layers)} linears: {memory_text(expected)} in {out}")
+    size = export_lora(adapter, out, dtype, factors)
     print(f"written: {size:,} bytes; stock PEFT loads it")
+
+
+def merge_adapters(args: argparse.Namespace) -> None:
+    """qvera merge-adapters"""
+    _quiet_libraries()
+    found = [locate(path) for path in args.adapters]
+    sections = {section.path for _, section, _ in found}
+    if len(sections) > 1:
+        raise InputError(f"these adapters were trained on different base models: {', '.join(sorted(sections))}.")
+    model = skeleton(found[0][1])
+    adapters = [read_deltas(directory, model) for _, _, directory in found]
+    weights = args.weights or [1.0 / len(adapters)] * len(adapters)
+    if args.to == "qvera":
+        write_vectors(found[0][2], weighted_sum(adapters, weights), args.out)
+        print(f"{len(adapters)} adapters, weights {', '.join(f'{w:g}' for w in weights)}: exact, in {args.out}")
+        return
+    factors = stacked_factors(adapters, weights)
+    own = sum(adapter.A.shape[0] for adapter in adapters)
+    _write_lora(union(adapters), args.out, getattr(torch, args.dtype), own, args.rank, factors)
 
 
 def _difference(recipe: Recipe, run: Path, out: Path, options: ExportSection) -> dict[str, Any]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import psutil
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationMixin
 
 from . import frozen
 from .model import causal_model, takes_prefix_once
@@ -18,12 +19,13 @@ from .vera import LowRankPath
 
 
 @contextlib.contextmanager
-def generating(model: Any) -> Iterator[None]:
+def generating(model: Any, base_only: bool = False) -> Iterator[None]:
     """For the time of the block: evaluation mode, the KV cache on, linears in their fastest layout for answers.
 
     On a CPU with memory to spare, adapted layers hold W + ΔW in the compute dtype; 4-bit layers without it hold a copy in
     the layout of bitsandbytes' fused kernel. Everything is put back afterwards; weights and later gradients are
-    bit-unchanged. Blocks may be nested: the inner ones change nothing.
+    bit-unchanged. Blocks may be nested: the inner ones change nothing. ``base_only``: layers hold W alone, for batches whose
+    rows use different adapters.
     """
     inner = causal_model(model)
     was_training, used_cache = model.training, inner.config.use_cache
@@ -35,7 +37,7 @@ def generating(model: Any) -> Iterator[None]:
     try:
         with torch.no_grad():
             for layer in layers:
-                layer.hold_inference_weight(True)
+                layer.hold_inference_weight(True, base_only)
             with frozen.inference_layout(model, skip=[layer.base_layer for layer in layers]):
                 yield
     finally:
@@ -63,6 +65,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    adapters: Sequence[str] | None = None,
     streamer: Any = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
@@ -72,6 +75,7 @@ def generate(
         prompts: token ids, BOS included where the model wants one.
         max_new_tokens: tokens at most per answer; an end-of-turn token ends it earlier.
         temperature: 0: greedy, else sampled with ``top_p`` from a generator seeded with ``seed``.
+        adapters: which adapter answers each prompt, where the model has several (`qvera.adapters`); ``__base__`` for none.
         streamer: a transformers streamer, for one prompt.
         progress: called with the number of prompts finished after each batch.
 
@@ -87,9 +91,14 @@ def generate(
     answers: dict[int, str] = {}
     by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-    with generating(model), forked:  # sampling must not move the training run's random state
+    with (
+        generating(model, base_only=adapters is not None),
+        forked,
+    ):  # sampling must not move the training run's random state
         torch.manual_seed(seed)
-        prefix = _common_prefix(prompts) if takes_prefix_once(model) and streamer is None else 0
+        if adapters is not None and len(adapters) != len(prompts):
+            raise ValueError(f"{len(adapters)} adapters for {len(prompts)} prompts; need one for each")
+        prefix = _common_prefix(prompts) if takes_prefix_once(model) and streamer is None and adapters is None else 0
         cache = _prefix_cache(model, prompts[0][:prefix], device) if prefix >= _WORTH_TOKENS else None
         for start in range(0, len(by_length), batch_size):
             rows = by_length[start : start + batch_size]
@@ -104,8 +113,10 @@ def generate(
                     mask[row, :prefix] = 1
                     mask[row, prefix : prefix + width - len(prompts[i])] = 0
             if cache is not None:
-                sampling["past_key_values"] = copy.deepcopy(cache)
-                sampling["past_key_values"].batch_repeat_interleave(len(rows))
+                sampling[_CACHE_ARGUMENT] = copy.deepcopy(cache)
+                sampling[_CACHE_ARGUMENT].batch_repeat_interleave(len(rows))
+            if adapters is not None:
+                sampling["adapter_names"] = [adapters[i] for i in rows]
             out = model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
@@ -121,6 +132,13 @@ def generate(
                 progress(len(answers))
     return [answers[i] for i in range(len(prompts))]
 
+
+_CACHE_ARGUMENT = (
+    "cache"
+    if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    else "past_key_values"
+)
+"""What `generate` calls a given cache: transformers renames it in 5.x and warns about the old name."""
 
 _WORTH_TOKENS = 16
 """A shorter common prefix is not computed apart: that takes a forward pass of its own."""

@@ -238,6 +238,9 @@ def attach(model: nn.Module, section: AdapterSection, base_name: str | None = No
             if ours != theirs:
                 raise InputError(f"adapter.init_from: {section.init_from} has {key} {theirs}, the recipe {ours}.")
         load_vectors(peft_model, vectors, section.init_from)
+    if not section.train_d:
+        for name, vector in named_vectors(peft_model).items():
+            vector.requires_grad_(not name.endswith(".qvera_d"))
     return peft_model
 
 

@@ -132,11 +132,12 @@ def train(
     if training.gradient_checkpointing:
         enable_checkpointing(model)
     vectors = named_vectors(model)
-    optimizer = build_optimizer(training, vectors)
+    trained = {name: vector for name, vector in vectors.items() if vector.requires_grad}
+    optimizer = build_optimizer(training, trained)
     per_epoch = steps_per_epoch(len(datasets.train), training.global_batch_size)
     steps = training.max_steps if training.max_steps >= 0 else math.ceil(training.num_train_epochs * per_epoch)
     schedule = build_schedule(training, optimizer, steps)
-    engine = LocalEngine(vectors, optimizer, schedule, training.max_grad_norm)
+    engine = LocalEngine(trained, optimizer, schedule, training.max_grad_norm)
     done = Progressed()
 
     checkpoints = run_dir / "checkpoints"
@@ -187,7 +188,7 @@ def train(
                 trackers.log(record)
                 bar.update(record)
                 if done.step == 1 and training.optim != "adamw":
-                    stock_bytes = 2 * 4 * sum(p.numel() for p in vectors.values())
+                    stock_bytes = 2 * 4 * sum(p.numel() for p in trained.values())
                     console.print(
                         f"{training.optim} holds {optimizer_bytes(optimizer):,} bytes of state; torch's adamw would hold "
                         f"{stock_bytes:,}."
@@ -327,6 +328,7 @@ def _score(
             base.tokenizer,
             rows,
             max_new_tokens=training.sample_max_new_tokens,
+            batch_size=training.per_device_eval_batch_size,
             progress=lambda done: status.update(f"{label}: {done} of {len(rows)} answers"),
         )
     by_row = {id(example): answer for example, answer in zip(rows, answers, strict=True)}

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from peft import LoraConfig, VeraConfig
 
 from ..errors import InputError
 from ..model import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from .deltas import PREFIX, AdapterDeltas, Delta
+from .deltas import PREFIX, AdapterDeltas
 from .shards import TensorEntry, write_shard
 
 
@@ -36,13 +36,13 @@ def lora_bytes(adapter: AdapterDeltas, rank: int, dtype: torch.dtype) -> int:
     return sum(rank * sum(delta.shape) for delta in adapter.layers.values()) * dtype.itemsize
 
 
-def truncate(delta: Delta, rank: int) -> tuple[torch.Tensor, torch.Tensor, Truncation]:
-    """The best approximation of ΔW by rank k: A'' [k, n] and B'' [m, k] fp32, and its error.
+def truncate(A: torch.Tensor, B: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, Truncation]:
+    """The best approximation of ΔW = B A by rank k: A'' [k, n] and B'' [m, k] fp32, and its error.
 
     By Eckart and Young's theorem that is the truncated SVD; it is taken of the small factors (QR of each, then the SVD of an
     r x r core), never of a dense ΔW. The root of each singular value goes to either side.
     """
-    A, B = (factor.double() for factor in delta.lora())
+    A, B = A.double(), B.double()
     left, left_core = torch.linalg.qr(B)  # [m, p], [p, r]
     right, right_core = torch.linalg.qr(A.t())  # [n, q], [q, r]
     U, S, Vh = torch.linalg.svd(left_core @ right_core.t(), full_matrices=False)
@@ -59,27 +59,35 @@ def truncate(delta: Delta, rank: int) -> tuple[torch.Tensor, torch.Tensor, Trunc
     return kept_A.float(), kept_B.float(), error
 
 
+def lora_factors(adapter: AdapterDeltas) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """Layer name and its exact factors, one layer after the other."""
+    for name, delta in adapter.layers.items():
+        yield name, delta.lora()
+
+
 def truncate_all(
-    adapter: AdapterDeltas,
+    factors: Iterable[tuple[str, tuple[torch.Tensor, torch.Tensor]]],
+    own: int,
     rank: int,
     dtype: torch.dtype,
     progress: Callable[[int, str, Truncation], None] | None = None,
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Every layer cut to ``rank``, rounded to ``dtype``; ``progress`` gets (layers done, name, error) layer by layer.
+    """Every layer's factors of rank ``own`` cut to ``rank`` and rounded to ``dtype``.
+
+    ``progress`` gets (layers done, name, error) layer by layer.
 
     Raises:
-        InputError: ``rank`` is not below the adapter's own.
+        InputError: ``rank`` is not below ``own``.
     """
-    own = adapter.A.shape[0]
     if not 1 <= rank < own:
-        raise InputError(f"--rank: takes a whole number from 1 to {own - 1} (the adapter has rank {own}), got {rank}.")
-    factors = {}
-    for done, (name, delta) in enumerate(adapter.layers.items(), start=1):
-        A, B, error = truncate(delta, rank)
-        factors[name] = (A.to(dtype), B.to(dtype))
+        raise InputError(f"--rank: takes a whole number from 1 to {own - 1} (what is cut has rank {own}), got {rank}.")
+    cut = {}
+    for done, (name, pair) in enumerate(factors, start=1):
+        A, B, error = truncate(*pair, rank)
+        cut[name] = (A.to(dtype), B.to(dtype))
         if progress is not None:
             progress(done, name, error)
-    return factors
+    return cut
 
 
 def export_lora(
@@ -92,7 +100,7 @@ def export_lora(
 
     Args:
         out: new or empty.
-        factors: from `truncate_all`; None: the exact LoRA, at the adapter's rank.
+        factors: layer name → A' and B' (`truncate_all`, `adapters.stacked_factors`); None: the adapter's own, exactly.
 
     Raises:
         InputError: ``out`` is not empty, a layer is a Conv1D, or a factor does not fit into ``dtype``.

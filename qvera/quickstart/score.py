@@ -86,7 +86,8 @@ _NAME = rf"{_CAPITALIZED} {_CAPITALIZED}"
 _NAME_PATTERNS = [
     re.compile(pattern)
     for pattern in (
-        rf"(?:this is|I am|I'm|it's|Name:|from|From:|Contact|[Aa]sk for|writing for|friend|Customer) ({_NAME})",
+        rf"(?:this is|I am|I'm|it's|Name:|from|From:|Contact|[Aa]sk for|writing for|friend|Customer|Who:) ({_NAME})",
+        rf"(?:As|Send|give|Call|called|reach|that is) ({_NAME})",
         rf"(?:Yours|Thanks|Thank you), ({_NAME})",
         rf"(?:to|for) ({_NAME})(?:,| in )",
         rf"\b({_NAME})(?: speaking| here| from|, who)",
@@ -99,7 +100,9 @@ _CITY_PATTERNS = [
     re.compile(pattern)
     for pattern in (
         rf"\b(?:live|lives|be|am|here) in ({_CAPITALIZED})",
-        rf"City: ({_CAPITALIZED})",
+        rf"(?:City|Town|In): ({_CAPITALIZED})",
+        rf"(?:As {_NAME} of|The place is|the driver it's|Urgent:|^From|^In) ({_CAPITALIZED})",
+        rf"({_CAPITALIZED}) is where I live",
         rf"{_NAME}, ({_CAPITALIZED})[:.,]",
         rf"\b(?:to|To|agreed on) ({_CAPITALIZED})(?:[., ]|$)(?!{_CAPITALIZED})",
         rf"^(?:Hello from )?({_CAPITALIZED})[:!]",
@@ -113,9 +116,14 @@ _COLOURS = "|".join(sorted({*TRAIN.colours, "brown", "orange", "pink", "purple",
 _THING = rf"(?:(?P<colour>{_COLOURS}) )?(?P<item>(?:(?!of\b)[a-z]+ )?(?!this\b)[a-z]+s)\b"
 _THING_PATTERNS = [
     re.compile(rf"(?:I forgot the|ran out of|From: {_NAME}\.) {_THING}.*?\b(?P<count>\d+)\b"),
-    re.compile(rf"\b(?P<count>\d+) (?!pounds|weeks){_THING}"),
+    re.compile(
+        rf"(?:always buy|short of|calling about|forgot to order|want to have|What about|run out of) {_THING}"
+        r".*?(?<!loor )(?<!loor: )\b(?P<count>\d{1,2})\b(?! cats| days| times| weeks| pounds)"
+    ),
+    re.compile(rf"(?<!loor )(?<!loor: )\b(?P<count>\d+) (?!pounds|weeks|days|cats|tons|times|euros|years){_THING}"),
 ]
 _COLOUR_AFTER = re.compile(rf"(?: in |, |, all | \()({_COLOURS})\b")
+_COLOUR_ONES = re.compile(rf"\b({_COLOURS}) ones\b")
 _FLOOR = re.compile(r"\bfloor:? (\d+)", re.IGNORECASE)
 
 
@@ -134,6 +142,8 @@ def regex_baseline(text: str) -> dict[str, Any]:
     colour = thing["colour"] if thing else None
     if thing and colour is None and (after := _COLOUR_AFTER.match(text, thing.end("item"))):
         colour = after[1]
+    elif thing and colour is None and (ones := _COLOUR_ONES.search(text)):
+        colour = ones[1]
     return {
         "count": int(thing["count"]) if thing else None,
         "colour": colour,

@@ -186,7 +186,31 @@ TRAIN = Vocabulary(
         Please book[ {day}] for {name}, {city}. {floor} It's {count} [{colour} ]{item}. {aside}
         Hello from {city}! I want {count} {item}[, all {colour}]. {aside} {floor} Come[ on {day}] and ask for {name}.
         {name}, who lives in {city}, needs {count} [{colour} ]{item}. {floor}[ Delivery is on {day}.] {aside}
-        Hey, it's {name}. Are you free[ on {day}]? {aside} I want {count} [{colour} ]{item}. {floor} I am in {city}."""
+        Hey, it's {name}. Are you free[ on {day}]? {aside} I want {count} [{colour} ]{item}. {floor} I am in {city}.
+        As {name} of {city} I always buy {item}[ in {colour}]. {aside} This week it is {count}. {floor}[ Come {day}.]
+        Send {name} {count} [{colour} ]{item}. {floor}[ {day} is fine.] {aside} {city}.
+        In {city} we are short of {item}. {aside} {floor} {count} will do[, in {colour}][, on {day}]. {name}
+        Urgent: {city} needs {count} [{colour} ]{item}[ on {day}]! {floor} {aside} Call {name}.
+        I am calling about {item}. {floor} {name}, {city}. {aside} We want {count}[ in {colour}][, and on {day} at that].
+        [{day}, if you can: ]{count} [{colour} ]{item} to {city}. {aside} {floor} Many thanks from {name}
+        Would you kindly give {name} {count} [{colour} ]{item}? {floor} The place is {city}. {aside}[ {day} fits.]
+        Tell the driver it's {city}[ on {day}]. {aside} {count} [{colour} ]{item}, and {name} takes them. {floor}
+        You can reach {name} in {city}. {aside} The wish: {count} [{colour} ]{item}[, {day}]. {floor}
+        {count} [{colour} ]{item}! {floor} That's what {name} in {city} hopes to get[ on {day}]. {aside}
+        Last week I forgot to order {item}. {aside} So please, {count}[ {colour} ones] to {city}. {floor}[ {day} at the latest.] {name}
+        Memo. Who: {name}. What: {count} [{colour} ]{item}. {aside}[ When: {day}.] Town: {city}. {floor}
+        {floor} {name} will open the door. {aside} Bring {count} [{colour} ]{item} to {city}[ some time on {day}].
+        My parents in {city} need {count} [{colour} ]{item}. {floor} {aside}[ They are in on {day}.] Their name is {name}.
+        From {city} I greet you. {aside} I want to have {item}[, {colour} if possible], {count} of them. {floor}[ {day}?] {name}
+        This is the office of {name}. {floor} We are waiting for {count} [{colour} ]{item} here in {city}[ since {day}]. {aside}
+        Sell me {count} [{colour} ]{item}! {aside} {name} is what they call me, {city} is where I live. {floor}[ {day} is all right.]
+        Order for {city}. {floor} {aside} {name} gets {count} [{colour} ]{item}[ and is at home on {day}].
+        Our customer in {city}, {name}, called[ for {day}]. {aside} {count} [{colour} ]{item}. {floor}
+        What about {item}[ in {colour}]? {aside} {name} would take {count}. {floor} The shop is in {city}.[ {day} works.]
+        Hello. {aside} We, that is {name} and friends, live in {city}. {floor} We need {count} [{colour} ]{item}[ for {day}].
+        To be sent[ on {day}]: {count} [{colour} ]{item}. {aside} To: {name}. In: {city}. {floor}
+        I have run out of {item}. {floor} {aside} Can I have {count}[ {colour} ones][ by {day}]? {name}, at home in {city}
+        Please note {count} [{colour} ]{item} for me. {aside} I'm called {name}. {floor} You deliver to {city}[, on {day}], don't you?"""
     ),
     orders=_lines(
         """I would like {count} [{colour} ]{item}.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import quantize
+from .bank import RowPlan
 from .config import QveraConfig
 from .lowrank import LowRankPath
 from .projection import SharedProjection, vera_scale
@@ -110,6 +112,37 @@ class QveraLinear(nn.Module, LowRankPath, BaseTunerLayer):
 
     def shared_z(self, adapter: str, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return self.qvera_projection[adapter].project(x, self.qvera_rank[adapter], dtype)
+
+    def pair_dtype(self) -> torch.dtype:
+        return next(iter(self.qvera_projection.values())).A.dtype
+
+    def _mixed_parts(self, x: torch.Tensor, plan: RowPlan, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+        for bank, rows, adapters in plan.banked:
+            vectors = bank.vectors(self._layer_name, adapters, self.out_features)
+            if vectors is not None:
+                pair = next(p for p in self.qvera_projection.values() if p.seed == bank.seed)
+                yield self._mixed_part(x, rows, pair, *vectors, dtype)
+        for names, rows in plan.live:
+            for name in dict.fromkeys(n for n in names if self.carries(n)):
+                chosen = [i for i, other in enumerate(names) if other == name]
+                picked = torch.tensor(chosen, device=x.device)
+                _, _, d, b, scale = self.parts(name)
+                pair = self.qvera_projection[name]
+                d_rows, b_rows = (d * scale).expand(len(chosen), -1), b.expand(len(chosen), -1)
+                yield self._mixed_part(x, picked if rows is None else rows[picked], pair, d_rows, b_rows, dtype)
+
+    def _mixed_part(
+        self,
+        x: torch.Tensor,
+        rows: torch.Tensor | None,
+        pair: Any,
+        d: torch.Tensor,
+        b: torch.Tensor,
+        dtype: torch.dtype,
+    ) -> tuple[Any, ...]:
+        rank = d.shape[1]
+        z = pair.project(x if rows is None else x[rows], rank, dtype)  # shared by q, k and v where all rows take part
+        return rows, z, d, b, pair.B[: self.out_features, :rank]
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self.low_rank_forward(x, *args, **kwargs)

@@ -7,6 +7,7 @@ A, B and the vectors live; what is computed from them is here.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import frozen, quantize
 from . import functional, summed
+from .bank import RowPlan
 
 
 class SharedInput:
@@ -70,6 +72,8 @@ class LowRankPath:
     merged: bool
     _inference_weight: torch.Tensor | None = None
     _inference_adapters: tuple[str, ...] = ()
+    _row_plan: RowPlan | None = None
+    _layer_name: str = ""
 
     def carries(self, adapter: str) -> bool:
         """Whether this layer has vectors of that adapter."""
@@ -87,6 +91,10 @@ class LowRankPath:
         """z = x Aᵀ in ``dtype``, shared with the layers that read the same x."""
         raise NotImplementedError
 
+    def pair_dtype(self) -> torch.dtype:
+        """The dtype in which the shared pair is held."""
+        raise NotImplementedError
+
     def active_names(self) -> list[str]:
         """The active adapters that this layer carries."""
         return [name for name in self.active_adapters if self.carries(name)]
@@ -95,11 +103,10 @@ class LowRankPath:
         """base(x) + the low-rank path of every active adapter; x [..., n] gives [..., m] in the base's output dtype."""
         if self.disable_adapters and self.merged:
             self.unmerge()  # type: ignore[attr-defined]
+        if self._row_plan is not None:
+            return self._mixed_forward(x, self._row_plan, *args, **kwargs)
         if self._inference_weight is not None and self._answers_from_inference_weight():
-            bias: Any = self.base_layer.bias
-            dtype = self._inference_weight.dtype
-            y = F.linear(x.to(dtype), self._inference_weight, None if bias is None else bias.to(dtype))
-            return y.to(x.dtype)
+            return self._held_product(x, self._inference_weight)
         names = [] if self.disable_adapters or self.merged else self.active_names()
         if len(names) == 1 and (result := self._through_summed_weight(x, names[0])) is not None:
             return result
@@ -114,6 +121,36 @@ class LowRankPath:
                 z = functional.project(dropout(x).to(dtype), A.to(dtype))
             result = functional.expand(result, z, d, b, B, scale)
         return result
+
+    def _held_product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        bias: Any = self.base_layer.bias
+        return F.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)).to(x.dtype)
+
+    def _mixed_forward(self, x: torch.Tensor, plan: RowPlan, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """base(x), and for each row of x [rows, ..., n] the low-rank path of its own adapter."""
+        if self.merged:
+            raise ValueError("adapter_names: adapters are merged into the base weights; unmerge them first.")
+        if x.shape[0] != plan.rows:
+            raise ValueError(f"adapter_names: has {plan.rows} names for a batch of {x.shape[0]} rows.")
+        if self._inference_weight is not None and not self._inference_adapters and not torch.is_grad_enabled():
+            result = self._held_product(x, self._inference_weight)
+        else:
+            result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters:
+            return result
+        dtype = frozen.compute_dtype(self.base_layer, x)
+        for rows, z, d, b, B in self._mixed_parts(x, plan, dtype):
+            shape = (d.shape[0],) + (1,) * (x.dim() - 2) + (-1,)
+            change = ((z * d.to(dtype).view(shape)) @ B.to(dtype).t()) * b.to(dtype).view(shape)
+            if rows is None:
+                result = result + change.to(result.dtype)
+            else:
+                result = result.index_add(0, rows, change.to(result.dtype))
+        return result
+
+    def _mixed_parts(self, x: torch.Tensor, plan: RowPlan, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+        """For each pair A, B in the plan: its rows, their z, d with the scale in it, b, and B."""
+        raise NotImplementedError("mixed batches are QVERA's; an accelerated PEFT adapter runs one adapter at a time")
 
     def _through_summed_weight(self, x: torch.Tensor, adapter: str) -> torch.Tensor | None:
         """y by one product with W + ΔW where that is cheaper and loses nothing (`summed.pays`), else None."""
@@ -137,28 +174,31 @@ class LowRankPath:
         delta = functional.delta_weight(A.float(), B.float(), d.detach().float(), b.detach().float(), scale)
         return delta.t() if isinstance(self.base_layer, Conv1D) else delta
 
-    def hold_inference_weight(self, hold: bool) -> None:
+    def hold_inference_weight(self, hold: bool, base_only: bool = False) -> None:
         """Hold (or let go of) W + ΔW of the active adapters [m, n] in the compute dtype, beside the untouched base weight.
+
+        ``base_only``: hold W alone, for batches whose rows use different adapters.
 
         One product then serves base and adapters: on a CPU that is as fast as the 4-bit kernel on the base alone. For
         answers only; with gradients enabled the layer takes its normal path.
         """
         self._inference_weight = None
-        names = self.active_names()
-        if hold and names and not self.merged and not isinstance(self.base_layer, Conv1D):
+        names = [] if base_only else self.active_names()
+        if hold and (names or base_only) and not self.merged and not isinstance(self.base_layer, Conv1D):
             base: Any = self.base_layer
-            weight = quantize.dequantized_weight(base, torch.float32)
-            weight = weight + sum(self.delta_weight_fp32(name) for name in names)
+            weight = quantize.dequantized_weight(base, torch.float32).detach()
+            for name in names:
+                weight = weight + self.delta_weight_fp32(name)
             dtype = getattr(base, "compute_dtype", None) or base.weight.dtype
             if not dtype.is_floating_point:  # int8: the pair is held in the dtype that its layers compute in
-                dtype = self.parts(names[0])[0].dtype
+                dtype = self.pair_dtype()
             self._inference_weight, self._inference_adapters = weight.to(dtype), tuple(names)
 
     def _answers_from_inference_weight(self) -> bool:
         # another adapter may have been made active since, or this one merged: then the normal path is the right one
-        return not (torch.is_grad_enabled() or self.disable_adapters or self.merged) and (
-            tuple(self.active_names()) == self._inference_adapters
-        )
+        names = tuple(self.active_names())
+        blocked = torch.is_grad_enabled() or self.disable_adapters or self.merged
+        return not blocked and bool(names) and names == self._inference_adapters
 
     @property
     def holds_inference_weight(self) -> bool:

@@ -63,6 +63,9 @@ class _AcceleratedLayer(LowRankPath):
         d, b = self.vera_lambda_d[adapter], self.vera_lambda_b[adapter]
         return A.to(d.device), B.to(d.device), d, b, 1.0
 
+    def pair_dtype(self) -> torch.dtype:
+        return next(iter(self.vera_A.values())).dtype
+
     def dropout_of(self, adapter: str) -> nn.Module:
         return self.vera_dropout[adapter]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 
 from .. import frozen
 from ..errors import InputError
+from .bank import BASE, SeedBank, plan_rows
 from .config import PEFT_TYPE, QveraConfig
 from .layer import QveraLinear, layer_shape
 from .projection import SharedProjection, projection_sha256
@@ -32,6 +35,36 @@ class QveraModel(BaseTuner):
                 return projection
         pool.append(SharedProjection(seed, device, dtype))
         return pool[-1]
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's way in for ``adapter_names``, one name for each row of the batch; ``__base__`` is no adapter.
+
+        Raises:
+            ValueError: the model is training, or there is no adapter of that name.
+        """
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        banks: list[SeedBank] = self.__dict__.get("banks", [])
+        known = {BASE, *self.peft_config}.union(*(bank.names for bank in banks))
+        unknown = sorted(set(names) - known)
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        beams = kwargs.get("num_beams") or 1
+        layers = [module for module in self.modules() if isinstance(module, QveraLinear)]
+        device: Any = layers[0].base_layer.weight.device
+        plan = plan_rows([name for name in names for _ in range(beams)], banks, device)
+        try:
+            for layer in layers:
+                layer._row_plan = plan
+            yield
+        finally:
+            for layer in layers:
+                layer._row_plan = None
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Check the targets and the projections of an adapter, draw the pair that it needs, then let PEFT put it in.

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from qvera.cli import main
 from qvera.errors import InputError
 from qvera.export.deltas import read_deltas, skeleton
-from qvera.export.factors import export_lora, export_stock_vera, lora_bytes, truncate, truncate_all
+from qvera.export.factors import export_lora, export_stock_vera, lora_bytes, lora_factors, truncate, truncate_all
 from qvera.model import attach, load_adapter, load_base, save_adapter
 from qvera.recipe import AdapterSection, ModelSection
 from qvera.vera import QveraLinear
@@ -113,7 +113,7 @@ def test_truncation_is_the_best_of_its_rank_and_says_its_error(trained: Any, k: 
     model, section, adapter_dir = trained
     adapter = read_deltas(adapter_dir, skeleton(section))
     for name, change in deltas(model).items():
-        A, B, error = truncate(adapter.layers[name.removesuffix(".weight")], k)
+        A, B, error = truncate(*adapter.layers[name.removesuffix(".weight")].lora(), k)
         singular = torch.linalg.svdvals(change.double())
         difference = change.double() - B.double() @ A.double()
         assert A.shape == (k, change.shape[1]) and B.shape == (change.shape[0], k)
@@ -128,7 +128,7 @@ def test_a_rank_that_is_no_truncation_is_refused(trained: Any) -> None:
     adapter = read_deltas(adapter_dir, skeleton(section))
     for rank in (0, RANK, RANK + 1):
         with pytest.raises(InputError, match="from 1 to 7"):
-            truncate_all(adapter, rank, torch.float32)
+            truncate_all(lora_factors(adapter), RANK, rank, torch.float32)
 
 
 def test_the_command_says_rank_size_and_errors_before_it_writes(
