@@ -264,7 +264,8 @@ def _accepts(hint: Any) -> str:
             for constraint in getattr(meta, "metadata", [meta]):
                 for name, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<")):
                     if getattr(constraint, name, None) is not None:
-                        bounds.append(f"{sign} {getattr(constraint, name):g}")
+                        bound = getattr(constraint, name)
+                        bounds.append(f"{sign} {'2**64' if bound == 2**64 else format(bound, 'g')}")
                 if getattr(constraint, "min_length", None):
                     base = f"a non-empty {base.removeprefix('a ')}"
         return f"{base} {' and '.join(bounds)}".strip()

@@ -102,7 +102,7 @@ def test_an_unknown_key_like_no_other_gets_the_whole_list() -> None:
         ("adapter.rank", "8", "takes a whole number >= 1, got '8'."),
         ("adapter.rank", True, "takes a whole number >= 1, got True."),
         ("adapter.rank", None, "takes a whole number >= 1, got None."),
-        ("adapter.seed", -1, "takes a whole number >= 0, got -1."),
+        ("adapter.seed", -1, "takes a whole number >= 0 and < 2**64, got -1."),
         ("adapter.dropout", 1.0, "takes a number >= 0 and < 1, got 1.0."),
         ("adapter.d_initial", "much", "takes a number, got 'much'."),
         ("adapter.targets", 5, "takes all-linear or a non-empty list of non-empty strings, got 5."),

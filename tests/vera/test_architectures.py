@@ -64,7 +64,18 @@ FAMILIES: dict[str, tuple[Any, set[str]]] = {
     "phi": (PhiConfig(**COMMON), {"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"}),
     "phi3": (Phi3Config(**COMMON), {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}),
     "gpt2": (
-        GPT2Config(n_embd=64, n_head=4, n_layer=2, vocab_size=304, n_positions=128, bos_token_id=1, eos_token_id=2),
+        GPT2Config(
+            n_embd=64,
+            n_head=4,
+            n_layer=2,
+            vocab_size=304,
+            n_positions=128,
+            bos_token_id=1,
+            eos_token_id=2,
+            resid_pdrop=0,
+            embd_pdrop=0,
+            attn_pdrop=0,
+        ),
         {"c_attn", "c_proj", "c_fc"},
     ),
 }
