@@ -1,0 +1,43 @@
+"""The GPU bench runs here in its tiny CPU mode, so that it works the first time on a GPU."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_gpu_bench_in_its_cpu_mode(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.csv"
+    command = [
+        "bench/gpu/run.py",
+        "--device",
+        "cpu",
+        "--shapes",
+        "tiny",
+        "--tokens",
+        "16",
+        "48",
+        "--steps",
+        "2",
+        "--out",
+        str(out),
+    ]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = list(csv.DictReader(out.open(encoding="utf-8")))
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    assert cases[:8] == [
+        "frozen, stock", "PEFT LoRA r=16", "PEFT LoRA r=64", "PEFT VeRA r=256", "PEFT VeRA r=1024",
+        "frozen, ours", "ours r=256", "ours r=1024",
+    ]  # fmt: skip
+    assert len(rows) == 2 * len(cases)
+    trained = {row["case"]: int(row["trained_numbers"]) for row in rows}
+    assert trained["frozen, ours"] == trained["frozen, stock"] == 0
+    assert trained["ours r=256"] == trained["PEFT VeRA r=256"] == 2 * (7 * 256 + 5 * 64 + 2 * 128)
+    for row in rows:
+        assert float(row["step_seconds"]) > 0 and int(row["peak_bytes"]) > 0 and not row["error"]
+        assert row["device"].startswith("cpu") and row["torch"]
