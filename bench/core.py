@@ -5,8 +5,10 @@
 SmolLM2-135M (real weights) in NF4, all seven linears, no gradient checkpointing, vectors off zero. ``frozen`` is the model
 without an adapter and with gradients flowing to the input embeddings, with stock Linear4bit and with our frozen linear; ratios
 are against the faster. ``floor`` is VeRA's products alone: z for each distinct input, the expansion, M, ∂z and ∂x, at the
-same shapes in the same dtype. ``kept`` is what autograd keeps for backward (unique storages seen by saved_tensors_hooks,
-parameters and buffers excluded).
+same shapes in the same dtype. ``kept`` is what autograd keeps for backward, counted twice: unique storages seen by
+saved_tensors_hooks, and storages made during forward that are alive at its end (a dispatch-mode census), parameters and
+buffers excluded from both. ``7B layer`` is one decoder layer of 4096/11008 with 32 heads, random weights in NF4, 512 tokens;
+``checkpointed`` a whole step with our loss under gradient checkpointing.
 """
 
 from __future__ import annotations
@@ -17,11 +19,16 @@ from typing import Any
 
 import torch
 from common import header, interleaved, perturb, smollm2, write_result
-from generation import stock
+from generation import DTYPE, stock
+from gpu.run import SHAPES, stock_linears, synthetic
 from peft import LoraConfig, VeraConfig, get_peft_model
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from qvera.evaluate import batch_nll
-from qvera.model import attach, load_base
+from qvera.frozen import freeze_linears
+from qvera.model import attach, enable_checkpointing, load_base
 from qvera.recipe import AdapterSection, ModelSection
 from qvera.vera import QveraLinear
 
@@ -45,6 +52,38 @@ def kept_bytes(model: Any, run: Any) -> int:
     del loss
     alive.clear()
     gc.collect()
+    return total
+
+
+class Census(TorchDispatchMode):
+    """Every storage that an operation gives out, and which of them are still alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                reference = StorageWeakRef(storage)
+                self.seen[reference.cdata] = (reference, storage.nbytes())
+        return out
+
+    def alive_bytes(self, model: Any) -> int:
+        own = {StorageWeakRef(t.untyped_storage()).cdata for t in [*model.parameters(), *model.buffers()]}
+        return sum(n for key, (reference, n) in self.seen.items() if key not in own and not reference.expired())
+
+
+def alive_bytes(model: Any, run: Any) -> int:
+    """Storages made by ``run()`` that are alive while its result still is, without parameters and buffers."""
+    gc.collect()
+    with Census() as census:
+        loss = run()
+    gc.collect()
+    total = census.alive_bytes(model)
+    del loss
     return total
 
 
@@ -72,6 +111,65 @@ def floor(model: Any, tokens: int) -> Any:
     return run
 
 
+def over_frozen(times: dict[str, dict[str, float]]) -> dict[str, Any]:
+    fastest = min(t["median"] for name, t in times.items() if name.startswith("frozen"))
+    for name, t in times.items():
+        print(f"  {name:<28}{t['median']:7.3f} s  {t['median'] / fastest:5.2f} x frozen")
+    return {name: {"seconds": t, "over_frozen": t["median"] / fastest} for name, t in times.items()}
+
+
+def layer_of_7b(rounds: int, tokens: int = 512) -> dict[str, Any]:
+    """One decoder layer of 7B shape, forward and backward to its input."""
+    SHAPES["one 7B layer"] = {**SHAPES["7B"], "num_hidden_layers": 1}
+    models: dict[str, Any] = {}
+    for name in ("frozen, stock Linear4bit", "frozen, ours", "ours r=256", "ours r=1024", "stock PEFT VeRA r=256"):
+        model = synthetic("one 7B layer", torch.device("cpu"), DTYPE).train()
+        if name == "frozen, ours":
+            freeze_linears(model)
+        elif name.startswith("ours"):
+            model = attach(model, AdapterSection(rank=int(name.partition("=")[2])))
+        elif "VeRA" in name:
+            config = VeraConfig(r=256, target_modules="all-linear", save_projection=False)
+            model = get_peft_model(stock_linears(model), config)
+        if "frozen" not in name:
+            perturb(model)
+        models[name] = model
+    x = torch.randn(1, tokens, SHAPES["7B"]["hidden_size"], dtype=DTYPE)
+
+    def run(model: Any) -> None:
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        inner.model(
+            inputs_embeds=x.clone().requires_grad_(), use_cache=False
+        ).last_hidden_state.float().sum().backward()
+
+    print(f"one 7B layer, {tokens} tokens")
+    cases = {name: (lambda m=m: run(m)) for name, m in models.items()}
+    for rank in (256, 1024):
+        cases[f"floor r={rank}"] = floor(models[f"ours r={rank}"], tokens)
+    return over_frozen(interleaved(cases, rounds))
+
+
+def checkpointed(path: str, ids: torch.Tensor, rounds: int) -> dict[str, Any]:
+    """A whole step with our loss under gradient checkpointing."""
+    section = ModelSection(path=path)
+    base = load_base(section).model
+    base.gradient_checkpointing_enable({"use_reentrant": False})
+    models: dict[str, Any] = {"frozen, ours": base}
+    for rank in (256, 1024):
+        models[f"ours r={rank}"] = attach(load_base(section).model, AdapterSection(rank=rank), path)
+        enable_checkpointing(models[f"ours r={rank}"])
+        perturb(models[f"ours r={rank}"])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    for model in models.values():
+        model.train()
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        inner.get_input_embeddings().register_forward_hook(lambda m, i, out: out.requires_grad_())
+    print("a whole step with gradient checkpointing")
+    return over_frozen(
+        interleaved({n: (lambda m=m: batch_nll(m, batch, 512)[0].backward()) for n, m in models.items()}, rounds)
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=5)
@@ -80,7 +178,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="substrings of case names")
     args = parser.parse_args()
     path = smollm2()
-    section = ModelSection(path=path, compute_dtype="bfloat16")
+    section = ModelSection(path=path)
     ids = torch.randint(10, 40_000, (args.rows, args.length), generator=torch.Generator().manual_seed(0))
 
     models: dict[str, Any] = {"frozen, stock Linear4bit": stock(path), "frozen, ours": load_base(section).model}
@@ -112,6 +210,7 @@ def main() -> None:
         if f"ours r={rank}" in models:
             cases[f"floor r={rank}"] = floor(models[f"ours r={rank}"], args.rows * args.length)
     kept = {name: kept_bytes(models[name], f) for name, f in forwards.items()}
+    alive = {name: alive_bytes(models[name], f) for name, f in forwards.items()}
     times = interleaved(cases, args.rounds)
     frozen = min((t["median"] for n, t in times.items() if n.startswith("frozen")), default=float("nan"))
     kept_frozen = kept.get("frozen, ours", 0)
@@ -120,7 +219,14 @@ def main() -> None:
         rows[name] = {"seconds": t, "over_frozen": t["median"] / frozen}
         if name in kept:
             rows[name] |= {"kept_bytes": kept[name], "kept_minus_frozen_bytes": kept[name] - kept_frozen}
-    result: dict[str, Any] = {**header(), "tokens": args.rows * args.length, "cases": rows, "ratios": {}}
+            rows[name]["alive_bytes"] = alive[name]
+    result: dict[str, Any] = {
+        **header(),
+        "dtype": str(DTYPE),
+        "tokens": args.rows * args.length,
+        "cases": rows,
+        "ratios": {},
+    }
     for rank in (256, 1024):
         ours, theirs = times.get(f"ours r={rank}"), times.get(f"stock PEFT VeRA r={rank}")
         if ours and theirs:
@@ -131,15 +237,21 @@ def main() -> None:
         )
     if "ours r=256" in models:
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-        result["whole_step_kept_bytes"] = kept_bytes(
-            models["ours r=256"], lambda: batch_nll(models["ours r=256"], batch, 512)[0]
-        )
+        whole = lambda: batch_nll(models["ours r=256"], batch, 512)[0]  # noqa: E731
+        result["whole_step_kept_bytes"] = kept_bytes(models["ours r=256"], whole)
+        result["whole_step_alive_bytes"] = alive_bytes(models["ours r=256"], whole)
+        gc.collect()
         print(f"kept by a whole step with our loss, r=256: {result['whole_step_kept_bytes'] / 2**20:.0f} MiB")
     for name, row in rows.items():
         memory = f"{row['kept_minus_frozen_bytes'] / 2**20:8.0f} MiB kept beyond frozen" if "kept_bytes" in row else ""
         print(f"{name:<28}{row['seconds']['median']:7.3f} s  {row['over_frozen']:5.2f} x frozen {memory}")
     for name, ratio in result["ratios"].items():
         print(f"{name}: {ratio:.2f}")
+    if not args.only:
+        del models, forwards, cases
+        gc.collect()
+        result["7B layer"] = layer_of_7b(args.rounds)
+        result["checkpointed"] = checkpointed(path, ids, args.rounds)
     print(write_result("core", result))
 
 

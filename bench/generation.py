@@ -2,8 +2,8 @@
 
     python bench/generation.py [--rounds 5] [--new-tokens 32]
 
-SmolLM2-135M in NF4, the same prompt and the same number of new tokens for all, interleaved. ``stock peft lora`` is LoRA
-r=16 on every linear with stock PEFT, for scale.
+SmolLM2-135M in NF4, one compute dtype for all, the same prompt and the same number of new tokens for all, interleaved.
+``stock peft lora`` is LoRA r=16 on every linear with stock PEFT, for scale.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qvera.generate import generating
-from qvera.model import attach, load_base
+from qvera.model import attach, load_base, pick_compute_dtype, pick_device
 from qvera.recipe import AdapterSection, ModelSection
+
+DTYPE = pick_compute_dtype("auto", pick_device())
+"""For stock and ours alike: bfloat16 where the machine multiplies it fast, else float32 on a CPU."""
 
 
 def stock(path: str) -> Any:
@@ -26,9 +29,9 @@ def stock(path: str) -> Any:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=DTYPE,
     )
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, quantization_config=config).eval()
+    return AutoModelForCausalLM.from_pretrained(path, dtype=DTYPE, quantization_config=config).eval()
 
 
 def main() -> None:
@@ -37,7 +40,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32)
     args = parser.parse_args()
     path = smollm2()
-    section = ModelSection(path=path, compute_dtype="bfloat16")
+    section = ModelSection(path=path)
     plain = load_base(section)
     adapted = attach(load_base(section).model, AdapterSection(rank=256), path)
     lora = get_peft_model(stock(path), LoraConfig(r=16, target_modules="all-linear"))
@@ -53,7 +56,7 @@ def main() -> None:
     ids = plain.tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
-    result: dict[str, Any] = {**header(), "tokens_per_second": {}}
+    result: dict[str, Any] = {**header(), "dtype": str(DTYPE), "tokens_per_second": {}}
     for batch in (1, 16):
         prompt = ids["input_ids"].repeat(batch, 1)
 

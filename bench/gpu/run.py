@@ -45,7 +45,7 @@ CHUNK_TOKENS = 512
 
 def synthetic(shape: str, device: torch.device, dtype: torch.dtype) -> Any:
     """A random Llama of that shape, its linears but the head in NF4 with double quantization, built on ``device``."""
-    vocabulary = 320 if shape == "tiny" else 32000
+    vocabulary = 32000 if shape in ("7B", "13B") else 320
     config = LlamaConfig(**SHAPES[shape], vocab_size=vocabulary, max_position_embeddings=16384)
     with torch.device("meta"):
         model: Any = LlamaForCausalLM(config)

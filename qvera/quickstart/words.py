@@ -6,6 +6,7 @@ absent. `{floor}` and `{aside}` are whole sentences, or nothing.
 
 First names, cities, colours and nearly all things are words that SmolLM2's tokenizer spells alike after a space and after a quote: a
 model of 135M parameters copies tokens well and respells words badly, and a task of six minutes should not be about spelling.
+Nor about riddles: on the development rows "Peterborough" was taken for a Peter, so it is no longer among the cities.
 """
 
 from __future__ import annotations
@@ -350,7 +351,7 @@ DEVELOPMENT = Vocabulary(
         "Archer Bishop Chandler Doyle Ellis Fletcher Grant Holmes Ivanov Jordan Keller Lambert Moreno Nash Osborne "
         "Porter Quinn Rhodes Sutton Tucker Underwood Vaughan Winter Yates Zimmer"
     ),
-    cities=_words("Colchester Darlington Eastbourne Hereford Northampton Oldham Peterborough Mexico Jackson"),
+    cities=_words("Colchester Darlington Eastbourne Hereford Northampton Oldham Mexico Jackson"),
     counts=(4, 7, 9, 12, 30, 60),
     colours=_words("purple orange brown grey"),
     items=_listed(
