@@ -40,6 +40,11 @@ class Head(NamedTuple):
         )
         return cls(module, getattr(config, "final_logit_softcapping", None), scale)
 
+    def logits(self, product: torch.Tensor) -> torch.Tensor:
+        """Logits from h Wᵀ + bias; the same tensor where the model neither scales nor caps them."""
+        scaled = product if self.scale == 1.0 else product * self.scale
+        return scaled if self.softcap is None else torch.tanh(scaled / self.softcap) * self.softcap
+
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
@@ -50,14 +55,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, hidden.shape[0], chunk_tokens):
             h, y = hidden[start : start + chunk_tokens], labels[start : start + chunk_tokens].unsqueeze(1)
-            logits = F.linear(h, weight, bias).to(total.dtype)
-            if head.scale != 1.0:
-                logits *= head.scale
+            logits = head.logits(F.linear(h, weight, bias).to(total.dtype))
             slope = None
-            if head.softcap is not None:
-                squashed = torch.tanh(logits / head.softcap)
-                slope = 1.0 - squashed * squashed if grad is not None else None
-                logits = squashed * head.softcap
+            if head.softcap is not None and grad is not None:
+                slope = 1.0 - (logits / head.softcap).square()  # of tanh, before the logits are overwritten
             normalizer = torch.logsumexp(logits, dim=1, keepdim=True)
             total += (normalizer - logits.gather(1, y)).sum()
             if grad is not None:

@@ -173,6 +173,8 @@ class TrainingSection:
     report.html are always written."""
     sample_count: NonNegative = 3
     """Held-out prompts answered before and after training, for the report."""
+    answer_batch_size: Positive = 16
+    """Prompts answered at a time, for the samples and the exact match."""
     sample_max_new_tokens: Positive = 160
     exact_match_rows: NonNegative = 0
     """Held-out rows answered greedily before and after training and compared with their reference."""

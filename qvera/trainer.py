@@ -328,7 +328,7 @@ def _score(
             base.tokenizer,
             rows,
             max_new_tokens=training.sample_max_new_tokens,
-            batch_size=training.per_device_eval_batch_size,
+            batch_size=training.answer_batch_size,
             progress=lambda done: status.update(f"{label}: {done} of {len(rows)} answers"),
         )
     by_row = {id(example): answer for example, answer in zip(rows, answers, strict=True)}

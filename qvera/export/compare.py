@@ -30,9 +30,7 @@ def _log_probabilities(model: Any, example: Example, pad_id: int) -> tuple[torch
     targets = batch["labels"][0, 1:]
     kept = targets != IGNORED
     head = Head.of(causal_model(model))
-    logits = head.module(hidden[kept]).float() * head.scale
-    if head.softcap is not None:
-        logits = torch.tanh(logits / head.softcap) * head.softcap
+    logits = head.logits(head.module(hidden[kept]).float())
     return torch.log_softmax(logits, dim=-1).cpu(), targets[kept].cpu()
 
 
