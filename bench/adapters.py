@@ -84,7 +84,9 @@ def main() -> None:
         prompts = [row.tolist() for row in ids]
 
         def answer(model: Any, adapters: list[str] | None) -> None:
-            generate(model, base.tokenizer, prompts, max_new_tokens=args.new_tokens, batch_size=args.rows, adapters=adapters)
+            generate(
+                model, base.tokenizer, prompts, max_new_tokens=args.new_tokens, batch_size=args.rows, adapters=adapters
+            )
 
         cases["generate, one adapter"] = lambda: answer(one, None)
         cases["generate, mixed"] = lambda: answer(many, names)

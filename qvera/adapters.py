@@ -15,7 +15,7 @@ from torch import nn
 
 from .errors import InputError
 from .export.deltas import PREFIX, AdapterDeltas, Delta
-from .model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter
+from .model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter, read_config
 from .vera import QveraConfig, QveraLinear
 from .vera.bank import empty_bank
 from .vera.config import PEFT_TYPE
@@ -78,7 +78,7 @@ def load_adapters(
 
 
 def _read_config(directory: Path) -> QveraConfig:
-    config, _ = read_adapter(directory)
+    config = read_config(directory)
     if config.peft_type != PEFT_TYPE:
         raise InputError(f"{directory}: is an adapter of PEFT's VeRA; many adapters on one base are QVERA's only.")
     return config

@@ -300,6 +300,23 @@ def read_adapter(directory: Path) -> tuple[Any, dict[str, torch.Tensor]]:
     Raises:
         InputError: it is not an adapter directory, not a VeRA adapter, truncated, or has NaN or Inf in it.
     """
+    config, weights_file = read_config(directory), directory / ADAPTER_WEIGHTS
+    try:
+        vectors = load_file(weights_file)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{weights_file}: not a readable safetensors file, or cut short ({error}).") from None
+    broken = sorted(name for name, tensor in vectors.items() if not torch.isfinite(tensor).all())
+    if broken:
+        raise InputError(f"{weights_file}: {broken[0]} (and {len(broken) - 1} more) has NaN or Inf in it.")
+    return config, vectors
+
+
+def read_config(directory: Path) -> Any:
+    """The config of an adapter directory: ours, or that of PEFT's own VeRA.
+
+    Raises:
+        InputError: it is not an adapter directory, or not a VeRA adapter.
+    """
     config_file, weights_file = directory / ADAPTER_CONFIG, directory / ADAPTER_WEIGHTS
     if not directory.is_dir():
         raise InputError(f"{directory}: no such adapter directory.")
@@ -325,14 +342,7 @@ def read_adapter(directory: Path) -> tuple[Any, dict[str, torch.Tensor]]:
         raise InputError(f"{config_file}: {error}") from None
     except (TypeError, ValueError) as error:
         raise InputError(f"{config_file}: a value has the wrong type, or is out of range ({error}).") from None
-    try:
-        vectors = load_file(weights_file)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{weights_file}: not a readable safetensors file, or cut short ({error}).") from None
-    broken = sorted(name for name, tensor in vectors.items() if not torch.isfinite(tensor).all())
-    if broken:
-        raise InputError(f"{weights_file}: {broken[0]} (and {len(broken) - 1} more) has NaN or Inf in it.")
-    return config, vectors
+    return config
 
 
 def load_vectors(model: nn.Module, vectors: dict[str, torch.Tensor], source: str, adapter: str = "default") -> None:
