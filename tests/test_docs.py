@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def test_the_api_example_runs(tiny_model_dir: Path, tiny_rows: Path, tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 4
     names = {"MODEL": str(tiny_model_dir), "ROWS": str(tiny_rows), "WHERE": str(tmp_path)}
     for block in blocks:
         exec(compile(block, "docs/api.md", "exec"), names)

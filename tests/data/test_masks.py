@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
@@ -83,6 +83,8 @@ def test_trained_tokens_are_the_answers_and_their_ends(
     request: pytest.FixtureRequest,
 ) -> None:
     tokenizer = tokenizer_for(template, request)
+    # some characters (a byte order mark, say) leave no token; such an answer is refused
+    assume(all(tokenizer.encode(answer, add_special_tokens=False) for _, answer in exchanges))
     turns = [("system", system)] if system else []
     for question, answer in exchanges:
         turns += [("user", question), ("assistant", answer)]
