@@ -67,6 +67,9 @@ def resolve_path(path: str) -> str:
     return os.path.expanduser(path) if path.startswith("~") else path
 
 
+_TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json")
+
+
 def load_tokenizer(section: ModelSection) -> Any:
     """The tokenizer of a model section.
 
@@ -77,6 +80,8 @@ def load_tokenizer(section: ModelSection) -> Any:
     name = resolve_path(section.tokenizer or section.path)
     revision = None if section.tokenizer else section.revision
     try:
+        if Path(name).is_dir() and not any(any(Path(name).glob(pattern)) for pattern in _TOKENIZER_FILES):
+            raise OSError("it has no tokenizer file")  # transformers 5.0 would make an empty tokenizer
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError, HFValidationError, KeyError) as error:
         raise InputError(
