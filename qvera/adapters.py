@@ -15,6 +15,7 @@ from torch import nn
 
 from .errors import InputError
 from .export.deltas import PREFIX, AdapterDeltas, Delta
+from .export.factors import require_empty
 from .model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter, read_config
 from .vera import QveraConfig, QveraLinear
 from .vera.bank import empty_bank
@@ -198,10 +199,7 @@ def write_vectors(source: Path, vectors: dict[str, torch.Tensor], out: Path) -> 
     Raises:
         InputError: ``out`` is not new or empty.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(
-            f"{out}: is not an empty directory. Nothing is overwritten; name a directory that is new or empty."
-        )
+    require_empty(out)
     out.mkdir(parents=True, exist_ok=True)
     config = json.loads((source / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     save_file(vectors, out / ADAPTER_WEIGHTS, metadata={"format": "pt"})

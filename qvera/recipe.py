@@ -78,7 +78,7 @@ class AdapterSection:
     dropout: Fraction = 0.0
     seed: Seed = 0
     """The seed of the shared projections A and B. The same seed gives the same numbers on every machine."""
-    train_d: bool = True
+    train_d: _Bool = True
     """Train d as well as b. Without it adapters of one seed can be added, averaged and interpolated exactly."""
     init_from: str | None = None
     """Start from the vectors of this adapter directory (same rank, targets and seed)."""

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import InputError
 from ..model import read_adapter, resolve_path
 from ..recipe import ModelSection
-from ..vera.functional import combined
+from ..vera.functional import delta_weight
 from ..vera.layer import layer_shape
 from ..vera.projection import uniform_pair, vera_scale
 
@@ -47,7 +47,7 @@ class Delta:
 
     def weight(self) -> torch.Tensor:
         """ΔW [out, in] fp32, or [in, out] for a Conv1D."""
-        delta = combined(self.B, self.d, self.b, self.scale, torch.float32) @ self.A
+        delta = delta_weight(self.A, self.B, self.d, self.b, self.scale)
         return delta.t() if self.transposed else delta
 
 

@@ -166,14 +166,23 @@ def _common(adapter: AdapterDeltas) -> dict[str, Any]:
     }
 
 
-def _write(
-    out: Path, config: Any, entries: list[TensorEntry], dtype: torch.dtype, tensors: Iterator[torch.Tensor]
-) -> int:
-    """Both files of an adapter directory, under a temporary name until they are whole."""
+def require_empty(out: Path) -> None:
+    """Refuse an output directory that is neither new nor empty.
+
+    Raises:
+        InputError: it holds something, or is a file.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(
             f"{out}: is not an empty directory. Nothing is overwritten; name a directory that is new or empty."
         )
+
+
+def _write(
+    out: Path, config: Any, entries: list[TensorEntry], dtype: torch.dtype, tensors: Iterator[torch.Tensor]
+) -> int:
+    """Both files of an adapter directory, under a temporary name until they are whole."""
+    require_empty(out)
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
