@@ -19,8 +19,8 @@ from peft import LoraConfig, VeraConfig
 
 from ..errors import InputError
 from ..model import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ..shards import TensorEntry, write_shard
 from .deltas import PREFIX, AdapterDeltas
-from .shards import TensorEntry, write_shard
 
 
 @dataclasses.dataclass(frozen=True)

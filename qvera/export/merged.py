@@ -28,8 +28,8 @@ from ..model import (
     resolve_path,
 )
 from ..recipe import ExportSection, ModelSection
+from ..shards import TensorEntry, checkpoint_tensors, plan_shards, read_tensor, write_index, write_shard
 from .deltas import AdapterDeltas, Delta, read_deltas, skeleton
-from .shards import TensorEntry, checkpoint_tensors, plan_shards, read_tensor, write_index, write_shard
 
 CERTIFICATE = "qvera_export.json"
 _STATE = ".qvera_export_state.json"

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..errors import InputError
+from .errors import InputError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
