@@ -157,7 +157,7 @@ def _prefix_cache(model: Any, prefix: Sequence[int], device: torch.device) -> An
     """The KV cache of one row after ``prefix``, to be repeated for every batch."""
     cache = DynamicCache(config=causal_model(model).config)
     ids = torch.as_tensor([list(prefix)], dtype=torch.long, device=device)
-    causal_model(model).get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
+    causal_model(model).get_decoder()(input_ids=ids, use_cache=True, **{_CACHE_ARGUMENT: cache})
     return cache
 
 

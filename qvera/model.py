@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from . import frozen, quantize
 from .errors import InputError
+from .mapped import NotMappable, load_mapped
 from .recipe import AdapterSection, ModelSection
 from .vera import QveraConfig, QveraLinear, accelerated_peft
 from .vera.config import PEFT_TYPE
@@ -120,9 +121,11 @@ def load_base(section: ModelSection, device: torch.device | None = None) -> Base
                 kwargs["quantization_config"] = quantization
         if section.attn_implementation != "auto":
             kwargs["attn_implementation"] = section.attn_implementation
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, device_map={"": device}, use_safetensors=True, **common, **kwargs
-        )
+        model = _mapped(Path(name), config, dtype, device, kwargs.get("attn_implementation"))
+        if model is None:
+            model = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, device_map={"": device}, use_safetensors=True, **common, **kwargs
+            )
     except (OSError, ValueError, KeyError, HFValidationError, SafetensorError, ImportError) as error:
         raise InputError(
             f"model.path: {name!r} can't be loaded as a causal language model: {_first_line(error)} Expected a hub id, or a "
@@ -133,6 +136,20 @@ def load_base(section: ModelSection, device: torch.device | None = None) -> Base
     frozen.freeze_linears(model)
     facts = read_back(model, section, dtype, prequantized=stored is not None)
     return Base(model, tokenizer, facts)
+
+
+def _mapped(
+    directory: Path, config: Any, dtype: torch.dtype, device: torch.device, attn_implementation: str | None
+) -> Any | None:
+    """The model of a local 4-bit checkpoint from its mapped file; None where that is not one, or can't be mapped."""
+    stored = getattr(config, "quantization_config", None) or {}
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    if not directory.is_dir() or not stored.get("load_in_4bit"):
+        return None
+    try:
+        return load_mapped(directory, config, dtype, device, attn_implementation)
+    except NotMappable:
+        return None
 
 
 def _check_local(name: str) -> None:

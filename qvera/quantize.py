@@ -8,6 +8,7 @@ Storage formats: 4-bit NF4/FP4 with optional double quantization (QLoRA, arXiv 2
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -63,6 +64,33 @@ def dequantized_weight(module: Any, dtype: torch.dtype) -> torch.Tensor:
     return weight.to(dtype)
 
 
+class RowBlocks:
+    """The weight [m, n] of a linear layer in ``dtype``, in blocks of rows (``elements`` weights at most) made when asked for.
+
+    A weight that is held in that dtype already, or is quantized, is one block (dequantized once).
+    """
+
+    def __init__(self, module: Any, dtype: torch.dtype, elements: int) -> None:
+        self.rows: int = module.out_features
+        stored = module.weight
+        self._whole = None
+        if stored.dtype == dtype or isinstance(module, (Linear4bit, Linear8bit)):
+            self._whole = dequantized_weight(module, dtype)
+        self._stored, self._dtype = stored, dtype
+        self._step = self.rows if self._whole is not None else max(1, elements // stored.shape[1])
+
+    def __len__(self) -> int:
+        return -(-self.rows // self._step)
+
+    def __iter__(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        if self._whole is not None:
+            yield slice(0, self.rows), self._whole
+            return
+        for start in range(0, self.rows, self._step):
+            rows = slice(start, min(start + self._step, self.rows))
+            yield rows, self._stored[rows].to(self._dtype)
+
+
 def int8_rows(module: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Packed rows int8 [m, n] and the absolute maximum of each row [m]; a forward pass moves them into the state."""
     state: Any = module.state
@@ -110,6 +138,34 @@ def four_bit_facts(module: Any) -> FourBitFacts:
     if state is None:
         raise RuntimeError("a 4-bit layer has no quantization state: its weight was never quantized")
     return FourBitFacts(state.quant_type, bool(state.nested), weight.dtype, module.compute_dtype, state.blocksize)
+
+
+def prequantized_linear(
+    dense: torch.nn.Linear,
+    packed: torch.Tensor,
+    statistics: dict[str, torch.Tensor],
+    compute_dtype: torch.dtype,
+    device: torch.device,
+) -> Any:
+    """A `Linear4bit` in the place of ``dense`` (on the meta device) around a weight that was quantized before.
+
+    Args:
+        packed: the weight's packed bytes, in any storage dtype.
+        statistics: bitsandbytes' serialized quantization state: ``X.absmax``, ``X.quant_map``, ``X.quant_state.bitsandbytes__nf4``
+            and, with double quantization, ``X.nested_absmax`` and ``X.nested_quant_map``.
+
+    On a CPU neither is copied.
+    """
+    bias = dense.bias is not None
+    layer = Linear4bit(
+        dense.in_features, dense.out_features, bias, compute_dtype, quant_storage=packed.dtype, device="meta"
+    )
+    weight = bnb.nn.Params4bit.from_prequantized(packed, statistics, requires_grad=False, device=device, module=layer)
+    weight.quant_state.dtype = compute_dtype  # what it dequantizes to; the file says what it was quantized from
+    layer.weight = weight
+    if bias:
+        layer.bias = dense.bias
+    return layer
 
 
 def requantized(module: Any, weight: torch.Tensor) -> torch.nn.Parameter:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ..errors import InputError, QveraError, RunFailed
 
@@ -188,8 +188,10 @@ def _convert(gguf: Path, made: Path) -> None:
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     transformers.utils.logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), **options)
-        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        # each of the three parses the whole file in Python, for seconds; given the config, the other two need not look for one
+        config = AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), config=config, **options)
+        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), config=config, gguf_file=gguf.name)
     except QveraError:
         raise
     except Exception as error:  # whatever transformers or gguf raise: the file is the right one, so it is their version
