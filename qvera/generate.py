@@ -51,7 +51,7 @@ def _dense_fits(layers: list[Any]) -> bool:
     """Whether dense copies of these layers' weights take at most a quarter of the memory that is free on this CPU."""
     if not layers or any(parameter.device.type != "cpu" for parameter in layers[0].parameters()):
         return False
-    size_bytes = sum(layer.in_features * layer.out_features for layer in layers) * 2
+    size_bytes = sum(layer.in_features * layer.out_features * layer.held_dtype().itemsize for layer in layers)
     return size_bytes <= psutil.virtual_memory().available // 4
 
 
