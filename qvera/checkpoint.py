@@ -26,7 +26,7 @@ from torch import nn
 
 from .errors import InputError
 from .model import file_sha256
-from .unfinished import flush
+from .unfinished import disk_full_says, flush
 
 FORMAT = 1
 _FILES = ("vectors.safetensors", "optimizer.safetensors", "state.json", "random.safetensors")
@@ -52,7 +52,27 @@ def save(
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
 ) -> Path:
-    """Write ``directory/step-XXXXXXXX``; it appears under this name only when it is complete and on disk."""
+    """Write ``directory/step-XXXXXXXX``; it appears under this name only when it is complete and on disk.
+
+    Raises:
+        RunFailed: the disk is full; earlier checkpoints are kept.
+    """
+    kept = "Earlier checkpoints are kept; make room and go on with --resume."
+    with disk_full_says(f"the checkpoint of step {step} in {directory}", kept):
+        try:
+            return _write(directory, step, vectors, optimizer, state)
+        except BaseException:
+            shutil.rmtree(directory / f".partial-step-{step:08d}", ignore_errors=True)
+            raise
+
+
+def _write(
+    directory: Path,
+    step: int,
+    vectors: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     final = directory / f"step-{step:08d}"
     partial = directory / f".partial-{final.name}"

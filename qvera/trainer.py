@@ -128,7 +128,7 @@ def train(
 
     with console.status(f"Loading {recipe.model.path}"):
         base = base or load_base(recipe.model, device)
-        model = attach(base.model, recipe.adapter, recipe.model.path)
+        model = attach(base.model, recipe.adapter, recipe.model.path, base.facts.get("fingerprint"))
     if training.gradient_checkpointing:
         enable_checkpointing(model)
     vectors = named_vectors(model)
