@@ -101,12 +101,15 @@ def build_parser() -> argparse.ArgumentParser:
         "Write the trained model in a form that other tools load.",
         "\n\n--to merged: W + dW for every adapted weight in 16 bits; plain transformers loads it. The run trained on a quantized\n"
         "base; --base original merges into the 16-bit weights, --base dequantized into what the vectors saw. The difference\n"
-        "between trained and exported model is measured and written to OUT/qvera_export.json.\n\n"
+        "between trained and exported model is measured and written to OUT/qvera_export.json. Interrupted (or out of disk): the\n"
+        "same command goes on from the finished shards.\n\n"
         "--to lora: the same change of the weights as an adapter of stock PEFT's LoRA; exact at the adapter's own rank, or cut to\n"
         "the best --rank K, with the error of each layer. --to peft: an adapter of PEFT's own VeRA, projections in the file.",
     )
     p.add_argument("run", type=Path, metavar="RUN", help="a run directory or an adapter directory")
-    p.add_argument("out", type=Path, metavar="OUT", help="a directory that is new or empty")
+    p.add_argument(
+        "out", type=Path, metavar="OUT", help="a directory that is new or empty, or holds this export unfinished"
+    )
     p.add_argument(
         "--to", choices=["merged", "lora", "peft"], default="merged", help="what to write (default: %(default)s)"
     )
@@ -117,6 +120,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--no-compare", action="store_true", help="do not measure the difference (saves loading both models)"
+    )
+
+    p.add_argument(
+        "--compare-only",
+        action="store_true",
+        help="measure the difference of the export that is in OUT, write nothing else",
     )
 
     p = command(

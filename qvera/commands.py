@@ -18,18 +18,20 @@ from .adapters import stacked_factors, union, weighted_sum, write_vectors
 from .data import NAMED_TEMPLATES, ChatTemplate, Encoder, Turn, build_datasets, read_prompts, resolve_template
 from .errors import InputError
 from .export import export_merged
-from .export.compare import measure_difference
+from .export.compare import measure_difference, too_little_memory
 from .export.deltas import AdapterDeltas, read_deltas, skeleton
 from .export.factors import Truncation, export_lora, export_stock_vera, lora_bytes, lora_factors, truncate_all
 from .export.merged import CERTIFICATE
 from .generate import generate as generate_texts
 from .generate import generating
 from .metrics import memory_text
-from .model import load_tokenizer
+from .model import ADAPTER_WEIGHTS, file_sha256, fingerprint_of, load_tokenizer, read_config, require_base
 from .recipe import DataSection, ExportSection, ModelSection, Recipe, load_recipe
 from .run import OpenRun, describe, locate, open_run
 from .rundir import run_directory
+from .stored import same_base
 from .trainer import train as train_run
+from .unfinished import replace_text
 
 _console = Console(stderr=True)
 
@@ -256,7 +258,13 @@ def export(args: argparse.Namespace) -> None:
     if args.rank is not None and args.to != "lora":
         raise InputError("--rank: goes with --to lora only.")
     if args.to != "merged":
+        if args.compare_only:
+            raise InputError("--compare-only: goes with --to merged only.")
+        require_base(read_config(adapter_dir), adapter_dir, section.path, fingerprint_of(section))
         _export_adapter(args, section, adapter_dir, getattr(torch, options.dtype))
+        return
+    if args.compare_only:
+        _compare_only(args, recipe, section, adapter_dir, options)
         return
     template = None
     if recipe is not None:
@@ -278,8 +286,11 @@ def export(args: argparse.Namespace) -> None:
         certificate["difference"] = None
     else:
         certificate["difference"] = _difference(recipe, args.run, args.out, options)
-    (args.out / CERTIFICATE).write_text(json.dumps(certificate, indent=1), encoding="utf-8")
-    difference = certificate["difference"]
+    replace_text(args.out / CERTIFICATE, json.dumps(certificate, indent=1))
+    _say_difference(certificate["difference"])
+
+
+def _say_difference(difference: dict[str, Any] | None) -> None:
     if difference and "kl_mean" in difference:
         print(
             f"trained vs exported on {difference['rows']} rows: loss {difference['loss_trained']:.4f} vs "
@@ -287,7 +298,29 @@ def export(args: argparse.Namespace) -> None:
             f"{difference['top1_agreement']:.1%}"
         )
     elif difference:
-        print(f"not compared: {difference['not_measured']}")
+        print(f"not measured: {difference['not_measured']}")
+
+
+def _compare_only(
+    args: argparse.Namespace, recipe: Recipe | None, section: ModelSection, adapter_dir: Path, options: ExportSection
+) -> None:
+    """--compare-only: measure the difference of an export that is there, and put it into its certificate."""
+    try:
+        certificate = json.loads((args.out / CERTIFICATE).read_text(encoding="utf-8"))
+        merged = certificate["adapter"]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{args.out}: --compare-only takes a finished merged export, with its {CERTIFICATE} ({type(error).__name__}: {error})."
+        ) from None
+    if recipe is None:
+        raise InputError(f"{args.run}: --compare-only takes a run; an adapter alone has no rows to compare on.")
+    if merged != file_sha256(adapter_dir / ADAPTER_WEIGHTS):
+        raise InputError(
+            f"{args.out}: is the export of another adapter than that of {args.run} ({CERTIFICATE}, adapter.sha256)."
+        )
+    certificate["difference"] = _difference(recipe, args.run, args.out, options)
+    replace_text(args.out / CERTIFICATE, json.dumps(certificate, indent=1))
+    _say_difference(certificate["difference"])
 
 
 def _export_adapter(args: argparse.Namespace, section: ModelSection, adapter_dir: Path, dtype: torch.dtype) -> None:
@@ -327,9 +360,7 @@ def merge_adapters(args: argparse.Namespace) -> None:
     """qvera merge-adapters"""
     _quiet_libraries()
     found = [locate(path) for path in args.adapters]
-    sections = {section.path for _, section, _ in found}
-    if len(sections) > 1:
-        raise InputError(f"these adapters were trained on different base models: {', '.join(sorted(sections))}.")
+    _require_one_base(found)
     model = skeleton(found[0][1])
     adapters = [read_deltas(directory, model) for _, _, directory in found]
     weights = args.weights or [1.0 / len(adapters)] * len(adapters)
@@ -342,16 +373,46 @@ def merge_adapters(args: argparse.Namespace) -> None:
     _write_lora(union(adapters), args.out, getattr(torch, args.dtype), own, args.rank, factors)
 
 
+def _require_one_base(found: list[tuple[Recipe | None, ModelSection, Path]]) -> None:
+    """All adapters of one base: by content where they all say it, else by name."""
+    prints = {path: getattr(read_config(path), "base_fingerprint", None) for _, _, path in found}
+    names = {path: section.path for _, section, path in found}
+    known = [p for p in prints.values() if p is not None]
+    if len(known) == len(prints):
+        different = any(not same_base(known[0], other) for other in known)
+    else:
+        different = len(set(names.values())) > 1
+    if different:
+        bases = ", ".join(f"{names[p]} (fingerprint {(prints[p] or 'unknown')[:16]})" for p in names)
+        raise InputError(f"these adapters were trained on different base models: {bases}.")
+
+
 def _difference(recipe: Recipe, run: Path, out: Path, options: ExportSection) -> dict[str, Any]:
-    """The certificate's measured part; data that has gone since is said, and costs the export nothing."""
+    """The certificate's measured part; data that has gone since, or too little memory, is said and costs the export nothing."""
+    again = f"`qvera export {run} {out} --compare-only` measures it later, or on a larger machine."
     try:
+        reason = too_little_memory(out, _trained_bytes(run))
+        if reason is not None:
+            return {"not_measured": f"{reason}. {again}"}
         with _console.status("Comparing the trained with the exported model"):
             opened = open_run(run)
             datasets = build_datasets(recipe.data, opened.base.tokenizer, _console)
             rows = (datasets.eval or datasets.train)[: options.certificate_rows]
             return measure_difference(opened.model, out, rows, datasets.pad_id)
     except InputError as error:
-        return {"not_measured": str(error)}
+        return {"not_measured": f"{error} {again}"}
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        return {"not_measured": f"the memory gave out. {again}"}
+
+
+def _trained_bytes(run: Path) -> int:
+    """What the base took when it was trained on, as the run measured it; 0 where it does not say."""
+    try:
+        return int(json.loads((run / "run.json").read_text(encoding="utf-8"))["model"]["base_bytes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 def info(args: argparse.Namespace) -> None:

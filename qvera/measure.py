@@ -5,7 +5,9 @@ from __future__ import annotations
 import platform
 import resource
 import sys
+from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -25,6 +27,42 @@ def peak_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that can still be taken: on the CUDA device, or in this machine within the limit of this process's cgroup."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return min([psutil.virtual_memory().available, *_cgroup_available()])
+
+
+def _cgroup_available() -> Iterator[int]:
+    """What the memory cgroups above this process (v1 or v2) leave it; dropped file pages count as free."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "memory":
+            root, limit, usage, cache = (
+                "/sys/fs/cgroup/memory",
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+                "total_cache",
+            )
+        elif controllers == "":
+            root, limit, usage, cache = "/sys/fs/cgroup", "memory.max", "memory.current", "file"
+        else:
+            continue
+        group = Path(root) / path.lstrip("/")
+        for directory in (group, *group.parents):
+            try:
+                most, held = int((directory / limit).read_text()), int((directory / usage).read_text())
+                stat = dict(row.split() for row in (directory / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):  # "max": no limit here
+                continue
+            yield most - held + int(stat.get(cache, 0))
 
 
 def device_name(device: torch.device) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from peft import PeftModel, VeraConfig, get_peft_model
 from safetensors import SafetensorError
@@ -23,6 +24,8 @@ from . import frozen, quantize
 from .errors import InputError
 from .mapped import NotMappable, load_mapped
 from .recipe import AdapterSection, ModelSection
+from .stored import base_fingerprint, same_base
+from .unfinished import disk_full_says, flush
 from .vera import QveraConfig, QveraLinear, accelerated_peft
 from .vera.config import PEFT_TYPE
 
@@ -135,6 +138,7 @@ def load_base(section: ModelSection, device: torch.device | None = None) -> Base
     model.eval()
     frozen.freeze_linears(model)
     facts = read_back(model, section, dtype, prequantized=stored is not None)
+    facts["fingerprint"] = fingerprint_of(section)
     return Base(model, tokenizer, facts)
 
 
@@ -166,6 +170,40 @@ def _check_local(name: str) -> None:
             raise InputError(
                 f"model.path: {name!r} has no *.safetensors weights{found}. Convert the weights to safetensors."
             )
+
+
+def fingerprint_of(section: ModelSection) -> str | None:
+    """`base_fingerprint` of a base that is on this machine: a directory, or a hub id in the cache; else None."""
+    name = resolve_path(section.path)
+    if Path(name).is_dir():
+        return base_fingerprint(Path(name))
+    try:
+        found = try_to_load_from_cache(name, "config.json", revision=section.revision)
+    except HFValidationError:
+        return None
+    snapshot = Path(found).parent if isinstance(found, str) else None
+    if snapshot is None or not any(snapshot.glob("*.safetensors")):
+        return None
+    return base_fingerprint(snapshot)
+
+
+def require_base(config: Any, adapter: Path | str, name: str, fingerprint: str | None) -> None:
+    """Hold the base at hand against the one that an adapter was trained on, by content.
+
+    Args:
+        config: the adapter's.
+        name: path or hub id of the base at hand; ``fingerprint``: its own, None where unknown.
+
+    Raises:
+        InputError: it is another base. An adapter that doesn't say (an old one, or PEFT's own) passes.
+    """
+    expected = getattr(config, "base_fingerprint", None)
+    if not same_base(expected, fingerprint):
+        raise InputError(
+            f"{adapter}: was trained on other weights than those of {name!r}. Expected the base "
+            f"{config.base_model_name_or_path!r} with fingerprint {str(expected)[:16]}; {name!r} has {str(fingerprint)[:16]}. "
+            "Point model.path at the base it was trained on."
+        )
 
 
 def _first_line(error: BaseException) -> str:
@@ -229,10 +267,12 @@ def read_back(
     }
 
 
-def attach(model: nn.Module, section: AdapterSection, base_name: str | None = None) -> PeftModel:
+def attach(
+    model: nn.Module, section: AdapterSection, base_name: str | None = None, base_fingerprint: str | None = None
+) -> PeftModel:
     """Put a fresh adapter (or, with ``init_from``, the vectors of an existing one) on a loaded base.
 
-    Only its vectors are trainable afterwards.
+    Only its vectors are trainable afterwards. ``base_name`` and ``base_fingerprint`` go into the adapter's config.
 
     Raises:
         InputError: a target matches nothing, or ``init_from`` does not fit.
@@ -245,6 +285,7 @@ def attach(model: nn.Module, section: AdapterSection, base_name: str | None = No
         projection_seed=section.seed,
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_name,
+        base_fingerprint=base_fingerprint,
     )
     peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
     if base_name is not None:
@@ -259,6 +300,7 @@ def attach(model: nn.Module, section: AdapterSection, base_name: str | None = No
         ):
             if ours != theirs:
                 raise InputError(f"adapter.init_from: {section.init_from} has {key} {theirs}, the recipe {ours}.")
+        require_base(stored, section.init_from, str(base_name), base_fingerprint)
         load_vectors(peft_model, vectors, section.init_from)
     if not section.train_d:
         for name, vector in named_vectors(peft_model).items():
@@ -294,15 +336,27 @@ def save_adapter(model: PeftModel, directory: Path) -> int:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` (fp32 vectors, no projections); returns their bytes.
 
     Written to a temporary name and renamed, so that a half-written adapter never stands under its final name.
+
+    Raises:
+        RunFailed: the disk is full; an adapter that was there before is still there.
     """
+    with disk_full_says(str(directory), "The run's checkpoints are kept; make room and go on with --resume."):
+        _write_adapter(model, directory)
+    return sum(f.stat().st_size for f in directory.iterdir())
+
+
+def _write_adapter(model: PeftModel, directory: Path) -> None:
     partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
-    # save_embedding_layers=False: PEFT would otherwise look the base up on the hub
-    model.save_pretrained(str(partial), save_embedding_layers=False)
-    (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-    for file in partial.iterdir():
-        with open(file, "rb+") as handle:
-            os.fsync(handle.fileno())
+    try:
+        # save_embedding_layers=False: PEFT would otherwise look the base up on the hub
+        model.save_pretrained(str(partial), save_embedding_layers=False)
+        (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+        for file in partial.iterdir():
+            flush(file)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     if directory.exists():
         old = directory.with_name(f".{directory.name}.old-{os.getpid()}")
         directory.rename(old)
@@ -310,7 +364,7 @@ def save_adapter(model: PeftModel, directory: Path) -> int:
         shutil.rmtree(old)
     else:
         partial.rename(directory)
-    return sum(f.stat().st_size for f in directory.iterdir())
+    flush(directory.parent)
 
 
 def read_adapter(directory: Path) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -392,13 +446,18 @@ def load_vectors(model: nn.Module, vectors: dict[str, torch.Tensor], source: str
             parameter.copy_(vectors[name])
 
 
-def load_adapter(model: nn.Module, directory: Path) -> PeftModel:
+def load_adapter(model: nn.Module, directory: Path, base: Base | None = None) -> PeftModel:
     """Attach the adapter in ``directory`` to a loaded base, checked: projections, names, shapes, finite values.
+
+    Args:
+        base: what `load_base` gave for ``model``: the adapter must have been trained on the same, by content.
 
     Raises:
         InputError: it is no adapter, or not one for this model.
     """
     config, vectors = read_adapter(directory)
+    if base is not None:
+        require_base(config, directory, base.facts["path"], base.facts.get("fingerprint"))
     if config.peft_type != PEFT_TYPE:
         return _load_stock_adapter(model, directory)
     try:

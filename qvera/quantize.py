@@ -208,6 +208,20 @@ def roundtrip(weight: torch.Tensor, section: ModelSection) -> torch.Tensor:
     return bnb_functional.dequantize_4bit(packed, state)
 
 
+def nested_roundtrip(absmax: torch.Tensor) -> torch.Tensor:
+    """The absolute maxima of a whole weight's blocks, fp32, as double quantization keeps them."""
+    offset = absmax.mean()
+    packed, state = bnb_functional.quantize_blockwise(absmax - offset, blocksize=256)
+    return bnb_functional.dequantize_blockwise(packed, state) + offset
+
+
+def roundtrip_blocks(weight: torch.Tensor, absmax: torch.Tensor, quant_type: str) -> torch.Tensor:
+    """`roundtrip` of whole blocks of 64 consecutive elements, scaled back by ``absmax``, one number a block."""
+    packed, state = bnb_functional.quantize_4bit(weight, blocksize=64, compress_statistics=False, quant_type=quant_type)
+    state.absmax = absmax.contiguous()
+    return bnb_functional.dequantize_4bit(packed, state)
+
+
 class InferencePack(NamedTuple):
     """A copy of a 4-bit weight in the layout of bitsandbytes' fused AVX512-BF16 kernel. The original is untouched."""
 
