@@ -247,7 +247,7 @@ def test_a_write_that_fails_leaves_no_checkpoint_under_its_name(
     def full(_: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_flush", full)
+    monkeypatch.setattr(checkpoint, "flush", full)
     with pytest.raises(OSError, match="No space left"):
         save_steps(tmp_path, 8)
     assert "step-00000008" not in names(tmp_path)
@@ -262,7 +262,7 @@ def test_the_manifest_is_written_last_and_everything_is_flushed_before_the_renam
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flushed: list[str] = []
-    monkeypatch.setattr(checkpoint, "_flush", lambda path: flushed.append(path.name))
+    monkeypatch.setattr(checkpoint, "flush", lambda path: flushed.append(path.name))
     save_steps(tmp_path, 4)
     assert sorted(flushed[:-2]) == [f for f in FILES if f != "manifest.json"]
     assert flushed[-2:] == ["manifest.json", tmp_path.name]
