@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from . import frozen, quantize
 from .errors import InputError
+from .locations import resolve_path
 from .recipe import AdapterSection, ModelSection
 from .vera import QveraConfig, QveraLinear, accelerated_peft
 from .vera.config import PEFT_TYPE
@@ -60,11 +61,6 @@ def pick_compute_dtype(name: str, device: torch.device) -> torch.dtype:
     else:
         fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
-
-
-def resolve_path(path: str) -> str:
-    """A recipe's model or tokenizer path with ``~`` expanded; hub ids stay as they are."""
-    return os.path.expanduser(path) if path.startswith("~") else path
 
 
 _TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json")
