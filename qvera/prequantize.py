@@ -276,6 +276,22 @@ def quantize_checkpoint(
     return record
 
 
+def output_bytes(source: Source, section: ModelSection) -> int:
+    """Bytes of the tensors of the quantized copy."""
+    return sum(spec.size_bytes for _, specs in _plan(source, section, SHARD_BYTES) for spec in specs)
+
+
+def shard_files(directory: Path) -> list[Path]:
+    """The shards of a checkpoint as index or directory name them, unread; [] where the index can't be read."""
+    index = directory / INDEX
+    if not index.is_file():
+        return sorted(directory.glob("*.safetensors"))
+    try:
+        return [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+
+
 def _plan(source: Source, section: ModelSection, shard_bytes: int) -> list[tuple[str, list[Spec]]]:
     """File name and tensors of each output shard, in the order of the source; a weight and its statistics stay together."""
     groups: list[list[Spec]] = [[]]
