@@ -21,7 +21,6 @@ from bench.common import header, interleaved, write_result
 from bench.limits import measured, parse_bytes
 from bench.synthesise import SHAPES, synthesise
 from qvera import nibbles
-from qvera._bitsandbytes import bitsandbytes as bnb
 
 WEIGHT = (11008, 4096)
 ROUNDS = 5
@@ -62,7 +61,6 @@ if __name__ == "__main__":
     if (args.shape or args.checkpoint) and not args.scratch:
         parser.error("--scratch says where the files go")
     document: dict[str, Any] = header()
-    assert bnb.__version__
     document["packing"] = {
         f"{quant_type}, {str(dtype).removeprefix('torch.')}": packing(dtype, quant_type)
         for dtype, quant_type in (

@@ -174,6 +174,10 @@ class Packer:
         whole = bits.size - bits.size % BLOCK
 
         def work(number: int) -> None:
+            with np.errstate(all="ignore"):  # NaN and Inf are the caller's to find, in absmax
+                work_quietly(number)
+
+        def work_quietly(number: int) -> None:
             for start in range(number * CHUNK, whole, CHUNK * len(self._scratch)):
                 stop = min(start + CHUNK, whole)
                 _whole_blocks(
@@ -187,7 +191,8 @@ class Packer:
         else:
             list(self._pool.map(work, range(len(self._scratch))))
         if whole < bits.size:
-            _last_block(bits[whole:], dtype, self._code, packed[whole // 2 :], absmax[whole // BLOCK :])
+            with np.errstate(all="ignore"):
+                _last_block(bits[whole:], dtype, self._code, packed[whole // 2 :], absmax[whole // BLOCK :])
 
 
 def pack(weights: torch.Tensor, quant_type: str, threads: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:

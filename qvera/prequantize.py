@@ -195,7 +195,7 @@ def quantize_checkpoint(
     known: Mapping[Path, str] | None = None,
     device: torch.device | None = None,
     progress: Progress | None = None,
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int | None = None,
 ) -> dict[str, Any]:
     """Write the 4-bit checkpoint to ``out``, or go on with it; returns its record (also written there).
 
@@ -220,7 +220,7 @@ def quantize_checkpoint(
         "settings": settings_of(section),
         "device": device.type,
     }
-    plan = _plan(source, section, shard_bytes)
+    plan = _plan(source, section, shard_bytes or SHARD_BYTES)
     total = sum(spec.size_bytes for _, specs in plan for spec in specs)
     with (
         Unfinished.open(out, identity, "quantize") as work,
