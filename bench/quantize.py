@@ -8,6 +8,7 @@ python bench/quantize.py --checkpoint DIR --scratch DIR     and a checkpoint tha
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -43,8 +44,13 @@ def packing(dtype: torch.dtype, quant_type: str) -> dict[str, Any]:
 
 
 def whole(checkpoint: Path, out: Path, limit_bytes: int) -> dict[str, Any]:
-    """The command as a user gives it, in a cgroup of that size."""
-    result = measured([sys.executable, "-m", "qvera", "quantize", str(checkpoint), str(out)], limit_bytes)
+    """The command as a user gives it, in a cgroup of that size; nothing of the source in memory, and its hashes not known."""
+    for file in checkpoint.glob("*.safetensors"):
+        with open(file, "rb") as handle:
+            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    environment = {**os.environ, "QVERA_CACHE": str(out.with_name("cache"))}
+    command = [sys.executable, "-m", "qvera", "quantize", str(checkpoint), str(out)]
+    result = measured(command, limit_bytes, env=environment)
     document = result.to_dict()
     document["source_bytes"] = sum(f.stat().st_size for f in checkpoint.glob("*.safetensors"))
     document["output_bytes"] = sum(f.stat().st_size for f in out.glob("*.safetensors"))
@@ -81,7 +87,8 @@ if __name__ == "__main__":
                 synthesise(args.shape, checkpoint)
             document["checkpoint"] = whole(checkpoint, out, args.limit)
         finally:
-            shutil.rmtree(out, ignore_errors=True)
+            for directory in (out, out.with_name("cache")):
+                shutil.rmtree(directory, ignore_errors=True)
             if args.checkpoint is None:
                 shutil.rmtree(checkpoint, ignore_errors=True)
         found = document["checkpoint"]

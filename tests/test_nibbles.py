@@ -181,3 +181,16 @@ def test_statistics_are_bitsandbytes_own_at_the_same_thread_count(threads: int, 
     assert {name: (dtype, shape) for name, dtype, shape in layout[1:]} == {
         name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in found.items()
     }
+
+
+@pytest.mark.parametrize("quant_type", TYPES)
+def test_bitsandbytes_own_kernels_give_the_same_tensors(quant_type: str) -> None:
+    """What is written where there is a GPU, run here on the CPU: same layout, same contents."""
+    weight = normal(700 * 320, torch.bfloat16).view(700, 320)
+    section = ModelSection(path="x", quantization=quant_type)  # type: ignore[arg-type]
+    packed, tensors = quantize.quantized_on_device("w", weight, section)
+    ours, absmax = nibbles.pack(weight, quant_type)
+    assert torch.equal(packed.flatten().view(torch.uint8), ours) and packed.dtype is torch.bfloat16
+    expected = quantize.serialized_statistics("w", absmax, (700, 320), torch.bfloat16, section)
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
