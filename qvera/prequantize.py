@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from . import measure, nibbles, quantize
 from .errors import InputError, RunFailed
@@ -132,7 +133,14 @@ def read_source(section: ModelSection, directory: Path) -> Source:
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     _check_names(directory, shapes, tied, {s.spec.name: s.spec for s in tensors}, file_of)
-    quantized = {f"{name}.weight" for name in quantize.four_bit_linears(model, section)}
+    transposed = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
+    names = quantize.four_bit_linears(model, section)
+    if transposed & names:
+        raise NotPlain(
+            f"{directory}: stores {min(transposed & names)} transposed (a Conv1D), and transformers turns it while loading. Such a "
+            "checkpoint can't be quantized ahead; it is quantized each time it is loaded."
+        )
+    quantized = {f"{name}.weight" for name in names}
     tensors = [stored for stored in tensors if stored.spec.name in shapes]
     for spec, *_ in tensors:
         _check_dtype(spec, file_of[spec.name], section, spec.name in quantized)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
 from qvera import prequantize
 from qvera.cli import main
@@ -280,6 +280,13 @@ def test_a_bad_source_is_named_and_nothing_is_written(
     message = capsys.readouterr().err
     assert said in message and str(source) in message and "Traceback" not in message
     assert not (tmp_path / "out").exists()
+
+
+def test_transposed_linears_are_left_to_transformers(tmp_path: Path) -> None:
+    config = GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=100, bos_token_id=1, eos_token_id=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(prequantize.NotPlain, match="transposed"):
+        quantized(tmp_path / "gpt2", tmp_path / "out")
 
 
 def test_what_the_model_does_not_have_is_left_out(source: Path, tmp_path: Path) -> None:
