@@ -2,7 +2,7 @@
 
 $QVERA_CACHE/bases/
   NAME-nf4-IDENTITY/       a finished copy; IDENTITY is of config, shards and settings (`prequantize.content_identity`)
-  .unfinished-KEY/         one that is being made, or was killed; KEY is of the source's paths, sizes, times and settings
+  .unfinished-KEY/         one that is being made, or was killed; KEY is of source path, sizes, times, settings, device
   .KEY.lock                held by the process that makes it; the kernel drops it when the process dies
   hashes.json              file → SHA-256, believed while the file's size, mtime_ns and inode are the same
 """
@@ -81,7 +81,7 @@ def cached_base(
     source = prequantize.read_source(section, directory)
     root = bases_root()
     hashes = HashIndex(root / "hashes.json")
-    key = _key(source, section)
+    key = _key(source, section, device)
     unfinished = root / f"{_UNFINISHED}{key}"
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -223,8 +223,15 @@ def _name(section: ModelSection, identity: str) -> str:
     return f"{section.quantization}-{identity[:24]}"
 
 
-def _key(source: Source, section: ModelSection) -> str:
-    parts = [str(source.directory.resolve()), source.file_identity(), source.config_sha256]
+def _key(source: Source, section: ModelSection, device: torch.device | None) -> str:
+    where = device.type if device is not None else "cpu"
+    parts = [
+        str(source.directory.resolve()),
+        source.file_identity(),
+        source.config_sha256,
+        where,
+        prequantize.SHARD_BYTES,
+    ]
     text = json.dumps([parts, prequantize.settings_of(section)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

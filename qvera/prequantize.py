@@ -227,6 +227,7 @@ def quantize_checkpoint(
         "config": source.config_sha256,
         "settings": settings_of(section),
         "device": device.type,
+        "shard_bytes": shard_bytes or SHARD_BYTES,
     }
     plan = _plan(source, section, shard_bytes or SHARD_BYTES)
     total = sum(spec.size_bytes for _, specs in plan for spec in specs)
