@@ -147,6 +147,43 @@ def build_parser() -> argparse.ArgumentParser:
         help="of a LoRA (default: %(default)s)",
     )
 
+    p = command(
+        "quantize",
+        "Write the 4-bit copy of a 16-bit model, once.",
+        "\n\nOUT is a checkpoint in bitsandbytes' own serialized format; stock transformers loads it. Without OUT it goes into\n"
+        "the cache, where `qvera train` would make it on first use. Killed or stopped, the same command goes on from its\n"
+        "finished shards.",
+    )
+    p.add_argument("model", metavar="MODEL", help="a directory with safetensors, or a hub id")
+    p.add_argument(
+        "out", type=Path, nargs="?", metavar="OUT", help="a directory that is new or empty (default: the cache)"
+    )
+    p.add_argument("--quantization", choices=["nf4", "fp4"], help="default: as in a recipe, nf4")
+    p.add_argument(
+        "--no-double-quant", action="store_false", default=None, dest="double_quant", help="keep the scales in fp32"
+    )
+    p.add_argument(
+        "--quant-storage", choices=["uint8", "bfloat16", "float16", "float32"], help="default: as in a recipe, bfloat16"
+    )
+    p.add_argument("--revision", help="branch, tag or commit of a hub id")
+    p.add_argument(
+        "--trust-remote-code", action="store_true", default=None, help="run Python code that comes with the model"
+    )
+    p.add_argument(
+        "--verify", action="store_true", help="hash source and copy again, instead of believing sizes and times"
+    )
+
+    p = command("cache", "The 4-bit copies of models: list, remove, verify.")
+    actions = p.add_subparsers(dest="action", metavar="ACTION", required=True)
+    a = actions.add_parser("ls", help="what is there, and how large")
+    a.add_argument("--json", action="store_true", help="as JSON")
+    a = actions.add_parser("rm", help="delete copies")
+    a.add_argument("names", nargs="*", metavar="NAME", help="as ls shows them, or the beginning of one")
+    a.add_argument("--all", action="store_true", help="every copy")
+    a.add_argument("--unfinished", action="store_true", help="what was interrupted and is not being made now")
+    a = actions.add_parser("verify", help="hash copies again and compare")
+    a.add_argument("names", nargs="*", metavar="NAME", help="default: all")
+
     p = command("info", "What is this directory: base, rank, targets, counts, hashes, versions.")
     p.add_argument("path", type=Path, metavar="DIR", help="a run or adapter directory")
     p.add_argument("--json", action="store_true", help="as JSON")

@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from . import frozen, quantize
+from . import cache, frozen, quantize
 from .errors import InputError
+from .locations import base_directory, resolve_path
 from .mapped import NotMappable, load_mapped
 from .recipe import AdapterSection, ModelSection
 from .stored import base_fingerprint, same_base
@@ -66,11 +67,6 @@ def pick_compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def resolve_path(path: str) -> str:
-    """A recipe's model or tokenizer path with ``~`` expanded; hub ids stay as they are."""
-    return os.path.expanduser(path) if path.startswith("~") else path
-
-
 _TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json")
 
 
@@ -100,11 +96,17 @@ def load_tokenizer(section: ModelSection) -> Any:
     return tokenizer
 
 
-def load_base(section: ModelSection, device: torch.device | None = None) -> Base:
+def load_base(
+    section: ModelSection, device: torch.device | None = None, progress: cache.Progress | None = None
+) -> Base:
     """Load the base model of a recipe, quantized and frozen, in evaluation mode.
 
-    Quantization happens while loading, one tensor at a time; a checkpoint that is already in bitsandbytes' 4-bit format
-    is taken as it is. Every 4-bit and int8 linear is then run by `qvera.frozen`.
+    A 16-bit base that is wanted in 4 bits is quantized once, into the cache (`qvera.cache`), and that file is mapped; a checkpoint
+    that is in bitsandbytes' 4-bit format already is mapped as it is (`qvera.mapped`). int8, dense and unusual checkpoints are
+    loaded by transformers. Every quantized linear is then run by `qvera.frozen`.
+
+    Args:
+        progress: called while the base is quantized for the first time, see `cache.cached_base`.
 
     Raises:
         InputError: no model at that path, not a causal language model, or what was loaded is not what the recipe says.
@@ -114,18 +116,14 @@ def load_base(section: ModelSection, device: torch.device | None = None) -> Base
     name = resolve_path(section.path)
     tokenizer = load_tokenizer(section)
     common: dict[str, Any] = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
+    attention = {} if section.attn_implementation == "auto" else {"attn_implementation": section.attn_implementation}
     try:
         config = AutoConfig.from_pretrained(name, **common)
         stored = getattr(config, "quantization_config", None)
-        kwargs: dict[str, Any] = {}
-        if stored is None:
-            quantization = quantize.quantization_config(section, dtype)
-            if quantization is not None:
-                kwargs["quantization_config"] = quantization
-        if section.attn_implementation != "auto":
-            kwargs["attn_implementation"] = section.attn_implementation
-        model = _mapped(Path(name), config, dtype, device, kwargs.get("attn_implementation"))
+        model = _mapped(section, config, dtype, device, progress)
         if model is None:
+            quantization = None if stored is not None else quantize.quantization_config(section, dtype)
+            kwargs = attention if quantization is None else {**attention, "quantization_config": quantization}
             model = AutoModelForCausalLM.from_pretrained(
                 name, dtype=dtype, device_map={"": device}, use_safetensors=True, **common, **kwargs
             )
@@ -143,16 +141,23 @@ def load_base(section: ModelSection, device: torch.device | None = None) -> Base
 
 
 def _mapped(
-    directory: Path, config: Any, dtype: torch.dtype, device: torch.device, attn_implementation: str | None
+    section: ModelSection, config: Any, dtype: torch.dtype, device: torch.device, progress: cache.Progress | None
 ) -> Any | None:
-    """The model of a local 4-bit checkpoint from its mapped file; None where that is not one, or can't be mapped."""
-    stored = getattr(config, "quantization_config", None) or {}
-    stored = stored if isinstance(stored, dict) else stored.to_dict()
-    if not directory.is_dir() or not stored.get("load_in_4bit"):
+    """The model from its mapped 4-bit file, which is made now if there is none yet; None where transformers has to load it."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None and not (stored if isinstance(stored, dict) else stored.to_dict()).get("load_in_4bit"):
+        return None
+    if stored is None and section.quantization not in ("nf4", "fp4"):
         return None
     try:
-        return load_mapped(directory, config, dtype, device, attn_implementation)
-    except NotMappable:
+        if stored is None:
+            directory = cache.cached_base(section, device=device, progress=progress)
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=section.trust_remote_code)
+        else:
+            directory = base_directory(section)
+        attention = None if section.attn_implementation == "auto" else section.attn_implementation
+        return load_mapped(directory, config, dtype, device, attention)
+    except (cache.NotPlain, NotMappable):
         return None
 
 

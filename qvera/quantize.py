@@ -8,11 +8,15 @@ Storage formats: 4-bit NF4/FP4 with optional double quantization (QLoRA, arXiv 2
 from __future__ import annotations
 
 import copy
+import functools
+import json
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from transformers import BitsAndBytesConfig
+from transformers.quantizers import AutoHfQuantizer
 
 from ._bitsandbytes import bitsandbytes as bnb
 from .recipe import ModelSection
@@ -36,6 +40,98 @@ def quantization_config(section: ModelSection, compute_dtype: torch.dtype) -> Bi
         bnb_4bit_compute_dtype=compute_dtype,
         bnb_4bit_quant_storage=getattr(torch, section.quant_storage),
     )
+
+
+def four_bit_linears(model: torch.nn.Module, section: ModelSection) -> set[str]:
+    """Names of the modules that transformers makes 4-bit in this model (on the meta device; it is changed in place).
+
+    All `nn.Linear` (and Conv1D) but the output head, what is tied to the embeddings, and what the model keeps in fp32.
+    """
+    quantizer = AutoHfQuantizer.from_config(quantization_config(section, torch.bfloat16), pre_quantized=False)
+    quantizer.preprocess_model(model, device_map=None)
+    return {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+
+
+STATE_KEY = "quant_state.bitsandbytes__"
+_NESTED_BLOCK = 256
+_FLOAT_CHARACTERS = 24
+"""The longest that JSON writes a float: -1.2345678901234567e-123."""
+
+
+def serialized_layout(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, section: ModelSection
+) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """Name, dtype and shape of each tensor that bitsandbytes stores for a 4-bit weight ``name`` of this shape and dtype.
+
+    Wide ones first, and the JSON at the end filled up with blanks (which a JSON parser skips), so that it is as long whatever
+    number is in it and what follows starts at a multiple of 64 bytes if this did.
+    """
+    count, storage = math.prod(shape), getattr(torch, section.quant_storage)
+    blocks = -(-count // 64)
+    layout: list[tuple[str, torch.dtype, tuple[int, ...]]]
+    layout = [(name, storage, (-(-count // 2) // storage.itemsize, 1))]
+    if section.double_quant:
+        layout += [
+            (f"{name}.nested_absmax", torch.float32, (-(-blocks // _NESTED_BLOCK),)),
+            (f"{name}.nested_quant_map", torch.float32, (256,)),
+        ]
+    else:
+        layout.append((f"{name}.absmax", torch.float32, (blocks,)))
+    layout.append((f"{name}.quant_map", torch.float32, (16,)))
+    if section.double_quant:
+        layout.append((f"{name}.absmax", torch.uint8, (blocks,)))
+    state: dict[str, Any] = {"quant_type": "nf4", "blocksize": 64, "dtype": _dtype_name(dtype), "shape": shape}
+    if section.double_quant:
+        state |= {"nested_blocksize": _NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": 0.0}
+    length = len(json.dumps(state)) + _FLOAT_CHARACTERS
+    size = sum(math.prod(s) * d.itemsize for _, d, s in layout)
+    length += -(size + length) % 64
+    return [*layout, (f"{name}.{STATE_KEY}{section.quantization}", torch.uint8, (length,))]
+
+
+def serialized_statistics(
+    name: str, absmax: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, section: ModelSection
+) -> dict[str, torch.Tensor]:
+    """The tensors of `serialized_layout` but the first, from the absmax fp32 [blocks] of a weight.
+
+    Double quantization is bitsandbytes' own, over all of ``absmax`` at once.
+    """
+    code = bnb_functional.get_4bit_type(section.quantization, device=absmax.device)
+    make = functools.partial(
+        bnb_functional.QuantState, shape=shape, dtype=dtype, blocksize=64, code=code, quant_type=section.quantization
+    )
+    if section.double_quant:
+        offset = absmax.mean()
+        small, nested = bnb_functional.quantize_blockwise(absmax - offset, blocksize=_NESTED_BLOCK)
+        return serialized_state(name, make(absmax=small, offset=offset, state2=nested), section)
+    return serialized_state(name, make(absmax=absmax), section)
+
+
+def serialized_state(name: str, state: Any, section: ModelSection) -> dict[str, torch.Tensor]:
+    """A `QuantState` as the tensors of `serialized_layout` but the first, on the CPU."""
+    tensors = {f"{name}.{key}": tensor.cpu() for key, tensor in state.as_dict(packed=True).items()}
+    key, _, (length,) = serialized_layout(name, tuple(state.shape), state.dtype, section)[-1]
+    text = tensors[key].numpy().tobytes().ljust(length)
+    tensors[key] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    return tensors
+
+
+def quantized_on_device(
+    name: str, weight: torch.Tensor, section: ModelSection
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """A whole weight by bitsandbytes' own kernels, on the device it is on: packed, and `serialized_state`, on the CPU."""
+    packed, state = bnb_functional.quantize_4bit(
+        weight,
+        blocksize=64,
+        compress_statistics=section.double_quant,
+        quant_type=section.quantization,
+        quant_storage=getattr(torch, section.quant_storage),
+    )
+    return packed.cpu(), serialized_state(name, state, section)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def dequantized_weight(module: Any, dtype: torch.dtype) -> torch.Tensor:

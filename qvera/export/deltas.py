@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import InputError
-from ..model import read_adapter, resolve_path
+from ..locations import resolve_path
+from ..model import read_adapter
 from ..recipe import ModelSection
 from ..vera.functional import delta_weight
 from ..vera.layer import layer_shape

@@ -7,21 +7,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from ..mapped import NotMappable, load_mapped
 from ..shards import checkpoint_tensors
 
 
 def load_exported(directory: Path, device: torch.device) -> Any:
-    """The checkpoint as plain transformers loads it, in evaluation mode; in fp32 on a CPU."""
-    # fp16 products are slow or missing on CPUs; fp32 shows the very numbers that the file holds
-    dtype = "auto" if device.type == "cuda" else torch.float32
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, device_map={"": device}).eval()
+    """The checkpoint in evaluation mode: as plain transformers loads it on CUDA, mapped and computing in fp32 on a CPU.
+
+    fp16 products are slow or missing on CPUs; in fp32 the numbers are the very ones that the file holds.
+    """
+    if device.type == "cuda":
+        return AutoModelForCausalLM.from_pretrained(directory, dtype="auto", device_map={"": device}).eval()
+    try:
+        return load_mapped(directory, AutoConfig.from_pretrained(directory), torch.float32, device)
+    except NotMappable:
+        return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
 
 def load_exported_bytes(directory: Path, device: torch.device) -> int:
-    """Memory that `load_exported` takes on ``device``, from the checkpoint's headers."""
+    """Memory that `load_exported` takes on ``device``, from the checkpoint's headers; mapped, one cast weight at a time."""
     entries = checkpoint_tensors(directory)
     if device.type == "cuda":
         return sum(file.stat().st_size for file in {e.file for e in entries})
-    return 4 * sum(math.prod(e.shape) for e in entries)
+    return 4 * max(math.prod(e.shape) for e in entries)

