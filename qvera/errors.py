@@ -33,3 +33,10 @@ class Interrupted(QveraError):
     """Ctrl-C or SIGTERM: the state was saved and the same command with ``--resume`` goes on from it. Exit code 75."""
 
     exit_code = EXIT_INTERRUPTED
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message as a sentence; some list every model they know after it."""
+    text = str(error).strip()
+    line = text.splitlines()[0] if text else type(error).__name__
+    return line if line.endswith(".") else line + "."

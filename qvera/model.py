@@ -21,7 +21,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from . import cache, frozen, quantize
-from .errors import InputError
+from .errors import InputError, first_line
 from .locations import base_directory, resolve_path
 from .mapped import NotMappable, load_mapped
 from .recipe import AdapterSection, ModelSection
@@ -85,7 +85,7 @@ def load_tokenizer(section: ModelSection) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError, HFValidationError, KeyError) as error:
         raise InputError(
-            f"model.path: no tokenizer can be loaded from {name!r} ({_first_line(error)}). Expected tokenizer.json or "
+            f"model.path: no tokenizer can be loaded from {name!r} ({first_line(error)}). Expected tokenizer.json or "
             "tokenizer.model beside the weights; or name another one with model.tokenizer."
         ) from None
     if tokenizer.eos_token_id is None:
@@ -129,7 +129,7 @@ def load_base(
             )
     except (OSError, ValueError, KeyError, HFValidationError, SafetensorError, ImportError) as error:
         raise InputError(
-            f"model.path: {name!r} can't be loaded as a causal language model: {_first_line(error)} Expected a hub id, or a "
+            f"model.path: {name!r} can't be loaded as a causal language model: {first_line(error)} Expected a hub id, or a "
             "directory with config.json and safetensors weights."
         ) from None
     model.requires_grad_(False)
@@ -209,12 +209,6 @@ def require_base(config: Any, adapter: Path | str, name: str, fingerprint: str |
             f"{config.base_model_name_or_path!r} with fingerprint {str(expected)[:16]}; {name!r} has {str(fingerprint)[:16]}. "
             "Point model.path at the base it was trained on."
         )
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    line = text.splitlines()[0] if text else type(error).__name__
-    return line if line.endswith(".") else line + "."
 
 
 def read_back(
@@ -482,7 +476,7 @@ def _load_stock_adapter(model: nn.Module, directory: Path) -> PeftModel:
             warnings.simplefilter("ignore", UserWarning)
             peft_model = PeftModel.from_pretrained(model, str(directory))  # type: ignore[arg-type]
     except (ValueError, RuntimeError, KeyError) as error:
-        raise InputError(f"{directory}: does not fit this base model: {_first_line(error)}") from None
+        raise InputError(f"{directory}: does not fit this base model: {first_line(error)}") from None
     missing = [name for name, p in peft_model.named_parameters() if "vera_lambda" in name and p.is_meta]
     if missing:
         raise InputError(f"{directory}: has no values for {missing[0]} (and {len(missing) - 1} more).")

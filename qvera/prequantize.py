@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from . import measure, nibbles, quantize
-from .errors import InputError, RunFailed
+from .errors import InputError, RunFailed, first_line
 from .pieces import Piece, Spec, Stored, ahead, read_header, read_pieces, write_pieces
 from .recipe import ModelSection
 from .shards import INDEX, SINGLE, checkpoint_tensors
@@ -157,7 +157,7 @@ def _skeleton(section: ModelSection, directory: Path) -> torch.nn.Module:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise InputError(
-            f"{directory / 'config.json'}: no causal language model can be made from it ({type(error).__name__}: {error})."
+            f"{directory / 'config.json'}: can't be loaded as a causal language model: {first_line(error)}"
         ) from None
 
 

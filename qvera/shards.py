@@ -55,7 +55,9 @@ def checkpoint_tensors(directory: Path) -> list[TensorEntry]:
             with safe_open(file, framework="pt") as reader:
                 entries += [TensorEntry(k, tuple(reader.get_slice(k).get_shape()), file) for k in reader.offset_keys()]
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{file}: not a readable safetensors file, or cut short ({error}).") from None
+            raise InputError(
+                f"{file}: not a readable safetensors file, or cut short ({error}). Fetch this file again."
+            ) from None
     if wanted:
         missing = sorted(wanted.keys() - {e.name for e in entries})
         if missing:

@@ -181,7 +181,7 @@ def refused(path: Path | str, **changes: Any) -> str:
     with pytest.raises(InputError) as caught:
         load_base(section(Path(path), **changes) if isinstance(path, Path) else ModelSection(path=path), CPU)
     message = str(caught.value)
-    assert message.startswith("model.path: ") and str(path) in message and "\n" not in message
+    assert message.startswith(("model.path: ", str(path))) and str(path) in message and "\n" not in message
     return message
 
 
@@ -213,7 +213,7 @@ def test_weights_cut_short(tiny_model_dir: Path, tmp_path: Path) -> None:
     directory = copied(tiny_model_dir, tmp_path)
     file = directory / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    assert "can't be loaded as a causal language model" in refused(directory)
+    assert "cut short" in refused(directory) and str(file) in refused(directory)
 
 
 def test_config_that_is_no_json_or_no_known_model(tiny_model_dir: Path, tmp_path: Path) -> None:
