@@ -99,9 +99,11 @@ def cached_base(
             target = root / _name(section, _identity(source, section, known))
             if target.exists() and prequantize.problem_of(target, verify=verify) is None:
                 return target
-        record = prequantize.quantize_checkpoint(
-            section, source, unfinished, known=known, device=device, progress=_staged(progress, "quantizing")
-        )
+        record = _complete(unfinished)  # killed between its last byte and its name
+        if record is None:
+            record = prequantize.quantize_checkpoint(
+                section, source, unfinished, known=known, device=device, progress=_staged(progress, "quantizing")
+            )
         hashes.remember(source, record)
         return _publish(unfinished, root / _name(section, record["identity"]))
     finally:
@@ -116,7 +118,7 @@ def find_base(section: ModelSection, directory: Path | None = None) -> Path | No
         return None
     files = prequantize.shard_files(directory)
     known = HashIndex(root / "hashes.json").known(files)
-    if not files or len(known) < len(files):
+    if not files or len(known) < len(files) or not (directory / "config.json").is_file():
         return None
     config = hashlib.sha256((directory / "config.json").read_bytes()).hexdigest()
     names = {file.name: digest for file, digest in known.items()}
@@ -274,6 +276,13 @@ def _size_bytes(directory: Path) -> int:
         except OSError:
             continue  # renamed meanwhile
     return size
+
+
+def _complete(unfinished: Path) -> dict[str, Any] | None:
+    """The record of a copy that is whole but for its place, or None."""
+    if prequantize.problem_of(unfinished, verify=True) is not None or any(unfinished.glob(".qvera_*.json")):
+        return None
+    return prequantize.read_record(unfinished)
 
 
 def _publish(made: Path, target: Path) -> Path:

@@ -1,9 +1,9 @@
-"""Weights to packed 4-bit values on a CPU: bitsandbytes' own numbers, an order of magnitude sooner.
+"""Weights to packed 4-bit values on a CPU: bitsandbytes' own numbers, made faster (bench/quantize.py has the ratio).
 
 The arithmetic is that of bitsandbytes' CPU `quantize_4bit` (QLoRA, arXiv 2305.14314, section 3; bitsandbytes
 `backends/default/ops.py`), in the same order and in fp32, so every nibble is the same: for a block of 64 weights
 
-    a = max |w|        s = w · (1 / max(a, 1e-38))        index = number of thresholds below s
+    a = max |w|        s = w · (1 / max(a, 1e-38))        rank = number of thresholds below s
 
 with thresholds halfway between neighbouring values of the code; a last block of fewer than 64 divides by a instead. What
 differs is how it is done: chunks that stay in the cache, maxima taken over the bits, thresholds counted one after another
@@ -14,7 +14,6 @@ threads without touching a setting of the process.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -34,20 +33,18 @@ _BITS: dict[torch.dtype, Any] = {torch.bfloat16: np.int16, torch.float16: np.int
 class _Code(NamedTuple):
     thresholds: np.ndarray
     """fp32 [15], ascending."""
-    packed: np.ndarray | None
-    """uint8 [256]: two ranks of values → two nibbles; None where a value's rank is its nibble (NF4)."""
+    lowest: np.uint8
+    """The nibble of a value below all thresholds."""
+    steps: np.ndarray
+    """uint8 [15]: what each threshold passed adds to the nibble, modulo 256; all 1 for NF4, whose nibbles are ranks."""
 
 
 @functools.cache
 def _code(quant_type: str) -> _Code:
     values = bnb.functional.get_4bit_type(quant_type, device="cpu")
     order = torch.argsort(values)  # as bitsandbytes does it, ties (FP4 has two zeros) included
-    thresholds = ((values[order[:-1]] + values[order[1:]]) / 2).numpy()
-    nibble = order.numpy().astype(np.uint8)
-    if np.array_equal(nibble, np.arange(16)):
-        return _Code(thresholds, None)
-    pairs = np.arange(256)
-    return _Code(thresholds, (nibble[pairs >> 4] << 4) | nibble[pairs & 15])
+    nibbles = order.numpy().astype(np.uint8)
+    return _Code(((values[order[:-1]] + values[order[1:]]) / 2).numpy(), nibbles[0], np.diff(nibbles))
 
 
 class _Scratch:
@@ -55,8 +52,8 @@ class _Scratch:
 
     def __init__(self, size: int) -> None:
         self.scaled = np.empty(size, np.float32)
-        self.below = np.empty(size, np.bool_)
-        self.rank = np.empty(size, np.uint8)
+        self.above = np.empty(size, np.bool_)
+        self.nibble = np.empty(size, np.uint8)
         self.one, self.other = np.empty(size // 2, np.uint16), np.empty(size // 2, np.uint16)
         self.maxima: dict[Any, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -93,18 +90,19 @@ def _block_maxima(bits: np.ndarray, dtype: torch.dtype, scratch: _Scratch, absma
 def _pack(scaled: np.ndarray, code: _Code, scratch: _Scratch, packed: np.ndarray) -> None:
     """Scaled weights (an even number of them) → two nibbles a byte, the first one high."""
     size = scaled.size
-    rank, below = scratch.rank[:size], scratch.below[:size]
-    np.greater(scaled, code.thresholds[0], out=rank.view(np.bool_))
-    for threshold in code.thresholds[1:]:
-        np.greater(scaled, threshold, out=below)
-        np.add(rank, below.view(np.uint8), out=rank)
-    pairs, one, other = rank.view("<u2"), scratch.one[: size // 2], scratch.other[: size // 2]
+    nibble, above = scratch.nibble[:size], scratch.above[:size]
+    ones = above.view(np.uint8)
+    nibble[...] = code.lowest
+    for threshold, step in zip(code.thresholds, code.steps, strict=True):
+        np.greater(scaled, threshold, out=above)
+        if step != 1:
+            np.multiply(ones, step, out=ones)
+        np.add(nibble, ones, out=nibble)
+    pairs, one, other = nibble.view("<u2"), scratch.one[: size // 2], scratch.other[: size // 2]
     np.left_shift(pairs, 4, out=one)
     np.right_shift(pairs, 8, out=other)
     np.bitwise_or(one, other, out=one)
     np.copyto(packed, one, casting="unsafe")
-    if code.packed is not None:
-        packed[...] = code.packed[packed]
 
 
 def _whole_blocks(
@@ -202,9 +200,3 @@ def pack(weights: torch.Tensor, quant_type: str, threads: int | None = None) -> 
     with Packer(quant_type, threads) as packer:
         packer.pack(weights.contiguous(), packed, absmax)
     return torch.from_numpy(packed), torch.from_numpy(absmax)
-
-
-def pieces(count: int, size: int) -> Iterator[tuple[int, int]]:
-    """Start and stop of pieces of at most ``size`` weights (a multiple of 64) that together are ``count``."""
-    for start in range(0, count, size):
-        yield start, min(start + size, count)

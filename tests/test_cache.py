@@ -188,6 +188,19 @@ def test_a_killed_makers_lock_is_recovered_and_its_shards_are_used(
     assert {name: (made / name).stat().st_ino for name in kept} == kept
 
 
+def test_killed_between_the_last_byte_and_the_name(section: ModelSection, monkeypatch: Any) -> None:
+    def dying(made: Path, target: Path) -> Path:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cache, "_publish", dying)
+        cached_base(section)
+    stages = Stages()
+    copy = cached_base(section, progress=stages)
+    assert prequantize.problem_of(copy, verify=True) is None and "quantizing" not in stages.seen
+    assert [entry.directory for entry in cache.listed()] == [copy]
+
+
 def test_the_commands(section: ModelSection, root: Path, tmp_path: Path, capsys: Any) -> None:
     assert main(["quantize", section.path]) == 0
     (copy,) = [p for p in root.iterdir() if p.is_dir()]
