@@ -82,12 +82,15 @@ def main() -> None:
     in_bytes = sum(f.stat().st_size for f in files)
 
     times = {"copy": copy_seconds(files, scratch / "copy")}
+    print(f"copy: {times['copy']:.1f} s", file=sys.stderr)
     times["gemms"], weights = gemm_seconds(args.base, adapter)
+    print(f"GEMMs: {times['gemms']:.1f} s    ", file=sys.stderr)
     command = [sys.executable, "-m", "qvera", "export", str(adapter), str(out), "--no-compare"]
     found = measured(command, args.limit)
     if found.returncode != 0:
         raise SystemExit(f"export failed: exit code {found.returncode}, out of memory: {found.killed_for_memory}")
     times["export"] = found.seconds
+    print(f"export: {found.seconds:.1f} s, peak {found.peak_bytes / 1e9:.2f} GB", file=sys.stderr)
     written = sorted(out.glob("*.safetensors"))
     began = time.perf_counter()
     read, made = ({f.name: file_sha256(f) for f in group} for group in (files, written))

@@ -205,7 +205,7 @@ def require_base(config: Any, adapter: Path | str, name: str, fingerprint: str |
     expected = getattr(config, "base_fingerprint", None)
     if not same_base(expected, fingerprint):
         raise InputError(
-            f"{adapter}: was trained on other weights than those of {name!r}. Expected the base "
+            f"{adapter}: was trained on another base model than {name!r}. Expected the base "
             f"{config.base_model_name_or_path!r} with fingerprint {str(expected)[:16]}; {name!r} has {str(fingerprint)[:16]}. "
             "Point model.path at the base it was trained on."
         )

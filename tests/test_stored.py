@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,3 +84,17 @@ def test_what_can_be_compared() -> None:
     assert same_base("a", "a") and not same_base("a", "b")
     assert same_base(None, "a") and same_base("a", None)
     assert same_base("quantized:a", "b") and not same_base("quantized:a", "quantized:b")
+
+
+def test_a_base_in_the_hubs_cache_has_the_fingerprint_of_its_snapshot(tiny_model_dir: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "models--some--llama"
+    shutil.copytree(tiny_model_dir, repository / "snapshots" / ("a" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    code = (
+        "from qvera.model import fingerprint_of; from qvera.recipe import ModelSection\n"
+        "print(fingerprint_of(ModelSection(path='some/llama')), fingerprint_of(ModelSection(path='some/other')))"
+    )
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == [base_fingerprint(tiny_model_dir), "None"]

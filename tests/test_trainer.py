@@ -16,9 +16,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from qvera import trainer
+from qvera.cli import main
 from qvera.errors import InputError, Interrupted, RunFailed
 from qvera.recipe import Recipe
 from qvera.trainer import train
+
+from .disk import fill, small_disk
 
 
 def records(run_dir: Path, kind: str = "train") -> list[dict[str, Any]]:
@@ -199,3 +202,22 @@ def test_tensorboard_gets_every_step(make_recipe: Any, tmp_path: Path) -> None:
     assert [(e.step, pytest.approx(e.value)) for e in reader.Scalars(tag)] == [
         (r["step"], r["loss"]) for r in records(tmp_path / "run")
     ]
+
+
+def test_a_disk_that_fills_up_stops_the_run_and_resume_ends_where_it_would_have(
+    write_recipe: Any, tmp_path: Path, capsys: Any
+) -> None:
+    def recipe(name: str, run: Path) -> str:
+        return str(write_recipe(name, training={"output_dir": str(run), "save_steps": 1, "max_steps": 4}))
+
+    assert main(["train", recipe("whole.yaml", tmp_path / "whole")]) == 0
+    with small_disk(tmp_path / "disk", 4 << 20) as disk:
+        filler = fill(disk, leave_bytes=100_000)  # room for a checkpoint or two, not for four and an adapter
+        command = ["train", recipe("full.yaml", disk / "run")]
+        assert main(command) == 1
+        assert "the disk is full" in capsys.readouterr().err
+        assert list((disk / "run" / "checkpoints").glob("step-*")) and not (disk / "run" / "adapter").exists()
+        filler.unlink()
+        assert main([*command, "--resume"]) == 0
+        vectors = (disk / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert vectors == (tmp_path / "whole" / "adapter" / "adapter_model.safetensors").read_bytes()

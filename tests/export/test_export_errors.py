@@ -193,7 +193,7 @@ def _other_content(base: Path) -> None:
         (_wrong_shape, r"model\.norm\.weight has shape \[63\], and by .*config\.json it has \[64\]"),
         (
             _other_content,
-            r"trained on other weights than those of .*Expected the base .* with fingerprint [0-9a-f]{16}",
+            r"trained on another base model than .*Expected the base .* with fingerprint [0-9a-f]{16}",
         ),
     ],
 )
@@ -236,9 +236,9 @@ def test_the_fingerprint_guards_load_merge_and_start_and_old_adapters_pass(
     small_llama(seed=5).to(torch.bfloat16).save_pretrained(tmp_path / "other")
     small_tokenizer().save_pretrained(tmp_path / "other")
     other = load_base(dataclasses.replace(section, path=str(tmp_path / "other")))
-    with pytest.raises(InputError, match="trained on other weights"):
+    with pytest.raises(InputError, match="trained on another base model"):
         load_adapter(other.model, directory, other)
-    with pytest.raises(InputError, match="trained on other weights"):
+    with pytest.raises(InputError, match="trained on another base model"):
         attach(
             load_base(dataclasses.replace(section, path=str(tmp_path / "other"))).model,
             AdapterSection(rank=8, init_from=str(directory)),
@@ -259,7 +259,7 @@ def test_the_fingerprint_guards_load_merge_and_start_and_old_adapters_pass(
     assert main(["merge-adapters", *pair, str(tmp_path / "no")]) == 2
     assert "different base models" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "second"), str(tmp_path / "no"), "--to", "lora"]) == 2
-    assert "trained on other weights" in capsys.readouterr().err
+    assert "trained on another base model" in capsys.readouterr().err
     config.pop("base_fingerprint")
     (directory / "adapter_config.json").write_text(json.dumps(config))
     load_adapter(other.model, directory, other)
@@ -276,7 +276,7 @@ def test_a_run_records_its_base_and_answers_only_on_it(write_recipe: Any, tmp_pa
     assert stored == json.loads((tmp_path / "run" / "run.json").read_text())["model"]["fingerprint"]
     small_llama(seed=5).to(torch.bfloat16).save_pretrained(tmp_path / "model")
     assert main(["eval", str(tmp_path / "run"), "--no-generation"]) == 2
-    assert "trained on other weights" in capsys.readouterr().err
+    assert "trained on another base model" in capsys.readouterr().err
 
 
 def test_a_base_without_index_and_small_blocks_give_the_same_weights(
