@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-INTERVAL_SECONDS = 0.01
+INTERVAL_SECONDS = 0.008
 _FIELDS = ("RssAnon", "RssShmem", "VmSwap")
 
 
@@ -131,6 +131,8 @@ def _sampling(group: Cgroup) -> Iterator[dict[str, Any]]:
     done = threading.Event()
 
     def sample() -> None:
+        with contextlib.suppress(OSError):  # ahead of what it watches, or it would wait for a turn like everyone else
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), -15)
         last, turn = time.perf_counter(), 0
         while not done.is_set():
             held = mapped = 0

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch import nn
 
 from .errors import InputError
 from .model import file_sha256
+from .unfinished import disk_full_says, flush
 
 FORMAT = 1
 _FILES = ("vectors.safetensors", "optimizer.safetensors", "state.json", "random.safetensors")
@@ -52,7 +52,27 @@ def save(
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
 ) -> Path:
-    """Write ``directory/step-XXXXXXXX``; it appears under this name only when it is complete and on disk."""
+    """Write ``directory/step-XXXXXXXX``; it appears under this name only when it is complete and on disk.
+
+    Raises:
+        RunFailed: the disk is full; earlier checkpoints are kept.
+    """
+    kept = "Earlier checkpoints are kept; make room and go on with --resume."
+    with disk_full_says(f"the checkpoint of step {step} in {directory}", kept):
+        try:
+            return _write(directory, step, vectors, optimizer, state)
+        except BaseException:
+            shutil.rmtree(directory / f".partial-step-{step:08d}", ignore_errors=True)
+            raise
+
+
+def _write(
+    directory: Path,
+    step: int,
+    vectors: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     final = directory / f"step-{step:08d}"
     partial = directory / f".partial-{final.name}"
@@ -67,13 +87,13 @@ def save(
     manifest = {}
     for file in sorted(partial.iterdir()):
         manifest[file.name] = {"sha256": file_sha256(file), "bytes": file.stat().st_size}
-        _flush(file)
+        flush(file)
     (partial / "manifest.json").write_text(json.dumps({"format": FORMAT, "step": step, "files": manifest}, indent=1))
-    _flush(partial / "manifest.json")
+    flush(partial / "manifest.json")
     if final.exists():
         shutil.rmtree(final)  # the same step, saved by a run that was then resumed from before it
     partial.rename(final)
-    _flush(directory)
+    flush(directory)
     return final
 
 
@@ -180,12 +200,3 @@ def _random_state() -> dict[str, torch.Tensor]:
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
-
-
-def _flush(path: Path) -> None:
-    """fsync a file or a directory: a rename must not reach the disk before what it names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -119,12 +119,15 @@ def build_parser() -> argparse.ArgumentParser:
         "Write the trained model in a form that other tools load.",
         "\n\n--to merged: W + dW for every adapted weight in 16 bits; plain transformers loads it. The run trained on a quantized\n"
         "base; --base original merges into the 16-bit weights, --base dequantized into what the vectors saw. The difference\n"
-        "between trained and exported model is measured and written to OUT/qvera_export.json.\n\n"
+        "between trained and exported model is measured and written to OUT/qvera_export.json. Interrupted (or out of disk): the\n"
+        "same command goes on from the finished shards.\n\n"
         "--to lora: the same change of the weights as an adapter of stock PEFT's LoRA; exact at the adapter's own rank, or cut to\n"
         "the best --rank K, with the error of each layer. --to peft: an adapter of PEFT's own VeRA, projections in the file.",
     )
     p.add_argument("run", type=Path, metavar="RUN", help="a run directory or an adapter directory")
-    p.add_argument("out", type=Path, metavar="OUT", help="a directory that is new or empty")
+    p.add_argument(
+        "out", type=Path, metavar="OUT", help="a directory that is new or empty, or holds this export unfinished"
+    )
     p.add_argument(
         "--to", choices=["merged", "lora", "peft"], default="merged", help="what to write (default: %(default)s)"
     )
@@ -135,6 +138,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--no-compare", action="store_true", help="do not measure the difference (saves loading both models)"
+    )
+
+    p.add_argument(
+        "--compare-only",
+        action="store_true",
+        help="measure the difference of the export that is in OUT, write nothing else",
     )
 
     p = command(
@@ -155,6 +164,43 @@ def build_parser() -> argparse.ArgumentParser:
         default="float32",
         help="of a LoRA (default: %(default)s)",
     )
+
+    p = command(
+        "quantize",
+        "Write the 4-bit copy of a 16-bit model, once.",
+        "\n\nOUT is a checkpoint in bitsandbytes' own serialized format; stock transformers loads it. Without OUT it goes into\n"
+        "the cache, where `qvera train` would make it on first use. Killed or stopped, the same command goes on from its\n"
+        "finished shards.",
+    )
+    p.add_argument("model", metavar="MODEL", help="a directory with safetensors, or a hub id")
+    p.add_argument(
+        "out", type=Path, nargs="?", metavar="OUT", help="a directory that is new or empty (default: the cache)"
+    )
+    p.add_argument("--quantization", choices=["nf4", "fp4"], help="default: as in a recipe, nf4")
+    p.add_argument(
+        "--no-double-quant", action="store_false", default=None, dest="double_quant", help="keep the scales in fp32"
+    )
+    p.add_argument(
+        "--quant-storage", choices=["uint8", "bfloat16", "float16", "float32"], help="default: as in a recipe, bfloat16"
+    )
+    p.add_argument("--revision", help="branch, tag or commit of a hub id")
+    p.add_argument(
+        "--trust-remote-code", action="store_true", default=None, help="run Python code that comes with the model"
+    )
+    p.add_argument(
+        "--verify", action="store_true", help="hash source and copy again, instead of believing sizes and times"
+    )
+
+    p = command("cache", "The 4-bit copies of models: list, remove, verify.")
+    actions = p.add_subparsers(dest="action", metavar="ACTION", required=True)
+    a = actions.add_parser("ls", help="what is there, and how large")
+    a.add_argument("--json", action="store_true", help="as JSON")
+    a = actions.add_parser("rm", help="delete copies")
+    a.add_argument("names", nargs="*", metavar="NAME", help="as ls shows them, or the beginning of one")
+    a.add_argument("--all", action="store_true", help="every copy")
+    a.add_argument("--unfinished", action="store_true", help="what was interrupted and is not being made now")
+    a = actions.add_parser("verify", help="hash copies again and compare")
+    a.add_argument("names", nargs="*", metavar="NAME", help="default: all")
 
     p = command("info", "What is this directory: base, rank, targets, counts, hashes, versions.")
     p.add_argument("path", type=Path, metavar="DIR", help="a run or adapter directory")

@@ -3,36 +3,55 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import Progress as RichProgress
 
+from . import cache as cache_of_bases
 from . import evaluate
 from .adapters import stacked_factors, union, weighted_sum, write_vectors
 from .data import NAMED_TEMPLATES, ChatTemplate, Encoder, Example, Turn, build_datasets, read_prompts, resolve_template
-from .errors import InputError
+from .errors import InputError, Interrupted, RunFailed
 from .export import export_merged
-from .export.compare import measure_difference
+from .export.compare import measure_difference, too_little_memory
 from .export.deltas import AdapterDeltas, read_deltas, skeleton
 from .export.factors import Truncation, export_lora, export_stock_vera, lora_bytes, lora_factors, truncate_all
 from .export.merged import CERTIFICATE
 from .generate import generate as generate_texts
 from .generate import generating
+from .locations import resolve_path
 from .metrics import memory_text
-from .model import load_tokenizer, pick_device, resolve_path
+from .model import (
+    ADAPTER_WEIGHTS,
+    file_sha256,
+    fingerprint_of,
+    load_tokenizer,
+    pick_device,
+    read_config,
+    require_base,
+)
 from .plan import gpu_machine, make_plan, parse_size, time_step
 from .plan import table as plan_table
 from .plan.say import print_plan
+from .prequantize import problem_of, read_record
 from .recipe import DataSection, ExportSection, ModelSection, Recipe, load_recipe
 from .run import OpenRun, describe, locate, open_run
 from .rundir import run_directory
+from .stop import StopRequests
+from .stored import same_base
 from .trainer import train as train_run
+from .unfinished import replace_text
 
 _console = Console(stderr=True)
 
@@ -295,7 +314,13 @@ def export(args: argparse.Namespace) -> None:
     if args.rank is not None and args.to != "lora":
         raise InputError("--rank: goes with --to lora only.")
     if args.to != "merged":
+        if args.compare_only:
+            raise InputError("--compare-only: goes with --to merged only.")
+        require_base(read_config(adapter_dir), adapter_dir, section.path, fingerprint_of(section))
         _export_adapter(args, section, adapter_dir, getattr(torch, options.dtype))
+        return
+    if args.compare_only:
+        _compare_only(args, recipe, section, adapter_dir, options)
         return
     template = None
     if recipe is not None:
@@ -317,8 +342,11 @@ def export(args: argparse.Namespace) -> None:
         certificate["difference"] = None
     else:
         certificate["difference"] = _difference(recipe, args.run, args.out, options)
-    (args.out / CERTIFICATE).write_text(json.dumps(certificate, indent=1), encoding="utf-8")
-    difference = certificate["difference"]
+    replace_text(args.out / CERTIFICATE, json.dumps(certificate, indent=1))
+    _say_difference(certificate["difference"])
+
+
+def _say_difference(difference: dict[str, Any] | None) -> None:
     if difference and "kl_mean" in difference:
         print(
             f"trained vs exported on {difference['rows']} rows: loss {difference['loss_trained']:.4f} vs "
@@ -326,7 +354,29 @@ def export(args: argparse.Namespace) -> None:
             f"{difference['top1_agreement']:.1%}"
         )
     elif difference:
-        print(f"not compared: {difference['not_measured']}")
+        print(f"not measured: {difference['not_measured']}")
+
+
+def _compare_only(
+    args: argparse.Namespace, recipe: Recipe | None, section: ModelSection, adapter_dir: Path, options: ExportSection
+) -> None:
+    """--compare-only: measure the difference of an export that is there, and put it into its certificate."""
+    try:
+        certificate = json.loads((args.out / CERTIFICATE).read_text(encoding="utf-8"))
+        merged = certificate["adapter"]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{args.out}: --compare-only takes a finished merged export, with its {CERTIFICATE} ({type(error).__name__}: {error})."
+        ) from None
+    if recipe is None:
+        raise InputError(f"{args.run}: --compare-only takes a run; an adapter alone has no rows to compare on.")
+    if merged != file_sha256(adapter_dir / ADAPTER_WEIGHTS):
+        raise InputError(
+            f"{args.out}: is the export of another adapter than that of {args.run} ({CERTIFICATE}, adapter.sha256)."
+        )
+    certificate["difference"] = _difference(recipe, args.run, args.out, options)
+    replace_text(args.out / CERTIFICATE, json.dumps(certificate, indent=1))
+    _say_difference(certificate["difference"])
 
 
 def _export_adapter(args: argparse.Namespace, section: ModelSection, adapter_dir: Path, dtype: torch.dtype) -> None:
@@ -366,9 +416,7 @@ def merge_adapters(args: argparse.Namespace) -> None:
     """qvera merge-adapters"""
     _quiet_libraries()
     found = [locate(path) for path in args.adapters]
-    sections = {section.path for _, section, _ in found}
-    if len(sections) > 1:
-        raise InputError(f"these adapters were trained on different base models: {', '.join(sorted(sections))}.")
+    _require_one_base(found)
     model = skeleton(found[0][1])
     adapters = [read_deltas(directory, model) for _, _, directory in found]
     weights = args.weights or [1.0 / len(adapters)] * len(adapters)
@@ -381,16 +429,145 @@ def merge_adapters(args: argparse.Namespace) -> None:
     _write_lora(union(adapters), args.out, getattr(torch, args.dtype), own, args.rank, factors)
 
 
+def _require_one_base(found: list[tuple[Recipe | None, ModelSection, Path]]) -> None:
+    """All adapters of one base: by content where they all say it, else by name."""
+    prints = {path: getattr(read_config(path), "base_fingerprint", None) for _, _, path in found}
+    names = {path: section.path for _, section, path in found}
+    known = [p for p in prints.values() if p is not None]
+    if len(known) == len(prints):
+        different = any(not same_base(known[0], other) for other in known)
+    else:
+        different = len(set(names.values())) > 1
+    if different:
+        bases = ", ".join(f"{names[p]} (fingerprint {(prints[p] or 'unknown')[:16]})" for p in names)
+        raise InputError(f"these adapters were trained on different base models: {bases}.")
+
+
 def _difference(recipe: Recipe, run: Path, out: Path, options: ExportSection) -> dict[str, Any]:
-    """The certificate's measured part; data that has gone since is said, and costs the export nothing."""
+    """The certificate's measured part; data that has gone since, or too little memory, is said and costs the export nothing."""
+    again = f"`qvera export {run} {out} --compare-only` measures it later, or on a larger machine."
     try:
+        reason = too_little_memory(out, _trained_bytes(run))
+        if reason is not None:
+            return {"not_measured": f"{reason}. {again}"}
         with _console.status("Comparing the trained with the exported model"):
             opened = open_run(run)
             datasets = build_datasets(recipe.data, opened.base.tokenizer, _console)
             rows = (datasets.eval or datasets.train)[: options.certificate_rows]
             return measure_difference(opened.model, out, rows, datasets.pad_id)
     except InputError as error:
-        return {"not_measured": str(error)}
+        return {"not_measured": f"{error} {again}"}
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        return {"not_measured": f"the memory gave out. {again}"}
+
+
+def _trained_bytes(run: Path) -> int:
+    """What the base took when it was trained on, as the run measured it; 0 where it does not say."""
+    try:
+        return int(json.loads((run / "run.json").read_text(encoding="utf-8"))["model"]["base_bytes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def quantize(args: argparse.Namespace) -> None:
+    """qvera quantize"""
+    _quiet_libraries()
+    given = {
+        key: getattr(args, key)
+        for key in ("quantization", "double_quant", "quant_storage", "revision", "trust_remote_code")
+    }
+    section = ModelSection(path=args.model, **{key: value for key, value in given.items() if value is not None})
+    began = time.perf_counter()
+    with StopRequests() as stop, _byte_progress() as show:
+
+        def progress(stage: str, done: int, total: int, what: str) -> None:
+            show(stage, done, total, what)
+            if stop.asked:
+                raise Interrupted(
+                    f"{stop.asked}: stopped; finished shards are kept, the same command goes on from them."
+                )
+
+        options: dict[str, Any] = {"device": pick_device(), "verify": args.verify, "progress": progress}
+        if args.out is None:
+            out = cache_of_bases.cached_base(section, **options)
+            record = read_record(out)
+            assert record is not None  # cached_base has looked at it
+        else:
+            out, record = args.out, cache_of_bases.quantized_copy(section, args.out, **options)
+    size = sum(file["bytes"] for file in record["files"].values())
+    source = sum(file["bytes"] for file in record["source"]["files"].values())
+    print(f"{memory_text(source)} → {memory_text(size)} in {out}, {time.perf_counter() - began:.0f} s")
+
+
+@contextlib.contextmanager
+def _byte_progress() -> Iterator[cache_of_bases.Progress]:
+    """A bar in bytes for each stage, on stderr."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with RichProgress(*columns, console=_console, transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(stage: str, done: int, total: int, what: str) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(
+                    stage.capitalize() if stage != "waiting" else f"Waiting: {what}", total=total
+                )
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield show
+
+
+def cache(args: argparse.Namespace) -> None:
+    """qvera cache"""
+    if args.action == "ls":
+        _cache_ls(args)
+        return
+    entries = cache_of_bases.listed()
+    names = list(args.names)
+    if args.action == "verify":
+        chosen = [e for e in entries if e.finished and (not names or any(e.name.startswith(n) for n in names))]
+        if names and not chosen:
+            raise InputError(f"{', '.join(names)}: no such quantized base; `qvera cache ls` shows them.")
+        for entry in chosen:
+            problem = problem_of(entry.directory, verify=True)
+            if problem is not None:
+                raise RunFailed(f"{problem}. `qvera cache rm {entry.name}` removes it; the next use makes it again.")
+            print(f"{entry.name}  as written")
+        return
+    names += [e.name for e in entries if args.all or (args.unfinished and not e.finished)]
+    if not (names or args.all or args.unfinished):
+        raise InputError(
+            "qvera cache rm: name a quantized base, or say --unfinished or --all; `qvera cache ls` shows them."
+        )
+    for name in dict.fromkeys(names):
+        print(f"{name}  removed, {memory_text(cache_of_bases.remove(name))}")
+
+
+def _cache_ls(args: argparse.Namespace) -> None:
+    rows: list[dict[str, Any]] = []
+    for entry in cache_of_bases.listed():
+        source = entry.record["source"] if entry.record else {}
+        settings = entry.record["settings"] if entry.record else {}
+        rows.append(
+            {
+                "name": entry.name, "finished": entry.finished, "size_bytes": entry.size_bytes, "source": source.get("path"),
+                "revision": source.get("revision"), "settings": settings, "directory": str(entry.directory),
+            }
+        )  # fmt: skip
+    if args.json:
+        print(json.dumps(rows, indent=1))
+        return
+    for row in rows:
+        print(f"{row['name']:<32}{memory_text(row['size_bytes']):>10}  {row['source'] or 'unfinished'}")
+    total = sum(row["size_bytes"] for row in rows)
+    print(f"{len(rows)} in {cache_of_bases.bases_root()}, {memory_text(total)}")
 
 
 def info(args: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from . import frozen
 from .data import Example, collate, collate_prefix_once, microbatches
 from .generate import exact_match, generate
 from .loss import Head, summed_nll
@@ -24,7 +25,7 @@ def make_batch(
         batch = collate_prefix_once(examples, device)
         if batch is not None:
             # additive, which both attention implementations take
-            dtype = causal_model(model).get_input_embeddings().weight.dtype
+            dtype = frozen.embedding_dtype(causal_model(model).get_input_embeddings())
             sees = batch["attention_mask"]
             hidden = torch.full(sees.shape, torch.finfo(dtype).min, dtype=dtype, device=device)
             batch["attention_mask"] = hidden.masked_fill_(sees, 0.0)

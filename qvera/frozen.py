@@ -83,6 +83,43 @@ class FrozenLinear8bit(_Frozen, quantize.Linear8bit):
     """`bitsandbytes.nn.Linear8bitLt` run by `frozen_linear`: weights in int8, products in the compute dtype."""
 
 
+class FrozenLinear(_Frozen, torch.nn.Linear):
+    """A dense linear stored in another dtype (16 bits, in a mapped file) than it computes in: cast for each product."""
+
+    _held_weight: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        held = self._held_weight
+        if held is not None and held.dtype == x.dtype and not torch.is_grad_enabled():
+            return F.linear(x, held, None if self.bias is None else self.bias.to(x.dtype))
+        return frozen_linear(self, x)
+
+
+def freeze_dense(module: torch.nn.Linear) -> None:
+    """Make this linear a `FrozenLinear`."""
+    module.__class__ = FrozenLinear
+
+
+class FrozenEmbedding(torch.nn.Embedding):
+    """An embedding whose table is stored in another dtype than its output has."""
+
+    output_dtype: torch.dtype
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input).to(self.output_dtype)
+
+
+def embed_in(module: torch.nn.Embedding, dtype: torch.dtype) -> None:
+    """Make this embedding give ``dtype`` (a `FrozenEmbedding`)."""
+    module.__class__ = FrozenEmbedding
+    module.output_dtype = dtype  # type: ignore[assignment]
+
+
+def embedding_dtype(module: Any) -> torch.dtype:
+    """The dtype of what an embedding gives, which is that of a model's activations."""
+    return getattr(module, "output_dtype", module.weight.dtype)
+
+
 def freeze_linears(model: torch.nn.Module) -> int:
     """Make every bitsandbytes linear of this model run through `frozen_linear`; returns how many there are.
 
@@ -101,14 +138,19 @@ def freeze_linears(model: torch.nn.Module) -> int:
 @contextlib.contextmanager
 def inference_layout(model: torch.nn.Module, skip: Collection[torch.nn.Module] = ()) -> Iterator[None]:
     """For the time of the block, 4-bit layers (but those in ``skip``) hold a second copy of their weight, as packed for the
-    fused CPU kernel.
+    fused CPU kernel, and the output head one in its compute dtype where it is stored in another.
 
     Generation then runs at bitsandbytes' speed while the training weights stay as they are. Costs the packed weights'
     size again until the block ends; does nothing where there is no such kernel (CUDA has its own, on the plain layout).
     """
     packed = []
     skipped = set(map(id, skip))
+    inner: Any = model
+    head: Any = inner.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    holds = isinstance(head, FrozenLinear) and head._held_weight is None and head.weight.device.type == "cpu"
     try:
+        if holds:
+            head._held_weight = head.weight.to(embedding_dtype(inner.get_input_embeddings()))
         for module in model.modules():
             if not isinstance(module, FrozenLinear4bit) or id(module) in skipped:
                 continue
@@ -118,5 +160,7 @@ def inference_layout(model: torch.nn.Module, skip: Collection[torch.nn.Module] =
                 packed.append(module)
         yield
     finally:
+        if holds:
+            head._held_weight = None
         for module in packed:
             del module._inference_pack

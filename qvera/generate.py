@@ -51,7 +51,7 @@ def _dense_fits(layers: list[Any]) -> bool:
     """Whether dense copies of these layers' weights take at most a quarter of the memory that is free on this CPU."""
     if not layers or any(parameter.device.type != "cpu" for parameter in layers[0].parameters()):
         return False
-    size_bytes = sum(layer.in_features * layer.out_features for layer in layers) * 2
+    size_bytes = sum(layer.in_features * layer.out_features * layer.held_dtype().itemsize for layer in layers)
     return size_bytes <= psutil.virtual_memory().available // 4
 
 
@@ -157,7 +157,7 @@ def _prefix_cache(model: Any, prefix: Sequence[int], device: torch.device) -> An
     """The KV cache of one row after ``prefix``, to be repeated for every batch."""
     cache = DynamicCache(config=causal_model(model).config)
     ids = torch.as_tensor([list(prefix)], dtype=torch.long, device=device)
-    causal_model(model).get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
+    causal_model(model).get_decoder()(input_ids=ids, use_cache=True, **{_CACHE_ARGUMENT: cache})
     return cache
 
 

@@ -6,6 +6,7 @@ import platform
 import resource
 import sys
 import threading
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,42 @@ class PeakWatch:
         if self._thread is not None:
             self._done.set()
             self._thread.join()
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that can still be taken: on the CUDA device, or in this machine within the limit of this process's cgroup."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return min([psutil.virtual_memory().available, *_cgroup_available()])
+
+
+def _cgroup_available() -> Iterator[int]:
+    """What the memory cgroups above this process (v1 or v2) leave it; dropped file pages count as free."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "memory":
+            root, limit, usage, cache = (
+                "/sys/fs/cgroup/memory",
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+                "total_cache",
+            )
+        elif controllers == "":
+            root, limit, usage, cache = "/sys/fs/cgroup", "memory.max", "memory.current", "file"
+        else:
+            continue
+        group = Path(root) / path.lstrip("/")
+        for directory in (group, *group.parents):
+            try:
+                most, held = int((directory / limit).read_text()), int((directory / usage).read_text())
+                stat = dict(row.split() for row in (directory / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):  # "max": no limit here
+                continue
+            yield most - held + int(stat.get(cache, 0))
 
 
 def device_name(device: torch.device) -> str:

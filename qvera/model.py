@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from peft import PeftModel, VeraConfig, get_peft_model
 from safetensors import SafetensorError
@@ -19,9 +20,13 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from . import frozen, quantize
+from . import cache, frozen, quantize
 from .errors import InputError
+from .locations import base_directory, resolve_path
+from .mapped import NotMappable, load_mapped
 from .recipe import AdapterSection, ModelSection
+from .stored import base_fingerprint, same_base
+from .unfinished import disk_full_says, flush
 from .vera import QveraConfig, QveraLinear, accelerated_peft
 from .vera.config import PEFT_TYPE
 
@@ -62,11 +67,6 @@ def pick_compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def resolve_path(path: str) -> str:
-    """A recipe's model or tokenizer path with ``~`` expanded; hub ids stay as they are."""
-    return os.path.expanduser(path) if path.startswith("~") else path
-
-
 _TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json")
 
 
@@ -96,11 +96,17 @@ def load_tokenizer(section: ModelSection) -> Any:
     return tokenizer
 
 
-def load_base(section: ModelSection, device: torch.device | None = None) -> Base:
+def load_base(
+    section: ModelSection, device: torch.device | None = None, progress: cache.Progress | None = None
+) -> Base:
     """Load the base model of a recipe, quantized and frozen, in evaluation mode.
 
-    Quantization happens while loading, one tensor at a time; a checkpoint that is already in bitsandbytes' 4-bit format
-    is taken as it is. Every 4-bit and int8 linear is then run by `qvera.frozen`.
+    A 16-bit base that is wanted in 4 bits is quantized once, into the cache (`qvera.cache`), and that file is mapped; a checkpoint
+    that is in bitsandbytes' 4-bit format already is mapped as it is (`qvera.mapped`). int8, dense and unusual checkpoints are
+    loaded by transformers. Every quantized linear is then run by `qvera.frozen`.
+
+    Args:
+        progress: called while the base is quantized for the first time, see `cache.cached_base`.
 
     Raises:
         InputError: no model at that path, not a causal language model, or what was loaded is not what the recipe says.
@@ -110,19 +116,17 @@ def load_base(section: ModelSection, device: torch.device | None = None) -> Base
     name = resolve_path(section.path)
     tokenizer = load_tokenizer(section)
     common: dict[str, Any] = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
+    attention = {} if section.attn_implementation == "auto" else {"attn_implementation": section.attn_implementation}
     try:
         config = AutoConfig.from_pretrained(name, **common)
         stored = getattr(config, "quantization_config", None)
-        kwargs: dict[str, Any] = {}
-        if stored is None:
-            quantization = quantize.quantization_config(section, dtype)
-            if quantization is not None:
-                kwargs["quantization_config"] = quantization
-        if section.attn_implementation != "auto":
-            kwargs["attn_implementation"] = section.attn_implementation
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, device_map={"": device}, use_safetensors=True, **common, **kwargs
-        )
+        model = _mapped(section, config, dtype, device, progress)
+        if model is None:
+            quantization = None if stored is not None else quantize.quantization_config(section, dtype)
+            kwargs = attention if quantization is None else {**attention, "quantization_config": quantization}
+            model = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, device_map={"": device}, use_safetensors=True, **common, **kwargs
+            )
     except (OSError, ValueError, KeyError, HFValidationError, SafetensorError, ImportError) as error:
         raise InputError(
             f"model.path: {name!r} can't be loaded as a causal language model: {_first_line(error)} Expected a hub id, or a "
@@ -132,7 +136,29 @@ def load_base(section: ModelSection, device: torch.device | None = None) -> Base
     model.eval()
     frozen.freeze_linears(model)
     facts = read_back(model, section, dtype, prequantized=stored is not None)
+    facts["fingerprint"] = fingerprint_of(section)
     return Base(model, tokenizer, facts)
+
+
+def _mapped(
+    section: ModelSection, config: Any, dtype: torch.dtype, device: torch.device, progress: cache.Progress | None
+) -> Any | None:
+    """The model from its mapped 4-bit file, which is made now if there is none yet; None where transformers has to load it."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None and not (stored if isinstance(stored, dict) else stored.to_dict()).get("load_in_4bit"):
+        return None
+    if stored is None and section.quantization not in ("nf4", "fp4"):
+        return None
+    try:
+        if stored is None:
+            directory = cache.cached_base(section, device=device, progress=progress)
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=section.trust_remote_code)
+        else:
+            directory = base_directory(section)
+        attention = None if section.attn_implementation == "auto" else section.attn_implementation
+        return load_mapped(directory, config, dtype, device, attention)
+    except (cache.NotPlain, NotMappable):
+        return None
 
 
 def _check_local(name: str) -> None:
@@ -149,6 +175,40 @@ def _check_local(name: str) -> None:
             raise InputError(
                 f"model.path: {name!r} has no *.safetensors weights{found}. Convert the weights to safetensors."
             )
+
+
+def fingerprint_of(section: ModelSection) -> str | None:
+    """`base_fingerprint` of a base that is on this machine: a directory, or a hub id in the cache; else None."""
+    name = resolve_path(section.path)
+    if Path(name).is_dir():
+        return base_fingerprint(Path(name))
+    try:
+        found = try_to_load_from_cache(name, "config.json", revision=section.revision)
+    except HFValidationError:
+        return None
+    snapshot = Path(found).parent if isinstance(found, str) else None
+    if snapshot is None or not any(snapshot.glob("*.safetensors")):
+        return None
+    return base_fingerprint(snapshot)
+
+
+def require_base(config: Any, adapter: Path | str, name: str, fingerprint: str | None) -> None:
+    """Hold the base at hand against the one that an adapter was trained on, by content.
+
+    Args:
+        config: the adapter's.
+        name: path or hub id of the base at hand; ``fingerprint``: its own, None where unknown.
+
+    Raises:
+        InputError: it is another base. An adapter that doesn't say (an old one, or PEFT's own) passes.
+    """
+    expected = getattr(config, "base_fingerprint", None)
+    if not same_base(expected, fingerprint):
+        raise InputError(
+            f"{adapter}: was trained on other weights than those of {name!r}. Expected the base "
+            f"{config.base_model_name_or_path!r} with fingerprint {str(expected)[:16]}; {name!r} has {str(fingerprint)[:16]}. "
+            "Point model.path at the base it was trained on."
+        )
 
 
 def _first_line(error: BaseException) -> str:
@@ -212,10 +272,12 @@ def read_back(
     }
 
 
-def attach(model: nn.Module, section: AdapterSection, base_name: str | None = None) -> PeftModel:
+def attach(
+    model: nn.Module, section: AdapterSection, base_name: str | None = None, base_fingerprint: str | None = None
+) -> PeftModel:
     """Put a fresh adapter (or, with ``init_from``, the vectors of an existing one) on a loaded base.
 
-    Only its vectors are trainable afterwards.
+    Only its vectors are trainable afterwards. ``base_name`` and ``base_fingerprint`` go into the adapter's config.
 
     Raises:
         InputError: a target matches nothing, or ``init_from`` does not fit.
@@ -228,6 +290,7 @@ def attach(model: nn.Module, section: AdapterSection, base_name: str | None = No
         projection_seed=section.seed,
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_name,
+        base_fingerprint=base_fingerprint,
     )
     peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
     if base_name is not None:
@@ -242,6 +305,7 @@ def attach(model: nn.Module, section: AdapterSection, base_name: str | None = No
         ):
             if ours != theirs:
                 raise InputError(f"adapter.init_from: {section.init_from} has {key} {theirs}, the recipe {ours}.")
+        require_base(stored, section.init_from, str(base_name), base_fingerprint)
         load_vectors(peft_model, vectors, section.init_from)
     if not section.train_d:
         for name, vector in named_vectors(peft_model).items():
@@ -277,15 +341,27 @@ def save_adapter(model: PeftModel, directory: Path) -> int:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` (fp32 vectors, no projections); returns their bytes.
 
     Written to a temporary name and renamed, so that a half-written adapter never stands under its final name.
+
+    Raises:
+        RunFailed: the disk is full; an adapter that was there before is still there.
     """
+    with disk_full_says(str(directory), "The run's checkpoints are kept; make room and go on with --resume."):
+        _write_adapter(model, directory)
+    return sum(f.stat().st_size for f in directory.iterdir())
+
+
+def _write_adapter(model: PeftModel, directory: Path) -> None:
     partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
-    # save_embedding_layers=False: PEFT would otherwise look the base up on the hub
-    model.save_pretrained(str(partial), save_embedding_layers=False)
-    (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-    for file in partial.iterdir():
-        with open(file, "rb+") as handle:
-            os.fsync(handle.fileno())
+    try:
+        # save_embedding_layers=False: PEFT would otherwise look the base up on the hub
+        model.save_pretrained(str(partial), save_embedding_layers=False)
+        (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+        for file in partial.iterdir():
+            flush(file)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     if directory.exists():
         old = directory.with_name(f".{directory.name}.old-{os.getpid()}")
         directory.rename(old)
@@ -293,7 +369,7 @@ def save_adapter(model: PeftModel, directory: Path) -> int:
         shutil.rmtree(old)
     else:
         partial.rename(directory)
-    return sum(f.stat().st_size for f in directory.iterdir())
+    flush(directory.parent)
 
 
 def read_adapter(directory: Path) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -375,13 +451,18 @@ def load_vectors(model: nn.Module, vectors: dict[str, torch.Tensor], source: str
             parameter.copy_(vectors[name])
 
 
-def load_adapter(model: nn.Module, directory: Path) -> PeftModel:
+def load_adapter(model: nn.Module, directory: Path, base: Base | None = None) -> PeftModel:
     """Attach the adapter in ``directory`` to a loaded base, checked: projections, names, shapes, finite values.
+
+    Args:
+        base: what `load_base` gave for ``model``: the adapter must have been trained on the same, by content.
 
     Raises:
         InputError: it is no adapter, or not one for this model.
     """
     config, vectors = read_adapter(directory)
+    if base is not None:
+        require_base(config, directory, base.facts["path"], base.facts.get("fingerprint"))
     if config.peft_type != PEFT_TYPE:
         return _load_stock_adapter(model, directory)
     try:

@@ -8,10 +8,15 @@ Storage formats: 4-bit NF4/FP4 with optional double quantization (QLoRA, arXiv 2
 from __future__ import annotations
 
 import copy
+import functools
+import json
+import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from transformers import BitsAndBytesConfig
+from transformers.quantizers import AutoHfQuantizer
 
 from ._bitsandbytes import bitsandbytes as bnb
 from .recipe import ModelSection
@@ -35,6 +40,98 @@ def quantization_config(section: ModelSection, compute_dtype: torch.dtype) -> Bi
         bnb_4bit_compute_dtype=compute_dtype,
         bnb_4bit_quant_storage=getattr(torch, section.quant_storage),
     )
+
+
+def four_bit_linears(model: torch.nn.Module, section: ModelSection) -> set[str]:
+    """Names of the modules that transformers makes 4-bit in this model (on the meta device; it is changed in place).
+
+    All `nn.Linear` (and Conv1D) but the output head, what is tied to the embeddings, and what the model keeps in fp32.
+    """
+    quantizer = AutoHfQuantizer.from_config(quantization_config(section, torch.bfloat16), pre_quantized=False)
+    quantizer.preprocess_model(model, device_map=None)
+    return {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+
+
+STATE_KEY = "quant_state.bitsandbytes__"
+_NESTED_BLOCK = 256
+_FLOAT_CHARACTERS = 24
+"""The longest that JSON writes a float: -1.2345678901234567e-123."""
+
+
+def serialized_layout(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, section: ModelSection
+) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """Name, dtype and shape of each tensor that bitsandbytes stores for a 4-bit weight ``name`` of this shape and dtype.
+
+    Wide ones first, and the JSON at the end filled up with blanks (which a JSON parser skips), so that it is as long whatever
+    number is in it and what follows starts at a multiple of 64 bytes if this did.
+    """
+    count, storage = math.prod(shape), getattr(torch, section.quant_storage)
+    blocks = -(-count // 64)
+    layout: list[tuple[str, torch.dtype, tuple[int, ...]]]
+    layout = [(name, storage, (-(-count // 2) // storage.itemsize, 1))]
+    if section.double_quant:
+        layout += [
+            (f"{name}.nested_absmax", torch.float32, (-(-blocks // _NESTED_BLOCK),)),
+            (f"{name}.nested_quant_map", torch.float32, (256,)),
+        ]
+    else:
+        layout.append((f"{name}.absmax", torch.float32, (blocks,)))
+    layout.append((f"{name}.quant_map", torch.float32, (16,)))
+    if section.double_quant:
+        layout.append((f"{name}.absmax", torch.uint8, (blocks,)))
+    state: dict[str, Any] = {"quant_type": "nf4", "blocksize": 64, "dtype": _dtype_name(dtype), "shape": shape}
+    if section.double_quant:
+        state |= {"nested_blocksize": _NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": 0.0}
+    length = len(json.dumps(state)) + _FLOAT_CHARACTERS
+    size = sum(math.prod(s) * d.itemsize for _, d, s in layout)
+    length += -(size + length) % 64
+    return [*layout, (f"{name}.{STATE_KEY}{section.quantization}", torch.uint8, (length,))]
+
+
+def serialized_statistics(
+    name: str, absmax: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, section: ModelSection
+) -> dict[str, torch.Tensor]:
+    """The tensors of `serialized_layout` but the first, from the absmax fp32 [blocks] of a weight.
+
+    Double quantization is bitsandbytes' own, over all of ``absmax`` at once.
+    """
+    code = bnb_functional.get_4bit_type(section.quantization, device=absmax.device)
+    make = functools.partial(
+        bnb_functional.QuantState, shape=shape, dtype=dtype, blocksize=64, code=code, quant_type=section.quantization
+    )
+    if section.double_quant:
+        offset = absmax.mean()
+        small, nested = bnb_functional.quantize_blockwise(absmax - offset, blocksize=_NESTED_BLOCK)
+        return serialized_state(name, make(absmax=small, offset=offset, state2=nested), section)
+    return serialized_state(name, make(absmax=absmax), section)
+
+
+def serialized_state(name: str, state: Any, section: ModelSection) -> dict[str, torch.Tensor]:
+    """A `QuantState` as the tensors of `serialized_layout` but the first, on the CPU."""
+    tensors = {f"{name}.{key}": tensor.cpu() for key, tensor in state.as_dict(packed=True).items()}
+    key, _, (length,) = serialized_layout(name, tuple(state.shape), state.dtype, section)[-1]
+    text = tensors[key].numpy().tobytes().ljust(length)
+    tensors[key] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    return tensors
+
+
+def quantized_on_device(
+    name: str, weight: torch.Tensor, section: ModelSection
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """A whole weight by bitsandbytes' own kernels, on the device it is on: packed, and `serialized_state`, on the CPU."""
+    packed, state = bnb_functional.quantize_4bit(
+        weight,
+        blocksize=64,
+        compress_statistics=section.double_quant,
+        quant_type=section.quantization,
+        quant_storage=getattr(torch, section.quant_storage),
+    )
+    return packed.cpu(), serialized_state(name, state, section)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def dequantized_weight(module: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -61,6 +158,33 @@ def dequantized_weight(module: Any, dtype: torch.dtype) -> torch.Tensor:
         rows, scales = int8_rows(module)
         return (rows.to(torch.float32) * (scales.to(torch.float32) / 127.0).unsqueeze(1)).to(dtype)
     return weight.to(dtype)
+
+
+class RowBlocks:
+    """The weight [m, n] of a linear layer in ``dtype``, in blocks of rows (``elements`` weights at most) made when asked for.
+
+    A weight that is held in that dtype already, or is quantized, is one block (dequantized once).
+    """
+
+    def __init__(self, module: Any, dtype: torch.dtype, elements: int) -> None:
+        self.rows: int = module.out_features
+        stored = module.weight
+        self._whole = None
+        if stored.dtype == dtype or isinstance(module, (Linear4bit, Linear8bit)):
+            self._whole = dequantized_weight(module, dtype)
+        self._stored, self._dtype = stored, dtype
+        self._step = self.rows if self._whole is not None else max(1, elements // stored.shape[1])
+
+    def __len__(self) -> int:
+        return -(-self.rows // self._step)
+
+    def __iter__(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        if self._whole is not None:
+            yield slice(0, self.rows), self._whole
+            return
+        for start in range(0, self.rows, self._step):
+            rows = slice(start, min(start + self._step, self.rows))
+            yield rows, self._stored[rows].to(self._dtype)
 
 
 def int8_rows(module: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,6 +236,34 @@ def four_bit_facts(module: Any) -> FourBitFacts:
     return FourBitFacts(state.quant_type, bool(state.nested), weight.dtype, module.compute_dtype, state.blocksize)
 
 
+def prequantized_linear(
+    dense: torch.nn.Linear,
+    packed: torch.Tensor,
+    statistics: dict[str, torch.Tensor],
+    compute_dtype: torch.dtype,
+    device: torch.device,
+) -> Any:
+    """A `Linear4bit` in the place of ``dense`` (on the meta device) around a weight that was quantized before.
+
+    Args:
+        packed: the weight's packed bytes, in any storage dtype.
+        statistics: bitsandbytes' serialized quantization state: ``X.absmax``, ``X.quant_map``, ``X.quant_state.bitsandbytes__nf4``
+            and, with double quantization, ``X.nested_absmax`` and ``X.nested_quant_map``.
+
+    On a CPU neither is copied.
+    """
+    bias = dense.bias is not None
+    layer = Linear4bit(
+        dense.in_features, dense.out_features, bias, compute_dtype, quant_storage=packed.dtype, device="meta"
+    )
+    weight = bnb.nn.Params4bit.from_prequantized(packed, statistics, requires_grad=False, device=device, module=layer)
+    weight.quant_state.dtype = compute_dtype  # what it dequantizes to; the file says what it was quantized from
+    layer.weight = weight
+    if bias:
+        layer.bias = dense.bias
+    return layer
+
+
 def requantized(module: Any, weight: torch.Tensor) -> torch.nn.Parameter:
     """``weight`` [m, n] quantized the way ``module`` is, as a new parameter on the module's device (for merging)."""
     if isinstance(module, Linear4bit):
@@ -149,6 +301,20 @@ def roundtrip(weight: torch.Tensor, section: ModelSection) -> torch.Tensor:
     packed, state = bnb_functional.quantize_4bit(
         weight, blocksize=64, compress_statistics=section.double_quant, quant_type=section.quantization
     )
+    return bnb_functional.dequantize_4bit(packed, state)
+
+
+def nested_roundtrip(absmax: torch.Tensor) -> torch.Tensor:
+    """The absolute maxima of a whole weight's blocks, fp32, as double quantization keeps them."""
+    offset = absmax.mean()
+    packed, state = bnb_functional.quantize_blockwise(absmax - offset, blocksize=256)
+    return bnb_functional.dequantize_blockwise(packed, state) + offset
+
+
+def roundtrip_blocks(weight: torch.Tensor, absmax: torch.Tensor, quant_type: str) -> torch.Tensor:
+    """`roundtrip` of whole blocks of 64 consecutive elements, scaled back by ``absmax``, one number a block."""
+    packed, state = bnb_functional.quantize_4bit(weight, blocksize=64, compress_statistics=False, quant_type=quant_type)
+    state.absmax = absmax.contiguous()
     return bnb_functional.dequantize_4bit(packed, state)
 
 

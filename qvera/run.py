@@ -61,7 +61,7 @@ def open_run(path: str | Path, *, adapter: bool = True) -> OpenRun:
     if adapter:
         model.read_adapter(directory)  # a broken adapter is found before a big model is loaded
     base = model.load_base(section)
-    return OpenRun(path, recipe, base, model.load_adapter(base.model, directory) if adapter else base.model)
+    return OpenRun(path, recipe, base, model.load_adapter(base.model, directory, base) if adapter else base.model)
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -86,6 +86,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         "projection_generator": getattr(config, "projection_generator", "PEFT's"),
         "projection_sha256": getattr(config, "projection_sha256", None),
         "adapter_sha256": model.file_sha256(directory / model.ADAPTER_WEIGHTS),
+        "base_fingerprint": getattr(config, "base_fingerprint", None),
         "format_version": getattr(config, "format_version", None),
         "peft_type": str(getattr(config.peft_type, "value", config.peft_type)),
     }

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import struct
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +19,8 @@ from .errors import InputError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_NUMBERED = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors$")
+_SYNC_BYTES = 128 << 20
 _NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
@@ -42,7 +46,7 @@ def checkpoint_tensors(directory: Path) -> list[TensorEntry]:
             raise InputError(f"{index}: not a safetensors index ({type(error).__name__}: {error}).") from None
         files = [directory / name for name in sorted(set(wanted.values()))]
     else:
-        wanted, files = {}, sorted(directory.glob("*.safetensors"))
+        wanted, files = {}, _unindexed(directory)
     entries: list[TensorEntry] = []
     for file in files:
         if not file.is_file():
@@ -58,7 +62,31 @@ def checkpoint_tensors(directory: Path) -> list[TensorEntry]:
             raise InputError(f"{index}: names {missing[0]} (and {len(missing) - 1} more), which no shard holds.")
     if not entries:
         raise InputError(f"{directory}: has no *.safetensors weights.")
+    holders: dict[str, Path] = {}
+    for entry in entries:
+        if holders.setdefault(entry.name, entry.file) != entry.file:
+            raise InputError(
+                f"{directory}: both {holders[entry.name].name} and {entry.file.name} hold {entry.name}. Leave only the files of "
+                "one checkpoint there, or an index."
+            )
     return entries
+
+
+def _unindexed(directory: Path) -> list[Path]:
+    """Weight files where no index names them: the single file, else all, of which a numbered set must be whole."""
+    if (directory / SINGLE).is_file():
+        return [directory / SINGLE]
+    files = sorted(directory.glob("*.safetensors"))
+    numbered = [m for f in files if (m := _NUMBERED.match(f.name))]
+    there = {m[0] for m in numbered}
+    for stem, total in {(m[1], m[3]) for m in numbered}:
+        for number in range(1, int(total) + 1):
+            name = f"{stem}-{number:0{len(total)}d}-of-{total}.safetensors"
+            if name not in there:
+                raise InputError(
+                    f"{directory / name}: this shard of {int(total)} is missing, and there is no {INDEX}. Fetch it."
+                )
+    return files
 
 
 def read_tensor(entry: TensorEntry) -> torch.Tensor:
@@ -86,6 +114,9 @@ def plan_shards(entries: list[TensorEntry], dtype: torch.dtype, max_bytes: int) 
 def write_shard(path: Path, entries: list[TensorEntry], dtype: torch.dtype, tensors: Iterator[torch.Tensor]) -> str:
     """Write one safetensors file as ``tensors`` yields them, under a temporary name until it is whole; returns its SHA-256.
 
+    A tensor may come in pieces along its first dimension, one after the other. No more is taken than fits into ``entries``,
+    so one iterator can serve several files.
+
     File format: 8 bytes little-endian header length, JSON header, tensor bytes back to back
     (https://github.com/huggingface/safetensors#format).
     """
@@ -103,21 +134,42 @@ def write_shard(path: Path, entries: list[TensorEntry], dtype: torch.dtype, tens
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
     digest = hashlib.sha256()
     partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as handle:
-        for piece in (struct.pack("<Q", len(text)), text):
-            handle.write(piece)
-            digest.update(piece)
-        for entry, tensor in zip(entries, tensors, strict=True):
-            if tuple(tensor.shape) != entry.shape or tensor.dtype != dtype:
-                raise RuntimeError(
-                    f"{entry.name}: wrote {tensor.dtype} {tuple(tensor.shape)}, the header says otherwise"
-                )
-            data: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-            handle.write(data)
-            digest.update(data)
-        handle.flush()
-        os.fsync(handle.fileno())
-    partial.replace(path)
+    try:
+        with open(partial, "wb") as handle, ThreadPoolExecutor(1) as disk:
+            behind: Future[None] | None = None
+            unsynced = 0
+            for piece in (struct.pack("<Q", len(text)), text):
+                handle.write(piece)
+                digest.update(piece)
+            for entry in entries:
+                written, count = 0, _elements(entry.shape)
+                while written < count:
+                    tensor = next(tensors)
+                    if tensor.dtype != dtype or tensor.shape[1:] != entry.shape[1:]:
+                        raise RuntimeError(
+                            f"{entry.name}: wrote {tensor.dtype} {tuple(tensor.shape)}, the header says otherwise"
+                        )
+                    data: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+                    handle.write(data)
+                    digest.update(data)
+                    written += tensor.numel()
+                    unsynced += data.nbytes
+                    if unsynced > _SYNC_BYTES and (behind is None or behind.done()):
+                        # on its way to the disk while the next pieces are made; the fsync at the end then has little left
+                        if behind is not None:
+                            behind.result()  # a disk that filled up meanwhile speaks here
+                        handle.flush()
+                        behind, unsynced = disk.submit(os.fdatasync, handle.fileno()), 0
+                if written != count:
+                    raise RuntimeError(f"{entry.name}: wrote {written} elements, the header says {count}")
+            if behind is not None:
+                behind.result()
+            handle.flush()
+            os.fsync(handle.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     return digest.hexdigest()
 
 

@@ -11,7 +11,6 @@ import dataclasses
 import datetime
 import math
 import os
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -45,6 +44,7 @@ from .model import (
 from .optimize import build_optimizer, build_schedule, optimizer_bytes
 from .recipe import Recipe
 from .rundir import Progressed, check_run_dir, finish, plain, run_facts
+from .stop import StopRequests
 
 
 @dataclasses.dataclass
@@ -145,7 +145,7 @@ def _run(
     plan = rehearsal.plan_run(recipe, datasets, device, base, console)
     with console.status(f"Loading {recipe.model.path}"):
         base = base or load_base(recipe.model, device)
-        model = attach(base.model, recipe.adapter, recipe.model.path)
+        model = attach(base.model, recipe.adapter, recipe.model.path, base.facts.get("fingerprint"))
     if training.gradient_checkpointing:
         enable_checkpointing(model)
     vectors = named_vectors(model)
@@ -192,7 +192,7 @@ def _run(
     def score(label: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         return _score(model, base, datasets, recipe, console, label)
 
-    signals = _StopRequests()
+    signals = StopRequests()
     with signals, trackers:
         if done.before is None and datasets.eval:
             done.before, done.samples_before = score("Before training")
@@ -361,28 +361,3 @@ def _score(
         text += f", exact match {result['exact_match']:.1%} of {result['exact_match_rows']} rows"
     console.print(text)
     return result, [by_row[id(e)] for e in shown]
-
-
-class _StopRequests:
-    """SIGINT and SIGTERM ask for a stop at the next step boundary; a second SIGINT stops at once."""
-
-    def __init__(self) -> None:
-        self.asked: str | None = None
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> _StopRequests:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._previous[number] = signal.signal(number, self._ask)
-            except ValueError:  # not the main thread (a notebook's worker): leave signals alone
-                break
-        return self
-
-    def _ask(self, number: int, _frame: Any) -> None:
-        if self.asked is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = signal.Signals(number).name
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,12 @@ CHATML = (
 @pytest.fixture(autouse=True, scope="session")
 def _threads() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Quantized bases of the tests, and of the commands they start, are not left in the user's cache."""
+    os.environ["QVERA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 def small_tokenizer() -> PreTrainedTokenizerFast:

@@ -168,6 +168,12 @@ def export_over_something(place: Place) -> list[str]:
     return ["export", str(place.copied_run()), str(place.root / "merged")]
 
 
+def quantize_missing_shard(place: Place) -> list[str]:
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (place.root / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    return ["quantize", str(place.root / "model"), str(place.root / "q")]
+
+
 def export_missing_shard(place: Place) -> list[str]:
     index = {"metadata": {}, "weight_map": {"model.embed_tokens.weight": "model-00001-of-00002.safetensors"}}
     run = place.copied_run()
@@ -247,6 +253,10 @@ TABLE: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     "export over something": (export_over_something, "not empty"),
     "export with a missing shard": (export_missing_shard, "missing"),
     "answers file exists": (answers_exist, "exists; nothing is overwritten"),
+    "quantize what is not there": (lambda p: ["quantize", "./nowhere", str(p.root / "q")], "is not a directory"),
+    "quantize over something": (lambda p: ["quantize", str(p.root / "model"), str(p.root / "model")], "not empty"),
+    "quantize with a missing shard": (quantize_missing_shard, "missing"),
+    "no such quantized base": (lambda p: ["cache", "rm", "nf4-0"], "no quantized base of that name"),
     "no prompts": (empty_prompts, "no prompts in it"),
 }
 

@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from qvera import checkpoint
-from qvera.errors import InputError
+from qvera.errors import InputError, RunFailed
+
+from .disk import fill, small_disk
 
 STATE: dict[str, Any] = {"schedule": {"last_epoch": 7}, "progressed": {"best_loss": 1.25, "note": "Grüße"}}
 FILES = ["manifest.json", "optimizer.safetensors", "random.safetensors", "state.json", "vectors.safetensors"]
@@ -247,8 +249,8 @@ def test_a_write_that_fails_leaves_no_checkpoint_under_its_name(
     def full(_: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_flush", full)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(checkpoint, "flush", full)
+    with pytest.raises(RunFailed, match="the checkpoint of step 8 .*: the disk is full"):
         save_steps(tmp_path, 8)
     assert "step-00000008" not in names(tmp_path)
     found = checkpoint.newest(tmp_path)
@@ -262,7 +264,7 @@ def test_the_manifest_is_written_last_and_everything_is_flushed_before_the_renam
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flushed: list[str] = []
-    monkeypatch.setattr(checkpoint, "_flush", lambda path: flushed.append(path.name))
+    monkeypatch.setattr(checkpoint, "flush", lambda path: flushed.append(path.name))
     save_steps(tmp_path, 4)
     assert sorted(flushed[:-2]) == [f for f in FILES if f != "manifest.json"]
     assert flushed[-2:] == ["manifest.json", tmp_path.name]
@@ -295,3 +297,22 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path: Path, keep: int, also: se
     (tmp_path / "notes.txt").write_text("mine")
     checkpoint.prune(tmp_path, keep, also)
     assert names(tmp_path) == ["notes.txt", *(f"step-{n:08d}" for n in left)]
+
+
+def test_a_full_disk_is_said_and_earlier_checkpoints_stay(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 400_000) as disk:
+        vectors = {"layers.0.q.qvera_b": nn.Parameter(torch.randn(5_000))}
+        optimizer = torch.optim.AdamW(vectors.values(), lr=0.1)
+        step(vectors, optimizer)
+        checkpoint.save(disk / "c", 1, vectors, optimizer, STATE)
+        filler = fill(disk, leave_bytes=30_000)  # room for the vectors, not for the optimizer's state
+        with pytest.raises(
+            RunFailed, match="the checkpoint of step 2 .*the disk is full.*Earlier checkpoints are kept"
+        ):
+            checkpoint.save(disk / "c", 2, vectors, optimizer, STATE)
+        assert names(disk / "c") == ["step-00000001"]
+        found = checkpoint.newest(disk / "c")
+        assert found is not None and found.step == 1
+        filler.unlink()
+        checkpoint.save(disk / "c", 2, vectors, optimizer, STATE)
+        assert names(disk / "c") == ["step-00000001", "step-00000002"]

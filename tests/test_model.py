@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qvera import frozen, quantize
-from qvera.errors import InputError
+from qvera.errors import InputError, RunFailed
 from qvera.model import (
     adapter_facts,
     attach,
@@ -25,8 +25,10 @@ from qvera.model import (
     save_adapter,
 )
 from qvera.recipe import AdapterSection, ModelSection
+from qvera.stored import base_fingerprint
 
 from .conftest import small_llama, small_tokenizer
+from .disk import fill, small_disk
 from .vera.helpers import perturb, relative
 
 CPU = torch.device("cpu")
@@ -65,6 +67,7 @@ def test_facts_of_a_4_bit_base(tiny_model_dir: Path, quantization: str, double_q
         "four_bit_modules": 14,
         "int8_modules": 0,
         "base_bytes": LINEAR_PARAMETERS // 2 + scales + 2 * DENSE_PARAMETERS,
+        "fingerprint": base_fingerprint(tiny_model_dir),
     }
     assert not base.model.training and not any(p.requires_grad for p in base.model.parameters())
 
@@ -78,6 +81,7 @@ def test_facts_of_int8_and_of_an_unquantized_base(tiny_model_dir: Path) -> None:
         "quant_storage": None,
         "four_bit_modules": 0,
         "compute_dtype": "bfloat16",
+        "fingerprint": base_fingerprint(tiny_model_dir),
     }
     rows = 2 * (64 + 32 + 32 + 64 + 192 + 192 + 64)
     assert load_base(section(tiny_model_dir, quantization="int8"), CPU).facts == {
@@ -335,10 +339,24 @@ def test_a_failed_save_leaves_the_old_adapter(saved: Path, monkeypatch: pytest.M
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("qvera.model.os.fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr("qvera.model.flush", full)
+    with pytest.raises(RunFailed, match="adapter: the disk is full"):
         save_adapter(model, saved)
     assert {f.name: f.read_bytes() for f in saved.iterdir()} == before
+
+
+def test_a_full_disk_leaves_the_old_adapter(tmp_path: Path) -> None:
+    model = attach(small_llama(), AdapterSection(rank=8, seed=4))
+    with small_disk(tmp_path / "disk", 200_000) as disk:
+        save_adapter(model, disk / "adapter")
+        before = {f.name: f.read_bytes() for f in (disk / "adapter").iterdir()}
+        filler = fill(disk, leave_bytes=4_000)
+        with pytest.raises(RunFailed, match="adapter: the disk is full.*go on with --resume"):
+            save_adapter(model, disk / "adapter")
+        assert {f.name: f.read_bytes() for f in (disk / "adapter").iterdir()} == before
+        assert sorted(p.name for p in disk.iterdir()) == ["adapter", "filler"]
+        filler.unlink()
+        save_adapter(model, disk / "adapter")
 
 
 def test_checkpointing_is_switched_on_for_every_decoder_layer() -> None:

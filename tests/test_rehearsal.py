@@ -79,10 +79,10 @@ def test_a_batch_that_does_not_fit_says_so_before_the_first_step(
 ) -> None:
     """With a real limit on the address space, set just before the longest batch runs."""
     rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"text": f"row {i} " + "zq " * 250}) + "\n" for i in range(16)))
+    rows.write_text("".join(json.dumps({"text": f"row {i} " + "zq " * 250}) + "\n" for i in range(64)))
     recipe = write_recipe(
         data={"path": str(rows), "max_length": 256, "eval_fraction": 0.0},
-        training={"output_dir": str(tmp_path / "run"), "global_batch_size": 16, "per_device_train_batch_size": 16,
+        training={"output_dir": str(tmp_path / "run"), "global_batch_size": 64, "per_device_train_batch_size": 64,
                   "gradient_checkpointing": False, "sample_count": 0},
     )  # fmt: skip
     done = subprocess.run(
@@ -90,6 +90,6 @@ def test_a_batch_that_does_not_fit_says_so_before_the_first_step(
     )
     assert done.returncode == 2, done.stderr[-2000:]
     said = " ".join(done.stderr.split())
-    assert "the longest batch of this run (16 rows, the longest of 256 tokens" in said and "rows.jsonl:" in said
+    assert "the longest batch of this run (64 rows, the longest of 256 tokens" in said and "rows.jsonl:" in said
     assert "training.gradient_checkpointing=true" in said
     assert not (tmp_path / "run").exists()

@@ -7,41 +7,66 @@ two are different models, and this says by how much, in numbers that were measur
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 
+from .. import measure
 from ..data import IGNORED, Example, collate
 from ..evaluate import hidden_states
 from ..loss import Head
-from ..model import causal_model
+from ..model import causal_model, pick_device
+from .load import load_exported, load_exported_bytes
 
 
 @torch.no_grad()
-def _log_probabilities(model: Any, example: Example, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits at the trained positions of one row as log probabilities [tokens, vocabulary] fp32, and the targets."""
+def _logits(model: Any, example: Example, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [tokens, vocabulary] fp32 at the trained positions of one row, and the targets."""
     device = next(model.parameters()).device
     batch = collate([example], pad_id, device)
     hidden = hidden_states(model, batch)[0, :-1]
     targets = batch["labels"][0, 1:]
     kept = targets != IGNORED
     head = Head.of(causal_model(model))
-    logits = head.logits(head.module(hidden[kept]).float())
-    return torch.log_softmax(logits, dim=-1).cpu(), targets[kept].cpu()
+    return head.logits(head.module(hidden[kept]).float()).cpu(), targets[kept].cpu()
 
 
-def measure_difference(trained: Any, exported_dir: Path, examples: Sequence[Example], pad_id: int) -> dict[str, Any]:
+def too_little_memory(exported_dir: Path, trained_bytes: int) -> str | None:
+    """Why the two models can't be compared in the memory there is, or None.
+
+    Args:
+        trained_bytes: what the trained model's base takes (`run.json` has it, measured).
+    """
+    device = pick_device()
+    needed, available = trained_bytes + load_exported_bytes(exported_dir, device), measure.available_bytes(device)
+    if needed <= available:
+        return None
+    return (
+        f"holding the trained and the exported model together takes {needed / 1e9:.1f} GB, and {available / 1e9:.1f} GB of memory "
+        "are available"
+    )
+
+
+def measure_difference(
+    trained: Any,
+    exported_dir: Path,
+    examples: Sequence[Example],
+    pad_id: int,
+    load: Callable[[Path, torch.device], Any] = load_exported,
+) -> dict[str, Any]:
     """Compare the trained model with the exported checkpoint on the trained tokens of ``examples``.
 
-    The trained model's log probabilities wait in a temporary file, so only one row's are in memory at a time.
+    The trained model's logits wait in a temporary file, so only one row's are in memory at a time.
+
+    Args:
+        load: directory and device → the exported model.
 
     Returns:
-        Mean loss of both (nats a token), KL(trained || exported) mean and max per token, the largest difference of a log
-        probability, the share of tokens whose most likely token agrees, rows and tokens.
+        Mean loss of both (nats a token), KL(trained || exported) mean and max per token, the largest difference of a logit
+        and of a log probability, the share of tokens whose most likely token agrees, rows and tokens.
     """
     device = next(trained.parameters()).device
     vocabulary = trained.get_base_model().get_output_embeddings().weight.shape[0]
@@ -50,17 +75,17 @@ def measure_difference(trained: Any, exported_dir: Path, examples: Sequence[Exam
         stored = np.memmap(Path(scratch) / "trained.f32", dtype=np.float32, mode="w+", shape=(tokens, vocabulary))
         start, loss_trained = 0, 0.0
         for example in examples:
-            found, targets = _log_probabilities(trained, example, pad_id)
-            stored[start : start + len(found)] = found.numpy()
-            loss_trained -= found.gather(1, targets.unsqueeze(1)).sum().item()
-            start += len(found)
-        # fp16 products are slow or missing on CPUs; fp32 shows the very numbers that the file holds
-        dtype = "auto" if device.type == "cuda" else torch.float32
-        exported = AutoModelForCausalLM.from_pretrained(exported_dir, dtype=dtype, device_map={"": device}).eval()
-        start, loss_exported, divergence, worst, largest, agree = 0, 0.0, 0.0, 0.0, 0.0, 0
+            logits, targets = _logits(trained, example, pad_id)
+            stored[start : start + len(logits)] = logits.numpy()
+            loss_trained -= torch.log_softmax(logits, dim=-1).gather(1, targets.unsqueeze(1)).sum().item()
+            start += len(logits)
+        exported = load(exported_dir, device)
+        start, loss_exported, divergence, worst, largest, largest_logit, agree = 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0
         for example in examples:
-            found, targets = _log_probabilities(exported, example, pad_id)
-            ours = torch.from_numpy(np.array(stored[start : start + len(found)]))
+            logits, targets = _logits(exported, example, pad_id)
+            our_logits = torch.from_numpy(np.array(stored[start : start + len(logits)]))
+            largest_logit = max(largest_logit, (our_logits - logits).abs().max().item())
+            ours, found = torch.log_softmax(our_logits, dim=-1), torch.log_softmax(logits, dim=-1)
             kl = (ours.exp() * (ours - found)).sum(dim=1)
             divergence += kl.sum().item()
             worst = max(worst, kl.max().item())
@@ -75,6 +100,7 @@ def measure_difference(trained: Any, exported_dir: Path, examples: Sequence[Exam
         "loss_exported": loss_exported / tokens,
         "kl_mean": divergence / tokens,
         "kl_max": worst,
+        "logit_max_difference": largest_logit,
         "log_probability_max_difference": largest,
         "top1_agreement": agree / tokens,
     }

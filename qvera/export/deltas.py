@@ -44,6 +44,12 @@ class Delta:
         """A' = diag(s d) A [r, n] and B' = diag(b) B [m, r] in fp32: ΔW = B' A'."""
         return (self.d * self.scale).unsqueeze(1) * self.A, self.b.unsqueeze(1) * self.B
 
+    def rows(self, first: int, count: int) -> torch.Tensor:
+        """Rows [first, first + count) of `weight`."""
+        if self.transposed:
+            return delta_weight(self.A[:, first : first + count], self.B, self.d, self.b, self.scale).t().contiguous()
+        return delta_weight(self.A, self.B[first : first + count], self.d, self.b[first : first + count], self.scale)
+
     def weight(self) -> torch.Tensor:
         """ΔW [out, in] fp32, or [in, out] for a Conv1D."""
         delta = delta_weight(self.A, self.B, self.d, self.b, self.scale)

@@ -1,4 +1,6 @@
-"""The merged checkpoint: W + ΔW for every adapted weight, in 16 bits, one tensor at a time.
+"""The merged checkpoint: W + ΔW for every adapted weight, in 16 bits, some rows at a time.
+
+Each file of the base is read once, from start to end: one thread reads and hashes, one a core computes, one writes and hashes.
 
 Everything is written into the output directory under temporary names; ``config.json``, without which nothing takes a
 directory for a model, comes last. A run that was interrupted goes on from the shards that are whole.
@@ -6,18 +8,22 @@ directory for a model, comes last. A run that was interrupted goes on from the s
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from transformers import AutoConfig, GenerationConfig
+from transformers.pytorch_utils import Conv1D
 
-from .. import measure, quantize
-from ..errors import InputError, RunFailed
+from .. import measure
+from ..errors import InputError, Interrupted, RunFailed
+from ..locations import base_directory
 from ..model import (
     ADAPTER_WEIGHTS,
     file_sha256,
@@ -25,35 +31,18 @@ from ..model import (
     pick_compute_dtype,
     pick_device,
     read_adapter,
-    resolve_path,
+    require_base,
 )
 from ..recipe import ExportSection, ModelSection
-from ..shards import TensorEntry, checkpoint_tensors, plan_shards, read_tensor, write_index, write_shard
+from ..shards import TensorEntry, checkpoint_tensors, plan_shards, write_index, write_shard
+from ..stop import StopRequests
+from ..stored import base_fingerprint
+from ..unfinished import Unfinished, disk_full_says, place_files, replace_text, require_space
 from .deltas import AdapterDeltas, Delta, read_deltas, skeleton
+from .pipeline import in_order, one_thread_each
+from .source import Block, Source, stamps
 
 CERTIFICATE = "qvera_export.json"
-_STATE = ".qvera_export_state.json"
-
-
-def base_directory(section: ModelSection) -> Path:
-    """The directory of the base's 16-bit shards: the local one, or the hub's snapshot (downloaded where it is not yet).
-
-    Raises:
-        InputError: it can't be had.
-    """
-    name = resolve_path(section.path)
-    if Path(name).is_dir():
-        return Path(name)
-    try:
-        return Path(
-            snapshot_download(
-                name, revision=section.revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]
-            )
-        )
-    except Exception as error:  # noqa: BLE001  # huggingface_hub raises httpx's, OSError's and its own
-        raise InputError(
-            f"model.path: the base {name!r} can't be had from the hub ({type(error).__name__}: {error})."
-        ) from None
 
 
 def export_merged(
@@ -76,113 +65,223 @@ def export_merged(
 
     Raises:
         InputError: adapter and base do not fit, or ``out`` holds something else.
-        RunFailed: a merged weight would be NaN, Inf, or out of the dtype's range; the message names the tensor.
+        RunFailed: a merged weight would be NaN, Inf, or out of the dtype's range (the message names the tensor); or the disk
+            is full. Finished shards are kept, and the same call goes on from them.
+        Interrupted: SIGINT or SIGTERM came. The same holds.
     """
     read_adapter(adapter_dir)  # a broken adapter is found before a base is downloaded
-    source = base_directory(section)
+    source_dir = base_directory(section)
     dtype: torch.dtype = getattr(torch, options.dtype)
-    entries = checkpoint_tensors(source)
-    model_config = AutoConfig.from_pretrained(source, trust_remote_code=section.trust_remote_code)
+    entries = checkpoint_tensors(source_dir)
+    model_config = AutoConfig.from_pretrained(source_dir, trust_remote_code=section.trust_remote_code)
     if getattr(model_config, "quantization_config", None) is not None:
         raise InputError(
-            f"{source}: the base is stored quantized, so there are no 16-bit weights to merge into. Point model.path at the "
+            f"{source_dir}: the base is stored quantized, so there are no 16-bit weights to merge into. Point model.path at the "
             "16-bit checkpoint it was made from."
         )
-    model = skeleton(section, source)
+    model = skeleton(section, source_dir)
     adapter = read_deltas(adapter_dir, model)
+    fingerprint = base_fingerprint(source_dir)
+    require_base(adapter.config, adapter_dir, section.path, fingerprint)
+    _require_shapes(source_dir, entries, model)
     deltas = _deltas(adapter, entries)
-    identity = _identity(adapter_dir, source, entries, section, options)
-    finished = _open_output(out, identity)
     shards = plan_shards(entries, dtype, options.max_shard_size_bytes)
-    layers: dict[str, dict[str, float]] = finished["layers"]
-    done = 0
-    for name, group in shards:
-        target = out / name
-        if name in finished["shards"] and target.is_file() and file_sha256(target) == finished["shards"][name]:
-            done += len(group)
-            continue
-
-        def merged_tensors(group: list[TensorEntry] = group) -> Iterator[torch.Tensor]:
-            nonlocal done
-            for entry in group:
-                yield _merged(entry, deltas.get(entry.name), dtype, section, options, layers)
-                done += 1
-                if progress is not None:
-                    progress(done, len(entries), entry.name)
-
-        finished["shards"][name] = write_shard(target, group, dtype, merged_tensors())
-        (out / _STATE).write_text(json.dumps(finished))
-    write_index(out, shards, dtype)
+    compute = pick_compute_dtype(section.compute_dtype, pick_device())
     tokenizer = load_tokenizer(section)
-    if chat_template is not None and not tokenizer.chat_template:
-        tokenizer.chat_template = chat_template
-    tokenizer.save_pretrained(out)
-    if (source / "generation_config.json").is_file():
-        GenerationConfig.from_pretrained(source).save_pretrained(out)
-    certificate = {
-        "format": 1,
-        "kind": "merged",
-        "base": {
-            "path": section.path,
-            "revision": section.revision,
-            "weights": options.base,
-            "sha256": identity["base"],
-        },
-        "adapter": {
-            "path": str(adapter_dir),
-            "sha256": identity["adapter"],
-            "kind": str(getattr(adapter.config.peft_type, "value", adapter.config.peft_type)),
-            "rank": adapter.A.shape[0],
-            "seed": getattr(adapter.config, "projection_seed", getattr(adapter.config, "projection_prng_key", None)),
-        },
-        "trained_on": {"quantization": section.quantization, "double_quant": section.double_quant},
-        "dtype": options.dtype,
-        "files": finished["shards"],
-        "delta": layers,
-        "versions": measure.versions(),
-    }
-    (out / CERTIFICATE).write_text(json.dumps(certificate, indent=1), encoding="utf-8")
-    model_config.dtype = dtype
-    model_config.architectures = model_config.architectures or [type(model).__name__]
-    model_config.save_pretrained(out)
-    (out / _STATE).unlink()
+    identity = _identity(adapter_dir, entries, section, options, compute)
+    with StopRequests() as stop, Unfinished.open(out, identity, "export") as work:
+        try:
+            layers = _write_shards(
+                work, shards, deltas, dtype, options, (section, compute), entries, model, stop, progress
+            )
+            if chat_template is not None and not tokenizer.chat_template:
+                tokenizer.chat_template = chat_template
+            certificate = {
+                "format": 1,
+                "kind": "merged",
+                "base": {
+                    "path": section.path,
+                    "revision": section.revision,
+                    "weights": options.base,
+                    "fingerprint": fingerprint,
+                    "sha256": work.facts["base"],
+                },
+                "adapter": {
+                    "path": str(adapter_dir),
+                    "sha256": identity["adapter"],
+                    "kind": str(getattr(adapter.config.peft_type, "value", adapter.config.peft_type)),
+                    "rank": adapter.A.shape[0],
+                    "seed": getattr(
+                        adapter.config, "projection_seed", getattr(adapter.config, "projection_prng_key", None)
+                    ),
+                },
+                "trained_on": {"quantization": section.quantization, "double_quant": section.double_quant},
+                "dtype": options.dtype,
+                "files": work.shards,
+                "delta": layers,
+                "versions": measure.versions(),
+            }
+            with disk_full_says(f"{out}", _KEPT.format(done=len(shards), total=len(shards))):
+                write_index(out, shards, dtype)
+                place_files(out, tokenizer.save_pretrained)
+                if (source_dir / "generation_config.json").is_file():
+                    place_files(out, GenerationConfig.from_pretrained(source_dir).save_pretrained)
+                replace_text(out / CERTIFICATE, json.dumps(certificate, indent=1))
+                model_config.dtype = dtype
+                model_config.architectures = model_config.architectures or [type(model).__name__]
+                place_files(out, model_config.save_pretrained)  # last: with it the directory is a model
+        except KeyboardInterrupt:
+            raise Interrupted(_interrupted(work, shards, "Ctrl-C")) from None
+        work.complete()
     return certificate
 
 
-def _merged(
-    entry: TensorEntry,
-    delta: Delta | None,
+_KEPT = "{done} of {total} shards are finished and kept; make room and run the same command again, and it goes on from there."
+
+
+def _interrupted(work: Unfinished, shards: list[Any], why: str) -> str:
+    return (
+        f"Stopped by {why} with {len(work.shards)} of {len(shards)} shards finished in {work.out}. The same command goes on from "
+        "there."
+    )
+
+
+def _write_shards(
+    work: Unfinished,
+    shards: list[tuple[str, list[TensorEntry]]],
+    deltas: dict[str, Delta],
     dtype: torch.dtype,
-    section: ModelSection,
     options: ExportSection,
-    layers: dict[str, dict[str, float]],
-) -> torch.Tensor:
-    """W + ΔW in fp32, rounded once to ``dtype``; a tensor that is not adapted is only cast."""
-    weight = read_tensor(entry)
-    if not weight.dtype.is_floating_point:
-        raise InputError(f"{entry.file}: {entry.name} is {weight.dtype}, expected a floating-point weight.")
-    exact = weight.to(torch.float32)
-    if delta is not None:
-        if options.base == "dequantized":
-            compute = pick_compute_dtype(section.compute_dtype, pick_device())
-            exact = quantize.roundtrip(weight.to(compute), section).to(torch.float32)
-        change = delta.weight()
-        layers[entry.name] = {"max_abs": change.abs().max().item(), "mean_abs": change.abs().mean().item()}
-        exact = exact + change
-    result = exact.to(dtype)
-    if not torch.isfinite(result).all():
-        if not torch.isfinite(exact).all():
-            what = "has NaN or Inf" + ("" if delta is None else " after merging")
-        else:
-            what = (
-                f"has values up to {exact.abs().max().item():.6g}, beyond {dtype} (largest {torch.finfo(dtype).max:g})"
+    trained_on: tuple[ModelSection, torch.dtype],
+    entries: list[TensorEntry],
+    model: torch.nn.Module,
+    stop: StopRequests,
+    progress: Callable[[int, int, str], None] | None,
+) -> dict[str, dict[str, float]]:
+    """Write the shards that are not finished yet; returns max and mean |ΔW| by weight, in the order of the files."""
+    finished = {name for name, _ in shards if work.has(name)}
+    skip = {e.name for name, group in shards if name in finished for e in group}
+    needed = sum(math.prod(e.shape) for e in entries if e.name not in skip) * dtype.itemsize
+    require_space(work.out, needed, "the rest of the export" if skip else "the export")
+    dequantized = options.base == "dequantized"
+    source = Source(
+        entries,
+        work.facts.get("base", {}),
+        trained_on if dequantized else None,
+        *(_quantized_weights(model) if dequantized else ((), ())),
+    )
+    layers: dict[str, dict[str, float]] = {k: v for k, v in work.facts.get("layers", {}).items() if k in skip}
+    done, largest, total = len(skip), 0.0, 0.0
+
+    def pieces(results: Iterator[Merged]) -> Iterator[torch.Tensor]:
+        nonlocal done, largest, total
+        for block, result, found in results:
+            if stop.asked:
+                raise Interrupted(_interrupted(work, shards, stop.asked))
+            if found is not None:
+                largest, total = max(largest, found[0]), total + found[1]
+            if block.last:
+                if found is not None:
+                    layers[block.entry.name] = {"max_abs": largest, "mean_abs": total / math.prod(block.entry.shape)}
+                    largest = total = 0.0
+                done += 1
+                if progress is not None:
+                    progress(done, len(entries), block.entry.name)
+            yield result
+
+    merge = functools.partial(_merge, deltas=deltas, dtype=dtype, compute=trained_on[1] if dequantized else None)
+    with one_thread_each() as workers:
+        results = in_order(source.blocks(skip), merge, workers, 3 * workers + 2)
+        with contextlib.closing(results):
+            taken = pieces(results)
+            for name, group in shards:
+                if name in finished:
+                    continue
+                kept = _KEPT.format(done=len(work.shards), total=len(shards))
+                with disk_full_says(str(work.out / name), kept):
+                    sha256 = write_shard(work.out / name, group, dtype, taken)
+                    work.facts.update(base=dict(source.sha256), layers=dict(layers))
+                    work.finished(name, sha256)
+            for _ in results:  # what is left to read is only hashed
+                raise RuntimeError("the shards were planned without some of the tensors")
+    order = [e.name for e in entries if e.name in layers]
+    work.facts.update(base={f.name: source.sha256[f.name] for f in source.files}, layers={n: layers[n] for n in order})
+    return work.facts["layers"]
+
+
+Merged = tuple[Block, torch.Tensor, tuple[float, float] | None]
+"""Rows in the output's dtype, and the largest and the sum of |ΔW| in them where the weight is adapted."""
+
+
+def _merge(block: Block, deltas: dict[str, Delta], dtype: torch.dtype, compute: torch.dtype | None) -> Merged:
+    """W + ΔW in fp32, rounded once to ``dtype``; a tensor that is not adapted is only cast.
+
+    Raises:
+        RunFailed: the result has NaN or Inf in it.
+    """
+    delta, weight, found = deltas.get(block.entry.name), block.rows, None
+    if compute is not None:
+        weight = weight.to(compute)
+    if block.trip is not None:
+        trip = block.trip
+        weight = trip.rows(weight.t().contiguous(), 0).t() if block.transposed else trip.rows(weight, block.first)
+    if delta is None:
+        exact = weight if dtype == weight.dtype else weight.to(torch.float32)
+    else:
+        exact = delta.rows(block.first, len(weight))
+        low, high = torch.aminmax(exact)
+        found = (max(-low.item(), high.item()), exact.abs().sum().item())
+        exact.add_(weight)  # in fp32, like weight.float() + ΔW
+    result = exact.to(dtype).contiguous()
+    low, high = torch.aminmax(result)  # both are NaN where one element is
+    if not (math.isfinite(low.item()) and math.isfinite(high.item())):
+        raise RunFailed(_not_finite(block, exact, dtype, delta is not None))
+    return block, result, found
+
+
+def _not_finite(block: Block, exact: torch.Tensor, dtype: torch.dtype, adapted: bool) -> str:
+    name = block.entry.name
+    if not torch.isfinite(block.rows.float()).all():
+        return f"{name}: the base weight itself has NaN or Inf ({block.entry.file})."
+    if not torch.isfinite(exact.float()).all():
+        what = "has NaN or Inf" + (" after merging" if adapted else "")
+    else:
+        what = f"has values up to {exact.abs().max().item():.6g}, beyond {dtype} (largest {torch.finfo(dtype).max:g})"
+    return f"{name}: {what}. Export with --dtype bfloat16, or look at this adapter; this shard was not finished."
+
+
+def _quantized_weights(model: Any) -> tuple[set[str], set[str]]:
+    """Names of the weights that a quantized load quantizes (every linear but the head), and which of them are Conv1D's."""
+    head = model.get_output_embeddings()
+    found = {
+        f"{name}.weight": isinstance(module, Conv1D)
+        for name, module in model.named_modules()
+        if (type(module) is torch.nn.Linear or isinstance(module, Conv1D)) and module is not head
+    }
+    return set(found), {name for name, transposed in found.items() if transposed}
+
+
+def _require_shapes(directory: Path, entries: list[TensorEntry], model: Any) -> None:
+    """Hold the checkpoint against its own config.
+
+    Raises:
+        InputError: a weight has another shape, or is missing.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {e.name: e for e in entries}
+    for name, entry in found.items():
+        if expected.get(name, entry.shape) != entry.shape:
+            raise InputError(
+                f"{entry.file}: {name} has shape {list(entry.shape)}, and by {directory / 'config.json'} it has "
+                f"{list(expected[name])}. These are not the weights of this config: fetch both again."
             )
-        if torch.isfinite(weight).all() or delta is not None:
-            raise RunFailed(
-                f"{entry.name}: {what}. Export with --dtype bfloat16, or look at this adapter; nothing was finished."
-            )
-        raise RunFailed(f"{entry.name}: the base weight itself has NaN or Inf ({entry.file}).")
-    return result
+    tied = model.all_tied_weights_keys
+    missing = sorted(expected.keys() - found.keys() - {*tied, *tied.values()})
+    if missing and found.keys() <= expected.keys():  # with names of another scheme, nothing can be said
+        raise InputError(
+            f"{directory}: has no {missing[0]} (and {len(missing) - 1} more), which its config.json asks for: a shard is missing. "
+            "Fetch the checkpoint again."
+        )
 
 
 def _deltas(adapter: AdapterDeltas, entries: list[TensorEntry]) -> dict[str, Delta]:
@@ -203,41 +302,19 @@ def _deltas(adapter: AdapterDeltas, entries: list[TensorEntry]) -> dict[str, Del
 
 
 def _identity(
-    adapter_dir: Path, source: Path, entries: list[TensorEntry], section: ModelSection, options: ExportSection
+    adapter_dir: Path,
+    entries: list[TensorEntry],
+    section: ModelSection,
+    options: ExportSection,
+    compute: torch.dtype,
 ) -> dict[str, Any]:
-    """What an export is a function of: an interrupted one is continued only where all of this is equal."""
-    files = sorted({e.file for e in entries})
+    """What an export is a function of: an interrupted one is continued only where all of this is equal.
+
+    The base counts as the same by the path, size, time and inode of its files; their SHA-256 is taken while they are merged.
+    """
     return {
         "adapter": file_sha256(adapter_dir / ADAPTER_WEIGHTS),
-        "base": {f.name: file_sha256(f) for f in files},
+        "base": stamps(entries),
         "options": dataclasses.asdict(options),
-        "quantization": [section.quantization, section.double_quant, section.compute_dtype],
+        "quantization": [section.quantization, section.double_quant, str(compute)],
     }
-
-
-def _open_output(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """What of this very export is already in ``out``.
-
-    Raises:
-        InputError: ``out`` holds something else.
-    """
-    fresh: dict[str, Any] = {"identity": identity, "shards": {}, "layers": {}}
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out}: is a file; name a directory that is new or empty.")
-    state = out / _STATE
-    if state.is_file():
-        try:
-            found = json.loads(state.read_text())
-        except ValueError:
-            found = {}
-        if found.get("identity") == identity:
-            return found
-        raise InputError(f"{out}: holds an unfinished export of something else. Delete it, or name another directory.")
-    if out.is_dir() and any(out.iterdir()):
-        raise InputError(f"{out}: is not empty. Nothing is overwritten; name a directory that is new or empty.")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        state.write_text(json.dumps(fresh))
-    except OSError as error:
-        raise InputError(f"{out}: can't be written ({error}). Name another directory.") from None
-    return fresh

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
-import psutil
 import torch
 
 from .. import measure
 from ..errors import InputError
 from ..model import pick_compute_dtype
 from ..recipe import ModelSection
-
-BASE_IS_MAPPED_ON_CPU = False
-"""Whether `qvera.model.load_base` maps a 4-bit base from its file on a CPU instead of holding it."""
 
 CUDA_CONTEXT_BYTES = 500_000_000
 """What a CUDA context with torch's and bitsandbytes' kernels takes on the device; assumed where there is none to measure."""
@@ -80,19 +75,5 @@ def this_machine(section: ModelSection, device: torch.device) -> Machine:
         context = max(total - free - torch.cuda.memory_reserved(device), CUDA_CONTEXT_BYTES)
         return Machine(name, "cuda", dtype, False, total, 0, context)
     runtime = measure.private_bytes()
-    mapped = BASE_IS_MAPPED_ON_CPU and section.quantization in ("nf4", "fp4")
-    return Machine(name, "cpu", dtype, mapped, _available_bytes() + runtime, runtime)
-
-
-def _available_bytes() -> int:
-    """RAM that is free, or what is left under this process's memory cgroup where that is less."""
-    free = int(psutil.virtual_memory().available)
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            free = min(free, max(int(Path(limit).read_text()) - int(Path(used).read_text()), 0))
-        except (OSError, ValueError):
-            continue
-    return free
+    mapped = section.quantization in ("nf4", "fp4")  # `qvera.mapped`; unusual checkpoints are held instead
+    return Machine(name, "cpu", dtype, mapped, measure.available_bytes(device) + runtime, runtime)

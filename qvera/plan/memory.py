@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from ..loss import _BLOCK_ELEMENTS
 from ..recipe import Recipe
 from .activations import Adapted, Batch, kept_bytes, norm_bytes, transient_bytes
 from .machine import Machine
@@ -14,6 +15,9 @@ Kind = Literal["base", "projections", "vectors", "checkpoints", "transient", "lo
 KINDS: tuple[Kind, ...] = (
     "runtime", "base", "projections", "vectors", "checkpoints", "transient", "loss", "answers",
 )  # fmt: skip
+
+KEPT_HEAP_BYTES = 64 * 2**20
+"""glibc gives the top of its heap back when more than this is free (mallopt(3), M_TRIM_THRESHOLD, once it has adapted)."""
 
 _SMALL_8BIT = 4096  # numbers; bitsandbytes keeps fp32 state for smaller tensors
 _RANDOM_STATE_BYTES = 5056  # of torch's CPU generator, which each checkpointed layer remembers
@@ -138,7 +142,11 @@ def plan_memory(shape: Shape, recipe: Recipe, batch: Batch, machine: Machine) ->
     answers = _answers(shape, recipe, batch, machine, adapted)
     if answers:
         moments["answers"] = answers
-    return Memory(_standing(shape, recipe, machine, adapted), moments)
+    standing = _standing(shape, recipe, machine, adapted)
+    if machine.device_type == "cpu":
+        largest = max(sum(c.bytes for c in parts) for parts in moments.values())
+        standing += (Component("free heap that malloc keeps", "runtime", min(KEPT_HEAP_BYTES, largest)),)
+    return Memory(standing, moments)
 
 
 def setting(shape: Shape, recipe: Recipe, batch: Batch, machine: Machine) -> Adapted:
@@ -194,8 +202,9 @@ def _loss(shape: Shape, recipe: Recipe, batch: Batch, machine: Machine) -> tuple
         Component("logits of a chunk", "loss", 2 * chunk * shape.vocabulary * max(size, 4)),
         Component("hidden states and their gradient", "loss", states),
     ]
-    if machine.mapped_base and size != 2:  # the head is mapped in 16 bits and read in the compute dtype
-        found.append(Component("head in the compute dtype", "loss", shape.vocabulary * hidden * size))
+    if machine.mapped_base and size != 2:  # the head is mapped in 16 bits and cast a block at a time
+        block = min(shape.vocabulary * hidden, _BLOCK_ELEMENTS)
+        found.append(Component("a block of the head in the compute dtype", "loss", block * size))
     return tuple(found)
 
 
@@ -212,7 +221,9 @@ def _answers(
     cache = 2 * shape.layers * rows * tokens * shape.kv_heads * shape.head_dim * size
     found = [Component("keys and values of answers", "answers", cache)]
     numbers = sum(x.n * x.m for x in adapted)
-    if machine.device_type == "cpu" and 2 * numbers <= machine.available_bytes // 4:
+    if machine.mapped_base and size != 2:
+        found.append(Component("head in the compute dtype", "answers", shape.vocabulary * shape.hidden * size))
+    if machine.device_type == "cpu" and size * numbers <= machine.available_bytes // 4:
         widest = max(x.n * x.m for x in adapted)
         found.append(Component("dense weights for answers", "answers", numbers * size + 2 * widest * 4))
     return tuple(found)

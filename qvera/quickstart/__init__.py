@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InputError, RunFailed
-from .base import cache_root, fetch_quickstart_base
+from ..locations import cache_root
+from .base import fetch_quickstart_base
 from .task import HELDOUT_ROWS, TRAIN_ROWS, write_task
 
 __all__ = ["Quickstart", "cache_root", "fetch_quickstart_base", "prepare", "recipe_path"]

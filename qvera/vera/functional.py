@@ -68,8 +68,13 @@ def vector_gradients(
     M: torch.Tensor, B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float, need_d: bool, need_b: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """∂d [r] and ∂b [m] from M = gᵀ z [m, r], in the vectors' dtype; None for one that is not needed."""
-    weighted = M.to(d.dtype) * B
-    return (b @ weighted) * scale if need_d else None, (weighted @ d) * scale if need_b else None
+    dtype = torch.promote_types(
+        d.dtype, B.dtype
+    )  # TRL casts a 4-bit model's trained numbers to bfloat16; B stays as it is
+    weighted = M.to(dtype) * B
+    grad_d = ((b.to(dtype) @ weighted) * scale).to(d.dtype) if need_d else None
+    grad_b = ((weighted @ d.to(dtype)) * scale).to(b.dtype) if need_b else None
+    return grad_d, grad_b
 
 
 class _Expand(torch.autograd.Function):

@@ -185,14 +185,17 @@ class LowRankPath:
         self._inference_weight = None
         names = [] if base_only else self.active_names()
         if hold and (names or base_only) and not self.merged and not isinstance(self.base_layer, Conv1D):
-            base: Any = self.base_layer
-            weight = quantize.dequantized_weight(base, torch.float32).detach()
+            weight = quantize.dequantized_weight(self.base_layer, torch.float32).detach()
             for name in names:
                 weight = weight + self.delta_weight_fp32(name)
-            dtype = getattr(base, "compute_dtype", None) or base.weight.dtype
-            if not dtype.is_floating_point:  # int8: the pair is held in the dtype that its layers compute in
-                dtype = self.pair_dtype()
-            self._inference_weight, self._inference_adapters = weight.to(dtype), tuple(names)
+            self._inference_weight, self._inference_adapters = weight.to(self.held_dtype()), tuple(names)
+
+    def held_dtype(self) -> torch.dtype:
+        """The dtype of `hold_inference_weight`."""
+        base: Any = self.base_layer
+        dtype = getattr(base, "compute_dtype", None) or base.weight.dtype
+        # int8: the pair is held in the dtype that its layers compute in
+        return dtype if dtype.is_floating_point else self.pair_dtype()
 
     def _answers_from_inference_weight(self) -> bool:
         # another adapter may have been made active since, or this one merged: then the normal path is the right one

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from qvera import frozen
 from qvera.cli import main
-from qvera.errors import InputError, RunFailed
+from qvera.errors import InputError, Interrupted, RunFailed
 from qvera.export import export_merged, merged
 from qvera.model import attach, load_base, named_vectors, save_adapter
 from qvera.recipe import AdapterSection, ExportSection, ModelSection
@@ -146,7 +146,7 @@ def test_an_interrupted_export_goes_on_from_its_finished_shards(
         return original(path, *rest)
 
     monkeypatch.setattr(merged, "write_shard", dying)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted, match="3 of"):
         export_merged(adapter, section, tmp_path / "out", options)
     assert not (tmp_path / "out" / "config.json").exists(), "half a checkpoint must not pass for a whole one"
     with pytest.raises(InputError, match="unfinished export of something else"):

@@ -24,3 +24,10 @@ def test_compiled_output_and_gradients(kind: str) -> None:
     actual = [y.detach(), inner.grad, layer.qvera_b["default"].grad, layer.qvera_d["default"].grad]
     for one, other in zip(actual, expected, strict=True):
         assert one is not None and relative(one, other) < 3e-6
+
+
+@pytest.mark.parametrize("kind", ["linear", "nf4+dq-bfloat16", "int8"])
+def test_no_graph_break(kind: str) -> None:
+    torch._dynamo.reset()
+    found = torch._dynamo.explain(adapted(kind))(torch.randn(2, 9, IN, requires_grad=True))
+    assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons

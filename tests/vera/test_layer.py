@@ -325,6 +325,21 @@ def test_autocast_runs_the_low_rank_path_in_its_dtype() -> None:
     assert 1e-5 < relative(y, exact) < 2e-2
 
 
+@pytest.mark.parametrize("tokens", [3, 200])  # below and above where the low-rank path and the sum W + ΔW change form
+def test_vectors_cast_to_16_bits_train_like_their_rounded_values(tokens: int) -> None:
+    """TRL casts everything trainable to bfloat16 on a 4-bit base; the pair stays fp32."""
+    torch.manual_seed(5)
+    x, upstream = torch.randn(1, tokens, IN), torch.randn(1, tokens, OUT)
+    rounded, cast = adapted("nf4+dq-bfloat16"), adapted("nf4+dq-bfloat16")
+    for vector in (rounded.qvera_d["default"], rounded.qvera_b["default"]):
+        vector.data = vector.data.to(torch.bfloat16).float()
+    for vector in (cast.qvera_d["default"], cast.qvera_b["default"]):
+        vector.data = vector.data.to(torch.bfloat16)
+    for ours, wanted in zip(run(cast, x, upstream), run(rounded, x, upstream), strict=True):
+        assert relative(ours.float(), wanted) < 1e-2
+    assert cast.qvera_d["default"].grad.dtype == torch.bfloat16
+
+
 def test_only_linears_can_be_adapted() -> None:
     projection = SharedProjection(0, torch.device("cpu"), torch.float32)
     for module in (nn.LayerNorm(4), nn.Embedding(4, 4), nn.Conv1d(1, 1, 1)):

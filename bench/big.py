@@ -1,0 +1,142 @@
+"""Train a 7B, 13B or 70B of real shape on this machine under a memory limit, from a mapped NF4 file.
+
+Each case is a real `qvera train` in a memory cgroup: peak private memory (RssAnon + RssShmem + VmSwap of all its processes, sampled
+from outside), seconds a step, bytes read from the disk. Beside it the frozen base alone: the same model, tokens and loss, with
+gradient checkpointing and gradients flowing to the embeddings, no adapter.
+
+    python bench/big.py 7b --ranks 256 1024 --limits 2.5GB 6GB
+    python bench/big.py 70b --tokens 128 --steps 3 --no-frozen
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from common import header, write_result
+from limits import measured, parse_bytes
+from synthesise import SHAPES, synthesise
+
+from qvera.evaluate import hidden_states
+from qvera.loss import Head, summed_nll
+from qvera.model import enable_checkpointing, load_base
+from qvera.recipe import ModelSection, TrainingSection
+
+
+def write_rows(path: Path, tokens: int, count: int) -> None:
+    """Text rows of more than ``tokens`` bytes (the tokenizer's tokens are bytes), so that each is cut to exactly that many."""
+    words = "the quick brown fox jumps over a lazy dog while seven wizards brew "
+    with open(path, "w", encoding="utf-8") as handle:
+        for row in range(count):
+            text = (f"{row} " + words * (tokens // len(words) + 1))[: tokens + 8]
+            handle.write(json.dumps({"text": text}) + "\n")
+
+
+def recipe(model: Path, rows: Path, out: Path, rank: int, tokens: int, steps: int) -> dict[str, Any]:
+    return {
+        "model": str(model),
+        "data": {"path": str(rows), "format": "text", "train_on": "all", "max_length": tokens},
+        "adapter": {"rank": rank},
+        "training": {
+            "output_dir": str(out), "max_steps": steps, "global_batch_size": 1, "per_device_train_batch_size": 1,
+            "report_to": [],
+        },
+    }  # fmt: skip
+
+
+def train_under_limit(
+    model: Path, scratch: Path, rank: int, tokens: int, steps: int, limit: int | None
+) -> dict[str, Any]:
+    rows, out = scratch / "rows.jsonl", scratch / f"run-{time.monotonic_ns()}"
+    write_rows(rows, tokens, steps + 1)
+    file = scratch / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe(model, rows, out, rank, tokens, steps)))
+    result = measured([sys.executable, "-m", "qvera", "train", str(file)], limit, stdout=sys.stderr)
+    found: dict[str, Any] = {"rank": rank, "tokens": tokens, "steps": steps, **result.to_dict()}
+    found.pop("command")
+    if result.returncode == 0:
+        records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        found["step_seconds"] = [r["step_seconds"] for r in records if r["kind"] == "train"]
+        found["losses"] = [r["loss"] for r in records if r["kind"] == "train"]
+    print(json.dumps(found), file=sys.stderr)
+    return found
+
+
+def frozen_steps(model: Path, tokens: int, steps: int) -> list[float]:
+    """Seconds of forward + recompute + backward through the frozen base, gradients flowing to the input embeddings."""
+    base = load_base(ModelSection(path=str(model)))
+    enable_checkpointing(_Bare(base.model))  # type: ignore[arg-type]
+    base.model.train()
+    base.model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_())
+    ids = torch.randint(3, 200, (1, tokens), generator=torch.Generator().manual_seed(0))
+    seconds = []
+    for _ in range(steps):
+        began = time.perf_counter()
+        hidden = hidden_states(base.model, {"input_ids": ids})
+        loss, _ = summed_nll(hidden, ids, Head.of(base.model), TrainingSection().loss_chunk_tokens)
+        loss.backward()
+        seconds.append(time.perf_counter() - began)
+        print(f"frozen base: {seconds[-1]:.1f} s", file=sys.stderr)
+    return seconds
+
+
+class _Bare:
+    """A model without an adapter where `enable_checkpointing` expects PEFT's wrapper."""
+
+    def __init__(self, model: Any) -> None:
+        self.get_base_model = lambda: model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("--model", type=Path, help="an NF4 checkpoint that is there already (kept)")
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--ranks", type=int, nargs="+", default=[256])
+    parser.add_argument("--limits", nargs="*", default=[], help="memory limits, such as 2.5GB; none: watched only")
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--no-frozen", action="store_true")
+    parser.add_argument("--frozen-only", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.frozen_only:
+        print(json.dumps(frozen_steps(args.model, args.tokens, args.steps)))
+        return
+    document: dict[str, Any] = {**header(), "shape": args.shape, "tokens": args.tokens, "cases": []}
+    scratch = Path(tempfile.mkdtemp(prefix="qvera-big-", dir=args.scratch))
+    try:
+        model = args.model or synthesise(args.shape, scratch / "nf4", nf4=True)
+        document["base_bytes"] = sum(f.stat().st_size for f in model.glob("*.safetensors"))
+        for rank in args.ranks:
+            for limit in args.limits or [None]:
+                case = train_under_limit(
+                    model, scratch, rank, args.tokens, args.steps, None if limit is None else parse_bytes(limit)
+                )
+                document["cases"].append(case)
+            if not args.no_frozen and rank == args.ranks[0]:
+                command = [sys.executable, __file__, args.shape, "--frozen-only", "--model", str(model)]
+                command += ["--tokens", str(args.tokens), "--steps", str(args.steps)]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+                document["frozen_step_seconds"] = json.loads(done.stdout.splitlines()[-1])
+        if "frozen_step_seconds" in document:
+            frozen = statistics.median(document["frozen_step_seconds"])
+            for case in document["cases"]:
+                if "step_seconds" in case:
+                    case["over_frozen"] = statistics.median(case["step_seconds"]) / frozen
+        print(write_result(f"big-{args.shape}", document))
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Where the tensors of a checkpoint lie in its files, pieces of them, and a fingerprint of the whole.
+
+File format: 8 bytes little-endian header length, JSON header, tensor bytes back to back
+(https://github.com/huggingface/safetensors#format).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .errors import InputError
+from .shards import checkpoint_tensors
+
+SOURCE_FILE = "qvera_source.json"
+"""In a directory quantized from another: ``{"fingerprint": ...}`` of what it was made from."""
+
+_QUANTIZED, _SAMPLE_BYTES = "quantized:", 4096
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+class Stored(NamedTuple):
+    """One tensor of a file: its dtype, shape, and where its bytes are, counted from the start of the file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def stored_tensors(file: Path) -> tuple[int, dict[str, Stored]]:
+    """Bytes of the header, and name → `Stored`, in the order they lie in the file.
+
+    Raises:
+        InputError: the header can't be read, a dtype is unknown, or the file is shorter or longer than the header says.
+    """
+    size = file.stat().st_size
+    with open(file, "rb") as handle:
+        try:
+            (length,) = struct.unpack("<Q", handle.read(8))
+            if length > size - 8:
+                raise ValueError(f"a header of {length} bytes in a file of {size}")
+            header = json.loads(handle.read(length))
+            header.pop("__metadata__", None)
+            found = [
+                Stored(
+                    name,
+                    _DTYPES[facts["dtype"]],
+                    tuple(facts["shape"]),
+                    *(8 + length + at for at in facts["data_offsets"]),
+                )
+                for name, facts in header.items()
+            ]
+        except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{file}: not a readable safetensors file ({type(error).__name__}: {error}). Fetch this file again."
+            ) from None
+    found.sort(key=lambda stored: stored.start)
+    end = max((stored.stop for stored in found), default=8 + length)
+    if end != size:
+        raise InputError(
+            f"{file}: its header speaks of {end} bytes and the file has {size}: it was cut short or damaged. Fetch it again."
+        )
+    return 8 + length, {stored.name: stored for stored in found}
+
+
+def read_at(descriptor: int, into: memoryview, offset: int) -> bool:
+    """Fill ``into`` from an open file; False where the file ends before."""
+    done = 0
+    while done < len(into):
+        got = os.preadv(descriptor, [into[done:]], offset + done)
+        if got == 0:
+            return False
+        done += got
+    return True
+
+
+def base_fingerprint(directory: Path) -> str:
+    """What tells one base from another by its content, in milliseconds and without hashing all of it.
+
+    SHA-256 over every tensor's name, dtype and shape, and its first and last 4 KiB, in the order of the names: how the
+    tensors are spread over files, and which files lie beside them, makes no difference. A directory that was quantized from
+    another one carries the other's fingerprint (`SOURCE_FILE`); one in a quantized format of unknown origin has a fingerprint
+    of its own kind, ``quantized:...``, which says nothing about 16-bit ones (`same_base`).
+
+    Raises:
+        InputError: a shard is missing, cut short or not safetensors.
+    """
+    source = directory / SOURCE_FILE
+    if source.is_file():
+        try:
+            return str(json.loads(source.read_text(encoding="utf-8"))["fingerprint"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f'{source}: expected {{"fingerprint": ...}} ({type(error).__name__}: {error}).') from None
+    digest, quantized = hashlib.sha256(), False
+    entries = checkpoint_tensors(directory)
+    files = {file: stored_tensors(file)[1] for file in {e.file for e in entries}}
+    for entry in sorted(entries, key=lambda e: e.name):
+        stored = files[entry.file][entry.name]
+        quantized |= ".quant_state." in entry.name or entry.name.endswith(".SCB")
+        digest.update(f"{stored.name}\n{stored.dtype}\n{list(stored.shape)}\n".encode())
+        with open(entry.file, "rb") as handle:
+            handle.seek(stored.start)
+            digest.update(handle.read(min(_SAMPLE_BYTES, stored.stop - stored.start)))
+            last = max(stored.start, stored.stop - _SAMPLE_BYTES)
+            handle.seek(last)
+            digest.update(handle.read(stored.stop - last))
+    return (_QUANTIZED if quantized else "") + digest.hexdigest()
+
+
+def write_source_fingerprint(directory: Path, fingerprint: str) -> None:
+    """Say in a quantized copy what it was made from."""
+    (directory / SOURCE_FILE).write_text(json.dumps({"fingerprint": fingerprint}), encoding="utf-8")
+
+
+def same_base(one: str | None, other: str | None) -> bool:
+    """False only where both are known, can be compared, and differ."""
+    if one is None or other is None or one.startswith(_QUANTIZED) != other.startswith(_QUANTIZED):
+        return True
+    return one == other

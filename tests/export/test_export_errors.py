@@ -1,0 +1,348 @@
+"""An export that is killed, stopped, out of disk or given a damaged base: named, nothing finished is lost, nothing half passes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from qvera import adapters, measure
+from qvera.cli import main
+from qvera.errors import InputError, Interrupted, RunFailed
+from qvera.export import export_merged, source
+from qvera.model import attach, load_adapter, load_base, save_adapter
+from qvera.recipe import AdapterSection, ExportSection, ModelSection
+
+from ..conftest import small_llama, small_tokenizer
+from ..disk import fill, small_disk
+from .test_merged import perturb
+
+OPTIONS = ExportSection(max_shard_size_bytes=60_000)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """The tiny Llama in shards."""
+    small_llama().to(torch.bfloat16).save_pretrained(tmp_path / "base", max_shard_size="60KB")
+    small_tokenizer().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def adapter(base: Path, tmp_path: Path) -> tuple[ModelSection, Path]:
+    section = ModelSection(path=str(base), compute_dtype="float32")
+    loaded = load_base(section)
+    model = attach(loaded.model, AdapterSection(rank=8), section.path, loaded.facts["fingerprint"])
+    perturb(model)
+    save_adapter(model, tmp_path / "adapter")
+    return section, tmp_path / "adapter"
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(directory.iterdir())}
+
+
+_PROCESS = """
+import sys, time
+from pathlib import Path
+from qvera.export import export_merged
+from qvera.recipe import ExportSection, ModelSection
+export_merged(Path(sys.argv[2]), ModelSection(path=sys.argv[1], compute_dtype="float32"), Path(sys.argv[3]),
+              ExportSection(max_shard_size_bytes=60_000, base=sys.argv[4]), progress=lambda *_: time.sleep(0.05))
+"""
+
+
+@pytest.mark.parametrize("weights", ["original", "dequantized"])
+def test_killed_again_and_again_it_ends_with_the_same_bytes(adapter: Any, tmp_path: Path, weights: str) -> None:
+    section, directory = adapter
+    options = dataclasses.replace(OPTIONS, base=weights)
+    export_merged(directory, section, tmp_path / "whole", options)
+    shards = sorted(p.name for p in (tmp_path / "whole").glob("*.safetensors"))
+    assert len(shards) > 5
+    out, seen = tmp_path / "out", []
+    for kill_at in (shards[0], shards[3]):
+        command = [sys.executable, "-c", _PROCESS, section.path, str(directory), str(out), weights]
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        while not (out / kill_at).exists():
+            assert process.poll() is None
+            time.sleep(0.002)
+        time.sleep(0.013 * (len(seen) + 1))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        assert not (out / "config.json").exists() and not (out / "qvera_export.json").exists()
+        with pytest.raises((OSError, ValueError)):
+            AutoModelForCausalLM.from_pretrained(out)
+        for file in out.glob("*.safetensors"):
+            assert file.read_bytes() == (tmp_path / "whole" / file.name).read_bytes(), "a shard is whole or not there"
+        seen.append({p.name: p.stat().st_mtime_ns for p in out.glob("*.safetensors")})
+    assert seen[0].items() <= seen[1].items() and len(seen[0]) < len(seen[1])
+    export_merged(directory, section, out, options)
+    assert contents(out) == contents(tmp_path / "whole")
+    # the shard that was being put in its place at the kill may not have been written down as finished
+    again = [n for n, t in seen[1].items() if (out / n).stat().st_mtime_ns != t]
+    assert len(again) <= 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_is_exit_code_75_and_the_same_command_goes_on(adapter: Any, tmp_path: Path, number: int) -> None:
+    section, directory = adapter
+    export_merged(directory, section, tmp_path / "whole", OPTIONS)
+
+    def stop(done: int, _total: int, _name: str) -> None:
+        if done == 9:
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(Interrupted, match=r"[1-9]\d* of \d+ shards finished .*The same command goes on") as caught:
+        export_merged(directory, section, tmp_path / "out", OPTIONS, progress=stop)
+    assert caught.value.exit_code == 75
+    assert not (tmp_path / "out" / "config.json").exists()
+    assert not [p.name for p in (tmp_path / "out").iterdir() if p.name.endswith(".partial")]
+    export_merged(directory, section, tmp_path / "out", OPTIONS)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_disk_that_fills_up_and_one_that_is_too_small(adapter: Any, tmp_path: Path) -> None:
+    section, directory = adapter
+    export_merged(directory, section, tmp_path / "whole", OPTIONS)
+    with small_disk(tmp_path / "disk", 1 << 20) as disk:
+        filler = fill(disk, leave_bytes=100_000)
+        with pytest.raises(InputError, match=r"the export needs 0\.00 GB, and 0\.00 GB are free"):
+            export_merged(directory, section, disk / "out", OPTIONS)
+        filler.unlink()
+
+        def fills_up(done: int, _total: int, _name: str) -> None:
+            if done == 9:
+                fill(disk)
+
+        kept = (
+            r"the disk is full.* [1-9]\d* of \d+ shards are finished and kept; make room and run the same command again"
+        )
+        with pytest.raises(RunFailed, match=kept) as caught:
+            export_merged(directory, section, disk / "out", OPTIONS, progress=fills_up)
+        assert caught.value.exit_code == 1
+        finished = {p.name: p.stat().st_mtime_ns for p in (disk / "out").glob("*.safetensors")}
+        assert finished and not (disk / "out" / "config.json").exists()
+        filler.unlink()
+        export_merged(directory, section, disk / "out", OPTIONS)
+        assert contents(disk / "out") == contents(tmp_path / "whole")
+        assert finished.items() <= {p.name: p.stat().st_mtime_ns for p in (disk / "out").iterdir()}.items()
+
+
+def _shorter(base: Path) -> None:
+    file = sorted(base.glob("*.safetensors"))[1]
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _bad_header(base: Path) -> None:
+    file = sorted(base.glob("*.safetensors"))[1]
+    file.write_bytes(file.read_bytes()[:8] + b"\x00" * 40 + file.read_bytes()[48:])
+
+
+def _missing(base: Path) -> None:
+    sorted(base.glob("*.safetensors"))[1].unlink()
+
+
+def _missing_without_index(base: Path) -> None:
+    (base / "model.safetensors.index.json").unlink()
+    sorted(base.glob("*.safetensors"))[-1].unlink()
+
+
+def _missing_by_the_config(base: Path) -> None:
+    """A single file that was written without one layer's norm."""
+    tensors = {
+        k: v for f in base.glob("*.safetensors") for k, v in load_file(f).items() if "1.input_layernorm" not in k
+    }
+    for file in [*base.glob("*.safetensors"), base / "model.safetensors.index.json"]:
+        file.unlink()
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+
+
+def _wrong_shape(base: Path) -> None:
+    for file in base.glob("*.safetensors"):
+        tensors = load_file(file)
+        if "model.norm.weight" in tensors:
+            tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1].contiguous()
+            save_file(tensors, file, metadata={"format": "pt"})
+
+
+def _other_content(base: Path) -> None:
+    """The same name, shapes and config, other weights."""
+    small_llama(seed=5).to(torch.bfloat16).save_pretrained(base, max_shard_size="60KB")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_shorter, r"model-00002-of-.*: not a readable safetensors file, or cut short"),
+        (_bad_header, r"model-00002-of-.*: not a readable safetensors file"),
+        (_missing, r"model-00002-of-.*: this shard is named in .* but is missing"),
+        (_missing_without_index, r"model-000\d\d-of-.*: this shard of \d+ is missing"),
+        (_missing_by_the_config, r"has no model\.layers\.1\.input_layernorm\.weight .*which its config\.json asks for"),
+        (_wrong_shape, r"model\.norm\.weight has shape \[63\], and by .*config\.json it has \[64\]"),
+        (
+            _other_content,
+            r"trained on other weights than those of .*Expected the base .* with fingerprint [0-9a-f]{16}",
+        ),
+    ],
+)
+def test_a_damaged_or_other_base_is_refused_by_name(
+    adapter: Any, base: Path, tmp_path: Path, damage: Any, message: str, capsys: Any
+) -> None:
+    section, directory = adapter
+    damage(base)
+    if damage in (_missing_by_the_config, _wrong_shape):  # told from the trained one already by content
+        config = json.loads((directory / "adapter_config.json").read_text())
+        config["base_fingerprint"] = None
+        (directory / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=message):
+        export_merged(directory, section, tmp_path / "out", OPTIONS)
+    assert main(["export", str(directory), str(tmp_path / "out")]) == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_that_changes_while_it_is_read_is_noticed(adapter: Any, base: Path, tmp_path: Path) -> None:
+    section, directory = adapter
+    (base / "model.safetensors.index.json").unlink()
+    small = {k: v for f in base.glob("*.safetensors") for k, v in load_file(f).items()}
+    for file in base.glob("*.safetensors"):
+        file.unlink()
+    save_file(small, base / "model.safetensors", metadata={"format": "pt"})
+
+    def cut(done: int, _total: int, _name: str) -> None:
+        if done == 1:
+            os.truncate(base / "model.safetensors", os.path.getsize(base / "model.safetensors") - 5_000)
+
+    with pytest.raises(RunFailed, match="while it was read"):
+        export_merged(directory, section, tmp_path / "out", OPTIONS, progress=cut)
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_the_fingerprint_guards_load_merge_and_start_and_old_adapters_pass(
+    adapter: Any, tmp_path: Path, write_recipe: Any, capsys: Any
+) -> None:
+    section, directory = adapter
+    small_llama(seed=5).to(torch.bfloat16).save_pretrained(tmp_path / "other")
+    small_tokenizer().save_pretrained(tmp_path / "other")
+    other = load_base(dataclasses.replace(section, path=str(tmp_path / "other")))
+    with pytest.raises(InputError, match="trained on other weights"):
+        load_adapter(other.model, directory, other)
+    with pytest.raises(InputError, match="trained on other weights"):
+        attach(
+            load_base(dataclasses.replace(section, path=str(tmp_path / "other"))).model,
+            AdapterSection(rank=8, init_from=str(directory)),
+            str(tmp_path / "other"),
+            other.facts["fingerprint"],
+        )
+    # the same content under another name is the same base: these two can be merged, and exported from there
+    shutil.copytree(section.path, tmp_path / "moved")
+    shutil.copytree(directory, tmp_path / "second")
+    config = json.loads((directory / "adapter_config.json").read_text())
+    (tmp_path / "second" / "adapter_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": str(tmp_path / "moved")})
+    )
+    pair = [str(directory), str(tmp_path / "second")]
+    assert main(["merge-adapters", *pair, str(tmp_path / "average")]) == 0
+    export_merged(directory, dataclasses.replace(section, path=str(tmp_path / "moved")), tmp_path / "out", OPTIONS)
+    (tmp_path / "second" / "adapter_config.json").write_text(json.dumps({**config, "base_fingerprint": "0" * 64}))
+    assert main(["merge-adapters", *pair, str(tmp_path / "no")]) == 2
+    assert "different base models" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "second"), str(tmp_path / "no"), "--to", "lora"]) == 2
+    assert "trained on other weights" in capsys.readouterr().err
+    config.pop("base_fingerprint")
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    load_adapter(other.model, directory, other)
+
+
+def test_a_run_records_its_base_and_answers_only_on_it(write_recipe: Any, tmp_path: Path, capsys: Any) -> None:
+    small_llama().to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    small_tokenizer().save_pretrained(tmp_path / "model")
+    recipe = write_recipe(
+        model={"path": str(tmp_path / "model")}, training={"output_dir": str(tmp_path / "run"), "max_steps": 1}
+    )
+    assert main(["train", str(recipe)]) == 0
+    stored = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())["base_fingerprint"]
+    assert stored == json.loads((tmp_path / "run" / "run.json").read_text())["model"]["fingerprint"]
+    small_llama(seed=5).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    assert main(["eval", str(tmp_path / "run"), "--no-generation"]) == 2
+    assert "trained on other weights" in capsys.readouterr().err
+
+
+def test_a_base_without_index_and_small_blocks_give_the_same_weights(
+    adapter: Any, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section, directory = adapter
+    for weights in ("original", "dequantized"):
+        options = dataclasses.replace(OPTIONS, base=weights, dtype="float32")
+        whole = export_merged(directory, section, tmp_path / weights, options)
+        with monkeypatch.context() as patch:
+            patch.setattr(source, "BLOCK_ELEMENTS", 700)
+            index = (base / "model.safetensors.index.json").read_text()
+            (base / "model.safetensors.index.json").unlink()
+            pieces = export_merged(directory, section, tmp_path / f"{weights}-pieces", options)
+            (base / "model.safetensors.index.json").write_text(index)
+        assert pieces["base"] == whole["base"]
+        for name in whole["files"]:
+            one, other = (load_file(tmp_path / d / name) for d in (weights, f"{weights}-pieces"))
+            for key, tensor in one.items():
+                torch.testing.assert_close(other[key], tensor, rtol=0, atol=1e-6)
+        for name, found in whole["delta"].items():
+            assert pieces["delta"][name] == pytest.approx(found, rel=1e-5)
+
+
+def test_the_dequantized_base_is_quantized_where_it_was_even_without_adapter(base: Path, tmp_path: Path) -> None:
+    section = ModelSection(path=str(base), compute_dtype="float32")
+    loaded = load_base(section)
+    model = attach(loaded.model, AdapterSection(rank=8, targets=["q_proj"]), section.path, loaded.facts["fingerprint"])
+    perturb(model)
+    save_adapter(model, tmp_path / "adapter")
+    export_merged(tmp_path / "adapter", section, tmp_path / "out", ExportSection(dtype="float32", base="dequantized"))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    ids = torch.arange(3, 23).view(1, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_too_little_memory_to_compare_is_said_and_can_be_made_up_for(
+    write_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    recipe = write_recipe(training={"output_dir": str(tmp_path / "run"), "max_steps": 1})
+    assert main(["train", str(recipe)]) == 0
+    run, out = str(tmp_path / "run"), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(measure, "available_bytes", lambda _: 1000)
+        assert main(["export", run, str(out)]) == 0
+    said = json.loads((out / "qvera_export.json").read_text())["difference"]["not_measured"]
+    assert "0.0 GB of memory are available" in said and f"qvera export {run} {out} --compare-only" in said
+    assert said in capsys.readouterr().out
+    before = {k: v for k, v in contents(out).items() if k != "qvera_export.json"}
+    assert main(["export", run, str(out), "--compare-only"]) == 0
+    difference = json.loads((out / "qvera_export.json").read_text())["difference"]
+    assert difference["rows"] == 8 and difference["logit_max_difference"] > 0
+    assert {k: v for k, v in contents(out).items() if k != "qvera_export.json"} == before
+    assert main(["export", run, str(tmp_path / "nothing"), "--compare-only"]) == 2
+
+
+def test_available_memory_is_no_more_than_the_machine_has() -> None:
+    import psutil
+
+    assert 0 < measure.available_bytes(torch.device("cpu")) <= psutil.virtual_memory().total
+
+
+def test_write_vectors_keeps_the_fingerprint(adapter: Any, tmp_path: Path) -> None:
+    _, directory = adapter
+    vectors = load_file(directory / "adapter_model.safetensors")
+    adapters.write_vectors(directory, vectors, tmp_path / "copy")
+    before, after = (json.loads((d / "adapter_config.json").read_text()) for d in (directory, tmp_path / "copy"))
+    assert before["base_fingerprint"] == after["base_fingerprint"] is not None
