@@ -121,7 +121,7 @@ def picture() -> str:
         f".card{{stroke:#a3abb0;stroke-dasharray:3 3}}{light}"
         f"@media(prefers-color-scheme:dark){{text{{fill:#e7e9ea}}.soft{{fill:#a1a9b1}}.card{{stroke:#6a737b}}{dark}}}</style>",
     ]
-    x = left
+    x = 12
     for kind, (label, _, _) in _COLOURS.items():
         parts.append(f'<rect class="k-{kind}" x="{x}" y="8" width="11" height="11"/>')
         parts.append(f'<text class="soft" x="{x + 16}" y="18">{escape(label)}</text>')
