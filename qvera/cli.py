@@ -12,6 +12,7 @@ from .errors import EXIT_DONE, EXIT_FAILED, QveraError
 
 _EPILOG = """\
 A run, from recipe to a checkpoint that any tool loads:
+  qvera plan recipes/quickstart.yaml                what it will take: memory, seconds, files
   qvera train recipes/quickstart.yaml --dry-run     what would be trained: rows, tokens, marked
   qvera train recipes/quickstart.yaml               writes runs/quickstart/
   qvera eval runs/quickstart                        held-out loss, perplexity, exact match
@@ -55,6 +56,23 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--dry-run", action="store_true", help="check everything, show the data, train nothing, write nothing"
     )
+
+    p = command(
+        "plan",
+        "What a recipe will take, before it is run: bytes, seconds, files, and whether it fits.",
+        "\n\nFrom the model's config alone; no weights are read. The longest batch is that of the data where it is at hand, else\n"
+        "data.max_length. Without --gpu it is planned for this machine and a step is timed (a few seconds). Where it does not\n"
+        "fit, the nearest changes that make it fit are named. --table: what fits on which card, as Markdown.",
+    )
+    p.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE", help="a YAML file, as for train")
+    p.add_argument("--gpu", metavar="SIZE", help="plan for a GPU of that size, here or not: 24GB, 24GiB")
+    p.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides", help="as in train"
+    )
+    p.add_argument("--json", action="store_true", help="as JSON")
+    p.add_argument("--no-timing", action="store_true", help="do not time a step")
+    p.add_argument("--table", action="store_true", help="print what fits on cards of 6 to 80 GB for 7B to 70B")
+    p.add_argument("--svg", type=Path, metavar="FILE", help="with --table: write the picture there")
 
     p = command(
         "quickstart", "Fetch a small real Llama, train it on a task that ships with qvera, show before and after."

@@ -21,7 +21,7 @@ from rich.progress import Progress as RichProgress
 from . import cache as cache_of_bases
 from . import evaluate
 from .adapters import stacked_factors, union, weighted_sum, write_vectors
-from .data import NAMED_TEMPLATES, ChatTemplate, Encoder, Turn, build_datasets, read_prompts, resolve_template
+from .data import NAMED_TEMPLATES, ChatTemplate, Encoder, Example, Turn, build_datasets, read_prompts, resolve_template
 from .errors import InputError, Interrupted, RunFailed
 from .export import export_merged
 from .export.compare import measure_difference, too_little_memory
@@ -30,6 +30,7 @@ from .export.factors import Truncation, export_lora, export_stock_vera, lora_byt
 from .export.merged import CERTIFICATE
 from .generate import generate as generate_texts
 from .generate import generating
+from .locations import resolve_path
 from .metrics import memory_text
 from .model import (
     ADAPTER_WEIGHTS,
@@ -40,6 +41,9 @@ from .model import (
     read_config,
     require_base,
 )
+from .plan import gpu_machine, make_plan, parse_size, time_step
+from .plan import table as plan_table
+from .plan.say import print_plan
 from .prequantize import problem_of, read_record
 from .recipe import DataSection, ExportSection, ModelSection, Recipe, load_recipe
 from .run import OpenRun, describe, locate, open_run
@@ -89,6 +93,42 @@ def _say_result(run_dir: Path, run: dict[str, Any]) -> None:
         )
     lines.append(f"report            {run_dir / 'report.html'}")
     print("\n".join(lines))
+
+
+def plan(args: argparse.Namespace) -> None:
+    """qvera plan"""
+    _quiet_libraries()
+    if args.table:
+        print(plan_table.markdown(), end="")
+        if args.svg is not None:
+            args.svg.write_text(plan_table.picture(), encoding="utf-8")
+        return
+    if args.recipe is None:
+        raise InputError("takes a RECIPE (such as recipes/quickstart.yaml), or --table.")
+    if args.svg is not None:
+        raise InputError("--svg: goes with --table only.")
+    recipe = load_recipe(args.recipe, args.overrides)
+    device = pick_device()
+    machine = None if args.gpu is None else gpu_machine(recipe.model, parse_size(args.gpu))
+    made = make_plan(recipe, machine or device, _rows_at_hand(recipe))
+    if machine is None and not args.no_timing:
+        with _console.status("Timing this machine"):
+            made = dataclasses.replace(made, seconds=time_step(made, recipe, device))
+    if args.json:
+        print(json.dumps(made.to_dict(), indent=1))
+    else:
+        print_plan(made, Console())
+
+
+def _rows_at_hand(recipe: Recipe) -> list[Example] | None:
+    """The training rows where they and the tokenizer are local, else None; a plan must not wait for a download."""
+    if not Path(resolve_path(recipe.data.path)).exists() or not Path(resolve_path(recipe.model.path)).is_dir():
+        return None
+    try:
+        tokenizer = load_tokenizer(recipe.model)
+    except InputError:
+        return None
+    return build_datasets(recipe.data, tokenizer, _console).train
 
 
 def quickstart(args: argparse.Namespace) -> None:

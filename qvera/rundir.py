@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from . import measure
+from . import measure, rehearsal
 from .data import Datasets
 from .errors import InputError, QveraError
 from .model import Base, adapter_facts
@@ -105,7 +105,7 @@ def finish(
     done: Progressed,
     steps: int,
     per_epoch: int,
-    device: torch.device,
+    watch: measure.PeakWatch,
     after: dict[str, Any] | None,
     samples: list[dict[str, Any]],
     console: Console,
@@ -124,8 +124,9 @@ def finish(
         "stopped_early": done.stopped_early,
         "seconds": done.train_seconds,
         "tokens_per_second": done.input_tokens / done.train_seconds if done.train_seconds else None,
-        "peak_bytes": measure.peak_bytes(device),
+        "peak_bytes": measure.peak_bytes(watch.device),
     }
+    run["plan"]["measured"] = rehearsal.measured(run["plan"], watch)
     run["samples"] = [
         {"prompt": a["prompt"], "reference": a["reference"], "before": b["answer"], "after": a["answer"]}
         for b, a in zip(done.samples_before, samples, strict=False)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from . import checkpoint, evaluate, measure
+from . import checkpoint, evaluate, measure, rehearsal
 from .data import (
     Datasets,
     Example,
@@ -125,7 +125,24 @@ def train(
     print_preflight(datasets, tokenizer, console)
     if dry_run:
         return None
+    with measure.PeakWatch(device) as watch:
+        return _run(recipe, run_dir, datasets, base, trackers, resume, started, watch, console)
 
+
+def _run(
+    recipe: Recipe,
+    run_dir: Path,
+    datasets: Datasets,
+    base: Base | None,
+    trackers: Trackers,
+    resume: bool,
+    started: str,
+    watch: measure.PeakWatch,
+    console: Console,
+) -> RunResult:
+    """The run itself, once data and recipe are known to be good."""
+    training, device = recipe.training, watch.device
+    plan = rehearsal.plan_run(recipe, datasets, device, base, console)
     with console.status(f"Loading {recipe.model.path}"):
         base = base or load_base(recipe.model, device)
         model = attach(base.model, recipe.adapter, recipe.model.path, base.facts.get("fingerprint"))
@@ -152,10 +169,14 @@ def train(
                 group["lr"] = rate
             done = Progressed(**found.state["progressed"])
             console.print(f"Going on from step {done.step} of {steps} ({found.path}).")
+    if done.step == 0 and steps:
+        with console.status("Trying the longest batch"):
+            rehearsal.run_longest_batch(model, recipe, datasets, plan, steps, optimizer)
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     log = MetricsLog(run_dir / "metrics.jsonl", keep_through_step=done.step)
     run = run_facts(base, model, datasets, device, started)
+    run["plan"] = plan.to_dict()
     facts: dict[str, Any] = run["adapter"]
     console.print(
         f"Training {facts['trainable_parameters']:,} numbers in {facts['adapted_modules']} linears "
@@ -182,7 +203,7 @@ def train(
                     record = _step(model, engine, datasets, recipe, done, device)
                 except RunFailed:
                     run["status"] = "failed"
-                    finish(run_dir, run, done, steps, per_epoch, device, None, [], console)
+                    finish(run_dir, run, done, steps, per_epoch, watch, None, [], console)
                     raise
                 log.write(record)
                 trackers.log(record)
@@ -204,7 +225,7 @@ def train(
             save()
         if signals.asked and done.step < steps and not done.stopped_early:
             run["status"] = "interrupted"
-            finish(run_dir, run, done, steps, per_epoch, device, None, [], console)
+            finish(run_dir, run, done, steps, per_epoch, watch, None, [], console)
             raise Interrupted(
                 f"Stopped by {signals.asked} after step {done.step} of {steps}, and saved. The same command with --resume goes on."
             )
@@ -214,7 +235,7 @@ def train(
         run["adapter"]["file_bytes"] = save_adapter(model, run_dir / "adapter")
         after, samples = score("After training") if datasets.eval else (None, [])
     run["status"] = "done"
-    finish(run_dir, run, done, steps, per_epoch, device, after, samples, console)
+    finish(run_dir, run, done, steps, per_epoch, watch, after, samples, console)
     return RunResult(run_dir, run)
 
 

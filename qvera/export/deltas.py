@@ -11,13 +11,11 @@ from typing import Any
 
 import torch
 from peft.tuners.vera.model import _kaiming_init
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import InputError
-from ..locations import resolve_path
 from ..model import read_adapter
-from ..recipe import ModelSection
+from ..skeleton import skeleton as skeleton
 from ..vera.functional import delta_weight
 from ..vera.layer import layer_shape
 from ..vera.projection import uniform_pair, vera_scale
@@ -66,24 +64,6 @@ class AdapterDeltas:
     A: torch.Tensor
     B: torch.Tensor
     layers: dict[str, Delta]
-
-
-def skeleton(section: ModelSection, source: Path | str | None = None) -> torch.nn.Module:
-    """The base without weights, to see which modules there are and of which kind.
-
-    Raises:
-        InputError: its config can't be read.
-    """
-    name = str(source or resolve_path(section.path))
-    trust = section.trust_remote_code
-    try:
-        config = AutoConfig.from_pretrained(
-            name, revision=None if source else section.revision, trust_remote_code=trust
-        )
-    except (OSError, ValueError) as error:
-        raise InputError(f"model.path: no model config can be read from {name!r} ({error}).") from None
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
 
 
 def read_deltas(adapter_dir: Path, base: torch.nn.Module) -> AdapterDeltas:

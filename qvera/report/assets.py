@@ -7,11 +7,13 @@ STYLE = """
   color-scheme: light dark;
   --page: #fcfcfb; --ink: #1a1d20; --soft: #555d66; --line: #dfe2e1; --faint: #a3abb0;
   --accent: #00696f; --wash: #e3f0ef; --tip: #1a1d20; --tip-ink: #fcfcfb;
+  --p1: #c9cfd2; --p2: #8a949b; --p3: #00696f; --p4: #d08a2e; --p5: #a34b6b; --p6: #4c63b6; --p7: #6b8f3a;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #14171a; --ink: #e7e9ea; --soft: #a1a9b1; --line: #2e3439; --faint: #6a737b;
     --accent: #5cc7c0; --wash: #193734; --tip: #e7e9ea; --tip-ink: #14171a;
+    --p1: #3c444a; --p2: #6a737b; --p3: #5cc7c0; --p4: #e0a458; --p5: #d07a98; --p6: #8fa3e8; --p7: #a5c76f;
   }
 }
 * { box-sizing: border-box; }
@@ -83,6 +85,14 @@ figcaption { display: flex; flex-wrap: wrap; gap: 0 1.25rem; align-items: baseli
 .ring { fill: none; stroke: var(--accent); stroke-width: 1.5; }
 .axes .best { stroke: var(--accent); stroke-width: 1; stroke-dasharray: 2 3; }
 .bar { fill: var(--faint); stroke: var(--page); stroke-width: 1; }
+.part { stroke: var(--page); stroke-width: 1; }
+.p1 { fill: var(--p1); } .p2 { fill: var(--p2); } .p3 { fill: var(--p3); } .p4 { fill: var(--p4); } .p5 {
+fill: var(--p5); } .p6 { fill: var(--p6); } .p7 { fill: var(--p7); }
+.legend i.part { width: 10px; height: 10px; border: 0; vertical-align: -1px; }
+.legend i.p1 { background: var(--p1); } .legend i.p2 { background: var(--p2); } .legend i.p3 { background:
+var(--p3); } .legend i.p4 { background: var(--p4); } .legend i.p5 { background: var(--p5); } .legend i.p6 {
+background: var(--p6); } .legend i.p7 { background: var(--p7); }
+.stacks { margin: 0.5rem 1.2rem 0 0; }
 .rule { stroke: var(--soft); stroke-width: 1; visibility: hidden; }
 .tip { position: absolute; top: 4px; pointer-events: none; background: var(--tip); color: var(--tip-ink);
        font-size: 0.78rem; line-height: 1.4; padding: 0.3rem 0.55rem; border-radius: 4px; white-space: nowrap;
@@ -125,7 +135,7 @@ footer { margin-top: 2.5rem; border-top: 1px solid var(--line); padding-top: 1re
   body { font-size: 10.5pt; } main { max-width: none; padding: 0; }
   figure, .sample, .tiles, tr { break-inside: avoid; } h2 { break-after: avoid; }
   .tip, .rule { display: none; }
-  mark, .bar, .dot, .legend i { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  mark, .bar, .part, .dot, .legend i { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 }
 """
 

@@ -14,6 +14,7 @@ from html import escape
 from typing import Literal
 
 from .numbers import axis_labels, count
+from .numbers import size as bytes_text
 
 Point = tuple[float, float | None]
 """x (a step) and y; None: no value there, a gap in the curve."""
@@ -274,6 +275,52 @@ def histogram(edges: Sequence[float], counts: Sequence[float], *, description: s
             x = _percent(x_scale.fraction(tick))
             parts.append(f'<text class="tick" x="{x}" y="{height + 20}" text-anchor="middle">{count(tick)}</text>')
     return _figure(parts, height, description, "", {"at": where, "step": where, "say": texts})
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One horizontal bar of `stacked_bars`: parts from the left, each (its colour's number from 1, name, bytes)."""
+
+    label: str
+    parts: Sequence[tuple[int, str, float]]
+
+
+def stacked_bars(stacks: Sequence[Stack], *, description: str, mark: tuple[str, float] | None = None) -> str:
+    """Bars of bytes, one under the other, over a common axis from 0; "" where nothing has a size.
+
+    Args:
+        mark: a name and a number of bytes at which a line stands through all bars.
+    """
+    totals = [sum(size for _, _, size in stack.parts) for stack in stacks]
+    top = max([*totals, mark[1] if mark else 0.0], default=0.0)
+    if top <= 0 or not any(totals):
+        return ""
+    ticks = nice_ticks(0.0, top, 5)
+    scale, height = Scale(ticks[0], ticks[-1]), 46 * len(stacks)
+    drawn = []
+    for tick, label in zip(ticks, axis_labels(ticks, "bytes"), strict=True):
+        x = _percent(scale.fraction(tick))
+        drawn.append(f'<line class="grid" x1="{x}" x2="{x}" y1="0" y2="{height}"/>')
+        drawn.append(f'<text class="tick" x="{x}" y="{height + 20}" text-anchor="middle">{escape(label)}</text>')
+    for row, stack in enumerate(stacks):
+        drawn.append(f'<text class="tick" x="0" y="{46 * row + 13}">{escape(stack.label)}</text>')
+        at = 0.0
+        for colour, name, held in stack.parts:
+            if held <= 0:
+                continue
+            said = escape(f"{stack.label}: {name} {bytes_text(held)}")
+            drawn.append(
+                f'<rect class="part p{colour}" x="{_percent(scale.fraction(at))}" width="{_percent(scale.fraction(held))}" '
+                f'y="{46 * row + 18}" height="20"><title>{said}</title></rect>'
+            )
+            at += held
+    if mark is not None:
+        x = _percent(scale.fraction(mark[1]))
+        drawn.append(f'<line class="best" x1="{x}" x2="{x}" y1="0" y2="{height}"/>')
+    return (
+        f'<div class="stacks"><svg class="axes" role="img" aria-label="{escape(description, quote=True)}" width="100%" '
+        f'height="{height + 26}">{"".join(drawn)}</svg></div>'
+    )
 
 
 def _figure(

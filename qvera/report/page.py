@@ -14,6 +14,7 @@ from .charts import histogram
 from .compare import mark, same_answer
 from .headline import head, model_name, tiles
 from .markup import esc, fact_list, section
+from .memory import memory_section
 from .numbers import count, moment, percent, size
 from .read import Run, number, pick, words
 from .settings import changed_settings
@@ -26,7 +27,18 @@ def render(run: Run) -> str:
     """The whole page as HTML. Its policy forbids every load, and every script but its own (by hash)."""
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    body = "".join((head(run), tiles(run), _curves(run), _samples(run), _data(run), _recipe(run), _machine(run)))
+    body = "".join(
+        (
+            head(run),
+            tiles(run),
+            _curves(run),
+            memory_section(run),
+            _samples(run),
+            _data(run),
+            _recipe(run),
+            _machine(run),
+        )
+    )
     version = words(run.info, "versions", "qvera")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

@@ -1,0 +1,108 @@
+"""The plan against measurement: `qvera train` runs watched from outside, and its peak is held against what it planned.
+
+Peak: RssAnon + RssShmem + VmSwap of the process, sampled from outside (bench/limits.py), plus the mapped pages of the weights.
+
+    python bench/plan.py                       SmolLM2-135M and the tiny shape
+    python bench/plan.py --shape 7b            a synthesised 7B (13.5 GB of disk, then its NF4)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+from common import header, smollm2, write_result
+from limits import measured
+from synthesise import SHAPES, synthesise
+
+TARGET = 0.10
+
+
+def rows_file(directory: Path, tokens: int) -> Path:
+    """Rows that fill ``tokens`` with any tokenizer: the data decides the longest batch, and here all are as long as allowed."""
+    path = directory / "rows.jsonl"
+    with open(path, "w", encoding="utf-8") as handle:
+        for i in range(8):
+            handle.write(json.dumps({"text": f"row {i} " + "zq xj " * tokens}) + "\n")
+    return path
+
+
+def cases(smol: str | None, shape: str | None, directory: Path) -> dict[str, dict[str, Any]]:
+    """Name → sections of a recipe."""
+    found: dict[str, dict[str, Any]] = {}
+
+    def add(name: str, path: str, tokens: int, batch: int, **sections: Any) -> None:
+        tree: dict[str, Any] = {"model": {"path": path}, "data": {"path": "", "max_length": tokens}}
+        tree["training"] = {
+            "max_steps": 2, "global_batch_size": batch, "per_device_train_batch_size": batch, "report_to": [],
+        }  # fmt: skip
+        for section, values in sections.items():
+            tree.setdefault(section, {}).update(values)
+        found[name] = tree
+
+    if smol is not None:
+        add("SmolLM2, r=256, 4 x 256", smol, 256, 4)
+        add("SmolLM2, r=256, 4 x 256, kept", smol, 256, 4, training={"gradient_checkpointing": False})
+        add("SmolLM2, r=1024, 1 x 1024", smol, 1024, 1, adapter={"rank": 1024})
+        add("SmolLM2, r=256, 1 x 512, eager", smol, 512, 1, model={"attn_implementation": "eager"})
+    if shape is not None:
+        made = synthesise(shape, directory / shape)
+        for rank in (256, 1024):
+            add(f"{shape}, r={rank}, 1 x 512", str(made), 512, 1, adapter={"rank": rank})
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="tiny", help="of bench/synthesise.py (default: %(default)s)")
+    parser.add_argument("--no-smollm2", action="store_true", help="that shape alone")
+    parser.add_argument("--scratch", type=Path, help="where checkpoint and runs go (default: a temporary directory)")
+    parser.add_argument("--name", default="plan", help="of the result file (default: %(default)s)")
+    args = parser.parse_args()
+    document: dict[str, Any] = {**header(), "target_relative_error": TARGET, "cases": {}}
+    scratch = Path(tempfile.mkdtemp(prefix="qvera-plan-", dir=args.scratch))
+    try:
+        for number, (name, tree) in enumerate(
+            cases(None if args.no_smollm2 else smollm2(), args.shape, scratch).items()
+        ):
+            tree["data"]["path"] = str(rows_file(scratch, tree["data"]["max_length"]))
+            tree["training"]["output_dir"] = str(scratch / f"run-{number}")
+            recipe = scratch / f"recipe-{number}.yaml"
+            recipe.write_text(yaml.safe_dump(tree))
+            seen = measured([sys.executable, "-m", "qvera", "train", str(recipe)])
+            if seen.returncode:
+                raise SystemExit(f"{name}: the run failed with exit code {seen.returncode}")
+            plan = json.loads((scratch / f"run-{number}" / "run.json").read_text())["plan"]
+            inside = plan["measured"]
+            peak = seen.peak_bytes + inside["mapped_bytes"]
+            error = plan["memory"]["total_bytes"] / peak - 1
+            document["cases"][name] = {
+                "predicted_bytes": plan["memory"]["total_bytes"],
+                "predicted_private_bytes": plan["memory"]["private_bytes"],
+                "predicted_mapped_bytes": plan["memory"]["mapped_bytes"],
+                "peak_moment": plan["memory"]["peak_moment"],
+                "measured_bytes": peak,
+                "measured_private_bytes": seen.peak_bytes,
+                "measured_mapped_bytes": inside["mapped_bytes"],
+                "measured_inside_bytes": inside["total_bytes"],
+                "relative_error": error,
+                "within_target": abs(error) <= TARGET,
+                "components": plan["memory"]["moments"][plan["memory"]["peak_moment"]],
+                "seconds": seen.seconds,
+            }
+            print(
+                f"{name:<34} planned {plan['memory']['total_bytes'] / 1e6:9,.0f} MB   measured {peak / 1e6:9,.0f} MB   {error:+.1%}"
+            )
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    print(write_result(args.name, document))
+
+
+if __name__ == "__main__":
+    main()

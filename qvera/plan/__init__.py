@@ -1,0 +1,151 @@
+"""Know before you run: bytes, seconds and files of a recipe, from the model's config alone.
+
+Order of reading: `shapes` (config → shapes), `machine` (where it would run), `activations` (one decoder layer), `memory` (the whole
+run), `batches` (its longest forward pass), `seconds`, `files`, `fits` (what would make it fit), `say` and `table`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..data import Example
+from ..model import takes_prefix_once
+from ..recipe import Recipe
+from ..skeleton import skeleton
+from .activations import Batch
+from .batches import assumed_batch, batch_of, longest_rows, planned_steps
+from .files import adapter_bytes, checkpoint_bytes
+from .fits import BatchOf, Change, fits, nearest_changes
+from .machine import Machine, gpu_machine, parse_size, this_machine
+from .memory import Memory, plan_memory, setting
+from .seconds import calibrate, step_seconds
+from .shapes import Shape, shape_of
+
+__all__ = [
+    "Batch", "Change", "Machine", "Memory", "Plan", "Shape", "gpu_machine", "longest_rows", "make_plan", "parse_size",
+    "plan_memory", "planned_steps", "shape_of", "this_machine", "time_step",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will take, and what would make it fit where it does not.
+
+    Attributes:
+        batch: the longest forward pass.
+        changes: empty where the run fits.
+        joinable: rows of a batch may be joined behind their common prefix.
+        seconds: parts of an optimizer step; None where nothing was timed.
+    """
+
+    shape: Shape
+    machine: Machine
+    batch: Batch
+    memory: Memory
+    adapter_bytes: int
+    checkpoint_bytes: int
+    trained_numbers: int
+    changes: list[Change]
+    joinable: bool
+    seconds: dict[str, float] | None = None
+
+    @property
+    def fits(self) -> bool:
+        return fits(self.memory, self.machine)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """What torch allocates on a GPU: all but the CUDA context."""
+        return self.memory.total_bytes - self.machine.context_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON: the output of ``qvera plan --json`` and the ``plan`` object of run.json."""
+        return {
+            "device": self.machine.name,
+            "device_type": self.machine.device_type,
+            "compute_dtype": str(self.machine.dtype).removeprefix("torch."),
+            "available_bytes": self.machine.available_bytes,
+            "fits": self.fits,
+            "batch": {"rows": self.batch.rows, "tokens": self.batch.tokens, "source": self.batch.source},
+            "parameters": self.shape.parameters,
+            "trained_numbers": self.trained_numbers,
+            "memory": self.memory.to_dict(),
+            "adapter_bytes": self.adapter_bytes,
+            "checkpoint_bytes": self.checkpoint_bytes,
+            "step_seconds": None if self.seconds is None else sum(self.seconds.values()),
+            "step_seconds_parts": self.seconds,
+            "changes": [{"set": c.settings, "total_bytes": c.total_bytes, "fits": c.fits} for c in self.changes],
+        }
+
+
+def make_plan(recipe: Recipe, machine: Machine | torch.device, rows: Sequence[Example] | None = None) -> Plan:
+    """Plan a run from its recipe and the base model's config; no weights are read.
+
+    Args:
+        machine: what to plan for; a device: this process's own machine, with what it holds now.
+        rows: the training rows where they are at hand; without them every row is taken to be ``data.max_length`` long.
+
+    Raises:
+        InputError: the config can't be read, it is no decoder of linears, or a target matches nothing.
+    """
+    with torch.random.fork_rng(devices=[]):
+        model = skeleton(recipe.model)
+    shape = shape_of(model)
+    attention = recipe.model.attn_implementation
+    joinable = recipe.data.prefix_once and attention != "flash_attention_2" and takes_prefix_once(model)
+    del model
+    if isinstance(machine, torch.device):
+        machine = this_machine(recipe.model, machine)
+    longest = _batches(rows, joinable)
+    batch = longest(recipe)
+    memory = plan_memory(shape, recipe, batch, machine)
+    trained = sum(
+        x.m + (recipe.adapter.rank if recipe.adapter.train_d else 0) for x in shape.adapted(recipe.adapter.targets)
+    )
+    changes = [] if fits(memory, machine) else nearest_changes(shape, recipe, longest, machine)
+    return Plan(
+        shape,
+        machine,
+        batch,
+        memory,
+        adapter_bytes(shape, recipe),
+        checkpoint_bytes(shape, recipe),
+        trained,
+        changes,
+        joinable,
+    )
+
+
+def _batches(rows: Sequence[Example] | None, joinable: bool) -> BatchOf:
+    """The longest batch over these rows, remembered by what it depends on."""
+    if rows is None:
+        return assumed_batch
+
+    found: dict[tuple[int, int], Batch] = {}
+
+    def longest(recipe: Recipe) -> Batch:
+        key = recipe.data.max_length, recipe.training.per_device_train_batch_size
+        if key not in found:
+            cut = [e if len(e.input_ids) <= key[0] else _cut(e, key[0]) for e in rows]
+            chosen = longest_rows(recipe, cut, joinable, planned_steps(recipe, len(cut)))
+            found[key] = batch_of([cut[i] for i in chosen], joinable)
+        return found[key]
+
+    return longest
+
+
+def _cut(example: Example, tokens: int) -> Example:
+    return Example(
+        example.input_ids[:tokens], example.trained[:tokens], example.source, np.array([], np.int32), "", None
+    )
+
+
+def time_step(plan: Plan, recipe: Recipe, device: torch.device) -> dict[str, float]:
+    """Seconds of one optimizer step in parts, from a calibration of ``device`` (2 to 5 seconds)."""
+    a = setting(plan.shape, recipe, plan.batch, plan.machine)
+    return step_seconds(a, recipe, calibrate(a, recipe, device))

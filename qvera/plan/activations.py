@@ -1,0 +1,184 @@
+"""What autograd keeps of one decoder layer, and the most that exists beside it while its backward runs. Bytes.
+
+Read off the code that runs: `qvera.frozen` (keeps the module and nothing else), `qvera.vera.functional` (keeps z),
+`qvera.vera.summed` (keeps z or x), and transformers' Llama layer. tests/plan/test_kept.py counts the same with
+``torch.autograd.graph.saved_tensors_hooks``. Notation: T tokens of the batch in all, S tokens a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..vera import summed
+from ..vera.functional import _few
+from .machine import Machine
+from .shapes import Linear, Shape
+
+_INPUTS = {
+    "q_proj": "norm1", "k_proj": "norm1", "v_proj": "norm1", "o_proj": "attention",
+    "gate_proj": "norm2", "up_proj": "norm2", "down_proj": "product",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward pass.
+
+    Attributes:
+        rows: B.
+        tokens: S, of each row, padding included; of the one joined sequence where ``joined``.
+        trained_tokens: in all rows; only these reach the head.
+        padded: rows differ in length, so that attention gets a mask.
+        joined: the rows stand in one sequence behind their common prefix (`qvera.data.prefix`), with a mask of its own.
+        source: where the numbers come from, in words.
+        longest_row: tokens of the longest row of all, for answers.
+    """
+
+    rows: int
+    tokens: int
+    trained_tokens: int
+    padded: bool
+    joined: bool
+    source: str
+    longest_row: int
+
+    @property
+    def all_tokens(self) -> int:
+        return self.rows * self.tokens
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What the layers of a plan run with."""
+
+    shape: Shape
+    machine: Machine
+    batch: Batch
+    rank: int
+    names: frozenset[str]
+    """Adapted linears."""
+    dropout: bool
+    attention: str
+    quantized: bool
+    dequantized_itemsize: int
+    """Bytes of a number as dequantization gives it, before a cast to the compute dtype."""
+
+    def layer(self) -> list[Linear]:
+        """The linears of one decoder layer that stands for all; the second one, where some first ones differ."""
+        present = sorted({x.layer for x in self.shape.linears if x.layer is not None})
+        number = present[min(1, len(present) - 1)]
+        return [x for x in self.shape.linears if x.layer == number]
+
+    def is_adapted(self, x: Linear) -> bool:
+        return x.name in self.names
+
+    def is_summed(self, x: Linear) -> bool:
+        """Whether the layer goes through W + ΔW (`qvera.vera.summed`)."""
+        return (
+            self.is_adapted(x)
+            and not self.dropout
+            and summed.pays(self.batch.all_tokens, x.n, x.m, self.rank, self.machine.dtype)
+        )
+
+    def keeps_input(self, x: Linear) -> bool:
+        return self.is_summed(x) and summed.keeps_input(self.batch.all_tokens, x.n, x.m, self.rank)
+
+
+def kept_bytes(a: Adapted) -> int:
+    """What one decoder layer keeps from forward for backward, its input included where that itself is kept (fp32)."""
+    s, T, size = a.shape, a.batch.all_tokens, a.machine.itemsize
+    return norm_bytes(a) * 2 + _attention_bytes(a) + 3 * T * s.ff * size + _adapter_bytes(a)
+
+
+def norm_bytes(a: Adapted) -> int:
+    """An RMS norm keeps its input in fp32 and one factor a token."""
+    return a.batch.all_tokens * (a.shape.hidden + 1) * 4
+
+
+def _attention_bytes(a: Adapted) -> int:
+    s, b, T, size = a.shape, a.batch, a.batch.all_tokens, a.machine.itemsize
+    q, kv = T * s.heads * s.head_dim, T * s.kv_heads * s.head_dim
+    normed = T * (s.heads + s.kv_heads) * (s.head_dim + 1) * 4 if s.head_norms else 0
+    if a.attention == "eager":
+        squares = b.rows * s.heads * b.tokens**2
+        return 3 * q * size + squares * 4 + (squares * size if size < 4 else 0) + normed
+    masked = b.padded or b.joined
+    keys = q if masked and a.attention == "sdpa" else kv  # with a mask sdpa repeats grouped keys and values
+    # sdpa turns a padding mask into an additive one in every layer; a joined sequence's is additive and shared
+    mask = b.rows * b.tokens**2 * size if b.padded and not b.joined and a.attention == "sdpa" else 0
+    return (2 * q + 2 * keys) * size + T * s.heads * 4 + mask + normed
+
+
+def _adapter_bytes(a: Adapted) -> int:
+    """z of each input that low-rank paths read (shared by its readers), x where `summed.keeps_input`."""
+    T, size, rank = a.batch.all_tokens, a.machine.itemsize, a.rank
+    held: dict[tuple[str, str], int] = {}
+    for x in a.layer():
+        if not a.is_adapted(x):
+            continue
+        source = _INPUTS.get(x.role, x.name)
+        if a.dropout:  # every layer drops other elements: its own z, and which elements
+            held[x.name, "z"] = T * rank * size + T * x.n
+        elif a.keeps_input(x):
+            if source != "attention" or a.attention == "eager":  # else attention keeps it
+                held[source, "x"] = T * x.n * size
+        elif a.is_summed(x):
+            held[source, "z without a graph"] = T * rank * size
+        else:
+            held[source, "z"] = T * rank * size
+    return sum(held.values())
+
+
+def weight_bytes(a: Adapted, x: Linear) -> int:
+    """The most that reading the weight W [m, n] takes: itself, its scales, and a copy in the dtype that they give."""
+    if not (a.quantized and x.quantizable):
+        return 0
+    numbers, size = x.n * x.m, a.machine.itemsize
+    given = a.dequantized_itemsize
+    return numbers * given + max(numbers // 16, numbers * size if given != size else 0)
+
+
+def product_bytes(a: Adapted, x: Linear) -> int:
+    """The most that the weights of one linear's products take for the moment: W, C = diag(b) B diag(d), W + ΔW, M."""
+    read, size = weight_bytes(a, x), a.machine.itemsize
+    if not a.is_adapted(x):
+        return read
+    pair = x.m * a.rank
+    if a.is_summed(x):
+        building = x.n * x.m * size + 2 * pair * 4
+        adding = 2 * x.n * x.m * size + pair * size
+        gradient = x.n * x.m * size + pair * (size + 4) if a.keeps_input(x) else pair * (size + 4)
+        return max(read, building, adding, gradient)
+    gradient = pair * (size + 4 + (4 if size < 4 else 0))
+    combining = a.batch.all_tokens * (x.m + a.rank) * size
+    if not _few(a.batch.all_tokens, torch.empty(x.m, a.rank, device="meta")):
+        combining = 2 * pair * 4
+    return max(read, gradient, combining)
+
+
+def transient_bytes(a: Adapted) -> int:
+    """The most that exists beside what is kept while backward goes through one layer: gradients and weights."""
+    s, T, size = a.shape, a.batch.all_tokens, a.machine.itemsize
+    stream, wide = T * s.hidden * size, T * s.ff * size
+    heads, kv = T * s.heads * s.head_dim * size, T * s.kv_heads * s.head_dim * size
+    flowing = {
+        "down_proj": stream + wide,
+        "gate_proj": 2 * stream + 2 * wide,
+        "up_proj": 2 * stream + 2 * wide,
+        "o_proj": 2 * stream + heads,
+        "q_proj": 2 * stream + heads + 2 * kv,
+        "k_proj": 2 * stream + heads + 2 * kv,
+        "v_proj": 2 * stream + heads + 2 * kv,
+    }
+    # what the MLP kept is gone once its elementwise part is through; down_proj comes before that
+    moments = [
+        product_bytes(a, x) + flowing.get(x.role, 2 * stream) - (0 if x.role == "down_proj" else 3 * wide)
+        for x in a.layer()
+    ]
+    moments.append(stream + 3 * wide)
+    if a.attention == "eager":
+        squares = a.batch.rows * s.heads * a.batch.tokens**2 * 4
+        moments.append(2 * stream + 2 * heads + 2 * squares - 3 * wide)
+    return max(moments)

@@ -1,0 +1,88 @@
+"""A plan in words: the table of `qvera plan`, and the lines before a run."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from ..report.numbers import count, duration, size
+from . import Plan
+from .memory import Component
+
+_MOMENTS = {"backward": "backward pass", "loss": "loss", "answers": "answers"}
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """The whole plan: a table of components, files, time, and one sentence whether it fits."""
+    console.print(
+        f"{plan.shape.model_type}, {count(plan.shape.parameters)} parameters; {plan.trained_numbers:,} trained; "
+        f"computes in {str(plan.machine.dtype).removeprefix('torch.')}; planned for {plan.batch.source}"
+    )
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("At the peak")
+    table.add_column("where")
+    table.add_column("bytes", justify="right")
+    for part in plan.memory.peak:
+        table.add_row(part.name, where(part, plan), size(part.bytes))
+    table.add_row("total", "", size(plan.memory.total_bytes), style="bold")
+    console.print(table)
+    others = [
+        f"{_MOMENTS[name]} {size(sum(c.bytes for c in plan.memory.at(name)))}"
+        for name in plan.memory.moments
+        if name != plan.memory.peak_moment
+    ]
+    console.print(f"The peak is in the {_MOMENTS[plan.memory.peak_moment]}; {', '.join(others)}.")
+    console.print(f"Files: adapter {size(plan.adapter_bytes)}, a checkpoint {size(plan.checkpoint_bytes)}.")
+    if plan.seconds is not None:
+        parts = ", ".join(f"{name} {duration(s)}" for name, s in plan.seconds.items() if s > 0)
+        console.print(f"A step takes about {duration(sum(plan.seconds.values()))} here ({parts}).")
+    if plan.machine.device_type == "cuda":
+        console.print("GPU figures are computed from shapes; no GPU has confirmed them yet.")
+    for line in change_lines(plan):
+        console.print(line)
+    console.print(verdict(plan), style="bold")
+
+
+def where(part: Component, plan: Plan) -> str:
+    if plan.machine.device_type == "cuda":
+        return "GPU"
+    return "mapped file" if part.mapped else "private"
+
+
+def verdict(plan: Plan) -> str:
+    """One sentence: fits, or does not."""
+    memory, machine = plan.memory, plan.machine
+    needed = memory.total_bytes if machine.device_type == "cuda" else memory.private_bytes
+    have = f"{size(machine.available_bytes)} of {'memory' if machine.device_type == 'cuda' else 'free RAM'}"
+    if not plan.fits:
+        return f"Does not fit: needs {size(needed)}, and {machine.name} has {have}."
+    if memory.total_bytes > machine.available_bytes:
+        return (
+            f"Fits, slowly: {size(needed)} private of {have} on {machine.name}; the mapped base ({size(memory.mapped_bytes)}) "
+            "does not stay in memory beside it and is read from disk in every step."
+        )
+    mapped = f" and {size(memory.mapped_bytes)} mapped" if memory.mapped_bytes else ""
+    return f"Fits: {size(needed)}{mapped} of {have} on {machine.name}."
+
+
+def change_lines(plan: Plan) -> list[str]:
+    """What would make it fit, one ``--set`` a line."""
+    if plan.fits or not plan.changes:
+        return []
+    if not any(change.fits for change in plan.changes):
+        least = plan.changes[-1]
+        return [f"No change makes it fit; at the least ({least}) it takes {size(least.total_bytes)}."]
+    lines = ["Any one of these makes it fit:"] if len(plan.changes) > 1 else ["This makes it fit:"]
+    return lines + [
+        f"  --set {' --set '.join(str(change).split(', '))}   {size(change.total_bytes)}" for change in plan.changes
+    ]
+
+
+def run_lines(plan: Plan) -> list[str]:
+    """The plan before a run, in two or three lines."""
+    memory = plan.memory
+    mapped = f" + {size(memory.mapped_bytes)} of mapped weights" if memory.mapped_bytes else ""
+    head = (
+        f"Plan: peak {size(memory.private_bytes)}{mapped}, in the {_MOMENTS[memory.peak_moment]}; {plan.batch.source}."
+    )
+    return [head, verdict(plan), *change_lines(plan)]
