@@ -143,8 +143,14 @@ def _run(
     """The run itself, once data and recipe are known to be good."""
     training, device = recipe.training, watch.device
     plan = rehearsal.plan_run(recipe, datasets, device, base, console)
-    with console.status(f"Loading {recipe.model.path}"):
-        base = base or load_base(recipe.model, device)
+    with console.status(f"Loading {recipe.model.path}") as status:
+
+        def quantizing(stage: str, done: int, total: int, what: str) -> None:
+            status.update(
+                f"{stage.capitalize()} {recipe.model.path}: {done / max(total, 1):.0%} of {total / 1e9:.1f} GB"
+            )
+
+        base = base or load_base(recipe.model, device, quantizing)
         model = attach(base.model, recipe.adapter, recipe.model.path, base.facts.get("fingerprint"))
     if training.gradient_checkpointing:
         enable_checkpointing(model)
