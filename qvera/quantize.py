@@ -182,6 +182,10 @@ class RowBlocks:
         if self._whole is not None:
             yield slice(0, self.rows), self._whole
             return
+        if self._step >= self.rows:  # one block: cast once, held as long as this object
+            self._whole = self._stored.to(self._dtype)
+            yield slice(0, self.rows), self._whole
+            return
         for start in range(0, self.rows, self._step):
             rows = slice(start, min(start + self._step, self.rows))
             yield rows, self._stored[rows].to(self._dtype)

@@ -154,6 +154,8 @@ class TrainingSection:
     max_grad_norm: NonNegativeFloat = 1.0
     """Clip the gradient of all vectors together to this norm; 0: do not clip."""
     gradient_checkpointing: _Bool = True
+    rehearse_longest_batch: _Bool = True
+    """Run the longest batch once before the first step, so that a run that will not fit says so at once."""
     loss_chunk_tokens: Positive = 512
     """Tokens whose logits exist at one time in the loss."""
     seed: Seed = 0

@@ -175,7 +175,7 @@ def _run(
                 group["lr"] = rate
             done = Progressed(**found.state["progressed"])
             console.print(f"Going on from step {done.step} of {steps} ({found.path}).")
-    if done.step == 0 and steps:
+    if done.step == 0 and steps and training.rehearse_longest_batch:
         with console.status("Trying the longest batch"):
             rehearsal.run_longest_batch(model, recipe, datasets, plan, steps, optimizer)
     run_dir.mkdir(parents=True, exist_ok=True)
