@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from . import frozen
 from .data import Example, collate, collate_prefix_once, microbatches
-from .generate import exact_match, generate
+from .generate import exact_match, generate, generating
 from .loss import Head, summed_nll
 from .model import causal_model, takes_prefix_once
 
@@ -31,6 +32,18 @@ def make_batch(
             batch["attention_mask"] = hidden.masked_fill_(sees, 0.0)
             return batch
     return collate(examples, pad_id, device)
+
+
+@contextlib.contextmanager
+def scoring(model: Any) -> Iterator[None]:
+    """For the time of the block, held-out loss and answers go through held weights W + ΔW (`generating`), where they are exact.
+
+    In fp32 they are what training computes with, to rounding. In 16 bits a held sum would round a small ΔW away, so there each
+    of the two keeps its own path.
+    """
+    exact = frozen.embedding_dtype(causal_model(model).get_input_embeddings()) == torch.float32
+    with generating(model) if exact else contextlib.nullcontext():
+        yield
 
 
 def hidden_states(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import queue
 import struct
@@ -19,81 +18,15 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import torch
 
-from .errors import InputError, RunFailed
+from .errors import RunFailed
+from .stored import DTYPE_NAMES, Spec, Stored, read_header
 
 PIECE_BYTES = 1 << 22
 """A multiple of 64 weights of any size; small enough to stay in a cache between reading, hashing and quantizing."""
 _SYNC_BYTES = 1 << 27
 _ALIGNMENT = 64
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 T = TypeVar("T")
-
-
-class Spec(NamedTuple):
-    """A tensor as a safetensors header names it."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def size_bytes(self) -> int:
-        return self.numel * self.dtype.itemsize
-
-
-class Stored(NamedTuple):
-    """A tensor in a file, and where in it its bytes are."""
-
-    spec: Spec
-    start: int
-    stop: int
-
-
-def read_header(file: Path) -> list[Stored]:
-    """The tensors of a safetensors file in the order of their bytes.
-
-    Raises:
-        InputError: the header is not one, names a dtype that is not known here, or does not fit the file's size.
-    """
-    try:
-        with open(file, "rb") as handle:
-            (length,) = struct.unpack("<Q", handle.read(8))
-            size = os.fstat(handle.fileno()).st_size
-            if length > size - 8:
-                raise ValueError(f"its header would be {length} bytes long, the file is {size}")
-            document = json.loads(handle.read(length))
-        document.pop("__metadata__", None)
-        found = [
-            Stored(
-                Spec(name, _DTYPES[value["dtype"]], tuple(value["shape"])), *(8 + length + o for o in value["data_offsets"])
-            )
-            for name, value in document.items()
-        ]  # fmt: skip
-    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{file}: not a readable safetensors file, or cut short ({type(error).__name__}: {error}). Copy or download it again."
-        ) from None
-    found.sort(key=lambda stored: stored.start)
-    at = 8 + length
-    for spec, start, stop in found:
-        if start != at or stop - start != spec.size_bytes:
-            raise InputError(
-                f"{file}: the header does not say where the bytes of {spec.name} are. Copy or download it again."
-            )
-        at = stop
-    if at != size:
-        raise InputError(f"{file}: is {size} bytes long, its header says {at}: cut short. Copy or download it again.")
-    return found
 
 
 class Piece(NamedTuple):
@@ -158,7 +91,11 @@ def write_pieces(path: Path, specs: list[Spec], pieces: Iterator[tuple[str, Any]
     offset = 0
     for spec in specs:
         stop = offset + spec.size_bytes
-        header[spec.name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, stop]}
+        header[spec.name] = {
+            "dtype": DTYPE_NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, stop],
+        }
         offset = stop
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % _ALIGNMENT)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import struct
 from pathlib import Path
@@ -27,52 +28,75 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+"""torch dtype → what a safetensors header calls it."""
 
 
-class Stored(NamedTuple):
-    """One tensor of a file: its dtype, shape, and where its bytes are, counted from the start of the file."""
+class Spec(NamedTuple):
+    """A tensor as a safetensors header names it."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def size_bytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+class Stored(NamedTuple):
+    """A tensor in a file, and where in it its bytes are."""
+
+    spec: Spec
     start: int
     stop: int
 
 
-def stored_tensors(file: Path) -> tuple[int, dict[str, Stored]]:
-    """Bytes of the header, and name → `Stored`, in the order they lie in the file.
+def read_header(file: Path) -> list[Stored]:
+    """The tensors of a safetensors file in the order of their bytes.
 
     Raises:
-        InputError: the header can't be read, a dtype is unknown, or the file is shorter or longer than the header says.
+        InputError: the header is not one, names a dtype that is not known here, or does not fit the file's size.
     """
-    size = file.stat().st_size
-    with open(file, "rb") as handle:
-        try:
+    try:
+        with open(file, "rb") as handle:
             (length,) = struct.unpack("<Q", handle.read(8))
+            size = os.fstat(handle.fileno()).st_size
             if length > size - 8:
-                raise ValueError(f"a header of {length} bytes in a file of {size}")
-            header = json.loads(handle.read(length))
-            header.pop("__metadata__", None)
-            found = [
-                Stored(
-                    name,
-                    _DTYPES[facts["dtype"]],
-                    tuple(facts["shape"]),
-                    *(8 + length + at for at in facts["data_offsets"]),
-                )
-                for name, facts in header.items()
-            ]
-        except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"{file}: not a readable safetensors file ({type(error).__name__}: {error}). Fetch this file again."
-            ) from None
-    found.sort(key=lambda stored: stored.start)
-    end = max((stored.stop for stored in found), default=8 + length)
-    if end != size:
+                raise ValueError(f"its header would be {length} bytes long, the file is {size}")
+            document = json.loads(handle.read(length))
+        document.pop("__metadata__", None)
+        found = [
+            Stored(
+                Spec(name, _DTYPES[value["dtype"]], tuple(value["shape"])), *(8 + length + o for o in value["data_offsets"])
+            )
+            for name, value in document.items()
+        ]  # fmt: skip
+    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{file}: its header speaks of {end} bytes and the file has {size}: it was cut short or damaged. Fetch it again."
-        )
-    return 8 + length, {stored.name: stored for stored in found}
+            f"{file}: not a readable safetensors file, or cut short ({type(error).__name__}: {error}). Copy or download it again."
+        ) from None
+    found.sort(key=lambda stored: stored.start)
+    at = 8 + length
+    for spec, start, stop in found:
+        if start != at or stop - start != spec.size_bytes:
+            raise InputError(
+                f"{file}: the header does not say where the bytes of {spec.name} are. Copy or download it again."
+            )
+        at = stop
+    if at != size:
+        raise InputError(f"{file}: is {size} bytes long, its header says {at}: cut short. Copy or download it again.")
+    return found
+
+
+def stored_tensors(file: Path) -> tuple[int, dict[str, Stored]]:
+    """Bytes of the header, and name → `Stored`, in the order they lie in the file (see `read_header`)."""
+    found = read_header(file)
+    return found[0].start if found else file.stat().st_size, {stored.spec.name: stored for stored in found}
 
 
 def read_at(descriptor: int, into: memoryview, offset: int) -> bool:
@@ -109,7 +133,7 @@ def base_fingerprint(directory: Path) -> str:
     for entry in sorted(entries, key=lambda e: e.name):
         stored = files[entry.file][entry.name]
         quantized |= ".quant_state." in entry.name or entry.name.endswith(".SCB")
-        digest.update(f"{stored.name}\n{stored.dtype}\n{list(stored.shape)}\n".encode())
+        digest.update(f"{stored.spec.name}\n{stored.spec.dtype}\n{list(stored.spec.shape)}\n".encode())
         with open(entry.file, "rb") as handle:
             handle.seek(stored.start)
             digest.update(handle.read(min(_SAMPLE_BYTES, stored.stop - stored.start)))

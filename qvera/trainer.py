@@ -344,7 +344,7 @@ def _score(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Held-out loss and, where the recipe asks for it, exact match of greedy answers; and the answers to show as samples."""
     training = recipe.training
-    with console.status(f"{label}: held-out loss") as status:
+    with console.status(f"{label}: held-out loss") as status, evaluate.scoring(model):
         result = _held_out(model, datasets, recipe)
         judged = [e for e in datasets.eval if e.reference is not None and len(e.prompt_ids)]
         judged = judged[: training.exact_match_rows]

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from qvera import evaluate
 from qvera import generate as generation
 from qvera.generate import exact_match, generate, generating
 from qvera.model import attach, load_base
 from qvera.recipe import AdapterSection, ModelSection
-from qvera.vera import QveraLinear
+from qvera.vera import LowRankPath, QveraLinear
 
 from .vera.helpers import perturb, weight_bytes
 
@@ -219,3 +220,22 @@ def test_another_adapter_made_active_while_answering_is_heeded(dense: tuple[Any,
 )
 def test_exact_match(answer: str, reference: str, same: bool) -> None:
     assert exact_match(answer, reference) is same
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scoring_holds_weights_only_where_the_loss_stays_the_same(tiny_model_dir: Path, dtype: str) -> None:
+    base = load_base(ModelSection(path=str(tiny_model_dir), compute_dtype=dtype), torch.device("cpu"))  # type: ignore[arg-type]
+    model = attach(base.model, AdapterSection(rank=8))
+    perturb(model)
+    batch = {
+        "input_ids": torch.tensor([[5, 9, 20, 31, 7, 50, 42]]),
+        "labels": torch.tensor([[5, 9, 20, 31, 7, 50, 42]]),
+    }
+    model.eval()
+    with torch.no_grad():
+        alone, _ = evaluate.batch_nll(model, batch, 64)
+        with evaluate.scoring(model):
+            held, _ = evaluate.batch_nll(model, batch, 64)
+            layers = [m for m in model.modules() if isinstance(m, LowRankPath)]
+            assert all(layer.holds_inference_weight == (dtype == "float32") for layer in layers)
+    torch.testing.assert_close(held, alone, rtol=1e-6 if dtype == "float32" else 0, atol=0)

@@ -25,7 +25,7 @@ def test_positions_are_the_tensors_bytes(tiny_model_dir: Path) -> None:
     data, values = file.read_bytes(), load_file(file)
     assert found.keys() == values.keys() and next(iter(found.values())).start == header
     for name, stored in found.items():
-        assert stored.dtype == values[name].dtype and stored.shape == tuple(values[name].shape)
+        assert stored.spec.dtype == values[name].dtype and stored.spec.shape == tuple(values[name].shape)
         assert data[stored.start : stored.stop] == values[name].view(torch.uint8).numpy().tobytes()
 
 

@@ -59,9 +59,9 @@ class Source:
         self.entries, self.sha256 = entries, dict(known)
         self.trip, self.quantized, self.transposed = trip, quantized, transposed
         for entry in entries:
-            if not self.stored(entry).dtype.is_floating_point:
+            if not self.stored(entry).spec.dtype.is_floating_point:
                 raise InputError(
-                    f"{entry.file}: {entry.name} is {self.stored(entry).dtype}, expected a floating-point weight."
+                    f"{entry.file}: {entry.name} is {self.stored(entry).spec.dtype}, expected a floating-point weight."
                 )
 
     def stored(self, entry: TensorEntry) -> Stored:
@@ -102,9 +102,9 @@ class Source:
     def _rows(self, descriptor: int, stored: Stored, entry: TensorEntry, hash_only: bool) -> Iterator[Block]:
         if stored.start == stored.stop:
             return
-        count = stored.shape[0] if stored.shape else 1
+        count = stored.spec.shape[0] if stored.spec.shape else 1
         row_bytes = (stored.stop - stored.start) // count
-        columns = row_bytes // stored.dtype.itemsize
+        columns = row_bytes // stored.spec.dtype.itemsize
         step = max(1, BLOCK_ELEMENTS // columns)
         trip = None
         if self.trip is not None and not hash_only:
@@ -135,7 +135,9 @@ class Source:
                 f"{entry.file}: ended within {entry.name} while it was read. Run the same command again when it is whole."
             )
         return (
-            data.view(stored.dtype).view(count, *stored.shape[1:]) if stored.shape else data.view(stored.dtype).view(())
+            data.view(stored.spec.dtype).view(count, *stored.spec.shape[1:])
+            if stored.spec.shape
+            else data.view(stored.spec.dtype).view(())
         )
 
 
