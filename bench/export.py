@@ -25,10 +25,10 @@ from common import header, write_result
 from limits import measured, parse_bytes
 
 from qvera.export.deltas import read_deltas, skeleton
-from qvera.model import attach, file_sha256, named_vectors, save_adapter
+from qvera.model import attach, named_vectors, save_adapter
 from qvera.recipe import AdapterSection, ModelSection
 from qvera.shards import checkpoint_tensors
-from qvera.stored import base_fingerprint
+from qvera.stored import base_fingerprint, file_sha256
 
 
 def make_adapter(base: Path, out: Path, rank: int) -> None:

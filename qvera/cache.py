@@ -1,7 +1,7 @@
 """Quantized bases, made once and found again by content.
 
 $QVERA_CACHE/bases/
-  NAME-nf4-IDENTITY/       a finished copy; IDENTITY is of config, shards and settings (`prequantize.content_identity`)
+  nf4-IDENTITY/            a finished copy; IDENTITY is of config, shards and settings (`prequantize.content_identity`)
   .unfinished-KEY/         one that is being made, or was killed; KEY is of source path, sizes, times, settings, device
   .KEY.lock                held by the process that makes it; the kernel drops it when the process dies
   hashes.json              file → SHA-256, believed while the file's size, mtime_ns and inode are the same
@@ -24,8 +24,9 @@ from filelock import FileLock, Timeout
 from . import prequantize
 from .errors import InputError
 from .locations import base_directory, cache_root
-from .prequantize import NotPlain, Source, file_sha256, stat_identity
+from .prequantize import NotPlain, Source
 from .recipe import ModelSection
+from .stored import file_sha256, file_stamp
 from .unfinished import flush, replace_text
 
 __all__ = ["NotPlain", "cached_base", "find_base", "listed", "quantized_copy", "remove", "uses_cache"]
@@ -99,7 +100,11 @@ def cached_base(
             target = root / _name(section, _identity(source, section, known))
             if target.exists() and prequantize.problem_of(target, verify=verify) is None:
                 return target
+        for leftover in root.glob(".removed-*"):  # a removal that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
         record = _complete(unfinished)  # killed between its last byte and its name
+        if record is None and unfinished.is_dir() and not any(unfinished.glob(".qvera_*")):
+            _discard(unfinished)  # it was complete once, and was damaged since: nothing to go on from
         if record is None:
             record = prequantize.quantize_checkpoint(
                 section, source, unfinished, known=known, device=device, progress=_staged(progress, "quantizing")
@@ -179,12 +184,12 @@ class HashIndex:
         found: dict[Path, str] = {}
         for file in files:
             entry = document.get(str(file.resolve()))
-            if isinstance(entry, dict) and file.is_file() and entry.get("stat") == stat_identity(file):
+            if isinstance(entry, dict) and file.is_file() and entry.get("stat") == file_stamp(file.stat()):
                 found[file] = entry["sha256"]
         return found
 
     def add(self, entries: dict[Path, tuple[list[int], str]]) -> None:
-        """Remember file → (what `stat_identity` said before its content was read, SHA-256); files that are gone are dropped."""
+        """Remember file → (what `file_stamp` said before its content was read, SHA-256); files that are gone are dropped."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(self._path.with_suffix(".lock")):
@@ -202,7 +207,7 @@ class HashIndex:
             if progress is not None:
                 progress("hashing", done, total, file.name)
             if file not in found:
-                stat = stat_identity(file)
+                stat = file_stamp(file.stat())
                 found[file] = file_sha256(file)
                 new[file] = (stat, found[file])
             done += file.stat().st_size
@@ -213,7 +218,7 @@ class HashIndex:
     def remember(self, source: Source, record: dict[str, Any]) -> None:
         """The hashes that came out of quantizing; `quantize_checkpoint` has made sure that the files had not changed."""
         recorded = record["source"]["files"]
-        self.add({file: (stat_identity(file), recorded[file.name]["sha256"]) for file in source.files})
+        self.add({file: (file_stamp(file.stat()), recorded[file.name]["sha256"]) for file in source.files})
 
 
 def _identity(source: Source, section: ModelSection, known: dict[Path, str]) -> str:

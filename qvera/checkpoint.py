@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .errors import InputError
-from .model import file_sha256
+from .stored import file_sha256
 from .unfinished import disk_full_says, flush
 
 FORMAT = 1

@@ -34,7 +34,6 @@ from .locations import resolve_path
 from .metrics import memory_text
 from .model import (
     ADAPTER_WEIGHTS,
-    file_sha256,
     fingerprint_of,
     load_tokenizer,
     pick_device,
@@ -49,7 +48,7 @@ from .recipe import DataSection, ExportSection, ModelSection, Recipe, load_recip
 from .run import OpenRun, describe, locate, open_run
 from .rundir import run_directory
 from .stop import StopRequests
-from .stored import same_base
+from .stored import file_sha256, same_base
 from .trainer import train as train_run
 from .unfinished import replace_text
 
@@ -455,7 +454,7 @@ def _difference(recipe: Recipe, run: Path, out: Path, options: ExportSection) ->
             datasets = build_datasets(recipe.data, opened.base.tokenizer, _console)
             rows = (datasets.eval or datasets.train)[: options.certificate_rows]
             return measure_difference(opened.model, out, rows, datasets.pad_id)
-    except InputError as error:
+    except (InputError, OSError, ValueError) as error:
         return {"not_measured": f"{error} {again}"}
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
@@ -547,7 +546,12 @@ def cache(args: argparse.Namespace) -> None:
             "qvera cache rm: name a quantized base, or say --unfinished or --all; `qvera cache ls` shows them."
         )
     for name in dict.fromkeys(names):
-        print(f"{name}  removed, {memory_text(cache_of_bases.remove(name))}")
+        try:
+            print(f"{name}  removed, {memory_text(cache_of_bases.remove(name))}")
+        except InputError as error:
+            if name in args.names:
+                raise
+            print(f"{name}  kept: {error}")  # being made right now
 
 
 def _cache_ls(args: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from . import quantize
+from . import measure, quantize
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -151,8 +151,12 @@ def inference_layout(model: torch.nn.Module, skip: Collection[torch.nn.Module] =
     try:
         if holds:
             head._held_weight = head.weight.to(embedding_dtype(inner.get_input_embeddings()))
-        for module in model.modules():
-            if not isinstance(module, FrozenLinear4bit) or id(module) in skipped:
+        chosen = [m for m in model.modules() if isinstance(m, FrozenLinear4bit) and id(m) not in skipped]
+        # the kernel computes in bfloat16, and the copies are private memory where the weights may be a mapped file
+        size_bytes = sum(quantize.storage_bytes(module) for module in chosen)
+        fits = size_bytes <= measure.available_bytes(torch.device("cpu")) // 4
+        for module in chosen if fits else ():
+            if module.compute_dtype != torch.bfloat16:
                 continue
             pack = None if hasattr(module, "_inference_pack") else quantize.inference_pack(module)
             if pack is not None:

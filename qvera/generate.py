@@ -9,11 +9,10 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import psutil
 import torch
 from transformers import DynamicCache, GenerationMixin
 
-from . import frozen
+from . import frozen, measure
 from .model import causal_model, takes_prefix_once
 from .vera import LowRankPath
 
@@ -52,7 +51,7 @@ def _dense_fits(layers: list[Any]) -> bool:
     if not layers or any(parameter.device.type != "cpu" for parameter in layers[0].parameters()):
         return False
     size_bytes = sum(layer.in_features * layer.out_features * layer.held_dtype().itemsize for layer in layers)
-    return size_bytes <= psutil.virtual_memory().available // 4
+    return size_bytes <= measure.available_bytes(torch.device("cpu")) // 4
 
 
 def generate(

@@ -25,7 +25,7 @@ def resolve_path(path: str) -> str:
 
 
 def base_directory(section: ModelSection) -> Path:
-    """The directory of the base's 16-bit shards: the local one, or the hub's snapshot (downloaded where it is not yet).
+    """The directory of the base's weights: the local one, or the hub's snapshot (downloaded where it is not yet).
 
     Raises:
         InputError: it can't be had.
@@ -38,7 +38,14 @@ def base_directory(section: ModelSection) -> Path:
     patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
     patterns += ["*.py"] if section.trust_remote_code else []
     try:
-        return Path(snapshot_download(name, revision=section.revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(
+                name,
+                revision=section.revision,
+                allow_patterns=patterns,
+                ignore_patterns=["original/*", "consolidated*.safetensors"],  # the same weights again
+            )
+        )
     except Exception as error:  # noqa: BLE001  # huggingface_hub raises httpx's, OSError's and its own
         raise InputError(
             f"model.path: the base {name!r} can't be had from the hub ({type(error).__name__}: {error})."

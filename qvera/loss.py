@@ -49,7 +49,7 @@ class Head(NamedTuple):
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, labels: torch.Tensor, head: Head, chunk_tokens: int) -> torch.Tensor:
-        blocks = quantize.RowBlocks(head.module, hidden.dtype, _BLOCK_ELEMENTS)
+        blocks = quantize.RowBlocks(head.module, hidden.dtype, BLOCK_ELEMENTS)
         bias = getattr(head.module, "bias", None)
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -81,7 +81,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad * g.to(grad.dtype), None, None, None
 
 
-_BLOCK_ELEMENTS = 2**25
+BLOCK_ELEMENTS = 2**25
 """A head stored in another dtype than the product's is cast this many weights at a time: 134 MB in fp32."""
 
 

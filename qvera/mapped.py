@@ -32,7 +32,12 @@ class NotMappable(Exception):
 
 
 def load_mapped(
-    directory: Path, config: Any, dtype: torch.dtype, device: torch.device, attn_implementation: str | None = None
+    directory: Path,
+    config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Any:
     """The causal language model of a checkpoint directory, frozen, in evaluation mode, its big tensors mapped.
 
@@ -47,8 +52,8 @@ def load_mapped(
     """
     entries = {entry.name: entry for entry in checkpoint_tensors(directory)}
     with init_empty_weights(include_buffers=False):
-        kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs)
+        kwargs: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code, **kwargs)
     packed, plain = _sorted_by_kind(entries)
     _check_names(model, packed, plain)
     with _open_files(entries.values()) as files:

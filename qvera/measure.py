@@ -49,7 +49,8 @@ def mapped_weights_bytes() -> int:
             for line in handle:
                 first = line.split(maxsplit=1)[0]
                 if not first.endswith(":"):  # the line that begins a mapping: addresses, rights, ..., the file
-                    ours = line.rstrip().endswith(".safetensors")
+                    path = line.rstrip()  # in a hub cache the file behind the link has its hash for a name
+                    ours = path.endswith(".safetensors") or "/blobs/" in path
                 elif ours and first == "Rss:":
                     total += 1024 * int(line.split()[1])
     except (OSError, IndexError):

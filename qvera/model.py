@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -156,7 +155,7 @@ def _mapped(
         else:
             directory = base_directory(section)
         attention = None if section.attn_implementation == "auto" else section.attn_implementation
-        return load_mapped(directory, config, dtype, device, attention)
+        return load_mapped(directory, config, dtype, device, attention, section.trust_remote_code)
     except (cache.NotPlain, NotMappable):
         return None
 
@@ -482,12 +481,6 @@ def _load_stock_adapter(model: nn.Module, directory: Path) -> PeftModel:
         raise InputError(f"{directory}: has no values for {missing[0]} (and {len(missing) - 1} more).")
     peft_model.requires_grad_(False)
     return peft_model.eval()
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def causal_model(model: Any) -> Any:

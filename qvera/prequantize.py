@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +26,7 @@ from .errors import InputError, RunFailed, first_line
 from .pieces import Piece, Spec, Stored, ahead, read_header, read_pieces, write_pieces
 from .recipe import ModelSection
 from .shards import INDEX, SINGLE, checkpoint_tensors
-from .stored import base_fingerprint, write_source_fingerprint
+from .stored import base_fingerprint, file_sha256, file_stamp, write_source_fingerprint
 from .unfinished import Unfinished, disk_full_says, flush, replace_text, require_space
 
 RECORD = "qvera_quantized.json"
@@ -66,13 +65,7 @@ class Source:
 
     def file_identity(self) -> dict[str, list[int]]:
         """File name → bytes, mtime_ns, inode: by which content that was hashed once is known again."""
-        return {file.name: stat_identity(file) for file in self.files}
-
-
-def stat_identity(file: Path) -> list[int]:
-    """Bytes, mtime_ns and inode of a file (a link's target)."""
-    found = file.stat()
-    return [found.st_size, found.st_mtime_ns, found.st_ino]
+        return {file.name: file_stamp(file.stat()) for file in self.files}
 
 
 def settings_of(section: ModelSection) -> dict[str, Any]:
@@ -295,7 +288,8 @@ def shard_files(directory: Path) -> list[Path]:
     """The shards of a checkpoint as index or directory name them, unread; [] where the index can't be read."""
     index = directory / INDEX
     if not index.is_file():
-        return sorted(directory.glob("*.safetensors"))
+        single = directory / SINGLE
+        return [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
     try:
         return [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -477,11 +471,3 @@ def problem_of(directory: Path, *, verify: bool = False) -> str | None:
         if verify and file_sha256(file) != expected["sha256"]:
             return f"{file} has another SHA-256 than when it was written"
     return None
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    with open(path, "rb") as handle:
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        return hashlib.file_digest(handle, "sha256").hexdigest()

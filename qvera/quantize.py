@@ -315,10 +315,10 @@ def nested_roundtrip(absmax: torch.Tensor) -> torch.Tensor:
     return bnb_functional.dequantize_blockwise(packed, state) + offset
 
 
-def roundtrip_blocks(weight: torch.Tensor, absmax: torch.Tensor, quant_type: str) -> torch.Tensor:
-    """`roundtrip` of whole blocks of 64 consecutive elements, scaled back by ``absmax``, one number a block."""
+def roundtrip_blocks(weight: torch.Tensor, absmax: torch.Tensor, quant_type: str, dtype: torch.dtype) -> torch.Tensor:
+    """`roundtrip` of whole blocks of 64 consecutive elements to ``dtype``, scaled back by ``absmax``, one number a block."""
     packed, state = bnb_functional.quantize_4bit(weight, blocksize=64, compress_statistics=False, quant_type=quant_type)
-    state.absmax = absmax.contiguous()
+    state.absmax, state.dtype = absmax.contiguous(), dtype
     return bnb_functional.dequantize_4bit(packed, state)
 
 

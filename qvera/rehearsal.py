@@ -11,9 +11,10 @@ from rich.console import Console
 from . import evaluate, measure
 from .data import Datasets
 from .errors import InputError
-from .model import Base
+from .model import Base, takes_prefix_once
 from .plan import Plan, longest_rows, make_plan, this_machine
 from .plan.say import change_lines, run_lines
+from .plan.shapes import NotPlannable
 from .recipe import Recipe
 from .vera.projection import SharedProjection
 
@@ -21,7 +22,9 @@ _SHOWN_ROWS = 4
 _OUT_OF_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)
 
 
-def plan_run(recipe: Recipe, datasets: Datasets, device: torch.device, base: Base | None, console: Console) -> Plan:
+def plan_run(
+    recipe: Recipe, datasets: Datasets, device: torch.device, base: Base | None, console: Console
+) -> Plan | None:
     """Make the plan of a run, say it in a few lines, and refuse what can't fit on a GPU.
 
     On a CPU a plan that does not fit is a warning: swap, or other processes that end, may make room.
@@ -30,10 +33,16 @@ def plan_run(recipe: Recipe, datasets: Datasets, device: torch.device, base: Bas
         InputError: on CUDA, the plan needs more than the device has.
     """
     machine = this_machine(recipe.model, device)
-    if base is not None and device.type == "cpu":  # already held, so the plan must not count it twice
+    if (
+        base is not None and device.type == "cpu" and not machine.mapped_base
+    ):  # already held, so the plan must not count it twice
         held = machine.runtime_bytes - min(machine.runtime_bytes, int(base.facts["base_bytes"]))
         machine = type(machine)(**{**vars(machine), "runtime_bytes": held})
-    plan = make_plan(recipe, machine, datasets.train)
+    try:
+        plan = make_plan(recipe, machine, datasets.train)
+    except NotPlannable as error:
+        console.print(f"[yellow]No plan: {error}", highlight=False)
+        return None
     if not plan.fits and device.type == "cuda":
         raise InputError("\n".join(run_lines(plan)))
     for line in run_lines(plan):
@@ -42,7 +51,7 @@ def plan_run(recipe: Recipe, datasets: Datasets, device: torch.device, base: Bas
 
 
 def run_longest_batch(
-    model: Any, recipe: Recipe, datasets: Datasets, plan: Plan, steps: int, optimizer: torch.optim.Optimizer
+    model: Any, recipe: Recipe, datasets: Datasets, plan: Plan | None, steps: int, optimizer: torch.optim.Optimizer
 ) -> None:
     """Forward and backward over the longest batch of the run's ``steps``; nothing of it stays.
 
@@ -51,7 +60,8 @@ def run_longest_batch(
     Raises:
         InputError: memory ran out; names the rows and what would make them fit.
     """
-    members = longest_rows(recipe, datasets.train, plan.joinable, steps)
+    joinable = recipe.data.prefix_once and takes_prefix_once(model)
+    members = longest_rows(recipe, datasets.train, joinable, steps)
     examples = [datasets.train[i] for i in members]
     device = next(model.parameters()).device
     was_training = model.training
@@ -68,7 +78,7 @@ def run_longest_batch(
         shown = ", ".join(e.source for e in examples[:_SHOWN_ROWS]) + (", ..." if len(examples) > _SHOWN_ROWS else "")
         raise InputError(
             f"{recipe.data.path}: the longest batch of this run ({len(examples)} rows, the longest of {tokens:,} tokens: {shown}) "
-            f"does not fit into the memory of {plan.machine.name}. {_advice(recipe, plan)}"
+            f"does not fit into memory. {_advice(recipe, plan, tokens)}"
         ) from None
     finally:
         optimizer.zero_grad(set_to_none=True)
@@ -80,8 +90,8 @@ def run_longest_batch(
             torch.cuda.empty_cache()
 
 
-def _advice(recipe: Recipe, plan: Plan) -> str:
-    if plan.changes:
+def _advice(recipe: Recipe, plan: Plan | None, longest_row: int) -> str:
+    if plan is not None and plan.changes:
         return "\n".join(change_lines(plan))
     # the plan thought that it fits: other processes hold memory, or fragments do
     training, halves = recipe.training, []
@@ -90,11 +100,13 @@ def _advice(recipe: Recipe, plan: Plan) -> str:
     if training.per_device_train_batch_size > 1:
         smaller = max(n for n in range(1, training.per_device_train_batch_size) if training.global_batch_size % n == 0)
         halves.append(f"training.per_device_train_batch_size={smaller}")
-    halves.append(f"data.max_length={max(plan.batch.longest_row // 2, 8)}")
-    return (
-        f"The plan came to {plan.memory.total_bytes:,} bytes, so other processes hold memory too. "
-        f"Try --set {', or --set '.join(halves)}."
+    halves.append(f"data.max_length={max(longest_row // 2, 8)}")
+    planned = (
+        ""
+        if plan is None
+        else f"The plan came to {plan.memory.total_bytes:,} bytes, so other processes hold memory too. "
     )
+    return f"{planned}Try --set {', or --set '.join(halves)}."
 
 
 def measured(plan: dict[str, Any], watch: measure.PeakWatch) -> dict[str, Any]:

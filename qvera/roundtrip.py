@@ -12,9 +12,8 @@ import math
 import torch
 
 from . import quantize
+from .nibbles import BLOCK
 from .recipe import ModelSection
-
-BLOCK = 64
 
 
 def absolute_maxima(rows: torch.Tensor) -> torch.Tensor:
@@ -37,13 +36,19 @@ class RoundTrip:
     """How one weight was quantized.
 
     Args:
-        maxima: `absolute_maxima` of all its rows, in order, cast to the compute dtype before; None where it is not 4-bit.
+        maxima: `absolute_maxima` of all its rows, in order; None where it is not 4-bit.
+        compute: the dtype it is dequantized to.
     """
 
-    def __init__(self, section: ModelSection, maxima: torch.Tensor | None) -> None:
-        self.section, self.absmax = section, maxima
+    def __init__(self, section: ModelSection, maxima: torch.Tensor | None, compute: torch.dtype) -> None:
+        self.section, self.absmax, self.compute = section, maxima, compute
         if maxima is not None and section.double_quant:
             self.absmax = quantize.nested_roundtrip(maxima)
+
+    @property
+    def takes_stored(self) -> bool:
+        """Whether the weight was quantized from its stored numbers (a 4-bit copy is), or from them in the compute dtype."""
+        return self.absmax is not None
 
     def rows(self, weight: torch.Tensor, first: int) -> torch.Tensor:
         """Rows [k, n] of the weight in the compute dtype, the first of them row ``first``, as the quantized base holds them."""
@@ -51,5 +56,5 @@ class RoundTrip:
             return quantize.roundtrip(weight, self.section)
         at = first * weight.shape[1] // BLOCK
         return quantize.roundtrip_blocks(
-            weight, self.absmax[at : at + -(-weight.numel() // BLOCK)], self.section.quantization
+            weight, self.absmax[at : at + -(-weight.numel() // BLOCK)], self.section.quantization, self.compute
         )

@@ -10,6 +10,7 @@ from typing import Any
 from . import model
 from .errors import InputError
 from .recipe import ModelSection, Recipe, load_recipe
+from .stored import file_sha256
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -85,7 +86,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         "projection_seed": getattr(config, "projection_seed", getattr(config, "projection_prng_key", None)),
         "projection_generator": getattr(config, "projection_generator", "PEFT's"),
         "projection_sha256": getattr(config, "projection_sha256", None),
-        "adapter_sha256": model.file_sha256(directory / model.ADAPTER_WEIGHTS),
+        "adapter_sha256": file_sha256(directory / model.ADAPTER_WEIGHTS),
         "base_fingerprint": getattr(config, "base_fingerprint", None),
         "format_version": getattr(config, "format_version", None),
         "peft_type": str(getattr(config.peft_type, "value", config.peft_type)),

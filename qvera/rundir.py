@@ -126,7 +126,8 @@ def finish(
         "tokens_per_second": done.input_tokens / done.train_seconds if done.train_seconds else None,
         "peak_bytes": measure.peak_bytes(watch.device),
     }
-    run["plan"]["measured"] = rehearsal.measured(run["plan"], watch)
+    if run.get("plan"):
+        run["plan"]["measured"] = rehearsal.measured(run["plan"], watch)
     run["samples"] = [
         {"prompt": a["prompt"], "reference": a["reference"], "before": b["answer"], "after": a["answer"]}
         for b, a in zip(done.samples_before, samples, strict=False)

@@ -1,4 +1,4 @@
-"""Read a checkpoint tensor by tensor and write one the same way (safetensors), never holding more than one tensor."""
+"""The tensors of a checkpoint directory, and writing one shard at a time from tensors or blocks of their rows (safetensors)."""
 
 from __future__ import annotations
 
@@ -89,12 +89,6 @@ def _unindexed(directory: Path) -> list[Path]:
                     f"{directory / name}: this shard of {int(total)} is missing, and there is no {INDEX}. Fetch it."
                 )
     return files
-
-
-def read_tensor(entry: TensorEntry) -> torch.Tensor:
-    """The tensor's values; the file is mapped, so only its own pages are read."""
-    with safe_open(entry.file, framework="pt") as reader:
-        return reader.get_tensor(entry.name)
 
 
 def plan_shards(entries: list[TensorEntry], dtype: torch.dtype, max_bytes: int) -> list[tuple[str, list[TensorEntry]]]:

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from .errors import InputError
-from .model import resolve_path
+from .errors import InputError, first_line
+from .locations import resolve_path
 from .recipe import ModelSection
 
 
@@ -26,5 +26,5 @@ def skeleton(section: ModelSection, source: Path | str | None = None) -> torch.n
         )
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
-    except (OSError, ValueError) as error:
-        raise InputError(f"model.path: no model config can be read from {name!r} ({error}).") from None
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise InputError(f"model.path: no model can be made from the config of {name!r}: {first_line(error)}") from None

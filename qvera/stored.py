@@ -99,6 +99,19 @@ def stored_tensors(file: Path) -> tuple[int, dict[str, Stored]]:
     return found[0].start if found else file.stat().st_size, {stored.spec.name: stored for stored in found}
 
 
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with open(path, "rb") as handle:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def file_stamp(facts: os.stat_result) -> list[int]:
+    """Size, mtime_ns and inode: what tells cheaply that a file (a link's target) is still the one it was."""
+    return [facts.st_size, facts.st_mtime_ns, facts.st_ino]
+
+
 def read_at(descriptor: int, into: memoryview, offset: int) -> bool:
     """Fill ``into`` from an open file; False where the file ends before."""
     done = 0

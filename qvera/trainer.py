@@ -42,6 +42,7 @@ from .model import (
     save_adapter,
 )
 from .optimize import build_optimizer, build_schedule, optimizer_bytes
+from .plan import planned_steps
 from .recipe import Recipe
 from .rundir import Progressed, check_run_dir, finish, plain, run_facts
 from .stop import StopRequests
@@ -158,7 +159,7 @@ def _run(
     trained = {name: vector for name, vector in vectors.items() if vector.requires_grad}
     optimizer = build_optimizer(training, trained)
     per_epoch = steps_per_epoch(len(datasets.train), training.global_batch_size)
-    steps = training.max_steps if training.max_steps >= 0 else math.ceil(training.num_train_epochs * per_epoch)
+    steps = planned_steps(recipe, len(datasets.train))
     schedule = build_schedule(training, optimizer, steps)
     engine = LocalEngine(trained, optimizer, schedule, training.max_grad_norm)
     done = Progressed()
@@ -182,7 +183,7 @@ def _run(
     (run_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     log = MetricsLog(run_dir / "metrics.jsonl", keep_through_step=done.step)
     run = run_facts(base, model, datasets, device, started)
-    run["plan"] = plan.to_dict()
+    run["plan"] = None if plan is None else plan.to_dict()
     facts: dict[str, Any] = run["adapter"]
     console.print(
         f"Training {facts['trainable_parameters']:,} numbers in {facts['adapted_modules']} linears "

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -29,6 +28,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from .errors import InputError, RunFailed
+from .stored import file_sha256
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -83,7 +83,7 @@ class Unfinished:
     def has(self, name: str) -> bool:
         """Whether that shard is finished; its bytes are hashed and compared."""
         target = self.out / name
-        return name in self.shards and target.is_file() and _sha256(target) == self.shards[name]
+        return name in self.shards and target.is_file() and file_sha256(target) == self.shards[name]
 
     def finished(self, name: str, sha256: str) -> None:
         """Write down that this shard is whole and on disk."""
@@ -198,8 +198,3 @@ def disk_full_says(what: str, kept: str) -> Iterator[None]:
             raise
         where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
         raise RunFailed(f"{what}: the disk is full{where}. {kept}") from None
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

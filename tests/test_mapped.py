@@ -158,7 +158,7 @@ def test_the_loss_casts_a_16_bit_head_block_by_block(monkeypatch: pytest.MonkeyP
     labels[0, :5] = IGNORED
     results = []
     for module, elements in ((stored, 24 * 40), (whole, 24 * 40)):
-        monkeypatch.setattr(loss_module, "_BLOCK_ELEMENTS", elements)
+        monkeypatch.setattr(loss_module, "BLOCK_ELEMENTS", elements)
         x = hidden.clone().requires_grad_()
         loss, _ = summed_nll(x, labels, Head(module, None, 1.0), chunk)
         loss.backward()

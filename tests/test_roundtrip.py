@@ -21,7 +21,7 @@ def test_rows_equal_the_whole(shape: tuple[int, int], kind: str, double_quant: b
     step = row_step(shape[1], section) * 3
     pieces = list(zip(range(0, shape[0], step), weight.split(step), strict=True))
     maxima = torch.cat([absolute_maxima(rows) for _, rows in pieces]) if kind in ("nf4", "fp4") else None
-    trip = RoundTrip(section, maxima)
+    trip = RoundTrip(section, maxima, dtype)
     found = torch.cat([trip.rows(rows, first) for first, rows in pieces])
     assert found.dtype == expected.dtype and len(pieces) > 1 or shape == (130, 1)
     assert torch.equal(found, expected)

@@ -19,6 +19,7 @@ from ..data import IGNORED, Example, collate
 from ..evaluate import hidden_states
 from ..loss import Head
 from ..model import causal_model, pick_device
+from ..unfinished import require_space
 from .load import load_exported, load_exported_bytes
 
 
@@ -71,6 +72,9 @@ def measure_difference(
     device = next(trained.parameters()).device
     vocabulary = trained.get_base_model().get_output_embeddings().weight.shape[0]
     tokens = sum(e.trained_tokens for e in examples)
+    require_space(
+        exported_dir.parent, 4 * tokens * vocabulary, "the comparison"
+    )  # a sparse file: no room would be a SIGBUS
     with tempfile.TemporaryDirectory(dir=exported_dir.parent) as scratch:
         stored = np.memmap(Path(scratch) / "trained.f32", dtype=np.float32, mode="w+", shape=(tokens, vocabulary))
         start, loss_trained = 0, 0.0

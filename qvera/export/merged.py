@@ -26,7 +26,6 @@ from ..errors import InputError, Interrupted, RunFailed
 from ..locations import base_directory
 from ..model import (
     ADAPTER_WEIGHTS,
-    file_sha256,
     load_tokenizer,
     pick_compute_dtype,
     pick_device,
@@ -36,7 +35,7 @@ from ..model import (
 from ..recipe import ExportSection, ModelSection
 from ..shards import TensorEntry, checkpoint_tensors, plan_shards, write_index, write_shard
 from ..stop import StopRequests
-from ..stored import base_fingerprint
+from ..stored import base_fingerprint, file_sha256
 from ..unfinished import Unfinished, disk_full_says, place_files, replace_text, require_space
 from .deltas import AdapterDeltas, Delta, read_deltas, skeleton
 from .pipeline import in_order, one_thread_each
@@ -220,7 +219,7 @@ def _merge(block: Block, deltas: dict[str, Delta], dtype: torch.dtype, compute: 
         RunFailed: the result has NaN or Inf in it.
     """
     delta, weight, found = deltas.get(block.entry.name), block.rows, None
-    if compute is not None:
+    if compute is not None and (block.trip is None or block.transposed or not block.trip.takes_stored):
         weight = weight.to(compute)
     if block.trip is not None:
         trip = block.trip

@@ -15,7 +15,7 @@ from ..errors import InputError, RunFailed
 from ..recipe import ModelSection
 from ..roundtrip import RoundTrip, absolute_maxima, row_step
 from ..shards import TensorEntry
-from ..stored import Stored, read_at, stored_tensors
+from ..stored import Stored, file_stamp, read_at, stored_tensors
 from .pipeline import empty_bytes
 
 BLOCK_ELEMENTS = 1 << 20
@@ -117,11 +117,12 @@ class Source:
                 found = []
                 for first in range(0, count, step):
                     rows = self._read(descriptor, stored, entry, first, min(step, count - first), row_bytes)
-                    rows = rows.to(compute)
-                    found.append(absolute_maxima(rows.t().contiguous() if entry.name in self.transposed else rows))
-                trip = RoundTrip(section, torch.cat(found))
+                    if entry.name in self.transposed:  # quantized while loading, from weights in the compute dtype
+                        rows = rows.to(compute).t().contiguous()
+                    found.append(absolute_maxima(rows))
+                trip = RoundTrip(section, torch.cat(found), compute)
             elif entry.name in self.quantized:
-                trip = RoundTrip(section, None)
+                trip = RoundTrip(section, None, compute)
         for first in range(0, count, step):
             rows = self._read(descriptor, stored, entry, first, min(step, count - first), row_bytes)
             yield Block(entry, first, rows, first + step >= count, trip, entry.name in self.transposed)
@@ -139,11 +140,6 @@ class Source:
             if stored.spec.shape
             else data.view(stored.spec.dtype).view(())
         )
-
-
-def file_stamp(facts: os.stat_result) -> list[int]:
-    """Size, modification time and inode: what tells cheaply that a file is still the one it was."""
-    return [facts.st_size, facts.st_mtime_ns, facts.st_ino]
 
 
 def stamps(entries: list[TensorEntry]) -> dict[str, list[int]]:

@@ -58,11 +58,6 @@ class Plan:
     def fits(self) -> bool:
         return fits(self.memory, self.machine)
 
-    @property
-    def allocated_bytes(self) -> int:
-        """What torch allocates on a GPU: all but the CUDA context."""
-        return self.memory.total_bytes - self.machine.context_bytes
-
     def to_dict(self) -> dict[str, Any]:
         """As JSON: the output of ``qvera plan --json`` and the ``plan`` object of run.json."""
         return {
@@ -132,7 +127,7 @@ def _batches(rows: Sequence[Example] | None, joinable: bool) -> BatchOf:
         key = recipe.data.max_length, recipe.training.per_device_train_batch_size
         if key not in found:
             cut = [e if len(e.input_ids) <= key[0] else _cut(e, key[0]) for e in rows]
-            chosen = longest_rows(recipe, cut, joinable, planned_steps(recipe, len(cut)))
+            chosen = longest_rows(recipe, cut, joinable, max(1, planned_steps(recipe, len(cut))))
             found[key] = batch_of([cut[i] for i in chosen], joinable)
         return found[key]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ..vera import summed
-from ..vera.functional import _few
+from ..vera.functional import few_tokens
 from .machine import Machine
 from .shapes import Linear, Shape
 
@@ -62,8 +62,6 @@ class Adapted:
     dropout: bool
     attention: str
     quantized: bool
-    dequantized_itemsize: int
-    """Bytes of a number as dequantization gives it, before a cast to the compute dtype."""
 
     def layer(self) -> list[Linear]:
         """The linears of one decoder layer that stands for all; the second one, where some first ones differ."""
@@ -132,12 +130,11 @@ def _adapter_bytes(a: Adapted) -> int:
 
 
 def weight_bytes(a: Adapted, x: Linear) -> int:
-    """The most that reading the weight W [m, n] takes: itself, its scales, and a copy in the dtype that they give."""
+    """The most that reading the weight W [m, n] takes: itself in the compute dtype, and its scales."""
     if not (a.quantized and x.quantizable):
         return 0
-    numbers, size = x.n * x.m, a.machine.itemsize
-    given = a.dequantized_itemsize
-    return numbers * given + max(numbers // 16, numbers * size if given != size else 0)
+    numbers = x.n * x.m
+    return numbers * a.machine.itemsize + numbers // 16
 
 
 def product_bytes(a: Adapted, x: Linear) -> int:
@@ -153,7 +150,7 @@ def product_bytes(a: Adapted, x: Linear) -> int:
         return max(read, building, adding, gradient)
     gradient = pair * (size + 4 + (4 if size < 4 else 0))
     combining = a.batch.all_tokens * (x.m + a.rank) * size
-    if not _few(a.batch.all_tokens, torch.empty(x.m, a.rank, device="meta")):
+    if not few_tokens(a.batch.all_tokens, torch.empty(x.m, a.rank, device="meta")):
         combining = 2 * pair * 4
     return max(read, gradient, combining)
 

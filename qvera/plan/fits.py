@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,10 @@ class Change:
     settings: dict[str, Any]
     total_bytes: int
     fits: bool
+
+    def arguments(self) -> str:
+        """As the command line takes them, quoted for a shell."""
+        return " ".join("--set " + shlex.quote(f"{key}={_yaml(value)}") for key, value in self.settings.items())
 
     def __str__(self) -> str:
         return ", ".join(f"{key}={_yaml(value)}" for key, value in self.settings.items())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from ..loss import _BLOCK_ELEMENTS
+from ..loss import BLOCK_ELEMENTS
 from ..recipe import Recipe
 from .activations import Adapted, Batch, kept_bytes, norm_bytes, transient_bytes
 from .machine import Machine
@@ -165,7 +165,6 @@ def setting(shape: Shape, recipe: Recipe, batch: Batch, machine: Machine) -> Ada
         dropout=recipe.adapter.dropout > 0,
         attention=shape.attention if attention == "auto" else attention,
         quantized=recipe.model.quantization != "none",
-        dequantized_itemsize=machine.itemsize,
     )
 
 
@@ -203,7 +202,7 @@ def _loss(shape: Shape, recipe: Recipe, batch: Batch, machine: Machine) -> tuple
         Component("hidden states and their gradient", "loss", states),
     ]
     if machine.mapped_base and size != 2:  # the head is mapped in 16 bits and cast a block at a time
-        block = min(shape.vocabulary * hidden, _BLOCK_ELEMENTS)
+        block = min(shape.vocabulary * hidden, BLOCK_ELEMENTS)
         found.append(Component("a block of the head in the compute dtype", "loss", block * size))
     return tuple(found)
 

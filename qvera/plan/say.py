@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from ..report.numbers import count, duration, size
+from ..numbers import count, duration, size
 from . import Plan
 from .memory import Component
 
@@ -73,9 +73,7 @@ def change_lines(plan: Plan) -> list[str]:
         least = plan.changes[-1]
         return [f"No change makes it fit; at the least ({least}) it takes {size(least.total_bytes)}."]
     lines = ["Any one of these makes it fit:"] if len(plan.changes) > 1 else ["This makes it fit:"]
-    return lines + [
-        f"  --set {' --set '.join(str(change).split(', '))}   {size(change.total_bytes)}" for change in plan.changes
-    ]
+    return lines + [f"  {change.arguments()}   {size(change.total_bytes)}" for change in plan.changes]
 
 
 def run_lines(plan: Plan) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 
 from .. import quantize
 from ..recipe import Recipe
-from ..vera.functional import _few
+from ..vera.functional import few_tokens
 from .activations import Adapted
 
 _WEIGHTS_PROBED = 2**20
@@ -111,7 +111,7 @@ def step_seconds(a: Adapted, recipe: Recipe, rates: Rates) -> dict[str, float]:
             )  # z is made, and its gradient spent, once for all readers
             low_rank += 0 if shared else passes * 2 * T * a.rank * x.n
             low_rank += (passes + 1) * 2 * T * a.rank * x.m
-            if not _few(T, torch.empty(x.m, a.rank, device="meta")):
+            if not few_tokens(T, torch.empty(x.m, a.rank, device="meta")):
                 passed += passes * 2 * x.m * a.rank * 4 * 2
             passed += 2 * x.m * a.rank * 4 * 2
     s, b = a.shape, a.batch

@@ -78,6 +78,10 @@ class Shape:
         return tuple(x for x in self.linears if x.name in chosen)
 
 
+class NotPlannable(InputError):
+    """A model of a kind that the plan's formulas do not know; it can be trained all the same."""
+
+
 def shape_of(model: nn.Module) -> Shape:
     """Read the shapes off a model; one without weights (`qvera.skeleton`) will do.
 
@@ -101,7 +105,12 @@ def shape_of(model: nn.Module) -> Shape:
         linears.append(Linear(name, *size, int(layer[1]) if layer else None, not skipped))
     layers = {x.layer for x in linears} - {None}
     if not layers or head is None:
-        raise InputError(f"model.path: {type(model).__name__} has no decoder layers that a plan could be made for.")
+        raise NotPlannable(f"model.path: {type(model).__name__} has no decoder layers that a plan could be made for.")
+    for key in ("num_attention_heads", "hidden_size"):
+        if not isinstance(getattr(config, key, None), int):
+            raise NotPlannable(
+                f"model.path: the config of {type(model).__name__} has no whole number {key} to plan with."
+            )
     heads = int(config.num_attention_heads)
     weights = sum(x.n * x.m for x in linears if x.quantizable)
     hidden = int(config.hidden_size)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from ..numbers import count, size
 from ..recipe import Recipe, parse_recipe
-from ..report.numbers import count, size
 from .activations import Batch
 from .machine import CUDA_CONTEXT_BYTES, Machine
 from .memory import Kind, plan_memory

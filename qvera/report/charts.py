@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Literal
 
-from .numbers import axis_labels, count
-from .numbers import size as bytes_text
+from ..numbers import axis_labels, count
+from ..numbers import size as bytes_text
 
 Point = tuple[float, float | None]
 """x (a step) and y; None: no value there, a gap in the curve."""

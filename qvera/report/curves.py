@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
+from ..numbers import count, duration, significant, size
 from .charts import MOST_POINTS, Line, Point, line_chart, smooth, thin
-from .numbers import count, duration, significant, size
 from .read import Run, number, pick
 
 

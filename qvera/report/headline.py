@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import PurePosixPath, PureWindowsPath
 
+from ..numbers import count, duration, moment, percent, significant, size
 from . import curves
 from .markup import esc
-from .numbers import count, duration, moment, percent, significant, size
 from .read import Run, number, pick, words
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from ..numbers import size
 from .charts import Stack, stacked_bars
 from .markup import esc, section
-from .numbers import size
 from .read import Run, number, pick, words
 
 _KINDS = (

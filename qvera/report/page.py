@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from ..numbers import count, moment, percent, size
 from . import curves
 from .assets import SCRIPT, STYLE
 from .charts import histogram
@@ -15,7 +16,6 @@ from .compare import mark, same_answer
 from .headline import head, model_name, tiles
 from .markup import esc, fact_list, section
 from .memory import memory_section
-from .numbers import count, moment, percent, size
 from .read import Run, number, pick, words
 from .settings import changed_settings
 

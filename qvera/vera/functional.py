@@ -39,7 +39,7 @@ def combined(B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float, dt
     return ((b.unsqueeze(1) * B) * (d * scale)).to(dtype)
 
 
-def _few(tokens: int, B: torch.Tensor) -> bool:
+def few_tokens(tokens: int, B: torch.Tensor) -> bool:
     """Whether scaling z and the output, T (r + 2 m) elements, touches fewer elements than building C, m r of them."""
     out_features, rank = B.shape
     return tokens * (rank + 2 * out_features) < out_features * rank
@@ -54,7 +54,7 @@ def _expand(
     base: torch.Tensor, z: torch.Tensor, d: torch.Tensor, b: torch.Tensor, B: torch.Tensor, scale: float
 ) -> torch.Tensor:
     flat = z.reshape(-1, z.shape[-1])
-    if _few(flat.shape[0], B):  # a decoding step: C would cost more than the whole product
+    if few_tokens(flat.shape[0], B):  # a decoding step: C would cost more than the whole product
         inner = flat * (d * scale).to(z.dtype)
         delta = (inner @ B.to(z.dtype).t()).mul_(b.to(z.dtype))
         return base + delta.view(base.shape).to(base.dtype)
@@ -103,7 +103,7 @@ class _Expand(torch.autograd.Function):
         if need_d or need_b:
             grad_d, grad_b = vector_gradients(g_flat.t() @ z_flat, B, d, b, ctx.scale, need_d, need_b)
         if need_z:
-            if _few(z_flat.shape[0], B):
+            if few_tokens(z_flat.shape[0], B):
                 grad_z = ((g_flat * b.to(z.dtype)) @ B.to(z.dtype)) * (d * ctx.scale).to(z.dtype)
             else:
                 grad_z = g_flat @ combined(B, d, b, ctx.scale, z.dtype)

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from qvera import frozen
+from qvera import frozen, quantize
 from qvera.cli import main
 from qvera.errors import InputError, Interrupted, RunFailed
 from qvera.export import export_merged, merged
@@ -232,3 +232,26 @@ def test_the_exported_weights_are_those_the_run_answers_with(write_recipe: Any, 
                 held, tensors[f"{name.removeprefix('base_model.model.')}.weight"], rtol=0, atol=1e-6
             )
             assert isinstance(module.base_layer, frozen.FrozenLinear4bit)
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.float32])
+def test_the_dequantized_base_is_the_one_trained_on_where_the_stored_dtype_is_wider(
+    tmp_path: Path, stored: torch.dtype
+) -> None:
+    """A quantized copy is made from the stored numbers; rounding them to the compute dtype first gives other nibbles."""
+    source = tmp_path / "base"
+    small_llama().to(stored).save_pretrained(source)
+    small_tokenizer().save_pretrained(source)
+    section = ModelSection(path=str(source), compute_dtype="bfloat16")
+    base = load_base(section, torch.device("cpu"))
+    trained_on = {
+        f"{name}.weight": quantize.dequantized_weight(module, torch.float32)
+        for name, module in base.model.named_modules()
+        if isinstance(module, quantize.Linear4bit)
+    }
+    save_adapter(attach(base.model, AdapterSection(rank=8), str(source)), tmp_path / "adapter")  # b = 0: W alone
+    export_merged(tmp_path / "adapter", section, tmp_path / "out", ExportSection(dtype="float32", base="dequantized"))
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    assert len(trained_on) == 14
+    for name, weight in trained_on.items():
+        assert torch.equal(exported[name], weight), name

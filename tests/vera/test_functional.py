@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from qvera.vera.functional import _few, combined, delta_weight, expand, project
+from qvera.vera.functional import combined, delta_weight, expand, few_tokens, project
 
 DIMENSIONS = [(3, 5, 7), (33, 17, 9), (1, 1, 1), (64, 129, 31)]  # n, m, r
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -70,16 +70,16 @@ def test_forward_and_every_gradient(
 
 def test_both_branches_are_really_taken() -> None:
     sizes = [(T, torch.empty(m, r)) for T in (1, 3, 257) for _, m, r in DIMENSIONS]
-    taken = {_few(T, B) for T, B in sizes}
+    taken = {few_tokens(T, B) for T, B in sizes}
     assert taken == {True, False}
-    assert _few(1, torch.empty(4096, 1024)) and not _few(2048, torch.empty(4096, 1024))
+    assert few_tokens(1, torch.empty(4096, 1024)) and not few_tokens(2048, torch.empty(4096, 1024))
 
 
 def test_both_branches_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     p = parts(5, 6, 7, 8)
     results = []
     for few in (True, False):
-        monkeypatch.setattr("qvera.vera.functional._few", lambda tokens, B, few=few: few)
+        monkeypatch.setattr("qvera.vera.functional.few_tokens", lambda tokens, B, few=few: few)
         leaves = {k: p[k].clone().requires_grad_() for k in ("x", "d", "b")}
         y = expand(leaves["x"] @ p["W"].t(), project(leaves["x"], p["A"]), leaves["d"], leaves["b"], p["B"], 0.5)
         y.square().sum().backward()
@@ -92,7 +92,7 @@ def test_both_branches_agree(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("T", [1, 40])
 def test_gradcheck(T: int) -> None:
     p = parts(T, 3, 5, 16)
-    assert _few(T, p["B"]) is (T == 1)
+    assert few_tokens(T, p["B"]) is (T == 1)
     x, W, d, b = (p[k].requires_grad_() for k in ("x", "W", "d", "b"))
 
     def run(x: torch.Tensor, W: torch.Tensor, d: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -126,7 +126,7 @@ def test_a_strided_output_gradient_and_input_do() -> None:
 def test_only_z_and_the_small_tensors_are_kept_for_backward(few: bool) -> None:
     T, n, m, r = (2, 40, 48, 64) if few else (64, 40, 48, 8)
     p = {k: v.float() for k, v in parts(T, n, m, r).items()}
-    assert _few(T, p["B"]) is few
+    assert few_tokens(T, p["B"]) is few
     d, b = p["d"].requires_grad_(), p["b"].requires_grad_()
     x = p["x"].requires_grad_()
     base = torch.randn(T, m, requires_grad=True)

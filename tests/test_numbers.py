@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qvera.report.numbers import axis_labels, count, duration, moment, percent, significant, size
+from qvera.numbers import axis_labels, count, duration, moment, percent, significant, size
 
 
 @pytest.mark.parametrize(
