@@ -214,7 +214,7 @@ TABLE: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     "model without config": (drop("model/config.json"), "config.json"),
     "model without weights": (drop("model/model.safetensors"), "no *.safetensors"),
     "model with pickles only": (only_pickles, "which are pickles and are not read"),
-    "weights cut short": (cut_weights, "can't be loaded"),
+    "weights cut short": (cut_weights, "or cut short"),
     "model of no known kind": (edit_json("model/config.json", model_type="lama"), "lama"),
     "tokenizer missing": (drop("model/tokenizer.json", "model/tokenizer_config.json"), "tokenizer"),
     "tokenizer without eos": (no_eos, "no end-of-sequence token"),
@@ -256,7 +256,7 @@ TABLE: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     "quantize what is not there": (lambda p: ["quantize", "./nowhere", str(p.root / "q")], "is not a directory"),
     "quantize over something": (lambda p: ["quantize", str(p.root / "model"), str(p.root / "model")], "not empty"),
     "quantize with a missing shard": (quantize_missing_shard, "missing"),
-    "no such quantized base": (lambda p: ["cache", "rm", "nf4-0"], "no quantized base of that name"),
+    "no such quantized base": (lambda p: ["cache", "rm", "nf4-none"], "no quantized base of that name"),
     "no prompts": (empty_prompts, "no prompts in it"),
 }
 
