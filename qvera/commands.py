@@ -84,7 +84,8 @@ def _say_result(run_dir: Path, run: dict[str, Any]) -> None:
     lines += [
         f"trained numbers   {adapter['trainable_parameters']:,} (LoRA r=64: {adapter['lora_r64_parameters']:,})",
         f"adapter           {memory_text(adapter['file_bytes'])} in {run_dir / 'adapter'}",
-        f"peak memory       {memory_text(result['peak_bytes'])}",
+        f"peak memory       {memory_text(result['peak_bytes'])}"
+        + (f", and {memory_text(result['mapped_bytes'])} of mapped weights" if result["mapped_bytes"] else ""),
     ]
     if result["tokens_per_second"]:
         lines.append(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import platform
-import resource
-import sys
 import threading
 from collections.abc import Iterator
 from importlib import metadata
@@ -16,18 +14,8 @@ import torch
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Memory held now: tensors on the CUDA device, or the resident set of this process."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    return psutil.Process().memory_info().rss
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The most memory held so far: on the CUDA device, or as resident set since the process started."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+    """Memory held now: tensors on the CUDA device, or `private_bytes` of this process."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else private_bytes()
 
 
 def private_bytes() -> int:

@@ -124,7 +124,8 @@ def finish(
         "stopped_early": done.stopped_early,
         "seconds": done.train_seconds,
         "tokens_per_second": done.input_tokens / done.train_seconds if done.train_seconds else None,
-        "peak_bytes": measure.peak_bytes(watch.device),
+        "peak_bytes": watch.peak_bytes,
+        "mapped_bytes": 0 if watch.device.type == "cuda" else measure.mapped_weights_bytes(),
     }
     if run.get("plan"):
         run["plan"]["measured"] = rehearsal.measured(run["plan"], watch)

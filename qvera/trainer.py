@@ -207,7 +207,7 @@ def _run(
         with Progress(console, steps, done.step) as bar:
             while done.step < steps and not done.stopped_early and not signals.asked:
                 try:
-                    record = _step(model, engine, datasets, recipe, done, device)
+                    record = _step(model, engine, datasets, recipe, done, watch)
                 except RunFailed:
                     run["status"] = "failed"
                     finish(run_dir, run, done, steps, per_epoch, watch, None, [], console)
@@ -247,7 +247,7 @@ def _run(
 
 
 def _step(
-    model: Any, engine: LocalEngine, datasets: Datasets, recipe: Recipe, done: Progressed, device: torch.device
+    model: Any, engine: LocalEngine, datasets: Datasets, recipe: Recipe, done: Progressed, watch: measure.PeakWatch
 ) -> dict[str, Any]:
     """One optimizer step: accumulate the gradient of the mean loss over the global batch's trained tokens, clip, step."""
     training, data = recipe.training, recipe.data
@@ -289,8 +289,8 @@ def _step(
         "input_tokens": inputs,
         "step_seconds": seconds,
         "tokens_per_second": inputs / seconds,
-        "memory_bytes": measure.memory_bytes(device),
-        "peak_bytes": measure.peak_bytes(device),
+        "memory_bytes": measure.memory_bytes(watch.device),
+        "peak_bytes": watch.peak_bytes,
     }
 
 

@@ -135,7 +135,7 @@ def perturb(model: Any) -> None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else measure.peak_bytes(device)
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else measure.private_bytes()
 
 
 def one_case(model: Any, tokens: int, steps: int, device: torch.device) -> tuple[list[float], int]:
