@@ -131,6 +131,7 @@ def load_base(
             f"model.path: {name!r} can't be loaded as a causal language model: {first_line(error)} Expected a hub id, or a "
             "directory with config.json and safetensors weights."
         ) from None
+    model.name_or_path = model.config._name_or_path = name  # not the cached copy's: PEFT writes it into adapters
     model.requires_grad_(False)
     model.eval()
     frozen.freeze_linears(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from qvera.errors import InputError
 from qvera.generate import generate, generating
 from qvera.loss import Head, summed_nll
 from qvera.mapped import NotMappable, load_mapped
-from qvera.model import attach, load_base, named_vectors
+from qvera.model import attach, load_adapter, load_base, named_vectors, save_adapter
 from qvera.recipe import AdapterSection, ModelSection
 
 from .conftest import small_llama, small_tokenizer
@@ -196,3 +197,14 @@ def test_a_cast_of_the_whole_model_leaves_the_packed_bytes_alone(packed_dir: Pat
     before = weight.data.view(torch.uint8).clone()
     model.to(torch.float16)
     assert torch.equal(model.model.layers[0].mlp.up_proj.weight.data.view(torch.uint8), before)
+
+
+def test_a_model_from_the_cache_goes_by_the_name_of_its_source(tiny_model_dir: Path, tmp_path: Path) -> None:
+    base = load_base(section(tiny_model_dir), CPU)
+    assert not lies_in(base.model.lm_head.weight, tiny_model_dir)  # it is the quantized copy that is mapped
+    assert base.model.name_or_path == base.model.config.name_or_path == str(tiny_model_dir)
+    save_adapter(attach(base.model, AdapterSection(rank=8), str(tiny_model_dir)), tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        loaded = load_adapter(load_base(section(tiny_model_dir), CPU).model, tmp_path / "adapter")
+    assert loaded.peft_config["default"].base_model_name_or_path == str(tiny_model_dir)
