@@ -489,9 +489,9 @@ def causal_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def enable_checkpointing(model: PeftModel) -> None:
+def enable_checkpointing(model: Any) -> None:
     """Recompute each decoder layer in backward instead of keeping its activations (non-reentrant)."""
-    base = model.get_base_model()
+    base = causal_model(model)
     # transformers renamed the method in 5.x and warns about the old name
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     enable({"use_reentrant": False})

@@ -18,9 +18,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import torch
 
 from .errors import RunFailed
+from .shards import INDEX
 from .stored import DTYPE_NAMES, Spec, Stored, read_header
+from .unfinished import replace_text
 
 PIECE_BYTES = 1 << 22
 """A multiple of 64 weights of any size; small enough to stay in a cache between reading, hashing and quantizing."""
@@ -117,6 +120,34 @@ def write_pieces(path: Path, specs: list[Spec], pieces: Iterator[tuple[str, Any]
         partial.unlink(missing_ok=True)
         raise
     return sink.digest.hexdigest()
+
+
+def write_shard(path: Path, specs: list[Spec], tensors: Iterator[torch.Tensor]) -> str:
+    """`write_pieces` of tensors; one may come in pieces along its first dimension, one after the other."""
+
+    def pieces() -> Iterator[tuple[str, Any]]:
+        for spec in specs:
+            written = 0
+            while written < spec.numel:
+                tensor = next(tensors)
+                if tensor.dtype != spec.dtype or tensor.shape[1:] != spec.shape[1:]:
+                    raise RuntimeError(
+                        f"{spec.name}: wrote {tensor.dtype} {tuple(tensor.shape)}, the header says otherwise"
+                    )
+                written += tensor.numel()
+                yield spec.name, tensor.contiguous().view(-1).view(torch.uint8).numpy()
+
+    return write_pieces(path, specs, pieces())
+
+
+def write_index(directory: Path, shards: list[tuple[str, list[Spec]]]) -> None:
+    """The index of a sharded checkpoint; a single file needs none."""
+    if len(shards) > 1:
+        total = sum(spec.size_bytes for _, group in shards for spec in group)
+        weight_map = {spec.name: name for name, group in shards for spec in group}
+        replace_text(
+            directory / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+        )
 
 
 class _Sink:

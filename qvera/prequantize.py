@@ -18,14 +18,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from . import measure, nibbles, quantize
-from .errors import InputError, RunFailed, first_line
-from .pieces import Piece, Spec, Stored, ahead, read_header, read_pieces, write_pieces
+from .errors import InputError, RunFailed
+from .pieces import Piece, Spec, Stored, ahead, read_header, read_pieces, write_index, write_pieces
 from .recipe import ModelSection
-from .shards import INDEX, SINGLE, checkpoint_tensors
+from .shards import INDEX, SINGLE, checkpoint_tensors, grouped_by_bytes
+from .skeleton import skeleton
 from .stored import base_fingerprint, file_sha256, file_stamp, write_source_fingerprint
 from .unfinished import Unfinished, disk_full_says, flush, replace_text, require_space
 
@@ -123,7 +123,7 @@ def read_source(section: ModelSection, directory: Path) -> Source:
         for stored in read_header(file):
             tensors.append(stored)
             file_of[stored.spec.name] = file
-    model = _skeleton(section, directory)
+    model = skeleton(section, directory)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     _check_names(directory, shapes, tied, {s.spec.name: s.spec for s in tensors}, file_of)
@@ -140,18 +140,6 @@ def read_source(section: ModelSection, directory: Path) -> Source:
         _check_dtype(spec, file_of[spec.name], section, spec.name in quantized)
     digest = hashlib.sha256((directory / "config.json").read_bytes()).hexdigest()
     return Source(directory, config, digest, files, tensors, file_of, quantized & file_of.keys())
-
-
-def _skeleton(section: ModelSection, directory: Path) -> torch.nn.Module:
-    trust = section.trust_remote_code
-    try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise InputError(
-            f"{directory / 'config.json'}: can't be loaded as a causal language model: {first_line(error)}"
-        ) from None
 
 
 def _check_names(
@@ -224,7 +212,6 @@ def quantize_checkpoint(
         "shard_bytes": shard_bytes or SHARD_BYTES,
     }
     plan = _plan(source, section, shard_bytes or SHARD_BYTES)
-    total = sum(spec.size_bytes for _, specs in plan for spec in specs)
     with (
         Unfinished.open(out, identity, "quantize") as work,
         disk_full_says(f"{out}", "Finished shards are kept: run again."),
@@ -274,7 +261,7 @@ def quantize_checkpoint(
             "seconds": time.perf_counter() - began,
             "versions": measure.versions(),
         }
-        _finish(source, section, out, plan, total, record)
+        _finish(source, section, out, plan, record)
         work.complete()
     return record
 
@@ -298,21 +285,15 @@ def shard_files(directory: Path) -> list[Path]:
 
 def _plan(source: Source, section: ModelSection, shard_bytes: int) -> list[tuple[str, list[Spec]]]:
     """File name and tensors of each output shard, in the order of the source; a weight and its statistics stay together."""
-    groups: list[list[Spec]] = [[]]
-    filled = 0
-    for spec, *_ in source.tensors:
-        new = [spec]
-        if spec.name in source.quantized:
-            new = [Spec(*item) for item in quantize.serialized_layout(spec.name, spec.shape, spec.dtype, section)]
-        size = sum(item.size_bytes for item in new)
-        if groups[-1] and filled + size > shard_bytes:
-            groups.append([])
-            filled = 0
-        groups[-1] += new
-        filled += size
-    if len(groups) == 1:
-        return [(SINGLE, groups[0])]
-    return [(f"model-{i:05d}-of-{len(groups):05d}.safetensors", g) for i, g in enumerate(groups, start=1)]
+
+    def units() -> Iterator[list[Spec]]:
+        for spec, *_ in source.tensors:
+            if spec.name in source.quantized:
+                yield [Spec(*item) for item in quantize.serialized_layout(spec.name, spec.shape, spec.dtype, section)]
+            else:
+                yield [spec]
+
+    return grouped_by_bytes(units(), lambda spec: spec.size_bytes, shard_bytes)
 
 
 class _Position:
@@ -420,13 +401,10 @@ def _finish(
     section: ModelSection,
     out: Path,
     plan: list[tuple[str, list[Spec]]],
-    total: int,
     record: dict[str, Any],
 ) -> None:
     """Index, tokenizer and the like, record, and config.json last."""
-    if len(plan) > 1:
-        weight_map = {spec.name: name for name, specs in plan for spec in specs}
-        replace_text(out / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
+    write_index(out, plan)
     for file in sorted(source.directory.iterdir()):
         if file.name in ("config.json", RECORD) or file.name.startswith(".") or not file.is_file():
             continue

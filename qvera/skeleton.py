@@ -27,4 +27,7 @@ def skeleton(section: ModelSection, source: Path | str | None = None) -> torch.n
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise InputError(f"model.path: no model can be made from the config of {name!r}: {first_line(error)}") from None
+        raise InputError(
+            f"model.path: no model can be made from the config of {name!r}; it can't be loaded as a causal language model: "
+            f"{first_line(error)}"
+        ) from None

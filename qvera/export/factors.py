@@ -19,7 +19,8 @@ from peft import LoraConfig, VeraConfig
 
 from ..errors import InputError
 from ..model import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from ..shards import TensorEntry, write_shard
+from ..pieces import write_shard
+from ..stored import Spec
 from .deltas import PREFIX, AdapterDeltas
 
 
@@ -106,12 +107,12 @@ def export_lora(
         InputError: ``out`` is not empty, a layer is a Conv1D, or a factor does not fit into ``dtype``.
     """
     rank = adapter.A.shape[0] if factors is None else next(iter(factors.values()))[0].shape[0]
-    entries, order = [], []
+    specs, order = [], []
     for name, delta in adapter.layers.items():
         m, n = delta.shape
-        entries += [
-            TensorEntry(f"{PREFIX}{name}.lora_A.weight", (rank, n), out),
-            TensorEntry(f"{PREFIX}{name}.lora_B.weight", (m, rank), out),
+        specs += [
+            Spec(f"{PREFIX}{name}.lora_A.weight", dtype, (rank, n)),
+            Spec(f"{PREFIX}{name}.lora_B.weight", dtype, (m, rank)),
         ]
         order.append(name)
 
@@ -131,7 +132,7 @@ def export_lora(
         fan_in_fan_out=transposed == {True},
         **_common(adapter),
     )
-    return _write(out, config, entries, dtype, tensors())
+    return _write(out, config, specs, tensors())
 
 
 def export_stock_vera(adapter: AdapterDeltas, out: Path) -> int:
@@ -140,19 +141,19 @@ def export_stock_vera(adapter: AdapterDeltas, out: Path) -> int:
     Raises:
         InputError: ``out`` is not empty.
     """
-    entries, values = [], []
+    specs, values = [], []
     for name, delta in adapter.layers.items():
         for suffix, vector in (("vera_lambda_b", delta.b), ("vera_lambda_d", delta.d * delta.scale)):
-            entries.append(TensorEntry(f"{PREFIX}{name}.{suffix}", tuple(vector.shape), out))
+            specs.append(Spec(f"{PREFIX}{name}.{suffix}", torch.float32, tuple(vector.shape)))
             values.append(vector)
     for suffix, matrix in (("vera_A", adapter.A), ("vera_B", adapter.B)):
-        entries.append(TensorEntry(f"base_model.{suffix}", tuple(matrix.shape), out))
+        specs.append(Spec(f"base_model.{suffix}", torch.float32, tuple(matrix.shape)))
         values.append(matrix)
     transposed = {delta.transposed for delta in adapter.layers.values()}
     config = VeraConfig(
         r=adapter.A.shape[0], save_projection=True, fan_in_fan_out=transposed == {True}, **_common(adapter)
     )
-    return _write(out, config, entries, torch.float32, (value.float() for value in values))
+    return _write(out, config, specs, (value.float() for value in values))
 
 
 def _common(adapter: AdapterDeltas) -> dict[str, Any]:
@@ -178,9 +179,7 @@ def require_empty(out: Path) -> None:
         )
 
 
-def _write(
-    out: Path, config: Any, entries: list[TensorEntry], dtype: torch.dtype, tensors: Iterator[torch.Tensor]
-) -> int:
+def _write(out: Path, config: Any, specs: list[Spec], tensors: Iterator[torch.Tensor]) -> int:
     """Both files of an adapter directory, under a temporary name until they are whole."""
     require_empty(out)
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
@@ -189,7 +188,7 @@ def _write(
     except OSError as error:
         raise InputError(f"{out}: can't be written ({error}). Name another directory.") from None
     try:
-        write_shard(partial / ADAPTER_WEIGHTS, entries, dtype, tensors)
+        write_shard(partial / ADAPTER_WEIGHTS, specs, tensors)
         document = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
         (partial / ADAPTER_CONFIG).write_text(json.dumps(document, indent=2, sort_keys=True), encoding="utf-8")
         if out.exists():

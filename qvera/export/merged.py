@@ -32,10 +32,11 @@ from ..model import (
     read_adapter,
     require_base,
 )
+from ..pieces import write_index, write_shard
 from ..recipe import ExportSection, ModelSection
-from ..shards import TensorEntry, checkpoint_tensors, plan_shards, write_index, write_shard
+from ..shards import TensorEntry, checkpoint_tensors, grouped_by_bytes
 from ..stop import StopRequests
-from ..stored import base_fingerprint, file_sha256
+from ..stored import Spec, base_fingerprint, file_sha256
 from ..unfinished import Unfinished, disk_full_says, place_files, replace_text, require_space
 from .deltas import AdapterDeltas, Delta, read_deltas, skeleton
 from .pipeline import in_order, one_thread_each
@@ -84,7 +85,8 @@ def export_merged(
     require_base(adapter.config, adapter_dir, section.path, fingerprint)
     _require_shapes(source_dir, entries, model)
     deltas = _deltas(adapter, entries)
-    shards = plan_shards(entries, dtype, options.max_shard_size_bytes)
+    specs = [Spec(e.name, dtype, e.shape) for e in entries]
+    shards = grouped_by_bytes(([s] for s in specs), lambda spec: spec.size_bytes, options.max_shard_size_bytes)
     compute = pick_compute_dtype(section.compute_dtype, pick_device())
     tokenizer = load_tokenizer(section)
     identity = _identity(adapter_dir, entries, section, options, compute)
@@ -121,7 +123,7 @@ def export_merged(
                 "versions": measure.versions(),
             }
             with disk_full_says(f"{out}", _KEPT.format(done=len(shards), total=len(shards))):
-                write_index(out, shards, dtype)
+                write_index(out, shards)
                 place_files(out, tokenizer.save_pretrained)
                 if (source_dir / "generation_config.json").is_file():
                     place_files(out, GenerationConfig.from_pretrained(source_dir).save_pretrained)
@@ -147,7 +149,7 @@ def _interrupted(work: Unfinished, shards: list[Any], why: str) -> str:
 
 def _write_shards(
     work: Unfinished,
-    shards: list[tuple[str, list[TensorEntry]]],
+    shards: list[tuple[str, list[Spec]]],
     deltas: dict[str, Delta],
     dtype: torch.dtype,
     options: ExportSection,
@@ -198,7 +200,7 @@ def _write_shards(
                     continue
                 kept = _KEPT.format(done=len(work.shards), total=len(shards))
                 with disk_full_says(str(work.out / name), kept):
-                    sha256 = write_shard(work.out / name, group, dtype, taken)
+                    sha256 = write_shard(work.out / name, group, taken)
                     work.facts.update(base=dict(source.sha256), layers=dict(layers))
                     work.finished(name, sha256)
             for _ in results:  # what is left to read is only hashed
