@@ -135,6 +135,12 @@ def freeze_linears(model: torch.nn.Module) -> int:
     return count
 
 
+def _contiguous(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """The head reads the last position of each row, a strided tensor [rows, 1, n]. Over a weight that needs no gradient
+    `torch.matmul` makes a batched product of that and copies the weight once for each row: 0.8 s of 16 answers of SmolLM2."""
+    return (args[0].contiguous(), *args[1:])
+
+
 @contextlib.contextmanager
 def inference_layout(model: torch.nn.Module, skip: Collection[torch.nn.Module] = ()) -> Iterator[None]:
     """For the time of the block, 4-bit layers (but those in ``skip``) hold a second copy of their weight, as packed for the
@@ -148,6 +154,7 @@ def inference_layout(model: torch.nn.Module, skip: Collection[torch.nn.Module] =
     inner: Any = model
     head: Any = inner.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     holds = isinstance(head, FrozenLinear) and head._held_weight is None and head.weight.device.type == "cpu"
+    hook = head.register_forward_pre_hook(_contiguous) if isinstance(head, torch.nn.Module) else None
     try:
         if holds:
             head._held_weight = head.weight.to(embedding_dtype(inner.get_input_embeddings()))
@@ -164,6 +171,8 @@ def inference_layout(model: torch.nn.Module, skip: Collection[torch.nn.Module] =
                 packed.append(module)
         yield
     finally:
+        if hook is not None:
+            hook.remove()
         if holds:
             head._held_weight = None
         for module in packed:

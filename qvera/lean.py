@@ -56,10 +56,10 @@ class _Gated(torch.autograd.Function):
 
 
 class _Lean(nn.Module):
-    """What is mixed before a transformers module, in a class made for the pair; a copy in another process makes that class again."""
+    """Mixed before a transformers module, in a class made for the pair; a copy in another process makes that class again."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        _, lean, kind, *_ = type(self).__mro__
+        lean, kind = type(self).__bases__
         return _empty, (lean, kind), self.__dict__
 
 

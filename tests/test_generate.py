@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qvera import evaluate
 from qvera import generate as generation
@@ -239,3 +240,30 @@ def test_scoring_holds_weights_only_where_the_loss_stays_the_same(tiny_model_dir
             layers = [m for m in model.modules() if isinstance(m, LowRankPath)]
             assert all(layer.holds_inference_weight == (dtype == "float32") for layer in layers)
     torch.testing.assert_close(held, alone, rtol=1e-6 if dtype == "float32" else 0, atol=0)
+
+
+class Batched(TorchDispatchMode):
+    """Shapes of the right sides of batched products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.bmm.default:
+            self.shapes.add(tuple(args[1].shape[1:]))
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_head_s_product_is_not_a_batched_one(dense: tuple[Any, Any]) -> None:
+    """The last positions of several rows are a strided tensor; a batched product would copy a 16-bit head once for each row."""
+    model, _ = dense
+    head = tuple(model.get_base_model().get_output_embeddings().weight.t().shape)
+    ids = torch.arange(3, 3 + 4 * 6).view(4, 6)
+    with torch.no_grad(), Batched() as seen:
+        plain = model(ids, logits_to_keep=1).logits
+    assert head in seen.shapes  # or this test would say nothing
+    with generating(model), Batched() as seen:
+        logits = model(ids, logits_to_keep=1).logits
+    torch.testing.assert_close(logits, plain)
+    assert head not in seen.shapes
