@@ -103,7 +103,7 @@ def _mixed(lean: type, kind: type) -> type:
 
 
 def _empty(lean: Any, kind: Any) -> Any:
-    made = _mixed(lean, kind)
+    made: Any = _mixed(lean, kind)
     return made.__new__(made)
 
 
