@@ -61,6 +61,9 @@ def train_under_limit(
     write_rows(rows, tokens, steps + 1)
     file = scratch / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe(model, rows, out, rank, tokens, steps)))
+    planned = subprocess.run(
+        [sys.executable, "-m", "qvera", "plan", str(file), "--json"], stdout=subprocess.PIPE, check=True
+    )
     result = measured([sys.executable, "-m", "qvera", "train", str(file)], limit, stdout=sys.stderr)
     found: dict[str, Any] = {"rank": rank, "tokens": tokens, "steps": steps, **result.to_dict()}
     found.pop("command")
@@ -68,8 +71,21 @@ def train_under_limit(
         records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         found["step_seconds"] = [r["step_seconds"] for r in records if r["kind"] == "train"]
         found["losses"] = [r["loss"] for r in records if r["kind"] == "train"]
+        found["plan"] = plan_held(json.loads((out / "run.json").read_text())["plan"], result.peak_bytes)
+        found["plan"]["predicted_step_seconds"] = json.loads(planned.stdout)["step_seconds"]
     print(json.dumps(found), file=sys.stderr)
     return found
+
+
+def plan_held(plan: dict[str, Any], peak_bytes: int) -> dict[str, Any]:
+    """What `qvera train` planned against its peak seen from outside plus the mapped pages of the weights (bytes)."""
+    measured_bytes = peak_bytes + plan["measured"]["mapped_bytes"]
+    return {
+        "predicted_bytes": plan["memory"]["total_bytes"],
+        "predicted_private_bytes": plan["memory"]["private_bytes"],
+        "measured_bytes": measured_bytes,
+        "relative_error": plan["memory"]["total_bytes"] / measured_bytes - 1,
+    }
 
 
 def frozen_steps(model: Path, tokens: int, steps: int) -> list[float]:

@@ -4,7 +4,8 @@
 
 SmolLM2-135M (real weights) in NF4, all seven linears, no gradient checkpointing, vectors off zero. ``frozen`` is the model
 without an adapter and with gradients flowing to the input embeddings, with stock Linear4bit and with our frozen linear; ratios
-are against the faster. ``floor`` is VeRA's products alone: z for each distinct input, the expansion, M, ∂z and ∂x, at the
+are against the faster. ``lean base`` is that with the norms and MLPs of `qvera.lean` besides, as an adapted model has: for scale.
+``floor`` is VeRA's products alone: z for each distinct input, the expansion, M, ∂z and ∂x, at the
 same shapes in the same dtype. ``kept`` is what autograd keeps for backward, counted twice: unique storages seen by
 saved_tensors_hooks, and storages made during forward that are alive at its end (a dispatch-mode census), parameters and
 buffers excluded from both. ``7B layer`` is one decoder layer of 4096/11008 with 32 heads, random weights in NF4, 512 tokens;
@@ -28,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 from qvera.evaluate import batch_nll
 from qvera.frozen import freeze_linears
+from qvera.lean import lean_for_backward
 from qvera.model import attach, enable_checkpointing, load_base
 from qvera.recipe import AdapterSection, ModelSection
 from qvera.vera import QveraLinear
@@ -182,6 +184,8 @@ def main() -> None:
     ids = torch.randint(10, 40_000, (args.rows, args.length), generator=torch.Generator().manual_seed(0))
 
     models: dict[str, Any] = {"frozen, stock Linear4bit": stock(path), "frozen, ours": load_base(section).model}
+    models["lean base"] = load_base(section).model
+    lean_for_backward(models["lean base"])
     for rank in (256, 1024):
         models[f"ours r={rank}"] = attach(load_base(section).model, AdapterSection(rank=rank), path)
         vera = VeraConfig(r=rank, target_modules="all-linear", save_projection=False)
@@ -192,7 +196,7 @@ def main() -> None:
     forwards: dict[str, Any] = {}
     for name, model in models.items():
         model.train()  # stock Linear4bit must never run in evaluation mode before training, see tests/test_frozen.py
-        if "frozen" in name:
+        if "frozen" in name or name == "lean base":
             model.requires_grad_(False)
         else:
             perturb(model)

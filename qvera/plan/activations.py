@@ -1,7 +1,7 @@
 """What autograd keeps of one decoder layer, and the most that exists beside it while its backward runs. Bytes.
 
 Read off the code that runs: `qvera.frozen` (keeps the module and nothing else), `qvera.vera.functional` (keeps z),
-`qvera.vera.summed` (keeps z or x), and transformers' Llama layer. tests/plan/test_kept.py counts the same with
+`qvera.vera.summed` (keeps z or x), `qvera.lean`, and transformers' Llama layer. tests/plan/test_kept.py counts the same with
 ``torch.autograd.graph.saved_tensors_hooks``. Notation: T tokens of the batch in all, S tokens a row.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ..vera import summed
-from ..vera.functional import few_tokens
+from ..vera.functional import BLOCK_ELEMENTS, few_tokens
 from .machine import Machine
 from .shapes import Linear, Shape
 
@@ -77,7 +77,7 @@ class Adapted:
         return (
             self.is_adapted(x)
             and not self.dropout
-            and summed.pays(self.batch.all_tokens, x.n, x.m, self.rank, self.machine.dtype)
+            and summed.pays(self.batch.all_tokens, x.n, x.m, self.rank, self.machine.dtype, self.machine.device_type)
         )
 
     def keeps_input(self, x: Linear) -> bool:
@@ -85,14 +85,14 @@ class Adapted:
 
 
 def kept_bytes(a: Adapted) -> int:
-    """What one decoder layer keeps from forward for backward, its input included where that itself is kept (fp32)."""
+    """What one decoder layer keeps from forward for backward, its input included: the first norm keeps that."""
     s, T, size = a.shape, a.batch.all_tokens, a.machine.itemsize
-    return norm_bytes(a) * 2 + _attention_bytes(a) + 3 * T * s.ff * size + _adapter_bytes(a)
+    return norm_bytes(a) * 2 + _attention_bytes(a) + 2 * T * s.ff * size + _adapter_bytes(a)
 
 
 def norm_bytes(a: Adapted) -> int:
-    """An RMS norm keeps its input in fp32 and one factor a token."""
-    return a.batch.all_tokens * (a.shape.hidden + 1) * 4
+    """An RMS norm keeps its input and one factor a token in fp32 (`qvera.lean`)."""
+    return a.batch.all_tokens * (a.shape.hidden * a.machine.itemsize + 4)
 
 
 def _attention_bytes(a: Adapted) -> int:
@@ -143,15 +143,17 @@ def product_bytes(a: Adapted, x: Linear) -> int:
     if not a.is_adapted(x):
         return read
     pair = x.m * a.rank
+    # combining d, B and b, and taking their gradients from M, goes by blocks of rows in fp32 (`functional.row_blocks`)
+    block = pair * 4 if a.machine.device_type != "cpu" else min(pair, BLOCK_ELEMENTS) * 4
+    combining = 2 * block + (pair * size if block < pair * 4 else 0)
     if a.is_summed(x):
-        building = x.n * x.m * size + 2 * pair * 4
-        adding = 2 * x.n * x.m * size + pair * size
-        gradient = x.n * x.m * size + pair * (size + 4) if a.keeps_input(x) else pair * (size + 4)
+        building = x.n * x.m * size + combining
+        adding = x.n * x.m * size + pair * size
+        gradient = (x.n * x.m * size if a.keeps_input(x) else 0) + pair * size + block
         return max(read, building, adding, gradient)
-    gradient = pair * (size + 4 + (4 if size < 4 else 0))
-    combining = a.batch.all_tokens * (x.m + a.rank) * size
-    if not few_tokens(a.batch.all_tokens, torch.empty(x.m, a.rank, device="meta")):
-        combining = 2 * pair * 4
+    gradient = pair * size + block + (block if size < 4 else 0)
+    if few_tokens(a.batch.all_tokens, torch.empty(x.m, a.rank, device="meta")):
+        combining = a.batch.all_tokens * (x.m + a.rank) * size
     return max(read, gradient, combining)
 
 
@@ -171,11 +173,11 @@ def transient_bytes(a: Adapted) -> int:
     }
     # what the MLP kept is gone once its elementwise part is through; down_proj comes before that
     moments = [
-        product_bytes(a, x) + flowing.get(x.role, 2 * stream) - (0 if x.role == "down_proj" else 3 * wide)
+        product_bytes(a, x) + flowing.get(x.role, 2 * stream) - (0 if x.role == "down_proj" else 2 * wide)
         for x in a.layer()
     ]
     moments.append(stream + 3 * wide)
     if a.attention == "eager":
         squares = a.batch.rows * s.heads * a.batch.tokens**2 * 4
-        moments.append(2 * stream + 2 * heads + 2 * squares - 3 * wide)
+        moments.append(2 * stream + 2 * heads + 2 * squares - 2 * wide)
     return max(moments)

@@ -127,8 +127,7 @@ def plan_memory(shape: Shape, recipe: Recipe, batch: Batch, machine: Machine) ->
     if training.gradient_checkpointing:
         per_layer = T * hidden * size + _RANDOM_STATE_BYTES
         checkpoints.append(Component("layer inputs", "checkpoints", shape.layers * per_layer + once))
-        # in fp32 the first norm keeps the very input that is checkpointed
-        above = layer - (T * hidden * 4 if size == 4 else 0)
+        above = layer - T * hidden * size  # the first norm keeps the very input that is checkpointed
     else:
         # the first layer's first norm has no gradient to give: embeddings are frozen
         kept = shape.layers * layer - norm_bytes(a) + once

@@ -36,7 +36,26 @@ def combined(B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float, dt
     The product is taken in the vectors' dtype and rounded once: fewer roundings than scaling z and the output, and
     the two elementwise passes over [T, r] and [T, m] disappear into one over [m, r].
     """
-    return ((b.unsqueeze(1) * B) * (d * scale)).to(dtype)
+    scaled = d * scale
+    blocks = row_blocks(B)
+    if len(blocks) == 1:
+        return ((b.unsqueeze(1) * B) * scaled).to(dtype)
+    C = B.new_empty(B.shape, dtype=dtype)
+    for rows in blocks:
+        C[rows] = (b[rows].unsqueeze(1) * B[rows]) * scaled
+    return C
+
+
+BLOCK_ELEMENTS = 2**19
+"""What elementwise passes over [m, r] take at a time on a CPU: 2 MB in fp32 stay in its cache. At 11008 x 1024 that is a tenth of
+the time, since temporaries of 45 MB are fresh pages for every product."""
+
+
+def row_blocks(B: torch.Tensor) -> list[slice]:
+    """The rows of B [m, r] in blocks of `BLOCK_ELEMENTS` on a CPU, in one elsewhere."""
+    out_features, rank = B.shape
+    step = max(1, BLOCK_ELEMENTS // rank) if B.device.type == "cpu" else out_features
+    return [slice(start, min(start + step, out_features)) for start in range(0, out_features, step)]
 
 
 def few_tokens(tokens: int, B: torch.Tensor) -> bool:
@@ -68,13 +87,21 @@ def vector_gradients(
     M: torch.Tensor, B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float, need_d: bool, need_b: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """∂d [r] and ∂b [m] from M = gᵀ z [m, r], in the vectors' dtype; None for one that is not needed."""
-    dtype = torch.promote_types(
-        d.dtype, B.dtype
-    )  # TRL casts a 4-bit model's trained numbers to bfloat16; B stays as it is
-    weighted = M.to(dtype) * B
-    grad_d = ((b.to(dtype) @ weighted) * scale).to(d.dtype) if need_d else None
-    grad_b = ((weighted @ d.to(dtype)) * scale).to(b.dtype) if need_b else None
-    return grad_d, grad_b
+    # TRL casts a 4-bit model's trained numbers to bfloat16; B stays as it is
+    dtype = torch.promote_types(d.dtype, B.dtype)
+    wide_d, wide_b = d.to(dtype), b.to(dtype)
+    grad_d = torch.zeros_like(wide_d) if need_d else None
+    grad_b = torch.empty_like(wide_b) if need_b else None
+    for rows in row_blocks(B):
+        weighted = M[rows].to(dtype) * B[rows]
+        if grad_d is not None:
+            grad_d += wide_b[rows] @ weighted
+        if grad_b is not None:
+            grad_b[rows] = weighted @ wide_d
+    return (
+        None if grad_d is None else (grad_d * scale).to(d.dtype),
+        None if grad_b is None else (grad_b * scale).to(b.dtype),
+    )
 
 
 class _Expand(torch.autograd.Function):

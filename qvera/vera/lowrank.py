@@ -160,7 +160,7 @@ class LowRankPath:
         A, B, d, b, scale = self.parts(adapter)
         dtype = frozen.compute_dtype(self.base_layer, x)
         shape = x.numel() // self.in_features, self.in_features, self.out_features, d.numel()
-        if not isinstance(self.dropout_of(adapter), nn.Identity) or not summed.pays(*shape, dtype):
+        if not isinstance(self.dropout_of(adapter), nn.Identity) or not summed.pays(*shape, dtype, x.device.type):
             return None
         z = None
         if torch.is_grad_enabled() and not summed.keeps_input(*shape):

@@ -8,8 +8,9 @@ once per call, m n r of them, makes it part of the base's own products:
                 M = gᵀ z   or   (gᵀ x) Aᵀ   ∂b, ∂d from M as in `functional`
 
 M by way of z = x Aᵀ costs T r (n + m) and keeps z [T, r]; by way of gᵀ x it costs m n (T + r) and keeps x [T, n], which is
-cheaper where the rank is above n. W' is rounded to the compute dtype: in fp32 that loses nothing, but in bf16 a ΔW below
-half a unit in the last place of W is lost altogether. So 16-bit layers take the low-rank path (`pays`).
+cheaper where the rank is above n. W' is rounded to the compute dtype. In fp32 that loses nothing. In 16 bits it rounds ΔW, where
+the low-rank path rounds what it adds to each output; measured end to end against fp32 neither is further off, and both train
+alike (bench/summed.py). That holds where it was measured, on CPUs: on CUDA 16-bit layers take the low-rank path (`pays`).
 """
 
 from __future__ import annotations
@@ -24,11 +25,14 @@ from .. import quantize
 from .functional import combined, vector_gradients
 
 
-def pays(tokens: int, in_features: int, out_features: int, rank: int, dtype: torch.dtype) -> bool:
-    """Whether `summed_linear` loses no precision in this dtype and takes fewer multiply-adds than the low-rank path."""
+def pays(
+    tokens: int, in_features: int, out_features: int, rank: int, dtype: torch.dtype, device_type: str = "cpu"
+) -> bool:
+    """Whether `summed_linear` is as exact here as the low-rank path and takes fewer multiply-adds."""
     n, m = in_features, out_features
     low_rank = tokens * rank * (2 * n + 3 * m)
-    return dtype.itemsize >= 4 and 2 * m * n * rank + _gradient_cost(tokens, n, m, rank) < low_rank
+    cheaper = 2 * m * n * rank + _gradient_cost(tokens, n, m, rank) < low_rank
+    return cheaper and (dtype.itemsize >= 4 or device_type == "cpu")
 
 
 def keeps_input(tokens: int, in_features: int, out_features: int, rank: int) -> bool:
@@ -45,7 +49,12 @@ def summed_weight(
     module: Any, A: torch.Tensor, B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float, dtype: torch.dtype
 ) -> torch.Tensor:
     """W + ΔW [m, n] in ``dtype``, a new tensor."""
-    return torch.addmm(quantize.dequantized_weight(module, dtype), combined(B, d, b, scale, dtype), A.to(dtype))
+    weight = quantize.dequantized_weight(module, dtype)
+    own = (
+        weight.untyped_storage().data_ptr() != module.weight.untyped_storage().data_ptr()
+    )  # a dense weight is not copied
+    C, A = combined(B, d, b, scale, dtype), A.to(dtype)
+    return weight.addmm_(C, A) if own else torch.addmm(weight, C, A)
 
 
 class _Summed(torch.autograd.Function):

@@ -11,7 +11,7 @@ from peft import mapping
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from torch import nn
 
-from .. import frozen
+from .. import frozen, lean
 from ..errors import InputError
 from .bank import BASE, SeedBank, plan_rows
 from .config import PEFT_TYPE, QveraConfig
@@ -81,6 +81,7 @@ class QveraModel(BaseTuner):
         if getattr(model, "dtype", None) is None and not any(True for _ in model.parameters()):
             raise InputError("the model has no parameters: there is nothing to adapt.")
         frozen.freeze_linears(model)
+        lean.lean_for_backward(model)
         config = _maybe_include_all_linear_layers(config, model)
         if config.target_modules is None:
             raise InputError("target_modules: takes `all-linear` or a list of module names, got nothing.")

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+from qvera.vera import functional
 from qvera.vera.functional import combined, delta_weight, expand, few_tokens, project
 
 DIMENSIONS = [(3, 5, 7), (33, 17, 9), (1, 1, 1), (64, 129, 31)]  # n, m, r
@@ -186,6 +187,26 @@ def test_delta_weight_is_what_expand_adds() -> None:
     base = p["x"] @ p["W"].t()
     added = expand(base, project(p["x"], p["A"]), p["d"], p["b"], p["B"], 0.5) - base
     torch.testing.assert_close(added, p["x"] @ delta.t())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_by_blocks_of_rows_the_numbers_are_the_same(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    p = parts(40, 5, 19, 7)  # 19 rows in blocks of 4: the last one is short
+    vector = torch.promote_types(dtype, torch.float32)
+    z, B, d, b = p["x"] @ p["A"].t(), p["B"].to(dtype), p["d"].to(vector), p["b"].to(vector)
+    base, upstream = torch.zeros(40, 19, dtype=dtype), torch.randn(40, 19, dtype=torch.float64).to(dtype)
+    found = []
+    for elements in (functional.BLOCK_ELEMENTS, 30):
+        monkeypatch.setattr(functional, "BLOCK_ELEMENTS", elements)
+        leaves = [t.clone().requires_grad_() for t in (z.to(dtype), d, b)]
+        y = expand(base, *leaves, B, 0.3)
+        y.backward(upstream)
+        found.append([y.detach(), *(leaf.grad for leaf in leaves)])
+    assert len(functional.row_blocks(B)) == 5
+    one, other = found
+    assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])  # C is the same to the bit
+    for whole, blocks in zip(one[2:], other[2:], strict=True):
+        torch.testing.assert_close(whole, blocks, rtol=1e-5 if dtype == torch.bfloat16 else 1e-12, atol=1e-9)
 
 
 def test_c_is_rounded_once() -> None:

@@ -61,24 +61,41 @@ def test_gradcheck(keeps_z: bool) -> None:
         assert actual is not None and relative(actual, expected[name]) < 1e-12, name
 
 
-def test_sixteen_bit_layers_and_few_tokens_take_the_low_rank_path() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", WAYS.values(), ids=WAYS)
+def test_in_sixteen_bits_it_is_as_close_to_the_reference_as_the_low_rank_path(
+    rank: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = adapted("nf4+dq-bfloat16", dtype, rank=rank)
+    torch.manual_seed(5)
+    x, upstream = torch.randn(2, TOKENS // 2, IN).to(dtype), torch.randn(2, TOKENS // 2, OUT).to(dtype)
+    expected = reference(layer, x, upstream, dtype)
+    taken = run(layer, x, upstream)
+    monkeypatch.setattr(summed, "summed_weight", no_product)
+    monkeypatch.setattr(summed, "pays", lambda *_: False)
+    low_rank = run(layer, x, upstream)
+    for name, one, other, truth in zip(NAMES, taken, low_rank, expected, strict=True):
+        assert relative(one, truth) < 1.5 * relative(other, truth) + torch.finfo(dtype).eps / 4, name
+
+
+def test_few_tokens_and_sixteen_bits_on_cuda_take_the_low_rank_path() -> None:
     shape = 576, 576, 256
-    assert summed.pays(1024, *shape, torch.float32) and summed.pays(1024, *shape, torch.float64)
-    assert not summed.pays(1024, *shape, torch.bfloat16) and not summed.pays(1024, *shape, torch.float16)
-    assert not summed.pays(64, *shape, torch.float32)
-    assert not summed.pays(512, 4096, 4096, 256, torch.float32)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        assert summed.pays(1024, *shape, dtype)
+        assert summed.pays(1024, *shape, dtype, "cuda") is (dtype.itemsize >= 4)
+        assert not summed.pays(64, *shape, dtype)
+        assert not summed.pays(512, 4096, 4096, 256, dtype)
 
 
 def no_product(*_: Any) -> None:
     raise AssertionError("took the product with W + ΔW")
 
 
-@pytest.mark.parametrize("reason", ["conv1d", "dropout", "bf16", "two adapters", "ZeRO-3", "disabled"])
+@pytest.mark.parametrize("reason", ["conv1d", "dropout", "two adapters", "ZeRO-3", "disabled"])
 def test_where_it_would_be_wrong_or_lose_precision_it_is_not_taken(
     reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dtype = torch.bfloat16 if reason == "bf16" else torch.float32
-    layer = adapted("conv1d" if reason == "conv1d" else "linear", dtype, dropout=0.1 if reason == "dropout" else 0.0)
+    layer = adapted("conv1d" if reason == "conv1d" else "linear", dropout=0.1 if reason == "dropout" else 0.0)
     if reason == "two adapters":
         other = adapted("linear")
         layer.qvera_rank["other"] = other.qvera_rank["default"]
@@ -90,7 +107,7 @@ def test_where_it_would_be_wrong_or_lose_precision_it_is_not_taken(
     if reason == "disabled":
         layer.enable_adapters(False)
     monkeypatch.setattr(summed, "summed_weight", no_product)
-    layer(torch.randn(TOKENS, IN, dtype=dtype)).sum()
+    layer(torch.randn(TOKENS, IN)).sum()
 
 
 def test_what_is_kept_for_backward() -> None:
