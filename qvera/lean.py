@@ -55,7 +55,15 @@ class _Gated(torch.autograd.Function):
         return torch.ops.aten.silu_backward(g * c, a), F.silu(a).mul_(g)
 
 
-class _LeanNorm(nn.Module):
+class _Lean(nn.Module):
+    """What is mixed before a transformers module, in a class made for the pair; a copy in another process makes that class again."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        _, lean, kind, *_ = type(self).__mro__
+        return _empty, (lean, kind), self.__dict__
+
+
+class _LeanNorm(_Lean):
     """Mixed before a transformers RMS norm."""
 
     weight: nn.Parameter
@@ -67,7 +75,7 @@ class _LeanNorm(nn.Module):
         return _Norm.apply(hidden_states, self.weight, self.variance_epsilon)
 
 
-class _LeanMLP(nn.Module):
+class _LeanMLP(_Lean):
     """Mixed before a transformers gated MLP."""
 
     gate_proj: nn.Module
@@ -94,6 +102,11 @@ def _mixed(lean: type, kind: type) -> type:
     return type(f"Lean{kind.__name__}", (lean, kind), {"__module__": __name__})
 
 
+def _empty(lean: Any, kind: Any) -> Any:
+    made = _mixed(lean, kind)
+    return made.__new__(made)
+
+
 def lean_for_backward(model: nn.Module) -> int:
     """Make the RMS norms and SiLU-gated MLPs of this model keep less for backward; returns how many there are.
 
@@ -110,5 +123,5 @@ def lean_for_backward(model: nn.Module) -> int:
             lean = _LeanMLP
         if lean is not None:
             module.__class__ = _mixed(lean, kind)
-        count += issubclass(type(module), (_LeanNorm, _LeanMLP))
+        count += isinstance(module, _Lean)
     return count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -121,8 +122,10 @@ def test_attaching_an_adapter_does_it_and_a_copy_still_runs() -> None:
     kinds = {type(m).__name__ for m in inner.modules()}
     assert {"LeanLlamaRMSNorm", "LeanLlamaMLP"} <= kinds and not kinds & {"LlamaRMSNorm", "LlamaMLP"}
     ids = torch.arange(3, 20).unsqueeze(0)
-    with torch.no_grad():
-        assert torch.equal(copy.deepcopy(model)(ids).logits, plain(ids).logits)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert {type(m).__name__ for m in copied.get_base_model().modules()} == kinds
+        with torch.no_grad():
+            assert torch.equal(copied(ids).logits, plain(ids).logits)
     assert model(ids).logits.requires_grad
 
 
