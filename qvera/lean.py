@@ -59,7 +59,7 @@ class _Lean(nn.Module):
     """What is mixed before a transformers module, in a class made for the pair; a copy in another process makes that class again."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        _, lean, kind, *_ = type(self).__mro__
+        lean, kind = type(self).__bases__
         return _empty, (lean, kind), self.__dict__
 
 
@@ -103,7 +103,7 @@ def _mixed(lean: type, kind: type) -> type:
 
 
 def _empty(lean: Any, kind: Any) -> Any:
-    made = _mixed(lean, kind)
+    made: Any = _mixed(lean, kind)
     return made.__new__(made)
 
 
