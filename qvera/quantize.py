@@ -153,11 +153,28 @@ def dequantized_weight(module: Any, dtype: torch.dtype) -> torch.Tensor:
                 "this 4-bit weight was repacked by a bitsandbytes evaluation pass before qvera got it; such a weight has no "
                 "correct gradient. Load the base model again and attach the adapter before running it"
             )
-        return bnb_functional.dequantize_4bit(weight.data.view(-1, 1), state).to(dtype)
+        return _dequantized(weight.data.view(-1, 1), state).to(dtype)
     if isinstance(module, Linear8bit):
         rows, scales = int8_rows(module)
         return (rows.to(torch.float32) * (scales.to(torch.float32) / 127.0).unsqueeze(1)).to(dtype)
     return weight.to(dtype)
+
+
+def _dequantized(packed: torch.Tensor, state: Any) -> torch.Tensor:
+    """A 4-bit weight as numbers of its state's dtype, whatever its width.
+
+    Blocks are consecutive elements of the flattened weight. bitsandbytes' AVX-512 kernel (0.50.0 and 0.50.2) takes a row of n
+    for n // 64 blocks instead: wrong scales where n is a multiple of 32 but not of 64 (32, 96, 160). On a CPU a weight whose
+    blocks lie across rows goes to it in rows of one block, or as a single row where its last block is short.
+    """
+    shape = state.shape
+    if packed.device.type != "cpu" or shape[-1] % state.blocksize == 0:
+        return bnb_functional.dequantize_4bit(packed, state)
+    count = math.prod(shape)
+    rows = copy.copy(state)
+    width = count if count % state.blocksize else state.blocksize
+    rows.shape = torch.Size((count // width, width))
+    return bnb_functional.dequantize_4bit(packed, rows).view(shape)
 
 
 class RowBlocks:
@@ -305,7 +322,7 @@ def roundtrip(weight: torch.Tensor, section: ModelSection) -> torch.Tensor:
     packed, state = bnb_functional.quantize_4bit(
         weight, blocksize=64, compress_statistics=section.double_quant, quant_type=section.quantization
     )
-    return bnb_functional.dequantize_4bit(packed, state)
+    return _dequantized(packed, state)
 
 
 def nested_roundtrip(absmax: torch.Tensor) -> torch.Tensor:
@@ -319,7 +336,7 @@ def roundtrip_blocks(weight: torch.Tensor, absmax: torch.Tensor, quant_type: str
     """`roundtrip` of whole blocks of 64 consecutive elements to ``dtype``, scaled back by ``absmax``, one number a block."""
     packed, state = bnb_functional.quantize_4bit(weight, blocksize=64, compress_statistics=False, quant_type=quant_type)
     state.absmax, state.dtype = absmax.contiguous(), dtype
-    return bnb_functional.dequantize_4bit(packed, state)
+    return _dequantized(packed, state)
 
 
 class InferencePack(NamedTuple):

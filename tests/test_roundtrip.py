@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bitsandbytes as bnb
 import pytest
 import torch
 
@@ -27,3 +28,23 @@ def test_rows_equal_the_whole(shape: tuple[int, int], kind: str, double_quant: b
     assert torch.equal(found, expected)
     if shape[1] > 1:
         assert torch.equal(found, weight) == (kind == "none")
+
+
+@pytest.mark.parametrize("shape", [(48, 64), (8, 32), (7, 32), (64, 96), (10, 160), (7, 44)])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_block_across_two_rows_keeps_its_scale(shape: tuple[int, int], kind: str, dtype: torch.dtype) -> None:
+    """Against a table look-up; rows that differ in size, so that another block's scale shows."""
+    size = torch.logspace(-2, 0, shape[0]).view(-1, 1)
+    weight = (torch.randn(shape, generator=torch.Generator().manual_seed(3)) * size).to(dtype)
+    packed, state = bnb.functional.quantize_4bit(weight, blocksize=64, quant_type=kind)
+    nibbles = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], dim=1).flatten()[: weight.numel()]
+    code = bnb.functional.get_4bit_type(kind, device="cpu")
+    expected = (code[nibbles.long()] * state.absmax.repeat_interleave(64)[: weight.numel()]).view(shape).to(dtype)
+    section = ModelSection(path="x", quantization=kind, double_quant=False)  # type: ignore[arg-type]
+    assert torch.equal(quantize.roundtrip(weight, section), expected)
+
+    dense = torch.nn.Linear(shape[1], shape[0], bias=False, device="meta")
+    statistics = {k.removeprefix("w."): v for k, v in quantize.serialized_state("w", state, section).items()}
+    layer = quantize.prequantized_linear(dense, packed, statistics, dtype, torch.device("cpu"))
+    assert torch.equal(quantize.dequantized_weight(layer, dtype), expected)

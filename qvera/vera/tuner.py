@@ -75,13 +75,13 @@ class QveraModel(BaseTuner):
             InputError: a target matches nothing or no linear, or the adapter belongs to other projections.
         """
         self._prepare_projection(model, self.peft_config[adapter_name])
+        lean.lean_for_backward(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _prepare_projection(self, model: nn.Module, config: Any) -> None:
         if getattr(model, "dtype", None) is None and not any(True for _ in model.parameters()):
             raise InputError("the model has no parameters: there is nothing to adapt.")
         frozen.freeze_linears(model)
-        lean.lean_for_backward(model)
         config = _maybe_include_all_linear_layers(config, model)
         if config.target_modules is None:
             raise InputError("target_modules: takes `all-linear` or a list of module names, got nothing.")
