@@ -10,9 +10,10 @@ ROOT = Path(__file__).resolve().parent.parent
 _HEAD = """\
 # The recipe, key by key
 
-Made from `qvera/recipe.py` by `python docs/make_reference.py`. One YAML file, five sections and one key
-beside them; only `model.path` and `data.path` have no default. `model: some/path` is short for `model: {path: some/path}`.
-`--set section.key=value` on the command line overrides a key. Unknown keys, wrong types and values out of range are refused, all at once.
+Made from `qvera/recipe.py` by `python docs/make_reference.py`. One YAML file, five sections and one key beside them; only
+`model.path` and `data.path` have no default. `model: some/path` is short for `model: {path: some/path}`. `--set
+section.key=value` on the command line overrides a key. Unknown keys, wrong types and values out of range are refused, all at
+once.
 """
 
 

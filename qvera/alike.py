@@ -28,19 +28,24 @@ def same_everywhere(recipe: Recipe, group: Group, console: Console) -> None:
     """
     if group.world_size == 1:
         return
-    versions = measure.versions()
-    if recipe.deepspeed is not None:
-        versions["deepspeed"] = metadata.version("deepspeed")
-    mine = {f"the version of {name}": version for name, version in versions.items()}
-    mine["the recipe's SHA-256"] = hashlib.sha256(recipe.to_yaml().encode()).hexdigest()
-    mine["the base's fingerprint (model.path)"] = str(fingerprint_of(recipe.model))
+    mine: dict[str, str] = {}
+
+    def look() -> None:
+        versions = measure.versions()
+        if recipe.deepspeed is not None:
+            versions["deepspeed"] = metadata.version("deepspeed")
+        mine.update({f"the version of {name}": version for name, version in versions.items()})
+        mine["the recipe's SHA-256"] = hashlib.sha256(recipe.to_yaml().encode()).hexdigest()
+        mine["the base's fingerprint (model.path)"] = str(fingerprint_of(recipe.model))
+
+    group.agree(look)
     found = group.gather([group.host, mine])
     host, first = found[0]
     wrong = [
-        f"{what} is {other[what]} on rank {rank} ({there}) and {first[what]} on rank 0 ({host})"
+        f"{what} is {other.get(what)} on rank {rank} ({there}) and {first[what]} on rank 0 ({host})"
         for rank, (there, other) in enumerate(found)
         for what in first
-        if other[what] != first[what]
+        if other.get(what) != first[what]
     ]
     if wrong:
         raise for_all(

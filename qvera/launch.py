@@ -108,7 +108,7 @@ def run(command: list[str]) -> int:
         # A session of its own: Ctrl-C then reaches us alone. A worker that got it from the terminal and from torchrun would take
         # the second one for "at once".
         child = subprocess.Popen(command, env=environment, start_new_session=True)
-        previous: dict[int, Any] = {}
+        previous: dict[signal.Signals, Any] = {}
         for number in (signal.SIGINT, signal.SIGTERM):
             previous[number] = signal.signal(number, lambda *_: child.send_signal(signal.SIGTERM))
         try:

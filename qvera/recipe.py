@@ -226,6 +226,7 @@ class Recipe:
 _INSTEAD = {
     "gradient_accumulation_steps": "set training.global_batch_size; accumulation is global_batch_size / "
     "(per_device_train_batch_size x processes)",
+    "deepspeed": "write `deepspeed:` beside the sections, not in one",
     "bf16": "set model.compute_dtype: bfloat16",
     "fp16": "set model.compute_dtype: float16",
     "tf32": "set it with torch.set_float32_matmul_precision in your own script; the low-rank path does not use it",

@@ -82,15 +82,8 @@ def train(
         Interrupted: SIGINT or SIGTERM came; a checkpoint was saved at the step boundary.
         RunFailed: the loss or the gradient became NaN or Inf; the last checkpoint is kept.
     """
-    zero = read_config(recipe.deepspeed)
-    if zero is not None:
-        check_optimizer(recipe)
-        if base is not None and zero.shards_base:
-            raise InputError(
-                f"deepspeed: {zero.source} spreads the base while it is read; call train without a loaded base."
-            )
-    with in_group(always=zero is not None) as group:
-        return _prepared(recipe, run_dir, resume, dry_run, console or Console(stderr=True), base, zero, group)
+    with in_group(always=recipe.deepspeed is not None) as group:
+        return _prepared(recipe, run_dir, resume, dry_run, console or Console(stderr=True), base, group)
 
 
 def _prepared(
@@ -100,13 +93,24 @@ def _prepared(
     dry_run: bool,
     console: Console,
     base: Base | None,
-    zero: ZeroConfig | None,
     group: Group,
 ) -> RunResult | None:
     """All that can be wrong with what was given is found here, before anything is written; then the run."""
     training = recipe.training
     console = console if group.first else Console(quiet=True)
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    made: dict[str, Any] = {}
+
+    def configure() -> None:
+        made["zero"] = zero = read_config(recipe.deepspeed)
+        if zero is not None:
+            check_optimizer(recipe)
+            if base is not None and zero.shards_base:
+                raise InputError(
+                    f"deepspeed: {zero.source} spreads the base while it is read; call train without a loaded base."
+                )
+
+    group.agree(configure)
     same_everywhere(recipe, group, console)
     group.on_first(lambda: check_run_dir(run_dir, recipe, resume, dry_run))
     device = pick_device()
@@ -114,7 +118,6 @@ def _prepared(
     if training.full_determinism:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    made: dict[str, Any] = {}
 
     def read() -> None:
         made["trackers"] = Trackers(training.report_to if group.first else [], run_dir, recipe.to_dict())
@@ -130,26 +133,25 @@ def _prepared(
     if dry_run:
         return None
     with measure.PeakWatch(device) as watch:
-        return _run(
-            recipe, run_dir, made["datasets"], base, made["trackers"], resume, started, watch, console, zero, group
-        )
+        return _run(recipe, run_dir, made, base, resume, started, watch, console, group)
 
 
 def _run(
     recipe: Recipe,
     run_dir: Path,
-    datasets: Datasets,
+    made: dict[str, Any],
     base: Base | None,
-    trackers: Trackers,
     resume: bool,
     started: str,
     watch: measure.PeakWatch,
     console: Console,
-    zero: ZeroConfig | None,
     group: Group,
 ) -> RunResult | None:
     """The run itself, once data and recipe are known to be good."""
     training, device = recipe.training, watch.device
+    datasets: Datasets = made["datasets"]
+    trackers: Trackers = made["trackers"]
+    zero: ZeroConfig | None = made["zero"]
     spread = None
     if zero is not None and zero.shards_base:
         from .zero.base import Spreader
@@ -163,7 +165,15 @@ def _run(
                 f"{stage.capitalize()} {recipe.model.path}: {done / max(total, 1):.0%} of {total / 1e9:.1f} GB"
             )
 
-        base = base or load_base(recipe.model, device, quantizing, spread)
+        def load() -> None:
+            made["base"] = base or load_base(recipe.model, device, quantizing, spread)
+
+        if spread is None:
+            group.agree(load)
+        else:  # in which the ranks meet already
+            load()
+        base = made["base"]
+        assert base is not None
         model = attach(base.model, recipe.adapter, recipe.model.path, base.facts.get("fingerprint"))
     if training.gradient_checkpointing:
         enable_checkpointing(model)

@@ -6,18 +6,21 @@ import contextlib
 import datetime
 import os
 import re
+import socket
 from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 
-from ..errors import InputError
+from ..errors import InputError, RunFailed, first_line
 from .group import Group
 from .heartbeat import Heartbeat, own_store
 
 _VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _LOST = re.compile(r"gloo|NCCL|connection (was )?(closed|reset|refused)|socket|broken pipe", re.IGNORECASE)
 """What torch's collectives say when a peer is gone; they do not say which."""
+JOIN_TIMEOUT = datetime.timedelta(minutes=5)
+"""How long the processes of a run wait for the last of them to be started."""
 COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)
 """The longest that ranks may be apart, such as while one of them writes or answers. A dead rank is noticed by `heartbeat`."""
 
@@ -45,6 +48,7 @@ def in_group(always: bool = False) -> Iterator[Group]:
 
     Raises:
         InputError: the environment is that of a launcher in part only.
+        RunFailed: the others did not come.
     """
     if dist.is_initialized():
         yield Group(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)))
@@ -69,7 +73,7 @@ def in_group(always: bool = False) -> Iterator[Group]:
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
-    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    _meet(backend, count)
     group = Group(dist.get_rank(), count, local_rank)
     try:
         with Heartbeat(group, own_store()) as heartbeat:
@@ -82,3 +86,17 @@ def in_group(always: bool = False) -> Iterator[Group]:
             group.sum([0.0])  # rank 0 may serve the store: it must not go before the others are done with it
     finally:
         dist.destroy_process_group()
+
+
+def _meet(backend: str, count: int) -> None:
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
+        store.set_timeout(JOIN_TIMEOUT)
+        store = dist.PrefixStore("qvera", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
+    except (dist.DistError, TimeoutError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise RunFailed(
+            f"rank {os.environ['RANK']} on {socket.gethostname()} did not meet all {count} processes at {where} within "
+            f"{JOIN_TIMEOUT.seconds // 60} minutes: one was not started, or can't reach that address ({first_line(error)})"
+        ) from None

@@ -38,10 +38,10 @@ def name_of(stage: str | None) -> str:
 class Place:
     """A model of six layers (so that one gathered layer is not the whole), rows, and what the runs left behind."""
 
-    def __init__(self, root: Path, rows: Path) -> None:
+    def __init__(self, root: Path, rows: Path, **model: Any) -> None:
         self.root, self.rows = root, rows
         self.model = root / "model"
-        small_llama(num_hidden_layers=6).to(torch.bfloat16).save_pretrained(self.model)
+        small_llama(num_hidden_layers=6, **model).to(torch.bfloat16).save_pretrained(self.model)
         small_tokenizer().save_pretrained(self.model)
         self.found: list[dict[str, Any]] = []
 
