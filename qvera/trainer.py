@@ -82,7 +82,7 @@ def train(
         Interrupted: SIGINT or SIGTERM came; a checkpoint was saved at the step boundary.
         RunFailed: the loss or the gradient became NaN or Inf; the last checkpoint is kept.
     """
-    with in_group(always=recipe.deepspeed is not None) as group:
+    with in_group() as group:
         return _prepared(recipe, run_dir, resume, dry_run, console or Console(stderr=True), base, group)
 
 

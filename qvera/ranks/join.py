@@ -38,13 +38,10 @@ def launched_ranks() -> int:
 
 
 @contextlib.contextmanager
-def in_group(always: bool = False) -> Iterator[Group]:
+def in_group() -> Iterator[Group]:
     """For the time of the block, the group of the processes that a launcher (torchrun, deepspeed) started with this one.
 
     Where the calling program has set up torch.distributed already, its process group is used and left alone.
-
-    Args:
-        always: set up torch.distributed for a process on its own too, which DeepSpeed needs.
 
     Raises:
         InputError: the environment is that of a launcher in part only.
@@ -54,15 +51,8 @@ def in_group(always: bool = False) -> Iterator[Group]:
         yield Group(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)))
         return
     count = launched_ranks()
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if count == 1:
-        if always:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        try:
-            yield Group()
-        finally:
-            if always:
-                dist.destroy_process_group()
+        yield Group()
         return
     missing = [name for name in _VARIABLES if name not in os.environ]
     if missing:
@@ -73,7 +63,7 @@ def in_group(always: bool = False) -> Iterator[Group]:
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
-    _meet(backend, count)
+    _meet("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", count)
     group = Group(dist.get_rank(), count, local_rank)
     try:
         with Heartbeat(group, own_store()) as heartbeat:

@@ -11,10 +11,21 @@ import shutil
 import warnings
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 
 def deepspeed_module() -> Any:
-    """DeepSpeed, set up for a run whose process group exists already (`qvera.ranks`)."""
-    os.environ.setdefault("LOCAL_RANK", "0")  # zero.Init reads it, and a single process may have none
+    """DeepSpeed, set up for a run: in the process group of `qvera.ranks`, or in one of its own for a process on its own."""
+    os.environ.setdefault("LOCAL_RANK", "0")  # zero.Init reads it, and a process on its own may have none
+    if not dist.is_initialized():
+        # It stays: DeepSpeed keeps the groups that it makes for as long as the process lives, and a second run must find them.
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return _imported()
+
+
+def _imported() -> Any:
     import deepspeed
 
     # it calls torch's collectives by names that torch 2.13 warns about, at every layer
@@ -28,7 +39,7 @@ def deepspeed_module() -> Any:
 
 def nvme_problem() -> str | None:
     """Why DeepSpeed can't keep parameters on NVMe here; None where it can."""
-    deepspeed_module()
+    deepspeed = _imported()
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     builder = AsyncIOBuilder()
@@ -36,6 +47,6 @@ def nvme_problem() -> str | None:
         return "it can't be built here, since libaio is missing"
     compilers = ("c++", "g++", "clang++")
     can_build = shutil.which("ninja") is not None and any(map(shutil.which, compilers))
-    if not can_build and not deepspeed_module().ops.__installed_ops__.get("async_io", False):
+    if not can_build and not deepspeed.ops.__installed_ops__.get("async_io", False):
         return "it has to be built first, and there is no compiler or no ninja"
     return None

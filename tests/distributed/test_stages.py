@@ -27,8 +27,10 @@ from ..conftest import small_llama, small_tokenizer
 from .ranks import run_worker
 
 STAGED = [None, "zero1", "zero2", "zero3", "zero3-offload-cpu"]
+RESUMED = [None, "zero1", "zero2", "zero3"]  # and the last one in the slow matrix
 SHARDED = ("zero3", "zero3-offload-cpu")
 STEPS, CUT = 6, 4
+LAYERS = 4
 
 
 def name_of(stage: str | None) -> str:
@@ -36,12 +38,12 @@ def name_of(stage: str | None) -> str:
 
 
 class Place:
-    """A model of six layers (so that one gathered layer is not the whole), rows, and what the runs left behind."""
+    """A model of four layers, rows, and what the runs left behind."""
 
     def __init__(self, root: Path, rows: Path, **model: Any) -> None:
         self.root, self.rows = root, rows
         self.model = root / "model"
-        small_llama(num_hidden_layers=6, **model).to(torch.bfloat16).save_pretrained(self.model)
+        small_llama(num_hidden_layers=LAYERS, **model).to(torch.bfloat16).save_pretrained(self.model)
         small_tokenizer().save_pretrained(self.model)
         self.found: list[dict[str, Any]] = []
 
@@ -54,13 +56,13 @@ class Place:
                 "max_steps": STEPS,
                 "global_batch_size": 8,
                 "per_device_train_batch_size": 4,
-                "per_device_eval_batch_size": 3,
+                "per_device_eval_batch_size": 5,
                 "learning_rate": 2e-2,
                 "save_steps": 3,
-                "eval_steps": 3,
+                "eval_steps": 4,
                 "sample_count": 2,
-                "sample_max_new_tokens": 5,
-                "exact_match_rows": 3,
+                "sample_max_new_tokens": 3,
+                "exact_match_rows": 2,
                 "report_to": [],
                 **training,
             },
@@ -73,8 +75,9 @@ class Place:
         return self.root / name
 
 
-UNEVEN = {"global_batch_size": 7, "per_device_train_batch_size": 7}
-ONE_ROW = {"global_batch_size": 1, "per_device_train_batch_size": 1}
+BARE = {"eval_steps": 0, "sample_count": 0, "exact_match_rows": 0}
+UNEVEN = {"global_batch_size": 7, "per_device_train_batch_size": 7, **BARE}
+ONE_ROW = {"global_batch_size": 1, "per_device_train_batch_size": 1, **BARE}
 
 
 @pytest.fixture(scope="module")
@@ -95,13 +98,15 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> Place:
     for stage in STAGED:
         word = name_of(stage)
         task(word, stage)
+        if stage not in RESUMED:
+            continue
         task(f"{word}-cut", stage, {"stop_after": CUT})
         task(f"{word}-resumed", stage, {"of": f"{word}-cut", "resume": True})
     for stage in (None, "zero2", "zero3"):
         task(f"{name_of(stage)}-uneven", stage, **UNEVEN)
         task(f"{name_of(stage)}-one-row", stage, **ONE_ROW)
     task("grown-on", "zero3", {"of": "grown", "resume": True}, save_steps=CUT)
-    task("shrunk", "zero3", {"stop_after": CUT})
+    task("shrunk", "zero3", {"stop_after": CUT}, eval_steps=0)
     other = place.recipe(None, learning_rate=1e-3)
     task("unlike", None, {"fails": True, "other_recipe": other})
     place.found = run_worker(tasks, 2, root / "spawn", limit_seconds=150)
@@ -140,7 +145,7 @@ def test_scores_and_answers_are_those_of_one(place: Place, stage: str | None) ->
     for when in ("eval_before", "eval_after"):
         assert mine["result"][when]["loss"] == pytest.approx(alone["result"][when]["loss"], rel=1e-5)
         assert mine["result"][when]["trained_tokens"] == alone["result"][when]["trained_tokens"]
-        assert mine["result"][when]["exact_match_rows"] == 3
+        assert mine["result"][when]["exact_match_rows"] == 2
     assert mine["samples"] == alone["samples"] and len(mine["samples"]) == 2
     assert mine["result"]["eval_after"]["loss"] < mine["result"]["eval_before"]["loss"]
     assert mine["processes"]["count"] == 2 and mine["processes"]["deepspeed"] == stage
@@ -158,11 +163,11 @@ def test_a_stage_is_what_it_says(place: Place, stage: str | None) -> None:
             assert moments <= found["optimizer_bytes"] < moments * 1.05  # and a step counter for each vector
         else:
             assert moments / 2 <= found["optimizer_bytes"] < moments / 2 * 1.05  # half of it, up to padding
-        assert found["packed_modules"] == found["states_kept"] == 6 * 7
+        assert found["packed_modules"] == found["states_kept"] == LAYERS * 7
         if stage in SHARDED:
-            assert whole / 2 <= found["packed_held_bytes"] <= whole / 2 + 2 * 42
-            # at most DeepSpeed's limit of two layers, and what it fetched ahead, was ever whole at one time
-            assert 0 < found["packed_live_bytes"] <= whole / 6 * 3
+            assert whole / 2 <= found["packed_held_bytes"] <= whole / 2 + 2 * LAYERS * 7
+            # two layers (DeepSpeed's limit, set by us) and what is on its way; in no phase the whole model
+            assert 0 < found["packed_live_bytes"] <= whole * 3 / LAYERS
         else:
             assert found["packed_held_bytes"] == whole
     kinds = {"zero1": "DeepSpeedZeroOptimizer", "zero2": "DeepSpeedZeroOptimizer"}
@@ -170,7 +175,7 @@ def test_a_stage_is_what_it_says(place: Place, stage: str | None) -> None:
     assert place.found[0][name_of(stage)]["zero_optimizer"] == wanted
 
 
-@pytest.mark.parametrize("stage", STAGED, ids=name_of)
+@pytest.mark.parametrize("stage", RESUMED, ids=name_of)
 def test_a_signal_to_one_rank_stops_all_at_one_step_and_resume_is_exact(place: Place, stage: str | None) -> None:
     word = name_of(stage)
     for found in (rank[f"{word}-cut"] for rank in place.found):
@@ -207,7 +212,7 @@ def test_every_row_is_trained_once_an_epoch_by_one_rank(place: Place) -> None:
         epoch = [row for rows in by_step[:5] for row in rows]
         assert sorted(epoch) == list(range(32)) and [len(rows) for rows in by_step] == [7, 7, 7, 7, 4, 7]
         assert [[len(rank[word]["rows"][s]) for rank in place.found] for s in (0, 4)] == [[4, 3], [2, 2]]
-    for stage in map(name_of, STAGED):  # and across a resume: the cut run's steps, then the resumed one's
+    for stage in map(name_of, RESUMED):  # and across a resume: the cut run's steps, then the resumed one's
         for rank in place.found:
             assert rank[f"{stage}-cut"]["rows"] + rank[f"{stage}-resumed"]["rows"] == rank[stage]["rows"]
 
@@ -221,7 +226,7 @@ def test_uneven_shares_and_a_rank_without_rows_change_nothing(place: Place, stag
 def test_a_checkpoint_goes_on_with_another_number_of_processes(place: Place) -> None:
     close(place.root / "grown", place.root / "alone")  # 1 → 2, and into ZeRO-3
     assert [len(rank["grown-on"]["rows"]) for rank in place.found] == [STEPS - CUT] * 2
-    place.alone("shrunk", resume=True)  # 2 → 1, and out of ZeRO-3
+    place.alone("shrunk", resume=True, eval_steps=0)  # 2 → 1, and out of ZeRO-3
     close(place.root / "shrunk", place.root / "alone")
 
 
@@ -233,7 +238,7 @@ def test_the_adapter_of_every_stage_is_an_ordinary_one(place: Place) -> None:
         assert {path.name for path in directory.iterdir()} == files
         assert directory.stat().st_size < 100_000
     model = load_adapter(base.model, place.root / "zero3" / "adapter", base)
-    assert sum("qvera_d" in name for name, _ in model.named_parameters()) == 42
+    assert sum("qvera_d" in name for name, _ in model.named_parameters()) == LAYERS * 7
 
 
 def test_processes_that_are_not_alike_are_refused_by_name(place: Place) -> None:

@@ -31,6 +31,7 @@ class Watch:
         self.model: Any = None
         self.rows: list[list[int]] = []
         self.live_bytes = 0
+        self.big: list[Any] = []
         self.stop_after = stop_after
 
     def __enter__(self) -> Watch:
@@ -39,9 +40,11 @@ class Watch:
 
         def watched_build(*args: Any) -> Any:
             self.engine, self.model = build(*args), args[2]
-            for module in causal_model(self.model).modules():
-                if isinstance(module, quantize.Linear4bit):
-                    module.register_forward_hook(self.look)
+            linears = [m for m in causal_model(self.model).modules() if isinstance(m, quantize.Linear4bit)]
+            # the weights themselves: asking a module for its weight in the middle of a forward pass makes DeepSpeed gather it
+            self.big = [linear.weight for linear in linears]
+            for linear in linears:
+                linear.register_forward_hook(self.look)
             return self.engine
 
         def watched_step(*args: Any) -> Any:
@@ -60,11 +63,8 @@ class Watch:
 
     def look(self, *_: Any) -> None:
         """Bytes of the base's big weights that are whole in this process right now."""
-        live = sum(p.numel() * p.element_size() for p in self.big())
+        live = sum(p.numel() * p.element_size() for p in self.big)
         self.live_bytes = max(self.live_bytes, live)
-
-    def big(self) -> list[Any]:
-        return [m.weight for m in causal_model(self.model).modules() if isinstance(m, quantize.Linear4bit)]
 
     def __exit__(self, *_: Any) -> None:
         trainer._engine, trainer._step, trainer.rank_passes = self.kept
@@ -77,12 +77,12 @@ class Watch:
             "stage": None if deepspeed is None else int(deepspeed.zero_optimization_stage()),
             "zero_optimizer": None if deepspeed is None else type(deepspeed.optimizer).__name__,
             "optimizer_bytes": optimizer_bytes(engine.optimizer),
-            "packed_held_bytes": sum(sharded.held_bytes(p) for p in self.big()),
-            "packed_whole_bytes": sum(sharded.whole_numel(p) * p.element_size() for p in self.big()),
-            "largest_packed_bytes": max(sharded.whole_numel(p) * p.element_size() for p in self.big()),
+            "packed_held_bytes": sum(sharded.held_bytes(p) for p in self.big),
+            "packed_whole_bytes": sum(sharded.whole_numel(p) * p.element_size() for p in self.big),
+            "largest_packed_bytes": max(sharded.whole_numel(p) * p.element_size() for p in self.big),
             "packed_live_bytes": self.live_bytes,
-            "packed_modules": len(self.big()),
-            "states_kept": sum(p.quant_state is not None for p in self.big()),
+            "packed_modules": len(self.big),
+            "states_kept": sum(p.quant_state is not None for p in self.big),
             "rows": self.rows,
         }
 
@@ -109,7 +109,7 @@ def run(task: dict[str, Any], group: Group) -> dict[str, Any]:
 def main(directory: Path) -> None:
     torch.set_num_threads(1)
     tasks = json.loads((directory / "plan.json").read_text())
-    with in_group(always=True) as group:
+    with in_group() as group:
         found = {task["name"]: run(task, group) for task in tasks}
         (directory / f"found{group.rank}.json").write_text(json.dumps(found))
 
