@@ -22,7 +22,10 @@ def deepspeed_module() -> Any:
         # It stays: DeepSpeed keeps the groups that it makes for as long as the process lives, and a second run must find them.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return _imported()
+    deepspeed = _imported()
+    if not deepspeed.comm.is_initialized():  # else its configuration counts one process, whatever torch says
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    return deepspeed
 
 
 def _imported() -> Any:
