@@ -24,7 +24,7 @@ from ..errors import EXIT_FAILED, QveraError
 from .group import Group
 
 BEAT_SECONDS = 2.0
-SILENT_SECONDS = 20.0
+SILENT_SECONDS = 15.0
 """A peer that has said nothing for so long is gone. With `BEAT_SECONDS` and the grace it is noticed within 30 s."""
 GRACE_SECONDS = 3.0
 """How long a process may take to end by itself, with its own message, after a peer left with an error."""

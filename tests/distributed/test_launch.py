@@ -17,7 +17,7 @@ from qvera import launch
 from qvera.cli import main
 from qvera.errors import InputError
 
-from .ranks import clean_environment
+from .ranks import clean_environment, free_port
 
 RECIPE = Path("r.yaml")
 
@@ -102,7 +102,9 @@ def test_a_launched_run_stops_on_sigterm_with_75_and_goes_on(write_recipe: Any, 
 
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "qvera", "train"]
-HOSTFILE = ["-m", "qvera", "launch", "--hostfile", "hosts"]
+# `qvera launch --hostfile` leaves the --no_ssh part out; that a machine reaches itself by ssh is not to be taken for granted
+HOSTFILE = ["-m", "deepspeed.launcher.runner", "--hostfile", "hosts", "--no_ssh", "--node_rank", "0"]
+HOSTFILE += ["--master_addr", "127.0.0.1", "--master_port", "PORT", "--module", "qvera", "train"]
 
 
 @pytest.mark.slow
@@ -114,6 +116,7 @@ def test_bare_torchrun_and_deepspeeds_launcher_work_too(
 ) -> None:
     recipe, out = write_recipe(training={"max_steps": 2}), tmp_path / "out"
     (tmp_path / "hosts").write_text("localhost slots=2\n")
+    front = [str(free_port()) if part == "PORT" else part for part in front]
     command = [*front, str(recipe), "--set", f"deepspeed={stage}", "--set", f"training.output_dir={out}"]
     done = subprocess.run(
         [sys.executable, *command], env=clean_environment(), cwd=tmp_path, capture_output=True, timeout=120
