@@ -60,9 +60,16 @@ def load_mapped(
         spread: takes each packed weight, embedding and head when it is read. These are then private copies, one at a time.
 
     Raises:
-        InputError: a shard is missing or cut short, or a tensor has not the shape that the config says.
+        InputError: a shard is missing or cut short, a tensor has not the shape that the config says, or a base with a tied head
+            was to be spread.
         NotMappable: the names in the file are not those of the model.
     """
+    if spread is not None and getattr(config, "tie_word_embeddings", False):
+        # DeepSpeed may be fetching the embedding for the next pass while the loss lets go of the head
+        raise InputError(
+            f"deepspeed: ZeRO-3 can't spread {directory} yet, whose output head is its embedding (tie_word_embeddings in its "
+            "config.json). Such models are small: use zero1 or zero2, or leave deepspeed out."
+        )
     entries = {entry.name: entry for entry in checkpoint_tensors(directory)}
     with init_empty_weights(include_buffers=False):
         kwargs: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}

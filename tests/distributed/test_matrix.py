@@ -1,4 +1,4 @@
-"""The wider matrix, slow: three ranks (which divide nothing evenly), a tied head, no checkpointing, dropout, b alone, 16 bits."""
+"""The wider matrix, slow: three ranks (which divide nothing evenly), no checkpointing, dropout, b alone, 16 bits."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> Place:
     # neither 64, 32 nor 8 divides by 3: partitions of these vectors are padded
-    place = Place(tmp_path_factory.mktemp("matrix"), tiny_rows, tie_word_embeddings=True)
+    place = Place(tmp_path_factory.mktemp("matrix"), tiny_rows)
     tasks: list[dict[str, Any]] = []
 
     def task(name: str, recipe: dict[str, Any], **more: Any) -> None:

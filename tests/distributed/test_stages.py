@@ -324,3 +324,10 @@ def test_other_mistakes_are_said(tmp_path: Path, make_recipe: Any) -> None:
         train(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     assert yaml.safe_load(recipe.to_yaml())["deepspeed"] == "zero1"
+
+
+def test_a_tied_head_is_refused_under_zero3_before_anything_is_written(tmp_path: Path, tiny_rows: Path) -> None:
+    place = Place(tmp_path, tiny_rows, tie_word_embeddings=True)
+    with pytest.raises(InputError, match="tie_word_embeddings.*use zero1 or zero2"):
+        train(parse_recipe(place.recipe("zero3"), "tied"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
