@@ -10,9 +10,10 @@ ROOT = Path(__file__).resolve().parent.parent
 _HEAD = """\
 # The recipe, key by key
 
-Made from `qvera/recipe.py` by `python docs/make_reference.py`. One YAML file, five sections; only `model.path` and
-`data.path` have no default. `model: some/path` is short for `model: {path: some/path}`. `--set section.key=value` on the
-command line overrides a key. Unknown keys, wrong types and values out of range are refused, all at once.
+Made from `qvera/recipe.py` by `python docs/make_reference.py`. One YAML file, five sections and one key beside them; only
+`model.path` and `data.path` have no default. `model: some/path` is short for `model: {path: some/path}`. `--set
+section.key=value` on the command line overrides a key. Unknown keys, wrong types and values out of range are refused, all at
+once.
 """
 
 
@@ -21,25 +22,37 @@ def reference() -> str:
     tree = ast.parse((ROOT / "qvera" / "recipe.py").read_text(encoding="utf-8"))
     parts = [_HEAD]
     for node in tree.body:
-        if not (isinstance(node, ast.ClassDef) and node.name.endswith("Section")):
-            continue
-        name = node.name.removesuffix("Section").lower()
-        parts.append(f"## {name}\n\n{_flow(ast.get_docstring(node) or '')}\n")
-        for field, following in zip(node.body, [*node.body[1:], None], strict=True):
-            if not isinstance(field, ast.AnnAssign):
-                continue
-            text = ""
-            if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
-                text = " " + _flow(str(following.value.value))
-            parts.append(f"- `{ast.unparse(field.target)}` ({_default(field)}).{text}")
-        parts.append("")
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Section"):
+            parts.append(f"## {node.name.removesuffix('Section').lower()}\n\n{_flow(ast.get_docstring(node) or '')}\n")
+            parts += [*_keys(node), ""]
+    names = ("model", "data", "adapter", "training", "export")
+    whole = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Recipe")
+    parts += [
+        "## beside the sections\n",
+        *(line for line in _keys(whole) if not line.startswith(tuple(f"- `{name}`" for name in names))),
+    ]
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _keys(node: ast.ClassDef) -> list[str]:
+    """A line for each field of a class: name, type, default, and the string below it."""
+    lines = []
+    for field, following in zip(node.body, [*node.body[1:], None], strict=True):
+        if not isinstance(field, ast.AnnAssign):
+            continue
+        text = ""
+        if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+            text = " " + _flow(str(following.value.value))
+        lines.append(f"- `{ast.unparse(field.target)}` ({_default(field)}).{text}")
+    return lines
 
 
 def _default(field: ast.AnnAssign) -> str:
     if field.value is None:
         return "required"
     text = ast.unparse(field.value)
+    if text.endswith("Section)"):  # of the recipe itself
+        return text
     if text.startswith("field("):
         text = {"field(default_factory=dict)": "{}", "field(default_factory=lambda: ['auto'])": "['auto']"}[text]
     return f"default `{text}`"

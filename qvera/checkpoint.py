@@ -5,7 +5,7 @@ Layout of ``checkpoints/step-00000100/``::
     vectors.safetensors     name → fp32 vector, the names of the adapter file
     optimizer.safetensors   "name/key" → tensor of the optimizer's state for that vector
     state.json              step, schedule, scalars of the optimizer, early-stopping state, earlier results
-    random.safetensors      torch's generator states (uint8)
+    random.safetensors      torch's generator states (uint8): "cpu", "cuda"; of rank k above 0 "cpu.k", "cuda.k"
     manifest.json           SHA-256 and size of each file; written last
 
 Everything is written under a temporary name, flushed, and renamed. Nothing is pickled.
@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .errors import InputError
+from .ranks import Group
 from .stored import file_sha256
 from .unfinished import disk_full_says, flush
 
@@ -51,8 +52,11 @@ def save(
     vectors: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
+    random: dict[str, torch.Tensor] | None = None,
 ) -> Path:
     """Write ``directory/step-XXXXXXXX``; it appears under this name only when it is complete and on disk.
+
+    ``random``: the generator states of all ranks (`random_state`); default: this process's.
 
     Raises:
         RunFailed: the disk is full; earlier checkpoints are kept.
@@ -60,7 +64,7 @@ def save(
     kept = "Earlier checkpoints are kept; make room and go on with --resume."
     with disk_full_says(f"the checkpoint of step {step} in {directory}", kept):
         try:
-            return _write(directory, step, vectors, optimizer, state)
+            return _write(directory, step, vectors, optimizer, state, random_state() if random is None else random)
         except BaseException:
             shutil.rmtree(directory / f".partial-step-{step:08d}", ignore_errors=True)
             raise
@@ -72,6 +76,7 @@ def _write(
     vectors: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
+    random: dict[str, torch.Tensor],
 ) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     final = directory / f"step-{step:08d}"
@@ -81,7 +86,7 @@ def _write(
     tensors, scalars = _optimizer_state(vectors, optimizer)
     save_file({n: p.detach().cpu().contiguous() for n, p in vectors.items()}, partial / "vectors.safetensors")
     save_file(tensors, partial / "optimizer.safetensors")
-    save_file(_random_state(), partial / "random.safetensors")
+    save_file(random, partial / "random.safetensors")
     document = {"format": FORMAT, "step": step, "optimizer_scalars": scalars, **state}
     (partial / "state.json").write_text(json.dumps(document, indent=1))
     manifest = {}
@@ -144,8 +149,21 @@ def load(path: Path) -> Checkpoint:
     )
 
 
-def restore(checkpoint: Checkpoint, vectors: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's vectors, optimizer state and random state into a run.
+def shared(found: Checkpoint | None, group: Group) -> Checkpoint | None:
+    """Rank 0's checkpoint on every rank: nodes need not share a disk."""
+    head = group.share(None if found is None else {"path": str(found.path), "step": found.step, "state": found.state})
+    if head is None or group.world_size == 1:
+        return found
+    parts = [group.share_tensors(getattr(found, name, None)) for name in ("vectors", "optimizer", "random")]
+    return Checkpoint(Path(head["path"]), head["step"], head["state"], *parts)
+
+
+def restore(
+    checkpoint: Checkpoint, vectors: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, rank: int = 0
+) -> None:
+    """Put a checkpoint's vectors, optimizer state and the random state of ``rank`` into a run.
+
+    A rank that the saved run did not have keeps the random state that it has.
 
     Raises:
         InputError: the names or shapes are not those of this run.
@@ -166,9 +184,11 @@ def restore(checkpoint: Checkpoint, vectors: dict[str, nn.Parameter], optimizer:
                 entry[part] = tensor if part == "step" else tensor.to(parameter.device)
         if entry:
             optimizer.state[parameter] = entry
-    torch.set_rng_state(checkpoint.random["cpu"])
-    if "cuda" in checkpoint.random and torch.cuda.is_available():
-        torch.cuda.set_rng_state(checkpoint.random["cuda"])
+    suffix = f".{rank}" if rank else ""
+    if f"cpu{suffix}" in checkpoint.random:
+        torch.set_rng_state(checkpoint.random[f"cpu{suffix}"])
+    if f"cuda{suffix}" in checkpoint.random and torch.cuda.is_available():
+        torch.cuda.set_rng_state(checkpoint.random[f"cuda{suffix}"])
 
 
 def prune(directory: Path, keep: int, also: set[int]) -> None:
@@ -195,8 +215,10 @@ def _optimizer_state(
     return tensors, scalars
 
 
-def _random_state() -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
+def random_state(rank: int = 0) -> dict[str, torch.Tensor]:
+    """This process's generator states under the names that a checkpoint gives those of ``rank``."""
+    suffix = f".{rank}" if rank else ""
+    state = {f"cpu{suffix}": torch.get_rng_state()}
     if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
+        state[f"cuda{suffix}"] = torch.cuda.get_rng_state()
     return state

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -34,6 +35,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--traceback", action="store_true", help="show the Python traceback of an error (for bug reports)"
     )
+    # DeepSpeed's launcher puts it before everything else; the environment says the same
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     def command(name: str, summary: str, detail: str = "") -> argparse.ArgumentParser:
@@ -56,6 +59,25 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--dry-run", action="store_true", help="check everything, show the data, train nothing, write nothing"
     )
+
+    p = command(
+        "launch",
+        "Train with several processes, on one machine or many.",
+        "\n\nOn one machine: --gpus N. From one machine on all that a host file names, by ssh: --hostfile FILE. Under a\n"
+        "scheduler, on each machine: --node-rank K --nnodes N --rdzv HOST:PORT. It prints and runs torchrun, or deepspeed for a\n"
+        "host file; both also work by themselves: torchrun ... -m qvera train RECIPE. How the processes share the model is said\n"
+        "by the recipe's deepspeed key.",
+    )
+    p.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file, as for train")
+    p.add_argument("--gpus", type=int, metavar="N", help="processes on each machine (default: one for each GPU)")
+    p.add_argument("--hostfile", type=Path, metavar="FILE", help="a line `HOST slots=N` for each machine")
+    p.add_argument("--node-rank", type=int, metavar="K", help="this machine's number, from 0")
+    p.add_argument("--nnodes", type=int, metavar="N", help="how many machines there are")
+    p.add_argument("--rdzv", metavar="HOST:PORT", help="where machine 0 is reached")
+    p.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides", help="as in train"
+    )
+    p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint that verifies")
 
     p = command(
         "plan",
@@ -217,6 +239,15 @@ def _add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns its exit code."""
+    code = _run(arguments)
+    if "RANK" in os.environ:  # one of several processes
+        from .launch import leave_exit_code
+
+        leave_exit_code(code)
+    return code
+
+
+def _run(arguments: list[str] | None) -> int:
     parser = build_parser()
     args = parser.parse_args(arguments)
     if args.version:
@@ -235,7 +266,8 @@ def main(arguments: list[str] | None = None) -> int:
     except QveraError as error:
         if args.traceback:
             raise
-        print(f"qvera {args.command}: {error}", file=sys.stderr)
+        if not error.shared or os.environ.get("RANK", "0") == "0":
+            print(f"qvera {args.command}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         if args.traceback:

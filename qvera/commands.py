@@ -20,6 +20,7 @@ from rich.progress import Progress as RichProgress
 
 from . import cache as cache_of_bases
 from . import evaluate
+from . import launch as launcher
 from .adapters import stacked_factors, union, weighted_sum, write_vectors
 from .data import NAMED_TEMPLATES, ChatTemplate, Encoder, Example, Turn, build_datasets, read_prompts, resolve_template
 from .errors import InputError, Interrupted, RunFailed
@@ -69,6 +70,23 @@ def train(args: argparse.Namespace) -> None:
     result = train_run(recipe, run_dir, resume=args.resume, dry_run=args.dry_run, console=_console)
     if result is not None:
         _say_result(result.run_dir, result.run)
+
+
+def launch(args: argparse.Namespace) -> int:
+    """qvera launch"""
+    load_recipe(args.recipe, args.overrides)  # what is wrong with it is said once, before anything starts
+    more = [part for override in args.overrides for part in ("--set", override)] + ["--resume"] * args.resume
+    command = launcher.launch_command(
+        args.recipe,
+        gpus=args.gpus,
+        hostfile=args.hostfile,
+        node_rank=args.node_rank,
+        nnodes=args.nnodes,
+        rdzv=args.rdzv,
+        train_arguments=more,
+    )
+    print(launcher.say(command), file=sys.stderr)
+    return launcher.run(command)
 
 
 def _say_result(run_dir: Path, run: dict[str, Any]) -> None:
@@ -145,7 +163,8 @@ def quickstart(args: argparse.Namespace) -> None:
         )
         return
     result = train_run(recipe, run_directory(recipe, parts.recipe), resume=args.resume, console=_console)
-    assert result is not None  # only a dry run gives None
+    if result is None:
+        return  # one of several processes that is not the first
     for number, sample in enumerate(result.run["samples"], start=1):
         print(f"\n── held-out prompt {number} " + "─" * 60)
         print(sample["prompt"].strip())

@@ -12,6 +12,8 @@ class QveraError(Exception):
     """An error whose message is written for the person who ran the command; the CLI prints it without a traceback."""
 
     exit_code = EXIT_FAILED
+    shared = False
+    """All processes of a run raise it together, so one of them says it for all."""
 
 
 class InputError(QveraError):

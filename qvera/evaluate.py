@@ -15,6 +15,8 @@ from .data import Example, collate, collate_prefix_once, microbatches
 from .generate import exact_match, generate, generating
 from .loss import Head, summed_nll
 from .model import causal_model, takes_prefix_once
+from .ranks import ALONE, Group
+from .sharded import any_sharded, gathered
 
 
 def make_batch(
@@ -46,15 +48,22 @@ def scoring(model: Any) -> Iterator[None]:
         yield
 
 
-def hidden_states(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The decoder's last hidden states [B, T, hidden] (after its final norm) of a batch, without the head."""
+def hidden_states(model: Any, batch: dict[str, torch.Tensor], decoder: Any = None) -> torch.Tensor:
+    """The decoder's last hidden states [B, T, hidden] (after its final norm) of a batch, without the head.
+
+    ``decoder``: what to call in its place, such as a DeepSpeed engine around it.
+    """
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    return causal_model(model).get_decoder()(**inputs, use_cache=False).last_hidden_state
+    return (decoder or causal_model(model).get_decoder())(**inputs, use_cache=False).last_hidden_state
 
 
-def batch_nll(model: Any, batch: dict[str, torch.Tensor], chunk_tokens: int) -> tuple[torch.Tensor, int]:
+def batch_nll(
+    model: Any, batch: dict[str, torch.Tensor], chunk_tokens: int, decoder: Any = None
+) -> tuple[torch.Tensor, int]:
     """Summed negative log likelihood (scalar) of a batch's trained tokens, and how many there are."""
-    return summed_nll(hidden_states(model, batch), batch["labels"], Head.of(causal_model(model)), chunk_tokens)
+    hidden, head = hidden_states(model, batch, decoder), Head.of(causal_model(model))
+    with gathered(head.module.parameters(recurse=False)):
+        return summed_nll(hidden, batch["labels"], head, chunk_tokens)
 
 
 @torch.no_grad()
@@ -66,8 +75,12 @@ def held_out_loss(
     batch_size: int,
     chunk_tokens: int,
     progress: Callable[[int], None] | None = None,
+    group: Group = ALONE,
 ) -> dict[str, Any]:
     """Mean negative log likelihood over all trained tokens of ``examples``, and its exponential.
+
+    Args:
+        group: the ranks that share the batches among them; all have to call this.
 
     Returns:
         ``loss`` (nats a token), ``perplexity``, ``rows``, ``trained_tokens``, ``seconds``.
@@ -79,8 +92,14 @@ def held_out_loss(
     try:
         by_length = sorted(range(len(examples)), key=lambda i: (len(examples[i].input_ids), i))
         done = 0
-        for rows in microbatches(by_length, batch_size):
+        batches = list(microbatches(by_length, batch_size))
+        mine = batches[group.rank :: group.world_size]
+        # a rank that has a batch less runs one for nothing where the others need its share of the weights
+        idle = -(-len(batches) // group.world_size) - len(mine) if any_sharded(model) else 0
+        for rows in mine + batches[:1] * idle:
             nll, count = batch_nll(model, make_batch(model, [examples[i] for i in rows], pad_id), chunk_tokens)
+            if rows is batches[0] and group.rank:
+                continue
             total += float(nll)
             tokens += count
             done += len(rows)
@@ -88,6 +107,8 @@ def held_out_loss(
                 progress(done)
     finally:
         model.train(was_training)
+    total, counted = group.sum([total, tokens])
+    tokens = int(counted)
     loss = total / tokens if tokens else math.nan
     return {
         "loss": loss,

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from . import measure, quantize
+from .sharded import is_sharded
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -154,11 +155,13 @@ def inference_layout(model: torch.nn.Module, skip: Collection[torch.nn.Module] =
     inner: Any = model
     head: Any = inner.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     holds = isinstance(head, FrozenLinear) and head._held_weight is None and head.weight.device.type == "cpu"
+    holds = holds and not is_sharded(head.weight)
     hook = head.register_forward_pre_hook(_contiguous) if isinstance(head, torch.nn.Module) else None
     try:
         if holds:
             head._held_weight = head.weight.to(embedding_dtype(inner.get_input_embeddings()))
         chosen = [m for m in model.modules() if isinstance(m, FrozenLinear4bit) and id(m) not in skipped]
+        chosen = [m for m in chosen if not is_sharded(m.weight)]
         # the kernel computes in bfloat16, and the copies are private memory where the weights may be a mapped file
         size_bytes = sum(quantize.storage_bytes(module) for module in chosen)
         fits = size_bytes <= measure.available_bytes(torch.device("cpu")) // 4

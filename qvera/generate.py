@@ -14,6 +14,7 @@ from transformers import DynamicCache, GenerationMixin
 
 from . import frozen, measure
 from .model import causal_model, takes_prefix_once
+from .sharded import any_sharded, is_sharded
 from .vera import LowRankPath
 
 
@@ -29,6 +30,7 @@ def generating(model: Any, base_only: bool = False) -> Iterator[None]:
     inner = causal_model(model)
     was_training, used_cache = model.training, inner.config.use_cache
     layers = [m for m in model.modules() if isinstance(m, LowRankPath) and not m.disable_adapters]
+    layers = [m for m in layers if not is_sharded(m.base_layer.weight)]
     if any(layer.holds_inference_weight for layer in layers) or not _dense_fits(layers):
         layers = []
     model.eval()
@@ -87,6 +89,9 @@ def generate(
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     device = next(model.parameters()).device
     ends = _end_tokens(model, tokenizer)
+    together = any_sharded(
+        model
+    )  # then a rank whose answers have ended goes on gathering layers for those that have not
     answers: dict[int, str] = {}
     by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
@@ -123,6 +128,7 @@ def generate(
                 pad_token_id=pad,
                 eos_token_id=ends,
                 streamer=streamer,
+                synced_gpus=together,
                 **sampling,
             )
             for row, i in enumerate(rows):

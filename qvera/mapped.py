@@ -9,9 +9,10 @@ them when it needs room. On a GPU each tensor is copied to the device, one at a 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import init_empty_weights
@@ -24,7 +25,17 @@ from .errors import InputError
 from .shards import TensorEntry, checkpoint_tensors
 
 _STATE = ".quant_state.bitsandbytes__"
+_BIG = (nn.Embedding, nn.Linear)
+"""Modules whose dense weights are large: these stay as they are stored, and are spread over ranks where the packed ones are."""
 _IGNORED = (".rotary_emb.inv_freq",)  # old Llama checkpoints carry these; the model computes them
+
+
+class Spread(Protocol):
+    """Takes weights as they are read, to keep only a share of each (`qvera.zero.Spreader`)."""
+
+    def expect(self, largest_numel: int) -> None: ...
+
+    def __call__(self, weight: nn.Parameter) -> None: ...
 
 
 class NotMappable(Exception):
@@ -38,6 +49,7 @@ def load_mapped(
     device: torch.device,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    spread: Spread | None = None,
 ) -> Any:
     """The causal language model of a checkpoint directory, frozen, in evaluation mode, its big tensors mapped.
 
@@ -45,23 +57,46 @@ def load_mapped(
         config: the directory's transformers config.
         dtype: what its layers compute in; small tensors (norms, biases) are cast to it.
         device: on anything but a CPU the tensors are copied there.
+        spread: takes each packed weight, embedding and head when it is read. These are then private copies, one at a time.
 
     Raises:
-        InputError: a shard is missing or cut short, or a tensor has not the shape that the config says.
+        InputError: a shard is missing or cut short, a tensor has not the shape that the config says, or a base with a tied head
+            was to be spread.
         NotMappable: the names in the file are not those of the model.
     """
+    if spread is not None and getattr(config, "tie_word_embeddings", False):
+        # DeepSpeed may be fetching the embedding for the next pass while the loss lets go of the head
+        raise InputError(
+            f"deepspeed: ZeRO-3 can't spread {directory} yet, whose output head is its embedding (tie_word_embeddings in its "
+            "config.json). Such models are small: use zero1 or zero2, or leave deepspeed out."
+        )
     entries = {entry.name: entry for entry in checkpoint_tensors(directory)}
     with init_empty_weights(include_buffers=False):
         kwargs: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code, **kwargs)
     packed, plain = _sorted_by_kind(entries)
     _check_names(model, packed, plain)
+    if spread is not None:
+        spread.expect(max(math.prod(entry.shape) for entry in entries.values()))
     with _open_files(entries.values()) as files:
         for name, statistics in packed.items():
             tensors = {entry.name: files[entry.file].get_tensor(entry.name) for entry in statistics}
+            if spread is not None:  # never into the pages of a mapping, which outlive the weight
+                tensors[f"{name}.weight"] = tensors[f"{name}.weight"].clone()
             _put_four_bit(model, name, tensors, dtype, device, entries[f"{name}.weight"].file)
+            if spread is not None:
+                del tensors
+                spread(model.get_submodule(name).weight)
         for name in plain:
-            _put_plain(model, name, files[entries[name].file].get_tensor(name), dtype, device, entries[name].file)
+            tensor = files[entries[name].file].get_tensor(name)
+            _put_plain(model, name, tensor if spread is None else tensor.clone(), dtype, device, entries[name].file)
+            del tensor
+            if (
+                spread is not None
+                and type(model.get_submodule(name.rpartition(".")[0])) in _BIG
+                and name.endswith(".weight")
+            ):
+                spread(model.get_submodule(name.rpartition(".")[0]).weight)
     model.tie_weights()
     missing = [name for name, p in model.named_parameters() if p.is_meta]
     if missing:
@@ -137,7 +172,7 @@ def _put_plain(
             f"{file}: {name} has shape {list(tensor.shape)}; the model's config.json says {list(expected)}. One of the two belongs "
             "to another model."
         )
-    stays = type(module) in (nn.Embedding, nn.Linear) and key == "weight" and tensor.dtype.itemsize <= dtype.itemsize
+    stays = type(module) in _BIG and key == "weight" and tensor.dtype.itemsize <= dtype.itemsize
     value = tensor.to(device=device, dtype=tensor.dtype if stays else dtype)
     setattr(module, key, nn.Parameter(value, requires_grad=False))
 

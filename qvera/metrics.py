@@ -117,7 +117,8 @@ class Trackers:
             tracker = cls(name, **directory)
             if hasattr(tracker, "start"):  # accelerate 1.12 and later open a tracker in a step of its own
                 tracker.start()
-            flat = {f"{s}.{k}": str(v) for s, section in self.config.items() for k, v in section.items()}
+            sections = {s: keys if isinstance(keys, dict) else {"": keys} for s, keys in self.config.items()}
+            flat = {f"{s}.{k}".rstrip("."): str(v) for s, keys in sections.items() for k, v in keys.items()}
             tracker.store_init_configuration(flat)
             self.open.append(tracker)
         return self

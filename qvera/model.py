@@ -22,8 +22,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from . import cache, frozen, quantize
 from .errors import InputError, first_line
 from .locations import base_directory, resolve_path
-from .mapped import NotMappable, load_mapped
+from .mapped import NotMappable, Spread, load_mapped
 from .recipe import AdapterSection, ModelSection
+from .sharded import whole_numel
 from .stored import base_fingerprint, same_base
 from .unfinished import disk_full_says, flush
 from .vera import QveraConfig, QveraLinear, accelerated_peft
@@ -96,7 +97,10 @@ def load_tokenizer(section: ModelSection) -> Any:
 
 
 def load_base(
-    section: ModelSection, device: torch.device | None = None, progress: cache.Progress | None = None
+    section: ModelSection,
+    device: torch.device | None = None,
+    progress: cache.Progress | None = None,
+    spread: Spread | None = None,
 ) -> Base:
     """Load the base model of a recipe, quantized and frozen, in evaluation mode.
 
@@ -106,6 +110,7 @@ def load_base(
 
     Args:
         progress: called while the base is quantized for the first time, see `cache.cached_base`.
+        spread: keeps only a share of each weight, see `load_mapped`; for a 4-bit base only.
 
     Raises:
         InputError: no model at that path, not a causal language model, or what was loaded is not what the recipe says.
@@ -119,7 +124,12 @@ def load_base(
     try:
         config = AutoConfig.from_pretrained(name, **common)
         stored = getattr(config, "quantization_config", None)
-        model = _mapped(section, config, dtype, device, progress)
+        model = _mapped(section, config, dtype, device, progress, spread)
+        if model is None and spread is not None:
+            raise InputError(
+                f"deepspeed: ZeRO-3 spreads a base in 4 bits over the ranks while it reads it, and {name!r} with "
+                f"model.quantization {section.quantization} can't be read that way. Use nf4 or fp4, or zero1 or zero2, or none."
+            )
         if model is None:
             quantization = None if stored is not None else quantize.quantization_config(section, dtype)
             kwargs = attention if quantization is None else {**attention, "quantization_config": quantization}
@@ -141,7 +151,12 @@ def load_base(
 
 
 def _mapped(
-    section: ModelSection, config: Any, dtype: torch.dtype, device: torch.device, progress: cache.Progress | None
+    section: ModelSection,
+    config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: cache.Progress | None,
+    spread: Spread | None,
 ) -> Any | None:
     """The model from its mapped 4-bit file, which is made now if there is none yet; None where transformers has to load it."""
     stored = getattr(config, "quantization_config", None)
@@ -156,7 +171,7 @@ def _mapped(
         else:
             directory = base_directory(section)
         attention = None if section.attn_implementation == "auto" else section.attn_implementation
-        return load_mapped(directory, config, dtype, device, attention, section.trust_remote_code)
+        return load_mapped(directory, config, dtype, device, attention, section.trust_remote_code, spread)
     except (cache.NotPlain, NotMappable):
         return None
 
@@ -249,8 +264,9 @@ def read_back(
             f"model: what was loaded from {section.path!r} is not what the recipe says: {'; '.join(problems)}."
         )
     quantized = {id(m.weight) for m in [*four_bit, *eight_bit]}
-    dense_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in quantized)
-    parameters = sum(p.numel() for p in model.parameters() if id(p) not in quantized)
+    dense = [p for p in model.parameters() if id(p) not in quantized]
+    dense_bytes = sum(whole_numel(p) * p.element_size() for p in dense)
+    parameters = sum(whole_numel(p) for p in dense)
     parameters += sum(m.in_features * m.out_features for m in [*four_bit, *eight_bit])
     return {
         "path": section.path,

@@ -20,6 +20,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 from ._bitsandbytes import bitsandbytes as bnb
 from .recipe import ModelSection
+from .sharded import whole_numel
 
 bnb_functional: Any = bnb.functional
 
@@ -219,7 +220,7 @@ def int8_rows(module: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def storage_bytes(module: Any) -> int:
     """Bytes that a linear layer's weight takes as stored, quantization state included."""
     weight = module.weight
-    size = weight.numel() * weight.element_size()
+    size = whole_numel(weight) * weight.element_size()
     if isinstance(module, Linear4bit):
         state = getattr(weight, "quant_state", None) or module.quant_state
         if state is not None:

@@ -1,4 +1,4 @@
-"""A recipe: one YAML file, five sections, every default written here and nowhere else.
+"""A recipe: one YAML file, five sections and a key, every default written here and nowhere else.
 
 A recipe is read strictly. An unknown key at any depth, a wrong type and a value out of range are all reported at
 once, each with its key, what was found, what is accepted and (for a misspelt key) the nearest name.
@@ -203,6 +203,11 @@ class Recipe:
     adapter: AdapterSection = field(default_factory=AdapterSection)
     training: TrainingSection = field(default_factory=TrainingSection)
     export: ExportSection = field(default_factory=ExportSection)
+    deepspeed: NonEmpty | None = None
+    """How several processes share the work. Null: they only add up their gradients. ``zero1`` or ``zero2``: they share the
+    optimizer's state too (a few MB). ``zero3``: each also holds only its share of the frozen 4-bit base;
+    ``zero3-offload-cpu`` and ``zero3-offload-nvme`` keep that share off the device. Or a DeepSpeed configuration file, such as a
+    copy of one in ds_configs/; what a recipe says too (batch size, precision, clipping, schedule) may not be in it."""
 
     def to_dict(self) -> dict[str, Any]:
         """Every key with its value, defaults filled in."""
@@ -213,7 +218,7 @@ class Recipe:
 
     @property
     def gradient_accumulation_steps(self) -> int:
-        """Forward passes per optimizer step in one process."""
+        """Forward passes per optimizer step in one process, when there is one."""
         return -(-self.training.global_batch_size // self.training.per_device_train_batch_size)
 
 
@@ -221,6 +226,7 @@ class Recipe:
 _INSTEAD = {
     "gradient_accumulation_steps": "set training.global_batch_size; accumulation is global_batch_size / "
     "(per_device_train_batch_size x processes)",
+    "deepspeed": "write `deepspeed:` beside the sections, not in one",
     "bf16": "set model.compute_dtype: bfloat16",
     "fp16": "set model.compute_dtype: float16",
     "tf32": "set it with torch.set_float32_matmul_precision in your own script; the low-rank path does not use it",

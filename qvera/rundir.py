@@ -68,7 +68,9 @@ def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool, dry_run: bool) ->
         # these may change in the middle of a run without changing what its steps compute
         for free in ("output_dir", "save_steps", "save_total_limit", "report_to"):
             before["training"].pop(free), now["training"].pop(free)
-        changed = [f"{s}.{k}" for s in now if s != "export" for k in now[s] if before[s].get(k) != now[s][k]]
+        free_sections = ("export", "deepspeed")  # a checkpoint goes on under any ZeRO stage, and without one
+        sections = [name for name in now if name not in free_sections]
+        changed = [f"{s}.{k}" for s in sections for k in now[s] if before[s].get(k) != now[s][k]]
         if changed:
             raise InputError(
                 f"{run_dir}: was started with another recipe; {', '.join(changed)} changed. Undo that, or start a new run in "

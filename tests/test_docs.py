@@ -36,7 +36,7 @@ def test_every_command_of_the_readme_parses() -> None:
         assert build_parser().parse_args(command).command == command[0]
 
 
-@pytest.mark.parametrize("file", ["README.md", "CONTRIBUTING.md", "docs/api.md"])
+@pytest.mark.parametrize("file", ["README.md", "CONTRIBUTING.md", "docs/api.md", "docs/multi-node.md"])
 def test_linked_files_exist(file: str) -> None:
     text = (ROOT / file).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#:]+)\)", text):

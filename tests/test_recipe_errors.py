@@ -273,6 +273,9 @@ def test_the_effective_recipe_reads_back_as_itself(tmp_path: Path) -> None:
     tree = yaml.safe_load(recipe.to_yaml())
     for section in dataclasses.fields(Recipe):  # every key of every section is written
         value = getattr(recipe, section.name)
+        if section.name == "deepspeed":  # a key beside the sections
+            assert tree["deepspeed"] is None
+            continue
         assert tree[section.name].keys() == {f.name for f in dataclasses.fields(value)}
 
 

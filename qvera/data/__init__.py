@@ -1,6 +1,6 @@
 """Rows → tokens, labels, batches. See `build_datasets` for the way in and `batches` for the order of training."""
 
-from .batches import IGNORED, collate, global_batch, microbatches, order, steps_per_epoch
+from .batches import IGNORED, collate, global_batch, microbatches, order, rank_passes, steps_per_epoch
 from .encode import Encoder
 from .examples import DataStats, Example
 from .formats import FORMATS, Conversation, Text, Turn
@@ -9,7 +9,7 @@ from .prefix import collate_prefix_once
 from .preflight import print_preflight
 from .prompts import read_prompts
 from .templates import ChatTemplate, resolve_template
-from .tokenize import Datasets, build_datasets
+from .tokenize import Datasets, build_datasets, data_sha256
 
 __all__ = [
     "FORMATS",
@@ -26,10 +26,12 @@ __all__ = [
     "build_datasets",
     "collate",
     "collate_prefix_once",
+    "data_sha256",
     "global_batch",
     "microbatches",
     "order",
     "print_preflight",
+    "rank_passes",
     "read_prompts",
     "resolve_template",
     "steps_per_epoch",

@@ -75,6 +75,22 @@ def microbatches(indices: Sequence[int], size: int) -> Iterator[list[int]]:
         yield list(indices[start : start + size])
 
 
+def rank_passes(rows: Sequence[int], rank: int, world_size: int, size: int) -> list[list[int]]:
+    """The forward passes of one rank over a global batch: consecutive rows, at most ``size`` in each pass.
+
+    The rows are cut into ``world_size`` runs that differ by one row at most, so every row is on exactly one rank, in the order of
+    the batch. All ranks get equally many passes, because some walk through the layers together; one without rows is ``[]``.
+    """
+    if not 0 <= rank < world_size or size < 1:
+        raise ValueError(f"no rank {rank} of {world_size} with passes of {size} rows")
+    share, more = divmod(len(rows), world_size)
+    start = rank * share + min(rank, more)
+    mine = rows[start : start + share + (rank < more)]
+    passes = list(microbatches(mine, size))
+    most = share + (more > 0)
+    return passes + [[] for _ in range(-(-most // size) - len(passes))]
+
+
 def collate(examples: Sequence[Example], pad_id: int, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
     """Rows of different lengths → one batch, padded on the right to the longest.
 

@@ -14,9 +14,12 @@ def changed_settings(tree: dict[str, Any]) -> list[tuple[str, Any]]:
     A key that this version does not know counts as changed: the recipe may be a later version's.
     """
     sections = get_type_hints(Recipe)
+    beside = {f.name: f for f in dataclasses.fields(Recipe)}
     changed: list[tuple[str, Any]] = []
     for section, keys in tree.items():
         if not isinstance(keys, dict):
+            if section in beside and keys == _default(beside[section]):
+                continue
             changed.append((str(section), keys))
             continue
         section_class = sections.get(str(section))

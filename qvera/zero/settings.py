@@ -1,0 +1,55 @@
+"""DeepSpeed's launch settings: what is set once in its process before it is used. The only file that changes another library.
+
+Import DeepSpeed through `deepspeed_module` and nowhere else, so that all of it is in place first.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def deepspeed_module() -> Any:
+    """DeepSpeed, set up for a run: in the process group of `qvera.ranks`, or in one of its own for a process on its own."""
+    os.environ.setdefault("LOCAL_RANK", "0")  # zero.Init reads it, and a process on its own may have none
+    if not dist.is_initialized():
+        # It stays: DeepSpeed keeps the groups that it makes for as long as the process lives, and a second run must find them.
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    deepspeed = _imported()
+    if not deepspeed.comm.is_initialized():  # else its configuration counts one process, whatever torch says
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    return deepspeed
+
+
+def _imported() -> Any:
+    import deepspeed
+
+    # it calls torch's collectives by names that torch 2.13 warns about, at every layer
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its progress notes would drown ours
+    # A shared-memory all-reduce for CPU inference is compiled (20 s) whenever DeepSpeed meets a process group, and without a
+    # compiler that is fatal; training does not use it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def nvme_problem() -> str | None:
+    """Why DeepSpeed can't keep parameters on NVMe here; None where it can."""
+    deepspeed = _imported()
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    builder = AsyncIOBuilder()
+    if not builder.is_compatible(verbose=False):
+        return "it can't be built here, since libaio is missing"
+    compilers = ("c++", "g++", "clang++")
+    can_build = shutil.which("ninja") is not None and any(map(shutil.which, compilers))
+    if not can_build and not deepspeed.ops.__installed_ops__.get("async_io", False):
+        return "it has to be built first, and there is no compiler or no ninja"
+    return None

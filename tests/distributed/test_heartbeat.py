@@ -1,0 +1,216 @@
+"""A peer that is silent, one that left with an error, and a store that is gone are each noticed and named; others are not."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qvera.errors import EXIT_FAILED, InputError, RunFailed
+from qvera.ranks import Group, in_group
+from qvera.ranks.heartbeat import Heartbeat
+
+from .ranks import Ranks, free_port
+
+
+class Store:
+    """The launcher's store, in this process; ``broken``: it can't be reached."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, bytes] = {}
+        self.broken = False
+
+    def set(self, key: str, value: str) -> None:
+        if self.broken:
+            raise RuntimeError("Broken pipe")
+        self.values[key] = value.encode()
+
+    def get(self, key: str) -> bytes:
+        if self.broken:
+            raise RuntimeError("Broken pipe")
+        return self.values[key]
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self.values for key in keys)
+
+
+class Told:
+    """What was given up on, and an event for it."""
+
+    def __init__(self) -> None:
+        self.said: list[tuple[str, int]] = []
+        self.happened = threading.Event()
+
+    def __call__(self, message: str, exit_code: int) -> None:
+        self.said.append((message, exit_code))
+        self.happened.set()
+
+
+def beat(store: Store, rank: int, told: Told, silent_seconds: float = 0.5) -> Heartbeat:
+    group = Group(rank, 2, rank, f"node{rank}")
+    return Heartbeat(group, store, told, beat_seconds=0.05, silent_seconds=silent_seconds)
+
+
+def test_ranks_that_beat_and_leave_are_not_mistaken_for_dead_ones() -> None:
+    store, told = Store(), Told()
+    with beat(store, 0, told), beat(store, 1, told):
+        time.sleep(1.2)
+    with beat(store, 0, told):  # the other has left in good order, and stays silent
+        time.sleep(1.0)
+    assert not told.said
+
+
+def test_a_silent_rank_is_named_with_its_node() -> None:
+    store, told = Store(), Told()
+    with beat(store, 1, Told()) as stopped:
+        stopped._done.set()  # it beats no more, and has not left
+        with beat(store, 0, told):
+            assert told.happened.wait(5)
+    message, code = told.said[0]
+    assert "rank 1 on node1 has been silent" in message and "--resume" in message and code == EXIT_FAILED
+
+
+def test_a_rank_that_never_came_is_named_too() -> None:
+    told = Told()
+    with beat(Store(), 0, told):
+        assert told.happened.wait(5)
+    assert "rank 1 on an unknown node has been silent" in told.said[0][0]
+
+
+def test_an_error_of_one_rank_ends_the_others_with_its_words_and_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qvera.ranks.heartbeat.GRACE_SECONDS", 0.1)
+    store, told = Store(), Told()
+    with beat(store, 0, told):
+        with pytest.raises(InputError), beat(store, 1, Told()):
+            raise InputError("rows.jsonl: line 3 is no JSON.")
+        assert told.happened.wait(5)
+    assert told.said[0] == ("rank 1 on node1 failed: InputError: rows.jsonl: line 3 is no JSON.", 2)
+
+
+def test_an_error_that_all_share_is_not_passed_on() -> None:
+    store, told = Store(), Told()
+    error = InputError("the same on all")
+    error.shared = True
+    with beat(store, 0, told):
+        with pytest.raises(InputError), beat(store, 1, Told()):
+            raise error
+        time.sleep(0.3)
+    assert not told.said
+
+
+def test_a_store_out_of_reach_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "node0")
+    store, told, other = Store(), Told(), Told()
+    with beat(store, 0, other), beat(store, 1, told):
+        store.broken = True
+        assert told.happened.wait(5)
+        store.broken = False
+    assert (
+        "has not reached the run's key-value store at node0:" in told.said[0][0]
+        and "rank 1 on node1" in told.said[0][0]
+    )
+
+
+def launched(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
+    places = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    for name, value in {**places, **variables}.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_a_process_that_is_never_started_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched(monkeypatch)
+    monkeypatch.setattr("qvera.ranks.join.JOIN_TIMEOUT", datetime.timedelta(seconds=2))
+    began = time.monotonic()
+    with pytest.raises(RunFailed, match="rank 0 on .* did not meet all 2 processes at 127.0.0.1:"), in_group():
+        raise AssertionError("joined alone")
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("WORLD_SIZE", "two", "WORLD_SIZE: is 'two' in the environment"),
+        ("WORLD_SIZE", "0", "WORLD_SIZE: is '0'"),
+        ("MASTER_PORT", None, "MASTER_PORT is not set. Start several processes with `qvera launch`"),
+    ],
+)
+def test_half_a_launchers_environment_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str | None, words: str
+) -> None:
+    launched(monkeypatch)
+    if value is None:
+        monkeypatch.delenv(name)
+    else:
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=words), in_group():
+        raise AssertionError("joined")
+
+
+def test_one_process_alone_needs_no_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with in_group() as group:
+        assert (group.rank, group.world_size, group.first) == (0, 1, True)
+        assert not torch.distributed.is_initialized()
+        assert group.sum([1, 2.5]) == [1.0, 2.5] and group.gather({"a": 1}) == [{"a": 1}] and group.share("x") == "x"
+        with pytest.raises(InputError, match="no"):
+            group.agree(lambda: (_ for _ in ()).throw(InputError("no")))
+
+
+# Real processes. Each test has a hard limit: a hang is a failure.
+
+_WAITER = """
+import sys, time, torch
+from qvera.ranks import in_group
+from qvera.cli import main
+with in_group() as group:
+    print("joined", flush=True)
+    for _ in range(10_000):
+        group.sum([1.0])
+        time.sleep(0.05)
+"""
+
+
+def two_waiting(tmp_path: Path) -> Ranks:
+    (tmp_path / "waiter.py").write_text(_WAITER)
+    ranks = Ranks([str(tmp_path / "waiter.py")], 2, tmp_path)
+    until = time.monotonic() + 60
+    while not all("joined" in log.read_text() for log in ranks.logs):
+        assert time.monotonic() < until and all(p.poll() is None for p in ranks.processes), ranks.text()
+        time.sleep(0.1)
+    time.sleep(3)  # a beat of each
+    return ranks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_stopped_or_killed_process_is_noticed_within_30_seconds(tmp_path: Path, number: Any, victim: int) -> None:
+    ranks = two_waiting(tmp_path)
+    try:
+        os.kill(ranks.processes[victim].pid, number)
+        began = time.monotonic()
+        code = ranks.processes[1 - victim].wait(timeout=35)
+        seconds = time.monotonic() - began
+    finally:
+        for process in ranks.processes:
+            if process.poll() is None:
+                os.kill(process.pid, signal.SIGCONT)
+        ranks.kill()
+    text = ranks.logs[1 - victim].read_text()
+    assert code != 0 and seconds < 30, text
+    # rank 0 serves the store here: without it rank 1 can only say that the store is gone
+    wanted = "rank 1 on " if victim == 1 else "key-value store"
+    assert wanted in text, text

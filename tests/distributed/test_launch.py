@@ -1,0 +1,134 @@
+"""`qvera launch`: the command it makes, what it refuses, and a real run behind it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qvera import launch
+from qvera.cli import main
+from qvera.errors import InputError
+
+from .ranks import clean_environment, free_port
+
+RECIPE = Path("r.yaml")
+
+
+def torchrun(*more: str) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", *more, "-m", "qvera", "train", "r.yaml"]
+
+
+def test_one_machine() -> None:
+    assert launch.launch_command(RECIPE, gpus=2) == torchrun("--nproc-per-node", "2", "--standalone")
+    assert launch.launch_command(RECIPE, gpus=1, train_arguments=["--resume"])[-2:] == ["r.yaml", "--resume"]
+
+
+def test_one_of_several_machines() -> None:
+    command = launch.launch_command(RECIPE, gpus=4, node_rank=1, nnodes=3, rdzv="node0:29500")
+    place = ["--nnodes", "3", "--node-rank", "1", "--master-addr", "node0", "--master-port", "29500"]
+    assert command == torchrun("--nproc-per-node", "4", *place)
+
+
+def test_a_host_file(tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("node0 slots=2\n")
+    command = launch.launch_command(RECIPE, hostfile=hosts)
+    assert command[1:3] == ["-m", "deepspeed.launcher.runner"]
+    assert command[3:] == ["--hostfile", str(hosts), "--module", "qvera", "train", "r.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"node_rank": 0}, "goes with all of --node-rank K, --nnodes N and --rdzv"),
+        ({"node_rank": 0, "nnodes": 2}, "goes with all of"),
+        ({"node_rank": 2, "nnodes": 2, "rdzv": "a:1"}, "--node-rank: is 2, expected 0 to 1"),
+        ({"node_rank": 0, "nnodes": 2, "rdzv": "node0"}, "--rdzv: takes HOST:PORT"),
+        ({"node_rank": 0, "nnodes": 2, "rdzv": ":29500"}, "--rdzv: takes HOST:PORT"),
+        ({"gpus": 0}, "--gpus: takes a whole number"),
+        ({"hostfile": Path("/no/hosts")}, "--hostfile: /no/hosts is no file"),
+        ({"hostfile": Path("/no/hosts"), "nnodes": 2}, "leave --nnodes out"),
+    ],
+)
+def test_half_a_way_is_refused(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        launch.launch_command(RECIPE, **{"gpus": 1, **arguments})
+
+
+def test_a_wrong_recipe_starts_nothing(tmp_path: Path, capsys: Any) -> None:
+    assert main(["launch", str(tmp_path / "none.yaml"), "--gpus", "2"]) == 2
+    assert "no such recipe file" in capsys.readouterr().err
+
+
+def started(recipe: Path, *more: str, directory: Path) -> tuple[subprocess.Popen[bytes], Path]:
+    log = directory / "launch.log"
+    with open(log, "w") as handle:
+        command = [sys.executable, "-m", "qvera", "launch", str(recipe), "--gpus", "2", *more]
+        return subprocess.Popen(command, env=clean_environment(), cwd=directory, stdout=handle, stderr=handle), log
+
+
+def test_a_launched_run_stops_on_sigterm_with_75_and_goes_on(write_recipe: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    recipe = write_recipe(
+        training={"max_steps": 4000, "output_dir": str(out), "save_steps": 4000, "report_to": ["auto"]}
+    )
+    process, log = started(recipe, "--set", "deepspeed=zero1", directory=tmp_path)
+    try:
+        until = time.monotonic() + 120
+        while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < 3:
+            assert process.poll() is None and time.monotonic() < until, log.read_text()[-3000:]
+            time.sleep(0.1)
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 75, log.read_text()[-3000:]
+        assert time.monotonic() - began < 30
+    finally:
+        process.kill()
+    text = " ".join(log.read_text().split())  # as on a narrow terminal
+    assert "torch.distributed.run --nproc-per-node 2 --standalone -m qvera train" in text
+    assert "2 processes on 1 node" in text and "an all-reduce takes" in text
+    assert text.count("Stopped by SIGTERM") == 1, "one process says it for all"
+    run = json.loads((out / "run.json").read_text())
+    assert run["status"] == "interrupted" and run["result"]["steps"] >= 3
+    assert [p.name for p in (out / "checkpoints").iterdir()] == [f"step-{run['result']['steps']:08d}"]
+
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "qvera", "train"]
+# `qvera launch --hostfile` leaves the --no_ssh part out; that a machine reaches itself by ssh is not to be taken for granted
+HOSTFILE = ["-m", "deepspeed.launcher.runner", "--hostfile", "hosts", "--no_ssh", "--node_rank", "0"]
+HOSTFILE += ["--master_addr", "127.0.0.1", "--master_port", "PORT", "--module", "qvera", "train"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("front", "stage"), [(TORCHRUN, "zero3"), (HOSTFILE, "zero2")], ids=["torchrun", "deepspeed by a host file"]
+)
+def test_bare_torchrun_and_deepspeeds_launcher_work_too(
+    write_recipe: Any, tmp_path: Path, front: list[str], stage: str
+) -> None:
+    recipe, out = write_recipe(training={"max_steps": 2}), tmp_path / "out"
+    (tmp_path / "hosts").write_text("localhost slots=2\n")
+    front = [str(free_port()) if part == "PORT" else part for part in front]
+    command = [*front, str(recipe), "--set", f"deepspeed={stage}", "--set", f"training.output_dir={out}"]
+    done = subprocess.run(
+        [sys.executable, *command], env=clean_environment(), cwd=tmp_path, capture_output=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout.decode()[-2000:] + done.stderr.decode()[-4000:]
+    run = json.loads((out / "run.json").read_text())
+    assert run["status"] == "done" and run["processes"]["count"] == 2 and run["processes"]["deepspeed"] == stage
+
+
+@pytest.mark.slow
+def test_input_that_is_wrong_ends_a_launched_run_with_2(write_recipe: Any, tmp_path: Path) -> None:
+    recipe = write_recipe(data={"path": str(tmp_path / "none.jsonl")})
+    process, log = started(recipe, directory=tmp_path)
+    assert process.wait(120) == 2, log.read_text()[-3000:]
+    assert log.read_text().count("none.jsonl") >= 1 and not os.path.exists(tmp_path / "runs")

@@ -1,0 +1,90 @@
+"""The wider matrix, slow: three ranks (which divide nothing evenly), no checkpointing, dropout, b alone, 16 bits."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from .ranks import clean_environment, run_worker
+from .test_stages import BARE, CUT, STEPS, Place, close, losses, vectors
+
+pytestmark = pytest.mark.slow
+STAGED = [None, "zero1", "zero2", "zero3", "zero3-offload-cpu"]
+KINDS: dict[str, dict[str, Any]] = {
+    "scored": {},
+    "no-checkpointing": {"gradient_checkpointing": False, **BARE},
+    "no-clipping": {"max_grad_norm": 0.0, **BARE},
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> Place:
+    # neither 64, 32 nor 8 divides by 3: partitions of these vectors are padded
+    place = Place(tmp_path_factory.mktemp("matrix"), tiny_rows)
+    tasks: list[dict[str, Any]] = []
+
+    def task(name: str, recipe: dict[str, Any], **more: Any) -> None:
+        tasks.append({"name": name, "recipe": recipe, "run_dir": str(place.root / more.pop("of", name)), **more})
+
+    for kind, training in KINDS.items():
+        place.alone(f"alone-{kind}", **training)
+        for stage in STAGED:
+            task(f"{stage}-{kind}", place.recipe(stage, **training))
+    for stage in STAGED:
+        recipe = place.recipe(stage, **BARE)
+        recipe["adapter"] |= {"dropout": 0.2, "train_d": False}
+        task(f"{stage}-dropout", recipe)
+        task(f"{stage}-dropout-cut", recipe, stop_after=CUT)
+        task(f"{stage}-dropout-resumed", recipe, of=f"{stage}-dropout-cut", resume=True)
+        narrow = place.recipe(stage, **BARE)
+        narrow["model"] |= {"compute_dtype": "bfloat16"}
+        task(f"{stage}-bf16", narrow)
+    place.found = run_worker(tasks, 3, place.root / "spawn", limit_seconds=240)
+    return place
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stage", STAGED)
+def test_three_ranks_give_the_numbers_of_one(place: Place, stage: str | None, kind: str) -> None:
+    close(place.root / f"{stage}-{kind}", place.root / f"alone-{kind}")
+
+
+@pytest.mark.parametrize("stage", STAGED)
+def test_with_dropout_a_resumed_run_is_the_uninterrupted_one_to_the_bit(place: Place, stage: str | None) -> None:
+    whole, cut = place.root / f"{stage}-dropout", place.root / f"{stage}-dropout-cut"
+    assert len(losses(cut)) == STEPS and losses(cut) == losses(whole)
+    mine, theirs = vectors(cut), vectors(whole)
+    assert all(torch.equal(mine[name], tensor) for name, tensor in theirs.items())
+    assert all(bool((t == 0.1).all()) for name, t in mine.items() if name.endswith("_d")), "d was not to be trained"
+
+
+@pytest.mark.parametrize("stage", STAGED[1:])
+def test_in_16_bits_the_stages_agree(place: Place, stage: str) -> None:
+    """Only the order of additions differs; stated for the loss, of which bf16 keeps two to three digits."""
+    assert losses(place.root / f"{stage}-bf16") == pytest.approx(losses(place.root / "None-bf16"), rel=2e-3)
+
+
+_TWICE = """
+import sys
+from pathlib import Path
+from qvera.recipe import load_recipe
+from qvera.trainer import train
+for name in ("first", "second"):
+    train(load_recipe(sys.argv[1]), Path(name))
+"""
+
+
+def test_one_process_can_run_under_zero3_and_again(place: Place, tmp_path: Path) -> None:
+    (tmp_path / "twice.py").write_text(_TWICE)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(place.recipe("zero3")))
+    command = [sys.executable, "twice.py", "recipe.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, env=clean_environment(), capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    for name in ("first", "second"):
+        close(tmp_path / name, place.root / "alone-scored")

@@ -1,0 +1,333 @@
+"""Two processes under every stage: the numbers of one process, a stage that is what it says, and nothing lost in between.
+
+One spawn of two processes serves the whole file; what each rank found in its live objects comes back as JSON.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from qvera.data import rank_passes
+from qvera.errors import InputError
+from qvera.model import load_adapter, load_base
+from qvera.recipe import parse_recipe
+from qvera.trainer import train
+from qvera.zero import STAGES, read_config
+
+from ..conftest import small_llama, small_tokenizer
+from .ranks import run_worker
+
+STAGED = [None, "zero1", "zero2", "zero3", "zero3-offload-cpu"]
+RESUMED = [None, "zero1", "zero2", "zero3"]  # and the last one in the slow matrix
+SHARDED = ("zero3", "zero3-offload-cpu")
+STEPS, CUT = 6, 4
+LAYERS = 4
+
+
+def name_of(stage: str | None) -> str:
+    return stage or "none"
+
+
+class Place:
+    """A model of four layers, rows, and what the runs left behind."""
+
+    def __init__(self, root: Path, rows: Path, **model: Any) -> None:
+        self.root, self.rows = root, rows
+        self.model = root / "model"
+        small_llama(num_hidden_layers=LAYERS, **model).to(torch.bfloat16).save_pretrained(self.model)
+        small_tokenizer().save_pretrained(self.model)
+        self.found: list[dict[str, Any]] = []
+
+    def recipe(self, stage: str | None = None, **training: Any) -> dict[str, Any]:
+        return {
+            "model": {"path": str(self.model), "compute_dtype": "float32"},
+            "adapter": {"rank": 8},
+            "data": {"path": str(self.rows), "eval_fraction": 0.2, "max_length": 64},
+            "training": {
+                "max_steps": STEPS,
+                "global_batch_size": 8,
+                "per_device_train_batch_size": 2,  # two passes on each of two ranks
+                "per_device_eval_batch_size": 5,
+                "learning_rate": 2e-2,
+                "save_steps": 3,
+                "eval_steps": 4,
+                "sample_count": 2,
+                "sample_max_new_tokens": 3,
+                "exact_match_rows": 2,
+                "report_to": [],
+                **training,
+            },
+            "deepspeed": stage,
+        }
+
+    def alone(self, name: str, resume: bool = False, **training: Any) -> Path:
+        """A run of this process on its own, without DeepSpeed."""
+        train(parse_recipe(self.recipe(**training), name), self.root / name, resume=resume)
+        return self.root / name
+
+
+BARE = {"eval_steps": 0, "sample_count": 0, "exact_match_rows": 0}
+UNEVEN = {"global_batch_size": 7, "per_device_train_batch_size": 7, **BARE}
+ONE_ROW = {"global_batch_size": 1, "per_device_train_batch_size": 1, **BARE}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> Place:
+    place = Place(tmp_path_factory.mktemp("stages"), tiny_rows)
+    root = place.root
+    place.alone("alone")
+    place.alone("alone-uneven", **UNEVEN)
+    place.alone("alone-one-row", **ONE_ROW)
+    place.alone("grown", max_steps=STEPS, save_steps=CUT)  # cut back to its step 4 below
+    shutil.rmtree(root / "grown" / "checkpoints" / f"step-{STEPS:08d}")
+    tasks: list[dict[str, Any]] = []
+
+    def task(name: str, stage: str | None, more: dict[str, Any] | None = None, **training: Any) -> None:
+        run_dir = root / (more or {}).get("of", name)
+        tasks.append({"name": name, "recipe": place.recipe(stage, **training), "run_dir": str(run_dir), **(more or {})})
+
+    for stage in reversed(STAGED):  # ZeRO-3 first: what it needs must not be there from an easier stage
+        word = name_of(stage)
+        task(word, stage)
+        if stage not in RESUMED:
+            continue
+        task(f"{word}-cut", stage, {"stop_after": CUT})
+        task(f"{word}-resumed", stage, {"of": f"{word}-cut", "resume": True})
+    for stage in (None, "zero2", "zero3"):
+        task(f"{name_of(stage)}-uneven", stage, **UNEVEN)
+        task(f"{name_of(stage)}-one-row", stage, **ONE_ROW)
+    task("grown-on", "zero3", {"of": "grown", "resume": True}, save_steps=CUT)
+    task("shrunk", "zero3", {"stop_after": CUT}, eval_steps=0)
+    other = place.recipe(None, learning_rate=1e-3)
+    task("unlike", None, {"fails": True, "other_recipe": other})
+    place.found = run_worker(tasks, 2, root / "spawn", limit_seconds=150)
+    return place
+
+
+def losses(run_dir: Path, kind: str = "train") -> list[float]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["kind"] == kind]
+
+
+def vectors(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "adapter" / "adapter_model.safetensors")
+
+
+def close(one: Path, other: Path, rtol: float = 1e-5) -> None:
+    assert losses(one) == pytest.approx(losses(other), rel=rtol)
+    mine, theirs = vectors(one), vectors(other)
+    assert mine.keys() == theirs.keys()
+    moved = max(float(t.abs().max()) for t in theirs.values())
+    for name, tensor in mine.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=rtol, atol=rtol * moved)
+
+
+@pytest.mark.parametrize("stage", STAGED, ids=name_of)
+def test_two_processes_give_the_numbers_of_one(place: Place, stage: str | None) -> None:
+    run = place.root / name_of(stage)
+    assert len(losses(run)) == STEPS
+    close(run, place.root / "alone")
+    assert losses(run, "eval") == pytest.approx(losses(place.root / "alone", "eval"), rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", STAGED, ids=name_of)
+def test_scores_and_answers_are_those_of_one(place: Place, stage: str | None) -> None:
+    mine, alone = (json.loads((place.root / d / "run.json").read_text()) for d in (name_of(stage), "alone"))
+    for when in ("eval_before", "eval_after"):
+        assert mine["result"][when]["loss"] == pytest.approx(alone["result"][when]["loss"], rel=1e-5)
+        assert mine["result"][when]["trained_tokens"] == alone["result"][when]["trained_tokens"]
+        assert mine["result"][when]["exact_match_rows"] == 2
+    assert mine["samples"] == alone["samples"] and len(mine["samples"]) == 2
+    assert mine["result"]["eval_after"]["loss"] < mine["result"]["eval_before"]["loss"]
+    assert mine["processes"]["count"] == 2 and mine["processes"]["deepspeed"] == stage
+    assert len(mine["processes"]["ranks"]) == 2 and all(r["peak_bytes"] > 0 for r in mine["processes"]["ranks"])
+
+
+@pytest.mark.parametrize("stage", STAGED, ids=name_of)
+def test_a_stage_is_what_it_says(place: Place, stage: str | None) -> None:
+    trained = sum(t.numel() for t in vectors(place.root / "alone").values())
+    for found in (rank[name_of(stage)] for rank in place.found):
+        assert found["engine"] == ("LocalEngine" if stage is None else "ZeroEngine")
+        assert found["stage"] == (None if stage is None else int(stage[4]))
+        moments, whole = 2 * 4 * trained, found["packed_whole_bytes"]
+        if stage is None:
+            assert moments <= found["optimizer_bytes"] < moments * 1.05  # and a step counter for each vector
+        else:
+            assert moments / 2 <= found["optimizer_bytes"] < moments / 2 * 1.05  # half of it, up to padding
+        assert found["packed_modules"] == found["states_kept"] == LAYERS * 7
+        if stage in SHARDED:
+            assert whole / 2 <= found["packed_held_bytes"] <= whole / 2 + 2 * LAYERS * 7
+            # two layers (DeepSpeed's limit, set by us) and what is on its way; in no phase the whole model
+            assert 0 < found["packed_live_bytes"] <= whole * 3 / LAYERS
+        else:
+            assert found["packed_held_bytes"] == whole
+    kinds = {"zero1": "DeepSpeedZeroOptimizer", "zero2": "DeepSpeedZeroOptimizer"}
+    wanted = None if stage is None else kinds.get(stage, "DeepSpeedZeroOptimizer_Stage3")
+    assert place.found[0][name_of(stage)]["zero_optimizer"] == wanted
+
+
+@pytest.mark.parametrize("stage", RESUMED, ids=name_of)
+def test_a_signal_to_one_rank_stops_all_at_one_step_and_resume_is_exact(place: Place, stage: str | None) -> None:
+    word = name_of(stage)
+    for found in (rank[f"{word}-cut"] for rank in place.found):
+        assert (found["error"], found["exit_code"]) == ("Interrupted", 75)
+        assert "Stopped by SIGTERM at rank 1 on " in found["text"] and f"after step {CUT} of {STEPS}" in found["text"]
+        assert len(found["rows"]) == CUT
+    run = place.root / f"{word}-cut"
+    assert losses(run) == losses(place.root / word)  # to the bit
+    mine, whole = vectors(run), vectors(place.root / word)
+    assert all(torch.equal(mine[name], tensor) for name, tensor in whole.items())
+    assert json.loads((run / "run.json").read_text())["status"] == "done"
+
+
+@pytest.mark.parametrize("stage", STAGED, ids=name_of)
+def test_checkpoints_hold_whole_vectors_and_state_and_no_base(place: Place, stage: str | None) -> None:
+    mine, alone = (place.root / d / "checkpoints" / f"step-{STEPS:08d}" for d in (name_of(stage), "alone"))
+    for file in ("vectors.safetensors", "optimizer.safetensors"):
+        ours, theirs = load_file(mine / file), load_file(alone / file)
+        assert ours.keys() == theirs.keys()
+        for name, tensor in ours.items():
+            assert tensor.shape == theirs[name].shape
+            torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-7)
+    # the random states of both ranks beside the same files as ever; no other kind of file
+    assert sorted(load_file(mine / "random.safetensors")) == ["cpu", "cpu.1"]
+    assert {path.suffix for path in mine.iterdir()} == {".safetensors", ".json"}
+    packed = place.found[0][name_of(stage)]["packed_whole_bytes"]
+    assert sum(path.stat().st_size for path in mine.iterdir()) < packed
+
+
+def test_every_row_is_trained_once_an_epoch_by_one_rank(place: Place) -> None:
+    """Five steps of seven rows are an epoch of 32, the last with four; the ranks' shares are the batch of one process."""
+    for word in ("none-uneven", "zero2-uneven", "zero3-uneven"):
+        by_step = [[row for rank in place.found for row in rank[word]["rows"][step]] for step in range(STEPS)]
+        epoch = [row for rows in by_step[:5] for row in rows]
+        assert sorted(epoch) == list(range(32)) and [len(rows) for rows in by_step] == [7, 7, 7, 7, 4, 7]
+        assert [[len(rank[word]["rows"][s]) for rank in place.found] for s in (0, 4)] == [[4, 3], [2, 2]]
+    for stage in map(name_of, RESUMED):  # and across a resume: the cut run's steps, then the resumed one's
+        for rank in place.found:
+            assert rank[f"{stage}-cut"]["rows"] + rank[f"{stage}-resumed"]["rows"] == rank[stage]["rows"]
+
+
+@pytest.mark.parametrize("stage", ["none", "zero2", "zero3"])
+@pytest.mark.parametrize("kind", ["uneven", "one-row"])
+def test_uneven_shares_and_a_rank_without_rows_change_nothing(place: Place, stage: str, kind: str) -> None:
+    close(place.root / f"{stage}-{kind}", place.root / f"alone-{kind}")
+
+
+def test_a_checkpoint_goes_on_with_another_number_of_processes(place: Place) -> None:
+    close(place.root / "grown", place.root / "alone")  # 1 → 2, and into ZeRO-3
+    assert [len(rank["grown-on"]["rows"]) for rank in place.found] == [STEPS - CUT] * 2
+    place.alone("shrunk", resume=True, eval_steps=0)  # 2 → 1, and out of ZeRO-3
+    close(place.root / "shrunk", place.root / "alone")
+
+
+def test_the_adapter_of_every_stage_is_an_ordinary_one(place: Place) -> None:
+    files = {"adapter_config.json", "adapter_model.safetensors"}
+    base = load_base(parse_recipe(place.recipe(), "x").model)
+    for stage in STAGED:
+        directory = place.root / name_of(stage) / "adapter"
+        assert {path.name for path in directory.iterdir()} == files
+        assert directory.stat().st_size < 100_000
+    model = load_adapter(base.model, place.root / "zero3" / "adapter", base)
+    assert sum("qvera_d" in name for name, _ in model.named_parameters()) == LAYERS * 7
+
+
+def test_processes_that_are_not_alike_are_refused_by_name(place: Place) -> None:
+    for rank in place.found:
+        found = rank["unlike"]
+        assert found["error"] == "InputError" and "the recipe's SHA-256 is" in found["text"]
+        assert "on rank 1 (" in found["text"] and "version" not in found["text"]
+    assert not (place.root / "unlike").exists()
+
+
+# What needs no second process.
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize(("count", "size"), [(8, 4), (7, 7), (1, 1), (5, 2), (16, 3)])
+def test_passes_share_a_batch_whatever_the_number_of_ranks(count: int, size: int, world_size: int) -> None:
+    rows = [3 * i + 1 for i in range(count)]
+    shares = [rank_passes(rows, rank, world_size, size) for rank in range(world_size)]
+    assert [row for share in shares for one in share for row in one] == rows
+    assert len({len(share) for share in shares}) == 1, "all ranks walk through the layers equally often"
+    assert max(len(one) for share in shares for one in share) <= size
+    taken = [sum(map(len, share)) for share in shares]
+    assert max(taken) - min(taken) <= 1
+
+
+@pytest.mark.parametrize("word", STAGES)
+def test_every_shipped_config_says_zero_and_nothing_else(word: str) -> None:
+    path = Path(__file__).resolve().parents[2] / "ds_configs" / f"{word}.json"
+    tree = json.loads(path.read_text())
+    assert list(tree) == ["zero_optimization"] and tree["zero_optimization"]["stage"] == int(word[4])
+    try:
+        config = read_config(word)
+    except InputError as error:
+        assert word == "zero3-offload-nvme" and "libaio" in str(error) and "or use zero3" in str(error)
+        return
+    assert config is not None and config.tree == tree and config.shards_base == word.startswith("zero3")
+
+
+def test_no_config_is_unknown_to_these_tests() -> None:
+    folder = Path(__file__).resolve().parents[2] / "ds_configs"
+    assert sorted(path.stem for path in folder.iterdir()) == sorted(STAGES)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"train_batch_size": 8}, "sets train_batch_size, .* set training.global_batch_size"),
+        ({"train_micro_batch_size_per_gpu": 1}, "set training.per_device_train_batch_size"),
+        ({"gradient_accumulation_steps": 2}, "sets gradient_accumulation_steps"),
+        ({"gradient_clipping": 1.0}, "set training.max_grad_norm"),
+        ({"bf16": {"enabled": True}}, "sets bf16, .* set model.compute_dtype: bfloat16"),
+        ({"fp16": {"enabled": True}}, "set model.compute_dtype: float16"),
+        ({"scheduler": {"type": "WarmupLR"}}, "set training.lr_scheduler_type"),
+        ({"optimizer": {"type": "Adam"}}, "set training.optim"),
+        ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage 0, expected 1, 2 or 3"),
+        ({"zero_optimization": {"stage": True}}, "stage True"),
+        ({"zero_optimization": None}, "stage None"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer"),
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offloads parameters in stage 2"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "disk"}}}, "device cpu or nvme"),
+    ],
+)
+def test_a_config_that_says_what_the_recipe_says_is_refused(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 1}, **change}))
+    with pytest.raises(InputError, match=words) as caught:
+        read_config(str(path))
+    assert "mine.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_other_mistakes_are_said(tmp_path: Path, make_recipe: Any) -> None:
+    with pytest.raises(InputError, match=r"'zero33' is neither.* Did you mean zero3\?"):
+        read_config("zero33")
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(InputError, match="holds a list"):
+        read_config(str(tmp_path / "list.json"))
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(InputError, match="can't be read as JSON"):
+        read_config(str(tmp_path / "bad.json"))
+    recipe = copy.deepcopy(make_recipe(training={"optim": "adamw_8bit"}))
+    recipe.deepspeed = "zero1"
+    with pytest.raises(InputError, match="training.optim: adamw_8bit"):
+        train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert yaml.safe_load(recipe.to_yaml())["deepspeed"] == "zero1"
+
+
+def test_a_tied_head_is_refused_under_zero3_before_anything_is_written(tmp_path: Path, tiny_rows: Path) -> None:
+    place = Place(tmp_path, tiny_rows, tie_word_embeddings=True)
+    with pytest.raises(InputError, match="tie_word_embeddings.*use zero1 or zero2"):
+        train(parse_recipe(place.recipe("zero3"), "tied"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
