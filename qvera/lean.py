@@ -26,20 +26,21 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, module: Any) -> torch.Tensor:
         wide = x.to(torch.float32)
-        factor = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
-        ctx.save_for_backward(x, factor, weight)
-        return weight * (wide * factor).to(x.dtype)
+        factor = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
+        ctx.save_for_backward(x, factor)
+        ctx.module = module  # and not its weight, which ZeRO-3 may let go of in between
+        return module.weight * (wide * factor).to(x.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        x, factor, weight = ctx.saved_tensors
-        u = (g * weight).to(torch.float32)
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor, None]:
+        x, factor = ctx.saved_tensors
+        u = (g * ctx.module.weight).to(torch.float32)
         h = x.to(torch.float32) * factor
         along = (h * u).mean(-1, keepdim=True)
-        return torch.addcmul(u, h, along, value=-1).mul_(factor).to(x.dtype), None, None
+        return torch.addcmul(u, h, along, value=-1).mul_(factor).to(x.dtype), None
 
 
 class _Gated(torch.autograd.Function):
@@ -72,7 +73,7 @@ class _LeanNorm(_Lean):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if not torch.is_grad_enabled() or self.weight.requires_grad:  # answers, or somebody trains norms
             return super().forward(hidden_states)  # type: ignore[misc]  # the transformers class behind this one
-        return _Norm.apply(hidden_states, self.weight, self.variance_epsilon)
+        return _Norm.apply(hidden_states, self)
 
 
 class _LeanMLP(_Lean):
