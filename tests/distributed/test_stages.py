@@ -109,7 +109,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> Place:
     task("shrunk", "zero3", {"stop_after": CUT}, eval_steps=0)
     other = place.recipe(None, learning_rate=1e-3)
     task("unlike", None, {"fails": True, "other_recipe": other})
-    place.found = run_worker(tasks, 2, root / "spawn", limit_seconds=150)
+    place.found = run_worker(tasks, 2, root / "spawn", limit_seconds=600)
     return place
 
 
