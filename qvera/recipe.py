@@ -111,7 +111,9 @@ class DataSection:
     train_on: Literal["assistant", "last", "all"] = "assistant"
     """Train every assistant turn, only the last one, or all tokens."""
     max_length: Annotated[_Int, Field(ge=8)] = 1024
-    """Longer rows lose tokens at the end (counted and reported)."""
+    """Tokens of a row. What becomes of longer ones says ``too_long``; it is counted and reported."""
+    too_long: Literal["cut-end", "cut-start", "split", "drop"] = "cut-end"
+    """Longer rows lose tokens at the end or (after a BOS) at the start, or become several rows, or are left out."""
     max_source_length: Positive | None = None
     """Tokens kept of what comes before the first trained token (VeRA's instruction runs: 768)."""
     max_target_length: Positive | None = None
@@ -119,6 +121,11 @@ class DataSection:
     prefix_once: _Bool = True
     """Compute what the rows of a batch begin with (a system prompt, an instruction) once for all of them, where that pays. The
     numbers are the same; only Llama-like models with sdpa or eager attention can."""
+    packing: _Bool = False
+    """Put as many rows as fit into ``max_length`` tokens into one sequence, each seeing itself only: no padding. Losses and
+    gradients are those of the padded rows. Takes the place of ``training.per_device_train_batch_size``."""
+    group_by_length: _Bool = False
+    """Put rows of like length into one optimizer step, so that less is padded. Costs some of the order's randomness."""
     limit: Positive | None = None
     """Use only the first rows of ``path``."""
     eval_limit: Positive | None = None
@@ -242,7 +249,8 @@ _INSTEAD = {
     "do_predict": "use the command `qvera generate`",
     "resume_from_checkpoint": "use `qvera train RECIPE --resume`",
     "data_seed": "set data.seed",
-    "group_by_length": "rows are not grouped by length yet; remove it",
+    "group_by_length": "set data.group_by_length",
+    "packing": "set data.packing",
     "overwrite_output_dir": "remove it; a finished run is never overwritten, choose another training.output_dir",
     "metric_for_best_model": "remove it; the best checkpoint is the one with the lowest held-out loss",
     "greater_is_better": "remove it; the best checkpoint is the one with the lowest held-out loss",

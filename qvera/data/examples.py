@@ -44,7 +44,9 @@ class DataStats:
     Attributes:
         truncated_rows: rows, train and eval, that lost tokens to max_length, max_source_length or max_target_length.
         truncated_tokens: how many tokens they lost.
-        dropped: reason → sources of rows that were left without a trained token by truncation.
+        split_rows: rows, train and eval, that were split because they were longer than max_length.
+        split_parts: how many rows they became (parts without a trained token are left out).
+        dropped: reason → sources of rows that are left out.
         spelled_rows: rows whose text spells special tokens (such as ``</s>``), which are read as those tokens.
         repeated_rows: eval rows that are, token for token, also training rows.
         histogram_edges, histogram_counts: training rows by length in tokens; counts[i] is of
@@ -61,6 +63,8 @@ class DataStats:
     longest_tokens: int = 0
     truncated_rows: int = 0
     truncated_tokens: int = 0
+    split_rows: int = 0
+    split_parts: int = 0
     dropped: dict[str, list[str]] = field(default_factory=dict)
     spelled_rows: int = 0
     repeated_rows: int = 0
@@ -82,6 +86,8 @@ class DataStats:
             "longest_tokens": self.longest_tokens,
             "truncated_rows": self.truncated_rows,
             "truncated_tokens": self.truncated_tokens,
+            "split_rows": self.split_rows,
+            "split_parts": self.split_parts,
             "dropped_rows": self.dropped_rows,
             "dropped": {reason: len(sources) for reason, sources in self.dropped.items()},
             "repeated_rows": self.repeated_rows,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -170,8 +170,8 @@ class _Tokenizer:
             )
         if not examples:
             raise InputError(
-                f"{path}: no {purpose} row is left: truncation cut off every trained token of all {len(rows)} of them. "
-                f"Raise data.max_length ({self.section.max_length}), or set data.max_source_length below it."
+                f"{path}: no {purpose} row is left: none of all {len(rows)} has a trained token within data.max_length "
+                f"({self.section.max_length}). Raise it, or set data.max_source_length below it, or change data.too_long."
             )
         return examples
 
@@ -227,9 +227,7 @@ class _Tokenizer:
         encoded = self.encoder.encode([text for text, _, _ in layouts], [cuts for _, cuts, _ in layouts])
         examples = []
         for row, (text, _, layout), (ids, positions) in zip(rows, layouts, encoded, strict=True):
-            example = self._example(row, text, layout, ids, positions)
-            if example is not None:
-                examples.append(example)
+            examples += self._example(row, text, layout, ids, positions)
         return examples
 
     def _spells(self, row: Conversation | Text) -> bool:
@@ -238,7 +236,7 @@ class _Tokenizer:
 
     def _example(
         self, row: Conversation | Text, text: str, rendered: Rendered | None, ids: list[int], positions: list[int]
-    ) -> Example | None:
+    ) -> list[Example]:
         with_bos = self.encoder.with_bos(ids)
         shift = len(with_bos) - len(ids)
         prompt_ids: list[int] = []
@@ -271,38 +269,74 @@ class _Tokenizer:
         trained[:1] = False
         if not trained.any():
             raise InputError(f"{row.source}: no token to train on: the row is a single token. Remove it.")
-        return self._truncate(row, np.asarray(with_bos, np.int32), trained, header, prompt_ids, prompt_text, reference)
+        whole, prompt = np.asarray(with_bos, np.int32), np.asarray(prompt_ids, np.int32)
+        return self._fitted(Example(whole, trained, row.source, prompt, prompt_text, reference), header)
 
-    def _truncate(
-        self,
-        row: Conversation | Text,
-        ids: np.ndarray,
-        trained: np.ndarray,
-        header: int,
-        prompt: list[int],
-        prompt_text: str,
-        reference: str | None,
-    ) -> Example | None:
+    def _fitted(self, whole: Example, header: int) -> list[Example]:
+        """A tokenized row at the lengths that the recipe allows: itself, shorter, in several parts, or nothing.
+
+        Args:
+            header: tokens right before the first trained one that open the answer.
+        """
         section = self.section
-        prompt_ids = np.asarray(prompt, np.int32)
-        first = int(np.argmax(trained))
-        keep = np.ones(len(ids), dtype=bool)
+        first = int(np.argmax(whole.trained))
+        keep = np.ones(len(whole.trained), dtype=bool)
         if section.max_source_length is not None and first > section.max_source_length:
             # The opening of the answer ("### Response:") stays, or the model would learn to answer without being asked.
             header = min(header, section.max_source_length)
             keep[section.max_source_length - header : first - header] = False
         if section.max_target_length is not None:
             keep[first + section.max_target_length :] = False
-        kept = np.flatnonzero(keep)[: section.max_length]
-        if len(kept) < len(ids):
-            self.stats.truncated_rows += 1
-            self.stats.truncated_tokens += len(ids) - len(kept)
-            if not trained[kept].any():
-                self.stats.dropped.setdefault("max_length", []).append(row.source)
-                return None
-        if len(prompt_ids):
-            prompt_ids = prompt_ids[keep[: len(prompt_ids)]]
-        return Example(ids[kept], trained[kept], row.source, prompt_ids, prompt_text, reference)
+        asked = (
+            keep.copy()
+        )  # an answer is asked for with all of its prompt, unless that loses its start in training too
+        kept, limit = np.flatnonzero(keep), section.max_length
+        if len(kept) > limit:
+            if section.too_long == "drop":
+                self._drop(whole, f"longer than data.max_length ({limit})")
+                return []
+            if section.too_long == "split":
+                return self._split(whole, kept)
+            if section.too_long == "cut-start":
+                bos = int(self.encoder.starts_with_bos(whole.input_ids))
+                keep[kept[bos : len(kept) - limit + bos]] = False
+                asked = keep
+            else:
+                keep[kept[limit:]] = False
+        if keep.all():
+            return [whole]
+        self.stats.truncated_rows += 1
+        self.stats.truncated_tokens += int((~keep).sum())
+        trained = whole.trained[keep]
+        trained[:1] = False  # nothing stands before it any more
+        if not trained.any():
+            self._drop(whole, "cut to length, without a trained token")
+            return []
+        prompt_ids = whole.prompt_ids[asked[: len(whole.prompt_ids)]]
+        return [replace(whole, input_ids=whole.input_ids[keep], trained=trained, prompt_ids=prompt_ids)]
+
+    def _drop(self, row: Example, reason: str) -> None:
+        self.stats.dropped.setdefault(reason, []).append(row.source)
+
+    def _split(self, whole: Example, kept: np.ndarray) -> list[Example]:
+        """The tokens ``kept`` of a row in consecutive parts of max_length, each after the row's BOS if it has one.
+
+        Only parts with a trained token are of use. None of them can be answered as the row could, so they have no prompt.
+        """
+        bos = kept[: int(self.encoder.starts_with_bos(whole.input_ids))]
+        rest = kept[len(bos) :]
+        size = self.section.max_length - len(bos)
+        parts = [np.concatenate([bos, rest[start : start + size]]) for start in range(0, len(rest), size)]
+        nothing = np.zeros(0, np.int32)
+        found = []
+        for part in parts:
+            trained = whole.trained[part].copy()
+            trained[:1] = False
+            if trained.any():
+                found.append(Example(whole.input_ids[part], trained, whole.source, nothing, "", None))
+        self.stats.split_rows += 1
+        self.stats.split_parts += len(found)
+        return found
 
 
 def _answer_is_untrained(row: Conversation, wanted: list[int], train_on: str) -> bool:
