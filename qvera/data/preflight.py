@@ -54,6 +54,8 @@ def _summary(stats: DataStats) -> Table:
     if stats.eval_rows:
         rows += f", {stats.eval_rows:,} held out"
     table.add_row("Rows", rows)
+    for source in stats.sources if len(stats.sources) > 1 else ():
+        table.add_row("  of these", f"{source.taken:,} from {source.path} ({source.rows:,} x {source.weight:g})")
     table.add_row("Format", stats.format + ("" if stats.format == "text" else f", template: {template}"))
     table.add_row("Tokens", f"{stats.tokens:,} (mean {mean:,.0f}, longest {stats.longest_tokens:,} a row)")
     table.add_row("Trained", f"{stats.trained_tokens:,} tokens, {share:.1%}")

@@ -5,17 +5,17 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import InputError
-from ..recipe import DataSection
+from ..recipe import DataSection, Source
 from .batches import philox_key
 from .encode import END, HEADER, START, Cut, Encoder
-from .examples import DataStats, Example, count
+from .examples import DataStats, Example, SourceStats, count
 from .formats import Conversation, RowFormat, Text, detect_format, parse_row
 from .sources import RawRow, read_rows
 from .templates import ChatTemplate, Rendered, resolve_template
@@ -33,9 +33,9 @@ class Datasets:
     """Everything that a run reads from its data.
 
     Attributes:
-        train, eval: rows in file order; ``eval`` is empty where the recipe holds none out.
+        train, eval: rows in file order, one source after the other; ``eval`` is empty where the recipe holds none out.
         stats: counts for the preflight and run.json.
-        template: the template that was used, for generation and to be saved beside the adapter.
+        template: the template that was used (for the first source of a mixture), for generation and the adapter's directory.
         pad_id: for `collate`.
     """
 
@@ -69,12 +69,41 @@ def build_datasets(
         InputError: anything wrong with the recipe's ``data``, a file, a row or the tokenizer.
     """
     encoder = Encoder(tokenizer)
+    stats = DataStats()
+    train: list[Example] = []
+    held_out: list[Example] = []
+    first: ChatTemplate | None = None
+    for number, source in enumerate(_sources(section)):
+        rows, eval_rows, template = _read_source(source, encoder, stats, console)
+        first = first or template
+        taken = weighted(rows, source.weight, section.seed, number)
+        stats.sources.append(SourceStats(source.path, source.weight, len(rows), len(taken)))
+        train += taken
+        held_out += eval_rows
+    assert first is not None
+    count(stats, train, held_out)
+    return Datasets(train, held_out, stats, first, encoder.pad_id)
+
+
+def _sources(section: DataSection) -> list[DataSection]:
+    """``path`` and each part of the mixture as a section of its own; ``eval_path`` belongs to the first."""
+    sources = [replace(section, mixture=[])]
+    for part in section.mixture:
+        own = {f.name: getattr(part, f.name) for f in fields(Source)}
+        fraction = section.eval_fraction if section.eval_path is None else 0.0
+        sources.append(replace(section, mixture=[], eval_path=None, eval_fraction=fraction, **own))
+    return sources
+
+
+def _read_source(
+    section: DataSection, encoder: Encoder, stats: DataStats, console: Console | None
+) -> tuple[list[Example], list[Example], ChatTemplate]:
+    """The training and held-out rows of one source, and its template; counts into ``stats``."""
     rows = _read(section, section.path)
     row_format = detect_format(rows[0], section.format, section.columns)
-    template = resolve_template(section.template, tokenizer, row_format.name)
-    stats = DataStats(row_format.name, template.name, row_format.unused, pads_with_eos=encoder.pads_with_eos)
+    template = resolve_template(section.template, encoder.tokenizer, row_format.name)
+    stats.add_source(row_format.name, template.name, row_format.unused, encoder.pads_with_eos)
     tokenize = _Tokenizer(section, encoder, template, stats, console)
-
     if section.eval_path is not None:
         if section.eval_path == section.path:
             raise InputError(
@@ -89,8 +118,23 @@ def build_datasets(
     eval_rows = eval_rows[: section.eval_limit]
     train = tokenize(train_rows, row_format, section.path, "training")
     held_out = tokenize(eval_rows, eval_format, section.eval_path or section.path, "held-out") if eval_rows else []
-    count(stats, train, held_out)
-    return Datasets(train, held_out, stats, template, encoder.pad_id)
+    return train, held_out, template
+
+
+def weighted(rows: list[Example], weight: float, seed: int, number: int) -> list[Example]:
+    """Each row as often as its source's weight says, at least one row in all: whole passes, and a part drawn by ``seed``.
+
+    Args:
+        number: the source's place in the mixture; each draws for itself.
+    """
+    passes = int(weight)
+    more = round((weight - passes) * len(rows))
+    if passes == 0:
+        more = max(more, 1)
+    # far from the streams of the epochs (from 0 up) and of hold_out and group_by_length (from -1 down)
+    words = np.random.Philox(key=philox_key(seed, 2**63 + number)).random_raw(len(rows))
+    chosen = np.sort(np.argsort(words, kind="stable")[:more])
+    return rows * passes + [rows[i] for i in chosen]
 
 
 def hold_out(rows: list[RawRow], fraction: float, seed: int) -> tuple[list[RawRow], list[RawRow]]:

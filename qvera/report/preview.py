@@ -43,6 +43,10 @@ def preview(
     facts = fact_list(
         [
             ("Rows to train on", count(stats.train_rows)),
+            *(
+                (esc(source.path), f"{count(source.taken)} ({count(source.rows)} rows, weight {source.weight:g})")
+                for source in (stats.sources if len(stats.sources) > 1 else ())
+            ),
             ("Rows held out", count(stats.eval_rows) if stats.eval_rows else ""),
             ("Tokens", f"{count(stats.tokens)}, the longest row {count(stats.longest_tokens)}"),
             ("Tokens trained", f"{count(stats.trained_tokens)} ({percent(stats.trained_tokens / stats.tokens)})"),
