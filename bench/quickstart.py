@@ -22,7 +22,7 @@ from generation import stock
 from peft import LoraConfig, get_peft_model
 
 from qvera import evaluate
-from qvera.data import build_datasets, global_batch
+from qvera.data import batches_of, build_datasets
 from qvera.frozen import freeze_linears
 from qvera.optimize import build_optimizer, build_schedule
 from qvera.quickstart.score import regex_baseline, score
@@ -51,11 +51,9 @@ def train_lora(recipe: Recipe, tokenizer: Any, datasets: Any, rate: float) -> An
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = build_optimizer(section, parameters)  # type: ignore[arg-type]
     schedule = build_schedule(section, optimizer, section.max_steps)
+    batches = batches_of(recipe, datasets.train)
     for step in range(section.max_steps):
-        chosen = global_batch(
-            step, len(datasets.train), section.global_batch_size, recipe.data.seed, recipe.data.shuffle
-        )
-        batch = evaluate.make_batch(model, [datasets.train[i] for i in chosen], datasets.pad_id)
+        batch = evaluate.make_batch(model, [datasets.train[i] for i in batches.rows(step)], datasets.pad_id)
         nll, count = evaluate.batch_nll(model, batch, section.loss_chunk_tokens)
         (nll / count).backward()
         torch.nn.utils.clip_grad_norm_(parameters.values(), section.max_grad_norm)

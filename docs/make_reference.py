@@ -20,11 +20,13 @@ once.
 def reference() -> str:
     """The whole page, from the sections' docstrings, fields, defaults and the strings below them."""
     tree = ast.parse((ROOT / "qvera" / "recipe.py").read_text(encoding="utf-8"))
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     parts = [_HEAD]
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name.endswith("Section"):
             parts.append(f"## {node.name.removesuffix('Section').lower()}\n\n{_flow(ast.get_docstring(node) or '')}\n")
-            parts += [*_keys(node), ""]
+            parents = [classes[base.id] for base in node.bases if isinstance(base, ast.Name)]
+            parts += [line for each in [*parents, node] for line in _keys(each)] + [""]
     names = ("model", "data", "adapter", "training", "export")
     whole = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Recipe")
     parts += [
@@ -54,7 +56,11 @@ def _default(field: ast.AnnAssign) -> str:
     if text.endswith("Section)"):  # of the recipe itself
         return text
     if text.startswith("field("):
-        text = {"field(default_factory=dict)": "{}", "field(default_factory=lambda: ['auto'])": "['auto']"}[text]
+        text = {
+            "field(default_factory=dict)": "{}",
+            "field(default_factory=list)": "[]",
+            "field(default_factory=lambda: ['auto'])": "['auto']",
+        }[text]
     return f"default `{text}`"
 
 

@@ -61,6 +61,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     p = command(
+        "preview",
+        "Show what a recipe would train on: counts, lengths, and rows with the trained tokens marked.",
+        "\n\nReads the data and the tokenizer, no weights. --html writes the same as one page for a browser.",
+    )
+    p.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file, as for train")
+    p.add_argument("--rows", type=int, default=4, metavar="N", help="rows shown in full (default: %(default)s)")
+    p.add_argument("--html", type=Path, metavar="FILE", help="write a page there")
+    p.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides", help="as in train"
+    )
+
+    p = command(
         "launch",
         "Train with several processes, on one machine or many.",
         "\n\nOn one machine: --gpus N. From one machine on all that a host file names, by ssh: --hostfile FILE. Under a\n"

@@ -6,9 +6,11 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,19 @@ from . import cache as cache_of_bases
 from . import evaluate
 from . import launch as launcher
 from .adapters import stacked_factors, union, weighted_sum, write_vectors
-from .data import NAMED_TEMPLATES, ChatTemplate, Encoder, Example, Turn, build_datasets, read_prompts, resolve_template
+from .data import (
+    NAMED_TEMPLATES,
+    ChatTemplate,
+    Encoder,
+    Example,
+    Turn,
+    build_datasets,
+    data_warnings,
+    decode,
+    print_preflight,
+    read_prompts,
+    resolve_template,
+)
 from .errors import InputError, Interrupted, RunFailed
 from .export import export_merged
 from .export.compare import measure_difference, too_little_memory
@@ -46,6 +60,7 @@ from .plan import table as plan_table
 from .plan.say import print_plan
 from .prequantize import problem_of, read_record
 from .recipe import DataSection, ExportSection, ModelSection, Recipe, load_recipe
+from .report.preview import write_preview
 from .run import OpenRun, describe, locate, open_run
 from .rundir import run_directory
 from .stop import StopRequests
@@ -62,6 +77,16 @@ def _quiet_libraries() -> None:
     transformers.logging.disable_progress_bar()
 
 
+def _require_new_file(path: Path) -> None:
+    """Raises InputError where an output file can't be made, before any work goes into it."""
+    if path.exists():
+        raise InputError(f"{path}: exists; nothing is overwritten, name another file.")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"{path}: its directory does not exist.")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise InputError(f"{path}: no permission to write into its directory.")
+
+
 def train(args: argparse.Namespace) -> None:
     """qvera train"""
     recipe = load_recipe(args.recipe, args.overrides)
@@ -70,6 +95,24 @@ def train(args: argparse.Namespace) -> None:
     result = train_run(recipe, run_dir, resume=args.resume, dry_run=args.dry_run, console=_console)
     if result is not None:
         _say_result(result.run_dir, result.run)
+
+
+def preview(args: argparse.Namespace) -> None:
+    """qvera preview"""
+    recipe = load_recipe(args.recipe, args.overrides)
+    if args.html is not None:
+        _require_new_file(args.html)
+    _quiet_libraries()
+    tokenizer = load_tokenizer(recipe.model)
+    datasets = build_datasets(recipe.data, tokenizer, _console)
+    shown = datasets.train[: args.rows]
+    print_preflight(datasets, tokenizer, Console(), args.rows)
+    if args.html is not None:
+        warnings = data_warnings(datasets.stats)
+        write_preview(
+            args.html, args.recipe.stem, recipe.data.path, datasets.stats, warnings, shown, partial(decode, tokenizer)
+        )
+        print(f"{args.html}: the same as a page, all tokens of {len(shown)} rows")
 
 
 def launch(args: argparse.Namespace) -> int:
@@ -243,10 +286,7 @@ def _prompt_ids(template: ChatTemplate, encoder: Encoder, turns: list[Turn], too
 def generate(args: argparse.Namespace) -> None:
     """qvera generate"""
     _quiet_libraries()
-    if args.out.exists():
-        raise InputError(f"{args.out}: exists; nothing is overwritten, name another file.")
-    if not args.out.absolute().parent.is_dir():
-        raise InputError(f"{args.out}: its directory does not exist.")
+    _require_new_file(args.out)
     recipe, _, _ = locate(args.run)
     data = recipe.data if recipe is not None else DataSection(path=str(args.prompts))
     rows = read_prompts(args.prompts, data)
@@ -266,12 +306,12 @@ def generate(args: argparse.Namespace) -> None:
             seed=args.seed,
             progress=lambda done: status.update(f"Answering: {done} of {len(prompts)}"),
         )
-    partial = args.out.with_name(f".{args.out.name}.partial")
-    with open(partial, "w", encoding="utf-8") as handle:
+    unfinished = args.out.with_name(f".{args.out.name}.partial")
+    with open(unfinished, "w", encoding="utf-8") as handle:
         for row, answer in zip(rows, answers, strict=True):
             line = {"source": row.source, "prompt": row.turns[-1].content, "answer": answer}
             handle.write(json.dumps(line, ensure_ascii=False) + "\n")
-    partial.replace(args.out)
+    unfinished.replace(args.out)
     print(f"{len(answers)} answers in {args.out}")
 
 
@@ -281,8 +321,8 @@ def eval(args: argparse.Namespace) -> None:  # noqa: A001  # the command's name
     recipe, _, _ = locate(args.run)
     if recipe is None:
         raise InputError(f"{args.run}: is an adapter directory; `qvera eval` needs a run, whose recipe names the data.")
-    if args.json is not None and args.json.exists():
-        raise InputError(f"{args.json}: exists; nothing is overwritten, name another file.")
+    if args.json is not None:
+        _require_new_file(args.json)
     section = recipe.data
     if args.data is not None:
         section = dataclasses.replace(section, path=args.data, eval_path=None, eval_fraction=0.0, limit=args.rows)

@@ -20,12 +20,19 @@ from .sharded import any_sharded, gathered
 
 
 def make_batch(
-    model: Any, examples: Sequence[Example], pad_id: int, prefix_once: bool = True
+    model: Any, examples: Sequence[Example], pad_id: int, prefix_once: bool = True, packing: bool = False
 ) -> dict[str, torch.Tensor]:
-    """The rows as a batch on the model's device: their common prefix once where that pays and the model takes it."""
+    """The rows as a batch on the model's device: in one sequence where that is asked for or pays, and the model takes it.
+
+    Args:
+        prefix_once: what the rows begin with is computed once for all of them, where that pays.
+        packing: one sequence without padding, whether it pays or not (`takes_packing`).
+    """
     device = next(model.parameters()).device
-    if prefix_once and takes_prefix_once(model):
-        batch = collate_prefix_once(examples, device)
+    if packing and not takes_prefix_once(model):
+        return collate_prefix_once(examples, device, True, masked=False) or collate(examples, pad_id, device)
+    if packing or (prefix_once and takes_prefix_once(model)):
+        batch = collate_prefix_once(examples, device, packing)
         if batch is not None:
             # additive, which both attention implementations take
             dtype = frozen.embedding_dtype(causal_model(model).get_input_embeddings())

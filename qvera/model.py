@@ -519,6 +519,27 @@ _PREFIX_ONCE = ("llama", "mistral", "qwen2", "qwen3")
 
 def takes_prefix_once(model: Any) -> bool:
     """Whether this model can be given a batch from `collate_prefix_once`."""
+    return _plain_attention(model) and causal_model(model).config._attn_implementation in ("sdpa", "eager")
+
+
+def takes_packing(model: Any) -> bool:
+    """Whether several rows can stand in one sequence (``data.packing``): by a mask, or as flash attention does it."""
+    flash = causal_model(model).config._attn_implementation.startswith("flash_attention")
+    return takes_prefix_once(model) or (flash and _plain_attention(model))
+
+
+def require_packing(model: Any) -> None:
+    """Raises InputError where `takes_packing` says no."""
+    if not takes_packing(model):
+        config = causal_model(model).config
+        raise InputError(
+            f"data.packing: rows of one sequence would see each other in this model ({config.model_type}, "
+            f"{config._attn_implementation} attention). It takes one of {', '.join(_PREFIX_ONCE)} without a sliding window, and "
+            "sdpa, eager or flash attention. Set data.group_by_length instead, which wastes little on padding."
+        )
+
+
+def _plain_attention(model: Any) -> bool:
     config = causal_model(model).config
     full_attention = not getattr(config, "sliding_window", None) or getattr(config, "use_sliding_window", None) is False
-    return config.model_type in _PREFIX_ONCE and full_attention and config._attn_implementation in ("sdpa", "eager")
+    return config.model_type in _PREFIX_ONCE and full_attention

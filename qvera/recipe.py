@@ -85,14 +85,13 @@ class AdapterSection:
 
 
 @dataclass(config=_STRICT, kw_only=True)
-class DataSection:
-    """Where rows come from, how they become text, and which tokens are trained."""
+class Source:
+    """Rows of one kind."""
 
     path: NonEmpty
     """A .jsonl, .json, .csv, .tsv or .parquet file, a directory of them, or a hub dataset id."""
-    eval_path: str | None = None
-    """Held-out rows from another file. Without it ``eval_fraction`` of ``path`` is held out, chosen by ``seed``."""
-    eval_fraction: Fraction = 0.0
+    weight: PositiveFloat = 1.0
+    """How often each row is seen in an epoch: 2 is twice, 0.5 every other row (which ones, says ``data.seed``)."""
     split: NonEmpty = "train"
     """The split of a hub dataset."""
     config_name: str | None = None
@@ -108,10 +107,25 @@ class DataSection:
     Or a named one: alpaca, chatml, llama-2, llama-3, mistral, zephyr, plain."""
     system: str | None = None
     """A system prompt for rows that bring none."""
+    limit: Positive | None = None
+    """Use only the first rows of ``path``."""
+
+
+@dataclass(config=_STRICT, kw_only=True)
+class DataSection(Source):
+    """Where rows come from, how they become text, and which tokens are trained."""
+
+    mixture: list[Source] = field(default_factory=list)
+    """More sources, mixed with ``path``: each a mapping of the keys above, with a format, a template and a weight of its own."""
+    eval_path: str | None = None
+    """Held-out rows from another file. Without it ``eval_fraction`` of each source is held out, chosen by ``seed``."""
+    eval_fraction: Fraction = 0.0
     train_on: Literal["assistant", "last", "all"] = "assistant"
     """Train every assistant turn, only the last one, or all tokens."""
     max_length: Annotated[_Int, Field(ge=8)] = 1024
-    """Longer rows lose tokens at the end (counted and reported)."""
+    """Tokens of a row. What becomes of longer ones says ``too_long``; it is counted and reported."""
+    too_long: Literal["cut-end", "cut-start", "split", "drop"] = "cut-end"
+    """Longer rows lose tokens at the end or (after a BOS) at the start, or become several rows, or are left out."""
     max_source_length: Positive | None = None
     """Tokens kept of what comes before the first trained token (VeRA's instruction runs: 768)."""
     max_target_length: Positive | None = None
@@ -119,10 +133,13 @@ class DataSection:
     prefix_once: _Bool = True
     """Compute what the rows of a batch begin with (a system prompt, an instruction) once for all of them, where that pays. The
     numbers are the same; only Llama-like models with sdpa or eager attention can."""
-    limit: Positive | None = None
-    """Use only the first rows of ``path``."""
+    packing: _Bool = False
+    """Put as many rows as fit into ``max_length`` tokens into one sequence, each seeing itself only: no padding. Losses and
+    gradients are those of the padded rows. Takes the place of ``training.per_device_train_batch_size``."""
+    group_by_length: _Bool = False
+    """Put rows of like length into one optimizer step, so that less is padded. Costs some of the order's randomness."""
     eval_limit: Positive | None = None
-    """Use only the first held-out rows."""
+    """Use only the first held-out rows of each source."""
     shuffle: _Bool = True
     seed: Seed = 0
 
@@ -242,7 +259,8 @@ _INSTEAD = {
     "do_predict": "use the command `qvera generate`",
     "resume_from_checkpoint": "use `qvera train RECIPE --resume`",
     "data_seed": "set data.seed",
-    "group_by_length": "rows are not grouped by length yet; remove it",
+    "group_by_length": "set data.group_by_length",
+    "packing": "set data.packing",
     "overwrite_output_dir": "remove it; a finished run is never overwritten, choose another training.output_dir",
     "metric_for_best_model": "remove it; the best checkpoint is the one with the lowest held-out loss",
     "greater_is_better": "remove it; the best checkpoint is the one with the lowest held-out loss",
@@ -257,11 +275,18 @@ _INSTEAD = {
 _RECIPE_ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Recipe)
 
 
+def _inside(hint: Any) -> Any:
+    """The dataclass that a list of them holds, or the type itself; a number in a path says which one of the list."""
+    items = get_args(hint) if get_origin(hint) is list else ()
+    return items[0] if items and dataclasses.is_dataclass(items[0]) else hint
+
+
 def _section_fields(path: tuple[str, ...]) -> list[str]:
     """The valid key names of the section at ``path`` in a recipe."""
     cls: Any = Recipe
     for part in path:
-        cls = get_type_hints(cls).get(part)
+        if not part.isdigit():
+            cls = _inside(get_type_hints(cls).get(part))
     return [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
 
 
@@ -284,7 +309,9 @@ def _accepts(hint: Any) -> str:
     if origin is Union or str(origin) == "<class 'types.UnionType'>":
         return " or ".join("nothing (null)" if a is type(None) else _accepts(a) for a in args)
     if origin is list:
-        return f"a list of {_accepts(args[0]).removeprefix('a ')}s"  # all of ours are lists of names
+        if dataclasses.is_dataclass(args[0]):
+            return "a list of mappings of keys"
+        return f"a list of {_accepts(args[0]).removeprefix('a ')}s"  # all others of ours are lists of names
     if origin is dict:
         return "a mapping of names to names"
     names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
@@ -316,6 +343,10 @@ def _explain(error: Any) -> tuple[str, str]:
     taken: Any = Recipe
     for part in path:
         hints: dict[str, Any] = get_type_hints(taken, include_extras=True) if dataclasses.is_dataclass(taken) else {}
+        if dataclasses.is_dataclass(_inside(taken)) and get_origin(taken) is list and part.isdigit():
+            keys.append(part)
+            taken = _inside(taken)
+            continue
         if part not in hints:
             break
         keys.append(part)

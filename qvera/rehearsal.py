@@ -68,7 +68,8 @@ def run_longest_batch(
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             model.train()
-            batch = evaluate.make_batch(model, examples, datasets.pad_id, recipe.data.prefix_once)
+            data = recipe.data
+            batch = evaluate.make_batch(model, examples, datasets.pad_id, data.prefix_once, data.packing)
             nll, trained = evaluate.batch_nll(model, batch, recipe.training.loss_chunk_tokens)
             (nll / trained).backward()
     except (RuntimeError, MemoryError) as error:  # torch's CPU allocator raises a plain RuntimeError

@@ -21,12 +21,11 @@ from rich.console import Console
 from . import checkpoint, evaluate, measure, rehearsal
 from .alike import asked_to_stop, for_all, not_finite, same_data, same_everywhere
 from .data import (
+    Batches,
     Datasets,
+    batches_of,
     build_datasets,
-    global_batch,
     print_preflight,
-    rank_passes,
-    steps_per_epoch,
 )
 from .engine import LocalEngine
 from .errors import InputError, Interrupted, RunFailed
@@ -40,6 +39,7 @@ from .model import (
     load_vectors,
     named_vectors,
     pick_device,
+    require_packing,
     save_adapter,
 )
 from .optimize import build_optimizer, build_schedule, optimizer_bytes
@@ -175,12 +175,15 @@ def _run(
         base = made["base"]
         assert base is not None
         model = attach(base.model, recipe.adapter, recipe.model.path, base.facts.get("fingerprint"))
+    if recipe.data.packing:
+        require_packing(model)
     if training.gradient_checkpointing:
         enable_checkpointing(model)
     vectors = named_vectors(model)
     trained = {name: vector for name, vector in vectors.items() if vector.requires_grad}
     optimizer = build_optimizer(training, trained)
-    per_epoch = steps_per_epoch(len(datasets.train), training.global_batch_size)
+    batches = batches_of(recipe, datasets.train)
+    per_epoch = batches.per_epoch
     steps = planned_steps(recipe, len(datasets.train))
     schedule = build_schedule(training, optimizer, steps)
     done = Progressed()
@@ -242,7 +245,7 @@ def _run(
         with Progress(console, steps, done.step) as bar:
             while done.step < steps and not done.stopped_early and not (asked := asked_to_stop(signals, group)):
                 try:
-                    record = _step(model, engine, datasets, recipe, done, watch, group)
+                    record = _step(model, engine, datasets, batches, recipe, done, watch, group)
                 except RunFailed:
                     run["status"] = "failed"
                     end(None, [])
@@ -319,6 +322,7 @@ def _step(
     model: Any,
     engine: Any,
     datasets: Datasets,
+    batches: Batches,
     recipe: Recipe,
     done: Progressed,
     watch: measure.PeakWatch,
@@ -327,13 +331,13 @@ def _step(
     """One optimizer step: accumulate the gradient of the mean loss over the global batch's trained tokens, clip, step."""
     training, data = recipe.training, recipe.data
     began = time.perf_counter()
-    rows = global_batch(done.step, len(datasets.train), training.global_batch_size, data.seed, data.shuffle)
+    rows = batches.rows(done.step)
     trained = sum(datasets.train[i].trained_tokens for i in rows)
-    passes = rank_passes(rows, group.rank, group.world_size, training.per_device_train_batch_size)
+    passes = batches.passes(rows, group.rank, group.world_size)
     nlls, inputs = [], 0
     for number, micro in enumerate(passes, start=1):
         examples = [datasets.train[i] for i in micro or rows[:1]]  # without rows of its own it keeps the others company
-        batch = evaluate.make_batch(model, examples, datasets.pad_id, recipe.data.prefix_once)
+        batch = evaluate.make_batch(model, examples, datasets.pad_id, data.prefix_once, data.packing)
         nll, _ = evaluate.batch_nll(model, batch, training.loss_chunk_tokens, engine.decoder)
         # divided by the tokens of the whole global batch, so that neither accumulation nor ranks change the mean
         engine.backward(nll / trained if micro else nll * 0.0, last=number == len(passes))
@@ -352,11 +356,10 @@ def _step(
     done.train_loss_last = loss
     done.train_seconds += seconds
     done.input_tokens += int(inputs_of_all)
-    per_epoch = steps_per_epoch(len(datasets.train), training.global_batch_size)
     return {
         "kind": "train",
         "step": done.step,
-        "epoch": round(done.step / per_epoch, 4),
+        "epoch": round(done.step / batches.per_epoch, 4),
         "loss": loss,
         "learning_rate": rate,
         "grad_norm": norm,

@@ -9,12 +9,16 @@ import signal
 import subprocess
 import sys
 import time
+from html import unescape
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qvera.cli import build_parser, main
+from qvera.data import build_datasets, decode
+from qvera.model import load_tokenizer
+from qvera.recipe import load_recipe
 
 
 @pytest.fixture
@@ -33,6 +37,27 @@ def test_train_says_what_came_of_it(write_recipe: Any, tmp_path: Path, capsys: A
     assert summary["adapter"]["rank"] == 4
     for word in ("held-out loss", "exact match", "peak memory", "tokens/s", "report.html"):
         assert word in said
+
+
+def test_preview_shows_what_would_be_trained(write_recipe: Any, tmp_path: Path, capsys: Any) -> None:
+    recipe, page = write_recipe(), tmp_path / "page.html"
+    assert main(["preview", str(recipe), "--rows", "3", "--html", str(page)]) == 0
+    said, html = capsys.readouterr().out, page.read_text()
+    loaded = load_recipe(recipe)
+    tokenizer = load_tokenizer(loaded.model)
+    datasets = build_datasets(loaded.data, tokenizer)
+    marked = re.findall("<mark>(.*?)</mark>", html, flags=re.DOTALL)[1:]  # the first is the legend's
+    trained = [decode(tokenizer, row.input_ids[row.trained].tolist()) for row in datasets.train[:3]]
+    assert [unescape(text) for text in marked] == trained
+    for row, text in zip(datasets.train[:3], trained, strict=True):
+        assert row.source in said and row.source in html and f"⟦{text}⟧" in said
+    assert datasets.train[3].source not in html
+    assert "default-src 'none'" in html and "http" not in html.replace("http-equiv", "").replace(
+        "http://www.w3.org", ""
+    )
+    assert main(["preview", str(recipe), "--html", str(page)]) == 2
+    assert "page.html: exists" in capsys.readouterr().err
+    assert list(tmp_path.glob("run*")) == []
 
 
 def test_info(run: Path, capsys: Any) -> None:

@@ -61,9 +61,14 @@ def test_a_run_learns_and_leaves_its_files(make_recipe: Any, tmp_path: Path) -> 
     assert {t.dtype for t in vectors(tmp_path / "run").values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(make_recipe: Any, tmp_path: Path, dropout: float) -> None:
-    recipe = make_recipe(adapter={"dropout": dropout}, training={"max_steps": 8, "save_steps": 3, "eval_steps": 4})
+@pytest.mark.parametrize(
+    ("dropout", "data"), [(0.0, {}), (0.2, {}), (0.0, {"packing": True}), (0.0, {"group_by_length": True})]
+)
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
+    make_recipe: Any, tmp_path: Path, dropout: float, data: dict[str, Any]
+) -> None:
+    training = {"max_steps": 8, "save_steps": 3, "eval_steps": 4}
+    recipe = make_recipe(adapter={"dropout": dropout}, training=training, data=data)
     train(recipe, tmp_path / "whole")
     stop_after(recipe, tmp_path / "cut", step=4)
     train(recipe, tmp_path / "cut", resume=True)

@@ -1,12 +1,12 @@
 """Rows → tokens, labels, batches. See `build_datasets` for the way in and `batches` for the order of training."""
 
-from .batches import IGNORED, collate, global_batch, microbatches, order, rank_passes, steps_per_epoch
+from .batches import IGNORED, Batches, batches_of, collate, grouped, microbatches, order, steps_per_epoch
 from .encode import Encoder
 from .examples import DataStats, Example
 from .formats import FORMATS, Conversation, Text, Turn
 from .named_templates import NAMED_TEMPLATES
 from .prefix import collate_prefix_once
-from .preflight import print_preflight
+from .preflight import data_warnings, decode, print_preflight
 from .prompts import read_prompts
 from .templates import ChatTemplate, resolve_template
 from .tokenize import Datasets, build_datasets, data_sha256
@@ -15,6 +15,7 @@ __all__ = [
     "FORMATS",
     "IGNORED",
     "NAMED_TEMPLATES",
+    "Batches",
     "ChatTemplate",
     "Conversation",
     "DataStats",
@@ -23,15 +24,17 @@ __all__ = [
     "Example",
     "Text",
     "Turn",
+    "batches_of",
     "build_datasets",
     "collate",
     "collate_prefix_once",
     "data_sha256",
-    "global_batch",
+    "data_warnings",
+    "decode",
+    "grouped",
     "microbatches",
     "order",
     "print_preflight",
-    "rank_passes",
     "read_prompts",
     "resolve_template",
     "steps_per_epoch",

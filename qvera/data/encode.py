@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..errors import InputError
 
 if TYPE_CHECKING:
@@ -71,6 +73,10 @@ class Encoder:
         if self.bos_id is None or ids[:1] == [self.bos_id]:
             return ids
         return [self.bos_id, *ids]
+
+    def starts_with_bos(self, ids: Sequence[int] | np.ndarray) -> bool:
+        """Whether the model wants a BOS and these ids have it in front."""
+        return self.bos_id is not None and len(ids) > 0 and int(ids[0]) == self.bos_id
 
     def encode_prompt(self, text: str, starts: Sequence[int] = ()) -> list[int]:
         """The ids of a prompt, as in training: markers become their tokens, one BOS where the model wants one.

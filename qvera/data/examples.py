@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -37,22 +37,37 @@ class Example:
         return int(self.trained.sum())
 
 
+@dataclass(frozen=True, slots=True)
+class SourceStats:
+    """One source of a mixture: its training rows, and how many of an epoch it gives with its weight."""
+
+    path: str
+    weight: float
+    rows: int
+    taken: int
+
+
 @dataclass(slots=True)
 class DataStats:
     """What happened to the rows. Token counts are of the training rows, after truncation.
 
     Attributes:
+        format: of the rows; of a mixture all of them.
+        template: the first source's.
         truncated_rows: rows, train and eval, that lost tokens to max_length, max_source_length or max_target_length.
         truncated_tokens: how many tokens they lost.
-        dropped: reason → sources of rows that were left without a trained token by truncation.
+        split_rows: rows, train and eval, that were split because they were longer than max_length.
+        split_parts: how many rows they became (parts without a trained token are left out).
+        dropped: reason → sources of rows that are left out.
         spelled_rows: rows whose text spells special tokens (such as ``</s>``), which are read as those tokens.
         repeated_rows: eval rows that are, token for token, also training rows.
         histogram_edges, histogram_counts: training rows by length in tokens; counts[i] is of
             edges[i] <= T < edges[i + 1].
     """
 
-    format: str
-    template: str
+    format: str = ""
+    template: str = ""
+    sources: list[SourceStats] = field(default_factory=list)
     unused_columns: list[str] = field(default_factory=list)
     train_rows: int = 0
     eval_rows: int = 0
@@ -61,12 +76,22 @@ class DataStats:
     longest_tokens: int = 0
     truncated_rows: int = 0
     truncated_tokens: int = 0
+    split_rows: int = 0
+    split_parts: int = 0
     dropped: dict[str, list[str]] = field(default_factory=dict)
     spelled_rows: int = 0
     repeated_rows: int = 0
     pads_with_eos: bool = False
     histogram_edges: list[int] = field(default_factory=list)
     histogram_counts: list[int] = field(default_factory=list)
+
+    def add_source(self, row_format: str, template: str, unused: list[str], pads_with_eos: bool) -> None:
+        """Note what a source looks like."""
+        if row_format not in self.format.split(", "):
+            self.format = f"{self.format}, {row_format}" if self.format else row_format
+        self.template = self.template or template
+        self.unused_columns += [name for name in unused if name not in self.unused_columns]
+        self.pads_with_eos = pads_with_eos
 
     @property
     def dropped_rows(self) -> int:
@@ -82,9 +107,12 @@ class DataStats:
             "longest_tokens": self.longest_tokens,
             "truncated_rows": self.truncated_rows,
             "truncated_tokens": self.truncated_tokens,
+            "split_rows": self.split_rows,
+            "split_parts": self.split_parts,
             "dropped_rows": self.dropped_rows,
             "dropped": {reason: len(sources) for reason, sources in self.dropped.items()},
             "repeated_rows": self.repeated_rows,
+            "sources": [asdict(source) for source in self.sources],
             "format": self.format,
             "template": self.template,
             "length_histogram": {"edges": self.histogram_edges, "counts": self.histogram_counts},

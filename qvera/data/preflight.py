@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,20 +21,22 @@ _SHOWN_TOKENS = 400
 _BAR_WIDTH = 40
 
 
-def print_preflight(datasets: Datasets, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
-    """Print rows, tokens, a histogram of lengths, what was cut or dropped, and two rows with trained tokens marked.
+def print_preflight(
+    datasets: Datasets, tokenizer: PreTrainedTokenizerBase, console: Console, rows: int = _SHOWN_ROWS
+) -> None:
+    """Print rows, tokens, a histogram of lengths, what was cut or dropped, and ``rows`` rows with trained tokens marked.
 
     Trained tokens stand in ⟦…⟧ and in colour, so that they show on a terminal without colours and in a log file too.
     """
     stats = datasets.stats
     console.print(_summary(stats))
-    for line in _warnings(stats):
+    for line in data_warnings(stats):
         console.print(Text(line, style="yellow"))
     console.print()
     console.print(Text("Training rows by length (tokens)", style="bold"))
     for line in histogram_lines(stats.histogram_edges, stats.histogram_counts):
         console.print(Text(line))
-    for example in datasets.train[:_SHOWN_ROWS]:
+    for example in datasets.train[:rows]:
         console.print()
         console.print(Text.assemble((example.source, "bold"), "  ⟦trained⟧"))
         console.print(mark_trained(example, tokenizer))
@@ -51,21 +54,26 @@ def _summary(stats: DataStats) -> Table:
     if stats.eval_rows:
         rows += f", {stats.eval_rows:,} held out"
     table.add_row("Rows", rows)
+    for source in stats.sources if len(stats.sources) > 1 else ():
+        table.add_row("  of these", f"{source.taken:,} from {source.path} ({source.rows:,} x {source.weight:g})")
     table.add_row("Format", stats.format + ("" if stats.format == "text" else f", template: {template}"))
     table.add_row("Tokens", f"{stats.tokens:,} (mean {mean:,.0f}, longest {stats.longest_tokens:,} a row)")
     table.add_row("Trained", f"{stats.trained_tokens:,} tokens, {share:.1%}")
     table.add_row("Truncated", f"{stats.truncated_rows:,} rows, {stats.truncated_tokens:,} tokens cut off")
+    if stats.split_rows:
+        table.add_row("Split", f"{stats.split_rows:,} rows into {stats.split_parts:,}")
     table.add_row("Dropped", f"{stats.dropped_rows:,} rows")
     if stats.unused_columns:
         table.add_row("Not read", Text("columns " + ", ".join(stats.unused_columns)))
     return table
 
 
-def _warnings(stats: DataStats) -> list[str]:
+def data_warnings(stats: DataStats) -> list[str]:
+    """What a person should know about the rows, a sentence each."""
     lines = []
     for reason, sources in stats.dropped.items():
         shown = ", ".join(sources[:3]) + (", ..." if len(sources) > 3 else "")
-        lines.append(f"Dropped because {reason} cut off every trained token: {shown}")
+        lines.append(f"Dropped, {reason}: {shown}")
     if stats.repeated_rows:
         lines.append(
             f"Held-out rows that are also training rows: {stats.repeated_rows:,}. Held-out scores will flatter."
@@ -109,13 +117,14 @@ def mark_trained(example: Example, tokenizer: PreTrainedTokenizerBase, limit: in
         if len(run) > budget:
             half = budget // 2
             left_out = f" … {len(run) - 2 * half:,} tokens … "
-            shown = _decode(tokenizer, run[:half]) + left_out + _decode(tokenizer, run[-half:])
+            shown = decode(tokenizer, run[:half].tolist()) + left_out + decode(tokenizer, run[-half:].tolist())
         else:
-            shown = _decode(tokenizer, run)
+            shown = decode(tokenizer, run.tolist())
         out.append(f"⟦{shown}⟧" if trained else shown, style="green" if trained else "dim")
         trained = not trained
     return out
 
 
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray) -> str:
-    return tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of these tokens, special ones included."""
+    return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)

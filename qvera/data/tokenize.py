@@ -5,17 +5,17 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import InputError
-from ..recipe import DataSection
+from ..recipe import DataSection, Source
 from .batches import philox_key
 from .encode import END, HEADER, START, Cut, Encoder
-from .examples import DataStats, Example, count
+from .examples import DataStats, Example, SourceStats, count
 from .formats import Conversation, RowFormat, Text, detect_format, parse_row
 from .sources import RawRow, read_rows
 from .templates import ChatTemplate, Rendered, resolve_template
@@ -33,9 +33,9 @@ class Datasets:
     """Everything that a run reads from its data.
 
     Attributes:
-        train, eval: rows in file order; ``eval`` is empty where the recipe holds none out.
+        train, eval: rows in file order, one source after the other; ``eval`` is empty where the recipe holds none out.
         stats: counts for the preflight and run.json.
-        template: the template that was used, for generation and to be saved beside the adapter.
+        template: the template that was used (for the first source of a mixture), for generation and the adapter's directory.
         pad_id: for `collate`.
     """
 
@@ -69,12 +69,41 @@ def build_datasets(
         InputError: anything wrong with the recipe's ``data``, a file, a row or the tokenizer.
     """
     encoder = Encoder(tokenizer)
+    stats = DataStats()
+    train: list[Example] = []
+    held_out: list[Example] = []
+    first: ChatTemplate | None = None
+    for number, source in enumerate(_sources(section)):
+        rows, eval_rows, template = _read_source(source, encoder, stats, console)
+        first = first or template
+        taken = weighted(rows, source.weight, section.seed, number)
+        stats.sources.append(SourceStats(source.path, source.weight, len(rows), len(taken)))
+        train += taken
+        held_out += eval_rows
+    assert first is not None
+    count(stats, train, held_out)
+    return Datasets(train, held_out, stats, first, encoder.pad_id)
+
+
+def _sources(section: DataSection) -> list[DataSection]:
+    """``path`` and each part of the mixture as a section of its own; ``eval_path`` belongs to the first."""
+    sources = [replace(section, mixture=[])]
+    for part in section.mixture:
+        own = {f.name: getattr(part, f.name) for f in fields(Source)}
+        fraction = section.eval_fraction if section.eval_path is None else 0.0
+        sources.append(replace(section, mixture=[], eval_path=None, eval_fraction=fraction, **own))
+    return sources
+
+
+def _read_source(
+    section: DataSection, encoder: Encoder, stats: DataStats, console: Console | None
+) -> tuple[list[Example], list[Example], ChatTemplate]:
+    """The training and held-out rows of one source, and its template; counts into ``stats``."""
     rows = _read(section, section.path)
     row_format = detect_format(rows[0], section.format, section.columns)
-    template = resolve_template(section.template, tokenizer, row_format.name)
-    stats = DataStats(row_format.name, template.name, row_format.unused, pads_with_eos=encoder.pads_with_eos)
+    template = resolve_template(section.template, encoder.tokenizer, row_format.name)
+    stats.add_source(row_format.name, template.name, row_format.unused, encoder.pads_with_eos)
     tokenize = _Tokenizer(section, encoder, template, stats, console)
-
     if section.eval_path is not None:
         if section.eval_path == section.path:
             raise InputError(
@@ -89,8 +118,23 @@ def build_datasets(
     eval_rows = eval_rows[: section.eval_limit]
     train = tokenize(train_rows, row_format, section.path, "training")
     held_out = tokenize(eval_rows, eval_format, section.eval_path or section.path, "held-out") if eval_rows else []
-    count(stats, train, held_out)
-    return Datasets(train, held_out, stats, template, encoder.pad_id)
+    return train, held_out, template
+
+
+def weighted(rows: list[Example], weight: float, seed: int, number: int) -> list[Example]:
+    """Each row as often as its source's weight says, at least one row in all: whole passes, and a part drawn by ``seed``.
+
+    Args:
+        number: the source's place in the mixture; each draws for itself.
+    """
+    passes = int(weight)
+    more = round((weight - passes) * len(rows))
+    if passes == 0:
+        more = max(more, 1)
+    # far from the streams of the epochs (from 0 up) and of hold_out and group_by_length (from -1 down)
+    words = np.random.Philox(key=philox_key(seed, 2**63 + number)).random_raw(len(rows))
+    chosen = np.sort(np.argsort(words, kind="stable")[:more])
+    return rows * passes + [rows[i] for i in chosen]
 
 
 def hold_out(rows: list[RawRow], fraction: float, seed: int) -> tuple[list[RawRow], list[RawRow]]:
@@ -170,8 +214,8 @@ class _Tokenizer:
             )
         if not examples:
             raise InputError(
-                f"{path}: no {purpose} row is left: truncation cut off every trained token of all {len(rows)} of them. "
-                f"Raise data.max_length ({self.section.max_length}), or set data.max_source_length below it."
+                f"{path}: no {purpose} row is left: none of all {len(rows)} has a trained token within data.max_length "
+                f"({self.section.max_length}). Raise it, or set data.max_source_length below it, or change data.too_long."
             )
         return examples
 
@@ -227,9 +271,7 @@ class _Tokenizer:
         encoded = self.encoder.encode([text for text, _, _ in layouts], [cuts for _, cuts, _ in layouts])
         examples = []
         for row, (text, _, layout), (ids, positions) in zip(rows, layouts, encoded, strict=True):
-            example = self._example(row, text, layout, ids, positions)
-            if example is not None:
-                examples.append(example)
+            examples += self._example(row, text, layout, ids, positions)
         return examples
 
     def _spells(self, row: Conversation | Text) -> bool:
@@ -238,7 +280,7 @@ class _Tokenizer:
 
     def _example(
         self, row: Conversation | Text, text: str, rendered: Rendered | None, ids: list[int], positions: list[int]
-    ) -> Example | None:
+    ) -> list[Example]:
         with_bos = self.encoder.with_bos(ids)
         shift = len(with_bos) - len(ids)
         prompt_ids: list[int] = []
@@ -271,38 +313,74 @@ class _Tokenizer:
         trained[:1] = False
         if not trained.any():
             raise InputError(f"{row.source}: no token to train on: the row is a single token. Remove it.")
-        return self._truncate(row, np.asarray(with_bos, np.int32), trained, header, prompt_ids, prompt_text, reference)
+        whole, prompt = np.asarray(with_bos, np.int32), np.asarray(prompt_ids, np.int32)
+        return self._fitted(Example(whole, trained, row.source, prompt, prompt_text, reference), header)
 
-    def _truncate(
-        self,
-        row: Conversation | Text,
-        ids: np.ndarray,
-        trained: np.ndarray,
-        header: int,
-        prompt: list[int],
-        prompt_text: str,
-        reference: str | None,
-    ) -> Example | None:
+    def _fitted(self, whole: Example, header: int) -> list[Example]:
+        """A tokenized row at the lengths that the recipe allows: itself, shorter, in several parts, or nothing.
+
+        Args:
+            header: tokens right before the first trained one that open the answer.
+        """
         section = self.section
-        prompt_ids = np.asarray(prompt, np.int32)
-        first = int(np.argmax(trained))
-        keep = np.ones(len(ids), dtype=bool)
+        first = int(np.argmax(whole.trained))
+        keep = np.ones(len(whole.trained), dtype=bool)
         if section.max_source_length is not None and first > section.max_source_length:
             # The opening of the answer ("### Response:") stays, or the model would learn to answer without being asked.
             header = min(header, section.max_source_length)
             keep[section.max_source_length - header : first - header] = False
         if section.max_target_length is not None:
             keep[first + section.max_target_length :] = False
-        kept = np.flatnonzero(keep)[: section.max_length]
-        if len(kept) < len(ids):
-            self.stats.truncated_rows += 1
-            self.stats.truncated_tokens += len(ids) - len(kept)
-            if not trained[kept].any():
-                self.stats.dropped.setdefault("max_length", []).append(row.source)
-                return None
-        if len(prompt_ids):
-            prompt_ids = prompt_ids[keep[: len(prompt_ids)]]
-        return Example(ids[kept], trained[kept], row.source, prompt_ids, prompt_text, reference)
+        asked = (
+            keep.copy()
+        )  # an answer is asked for with all of its prompt, unless that loses its start in training too
+        kept, limit = np.flatnonzero(keep), section.max_length
+        if len(kept) > limit:
+            if section.too_long == "drop":
+                self._drop(whole, f"longer than data.max_length ({limit})")
+                return []
+            if section.too_long == "split":
+                return self._split(whole, kept)
+            if section.too_long == "cut-start":
+                bos = int(self.encoder.starts_with_bos(whole.input_ids))
+                keep[kept[bos : len(kept) - limit + bos]] = False
+                asked = keep
+            else:
+                keep[kept[limit:]] = False
+        if keep.all():
+            return [whole]
+        self.stats.truncated_rows += 1
+        self.stats.truncated_tokens += int((~keep).sum())
+        trained = whole.trained[keep]
+        trained[:1] = False  # nothing stands before it any more
+        if not trained.any():
+            self._drop(whole, "cut to length, without a trained token")
+            return []
+        prompt_ids = whole.prompt_ids[asked[: len(whole.prompt_ids)]]
+        return [replace(whole, input_ids=whole.input_ids[keep], trained=trained, prompt_ids=prompt_ids)]
+
+    def _drop(self, row: Example, reason: str) -> None:
+        self.stats.dropped.setdefault(reason, []).append(row.source)
+
+    def _split(self, whole: Example, kept: np.ndarray) -> list[Example]:
+        """The tokens ``kept`` of a row in consecutive parts of max_length, each after the row's BOS if it has one.
+
+        Only parts with a trained token are of use. None of them can be answered as the row could, so they have no prompt.
+        """
+        bos = kept[: int(self.encoder.starts_with_bos(whole.input_ids))]
+        rest = kept[len(bos) :]
+        size = self.section.max_length - len(bos)
+        parts = [np.concatenate([bos, rest[start : start + size]]) for start in range(0, len(rest), size)]
+        nothing = np.zeros(0, np.int32)
+        found = []
+        for part in parts:
+            trained = whole.trained[part].copy()
+            trained[:1] = False
+            if trained.any():
+                found.append(Example(whole.input_ids[part], trained, whole.source, nothing, "", None))
+        self.stats.split_rows += 1
+        self.stats.split_parts += len(found)
+        return found
 
 
 def _answer_is_untrained(row: Conversation, wanted: list[int], train_on: str) -> bool:

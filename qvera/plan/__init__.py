@@ -128,7 +128,7 @@ def _batches(rows: Sequence[Example] | None, joinable: bool) -> BatchOf:
         if key not in found:
             cut = [e if len(e.input_ids) <= key[0] else _cut(e, key[0]) for e in rows]
             chosen = longest_rows(recipe, cut, joinable, max(1, planned_steps(recipe, len(cut))))
-            found[key] = batch_of([cut[i] for i in chosen], joinable)
+            found[key] = batch_of([cut[i] for i in chosen], joinable, recipe.data.packing)
         return found[key]
 
     return longest

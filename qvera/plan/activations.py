@@ -34,6 +34,7 @@ class Batch:
         joined: the rows stand in one sequence behind their common prefix (`qvera.data.prefix`), with a mask of its own.
         source: where the numbers come from, in words.
         longest_row: tokens of the longest row of all, for answers.
+        packed_rows: rows of the data in it where they are packed (``data.packing``), else 0.
     """
 
     rows: int
@@ -43,6 +44,7 @@ class Batch:
     joined: bool
     source: str
     longest_row: int
+    packed_rows: int = 0
 
     @property
     def all_tokens(self) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..data import Example, collate_prefix_once, order, steps_per_epoch
+from ..data import Batches, Example, batches_of, collate_prefix_once, steps_per_epoch
 from ..recipe import Recipe
 from .activations import Batch
 
@@ -24,6 +24,10 @@ def planned_steps(recipe: Recipe, rows: int) -> int:
 def assumed_batch(recipe: Recipe) -> Batch:
     """Every row at ``data.max_length``, none padded, all of it trained but what ``data.max_target_length`` excludes."""
     rows, tokens = recipe.training.per_device_train_batch_size, recipe.data.max_length
+    if recipe.data.packing:  # one full sequence; two rows in it, so that attention has a mask of its own
+        target = min(2 * recipe.data.max_target_length if recipe.data.max_target_length else tokens, tokens)
+        trained = tokens if recipe.data.train_on == "all" else target
+        return Batch(1, tokens, trained, False, True, f"data.max_length: packed into {tokens:,} tokens", tokens, 1)
     target = min(recipe.data.max_target_length or tokens, tokens)
     trained = rows * (tokens if recipe.data.train_on == "all" else target)
     source = f"data.max_length: {rows} x {tokens:,} tokens"
@@ -37,40 +41,43 @@ def longest_rows(recipe: Recipe, rows: Sequence[Example], joinable: bool, steps:
         rows: the training rows.
         joinable: rows of a batch may be joined behind their common prefix (`qvera.data.prefix`).
     """
-    training, data = recipe.training, recipe.data
-    size, per_epoch = training.per_device_train_batch_size, steps_per_epoch(len(rows), training.global_batch_size)
-    lengths = np.array([len(e.input_ids) for e in rows])
+    data, batches = recipe.data, batches_of(recipe, rows)
+    lengths, per_epoch = batches.lengths, batches.per_epoch
     candidates: dict[tuple[int, ...], int] = {}
     for epoch in range(done // per_epoch, -(-steps // per_epoch)):
-        order_ = order(epoch, len(rows), data.seed, data.shuffle)
-        first = max(done - epoch * per_epoch, 0) * training.global_batch_size
-        order_ = order_[first : (steps - epoch * per_epoch) * training.global_batch_size]
+        first = max(done - epoch * per_epoch, 0) * batches.global_batch_size
+        chosen = batches.epoch_order(epoch)[first : (steps - epoch * per_epoch) * batches.global_batch_size]
         # a global batch is a multiple of a forward pass, so these are consecutive pieces of the epoch
-        cut = np.arange(0, len(order_), size)
-        longest = np.maximum.reduceat(lengths[order_], cut) if len(order_) else np.array([])
-        counts = np.diff(np.append(cut, len(order_)))
-        for i in np.argsort(-longest * counts, kind="stable")[:_CANDIDATES]:
-            candidates[tuple(order_[cut[i] : cut[i] + counts[i]].tolist())] = int(longest[i] * counts[i])
+        passes = _packed(batches, chosen) if data.packing else batches.cut(chosen.tolist())
+        sizes = [int(lengths[p].sum() if data.packing else lengths[p].max() * len(p)) for p in passes]
+        for i in np.argsort(-np.array(sizes), kind="stable")[:_CANDIDATES]:
+            candidates[tuple(passes[i])] = sizes[i]
         if data.shuffle is False:
             break
     best, best_tokens = [], -1
     for members, padded in sorted(candidates.items(), key=lambda item: -item[1])[:_CANDIDATES]:
         if padded <= best_tokens:
             break  # joining only makes it less
-        tokens = batch_of([rows[i] for i in members], joinable).all_tokens
+        tokens = batch_of([rows[i] for i in members], joinable, data.packing).all_tokens
         if tokens > best_tokens:
             best, best_tokens = list(members), tokens
     return best
 
 
-def batch_of(examples: Sequence[Example], joinable: bool) -> Batch:
+def _packed(batches: Batches, chosen: np.ndarray) -> list[list[int]]:
+    """The packed passes of consecutive global batches on one rank; no pass has rows of two of them."""
+    size = batches.global_batch_size
+    return [one for start in range(0, len(chosen), size) for one in batches.cut(chosen[start : start + size].tolist())]
+
+
+def batch_of(examples: Sequence[Example], joinable: bool, packing: bool = False) -> Batch:
     """These rows as one forward pass."""
     lengths = [len(e.input_ids) for e in examples]
     trained = sum(e.trained_tokens for e in examples)
-    if joinable and (joined := collate_prefix_once(examples)) is not None:
+    if (joinable or packing) and (joined := collate_prefix_once(examples, packing=packing)) is not None:
         tokens = joined["input_ids"].shape[1]
         source = f"the longest batch of the data: {len(lengths)} rows joined into {tokens:,} tokens"
-        return Batch(1, tokens, trained, False, True, source, max(lengths))
+        return Batch(1, tokens, trained, False, True, source, max(lengths), len(lengths) if packing else 0)
     rows, tokens = len(lengths), max(lengths)
     source = f"the longest batch of the data: {rows} x {tokens:,} tokens"
     return Batch(rows, tokens, trained, min(lengths) < tokens, False, source, tokens)

@@ -119,7 +119,8 @@ def step_seconds(a: Adapted, recipe: Recipe, rates: Rates) -> dict[str, float]:
     # some 12 passes over the stream, 5 over the MLP's inside, 6 over q and k; the same again in each pass
     passed += passes * size * T * (24 * s.hidden + 10 * s.ff + 12 * s.heads * s.head_dim)
     head = 4 * min(b.trained_tokens, T) * s.vocabulary * s.hidden
-    times = recipe.gradient_accumulation_steps
+    packed = a.batch.packed_rows
+    times = -(-recipe.training.global_batch_size // packed) if packed else recipe.gradient_accumulation_steps
     return {
         "frozen products": times * (s.layers * flops) / rates.product_flops,
         "dequantization": times * s.layers * weights / rates.dequantized_weights,

@@ -277,6 +277,15 @@ def histogram(edges: Sequence[float], counts: Sequence[float], *, description: s
     return _figure(parts, height, description, "", {"at": where, "step": where, "say": texts})
 
 
+def length_figure(edges: Sequence[float], counts: Sequence[float]) -> str:
+    """The histogram of rows by length with its caption, or "" where there is none."""
+    chart = histogram(edges, counts, description=f"Rows by length in tokens, in {len(counts)} bins.")
+    if not chart:
+        return ""
+    caption = '<figcaption><h3>Length of rows</h3><span class="caption">rows by tokens</span></figcaption>'
+    return f"<figure>{caption}{chart}</figure>"
+
+
 @dataclass(frozen=True)
 class Stack:
     """One horizontal bar of `stacked_bars`: parts from the left, each (its colour's number from 1, name, bytes)."""

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from typing import Any
 
 import yaml
 
 from ..numbers import count, moment, percent, size
 from . import curves
-from .assets import SCRIPT, STYLE
-from .charts import histogram
+from .charts import length_figure
 from .compare import mark, same_answer
 from .headline import head, model_name, tiles
-from .markup import esc, fact_list, section
+from .markup import document, esc, fact_list, section
 from .memory import memory_section
 from .read import Run, number, pick, words
 from .settings import changed_settings
@@ -24,33 +21,13 @@ _LONG_PROMPT = 600
 
 
 def render(run: Run) -> str:
-    """The whole page as HTML. Its policy forbids every load, and every script but its own (by hash)."""
-    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    body = "".join(
-        (
-            head(run),
-            tiles(run),
-            _curves(run),
-            memory_section(run),
-            _samples(run),
-            _data(run),
-            _recipe(run),
-            _machine(run),
-        )
+    """The whole page as HTML."""
+    parts = (head, tiles, _curves, memory_section, _samples, _data, _recipe, _machine)
+    footer = (
+        f"Written by qvera {esc(words(run.info, 'versions', 'qvera'))} from recipe.yaml, metrics.jsonl and run.json. "
+        "Sizes are decimal: 1 MB is 1,000,000 bytes."
     )
-    version = words(run.info, "versions", "qvera")
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<link rel="icon" href="data:,">\n'
-        f"<title>{esc(model_name(run))} · {esc(run.name)} · qvera</title>\n<style>{STYLE}</style>\n</head>\n"
-        f"<body>\n<main>\n{body}"
-        f"<footer>Written by qvera {esc(version)} from recipe.yaml, metrics.jsonl and run.json. "
-        "Sizes are decimal: 1 MB is 1,000,000 bytes.</footer>\n</main>\n"
-        f"<script>{SCRIPT}</script>\n</body>\n</html>\n"
-    )
+    return document(f"{model_name(run)} · {run.name} · qvera", "".join(part(run) for part in parts), footer)
 
 
 def _curves(run: Run) -> str:
@@ -146,13 +123,7 @@ def _data(run: Run) -> str:
         ]
     )
     edges, counts = (_numbers(pick(run.info, "data", "length_histogram", key)) for key in ("edges", "counts"))
-    chart = histogram(edges, counts, description=f"Rows by length in tokens, in {len(counts)} bins.")
-    figure = (
-        '<figure><figcaption><h3>Length of rows</h3><span class="caption">rows by tokens</span></figcaption>'
-        f"{chart}</figure>"
-        if chart
-        else ""
-    )
+    figure = length_figure(edges, counts)
     return section("Data", f'<div class="columns"><div>{facts}</div>{figure}</div>' if facts or figure else "")
 
 

@@ -2,30 +2,79 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qvera.data import Example, collate, global_batch, microbatches, order, steps_per_epoch
+from qvera.data import Batches, Example, collate, grouped, microbatches, order, steps_per_epoch
 
 SIZES = {"n": st.integers(1, 60), "size": st.integers(1, 20), "seed": st.integers(0, 2**65), "shuffle": st.booleans()}
 
 
-@given(**SIZES, epoch=st.integers(0, 3))
-def test_each_row_once_an_epoch(n: int, size: int, seed: int, shuffle: bool, epoch: int) -> None:
+def batches(n: int, size: int, seed: int = 1, shuffle: bool = True, **options: Any) -> Batches:
+    return Batches([3 + 7 * i % 11 for i in range(n)], size, seed=seed, shuffle=shuffle, **options)
+
+
+@given(**SIZES, epoch=st.integers(0, 3), by_length=st.booleans())
+def test_each_row_once_an_epoch(n: int, size: int, seed: int, shuffle: bool, epoch: int, by_length: bool) -> None:
     steps = steps_per_epoch(n, size)
-    batches = [global_batch(epoch * steps + i, n, size, seed, shuffle) for i in range(steps)]
-    assert sorted(index for batch in batches for index in batch) == list(range(n))
-    assert all(len(batch) == size for batch in batches[:-1]) and 1 <= len(batches[-1]) <= size
+    found = batches(n, size, seed, shuffle, by_length=by_length)
+    taken = [found.rows(epoch * steps + i) for i in range(steps)]
+    assert sorted(index for batch in taken for index in batch) == list(range(n))
+    assert all(len(batch) == size for batch in taken[:-1]) and 1 <= len(taken[-1]) <= size
 
 
-def test_step_alone_decides() -> None:
-    forward = [global_batch(step, 23, 5, 1, True) for step in range(15)]
+@pytest.mark.parametrize("by_length", [False, True])
+def test_step_alone_decides(by_length: bool) -> None:
+    forward = batches(23, 5, by_length=by_length)
+    taken = [forward.rows(step) for step in range(15)]
     order.cache_clear()
-    backward = [global_batch(step, 23, 5, 1, True) for step in reversed(range(15))]
-    assert forward == backward[::-1]
+    backward = batches(23, 5, by_length=by_length)
+    assert taken == [backward.rows(step) for step in reversed(range(15))][::-1]
+
+
+def test_rows_of_like_length_go_together() -> None:
+    lengths = np.random.default_rng(0).integers(5, 400, 1000).tolist()
+    spread, mixed = [], []
+    for by_length, found in ((True, spread), (False, mixed)):
+        it = Batches(lengths, 8, by_length=by_length)
+        found += [np.ptp([lengths[i] for i in it.rows(step)]) for step in range(2 * it.per_epoch)]
+    assert np.mean(spread) < 0.1 * np.mean(mixed)
+    it = Batches(lengths, 8, by_length=True)
+    means = [np.mean([lengths[i] for i in it.rows(step)]) for step in range(it.per_epoch)]
+    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.3, "no epoch goes from long to short"
+    assert it.rows(0) != it.rows(it.per_epoch)
+
+
+def test_the_grouped_order_is_pinned() -> None:
+    # A changed order would silently change what `--resume` goes on with.
+    lengths = np.array([3, 9, 4, 8, 5, 7, 6])
+    assert grouped(order(0, 7, 0, True), lengths, 2, 0, 0).tolist() == [1, 3, 5, 6, 4, 2, 0]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=40),
+    limit=st.integers(30, 90),
+    ranks=st.integers(1, 4),
+)
+def test_packed_passes_are_full_and_hold_every_row_once(lengths: list[int], limit: int, ranks: int) -> None:
+    it = Batches(lengths, len(lengths), pack_tokens=limit, shuffle=False)
+    rows = it.rows(0)
+    shares = [it.passes(rows, rank, ranks) for rank in range(ranks)]
+    assert len({len(share) for share in shares}) == 1
+    for share in shares:
+        full = [one for one in share if one]
+        assert all(sum(lengths[i] for i in one) <= limit for one in full)
+        # the first row of a pass had no room in the one before
+        assert all(
+            sum(lengths[i] for i in one) + lengths[following[0]] > limit
+            for one, following in zip(full, full[1:], strict=False)
+        )
+    assert [row for share in shares for one in share for row in one] == rows
 
 
 def test_order_is_pinned() -> None:
@@ -46,10 +95,14 @@ def test_the_cached_order_can_not_be_changed() -> None:
         order(0, 5, 0, True)[0] = 3
 
 
-@pytest.mark.parametrize(("step", "n", "size"), [(-1, 4, 2), (0, 0, 2), (0, 4, 0)])
-def test_impossible_batches(step: int, n: int, size: int) -> None:
-    with pytest.raises(ValueError, match="no batch"):
-        global_batch(step, n, size, 0, True)
+def test_impossible_batches() -> None:
+    with pytest.raises(ValueError, match="no batch -1"):
+        batches(4, 2).rows(-1)
+    for n, size in ((0, 2), (4, 0)):
+        with pytest.raises(ValueError, match="no batches of"):
+            batches(n, size)
+    with pytest.raises(ValueError, match="no rank 2 of 2"):
+        batches(4, 2).passes([0, 1], 2, 2)
 
 
 def test_microbatches() -> None:

@@ -90,11 +90,58 @@ def test_rows_without_a_trained_token_left_are_dropped_and_named(
     path = write([{"prompt": "long question " * 30, "completion": " yes"}, {"prompt": "q", "completion": " yes"}])
     data = build_datasets(DataSection(path=path, max_length=16), base_tokenizer)
     assert [e.source for e in data.train] == [f"{path}:2"]
-    assert data.stats.dropped == {"max_length": [f"{path}:1"]}
+    assert data.stats.dropped == {"cut to length, without a trained token": [f"{path}:1"]}
     assert data.stats.to_dict()["dropped_rows"] == 1 and data.stats.truncated_rows == 1
     long = write([{"prompt": "x " * 99, "completion": "y"}])
-    with pytest.raises(InputError, match=r"no training row is left: .* Raise data\.max_length \(8\)"):
+    with pytest.raises(InputError, match=r"no training row is left: .* within data\.max_length \(8\)"):
         build_datasets(DataSection(path=long, max_length=8), base_tokenizer)
+
+
+def test_a_long_row_loses_its_start_where_the_recipe_says_so(
+    write: Write, base_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path = write([{"prompt": "question " * 30, "completion": " yes" * 9}])
+    (whole,) = build_datasets(DataSection(path=path), base_tokenizer).train
+    data = build_datasets(DataSection(path=path, max_length=20, too_long="cut-start"), base_tokenizer)
+    (cut,) = data.train
+    assert base_tokenizer.bos_token_id == cut.input_ids[0]  # the BOS stays
+    assert cut.input_ids[1:].tolist() == whole.input_ids[-19:].tolist()
+    assert cut.trained[1:].tolist() == whole.trained[-19:].tolist()
+    assert cut.prompt_ids.tolist() == cut.input_ids[: len(cut.prompt_ids)].tolist() and cut.reference == whole.reference
+    assert data.stats.truncated_tokens == len(whole.input_ids) - 20 and data.stats.dropped_rows == 0
+    (inside,) = build_datasets(DataSection(path=path, max_length=8, too_long="cut-start"), base_tokenizer).train
+    assert inside.trained[1:].all() and not inside.trained[0]
+
+
+@pytest.mark.parametrize("size", [8, 20, 33])
+def test_the_parts_of_a_split_row_are_the_row(write: Write, base_tokenizer: PreTrainedTokenizerFast, size: int) -> None:
+    path = write([{"text": "one two three four five six seven " * 9}, {"text": "short"}])
+    whole = build_datasets(DataSection(path=path), base_tokenizer).train[0]
+    data = build_datasets(DataSection(path=path, max_length=size, too_long="split"), base_tokenizer)
+    *parts, short = data.train
+    assert short.source == f"{path}:2" and all(part.source == f"{path}:1" for part in parts)
+    assert all(part.input_ids[0] == base_tokenizer.bos_token_id and len(part.input_ids) <= size for part in parts)
+    joined = np.concatenate([whole.input_ids[:1], *(part.input_ids[1:] for part in parts)])
+    assert joined.tolist() == whole.input_ids.tolist()
+    assert sum(part.trained_tokens for part in parts) == whole.trained_tokens  # each token of the text, once
+    assert (data.stats.split_rows, data.stats.split_parts) == (1, len(parts)) and data.stats.truncated_rows == 0
+
+
+def test_parts_without_a_trained_token_are_left_out(write: Write, base_tokenizer: PreTrainedTokenizerFast) -> None:
+    path = write([{"prompt": "question " * 30, "completion": " yes" * 9}])
+    (whole,) = build_datasets(DataSection(path=path), base_tokenizer).train
+    data = build_datasets(DataSection(path=path, max_length=16, too_long="split"), base_tokenizer)
+    assert all(part.trained.any() and part.reference is None for part in data.train)
+    assert sum(part.trained_tokens for part in data.train) == whole.trained_tokens
+    assert len(data.train) == data.stats.split_parts < len(whole.input_ids) // 15
+
+
+def test_long_rows_are_dropped_where_the_recipe_says_so(write: Write, base_tokenizer: PreTrainedTokenizerFast) -> None:
+    path = write([{"text": "word " * 30}, {"text": "short"}])
+    data = build_datasets(DataSection(path=path, max_length=16, too_long="drop"), base_tokenizer)
+    assert [e.source for e in data.train] == [f"{path}:2"]
+    assert data.stats.dropped == {"longer than data.max_length (16)": [f"{path}:1"]}
+    assert data.stats.truncated_rows == 0
 
 
 def test_source_and_target_lengths(write: Write, base_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -196,7 +243,7 @@ def test_preflight_shows_what_is_trained(write: Write, smollm2_tokenizer: PreTra
     assert f"{data.stats.train_rows} to train on, {data.stats.eval_rows} held out" in shown
     assert f"{data.stats.trained_tokens} tokens, {data.stats.trained_tokens / data.stats.tokens:.1%}" in shown
     assert "Not read   columns id" in shown
-    assert f"Dropped because max_length cut off every trained token: {path}:6" in shown
+    assert f"Dropped, cut to length, without a trained token: {path}:6" in shown
     assert "█" in shown
     # Two rows, with the mark that survives a log file; brackets in the data are not read as colours.
     for example in data.train[:2]:

@@ -73,6 +73,50 @@ def test_same_loss_and_gradients(rows: list[Example], kind: str, attention: str)
         torch.testing.assert_close(once_grad, padded_grad, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+def test_packed_rows_give_the_loss_of_each_alone_and_its_gradients(kind: str, attention: str) -> None:
+    from peft import get_peft_model
+
+    base = small(kind)
+    base.set_attn_implementation(attention)
+    model = get_peft_model(base, QveraConfig(rank=8))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in parameters:
+            p.add_(torch.randn(p.shape, generator=generator) * 0.3)
+    chooser = np.random.default_rng(1)
+    rows = [example(chooser.integers(3, 300, n).tolist(), n // 2) for n in (31, 7, 19, 4)]
+    batch = evaluate.make_batch(model, rows, 0, packing=True)
+    assert batch["input_ids"].shape == (1, sum(len(r.input_ids) for r in rows))
+    hidden = evaluate.hidden_states(model, batch)
+    nll, count = evaluate.batch_nll(model, batch, 512)
+    packed = torch.autograd.grad(nll, parameters)
+    alone = [torch.zeros_like(p) for p in parameters]
+    start = 0
+    for row in rows:
+        one = evaluate.make_batch(model, [row], 0)
+        end = start + len(row.input_ids)
+        torch.testing.assert_close(hidden[0, start:end], evaluate.hidden_states(model, one)[0], rtol=1e-4, atol=1e-5)
+        own, _ = evaluate.batch_nll(model, one, 512)
+        same, _ = evaluate.batch_nll(model, evaluate.make_batch(model, [row], 0, packing=True), 512)
+        torch.testing.assert_close(own, same, rtol=0, atol=0)
+        for total, gradient in zip(alone, torch.autograd.grad(own, parameters), strict=True):
+            total += gradient
+        start = end
+    assert count == sum(r.trained_tokens for r in rows)
+    for together, apart in zip(packed, alone, strict=True):
+        torch.testing.assert_close(together, apart, rtol=1e-3, atol=1e-5)
+
+
+def test_flash_attention_tells_rows_apart_by_their_positions(rows: list[Example]) -> None:
+    batch = collate_prefix_once(rows, packing=True, masked=False)
+    assert batch is not None and "attention_mask" not in batch
+    assert batch["input_ids"][0].tolist() == [token for r in rows for token in r.input_ids.tolist()]
+    assert batch["position_ids"][0].tolist() == [i for r in rows for i in range(len(r.input_ids))]
+
+
 def test_rows_do_not_see_each_other(rows: list[Example]) -> None:
     model = small("llama")
     before = evaluate.hidden_states(model, evaluate.make_batch(model, rows, 0))

@@ -16,7 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from qvera.data import rank_passes
+from qvera.data import Batches
 from qvera.errors import InputError
 from qvera.model import load_adapter, load_base
 from qvera.recipe import parse_recipe
@@ -256,7 +256,8 @@ def test_processes_that_are_not_alike_are_refused_by_name(place: Place) -> None:
 @pytest.mark.parametrize(("count", "size"), [(8, 4), (7, 7), (1, 1), (5, 2), (16, 3)])
 def test_passes_share_a_batch_whatever_the_number_of_ranks(count: int, size: int, world_size: int) -> None:
     rows = [3 * i + 1 for i in range(count)]
-    shares = [rank_passes(rows, rank, world_size, size) for rank in range(world_size)]
+    batches = Batches([5] * (3 * count + 1), count, size)
+    shares = [batches.passes(rows, rank, world_size) for rank in range(world_size)]
     assert [row for share in shares for one in share for row in one] == rows
     assert len({len(share) for share in shares}) == 1, "all ranks walk through the layers equally often"
     assert max(len(one) for share in shares for one in share) <= size

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qvera.cli import main
-from qvera.data import build_datasets, global_batch, microbatches
+from qvera.data import batches_of, build_datasets
 from qvera.errors import InputError
 from qvera.model import load_tokenizer
 from qvera.plan import Machine, make_plan, parse_size, table
@@ -53,11 +53,8 @@ def test_file_sizes_are_those_of_a_run(make_recipe: Any, tmp_path: Path, train_d
 def test_the_longest_batch_is_one_that_training_takes(make_recipe: Any) -> None:
     recipe = make_recipe(training={"max_steps": 7, "global_batch_size": 8, "per_device_train_batch_size": 2})
     rows = build_datasets(recipe.data, load_tokenizer(recipe.model)).train
-    taken = [
-        micro
-        for step in range(7)
-        for micro in microbatches(global_batch(step, len(rows), 8, recipe.data.seed, True), 2)
-    ]
+    batches = batches_of(recipe, rows)
+    taken = [micro for step in range(7) for micro in batches.passes(batches.rows(step))]
     for joinable in (False, True):
         chosen = longest_rows(recipe, rows, joinable, 7)
         assert chosen in taken
