@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from . import measure, quantize
+from .blocked import BLOCK_WEIGHTS, RowBlocks, pays_backward, product, product_back
 from .sharded import is_sharded
 
 
@@ -25,12 +26,20 @@ class _FrozenLinear(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, module: Any) -> torch.Tensor:
         ctx.module = module
         bias = None if module.bias is None else module.bias.to(x.dtype)
-        return F.linear(x, quantize.dequantized_weight(module, x.dtype), bias)
+        blocks = RowBlocks(module, x.dtype, BLOCK_WEIGHTS)
+        if len(blocks) == 1:
+            return product(x, blocks, bias)
+        return product(x.reshape(-1, x.shape[-1]), blocks, bias).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return g @ quantize.dequantized_weight(ctx.module, g.dtype), None
+        tokens, n = g.numel() // g.shape[-1], ctx.module.in_features
+        if not pays_backward(tokens, n):
+            return g @ quantize.dequantized_weight(ctx.module, g.dtype), None
+        grad = g.new_empty(tokens, n)
+        product_back(g.reshape(tokens, -1), RowBlocks(ctx.module, g.dtype, BLOCK_WEIGHTS), out=grad)
+        return grad.view(*g.shape[:-1], n), None
 
 
 def frozen_linear(module: Any, x: torch.Tensor) -> torch.Tensor:

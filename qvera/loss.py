@@ -9,11 +9,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from . import quantize
+from .blocked import RowBlocks, product, product_back
 from .data import IGNORED
 
 
@@ -49,13 +48,13 @@ class Head(NamedTuple):
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, labels: torch.Tensor, head: Head, chunk_tokens: int) -> torch.Tensor:
-        blocks = quantize.RowBlocks(head.module, hidden.dtype, BLOCK_ELEMENTS)
+        blocks = RowBlocks(head.module, hidden.dtype, BLOCK_ELEMENTS, kept=True)
         bias = getattr(head.module, "bias", None)
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, hidden.shape[0], chunk_tokens):
             h, y = hidden[start : start + chunk_tokens], labels[start : start + chunk_tokens].unsqueeze(1)
-            logits = head.logits(_product(h, blocks, bias).to(total.dtype))
+            logits = head.logits(product(h, blocks, bias).to(total.dtype))
             slope = None
             if head.softcap is not None and grad is not None:
                 slope = 1.0 - (logits / head.softcap).square()  # of tanh, before the logits are overwritten
@@ -69,7 +68,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     logits *= slope
                 if head.scale != 1.0:
                     logits *= head.scale
-                _product_back(logits, blocks, out=grad[start : start + chunk_tokens])
+                product_back(logits, blocks, out=grad[start : start + chunk_tokens])
         if grad is not None:
             ctx.save_for_backward(grad)
         return total
@@ -83,26 +82,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 BLOCK_ELEMENTS = 2**25
 """A head stored in another dtype than the product's is cast this many weights at a time: 134 MB in fp32."""
-
-
-def _product(h: torch.Tensor, blocks: quantize.RowBlocks, bias: torch.Tensor | None) -> torch.Tensor:
-    """h Wᵀ + bias [T, vocabulary] in h's dtype."""
-    if len(blocks) == 1:
-        return F.linear(h, next(iter(blocks))[1], bias)
-    product = h.new_empty(h.shape[0], blocks.rows)
-    for rows, weight in blocks:
-        torch.mm(h, weight.t(), out=product[:, rows])
-    return product if bias is None else product.add_(bias)
-
-
-def _product_back(g: torch.Tensor, blocks: quantize.RowBlocks, out: torch.Tensor) -> None:
-    """g W [T, hidden] into ``out``."""
-    if len(blocks) == 1:
-        torch.mm(g.to(out.dtype), next(iter(blocks))[1], out=out)
-        return
-    out.zero_()
-    for rows, weight in blocks:
-        out.addmm_(g[:, rows].to(out.dtype), weight)
 
 
 def summed_nll(hidden: torch.Tensor, labels: torch.Tensor, head: Head, chunk_tokens: int) -> tuple[torch.Tensor, int]:

@@ -178,35 +178,31 @@ def _dequantized(packed: torch.Tensor, state: Any) -> torch.Tensor:
     return bnb_functional.dequantize_4bit(packed, rows).view(shape)
 
 
-class RowBlocks:
-    """The weight [m, n] of a linear layer in ``dtype``, in blocks of rows (``elements`` weights at most) made when asked for.
+def dequantized_rows(module: Any, dtype: torch.dtype, rows: int) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The weight of a 4-bit layer on a CPU in ``dtype``, so many rows at a time; together they are `dequantized_weight` to the bit.
 
-    A weight that is held in that dtype already, or is quantized, is one block (dequantized once).
+    Takes a weight whose blocks of scales end with its rows (`ends_with_rows`).
     """
+    weight, (m, n) = module.weight, (module.out_features, module.in_features)
+    state = copy.copy(getattr(weight, "quant_state", None) or module.quant_state)
+    scales = state.absmax
+    if state.nested:
+        scales = bnb_functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    state.nested, state.state2 = False, None
+    packed, each = weight.data.view(torch.uint8).view(-1), n // state.blocksize
+    for start in range(0, m, rows):
+        end = min(start + rows, m)
+        state.absmax, state.shape = scales[start * each : end * each], torch.Size((end - start, n))
+        part = packed[start * n // 2 : end * n // 2].view(-1, 1)
+        yield slice(start, end), bnb_functional.dequantize_4bit(part, state).to(dtype)
 
-    def __init__(self, module: Any, dtype: torch.dtype, elements: int) -> None:
-        self.rows: int = module.out_features
-        stored = module.weight
-        self._whole = None
-        if stored.dtype == dtype or isinstance(module, (Linear4bit, Linear8bit)):
-            self._whole = dequantized_weight(module, dtype)
-        self._stored, self._dtype = stored, dtype
-        self._step = self.rows if self._whole is not None else max(1, elements // stored.shape[1])
 
-    def __len__(self) -> int:
-        return -(-self.rows // self._step)
-
-    def __iter__(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        if self._whole is not None:
-            yield slice(0, self.rows), self._whole
-            return
-        if self._step >= self.rows:  # one block: cast once, held as long as this object
-            self._whole = self._stored.to(self._dtype)
-            yield slice(0, self.rows), self._whole
-            return
-        for start in range(0, self.rows, self._step):
-            rows = slice(start, min(start + self._step, self.rows))
-            yield rows, self._stored[rows].to(self._dtype)
+def ends_with_rows(module: Any) -> bool:
+    """Whether a 4-bit layer is as bitsandbytes stores it, and its blocks of scales end where its rows do."""
+    state = getattr(module.weight, "quant_state", None) or module.quant_state
+    if state is None or getattr(state, "packing_format_for_cpu", False):
+        return False
+    return module.in_features % state.blocksize == 0
 
 
 def int8_rows(module: Any) -> tuple[torch.Tensor, torch.Tensor]:

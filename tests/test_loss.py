@@ -288,6 +288,6 @@ def test_prompts_cost_nothing_at_the_head() -> None:
         return original(x, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qvera.loss.F.linear", counted)
+        patch.setattr("qvera.blocked.F.linear", counted)
         summed_nll(hidden, labels, h, 4)
     assert seen == [4, 4, 2]

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qvera import frozen, quantize
 from qvera import loss as loss_module
+from qvera.blocked import RowBlocks
 from qvera.data import IGNORED
 from qvera.errors import InputError
 from qvera.generate import generate, generating
@@ -164,7 +165,7 @@ def test_the_loss_casts_a_16_bit_head_block_by_block(monkeypatch: pytest.MonkeyP
         loss, _ = summed_nll(x, labels, Head(module, None, 1.0), chunk)
         loss.backward()
         results.append((loss.detach(), x.grad))
-    assert len(quantize.RowBlocks(stored, torch.float32, 24 * 40)) == 8
+    assert len(RowBlocks(stored, torch.float32, 24 * 40, kept=True)) == 8
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..blocked import BLOCK_WEIGHTS, pays_backward
 from ..vera import summed
 from ..vera.functional import BLOCK_ELEMENTS, few_tokens
 from .machine import Machine
@@ -63,7 +64,18 @@ class Adapted:
     """Adapted linears."""
     dropout: bool
     attention: str
-    quantized: bool
+    quantization: str
+    """As in the recipe: nf4, fp4, int8 or none."""
+
+    @property
+    def quantized(self) -> bool:
+        return self.quantization != "none"
+
+    def goes_by_blocks(self, x: Linear) -> bool:
+        """Whether the weight is never whole: its products take some rows at a time (`qvera.blocked`)."""
+        four_bit = self.quantization in ("nf4", "fp4") and x.quantizable and self.machine.device_type == "cpu"
+        large = x.n * x.m > BLOCK_WEIGHTS and x.n % 64 == 0
+        return four_bit and large and not self.is_summed(x) and pays_backward(self.batch.all_tokens, x.n)
 
     def layer(self) -> list[Linear]:
         """The linears of one decoder layer that stands for all; the second one, where some first ones differ."""
@@ -132,11 +144,14 @@ def _adapter_bytes(a: Adapted) -> int:
 
 
 def weight_bytes(a: Adapted, x: Linear) -> int:
-    """The most that reading the weight W [m, n] takes: itself in the compute dtype, and its scales."""
+    """The most that reading the weight W [m, n] takes: itself or a block of it in the compute dtype, and its scales."""
     if not (a.quantized and x.quantizable):
         return 0
-    numbers = x.n * x.m
-    return numbers * a.machine.itemsize + numbers // 16
+    numbers, size, T = x.n * x.m, a.machine.itemsize, a.batch.all_tokens
+    if a.goes_by_blocks(x):
+        added_up = T * x.n * (4 + size) if size < 4 else 0  # g W in fp32, and one block's part of it
+        return BLOCK_WEIGHTS * size + added_up + numbers // 16
+    return numbers * size + numbers // 16
 
 
 def product_bytes(a: Adapted, x: Linear) -> int:

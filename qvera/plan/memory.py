@@ -163,7 +163,7 @@ def setting(shape: Shape, recipe: Recipe, batch: Batch, machine: Machine) -> Ada
         names=frozenset(x.name for x in shape.adapted(recipe.adapter.targets)),
         dropout=recipe.adapter.dropout > 0,
         attention=shape.attention if attention == "auto" else attention,
-        quantized=recipe.model.quantization != "none",
+        quantization=recipe.model.quantization,
     )
 
 
