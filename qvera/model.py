@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
@@ -380,6 +382,10 @@ def _write_adapter(model: PeftModel, directory: Path) -> None:
     else:
         partial.rename(directory)
     flush(directory.parent)
+    for leftover in directory.parent.iterdir():  # of a process that was killed in here
+        found = re.fullmatch(rf"\.{re.escape(directory.name)}\.(?:partial|old)-(\d+)", leftover.name)
+        if found and not psutil.pid_exists(int(found[1])):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def read_adapter(directory: Path) -> tuple[Any, dict[str, torch.Tensor]]:

@@ -49,6 +49,7 @@ from .recipe import Recipe
 from .rundir import Progressed, check_run_dir, finish, plain, run_facts
 from .scoring import evaluate_between, score
 from .stop import StopRequests
+from .unfinished import replace_text
 from .zero import ZeroConfig, check_optimizer, read_config
 
 
@@ -217,7 +218,12 @@ def _run(
         + "."
     )
 
+    saved_step = (
+        done.step
+    )  # of the checkpoint on disk that is known to be whole: a directory of that name may be damaged
+
     def save() -> None:
+        nonlocal saved_step
         whole, held = engine.unsharded()
         random = group.gather_bytes(checkpoint.random_state(group.rank))
         state = {"schedule": schedule.state_dict(), "progressed": dataclasses.asdict(done)}
@@ -228,6 +234,7 @@ def _run(
             checkpoint.prune(checkpoints, training.save_total_limit, keep)
 
         group.on_first(write)
+        saved_step = done.step
 
     def end(after: dict[str, Any] | None, samples: list[dict[str, Any]]) -> None:
         run["processes"]["ranks"] = group.gather({"host": group.host, "peak_bytes": watch.peak_bytes})
@@ -257,17 +264,17 @@ def _run(
                         f"{training.optim} holds {optimizer_bytes(optimizer):,} bytes of state; torch's adamw would hold "
                         f"{stock_bytes:,}."
                     )
+                due = done.step % training.save_steps == 0
                 if datasets.eval and training.eval_steps and done.step % training.eval_steps == 0:
                     best_before = done.best_step
                     record = evaluate_between(model, datasets, recipe, done, bar, group)
                     if log is not None:
                         log.write(record)
                     trackers.log(record)
-                    if done.best_step != best_before:
-                        save()  # the best vectors are then on disk, whatever comes
-                if done.step % training.save_steps == 0:
+                    due = due or done.best_step != best_before  # the best vectors are then on disk, whatever comes
+                if due:
                     save()
-        if done.step and not group.on_first(lambda: (checkpoints / f"step-{done.step:08d}").exists()):
+        if done.step and done.step != saved_step:
             save()
         if asked:
             run["status"] = "interrupted"
@@ -295,7 +302,7 @@ def _run(
 
 def _begin(run_dir: Path, recipe: Recipe) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    replace_text(run_dir / "recipe.yaml", recipe.to_yaml())  # half of it would be a run that can't be resumed
 
 
 def _engine(

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from qvera import trainer
+from qvera import checkpoint, trainer
 from qvera.cli import main
 from qvera.errors import InputError, Interrupted, RunFailed
 from qvera.recipe import Recipe
@@ -73,7 +73,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(make_recipe: Any, tmp
     assert strip(records(tmp_path / "cut", "eval")) == strip(records(tmp_path / "whole", "eval"))
 
 
-def stop_after(recipe: Recipe, run_dir: Path, step: int) -> None:
+def stop_after(recipe: Recipe, run_dir: Path, step: int, resume: bool = False) -> None:
     """Run until SIGTERM arrives during ``step``; the run saves and says so."""
     original = trainer._step
 
@@ -86,7 +86,7 @@ def stop_after(recipe: Recipe, run_dir: Path, step: int) -> None:
     trainer._step = interrupted  # type: ignore[assignment]
     try:
         with pytest.raises(Interrupted, match=rf"SIGTERM after step {step} of .*--resume"):
-            train(recipe, run_dir)
+            train(recipe, run_dir, resume=resume)
     finally:
         trainer._step = original
     assert (run_dir / "checkpoints" / f"step-{step:08d}" / "manifest.json").exists()
@@ -104,6 +104,24 @@ def test_a_damaged_checkpoint_is_passed_over(make_recipe: Any, tmp_path: Path, c
     assert "vectors.safetensors: is missing or not what the manifest says" in " ".join(capsys.readouterr().err.split())
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     assert same(vectors(tmp_path / "cut"), vectors(tmp_path / "whole"))
+
+
+def test_stopping_where_a_damaged_checkpoint_stands_saves_a_whole_one(make_recipe: Any, tmp_path: Path) -> None:
+    recipe = make_recipe(training={"max_steps": 6, "save_steps": 2})
+    stop_after(recipe, tmp_path / "run", step=3)
+    damaged = tmp_path / "run" / "checkpoints" / "step-00000003"
+    (damaged / "vectors.safetensors").write_bytes(b"")
+    stop_after(recipe, tmp_path / "run", step=3, resume=True)  # from step 2; "and saved" has to be true
+    assert checkpoint.load(damaged).step == 3
+
+
+def test_each_step_is_saved_once(make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second save of one step would take away the first for a moment, and with a limit of one there is no other."""
+    saved: list[int] = []
+    original = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda d, step, *more: saved.append(step) or original(d, step, *more))
+    train(make_recipe(training={"max_steps": 7, "save_steps": 2, "eval_steps": 2}), tmp_path / "run")
+    assert saved == sorted(set(saved)) and {2, 4, 6, 7} <= set(saved)
 
 
 def test_accumulation_does_not_change_the_update(make_recipe: Any, tmp_path: Path) -> None:

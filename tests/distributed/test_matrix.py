@@ -45,7 +45,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> Place:
         narrow = place.recipe(stage, **BARE)
         narrow["model"] |= {"compute_dtype": "bfloat16"}
         task(f"{stage}-bf16", narrow)
-    place.found = run_worker(tasks, 3, place.root / "spawn", limit_seconds=240)
+    place.found = run_worker(tasks, 3, place.root / "spawn", limit_seconds=600)
     return place
 
 
