@@ -7,7 +7,7 @@ the system call that the plan names, and kills it before or after the call, or w
 steps: a timer goes off at a random moment of the step that the plan names; a byte in shared memory, set by wrappers around the
 step's functions in the fork, says what the process was doing when it died. The training's own code is as it is.
 
-    python bench/chaos.py                       100 kills, about 4 minutes
+    python bench/chaos.py                       100 kills, two minutes
     python bench/chaos.py --kills 24 --out FILE
 """
 
