@@ -44,9 +44,9 @@ from .model import (
 )
 from .optimize import build_optimizer, build_schedule, optimizer_bytes
 from .plan import planned_steps
-from .ranks import Group, in_group
+from .ranks import Group, in_group, restarted
 from .recipe import Recipe
-from .rundir import Progressed, check_run_dir, finish, plain, run_facts
+from .rundir import Progressed, check_run_dir, check_same_run, finish, plain, run_facts
 from .scoring import evaluate_between, score
 from .stop import StopRequests
 from .unfinished import replace_text
@@ -74,7 +74,7 @@ def train(
 
     Args:
         run_dir: must not hold a run yet, unless ``resume``.
-        resume: go on from the newest checkpoint in ``run_dir`` that verifies.
+        resume: go on from the newest checkpoint in ``run_dir`` that verifies. So does a run whose processes torchrun has restarted.
         dry_run: stop after the preflight; nothing is written (returns None).
         base: an already loaded base, for callers that train more than once on it.
 
@@ -112,6 +112,8 @@ def _prepared(
                 )
 
     group.agree(configure)
+    if group.sum([float(restarted())])[0]:  # on some node; the one that takes the place of a lost node does not know
+        resume = resume or group.on_first(lambda: (run_dir / "recipe.yaml").exists())
     same_everywhere(recipe, group, console)
     group.on_first(lambda: check_run_dir(run_dir, recipe, resume, dry_run))
     device = pick_device()
@@ -190,7 +192,11 @@ def _run(
     if resume:
         found = None
         if group.first:
-            found = checkpoint.newest(checkpoints, warn=lambda text: console.print(f"[yellow]{text}"))
+            found = checkpoint.newest(
+                checkpoints,
+                warn=lambda text: console.print(text, style="yellow", markup=False),
+                check=lambda one: check_same_run(one, recipe),
+            )
         found = checkpoint.shared(found, group)
         if found is None:
             console.print(f"No checkpoint in {checkpoints} verifies: starting from step 0.")
@@ -226,7 +232,7 @@ def _run(
         nonlocal saved_step
         whole, held = engine.unsharded()
         random = group.gather_bytes(checkpoint.random_state(group.rank))
-        state = {"schedule": schedule.state_dict(), "progressed": dataclasses.asdict(done)}
+        state = {"recipe": recipe.to_dict(), "schedule": schedule.state_dict(), "progressed": dataclasses.asdict(done)}
         keep = {done.best_step} if done.best_step is not None else set()
 
         def write() -> None:
@@ -238,8 +244,8 @@ def _run(
 
     def end(after: dict[str, Any] | None, samples: list[dict[str, Any]]) -> None:
         run["processes"]["ranks"] = group.gather({"host": group.host, "peak_bytes": watch.peak_bytes})
-        if group.first:
-            finish(run_dir, run, done, steps, per_epoch, watch, after, samples, console)
+        # the others wait for it: a launcher that sees one process leave with 75 ends the rest of them
+        group.on_first(lambda: finish(run_dir, run, done, steps, per_epoch, watch, after, samples, console))
 
     signals, asked = StopRequests(), None
     with signals, trackers:
