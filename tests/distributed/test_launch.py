@@ -29,6 +29,8 @@ def torchrun(*more: str) -> list[str]:
 def test_one_machine() -> None:
     assert launch.launch_command(RECIPE, gpus=2) == torchrun("--nproc-per-node", "2", "--standalone")
     assert launch.launch_command(RECIPE, gpus=1, train_arguments=["--resume"])[-2:] == ["r.yaml", "--resume"]
+    restarts = torchrun("--nproc-per-node", "2", "--max-restarts", "3", "--standalone")
+    assert launch.launch_command(RECIPE, gpus=2, max_restarts=3) == restarts
 
 
 def test_one_of_several_machines() -> None:
@@ -56,6 +58,8 @@ def test_a_host_file(tmp_path: Path) -> None:
         ({"gpus": 0}, "--gpus: takes a whole number"),
         ({"hostfile": Path("/no/hosts")}, "--hostfile: /no/hosts is no file"),
         ({"hostfile": Path("/no/hosts"), "nnodes": 2}, "leave --nnodes out"),
+        ({"hostfile": Path("/no/hosts"), "max_restarts": 1}, "DeepSpeed's launcher restarts nothing"),
+        ({"max_restarts": -1}, "--max-restarts: takes a whole number >= 0"),
     ],
 )
 def test_half_a_way_is_refused(arguments: dict[str, Any], words: str) -> None:
