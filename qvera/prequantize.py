@@ -34,7 +34,20 @@ RECORD = "qvera_quantized.json"
 SHARD_BYTES = 1_000_000_000
 """A kill costs at most the work of one shard."""
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-_NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".index.json")
+_NOT_COPIED = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pkl",
+    ".pickle",
+    ".pth",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".ckpt",
+    ".index.json",
+)
 _DEPTH = 4
 
 Progress = Callable[[int, int, str], None]

@@ -21,6 +21,7 @@ from .errors import InputError, QveraError
 from .model import Base, adapter_facts
 from .recipe import Recipe, load_recipe
 from .report import write_report
+from .unfinished import replace_text
 
 
 @dataclasses.dataclass
@@ -164,9 +165,7 @@ def finish(
         {"prompt": a["prompt"], "reference": a["reference"], "before": b["answer"], "after": a["answer"]}
         for b, a in zip(done.samples_before, samples, strict=False)
     ]
-    partial = run_dir / ".run.json.partial"
-    partial.write_text(json.dumps(plain(run), indent=1, ensure_ascii=False), encoding="utf-8")
-    partial.replace(run_dir / "run.json")
+    replace_text(run_dir / "run.json", json.dumps(plain(run), indent=1, ensure_ascii=False))
     try:
         write_report(run_dir)
     except QveraError as error:  # the page can be made again; the run is what counts

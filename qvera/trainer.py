@@ -236,6 +236,8 @@ def _run(
         keep = {done.best_step} if done.best_step is not None else set()
 
         def write() -> None:
+            if log is not None:
+                log.flush()
             checkpoint.save(checkpoints, done.step, {**vectors, **whole}, held, plain(state), random)
             checkpoint.prune(checkpoints, training.save_total_limit, keep)
 

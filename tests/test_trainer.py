@@ -159,6 +159,18 @@ def test_stopping_where_a_damaged_checkpoint_stands_saves_a_whole_one(make_recip
     assert checkpoint.load(damaged).step == 3
 
 
+def test_records_are_on_disk_before_the_checkpoint_that_ends_them(
+    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut a run goes on behind its newest checkpoint: what was recorded before that is never run again."""
+    order: list[str] = []
+    original = checkpoint.save
+    monkeypatch.setattr("qvera.metrics.flush", lambda path: order.append(path.name))
+    monkeypatch.setattr(checkpoint, "save", lambda *all: order.append("checkpoint") or original(*all))
+    train(make_recipe(training={"max_steps": 4, "save_steps": 2}), tmp_path / "run")
+    assert order == ["metrics.jsonl", "checkpoint"] * 2
+
+
 def test_each_step_is_saved_once(make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second save of one step would take away the first for a moment, and with a limit of one there is no other."""
     saved: list[int] = []

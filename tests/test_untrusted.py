@@ -109,10 +109,12 @@ def test_no_pickle_is_opened_from_base_to_export(
         ["export", str(run), str(tmp_path / "merged"), "--to", "merged"],
         ["export", str(run), str(tmp_path / "lora"), "--to", "lora"],
         ["info", str(run)],
+        ["quantize", str(base), str(tmp_path / "quantized")],
+        ["plan", str(tmp_path / "recipe.yaml")],
     ):
         assert main(command) == 0, command
         assert not sprung.exists(), command
-    for written in ("merged", "lora"):
+    for written in ("merged", "lora", "quantized"):
         assert not [p for p in (tmp_path / written).rglob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
 
 

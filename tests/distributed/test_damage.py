@@ -53,13 +53,15 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> Place:
     for stage in STAGES:
         recipe = place.recipe(stage, **BARE)
         tasks.append({"name": f"{stage}-whole", "recipe": recipe, "run_dir": str(root / f"{stage}-whole")})
-        tasks.append({**tasks[-1], "name": f"{stage}-cut", "run_dir": str(root / f"{stage}-cut"), "stop_after": CUT})
+        tasks.append(
+            {**tasks[-1], "name": f"{stage}-stopped", "run_dir": str(root / f"{stage}-stopped"), "stop_after": CUT}
+        )
     run_worker(tasks, 2, root / "first", limit_seconds=200)
     tasks = []
     for stage in STAGES:
         for damage in DAMAGE:
             name = f"{stage}-{damage.__name__}"
-            shutil.copytree(root / f"{stage}-cut", root / name)
+            shutil.copytree(root / f"{stage}-stopped", root / name)
             said[name] = damage(root / name / "checkpoints" / f"step-{CUT:08d}")
             task = {"name": name, "recipe": place.recipe(stage, **BARE), "run_dir": str(root / name), "resume": True}
             tasks.append(task)
