@@ -191,7 +191,8 @@ def test_code_that_comes_with_a_model_is_run_only_where_the_recipe_says_so(
     make_recipe: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))  # transformers adds that directory
     base = tmp_path / "evil"
     shutil.copytree(tiny_model_dir, base)
     (base / "evil.py").write_text(CODE.format(sprung=str(sprung)))
