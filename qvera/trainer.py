@@ -113,7 +113,8 @@ def _prepared(
 
     group.agree(configure)
     if group.sum([float(restarted())])[0]:  # on some node; the one that takes the place of a lost node does not know
-        resume = resume or group.on_first(lambda: (run_dir / "recipe.yaml").exists())
+        # only what this launch has begun: a run that was there before is still refused without --resume
+        resume = resume or group.on_first(lambda: group.remembers(f"begun {run_dir}") and _has_begun(run_dir))
     same_everywhere(recipe, group, console)
     group.on_first(lambda: check_run_dir(run_dir, recipe, resume, dry_run))
     device = pick_device()
@@ -211,6 +212,8 @@ def _run(
         with console.status("Trying the longest batch"):
             group.agree(lambda: rehearsal.run_longest_batch(model, recipe, datasets, plan, steps, optimizer))
     engine = _engine(zero, recipe, model, trained, optimizer, schedule, group, run_dir)
+    if group.first:
+        group.remember(f"begun {run_dir}")
     group.on_first(lambda: _begin(run_dir, recipe))
     log = MetricsLog(run_dir / "metrics.jsonl", keep_through_step=done.step) if group.first else None
     run = run_facts(base, model, datasets, device, started)
@@ -306,6 +309,10 @@ def _run(
     run["status"] = "done"
     end(after, samples)
     return RunResult(run_dir, run) if group.first else None
+
+
+def _has_begun(run_dir: Path) -> bool:
+    return (run_dir / "recipe.yaml").exists()
 
 
 def _begin(run_dir: Path, recipe: Recipe) -> None:

@@ -56,7 +56,7 @@ def in_group() -> Iterator[Group]:
         return
     count = launched_ranks()
     if count == 1:
-        yield Group()
+        yield Group(store=own_store() if _by_torchrun() else None)
         return
     missing = [name for name in _VARIABLES if name not in os.environ]
     if missing:
@@ -68,7 +68,7 @@ def in_group() -> Iterator[Group]:
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
     store, attempt = _meet(count)
-    group = Group(int(os.environ["RANK"]), count, local_rank)
+    group = Group(int(os.environ["RANK"]), count, local_rank, store=store)
     try:
         with Heartbeat(group, dist.PrefixStore(attempt, own_store()), launcher=_launcher()) as heartbeat:
             try:
@@ -92,6 +92,10 @@ def in_group() -> Iterator[Group]:
 def restarted() -> bool:
     """Whether torchrun has started this process in the place of one that failed (``--max-restarts``)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def _by_torchrun() -> bool:
+    return all(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT"))
 
 
 def _launcher() -> int | None:

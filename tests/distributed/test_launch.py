@@ -136,3 +136,16 @@ def test_input_that_is_wrong_ends_a_launched_run_with_2(write_recipe: Any, tmp_p
     process, log = started(recipe, directory=tmp_path)
     assert process.wait(120) == 2, log.read_text()[-3000:]
     assert log.read_text().count("none.jsonl") >= 1 and not os.path.exists(tmp_path / "runs")
+
+
+@pytest.mark.slow
+def test_a_restart_does_not_turn_a_refused_run_into_a_resumed_one(write_recipe: Any, tmp_path: Path) -> None:
+    """A run of another launch stands there. Refused, torchrun starts the processes again, and they are refused again."""
+    out = tmp_path / "out"
+    recipe = write_recipe(training={"max_steps": 4, "output_dir": str(out)})
+    assert main(["train", str(recipe)]) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    process, log = started(recipe, "--max-restarts", "1", directory=tmp_path)
+    assert process.wait(180) == 2, log.read_text()[-3000:]
+    assert log.read_text().count("already holds a run. Add --resume") == 2
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
