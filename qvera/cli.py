@@ -87,6 +87,10 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--nnodes", type=int, metavar="N", help="how many machines there are")
     p.add_argument("--rdzv", metavar="HOST:PORT", help="where machine 0 is reached")
     p.add_argument(
+        "--max-restarts", type=int, default=0, metavar="N",
+        help="after a process has failed start all again, up to N times, from the last checkpoint (default: 0, end)",
+    )  # fmt: skip
+    p.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides", help="as in train"
     )
     p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint that verifies")

@@ -126,6 +126,7 @@ def launch(args: argparse.Namespace) -> int:
         node_rank=args.node_rank,
         nnodes=args.nnodes,
         rdzv=args.rdzv,
+        max_restarts=args.max_restarts,
         train_arguments=more,
     )
     print(launcher.say(command), file=sys.stderr)

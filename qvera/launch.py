@@ -39,6 +39,7 @@ def launch_command(
     node_rank: int | None = None,
     nnodes: int | None = None,
     rdzv: str | None = None,
+    max_restarts: int = 0,
     train_arguments: list[str] | None = None,
 ) -> list[str]:
     """The command of the launcher below.
@@ -47,6 +48,7 @@ def launch_command(
         gpus: processes on each machine; default: one for each GPU, or one.
         hostfile: DeepSpeed's: a line ``HOST slots=N`` for each machine. Run on one of them; the others are reached by ssh.
         node_rank, nnodes, rdzv: this machine's number from 0, how many there are, and ``HOST:PORT`` of number 0.
+        max_restarts: how often torchrun may start the processes again after one has failed; they go on from the last checkpoint.
         train_arguments: what goes to `qvera train` after the recipe.
 
     Raises:
@@ -61,6 +63,8 @@ def launch_command(
     if hostfile is not None:
         if several:
             raise InputError(f"--hostfile: names the machines by itself; leave {', '.join(several)} out.")
+        if max_restarts:
+            raise InputError("--max-restarts: DeepSpeed's launcher restarts nothing; use it with --gpus or --rdzv.")
         if not hostfile.is_file():
             raise InputError(f"--hostfile: {hostfile} is no file. It has a line `HOST slots=N` for each machine.")
         per_node = [] if gpus is None else ["--num_gpus", str(gpus)]
@@ -68,7 +72,11 @@ def launch_command(
         return [*runner, "--module", *inner]
     if gpus is not None and gpus < 1:
         raise InputError(f"--gpus: takes a whole number >= 1, got {gpus}.")
+    if max_restarts < 0:
+        raise InputError(f"--max-restarts: takes a whole number >= 0, got {max_restarts}.")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(gpus or _own_gpus())]
+    if max_restarts:
+        command += ["--max-restarts", str(max_restarts)]
     if not several:
         return [*command, "--standalone", "-m", *inner]
     if node_rank is None or nnodes is None or rdzv is None:

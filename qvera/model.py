@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
@@ -25,6 +27,7 @@ from .locations import base_directory, resolve_path
 from .mapped import NotMappable, Spread, load_mapped
 from .recipe import AdapterSection, ModelSection
 from .sharded import whole_numel
+from .shards import INDEX, weight_map
 from .stored import base_fingerprint, same_base
 from .unfinished import disk_full_says, flush
 from .vera import QveraConfig, QveraLinear, accelerated_peft
@@ -184,6 +187,8 @@ def _check_local(name: str) -> None:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise InputError(f"model.path: {name!r} has no config.json, so it is not a model directory.")
+        if (path / INDEX).is_file():
+            weight_map(path / INDEX)  # transformers would follow its names anywhere
         if not any(path.glob("*.safetensors")):
             pickles = sorted(p.name for p in [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
             found = f"; it has {', '.join(pickles[:3])}, which are pickles and are not read" if pickles else ""
@@ -380,6 +385,10 @@ def _write_adapter(model: PeftModel, directory: Path) -> None:
     else:
         partial.rename(directory)
     flush(directory.parent)
+    for leftover in directory.parent.iterdir():  # of a process that was killed in here
+        found = re.fullmatch(rf"\.{re.escape(directory.name)}\.(?:partial|old)-(\d+)", leftover.name)
+        if found and not psutil.pid_exists(int(found[1])):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def read_adapter(directory: Path) -> tuple[Any, dict[str, torch.Tensor]]:

@@ -29,6 +29,8 @@ def torchrun(*more: str) -> list[str]:
 def test_one_machine() -> None:
     assert launch.launch_command(RECIPE, gpus=2) == torchrun("--nproc-per-node", "2", "--standalone")
     assert launch.launch_command(RECIPE, gpus=1, train_arguments=["--resume"])[-2:] == ["r.yaml", "--resume"]
+    restarts = torchrun("--nproc-per-node", "2", "--max-restarts", "3", "--standalone")
+    assert launch.launch_command(RECIPE, gpus=2, max_restarts=3) == restarts
 
 
 def test_one_of_several_machines() -> None:
@@ -56,6 +58,8 @@ def test_a_host_file(tmp_path: Path) -> None:
         ({"gpus": 0}, "--gpus: takes a whole number"),
         ({"hostfile": Path("/no/hosts")}, "--hostfile: /no/hosts is no file"),
         ({"hostfile": Path("/no/hosts"), "nnodes": 2}, "leave --nnodes out"),
+        ({"hostfile": Path("/no/hosts"), "max_restarts": 1}, "DeepSpeed's launcher restarts nothing"),
+        ({"max_restarts": -1}, "--max-restarts: takes a whole number >= 0"),
     ],
 )
 def test_half_a_way_is_refused(arguments: dict[str, Any], words: str) -> None:
@@ -132,3 +136,16 @@ def test_input_that_is_wrong_ends_a_launched_run_with_2(write_recipe: Any, tmp_p
     process, log = started(recipe, directory=tmp_path)
     assert process.wait(120) == 2, log.read_text()[-3000:]
     assert log.read_text().count("none.jsonl") >= 1 and not os.path.exists(tmp_path / "runs")
+
+
+@pytest.mark.slow
+def test_a_restart_does_not_turn_a_refused_run_into_a_resumed_one(write_recipe: Any, tmp_path: Path) -> None:
+    """A run of another launch stands there. Refused, torchrun starts the processes again, and they are refused again."""
+    out = tmp_path / "out"
+    recipe = write_recipe(training={"max_steps": 4, "output_dir": str(out)})
+    assert main(["train", str(recipe)]) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    process, log = started(recipe, "--max-restarts", "1", directory=tmp_path)
+    assert process.wait(180) == 2, log.read_text()[-3000:]
+    assert log.read_text().count("already holds a run. Add --resume") == 2
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
