@@ -84,7 +84,8 @@ hosts, command = arguments[at + 1].split(","), " ".join(arguments[at + 2:])
 open("CALLED", "a").write("pdsh " + ",".join(hosts) + "\\n")
 names = NAMES
 def there(number, host):
-    shell = ["env", "-i", "PATH=/usr/bin:/bin", "HOME=/root", "bash", "-c", command.replace("%n", str(number))]  # as ssh: nothing of ours
+    command_there = command.replace("%n", str(number))
+    shell = ["env", "-i", "PATH=/usr/bin:/bin", "HOME=/root", "bash", "-c", command_there]  # as ssh: nothing of ours
     named = f'hostname {host}; exec "$@"'
     return subprocess.Popen(["ip", "netns", "exec", names[host], "unshare", "--uts", "sh", "-c", named, "sh", *shell])
 sys.exit(max(p.wait() for p in [there(number, host) for number, host in enumerate(hosts)]))
