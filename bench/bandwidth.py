@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from big import recipe, write_rows
 from common import header, write_result
@@ -83,7 +84,7 @@ def run_case(
         "losses": [r["loss"] for r in records if r["kind"] == "train"],
     }
     planned = load_recipe(file, [])
-    shape = make_plan(planned, Machine("", "cpu", __import__("torch").bfloat16, True, 0)).shape
+    shape = make_plan(planned, Machine("", "cpu", torch.bfloat16, True, 0)).shape
     brought = traffic(shape, planned, Sharing(int(stage[4]), None, 2, 1))
     found["planned_bytes_per_step"] = {"gradients": brought.gradients, "base": brought.base}
     if between:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from qvera import quantize, sharded, trainer
+from qvera import quantize, rehearsal, sharded, trainer
 from qvera.errors import QveraError
 from qvera.model import causal_model
 from qvera.optimize import optimizer_bytes
@@ -35,13 +35,21 @@ class Watch:
         self.live_bytes = 0
         self.big: list[Any] = []
         self.private: dict[str, int] = {}
+        self.rehearsed = 0
         self.stop_after = stop_after
 
     def __enter__(self) -> Watch:
         gc.collect()
         before = set(live_storages())
         self.kept = trainer._engine, trainer._step, trainer.rank_passes
+        self.rehearsal = rehearsal.run_longest_batch
         build, step, passes = self.kept
+
+        def watched_rehearsal(*args: Any) -> None:
+            self.rehearsed += 1
+            self.rehearsal(*args)
+
+        rehearsal.run_longest_batch = watched_rehearsal
 
         def watched_build(*args: Any) -> Any:
             self.engine, self.model = build(*args), args[2]
@@ -80,6 +88,7 @@ class Watch:
 
     def __exit__(self, *_: Any) -> None:
         trainer._engine, trainer._step, trainer.rank_passes = self.kept
+        rehearsal.run_longest_batch = self.rehearsal
 
     def found(self) -> dict[str, Any]:
         engine = self.engine
@@ -96,6 +105,7 @@ class Watch:
             "packed_modules": len(self.big),
             "states_kept": sum(p.quant_state is not None for p in self.big),
             "private": self.private,
+            "rehearsed": self.rehearsed,
             "rows": self.rows,
             "embedding": _embedding(causal_model(self.model)),
         }
