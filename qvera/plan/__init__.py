@@ -24,7 +24,7 @@ from .files import adapter_bytes, checkpoint_bytes
 from .fits import BatchOf, Change, fits, nearest_changes
 from .machine import Machine, gpu_machine, parse_size, this_machine
 from .memory import Memory, plan_memory, setting
-from .ranks import ALONE, Sharing, Way, plan_rank, plan_ways, right_way
+from .ranks import ALONE, Sharing, Way, passes_of, plan_rank, plan_ways, right_way
 from .seconds import calibrate, step_seconds
 from .shapes import Shape, shape_of
 
@@ -168,6 +168,10 @@ def _cut(example: Example, tokens: int) -> Example:
 
 
 def time_step(plan: Plan, recipe: Recipe, device: torch.device) -> dict[str, float]:
-    """Seconds of one optimizer step in parts, from a calibration of ``device`` (2 to 5 seconds)."""
+    """Seconds of one optimizer step in parts, from a calibration of ``device`` (2 to 5 seconds).
+
+    With several ranks: of one on a device like this one for each, without what the network takes.
+    """
     a = setting(plan.shape, recipe, plan.batch, plan.machine)
-    return step_seconds(a, recipe, calibrate(a, recipe, device))
+    share = passes_of(recipe, plan.sharing.world_size) / passes_of(recipe, 1)
+    return {name: share * s for name, s in step_seconds(a, recipe, calibrate(a, recipe, device)).items()}

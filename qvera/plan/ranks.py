@@ -206,11 +206,16 @@ def traffic(shape: Shape, recipe: Recipe, sharing: Sharing) -> Traffic:
     if sharing.stage < 3:
         return Traffic(gradients, 0)
     training, spread = recipe.training, spread_of(shape)
-    passes = -(-_share(training.global_batch_size, world) // training.per_device_train_batch_size)
     uses = 3 if training.gradient_checkpointing else 2  # forward, recomputation, backward
     again = spread.last if training.gradient_checkpointing else 0
     a_pass = uses * (spread.packed + spread.dense) - again + spread.embedding + spread.head
-    return Traffic(gradients, passes * a_pass * (world - 1) // world)
+    return Traffic(gradients, passes_of(recipe, world) * a_pass * (world - 1) // world)
+
+
+def passes_of(recipe: Recipe, world_size: int) -> int:
+    """Forward passes of a rank in an optimizer step (`data.rank_passes`)."""
+    training = recipe.training
+    return -(-_share(training.global_batch_size, world_size) // training.per_device_train_batch_size)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,10 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(f"Files: adapter {size(plan.adapter_bytes)}, a checkpoint {size(plan.checkpoint_bytes)}.")
     if plan.seconds is not None:
         parts = ", ".join(f"{name} {duration(s)}" for name, s in plan.seconds.items() if s > 0)
-        console.print(f"A step takes about {duration(sum(plan.seconds.values()))} here ({parts}).")
+        ranks = (
+            f" for one of {plan.sharing.world_size} ranks, without the network" if plan.sharing.world_size > 1 else ""
+        )
+        console.print(f"A step takes about {duration(sum(plan.seconds.values()))} here{ranks} ({parts}).")
     if plan.machine.device_type == "cuda":
         console.print("GPU figures are computed from shapes; no GPU has confirmed them yet.")
     if plan.ways:
