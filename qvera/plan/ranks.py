@@ -202,7 +202,9 @@ def traffic(shape: Shape, recipe: Recipe, sharing: Sharing) -> Traffic:
         return Traffic(0, 0)
     sizes = vector_sizes(shape.adapted(recipe.adapter.targets), recipe.adapter.rank)
     trained = sum(n for name, n in sizes if recipe.adapter.train_d or name.endswith("_b"))
-    gradients = 2 * 4 * trained * (world - 1) // world
+    # an all-reduce is a reduction and a gather; the optimizers of stages 1 and 2 do one, and gather the stepped vectors after it
+    times = 3 if sharing.stage in (1, 2) else 2
+    gradients = times * 4 * trained * (world - 1) // world
     if sharing.stage < 3:
         return Traffic(gradients, 0)
     training, spread = recipe.training, spread_of(shape)

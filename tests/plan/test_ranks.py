@@ -70,6 +70,9 @@ def test_what_travels_in_a_step() -> None:
     recipe.training.global_batch_size, recipe.training.per_device_train_batch_size = 2, 1
     plain = traffic(shape, recipe, Sharing(0, None, 2))
     assert (plain.gradients, plain.base) == (4 * 1_417_216, 0)  # 5.7 MB
+    assert (
+        traffic(shape, recipe, Sharing(1, None, 2)).total == 6 * 1_417_216
+    )  # bench/bandwidth.py received 1.004 times that of a 1.1B
     spread = traffic(shape, recipe, Sharing(3, None, 2))
     down = 32 * 4096 * 11008 // 2
     assert spread.base == (3 * PACKED - down + 2 * 2 * 32000 * 4096) // 2 and spread.gradients == plain.gradients
