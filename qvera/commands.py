@@ -55,7 +55,7 @@ from .model import (
     read_config,
     require_base,
 )
-from .plan import gpu_machine, make_plan, parse_size, time_step
+from .plan import Sharing, gpu_machine, make_plan, parse_size, time_step
 from .plan import table as plan_table
 from .plan.say import print_plan
 from .prequantize import problem_of, read_record
@@ -67,6 +67,7 @@ from .stop import StopRequests
 from .stored import file_sha256, same_base
 from .trainer import train as train_run
 from .unfinished import replace_text
+from .zero import read_config as read_deepspeed
 
 _console = Console(stderr=True)
 
@@ -172,7 +173,12 @@ def plan(args: argparse.Namespace) -> None:
     recipe = load_recipe(args.recipe, args.overrides)
     device = pick_device()
     machine = None if args.gpu is None else gpu_machine(recipe.model, parse_size(args.gpu))
-    made = make_plan(recipe, machine or device, _rows_at_hand(recipe))
+    several = args.nodes is not None or args.gpus is not None
+    for name, value in (("--nodes", args.nodes), ("--gpus", args.gpus)):
+        if value is not None and value < 1:
+            raise InputError(f"{name}: takes a whole number >= 1, got {value}.")
+    sharing = Sharing.of(read_deepspeed(recipe.deepspeed), args.nodes or 1, args.gpus or 1)
+    made = make_plan(recipe, machine or device, _rows_at_hand(recipe), sharing, every_way=several)
     if machine is None and not args.no_timing:
         with _console.status("Timing this machine"):
             made = dataclasses.replace(made, seconds=time_step(made, recipe, device))

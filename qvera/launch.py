@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,7 +53,7 @@ def launch_command(
         train_arguments: what goes to `qvera train` after the recipe.
 
     Raises:
-        InputError: the arguments name more than one way, or a part of one.
+        InputError: the arguments name more than one way, or a part of one; or several hosts, and there is no pdsh.
     """
     inner = ["qvera", "train", str(recipe), *(train_arguments or [])]
     several = [
@@ -67,6 +68,12 @@ def launch_command(
             raise InputError("--max-restarts: DeepSpeed's launcher restarts nothing; use it with --gpus or --rdzv.")
         if not hostfile.is_file():
             raise InputError(f"--hostfile: {hostfile} is no file. It has a line `HOST slots=N` for each machine.")
+        if _hosts(hostfile) > 1 and shutil.which("pdsh") is None:
+            raise InputError(
+                "--hostfile: DeepSpeed's launcher reaches other machines by pdsh, over ssh without a password, and pdsh is not "
+                "installed here (Debian and Ubuntu: pdsh). Or start each machine by itself, with --node-rank K --nnodes N --rdzv "
+                "HOST:PORT."
+            )
         per_node = [] if gpus is None else ["--num_gpus", str(gpus)]
         runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile), *per_node]
         return [*runner, "--module", *inner]
@@ -89,6 +96,11 @@ def launch_command(
     # static: whose turn it is to serve the store is said here, and not found out from host names
     place = ["--nnodes", str(nnodes), "--node-rank", str(node_rank), "--master-addr", host, "--master-port", port]
     return [*command, *place, "-m", *inner]
+
+
+def _hosts(hostfile: Path) -> int:
+    lines = (line.partition("#")[0].strip() for line in hostfile.read_text(encoding="utf-8").splitlines())
+    return len([line for line in lines if line])
 
 
 def _own_gpus() -> int:

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 from . import checkpoint, evaluate, measure, rehearsal
-from .alike import asked_to_stop, for_all, not_finite, same_data, same_everywhere
+from .alike import asked_to_stop, for_all, nodes_of, not_finite, room_everywhere, same_data, same_everywhere
 from .data import (
     Batches,
     Datasets,
@@ -43,7 +43,7 @@ from .model import (
     save_adapter,
 )
 from .optimize import build_optimizer, build_schedule, optimizer_bytes
-from .plan import planned_steps
+from .plan import Sharing, planned_steps
 from .ranks import Group, in_group, restarted
 from .recipe import Recipe
 from .rundir import Progressed, check_run_dir, check_same_run, finish, plain, run_facts
@@ -161,7 +161,11 @@ def _run(
         from .zero.base import Spreader
 
         spread = Spreader(zero, recipe, group.world_size, run_dir / "offload")
-    plan = rehearsal.plan_run(recipe, datasets, device, base, console) if spread is None else None
+    nodes, per_node = nodes_of(group)
+    plan = rehearsal.plan_run(
+        recipe, datasets, device, base, console, Sharing.of(zero, nodes, per_node, group.world_size)
+    )
+    room_everywhere(plan, group, console)
     with console.status(f"Loading {recipe.model.path}") as status:
 
         def quantizing(stage: str, done: int, total: int, what: str) -> None:
@@ -211,10 +215,17 @@ def _run(
                 parameters["lr"] = rate
             done = Progressed(**found.state["progressed"])
             console.print(f"Going on from step {done.step} of {steps} ({found.path}).")
-    if done.step == 0 and steps and training.rehearse_longest_batch and spread is None:
-        with console.status("Trying the longest batch"):
-            group.agree(lambda: rehearsal.run_longest_batch(model, recipe, datasets, plan, steps, optimizer))
+
+    def rehearse() -> None:
+        if done.step == 0 and steps and training.rehearse_longest_batch:
+            with console.status("Trying the longest batch"):
+                rehearsal.run_longest_batch(model, recipe, datasets, plan, steps, list(trained.values()))
+
+    if spread is None:
+        group.agree(rehearse)
     engine = _engine(zero, recipe, model, trained, optimizer, schedule, group, run_dir)
+    if spread is not None:  # whose hooks gather the weights; the ranks meet in it, and one that fails tells the others
+        rehearse()
     if group.first:
         group.remember(f"begun {run_dir}")
     group.on_first(lambda: _begin(run_dir, recipe))
