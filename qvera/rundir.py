@@ -15,10 +15,11 @@ import torch
 from rich.console import Console
 
 from . import measure, rehearsal
+from .attached import adapter_facts
 from .checkpoint import Checkpoint
 from .data import Datasets
 from .errors import InputError, QveraError
-from .model import Base, adapter_facts
+from .model import Base
 from .recipe import Recipe, load_recipe
 from .report import write_report
 from .unfinished import replace_text

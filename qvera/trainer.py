@@ -20,6 +20,7 @@ from rich.console import Console
 
 from . import checkpoint, evaluate, measure, rehearsal
 from .alike import asked_to_stop, for_all, nodes_of, not_finite, room_everywhere, same_data, same_everywhere
+from .attached import attach, load_vectors, named_vectors, save_adapter
 from .data import (
     Batches,
     Datasets,
@@ -30,18 +31,7 @@ from .data import (
 from .engine import LocalEngine
 from .errors import InputError, Interrupted, RunFailed
 from .metrics import MetricsLog, Progress, Trackers
-from .model import (
-    Base,
-    attach,
-    enable_checkpointing,
-    load_base,
-    load_tokenizer,
-    load_vectors,
-    named_vectors,
-    pick_device,
-    require_packing,
-    save_adapter,
-)
+from .model import Base, enable_checkpointing, load_base, load_tokenizer, pick_device, require_packing
 from .optimize import build_optimizer, build_schedule, optimizer_bytes
 from .plan import Sharing, planned_steps
 from .ranks import Group, in_group, restarted

@@ -12,18 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qvera import frozen, quantize
+from qvera.attached import adapter_facts, attach, named_vectors, save_adapter
 from qvera.errors import InputError, RunFailed
-from qvera.model import (
-    adapter_facts,
-    attach,
-    enable_checkpointing,
-    load_base,
-    load_tokenizer,
-    named_vectors,
-    pick_compute_dtype,
-    pick_device,
-    save_adapter,
-)
+from qvera.model import enable_checkpointing, load_base, load_tokenizer, pick_compute_dtype, pick_device
 from qvera.recipe import AdapterSection, ModelSection
 from qvera.stored import base_fingerprint
 

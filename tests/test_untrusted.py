@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 
+from qvera.attached import load_adapter, read_adapter
 from qvera.cli import main
 from qvera.errors import InputError
-from qvera.model import load_adapter, load_base, read_adapter
+from qvera.model import load_base
 from qvera.recipe import ModelSection, parse_recipe
 from qvera.trainer import train
 

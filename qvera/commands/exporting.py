@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..adapters import stacked_factors, union, weighted_sum, write_vectors
+from ..attached import ADAPTER_WEIGHTS, read_config, require_base
 from ..data import build_datasets, resolve_template
 from ..errors import InputError
 from ..export import export_merged
@@ -19,7 +20,7 @@ from ..export.deltas import AdapterDeltas, read_deltas, skeleton
 from ..export.factors import Truncation, export_lora, export_stock_vera, lora_bytes, lora_factors, truncate_all
 from ..export.merged import CERTIFICATE
 from ..metrics import memory_text
-from ..model import ADAPTER_WEIGHTS, fingerprint_of, load_tokenizer, read_config, require_base
+from ..model import fingerprint_of, load_tokenizer
 from ..recipe import ExportSection, ModelSection, Recipe
 from ..run import locate, open_run
 from ..stored import file_sha256, same_base

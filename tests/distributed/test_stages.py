@@ -16,9 +16,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from qvera.attached import load_adapter
 from qvera.data import Batches
 from qvera.errors import InputError
-from qvera.model import load_adapter, load_base
+from qvera.model import load_base
 from qvera.recipe import parse_recipe
 from qvera.trainer import train
 from qvera.zero import STAGES, read_config
