@@ -330,7 +330,7 @@ def test_a_failed_save_leaves_the_old_adapter(saved: Path, monkeypatch: pytest.M
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("qvera.model.flush", full)
+    monkeypatch.setattr("qvera.attached.flush", full)
     with pytest.raises(RunFailed, match="adapter: the disk is full"):
         save_adapter(model, saved)
     assert {f.name: f.read_bytes() for f in saved.iterdir()} == before
