@@ -301,9 +301,9 @@ def _run(
             )
         if training.load_best_model_at_end and done.best_step is not None and done.best_step != done.step:
             path = checkpoints / f"step-{done.best_step:08d}"
-            best = checkpoint.shared(checkpoint.load(path) if group.first else None, group)
-            assert best is not None
-            load_vectors(model, best.vectors, str(best.path))
+            best = checkpoint.shared(_read_best(path, console) if group.first else None, group)
+            if best is not None:
+                load_vectors(model, best.vectors, str(best.path))
         engine.gather_vectors()
         run["adapter"]["file_bytes"] = group.on_first(lambda: save_adapter(model, run_dir / "adapter"))
         after: dict[str, Any] | None = None
@@ -313,6 +313,14 @@ def _run(
     run["status"] = "done"
     end(after, samples)
     return RunResult(run_dir, run) if group.first else None
+
+
+def _read_best(path: Path, console: Console) -> checkpoint.Checkpoint | None:
+    try:
+        return checkpoint.load(path)
+    except InputError as error:  # a run that has come so far is not given up for it
+        console.print(f"{error} The adapter gets the last step's vectors, not the best.", style="yellow", markup=False)
+        return None
 
 
 def _has_begun(run_dir: Path) -> bool:

@@ -236,6 +236,31 @@ def test_early_stopping_keeps_the_best_vectors(make_recipe: Any, tmp_path: Path)
     assert result.run["result"]["eval_after"]["loss"] == pytest.approx(best["loss"], rel=1e-6)
 
 
+def test_where_the_best_checkpoint_is_damaged_the_last_vectors_are_taken_and_that_is_said(
+    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {  # a rate that spoils it
+        "max_steps": 30, "eval_steps": 1, "early_stopping_patience": 2, "load_best_model_at_end": True,
+        "learning_rate": 60.0, "warmup_ratio": 0.0, "lr_scheduler_type": "constant", "max_grad_norm": 0,
+    }  # fmt: skip
+    original = checkpoint.load
+
+    def damaged(path: Path) -> Any:
+        (path / "vectors.safetensors").write_bytes(b"")
+        return original(path)
+
+    monkeypatch.setattr(checkpoint, "load", damaged)
+    console = Console(file=io.StringIO(), width=1000)
+    result = train(make_recipe(training=settings), tmp_path / "run", console=console)
+    assert result is not None
+    step = result.run["result"]["steps"]
+    assert result.run["result"]["best_step"] == step - 2
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "not what the manifest says" in said and "The adapter gets the last step's vectors, not the best." in said
+    last = load_file(tmp_path / "run" / "checkpoints" / f"step-{step:08d}" / "vectors.safetensors")
+    assert same(vectors(tmp_path / "run"), last)
+
+
 def test_a_finished_run_is_not_overwritten(make_recipe: Any, tmp_path: Path) -> None:
     recipe = make_recipe(training={"max_steps": 1})
     train(recipe, tmp_path / "run")
