@@ -99,7 +99,13 @@ def moved(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> Place:
     grown = tasks("1-to-2", lambda _: "from-1", resume=True)
     two = run_worker([*grown, *tasks("from-2", lambda _: "", stop_after=CUT)], 2, root / "two", limit_seconds=400)
     to_four = tasks("2-to-4", lambda stage: f"{stage}-from-2", resume=True)
-    four = run_worker(to_four, 4, root / "four", limit_seconds=400)
+    place.alone("alone-8", **BARE)
+    for stage in STAGED:
+        for kind, data in (("padded", {}), ("packed", {"packing": True})):
+            recipe = place.recipe(stage, **{**BARE, "per_device_train_batch_size": 2})
+            recipe["data"] |= data
+            to_four.append({"name": f"{stage}-{kind}", "recipe": recipe, "run_dir": str(root / f"{stage}-{kind}")})
+    four = run_worker(to_four, 4, root / "four", limit_seconds=900)
     for stage in STAGED:
         shutil.copytree(root / f"{stage}-from-2", root / f"{stage}-2-to-1")
         place.alone(f"{stage}-2-to-1", resume=True, **UNEVEN)
@@ -118,6 +124,12 @@ def moved(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> Place:
 def test_a_run_goes_on_with_another_number_of_processes(moved: Place, stage: str | None, how: str) -> None:
     assert len(losses(moved.root / f"{stage}-{how}")) == STEPS
     close(moved.root / f"{stage}-{how}", moved.root / "alone")
+
+
+@pytest.mark.parametrize("kind", ["padded", "packed"])
+@pytest.mark.parametrize("stage", STAGED)
+def test_four_times_two_rows_are_eight(moved: Place, stage: str | None, kind: str) -> None:
+    close(moved.root / f"{stage}-{kind}", moved.root / "alone-8")
 
 
 @pytest.mark.parametrize("stage", STAGED)
