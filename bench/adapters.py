@@ -25,8 +25,9 @@ from common import header, interleaved, smollm2, write_result
 from safetensors.torch import load_file, save_file
 
 from qvera.adapters import load_adapters
+from qvera.attached import attach, load_adapter, save_adapter
 from qvera.generate import generate
-from qvera.model import attach, load_adapter, load_base, save_adapter
+from qvera.model import load_base
 from qvera.recipe import AdapterSection, ModelSection
 
 

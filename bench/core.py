@@ -27,10 +27,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from qvera.attached import attach
 from qvera.evaluate import batch_nll
 from qvera.frozen import freeze_linears
 from qvera.lean import lean_for_backward
-from qvera.model import attach, enable_checkpointing, load_base
+from qvera.model import enable_checkpointing, load_base
 from qvera.recipe import AdapterSection, ModelSection
 from qvera.vera import QveraLinear
 

@@ -24,8 +24,8 @@ import torch
 from common import header, write_result
 from limits import measured, parse_bytes
 
+from qvera.attached import attach, named_vectors, save_adapter
 from qvera.export.deltas import read_deltas, skeleton
-from qvera.model import attach, named_vectors, save_adapter
 from qvera.recipe import AdapterSection, ModelSection
 from qvera.shards import checkpoint_tensors
 from qvera.stored import base_fingerprint, file_sha256

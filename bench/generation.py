@@ -16,8 +16,9 @@ from common import header, interleaved, perturb, smollm2, write_result
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from qvera.attached import attach
 from qvera.generate import generating
-from qvera.model import attach, load_base, pick_compute_dtype, pick_device
+from qvera.model import load_base, pick_compute_dtype, pick_device
 from qvera.recipe import AdapterSection, ModelSection
 
 DTYPE = pick_compute_dtype("auto", pick_device())

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from common import header, perturb, smollm2, write_result
 
+from qvera.attached import attach, named_vectors
 from qvera.data import build_datasets
 from qvera.evaluate import batch_nll, hidden_states, make_batch
-from qvera.model import attach, load_base, load_tokenizer, named_vectors
+from qvera.model import load_base, load_tokenizer
 from qvera.quickstart import recipe_path
 from qvera.recipe import AdapterSection, ModelSection, Recipe, load_recipe
 from qvera.trainer import train

@@ -42,6 +42,7 @@ def _shape(hidden: int, ff: int, layers: int, heads: int, kv_heads: int, **other
 
 SHAPES = {
     "tiny": _shape(256, 704, 3, 4, 2),
+    "1b": _shape(2048, 5632, 22, 32, 4),
     "7b": _shape(4096, 11008, 32, 32, 32),
     "8b": _shape(4096, 14336, 32, 32, 8, vocab_size=128256),
     "13b": _shape(5120, 13824, 40, 40, 40),

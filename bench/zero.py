@@ -1,10 +1,10 @@
 """Memory of each rank under ZeRO-1, where every rank maps the 4-bit base, and under ZeRO-3, which spreads it while it is read.
 
 Each rank is a real `qvera train` in a memory cgroup of its own: peak private memory (RssAnon + RssShmem + VmSwap, sampled from
-outside, loading included) and peak mapped pages; seconds a step; the losses, which have to agree.
+outside, loading included), held against the plan of a rank, and peak mapped pages; seconds a step; the losses, which have to agree.
 
-    python bench/zero.py tiny                                             seconds, to see that it works
-    python bench/zero.py 7b --limit 6GB --tokens 128 --steps 2            on a CPU: hours of one core, minutes of a GPU
+    python bench/zero.py tiny                                             a minute, to see that it works
+    python bench/zero.py 7b --limits 6GB 3.2GB --tokens 64                6 minutes of 2 cores
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run_stage(stage: str, model: Path, scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
+def run_stage(
+    stage: str, max_bytes: str | None, model: Path, scratch: Path, args: argparse.Namespace
+) -> dict[str, Any]:
     """One run of ``args.ranks`` processes, each in its own cgroup; what each of them held."""
     out, rows = scratch / f"run-{stage}", scratch / "rows.jsonl"
     write_rows(rows, args.tokens, args.ranks * (args.steps + 1))
@@ -45,7 +47,7 @@ def run_stage(stage: str, model: Path, scratch: Path, args: argparse.Namespace) 
         tree["deepspeed"] = stage
     file = scratch / f"{stage}.yaml"
     file.write_text(yaml.safe_dump(tree))
-    limit = [] if args.limit is None else ["--limit", args.limit]
+    limit = [] if max_bytes is None else ["--limit", max_bytes]
     command = [sys.executable, str(HERE / "limits.py"), *limit, "--", sys.executable, "-m", "qvera", "train", str(file)]
     port, logs, processes = str(free_port()), [], []
     began = time.perf_counter()
@@ -69,7 +71,12 @@ def run_stage(stage: str, model: Path, scratch: Path, args: argparse.Namespace) 
         records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         found["step_seconds"] = [r["step_seconds"] for r in records if r["kind"] == "train"]
         found["losses"] = [r["loss"] for r in records if r["kind"] == "train"]
-        found["base_bytes"] = json.loads((out / "run.json").read_text())["model"]["base_bytes"]
+        run = json.loads((out / "run.json").read_text())
+        found["base_bytes"], planned = run["model"]["base_bytes"], run["plan"]["memory"]
+        for one in found["ranks"]:
+            one["planned_private_bytes"] = planned["private_bytes"]
+            one["plan_relative_error"] = planned["private_bytes"] / one["peak_bytes"] - 1
+        found["planned"] = planned["moments"][planned["peak_moment"]]
     print(json.dumps(found), file=sys.stderr)
     return found
 
@@ -85,7 +92,13 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="of each rank")
     parser.add_argument("--rank", type=int, default=256, help="of the adapter")
-    parser.add_argument("--limit", metavar="BYTES", help="memory limit of each rank's cgroup, such as 2.5GB")
+    parser.add_argument(
+        "--limits",
+        nargs="*",
+        default=[],
+        metavar="BYTES",
+        help="of each rank's cgroup, such as 2.5GB: one for each stage",
+    )
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--steps", type=int, default=2)
     args = parser.parse_args()
@@ -99,7 +112,9 @@ def main() -> None:
     scratch = Path(tempfile.mkdtemp(prefix="qvera-zero-", dir=args.scratch))
     try:
         model = args.model or synthesise(args.shape, scratch / "nf4", nf4=True)
-        document["cases"] = [run_stage(stage, model.resolve(), scratch, args) for stage in args.stages]
+        limits = args.limits or [None] * len(args.stages)
+        for stage, limit in zip(args.stages, limits, strict=True):
+            document["cases"].append(run_stage(stage, limit, model.resolve(), scratch, args))
         print(write_result(f"zero-{args.shape}", document))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -13,10 +13,10 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
 
+from .attached import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter, read_config
 from .errors import InputError
 from .export.deltas import PREFIX, AdapterDeltas, Delta
 from .export.factors import require_empty
-from .model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter, read_config
 from .vera import QveraConfig, QveraLinear
 from .vera.bank import empty_bank
 from .vera.config import PEFT_TYPE

@@ -13,6 +13,9 @@ from . import measure
 from .data import Datasets, data_sha256
 from .errors import InputError, RunFailed
 from .model import fingerprint_of
+from .numbers import size
+from .plan import Plan
+from .plan.say import change_lines, needed_bytes
 from .ranks import Group
 from .recipe import Recipe
 from .rundir import plain
@@ -61,6 +64,48 @@ def same_everywhere(recipe: Recipe, group: Group, console: Console) -> None:
         f"{bytes_per_second / 1e6:,.0f} MB/s.",
         highlight=False,
     )
+
+
+def nodes_of(group: Group) -> tuple[int, int]:
+    """How many machines the ranks are on, and how many ranks are on the fullest of them."""
+    hosts = group.gather(group.host)
+    return len(set(hosts)), max(hosts.count(host) for host in set(hosts))
+
+
+def room_everywhere(plan: Plan | None, group: Group, console: Console) -> None:
+    """Hold what is free on every node against the plan. A GPU is one rank's; the RAM of a node is shared by its ranks.
+
+    Raises:
+        InputError: a GPU has less than its rank needs; says which rank and node. On CPUs that is a warning, as for one process.
+    """
+    if group.world_size == 1 or plan is None:
+        return
+    on_gpu = plan.machine.device_type == "cuda"
+    # of this process, what it holds already is in both numbers; a node's ranks must not count theirs as free to each other
+    held = 0 if on_gpu else plan.machine.runtime_bytes
+    found = group.gather([group.host, needed_bytes(plan) - held, plan.machine.available_bytes - held])
+    short = []
+    if on_gpu:
+        short = [
+            f"rank {rank} on {host} needs {size(needed)}, and its GPU has {size(free)}"
+            for rank, (host, needed, free) in enumerate(found)
+            if needed > free
+        ]
+    else:
+        for host in dict.fromkeys(host for host, _, _ in found):
+            ranks = [rank for rank, one in enumerate(found) if one[0] == host]
+            needed, free = sum(found[rank][1] for rank in ranks), min(found[rank][2] for rank in ranks)
+            if needed > free:
+                named = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+                short.append(f"{named} on {host} will need {size(needed)} more, and {size(free)} of RAM are free there")
+    if not short:
+        return
+    text = f"the plan does not fit everywhere: {'; '.join(short)}."
+    if on_gpu:
+        nodes, per_node = plan.sharing.nodes, plan.sharing.per_node
+        hint = f"`qvera plan RECIPE --nodes {nodes} --gpus {per_node}` says what each ZeRO stage would take."
+        raise for_all(InputError("\n".join([f"{text} {hint}", *change_lines(plan)])))
+    console.print(f"[yellow]{text[0].upper()}{text[1:]}", highlight=False)
 
 
 def same_data(datasets: Datasets, recipe: Recipe, group: Group) -> None:

@@ -4,7 +4,7 @@ Layout of ``checkpoints/step-00000100/``::
 
     vectors.safetensors     name → fp32 vector, the names of the adapter file
     optimizer.safetensors   "name/key" → tensor of the optimizer's state for that vector
-    state.json              step, schedule, scalars of the optimizer, early-stopping state, earlier results
+    state.json              step, recipe, schedule, scalars of the optimizer, early-stopping state, earlier results
     random.safetensors      torch's generator states (uint8): "cpu", "cuda"; of rank k above 0 "cpu.k", "cuda.k"
     manifest.json           SHA-256 and size of each file; written last
 
@@ -17,14 +17,16 @@ import dataclasses
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .errors import InputError
+from .errors import InputError, first_line
 from .ranks import Group
 from .stored import file_sha256
 from .unfinished import disk_full_says, flush
@@ -59,9 +61,9 @@ def save(
     ``random``: the generator states of all ranks (`random_state`); default: this process's.
 
     Raises:
-        RunFailed: the disk is full; earlier checkpoints are kept.
+        RunFailed: the disk is full or read-only; earlier checkpoints are kept.
     """
-    kept = "Earlier checkpoints are kept; make room and go on with --resume."
+    kept = "Earlier checkpoints are kept; mend that and go on with --resume."
     with disk_full_says(f"the checkpoint of step {step} in {directory}", kept):
         try:
             return _write(directory, step, vectors, optimizer, state, random_state() if random is None else random)
@@ -102,13 +104,21 @@ def _write(
     return final
 
 
-def newest(directory: Path, warn: Any = None) -> Checkpoint | None:
-    """The newest checkpoint that verifies, or None. ``warn`` is called with a sentence about each one passed over."""
+def newest(directory: Path, warn: Any = None, check: Callable[[Checkpoint], None] | None = None) -> Checkpoint | None:
+    """The newest checkpoint that verifies, or None.
+
+    Args:
+        warn: called with a sentence about each one passed over.
+        check: what else a checkpoint has to stand; raises InputError where it does not.
+    """
     if not directory.is_dir():
         return None
     for path in sorted((p for p in directory.iterdir() if _NAME.search(p.name)), reverse=True):
         try:
-            return load(path)
+            found = load(path)
+            if check is not None:
+                check(found)
+            return found
         except InputError as error:
             if warn is not None:
                 warn(f"{error} It is passed over.")
@@ -138,15 +148,19 @@ def load(path: Path) -> Checkpoint:
             raise InputError(
                 f"{file}: is missing or not what the manifest says (SHA-256), so this checkpoint is damaged."
             )
-    state = json.loads((path / "state.json").read_text())
-    return Checkpoint(
-        path,
-        state["step"],
-        state,
-        load_file(path / "vectors.safetensors"),
-        load_file(path / "optimizer.safetensors"),
-        load_file(path / "random.safetensors"),
-    )
+    # whoever made the manifest may have made the rest of it too
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        if state["step"] != int(path.name[-8:]):
+            raise ValueError(f"it is of step {state['step']}")
+        parts = [
+            load_file(path / name) for name in ("vectors.safetensors", "optimizer.safetensors", "random.safetensors")
+        ]
+        return Checkpoint(path, state["step"], state, *parts)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise InputError(
+            f"{path}: is no checkpoint of qvera's, though its manifest fits ({first_line(error)})"
+        ) from None
 
 
 def shared(found: Checkpoint | None, group: Group) -> Checkpoint | None:

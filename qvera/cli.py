@@ -87,6 +87,10 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--nnodes", type=int, metavar="N", help="how many machines there are")
     p.add_argument("--rdzv", metavar="HOST:PORT", help="where machine 0 is reached")
     p.add_argument(
+        "--max-restarts", type=int, default=0, metavar="N",
+        help="after a process has failed start all again, up to N times, from the last checkpoint (default: 0, end)",
+    )  # fmt: skip
+    p.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides", help="as in train"
     )
     p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint that verifies")
@@ -96,10 +100,13 @@ def build_parser() -> argparse.ArgumentParser:
         "What a recipe will take, before it is run: bytes, seconds, files, and whether it fits.",
         "\n\nFrom the model's config alone; no weights are read. The longest batch is that of the data where it is at hand, else\n"
         "data.max_length. Without --gpu it is planned for this machine and a step is timed (a few seconds). Where it does not\n"
-        "fit, the nearest changes that make it fit are named. --table: what fits on which card, as Markdown.",
+        "fit, the nearest changes that make it fit are named. --nodes and --gpus: one rank of many, under each ZeRO stage, what\n"
+        "travels in a step, and which stage is right. --table: what fits on which card, as Markdown.",
     )
     p.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE", help="a YAML file, as for train")
     p.add_argument("--gpu", metavar="SIZE", help="plan for a GPU of that size, here or not: 24GB, 24GiB")
+    p.add_argument("--nodes", type=int, metavar="N", help="plan for that many machines alike (default: 1)")
+    p.add_argument("--gpus", type=int, metavar="M", help="and for so many processes on each (default: 1)")
     p.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides", help="as in train"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,6 +40,7 @@ def launch_command(
     node_rank: int | None = None,
     nnodes: int | None = None,
     rdzv: str | None = None,
+    max_restarts: int = 0,
     train_arguments: list[str] | None = None,
 ) -> list[str]:
     """The command of the launcher below.
@@ -47,10 +49,11 @@ def launch_command(
         gpus: processes on each machine; default: one for each GPU, or one.
         hostfile: DeepSpeed's: a line ``HOST slots=N`` for each machine. Run on one of them; the others are reached by ssh.
         node_rank, nnodes, rdzv: this machine's number from 0, how many there are, and ``HOST:PORT`` of number 0.
+        max_restarts: how often torchrun may start the processes again after one has failed; they go on from the last checkpoint.
         train_arguments: what goes to `qvera train` after the recipe.
 
     Raises:
-        InputError: the arguments name more than one way, or a part of one.
+        InputError: the arguments name more than one way, or a part of one; or several hosts, and there is no pdsh.
     """
     inner = ["qvera", "train", str(recipe), *(train_arguments or [])]
     several = [
@@ -61,14 +64,26 @@ def launch_command(
     if hostfile is not None:
         if several:
             raise InputError(f"--hostfile: names the machines by itself; leave {', '.join(several)} out.")
+        if max_restarts:
+            raise InputError("--max-restarts: DeepSpeed's launcher restarts nothing; use it with --gpus or --rdzv.")
         if not hostfile.is_file():
             raise InputError(f"--hostfile: {hostfile} is no file. It has a line `HOST slots=N` for each machine.")
+        if _hosts(hostfile) > 1 and shutil.which("pdsh") is None:
+            raise InputError(
+                "--hostfile: DeepSpeed's launcher reaches other machines by pdsh, over ssh without a password, and pdsh is not "
+                "installed here (Debian and Ubuntu: pdsh). Or start each machine by itself, with --node-rank K --nnodes N --rdzv "
+                "HOST:PORT."
+            )
         per_node = [] if gpus is None else ["--num_gpus", str(gpus)]
         runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile), *per_node]
         return [*runner, "--module", *inner]
     if gpus is not None and gpus < 1:
         raise InputError(f"--gpus: takes a whole number >= 1, got {gpus}.")
+    if max_restarts < 0:
+        raise InputError(f"--max-restarts: takes a whole number >= 0, got {max_restarts}.")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(gpus or _own_gpus())]
+    if max_restarts:
+        command += ["--max-restarts", str(max_restarts)]
     if not several:
         return [*command, "--standalone", "-m", *inner]
     if node_rank is None or nnodes is None or rdzv is None:
@@ -81,6 +96,11 @@ def launch_command(
     # static: whose turn it is to serve the store is said here, and not found out from host names
     place = ["--nnodes", str(nnodes), "--node-rank", str(node_rank), "--master-addr", host, "--master-port", port]
     return [*command, *place, "-m", *inner]
+
+
+def _hosts(hostfile: Path) -> int:
+    lines = (line.partition("#")[0].strip() for line in hostfile.read_text(encoding="utf-8").splitlines())
+    return len([line for line in lines if line])
 
 
 def _own_gpus() -> int:

@@ -57,27 +57,23 @@ def load_mapped(
         config: the directory's transformers config.
         dtype: what its layers compute in; small tensors (norms, biases) are cast to it.
         device: on anything but a CPU the tensors are copied there.
-        spread: takes each packed weight, embedding and head when it is read. These are then private copies, one at a time.
+        spread: takes each packed weight, embedding and head when it is read. These are then private copies, one at a time. A
+            head that is the embedding is left whole and mapped: its two users would gather and release it under each other.
 
     Raises:
-        InputError: a shard is missing or cut short, a tensor has not the shape that the config says, or a base with a tied head
-            was to be spread.
+        InputError: a shard is missing or cut short, or a tensor has not the shape that the config says.
         NotMappable: the names in the file are not those of the model.
     """
-    if spread is not None and getattr(config, "tie_word_embeddings", False):
-        # DeepSpeed may be fetching the embedding for the next pass while the loss lets go of the head
-        raise InputError(
-            f"deepspeed: ZeRO-3 can't spread {directory} yet, whose output head is its embedding (tie_word_embeddings in its "
-            "config.json). Such models are small: use zero1 or zero2, or leave deepspeed out."
-        )
     entries = {entry.name: entry for entry in checkpoint_tensors(directory)}
     with init_empty_weights(include_buffers=False):
         kwargs: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code, **kwargs)
     packed, plain = _sorted_by_kind(entries)
     _check_names(model, packed, plain)
+    dense = set() if spread is None else _to_spread(model, config, plain)
     if spread is not None:
-        spread.expect(max(math.prod(entry.shape) for entry in entries.values()))
+        weights = [*(f"{name}.weight" for name in packed), *dense]
+        spread.expect(max(math.prod(entries[name].shape) for name in weights))
     with _open_files(entries.values()) as files:
         for name, statistics in packed.items():
             tensors = {entry.name: files[entry.file].get_tensor(entry.name) for entry in statistics}
@@ -89,13 +85,9 @@ def load_mapped(
                 spread(model.get_submodule(name).weight)
         for name in plain:
             tensor = files[entries[name].file].get_tensor(name)
-            _put_plain(model, name, tensor if spread is None else tensor.clone(), dtype, device, entries[name].file)
+            _put_plain(model, name, tensor.clone() if name in dense else tensor, dtype, device, entries[name].file)
             del tensor
-            if (
-                spread is not None
-                and type(model.get_submodule(name.rpartition(".")[0])) in _BIG
-                and name.endswith(".weight")
-            ):
+            if spread is not None and name in dense:
                 spread(model.get_submodule(name.rpartition(".")[0]).weight)
     model.tie_weights()
     missing = [name for name, p in model.named_parameters() if p.is_meta]
@@ -109,6 +101,15 @@ def load_mapped(
     with contextlib.suppress(OSError):  # not every model has one
         model.generation_config = GenerationConfig.from_pretrained(directory)
     return model.requires_grad_(False).eval()
+
+
+def _to_spread(model: Any, config: Any, plain: list[str]) -> set[str]:
+    """The dense weights that ranks divide among themselves: embedding, head, dense linears; not an embedding that is the head."""
+    whole: list[Any] = []
+    if getattr(config, "tie_word_embeddings", False):
+        whole = [model.get_input_embeddings(), model.get_output_embeddings()]
+    names = {f"{n}.weight" for n, m in model.named_modules() if type(m) in _BIG and not any(m is end for end in whole)}
+    return names & set(plain)
 
 
 def _sorted_by_kind(entries: dict[str, TensorEntry]) -> tuple[dict[str, list[TensorEntry]], list[str]]:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as RichProgress
 
 from .errors import InputError
+from .unfinished import flush, replace_text
 
 
 class MetricsLog:
@@ -30,13 +31,15 @@ class MetricsLog:
                     continue  # the last line of a killed run
                 if record["step"] <= keep_through_step:
                     kept.append(json.dumps(record))
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        partial.replace(path)
+        replace_text(path, "".join(f"{line}\n" for line in kept))
 
     def write(self, record: dict[str, Any]) -> None:
         with open(self.path, "a", encoding="utf-8") as handle:
             handle.write(json.dumps(record) + "\n")
+
+    def flush(self) -> None:
+        """Before a checkpoint: no later power cut may take records of steps that will not be run again."""
+        flush(self.path)
 
 
 def memory_text(size_bytes: float) -> str:

@@ -24,7 +24,7 @@ from . import measure, nibbles, quantize
 from .errors import InputError, RunFailed
 from .pieces import Piece, Spec, Stored, ahead, read_header, read_pieces, write_index, write_pieces
 from .recipe import ModelSection
-from .shards import INDEX, SINGLE, checkpoint_tensors, grouped_by_bytes
+from .shards import INDEX, SINGLE, checkpoint_tensors, grouped_by_bytes, weight_map
 from .skeleton import skeleton
 from .stored import base_fingerprint, file_sha256, file_stamp, write_source_fingerprint
 from .unfinished import Unfinished, disk_full_says, flush, replace_text, require_space
@@ -34,7 +34,20 @@ RECORD = "qvera_quantized.json"
 SHARD_BYTES = 1_000_000_000
 """A kill costs at most the work of one shard."""
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-_NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".index.json")
+_NOT_COPIED = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pkl",
+    ".pickle",
+    ".pth",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".ckpt",
+    ".index.json",
+)
 _DEPTH = 4
 
 Progress = Callable[[int, int, str], None]
@@ -278,8 +291,8 @@ def shard_files(directory: Path) -> list[Path]:
         single = directory / SINGLE
         return [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
     try:
-        return [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return [directory / name for name in sorted(set(weight_map(index).values()))]
+    except (OSError, InputError):
         return []
 
 

@@ -12,7 +12,7 @@ from . import evaluate, measure
 from .data import Datasets
 from .errors import InputError
 from .model import Base, takes_prefix_once
-from .plan import Plan, longest_rows, make_plan, this_machine
+from .plan import ALONE, Plan, Sharing, longest_rows, make_plan, this_machine
 from .plan.say import change_lines, run_lines
 from .plan.shapes import NotPlannable
 from .recipe import Recipe
@@ -23,14 +23,20 @@ _OUT_OF_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of mem
 
 
 def plan_run(
-    recipe: Recipe, datasets: Datasets, device: torch.device, base: Base | None, console: Console
+    recipe: Recipe,
+    datasets: Datasets,
+    device: torch.device,
+    base: Base | None,
+    console: Console,
+    sharing: Sharing = ALONE,
 ) -> Plan | None:
-    """Make the plan of a run, say it in a few lines, and refuse what can't fit on a GPU.
+    """Make the plan of a run (of one of its ranks), say it in a few lines, and refuse what can't fit on a GPU.
 
-    On a CPU a plan that does not fit is a warning: swap, or other processes that end, may make room.
+    On a CPU a plan that does not fit is a warning: swap, or other processes that end, may make room. With several ranks the
+    caller decides, since they have to do so together (`alike.room_everywhere`).
 
     Raises:
-        InputError: on CUDA, the plan needs more than the device has.
+        InputError: on CUDA and with one rank, the plan needs more than the device has.
     """
     machine = this_machine(recipe.model, device)
     if (
@@ -39,11 +45,11 @@ def plan_run(
         held = machine.runtime_bytes - min(machine.runtime_bytes, int(base.facts["base_bytes"]))
         machine = type(machine)(**{**vars(machine), "runtime_bytes": held})
     try:
-        plan = make_plan(recipe, machine, datasets.train)
+        plan = make_plan(recipe, machine, datasets.train, sharing)
     except NotPlannable as error:
         console.print(f"[yellow]No plan: {error}", highlight=False)
         return None
-    if not plan.fits and device.type == "cuda":
+    if not plan.fits and device.type == "cuda" and sharing.world_size == 1:
         raise InputError("\n".join(run_lines(plan)))
     for line in run_lines(plan):
         console.print(line if plan.fits else f"[yellow]{line}", highlight=False)
@@ -51,11 +57,13 @@ def plan_run(
 
 
 def run_longest_batch(
-    model: Any, recipe: Recipe, datasets: Datasets, plan: Plan | None, steps: int, optimizer: torch.optim.Optimizer
+    model: Any, recipe: Recipe, datasets: Datasets, plan: Plan | None, steps: int, vectors: list[torch.nn.Parameter]
 ) -> None:
     """Forward and backward over the longest batch of the run's ``steps``; nothing of it stays.
 
-    Gradients are discarded, and random state and mode are put back, so a run gives the same numbers to the bit without it.
+    Gradients with respect to the ``vectors`` go to nobody, so that neither they nor DeepSpeed's buckets know of it, and random
+    state and mode are put back: a run gives the same numbers to the bit without it. Under ZeRO-3 all ranks have to come here,
+    once the engine's hooks gather the weights; each of them takes the same batch.
 
     Raises:
         InputError: memory ran out; names the rows and what would make them fit.
@@ -71,7 +79,7 @@ def run_longest_batch(
             data = recipe.data
             batch = evaluate.make_batch(model, examples, datasets.pad_id, data.prefix_once, data.packing)
             nll, trained = evaluate.batch_nll(model, batch, recipe.training.loss_chunk_tokens)
-            (nll / trained).backward()
+            torch.autograd.grad(nll / trained, vectors, allow_unused=True)
     except (RuntimeError, MemoryError) as error:  # torch's CPU allocator raises a plain RuntimeError
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not _OUT_OF_MEMORY.search(str(error)):
             raise
@@ -82,7 +90,6 @@ def run_longest_batch(
             f"does not fit into memory. {_advice(recipe, plan, tokens)}"
         ) from None
     finally:
-        optimizer.zero_grad(set_to_none=True)
         model.train(was_training)
         for module in model.modules():
             if isinstance(module, SharedProjection):

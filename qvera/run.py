@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from . import model
+from . import attached, model
 from .errors import InputError
 from .recipe import ModelSection, Recipe, load_recipe
 from .stored import file_sha256
@@ -41,13 +41,13 @@ def locate(path: Path) -> tuple[Recipe | None, ModelSection, Path]:
         if not adapter.is_dir():
             raise InputError(f"{path}: this run has no adapter/ yet; finish it with `qvera train ... --resume`.")
         return recipe, recipe.model, adapter
-    if (path / model.ADAPTER_CONFIG).is_file():
-        config, _ = model.read_adapter(path)
+    if (path / attached.ADAPTER_CONFIG).is_file():
+        config, _ = attached.read_adapter(path)
         if config.base_model_name_or_path is None:
-            raise InputError(f"{path / model.ADAPTER_CONFIG}: names no base model (base_model_name_or_path).")
+            raise InputError(f"{path / attached.ADAPTER_CONFIG}: names no base model (base_model_name_or_path).")
         return None, ModelSection(path=config.base_model_name_or_path, revision=config.revision), path
     raise InputError(
-        f"{path}: is neither a run (it has no {RECIPE_FILE}) nor an adapter directory (it has no {model.ADAPTER_CONFIG})."
+        f"{path}: is neither a run (it has no {RECIPE_FILE}) nor an adapter directory (it has no {attached.ADAPTER_CONFIG})."
     )
 
 
@@ -60,16 +60,16 @@ def open_run(path: str | Path, *, adapter: bool = True) -> OpenRun:
     path = Path(path)
     recipe, section, directory = locate(path)
     if adapter:
-        model.read_adapter(directory)  # a broken adapter is found before a big model is loaded
+        attached.read_adapter(directory)  # a broken adapter is found before a big model is loaded
     base = model.load_base(section)
-    return OpenRun(path, recipe, base, model.load_adapter(base.model, directory, base) if adapter else base.model)
+    return OpenRun(path, recipe, base, attached.load_adapter(base.model, directory, base) if adapter else base.model)
 
 
 def describe(path: str | Path) -> dict[str, Any]:
     """Facts of a run or adapter directory, read from its files: base, adapter, counts, hashes, versions (`qvera info`)."""
     path = Path(path)
     recipe, section, directory = locate(path)
-    config, vectors = model.read_adapter(directory)
+    config, vectors = attached.read_adapter(directory)
     facts: dict[str, Any] = {
         "kind": "run" if recipe is not None else "adapter",
         "path": str(path),
@@ -82,11 +82,11 @@ def describe(path: str | Path) -> dict[str, Any]:
         else sorted(config.target_modules or ()),
         "adapted_modules": sum(name.endswith((".qvera_b", ".vera_lambda_b")) for name in vectors),
         "trained_numbers": sum(t.numel() for name, t in vectors.items() if not name.endswith(("vera_A", "vera_B"))),
-        "adapter_file_bytes": (directory / model.ADAPTER_WEIGHTS).stat().st_size,
+        "adapter_file_bytes": (directory / attached.ADAPTER_WEIGHTS).stat().st_size,
         "projection_seed": getattr(config, "projection_seed", getattr(config, "projection_prng_key", None)),
         "projection_generator": getattr(config, "projection_generator", "PEFT's"),
         "projection_sha256": getattr(config, "projection_sha256", None),
-        "adapter_sha256": file_sha256(directory / model.ADAPTER_WEIGHTS),
+        "adapter_sha256": file_sha256(directory / attached.ADAPTER_WEIGHTS),
         "base_fingerprint": getattr(config, "base_fingerprint", None),
         "format_version": getattr(config, "format_version", None),
         "peft_type": str(getattr(config.peft_type, "value", config.peft_type)),

@@ -15,11 +15,14 @@ import torch
 from rich.console import Console
 
 from . import measure, rehearsal
+from .attached import adapter_facts
+from .checkpoint import Checkpoint
 from .data import Datasets
 from .errors import InputError, QveraError
-from .model import Base, adapter_facts
+from .model import Base
 from .recipe import Recipe, load_recipe
 from .report import write_report
+from .unfinished import replace_text
 
 
 @dataclasses.dataclass
@@ -64,13 +67,7 @@ def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool, dry_run: bool) ->
     if resume and not existing.exists():
         raise InputError(f"{run_dir}: holds no run to resume (no recipe.yaml).")
     if resume:
-        before, now = load_recipe(existing).to_dict(), recipe.to_dict()
-        # these may change in the middle of a run without changing what its steps compute
-        for free in ("output_dir", "save_steps", "save_total_limit", "report_to"):
-            before["training"].pop(free), now["training"].pop(free)
-        free_sections = ("export", "deepspeed")  # a checkpoint goes on under any ZeRO stage, and without one
-        sections = [name for name in now if name not in free_sections]
-        changed = [f"{s}.{k}" for s in sections for k in now[s] if before[s].get(k) != now[s][k]]
+        changed = changed_keys(load_recipe(existing).to_dict(), recipe)
         if changed:
             raise InputError(
                 f"{run_dir}: was started with another recipe; {', '.join(changed)} changed. Undo that, or start a new run in "
@@ -85,6 +82,40 @@ def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool, dry_run: bool) ->
         raise InputError(
             f"{run_dir}: nothing can be written in {parent} ({error.strerror}). Choose another training.output_dir."
         ) from None
+
+
+_FREE = ("output_dir", "save_steps", "save_total_limit", "report_to")
+_FREE_SECTIONS = ("export", "deepspeed")  # a checkpoint goes on under any ZeRO stage, and without one
+
+
+def changed_keys(before: dict[str, Any], recipe: Recipe) -> list[str]:
+    """Keys in which a recipe (as `Recipe.to_dict` gave it) differs from this one, but for those that don't change what a step
+    computes. A key that one of them lacks is no difference: it was written by another version."""
+    found = []
+    before = plain(before)
+    for section, now in plain(recipe.to_dict()).items():
+        then = before.get(section)
+        if section in _FREE_SECTIONS or not isinstance(now, dict) or not isinstance(then, dict):
+            continue
+        keys = [k for k in now if k in then and not (section == "training" and k in _FREE)]
+        found += [f"{section}.{key}" for key in keys if then[key] != now[key]]
+    return found
+
+
+def check_same_run(found: Checkpoint, recipe: Recipe) -> None:
+    """Refuse a checkpoint that another recipe made, or whose state this version does not know.
+
+    Raises:
+        InputError: says which keys differ.
+    """
+    changed = changed_keys(found.state.get("recipe") or {}, recipe)
+    if changed:
+        raise InputError(f"{found.path}: is of another run; {', '.join(changed)} differ from this recipe.")
+    try:
+        Progressed(**found.state["progressed"])
+        found.state["schedule"], found.state["optimizer_scalars"]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{found.path}: was written by another version of qvera ({error}).") from None
 
 
 def run_facts(base: Base, model: Any, datasets: Datasets, device: torch.device, started: str) -> dict[str, Any]:
@@ -135,9 +166,7 @@ def finish(
         {"prompt": a["prompt"], "reference": a["reference"], "before": b["answer"], "after": a["answer"]}
         for b, a in zip(done.samples_before, samples, strict=False)
     ]
-    partial = run_dir / ".run.json.partial"
-    partial.write_text(json.dumps(plain(run), indent=1, ensure_ascii=False), encoding="utf-8")
-    partial.replace(run_dir / "run.json")
+    replace_text(run_dir / "run.json", json.dumps(plain(run), indent=1, ensure_ascii=False))
     try:
         write_report(run_dir)
     except QveraError as error:  # the page can be made again; the run is what counts

@@ -33,11 +33,9 @@ def checkpoint_tensors(directory: Path) -> list[TensorEntry]:
         InputError: a shard is missing, cut short or not safetensors, or the index names a tensor that is not there.
     """
     index = directory / INDEX
+    wanted: dict[str, str]
     if index.is_file():
-        try:
-            wanted: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError) as error:
-            raise InputError(f"{index}: not a safetensors index ({type(error).__name__}: {error}).") from None
+        wanted = weight_map(index)
         files = [directory / name for name in sorted(set(wanted.values()))]
     else:
         wanted, files = {}, _unindexed(directory)
@@ -66,6 +64,25 @@ def checkpoint_tensors(directory: Path) -> list[TensorEntry]:
                 "one checkpoint there, or an index."
             )
     return entries
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """Tensor → file name, as an index says. Every file has to lie beside it: an index may come from a stranger.
+
+    Raises:
+        InputError: it is no index, or names a file elsewhere or one that is not safetensors.
+    """
+    try:
+        wanted = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(wanted.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index}: not a safetensors index ({type(error).__name__}: {error}).") from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise InputError(
+                f"{index}: names {name!r} as a shard. Expected names of *.safetensors files in its own directory, without a path."
+            )
+    return wanted
 
 
 def _unindexed(directory: Path) -> list[Path]:

@@ -19,7 +19,8 @@ import torch
 from rich.console import Console
 
 from . import checkpoint, evaluate, measure, rehearsal
-from .alike import asked_to_stop, for_all, not_finite, same_data, same_everywhere
+from .alike import asked_to_stop, for_all, nodes_of, not_finite, room_everywhere, same_data, same_everywhere
+from .attached import attach, load_vectors, named_vectors, save_adapter
 from .data import (
     Batches,
     Datasets,
@@ -30,25 +31,15 @@ from .data import (
 from .engine import LocalEngine
 from .errors import InputError, Interrupted, RunFailed
 from .metrics import MetricsLog, Progress, Trackers
-from .model import (
-    Base,
-    attach,
-    enable_checkpointing,
-    load_base,
-    load_tokenizer,
-    load_vectors,
-    named_vectors,
-    pick_device,
-    require_packing,
-    save_adapter,
-)
+from .model import Base, enable_checkpointing, load_base, load_tokenizer, pick_device, require_packing
 from .optimize import build_optimizer, build_schedule, optimizer_bytes
-from .plan import planned_steps
-from .ranks import Group, in_group
+from .plan import Sharing, planned_steps
+from .ranks import Group, in_group, restarted
 from .recipe import Recipe
-from .rundir import Progressed, check_run_dir, finish, plain, run_facts
+from .rundir import Progressed, check_run_dir, check_same_run, finish, plain, run_facts
 from .scoring import evaluate_between, score
 from .stop import StopRequests
+from .unfinished import replace_text
 from .zero import ZeroConfig, check_optimizer, read_config
 
 
@@ -73,7 +64,7 @@ def train(
 
     Args:
         run_dir: must not hold a run yet, unless ``resume``.
-        resume: go on from the newest checkpoint in ``run_dir`` that verifies.
+        resume: go on from the newest checkpoint in ``run_dir`` that verifies. So does a run whose processes torchrun has restarted.
         dry_run: stop after the preflight; nothing is written (returns None).
         base: an already loaded base, for callers that train more than once on it.
 
@@ -111,6 +102,9 @@ def _prepared(
                 )
 
     group.agree(configure)
+    if group.sum([float(restarted())])[0]:  # on some node; the one that takes the place of a lost node does not know
+        # only what this launch has begun: a run that was there before is still refused without --resume
+        resume = resume or group.on_first(lambda: group.remembers(f"begun {run_dir}") and _has_begun(run_dir))
     same_everywhere(recipe, group, console)
     group.on_first(lambda: check_run_dir(run_dir, recipe, resume, dry_run))
     device = pick_device()
@@ -157,7 +151,11 @@ def _run(
         from .zero.base import Spreader
 
         spread = Spreader(zero, recipe, group.world_size, run_dir / "offload")
-    plan = rehearsal.plan_run(recipe, datasets, device, base, console) if spread is None else None
+    nodes, per_node = nodes_of(group)
+    plan = rehearsal.plan_run(
+        recipe, datasets, device, base, console, Sharing.of(zero, nodes, per_node, group.world_size)
+    )
+    room_everywhere(plan, group, console)
     with console.status(f"Loading {recipe.model.path}") as status:
 
         def quantizing(stage: str, done: int, total: int, what: str) -> None:
@@ -192,7 +190,11 @@ def _run(
     if resume:
         found = None
         if group.first:
-            found = checkpoint.newest(checkpoints, warn=lambda text: console.print(f"[yellow]{text}"))
+            found = checkpoint.newest(
+                checkpoints,
+                warn=lambda text: console.print(text, style="yellow", markup=False),
+                check=lambda one: check_same_run(one, recipe),
+            )
         found = checkpoint.shared(found, group)
         if found is None:
             console.print(f"No checkpoint in {checkpoints} verifies: starting from step 0.")
@@ -203,10 +205,19 @@ def _run(
                 parameters["lr"] = rate
             done = Progressed(**found.state["progressed"])
             console.print(f"Going on from step {done.step} of {steps} ({found.path}).")
-    if done.step == 0 and steps and training.rehearse_longest_batch and spread is None:
-        with console.status("Trying the longest batch"):
-            group.agree(lambda: rehearsal.run_longest_batch(model, recipe, datasets, plan, steps, optimizer))
+
+    def rehearse() -> None:
+        if done.step == 0 and steps and training.rehearse_longest_batch:
+            with console.status("Trying the longest batch"):
+                rehearsal.run_longest_batch(model, recipe, datasets, plan, steps, list(trained.values()))
+
+    if spread is None:
+        group.agree(rehearse)
     engine = _engine(zero, recipe, model, trained, optimizer, schedule, group, run_dir)
+    if spread is not None:  # whose hooks gather the weights; the ranks meet in it, and one that fails tells the others
+        rehearse()
+    if group.first:
+        group.remember(f"begun {run_dir}")
     group.on_first(lambda: _begin(run_dir, recipe))
     log = MetricsLog(run_dir / "metrics.jsonl", keep_through_step=done.step) if group.first else None
     run = run_facts(base, model, datasets, device, started)
@@ -220,22 +231,30 @@ def _run(
         + "."
     )
 
+    saved_step = (
+        done.step
+    )  # of the checkpoint on disk that is known to be whole: a directory of that name may be damaged
+
     def save() -> None:
+        nonlocal saved_step
         whole, held = engine.unsharded()
         random = group.gather_bytes(checkpoint.random_state(group.rank))
-        state = {"schedule": schedule.state_dict(), "progressed": dataclasses.asdict(done)}
+        state = {"recipe": recipe.to_dict(), "schedule": schedule.state_dict(), "progressed": dataclasses.asdict(done)}
         keep = {done.best_step} if done.best_step is not None else set()
 
         def write() -> None:
+            if log is not None:
+                log.flush()
             checkpoint.save(checkpoints, done.step, {**vectors, **whole}, held, plain(state), random)
             checkpoint.prune(checkpoints, training.save_total_limit, keep)
 
         group.on_first(write)
+        saved_step = done.step
 
     def end(after: dict[str, Any] | None, samples: list[dict[str, Any]]) -> None:
         run["processes"]["ranks"] = group.gather({"host": group.host, "peak_bytes": watch.peak_bytes})
-        if group.first:
-            finish(run_dir, run, done, steps, per_epoch, watch, after, samples, console)
+        # the others wait for it: a launcher that sees one process leave with 75 ends the rest of them
+        group.on_first(lambda: finish(run_dir, run, done, steps, per_epoch, watch, after, samples, console))
 
     signals, asked = StopRequests(), None
     with signals, trackers:
@@ -260,17 +279,17 @@ def _run(
                         f"{training.optim} holds {optimizer_bytes(optimizer):,} bytes of state; torch's adamw would hold "
                         f"{stock_bytes:,}."
                     )
+                due = done.step % training.save_steps == 0
                 if datasets.eval and training.eval_steps and done.step % training.eval_steps == 0:
                     best_before = done.best_step
                     record = evaluate_between(model, datasets, recipe, done, bar, group)
                     if log is not None:
                         log.write(record)
                     trackers.log(record)
-                    if done.best_step != best_before:
-                        save()  # the best vectors are then on disk, whatever comes
-                if done.step % training.save_steps == 0:
+                    due = due or done.best_step != best_before  # the best vectors are then on disk, whatever comes
+                if due:
                     save()
-        if done.step and not group.on_first(lambda: (checkpoints / f"step-{done.step:08d}").exists()):
+        if done.step and done.step != saved_step:
             save()
         if asked:
             run["status"] = "interrupted"
@@ -282,9 +301,9 @@ def _run(
             )
         if training.load_best_model_at_end and done.best_step is not None and done.best_step != done.step:
             path = checkpoints / f"step-{done.best_step:08d}"
-            best = checkpoint.shared(checkpoint.load(path) if group.first else None, group)
-            assert best is not None
-            load_vectors(model, best.vectors, str(best.path))
+            best = checkpoint.shared(_read_best(path, console) if group.first else None, group)
+            if best is not None:
+                load_vectors(model, best.vectors, str(best.path))
         engine.gather_vectors()
         run["adapter"]["file_bytes"] = group.on_first(lambda: save_adapter(model, run_dir / "adapter"))
         after: dict[str, Any] | None = None
@@ -296,9 +315,21 @@ def _run(
     return RunResult(run_dir, run) if group.first else None
 
 
+def _read_best(path: Path, console: Console) -> checkpoint.Checkpoint | None:
+    try:
+        return checkpoint.load(path)
+    except InputError as error:  # a run that has come so far is not given up for it
+        console.print(f"{error} The adapter gets the last step's vectors, not the best.", style="yellow", markup=False)
+        return None
+
+
+def _has_begun(run_dir: Path) -> bool:
+    return (run_dir / "recipe.yaml").exists()
+
+
 def _begin(run_dir: Path, recipe: Recipe) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    replace_text(run_dir / "recipe.yaml", recipe.to_yaml())  # half of it would be a run that can't be resumed
 
 
 def _engine(

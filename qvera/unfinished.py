@@ -18,6 +18,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ from .errors import InputError, RunFailed
 from .stored import file_sha256
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 class Unfinished:
@@ -185,16 +187,30 @@ def require_space(out: Path, needed_bytes: int, what: str) -> None:
 
 @contextlib.contextmanager
 def disk_full_says(what: str, kept: str) -> Iterator[None]:
-    """Turn a full disk (or quota) into a message that names the file and says what is kept.
+    """Turn a full disk (or quota), or one that can't be written any more, into a message that names the file and what is kept.
+
+    A disk with errors is made read-only by the system in the middle of a run.
 
     Raises:
-        RunFailed: in place of ENOSPC, EDQUOT or EFBIG, from Python or from safetensors.
+        RunFailed: in place of ENOSPC, EDQUOT, EFBIG, EROFS, EACCES, EPERM or EIO, from Python or from safetensors.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
-        text = str(error)
-        if not (isinstance(error, OSError) and error.errno in _NO_SPACE) and "No space left" not in text:
+        number = _error_number(error)
+        if number in _NO_SPACE:
+            reason = "the disk is full"
+        elif number in _UNWRITABLE:
+            reason = f"it can't be written ({os.strerror(number)})"
+        else:
             raise
         where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
-        raise RunFailed(f"{what}: the disk is full{where}. {kept}") from None
+        raise RunFailed(f"{what}: {reason}{where}. {kept}") from None
+
+
+def _error_number(error: OSError | SafetensorError) -> int:
+    """The system's error number; safetensors has it in its text only: "I/O error: No space left on device (os error 28)"."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else 0

@@ -34,3 +34,13 @@ def fill(disk: Path, leave_bytes: int = 0) -> Path:
     free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
     filler.write_bytes(b"x" * max(free - leave_bytes, 0))
     return filler
+
+
+@contextlib.contextmanager
+def read_only(disk: Path) -> Iterator[None]:
+    """For the block that disk can't be written, as one with errors that the system has mounted again."""
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)

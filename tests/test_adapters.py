@@ -12,11 +12,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from qvera.adapters import load_adapters, same_directions
+from qvera.attached import attach, load_adapter, save_adapter
 from qvera.cli import main
 from qvera.errors import InputError
 from qvera.export.deltas import AdapterDeltas, read_deltas, skeleton
 from qvera.generate import generate, generating
-from qvera.model import attach, load_adapter, load_base, save_adapter
+from qvera.model import load_base
 from qvera.recipe import AdapterSection, ModelSection
 from qvera.trainer import train
 from qvera.vera import QveraLinear

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from torch import nn
 from qvera import checkpoint
 from qvera.errors import InputError, RunFailed
 
-from .disk import fill, small_disk
+from .disk import fill, read_only, small_disk
 
 STATE: dict[str, Any] = {"schedule": {"last_epoch": 7}, "progressed": {"best_loss": 1.25, "note": "Grüße"}}
 FILES = ["manifest.json", "optimizer.safetensors", "random.safetensors", "state.json", "vectors.safetensors"]
@@ -139,6 +140,19 @@ def test_a_file_cut_short_is_noticed(saved: Path, file: str, keep: float) -> Non
         checkpoint.load(saved)
 
 
+def test_cut_at_any_byte_it_is_passed_over(saved: Path) -> None:
+    """Every length of the two JSON files, every 7th of the others; the manifest too may be cut."""
+    for file in FILES:
+        content = (saved / file).read_bytes()
+        for length in range(0, len(content), 1 if file.endswith(".json") else 7):
+            (saved / file).write_bytes(content[:length])
+            warned: list[str] = []
+            assert checkpoint.newest(saved.parent, warned.append) is None, (file, length)
+            assert len(warned) == 1 and file in warned[0] and warned[0].endswith("It is passed over.")
+        (saved / file).write_bytes(content)
+    assert checkpoint.load(saved).step == 7
+
+
 @pytest.mark.parametrize("file", [f for f in FILES if f != "manifest.json"])
 def test_every_flipped_bit_in_a_file_is_noticed(saved: Path, file: str) -> None:
     content = bytearray((saved / file).read_bytes())
@@ -202,6 +216,62 @@ def test_another_format_is_refused(saved: Path, version: Any) -> None:
     (saved / "manifest.json").write_text(json.dumps({**manifest, "format": version}))
     with pytest.raises(InputError, match=f"has checkpoint format {version}; this qvera reads format 1"):
         checkpoint.load(saved)
+
+
+def vouch_for(path: Path) -> None:
+    """Write the manifest that fits what is there, as someone would who makes a checkpoint up."""
+    facts = {
+        f.name: {"sha256": hashlib.sha256(f.read_bytes()).hexdigest(), "bytes": f.stat().st_size}
+        for f in path.iterdir()
+        if f.name != "manifest.json"
+    }
+    (path / "manifest.json").write_text(json.dumps({"format": 1, "step": 7, "files": facts}))
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("vectors.safetensors", b"not safetensors"),
+        ("optimizer.safetensors", b""),
+        ("random.safetensors", b"\xff" * 64),
+        ("state.json", b"[]"),
+        ("state.json", b"{"),
+        ("state.json", b"\xff"),
+        ("state.json", b'{"step": 8}'),
+        ("state.json", b'{"step": "7"}'),
+    ],
+)
+def test_a_manifest_that_fits_does_not_make_it_a_checkpoint(saved: Path, file: str, content: bytes) -> None:
+    (saved / file).write_bytes(content)
+    vouch_for(saved)
+    with pytest.raises(InputError, match="step-00000007: is no checkpoint of qvera's"):
+        checkpoint.load(saved)
+
+
+def test_the_manifest_of_another_run_or_step_is_refused_and_the_one_before_taken(tmp_path: Path) -> None:
+    for run_name, seed in (("mine", 1), ("other", 2)):
+        torch.manual_seed(seed)
+        vectors, optimizer = run(seed=seed)
+        for number in (2, 4):
+            checkpoint.save(tmp_path / run_name, number, vectors, optimizer, STATE)
+            step(vectors, optimizer)
+    manifest = tmp_path / "mine" / "step-00000004" / "manifest.json"
+    for source in (tmp_path / "other" / "step-00000004", tmp_path / "mine" / "step-00000002"):
+        shutil.copy(source / "manifest.json", manifest)
+        warned: list[str] = []
+        found = checkpoint.newest(tmp_path / "mine", warned.append)
+        assert found is not None and found.step == 2
+        assert len(warned) == 1 and "step-00000004" in warned[0] and "not what the manifest says" in warned[0]
+
+
+def test_an_older_format_is_passed_over_by_name(tmp_path: Path) -> None:
+    save_steps(tmp_path, 2, 4)
+    manifest = tmp_path / "step-00000004" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 0}))
+    warned: list[str] = []
+    found = checkpoint.newest(tmp_path, warned.append)
+    assert found is not None and found.step == 2
+    assert "step-00000004: has checkpoint format 0; this qvera reads format 1. It is passed over." in warned[0]
 
 
 # Which one is taken, and which are kept.
@@ -316,3 +386,13 @@ def test_a_full_disk_is_said_and_earlier_checkpoints_stay(tmp_path: Path) -> Non
         filler.unlink()
         checkpoint.save(disk / "c", 2, vectors, optimizer, STATE)
         assert names(disk / "c") == ["step-00000001", "step-00000002"]
+
+
+def test_a_disk_that_became_read_only_is_said_and_earlier_checkpoints_stay(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 400_000) as disk:
+        save_steps(disk / "c", 1)
+        with read_only(disk), pytest.raises(RunFailed, match="step 2 .*can't be written .Read-only file system"):
+            save_steps(disk / "c", 2)
+        found = checkpoint.newest(disk / "c")
+        assert found is not None and found.step == 1 and names(disk / "c") == ["step-00000001"]
+        save_steps(disk / "c", 2)

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from qvera import frozen, quantize
+from qvera.attached import attach, named_vectors
 from qvera.generate import generate, generating
-from qvera.model import attach, enable_checkpointing, load_base, named_vectors
+from qvera.model import enable_checkpointing, load_base
 from qvera.recipe import AdapterSection, ModelSection
 
 from .vera.helpers import FOUR_BIT, IN, OUT, base_layer, dense_weight, perturb, relative, weight_bytes

@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qvera import evaluate
 from qvera import generate as generation
+from qvera.attached import attach
 from qvera.generate import exact_match, generate, generating
-from qvera.model import attach, load_base
+from qvera.model import load_base
 from qvera.recipe import AdapterSection, ModelSection
 from qvera.vera import LowRankPath, QveraLinear
 

@@ -13,7 +13,7 @@ from transformers import GemmaConfig, GemmaForCausalLM, MistralConfig, MistralFo
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from qvera import lean
-from qvera.model import attach
+from qvera.attached import attach
 from qvera.recipe import AdapterSection
 
 from .conftest import small_llama

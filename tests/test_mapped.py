@@ -16,13 +16,14 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qvera import frozen, quantize
 from qvera import loss as loss_module
+from qvera.attached import attach, load_adapter, named_vectors, save_adapter
 from qvera.blocked import RowBlocks
 from qvera.data import IGNORED
 from qvera.errors import InputError
 from qvera.generate import generate, generating
 from qvera.loss import Head, summed_nll
 from qvera.mapped import NotMappable, load_mapped
-from qvera.model import attach, load_adapter, load_base, named_vectors, save_adapter
+from qvera.model import load_base
 from qvera.recipe import AdapterSection, ModelSection
 
 from .conftest import small_llama, small_tokenizer

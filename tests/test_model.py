@@ -12,18 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qvera import frozen, quantize
+from qvera.attached import adapter_facts, attach, named_vectors, save_adapter
 from qvera.errors import InputError, RunFailed
-from qvera.model import (
-    adapter_facts,
-    attach,
-    enable_checkpointing,
-    load_base,
-    load_tokenizer,
-    named_vectors,
-    pick_compute_dtype,
-    pick_device,
-    save_adapter,
-)
+from qvera.model import enable_checkpointing, load_base, load_tokenizer, pick_compute_dtype, pick_device
 from qvera.recipe import AdapterSection, ModelSection
 from qvera.stored import base_fingerprint
 
@@ -339,7 +330,7 @@ def test_a_failed_save_leaves_the_old_adapter(saved: Path, monkeypatch: pytest.M
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("qvera.model.flush", full)
+    monkeypatch.setattr("qvera.attached.flush", full)
     with pytest.raises(RunFailed, match="adapter: the disk is full"):
         save_adapter(model, saved)
     assert {f.name: f.read_bytes() for f in saved.iterdir()} == before

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,13 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from qvera import trainer
+from qvera import checkpoint, trainer
 from qvera.cli import main
 from qvera.errors import InputError, Interrupted, RunFailed
 from qvera.recipe import Recipe
 from qvera.trainer import train
 
-from .disk import fill, small_disk
+from .disk import fill, read_only, small_disk
 
 
 def records(run_dir: Path, kind: str = "train") -> list[dict[str, Any]]:
@@ -78,7 +80,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
     assert strip(records(tmp_path / "cut", "eval")) == strip(records(tmp_path / "whole", "eval"))
 
 
-def stop_after(recipe: Recipe, run_dir: Path, step: int) -> None:
+def stop_after(recipe: Recipe, run_dir: Path, step: int, resume: bool = False) -> None:
     """Run until SIGTERM arrives during ``step``; the run saves and says so."""
     original = trainer._step
 
@@ -91,7 +93,7 @@ def stop_after(recipe: Recipe, run_dir: Path, step: int) -> None:
     trainer._step = interrupted  # type: ignore[assignment]
     try:
         with pytest.raises(Interrupted, match=rf"SIGTERM after step {step} of .*--resume"):
-            train(recipe, run_dir)
+            train(recipe, run_dir, resume=resume)
     finally:
         trainer._step = original
     assert (run_dir / "checkpoints" / f"step-{step:08d}" / "manifest.json").exists()
@@ -109,6 +111,78 @@ def test_a_damaged_checkpoint_is_passed_over(make_recipe: Any, tmp_path: Path, c
     assert "vectors.safetensors: is missing or not what the manifest says" in " ".join(capsys.readouterr().err.split())
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     assert same(vectors(tmp_path / "cut"), vectors(tmp_path / "whole"))
+
+
+def test_a_checkpoint_of_another_run_is_passed_over(make_recipe: Any, tmp_path: Path) -> None:
+    """Whole, and of the same shapes: only its recipe says that it is not of this run."""
+    recipe = make_recipe(training={"max_steps": 6, "save_steps": 2})
+    train(recipe, tmp_path / "whole")
+    stop_after(recipe, tmp_path / "cut", step=3)
+    train(make_recipe(training={"max_steps": 6, "save_steps": 5, "learning_rate": 1e-3}), tmp_path / "other")
+    foreign = tmp_path / "cut" / "checkpoints" / "step-00000005"
+    shutil.copytree(tmp_path / "other" / "checkpoints" / "step-00000005", foreign)
+    console = Console(file=io.StringIO(), width=1000)
+    train(recipe, tmp_path / "cut", resume=True, console=console)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert (
+        "step-00000005: is of another run; training.learning_rate differ from this recipe. It is passed over." in said
+    )
+    assert "Going on from step 3 of 6" in said
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert same(vectors(tmp_path / "cut"), vectors(tmp_path / "whole"))
+
+
+def test_a_disk_that_becomes_read_only_ends_the_run_and_resume_goes_on(
+    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(training={"max_steps": 6, "save_steps": 2})
+    train(recipe, tmp_path / "whole")
+    with small_disk(tmp_path / "disk", 4 << 20) as disk:
+        original = trainer.checkpoint.save
+
+        def failing(directory: Path, step: int, *more: Any) -> Path:
+            with read_only(disk) if step == 4 else contextlib.nullcontext():
+                return original(directory, step, *more)
+
+        monkeypatch.setattr(checkpoint, "save", failing)
+        with pytest.raises(RunFailed, match="the checkpoint of step 4 in .* can't be written .Read-only file system"):
+            train(recipe, disk / "run")
+        monkeypatch.undo()
+        with read_only(disk), pytest.raises(InputError, match="nothing can be written in .*Read-only"):
+            train(recipe, disk / "run", resume=True)
+        train(recipe, disk / "run", resume=True)
+        assert losses(disk / "run") == losses(tmp_path / "whole")
+        assert same(vectors(disk / "run"), vectors(tmp_path / "whole"))
+
+
+def test_stopping_where_a_damaged_checkpoint_stands_saves_a_whole_one(make_recipe: Any, tmp_path: Path) -> None:
+    recipe = make_recipe(training={"max_steps": 6, "save_steps": 2})
+    stop_after(recipe, tmp_path / "run", step=3)
+    damaged = tmp_path / "run" / "checkpoints" / "step-00000003"
+    (damaged / "vectors.safetensors").write_bytes(b"")
+    stop_after(recipe, tmp_path / "run", step=3, resume=True)  # from step 2; "and saved" has to be true
+    assert checkpoint.load(damaged).step == 3
+
+
+def test_records_are_on_disk_before_the_checkpoint_that_ends_them(
+    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut a run goes on behind its newest checkpoint: what was recorded before that is never run again."""
+    order: list[str] = []
+    original = checkpoint.save
+    monkeypatch.setattr("qvera.metrics.flush", lambda path: order.append(path.name))
+    monkeypatch.setattr(checkpoint, "save", lambda *all: order.append("checkpoint") or original(*all))
+    train(make_recipe(training={"max_steps": 4, "save_steps": 2}), tmp_path / "run")
+    assert order == ["metrics.jsonl", "checkpoint"] * 2
+
+
+def test_each_step_is_saved_once(make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second save of one step would take away the first for a moment, and with a limit of one there is no other."""
+    saved: list[int] = []
+    original = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda d, step, *more: saved.append(step) or original(d, step, *more))
+    train(make_recipe(training={"max_steps": 7, "save_steps": 2, "eval_steps": 2}), tmp_path / "run")
+    assert saved == sorted(set(saved)) and {2, 4, 6, 7} <= set(saved)
 
 
 def test_accumulation_does_not_change_the_update(make_recipe: Any, tmp_path: Path) -> None:
@@ -160,6 +234,31 @@ def test_early_stopping_keeps_the_best_vectors(make_recipe: Any, tmp_path: Path)
     assert len(evals) == best["step"] + 2 < 30
     assert result.run["result"]["best_step"] == best["step"]
     assert result.run["result"]["eval_after"]["loss"] == pytest.approx(best["loss"], rel=1e-6)
+
+
+def test_where_the_best_checkpoint_is_damaged_the_last_vectors_are_taken_and_that_is_said(
+    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {  # a rate that spoils it
+        "max_steps": 30, "eval_steps": 1, "early_stopping_patience": 2, "load_best_model_at_end": True,
+        "learning_rate": 60.0, "warmup_ratio": 0.0, "lr_scheduler_type": "constant", "max_grad_norm": 0,
+    }  # fmt: skip
+    original = checkpoint.load
+
+    def damaged(path: Path) -> Any:
+        (path / "vectors.safetensors").write_bytes(b"")
+        return original(path)
+
+    monkeypatch.setattr(checkpoint, "load", damaged)
+    console = Console(file=io.StringIO(), width=1000)
+    result = train(make_recipe(training=settings), tmp_path / "run", console=console)
+    assert result is not None
+    step = result.run["result"]["steps"]
+    assert result.run["result"]["best_step"] == step - 2
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "not what the manifest says" in said and "The adapter gets the last step's vectors, not the best." in said
+    last = load_file(tmp_path / "run" / "checkpoints" / f"step-{step:08d}" / "vectors.safetensors")
+    assert same(vectors(tmp_path / "run"), last)
 
 
 def test_a_finished_run_is_not_overwritten(make_recipe: Any, tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_small_files_are_whole_or_as_they_were(tmp_path: Path) -> None:
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a.json": '{"a": 1}', "b.json": "{}"}
 
 
-def test_a_full_disk_is_said_and_other_errors_are_left_alone(tmp_path: Path) -> None:
+def test_a_full_or_read_only_disk_is_said_and_other_errors_are_left_alone(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"the export needs 1000000000.00 GB, and .* GB are free"):
         require_space(tmp_path / "not" / "yet", 10**18, "the export")
     require_space(tmp_path, 1, "the export")
@@ -105,9 +105,17 @@ def test_a_full_disk_is_said_and_other_errors_are_left_alone(tmp_path: Path) -> 
         with pytest.raises(RunFailed, match=r"^shard 3: the disk is full.* Kept: 2\.$"):
             with disk_full_says("shard 3", "Kept: 2."):
                 raise error
-    with pytest.raises(PermissionError):
-        with disk_full_says("shard 3", ""):
-            raise PermissionError(errno.EACCES, "denied")
+    for error in (
+        OSError(errno.EROFS, "Read-only file system", "shard.bin"),
+        SafetensorError("Error while serializing: I/O error: Read-only file system (os error 30)"),
+    ):
+        with pytest.raises(RunFailed, match=r"^shard 3: it can't be written \(Read-only file system\).* Kept: 2\.$"):
+            with disk_full_says("shard 3", "Kept: 2."):
+                raise error
+    for other in (FileNotFoundError(errno.ENOENT, "gone"), SafetensorError("InvalidHeaderDeserialization")):
+        with pytest.raises(type(other)):
+            with disk_full_says("shard 3", ""):
+                raise other
 
 
 def test_a_stop_is_asked_for_and_the_handlers_come_back() -> None:

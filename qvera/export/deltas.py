@@ -13,8 +13,8 @@ import torch
 from peft.tuners.vera.model import _kaiming_init
 from transformers.pytorch_utils import Conv1D
 
+from ..attached import read_adapter
 from ..errors import InputError
-from ..model import read_adapter
 from ..skeleton import skeleton as skeleton
 from ..vera.functional import delta_weight
 from ..vera.layer import layer_shape

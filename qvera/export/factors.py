@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from peft import LoraConfig, VeraConfig
 
+from ..attached import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ..errors import InputError
-from ..model import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ..pieces import write_shard
 from ..stored import Spec
 from .deltas import PREFIX, AdapterDeltas

@@ -22,16 +22,10 @@ from transformers import AutoConfig, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from .. import measure
+from ..attached import ADAPTER_WEIGHTS, read_adapter, require_base
 from ..errors import InputError, Interrupted, RunFailed
 from ..locations import base_directory
-from ..model import (
-    ADAPTER_WEIGHTS,
-    load_tokenizer,
-    pick_compute_dtype,
-    pick_device,
-    read_adapter,
-    require_base,
-)
+from ..model import load_tokenizer, pick_compute_dtype, pick_device
 from ..pieces import write_index, write_shard
 from ..recipe import ExportSection, ModelSection
 from ..shards import TensorEntry, checkpoint_tensors, grouped_by_bytes

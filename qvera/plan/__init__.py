@@ -1,7 +1,8 @@
 """Know before you run: bytes, seconds and files of a recipe, from the model's config alone.
 
 Order of reading: `shapes` (config → shapes), `machine` (where it would run), `activations` (one decoder layer), `memory` (the whole
-run), `batches` (its longest forward pass), `seconds`, `files`, `fits` (what would make it fit), `say` and `table`.
+run), `ranks` (one of several processes), `batches` (its longest forward pass), `seconds`, `files`, `fits` (what would make it fit),
+`say` and `table`.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from .files import adapter_bytes, checkpoint_bytes
 from .fits import BatchOf, Change, fits, nearest_changes
 from .machine import Machine, gpu_machine, parse_size, this_machine
 from .memory import Memory, plan_memory, setting
+from .ranks import ALONE, Sharing, Way, passes_of, plan_rank, plan_ways, right_way
 from .seconds import calibrate, step_seconds
 from .shapes import Shape, shape_of
 
 __all__ = [
-    "Batch", "Change", "Machine", "Memory", "Plan", "Shape", "gpu_machine", "longest_rows", "make_plan", "parse_size",
-    "plan_memory", "planned_steps", "shape_of", "this_machine", "time_step",
+    "ALONE", "Batch", "Change", "Machine", "Memory", "Plan", "Shape", "Sharing", "Way", "gpu_machine", "longest_rows", "make_plan",
+    "parse_size", "plan_memory", "plan_ways", "planned_steps", "right_way", "shape_of", "this_machine", "time_step",
 ]  # fmt: skip
 
 
@@ -38,9 +40,12 @@ class Plan:
 
     Attributes:
         batch: the longest forward pass.
+        memory: of one rank.
         changes: empty where the run fits.
         joinable: rows of a batch may be joined behind their common prefix.
+        sharing: how the ranks share the model.
         seconds: parts of an optimizer step; None where nothing was timed.
+        ways: every way of sharing it, where that was asked for.
     """
 
     shape: Shape
@@ -52,7 +57,9 @@ class Plan:
     trained_numbers: int
     changes: list[Change]
     joinable: bool
+    sharing: Sharing = ALONE
     seconds: dict[str, float] | None = None
+    ways: tuple[Way, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -60,7 +67,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON: the output of ``qvera plan --json`` and the ``plan`` object of run.json."""
-        return {
+        found = {
             "device": self.machine.name,
             "device_type": self.machine.device_type,
             "compute_dtype": str(self.machine.dtype).removeprefix("torch."),
@@ -75,15 +82,33 @@ class Plan:
             "step_seconds": None if self.seconds is None else sum(self.seconds.values()),
             "step_seconds_parts": self.seconds,
             "changes": [{"set": c.settings, "total_bytes": c.total_bytes, "fits": c.fits} for c in self.changes],
+            "processes": {
+                "deepspeed": self.sharing.word,
+                "nodes": self.sharing.nodes,
+                "per_node": self.sharing.per_node,
+            },
         }
+        if self.ways:
+            way, why = right_way(list(self.ways), self.machine)
+            found["ways"] = [one.to_dict() for one in self.ways]
+            found["right_way"] = {"deepspeed": None if way is None else way.sharing.word, "why": why}
+        return found
 
 
-def make_plan(recipe: Recipe, machine: Machine | torch.device, rows: Sequence[Example] | None = None) -> Plan:
+def make_plan(
+    recipe: Recipe,
+    machine: Machine | torch.device,
+    rows: Sequence[Example] | None = None,
+    sharing: Sharing = ALONE,
+    every_way: bool = False,
+) -> Plan:
     """Plan a run from its recipe and the base model's config; no weights are read.
 
     Args:
         machine: what to plan for; a device: this process's own machine, with what it holds now.
         rows: the training rows where they are at hand; without them every row is taken to be ``data.max_length`` long.
+        sharing: how many ranks there are and what each holds; the plan is that of one of them.
+        every_way: plan the other ways of sharing on as many ranks too.
 
     Raises:
         InputError: the config can't be read, it is no decoder of linears, or a target matches nothing.
@@ -98,11 +123,11 @@ def make_plan(recipe: Recipe, machine: Machine | torch.device, rows: Sequence[Ex
         machine = this_machine(recipe.model, machine)
     longest = _batches(rows, joinable)
     batch = longest(recipe)
-    memory = plan_memory(shape, recipe, batch, machine)
+    memory = plan_rank(shape, recipe, batch, machine, sharing)
     trained = sum(
         x.m + (recipe.adapter.rank if recipe.adapter.train_d else 0) for x in shape.adapted(recipe.adapter.targets)
     )
-    changes = [] if fits(memory, machine) else nearest_changes(shape, recipe, longest, machine)
+    changes = [] if fits(memory, machine) else nearest_changes(shape, recipe, longest, machine, sharing)
     return Plan(
         shape,
         machine,
@@ -113,6 +138,8 @@ def make_plan(recipe: Recipe, machine: Machine | torch.device, rows: Sequence[Ex
         trained,
         changes,
         joinable,
+        sharing,
+        ways=tuple(plan_ways(shape, recipe, batch, machine, sharing.nodes, sharing.per_node)) if every_way else (),
     )
 
 
@@ -141,6 +168,11 @@ def _cut(example: Example, tokens: int) -> Example:
 
 
 def time_step(plan: Plan, recipe: Recipe, device: torch.device) -> dict[str, float]:
-    """Seconds of one optimizer step in parts, from a calibration of ``device`` (2 to 5 seconds)."""
+    """Seconds of one optimizer step in parts, from a calibration of ``device`` (2 to 5 seconds).
+
+    With several ranks: of one on a device like this one for each, without what the network takes.
+    """
     a = setting(plan.shape, recipe, plan.batch, plan.machine)
-    return step_seconds(a, recipe, calibrate(a, recipe, device))
+    packed = plan.batch.packed_rows
+    share = passes_of(recipe, plan.sharing.world_size, packed) / passes_of(recipe, 1, packed)
+    return {name: share * s for name, s in step_seconds(a, recipe, calibrate(a, recipe, device)).items()}

@@ -11,7 +11,7 @@ from .shapes import Shape
 
 _PEFT_PREFIX = "base_model.model."
 _CONFIG_BYTES = 750  # adapter_config.json
-_STATE_BYTES = 1_500  # state.json without the steps' own results, and manifest.json
+_STATE_BYTES = 1_500  # state.json without the recipe and the steps' own results, and manifest.json
 _RANDOM_BYTES = 5_056
 
 
@@ -34,7 +34,7 @@ def adapter_bytes(shape: Shape, recipe: Recipe) -> int:
 
 
 def checkpoint_bytes(shape: Shape, recipe: Recipe) -> int:
-    """One checkpoint directory: vectors, AdamW's state of those that are trained, random state, position."""
+    """One checkpoint directory: vectors, AdamW's state of those that are trained, random state, position, recipe."""
     vectors = _vectors(shape, recipe)
     trained = [(name, n) for name, n in vectors if recipe.adapter.train_d or name.endswith("qvera_b")]
     state: list[tuple[str, str, Sequence[int], int]] = []
@@ -43,7 +43,8 @@ def checkpoint_bytes(shape: Shape, recipe: Recipe) -> int:
         state.append((f"{name}/step", "F32", [], 4))
     saved = safetensors_bytes([(name, "F32", [n], 4 * n) for name, n in vectors], None)
     random = safetensors_bytes([("cpu", "U8", [_RANDOM_BYTES], _RANDOM_BYTES)], None)
-    return saved + safetensors_bytes(state, None) + random + _STATE_BYTES
+    written = len(json.dumps({"recipe": recipe.to_dict()}, indent=1))
+    return saved + safetensors_bytes(state, None) + random + written + _STATE_BYTES
 
 
 def _vectors(shape: Shape, recipe: Recipe) -> list[tuple[str, int]]:

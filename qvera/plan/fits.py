@@ -11,7 +11,8 @@ from typing import Any
 from ..recipe import Recipe
 from .activations import Batch
 from .machine import Machine
-from .memory import Memory, plan_memory
+from .memory import Memory
+from .ranks import ALONE, Sharing, plan_rank
 from .shapes import Shape
 
 BatchOf = Callable[[Recipe], Batch]
@@ -51,7 +52,9 @@ def changed(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
     return recipe
 
 
-def nearest_changes(shape: Shape, recipe: Recipe, batch_of: BatchOf, machine: Machine) -> list[Change]:
+def nearest_changes(
+    shape: Shape, recipe: Recipe, batch_of: BatchOf, machine: Machine, sharing: Sharing = ALONE
+) -> list[Change]:
     """Single changes that make the recipe fit, the mildest value of each; where no single one does, they are added up.
 
     The last resort, all changes at their extreme, is given even where it does not fit.
@@ -59,7 +62,7 @@ def nearest_changes(shape: Shape, recipe: Recipe, batch_of: BatchOf, machine: Ma
 
     def tried(settings: dict[str, Any]) -> Change:
         other = changed(recipe, settings)
-        memory = plan_memory(shape, other, batch_of(other), machine)
+        memory = plan_rank(shape, other, batch_of(other), machine, sharing)
         return Change(settings, memory.total_bytes, fits(memory, machine))
 
     found: list[Change] = []

@@ -183,8 +183,8 @@ def _standing(shape: Shape, recipe: Recipe, machine: Machine, adapted: tuple[Lin
         Component(stored, "base", linears, machine.mapped_base, per, 3),
         Component("embeddings, head, norms", "base", shape.dense_numbers * dense_size, machine.mapped_base, per, 3),
         Component("projections A, B", "projections", rank * sum(widest) * size, zero_stage=None),
-        Component("vectors", "vectors", 4 * sum(sizes), zero_stage=3),
-        Component("their gradients", "vectors", 4 * sum(trained), zero_stage=2),
+        Component("vectors", "vectors", 4 * sum(sizes)),  # whole on every rank in each stage: they are read by name
+        Component("their gradients", "vectors", 4 * sum(trained)),  # likewise: one bucket, as large as all of them
         Component("optimizer state", "vectors", optimizer_state_bytes(trained, recipe.training.optim), zero_stage=1),
     ]
     return tuple(c for c in found if c.bytes)

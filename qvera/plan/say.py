@@ -8,6 +8,7 @@ from rich.table import Table
 from ..numbers import count, duration, size
 from . import Plan
 from .memory import Component
+from .ranks import ETHERNET_BYTES_PER_SECOND, right_way
 
 _MOMENTS = {"backward": "backward pass", "loss": "loss", "answers": "answers"}
 
@@ -35,12 +36,66 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(f"Files: adapter {size(plan.adapter_bytes)}, a checkpoint {size(plan.checkpoint_bytes)}.")
     if plan.seconds is not None:
         parts = ", ".join(f"{name} {duration(s)}" for name, s in plan.seconds.items() if s > 0)
-        console.print(f"A step takes about {duration(sum(plan.seconds.values()))} here ({parts}).")
+        ranks = (
+            f" for one of {plan.sharing.world_size} ranks, without the network" if plan.sharing.world_size > 1 else ""
+        )
+        console.print(f"A step takes about {duration(sum(plan.seconds.values()))} here{ranks} ({parts}).")
     if plan.machine.device_type == "cuda":
         console.print("GPU figures are computed from shapes; no GPU has confirmed them yet.")
+    if plan.ways:
+        _print_ways(plan, console)
     for line in change_lines(plan):
         console.print(line)
     console.print(verdict(plan), style="bold")
+
+
+def _print_ways(plan: Plan, console: Console) -> None:
+    """Each ZeRO stage on as many ranks, what travels, and which one to take."""
+    sharing, machine = plan.sharing, plan.machine
+    nodes = f"{sharing.nodes} node{'s' if sharing.nodes > 1 else ''}"
+    console.print(
+        f"\n{sharing.world_size} ranks, {sharing.per_node} on each of {nodes}. What one rank holds at its peak:"
+    )
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in (
+        "deepspeed",
+        "base",
+        "vectors, optimizer",
+        "activations",
+        "others",
+        "total",
+        "received a step",
+        "at 1 Gbit/s",
+    ):
+        table.add_column(title, justify="left" if title == "deepspeed" else "right")
+    for way in plan.ways:
+        parts = {"base": 0, "vectors": 0, "activations": 0, "others": 0}
+        for part in way.memory.peak:
+            if not part.mapped:
+                parts[_COLUMN.get(part.kind, "others")] += part.bytes
+        base = size(parts.pop("base"))
+        if way.memory.mapped_bytes:
+            base += f" + {size(way.memory.mapped_bytes)} mapped"
+        table.add_row(
+            way.sharing.word,
+            base,
+            *map(size, parts.values()),
+            size(way.needed_bytes) + ("" if way.fits else " (too much)"),
+            size(way.traffic.total),
+            duration(way.traffic.total / ETHERNET_BYTES_PER_SECOND),
+        )
+    console.print(table)
+    console.print(right_way(list(plan.ways), machine)[1], style="bold")
+
+
+_COLUMN = {
+    "base": "base",
+    "vectors": "vectors",
+    "checkpoints": "activations",
+    "transient": "activations",
+    "loss": "activations",
+}
+"""Kind of a component → its column; projections, answers and the runtime are the others."""
 
 
 def where(part: Component, plan: Plan) -> str:
@@ -52,7 +107,7 @@ def where(part: Component, plan: Plan) -> str:
 def verdict(plan: Plan) -> str:
     """One sentence: fits, or does not."""
     memory, machine = plan.memory, plan.machine
-    needed = memory.total_bytes if machine.device_type == "cuda" else memory.private_bytes
+    needed = needed_bytes(plan)
     have = f"{size(machine.available_bytes)} of {'memory' if machine.device_type == 'cuda' else 'free RAM'}"
     if not plan.fits:
         return f"Does not fit: needs {size(needed)}, and {machine.name} has {have}."
@@ -65,10 +120,18 @@ def verdict(plan: Plan) -> str:
     return f"Fits: {size(needed)}{mapped} of {have} on {machine.name}."
 
 
+def needed_bytes(plan: Plan) -> int:
+    """What has to fit: on a GPU everything, on a CPU what is private."""
+    return plan.memory.total_bytes if plan.machine.device_type == "cuda" else plan.memory.private_bytes
+
+
 def change_lines(plan: Plan) -> list[str]:
     """What would make it fit, one ``--set`` a line."""
     if plan.fits or not plan.changes:
         return []
+    way = right_way(list(plan.ways), plan.machine)[0] if plan.ways else None
+    if way is not None and way.sharing.word != plan.sharing.word:
+        return [f"--set deepspeed={way.sharing.word} makes it fit: {size(way.needed_bytes)} a rank."]
     if not any(change.fits for change in plan.changes):
         least = plan.changes[-1]
         return [f"No change makes it fit; at the least ({least}) it takes {size(least.total_bytes)}."]
@@ -80,7 +143,6 @@ def run_lines(plan: Plan) -> list[str]:
     """The plan before a run, in two or three lines."""
     memory = plan.memory
     mapped = f" + {size(memory.mapped_bytes)} of mapped weights" if memory.mapped_bytes else ""
-    head = (
-        f"Plan: peak {size(memory.private_bytes)}{mapped}, in the {_MOMENTS[memory.peak_moment]}; {plan.batch.source}."
-    )
+    rank = f" of each of {plan.sharing.world_size} ranks" if plan.sharing.world_size > 1 else ""
+    head = f"Plan: peak{rank} {size(memory.private_bytes)}{mapped}, in the {_MOMENTS[memory.peak_moment]}; {plan.batch.source}."
     return [head, verdict(plan), *change_lines(plan)]

@@ -32,11 +32,22 @@ class Group:
     world_size: int = 1
     local_rank: int = 0
     host: str = dataclasses.field(default_factory=socket.gethostname)
+    store: Any = dataclasses.field(default=None, compare=False, repr=False)
+    """The launcher's key-value store, where there is one: it outlives processes that the launcher restarts."""
 
     @property
     def first(self) -> bool:
         """Whether this is the process that writes, prints and answers."""
         return self.rank == 0
+
+    def remember(self, word: str) -> None:
+        """Leave a word for the processes that the launcher may start in the place of these."""
+        if self.store is not None:
+            self.store.set(f"qvera/remembered/{word}", "")
+
+    def remembers(self, word: str) -> bool:
+        """Whether processes of the same launch have left this word."""
+        return self.store is not None and bool(self.store.check([f"qvera/remembered/{word}"]))
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Each number added up over all ranks, in fp64: counts up to 2**53 stay exact."""

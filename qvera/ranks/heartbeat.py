@@ -36,6 +36,7 @@ class Heartbeat:
     Args:
         store: a connection of its own to the launcher's store; its calls block, so no one else may use it.
         give_up: what to do with the message when a peer is gone; called from a thread.
+        launcher: process id of the parent; when it is gone, so is this node for the others. None: nobody looks.
     """
 
     def __init__(
@@ -45,9 +46,10 @@ class Heartbeat:
         give_up: Callable[[str, int], None] | None = None,
         beat_seconds: float = BEAT_SECONDS,
         silent_seconds: float = SILENT_SECONDS,
+        launcher: int | None = None,
     ) -> None:
         self.group, self.store = group, store
-        self._give_up = give_up or end_process
+        self._give_up, self._launcher = give_up or end_process, launcher
         self._beat_seconds, self._silent_seconds = beat_seconds, silent_seconds
         self._done = threading.Event()
         self._reached = time.monotonic()
@@ -97,12 +99,23 @@ class Heartbeat:
         while not self._done.wait(self._beat_seconds):
             count += 1
             try:
+                if self._launcher is not None and os.getppid() != self._launcher:
+                    self._without_launcher()
+                    return
                 self._beat(count)
                 for rank in range(self.group.world_size):
                     if rank != self.group.rank and not self._done.is_set() and self._look_at(rank):
                         return
             except (RuntimeError, ConnectionError):  # torch's DistNetworkError, DistStoreError: the watcher decides
                 continue
+
+    def _without_launcher(self) -> None:
+        """torchrun or DeepSpeed's launcher on this node was killed: nobody would restart or stop this process any more."""
+        says = "the launcher that had started it was killed. Checkpoints are kept; go on with --resume."
+        left = {"host": self.group.host, "left": True, "error": says, "exit_code": EXIT_FAILED}
+        with contextlib.suppress(RuntimeError):  # it may have served the store
+            self.store.set(self._key(self.group.rank), json.dumps(left))
+        self._give_up(f"rank {self.group.rank} on {self.group.host} ends: {says}", EXIT_FAILED)
 
     def _look_at(self, rank: int) -> bool:
         """Whether this rank is gone and we have given up."""

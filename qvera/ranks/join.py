@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
 import os
 import re
 import socket
+import time
+import uuid
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -52,7 +56,7 @@ def in_group() -> Iterator[Group]:
         return
     count = launched_ranks()
     if count == 1:
-        yield Group()
+        yield Group(store=own_store() if _by_torchrun() else None)
         return
     missing = [name for name in _VARIABLES if name not in os.environ]
     if missing:
@@ -63,11 +67,17 @@ def in_group() -> Iterator[Group]:
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
-    _meet("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", count)
-    group = Group(dist.get_rank(), count, local_rank)
+    store, attempt = _meet(count)
+    group = Group(int(os.environ["RANK"]), count, local_rank, store=store)
     try:
-        with Heartbeat(group, own_store()) as heartbeat:
+        with Heartbeat(group, dist.PrefixStore(attempt, own_store()), launcher=_launcher()) as heartbeat:
             try:
+                with _told(count):  # a peer may go while the processes connect, too
+                    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+                    own = dist.PrefixStore(attempt, store)
+                    dist.init_process_group(
+                        backend, store=own, rank=group.rank, world_size=count, timeout=COLLECTIVE_TIMEOUT
+                    )
                 yield group
             except RuntimeError as error:
                 if _LOST.search(str(error)):
@@ -75,18 +85,82 @@ def in_group() -> Iterator[Group]:
                 raise
             group.sum([0.0])  # rank 0 may serve the store: it must not go before the others are done with it
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
-def _meet(backend: str, count: int) -> None:
-    try:
+def restarted() -> bool:
+    """Whether torchrun has started this process in the place of one that failed (``--max-restarts``)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def _by_torchrun() -> bool:
+    return all(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT"))
+
+
+def _launcher() -> int | None:
+    """The process id of the launcher that has to live as long as this process; None where nobody says that there is one."""
+    known = any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "CROSS_RANK"))  # torchrun's, DeepSpeed's
+    return os.getppid() if known else None
+
+
+def _meet(count: int) -> tuple[Any, str]:
+    """A connection to the launcher's store, and the key prefix in it that this attempt has for itself."""
+    with _told(count):
         store, rank, world_size = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
         store.set_timeout(JOIN_TIMEOUT)
-        store = dist.PrefixStore("qvera", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
+        return store, agreed_attempt(store, rank, world_size, JOIN_TIMEOUT.total_seconds())
+
+
+@contextlib.contextmanager
+def _told(count: int) -> Iterator[None]:
+    try:
+        yield
     except (dist.DistError, TimeoutError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise RunFailed(
             f"rank {os.environ['RANK']} on {socket.gethostname()} did not meet all {count} processes at {where} within "
             f"{JOIN_TIMEOUT.seconds // 60} minutes: one was not started, or can't reach that address ({first_line(error)})"
         ) from None
+
+
+def agreed_attempt(store: Any, rank: int, world_size: int, limit_seconds: float) -> str:
+    """A key prefix that the processes alive now have in common, and none that was here before them.
+
+    A launcher that restarts failed processes keeps its store, with the addresses and beats of the dead in it; and it counts its
+    restarts on each node by itself, so that a node that was replaced counts otherwise. So each process leaves a word of its own,
+    rank 0 publishes the words it finds until every process has nodded to the one list that its word is in.
+
+    Raises:
+        TimeoutError: not all processes came.
+    """
+    until = time.monotonic() + limit_seconds
+    word = uuid.uuid4().hex
+    store.set(f"qvera/word/{rank}", word)
+    seen = ""
+    while time.monotonic() < until:
+        if rank == 0:
+            keys = [f"qvera/word/{other}" for other in range(world_size)]
+            if store.check(keys):
+                words = ",".join(store.get(key).decode() for key in keys)
+                if words != seen:
+                    seen = words
+                    store.set("qvera/words", words)
+        elif store.check(["qvera/words"]):
+            words = store.get("qvera/words").decode()
+            if word in words.split(",") and words != seen:
+                seen = words
+                store.set(f"{_prefix(words)}/nod/{rank}", "")
+        if seen:
+            nods = [f"{_prefix(seen)}/nod/{other}" for other in range(1, world_size)]
+            if rank == 0 and store.check(nods):
+                store.set(f"{_prefix(seen)}/go", "")
+                return _prefix(seen)
+            if rank and store.check([f"{_prefix(seen)}/go"]):
+                return _prefix(seen)
+        time.sleep(0.02)
+    raise TimeoutError("the others did not come.")
+
+
+def _prefix(words: str) -> str:
+    return f"qvera/{hashlib.sha256(words.encode()).hexdigest()[:16]}"

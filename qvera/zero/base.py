@@ -11,7 +11,7 @@ from torch import nn
 
 from ..recipe import Recipe
 from .config import ZeroConfig
-from .settings import deepspeed_module
+from .settings import deepspeed_module, return_buffers_at_once
 
 
 class Spreader:
@@ -28,6 +28,8 @@ class Spreader:
         self.scratch = Path(os.path.abspath(scratch))
         self.largest_numel = 0
         self._first: Any = None
+        if not torch.cuda.is_available():
+            return_buffers_at_once()
 
     def expect(self, largest_numel: int) -> None:
         """Told before the first weight: elements, as stored, of the largest one."""

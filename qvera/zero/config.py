@@ -90,14 +90,21 @@ class ZeroConfig:
         return None if device == "none" else str(device)
 
     def complete(
-        self, recipe: Recipe, world_size: int, layer_numel: int = 0, vector_numel: int = 0, scratch: Path | None = None
+        self,
+        recipe: Recipe,
+        world_size: int,
+        layer_numel: int = 0,
+        vector_numel: int = 0,
+        scratch: Path | None = None,
+        trained_numel: int = 0,
     ) -> dict[str, Any]:
         """DeepSpeed's whole configuration: this file with what the recipe says.
 
         Args:
-            layer_numel: stored elements of the largest decoder layer; DeepSpeed's live limits default to two of them.
+            layer_numel: stored elements of the largest decoder layer, to set DeepSpeed's limits and buffers by.
             vector_numel: elements of the longest vector and of the largest norm: these stay whole on every rank.
             scratch: a directory for parameters offloaded to NVMe, where the file names none.
+            trained_numel: trained numbers in all, which the buffers of gradients are made for.
         """
         tree = copy.deepcopy(self.tree)
         tree |= {
@@ -111,11 +118,15 @@ class ZeroConfig:
             "steps_per_print": 2**62,
         }
         zero = tree["zero_optimization"]
+        if trained_numel:
+            # each stage makes its bucket of that size, whatever there is to reduce: DeepSpeed's 5e8 are 2 GB on a GPU
+            zero.setdefault("reduce_bucket_size", trained_numel)
         if self.shards_base:
             # DeepSpeed's own limits (1e9 elements) keep a small model whole and two thirds of a 7B in 4 bits
             zero.setdefault("stage3_max_live_parameters", max(2 * layer_numel, 1))
             zero.setdefault("stage3_max_reuse_distance", 0)
-            zero.setdefault("stage3_prefetch_bucket_size", layer_numel)
+            # fetching ahead takes two layers, a buffer of another and, with gloo, a copy of that; measured: as much as the model
+            zero.setdefault("stage3_prefetch_bucket_size", 0)
             # vectors are read by name and not by calling the module that owns them, so no hook would gather them
             zero["stage3_param_persistence_threshold"] = max(
                 vector_numel, int(zero.get("stage3_param_persistence_threshold", 0))

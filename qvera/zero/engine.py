@@ -10,7 +10,9 @@ Our checkpoints hold vectors and optimizer state as one process has them, so the
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +66,15 @@ class ZeroEngine:
         decoder = causal_model(model).get_decoder()
         module = decoder if config.shards_base else _VectorsOnly(list(vectors.values()))
         largest, kept_whole = _sizes(decoder, vectors) if config.shards_base else (0, 0)
-        tree = config.complete(recipe, group.world_size, largest, kept_whole, scratch)
-        self.deepspeed: Any = deepspeed_module().initialize(model=module, optimizer=optimizer, config=tree)[0]
+        trained = sum(vector.numel() for vector in vectors.values())
+        tree = config.complete(recipe, group.world_size, largest, kept_whole, scratch, trained)
+        with _embedding_hidden(decoder) if config.shards_base else contextlib.nullcontext():
+            self.deepspeed: Any = deepspeed_module().initialize(model=module, optimizer=optimizer, config=tree)[0]
         self.decoder = self.deepspeed if config.shards_base else None
         if config.shards_base:
             self._gather_kept_whole()
-            sharded.gather_at_call(causal_model(model).get_output_embeddings())
+            for end in (causal_model(model).get_input_embeddings(), causal_model(model).get_output_embeddings()):
+                sharded.gather_at_call(end)
         if before:
             self._take_over(before)
 
@@ -143,6 +148,28 @@ class ZeroEngine:
                     safe_set_local_optimizer_state(parameter, _share_of(value, parameter, self.group.rank), key)
 
 
+@contextlib.contextmanager
+def _embedding_hidden(decoder: nn.Module) -> Iterator[None]:
+    """DeepSpeed finds no embedding in the decoder while it puts its hooks on: ours gather it for the look-up alone, DeepSpeed's
+    would do so again in backward, since its output asks for a gradient (PEFT wants it) that nobody reads.
+
+    One that was left whole, that of a tied head, is a buffer afterwards: DeepSpeed takes every parameter that it meets for one of
+    its own. The head keeps the parameter.
+    """
+    found = [(name, m) for name, m in decoder.named_modules() if isinstance(m, nn.Embedding)]
+    for name, _ in found:
+        decoder.set_submodule(name, nn.Identity())
+    try:
+        yield
+    finally:
+        for name, module in found:
+            decoder.set_submodule(name, module)
+            if not sharded.is_sharded(module.weight):
+                weight = module.weight.detach()
+                del module.weight
+                module.register_buffer("weight", weight, persistent=False)
+
+
 def _share_of(value: torch.Tensor, parameter: Any, rank: int) -> torch.Tensor:
     """The elements of ``value`` that belong to this rank's partition of the parameter, zeros where that goes beyond the end.
 
@@ -160,5 +187,8 @@ def _sizes(decoder: Any, vectors: dict[str, nn.Parameter]) -> tuple[int, int]:
     layers = getattr(decoder, "layers", None)
     groups = list(layers) if layers is not None else [decoder]
     largest = max(sum(sharded.whole_numel(p) for p in layer.parameters()) for layer in groups)
-    small = [p.numel() for p in decoder.parameters() if not sharded.is_sharded(p)]
+    tables = {
+        id(m.weight) for m in decoder.modules() if isinstance(m, nn.Embedding)
+    }  # whole where the head is tied to it
+    small = [p.numel() for p in decoder.parameters() if not sharded.is_sharded(p) and id(p) not in tables]
     return largest, max([*small, *(p.numel() for p in vectors.values())])

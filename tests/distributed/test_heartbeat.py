@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import signal
@@ -16,6 +17,7 @@ import torch
 from qvera.errors import EXIT_FAILED, InputError, RunFailed
 from qvera.ranks import Group, in_group
 from qvera.ranks.heartbeat import Heartbeat
+from qvera.ranks.join import agreed_attempt
 
 from .ranks import Ranks, free_port
 
@@ -53,9 +55,9 @@ class Told:
         self.happened.set()
 
 
-def beat(store: Store, rank: int, told: Told, silent_seconds: float = 0.5) -> Heartbeat:
+def beat(store: Store, rank: int, told: Told, silent_seconds: float = 0.5, launcher: int | None = None) -> Heartbeat:
     group = Group(rank, 2, rank, f"node{rank}")
-    return Heartbeat(group, store, told, beat_seconds=0.05, silent_seconds=silent_seconds)
+    return Heartbeat(group, store, told, beat_seconds=0.05, silent_seconds=silent_seconds, launcher=launcher)
 
 
 def test_ranks_that_beat_and_leave_are_not_mistaken_for_dead_ones() -> None:
@@ -116,6 +118,60 @@ def test_a_store_out_of_reach_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         "has not reached the run's key-value store at node0:" in told.said[0][0]
         and "rank 1 on node1" in told.said[0][0]
     )
+
+
+def test_a_rank_whose_launcher_was_killed_ends_and_tells_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qvera.ranks.heartbeat.GRACE_SECONDS", 0.1)
+    store, orphan, other = Store(), Told(), Told()
+    with beat(store, 0, other), beat(store, 1, orphan, launcher=os.getppid() + 1):  # as if another had taken its place
+        assert orphan.happened.wait(5) and other.happened.wait(5)
+    assert orphan.said[0][0].startswith("rank 1 on node1 ends: the launcher that had started it was killed")
+    assert other.said[0][0].startswith("rank 1 on node1 failed: the launcher that had started it was killed")
+    told = Told()
+    with beat(store, 0, told, launcher=os.getppid()), beat(store, 1, told):
+        time.sleep(0.3)
+    assert not told.said
+
+
+def agreed(store: Any, *ranks: int, world_size: int, limit_seconds: float = 10) -> dict[int, str]:
+    """What these ranks, each in a thread, agree on; those that gave up are missing."""
+    found: dict[int, str] = {}
+
+    def one(rank: int) -> None:
+        with contextlib.suppress(TimeoutError):
+            found[rank] = agreed_attempt(store, rank, world_size, limit_seconds)
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_restarted_processes_agree_on_keys_that_no_dead_one_had(world_size: int) -> None:
+    store, everyone = torch.distributed.HashStore(), range(world_size)
+    seen: set[str] = set()
+    for _ in range(3):
+        found = agreed(store, *everyone, world_size=world_size)
+        assert sorted(found) == list(everyone) and len(set(found.values())) == 1
+        assert not seen & set(found.values())
+        seen |= set(found.values())
+
+
+def test_a_process_does_not_take_the_word_of_a_dead_one_for_its_peers() -> None:
+    """All that rank 1 left behind is in the store, and rank 1 itself is not there: nobody goes ahead."""
+    store = torch.distributed.HashStore()
+    agreed(store, 0, 1, world_size=2)
+    assert agreed(store, 0, world_size=2, limit_seconds=0.5) == {}
+    assert agreed(store, 1, world_size=2, limit_seconds=0.5) == {}
+    late = threading.Timer(0.5, lambda: late_found.update(agreed(store, 1, world_size=2)))
+    late_found: dict[int, str] = {}
+    late.start()
+    found = agreed(store, 0, world_size=2)
+    late.join()
+    assert found[0] == late_found[1]
 
 
 def launched(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from qvera import launch
-from qvera.cli import main
+from qvera.cli import build_parser, main
 from qvera.errors import InputError
 
-from .ranks import clean_environment, free_port
+from .ranks import ROOT, clean_environment, free_port
 
 RECIPE = Path("r.yaml")
 
@@ -29,6 +29,8 @@ def torchrun(*more: str) -> list[str]:
 def test_one_machine() -> None:
     assert launch.launch_command(RECIPE, gpus=2) == torchrun("--nproc-per-node", "2", "--standalone")
     assert launch.launch_command(RECIPE, gpus=1, train_arguments=["--resume"])[-2:] == ["r.yaml", "--resume"]
+    restarts = torchrun("--nproc-per-node", "2", "--max-restarts", "3", "--standalone")
+    assert launch.launch_command(RECIPE, gpus=2, max_restarts=3) == restarts
 
 
 def test_one_of_several_machines() -> None:
@@ -45,6 +47,55 @@ def test_a_host_file(tmp_path: Path) -> None:
     assert command[3:] == ["--hostfile", str(hosts), "--module", "qvera", "train", "r.yaml"]
 
 
+def test_several_hosts_without_pdsh_are_refused_with_what_to_do(tmp_path: Path, monkeypatch: Any) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("node0 slots=2  # the first\n# node2 slots=2\nnode1 slots=2\n")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(InputError, match="by pdsh.* is not installed here .*--node-rank K --nnodes N --rdzv"):
+        launch.launch_command(RECIPE, hostfile=hosts)
+    (tmp_path / "pdsh").write_text("#!/bin/sh\n")
+    (tmp_path / "pdsh").chmod(0o755)
+    assert launch.launch_command(RECIPE, hostfile=hosts, gpus=1)[3:7] == ["--hostfile", str(hosts), "--num_gpus", "1"]
+
+
+_SLURM_TOOLS = {
+    "scontrol": """case "$1" in show) echo node7; echo node9;; requeue) echo "requeue $2" >> CALLED;; esac""",
+    "srun": """for id in 0 1; do SLURM_NODEID=$id "$@"; code=$?; done; exit $code""",
+    "qvera": """printf '%s\\n' "$*" >> CALLED; exit CODE""",
+}
+
+
+@pytest.mark.parametrize(("code", "before"), [(0, False), (75, False), (1, True)])
+def test_the_slurm_script(tmp_path: Path, code: int, before: bool) -> None:
+    """Read by bash, and run with Slurm's commands replaced: an agent on each node, --resume where there is a run, 75 requeues."""
+    script = ROOT / "docs" / "slurm.sh"
+    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+    tools, run = tmp_path / "bin", tmp_path / "a run"
+    tools.mkdir()
+    for name, text in _SLURM_TOOLS.items():
+        text = text.replace("CALLED", f"'{tmp_path}/called'").replace("CODE", str(code))
+        (tools / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tools / name).chmod(0o755)
+    if before:
+        run.mkdir()
+        (run / "recipe.yaml").touch()
+    slurm = {"SLURM_JOB_NODELIST": "node[7,9]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "5", "SLURM_GPUS_ON_NODE": "4"}
+    environment = os.environ | slurm | {"PATH": f"{tools}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", str(script), "r.yaml", str(run)], env=environment)
+    assert done.returncode == code
+    called = (tmp_path / "called").read_text().splitlines()
+    resume = " --resume" * before
+    for number in range(2):
+        rest = f"--nnodes 2 --rdzv node7:29500 --gpus 4 --set training.output_dir={run}{resume} --node-rank {number}"
+        assert called[number] == f"launch r.yaml {rest}"
+    assert called[2:] == (["requeue 5"] if code == 75 else [])
+    args = build_parser().parse_args(called[1].replace(str(run), "run").split())
+    assert launch.launch_command(
+        args.recipe, gpus=args.gpus, node_rank=args.node_rank, nnodes=args.nnodes, rdzv=args.rdzv
+    )
+    assert subprocess.run(["bash", str(script)], env=environment, capture_output=True).returncode != 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -56,6 +107,8 @@ def test_a_host_file(tmp_path: Path) -> None:
         ({"gpus": 0}, "--gpus: takes a whole number"),
         ({"hostfile": Path("/no/hosts")}, "--hostfile: /no/hosts is no file"),
         ({"hostfile": Path("/no/hosts"), "nnodes": 2}, "leave --nnodes out"),
+        ({"hostfile": Path("/no/hosts"), "max_restarts": 1}, "DeepSpeed's launcher restarts nothing"),
+        ({"max_restarts": -1}, "--max-restarts: takes a whole number >= 0"),
     ],
 )
 def test_half_a_way_is_refused(arguments: dict[str, Any], words: str) -> None:
@@ -132,3 +185,16 @@ def test_input_that_is_wrong_ends_a_launched_run_with_2(write_recipe: Any, tmp_p
     process, log = started(recipe, directory=tmp_path)
     assert process.wait(120) == 2, log.read_text()[-3000:]
     assert log.read_text().count("none.jsonl") >= 1 and not os.path.exists(tmp_path / "runs")
+
+
+@pytest.mark.slow
+def test_a_restart_does_not_turn_a_refused_run_into_a_resumed_one(write_recipe: Any, tmp_path: Path) -> None:
+    """A run of another launch stands there. Refused, torchrun starts the processes again, and they are refused again."""
+    out = tmp_path / "out"
+    recipe = write_recipe(training={"max_steps": 4, "output_dir": str(out)})
+    assert main(["train", str(recipe)]) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    process, log = started(recipe, "--max-restarts", "1", directory=tmp_path)
+    assert process.wait(180) == 2, log.read_text()[-3000:]
+    assert log.read_text().count("already holds a run. Add --resume") == 2
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before

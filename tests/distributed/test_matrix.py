@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 import yaml
 
 from .ranks import clean_environment, run_worker
-from .test_stages import BARE, CUT, STEPS, Place, close, losses, vectors
+from .test_stages import BARE, CUT, STEPS, UNEVEN, Place, close, losses, vectors
 
 pytestmark = pytest.mark.slow
 STAGED = [None, "zero1", "zero2", "zero3", "zero3-offload-cpu"]
@@ -68,6 +70,75 @@ def test_with_dropout_a_resumed_run_is_the_uninterrupted_one_to_the_bit(place: P
 def test_in_16_bits_the_stages_agree(place: Place, stage: str) -> None:
     """Only the order of additions differs; stated for the loss, of which bf16 keeps two to three digits."""
     assert losses(place.root / f"{stage}-bf16") == pytest.approx(losses(place.root / "None-bf16"), rel=2e-3)
+
+
+# Going on with another number of processes, under every stage, in uneven batches: seven rows a step, the fifth step has four.
+
+
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> Place:
+    """Runs cut after step 4 and gone on with: 1 → 2, 2 → 1 and 2 → 4 processes."""
+    place = Place(tmp_path_factory.mktemp("moved"), tiny_rows)
+    root, found = place.root, {}
+    place.alone("alone", **UNEVEN)
+    place.alone("from-1", **UNEVEN, save_steps=CUT)
+    shutil.rmtree(root / "from-1" / "checkpoints" / f"step-{STEPS:08d}")
+
+    def tasks(how: str, source: Callable[[str | None], str], **more: Any) -> list[dict[str, Any]]:
+        planned = []
+        for stage in STAGED:
+            name = f"{stage}-{how}"
+            if source(stage):
+                shutil.copytree(root / source(stage), root / name)
+            training = {**UNEVEN, "save_steps": CUT} if how == "1-to-2" else UNEVEN
+            planned.append(
+                {"name": name, "recipe": place.recipe(stage, **training), "run_dir": str(root / name), **more}
+            )
+        return planned
+
+    grown = tasks("1-to-2", lambda _: "from-1", resume=True)
+    two = run_worker([*grown, *tasks("from-2", lambda _: "", stop_after=CUT)], 2, root / "two", limit_seconds=400)
+    to_four = tasks("2-to-4", lambda stage: f"{stage}-from-2", resume=True)
+    place.alone("alone-8", **BARE)
+    for stage in STAGED:
+        for kind, data in (("padded", {}), ("packed", {"packing": True})):
+            recipe = place.recipe(stage, **{**BARE, "per_device_train_batch_size": 2})
+            recipe["data"] |= data
+            to_four.append({"name": f"{stage}-{kind}", "recipe": recipe, "run_dir": str(root / f"{stage}-{kind}")})
+    four = run_worker(to_four, 4, root / "four", limit_seconds=900)
+    for stage in STAGED:
+        shutil.copytree(root / f"{stage}-from-2", root / f"{stage}-2-to-1")
+        place.alone(f"{stage}-2-to-1", resume=True, **UNEVEN)
+    for ranks in (two, four):
+        for name in ranks[0]:
+            found[name] = [
+                sorted(row for rank in ranks for row in rank[name]["rows"][i])
+                for i in range(len(ranks[0][name]["rows"]))
+            ]
+    place.found = [found]
+    return place
+
+
+@pytest.mark.parametrize("how", ["1-to-2", "2-to-1", "2-to-4"])
+@pytest.mark.parametrize("stage", STAGED)
+def test_a_run_goes_on_with_another_number_of_processes(moved: Place, stage: str | None, how: str) -> None:
+    assert len(losses(moved.root / f"{stage}-{how}")) == STEPS
+    close(moved.root / f"{stage}-{how}", moved.root / "alone")
+
+
+@pytest.mark.parametrize("kind", ["padded", "packed"])
+@pytest.mark.parametrize("stage", STAGED)
+def test_four_times_two_rows_are_eight(moved: Place, stage: str | None, kind: str) -> None:
+    close(moved.root / f"{stage}-{kind}", moved.root / "alone-8")
+
+
+@pytest.mark.parametrize("stage", STAGED)
+def test_no_row_comes_twice_and_none_is_missed_when_ranks_are_added(moved: Place, stage: str | None) -> None:
+    (found,) = moved.found
+    before, after = found[f"{stage}-from-2"], found[f"{stage}-2-to-4"]
+    assert [len(rows) for rows in (*before, *after)] == [7, 7, 7, 7, 4, 7]
+    epoch = [row for rows in (*before, *after[:1]) for row in rows]
+    assert sorted(epoch) == list(range(32))
 
 
 _TWICE = """

@@ -5,17 +5,20 @@ python -m tests.distributed.worker DIRECTORY        plan.json in, found<rank>.js
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from qvera import quantize, sharded, trainer
+from qvera import quantize, rehearsal, sharded, trainer
+from qvera.data import Batches
 from qvera.errors import QveraError
 from qvera.model import causal_model
 from qvera.optimize import optimizer_bytes
@@ -32,11 +35,22 @@ class Watch:
         self.rows: list[list[int]] = []
         self.live_bytes = 0
         self.big: list[Any] = []
+        self.private: dict[str, int] = {}
+        self.rehearsed = 0
         self.stop_after = stop_after
 
     def __enter__(self) -> Watch:
-        self.kept = trainer._engine, trainer._step, trainer.rank_passes
+        gc.collect()
+        before = set(live_storages())
+        self.kept = trainer._engine, trainer._step, Batches.passes
+        self.rehearsal = rehearsal.run_longest_batch
         build, step, passes = self.kept
+
+        def watched_rehearsal(*args: Any) -> None:
+            self.rehearsed += 1
+            self.rehearsal(*args)
+
+        rehearsal.run_longest_batch = watched_rehearsal
 
         def watched_build(*args: Any) -> Any:
             self.engine, self.model = build(*args), args[2]
@@ -45,6 +59,13 @@ class Watch:
             self.big = [linear.weight for linear in linears]
             for linear in linears:
                 linear.register_forward_hook(self.look)
+            take = self.engine.step
+
+            def watched() -> Any:  # between backward and the step: gradients are there, activations are gone
+                self.private = private_bytes({at: one for at, one in live_storages().items() if at not in before})
+                return take()
+
+            self.engine.step = watched
             return self.engine
 
         def watched_step(*args: Any) -> Any:
@@ -58,7 +79,7 @@ class Watch:
             self.rows.append([row for one in found for row in one])
             return found
 
-        trainer._engine, trainer._step, trainer.rank_passes = watched_build, watched_step, watched_passes  # type: ignore
+        trainer._engine, trainer._step, Batches.passes = watched_build, watched_step, watched_passes  # type: ignore
         return self
 
     def look(self, *_: Any) -> None:
@@ -67,7 +88,8 @@ class Watch:
         self.live_bytes = max(self.live_bytes, live)
 
     def __exit__(self, *_: Any) -> None:
-        trainer._engine, trainer._step, trainer.rank_passes = self.kept
+        trainer._engine, trainer._step, Batches.passes = self.kept  # type: ignore[method-assign]
+        rehearsal.run_longest_batch = self.rehearsal
 
     def found(self) -> dict[str, Any]:
         engine = self.engine
@@ -83,8 +105,50 @@ class Watch:
             "packed_live_bytes": self.live_bytes,
             "packed_modules": len(self.big),
             "states_kept": sum(p.quant_state is not None for p in self.big),
+            "private": self.private,
+            "rehearsed": self.rehearsed,
             "rows": self.rows,
+            "embedding": _embedding(causal_model(self.model)),
         }
+
+
+def live_storages() -> dict[int, tuple[int, str]]:
+    """Address → bytes and dtype of every storage that a tensor refers to, but activations [B, T, ..]."""
+    found = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # looking at every object wakes deprecated ones
+        tensors = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]
+    for tensor in [*tensors, *(t.grad for t in tensors if t.is_leaf and t.grad is not None)]:
+        if tensor.device.type == "cpu" and tensor.layout is torch.strided and tensor.dim() < 3:
+            storage = tensor.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes(), str(tensor.dtype)
+    return found
+
+
+def private_bytes(storages: dict[int, tuple[int, str]]) -> dict[str, int]:
+    """Bytes by dtype of what does not lie in a mapped checkpoint: bfloat16 is the base's, float32 all that computes."""
+    total: dict[str, int] = {}
+    for at, (size, dtype) in storages.items():
+        if size and not _in_a_safetensors_file(at):
+            total[dtype] = total.get(dtype, 0) + size
+    return total
+
+
+def _embedding(model: Any) -> dict[str, bool]:
+    weight, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    return {
+        "sharded": sharded.is_sharded(weight),
+        "is_the_head": weight.numel() > 0 and weight.data_ptr() == head.data_ptr(),
+        "mapped": weight.numel() > 0 and _in_a_safetensors_file(weight.data_ptr()),
+    }
+
+
+def _in_a_safetensors_file(address: int) -> bool:
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, end = (int(part, 16) for part in line.split()[0].split("-"))
+        if start <= address < end:
+            return line.endswith(".safetensors")
+    return False
 
 
 def run(task: dict[str, Any], group: Group) -> dict[str, Any]:

@@ -19,10 +19,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qvera import adapters, measure
+from qvera.attached import attach, load_adapter, save_adapter
 from qvera.cli import main
 from qvera.errors import InputError, Interrupted, RunFailed
 from qvera.export import export_merged, source
-from qvera.model import attach, load_adapter, load_base, save_adapter
+from qvera.model import load_base
 from qvera.recipe import AdapterSection, ExportSection, ModelSection
 
 from ..conftest import small_llama, small_tokenizer

@@ -15,11 +15,12 @@ from peft.tuners.vera import VeraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from qvera.attached import attach, load_adapter, save_adapter
 from qvera.cli import main
 from qvera.errors import InputError
 from qvera.export.deltas import read_deltas, skeleton
 from qvera.export.factors import export_lora, export_stock_vera, lora_bytes, lora_factors, truncate, truncate_all
-from qvera.model import attach, load_adapter, load_base, save_adapter
+from qvera.model import load_base
 from qvera.recipe import AdapterSection, ModelSection
 from qvera.vera import QveraLinear
 

@@ -16,10 +16,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qvera import frozen, quantize
+from qvera.attached import attach, named_vectors, save_adapter
 from qvera.cli import main
 from qvera.errors import InputError, Interrupted, RunFailed
 from qvera.export import export_merged, merged
-from qvera.model import attach, load_base, named_vectors, save_adapter
+from qvera.model import load_base
 from qvera.recipe import AdapterSection, ExportSection, ModelSection
 from qvera.run import open_run
 from qvera.vera import QveraLinear

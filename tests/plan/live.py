@@ -9,8 +9,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from qvera.attached import attach
 from qvera.loss import Head, summed_nll
-from qvera.model import attach, enable_checkpointing
+from qvera.model import enable_checkpointing
 from qvera.recipe import Recipe
 from tests.conftest import small_llama
 

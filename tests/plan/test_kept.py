@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from qvera import quantize
-from qvera.model import attach, enable_checkpointing, load_base
+from qvera.attached import attach
+from qvera.model import enable_checkpointing, load_base
 from qvera.plan import Batch, Machine, plan_memory, shape_of
 from qvera.plan.memory import four_bit_bytes, optimizer_state_bytes, weight_storage_bytes
 from qvera.recipe import Recipe, parse_recipe

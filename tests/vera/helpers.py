@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from qvera import frozen
-from qvera.model import named_vectors
+from qvera.attached import named_vectors
 
 IN, OUT = 64, 96
 

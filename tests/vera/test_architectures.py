@@ -20,10 +20,11 @@ from transformers import (
     Qwen3Config,
 )
 
+from qvera.attached import attach, load_adapter, named_vectors, save_adapter
 from qvera.export import export_merged
 from qvera.export.deltas import read_deltas, skeleton
 from qvera.export.factors import export_lora
-from qvera.model import attach, enable_checkpointing, load_adapter, load_base, named_vectors, save_adapter
+from qvera.model import enable_checkpointing, load_base
 from qvera.recipe import AdapterSection, ExportSection, ModelSection
 from qvera.vera import QveraLinear
 

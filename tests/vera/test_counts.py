@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qvera.model import adapter_facts, attach, named_vectors, save_adapter
+from qvera.attached import adapter_facts, attach, named_vectors, save_adapter
 from qvera.recipe import AdapterSection
 from qvera.vera import QveraLinear
 

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import qvera
+from qvera.attached import load_adapter, load_vectors, named_vectors, read_adapter, save_adapter
 from qvera.errors import InputError
-from qvera.model import load_adapter, load_base, load_vectors, named_vectors, read_adapter, save_adapter
+from qvera.model import load_base
 from qvera.recipe import ModelSection
 from qvera.vera import QveraConfig, QveraLinear
 

@@ -1,0 +1,22 @@
+"""What each command of the CLI does, in terms of the Python API. One function a command; `qvera.cli` parses and dispatches."""
+
+from .answering import chat, eval, generate
+from .bases import cache, info, quantize
+from .exporting import export, merge_adapters
+from .training import launch, plan, preview, quickstart, train
+
+__all__ = [
+    "cache",
+    "chat",
+    "eval",
+    "export",
+    "generate",
+    "info",
+    "launch",
+    "merge_adapters",
+    "plan",
+    "preview",
+    "quantize",
+    "quickstart",
+    "train",
+]

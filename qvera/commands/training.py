@@ -1,0 +1,167 @@
+"""How a run begins and what is said of it: train, preview, launch, plan, quickstart."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from .. import launch as launcher
+from ..data import Example, build_datasets, data_warnings, decode, print_preflight
+from ..errors import InputError
+from ..locations import resolve_path
+from ..metrics import memory_text
+from ..model import load_tokenizer, pick_device
+from ..plan import Sharing, gpu_machine, make_plan, parse_size, time_step
+from ..plan import table as plan_table
+from ..plan.say import print_plan
+from ..recipe import Recipe, load_recipe
+from ..report.preview import write_preview
+from ..rundir import run_directory
+from ..trainer import train as train_run
+from ..zero import read_config as read_deepspeed
+from .common import console, quiet_libraries, require_new_file
+
+
+def train(args: argparse.Namespace) -> None:
+    """qvera train"""
+    recipe = load_recipe(args.recipe, args.overrides)
+    quiet_libraries()
+    run_dir = run_directory(recipe, args.recipe)
+    result = train_run(recipe, run_dir, resume=args.resume, dry_run=args.dry_run, console=console)
+    if result is not None:
+        _say_result(result.run_dir, result.run)
+
+
+def preview(args: argparse.Namespace) -> None:
+    """qvera preview"""
+    recipe = load_recipe(args.recipe, args.overrides)
+    if args.html is not None:
+        require_new_file(args.html)
+    quiet_libraries()
+    tokenizer = load_tokenizer(recipe.model)
+    datasets = build_datasets(recipe.data, tokenizer, console)
+    shown = datasets.train[: args.rows]
+    print_preflight(datasets, tokenizer, Console(), args.rows)
+    if args.html is not None:
+        warnings = data_warnings(datasets.stats)
+        write_preview(
+            args.html, args.recipe.stem, recipe.data.path, datasets.stats, warnings, shown, partial(decode, tokenizer)
+        )
+        print(f"{args.html}: the same as a page, all tokens of {len(shown)} rows")
+
+
+def launch(args: argparse.Namespace) -> int:
+    """qvera launch"""
+    load_recipe(args.recipe, args.overrides)  # what is wrong with it is said once, before anything starts
+    more = [part for override in args.overrides for part in ("--set", override)] + ["--resume"] * args.resume
+    command = launcher.launch_command(
+        args.recipe,
+        gpus=args.gpus,
+        hostfile=args.hostfile,
+        node_rank=args.node_rank,
+        nnodes=args.nnodes,
+        rdzv=args.rdzv,
+        max_restarts=args.max_restarts,
+        train_arguments=more,
+    )
+    print(launcher.say(command), file=sys.stderr)
+    return launcher.run(command)
+
+
+def _say_result(run_dir: Path, run: dict[str, Any]) -> None:
+    """The end of a run in a few lines: scores, sizes, speed, where things are."""
+    result, adapter = run["result"], run["adapter"]
+    before, after = result.get("eval_before"), result.get("eval_after")
+    lines = []
+    if before and after:
+        lines.append(f"held-out loss     {before['loss']:.4f} → {after['loss']:.4f}")
+        if "exact_match" in after:
+            share = f"{before['exact_match']:.1%} → {after['exact_match']:.1%}"
+            lines.append(f"exact match       {share} of {after['exact_match_rows']} held-out rows")
+    lines += [
+        f"trained numbers   {adapter['trainable_parameters']:,} (LoRA r=64: {adapter['lora_r64_parameters']:,})",
+        f"adapter           {memory_text(adapter['file_bytes'])} in {run_dir / 'adapter'}",
+        f"peak memory       {memory_text(result['peak_bytes'])}"
+        + (f", and {memory_text(result['mapped_bytes'])} of mapped weights" if result["mapped_bytes"] else ""),
+    ]
+    if result["tokens_per_second"]:
+        lines.append(
+            f"speed             {result['tokens_per_second']:,.0f} tokens/s, {result['seconds']:.0f} s of training"
+        )
+    lines.append(f"report            {run_dir / 'report.html'}")
+    print("\n".join(lines))
+
+
+def plan(args: argparse.Namespace) -> None:
+    """qvera plan"""
+    quiet_libraries()
+    if args.table:
+        print(plan_table.markdown(), end="")
+        if args.svg is not None:
+            args.svg.write_text(plan_table.picture(), encoding="utf-8")
+        return
+    if args.recipe is None:
+        raise InputError("takes a RECIPE (such as recipes/quickstart.yaml), or --table.")
+    if args.svg is not None:
+        raise InputError("--svg: goes with --table only.")
+    recipe = load_recipe(args.recipe, args.overrides)
+    device = pick_device()
+    machine = None if args.gpu is None else gpu_machine(recipe.model, parse_size(args.gpu))
+    several = args.nodes is not None or args.gpus is not None
+    for name, value in (("--nodes", args.nodes), ("--gpus", args.gpus)):
+        if value is not None and value < 1:
+            raise InputError(f"{name}: takes a whole number >= 1, got {value}.")
+    sharing = Sharing.of(read_deepspeed(recipe.deepspeed), args.nodes or 1, args.gpus or 1)
+    made = make_plan(recipe, machine or device, _rows_at_hand(recipe), sharing, every_way=several)
+    if machine is None and not args.no_timing:
+        with console.status("Timing this machine"):
+            made = dataclasses.replace(made, seconds=time_step(made, recipe, device))
+    if args.json:
+        print(json.dumps(made.to_dict(), indent=1))
+    else:
+        print_plan(made, Console())
+
+
+def _rows_at_hand(recipe: Recipe) -> list[Example] | None:
+    """The training rows where they and the tokenizer are local, else None; a plan must not wait for a download."""
+    if not Path(resolve_path(recipe.data.path)).exists() or not Path(resolve_path(recipe.model.path)).is_dir():
+        return None
+    try:
+        tokenizer = load_tokenizer(recipe.model)
+    except InputError:
+        return None
+    return build_datasets(recipe.data, tokenizer, console).train
+
+
+def quickstart(args: argparse.Namespace) -> None:
+    """qvera quickstart"""
+    from ..quickstart import prepare
+
+    quiet_libraries()
+    parts = prepare(say=console.print)
+    where = f"training.output_dir={json.dumps(args.output_dir)}"
+    recipe = load_recipe(parts.recipe, [*parts.overrides(), where, *args.overrides])
+    if args.fetch_only:
+        print(
+            f"base model   {parts.base}\ntraining     {parts.train}\nheld out     {parts.heldout}\nrecipe       {parts.recipe}"
+        )
+        return
+    result = train_run(recipe, run_directory(recipe, parts.recipe), resume=args.resume, console=console)
+    if result is None:
+        return  # one of several processes that is not the first
+    for number, sample in enumerate(result.run["samples"], start=1):
+        print(f"\n── held-out prompt {number} " + "─" * 60)
+        print(sample["prompt"].strip())
+        for label in ("before", "after", "reference"):
+            print(f"{label + ':':<11}{sample[label]}")
+    print("\n" + "─" * 80)
+    _say_result(result.run_dir, result.run)
+    print(f"talk to it        qvera chat {result.run_dir}")
+    print(f"export it         qvera export {result.run_dir} OUT --to merged")
