@@ -44,6 +44,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from qvera import evaluate, trainer
 from qvera.cli import main as qvera
 from qvera.engine import LocalEngine
+from qvera.rundir import Progressed
 
 OUTSIDE, BETWEEN, FORWARD, BACKWARD, UPDATE = range(5)
 PHASES = {
@@ -112,7 +113,8 @@ class Marker:
         step = trainer._step
 
         def watched(*args: Any) -> Any:
-            self.set(BETWEEN, args[4].step + 1)
+            (done,) = (arg for arg in args if isinstance(arg, Progressed))
+            self.set(BETWEEN, done.step + 1)
             os.kill(tell, signal.SIGUSR1)
             found = step(*args)
             self.set(OUTSIDE)
