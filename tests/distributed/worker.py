@@ -117,12 +117,20 @@ def live_storages() -> dict[int, tuple[int, str]]:
     found = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # looking at every object wakes deprecated ones
-        tensors = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]
+        tensors = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor) and _is_defined(one)]
     for tensor in [*tensors, *(t.grad for t in tensors if t.is_leaf and t.grad is not None)]:
         if tensor.device.type == "cpu" and tensor.layout is torch.strided and tensor.dim() < 3:
             storage = tensor.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes(), str(tensor.dtype)
     return found
+
+
+def _is_defined(tensor: torch.Tensor) -> bool:
+    """torch 2.9 leaves undefined tensors to the garbage collector, of which nothing can be asked."""
+    try:
+        return tensor.is_leaf or True
+    except RuntimeError:
+        return False
 
 
 def private_bytes(storages: dict[int, tuple[int, str]]) -> dict[str, int]:
