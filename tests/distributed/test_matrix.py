@@ -18,6 +18,7 @@ from .test_stages import BARE, CUT, STEPS, UNEVEN, Place, close, losses, vectors
 
 pytestmark = pytest.mark.slow
 STAGED = [None, "zero1", "zero2", "zero3", "zero3-offload-cpu"]
+FOUR_TIMES_TWO = [*((stage, False) for stage in STAGED), (None, True), ("zero3", True)]
 KINDS: dict[str, dict[str, Any]] = {
     "scored": {},
     "no-checkpointing": {"gradient_checkpointing": False, **BARE},
@@ -100,11 +101,11 @@ def moved(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> Place:
     two = run_worker([*grown, *tasks("from-2", lambda _: "", stop_after=CUT)], 2, root / "two", limit_seconds=400)
     to_four = tasks("2-to-4", lambda stage: f"{stage}-from-2", resume=True)
     place.alone("alone-8", **BARE)
-    for stage in STAGED:
-        for kind, data in (("padded", {}), ("packed", {"packing": True})):
-            recipe = place.recipe(stage, **{**BARE, "per_device_train_batch_size": 2})
-            recipe["data"] |= data
-            to_four.append({"name": f"{stage}-{kind}", "recipe": recipe, "run_dir": str(root / f"{stage}-{kind}")})
+    for stage, packing in FOUR_TIMES_TWO:
+        recipe = place.recipe(stage, **BARE)
+        recipe["data"]["packing"] = packing
+        name = f"{stage}-packed" if packing else f"{stage}-padded"
+        to_four.append({"name": name, "recipe": recipe, "run_dir": str(root / name)})
     four = run_worker(to_four, 4, root / "four", limit_seconds=900)
     for stage in STAGED:
         shutil.copytree(root / f"{stage}-from-2", root / f"{stage}-2-to-1")
@@ -126,10 +127,9 @@ def test_a_run_goes_on_with_another_number_of_processes(moved: Place, stage: str
     close(moved.root / f"{stage}-{how}", moved.root / "alone")
 
 
-@pytest.mark.parametrize("kind", ["padded", "packed"])
-@pytest.mark.parametrize("stage", STAGED)
-def test_four_times_two_rows_are_eight(moved: Place, stage: str | None, kind: str) -> None:
-    close(moved.root / f"{stage}-{kind}", moved.root / "alone-8")
+@pytest.mark.parametrize(("stage", "packing"), FOUR_TIMES_TWO)
+def test_four_times_two_rows_are_eight(moved: Place, stage: str | None, packing: bool) -> None:
+    close(moved.root / (f"{stage}-packed" if packing else f"{stage}-padded"), moved.root / "alone-8")
 
 
 @pytest.mark.parametrize("stage", STAGED)
