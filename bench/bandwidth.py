@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import yaml
 from big import recipe, write_rows
-from common import header, write_result
+from common import header, train_records, write_result
 from namespaces import Nodes, problem
 from synthesise import SHAPES, synthesise
 from zero import free_port
@@ -73,15 +73,15 @@ def run_case(
     if any(codes):
         found["errors"] = [log.read_text(errors="replace")[-2000:] for log in logs]
         return found
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    seconds = [r["step_seconds"] for r in records if r["kind"] == "train"]
+    records = train_records(out)
+    seconds = [r["step_seconds"] for r in records]
     # the first step also records the order of the weights; it is not one of many
     between = [after - before for before, after in zip(marks[1:], marks[2:], strict=False)]
     found |= {
         "step_seconds": seconds,
         "median_step_seconds": statistics.median(seconds[1:]),
         "received_bytes_per_step": between,
-        "losses": [r["loss"] for r in records if r["kind"] == "train"],
+        "losses": [r["loss"] for r in records],
     }
     planned = load_recipe(file, [])
     shape = make_plan(planned, Machine("", "cpu", torch.bfloat16, True, 0)).shape

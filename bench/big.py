@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import yaml
-from common import header, write_result
+from common import header, train_records, write_result
 from limits import measured, parse_bytes
 from synthesise import SHAPES, synthesise
 
@@ -68,9 +68,9 @@ def train_under_limit(
     found: dict[str, Any] = {"rank": rank, "tokens": tokens, "steps": steps, **result.to_dict()}
     found.pop("command")
     if result.returncode == 0:
-        records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        found["step_seconds"] = [r["step_seconds"] for r in records if r["kind"] == "train"]
-        found["losses"] = [r["loss"] for r in records if r["kind"] == "train"]
+        records = train_records(out)
+        found["step_seconds"] = [r["step_seconds"] for r in records]
+        found["losses"] = [r["loss"] for r in records]
         found["plan"] = plan_held(json.loads((out / "run.json").read_text())["plan"], result.peak_bytes)
         found["plan"]["predicted_step_seconds"] = json.loads(planned.stdout)["step_seconds"]
     print(json.dumps(found), file=sys.stderr)

@@ -329,8 +329,7 @@ def chaos(kills: int, steps: int, seed: int, scratch: Path) -> dict[str, Any]:
     code, text = training.life("whole", lambda _: GO)
     if code:
         raise SystemExit(f"the run that is never killed failed with {code}:\n{text[-3000:]}")
-    records = [json.loads(line) for line in (scratch / "whole" / "metrics.jsonl").read_text().splitlines()]
-    step_seconds = statistics.median(r["step_seconds"] for r in records if r["kind"] == "train")
+    step_seconds = statistics.median(r["step_seconds"] for r in train_records(scratch / "whole"))
     lives = []
     for number, kill in enumerate(plan(kills, seed), start=1):
         lives.append(training.killed("killed", kill, step_seconds))

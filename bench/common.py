@@ -45,6 +45,12 @@ def write_result(name: str, document: dict[str, Any]) -> Path:
     return path
 
 
+def train_records(run_dir: Path) -> list[dict[str, Any]]:
+    """The optimizer steps of a run, as its metrics.jsonl has them."""
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if record["kind"] == "train"]
+
+
 def interleaved(cases: dict[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, dict[str, float]]:
     """Time the cases in turn, round after round, so that a slow moment of the machine hits them all.
 

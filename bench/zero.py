@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 from big import recipe, write_rows
-from common import header, write_result
+from common import header, train_records, write_result
 from synthesise import SHAPES, synthesise
 
 HERE = Path(__file__).resolve().parent
@@ -68,9 +68,9 @@ def run_stage(
     if any(codes):
         found["errors"] = [log.read_text(errors="replace")[-2000:] for log in logs]
     else:
-        records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        found["step_seconds"] = [r["step_seconds"] for r in records if r["kind"] == "train"]
-        found["losses"] = [r["loss"] for r in records if r["kind"] == "train"]
+        records = train_records(out)
+        found["step_seconds"] = [r["step_seconds"] for r in records]
+        found["losses"] = [r["loss"] for r in records]
         run = json.loads((out / "run.json").read_text())
         found["base_bytes"], planned = run["model"]["base_bytes"], run["plan"]["memory"]
         for one in found["ranks"]:

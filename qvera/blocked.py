@@ -60,13 +60,14 @@ class RowBlocks:
 
 
 def product(x: torch.Tensor, blocks: RowBlocks, bias: torch.Tensor | None) -> torch.Tensor:
-    """x Wᵀ + bias: x [T, n] gives [T, m] in x's dtype."""
+    """x Wᵀ + bias: x [..., n] gives [..., m] in x's dtype."""
     if len(blocks) == 1:
         return F.linear(x, next(iter(blocks))[1], bias)
-    y = x.new_empty(x.shape[0], blocks.rows)
+    flat = x.reshape(-1, x.shape[-1])
+    y = x.new_empty(flat.shape[0], blocks.rows)
     for rows, weight in blocks:
-        torch.mm(x, weight.t(), out=y[:, rows])
-    return y if bias is None else y.add_(bias)
+        torch.mm(flat, weight.t(), out=y[:, rows])
+    return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], -1)
 
 
 def product_back(g: torch.Tensor, blocks: RowBlocks, out: torch.Tensor) -> None:

@@ -26,10 +26,7 @@ class _FrozenLinear(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, module: Any) -> torch.Tensor:
         ctx.module = module
         bias = None if module.bias is None else module.bias.to(x.dtype)
-        blocks = RowBlocks(module, x.dtype, BLOCK_WEIGHTS)
-        if len(blocks) == 1:
-            return product(x, blocks, bias)
-        return product(x.reshape(-1, x.shape[-1]), blocks, bias).view(*x.shape[:-1], -1)
+        return product(x, RowBlocks(module, x.dtype, BLOCK_WEIGHTS), bias)
 
     @staticmethod
     @once_differentiable

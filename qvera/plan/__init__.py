@@ -173,6 +173,5 @@ def time_step(plan: Plan, recipe: Recipe, device: torch.device) -> dict[str, flo
     With several ranks: of one on a device like this one for each, without what the network takes.
     """
     a = setting(plan.shape, recipe, plan.batch, plan.machine)
-    packed = plan.batch.packed_rows
-    share = passes_of(recipe, plan.sharing.world_size, packed) / passes_of(recipe, 1, packed)
-    return {name: share * s for name, s in step_seconds(a, recipe, calibrate(a, recipe, device)).items()}
+    times = passes_of(recipe, plan.sharing.world_size, plan.batch.packed_rows)
+    return step_seconds(a, recipe, calibrate(a, recipe, device), times)

@@ -49,9 +49,15 @@ def longest_rows(recipe: Recipe, rows: Sequence[Example], joinable: bool, steps:
         chosen = batches.epoch_order(epoch)[first : (steps - epoch * per_epoch) * batches.global_batch_size]
         # a global batch is a multiple of a forward pass, so these are consecutive pieces of the epoch
         passes = _packed(batches, chosen) if data.packing else batches.cut(chosen.tolist())
-        sizes = [int(lengths[p].sum() if data.packing else lengths[p].max() * len(p)) for p in passes]
-        for i in np.argsort(-np.array(sizes), kind="stable")[:_CANDIDATES]:
-            candidates[tuple(passes[i])] = sizes[i]
+        counts = np.array([len(p) for p in passes], dtype=np.int64)
+        starts = np.cumsum(counts) - counts  # the passes are consecutive, and none is empty
+        tokens_of = lengths[chosen]
+        if data.packing:
+            sizes = np.add.reduceat(tokens_of, starts) if len(counts) else counts
+        else:
+            sizes = np.maximum.reduceat(tokens_of, starts) * counts if len(counts) else counts
+        for i in np.argsort(-sizes, kind="stable")[:_CANDIDATES]:
+            candidates[tuple(passes[i])] = int(sizes[i])
         if data.shuffle is False:
             break
     best, best_tokens = [], -1

@@ -86,10 +86,10 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
     return best
 
 
-def step_seconds(a: Adapted, recipe: Recipe, rates: Rates) -> dict[str, float]:
+def step_seconds(a: Adapted, recipe: Recipe, rates: Rates, times: int) -> dict[str, float]:
     """Seconds of one optimizer step, in parts. Counted: products, dequantization, attention, elementwise passes.
 
-    Every forward pass is taken to be as long as the batch of the plan.
+    Every one of the step's forward passes (``times``) is taken to be as long as the batch of the plan.
     """
     passes = 3 if recipe.training.gradient_checkpointing else 2  # forward, recompute, backward
     flops, low_rank, weights, passed = 0.0, 0.0, 0.0, 0.0
@@ -119,8 +119,6 @@ def step_seconds(a: Adapted, recipe: Recipe, rates: Rates) -> dict[str, float]:
     # some 12 passes over the stream, 5 over the MLP's inside, 6 over q and k; the same again in each pass
     passed += passes * size * T * (24 * s.hidden + 10 * s.ff + 12 * s.heads * s.head_dim)
     head = 4 * min(b.trained_tokens, T) * s.vocabulary * s.hidden
-    packed = a.batch.packed_rows
-    times = -(-recipe.training.global_batch_size // packed) if packed else recipe.gradient_accumulation_steps
     return {
         "frozen products": times * (s.layers * flops) / rates.product_flops,
         "dequantization": times * s.layers * weights / rates.dequantized_weights,
