@@ -36,7 +36,7 @@ from typing import Any
 import torch
 import tracer
 import yaml
-from common import RESULTS, header
+from common import RESULTS, header, train_records
 from synthesise import tokenizer
 from tracer import AFTER, GO, KILL, Stop, Traced
 from transformers import LlamaConfig, LlamaForCausalLM
