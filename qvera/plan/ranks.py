@@ -163,7 +163,7 @@ def _base(
 
 def _gathered(moment: str, spread: Spread, recipe: Recipe, machine: Machine, world_size: int) -> tuple[Component, ...]:
     """Whole weights on a rank while they are used (`ZeroConfig.complete` sets the limits), and what gathering them takes."""
-    # a weight at a time, but DeepSpeed keeps those of a recomputed layer until its backward pass has begun
+    # a weight at a time, but DeepSpeed (after 0.19.1) keeps those of a recomputed layer until its backward pass has begun
     whole = spread.layer if moment == "backward" and recipe.training.gradient_checkpointing else spread.largest
     largest = spread.largest
     if moment == "loss":
