@@ -24,14 +24,21 @@ from limits import measured
 from synthesise import SHAPES, synthesise
 
 TARGET = 0.10
+VARIED = "SmolLM2, r=256, 4 x ever new lengths"
+"""Forty steps whose lengths differ: what products leave behind adds up."""
 
 
-def rows_file(directory: Path, tokens: int) -> Path:
-    """Rows that fill ``tokens`` with any tokenizer: the data decides the longest batch, and here all are as long as allowed."""
+def rows_file(directory: Path, tokens: int, varied: bool) -> Path:
+    """Rows that fill ``tokens`` with any tokenizer: the data decides the longest batch, and here all are as long as allowed.
+
+    Args:
+        varied: instead 160 rows of ever different lengths, from a few tokens to about as many as that.
+    """
     path = directory / "rows.jsonl"
+    repeats = [1 + i * 7 % 160 * tokens // 640 for i in range(160)] if varied else [tokens] * 8
     with open(path, "w", encoding="utf-8") as handle:
-        for i in range(8):
-            handle.write(json.dumps({"text": f"row {i} " + "zq xj " * tokens}) + "\n")
+        for i, times in enumerate(repeats):
+            handle.write(json.dumps({"text": f"row {i} " + "zq xj " * times}) + "\n")
     return path
 
 
@@ -52,6 +59,7 @@ def cases(smol: str | None, shape: str | None, directory: Path) -> dict[str, dic
         add("SmolLM2, r=256, 4 x 256", smol, 256, 4)
         add("SmolLM2, r=256, 2 x 256, kept", smol, 256, 2, training={"gradient_checkpointing": False})
         add("SmolLM2, r=1024, 1 x 512", smol, 512, 1, adapter={"rank": 1024})
+        add(VARIED, smol, 256, 4, training={"max_steps": 40, "gradient_checkpointing": False})
     if shape is not None:
         made = synthesise(shape, directory / shape)
         for rank in (256, 1024):
@@ -72,7 +80,7 @@ def main() -> None:
     os.environ["QVERA_CACHE"] = str(scratch / "cache")  # quantized copies go when the bench does
     try:
         for number, (name, tree) in enumerate(cases(smol, args.shape, scratch).items()):
-            tree["data"]["path"] = str(rows_file(scratch, tree["data"]["max_length"]))
+            tree["data"]["path"] = str(rows_file(scratch, tree["data"]["max_length"], name == VARIED))
             tree["training"]["output_dir"] = str(scratch / f"run-{number}")
             recipe = scratch / f"recipe-{number}.yaml"
             recipe.write_text(yaml.safe_dump(tree))
@@ -101,7 +109,7 @@ def main() -> None:
             }
             planned = plan["memory"]["total_bytes"]
             print(
-                f"{name:<34} planned {planned / 1e6:7,.0f} MB   measured {peak / 1e6:7,.0f} MB   {error:+.1%}",
+                f"{name:<38} planned {planned / 1e6:7,.0f} MB   measured {peak / 1e6:7,.0f} MB   {error:+.1%}",
                 flush=True,
             )
             write_result(args.name, document)

@@ -16,6 +16,7 @@ from .generate import exact_match, generate, generating
 from .loss import Head, summed_nll
 from .model import causal_model, takes_prefix_once
 from .ranks import ALONE, Group
+from .repeating import lengthened, next_length, repeats
 from .sharded import any_sharded, gathered
 
 
@@ -24,6 +25,8 @@ def make_batch(
 ) -> dict[str, torch.Tensor]:
     """The rows as a batch on the model's device: in one sequence where that is asked for or pays, and the model takes it.
 
+    On a CPU in 16 bits it is padded to a length that comes back (`qvera.repeating`).
+
     Args:
         prefix_once: what the rows begin with is computed once for all of them, where that pays.
         packing: one sequence without padding, whether it pays or not (`takes_packing`).
@@ -31,16 +34,18 @@ def make_batch(
     device = next(model.parameters()).device
     if packing and not takes_prefix_once(model):
         return collate_prefix_once(examples, device, True, masked=False) or collate(examples, pad_id, device)
-    if packing or (prefix_once and takes_prefix_once(model)):
-        batch = collate_prefix_once(examples, device, packing)
-        if batch is not None:
-            # additive, which both attention implementations take
-            dtype = frozen.embedding_dtype(causal_model(model).get_input_embeddings())
-            sees = batch["attention_mask"]
-            hidden = torch.full(sees.shape, torch.finfo(dtype).min, dtype=dtype, device=device)
-            batch["attention_mask"] = hidden.masked_fill_(sees, 0.0)
-            return batch
-    return collate(examples, pad_id, device)
+    joins = packing or (prefix_once and takes_prefix_once(model))
+    batch = (collate_prefix_once(examples, device, packing) if joins else None) or collate(examples, pad_id, device)
+    dtype = frozen.embedding_dtype(causal_model(model).get_input_embeddings())
+    if repeats(dtype, device.type):
+        tokens = batch["input_ids"].shape[1]
+        positions = getattr(causal_model(model).config, "max_position_embeddings", None) or next_length(tokens)
+        batch = lengthened(batch, max(tokens, min(next_length(tokens), positions)), pad_id)
+    sees = batch["attention_mask"]
+    if sees.dim() == 4:  # additive, which both attention implementations take
+        hidden = torch.full(sees.shape, torch.finfo(dtype).min, dtype=dtype, device=device)
+        batch["attention_mask"] = hidden.masked_fill_(sees, 0.0)
+    return batch
 
 
 @contextlib.contextmanager

@@ -9,11 +9,13 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
 from .blocked import RowBlocks, product, product_back
 from .data import IGNORED
+from .repeating import next_length, repeats
 
 
 class Head(NamedTuple):
@@ -51,10 +53,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         blocks = RowBlocks(head.module, hidden.dtype, BLOCK_ELEMENTS, kept=True)
         bias = getattr(head.module, "bias", None)
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        tokens = len(labels)
+        if repeats(hidden.dtype, hidden.device.type):  # the last chunk gets rows that neither count nor get a gradient
+            last = tokens % chunk_tokens
+            hidden = F.pad(hidden, (0, 0, 0, min(next_length(last), chunk_tokens) - last if last else 0))
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, hidden.shape[0], chunk_tokens):
+        for start in range(0, tokens, chunk_tokens):
             h, y = hidden[start : start + chunk_tokens], labels[start : start + chunk_tokens].unsqueeze(1)
-            logits = head.logits(product(h, blocks, bias).to(total.dtype))
+            padded = head.logits(product(h, blocks, bias).to(total.dtype))
+            logits = padded[: len(y)]
             slope = None
             if head.softcap is not None and grad is not None:
                 slope = 1.0 - (logits / head.softcap).square()  # of tanh, before the logits are overwritten
@@ -68,9 +75,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     logits *= slope
                 if head.scale != 1.0:
                     logits *= head.scale
-                product_back(logits, blocks, out=grad[start : start + chunk_tokens])
+                padded[len(y) :] = 0.0
+                product_back(padded, blocks, out=grad[start : start + chunk_tokens])
         if grad is not None:
-            ctx.save_for_backward(grad)
+            ctx.save_for_backward(grad[:tokens])
         return total
 
     @staticmethod

@@ -8,7 +8,7 @@ run), `ranks` (one of several processes), `batches` (its longest forward pass), 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,10 @@ import torch
 from ..data import Example
 from ..model import takes_prefix_once
 from ..recipe import Recipe
+from ..repeating import repeats
 from ..skeleton import skeleton
 from .activations import Batch
-from .batches import assumed_batch, batch_of, longest_rows, planned_steps
+from .batches import assumed_batch, batch_of, longest_rows, planned_steps, token_counts
 from .files import adapter_bytes, checkpoint_bytes
 from .fits import BatchOf, Change, fits, nearest_changes
 from .machine import Machine, gpu_machine, parse_size, this_machine
@@ -121,7 +122,7 @@ def make_plan(
     del model
     if isinstance(machine, torch.device):
         machine = this_machine(recipe.model, machine)
-    longest = _batches(rows, joinable)
+    longest = _batches(rows, joinable, repeats(machine.dtype, machine.device_type))
     batch = longest(recipe)
     memory = plan_rank(shape, recipe, batch, machine, sharing)
     trained = sum(
@@ -143,7 +144,7 @@ def make_plan(
     )
 
 
-def _batches(rows: Sequence[Example] | None, joinable: bool) -> BatchOf:
+def _batches(rows: Sequence[Example] | None, joinable: bool, repeating: bool) -> BatchOf:
     """The longest batch over these rows, remembered by what it depends on."""
     if rows is None:
         return assumed_batch
@@ -154,8 +155,10 @@ def _batches(rows: Sequence[Example] | None, joinable: bool) -> BatchOf:
         key = recipe.data.max_length, recipe.training.per_device_train_batch_size
         if key not in found:
             cut = [e if len(e.input_ids) <= key[0] else _cut(e, key[0]) for e in rows]
-            chosen = longest_rows(recipe, cut, joinable, max(1, planned_steps(recipe, len(cut))))
-            found[key] = batch_of([cut[i] for i in chosen], joinable, recipe.data.packing)
+            steps = max(1, planned_steps(recipe, len(cut)))
+            chosen = longest_rows(recipe, cut, joinable, steps)
+            batch = batch_of([cut[i] for i in chosen], joinable, recipe.data.packing, repeating)
+            found[key] = replace(batch, token_counts=token_counts(recipe, cut, steps, repeating))
         return found[key]
 
     return longest

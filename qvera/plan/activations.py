@@ -36,6 +36,7 @@ class Batch:
         source: where the numbers come from, in words.
         longest_row: tokens of the longest row of all, for answers.
         packed_rows: rows of the data in it where they are packed (``data.packing``), else 0.
+        token_counts: how many different numbers of tokens the run's forward passes have.
     """
 
     rows: int
@@ -46,6 +47,7 @@ class Batch:
     source: str
     longest_row: int
     packed_rows: int = 0
+    token_counts: int = 1
 
     @property
     def all_tokens(self) -> int:
@@ -102,6 +104,15 @@ def kept_bytes(a: Adapted) -> int:
     """What one decoder layer keeps from forward for backward, its input included: the first norm keeps that."""
     s, T, size = a.shape, a.batch.all_tokens, a.machine.itemsize
     return norm_bytes(a) * 2 + _attention_bytes(a) + 2 * T * s.ff * size + _adapter_bytes(a)
+
+
+def product_shapes(a: Adapted) -> int:
+    """Different matrix products in which one token count meets a decoder layer, forward and backward."""
+    pairs = {("W", x.n, x.m) for x in a.layer()}
+    for x in a.layer():
+        if a.is_adapted(x) and not a.is_summed(x):
+            pairs |= {("A", x.n, a.rank), ("B", a.rank, x.m)}
+    return 2 * len(pairs)
 
 
 def norm_bytes(a: Adapted) -> int:

@@ -31,6 +31,7 @@ class Machine:
         runtime_bytes: held before the model is loaded (interpreter, libraries, rows), measured; on a GPU the host's
             share is none of the device's business, and this is 0.
         context_bytes: the CUDA context.
+        kernel_bytes: what each new shape of a product leaves behind (`qvera.repeating`), measured.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Machine:
     available_bytes: int
     runtime_bytes: int = 0
     context_bytes: int = 0
+    kernel_bytes: int = 0
 
     @property
     def itemsize(self) -> int:
@@ -76,4 +78,5 @@ def this_machine(section: ModelSection, device: torch.device) -> Machine:
         return Machine(name, "cuda", dtype, False, total, 0, context)
     runtime = measure.private_bytes()
     mapped = section.quantization in ("nf4", "fp4")  # `qvera.mapped`; unusual checkpoints are held instead
-    return Machine(name, "cpu", dtype, mapped, measure.available_bytes(device) + runtime, runtime)
+    kernel = measure.kernel_bytes(dtype)
+    return Machine(name, "cpu", dtype, mapped, measure.available_bytes(device) + runtime, runtime, 0, kernel)

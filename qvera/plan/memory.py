@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from ..loss import BLOCK_ELEMENTS
 from ..recipe import Recipe
-from .activations import Adapted, Batch, kept_bytes, norm_bytes, transient_bytes
+from ..repeating import AN_OCTAVE, KERNELS, next_length, repeats
+from .activations import Adapted, Batch, kept_bytes, norm_bytes, product_shapes, transient_bytes
 from .machine import Machine
 from .shapes import Linear, Shape
 
@@ -142,6 +143,8 @@ def plan_memory(shape: Shape, recipe: Recipe, batch: Batch, machine: Machine) ->
     if answers:
         moments["answers"] = answers
     standing = _standing(shape, recipe, machine, adapted)
+    if machine.kernel_bytes:
+        standing += (Component("kernels of matrix products", "runtime", _kernels(a) * machine.kernel_bytes),)
     if machine.device_type == "cpu":
         largest = max(sum(c.bytes for c in parts) for parts in moments.values())
         standing += (Component("free heap that malloc keeps", "runtime", min(KEPT_HEAP_BYTES, largest)),)
@@ -190,11 +193,20 @@ def _standing(shape: Shape, recipe: Recipe, machine: Machine, adapted: tuple[Lin
     return tuple(c for c in found if c.bytes)
 
 
+def _kernels(a: Adapted) -> int:
+    """Of all products of a run: those of each token count, and the head's, whose counts of trained tokens fill an octave."""
+    counts = AN_OCTAVE if repeats(a.machine.dtype, a.machine.device_type) else a.batch.token_counts
+    return min(KERNELS, a.batch.token_counts * product_shapes(a) + 2 * counts)
+
+
 def _loss(shape: Shape, recipe: Recipe, batch: Batch, machine: Machine) -> tuple[Component, ...]:
     """`qvera.loss`: a chunk of logits in fp32 and logsumexp's copy of it; trained rows of hidden and their gradient."""
     size, hidden = machine.itemsize, shape.hidden
     trained = min(batch.trained_tokens, batch.all_tokens)
-    chunk = min(recipe.training.loss_chunk_tokens, trained)
+    chunk = min(
+        recipe.training.loss_chunk_tokens,
+        next_length(trained) if repeats(machine.dtype, machine.device_type) else trained,
+    )
     states = batch.all_tokens * hidden * size + 2 * trained * hidden * size
     found = [
         Component("logits of a chunk", "loss", 2 * chunk * shape.vocabulary * max(size, 4)),
