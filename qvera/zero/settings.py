@@ -12,11 +12,14 @@ import ctypes
 import logging
 import os
 import shutil
+import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils.cpp_extension import get_default_build_root
 
 
 def deepspeed_module() -> Any:
@@ -69,4 +72,23 @@ def nvme_problem() -> str | None:
     can_build = shutil.which("ninja") is not None and any(map(shutil.which, compilers))
     if not can_build and not deepspeed.ops.__installed_ops__.get("async_io", False):
         return "it has to be built first, and there is no compiler or no ninja"
+    lock = abandoned_build("async_io")
+    if lock is not None:
+        return f"a build of it was killed and left {lock}, for which every later one would wait; remove that file"
+    return None
+
+
+_LONGEST_BUILD_SECONDS = 1800  # async_io took 4 minutes of one core, 8 on a busy machine
+
+
+def abandoned_build(name: str) -> Path | None:
+    """The lock of an extension that torch began to compile and whose process is gone: torch waits for it without end.
+
+    torch's lock (``torch.utils.file_baton``) names no process, so one older than any build takes is taken for abandoned.
+    """
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in (*root.glob(f"{name}/lock"), *root.glob(f"*/{name}/lock")):
+        with contextlib.suppress(OSError):  # it is gone by now
+            if time.time() - lock.stat().st_mtime > _LONGEST_BUILD_SECONDS:
+                return lock
     return None

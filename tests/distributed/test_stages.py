@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -338,6 +339,18 @@ def test_every_shipped_config_says_zero_and_nothing_else(word: str) -> None:
         assert word == "zero3-offload-nvme" and "libaio" in str(error) and "or use zero3" in str(error)
         return
     assert config is not None and config.tree == tree and config.shards_base == word.startswith("zero3")
+
+
+def test_a_build_that_was_killed_is_named_and_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qvera.zero.settings import abandoned_build
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "py311_cpu" / "async_io" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    assert abandoned_build("async_io") is None  # begun a moment ago: somebody is building
+    os.utime(lock, (0, 0))
+    assert abandoned_build("async_io") == lock and abandoned_build("another") is None
 
 
 def test_no_config_is_unknown_to_these_tests() -> None:
