@@ -146,13 +146,39 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--batch-size", type=int, default=16, metavar="N", help="prompts at a time (default: %(default)s)")
     _add_sampling(p, max_new_tokens=256)
 
-    p = command("eval", "Held-out loss and perplexity, and exact match where a row has a reference.")
-    p.add_argument("run", type=Path, metavar="RUN", help="a run directory")
+    p = command(
+        "eval",
+        "Held-out loss, perplexity and answers of a run, an adapter, or an exported checkpoint.",
+        "\n\nRUN: a run directory; an adapter directory whose config names its base (QVERA, or what PEFT can load, such as the\n"
+        "LoRA of `qvera export --to lora`); or a checkpoint that `qvera export --to merged` wrote. A merged export that still\n"
+        "finds its run is evaluated on that run's held-out rows; otherwise say --recipe or --data.\n\n"
+        "Metrics: exact, and with `pip install 'qvera[metrics]'` bleu, bleu-lowercase, chrf, chrf++, ter (sacrebleu) and rouge1,\n"
+        "rouge2, rougeL (rouge-score). BLEU, chrF and TER go from 0 to 100, the others from 0 to 1.",
+    )
+    p.add_argument("run", type=Path, metavar="RUN", help="a run, an adapter directory or an exported checkpoint")
+    p.add_argument("--recipe", type=Path, metavar="PATH", help="a recipe, or a run, whose rows and settings are used")
     p.add_argument("--data", metavar="FILE", help="rows to evaluate on (default: the recipe's held-out rows)")
     p.add_argument("--rows", type=int, metavar="N", help="use only the first N rows")
+    p.add_argument(
+        "--metrics",
+        default="exact",
+        metavar="NAME,NAME",
+        help="how answers are held against references (default: %(default)s)",
+    )
+    p.add_argument(
+        "--group-prompts", action="store_true", help="rows with the same prompt are one, with all their references"
+    )
     p.add_argument("--base", action="store_true", help="evaluate the base model without the adapter")
-    p.add_argument("--no-generation", action="store_true", help="loss only: no answers, no exact match")
+    p.add_argument("--with-base", action="store_true", help="evaluate the base model too, beside it")
+    p.add_argument("--no-generation", action="store_true", help="loss only: no answers, no metrics")
     p.add_argument("--max-new-tokens", type=int, metavar="N", help="tokens per answer (default: the recipe's)")
+    p.add_argument("--predictions", type=Path, metavar="FILE", help="write a line of JSON for each prompt")
+    p.add_argument(
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="write a page: base, adapter and reference side by side (asks the base too)",
+    )
     p.add_argument("--json", type=Path, metavar="FILE", help="write scores and every answer as JSON")
 
     p = command(

@@ -79,7 +79,7 @@ def test_eval_agrees_with_the_run(run: Path, tmp_path: Path, capsys: Any) -> Non
     document = json.loads((tmp_path / "scores.json").read_text())
     after = json.loads((run / "run.json").read_text())["result"]["eval_after"]
     assert document["scores"]["loss"] == pytest.approx(after["loss"], rel=1e-6)
-    assert len(document["answers"]) == document["scores"]["exact_match_rows"] == 8
+    assert len(document["answers"]) == document["scores"]["scored_rows"] == 8
     assert main(["eval", str(run), "--base", "--no-generation"]) == 0
     before = json.loads((run / "run.json").read_text())["result"]["eval_before"]
     assert f"{before['loss']:.4f}" in capsys.readouterr().out

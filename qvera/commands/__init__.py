@@ -1,8 +1,9 @@
 """What each command of the CLI does, in terms of the Python API. One function a command; `qvera.cli` parses and dispatches."""
 
-from .answering import chat, eval, generate
+from .answering import chat, generate
 from .bases import cache, info, quantize
 from .exporting import export, merge_adapters
+from .reading import eval
 from .training import launch, plan, preview, quickstart, train
 
 __all__ = [

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from qvera.report import write_report
+from qvera.report.answers import write_answers
 
-from .conftest import run_info
+from .conftest import evaluation, run_info
 
 Build = Callable[..., Path]
 
@@ -89,9 +90,23 @@ def test_pointing_at_a_chart_shows_the_step_in_all_of_them(build_run: Build, tmp
     assert (left, keyed) == ("0", "step 96")
 
 
+def answers(build_run: Build, root: Path) -> Path:
+    write_answers(root / "answers.html", evaluation())
+    return root / "answers.html"
+
+
+PAGES: dict[str, Callable[[Build, Path], Path]] = {
+    "report": lambda build_run, root: write_report(build_run()),
+    "eval": answers,
+}
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [400, 1200])
-def test_it_fits_its_width_and_can_be_read(build_run: Build, tmp_path: Path, width: int, scheme: str) -> None:
+@pytest.mark.parametrize("page", PAGES)
+def test_it_fits_its_width_and_can_be_read(
+    build_run: Build, tmp_path: Path, page: str, width: int, scheme: str
+) -> None:
     """No sideways scrolling, every tick inside the window, and text at 4.5:1 or better (WCAG AA) in both schemes."""
     probe = """
       addEventListener('load', () => {
@@ -108,12 +123,12 @@ def test_it_fits_its_width_and_can_be_read(build_run: Build, tmp_path: Path, wid
         }));
         const ticks = [...document.querySelectorAll('.tick')].map(e => e.getBoundingClientRect());
         const root = document.documentElement;
-        parent.document.title = [innerWidth, root.scrollWidth, Math.min(...ticks.map(t => t.left)) >= 0,
-          Math.max(...ticks.map(t => t.right)) <= innerWidth, worst.toFixed(2), page < 0.1 ? 'dark' : 'light'
+        parent.document.title = [innerWidth, root.scrollWidth, Math.min(0, ...ticks.map(t => t.left)) >= 0,
+          Math.max(0, ...ticks.map(t => t.right)) <= innerWidth, worst.toFixed(2), page < 0.1 ? 'dark' : 'light'
         ].join(' ');
       });
     """
-    probed = with_script(write_report(build_run()), probe).read_text(encoding="utf-8")
+    probed = with_script(PAGES[page](build_run, tmp_path), probe).read_text(encoding="utf-8")
     # Chromium's own window is never narrower than 500 px, a frame is
     frame = tmp_path / "frame.html"
     source = html.escape(probed, quote=True)

@@ -1,0 +1,200 @@
+"""Reading the result: eval."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .. import measure
+from ..data import Datasets, Example, build_datasets
+from ..errors import InputError
+from ..judge import Input, Judged, inputs_of, judge
+from ..recipe import DataSection, TrainingSection
+from ..report.answers import write_answers
+from ..run import OpenRun
+from ..subject import Subject, base_of, find_subject, open_subject, require_base, template_of
+from ..textscores import TextMetric, text_metrics
+from ..unfinished import replace_text
+from .common import console, quiet_libraries, require_new_file
+
+
+def eval(args: argparse.Namespace) -> None:  # noqa: A001  # the command's name
+    """qvera eval"""
+    quiet_libraries()
+    _check_flags(args)
+    metrics = [] if args.no_generation else text_metrics(args.metrics.split(","))
+    subject = find_subject(args.run, args.recipe)
+    with_base = args.with_base or (args.html is not None and not args.base and subject.has_base)
+    if args.base or with_base:
+        require_base(subject)
+    section = _data_section(args, subject)
+    with console.status(f"Loading {args.run}"):
+        opened = open_subject(subject, adapter=not args.base)
+    datasets = build_datasets(section, opened.base.tokenizer, console)
+    rows = (datasets.train if args.data is not None else datasets.eval)[: args.rows]
+    inputs = [] if args.no_generation else inputs_of(rows, args.group_prompts)
+    found = _judge(args, subject, opened, opened.model, datasets, rows, inputs, metrics, "")
+    base = None
+    if with_base:
+        if subject.adapter is None:  # the base of an export is a model of its own; both need not be held
+            opened.model = None
+            opened.base.model = None
+        with console.status("Loading the base"), base_of(subject, opened) as model:
+            base = _judge(args, subject, opened, model, datasets, rows, inputs, metrics, "Base: ")
+    document = _document(args, subject, section, inputs, metrics, found, base)
+    if args.predictions is not None:
+        lines = (json.dumps(answer, ensure_ascii=False) + "\n" for answer in document["answers"])
+        replace_text(args.predictions, "".join(lines))
+    if args.json is not None:
+        replace_text(args.json, json.dumps(document, indent=1, ensure_ascii=False))
+    if args.html is not None:
+        write_answers(args.html, document)
+    _say_scores(document)
+    for path, what in (
+        (args.predictions, f"{len(inputs)} answers"),
+        (args.json, "scores and answers"),
+        (args.html, "the page"),
+    ):
+        if path is not None:
+            print(f"{path}: {what}")
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    """Raises InputError where flags contradict each other, or a file is there already."""
+    if args.base and args.with_base:
+        raise InputError("--with-base: compares with the base, and --base asks for the base alone; drop one of them.")
+    if args.no_generation and args.predictions is not None:
+        raise InputError("--predictions: writes answers, and --no-generation asks for none; drop one of them.")
+    for name in ("rows", "max_new_tokens"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')}: takes a whole number >= 1, got {value}.")
+    files = [path for path in (args.json, args.predictions, args.html) if path is not None]
+    for path in files:
+        require_new_file(path)
+    if len({path.absolute() for path in files}) < len(files):
+        raise InputError(f"{files[0]}: --json, --predictions and --html need a file each.")
+
+
+def _data_section(args: argparse.Namespace, subject: Subject) -> DataSection:
+    """Where the rows come from: the recipe's held-out ones, or all of a file that is read the way the recipe's rows are."""
+    recipe = subject.recipe
+    if args.data is None:
+        if recipe is None:
+            raise InputError(
+                f"{args.run}: {subject.what} has no recipe that names held-out rows. Name a file with --data FILE, or the run "
+                "(or recipe) that it belongs to with --recipe."
+            )
+        if not (recipe.data.eval_path or recipe.data.eval_fraction):
+            raise InputError(f"{args.run}: its recipe holds out no rows; name a file with --data.")
+        return recipe.data
+    if recipe is None:
+        return DataSection(path=args.data, limit=args.rows)
+    return dataclasses.replace(
+        recipe.data,
+        path=args.data,
+        template=template_of(recipe, subject.run),
+        mixture=[],
+        weight=1.0,
+        eval_path=None,
+        eval_fraction=0.0,
+        limit=args.rows,
+    )
+
+
+def _judge(
+    args: argparse.Namespace,
+    subject: Subject,
+    opened: OpenRun,
+    model: Any,
+    datasets: Datasets,
+    rows: list[Example],
+    inputs: list[Input],
+    metrics: list[TextMetric],
+    label: str,
+) -> Judged:
+    settings = subject.recipe.training if subject.recipe is not None else TrainingSection()
+    with console.status(f"{label}scoring") as status:
+        return judge(
+            model,
+            opened.base.tokenizer,
+            rows,
+            inputs,
+            metrics,
+            settings,
+            pad_id=datasets.pad_id,
+            max_new_tokens=_answer_tokens(args, subject),
+            progress=lambda text: status.update(label + text),
+        )
+
+
+def _answer_tokens(args: argparse.Namespace, subject: Subject) -> int:
+    settings = subject.recipe.training if subject.recipe is not None else TrainingSection()
+    return int(args.max_new_tokens or settings.sample_max_new_tokens)
+
+
+def _document(
+    args: argparse.Namespace,
+    subject: Subject,
+    section: DataSection,
+    inputs: list[Input],
+    metrics: list[TextMetric],
+    found: Judged,
+    base: Judged | None,
+) -> dict[str, Any]:
+    """The whole evaluation, as --json writes it and the page shows it."""
+    answers: list[dict[str, Any]] = []
+    for number, each in enumerate(inputs):
+        row: dict[str, Any] = {
+            "source": each.example.source,
+            "prompt": each.example.prompt_text,
+            "references": each.references,
+            "answer": found.answers[number],
+            "scores": found.rows[number],
+        }
+        if base is not None:
+            row |= {"base_answer": base.answers[number], "base_scores": base.rows[number]}
+        answers.append(row)
+    of = subject.merged["base"]["path"] if subject.merged else subject.section.path
+    what = "the base alone" if args.base else subject.what
+    return {
+        "subject": {
+            "path": str(args.run),
+            "what": what[0].upper() + what[1:],
+            "column": "Base"
+            if args.base
+            else {"checkpoint": "Export" if subject.merged else "Model"}.get(subject.kind, "Adapter"),
+            "base": of,
+            "data": args.data
+            or section.eval_path
+            or f"{section.path}, {section.eval_fraction:.1%} held out by its seed",
+            "max_new_tokens": _answer_tokens(args, subject),
+        },
+        "scores": found.scores,
+        "base_scores": None if base is None else base.scores,
+        "metrics": [
+            {"name": m.name, "label": m.label, "signature": m.signature(), "lower_is_better": m.lower_is_better}
+            for m in metrics
+            if inputs and found.scores.get("scored_rows")
+        ],
+        "versions": measure.versions(),
+        "answers": answers,
+    }
+
+
+def _say_scores(document: dict[str, Any]) -> None:
+    """The scores, in two columns where the base was asked too."""
+    scores, base = document["scores"], document["base_scores"]
+    table = Table(box=None, pad_edge=False, show_header=base is not None)
+    table.add_column("")
+    for title in ([] if base is None else ["base"]) + [document["subject"]["column"].lower()]:
+        table.add_column(title, justify="right")
+    for name, value in scores.items():
+        cells = ([] if base is None else [base[name]]) + [value]
+        table.add_row(name, *(f"{cell:.4f}" if isinstance(cell, float) else f"{cell:,}" for cell in cells))
+    Console().print(table)
