@@ -182,6 +182,16 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--json", type=Path, metavar="FILE", help="write scores and every answer as JSON")
 
     p = command(
+        "compare",
+        "Several runs side by side: scores, cost, curves, and the recipe keys in which they differ.",
+        "\n\nReads recipe.yaml, metrics.jsonl and run.json of each run, no model. What is missing, and what can't be compared\n"
+        "(another base, other held-out rows, another machine), is said.",
+    )
+    p.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="two to eight run directories")
+    p.add_argument("--html", type=Path, metavar="FILE", help="write a page with the curves there")
+    p.add_argument("--json", action="store_true", help="as JSON")
+
+    p = command(
         "export",
         "Write the trained model in a form that other tools load.",
         "\n\n--to merged: W + dW for every adapted weight in 16 bits; plain transformers loads it. The run trained on a quantized\n"

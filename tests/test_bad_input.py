@@ -294,6 +294,12 @@ TABLE: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     "eval of no rows": (lambda p: ["eval", str(p.run), "--rows", "0"], "--rows: takes a whole number >= 1, got 0"),
     "certificate is broken": (broken_certificate, "not the certificate of a merged export"),
     "adapter without a base": (adapter_without_base, "names no base model"),
+    "compare one run": (lambda p: ["compare", str(p.run)], "takes two runs or more, got 1"),
+    "compare a run with a model": (lambda p: ["compare", str(p.run), str(p.root / "model")], "not a run directory"),
+    "compare over a page": (
+        lambda p: ["compare", str(p.run), str(p.run), "--html", str(p.root / "rows.jsonl")],
+        "exists; nothing is overwritten",
+    ),
     "no prompts": (empty_prompts, "no prompts in it"),
 }
 

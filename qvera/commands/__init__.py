@@ -3,12 +3,13 @@
 from .answering import chat, generate
 from .bases import cache, info, quantize
 from .exporting import export, merge_adapters
-from .reading import eval
+from .reading import compare, eval
 from .training import launch, plan, preview, quickstart, train
 
 __all__ = [
     "cache",
     "chat",
+    "compare",
     "eval",
     "export",
     "generate",

@@ -1,10 +1,11 @@
-"""Reading the result: eval."""
+"""Reading the result: eval, compare."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
+import sys
 from typing import Any
 
 from rich.console import Console
@@ -16,6 +17,7 @@ from ..errors import InputError
 from ..judge import Input, Judged, inputs_of, judge
 from ..recipe import DataSection, TrainingSection
 from ..report.answers import write_answers
+from ..report.runs import COSTS, SCORES, Compared, compared, key_text, write_runs
 from ..run import OpenRun
 from ..subject import Subject, base_of, find_subject, open_subject, require_base, template_of
 from ..textscores import TextMetric, text_metrics
@@ -62,6 +64,43 @@ def eval(args: argparse.Namespace) -> None:  # noqa: A001  # the command's name
     ):
         if path is not None:
             print(f"{path}: {what}")
+
+
+def compare(args: argparse.Namespace) -> None:
+    """qvera compare"""
+    if args.html is not None:
+        require_new_file(args.html)
+    found = compared(args.runs)
+    if args.html is not None:
+        write_runs(args.html, found)
+    if args.json:
+        print(json.dumps(found.to_dict(), indent=1, ensure_ascii=False))
+        return
+    _say_runs(found)
+    if args.html is not None:
+        print(f"\n{args.html}: the same with the curves")
+
+
+def _say_runs(found: Compared) -> None:
+    """A row for each run, the keys in which they differ, and what can't be compared."""
+    columns = [column for column in (*SCORES, *COSTS) if any(facts[column[0]] is not None for facts in found.facts)]
+    table = Table(box=None, pad_edge=False)
+    table.add_column("run", overflow="fold")
+    for _, title, _ in columns:
+        table.add_column(title.lower(), justify="right")
+    for label, facts in zip(found.labels, found.facts, strict=True):
+        values = [(facts[key], say) for key, _, say in columns]
+        table.add_row(label, *("–" if value is None else say(value) for value, say in values))
+    # a pipe has no width, and its reader can cut columns better than we could
+    console_out = Console(width=None if sys.stdout.isatty() else 250, highlight=False, markup=False)
+    console_out.print(table)
+    for key, values in found.differing.items():
+        who: dict[str, list[str]] = {}
+        for label, value in zip(found.labels, values, strict=True):
+            who.setdefault(key_text(value), []).append(label)
+        console_out.print(f"{key}: " + "; ".join(f"{text} ({', '.join(labels)})" for text, labels in who.items()))
+    for gap in found.gaps:
+        console_out.print(f"! {gap}")
 
 
 def _check_flags(args: argparse.Namespace) -> None:

@@ -13,8 +13,9 @@ import pytest
 
 from qvera.report import write_report
 from qvera.report.answers import write_answers
+from qvera.report.runs import compared, write_runs
 
-from .conftest import evaluation, run_info
+from .conftest import RECIPE, evaluation, run_info, train_rows
 
 Build = Callable[..., Path]
 
@@ -67,6 +68,30 @@ def test_hostile_text_does_nothing(build_run: Build, tmp_path: Path) -> None:
     assert html.escape(attack, quote=False) in dom
 
 
+def test_runs_are_pointed_at_together_by_steps_and_by_tokens(build_run: Build, tmp_path: Path) -> None:
+    script = """
+      const plots = [...document.querySelectorAll('.plot')];
+      const shown = box => {
+        const frame = box.getBoundingClientRect();
+        box.dispatchEvent(new PointerEvent('pointermove', {clientX: frame.right}));
+        const tips = [...document.querySelectorAll('.tip:not([hidden])')].map(
+          tip => [...tip.children].map(part => part.textContent).join('|'));
+        box.dispatchEvent(new PointerEvent('pointerleave'));
+        return tips;
+      };
+      const colours = new Set([...document.querySelectorAll('.axes path[class*=" c"]')].map(p => getComputedStyle(p).stroke));
+      document.title = [plots.length, shown(plots[0])[1], shown(plots[2])[1], colours.size].join(' ; ');
+    """
+    places = [build_run(name="one"), build_run(name="two", train=train_rows(96))]
+    write_runs(tmp_path / "runs.html", compared(places))
+    dom, console = dump_dom(with_script(tmp_path / "runs.html", script), tmp_path / "profile")
+    assert console == []
+    number, by_step, by_token, colours = re.findall(r"<title>(.*?)</title>", dom)[0].split(" ; ")
+    assert (number, colours) == ("4", "2")
+    assert by_step.startswith("step 96|one 0.0") and "|two 0.0" in by_step
+    assert by_token.startswith("307,200 tokens|one 0.0")
+
+
 def test_pointing_at_a_chart_shows_the_step_in_all_of_them(build_run: Build, tmp_path: Path) -> None:
     script = """
       const box = document.querySelector('.plot'), frame = box.getBoundingClientRect();
@@ -95,9 +120,26 @@ def answers(build_run: Build, root: Path) -> Path:
     return root / "answers.html"
 
 
+def runs(build_run: Build, root: Path) -> Path:
+    """Eight runs, one of them broken off, with names and values as long as they get."""
+    places = []
+    for number in range(8):
+        recipe = {
+            **RECIPE,
+            "training": {"learning_rate": 10.0**-number},
+            "data": {"path": f"data/{'x' * 40}{number}.jsonl"},
+        }
+        steps = train_rows(40 + 9 * number)
+        info = run_info() if number else None
+        places.append(build_run(info=info, recipe=recipe, train=steps, evals=None, name=f"a-run-of-rank-{number}"))
+    write_runs(root / "runs.html", compared(places))
+    return root / "runs.html"
+
+
 PAGES: dict[str, Callable[[Build, Path], Path]] = {
     "report": lambda build_run, root: write_report(build_run()),
     "eval": answers,
+    "compare": runs,
 }
 
 
