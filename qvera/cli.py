@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 
 from .errors import EXIT_DONE, EXIT_FAILED, QveraError
+from .recipe import RangeTest
 
 _EPILOG = """\
 A run, from recipe to a checkpoint that any tool loads:
@@ -59,6 +60,15 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--dry-run", action="store_true", help="check everything, show the data, train nothing, write nothing"
     )
+    p.add_argument(
+        "--find-lr", action="store_true",
+        help="no run: let the learning rate grow each step until the loss diverges, draw the curve, suggest a rate",
+    )  # fmt: skip
+    p.add_argument(
+        "--lr-from", type=float, metavar="R", help=f"with --find-lr: first rate (default: {RangeTest.start:g})"
+    )
+    p.add_argument("--lr-to", type=float, metavar="R", help=f"with --find-lr: last rate (default: {RangeTest.end:g})")
+    p.add_argument("--lr-steps", type=int, metavar="N", help=f"with --find-lr: steps (default: {RangeTest.steps})")
 
     p = command(
         "preview",
@@ -190,6 +200,26 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="two to eight run directories")
     p.add_argument("--html", type=Path, metavar="FILE", help="write a page with the curves there")
     p.add_argument("--json", action="store_true", help="as JSON")
+
+    p = command(
+        "harness",
+        "lm-evaluation-harness on a run, an adapter, or an exported checkpoint.",
+        "\n\nNeeds `pip install 'qvera[harness]'` (lm-eval). A run is asked as it was trained, on its quantized base.\n"
+        "--include DIR adds tasks of your own, which need no network. A merged export is also what lm-eval loads by itself:\n"
+        "`lm_eval run --model hf --model_args pretrained=DIR --tasks ...`.",
+    )
+    p.add_argument("run", type=Path, metavar="RUN", help="a run, an adapter directory or an exported checkpoint")
+    p.add_argument("--tasks", required=True, metavar="NAME,NAME", help="lm-eval's names of tasks, groups or tags")
+    p.add_argument("--include", type=Path, metavar="DIR", help="a directory with task files (YAML) of your own")
+    p.add_argument(
+        "--recipe", type=Path, metavar="PATH", help="a recipe or run that says how an adapter's base is loaded"
+    )
+    p.add_argument("--base", action="store_true", help="the base model without the adapter")
+    p.add_argument("--limit", type=int, metavar="N", help="documents of each task (default: all)")
+    p.add_argument("--few-shot", type=int, metavar="N", help="examples before each question (default: the task's)")
+    p.add_argument("--batch-size", type=int, default=8, metavar="N", help="requests at a time (default: %(default)s)")
+    p.add_argument("--chat", action="store_true", help="put prompts through the tokenizer's chat template")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write lm-eval's results and every document as JSON")
 
     p = command(
         "export",

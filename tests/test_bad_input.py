@@ -194,6 +194,10 @@ def empty_prompts(place: Place) -> list[str]:
     return ["generate", str(place.run), str(place.root / "prompts.txt"), "--out", str(place.root / "answers.jsonl")]
 
 
+def find_lr_into_a_file(place: Place) -> list[str]:
+    return [*out_is_a_file(place), "--find-lr"]
+
+
 def broken_certificate(place: Place) -> list[str]:
     (place.root / "model" / "qvera_export.json").write_text('{"adapter": {}}')
     return ["eval", str(place.root / "model"), "--data", str(place.root / "rows.jsonl")]
@@ -300,6 +304,14 @@ TABLE: dict[str, tuple[Callable[[Place], list[str]], str]] = {
         lambda p: ["compare", str(p.run), str(p.run), "--html", str(p.root / "rows.jsonl")],
         "exists; nothing is overwritten",
     ),
+    "a ramp that falls": (
+        lambda p: p.train("--find-lr", "--lr-from", "0.1", "--lr-to", "0.01"),
+        "expected two rates, 0 < from < to",
+    ),
+    "a ramp of few steps": (lambda p: p.train("--find-lr", "--lr-steps", "3"), "takes a whole number >= 10"),
+    "a ramp for a run": (lambda p: p.train("--lr-steps", "30"), "go with --find-lr only"),
+    "a range test resumed": (lambda p: p.train("--find-lr", "--resume"), "--resume: goes with a run"),
+    "a range test into a file": (find_lr_into_a_file, "is a file"),
     "no prompts": (empty_prompts, "no prompts in it"),
 }
 

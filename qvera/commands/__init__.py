@@ -3,7 +3,7 @@
 from .answering import chat, generate
 from .bases import cache, info, quantize
 from .exporting import export, merge_adapters
-from .reading import compare, eval
+from .reading import compare, eval, harness
 from .training import launch, plan, preview, quickstart, train
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "eval",
     "export",
     "generate",
+    "harness",
     "info",
     "launch",
     "merge_adapters",

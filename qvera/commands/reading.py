@@ -1,10 +1,11 @@
-"""Reading the result: eval, compare."""
+"""Reading the result: eval, compare, harness."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from typing import Any
 
@@ -14,6 +15,7 @@ from rich.table import Table
 from .. import measure
 from ..data import Datasets, Example, build_datasets
 from ..errors import InputError
+from ..harness import find_tasks, require_harness, run_harness
 from ..judge import Input, Judged, inputs_of, judge
 from ..recipe import DataSection, TrainingSection
 from ..report.answers import write_answers
@@ -101,6 +103,66 @@ def _say_runs(found: Compared) -> None:
         console_out.print(f"{key}: " + "; ".join(f"{text} ({', '.join(labels)})" for text, labels in who.items()))
     for gap in found.gaps:
         console_out.print(f"! {gap}")
+
+
+def harness(args: argparse.Namespace) -> None:
+    """qvera harness"""
+    quiet_libraries()
+    if args.json is not None:
+        require_new_file(args.json)
+    for name in ("limit", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')}: takes a whole number >= 1, got {value}.")
+    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    require_harness()
+    subject = find_subject(args.run, args.recipe)
+    if args.base:
+        require_base(subject)
+    manager = find_tasks(names, args.include)
+    with console.status(f"Loading {args.run}"):
+        opened = open_subject(subject, adapter=not args.base)
+    found = run_harness(
+        opened,
+        manager,
+        names,
+        limit=args.limit,
+        few_shot=args.few_shot,
+        batch_size=args.batch_size,
+        chat=args.chat,
+        log_samples=args.json is not None,
+    )
+    if args.json is not None:
+        replace_text(args.json, json.dumps(found, indent=1, ensure_ascii=False, default=str))
+    _say_tasks(found)
+    if args.json is not None:
+        print(f"{args.json}: all of lm-eval's results, every document with its answers")
+
+
+def _say_tasks(found: dict[str, Any]) -> None:
+    """A line for each metric of each task; lm-eval names them ``metric,filter``."""
+    table = Table(box=None, pad_edge=False)
+    for title in ("task", "shots", "metric", "value", "± stderr", "documents"):
+        table.add_column(title, justify="left" if title in ("task", "metric") else "right")
+    for task, values in found["results"].items():
+        documents = (found.get("n-samples") or {}).get(task, {}).get("effective")
+        shots = (found.get("n-shot") or {}).get(task)
+        for name, value in values.items():
+            metric, _, kind = name.partition(",")
+            if not kind or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+                continue
+            error = values.get(f"{metric}_stderr,{kind}")
+            shown = f"{error:.4f}" if isinstance(error, float) and math.isfinite(error) else "–"
+            label = metric if kind == "none" else f"{metric} ({kind})"
+            table.add_row(
+                task,
+                "–" if shots is None else str(shots),
+                label,
+                f"{value:.4f}",
+                shown,
+                "–" if documents is None else f"{documents:,}",
+            )
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def _check_flags(args: argparse.Namespace) -> None:

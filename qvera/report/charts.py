@@ -200,6 +200,7 @@ def line_chart(
     best: float | None = None,
     x_name: str = "step",
     x_log: bool = False,
+    top: float | None = None,
 ) -> str:
     """A chart of values over optimizer steps (or something else); "" where no line has a value.
 
@@ -213,11 +214,14 @@ def line_chart(
         best: a step to mark with a vertical line and a ring on the held-out curve.
         x_name: what x is, in the singular; charts over the same thing are pointed at together.
         x_log: a logarithmic x axis, for learning rates.
+        top: values above leave the picture.
     """
     extent = values_range(lines)
     if extent is None:
         return ""
     low, high = extent
+    if top is not None and high > top > low:
+        high = top
     log = may_be_log and low > 0 and high / low > 30
     ticks = log_ticks(low, high) if log else nice_ticks(0.0 if from_zero else low, high, max(2, height // 40))
     y_scale = Scale(ticks[0], ticks[-1], log)
@@ -230,12 +234,11 @@ def line_chart(
         y = _px(height * (1 - y_scale.fraction(tick)))
         parts.append(f'<line class="grid" x1="0" x2="100%" y1="{y}" y2="{y}"/>')
         parts.append(f'<text class="tick" x="0" dx="-8" y="{y}" dy="4" text-anchor="end">{escape(label)}</text>')
-    parts.append(
-        f'<text class="tick" x="0" dx="-18" y="{height + 20}" text-anchor="end">{escape(_axis_name(x_name))}</text>'
-    )
+    left, name = -26 if x_log else -18, escape(_axis_name(x_name))
+    parts.append(f'<text class="tick" x="0" dx="{left}" y="{height + 20}" text-anchor="end">{name}</text>')
     for tick in _x_ticks(first, last, x_log):
         if x_scale.low * (1 - 1e-9) <= tick <= x_scale.high * (1 + 1e-9):
-            x, label = _percent(x_scale.fraction(tick)), f"{tick:g}" if x_log else count(tick)
+            x, label = _percent(x_scale.fraction(tick)), f"{tick:g}".replace("e-0", "e-") if x_log else count(tick)
             parts.append(f'<text class="tick" x="{x}" y="{height + 20}" text-anchor="middle">{label}</text>')
     if best is not None:
         x = _percent(x_scale.fraction(best))

@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from qvera.find_lr import RULE, Found
+from qvera.recipe import RangeTest
 from qvera.report import write_report
 from qvera.report.answers import write_answers
+from qvera.report.ramp import write_ramp
 from qvera.report.runs import compared, write_runs
 
 from .conftest import RECIPE, evaluation, run_info, train_rows
@@ -136,10 +139,28 @@ def runs(build_run: Build, root: Path) -> Path:
     return root / "runs.html"
 
 
+def ramp(build_run: Build, root: Path) -> Path:
+    """A range test that diverged at its 45th step of 60."""
+    rows = [
+        {
+            "learning_rate": 10 ** (n / 12 - 5),
+            "loss": 2.3 - n / 40 + (n > 40) * 2.0 ** (n - 40),
+            "grad_norm": 0.3 + n / 50,
+        }
+        for n in range(45)
+    ]
+    points = [{**row, "step": n + 1, "smoothed_loss": row["loss"], "step_seconds": 1.2} for n, row in enumerate(rows)]
+    found = Found(points, 3.2e-3, 1.9e-2, points[-1]["learning_rate"])
+    facts = {"rule": RULE, "learning_rate": 4e-3, "data": "data/repairs.jsonl", "ramp": RangeTest(steps=60)}
+    write_ramp(root / "lr-range.html", "SmolLM2-135M-Instruct", "repairs", found, facts)
+    return root / "lr-range.html"
+
+
 PAGES: dict[str, Callable[[Build, Path], Path]] = {
     "report": lambda build_run, root: write_report(build_run()),
     "eval": answers,
     "compare": runs,
+    "find-lr": ramp,
 }
 
 
