@@ -38,10 +38,9 @@ _MEMORY = 0.8
 _DIVERGED = 2.0
 """Times its lowest that the running mean has to reach, besides being above where it began."""
 
-RULE = (
-    "the rate at which the smoothed loss fell fastest over the logarithm of the rate; above it a step gains less, "
-    "below it more steps are needed"
-)
+RULE = "the rate at the lowest smoothed loss, for the peak of a schedule with warmup and decay"
+"""Held against rates that whole runs of 50 to 68 steps had picked (SmolLM2-135M, r=256): 0.046 where 0.03 was picked (quickstart),
+0.07 where 0.1 was the best of 0.03, 0.1 and 0.2 (E2E). The steepest fall, another common rule, came to 0.008 and 0.014."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +51,13 @@ class Found:
         points: one record a step: ``step``, ``learning_rate``, ``loss`` (before that step; None where not finite),
             ``smoothed_loss``, ``grad_norm``, ``trained_tokens``, ``input_tokens``, ``step_seconds``.
         suggestion: a rate by `RULE`; None where the loss never fell.
-        lowest: the rate at the lowest smoothed loss.
+        steepest: the rate at which the loss fell fastest, below which a run wastes steps; None likewise.
         diverged: the rate at which the test was stopped; None where it ran to its end.
     """
 
     points: list[dict[str, Any]]
     suggestion: float | None
-    lowest: float | None
+    steepest: float | None
     diverged: float | None
 
 
@@ -87,7 +86,7 @@ class Watched:
 
 
 def read_curve(points: Sequence[dict[str, Any]]) -> tuple[list[float], float | None, float | None]:
-    """Smoothed losses (of the points before the first that is not finite), the suggested rate, and the rate at the lowest loss.
+    """Smoothed losses (of the points before the first that is not finite), the suggested rate, and the rate of the steepest fall.
 
     The smoothed loss is centred, so that it is not late; the steepest fall is that of a line through five neighbours, before the
     lowest loss.
@@ -104,8 +103,8 @@ def read_curve(points: Sequence[dict[str, Any]]) -> tuple[list[float], float | N
     }
     steepest = min(slopes, key=slopes.__getitem__, default=None)
     if steepest is None or slopes[steepest] >= 0:
-        return losses, None, math.exp(rates[lowest])
-    return losses, math.exp(rates[steepest]), math.exp(rates[lowest])
+        return losses, None, None
+    return losses, math.exp(rates[lowest]), math.exp(rates[steepest])
 
 
 def _slope(xs: Sequence[float], ys: Sequence[float]) -> float:
@@ -170,10 +169,10 @@ def find_lr(
                         diverged = rate
         if not group.first:
             return None
-        losses, suggestion, lowest = read_curve(points)
+        losses, suggestion, steepest = read_curve(points)
         for point, loss in zip(points, losses, strict=False):
             point["smoothed_loss"] = loss
-        found = Found(points, suggestion, lowest, diverged)
+        found = Found(points, suggestion, steepest, diverged)
         _write(out, recipe, ramp, found)
         return found
 

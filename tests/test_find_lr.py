@@ -39,7 +39,9 @@ def test_its_suggestion_is_of_use(write_recipe: Any, tmp_path: Path, capsys: Any
     for number, point in enumerate(points):
         assert point["learning_rate"] == pytest.approx(1e-4 * 10 ** (number / 10), rel=1e-9)
     suggested = float(re.findall(r"training.learning_rate=(\S+)", said)[0])
-    assert 1e-3 < suggested < min(points, key=lambda point: point["smoothed_loss"])["learning_rate"]
+    at_lowest = min(points, key=lambda point: point["smoothed_loss"])["learning_rate"]
+    assert suggested == pytest.approx(at_lowest, rel=0.05) and suggested > 0.01
+    assert float(re.findall(r"steepest fall +at (\S+)", said)[0]) < suggested
     page = (out / PAGE).read_text()
     assert f"Suggested: {module.RULE}" in unescape(page) and page.count('class="plot"') == 2
     assert "default-src 'none'" in page and "http" not in page.replace("http-equiv", "")
@@ -159,12 +161,16 @@ def curve(steps: int, fall_at: float, rise_at: float, noise: float = 0.0) -> lis
 
 @pytest.mark.parametrize("noise", [0.0, 0.15])
 @pytest.mark.parametrize("fall_at", [3e-4, 1e-3, 8e-3])
-def test_the_suggestion_is_where_the_loss_falls_fastest(fall_at: float, noise: float) -> None:
-    losses, suggestion, lowest = read_curve(curve(100, fall_at, 0.2, noise))
+def test_the_suggestion_is_at_the_lowest_loss_and_the_steepest_fall_before_it(fall_at: float, noise: float) -> None:
+    points = curve(100, fall_at, 0.2, noise)
+    losses, suggestion, steepest = read_curve(points)
     assert len(losses) == 100
-    assert suggestion is not None and lowest is not None
-    assert abs(math.log10(suggestion / fall_at)) < (0.35 if noise else 0.1)
-    assert suggestion < lowest < 0.2
+    assert suggestion is not None and steepest is not None
+    assert abs(math.log10(steepest / fall_at)) < (0.35 if noise else 0.1)
+    clean = curve(100, fall_at, 0.2)
+    best = min(clean, key=lambda point: point["loss"])["loss"]
+    (at,) = (p["loss"] for p, q in zip(clean, points, strict=True) if math.isclose(q["learning_rate"], suggestion))
+    assert at < best + 0.1 and steepest < suggestion < 0.2
 
 
 def test_there_is_no_suggestion_where_nothing_falls() -> None:

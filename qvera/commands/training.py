@@ -65,15 +65,15 @@ def _find_lr(args: argparse.Namespace, recipe: Recipe, run_dir: Path, ramp: Rang
         print(f"diverged          at {rate_text(found.diverged)}, step {last['step']} of {ramp.steps}")
     else:
         print(f"diverged          not up to {rate_text(ramp.end)}; a higher --lr-to would show where")
-    if found.lowest is not None:
-        print(f"lowest loss       at {rate_text(found.lowest)}")
+    if found.steepest is not None:
+        print(f"steepest fall     at {rate_text(found.steepest)}")
     if found.suggestion is None:
         print(
             "suggestion        none: the loss never fell. Start lower with --lr-from, or take more steps with --lr-steps"
         )
     else:
         print(f"suggestion        --set training.learning_rate={found.suggestion:.2g}")
-        print(f"                  {RULE}")
+        print(f"                  {RULE}; worth a try down to the steepest fall")
     print(f"curve             {run_dir / PAGE}\npoints            {run_dir / POINTS}")
 
 

@@ -30,7 +30,7 @@ def ramp_page(title: str, name: str, found: Found, facts: dict[str, Any]) -> str
     points, ramp = found.points, facts["ramp"]
     score = (
         f'<p class="score"><span class="to">{esc(rate_text(found.suggestion))}</span></p>'
-        f'<p class="caption">Suggested: {esc(facts["rule"])}.</p>'
+        f'<p class="caption">Suggested: {esc(facts["rule"])}. Worth a try down to the steepest fall.</p>'
         if found.suggestion is not None
         else '<p class="soft">No suggestion: the loss never fell. Start lower, or take more steps.</p>'
     )
@@ -42,7 +42,7 @@ def ramp_page(title: str, name: str, found: Found, facts: dict[str, Any]) -> str
     seconds = sum(number(point, "step_seconds") or 0.0 for point in points)
     table = fact_list(
         [
-            ("Lowest loss at", rate_text(found.lowest) if found.lowest is not None else ""),
+            ("Steepest fall at", rate_text(found.steepest) if found.steepest is not None else ""),
             ("Diverged at", esc(ended)),
             ("The recipe says", rate_text(facts["learning_rate"])),
             ("Ramp", f"{rate_text(ramp.start)} to {rate_text(ramp.end)}, {ramp.steps} steps"),

@@ -150,7 +150,7 @@ def ramp(build_run: Build, root: Path) -> Path:
         for n in range(45)
     ]
     points = [{**row, "step": n + 1, "smoothed_loss": row["loss"], "step_seconds": 1.2} for n, row in enumerate(rows)]
-    found = Found(points, 3.2e-3, 1.9e-2, points[-1]["learning_rate"])
+    found = Found(points, 1.9e-2, 3.2e-3, points[-1]["learning_rate"])
     facts = {"rule": RULE, "learning_rate": 4e-3, "data": "data/repairs.jsonl", "ramp": RangeTest(steps=60)}
     write_ramp(root / "lr-range.html", "SmolLM2-135M-Instruct", "repairs", found, facts)
     return root / "lr-range.html"
