@@ -17,7 +17,9 @@ A run, from recipe to a checkpoint that any tool loads:
   qvera plan recipes/quickstart.yaml                what it will take: memory, seconds, files
   qvera train recipes/quickstart.yaml --dry-run     what would be trained: rows, tokens, marked
   qvera train recipes/quickstart.yaml               writes runs/quickstart/
-  qvera eval runs/quickstart                        held-out loss, perplexity, exact match
+  qvera train recipes/quickstart.yaml --find-lr     no run: which learning rate to set
+  qvera eval runs/quickstart --html page.html       held-out loss, metrics, answers beside the base's
+  qvera compare runs/quickstart runs/other          two runs side by side
   qvera chat runs/quickstart                        talk to it
   qvera export runs/quickstart --to merged out/     a fp16 checkpoint for plain transformers
 

@@ -108,7 +108,7 @@ def test_chat_reads_messages_until_the_end(run: Path, capsys: Any, monkeypatch: 
 def test_help_teaches(capsys: Any) -> None:
     assert main([]) == 0
     assert "Exit codes" in capsys.readouterr().out
-    for command in ("train", "chat", "generate", "eval", "export", "info", "quickstart"):
+    for command in ("train", "chat", "generate", "eval", "compare", "harness", "export", "info", "quickstart"):
         with pytest.raises(SystemExit) as stop:
             build_parser().parse_args([command, "--help"])
         assert stop.value.code == 0

@@ -179,6 +179,17 @@ def test_a_file_of_its_own_is_not_mixed_or_weighted(make_recipe: Any, tiny_rows:
     assert evaluate(tmp_path / "run", "--data", three, "--no-generation")["scores"]["rows"] == 3
 
 
+def test_a_checkpoint_without_a_base_has_a_page_without_one(
+    tiny_model_dir: Path, tiny_rows: Path, tmp_path: Path
+) -> None:
+    model, page = tmp_path / "model", tmp_path / "page.html"
+    shutil.copytree(tiny_model_dir, model)
+    found = evaluate(model, "--data", tiny_rows, "--rows", "2", "--max-new-tokens", "2", "--html", page)
+    assert found["base_scores"] is None and found["subject"]["column"] == "Model"
+    html = page.read_text()
+    assert html.count("<h3>Model ") == 2 and "<h3>Base " not in html
+
+
 def test_the_base_alone(run: Path) -> None:
     alone = evaluate(run, "--base", "--max-new-tokens", "6")
     both = evaluate(run, "--with-base", "--max-new-tokens", "6")
