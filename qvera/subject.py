@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from peft import PeftModel
-from safetensors import SafetensorError
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 
 from . import attached, model
 from .data import NAMED_TEMPLATES
@@ -176,7 +176,7 @@ def open_subject(subject: Subject, *, adapter: bool = True) -> OpenRun:
     if adapter and ours:
         attached.read_adapter(directory)  # a broken adapter is found before a big model is loaded
     elif adapter:
-        _require_weights(directory)
+        _require_loadable(directory)
     base = model.load_base(subject.section)
     if not adapter:
         return OpenRun(subject.path, subject.recipe, base, base.model)
@@ -184,9 +184,26 @@ def open_subject(subject: Subject, *, adapter: bool = True) -> OpenRun:
     return OpenRun(subject.path, subject.recipe, base, load(base.model, directory, base))
 
 
-def _require_weights(directory: Path) -> None:
+def _require_loadable(directory: Path) -> None:
+    """Refuse, before a big model is loaded, what PEFT would load with harm or without effect.
+
+    Raises:
+        InputError: no safetensors; a kind that PEFT does not know; one that changes the prompt instead of layers, which our losses
+            and answers would pass by; or a config that names a Python module for PEFT to import.
+    """
     if not (directory / attached.ADAPTER_WEIGHTS).is_file():
         raise InputError(f"{directory}: has no {attached.ADAPTER_WEIGHTS}; pickled adapters are not read.")
+    file, tree = directory / attached.ADAPTER_CONFIG, _config(directory)
+    if tree.get("megatron_config"):
+        raise InputError(f"{file}: is for Megatron (megatron_config), whose modules are not imported here.")
+    try:
+        prompts = PeftConfig.from_pretrained(str(directory)).is_prompt_learning
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{file}: not a config that PEFT can read ({first_line(error)})") from None
+    if prompts or tree["peft_type"] == "ADAPTION_PROMPT":
+        raise InputError(
+            f"{file}: peft_type is {tree['peft_type']}, which changes prompts; expected one that changes layers."
+        )
 
 
 def _load_other_adapter(base_model: Any, directory: Path, _: model.Base) -> Any:
@@ -200,6 +217,14 @@ def _load_other_adapter(base_model: Any, directory: Path, _: model.Base) -> Any:
     missing = [str(w.message) for w in caught if "missing adapter keys" in str(w.message)]
     if missing:
         raise InputError(f"{directory}: does not fit its base: {missing[0][:300]}")
+    with safe_open(directory / attached.ADAPTER_WEIGHTS, framework="pt") as stored:
+        unused = sorted(set(stored.keys()) - set(get_peft_model_state_dict(peft_model, save_embedding_layers=False)))
+    unused = [name for name in unused if peft_model.base_model.prefix in name]  # PEFT passes over them in silence
+    if unused:
+        raise InputError(
+            f"{directory}: does not fit its base and its target_modules: {unused[0]} (and {len(unused) - 1} more) of "
+            "its file belong nowhere."
+        )
     peft_model.requires_grad_(False)
     return peft_model.eval()
 

@@ -130,6 +130,31 @@ def test_a_lora_that_peft_trained(run: Path, tiny_model_dir: Path, capsys: Any) 
     assert "pickled adapters are not read" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"megatron_config": {"a": 1}, "megatron_core": "antigravity"}, "is for Megatron"),
+        ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3}, "which changes prompts"),
+        ({"peft_type": "LORETTA"}, "not a config that PEFT can read"),
+        ({"target_modules": ["no_such_proj"]}, "PEFT can't put this adapter on its base"),
+        ({"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}, "of its file belong nowhere"),
+        ({"r": 3}, "PEFT can't put this adapter on its base"),
+    ],
+)
+def test_adapters_that_peft_would_load_with_harm_or_without_effect(
+    run: Path, capsys: Any, changes: dict[str, Any], said: str
+) -> None:
+    model = get_peft_model(
+        load_base(load_recipe(run / "recipe.yaml").model).model, LoraConfig(r=4, target_modules="all-linear")
+    )
+    out = run.parent / "lora"
+    model.save_pretrained(out, save_embedding_layers=False)
+    config = out / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    assert main(["eval", str(out), "--recipe", str(run), "--no-generation"]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_predictions_and_page_hold_every_answer(run: Path) -> None:
     predictions, page = run.parent / "answers.jsonl", run.parent / "page.html"
     metrics = "exact,bleu,rougeL,chrf"
