@@ -110,7 +110,7 @@ class Marker:
         around(evaluate, "batch_nll", FORWARD)
         around(LocalEngine, "backward", BACKWARD)
         around(LocalEngine, "step", UPDATE)
-        step = trainer._step
+        step = trainer.train_step
 
         def watched(*args: Any) -> Any:
             (done,) = (arg for arg in args if isinstance(arg, Progressed))
@@ -120,7 +120,7 @@ class Marker:
             self.set(OUTSIDE)
             return found
 
-        trainer._step = watched  # type: ignore[assignment]
+        trainer.train_step = watched  # type: ignore[assignment]
 
 
 class Kill:

@@ -10,13 +10,16 @@ import warnings
 from pathlib import Path
 
 from .errors import EXIT_DONE, EXIT_FAILED, QveraError
+from .recipe import RangeTest
 
 _EPILOG = """\
 A run, from recipe to a checkpoint that any tool loads:
   qvera plan recipes/quickstart.yaml                what it will take: memory, seconds, files
   qvera train recipes/quickstart.yaml --dry-run     what would be trained: rows, tokens, marked
   qvera train recipes/quickstart.yaml               writes runs/quickstart/
-  qvera eval runs/quickstart                        held-out loss, perplexity, exact match
+  qvera train recipes/quickstart.yaml --find-lr     no run: which learning rate to set
+  qvera eval runs/quickstart --html page.html       held-out loss, metrics, answers beside the base's
+  qvera compare runs/quickstart runs/other          two runs side by side
   qvera chat runs/quickstart                        talk to it
   qvera export runs/quickstart --to merged out/     a fp16 checkpoint for plain transformers
 
@@ -59,6 +62,15 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--dry-run", action="store_true", help="check everything, show the data, train nothing, write nothing"
     )
+    p.add_argument(
+        "--find-lr", action="store_true",
+        help="no run: let the learning rate grow each step until the loss diverges, draw the curve, suggest a rate",
+    )  # fmt: skip
+    p.add_argument(
+        "--lr-from", type=float, metavar="R", help=f"with --find-lr: first rate (default: {RangeTest.start:g})"
+    )
+    p.add_argument("--lr-to", type=float, metavar="R", help=f"with --find-lr: last rate (default: {RangeTest.end:g})")
+    p.add_argument("--lr-steps", type=int, metavar="N", help=f"with --find-lr: steps (default: {RangeTest.steps})")
 
     p = command(
         "preview",
@@ -146,14 +158,70 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--batch-size", type=int, default=16, metavar="N", help="prompts at a time (default: %(default)s)")
     _add_sampling(p, max_new_tokens=256)
 
-    p = command("eval", "Held-out loss and perplexity, and exact match where a row has a reference.")
-    p.add_argument("run", type=Path, metavar="RUN", help="a run directory")
+    p = command(
+        "eval",
+        "Held-out loss, perplexity and answers of a run, an adapter, or an exported checkpoint.",
+        "\n\nRUN: a run directory; an adapter directory whose config names its base (QVERA, or what PEFT can load, such as the\n"
+        "LoRA of `qvera export --to lora`); or a checkpoint that `qvera export --to merged` wrote. A merged export that still\n"
+        "finds its run is evaluated on that run's held-out rows; otherwise say --recipe or --data.\n\n"
+        "Metrics: exact, and with `pip install 'qvera[metrics]'` bleu, bleu-lowercase, chrf, chrf++, ter (sacrebleu) and rouge1,\n"
+        "rouge2, rougeL (rouge-score). BLEU, chrF and TER go from 0 to 100, the others from 0 to 1.",
+    )
+    p.add_argument("run", type=Path, metavar="RUN", help="a run, an adapter directory or an exported checkpoint")
+    p.add_argument("--recipe", type=Path, metavar="PATH", help="a recipe, or a run, whose rows and settings are used")
     p.add_argument("--data", metavar="FILE", help="rows to evaluate on (default: the recipe's held-out rows)")
     p.add_argument("--rows", type=int, metavar="N", help="use only the first N rows")
+    p.add_argument(
+        "--metrics",
+        default="exact",
+        metavar="NAME,NAME",
+        help="how answers are held against references (default: %(default)s)",
+    )
+    p.add_argument(
+        "--group-prompts", action="store_true", help="rows with the same prompt are one, with all their references"
+    )
     p.add_argument("--base", action="store_true", help="evaluate the base model without the adapter")
-    p.add_argument("--no-generation", action="store_true", help="loss only: no answers, no exact match")
+    p.add_argument("--with-base", action="store_true", help="evaluate the base model too, beside it")
+    p.add_argument("--no-generation", action="store_true", help="loss only: no answers, no metrics")
     p.add_argument("--max-new-tokens", type=int, metavar="N", help="tokens per answer (default: the recipe's)")
+    p.add_argument("--predictions", type=Path, metavar="FILE", help="write a line of JSON for each prompt")
+    p.add_argument(
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="write a page: base, adapter and reference side by side (asks the base too)",
+    )
     p.add_argument("--json", type=Path, metavar="FILE", help="write scores and every answer as JSON")
+
+    p = command(
+        "compare",
+        "Several runs side by side: scores, cost, curves, and the recipe keys in which they differ.",
+        "\n\nReads recipe.yaml, metrics.jsonl and run.json of each run, no model. What is missing, and what can't be compared\n"
+        "(another base, other held-out rows, another machine), is said.",
+    )
+    p.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="two to eight run directories")
+    p.add_argument("--html", type=Path, metavar="FILE", help="write a page with the curves there")
+    p.add_argument("--json", action="store_true", help="as JSON")
+
+    p = command(
+        "harness",
+        "lm-evaluation-harness on a run, an adapter, or an exported checkpoint.",
+        "\n\nNeeds `pip install 'qvera[harness]'` (lm-eval). A run is asked as it was trained, on its quantized base.\n"
+        "--include DIR adds tasks of your own, which need no network. A merged export is also what lm-eval loads by itself:\n"
+        "`lm_eval run --model hf --model_args pretrained=DIR --tasks ...`.",
+    )
+    p.add_argument("run", type=Path, metavar="RUN", help="a run, an adapter directory or an exported checkpoint")
+    p.add_argument("--tasks", required=True, metavar="NAME,NAME", help="lm-eval's names of tasks, groups or tags")
+    p.add_argument("--include", type=Path, metavar="DIR", help="a directory with task files (YAML) of your own")
+    p.add_argument(
+        "--recipe", type=Path, metavar="PATH", help="a recipe or run that says how an adapter's base is loaded"
+    )
+    p.add_argument("--base", action="store_true", help="the base model without the adapter")
+    p.add_argument("--limit", type=int, metavar="N", help="documents of each task (default: all)")
+    p.add_argument("--few-shot", type=int, metavar="N", help="examples before each question (default: the task's)")
+    p.add_argument("--batch-size", type=int, default=8, metavar="N", help="requests at a time (default: %(default)s)")
+    p.add_argument("--chat", action="store_true", help="put prompts through the tokenizer's chat template")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write lm-eval's results and every document as JSON")
 
     p = command(
         "export",

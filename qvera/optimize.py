@@ -11,7 +11,7 @@ from transformers import get_scheduler
 
 from . import quantize
 from .errors import InputError
-from .recipe import TrainingSection
+from .recipe import RangeTest, TrainingSection
 
 
 def build_optimizer(section: TrainingSection, vectors: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
@@ -52,3 +52,13 @@ def build_schedule(section: TrainingSection, optimizer: torch.optim.Optimizer, s
     warmup = section.warmup_steps or math.ceil(section.warmup_ratio * steps)
     name = "constant_with_warmup" if section.lr_scheduler_type == "constant" else section.lr_scheduler_type
     return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+
+
+def build_ramp(section: TrainingSection, optimizer: torch.optim.Optimizer, ramp: RangeTest) -> Any:
+    """Rates that grow by the same factor each step, from ``ramp.start`` to ``ramp.end``, in the place of `build_schedule`.
+
+    They are what ``training.learning_rate`` would be; groups of vectors with rates of their own keep their ratio to it.
+    """
+    growth = (ramp.end / ramp.start) ** (1 / (ramp.steps - 1))
+    first = ramp.start / section.learning_rate
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: first * growth**step)

@@ -240,6 +240,26 @@ class Recipe:
         return -(-self.training.global_batch_size // self.training.per_device_train_batch_size)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RangeTest:
+    """The ramp of a learning-rate range test (Smith, arXiv 1506.01186, section 3.3): ``--find-lr``. No part of a recipe."""
+
+    start: float = 1e-5
+    """``--lr-from``: the first step's rate, too small to do anything."""
+    end: float = 1.0
+    """``--lr-to``: the last step's, which should be too much."""
+    steps: int = 100
+    """``--lr-steps``: optimizer steps, each with a rate larger by the same factor."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.start < self.end < float("inf"):
+            raise InputError(
+                f"--lr-from {self.start:g}, --lr-to {self.end:g}: expected two rates, 0 < from < to, such as 1e-5 and 1."
+            )
+        if self.steps < 10:
+            raise InputError(f"--lr-steps: takes a whole number >= 10 (a curve needs points), got {self.steps}.")
+
+
 _RECIPE_ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Recipe)
 
 

@@ -58,8 +58,6 @@ def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool, dry_run: bool) ->
     if dry_run:
         return
     existing = run_dir / "recipe.yaml"
-    if run_dir.exists() and not run_dir.is_dir():
-        raise InputError(f"{run_dir}: is a file; a run needs a directory (training.output_dir).")
     if existing.exists() and not resume:
         raise InputError(
             f"{run_dir}: already holds a run. Add --resume to go on with it, or choose another training.output_dir."
@@ -73,6 +71,13 @@ def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool, dry_run: bool) ->
                 f"{run_dir}: was started with another recipe; {', '.join(changed)} changed. Undo that, or start a new run in "
                 "another training.output_dir."
             )
+    writable(run_dir)
+
+
+def writable(run_dir: Path) -> None:
+    """Raises InputError where nothing could be written into this directory, which need not be there yet."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise InputError(f"{run_dir}: is a file; a run needs a directory (training.output_dir).")
     parent = run_dir
     while not parent.exists():
         parent = parent.parent

@@ -9,38 +9,28 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import math
-import os
-import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
-from . import checkpoint, evaluate, measure, rehearsal
-from .alike import asked_to_stop, for_all, nodes_of, not_finite, room_everywhere, same_data, same_everywhere
-from .attached import attach, load_vectors, named_vectors, save_adapter
-from .data import (
-    Batches,
-    Datasets,
-    batches_of,
-    build_datasets,
-    print_preflight,
-)
-from .engine import LocalEngine
+from . import checkpoint, measure
+from .alike import asked_to_stop, for_all, same_everywhere
+from .attached import load_vectors, save_adapter
+from .data import Datasets
 from .errors import InputError, Interrupted, RunFailed
 from .metrics import MetricsLog, Progress, Trackers
-from .model import Base, enable_checkpointing, load_base, load_tokenizer, pick_device, require_packing
-from .optimize import build_optimizer, build_schedule, optimizer_bytes
-from .plan import Sharing, planned_steps
+from .model import Base
+from .optimize import build_schedule, optimizer_bytes
+from .plan import planned_steps
 from .ranks import Group, in_group, restarted
+from .ready import Ready, configured, load, read_rows, ready_device, start_engine
 from .recipe import Recipe
 from .rundir import Progressed, check_run_dir, check_same_run, finish, plain, run_facts
 from .scoring import evaluate_between, score
+from .step import train_step
 from .stop import StopRequests
 from .unfinished import replace_text
-from .zero import ZeroConfig, check_optimizer, read_config
 
 
 @dataclasses.dataclass
@@ -90,98 +80,40 @@ def _prepared(
     training = recipe.training
     console = console if group.first else Console(quiet=True)
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    made: dict[str, Any] = {}
-
-    def configure() -> None:
-        made["zero"] = zero = read_config(recipe.deepspeed)
-        if zero is not None:
-            check_optimizer(recipe)
-            if base is not None and zero.shards_base:
-                raise InputError(
-                    f"deepspeed: {zero.source} spreads the base while it is read; call train without a loaded base."
-                )
-
-    group.agree(configure)
+    zero = configured(recipe, base, group)
     if group.sum([float(restarted())])[0]:  # on some node; the one that takes the place of a lost node does not know
         # only what this launch has begun: a run that was there before is still refused without --resume
         resume = resume or group.on_first(lambda: group.remembers(f"begun {run_dir}") and _has_begun(run_dir))
     same_everywhere(recipe, group, console)
     group.on_first(lambda: check_run_dir(run_dir, recipe, resume, dry_run))
-    device = pick_device()
-    torch.manual_seed((training.seed + group.rank) % 2**64)  # ranks drop out different elements
-    if training.full_determinism:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-
-    def read() -> None:
-        made["trackers"] = Trackers(training.report_to if group.first else [], run_dir, recipe.to_dict())
-        # data first: a wrong row is found before minutes go into loading and quantizing a model
-        tokenizer = base.tokenizer if base is not None else load_tokenizer(recipe.model)
-        made["datasets"] = datasets = build_datasets(recipe.data, tokenizer, console)
-        if not datasets.train:
-            raise InputError(f"{recipe.data.path}: no row is left to train on. Raise data.max_length.")
-        print_preflight(datasets, tokenizer, console)
-
-    group.agree(read)
-    same_data(made["datasets"], recipe, group)
+    device = ready_device(recipe, group)
+    reporters: list[Trackers] = []
+    names = training.report_to if group.first else []
+    group.agree(lambda: reporters.append(Trackers(names, run_dir, recipe.to_dict())))
+    datasets = read_rows(recipe, base, console, group)
     if dry_run:
         return None
     with measure.PeakWatch(device) as watch:
-        return _run(recipe, run_dir, made, base, resume, started, watch, console, group)
+        ready = load(recipe, run_dir, datasets, zero, device, base, console, group)
+        return _run(recipe, run_dir, datasets, reporters[0], ready, resume, started, watch, console, group)
 
 
 def _run(
     recipe: Recipe,
     run_dir: Path,
-    made: dict[str, Any],
-    base: Base | None,
+    datasets: Datasets,
+    trackers: Trackers,
+    ready: Ready,
     resume: bool,
     started: str,
     watch: measure.PeakWatch,
     console: Console,
     group: Group,
 ) -> RunResult | None:
-    """The run itself, once data and recipe are known to be good."""
+    """The run itself, once all that it needs is there."""
     training, device = recipe.training, watch.device
-    datasets: Datasets = made["datasets"]
-    trackers: Trackers = made["trackers"]
-    zero: ZeroConfig | None = made["zero"]
-    spread = None
-    if zero is not None and zero.shards_base:
-        from .zero.base import Spreader
-
-        spread = Spreader(zero, recipe, group.world_size, run_dir / "offload")
-    nodes, per_node = nodes_of(group)
-    plan = rehearsal.plan_run(
-        recipe, datasets, device, base, console, Sharing.of(zero, nodes, per_node, group.world_size)
-    )
-    room_everywhere(plan, group, console)
-    with console.status(f"Loading {recipe.model.path}") as status:
-
-        def quantizing(stage: str, done: int, total: int, what: str) -> None:
-            status.update(
-                f"{stage.capitalize()} {recipe.model.path}: {done / max(total, 1):.0%} of {total / 1e9:.1f} GB"
-            )
-
-        def load() -> None:
-            made["base"] = base or load_base(recipe.model, device, quantizing, spread)
-
-        if spread is None:
-            group.agree(load)
-        else:  # in which the ranks meet already
-            load()
-        base = made["base"]
-        assert base is not None
-        model = attach(base.model, recipe.adapter, recipe.model.path, base.facts.get("fingerprint"))
-    if recipe.data.packing:
-        require_packing(model)
-    if training.gradient_checkpointing:
-        enable_checkpointing(model)
-    vectors = named_vectors(model)
-    trained = {name: vector for name, vector in vectors.items() if vector.requires_grad}
-    optimizer = build_optimizer(training, trained)
-    batches = batches_of(recipe, datasets.train)
-    per_epoch = batches.per_epoch
+    base, model, vectors, trained, optimizer = ready.base, ready.model, ready.vectors, ready.trained, ready.optimizer
+    per_epoch = ready.batches.per_epoch
     steps = planned_steps(recipe, len(datasets.train))
     schedule = build_schedule(training, optimizer, steps)
     done = Progressed()
@@ -206,22 +138,13 @@ def _run(
             done = Progressed(**found.state["progressed"])
             console.print(f"Going on from step {done.step} of {steps} ({found.path}).")
 
-    def rehearse() -> None:
-        if done.step == 0 and steps and training.rehearse_longest_batch:
-            with console.status("Trying the longest batch"):
-                rehearsal.run_longest_batch(model, recipe, datasets, plan, steps, list(trained.values()))
-
-    if spread is None:
-        group.agree(rehearse)
-    engine = _engine(zero, recipe, model, trained, optimizer, schedule, group, run_dir)
-    if spread is not None:  # whose hooks gather the weights; the ranks meet in it, and one that fails tells the others
-        rehearse()
+    engine = start_engine(ready, recipe, run_dir, datasets, schedule, steps, done.step > 0, console, group)
     if group.first:
         group.remember(f"begun {run_dir}")
     group.on_first(lambda: _begin(run_dir, recipe))
     log = MetricsLog(run_dir / "metrics.jsonl", keep_through_step=done.step) if group.first else None
     run = run_facts(base, model, datasets, device, started)
-    run["plan"] = None if plan is None else plan.to_dict()
+    run["plan"] = None if ready.plan is None else ready.plan.to_dict()
     run["processes"] = {"count": group.world_size, "deepspeed": recipe.deepspeed}
     facts: dict[str, Any] = run["adapter"]
     console.print(
@@ -264,7 +187,7 @@ def _run(
         with Progress(console, steps, done.step) as bar:
             while done.step < steps and not done.stopped_early and not (asked := asked_to_stop(signals, group)):
                 try:
-                    record = _step(model, engine, datasets, batches, recipe, done, watch, group)
+                    record = train_step(model, engine, datasets, ready.batches, recipe, done, watch, group)
                 except RunFailed:
                     run["status"] = "failed"
                     end(None, [])
@@ -330,74 +253,3 @@ def _has_begun(run_dir: Path) -> bool:
 def _begin(run_dir: Path, recipe: Recipe) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     replace_text(run_dir / "recipe.yaml", recipe.to_yaml())  # half of it would be a run that can't be resumed
-
-
-def _engine(
-    zero: ZeroConfig | None,
-    recipe: Recipe,
-    model: Any,
-    trained: dict[str, torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    schedule: Any,
-    group: Group,
-    run_dir: Path,
-) -> Any:
-    if zero is None:
-        return LocalEngine(trained, optimizer, schedule, recipe.training.max_grad_norm, group)
-    from .zero.engine import ZeroEngine
-
-    return ZeroEngine(zero, recipe, model, trained, optimizer, schedule, group, run_dir / "offload")
-
-
-def _step(
-    model: Any,
-    engine: Any,
-    datasets: Datasets,
-    batches: Batches,
-    recipe: Recipe,
-    done: Progressed,
-    watch: measure.PeakWatch,
-    group: Group,
-) -> dict[str, Any]:
-    """One optimizer step: accumulate the gradient of the mean loss over the global batch's trained tokens, clip, step."""
-    training, data = recipe.training, recipe.data
-    began = time.perf_counter()
-    rows = batches.rows(done.step)
-    trained = sum(datasets.train[i].trained_tokens for i in rows)
-    passes = batches.passes(rows, group.rank, group.world_size)
-    nlls, inputs = [], 0
-    for number, micro in enumerate(passes, start=1):
-        examples = [datasets.train[i] for i in micro or rows[:1]]  # without rows of its own it keeps the others company
-        batch = evaluate.make_batch(model, examples, datasets.pad_id, data.prefix_once, data.packing)
-        nll, _ = evaluate.batch_nll(model, batch, training.loss_chunk_tokens, engine.decoder)
-        # divided by the tokens of the whole global batch, so that neither accumulation nor ranks change the mean
-        engine.backward(nll / trained if micro else nll * 0.0, last=number == len(passes))
-        if micro:
-            nlls.append(nll.detach())
-            inputs += sum(len(e.input_ids) for e in examples)
-    losses = torch.stack(nlls).tolist() if nlls else []
-    total, inputs_of_all = group.sum([sum(losses), inputs])
-    norm, rate = engine.step() if math.isfinite(total) else (math.nan, 0.0)
-    if not math.isfinite(norm):
-        raise not_finite(done.step + 1, losses, norm, rows, passes, datasets, group)
-    done.step += 1
-    seconds = time.perf_counter() - began
-    loss = total / trained
-    done.train_loss_first = loss if done.train_loss_first is None else done.train_loss_first
-    done.train_loss_last = loss
-    done.train_seconds += seconds
-    done.input_tokens += int(inputs_of_all)
-    return {
-        "kind": "train",
-        "step": done.step,
-        "epoch": round(done.step / batches.per_epoch, 4),
-        "loss": loss,
-        "learning_rate": rate,
-        "grad_norm": norm,
-        "trained_tokens": trained,
-        "input_tokens": int(inputs_of_all),
-        "step_seconds": seconds,
-        "tokens_per_second": inputs_of_all / seconds,
-        "memory_bytes": measure.memory_bytes(watch.device),
-        "peak_bytes": watch.peak_bytes,
-    }

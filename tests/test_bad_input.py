@@ -194,6 +194,21 @@ def empty_prompts(place: Place) -> list[str]:
     return ["generate", str(place.run), str(place.root / "prompts.txt"), "--out", str(place.root / "answers.jsonl")]
 
 
+def find_lr_into_a_file(place: Place) -> list[str]:
+    return [*out_is_a_file(place), "--find-lr"]
+
+
+def broken_certificate(place: Place) -> list[str]:
+    (place.root / "model" / "qvera_export.json").write_text('{"adapter": {}}')
+    return ["eval", str(place.root / "model"), "--data", str(place.root / "rows.jsonl")]
+
+
+def adapter_without_base(place: Place) -> list[str]:
+    (place.root / "lora").mkdir()
+    (place.root / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    return ["eval", str(place.root / "lora"), "--data", str(place.root / "rows.jsonl")]
+
+
 # name: (how it is spoilt, what the message must say)
 TABLE: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     "no such recipe": (lambda p: ["train", str(p.root / "recipee.yaml")], "no such recipe file"),
@@ -257,6 +272,46 @@ TABLE: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     "quantize over something": (lambda p: ["quantize", str(p.root / "model"), str(p.root / "model")], "not empty"),
     "quantize with a missing shard": (quantize_missing_shard, "missing"),
     "no such quantized base": (lambda p: ["cache", "rm", "nf4-none"], "no quantized base of that name"),
+    "unknown metric": (
+        lambda p: ["eval", str(p.run), "--metrics", "exact,bleurt"],
+        "no metric 'bleurt'; known: exact, bleu",
+    ),
+    "eval of no run": (lambda p: ["eval", str(p.root)], "nor an exported checkpoint (no config.json)"),
+    "eval of a model without rows": (lambda p: ["eval", str(p.root / "model")], "Name a file with --data FILE"),
+    "eval beside a base that is not known": (
+        lambda p: ["eval", str(p.root / "model"), "--data", str(p.root / "rows.jsonl"), "--with-base"],
+        "there is none to compare with",
+    ),
+    "eval by a recipe that is not there": (
+        lambda p: ["eval", str(p.root / "model"), "--recipe", str(p.root)],
+        "expected a recipe file, or a run directory",
+    ),
+    "base beside itself": (lambda p: ["eval", str(p.run), "--base", "--with-base"], "drop one of them"),
+    "predictions without answers": (
+        lambda p: ["eval", str(p.run), "--no-generation", "--predictions", str(p.root / "x")],
+        "--no-generation asks for none",
+    ),
+    "one file for two things": (
+        lambda p: ["eval", str(p.run), "--json", str(p.root / "x"), "--html", str(p.root / "x")],
+        "need a file each",
+    ),
+    "eval of no rows": (lambda p: ["eval", str(p.run), "--rows", "0"], "--rows: takes a whole number >= 1, got 0"),
+    "certificate is broken": (broken_certificate, "not the certificate of a merged export"),
+    "adapter without a base": (adapter_without_base, "names no base model"),
+    "compare one run": (lambda p: ["compare", str(p.run)], "takes two runs or more, got 1"),
+    "compare a run with a model": (lambda p: ["compare", str(p.run), str(p.root / "model")], "not a run directory"),
+    "compare over a page": (
+        lambda p: ["compare", str(p.run), str(p.run), "--html", str(p.root / "rows.jsonl")],
+        "exists; nothing is overwritten",
+    ),
+    "a ramp that falls": (
+        lambda p: p.train("--find-lr", "--lr-from", "0.1", "--lr-to", "0.01"),
+        "expected two rates, 0 < from < to",
+    ),
+    "a ramp of few steps": (lambda p: p.train("--find-lr", "--lr-steps", "3"), "takes a whole number >= 10"),
+    "a ramp for a run": (lambda p: p.train("--lr-steps", "30"), "go with --find-lr only"),
+    "a range test resumed": (lambda p: p.train("--find-lr", "--resume"), "--resume: goes with a run"),
+    "a range test into a file": (find_lr_into_a_file, "is a file"),
     "no prompts": (empty_prompts, "no prompts in it"),
 }
 

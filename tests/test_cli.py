@@ -79,7 +79,7 @@ def test_eval_agrees_with_the_run(run: Path, tmp_path: Path, capsys: Any) -> Non
     document = json.loads((tmp_path / "scores.json").read_text())
     after = json.loads((run / "run.json").read_text())["result"]["eval_after"]
     assert document["scores"]["loss"] == pytest.approx(after["loss"], rel=1e-6)
-    assert len(document["answers"]) == document["scores"]["exact_match_rows"] == 8
+    assert len(document["answers"]) == document["scores"]["scored_rows"] == 8
     assert main(["eval", str(run), "--base", "--no-generation"]) == 0
     before = json.loads((run / "run.json").read_text())["result"]["eval_before"]
     assert f"{before['loss']:.4f}" in capsys.readouterr().out
@@ -108,7 +108,7 @@ def test_chat_reads_messages_until_the_end(run: Path, capsys: Any, monkeypatch: 
 def test_help_teaches(capsys: Any) -> None:
     assert main([]) == 0
     assert "Exit codes" in capsys.readouterr().out
-    for command in ("train", "chat", "generate", "eval", "export", "info", "quickstart"):
+    for command in ("train", "chat", "generate", "eval", "compare", "harness", "export", "info", "quickstart"):
         with pytest.raises(SystemExit) as stop:
             build_parser().parse_args([command, "--help"])
         assert stop.value.code == 0

@@ -28,15 +28,24 @@ def test_the_recipe_reference_is_current() -> None:
     assert (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8") == reference()
 
 
-def test_every_command_of_the_readme_parses() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize(
+    ("file", "least"),
+    [
+        ("README.md", {"train", "eval", "chat", "generate", "export", "info"}),
+        ("docs/evaluation.md", {"train", "eval", "compare", "harness"}),
+    ],
+)
+def test_every_command_of_the_documents_parses(file: str, least: set[str]) -> None:
+    text = (ROOT / file).read_text(encoding="utf-8")
     commands = [line.split("#")[0].split()[1:] for line in text.splitlines() if line.startswith("    qvera ")]
-    assert {c[0] for c in commands} >= {"train", "eval", "chat", "generate", "export", "info"}
+    assert {c[0] for c in commands} >= least
     for command in commands:
         assert build_parser().parse_args(command).command == command[0]
 
 
-@pytest.mark.parametrize("file", ["README.md", "CONTRIBUTING.md", "docs/api.md", "docs/multi-node.md"])
+@pytest.mark.parametrize(
+    "file", ["README.md", "CONTRIBUTING.md", "docs/api.md", "docs/multi-node.md", "docs/evaluation.md"]
+)
 def test_linked_files_exist(file: str) -> None:
     text = (ROOT / file).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#:]+)\)", text):

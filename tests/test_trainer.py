@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from qvera import checkpoint, trainer
+from qvera import checkpoint, evaluate, trainer
 from qvera.cli import main
 from qvera.errors import InputError, Interrupted, RunFailed
 from qvera.recipe import Recipe
@@ -82,7 +82,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
 
 def stop_after(recipe: Recipe, run_dir: Path, step: int, resume: bool = False) -> None:
     """Run until SIGTERM arrives during ``step``; the run saves and says so."""
-    original = trainer._step
+    original = trainer.train_step
 
     def interrupted(*args: Any) -> dict[str, Any]:
         record = original(*args)
@@ -90,12 +90,12 @@ def stop_after(recipe: Recipe, run_dir: Path, step: int, resume: bool = False) -
             os.kill(os.getpid(), signal.SIGTERM)
         return record
 
-    trainer._step = interrupted  # type: ignore[assignment]
+    trainer.train_step = interrupted  # type: ignore[assignment]
     try:
         with pytest.raises(Interrupted, match=rf"SIGTERM after step {step} of .*--resume"):
             train(recipe, run_dir, resume=resume)
     finally:
-        trainer._step = original
+        trainer.train_step = original
     assert (run_dir / "checkpoints" / f"step-{step:08d}" / "manifest.json").exists()
 
 
@@ -200,7 +200,7 @@ def test_accumulation_does_not_change_the_update(make_recipe: Any, tmp_path: Pat
 
 def test_nan_stops_the_run_and_names_step_and_rows(make_recipe: Any, tmp_path: Path) -> None:
     recipe = make_recipe(training={"max_steps": 6, "save_steps": 2, "learning_rate": 1e-3})
-    original = trainer.evaluate.batch_nll
+    original = evaluate.batch_nll
     calls = 0
 
     def poisoned(*args: Any) -> Any:
@@ -209,12 +209,12 @@ def test_nan_stops_the_run_and_names_step_and_rows(make_recipe: Any, tmp_path: P
         nll, count = original(*args)
         return (nll * float("nan") if calls == 12 else nll), count  # 2 held-out batches, then 2 a step: step 5's second
 
-    trainer.evaluate.batch_nll = poisoned  # type: ignore[assignment]
+    evaluate.batch_nll = poisoned  # type: ignore[assignment]
     try:
         with pytest.raises(RunFailed, match=r"Step 5: .*rows\.jsonl:\d+"):
             train(recipe, tmp_path / "run")
     finally:
-        trainer.evaluate.batch_nll = original
+        evaluate.batch_nll = original
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
     assert [r["step"] for r in records(tmp_path / "run")] == [1, 2, 3, 4]
 

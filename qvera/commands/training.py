@@ -15,14 +15,16 @@ from rich.console import Console
 from .. import launch as launcher
 from ..data import Example, build_datasets, data_warnings, decode, print_preflight
 from ..errors import InputError
+from ..find_lr import PAGE, POINTS, RULE, find_lr
 from ..locations import resolve_path
 from ..metrics import memory_text
 from ..model import load_tokenizer, pick_device
 from ..plan import Sharing, gpu_machine, make_plan, parse_size, time_step
 from ..plan import table as plan_table
 from ..plan.say import print_plan
-from ..recipe import Recipe, load_recipe
+from ..recipe import RangeTest, Recipe, load_recipe
 from ..report.preview import write_preview
+from ..report.ramp import rate_text
 from ..rundir import run_directory
 from ..trainer import train as train_run
 from ..zero import read_config as read_deepspeed
@@ -34,9 +36,45 @@ def train(args: argparse.Namespace) -> None:
     recipe = load_recipe(args.recipe, args.overrides)
     quiet_libraries()
     run_dir = run_directory(recipe, args.recipe)
+    given = {"start": args.lr_from, "end": args.lr_to, "steps": args.lr_steps}
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.find_lr:
+        _find_lr(args, recipe, run_dir, RangeTest(**given))
+        return
+    if given:
+        raise InputError(
+            "--lr-from, --lr-to and --lr-steps go with --find-lr only; a run's rate is training.learning_rate."
+        )
     result = train_run(recipe, run_dir, resume=args.resume, dry_run=args.dry_run, console=console)
     if result is not None:
         _say_result(result.run_dir, result.run)
+
+
+def _find_lr(args: argparse.Namespace, recipe: Recipe, run_dir: Path, ramp: RangeTest) -> None:
+    """train --find-lr"""
+    for name in ("resume", "dry_run"):
+        if getattr(args, name):
+            raise InputError(
+                f"--{name.replace('_', '-')}: goes with a run, and --find-lr makes none; drop one of them."
+            )
+    found = find_lr(recipe, run_dir, ramp, console=console)
+    if found is None:
+        return  # one of several processes that is not the first
+    last = found.points[-1]
+    if found.diverged is not None:
+        print(f"diverged          at {rate_text(found.diverged)}, step {last['step']} of {ramp.steps}")
+    else:
+        print(f"diverged          not up to {rate_text(ramp.end)}; a higher --lr-to would show where")
+    if found.steepest is not None:
+        print(f"steepest fall     at {rate_text(found.steepest)}")
+    if found.suggestion is None:
+        print(
+            "suggestion        none: the loss never fell. Start lower with --lr-from, or take more steps with --lr-steps"
+        )
+    else:
+        print(f"suggestion        --set training.learning_rate={found.suggestion:.2g}")
+        print(f"                  {RULE}; worth a try down to the steepest fall")
+    print(f"curve             {run_dir / PAGE}\npoints            {run_dir / POINTS}")
 
 
 def preview(args: argparse.Namespace) -> None:

@@ -1,7 +1,8 @@
 """The page that a run leaves behind: one report.html, nothing loaded from anywhere, made from three files.
 
 Order of reading: `read` (files → numbers), `numbers` (numbers → words), `charts` (numbers → SVG), `compare` (where two
-answers differ), `page` (all of it → HTML).
+answers differ), `page` (all of it → HTML). Other pages of the same look: `preview`, `answers` (eval), `runs` (compare), `ramp`
+(find-lr).
 """
 
 from __future__ import annotations

@@ -8,12 +8,14 @@ STYLE = """
   --page: #fcfcfb; --ink: #1a1d20; --soft: #555d66; --line: #dfe2e1; --faint: #a3abb0;
   --accent: #00696f; --wash: #e3f0ef; --tip: #1a1d20; --tip-ink: #fcfcfb;
   --p1: #c9cfd2; --p2: #8a949b; --p3: #00696f; --p4: #d08a2e; --p5: #a34b6b; --p6: #4c63b6; --p7: #6b8f3a;
+  --c1: #00696f; --c2: #c9711a; --c3: #4c63b6; --c4: #a8325e; --c5: #5f8527; --c6: #7d4fa3; --c7: #2b92c4; --c8: #6a5a4a;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #14171a; --ink: #e7e9ea; --soft: #a1a9b1; --line: #2e3439; --faint: #6a737b;
     --accent: #5cc7c0; --wash: #193734; --tip: #e7e9ea; --tip-ink: #14171a;
     --p1: #3c444a; --p2: #6a737b; --p3: #5cc7c0; --p4: #e0a458; --p5: #d07a98; --p6: #8fa3e8; --p7: #a5c76f;
+    --c1: #5cc7c0; --c2: #eb9c4d; --c3: #8fa3e8; --c4: #e37ba0; --c5: #a5c76f; --c6: #bd97de; --c7: #6cbfe8; --c8: #bda892;
   }
 }
 * { box-sizing: border-box; }
@@ -92,6 +94,20 @@ fill: var(--p5); } .p6 { fill: var(--p6); } .p7 { fill: var(--p7); }
 .legend i.p1 { background: var(--p1); } .legend i.p2 { background: var(--p2); } .legend i.p3 { background:
 var(--p3); } .legend i.p4 { background: var(--p4); } .legend i.p5 { background: var(--p5); } .legend i.p6 {
 background: var(--p6); } .legend i.p7 { background: var(--p7); }
+.axes path.c1 { stroke: var(--c1); } .axes path.c2 { stroke: var(--c2); } .axes path.c3 { stroke: var(--c3); }
+.axes path.c4 { stroke: var(--c4); } .axes path.c5 { stroke: var(--c5); } .axes path.c6 { stroke: var(--c6); }
+.axes path.c7 { stroke: var(--c7); } .axes path.c8 { stroke: var(--c8); }
+.dot.c1 { fill: var(--c1); } .dot.c2 { fill: var(--c2); } .dot.c3 { fill: var(--c3); } .dot.c4 { fill: var(--c4); }
+.dot.c5 { fill: var(--c5); } .dot.c6 { fill: var(--c6); } .dot.c7 { fill: var(--c7); } .dot.c8 { fill: var(--c8); }
+.swatch { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin-right: 0.5em; }
+.legend i.swatch { width: 10px; height: 10px; border: 0; vertical-align: -1px; }
+.swatch.c1 { background: var(--c1); } .swatch.c2 { background: var(--c2); } .swatch.c3 { background: var(--c3); }
+.swatch.c4 { background: var(--c4); } .swatch.c5 { background: var(--c5); } .swatch.c6 { background: var(--c6); }
+.swatch.c7 { background: var(--c7); } .swatch.c8 { background: var(--c8); }
+.keys { display: flex; flex-wrap: wrap; gap: 0.2rem 1.25rem; }
+table + .caption { margin-top: 0.9rem; }
+code { font: 0.92em ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+.scroll th, .scroll td { white-space: nowrap; }
 .stacks { margin: 0.5rem 1.2rem 0 0; }
 .rule { stroke: var(--soft); stroke-width: 1; visibility: hidden; }
 .tip { position: absolute; top: 4px; pointer-events: none; background: var(--tip); color: var(--tip-ink);
@@ -135,7 +151,7 @@ footer { margin-top: 2.5rem; border-top: 1px solid var(--line); padding-top: 1re
   body { font-size: 10.5pt; } main { max-width: none; padding: 0; }
   figure, .sample, .tiles, tr { break-inside: avoid; } h2 { break-after: avoid; }
   .tip, .rule { display: none; }
-  mark, .bar, .part, .dot, .legend i { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  mark, .bar, .part, .dot, .swatch, .legend i { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 }
 """
 

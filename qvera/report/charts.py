@@ -153,12 +153,18 @@ class Line:
         points: rising x.
         style: ``faint`` (raw values), ``main``, ``held-out`` (accent, a dot at each point) or ``dashed``.
         texts: what the tooltip says at each point.
+        colour: 1 to 8, where several runs are in one chart; 0: as its style says.
     """
 
     label: str
     points: Sequence[Point]
     style: Literal["faint", "main", "held-out", "dashed"]
     texts: Sequence[str]
+    colour: int = 0
+
+    @property
+    def css(self) -> str:
+        return f"{self.style} c{self.colour}" if self.colour else self.style
 
 
 def values_range(lines: Sequence[Line]) -> tuple[float, float] | None:
@@ -192,8 +198,11 @@ def line_chart(
     from_zero: bool = False,
     may_be_log: bool = False,
     best: float | None = None,
+    x_name: str = "step",
+    x_log: bool = False,
+    top: float | None = None,
 ) -> str:
-    """A chart of values over optimizer steps; "" where no line has a value.
+    """A chart of values over optimizer steps (or something else); "" where no line has a value.
 
     Args:
         lines: drawn in order, the last on top.
@@ -203,42 +212,66 @@ def line_chart(
         from_zero: the y axis starts at 0.
         may_be_log: use a logarithmic y axis where the values span more than a factor of 30.
         best: a step to mark with a vertical line and a ring on the held-out curve.
+        x_name: what x is, in the singular; charts over the same thing are pointed at together.
+        x_log: a logarithmic x axis, for learning rates.
+        top: values above leave the picture.
     """
     extent = values_range(lines)
     if extent is None:
         return ""
     low, high = extent
+    if top is not None and high > top > low:
+        high = top
     log = may_be_log and low > 0 and high / low > 30
     ticks = log_ticks(low, high) if log else nice_ticks(0.0 if from_zero else low, high, max(2, height // 40))
     y_scale = Scale(ticks[0], ticks[-1], log)
     steps = sorted({x for line in lines for x, _ in line.points} | ({best} if best is not None else set()))
     first, last = steps[0], steps[-1]
-    x_scale = Scale(first, last) if last > first else Scale(first - 1, last + 1)
+    x_scale = Scale(first, last, x_log) if last > first else Scale(first - 1, last + 1)
 
     parts = []
     for tick, label in zip(ticks, axis_labels(ticks, "log" if log else kind), strict=True):
         y = _px(height * (1 - y_scale.fraction(tick)))
         parts.append(f'<line class="grid" x1="0" x2="100%" y1="{y}" y2="{y}"/>')
         parts.append(f'<text class="tick" x="0" dx="-8" y="{y}" dy="4" text-anchor="end">{escape(label)}</text>')
-    parts.append(f'<text class="tick" x="0" dx="-18" y="{height + 20}" text-anchor="end">step</text>')
-    for tick in nice_ticks(first, last, 5, whole=True) if last > first else [first]:
-        if x_scale.low <= tick <= x_scale.high:
-            x = _percent(x_scale.fraction(tick))
-            parts.append(f'<text class="tick" x="{x}" y="{height + 20}" text-anchor="middle">{count(tick)}</text>')
+    left, name = -26 if x_log else -18, escape(_axis_name(x_name))
+    parts.append(f'<text class="tick" x="0" dx="{left}" y="{height + 20}" text-anchor="end">{name}</text>')
+    for tick in _x_ticks(first, last, x_log):
+        if x_scale.low * (1 - 1e-9) <= tick <= x_scale.high * (1 + 1e-9):
+            x, label = _percent(x_scale.fraction(tick)), f"{tick:g}".replace("e-0", "e-") if x_log else count(tick)
+            parts.append(f'<text class="tick" x="{x}" y="{height + 20}" text-anchor="middle">{label}</text>')
     if best is not None:
         x = _percent(x_scale.fraction(best))
         parts.append(f'<line class="best" x1="{x}" x2="{x}" y1="0" y2="{height}"/>')
     curves = "".join(
-        f'<path class="{line.style}" d="{_path(line.points, x_scale, y_scale)}"/>' for line in lines if line.points
+        f'<path class="{line.css}" d="{_path(line.points, x_scale, y_scale)}"/>' for line in lines if line.points
     )
     parts.append(
         f'<svg width="100%" height="{height}" viewBox="0 0 1000 1000" preserveAspectRatio="none" '
         f'aria-hidden="true">{curves}</svg>'
     )
     for line in lines:
-        parts += _dots(line, x_scale, y_scale, height, best)
+        parts += _dots(line, x_scale, y_scale, height, best, x_name)
     parts.append(f'<line class="rule" x1="0" x2="0" y1="0" y2="{height}"/>')
-    return _figure(parts, height, description, "steps", _tooltips(lines, x_scale), log)
+    return _figure(parts, height, description, f"{x_name}s", _tooltips(lines, x_scale, x_name), log)
+
+
+def _axis_name(x_name: str) -> str:
+    """What stands left of the x axis, where there is room for a short word only."""
+    return {"token": "tokens", "learning rate": "rate"}.get(x_name, x_name)
+
+
+def _x_ticks(first: float, last: float, log: bool) -> list[float]:
+    if last <= first:
+        return [first]
+    return log_ticks(first, last) if log else nice_ticks(first, last, 5, whole=True)
+
+
+def _x_text(x: float, x_name: str) -> str:
+    """A place on the x axis in words: step 80; 12,400 tokens; learning rate 0.0123."""
+    if x_name == "token":
+        return f"{x:,.0f} tokens"
+    return f"{x_name} {x:,.0f}" if x_name == "step" else f"{x_name} {x:.3g}"
 
 
 def histogram(edges: Sequence[float], counts: Sequence[float], *, description: str, height: int = 120) -> str:
@@ -345,11 +378,11 @@ def _figure(
     )
 
 
-def _tooltips(lines: Sequence[Line], x_scale: Scale) -> dict[str, object]:
+def _tooltips(lines: Sequence[Line], x_scale: Scale, x_name: str) -> dict[str, object]:
     said: dict[float, list[str]] = {}
     for line in lines:
         for (x, _), text in zip(line.points, line.texts, strict=True):
-            said.setdefault(x, [f"step {x:,.0f}"]).append(f"{line.label} {text}")
+            said.setdefault(x, [_x_text(x, x_name)]).append(f"{line.label} {text}")
     steps = sorted(said)
     return {
         "at": [round(x_scale.fraction(step), 4) for step in steps],
@@ -371,7 +404,7 @@ def _path(points: Sequence[Point], x_scale: Scale, y_scale: Scale) -> str:
     return "".join(commands)
 
 
-def _dots(line: Line, x_scale: Scale, y_scale: Scale, height: int, best: float | None) -> list[str]:
+def _dots(line: Line, x_scale: Scale, y_scale: Scale, height: int, best: float | None, x_name: str) -> list[str]:
     dots = []
     for index, (x, y) in enumerate(line.points):
         if y is None:
@@ -385,10 +418,10 @@ def _dots(line: Line, x_scale: Scale, y_scale: Scale, height: int, best: float |
         if not -1e-9 <= fraction <= 1 + 1e-9:
             continue
         place = f'cx="{_percent(x_scale.fraction(x))}" cy="{_px(height * (1 - fraction))}"'
-        said = escape(f"step {x:,.0f}: {line.label} {line.texts[index]}")
+        said = escape(f"{_x_text(x, x_name)}: {line.label} {line.texts[index]}")
         if line.style == "held-out" and x == best:
             dots.append(f'<circle class="ring" {place} r="7"/>')
-        dots.append(f'<circle class="dot {line.style}" {place} r="3.5"><title>{said}</title></circle>')
+        dots.append(f'<circle class="dot {line.css}" {place} r="3.5"><title>{said}</title></circle>')
     return dots
 
 

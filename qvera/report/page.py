@@ -9,15 +9,12 @@ import yaml
 from ..numbers import count, moment, percent, size
 from . import curves
 from .charts import length_figure
-from .compare import mark, same_answer
 from .headline import head, model_name, tiles
 from .markup import document, esc, fact_list, section
 from .memory import memory_section
 from .read import Run, number, pick, words
+from .samples import LEGEND, sample_article
 from .settings import changed_settings
-
-_LONG_PROMPT = 600
-"""Characters; a longer prompt is folded."""
 
 
 def render(run: Run) -> str:
@@ -41,61 +38,14 @@ def _samples(run: Run) -> str:
     samples = [sample for sample in listed if isinstance(sample, dict)] if isinstance(listed, list) else []
     if not samples:
         return ""
-    legend = (
-        '<p class="caption">Answered before and after training. <mark>Marked</mark>: not in the reference; '
-        '<mark class="gap"><span>▲</span></mark>: words of the reference are missing there.</p>'
-    )
+    legend = f'<p class="caption">Answered before and after training. {LEGEND}</p>'
     return section("Held-out prompts", legend, *(_sample(sample) for sample in samples))
 
 
 def _sample(sample: dict[str, Any]) -> str:
-    prompt, reference = words(sample, "prompt"), words(sample, "reference")
-    answers = [("Before", words(sample, "before")), ("After", words(sample, "after"))]
-    cells = []
-    for name, answer in answers:
-        against = reference or (answers[0][1] if name == "After" else "")
-        right = bool(reference) and same_answer(answer, reference)
-        kind = "right" if right else "wrong"
-        verdict = f'<span class="{kind}">{_verdict(answer, reference, right)}</span>'
-        shown = _marked(answer, against) if against and not right else esc(answer)
-        cells.append(f'<div><h3>{name} {verdict}</h3><pre dir="auto">{shown}</pre></div>')
-    if reference:
-        cells.append(f'<div><h3>Reference</h3><pre dir="auto">{esc(reference)}</pre></div>')
-    shown = f'<pre class="prompt" dir="auto">{esc(prompt)}</pre>'
-    if len(prompt) > _LONG_PROMPT:
-        # the end of a prompt is what differs from row to row
-        shown = (
-            f'<pre class="prompt" dir="auto">… {esc(prompt[-_LONG_PROMPT // 2 :])}</pre>'
-            f"<details><summary>The whole prompt, {count(len(prompt))} characters</summary>{shown}</details>"
-        )
-    return f'<article class="sample"><h3>Prompt</h3>{shown}<div class="answers">{"".join(cells)}</div></article>\n'
-
-
-def _verdict(answer: str, reference: str, right: bool) -> str:
-    if not answer.strip():
-        return "· empty"
-    if not reference:
-        return ""
-    if not right:
-        return "· differs"
-    return "· equals the reference" if answer.strip() == reference.strip() else "· same JSON as the reference"
-
-
-def _marked(answer: str, other: str) -> str:
-    html = []
-    for piece in mark(answer, other):
-        if piece.missing and not piece.text:
-            lacks = esc(piece.missing.strip())
-            if lacks:
-                html.append(
-                    f'<mark class="gap" title="missing: {lacks}"><span aria-hidden="true">▲</span>'
-                    f'<span class="aloud">(missing: {lacks})</span></mark>'
-                )
-        elif piece.differs and piece.text.strip():
-            html.append(f"<mark>{esc(piece.text)}</mark>")
-        else:
-            html.append(esc(piece.text))
-    return "".join(html)
+    reference = words(sample, "reference")
+    answers = [("Before", words(sample, "before"), ""), ("After", words(sample, "after"), "")]
+    return sample_article("Prompt", words(sample, "prompt"), answers, [reference] if reference else [])
 
 
 def _count_of(run: Run, section: str, key: str, alarm: bool = False) -> str:

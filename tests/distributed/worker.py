@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from qvera import quantize, rehearsal, sharded, trainer
+from qvera import quantize, ready, rehearsal, sharded, trainer
 from qvera.data import Batches
 from qvera.errors import QveraError
 from qvera.model import causal_model
@@ -42,7 +42,7 @@ class Watch:
     def __enter__(self) -> Watch:
         gc.collect()
         before = set(live_storages())
-        self.kept = trainer._engine, trainer._step, Batches.passes
+        self.kept = ready.make_engine, trainer.train_step, Batches.passes
         self.rehearsal = rehearsal.run_longest_batch
         build, step, passes = self.kept
 
@@ -53,7 +53,7 @@ class Watch:
         rehearsal.run_longest_batch = watched_rehearsal
 
         def watched_build(*args: Any) -> Any:
-            self.engine, self.model = build(*args), args[2]
+            self.engine, self.model = build(*args), args[0].model
             linears = [m for m in causal_model(self.model).modules() if isinstance(m, quantize.Linear4bit)]
             # the weights themselves: asking a module for its weight in the middle of a forward pass makes DeepSpeed gather it
             self.big = [linear.weight for linear in linears]
@@ -79,7 +79,7 @@ class Watch:
             self.rows.append([row for one in found for row in one])
             return found
 
-        trainer._engine, trainer._step, Batches.passes = watched_build, watched_step, watched_passes  # type: ignore
+        ready.make_engine, trainer.train_step, Batches.passes = watched_build, watched_step, watched_passes  # type: ignore
         return self
 
     def look(self, *_: Any) -> None:
@@ -88,7 +88,7 @@ class Watch:
         self.live_bytes = max(self.live_bytes, live)
 
     def __exit__(self, *_: Any) -> None:
-        trainer._engine, trainer._step, Batches.passes = self.kept  # type: ignore[method-assign]
+        ready.make_engine, trainer.train_step, Batches.passes = self.kept  # type: ignore[method-assign]
         rehearsal.run_longest_batch = self.rehearsal
 
     def found(self) -> dict[str, Any]:

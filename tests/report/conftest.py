@@ -149,6 +149,54 @@ def run_info() -> dict[str, Any]:
     }
 
 
+def evaluation() -> dict[str, Any]:
+    """What `qvera eval --json` writes, of three rows: one won, one with two references, one without any."""
+    rows = [
+        {"references": [REFERENCE], "answer": REFERENCE, "base_answer": "I'm sorry to hear that!"}
+        | {"scores": {"exact": 1.0, "bleu": 100.0}, "base_scores": {"exact": 0.0, "bleu": 1.7}},
+        {"references": ["Call Tom.", "Tom is to be called on 3 June."], "answer": "Tom is to be called on 3 July."}
+        | {
+            "base_answer": "Call Tom.",
+            "scores": {"exact": 0.0, "bleu": 65.8},
+            "base_scores": {"exact": 1.0, "bleu": 100.0},
+        },
+        {"references": [], "answer": "", "base_answer": "Hello " * 400, "scores": {}, "base_scores": {}},
+    ]
+    for number, row in enumerate(rows):
+        row |= {"source": f"data/repairs_heldout.jsonl:{number + 1}", "prompt": PROMPT * (1 + 3 * number)}
+    return {
+        "subject": {
+            "path": "runs/repairs",
+            "what": "A run",
+            "column": "Adapter",
+            "base": "HuggingFaceTB/SmolLM2-135M-Instruct",
+            "data": "data/repairs_heldout.jsonl",
+            "max_new_tokens": 160,
+        },
+        "scores": {
+            "loss": 0.0712,
+            "perplexity": 1.0738,
+            "rows": 3,
+            "trained_tokens": 123,
+            "seconds": 0.4,
+            "exact_match": 0.5,
+        }
+        | {"bleu": 82.1, "scored_rows": 2, "references": 3},
+        "base_scores": {"loss": 2.412, "perplexity": 11.16, "exact_match": 0.5, "bleu": 17.44},
+        "metrics": [
+            {"name": "exact", "label": "Exact match", "signature": "equal as JSON", "lower_is_better": False},
+            {
+                "name": "bleu",
+                "label": "BLEU",
+                "signature": "sacrebleu nrefs:var|case:mixed|tok:13a",
+                "lower_is_better": False,
+            },
+        ],
+        "versions": {"qvera": "0.1.0"},
+        "answers": rows,
+    }
+
+
 RECIPE = {
     "model": {"path": "HuggingFaceTB/SmolLM2-135M-Instruct"},
     "adapter": {"rank": 256},

@@ -11,9 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from qvera.find_lr import RULE, Found
+from qvera.recipe import RangeTest
 from qvera.report import write_report
+from qvera.report.answers import write_answers
+from qvera.report.ramp import write_ramp
+from qvera.report.runs import compared, write_runs
 
-from .conftest import run_info
+from .conftest import RECIPE, evaluation, run_info, train_rows
 
 Build = Callable[..., Path]
 
@@ -66,6 +71,30 @@ def test_hostile_text_does_nothing(build_run: Build, tmp_path: Path) -> None:
     assert html.escape(attack, quote=False) in dom
 
 
+def test_runs_are_pointed_at_together_by_steps_and_by_tokens(build_run: Build, tmp_path: Path) -> None:
+    script = """
+      const plots = [...document.querySelectorAll('.plot')];
+      const shown = box => {
+        const frame = box.getBoundingClientRect();
+        box.dispatchEvent(new PointerEvent('pointermove', {clientX: frame.right}));
+        const tips = [...document.querySelectorAll('.tip:not([hidden])')].map(
+          tip => [...tip.children].map(part => part.textContent).join('|'));
+        box.dispatchEvent(new PointerEvent('pointerleave'));
+        return tips;
+      };
+      const colours = new Set([...document.querySelectorAll('.axes path[class*=" c"]')].map(p => getComputedStyle(p).stroke));
+      document.title = [plots.length, shown(plots[0])[1], shown(plots[2])[1], colours.size].join(' ; ');
+    """
+    places = [build_run(name="one"), build_run(name="two", train=train_rows(96))]
+    write_runs(tmp_path / "runs.html", compared(places))
+    dom, console = dump_dom(with_script(tmp_path / "runs.html", script), tmp_path / "profile")
+    assert console == []
+    number, by_step, by_token, colours = re.findall(r"<title>(.*?)</title>", dom)[0].split(" ; ")
+    assert (number, colours) == ("4", "2")
+    assert by_step.startswith("step 96|one 0.0") and "|two 0.0" in by_step
+    assert by_token.startswith("307,200 tokens|one 0.0")
+
+
 def test_pointing_at_a_chart_shows_the_step_in_all_of_them(build_run: Build, tmp_path: Path) -> None:
     script = """
       const box = document.querySelector('.plot'), frame = box.getBoundingClientRect();
@@ -89,9 +118,58 @@ def test_pointing_at_a_chart_shows_the_step_in_all_of_them(build_run: Build, tmp
     assert (left, keyed) == ("0", "step 96")
 
 
+def answers(build_run: Build, root: Path) -> Path:
+    write_answers(root / "answers.html", evaluation())
+    return root / "answers.html"
+
+
+def runs(build_run: Build, root: Path) -> Path:
+    """Eight runs, one of them broken off, with names and values as long as they get."""
+    places = []
+    for number in range(8):
+        recipe = {
+            **RECIPE,
+            "training": {"learning_rate": 10.0**-number},
+            "data": {"path": f"data/{'x' * 40}{number}.jsonl"},
+        }
+        steps = train_rows(40 + 9 * number)
+        info = run_info() if number else None
+        places.append(build_run(info=info, recipe=recipe, train=steps, evals=None, name=f"a-run-of-rank-{number}"))
+    write_runs(root / "runs.html", compared(places))
+    return root / "runs.html"
+
+
+def ramp(build_run: Build, root: Path) -> Path:
+    """A range test that diverged at its 45th step of 60."""
+    rows = [
+        {
+            "learning_rate": 10 ** (n / 12 - 5),
+            "loss": 2.3 - n / 40 + (n > 40) * 2.0 ** (n - 40),
+            "grad_norm": 0.3 + n / 50,
+        }
+        for n in range(45)
+    ]
+    points = [{**row, "step": n + 1, "smoothed_loss": row["loss"], "step_seconds": 1.2} for n, row in enumerate(rows)]
+    found = Found(points, 1.9e-2, 3.2e-3, points[-1]["learning_rate"])
+    facts = {"rule": RULE, "learning_rate": 4e-3, "data": "data/repairs.jsonl", "ramp": RangeTest(steps=60)}
+    write_ramp(root / "lr-range.html", "SmolLM2-135M-Instruct", "repairs", found, facts)
+    return root / "lr-range.html"
+
+
+PAGES: dict[str, Callable[[Build, Path], Path]] = {
+    "report": lambda build_run, root: write_report(build_run()),
+    "eval": answers,
+    "compare": runs,
+    "find-lr": ramp,
+}
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [400, 1200])
-def test_it_fits_its_width_and_can_be_read(build_run: Build, tmp_path: Path, width: int, scheme: str) -> None:
+@pytest.mark.parametrize("page", PAGES)
+def test_it_fits_its_width_and_can_be_read(
+    build_run: Build, tmp_path: Path, page: str, width: int, scheme: str
+) -> None:
     """No sideways scrolling, every tick inside the window, and text at 4.5:1 or better (WCAG AA) in both schemes."""
     probe = """
       addEventListener('load', () => {
@@ -108,12 +186,12 @@ def test_it_fits_its_width_and_can_be_read(build_run: Build, tmp_path: Path, wid
         }));
         const ticks = [...document.querySelectorAll('.tick')].map(e => e.getBoundingClientRect());
         const root = document.documentElement;
-        parent.document.title = [innerWidth, root.scrollWidth, Math.min(...ticks.map(t => t.left)) >= 0,
-          Math.max(...ticks.map(t => t.right)) <= innerWidth, worst.toFixed(2), page < 0.1 ? 'dark' : 'light'
+        parent.document.title = [innerWidth, root.scrollWidth, Math.min(0, ...ticks.map(t => t.left)) >= 0,
+          Math.max(0, ...ticks.map(t => t.right)) <= innerWidth, worst.toFixed(2), page < 0.1 ? 'dark' : 'light'
         ].join(' ');
       });
     """
-    probed = with_script(write_report(build_run()), probe).read_text(encoding="utf-8")
+    probed = with_script(PAGES[page](build_run, tmp_path), probe).read_text(encoding="utf-8")
     # Chromium's own window is never narrower than 500 px, a frame is
     frame = tmp_path / "frame.html"
     source = html.escape(probed, quote=True)
