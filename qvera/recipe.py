@@ -66,6 +66,15 @@ class ModelSection:
     """Run Python code that comes with the model. Only for a model whose authors you trust."""
     tokenizer: str | None = None
     """Another directory or hub id for the tokenizer. Default: the model's own."""
+    added_tokens: list[NonEmpty] = field(default_factory=list)
+    """New special tokens, such as ``["<|tool|>"]``. Embedding and head are frozen: each token keeps the row that is drawn for it,
+    by its text, from the mean and spread of the others; the adapter's vectors learn what it is for. Rows and ids go with the
+    adapter and into a merged export. Not under ZeRO-3."""
+    pad_token: str | None = None
+    """A token of the model, or an added one, to pad batches with. Default: the tokenizer's, else its eos. Padding is masked, so it
+    needs no token of its own."""
+    eos_token: str | None = None
+    """A token of the model, or an added one, that ends an answer in place of the tokenizer's (ChatML's ``<|im_end|>``, say)."""
 
 
 @dataclass(config=_STRICT, kw_only=True)

@@ -172,7 +172,14 @@ def _run(
             load()
         base = made["base"]
         assert base is not None
-        model = attach(base.model, recipe.adapter, recipe.model.path, base.facts.get("fingerprint"))
+        model = attach(
+            base.model,
+            recipe.adapter,
+            recipe.model.path,
+            base.facts.get("fingerprint"),
+            base.facts.get("added_tokens"),
+            recipe.model,
+        )
     if recipe.data.packing:
         require_packing(model)
     if training.gradient_checkpointing:
@@ -305,7 +312,7 @@ def _run(
             if best is not None:
                 load_vectors(model, best.vectors, str(best.path))
         engine.gather_vectors()
-        run["adapter"]["file_bytes"] = group.on_first(lambda: save_adapter(model, run_dir / "adapter"))
+        run["adapter"]["file_bytes"] = group.on_first(lambda: save_adapter(model, run_dir / "adapter", base.tokenizer))
         after: dict[str, Any] | None = None
         samples: list[dict[str, Any]] = []
         if datasets.eval:

@@ -65,8 +65,8 @@ def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase, format: str 
         usable = [other for other, entry in NAMED_TEMPLATES.items() if all(m in vocabulary for m in entry.needs)]
         raise InputError(
             f"data.template: {name} needs {', '.join(absent)}, which the tokenizer of "
-            f"{tokenizer.name_or_path or 'this model'} does not have as single tokens, and qvera never adds tokens to "
-            f"a frozen model. Templates that work with it: {', '.join(usable)}."
+            f"{tokenizer.name_or_path or 'this model'} does not have as single tokens. Templates that work with "
+            f"it: {', '.join(usable)}. Or add them with model.added_tokens (and set model.eos_token to the one that ends a turn)."
         )
     return ChatTemplate(name, named.jinja, tokenizer, reads_context=named.reads_context)
 

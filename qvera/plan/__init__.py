@@ -8,14 +8,16 @@ run), `ranks` (one of several processes), `batches` (its longest forward pass), 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from ..added import ids_of
 from ..data import Example
-from ..model import takes_prefix_once
+from ..errors import InputError
+from ..model import load_tokenizer, takes_prefix_once
 from ..recipe import Recipe
 from ..skeleton import skeleton
 from .activations import Batch
@@ -115,7 +117,7 @@ def make_plan(
     """
     with torch.random.fork_rng(devices=[]):
         model = skeleton(recipe.model)
-    shape = shape_of(model)
+    shape = _grown(shape_of(model), recipe)
     attention = recipe.model.attn_implementation
     joinable = recipe.data.prefix_once and attention != "flash_attention_2" and takes_prefix_once(model)
     del model
@@ -140,6 +142,22 @@ def make_plan(
         joinable,
         sharing,
         ways=tuple(plan_ways(shape, recipe, batch, machine, sharing.nodes, sharing.per_node)) if every_way else (),
+    )
+
+
+def _grown(shape: Shape, recipe: Recipe) -> Shape:
+    """With the rows that added tokens need beyond those the checkpoint has; all of them where the tokenizer is out of reach."""
+    tokens = recipe.model.added_tokens
+    if not tokens:
+        return shape
+    try:
+        last = max(ids_of(load_tokenizer(recipe.model), tokens).values())
+    except InputError:
+        last = shape.vocabulary + len(tokens) - 1
+    grown = max(0, last + 1 - shape.vocabulary)
+    more = grown * shape.hidden * (1 if shape.tied else 2)
+    return replace(
+        shape, vocabulary=shape.vocabulary + grown, dense_numbers=shape.dense_numbers + more, grown_rows=grown
     )
 
 
