@@ -148,6 +148,9 @@ class DataSection(Source):
     gradients are those of the padded rows. Takes the place of ``training.per_device_train_batch_size``."""
     group_by_length: _Bool = False
     """Put rows of like length into one optimizer step, so that less is padded. Costs some of the order's randomness."""
+    tokenize_processes: Positive | None = None
+    """Processes that tokenize. Default: one, and as many as there are cores once it shows that the rest would take one alone
+    another minute. The rows are the same. What was tokenized before is found in the cache (``qvera cache ls``)."""
     eval_limit: Positive | None = None
     """Use only the first held-out rows of each source."""
     shuffle: _Bool = True

@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..added import ids_of
-from ..data import Example
+from ..data import CutRows, Example, lengths_of
 from ..errors import InputError
 from ..model import load_tokenizer, takes_prefix_once
 from ..recipe import Recipe
@@ -171,18 +170,13 @@ def _batches(rows: Sequence[Example] | None, joinable: bool) -> BatchOf:
     def longest(recipe: Recipe) -> Batch:
         key = recipe.data.max_length, recipe.training.per_device_train_batch_size
         if key not in found:
-            cut = [e if len(e.input_ids) <= key[0] else _cut(e, key[0]) for e in rows]
+            short = int(lengths_of(rows).max()) <= key[0]
+            cut = rows if short else CutRows(rows, key[0])
             chosen = longest_rows(recipe, cut, joinable, max(1, planned_steps(recipe, len(cut))))
             found[key] = batch_of([cut[i] for i in chosen], joinable, recipe.data.packing)
         return found[key]
 
     return longest
-
-
-def _cut(example: Example, tokens: int) -> Example:
-    return Example(
-        example.input_ids[:tokens], example.trained[:tokens], example.source, np.array([], np.int32), "", None
-    )
 
 
 def time_step(plan: Plan, recipe: Recipe, device: torch.device) -> dict[str, float]:
