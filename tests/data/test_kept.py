@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 from rich.console import Console
@@ -24,6 +25,7 @@ from qvera.data import Datasets, Example, Rows, build_datasets, data_sha256, kep
 from qvera.data import making as making_module
 from qvera.errors import InputError, RunFailed
 from qvera.recipe import DataSection, Source
+from qvera.trainer import train
 
 from .conftest import MakeTokenizer
 from .test_same_rows import byte_tokenizer, write_rows
@@ -411,3 +413,33 @@ def test_rows_are_a_sequence(section: DataSection) -> None:
     copied = rows_of(list(rows[:50]))
     assert [row.input_ids.tolist() for row in copied] == [row.input_ids.tolist() for row in rows[:50]]
     assert copied.ids_hash.tolist() == rows.ids_hash[:50].tolist()
+
+
+def test_a_hub_set_is_known_by_its_fingerprint(section: DataSection, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(40)]
+    one, other = datasets.Dataset.from_list(rows), datasets.Dataset.from_list(rows[:-1])
+    here = one
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, **kwargs: here)
+    section = DataSection(path="someone/questions", template="plain")
+    first = build_datasets(section, byte_tokenizer())
+    second = build_datasets(section, byte_tokenizer())
+    assert not first.stats.found and second.stats.found == entries() and same(first, second)
+    assert first.train[3].source == "someone/questions[train] row 4"
+    here = other
+    third = build_datasets(section, byte_tokenizer())
+    assert not third.stats.found and len(third.train) == 39
+
+
+def test_a_run_on_found_rows_is_the_run_and_resumes(
+    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept, "_WORTH_BYTES", 0)
+    recipe = make_recipe(data={"packing": True}, training={"max_steps": 4, "save_steps": 2})
+    first, second = (train(recipe, tmp_path / name) for name in ("first", "second"))
+    assert first is not None and second is not None and first.run["data"] == second.run["data"]
+    vectors = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("first", "second")]
+    assert vectors[0] == vectors[1] and len(entries()) == 1
+    shutil.rmtree(tmp_path / "second" / "checkpoints" / "step-00000004")
+    shutil.rmtree(tmp_path / "second" / "adapter")
+    train(recipe, tmp_path / "second", resume=True)
+    assert (tmp_path / "second" / "adapter" / "adapter_model.safetensors").read_bytes() == vectors[0]
