@@ -29,7 +29,9 @@ _BLOCK_ROWS = 4096
 
 
 def add_tokens(tokenizer: Any, tokens: Sequence[str], pad: str | None = None, eos: str | None = None) -> None:
-    """Add ``tokens`` to a tokenizer as special tokens with the next free ids; make ``pad`` and ``eos`` its own.
+    """Add ``tokens`` to a tokenizer as single tokens with the next free ids; make ``pad`` and ``eos`` its own.
+
+    Only these two are special tokens: the others are part of what is said, and an answer shows them.
 
     Raises:
         InputError: one is in the vocabulary already, or twice in the list, or pad or eos is in neither.
@@ -42,9 +44,10 @@ def add_tokens(tokenizer: Any, tokens: Sequence[str], pad: str | None = None, eo
             )
         if token in tokens[:number] or not token.strip():
             raise InputError(f"model.added_tokens: {token!r} is blank, or twice in the list. Write each token once.")
-    if tokens:
-        tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in tokens], special_tokens=True)
-        vocabulary = tokenizer.get_vocab()
+    for token in tokens:
+        special = token in (pad, eos)
+        tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)], special_tokens=special)
+    vocabulary = tokenizer.get_vocab() if tokens else vocabulary
     for key, named in (("pad_token", pad), ("eos_token", eos)):
         if named is None:
             continue

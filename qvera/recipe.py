@@ -67,7 +67,7 @@ class ModelSection:
     tokenizer: str | None = None
     """Another directory or hub id for the tokenizer. Default: the model's own."""
     added_tokens: list[NonEmpty] = field(default_factory=list)
-    """New special tokens, such as ``["<|tool|>"]``. Embedding and head are frozen: each token keeps the row that is drawn for it,
+    """New tokens, such as ``["<|tool|>"]``. Embedding and head are frozen: each token keeps the row that is drawn for it,
     by its text, from the mean and spread of the others; the adapter's vectors learn what it is for. Rows and ids go with the
     adapter and into a merged export. Not under ZeRO-3."""
     pad_token: str | None = None

@@ -17,6 +17,7 @@ from qvera.added import ADDED_ROWS
 from qvera.cli import main
 from qvera.data import build_datasets
 from qvera.errors import InputError
+from qvera.generate import generate
 from qvera.model import load_base, load_tokenizer
 from qvera.plan import make_plan
 from qvera.recipe import ModelSection, load_recipe, parse_recipe
@@ -78,6 +79,9 @@ def test_a_run_learns_to_say_the_new_tokens_and_exports_them(trained: Path, tmp_
     opened = open_run(trained)
     said = ask(opened)
     assert said.startswith(f"{TOOL}red{DONE}"), said
+    ids = opened.base.tokenizer("say red", add_special_tokens=False)["input_ids"]
+    (shown,) = generate(opened.model, opened.base.tokenizer, [ids], max_new_tokens=8)
+    assert shown == f"{TOOL}red{DONE}"  # the tokens are part of the answer, the end of it is not
     assert ask(open_run(trained, adapter=False)) != said, "the base alone has learnt nothing"
     # an adapter directory that stands alone knows its tokens
     alone = open_run(trained / "adapter")
