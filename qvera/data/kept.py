@@ -31,8 +31,9 @@ from ..recipe import DataSection
 from ..stored import file_sha256, file_stamp
 from ..unfinished import disk_full_says, replace_text
 from .encode import Encoder
-from .making import EVAL, TRAIN, Made, make
+from .making import Made, make
 from .parallel import state_sha256, tokenizer_state
+from .reading import EVAL, TRAIN
 from .rows import RowTable, RowWriter
 from .sources import source_content, source_files
 from .tokenize import Counts

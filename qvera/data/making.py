@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import tempfile
 import time
@@ -12,23 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from ..errors import InputError
 from ..recipe import DataSection
 from . import parallel
-from .batches import philox_key
 from .encode import Encoder
 from .formats import RowFormat, detect_format
+from .reading import CHUNK_ROWS, EVAL, TRAIN, chosen_rows, chunks_of, count_rows, hold_out, raw_rows
 from .rows import RowTable, RowWriter, record_batch
-from .sources import RawRow, read_rows
 from .templates import ChatTemplate, resolve_template
-from .tokenize import CHUNK_ROWS, Counts, RowTokenizer
+from .tokenize import Counts, RowTokenizer
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-TRAIN, EVAL = "train", "eval"
 _PROGRESS_ROWS = 2000
 _MEASURED_SECONDS = 1.0
 """After this long in one process it is known how long the rest would take."""
@@ -67,7 +62,7 @@ def make(section: DataSection, encoder: Encoder, directory: Path | None, console
     Raises:
         InputError: anything wrong with the recipe's ``data``, a file or a row.
     """
-    count = _count(section, section.path)
+    count = count_rows(section, section.path)
     first = next(raw_rows(section, section.path))
     row_format = detect_format(first, section.format, section.columns)
     template = resolve_template(section.template, encoder.tokenizer, row_format.name)
@@ -77,7 +72,7 @@ def make(section: DataSection, encoder: Encoder, directory: Path | None, console
                 f"data.eval_path: {section.path} is data.path too, so nothing would be held out. Name another file, or "
                 "set data.eval_fraction instead."
             )
-        found = _count(section, section.eval_path)
+        found = count_rows(section, section.eval_path)
         eval_format = detect_format(next(raw_rows(section, section.eval_path)), section.format, section.columns)
         counts = count, min(found, section.eval_limit or found)
     else:
@@ -109,52 +104,6 @@ def make(section: DataSection, encoder: Encoder, directory: Path | None, console
 
 def _empty() -> RowTable:
     return RowWriter(None).close()
-
-
-def raw_rows(section: DataSection, path: str) -> Iterator[RawRow]:
-    """The raw rows of ``data.path`` or ``data.eval_path``, one at a time."""
-    if path == section.path or not Path(path).expanduser().exists():
-        rows = read_rows(path, split=section.split, config_name=section.config_name, revision=section.revision)
-    else:  # a local eval file beside a hub dataset: the hub's keys are not about it
-        rows = read_rows(path)
-    return itertools.islice(rows, section.limit if path == section.path else None)
-
-
-def _count(section: DataSection, path: str) -> int:
-    return sum(1 for _ in raw_rows(section, path))
-
-
-def hold_out(count: int, fraction: float, seed: int) -> np.ndarray:
-    """Which rows are held out: bool [count], at least one of each kind where any are.
-
-    Args:
-        fraction: of them to hold out, 0 <= fraction < 1; 0 holds out none. Above 0 there must be two rows.
-        seed: decides which.
-    """
-    held = np.zeros(count, dtype=bool)
-    if fraction > 0:
-        chosen = min(max(1, round(count * fraction)), count - 1)
-        # The second key word keeps this stream apart from the epochs' (batches.order counts them up from 0).
-        words = np.random.Philox(key=philox_key(seed, -1)).random_raw(count)
-        held[np.argsort(words, kind="stable")[:chosen]] = True
-    return held
-
-
-def chosen_rows(section: DataSection, part: str, count: int) -> Iterator[RawRow]:
-    """The raw rows of the training or of the held-out part, in file order; ``count``: rows of ``data.path``."""
-    if section.eval_path is not None:
-        path = section.path if part == TRAIN else section.eval_path
-        return itertools.islice(raw_rows(section, path), section.eval_limit if part == EVAL else None)
-    held = hold_out(count, section.eval_fraction, section.seed)
-    wanted = held if part == EVAL else ~held
-    rows = (row for row, taken in zip(raw_rows(section, section.path), wanted, strict=False) if taken)
-    return itertools.islice(rows, section.eval_limit if part == EVAL else None)
-
-
-def chunks_of(rows: Iterator[RawRow]) -> Iterator[list[RawRow]]:
-    """The rows in lists of `CHUNK_ROWS`."""
-    while chunk := list(itertools.islice(rows, CHUNK_ROWS)):
-        yield chunk
 
 
 @dataclass(frozen=True, slots=True)

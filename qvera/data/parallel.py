@@ -26,6 +26,7 @@ from ..errors import InputError
 from ..recipe import DataSection
 from .encode import Encoder
 from .formats import RowFormat
+from .reading import chosen_rows, chunks_of
 from .rows import SCHEMA, RowWriter, record_batch
 from .templates import resolve_template
 from .tokenize import Counts, RowTokenizer
@@ -180,8 +181,6 @@ def tokenize(
 
 def _work(job: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> None:
     """One process's chunks: ``first``, ``first + step``, ..."""
-    from .making import chosen_rows, chunks_of
-
     section, row_format = DataSection(**job["section"]), RowFormat(**job["format"])
     encoder = Encoder(_tokenizer_of(job["tokenizer"], job["name"]))
     template = resolve_template(section.template, encoder.tokenizer, row_format.name)

@@ -16,9 +16,6 @@ from .formats import Conversation, RowFormat, Text, parse_row
 from .sources import RawRow
 from .templates import ChatTemplate, Rendered
 
-CHUNK_ROWS = 256
-"""Raw rows that are tokenized together."""
-
 
 @dataclasses.dataclass(slots=True)
 class Counts:

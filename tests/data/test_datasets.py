@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from qvera.data import Datasets, build_datasets, print_preflight
 from qvera.data.examples import length_histogram
-from qvera.data.making import hold_out
+from qvera.data.reading import hold_out
 from qvera.errors import InputError
 from qvera.recipe import DataSection
 
