@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
 
-from .attached import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter, read_config
+from .attached import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter, read_config, require_tokens
 from .errors import InputError
 from .export.deltas import PREFIX, AdapterDeltas, Delta
 from .export.factors import require_empty
@@ -41,6 +41,8 @@ def load_adapters(
     if not directories:
         raise InputError("load_adapters: takes at least one adapter directory.")
     configs = {name: _read_config(Path(directory)) for name, directory in directories.items()}
+    for name, config in configs.items():
+        require_tokens(config, directories[name], None)  # many adapters would each want rows of their own
     seeds: dict[int, list[str]] = {}
     for name, config in configs.items():
         seeds.setdefault(config.projection_seed, []).append(name)

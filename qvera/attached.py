@@ -18,10 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from . import added
 from .errors import InputError, first_line
 from .locations import resolve_path
 from .model import Base
-from .recipe import AdapterSection
+from .recipe import AdapterSection, ModelSection
 from .stored import same_base
 from .unfinished import disk_full_says, flush
 from .vera import QveraConfig, QveraLinear, accelerated_peft
@@ -34,11 +35,17 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 
 def attach(
-    model: nn.Module, section: AdapterSection, base_name: str | None = None, base_fingerprint: str | None = None
+    model: nn.Module,
+    section: AdapterSection,
+    base_name: str | None = None,
+    base_fingerprint: str | None = None,
+    added_tokens: dict[str, int] | None = None,
+    tokens: ModelSection | None = None,
 ) -> PeftModel:
     """Put a fresh adapter (or, with ``init_from``, the vectors of an existing one) on a loaded base.
 
-    Only its vectors are trainable afterwards. ``base_name`` and ``base_fingerprint`` go into the adapter's config.
+    Only its vectors are trainable afterwards. ``base_name`` and ``base_fingerprint`` go into the adapter's config, and so do
+    ``added_tokens`` (token → id, whose rows the model has) and what ``tokens`` says of padding and eos.
 
     Raises:
         InputError: a target matches nothing, or ``init_from`` does not fit.
@@ -52,6 +59,9 @@ def attach(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_name,
         base_fingerprint=base_fingerprint,
+        added_tokens=dict(added_tokens) if added_tokens else None,
+        pad_token=None if tokens is None else tokens.pad_token,
+        eos_token=None if tokens is None else tokens.eos_token,
     )
     peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
     if base_name is not None:
@@ -67,6 +77,10 @@ def attach(
             if ours != theirs:
                 raise InputError(f"adapter.init_from: {section.init_from} has {key} {theirs}, the recipe {ours}.")
         require_base(stored, section.init_from, str(base_name), base_fingerprint)
+        require_tokens(stored, section.init_from, added_tokens)
+        if added_tokens:
+            directory = Path(resolve_path(section.init_from))
+            added.put_rows(model, added_tokens, added.read_rows(directory), directory / added.ADDED_ROWS)
         load_vectors(peft_model, vectors, section.init_from)
     if not section.train_d:
         for name, vector in named_vectors(peft_model).items():
@@ -98,8 +112,10 @@ def adapter_facts(model: PeftModel, adapter: str = "default") -> dict[str, Any]:
     }
 
 
-def save_adapter(model: PeftModel, directory: Path) -> int:
+def save_adapter(model: PeftModel, directory: Path, tokenizer: Any = None) -> int:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` (fp32 vectors, no projections); returns their bytes.
+
+    Where tokens were added, their rows (`added.ADDED_ROWS`) and ``tokenizer`` go beside them; the tokenizer is not counted.
 
     Written to a temporary name and renamed, so that a half-written adapter never stands under its final name.
 
@@ -107,17 +123,23 @@ def save_adapter(model: PeftModel, directory: Path) -> int:
         RunFailed: the disk is full; an adapter that was there before is still there.
     """
     with disk_full_says(str(directory), "The run's checkpoints are kept; make room and go on with --resume."):
-        _write_adapter(model, directory)
-    return sum(f.stat().st_size for f in directory.iterdir())
+        _write_adapter(model, directory, tokenizer)
+    ours = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, added.ADDED_ROWS)
+    return sum(f.stat().st_size for f in directory.iterdir() if f.name in ours)
 
 
-def _write_adapter(model: PeftModel, directory: Path) -> None:
+def _write_adapter(model: PeftModel, directory: Path, tokenizer: Any) -> None:
     partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         # save_embedding_layers=False: PEFT would otherwise look the base up on the hub
         model.save_pretrained(str(partial), save_embedding_layers=False)
         (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+        ids = getattr(model.peft_config["default"], "added_tokens", None)
+        if ids:
+            added.save_rows(model.get_base_model(), ids, partial)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
         for file in partial.iterdir():
             flush(file)
     except BaseException:
@@ -226,8 +248,14 @@ def load_adapter(model: nn.Module, directory: Path, base: Base | None = None) ->
         InputError: it is no adapter, or not one for this model.
     """
     config, vectors = read_adapter(directory)
+    ids = getattr(config, "added_tokens", None)
     if base is not None:
         require_base(config, directory, base.facts["path"], base.facts.get("fingerprint"))
+        require_tokens(config, directory, base.facts.get("added_tokens"))
+        if ids:
+            added.put_rows(model, ids, added.read_rows(directory), directory / added.ADDED_ROWS)
+    else:
+        require_tokens(config, directory, None)  # a model as it comes from the hub has no such rows
     if config.peft_type != PEFT_TYPE:
         return _load_stock_adapter(model, directory)
     try:
@@ -253,6 +281,20 @@ def _load_stock_adapter(model: nn.Module, directory: Path) -> PeftModel:
         raise InputError(f"{directory}: has no values for {missing[0]} (and {len(missing) - 1} more).")
     peft_model.requires_grad_(False)
     return peft_model.eval()
+
+
+def require_tokens(config: Any, adapter: Path | str, ids: dict[str, int] | None) -> None:
+    """Hold the tokens that an adapter's recipe added against those of the base at hand (token → id, or None for none).
+
+    Raises:
+        InputError: they are not the same.
+    """
+    expected = getattr(config, "added_tokens", None) or {}
+    if expected != (ids or {}):
+        raise InputError(
+            f"{adapter}: was trained with the added tokens {expected or 'none'}, and the base at hand has {ids or 'none'}. Set "
+            f"model.added_tokens: [{', '.join(map(repr, expected))}] for the same model and tokenizer."
+        )
 
 
 def require_base(config: Any, adapter: Path | str, name: str, fingerprint: str | None) -> None:

@@ -300,15 +300,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--verify", action="store_true", help="hash source and copy again, instead of believing sizes and times"
     )
 
-    p = command("cache", "The 4-bit copies of models: list, remove, verify.")
+    p = command("cache", "The 4-bit copies of models and the tokenized rows: list, remove, verify.")
     actions = p.add_subparsers(dest="action", metavar="ACTION", required=True)
     a = actions.add_parser("ls", help="what is there, and how large")
     a.add_argument("--json", action="store_true", help="as JSON")
-    a = actions.add_parser("rm", help="delete copies")
+    a = actions.add_parser("rm", help="delete some of it")
     a.add_argument("names", nargs="*", metavar="NAME", help="as ls shows them, or the beginning of one")
-    a.add_argument("--all", action="store_true", help="every copy")
+    a.add_argument("--all", action="store_true", help="everything")
     a.add_argument("--unfinished", action="store_true", help="what was interrupted and is not being made now")
-    a = actions.add_parser("verify", help="hash copies again and compare")
+    a = actions.add_parser("verify", help="hash again and compare")
     a.add_argument("names", nargs="*", metavar="NAME", help="default: all")
 
     p = command("info", "What is this directory: base, rank, targets, counts, hashes, versions.")

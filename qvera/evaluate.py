@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from . import frozen
-from .data import Example, collate, collate_prefix_once, microbatches
+from .data import Example, collate, collate_prefix_once, lengths_of, microbatches
 from .generate import exact_match, generate, generating
 from .loss import Head, summed_nll
 from .model import causal_model, takes_prefix_once
@@ -102,7 +103,7 @@ def held_out_loss(
     model.eval()
     total, tokens = 0.0, 0
     try:
-        by_length = sorted(range(len(examples)), key=lambda i: (len(examples[i].input_ids), i))
+        by_length = np.argsort(lengths_of(examples), kind="stable").tolist()
         done = 0
         batches = list(microbatches(by_length, batch_size))
         mine = batches[group.rank :: group.world_size]

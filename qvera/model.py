@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from . import cache, frozen, quantize
+from . import added, cache, frozen, quantize
 from .errors import InputError, first_line
 from .locations import base_directory, resolve_path
 from .mapped import NotMappable, Spread, load_mapped
@@ -64,7 +64,7 @@ def load_tokenizer(section: ModelSection) -> Any:
     """The tokenizer of a model section.
 
     Raises:
-        InputError: there is none at that path, or it has no end-of-sequence token.
+        InputError: there is none at that path, it has no end-of-sequence token, or it has a token that the section adds.
     """
     _check_local(resolve_path(section.path))
     name = resolve_path(section.tokenizer or section.path)
@@ -78,6 +78,7 @@ def load_tokenizer(section: ModelSection) -> Any:
             f"model.path: no tokenizer can be loaded from {name!r} ({first_line(error)}). Expected tokenizer.json or "
             "tokenizer.model beside the weights; or name another one with model.tokenizer."
         ) from None
+    added.add_tokens(tokenizer, section.added_tokens, section.pad_token, section.eos_token)
     if tokenizer.eos_token_id is None:
         raise InputError(
             f"model.path: the tokenizer of {name!r} has no end-of-sequence token, so no answer could ever end. Set "
@@ -109,6 +110,11 @@ def load_base(
     dtype = pick_compute_dtype(section.compute_dtype, device)
     name = resolve_path(section.path)
     tokenizer = load_tokenizer(section)
+    if section.added_tokens and spread is not None:
+        raise InputError(
+            "model.added_tokens: ZeRO-3 divides the embedding among the ranks while it is read, and can't give it more rows. Use "
+            "tokens that the model has, or deepspeed: zero1 or zero2, or none."
+        )
     common: dict[str, Any] = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
     attention = {} if section.attn_implementation == "auto" else {"attn_implementation": section.attn_implementation}
     try:
@@ -134,8 +140,13 @@ def load_base(
     model.name_or_path = model.config._name_or_path = name  # not the cached copy's: PEFT writes it into adapters
     model.requires_grad_(False)
     model.eval()
+    ids = added.ids_of(tokenizer, section.added_tokens)
+    if ids:
+        added.place_rows(model, ids)
     frozen.freeze_linears(model)
     facts = read_back(model, section, dtype, prequantized=stored is not None)
+    if ids:
+        facts["added_tokens"] = ids
     facts["fingerprint"] = fingerprint_of(section)
     return Base(model, tokenizer, facts)
 

@@ -146,7 +146,15 @@ def load(
         else:  # in which the ranks meet already
             read()
         (base,) = loaded
-        model = attach(base.model, recipe.adapter, recipe.model.path, base.facts.get("fingerprint"))
+        facts = base.facts
+        model = attach(
+            base.model,
+            recipe.adapter,
+            recipe.model.path,
+            facts.get("fingerprint"),
+            facts.get("added_tokens"),
+            recipe.model,
+        )
     if recipe.data.packing:
         require_packing(model)
     if recipe.training.gradient_checkpointing:

@@ -66,6 +66,15 @@ class ModelSection:
     """Run Python code that comes with the model. Only for a model whose authors you trust."""
     tokenizer: str | None = None
     """Another directory or hub id for the tokenizer. Default: the model's own."""
+    added_tokens: list[NonEmpty] = field(default_factory=list)
+    """New tokens, such as ``["<|tool|>"]``. Embedding and head are frozen: each token keeps the row that is drawn for it,
+    by its text, from the mean and spread of the others; the adapter's vectors learn what it is for. Rows and ids go with the
+    adapter and into a merged export. Not under ZeRO-3."""
+    pad_token: str | None = None
+    """A token of the model, or an added one, to pad batches with. Default: the tokenizer's, else its eos. Padding is masked, so it
+    needs no token of its own."""
+    eos_token: str | None = None
+    """A token of the model, or an added one, that ends an answer in place of the tokenizer's (ChatML's ``<|im_end|>``, say)."""
 
 
 @dataclass(config=_STRICT, kw_only=True)
@@ -139,6 +148,9 @@ class DataSection(Source):
     gradients are those of the padded rows. Takes the place of ``training.per_device_train_batch_size``."""
     group_by_length: _Bool = False
     """Put rows of like length into one optimizer step, so that less is padded. Costs some of the order's randomness."""
+    tokenize_processes: Positive | None = None
+    """Processes that tokenize. Default: one, and as many as there are cores once it shows that the rest would take one alone
+    another minute. The rows are the same. What was tokenized before is found in the cache (``qvera cache ls``)."""
     eval_limit: Positive | None = None
     """Use only the first held-out rows of each source."""
     shuffle: _Bool = True

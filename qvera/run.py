@@ -45,7 +45,14 @@ def locate(path: Path) -> tuple[Recipe | None, ModelSection, Path]:
         config, _ = attached.read_adapter(path)
         if config.base_model_name_or_path is None:
             raise InputError(f"{path / attached.ADAPTER_CONFIG}: names no base model (base_model_name_or_path).")
-        return None, ModelSection(path=config.base_model_name_or_path, revision=config.revision), path
+        section = ModelSection(
+            path=config.base_model_name_or_path,
+            revision=config.revision,
+            added_tokens=list(getattr(config, "added_tokens", None) or ()),
+            pad_token=getattr(config, "pad_token", None),
+            eos_token=getattr(config, "eos_token", None),
+        )
+        return None, section, path
     raise InputError(
         f"{path}: is neither a run (it has no {RECIPE_FILE}) nor an adapter directory (it has no {attached.ADAPTER_CONFIG})."
     )
@@ -88,6 +95,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         "projection_sha256": getattr(config, "projection_sha256", None),
         "adapter_sha256": file_sha256(directory / attached.ADAPTER_WEIGHTS),
         "base_fingerprint": getattr(config, "base_fingerprint", None),
+        "added_tokens": getattr(config, "added_tokens", None),
         "format_version": getattr(config, "format_version", None),
         "peft_type": str(getattr(config.peft_type, "value", config.peft_type)),
     }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 
 from . import evaluate
-from .data import Datasets
+from .data import Datasets, Example
 from .metrics import Progress
 from .model import Base
 from .ranks import Group
@@ -57,10 +58,9 @@ def score(
     answers: list[dict[str, Any]] = []
     with console.status(f"{label}: held-out loss") as status, evaluate.scoring(model):
         result = _held_out(model, datasets, recipe, group)
-        judged = [e for e in datasets.eval if e.reference is not None and len(e.prompt_ids)]
-        judged = judged[: training.exact_match_rows]
-        shown = [e for e in datasets.eval if len(e.prompt_ids)][: training.sample_count]
-        rows = judged + [e for e in shown if not any(e is other for other in judged)]  # each is answered once
+        judged, shown = _to_answer(datasets.eval, training.exact_match_rows, training.sample_count)
+        numbers = list(dict.fromkeys(judged + shown))  # each is answered once
+        rows = [datasets.eval[i] for i in numbers]
         if group.first or any_sharded(model):
             answers = evaluate.answer_rows(
                 model,
@@ -71,12 +71,26 @@ def score(
                 progress=lambda done: status.update(f"{label}: {done} of {len(rows)} answers"),
             )
         answers = group.share(answers)
-    by_row = {id(example): answer for example, answer in zip(rows, answers, strict=True)}
+    by_row = dict(zip(numbers, answers, strict=True))
     if judged:
-        result["exact_match"] = sum(bool(by_row[id(e)]["exact"]) for e in judged) / len(judged)
+        result["exact_match"] = sum(bool(by_row[i]["exact"]) for i in judged) / len(judged)
         result["exact_match_rows"] = len(judged)
     text = f"{label}: held-out loss {result['loss']:.4f}"
     if judged:
         text += f", exact match {result['exact_match']:.1%} of {result['exact_match_rows']} rows"
     console.print(text)
-    return result, [by_row[id(e)] for e in shown]
+    return result, [by_row[i] for i in shown]
+
+
+def _to_answer(rows: Sequence[Example], judged: int, shown: int) -> tuple[list[int], list[int]]:
+    """The first rows with a reference to be judged by, and the first ones with a prompt to be shown; by their numbers."""
+    to_judge: list[int] = []
+    to_show: list[int] = []
+    for number, row in enumerate(rows):
+        if len(to_judge) >= judged and len(to_show) >= shown:
+            break
+        if len(row.prompt_ids) and len(to_show) < shown:
+            to_show.append(number)
+        if len(row.prompt_ids) and row.reference is not None and len(to_judge) < judged:
+            to_judge.append(number)
+    return to_judge, to_show

@@ -228,7 +228,7 @@ def _run(
             if best is not None:
                 load_vectors(model, best.vectors, str(best.path))
         engine.gather_vectors()
-        run["adapter"]["file_bytes"] = group.on_first(lambda: save_adapter(model, run_dir / "adapter"))
+        run["adapter"]["file_bytes"] = group.on_first(lambda: save_adapter(model, run_dir / "adapter", base.tokenizer))
         after: dict[str, Any] | None = None
         samples: list[dict[str, Any]] = []
         if datasets.eval:

@@ -233,6 +233,8 @@ TABLE: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     "model of no known kind": (edit_json("model/config.json", model_type="lama"), "lama"),
     "tokenizer missing": (drop("model/tokenizer.json", "model/tokenizer_config.json"), "tokenizer"),
     "tokenizer without eos": (no_eos, "no end-of-sequence token"),
+    "added token that is there": (set_key("model", added_tokens=["<|im_end|>"]), "is a token of this model already"),
+    "pad token that is not there": (set_key("model", pad_token="<pad>"), "'<pad>' is no token of this model"),
     "unknown target": (set_key("adapter", targets=["q_proj", "query"]), "no module of this model is named query"),
     "init_from is no adapter": (set_key("adapter", init_from="./nowhere"), "no such adapter directory"),
     "no such data file": (set_key("data", path="./rowz.jsonl"), "rowz.jsonl"),

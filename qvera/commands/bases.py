@@ -1,4 +1,4 @@
-"""Quantized bases and what a directory holds: quantize, cache, info."""
+"""Quantized bases, kept rows, and what a directory holds: quantize, cache, info."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 from rich.progress import Progress as RichProgress
 
 from .. import cache as cache_of_bases
+from ..data import kept
 from ..errors import InputError, Interrupted, RunFailed
+from ..locations import cache_root
 from ..metrics import memory_text
 from ..model import pick_device
 from ..prequantize import problem_of, read_record
@@ -81,14 +83,17 @@ def cache(args: argparse.Namespace) -> None:
     if args.action == "ls":
         _cache_ls(args)
         return
-    entries = cache_of_bases.listed()
+    entries: list[Any] = [*cache_of_bases.listed(), *kept.listed()]
     names = list(args.names)
     if args.action == "verify":
         chosen = [e for e in entries if e.finished and (not names or any(e.name.startswith(n) for n in names))]
         if names and not chosen:
-            raise InputError(f"{', '.join(names)}: no such quantized base; `qvera cache ls` shows them.")
+            raise InputError(
+                f"{', '.join(names)}: nothing of that name is in the cache; `qvera cache ls` shows what is."
+            )
         for entry in chosen:
-            problem = problem_of(entry.directory, verify=True)
+            rows = isinstance(entry, kept.ListedRows)
+            problem = kept.problem_of(entry.directory) if rows else problem_of(entry.directory, verify=True)
             if problem is not None:
                 raise RunFailed(f"{problem}. `qvera cache rm {entry.name}` removes it; the next use makes it again.")
             print(f"{entry.name}  as written")
@@ -96,11 +101,12 @@ def cache(args: argparse.Namespace) -> None:
     names += [e.name for e in entries if args.all or (args.unfinished and not e.finished)]
     if not (names or args.all or args.unfinished):
         raise InputError(
-            "qvera cache rm: name a quantized base, or say --unfinished or --all; `qvera cache ls` shows them."
+            "qvera cache rm: name a quantized base or kept rows, or say --unfinished or --all; `qvera cache ls` shows them."
         )
     for name in dict.fromkeys(names):
         try:
-            print(f"{name}  removed, {memory_text(cache_of_bases.remove(name))}")
+            of_rows = bool(name) and any(isinstance(e, kept.ListedRows) and e.name.startswith(name) for e in entries)
+            print(f"{name}  removed, {memory_text(kept.remove(name) if of_rows else cache_of_bases.remove(name))}")
         except InputError as error:
             if name in args.names:
                 raise
@@ -118,13 +124,21 @@ def _cache_ls(args: argparse.Namespace) -> None:
                 "revision": source.get("revision"), "settings": settings, "directory": str(entry.directory),
             }
         )  # fmt: skip
+    for found in kept.listed():
+        record = found.record or {}
+        rows.append(
+            {
+                "name": found.name, "finished": found.finished, "size_bytes": found.size_bytes, "source": record.get("source"),
+                "rows": record.get("rows"), "directory": str(found.directory),
+            }
+        )  # fmt: skip
     if args.json:
         print(json.dumps(rows, indent=1))
         return
     for row in rows:
         print(f"{row['name']:<32}{memory_text(row['size_bytes']):>10}  {row['source'] or 'unfinished'}")
     total = sum(row["size_bytes"] for row in rows)
-    print(f"{len(rows)} in {cache_of_bases.bases_root()}, {memory_text(total)}")
+    print(f"{len(rows)} in {cache_root()}, {memory_text(total)}")
 
 
 def info(args: argparse.Namespace) -> None:

@@ -105,6 +105,7 @@ def _compare_only(
 
 def _export_adapter(args: argparse.Namespace, section: ModelSection, adapter_dir: Path, dtype: torch.dtype) -> None:
     """--to lora and --to peft"""
+    _require_no_tokens(read_config(adapter_dir), adapter_dir, f"--to {args.to}")
     adapter = read_deltas(adapter_dir, skeleton(section))
     if args.to == "peft":
         size = export_stock_vera(adapter, args.out)
@@ -141,6 +142,8 @@ def merge_adapters(args: argparse.Namespace) -> None:
     quiet_libraries()
     found = [locate(path) for path in args.adapters]
     _require_one_base(found)
+    for _, _, directory in found:
+        _require_no_tokens(read_config(directory), directory, "merge-adapters")
     model = skeleton(found[0][1])
     adapters = [read_deltas(directory, model) for _, _, directory in found]
     weights = args.weights or [1.0 / len(adapters)] * len(adapters)
@@ -151,6 +154,16 @@ def merge_adapters(args: argparse.Namespace) -> None:
     factors = stacked_factors(adapters, weights)
     own = sum(adapter.A.shape[0] for adapter in adapters)
     _write_lora(union(adapters), args.out, getattr(torch, args.dtype), own, args.rank, factors)
+
+
+def _require_no_tokens(config: Any, adapter_dir: Path, what: str) -> None:
+    """Refuse an adapter that brings rows of embedding and head where only factors of ΔW are written."""
+    tokens = getattr(config, "added_tokens", None)
+    if tokens:
+        raise InputError(
+            f"{adapter_dir}: adds the tokens {', '.join(tokens)}, whose rows of embedding and head have no place in what {what} "
+            "writes. Export it with --to merged, whose checkpoint and tokenizer have them."
+        )
 
 
 def _require_one_base(found: list[tuple[Recipe | None, ModelSection, Path]]) -> None:

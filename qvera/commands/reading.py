@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -214,7 +215,7 @@ def _judge(
     opened: OpenRun,
     model: Any,
     datasets: Datasets,
-    rows: list[Example],
+    rows: Sequence[Example],
     inputs: list[Input],
     metrics: list[TextMetric],
     label: str,

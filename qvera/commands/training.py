@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from .. import launch as launcher
-from ..data import Example, build_datasets, data_warnings, decode, print_preflight
+from ..data import Rows, build_datasets, data_warnings, decode, print_preflight
 from ..errors import InputError
 from ..find_lr import PAGE, POINTS, RULE, find_lr
 from ..locations import resolve_path
@@ -167,7 +167,7 @@ def plan(args: argparse.Namespace) -> None:
         print_plan(made, Console())
 
 
-def _rows_at_hand(recipe: Recipe) -> list[Example] | None:
+def _rows_at_hand(recipe: Recipe) -> Rows | None:
     """The training rows where they and the tokenizer are local, else None; a plan must not wait for a download."""
     if not Path(resolve_path(recipe.data.path)).exists() or not Path(resolve_path(recipe.model.path)).is_dir():
         return None

@@ -1,6 +1,7 @@
 """Rows → tokens, labels, batches. See `build_datasets` for the way in and `batches` for the order of training."""
 
 from .batches import IGNORED, Batches, batches_of, collate, grouped, microbatches, order, steps_per_epoch
+from .build import Datasets, build_datasets, data_sha256
 from .encode import Encoder
 from .examples import DataStats, Example
 from .formats import FORMATS, Conversation, Text, Turn
@@ -8,8 +9,8 @@ from .named_templates import NAMED_TEMPLATES
 from .prefix import collate_prefix_once
 from .preflight import data_warnings, decode, print_preflight
 from .prompts import read_prompts
+from .rows import CutRows, Rows, lengths_of, rows_of
 from .templates import ChatTemplate, resolve_template
-from .tokenize import Datasets, build_datasets, data_sha256
 
 __all__ = [
     "FORMATS",
@@ -17,11 +18,13 @@ __all__ = [
     "NAMED_TEMPLATES",
     "Batches",
     "ChatTemplate",
+    "CutRows",
     "Conversation",
     "DataStats",
     "Datasets",
     "Encoder",
     "Example",
+    "Rows",
     "Text",
     "Turn",
     "batches_of",
@@ -32,10 +35,12 @@ __all__ = [
     "data_warnings",
     "decode",
     "grouped",
+    "lengths_of",
     "microbatches",
     "order",
     "print_preflight",
     "read_prompts",
     "resolve_template",
+    "rows_of",
     "steps_per_epoch",
 ]

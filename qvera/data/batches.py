@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from .rows import lengths_of
+
 if TYPE_CHECKING:
     from ..recipe import Recipe
     from .examples import Example
@@ -94,7 +96,7 @@ class Batches:
 
     def __init__(
         self,
-        lengths: Sequence[int],
+        lengths: Sequence[int] | np.ndarray,
         global_batch_size: int,
         pass_rows: int = 1,
         *,
@@ -170,7 +172,7 @@ def batches_of(recipe: Recipe, rows: Sequence[Example]) -> Batches:
     """The batches of a run over its training rows."""
     data, training = recipe.data, recipe.training
     return Batches(
-        [len(row.input_ids) for row in rows],
+        lengths_of(rows),
         training.global_batch_size,
         training.per_device_train_batch_size,
         pack_tokens=data.max_length if data.packing else None,

@@ -5,9 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from .rows import Rows
+    from .tokenize import Counts
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,7 +64,8 @@ class DataStats:
         split_parts: how many rows they became (parts without a trained token are left out).
         dropped: reason → sources of rows that are left out.
         spelled_rows: rows whose text spells special tokens (such as ``</s>``), which are read as those tokens.
-        repeated_rows: eval rows that are, token for token, also training rows.
+        repeated_rows: eval rows that are, token for token, also training rows (by a 64-bit hash of their tokens).
+        found: names of the cache's entries that rows came from; sources that are not among them were tokenized now.
         histogram_edges, histogram_counts: training rows by length in tokens; counts[i] is of
             edges[i] <= T < edges[i + 1].
     """
@@ -82,6 +87,7 @@ class DataStats:
     spelled_rows: int = 0
     repeated_rows: int = 0
     pads_with_eos: bool = False
+    found: list[str] = field(default_factory=list)
     histogram_edges: list[int] = field(default_factory=list)
     histogram_counts: list[int] = field(default_factory=list)
 
@@ -92,6 +98,14 @@ class DataStats:
         self.template = self.template or template
         self.unused_columns += [name for name in unused if name not in self.unused_columns]
         self.pads_with_eos = pads_with_eos
+
+    def add_counts(self, counts: Counts, found: str | None) -> None:
+        """Note what a source's rows lost, and the cache's entry that they came from."""
+        for name in ("truncated_rows", "truncated_tokens", "split_rows", "split_parts", "spelled_rows"):
+            setattr(self, name, getattr(self, name) + getattr(counts, name))
+        for reason, sources in counts.dropped.items():
+            self.dropped.setdefault(reason, []).extend(sources)
+        self.found += [] if found is None else [found]
 
     @property
     def dropped_rows(self) -> int:
@@ -119,14 +133,14 @@ class DataStats:
         }
 
 
-def count(stats: DataStats, train: list[Example], held_out: list[Example]) -> None:
-    lengths = np.array([len(example.input_ids) for example in train])
+def count(stats: DataStats, train: Rows, held_out: Rows) -> None:
+    """Count the rows into ``stats``, by what is known of all of them without a look at any."""
+    lengths = train.lengths
     stats.train_rows, stats.eval_rows = len(train), len(held_out)
-    stats.tokens = int(lengths.sum())
-    stats.trained_tokens = sum(example.trained_tokens for example in train)
+    stats.tokens = int(lengths.sum(dtype=np.int64))
+    stats.trained_tokens = int(train.trained_tokens.sum(dtype=np.int64))
     stats.longest_tokens = int(lengths.max())
-    seen = {example.input_ids.tobytes() for example in train} if held_out else set()
-    stats.repeated_rows = sum(example.input_ids.tobytes() in seen for example in held_out)
+    stats.repeated_rows = int(np.isin(held_out.ids_hash, train.ids_hash).sum())
     stats.histogram_edges, stats.histogram_counts = length_histogram(lengths)
 
 

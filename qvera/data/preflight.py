@@ -9,8 +9,8 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from .build import Datasets
 from .examples import DataStats, Example
-from .tokenize import Datasets
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,6 +63,8 @@ def _summary(stats: DataStats) -> Table:
     if stats.split_rows:
         table.add_row("Split", f"{stats.split_rows:,} rows into {stats.split_parts:,}")
     table.add_row("Dropped", f"{stats.dropped_rows:,} rows")
+    if stats.found:
+        table.add_row("Tokenized", f"before; found in the cache ({', '.join(stats.found)})")
     if stats.unused_columns:
         table.add_row("Not read", Text("columns " + ", ".join(stats.unused_columns)))
     return table

@@ -10,9 +10,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
+
+if TYPE_CHECKING:
+    from ..cache import HashIndex
+    from ..recipe import DataSection
 
 EXTENSIONS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _ACCEPTED = ".jsonl, .json, .csv, .tsv or .parquet"
@@ -275,10 +279,19 @@ def _read_parquet(file: Path) -> Iterator[RawRow]:
 
 
 def _read_hub(path: str, split: str, config_name: str | None, revision: str | None) -> Iterator[RawRow]:
+    number = 0
+    for number, fields in enumerate(_load_hub(path, split, config_name, revision), start=1):
+        yield RawRow(dict(fields), f"{path}[{split}] row {number}")
+    if not number:
+        raise InputError(f"{path}: the split {split!r} holds no rows. Set data.split to another one.")
+
+
+def _load_hub(path: str, split: str, config_name: str | None, revision: str | None) -> Any:
+    """A hub dataset as `datasets` has it: Arrow files in its cache, mapped."""
     import datasets
 
     try:
-        rows = datasets.load_dataset(path, name=config_name, split=split, revision=revision)
+        return datasets.load_dataset(path, name=config_name, split=split, revision=revision)
     except Exception as error:  # the hub's client raises many unrelated types, all of them about what was asked for
         hint = "Check data.path, data.config_name, data.split and data.revision."
         if isinstance(error, ConnectionError) or "offline" in str(error).lower():
@@ -287,11 +300,57 @@ def _read_hub(path: str, split: str, config_name: str | None, revision: str | No
             f"{path}: no file or directory of that name here, and as a hub dataset it can't be loaded "
             f"(split {split!r}{f', configuration {config_name!r}' if config_name else ''}): {_one_line(error)}. {hint}"
         ) from None
-    number = 0
-    for number, fields in enumerate(rows, start=1):
-        yield RawRow(dict(fields), f"{path}[{split}] row {number}")
-    if not number:
-        raise InputError(f"{path}: the split {split!r} holds no rows. Set data.split to another one.")
+
+
+def source_files(section: DataSection) -> list[Path] | None:
+    """The local files that a source is read from, its held-out ones last; None for a hub dataset.
+
+    Raises:
+        InputError: a directory without data files.
+    """
+    found: list[Path] = []
+    for path in (section.path, section.eval_path):
+        if path is None:
+            continue
+        local = Path(path).expanduser()
+        if local.is_dir():
+            found += _files_of(local)
+        elif local.exists():
+            found.append(local)
+        elif _looks_like_hub_id(path):
+            return None
+    return found
+
+
+def source_content(section: DataSection, files: list[Path] | None, hashes: HashIndex) -> Any:
+    """What a source holds, as JSON: name and SHA-256 of each file, or the fingerprints that `datasets` gives a hub dataset.
+
+    Args:
+        files: from `source_files`.
+        hashes: what is known of files that have not changed.
+
+    Returns:
+        None where nothing tells one content from another.
+    """
+    if files is not None:
+        known = hashes.hashed(files, hashes.known(files), None)
+        return [[str(file), known[file]] for file in files]
+    found = []
+    for path in (section.path, section.eval_path):
+        if path is None:
+            continue
+        local = Path(path).expanduser()
+        if local.is_file():
+            found.append([str(local), hashes.hashed([local], hashes.known([local]), None)[local]])
+            continue
+        if local.is_dir():
+            return None
+        rows = _load_hub(path, section.split, section.config_name, section.revision)
+        fingerprint = getattr(rows, "_fingerprint", None)
+        if fingerprint is None:
+            return None
+        found.append([path, str(fingerprint)])
+    return found
 
 
 def _one_line(error: Exception) -> str:

@@ -65,8 +65,8 @@ def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase, format: str 
         usable = [other for other, entry in NAMED_TEMPLATES.items() if all(m in vocabulary for m in entry.needs)]
         raise InputError(
             f"data.template: {name} needs {', '.join(absent)}, which the tokenizer of "
-            f"{tokenizer.name_or_path or 'this model'} does not have as single tokens, and qvera never adds tokens to "
-            f"a frozen model. Templates that work with it: {', '.join(usable)}."
+            f"{tokenizer.name_or_path or 'this model'} does not have as single tokens. Templates that work with "
+            f"it: {', '.join(usable)}. Or add them with model.added_tokens (and set model.eos_token to the one that ends a turn)."
         )
     return ChatTemplate(name, named.jinja, tokenizer, reads_context=named.reads_context)
 
@@ -197,9 +197,7 @@ class ChatTemplate:
             text = self._render(messages, conversation.tools, False)
             answers = self._generation_spans(text, messages, conversation)
             if answers is None:
-                answers = self._skeleton_spans(text, messages, conversation)
-            if answers is None:
-                answers = self._prefix_spans(text, messages, conversation)
+                answers = self._measured_spans(text, messages, conversation)
         except TemplateError as error:
             raise InputError(
                 f"{conversation.source}: the chat template ({self.name}) refuses the row: {error}. Its roles are "
@@ -218,8 +216,12 @@ class ChatTemplate:
     # --- three ways to know where the answers are, the surest first -------------------------------------------------
 
     def _generation_spans(self, text: str, messages: Any, conversation: Conversation) -> list[AnswerSpan] | None:
-        """The author's own ``{% generation %}`` blocks, where there is one for each assistant turn."""
-        if not re.search(r"\{%-?\s*generation\s*-?%\}", self.jinja):
+        """The author's own ``{% generation %}`` blocks, where there is one for each assistant turn.
+
+        Blocks say what an author wants trained, but differ in what they take along: some leave the end of turn outside, some
+        hold the turn's heading or the line break behind its end. What is measured without them settles that.
+        """
+        if not re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", self.jinja):
             return None
         import jinja2
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -238,16 +240,33 @@ class ChatTemplate:
         assistants = [i for i, turn in enumerate(conversation.turns) if turn.role == "assistant"]
         if rendered[0] != text or len(blocks[0]) != len(assistants):
             return None
-        headers = {span.turn: span.header for span in self._skeleton_spans(text, messages, conversation) or []}
+        measured = {span.turn: span for span in self._measured_spans(text, messages, conversation)}
         answers: list[AnswerSpan] = []
         for turn, (start, end) in zip(assistants, blocks[0], strict=True):
-            # Many authors leave the end-of-turn token outside of the block; without it the model never stops.
-            marked = any(found.end() == end for found in self._special.finditer(text, start, end))
-            following = None if marked else self._special.match(text, end)
-            if following is not None:
-                marked, end = True, following.end()
-            answers.append(AnswerSpan(turn, min(headers.get(turn, start), start), start, end, marked))
+            answers.append(self._within_block(text, turn, start, end, measured.get(turn)))
         return answers
+
+    def _within_block(self, text: str, turn: int, start: int, end: int, measured: AnswerSpan | None) -> AnswerSpan:
+        """The answer of a block [start, end): without the turn's heading, and with its end of turn but nothing behind that."""
+        header = start
+        if measured is not None:
+            header = min(measured.header, start)
+            start = max(start, measured.start)
+            # the end of turn stands right behind a block that leaves it outside; one that stops earlier means to
+            closes = measured.marked and self._special.fullmatch(text, end, measured.end)
+            if end >= measured.end or closes:
+                return AnswerSpan(turn, header, start, measured.end, measured.marked)
+        ends = [found.end() for found in self._special.finditer(text, start, end)]
+        if ends and not text[ends[-1] : end].strip():
+            return AnswerSpan(turn, header, start, ends[-1], True)
+        following = self._special.match(text, end)
+        if following is not None and not text[start:end].endswith("\n"):
+            return AnswerSpan(turn, header, start, following.end(), True)
+        return AnswerSpan(turn, header, start, end, False)
+
+    def _measured_spans(self, text: str, messages: Any, conversation: Conversation) -> list[AnswerSpan]:
+        spans = self._skeleton_spans(text, messages, conversation)
+        return self._prefix_spans(text, messages, conversation) if spans is None else spans
 
     def _skeleton_spans(self, text: str, messages: Any, conversation: Conversation) -> list[AnswerSpan] | None:
         """Piece the text together from the shape's literals and the row's contents; None where that is not the text."""
@@ -363,19 +382,73 @@ class ChatTemplate:
             bare = self._render(messages[:turn], conversation.tools, False) if turn else ""
             prompt = self._render(messages[:turn], conversation.tools, True) if turn else ""
             through = self._render(messages[: turn + 1], conversation.tools, False)
-            if not (text.startswith(through) and through.startswith(prompt)):
+            if not text.startswith(through):
                 continue
-            start, end = len(prompt), len(through)
-            header = len(bare) if prompt.startswith(bare) else start
-            content = item.content.strip()
-            found = through.rfind(content, start)
-            if content and found < 0:
+            found = self._content_place(messages[: turn + 1], conversation.tools, through)
+            if found is None:
                 continue  # rewritten beyond recognition: a marker inside of it could be mistaken for its end
-            content_end = found + len(content) if content else start
+            content, behind = found
+            # as `_generation_start` has it; an answer may leave out the end of the generation prompt
+            start = len(prompt) if through.startswith(prompt) and len(prompt) <= content else content
+            if prompt == bare and text[start:content].strip():
+                start = content
+            header = len(bare) if prompt.startswith(bare) and len(bare) <= start else start
             # A tool call is written behind the content, and may open with a special token of its own.
-            marker_end = self._marker_end(through, content_end, end, last="tool_calls" in item.extra)
-            answers.append(AnswerSpan(turn, header, start, marker_end or end, marker_end is not None))
+            marker_end = self._marker_end(through, behind, len(through), last="tool_calls" in item.extra)
+            answers.append(AnswerSpan(turn, header, start, marker_end or len(through), marker_end is not None))
         return answers
+
+    def _content_place(self, messages: list[dict[str, Any]], tools: Any, through: str) -> tuple[int, int] | None:
+        """Where in ``through`` the last message's content starts and ends.
+
+        A slot is put in its place: what the template writes before and behind the slot stands around the content too. A template
+        that leaves the content of such a message out (as some do with tool calls) has it nowhere: both ends are where the turn
+        starts to differ from its prompt.
+
+        Returns:
+            None where the template does something else with this content.
+        """
+        last = messages[-1]
+        mark = "QveraSlot"
+        spelled = repr(messages) + repr(tools)
+        while mark in spelled:
+            mark += "Z"
+        try:
+            slotted = self._render([*messages[:-1], {**last, "content": f"\t{mark}\t"}], tools, False)
+            empty = self._render([*messages[:-1], {**last, "content": ""}], tools, False)
+        except TemplateError:
+            return None
+        pieces = re.split(rf"(\t?){mark}(\t?)", slotted)
+        if len(pieces) != 4:
+            if len(pieces) == 1 and slotted == through:
+                bare = self._render(messages[:-1], tools, True) if messages[:-1] else ""
+                return (len(bare), len(bare)) if through.startswith(bare) else None
+            return None
+        before, left, right, behind = pieces
+        content = last["content"]
+        content = content if left else content.lstrip()
+        content = content if right else content.rstrip()
+        if through == before + content + behind:
+            return len(before), len(before) + len(content)
+        if not content and through == empty:
+            # The template writes less around nothing at all: what it shares with the other text at its end is behind it.
+            return _around_nothing(through, before, behind)
+        if through.startswith(before) and through.endswith(behind) and len(through) >= len(before) + len(behind):
+            return len(before), len(through) - len(
+                behind
+            )  # it rewrites the content in its place (line breaks stripped, say)
+        return None
+
+
+def _around_nothing(text: str, before: str, behind: str) -> tuple[int, int]:
+    """Where ``text`` stops being like ``before``, and from where on it is like ``behind``; not before that."""
+    shared = 0
+    while shared < min(len(text), len(behind)) and text[-1 - shared] == behind[-1 - shared]:
+        shared += 1
+    opening = 0
+    while opening < min(len(text), len(before)) and text[opening] == before[opening]:
+        opening += 1
+    return opening, max(opening, len(text) - shared)
 
 
 def _any_of(tokens: list[str]) -> re.Pattern[str]:

@@ -2,243 +2,79 @@
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import TYPE_CHECKING
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from ..errors import InputError
-from ..recipe import DataSection, Source
-from .batches import philox_key
+from ..recipe import DataSection
 from .encode import END, HEADER, START, Cut, Encoder
-from .examples import DataStats, Example, SourceStats, count
-from .formats import Conversation, RowFormat, Text, detect_format, parse_row
-from .sources import RawRow, read_rows
-from .templates import ChatTemplate, Rendered, resolve_template
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from transformers import PreTrainedTokenizerBase
-
-_CHUNK_ROWS = 256
-_PROGRESS_ROWS = 2000
+from .examples import Example
+from .formats import Conversation, RowFormat, Text, parse_row
+from .sources import RawRow
+from .templates import ChatTemplate, Rendered
 
 
-@dataclass(slots=True)
-class Datasets:
-    """Everything that a run reads from its data.
+@dataclasses.dataclass(slots=True)
+class Counts:
+    """What happened to raw rows on their way, as `DataStats` has it."""
 
-    Attributes:
-        train, eval: rows in file order, one source after the other; ``eval`` is empty where the recipe holds none out.
-        stats: counts for the preflight and run.json.
-        template: the template that was used (for the first source of a mixture), for generation and the adapter's directory.
-        pad_id: for `collate`.
-    """
+    truncated_rows: int = 0
+    truncated_tokens: int = 0
+    split_rows: int = 0
+    split_parts: int = 0
+    spelled_rows: int = 0
+    dropped: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
-    train: list[Example]
-    eval: list[Example]
-    stats: DataStats
-    template: ChatTemplate
-    pad_id: int
-
-
-def data_sha256(datasets: Datasets) -> str:
-    """SHA-256 over the tokens and masks of all rows in order: equal where two machines read the same data the same way."""
-    digest = hashlib.sha256()
-    for example in [*datasets.train, *datasets.eval]:
-        for array in (example.input_ids, example.trained):
-            digest.update(len(array).to_bytes(8, "little") + np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
+    def add(self, other: Counts) -> None:
+        """Count the rows of ``other`` too; they come after these."""
+        for name in ("truncated_rows", "truncated_tokens", "split_rows", "split_parts", "spelled_rows"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for reason, sources in other.dropped.items():
+            self.dropped.setdefault(reason, []).extend(sources)
 
 
-def build_datasets(
-    section: DataSection, tokenizer: PreTrainedTokenizerBase, console: Console | None = None
-) -> Datasets:
-    """Read, check, render and tokenize the rows that a recipe names. Nothing is shuffled here.
+class RowTokenizer:
+    """Raw rows of one format → examples.
 
     Args:
-        section: the recipe's ``data``.
-        tokenizer: the base model's.
-        console: where the progress bar of a long run goes (default: stderr).
-
-    Raises:
-        InputError: anything wrong with the recipe's ``data``, a file, a row or the tokenizer.
+        section: the source's part of the recipe.
+        row_format: what its rows look like.
     """
-    encoder = Encoder(tokenizer)
-    stats = DataStats()
-    train: list[Example] = []
-    held_out: list[Example] = []
-    first: ChatTemplate | None = None
-    for number, source in enumerate(_sources(section)):
-        rows, eval_rows, template = _read_source(source, encoder, stats, console)
-        first = first or template
-        taken = weighted(rows, source.weight, section.seed, number)
-        stats.sources.append(SourceStats(source.path, source.weight, len(rows), len(taken)))
-        train += taken
-        held_out += eval_rows
-    assert first is not None
-    count(stats, train, held_out)
-    return Datasets(train, held_out, stats, first, encoder.pad_id)
 
+    def __init__(self, section: DataSection, encoder: Encoder, template: ChatTemplate, row_format: RowFormat) -> None:
+        self.section, self.encoder, self.template, self.row_format = section, encoder, template, row_format
+        self._counts = Counts()
 
-def _sources(section: DataSection) -> list[DataSection]:
-    """``path`` and each part of the mixture as a section of its own; ``eval_path`` belongs to the first."""
-    sources = [replace(section, mixture=[])]
-    for part in section.mixture:
-        own = {f.name: getattr(part, f.name) for f in fields(Source)}
-        fraction = section.eval_fraction if section.eval_path is None else 0.0
-        sources.append(replace(section, mixture=[], eval_path=None, eval_fraction=fraction, **own))
-    return sources
+    def parse(self, rows: Sequence[RawRow]) -> tuple[list[Conversation | Text], list[str]]:
+        """The rows that have something to train, and the sources of those that have nothing.
 
+        Raises:
+            InputError: a row is not of the format.
+        """
+        parsed = [parse_row(row, self.row_format, self.section.system) for row in rows]
+        hollow = [row.source for row in parsed if self._is_hollow(row)]
+        return [row for row in parsed if not self._is_hollow(row)] if hollow else parsed, hollow
 
-def _read_source(
-    section: DataSection, encoder: Encoder, stats: DataStats, console: Console | None
-) -> tuple[list[Example], list[Example], ChatTemplate]:
-    """The training and held-out rows of one source, and its template; counts into ``stats``."""
-    rows = _read(section, section.path)
-    row_format = detect_format(rows[0], section.format, section.columns)
-    template = resolve_template(section.template, encoder.tokenizer, row_format.name)
-    stats.add_source(row_format.name, template.name, row_format.unused, encoder.pads_with_eos)
-    tokenize = _Tokenizer(section, encoder, template, stats, console)
-    if section.eval_path is not None:
-        if section.eval_path == section.path:
-            raise InputError(
-                f"data.eval_path: {section.path} is data.path too, so nothing would be held out. Name another file, or "
-                "set data.eval_fraction instead."
-            )
-        train_rows, eval_rows = rows, _read(section, section.eval_path)
-        eval_format = detect_format(eval_rows[0], section.format, section.columns)
-    else:
-        train_rows, eval_rows = hold_out(rows, section.eval_fraction, section.seed)
-        eval_format = row_format
-    eval_rows = eval_rows[: section.eval_limit]
-    train = tokenize(train_rows, row_format, section.path, "training")
-    held_out = tokenize(eval_rows, eval_format, section.eval_path or section.path, "held-out") if eval_rows else []
-    return train, held_out, template
+    def encode(self, rows: Sequence[Conversation | Text]) -> tuple[list[Example], Counts]:
+        """Their examples in order, and what was cut, split, dropped on the way.
 
+        Raises:
+            InputError: the template refuses a row, or rewrites it beyond recognition.
+        """
+        self._counts = Counts()
+        return self._encode(rows), self._counts
 
-def weighted(rows: list[Example], weight: float, seed: int, number: int) -> list[Example]:
-    """Each row as often as its source's weight says, at least one row in all: whole passes, and a part drawn by ``seed``.
-
-    Args:
-        number: the source's place in the mixture; each draws for itself.
-    """
-    passes = int(weight)
-    more = round((weight - passes) * len(rows))
-    if passes == 0:
-        more = max(more, 1)
-    # far from the streams of the epochs (from 0 up) and of hold_out and group_by_length (from -1 down)
-    words = np.random.Philox(key=philox_key(seed, 2**63 + number)).random_raw(len(rows))
-    chosen = np.sort(np.argsort(words, kind="stable")[:more])
-    return rows * passes + [rows[i] for i in chosen]
-
-
-def hold_out(rows: list[RawRow], fraction: float, seed: int) -> tuple[list[RawRow], list[RawRow]]:
-    """Split rows into training and held-out ones; both keep file order, both have at least one row.
-
-    Args:
-        rows: all rows.
-        fraction: of them to hold out, 0 <= fraction < 1; 0 holds out none.
-        seed: decides which.
-
-    Raises:
-        InputError: there is only one row to split.
-    """
-    if fraction <= 0:
-        return rows, []
-    if len(rows) < 2:
-        raise InputError(
-            f"data.eval_fraction: {rows[0].source} is the only row, so none can be held out. Add rows, or set "
-            "data.eval_path, or remove data.eval_fraction."
-        )
-    count = min(max(1, round(len(rows) * fraction)), len(rows) - 1)
-    # The second key word keeps this stream apart from the epochs' (batches.order counts them up from 0).
-    words = np.random.Philox(key=philox_key(seed, -1)).random_raw(len(rows))
-    chosen = set(np.argsort(words, kind="stable")[:count].tolist())
-    return (
-        [row for index, row in enumerate(rows) if index not in chosen],
-        [row for index, row in enumerate(rows) if index in chosen],
-    )
-
-
-def _read(section: DataSection, path: str) -> list[RawRow]:
-    if path == section.path or not Path(path).expanduser().exists():
-        rows = read_rows(path, split=section.split, config_name=section.config_name, revision=section.revision)
-    else:  # a local eval file beside a hub dataset: the hub's keys are not about it
-        rows = read_rows(path)
-    return list(itertools.islice(rows, section.limit if path == section.path else None))
-
-
-class _Tokenizer:
-    """One pass over the rows of a data set; counts into ``stats``."""
-
-    def __init__(
-        self,
-        section: DataSection,
-        encoder: Encoder,
-        template: ChatTemplate,
-        stats: DataStats,
-        console: Console | None,
-    ) -> None:
-        self.section = section
-        self.encoder = encoder
-        self.template = template
-        self.stats = stats
-        self.console = console
-
-    def __call__(self, rows: list[RawRow], row_format: RowFormat, path: str, purpose: str) -> list[Example]:
-        examples: list[Example] = []
-        hollow: list[str] = []
-        for chunk in self._chunks(rows, path):
-            parsed = [parse_row(row, row_format, self.section.system) for row in chunk]
-            full = []
-            for row in parsed:
-                if self._is_hollow(row):
-                    hollow.append(row.source)
-                else:
-                    full.append(row)
-            if not hollow:  # otherwise only the rest of the list of such rows is of interest
-                examples += self._encode(full)
-        if hollow:
-            shown = ", ".join(hollow[:5]) + (f" and {len(hollow) - 5} more" if len(hollow) > 5 else "")
-            what = "its answer (or text) is empty" if len(hollow) == 1 else "their answers (or texts) are empty"
-            if self.section.train_on == "last" or row_format.name in ("messages", "sharegpt"):
-                what += ", or there is no assistant turn to train"
-            raise InputError(
-                f"{shown}: {len(hollow)} row{'s' if len(hollow) > 1 else ''} with no token to train on: {what}. "
-                "Fill in or remove them."
-            )
-        if not examples:
-            raise InputError(
-                f"{path}: no {purpose} row is left: none of all {len(rows)} has a trained token within data.max_length "
-                f"({self.section.max_length}). Raise it, or set data.max_source_length below it, or change data.too_long."
-            )
-        return examples
-
-    def _chunks(self, rows: list[RawRow], path: str) -> Iterator[list[RawRow]]:
-        chunks = [rows[start : start + _CHUNK_ROWS] for start in range(0, len(rows), _CHUNK_ROWS)]
-        if len(rows) <= _PROGRESS_ROWS:
-            yield from chunks
-            return
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (
-            TextColumn("Tokenizing {task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("rows"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=self.console or Console(stderr=True), transient=True) as progress:
-            task = progress.add_task(path, total=len(rows))
-            for chunk in chunks:
-                yield chunk
-                progress.update(task, advance=len(chunk))
+    def hollow_message(self, hollow: Sequence[str]) -> str:
+        """What is said of rows without a token to train on."""
+        shown = ", ".join(hollow[:5]) + (f" and {len(hollow) - 5} more" if len(hollow) > 5 else "")
+        what = "its answer (or text) is empty" if len(hollow) == 1 else "their answers (or texts) are empty"
+        if self.section.train_on == "last" or self.row_format.name in ("messages", "sharegpt"):
+            what += ", or there is no assistant turn to train"
+        rows = f"{len(hollow)} row{'s' if len(hollow) > 1 else ''}"
+        return f"{shown}: {rows} with no token to train on: {what}. Fill in or remove them."
 
     def _trains(self, conversation: Conversation) -> list[int]:
         """The turns of a conversation that are trained."""
@@ -255,10 +91,10 @@ class _Tokenizer:
         turns = [row.turns[i] for i in self._trains(row)]
         return not any(turn.content.strip() or turn.extra.get("tool_calls") for turn in turns)
 
-    def _encode(self, rows: list[Conversation | Text]) -> list[Example]:
+    def _encode(self, rows: Sequence[Conversation | Text]) -> list[Example]:
         layouts: list[tuple[str, list[Cut], Rendered | None]] = []
         for row in rows:
-            self.stats.spelled_rows += self._spells(row)
+            self._counts.spelled_rows += self._spells(row)
             if isinstance(row, Text):
                 layouts.append((row.text, [], None))
                 continue
@@ -349,8 +185,8 @@ class _Tokenizer:
                 keep[kept[limit:]] = False
         if keep.all():
             return [whole]
-        self.stats.truncated_rows += 1
-        self.stats.truncated_tokens += int((~keep).sum())
+        self._counts.truncated_rows += 1
+        self._counts.truncated_tokens += int((~keep).sum())
         trained = whole.trained[keep]
         trained[:1] = False  # nothing stands before it any more
         if not trained.any():
@@ -360,7 +196,7 @@ class _Tokenizer:
         return [replace(whole, input_ids=whole.input_ids[keep], trained=trained, prompt_ids=prompt_ids)]
 
     def _drop(self, row: Example, reason: str) -> None:
-        self.stats.dropped.setdefault(reason, []).append(row.source)
+        self._counts.dropped.setdefault(reason, []).append(row.source)
 
     def _split(self, whole: Example, kept: np.ndarray) -> list[Example]:
         """The tokens ``kept`` of a row in consecutive parts of max_length, each after the row's BOS if it has one.
@@ -378,8 +214,8 @@ class _Tokenizer:
             trained[:1] = False
             if trained.any():
                 found.append(Example(whole.input_ids[part], trained, whole.source, nothing, "", None))
-        self.stats.split_rows += 1
-        self.stats.split_parts += len(found)
+        self._counts.split_rows += 1
+        self._counts.split_parts += len(found)
         return found
 
 

@@ -22,7 +22,8 @@ from transformers import AutoConfig, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from .. import measure
-from ..attached import ADAPTER_WEIGHTS, read_adapter, require_base
+from ..added import ADDED_ROWS, ids_of, read_rows
+from ..attached import ADAPTER_WEIGHTS, read_adapter, require_base, require_tokens
 from ..errors import InputError, Interrupted, RunFailed
 from ..locations import base_directory
 from ..model import load_tokenizer, pick_compute_dtype, pick_device
@@ -79,15 +80,18 @@ def export_merged(
     require_base(adapter.config, adapter_dir, section.path, fingerprint)
     _require_shapes(source_dir, entries, model)
     deltas = _deltas(adapter, entries)
-    specs = [Spec(e.name, dtype, e.shape) for e in entries]
+    tokenizer = load_tokenizer(section)
+    ids = ids_of(tokenizer, section.added_tokens)
+    require_tokens(adapter.config, adapter_dir, ids)
+    tables = _tables(model, ids, adapter_dir, entries) if ids else {}
+    specs = [Spec(e.name, dtype, tables[e.name].shape if e.name in tables else e.shape) for e in entries]
     shards = grouped_by_bytes(([s] for s in specs), lambda spec: spec.size_bytes, options.max_shard_size_bytes)
     compute = pick_compute_dtype(section.compute_dtype, pick_device())
-    tokenizer = load_tokenizer(section)
     identity = _identity(adapter_dir, entries, section, options, compute)
     with StopRequests() as stop, Unfinished.open(out, identity, "export") as work:
         try:
             layers = _write_shards(
-                work, shards, deltas, dtype, options, (section, compute), entries, model, stop, progress
+                work, shards, deltas, tables, dtype, options, (section, compute), entries, model, stop, progress
             )
             if chat_template is not None and not tokenizer.chat_template:
                 tokenizer.chat_template = chat_template
@@ -111,6 +115,7 @@ def export_merged(
                     ),
                 },
                 "trained_on": {"quantization": section.quantization, "double_quant": section.double_quant},
+                "added_tokens": ids,
                 "dtype": options.dtype,
                 "files": work.shards,
                 "delta": layers,
@@ -120,9 +125,18 @@ def export_merged(
                 write_index(out, shards)
                 place_files(out, tokenizer.save_pretrained)
                 if (source_dir / "generation_config.json").is_file():
-                    place_files(out, GenerationConfig.from_pretrained(source_dir).save_pretrained)
+                    generation = GenerationConfig.from_pretrained(source_dir)
+                    if section.eos_token is not None:
+                        generation.eos_token_id = tokenizer.eos_token_id
+                    place_files(out, generation.save_pretrained)
                 replace_text(out / CERTIFICATE, json.dumps(certificate, indent=1))
                 model_config.dtype = dtype
+                for table in tables.values():
+                    model_config.get_text_config().vocab_size = table.shape[0]
+                if section.eos_token is not None:
+                    model_config.eos_token_id = tokenizer.eos_token_id
+                if section.pad_token is not None:
+                    model_config.pad_token_id = tokenizer.pad_token_id
                 model_config.architectures = model_config.architectures or [type(model).__name__]
                 place_files(out, model_config.save_pretrained)  # last: with it the directory is a model
         except KeyboardInterrupt:
@@ -145,6 +159,7 @@ def _write_shards(
     work: Unfinished,
     shards: list[tuple[str, list[Spec]]],
     deltas: dict[str, Delta],
+    tables: dict[str, Table],
     dtype: torch.dtype,
     options: ExportSection,
     trained_on: tuple[ModelSection, torch.dtype],
@@ -184,7 +199,9 @@ def _write_shards(
                     progress(done, len(entries), block.entry.name)
             yield result
 
-    merge = functools.partial(_merge, deltas=deltas, dtype=dtype, compute=trained_on[1] if dequantized else None)
+    merge = functools.partial(
+        _merge, deltas=deltas, tables=tables, dtype=dtype, compute=trained_on[1] if dequantized else None
+    )
     with one_thread_each() as workers:
         results = in_order(source.blocks(skip), merge, workers, 3 * workers + 2)
         with contextlib.closing(results):
@@ -208,13 +225,60 @@ Merged = tuple[Block, torch.Tensor, tuple[float, float] | None]
 """Rows in the output's dtype, and the largest and the sum of |ΔW| in them where the weight is adapted."""
 
 
-def _merge(block: Block, deltas: dict[str, Delta], dtype: torch.dtype, compute: torch.dtype | None) -> Merged:
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Embedding or head, with rows for the tokens that the recipe added: id → row; ``shape`` is what is written."""
+
+    rows: dict[int, torch.Tensor]
+    shape: tuple[int, ...]
+
+    def put(self, block: Block, weight: torch.Tensor) -> torch.Tensor:
+        """The block's rows with those of added tokens in their places, and at the table's end the ones that it grows by."""
+        stop = self.shape[0] if block.last else block.first + len(weight)
+        out = weight.new_zeros(stop - block.first, *weight.shape[1:])
+        out[: len(weight)] = weight
+        for place, row in self.rows.items():
+            if block.first <= place < stop:
+                out[place - block.first] = row.to(out.dtype)
+        return out
+
+
+def _tables(model: Any, ids: dict[str, int], adapter_dir: Path, entries: list[TensorEntry]) -> dict[str, Table]:
+    """Name of embedding and head in the checkpoint → its `Table`."""
+    rows = read_rows(adapter_dir)
+    ends = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
+    shapes = {e.name: e.shape for e in entries}
+    tables = {}
+    for name, module in model.named_modules():
+        for end, found in ends.items():
+            shape = shapes.get(f"{name}.weight")
+            if module is found and shape is not None:  # a tied head is in few files
+                new = rows.get(end, rows["embedding"])
+                if tuple(new.shape) != (len(ids), *shape[1:]):
+                    raise InputError(
+                        f"{adapter_dir / ADDED_ROWS}: holds rows of shape {list(new.shape)}, expected {[len(ids), *shape[1:]]} for "
+                        f"{name}.weight. It is another model's."
+                    )
+                placed = dict(zip(ids.values(), new, strict=True))
+                tables[f"{name}.weight"] = Table(placed, (max(shape[0], *(i + 1 for i in placed)), *shape[1:]))
+    return tables
+
+
+def _merge(
+    block: Block,
+    deltas: dict[str, Delta],
+    tables: dict[str, Table],
+    dtype: torch.dtype,
+    compute: torch.dtype | None,
+) -> Merged:
     """W + ΔW in fp32, rounded once to ``dtype``; a tensor that is not adapted is only cast.
 
     Raises:
         RunFailed: the result has NaN or Inf in it.
     """
     delta, weight, found = deltas.get(block.entry.name), block.rows, None
+    if block.entry.name in tables:
+        weight = tables[block.entry.name].put(block, weight)
     if compute is not None and (block.trip is None or block.transposed or not block.trip.takes_stored):
         weight = weight.to(compute)
     if block.trip is not None:
@@ -309,6 +373,7 @@ def _identity(
     """
     return {
         "adapter": file_sha256(adapter_dir / ADAPTER_WEIGHTS),
+        "tokens": file_sha256(adapter_dir / ADDED_ROWS) if (adapter_dir / ADDED_ROWS).is_file() else None,
         "base": stamps(entries),
         "options": dataclasses.asdict(options),
         "quantization": [section.quantization, section.double_quant, str(compute)],

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 
-from ..data import Example
-from ..model import takes_prefix_once
+from ..added import ids_of
+from ..data import CutRows, Example, lengths_of
+from ..errors import InputError
+from ..model import load_tokenizer, takes_prefix_once
 from ..recipe import Recipe
 from ..repeating import repeats
 from ..skeleton import skeleton
@@ -116,7 +117,7 @@ def make_plan(
     """
     with torch.random.fork_rng(devices=[]):
         model = skeleton(recipe.model)
-    shape = shape_of(model)
+    shape = _grown(shape_of(model), recipe)
     attention = recipe.model.attn_implementation
     joinable = recipe.data.prefix_once and attention != "flash_attention_2" and takes_prefix_once(model)
     del model
@@ -144,6 +145,22 @@ def make_plan(
     )
 
 
+def _grown(shape: Shape, recipe: Recipe) -> Shape:
+    """With the rows that added tokens need beyond those the checkpoint has; all of them where the tokenizer is out of reach."""
+    tokens = recipe.model.added_tokens
+    if not tokens:
+        return shape
+    try:
+        last = max(ids_of(load_tokenizer(recipe.model), tokens).values())
+    except InputError:
+        last = shape.vocabulary + len(tokens) - 1
+    grown = max(0, last + 1 - shape.vocabulary)
+    more = grown * shape.hidden * (1 if shape.tied else 2)
+    return replace(
+        shape, vocabulary=shape.vocabulary + grown, dense_numbers=shape.dense_numbers + more, grown_rows=grown
+    )
+
+
 def _batches(rows: Sequence[Example] | None, joinable: bool, repeating: bool) -> BatchOf:
     """The longest batch over these rows, remembered by what it depends on."""
     if rows is None:
@@ -154,7 +171,8 @@ def _batches(rows: Sequence[Example] | None, joinable: bool, repeating: bool) ->
     def longest(recipe: Recipe) -> Batch:
         key = recipe.data.max_length, recipe.training.per_device_train_batch_size
         if key not in found:
-            cut = [e if len(e.input_ids) <= key[0] else _cut(e, key[0]) for e in rows]
+            short = int(lengths_of(rows).max()) <= key[0]
+            cut = rows if short else CutRows(rows, key[0])
             steps = max(1, planned_steps(recipe, len(cut)))
             chosen = longest_rows(recipe, cut, joinable, steps)
             batch = batch_of([cut[i] for i in chosen], joinable, recipe.data.packing, repeating)
@@ -162,12 +180,6 @@ def _batches(rows: Sequence[Example] | None, joinable: bool, repeating: bool) ->
         return found[key]
 
     return longest
-
-
-def _cut(example: Example, tokens: int) -> Example:
-    return Example(
-        example.input_ids[:tokens], example.trained[:tokens], example.source, np.array([], np.int32), "", None
-    )
 
 
 def time_step(plan: Plan, recipe: Recipe, device: torch.device) -> dict[str, float]:

@@ -10,7 +10,7 @@ from .memory import vector_sizes
 from .shapes import Shape
 
 _PEFT_PREFIX = "base_model.model."
-_CONFIG_BYTES = 750  # adapter_config.json
+_CONFIG_BYTES = 800  # adapter_config.json
 _STATE_BYTES = 1_500  # state.json without the recipe and the steps' own results, and manifest.json
 _RANDOM_BYTES = 5_056
 

@@ -177,6 +177,7 @@ def _standing(shape: Shape, recipe: Recipe, machine: Machine, adapted: tuple[Lin
     stored = {"none": "dense linears", "int8": "int8 linears"}.get(recipe.model.quantization, "4-bit linears")
     per: Literal["rank", "node"] = "node" if machine.mapped_base else "rank"
     rank = recipe.adapter.rank
+    tables = shape.vocabulary * shape.hidden * (1 if shape.tied else 2) if shape.grown_rows else 0
     widest = max(x.n for x in adapted), max(x.m for x in adapted)
     sizes = [n for _, n in vector_sizes(adapted, rank)]
     trained = [n for name, n in vector_sizes(adapted, rank) if recipe.adapter.train_d or name.endswith("_b")]
@@ -184,7 +185,10 @@ def _standing(shape: Shape, recipe: Recipe, machine: Machine, adapted: tuple[Lin
         Component("interpreter, libraries, rows", "runtime", machine.runtime_bytes),
         Component("CUDA context", "runtime", machine.context_bytes),
         Component(stored, "base", linears, machine.mapped_base, per, 3),
-        Component("embeddings, head, norms", "base", shape.dense_numbers * dense_size, machine.mapped_base, per, 3),
+        Component(
+            "embeddings, head, norms", "base", (shape.dense_numbers - tables) * dense_size, machine.mapped_base, per, 3
+        ),
+        Component("embedding and head with more rows", "base", tables * dense_size),
         Component("projections A, B", "projections", rank * sum(widest) * size, zero_stage=None),
         Component("vectors", "vectors", 4 * sum(sizes)),  # whole on every rank in each stage: they are read by name
         Component("their gradients", "vectors", 4 * sum(trained)),  # likewise: one bucket, as large as all of them

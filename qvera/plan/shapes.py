@@ -54,6 +54,8 @@ class Shape:
     """Embeddings, head, norms, biases: all that is not a quantizable weight; a tied head counts once."""
     attention: str
     """The attention implementation that the model picks by itself."""
+    grown_rows: int = 0
+    """Rows that embedding and head grow by for ``model.added_tokens``; they are then private copies, not mapped."""
 
     @property
     def parameters(self) -> int:

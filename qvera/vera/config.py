@@ -29,6 +29,8 @@ class QveraConfig(PeftConfig):
             is loaded, so that an adapter never runs on other projections than it was trained with.
         format_version: version of this file's meaning.
         base_fingerprint: `qvera.stored.base_fingerprint` of the base it was trained on; None in adapters without one.
+        added_tokens: token → id of the tokens that its recipe added (`qvera.added`), whose rows lie beside the vectors; pad_token,
+            eos_token: those of the recipe.
         magnitude, seed_chain: reserved for later formats; refused when set.
 
     Raises:
@@ -45,6 +47,9 @@ class QveraConfig(PeftConfig):
     projection_sha256: str | None = field(default=None)
     format_version: int = field(default=FORMAT_VERSION)
     base_fingerprint: str | None = field(default=None)
+    added_tokens: dict[str, int] | None = field(default=None)
+    pad_token: str | None = field(default=None)
+    eos_token: str | None = field(default=None)
     magnitude: bool | None = field(default=None)
     seed_chain: list[int] | None = field(default=None)
 
@@ -67,5 +72,10 @@ class QveraConfig(PeftConfig):
             raise InputError(f"rank: takes a whole number >= 1, got {self.rank!r}.")
         if not 0.0 <= self.dropout < 1.0:
             raise InputError(f"dropout: takes a number >= 0 and < 1, got {self.dropout!r}.")
+        added = self.added_tokens or {}
+        if not isinstance(added, dict) or any(type(i) is not int or i < 0 for i in added.values()):
+            raise InputError(f"added_tokens: takes token → id (whole numbers >= 0), got {self.added_tokens!r}.")
+        if added:  # PEFT writes its JSON with sorted keys; ids say in which order tokens were added
+            self.added_tokens = dict(sorted(added.items(), key=lambda pair: pair[1]))
         if not isinstance(self.projection_seed, int) or not 0 <= self.projection_seed < 2**64:
             raise InputError(f"projection_seed: takes a whole number >= 0 and < 2**64, got {self.projection_seed!r}.")

@@ -15,8 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from qvera.data import Datasets, build_datasets, print_preflight
 from qvera.data.examples import length_histogram
-from qvera.data.sources import RawRow
-from qvera.data.tokenize import hold_out
+from qvera.data.reading import hold_out
 from qvera.errors import InputError
 from qvera.recipe import DataSection
 
@@ -34,21 +33,23 @@ def words(tokenizer: PreTrainedTokenizerFast, text: str) -> int:
 
 
 @given(n=st.integers(2, 200), fraction=st.floats(0.001, 0.999), seed=st.integers(0, 2**64))
-def test_hold_out_is_a_disjoint_ordered_split(n: int, fraction: float, seed: int) -> None:
-    rows = [RawRow({}, str(i)) for i in range(n)]
-    train, held_out = hold_out(rows, fraction, seed)
-    assert train and held_out
-    assert sorted([*train, *held_out], key=lambda row: int(row.source)) == rows
-    for part in (train, held_out):
-        assert [int(row.source) for row in part] == sorted(int(row.source) for row in part)
-    assert (train, held_out) == hold_out(rows, fraction, seed)
-    assert abs(len(held_out) - n * fraction) <= 1
+def test_hold_out_leaves_rows_of_both_kinds(n: int, fraction: float, seed: int) -> None:
+    held = hold_out(n, fraction, seed)
+    assert len(held) == n and held.any() and not held.all()
+    assert np.array_equal(held, hold_out(n, fraction, seed))
+    assert abs(int(held.sum()) - n * fraction) <= 1
 
 
 def test_hold_out_follows_the_seed() -> None:
-    rows = [RawRow({}, str(i)) for i in range(100)]
-    assert hold_out(rows, 0.1, 0)[1] != hold_out(rows, 0.1, 1)[1]
-    assert hold_out(rows, 0.0, 0) == (rows, [])
+    assert not np.array_equal(hold_out(100, 0.1, 0), hold_out(100, 0.1, 1))
+    assert not hold_out(100, 0.0, 0).any()
+
+
+def test_training_and_held_out_rows_are_the_file(write: Write, base_tokenizer: PreTrainedTokenizerFast) -> None:
+    path = write(pairs(30))
+    data = build_datasets(DataSection(path=path, eval_fraction=0.3), base_tokenizer)
+    numbers = [[int(e.source.rpartition(":")[2]) for e in rows] for rows in (data.train, data.eval)]
+    assert sorted(numbers[0] + numbers[1]) == list(range(1, 31)) and all(part == sorted(part) for part in numbers)
 
 
 def test_eval_fraction_eval_path_and_limit(write: Write, base_tokenizer: PreTrainedTokenizerFast) -> None:

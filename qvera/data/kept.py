@@ -1,0 +1,267 @@
+"""Tokenized rows kept on disk: a second run of the same recipe maps them instead of reading, rendering and tokenizing again.
+
+$QVERA_CACHE/rows/
+  rows-IDENTITY/           train.arrow, eval.arrow and, last, record.json; IDENTITY is of everything the rows are a function of
+  .unfinished-IDENTITY/    one that is being made, or was killed
+  .IDENTITY.lock           held by the process that makes it; the ranks of a node wait for the first of them
+  hashes.json              file → SHA-256, of sources and of the tables, believed while size, mtime_ns and inode are the same
+
+`datasets`' own cache holds what comes from the hub, as Arrow files that are mapped too. Its cache of `Dataset.map` would not do
+here: it wants one type for each column (rows of JSON often have none: tools, arguments), and names results by pickled code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import shutil
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+from filelock import FileLock, Timeout
+
+from ..cache import HashIndex
+from ..errors import InputError
+from ..locations import cache_root
+from ..recipe import DataSection
+from ..stored import file_sha256, file_stamp
+from ..unfinished import disk_full_says, replace_text
+from .encode import Encoder
+from .making import Made, make
+from .parallel import state_sha256, tokenizer_state
+from .reading import EVAL, TRAIN
+from .rows import RowTable, RowWriter
+from .sources import source_content, source_files
+from .tokenize import Counts
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+RECORD = "record.json"
+PREFIX = "rows-"
+_UNFINISHED = ".unfinished-"
+_WORTH_BYTES = 256 * 1024
+"""Local files smaller than this are tokenized in less than a second, which is not worth an entry."""
+_NOT_OF_THE_ROWS = ("mixture", "weight", "shuffle", "prefix_once", "packing", "group_by_length", "tokenize_processes")
+"""Keys of a source that decide what is made of the rows, not what they are. Any other key, a new one too, makes another entry."""
+_LIBRARIES = ("transformers", "tokenizers", "jinja2")
+
+
+def rows_root() -> Path:
+    """Where the entries are."""
+    return cache_root() / "rows"
+
+
+def tokenized(section: DataSection, encoder: Encoder, console: Console | None) -> Made:
+    """The rows of one source: found in the cache, or made now (and kept, where they are worth it and can be told apart).
+
+    Raises:
+        InputError: as `making.make`; or a file of the source changed while it was read.
+        RunFailed: the cache's disk is full.
+    """
+    hashes = HashIndex(rows_root() / "hashes.json")
+    key = key_of(section, encoder.tokenizer, hashes)
+    if key is None:
+        return make(section, encoder, None, console)
+    identity = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+    root = rows_root()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(root / f".{identity}.lock")
+        lock.acquire()
+    except OSError as error:
+        _say(console, f"{root}: tokenized rows can't be kept there ({error.strerror or error}); they stay in memory.")
+        return make(section, encoder, None, console)
+    try:
+        target = root / f"{PREFIX}{identity}"
+        found = _open(target, hashes, console)
+        if found is not None:
+            return found
+        unfinished = root / f"{_UNFINISHED}{identity}"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        try:
+            with disk_full_says(str(root), "Make room, or set QVERA_CACHE to a directory on another disk."):
+                unfinished.mkdir()
+                made = make(section, encoder, unfinished, console)
+                if key_of(section, encoder.tokenizer, hashes) != key:
+                    raise InputError(
+                        f"{section.path}: was changed while it was read. Run the same command again when it is at rest."
+                    )
+                sums = _write_record(unfinished, key, section, made)
+                unfinished.rename(target)  # what is mapped stays mapped
+                hashes.add({target / name: (file_stamp((target / name).stat()), sha) for name, sha in sums.items()})
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+        return made
+    finally:
+        lock.release()
+
+
+def key_of(section: DataSection, tokenizer: Any, hashes: HashIndex) -> dict[str, Any] | None:
+    """Everything that a source's rows are a function of, as JSON; None where they are not kept.
+
+    That is the content (and the names, which messages show) of its files, the tokenizer's whole state, its template, the keys of
+    the recipe, the code that makes rows of them, and the day for templates that write it.
+    """
+    files = source_files(section)
+    if files is not None and sum(file.stat().st_size for file in files) < _WORTH_BYTES:
+        return None
+    content = source_content(section, files, hashes)
+    state = tokenizer_state(tokenizer)
+    if content is None or state is None:
+        return None
+    keys = {k: v for k, v in dataclasses.asdict(section).items() if k not in _NOT_OF_THE_ROWS}
+    if not section.eval_fraction:
+        del keys["seed"]  # it has chosen nothing here
+    dated = "strftime_now" in json.dumps(state["chat_template"])
+    return {
+        "format": 1,
+        "content": content,
+        "tokenizer": [type(tokenizer).__name__, state_sha256(state)],
+        "keys": keys,
+        "code": _code_sha256(),
+        "libraries": {name: metadata.version(name) for name in _LIBRARIES},
+        "day": datetime.date.today().isoformat() if dated else None,
+    }
+
+
+def _code_sha256() -> str:
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _write_record(directory: Path, key: dict[str, Any], section: DataSection, made: Made) -> dict[str, str]:
+    """Write it, and return the tables' SHA-256 by name."""
+    sums = {file.name: file_sha256(file) for file in sorted(directory.glob("*.arrow"))}
+    record = {
+        "source": section.path,
+        "key": key,
+        "rows": {TRAIN: len(made.train), EVAL: len(made.eval)},
+        "format": made.format,
+        "unused": made.unused,
+        "template": made.template,
+        "counts": dataclasses.asdict(made.counts),
+        "files": {name: {"bytes": (directory / name).stat().st_size, "sha256": sha} for name, sha in sums.items()},
+    }
+    replace_text(directory / RECORD, json.dumps(record, indent=1))
+    return sums
+
+
+def _open(directory: Path, hashes: HashIndex, console: Console | None) -> Made | None:
+    """The entry if there is one and it is as it was written; one that is not is removed, and that is said."""
+    if not directory.is_dir():
+        return None
+    problem = problem_of(directory, hashes)
+    if problem is None:
+        record = _read_record(directory)
+        assert record is not None
+        try:
+            tables = {part: _table(directory / f"{part}.arrow", record["rows"][part]) for part in (TRAIN, EVAL)}
+            counts = Counts(**record["counts"])
+            return Made(
+                record["format"], record["unused"], record["template"], counts, tables[TRAIN], tables[EVAL], directory.name
+            )  # fmt: skip
+        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+            problem = f"{directory}: can't be read ({' '.join(str(error).split())})"
+    _say(console, f"{problem}. The rows are tokenized again.")
+    shutil.rmtree(directory)
+    return None
+
+
+def _table(file: Path, rows: int) -> RowTable:
+    table = RowTable(file) if rows else RowWriter(None).close()
+    if len(table) != rows:
+        raise ValueError(f"{file.name} has {len(table)} rows, its record says {rows}")
+    return table
+
+
+def problem_of(directory: Path, hashes: HashIndex | None = None) -> str | None:
+    """What is wrong with an entry, or None.
+
+    Args:
+        hashes: where the hashes of files that have not changed since are known; None: all are taken again.
+    """
+    record = _read_record(directory)
+    if record is None:
+        return f"{directory / RECORD}: is missing or damaged"
+    try:
+        files = {directory / name: entry for name, entry in record["files"].items()}
+        for file, entry in files.items():
+            if not file.is_file() or file.stat().st_size != entry["bytes"]:
+                return f"{file}: is missing or has another size than was written"
+        if hashes is None:
+            found = {file: file_sha256(file) for file in files}
+        else:
+            found = hashes.hashed(list(files), hashes.known(files), None)
+        for file, entry in files.items():
+            if found[file] != entry["sha256"]:
+                return f"{file}: has other bytes than were written"
+    except (KeyError, TypeError, AttributeError):
+        return f"{directory / RECORD}: is damaged"
+    return None
+
+
+def _read_record(directory: Path) -> dict[str, Any] | None:
+    try:
+        record = json.loads((directory / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _say(console: Console | None, text: str) -> None:
+    from rich.console import Console
+
+    (console or Console(stderr=True)).print(text, style="yellow", markup=False)
+
+
+@dataclasses.dataclass
+class ListedRows:
+    """One entry; ``record`` is None where it is unfinished or damaged."""
+
+    name: str
+    directory: Path
+    size_bytes: int
+    record: dict[str, Any] | None
+
+    @property
+    def finished(self) -> bool:
+        return self.name.startswith(PREFIX) and self.record is not None
+
+
+def listed() -> list[ListedRows]:
+    """All entries, finished or not, by name."""
+    root = rows_root()
+    found = []
+    for directory in sorted(root.iterdir()) if root.is_dir() else []:
+        if directory.is_dir() and directory.name.startswith((PREFIX, _UNFINISHED)):
+            size = sum(file.stat().st_size for file in directory.iterdir() if file.is_file())
+            found.append(ListedRows(directory.name, directory, size, _read_record(directory)))
+    return found
+
+
+def remove(name: str) -> int:
+    """Delete an entry by its name (or the unique beginning of it); returns its bytes. A run that has it mapped keeps its pages.
+
+    Raises:
+        InputError: there is none, or more than one, or it is being made right now.
+    """
+    found = [e for e in listed() if name and e.name.startswith(name)]
+    if len(found) != 1:
+        raise InputError(f"{name}: {len(found) or 'no'} kept rows of that name. `qvera cache ls` shows the names.")
+    (entry,) = found
+    identity = entry.name.removeprefix(PREFIX).removeprefix(_UNFINISHED)
+    lock_file = rows_root() / f".{identity}.lock"
+    try:
+        with FileLock(lock_file, timeout=0):
+            shutil.rmtree(entry.directory)
+    except Timeout:
+        raise InputError(f"{entry.name}: is being made by another process right now.") from None
+    return entry.size_bytes

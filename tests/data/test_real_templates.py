@@ -1,0 +1,308 @@
+"""Random conversations through real chat templates: trained is what the assistant says and the token that ends it, no more.
+
+The expected mask comes from `real_templates` (pieces of text) and the tokenizer's own offsets, never from qvera.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from qvera.data import NAMED_TEMPLATES, Example
+from qvera.errors import InputError
+
+from .conftest import MARKERS, MakeTokenizer
+from .real_templates import LLAMA_3, QWEN_25, REAL, SMOLLM2, Messages, Pieces
+from .test_masks import build, decoded
+
+# The templates' own markers and headings, white space at the edges, letters of several bytes.
+_SPELLED = [
+    "<|im_end|>",
+    "<|im_start|>assistant\n",
+    "<|eot_id|>",
+    "</s>",
+    "<s>",
+    "[/INST]",
+    "[INST] ",
+    "### Response:\n",
+]
+_SPELLED += [
+    "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    "<|assistant|>\n",
+    "<</SYS>>\n\n",
+    "</tool_call>",
+    "\n\n",
+]
+_WORDS = [
+    "yes",
+    "a b",
+    " ",
+    "\n",
+    "\t",
+    "  x  ",
+    "é日",
+    "🙂",
+    "e\u0301",
+    "\u2028",
+    "QveraSlot0001Zq7",
+    "{{ x }}",
+    "{% generation %}",
+]
+TEXTS = st.lists(
+    st.sampled_from(_SPELLED + _WORDS) | st.text(st.characters(codec="utf-8"), max_size=6), max_size=5
+).map("".join)
+_PLAIN = st.text(st.characters(codec="utf-8", categories=["L", "N", "P", "Zs"]), min_size=1, max_size=8)
+_ARGUMENTS = st.dictionaries(st.sampled_from(["city", "größe", "n"]), _PLAIN | st.integers(), max_size=2)
+
+
+def tokenizer_of(name: str, make_tokenizer: MakeTokenizer) -> PreTrainedTokenizerFast:
+    real = REAL[name]
+    return make_tokenizer(
+        eos=real.eos,
+        pad=None if name == "llama-2" else "<pad>",
+        adds_bos=name not in ("chatml", "qwen-2.5"),
+        chat_template=real.jinja,
+        markers=[*MARKERS, "<|eom_id|>", "<|python_tag|>"],
+    )
+
+
+def call_of(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+@st.composite
+def conversations(draw: Any, name: str) -> Messages:
+    """Turns that the model's template takes, the last one an assistant's or not."""
+    real = REAL[name]
+    messages: Messages = []
+    if real.system and draw(st.booleans()):
+        messages.append({"role": "system", "content": draw(TEXTS)})
+    for _ in range(draw(st.integers(1, 3))):
+        messages.append({"role": "user", "content": draw(TEXTS)})
+        if real.tools:
+            for _ in range(draw(st.integers(0, 2))):
+                answer: dict[str, Any] = {"role": "assistant", "content": draw(TEXTS)}
+                if real.calls:
+                    count = 1 if real.single else draw(st.integers(1, 2))
+                    answer["tool_calls"] = [call_of("look_up", draw(_ARGUMENTS)) for _ in range(count)]
+                messages.append(answer)
+                for _ in range(draw(st.integers(1, 2))):
+                    messages.append({"role": "tool", "content": draw(TEXTS)})
+        messages.append({"role": "assistant", "content": draw(TEXTS)})
+    if not real.alternates and draw(st.booleans()):
+        messages.append({"role": "user", "content": draw(TEXTS)})
+    return messages
+
+
+def answerable(tokenizer: PreTrainedTokenizerFast, messages: Messages) -> bool:
+    """Not a row that is refused: some answer has a token (some characters leave none, a byte order mark for one)."""
+    return any(
+        m.get("tool_calls")
+        or (m["content"].strip() and tokenizer.encode(m["content"].strip(), add_special_tokens=False))
+        for m in messages
+        if m["role"] == "assistant"
+    )
+
+
+def expected(tokenizer: PreTrainedTokenizerFast, pieces: Pieces, whole: bool = False) -> tuple[list[int], list[bool]]:
+    """Ids and mask of the pieces' text, cut where answers begin (or in one piece), by the tokenizer's offsets."""
+    cuts: list[Pieces] = [[]]
+    for piece in pieces:
+        if piece[1] and cuts[-1] and not whole:
+            cuts.append([])
+        cuts[-1].append(piece)
+    ids: list[int] = []
+    mask: list[bool] = []
+    for part in cuts:
+        text = "".join(piece for piece, _ in part)
+        wanted = np.concatenate([np.full(len(piece), trained) for piece, trained in part]).astype(bool)
+        encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids += encoding["input_ids"]
+        mask += [bool(wanted[low:high].any()) for low, high in encoding["offset_mapping"]]
+    return ids, mask
+
+
+def row(tmp_path: Path, messages: Messages, tokenizer: PreTrainedTokenizerFast, **section: Any) -> Example:
+    return build(tmp_path, [{"messages": messages}], tokenizer, max_length=100_000, **section).train[0]
+
+
+@pytest.mark.parametrize("name", list(REAL))
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_trained_is_what_the_assistant_says_and_its_end(
+    name: str, data: st.DataObject, tmp_path: Path, make_tokenizer: MakeTokenizer
+) -> None:
+    tokenizer = tokenizer_of(name, make_tokenizer)
+    messages = data.draw(conversations(name))
+    assume(answerable(tokenizer, messages))
+    pieces = REAL[name].pieces(messages)
+    jinja = REAL[name].jinja or NAMED_TEMPLATES["alpaca"].jinja
+    text = tokenizer.apply_chat_template(messages, chat_template=jinja, tokenize=False)
+    assert text == "".join(piece for piece, _ in pieces), "the oracle has to know this template"
+    example = row(tmp_path, messages, tokenizer, template="auto" if REAL[name].jinja else name)
+    ids, mask = expected(tokenizer, pieces)
+    got = example.input_ids.tolist()
+    shift = len(got) - len(ids)  # one BOS where the model wants one and the text has none
+    assert got[shift:] == ids and got[:shift] == [tokenizer.bos_token_id] * shift and shift <= 1
+    assert example.trained.tolist() == [False] * shift + mask
+    assert decoded(tokenizer, example.input_ids[example.trained]) == "".join(piece for piece, on in pieces if on)
+    ends = REAL[name].eos
+    for piece in (piece for piece, on in pieces if on):
+        assert piece.endswith(ends)
+
+
+@pytest.mark.parametrize("name", ["llama-2", "mistral", "alpaca", "zephyr"])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_the_same_with_a_sentencepiece_tokenizer(
+    name: str, data: st.DataObject, tmp_path: Path, llama2_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    messages = data.draw(conversations(name))
+    assume(answerable(llama2_tokenizer, messages))
+    jinja = REAL[name].jinja or NAMED_TEMPLATES["alpaca"].jinja
+    llama2_tokenizer.chat_template = REAL[name].jinja
+    try:
+        example = row(tmp_path, messages, llama2_tokenizer, template="auto" if REAL[name].jinja else name)
+    finally:
+        llama2_tokenizer.chat_template = None
+    pieces = REAL[name].pieces(messages)
+    assert llama2_tokenizer.apply_chat_template(messages, chat_template=jinja, tokenize=False) == "".join(
+        piece for piece, _ in pieces
+    )
+    ids, mask = expected(llama2_tokenizer, pieces, whole=True)
+    got = example.input_ids.tolist()
+    shift = len(got) - len(ids)
+    assert got[shift:] == ids and shift <= 1
+    assert example.trained.tolist() == [False] * shift + mask
+
+
+@pytest.mark.parametrize("name", ["llama-2", "mistral", "alpaca"])
+def test_a_template_without_a_place_for_tools_refuses_them(
+    name: str, tmp_path: Path, make_tokenizer: MakeTokenizer
+) -> None:
+    turns = [("user", "q"), ("assistant", "f()"), ("tool", "42"), ("assistant", "It is 42.")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    with pytest.raises(
+        InputError, match=r"rows\.jsonl:1: the chat template .* refuses the row: .*roles are user, assistant, tool"
+    ):
+        row(tmp_path, messages, tokenizer_of(name, make_tokenizer), template="auto" if REAL[name].jinja else name)
+
+
+def _marked(jinja: str, plain: str, marked: str) -> str:
+    assert jinja.count(plain) == 1
+    return jinja.replace(plain, marked)
+
+
+_QWEN_PLAIN = "        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}"
+_LLAMA_3_PLAIN = (
+    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + "
+    "'<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}"
+)
+_SMOL_PLAIN = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+# Where authors put their blocks: around the content; with the token that ends it; with the line break behind that, too; and, as
+# SmolLM3 does, around the whole turn, its heading included.
+MARKED = {
+    "content": (
+        "chatml",
+        _marked(
+            SMOLLM2,
+            _SMOL_PLAIN,
+            "{{'<|im_start|>' + message['role'] + '\n'}}{% if message['role'] == 'assistant' %}{% generation %}"
+            "{{ message['content'] }}{% endgeneration %}{% else %}{{ message['content'] }}{% endif %}{{'<|im_end|>' + '\n'}}",
+        ),
+    ),
+    "content and end": (
+        "llama-3",
+        _marked(
+            LLAMA_3,
+            _LLAMA_3_PLAIN,
+            "{% if loop.index0 == 0 %}{{ bos_token }}{% endif %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n"
+            "\n' }}{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] | trim + '<|eot_id|>' }}"
+            "{% endgeneration %}"
+            "{% else %}{{ message['content'] | trim + '<|eot_id|>' }}{% endif %}",
+        ),
+    ),
+    "content, end and line break": (
+        "qwen-2.5",
+        _marked(
+            _marked(
+                QWEN_25,
+                _QWEN_PLAIN,
+                "        {{- '<|im_start|>' + message.role + '\\n' }}\n        {%- if message.role == 'assistant' %}"
+                "{%+ generation %}{{- message.content + '<|im_end|>\\n' }}{%- endgeneration %}\n        {%- else %}"
+                "{{- message.content + '<|im_end|>\\n' }}{%- endif %}",
+            ),
+            "        {%- if message.content %}\n            {{- '\\n' + message.content }}\n        {%- endif %}\n",
+            "        {%- generation %}\n        {%- if message.content %}\n            {{- '\\n' + message.content }}\n"
+            "        {%- endif %}\n",
+        ).replace(
+            "        {%- endfor %}\n        {{- '<|im_end|>\\n' }}",
+            "        {%- endfor %}\n        {{- '<|im_end|>\\n' }}{%- endgeneration %}",
+        ),
+    ),
+    "the whole turn": (
+        "chatml",
+        _marked(
+            SMOLLM2,
+            _SMOL_PLAIN,
+            "{% if message['role'] == 'assistant' %}{% generation %}"
+            + _SMOL_PLAIN
+            + "{% endgeneration %}{% else %}"
+            + _SMOL_PLAIN
+            + "{% endif %}",
+        ),
+    ),
+    "Llama-2's": (
+        "llama-2",
+        _marked(
+            REAL["llama-2"].jinja or "",
+            "{{ ' '  + content.strip() + ' ' + eos_token }}",
+            "{% generation %}{{ ' '  + content.strip() + ' ' + eos_token }}{% endgeneration %}",
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("style", list(MARKED))
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_generation_blocks_agree_with_the_template_without_them(
+    style: str, data: st.DataObject, tmp_path: Path, make_tokenizer: MakeTokenizer
+) -> None:
+    name, jinja = MARKED[style]
+    messages = data.draw(conversations(name))
+    tokenizer = tokenizer_of(name, make_tokenizer)
+    assume(answerable(tokenizer, messages))
+    plain = row(tmp_path, messages, tokenizer)
+    tokenizer.chat_template = jinja
+    assert re.search(r"\{%[-+]? *generation", jinja)
+    marked = row(tmp_path, messages, tokenizer)
+    assert marked.input_ids.tolist() == plain.input_ids.tolist()
+    assert marked.trained.tolist() == plain.trained.tolist()
+    assert marked.prompt_ids.tolist() == plain.prompt_ids.tolist()
+
+
+def test_generation_blocks_are_what_transformers_makes_of_them(tmp_path: Path, make_tokenizer: MakeTokenizer) -> None:
+    """With the end of turn inside of the block there is nothing to add: the mask is transformers' own."""
+    name, jinja = MARKED["content and end"]
+    tokenizer = tokenizer_of(name, make_tokenizer)
+    tokenizer.chat_template = jinja
+    messages = [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": " first\n"},
+        {"role": "tool", "content": "assistant"},
+        {"role": "assistant", "content": "<|eot_id|> 🙂"},
+    ]
+    own = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
+    trained = np.asarray(own["input_ids"])[np.asarray(own["assistant_masks"], bool)]
+    example = row(tmp_path, messages, tokenizer)
+    # by text: qvera starts an answer on a token of its own, so that a generation prompt has the ids it had in training
+    assert decoded(tokenizer, example.input_ids) == decoded(tokenizer, own["input_ids"])
+    assert decoded(tokenizer, example.input_ids[example.trained]) == decoded(tokenizer, trained)
