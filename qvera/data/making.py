@@ -146,7 +146,8 @@ def _tokenize(
                         if spread is not None:
                             hollow += spread.take_into(writer, counts, hollow)
                             break
-                    elsewhere, processes = False, 1  # said by `parallel`; the rest is done here
+                    _say_alone(console)
+                    elsewhere, processes = False, 1
                 chunk = next(chunks, None)
                 if chunk is None:
                     break
@@ -168,6 +169,13 @@ def _tokenize(
     except BaseException:
         writer.abandon()
         raise
+
+
+def _say_alone(console: Console | None) -> None:
+    from rich.console import Console
+
+    text = "One process tokenizes all rows: others could not be started, or could not be given this tokenizer whole."
+    (console or Console(stderr=True)).print(text, style="yellow", markup=False)
 
 
 def _processes(job: _Pass) -> int:
