@@ -246,11 +246,6 @@ class Recipe:
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
-    @property
-    def gradient_accumulation_steps(self) -> int:
-        """Forward passes per optimizer step in one process, when there is one."""
-        return -(-self.training.global_batch_size // self.training.per_device_train_batch_size)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RangeTest:

@@ -50,7 +50,7 @@ def recipe_path(name: str = "quickstart.yaml") -> Path:
     for folder in folders:
         if (folder / name).is_file():
             return folder / name
-    shipped = sorted({path.name for folder in folders for path in folder.glob("*.yaml")})
+    shipped = sorted({path.relative_to(folder).as_posix() for folder in folders for path in folder.rglob("*.yaml")})
     raise InputError(f"{name}: not one of the recipes that come with qvera ({', '.join(shipped) or 'none found'}).")
 
 

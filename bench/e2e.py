@@ -1,0 +1,124 @@
+"""E2E NLG on SmolLM2-135M in NF4: the frozen base, stock PEFT LoRA and VeRA, and ours, with the same rows, order and steps.
+
+    python bench/e2e.py sweep ../shared/data/e2e     # every trial of SWEEP, scored on a held-out part of the dev set
+    python bench/e2e.py final ../shared/data/e2e     # what the sweep chose, three seeds, scored on all 630 test inputs
+
+A tenth of the dev set's inputs, with all of their references, is held out (no input is on both sides); settings are chosen by the
+loss on it. The test set scores what was chosen and nothing else. Lines go to results/e2e-sweep.jsonl and results/e2e-final.jsonl;
+a trial that stands there is not repeated. BLEU is sacrebleu's, lower case, all references of an input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import random
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, header, smollm2
+from nltk.translate.nist_score import corpus_nist
+from trials import Trial, Written, run
+
+from qvera.data import build_datasets
+from qvera.evaluate import answer_rows
+from qvera.recipe import Recipe, load_recipe
+from qvera.textscores import scores_of, text_metrics
+
+RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "e2e" / "smollm2-135m.yaml"
+SEEDS = (0, 1, 2)
+
+
+def lora(**keys: Any) -> Trial:
+    return Trial(method="lora", **{"rank": 16, **keys})
+
+
+def ours(**keys: Any) -> Trial:
+    return Trial(method="qvera", **keys)
+
+
+SWEEP = [
+    *(lora(learning_rate=rate, steps=50) for rate in (1e-3, 2e-3, 4e-3, 8e-3)),
+    *(ours(rank=256, learning_rate=rate, steps=50) for rate in (3e-2, 0.1)),
+    *(ours(rank=1024, learning_rate=rate, steps=50) for rate in (5e-2, 0.1)),
+    lora(learning_rate=2e-3, b_rate=8e-3, steps=50),
+    ours(rank=1024, learning_rate=5e-2, d_initial=0.3, steps=50),
+]
+"""Fifty steps choose what is worth two hundred."""
+
+
+FINAL: list[Trial] = []
+
+
+def references(path: Path) -> dict[str, list[str]]:
+    """Input → all of its references, in the file's order."""
+    found: dict[str, list[str]] = {}
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            found.setdefault(row["mr"], []).append(row["ref"])
+    return found
+
+
+def write_rows(path: Path, inputs: dict[str, list[str]]) -> Path:
+    """A CSV file like the data set's own, one row a reference."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["mr", "ref"])
+        writer.writerows((mr, ref) for mr, refs in inputs.items() for ref in refs)
+    return path
+
+
+def recipe_of(data: Path, to: Path) -> Recipe:
+    """The recipe, with a tenth of the dev set's inputs held out."""
+    inputs = references(data / "devset.csv")
+    held_out = set(random.Random("qvera e2e").sample(sorted(inputs), len(inputs) // 10))
+    train = write_rows(to / "train.csv", {mr: refs for mr, refs in inputs.items() if mr not in held_out})
+    heldout = write_rows(to / "heldout.csv", {mr: refs for mr, refs in inputs.items() if mr in held_out})
+    return load_recipe(RECIPE, [f"model.path={smollm2()}", f"data.path={train}", f"data.eval_path={heldout}",
+                                "data.eval_fraction=0"])  # fmt: skip
+
+
+def answered(model: Any, tokenizer: Any, recipe: Recipe, inputs: dict[str, list[str]]) -> dict[str, Any]:
+    """Greedy answers to every input, scored against all of its references."""
+    began = time.perf_counter()
+    firsts = write_rows(Path(recipe.data.path).parent / "asked.csv", {mr: refs[:1] for mr, refs in inputs.items()})
+    asked = build_datasets(dataclasses.replace(recipe.data, eval_path=str(firsts)), tokenizer).eval
+    tokens = recipe.training.sample_max_new_tokens
+    rows = answer_rows(model, tokenizer, asked, max_new_tokens=tokens, batch_size=42)
+    answers, wanted = [" ".join(row["answer"].split()) for row in rows], list(inputs.values())
+    if [row["reference"] for row in rows] != [refs[0] for refs in wanted]:
+        raise SystemExit("the answers are not in the order of the inputs")
+    found = scores_of(text_metrics(["bleu-lowercase", "rougeL", "chrf", "ter"]), answers, wanted)
+    words = [answer.lower().split() for answer in answers]
+    found["nist"] = float(corpus_nist([[ref.lower().split() for ref in refs] for refs in wanted], words))
+    return {**found, "inputs": len(answers), "answer_seconds": time.perf_counter() - began}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what", choices=["sweep", "final"])
+    parser.add_argument("data", type=Path, help="directory with devset.csv and testset_w_refs.csv")
+    parser.add_argument(
+        "--half", type=int, choices=[0, 1], help="only every second trial, for two processes side by side"
+    )
+    args = parser.parse_args()
+    trials = SWEEP if args.what == "sweep" else [dataclasses.replace(t, seed=s) for s in SEEDS for t in FINAL]
+    written = Written(RESULTS / f"e2e-{args.what}.jsonl", header())
+    with tempfile.TemporaryDirectory() as directory:
+        recipe = recipe_of(args.data, Path(directory))
+        for number, trial in enumerate(trials):
+            if written.has(trial) or (args.half is not None and number % 2 != args.half):
+                continue
+            model, base, _, facts = run(trial, recipe)
+            if args.what == "final":
+                facts |= answered(model, base.tokenizer, recipe, references(args.data / "testset_w_refs.csv"))
+            written.add(trial, facts)
+
+
+if __name__ == "__main__":
+    torch.set_num_interop_threads(1)
+    main()

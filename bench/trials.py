@@ -1,0 +1,146 @@
+"""One training run of one adapter, ours or stock PEFT's, on the same 4-bit base: what bench/e2e.py and bench/alpaca.py compare.
+
+All methods see the same rows in the same order for the same steps, with the loop's own batches, loss, AdamW, schedule and clipping;
+only the adapter differs. Nothing here is timed.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, VeraConfig, get_peft_model
+
+from qvera import evaluate
+from qvera.attached import attach
+from qvera.data import Datasets, batches_of, build_datasets
+from qvera.model import Base, load_base
+from qvera.optimize import build_schedule
+from qvera.recipe import Recipe
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What is tried.
+
+    Attributes:
+        method: ``frozen`` (no adapter), ``lora`` or ``vera`` (both stock PEFT), or ``qvera``.
+        b_rate: a rate of its own for what starts at zero: LoRA's B (LoRA+, arXiv 2402.12354), VeRA's b. None: `learning_rate`.
+        alpha: LoRA's alpha; None: the rank.
+        seed: of the rows' order, LoRA's A and VeRA's projections.
+    """
+
+    method: str
+    steps: int = 0
+    rank: int = 0
+    learning_rate: float = 0.0
+    b_rate: float | None = None
+    alpha: int | None = None
+    d_initial: float | None = None
+    targets: str = "all-linear"
+    schedule: str = "cosine"
+    warmup_ratio: float = 0.1
+    seed: int = 0
+
+    def __str__(self) -> str:
+        shown = {k: v for k, v in dataclasses.asdict(self).items() if v != getattr(Trial(method=""), k)}
+        return " ".join([shown.pop("method"), *(f"{k}={v}" for k, v in shown.items())])
+
+
+def adapted(base: Base, trial: Trial, recipe: Recipe) -> Any:
+    """A fresh adapter of the trial's kind on the base."""
+    torch.manual_seed(trial.seed)
+    targets: Any = trial.targets if trial.targets == "all-linear" else trial.targets.split(",")
+    if trial.method == "lora":
+        config: Any = LoraConfig(r=trial.rank, lora_alpha=trial.alpha or trial.rank, target_modules=targets)
+    elif trial.method == "vera":
+        config = VeraConfig(r=trial.rank, target_modules=targets, d_initial=trial.d_initial or 0.1,
+                            projection_prng_key=trial.seed, save_projection=False)  # fmt: skip
+    elif trial.method == "qvera":
+        section = copy.deepcopy(recipe.adapter)
+        section.rank, section.targets, section.seed = trial.rank, targets, trial.seed
+        section.d_initial = trial.d_initial or section.d_initial
+        return attach(base.model, section)
+    else:
+        return base.model
+    return get_peft_model(base.model, config)
+
+
+def train(model: Any, trial: Trial, recipe: Recipe, datasets: Datasets) -> dict[str, Any]:
+    """Train what needs a gradient; returns the last steps' loss, counts and seconds."""
+    section = copy.deepcopy(recipe.training)
+    section.lr_scheduler_type, section.warmup_ratio = trial.schedule, trial.warmup_ratio  # type: ignore[assignment]
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, seed=trial.seed), training=section)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    from_zero = [
+        p for name, p in trained.items() if any(part in name for part in ("lora_B", "vera_lambda_b", "qvera_b"))
+    ]
+    others = [p for p in trained.values() if not any(p is q for q in from_zero)]
+    settings = {"betas": (section.adam_beta1, section.adam_beta2), "eps": section.adam_epsilon,
+                "weight_decay": section.weight_decay}  # fmt: skip
+    groups = [{"params": from_zero, "lr": trial.b_rate or trial.learning_rate}, {"params": others}]
+    optimizer = torch.optim.AdamW(groups, lr=trial.learning_rate, **settings)  # type: ignore[arg-type]
+    schedule = build_schedule(section, optimizer, trial.steps)
+    batches = batches_of(recipe, datasets.train)
+    model.train()
+    losses, tokens, began = [], 0, time.perf_counter()
+    for step in range(trial.steps):
+        rows = batches.rows(step)
+        count = sum(datasets.train[i].trained_tokens for i in rows)
+        total = 0.0
+        for micro in batches.passes(rows):
+            batch = evaluate.make_batch(model, [datasets.train[i] for i in micro], datasets.pad_id)
+            nll, _ = evaluate.batch_nll(model, batch, section.loss_chunk_tokens)
+            (nll / count).backward()
+            total += float(nll)
+        torch.nn.utils.clip_grad_norm_(trained.values(), section.max_grad_norm or float("inf"))
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(total / count)
+        tokens += sum(len(datasets.train[i].input_ids) for i in rows)
+        print(f"\r{step + 1}/{trial.steps} {total / count:.4f} ", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    last = losses[-20:]
+    return {"trainable": sum(p.numel() for p in trained.values()), "input_tokens": tokens,
+            "train_loss_last_20": sum(last) / max(len(last), 1), "train_seconds": time.perf_counter() - began}  # fmt: skip
+
+
+def run(trial: Trial, recipe: Recipe) -> tuple[Any, Base, Datasets, dict[str, Any]]:
+    """Load, adapt, train, and take the held-out loss."""
+    base = load_base(recipe.model)
+    datasets = build_datasets(recipe.data, base.tokenizer)
+    model = adapted(base, trial, recipe)
+    facts = train(model, trial, recipe, datasets)
+    held_out = evaluate.held_out_loss(
+        model, datasets.eval, pad_id=datasets.pad_id, batch_size=recipe.training.per_device_eval_batch_size,
+        chunk_tokens=recipe.training.loss_chunk_tokens,
+    )  # fmt: skip
+    facts["held_out_loss"] = held_out["loss"]
+    return model, base, datasets, facts
+
+
+class Written:
+    """A JSON Lines file with one trial a line; what stands in it is not done again."""
+
+    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+        self.path = path
+        self.header = {k: header[k] for k in ("command", "date", "commit", "device", "threads", "versions")}
+        path.touch()
+        self.lines = [json.loads(line) for line in path.read_text().splitlines()]
+
+    def has(self, trial: Trial) -> bool:
+        return any(line["trial"] == dataclasses.asdict(trial) for line in self.lines)
+
+    def add(self, trial: Trial, facts: dict[str, Any]) -> None:
+        line = {"trial": dataclasses.asdict(trial), **facts, **self.header}
+        self.lines.append(line)
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(f"{trial}: {json.dumps({k: v for k, v in facts.items() if not isinstance(v, list)})}", flush=True)
