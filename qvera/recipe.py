@@ -85,8 +85,8 @@ class AdapterSection:
     targets: Literal["all-linear"] | Annotated[list[NonEmpty], Field(min_length=1)] = "all-linear"
     """``all-linear`` (every linear but the head) or names such as ``[q_proj, v_proj]``; each must match something."""
     d_initial: _Float = 0.1
-    """The start of every element of d. c times it, at ``learning_rate`` r, is what rates of c r for b and r / c for d would be at 0.1
-    (AdamW without weight decay): a rate of its own for each has no key of its own."""
+    """The start of every element of d. c times it, at ``learning_rate`` r, is what rates of c r for b and r / c for d would be
+    (AdamW without weight decay): rates apart need no key of their own."""
     dropout: Fraction = 0.0
     seed: Seed = 0
     """The seed of the shared projections A and B. The same seed gives the same numbers on every machine."""
