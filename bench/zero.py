@@ -87,7 +87,10 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="an NF4 checkpoint that is there already (kept)")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument(
-        "--stages", nargs="+", default=["zero1", "zero3"], help="and none, zero2, zero3-offload-cpu, a file"
+        "--stages",
+        nargs="+",
+        default=["zero1", "zero3"],
+        help="and none, zero2, zero3-offload-cpu, zero3-offload-nvme, a file",
     )
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="of each rank")
