@@ -63,9 +63,7 @@ def attach(
         pad_token=None if tokens is None else tokens.pad_token,
         eos_token=None if tokens is None else tokens.eos_token,
     )
-    peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
-    if base_name is not None:
-        config.base_model_name_or_path = base_name
+    peft_model = _put_on(model, config)
     if section.init_from is not None:
         stored, vectors = read_adapter(Path(resolve_path(section.init_from)))
         for ours, theirs, key in (
@@ -238,6 +236,18 @@ def load_vectors(model: nn.Module, vectors: dict[str, torch.Tensor], source: str
             parameter.copy_(vectors[name])
 
 
+def _put_on(model: nn.Module, config: QveraConfig) -> PeftModel:
+    """`get_peft_model`, with the base named as the config names it.
+
+    PEFT would put the loaded model's name there, with a warning where that is another way of writing the same (``~``, a link).
+    """
+    name, config.base_model_name_or_path = config.base_model_name_or_path, None
+    peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
+    if name is not None:
+        config.base_model_name_or_path = name
+    return peft_model
+
+
 def load_adapter(model: nn.Module, directory: Path, base: Base | None = None) -> PeftModel:
     """Attach the adapter in ``directory`` to a loaded base, checked: projections, names, shapes, finite values.
 
@@ -259,7 +269,7 @@ def load_adapter(model: nn.Module, directory: Path, base: Base | None = None) ->
     if config.peft_type != PEFT_TYPE:
         return _load_stock_adapter(model, directory)
     try:
-        peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
+        peft_model = _put_on(model, config)
     except InputError as error:
         raise InputError(f"{directory}: {error}") from None
     load_vectors(peft_model, vectors, str(directory / ADAPTER_WEIGHTS))

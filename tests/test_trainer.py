@@ -21,6 +21,7 @@ from qvera import checkpoint, evaluate, trainer
 from qvera.cli import main
 from qvera.errors import InputError, Interrupted, RunFailed
 from qvera.recipe import Recipe
+from qvera.run import open_run
 from qvera.trainer import train
 
 from .disk import fill, read_only, small_disk
@@ -61,6 +62,19 @@ def test_a_run_learns_and_leaves_its_files(make_recipe: Any, tmp_path: Path) -> 
     ]  # fmt: skip
     assert run["adapter"]["trainable_parameters"] == sum(t.numel() for t in vectors(tmp_path / "run").values())
     assert {t.dtype for t in vectors(tmp_path / "run").values()} == {torch.float32}
+
+
+def test_another_way_of_writing_the_same_base_is_kept_and_no_cause_for_a_warning(
+    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    recipe = make_recipe(training={"max_steps": 1})
+    monkeypatch.setenv("HOME", str(Path(recipe.model.path).parent))
+    recipe.model.path = f"~/{Path(recipe.model.path).name}"
+    train(recipe, tmp_path / "run")
+    open_run(tmp_path / "run")
+    assert not [w for w in recwarn if "base_model_name_or_path" in str(w.message)]
+    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == recipe.model.path
 
 
 @pytest.mark.parametrize(

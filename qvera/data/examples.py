@@ -140,7 +140,8 @@ def count(stats: DataStats, train: Rows, held_out: Rows) -> None:
     stats.tokens = int(lengths.sum(dtype=np.int64))
     stats.trained_tokens = int(train.trained_tokens.sum(dtype=np.int64))
     stats.longest_tokens = int(lengths.max())
-    stats.repeated_rows = int(np.isin(held_out.ids_hash, train.ids_hash).sum())
+    # by sorting: hashes are no table's indices, and numpy 2.0 overflows where it tries 64 unsigned bits as such
+    stats.repeated_rows = int(np.isin(held_out.ids_hash, train.ids_hash, kind="sort").sum())
     stats.histogram_edges, stats.histogram_counts = length_histogram(lengths)
 
 
