@@ -73,7 +73,7 @@ def adapted(base: Base, trial: Trial, recipe: Recipe) -> Any:
 
 
 def train(model: Any, trial: Trial, recipe: Recipe, datasets: Datasets) -> dict[str, Any]:
-    """Train what needs a gradient; returns the last steps' loss, counts and seconds."""
+    """Train what needs a gradient; returns each step's loss, counts and seconds."""
     section = copy.deepcopy(recipe.training)
     section.lr_scheduler_type, section.warmup_ratio = trial.schedule, trial.warmup_ratio  # type: ignore[assignment]
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, seed=trial.seed), training=section)
@@ -98,7 +98,7 @@ def train(model: Any, trial: Trial, recipe: Recipe, datasets: Datasets) -> dict[
             batch = evaluate.make_batch(model, [datasets.train[i] for i in micro], datasets.pad_id)
             nll, _ = evaluate.batch_nll(model, batch, section.loss_chunk_tokens)
             (nll / count).backward()
-            total += float(nll)
+            total += float(nll.detach())
         torch.nn.utils.clip_grad_norm_(trained.values(), section.max_grad_norm or float("inf"))
         optimizer.step()
         schedule.step()
@@ -108,7 +108,7 @@ def train(model: Any, trial: Trial, recipe: Recipe, datasets: Datasets) -> dict[
         print(f"\r{step + 1}/{trial.steps} {total / count:.4f} ", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     last = losses[-20:]
-    return {"trainable": sum(p.numel() for p in trained.values()), "input_tokens": tokens,
+    return {"losses": losses, "trainable": sum(p.numel() for p in trained.values()), "input_tokens": tokens,
             "train_loss_last_20": sum(last) / max(len(last), 1), "train_seconds": time.perf_counter() - began}  # fmt: skip
 
 
@@ -139,8 +139,9 @@ class Written:
         return any(line["trial"] == dataclasses.asdict(trial) for line in self.lines)
 
     def add(self, trial: Trial, facts: dict[str, Any]) -> None:
+        facts = {key: value for key, value in facts.items() if key != "losses"}
         line = {"trial": dataclasses.asdict(trial), **facts, **self.header}
         self.lines.append(line)
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        print(f"{trial}: {json.dumps({k: v for k, v in facts.items() if not isinstance(v, list)})}", flush=True)
+        print(f"{trial}: {json.dumps(facts)}", flush=True)

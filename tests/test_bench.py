@@ -1,11 +1,18 @@
-"""The GPU bench runs here in its tiny CPU mode, so that it works the first time on a GPU."""
+"""The GPU bench runs here in its tiny CPU mode, so that it works the first time on a GPU; what benches compare is comparable."""
 
 from __future__ import annotations
 
 import csv
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.trials import Trial, run
+from qvera.trainer import train
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,3 +48,21 @@ def test_gpu_bench_in_its_cpu_mode(tmp_path: Path) -> None:
     for row in rows:
         assert float(row["step_seconds"]) > 0 and int(row["peak_bytes"]) > 0 and not row["error"]
         assert row["device"].startswith("cpu") and row["torch"]
+
+
+def test_trials_differ_in_the_adapter_alone(make_recipe: Any, tmp_path: Path) -> None:
+    recipe = make_recipe(training={"max_steps": 12})
+    made = [
+        Trial(method="lora", rank=4, learning_rate=1e-2, steps=12),
+        Trial(method="vera", rank=8, learning_rate=2e-2, steps=12),
+        Trial(method="qvera", rank=8, learning_rate=2e-2, steps=12),
+    ]
+    found = {trial.method: run(trial, recipe)[3] for trial in [Trial(method="frozen"), *made]}
+    assert len({found[trial.method]["losses"][0] for trial in made}) == 1, "not the same rows on the same model"
+    assert len({found[trial.method]["losses"][-1] for trial in made}) == 3
+    for trial in made:
+        assert found[trial.method]["held_out_loss"] < found["frozen"]["held_out_loss"] - 0.2
+    train(recipe, tmp_path / "run")
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    own = [line["loss"] for line in lines if line["kind"] == "train"]
+    assert found["qvera"]["losses"] == pytest.approx(own, rel=1e-5)
