@@ -104,7 +104,12 @@ def main() -> None:
     parser.add_argument(
         "--half", type=int, choices=[0, 1], help="only every second trial, for two processes side by side"
     )
+    parser.add_argument(
+        "--keep", type=Path, help="directory for what was trained, so that `final` need not train it again"
+    )
     args = parser.parse_args()
+    if args.keep is not None:
+        args.keep.mkdir(parents=True, exist_ok=True)
     trials = SWEEP if args.what == "sweep" else [dataclasses.replace(t, seed=s) for s in SEEDS for t in FINAL]
     written = Written(RESULTS / f"e2e-{args.what}.jsonl", header())
     with tempfile.TemporaryDirectory() as directory:
@@ -112,7 +117,7 @@ def main() -> None:
         for number, trial in enumerate(trials):
             if written.has(trial) or (args.half is not None and number % 2 != args.half):
                 continue
-            model, base, _, facts = run(trial, recipe)
+            model, base, _, facts = run(trial, recipe, args.keep)
             if args.what == "final":
                 facts |= answered(model, base.tokenizer, recipe, references(args.data / "testset_w_refs.csv"))
             written.add(trial, facts)

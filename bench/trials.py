@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import json
 import sys
 import time
@@ -16,6 +17,8 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, VeraConfig, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from qvera import evaluate
 from qvera.attached import attach
@@ -112,17 +115,34 @@ def train(model: Any, trial: Trial, recipe: Recipe, datasets: Datasets) -> dict[
             "train_loss_last_20": sum(last) / max(len(last), 1), "train_seconds": time.perf_counter() - began}  # fmt: skip
 
 
-def run(trial: Trial, recipe: Recipe) -> tuple[Any, Base, Datasets, dict[str, Any]]:
-    """Load, adapt, train, and take the held-out loss."""
+def run(trial: Trial, recipe: Recipe, keep: Path | None = None) -> tuple[Any, Base, Datasets, dict[str, Any]]:
+    """Load, adapt, train, and take the held-out loss.
+
+    Args:
+        keep: a directory for what was trained; a trial that lies there already is read back instead.
+    """
     base = load_base(recipe.model)
     datasets = build_datasets(recipe.data, base.tokenizer)
     model = adapted(base, trial, recipe)
+    kept = None if keep is None else keep / f"{hashlib.sha256(str(trial).encode()).hexdigest()[:16]}.safetensors"
+    if kept is not None and kept.exists():
+        found = load_file(kept)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(found.pop(name))
+        assert not found
+        with safe_open(kept, "pt") as file:
+            return model, base, datasets, json.loads(file.metadata()["facts"])
     facts = train(model, trial, recipe, datasets)
     held_out = evaluate.held_out_loss(
         model, datasets.eval, pad_id=datasets.pad_id, batch_size=recipe.training.per_device_eval_batch_size,
         chunk_tokens=recipe.training.loss_chunk_tokens,
     )  # fmt: skip
     facts["held_out_loss"] = held_out["loss"]
+    if kept is not None:
+        trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+        save_file(trained, kept, {"facts": json.dumps(facts)})
     return model, base, datasets, facts
 
 

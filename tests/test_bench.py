@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bench.trials import Trial, run
 from qvera.trainer import train
@@ -66,3 +68,15 @@ def test_trials_differ_in_the_adapter_alone(make_recipe: Any, tmp_path: Path) ->
     lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     own = [line["loss"] for line in lines if line["kind"] == "train"]
     assert found["qvera"]["losses"] == pytest.approx(own, rel=1e-5)
+
+
+def test_a_kept_trial_is_the_model_that_was_trained(make_recipe: Any, tmp_path: Path) -> None:
+    recipe, trial = make_recipe(), Trial(method="qvera", rank=8, learning_rate=2e-2, steps=3)
+    trained, _, _, facts = run(trial, recipe, tmp_path)
+    again, _, _, read = run(trial, recipe, tmp_path)
+    assert read == facts
+    ids = torch.arange(3, 13)[None]
+    with torch.no_grad():
+        assert torch.equal(trained(input_ids=ids).logits, again(input_ids=ids).logits)
+    run(dataclasses.replace(trial, seed=1), recipe, tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
