@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +75,7 @@ def adapted(base: Base, trial: Trial, recipe: Recipe) -> Any:
 
 
 def train(model: Any, trial: Trial, recipe: Recipe, datasets: Datasets) -> dict[str, Any]:
-    """Train what needs a gradient; returns each step's loss, counts and seconds."""
+    """Train what needs a gradient; returns each step's loss, and counts."""
     section = copy.deepcopy(recipe.training)
     section.lr_scheduler_type, section.warmup_ratio = trial.schedule, trial.warmup_ratio  # type: ignore[assignment]
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, seed=trial.seed), training=section)
@@ -92,7 +91,7 @@ def train(model: Any, trial: Trial, recipe: Recipe, datasets: Datasets) -> dict[
     schedule = build_schedule(section, optimizer, trial.steps)
     batches = batches_of(recipe, datasets.train)
     model.train()
-    losses, tokens, began = [], 0, time.perf_counter()
+    losses, tokens = [], 0
     for step in range(trial.steps):
         rows = batches.rows(step)
         count = sum(datasets.train[i].trained_tokens for i in rows)
@@ -112,7 +111,7 @@ def train(model: Any, trial: Trial, recipe: Recipe, datasets: Datasets) -> dict[
     print(file=sys.stderr)
     last = losses[-20:]
     return {"losses": losses, "trainable": sum(p.numel() for p in trained.values()), "input_tokens": tokens,
-            "train_loss_last_20": sum(last) / max(len(last), 1), "train_seconds": time.perf_counter() - began}  # fmt: skip
+            "train_loss_last_20": sum(last) / max(len(last), 1)}  # fmt: skip
 
 
 def run(trial: Trial, recipe: Recipe, keep: Path | None = None) -> tuple[Any, Base, Datasets, dict[str, Any]]:
