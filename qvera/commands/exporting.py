@@ -24,6 +24,7 @@ from ..model import fingerprint_of, load_tokenizer
 from ..recipe import ExportSection, ModelSection, Recipe
 from ..run import locate, open_run
 from ..stored import file_sha256, same_base
+from ..subject import template_of
 from ..unfinished import replace_text
 from .common import console, quiet_libraries
 
@@ -48,7 +49,7 @@ def export(args: argparse.Namespace) -> None:
         return
     template = None
     if recipe is not None:
-        template = resolve_template(recipe.data.template, load_tokenizer(section)).jinja
+        template = resolve_template(template_of(recipe, args.run), load_tokenizer(section)).jinja
     with console.status("Merging") as status:
         certificate = export_merged(
             adapter_dir,
