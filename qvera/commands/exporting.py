@@ -188,10 +188,11 @@ def _difference(recipe: Recipe, run: Path, out: Path, options: ExportSection) ->
         reason = too_little_memory(out, _trained_bytes(run))
         if reason is not None:
             return {"not_measured": f"{reason}. {again}"}
-        with console.status("Comparing the trained with the exported model"):
+        with console.status(f"Loading {run}"):
             opened = open_run(run)
-            datasets = build_datasets(recipe.data, opened.base.tokenizer, console)
-            rows = (datasets.eval or datasets.train)[: options.certificate_rows]
+        datasets = build_datasets(recipe.data, opened.base.tokenizer, console)
+        rows = (datasets.eval or datasets.train)[: options.certificate_rows]
+        with console.status("Comparing the trained with the exported model"):
             return measure_difference(opened.model, out, rows, datasets.pad_id)
     except (InputError, OSError, ValueError) as error:
         return {"not_measured": f"{error} {again}"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -54,7 +55,9 @@ def eval(args: argparse.Namespace) -> None:  # noqa: A001  # the command's name
         if subject.adapter is None:  # the base of an export is a model of its own; both need not be held
             opened.model = None
             opened.base.model = None
-        with console.status("Loading the base"), base_of(subject, opened) as model:
+        with contextlib.ExitStack() as until_judged:
+            with console.status("Loading the base"):  # alone: rich before 14.1 shows one thing at a time
+                model = until_judged.enter_context(base_of(subject, opened))
             base = _judge(args, subject, opened, model, datasets, rows, inputs, metrics, "Base: ")
     document = _document(args, subject, section, inputs, metrics, found, base)
     if args.predictions is not None:
