@@ -25,6 +25,8 @@ from .errors import InputError, first_line
 
 ADDED_ROWS = "added_tokens.safetensors"
 """Beside an adapter's vectors: ``embedding`` and ``head`` [added tokens, hidden], by id; no ``head`` where they are one table."""
+PLACED = "qvera_added_tokens"
+"""The attribute of a model that says which tokens it has been given rows for: token → id."""
 _BLOCK_ROWS = 4096
 
 
@@ -60,7 +62,8 @@ def add_tokens(tokenizer: Any, tokens: Sequence[str], pad: str | None = None, eo
                     else "."
                 )
             )
-        setattr(tokenizer, key, named)
+        # special, so that decoding an answer leaves it out, which a token that is only named eos or pad would not be
+        tokenizer.add_special_tokens({key: AddedToken(named, special=True, normalized=False)})
 
 
 def ids_of(tokenizer: Any, tokens: Sequence[str]) -> dict[str, int]:
@@ -200,4 +203,5 @@ def _put(model: Any, ids: dict[str, int], rows: list[torch.Tensor]) -> int:
                 config.vocab_size = needed
         if hasattr(model, "vocab_size"):
             model.vocab_size = needed
+    setattr(model, PLACED, dict(ids))
     return grown

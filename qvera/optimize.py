@@ -57,7 +57,7 @@ def build_schedule(section: TrainingSection, optimizer: torch.optim.Optimizer, s
 def build_ramp(section: TrainingSection, optimizer: torch.optim.Optimizer, ramp: RangeTest) -> Any:
     """Rates that grow by the same factor each step, from ``ramp.start`` to ``ramp.end``, in the place of `build_schedule`.
 
-    They are what ``training.learning_rate`` would be; groups of vectors with rates of their own keep their ratio to it.
+    They are what ``training.learning_rate`` would be.
     """
     growth = (ramp.end / ramp.start) ** (1 / (ramp.steps - 1))
     first = ramp.start / section.learning_rate

@@ -23,6 +23,9 @@ from .recipe import ModelSection, Recipe, load_recipe
 from .run import RECIPE_FILE, OpenRun, locate
 from .stored import file_sha256
 
+OURS = ("QVERA", "VERA")
+"""Kinds of adapter that run on our layers; others are PEFT's own affair."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
@@ -44,11 +47,6 @@ class Subject:
     recipe: Recipe | None = None
     run: Path | None = None
     merged: dict[str, Any] | None = None
-
-    @property
-    def has_base(self) -> bool:
-        """Whether there is a base to compare with."""
-        return self.kind != "checkpoint" or self.merged is not None
 
     @property
     def what(self) -> str:
@@ -100,6 +98,8 @@ def _adapter(path: Path, recipe: Recipe | None, run: Path | None) -> Subject:
     if recipe is not None:
         return Subject(path, "adapter", recipe.model, path, recipe, run)
     tree = _config(path)
+    if tree["peft_type"] in OURS:
+        return Subject(path, "adapter", locate(path)[1], path)
     name = tree.get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise InputError(
@@ -172,7 +172,7 @@ def open_subject(subject: Subject, *, adapter: bool = True) -> OpenRun:
     if subject.adapter is None:
         return _open_checkpoint(subject) if adapter else _open_merged_base(subject)
     directory = subject.adapter
-    ours = _peft_type(directory) in ("QVERA", "VERA")
+    ours = _peft_type(directory) in OURS
     if adapter and ours:
         attached.read_adapter(directory)  # a broken adapter is found before a big model is loaded
     elif adapter:
@@ -250,13 +250,34 @@ def _open_merged_base(subject: Subject) -> OpenRun:
     return OpenRun(subject.path, subject.recipe, base, base.model)
 
 
-def require_base(subject: Subject) -> None:
-    """Raises InputError where there is no base to compare with."""
-    if not subject.has_base:
-        raise InputError(
+def base_problem(subject: Subject) -> str | None:
+    """Why there is no base to compare with; None where there is one, as far as can be said before it is loaded."""
+    if subject.kind != "checkpoint":
+        return None
+    if subject.merged is None:
+        return (
             f"{subject.path}: is a checkpoint that says nothing of a base ({CERTIFICATE} is missing), so there is none to compare "
             "with. Evaluate that base's directory by itself."
         )
+    tokens = subject.merged.get("added_tokens")
+    if tokens:
+        return (
+            f"{subject.path}: has rows for {', '.join(tokens)}, which the base it was merged into has not, so it can't be asked "
+            "the same. Evaluate the run itself, whose base is given them."
+        )
+    told = subject.merged["base"]
+    try:
+        base_directory(ModelSection(path=told["path"], revision=told.get("revision")))
+    except InputError as error:
+        return f"{subject.path / CERTIFICATE}: names a base that is not there any more. {error}"
+    return None
+
+
+def require_base(subject: Subject) -> None:
+    """Raises InputError where there is no base to compare with."""
+    problem = base_problem(subject)
+    if problem is not None:
+        raise InputError(problem)
 
 
 def _stored_model(directory: Path) -> tuple[model.Base, Any]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from qvera.adapters import load_adapters
@@ -105,6 +108,43 @@ def test_a_run_learns_to_say_the_new_tokens_and_exports_them(trained: Path, tmp_
     assert certificate["added_tokens"] == ids
     base_files = sorted(f.name for f in model_dir.glob("*.safetensors"))
     assert base_files and "difference" in certificate
+
+
+def test_eval_knows_the_tokens_of_an_adapter_alone_and_of_an_export(
+    trained: Path, tmp_path: Path, model_dir: Path, capsys: Any
+) -> None:
+    rows = trained.parent / "rows.jsonl"
+    alone = Path(shutil.copytree(trained / "adapter", tmp_path / "alone"))
+    assert main(["eval", str(alone), "--data", str(rows), "--json", str(tmp_path / "alone.json")]) == 0
+    scores = json.loads((tmp_path / "alone.json").read_text())["scores"]
+    tokens = len(open_run(trained).base.tokenizer(f"{TOOL}red{DONE}", add_special_tokens=False)["input_ids"])
+    assert scores["rows"] == 16 and scores["trained_tokens"] == 16 * (tokens + 1), "a new token is one token"
+    out = tmp_path / "merged"
+    assert main(["export", str(trained), str(out), "--to", "merged", "--no-compare"]) == 0
+    capsys.readouterr()
+    assert main(["eval", str(out), "--with-base"]) == 2
+    assert TOOL in capsys.readouterr().err
+    assert main(["eval", str(out), "--html", str(tmp_path / "page.html"), "--max-new-tokens", "8"]) == 0
+    assert TOOL in capsys.readouterr().err
+
+
+def test_peft_alone_does_not_take_the_adapter_without_its_rows(trained: Path, model_dir: Path) -> None:
+    with pytest.raises(InputError, match=re.escape(TOOL)):
+        PeftModel.from_pretrained(load_base(ModelSection(path=str(model_dir))).model, str(trained / "adapter"))
+
+
+def test_a_token_of_the_model_that_is_named_eos_is_no_part_of_an_answer(
+    tmp_path: Path, tiny_rows: Path, make_recipe: Any
+) -> None:
+    directory = Path(shutil.copytree(make_recipe().model.path, tmp_path / "model"))
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.add_tokens([AddedToken("<|end|>", special=False, normalized=False)])
+    tokenizer.save_pretrained(directory)
+    given = load_tokenizer(ModelSection(path=str(directory), eos_token="<|end|>"))
+    assert len(given) == len(tokenizer) and given.eos_token_id == tokenizer.convert_tokens_to_ids("<|end|>")
+    ids = given("red<|end|>", add_special_tokens=False)["input_ids"]
+    assert ids[-1] == given.eos_token_id
+    assert given.decode(ids, skip_special_tokens=True) == "red"
 
 
 def test_what_has_no_place_for_the_rows_is_refused(

@@ -20,7 +20,7 @@ from qvera.cli import main
 from qvera.data import build_datasets, collate
 from qvera.errors import InputError
 from qvera.model import load_base, load_tokenizer
-from qvera.recipe import load_recipe
+from qvera.recipe import ModelSection, load_recipe
 from qvera.textscores import NAMES, row_scores, scores_of, text_metrics
 from qvera.trainer import train
 
@@ -91,6 +91,60 @@ def test_a_merged_export_finds_its_run_and_its_base(run: Path, tiny_model_dir: P
         for scores in ("scores", "base_scores"):
             assert found[scores]["loss"] == pytest.approx(of_run[scores]["loss"], rel=1e-4)
         assert [row["answer"] for row in found["answers"]] == [row["answer"] for row in of_run["answers"]]
+
+
+@pytest.mark.parametrize("kind", ["prompt-completion", "alpaca"])
+def test_an_export_is_asked_what_its_run_was_trained_on(make_recipe: Any, tmp_path: Path, kind: str) -> None:
+    """The template is `auto`, and what it means depends on the rows where a tokenizer has no template."""
+    model = Path(shutil.copytree(make_recipe().model.path, tmp_path / "model"))
+    for file in model.glob("*.jinja"):
+        file.unlink()
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    names = ("prompt", "completion") if kind == "prompt-completion" else ("instruction", "output")
+    rows = [{names[0]: f"say {n}", names[1]: f"{n} {n}"} for n in range(20)]
+    if kind == "alpaca":
+        rows = [{**row, "input": "red"} for row in rows]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    recipe = make_recipe(
+        model={"path": str(model)},
+        data={"path": str(tmp_path / "rows.json"), "max_length": 256},
+        training={"max_steps": 1, "sample_count": 0, "output_dir": str(tmp_path / "run")},
+    )
+    train(recipe, tmp_path / "run")
+    out = tmp_path / "merged"
+    assert main(["export", str(tmp_path / "run"), str(out), "--dtype", "float32", "--base", "dequantized"]) == 0
+    run, merged = evaluate(tmp_path / "run"), evaluate(out)
+    assert [row["prompt"] for row in merged["answers"]] == [row["prompt"] for row in run["answers"]]
+    assert merged["scores"]["loss"] == pytest.approx(run["scores"]["loss"], rel=1e-4)
+    said = load_tokenizer(ModelSection(path=str(out))).apply_chat_template(
+        [{"role": "user", "content": "say 3"}], tokenize=False, add_generation_prompt=True
+    )
+    assert ("### Instruction:" in said) == (kind == "alpaca")
+
+
+def test_a_base_that_has_gone_is_said_before_anything_is_done(run: Path, tmp_path: Path, capsys: Any) -> None:
+    out = run.parent / "merged"
+    assert main(["export", str(run), str(out), "--no-compare"]) == 0
+    file = out / "qvera_export.json"
+    certificate = json.loads(file.read_text())
+    certificate["base"]["path"] = str(tmp_path / "moved")
+    file.write_text(json.dumps(certificate))
+    capsys.readouterr()
+    assert main(["eval", str(out), "--with-base", "--predictions", str(tmp_path / "answers.jsonl")]) == 2
+    said = capsys.readouterr().err
+    assert "qvera_export.json" in said and "moved" in said and not (tmp_path / "answers.jsonl").exists()
+    # a page alone does without
+    assert main(["eval", str(out), "--html", str(tmp_path / "page.html"), "--max-new-tokens", "4"]) == 0
+    assert "no base" in capsys.readouterr().err and (tmp_path / "page.html").exists()
+
+
+def test_a_file_is_not_looked_for_in_the_recipe_s_hub_set(run: Path, tiny_rows: Path) -> None:
+    recipe = load_recipe(run / "recipe.yaml")
+    recipe.data.config_name, recipe.data.revision = "main", "v1"
+    (run / "recipe.yaml").write_text(recipe.to_yaml())
+    assert evaluate(run, "--data", tiny_rows, "--no-generation")["scores"]["rows"] == 40
 
 
 def test_an_export_without_its_run_says_what_it_needs(run: Path, tiny_rows: Path, capsys: Any) -> None:

@@ -35,7 +35,6 @@ def test_the_minimal_recipe_has_every_default() -> None:
     assert (recipe.model.quantization, recipe.model.double_quant, recipe.adapter.rank) == ("nf4", True, 256)
     assert (recipe.adapter.d_initial, recipe.adapter.targets) == (0.1, "all-linear")
     assert recipe.training.gradient_checkpointing is True
-    assert recipe.gradient_accumulation_steps == 4
 
 
 def test_a_string_is_short_for_the_models_path() -> None:
@@ -277,12 +276,6 @@ def test_the_effective_recipe_reads_back_as_itself(tmp_path: Path) -> None:
             assert tree["deepspeed"] is None
             continue
         assert tree[section.name].keys() == {f.name for f in dataclasses.fields(value)}
-
-
-@pytest.mark.parametrize(("rows", "per_device", "steps"), [(16, 4, 4), (16, 16, 1), (1, 1, 1), (6, 2, 3)])
-def test_accumulation_follows_from_the_global_batch(rows: int, per_device: int, steps: int) -> None:
-    training = {"global_batch_size": rows, "per_device_train_batch_size": per_device}
-    assert parse_recipe({**MINIMAL, "training": training}, "x").gradient_accumulation_steps == steps
 
 
 @pytest.mark.parametrize(

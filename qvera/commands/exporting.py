@@ -24,6 +24,7 @@ from ..model import fingerprint_of, load_tokenizer
 from ..recipe import ExportSection, ModelSection, Recipe
 from ..run import locate, open_run
 from ..stored import file_sha256, same_base
+from ..subject import template_of
 from ..unfinished import replace_text
 from .common import console, quiet_libraries
 
@@ -48,7 +49,7 @@ def export(args: argparse.Namespace) -> None:
         return
     template = None
     if recipe is not None:
-        template = resolve_template(recipe.data.template, load_tokenizer(section)).jinja
+        template = resolve_template(template_of(recipe, args.run), load_tokenizer(section)).jinja
     with console.status("Merging") as status:
         certificate = export_merged(
             adapter_dir,
@@ -187,10 +188,11 @@ def _difference(recipe: Recipe, run: Path, out: Path, options: ExportSection) ->
         reason = too_little_memory(out, _trained_bytes(run))
         if reason is not None:
             return {"not_measured": f"{reason}. {again}"}
-        with console.status("Comparing the trained with the exported model"):
+        with console.status(f"Loading {run}"):
             opened = open_run(run)
-            datasets = build_datasets(recipe.data, opened.base.tokenizer, console)
-            rows = (datasets.eval or datasets.train)[: options.certificate_rows]
+        datasets = build_datasets(recipe.data, opened.base.tokenizer, console)
+        rows = (datasets.eval or datasets.train)[: options.certificate_rows]
+        with console.status("Comparing the trained with the exported model"):
             return measure_difference(opened.model, out, rows, datasets.pad_id)
     except (InputError, OSError, ValueError) as error:
         return {"not_measured": f"{error} {again}"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -16,13 +17,13 @@ from rich.table import Table
 from .. import measure
 from ..data import Datasets, Example, build_datasets
 from ..errors import InputError
-from ..harness import find_tasks, require_harness, run_harness
+from ..harness import find_tasks, run_harness
 from ..judge import Input, Judged, inputs_of, judge
 from ..recipe import DataSection, TrainingSection
 from ..report.answers import write_answers
 from ..report.runs import COSTS, SCORES, Compared, compared, key_text, write_runs
 from ..run import OpenRun
-from ..subject import Subject, base_of, find_subject, open_subject, require_base, template_of
+from ..subject import Subject, base_of, base_problem, find_subject, open_subject, require_base, template_of
 from ..textscores import TextMetric, text_metrics
 from ..unfinished import replace_text
 from .common import console, quiet_libraries, require_new_file
@@ -34,9 +35,14 @@ def eval(args: argparse.Namespace) -> None:  # noqa: A001  # the command's name
     _check_flags(args)
     metrics = [] if args.no_generation else text_metrics(args.metrics.split(","))
     subject = find_subject(args.run, args.recipe)
-    with_base = args.with_base or (args.html is not None and not args.base and subject.has_base)
+    with_base = args.with_base
     if args.base or with_base:
         require_base(subject)
+    elif args.html is not None:  # which has a column for it, where there is one
+        missing = base_problem(subject)
+        with_base = missing is None
+        if missing is not None and subject.merged is not None:
+            console.print(f"The page will have no base beside the answers. {missing}", style="yellow", markup=False)
     section = _data_section(args, subject)
     with console.status(f"Loading {args.run}"):
         opened = open_subject(subject, adapter=not args.base)
@@ -49,7 +55,9 @@ def eval(args: argparse.Namespace) -> None:  # noqa: A001  # the command's name
         if subject.adapter is None:  # the base of an export is a model of its own; both need not be held
             opened.model = None
             opened.base.model = None
-        with console.status("Loading the base"), base_of(subject, opened) as model:
+        with contextlib.ExitStack() as until_judged:
+            with console.status("Loading the base"):  # alone: rich before 14.1 shows one thing at a time
+                model = until_judged.enter_context(base_of(subject, opened))
             base = _judge(args, subject, opened, model, datasets, rows, inputs, metrics, "Base: ")
     document = _document(args, subject, section, inputs, metrics, found, base)
     if args.predictions is not None:
@@ -116,11 +124,10 @@ def harness(args: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')}: takes a whole number >= 1, got {value}.")
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
-    require_harness()
+    manager = find_tasks(names, args.include)
     subject = find_subject(args.run, args.recipe)
     if args.base:
         require_base(subject)
-    manager = find_tasks(names, args.include)
     with console.status(f"Loading {args.run}"):
         opened = open_subject(subject, adapter=not args.base)
     found = run_harness(
@@ -172,6 +179,8 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise InputError("--with-base: compares with the base, and --base asks for the base alone; drop one of them.")
     if args.no_generation and args.predictions is not None:
         raise InputError("--predictions: writes answers, and --no-generation asks for none; drop one of them.")
+    if args.no_generation and args.group_prompts:
+        raise InputError("--group-prompts: is for answers, and --no-generation asks for none; drop one of them.")
     for name in ("rows", "max_new_tokens"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -194,12 +203,14 @@ def _data_section(args: argparse.Namespace, subject: Subject) -> DataSection:
             )
         if not (recipe.data.eval_path or recipe.data.eval_fraction):
             raise InputError(f"{args.run}: its recipe holds out no rows; name a file with --data.")
-        return recipe.data
+        return dataclasses.replace(recipe.data, template=template_of(recipe, subject.run))
     if recipe is None:
         return DataSection(path=args.data, limit=args.rows)
     return dataclasses.replace(
         recipe.data,
         path=args.data,
+        config_name=None,  # of the recipe's own source, like its revision
+        revision=None,
         template=template_of(recipe, subject.run),
         mixture=[],
         weight=1.0,

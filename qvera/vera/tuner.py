@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_a
 from torch import nn
 
 from .. import frozen, lean
+from ..added import PLACED
 from ..errors import InputError
 from .bank import BASE, SeedBank, plan_rows
 from .config import PEFT_TYPE, QveraConfig
@@ -74,7 +75,15 @@ class QveraModel(BaseTuner):
         Raises:
             InputError: a target matches nothing or no linear, or the adapter belongs to other projections.
         """
-        self._prepare_projection(model, self.peft_config[adapter_name])
+        config = self.peft_config[adapter_name]
+        tokens = getattr(config, "added_tokens", None)
+        if tokens and getattr(model, PLACED, None) != tokens:
+            raise InputError(
+                f"this adapter adds the tokens {', '.join(tokens)}, and the model has not been given their rows, which PEFT does "
+                "not read. Open it with qvera.run.open_run, or load the base with them (ModelSection.added_tokens) and put the "
+                "adapter on with qvera.attached.load_adapter."
+            )
+        self._prepare_projection(model, config)
         lean.lean_for_backward(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
