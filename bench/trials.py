@@ -115,7 +115,7 @@ def train(model: Any, trial: Trial, recipe: Recipe, datasets: Datasets) -> dict[
 
 
 def run(trial: Trial, recipe: Recipe, keep: Path | None = None) -> tuple[Any, Base, Datasets, dict[str, Any]]:
-    """Load, adapt, train, and take the held-out loss.
+    """Load, adapt, train, and take the loss of the held-out rows, where the recipe has some.
 
     Args:
         keep: a directory for what was trained; a trial that lies there already is read back instead.
@@ -134,11 +134,12 @@ def run(trial: Trial, recipe: Recipe, keep: Path | None = None) -> tuple[Any, Ba
         with safe_open(kept, "pt") as file:
             return model, base, datasets, json.loads(file.metadata()["facts"])
     facts = train(model, trial, recipe, datasets)
-    held_out = evaluate.held_out_loss(
-        model, datasets.eval, pad_id=datasets.pad_id, batch_size=recipe.training.per_device_eval_batch_size,
-        chunk_tokens=recipe.training.loss_chunk_tokens,
-    )  # fmt: skip
-    facts["held_out_loss"] = held_out["loss"]
+    if datasets.eval:
+        held_out = evaluate.held_out_loss(
+            model, datasets.eval, pad_id=datasets.pad_id, batch_size=recipe.training.per_device_eval_batch_size,
+            chunk_tokens=recipe.training.loss_chunk_tokens,
+        )  # fmt: skip
+        facts["held_out_loss"] = held_out["loss"]
     if kept is not None:
         trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
         save_file(trained, kept, {"facts": json.dumps(facts)})
