@@ -124,6 +124,7 @@ def tokenize(
     """Tokenize all chunks from ``first`` on; None where that is not possible here, and one process has to.
 
     Args:
+        section: the source; its template is named, not ``auto``, which the rows of this part alone could not settle.
         part, count: see `making.chosen_rows`.
         scratch: an empty directory for the processes' files.
         advance: called with the rows of each chunk that is done.
@@ -183,7 +184,7 @@ def _work(job: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> None:
     """One process's chunks: ``first``, ``first + step``, ..."""
     section, row_format = DataSection(**job["section"]), RowFormat(**job["format"])
     encoder = Encoder(_tokenizer_of(job["tokenizer"], job["name"]))
-    template = resolve_template(section.template, encoder.tokenizer, row_format.name)
+    template = resolve_template(section.template, encoder.tokenizer)
     tokenizer = RowTokenizer(section, encoder, template, row_format)
     nothing = record_batch([])
     only_parse = False

@@ -317,13 +317,21 @@ def test_a_full_disk_is_said(section: DataSection, monkeypatch: pytest.MonkeyPat
 # --- several processes ----------------------------------------------------------------------------------------------------
 
 
+def by_several(section: DataSection, tokenizer: PreTrainedTokenizerFast) -> Datasets:
+    """Rows that were really made by several processes."""
+    out = io.StringIO()
+    data = build_datasets(section, tokenizer, Console(file=out, width=500))
+    assert not data.stats.found and "One process tokenizes" not in out.getvalue()
+    return data
+
+
 @pytest.mark.parametrize("processes", [2, 3])
 def test_several_processes_make_the_same_rows(processes: int, long_section: DataSection, root: Path) -> None:
     one = build_datasets(long_section, byte_tokenizer())
     alone = {f.name: f.read_bytes() for f in (root / entries()[0]).glob("*.arrow")}
     shutil.rmtree(root)
     long_section.tokenize_processes = processes
-    several = build_datasets(long_section, byte_tokenizer())
+    several = by_several(long_section, byte_tokenizer())
     assert same(one, several)
     assert {f.name: f.read_bytes() for f in (root / entries()[0]).iterdir() if f.suffix == ".arrow"} == alone
 
@@ -374,6 +382,21 @@ def test_several_processes_say_what_one_would(bad: dict[str, Any], long_section:
             build_datasets(long_section, byte_tokenizer())
         said.append(str(failure.value))
     assert said[0] == said[1] and ":301" in said[0]
+
+
+def test_held_out_rows_of_another_format_get_the_training_rows_template(tmp_path: Path) -> None:
+    files = {
+        "train.jsonl": {"instruction": "do it", "output": "done"},
+        "eval.jsonl": {"prompt": "do it", "completion": "done"},
+    }
+    for name, row in files.items():
+        (tmp_path / name).write_text(f"{json.dumps(row)}\n" * 600, encoding="utf-8")
+    section = DataSection(path=str(tmp_path / "train.jsonl"), eval_path=str(tmp_path / "eval.jsonl"))
+    one = build_datasets(section, byte_tokenizer())
+    os.environ["QVERA_CACHE"] += "-fresh"
+    section.tokenize_processes = 2
+    assert same(one, by_several(section, byte_tokenizer()))
+    assert one.template.name == "alpaca" and "### Instruction" in one.eval[0].prompt_text
 
 
 def test_a_tokenizer_that_can_t_be_handed_on_is_used_by_one(
