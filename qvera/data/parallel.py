@@ -31,8 +31,6 @@ from .rows import SCHEMA, RowWriter, record_batch
 from .templates import resolve_template
 from .tokenize import Counts, RowTokenizer
 
-_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
-
 
 def tokenizer_state(tokenizer: Any) -> dict[str, Any] | None:
     """All that tokenizing depends on in a tokenizer, as JSON; None for one written in Python, whose code can't be told apart."""
@@ -43,7 +41,7 @@ def tokenizer_state(tokenizer: Any) -> dict[str, Any] | None:
     model["truncation"] = model["padding"] = None  # of the last call, not of the tokenizer
     return {
         "model": json.dumps(model, ensure_ascii=False),
-        "special": {name: getattr(tokenizer, name) for name in _SPECIAL},
+        "special": tokenizer.special_tokens_map,  # by name: what templates can write, a model's own names included
         "all_special": sorted(tokenizer.all_special_tokens),
         "add_bos_token": getattr(tokenizer, "add_bos_token", None),
         "split_special_tokens": getattr(tokenizer, "split_special_tokens", None),
@@ -63,12 +61,15 @@ def _tokenizer_of(state: dict[str, Any], name: str) -> Any:
         ValueError: it would not be the same one.
     """
     from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast as Fast
 
-    special = {name: token for name, token in state["special"].items() if token is not None}
-    more = [token for token in state["all_special"] if token not in special.values()]
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(state["model"]), name_or_path=name, extra_special_tokens=more, **special
+    usual = {key: token for key, token in state["special"].items() if key in Fast.SPECIAL_TOKENS_ATTRIBUTES}
+    tokenizer = Fast(
+        tokenizer_object=Tokenizer.from_str(state["model"]),
+        name_or_path=name,
+        extra_special_tokens=[token for token in state["all_special"] if token not in state["special"].values()],
+        model_specific_special_tokens={key: token for key, token in state["special"].items() if key not in usual},
+        **usual,
     )
     tokenizer.chat_template = state["chat_template"]
     if state["add_bos_token"] is not None:

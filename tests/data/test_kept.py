@@ -399,6 +399,27 @@ def test_held_out_rows_of_another_format_get_the_training_rows_template(tmp_path
     assert one.template.name == "alpaca" and "### Instruction" in one.eval[0].prompt_text
 
 
+def test_whatever_special_token_a_template_writes_is_there_in_each_process(long_section: DataSection) -> None:
+    tokenizer = byte_tokenizer()
+    names = {"sep_token": "<sep>", "cls_token": "<cls>", "mask_token": "<mask>"}
+    tokenizer.add_special_tokens(names)
+    own = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        extra_special_tokens={"image_token": "<image>", "end_of_call": "<|im_end|>"},
+        **tokenizer.special_tokens_map,
+    )
+    own.chat_template = (
+        "{{ cls_token + mask_token }}{% for m in messages %}{{ sep_token + m.role + image_token + m.content + end_of_call }}"
+        "{% endfor %}"
+    )
+    long_section.template, long_section.too_long, long_section.limit = "auto", "cut-end", 300
+    one = build_datasets(long_section, own)
+    assert own.decode(one.train[0].input_ids).startswith("<cls><mask><sep>")
+    os.environ["QVERA_CACHE"] += "-fresh"
+    long_section.tokenize_processes = 2
+    assert same(one, by_several(long_section, own))
+
+
 def test_a_tokenizer_that_can_t_be_handed_on_is_used_by_one(
     long_section: DataSection, make_tokenizer: MakeTokenizer
 ) -> None:
