@@ -151,15 +151,15 @@ def tokenize(
                 "section": dataclasses.asdict(section), "part": part, "count": count, "format": dataclasses.asdict(row_format),
                 "tokenizer": state, "name": tokenizer.name_or_path, "out": str(file), "first": first + number, "step": processes,
             }  # fmt: skip
-            with open(scratch / f"said-{number}.txt", "w") as said:
+            told = scratch / f"job-{number}.json"
+            told.write_text(json.dumps(job), encoding="utf-8")
+            # from a file: a pipe holds 64 kB, and the next process would wait until this one has imported all and reads
+            with open(told, encoding="utf-8") as asked, open(scratch / f"said-{number}.txt", "w") as said:
                 worker = subprocess.Popen(
-                    [sys.executable, "-m", "qvera.data.parallel"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said,
+                    [sys.executable, "-m", "qvera.data.parallel"], stdin=asked, stdout=subprocess.PIPE, stderr=said,
                     text=True, encoding="utf-8", env=environment,
                 )  # fmt: skip
             workers.append(worker)
-            assert worker.stdin is not None
-            worker.stdin.write(json.dumps(job))
-            worker.stdin.close()
             threading.Thread(target=listen, args=(worker,), daemon=True).start()
         open_pipes = len(workers)
         while open_pipes:

@@ -399,6 +399,29 @@ def test_held_out_rows_of_another_format_get_the_training_rows_template(tmp_path
     assert one.template.name == "alpaca" and "### Instruction" in one.eval[0].prompt_text
 
 
+def test_processes_start_at_once_however_large_the_tokenizer(
+    long_section: DataSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, python = tmp_path / "started", tmp_path / "python"
+    started.mkdir()
+    python.write_text(  # one that reads nothing before the other has started too
+        f"""#!/bin/sh
+        touch {started}/$$
+        for i in $(seq 100); do
+            [ $(ls {started} | wc -l) = 2 ] && exec {sys.executable} "$@"
+            sleep 0.1
+        done
+        exit 1
+        """
+    )
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{# " + "long " * 50_000 + "#}"
+    long_section.tokenize_processes, long_section.limit = 2, 300
+    by_several(long_section, tokenizer)
+
+
 def test_whatever_special_token_a_template_writes_is_there_in_each_process(long_section: DataSection) -> None:
     tokenizer = byte_tokenizer()
     names = {"sep_token": "<sep>", "cls_token": "<cls>", "mask_token": "<mask>"}
