@@ -178,24 +178,41 @@ def test_what_only_arranges_the_rows_makes_none(section: DataSection, tmp_path: 
     assert len(build_datasets(section, byte_tokenizer()).stats.found) == 1
 
 
-def test_a_template_that_writes_the_date_is_good_for_a_day(
-    section: DataSection, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _dated() -> PreTrainedTokenizerFast:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = (
         "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}"
     )
+    return tokenizer
+
+
+class _Tomorrow(kept.datetime.date):
+    @classmethod
+    def today(cls) -> Any:
+        return cls(2100, 1, 1)
+
+
+def test_a_template_that_writes_the_date_is_good_for_a_day(
+    section: DataSection, monkeypatch: pytest.MonkeyPatch
+) -> None:
     section.template = "auto"
-    build_datasets(section, tokenizer)
-    assert build_datasets(section, tokenizer).stats.found
+    build_datasets(section, _dated())
+    assert build_datasets(section, _dated()).stats.found
+    monkeypatch.setattr(kept.datetime, "date", _Tomorrow)
+    assert not build_datasets(section, _dated()).stats.found
 
-    class Tomorrow(kept.datetime.date):
-        @classmethod
-        def today(cls) -> Any:
-            return cls(2100, 1, 1)
 
-    monkeypatch.setattr(kept.datetime, "date", Tomorrow)
-    assert not build_datasets(section, tokenizer).stats.found
+def test_a_day_that_ends_meanwhile_costs_no_work(section: DataSection, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = kept.make
+
+    def make(*arguments: Any) -> Any:
+        made = real(*arguments)
+        monkeypatch.setattr(kept.datetime, "date", _Tomorrow)
+        return made
+
+    monkeypatch.setattr(kept, "make", make)
+    section.template = "auto"
+    assert len(build_datasets(section, _dated()).train) >= 80
 
 
 @pytest.mark.parametrize(
