@@ -29,7 +29,7 @@ from ..errors import InputError
 from ..locations import cache_root
 from ..recipe import DataSection
 from ..stored import file_sha256, file_stamp
-from ..unfinished import disk_full_says, replace_text
+from ..unfinished import disk_full_says, flush, replace_text
 from .encode import Encoder
 from .making import Made, make
 from .parallel import state_sha256, tokenizer_state
@@ -94,6 +94,7 @@ def tokenized(section: DataSection, encoder: Encoder, console: Console | None) -
                     )
                 sums = _write_record(unfinished, key, section, made)
                 unfinished.rename(target)  # what is mapped stays mapped
+                flush(root)
                 hashes.add({target / name: (file_stamp((target / name).stat()), sha) for name, sha in sums.items()})
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -140,7 +141,10 @@ def _code_sha256() -> str:
 
 def _write_record(directory: Path, key: dict[str, Any], section: DataSection, made: Made) -> dict[str, str]:
     """Write it, and return the tables' SHA-256 by name."""
-    sums = {file.name: file_sha256(file) for file in sorted(directory.glob("*.arrow"))}
+    sums = {}
+    for file in sorted(directory.glob("*.arrow")):
+        flush(file)
+        sums[file.name] = file_sha256(file)
     record = {
         "source": section.path,
         "key": key,

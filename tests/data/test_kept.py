@@ -215,6 +215,18 @@ def test_a_day_that_ends_meanwhile_costs_no_work(section: DataSection, monkeypat
     assert len(build_datasets(section, _dated()).train) >= 80
 
 
+def test_an_entry_is_on_disk_before_it_has_its_name(
+    section: DataSection, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    record, rename = kept.replace_text, Path.rename
+    monkeypatch.setattr(kept, "flush", lambda path: order.append(path.name))
+    monkeypatch.setattr(kept, "replace_text", lambda path, text: order.append(path.name) or record(path, text))
+    monkeypatch.setattr(Path, "rename", lambda self, target: order.append(target.name) or rename(self, target))
+    build_datasets(section, byte_tokenizer())
+    assert order == ["eval.arrow", "train.arrow", "record.json", *entries(), root.name]
+
+
 @pytest.mark.parametrize(
     "damage", ["a byte", "cut short", "missing", "record", "no record", "another schema", "fewer rows"]
 )
