@@ -21,8 +21,9 @@ from rich.console import Console
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from qvera.cli import main
-from qvera.data import Datasets, Example, Rows, build_datasets, data_sha256, kept, print_preflight, rows_of
+from qvera.data import Datasets, Example, Rows, build_datasets, data_sha256, kept, print_preflight
 from qvera.data import making as making_module
+from qvera.data.rows import rows_of
 from qvera.errors import InputError, RunFailed
 from qvera.recipe import DataSection, Source
 from qvera.trainer import train
