@@ -9,8 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,10 @@ from rich.console import Console
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from qvera.cli import main
-from qvera.data import Datasets, Example, Rows, build_datasets, data_sha256, kept, print_preflight
+from qvera.data import Datasets, Example, Rows, build_datasets, data_sha256, kept, print_preflight, sources
 from qvera.data import making as making_module
 from qvera.data.rows import rows_of
-from qvera.errors import InputError, RunFailed
+from qvera.errors import InputError, QveraError, RunFailed
 from qvera.recipe import DataSection, Source
 from qvera.trainer import train
 
@@ -342,6 +344,106 @@ def test_a_full_disk_is_said(section: DataSection, monkeypatch: pytest.MonkeyPat
     with pytest.raises(RunFailed, match="set QVERA_CACHE to a directory on another disk"):
         build_datasets(section, byte_tokenizer())
     assert entries() == []
+
+
+# --- several runs at once -------------------------------------------------------------------------------------------------
+
+
+class Said(io.StringIO):
+    """What a console shows, and when it first says that it waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits = threading.Event()
+
+    def write(self, text: str) -> int:
+        if "another process tokenizes these rows" in text:
+            self.waits.set()
+        return super().write(text)
+
+
+def both_ends(section: DataSection, monkeypatch: pytest.MonkeyPatch, fails: Exception | None = None) -> tuple[Any, Any]:
+    """The data or the error of two processes' worth of work, the second of which comes while the first tokenizes.
+
+    Args:
+        fails: what the first meets in place of its rows.
+    """
+    said, begun, real = Said(), threading.Event(), kept.make
+
+    def make(*arguments: Any) -> Any:
+        if begun.is_set():
+            return real(*arguments)
+        begun.set()
+        assert said.waits.wait(60)
+        if fails is not None:
+            raise fails
+        return real(*arguments)
+
+    monkeypatch.setattr(kept, "make", make)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(build_datasets, section, byte_tokenizer())
+        assert begun.wait(60)
+        second = threads.submit(build_datasets, section, byte_tokenizer(), Console(file=said, width=500))
+    return tuple(future.exception() or future.result() for future in (first, second))
+
+
+def spoil(section: DataSection) -> None:
+    with open(section.path, "a", encoding="utf-8") as handle:
+        handle.write(json.dumps({"messages": [{"role": "wizard", "content": "x"}]}) + "\n")
+
+
+def test_who_waits_for_the_same_rows_says_so_and_finds_them(
+    section: DataSection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = both_ends(section, monkeypatch)
+    assert not first.stats.found and second.stats.found == entries() and same(first, second)
+
+
+def test_wrong_rows_are_read_once_for_all_who_wait_and_again_by_who_comes_later(
+    section: DataSection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section.eval_fraction = 0.0
+    good = Path(section.path).read_text(encoding="utf-8")
+    spoil(section)
+    passes = counting(monkeypatch)
+    first, second = both_ends(section, monkeypatch)
+    assert isinstance(first, InputError) and isinstance(second, InputError)
+    assert str(first) == str(second) and f"{section.path}:91" in str(first) and passes == ["train"]
+    with pytest.raises(InputError, match="wizard"):
+        build_datasets(section, byte_tokenizer())
+    assert passes == ["train"] * 2
+    Path(section.path).write_text(good, encoding="utf-8")
+    assert len(build_datasets(section, byte_tokenizer()).train) >= 80
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), sources._open_failed(Path("chats.jsonl"), OSError(5, "I/O error"))],
+    ids=["full disk", "disk error"],
+)
+def test_what_is_wrong_with_the_disk_is_no_word_on_the_rows(
+    error: Exception, section: DataSection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = both_ends(section, monkeypatch, error)
+    assert isinstance(first, QveraError) and isinstance(second, Datasets) and len(second.train) >= 80
+
+
+def test_rows_that_were_mended_while_they_were_read_are_not_called_wrong(
+    section: DataSection, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, real = Path(section.path).read_text(encoding="utf-8"), kept.make
+    spoil(section)
+
+    def make(*arguments: Any) -> Any:
+        try:
+            return real(*arguments)
+        finally:
+            Path(section.path).write_text(good, encoding="utf-8")
+
+    monkeypatch.setattr(kept, "make", make)
+    with pytest.raises(InputError, match="wizard"):
+        build_datasets(section, byte_tokenizer())
+    assert not list(root.glob(".*.failed"))
 
 
 # --- several processes ----------------------------------------------------------------------------------------------------
