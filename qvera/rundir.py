@@ -89,7 +89,10 @@ def writable(run_dir: Path) -> None:
         ) from None
 
 
-_FREE = ("output_dir", "save_steps", "save_total_limit", "report_to")
+_FREE = {
+    "data": ("tokenize_processes",),  # the rows are the same
+    "training": ("output_dir", "save_steps", "save_total_limit", "report_to"),
+}
 _FREE_SECTIONS = ("export", "deepspeed")  # a checkpoint goes on under any ZeRO stage, and without one
 
 
@@ -102,7 +105,7 @@ def changed_keys(before: dict[str, Any], recipe: Recipe) -> list[str]:
         then = before.get(section)
         if section in _FREE_SECTIONS or not isinstance(now, dict) or not isinstance(then, dict):
             continue
-        keys = [k for k in now if k in then and not (section == "training" and k in _FREE)]
+        keys = [k for k in now if k in then and k not in _FREE.get(section, ())]
         found += [f"{section}.{key}" for key in keys if then[key] != now[key]]
     return found
 

@@ -244,6 +244,17 @@ TABLE: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     "line is no object": (lambda p: p.with_rows(GOOD_ROW, "[1, 2]"), "rows.jsonl:2"),
     "column missing in a row": (lambda p: p.with_rows(GOOD_ROW, '{"prompt": "x"}'), "rows.jsonl:2"),
     "unknown columns": (lambda p: p.with_rows('{"frage": "x", "antwort": "y"}'), "frage"),
+    "half a character": (
+        lambda p: p.with_rows(GOOD_ROW, '{"prompt": "x \\ud83d y", "completion": "z"}'),
+        r"rows.jsonl:2: prompt holds half a character, '\ud83d', behind 'x '",
+    ),
+    "half a character in a tool call": (
+        lambda p: p.with_rows(
+            '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "",'
+            ' "tool_calls": [{"function": {"name": "f", "arguments": {"a": "\\ude42"}}}]}]}'
+        ),
+        "rows.jsonl:1: messages[1] holds half a character",
+    ),
     "empty answer": (lambda p: p.with_rows(GOOD_ROW, '{"prompt": "x", "completion": ""}'), "rows.jsonl:2"),
     "unknown role": (
         lambda p: p.with_rows(

@@ -9,7 +9,7 @@ from .named_templates import NAMED_TEMPLATES
 from .prefix import collate_prefix_once
 from .preflight import data_warnings, decode, print_preflight
 from .prompts import read_prompts
-from .rows import CutRows, Rows, lengths_of, rows_of
+from .rows import CutRows, Rows, lengths_of
 from .templates import ChatTemplate, resolve_template
 
 __all__ = [
@@ -41,6 +41,5 @@ __all__ = [
     "print_preflight",
     "read_prompts",
     "resolve_template",
-    "rows_of",
     "steps_per_epoch",
 ]

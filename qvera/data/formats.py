@@ -152,7 +152,7 @@ def parse_row(row: RawRow, format: RowFormat, system: str | None = None) -> Conv
         system: the system prompt for rows that bring none.
 
     Raises:
-        InputError: a missing column, a value of the wrong type, an unknown role; names the row's source.
+        InputError: a missing column, a value of the wrong type, an unknown role, half a character; names the row's source.
     """
     if format.name == "text":
         return Text(_string(row, format, "text"), row.source)
@@ -191,6 +191,26 @@ def _string(row: RawRow, format: RowFormat, name: str) -> str:
     if not isinstance(value, str):
         column = format.columns.get(name, name)
         raise InputError(f"{row.source}: {column} must be text, got {_shown(value)}. Fix the row.")
+    return _whole(value, f"{row.source}: {format.columns.get(name, name)}")
+
+
+def _whole(value: Any, where: str) -> Any:
+    """The value, in whose texts no character is halved: JSON can write one half alone ("\\ud83d"), no tokenizer takes it.
+
+    Raises:
+        InputError: one is.
+    """
+    if isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{where} holds half a character, {value[error.start]!a}, behind {value[: error.start][-20:]!r}: a text was cut "
+                "within a character, and that is no text. Write the whole character, or remove the half."
+            ) from None
+    elif isinstance(value, (list, dict)):
+        for item in [*value, *value.values()] if isinstance(value, dict) else value:
+            _whole(item, where)
     return value
 
 
@@ -204,7 +224,7 @@ def _prompt_completion(row: RawRow, format: RowFormat) -> list[Turn]:
 def _tools(row: RawRow, format: RowFormat) -> list[dict[str, Any]] | None:
     if "tools" not in format.columns or not _given(row, format, "tools"):
         return None
-    tools = _from_json(row.fields[format.columns["tools"]])
+    tools = _whole(_from_json(row.fields[format.columns["tools"]]), f"{row.source}: tools")
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
@@ -250,7 +270,8 @@ def _turn(item: Any, where: str) -> Turn:
     extra = {k: item[k] for k in ("tool_calls", "name", "tool_call_id") if item.get(k) is not None}
     calls_tools = role == "assistant" and "tool_calls" in extra
     content = _content(item.get(content_key), f"{where}.{content_key}", optional=calls_tools)
-    return Turn(role, content, _trained(item, role, where), None, extra)
+    _whole(content, f"{where}.{content_key}")
+    return Turn(role, content, _trained(item, role, where), None, _whole(extra, where))
 
 
 def _content(value: Any, where: str, optional: bool) -> str:

@@ -4,6 +4,7 @@ $QVERA_CACHE/rows/
   rows-IDENTITY/           train.arrow, eval.arrow and, last, record.json; IDENTITY is of everything the rows are a function of
   .unfinished-IDENTITY/    one that is being made, or was killed
   .IDENTITY.lock           held by the process that makes it; the ranks of a node wait for the first of them
+  .IDENTITY.failed         what that process found wrong with the rows, for those that have waited for it
   hashes.json              file → SHA-256, of sources and of the tables, believed while size, mtime_ns and inode are the same
 
 `datasets`' own cache holds what comes from the hub, as Arrow files that are mapped too. Its cache of `Dataset.map` would not do
@@ -12,6 +13,7 @@ here: it wants one type for each column (rows of JSON often have none: tools, ar
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -24,18 +26,18 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 from filelock import FileLock, Timeout
 
-from ..cache import HashIndex
+from ..cache import WAIT_SECONDS, HashIndex
 from ..errors import InputError
 from ..locations import cache_root
 from ..recipe import DataSection
 from ..stored import file_sha256, file_stamp
-from ..unfinished import disk_full_says, replace_text
+from ..unfinished import disk_full_says, flush, replace_text
 from .encode import Encoder
 from .making import Made, make
 from .parallel import state_sha256, tokenizer_state
 from .reading import EVAL, TRAIN
 from .rows import RowTable, RowWriter
-from .sources import source_content, source_files
+from .sources import Unreadable, source_content, source_files
 from .tokenize import Counts
 
 if TYPE_CHECKING:
@@ -69,10 +71,12 @@ def tokenized(section: DataSection, encoder: Encoder, console: Console | None) -
         return make(section, encoder, None, console)
     identity = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     root = rows_root()
+    failed = root / f".{identity}.failed"
     try:
         root.mkdir(parents=True, exist_ok=True)
+        failed_before = _stamp(failed)
         lock = FileLock(root / f".{identity}.lock")
-        lock.acquire()
+        _wait_for(lock, section, console)
     except OSError as error:
         _say(console, f"{root}: tokenized rows can't be kept there ({error.strerror or error}); they stay in memory.")
         return make(section, encoder, None, console)
@@ -81,25 +85,47 @@ def tokenized(section: DataSection, encoder: Encoder, console: Console | None) -
         found = _open(target, hashes, console)
         if found is not None:
             return found
-        unfinished = root / f"{_UNFINISHED}{identity}"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        try:
-            with disk_full_says(str(root), "Make room, or set QVERA_CACHE to a directory on another disk."):
-                unfinished.mkdir()
-                made = make(section, encoder, unfinished, console)
-                if key_of(section, encoder.tokenizer, hashes) != key:
-                    raise InputError(
-                        f"{section.path}: was changed while it was read. Run the same command again when it is at rest."
-                    )
-                sums = _write_record(unfinished, key, section, made)
-                unfinished.rename(target)  # what is mapped stays mapped
-                hashes.add({target / name: (file_stamp((target / name).stat()), sha) for name, sha in sums.items()})
-        except BaseException:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise
-        return made
+        if _stamp(failed) not in (None, failed_before):  # while this process waited, and on the same content
+            raise InputError(json.loads(failed.read_text(encoding="utf-8")))
+        return _keep(section, encoder, key, target, failed, hashes, console)
     finally:
         lock.release()
+
+
+def _keep(
+    section: DataSection,
+    encoder: Encoder,
+    key: dict[str, Any],
+    target: Path,
+    failed: Path,
+    hashes: HashIndex,
+    console: Console | None,
+) -> Made:
+    """Make the rows and the entry ``target`` of them; what is wrong with the rows themselves is written to ``failed`` too."""
+    root = target.parent
+    unfinished = root / f"{_UNFINISHED}{target.name.removeprefix(PREFIX)}"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        with disk_full_says(str(root), "Make room, or set QVERA_CACHE to a directory on another disk."):
+            failed.unlink(missing_ok=True)
+            unfinished.mkdir()
+            made = make(section, encoder, unfinished, console)
+            if not _is_unchanged(section, key, hashes):
+                raise Unreadable(
+                    f"{section.path}: was changed while it was read. Run the same command again when it is at rest."
+                )
+            sums = _write_record(unfinished, key, section, made)
+            unfinished.rename(target)  # what is mapped stays mapped
+            flush(root)
+            hashes.add({target / name: (file_stamp((target / name).stat()), sha) for name, sha in sums.items()})
+    except BaseException as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if isinstance(error, InputError) and not isinstance(error, Unreadable):
+            with contextlib.suppress(OSError, InputError):  # the error that is raised is the one above
+                if _is_unchanged(section, key, hashes):
+                    replace_text(failed, json.dumps(str(error)))
+        raise
+    return made
 
 
 def key_of(section: DataSection, tokenizer: Any, hashes: HashIndex) -> dict[str, Any] | None:
@@ -130,6 +156,27 @@ def key_of(section: DataSection, tokenizer: Any, hashes: HashIndex) -> dict[str,
     }
 
 
+def _is_unchanged(section: DataSection, key: dict[str, Any], hashes: HashIndex) -> bool:
+    """Whether the source holds what it held for ``key``; not the whole key, since a day may end while rows are made."""
+    return bool(source_content(section, source_files(section), hashes) == key["content"])
+
+
+def _wait_for(lock: FileLock, section: DataSection, console: Console | None) -> None:
+    """Take the lock; where another process keeps it for a while, that is said."""
+    try:
+        lock.acquire(timeout=WAIT_SECONDS)
+    except Timeout:
+        _say(console, f"{section.path}: waiting, another process tokenizes these rows.")
+        lock.acquire()
+
+
+def _stamp(file: Path) -> list[int] | None:
+    try:
+        return file_stamp(file.stat())
+    except FileNotFoundError:
+        return None
+
+
 def _code_sha256() -> str:
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parent.glob("*.py")):
@@ -139,7 +186,10 @@ def _code_sha256() -> str:
 
 def _write_record(directory: Path, key: dict[str, Any], section: DataSection, made: Made) -> dict[str, str]:
     """Write it, and return the tables' SHA-256 by name."""
-    sums = {file.name: file_sha256(file) for file in sorted(directory.glob("*.arrow"))}
+    sums = {}
+    for file in sorted(directory.glob("*.arrow")):
+        flush(file)
+        sums[file.name] = file_sha256(file)
     record = {
         "source": section.path,
         "key": key,

@@ -31,8 +31,6 @@ from .rows import SCHEMA, RowWriter, record_batch
 from .templates import resolve_template
 from .tokenize import Counts, RowTokenizer
 
-_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
-
 
 def tokenizer_state(tokenizer: Any) -> dict[str, Any] | None:
     """All that tokenizing depends on in a tokenizer, as JSON; None for one written in Python, whose code can't be told apart."""
@@ -43,7 +41,7 @@ def tokenizer_state(tokenizer: Any) -> dict[str, Any] | None:
     model["truncation"] = model["padding"] = None  # of the last call, not of the tokenizer
     return {
         "model": json.dumps(model, ensure_ascii=False),
-        "special": {name: getattr(tokenizer, name) for name in _SPECIAL},
+        "special": tokenizer.special_tokens_map,  # by name: what templates can write, a model's own names included
         "all_special": sorted(tokenizer.all_special_tokens),
         "add_bos_token": getattr(tokenizer, "add_bos_token", None),
         "split_special_tokens": getattr(tokenizer, "split_special_tokens", None),
@@ -63,12 +61,15 @@ def _tokenizer_of(state: dict[str, Any], name: str) -> Any:
         ValueError: it would not be the same one.
     """
     from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast as Fast
 
-    special = {name: token for name, token in state["special"].items() if token is not None}
-    more = [token for token in state["all_special"] if token not in special.values()]
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(state["model"]), name_or_path=name, extra_special_tokens=more, **special
+    usual = {key: token for key, token in state["special"].items() if key in Fast.SPECIAL_TOKENS_ATTRIBUTES}
+    tokenizer = Fast(
+        tokenizer_object=Tokenizer.from_str(state["model"]),
+        name_or_path=name,
+        extra_special_tokens=[token for token in state["all_special"] if token not in state["special"].values()],
+        model_specific_special_tokens={key: token for key, token in state["special"].items() if key not in usual},
+        **usual,
     )
     tokenizer.chat_template = state["chat_template"]
     if state["add_bos_token"] is not None:
@@ -124,6 +125,7 @@ def tokenize(
     """Tokenize all chunks from ``first`` on; None where that is not possible here, and one process has to.
 
     Args:
+        section: the source; its template is named, not ``auto``, which the rows of this part alone could not settle.
         part, count: see `making.chosen_rows`.
         scratch: an empty directory for the processes' files.
         advance: called with the rows of each chunk that is done.
@@ -149,15 +151,15 @@ def tokenize(
                 "section": dataclasses.asdict(section), "part": part, "count": count, "format": dataclasses.asdict(row_format),
                 "tokenizer": state, "name": tokenizer.name_or_path, "out": str(file), "first": first + number, "step": processes,
             }  # fmt: skip
-            with open(scratch / f"said-{number}.txt", "w") as said:
+            told = scratch / f"job-{number}.json"
+            told.write_text(json.dumps(job), encoding="utf-8")
+            # from a file: a pipe holds 64 kB, and the next process would wait until this one has imported all and reads
+            with open(told, encoding="utf-8") as asked, open(scratch / f"said-{number}.txt", "w") as said:
                 worker = subprocess.Popen(
-                    [sys.executable, "-m", "qvera.data.parallel"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said,
+                    [sys.executable, "-m", "qvera.data.parallel"], stdin=asked, stdout=subprocess.PIPE, stderr=said,
                     text=True, encoding="utf-8", env=environment,
                 )  # fmt: skip
             workers.append(worker)
-            assert worker.stdin is not None
-            worker.stdin.write(json.dumps(job))
-            worker.stdin.close()
             threading.Thread(target=listen, args=(worker,), daemon=True).start()
         open_pipes = len(workers)
         while open_pipes:
@@ -183,7 +185,7 @@ def _work(job: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> None:
     """One process's chunks: ``first``, ``first + step``, ..."""
     section, row_format = DataSection(**job["section"]), RowFormat(**job["format"])
     encoder = Encoder(_tokenizer_of(job["tokenizer"], job["name"]))
-    template = resolve_template(section.template, encoder.tokenizer, row_format.name)
+    template = resolve_template(section.template, encoder.tokenizer)
     tokenizer = RowTokenizer(section, encoder, template, row_format)
     nothing = record_batch([])
     only_parse = False

@@ -24,6 +24,10 @@ _TRAIN_NAME = re.compile(r"(^|[^a-z])train", re.IGNORECASE)
 _HELD_OUT_NAME = re.compile(r"(^|[^a-z])(test|valid|validation|val|eval|dev|held[-_]?out)([^a-z]|$)", re.IGNORECASE)
 
 
+class Unreadable(InputError):
+    """A source can't be read now, whatever is in it: a disk's error, a missing right, the hub, a change meanwhile."""
+
+
 @dataclass(frozen=True, slots=True)
 class RawRow:
     """One row as it was read.
@@ -134,8 +138,8 @@ def _not_utf8(where: str, error: UnicodeDecodeError, start: bytes) -> InputError
     )
 
 
-def _open_failed(file: Path, error: OSError) -> InputError:
-    return InputError(f"{file}: can't be read: {error.strerror or error}. Check that it is a file you may read.")
+def _open_failed(file: Path, error: OSError) -> Unreadable:
+    return Unreadable(f"{file}: can't be read: {error.strerror or error}. Check that it is a file you may read.")
 
 
 def _read_jsonl(file: Path) -> Iterator[RawRow]:
@@ -275,7 +279,8 @@ def _read_parquet(file: Path) -> Iterator[RawRow]:
                 number += 1
                 yield RawRow(fields, f"{file} row {number}")
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{file}: can't be read as Parquet: {_one_line(error)}. Is the file complete?") from None
+        kind = Unreadable if isinstance(error, OSError) else InputError
+        raise kind(f"{file}: can't be read as Parquet: {_one_line(error)}. Is the file complete?") from None
 
 
 def _read_hub(path: str, split: str, config_name: str | None, revision: str | None) -> Iterator[RawRow]:
@@ -296,7 +301,7 @@ def _load_hub(path: str, split: str, config_name: str | None, revision: str | No
         hint = "Check data.path, data.config_name, data.split and data.revision."
         if isinstance(error, ConnectionError) or "offline" in str(error).lower():
             hint = "The hub can't be reached: connect, or set data.path to a local file."
-        raise InputError(
+        raise Unreadable(
             f"{path}: no file or directory of that name here, and as a hub dataset it can't be loaded "
             f"(split {split!r}{f', configuration {config_name!r}' if config_name else ''}): {_one_line(error)}. {hint}"
         ) from None

@@ -9,8 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,10 @@ from rich.console import Console
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from qvera.cli import main
-from qvera.data import Datasets, Example, Rows, build_datasets, data_sha256, kept, print_preflight, rows_of
+from qvera.data import Datasets, Example, Rows, build_datasets, data_sha256, kept, print_preflight, sources
 from qvera.data import making as making_module
-from qvera.errors import InputError, RunFailed
+from qvera.data.rows import rows_of
+from qvera.errors import InputError, QveraError, RunFailed
 from qvera.recipe import DataSection, Source
 from qvera.trainer import train
 
@@ -178,24 +181,53 @@ def test_what_only_arranges_the_rows_makes_none(section: DataSection, tmp_path: 
     assert len(build_datasets(section, byte_tokenizer()).stats.found) == 1
 
 
-def test_a_template_that_writes_the_date_is_good_for_a_day(
-    section: DataSection, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _dated() -> PreTrainedTokenizerFast:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = (
         "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}"
     )
+    return tokenizer
+
+
+class _Tomorrow(kept.datetime.date):
+    @classmethod
+    def today(cls) -> Any:
+        return cls(2100, 1, 1)
+
+
+def test_a_template_that_writes_the_date_is_good_for_a_day(
+    section: DataSection, monkeypatch: pytest.MonkeyPatch
+) -> None:
     section.template = "auto"
-    build_datasets(section, tokenizer)
-    assert build_datasets(section, tokenizer).stats.found
+    build_datasets(section, _dated())
+    assert build_datasets(section, _dated()).stats.found
+    monkeypatch.setattr(kept.datetime, "date", _Tomorrow)
+    assert not build_datasets(section, _dated()).stats.found
 
-    class Tomorrow(kept.datetime.date):
-        @classmethod
-        def today(cls) -> Any:
-            return cls(2100, 1, 1)
 
-    monkeypatch.setattr(kept.datetime, "date", Tomorrow)
-    assert not build_datasets(section, tokenizer).stats.found
+def test_a_day_that_ends_meanwhile_costs_no_work(section: DataSection, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = kept.make
+
+    def make(*arguments: Any) -> Any:
+        made = real(*arguments)
+        monkeypatch.setattr(kept.datetime, "date", _Tomorrow)
+        return made
+
+    monkeypatch.setattr(kept, "make", make)
+    section.template = "auto"
+    assert len(build_datasets(section, _dated()).train) >= 80
+
+
+def test_an_entry_is_on_disk_before_it_has_its_name(
+    section: DataSection, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    record, rename = kept.replace_text, Path.rename
+    monkeypatch.setattr(kept, "flush", lambda path: order.append(path.name))
+    monkeypatch.setattr(kept, "replace_text", lambda path, text: order.append(path.name) or record(path, text))
+    monkeypatch.setattr(Path, "rename", lambda self, target: order.append(target.name) or rename(self, target))
+    build_datasets(section, byte_tokenizer())
+    assert order == ["eval.arrow", "train.arrow", "record.json", *entries(), root.name]
 
 
 @pytest.mark.parametrize(
@@ -314,7 +346,115 @@ def test_a_full_disk_is_said(section: DataSection, monkeypatch: pytest.MonkeyPat
     assert entries() == []
 
 
+# --- several runs at once -------------------------------------------------------------------------------------------------
+
+
+class Said(io.StringIO):
+    """What a console shows, and when it first says that it waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits = threading.Event()
+
+    def write(self, text: str) -> int:
+        if "another process tokenizes these rows" in text:
+            self.waits.set()
+        return super().write(text)
+
+
+def both_ends(section: DataSection, monkeypatch: pytest.MonkeyPatch, fails: Exception | None = None) -> tuple[Any, Any]:
+    """The data or the error of two processes' worth of work, the second of which comes while the first tokenizes.
+
+    Args:
+        fails: what the first meets in place of its rows.
+    """
+    said, begun, real = Said(), threading.Event(), kept.make
+
+    def make(*arguments: Any) -> Any:
+        if begun.is_set():
+            return real(*arguments)
+        begun.set()
+        assert said.waits.wait(60)
+        if fails is not None:
+            raise fails
+        return real(*arguments)
+
+    monkeypatch.setattr(kept, "make", make)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(build_datasets, section, byte_tokenizer())
+        assert begun.wait(60)
+        second = threads.submit(build_datasets, section, byte_tokenizer(), Console(file=said, width=500))
+    return tuple(future.exception() or future.result() for future in (first, second))
+
+
+def spoil(section: DataSection) -> None:
+    with open(section.path, "a", encoding="utf-8") as handle:
+        handle.write(json.dumps({"messages": [{"role": "wizard", "content": "x"}]}) + "\n")
+
+
+def test_who_waits_for_the_same_rows_says_so_and_finds_them(
+    section: DataSection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = both_ends(section, monkeypatch)
+    assert not first.stats.found and second.stats.found == entries() and same(first, second)
+
+
+def test_wrong_rows_are_read_once_for_all_who_wait_and_again_by_who_comes_later(
+    section: DataSection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section.eval_fraction = 0.0
+    good = Path(section.path).read_text(encoding="utf-8")
+    spoil(section)
+    passes = counting(monkeypatch)
+    first, second = both_ends(section, monkeypatch)
+    assert isinstance(first, InputError) and isinstance(second, InputError)
+    assert str(first) == str(second) and f"{section.path}:91" in str(first) and passes == ["train"]
+    with pytest.raises(InputError, match="wizard"):
+        build_datasets(section, byte_tokenizer())
+    assert passes == ["train"] * 2
+    Path(section.path).write_text(good, encoding="utf-8")
+    assert len(build_datasets(section, byte_tokenizer()).train) >= 80
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), sources._open_failed(Path("chats.jsonl"), OSError(5, "I/O error"))],
+    ids=["full disk", "disk error"],
+)
+def test_what_is_wrong_with_the_disk_is_no_word_on_the_rows(
+    error: Exception, section: DataSection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = both_ends(section, monkeypatch, error)
+    assert isinstance(first, QveraError) and isinstance(second, Datasets) and len(second.train) >= 80
+
+
+def test_rows_that_were_mended_while_they_were_read_are_not_called_wrong(
+    section: DataSection, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, real = Path(section.path).read_text(encoding="utf-8"), kept.make
+    spoil(section)
+
+    def make(*arguments: Any) -> Any:
+        try:
+            return real(*arguments)
+        finally:
+            Path(section.path).write_text(good, encoding="utf-8")
+
+    monkeypatch.setattr(kept, "make", make)
+    with pytest.raises(InputError, match="wizard"):
+        build_datasets(section, byte_tokenizer())
+    assert not list(root.glob(".*.failed"))
+
+
 # --- several processes ----------------------------------------------------------------------------------------------------
+
+
+def by_several(section: DataSection, tokenizer: PreTrainedTokenizerFast) -> Datasets:
+    """Rows that were really made by several processes."""
+    out = io.StringIO()
+    data = build_datasets(section, tokenizer, Console(file=out, width=500))
+    assert not data.stats.found and "One process tokenizes" not in out.getvalue()
+    return data
 
 
 @pytest.mark.parametrize("processes", [2, 3])
@@ -323,7 +463,7 @@ def test_several_processes_make_the_same_rows(processes: int, long_section: Data
     alone = {f.name: f.read_bytes() for f in (root / entries()[0]).glob("*.arrow")}
     shutil.rmtree(root)
     long_section.tokenize_processes = processes
-    several = build_datasets(long_section, byte_tokenizer())
+    several = by_several(long_section, byte_tokenizer())
     assert same(one, several)
     assert {f.name: f.read_bytes() for f in (root / entries()[0]).iterdir() if f.suffix == ".arrow"} == alone
 
@@ -374,6 +514,65 @@ def test_several_processes_say_what_one_would(bad: dict[str, Any], long_section:
             build_datasets(long_section, byte_tokenizer())
         said.append(str(failure.value))
     assert said[0] == said[1] and ":301" in said[0]
+
+
+def test_held_out_rows_of_another_format_get_the_training_rows_template(tmp_path: Path) -> None:
+    files = {
+        "train.jsonl": {"instruction": "do it", "output": "done"},
+        "eval.jsonl": {"prompt": "do it", "completion": "done"},
+    }
+    for name, row in files.items():
+        (tmp_path / name).write_text(f"{json.dumps(row)}\n" * 600, encoding="utf-8")
+    section = DataSection(path=str(tmp_path / "train.jsonl"), eval_path=str(tmp_path / "eval.jsonl"))
+    one = build_datasets(section, byte_tokenizer())
+    os.environ["QVERA_CACHE"] += "-fresh"
+    section.tokenize_processes = 2
+    assert same(one, by_several(section, byte_tokenizer()))
+    assert one.template.name == "alpaca" and "### Instruction" in one.eval[0].prompt_text
+
+
+def test_processes_start_at_once_however_large_the_tokenizer(
+    long_section: DataSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, python = tmp_path / "started", tmp_path / "python"
+    started.mkdir()
+    python.write_text(  # one that reads nothing before the other has started too
+        f"""#!/bin/sh
+        touch {started}/$$
+        for i in $(seq 100); do
+            [ $(ls {started} | wc -l) = 2 ] && exec {sys.executable} "$@"
+            sleep 0.1
+        done
+        exit 1
+        """
+    )
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{# " + "long " * 50_000 + "#}"
+    long_section.tokenize_processes, long_section.limit = 2, 300
+    by_several(long_section, tokenizer)
+
+
+def test_whatever_special_token_a_template_writes_is_there_in_each_process(long_section: DataSection) -> None:
+    tokenizer = byte_tokenizer()
+    names = {"sep_token": "<sep>", "cls_token": "<cls>", "mask_token": "<mask>"}
+    tokenizer.add_special_tokens(names)
+    own = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        extra_special_tokens={"image_token": "<image>", "end_of_call": "<|im_end|>"},
+        **tokenizer.special_tokens_map,
+    )
+    own.chat_template = (
+        "{{ cls_token + mask_token }}{% for m in messages %}{{ sep_token + m.role + image_token + m.content + end_of_call }}"
+        "{% endfor %}"
+    )
+    long_section.template, long_section.too_long, long_section.limit = "auto", "cut-end", 300
+    one = build_datasets(long_section, own)
+    assert own.decode(one.train[0].input_ids).startswith("<cls><mask><sep>")
+    os.environ["QVERA_CACHE"] += "-fresh"
+    long_section.tokenize_processes = 2
+    assert same(one, by_several(long_section, own))
 
 
 def test_a_tokenizer_that_can_t_be_handed_on_is_used_by_one(
@@ -441,5 +640,6 @@ def test_a_run_on_found_rows_is_the_run_and_resumes(
     assert vectors[0] == vectors[1] and len(entries()) == 1
     shutil.rmtree(tmp_path / "second" / "checkpoints" / "step-00000004")
     shutil.rmtree(tmp_path / "second" / "adapter")
+    recipe.data.tokenize_processes = 2  # another machine may have other cores
     train(recipe, tmp_path / "second", resume=True)
     assert (tmp_path / "second" / "adapter" / "adapter_model.safetensors").read_bytes() == vectors[0]
