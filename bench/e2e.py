@@ -2,6 +2,7 @@
 
     python bench/e2e.py sweep ../shared/data/e2e     # every trial of SWEEP, scored on a held-out part of the dev set
     python bench/e2e.py final ../shared/data/e2e     # what the sweep chose, three seeds, scored on all 630 test inputs
+    python bench/e2e.py table                        # the finals as a Markdown table
 
 A tenth of the dev set's inputs is held out with all of their references (no input is on both sides); settings are chosen by the
 loss on those rows. The test set scores what was chosen and nothing else. Lines go to results/e2e-sweep.jsonl and e2e-final.jsonl; a
@@ -53,6 +54,9 @@ SWEEP = [
 FINAL = [lora(learning_rate=4e-3, steps=100), ours(rank=256, learning_rate=0.1, steps=100)]
 """The best of each kind in the sweep; of two within 0.001 the one with fewer settings of its own."""
 
+ONCE = [Trial(method="vera", rank=256, learning_rate=1e-2, steps=100), Trial(method="frozen")]
+"""With one seed, for scale: stock PEFT's VeRA at a rate that nobody tuned, and no training."""
+
 
 def references(path: Path) -> dict[str, list[str]]:
     """Input → all of its references, in the file's order."""
@@ -98,10 +102,26 @@ def answered(model: Any, tokenizer: Any, recipe: Recipe, inputs: dict[str, list[
     return {**found, "inputs": len(answers), "answer_seconds": time.perf_counter() - began}
 
 
+def table() -> str:
+    """The finals as a Markdown table: mean over the seeds, and the lowest and highest."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for line in Written(RESULTS / "e2e-final.jsonl", header()).lines:
+        groups.setdefault(str(Trial(**{**line["trial"], "seed": 0})), []).append(line)
+    rows = ["| | trained numbers | seeds | BLEU | ROUGE-L | NIST | chrF | TER |", "|---|---|---|---|---|---|---|---|"]
+    for name, lines in groups.items():
+        cells = [name, f"{lines[0]['trainable']:,}", str(len(lines))]
+        for metric, digits in (("bleu-lowercase", 1), ("rougeL", 3), ("nist", 2), ("chrf", 1), ("ter", 1)):
+            found = [line[metric] for line in lines]
+            low, high = (f"{bound(found):.{digits}f}" for bound in (min, max))
+            cells.append(f"{sum(found) / len(found):.{digits}f}" + (f" ({low} to {high})" if len(found) > 1 else ""))
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["sweep", "final"])
-    parser.add_argument("data", type=Path, help="directory with devset.csv and testset_w_refs.csv")
+    parser.add_argument("what", choices=["sweep", "final", "table"])
+    parser.add_argument("data", type=Path, nargs="?", help="directory with devset.csv and testset_w_refs.csv")
     parser.add_argument(
         "--half", type=int, choices=[0, 1], help="only every second trial, for two processes side by side"
     )
@@ -109,9 +129,14 @@ def main() -> None:
         "--keep", type=Path, help="directory for what was trained, so that `final` need not train it again"
     )
     args = parser.parse_args()
+    if args.what == "table":
+        print(table())
+        return
+    if args.data is None:
+        parser.error("data: name the directory with devset.csv and testset_w_refs.csv")
     if args.keep is not None:
         args.keep.mkdir(parents=True, exist_ok=True)
-    trials = SWEEP if args.what == "sweep" else [dataclasses.replace(t, seed=s) for s in SEEDS for t in FINAL]
+    trials = SWEEP if args.what == "sweep" else [*(dataclasses.replace(t, seed=s) for s in SEEDS for t in FINAL), *ONCE]
     written = Written(RESULTS / f"e2e-{args.what}.jsonl", header())
     with tempfile.TemporaryDirectory() as directory:
         recipe = recipe_of(args.data, Path(directory))
