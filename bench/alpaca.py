@@ -9,13 +9,14 @@ Every method gets as many rates. Lines go to results/alpaca.jsonl; a trial that 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import random
 import tempfile
 from pathlib import Path
 
 from common import RESULTS, header, smollm2
-from trials import Trial, Written, run
+from trials import Trial, Written, add_half, run
 
 from qvera import evaluate
 from qvera.data import build_datasets
@@ -32,9 +33,7 @@ TRIALS = [
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("rows", type=Path)
-    parser.add_argument(
-        "--half", type=int, choices=[0, 1], help="only every second trial, for two processes side by side"
-    )
+    add_half(parser)
     args = parser.parse_args()
     written = Written(RESULTS / "alpaca.jsonl", header())
     rows = json.loads(args.rows.read_text())
@@ -52,13 +51,9 @@ def main() -> None:
             },
             "bench/alpaca.py",
         )
-        for number, trial in enumerate([Trial(method="frozen"), *TRIALS]):
-            if written.has(trial) or (args.half is not None and number % 2 != args.half):
-                continue
+        for trial in written.missing([Trial(method="frozen"), *TRIALS], args.half):
             model, base, _, facts = run(trial, recipe)
-            recipe.data.eval_path = str(files["score"])
-            scored = build_datasets(recipe.data, base.tokenizer)
-            recipe.data.eval_path = str(files["develop"])
+            scored = build_datasets(dataclasses.replace(recipe.data, eval_path=str(files["score"])), base.tokenizer)
             found = evaluate.held_out_loss(model, scored.eval, pad_id=scored.pad_id, batch_size=4, chunk_tokens=512)
             written.add(trial, {**facts, "score_loss": found["loss"], "score_rows": found["rows"]})
 

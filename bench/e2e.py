@@ -19,10 +19,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from common import RESULTS, header, smollm2
 from nltk.translate.nist_score import corpus_nist
-from trials import Trial, Written, run
+from trials import Trial, Written, add_half, run
 
 from qvera.data import build_datasets
 from qvera.evaluate import answer_rows
@@ -119,9 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("what", choices=["sweep", "final", "table"])
     parser.add_argument("data", type=Path, nargs="?", help="directory with devset.csv and testset_w_refs.csv")
-    parser.add_argument(
-        "--half", type=int, choices=[0, 1], help="only every second trial, for two processes side by side"
-    )
+    add_half(parser)
     parser.add_argument(
         "--keep", type=Path, help="directory for what was trained, so that `final` need not train it again"
     )
@@ -139,9 +136,7 @@ def main() -> None:
         recipe = recipe_of(args.data, Path(directory))
         if args.what == "final":  # which is scored on the test set alone
             recipe.data.eval_path = None
-        for number, trial in enumerate(trials):
-            if written.has(trial) or (args.half is not None and number % 2 != args.half):
-                continue
+        for trial in written.missing(trials, args.half):
             model, base, _, facts = run(trial, recipe, args.keep)
             if args.what == "final":
                 facts |= answered(model, base.tokenizer, recipe, references(args.data / "testset_w_refs.csv"))
@@ -149,5 +144,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_interop_threads(1)
     main()

@@ -16,15 +16,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from common import header, write_result
-from generation import stock
-from peft import LoraConfig, get_peft_model
+from trials import Trial, adapted, train
 
 from qvera import evaluate
-from qvera.data import batches_of, build_datasets
-from qvera.frozen import freeze_linears
-from qvera.optimize import build_optimizer, build_schedule
+from qvera.data import build_datasets
+from qvera.model import load_base
 from qvera.quickstart.score import regex_baseline, score
 from qvera.quickstart.task import generate as task_rows
 from qvera.quickstart.task import message_of
@@ -40,26 +37,15 @@ def scored(model: Any, tokenizer: Any, rows: list[Any], tokens: int) -> dict[str
             "seconds": time.perf_counter() - began}  # fmt: skip
 
 
-def train_lora(recipe: Recipe, tokenizer: Any, datasets: Any, rate: float) -> Any:
+def train_lora(recipe: Recipe, datasets: Any, rate: float) -> Any:
     """Stock PEFT LoRA r=16 in the run's order, with its batch, schedule, clipping and loss."""
-    model = stock(str(Path(recipe.model.path).expanduser()))
-    freeze_linears(model)  # stock Linear4bit would repack its weights in the evaluation below
-    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules="all-linear"))
-    model.train()
     section = recipe.training
-    section.learning_rate = rate
-    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = build_optimizer(section, parameters)  # type: ignore[arg-type]
-    schedule = build_schedule(section, optimizer, section.max_steps)
-    batches = batches_of(recipe, datasets.train)
-    for step in range(section.max_steps):
-        batch = evaluate.make_batch(model, [datasets.train[i] for i in batches.rows(step)], datasets.pad_id)
-        nll, count = evaluate.batch_nll(model, batch, section.loss_chunk_tokens)
-        (nll / count).backward()
-        torch.nn.utils.clip_grad_norm_(parameters.values(), section.max_grad_norm)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+    trial = Trial(
+        method="lora", rank=16, learning_rate=rate, steps=section.max_steps, schedule=section.lr_scheduler_type,
+        warmup_ratio=section.warmup_ratio, seed=recipe.data.seed,
+    )  # fmt: skip
+    model = adapted(load_base(recipe.model), trial, recipe)
+    train(model, trial, recipe, datasets)
     return model
 
 
@@ -92,7 +78,7 @@ def main() -> None:
     result["scores"]["VeRA r=256"]["trained_numbers"] = trained["adapter"]["trainable_parameters"]
     for rate in args.lora_rates:
         began = time.perf_counter()
-        model = train_lora(recipe, opened.base.tokenizer, datasets, rate)
+        model = train_lora(recipe, datasets, rate)
         seconds = time.perf_counter() - began
         found = scored(model, opened.base.tokenizer, rows, tokens)
         found["trained_numbers"] = sum(p.numel() for p in model.parameters() if p.requires_grad)

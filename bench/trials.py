@@ -6,11 +6,13 @@ only the adapter differs. Nothing here is timed.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import dataclasses
 import hashlib
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +148,12 @@ def run(trial: Trial, recipe: Recipe, keep: Path | None = None) -> tuple[Any, Ba
     return model, base, datasets, facts
 
 
+def add_half(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--half", type=int, choices=[0, 1], help="only every second trial, for two processes side by side"
+    )
+
+
 class Written:
     """A JSON Lines file with one trial a line; what stands in it is not done again."""
 
@@ -155,8 +163,12 @@ class Written:
         path.touch()
         self.lines = [json.loads(line) for line in path.read_text().splitlines()]
 
-    def has(self, trial: Trial) -> bool:
-        return any(line["trial"] == dataclasses.asdict(trial) for line in self.lines)
+    def missing(self, trials: Sequence[Trial], half: int | None) -> Iterator[Trial]:
+        """Those that do not stand there yet; with ``half`` (`add_half`) every second of ``trials`` alone."""
+        for number, trial in enumerate(trials):
+            done = any(line["trial"] == dataclasses.asdict(trial) for line in self.lines)
+            if not done and half in (None, number % 2):
+                yield trial
 
     def add(self, trial: Trial, facts: dict[str, Any]) -> None:
         facts = {key: value for key, value in facts.items() if key != "losses"}
