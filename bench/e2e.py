@@ -45,8 +45,15 @@ SWEEP = [
     *(ours(rank=256, learning_rate=rate, steps=50) for rate in (3e-2, 0.1, 0.2)),
     ours(rank=256, learning_rate=0.1, d_initial=0.3, steps=50),
     lora(learning_rate=4e-3, b_rate=8e-3, steps=50),
+    ours(rank=1024, learning_rate=0.1, steps=50),
+    ours(rank=1024, learning_rate=5e-2, steps=50),
+    ours(rank=256, learning_rate=0.1, targets="q_proj,v_proj", steps=50),
+    ours(rank=256, learning_rate=0.1, schedule="linear", steps=50),
+    lora(rank=64, learning_rate=2e-3, steps=50),
+    lora(learning_rate=4e-3, targets="q_proj,v_proj", steps=50),
+    lora(learning_rate=4e-3, schedule="linear", steps=50),
 ]
-"""Fifty steps each, five of LoRA and four of ours; the best of each is trained for a hundred."""
+"""Fifty steps each, eight of LoRA and eight of ours; the best of each is trained for longer."""
 
 FINAL = [lora(learning_rate=4e-3, steps=100), ours(rank=256, learning_rate=0.1, steps=100)]
 """The best of each kind in the sweep; of two within 0.001 the one with fewer settings of its own."""

@@ -54,24 +54,10 @@ def build_parser() -> argparse.ArgumentParser:
         "(default: runs/<recipe name>). Ctrl-C saves at the next step boundary; --resume goes on from there.",
     )
     p.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file, see recipes/ and docs/recipe.md")
-    p.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
-        help="override one key of the recipe (repeatable), e.g. --set training.max_steps=100",
-    )  # fmt: skip
-    p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint that verifies")
+    _for_training(p)
     p.add_argument(
         "--dry-run", action="store_true", help="check everything, show the data, train nothing, write nothing"
     )
-    p.add_argument(
-        "--find-lr", action="store_true",
-        help="no run: let the learning rate grow each step until the loss diverges, draw the curve, suggest a rate",
-    )  # fmt: skip
-    p.add_argument(
-        "--lr-from", type=float, metavar="R", help=f"with --find-lr: first rate (default: {RangeTest.start:g})"
-    )
-    p.add_argument("--lr-to", type=float, metavar="R", help=f"with --find-lr: last rate (default: {RangeTest.end:g})")
-    p.add_argument("--lr-steps", type=int, metavar="N", help=f"with --find-lr: steps (default: {RangeTest.steps})")
-
     p = command(
         "preview",
         "Show what a recipe would train on: counts, lengths, and rows with the trained tokens marked.",
@@ -80,9 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file, as for train")
     p.add_argument("--rows", type=int, default=4, metavar="N", help="rows shown in full (default: %(default)s)")
     p.add_argument("--html", type=Path, metavar="FILE", help="write a page there")
-    p.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides", help="as in train"
-    )
+    _for_a_recipe(p)
 
     p = command(
         "launch",
@@ -102,10 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-restarts", type=int, default=0, metavar="N",
         help="after a process has failed start all again, up to N times, from the last checkpoint (default: 0, end)",
     )  # fmt: skip
-    p.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides", help="as in train"
-    )
-    p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint that verifies")
+    _for_training(p)
 
     p = command(
         "plan",
@@ -119,9 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--gpu", metavar="SIZE", help="plan for a GPU of that size, here or not: 24GB, 24GiB")
     p.add_argument("--nodes", type=int, metavar="N", help="plan for that many machines alike (default: 1)")
     p.add_argument("--gpus", type=int, metavar="M", help="and for so many processes on each (default: 1)")
-    p.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides", help="as in train"
-    )
+    _for_a_recipe(p)
     p.add_argument("--json", action="store_true", help="as JSON")
     p.add_argument("--no-timing", action="store_true", help="do not time a step")
     p.add_argument("--table", action="store_true", help="print what fits on cards of 6 to 80 GB for 7B to 70B")
@@ -134,9 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--output-dir", default="runs/quickstart", metavar="RUN", help="where the run goes (default: %(default)s)"
     )
-    p.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides", help="as in train"
-    )
+    _for_a_recipe(p)
     p.add_argument("--resume", action="store_true", help="go on with an interrupted quickstart")
 
     p = command("chat", "Talk to a trained run.", "\n\n/reset forgets the conversation, /quit (or Ctrl-D) ends it.")
@@ -315,6 +292,30 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("path", type=Path, metavar="DIR", help="a run or adapter directory")
     p.add_argument("--json", action="store_true", help="as JSON")
     return parser
+
+
+def _for_a_recipe(parser: argparse.ArgumentParser) -> None:
+    """What every command that reads a recipe takes."""
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
+        help="override one key of the recipe (repeatable), e.g. --set training.max_steps=100",
+    )  # fmt: skip
+
+
+def _for_training(parser: argparse.ArgumentParser) -> None:
+    """What `qvera train` takes and `qvera launch` hands on to it (`commands.training.handed_on`)."""
+    _for_a_recipe(parser)
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint that verifies")
+    parser.add_argument(
+        "--find-lr", action="store_true",
+        help="no run: let the learning rate grow each step until the loss diverges, draw the curve, suggest a rate",
+    )  # fmt: skip
+    for name, metavar, kind, what, default in (
+        ("--lr-from", "R", float, "first rate", f"{RangeTest.start:g}"),
+        ("--lr-to", "R", float, "last rate", f"{RangeTest.end:g}"),
+        ("--lr-steps", "N", int, "steps", str(RangeTest.steps)),
+    ):
+        parser.add_argument(name, type=kind, metavar=metavar, help=f"with --find-lr: {what} (default: {default})")
 
 
 def _add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:

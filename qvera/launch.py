@@ -68,7 +68,7 @@ def launch_command(
             raise InputError("--max-restarts: DeepSpeed's launcher restarts nothing; use it with --gpus or --rdzv.")
         if not hostfile.is_file():
             raise InputError(f"--hostfile: {hostfile} is no file. It has a line `HOST slots=N` for each machine.")
-        if _hosts(hostfile) > 1 and shutil.which("pdsh") is None:
+        if len(_hosts(hostfile)) > 1 and shutil.which("pdsh") is None:
             raise InputError(
                 "--hostfile: DeepSpeed's launcher reaches other machines by pdsh, over ssh without a password, and pdsh is not "
                 "installed here (Debian and Ubuntu: pdsh). Or start each machine by itself, with --node-rank K --nnodes N --rdzv "
@@ -98,9 +98,51 @@ def launch_command(
     return [*command, *place, "-m", *inner]
 
 
-def _hosts(hostfile: Path) -> int:
-    lines = (line.partition("#")[0].strip() for line in hostfile.read_text(encoding="utf-8").splitlines())
-    return len([line for line in lines if line])
+def _hosts(hostfile: Path) -> dict[str, int]:
+    """Host → its line, from 1."""
+    found: dict[str, int] = {}
+    for number, line in enumerate(hostfile.read_text(encoding="utf-8").splitlines(), 1):
+        words = line.partition("#")[0].split()
+        if words:
+            found.setdefault(words[0], number)
+    return found
+
+
+def require_hosts(hostfile: Path) -> None:
+    """Ask each host of a file by ssh whether it is there: else the others would wait minutes for it. Nothing for a single one.
+
+    Raises:
+        InputError: one does not answer within seconds, or not without a password.
+    """
+    hosts = _hosts(hostfile)
+    if len(hosts) < 2:
+        return
+    options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={_ANSWER_SECONDS}"]
+    asked = {
+        host: subprocess.Popen(
+            ["ssh", *options, host, "true"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            text=True,
+        )
+        for host in hosts
+    }  # fmt: skip
+    for host, process in asked.items():
+        try:
+            said = process.communicate(timeout=2 * _ANSWER_SECONDS)[1]
+        except subprocess.TimeoutExpired:
+            process.kill()
+            said = process.communicate()[1] + f"\nno answer within {2 * _ANSWER_SECONDS} s"
+        if process.returncode:
+            lines = [line.strip() for line in said.splitlines() if line.strip()]
+            why = lines[-1] if lines else f"ssh ended with {process.returncode}"
+            for other in asked.values():
+                other.kill()
+            raise InputError(
+                f"{hostfile}, line {hosts[host]}: {host} does not answer to ssh: {why}. Each machine has to let the others in "
+                f"without a password; `ssh {host} true` shows whether it does."
+            )
+
+
+_ANSWER_SECONDS = 10
 
 
 def _own_gpus() -> int:

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from . import frozen, quantize
 from .errors import InputError
+from .sharded import decoder_layers
 from .shards import TensorEntry, checkpoint_tensors
 
 _STATE = ".quant_state.bitsandbytes__"
@@ -33,9 +34,9 @@ _IGNORED = (".rotary_emb.inv_freq",)  # old Llama checkpoints carry these; the m
 class Spread(Protocol):
     """Takes weights as they are read, to keep only a share of each (`qvera.zero.Spreader`)."""
 
-    def expect(self, largest_numel: int) -> None: ...
+    def expect(self, weight_numel: int, weights: int) -> None: ...
 
-    def __call__(self, weight: nn.Parameter) -> None: ...
+    def __call__(self, weight: nn.Parameter, table: bool) -> None: ...
 
 
 class NotMappable(Exception):
@@ -72,8 +73,8 @@ def load_mapped(
     _check_names(model, packed, plain)
     dense = set() if spread is None else _to_spread(model, config, plain)
     if spread is not None:
-        weights = [*(f"{name}.weight" for name in packed), *dense]
-        spread.expect(max(math.prod(entries[name].shape) for name in weights))
+        _announce(spread, model, [entries[name] for name in (*(f"{name}.weight" for name in packed), *dense)])
+        tables = [model.get_input_embeddings(), model.get_output_embeddings()]
     with _open_files(entries.values()) as files:
         for name, statistics in packed.items():
             tensors = {entry.name: files[entry.file].get_tensor(entry.name) for entry in statistics}
@@ -82,13 +83,14 @@ def load_mapped(
             _put_four_bit(model, name, tensors, dtype, device, entries[f"{name}.weight"].file)
             if spread is not None:
                 del tensors
-                spread(model.get_submodule(name).weight)
+                spread(model.get_submodule(name).weight, table=False)
         for name in plain:
             tensor = files[entries[name].file].get_tensor(name)
             _put_plain(model, name, tensor.clone() if name in dense else tensor, dtype, device, entries[name].file)
             del tensor
             if spread is not None and name in dense:
-                spread(model.get_submodule(name.rpartition(".")[0]).weight)
+                module = model.get_submodule(name.rpartition(".")[0])
+                spread(module.weight, table=any(module is end for end in tables))
     model.tie_weights()
     missing = [name for name, p in model.named_parameters() if p.is_meta]
     if missing:
@@ -110,6 +112,15 @@ def _to_spread(model: Any, config: Any, plain: list[str]) -> set[str]:
         whole = [model.get_input_embeddings(), model.get_output_embeddings()]
     names = {f"{n}.weight" for n, m in model.named_modules() if type(m) in _BIG and not any(m is end for end in whole)}
     return names & set(plain)
+
+
+def _announce(spread: Spread, model: Any, weights: list[TensorEntry]) -> None:
+    """Tell what is going to be spread in the layers; the tables at both ends are not in any."""
+    names = {module: name for name, module in model.named_modules()}
+    layers = [f"{names[layer]}." for layer in decoder_layers(model.get_decoder())]
+    inside = [[entry for entry in weights if entry.name.startswith(layer)] for layer in layers]
+    largest = max((math.prod(entry.shape) for layer in inside for entry in layer), default=0)
+    spread.expect(largest, max(map(len, inside)))
 
 
 def _sorted_by_kind(entries: dict[str, TensorEntry]) -> tuple[dict[str, list[TensorEntry]], list[str]]:

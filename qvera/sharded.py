@@ -20,6 +20,12 @@ def any_sharded(model: nn.Module) -> bool:
     return any(is_sharded(p) for p in model.parameters())
 
 
+def decoder_layers(decoder: Any) -> list[nn.Module]:
+    """What is run, and gathered, one after the other; the decoder itself where it has no layers."""
+    layers = getattr(decoder, "layers", None)
+    return [decoder] if layers is None else list(layers)
+
+
 def whole_numel(parameter: Any) -> int:
     """Elements of the whole parameter, on however many ranks."""
     return int(parameter.ds_numel) if is_sharded(parameter) else parameter.numel()

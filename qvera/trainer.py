@@ -95,7 +95,11 @@ def _prepared(
         return None
     with measure.PeakWatch(device) as watch:
         ready = load(recipe, run_dir, datasets, zero, device, base, console, group)
-        return _run(recipe, run_dir, datasets, reporters[0], ready, resume, started, watch, console, group)
+        try:
+            return _run(recipe, run_dir, datasets, reporters[0], ready, resume, started, watch, console, group)
+        finally:
+            if ready.spread is not None:
+                ready.spread.discard()
 
 
 def _run(

@@ -95,10 +95,20 @@ def preview(args: argparse.Namespace) -> None:
         print(f"{args.html}: the same as a page, all tokens of {len(shown)} rows")
 
 
+def handed_on(args: argparse.Namespace) -> list[str]:
+    """What `qvera launch` was given for `qvera train`, as that takes it."""
+    found = [part for override in args.overrides for part in ("--set", override)]
+    for name in ("resume", "find_lr"):
+        found += [f"--{name.replace('_', '-')}"] * getattr(args, name)
+    for name in ("lr_from", "lr_to", "lr_steps"):
+        value = getattr(args, name)
+        found += [] if value is None else [f"--{name.replace('_', '-')}", f"{value:g}"]
+    return found
+
+
 def launch(args: argparse.Namespace) -> int:
     """qvera launch"""
     load_recipe(args.recipe, args.overrides)  # what is wrong with it is said once, before anything starts
-    more = [part for override in args.overrides for part in ("--set", override)] + ["--resume"] * args.resume
     command = launcher.launch_command(
         args.recipe,
         gpus=args.gpus,
@@ -107,8 +117,10 @@ def launch(args: argparse.Namespace) -> int:
         nnodes=args.nnodes,
         rdzv=args.rdzv,
         max_restarts=args.max_restarts,
-        train_arguments=more,
+        train_arguments=handed_on(args),
     )
+    if args.hostfile is not None:
+        launcher.require_hosts(args.hostfile)
     print(launcher.say(command), file=sys.stderr)
     return launcher.run(command)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..numbers import duration, size
 from ..recipe import Recipe
-from ..zero.config import ZeroConfig
+from ..zero.config import IN_RAM_BELOW_BYTES, ZeroConfig, nvme_buffers
 from .activations import Batch
 from .machine import Machine
 from .memory import Component, Memory, plan_memory, vector_sizes
@@ -82,6 +82,8 @@ class Spread:
     """Both 0 where the head is the embedding, which is not spread."""
     dense: int
     """Linears that are not quantized (a checkpoint may say so)."""
+    weights: tuple[tuple[int, ...], ...]
+    """Of each linear, packed or dense, by decoder layer."""
 
     @property
     def all(self) -> int:
@@ -92,8 +94,10 @@ def spread_of(shape: Shape) -> Spread:
     """What ranks divide among themselves in stage 3 (`qvera.mapped`): dense weights lie in 16 bits, statistics stay whole."""
     packed = {x.name: -(-x.n * x.m // 2) for x in shape.linears if x.quantizable}
     layers = {x.layer: 0 for x in shape.linears}
+    weights: dict[int | None, list[int]] = {x.layer: [] for x in shape.linears}
     for x in shape.linears:
         layers[x.layer] += packed.get(x.name, 0)
+        weights[x.layer].append(packed.get(x.name, 2 * x.n * x.m))
     last = {x.layer: x.name for x in shape.linears if x.layer is not None}
     dense = sum(2 * x.n * x.m for x in shape.linears if not x.quantizable)
     table = 0 if shape.tied else 2 * shape.vocabulary * shape.hidden
@@ -105,6 +109,7 @@ def spread_of(shape: Shape) -> Spread:
         table,
         table,
         dense,
+        tuple(map(tuple, weights.values())),
     )
 
 
@@ -144,8 +149,10 @@ def _base(
     parts: tuple[Component, ...], spread: Spread, shape: Shape, machine: Machine, sharing: Sharing
 ) -> tuple[Component, ...]:
     """Shares are private; statistics stay in the mapped file, and so does an embedding that is the head."""
-    device = sharing.offload is None or (sharing.offload == "cpu" and machine.device_type == "cpu")
-    share = _share(spread.all, sharing.world_size) if device else 0
+    if sharing.offload is None:
+        shares = [Component("a share of the base", "base", _share(spread.all, sharing.world_size), zero_stage=3)]
+    else:  # on a CPU the device is the RAM that it goes to
+        shares = _offloaded(spread, sharing) if machine.device_type == "cpu" else []
     base = sum(c.bytes for c in parts if c.kind == "base")
     # 16 bits a number where it is stored as it lies; norms are cast, a few hundred kB
     left = base - spread.all if machine.itemsize == 2 or machine.mapped_base else None
@@ -154,11 +161,27 @@ def _base(
     per = "node" if machine.mapped_base else "rank"
     others = tuple(c for c in parts if c.kind != "base")
     name = "statistics, embedding (the head too), norms" if shape.tied else "statistics, norms"
-    found = (
-        Component("a share of the base", "base", share, zero_stage=3),
-        Component(name, "base", left, machine.mapped_base, per),  # type: ignore[arg-type]
-    )
-    return tuple(c for c in (*found, *others) if c.bytes)
+    stays = Component(name, "base", left, machine.mapped_base, per)  # type: ignore[arg-type]
+    return tuple(c for c in (*shares, stays, *others) if c.bytes)
+
+
+def _offloaded(spread: Spread, sharing: Sharing) -> list[Component]:
+    """RAM that a rank takes for its share of the base where that is kept off the device (`qvera.zero.base.Spreader`)."""
+    world = sharing.world_size
+    share = _share(spread.all, world)
+    if sharing.offload == "cpu":
+        return [Component("a share of the base", "base", share, zero_stage=3)]
+    shares = [[_share(weight, world) for weight in layer] for layer in spread.weights]
+    largest = max((weight for layer in spread.weights for weight in layer), default=0)
+    numel, count = nvme_buffers(largest // 2, max(map(len, shares), default=0), world)
+    small = sum(one for layer in shares for one in layer if one < IN_RAM_BELOW_BYTES)
+    return [
+        Component(
+            "its share of embedding and head", "base", _share(spread.embedding + spread.head, world), zero_stage=3
+        ),
+        Component("shares too small for NVMe", "base", small, zero_stage=3),
+        Component("buffers between NVMe and RAM", "base", 2 * numel * count),
+    ]
 
 
 def _gathered(moment: str, spread: Spread, recipe: Recipe, machine: Machine, world_size: int) -> tuple[Component, ...]:
@@ -257,9 +280,8 @@ def plan_ways(shape: Shape, recipe: Recipe, batch: Batch, machine: Machine, node
     """Every way of sharing that this base can be trained in, the simplest first."""
     stages: list[tuple[int, str | None]] = [(0, None), (1, None), (2, None)]
     if recipe.model.quantization in _FOUR_BIT:
-        stages += [(3, None)]
-        if machine.device_type == "cuda":  # on a CPU the device is that RAM
-            stages += [(3, "cpu")]
+        # on a CPU the device is the RAM that a share would be offloaded to
+        stages += [(3, None), (3, "cpu"), (3, "nvme")] if machine.device_type == "cuda" else [(3, None), (3, "nvme")]
     found = []
     for stage, offload in stages:
         sharing = Sharing(stage, offload, nodes, per_node)
@@ -267,7 +289,8 @@ def plan_ways(shape: Shape, recipe: Recipe, batch: Batch, machine: Machine, node
         on_gpu = machine.device_type == "cuda"
         needed = memory.total_bytes if on_gpu else memory.private_bytes
         available = machine.available_bytes if on_gpu else machine.available_bytes // per_node
-        host = per_node * _share(spread_of(shape).all, sharing.world_size) if offload == "cpu" else 0
+        beside = _offloaded(spread_of(shape), sharing) if offload is not None and on_gpu else []
+        host = per_node * sum(c.bytes for c in beside)
         found.append(Way(sharing, memory, needed, available, host, traffic(shape, recipe, sharing, batch.packed_rows)))
     return found
 

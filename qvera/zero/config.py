@@ -65,6 +65,44 @@ _NOT_HERE = {
 }
 
 
+IN_RAM_BELOW_BYTES = 2**20
+"""A rank's share of a weight that is smaller than this stays in RAM where the base goes to NVMe (DeepSpeed's ``MIN_AIO_BYTES``)."""
+
+_SPARE_BUFFERS = 4
+"""DeepSpeed reads one weight ahead; it ends the run with an assertion where no buffer is free, and one more costs a few MB."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What DeepSpeed's limits and buffers are set by: elements, as stored. 0 where it is not known yet, or not needed.
+
+    Attributes:
+        layer: of the largest decoder layer.
+        weight: of the largest weight in the layers.
+        weights: a count: of the weights of one layer, where it has most.
+        kept_whole: of the longest vector and of the largest norm, which stay whole on every rank.
+        trained: trained numbers in all.
+    """
+
+    layer: int = 0
+    weight: int = 0
+    weights: int = 0
+    kept_whole: int = 0
+    trained: int = 0
+
+
+def nvme_buffers(weight_numel: int, weights: int, world_size: int) -> tuple[int, int]:
+    """Elements of one buffer that shares on NVMe are read into, and how many there are.
+
+    Each holds a rank's share of one weight, from the moment it is gathered until it is released; those of a recomputed layer are
+    all kept until its backward pass has begun.
+
+    Args:
+        weight_numel, weights: as in `Sizes`.
+    """
+    return -(-max(weight_numel, 1) // world_size), weights + _SPARE_BUFFERS
+
+
 @dataclasses.dataclass(frozen=True)
 class ZeroConfig:
     """What a recipe's ``deepspeed`` key came to."""
@@ -90,22 +128,15 @@ class ZeroConfig:
         return None if device == "none" else str(device)
 
     def complete(
-        self,
-        recipe: Recipe,
-        world_size: int,
-        layer_numel: int = 0,
-        vector_numel: int = 0,
-        scratch: Path | None = None,
-        trained_numel: int = 0,
+        self, recipe: Recipe, world_size: int, sizes: Sizes | None = None, scratch: Path | None = None
     ) -> dict[str, Any]:
         """DeepSpeed's whole configuration: this file with what the recipe says.
 
         Args:
-            layer_numel: stored elements of the largest decoder layer, to set DeepSpeed's limits and buffers by.
-            vector_numel: elements of the longest vector and of the largest norm: these stay whole on every rank.
+            sizes: of the base and of what is trained.
             scratch: a directory for parameters offloaded to NVMe, where the file names none.
-            trained_numel: trained numbers in all, which the buffers of gradients are made for.
         """
+        sizes = sizes or Sizes()
         tree = copy.deepcopy(self.tree)
         tree |= {
             "train_micro_batch_size_per_gpu": recipe.training.per_device_train_batch_size,
@@ -118,27 +149,28 @@ class ZeroConfig:
             "steps_per_print": 2**62,
         }
         zero = tree["zero_optimization"]
-        if trained_numel:
+        if sizes.trained:
             # each stage makes its bucket of that size, whatever there is to reduce: DeepSpeed's 5e8 are 2 GB on a GPU
-            zero.setdefault("reduce_bucket_size", trained_numel)
+            zero.setdefault("reduce_bucket_size", sizes.trained)
         if self.shards_base:
             # DeepSpeed's own limits (1e9 elements) keep a small model whole and two thirds of a 7B in 4 bits
-            zero.setdefault("stage3_max_live_parameters", max(2 * layer_numel, 1))
+            zero.setdefault("stage3_max_live_parameters", max(2 * sizes.layer, 1))
             zero.setdefault("stage3_max_reuse_distance", 0)
             # fetching ahead takes two layers, a buffer of another and, with gloo, a copy of that; measured: as much as the model
             zero.setdefault("stage3_prefetch_bucket_size", 0)
             # vectors are read by name and not by calling the module that owns them, so no hook would gather them
             zero["stage3_param_persistence_threshold"] = max(
-                vector_numel, int(zero.get("stage3_param_persistence_threshold", 0))
+                sizes.kept_whole, int(zero.get("stage3_param_persistence_threshold", 0))
             )
         if self.offload_device is not None:
             offload = zero["offload_param"]
             offload.setdefault("pin_memory", _has_cuda())
             if self.offload_device == "nvme":
                 offload.setdefault("nvme_path", str(scratch))
-                # one buffer holds a rank's share of one parameter; DeepSpeed's 1e8 elements would be 200 MB each
-                offload.setdefault("buffer_size", max(2 * layer_numel, 1))
-                offload.setdefault("buffer_count", 32)
+                # DeepSpeed's own are of 1e8 elements, 200 MB each, and are locked into RAM whether they are used or not
+                size, count = nvme_buffers(sizes.weight, sizes.weights, world_size)
+                offload.setdefault("buffer_size", size)
+                offload.setdefault("buffer_count", count)
         return tree
 
 
@@ -207,6 +239,12 @@ def _checked(tree: Any, path: Path, key: str) -> ZeroConfig:
     if parameters is not None and stage != 3:
         raise InputError(
             f"deepspeed: {path} offloads parameters in stage {stage}; only stage 3 shards them. Set stage 3."
+        )
+    if parameters is not None and parameters["device"] == "nvme" and zero.get("stage3_prefetch_bucket_size"):
+        raise InputError(
+            f"deepspeed: {path} sets zero_optimization.stage3_prefetch_bucket_size for weights on NVMe. DeepSpeed would read a "
+            "weight that is used twice, as each is with gradient checkpointing, into two buffers, and end with an assertion. "
+            "Remove it: the next weight is read ahead all the same."
         )
     return ZeroConfig(key, tree)
 

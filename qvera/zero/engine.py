@@ -11,6 +11,7 @@ Our checkpoints hold vectors and optimizer state as one process has them, so the
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from .. import sharded
 from ..model import causal_model
 from ..ranks import Group
 from ..recipe import Recipe
-from .config import ZeroConfig
+from .config import Sizes, ZeroConfig
 from .settings import deepspeed_module
 
 _STATE = ("exp_avg", "exp_avg_sq")
@@ -65,9 +66,9 @@ class ZeroEngine:
         optimizer.state.clear()
         decoder = causal_model(model).get_decoder()
         module = decoder if config.shards_base else _VectorsOnly(list(vectors.values()))
-        largest, kept_whole = _sizes(decoder, vectors) if config.shards_base else (0, 0)
-        trained = sum(vector.numel() for vector in vectors.values())
-        tree = config.complete(recipe, group.world_size, largest, kept_whole, scratch, trained)
+        sizes = _sizes(decoder, vectors) if config.shards_base else Sizes()
+        sizes = dataclasses.replace(sizes, trained=sum(vector.numel() for vector in vectors.values()))
+        tree = config.complete(recipe, group.world_size, sizes, scratch)
         with _embedding_hidden(decoder) if config.shards_base else contextlib.nullcontext():
             self.deepspeed: Any = deepspeed_module().initialize(model=module, optimizer=optimizer, config=tree)[0]
         self.decoder = self.deepspeed if config.shards_base else None
@@ -182,13 +183,14 @@ def _share_of(value: torch.Tensor, parameter: Any, rank: int) -> torch.Tensor:
     return share
 
 
-def _sizes(decoder: Any, vectors: dict[str, nn.Parameter]) -> tuple[int, int]:
-    """Stored elements of the largest decoder layer, and of the longest vector or norm."""
-    layers = getattr(decoder, "layers", None)
-    groups = list(layers) if layers is not None else [decoder]
-    largest = max(sum(sharded.whole_numel(p) for p in layer.parameters()) for layer in groups)
+def _sizes(decoder: Any, vectors: dict[str, nn.Parameter]) -> Sizes:
+    """Of a decoder whose weights are spread already."""
+    layers = [list(layer.parameters()) for layer in sharded.decoder_layers(decoder)]
     tables = {
         id(m.weight) for m in decoder.modules() if isinstance(m, nn.Embedding)
     }  # whole where the head is tied to it
     small = [p.numel() for p in decoder.parameters() if not sharded.is_sharded(p) and id(p) not in tables]
-    return largest, max([*small, *(p.numel() for p in vectors.values())])
+    return Sizes(
+        layer=max(sum(map(sharded.whole_numel, layer)) for layer in layers),
+        kept_whole=max([*small, *(p.numel() for p in vectors.values())]),
+    )

@@ -15,6 +15,7 @@ import pytest
 
 from qvera import launch
 from qvera.cli import build_parser, main
+from qvera.commands.training import handed_on
 from qvera.errors import InputError
 
 from .ranks import ROOT, clean_environment, free_port
@@ -56,6 +57,44 @@ def test_several_hosts_without_pdsh_are_refused_with_what_to_do(tmp_path: Path, 
     (tmp_path / "pdsh").write_text("#!/bin/sh\n")
     (tmp_path / "pdsh").chmod(0o755)
     assert launch.launch_command(RECIPE, hostfile=hosts, gpus=1)[3:7] == ["--hostfile", str(hosts), "--num_gpus", "1"]
+
+
+def test_hosts_are_asked_before_anything_starts(tmp_path: Path, monkeypatch: Any) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("node0 slots=2\n\nnode1 slots=2\n")
+    (tmp_path / "ssh").write_text(
+        '#!/bin/sh\necho "$*" >> called\n[ "$5" = node0 ] || { echo "Permission denied" >&2; exit 255; }\n'
+    )
+    (tmp_path / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="hosts, line 3: node1 does not answer to ssh: Permission denied"):
+        launch.require_hosts(hosts)
+    asked = sorted((tmp_path / "called").read_text().splitlines())
+    assert asked == [f"-o BatchMode=yes -o ConnectTimeout=10 {host} true" for host in ("node0", "node1")]
+    hosts.write_text("node1 slots=2\n")  # this machine alone: DeepSpeed's launcher needs no ssh
+    launch.require_hosts(hosts)
+    assert len((tmp_path / "called").read_text().splitlines()) == 2
+
+
+def test_what_train_is_given_is_handed_on() -> None:
+    given = [
+        "--set",
+        "a.b=1",
+        "--set",
+        "c.d=2",
+        "--resume",
+        "--find-lr",
+        "--lr-from",
+        "1e-06",
+        "--lr-to",
+        "0.5",
+        "--lr-steps",
+        "7",
+    ]
+    args = build_parser().parse_args(["launch", "r.yaml", "--gpus", "2", *given])
+    assert handed_on(args) == given
+    assert handed_on(build_parser().parse_args(["launch", "r.yaml"])) == []
 
 
 _SLURM_TOOLS = {

@@ -375,6 +375,10 @@ def test_no_config_is_unknown_to_these_tests() -> None:
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer"),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offloads parameters in stage 2"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "disk"}}}, "device cpu or nvme"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}, "stage3_prefetch_bucket_size": 9}},
+            "stage3_prefetch_bucket_size for weights on NVMe",
+        ),
     ],
 )
 def test_a_config_that_says_what_the_recipe_says_is_refused(tmp_path: Path, change: dict[str, Any], words: str) -> None:

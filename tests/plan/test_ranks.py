@@ -17,6 +17,7 @@ from qvera.plan.ranks import plan_rank, spread_of, traffic
 from qvera.plan.table import _recipe, _shapes
 
 SEVEN = "Llama-2 7B"
+PLAIN = ["none", "zero1", "zero2", "zero3"]
 BATCH = Batch(1, 512, 512, False, False, "", 512)
 PACKED = 6_476_005_376 // 2
 """Linears of a 7B's layers, two weights in a byte."""
@@ -95,7 +96,9 @@ def test_what_travels_in_a_step() -> None:
 def test_the_right_stage_for_a_card(card_gb: float, word: str | None, words: str) -> None:
     machine = gpu(int(card_gb * 1e9))
     ways = plan_ways(_shapes()[SEVEN], _recipe(256), BATCH, machine, 2, 2)
-    assert [way.sharing.word for way in ways] == ["none", "zero1", "zero2", "zero3", "zero3-offload-cpu"]
+    assert [way.sharing.word for way in ways] == [*PLAIN, "zero3-offload-cpu", "zero3-offload-nvme"]
+    in_ram, on_disk = ways[-2:]
+    assert in_ram.needed_bytes == on_disk.needed_bytes and 0 < on_disk.host_bytes < 0.5 * in_ram.host_bytes
     way, why = right_way(ways, machine)
     assert (None if way is None else way.sharing.word) == word and words in why
     if word == "none":
@@ -105,7 +108,7 @@ def test_the_right_stage_for_a_card(card_gb: float, word: str | None, words: str
 def test_on_a_cpu_ranks_of_a_node_divide_its_ram_and_share_its_pages() -> None:
     machine = cpu(4 * 10**9)
     ways = plan_ways(_shapes()[SEVEN], _recipe(256), BATCH, machine, 1, 4)
-    assert [way.sharing.word for way in ways] == ["none", "zero1", "zero2", "zero3"]
+    assert [way.sharing.word for way in ways] == [*PLAIN, "zero3-offload-nvme"]
     assert {way.available_bytes for way in ways} == {10**9}
     way, why = right_way(ways, machine)
     assert way is ways[0] and "make private memory of pages that ranks share now" in why
