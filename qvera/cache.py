@@ -1,20 +1,14 @@
-"""Quantized bases, made once and found again by content.
+"""Quantized bases, made once and found again by content: the entries (`qvera.entries`) of $QVERA_CACHE/bases.
 
-$QVERA_CACHE/bases/
-  nf4-IDENTITY/            a finished copy; IDENTITY is of config, shards and settings (`prequantize.content_identity`)
-  .unfinished-KEY/         one that is being made, or was killed; KEY is of source path, sizes, times, settings, device
-  .KEY.lock                held by the process that makes it; the kernel drops it when the process dies
-  hashes.json              file → SHA-256, believed while the file's size, mtime_ns and inode are the same
+An entry's name is nf4-IDENTITY, of config, shards and settings (`prequantize.content_identity`); the KEY of one that is being made
+is of source path, sizes, times, settings and device.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-import re
 import shutil
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +16,15 @@ import torch
 from filelock import FileLock, Timeout
 
 from . import prequantize
+from .entries import UNFINISHED, WAIT_SECONDS, HashIndex, Kind, Progress, discard, size_bytes
 from .errors import InputError
 from .locations import base_directory, cache_root
 from .prequantize import NotPlain, Source
 from .recipe import ModelSection
-from .stored import file_sha256, file_stamp
-from .unfinished import flush, replace_text
+from .stored import file_stamp
+from .unfinished import flush
 
-__all__ = ["NotPlain", "cached_base", "find_base", "listed", "quantized_copy", "remove", "uses_cache"]
-
-Progress = Callable[[str, int, int, str], None]
-"""Called with (stage, bytes done, bytes in all, what); stage is hashing, quantizing or waiting."""
-WAIT_SECONDS = 0.5
-_UNFINISHED = ".unfinished-"
+__all__ = ["BASES", "NotPlain", "cached_base", "find_base", "quantized_copy"]
 
 
 def bases_root() -> Path:
@@ -42,17 +32,11 @@ def bases_root() -> Path:
     return cache_root() / "bases"
 
 
-def uses_cache(section: ModelSection) -> bool:
-    """Whether a quantized copy is what this section should load: 4 bits are asked for, and the source is not stored quantized.
+def _problem(directory: Path) -> str | None:
+    return prequantize.problem_of(directory, verify=True)
 
-    `cached_base` can still raise `NotPlain`; such a checkpoint is quantized while it is loaded.
 
-    Raises:
-        InputError: there is no such model.
-    """
-    if section.quantization not in ("nf4", "fp4"):
-        return False
-    return prequantize.read_config(base_directory(section)).get("quantization_config") is None
+BASES = Kind("quantized bases", bases_root, prequantize.read_record, _problem)
 
 
 def cached_base(
@@ -83,7 +67,7 @@ def cached_base(
     root = bases_root()
     hashes = HashIndex(root / "hashes.json")
     key = _key(source, section, device)
-    unfinished = root / f"{_UNFINISHED}{key}"
+    unfinished = root / f"{UNFINISHED}{key}"
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -100,16 +84,15 @@ def cached_base(
             target = root / _name(section, _identity(source, section, known))
             if target.exists() and prequantize.problem_of(target, verify=verify) is None:
                 return target
-        for leftover in root.glob(".removed-*"):  # a removal that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
+        BASES.clear_removed()
         record = _complete(unfinished)  # killed between its last byte and its name
         if record is None and unfinished.is_dir() and not any(unfinished.glob(".qvera_*")):
-            _discard(unfinished)  # it was complete once, and was damaged since: nothing to go on from
+            discard(unfinished)  # it was complete once, and was damaged since: nothing to go on from
         if record is None:
             record = prequantize.quantize_checkpoint(
                 section, source, unfinished, known=known, device=device, progress=_staged(progress, "quantizing")
             )
-        hashes.remember(source, record)
+        _remember(hashes, source, record)
         return _publish(unfinished, root / _name(section, record["identity"]))
     finally:
         lock.release()
@@ -161,64 +144,14 @@ def quantized_copy(
     record = prequantize.quantize_checkpoint(
         section, source, out, known=known, device=device, progress=_staged(progress, "quantizing")
     )
-    hashes.remember(source, record)
+    _remember(hashes, source, record)
     return record
 
 
-class HashIndex:
-    """SHA-256 of files by path, believed as long as size, mtime_ns and inode are what they were."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def _read(self) -> dict[str, Any]:
-        try:
-            document = json.loads(self._path.read_text(encoding="utf-8"))
-            return document if isinstance(document, dict) else {}
-        except (OSError, ValueError):
-            return {}  # nothing is lost but time
-
-    def known(self, files: Iterable[Path]) -> dict[Path, str]:
-        """File → SHA-256, of those that are known."""
-        document = self._read()
-        found: dict[Path, str] = {}
-        for file in files:
-            entry = document.get(str(file.resolve()))
-            if isinstance(entry, dict) and file.is_file() and entry.get("stat") == file_stamp(file.stat()):
-                found[file] = entry["sha256"]
-        return found
-
-    def add(self, entries: dict[Path, tuple[list[int], str]]) -> None:
-        """Remember file → (what `file_stamp` said before its content was read, SHA-256); files that are gone are dropped."""
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(self._path.with_suffix(".lock")):
-                document = {name: entry for name, entry in self._read().items() if Path(name).is_file()}
-                document |= {str(f.resolve()): {"stat": stat, "sha256": sha} for f, (stat, sha) in entries.items()}
-                replace_text(self._path, json.dumps(document, indent=1))
-        except OSError:
-            return  # a cache that can't be written: the next use hashes again
-
-    def hashed(self, files: list[Path], known: dict[Path, str], progress: Progress | None) -> dict[Path, str]:
-        """All of ``files``: what is not in ``known`` is read and hashed now, and remembered."""
-        total = sum(file.stat().st_size for file in files)
-        done, found, new = 0, dict(known), {}
-        for file in files:
-            if progress is not None:
-                progress("hashing", done, total, file.name)
-            if file not in found:
-                stat = file_stamp(file.stat())
-                found[file] = file_sha256(file)
-                new[file] = (stat, found[file])
-            done += file.stat().st_size
-        if new:
-            self.add(new)
-        return found
-
-    def remember(self, source: Source, record: dict[str, Any]) -> None:
-        """The hashes that came out of quantizing; `quantize_checkpoint` has made sure that the files had not changed."""
-        recorded = record["source"]["files"]
-        self.add({file: (file_stamp(file.stat()), recorded[file.name]["sha256"]) for file in source.files})
+def _remember(hashes: HashIndex, source: Source, record: dict[str, Any]) -> None:
+    """The hashes that came out of quantizing; `quantize_checkpoint` has made sure that the files had not changed."""
+    recorded = record["source"]["files"]
+    hashes.add({file: (file_stamp(file.stat()), recorded[file.name]["sha256"]) for file in source.files})
 
 
 def _identity(source: Source, section: ModelSection, known: dict[Path, str]) -> str:
@@ -246,7 +179,7 @@ def _key(source: Source, section: ModelSection, device: torch.device | None) -> 
 def _similar(source: Source, section: ModelSection) -> bool:
     """Whether a finished copy was made from files of these names and sizes: then it pays to hash before quantizing."""
     sizes = {file.name: file.stat().st_size for file in source.files}
-    for found in listed():
+    for found in BASES.listed():
         record = found.record
         if record is not None and record["settings"] == prequantize.settings_of(section):
             if {name: value["bytes"] for name, value in record["source"]["files"].items()} == sizes:
@@ -270,17 +203,7 @@ def _wait_for(lock: FileLock, unfinished: Path, total: int, progress: Progress |
             if progress is None:
                 lock.acquire()
                 return
-            progress("waiting", min(_size_bytes(unfinished), total), total, "another process quantizes this model")
-
-
-def _size_bytes(directory: Path) -> int:
-    size = 0
-    for file in directory.glob("*") if directory.is_dir() else ():
-        try:
-            size += file.stat().st_size
-        except OSError:
-            continue  # renamed meanwhile
-    return size
+            progress("waiting", min(size_bytes(unfinished), total), total, "another process quantizes this model")
 
 
 def _complete(unfinished: Path) -> dict[str, Any] | None:
@@ -296,7 +219,7 @@ def _publish(made: Path, target: Path) -> Path:
         if prequantize.problem_of(target) is None and prequantize.problem_of(target, verify=True) is None:
             shutil.rmtree(made)
             return target
-        _discard(target)
+        discard(target)
     try:
         made.rename(target)
     except OSError:
@@ -305,63 +228,3 @@ def _publish(made: Path, target: Path) -> Path:
         shutil.rmtree(made)
     flush(target.parent)
     return target
-
-
-def _discard(directory: Path) -> None:
-    """Out of sight at once, then gone; a process that has it mapped keeps its pages."""
-    gone = directory.with_name(f".removed-{directory.name.lstrip('.')}")
-    shutil.rmtree(gone, ignore_errors=True)
-    directory.rename(gone)
-    shutil.rmtree(gone)
-
-
-@dataclasses.dataclass
-class Listed:
-    """One directory of the cache."""
-
-    name: str
-    directory: Path
-    size_bytes: int
-    record: dict[str, Any] | None
-    """None: unfinished, or its record is damaged."""
-
-    @property
-    def finished(self) -> bool:
-        return not self.name.startswith(_UNFINISHED) and self.record is not None
-
-
-def listed() -> list[Listed]:
-    """All quantized copies in the cache, finished or not, by name."""
-    root = bases_root()
-    found = []
-    for directory in sorted(root.iterdir()) if root.is_dir() else []:
-        if not directory.is_dir() or (directory.name.startswith(".") and not directory.name.startswith(_UNFINISHED)):
-            continue
-        found.append(Listed(directory.name, directory, _size_bytes(directory), prequantize.read_record(directory)))
-    return found
-
-
-def remove(name: str) -> int:
-    """Delete one copy by its name (or the unique beginning of it); returns its bytes.
-
-    Raises:
-        InputError: there is none, or more than one, or it is being made right now.
-    """
-    if re.search(r"[/\\]", name):
-        raise InputError(f"{name!r}: is not a name. `qvera cache ls` shows the names.")
-    entries = listed()
-    found = [e for e in entries if e.name == name] or [e for e in entries if name and e.name.startswith(name)]
-    if len(found) != 1:
-        what = "no quantized base" if not found else f"{len(found)} quantized bases"
-        raise InputError(f"{name}: {what} of that name in {bases_root()}. `qvera cache ls` shows the names.")
-    (entry,) = found
-    if entry.name.startswith(_UNFINISHED):
-        lock = FileLock(bases_root() / f".{entry.name.removeprefix(_UNFINISHED)}.lock", timeout=0)
-        try:
-            with lock:
-                _discard(entry.directory)
-        except Timeout:
-            raise InputError(f"{entry.name}: is being made by another process right now.") from None
-    else:
-        _discard(entry.directory)
-    return entry.size_bytes

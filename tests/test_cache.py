@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qvera import cache, prequantize
-from qvera.cache import NotPlain, cached_base, find_base, uses_cache
+from qvera.cache import NotPlain, cached_base, find_base
 from qvera.cli import main
 from qvera.errors import InputError
 from qvera.recipe import ModelSection
@@ -54,15 +54,13 @@ class Stages:
 
 def test_made_on_first_use_and_found_afterwards(section: ModelSection, root: Path) -> None:
     stages = Stages()
-    assert uses_cache(section) and find_base(section) is None
+    assert find_base(section) is None
     first = cached_base(section, progress=stages)
     assert stages.seen == ["quantizing"]  # hashed on the way, not before
     assert first.parent == root and prequantize.problem_of(first, verify=True) is None
     stages = Stages()
     assert cached_base(section, progress=stages) == find_base(section) == first
     assert stages.seen == []
-    assert not uses_cache(ModelSection(path=str(first)))
-    assert not uses_cache(ModelSection(path=section.path, quantization="none"))
 
 
 def test_settings_and_content_make_the_identity_and_the_path_does_not(section: ModelSection, tmp_path: Path) -> None:
@@ -178,7 +176,9 @@ def test_a_killed_makers_lock_is_recovered_and_its_shards_are_used(
     two = maker(section, tmp_path, "two")
     wait_until(lambda: "waiting" in stages_of(tmp_path / "two"))
     kept = {p.name: p.stat().st_ino for p in unfinished_shards(root)}
-    assert "is being made" in str(pytest.raises(InputError, cache.remove, unfinished_shards(root)[0].parent.name).value)
+    assert "is being made" in str(
+        pytest.raises(InputError, cache.BASES.remove, unfinished_shards(root)[0].parent.name).value
+    )
     one.send_signal(signal.SIGKILL)
     one.communicate()
     (tmp_path / "go").touch()
@@ -198,7 +198,7 @@ def test_killed_between_the_last_byte_and_the_name(section: ModelSection, monkey
     stages = Stages()
     copy = cached_base(section, progress=stages)
     assert prequantize.problem_of(copy, verify=True) is None and "quantizing" not in stages.seen
-    assert [entry.directory for entry in cache.listed()] == [copy]
+    assert [entry.directory for entry in cache.BASES.listed()] == [copy]
 
 
 def test_the_commands(section: ModelSection, root: Path, tmp_path: Path, capsys: Any) -> None:
@@ -224,7 +224,7 @@ def test_the_commands(section: ModelSection, root: Path, tmp_path: Path, capsys:
     assert main(["cache", "rm", "nothing"]) == main(["cache", "rm", "../.."]) == main(["cache", "rm"]) == 2
     assert copy.is_dir()
     assert main(["cache", "rm", copy.name[:8]]) == 0
-    assert not copy.exists() and cache.listed() == []
+    assert not copy.exists() and cache.BASES.listed() == []
 
 
 def test_ctrl_c_keeps_finished_shards_and_says_so(
@@ -241,14 +241,14 @@ def test_ctrl_c_keeps_finished_shards_and_says_so(
     monkeypatch.setattr(prequantize.Unfinished, "finished", interrupting)
     assert main(["quantize", section.path]) == 75
     assert len(unfinished_shards(root)) == 2
-    (entry,) = cache.listed()
+    (entry,) = cache.BASES.listed()
     assert not entry.finished
     monkeypatch.setattr(prequantize.Unfinished, "finished", finished)
     kept = {p.name: p.stat().st_ino for p in unfinished_shards(root)}
     assert main(["quantize", section.path]) == 0
-    (entry,) = cache.listed()
+    (entry,) = cache.BASES.listed()
     assert {n: (entry.directory / n).stat().st_ino for n in kept} == kept
-    assert main(["cache", "rm", "--all"]) == 0 and cache.listed() == []
+    assert main(["cache", "rm", "--all"]) == 0 and cache.BASES.listed() == []
 
 
 def test_a_cache_that_cannot_be_written_is_said(section: ModelSection, tmp_path: Path, monkeypatch: Any) -> None:

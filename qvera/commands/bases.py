@@ -12,17 +12,20 @@ from typing import Any
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.progress import Progress as RichProgress
 
-from .. import cache as cache_of_bases
-from ..data import kept
+from ..cache import BASES, cached_base, quantized_copy
+from ..data.kept import ROWS
+from ..entries import Progress
 from ..errors import InputError, Interrupted, RunFailed
 from ..locations import cache_root
 from ..metrics import memory_text
 from ..model import pick_device
-from ..prequantize import problem_of, read_record
+from ..prequantize import read_record
 from ..recipe import ModelSection
 from ..run import describe
 from ..stop import StopRequests
 from .common import console, quiet_libraries
+
+KINDS = (BASES, ROWS)
 
 
 def quantize(args: argparse.Namespace) -> None:
@@ -45,18 +48,18 @@ def quantize(args: argparse.Namespace) -> None:
 
         options: dict[str, Any] = {"device": pick_device(), "verify": args.verify, "progress": progress}
         if args.out is None:
-            out = cache_of_bases.cached_base(section, **options)
+            out = cached_base(section, **options)
             record = read_record(out)
             assert record is not None  # cached_base has looked at it
         else:
-            out, record = args.out, cache_of_bases.quantized_copy(section, args.out, **options)
+            out, record = args.out, quantized_copy(section, args.out, **options)
     size = sum(file["bytes"] for file in record["files"].values())
     source = sum(file["bytes"] for file in record["source"]["files"].values())
     print(f"{memory_text(source)} → {memory_text(size)} in {out}, {time.perf_counter() - began:.0f} s")
 
 
 @contextlib.contextmanager
-def _byte_progress() -> Iterator[cache_of_bases.Progress]:
+def _byte_progress() -> Iterator[Progress]:
     """A bar in bytes for each stage, on stderr."""
     columns = (
         TextColumn("{task.description}"),
@@ -83,7 +86,7 @@ def cache(args: argparse.Namespace) -> None:
     if args.action == "ls":
         _cache_ls(args)
         return
-    entries: list[Any] = [*cache_of_bases.listed(), *kept.listed()]
+    entries = [entry for kind in KINDS for entry in kind.listed()]
     names = list(args.names)
     if args.action == "verify":
         chosen = [e for e in entries if e.finished and (not names or any(e.name.startswith(n) for n in names))]
@@ -92,8 +95,7 @@ def cache(args: argparse.Namespace) -> None:
                 f"{', '.join(names)}: nothing of that name is in the cache; `qvera cache ls` shows what is."
             )
         for entry in chosen:
-            rows = isinstance(entry, kept.ListedRows)
-            problem = kept.problem_of(entry.directory) if rows else problem_of(entry.directory, verify=True)
+            problem = entry.kind.problem_of(entry.directory)
             if problem is not None:
                 raise RunFailed(f"{problem}. `qvera cache rm {entry.name}` removes it; the next use makes it again.")
             print(f"{entry.name}  as written")
@@ -105,8 +107,8 @@ def cache(args: argparse.Namespace) -> None:
         )
     for name in dict.fromkeys(names):
         try:
-            of_rows = bool(name) and any(isinstance(e, kept.ListedRows) and e.name.startswith(name) for e in entries)
-            print(f"{name}  removed, {memory_text(kept.remove(name) if of_rows else cache_of_bases.remove(name))}")
+            kind = next((e.kind for e in entries if name and e.name.startswith(name)), BASES)
+            print(f"{name}  removed, {memory_text(kind.remove(name))}")
         except InputError as error:
             if name in args.names:
                 raise
@@ -115,7 +117,7 @@ def cache(args: argparse.Namespace) -> None:
 
 def _cache_ls(args: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
-    for entry in cache_of_bases.listed():
+    for entry in BASES.listed():
         source = entry.record["source"] if entry.record else {}
         settings = entry.record["settings"] if entry.record else {}
         rows.append(
@@ -124,7 +126,7 @@ def _cache_ls(args: argparse.Namespace) -> None:
                 "revision": source.get("revision"), "settings": settings, "directory": str(entry.directory),
             }
         )  # fmt: skip
-    for found in kept.listed():
+    for found in ROWS.listed():
         record = found.record or {}
         rows.append(
             {

@@ -1,11 +1,8 @@
 """Tokenized rows kept on disk: a second run of the same recipe maps them instead of reading, rendering and tokenizing again.
 
-$QVERA_CACHE/rows/
-  rows-IDENTITY/           train.arrow, eval.arrow and, last, record.json; IDENTITY is of everything the rows are a function of
-  .unfinished-IDENTITY/    one that is being made, or was killed
-  .IDENTITY.lock           held by the process that makes it; the ranks of a node wait for the first of them
-  .IDENTITY.failed         what that process found wrong with the rows, for those that have waited for it
-  hashes.json              file → SHA-256, of sources and of the tables, believed while size, mtime_ns and inode are the same
+They are entries (`qvera.entries`) of $QVERA_CACHE/rows. A name is rows-IDENTITY, of everything the rows are a function of; in it
+are train.arrow, eval.arrow and, last, record.json. The ranks of a node wait for the first of them; what that one found wrong with
+the rows is in .IDENTITY.failed, for those that have waited. hashes.json has the sources and the tables.
 
 `datasets`' own cache holds what comes from the hub, as Arrow files that are mapped too. Its cache of `Dataset.map` would not do
 here: it wants one type for each column (rows of JSON often have none: tools, arguments), and names results by pickled code.
@@ -26,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 from filelock import FileLock, Timeout
 
-from ..cache import WAIT_SECONDS, HashIndex
+from ..entries import UNFINISHED, WAIT_SECONDS, HashIndex, Kind, discard
 from ..errors import InputError
 from ..locations import cache_root
 from ..recipe import DataSection
@@ -45,7 +42,6 @@ if TYPE_CHECKING:
 
 RECORD = "record.json"
 PREFIX = "rows-"
-_UNFINISHED = ".unfinished-"
 _WORTH_BYTES = 256 * 1024
 """Local files smaller than this are tokenized in less than a second, which is not worth an entry."""
 _NOT_OF_THE_ROWS = ("mixture", "weight", "shuffle", "prefix_once", "packing", "group_by_length", "tokenize_processes")
@@ -103,7 +99,7 @@ def _keep(
 ) -> Made:
     """Make the rows and the entry ``target`` of them; what is wrong with the rows themselves is written to ``failed`` too."""
     root = target.parent
-    unfinished = root / f"{_UNFINISHED}{target.name.removeprefix(PREFIX)}"
+    unfinished = root / f"{UNFINISHED}{target.name.removeprefix(PREFIX)}"
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         with disk_full_says(str(root), "Make room, or set QVERA_CACHE to a directory on another disk."):
@@ -221,7 +217,7 @@ def _open(directory: Path, hashes: HashIndex, console: Console | None) -> Made |
         except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
             problem = f"{directory}: can't be read ({' '.join(str(error).split())})"
     _say(console, f"{problem}. The rows are tokenized again.")
-    shutil.rmtree(directory)
+    discard(directory)
     return None
 
 
@@ -272,46 +268,4 @@ def _say(console: Console | None, text: str) -> None:
     (console or Console(stderr=True)).print(text, style="yellow", markup=False)
 
 
-@dataclasses.dataclass
-class ListedRows:
-    """One entry; ``record`` is None where it is unfinished or damaged."""
-
-    name: str
-    directory: Path
-    size_bytes: int
-    record: dict[str, Any] | None
-
-    @property
-    def finished(self) -> bool:
-        return self.name.startswith(PREFIX) and self.record is not None
-
-
-def listed() -> list[ListedRows]:
-    """All entries, finished or not, by name."""
-    root = rows_root()
-    found = []
-    for directory in sorted(root.iterdir()) if root.is_dir() else []:
-        if directory.is_dir() and directory.name.startswith((PREFIX, _UNFINISHED)):
-            size = sum(file.stat().st_size for file in directory.iterdir() if file.is_file())
-            found.append(ListedRows(directory.name, directory, size, _read_record(directory)))
-    return found
-
-
-def remove(name: str) -> int:
-    """Delete an entry by its name (or the unique beginning of it); returns its bytes. A run that has it mapped keeps its pages.
-
-    Raises:
-        InputError: there is none, or more than one, or it is being made right now.
-    """
-    found = [e for e in listed() if name and e.name.startswith(name)]
-    if len(found) != 1:
-        raise InputError(f"{name}: {len(found) or 'no'} kept rows of that name. `qvera cache ls` shows the names.")
-    (entry,) = found
-    identity = entry.name.removeprefix(PREFIX).removeprefix(_UNFINISHED)
-    lock_file = rows_root() / f".{identity}.lock"
-    try:
-        with FileLock(lock_file, timeout=0):
-            shutil.rmtree(entry.directory)
-    except Timeout:
-        raise InputError(f"{entry.name}: is being made by another process right now.") from None
-    return entry.size_bytes
+ROWS = Kind("kept rows", rows_root, _read_record, problem_of)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InputError
 
 if TYPE_CHECKING:
-    from ..cache import HashIndex
+    from ..entries import HashIndex
     from ..recipe import DataSection
 
 EXTENSIONS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")

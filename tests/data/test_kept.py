@@ -67,7 +67,7 @@ def same(one: Datasets, other: Datasets) -> bool:
 
 
 def entries() -> list[str]:
-    return [entry.name for entry in kept.listed()]
+    return [entry.name for entry in kept.ROWS.listed()]
 
 
 def counting(monkeypatch: pytest.MonkeyPatch) -> list[str]:
