@@ -102,7 +102,7 @@ def handed_on(args: argparse.Namespace) -> list[str]:
         found += [f"--{name.replace('_', '-')}"] * getattr(args, name)
     for name in ("lr_from", "lr_to", "lr_steps"):
         value = getattr(args, name)
-        found += [] if value is None else [f"--{name.replace('_', '-')}", f"{value:g}"]
+        found += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
     return found
 
 

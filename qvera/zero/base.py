@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError
+from ..metrics import memory_text
 from ..recipe import Recipe
 from .config import Sizes, ZeroConfig
 from .settings import deepspeed_module, return_buffers_at_once
@@ -35,9 +36,29 @@ class Spreader:
         if not torch.cuda.is_available():
             return_buffers_at_once()
 
-    def expect(self, weight_numel: int, weights: int) -> None:
-        """Told before the first weight what the layers are made of: `Sizes.weight` and `Sizes.weights`."""
+    def expect(self, weight_numel: int, weights: int, numel: int) -> None:
+        """Told before the first weight what the layers are made of.
+
+        Args:
+            weight_numel, weights: `Sizes.weight` and `Sizes.weights`.
+            numel: elements of all weights of all layers.
+
+        Raises:
+            InputError: the disk that they are to go to has no room for the shares of this machine's ranks.
+        """
         self.sizes = Sizes(weight=weight_numel, weights=weights)
+        if not self._on_nvme:
+            return
+        tree = self.config.complete(self.recipe, self.world_size, self.sizes, self.scratch)
+        folder = Path(tree["zero_optimization"]["offload_param"]["nvme_path"])
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or self.world_size)
+        needed = ranks * torch.bfloat16.itemsize * -(-numel // self.world_size)
+        free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
+        if free < needed:
+            raise InputError(
+                f"deepspeed: {self.config.source} writes {memory_text(needed)} of the base to {folder}, where {memory_text(free)} "
+                "are free. Make room, or name a directory on another disk as offload_param.nvme_path in a copy of the file."
+            )
 
     def __call__(self, weight: nn.Parameter, table: bool) -> None:
         """Replace a whole weight by this rank's share, in place. All ranks have to come with the same one.

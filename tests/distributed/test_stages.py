@@ -353,6 +353,23 @@ def test_a_build_that_was_killed_is_named_and_not_waited_for(tmp_path: Path, mon
     assert abandoned_build("async_io") == lock and abandoned_build("another") is None
 
 
+def test_a_disk_without_room_for_the_base_is_said_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_recipe: Any
+) -> None:
+    from qvera.zero import ZeroConfig, base
+
+    monkeypatch.setattr(base, "return_buffers_at_once", lambda: None)  # of this process, for good
+    config = ZeroConfig("mine.json", {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}})
+    spreader = base.Spreader(config, make_recipe(), 4, tmp_path / "run" / "offload")
+    free = base.shutil.disk_usage(tmp_path)._replace(free=199)
+    monkeypatch.setattr(base.shutil, "disk_usage", lambda _: free)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # of four: two shares of 50 numbers in 16 bits
+    with pytest.raises(InputError, match="mine.json writes 200 B of the base to .*run/offload, where 199 B are free"):
+        spreader.expect(20, 3, 200)
+    spreader.expect(20, 3, 196)
+    assert (spreader.sizes.weight, spreader.sizes.weights) == (20, 3) and not (tmp_path / "run").exists()
+
+
 def test_no_config_is_unknown_to_these_tests() -> None:
     folder = Path(__file__).resolve().parents[2] / "ds_configs"
     assert sorted(path.stem for path in folder.iterdir()) == sorted(STAGES)
