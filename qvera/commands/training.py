@@ -36,18 +36,26 @@ def train(args: argparse.Namespace) -> None:
     recipe = load_recipe(args.recipe, args.overrides)
     quiet_libraries()
     run_dir = run_directory(recipe, args.recipe)
+    ramp = _ramp(args)
+    if ramp is not None:
+        _find_lr(args, recipe, run_dir, ramp)
+        return
+    result = train_run(recipe, run_dir, resume=args.resume, dry_run=args.dry_run, console=console)
+    if result is not None:
+        _say_result(result.run_dir, result.run)
+
+
+def _ramp(args: argparse.Namespace) -> RangeTest | None:
+    """What --find-lr and its neighbours ask for; None: a run."""
     given = {"start": args.lr_from, "end": args.lr_to, "steps": args.lr_steps}
     given = {name: value for name, value in given.items() if value is not None}
     if args.find_lr:
-        _find_lr(args, recipe, run_dir, RangeTest(**given))
-        return
+        return RangeTest(**given)
     if given:
         raise InputError(
             "--lr-from, --lr-to and --lr-steps go with --find-lr only; a run's rate is training.learning_rate."
         )
-    result = train_run(recipe, run_dir, resume=args.resume, dry_run=args.dry_run, console=console)
-    if result is not None:
-        _say_result(result.run_dir, result.run)
+    return None
 
 
 def _find_lr(args: argparse.Namespace, recipe: Recipe, run_dir: Path, ramp: RangeTest) -> None:
@@ -109,6 +117,7 @@ def handed_on(args: argparse.Namespace) -> list[str]:
 def launch(args: argparse.Namespace) -> int:
     """qvera launch"""
     load_recipe(args.recipe, args.overrides)  # what is wrong with it is said once, before anything starts
+    _ramp(args)
     command = launcher.launch_command(
         args.recipe,
         gpus=args.gpus,

@@ -97,6 +97,16 @@ def test_what_train_is_given_is_handed_on() -> None:
     assert handed_on(build_parser().parse_args(["launch", "r.yaml"])) == []
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [(["--lr-steps", "20"], "go with --find-lr only"), (["--find-lr", "--lr-steps", "4"], "a whole number >= 10")],
+)
+def test_what_train_would_refuse_starts_nothing(write_recipe: Any, capsys: Any, given: list[str], words: str) -> None:
+    assert main(["launch", str(write_recipe()), "--gpus", "2", *given]) == 2
+    said = capsys.readouterr().err
+    assert words in said and "torch.distributed.run" not in said
+
+
 _SLURM_TOOLS = {
     "scontrol": """case "$1" in show) echo node7; echo node9;; requeue) echo "requeue $2" >> CALLED;; esac""",
     "srun": """for id in 0 1; do SLURM_NODEID=$id "$@"; code=$?; done; exit $code""",
