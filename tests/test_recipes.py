@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from qvera.recipe import load_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-NAMES = ["e2e/smollm2-135m", "instruct/llama2-13b", "instruct/llama2-7b", "quickstart"]
+NAMES = ["e2e/smollm2-135m", "instruct/llama2-13b", "instruct/llama2-7b", "instruct/smollm2-135m", "quickstart"]
 
 
 def test_no_recipe_is_unknown_to_this_test() -> None:
@@ -21,6 +22,28 @@ def test_recipe_parses(name: str) -> None:
     recipe = load_recipe(RECIPES / f"{name}.yaml")
     assert recipe.adapter.targets == "all-linear"
     assert recipe.model.quantization == "nf4"
+
+
+@pytest.mark.parametrize("task", ["e2e", "instruct"])
+def test_presets_are_the_best_of_the_sweep_that_they_name(task: str) -> None:
+    """By held-out loss, at the steps that all trials had; of two within 0.001 either will do."""
+    recipe = load_recipe(RECIPES / task / "smollm2-135m.yaml")
+    results = {"e2e": "e2e-sweep", "instruct": "alpaca"}[task]
+    lines = (RECIPES.parent / "bench" / "results" / f"{results}.jsonl").read_text().splitlines()
+    trials = [(line["trial"], line["held_out_loss"]) for line in map(json.loads, lines)]
+    ours = [(trial, loss) for trial, loss in trials if trial["method"] == "qvera"]
+    assert len(ours) >= 2 and len([1 for trial, _ in trials if trial["method"] == "lora"]) >= len(ours)
+    best = min(loss for _, loss in ours)
+    training = recipe.training
+    mine = {
+        "rank": recipe.adapter.rank,
+        "targets": recipe.adapter.targets,
+        "learning_rate": training.learning_rate,
+        "schedule": training.lr_scheduler_type,
+        "warmup_ratio": training.warmup_ratio,
+    }
+    found = [loss for trial, loss in ours if {key: trial[key] for key in mine} == mine and not trial["d_initial"]]
+    assert len(found) == 1 and found[0] < best + 1e-3
 
 
 @pytest.mark.parametrize("size", ["7b", "13b"])
