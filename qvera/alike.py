@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import shutil
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -70,6 +72,26 @@ def nodes_of(group: Group) -> tuple[int, int]:
     """How many machines the ranks are on, and how many ranks are on the fullest of them."""
     hosts = group.gather(group.host)
     return len(set(hosts)), max(hosts.count(host) for host in set(hosts))
+
+
+def disk_everywhere(folder: Path, share_bytes: int, group: Group) -> None:
+    """Hold what is free where the ranks of each node are going to write their shares of the base against what these take.
+
+    Raises:
+        InputError: a node's disk has less.
+    """
+    free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
+    found = group.gather([group.host, free])
+    for host in dict.fromkeys(host for host, _ in found):
+        there = [one[1] for one in found if one[0] == host]
+        needed = share_bytes * len(there)
+        if min(there) < needed:
+            raise for_all(
+                InputError(
+                    f"deepspeed: {size(needed)} of the base go to {folder} on {host}, where {size(min(there))} are free. Make "
+                    "room, or name a directory on another disk as offload_param.nvme_path in a copy of the configuration."
+                )
+            )
 
 
 def room_everywhere(plan: Plan | None, group: Group, console: Console) -> None:

@@ -11,6 +11,7 @@ What quantized bases (`qvera.cache`) and kept rows (`qvera.data.kept`) have in c
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -40,12 +41,14 @@ class Kind:
         root: its directory; asked for each time, since QVERA_CACHE may change.
         record_of: what an entry's directory says of itself; None where it says nothing that can be read.
         problem_of: what is wrong with a finished entry, all of its bytes read again; None: nothing.
+        prefix: of a finished entry's name, where what follows it is the KEY that it was made under.
     """
 
     what: str
     root: Callable[[], Path]
     record_of: Callable[[Path], dict[str, Any] | None]
     problem_of: Callable[[Path], str | None]
+    prefix: str | None = None
 
     def listed(self) -> list[Entry]:
         """All entries, finished or not, by name."""
@@ -73,14 +76,18 @@ class Kind:
                 f"{name}: {len(found) or 'no'} {self.what} of that name in {self.root()}. `qvera cache ls` shows the names."
             )
         (entry,) = found
-        if entry.name.startswith(UNFINISHED):
-            try:
-                with FileLock(self.root() / f".{entry.name.removeprefix(UNFINISHED)}.lock", timeout=0):
-                    discard(entry.directory)
-            except Timeout:
-                raise InputError(f"{entry.name}: is being made by another process right now.") from None
-        else:
+        self.clear_removed()
+        key = entry.name.removeprefix(UNFINISHED)
+        if key == entry.name and self.prefix is not None:
+            key = entry.name.removeprefix(self.prefix)
+        elif key == entry.name:  # finished, and no lock is of its name
             discard(entry.directory)
+            return entry.size_bytes
+        try:
+            with FileLock(self.root() / f".{key}.lock", timeout=0):
+                discard(entry.directory)
+        except Timeout:
+            raise InputError(f"{entry.name}: is being made or opened by another process right now.") from None
         return entry.size_bytes
 
     def clear_removed(self) -> None:
@@ -120,11 +127,9 @@ def discard(directory: Path) -> None:
     """Out of sight at once, then gone; a process that has it mapped keeps its pages."""
     gone = directory.with_name(f".removed-{directory.name.lstrip('.')}")
     shutil.rmtree(gone, ignore_errors=True)
-    try:
+    with contextlib.suppress(FileNotFoundError):  # another process was quicker
         directory.rename(gone)
-    except FileNotFoundError:
-        return  # another process was quicker
-    shutil.rmtree(gone, ignore_errors=True)
+        shutil.rmtree(gone)
 
 
 class HashIndex:

@@ -22,7 +22,7 @@ from .metrics import Progress
 from .model import Base
 from .optimize import build_ramp
 from .ranks import in_group
-from .ready import configured, load, read_rows, ready_device, start_engine
+from .ready import configured, loaded, read_rows, ready_device, start_engine
 from .recipe import RangeTest, Recipe
 from .report.charts import smooth
 from .report.ramp import write_ramp
@@ -145,8 +145,8 @@ def find_lr(
         datasets = read_rows(recipe, base, console, group)
         points: list[dict[str, Any]] = []
         watched, diverged = Watched(), None
-        with measure.PeakWatch(device) as watch:
-            ready = load(recipe, out, datasets, zero, device, base, console, group)
+        shared = datasets, zero, device, base, console, group
+        with measure.PeakWatch(device) as watch, loaded(recipe, out, *shared) as ready:
             schedule = build_ramp(recipe.training, ready.optimizer, ramp)
             engine = start_engine(ready, recipe, out, datasets, schedule, ramp.steps, False, console, group)
             ready.model.train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +70,12 @@ def launch_command(
             raise InputError("--max-restarts: DeepSpeed's launcher restarts nothing; use it with --gpus or --rdzv.")
         if not hostfile.is_file():
             raise InputError(f"--hostfile: {hostfile} is no file. It has a line `HOST slots=N` for each machine.")
-        if len(_hosts(hostfile)) > 1 and shutil.which("pdsh") is None:
+        missing = [tool for tool in ("pdsh", "ssh") if shutil.which(tool) is None] if len(_hosts(hostfile)) > 1 else []
+        if missing:
             raise InputError(
-                "--hostfile: DeepSpeed's launcher reaches other machines by pdsh, over ssh without a password, and pdsh is not "
-                "installed here (Debian and Ubuntu: pdsh). Or start each machine by itself, with --node-rank K --nnodes N --rdzv "
-                "HOST:PORT."
+                f"--hostfile: DeepSpeed's launcher reaches other machines by pdsh, over ssh without a password, and {missing[0]} "
+                "is not installed here (Debian and Ubuntu: pdsh, openssh-client). Or start each machine by itself, with "
+                "--node-rank K --nnodes N --rdzv HOST:PORT."
             )
         per_node = [] if gpus is None else ["--num_gpus", str(gpus)]
         runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile), *per_node]
@@ -118,28 +121,36 @@ def require_hosts(hostfile: Path) -> None:
     if len(hosts) < 2:
         return
     options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={_ANSWER_SECONDS}"]
-    asked = {
-        host: subprocess.Popen(
-            ["ssh", *options, host, "true"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            text=True,
-        )
-        for host in hosts
-    }  # fmt: skip
-    for host, process in asked.items():
-        try:
-            said = process.communicate(timeout=2 * _ANSWER_SECONDS)[1]
-        except subprocess.TimeoutExpired:
-            process.kill()
-            said = process.communicate()[1] + f"\nno answer within {2 * _ANSWER_SECONDS} s"
-        if process.returncode:
-            lines = [line.strip() for line in said.splitlines() if line.strip()]
-            why = lines[-1] if lines else f"ssh ended with {process.returncode}"
-            for other in asked.values():
-                other.kill()
+    options += shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))  # pdsh's: a port, a key
+    with contextlib.ExitStack() as stack:
+        asked = {}
+        for host in hosts:
+            said = stack.enter_context(tempfile.TemporaryFile("w+"))  # no pipe: what ssh starts may outlive it
+            process = subprocess.Popen(
+                ["ssh", *options, host, "true"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said,
+                start_new_session=True,
+            )  # fmt: skip
+            stack.callback(_end, process)
+            asked[host] = process, said
+        until = time.monotonic() + 2 * _ANSWER_SECONDS
+        for host, (process, said) in asked.items():
+            why = f"no answer within {2 * _ANSWER_SECONDS} s"
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                if process.wait(max(until - time.monotonic(), 0.1)) == 0:
+                    continue
+                said.seek(0)
+                lines = [line.strip() for line in said if line.strip()]
+                why = lines[-1] if lines else f"ssh ended with {process.returncode}"
             raise InputError(
                 f"{hostfile}, line {hosts[host]}: {host} does not answer to ssh: {why}. Each machine has to let the others in "
                 f"without a password; `ssh {host} true` shows whether it does."
             )
+
+
+def _end(process: subprocess.Popen[Any]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 _ANSWER_SECONDS = 10

@@ -34,7 +34,7 @@ _IGNORED = (".rotary_emb.inv_freq",)  # old Llama checkpoints carry these; the m
 class Spread(Protocol):
     """Takes weights as they are read, to keep only a share of each (`qvera.zero.Spreader`)."""
 
-    def expect(self, weight_numel: int, weights: int, numel: int) -> None: ...
+    def expect(self, weight_numel: int, weights: int) -> None: ...
 
     def __call__(self, weight: nn.Parameter, table: bool) -> None: ...
 
@@ -119,8 +119,7 @@ def _announce(spread: Spread, model: Any, weights: list[TensorEntry]) -> None:
     names = {module: name for name, module in model.named_modules()}
     layers = [f"{names[layer]}." for layer in decoder_layers(model.get_decoder())]
     inside = [[math.prod(entry.shape) for entry in weights if entry.name.startswith(layer)] for layer in layers]
-    every = [numel for layer in inside for numel in layer]
-    spread.expect(max(every, default=0), max(map(len, inside)), sum(every))
+    spread.expect(max((numel for layer in inside for numel in layer), default=0), max(map(len, inside)))
 
 
 def _sorted_by_kind(entries: dict[str, TensorEntry]) -> tuple[dict[str, list[TensorEntry]], list[str]]:

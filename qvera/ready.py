@@ -1,13 +1,15 @@
 """What stands between a recipe and its first step, for the training loop and the learning-rate range test alike.
 
-In order: `configured` (how processes share the work), `ready_device`, `read_rows` (data, checked), `load` (plan, base, adapter,
+In order: `configured` (how processes share the work), `ready_device`, `read_rows` (data, checked), `loaded` (plan, base, adapter,
 optimizer), `start_engine` (the longest batch once, and what steps).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from rich.console import Console
 from torch import nn
 
 from . import rehearsal
-from .alike import nodes_of, room_everywhere, same_data
+from .alike import disk_everywhere, nodes_of, room_everywhere, same_data
 from .attached import attach, named_vectors
 from .data import Batches, Datasets, batches_of, build_datasets, print_preflight
 from .engine import LocalEngine
@@ -24,6 +26,7 @@ from .errors import InputError
 from .model import Base, enable_checkpointing, load_base, load_tokenizer, pick_device, require_packing
 from .optimize import build_optimizer
 from .plan import Plan, Sharing
+from .plan.ranks import spread_of
 from .ranks import Group
 from .recipe import Recipe
 from .zero import ZeroConfig, check_optimizer, read_config
@@ -101,7 +104,8 @@ def read_rows(recipe: Recipe, base: Base | None, console: Console, group: Group)
     return found[0]
 
 
-def load(
+@contextlib.contextmanager
+def loaded(
     recipe: Recipe,
     run_dir: Path,
     datasets: Datasets,
@@ -110,8 +114,8 @@ def load(
     base: Base | None,
     console: Console,
     group: Group,
-) -> Ready:
-    """Plan, load the base, put a fresh adapter on it, and make its optimizer.
+) -> Iterator[Ready]:
+    """Plan, load the base, put a fresh adapter on it, and make its optimizer; what lies on a disk goes at the end of the block.
 
     Args:
         run_dir: where an offloaded base goes.
@@ -124,11 +128,30 @@ def load(
     if zero is not None and zero.shards_base:
         from .zero.base import Spreader
 
-        spread = Spreader(zero, recipe, group.world_size, run_dir / "offload")
+        spread = Spreader(zero, recipe, group.rank, group.world_size, run_dir / "offload")
+    try:
+        yield _load(recipe, datasets, zero, device, base, console, group, spread)
+    finally:
+        if spread is not None:
+            spread.discard()
+
+
+def _load(
+    recipe: Recipe,
+    datasets: Datasets,
+    zero: ZeroConfig | None,
+    device: torch.device,
+    base: Base | None,
+    console: Console,
+    group: Group,
+    spread: Any,
+) -> Ready:
     nodes, per_node = nodes_of(group)
     sharing = Sharing.of(zero, nodes, per_node, group.world_size)
     plan = rehearsal.plan_run(recipe, datasets, device, base, console, sharing)
     room_everywhere(plan, group, console)
+    if spread is not None and spread.folder is not None and plan is not None:
+        disk_everywhere(spread.folder, -(-spread_of(plan.shape).packed // group.world_size), group)
     loaded = [base] if base is not None else []
     with console.status(f"Loading {recipe.model.path}") as status:
 

@@ -38,7 +38,7 @@ def train(args: argparse.Namespace) -> None:
     run_dir = run_directory(recipe, args.recipe)
     ramp = _ramp(args)
     if ramp is not None:
-        _find_lr(args, recipe, run_dir, ramp)
+        _find_lr(recipe, run_dir, ramp)
         return
     result = train_run(recipe, run_dir, resume=args.resume, dry_run=args.dry_run, console=console)
     if result is not None:
@@ -50,6 +50,11 @@ def _ramp(args: argparse.Namespace) -> RangeTest | None:
     given = {"start": args.lr_from, "end": args.lr_to, "steps": args.lr_steps}
     given = {name: value for name, value in given.items() if value is not None}
     if args.find_lr:
+        for name in ("resume", "dry_run"):
+            if getattr(args, name, False):
+                raise InputError(
+                    f"--{name.replace('_', '-')}: goes with a run, and --find-lr makes none; drop one of them."
+                )
         return RangeTest(**given)
     if given:
         raise InputError(
@@ -58,13 +63,8 @@ def _ramp(args: argparse.Namespace) -> RangeTest | None:
     return None
 
 
-def _find_lr(args: argparse.Namespace, recipe: Recipe, run_dir: Path, ramp: RangeTest) -> None:
+def _find_lr(recipe: Recipe, run_dir: Path, ramp: RangeTest) -> None:
     """train --find-lr"""
-    for name in ("resume", "dry_run"):
-        if getattr(args, name):
-            raise InputError(
-                f"--{name.replace('_', '-')}: goes with a run, and --find-lr makes none; drop one of them."
-            )
     found = find_lr(recipe, run_dir, ramp, console=console)
     if found is None:
         return  # one of several processes that is not the first

@@ -101,6 +101,7 @@ def _keep(
     root = target.parent
     unfinished = root / f"{UNFINISHED}{target.name.removeprefix(PREFIX)}"
     shutil.rmtree(unfinished, ignore_errors=True)
+    ROWS.clear_removed()
     try:
         with disk_full_says(str(root), "Make room, or set QVERA_CACHE to a directory on another disk."):
             failed.unlink(missing_ok=True)
@@ -268,4 +269,4 @@ def _say(console: Console | None, text: str) -> None:
     (console or Console(stderr=True)).print(text, style="yellow", markup=False)
 
 
-ROWS = Kind("kept rows", rows_root, _read_record, problem_of)
+ROWS = Kind("kept rows", rows_root, _read_record, problem_of, PREFIX)

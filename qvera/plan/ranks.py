@@ -338,4 +338,6 @@ def right_way(ways: list[Way], machine: Machine) -> tuple[Way | None, str]:
     )
     if first.host_bytes:
         why += f" The shares take {size(first.host_bytes)} of RAM on each node."
+    elif first.sharing.offload == "nvme":
+        why += " They are read from a disk on every use, which takes libaio and a base stored as bfloat16."
     return first, why

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from ..errors import InputError
-from ..metrics import memory_text
 from ..recipe import Recipe
 from .config import Sizes, ZeroConfig
 from .settings import deepspeed_module, return_buffers_at_once
@@ -25,40 +24,26 @@ class Spreader:
 
     Args:
         scratch: a directory of this run, for a base that is kept on NVMe.
+
+    Attributes:
+        folder: where the base goes on NVMe; None where it does not.
     """
 
-    def __init__(self, config: ZeroConfig, recipe: Recipe, world_size: int, scratch: Path) -> None:
+    def __init__(self, config: ZeroConfig, recipe: Recipe, rank: int, world_size: int, scratch: Path) -> None:
         self.config, self.recipe, self.world_size = config, recipe, world_size
         self.scratch = Path(os.path.abspath(scratch))
         self.sizes = Sizes()
         self._first: dict[bool, Any] = {}
-        self._swap_folder: Path | None = None
+        self.folder = config.nvme_folder(recipe, self.scratch)
+        # as DeepSpeed's swapper names it
+        self._own = None if self.folder is None else self.folder / "zero_stage_3" / "bfloat16params" / f"rank{rank}"
+        self.discard()  # what a run that was killed has left
         if not torch.cuda.is_available():
             return_buffers_at_once()
 
-    def expect(self, weight_numel: int, weights: int, numel: int) -> None:
-        """Told before the first weight what the layers are made of.
-
-        Args:
-            weight_numel, weights: `Sizes.weight` and `Sizes.weights`.
-            numel: elements of all weights of all layers.
-
-        Raises:
-            InputError: the disk that they are to go to has no room for the shares of this machine's ranks.
-        """
+    def expect(self, weight_numel: int, weights: int) -> None:
+        """Told before the first weight what the layers are made of: `Sizes.weight` and `Sizes.weights`."""
         self.sizes = Sizes(weight=weight_numel, weights=weights)
-        if not self._on_nvme:
-            return
-        tree = self.config.complete(self.recipe, self.world_size, self.sizes, self.scratch)
-        folder = Path(tree["zero_optimization"]["offload_param"]["nvme_path"])
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or self.world_size)
-        needed = ranks * torch.bfloat16.itemsize * -(-numel // self.world_size)
-        free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
-        if free < needed:
-            raise InputError(
-                f"deepspeed: {self.config.source} writes {memory_text(needed)} of the base to {folder}, where {memory_text(free)} "
-                "are free. Make room, or name a directory on another disk as offload_param.nvme_path in a copy of the file."
-            )
 
     def __call__(self, weight: nn.Parameter, table: bool) -> None:
         """Replace a whole weight by this rank's share, in place. All ranks have to come with the same one.
@@ -70,8 +55,9 @@ class Spreader:
         Raises:
             InputError: it is to go to NVMe and is not stored as bfloat16.
         """
-        table = table and self._on_nvme
-        if self._on_nvme and not table and weight.dtype != torch.bfloat16:
+        on_nvme = self.folder is not None
+        table = table and on_nvme
+        if on_nvme and not table and weight.dtype != torch.bfloat16:
             raise InputError(
                 f"deepspeed: {self.config.source} reads weights through buffers of bfloat16, and {self.recipe.model.path} stores "
                 f"them as {str(weight.dtype).removeprefix('torch.')}. Quantize the base with `qvera quantize` and "
@@ -87,27 +73,24 @@ class Spreader:
         if table:
             offload = tree["zero_optimization"]["offload_param"]
             tree["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": offload["pin_memory"]}
-        elif self._on_nvme:
-            self.scratch.mkdir(parents=True, exist_ok=True)
-        spread = deepspeed_module().zero.Init(
+        elif self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        deepspeed_module().zero.Init(
             module=holder,
             config_dict_or_path=tree,
             mem_efficient_linear=False,
             dtype=torch.bfloat16,  # of the buffers that a base on NVMe goes through; nothing is cast
         )
-        if spread.param_swapper is not None:
-            self._swap_folder = Path(spread.param_swapper.swap_folder)
         self._first[table] = weight
-
-    @property
-    def _on_nvme(self) -> bool:
-        return self.config.offload_device == "nvme"
 
     def discard(self) -> None:
         """Remove what this rank keeps on NVMe; the base can't be used after that."""
-        if self._swap_folder is None:
+        if self._own is None or self.folder is None:
             return
-        shutil.rmtree(self._swap_folder, ignore_errors=True)
+        shutil.rmtree(self._own, ignore_errors=True)
         with contextlib.suppress(OSError):  # another rank has something there, or has been faster
-            for folder in (*self._swap_folder.parents[:2], self.scratch):
+            for folder in self._own.parents[:2]:
                 folder.rmdir()
+            if self.folder == self.scratch:  # else it is the user's
+                self.folder.rmdir()
+                self.folder.parent.rmdir()  # of a run that had nothing else to leave

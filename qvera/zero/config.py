@@ -69,7 +69,11 @@ IN_RAM_BELOW_BYTES = 2**20
 """A rank's share of a weight that is smaller than this stays in RAM where the base goes to NVMe (DeepSpeed's ``MIN_AIO_BYTES``)."""
 
 _SPARE_BUFFERS = 4
-"""DeepSpeed reads one weight ahead; it ends the run with an assertion where no buffer is free, and one more costs a few MB."""
+"""DeepSpeed ends the run with an assertion where no buffer is free, and one more costs a few MB."""
+
+
+_NOT_FROM_NVME = ("stage3_prefetch_bucket_size", "stage3_max_reuse_distance")
+"""With gradient checkpointing a weight stands twice in DeepSpeed's queue; the buffers are counted for weights that go after use."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +130,12 @@ class ZeroConfig:
         """Where a rank's share of the base is kept: None (the device itself), ``cpu`` or ``nvme``."""
         device = (self.tree["zero_optimization"].get("offload_param") or {}).get("device", "none")
         return None if device == "none" else str(device)
+
+    def nvme_folder(self, recipe: Recipe, scratch: Path) -> Path | None:
+        """Where a base that is kept on NVMe goes: what the file names, else ``scratch``; None for another device."""
+        if self.offload_device != "nvme":
+            return None
+        return Path(self.complete(recipe, 1, scratch=scratch)["zero_optimization"]["offload_param"]["nvme_path"])
 
     def complete(
         self, recipe: Recipe, world_size: int, sizes: Sizes | None = None, scratch: Path | None = None
@@ -240,12 +250,12 @@ def _checked(tree: Any, path: Path, key: str) -> ZeroConfig:
         raise InputError(
             f"deepspeed: {path} offloads parameters in stage {stage}; only stage 3 shards them. Set stage 3."
         )
-    if parameters is not None and parameters["device"] == "nvme" and zero.get("stage3_prefetch_bucket_size"):
-        raise InputError(
-            f"deepspeed: {path} sets zero_optimization.stage3_prefetch_bucket_size for weights on NVMe. DeepSpeed would read a "
-            "weight that is used twice, as each is with gradient checkpointing, into two buffers, and end with an assertion. "
-            "Remove it: the next weight is read ahead all the same."
-        )
+    for name in _NOT_FROM_NVME if parameters is not None and parameters["device"] == "nvme" else ():
+        if zero.get(name):
+            raise InputError(
+                f"deepspeed: {path} sets zero_optimization.{name} for weights on NVMe. DeepSpeed would read a weight into two "
+                "buffers, or keep more weights than there are buffers, and end with an assertion. Remove it."
+            )
     return ZeroConfig(key, tree)
 
 

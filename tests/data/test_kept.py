@@ -19,6 +19,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+from filelock import FileLock
 from rich.console import Console
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
@@ -289,6 +290,22 @@ def test_ls_verify_and_rm(section: DataSection, capsys: pytest.CaptureFixture[st
     assert main(["cache", "verify", name[:10]]) == 0 and "as written" in capsys.readouterr().out
     assert main(["cache", "rm", name[:10]]) == 0 and entries() == []
     assert main(["cache", "rm", name]) == 2
+
+
+def test_what_a_process_is_opening_stays_and_a_removal_that_was_killed_is_finished(section: DataSection) -> None:
+    build_datasets(section, byte_tokenizer())
+    (name,) = entries()
+    root = kept.rows_root()
+    left = root / ".removed-rows-of-a-killed-rm"
+    left.mkdir()
+    with FileLock(root / f".{name.removeprefix('rows-')}.lock"):
+        assert main(["cache", "rm", name]) == 2
+        assert entries() == [name] and not left.exists()
+    left.mkdir()
+    assert main(["cache", "rm", name]) == 0 and name not in entries()
+    left.mkdir(exist_ok=True)
+    build_datasets(section, byte_tokenizer())
+    assert not left.exists() and name in entries()
 
 
 def test_small_files_and_tokenizers_in_python_are_not_kept(tmp_path: Path, section: DataSection) -> None:

@@ -54,8 +54,9 @@ def test_several_hosts_without_pdsh_are_refused_with_what_to_do(tmp_path: Path, 
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(InputError, match="by pdsh.* is not installed here .*--node-rank K --nnodes N --rdzv"):
         launch.launch_command(RECIPE, hostfile=hosts)
-    (tmp_path / "pdsh").write_text("#!/bin/sh\n")
-    (tmp_path / "pdsh").chmod(0o755)
+    for tool in ("pdsh", "ssh"):
+        (tmp_path / tool).write_text("#!/bin/sh\n")
+        (tmp_path / tool).chmod(0o755)
     assert launch.launch_command(RECIPE, hostfile=hosts, gpus=1)[3:7] == ["--hostfile", str(hosts), "--num_gpus", "1"]
 
 
@@ -99,7 +100,11 @@ def test_what_train_is_given_is_handed_on() -> None:
 
 @pytest.mark.parametrize(
     ("given", "words"),
-    [(["--lr-steps", "20"], "go with --find-lr only"), (["--find-lr", "--lr-steps", "4"], "a whole number >= 10")],
+    [
+        (["--lr-steps", "20"], "go with --find-lr only"),
+        (["--find-lr", "--lr-steps", "4"], "a whole number >= 10"),
+        (["--find-lr", "--resume"], "--resume: goes with a run"),
+    ],
 )
 def test_what_train_would_refuse_starts_nothing(write_recipe: Any, capsys: Any, given: list[str], words: str) -> None:
     assert main(["launch", str(write_recipe()), "--gpus", "2", *given]) == 2

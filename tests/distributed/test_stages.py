@@ -353,21 +353,43 @@ def test_a_build_that_was_killed_is_named_and_not_waited_for(tmp_path: Path, mon
     assert abandoned_build("async_io") == lock and abandoned_build("another") is None
 
 
-def test_a_disk_without_room_for_the_base_is_said_before_anything_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_recipe: Any
+def test_a_disk_without_room_for_the_base_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qvera import alike
+    from qvera.ranks import Group
+
+    class Four(Group):
+        def gather(self, one: Any) -> list[Any]:
+            return [["left", 250], ["right", 200], ["right", 199], ["left", 250]]
+
+    asked = []
+    monkeypatch.setattr(
+        alike.shutil, "disk_usage", lambda place: asked.append(place) or shutil._ntuple_diskusage(0, 0, 0)
+    )
+    alike.disk_everywhere(tmp_path / "run" / "offload", 99, Four())
+    assert asked == [tmp_path]  # what is there of the path
+    with pytest.raises(InputError, match="200 B of the base go to .*run/offload on right, where 199 B are free"):
+        alike.disk_everywhere(tmp_path / "run" / "offload", 100, Four())
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["of the run", "named by the user"])
+def test_what_a_killed_run_left_on_nvme_is_cleared_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_recipe: Any, named: bool
 ) -> None:
     from qvera.zero import ZeroConfig, base
 
     monkeypatch.setattr(base, "return_buffers_at_once", lambda: None)  # of this process, for good
-    config = ZeroConfig("mine.json", {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}})
-    spreader = base.Spreader(config, make_recipe(), 4, tmp_path / "run" / "offload")
-    free = base.shutil.disk_usage(tmp_path)._replace(free=199)
-    monkeypatch.setattr(base.shutil, "disk_usage", lambda _: free)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # of four: two shares of 50 numbers in 16 bits
-    with pytest.raises(InputError, match="mine.json writes 200 B of the base to .*run/offload, where 199 B are free"):
-        spreader.expect(20, 3, 200)
-    spreader.expect(20, 3, 196)
-    assert (spreader.sizes.weight, spreader.sizes.weights) == (20, 3) and not (tmp_path / "run").exists()
+    scratch, folder = tmp_path / "run" / "offload", tmp_path / "disk" if named else tmp_path / "run" / "offload"
+    device = {"device": "nvme", **({"nvme_path": str(folder)} if named else {})}
+    config = ZeroConfig("mine.json", {"zero_optimization": {"stage": 3, "offload_param": device}})
+    left = [folder / "zero_stage_3" / "bfloat16params" / f"rank{rank}" / "7_param.tensor.swp" for rank in (0, 1)]
+    for file in left:
+        file.parent.mkdir(parents=True)
+        file.touch()
+    first = base.Spreader(config, make_recipe(), 0, 2, scratch)
+    assert first.folder == folder and not left[0].exists() and left[1].exists()
+    base.Spreader(config, make_recipe(), 1, 2, scratch)
+    assert folder.exists() == named and not (folder / "zero_stage_3").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_no_config_is_unknown_to_these_tests() -> None:
@@ -392,9 +414,12 @@ def test_no_config_is_unknown_to_these_tests() -> None:
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer"),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offloads parameters in stage 2"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "disk"}}}, "device cpu or nvme"),
-        (
-            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}, "stage3_prefetch_bucket_size": 9}},
-            "stage3_prefetch_bucket_size for weights on NVMe",
+        *(
+            (
+                {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}, name: 9}},
+                f"{name} for weights on NVMe",
+            )
+            for name in ("stage3_prefetch_bucket_size", "stage3_max_reuse_distance")
         ),
     ],
 )
