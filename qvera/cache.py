@@ -36,7 +36,7 @@ def _problem(directory: Path) -> str | None:
     return prequantize.problem_of(directory, verify=True)
 
 
-BASES = Kind("quantized bases", bases_root, prequantize.read_record, _problem)
+BASES = Kind(("quantized base", "quantized bases"), bases_root, prequantize.read_record, _problem)
 
 
 def cached_base(

@@ -37,14 +37,14 @@ class Kind:
     """One kind of entry.
 
     Attributes:
-        what: as messages call it, in the plural.
+        what: as messages call one of it, and several.
         root: its directory; asked for each time, since QVERA_CACHE may change.
         record_of: what an entry's directory says of itself; None where it says nothing that can be read.
         problem_of: what is wrong with a finished entry, all of its bytes read again; None: nothing.
         prefix: of a finished entry's name, where what follows it is the KEY that it was made under.
     """
 
-    what: str
+    what: tuple[str, str]
     root: Callable[[], Path]
     record_of: Callable[[Path], dict[str, Any] | None]
     problem_of: Callable[[Path], str | None]
@@ -72,9 +72,8 @@ class Kind:
         entries = self.listed()
         found = [e for e in entries if e.name == name] or [e for e in entries if name and e.name.startswith(name)]
         if len(found) != 1:
-            raise InputError(
-                f"{name}: {len(found) or 'no'} {self.what} of that name in {self.root()}. `qvera cache ls` shows the names."
-            )
+            what = f"{len(found) or 'no'} {self.what[len(found) > 1]}"
+            raise InputError(f"{name}: {what} of that name in {self.root()}. `qvera cache ls` shows the names.")
         (entry,) = found
         self.clear_removed()
         key = entry.name.removeprefix(UNFINISHED)

@@ -22,7 +22,7 @@ from .metrics import Progress
 from .model import Base
 from .optimize import build_ramp
 from .ranks import in_group
-from .ready import configured, loaded, read_rows, ready_device, start_engine
+from .ready import configured, load, read_rows, ready_device, spreading, start_engine
 from .recipe import RangeTest, Recipe
 from .report.charts import smooth
 from .report.ramp import write_ramp
@@ -145,8 +145,8 @@ def find_lr(
         datasets = read_rows(recipe, base, console, group)
         points: list[dict[str, Any]] = []
         watched, diverged = Watched(), None
-        shared = datasets, zero, device, base, console, group
-        with measure.PeakWatch(device) as watch, loaded(recipe, out, *shared) as ready:
+        with measure.PeakWatch(device) as watch, spreading(zero, recipe, out, group) as spread:
+            ready = load(recipe, datasets, zero, device, base, console, group, spread)
             schedule = build_ramp(recipe.training, ready.optimizer, ramp)
             engine = start_engine(ready, recipe, out, datasets, schedule, ramp.steps, False, console, group)
             ready.model.train()

@@ -32,6 +32,8 @@ FORWARDED = (
 """Beginnings of the environment variables that a remote process needs as they are here. ssh forwards none by itself."""
 EXIT_CODES = "QVERA_EXIT_CODES"
 """Where a worker leaves its exit code: torchrun answers 1 whatever its workers answered."""
+_ANSWER_SECONDS = 10
+"""For a host to let ssh connect; twice that until it has answered."""
 
 
 def launch_command(
@@ -151,9 +153,6 @@ def _end(process: subprocess.Popen[Any]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-
-
-_ANSWER_SECONDS = 10
 
 
 def _own_gpus() -> int:

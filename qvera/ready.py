@@ -1,6 +1,6 @@
 """What stands between a recipe and its first step, for the training loop and the learning-rate range test alike.
 
-In order: `configured` (how processes share the work), `ready_device`, `read_rows` (data, checked), `loaded` (plan, base, adapter,
+In order: `configured` (how processes share the work), `ready_device`, `read_rows` (data, checked), `load` (plan, base, adapter,
 optimizer), `start_engine` (the longest batch once, and what steps).
 """
 
@@ -105,38 +105,25 @@ def read_rows(recipe: Recipe, base: Base | None, console: Console, group: Group)
 
 
 @contextlib.contextmanager
-def loaded(
-    recipe: Recipe,
-    run_dir: Path,
-    datasets: Datasets,
-    zero: ZeroConfig | None,
-    device: torch.device,
-    base: Base | None,
-    console: Console,
-    group: Group,
-) -> Iterator[Ready]:
-    """Plan, load the base, put a fresh adapter on it, and make its optimizer; what lies on a disk goes at the end of the block.
+def spreading(zero: ZeroConfig | None, recipe: Recipe, run_dir: Path, group: Group) -> Iterator[Any]:
+    """What spreads the base over the ranks (ZeRO-3), or None. What it keeps on a disk goes at the end of the block.
 
     Args:
-        run_dir: where an offloaded base goes.
-        base: an already loaded one.
-
-    Raises:
-        InputError: it does not fit, or the base or the adapter are wrong.
+        run_dir: where that is, unless the configuration names a place.
     """
-    spread = None
-    if zero is not None and zero.shards_base:
-        from .zero.base import Spreader
+    if zero is None or not zero.shards_base:
+        yield None
+        return
+    from .zero.base import Spreader
 
-        spread = Spreader(zero, recipe, group.rank, group.world_size, run_dir / "offload")
+    spread = Spreader(zero, recipe, group.rank, group.world_size, run_dir / "offload")
     try:
-        yield _load(recipe, datasets, zero, device, base, console, group, spread)
+        yield spread
     finally:
-        if spread is not None:
-            spread.discard()
+        spread.discard()
 
 
-def _load(
+def load(
     recipe: Recipe,
     datasets: Datasets,
     zero: ZeroConfig | None,
@@ -146,6 +133,15 @@ def _load(
     group: Group,
     spread: Any,
 ) -> Ready:
+    """Plan, load the base, put a fresh adapter on it, and make its optimizer.
+
+    Args:
+        base: an already loaded one.
+        spread: of `spreading`.
+
+    Raises:
+        InputError: it does not fit, or the base or the adapter are wrong.
+    """
     nodes, per_node = nodes_of(group)
     sharing = Sharing.of(zero, nodes, per_node, group.world_size)
     plan = rehearsal.plan_run(recipe, datasets, device, base, console, sharing)

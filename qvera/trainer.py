@@ -24,7 +24,7 @@ from .model import Base
 from .optimize import build_schedule, optimizer_bytes
 from .plan import planned_steps
 from .ranks import Group, in_group, restarted
-from .ready import Ready, configured, loaded, read_rows, ready_device, start_engine
+from .ready import Ready, configured, load, read_rows, ready_device, spreading, start_engine
 from .recipe import Recipe
 from .rundir import Progressed, check_run_dir, check_same_run, finish, plain, run_facts
 from .scoring import evaluate_between, score
@@ -93,9 +93,9 @@ def _prepared(
     datasets = read_rows(recipe, base, console, group)
     if dry_run:
         return None
-    with measure.PeakWatch(device) as watch:
-        with loaded(recipe, run_dir, datasets, zero, device, base, console, group) as ready:
-            return _run(recipe, run_dir, datasets, reporters[0], ready, resume, started, watch, console, group)
+    with measure.PeakWatch(device) as watch, spreading(zero, recipe, run_dir, group) as spread:
+        ready = load(recipe, datasets, zero, device, base, console, group, spread)
+        return _run(recipe, run_dir, datasets, reporters[0], ready, resume, started, watch, console, group)
 
 
 def _run(

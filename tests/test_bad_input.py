@@ -284,7 +284,7 @@ TABLE: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     "quantize what is not there": (lambda p: ["quantize", "./nowhere", str(p.root / "q")], "is not a directory"),
     "quantize over something": (lambda p: ["quantize", str(p.root / "model"), str(p.root / "model")], "not empty"),
     "quantize with a missing shard": (quantize_missing_shard, "missing"),
-    "no such quantized base": (lambda p: ["cache", "rm", "nf4-none"], "no quantized bases of that name"),
+    "no such quantized base": (lambda p: ["cache", "rm", "nf4-none"], "no quantized base of that name"),
     "unknown metric": (
         lambda p: ["eval", str(p.run), "--metrics", "exact,bleurt"],
         "no metric 'bleurt'; known: exact, bleu",

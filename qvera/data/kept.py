@@ -269,4 +269,4 @@ def _say(console: Console | None, text: str) -> None:
     (console or Console(stderr=True)).print(text, style="yellow", markup=False)
 
 
-ROWS = Kind("kept rows", rows_root, _read_record, problem_of, PREFIX)
+ROWS = Kind(("kept rows", "kept rows"), rows_root, _read_record, problem_of, PREFIX)

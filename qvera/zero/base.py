@@ -30,13 +30,11 @@ class Spreader:
     """
 
     def __init__(self, config: ZeroConfig, recipe: Recipe, rank: int, world_size: int, scratch: Path) -> None:
-        self.config, self.recipe, self.world_size = config, recipe, world_size
+        self.config, self.recipe, self.rank, self.world_size = config, recipe, rank, world_size
         self.scratch = Path(os.path.abspath(scratch))
         self.sizes = Sizes()
         self._first: dict[bool, Any] = {}
-        self.folder = config.nvme_folder(recipe, self.scratch)
-        # as DeepSpeed's swapper names it
-        self._own = None if self.folder is None else self.folder / "zero_stage_3" / "bfloat16params" / f"rank{rank}"
+        self.folder = config.nvme_folder(self.scratch)
         self.discard()  # what a run that was killed has left
         if not torch.cuda.is_available():
             return_buffers_at_once()
@@ -85,11 +83,12 @@ class Spreader:
 
     def discard(self) -> None:
         """Remove what this rank keeps on NVMe; the base can't be used after that."""
-        if self._own is None or self.folder is None:
+        if self.folder is None:
             return
-        shutil.rmtree(self._own, ignore_errors=True)
+        own = self.folder / "zero_stage_3" / "bfloat16params" / f"rank{self.rank}"  # as DeepSpeed's swapper names it
+        shutil.rmtree(own, ignore_errors=True)
         with contextlib.suppress(OSError):  # another rank has something there, or has been faster
-            for folder in self._own.parents[:2]:
+            for folder in own.parents[:2]:
                 folder.rmdir()
             if self.folder == self.scratch:  # else it is the user's
                 self.folder.rmdir()

@@ -131,11 +131,12 @@ class ZeroConfig:
         device = (self.tree["zero_optimization"].get("offload_param") or {}).get("device", "none")
         return None if device == "none" else str(device)
 
-    def nvme_folder(self, recipe: Recipe, scratch: Path) -> Path | None:
+    def nvme_folder(self, scratch: Path | None) -> Path | None:
         """Where a base that is kept on NVMe goes: what the file names, else ``scratch``; None for another device."""
         if self.offload_device != "nvme":
             return None
-        return Path(self.complete(recipe, 1, scratch=scratch)["zero_optimization"]["offload_param"]["nvme_path"])
+        named = self.tree["zero_optimization"]["offload_param"].get("nvme_path")
+        return scratch if named is None else Path(named)
 
     def complete(
         self, recipe: Recipe, world_size: int, sizes: Sizes | None = None, scratch: Path | None = None
@@ -176,7 +177,7 @@ class ZeroConfig:
             offload = zero["offload_param"]
             offload.setdefault("pin_memory", _has_cuda())
             if self.offload_device == "nvme":
-                offload.setdefault("nvme_path", str(scratch))
+                offload["nvme_path"] = str(self.nvme_folder(scratch))
                 # DeepSpeed's own are of 1e8 elements, 200 MB each, and are locked into RAM whether they are used or not
                 size, count = nvme_buffers(sizes.weight, sizes.weights, world_size)
                 offload.setdefault("buffer_size", size)

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import pytest
 
 from bench.namespaces import Nodes, problem
 
+from .nodes import until
 from .ranks import ROOT, clean_environment
 from .test_nodes import start
 
@@ -65,14 +65,11 @@ class Cluster:
         ).get("JobState", "gone")
 
     def until(self, ready: Callable[[], bool], what: str) -> None:
-        began = time.monotonic()
-        while not ready():
-            if time.monotonic() - began > LIMIT_SECONDS:
-                logs = "\n".join(
-                    f"--- {log.name}\n{log.read_text()[-3000:]}" for log in sorted(self.place.glob("*.log"))
-                )
-                raise AssertionError(f"not within {LIMIT_SECONDS} s: {what}\n{self.tell('sinfo')}\n{logs}")
-            time.sleep(0.5)
+        try:
+            until(ready, LIMIT_SECONDS, what)
+        except AssertionError as error:
+            logs = (f"--- {log.name}\n{log.read_text()[-3000:]}" for log in sorted(self.place.glob("*.log")))
+            raise AssertionError("\n".join([str(error), self.tell("sinfo"), *logs])) from None
 
 
 @pytest.fixture(scope="module")

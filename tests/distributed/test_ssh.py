@@ -15,6 +15,7 @@ import pytest
 
 from bench.namespaces import Nodes, problem
 
+from .nodes import until
 from .test_nodes import on_both_nodes, start, wait
 
 pytestmark = pytest.mark.slow
@@ -73,13 +74,15 @@ def nodes(tmp_path: Path) -> Iterator[Nodes]:
 
 def _until_it_answers(nodes: Nodes, number: int, directory: Path) -> None:
     asked = nodes.command(0, ["ssh", f"node{number}", "hostname"])
-    for _ in range(50):
+
+    def answers() -> bool:
         done = subprocess.run(asked, capture_output=True, text=True, timeout=20)
-        if done.stdout.strip() == f"node{number}":
-            return
-        time.sleep(0.2)
-    log = (directory / f"sshd-{number}.txt").read_text()
-    raise AssertionError(f"sshd on node{number} does not answer: {done.stderr}\n{log}")
+        return done.stdout.strip() == f"node{number}"
+
+    try:
+        until(answers, 30, f"sshd on node{number} answers")
+    except AssertionError as error:
+        raise AssertionError(f"{error}\n{(directory / f'sshd-{number}.txt').read_text()}") from None
 
 
 def test_from_one_node_by_a_host_file(nodes: Nodes, write_recipe: Any, tmp_path: Path) -> None:
