@@ -20,7 +20,7 @@ from trials import Trial, Written, add_half, run
 
 from qvera import evaluate
 from qvera.data import build_datasets
-from qvera.recipe import parse_recipe
+from qvera.recipe import Recipe, parse_recipe
 
 STEPS = 50  # of 8 rows
 TRIALS = [
@@ -30,30 +30,35 @@ TRIALS = [
 ]
 
 
+def recipe_of(data: Path, to: Path) -> Recipe:
+    """The recipe, with the rows dealt out: those to choose with are the held-out ones; those that score lie in ``to``."""
+    rows = json.loads(data.read_text())
+    random.Random("qvera alpaca").shuffle(rows)
+    parts = {"develop": rows[:100], "score": rows[100:200], "train": rows[200:]}
+    for name, part in parts.items():
+        (to / f"{name}.json").write_text(json.dumps(part))
+    return parse_recipe(
+        {
+            "model": smollm2(),
+            "data": {"path": str(to / "train.json"), "eval_path": str(to / "develop.json"), "max_length": 512},
+            "training": {"global_batch_size": 8, "gradient_checkpointing": False},
+        },
+        "bench/alpaca.py",
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("rows", type=Path)
     add_half(parser)
     args = parser.parse_args()
     written = Written(RESULTS / "alpaca.jsonl", header())
-    rows = json.loads(args.rows.read_text())
-    random.Random("qvera alpaca").shuffle(rows)
     with tempfile.TemporaryDirectory() as directory:
-        parts = {"develop": rows[:100], "score": rows[100:200], "train": rows[200:]}
-        files = {name: Path(directory) / f"{name}.json" for name in parts}
-        for name, part in parts.items():
-            files[name].write_text(json.dumps(part))
-        recipe = parse_recipe(
-            {
-                "model": smollm2(),
-                "data": {"path": str(files["train"]), "eval_path": str(files["develop"]), "max_length": 512},
-                "training": {"global_batch_size": 8, "gradient_checkpointing": False},
-            },
-            "bench/alpaca.py",
-        )
+        recipe = recipe_of(args.rows, Path(directory))
         for trial in written.missing([Trial(method="frozen"), *TRIALS], args.half):
             model, base, _, facts = run(trial, recipe)
-            scored = build_datasets(dataclasses.replace(recipe.data, eval_path=str(files["score"])), base.tokenizer)
+            rows = dataclasses.replace(recipe.data, eval_path=str(Path(directory) / "score.json"))
+            scored = build_datasets(rows, base.tokenizer)
             found = evaluate.held_out_loss(model, scored.eval, pad_id=scored.pad_id, batch_size=4, chunk_tokens=512)
             written.add(trial, {**facts, "score_loss": found["loss"], "score_rows": found["rows"]})
 

@@ -50,11 +50,28 @@ class Trial:
     targets: str = "all-linear"
     schedule: str = "cosine"
     warmup_ratio: float = 0.1
+    beta2: float | None = None
     seed: int = 0
 
     def __str__(self) -> str:
-        shown = {k: v for k, v in dataclasses.asdict(self).items() if v != getattr(Trial(method=""), k)}
+        shown = {k: v for k, v in dataclasses.asdict(self).items() if v != getattr(type(self)(method=""), k)}
         return " ".join([shown.pop("method"), *(f"{k}={v}" for k, v in shown.items())])
+
+    def is_that_of(self, line: dict[str, Any]) -> bool:
+        """Whether a line that was written before, perhaps with fewer fields, is this trial's."""
+        return {**dataclasses.asdict(type(self)(method="")), **line["trial"]} == dataclasses.asdict(self)
+
+    def adapt(self, base: Base, recipe: Recipe) -> Any:
+        """A fresh adapter of this kind on the base."""
+        return adapted(base, self, recipe)
+
+    def rate(self, name: str) -> float:
+        """The learning rate of the parameter of that name."""
+        from_zero = any(part in name for part in ("lora_B", "vera_lambda_b", "qvera_b"))
+        return self.b_rate if from_zero and self.b_rate else self.learning_rate
+
+    def after(self, step: int, model: Any, optimizer: torch.optim.Optimizer) -> None:
+        """What is to be done between two steps."""
 
 
 def adapted(base: Base, trial: Trial, recipe: Recipe) -> Any:
@@ -82,13 +99,9 @@ def train(model: Any, trial: Trial, recipe: Recipe, datasets: Datasets) -> dict[
     section.lr_scheduler_type, section.warmup_ratio = trial.schedule, trial.warmup_ratio  # type: ignore[assignment]
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, seed=trial.seed), training=section)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    from_zero = [
-        p for name, p in trained.items() if any(part in name for part in ("lora_B", "vera_lambda_b", "qvera_b"))
-    ]
-    others = [p for p in trained.values() if not any(p is q for q in from_zero)]
-    settings = {"betas": (section.adam_beta1, section.adam_beta2), "eps": section.adam_epsilon,
+    settings = {"betas": (section.adam_beta1, trial.beta2 or section.adam_beta2), "eps": section.adam_epsilon,
                 "weight_decay": section.weight_decay}  # fmt: skip
-    groups = [{"params": from_zero, "lr": trial.b_rate or trial.learning_rate}, {"params": others}]
+    groups = [{"params": [p], "lr": trial.rate(name)} for name, p in trained.items()]
     optimizer = torch.optim.AdamW(groups, lr=trial.learning_rate, **settings)  # type: ignore[arg-type]
     schedule = build_schedule(section, optimizer, trial.steps)
     batches = batches_of(recipe, datasets.train)
@@ -107,6 +120,7 @@ def train(model: Any, trial: Trial, recipe: Recipe, datasets: Datasets) -> dict[
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+        trial.after(step, model, optimizer)
         losses.append(total / count)
         tokens += sum(len(datasets.train[i].input_ids) for i in rows)
         print(f"\r{step + 1}/{trial.steps} {total / count:.4f} ", end="", file=sys.stderr, flush=True)
@@ -124,7 +138,7 @@ def run(trial: Trial, recipe: Recipe, keep: Path | None = None) -> tuple[Any, Ba
     """
     base = load_base(recipe.model)
     datasets = build_datasets(recipe.data, base.tokenizer)
-    model = adapted(base, trial, recipe)
+    model = trial.adapt(base, recipe)
     kept = None if keep is None else keep / f"{hashlib.sha256(str(trial).encode()).hexdigest()[:16]}.safetensors"
     if kept is not None and kept.exists():
         found = load_file(kept)
@@ -166,7 +180,7 @@ class Written:
     def missing(self, trials: Sequence[Trial], half: int | None) -> Iterator[Trial]:
         """Those that do not stand there yet; with ``half`` (`add_half`) every second of ``trials`` alone."""
         for number, trial in enumerate(trials):
-            done = any(line["trial"] == dataclasses.asdict(trial) for line in self.lines)
+            done = any(trial.is_that_of(line) for line in self.lines)
             if not done and half in (None, number % 2):
                 yield trial
 
