@@ -210,14 +210,29 @@ E2E: list[Trial] = [
     Trial(method="lora", rank=1, learning_rate=4e-3, schedule="linear", steps=50),
     ours(learning_rate=0.1, redraw=25),
     ours(learning_rate=0.1, beta2=0.99),
-    ours(learning_rate=0.1, input_scale=True, a_rate=0.3),
+    ours(learning_rate=0.1, magnitude="ia3", magnitude_rate=0.03),
+    ours(learning_rate=0.1, magnitude="ia3", magnitude_rate=0.3),
+    ours(learning_rate=0.1, magnitude="ia3", magnitude_rate=0.1, input_scale=True, rank=128),
+    ours(learning_rate=0.1, magnitude="ia3", magnitude_rate=0.1, groups=2, rank=96),
     ours(learning_rate=0.1, magnitude="dora", magnitude_rate=0.1),
-    ours(learning_rate=0.1, groups=2, warmup_ratio=0.02),
-    ours(learning_rate=0.15, groups=2),
-    ours(learning_rate=0.07),
+    ours(learning_rate=0.1, groups=3, rank=96),
+    ours(learning_rate=0.1, groups=2, input_scale=True, rank=96),
+    ours(learning_rate=0.07, groups=3, rank=96),
+    ours(learning_rate=0.15, groups=3, rank=96),
     ours(learning_rate=0.1, per_layer="weight"),
+    ours(learning_rate=0.07),
+    ours(learning_rate=0.1, input_scale=True, a_rate=0.3),
 ]
-ALPACA: list[Trial] = []
+ALPACA: list[Trial] = [
+    ours(learning_rate=0.03),
+    ours(learning_rate=0.03, groups=3, rank=96),
+    ours(learning_rate=0.03, magnitude="ia3", magnitude_rate=0.1),
+    ours(learning_rate=0.03, input_scale=True),
+    Trial(method="lora", rank=16, learning_rate=2e-3, schedule="linear", steps=50),
+    Trial(method="lora", rank=64, learning_rate=1e-3, schedule="linear", steps=50),
+    ours(learning_rate=0.02, groups=3, rank=96),
+    ours(learning_rate=0.05, groups=3, rank=96),
+]
 
 
 def main() -> None:
