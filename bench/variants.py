@@ -219,19 +219,21 @@ E2E: list[Trial] = [
     ours(learning_rate=0.1, groups=2, input_scale=True, rank=96),
     ours(learning_rate=0.07, groups=3, rank=96),
     ours(learning_rate=0.15, groups=3, rank=96),
+    ours(learning_rate=0.15, groups=2, input_scale=True, rank=96),
+    ours(learning_rate=0.07, groups=2, input_scale=True, rank=96),
+    ours(learning_rate=0.1, groups=2, input_scale=True, rank=96, a_rate=0.3),
     ours(learning_rate=0.1, per_layer="weight"),
     ours(learning_rate=0.07),
-    ours(learning_rate=0.1, input_scale=True, a_rate=0.3),
 ]
 ALPACA: list[Trial] = [
     ours(learning_rate=0.03),
-    ours(learning_rate=0.03, groups=3, rank=96),
-    ours(learning_rate=0.03, magnitude="ia3", magnitude_rate=0.1),
+    ours(learning_rate=0.03, groups=2, input_scale=True, rank=96),
     ours(learning_rate=0.03, input_scale=True),
     Trial(method="lora", rank=16, learning_rate=2e-3, schedule="linear", steps=50),
+    ours(learning_rate=0.05, groups=2, input_scale=True, rank=96),
     Trial(method="lora", rank=64, learning_rate=1e-3, schedule="linear", steps=50),
-    ours(learning_rate=0.02, groups=3, rank=96),
-    ours(learning_rate=0.05, groups=3, rank=96),
+    ours(learning_rate=0.03, groups=3, rank=96),
+    ours(learning_rate=0.03, magnitude="ia3", magnitude_rate=0.1),
 ]
 
 

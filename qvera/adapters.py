@@ -66,9 +66,13 @@ def load_adapters(
         layer._layer_name = name
     device = next(iter(layers.values())).qvera_b[f"seed-{next(iter(seeds))}"].device
     sizes = {name: layer.out_features for name, layer in layers.items()}
+    alike: dict[tuple[int, int, int], list[str]] = {}
+    for name, config in configs.items():
+        key = config.projection_seed, config.b_groups, config.rank if config.b_groups > 1 else 0
+        alike.setdefault(key, []).append(name)
     banks, done = [], 0
-    for seed, names in seeds.items():
-        bank = empty_bank(seed, max(configs[name].rank for name in names), names, sizes, device)
+    for (seed, groups, _), names in alike.items():
+        bank = empty_bank(seed, max(configs[name].rank for name in names), groups, names, sizes, device)
         for index, name in enumerate(names):
             config, vectors = read_adapter(Path(directories[name]))
             _fill(bank.values[index], bank.columns, config, vectors, layers, Path(directories[name]))
@@ -102,18 +106,18 @@ def _fill(
         layer = layers.get(name)
         if d is None or b is None or layer is None:
             raise InputError(f"{source}: its vectors of {name} do not fit this model.")
-        if d.numel() != config.rank or b.numel() != layer.out_features:
+        if d.numel() != config.rank or b.shape != layer.b_shape(config.b_groups):
             raise InputError(
-                f"{source}: {name} has vectors of {d.numel()} and {b.numel()} numbers, this model and its rank need "
-                f"{config.rank} and {layer.out_features}."
+                f"{source}: {name} has vectors of shapes {list(d.shape)} and {list(b.shape)}, this model and its config need "
+                f"{[config.rank]} and {list(layer.b_shape(config.b_groups))}."
             )
         at_d, at_b = columns[name]
         row[at_d : at_d + config.rank] = d * vera_scale(config.rank, layer.in_features)
-        row[at_b : at_b + layer.out_features] = b
+        row[at_b : at_b + b.numel()] = b.flatten()
 
 
 def same_directions(adapters: Sequence[AdapterDeltas]) -> str | None:
-    """None where a weighted sum of these adapters is again a VeRA adapter: one seed, rank, set of layers and d. Else why not.
+    """None where a weighted sum of these adapters is again a VeRA adapter: one seed, rank, b_groups, layers and d. Else why not.
 
     Then Σ w diag(b) B diag(d) A = diag(Σ w b) B diag(d) A, exactly. Training with ``adapter.train_d: false`` makes it so.
     """
@@ -123,6 +127,7 @@ def same_directions(adapters: Sequence[AdapterDeltas]) -> str | None:
             ("kind", first.config.peft_type, other.config.peft_type),
             ("seed", _seed(first.config), _seed(other.config)),
             ("rank", first.A.shape[0], other.A.shape[0]),
+            ("b_groups", first.groups, other.groups),
             ("set of layers", first.layers.keys(), other.layers.keys()),
         ):
             if ours != theirs:

@@ -52,6 +52,7 @@ def attach(
     """
     config = QveraConfig(
         rank=section.rank,
+        b_groups=section.b_groups,
         target_modules=section.targets if isinstance(section.targets, str) else list(section.targets),
         d_initial=section.d_initial,
         dropout=section.dropout,
@@ -68,6 +69,7 @@ def attach(
         stored, vectors = read_adapter(Path(resolve_path(section.init_from)))
         for ours, theirs, key in (
             (config.rank, stored.rank, "rank"),
+            (config.b_groups, stored.b_groups, "b_groups"),
             (config.projection_seed, stored.projection_seed, "seed"),
             (config.projection_shapes, stored.projection_shapes, "projections (by its targets and base) of shapes"),
             (config.projection_sha256, stored.projection_sha256, "projections' SHA-256"),
@@ -102,6 +104,7 @@ def adapter_facts(model: PeftModel, adapter: str = "default") -> dict[str, Any]:
     config: Any = model.peft_config[adapter]
     return {
         "rank": config.rank,
+        "b_groups": config.b_groups,
         "targets": sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, QveraLinear)}),
         "adapted_modules": len(layers),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),

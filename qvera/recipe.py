@@ -82,6 +82,9 @@ class AdapterSection:
     """The VeRA adapter (arXiv 2310.11454): vectors d [rank] and b [out_features] for each adapted linear."""
 
     rank: Positive = 256
+    b_groups: Positive = 1
+    """Cut the rank into so many equal groups, each with a b of its own: more trained numbers for the same products, as RandLoRA
+    sums several random bases (arXiv 2502.00987). 1 is VeRA. Must divide ``rank``."""
     targets: Literal["all-linear"] | Annotated[list[NonEmpty], Field(min_length=1)] = "all-linear"
     """``all-linear`` (every linear but the head) or names such as ``[q_proj, v_proj]``; each must match something."""
     d_initial: _Float = 0.1
@@ -313,6 +316,10 @@ def _check_across(recipe: Recipe) -> list[str]:
         problems.append(
             f"training.global_batch_size: {training.global_batch_size} is not a multiple of "
             f"training.per_device_train_batch_size ({training.per_device_train_batch_size})."
+        )
+    if recipe.adapter.rank % recipe.adapter.b_groups:
+        problems.append(
+            f"adapter.b_groups: {recipe.adapter.b_groups} does not divide adapter.rank ({recipe.adapter.rank})."
         )
     held_out = data.eval_path is not None or data.eval_fraction > 0
     if not held_out:

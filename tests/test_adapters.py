@@ -32,6 +32,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "smaller": {"rank": 5},
     "seed": {"rank": 6, "seed": 9},
     "few": {"rank": 8, "targets": ["q_proj", "down_proj"]},
+    "pairs": {"rank": 8, "b_groups": 4},
+    "halves": {"rank": 6, "b_groups": 2},
 }
 
 
@@ -58,14 +60,14 @@ def alone(section: ModelSection, directory: Path | None) -> torch.Tensor:
         return model.eval()(IDS).logits
 
 
-NAMES = ["a", "smaller", "seed", "few", "__base__", "b"]
+NAMES = ["a", "smaller", "seed", "few", "__base__", "pairs"]
 
 
 def test_rows_of_one_batch_are_what_each_adapter_gives_alone(
     section: ModelSection, directories: dict[str, Path]
 ) -> None:
     model = load_adapters(load_base(section).model, directories)
-    for names in (NAMES, ["a"] * 6, ["a", "b"] * 3, ["seed"] * 6, ["__base__"] * 6):
+    for names in (NAMES, ["a"] * 6, ["a", "b"] * 3, ["seed"] * 6, ["halves", "pairs", "b"] * 2, ["__base__"] * 6):
         with torch.no_grad():
             mixed = model(input_ids=IDS, adapter_names=names).logits
         for row, name in enumerate(names):
@@ -82,9 +84,11 @@ def test_rows_of_one_batch_are_what_each_adapter_gives_alone(
 def test_the_vectors_are_banked_and_the_pair_is_one_a_seed(section: ModelSection, directories: dict[str, Path]) -> None:
     model = load_adapters(load_base(section).model, directories)
     banks = model.base_model.banks
-    assert [(bank.seed, bank.rank, sorted(bank.names)) for bank in banks] == [
-        (0, 8, ["a", "b", "few", "smaller"]),
-        (9, 6, ["seed"]),
+    assert [(bank.seed, bank.rank, bank.groups, sorted(bank.names)) for bank in banks] == [
+        (0, 8, 1, ["a", "b", "few", "smaller"]),
+        (9, 6, 1, ["seed"]),
+        (0, 8, 4, ["pairs"]),
+        (0, 6, 2, ["halves"]),
     ]
     assert banks[0].values.shape == (4, sum(8 + m.out_features for m in model.modules() if isinstance(m, QveraLinear)))
     assert sum("qvera" in name for name, _ in model.named_parameters()) == 2 * 2 * 14  # one unchanged adapter a seed
@@ -95,7 +99,8 @@ def test_the_vectors_are_banked_and_the_pair_is_one_a_seed(section: ModelSection
 def test_ordinary_adapters_mix_too(section: ModelSection, directories: dict[str, Path]) -> None:
     model = PeftModel.from_pretrained(load_base(section).model, directories["a"], adapter_name="a")
     model.load_adapter(directories["seed"], "seed")
-    names = ["a", "seed", "__base__"] * 2
+    model.load_adapter(directories["halves"], "halves")
+    names = ["a", "seed", "__base__", "halves"] + ["a", "halves"]
     with torch.no_grad():
         mixed = model.eval()(input_ids=IDS, adapter_names=names).logits
     for row, name in enumerate(names):
@@ -145,20 +150,20 @@ def test_what_is_no_qvera_adapter_is_refused(
         load_adapters(load_base(section).model, {"x": tmp_path / "x"})
     other = small_llama(intermediate_size=128).to(torch.float32)
     save_adapter(attach(other, AdapterSection(rank=8), "other"), tmp_path / "other")
-    with pytest.raises(InputError, match="this model and its rank need"):
+    with pytest.raises(InputError, match="this model and its config need"):
         load_adapters(load_base(section).model, {"a": directories["a"], "other": tmp_path / "other"})
 
 
 # arithmetic
 
 
-@pytest.fixture
-def without_d(make_recipe: Any, tmp_path: Path) -> list[Path]:
+@pytest.fixture(params=[1, 4])
+def without_d(request: Any, make_recipe: Any, tmp_path: Path) -> list[Path]:
     """Two short runs of one seed that do not train d."""
     runs = []
     for number in range(2):
         recipe = make_recipe(
-            adapter={"train_d": False},
+            adapter={"train_d": False, "b_groups": request.param},
             data={"seed": number},
             training={"max_steps": 4, "save_steps": 2, "eval_steps": 0},
         )
@@ -197,7 +202,7 @@ def test_sums_of_adapters_that_share_d_are_exact_adapters(
     load_adapter(load_base(section).model, tmp_path / "sum")  # a whole adapter, hash of the projections and all
 
 
-@pytest.mark.parametrize("pair", [("a", "b"), ("a", "smaller"), ("a", "seed"), ("a", "few")])
+@pytest.mark.parametrize("pair", [("a", "b"), ("a", "smaller"), ("a", "seed"), ("a", "few"), ("halves", "b")])
 def test_any_two_add_up_exactly_to_a_lora(
     pair: tuple[str, str], directories: dict[str, Path], tiny_model_dir: Path, tmp_path: Path
 ) -> None:
@@ -237,6 +242,7 @@ def test_refusals_name_the_difference(
     assert why("a", "smaller") == "they differ in rank"
     assert why("a", "seed") == "they differ in seed"
     assert why("a", "few") == "they differ in set of layers"
+    assert why("a", "pairs") == "they differ in b_groups"
     assert why("a", "a") is None
     assert main(["merge-adapters", str(directories["a"]), str(tmp_path / "x"), "--weights", "1", "2"]) == 2
     assert "give one for each" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from ..attached import read_adapter
 from ..errors import InputError
 from ..skeleton import skeleton as skeleton
-from ..vera.functional import delta_weight
+from ..vera.functional import delta_weight, times_b
 from ..vera.layer import layer_shape
 from ..vera.projection import uniform_pair, vera_scale
 
@@ -26,7 +26,10 @@ PREFIX = "base_model.model."
 
 @dataclasses.dataclass
 class Delta:
-    """ΔW = diag(b) B diag(s d) A of one adapted weight, in factors; A and B are views of the shared pair."""
+    """ΔW = diag(b) B diag(s d) A of one adapted weight, in factors; A and B are views of the shared pair.
+
+    b [m], or [groups, m] (`qvera.vera.functional`).
+    """
 
     A: torch.Tensor
     B: torch.Tensor
@@ -42,13 +45,15 @@ class Delta:
 
     def lora(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A' = diag(s d) A [r, n] and B' = diag(b) B [m, r] in fp32: ΔW = B' A'."""
-        return (self.d * self.scale).unsqueeze(1) * self.A, self.b.unsqueeze(1) * self.B
+        return (self.d * self.scale).unsqueeze(1) * self.A, times_b(self.B, self.b)
 
     def rows(self, first: int, count: int) -> torch.Tensor:
         """Rows [first, first + count) of `weight`."""
         if self.transposed:
             return delta_weight(self.A[:, first : first + count], self.B, self.d, self.b, self.scale).t().contiguous()
-        return delta_weight(self.A, self.B[first : first + count], self.d, self.b[first : first + count], self.scale)
+        return delta_weight(
+            self.A, self.B[first : first + count], self.d, self.b[..., first : first + count], self.scale
+        )
 
     def weight(self) -> torch.Tensor:
         """ΔW [out, in] fp32, or [in, out] for a Conv1D."""
@@ -64,6 +69,11 @@ class AdapterDeltas:
     A: torch.Tensor
     B: torch.Tensor
     layers: dict[str, Delta]
+
+    @property
+    def groups(self) -> int:
+        """How many b each layer has."""
+        return getattr(self.config, "b_groups", 1)
 
 
 def read_deltas(adapter_dir: Path, base: torch.nn.Module) -> AdapterDeltas:
@@ -89,10 +99,13 @@ def read_deltas(adapter_dir: Path, base: torch.nn.Module) -> AdapterDeltas:
                 "model's adapter."
             )
         in_features, out_features = shape
-        if b.numel() != out_features or in_features > A.shape[1] or out_features > B.shape[0] or d.numel() != rank:
+        groups = getattr(config, "b_groups", 1)
+        expected = (out_features,) if groups == 1 else (groups, out_features)
+        if b.shape != expected or in_features > A.shape[1] or out_features > B.shape[0] or d.numel() != rank:
             raise InputError(
-                f"{adapter_dir}: {name} has shape {[out_features, in_features]} in the base, but the adapter has {b.numel()} "
-                f"outputs for it and a pair of {list(A.shape)} and {list(B.shape)}: another model's adapter."
+                f"{adapter_dir}: {name} has shape {[out_features, in_features]} in the base, but the adapter has b of "
+                f"{list(b.shape)} for it (expected {list(expected)}) and a pair of {list(A.shape)} and {list(B.shape)}: "
+                "another model's adapter."
             )
         scale = vera_scale(rank, in_features) if names is _OwnNames else 1.0
         transposed = isinstance(modules[name], Conv1D)

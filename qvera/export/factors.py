@@ -139,8 +139,13 @@ def export_stock_vera(adapter: AdapterDeltas, out: Path) -> int:
     """Write an adapter of PEFT's own VeRA, its projections in the file, each layer's scale in its d; returns its bytes.
 
     Raises:
-        InputError: ``out`` is not empty.
+        InputError: ``out`` is not empty, or the adapter has several b a layer, which PEFT's VeRA has no place for.
     """
+    if adapter.groups > 1:
+        raise InputError(
+            f"adapter.b_groups: this adapter has {adapter.groups} vectors b for each linear, and PEFT's VeRA has one. Export "
+            "it with --to lora (exact) or --to merged."
+        )
     specs, values = [], []
     for name, delta in adapter.layers.items():
         for suffix, vector in (("vera_lambda_b", delta.b), ("vera_lambda_d", delta.d * delta.scale)):

@@ -25,7 +25,7 @@ from .batches import assumed_batch, batch_of, longest_rows, planned_steps, token
 from .files import adapter_bytes, checkpoint_bytes
 from .fits import BatchOf, Change, fits, nearest_changes
 from .machine import Machine, gpu_machine, parse_size, this_machine
-from .memory import Memory, plan_memory, setting
+from .memory import Memory, numbers, plan_memory, setting, trained_shapes
 from .ranks import ALONE, Sharing, Way, passes_of, plan_rank, plan_ways, right_way
 from .seconds import calibrate, step_seconds
 from .shapes import Shape, shape_of
@@ -126,9 +126,7 @@ def make_plan(
     longest = _batches(rows, joinable, repeats(machine.dtype, machine.device_type))
     batch = longest(recipe)
     memory = plan_rank(shape, recipe, batch, machine, sharing)
-    trained = sum(
-        x.m + (recipe.adapter.rank if recipe.adapter.train_d else 0) for x in shape.adapted(recipe.adapter.targets)
-    )
+    trained = sum(numbers(trained_shapes(shape.adapted(recipe.adapter.targets), recipe.adapter)))
     changes = [] if fits(memory, machine) else nearest_changes(shape, recipe, longest, machine, sharing)
     return Plan(
         shape,

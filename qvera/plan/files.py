@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 
-from ..recipe import Recipe
-from .memory import vector_sizes
-from .shapes import Shape
+from ..recipe import AdapterSection, Recipe
+from .memory import trained_shapes, vector_shapes
+from .shapes import Linear, Shape
 
 _PEFT_PREFIX = "base_model.model."
 _CONFIG_BYTES = 800  # adapter_config.json
@@ -28,25 +29,26 @@ def safetensors_bytes(tensors: Sequence[tuple[str, str, Sequence[int], int]], me
 
 def adapter_bytes(shape: Shape, recipe: Recipe) -> int:
     """The adapter directory: vectors in fp32 and their config."""
-    vectors = _vectors(shape, recipe)
-    tensors = [(name, "F32", [n], 4 * n) for name, n in vectors]
-    return safetensors_bytes(tensors, {"format": "pt"}) + _CONFIG_BYTES
+    return safetensors_bytes(_fp32(_prefixed(vector_shapes, shape, recipe)), {"format": "pt"}) + _CONFIG_BYTES
 
 
 def checkpoint_bytes(shape: Shape, recipe: Recipe) -> int:
     """One checkpoint directory: vectors, AdamW's state of those that are trained, random state, position, recipe."""
-    vectors = _vectors(shape, recipe)
-    trained = [(name, n) for name, n in vectors if recipe.adapter.train_d or name.endswith("qvera_b")]
-    state: list[tuple[str, str, Sequence[int], int]] = []
-    for name, n in trained:
-        state += [(f"{name}/{key}", "F32", [n], 4 * n) for key in ("exp_avg", "exp_avg_sq")]
-        state.append((f"{name}/step", "F32", [], 4))
-    saved = safetensors_bytes([(name, "F32", [n], 4 * n) for name, n in vectors], None)
+    state: dict[str, tuple[int, ...]] = {}
+    for name, size in _prefixed(trained_shapes, shape, recipe).items():
+        state |= {f"{name}/exp_avg": size, f"{name}/exp_avg_sq": size, f"{name}/step": ()}
+    saved = safetensors_bytes(_fp32(_prefixed(vector_shapes, shape, recipe)), None)
     random = safetensors_bytes([("cpu", "U8", [_RANDOM_BYTES], _RANDOM_BYTES)], None)
     written = len(json.dumps({"recipe": recipe.to_dict()}, indent=1))
-    return saved + safetensors_bytes(state, None) + random + written + _STATE_BYTES
+    return saved + safetensors_bytes(_fp32(state), None) + random + written + _STATE_BYTES
 
 
-def _vectors(shape: Shape, recipe: Recipe) -> list[tuple[str, int]]:
-    sizes = vector_sizes(shape.adapted(recipe.adapter.targets), recipe.adapter.rank)
-    return [(f"{_PEFT_PREFIX}{name}", n) for name, n in sizes]
+def _fp32(shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, str, Sequence[int], int]]:
+    return [(name, "F32", shape, 4 * math.prod(shape)) for name, shape in shapes.items()]
+
+
+def _prefixed(
+    which: Callable[[tuple[Linear, ...], AdapterSection], dict[str, tuple[int, ...]]], shape: Shape, recipe: Recipe
+) -> dict[str, tuple[int, ...]]:
+    found = which(shape.adapted(recipe.adapter.targets), recipe.adapter)
+    return {f"{_PEFT_PREFIX}{name}": size for name, size in found.items()}

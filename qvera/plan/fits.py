@@ -99,7 +99,7 @@ def _ways(shape: Shape, recipe: Recipe, batch: Batch) -> Iterator[tuple[str, lis
     lengths = [n for n in _eighths(longest) if n >= _SHORTEST_TOKENS]
     if lengths:
         yield "data.max_length", lengths
-    ranks = _halved(recipe.adapter.rank, _SMALLEST_RANK)
+    ranks = [r for r in _halved(recipe.adapter.rank, _SMALLEST_RANK) if r % recipe.adapter.b_groups == 0]
     if ranks:
         yield "adapter.rank", ranks
     few = [name for name in ("q_proj", "v_proj") if any(x.role == name for x in shape.linears)]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from ..loss import BLOCK_ELEMENTS
-from ..recipe import Recipe
+from ..recipe import AdapterSection, Recipe
 from ..repeating import AN_OCTAVE, KERNELS, next_length, repeats
 from .activations import Adapted, Batch, kept_bytes, norm_bytes, product_shapes, transient_bytes
 from .machine import Machine
@@ -99,9 +101,24 @@ def weight_storage_bytes(x: Linear, recipe: Recipe, itemsize: int) -> int:
     return numbers + 4 * x.m if how == "int8" else four_bit_bytes(numbers, recipe.model.double_quant)
 
 
-def vector_sizes(adapted: tuple[Linear, ...], rank: int) -> list[tuple[str, int]]:
-    """Keys of the adapter file, without PEFT's prefix, and how many numbers each vector has."""
-    return [pair for x in adapted for pair in ((f"{x.name}.qvera_b", x.m), (f"{x.name}.qvera_d", rank))]
+def vector_shapes(adapted: tuple[Linear, ...], section: AdapterSection) -> dict[str, tuple[int, ...]]:
+    """Keys of the adapter file, without PEFT's prefix, and the shape of each vector."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for x in adapted:
+        shapes[f"{x.name}.qvera_b"] = (x.m,) if section.b_groups == 1 else (section.b_groups, x.m)
+        shapes[f"{x.name}.qvera_d"] = (section.rank,)
+    return shapes
+
+
+def trained_shapes(adapted: tuple[Linear, ...], section: AdapterSection) -> dict[str, tuple[int, ...]]:
+    """Those of `vector_shapes` that the recipe trains."""
+    shapes = vector_shapes(adapted, section)
+    return {name: shape for name, shape in shapes.items() if section.train_d or not name.endswith("qvera_d")}
+
+
+def numbers(shapes: Mapping[str, tuple[int, ...]]) -> list[int]:
+    """How many numbers each vector has."""
+    return [math.prod(shape) for shape in shapes.values()]
 
 
 def optimizer_state_bytes(sizes: list[int], optim: str) -> int:
@@ -179,8 +196,8 @@ def _standing(shape: Shape, recipe: Recipe, machine: Machine, adapted: tuple[Lin
     rank = recipe.adapter.rank
     tables = shape.vocabulary * shape.hidden * (1 if shape.tied else 2) if shape.grown_rows else 0
     widest = max(x.n for x in adapted), max(x.m for x in adapted)
-    sizes = [n for _, n in vector_sizes(adapted, rank)]
-    trained = [n for name, n in vector_sizes(adapted, rank) if recipe.adapter.train_d or name.endswith("_b")]
+    sizes = numbers(vector_shapes(adapted, recipe.adapter))
+    trained = numbers(trained_shapes(adapted, recipe.adapter))
     found = [
         Component("interpreter, libraries, rows", "runtime", machine.runtime_bytes),
         Component("CUDA context", "runtime", machine.context_bytes),

@@ -16,7 +16,7 @@ from ..recipe import Recipe
 from ..zero.config import IN_RAM_BELOW_BYTES, ZeroConfig, nvme_buffers
 from .activations import Batch
 from .machine import Machine
-from .memory import Component, Memory, plan_memory, vector_sizes
+from .memory import Component, Memory, numbers, plan_memory, trained_shapes, vector_shapes
 from .shapes import Shape
 
 ETHERNET_BYTES_PER_SECOND = 117_000_000
@@ -136,9 +136,9 @@ def plan_rank(shape: Shape, recipe: Recipe, batch: Batch, machine: Machine, shar
 
 def _optimizer(parts: tuple[Component, ...], shape: Shape, recipe: Recipe, sharing: Sharing) -> tuple[Component, ...]:
     """DeepSpeed's optimizers keep fp32 copies of their own of what they step: with two ranks that is all that a share saves."""
-    sizes = vector_sizes(shape.adapted(recipe.adapter.targets), recipe.adapter.rank)
-    every = sum(n for _, n in sizes)
-    trained = sum(n for name, n in sizes if recipe.adapter.train_d or name.endswith("_b"))
+    adapted = shape.adapted(recipe.adapter.targets)
+    every = sum(numbers(vector_shapes(adapted, recipe.adapter)))
+    trained = sum(numbers(trained_shapes(adapted, recipe.adapter)))
     world = sharing.world_size
     copies = 2 * 4 * _share(trained, world) + (4 * _share(every, world) if sharing.stage == 3 else 0)
     found = [dataclasses.replace(c, bytes=_share(c.bytes, world)) if c.zero_stage == 1 else c for c in parts]
@@ -223,8 +223,7 @@ def traffic(shape: Shape, recipe: Recipe, sharing: Sharing, packed_rows: int = 0
     world = sharing.world_size
     if world == 1:
         return Traffic(0, 0)
-    sizes = vector_sizes(shape.adapted(recipe.adapter.targets), recipe.adapter.rank)
-    trained = sum(n for name, n in sizes if recipe.adapter.train_d or name.endswith("_b"))
+    trained = sum(numbers(trained_shapes(shape.adapted(recipe.adapter.targets), recipe.adapter)))
     # an all-reduce is a reduction and a gather; the optimizers of stages 1 and 2 do one, and gather the stepped vectors after it
     times = 3 if sharing.stage in (1, 2) else 2
     gradients = times * 4 * trained * (world - 1) // world

@@ -18,31 +18,39 @@ BASE = "__base__"
 
 @dataclasses.dataclass
 class SeedBank:
-    """The adapters of one seed: row i of ``values`` is adapter i, its d already multiplied with the layer's scale."""
+    """The adapters of one seed: row i of ``values`` is adapter i, its d already multiplied with the layer's scale.
+
+    With one b a linear their ranks may differ (``rank`` is the largest); with ``groups`` above 1 all have this rank, since where a
+    group's columns lie depends on it.
+    """
 
     seed: int
     rank: int
+    groups: int
     names: dict[str, int]
     values: torch.Tensor
     columns: dict[str, tuple[int, int]]
     """Layer name → where its d (``rank`` numbers) and its b begin."""
 
     def vectors(self, layer: str, rows: torch.Tensor, out_features: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """d [k, rank] and b [k, out_features] of these adapters in that layer; None where none of them changes it."""
+        """d [k, rank] and b [k, groups, out_features] of these adapters in that layer; None where none of them changes it."""
         if layer not in self.columns:
             return None
         d, b = self.columns[layer]
-        return self.values[rows, d : d + self.rank], self.values[rows, b : b + out_features]
+        found = self.values[rows, b : b + self.groups * out_features]
+        return self.values[rows, d : d + self.rank], found.unflatten(1, (self.groups, out_features))
 
 
-def empty_bank(seed: int, rank: int, names: Sequence[str], layers: Mapping[str, int], device: torch.device) -> SeedBank:
+def empty_bank(
+    seed: int, rank: int, groups: int, names: Sequence[str], layers: Mapping[str, int], device: torch.device
+) -> SeedBank:
     """A bank of zeros for these adapters and these layers (name → out_features)."""
     columns, width = {}, 0
     for layer, out_features in layers.items():
         columns[layer] = (width, width + rank)
-        width += rank + out_features
+        width += rank + groups * out_features
     values = torch.zeros(len(names), width, device=device)
-    return SeedBank(seed, rank, {name: i for i, name in enumerate(names)}, values, columns)
+    return SeedBank(seed, rank, groups, {name: i for i, name in enumerate(names)}, values, columns)
 
 
 @dataclasses.dataclass

@@ -12,7 +12,8 @@ from ..recipe import AdapterSection
 from .projection import GENERATOR
 
 PEFT_TYPE = "QVERA"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest format that is read. 1: one b a linear; 2: ``b_groups`` of them. An adapter says the oldest that has all it needs."""
 
 
 @dataclass
@@ -22,6 +23,7 @@ class QveraConfig(PeftConfig):
     Args:
         rank: length of d and number of rows of A.
         target_modules: ``"all-linear"`` (every linear but the head) or names; each name must match something.
+        b_groups: into how many equal groups the rank is cut, each with a b of its own (`qvera.vera.functional`).
         d_initial: initial value of every element of d (0.1, VeRA section 3.2).
         dropout: dropout probability on the adapter's input.
         projection_seed: the seed of A and B, see `qvera.vera.projection`.
@@ -39,13 +41,14 @@ class QveraConfig(PeftConfig):
 
     rank: int = field(default=AdapterSection.rank)
     target_modules: str | list[str] | set[str] | None = field(default="all-linear")
+    b_groups: int = field(default=AdapterSection.b_groups)
     d_initial: float = field(default=AdapterSection.d_initial)
     dropout: float = field(default=AdapterSection.dropout)
     projection_seed: int = field(default=AdapterSection.seed)
     projection_generator: str = field(default=GENERATOR)
     projection_shapes: dict[str, list[int]] | None = field(default=None)
     projection_sha256: str | None = field(default=None)
-    format_version: int = field(default=FORMAT_VERSION)
+    format_version: int = field(default=1)
     base_fingerprint: str | None = field(default=None)
     added_tokens: dict[str, int] | None = field(default=None)
     pad_token: str | None = field(default=None)
@@ -70,6 +73,12 @@ class QveraConfig(PeftConfig):
             )
         if not isinstance(self.rank, int) or self.rank < 1:
             raise InputError(f"rank: takes a whole number >= 1, got {self.rank!r}.")
+        if not isinstance(self.b_groups, int) or self.b_groups < 1 or self.rank % self.b_groups:
+            raise InputError(
+                f"b_groups: takes a whole number >= 1 that divides the rank, {self.rank}, got {self.b_groups!r}."
+            )
+        if self.b_groups > 1:
+            self.format_version = max(self.format_version, 2)
         if not 0.0 <= self.dropout < 1.0:
             raise InputError(f"dropout: takes a number >= 0 and < 1, got {self.dropout!r}.")
         added = self.added_tokens or {}

@@ -5,6 +5,10 @@ Notation (VeRA, arXiv 2310.11454, equation 2, with the Kaiming bounds as one sca
     x [T, n] input      A [r, n], B [m, r] frozen and shared      d [r], b [m] trained      s scalar
     z = x Aᵀ            y = base + b ⊙ ((s d ⊙ z) Bᵀ) = base + z Cᵀ      with C = diag(b) B diag(s d)   [m, r]
 
+With b [G, m] the rank is cut into G equal groups of columns, each with its own row of b: a sum of G adapters of rank r / G, as
+RandLoRA sums random bases (arXiv 2502.00987, equation 3). One group is VeRA. In place of diag(b) B stands b̂ ⊙ B with b̂ [m, r],
+b̂_ik = b[g(k), i] (`times_b`), and ∂b[g, i] = s Σ_{k in g} M_ik B_ik d_k.
+
 and for the upstream gradient g [T, m]:
 
     M  = gᵀ z                           one GEMM [m, r]: everything the vectors need
@@ -39,11 +43,39 @@ def combined(B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float, dt
     scaled = d * scale
     blocks = row_blocks(B)
     if len(blocks) == 1:
-        return ((b.unsqueeze(1) * B) * scaled).to(dtype)
+        return (times_b(B, b) * scaled).to(dtype)
     C = B.new_empty(B.shape, dtype=dtype)
     for rows in blocks:
-        C[rows] = (b[rows].unsqueeze(1) * B[rows]) * scaled
+        C[rows] = times_b(B[rows], b[..., rows]) * scaled
     return C
+
+
+def times_b(B: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """diag(b) B [m, r] for b [m], and for b [G, m] each group of B's columns with its own b."""
+    if b.dim() == 1:
+        return b.unsqueeze(1) * B
+    return (b.t().unsqueeze(2) * B.unflatten(1, (b.shape[0], -1))).flatten(1)
+
+
+def outward(inner: torch.Tensor, B: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """b ⊙ (inner Bᵀ), group by group: [T, r] to [T, m] in inner's dtype, without C.
+
+    b may have a row of its own for each row of ``inner``: [T, 1, m] or [T, G, m], as `lowrank.LowRankPath` has for mixed batches.
+    """
+    groups = 1 if b.dim() == 1 else b.shape[-2]
+    b, B = b.to(inner.dtype), B.to(inner.dtype)
+    if b.dim() == 1:
+        return (inner @ B.t()) * b
+    parts = zip(inner.chunk(groups, dim=-1), B.chunk(groups, dim=1), strict=True)
+    return torch.stack([(z @ own.t()) * b[..., g, :] for g, (z, own) in enumerate(parts)]).sum(0)
+
+
+def inward(g: torch.Tensor, B: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """(g ⊙ b) B, group by group: what `outward` is the transpose of, [T, m] to [T, r]."""
+    b, B = b.to(g.dtype), B.to(g.dtype)
+    if b.dim() == 1:
+        return (g * b) @ B
+    return torch.cat([(g * own) @ columns for own, columns in zip(b, B.chunk(b.shape[0], dim=1), strict=True)], dim=1)
 
 
 BLOCK_ELEMENTS = 2**19
@@ -74,8 +106,7 @@ def _expand(
 ) -> torch.Tensor:
     flat = z.reshape(-1, z.shape[-1])
     if few_tokens(flat.shape[0], B):  # a decoding step: C would cost more than the whole product
-        inner = flat * (d * scale).to(z.dtype)
-        delta = (inner @ B.to(z.dtype).t()).mul_(b.to(z.dtype))
+        delta = outward(flat * (d * scale).to(z.dtype), B, b)
         return base + delta.view(base.shape).to(base.dtype)
     C = combined(B, d, b, scale, z.dtype)
     if base.dtype == z.dtype:
@@ -86,7 +117,7 @@ def _expand(
 def vector_gradients(
     M: torch.Tensor, B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float, need_d: bool, need_b: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """∂d [r] and ∂b [m] from M = gᵀ z [m, r], in the vectors' dtype; None for one that is not needed."""
+    """∂d [r] and ∂b, of b's shape, from M = gᵀ z [m, r], in the vectors' dtype; None for one that is not needed."""
     # TRL casts a 4-bit model's trained numbers to bfloat16; B stays as it is
     dtype = torch.promote_types(d.dtype, B.dtype)
     wide_d, wide_b = d.to(dtype), b.to(dtype)
@@ -94,10 +125,15 @@ def vector_gradients(
     grad_b = torch.empty_like(wide_b) if need_b else None
     for rows in row_blocks(B):
         weighted = M[rows].to(dtype) * B[rows]
-        if grad_d is not None:
-            grad_d += wide_b[rows] @ weighted
-        if grad_b is not None:
+        if grad_b is not None and b.dim() == 1:
             grad_b[rows] = weighted @ wide_d
+        elif grad_b is not None:
+            grouped = (weighted * wide_d).unflatten(1, (b.shape[0], -1))
+            grad_b[:, rows] = grouped.sum(2).t()
+        if grad_d is not None and b.dim() == 1:
+            grad_d += wide_b[rows] @ weighted
+        elif grad_d is not None:
+            grad_d += times_b(weighted, wide_b[:, rows]).sum(0)
     return (
         None if grad_d is None else (grad_d * scale).to(d.dtype),
         None if grad_b is None else (grad_b * scale).to(b.dtype),
@@ -131,7 +167,7 @@ class _Expand(torch.autograd.Function):
             grad_d, grad_b = vector_gradients(g_flat.t() @ z_flat, B, d, b, ctx.scale, need_d, need_b)
         if need_z:
             if few_tokens(z_flat.shape[0], B):
-                grad_z = ((g_flat * b.to(z.dtype)) @ B.to(z.dtype)) * (d * ctx.scale).to(z.dtype)
+                grad_z = inward(g_flat, B, b) * (d * ctx.scale).to(z.dtype)
             else:
                 grad_z = g_flat @ combined(B, d, b, ctx.scale, z.dtype)
             grad_z = grad_z.view(z.shape)
@@ -146,7 +182,7 @@ def expand(
     Args:
         base: the frozen layer's output [..., m].
         z: `project`'s output [..., r], in the compute dtype.
-        d, b: the vectors [r] and [m], normally fp32; their gradients come in the same dtype.
+        d, b: the vectors [r] and [m] (or [G, m]), normally fp32; their gradients come in the same dtype.
         B: [m, r] in any dtype; frozen.
         scale: see `projection.vera_scale`.
 

@@ -41,7 +41,8 @@ class VectorDict(nn.ParameterDict):
 class QveraLinear(nn.Module, LowRankPath, BaseTunerLayer):
     """y = base(x) + b ⊙ ((s d ⊙ (x Aᵀ)) Bᵀ) (VeRA, equation 2) over `Linear4bit`, `Linear8bitLt`, `Linear` or `Conv1D`.
 
-    Shapes: x [..., in_features] to y [..., out_features]; per adapter d [rank] and b [out_features], fp32, trained.
+    Shapes: x [..., in_features] to y [..., out_features]; per adapter d [rank] and b [out_features] (with ``b_groups`` above 1:
+    [b_groups, out_features]), fp32, trained.
     The low-rank path runs in the base layer's compute dtype.
     """
 
@@ -79,11 +80,16 @@ class QveraLinear(nn.Module, LowRankPath, BaseTunerLayer):
         self.qvera_rank[adapter_name] = config.rank
         self.qvera_projection[adapter_name] = projection
         self.qvera_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
-        self.qvera_b[adapter_name] = nn.Parameter(torch.zeros(self.out_features, device=device, dtype=torch.float32))
+        shape = self.b_shape(config.b_groups)
+        self.qvera_b[adapter_name] = nn.Parameter(torch.zeros(shape, device=device, dtype=torch.float32))
         self.qvera_d[adapter_name] = nn.Parameter(
             torch.full((config.rank,), config.d_initial, device=device, dtype=torch.float32)
         )
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def b_shape(self, groups: int) -> tuple[int, ...]:
+        """The shape of b in an adapter of so many ``b_groups``."""
+        return (self.out_features,) if groups == 1 else (groups, self.out_features)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own also casts to the dtype of the base weight, which rounds fp32 vectors over a 16-bit base, and which
@@ -128,7 +134,8 @@ class QveraLinear(nn.Module, LowRankPath, BaseTunerLayer):
                 picked = torch.tensor(chosen, device=x.device)
                 _, _, d, b, scale = self.parts(name)
                 pair = self.qvera_projection[name]
-                d_rows, b_rows = (d * scale).expand(len(chosen), -1), b.expand(len(chosen), -1)
+                b = b if b.dim() == 2 else b.unsqueeze(0)
+                d_rows, b_rows = (d * scale).expand(len(chosen), -1), b.expand(len(chosen), -1, -1)
                 yield self._mixed_part(x, picked if rows is None else rows[picked], pair, d_rows, b_rows, dtype)
 
     def _mixed_part(

@@ -80,7 +80,7 @@ class LowRankPath:
         raise NotImplementedError
 
     def parts(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float]:
-        """A [r, n], B [m, r], d [r], b [m] and the scalar s of one adapter in this layer."""
+        """A [r, n], B [m, r], d [r], b [m] or [groups, m], and the scalar s of one adapter in this layer."""
         raise NotImplementedError
 
     def dropout_of(self, adapter: str) -> nn.Module:
@@ -140,8 +140,9 @@ class LowRankPath:
             return result
         dtype = frozen.compute_dtype(self.base_layer, x)
         for rows, z, d, b, B in self._mixed_parts(x, plan, dtype):
-            shape = (d.shape[0],) + (1,) * (x.dim() - 2) + (-1,)
-            change = ((z * d.to(dtype).view(shape)) @ B.to(dtype).t()) * b.to(dtype).view(shape)
+            between = (1,) * (x.dim() - 2)
+            inner = z * d.to(dtype).view(d.shape[0], *between, -1)
+            change = functional.outward(inner, B, b.view(b.shape[0], *between, *b.shape[1:]))
             if rows is None:
                 result = result + change.to(result.dtype)
             else:
@@ -149,7 +150,7 @@ class LowRankPath:
         return result
 
     def _mixed_parts(self, x: torch.Tensor, plan: RowPlan, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
-        """For each pair A, B in the plan: its rows, their z, d with the scale in it, b, and B."""
+        """For each pair A, B in the plan: its rows, their z, d with the scale in it [rows, r], b [rows, groups, m], and B."""
         raise NotImplementedError("mixed batches are QVERA's; an accelerated PEFT adapter runs one adapter at a time")
 
     def _through_summed_weight(self, x: torch.Tensor, adapter: str) -> torch.Tensor | None:

@@ -42,10 +42,10 @@ def stock_base(directory: Path, quantization: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(directory, **kwargs)
 
 
-@pytest.fixture(params=["nf4", "none"])
+@pytest.fixture(params=[("nf4", 1), ("none", 1), ("nf4", 2)], ids=["nf4", "none", "nf4-groups"])
 def trained(request: Any, tiny_model_dir: Path, tmp_path: Path) -> tuple[Any, ModelSection, Path]:
-    section = ModelSection(path=str(tiny_model_dir), compute_dtype="float32", quantization=request.param)
-    model = attach(load_base(section).model, AdapterSection(rank=RANK), section.path)
+    section = ModelSection(path=str(tiny_model_dir), compute_dtype="float32", quantization=request.param[0])
+    model = attach(load_base(section).model, AdapterSection(rank=RANK, b_groups=request.param[1]), section.path)
     perturb(model)
     save_adapter(model, tmp_path / "adapter")
     return model.eval(), section, tmp_path / "adapter"
@@ -73,7 +73,13 @@ def test_the_exact_lora_gives_the_trained_logits_in_stock_peft(trained: Any, tmp
 
 def test_peft_vera_gives_the_trained_logits_in_stock_peft(trained: Any, tmp_path: Path) -> None:
     model, section, adapter_dir = trained
-    export_stock_vera(read_deltas(adapter_dir, skeleton(section)), tmp_path / "vera")
+    adapter = read_deltas(adapter_dir, skeleton(section))
+    if adapter.groups > 1:
+        with pytest.raises(InputError, match="2 vectors b for each linear, and PEFT's VeRA has one.*--to lora"):
+            export_stock_vera(adapter, tmp_path / "vera")
+        assert not (tmp_path / "vera").exists()
+        return
+    export_stock_vera(adapter, tmp_path / "vera")
     stock = PeftModel.from_pretrained(stock_base(Path(section.path), section.quantization), tmp_path / "vera")
     assert not any(isinstance(m, QveraLinear) for m in stock.modules())
     torch.testing.assert_close(logits(stock), logits(model), rtol=1e-4, atol=1e-4)
@@ -136,6 +142,7 @@ def test_the_command_says_rank_size_and_errors_before_it_writes(
     trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     *_, adapter_dir = trained
+    grouped = json.loads((adapter_dir / "adapter_config.json").read_text())["b_groups"] > 1
     out = tmp_path / "small"
     assert main(["export", str(adapter_dir), str(out), "--to", "lora", "--rank", "3", "--dtype", "bfloat16"]) == 0
     said = capsys.readouterr().out
@@ -156,8 +163,8 @@ def test_the_command_says_rank_size_and_errors_before_it_writes(
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
     assert main(["export", str(adapter_dir), str(tmp_path / "x"), "--to", "peft", "--rank", "3"]) == 2
     assert "--to lora only" in capsys.readouterr().err
-    assert main(["export", str(adapter_dir), str(tmp_path / "x"), "--to", "peft"]) == 0
-    assert "projections included" in capsys.readouterr().out
+    assert main(["export", str(adapter_dir), str(tmp_path / "x"), "--to", "peft"]) == (2 if grouped else 0)
+    assert ("--to lora" in capsys.readouterr().err) if grouped else ("projections included" in capsys.readouterr().out)
 
 
 def test_a_factor_beyond_the_dtype_is_refused_and_nothing_is_left(trained: Any, tmp_path: Path) -> None:

@@ -11,22 +11,35 @@ from qvera.vera import functional
 from qvera.vera.functional import combined, delta_weight, expand, few_tokens, project
 
 DIMENSIONS = [(3, 5, 7), (33, 17, 9), (1, 1, 1), (64, 129, 31)]  # n, m, r
+GROUPED = [*((*size, 1) for size in DIMENSIONS), (33, 17, 9, 3), (64, 129, 32, 2), (6, 5, 8, 8)]  # and b_groups
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
-def parts(T: int, n: int, m: int, r: int, seed: int = 0) -> dict[str, torch.Tensor]:
+def parts(T: int, n: int, m: int, r: int, seed: int = 0, groups: int = 1) -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=g, dtype=torch.float64)
 
-    return {"x": normal(T, n), "W": normal(m, n), "A": normal(r, n), "B": normal(m, r), "d": normal(r), "b": normal(m)}
+    return {
+        "x": normal(T, n),
+        "W": normal(m, n),
+        "A": normal(r, n),
+        "B": normal(m, r),
+        "d": normal(r),
+        "b": normal(m) if groups == 1 else normal(groups, m),
+    }
 
 
 def textbook(p: dict[str, torch.Tensor], scale: float, upstream: torch.Tensor) -> dict[str, torch.Tensor]:
-    """VeRA, equation 2, in fp64 with autograd through the plain product: h = W x + Λ_b B Λ_d A x."""
+    """VeRA, equation 2, in fp64 with autograd through the plain product: h = W x + Σ Λ_b B Λ_d A x over the groups."""
     x, d, b = (p[k].clone().requires_grad_() for k in ("x", "d", "b"))
-    y = x @ (p["W"] + torch.diag(b) @ p["B"] @ torch.diag(scale * d) @ p["A"]).t()
+    weight, each = p["W"], b.view(-1, len(p["W"]))
+    width = len(d) // len(each)
+    for g, own in enumerate(each):
+        k = slice(g * width, (g + 1) * width)
+        weight = weight + torch.diag(own) @ p["B"][:, k] @ torch.diag(scale * d[k]) @ p["A"][k]
+    y = x @ weight.t()
     y.backward(upstream)
     return {"y": y.detach(), "x": x.grad, "d": d.grad, "b": b.grad}  # type: ignore[dict-item]
 
@@ -44,12 +57,12 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("base_dtype", [None, torch.float32, torch.bfloat16], ids=["same", "base32", "base16"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("T", [1, 3, 257])
-@pytest.mark.parametrize(("n", "m", "r"), DIMENSIONS)
+@pytest.mark.parametrize(("n", "m", "r", "groups"), GROUPED)
 def test_forward_and_every_gradient(
-    T: int, n: int, m: int, r: int, dtype: torch.dtype, base_dtype: torch.dtype | None
+    T: int, n: int, m: int, r: int, groups: int, dtype: torch.dtype, base_dtype: torch.dtype | None
 ) -> None:
     scale, base_dtype = 0.37, base_dtype or dtype
-    exact = rounded(parts(T, n, m, r), dtype)
+    exact = rounded(parts(T, n, m, r, groups=groups), dtype)
     vector = torch.promote_types(dtype, torch.float32)
     upstream = torch.randn(T, m, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     upstream = upstream.to(base_dtype).double()
@@ -76,8 +89,9 @@ def test_both_branches_are_really_taken() -> None:
     assert few_tokens(1, torch.empty(4096, 1024)) and not few_tokens(2048, torch.empty(4096, 1024))
 
 
-def test_both_branches_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    p = parts(5, 6, 7, 8)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_both_branches_agree(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    p = parts(5, 6, 7, 8, groups=groups)
     results = []
     for few in (True, False):
         monkeypatch.setattr("qvera.vera.functional.few_tokens", lambda tokens, B, few=few: few)
@@ -90,9 +104,10 @@ def test_both_branches_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(t is not None and torch.count_nonzero(t) > 0 for t in results[0])
 
 
+@pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("T", [1, 40])
-def test_gradcheck(T: int) -> None:
-    p = parts(T, 3, 5, 16)
+def test_gradcheck(T: int, groups: int) -> None:
+    p = parts(T, 3, 5, 16, groups=groups)
     assert few_tokens(T, p["B"]) is (T == 1)
     x, W, d, b = (p[k].requires_grad_() for k in ("x", "W", "d", "b"))
 
@@ -189,14 +204,17 @@ def test_delta_weight_is_what_expand_adds() -> None:
     torch.testing.assert_close(added, p["x"] @ delta.t())
 
 
+@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_by_blocks_of_rows_the_numbers_are_the_same(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    p = parts(40, 5, 19, 7)  # 19 rows in blocks of 4: the last one is short
+def test_by_blocks_of_rows_the_numbers_are_the_same(
+    dtype: torch.dtype, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p = parts(40, 5, 19, 6, groups=groups)  # 19 rows in blocks of 4: the last one is short
     vector = torch.promote_types(dtype, torch.float32)
     z, B, d, b = p["x"] @ p["A"].t(), p["B"].to(dtype), p["d"].to(vector), p["b"].to(vector)
     base, upstream = torch.zeros(40, 19, dtype=dtype), torch.randn(40, 19, dtype=torch.float64).to(dtype)
     found = []
-    for elements in (functional.BLOCK_ELEMENTS, 30):
+    for elements in (functional.BLOCK_ELEMENTS, 24):
         monkeypatch.setattr(functional, "BLOCK_ELEMENTS", elements)
         leaves = [t.clone().requires_grad_() for t in (z.to(dtype), d, b)]
         y = expand(base, *leaves, B, 0.3)

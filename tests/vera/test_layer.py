@@ -24,13 +24,19 @@ QUANTIZED = ("int8", *FOUR_BIT)
 
 
 def adapted(
-    kind: str, dtype: torch.dtype = torch.float32, rank: int = RANK, dropout: float = 0.0, freeze: bool = True
+    kind: str,
+    dtype: torch.dtype = torch.float32,
+    rank: int = RANK,
+    dropout: float = 0.0,
+    freeze: bool = True,
+    groups: int = 1,
 ) -> QveraLinear:
     base = base_layer(kind, dtype, freeze=freeze)
     frozen.freeze_linears(base)
     projection = SharedProjection(3, torch.device("cpu"), dtype)
     projection.ensure(rank + 5, IN + 9, OUT + 2)  # larger than this layer, as in a model
-    layer = QveraLinear(base, "default", projection, QveraConfig(rank=rank, projection_seed=3, dropout=dropout))
+    config = QveraConfig(rank=rank, b_groups=groups, projection_seed=3, dropout=dropout)
+    layer = QveraLinear(base, "default", projection, config)
     perturb(layer)
     return layer
 
@@ -40,7 +46,14 @@ def expected_delta(layer: QveraLinear, adapter: str = "default", dtype: torch.dt
     rank = layer.qvera_rank[adapter]
     a, b = (torch.from_numpy(m).to(dtype).double() for m in uniform_pair(rank, IN, OUT, 3))
     a, b = a * (6 / IN) ** 0.5, b * (6 / rank) ** 0.5
-    return torch.diag(layer.qvera_b[adapter].double()) @ b @ torch.diag(layer.qvera_d[adapter].double()) @ a
+    return _times_b(b, layer.qvera_b[adapter].double()) @ torch.diag(layer.qvera_d[adapter].double()) @ a
+
+
+def _times_b(B: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """diag(b) B, column by column: column k with the b of its group."""
+    each = b.view(-1, OUT)
+    width = B.shape[1] // len(each)
+    return torch.stack([each[k // width] * B[:, k] for k in range(B.shape[1])], dim=1)
 
 
 def reference(layer: QveraLinear, x: torch.Tensor, upstream: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -51,7 +64,7 @@ def reference(layer: QveraLinear, x: torch.Tensor, upstream: torch.Tensor, dtype
     b = layer.qvera_b["default"].detach().double().requires_grad_()
     d = layer.qvera_d["default"].detach().double().requires_grad_()
     scale = (6 / IN) ** 0.5 * (6 / rank) ** 0.5
-    y = x @ (dense_weight(base) + scale * torch.diag(b) @ b_matrix @ torch.diag(d) @ a).t()
+    y = x @ (dense_weight(base) + scale * _times_b(b_matrix, b) @ torch.diag(d) @ a).t()
     if base.bias is not None:
         y = y + base.bias.double()
     y.backward(upstream.double())
@@ -71,11 +84,12 @@ def run(layer: QveraLinear, x: torch.Tensor, upstream: torch.Tensor) -> list[tor
 
 @pytest.mark.parametrize("tokens", [1, 37])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "groups"), [*((kind, 1) for kind in KINDS), ("linear", 3), ("nf4+dq-bfloat16", 3)])
 def test_output_and_gradients_equal_the_dense_layer(
-    kind: str, dtype: torch.dtype, tolerance: float, tokens: int
+    kind: str, groups: int, dtype: torch.dtype, tolerance: float, tokens: int
 ) -> None:
-    layer = adapted(kind, dtype)
+    layer = adapted(kind, dtype, groups=groups)
+    assert layer.qvera_b["default"].shape == ((OUT,) if groups == 1 else (groups, OUT))
     torch.manual_seed(5)
     x, upstream = torch.randn(2, tokens, IN, dtype=dtype), torch.randn(2, tokens, OUT, dtype=dtype)
     actual = run(layer, x, upstream)

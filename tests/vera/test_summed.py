@@ -41,9 +41,10 @@ def test_it_is_taken_and_equals_the_dense_layer(kind: str, rank: int, monkeypatc
         assert relative(one, other) < 3e-6, name
 
 
+@pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("keeps_z", [True, False])
-def test_gradcheck(keeps_z: bool) -> None:
-    p = parts(9, 4, 5, 6)
+def test_gradcheck(keeps_z: bool, groups: int) -> None:
+    p = parts(9, 4, 5, 6, groups=groups)
     module = nn.Linear(4, 5).double().requires_grad_(False)
     x, d, b = (p[k].requires_grad_() for k in ("x", "d", "b"))
 
