@@ -65,14 +65,14 @@ def load_adapters(
     for name, layer in layers.items():
         layer._layer_name = name
     device = next(iter(layers.values())).qvera_b[f"seed-{next(iter(seeds))}"].device
-    sizes = {name: layer.out_features for name, layer in layers.items()}
-    alike: dict[tuple[int, int, int], list[str]] = {}
+    sizes = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
+    alike: dict[tuple[int, int, bool, int], list[str]] = {}
     for name, config in configs.items():
-        key = config.projection_seed, config.b_groups, config.rank if config.b_groups > 1 else 0
+        key = config.projection_seed, config.b_groups, config.input_scale, config.rank if config.b_groups > 1 else 0
         alike.setdefault(key, []).append(name)
     banks, done = [], 0
-    for (seed, groups, _), names in alike.items():
-        bank = empty_bank(seed, max(configs[name].rank for name in names), groups, names, sizes, device)
+    for (seed, groups, scaled, _), names in alike.items():
+        bank = empty_bank(seed, max(configs[name].rank for name in names), groups, scaled, names, sizes, device)
         for index, name in enumerate(names):
             config, vectors = read_adapter(Path(directories[name]))
             _fill(bank.values[index], bank.columns, config, vectors, layers, Path(directories[name]))
@@ -106,6 +106,11 @@ def _fill(
         layer = layers.get(name)
         if d is None or b is None or layer is None:
             raise InputError(f"{source}: its vectors of {name} do not fit this model.")
+        a = vectors.get(f"{name}.qvera_a")
+        if config.input_scale and (a is None or a.numel() != layer.in_features):
+            raise InputError(
+                f"{source}: {name} has no vector qvera_a of {layer.in_features} numbers, as this model needs."
+            )
         if d.numel() != config.rank or b.shape != layer.b_shape(config.b_groups):
             raise InputError(
                 f"{source}: {name} has vectors of shapes {list(d.shape)} and {list(b.shape)}, this model and its config need "
@@ -114,6 +119,8 @@ def _fill(
         at_d, at_b = columns[name]
         row[at_d : at_d + config.rank] = d * vera_scale(config.rank, layer.in_features)
         row[at_b : at_b + b.numel()] = b.flatten()
+        if a is not None:
+            row[at_b + b.numel() : at_b + b.numel() + a.numel()] = a
 
 
 def same_directions(adapters: Sequence[AdapterDeltas]) -> str | None:
@@ -128,6 +135,7 @@ def same_directions(adapters: Sequence[AdapterDeltas]) -> str | None:
             ("seed", _seed(first.config), _seed(other.config)),
             ("rank", first.A.shape[0], other.A.shape[0]),
             ("b_groups", first.groups, other.groups),
+            ("input_scale", first.input_scale, other.input_scale),
             ("set of layers", first.layers.keys(), other.layers.keys()),
         ):
             if ours != theirs:
@@ -137,6 +145,9 @@ def same_directions(adapters: Sequence[AdapterDeltas]) -> str | None:
         for name, delta in first.layers.items():
             if not torch.equal(delta.d, other.layers[name].d):
                 return f"they differ in d (first at {name}); adapters trained with adapter.train_d: false do not"
+            a = other.layers[name].a
+            if delta.a is not None and a is not None and not torch.equal(delta.a, a):
+                return f"they differ in a (first at {name}); adapters trained without adapter.input_scale have none"
     return None
 
 
@@ -165,6 +176,8 @@ def weighted_sum(adapters: Sequence[AdapterDeltas], weights: Sequence[float]) ->
         b = sum(w * a.layers[name].b.double() for w, a in zip(weights, adapters, strict=True))
         vectors[f"{PREFIX}{name}.qvera_b"] = torch.as_tensor(b).float()
         vectors[f"{PREFIX}{name}.qvera_d"] = delta.d.clone()
+        if delta.a is not None:
+            vectors[f"{PREFIX}{name}.qvera_a"] = delta.a.clone()
     return vectors
 
 

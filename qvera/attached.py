@@ -53,6 +53,7 @@ def attach(
     config = QveraConfig(
         rank=section.rank,
         b_groups=section.b_groups,
+        input_scale=section.input_scale,
         target_modules=section.targets if isinstance(section.targets, str) else list(section.targets),
         d_initial=section.d_initial,
         dropout=section.dropout,
@@ -70,6 +71,7 @@ def attach(
         for ours, theirs, key in (
             (config.rank, stored.rank, "rank"),
             (config.b_groups, stored.b_groups, "b_groups"),
+            (config.input_scale, stored.input_scale, "input_scale"),
             (config.projection_seed, stored.projection_seed, "seed"),
             (config.projection_shapes, stored.projection_shapes, "projections (by its targets and base) of shapes"),
             (config.projection_sha256, stored.projection_sha256, "projections' SHA-256"),
@@ -89,12 +91,17 @@ def attach(
 
 
 def named_vectors(model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
-    """``layer.qvera_b`` / ``layer.qvera_d`` → parameter, for every adapted layer, with the keys of the adapter file."""
+    """``layer.qvera_b``, ``layer.qvera_d`` and, where there is one, ``layer.qvera_a`` → parameter, for every adapted layer.
+
+    The keys are those of the adapter file.
+    """
     vectors: dict[str, nn.Parameter] = {}
     for name, module in model.named_modules():
         if isinstance(module, QveraLinear) and adapter in module.qvera_d:
             vectors[f"{name}.qvera_b"] = module.qvera_b[adapter]
             vectors[f"{name}.qvera_d"] = module.qvera_d[adapter]
+            if adapter in module.qvera_a:
+                vectors[f"{name}.qvera_a"] = module.qvera_a[adapter]
     return vectors
 
 
@@ -105,6 +112,7 @@ def adapter_facts(model: PeftModel, adapter: str = "default") -> dict[str, Any]:
     return {
         "rank": config.rank,
         "b_groups": config.b_groups,
+        "input_scale": config.input_scale,
         "targets": sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, QveraLinear)}),
         "adapted_modules": len(layers),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),

@@ -87,6 +87,8 @@ class AdapterSection:
     sums several random bases (arXiv 2502.00987). 1 is VeRA. Must divide ``rank``."""
     targets: Literal["all-linear"] | Annotated[list[NonEmpty], Field(min_length=1)] = "all-linear"
     """``all-linear`` (every linear but the head) or names such as ``[q_proj, v_proj]``; each must match something."""
+    input_scale: _Bool = False
+    """Train a third vector, [in_features], that scales what A reads (RandLoRA's Γ). It starts at 1. Layers then don't share z."""
     d_initial: _Float = 0.1
     """The start of every element of d. c times it, at ``learning_rate`` r, is what rates of c r for b and r / c for d would be
     (AdamW without weight decay): rates apart need no key of their own."""
@@ -320,6 +322,10 @@ def _check_across(recipe: Recipe) -> list[str]:
     if recipe.adapter.rank % recipe.adapter.b_groups:
         problems.append(
             f"adapter.b_groups: {recipe.adapter.b_groups} does not divide adapter.rank ({recipe.adapter.rank})."
+        )
+    if recipe.adapter.input_scale and not recipe.adapter.train_d:
+        problems.append(
+            "adapter.input_scale: is a vector to train, and adapter.train_d is false; remove one of the two."
         )
     held_out = data.eval_path is not None or data.eval_fraction > 0
     if not held_out:

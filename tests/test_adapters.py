@@ -33,7 +33,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "seed": {"rank": 6, "seed": 9},
     "few": {"rank": 8, "targets": ["q_proj", "down_proj"]},
     "pairs": {"rank": 8, "b_groups": 4},
-    "halves": {"rank": 6, "b_groups": 2},
+    "halves": {"rank": 6, "b_groups": 2, "input_scale": True},
+    "scaled": {"rank": 7, "input_scale": True},
 }
 
 
@@ -67,7 +68,14 @@ def test_rows_of_one_batch_are_what_each_adapter_gives_alone(
     section: ModelSection, directories: dict[str, Path]
 ) -> None:
     model = load_adapters(load_base(section).model, directories)
-    for names in (NAMES, ["a"] * 6, ["a", "b"] * 3, ["seed"] * 6, ["halves", "pairs", "b"] * 2, ["__base__"] * 6):
+    for names in (
+        NAMES,
+        ["a"] * 6,
+        ["a", "b"] * 3,
+        ["seed"] * 6,
+        ["halves", "pairs", "b", "scaled", "scaled", "a"],
+        ["__base__"] * 6,
+    ):
         with torch.no_grad():
             mixed = model(input_ids=IDS, adapter_names=names).logits
         for row, name in enumerate(names):
@@ -89,6 +97,7 @@ def test_the_vectors_are_banked_and_the_pair_is_one_a_seed(section: ModelSection
         (9, 6, 1, ["seed"]),
         (0, 8, 4, ["pairs"]),
         (0, 6, 2, ["halves"]),
+        (0, 7, 1, ["scaled"]),
     ]
     assert banks[0].values.shape == (4, sum(8 + m.out_features for m in model.modules() if isinstance(m, QveraLinear)))
     assert sum("qvera" in name for name, _ in model.named_parameters()) == 2 * 2 * 14  # one unchanged adapter a seed
@@ -202,7 +211,9 @@ def test_sums_of_adapters_that_share_d_are_exact_adapters(
     load_adapter(load_base(section).model, tmp_path / "sum")  # a whole adapter, hash of the projections and all
 
 
-@pytest.mark.parametrize("pair", [("a", "b"), ("a", "smaller"), ("a", "seed"), ("a", "few"), ("halves", "b")])
+@pytest.mark.parametrize(
+    "pair", [("a", "b"), ("a", "smaller"), ("a", "seed"), ("a", "few"), ("halves", "b"), ("scaled", "pairs")]
+)
 def test_any_two_add_up_exactly_to_a_lora(
     pair: tuple[str, str], directories: dict[str, Path], tiny_model_dir: Path, tmp_path: Path
 ) -> None:
@@ -243,6 +254,7 @@ def test_refusals_name_the_difference(
     assert why("a", "seed") == "they differ in seed"
     assert why("a", "few") == "they differ in set of layers"
     assert why("a", "pairs") == "they differ in b_groups"
+    assert why("scaled", "scaled") is None
     assert why("a", "a") is None
     assert main(["merge-adapters", str(directories["a"]), str(tmp_path / "x"), "--weights", "1", "2"]) == 2
     assert "give one for each" in capsys.readouterr().err

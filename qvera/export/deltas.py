@@ -26,9 +26,9 @@ PREFIX = "base_model.model."
 
 @dataclasses.dataclass
 class Delta:
-    """ΔW = diag(b) B diag(s d) A of one adapted weight, in factors; A and B are views of the shared pair.
+    """ΔW = diag(b) B diag(s d) A diag(a) of one adapted weight, in factors; A and B are views of the shared pair.
 
-    b [m], or [groups, m] (`qvera.vera.functional`).
+    b [m], or [groups, m]; a [n], or None for ones (`qvera.vera.functional`).
     """
 
     A: torch.Tensor
@@ -37,6 +37,11 @@ class Delta:
     b: torch.Tensor
     scale: float
     transposed: bool
+    a: torch.Tensor | None = None
+
+    def right(self, columns: slice = slice(None)) -> torch.Tensor:
+        """Columns of A diag(a) [r, n]."""
+        return self.A[:, columns] if self.a is None else self.A[:, columns] * self.a[columns]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -44,20 +49,19 @@ class Delta:
         return self.B.shape[0], self.A.shape[1]
 
     def lora(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A' = diag(s d) A [r, n] and B' = diag(b) B [m, r] in fp32: ΔW = B' A'."""
-        return (self.d * self.scale).unsqueeze(1) * self.A, times_b(self.B, self.b)
+        """A' = diag(s d) A diag(a) [r, n] and B' = diag(b) B [m, r] in fp32: ΔW = B' A'."""
+        return (self.d * self.scale).unsqueeze(1) * self.right(), times_b(self.B, self.b)
 
     def rows(self, first: int, count: int) -> torch.Tensor:
         """Rows [first, first + count) of `weight`."""
+        part = slice(first, first + count)
         if self.transposed:
-            return delta_weight(self.A[:, first : first + count], self.B, self.d, self.b, self.scale).t().contiguous()
-        return delta_weight(
-            self.A, self.B[first : first + count], self.d, self.b[..., first : first + count], self.scale
-        )
+            return delta_weight(self.right(part), self.B, self.d, self.b, self.scale).t().contiguous()
+        return delta_weight(self.right(), self.B[part], self.d, self.b[..., part], self.scale)
 
     def weight(self) -> torch.Tensor:
         """ΔW [out, in] fp32, or [in, out] for a Conv1D."""
-        delta = delta_weight(self.A, self.B, self.d, self.b, self.scale)
+        delta = delta_weight(self.right(), self.B, self.d, self.b, self.scale)
         return delta.t() if self.transposed else delta
 
 
@@ -74,6 +78,11 @@ class AdapterDeltas:
     def groups(self) -> int:
         """How many b each layer has."""
         return getattr(self.config, "b_groups", 1)
+
+    @property
+    def input_scale(self) -> bool:
+        """Whether each layer has an a."""
+        return getattr(self.config, "input_scale", False)
 
 
 def read_deltas(adapter_dir: Path, base: torch.nn.Module) -> AdapterDeltas:
@@ -99,6 +108,12 @@ def read_deltas(adapter_dir: Path, base: torch.nn.Module) -> AdapterDeltas:
                 "model's adapter."
             )
         in_features, out_features = shape
+        a = tensors.get(f"{PREFIX}{name}.qvera_a")
+        if (a is not None) != getattr(config, "input_scale", False) or (a is not None and a.numel() != in_features):
+            raise InputError(
+                f"{adapter_dir}: its qvera_a of {name} is not what its config (input_scale) and the base ({in_features} inputs) "
+                "ask for: the file is damaged, or another model's adapter."
+            )
         groups = getattr(config, "b_groups", 1)
         expected = (out_features,) if groups == 1 else (groups, out_features)
         if b.shape != expected or in_features > A.shape[1] or out_features > B.shape[0] or d.numel() != rank:
@@ -109,7 +124,8 @@ def read_deltas(adapter_dir: Path, base: torch.nn.Module) -> AdapterDeltas:
             )
         scale = vera_scale(rank, in_features) if names is _OwnNames else 1.0
         transposed = isinstance(modules[name], Conv1D)
-        layers[name] = Delta(A[:, :in_features], B[:out_features], d.float(), b.float(), scale, transposed)
+        a = None if a is None else a.float()
+        layers[name] = Delta(A[:, :in_features], B[:out_features], d.float(), b.float(), scale, transposed, a)
     if not layers:
         raise InputError(f"{adapter_dir}: has no vectors in it.")
     return AdapterDeltas(config, A, B, layers)

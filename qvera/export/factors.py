@@ -139,12 +139,14 @@ def export_stock_vera(adapter: AdapterDeltas, out: Path) -> int:
     """Write an adapter of PEFT's own VeRA, its projections in the file, each layer's scale in its d; returns its bytes.
 
     Raises:
-        InputError: ``out`` is not empty, or the adapter has several b a layer, which PEFT's VeRA has no place for.
+        InputError: ``out`` is not empty, or the adapter has vectors that PEFT's VeRA has no place for.
     """
-    if adapter.groups > 1:
+    if adapter.groups > 1 or adapter.input_scale:
+        has = [f"{adapter.groups} vectors b for each linear"] if adapter.groups > 1 else []
+        has += ["a vector a for each linear"] if adapter.input_scale else []
         raise InputError(
-            f"adapter.b_groups: this adapter has {adapter.groups} vectors b for each linear, and PEFT's VeRA has one. Export "
-            "it with --to lora (exact) or --to merged."
+            f"this adapter has {' and '.join(has)} (adapter.b_groups, adapter.input_scale), and PEFT's VeRA has one b and one d. "
+            "Export it with --to lora (exact) or --to merged."
         )
     specs, values = [], []
     for name, delta in adapter.layers.items():

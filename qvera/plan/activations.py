@@ -62,6 +62,7 @@ class Adapted:
     machine: Machine
     batch: Batch
     rank: int
+    input_scale: bool
     names: frozenset[str]
     """Adapted linears."""
     dropout: bool
@@ -93,11 +94,19 @@ class Adapted:
         return (
             self.is_adapted(x)
             and not self.dropout
-            and summed.pays(self.batch.all_tokens, x.n, x.m, self.rank, self.machine.dtype, self.machine.device_type)
+            and summed.pays(
+                self.batch.all_tokens,
+                x.n,
+                x.m,
+                self.rank,
+                self.machine.dtype,
+                self.machine.device_type,
+                self.input_scale,
+            )
         )
 
     def keeps_input(self, x: Linear) -> bool:
-        return self.is_summed(x) and summed.keeps_input(self.batch.all_tokens, x.n, x.m, self.rank)
+        return self.is_summed(x) and summed.keeps_input(self.batch.all_tokens, x.n, x.m, self.rank, self.input_scale)
 
 
 def kept_bytes(a: Adapted) -> int:
@@ -142,15 +151,17 @@ def _adapter_bytes(a: Adapted) -> int:
         if not a.is_adapted(x):
             continue
         source = _INPUTS.get(x.role, x.name)
-        if a.dropout:  # every layer drops other elements: its own z, and which elements
-            held[x.name, "z"] = T * rank * size + T * x.n
+        if a.input_scale and not a.dropout and (source != "attention" or a.attention == "eager"):
+            held[source, "x"] = T * x.n * size
+        if a.dropout:  # every layer drops other elements: its own z, and which elements; and its own x, to scale
+            held[x.name, "z"] = T * rank * size + T * x.n + (T * x.n * size if a.input_scale else 0)
         elif a.keeps_input(x):
             if source != "attention" or a.attention == "eager":  # else attention keeps it
                 held[source, "x"] = T * x.n * size
         elif a.is_summed(x):
             held[source, "z without a graph"] = T * rank * size
         else:
-            held[source, "z"] = T * rank * size
+            held[x.name if a.input_scale else source, "z"] = T * rank * size
     return sum(held.values())
 
 
@@ -178,6 +189,8 @@ def product_bytes(a: Adapted, x: Linear) -> int:
         building = x.n * x.m * size + combining
         adding = x.n * x.m * size + pair * size
         gradient = (x.n * x.m * size if a.keeps_input(x) else 0) + pair * size + block
+        if a.input_scale:  # A diag(a), N, and their product in fp32 beside C
+            gradient += pair * size + a.rank * x.n * (2 * size + 4)
         return max(read, building, adding, gradient)
     gradient = pair * size + block + (block if size < 4 else 0)
     if few_tokens(a.batch.all_tokens, torch.empty(x.m, a.rank, device="meta")):

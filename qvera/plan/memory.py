@@ -107,6 +107,8 @@ def vector_shapes(adapted: tuple[Linear, ...], section: AdapterSection) -> dict[
     for x in adapted:
         shapes[f"{x.name}.qvera_b"] = (x.m,) if section.b_groups == 1 else (section.b_groups, x.m)
         shapes[f"{x.name}.qvera_d"] = (section.rank,)
+        if section.input_scale:
+            shapes[f"{x.name}.qvera_a"] = (x.n,)
     return shapes
 
 
@@ -180,6 +182,7 @@ def setting(shape: Shape, recipe: Recipe, batch: Batch, machine: Machine) -> Ada
         machine=machine,
         batch=batch,
         rank=recipe.adapter.rank,
+        input_scale=recipe.adapter.input_scale,
         names=frozenset(x.name for x in shape.adapted(recipe.adapter.targets)),
         dropout=recipe.adapter.dropout > 0,
         attention=shape.attention if attention == "auto" else attention,

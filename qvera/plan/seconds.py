@@ -11,6 +11,7 @@ import torch
 from .. import quantize
 from ..recipe import Recipe
 from ..vera.functional import few_tokens
+from ..vera.summed import gradient_cost
 from .activations import Adapted
 
 _WEIGHTS_PROBED = 2**20
@@ -102,13 +103,10 @@ def step_seconds(a: Adapted, recipe: Recipe, rates: Rates, times: int) -> dict[s
         if a.is_summed(x):
             low_rank += passes * 2 * x.n * x.m * a.rank
             passed += passes * (2 * x.m * a.rank * 4 + x.n * x.m * size) * 2
-            low_rank += 2 * x.n * x.m * (T + a.rank) if a.keeps_input(x) else 2 * T * a.rank * (x.n + x.m)
+            low_rank += 2 * gradient_cost(T, x.n, x.m, a.rank, a.input_scale)
         else:
-            shared = x.role in (
-                "k_proj",
-                "v_proj",
-                "up_proj",
-            )  # z is made, and its gradient spent, once for all readers
+            # z is made, and its gradient spent, once for all readers of the same input
+            shared = x.role in ("k_proj", "v_proj", "up_proj") and not a.input_scale
             low_rank += 0 if shared else passes * 2 * T * a.rank * x.n
             low_rank += (passes + 1) * 2 * T * a.rank * x.m
             if not few_tokens(T, torch.empty(x.m, a.rank, device="meta")):

@@ -27,30 +27,43 @@ class SeedBank:
     seed: int
     rank: int
     groups: int
+    input_scale: bool
     names: dict[str, int]
     values: torch.Tensor
     columns: dict[str, tuple[int, int]]
-    """Layer name → where its d (``rank`` numbers) and its b begin."""
+    """Layer name → where its d (``rank`` numbers) and its b begin; behind b comes a, with ``input_scale``."""
 
-    def vectors(self, layer: str, rows: torch.Tensor, out_features: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """d [k, rank] and b [k, groups, out_features] of these adapters in that layer; None where none of them changes it."""
+    def vectors(
+        self, layer: str, rows: torch.Tensor, in_features: int, out_features: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
+        """d [k, rank], b [k, groups, out_features] and a [k, in_features] (or None) of these adapters in that layer.
+
+        None where none of them changes it.
+        """
         if layer not in self.columns:
             return None
         d, b = self.columns[layer]
-        found = self.values[rows, b : b + self.groups * out_features]
-        return self.values[rows, d : d + self.rank], found.unflatten(1, (self.groups, out_features))
+        end = b + self.groups * out_features
+        a = self.values[rows, end : end + in_features] if self.input_scale else None
+        return self.values[rows, d:b], self.values[rows, b:end].unflatten(1, (self.groups, out_features)), a
 
 
 def empty_bank(
-    seed: int, rank: int, groups: int, names: Sequence[str], layers: Mapping[str, int], device: torch.device
+    seed: int,
+    rank: int,
+    groups: int,
+    input_scale: bool,
+    names: Sequence[str],
+    layers: Mapping[str, tuple[int, int]],
+    device: torch.device,
 ) -> SeedBank:
-    """A bank of zeros for these adapters and these layers (name → out_features)."""
+    """A bank of zeros for these adapters and these layers (name → in_features, out_features)."""
     columns, width = {}, 0
-    for layer, out_features in layers.items():
+    for layer, (in_features, out_features) in layers.items():
         columns[layer] = (width, width + rank)
-        width += rank + groups * out_features
+        width += rank + groups * out_features + (in_features if input_scale else 0)
     values = torch.zeros(len(names), width, device=device)
-    return SeedBank(seed, rank, groups, {name: i for i, name in enumerate(names)}, values, columns)
+    return SeedBank(seed, rank, groups, input_scale, {name: i for i, name in enumerate(names)}, values, columns)
 
 
 @dataclasses.dataclass

@@ -13,7 +13,9 @@ from .projection import GENERATOR
 
 PEFT_TYPE = "QVERA"
 FORMAT_VERSION = 2
-"""The newest format that is read. 1: one b a linear; 2: ``b_groups`` of them. An adapter says the oldest that has all it needs."""
+"""The newest format that is read. 1: one b and one d a linear; 2: ``b_groups``, ``input_scale``.
+
+An adapter names the oldest that has all it needs."""
 
 
 @dataclass
@@ -24,6 +26,7 @@ class QveraConfig(PeftConfig):
         rank: length of d and number of rows of A.
         target_modules: ``"all-linear"`` (every linear but the head) or names; each name must match something.
         b_groups: into how many equal groups the rank is cut, each with a b of its own (`qvera.vera.functional`).
+        input_scale: a third trained vector a [in_features] a linear, on A's right, from 1 (`qvera.vera.functional`).
         d_initial: initial value of every element of d (0.1, VeRA section 3.2).
         dropout: dropout probability on the adapter's input.
         projection_seed: the seed of A and B, see `qvera.vera.projection`.
@@ -42,6 +45,7 @@ class QveraConfig(PeftConfig):
     rank: int = field(default=AdapterSection.rank)
     target_modules: str | list[str] | set[str] | None = field(default="all-linear")
     b_groups: int = field(default=AdapterSection.b_groups)
+    input_scale: bool = field(default=AdapterSection.input_scale)
     d_initial: float = field(default=AdapterSection.d_initial)
     dropout: float = field(default=AdapterSection.dropout)
     projection_seed: int = field(default=AdapterSection.seed)
@@ -77,7 +81,7 @@ class QveraConfig(PeftConfig):
             raise InputError(
                 f"b_groups: takes a whole number >= 1 that divides the rank, {self.rank}, got {self.b_groups!r}."
             )
-        if self.b_groups > 1:
+        if self.b_groups > 1 or self.input_scale:
             self.format_version = max(self.format_version, 2)
         if not 0.0 <= self.dropout < 1.0:
             raise InputError(f"dropout: takes a number >= 0 and < 1, got {self.dropout!r}.")

@@ -14,7 +14,11 @@ and for the upstream gradient g [T, m]:
     M  = gᵀ z                           one GEMM [m, r]: everything the vectors need
     ∂b_i = s Σ_k M_ik B_ik d_k          ∂d_k = s Σ_i b_i B_ik M_ik          ∂z = g C
 
-Only z is kept for backward: A is frozen, so x is never needed, and C is cheaper to build again than to keep.
+A third vector a [n], where an adapter has one (``input_scale``), stands right of A, as RandLoRA's Γ does: z = (a ⊙ x) Aᵀ. With
+h = ∂z A, which backward needs anyway, ∂x = a ⊙ h and ∂a_j = Σ_t x_tj h_tj. It is a node of its own (`scale_input`), keeps x, and z
+is then the layer's own, since layers that share x differ in a.
+
+Without a, only z is kept for backward: A is frozen, so x is never needed, and C is cheaper to build again than to keep.
 """
 
 from __future__ import annotations
@@ -32,6 +36,39 @@ def project(x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
     ∂z before the one GEMM of backward. A is frozen, so autograd keeps a reference to A and not to x.
     """
     return torch.nn.functional.linear(x, A)
+
+
+class _ScaleInput(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, a)
+        return x * a.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, h: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, a = ctx.saved_tensors
+        grad_x = h * a.to(h.dtype) if ctx.needs_input_grad[0] else None
+        grad_a = None
+        if ctx.needs_input_grad[1]:
+            wide = torch.promote_types(a.dtype, h.dtype)
+            rows, other = (t.reshape(-1, t.shape[-1]) for t in (h, x))
+            grad_a = torch.zeros(a.shape, device=a.device, dtype=wide)
+            for part in row_blocks(rows):
+                grad_a += (rows[part] * other[part]).sum(0, dtype=wide)
+            grad_a = grad_a.to(a.dtype)
+        return grad_x, grad_a
+
+
+def scale_input(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    """a ⊙ x: [..., n] and [n] (normally fp32) give [..., n] in x's dtype; differentiable once in both."""
+    return _ScaleInput.apply(x, a)
+
+
+def input_gradient(A: torch.Tensor, N: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    """∂a_j = Σ_k A_kj N_kj for N = ∂zᵀ x [r, n], the gradient of A diag(a), in a's dtype: where ∂z A is never made (`summed`)."""
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return (A.to(wide) * N).sum(0).to(a.dtype)
 
 
 def combined(B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:

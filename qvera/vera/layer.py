@@ -39,14 +39,14 @@ class VectorDict(nn.ParameterDict):
 
 
 class QveraLinear(nn.Module, LowRankPath, BaseTunerLayer):
-    """y = base(x) + b ⊙ ((s d ⊙ (x Aᵀ)) Bᵀ) (VeRA, equation 2) over `Linear4bit`, `Linear8bitLt`, `Linear` or `Conv1D`.
+    """y = base(x) + b ⊙ ((s d ⊙ ((a ⊙ x) Aᵀ)) Bᵀ) (VeRA, equation 2) over `Linear4bit`, `Linear8bitLt`, `Linear` or `Conv1D`.
 
     Shapes: x [..., in_features] to y [..., out_features]; per adapter d [rank] and b [out_features] (with ``b_groups`` above 1:
-    [b_groups, out_features]), fp32, trained.
+    [b_groups, out_features]), fp32, trained, and a [in_features] with ``input_scale`` (else it is not there, and 1).
     The low-rank path runs in the base layer's compute dtype.
     """
 
-    adapter_layer_names: tuple[str, ...] = ("qvera_b", "qvera_d")
+    adapter_layer_names: tuple[str, ...] = ("qvera_b", "qvera_d", "qvera_a")
     other_param_names: tuple[str, ...] = ("qvera_rank", "qvera_dropout", "qvera_projection")
     # PEFT's, which a type checker can't see
     set_adapter: Any
@@ -63,6 +63,7 @@ class QveraLinear(nn.Module, LowRankPath, BaseTunerLayer):
         self.in_features, self.out_features = shape
         self.qvera_b = VectorDict()
         self.qvera_d = VectorDict()
+        self.qvera_a = VectorDict()
         self.qvera_dropout: Any = nn.ModuleDict()
         # every layer names the same module, so that moving any part of the model moves the one pair with it
         self.qvera_projection: Any = nn.ModuleDict()
@@ -74,7 +75,7 @@ class QveraLinear(nn.Module, LowRankPath, BaseTunerLayer):
         self.update_layer(adapter_name, projection, config)
 
     def update_layer(self, adapter_name: str, projection: SharedProjection, config: QveraConfig) -> None:
-        """Add the vectors of one more adapter: b = 0 and d = d_initial, so that the model starts unchanged."""
+        """Add the vectors of one more adapter: b = 0, d = d_initial and a = 1, so that the model starts unchanged."""
         base: Any = self.base_layer
         device = base.weight.device
         self.qvera_rank[adapter_name] = config.rank
@@ -85,6 +86,9 @@ class QveraLinear(nn.Module, LowRankPath, BaseTunerLayer):
         self.qvera_d[adapter_name] = nn.Parameter(
             torch.full((config.rank,), config.d_initial, device=device, dtype=torch.float32)
         )
+        if config.input_scale:
+            ones = torch.ones(self.in_features, device=device, dtype=torch.float32)
+            self.qvera_a[adapter_name] = nn.Parameter(ones)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def b_shape(self, groups: int) -> tuple[int, ...]:
@@ -98,7 +102,7 @@ class QveraLinear(nn.Module, LowRankPath, BaseTunerLayer):
         device = device or base.weight.device
         if device.type == "meta":
             return
-        for vectors in (self.qvera_b, self.qvera_d):
+        for vectors in (self.qvera_b, self.qvera_d, self.qvera_a):
             if adapter_name in vectors and not vectors[adapter_name].is_meta:
                 vectors[adapter_name].data = vectors[adapter_name].data.to(device)
         if adapter_name in self.qvera_projection:
@@ -109,6 +113,9 @@ class QveraLinear(nn.Module, LowRankPath, BaseTunerLayer):
         rank = self.qvera_rank[adapter]
         A, B = self.qvera_projection[adapter].slices(rank, self.in_features, self.out_features)
         return A, B, self.qvera_d[adapter], self.qvera_b[adapter], vera_scale(rank, self.in_features)
+
+    def input_vector(self, adapter: str) -> torch.Tensor | None:
+        return self.qvera_a[adapter] if adapter in self.qvera_a else None
 
     def carries(self, adapter: str) -> bool:
         return adapter in self.qvera_d
@@ -124,7 +131,7 @@ class QveraLinear(nn.Module, LowRankPath, BaseTunerLayer):
 
     def _mixed_parts(self, x: torch.Tensor, plan: RowPlan, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         for bank, rows, adapters in plan.banked:
-            vectors = bank.vectors(self._layer_name, adapters, self.out_features)
+            vectors = bank.vectors(self._layer_name, adapters, self.in_features, self.out_features)
             if vectors is not None:
                 pair = next(p for p in self.qvera_projection.values() if p.seed == bank.seed)
                 yield self._mixed_part(x, rows, pair, *vectors, dtype)
@@ -136,7 +143,9 @@ class QveraLinear(nn.Module, LowRankPath, BaseTunerLayer):
                 pair = self.qvera_projection[name]
                 b = b if b.dim() == 2 else b.unsqueeze(0)
                 d_rows, b_rows = (d * scale).expand(len(chosen), -1), b.expand(len(chosen), -1, -1)
-                yield self._mixed_part(x, picked if rows is None else rows[picked], pair, d_rows, b_rows, dtype)
+                a = self.input_vector(name)
+                a_rows = None if a is None else a.expand(len(chosen), -1)
+                yield self._mixed_part(x, picked if rows is None else rows[picked], pair, d_rows, b_rows, a_rows, dtype)
 
     def _mixed_part(
         self,
@@ -145,10 +154,14 @@ class QveraLinear(nn.Module, LowRankPath, BaseTunerLayer):
         pair: Any,
         d: torch.Tensor,
         b: torch.Tensor,
+        a: torch.Tensor | None,
         dtype: torch.dtype,
     ) -> tuple[Any, ...]:
         rank = d.shape[1]
-        z = pair.project(x if rows is None else x[rows], rank, dtype)  # shared by q, k and v where all rows take part
+        x = x if rows is None else x[rows]
+        if a is not None:
+            x = x.to(dtype) * a.to(dtype).view(a.shape[0], *(1,) * (x.dim() - 2), -1)
+        z = pair.project(x, rank, dtype)  # shared by q, k and v where all rows take part and none has a of its own
         return rows, z, d, b, pair.B[: self.out_features, :rank]
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -83,6 +83,10 @@ class LowRankPath:
         """A [r, n], B [m, r], d [r], b [m] or [groups, m], and the scalar s of one adapter in this layer."""
         raise NotImplementedError
 
+    def input_vector(self, adapter: str) -> torch.Tensor | None:
+        """a [n] of an adapter that scales its input, else None."""
+        return None
+
     def dropout_of(self, adapter: str) -> nn.Module:
         """The dropout on the adapter's input; an Identity where there is none."""
         raise NotImplementedError
@@ -114,11 +118,12 @@ class LowRankPath:
         for adapter in names:
             A, B, d, b, scale = self.parts(adapter)
             dtype = frozen.compute_dtype(self.base_layer, x)
-            dropout = self.dropout_of(adapter)
-            if isinstance(dropout, nn.Identity):
+            dropout, a = self.dropout_of(adapter), self.input_vector(adapter)
+            if isinstance(dropout, nn.Identity) and a is None:
                 z = self.shared_z(adapter, x, dtype)
-            else:  # every layer drops other elements, so there is nothing to share
-                z = functional.project(dropout(x).to(dtype), A.to(dtype))
+            else:  # every layer drops other elements and has its own a, so there is nothing to share
+                inner = dropout(x).to(dtype)
+                z = functional.project(inner if a is None else functional.scale_input(inner, a), A.to(dtype))
             result = functional.expand(result, z, d, b, B, scale)
         return result
 
@@ -159,19 +164,24 @@ class LowRankPath:
         if isinstance(self.base_layer, Conv1D) or hasattr(self.base_layer.weight, "ds_id"):
             return None
         A, B, d, b, scale = self.parts(adapter)
+        a = self.input_vector(adapter)
         dtype = frozen.compute_dtype(self.base_layer, x)
         shape = x.numel() // self.in_features, self.in_features, self.out_features, d.numel()
-        if not isinstance(self.dropout_of(adapter), nn.Identity) or not summed.pays(*shape, dtype, x.device.type):
+        if not isinstance(self.dropout_of(adapter), nn.Identity):
+            return None
+        if not summed.pays(*shape, dtype, x.device.type, a is not None):
             return None
         z = None
-        if torch.is_grad_enabled() and not summed.keeps_input(*shape):
+        if torch.is_grad_enabled() and not summed.keeps_input(*shape, a is not None):
             with torch.no_grad():
                 z = self.shared_z(adapter, x, dtype)
-        return summed.summed_linear(self.base_layer, x.to(dtype), z, d, b, A, B, scale).to(x.dtype)
+        return summed.summed_linear(self.base_layer, x.to(dtype), z, d, b, A, B, scale, a).to(x.dtype)
 
     def delta_weight_fp32(self, adapter: str) -> torch.Tensor:
         """ΔW of one adapter in fp32, oriented as the base layer's weight: [out, in], or [in, out] for a Conv1D."""
         A, B, d, b, scale = self.parts(adapter)
+        if (a := self.input_vector(adapter)) is not None:
+            A = A.float() * a.detach().float()
         delta = functional.delta_weight(A.float(), B.float(), d.detach().float(), b.detach().float(), scale)
         return delta.t() if isinstance(self.base_layer, Conv1D) else delta
 

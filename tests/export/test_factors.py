@@ -42,10 +42,14 @@ def stock_base(directory: Path, quantization: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(directory, **kwargs)
 
 
-@pytest.fixture(params=[("nf4", 1), ("none", 1), ("nf4", 2)], ids=["nf4", "none", "nf4-groups"])
+PLAIN: dict[str, Any] = {"rank": RANK}
+MORE: dict[str, Any] = {"rank": RANK, "b_groups": 2, "input_scale": True}
+
+
+@pytest.fixture(params=[("nf4", PLAIN), ("none", PLAIN), ("nf4", MORE)], ids=["nf4", "none", "nf4-more"])
 def trained(request: Any, tiny_model_dir: Path, tmp_path: Path) -> tuple[Any, ModelSection, Path]:
     section = ModelSection(path=str(tiny_model_dir), compute_dtype="float32", quantization=request.param[0])
-    model = attach(load_base(section).model, AdapterSection(rank=RANK, b_groups=request.param[1]), section.path)
+    model = attach(load_base(section).model, AdapterSection(**request.param[1]), section.path)
     perturb(model)
     save_adapter(model, tmp_path / "adapter")
     return model.eval(), section, tmp_path / "adapter"
@@ -75,7 +79,7 @@ def test_peft_vera_gives_the_trained_logits_in_stock_peft(trained: Any, tmp_path
     model, section, adapter_dir = trained
     adapter = read_deltas(adapter_dir, skeleton(section))
     if adapter.groups > 1:
-        with pytest.raises(InputError, match="2 vectors b for each linear, and PEFT's VeRA has one.*--to lora"):
+        with pytest.raises(InputError, match="2 vectors b for each linear and a vector a for each.*--to lora"):
             export_stock_vera(adapter, tmp_path / "vera")
         assert not (tmp_path / "vera").exists()
         return

@@ -8,46 +8,44 @@ import pytest
 import torch
 
 from qvera.vera import functional
-from qvera.vera.functional import combined, delta_weight, expand, few_tokens, project
+from qvera.vera.functional import combined, delta_weight, expand, few_tokens, project, scale_input
 
 DIMENSIONS = [(3, 5, 7), (33, 17, 9), (1, 1, 1), (64, 129, 31)]  # n, m, r
 GROUPED = [*((*size, 1) for size in DIMENSIONS), (33, 17, 9, 3), (64, 129, 32, 2), (6, 5, 8, 8)]  # and b_groups
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
-def parts(T: int, n: int, m: int, r: int, seed: int = 0, groups: int = 1) -> dict[str, torch.Tensor]:
+def parts(
+    T: int, n: int, m: int, r: int, seed: int = 0, groups: int = 1, scaled: bool = False
+) -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=g, dtype=torch.float64)
 
-    return {
-        "x": normal(T, n),
-        "W": normal(m, n),
-        "A": normal(r, n),
-        "B": normal(m, r),
-        "d": normal(r),
-        "b": normal(m) if groups == 1 else normal(groups, m),
-    }
+    found = {"x": normal(T, n), "W": normal(m, n), "A": normal(r, n), "B": normal(m, r), "d": normal(r)}
+    found["b"] = normal(m) if groups == 1 else normal(groups, m)
+    return {**found, "a": normal(n)} if scaled else found
 
 
 def textbook(p: dict[str, torch.Tensor], scale: float, upstream: torch.Tensor) -> dict[str, torch.Tensor]:
-    """VeRA, equation 2, in fp64 with autograd through the plain product: h = W x + Σ Λ_b B Λ_d A x over the groups."""
+    """VeRA, equation 2, in fp64 with autograd through the plain product: h = W x + Σ Λ_b B Λ_d A Λ_a x over the groups."""
     x, d, b = (p[k].clone().requires_grad_() for k in ("x", "d", "b"))
+    a = p["a"].clone().requires_grad_() if "a" in p else torch.ones(p["A"].shape[1], dtype=p["A"].dtype)
     weight, each = p["W"], b.view(-1, len(p["W"]))
     width = len(d) // len(each)
     for g, own in enumerate(each):
         k = slice(g * width, (g + 1) * width)
-        weight = weight + torch.diag(own) @ p["B"][:, k] @ torch.diag(scale * d[k]) @ p["A"][k]
+        weight = weight + torch.diag(own) @ p["B"][:, k] @ torch.diag(scale * d[k]) @ p["A"][k] @ torch.diag(a)
     y = x @ weight.t()
     y.backward(upstream)
-    return {"y": y.detach(), "x": x.grad, "d": d.grad, "b": b.grad}  # type: ignore[dict-item]
+    return {"y": y.detach(), "x": x.grad, "d": d.grad, "b": b.grad, "a": a.grad}  # type: ignore[dict-item]
 
 
 def rounded(p: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Operands as a layer of this dtype sees them, back in fp64: x, W, A and B rounded; the vectors in fp32 or wider."""
     vector = torch.promote_types(dtype, torch.float32)
-    return {k: v.to(vector if k in "db" else dtype).double() for k, v in p.items()}
+    return {k: v.to(vector if k in "dba" else dtype).double() for k, v in p.items()}
 
 
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -80,6 +78,30 @@ def test_forward_and_every_gradient(
     tolerance = max(TOLERANCE[dtype], TOLERANCE[base_dtype])
     for actual, name in ((y, "y"), (x.grad, "x"), (d.grad, "d"), (b.grad, "b")):
         assert relative(actual.detach(), expected[name]) < tolerance, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("T", [1, 3, 257])
+@pytest.mark.parametrize(("n", "m", "r", "groups"), GROUPED)
+def test_a_scaled_input_and_every_gradient(T: int, n: int, m: int, r: int, groups: int, dtype: torch.dtype) -> None:
+    exact = rounded(parts(T, n, m, r, groups=groups, scaled=True), dtype)
+    vector = torch.promote_types(dtype, torch.float32)
+    upstream = torch.randn(T, m, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype).double()
+    expected = textbook(exact, 0.37, upstream)
+    x = exact["x"].to(dtype).requires_grad_()
+    d, b, a = (exact[k].to(vector).requires_grad_() for k in "dba")
+    z = project(scale_input(x, a), exact["A"].to(dtype))
+    y = expand((x.double() @ exact["W"].t()).to(dtype), z, d, b, exact["B"].to(dtype), 0.37)
+    y.backward(upstream.to(dtype))
+    assert a.grad is not None and a.grad.dtype == vector
+    for actual, name in ((y.detach(), "y"), (x.grad, "x"), (d.grad, "d"), (b.grad, "b"), (a.grad, "a")):
+        assert actual is not None and relative(actual, expected[name]) < 1.5 * TOLERANCE[dtype], name
+
+
+def test_gradcheck_of_a_scaled_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "BLOCK_ELEMENTS", 12)  # three rows at a time: the last block is short
+    p = parts(11, 4, 5, 3, scaled=True)
+    assert torch.autograd.gradcheck(scale_input, (p["x"].requires_grad_(), p["a"].requires_grad_()))
 
 
 def test_both_branches_are_really_taken() -> None:

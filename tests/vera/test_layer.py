@@ -30,12 +30,13 @@ def adapted(
     dropout: float = 0.0,
     freeze: bool = True,
     groups: int = 1,
+    scaled: bool = False,
 ) -> QveraLinear:
     base = base_layer(kind, dtype, freeze=freeze)
     frozen.freeze_linears(base)
     projection = SharedProjection(3, torch.device("cpu"), dtype)
     projection.ensure(rank + 5, IN + 9, OUT + 2)  # larger than this layer, as in a model
-    config = QveraConfig(rank=rank, b_groups=groups, projection_seed=3, dropout=dropout)
+    config = QveraConfig(rank=rank, b_groups=groups, input_scale=scaled, projection_seed=3, dropout=dropout)
     layer = QveraLinear(base, "default", projection, config)
     perturb(layer)
     return layer
@@ -46,6 +47,8 @@ def expected_delta(layer: QveraLinear, adapter: str = "default", dtype: torch.dt
     rank = layer.qvera_rank[adapter]
     a, b = (torch.from_numpy(m).to(dtype).double() for m in uniform_pair(rank, IN, OUT, 3))
     a, b = a * (6 / IN) ** 0.5, b * (6 / rank) ** 0.5
+    if adapter in layer.qvera_a:
+        a = a @ torch.diag(layer.qvera_a[adapter].double())
     return _times_b(b, layer.qvera_b[adapter].double()) @ torch.diag(layer.qvera_d[adapter].double()) @ a
 
 
@@ -63,13 +66,16 @@ def reference(layer: QveraLinear, x: torch.Tensor, upstream: torch.Tensor, dtype
     a, b_matrix = (torch.from_numpy(m).to(dtype).double() for m in uniform_pair(rank, IN, OUT, 3))
     b = layer.qvera_b["default"].detach().double().requires_grad_()
     d = layer.qvera_d["default"].detach().double().requires_grad_()
+    vectors = [b, d]
+    if "default" in layer.qvera_a:
+        vectors.append(layer.qvera_a["default"].detach().double().requires_grad_())
+        a = a @ torch.diag(vectors[2])
     scale = (6 / IN) ** 0.5 * (6 / rank) ** 0.5
     y = x @ (dense_weight(base) + scale * _times_b(b_matrix, b) @ torch.diag(d) @ a).t()
     if base.bias is not None:
         y = y + base.bias.double()
     y.backward(upstream.double())
-    assert x.grad is not None and b.grad is not None and d.grad is not None
-    return [y.detach(), x.grad, b.grad, d.grad]
+    return [y.detach(), *(leaf.grad for leaf in (x, *vectors) if leaf.grad is not None)]
 
 
 def run(layer: QveraLinear, x: torch.Tensor, upstream: torch.Tensor) -> list[torch.Tensor]:
@@ -77,26 +83,28 @@ def run(layer: QveraLinear, x: torch.Tensor, upstream: torch.Tensor) -> list[tor
     x = x.detach().requires_grad_()
     y = layer(x)
     y.backward(upstream)
-    grads = [x.grad, layer.qvera_b["default"].grad, layer.qvera_d["default"].grad]
+    grads = [x.grad, *(vectors["default"].grad for vectors in (layer.qvera_b, layer.qvera_d, layer.qvera_a) if vectors)]
     assert all(g is not None for g in grads)
     return [y.detach(), *(g.clone() for g in grads if g is not None)]
 
 
 @pytest.mark.parametrize("tokens", [1, 37])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize(("kind", "groups"), [*((kind, 1) for kind in KINDS), ("linear", 3), ("nf4+dq-bfloat16", 3)])
 def test_output_and_gradients_equal_the_dense_layer(
-    kind: str, groups: int, dtype: torch.dtype, tolerance: float, tokens: int
+    kind: str, groups: int, scaled: bool, dtype: torch.dtype, tolerance: float, tokens: int
 ) -> None:
-    layer = adapted(kind, dtype, groups=groups)
+    layer = adapted(kind, dtype, groups=groups, scaled=scaled)
     assert layer.qvera_b["default"].shape == ((OUT,) if groups == 1 else (groups, OUT))
     torch.manual_seed(5)
     x, upstream = torch.randn(2, tokens, IN, dtype=dtype), torch.randn(2, tokens, OUT, dtype=dtype)
     actual = run(layer, x, upstream)
     wanted = reference(layer, x, upstream, dtype)
     assert actual[0].dtype == actual[1].dtype == dtype
-    assert actual[2].dtype == actual[3].dtype == torch.float32
-    for name, one, other in zip(("y", "x", "b", "d"), actual, wanted, strict=True):
+    assert all(gradient.dtype == torch.float32 for gradient in actual[2:])
+    names = ("y", "x", "b", "d", "a") if scaled else ("y", "x", "b", "d")
+    for name, one, other in zip(names, actual, wanted, strict=True):
         assert relative(one, other) < tolerance, name
 
 

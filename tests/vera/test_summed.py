@@ -19,12 +19,15 @@ WAYS = {"keeps z": 12, "keeps x": 80}  # the rank decides
 TOKENS = 600
 
 
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("rank", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "conv1d"])
-def test_it_is_taken_and_equals_the_dense_layer(kind: str, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = adapted(kind, rank=rank)
-    assert summed.pays(TOKENS, IN, OUT, rank, torch.float32)
-    assert summed.keeps_input(TOKENS, IN, OUT, rank) is (rank == WAYS["keeps x"])
+def test_it_is_taken_and_equals_the_dense_layer(
+    kind: str, rank: int, scaled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = adapted(kind, rank=rank, scaled=scaled)
+    assert summed.pays(TOKENS, IN, OUT, rank, torch.float32, "cpu", scaled)
+    assert summed.keeps_input(TOKENS, IN, OUT, rank, scaled) is (scaled or rank == WAYS["keeps x"])
     torch.manual_seed(5)
     x, upstream = torch.randn(2, TOKENS // 2, IN), torch.randn(2, TOKENS // 2, OUT)
     calls = []
@@ -32,12 +35,13 @@ def test_it_is_taken_and_equals_the_dense_layer(kind: str, rank: int, monkeypatc
     monkeypatch.setattr(summed, "summed_weight", lambda *a: calls.append(1) or product(*a))
     actual = run(layer, x, upstream)
     assert len(calls) == 2  # forward and backward
-    for name, one, other in zip(NAMES, actual, reference(layer, x, upstream, torch.float32), strict=True):
+    names = (*NAMES, "a") if scaled else NAMES
+    for name, one, other in zip(names, actual, reference(layer, x, upstream, torch.float32), strict=True):
         assert relative(one, other) < 3e-6, name
     monkeypatch.setattr(summed, "pays", lambda *_: False)
     low_rank = run(layer, x, upstream)
     assert len(calls) == 2
-    for name, one, other in zip(NAMES, actual, low_rank, strict=True):
+    for name, one, other in zip(names, actual, low_rank, strict=True):
         assert relative(one, other) < 3e-6, name
 
 
@@ -60,6 +64,35 @@ def test_gradcheck(keeps_z: bool, groups: int) -> None:
     y.backward(upstream)
     for actual, name in ((y.detach(), "y"), (x.grad, "x"), (d.grad, "d"), (b.grad, "b")):
         assert actual is not None and relative(actual, expected[name]) < 1e-12, name
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("by_weight", [True, False])
+def test_gradcheck_of_a_scaled_input(by_weight: bool, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    p = parts(9, 4, 5, 6, groups=groups, scaled=True)
+    module = nn.Linear(4, 5, bias=False).double().requires_grad_(False)
+    module.weight.data = p["W"].clone()
+    monkeypatch.setattr(summed, "_by_weight", lambda *_, **__: by_weight)
+    leaves = [p[k].requires_grad_() for k in ("x", "d", "b", "a")]
+
+    def through(x: torch.Tensor, d: torch.Tensor, b: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        return summed.summed_linear(module, x, None, d, b, p["A"], p["B"], 0.7, a)
+
+    assert torch.autograd.gradcheck(through, leaves)
+    upstream = torch.randn(9, 5, dtype=torch.float64)
+    expected = textbook({k: v.detach() for k, v in p.items()}, 0.7, upstream)
+    y = through(*leaves)
+    y.backward(upstream)
+    for actual, name in zip((y.detach(), *(leaf.grad for leaf in leaves)), ("y", "x", "d", "b", "a"), strict=True):
+        assert actual is not None and relative(actual, expected[name]) < 1e-12, name
+
+
+@pytest.mark.parametrize("rank", [12, 80, 300])
+@pytest.mark.parametrize("tokens", [20, 600, 5000])
+def test_the_cheaper_way_to_the_gradients_is_taken(tokens: int, rank: int) -> None:
+    by_weight, by_rank = OUT * IN * (tokens + 2 * rank), 2 * tokens * rank * (IN + OUT)
+    assert summed.gradient_cost(tokens, IN, OUT, rank, True) == min(by_weight, by_rank)
+    assert summed.keeps_input(tokens, IN, OUT, rank, True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
