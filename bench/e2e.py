@@ -52,14 +52,25 @@ SWEEP = [
     lora(rank=64, learning_rate=2e-3, steps=50),
     lora(learning_rate=4e-3, targets="q_proj,v_proj", steps=50),
     lora(learning_rate=4e-3, schedule="linear", steps=50),
+    ours(rank=96, learning_rate=0.1, b_groups=2, input_scale=True, schedule="linear", steps=50),
+    lora(rank=64, learning_rate=2e-3, schedule="linear", steps=50),
+    ours(rank=96, learning_rate=7e-2, b_groups=2, input_scale=True, schedule="linear", steps=50),
+    lora(learning_rate=6e-3, schedule="linear", steps=50),
+    ours(rank=96, learning_rate=0.13, b_groups=2, input_scale=True, schedule="linear", steps=50),
+    lora(learning_rate=3e-3, schedule="linear", steps=50),
+    ours(rank=256, learning_rate=0.1, b_groups=2, schedule="linear", steps=50),
+    lora(rank=32, learning_rate=3e-3, schedule="linear", steps=50),
+    ours(rank=256, learning_rate=0.1, input_scale=True, schedule="linear", steps=50),
+    lora(rank=8, learning_rate=6e-3, schedule="linear", steps=50),
 ]
-"""Fifty steps each, eight of LoRA and eight of ours; the best of each is trained for longer."""
+"""Fifty steps each, as many of LoRA as of ours; the best of each is trained for longer."""
 
 FINAL = [
     lora(learning_rate=4e-3, steps=100),
     ours(rank=256, learning_rate=0.1, steps=100),
     lora(learning_rate=4e-3, schedule="linear", steps=100),
     ours(rank=256, learning_rate=0.1, schedule="linear", steps=100),
+    ours(rank=96, learning_rate=0.1, b_groups=2, input_scale=True, schedule="linear", steps=100),
 ]
 """The best of each kind in the sweep, with the cosine that its first trials had and with the linear decay that came out best; of
 two within 0.001 the one with fewer settings of its own."""

@@ -37,6 +37,8 @@ class Trial:
         method: ``frozen`` (no adapter), ``lora`` or ``vera`` (both stock PEFT), or ``qvera``.
         b_rate: a rate of its own for what starts at zero: LoRA's B (LoRA+, arXiv 2402.12354), VeRA's b. None: `learning_rate`.
         alpha: LoRA's alpha; None: the rank.
+        d_initial, b_groups, input_scale: keys of the recipe's adapter section, for ``qvera`` alone.
+        beta2: AdamW's; None: the recipe's.
         seed: of the rows' order, LoRA's A and VeRA's projections.
     """
 
@@ -47,6 +49,8 @@ class Trial:
     b_rate: float | None = None
     alpha: int | None = None
     d_initial: float | None = None
+    b_groups: int = 1
+    input_scale: bool = False
     targets: str = "all-linear"
     schedule: str = "cosine"
     warmup_ratio: float = 0.1
@@ -87,6 +91,7 @@ def adapted(base: Base, trial: Trial, recipe: Recipe) -> Any:
         section = copy.deepcopy(recipe.adapter)
         section.rank, section.targets, section.seed = trial.rank, targets, trial.seed
         section.d_initial = trial.d_initial or section.d_initial
+        section.b_groups, section.input_scale = trial.b_groups, trial.input_scale
         return attach(base.model, section)
     else:
         return base.model

@@ -48,7 +48,6 @@ class Variant(Trial):
     """
 
     groups: int = 1
-    input_scale: bool = False
     magnitude: str = "none"
     magnitude_rate: float = 1.0
     a_rate: float = 1.0

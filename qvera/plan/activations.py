@@ -189,8 +189,8 @@ def product_bytes(a: Adapted, x: Linear) -> int:
         building = x.n * x.m * size + combining
         adding = x.n * x.m * size + pair * size
         gradient = (x.n * x.m * size if a.keeps_input(x) else 0) + pair * size + block
-        if a.input_scale:  # A diag(a), N, and their product in fp32 beside C
-            gradient += pair * size + a.rank * x.n * (2 * size + 4)
+        if a.input_scale:  # z or its gradient, A diag(a), N, and their product in fp32 beside C
+            gradient += (pair + a.batch.all_tokens * a.rank) * size + a.rank * x.n * (2 * size + 4)
         return max(read, building, adding, gradient)
     gradient = pair * size + block + (block if size < 4 else 0)
     if few_tokens(a.batch.all_tokens, torch.empty(x.m, a.rank, device="meta")):

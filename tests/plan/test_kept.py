@@ -26,11 +26,11 @@ BIG = {
 F32, BF16 = torch.float32, torch.bfloat16
 
 
-def recipe(rank: int, attention: str, checkpointing: bool, **model: Any) -> Recipe:
+def recipe(rank: int, attention: str, checkpointing: bool, more: bool = False, **model: Any) -> Recipe:
     tree = {
         "model": {"path": "-", "quantization": "none", "attn_implementation": attention, **model},
         "data": {"path": "-"},
-        "adapter": {"rank": rank},
+        "adapter": {"rank": rank, "b_groups": 2 if more else 1, "input_scale": more},
         "training": {"gradient_checkpointing": checkpointing, "loss_chunk_tokens": 64},
     }
     return parse_recipe(tree, "a test")
@@ -67,11 +67,13 @@ def planned(made: Recipe, of: Batch, dtype: torch.dtype, changes: dict[str, Any]
     return plan_memory(shape_of(small_llama(**changes)), made, of, machine)
 
 
+@pytest.mark.parametrize("more", [False, True], ids=["vera", "groups-and-a"])
 @pytest.mark.parametrize("rows, tokens, dtype, rank, attention, padded, changes", CASES)
 def test_kept_for_backward_is_what_autograd_keeps(
-    rows: int, tokens: int, dtype: torch.dtype, rank: int, attention: str, padded: bool, changes: dict[str, Any]
-) -> None:
-    made = recipe(rank, attention, False)
+    rows: int, tokens: int, dtype: torch.dtype, rank: int, attention: str, padded: bool, changes: dict[str, Any],
+    more: bool,
+) -> None:  # fmt: skip
+    made = recipe(rank, attention, False, more)
     ids, mask, _, of = batch(rows, tokens, padded)
     (kept,) = [c for c in planned(made, of, dtype, changes).moments["backward"] if c.kind == "checkpoints"]
     model = live.tiny(made, dtype, attn_implementation=attention, **changes)
@@ -79,13 +81,14 @@ def test_kept_for_backward_is_what_autograd_keeps(
     assert kept.bytes - 3 * 8 * rows * tokens == live.kept_bytes(model, ids, mask)
 
 
+@pytest.mark.parametrize("more", [False, True], ids=["vera", "groups-and-a"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("rows, tokens, dtype, rank, attention, padded, changes", [c for c in CASES if c[6]])
 def test_the_peak_of_a_step_is_the_plan_s(
     rows: int, tokens: int, dtype: torch.dtype, rank: int, attention: str, padded: bool, changes: dict[str, Any],
-    checkpointing: bool,
+    checkpointing: bool, more: bool,
 ) -> None:  # fmt: skip
-    made = recipe(rank, attention, checkpointing)
+    made = recipe(rank, attention, checkpointing, more)
     ids, mask, labels, of = batch(rows, tokens, padded)
     memory = planned(made, of, dtype, changes)
     step = sum(c.bytes for c in memory.moments[memory.peak_moment])

@@ -1,0 +1,179 @@
+"""Adapters with more than one b a linear and with a vector on the input: a whole run, and what becomes of its files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from qvera.attached import attach, load_adapter
+from qvera.cli import main
+from qvera.errors import InputError
+from qvera.model import load_base
+from qvera.recipe import AdapterSection, parse_recipe
+from qvera.trainer import train
+from qvera.vera import QveraConfig, QveraLinear, register
+
+MORE: dict[str, Any] = {"rank": 8, "b_groups": 2, "input_scale": True}
+IDS = torch.tensor([[5, 9, 200, 31, 7, 150, 42, 3], [8, 8, 30, 1, 99, 4, 250, 6]])
+
+
+@pytest.fixture(scope="module")
+def run_dir(tiny_model_dir: Path, tiny_rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("more") / "run"
+    assert train(recipe(tiny_model_dir, tiny_rows), directory) is not None
+    return directory
+
+
+def recipe(model: Path, rows: Path, **training: Any) -> Any:
+    tree = {
+        "model": {"path": str(model), "compute_dtype": "float32"},
+        "data": {"path": str(rows), "eval_fraction": 0.2, "max_length": 64},
+        "adapter": MORE,
+        "training": {
+            "max_steps": 30, "global_batch_size": 8, "learning_rate": 5e-2, "save_steps": 15, "sample_count": 0,
+            "report_to": [], **training,
+        },
+    }  # fmt: skip
+    return parse_recipe(tree, "a test")
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def test_it_learns_and_every_vector_is_trained(run_dir: Path) -> None:
+    run = json.loads((run_dir / "run.json").read_text())
+    assert run["result"]["after"]["loss"] < 0.7 * run["result"]["before"]["loss"]
+    facts = run["adapter"]
+    assert (facts["rank"], facts["b_groups"], facts["input_scale"]) == (8, 2, True)
+    vectors = load_file(run_dir / "adapter" / "adapter_model.safetensors")
+    shapes = {"qvera_b": set(), "qvera_d": set(), "qvera_a": set()}  # type: ignore[var-annotated]
+    for name, vector in vectors.items():
+        shapes[name.rpartition(".")[2]].add(tuple(vector.shape))
+        start = {"qvera_b": 0.0, "qvera_d": 0.1, "qvera_a": 1.0}[name.rpartition(".")[2]]
+        assert vector.dtype == torch.float32 and (vector != start).float().mean() > 0.9, name
+    # tiny-llama: hidden 64, 4 heads and 2 key-value heads of 16, inside 192
+    assert shapes == {"qvera_b": {(2, 64), (2, 32), (2, 192)}, "qvera_d": {(8,)}, "qvera_a": {(64,), (192,)}}
+    assert len(vectors) == 3 * 14
+    assert facts["trainable_parameters"] == sum(v.numel() for v in vectors.values())
+    # a plan is made from the same shapes
+    assert run["plan"] is not None and facts["file_bytes"] == pytest.approx(_planned_bytes(run_dir), abs=400)
+
+
+def _planned_bytes(run_dir: Path) -> int:
+    from qvera.plan import shape_of
+    from qvera.plan.files import adapter_bytes
+    from qvera.recipe import load_recipe
+    from qvera.skeleton import skeleton
+
+    made = load_recipe(run_dir / "recipe.yaml")
+    return adapter_bytes(shape_of(skeleton(made.model)), made)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
+    run_dir: Path, tiny_model_dir: Path, tiny_rows: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    shutil.copytree(run_dir, tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "adapter")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "step-00000030")
+    assert train(recipe(tiny_model_dir, tiny_rows), tmp_path / "again", resume=True) is not None
+    one, other = (load_file(d / "adapter" / "adapter_model.safetensors") for d in (run_dir, tmp_path / "again"))
+    assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_exports_give_the_trained_models_logits(run_dir: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    trained = load_adapter(load_base(recipe(tiny_model_dir, Path("-")).model).model, run_dir / "adapter")
+    wanted = logits(trained)
+    base = load_base(recipe(tiny_model_dir, Path("-")).model).model
+    assert (logits(base) - wanted).abs().max() > 0.5
+    assert main(["export", str(run_dir), str(tmp_path / "lora"), "--to", "lora", "--dtype", "float32"]) == 0
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"]) == ("LORA", 8)
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(base, tmp_path / "lora")), wanted, rtol=1e-4, atol=1e-4)
+    command = ["export", str(run_dir), str(tmp_path / "merged"), "--base", "dequantized", "--dtype", "float32"]
+    assert main(command) == 0
+    from transformers import AutoModelForCausalLM
+
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(logits(merged), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_stock_peft_reads_it_by_its_own_way_in(run_dir: Path, tiny_model_dir: Path) -> None:
+    register()
+    made = recipe(tiny_model_dir, Path("-"))
+    wanted = logits(load_adapter(load_base(made.model).model, run_dir / "adapter"))
+    assert torch.equal(logits(PeftModel.from_pretrained(load_base(made.model).model, run_dir / "adapter")), wanted)
+
+
+def test_merge_and_unload_and_deleting(run_dir: Path, tiny_model_dir: Path) -> None:
+    made = recipe(tiny_model_dir, Path("-"))
+    made.model.quantization = "none"
+    model = load_adapter(load_base(made.model).model, run_dir / "adapter")
+    wanted = logits(model)
+    model.add_adapter("plain", QveraConfig(rank=4))
+    model.delete_adapter("plain")
+    assert all(set(m.qvera_a) == {"default"} for m in model.modules() if isinstance(m, QveraLinear))
+    torch.testing.assert_close(logits(model.merge_and_unload()), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_the_format_says_the_oldest_reader_that_can_read_it() -> None:
+    assert QveraConfig(rank=8).format_version == 1
+    assert QveraConfig(rank=8, b_groups=2).format_version == 2
+    assert QveraConfig(rank=8, input_scale=True).format_version == 2
+
+
+def test_starting_from_another_kind_is_refused(run_dir: Path, tiny_model_dir: Path) -> None:
+    model = load_base(recipe(tiny_model_dir, Path("-")).model).model
+    for key, value in (("b_groups", 1), ("input_scale", False)):
+        section = AdapterSection(**{**MORE, key: value}, init_from=str(run_dir / "adapter"))
+        with pytest.raises(InputError, match=rf"adapter.init_from: .* has {key}"):
+            attach(model, section)
+    attached = attach(model, AdapterSection(**MORE, init_from=str(run_dir / "adapter")))
+    wanted = logits(load_adapter(load_base(recipe(tiny_model_dir, Path("-")).model).model, run_dir / "adapter"))
+    assert torch.equal(logits(attached), wanted)
+
+
+@pytest.mark.parametrize("damage", ["no a", "short a", "flat b"])
+def test_a_file_without_what_its_config_says_is_refused(
+    damage: str, run_dir: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    shutil.copytree(run_dir / "adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    vectors = load_file(file)
+    name = next(k for k in sorted(vectors) if k.endswith("qvera_b" if damage == "flat b" else "qvera_a"))
+    if damage == "no a":
+        del vectors[name]
+    else:
+        vectors[name] = vectors[name].flatten() if damage == "flat b" else vectors[name][:-1].clone()
+    save_file(vectors, file, {"format": "pt"})
+    with pytest.raises(InputError, match="adapter_model.safetensors"):
+        load_adapter(load_base(recipe(tiny_model_dir, Path("-")).model).model, tmp_path / "adapter")
+    command = ["export", str(tmp_path / "adapter"), str(tmp_path / "lora"), "--to", "lora"]
+    assert main(command) == 2
+    assert name.rpartition(".")[2].removeprefix("qvera_") in capsys.readouterr().err
+    assert not (tmp_path / "lora").exists()
+
+
+@pytest.mark.parametrize(
+    ("adapter", "words"),
+    [
+        ({"rank": 8, "b_groups": 3}, "adapter.b_groups: 3 does not divide adapter.rank"),
+        ({"rank": 8, "b_groups": 0}, "adapter.b_groups"),
+        ({"input_scale": True, "train_d": False}, "adapter.input_scale: is a vector to train"),
+        ({"input_scale": "yes"}, "adapter.input_scale"),
+    ],
+)
+def test_a_recipe_that_can_not_be_is_refused(adapter: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        parse_recipe({"model": "-", "data": {"path": "-"}, "adapter": adapter}, "a test")
