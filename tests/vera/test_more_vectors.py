@@ -50,7 +50,7 @@ def logits(model: Any) -> torch.Tensor:
 
 def test_it_learns_and_every_vector_is_trained(run_dir: Path) -> None:
     run = json.loads((run_dir / "run.json").read_text())
-    assert run["result"]["after"]["loss"] < 0.7 * run["result"]["before"]["loss"]
+    assert run["result"]["eval_after"]["loss"] < 0.7 * run["result"]["eval_before"]["loss"]
     facts = run["adapter"]
     assert (facts["rank"], facts["b_groups"], facts["input_scale"]) == (8, 2, True)
     vectors = load_file(run_dir / "adapter" / "adapter_model.safetensors")
