@@ -1,18 +1,19 @@
-"""What the literature offers where plain VeRA falls short of LoRA, each as a plain module, on the E2E and Alpaca rows of the sweeps.
+"""What the literature offers where plain VeRA falls short of LoRA, each as a plain module, on the rows of the two sweeps.
 
     python bench/variants.py e2e ../shared/data/e2e
     python bench/variants.py alpaca ../shared/data/alpaca_en_demo.json
+    python bench/variants.py inputs ../shared/data/e2e    # how many directions the inputs of the linears really have
 
-Held-out loss after 50 steps of 8 rows, linear decay, seed 0; the rows, their order and the loop are those of bench/e2e.py and bench/alpaca.py.
-Attention is eager (faster on a CPU), so the last digit may differ from theirs. Lines go to results/variants.jsonl; a trial that stands there
-is not repeated. What earned its place is in qvera/vera; this is where the rest can be run again.
+Held-out loss after 50 steps of 8 rows, linear decay, seed 0; the rows, their order and the loop are those of bench/e2e.py and
+bench/alpaca.py. Attention is eager (faster on a CPU), so the third digit may differ from theirs: plain VeRA came to 1.3836 here and to
+1.3819 there. Lines go to results/variants-TASK.jsonl; a trial that stands there is not repeated. What earned its place is in qvera/vera
+(``adapter.b_groups``, ``adapter.input_scale``); this is where the rest can be run again.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from trials import Trial, Written, add_half, run
 
 from qvera import evaluate, frozen, quantize
 from qvera.data import build_datasets
-from qvera.model import Base
+from qvera.model import Base, load_base
 from qvera.recipe import Recipe
 from qvera.vera.projection import SharedProjection, vera_scale
 
@@ -36,15 +37,20 @@ class Variant(Trial):
     """A trial of the module below.
 
     Attributes:
-        groups: pairs (d_g, b_g) a linear, each with its own share of the rank: ΔW = Σ_g diag(b_g) B_g diag(d_g) A_g, a sum of bases as in
-            RandLoRA (arXiv 2502.00987). 1 is VeRA; groups = rank, d frozen, is LoRA with a frozen A (LoRA-FA, arXiv 2308.03303).
-        input_scale: a third trained vector on the input, diag(a) at A's right, from 1 (RandLoRA's Γ).
-        magnitude: ``none``; ``dora``: rows of W + ΔW are normed and have a trained length (DVoRA: VeRA, section 3.3 of DoRA,
-            arXiv 2402.09353; the norm is not differentiated, as there); ``ia3``: the frozen output is scaled (arXiv 2205.05638).
+        groups: vectors b a linear, each for its share of the rank: ΔW = Σ_g diag(b_g) B_g diag(d_g) A_g, a sum of
+            bases as in RandLoRA (arXiv 2502.00987). 1 is VeRA.
+        input_scale (of `Trial`): a third trained vector on the input, diag(a) at A's right, from 1 (RandLoRA's Γ).
+        magnitude: ``none``; ``dora``: rows of W + ΔW are normed and have a trained length (DVoRA: DoRA, arXiv 2402.09353,
+            over VeRA; the norm is not differentiated, as there); ``ia3``: the frozen output is scaled (arXiv 2205.05638).
         magnitude_rate, a_rate: times the learning rate.
         redraw: new projections every so many steps, what was trained is kept frozen (Flora, arXiv 2402.03293; UORA).
-        scale: times s, such as sqrt(rank / 256).
-        per_layer: ``none``; ``weight``: s times the layer's RMS weight over the mean of all layers; ``input``: over the RMS of its input.
+        scale: times s, which has 1 / sqrt(rank) in it already (Kaiming's bound of B), as rsLoRA asks (arXiv 2312.03732).
+        per_layer: ``none``; ``weight``: s times the layer's RMS weight over the mean of all layers.
+        by_spectrum: a rank per layer, a prefix of the shared pair: ``rank`` times the layer's part of the sum of all participation
+            ratios (Σ σ²)² / Σ σ⁴ of W. SARA (arXiv 2408.03290) counts the singular values up to a share of their sum.
+        input_norm: inputs are divided by their RMS over 16 training rows to this power; ``input_unit``: all layers' z have
+            one size.
+        train_d: whether d is trained.
     """
 
     groups: int = 1
@@ -54,6 +60,7 @@ class Variant(Trial):
     redraw: int = 0
     scale: float = 1.0
     per_layer: str = "none"
+    by_spectrum: bool = False
     input_norm: float = 0.0
     input_unit: bool = False
     train_d: bool = True
@@ -77,10 +84,10 @@ class Variant(Trial):
 class VariantLinear(nn.Module):
     """One frozen linear with a variant of VeRA beside it, written as the formulas are and left to autograd."""
 
-    def __init__(self, base: Any, pair: SharedProjection, variant: Variant) -> None:
+    def __init__(self, base: Any, pair: SharedProjection, variant: Variant, rank: int) -> None:
         super().__init__()
-        self.base, self.variant = base, variant
-        m, n, r = base.out_features, base.in_features, variant.rank
+        self.base, self.variant, self.rank = base, variant, rank
+        m, n, r = base.out_features, base.in_features, rank
         self.shape = (m, n)
         self.factor = 1.0
         self.qvera_b = nn.Parameter(torch.zeros(variant.groups, m))
@@ -99,7 +106,7 @@ class VariantLinear(nn.Module):
     def draw(self, pair: SharedProjection) -> None:
         """Use this pair from now on; what was trained with the one before stays as it is."""
         m, n = self.shape
-        r = self.variant.rank
+        r = self.rank
         if hasattr(self, "pair"):
             A, C = self.factors()
             self.done.append((A.detach(), C.detach()))
@@ -111,7 +118,7 @@ class VariantLinear(nn.Module):
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         m, n = self.shape
-        r = self.variant.rank
+        r = self.rank
         A, B = self.pair[0].slices(r, n, m)
         s = vera_scale(r, n) * self.variant.scale * self.factor
         b = self.qvera_b.repeat_interleave(r // self.variant.groups, dim=0).t()
@@ -170,6 +177,16 @@ def input_factor(rms: torch.Tensor, variant: Variant) -> torch.Tensor:
     return factor * (rms.square().sum() / (factor * rms).square().sum()).sqrt()
 
 
+def spectral_ranks(linears: dict[str, nn.Module], rank: int) -> dict[str, int]:
+    """Ranks whose mean is ``rank``, as the weights' participation ratios."""
+    found = {}
+    for name, module in linears.items():
+        values = torch.linalg.svdvals(quantize.dequantized_weight(module, torch.float32)).double().square()
+        found[name] = (values.sum().square() / values.square().sum()).item()
+    mean = sum(found.values()) / len(found)
+    return {name: max(1, round(rank * ratio / mean)) for name, ratio in found.items()}
+
+
 def adapted(base: Base, variant: Variant, recipe: Recipe) -> Any:
     """The base with a `VariantLinear` in the place of every linear but the head."""
     torch.manual_seed(variant.seed)
@@ -180,14 +197,13 @@ def adapted(base: Base, variant: Variant, recipe: Recipe) -> Any:
     pair = SharedProjection(variant.seed, torch.device("cpu"), torch.bfloat16)
     sizes = {name: quantize.dequantized_weight(m, torch.float32).square().mean().sqrt().item() for name, m in linears}
     rms = input_rms(base, recipe, 16) if variant.input_norm or variant.input_unit else {}
+    ranks = spectral_ranks(dict(linears), variant.rank) if variant.by_spectrum else {}
     mean = sum(sizes.values()) / len(sizes)
     for name, module in linears:
         parent = model.get_submodule(name.rpartition(".")[0])
-        layer = VariantLinear(module, pair, variant)
+        layer = VariantLinear(module, pair, variant, ranks.get(name, variant.rank))
         if variant.per_layer == "weight":
             layer.factor = sizes[name] / mean
-        elif variant.per_layer == "fan":  # as if every layer had the mean width
-            layer.factor = math.sqrt(module.in_features / 576)
         if rms:
             layer.input_factor = input_factor(rms[name], variant)
         setattr(parent, name.rpartition(".")[2], layer)
@@ -223,6 +239,8 @@ E2E: list[Trial] = [
     ours(learning_rate=0.1, groups=2, input_scale=True, rank=96, a_rate=0.3),
     ours(learning_rate=0.1, per_layer="weight"),
     ours(learning_rate=0.07),
+    ours(learning_rate=0.1, by_spectrum=True),
+    ours(learning_rate=0.1, rank=1024, scale=0.5),
 ]
 ALPACA: list[Trial] = [
     ours(learning_rate=0.03),
@@ -236,16 +254,50 @@ ALPACA: list[Trial] = [
 ]
 
 
+def directions(base: Base, recipe: Recipe) -> None:
+    """Print how many directions the inputs of the linears have: the participation ratio (Σ λ)² / Σ λ² of x xᵀ over 16 rows."""
+    datasets = build_datasets(recipe.data, base.tokenizer)
+    model: Any = base.model
+    inputs: dict[str, list[torch.Tensor]] = {}
+    roles = ("q_proj", "o_proj", "gate_proj", "down_proj")  # k and v read what q does, up what gate does
+
+    def hook(name: str) -> Any:
+        return lambda _, args, __: inputs.setdefault(name, []).append(args[0].detach().float().flatten(0, -2))
+
+    hooks = [m.register_forward_hook(hook(n)) for n, m in model.named_modules() if n.endswith(roles)]
+    with torch.no_grad():
+        for example in datasets.train[:16]:
+            evaluate.batch_nll(model, evaluate.make_batch(model, [example], datasets.pad_id), 512)
+    for one in hooks:
+        one.remove()
+    print("role        n     of x      of x - mean   of x / RMS   largest RMS / median   (median over the layers)")
+    for role in roles:
+        found = []
+        for name, parts in inputs.items():
+            if name.endswith(role):
+                x = torch.cat(parts)
+                rms = x.square().mean(0).sqrt()
+                sets = (x, x - x.mean(0), x / rms.clamp_min(1e-9))
+                squares = [(part.t() @ part).double() for part in sets]
+                found.append([(s.trace() ** 2 / s.square().sum()).item() for s in squares])
+                found[-1].append((rms.max() / rms.median()).item())
+        middle = torch.tensor(found).median(0).values.tolist()
+        print(f"{role:10}  {x.shape[1]:4}  {middle[0]:6.1f}  {middle[1]:12.1f}  {middle[2]:12.1f}  {middle[3]:12.1f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("task", choices=["e2e", "alpaca"])
+    parser.add_argument("task", choices=["e2e", "alpaca", "inputs"])
     parser.add_argument("data", type=Path)
     add_half(parser)
     args = parser.parse_args()
-    written = Written(RESULTS / f"variants-{args.task}.jsonl", header())
     with tempfile.TemporaryDirectory() as directory:
-        recipe = (e2e if args.task == "e2e" else alpaca).recipe_of(args.data, Path(directory))
+        recipe = (alpaca if args.task == "alpaca" else e2e).recipe_of(args.data, Path(directory))
         recipe.model.attn_implementation = "eager"
+        if args.task == "inputs":
+            directions(load_base(recipe.model), recipe)
+            return
+        written = Written(RESULTS / f"variants-{args.task}.jsonl", header())
         for trial in written.missing(E2E if args.task == "e2e" else ALPACA, args.half):
             written.add(trial, run(trial, recipe)[-1])
 
