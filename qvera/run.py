@@ -84,6 +84,8 @@ def describe(path: str | Path) -> dict[str, Any]:
         "base_revision": section.revision,
         "quantization": section.quantization if recipe is not None else None,
         "rank": getattr(config, "rank", getattr(config, "r", None)),
+        "b_groups": getattr(config, "b_groups", 1),
+        "input_scale": getattr(config, "input_scale", False),
         "targets": config.target_modules
         if isinstance(config.target_modules, str)
         else sorted(config.target_modules or ()),

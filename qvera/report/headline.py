@@ -31,6 +31,12 @@ def head(run: Run) -> str:
 def _adapter_sentence(run: Run) -> str:
     rank = number(run.info, "adapter", "rank") or number(run.recipe, "adapter", "rank")
     parts = [f"VeRA of rank {count(rank)}" if rank else "A VeRA adapter"]
+    groups = number(run.info, "adapter", "b_groups") or 1
+    more = [f"{count(groups)} vectors b"] if groups > 1 else []
+    adapter = run.info.get("adapter")
+    more += ["a vector a"] if isinstance(adapter, dict) and adapter.get("input_scale") is True else []
+    if more:
+        parts.append(f"with {' and '.join(more)} a layer")
     modules = number(run.info, "adapter", "adapted_modules")
     if modules:
         parts.append(f"on {count(modules)} linear layers")

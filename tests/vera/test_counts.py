@@ -77,6 +77,12 @@ def test_trainable_counts(name: str) -> None:
             assert facts["lora_r64_parameters"] == COUNTS[name][2]
 
 
+@pytest.mark.parametrize(("name", "count"), [("SmolLM2-135M", 480_960), ("LLaMA-7B", 3_879_936)])
+def test_counts_with_two_b_a_linear_and_an_input_vector(name: str, count: int) -> None:
+    model = attach(on_meta(name), AdapterSection(rank=96, b_groups=2, input_scale=True))
+    assert trainable(model) == adapter_facts(model)["trainable_parameters"] == count
+
+
 @pytest.mark.parametrize("name", [n for n in SHAPES if COUNTS[n][2] is not None])
 def test_lora_counts_of_stock_peft(name: str) -> None:
     config = LoraConfig(r=64, target_modules="all-linear")
