@@ -32,11 +32,11 @@ def _adapter_sentence(run: Run) -> str:
     rank = number(run.info, "adapter", "rank") or number(run.recipe, "adapter", "rank")
     parts = [f"VeRA of rank {count(rank)}" if rank else "A VeRA adapter"]
     groups = number(run.info, "adapter", "b_groups") or 1
-    more = [f"{count(groups)} vectors b"] if groups > 1 else []
+    more = [f"{count(groups)} b"] if groups > 1 else []
     adapter = run.info.get("adapter")
-    more += ["a vector a"] if isinstance(adapter, dict) and adapter.get("input_scale") is True else []
+    more += ["an a"] if isinstance(adapter, dict) and adapter.get("input_scale") is True else []
     if more:
-        parts.append(f"with {' and '.join(more)} a layer")
+        parts.append(f"with {' and '.join(more)} per layer")
     modules = number(run.info, "adapter", "adapted_modules")
     if modules:
         parts.append(f"on {count(modules)} linear layers")

@@ -69,6 +69,15 @@ def page(run_dir: Path) -> Page:
     return Page(path.read_text(encoding="utf-8"))
 
 
+def test_an_adapter_with_more_vectors_says_so(build_run: Build) -> None:
+    info = run_info()
+    info["adapter"] |= {"rank": 96, "b_groups": 2, "input_scale": True}
+    text = page(build_run(info)).text
+    assert "VeRA of rank 96 with 2 b and an a per layer on 210 linear layers over" in text
+    info["adapter"] |= {"b_groups": "two", "input_scale": None}  # a damaged file is still a page
+    assert "VeRA of rank 96 on 210 linear layers" in page(build_run(info, name="damaged")).text
+
+
 def test_a_finished_run_says_what_run_json_says(build_run: Build) -> None:
     text = page(build_run()).text
     for fact in (
