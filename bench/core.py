@@ -36,6 +36,14 @@ from qvera.recipe import AdapterSection, ModelSection
 from qvera.vera import QveraLinear
 
 
+MORE = "ours r=96, 2 b, a"
+"""With ``b_groups: 2`` and ``input_scale``, as recipes/e2e has."""
+
+
+def more() -> AdapterSection:
+    return AdapterSection(rank=96, b_groups=2, input_scale=True)
+
+
 def kept_bytes(model: Any, run: Any) -> int:
     """Unique storages that autograd saves while ``run()`` goes forward, without parameters and buffers."""
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
@@ -125,10 +133,19 @@ def layer_of_7b(rounds: int, tokens: int = 512) -> dict[str, Any]:
     """One decoder layer of 7B shape, forward and backward to its input."""
     SHAPES["one 7B layer"] = {**SHAPES["7B"], "num_hidden_layers": 1}
     models: dict[str, Any] = {}
-    for name in ("frozen, stock Linear4bit", "frozen, ours", "ours r=256", "ours r=1024", "stock PEFT VeRA r=256"):
+    for name in (
+        "frozen, stock Linear4bit",
+        "frozen, ours",
+        "ours r=256",
+        "ours r=1024",
+        MORE,
+        "stock PEFT VeRA r=256",
+    ):
         model = synthetic("one 7B layer", torch.device("cpu"), DTYPE).train()
         if name == "frozen, ours":
             freeze_linears(model)
+        elif name == MORE:
+            model = attach(model, more())
         elif name.startswith("ours"):
             model = attach(model, AdapterSection(rank=int(name.partition("=")[2])))
         elif "VeRA" in name:
@@ -191,6 +208,7 @@ def main() -> None:
         models[f"ours r={rank}"] = attach(load_base(section).model, AdapterSection(rank=rank), path)
         vera = VeraConfig(r=rank, target_modules="all-linear", save_projection=False)
         models[f"stock PEFT VeRA r={rank}"] = get_peft_model(stock(path), vera)
+    models[MORE] = attach(load_base(section).model, more(), path)
     models["stock PEFT LoRA r=16"] = get_peft_model(stock(path), LoraConfig(r=16, target_modules="all-linear"))
     if args.only:
         models = {n: m for n, m in models.items() if any(part in n for part in args.only)}
