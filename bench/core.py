@@ -35,7 +35,6 @@ from qvera.model import enable_checkpointing, load_base
 from qvera.recipe import AdapterSection, ModelSection
 from qvera.vera import QveraLinear
 
-
 MORE = "ours r=96, 2 b, a"
 """With ``b_groups: 2`` and ``input_scale``, as recipes/e2e has."""
 
