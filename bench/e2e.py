@@ -71,6 +71,7 @@ FINAL = [
     lora(learning_rate=4e-3, schedule="linear", steps=100),
     ours(rank=256, learning_rate=0.1, schedule="linear", steps=100),
     ours(rank=96, learning_rate=0.1, b_groups=2, input_scale=True, schedule="linear", steps=100),
+    lora(rank=64, learning_rate=2e-3, schedule="linear", steps=100),
 ]
 """The best of each kind in the sweep, with the cosine that its first trials had and with the linear decay that came out best; of
 two within 0.001 the one with fewer settings of its own."""
