@@ -59,10 +59,12 @@ SWEEP = [
     ours(rank=96, learning_rate=0.13, b_groups=2, input_scale=True, schedule="linear", steps=50),
     lora(learning_rate=3e-3, schedule="linear", steps=50),
     lora(rank=32, learning_rate=4e-3, schedule="linear", steps=50),
+    ours(rank=256, learning_rate=0.1, b_groups=8, input_scale=True, schedule="linear", steps=50),
+    ours(rank=256, learning_rate=0.1, b_groups=4, input_scale=True, schedule="linear", steps=50),
     lora(rank=8, learning_rate=8e-3, schedule="linear", steps=50),
 ]
-"""Fifty steps each, at least as many of LoRA as of ours; the best of each is trained for longer. What led to the vectors beyond VeRA's
-is in bench/variants.py."""
+"""Fifty steps each, at least as many of LoRA as of ours; the best of each is trained for longer. What led to the vectors beyond
+VeRA's is in bench/variants.py."""
 
 FINAL = [
     lora(learning_rate=4e-3, steps=100),
