@@ -107,9 +107,11 @@ def _fill(
         if d is None or b is None or layer is None:
             raise InputError(f"{source}: its vectors of {name} do not fit this model.")
         a = vectors.get(f"{name}.qvera_a")
-        if config.input_scale and (a is None or a.numel() != layer.in_features):
+        if (a is not None) != config.input_scale or (a is not None and a.numel() != layer.in_features):
+            wanted = f"one of {layer.in_features} numbers" if config.input_scale else "none"
             raise InputError(
-                f"{source}: {name} has no vector qvera_a of {layer.in_features} numbers, as this model needs."
+                f"{source}: its vector qvera_a of {name} has {0 if a is None else a.numel()} numbers, its config and this model "
+                f"want {wanted}."
             )
         if d.numel() != config.rank or b.shape != layer.b_shape(config.b_groups):
             raise InputError(
@@ -124,7 +126,7 @@ def _fill(
 
 
 def same_directions(adapters: Sequence[AdapterDeltas]) -> str | None:
-    """None where a weighted sum of these adapters is again a VeRA adapter: one seed, rank, b_groups, layers and d. Else why not.
+    """None where a weighted sum of these adapters is again a VeRA adapter: one seed, rank, b_groups, layers, d and a. Else why not.
 
     Then Σ w diag(b) B diag(d) A = diag(Σ w b) B diag(d) A, exactly. Training with ``adapter.train_d: false`` makes it so.
     """

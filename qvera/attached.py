@@ -68,6 +68,11 @@ def attach(
     peft_model = _put_on(model, config)
     if section.init_from is not None:
         stored, vectors = read_adapter(Path(resolve_path(section.init_from)))
+        if stored.peft_type != PEFT_TYPE:
+            raise InputError(
+                f"adapter.init_from: {section.init_from} is an adapter of PEFT's own VeRA, whose projections are not drawn from a "
+                "seed as ours are. Train it further with PEFT after qvera.vera.accelerate_peft(), or start anew."
+            )
         for ours, theirs, key in (
             (config.rank, stored.rank, "rank"),
             (config.b_groups, stored.b_groups, "b_groups"),

@@ -236,8 +236,8 @@ def build_parser() -> argparse.ArgumentParser:
         "merge-adapters",
         "Scale, add, average or interpolate adapters of one base model.",
         "\n\nThe default is their average; --weights 1 -1 subtracts, --weights 0.3 0.7 interpolates, one with --weights 0.5\n"
-        "is scaled. Where seed, rank, targets and d agree (adapter.train_d: false) the result is again a QVERA adapter,\n"
-        "exactly. Any others add up exactly to a LoRA of their ranks' sum: --to lora, cut with --rank K.",
+        "is scaled. Where seed, rank, b_groups, targets, d and a agree (adapter.train_d: false) the result is again a QVERA\n"
+        "adapter, exactly. Any others add up exactly to a LoRA of their ranks' sum: --to lora, cut with --rank K.",
     )
     p.add_argument("adapters", type=Path, nargs="+", metavar="ADAPTER", help="run or adapter directories")
     p.add_argument("out", type=Path, metavar="OUT", help="a directory that is new or empty")

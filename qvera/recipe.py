@@ -98,7 +98,7 @@ class AdapterSection:
     train_d: _Bool = True
     """Train d as well as b. Without it adapters of one seed can be added, averaged and interpolated exactly."""
     init_from: str | None = None
-    """Start from the vectors of this adapter directory (same rank, targets and seed)."""
+    """Start from the vectors of this adapter directory (same rank, b_groups, input_scale, targets and seed)."""
 
 
 @dataclass(config=_STRICT, kw_only=True)

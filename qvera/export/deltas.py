@@ -57,7 +57,10 @@ class Delta:
         part = slice(first, first + count)
         if self.transposed:
             return delta_weight(self.right(part), self.B, self.d, self.b, self.scale).t().contiguous()
-        return delta_weight(self.right(), self.B[part], self.d, self.b[..., part], self.scale)
+        change = delta_weight(self.A, self.B[part], self.d, self.b[..., part], self.scale)
+        return (
+            change if self.a is None else change.mul_(self.a)
+        )  # some rows at a time: cheaper than A diag(a) for each of them
 
     def weight(self) -> torch.Tensor:
         """ΔW [out, in] fp32, or [in, out] for a Conv1D."""
@@ -100,7 +103,7 @@ def read_deltas(adapter_dir: Path, base: torch.nn.Module) -> AdapterDeltas:
     for name in sorted({k.removeprefix(PREFIX).rpartition(".")[0] for k in tensors if k.startswith(PREFIX)}):
         d, b = tensors.get(f"{PREFIX}{name}.{names.d}"), tensors.get(f"{PREFIX}{name}.{names.b}")
         if d is None or b is None:
-            raise InputError(f"{adapter_dir}: has only one of the two vectors of {name}.")
+            raise InputError(f"{adapter_dir}: has no {names.d if d is None else names.b} for {name}.")
         shape = layer_shape(modules[name]) if name in modules else None
         if shape is None:
             raise InputError(

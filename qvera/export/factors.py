@@ -1,7 +1,8 @@
 """Adapters that other tools load: the exact LoRA, a truncated LoRA, and an adapter of PEFT's own VeRA.
 
 A VeRA adapter is a LoRA of rank r with A' = diag(s d) A and B' = diag(b) B (VeRA, arXiv 2310.11454, equation 2), exactly; it
-only takes r (m + n) numbers a layer to write down what r + m say.
+only takes r (m + n) numbers a layer to write down what r + m say. So is one with ``b_groups`` or ``input_scale`` (`deltas.Delta`),
+for which PEFT's VeRA has no place.
 """
 
 from __future__ import annotations

@@ -110,6 +110,8 @@ def export_merged(
                     "sha256": identity["adapter"],
                     "kind": str(getattr(adapter.config.peft_type, "value", adapter.config.peft_type)),
                     "rank": adapter.A.shape[0],
+                    "b_groups": adapter.groups,
+                    "input_scale": adapter.input_scale,
                     "seed": getattr(
                         adapter.config, "projection_seed", getattr(adapter.config, "projection_prng_key", None)
                     ),

@@ -62,6 +62,7 @@ class Adapted:
     machine: Machine
     batch: Batch
     rank: int
+    b_groups: int
     input_scale: bool
     names: frozenset[str]
     """Adapted linears."""
@@ -185,16 +186,22 @@ def product_bytes(a: Adapted, x: Linear) -> int:
     # combining d, B and b, and taking their gradients from M, goes by blocks of rows in fp32 (`functional.row_blocks`)
     block = pair * 4 if a.machine.device_type != "cpu" else min(pair, BLOCK_ELEMENTS) * 4
     combining = 2 * block + (pair * size if block < pair * 4 else 0)
+    more = block if a.b_groups > 1 else 0  # diag(b) of each group on M ⊙ B
     if a.is_summed(x):
         building = x.n * x.m * size + combining
         adding = x.n * x.m * size + pair * size
-        gradient = (x.n * x.m * size if a.keeps_input(x) else 0) + pair * size + block
-        if a.input_scale:  # z or its gradient, A diag(a), N, and their product in fp32 beside C
-            gradient += (pair + a.batch.all_tokens * a.rank) * size + a.rank * x.n * (2 * size + 4)
+        gradient = (x.n * x.m * size if a.keeps_input(x) else 0) + pair * size
+        if (
+            a.input_scale
+        ):  # A diag(a); then z or M's blocks; then C, N, and z's gradient or A and its product with N in fp32
+            side, z = a.rank * x.n, a.batch.all_tokens * a.rank * size
+            gradient += side * size + max(z, block + more, (pair + side) * size + max(z, side * 8))
+        else:
+            gradient += block + more
         return max(read, building, adding, gradient)
-    gradient = pair * size + block + (block if size < 4 else 0)
-    if few_tokens(a.batch.all_tokens, torch.empty(x.m, a.rank, device="meta")):
-        combining = a.batch.all_tokens * (x.m + a.rank) * size
+    gradient = pair * size + block + max(block if size < 4 else 0, more)
+    if few_tokens(a.batch.all_tokens, torch.empty(x.m, a.rank, device="meta"), a.b_groups):
+        combining = a.batch.all_tokens * (x.m * min(a.b_groups, 2) + a.rank) * size
     return max(read, gradient, combining)
 
 

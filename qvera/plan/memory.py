@@ -182,6 +182,7 @@ def setting(shape: Shape, recipe: Recipe, batch: Batch, machine: Machine) -> Ada
         machine=machine,
         batch=batch,
         rank=recipe.adapter.rank,
+        b_groups=recipe.adapter.b_groups,
         input_scale=recipe.adapter.input_scale,
         names=frozenset(x.name for x in shape.adapted(recipe.adapter.targets)),
         dropout=recipe.adapter.dropout > 0,

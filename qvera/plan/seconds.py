@@ -109,7 +109,7 @@ def step_seconds(a: Adapted, recipe: Recipe, rates: Rates, times: int) -> dict[s
             shared = x.role in ("k_proj", "v_proj", "up_proj") and not a.input_scale
             low_rank += 0 if shared else passes * 2 * T * a.rank * x.n
             low_rank += (passes + 1) * 2 * T * a.rank * x.m
-            if not few_tokens(T, torch.empty(x.m, a.rank, device="meta")):
+            if not few_tokens(T, torch.empty(x.m, a.rank, device="meta"), a.b_groups):
                 passed += passes * 2 * x.m * a.rank * 4 * 2
             passed += 2 * x.m * a.rank * 4 * 2
     s, b = a.shape, a.batch

@@ -31,10 +31,11 @@ def head(run: Run) -> str:
 def _adapter_sentence(run: Run) -> str:
     rank = number(run.info, "adapter", "rank") or number(run.recipe, "adapter", "rank")
     parts = [f"VeRA of rank {count(rank)}" if rank else "A VeRA adapter"]
-    groups = number(run.info, "adapter", "b_groups") or 1
+    groups = number(run.info, "adapter", "b_groups") or number(run.recipe, "adapter", "b_groups") or 1
     more = [f"{count(groups)} b"] if groups > 1 else []
-    adapter = run.info.get("adapter")
-    more += ["an a"] if isinstance(adapter, dict) and adapter.get("input_scale") is True else []
+    sections = [tree.get("adapter") for tree in (run.info, run.recipe)]
+    scaled = any(isinstance(section, dict) and section.get("input_scale") is True for section in sections)
+    more += ["an a"] if scaled else []
     if more:
         parts.append(f"with {' and '.join(more)} per layer")
     modules = number(run.info, "adapter", "adapted_modules")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import yaml
 
 from ..errors import InputError
 from ..numbers import count, duration, percent, significant, size
+from ..recipe import AdapterSection
 from ..unfinished import replace_text
 from .charts import Line, Point, line_chart, smooth, thin
 from .curves import held_out_curve, series
@@ -141,7 +143,7 @@ def tokens_by_step(run: Run) -> list[tuple[float, float]]:
 
 def differing_keys(runs: Sequence[Run]) -> dict[str, list[Any]]:
     """``section.key`` → each run's value, for the keys in which the recipes differ. A run without a recipe has None everywhere."""
-    flat = [_flat(run.recipe) for run in runs]
+    flat = [_with_defaults(_flat(run.recipe)) for run in runs]
     told = [tree for tree in flat if tree]
     keys = dict.fromkeys(key for tree in told for key in tree)
     found = {}
@@ -150,6 +152,14 @@ def differing_keys(runs: Sequence[Run]) -> dict[str, list[Any]]:
         if key not in _UNTOLD and any(value != values[0] for value in values[1:]):
             found[key] = [tree.get(key) for tree in flat]
     return found
+
+
+def _with_defaults(flat: dict[str, Any]) -> dict[str, Any]:
+    """A run of an older qvera has no line for a key that came later: it ran with what is now the default."""
+    if not flat:
+        return flat
+    later = {f"adapter.{field.name}": field.default for field in dataclasses.fields(AdapterSection)}
+    return {**{key: value for key, value in later.items() if value is not dataclasses.MISSING}, **flat}
 
 
 def _flat(recipe: dict[str, Any]) -> dict[str, Any]:

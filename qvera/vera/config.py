@@ -77,7 +77,9 @@ class QveraConfig(PeftConfig):
             )
         if not isinstance(self.rank, int) or self.rank < 1:
             raise InputError(f"rank: takes a whole number >= 1, got {self.rank!r}.")
-        if not isinstance(self.b_groups, int) or self.b_groups < 1 or self.rank % self.b_groups:
+        if type(self.input_scale) is not bool:
+            raise InputError(f"input_scale: takes true or false, got {self.input_scale!r}.")
+        if type(self.b_groups) is not int or self.b_groups < 1 or self.rank % self.b_groups:
             raise InputError(
                 f"b_groups: takes a whole number >= 1 that divides the rank, {self.rank}, got {self.b_groups!r}."
             )

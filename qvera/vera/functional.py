@@ -51,7 +51,7 @@ class _ScaleInput(torch.autograd.Function):
         grad_x = h * a.to(h.dtype) if ctx.needs_input_grad[0] else None
         grad_a = None
         if ctx.needs_input_grad[1]:
-            wide = torch.promote_types(a.dtype, h.dtype)
+            wide = torch.promote_types(a.dtype, torch.float32)  # TRL casts the vectors of a 4-bit model to bfloat16
             rows, other = (t.reshape(-1, t.shape[-1]) for t in (h, x))
             grad_a = torch.zeros(a.shape, device=a.device, dtype=wide)
             for part in row_blocks(rows):
@@ -99,12 +99,15 @@ def outward(inner: torch.Tensor, B: torch.Tensor, b: torch.Tensor) -> torch.Tens
 
     b may have a row of its own for each row of ``inner``: [T, 1, m] or [T, G, m], as `lowrank.LowRankPath` has for mixed batches.
     """
-    groups = 1 if b.dim() == 1 else b.shape[-2]
     b, B = b.to(inner.dtype), B.to(inner.dtype)
     if b.dim() == 1:
-        return (inner @ B.t()) * b
-    parts = zip(inner.chunk(groups, dim=-1), B.chunk(groups, dim=1), strict=True)
-    return torch.stack([(z @ own.t()) * b[..., g, :] for g, (z, own) in enumerate(parts)]).sum(0)
+        return (inner @ B.t()).mul_(b)
+    groups, out = b.shape[-2], None
+    for g, (z, columns) in enumerate(zip(inner.chunk(groups, dim=-1), B.chunk(groups, dim=1), strict=True)):
+        part = (z @ columns.t()).mul_(b[..., g, :])
+        out = part if out is None else out.add_(part)
+    assert out is not None
+    return out
 
 
 def inward(g: torch.Tensor, B: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -127,10 +130,15 @@ def row_blocks(B: torch.Tensor) -> list[slice]:
     return [slice(start, min(start + step, out_features)) for start in range(0, out_features, step)]
 
 
-def few_tokens(tokens: int, B: torch.Tensor) -> bool:
-    """Whether scaling z and the output, T (r + 2 m) elements, touches fewer elements than building C, m r of them."""
+def few_tokens(tokens: int, B: torch.Tensor, groups: int = 1) -> bool:
+    """Whether scaling z and each group's output, T (r + 2 G m) elements, touches fewer elements than building C, m r of them."""
     out_features, rank = B.shape
-    return tokens * (rank + 2 * out_features) < out_features * rank
+    return tokens * (rank + 2 * groups * out_features) < out_features * rank
+
+
+def group_count(b: torch.Tensor) -> int:
+    """G of one adapter's b, [m] or [G, m]."""
+    return 1 if b.dim() == 1 else b.shape[0]
 
 
 def delta_weight(A: torch.Tensor, B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
@@ -142,7 +150,7 @@ def _expand(
     base: torch.Tensor, z: torch.Tensor, d: torch.Tensor, b: torch.Tensor, B: torch.Tensor, scale: float
 ) -> torch.Tensor:
     flat = z.reshape(-1, z.shape[-1])
-    if few_tokens(flat.shape[0], B):  # a decoding step: C would cost more than the whole product
+    if few_tokens(flat.shape[0], B, group_count(b)):  # a decoding step: C would cost more than the whole product
         delta = outward(flat * (d * scale).to(z.dtype), B, b)
         return base + delta.view(base.shape).to(base.dtype)
     C = combined(B, d, b, scale, z.dtype)
@@ -165,8 +173,7 @@ def vector_gradients(
         if grad_b is not None and b.dim() == 1:
             grad_b[rows] = weighted @ wide_d
         elif grad_b is not None:
-            grouped = (weighted * wide_d).unflatten(1, (b.shape[0], -1))
-            grad_b[:, rows] = grouped.sum(2).t()
+            grad_b[:, rows] = (weighted * wide_d).unflatten(1, (b.shape[0], -1)).sum(2).t()
         if grad_d is not None and b.dim() == 1:
             grad_d += wide_b[rows] @ weighted
         elif grad_d is not None:
@@ -203,7 +210,7 @@ class _Expand(torch.autograd.Function):
         if need_d or need_b:
             grad_d, grad_b = vector_gradients(g_flat.t() @ z_flat, B, d, b, ctx.scale, need_d, need_b)
         if need_z:
-            if few_tokens(z_flat.shape[0], B):
+            if few_tokens(z_flat.shape[0], B, group_count(b)):
                 grad_z = inward(g_flat, B, b) * (d * ctx.scale).to(z.dtype)
             else:
                 grad_z = g_flat @ combined(B, d, b, ctx.scale, z.dtype)

@@ -109,7 +109,7 @@ class QveraLinear(nn.Module, LowRankPath, BaseTunerLayer):
             self.qvera_projection[adapter_name].to(device)
 
     def parts(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float]:
-        """A [r, n], B [m, r], d [r], b [m] and the scalar s of one adapter in this layer."""
+        """A [r, n], B [m, r], d [r], b [m] or [groups, m], and the scalar s of one adapter in this layer."""
         rank = self.qvera_rank[adapter]
         A, B = self.qvera_projection[adapter].slices(rank, self.in_features, self.out_features)
         return A, B, self.qvera_d[adapter], self.qvera_b[adapter], vera_scale(rank, self.in_features)

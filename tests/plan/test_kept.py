@@ -30,7 +30,7 @@ def recipe(rank: int, attention: str, checkpointing: bool, more: bool = False, *
     tree = {
         "model": {"path": "-", "quantization": "none", "attn_implementation": attention, **model},
         "data": {"path": "-"},
-        "adapter": {"rank": rank, "b_groups": 2 if more else 1, "input_scale": more},
+        "adapter": {"rank": rank, "b_groups": 4 if more else 1, "input_scale": more},
         "training": {"gradient_checkpointing": checkpointing, "loss_chunk_tokens": 64},
     }
     return parse_recipe(tree, "a test")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from qvera.cli import main
 from qvera.errors import InputError
@@ -77,6 +78,15 @@ def test_only_keys_that_differ_and_mean_something_are_shown(build_run: Build) ->
     for text in ("training.learning_rate", "0.003", "adapter.rank", "zero2"):
         assert text in html
     assert "output_dir" not in html and "weight_decay" not in html
+
+
+def test_a_run_from_before_a_key_ran_with_its_default(build_run: Build) -> None:
+    runs = [build_run(name="old"), build_run(name="new")]
+    file = runs[0] / "recipe.yaml"
+    tree = yaml.safe_load(file.read_text())
+    del tree["adapter"]["b_groups"], tree["adapter"]["input_scale"]
+    file.write_text(yaml.safe_dump(tree))
+    assert compared(runs).differing == {}
 
 
 def test_four_charts_by_steps_and_by_tokens(build_run: Build) -> None:

@@ -109,6 +109,9 @@ def test_both_branches_are_really_taken() -> None:
     taken = {few_tokens(T, B) for T, B in sizes}
     assert taken == {True, False}
     assert few_tokens(1, torch.empty(4096, 1024)) and not few_tokens(2048, torch.empty(4096, 1024))
+    assert few_tokens(60, torch.empty(1024, 256), 2) and not few_tokens(
+        60, torch.empty(1024, 256), 4
+    )  # one product a group
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -116,7 +119,7 @@ def test_both_branches_agree(groups: int, monkeypatch: pytest.MonkeyPatch) -> No
     p = parts(5, 6, 7, 8, groups=groups)
     results = []
     for few in (True, False):
-        monkeypatch.setattr("qvera.vera.functional.few_tokens", lambda tokens, B, few=few: few)
+        monkeypatch.setattr("qvera.vera.functional.few_tokens", lambda *_, few=few: few)
         leaves = {k: p[k].clone().requires_grad_() for k in ("x", "d", "b")}
         y = expand(leaves["x"] @ p["W"].t(), project(leaves["x"], p["A"]), leaves["d"], leaves["b"], p["B"], 0.5)
         y.square().sum().backward()

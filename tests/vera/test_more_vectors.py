@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from qvera.attached import attach, load_adapter
+from qvera.adapters import load_adapters, same_directions
+from qvera.attached import attach, load_adapter, named_vectors
 from qvera.cli import main
 from qvera.errors import InputError
+from qvera.export.deltas import read_deltas, skeleton
 from qvera.model import load_base
 from qvera.recipe import AdapterSection, parse_recipe
 from qvera.trainer import train
 from qvera.vera import QveraConfig, QveraLinear, register
+from tests.conftest import small_llama
+
+from .helpers import perturb, relative
 
 MORE: dict[str, Any] = {"rank": 8, "b_groups": 2, "input_scale": True}
 IDS = torch.tensor([[5, 9, 200, 31, 7, 150, 42, 3], [8, 8, 30, 1, 99, 4, 250, 6]])
@@ -80,8 +86,6 @@ def _planned_bytes(run_dir: Path) -> int:
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
     run_dir: Path, tiny_model_dir: Path, tiny_rows: Path, tmp_path: Path
 ) -> None:
-    import shutil
-
     shutil.copytree(run_dir, tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "adapter")
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "step-00000030")
@@ -119,9 +123,11 @@ def test_merge_and_unload_and_deleting(run_dir: Path, tiny_model_dir: Path) -> N
     made.model.quantization = "none"
     model = load_adapter(load_base(made.model).model, run_dir / "adapter")
     wanted = logits(model)
-    model.add_adapter("plain", QveraConfig(rank=4))
-    model.delete_adapter("plain")
-    assert all(set(m.qvera_a) == {"default"} for m in model.modules() if isinstance(m, QveraLinear))
+    layers = [m for m in model.modules() if isinstance(m, QveraLinear)]
+    model.add_adapter("other", QveraConfig(rank=4, input_scale=True))
+    assert all(set(m.qvera_a) == {"default", "other"} for m in layers)
+    model.delete_adapter("other")
+    assert all(set(m.qvera_a) == {"default"} for m in layers)
     torch.testing.assert_close(logits(model.merge_and_unload()), wanted, rtol=1e-4, atol=1e-4)
 
 
@@ -142,12 +148,79 @@ def test_starting_from_another_kind_is_refused(run_dir: Path, tiny_model_dir: Pa
     assert torch.equal(logits(attached), wanted)
 
 
+def test_a_vector_that_the_config_does_not_speak_of_is_refused(
+    run_dir: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(run_dir / "adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "input_scale": False}))
+    model = load_base(recipe(tiny_model_dir, Path("-")).model).model
+    with pytest.raises(InputError, match="qvera_a"):
+        load_adapters(model, {"it": tmp_path / "adapter"})
+    with pytest.raises(InputError, match="qvera_a"):
+        load_adapter(load_base(recipe(tiny_model_dir, Path("-")).model).model, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("input_scale", "false"), ("input_scale", None), ("b_groups", True), ("b_groups", 3)]
+)
+def test_a_config_of_another_type_is_refused_by_its_key(
+    key: str, value: Any, run_dir: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(run_dir / "adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    with pytest.raises(InputError, match=f"adapter_config.json: {key}: takes"):
+        load_adapter(load_base(recipe(tiny_model_dir, Path("-")).model).model, tmp_path / "adapter")
+
+
+def test_stock_vera_to_start_from_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+    stock = get_peft_model(small_llama(), VeraConfig(r=8, target_modules=["q_proj"]))
+    stock.save_pretrained(tmp_path / "vera")
+    model = load_base(recipe(tiny_model_dir, Path("-")).model).model
+    with pytest.raises(InputError, match="adapter.init_from: .*PEFT's own VeRA"):
+        attach(model, AdapterSection(rank=8, targets=["q_proj"], init_from=str(tmp_path / "vera")))
+
+
+def test_sums_where_d_and_a_agree(run_dir: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(run_dir / "adapter", tmp_path / "other")
+    file = tmp_path / "other" / "adapter_model.safetensors"
+    vectors = {k: v * -0.5 if k.endswith("qvera_b") else v for k, v in load_file(file).items()}
+    save_file(vectors, file, {"format": "pt"})
+    made = recipe(tiny_model_dir, Path("-"))
+    one, other = (read_deltas(d, skeleton(made.model)) for d in (run_dir / "adapter", tmp_path / "other"))
+    assert main(["merge-adapters", str(run_dir / "adapter"), str(tmp_path / "other"), str(tmp_path / "sum")]) == 0
+    found = read_deltas(tmp_path / "sum", skeleton(made.model))
+    for name, delta in found.layers.items():
+        wanted = 0.5 * one.layers[name].weight() + 0.5 * other.layers[name].weight()
+        torch.testing.assert_close(delta.weight(), wanted, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(delta.rows(3, 7), delta.weight()[3:10], rtol=1e-5, atol=1e-7)
+    save_file({k: v + 0.1 if k.endswith("qvera_a") else v for k, v in vectors.items()}, file, {"format": "pt"})
+    assert "they differ in a (first at" in str(
+        same_directions([one, read_deltas(tmp_path / "other", skeleton(made.model))])
+    )
+
+
+def test_vectors_cast_to_sixteen_bits_train(tiny_model_dir: Path) -> None:
+    """TRL's SFTTrainer does that on a 4-bit base."""
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = attach(load_base(recipe(tiny_model_dir, Path("-")).model).model, AdapterSection(**MORE))
+        perturb(model)
+        for vector in named_vectors(model).values():
+            vector.data = vector.data.to(dtype)
+        model(IDS.repeat(1, 20)).logits.square().mean().backward()
+        found.append({name: vector.grad for name, vector in named_vectors(model).items()})
+    for name, exact in found[0].items():
+        assert (
+            exact is not None and found[1][name].dtype == torch.bfloat16 and relative(found[1][name], exact) < 0.05
+        ), name
+
+
 @pytest.mark.parametrize("damage", ["no a", "short a", "flat b"])
 def test_a_file_without_what_its_config_says_is_refused(
     damage: str, run_dir: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import shutil
-
     shutil.copytree(run_dir / "adapter", tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     vectors = load_file(file)
@@ -159,6 +232,8 @@ def test_a_file_without_what_its_config_says_is_refused(
     save_file(vectors, file, {"format": "pt"})
     with pytest.raises(InputError, match="adapter_model.safetensors"):
         load_adapter(load_base(recipe(tiny_model_dir, Path("-")).model).model, tmp_path / "adapter")
+    with pytest.raises(InputError, match=name.rpartition(".")[0]):
+        load_adapters(load_base(recipe(tiny_model_dir, Path("-")).model).model, {"it": tmp_path / "adapter"})
     command = ["export", str(tmp_path / "adapter"), str(tmp_path / "lora"), "--to", "lora"]
     assert main(command) == 2
     assert name.rpartition(".")[2].removeprefix("qvera_") in capsys.readouterr().err
