@@ -235,23 +235,16 @@ E2E: list[Trial] = [
     ours(learning_rate=0.07, groups=3, rank=96),
     ours(learning_rate=0.15, groups=3, rank=96),
     ours(learning_rate=0.15, groups=2, input_scale=True, rank=96),
-    ours(learning_rate=0.07, groups=2, input_scale=True, rank=96),
-    ours(learning_rate=0.1, groups=2, input_scale=True, rank=96, a_rate=0.3),
     ours(learning_rate=0.1, per_layer="weight"),
-    ours(learning_rate=0.07),
+    Trial(method="lora", rank=1, learning_rate=1.6e-2, schedule="linear", steps=50),
     ours(learning_rate=0.1, by_spectrum=True),
     ours(learning_rate=0.1, rank=1024, scale=0.5),
 ]
 ALPACA: list[Trial] = [
     ours(learning_rate=0.03),
     ours(learning_rate=0.03, groups=2, input_scale=True, rank=96),
-    ours(learning_rate=0.03, input_scale=True),
-    Trial(method="lora", rank=16, learning_rate=2e-3, schedule="linear", steps=50),
-    ours(learning_rate=0.05, groups=2, input_scale=True, rank=96),
-    Trial(method="lora", rank=64, learning_rate=1e-3, schedule="linear", steps=50),
-    ours(learning_rate=0.03, groups=3, rank=96),
-    ours(learning_rate=0.03, magnitude="ia3", magnitude_rate=0.1),
 ]
+"""The others on these rows are in bench/alpaca.py."""
 
 
 def directions(base: Base, recipe: Recipe) -> None:
