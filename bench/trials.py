@@ -106,7 +106,7 @@ def train(model: Any, trial: Trial, recipe: Recipe, datasets: Datasets) -> dict[
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     settings = {"betas": (section.adam_beta1, trial.beta2 or section.adam_beta2), "eps": section.adam_epsilon,
                 "weight_decay": section.weight_decay}  # fmt: skip
-    groups = [{"params": [p], "lr": trial.rate(name)} for name, p in trained.items()]
+    groups = [{"params": [p], "lr": trial.rate(name)} for name, p in trained.items()] or [{"params": []}]
     optimizer = torch.optim.AdamW(groups, lr=trial.learning_rate, **settings)  # type: ignore[arg-type]
     schedule = build_schedule(section, optimizer, trial.steps)
     batches = batches_of(recipe, datasets.train)

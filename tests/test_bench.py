@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import importlib
 import json
 import subprocess
 import sys
@@ -68,6 +69,48 @@ def test_trials_differ_in_the_adapter_alone(make_recipe: Any, tmp_path: Path) ->
     lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     own = [line["loss"] for line in lines if line["kind"] == "train"]
     assert found["qvera"]["losses"] == pytest.approx(own, rel=1e-5)
+
+
+@pytest.fixture
+def variant(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "bench"))
+    return importlib.import_module("variant").Variant
+
+
+@pytest.mark.parametrize("more", [{}, {"b_groups": 2}, {"b_groups": 4, "input_scale": True}], ids=str)
+def test_a_variant_written_as_its_formulas_trains_as_the_layers_do(
+    make_recipe: Any, variant: Any, more: dict[str, Any]
+) -> None:
+    """So that what bench/variants.py measured stands for ``adapter.b_groups`` and ``adapter.input_scale``."""
+    shared: dict[str, Any] = {
+        "rank": 8,
+        "learning_rate": 2e-2,
+        "steps": 6,
+        "input_scale": more.get("input_scale", False),
+    }
+    losses = [
+        run(trial, make_recipe())[3]["losses"]
+        for trial in (
+            Trial(method="qvera", b_groups=more.get("b_groups", 1), **shared),
+            variant(method="variant", groups=more.get("b_groups", 1), **shared),
+        )
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][-1] < losses[0][0]
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        {"magnitude": "ia3"}, {"magnitude": "dora"}, {"redraw": 2}, {"per_layer": "weight"}, {"input_norm": 1.0},
+        {"input_norm": 0.5, "input_unit": True}, {"by_spectrum": True}, {"scale": 0.5}, {"train_d": False},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_variant_starts_from_the_base_and_trains(make_recipe: Any, variant: Any, what: dict[str, Any]) -> None:
+    shared: dict[str, Any] = {"method": "variant", "rank": 8, "learning_rate": 2e-2, "steps": 5}
+    plain, other = (run(variant(**shared, **more), make_recipe())[3]["losses"] for more in ({}, what))
+    assert plain[0] == pytest.approx(other[0], rel=1e-4)  # nothing is changed yet
+    assert other[-1] < other[0] and other[1:] != plain[1:]
 
 
 def test_a_kept_trial_is_the_model_that_was_trained(make_recipe: Any, tmp_path: Path) -> None:

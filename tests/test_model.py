@@ -274,6 +274,8 @@ def test_attach_counts_and_names() -> None:
     )
     assert adapter_facts(model) == {
         "rank": 8,
+        "b_groups": 1,
+        "input_scale": False,
         "targets": ["down_proj", "q_proj"],
         "adapted_modules": 4,
         "trainable_parameters": 4 * (64 + 8),
