@@ -50,7 +50,7 @@ TRIALS = [
     Trial(method="lora", rank=64, learning_rate=1e-3, schedule="linear", steps=STEPS),
     ours(learning_rate=2e-2),
     ours(learning_rate=5e-2),
-    ours(learning_rate=3e-2, rank=256, b_groups=4),
+    ours(learning_rate=7e-2),
 ]
 """The first six with the cosine; a linear decay is better for all of them."""
 
