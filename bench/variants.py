@@ -58,7 +58,6 @@ E2E: list[Trial] = [
     ours(learning_rate=0.1, per_layer="weight"),
     Trial(method="lora", rank=1, learning_rate=1.6e-2, schedule="linear", steps=50),
     ours(learning_rate=0.1, by_spectrum=True),
-    ours(learning_rate=0.1, rank=1024, scale=0.5),
 ]
 ALPACA: list[Trial] = [
     ours(learning_rate=0.03),
