@@ -156,6 +156,6 @@ def info(args: argparse.Namespace) -> None:
             value = ", ".join(map(str, value))
         elif name.endswith("_bytes"):
             value = f"{value:,} ({memory_text(value)})"
-        elif isinstance(value, int):
+        elif isinstance(value, int) and not isinstance(value, bool):
             value = f"{value:,}"
         print(f"{name:<22}{value}")

@@ -111,6 +111,12 @@ def test_exports_give_the_trained_models_logits(run_dir: Path, tiny_model_dir: P
     torch.testing.assert_close(logits(merged), wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_info_says_what_it_consists_of(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(run_dir)]) == 0
+    said = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines() if " " in line.strip())
+    assert (said["rank"], said["b_groups"], said["input_scale"]) == ("8", "2", "True")
+
+
 def test_stock_peft_reads_it_by_its_own_way_in(run_dir: Path, tiny_model_dir: Path) -> None:
     register()
     made = recipe(tiny_model_dir, Path("-"))
