@@ -14,10 +14,9 @@ import json
 import random
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from common import RESULTS, header, smollm2
-from trials import Trial, Written, add_half, run
+from trials import MORE, Trial, Written, add_half, run
 
 from qvera import evaluate
 from qvera.data import build_datasets
@@ -26,19 +25,9 @@ from qvera.recipe import Recipe, parse_recipe
 STEPS = 50  # of 8 rows
 
 
-def ours(**keys: Any) -> Trial:
+def ours(rate: float) -> Trial:
     """With the vectors that were best on E2E (bench/e2e.py)."""
-    return Trial(
-        **{
-            "method": "qvera",
-            "rank": 96,
-            "b_groups": 2,
-            "input_scale": True,
-            "schedule": "linear",
-            "steps": STEPS,
-            **keys,
-        }
-    )
+    return Trial(method="qvera", **MORE, learning_rate=rate, schedule="linear", steps=STEPS)
 
 
 TRIALS = [
@@ -46,11 +35,11 @@ TRIALS = [
     *(Trial(method="lora", rank=64, learning_rate=rate, steps=STEPS) for rate in (1e-3, 2e-3)),
     *(Trial(method="qvera", rank=256, learning_rate=rate, steps=STEPS) for rate in (3e-2, 0.1)),
     Trial(method="lora", rank=16, learning_rate=2e-3, schedule="linear", steps=STEPS),
-    ours(learning_rate=3e-2),
+    ours(3e-2),
     Trial(method="lora", rank=64, learning_rate=1e-3, schedule="linear", steps=STEPS),
-    ours(learning_rate=2e-2),
-    ours(learning_rate=5e-2),
-    ours(learning_rate=7e-2),
+    ours(2e-2),
+    ours(5e-2),
+    ours(7e-2),
 ]
 """The first six with the cosine; a linear decay is better for all of them."""
 

@@ -26,6 +26,7 @@ from peft import LoraConfig, VeraConfig, get_peft_model
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from trials import MORE
 
 from qvera.attached import attach
 from qvera.evaluate import batch_nll
@@ -35,12 +36,8 @@ from qvera.model import enable_checkpointing, load_base
 from qvera.recipe import AdapterSection, ModelSection
 from qvera.vera import QveraLinear
 
-MORE = "ours r=96, 2 b, a"
-"""With ``b_groups: 2`` and ``input_scale``, as recipes/e2e has."""
-
-
-def more() -> AdapterSection:
-    return AdapterSection(rank=96, b_groups=2, input_scale=True)
+BEYOND = "ours r=96, 2 b, a"
+"""With `trials.MORE`."""
 
 
 def kept_bytes(model: Any, run: Any) -> int:
@@ -137,14 +134,14 @@ def layer_of_7b(rounds: int, tokens: int = 512) -> dict[str, Any]:
         "frozen, ours",
         "ours r=256",
         "ours r=1024",
-        MORE,
+        BEYOND,
         "stock PEFT VeRA r=256",
     ):
         model = synthetic("one 7B layer", torch.device("cpu"), DTYPE).train()
         if name == "frozen, ours":
             freeze_linears(model)
-        elif name == MORE:
-            model = attach(model, more())
+        elif name == BEYOND:
+            model = attach(model, AdapterSection(**MORE))
         elif name.startswith("ours"):
             model = attach(model, AdapterSection(rank=int(name.partition("=")[2])))
         elif "VeRA" in name:
@@ -207,7 +204,7 @@ def main() -> None:
         models[f"ours r={rank}"] = attach(load_base(section).model, AdapterSection(rank=rank), path)
         vera = VeraConfig(r=rank, target_modules="all-linear", save_projection=False)
         models[f"stock PEFT VeRA r={rank}"] = get_peft_model(stock(path), vera)
-    models[MORE] = attach(load_base(section).model, more(), path)
+    models[BEYOND] = attach(load_base(section).model, AdapterSection(**MORE), path)
     models["stock PEFT LoRA r=16"] = get_peft_model(stock(path), LoraConfig(r=16, target_modules="all-linear"))
     if args.only:
         models = {n: m for n, m in models.items() if any(part in n for part in args.only)}

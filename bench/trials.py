@@ -28,6 +28,9 @@ from qvera.model import Base, load_base
 from qvera.optimize import build_schedule
 from qvera.recipe import Recipe
 
+MORE: dict[str, Any] = {"rank": 96, "b_groups": 2, "input_scale": True}
+"""The adapter beyond VeRA that came out best on E2E (recipes/e2e), by the recipe's keys."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trial:

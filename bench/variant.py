@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -129,27 +130,35 @@ class VariantLinear(nn.Module):
         return out
 
 
-def input_rms(base: Base, recipe: Recipe, rows: int) -> dict[str, torch.Tensor]:
-    """Name of a linear → the RMS of each of its inputs over the first ``rows`` training rows [n]."""
+def see_inputs(
+    base: Base, recipe: Recipe, see: Callable[[str, torch.Tensor], None], names: tuple[str, ...] = ("",)
+) -> None:
+    """``see(name, x)`` for the input x [T, n], fp32, of every linear whose name ends so, over the first 16 training rows."""
     datasets = build_datasets(recipe.data, base.tokenizer)
+    model: Any = base.model
+
+    def hook(name: str) -> Any:
+        return lambda _, args, __: see(name, args[0].detach().float().flatten(0, -2))
+
+    linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.endswith(names)]
+    hooks = [module.register_forward_hook(hook(name)) for name, module in linears]
+    with torch.no_grad():
+        for example in datasets.train[:16]:  # one by one: no padding
+            evaluate.batch_nll(model, evaluate.make_batch(model, [example], datasets.pad_id), 512)
+    for one in hooks:
+        one.remove()
+
+
+def input_rms(base: Base, recipe: Recipe) -> dict[str, torch.Tensor]:
+    """Name of a linear → the RMS of each of its inputs [n]."""
     sums: dict[str, torch.Tensor] = {}
     tokens: dict[str, int] = {}
 
-    def hook(name: str) -> Any:
-        def add(_: Any, args: Any, __: Any) -> None:
-            x = args[0].detach().float().reshape(-1, args[0].shape[-1])
-            sums[name] = sums.get(name, 0) + x.square().sum(0)
-            tokens[name] = tokens.get(name, 0) + len(x)
+    def add(name: str, x: torch.Tensor) -> None:
+        sums[name] = sums.get(name, torch.zeros(x.shape[1])) + x.square().sum(0)
+        tokens[name] = tokens.get(name, 0) + len(x)
 
-        return add
-
-    model: Any = base.model
-    hooks = [m.register_forward_hook(hook(n)) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    with torch.no_grad():
-        for i in range(rows):  # one by one: no padding
-            evaluate.batch_nll(model, evaluate.make_batch(model, [datasets.train[i]], datasets.pad_id), 512)
-    for one in hooks:
-        one.remove()
+    see_inputs(base, recipe, add)
     return {name: (total / tokens[name]).sqrt() for name, total in sums.items()}
 
 
@@ -180,7 +189,7 @@ def adapted(base: Base, variant: Variant, recipe: Recipe) -> Any:
     linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) and "lm_head" not in name]
     pair = SharedProjection(variant.seed, torch.device("cpu"), getattr(torch, base.facts["compute_dtype"]))
     sizes = {name: quantize.dequantized_weight(m, torch.float32).square().mean().sqrt().item() for name, m in linears}
-    rms = input_rms(base, recipe, 16) if variant.input_norm or variant.input_unit else {}
+    rms = input_rms(base, recipe) if variant.input_norm or variant.input_unit else {}
     ranks = spectral_ranks(dict(linears), variant.rank) if variant.by_spectrum else {}
     mean = sum(sizes.values()) / len(sizes)
     for name, module in linears:

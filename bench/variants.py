@@ -22,10 +22,8 @@ import e2e
 import torch
 from common import RESULTS, header
 from trials import Trial, Written, add_half, run
-from variant import Variant
+from variant import Variant, see_inputs
 
-from qvera import evaluate
-from qvera.data import build_datasets
 from qvera.model import Base, load_base
 from qvera.recipe import Recipe
 
@@ -68,20 +66,9 @@ ALPACA: list[Trial] = [
 
 def directions(base: Base, recipe: Recipe) -> None:
     """Print how many directions the inputs of the linears have: the participation ratio (Σ λ)² / Σ λ² of x xᵀ over 16 rows."""
-    datasets = build_datasets(recipe.data, base.tokenizer)
-    model: Any = base.model
     inputs: dict[str, list[torch.Tensor]] = {}
     roles = ("q_proj", "o_proj", "gate_proj", "down_proj")  # k and v read what q does, up what gate does
-
-    def hook(name: str) -> Any:
-        return lambda _, args, __: inputs.setdefault(name, []).append(args[0].detach().float().flatten(0, -2))
-
-    hooks = [m.register_forward_hook(hook(n)) for n, m in model.named_modules() if n.endswith(roles)]
-    with torch.no_grad():
-        for example in datasets.train[:16]:
-            evaluate.batch_nll(model, evaluate.make_batch(model, [example], datasets.pad_id), 512)
-    for one in hooks:
-        one.remove()
+    see_inputs(base, recipe, lambda name, x: inputs.setdefault(name, []).append(x), roles)
     print("role        n     of x      of x - mean   of x / RMS   largest RMS / median   (median over the layers)")
     for role in roles:
         found = []

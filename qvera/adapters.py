@@ -19,7 +19,7 @@ from .export.deltas import PREFIX, AdapterDeltas, Delta
 from .export.factors import require_empty
 from .vera import QveraConfig, QveraLinear
 from .vera.bank import empty_bank
-from .vera.config import PEFT_TYPE
+from .vera.config import KINDS, PEFT_TYPE, vector_shapes
 from .vera.projection import vera_scale
 
 
@@ -102,27 +102,18 @@ def _fill(
     """Copy one adapter's vectors into its row of a bank, the layer's scale multiplied into d."""
     names = {key.rpartition(".")[0] for key in vectors}
     for name in names:
-        d, b = vectors.get(f"{name}.qvera_d"), vectors.get(f"{name}.qvera_b")
         layer = layers.get(name)
-        if d is None or b is None or layer is None:
+        if layer is None:
             raise InputError(f"{source}: its vectors of {name} do not fit this model.")
-        a = vectors.get(f"{name}.qvera_a")
-        if (a is not None) != config.input_scale or (a is not None and a.numel() != layer.in_features):
-            wanted = f"one of {layer.in_features} numbers" if config.input_scale else "none"
-            raise InputError(
-                f"{source}: its vector qvera_a of {name} has {0 if a is None else a.numel()} numbers, its config and this model "
-                f"want {wanted}."
-            )
-        if d.numel() != config.rank or b.shape != layer.b_shape(config.b_groups):
-            raise InputError(
-                f"{source}: {name} has vectors of shapes {list(d.shape)} and {list(b.shape)}, this model and its config need "
-                f"{[config.rank]} and {list(layer.b_shape(config.b_groups))}."
-            )
+        expected = vector_shapes(config, layer.in_features, layer.out_features)
+        given = {kind: tuple(vectors[f"{name}.{kind}"].shape) for kind in KINDS if f"{name}.{kind}" in vectors}
+        if given != expected:
+            raise InputError(f"{source}: {name} has the vectors {given}, this model and its config need {expected}.")
+        b, d, *more = (vectors[f"{name}.{kind}"].flatten() for kind in expected)
         at_d, at_b = columns[name]
         row[at_d : at_d + config.rank] = d * vera_scale(config.rank, layer.in_features)
-        row[at_b : at_b + b.numel()] = b.flatten()
-        if a is not None:
-            row[at_b + b.numel() : at_b + b.numel() + a.numel()] = a
+        behind = torch.cat([b, *more])
+        row[at_b : at_b + behind.numel()] = behind
 
 
 def same_directions(adapters: Sequence[AdapterDeltas]) -> str | None:

@@ -26,7 +26,7 @@ from .recipe import AdapterSection, ModelSection
 from .stored import same_base
 from .unfinished import disk_full_says, flush
 from .vera import QveraConfig, QveraLinear, accelerated_peft
-from .vera.config import PEFT_TYPE
+from .vera.config import KINDS, PEFT_TYPE
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -103,10 +103,9 @@ def named_vectors(model: nn.Module, adapter: str = "default") -> dict[str, nn.Pa
     vectors: dict[str, nn.Parameter] = {}
     for name, module in model.named_modules():
         if isinstance(module, QveraLinear) and adapter in module.qvera_d:
-            vectors[f"{name}.qvera_b"] = module.qvera_b[adapter]
-            vectors[f"{name}.qvera_d"] = module.qvera_d[adapter]
-            if adapter in module.qvera_a:
-                vectors[f"{name}.qvera_a"] = module.qvera_a[adapter]
+            for kind in KINDS:
+                if adapter in getattr(module, kind):
+                    vectors[f"{name}.{kind}"] = getattr(module, kind)[adapter]
     return vectors
 
 

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from ..attached import read_adapter
 from ..errors import InputError
 from ..skeleton import skeleton as skeleton
+from ..vera.config import PEFT_TYPE, vector_shapes
 from ..vera.functional import delta_weight, times_b
 from ..vera.layer import layer_shape
 from ..vera.projection import uniform_pair, vera_scale
@@ -39,10 +40,6 @@ class Delta:
     transposed: bool
     a: torch.Tensor | None = None
 
-    def right(self, columns: slice = slice(None)) -> torch.Tensor:
-        """Columns of A diag(a) [r, n]."""
-        return self.A[:, columns] if self.a is None else self.A[:, columns] * self.a[columns]
-
     @property
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
@@ -50,21 +47,20 @@ class Delta:
 
     def lora(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A' = diag(s d) A diag(a) [r, n] and B' = diag(b) B [m, r] in fp32: ΔW = B' A'."""
-        return (self.d * self.scale).unsqueeze(1) * self.right(), times_b(self.B, self.b)
+        right = (self.d * self.scale).unsqueeze(1) * self.A
+        return right if self.a is None else right.mul_(self.a), times_b(self.B, self.b)
 
     def rows(self, first: int, count: int) -> torch.Tensor:
         """Rows [first, first + count) of `weight`."""
         part = slice(first, first + count)
         if self.transposed:
-            return delta_weight(self.right(part), self.B, self.d, self.b, self.scale).t().contiguous()
-        change = delta_weight(self.A, self.B[part], self.d, self.b[..., part], self.scale)
-        return (
-            change if self.a is None else change.mul_(self.a)
-        )  # some rows at a time: cheaper than A diag(a) for each of them
+            a = None if self.a is None else self.a[part]
+            return delta_weight(self.A[:, part], self.B, self.d, self.b, self.scale, a).t().contiguous()
+        return delta_weight(self.A, self.B[part], self.d, self.b[..., part], self.scale, self.a)
 
     def weight(self) -> torch.Tensor:
         """ΔW [out, in] fp32, or [in, out] for a Conv1D."""
-        delta = delta_weight(self.right(), self.B, self.d, self.b, self.scale)
+        delta = delta_weight(self.A, self.B, self.d, self.b, self.scale, self.a)
         return delta.t() if self.transposed else delta
 
 
@@ -95,51 +91,37 @@ def read_deltas(adapter_dir: Path, base: torch.nn.Module) -> AdapterDeltas:
         InputError: it is no VeRA adapter, or another model's.
     """
     config, tensors = read_adapter(adapter_dir)
-    names = _StockNames if config.peft_type != "QVERA" else _OwnNames
-    A, B = _stock_pair(config, tensors, base) if names is _StockNames else _own_pair(config)
+    stock = config.peft_type != PEFT_TYPE
+    A, B = _stock_pair(config, tensors, base) if stock else _own_pair(config)
     rank = A.shape[0]
     modules = dict(base.named_modules())
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for key in sorted(k for k in tensors if k.startswith(PREFIX)):
+        name, _, kind = key.removeprefix(PREFIX).rpartition(".")
+        found.setdefault(name, {})[kind] = tensors[key]
     layers: dict[str, Delta] = {}
-    for name in sorted({k.removeprefix(PREFIX).rpartition(".")[0] for k in tensors if k.startswith(PREFIX)}):
-        d, b = tensors.get(f"{PREFIX}{name}.{names.d}"), tensors.get(f"{PREFIX}{name}.{names.b}")
-        if d is None or b is None:
-            raise InputError(f"{adapter_dir}: has no {names.d if d is None else names.b} for {name}.")
+    for name, vectors in found.items():
         shape = layer_shape(modules[name]) if name in modules else None
         if shape is None:
             raise InputError(
                 f"{adapter_dir}: changes {name}, which the base model does not have as a linear layer: it is another "
                 "model's adapter."
             )
-        in_features, out_features = shape
-        a = tensors.get(f"{PREFIX}{name}.qvera_a")
-        if (a is not None) != getattr(config, "input_scale", False) or (a is not None and a.numel() != in_features):
+        n, m = shape
+        expected = {"vera_lambda_b": (m,), "vera_lambda_d": (rank,)} if stock else vector_shapes(config, n, m)
+        given = {kind: tuple(vector.shape) for kind, vector in vectors.items()}
+        if given != expected or n > A.shape[1] or m > B.shape[0]:
             raise InputError(
-                f"{adapter_dir}: its qvera_a of {name} is not what its config (input_scale) and the base ({in_features} inputs) "
-                "ask for: the file is damaged, or another model's adapter."
-            )
-        groups = getattr(config, "b_groups", 1)
-        expected = (out_features,) if groups == 1 else (groups, out_features)
-        if b.shape != expected or in_features > A.shape[1] or out_features > B.shape[0] or d.numel() != rank:
-            raise InputError(
-                f"{adapter_dir}: {name} has shape {[out_features, in_features]} in the base, but the adapter has b of "
-                f"{list(b.shape)} for it (expected {list(expected)}) and a pair of {list(A.shape)} and {list(B.shape)}: "
+                f"{adapter_dir}: {name} has shape {[m, n]} in the base, which with its config asks for the vectors {expected}, but "
+                f"the adapter has {given} for it and a pair of {list(A.shape)} and {list(B.shape)}: the file is damaged, or "
                 "another model's adapter."
             )
-        scale = vera_scale(rank, in_features) if names is _OwnNames else 1.0
-        transposed = isinstance(modules[name], Conv1D)
-        a = None if a is None else a.float()
-        layers[name] = Delta(A[:, :in_features], B[:out_features], d.float(), b.float(), scale, transposed, a)
+        b, d, *more = (vectors[kind].float() for kind in expected)
+        scale = 1.0 if stock else vera_scale(rank, n)
+        layers[name] = Delta(A[:, :n], B[:m], d, b, scale, isinstance(modules[name], Conv1D), *more)
     if not layers:
         raise InputError(f"{adapter_dir}: has no vectors in it.")
     return AdapterDeltas(config, A, B, layers)
-
-
-class _OwnNames:
-    d, b = "qvera_d", "qvera_b"
-
-
-class _StockNames:
-    d, b = "vera_lambda_d", "vera_lambda_b"
 
 
 def _own_pair(config: Any) -> tuple[torch.Tensor, torch.Tensor]:

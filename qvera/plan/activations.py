@@ -186,7 +186,6 @@ def product_bytes(a: Adapted, x: Linear) -> int:
     # combining d, B and b, and taking their gradients from M, goes by blocks of rows in fp32 (`functional.row_blocks`)
     block = pair * 4 if a.machine.device_type != "cpu" else min(pair, BLOCK_ELEMENTS) * 4
     combining = 2 * block + (pair * size if block < pair * 4 else 0)
-    more = block if a.b_groups > 1 else 0  # diag(b) of each group on M ⊙ B
     if a.is_summed(x):
         building = x.n * x.m * size + combining
         adding = x.n * x.m * size + pair * size
@@ -195,11 +194,11 @@ def product_bytes(a: Adapted, x: Linear) -> int:
             a.input_scale
         ):  # A diag(a); then z or M's blocks; then C, N, and z's gradient or A and its product with N in fp32
             side, z = a.rank * x.n, a.batch.all_tokens * a.rank * size
-            gradient += side * size + max(z, block + more, (pair + side) * size + max(z, side * 8))
+            gradient += side * size + max(z, block, (pair + side) * size + max(z, side * 8))
         else:
-            gradient += block + more
+            gradient += block
         return max(read, building, adding, gradient)
-    gradient = pair * size + block + max(block if size < 4 else 0, more)
+    gradient = pair * size + block + (block if size < 4 else 0)
     if few_tokens(a.batch.all_tokens, torch.empty(x.m, a.rank, device="meta"), a.b_groups):
         combining = a.batch.all_tokens * (x.m * min(a.b_groups, 2) + a.rank) * size
     return max(read, gradient, combining)

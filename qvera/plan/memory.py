@@ -10,6 +10,7 @@ from typing import Any, Literal
 from ..loss import BLOCK_ELEMENTS
 from ..recipe import AdapterSection, Recipe
 from ..repeating import AN_OCTAVE, KERNELS, next_length, repeats
+from ..vera import config
 from .activations import Adapted, Batch, kept_bytes, norm_bytes, product_shapes, transient_bytes
 from .machine import Machine
 from .shapes import Linear, Shape
@@ -103,13 +104,7 @@ def weight_storage_bytes(x: Linear, recipe: Recipe, itemsize: int) -> int:
 
 def vector_shapes(adapted: tuple[Linear, ...], section: AdapterSection) -> dict[str, tuple[int, ...]]:
     """Keys of the adapter file, without PEFT's prefix, and the shape of each vector."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for x in adapted:
-        shapes[f"{x.name}.qvera_b"] = (x.m,) if section.b_groups == 1 else (section.b_groups, x.m)
-        shapes[f"{x.name}.qvera_d"] = (section.rank,)
-        if section.input_scale:
-            shapes[f"{x.name}.qvera_a"] = (x.n,)
-    return shapes
+    return {f"{x.name}.{kind}": size for x in adapted for kind, size in config.vector_shapes(section, x.n, x.m).items()}
 
 
 def trained_shapes(adapted: tuple[Linear, ...], section: AdapterSection) -> dict[str, tuple[int, ...]]:

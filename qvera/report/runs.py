@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ import yaml
 
 from ..errors import InputError
 from ..numbers import count, duration, percent, significant, size
-from ..recipe import AdapterSection
+from ..recipe import DataSection, ModelSection, Recipe
 from ..unfinished import replace_text
 from .charts import Line, Point, line_chart, smooth, thin
 from .curves import held_out_curve, series
@@ -158,8 +157,9 @@ def _with_defaults(flat: dict[str, Any]) -> dict[str, Any]:
     """A run of an older qvera has no line for a key that came later: it ran with what is now the default."""
     if not flat:
         return flat
-    later = {f"adapter.{field.name}": field.default for field in dataclasses.fields(AdapterSection)}
-    return {**{key: value for key, value in later.items() if value is not dataclasses.MISSING}, **flat}
+    required = ModelSection(path="-"), DataSection(path="-")
+    defaults = _flat(Recipe(model=required[0], data=required[1]).to_dict())
+    return {key: value for key, value in defaults.items() if key not in ("model.path", "data.path")} | flat
 
 
 def _flat(recipe: dict[str, Any]) -> dict[str, Any]:

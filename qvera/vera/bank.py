@@ -2,7 +2,8 @@
 
 A thousand adapters as PEFT would hold them are 420,000 parameters for a model of 210 linears; here a seed's adapters are one
 fp32 tensor [adapters, numbers], of which every layer reads two column ranges. Adapters of one seed share A and B whatever
-their rank (a smaller pair is a prefix of a larger one), so a batch costs one low-rank product for each seed in it.
+their rank (a smaller pair is a prefix of a larger one), so a batch costs one low-rank product for each bank in it: for each
+seed, and each kind of adapter where there are several (``b_groups``, ``input_scale``).
 """
 
 from __future__ import annotations

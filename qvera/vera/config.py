@@ -18,6 +18,24 @@ FORMAT_VERSION = 2
 An adapter names the oldest that has all it needs."""
 
 
+KINDS = ("qvera_b", "qvera_d", "qvera_a")
+"""The vectors of a linear by their names in an adapter file; the last one is there with ``input_scale`` only."""
+
+
+def vector_shapes(adapter: Any, in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
+    """What one linear has of an adapter: which of `KINDS`, in that order, and their shapes.
+
+    Args:
+        adapter: a `QveraConfig`, or the adapter section of a recipe.
+    """
+    groups = adapter.b_groups
+    shapes: dict[str, tuple[int, ...]] = {"qvera_b": (out_features,) if groups == 1 else (groups, out_features)}
+    shapes["qvera_d"] = (adapter.rank,)
+    if adapter.input_scale:
+        shapes["qvera_a"] = (in_features,)
+    return shapes
+
+
 @dataclass
 class QveraConfig(PeftConfig):
     """A VeRA adapter over a (quantized) base. Defaults are those of a recipe's adapter section.

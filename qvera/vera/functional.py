@@ -87,11 +87,15 @@ def combined(B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float, dt
     return C
 
 
+def grouped(b: torch.Tensor) -> torch.Tensor:
+    """One adapter's b as [G, m], whatever it is held as."""
+    return b.unsqueeze(0) if b.dim() == 1 else b
+
+
 def times_b(B: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """diag(b) B [m, r] for b [m], and for b [G, m] each group of B's columns with its own b."""
-    if b.dim() == 1:
-        return b.unsqueeze(1) * B
-    return (b.t().unsqueeze(2) * B.unflatten(1, (b.shape[0], -1))).flatten(1)
+    """diag(b) B [m, r], each group of B's columns with its own b."""
+    b = grouped(b)
+    return (b.t().unsqueeze(2) * B.unflatten(1, (len(b), -1))).flatten(1)
 
 
 def outward(inner: torch.Tensor, B: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -99,23 +103,19 @@ def outward(inner: torch.Tensor, B: torch.Tensor, b: torch.Tensor) -> torch.Tens
 
     b may have a row of its own for each row of ``inner``: [T, 1, m] or [T, G, m], as `lowrank.LowRankPath` has for mixed batches.
     """
-    b, B = b.to(inner.dtype), B.to(inner.dtype)
-    if b.dim() == 1:
-        return (inner @ B.t()).mul_(b)
-    groups, out = b.shape[-2], None
-    for g, (z, columns) in enumerate(zip(inner.chunk(groups, dim=-1), B.chunk(groups, dim=1), strict=True)):
-        part = (z @ columns.t()).mul_(b[..., g, :])
-        out = part if out is None else out.add_(part)
-    assert out is not None
+    each, B = grouped(b).to(inner.dtype).unbind(-2), B.to(inner.dtype)
+    parts = zip(inner.chunk(len(each), dim=-1), B.chunk(len(each), dim=1), each, strict=True)
+    z, columns, own = next(parts)
+    out = (z @ columns.t()).mul_(own)
+    for z, columns, own in parts:  # noqa: B007
+        out.add_((z @ columns.t()).mul_(own))
     return out
 
 
 def inward(g: torch.Tensor, B: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """(g ⊙ b) B, group by group: what `outward` is the transpose of, [T, m] to [T, r]."""
-    b, B = b.to(g.dtype), B.to(g.dtype)
-    if b.dim() == 1:
-        return (g * b) @ B
-    return torch.cat([(g * own) @ columns for own, columns in zip(b, B.chunk(b.shape[0], dim=1), strict=True)], dim=1)
+    each, B = grouped(b).to(g.dtype), B.to(g.dtype)
+    return torch.cat([(g * own) @ columns for own, columns in zip(each, B.chunk(len(each), dim=1), strict=True)], dim=1)
 
 
 BLOCK_ELEMENTS = 2**19
@@ -136,21 +136,24 @@ def few_tokens(tokens: int, B: torch.Tensor, groups: int = 1) -> bool:
     return tokens * (rank + 2 * groups * out_features) < out_features * rank
 
 
-def group_count(b: torch.Tensor) -> int:
-    """G of one adapter's b, [m] or [G, m]."""
-    return 1 if b.dim() == 1 else b.shape[0]
-
-
-def delta_weight(A: torch.Tensor, B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
-    """ΔW = diag(b) B diag(s d) A: [m, n], in the dtype of the inputs. x ΔWᵀ is what `expand` adds to the base output."""
-    return combined(B, d, b, scale, B.dtype) @ A
+def delta_weight(
+    A: torch.Tensor,
+    B: torch.Tensor,
+    d: torch.Tensor,
+    b: torch.Tensor,
+    scale: float,
+    a: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """ΔW = diag(b) B diag(s d) A diag(a): [m, n], in the dtype of the inputs. x ΔWᵀ is what `expand` adds to the base output."""
+    delta = combined(B, d, b, scale, B.dtype) @ A
+    return delta if a is None else delta.mul_(a)
 
 
 def _expand(
     base: torch.Tensor, z: torch.Tensor, d: torch.Tensor, b: torch.Tensor, B: torch.Tensor, scale: float
 ) -> torch.Tensor:
     flat = z.reshape(-1, z.shape[-1])
-    if few_tokens(flat.shape[0], B, group_count(b)):  # a decoding step: C would cost more than the whole product
+    if few_tokens(flat.shape[0], B, len(grouped(b))):  # a decoding step: C would cost more than the whole product
         delta = outward(flat * (d * scale).to(z.dtype), B, b)
         return base + delta.view(base.shape).to(base.dtype)
     C = combined(B, d, b, scale, z.dtype)
@@ -165,22 +168,20 @@ def vector_gradients(
     """∂d [r] and ∂b, of b's shape, from M = gᵀ z [m, r], in the vectors' dtype; None for one that is not needed."""
     # TRL casts a 4-bit model's trained numbers to bfloat16; B stays as it is
     dtype = torch.promote_types(d.dtype, B.dtype)
-    wide_d, wide_b = d.to(dtype), b.to(dtype)
+    wide_b = grouped(b).to(dtype)
+    wide_d = d.to(dtype).view(len(wide_b), -1)
     grad_d = torch.zeros_like(wide_d) if need_d else None
     grad_b = torch.empty_like(wide_b) if need_b else None
     for rows in row_blocks(B):
         weighted = M[rows].to(dtype) * B[rows]
-        if grad_b is not None and b.dim() == 1:
-            grad_b[rows] = weighted @ wide_d
-        elif grad_b is not None:
-            grad_b[:, rows] = (weighted * wide_d).unflatten(1, (b.shape[0], -1)).sum(2).t()
-        if grad_d is not None and b.dim() == 1:
-            grad_d += wide_b[rows] @ weighted
-        elif grad_d is not None:
-            grad_d += times_b(weighted, wide_b[:, rows]).sum(0)
+        for g, part in enumerate(weighted.chunk(len(wide_b), dim=1)):
+            if grad_b is not None:
+                grad_b[g, rows] = part @ wide_d[g]
+            if grad_d is not None:
+                grad_d[g] += wide_b[g, rows] @ part
     return (
-        None if grad_d is None else (grad_d * scale).to(d.dtype),
-        None if grad_b is None else (grad_b * scale).to(b.dtype),
+        None if grad_d is None else (grad_d * scale).to(d.dtype).view(d.shape),
+        None if grad_b is None else (grad_b * scale).to(b.dtype).view(b.shape),
     )
 
 
@@ -210,7 +211,7 @@ class _Expand(torch.autograd.Function):
         if need_d or need_b:
             grad_d, grad_b = vector_gradients(g_flat.t() @ z_flat, B, d, b, ctx.scale, need_d, need_b)
         if need_z:
-            if few_tokens(z_flat.shape[0], B, group_count(b)):
+            if few_tokens(z_flat.shape[0], B, len(grouped(b))):
                 grad_z = inward(g_flat, B, b) * (d * ctx.scale).to(z.dtype)
             else:
                 grad_z = g_flat @ combined(B, d, b, ctx.scale, z.dtype)

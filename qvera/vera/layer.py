@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import quantize
 from .bank import RowPlan
-from .config import QveraConfig
+from .config import KINDS, QveraConfig, vector_shapes
+from .functional import grouped
 from .lowrank import LowRankPath
 from .projection import SharedProjection, vera_scale
 
@@ -46,7 +47,7 @@ class QveraLinear(nn.Module, LowRankPath, BaseTunerLayer):
     The low-rank path runs in the base layer's compute dtype.
     """
 
-    adapter_layer_names: tuple[str, ...] = ("qvera_b", "qvera_d", "qvera_a")
+    adapter_layer_names: tuple[str, ...] = KINDS
     other_param_names: tuple[str, ...] = ("qvera_rank", "qvera_dropout", "qvera_projection")
     # PEFT's, which a type checker can't see
     set_adapter: Any
@@ -81,19 +82,11 @@ class QveraLinear(nn.Module, LowRankPath, BaseTunerLayer):
         self.qvera_rank[adapter_name] = config.rank
         self.qvera_projection[adapter_name] = projection
         self.qvera_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
-        shape = self.b_shape(config.b_groups)
-        self.qvera_b[adapter_name] = nn.Parameter(torch.zeros(shape, device=device, dtype=torch.float32))
-        self.qvera_d[adapter_name] = nn.Parameter(
-            torch.full((config.rank,), config.d_initial, device=device, dtype=torch.float32)
-        )
-        if config.input_scale:
-            ones = torch.ones(self.in_features, device=device, dtype=torch.float32)
-            self.qvera_a[adapter_name] = nn.Parameter(ones)
+        starts = {"qvera_b": 0.0, "qvera_d": config.d_initial, "qvera_a": 1.0}
+        for kind, shape in vector_shapes(config, self.in_features, self.out_features).items():
+            start = torch.full(shape, starts[kind], device=device, dtype=torch.float32)
+            getattr(self, kind)[adapter_name] = nn.Parameter(start)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def b_shape(self, groups: int) -> tuple[int, ...]:
-        """The shape of b in an adapter of so many ``b_groups``."""
-        return (self.out_features,) if groups == 1 else (groups, self.out_features)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own also casts to the dtype of the base weight, which rounds fp32 vectors over a 16-bit base, and which
@@ -102,7 +95,7 @@ class QveraLinear(nn.Module, LowRankPath, BaseTunerLayer):
         device = device or base.weight.device
         if device.type == "meta":
             return
-        for vectors in (self.qvera_b, self.qvera_d, self.qvera_a):
+        for vectors in (getattr(self, kind) for kind in KINDS):
             if adapter_name in vectors and not vectors[adapter_name].is_meta:
                 vectors[adapter_name].data = vectors[adapter_name].data.to(device)
         if adapter_name in self.qvera_projection:
@@ -141,8 +134,7 @@ class QveraLinear(nn.Module, LowRankPath, BaseTunerLayer):
                 picked = torch.tensor(chosen, device=x.device)
                 _, _, d, b, scale = self.parts(name)
                 pair = self.qvera_projection[name]
-                b = b if b.dim() == 2 else b.unsqueeze(0)
-                d_rows, b_rows = (d * scale).expand(len(chosen), -1), b.expand(len(chosen), -1, -1)
+                d_rows, b_rows = (d * scale).expand(len(chosen), -1), grouped(b).expand(len(chosen), -1, -1)
                 a = self.input_vector(name)
                 a_rows = None if a is None else a.expand(len(chosen), -1)
                 yield self._mixed_part(x, picked if rows is None else rows[picked], pair, d_rows, b_rows, a_rows, dtype)

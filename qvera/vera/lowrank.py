@@ -180,9 +180,9 @@ class LowRankPath:
     def delta_weight_fp32(self, adapter: str) -> torch.Tensor:
         """ΔW of one adapter in fp32, oriented as the base layer's weight: [out, in], or [in, out] for a Conv1D."""
         A, B, d, b, scale = self.parts(adapter)
-        if (a := self.input_vector(adapter)) is not None:
-            A = A.float() * a.detach().float()
-        delta = functional.delta_weight(A.float(), B.float(), d.detach().float(), b.detach().float(), scale)
+        a = self.input_vector(adapter)
+        a = None if a is None else a.detach().float()
+        delta = functional.delta_weight(A.float(), B.float(), d.detach().float(), b.detach().float(), scale, a)
         return delta.t() if isinstance(self.base_layer, Conv1D) else delta
 
     def hold_inference_weight(self, hold: bool, base_only: bool = False) -> None:

@@ -248,11 +248,10 @@ def test_checkpoints_hold_whole_vectors_and_state_and_no_base(place: Place, stag
         for name, tensor in ours.items():
             assert tensor.shape == theirs[name].shape
             torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-7)
+        assert {name.partition("/")[0].rpartition(".")[2] for name in ours} == {"qvera_a", "qvera_b", "qvera_d"}
     # the random states of both ranks beside the same files as ever; no other kind of file
     assert sorted(load_file(mine / "random.safetensors")) == ["cpu", "cpu.1"]
     assert {path.suffix for path in mine.iterdir()} == {".safetensors", ".json"}
-    kinds = {name.rpartition("/")[0].rpartition(".")[2] for name in ours}  # of the optimizer's, the last file read
-    assert kinds == {"qvera_a", "qvera_b", "qvera_d"}
     packed = place.found[0][name_of(stage)]["packed_whole_bytes"]
     sizes = [sum(path.stat().st_size for path in one.iterdir()) for one in (mine, alone)]
     assert abs(sizes[0] - sizes[1]) < packed / 8  # the second rank's random state

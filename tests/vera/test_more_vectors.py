@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import PeftModel, VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from qvera.adapters import load_adapters, same_directions
 from qvera.attached import attach, load_adapter, named_vectors
@@ -18,7 +19,9 @@ from qvera.cli import main
 from qvera.errors import InputError
 from qvera.export.deltas import read_deltas, skeleton
 from qvera.model import load_base
-from qvera.recipe import AdapterSection, parse_recipe
+from qvera.plan import shape_of
+from qvera.plan.files import adapter_bytes
+from qvera.recipe import AdapterSection, load_recipe, parse_recipe
 from qvera.trainer import train
 from qvera.vera import QveraConfig, QveraLinear, register
 from tests.conftest import small_llama
@@ -60,9 +63,9 @@ def test_it_learns_and_every_vector_is_trained(run_dir: Path) -> None:
     facts = run["adapter"]
     assert (facts["rank"], facts["b_groups"], facts["input_scale"]) == (8, 2, True)
     vectors = load_file(run_dir / "adapter" / "adapter_model.safetensors")
-    shapes = {"qvera_b": set(), "qvera_d": set(), "qvera_a": set()}  # type: ignore[var-annotated]
+    shapes: dict[str, set[tuple[int, ...]]] = {}
     for name, vector in vectors.items():
-        shapes[name.rpartition(".")[2]].add(tuple(vector.shape))
+        shapes.setdefault(name.rpartition(".")[2], set()).add(tuple(vector.shape))
         start = {"qvera_b": 0.0, "qvera_d": 0.1, "qvera_a": 1.0}[name.rpartition(".")[2]]
         assert vector.dtype == torch.float32 and (vector != start).float().mean() > 0.9, name
     # tiny-llama: hidden 64, 4 heads and 2 key-value heads of 16, inside 192
@@ -74,11 +77,6 @@ def test_it_learns_and_every_vector_is_trained(run_dir: Path) -> None:
 
 
 def _planned_bytes(run_dir: Path) -> int:
-    from qvera.plan import shape_of
-    from qvera.plan.files import adapter_bytes
-    from qvera.recipe import load_recipe
-    from qvera.skeleton import skeleton
-
     made = load_recipe(run_dir / "recipe.yaml")
     return adapter_bytes(shape_of(skeleton(made.model)), made)
 
@@ -105,8 +103,6 @@ def test_exports_give_the_trained_models_logits(run_dir: Path, tiny_model_dir: P
     torch.testing.assert_close(logits(PeftModel.from_pretrained(base, tmp_path / "lora")), wanted, rtol=1e-4, atol=1e-4)
     command = ["export", str(run_dir), str(tmp_path / "merged"), "--base", "dequantized", "--dtype", "float32"]
     assert main(command) == 0
-    from transformers import AutoModelForCausalLM
-
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     torch.testing.assert_close(logits(merged), wanted, rtol=1e-4, atol=1e-4)
 
