@@ -107,7 +107,7 @@ def outward(inner: torch.Tensor, B: torch.Tensor, b: torch.Tensor) -> torch.Tens
     parts = zip(inner.chunk(len(each), dim=-1), B.chunk(len(each), dim=1), each, strict=True)
     z, columns, own = next(parts)
     out = (z @ columns.t()).mul_(own)
-    for z, columns, own in parts:  # noqa: B007
+    for z, columns, own in parts:
         out.add_((z @ columns.t()).mul_(own))
     return out
 
