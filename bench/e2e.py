@@ -60,9 +60,13 @@ SWEEP = [
     lora(learning_rate=3e-3, schedule="linear", steps=50),
     lora(rank=32, learning_rate=4e-3, schedule="linear", steps=50),
     ours(rank=256, learning_rate=0.1, b_groups=8, input_scale=True, schedule="linear", steps=50),
-]
-"""Fifty steps each, at least as many of LoRA as of ours; the best of each is trained for longer. What led to the vectors beyond
-VeRA's is in bench/variants.py."""
+    *(trial for lora_rate, rate in ((2e-3, 0.1), (4e-3, 7e-2), (6e-3, 5e-2)) for trial in (
+        lora(learning_rate=lora_rate, schedule="linear", steps=200),
+        ours(**MORE, learning_rate=rate, schedule="linear", steps=200),
+    )),
+]  # fmt: skip
+"""At least as many of LoRA as of ours, fifty steps each; the best of each is trained for longer. What led to the vectors beyond
+VeRA's is in bench/variants.py. The rates are tried at 200 steps too, where smaller ones may do better."""
 
 FINAL = [
     lora(learning_rate=4e-3, steps=100),

@@ -41,7 +41,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> Place:
             task(f"{stage}-{kind}", place.recipe(stage, **training))
     for stage in STAGED:
         recipe = place.recipe(stage, **BARE)
-        recipe["adapter"] |= {"dropout": 0.2, "train_d": False}
+        recipe["adapter"] |= {"dropout": 0.2, "train_d": False, "input_scale": False}
         task(f"{stage}-dropout", recipe)
         task(f"{stage}-dropout-cut", recipe, stop_after=CUT)
         task(f"{stage}-dropout-resumed", recipe, of=f"{stage}-dropout-cut", resume=True)
