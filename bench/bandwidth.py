@@ -32,7 +32,7 @@ from zero import free_port
 
 from qvera.plan import Machine, Sharing, make_plan
 from qvera.plan.ranks import traffic
-from qvera.recipe import load_recipe
+from qvera.recipe_file import load_recipe
 
 POLL_SECONDS = 0.05
 

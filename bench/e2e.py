@@ -25,7 +25,8 @@ from trials import MORE, Trial, Written, add_half, run
 
 from qvera.data import build_datasets
 from qvera.evaluate import answer_rows
-from qvera.recipe import Recipe, load_recipe
+from qvera.recipe import Recipe
+from qvera.recipe_file import load_recipe
 from qvera.textscores import scores_of, text_metrics
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "e2e" / "smollm2-135m.yaml"

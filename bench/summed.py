@@ -23,7 +23,8 @@ from qvera.data import build_datasets
 from qvera.evaluate import batch_nll, hidden_states, make_batch
 from qvera.model import load_base, load_tokenizer
 from qvera.quickstart import recipe_path
-from qvera.recipe import AdapterSection, ModelSection, Recipe, load_recipe
+from qvera.recipe import AdapterSection, ModelSection, Recipe
+from qvera.recipe_file import load_recipe
 from qvera.trainer import train
 from qvera.vera import summed
 

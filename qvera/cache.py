@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from . import prequantize
+from . import original, prequantize
 from .entries import UNFINISHED, WAIT_SECONDS, HashIndex, Kind, Progress, discard, size_bytes
 from .errors import InputError
 from .locations import base_directory, cache_root
-from .prequantize import NotPlain, Source
+from .original import NotPlain, Source
 from .recipe import ModelSection
 from .stored import file_stamp
 from .unfinished import flush
@@ -63,7 +63,7 @@ def cached_base(
     directory = base_directory(section)
     if not verify and (found := find_base(section, directory)) is not None:
         return found  # without a look at the model
-    source = prequantize.read_source(section, directory)
+    source = original.read_source(section, directory)
     root = bases_root()
     hashes = HashIndex(root / "hashes.json")
     key = _key(source, section, device)
@@ -104,7 +104,7 @@ def find_base(section: ModelSection, directory: Path | None = None) -> Path | No
     root = bases_root()
     if not (root / "hashes.json").is_file():
         return None
-    files = prequantize.shard_files(directory)
+    files = original.shard_files(directory)
     known = HashIndex(root / "hashes.json").known(files)
     if not files or len(known) < len(files) or not (directory / "config.json").is_file():
         return None
@@ -128,7 +128,7 @@ def quantized_copy(
     Raises:
         InputError: ``out`` holds something else; else as `cached_base`.
     """
-    source = prequantize.read_source(section, base_directory(section))
+    source = original.read_source(section, base_directory(section))
     hashes = HashIndex(bases_root() / "hashes.json")
     known = {} if verify else hashes.known(source.files)
     record = prequantize.read_record(out)

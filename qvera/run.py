@@ -9,7 +9,8 @@ from typing import Any
 
 from . import attached, model
 from .errors import InputError
-from .recipe import ModelSection, Recipe, load_recipe
+from .recipe import ModelSection, Recipe
+from .recipe_file import load_recipe
 from .stored import file_sha256
 
 RECIPE_FILE = "recipe.yaml"

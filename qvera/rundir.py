@@ -20,7 +20,8 @@ from .checkpoint import Checkpoint
 from .data import Datasets
 from .errors import InputError, QveraError
 from .model import Base
-from .recipe import Recipe, load_recipe
+from .recipe import Recipe
+from .recipe_file import load_recipe
 from .report import write_report
 from .unfinished import replace_text
 

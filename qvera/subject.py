@@ -19,7 +19,8 @@ from .errors import InputError, first_line
 from .export.load import load_exported
 from .export.merged import CERTIFICATE
 from .locations import base_directory
-from .recipe import ModelSection, Recipe, load_recipe
+from .recipe import ModelSection, Recipe
+from .recipe_file import load_recipe
 from .run import RECIPE_FILE, OpenRun, locate
 from .stored import file_sha256
 

@@ -23,7 +23,8 @@ from qvera.errors import InputError
 from qvera.generate import generate
 from qvera.model import load_base, load_tokenizer
 from qvera.plan import make_plan
-from qvera.recipe import ModelSection, load_recipe, parse_recipe
+from qvera.recipe import ModelSection, parse_recipe
+from qvera.recipe_file import load_recipe
 from qvera.run import describe, open_run
 from qvera.trainer import train
 

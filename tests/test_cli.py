@@ -18,7 +18,7 @@ import pytest
 from qvera.cli import build_parser, main
 from qvera.data import build_datasets, decode
 from qvera.model import load_tokenizer
-from qvera.recipe import load_recipe
+from qvera.recipe_file import load_recipe
 
 
 @pytest.fixture

@@ -20,7 +20,8 @@ from qvera.cli import main
 from qvera.data import build_datasets, collate
 from qvera.errors import InputError
 from qvera.model import load_base, load_tokenizer
-from qvera.recipe import ModelSection, load_recipe
+from qvera.recipe import ModelSection
+from qvera.recipe_file import load_recipe
 from qvera.textscores import NAMES, row_scores, scores_of, text_metrics
 from qvera.trainer import train
 

@@ -15,7 +15,8 @@ import yaml
 from qvera import find_lr as module
 from qvera.cli import main
 from qvera.errors import RunFailed
-from qvera.find_lr import PAGE, POINTS, Watched, find_lr, read_curve
+from qvera.find_lr import PAGE, POINTS, find_lr
+from qvera.range_curve import RULE, Found, Watched, read_curve
 from qvera.recipe import RangeTest
 from qvera.report.ramp import ramp_page, rate_text
 from qvera.trainer import train
@@ -33,7 +34,7 @@ def test_its_suggestion_is_of_use(write_recipe: Any, tmp_path: Path, capsys: Any
     ramp = ["--lr-from", "1e-4", "--lr-to", "1", "--lr-steps", "41"]
     assert main(["train", str(recipe), "--find-lr", *ramp]) == 0
     said = capsys.readouterr().out
-    assert "diverged          not up to 1;" in said and module.RULE in said
+    assert "diverged          not up to 1;" in said and RULE in said
     points = points_of(out)
     assert [point["step"] for point in points] == list(range(1, 42))
     for number, point in enumerate(points):
@@ -43,7 +44,7 @@ def test_its_suggestion_is_of_use(write_recipe: Any, tmp_path: Path, capsys: Any
     assert suggested == pytest.approx(at_lowest, rel=0.05) and suggested > 0.01
     assert float(re.findall(r"steepest fall +at (\S+)", said)[0]) < suggested
     page = (out / PAGE).read_text()
-    assert f"Suggested: {module.RULE}" in unescape(page) and page.count('class="plot"') == 2
+    assert f"Suggested: {RULE}" in unescape(page) and page.count('class="plot"') == 2
     assert "default-src 'none'" in page and "http" not in page.replace("http-equiv", "")
     gained = []
     for rate in (suggested / 100, suggested):
@@ -200,8 +201,8 @@ def test_when_a_loss_has_diverged(losses: list[float], at: int | None) -> None:
 
 
 def test_a_page_without_a_suggestion() -> None:
-    found = module.Found([{"step": 1, "learning_rate": 1e-5, "loss": None}], None, None, 1e-5)
-    facts = {"rule": module.RULE, "learning_rate": 4e-3, "data": "rows.jsonl", "ramp": RangeTest()}
+    found = Found([{"step": 1, "learning_rate": 1e-5, "loss": None}], None, None, 1e-5)
+    facts = {"rule": RULE, "learning_rate": 4e-3, "data": "rows.jsonl", "ramp": RangeTest()}
     page = ramp_page("<model>", "out", found, facts)
     assert "the loss never fell" in page and "&lt;model&gt;" in page and 'class="plot"' not in page
     assert rate_text(4e-3) in page

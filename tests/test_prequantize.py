@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
-from qvera import prequantize
+from qvera import original, prequantize
 from qvera.cli import main
 from qvera.errors import InputError, RunFailed
 from qvera.model import load_base
@@ -32,9 +32,7 @@ IDS = torch.arange(3, 43).view(2, 20)
 
 def quantized(source: Path, out: Path, shard_bytes: int | None = None, **settings: Any) -> dict[str, Any]:
     section = ModelSection(path=str(source), **settings)
-    return prequantize.quantize_checkpoint(
-        section, prequantize.read_source(section, source), out, shard_bytes=shard_bytes
-    )
+    return prequantize.quantize_checkpoint(section, original.read_source(section, source), out, shard_bytes=shard_bytes)
 
 
 def stock_load(source: Path, dtype: torch.dtype, **settings: Any) -> Any:
@@ -159,14 +157,14 @@ def test_threads_and_piece_sizes_change_no_byte(tiny_model_dir: Path, tmp_path: 
 DIES = """
 import os, signal, sys
 from pathlib import Path
-from qvera import prequantize
+from qvera import original, prequantize
 from qvera.recipe import ModelSection
 source, out, shards = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 section = ModelSection(path=str(source))
 def progress(done, total, name):
     if len(list(out.glob("*.safetensors"))) >= shards:
         os.kill(os.getpid(), signal.SIGKILL)
-prequantize.quantize_checkpoint(section, prequantize.read_source(section, source), out, progress=progress, shard_bytes=30_000)
+prequantize.quantize_checkpoint(section, original.read_source(section, source), out, progress=progress, shard_bytes=30_000)
 """
 
 
@@ -285,7 +283,7 @@ def test_a_bad_source_is_named_and_nothing_is_written(
 def test_transposed_linears_are_left_to_transformers(tmp_path: Path) -> None:
     config = GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=100, bos_token_id=1, eos_token_id=2)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
-    with pytest.raises(prequantize.NotPlain, match="transposed"):
+    with pytest.raises(original.NotPlain, match="transposed"):
         quantized(tmp_path / "gpt2", tmp_path / "out")
 
 
@@ -319,7 +317,7 @@ def test_a_source_that_changes_meanwhile_is_noticed(source: Path, tmp_path: Path
 
     with pytest.raises(RunFailed, match="changed while they were read"):
         prequantize.quantize_checkpoint(
-            section, prequantize.read_source(section, source), tmp_path / "out", progress=touch
+            section, original.read_source(section, source), tmp_path / "out", progress=touch
         )
     assert not (tmp_path / "out" / "config.json").exists()
 
@@ -351,7 +349,7 @@ def test_a_disk_that_fills_up_is_named_and_finished_shards_are_used(
             free = shutil.disk_usage(small_disk).free
             filler.write_bytes(bytes(free - 8192))
 
-    source = prequantize.read_source(section, tiny_model_dir)
+    source = original.read_source(section, tiny_model_dir)
     with pytest.raises(RunFailed, match="the disk is full.*Finished shards are kept"):
         prequantize.quantize_checkpoint(section, source, out, progress=fill, shard_bytes=20_000)
     assert not (out / "config.json").exists() and not list(out.glob(".model*.partial"))

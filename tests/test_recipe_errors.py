@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from qvera.errors import InputError
-from qvera.recipe import Recipe, load_recipe, parse_recipe
+from qvera.recipe import Recipe, parse_recipe
+from qvera.recipe_file import load_recipe
 
 MINIMAL: dict[str, Any] = {"model": {"path": "some/model"}, "data": {"path": "rows.jsonl"}}
 

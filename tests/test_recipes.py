@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qvera.recipe import load_recipe
+from qvera.recipe_file import load_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 NAMES = ["e2e/smollm2-135m", "instruct/llama2-13b", "instruct/llama2-7b", "instruct/smollm2-135m", "quickstart"]

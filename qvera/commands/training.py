@@ -15,14 +15,16 @@ from rich.console import Console
 from .. import launch as launcher
 from ..data import Rows, build_datasets, data_warnings, decode, print_preflight
 from ..errors import InputError
-from ..find_lr import PAGE, POINTS, RULE, find_lr
+from ..find_lr import PAGE, POINTS, find_lr
 from ..locations import resolve_path
 from ..metrics import memory_text
 from ..model import load_tokenizer, pick_device
 from ..plan import Sharing, gpu_machine, make_plan, parse_size, time_step
 from ..plan import table as plan_table
 from ..plan.say import print_plan
-from ..recipe import RangeTest, Recipe, load_recipe
+from ..range_curve import RULE
+from ..recipe import RangeTest, Recipe
+from ..recipe_file import load_recipe
 from ..report.preview import write_preview
 from ..report.ramp import rate_text
 from ..rundir import run_directory

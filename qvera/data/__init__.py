@@ -3,13 +3,14 @@
 from .batches import IGNORED, Batches, batches_of, collate, grouped, microbatches, order, steps_per_epoch
 from .build import Datasets, build_datasets, data_sha256
 from .encode import Encoder
-from .examples import DataStats, Example
+from .examples import Example
 from .formats import FORMATS, Conversation, Text, Turn
 from .named_templates import NAMED_TEMPLATES
 from .prefix import collate_prefix_once
 from .preflight import data_warnings, decode, print_preflight
 from .prompts import read_prompts
 from .rows import CutRows, Rows, lengths_of
+from .stats import DataStats
 from .templates import ChatTemplate, resolve_template
 
 __all__ = [

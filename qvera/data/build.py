@@ -11,9 +11,9 @@ import numpy as np
 from ..recipe import DataSection, Source
 from .batches import philox_key
 from .encode import Encoder
-from .examples import DataStats, SourceStats, count
 from .kept import tokenized
 from .rows import Rows, joined
+from .stats import DataStats, SourceStats, count
 from .templates import ChatTemplate, resolve_template
 
 if TYPE_CHECKING:

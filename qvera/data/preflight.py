@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from .build import Datasets
-from .examples import DataStats, Example
+from .examples import Example
+from .stats import DataStats
 
 if TYPE_CHECKING:
     from rich.console import Console

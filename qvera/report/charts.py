@@ -7,7 +7,6 @@ A chart fills the width that it is given while its text keeps its size: curves l
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -15,133 +14,8 @@ from typing import Literal
 
 from ..numbers import axis_labels, count
 from ..numbers import size as bytes_text
-
-Point = tuple[float, float | None]
-"""x (a step) and y; None: no value there, a gap in the curve."""
-
-
-def nice_ticks(low: float, high: float, about: int = 5, whole: bool = False) -> list[float]:
-    """Round ticks (steps of 1, 2 or 5 × 10^k) whose first is <= ``low`` and whose last is >= ``high``.
-
-    Args:
-        low, high: finite, ``low <= high``; where they are equal room is made on both sides.
-        about: how many intervals are wanted.
-        whole: ticks are integers.
-    """
-    if high <= low:
-        room = abs(low) * 0.5 or 1.0
-        low, high = (min(low, 0.0), low + room) if low >= 0 else (low - room, 0.0)
-    rough = (high - low) / about
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * (1 - 1e-9))
-    if whole:
-        step = max(1.0, float(round(step)))
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    # index × step, not repeated addition: 3 × 0.1 is off by one rounding, a running sum by many
-    return [index * step for index in range(first, last + 1)]
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """Ticks for a logarithmic axis from at or below ``low`` to at or above ``high`` (both positive).
-
-    1, 2 and 5 of each decade over up to three decades, powers of ten beyond, thinned to at most eight.
-    """
-    first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
-    last = max(last, first + 1)
-    if math.log10(high / low) <= 3:
-        fine = [factor * 10.0**power for power in range(first, last + 1) for factor in (1, 2, 5)]
-        start = max(index for index, tick in enumerate(fine) if tick <= low * (1 + 1e-9))
-        end = min(index for index, tick in enumerate(fine) if tick >= high * (1 - 1e-9))
-        return fine[start : max(end, start + 1) + 1]
-    stride = -(-(last - first) // 7)
-    last = first + stride * -(-(last - first) // stride)
-    return [10.0**power for power in range(first, last + 1, stride)]
-
-
-@dataclass(frozen=True)
-class Scale:
-    """A mapping of [low, high] to [0, 1].
-
-    Attributes:
-        low, high: the ends, ``low < high``; both above 0 where ``log``.
-        log: equal ratios get equal distances.
-    """
-
-    low: float
-    high: float
-    log: bool = False
-
-    def fraction(self, value: float) -> float:
-        """Where ``value`` lies; below 0 or above 1 outside the ends, -inf for a value that a log scale has not."""
-        if not self.log:
-            return (value - self.low) / (self.high - self.low)
-        if value <= 0:
-            return -math.inf
-        return math.log(value / self.low) / math.log(self.high / self.low)
-
-
-MOST_POINTS = 500
-"""Points of a curve in the page; a longer run is thinned to this, so that the page stays small."""
-
-
-def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
-    """At most ``most`` points: means of equal runs of neighbours, placed at each run's last x.
-
-    A run with no value at all stays a gap.
-    """
-    if len(points) <= most:
-        return list(points)
-    thinned: list[Point] = []
-    for index in range(most):
-        run = points[index * len(points) // most : (index + 1) * len(points) // most]
-        values = [y for _, y in run if y is not None]
-        thinned.append((run[-1][0], sum(values) / len(values) if values else None))
-    return thinned
-
-
-def median_of_five(points: Sequence[Point]) -> list[Point]:
-    """Each value replaced by the median of itself and two neighbours on either side (fewer near the ends).
-
-    Single spikes vanish, steps stay where they are; gaps stay gaps.
-    """
-    result: list[Point] = []
-    for index, (x, y) in enumerate(points):
-        reach = min(2, index, len(points) - 1 - index)
-        near = sorted(value for _, value in points[index - reach : index + reach + 1] if value is not None)
-        result.append((x, near[len(near) // 2] if y is not None else None))
-    return result
-
-
-def smooth(points: Sequence[Point], width: float) -> list[Point]:
-    """A running mean with Gaussian weights over medians of five, centred, so that the curve is not late.
-
-    The medians keep one outlier from becoming a hill as wide as the weights.
-
-    Args:
-        points: gaps stay gaps and weigh nothing.
-        width: the standard deviation of the weights, in points; 0: unchanged.
-    """
-    if width <= 0:
-        return list(points)
-    medians = median_of_five(points)
-    reach = math.ceil(3 * width)
-    weights = [math.exp(-0.5 * (offset / width) ** 2) for offset in range(-reach, reach + 1)]
-    smoothed: list[Point] = []
-    for index, (x, y) in enumerate(medians):
-        if y is None:
-            smoothed.append((x, None))
-            continue
-        # the same reach on both sides, also near the ends: a one-sided mean would bend a falling curve
-        around = min(reach, index, len(medians) - 1 - index)
-        total = weight_sum = 0.0
-        for neighbour in range(index - around, index + around + 1):
-            value = medians[neighbour][1]
-            if value is not None:
-                weight = weights[neighbour - index + reach]
-                total += weight * value
-                weight_sum += weight
-        smoothed.append((x, total / weight_sum))
-    return smoothed
+from ..points import Point, median_of_five
+from .scales import Scale, log_ticks, nice_ticks
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from html import escape
 from typing import Any
 
 from ..numbers import count, duration, significant, size
-from .charts import MOST_POINTS, Line, Point, line_chart, smooth, thin
+from ..points import MOST_POINTS, Point, smooth, thin
+from .charts import Line, line_chart
 from .read import Run, number, pick
 
 

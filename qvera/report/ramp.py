@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..numbers import duration, significant
+from ..points import Point
 from ..unfinished import replace_text
-from .charts import Line, Point, line_chart
+from .charts import Line, line_chart
 from .markup import document, esc, fact_list, section
 from .read import number
 
 if TYPE_CHECKING:
-    from ..find_lr import Found
+    from ..range_curve import Found
 
 
 def write_ramp(path: Path, title: str, name: str, found: Found, facts: dict[str, Any]) -> None:

@@ -13,9 +13,10 @@ import yaml
 
 from ..errors import InputError
 from ..numbers import count, duration, percent, significant, size
+from ..points import Point, smooth, thin
 from ..recipe import DataSection, ModelSection, Recipe
 from ..unfinished import replace_text
-from .charts import Line, Point, line_chart, smooth, thin
+from .charts import Line, line_chart
 from .curves import held_out_curve, series
 from .markup import document, esc, section
 from .read import Run, number, pick, read_run, words

@@ -14,8 +14,8 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
 from qvera.data import Datasets, build_datasets, print_preflight
-from qvera.data.examples import length_histogram
 from qvera.data.reading import hold_out
+from qvera.data.stats import length_histogram
 from qvera.errors import InputError
 from qvera.recipe import DataSection
 

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from qvera import checkpoint
-from qvera.recipe import load_recipe
+from qvera.recipe_file import load_recipe
 from qvera.trainer import train
 
 from .nodes import Node, two_nodes, until

@@ -144,7 +144,7 @@ def test_no_row_comes_twice_and_none_is_missed_when_ranks_are_added(moved: Place
 _TWICE = """
 import sys
 from pathlib import Path
-from qvera.recipe import load_recipe
+from qvera.recipe_file import load_recipe
 from qvera.trainer import train
 for name in ("first", "second"):
     train(load_recipe(sys.argv[1]), Path(name))

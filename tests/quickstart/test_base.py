@@ -12,7 +12,7 @@ import pytest
 
 from qvera.errors import InputError, RunFailed
 from qvera.quickstart import base, prepare, recipe_path
-from qvera.recipe import load_recipe
+from qvera.recipe_file import load_recipe
 
 
 def silent(line: str) -> None:

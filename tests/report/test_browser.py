@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qvera.find_lr import RULE, Found
+from qvera.range_curve import RULE, Found
 from qvera.recipe import RangeTest
 from qvera.report import write_report
 from qvera.report.answers import write_answers

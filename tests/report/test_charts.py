@@ -11,19 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qvera.report.charts import (
-    Line,
-    Point,
-    Scale,
-    histogram,
-    line_chart,
-    log_ticks,
-    median_of_five,
-    nice_ticks,
-    smooth,
-    thin,
-    values_range,
-)
+from qvera.points import Point, median_of_five, smooth, thin
+from qvera.report.charts import Line, histogram, line_chart, values_range
+from qvera.report.scales import Scale, log_ticks, nice_ticks
 
 finite = st.floats(-1e12, 1e12, allow_nan=False).filter(lambda x: x == 0 or abs(x) > 1e-9)
 

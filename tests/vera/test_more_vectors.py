@@ -21,7 +21,8 @@ from qvera.export.deltas import read_deltas, skeleton
 from qvera.model import load_base
 from qvera.plan import shape_of
 from qvera.plan.files import adapter_bytes
-from qvera.recipe import AdapterSection, load_recipe, parse_recipe
+from qvera.recipe import AdapterSection, parse_recipe
+from qvera.recipe_file import load_recipe
 from qvera.trainer import train
 from qvera.vera import QveraConfig, QveraLinear, register
 from tests.conftest import small_llama
