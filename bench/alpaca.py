@@ -3,7 +3,8 @@
     python bench/alpaca.py ../shared/data/alpaca_en_demo.json
 
 The rows are dealt out by seed: 100 to choose the learning rate with, 100 that score what was chosen, the rest to train on.
-Every method gets as many rates. Lines go to results/alpaca.jsonl; a trial that stands there is not repeated.
+Each LoRA got two rates with the cosine and the better one with a linear decay, plain VeRA two rates with the cosine, two b and an a
+four rates with the linear decay. Lines go to results/alpaca.jsonl; a trial that stands there is not repeated.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ TRIALS = [
     ours(5e-2),
     ours(7e-2),
 ]
-"""The first six with the cosine; a linear decay is better for all of them."""
+"""The first six with the cosine; a linear decay is better for both kinds of LoRA."""
 
 
 def recipe_of(data: Path, to: Path) -> Recipe:

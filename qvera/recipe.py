@@ -106,7 +106,8 @@ class Source:
     path: NonEmpty
     """A .jsonl, .json, .csv, .tsv or .parquet file, a directory of them, or a hub dataset id."""
     weight: PositiveFloat = 1.0
-    """How often each row is seen in an epoch: 2 is twice, 0.5 every other row (which ones, says ``data.seed``)."""
+    """How often each row is seen in an epoch: 2 is twice, 0.5 every other row (``data.seed`` says which; the same in every epoch). For shares of an epoch
+    weigh by rows: 1,000 rows beside 10,000 are half of it at a weight of 10."""
     split: NonEmpty = "train"
     """The split of a hub dataset."""
     config_name: str | None = None
@@ -150,7 +151,8 @@ class DataSection(Source):
     numbers are the same; only Llama-like models with sdpa or eager attention can."""
     packing: _Bool = False
     """Put as many rows as fit into ``max_length`` tokens into one sequence, each seeing itself only: no padding. Losses and
-    gradients are those of the padded rows. Takes the place of ``training.per_device_train_batch_size``."""
+    gradients are those of the padded rows (tested with sdpa and eager; flash attention has not run yet). Takes the place of
+    ``training.per_device_train_batch_size``."""
     group_by_length: _Bool = False
     """Put rows of like length into one optimizer step, so that less is padded. Costs some of the order's randomness."""
     tokenize_processes: Positive | None = None
@@ -178,7 +180,7 @@ class TrainingSection:
     per_device_eval_batch_size: Positive = 4
     learning_rate: PositiveFloat = 4e-3
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "linear"
-    """What follows the warmup. A linear decay to zero did better than the cosine on both tasks that were swept (docs/evaluation.md)."""
+    """What follows the warmup. A linear decay to zero did better than the cosine wherever both were tried (docs/evaluation.md)."""
     warmup_ratio: Fraction = 0.1
     warmup_steps: NonNegative = 0
     """Overrides ``warmup_ratio`` when above 0."""

@@ -26,11 +26,11 @@ def test_recipe_parses(name: str) -> None:
 
 @pytest.mark.parametrize("task", ["e2e", "instruct"])
 def test_presets_are_the_best_of_the_sweep_that_they_name(task: str) -> None:
-    """By held-out loss, at the steps that all trials had; of two within 0.001 either will do."""
+    """By held-out loss, at the steps of the first trials; of two within 0.001 either will do."""
     recipe = load_recipe(RECIPES / task / "smollm2-135m.yaml")
     results = {"e2e": "e2e-sweep", "instruct": "alpaca"}[task]
     lines = (RECIPES.parent / "bench" / "results" / f"{results}.jsonl").read_text().splitlines()
-    trials = [(line["trial"], line["held_out_loss"]) for line in map(json.loads, lines)]
+    trials = [(line["trial"], line["held_out_loss"]) for line in map(json.loads, lines) if line["trial"]["steps"] == 50]
     ours = [(trial, loss) for trial, loss in trials if trial["method"] == "qvera"]
     assert len(ours) >= 2 and len([1 for trial, _ in trials if trial["method"] == "lora"]) >= len(ours)
     best = min(loss for _, loss in ours)

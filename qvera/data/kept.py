@@ -16,6 +16,7 @@ import datetime
 import hashlib
 import json
 import shutil
+import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,7 +65,7 @@ def tokenized(section: DataSection, encoder: Encoder, console: Console | None) -
     hashes = HashIndex(rows_root() / "hashes.json")
     key = key_of(section, encoder.tokenizer, hashes)
     if key is None:
-        return make(section, encoder, None, console)
+        return _unkept(section, encoder, console)
     identity = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     root = rows_root()
     failed = root / f".{identity}.failed"
@@ -74,8 +75,11 @@ def tokenized(section: DataSection, encoder: Encoder, console: Console | None) -
         lock = FileLock(root / f".{identity}.lock")
         _wait_for(lock, section, console)
     except OSError as error:
-        _say(console, f"{root}: tokenized rows can't be kept there ({error.strerror or error}); they stay in memory.")
-        return make(section, encoder, None, console)
+        _say(
+            console,
+            f"{root}: tokenized rows can't be kept there ({error.strerror or error}); the next run makes them again.",
+        )
+        return _unkept(section, encoder, console)
     try:
         target = root / f"{PREFIX}{identity}"
         found = _open(target, hashes, console)
@@ -86,6 +90,21 @@ def tokenized(section: DataSection, encoder: Encoder, console: Console | None) -
         return _keep(section, encoder, key, target, failed, hashes, console)
     finally:
         lock.release()
+
+
+def _unkept(section: DataSection, encoder: Encoder, console: Console | None) -> Made:
+    """Rows without an entry: few of them in memory, others mapped from a file whose name is gone as soon as they are."""
+    if _is_small(source_files(section)):
+        return make(section, encoder, None, console)
+    with (
+        tempfile.TemporaryDirectory(prefix="qvera-rows-", ignore_cleanup_errors=True) as directory,
+        disk_full_says(directory, "Make room, or set TMPDIR to a directory on another disk."),
+    ):
+        return make(section, encoder, Path(directory), console)
+
+
+def _is_small(files: list[Path] | None) -> bool:
+    return files is not None and sum(file.stat().st_size for file in files) < _WORTH_BYTES
 
 
 def _keep(
@@ -132,7 +151,7 @@ def key_of(section: DataSection, tokenizer: Any, hashes: HashIndex) -> dict[str,
     the recipe, the code that makes rows of them, and the day for templates that write it.
     """
     files = source_files(section)
-    if files is not None and sum(file.stat().st_size for file in files) < _WORTH_BYTES:
+    if _is_small(files):
         return None
     content = source_content(section, files, hashes)
     state = tokenizer_state(tokenizer)

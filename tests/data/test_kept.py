@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -105,8 +106,16 @@ def test_without_a_place_for_the_cache_the_rows_are_the_same(
     blocked.write_text("")
     monkeypatch.setenv("QVERA_CACHE", str(blocked))
     out = io.StringIO()
-    in_memory = build_datasets(section, byte_tokenizer(), Console(file=out, width=500))
-    assert "can't be kept there" in out.getvalue() and same(mapped, in_memory)
+    temporary = root.parent.parent / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    unkept = build_datasets(section, byte_tokenizer(), Console(file=out, width=500))
+    assert "can't be kept there" in out.getvalue() and same(mapped, unkept)
+    assert not list(temporary.iterdir()), "the file has no name any more"
+    if sys.platform == "linux":
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        found = [line for line in maps if str(temporary) in line and "train.arrow" in line]
+        assert found and all(line.endswith("(deleted)") for line in found), "and yet is mapped, not held"
 
 
 def _other_tokenizer() -> PreTrainedTokenizerFast:
