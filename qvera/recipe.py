@@ -106,8 +106,8 @@ class Source:
     path: NonEmpty
     """A .jsonl, .json, .csv, .tsv or .parquet file, a directory of them, or a hub dataset id."""
     weight: PositiveFloat = 1.0
-    """How often each row is seen in an epoch: 2 is twice, 0.5 every other row (``data.seed`` says which; the same in every epoch). For shares of an epoch
-    weigh by rows: 1,000 rows beside 10,000 are half of it at a weight of 10."""
+    """How often each row is seen in an epoch: 2 is twice, 0.5 every other row (``data.seed`` says which; the same in every epoch).
+    For shares of an epoch weigh by rows: 1,000 beside 10,000 are half of it at a weight of 10."""
     split: NonEmpty = "train"
     """The split of a hub dataset."""
     config_name: str | None = None
