@@ -6,8 +6,8 @@
 
 A tenth of the dev set's inputs is held out with all of their references (no input is on both sides); settings are chosen by the
 loss on those rows. The test set scores what was chosen and nothing else. Lines go to results/e2e-sweep.jsonl and e2e-final.jsonl; a
-trial that stands there is not repeated. BLEU is sacrebleu's, lower case, all references of an input; NIST nltk's; METEOR and CIDEr are
-pycocoevalcap's, as in the paper's own scorer (METEOR 1.5 and the tokenizer run in Java). Beside `.[test]` it needs
+trial that stands there is not repeated. BLEU is sacrebleu's, lower case, all references of an input; NIST is nltk's; METEOR and
+CIDEr are pycocoevalcap's, as in the paper's own scorer (METEOR 1.5 and the tokenizer run in Java). Beside `.[test]` it needs
 `pip install nltk pycocoevalcap`.
 """
 
