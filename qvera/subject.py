@@ -147,12 +147,16 @@ def _checkpoint(path: Path, recipe: Recipe | None, run: Path | None) -> Subject:
 
 
 def template_of(recipe: Recipe, run: Path | None) -> str:
-    """The name of the template that a run trained with: ``auto`` as run.json says which one it was."""
+    """The name of the template that a run trained with: ``auto`` as run.json says which one it was.
+
+    Of a mixture the first source's, as ``recipe.data.template`` is.
+    """
     name = recipe.data.template
     if name == "auto" and run is not None and (run / "run.json").is_file():
         try:
             used = json.loads((run / "run.json").read_text(encoding="utf-8"))["data"]["template"]
-        except (OSError, ValueError, KeyError, TypeError):
+            used = used.split(", ")[0]  # run.json has those of all sources
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return name
         return used if used in NAMED_TEMPLATES else name
     return name

@@ -60,6 +60,41 @@ def test_preview_shows_what_would_be_trained(write_recipe: Any, tmp_path: Path, 
     assert list(tmp_path.glob("run*")) == []
 
 
+@pytest.fixture
+def mixture_recipe(write_recipe: Any, tmp_path: Path) -> Path:
+    """The tiny rows with the tokenizer's own template, and Alpaca rows with theirs."""
+    more = tmp_path / "more.json"
+    more.write_text(json.dumps([{"instruction": f"do {i}", "output": f"done {i}"} for i in range(5)]))
+    mixture = [{"path": str(more), "template": "alpaca"}]
+    return write_recipe(
+        data={"mixture": mixture, "max_length": 256}, training={"output_dir": str(tmp_path / "run"), "max_steps": 1}
+    )
+
+
+def test_preview_shows_every_source_of_a_mixture(
+    mixture_recipe: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    page = tmp_path / "page.html"
+    assert main(["preview", str(mixture_recipe), "--rows", "2", "--html", str(page)]) == 0
+    said, html = capsys.readouterr().out, unescape(page.read_text())
+    for text in (said, html):
+        assert "prompt-completion, template: the tokenizer's own" in text and "alpaca, template: alpaca" in text
+        assert "<|im_start|>user\nsay " in text and "### Instruction:\ndo " in text
+    assert re.search(r"⟦done \d", said) and re.search(r"<mark>done \d", html)
+
+
+def test_run_json_and_the_preflight_name_the_layout_of_every_source(
+    mixture_recipe: Path, tmp_path: Path, capsys: Any
+) -> None:
+    assert main(["train", str(mixture_recipe)]) == 0
+    assert "### Instruction:" in capsys.readouterr().err
+    data = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
+    layouts = [(source["format"], source["template"]) for source in data["sources"]]
+    assert layouts == [("prompt-completion", "tokenizer"), ("alpaca", "alpaca")]
+    assert (data["format"], data["template"]) == ("prompt-completion, alpaca", "tokenizer, alpaca")
+
+
 def test_info(run: Path, capsys: Any) -> None:
     capsys.readouterr()
     for directory in (run, run / "adapter"):

@@ -95,7 +95,7 @@ def preview(args: argparse.Namespace) -> None:
     quiet_libraries()
     tokenizer = load_tokenizer(recipe.model)
     datasets = build_datasets(recipe.data, tokenizer, console)
-    shown = datasets.train[: args.rows]
+    shown = datasets.first_rows(args.rows)
     print_preflight(datasets, tokenizer, Console(), args.rows)
     if args.html is not None:
         warnings = data_warnings(datasets.stats)

@@ -38,6 +38,19 @@ class Datasets:
     template: ChatTemplate
     pad_id: int
 
+    def first_rows(self, count: int) -> Rows:
+        """``count`` training rows to look at: the first of each source in turn, then the second of each, and so on.
+
+        A mask goes wrong by format and template, so a source is seen as soon as there is a row for each. What a weight
+        repeats comes after all that was not seen yet.
+        """
+        turns: list[tuple[int, int, int]] = []  # (pass over the source, place within it, place among all rows)
+        start = 0
+        for source in self.stats.sources:
+            turns += [(at // source.rows, at, start + at) for at in range(min(count, source.taken))]
+            start += source.taken
+        return self.train.take(np.array([row for *_, row in sorted(turns)[:count]], dtype=np.int64))
+
 
 def data_sha256(datasets: Datasets) -> str:
     """SHA-256 over the tokens and masks of all rows in order: equal where two machines read the same data the same way.
@@ -72,10 +85,10 @@ def build_datasets(
     for number, source in enumerate(_sources(section)):
         made = tokenized(source, encoder, console)
         first = first or resolve_template(source.template, tokenizer, made.format)
-        stats.add_source(made.format, made.template, made.unused, encoder.pads_with_eos)
-        stats.add_counts(made.counts, made.found)
         taken = weighted(len(made.train), source.weight, section.seed, number)
-        stats.sources.append(SourceStats(source.path, source.weight, len(made.train), len(taken)))
+        about = SourceStats(source.path, source.weight, len(made.train), len(taken), made.format, made.template)
+        stats.add_source(about, made.unused, encoder.pads_with_eos)
+        stats.add_counts(made.counts, made.found)
         # every row once, in order, is the table itself
         train.append(Rows([(made.train, None if source.weight == 1 else taken)]))
         held_out.append(Rows([(made.eval, None)]))

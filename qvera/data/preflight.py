@@ -27,6 +27,7 @@ def print_preflight(
 ) -> None:
     """Print rows, tokens, a histogram of lengths, what was cut or dropped, and ``rows`` rows with trained tokens marked.
 
+    Of a mixture rows of each source in turn, see `Datasets.first_rows`.
     Trained tokens stand in ⟦…⟧ and in colour, so that they show on a terminal without colours and in a log file too.
     """
     stats = datasets.stats
@@ -37,7 +38,7 @@ def print_preflight(
     console.print(Text("Training rows by length (tokens)", style="bold"))
     for line in histogram_lines(stats.histogram_edges, stats.histogram_counts):
         console.print(Text(line))
-    for example in datasets.train[:rows]:
+    for example in datasets.first_rows(rows):
         console.print()
         console.print(Text.assemble((example.source, "bold"), "  ⟦trained⟧"))
         console.print(mark_trained(example, tokenizer))
@@ -50,14 +51,16 @@ def _summary(stats: DataStats) -> Table:
     table.add_column()
     share = stats.trained_tokens / stats.tokens
     mean = stats.tokens / stats.train_rows
-    template = "the tokenizer's own" if stats.template == "tokenizer" else stats.template
     rows = f"{stats.train_rows:,} to train on"
     if stats.eval_rows:
         rows += f", {stats.eval_rows:,} held out"
     table.add_row("Rows", rows)
-    for source in stats.sources if len(stats.sources) > 1 else ():
-        table.add_row("  of these", f"{source.taken:,} from {source.path} ({source.rows:,} x {source.weight:g})")
-    table.add_row("Format", stats.format + ("" if stats.format == "text" else f", template: {template}"))
+    if len(stats.sources) == 1:
+        table.add_row("Format", stats.sources[0].layout)
+    else:
+        for source in stats.sources:
+            said = f"{source.taken:,} from {source.path} ({source.rows:,} x {source.weight:g}): {source.layout}"
+            table.add_row("  of these", Text(said))
     table.add_row("Tokens", f"{stats.tokens:,} (mean {mean:,.0f}, longest {stats.longest_tokens:,} a row)")
     table.add_row("Trained", f"{stats.trained_tokens:,} tokens, {share:.1%}")
     table.add_row("Truncated", f"{stats.truncated_rows:,} rows, {stats.truncated_tokens:,} tokens cut off")

@@ -10,17 +10,30 @@ from typing import Any
 import numpy as np
 
 from .rows import Rows
+from .templates import OWN
 from .tokenize import Counts
 
 
 @dataclass(frozen=True, slots=True)
 class SourceStats:
-    """One source of a mixture: its training rows, and how many of an epoch it gives with its weight."""
+    """One source of a mixture: its training rows, how many of an epoch it gives with its weight, what they look like."""
 
     path: str
     weight: float
     rows: int
     taken: int
+    format: str
+    template: str
+
+    @property
+    def template_text(self) -> str:
+        """The template as a person reads it."""
+        return "the tokenizer's own" if self.template == OWN else self.template
+
+    @property
+    def layout(self) -> str:
+        """Format and template in a few words."""
+        return self.format + ("" if self.format == "text" else f", template: {self.template_text}")
 
 
 @dataclass(slots=True)
@@ -28,8 +41,6 @@ class DataStats:
     """What happened to the rows. Token counts are of the training rows, after truncation.
 
     Attributes:
-        format: of the rows; of a mixture all of them.
-        template: the first source's.
         truncated_rows: rows, train and eval, that lost tokens to max_length, max_source_length or max_target_length.
         truncated_tokens: how many tokens they lost.
         split_rows: rows, train and eval, that were split because they were longer than max_length.
@@ -42,8 +53,6 @@ class DataStats:
             edges[i] <= T < edges[i + 1].
     """
 
-    format: str = ""
-    template: str = ""
     sources: list[SourceStats] = field(default_factory=list)
     unused_columns: list[str] = field(default_factory=list)
     train_rows: int = 0
@@ -63,11 +72,19 @@ class DataStats:
     histogram_edges: list[int] = field(default_factory=list)
     histogram_counts: list[int] = field(default_factory=list)
 
-    def add_source(self, row_format: str, template: str, unused: list[str], pads_with_eos: bool) -> None:
+    @property
+    def format(self) -> str:
+        """Of the rows; of a mixture each one once, by commas, the first source's first."""
+        return ", ".join(dict.fromkeys(source.format for source in self.sources))
+
+    @property
+    def template(self) -> str:
+        """As `format`."""
+        return ", ".join(dict.fromkeys(source.template for source in self.sources))
+
+    def add_source(self, source: SourceStats, unused: list[str], pads_with_eos: bool) -> None:
         """Note what a source looks like."""
-        if row_format not in self.format.split(", "):
-            self.format = f"{self.format}, {row_format}" if self.format else row_format
-        self.template = self.template or template
+        self.sources.append(source)
         self.unused_columns += [name for name in unused if name not in self.unused_columns]
         self.pads_with_eos = pads_with_eos
 

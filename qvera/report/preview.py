@@ -40,12 +40,17 @@ def preview(
     title: str, source: str, stats: DataStats, warnings: Sequence[str], rows: Sequence[Example], decode: Decode
 ) -> str:
     """The page as HTML; see `write_preview`."""
+    mixture = stats.sources if len(stats.sources) > 1 else []
+    only = None if mixture else stats.sources[0]
     facts = fact_list(
         [
             ("Rows to train on", count(stats.train_rows)),
             *(
-                (esc(source.path), f"{count(source.taken)} ({count(source.rows)} rows, weight {source.weight:g})")
-                for source in (stats.sources if len(stats.sources) > 1 else ())
+                (
+                    source.path,
+                    f"{count(source.taken)} ({count(source.rows)} rows, weight {source.weight:g})<br>{esc(source.layout)}",
+                )
+                for source in mixture
             ),
             ("Rows held out", count(stats.eval_rows) if stats.eval_rows else ""),
             ("Tokens", f"{count(stats.tokens)}, the longest row {count(stats.longest_tokens)}"),
@@ -53,8 +58,8 @@ def preview(
             ("Rows cut to length", f"{count(stats.truncated_rows)}, {count(stats.truncated_tokens)} tokens cut off"),
             ("Rows split", f"{count(stats.split_rows)} into {count(stats.split_parts)}" if stats.split_rows else ""),
             ("Rows dropped", count(stats.dropped_rows)),
-            ("Format", esc(stats.format)),
-            ("Template", esc("the tokenizer's own" if stats.template == "tokenizer" else stats.template)),
+            ("Format", esc(only.format) if only else ""),
+            ("Template", esc(only.template_text) if only else ""),
         ]
     )
     notices = "".join(f"<p>{esc(line)}</p>" for line in warnings)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from qvera.data import build_datasets, print_preflight
 from qvera.errors import InputError
 from qvera.recipe import DataSection, Source, parse_recipe
+from qvera.subject import template_of
 
 Write = Callable[..., str]
 
@@ -39,8 +42,8 @@ def test_each_source_has_its_weight_format_and_template(
     assert sum("<|im_start|>" in text for text in texts) == 12 and sum("question" in text for text in texts) == 5
     assert data.stats.format == "prompt-completion, alpaca" and data.stats.train_rows == 17
     assert data.stats.to_dict()["sources"] == [
-        {"path": first, "weight": 0.5, "rows": 10, "taken": 5},
-        {"path": second, "weight": 2.0, "rows": 6, "taken": 12},
+        {"path": first, "weight": 0.5, "rows": 10, "taken": 5, "format": "prompt-completion", "template": "plain"},
+        {"path": second, "weight": 2.0, "rows": 6, "taken": 12, "format": "alpaca", "template": "chatml"},
     ]
 
 
@@ -73,7 +76,43 @@ def test_the_preflight_lists_the_sources(mixed: DataSection, base_tokenizer: Pre
     console = Console(record=True, width=200)
     print_preflight(build_datasets(mixed, base_tokenizer), base_tokenizer, console)
     said = console.export_text()
-    assert f"5 from {mixed.path} (10 x 0.5)" in said and f"12 from {mixed.mixture[0].path} (6 x 2)" in said
+    assert f"5 from {mixed.path} (10 x 0.5): prompt-completion, template: plain" in said
+    assert f"12 from {mixed.mixture[0].path} (6 x 2): alpaca, template: chatml" in said
+    assert "⟦ answer" in said and "⟦done 0" in said  # a row of each, of two
+
+
+def test_rows_to_look_at_are_of_each_source_in_turn_and_repeats_come_last(
+    mixed: DataSection, base_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    mixed.mixture.append(Source(path=mixed.mixture[0].path, limit=1, template="alpaca", weight=3.0))
+    data = build_datasets(mixed, base_tokenizer)
+    everything = [e.source for e in data.train]
+    first, second, third = everything[:5], everything[5:17], everything[17:]
+    shown = [e.source for e in data.first_rows(100)]
+    assert shown[:6] == [first[0], second[0], third[0], first[1], second[1], first[2]]
+    assert shown[:12] == [*shown[:6], second[2], first[3], second[3], first[4], second[4], second[5]]
+    assert Counter(shown) == Counter(everything)
+    for count in (0, 1, 3, 12):
+        assert [e.source for e in data.first_rows(count)] == shown[:count]
+
+
+def test_rows_to_look_at_of_one_source_are_its_first(
+    mixed: DataSection, base_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    mixed.mixture, mixed.weight = [], 1.5
+    data = build_datasets(mixed, base_tokenizer)
+    for count in (1, 4, 12, 99):
+        assert [e.source for e in data.first_rows(count)] == [e.source for e in data.train[:count]]
+
+
+def test_auto_is_what_the_first_source_was_trained_with(
+    mixed: DataSection, base_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    stats = build_datasets(mixed, base_tokenizer).stats
+    assert (stats.format, stats.template) == ("prompt-completion, alpaca", "plain, chatml")
+    (tmp_path / "run.json").write_text(json.dumps({"data": stats.to_dict()}))
+    recipe = parse_recipe({"model": "m", "data": {"path": mixed.path}}, "x.yaml")
+    assert template_of(recipe, tmp_path) == "plain"
 
 
 @pytest.mark.parametrize(

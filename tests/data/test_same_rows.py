@@ -84,7 +84,12 @@ def digest_of(directory: Path, section: dict[str, Any]) -> str:
     batches = batches_of(recipe, datasets.train)
     for step in range(3 * batches.per_epoch):
         digest.update(json.dumps(batches.passes(batches.rows(step))).encode())
-    digest.update(json.dumps(datasets.stats.to_dict()).replace(str(directory), "").encode())
+    counts = datasets.stats.to_dict()
+    # as they were then: a mixture's template was the first source's, and sources had neither format nor template
+    counts["template"] = counts["sources"][0]["template"]
+    for source in counts["sources"]:
+        del source["format"], source["template"]
+    digest.update(json.dumps(counts).replace(str(directory), "").encode())
     return digest.hexdigest()[:16]
 
 
