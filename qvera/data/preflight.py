@@ -23,11 +23,11 @@ _BAR_WIDTH = 40
 
 
 def print_preflight(
-    datasets: Datasets, tokenizer: PreTrainedTokenizerBase, console: Console, rows: int = _SHOWN_ROWS
+    datasets: Datasets, tokenizer: PreTrainedTokenizerBase, console: Console, rows: int | None = None
 ) -> None:
     """Print rows, tokens, a histogram of lengths, what was cut or dropped, and ``rows`` rows with trained tokens marked.
 
-    Of a mixture rows of each source in turn, see `Datasets.first_rows`.
+    ``rows`` None: two, and of a mixture at least one of each source. They come from each source in turn, see `Datasets.first_rows`.
     Trained tokens stand in ⟦…⟧ and in colour, so that they show on a terminal without colours and in a log file too.
     """
     stats = datasets.stats
@@ -38,7 +38,7 @@ def print_preflight(
     console.print(Text("Training rows by length (tokens)", style="bold"))
     for line in histogram_lines(stats.histogram_edges, stats.histogram_counts):
         console.print(Text(line))
-    for example in datasets.first_rows(rows):
+    for example in datasets.first_rows(rows or max(_SHOWN_ROWS, len(stats.sources))):
         console.print()
         console.print(Text.assemble((example.source, "bold"), "  ⟦trained⟧"))
         console.print(mark_trained(example, tokenizer))
