@@ -265,6 +265,7 @@ TABLE: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     "not UTF-8": (latin1_rows, "UTF-8"),
     "unknown template": (set_key("data", template="chatmll"), "chatml"),
     "every row too long": (set_key("data", max_length=8), "max_length"),
+    "every row dropped": (set_key("data", max_length=8, too_long="drop"), "data.too_long is drop"),
     "output is a file": (out_is_a_file, "is a file"),
     "output not writable": (out_not_writable, "/proc"),
     "output holds a run": (out_holds_a_run, "already holds a run"),

@@ -95,13 +95,25 @@ def make(section: DataSection, encoder: Encoder, directory: Path | None, console
             continue
         table, lost = _tokenize(_Pass(section, part, count, rows, path, used), encoder, template, directory, console)
         if not len(table):
-            raise InputError(
-                f"{path}: no {purpose} row is left: none of all {rows} has a trained token within data.max_length "
-                f"({section.max_length}). Raise it, or set data.max_source_length below it, or change data.too_long."
-            )
+            raise InputError(f"{path}: no {purpose} row is left: {_why_none(section, rows)}")
         made.counts.add(lost)
         setattr(made, part, table)
     return made
+
+
+def _why_none(section: DataSection, rows: int) -> str:
+    """What became of all ``rows`` of a source, and what to do about it."""
+    limit = section.max_length
+    if section.too_long == "drop":  # which leaves out no row for anything else
+        return (
+            f"all {rows} are longer than data.max_length ({limit}), and data.too_long is drop. Raise data.max_length, or "
+            "shorten them by data.max_source_length and data.max_target_length, or set data.too_long to cut-end, "
+            "cut-start or split."
+        )
+    return (
+        f"none of all {rows} has a trained token within data.max_length ({limit}). Raise it, or set "
+        "data.max_source_length below it, or change data.too_long."
+    )
 
 
 def _empty() -> RowTable:

@@ -158,35 +158,26 @@ class RowTokenizer:
         Args:
             header: tokens right before the first trained one that open the answer.
         """
-        section = self.section
-        first = int(np.argmax(whole.trained))
-        keep = np.ones(len(whole.trained), dtype=bool)
-        if section.max_source_length is not None and first > section.max_source_length:
-            # The opening of the answer ("### Response:") stays, or the model would learn to answer without being asked.
-            header = min(header, section.max_source_length)
-            keep[section.max_source_length - header : first - header] = False
-        if section.max_target_length is not None:
-            keep[first + section.max_target_length :] = False
-        asked = (
-            keep.copy()
-        )  # an answer is asked for with all of its prompt, unless that loses its start in training too
-        kept, limit = np.flatnonzero(keep), section.max_length
-        if len(kept) > limit:
-            if section.too_long == "drop":
-                self._drop(whole, f"longer than data.max_length ({limit})")
-                return []
-            if section.too_long == "split":
-                return self._split(whole, kept)
-            if section.too_long == "cut-start":
-                bos = int(self.encoder.starts_with_bos(whole.input_ids))
-                keep[kept[bos : len(kept) - limit + bos]] = False
-                asked = keep
-            else:
-                keep[kept[limit:]] = False
+        keep = self._kept_sides(whole, header)
+        asked = keep  # what is left of the prompt that the answer is asked for with: a cut at the start shortens it too
+        kept, limit, too_long = np.flatnonzero(keep), self.section.max_length, self.section.too_long
+        is_long = len(kept) > limit
+        if is_long and too_long == "cut-start":
+            bos = int(self.encoder.starts_with_bos(whole.input_ids))
+            keep[kept[bos : len(kept) - limit + bos]] = False
+        elif is_long and too_long == "cut-end":
+            asked = keep.copy()  # an answer that is cut off is asked for with all of its prompt
+            keep[kept[limit:]] = False
+        if not keep.all():  # a row that is split or dropped below has lost these too
+            self._counts.truncated_rows += 1
+            self._counts.truncated_tokens += int((~keep).sum())
+        if is_long and too_long == "drop":
+            self._drop(whole, f"longer than data.max_length ({limit})")
+            return []
+        if is_long and too_long == "split":
+            return self._split(whole, kept)
         if keep.all():
             return [whole]
-        self._counts.truncated_rows += 1
-        self._counts.truncated_tokens += int((~keep).sum())
         trained = whole.trained[keep]
         trained[:1] = False  # nothing stands before it any more
         if not trained.any():
@@ -195,21 +186,34 @@ class RowTokenizer:
         prompt_ids = whole.prompt_ids[asked[: len(whole.prompt_ids)]]
         return [replace(whole, input_ids=whole.input_ids[keep], trained=trained, prompt_ids=prompt_ids)]
 
+    def _kept_sides(self, whole: Example, header: int) -> np.ndarray:
+        """Which tokens of a row max_source_length and max_target_length leave, bool [T]; ``header`` as in `_fitted`."""
+        source, target = self.section.max_source_length, self.section.max_target_length
+        first = int(np.argmax(whole.trained))
+        keep = np.ones(len(whole.trained), dtype=bool)
+        if source is not None and first > source:
+            # The opening of the answer ("### Response:") stays, or the model would learn to answer without being asked.
+            header = min(header, source)
+            keep[source - header : first - header] = False
+        if target is not None:
+            keep[first + target :] = False
+        return keep
+
     def _drop(self, row: Example, reason: str) -> None:
         self._counts.dropped.setdefault(reason, []).append(row.source)
 
     def _split(self, whole: Example, kept: np.ndarray) -> list[Example]:
-        """The tokens ``kept`` of a row in consecutive parts of max_length, each after the row's BOS if it has one.
+        """The tokens ``kept`` of a row in consecutive parts of max_length, each after the row's BOS or the token before it.
 
         Only parts with a trained token are of use. None of them can be answered as the row could, so they have no prompt.
         """
-        bos = kept[: int(self.encoder.starts_with_bos(whole.input_ids))]
-        rest = kept[len(bos) :]
-        size = self.section.max_length - len(bos)
-        parts = [np.concatenate([bos, rest[start : start + size]]) for start in range(0, len(rest), size)]
+        with_bos = self.encoder.starts_with_bos(whole.input_ids[kept])
+        size = self.section.max_length - 1
         nothing = np.zeros(0, np.int32)
         found = []
-        for part in parts:
+        for start in range(1, len(kept), size):
+            # A part's first token is never a target, so it is one that an earlier part has, or the row's own first.
+            part = np.append(kept[0 if with_bos else start - 1], kept[start : start + size])
             trained = whole.trained[part].copy()
             trained[:1] = False
             if trained.any():

@@ -55,6 +55,13 @@ def _count_of(run: Run, section: str, key: str, alarm: bool = False) -> str:
     return f"<b>{count(value)}</b>" if alarm and value > 0 else count(value)
 
 
+def _rows_split(run: Run) -> str:
+    if not number(run.info, "data", "split_rows"):
+        return ""
+    rows, parts = (_count_of(run, "data", key) for key in ("split_rows", "split_parts"))
+    return f"{rows} into {parts}" if parts else rows
+
+
 def _data(run: Run) -> str:
     tokens, trained = number(run.info, "data", "tokens"), number(run.info, "data", "trained_tokens")
     share = f" ({percent(trained / tokens)})" if trained is not None and tokens else ""
@@ -67,6 +74,7 @@ def _data(run: Run) -> str:
             ("Tokens", _count_of(run, "data", "tokens")),
             ("Tokens trained", _count_of(run, "data", "trained_tokens") + share),
             ("Rows cut to length", _count_of(run, "data", "truncated_rows", alarm=True)),
+            ("Rows split", _rows_split(run)),
             ("Rows dropped", _count_of(run, "data", "dropped_rows", alarm=True)),
             ("Format", esc(words(run.info, "data", "format"))),
             ("Template", esc(words(run.info, "data", "template"))),

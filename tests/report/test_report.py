@@ -108,6 +108,16 @@ def test_a_finished_run_says_what_run_json_says(build_run: Build) -> None:
     assert "killed" not in text
 
 
+def test_split_rows_are_said_where_there_are_any(build_run: Build) -> None:
+    info = run_info()
+    info["data"] |= {"split_rows": 3, "split_parts": 1200}
+    assert "Rows split 3 into 1,200" in page(build_run(info)).text
+    info["data"] |= {"split_rows": 0, "split_parts": 0}
+    assert "Rows split" not in page(build_run(info, name="none")).text
+    info["data"] |= {"split_rows": 3, "split_parts": "many"}  # a damaged file is still a page
+    assert "Rows split 3 Rows dropped" in page(build_run(info, name="damaged")).text
+
+
 def test_before_and_after_stand_in_a_table(build_run: Build) -> None:
     source = write_report(build_run()).read_text()
     rows = re.findall(r'<tr><th scope="row">([^<]+)</th><td>([^<]+)</td><td>([^<]+)</td></tr>', source)
