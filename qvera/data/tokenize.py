@@ -163,7 +163,7 @@ class RowTokenizer:
         kept, limit, too_long = np.flatnonzero(keep), self.section.max_length, self.section.too_long
         is_long = len(kept) > limit
         if is_long and too_long == "cut-start":
-            bos = int(self.encoder.starts_with_bos(whole.input_ids))
+            bos = int(self.encoder.starts_with_bos(whole.input_ids[kept]))
             keep[kept[bos : len(kept) - limit + bos]] = False
         elif is_long and too_long == "cut-end":
             asked = keep.copy()  # an answer that is cut off is asked for with all of its prompt

@@ -88,6 +88,20 @@ def test_the_parts_of_a_split_row_train_each_of_its_tokens_once(
     assert (counts.truncated_rows, counts.truncated_tokens) == (unsplit.truncated_rows, unsplit.truncated_tokens)
 
 
+@pytest.mark.parametrize("source", [None, 2])
+def test_a_cut_at_the_start_keeps_the_bos_of_a_row_that_has_one_left(
+    source: int | None, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    row, keys = messages([("question " * 20, "yes " * 30)]), {"max_source_length": source}
+    (whole,), _ = examples(row, tokenizer, max_length=100_000, **keys)
+    (cut,), counts = examples(row, tokenizer, max_length=12, too_long="cut-start", **keys)
+    ids = whole.input_ids.tolist()
+    with_bos = ids[0] == tokenizer.bos_token_id
+    assert with_bos == (tokenizer.bos_token_id is not None and source is None)  # two tokens are the answer's heading alone
+    assert cut.input_ids.tolist() == ids[:with_bos] + ids[-12 + with_bos :]
+    assert counts.truncated_rows == 1
+
+
 @pytest.mark.parametrize("too_long", ["split", "drop"])
 def test_what_a_long_row_lost_to_its_source_and_target_length_is_counted(
     too_long: str, write: Write, tokenizer: PreTrainedTokenizerFast
