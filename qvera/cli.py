@@ -142,7 +142,8 @@ def build_parser() -> argparse.ArgumentParser:
         "LoRA of `qvera export --to lora`); or a checkpoint that `qvera export --to merged` wrote. A merged export that still\n"
         "finds its run is evaluated on that run's held-out rows; otherwise say --recipe or --data.\n\n"
         "Metrics: exact, and with `pip install 'qvera[metrics]'` bleu, bleu-lowercase, chrf, chrf++, ter (sacrebleu) and rouge1,\n"
-        "rouge2, rougeL (rouge-score). BLEU, chrF and TER go from 0 to 100, the others from 0 to 1.",
+        "rouge2, rougeL (rouge-score). BLEU, chrF and TER go from 0 to 100, the others from 0 to 1.\n\n"
+        "`--json RUN/eval.json` puts the scores where `qvera compare` finds them.",
     )
     p.add_argument("run", type=Path, metavar="RUN", help="a run, an adapter directory or an exported checkpoint")
     p.add_argument("--recipe", type=Path, metavar="PATH", help="a recipe, or a run, whose rows and settings are used")
@@ -173,8 +174,9 @@ def build_parser() -> argparse.ArgumentParser:
     p = command(
         "compare",
         "Several runs side by side: scores, cost, curves, and the recipe keys in which they differ.",
-        "\n\nReads recipe.yaml, metrics.jsonl and run.json of each run, no model. What is missing, and what can't be compared\n"
-        "(another base, other held-out rows, another machine), is said.",
+        "\n\nReads recipe.yaml, metrics.jsonl and run.json of each run, no model; and eval.json, where `qvera eval RUN --json\n"
+        "RUN/eval.json` wrote one, for BLEU, ROUGE and the like. What is missing, and what can't be compared (another base,\n"
+        "other held-out rows, another machine, an evaluation of another adapter), is said.",
     )
     p.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="two to eight run directories")
     p.add_argument("--html", type=Path, metavar="FILE", help="write a page with the curves there")

@@ -146,6 +146,14 @@ def _checkpoint(path: Path, recipe: Recipe | None, run: Path | None) -> Subject:
     return Subject(path, "checkpoint", section, None, recipe, run, certificate)
 
 
+def adapter_sha256(subject: Subject) -> str | None:
+    """Of the adapter's file, or of the one that a merged export was made with; None where there is neither."""
+    if subject.adapter is None:
+        return None if subject.merged is None else str(subject.merged["adapter"]["sha256"])
+    weights = subject.adapter / attached.ADAPTER_WEIGHTS
+    return file_sha256(weights) if weights.is_file() else None
+
+
 def template_of(recipe: Recipe, run: Path | None) -> str:
     """The name of the template that a run trained with: ``auto`` as run.json says which one it was.
 

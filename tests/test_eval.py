@@ -22,6 +22,7 @@ from qvera.errors import InputError
 from qvera.model import load_base, load_tokenizer
 from qvera.recipe import ModelSection
 from qvera.recipe_file import load_recipe
+from qvera.stored import file_sha256
 from qvera.textscores import NAMES, row_scores, scores_of, text_metrics
 from qvera.trainer import train
 
@@ -320,3 +321,45 @@ def test_an_adapter_in_a_copied_directory_needs_no_recipe_with_data(run: Path, t
     shutil.copytree(run / "adapter", lone)
     found = evaluate(lone, "--data", tiny_rows, "--no-generation")
     assert found["scores"]["rows"] == 40 and math.isfinite(found["scores"]["loss"])
+
+
+def test_compare_shows_what_eval_left_in_the_run(run: Path, capsys: Any) -> None:
+    other = Path(shutil.copytree(run, run.parent / "other"))
+    for place in (run, other):
+        flags = ["--metrics", "exact,bleu", "--max-new-tokens", "6", "--json", str(place / "eval.json")]
+        assert main(["eval", str(place), *flags]) == 0
+    written = json.loads((run / "eval.json").read_text())
+    capsys.readouterr()
+
+    def compare() -> dict[str, Any]:
+        assert main(["compare", str(run), str(other), "--json"]) == 0
+        return dict(json.loads(capsys.readouterr().out))
+
+    found = compare()
+    assert not [gap for gap in found["gaps"] if "eval.json" in gap]
+    for each in found["runs"]:
+        assert each["evaluation"]["scores"] == {key: written["scores"][key] for key in ("exact_match", "bleu")}
+        assert each["evaluation"]["scored_rows"] == 8
+    # fewer rows, of an adapter that then changes
+    (other / "eval.json").unlink()
+    flags = ["--metrics", "exact,bleu", "--max-new-tokens", "6", "--rows", "5", "--json", str(other / "eval.json")]
+    assert main(["eval", str(other), *flags]) == 0
+    model = load_adapter(load_base(load_recipe(other / "recipe.yaml").model).model, other / "adapter")
+    perturb(model, seed=5)
+    save_adapter(model, other / "adapter")
+    capsys.readouterr()
+    said = [gap for gap in compare()["gaps"] if "eval.json" in gap]
+    assert len(said) == 2 and said[0].startswith("other: eval.json is of another adapter")
+    assert "not of the same inputs (run: 8 rows of" in said[1] and "other: 5 rows of" in said[1]
+
+
+def test_adapter_hash_is_of_what_was_asked(run: Path) -> None:
+    """An export is known by the adapter that it was made with; the base alone by none."""
+    out = run.parent / "merged"
+    assert main(["export", str(run), str(out), "--no-compare"]) == 0
+    hashes = [
+        evaluate(place, "--max-new-tokens", "2", "--rows", "1", *flags)["subject"]["adapter_sha256"]
+        for place, *flags in ((run,), (run / "adapter",), (out,), (run, "--base"))
+    ]
+    digest = file_sha256(run / "adapter" / "adapter_model.safetensors")
+    assert hashes == [digest, digest, digest, None]

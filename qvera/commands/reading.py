@@ -21,9 +21,20 @@ from ..harness import find_tasks, run_harness
 from ..judge import Input, Judged, inputs_of, judge
 from ..recipe import DataSection, TrainingSection
 from ..report.answers import write_answers
+from ..report.evaluated import Column, score_columns, score_facts
+from ..report.read import inputs_sha256
 from ..report.runs import COSTS, SCORES, Compared, compared, key_text, write_runs
 from ..run import OpenRun
-from ..subject import Subject, base_of, base_problem, find_subject, open_subject, require_base, template_of
+from ..subject import (
+    Subject,
+    adapter_sha256,
+    base_of,
+    base_problem,
+    find_subject,
+    open_subject,
+    require_base,
+    template_of,
+)
 from ..textscores import TextMetric, text_metrics
 from ..unfinished import replace_text
 from .common import console, quiet_libraries, require_new_file
@@ -44,6 +55,7 @@ def eval(args: argparse.Namespace) -> None:  # noqa: A001  # the command's name
         if missing is not None and subject.merged is not None:
             console.print(f"The page will have no base beside the answers. {missing}", style="yellow", markup=False)
     section = _data_section(args, subject)
+    adapter = None if args.base else adapter_sha256(subject)  # now: the run may go on while we score
     with console.status(f"Loading {args.run}"):
         opened = open_subject(subject, adapter=not args.base)
     datasets = build_datasets(section, opened.base.tokenizer, console)
@@ -59,7 +71,7 @@ def eval(args: argparse.Namespace) -> None:  # noqa: A001  # the command's name
             with console.status("Loading the base"):  # alone: rich before 14.1 shows one thing at a time
                 model = until_judged.enter_context(base_of(subject, opened))
             base = _judge(args, subject, opened, model, datasets, rows, inputs, metrics, "Base: ")
-    document = _document(args, subject, section, inputs, metrics, found, base)
+    document = _document(args, subject, adapter, section, inputs, metrics, found, base)
     if args.predictions is not None:
         lines = (json.dumps(answer, ensure_ascii=False) + "\n" for answer in document["answers"])
         replace_text(args.predictions, "".join(lines))
@@ -93,18 +105,16 @@ def compare(args: argparse.Namespace) -> None:
 
 
 def _say_runs(found: Compared) -> None:
-    """A row for each run, the keys in which they differ, and what can't be compared."""
-    columns = [column for column in (*SCORES, *COSTS) if any(facts[column[0]] is not None for facts in found.facts)]
-    table = Table(box=None, pad_edge=False)
-    table.add_column("run", overflow="fold")
-    for _, title, _ in columns:
-        table.add_column(title.lower(), justify="right")
-    for label, facts in zip(found.labels, found.facts, strict=True):
-        values = [(facts[key], say) for key, _, say in columns]
-        table.add_row(label, *("–" if value is None else say(value) for value, say in values))
+    """A row for each run, what qvera eval found of it, the keys in which they differ, and what can't be compared."""
     # a pipe has no width, and its reader can cut columns better than we could
     console_out = Console(width=None if sys.stdout.isatty() else 250, highlight=False, markup=False)
-    console_out.print(table)
+    columns = [(key, title.lower(), say) for key, title, say in (*SCORES, *COSTS)]
+    console_out.print(_run_table(found.labels, found.facts, columns))
+    scored = [(key, key, say) for key, _, say in score_columns(found.evaluations)]  # named as qvera eval prints them
+    if scored:
+        console_out.print("\nScores by qvera eval")
+        console_out.print(_run_table(found.labels, score_facts(found.evaluations), scored))
+        console_out.print()
     for key, values in found.differing.items():
         who: dict[str, list[str]] = {}
         for label, value in zip(found.labels, values, strict=True):
@@ -112,6 +122,19 @@ def _say_runs(found: Compared) -> None:
         console_out.print(f"{key}: " + "; ".join(f"{text} ({', '.join(labels)})" for text, labels in who.items()))
     for gap in found.gaps:
         console_out.print(f"! {gap}")
+
+
+def _run_table(labels: Sequence[str], rows: Sequence[dict[str, float | None]], columns: Sequence[Column]) -> Table:
+    """A row for each run; columns in which any has a value."""
+    shown = [column for column in columns if any(facts[column[0]] is not None for facts in rows)]
+    table = Table(box=None, pad_edge=False)
+    table.add_column("run", overflow="fold")
+    for _, title, _ in shown:
+        table.add_column(title, justify="right")
+    for label, facts in zip(labels, rows, strict=True):
+        values = [(facts[key], say) for key, _, say in shown]
+        table.add_row(label, *("–" if value is None else say(value) for value, say in values))
+    return table
 
 
 def harness(args: argparse.Namespace) -> None:
@@ -254,6 +277,7 @@ def _answer_tokens(args: argparse.Namespace, subject: Subject) -> int:
 def _document(
     args: argparse.Namespace,
     subject: Subject,
+    adapter: str | None,
     section: DataSection,
     inputs: list[Input],
     metrics: list[TextMetric],
@@ -287,6 +311,8 @@ def _document(
             or section.eval_path
             or f"{section.path}, {section.eval_fraction:.1%} held out by its seed",
             "max_new_tokens": _answer_tokens(args, subject),
+            "adapter_sha256": adapter,
+            "inputs_sha256": inputs_sha256(answers),
         },
         "scores": found.scores,
         "base_scores": None if base is None else base.scores,

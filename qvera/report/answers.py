@@ -9,6 +9,7 @@ from typing import Any
 from ..numbers import count, percent, significant
 from ..unfinished import replace_text
 from .markup import document, esc, fact_list, section
+from .read import score_key
 from .samples import LEGEND, sample_article
 
 MOST_ROWS = 500
@@ -67,7 +68,7 @@ def answers_page(evaluation: dict[str, Any]) -> str:
 def _score_table(evaluation: dict[str, Any]) -> str:
     scores, base = evaluation["scores"], evaluation["base_scores"]
     body = ""
-    for key in ("loss", "perplexity", *(_score_key(m) for m in evaluation["metrics"])):
+    for key in ("loss", "perplexity", *(score_key(m["name"]) for m in evaluation["metrics"])):
         if key not in scores:
             continue
         label, say = _LABELS.get(key, ("", lambda value: significant(value, 4)))
@@ -77,10 +78,6 @@ def _score_table(evaluation: dict[str, Any]) -> str:
     columns = [evaluation["subject"]["column"]] if base is None else ["Base", evaluation["subject"]["column"]]
     titles = "".join(f'<th scope="col">{esc(column)}</th>' for column in columns)
     return f'<table><thead><tr><th scope="col">Held-out rows</th>{titles}</tr></thead><tbody>{body}</tbody></table>'
-
-
-def _score_key(metric: dict[str, Any]) -> str:
-    return "exact_match" if metric["name"] == "exact" else str(metric["name"])
 
 
 def _said(value: float | None, say: Callable[[float], str]) -> str:

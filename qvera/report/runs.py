@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from ..recipe import DataSection, ModelSection, Recipe
 from ..unfinished import replace_text
 from .charts import Line, line_chart
 from .curves import held_out_curve, series
+from .evaluated import Column, score_columns, score_facts, score_gaps
 from .markup import document, esc, section
-from .read import Run, number, pick, read_run, words
+from .read import Evaluation, Run, number, pick, read_run, words
 
 COLOURS = 8
 """Runs that one page can tell apart."""
@@ -27,9 +28,7 @@ COLOURS = 8
 _UNTOLD = ("training.output_dir", "training.report_to")
 """Keys of a recipe that say nothing about what a run computes."""
 
-Say = Callable[[float], str]
-
-SCORES: tuple[tuple[str, str, Say], ...] = (
+SCORES: tuple[Column, ...] = (
     ("loss_before", "Loss before", lambda value: f"{value:.4f}"),
     ("loss_after", "Loss after", lambda value: f"{value:.4f}"),
     ("loss_lowest", "Lowest", lambda value: f"{value:.4f}"),
@@ -37,7 +36,7 @@ SCORES: tuple[tuple[str, str, Say], ...] = (
     ("perplexity", "Perplexity", lambda value: significant(value, 4)),
     ("exact_match", "Exact match", percent),
 )
-COSTS: tuple[tuple[str, str, Say], ...] = (
+COSTS: tuple[Column, ...] = (
     ("trainable_parameters", "Trained numbers", count),
     ("adapter_bytes", "Adapter", size),
     ("peak_bytes", "Peak memory", size),
@@ -66,10 +65,21 @@ class Compared:
     differing: dict[str, list[Any]]
     gaps: list[str] = field(default_factory=list)
 
+    @property
+    def evaluations(self) -> list[Evaluation | None]:
+        """What `qvera eval` found of each run, where its directory has that as eval.json."""
+        return [run.evaluation for run in self.runs]
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         runs = [
-            {"run": label, "status": words(run.info, "status") or None, **facts} for run, label, facts in self._rows()
+            {
+                "run": label,
+                "status": words(run.info, "status") or None,
+                **facts,
+                "evaluation": None if run.evaluation is None else asdict(run.evaluation),
+            }
+            for run, label, facts in self._rows()
         ]
         return {"runs": runs, "differing": self.differing, "gaps": self.gaps}
 
@@ -91,7 +101,7 @@ def compared(paths: Sequence[Path]) -> Compared:
     twice = next((path for i, path in enumerate(places) if path in places[:i]), None)
     if twice is not None:
         raise InputError(f"{twice}: is named twice; name each run once.")
-    runs = [read_run(path) for path in paths]
+    runs = [read_run(path, evaluation=True) for path in paths]
     labels = _labels(places)
     facts = [facts_of(run) for run in runs]
     return Compared(runs, labels, facts, differing_keys(runs), _gaps(runs, labels, facts))
@@ -206,7 +216,7 @@ def _gaps(runs: Sequence[Run], labels: Sequence[str], facts: Sequence[dict[str, 
         known = [(label, str(answer)) for label, answer in answers if answer]
         if len({answer for _, answer in known}) > 1:
             gaps.append(sentence.format("; ".join(f"{label}: {answer}" for label, answer in known)))
-    return gaps
+    return gaps + score_gaps(labels, [run.evaluation for run in runs])
 
 
 def _base(run: Run) -> str:
@@ -236,6 +246,7 @@ def write_runs(path: Path, found: Compared) -> None:
 def runs_page(found: Compared) -> str:
     """The page as HTML."""
     names = " · ".join(found.labels)
+    evaluations = found.evaluations
     notices = "".join(f"<p>{esc(gap)}</p>" for gap in found.gaps)
     head = f'<header>\n<p class="eyebrow">qvera compare</p>\n<h1>{esc(names)}</h1>\n</header>\n' + (
         f'<div class="notice">{notices}</div>\n' if notices else ""
@@ -249,12 +260,13 @@ def runs_page(found: Compared) -> str:
     grid = f'<div class="grid2">{"".join(curves)}</div>' if any(curves) else ""
     body = (
         head
-        + section("Scores on held-out rows", _table(found, SCORES))
-        + section("Cost", _table(found, COSTS))
+        + section("Scores on held-out rows", _table(found.labels, found.facts, SCORES))
+        + section("Scores by qvera eval", _table(found.labels, score_facts(evaluations), score_columns(evaluations)))
+        + section("Cost", _table(found.labels, found.facts, COSTS))
         + section("Curves", _legend(found), grid)
         + section("Where the recipes differ", _differing(found))
     )
-    footer = "Written by qvera compare from recipe.yaml, metrics.jsonl and run.json of each run. Sizes are decimal."
+    footer = "Written by qvera compare from recipe.yaml, metrics.jsonl, run.json and eval.json of each run. Sizes are decimal."
     return document(f"{names} · compare · qvera", body, footer)
 
 
@@ -267,12 +279,12 @@ def _legend(found: Compared) -> str:
     return f'<p class="caption keys">{keys}</p>'
 
 
-def _table(found: Compared, columns: Sequence[tuple[str, str, Say]]) -> str:
-    shown = [column for column in columns if any(facts[column[0]] is not None for facts in found.facts)]
+def _table(labels: Sequence[str], rows: Sequence[dict[str, float | None]], columns: Sequence[Column]) -> str:
+    shown = [column for column in columns if any(facts[column[0]] is not None for facts in rows)]
     if not shown:
         return ""
     body = ""
-    for index, (label, facts) in enumerate(zip(found.labels, found.facts, strict=True)):
+    for index, (label, facts) in enumerate(zip(labels, rows, strict=True)):
         values = [facts[key] for key, _, _ in shown]
         cells = "".join(
             f"<td>{'–' if value is None else esc(say(value))}</td>"

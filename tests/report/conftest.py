@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from qvera.recipe import parse_recipe
+from qvera.report.read import inputs_sha256
 
 PROMPT = (
     "Extract the repair request as JSON with the keys name, device, fault, date, address {street, number, city} and "
@@ -22,6 +24,9 @@ REFERENCE = (
     '{"name": "Ines Moreau", "device": "dishwasher", "fault": "not draining", "date": "14 May", '
     '"address": {"street": "Linden Road", "number": 27, "city": "Harwich"}, "phone": null}'
 )
+
+ADAPTER = b"the vectors"
+"""The adapter file of a run that `evaluation` is of, as far as anything here reads it."""
 
 
 def train_rows(steps: int = 96) -> list[dict[str, Any]]:
@@ -172,6 +177,8 @@ def evaluation() -> dict[str, Any]:
             "base": "HuggingFaceTB/SmolLM2-135M-Instruct",
             "data": "data/repairs_heldout.jsonl",
             "max_new_tokens": 160,
+            "adapter_sha256": hashlib.sha256(ADAPTER).hexdigest(),
+            "inputs_sha256": inputs_sha256(rows),
         },
         "scores": {
             "loss": 0.0712,

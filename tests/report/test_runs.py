@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
 import re
 import statistics
 from collections.abc import Callable
@@ -17,7 +19,7 @@ from qvera.cli import main
 from qvera.errors import InputError
 from qvera.report.runs import COLOURS, compared, runs_page
 
-from .conftest import RECIPE, eval_rows, run_info, train_rows
+from .conftest import ADAPTER, RECIPE, eval_rows, evaluation, run_info, train_rows
 
 Build = Callable[..., Path]
 
@@ -183,3 +185,157 @@ def test_the_command(build_run: Build, tmp_path: Path, capsys: Any) -> None:
     document = json.loads(capsys.readouterr().out)
     assert [run["run"] for run in document["runs"]] == ["one", "two"]
     assert document["differing"] == {"training.learning_rate": [8e-3, 1e-3]}
+
+
+@pytest.fixture
+def build_scored(build_run: Build) -> Build:
+    """Write a run that was evaluated: ``build_scored(name, key__of__eval_json=value)``; a value of None removes the key."""
+
+    def build(name: str, **changes: Any) -> Path:
+        place = build_run(name=name)
+        (place / "adapter").mkdir()
+        (place / "adapter" / "adapter_model.safetensors").write_bytes(ADAPTER)
+        tree = copy.deepcopy(evaluation())
+        for keys, value in changes.items():
+            *path, last = keys.split("__")
+            node = tree
+            for key in path:
+                node = node[key]
+            node.pop(last) if value is None else node.update({last: value})
+        (place / "eval.json").write_text(json.dumps(tree))
+        return place
+
+    return build
+
+
+def test_what_eval_scored_is_in_table_page_and_json(
+    build_run: Build, build_scored: Build, tmp_path: Path, capsys: Any
+) -> None:
+    ter = {"name": "ter", "label": "TER", "signature": "sacrebleu", "lower_is_better": True}
+    two = build_scored(
+        "two", metrics=[*evaluation()["metrics"], ter], scores={"scored_rows": 2, "bleu": 7.5, "ter": 31.25}
+    )
+    places = [build_scored("one"), two, build_run(name="none")]
+    found = compared(places)
+    assert found.gaps == []
+    assert main(["compare", *map(str, places), "--html", str(tmp_path / "page.html")]) == 0
+    said = capsys.readouterr().out.splitlines()
+    head = next(i for i, line in enumerate(said) if "bleu" in line)
+    assert [line.split() for line in said[head : head + 4]] == [
+        ["run", "scored_rows", "exact_match", "bleu", "ter"],
+        ["one", "2", "50", "%", "82.10", "–"],
+        ["two", "2", "–", "7.500", "31.25"],
+        ["none", "–", "–", "–", "–"],
+    ]
+    page = unescape((tmp_path / "page.html").read_text())
+    table = page[page.index("Scores by qvera eval") : page.index("Cost</h2>")]
+    cells = re.findall(r"<t[hd][^>]*>(?:<i[^>]*></i>)?([^<]*)</t[hd]>", table)
+    assert cells[:10] == ["Run", "Rows", "Exact match", "BLEU", "TER", "one", "2", "50 %", "82.10", "–"]
+    assert main(["compare", *map(str, places), "--json"]) == 0
+    one, two_, none = (run["evaluation"] for run in json.loads(capsys.readouterr().out)["runs"])
+    assert one["scores"] == {"exact_match": 0.5, "bleu": 82.1} and one["scored_rows"] == 2
+    assert two_["signatures"]["ter"] == "sacrebleu" and two_["scores"] == {"bleu": 7.5, "ter": 31.25}
+    assert none is None
+
+
+def test_runs_that_were_not_evaluated_have_no_table_of_it(build_run: Build, capsys: Any) -> None:
+    places = [build_run(name="one"), build_run(name="two")]
+    assert "qvera eval" not in runs_page(compared(places)).replace("Written by", "")
+    assert main(["compare", *map(str, places)]) == 0
+    assert "qvera eval" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"subject__inputs_sha256": "00ff"},
+            "not of the same inputs (one: 2 rows of data/repairs_heldout.jsonl, SHA-256 ",
+        ),
+        ({"subject__data": "a/copy.jsonl"}, None),
+        ({"subject__inputs_sha256": None}, None),  # the rows say it
+        ({"subject__inputs_sha256": None, "answers": evaluation()["answers"][::-1]}, None),
+        ({"subject__inputs_sha256": None, "answers": evaluation()["answers"][:2]}, "not of the same inputs"),
+        ({"subject__inputs_sha256": None, "answers": None}, "SHA-256 unknown"),
+        (
+            {"metrics": [{"name": "bleu", "label": "BLEU", "signature": "{tok}:char"}]},
+            "did not measure BLEU in the same way (one: sacrebleu nrefs:var|case:mixed|tok:13a; two: {tok}:char)",
+        ),
+        ({"metrics": [{"name": "bleu", "label": "{0}"}]}, "two: does not say"),
+        ({"subject__max_new_tokens": 16}, "(one: 160 tokens; two: 16 tokens)"),
+        ({"subject__column": "Export"}, "(one: Adapter; two: Export)"),
+        ({"subject__adapter_sha256": "00ff"}, "two: eval.json is of another adapter than the run has now"),
+        ({"subject": evaluation()["subject"] | {"adapter_sha256": None}}, "two: eval.json is of another adapter"),
+    ],
+)
+def test_scores_that_are_not_of_one_kind_are_said(
+    build_scored: Build, changes: dict[str, Any], sentence: str | None
+) -> None:
+    places = [build_scored("one"), build_scored("two", **changes)]
+    found = compared(places)
+    assert len(found.gaps) == (sentence is not None)
+    assert sentence is None or sentence in found.gaps[0]
+    assert all(run.evaluation is not None for run in found.runs)
+    assert all(gap in unescape(runs_page(found)) for gap in found.gaps)
+
+
+def test_an_evaluation_from_before_the_run_went_on_is_said(build_scored: Build) -> None:
+    places = [build_scored("one"), build_scored("two")]
+    assert compared(places).gaps == []
+    weights = places[0] / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(b"more of the same")
+    (gap,) = compared(places).gaps
+    assert gap.startswith("one: eval.json is of another adapter") and "run `qvera eval` again" in gap
+    weights.unlink()
+    (gap,) = compared(places).gaps
+    assert gap.startswith("one: eval.json can't be held against the run's adapter (No such file")
+
+
+def test_without_a_hash_the_files_times_say_it(build_scored: Build) -> None:
+    places = [build_scored("one"), build_scored("two", subject__adapter_sha256=None)]
+    assert compared(places).gaps == []
+    os.utime(places[1] / "eval.json", (1, 1))
+    (gap,) = compared(places).gaps
+    assert gap.startswith("two: eval.json is older than the run's adapter")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("{", "eval.json is not valid JSON"),
+        ("[" * 100_000, "eval.json is not valid JSON"),
+        ("[]", "does not hold a JSON object"),
+        ("{}", "not what `qvera eval --json` writes"),
+        ('{"results": {"arc_easy": {}}}', "not what `qvera eval --json` writes"),
+        ('{"subject": {}, "scores": 3, "metrics": [4, null, {"name": []}]}', "has no scores of answers"),
+        ('{"subject": {}, "scores": {"bleu": NaN}, "metrics": [{"name": "bleu"}]}', "has no scores of answers"),
+        ('{"subject": {"column": "Base"}, "scores": {"bleu": 1}, "metrics": [{"name": "bleu"}]}', "the base alone"),
+        (None, "eval.json can't be read (Is a directory)"),
+    ],
+)
+def test_a_file_that_is_no_evaluation_becomes_a_note(build_scored: Build, text: str | None, sentence: str) -> None:
+    places = [build_scored("one"), build_scored("two")]
+    file = places[1] / "eval.json"
+    file.unlink()
+    file.mkdir() if text is None else file.write_text(text)
+    found = compared(places)
+    (gap,) = found.gaps
+    assert gap.startswith("two: ") and sentence in gap
+    assert found.runs[1].evaluation is None and "82.10" in runs_page(found)
+
+
+def test_half_an_evaluation_is_shown_as_far_as_it_goes(build_scored: Build, tmp_path: Path, capsys: Any) -> None:
+    """Hardly more than a score, and text that no terminal can print."""
+    places = [build_scored("one"), build_scored("two")]
+    metric = {"name": "bl\ud800", "label": "\udfff", "signature": 5}
+    foreign = {
+        "subject": {"adapter_sha256": []},
+        "scores": {"bl?": 3},
+        "metrics": [metric],
+        "answers": [1, {"prompt": []}],
+    }
+    (places[1] / "eval.json").write_text(json.dumps(foreign))
+    assert main(["compare", *map(str, places), "--html", str(tmp_path / "page.html")]) == 0
+    said = capsys.readouterr().out
+    assert "bl?" in said and "two: eval.json is of another adapter" in said and "not of the same inputs" in said
+    assert main(["compare", *map(str, places), "--json"]) == 0
