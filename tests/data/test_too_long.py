@@ -97,7 +97,9 @@ def test_a_cut_at_the_start_keeps_the_bos_of_a_row_that_has_one_left(
     (cut,), counts = examples(row, tokenizer, max_length=12, too_long="cut-start", **keys)
     ids = whole.input_ids.tolist()
     with_bos = ids[0] == tokenizer.bos_token_id
-    assert with_bos == (tokenizer.bos_token_id is not None and source is None)  # two tokens are the answer's heading alone
+    assert with_bos == (
+        tokenizer.bos_token_id is not None and source is None
+    )  # two tokens are the answer's heading alone
     assert cut.input_ids.tolist() == ids[:with_bos] + ids[-12 + with_bos :]
     assert counts.truncated_rows == 1
 
