@@ -54,7 +54,7 @@ def test_gpu_bench_in_its_cpu_mode(tmp_path: Path) -> None:
 
 
 def test_trials_differ_in_the_adapter_alone(make_recipe: Any, tmp_path: Path) -> None:
-    recipe = make_recipe(training={"max_steps": 12})
+    recipe = make_recipe(training={"max_steps": 12, "lr_scheduler_type": "cosine"})  # as a trial that names none
     made = [
         Trial(method="lora", rank=4, learning_rate=1e-2, steps=12),
         Trial(method="vera", rank=8, learning_rate=2e-2, steps=12),
