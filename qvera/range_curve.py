@@ -17,8 +17,8 @@ _DIVERGED = 2.0
 
 RULE = "the rate at the lowest smoothed loss, for the peak of a schedule with warmup and decay"
 """Chosen after two recipes were seen, SmolLM2-135M, r=256: 0.046 where 0.03 was picked (quickstart), 0.07 where 0.1 was the best of
-0.03, 0.1 and 0.2 (E2E); the steepest fall, another common rule, came to 0.008 and 0.014. Then held against a third (Alpaca, r=96 with
-two b and an a): 0.07 where 0.05 was the best of four; the steepest fall 0.0014."""
+0.03, 0.1 and 0.2 (E2E); the steepest fall, another common rule, came to 0.008 and 0.014. Then held against a third (Alpaca, r=96
+with two b and an a): 0.07 where 0.05 was the best of four; the steepest fall 0.0014."""
 
 
 @dataclass(frozen=True)
