@@ -162,11 +162,12 @@ def template_of(recipe: Recipe, run: Path | None) -> str:
     name = recipe.data.template
     if name == "auto" and run is not None and (run / "run.json").is_file():
         try:
-            used = json.loads((run / "run.json").read_text(encoding="utf-8"))["data"]["template"]
-            used = used.split(", ")[0]  # run.json has those of all sources
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            data = json.loads((run / "run.json").read_text(encoding="utf-8"))["data"]
+            first = data["sources"][0] if data.get("sources") else {}
+            used = first.get("template", data["template"])  # an older run.json has the first source's there
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return name
-        return used if used in NAMED_TEMPLATES else name
+        return used if isinstance(used, str) and used in NAMED_TEMPLATES else name
     return name
 
 

@@ -23,7 +23,7 @@ from ..recipe import DataSection, TrainingSection
 from ..report.answers import write_answers
 from ..report.evaluated import Column, score_columns, score_facts
 from ..report.read import inputs_sha256
-from ..report.runs import COSTS, SCORES, Compared, compared, key_text, write_runs
+from ..report.runs import COSTS, SCORES, Compared, cells_of, compared, key_text, write_runs
 from ..run import OpenRun
 from ..subject import (
     Subject,
@@ -126,14 +126,13 @@ def _say_runs(found: Compared) -> None:
 
 def _run_table(labels: Sequence[str], rows: Sequence[dict[str, float | None]], columns: Sequence[Column]) -> Table:
     """A row for each run; columns in which any has a value."""
-    shown = [column for column in columns if any(facts[column[0]] is not None for facts in rows)]
+    shown, told = cells_of(rows, columns)
     table = Table(box=None, pad_edge=False)
     table.add_column("run", overflow="fold")
-    for _, title, _ in shown:
+    for title in shown:
         table.add_column(title, justify="right")
-    for label, facts in zip(labels, rows, strict=True):
-        values = [(facts[key], say) for key, _, say in shown]
-        table.add_row(label, *("–" if value is None else say(value) for value, say in values))
+    for label, cells in zip(labels, told, strict=True):
+        table.add_row(label, *cells)
     return table
 
 

@@ -168,7 +168,8 @@ class RowTokenizer:
         elif is_long and too_long == "cut-end":
             asked = keep.copy()  # an answer that is cut off is asked for with all of its prompt
             keep[kept[limit:]] = False
-        if not keep.all():  # a row that is split or dropped below has lost these too
+        is_cut = not keep.all()
+        if is_cut:  # a row that is split or dropped below has lost these too
             self._counts.truncated_rows += 1
             self._counts.truncated_tokens += int((~keep).sum())
         if is_long and too_long == "drop":
@@ -176,7 +177,7 @@ class RowTokenizer:
             return []
         if is_long and too_long == "split":
             return self._split(whole, kept)
-        if keep.all():
+        if not is_cut:
             return [whole]
         trained = whole.trained[keep]
         trained[:1] = False  # nothing stands before it any more

@@ -279,19 +279,22 @@ def _legend(found: Compared) -> str:
     return f'<p class="caption keys">{keys}</p>'
 
 
-def _table(labels: Sequence[str], rows: Sequence[dict[str, float | None]], columns: Sequence[Column]) -> str:
+def cells_of(rows: Sequence[dict[str, float | None]], columns: Sequence[Column]) -> tuple[list[str], list[list[str]]]:
+    """Titles of the columns in which any row has a value, and the rows in words."""
     shown = [column for column in columns if any(facts[column[0]] is not None for facts in rows)]
+    told = [[(facts[key], say) for key, _, say in shown] for facts in rows]
+    return [title for _, title, _ in shown], [["–" if v is None else say(v) for v, say in row] for row in told]
+
+
+def _table(labels: Sequence[str], rows: Sequence[dict[str, float | None]], columns: Sequence[Column]) -> str:
+    shown, told = cells_of(rows, columns)
     if not shown:
         return ""
     body = ""
-    for index, (label, facts) in enumerate(zip(labels, rows, strict=True)):
-        values = [facts[key] for key, _, _ in shown]
-        cells = "".join(
-            f"<td>{'–' if value is None else esc(say(value))}</td>"
-            for value, (_, _, say) in zip(values, shown, strict=True)
-        )
+    for index, (label, row) in enumerate(zip(labels, told, strict=True)):
+        cells = "".join(f"<td>{esc(cell)}</td>" for cell in row)
         body += f'<tr><th scope="row">{_swatch(index)}{esc(label)}</th>{cells}</tr>'
-    titles = "".join(f'<th scope="col">{esc(title)}</th>' for _, title, _ in shown)
+    titles = "".join(f'<th scope="col">{esc(title)}</th>' for title in shown)
     return f'<div class="scroll"><table><thead><tr><th scope="col">Run</th>{titles}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
