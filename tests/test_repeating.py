@@ -106,8 +106,8 @@ def test_batches_are_lengthened_in_16_bits_and_never_beyond_the_positions_there_
 def test_ever_new_lengths_leave_no_memory_behind() -> None:
     if measure.allocated_bytes() is None:
         pytest.skip("malloc does not say what it holds (no glibc 2.33)")
-    if measure.kernel_bytes(BF16) == 0:
-        pytest.skip("16-bit products keep nothing on this CPU")
+    # A CPU without 16-bit products keeps next to nothing of a shape; there, Python's own objects set the bound.
+    bound_bytes = max(measure.kernel_bytes(BF16), 64_000)
     model = small_llama().to(BF16)
 
     def step(length: int) -> int:
@@ -121,7 +121,7 @@ def test_ever_new_lengths_leave_no_memory_behind() -> None:
     for length in (66, 72):
         step(length)
     before = step(65)
-    assert max(step(length) for length in range(66, 73)) - before < measure.kernel_bytes(BF16)
+    assert max(step(length) for length in range(66, 73)) - before < bound_bytes
 
 
 @pytest.mark.parametrize("packing", [False, True])
