@@ -11,14 +11,14 @@ LOWEST ?= .venv-lowest
 ARGS   ?=
 BIN     = $(VENV)/bin
 
-.PHONY: help quickstart test test-slow test-harness test-lowest lint format clean
+.PHONY: help quickstart test test-slow test-ci-slow test-lowest lint format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart    install into $(VENV), then fine-tune SmolLM2-135M and show what it learnt"
 	@echo "make test          the test suite, without the slow part"
-	@echo "make test-slow     the slow part: matrices and long proofs"
-	@echo "make test-harness  lm-evaluation-harness on a run and an export, with the extra that brings it"
+	@echo "make test-slow     all slow tests: matrices of ZeRO stages and ranks, ssh, Slurm, NVMe, lm-eval (about an hour)"
+	@echo "make test-ci-slow  the slow tests that .ci/run runs: those that guard files and gradients"
 	@echo "make test-lowest   the test suite with the oldest versions that pyproject.toml allows"
 	@echo "make lint          ruff check, ruff format --check, mypy"
 	@echo "make format        let ruff mend what it can"
@@ -31,12 +31,13 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q
 
 # pytest exits with 5 where it finds no test, which fails here too: a slow suite that vanished must not pass.
-test-slow: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q -m slow
-
-# lm-evaluation-harness and what it brings are no part of `make test`, where this file is skipped.
-test-harness: $(VENV)/.installed-test $(VENV)/.installed-harness
+# Tests of ssh, Slurm and NVMe are skipped, with the Debian packages to install, where those are missing.
+test-slow: $(VENV)/.installed-test $(VENV)/.installed-harness
+	$(BIN)/python -m pytest -q -m 'slow or matrix'
 	$(BIN)/python -m pytest -q tests/test_harness.py
+
+test-ci-slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q -m slow
 
 test-lowest: $(LOWEST)/.installed-test
 	$(LOWEST)/bin/python -m pip list

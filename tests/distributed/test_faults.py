@@ -136,7 +136,7 @@ def test_after_a_kill_torchrun_starts_again_from_the_last_checkpoint(launched: A
     assert json.loads((run.out / "run.json").read_text())["status"] == "done"
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("front", "rank"), [(TORCHRUN, 0), (DEEPSPEED, 0), (DEEPSPEED, 1)], ids=["torchrun-0", "deepspeed-0", "deepspeed-1"]
 )
@@ -147,7 +147,7 @@ def test_sigterm_to_any_rank_stops_all_with_75(launched: Any, front: list[str], 
         assert run.launcher.returncode == 75
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("front", [TORCHRUN, DEEPSPEED], ids=["torchrun", "deepspeed"])
 def test_a_killed_worker_ends_its_launcher(launched: Any, front: list[str], rank: int) -> None:
@@ -249,7 +249,7 @@ FAULTS: dict[str, tuple[Callable[[Pair], Any], dict[int, str]]] = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_other_node_notices_within_30_seconds_and_says_who_is_gone(pair: Any, fault: str) -> None:
     run: Pair = pair()
@@ -273,7 +273,7 @@ def test_the_other_node_notices_within_30_seconds_and_says_who_is_gone(pair: Any
     assert newest is not None and newest.step >= 5
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_node_that_comes_back_goes_on_from_the_last_checkpoint(pair: Any) -> None:
     run: Pair = pair("--max-restarts", "2", max_steps=200)
     run.wait_for_step(7)

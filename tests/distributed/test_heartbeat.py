@@ -250,7 +250,7 @@ def two_waiting(tmp_path: Path) -> Ranks:
     return ranks
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_stopped_or_killed_process_is_noticed_within_30_seconds(tmp_path: Path, number: Any, victim: int) -> None:

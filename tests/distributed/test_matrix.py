@@ -16,7 +16,7 @@ import yaml
 from .ranks import clean_environment, run_worker
 from .test_stages import BARE, CUT, STEPS, UNEVEN, Place, close, losses, vectors
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.matrix
 STAGED = [None, "zero1", "zero2", "zero3", "zero3-offload-cpu"]
 FOUR_TIMES_TWO = [*((stage, False) for stage in STAGED), (None, True), ("zero3", True)]
 KINDS: dict[str, dict[str, Any]] = {

@@ -16,7 +16,7 @@ from bench.namespaces import Nodes, problem
 
 from .ranks import clean_environment, free_port
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.matrix
 LIMIT_SECONDS = 240
 
 

@@ -19,7 +19,7 @@ from qvera.zero.settings import nvme_problem
 from .ranks import clean_environment, run_worker
 from .test_stages import BARE, CUT, STEPS, Place, losses, vectors
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.matrix
 STAGE = "zero3-offload-nvme"
 HIDDEN, FF, LAYERS = 1024, 4096, 4
 WIDE = HIDDEN * FF // 2 // 2  # bytes of one of two shares of a linear of the MLP: exactly what goes to a file

@@ -19,7 +19,7 @@ from .nodes import until
 from .ranks import ROOT, clean_environment
 from .test_nodes import start
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.matrix
 LIMIT_SECONDS = 420  # a requeued job waits two minutes for its node
 
 _CONF = """ClusterName=qvera

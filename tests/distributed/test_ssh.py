@@ -18,7 +18,7 @@ from bench.namespaces import Nodes, problem
 from .nodes import until
 from .test_nodes import on_both_nodes, start, wait
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.matrix
 
 _SERVER = """Port 22
 HostKey {keys}/host
