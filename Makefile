@@ -34,7 +34,7 @@ test: $(VENV)/.installed-test
 # Tests of ssh, Slurm and NVMe are skipped, with the Debian packages to install, where those are missing.
 test-slow: $(VENV)/.installed-test $(VENV)/.installed-harness
 	$(BIN)/python -m pytest -q -m 'slow or matrix'
-	$(BIN)/python -m pytest -q tests/test_harness.py
+	$(BIN)/python -m pytest -q tests/evaluation/test_lm_eval.py
 
 test-ci-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -m slow

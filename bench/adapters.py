@@ -24,11 +24,11 @@ import torch
 from common import header, interleaved, smollm2, write_result
 from safetensors.torch import load_file, save_file
 
-from qvera.adapters import load_adapters
-from qvera.attached import attach, load_adapter, save_adapter
-from qvera.generate import generate
-from qvera.model import load_base
-from qvera.recipe import AdapterSection, ModelSection
+from qvera.adapters.save_load import attach, load_adapter, save_adapter
+from qvera.config.schema import AdapterSection, ModelSection
+from qvera.evaluation.generate import generate
+from qvera.export.merge_adapters import load_adapters
+from qvera.models.loader import load_base
 
 
 def write_adapters(root: Path, section: ModelSection, count: int) -> dict[str, Path]:

@@ -19,9 +19,9 @@ from pathlib import Path
 from common import RESULTS, header, smollm2
 from trials import MORE, Trial, Written, add_half, run
 
-from qvera import evaluate
+from qvera.config.schema import Recipe, parse_recipe
 from qvera.data import build_datasets
-from qvera.recipe import Recipe, parse_recipe
+from qvera.evaluation import evaluate
 
 STEPS = 50  # of 8 rows
 

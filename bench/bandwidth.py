@@ -30,9 +30,9 @@ from namespaces import Nodes, problem
 from synthesise import SHAPES, synthesise
 from zero import free_port
 
-from qvera.plan import Machine, Sharing, make_plan
-from qvera.plan.ranks import traffic
-from qvera.recipe_file import load_recipe
+from qvera.config.load import load_recipe
+from qvera.training.plan import Machine, Sharing, make_plan
+from qvera.training.plan.sharding import traffic
 
 POLL_SECONDS = 0.05
 

@@ -27,10 +27,10 @@ from common import header, train_records, write_result
 from limits import measured, parse_bytes
 from synthesise import SHAPES, synthesise
 
-from qvera.evaluate import hidden_states
-from qvera.loss import Head, summed_nll
-from qvera.model import enable_checkpointing, load_base
-from qvera.recipe import ModelSection, TrainingSection
+from qvera.config.schema import ModelSection, TrainingSection
+from qvera.evaluation.evaluate import hidden_states
+from qvera.models.loader import enable_checkpointing, load_base
+from qvera.models.loss import Head, summed_nll
 
 
 def write_rows(path: Path, tokens: int, count: int) -> None:

@@ -41,10 +41,11 @@ from synthesise import tokenizer
 from tracer import AFTER, GO, KILL, Stop, Traced
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qvera import evaluate, trainer
-from qvera.cli import main as qvera
-from qvera.engine import LocalEngine
-from qvera.rundir import Progressed
+from qvera.cli.main import main as qvera
+from qvera.evaluation import evaluate
+from qvera.training import trainer
+from qvera.training.engine import LocalEngine
+from qvera.training.run_dir import Progressed
 
 OUTSIDE, BETWEEN, FORWARD, BACKWARD, UPDATE = range(5)
 PHASES = {

@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 import torch
 
-from qvera import measure
-from qvera.quickstart import fetch_quickstart_base
+from qvera.cli.quickstart import fetch_quickstart_base
+from qvera.utils import memory
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -30,11 +30,11 @@ def header() -> dict[str, Any]:
         "command": "python " + " ".join([str(Path("bench") / Path(sys.argv[0]).name), *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "qvera") else ""),
-        "device": measure.device_name(device),
+        "device": memory.device_name(device),
         "memory_bytes": psutil.virtual_memory().total,
         "threads": torch.get_num_threads(),
         "load_average_before": psutil.getloadavg()[0],
-        "versions": measure.versions(),
+        "versions": memory.versions(),
     }
 
 

@@ -4,7 +4,7 @@
 
 SmolLM2-135M (real weights) in NF4, all seven linears, no gradient checkpointing, vectors off zero. ``frozen`` is the model
 without an adapter and with gradients flowing to the input embeddings, with stock Linear4bit and with our frozen linear; ratios
-are against the faster. ``lean base`` is that with the norms and MLPs of `qvera.lean` besides, as an adapted model has: for scale.
+are against the faster. ``lean base`` is that with the norms and MLPs of `qvera.models.norm_mlp` besides, as an adapted model has: for scale.
 ``floor`` is VeRA's products alone: z for each distinct input, the expansion, M, ∂z and ∂x, at the
 same shapes in the same dtype. ``kept`` is what autograd keeps for backward, counted twice: unique storages seen by
 saved_tensors_hooks, and storages made during forward that are alive at its end (a dispatch-mode census), parameters and
@@ -28,13 +28,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from trials import MORE
 
-from qvera.attached import attach
-from qvera.evaluate import batch_nll
-from qvera.frozen import freeze_linears
-from qvera.lean import lean_for_backward
-from qvera.model import enable_checkpointing, load_base
-from qvera.recipe import AdapterSection, ModelSection
-from qvera.vera import QveraLinear
+from qvera.adapters import QveraLinear
+from qvera.adapters.save_load import attach
+from qvera.config.schema import AdapterSection, ModelSection
+from qvera.evaluation.evaluate import batch_nll
+from qvera.models.linear import freeze_linears
+from qvera.models.loader import enable_checkpointing, load_base
+from qvera.models.norm_mlp import lean_for_backward
 
 BEYOND = "ours r=96, 2 b, a"
 """With `trials.MORE`."""
@@ -210,7 +210,7 @@ def main() -> None:
         models = {n: m for n, m in models.items() if any(part in n for part in args.only)}
     forwards: dict[str, Any] = {}
     for name, model in models.items():
-        model.train()  # stock Linear4bit must never run in evaluation mode before training, see tests/test_frozen.py
+        model.train()  # stock Linear4bit must never run in evaluation mode before training, see tests/models/test_linear.py
         if "frozen" in name or name == "lean base":
             model.requires_grad_(False)
         else:

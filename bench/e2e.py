@@ -28,11 +28,11 @@ from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 from trials import MORE, Trial, Written, add_half, run
 
+from qvera.config.load import load_recipe
+from qvera.config.schema import Recipe
 from qvera.data import build_datasets
-from qvera.evaluate import answer_rows
-from qvera.recipe import Recipe
-from qvera.recipe_file import load_recipe
-from qvera.textscores import scores_of, text_metrics
+from qvera.evaluation.evaluate import answer_rows
+from qvera.evaluation.metrics import scores_of, text_metrics
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "e2e" / "smollm2-135m.yaml"
 SEEDS = (0, 1, 2)

@@ -24,11 +24,12 @@ import torch
 from common import header, write_result
 from limits import measured, parse_bytes
 
-from qvera.attached import attach, named_vectors, save_adapter
-from qvera.export.deltas import read_deltas, skeleton
-from qvera.recipe import AdapterSection, ModelSection
-from qvera.shards import checkpoint_tensors
-from qvera.stored import base_fingerprint, file_sha256
+from qvera.adapters.save_load import attach, named_vectors, save_adapter
+from qvera.config.schema import AdapterSection, ModelSection
+from qvera.export.deltas import read_deltas
+from qvera.models.empty_model import skeleton
+from qvera.utils.checkpoint_index import checkpoint_tensors
+from qvera.utils.safetensors_io import base_fingerprint, file_sha256
 
 
 def make_adapter(base: Path, out: Path, rank: int) -> None:

@@ -64,9 +64,9 @@ class Highest:
 
 def case(args: argparse.Namespace) -> None:
     """One measurement, in a process of its own; prints JSON."""
+    from qvera.config.schema import parse_recipe
     from qvera.data import batches_of, build_datasets, collate
-    from qvera.model import load_tokenizer
-    from qvera.recipe import parse_recipe
+    from qvera.models.loader import load_tokenizer
 
     recipe = parse_recipe(
         {

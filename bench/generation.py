@@ -16,10 +16,10 @@ from common import header, interleaved, perturb, smollm2, write_result
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qvera.attached import attach
-from qvera.generate import generating
-from qvera.model import load_base, pick_compute_dtype, pick_device
-from qvera.recipe import AdapterSection, ModelSection
+from qvera.adapters.save_load import attach
+from qvera.config.schema import AdapterSection, ModelSection
+from qvera.evaluation.generate import generating
+from qvera.models.loader import load_base, pick_compute_dtype, pick_device
 
 DTYPE = pick_compute_dtype("auto", pick_device())
 """For stock and ours alike: bfloat16 where the machine multiplies it fast, else float32 on a CPU."""

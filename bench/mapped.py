@@ -17,8 +17,8 @@ from limits import measured
 
 _READY = """
 import sys
-from qvera.model import load_base
-from qvera.recipe import ModelSection
+from qvera.models.loader import load_base
+from qvera.config.schema import ModelSection
 base = load_base(ModelSection(path=sys.argv[1]))
 """
 _READ_ALL = (

@@ -15,11 +15,11 @@ from typing import Any
 
 from common import header, interleaved, perturb, smollm2, write_result
 
-from qvera import evaluate
-from qvera.attached import attach
+from qvera.adapters.save_load import attach
+from qvera.config.schema import AdapterSection, ModelSection, parse_recipe
 from qvera.data import batches_of, build_datasets
-from qvera.model import load_base
-from qvera.recipe import AdapterSection, ModelSection, parse_recipe
+from qvera.evaluation import evaluate
+from qvera.models.loader import load_base
 
 WAYS = {
     "padded": {"prefix_once": False},

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench.common import header, interleaved, write_result
 from bench.limits import measured, parse_bytes
 from bench.synthesise import SHAPES, synthesise
-from qvera import nibbles
+from qvera.models import nf4
 
 WEIGHT = (11008, 4096)
 ROUNDS = 5
@@ -31,11 +31,11 @@ def packing(dtype: torch.dtype, quant_type: str) -> dict[str, Any]:
     """One MLP weight of a 7B, interleaved; the results are compared as well."""
     weight = (torch.randn(WEIGHT, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
     kernel = torch.ops.bitsandbytes.quantize_4bit.default
-    ours, theirs = nibbles.pack(weight, quant_type), kernel(weight, 64, quant_type, torch.uint8)
+    ours, theirs = nf4.pack(weight, quant_type), kernel(weight, 64, quant_type, torch.uint8)
     equal = torch.equal(ours[0], theirs[0].flatten()) and torch.equal(ours[1], theirs[1])
     cases = {
-        "qvera": lambda: nibbles.pack(weight, quant_type),
-        "qvera, one thread": lambda: nibbles.pack(weight, quant_type, 1),
+        "qvera": lambda: nf4.pack(weight, quant_type),
+        "qvera, one thread": lambda: nf4.pack(weight, quant_type, 1),
         "bitsandbytes": lambda: kernel(weight, 64, quant_type, torch.uint8),
     }
     times = interleaved(cases, ROUNDS)

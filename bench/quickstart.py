@@ -5,7 +5,7 @@
 
 LoRA is stock PEFT on every linear of the same 4-bit base, trained on the same rows in the same order for the same steps with
 the same loss; each learning rate is tried and all are shown. The run's rows were generated with seed 0; nothing was tuned
-on their templates (see qvera/quickstart/words.py).
+on their templates (see qvera/cli/quickstart/words.py).
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import Any
 from common import header, write_result
 from trials import Trial, adapted, train
 
-from qvera import evaluate
+from qvera.cli.quickstart.score import regex_baseline, score
+from qvera.cli.quickstart.task import generate as task_rows
+from qvera.cli.quickstart.task import message_of
+from qvera.config.schema import Recipe
 from qvera.data import build_datasets
-from qvera.model import load_base
-from qvera.quickstart.score import regex_baseline, score
-from qvera.quickstart.task import generate as task_rows
-from qvera.quickstart.task import message_of
-from qvera.recipe import Recipe
-from qvera.run import open_run
+from qvera.evaluation import evaluate
+from qvera.evaluation.load_run import open_run
+from qvera.models.loader import load_base
 
 
 def scored(model: Any, tokenizer: Any, rows: list[Any], tokens: int) -> dict[str, Any]:

@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from common import header, perturb, smollm2, write_result
 
-from qvera.attached import attach, named_vectors
+from qvera.adapters import fused
+from qvera.adapters.save_load import attach, named_vectors
+from qvera.cli.quickstart import recipe_path
+from qvera.config.load import load_recipe
+from qvera.config.schema import AdapterSection, ModelSection, Recipe
 from qvera.data import build_datasets
-from qvera.evaluate import batch_nll, hidden_states, make_batch
-from qvera.model import load_base, load_tokenizer
-from qvera.quickstart import recipe_path
-from qvera.recipe import AdapterSection, ModelSection, Recipe
-from qvera.recipe_file import load_recipe
-from qvera.trainer import train
-from qvera.vera import summed
+from qvera.evaluation.evaluate import batch_nll, hidden_states, make_batch
+from qvera.models.loader import load_base, load_tokenizer
+from qvera.training.trainer import train
 
 WAYS = {"low rank": lambda *_: False, "W + ΔW": lambda *_: True}
 """Each way wherever a layer can take it, whether or not it pays."""
@@ -53,7 +53,7 @@ def errors(path: str, recipe: Recipe) -> dict[str, Any]:
             rows = [datasets.train[i] for i in range(4)]
             results = {}
             for name, pays in (("fp32", WAYS["low rank"]), *WAYS.items()):
-                summed.pays = pays  # type: ignore[assignment]
+                fused.pays = pays  # type: ignore[assignment]
                 dtype = "float32" if name == "fp32" else "bfloat16"
                 results[name] = outcome(path, dtype, rows, datasets.pad_id, rank, size)
             truth = results.pop("fp32")
@@ -67,7 +67,7 @@ def errors(path: str, recipe: Recipe) -> dict[str, Any]:
 
 
 def learned(recipe: Recipe, pays: Any) -> dict[str, float]:
-    summed.pays = pays
+    fused.pays = pays
     with tempfile.TemporaryDirectory() as folder:
         run = train(recipe, Path(folder) / "run")
     assert run is not None

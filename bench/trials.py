@@ -21,12 +21,12 @@ from peft import LoraConfig, VeraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from qvera import evaluate
-from qvera.attached import attach
+from qvera.adapters.save_load import attach
+from qvera.config.schema import Recipe
 from qvera.data import Datasets, batches_of, build_datasets
-from qvera.model import Base, load_base
-from qvera.optimize import build_schedule
-from qvera.recipe import Recipe
+from qvera.evaluation import evaluate
+from qvera.models.loader import Base, load_base
+from qvera.training.optim import build_schedule
 
 MORE: dict[str, Any] = {"rank": 96, "b_groups": 2, "input_scale": True}
 """The adapter beyond VeRA that came out best on E2E (recipes/e2e), by the recipe's keys."""

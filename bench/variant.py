@@ -10,11 +10,12 @@ import torch
 from torch import nn
 from trials import Trial
 
-from qvera import evaluate, frozen, quantize
+from qvera.adapters.projection import SharedProjection, vera_scale
+from qvera.config.schema import Recipe
 from qvera.data import build_datasets
-from qvera.model import Base
-from qvera.recipe import Recipe
-from qvera.vera.projection import SharedProjection, vera_scale
+from qvera.evaluation import evaluate
+from qvera.models import linear, quantization
+from qvera.models.loader import Base
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,7 +84,7 @@ class VariantLinear(nn.Module):
         if variant.magnitude != "none":
             self.qvera_magnitude = nn.Parameter(torch.zeros(m))
         if variant.magnitude == "dora":
-            weight = quantize.dequantized_weight(base, torch.float32)
+            weight = quantization.dequantized_weight(base, torch.float32)
             self.register_buffer("length", weight.norm(dim=1), persistent=False)
         self.done: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.draw(pair)
@@ -124,7 +125,7 @@ class VariantLinear(nn.Module):
         out = base_out + delta
         if self.variant.magnitude == "dora":
             with torch.no_grad():
-                weight = quantize.dequantized_weight(self.base, x.dtype) + C @ A
+                weight = quantization.dequantized_weight(self.base, x.dtype) + C @ A
                 ratio = self.length / weight.float().norm(dim=1)
             out = out * ((1 + self.qvera_magnitude) * ratio).to(x.dtype)
         return out
@@ -174,7 +175,7 @@ def spectral_ranks(linears: dict[str, nn.Module], rank: int) -> dict[str, int]:
     """Ranks whose mean is ``rank``, as the weights' participation ratios."""
     found = {}
     for name, module in linears.items():
-        values = torch.linalg.svdvals(quantize.dequantized_weight(module, torch.float32)).double().square()
+        values = torch.linalg.svdvals(quantization.dequantized_weight(module, torch.float32)).double().square()
         found[name] = (values.sum().square() / values.square().sum()).item()
     mean = sum(found.values()) / len(found)
     return {name: max(1, round(rank * ratio / mean)) for name, ratio in found.items()}
@@ -185,10 +186,12 @@ def adapted(base: Base, variant: Variant, recipe: Recipe) -> Any:
     torch.manual_seed(variant.seed)
     model: Any = base.model
     model.requires_grad_(False)
-    frozen.freeze_linears(model)
+    linear.freeze_linears(model)
     linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) and "lm_head" not in name]
     pair = SharedProjection(variant.seed, torch.device("cpu"), getattr(torch, base.facts["compute_dtype"]))
-    sizes = {name: quantize.dequantized_weight(m, torch.float32).square().mean().sqrt().item() for name, m in linears}
+    sizes = {
+        name: quantization.dequantized_weight(m, torch.float32).square().mean().sqrt().item() for name, m in linears
+    }
     rms = input_rms(base, recipe) if variant.input_norm or variant.input_unit else {}
     ranks = spectral_ranks(dict(linears), variant.rank) if variant.by_spectrum else {}
     mean = sum(sizes.values()) / len(sizes)

@@ -24,8 +24,8 @@ from common import RESULTS, header
 from trials import Trial, Written, add_half, run
 from variant import Variant, see_inputs
 
-from qvera.model import Base, load_base
-from qvera.recipe import Recipe
+from qvera.config.schema import Recipe
+from qvera.models.loader import Base, load_base
 
 
 def ours(**keys: Any) -> Variant:

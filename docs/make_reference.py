@@ -1,4 +1,4 @@
-"""Write docs/recipe.md from the dataclasses in qvera/recipe.py: ``python docs/make_reference.py``. A test keeps it true."""
+"""Write docs/recipe.md from the dataclasses in qvera/config/schema.py: ``python docs/make_reference.py``. A test keeps it true."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 _HEAD = """\
 # The recipe, key by key
 
-Made from `qvera/recipe.py` by `python docs/make_reference.py`. One YAML file, five sections and one key beside them; only
+Made from `qvera/config/schema.py` by `python docs/make_reference.py`. One YAML file, five sections and one key beside them; only
 `model.path` and `data.path` have no default. `model: some/path` is short for `model: {path: some/path}`. `--set
 section.key=value` on the command line overrides a key. Unknown keys, wrong types and values out of range are refused, all at
 once.

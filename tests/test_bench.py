@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from bench.trials import Trial, run
-from qvera.trainer import train
+from qvera.training.trainer import train
 
 ROOT = Path(__file__).resolve().parent.parent
 

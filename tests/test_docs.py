@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qvera.cli import build_parser
+from qvera.cli.main import build_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 

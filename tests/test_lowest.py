@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from .lowest import lowest_constraints
+from tests.lowest import lowest_constraints
 
 PROJECT = '[project]\nname = "x"\ndependencies = {}\n'
 

@@ -31,9 +31,10 @@ from peft import LoraConfig, VeraConfig, get_peft_model  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-from qvera import frozen, measure, quantize  # noqa: E402
-from qvera.evaluate import batch_nll  # noqa: E402
-from qvera.vera import QveraConfig  # noqa: E402
+from qvera.adapters import QveraConfig  # noqa: E402
+from qvera.evaluation.evaluate import batch_nll  # noqa: E402
+from qvera.models import linear, quantization
+from qvera.utils import memory  # noqa: E402
 
 SHAPES: dict[str, dict[str, int]] = {
     "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
@@ -98,8 +99,8 @@ def liger(model: Any) -> bool:
 def stock_linears(model: Any) -> Any:
     """Undo `freeze_linears`, so that a stock case runs bitsandbytes' own linear."""
     for module in model.modules():
-        if type(module) is frozen.FrozenLinear4bit:
-            module.__class__ = quantize.Linear4bit
+        if type(module) is linear.FrozenLinear4bit:
+            module.__class__ = quantization.Linear4bit
     return model
 
 
@@ -110,7 +111,7 @@ def cases(names: list[str]) -> dict[str, Callable[[Any], Any]]:
     ours = lambda r: QveraConfig(rank=r, target_modules=targets, task_type="CAUSAL_LM")  # noqa: E731
 
     def frozen_ours(model: Any) -> Any:
-        frozen.freeze_linears(model)
+        linear.freeze_linears(model)
         return model
 
     everything: dict[str, Callable[[Any], Any]] = {
@@ -135,7 +136,7 @@ def perturb(model: Any) -> None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else measure.private_bytes()
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory.private_bytes()
 
 
 def one_case(model: Any, tokens: int, steps: int, device: torch.device) -> tuple[list[float], int]:
@@ -178,9 +179,9 @@ def main(arguments: list[str] | None = None) -> int:
     began = time.perf_counter()
     device = torch.device(args.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    facts = {"device": measure.device_name(device), "python": platform.python_version()}
+    facts = {"device": memory.device_name(device), "python": platform.python_version()}
     facts |= {
-        k: v for k, v in measure.versions().items() if k in ("torch", "transformers", "bitsandbytes", "peft", "qvera")
+        k: v for k, v in memory.versions().items() if k in ("torch", "transformers", "bitsandbytes", "peft", "qvera")
     }
     columns = ["shape", "case", "tokens", "step_seconds", "step_seconds_min", "step_seconds_max", "tokens_per_second",
                "peak_bytes", "trained_numbers", "error", *facts]  # fmt: skip

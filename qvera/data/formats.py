@@ -7,8 +7,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import InputError
-from .sources import RawRow, _shown
+from qvera.data.readers import RawRow, _shown
+from qvera.utils.errors import InputError
 
 # The fields of each format: those that every row must have, then those it may have. Detection tries them in this order.
 _FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from ..errors import InputError
-from ..recipe import DataSection
-from .formats import Conversation, Text, Turn, detect_format, parse_row
-from .sources import RawRow, read_rows
+from qvera.config.schema import DataSection
+from qvera.data.formats import Conversation, Text, Turn, detect_format, parse_row
+from qvera.data.readers import RawRow, read_rows
+from qvera.utils.errors import InputError
 
 
 def read_prompts(path: Path, section: DataSection) -> list[Conversation]:

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from .rows import Rows
-from .templates import OWN
-from .tokenize import Counts
+from qvera.data.chat_template import OWN
+from qvera.data.row_tables import Rows
+from qvera.data.tokenization import Counts
 
 
 @dataclass(frozen=True, slots=True)

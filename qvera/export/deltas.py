@@ -13,13 +13,12 @@ import torch
 from peft.tuners.vera.model import _kaiming_init
 from transformers.pytorch_utils import Conv1D
 
-from ..attached import read_adapter
-from ..errors import InputError
-from ..skeleton import skeleton as skeleton
-from ..vera.config import PEFT_TYPE, vector_shapes
-from ..vera.functional import delta_weight, times_b
-from ..vera.layer import layer_shape
-from ..vera.projection import uniform_pair, vera_scale
+from qvera.adapters.config import PEFT_TYPE, vector_shapes
+from qvera.adapters.functional import delta_weight, times_b
+from qvera.adapters.layer import layer_shape
+from qvera.adapters.projection import uniform_pair, vera_scale
+from qvera.adapters.save_load import read_adapter
+from qvera.utils.errors import InputError
 
 PREFIX = "base_model.model."
 """What PEFT puts before a module's name in an adapter file."""
@@ -29,7 +28,7 @@ PREFIX = "base_model.model."
 class Delta:
     """ΔW = diag(b) B diag(s d) A diag(a) of one adapted weight, in factors; A and B are views of the shared pair.
 
-    b [m], or [groups, m]; a [n], or None for ones (`qvera.vera.functional`).
+    b [m], or [groups, m]; a [n], or None for ones (`qvera.adapters.functional`).
     """
 
     A: torch.Tensor

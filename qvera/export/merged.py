@@ -21,23 +21,23 @@ import torch
 from transformers import AutoConfig, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
-from .. import measure
-from ..added import ADDED_ROWS, ids_of, read_rows
-from ..attached import ADAPTER_WEIGHTS, read_adapter, require_base, require_tokens
-from ..errors import InputError, Interrupted, RunFailed
-from ..locations import base_directory
-from ..model import load_tokenizer, pick_compute_dtype, pick_device
-from ..pieces import write_index, write_shard
-from ..recipe import ExportSection, ModelSection
-from ..shards import TensorEntry, checkpoint_tensors, grouped_by_bytes
-from ..stop import StopRequests
-from ..stored import Spec, base_fingerprint, file_sha256
-from ..unfinished import Unfinished, disk_full_says, place_files, replace_text, require_space
-from .deltas import AdapterDeltas, Delta, read_deltas, skeleton
-from .pipeline import in_order, one_thread_each
-from .source import Block, Source, stamps
-
-CERTIFICATE = "qvera_export.json"
+from qvera.adapters.save_load import ADAPTER_WEIGHTS, read_adapter, require_base, require_tokens
+from qvera.config.schema import ExportSection, ModelSection
+from qvera.export.deltas import AdapterDeltas, Delta, read_deltas
+from qvera.export.pipeline import in_order, one_thread_each
+from qvera.export.stream import Block, Source, stamps
+from qvera.models.added_tokens import ADDED_ROWS, ids_of, read_rows
+from qvera.models.empty_model import skeleton
+from qvera.models.hub import base_directory
+from qvera.models.loader import load_tokenizer, pick_compute_dtype, pick_device
+from qvera.utils import memory
+from qvera.utils.atomic import Unfinished, disk_full_says, place_files, replace_text, require_space
+from qvera.utils.checkpoint_index import TensorEntry, checkpoint_tensors, grouped_by_bytes
+from qvera.utils.errors import InputError, Interrupted, RunFailed
+from qvera.utils.paths import CERTIFICATE
+from qvera.utils.safetensors_io import Spec, base_fingerprint, file_sha256
+from qvera.utils.safetensors_stream import write_index, write_shard
+from qvera.utils.signals import StopRequests
 
 
 def export_merged(
@@ -121,7 +121,7 @@ def export_merged(
                 "dtype": options.dtype,
                 "files": work.shards,
                 "delta": layers,
-                "versions": measure.versions(),
+                "versions": memory.versions(),
             }
             with disk_full_says(f"{out}", _KEPT.format(done=len(shards), total=len(shards))):
                 write_index(out, shards)

@@ -13,13 +13,12 @@ from hypothesis import strategies as st
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
+from qvera.config.schema import DataSection
 from qvera.data import Datasets, build_datasets, print_preflight
-from qvera.data.reading import hold_out
+from qvera.data.row_selection import hold_out
 from qvera.data.stats import length_histogram
-from qvera.errors import InputError
-from qvera.recipe import DataSection
-
-from .conftest import MakeTokenizer
+from qvera.utils.errors import InputError
+from tests.data.conftest import MakeTokenizer
 
 Write = Callable[..., str]
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from qvera.data.formats import Conversation, Text, Turn, detect_format, parse_row
-from qvera.data.sources import RawRow
-from qvera.errors import InputError
+from qvera.data.readers import RawRow
+from qvera.utils.errors import InputError
 
 USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
 

@@ -12,10 +12,10 @@ import pytest
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
+from qvera.config.schema import DataSection, Source, parse_recipe
 from qvera.data import build_datasets, print_preflight
-from qvera.errors import InputError
-from qvera.recipe import DataSection, Source, parse_recipe
-from qvera.subject import template_of
+from qvera.evaluation.load import template_of
+from qvera.utils.errors import InputError
 
 Write = Callable[..., str]
 

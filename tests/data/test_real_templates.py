@@ -16,11 +16,10 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from qvera.data import NAMED_TEMPLATES, Example
-from qvera.errors import InputError
-
-from .conftest import MARKERS, MakeTokenizer
-from .real_templates import LLAMA_3, QWEN_25, REAL, SMOLLM2, Messages, Pieces
-from .test_masks import build, decoded
+from qvera.utils.errors import InputError
+from tests.data.conftest import MARKERS, MakeTokenizer
+from tests.data.real_templates import LLAMA_3, QWEN_25, REAL, SMOLLM2, Messages, Pieces
+from tests.data.test_loss_mask import build, decoded
 
 # The templates' own markers and headings, white space at the edges, letters of several bytes.
 _SPELLED = [

@@ -15,8 +15,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from qvera.config.schema import parse_recipe
 from qvera.data import batches_of, build_datasets
-from qvera.recipe import parse_recipe
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

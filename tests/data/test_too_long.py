@@ -11,14 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from qvera.config.schema import DataSection
 from qvera.data import Encoder, Example, build_datasets, resolve_template
 from qvera.data.formats import detect_format
-from qvera.data.sources import RawRow
-from qvera.data.tokenize import Counts, RowTokenizer
-from qvera.errors import InputError
-from qvera.recipe import DataSection
-
-from .conftest import MakeTokenizer
+from qvera.data.readers import RawRow
+from qvera.data.tokenization import Counts, RowTokenizer
+from qvera.utils.errors import InputError
+from tests.data.conftest import MakeTokenizer
 
 Write = Callable[..., str]
 

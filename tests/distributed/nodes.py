@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from .ranks import clean_environment
+from tests.distributed.ranks import clean_environment
 
 
 class Node:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from ..disk import fill, read_only, small_disk
-from .ranks import run_worker
-from .test_stages import BARE, CUT, Place, losses, vectors
+from tests.disk import fill, read_only, small_disk
+from tests.distributed.ranks import run_worker
+from tests.distributed.test_stages import BARE, CUT, Place, losses, vectors
 
 pytestmark = pytest.mark.slow
 STAGES = [None, "zero3"]

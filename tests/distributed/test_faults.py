@@ -15,12 +15,11 @@ from typing import Any
 import psutil
 import pytest
 
-from qvera import checkpoint
-from qvera.recipe_file import load_recipe
-from qvera.trainer import train
-
-from .nodes import Node, two_nodes, until
-from .ranks import clean_environment, free_port
+from qvera.config.load import load_recipe
+from qvera.training import checkpoint
+from qvera.training.trainer import train
+from tests.distributed.nodes import Node, two_nodes, until
+from tests.distributed.ranks import clean_environment, free_port
 
 NOTICED_SECONDS = 30.0
 """What docs/multi-node.md promises for a rank or node that is gone."""

@@ -14,12 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from qvera.errors import EXIT_FAILED, InputError, RunFailed
-from qvera.ranks import Group, in_group
-from qvera.ranks.heartbeat import Heartbeat
-from qvera.ranks.join import agreed_attempt
-
-from .ranks import Ranks, free_port
+from qvera.distributed.group import Group
+from qvera.distributed.heartbeat import Heartbeat
+from qvera.distributed.init import agreed_attempt, in_group
+from qvera.utils.errors import EXIT_FAILED, InputError, RunFailed
+from tests.distributed.ranks import Ranks, free_port
 
 
 class Store:
@@ -87,7 +86,7 @@ def test_a_rank_that_never_came_is_named_too() -> None:
 
 
 def test_an_error_of_one_rank_ends_the_others_with_its_words_and_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qvera.ranks.heartbeat.GRACE_SECONDS", 0.1)
+    monkeypatch.setattr("qvera.distributed.heartbeat.GRACE_SECONDS", 0.1)
     store, told = Store(), Told()
     with beat(store, 0, told):
         with pytest.raises(InputError), beat(store, 1, Told()):
@@ -121,7 +120,7 @@ def test_a_store_out_of_reach_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_rank_whose_launcher_was_killed_ends_and_tells_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qvera.ranks.heartbeat.GRACE_SECONDS", 0.1)
+    monkeypatch.setattr("qvera.distributed.heartbeat.GRACE_SECONDS", 0.1)
     store, orphan, other = Store(), Told(), Told()
     with beat(store, 0, other), beat(store, 1, orphan, launcher=os.getppid() + 1):  # as if another had taken its place
         assert orphan.happened.wait(5) and other.happened.wait(5)
@@ -188,7 +187,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
 
 def test_a_process_that_is_never_started_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
     launched(monkeypatch)
-    monkeypatch.setattr("qvera.ranks.join.JOIN_TIMEOUT", datetime.timedelta(seconds=2))
+    monkeypatch.setattr("qvera.distributed.init.JOIN_TIMEOUT", datetime.timedelta(seconds=2))
     began = time.monotonic()
     with pytest.raises(RunFailed, match="rank 0 on .* did not meet all 2 processes at 127.0.0.1:"), in_group():
         raise AssertionError("joined alone")
@@ -229,8 +228,8 @@ def test_one_process_alone_needs_no_process_group(monkeypatch: pytest.MonkeyPatc
 
 _WAITER = """
 import sys, time, torch
-from qvera.ranks import in_group
-from qvera.cli import main
+from qvera.distributed.init import in_group
+from qvera.cli.main import main
 with in_group() as group:
     print("joined", flush=True)
     for _ in range(10_000):

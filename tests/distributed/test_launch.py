@@ -13,12 +13,11 @@ from typing import Any
 
 import pytest
 
-from qvera import launch
-from qvera.cli import build_parser, main
-from qvera.commands.training import handed_on
-from qvera.errors import InputError
-
-from .ranks import ROOT, clean_environment, free_port
+from qvera.cli.commands.training import handed_on
+from qvera.cli.main import build_parser, main
+from qvera.distributed import launch
+from qvera.utils.errors import InputError
+from tests.distributed.ranks import ROOT, clean_environment, free_port
 
 RECIPE = Path("r.yaml")
 

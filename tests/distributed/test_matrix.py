@@ -13,8 +13,8 @@ import pytest
 import torch
 import yaml
 
-from .ranks import clean_environment, run_worker
-from .test_stages import BARE, CUT, STEPS, UNEVEN, Place, close, losses, vectors
+from tests.distributed.ranks import clean_environment, run_worker
+from tests.distributed.test_stages import BARE, CUT, STEPS, UNEVEN, Place, close, losses, vectors
 
 pytestmark = pytest.mark.matrix
 STAGED = [None, "zero1", "zero2", "zero3", "zero3-offload-cpu"]
@@ -144,8 +144,8 @@ def test_no_row_comes_twice_and_none_is_missed_when_ranks_are_added(moved: Place
 _TWICE = """
 import sys
 from pathlib import Path
-from qvera.recipe_file import load_recipe
-from qvera.trainer import train
+from qvera.config.load import load_recipe
+from qvera.training.trainer import train
 for name in ("first", "second"):
     train(load_recipe(sys.argv[1]), Path(name))
 """

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from bench.namespaces import Nodes, problem
-
-from .ranks import clean_environment, free_port
+from tests.distributed.ranks import clean_environment, free_port
 
 pytestmark = pytest.mark.matrix
 LIMIT_SECONDS = 240

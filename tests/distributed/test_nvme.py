@@ -13,11 +13,10 @@ from typing import Any
 
 import pytest
 
-from qvera.zero.config import IN_RAM_BELOW_BYTES
-from qvera.zero.settings import nvme_problem
-
-from .ranks import clean_environment, run_worker
-from .test_stages import BARE, CUT, STEPS, Place, losses, vectors
+from qvera.distributed.zero_config import IN_RAM_BELOW_BYTES
+from qvera.distributed.zero_settings import nvme_problem
+from tests.distributed.ranks import clean_environment, run_worker
+from tests.distributed.test_stages import BARE, CUT, STEPS, Place, losses, vectors
 
 pytestmark = pytest.mark.matrix
 STAGE = "zero3-offload-nvme"

@@ -14,10 +14,9 @@ from typing import Any
 import pytest
 
 from bench.namespaces import Nodes, problem
-
-from .nodes import until
-from .ranks import ROOT, clean_environment
-from .test_nodes import start
+from tests.distributed.nodes import until
+from tests.distributed.ranks import ROOT, clean_environment
+from tests.distributed.test_nodes import start
 
 pytestmark = pytest.mark.matrix
 LIMIT_SECONDS = 420  # a requeued job waits two minutes for its node

@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 
 from bench.namespaces import Nodes, problem
-
-from .nodes import until
-from .test_nodes import on_both_nodes, start, wait
+from tests.distributed.nodes import until
+from tests.distributed.test_nodes import on_both_nodes, start, wait
 
 pytestmark = pytest.mark.matrix
 

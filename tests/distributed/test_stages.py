@@ -17,16 +17,15 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from qvera.attached import load_adapter
+from qvera.adapters.save_load import load_adapter
+from qvera.config.schema import parse_recipe
 from qvera.data import Batches
-from qvera.errors import InputError
-from qvera.model import load_base
-from qvera.recipe import parse_recipe
-from qvera.trainer import train
-from qvera.zero import STAGES, read_config
-
-from ..conftest import small_llama, small_tokenizer
-from .ranks import run_worker
+from qvera.distributed.zero_config import STAGES, read_config
+from qvera.models.loader import load_base
+from qvera.training.trainer import train
+from qvera.utils.errors import InputError
+from tests.conftest import small_llama, small_tokenizer
+from tests.distributed.ranks import run_worker
 
 STAGED = [None, "zero1", "zero2", "zero3", "zero3-offload-cpu"]
 RESUMED = [None, "zero1", "zero2", "zero3"]  # and the last one in the slow matrix
@@ -344,7 +343,7 @@ def test_every_shipped_config_says_zero_and_nothing_else(word: str) -> None:
 
 
 def test_a_build_that_was_killed_is_named_and_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qvera.zero.settings import abandoned_build
+    from qvera.distributed.zero_settings import abandoned_build
 
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     lock = tmp_path / "py311_cpu" / "async_io" / "lock"
@@ -356,8 +355,8 @@ def test_a_build_that_was_killed_is_named_and_not_waited_for(tmp_path: Path, mon
 
 
 def test_a_disk_without_room_for_the_base_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qvera import alike
-    from qvera.ranks import Group
+    from qvera.distributed.group import Group
+    from qvera.training import rank_checks
 
     class Four(Group):
         def gather(self, one: Any) -> list[Any]:
@@ -365,21 +364,22 @@ def test_a_disk_without_room_for_the_base_is_said(tmp_path: Path, monkeypatch: p
 
     asked = []
     monkeypatch.setattr(
-        alike.shutil, "disk_usage", lambda place: asked.append(place) or shutil._ntuple_diskusage(0, 0, 0)
+        rank_checks.shutil, "disk_usage", lambda place: asked.append(place) or shutil._ntuple_diskusage(0, 0, 0)
     )
-    alike.disk_everywhere(tmp_path / "run" / "offload", 99, Four())
+    rank_checks.disk_everywhere(tmp_path / "run" / "offload", 99, Four())
     assert asked == [tmp_path]  # what is there of the path
     with pytest.raises(InputError, match="200 B of the base go to .*run/offload on right, where 199 B are free"):
-        alike.disk_everywhere(tmp_path / "run" / "offload", 100, Four())
+        rank_checks.disk_everywhere(tmp_path / "run" / "offload", 100, Four())
 
 
 @pytest.mark.parametrize("named", [False, True], ids=["of the run", "named by the user"])
 def test_what_a_killed_run_left_on_nvme_is_cleared_by_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_recipe: Any, named: bool
 ) -> None:
-    from qvera.zero import ZeroConfig, base
+    from qvera.distributed import zero_base
+    from qvera.distributed.zero_config import ZeroConfig
 
-    monkeypatch.setattr(base, "return_buffers_at_once", lambda: None)  # of this process, for good
+    monkeypatch.setattr(zero_base, "return_buffers_at_once", lambda: None)  # of this process, for good
     scratch, folder = tmp_path / "run" / "offload", tmp_path / "disk" if named else tmp_path / "run" / "offload"
     device = {"device": "nvme", **({"nvme_path": str(folder)} if named else {})}
     config = ZeroConfig("mine.json", {"zero_optimization": {"stage": 3, "offload_param": device}})
@@ -387,9 +387,9 @@ def test_what_a_killed_run_left_on_nvme_is_cleared_by_the_next(
     for file in left:
         file.parent.mkdir(parents=True)
         file.touch()
-    first = base.Spreader(config, make_recipe(), 0, 2, scratch)
+    first = zero_base.Spreader(config, make_recipe(), 0, 2, scratch)
     assert first.folder == folder and not left[0].exists() and left[1].exists()
-    base.Spreader(config, make_recipe(), 1, 2, scratch)
+    zero_base.Spreader(config, make_recipe(), 1, 2, scratch)
     assert folder.exists() == named and not (folder / "zero_stage_3").exists()
     assert not (tmp_path / "run").exists()
 

@@ -17,13 +17,16 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from qvera import quantize, ready, rehearsal, sharded, trainer
+from qvera.config.schema import parse_recipe
 from qvera.data import Batches
-from qvera.errors import QveraError
-from qvera.model import causal_model
-from qvera.optimize import optimizer_bytes
-from qvera.ranks import Group, in_group
-from qvera.recipe import parse_recipe
+from qvera.distributed import zero_params
+from qvera.distributed.group import Group
+from qvera.distributed.init import in_group
+from qvera.models import quantization
+from qvera.models.loader import causal_model
+from qvera.training import memory_check, setup, trainer
+from qvera.training.optim import optimizer_bytes
+from qvera.utils.errors import QveraError
 
 
 class Watch:
@@ -42,19 +45,19 @@ class Watch:
     def __enter__(self) -> Watch:
         gc.collect()
         before = set(live_storages())
-        self.kept = ready.make_engine, trainer.train_step, Batches.passes
-        self.rehearsal = rehearsal.run_longest_batch
+        self.kept = setup.make_engine, trainer.train_step, Batches.passes
+        self.rehearsal = memory_check.run_longest_batch
         build, step, passes = self.kept
 
         def watched_rehearsal(*args: Any) -> None:
             self.rehearsed += 1
             self.rehearsal(*args)
 
-        rehearsal.run_longest_batch = watched_rehearsal
+        memory_check.run_longest_batch = watched_rehearsal
 
         def watched_build(*args: Any) -> Any:
             self.engine, self.model = build(*args), args[0].model
-            linears = [m for m in causal_model(self.model).modules() if isinstance(m, quantize.Linear4bit)]
+            linears = [m for m in causal_model(self.model).modules() if isinstance(m, quantization.Linear4bit)]
             # the weights themselves: asking a module for its weight in the middle of a forward pass makes DeepSpeed gather it
             self.big = [linear.weight for linear in linears]
             for linear in linears:
@@ -79,7 +82,7 @@ class Watch:
             self.rows.append([row for one in found for row in one])
             return found
 
-        ready.make_engine, trainer.train_step, Batches.passes = watched_build, watched_step, watched_passes  # type: ignore
+        setup.make_engine, trainer.train_step, Batches.passes = watched_build, watched_step, watched_passes  # type: ignore
         return self
 
     def look(self, *_: Any) -> None:
@@ -88,8 +91,8 @@ class Watch:
         self.live_bytes = max(self.live_bytes, live)
 
     def __exit__(self, *_: Any) -> None:
-        ready.make_engine, trainer.train_step, Batches.passes = self.kept  # type: ignore[method-assign]
-        rehearsal.run_longest_batch = self.rehearsal
+        setup.make_engine, trainer.train_step, Batches.passes = self.kept  # type: ignore[method-assign]
+        memory_check.run_longest_batch = self.rehearsal
 
     def found(self) -> dict[str, Any]:
         engine = self.engine
@@ -99,9 +102,9 @@ class Watch:
             "stage": None if deepspeed is None else int(deepspeed.zero_optimization_stage()),
             "zero_optimizer": None if deepspeed is None else type(deepspeed.optimizer).__name__,
             "optimizer_bytes": optimizer_bytes(engine.optimizer),
-            "packed_held_bytes": sum(sharded.held_bytes(p) for p in self.big),
-            "packed_whole_bytes": sum(sharded.whole_numel(p) * p.element_size() for p in self.big),
-            "largest_packed_bytes": max(sharded.whole_numel(p) * p.element_size() for p in self.big),
+            "packed_held_bytes": sum(zero_params.held_bytes(p) for p in self.big),
+            "packed_whole_bytes": sum(zero_params.whole_numel(p) * p.element_size() for p in self.big),
+            "largest_packed_bytes": max(zero_params.whole_numel(p) * p.element_size() for p in self.big),
             "packed_live_bytes": self.live_bytes,
             "packed_modules": len(self.big),
             "states_kept": sum(p.quant_state is not None for p in self.big),
@@ -145,7 +148,7 @@ def private_bytes(storages: dict[int, tuple[int, str]]) -> dict[str, int]:
 def _embedding(model: Any) -> dict[str, bool]:
     weight, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     return {
-        "sharded": sharded.is_sharded(weight),
+        "sharded": zero_params.is_sharded(weight),
         "is_the_head": weight.numel() > 0 and weight.data_ptr() == head.data_ptr(),
         "mapped": weight.numel() > 0 and _in_a_safetensors_file(weight.data_ptr()),
     }

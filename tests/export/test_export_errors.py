@@ -18,17 +18,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qvera import adapters, measure
-from qvera.attached import attach, load_adapter, save_adapter
-from qvera.cli import main
-from qvera.errors import InputError, Interrupted, RunFailed
-from qvera.export import export_merged, source
-from qvera.model import load_base
-from qvera.recipe import AdapterSection, ExportSection, ModelSection
-
-from ..conftest import small_llama, small_tokenizer
-from ..disk import fill, small_disk
-from .test_merged import perturb
+from qvera.adapters.save_load import attach, load_adapter, save_adapter
+from qvera.cli.main import main
+from qvera.config.schema import AdapterSection, ExportSection, ModelSection
+from qvera.export import export_merged, merge_adapters, stream
+from qvera.models.loader import load_base
+from qvera.utils import memory
+from qvera.utils.errors import InputError, Interrupted, RunFailed
+from tests.conftest import small_llama, small_tokenizer
+from tests.disk import fill, small_disk
+from tests.export.test_merged import perturb
 
 OPTIONS = ExportSection(max_shard_size_bytes=60_000)
 
@@ -59,7 +58,7 @@ _PROCESS = """
 import sys, time
 from pathlib import Path
 from qvera.export import export_merged
-from qvera.recipe import ExportSection, ModelSection
+from qvera.config.schema import ExportSection, ModelSection
 export_merged(Path(sys.argv[2]), ModelSection(path=sys.argv[1], compute_dtype="float32"), Path(sys.argv[3]),
               ExportSection(max_shard_size_bytes=60_000, base=sys.argv[4]), progress=lambda *_: time.sleep(0.05))
 """
@@ -288,7 +287,7 @@ def test_a_base_without_index_and_small_blocks_give_the_same_weights(
         options = dataclasses.replace(OPTIONS, base=weights, dtype="float32")
         whole = export_merged(directory, section, tmp_path / weights, options)
         with monkeypatch.context() as patch:
-            patch.setattr(source, "BLOCK_ELEMENTS", 700)
+            patch.setattr(stream, "BLOCK_ELEMENTS", 700)
             index = (base / "model.safetensors.index.json").read_text()
             (base / "model.safetensors.index.json").unlink()
             pieces = export_merged(directory, section, tmp_path / f"{weights}-pieces", options)
@@ -322,7 +321,7 @@ def test_too_little_memory_to_compare_is_said_and_can_be_made_up_for(
     assert main(["train", str(recipe)]) == 0
     run, out = str(tmp_path / "run"), tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(measure, "available_bytes", lambda _: 1000)
+        patch.setattr(memory, "available_bytes", lambda _: 1000)
         assert main(["export", run, str(out)]) == 0
     said = json.loads((out / "qvera_export.json").read_text())["difference"]["not_measured"]
     assert "0.0 GB of memory are available" in said and f"qvera export {run} {out} --compare-only" in said
@@ -338,12 +337,12 @@ def test_too_little_memory_to_compare_is_said_and_can_be_made_up_for(
 def test_available_memory_is_no_more_than_the_machine_has() -> None:
     import psutil
 
-    assert 0 < measure.available_bytes(torch.device("cpu")) <= psutil.virtual_memory().total
+    assert 0 < memory.available_bytes(torch.device("cpu")) <= psutil.virtual_memory().total
 
 
 def test_write_vectors_keeps_the_fingerprint(adapter: Any, tmp_path: Path) -> None:
     _, directory = adapter
     vectors = load_file(directory / "adapter_model.safetensors")
-    adapters.write_vectors(directory, vectors, tmp_path / "copy")
+    merge_adapters.write_vectors(directory, vectors, tmp_path / "copy")
     before, after = (json.loads((d / "adapter_config.json").read_text()) for d in (directory, tmp_path / "copy"))
     assert before["base_fingerprint"] == after["base_fingerprint"] is not None

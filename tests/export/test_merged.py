@@ -15,17 +15,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from qvera import frozen, quantize
-from qvera.attached import attach, named_vectors, save_adapter
-from qvera.cli import main
-from qvera.errors import InputError, Interrupted, RunFailed
+from qvera.adapters import QveraLinear
+from qvera.adapters.save_load import attach, named_vectors, save_adapter
+from qvera.cli.main import main
+from qvera.config.schema import AdapterSection, ExportSection, ModelSection
+from qvera.evaluation.load_run import open_run
 from qvera.export import export_merged, merged
-from qvera.model import load_base
-from qvera.recipe import AdapterSection, ExportSection, ModelSection
-from qvera.run import open_run
-from qvera.vera import QveraLinear
-
-from ..conftest import small_llama, small_tokenizer
+from qvera.models import linear, quantization
+from qvera.models.loader import load_base
+from qvera.utils.errors import InputError, Interrupted, RunFailed
+from tests.conftest import small_llama, small_tokenizer
 
 
 def perturb(model: Any, size: float = 0.2, seed: int = 1) -> None:
@@ -232,7 +231,7 @@ def test_the_exported_weights_are_those_the_run_answers_with(write_recipe: Any, 
             torch.testing.assert_close(
                 held, tensors[f"{name.removeprefix('base_model.model.')}.weight"], rtol=0, atol=1e-6
             )
-            assert isinstance(module.base_layer, frozen.FrozenLinear4bit)
+            assert isinstance(module.base_layer, linear.FrozenLinear4bit)
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.float32])
@@ -246,9 +245,9 @@ def test_the_dequantized_base_is_the_one_trained_on_where_the_stored_dtype_is_wi
     section = ModelSection(path=str(source), compute_dtype="bfloat16")
     base = load_base(section, torch.device("cpu"))
     trained_on = {
-        f"{name}.weight": quantize.dequantized_weight(module, torch.float32)
+        f"{name}.weight": quantization.dequantized_weight(module, torch.float32)
         for name, module in base.model.named_modules()
-        if isinstance(module, quantize.Linear4bit)
+        if isinstance(module, quantization.Linear4bit)
     }
     save_adapter(attach(base.model, AdapterSection(rank=8), str(source)), tmp_path / "adapter")  # b = 0: W alone
     export_merged(tmp_path / "adapter", section, tmp_path / "out", ExportSection(dtype="float32", base="dequantized"))

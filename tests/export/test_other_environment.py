@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from qvera.cli import main
+from qvera.cli.main import main
 
 _CODE = """
 import importlib.util, json, sys, torch

@@ -1,0 +1,20 @@
+"""VeRA as a PEFT tuner: config, layer, tuner, and the mathematics they share."""
+
+from qvera.adapters.config import QveraConfig
+from qvera.adapters.layer import QveraLinear
+from qvera.adapters.low_rank import LowRankPath
+from qvera.adapters.peft_compat import accelerate_peft, accelerated_peft, restore_peft
+from qvera.adapters.projection import SharedProjection
+from qvera.adapters.tuner import QveraModel, register
+
+__all__ = [
+    "LowRankPath",
+    "QveraConfig",
+    "QveraLinear",
+    "QveraModel",
+    "SharedProjection",
+    "accelerate_peft",
+    "accelerated_peft",
+    "register",
+    "restore_peft",
+]

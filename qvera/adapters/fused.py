@@ -1,0 +1,150 @@
+"""The same linear in fewer operations when there are many tokens: one product with W + ΔW.
+
+The low-rank path costs T r (2 n + 3 m) multiply-adds for T tokens, forward and backward. Adding ΔW to the dequantized weight
+once per call, m n r of them, makes it part of the base's own products:
+
+    forward     W' = W + C A                y = x W'ᵀ
+    backward    W' again                    ∂x = g W'
+                M = gᵀ z   or   (gᵀ x) Aᵀ   ∂b, ∂d from M as in `functional`
+
+M by way of z = x Aᵀ costs T r (n + m) and keeps z [T, r]; by way of gᵀ x it costs m n (T + r) and keeps x [T, n], which is
+cheaper where the rank is above n. With a third vector a (`functional`) A diag(a) stands for A, x is kept either way, and
+N = ∂zᵀ x = (g C)ᵀ x = Cᵀ (gᵀ x), the gradient of A diag(a), gives ∂a: T r (2 n + 2 m) in all, or m n (T + 2 r).
+
+W' is rounded to the compute dtype. In fp32 that loses nothing. In 16 bits it rounds ΔW, where the low-rank path rounds what it adds
+to each output; measured end to end against fp32 neither is further off, and both train alike (bench/summed.py). That holds where it
+was measured, on CPUs: on CUDA 16-bit layers take the low-rank path (`pays`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from qvera.adapters.functional import combined, input_gradient, vector_gradients
+from qvera.models import quantization
+
+
+def pays(
+    tokens: int,
+    in_features: int,
+    out_features: int,
+    rank: int,
+    dtype: torch.dtype,
+    device_type: str = "cpu",
+    input_scale: bool = False,
+) -> bool:
+    """Whether `summed_linear` is as exact here as the low-rank path and takes fewer multiply-adds."""
+    n, m = in_features, out_features
+    low_rank = tokens * rank * (2 * n + 3 * m)
+    cheaper = 2 * m * n * rank + gradient_cost(tokens, n, m, rank, input_scale) < low_rank
+    return cheaper and (dtype.itemsize >= 4 or device_type == "cpu")
+
+
+def keeps_input(tokens: int, in_features: int, out_features: int, rank: int, input_scale: bool = False) -> bool:
+    """Whether x is kept for backward and not z."""
+    return input_scale or (in_features <= rank and _by_weight(tokens, in_features, out_features, rank, False))
+
+
+def gradient_cost(tokens: int, in_features: int, out_features: int, rank: int, input_scale: bool = False) -> int:
+    """Multiply-adds of the vectors' gradients; what x needs comes beside it."""
+    n, m, passes = in_features, out_features, 2 if input_scale else 1
+    kept = keeps_input(tokens, n, m, rank, input_scale)
+    by_weight = kept and _by_weight(tokens, n, m, rank, input_scale)
+    return m * n * (tokens + passes * rank) if by_weight else passes * tokens * rank * (n + m)
+
+
+def _by_weight(tokens: int, n: int, m: int, rank: int, input_scale: bool) -> bool:
+    """Whether gᵀ x [m, n] is the cheaper way to the vectors' gradients."""
+    passes = 2 if input_scale else 1
+    return m * n * (tokens + passes * rank) < passes * tokens * rank * (n + m)
+
+
+def summed_weight(
+    module: Any, A: torch.Tensor, B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """W + ΔW [m, n] in ``dtype``, a new tensor."""
+    weight = quantization.dequantized_weight(module, dtype)
+    own = (
+        weight.untyped_storage().data_ptr() != module.weight.untyped_storage().data_ptr()
+    )  # a dense weight is not copied
+    C, A = combined(B, d, b, scale, dtype), A.to(dtype)
+    return weight.addmm_(C, A) if own else torch.addmm(weight, C, A)
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        z: torch.Tensor | None,
+        d: torch.Tensor,
+        b: torch.Tensor,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        scale: float,
+        module: Any,
+        a: torch.Tensor | None,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x if z is None else z, d, b, A, B, a)
+        ctx.scale, ctx.module, ctx.keeps_input = scale, module, z is None
+        bias = None if module.bias is None else module.bias.to(x.dtype)
+        return F.linear(x, summed_weight(module, _scaled(A, a, x.dtype), B, d, b, scale, x.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        kept, d, b, A, B, a = ctx.saved_tensors
+        grad_x = grad_d = grad_b = grad_a = None
+        scaled = _scaled(A, a, g.dtype)
+        if ctx.needs_input_grad[0]:
+            grad_x = g @ summed_weight(ctx.module, scaled, B, d, b, ctx.scale, g.dtype)
+        rows, kept = g.reshape(-1, g.shape[-1]), kept.reshape(-1, kept.shape[-1])
+        by_weight = ctx.keeps_input and (
+            a is None or _by_weight(len(rows), A.shape[1], len(B), len(A), input_scale=True)
+        )
+        whole = rows.t() @ kept if by_weight else None  # gᵀ x
+        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+            if whole is not None:
+                M = whole @ scaled.to(g.dtype).t()
+            else:
+                M = rows.t() @ (kept @ scaled.t() if ctx.keeps_input else kept)
+            grad_d, grad_b = vector_gradients(M, B, d, b, ctx.scale, *ctx.needs_input_grad[2:4])
+        if a is not None and ctx.needs_input_grad[8]:
+            C = combined(B, d, b, ctx.scale, g.dtype)
+            N = C.t() @ whole if whole is not None else (rows @ C).t() @ kept
+            grad_a = input_gradient(A, N, a)
+        return grad_x, None, grad_d, grad_b, None, None, None, None, grad_a
+
+
+def _scaled(A: torch.Tensor, a: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """A diag(a) [r, n] in ``dtype``, or A as it is held."""
+    return A if a is None else (A * a).to(dtype)
+
+
+def summed_linear(
+    module: Any,
+    x: torch.Tensor,
+    z: torch.Tensor | None,
+    d: torch.Tensor,
+    b: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    scale: float,
+    a: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y = x (W + ΔW)ᵀ + bias for the frozen linear ``module``, differentiable once in x, d, b and a.
+
+    Args:
+        x: [..., n] in the compute dtype.
+        z: x Aᵀ [..., r], without a graph, or None: x is kept in its place (`keeps_input`), as it must be where there is an a.
+        a: [n], the vector that scales the input, or None.
+        d, b, A, B, scale: as `functional.expand` and `functional.delta_weight` take them.
+
+    Returns:
+        [..., m] in x's dtype.
+    """
+    return _Summed.apply(x, z, d, b, A, B, scale, module, a)

@@ -1,0 +1,129 @@
+"""PEFT's own VeRA on our layers: `accelerate_peft` and `restore_peft`.
+
+PEFT keeps its projections, file format, keys, vectors, merging and errors; what changes is how a layer computes. The
+low-rank path runs in the base layer's compute dtype and keeps only z, 4-bit and int8 bases run through `qvera.models.linear`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftType, VeraModel, mapping
+from peft.tuners.vera.layer import VeraLayer
+from torch import nn
+
+from qvera.adapters.low_rank import LowRankPath, SharedInput
+from qvera.models import linear
+
+
+class _Pair:
+    """PEFT's A and B of one model: cast once for each dtype, and z shared between layers that read the same x."""
+
+    def __init__(self) -> None:
+        self.inputs = SharedInput()
+        self._casts: dict[tuple[str, str, torch.dtype, torch.device], tuple[Any, int, torch.Tensor]] = {}
+
+    def cast(self, name: str, adapter: str, held: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """``held`` in ``dtype``; the copy is made again when the tensor was replaced or changed in place."""
+        if held.dtype == dtype:
+            return held
+        key = name, adapter, dtype, held.device
+        found = self._casts.get(key)
+        if found is not None and found[0]() is held and found[1] == held._version:
+            return found[2]
+        copy = held.detach().to(dtype)
+        self._casts[key] = (weakref.ref(held), held._version, copy)
+        return copy
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"inputs": self.inputs, "_casts": {}}  # a weak reference can't be copied to another process
+
+
+class _AcceleratedLayer(LowRankPath):
+    """Mixed into one of PEFT's VeRA layers."""
+
+    vera_A: Any
+    vera_B: Any
+    vera_lambda_b: Any
+    vera_lambda_d: Any
+    vera_dropout: Any
+    _pair: _Pair
+
+    def carries(self, adapter: str) -> bool:
+        return adapter in self.vera_lambda_d
+
+    def parts(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float]:
+        # PEFT leaves its buffers where they are when only a layer is moved
+        A = self.vera_A[adapter][:, : self.in_features]
+        B = self.vera_B[adapter][: self.out_features, :]
+        d, b = self.vera_lambda_d[adapter], self.vera_lambda_b[adapter]
+        return A.to(d.device), B.to(d.device), d, b, 1.0
+
+    def pair_dtype(self) -> torch.dtype:
+        return next(iter(self.vera_A.values())).dtype
+
+    def dropout_of(self, adapter: str) -> nn.Module:
+        return self.vera_dropout[adapter]
+
+    def shared_z(self, adapter: str, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        held = self.vera_A[adapter]
+        if held.device != x.device:
+            held = held.to(x.device)
+        A = self._pair.cast("A", adapter, held, dtype)[:, : self.in_features]
+        return self._pair.inputs.project(x, A, dtype, (adapter, A.data_ptr(), held._version))
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.low_rank_forward(x, *args, **kwargs).to(x.dtype)
+
+
+_accelerated: dict[type, type] = {}
+
+
+def _accelerated_class(stock: type) -> type:
+    """The accelerated subclass of one of PEFT's VeRA layer classes (one for each kind of base layer, by PEFT's version)."""
+    if stock not in _accelerated:
+        _accelerated[stock] = type(f"Accelerated{stock.__name__}", (_AcceleratedLayer, stock), {"__module__": __name__})
+    return _accelerated[stock]
+
+
+class AcceleratedVeraModel(VeraModel):
+    """PEFT's VeraModel whose layers compute by `LowRankPath`."""
+
+    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        linear.freeze_linears(model)
+        super()._pre_injection_hook(model, config, adapter_name)
+
+    def _create_new_module(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]  # PEFT's is static
+        layer = VeraModel._create_new_module(*args, **kwargs)
+        if isinstance(layer, VeraLayer):
+            layer.__class__ = _accelerated_class(type(layer))
+            layer.__dict__["_pair"] = self.__dict__.setdefault("_pair", _Pair())
+        return layer
+
+
+def accelerate_peft() -> None:
+    """From now on `get_peft_model` and `PeftModel.from_pretrained` make VERA adapters out of our layers.
+
+    Models made before stay as they are. Harmless when repeated; `restore_peft` undoes it.
+    """
+    mapping.PEFT_TYPE_TO_TUNER_MAPPING[PeftType.VERA] = AcceleratedVeraModel
+
+
+def restore_peft() -> None:
+    """PEFT's own VeRA again, for adapters made from now on."""
+    mapping.PEFT_TYPE_TO_TUNER_MAPPING[PeftType.VERA] = VeraModel
+
+
+@contextmanager
+def accelerated_peft() -> Iterator[None]:
+    """`accelerate_peft` for the time of the block."""
+    before = mapping.PEFT_TYPE_TO_TUNER_MAPPING[PeftType.VERA]
+    accelerate_peft()
+    try:
+        yield
+    finally:
+        mapping.PEFT_TYPE_TO_TUNER_MAPPING[PeftType.VERA] = before

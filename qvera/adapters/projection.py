@@ -1,0 +1,115 @@
+"""Seed → A, B: the frozen random pair that all layers of a model share (VeRA, arXiv 2310.11454, section 3.1).
+
+The numbers come from numpy's Philox 4x64-10, a counter-based generator whose integer stream numpy promises to keep.
+Element (i, j) of A (key ``[seed, 0]``) or of B (key ``[seed, 1]``) is word ``j mod 4`` of the block with counter
+``[j // 4 + 1, i, 0, 0]``, mapped to [-1, 1) by ``u = (w >> 40) * 2**-23 - 1``, which is exact in fp32. Hence a seed
+gives the same numbers on every machine, and a pair for a smaller rank or a smaller layer is a prefix of a larger one.
+
+The Kaiming bounds of the paper, sqrt(6 / in_features) for A and sqrt(6 / rank) for B, are not in these numbers: each
+layer multiplies them into its d (`vera_scale`), so that one pair serves layers of every shape.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from qvera.adapters.low_rank import SharedInput
+
+GENERATOR = "philox4x64-10/u24"
+"""Name of the rule above, written into every adapter file. Another rule needs another name."""
+
+_STREAM_A, _STREAM_B = 0, 1
+
+
+def uniform_matrix(rows: int, columns: int, seed: int, stream: int) -> np.ndarray:
+    """The [rows, columns] fp32 matrix of a seed, uniform on [-1, 1).
+
+    Args:
+        stream: 0 for A (rank x in_features), 1 for B (out_features x rank).
+    """
+    out = np.empty((rows, columns), dtype=np.float32)
+    # as uint64, since numpy would make float64 of a list in which one number needs the 64th bit, and round the seed
+    key = np.array([seed, stream], dtype=np.uint64)
+    for i in range(rows):
+        words = np.random.Philox(counter=np.array([0, i, 0, 0], dtype=np.uint64), key=key).random_raw(columns)
+        # 24 bits times 2**-23 minus 1 is exact in fp32, so no rounding mode can change a value
+        out[i] = (words >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-23) - np.float32(1.0)
+    return out
+
+
+def vera_scale(rank: int, in_features: int) -> float:
+    """sqrt(6 / in_features) * sqrt(6 / rank): the Kaiming-uniform bounds of A and B (VeRA, section 3.2) as one factor."""
+    return math.sqrt(6.0 / in_features) * math.sqrt(6.0 / rank)
+
+
+def uniform_pair(rank: int, in_features: int, out_features: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """A [rank, in_features] and B [out_features, rank] of a seed, fp32."""
+    return uniform_matrix(rank, in_features, seed, _STREAM_A), uniform_matrix(out_features, rank, seed, _STREAM_B)
+
+
+def projection_sha256(rank: int, in_features: int, out_features: int, seed: int) -> str:
+    """SHA-256 over the little-endian fp32 bytes of A [rank, in_features], then of B [out_features, rank], row by row."""
+    digest = hashlib.sha256()
+    for matrix in uniform_pair(rank, in_features, out_features, seed):
+        digest.update(np.ascontiguousarray(matrix, dtype="<f4").tobytes())
+    return digest.hexdigest()
+
+
+class SharedProjection(nn.Module):
+    """The one A [rank, in_features] and B [out_features, rank] that every adapted layer reads a prefix of.
+
+    Held once, in the compute dtype, as non-persistent buffers: never in a state dict, never trained. A cast of the
+    model to another dtype draws the numbers again instead of rounding rounded ones, so the values are always the fp32
+    values of the seed, rounded once.
+    """
+
+    A: torch.Tensor
+    B: torch.Tensor
+
+    def __init__(self, seed: int, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.seed = seed
+        self.inputs = SharedInput()
+        self.register_buffer("A", torch.empty(0, 0, device=device, dtype=dtype), persistent=False)
+        self.register_buffer("B", torch.empty(0, 0, device=device, dtype=dtype), persistent=False)
+
+    def ensure(self, rank: int, in_features: int, out_features: int) -> None:
+        """Grow the pair, if needed, so that it holds this rank and these layer sizes as a prefix."""
+        held_rank, held_in, held_out = self.A.shape[0], self.A.shape[1], self.B.shape[0]
+        wanted = max(rank, held_rank), max(in_features, held_in), max(out_features, held_out)
+        if wanted != (held_rank, held_in, held_out):
+            self._draw(*wanted, self.A.device, self.A.dtype)
+
+    def _draw(self, rank: int, in_features: int, out_features: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.inputs.forget()
+        for name, shape, stream in (("A", (rank, in_features), _STREAM_A), ("B", (out_features, rank), _STREAM_B)):
+            if device.type == "meta":
+                drawn = torch.empty(shape, device=device, dtype=dtype)
+            else:
+                drawn = torch.from_numpy(uniform_matrix(*shape, self.seed, stream)).to(device=device, dtype=dtype)
+            setattr(self, name, drawn)
+
+    def slices(self, rank: int, in_features: int, out_features: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views A [rank, in_features] and B [out_features, rank] for one layer; nothing is copied."""
+        return self.A[:rank, :in_features], self.B[:out_features, :rank]
+
+    def project(self, x: torch.Tensor, rank: int, dtype: torch.dtype) -> torch.Tensor:
+        """z = x Aᵀ [..., rank] in ``dtype``, shared between the layers that read the same x."""
+        return self.inputs.project(x, self.A[:rank, : x.shape[-1]], dtype, None)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SharedProjection:
+        before = self.A.dtype, self.A.device.type
+        super()._apply(fn, recurse)
+        after = self.A.dtype, self.A.device.type
+        if after != before and (after[0] != before[0] or before[1] == "meta"):
+            self._draw(self.A.shape[0], self.A.shape[1], self.B.shape[0], self.A.device, self.A.dtype)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"seed={self.seed}, A={tuple(self.A.shape)}, B={tuple(self.B.shape)}, dtype={self.A.dtype}"

@@ -1,0 +1,1 @@
+"""The recipe: its schema with every default, and the file it is read from."""

@@ -1,0 +1,128 @@
+"""A recipe's data section → all that a run reads: rows of every source, mixed, counted."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qvera.config.schema import DataSection, Source
+from qvera.data.cache import tokenized
+from qvera.data.chat_template import ChatTemplate, resolve_template
+from qvera.data.encoding import Encoder
+from qvera.data.row_tables import Rows, joined
+from qvera.data.sampler import philox_key
+from qvera.data.stats import DataStats, SourceStats, count
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(slots=True)
+class Datasets:
+    """Everything that a run reads from its data.
+
+    Attributes:
+        train, eval: rows in file order, one source after the other; ``eval`` is empty where the recipe holds none out.
+        stats: counts for the preflight and run.json.
+        template: the template that was used (for the first source of a mixture), for generation and the adapter's directory.
+        pad_id: for `collate`.
+    """
+
+    train: Rows
+    eval: Rows
+    stats: DataStats
+    template: ChatTemplate
+    pad_id: int
+
+    def first_rows(self, count: int) -> Rows:
+        """``count`` training rows to look at: the first of each source in turn, then the second of each, and so on.
+
+        A mask goes wrong by format and template, so a source is seen as soon as there is a row for each. What a weight
+        repeats comes after all that was not seen yet.
+        """
+        turns: list[tuple[int, int, int]] = []  # (pass over the source, place within it, place among all rows)
+        start = 0
+        for source in self.stats.sources:
+            turns += [(at // source.rows, at, start + at) for at in range(min(count, source.taken))]
+            start += source.taken
+        return self.train.take(np.array([row for *_, row in sorted(turns)[:count]], dtype=np.int64))
+
+
+def data_sha256(datasets: Datasets) -> str:
+    """SHA-256 over the tokens and masks of all rows in order: equal where two machines read the same data the same way.
+
+    Over a 64-bit hash of each row's tokens and one of its mask, which lie beside the rows, so that none of them is read.
+    """
+    digest = hashlib.sha256()
+    for rows in (datasets.train, datasets.eval):
+        for numbers in (rows.lengths, rows.ids_hash, rows.mask_hash):
+            digest.update(len(numbers).to_bytes(8, "little") + np.ascontiguousarray(numbers).tobytes())
+    return digest.hexdigest()
+
+
+def build_datasets(
+    section: DataSection, tokenizer: PreTrainedTokenizerBase, console: Console | None = None
+) -> Datasets:
+    """Read, check, render and tokenize the rows that a recipe names, or find them in the cache. Nothing is shuffled here.
+
+    Args:
+        section: the recipe's ``data``.
+        tokenizer: the base model's.
+        console: where the progress bar of a long run goes (default: stderr).
+
+    Raises:
+        InputError: anything wrong with the recipe's ``data``, a file, a row or the tokenizer.
+    """
+    encoder = Encoder(tokenizer)
+    stats = DataStats()
+    train: list[Rows] = []
+    held_out: list[Rows] = []
+    first: ChatTemplate | None = None
+    for number, source in enumerate(_sources(section)):
+        made = tokenized(source, encoder, console)
+        first = first or resolve_template(source.template, tokenizer, made.format)
+        taken = weighted(len(made.train), source.weight, section.seed, number)
+        about = SourceStats(source.path, source.weight, len(made.train), len(taken), made.format, made.template)
+        stats.add_source(about, made.unused, encoder.pads_with_eos)
+        stats.add_counts(made.counts, made.found)
+        # every row once, in order, is the table itself
+        train.append(Rows([(made.train, None if source.weight == 1 else taken)]))
+        held_out.append(Rows([(made.eval, None)]))
+    assert first is not None
+    data = Datasets(joined(train), joined(held_out), stats, first, encoder.pad_id)
+    count(stats, data.train, data.eval)
+    return data
+
+
+def _sources(section: DataSection) -> list[DataSection]:
+    """``path`` and each part of the mixture as a section of its own; ``eval_path`` belongs to the first."""
+    sources = [replace(section, mixture=[])]
+    for part in section.mixture:
+        own = {f.name: getattr(part, f.name) for f in fields(Source)}
+        fraction = section.eval_fraction if section.eval_path is None else 0.0
+        sources.append(replace(section, mixture=[], eval_path=None, eval_fraction=fraction, **own))
+    return sources
+
+
+def weighted(count: int, weight: float, seed: int, number: int) -> np.ndarray:
+    """Each row as often as its source's weight says, at least one row in all: whole passes, and a part drawn by ``seed``.
+
+    Args:
+        count: the source's rows.
+        number: the source's place in the mixture; each draws for itself.
+
+    Returns:
+        int64: the numbers of rows, pass after pass.
+    """
+    passes = int(weight)
+    more = round((weight - passes) * count)
+    if passes == 0:
+        more = max(more, 1)
+    # far from the streams of the epochs (from 0 up) and of hold_out and group_by_length (from -1 down)
+    words = np.random.Philox(key=philox_key(seed, 2**63 + number)).random_raw(count)
+    chosen = np.sort(np.argsort(words, kind="stable")[:more])
+    return np.concatenate([np.tile(np.arange(count), passes), chosen])

@@ -1,0 +1,79 @@
+"""Rows that begin alike in one sequence: their common prefix once, then each row's rest.
+
+Instruction data repeats itself: the system prompt, the instruction, the schema stand at the start of every row. In a batch
+of B rows such a prefix of P tokens is computed B times. Here the batch becomes one sequence, prefix + rest 1 + ... + rest B,
+in which each rest sees the prefix and itself only, at the positions it had. Losses and gradients are those of the padded
+batch (tests/data/test_prefix_collate.py), with (B - 1) P fewer tokens and no padding.
+
+With ``data.packing`` every forward pass is such a sequence, as long as ``data.max_length`` allows, prefix or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from qvera.data.example import Example
+from qvera.data.sampler import IGNORED
+
+_WORTH = 0.85
+"""Used where it leaves at most this share of the padded batch's tokens: building the mask has a price of its own."""
+
+
+def common_prefix(examples: Sequence[Example]) -> int:
+    """Tokens that all rows begin with, none of them trained, nor the one after them.
+
+    The token after the prefix must not be a target: what stands before it in the joined sequence is another row's end.
+    """
+    first = examples[0].input_ids
+    length = min(int(np.argmax(e.trained)) - 1 for e in examples)
+    for example in examples[1:]:
+        length = min(length, len(example.input_ids))
+        differs = np.flatnonzero(first[: max(length, 0)] != example.input_ids[: max(length, 0)])
+        length = int(differs[0]) if len(differs) else length
+    return max(length, 0)
+
+
+def collate_prefix_once(
+    examples: Sequence[Example], device: torch.device | str = "cpu", packing: bool = False, masked: bool = True
+) -> dict[str, torch.Tensor] | None:
+    """The rows as one sequence of T = P + Σ (length - P) tokens, or None where that is not worth it.
+
+    Args:
+        packing: worth it whenever there are two rows or more.
+        masked: False: no mask, for flash attention, which tells rows apart by positions that start again; then P is 0.
+
+    Returns:
+        ``input_ids``, ``position_ids``, ``labels`` int64 [1, T]; ``attention_mask`` bool [1, 1, T, T], True where the token of
+        the row may look at that of the column.
+    """
+    prefix = common_prefix(examples) if masked else 0
+    lengths = [len(e.input_ids) for e in examples]
+    total = prefix + sum(length - prefix for length in lengths)
+    padded = len(examples) * max(lengths)
+    if len(examples) < 2:
+        return None
+    # one long row of attention must not cost more than the many short ones did, beyond what the linears save
+    if not packing and (total > _WORTH * padded or total * total > 4 * padded * max(lengths)):
+        return None
+    ids = np.empty((1, total), dtype=np.int64)
+    positions = np.empty((1, total), dtype=np.int64)
+    labels = np.full((1, total), IGNORED, dtype=np.int64)
+    sees = np.zeros((total, total) if masked else (0, 0), dtype=bool)
+    sees[:, :prefix] = True
+    ids[0, :prefix], positions[0, :prefix] = examples[0].input_ids[:prefix], np.arange(prefix)
+    start = prefix
+    for example, length in zip(examples, lengths, strict=True):
+        end = start + length - prefix
+        ids[0, start:end] = example.input_ids[prefix:]
+        positions[0, start:end] = np.arange(prefix, length)
+        labels[0, start:end] = np.where(example.trained[prefix:], example.input_ids[prefix:], IGNORED)
+        if masked:
+            sees[start:end, start:end] = True
+        start = end
+    arrays = {"input_ids": ids, "position_ids": positions, "labels": labels}
+    if masked:
+        arrays["attention_mask"] = (sees & np.tri(total, dtype=bool))[None, None]
+    return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}

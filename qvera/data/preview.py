@@ -1,0 +1,136 @@
+"""What a person should see before the first step: what will be trained on, token by token for two rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from qvera.data.dataset import Datasets
+from qvera.data.example import Example
+from qvera.data.stats import DataStats
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedTokenizerBase
+
+_SHOWN_ROWS = 2
+_SHOWN_TOKENS = 400
+_BAR_WIDTH = 40
+
+
+def print_preflight(
+    datasets: Datasets, tokenizer: PreTrainedTokenizerBase, console: Console, rows: int | None = None
+) -> None:
+    """Print rows, tokens, a histogram of lengths, what was cut or dropped, and ``rows`` rows with trained tokens marked.
+
+    ``rows`` None: two, and of a mixture at least one of each source. They come from each source in turn, see `Datasets.first_rows`.
+    Trained tokens stand in ⟦…⟧ and in colour, so that they show on a terminal without colours and in a log file too.
+    """
+    stats = datasets.stats
+    console.print(_summary(stats))
+    for line in data_warnings(stats):
+        console.print(Text(line, style="yellow"))
+    console.print()
+    console.print(Text("Training rows by length (tokens)", style="bold"))
+    for line in histogram_lines(stats.histogram_edges, stats.histogram_counts):
+        console.print(Text(line))
+    for example in datasets.first_rows(rows or max(_SHOWN_ROWS, len(stats.sources))):
+        console.print()
+        console.print(Text.assemble((example.source, "bold"), "  ⟦trained⟧"))
+        console.print(mark_trained(example, tokenizer))
+    console.print()
+
+
+def _summary(stats: DataStats) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column()
+    share = stats.trained_tokens / stats.tokens
+    mean = stats.tokens / stats.train_rows
+    rows = f"{stats.train_rows:,} to train on"
+    if stats.eval_rows:
+        rows += f", {stats.eval_rows:,} held out"
+    table.add_row("Rows", rows)
+    if len(stats.sources) == 1:
+        table.add_row("Format", stats.sources[0].layout)
+    else:
+        for source in stats.sources:
+            said = f"{source.taken:,} from {source.path} ({source.rows:,} x {source.weight:g}): {source.layout}"
+            table.add_row("  of these", Text(said))
+    table.add_row("Tokens", f"{stats.tokens:,} (mean {mean:,.0f}, longest {stats.longest_tokens:,} a row)")
+    table.add_row("Trained", f"{stats.trained_tokens:,} tokens, {share:.1%}")
+    table.add_row("Truncated", f"{stats.truncated_rows:,} rows, {stats.truncated_tokens:,} tokens cut off")
+    if stats.split_rows:
+        table.add_row("Split", f"{stats.split_rows:,} rows into {stats.split_parts:,}")
+    table.add_row("Dropped", f"{stats.dropped_rows:,} rows")
+    if stats.found:
+        table.add_row("Tokenized", f"before; found in the cache ({', '.join(stats.found)})")
+    if stats.unused_columns:
+        table.add_row("Not read", Text("columns " + ", ".join(stats.unused_columns)))
+    return table
+
+
+def data_warnings(stats: DataStats) -> list[str]:
+    """What a person should know about the rows, a sentence each."""
+    lines = []
+    for reason, sources in stats.dropped.items():
+        shown = ", ".join(sources[:3]) + (", ..." if len(sources) > 3 else "")
+        lines.append(f"Dropped, {reason}: {shown}")
+    if stats.repeated_rows:
+        lines.append(
+            f"Held-out rows that are also training rows: {stats.repeated_rows:,}. Held-out scores will flatter."
+        )
+    if stats.spelled_rows:
+        lines.append(
+            f"Rows whose text spells special tokens (such as </s>), which are read as those tokens: "
+            f"{stats.spelled_rows:,}."
+        )
+    if stats.pads_with_eos:
+        lines.append("The tokenizer has no pad token: batches are padded with eos, masked out of attention and loss.")
+    return lines
+
+
+def histogram_lines(edges: list[int], counts: list[int]) -> list[str]:
+    """One line for each interval: its bounds, a bar, its count."""
+    highest = max(counts, default=0)
+    digits = len(f"{edges[-1]:,}") if edges else 1
+    lines = []
+    for low, high, count in zip(edges, edges[1:], counts, strict=False):
+        length = round(_BAR_WIDTH * count / highest)
+        bar = "█" * max(length, 1 if count else 0)
+        lines.append(f"{low:>{digits},} – {high - 1:>{digits},}  {bar:<{_BAR_WIDTH}}  {count:,}")
+    return lines
+
+
+def mark_trained(example: Example, tokenizer: PreTrainedTokenizerBase, limit: int = _SHOWN_TOKENS) -> Text:
+    """A row as text, its trained tokens in ⟦…⟧ and green.
+
+    Args:
+        example: the row.
+        tokenizer: decodes it; special tokens are shown.
+        limit: tokens shown; the middle of each run of tokens is left out where there are more.
+    """
+    changes = np.flatnonzero(np.diff(example.trained)) + 1
+    runs = np.split(example.input_ids, changes)
+    budget = max(limit // len(runs), 8)
+    out = Text()
+    trained = bool(example.trained[0])
+    for run in runs:
+        if len(run) > budget:
+            half = budget // 2
+            left_out = f" … {len(run) - 2 * half:,} tokens … "
+            shown = decode(tokenizer, run[:half].tolist()) + left_out + decode(tokenizer, run[-half:].tolist())
+        else:
+            shown = decode(tokenizer, run.tolist())
+        out.append(f"⟦{shown}⟧" if trained else shown, style="green" if trained else "dim")
+        trained = not trained
+    return out
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of these tokens, special ones included."""
+    return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -1,0 +1,377 @@
+"""Files, directories and hub datasets → raw rows, each with the place it came from."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import json
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qvera.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from qvera.config.schema import DataSection
+    from qvera.utils.cache_dir import HashIndex
+
+EXTENSIONS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+_ACCEPTED = ".jsonl, .json, .csv, .tsv or .parquet"
+_TRAIN_NAME = re.compile(r"(^|[^a-z])train", re.IGNORECASE)
+_HELD_OUT_NAME = re.compile(r"(^|[^a-z])(test|valid|validation|val|eval|dev|held[-_]?out)([^a-z]|$)", re.IGNORECASE)
+
+
+class Unreadable(InputError):
+    """A source can't be read now, whatever is in it: a disk's error, a missing right, the hub, a change meanwhile."""
+
+
+@dataclass(frozen=True, slots=True)
+class RawRow:
+    """One row as it was read.
+
+    Attributes:
+        fields: column name → value.
+        source: ``train.jsonl:17`` (line number, from 1) for JSONL and CSV; ``train.json row 17`` (row number, from 1)
+            where lines mean nothing: JSON, Parquet and hub datasets.
+    """
+
+    fields: dict[str, Any]
+    source: str
+
+
+def read_rows(
+    path: str, *, split: str = "train", config_name: str | None = None, revision: str | None = None
+) -> Iterator[RawRow]:
+    """Yield the rows of a file, of every data file of a directory in name order, or of a hub dataset.
+
+    Args:
+        path: a .jsonl, .json, .csv, .tsv or .parquet file, a directory of them, or a hub dataset id.
+        split, config_name, revision: which part of a hub dataset; they have no meaning for files.
+
+    Raises:
+        InputError: nothing of that name, an unknown extension, a file that is empty, not UTF-8 or malformed.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        files = _files_of(local)
+    elif local.exists():
+        files = [local]
+    elif _looks_like_hub_id(path):
+        yield from _read_hub(path, split, config_name, revision)
+        return
+    else:
+        raise _missing(path, local)
+    for name, value in (("config_name", config_name), ("revision", revision)):
+        if value is not None:
+            raise InputError(
+                f"data.{name}: {value!r} has a meaning for hub datasets only, and {path} is a local "
+                f"{'directory' if local.is_dir() else 'file'}. Remove the key."
+            )
+    for file in files:
+        count = 0
+        for row in _reader(file)(file):
+            count += 1
+            yield row
+        if not count:
+            raise InputError(f"{file}: holds no rows. Expected at least one; is it the right file?")
+
+
+def _reader(file: Path) -> Any:
+    readers = {
+        ".jsonl": _read_jsonl,
+        ".json": _read_json,
+        ".csv": _read_csv,
+        ".tsv": _read_csv,
+        ".parquet": _read_parquet,
+    }
+    reader = readers.get(file.suffix.lower())
+    if reader is None:
+        raise InputError(
+            f"{file}: can't read a file that ends in {file.suffix or 'nothing'!r}. Expected {_ACCEPTED}; "
+            "convert the file, or rename it if it is one of these."
+        )
+    return reader
+
+
+def _files_of(directory: Path) -> list[Path]:
+    files = sorted(p for p in directory.iterdir() if p.is_file() and p.suffix.lower() in EXTENSIONS)
+    if not files:
+        others = sorted(p.name for p in directory.iterdir())[:5]
+        found = f"it holds {', '.join(others)}" if others else "it is empty"
+        raise InputError(f"{directory}: no data files in this directory ({found}). Expected {_ACCEPTED} in it.")
+    train = [p.name for p in files if _TRAIN_NAME.search(p.stem)]
+    held_out = [p.name for p in files if _HELD_OUT_NAME.search(p.stem) and p.name not in train]
+    if train and held_out:
+        # Reading them all would train on what the person means to test with.
+        raise InputError(
+            f"{directory}: holds files of different splits ({train[0]} and {held_out[0]}), and all files of a "
+            f"directory are read. Set data.path to {directory / train[0]} and data.eval_path to the other."
+        )
+    return files
+
+
+def _looks_like_hub_id(path: str) -> bool:
+    return (
+        re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) is not None
+        and not path.lower().endswith(EXTENSIONS)
+        and (path.count("/") == 1 or "." not in path)
+    )
+
+
+def _missing(path: str, local: Path) -> InputError:
+    parent = local.parent
+    if not parent.is_dir():
+        return InputError(f"{path}: no such file, and no directory {parent} either. Check data.path.")
+    near = difflib.get_close_matches(local.name, [p.name for p in parent.iterdir()], n=1)
+    hint = f" Did you mean {parent / near[0]}?" if near else f" Expected a {_ACCEPTED} file or a directory of them."
+    return InputError(f"{path}: no such file or directory.{hint}")
+
+
+def _not_utf8(where: str, error: UnicodeDecodeError, start: bytes) -> InputError:
+    guess = "UTF-16" if start[:2] in (b"\xff\xfe", b"\xfe\xff") else "Latin-1 or Windows-1252"
+    return InputError(
+        f"{where}: not UTF-8 text (byte 0x{error.object[error.start]:02x}); the file looks like {guess}. "
+        f"Convert it, for example: iconv -f {guess.split(' ')[0]} -t UTF-8 OLD > NEW."
+    )
+
+
+def _open_failed(file: Path, error: OSError) -> Unreadable:
+    return Unreadable(f"{file}: can't be read: {error.strerror or error}. Check that it is a file you may read.")
+
+
+def _read_jsonl(file: Path) -> Iterator[RawRow]:
+    try:
+        stream = file.open("rb")
+    except OSError as error:
+        raise _open_failed(file, error) from None
+    with stream:
+        for number, raw in enumerate(stream, start=1):
+            source = f"{file}:{number}"
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            except UnicodeDecodeError as error:
+                raise _not_utf8(source, error, raw) from None
+            if not line:
+                continue
+            try:
+                value = json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise InputError(_jsonl_complaint(source, number, line, error)) from None
+            if not isinstance(value, dict):
+                hint = " The file is one JSON list: rename it to .json." if number == 1 and line[0] == "[" else ""
+                raise InputError(
+                    f"{source}: expected one JSON object on the line, such as "
+                    f'{{"prompt": ..., "completion": ...}}, got {_shown(value)}.{hint}'
+                )
+            yield RawRow(value, source)
+
+
+def _jsonl_complaint(source: str, number: int, line: str, error: Exception) -> str:
+    if number == 1 and line in ("[", "{"):
+        return f"{source}: the object is not on one line; the file looks like plain JSON. Rename it to .json."
+    detail = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+    return (
+        f"{source}: not valid JSON: {detail}, in {_cut(line)!r}. Expected one complete JSON object on each line; "
+        "fix or remove the line."
+    )
+
+
+def _read_json(file: Path) -> Iterator[RawRow]:
+    try:
+        raw = file.read_bytes()
+    except OSError as error:
+        raise _open_failed(file, error) from None
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise _not_utf8(f"{file}:{line}", error, raw) from None
+    if not text.strip():
+        raise InputError(f"{file}: the file is empty. Expected a JSON list of objects.")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and text.lstrip()[0] == "{":
+            raise InputError(
+                f"{file}:{error.lineno}: more than one JSON value in the file; it looks like JSON Lines. "
+                "Rename it to .jsonl."
+            ) from None
+        where = f"{error.msg} at column {error.colno}"
+        raise InputError(f"{file}:{error.lineno}: not valid JSON: {where}. Fix it there.") from None
+    except RecursionError:
+        raise InputError(f"{file}: the JSON is nested too deeply to be rows. Expected a list of objects.") from None
+    if isinstance(value, dict):
+        # {"data": [...]} is how several tools wrap a list; with two lists it would be a guess.
+        lists = [item for item in value.values() if isinstance(item, list) and item and isinstance(item[0], dict)]
+        if len(lists) != 1 or "messages" in value or "conversations" in value:
+            keys = ", ".join(map(str, list(value)[:8]))
+            raise InputError(f"{file}: expected a JSON list of objects, got one object with the keys {keys}.")
+        value = lists[0]
+    if not isinstance(value, list):
+        raise InputError(f"{file}: expected a JSON list of objects, got {_shown(value)}.")
+    for number, row in enumerate(value, start=1):
+        source = f"{file} row {number}"
+        if not isinstance(row, dict):
+            raise InputError(f"{source}: expected an object with named fields, got {_shown(row)}.")
+        yield RawRow(row, source)
+
+
+def _read_csv(file: Path) -> Iterator[RawRow]:
+    # csv's default limit of 128 KiB a field is less than a long document. Process-wide, but larger is harmless.
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
+    try:
+        stream = file.open("r", encoding="utf-8-sig", newline="")
+    except OSError as error:
+        raise _open_failed(file, error) from None
+    with stream:
+        reader = csv.reader(stream, delimiter=delimiter, strict=True)
+        header: list[str] | None = None
+        while True:
+            first_line = reader.line_num + 1  # a quoted field may span lines: name the one where the record starts
+            try:
+                record = next(reader, None)
+            except UnicodeDecodeError as error:
+                raise _not_utf8(f"{file}:{first_line} or after", error, file.read_bytes()[:2]) from None
+            except csv.Error as error:
+                raise InputError(f"{file}:{first_line}: not valid CSV: {error}. Check the quotes there.") from None
+            if record is None:
+                break
+            if not record:
+                continue
+            if header is None:
+                header = _csv_header(file, first_line, record, delimiter)
+                continue
+            if len(record) != len(header):
+                raise InputError(
+                    f"{file}:{first_line}: {len(record)} fields where the header has {len(header)} "
+                    f"({', '.join(header)}). Fields that hold a {'tab' if delimiter == chr(9) else 'comma'} or a line "
+                    "break must be in double quotes."
+                )
+            yield RawRow(dict(zip(header, record, strict=True)), f"{file}:{first_line}")
+
+
+def _csv_header(file: Path, line: int, record: list[str], delimiter: str) -> list[str]:
+    header = [name.strip() for name in record]
+    if len(header) == 1 and delimiter == "," and re.search(r"[;\t]", header[0]):
+        found = "semicolons" if ";" in header[0] else "tabs (rename it to .tsv)"
+        raise InputError(f"{file}:{line}: columns are separated by {found}; expected commas. Convert the file.")
+    for name in header:
+        if not name:
+            raise InputError(f"{file}:{line}: a column of the header has no name. Expected a name for each column.")
+        if header.count(name) > 1:
+            raise InputError(f"{file}:{line}: the column {name!r} occurs twice in the header. Rename one of them.")
+    return header
+
+
+def _read_parquet(file: Path) -> Iterator[RawRow]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        parquet = pq.ParquetFile(file)
+        number = 0
+        for batch in parquet.iter_batches(batch_size=1024):
+            for fields in batch.to_pylist():
+                number += 1
+                yield RawRow(fields, f"{file} row {number}")
+    except (pa.ArrowException, OSError) as error:
+        kind = Unreadable if isinstance(error, OSError) else InputError
+        raise kind(f"{file}: can't be read as Parquet: {_one_line(error)}. Is the file complete?") from None
+
+
+def _read_hub(path: str, split: str, config_name: str | None, revision: str | None) -> Iterator[RawRow]:
+    number = 0
+    for number, fields in enumerate(_load_hub(path, split, config_name, revision), start=1):
+        yield RawRow(dict(fields), f"{path}[{split}] row {number}")
+    if not number:
+        raise InputError(f"{path}: the split {split!r} holds no rows. Set data.split to another one.")
+
+
+def _load_hub(path: str, split: str, config_name: str | None, revision: str | None) -> Any:
+    """A hub dataset as `datasets` has it: Arrow files in its cache, mapped."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(path, name=config_name, split=split, revision=revision)
+    except Exception as error:  # the hub's client raises many unrelated types, all of them about what was asked for
+        hint = "Check data.path, data.config_name, data.split and data.revision."
+        if isinstance(error, ConnectionError) or "offline" in str(error).lower():
+            hint = "The hub can't be reached: connect, or set data.path to a local file."
+        raise Unreadable(
+            f"{path}: no file or directory of that name here, and as a hub dataset it can't be loaded "
+            f"(split {split!r}{f', configuration {config_name!r}' if config_name else ''}): {_one_line(error)}. {hint}"
+        ) from None
+
+
+def source_files(section: DataSection) -> list[Path] | None:
+    """The local files that a source is read from, its held-out ones last; None for a hub dataset.
+
+    Raises:
+        InputError: a directory without data files.
+    """
+    found: list[Path] = []
+    for path in (section.path, section.eval_path):
+        if path is None:
+            continue
+        local = Path(path).expanduser()
+        if local.is_dir():
+            found += _files_of(local)
+        elif local.exists():
+            found.append(local)
+        elif _looks_like_hub_id(path):
+            return None
+    return found
+
+
+def source_content(section: DataSection, files: list[Path] | None, hashes: HashIndex) -> Any:
+    """What a source holds, as JSON: name and SHA-256 of each file, or the fingerprints that `datasets` gives a hub dataset.
+
+    Args:
+        files: from `source_files`.
+        hashes: what is known of files that have not changed.
+
+    Returns:
+        None where nothing tells one content from another.
+    """
+    if files is not None:
+        known = hashes.hashed(files, hashes.known(files), None)
+        return [[str(file), known[file]] for file in files]
+    found = []
+    for path in (section.path, section.eval_path):
+        if path is None:
+            continue
+        local = Path(path).expanduser()
+        if local.is_file():
+            found.append([str(local), hashes.hashed([local], hashes.known([local]), None)[local]])
+            continue
+        if local.is_dir():
+            return None
+        rows = _load_hub(path, section.split, section.config_name, section.revision)
+        fingerprint = getattr(rows, "_fingerprint", None)
+        if fingerprint is None:
+            return None
+        found.append([path, str(fingerprint)])
+    return found
+
+
+def _one_line(error: Exception) -> str:
+    return _cut(" ".join(f"{error}".split()) or type(error).__name__, 300).rstrip(".")
+
+
+def _cut(text: str, limit: int = 60) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _shown(value: Any) -> str:
+    """A value's JSON type and, for short ones, the value, as a message shows it."""
+    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    if value is None:
+        return "null"
+    kind = kinds.get(type(value), type(value).__name__)
+    if isinstance(value, (dict, list)):
+        return kind
+    return f"{kind} ({_cut(repr(value), 40)})"

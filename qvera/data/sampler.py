@@ -1,0 +1,217 @@
+"""Which rows a step trains on, and rows → tensors. The order is a function of the step alone: nothing to save."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from qvera.data.row_tables import lengths_of
+
+if TYPE_CHECKING:
+    from qvera.config.schema import Recipe
+    from qvera.data.example import Example
+
+IGNORED = -100
+"""The label of a token that is not trained (torch's ``cross_entropy`` default)."""
+
+
+def philox_key(seed: int, stream: int) -> np.ndarray:
+    """A key for numpy's Philox from two integers; uint64 by hand, because numpy makes floats of large mixed lists."""
+    return np.array([seed % 2**64, stream % 2**64], dtype=np.uint64)
+
+
+@lru_cache(maxsize=4)
+def order(epoch: int, n: int, seed: int, shuffle: bool) -> np.ndarray:
+    """The rows of one epoch in the order they are trained.
+
+    Args:
+        epoch: from 0.
+        n: rows.
+        seed: ``data.seed``; with the epoch it keys the generator (numpy Philox), so every epoch has its own order.
+        shuffle: False: file order.
+
+    Returns:
+        int64 [n], each of 0..n-1 once; read-only, because it is cached.
+    """
+    if shuffle:
+        # argsort of raw 64-bit words, not Generator.permutation: numpy promises the bit stream of a bit generator
+        # across versions, not what a Generator makes of it.
+        indices = np.argsort(np.random.Philox(key=philox_key(seed, epoch)).random_raw(n), kind="stable")
+    else:
+        indices = np.arange(n)
+    indices.setflags(write=False)
+    return indices
+
+
+def steps_per_epoch(n: int, global_batch_size: int) -> int:
+    """Optimizer steps that one pass over ``n`` rows takes; the last one may have fewer rows."""
+    return -(-n // global_batch_size)
+
+
+_GROUPED_BATCHES = 50
+"""Batches in each stretch of an epoch that is sorted by length, as in transformers' LengthGroupedSampler: few enough that a row's
+place stays random, many enough that rows of one batch are nearly as long as each other."""
+
+
+def grouped(chosen: np.ndarray, lengths: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
+    """One epoch's order again, such that batches of ``size`` rows hold rows of like length.
+
+    Args:
+        chosen: int64 [n], from `order`.
+        lengths: tokens of row i.
+
+    Returns:
+        int64 [n], each row once. Which batch comes first is drawn anew, so that no epoch goes from long rows to short ones; a batch
+        that is not full stays the last.
+    """
+    stretches = [chosen[i : i + size * _GROUPED_BATCHES] for i in range(0, len(chosen), size * _GROUPED_BATCHES)]
+    alike = np.concatenate([part[np.argsort(-lengths[part], kind="stable")] for part in stretches])
+    full = len(alike) // size
+    # the key's last stream is hold_out's; this one counts down from the one before it
+    turns = np.argsort(np.random.Philox(key=philox_key(seed, -2 - epoch)).random_raw(full), kind="stable")
+    return np.concatenate([alike[: full * size].reshape(full, size)[turns].ravel(), alike[full * size :]])
+
+
+class Batches:
+    """Which rows every optimizer step trains on, and how they are cut into forward passes.
+
+    Both are functions of the step and of what is given here, so there is nothing to save and every rank knows all of it.
+
+    Args:
+        lengths: int [n]; tokens of row i, at least one row.
+        global_batch_size: rows of an optimizer step.
+        pass_rows: rows of one rank's forward pass, at most.
+        pack_tokens: instead: as many consecutive rows as have this many tokens together, at least one.
+        seed, shuffle: see `order`.
+        by_length: see `grouped`.
+
+    Raises:
+        ValueError: no rows, or a size below 1.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int] | np.ndarray,
+        global_batch_size: int,
+        pass_rows: int = 1,
+        *,
+        pack_tokens: int | None = None,
+        seed: int = 0,
+        shuffle: bool = True,
+        by_length: bool = False,
+    ) -> None:
+        if not len(lengths) or min(global_batch_size, pass_rows, pack_tokens or 1) < 1:
+            raise ValueError(f"no batches of {global_batch_size} rows out of {len(lengths)} in passes of {pass_rows}")
+        self.lengths = np.asarray(lengths)
+        self.global_batch_size, self.pass_rows, self.pack_tokens = global_batch_size, pass_rows, pack_tokens
+        self.seed, self.shuffle, self.by_length = seed, shuffle, by_length
+        self.per_epoch = steps_per_epoch(len(lengths), global_batch_size)
+        self._last: tuple[int, np.ndarray] | None = None
+
+    def epoch_order(self, epoch: int) -> np.ndarray:
+        """The rows of one epoch, int64 [n], in the order they are trained."""
+        if self._last is None or self._last[0] != epoch:
+            chosen = order(epoch, len(self.lengths), self.seed, self.shuffle)
+            if self.by_length:
+                chosen = grouped(chosen, self.lengths, self.global_batch_size, self.seed, epoch)
+            self._last = epoch, chosen
+        return self._last[1]
+
+    def rows(self, step: int) -> list[int]:
+        """The rows of optimizer step ``step`` (from 0), whatever came before and however many processes share them.
+
+        Each epoch has every row exactly once. A batch never mixes two epochs: the last one of an epoch may be short.
+
+        Raises:
+            ValueError: a negative step.
+        """
+        if step < 0:
+            raise ValueError(f"no batch {step}")
+        epoch, position = divmod(step, self.per_epoch)
+        start = position * self.global_batch_size
+        return self.epoch_order(epoch)[start : start + self.global_batch_size].tolist()
+
+    def cut(self, rows: Sequence[int]) -> list[list[int]]:
+        """One rank's rows as forward passes, in order."""
+        if self.pack_tokens is None:
+            return list(microbatches(rows, self.pass_rows))
+        passes: list[list[int]] = []
+        room = 0
+        for row in rows:
+            tokens = int(self.lengths[row])
+            if not passes or tokens > room:
+                passes.append([])
+                room = self.pack_tokens
+            passes[-1].append(row)
+            room -= tokens
+        return passes
+
+    def passes(self, rows: Sequence[int], rank: int = 0, world_size: int = 1) -> list[list[int]]:
+        """The forward passes of one rank over a global batch.
+
+        The rows are cut into ``world_size`` runs that differ by one row at most, so every row is on exactly one rank, in the order
+        of the batch. All ranks get equally many passes, because some walk through the layers together; one without rows is ``[]``.
+
+        Raises:
+            ValueError: no such rank.
+        """
+        if not 0 <= rank < world_size:
+            raise ValueError(f"no rank {rank} of {world_size}")
+        share, more = divmod(len(rows), world_size)
+        starts = [each * share + min(each, more) for each in range(world_size + 1)]
+        shares = [self.cut(rows[low:high]) for low, high in itertools.pairwise(starts)]
+        return shares[rank] + [[] for _ in range(max(map(len, shares)) - len(shares[rank]))]
+
+
+def batches_of(recipe: Recipe, rows: Sequence[Example]) -> Batches:
+    """The batches of a run over its training rows."""
+    data, training = recipe.data, recipe.training
+    return Batches(
+        lengths_of(rows),
+        training.global_batch_size,
+        training.per_device_train_batch_size,
+        pack_tokens=data.max_length if data.packing else None,
+        seed=data.seed,
+        shuffle=data.shuffle,
+        by_length=data.group_by_length,
+    )
+
+
+def microbatches(indices: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Cut a batch into consecutive pieces of at most ``size`` rows, in order."""
+    if size < 1:
+        raise ValueError(f"microbatches of {size} rows")
+    for start in range(0, len(indices), size):
+        yield list(indices[start : start + size])
+
+
+def collate(examples: Sequence[Example], pad_id: int, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+    """Rows of different lengths → one batch, padded on the right to the longest.
+
+    Args:
+        examples: B rows, at least one.
+        pad_id: the token put where a row has ended; it is neither attended to nor trained.
+        device: where the tensors go.
+
+    Returns:
+        ``input_ids`` int64 [B, T]; ``attention_mask`` int64 [B, T], 1 on real tokens; ``labels`` int64 [B, T], the
+        token itself where it is trained and `IGNORED` elsewhere. Aligned with ``input_ids``: the loss shifts.
+    """
+    if not examples:
+        raise ValueError("collate needs at least one row")
+    length = max(len(example.input_ids) for example in examples)
+    input_ids = np.full((len(examples), length), pad_id, dtype=np.int64)
+    attention_mask = np.zeros((len(examples), length), dtype=np.int64)
+    labels = np.full((len(examples), length), IGNORED, dtype=np.int64)
+    for row, example in enumerate(examples):
+        end = len(example.input_ids)
+        input_ids[row, :end] = example.input_ids
+        attention_mask[row, :end] = 1
+        labels[row, :end] = np.where(example.trained, example.input_ids, IGNORED)
+    arrays = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}

@@ -1,0 +1,229 @@
+"""Conversations → examples: ids, which of them are trained, and what was cut off on the way."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from qvera.config.schema import DataSection
+from qvera.data.chat_template import ChatTemplate, Rendered
+from qvera.data.encoding import END, HEADER, START, Cut, Encoder
+from qvera.data.example import Example
+from qvera.data.formats import Conversation, RowFormat, Text, parse_row
+from qvera.data.readers import RawRow
+from qvera.utils.errors import InputError
+
+
+@dataclasses.dataclass(slots=True)
+class Counts:
+    """What happened to raw rows on their way, as `DataStats` has it."""
+
+    truncated_rows: int = 0
+    truncated_tokens: int = 0
+    split_rows: int = 0
+    split_parts: int = 0
+    spelled_rows: int = 0
+    dropped: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+
+    def add(self, other: Counts) -> None:
+        """Count the rows of ``other`` too; they come after these."""
+        for name in ("truncated_rows", "truncated_tokens", "split_rows", "split_parts", "spelled_rows"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for reason, sources in other.dropped.items():
+            self.dropped.setdefault(reason, []).extend(sources)
+
+
+class RowTokenizer:
+    """Raw rows of one format → examples.
+
+    Args:
+        section: the source's part of the recipe.
+        row_format: what its rows look like.
+    """
+
+    def __init__(self, section: DataSection, encoder: Encoder, template: ChatTemplate, row_format: RowFormat) -> None:
+        self.section, self.encoder, self.template, self.row_format = section, encoder, template, row_format
+        self._counts = Counts()
+
+    def parse(self, rows: Sequence[RawRow]) -> tuple[list[Conversation | Text], list[str]]:
+        """The rows that have something to train, and the sources of those that have nothing.
+
+        Raises:
+            InputError: a row is not of the format.
+        """
+        parsed = [parse_row(row, self.row_format, self.section.system) for row in rows]
+        hollow = [row.source for row in parsed if self._is_hollow(row)]
+        return [row for row in parsed if not self._is_hollow(row)] if hollow else parsed, hollow
+
+    def encode(self, rows: Sequence[Conversation | Text]) -> tuple[list[Example], Counts]:
+        """Their examples in order, and what was cut, split, dropped on the way.
+
+        Raises:
+            InputError: the template refuses a row, or rewrites it beyond recognition.
+        """
+        self._counts = Counts()
+        return self._encode(rows), self._counts
+
+    def hollow_message(self, hollow: Sequence[str]) -> str:
+        """What is said of rows without a token to train on."""
+        shown = ", ".join(hollow[:5]) + (f" and {len(hollow) - 5} more" if len(hollow) > 5 else "")
+        what = "its answer (or text) is empty" if len(hollow) == 1 else "their answers (or texts) are empty"
+        if self.section.train_on == "last" or self.row_format.name in ("messages", "sharegpt"):
+            what += ", or there is no assistant turn to train"
+        rows = f"{len(hollow)} row{'s' if len(hollow) > 1 else ''}"
+        return f"{shown}: {rows} with no token to train on: {what}. Fill in or remove them."
+
+    def _trains(self, conversation: Conversation) -> list[int]:
+        """The turns of a conversation that are trained."""
+        answers = [i for i, turn in enumerate(conversation.turns) if turn.role == "assistant"]
+        if self.section.train_on == "last":
+            answers = answers[-1:]
+        return [i for i in answers if conversation.turns[i].trained is not False]
+
+    def _is_hollow(self, row: Conversation | Text) -> bool:
+        if isinstance(row, Text):
+            return not row.text.strip()
+        if self.section.train_on == "all":
+            return not any(turn.content.strip() for turn in row.turns)
+        turns = [row.turns[i] for i in self._trains(row)]
+        return not any(turn.content.strip() or turn.extra.get("tool_calls") for turn in turns)
+
+    def _encode(self, rows: Sequence[Conversation | Text]) -> list[Example]:
+        layouts: list[tuple[str, list[Cut], Rendered | None]] = []
+        for row in rows:
+            self._counts.spelled_rows += self._spells(row)
+            if isinstance(row, Text):
+                layouts.append((row.text, [], None))
+                continue
+            needed = [] if self.section.train_on == "all" else self._trains(row)
+            rendered = self.template.lay_out(row, needed)
+            cuts = []
+            for answer in rendered.answers:
+                cuts += [Cut(answer.header, HEADER), Cut(answer.start, START), Cut(answer.end, END)]
+            layouts.append((rendered.text, cuts, rendered))
+        encoded = self.encoder.encode([text for text, _, _ in layouts], [cuts for _, cuts, _ in layouts])
+        examples = []
+        for row, (text, _, layout), (ids, positions) in zip(rows, layouts, encoded, strict=True):
+            examples += self._example(row, text, layout, ids, positions)
+        return examples
+
+    def _spells(self, row: Conversation | Text) -> bool:
+        texts = [row.text] if isinstance(row, Text) else [t.content + (t.context or "") for t in row.turns]
+        return any(self.template.spells_marker(text) for text in texts)
+
+    def _example(
+        self, row: Conversation | Text, text: str, rendered: Rendered | None, ids: list[int], positions: list[int]
+    ) -> list[Example]:
+        with_bos = self.encoder.with_bos(ids)
+        shift = len(with_bos) - len(ids)
+        prompt_ids: list[int] = []
+        prompt_text, reference, header = "", None, 0
+        if rendered is None or self.section.train_on == "all":
+            trained = np.ones(len(with_bos), dtype=bool)
+            trained[:shift] = False
+        else:
+            trained = np.zeros(len(with_bos), dtype=bool)
+        if rendered is None:
+            append_eos = with_bos[-1:] != [self.encoder.eos_id]
+        else:
+            assert isinstance(row, Conversation)
+            append_eos = rendered.append_eos
+            wanted = self._trains(row)
+            for number, answer in enumerate(rendered.answers):
+                opening, start, end = (position + shift for position in positions[3 * number : 3 * number + 3])
+                if answer.turn in wanted:
+                    if not trained.any():
+                        header = start - opening
+                    trained[start:end] = True
+                if answer.turn == len(row.turns) - 1:
+                    prompt_ids, prompt_text = with_bos[:start], text[: answer.start]
+                    reference = row.turns[answer.turn].content
+            if append_eos and _answer_is_untrained(row, wanted, self.section.train_on):
+                append_eos = False
+        if append_eos:
+            with_bos = [*with_bos, self.encoder.eos_id]
+            trained = np.append(trained, True)
+        trained[:1] = False
+        if not trained.any():
+            raise InputError(f"{row.source}: no token to train on: the row is a single token. Remove it.")
+        whole, prompt = np.asarray(with_bos, np.int32), np.asarray(prompt_ids, np.int32)
+        return self._fitted(Example(whole, trained, row.source, prompt, prompt_text, reference), header)
+
+    def _fitted(self, whole: Example, header: int) -> list[Example]:
+        """A tokenized row at the lengths that the recipe allows: itself, shorter, in several parts, or nothing.
+
+        Args:
+            header: tokens right before the first trained one that open the answer.
+        """
+        keep = self._kept_sides(whole, header)
+        asked = keep  # what is left of the prompt that the answer is asked for with: a cut at the start shortens it too
+        kept, limit, too_long = np.flatnonzero(keep), self.section.max_length, self.section.too_long
+        is_long = len(kept) > limit
+        if is_long and too_long == "cut-start":
+            bos = int(self.encoder.starts_with_bos(whole.input_ids[kept]))
+            keep[kept[bos : len(kept) - limit + bos]] = False
+        elif is_long and too_long == "cut-end":
+            asked = keep.copy()  # an answer that is cut off is asked for with all of its prompt
+            keep[kept[limit:]] = False
+        is_cut = not keep.all()
+        if is_cut:  # a row that is split or dropped below has lost these too
+            self._counts.truncated_rows += 1
+            self._counts.truncated_tokens += int((~keep).sum())
+        if is_long and too_long == "drop":
+            self._drop(whole, f"longer than data.max_length ({limit})")
+            return []
+        if is_long and too_long == "split":
+            return self._split(whole, kept)
+        if not is_cut:
+            return [whole]
+        trained = whole.trained[keep]
+        trained[:1] = False  # nothing stands before it any more
+        if not trained.any():
+            self._drop(whole, "cut to length, without a trained token")
+            return []
+        prompt_ids = whole.prompt_ids[asked[: len(whole.prompt_ids)]]
+        return [replace(whole, input_ids=whole.input_ids[keep], trained=trained, prompt_ids=prompt_ids)]
+
+    def _kept_sides(self, whole: Example, header: int) -> np.ndarray:
+        """Which tokens of a row max_source_length and max_target_length leave, bool [T]; ``header`` as in `_fitted`."""
+        source, target = self.section.max_source_length, self.section.max_target_length
+        first = int(np.argmax(whole.trained))
+        keep = np.ones(len(whole.trained), dtype=bool)
+        if source is not None and first > source:
+            # The opening of the answer ("### Response:") stays, or the model would learn to answer without being asked.
+            header = min(header, source)
+            keep[source - header : first - header] = False
+        if target is not None:
+            keep[first + target :] = False
+        return keep
+
+    def _drop(self, row: Example, reason: str) -> None:
+        self._counts.dropped.setdefault(reason, []).append(row.source)
+
+    def _split(self, whole: Example, kept: np.ndarray) -> list[Example]:
+        """The tokens ``kept`` of a row in consecutive parts of max_length, each after the row's BOS or the token before it.
+
+        Only parts with a trained token are of use. None of them can be answered as the row could, so they have no prompt.
+        """
+        with_bos = self.encoder.starts_with_bos(whole.input_ids[kept])
+        size = self.section.max_length - 1
+        nothing = np.zeros(0, np.int32)
+        found = []
+        for start in range(1, len(kept), size):
+            # A part's first token is never a target, so it is one that an earlier part has, or the row's own first.
+            part = np.append(kept[0 if with_bos else start - 1], kept[start : start + size])
+            trained = whole.trained[part].copy()
+            trained[:1] = False
+            if trained.any():
+                found.append(Example(whole.input_ids[part], trained, whole.source, nothing, "", None))
+        self._counts.split_rows += 1
+        self._counts.split_parts += len(found)
+        return found
+
+
+def _answer_is_untrained(row: Conversation, wanted: list[int], train_on: str) -> bool:
+    """The last turn is not trained, so there is nothing for an appended eos to teach."""
+    return train_on != "all" and len(row.turns) - 1 not in wanted

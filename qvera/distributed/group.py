@@ -1,0 +1,180 @@
+"""The processes of a run and what they tell each other: numbers, JSON and tensors. Nothing is pickled.
+
+torch's own object collectives pickle; these send JSON as bytes. Everything here has to be called by all ranks in the same
+order, as any collective. With one process nothing is sent and torch.distributed need not be set up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import socket
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from qvera.utils.errors import InputError, Interrupted, QveraError, RunFailed
+
+JSON = Any
+"""None, a bool, number, string, list or dict with string keys."""
+
+_ERRORS: dict[str, type[QveraError]] = {cls.__name__: cls for cls in (InputError, Interrupted, RunFailed, QveraError)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The processes of this run. ``Group()`` is a process on its own."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    host: str = dataclasses.field(default_factory=socket.gethostname)
+    store: Any = dataclasses.field(default=None, compare=False, repr=False)
+    """The launcher's key-value store, where there is one: it outlives processes that the launcher restarts."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes, prints and answers."""
+        return self.rank == 0
+
+    def remember(self, word: str) -> None:
+        """Leave a word for the processes that the launcher may start in the place of these."""
+        if self.store is not None:
+            self.store.set(f"qvera/remembered/{word}", "")
+
+    def remembers(self, word: str) -> bool:
+        """Whether processes of the same launch have left this word."""
+        return self.store is not None and bool(self.store.check([f"qvera/remembered/{word}"]))
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Each number added up over all ranks, in fp64: counts up to 2**53 stay exact."""
+        if self.world_size == 1:
+            return [float(value) for value in values]
+        total = torch.tensor([float(value) for value in values], dtype=torch.float64)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def gather(self, value: JSON) -> list[JSON]:
+        """What each rank gave, in the order of ranks, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        dist.all_gather(lengths, torch.tensor([text.numel()]))
+        longest = max(int(length) for length in lengths)
+        padded = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.world_size)]
+        dist.all_gather(padded, torch.cat([text, text.new_zeros(longest - text.numel())]))
+        return [json.loads(bytes(p[: int(n)].numpy())) for p, n in zip(padded, lengths, strict=True)]
+
+    def gather_bytes(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The small uint8 tensors of all ranks (whose names differ) together, on every rank."""
+        if self.world_size == 1:
+            return tensors
+        found = self.gather({name: bytes(tensor.numpy()).hex() for name, tensor in tensors.items()})
+        return {
+            name: torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
+            for one in found
+            for name, text in one.items()
+        }
+
+    def share(self, value: JSON) -> JSON:
+        """What rank 0 gave, on every rank."""
+        if self.world_size == 1:
+            return value
+        text = torch.frombuffer(bytearray(json.dumps(value if self.first else None).encode()), dtype=torch.uint8)
+        length = torch.tensor([text.numel()])
+        dist.broadcast(length, 0)
+        if not self.first:
+            text = torch.zeros(int(length), dtype=torch.uint8)
+        dist.broadcast(text, 0)
+        return json.loads(bytes(text.numpy()))
+
+    def share_tensors(self, tensors: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+        """Rank 0's CPU tensors on every rank; what the others give is not looked at."""
+        if self.world_size == 1:
+            return tensors or {}
+        given = tensors if self.first and tensors is not None else {}
+        head = self.share([[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in given.items()])
+        received = {}
+        for name, dtype, shape in head:
+            kind = getattr(torch, dtype)
+            tensor = given[name].contiguous() if self.first else torch.empty(shape, dtype=kind)
+            if tensor.numel():
+                dist.broadcast(tensor.reshape(-1).view(torch.uint8), 0)
+            received[name] = tensor
+        return received
+
+    def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Replace each tensor by its sum over all ranks; they travel as one bucket."""
+        if self.world_size == 1 or not tensors:
+            return
+        bucket = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        dist.all_reduce(bucket)
+        parts = bucket.split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    def measure(self) -> tuple[float, float]:
+        """Seconds that an all-reduce of one number takes between all ranks, and bytes a second of one of 4 MB: medians."""
+
+        def seconds(numel: int) -> float:
+            taken = []
+            for _ in range(5):
+                tensor = torch.zeros(numel)
+                dist.barrier()
+                began = time.perf_counter()
+                dist.all_reduce(tensor)
+                taken.append(time.perf_counter() - began)
+            return sorted(taken)[2]
+
+        return seconds(1), 4 * 2**20 / seconds(2**20)
+
+    def on_first(self, do: Callable[[], JSON]) -> JSON:
+        """Let rank 0 alone do something, with its result, or its error, on every rank.
+
+        Raises:
+            QveraError: the one that ``do`` raised on rank 0, of the same kind.
+        """
+        found = self.share(_outcome(do) if self.first else None) if self.world_size > 1 else {"value": do()}
+        if "error" in found:
+            raise _shared(found["error"], found["text"])
+        return found["value"]
+
+    def agree(self, do: Callable[[], None]) -> None:
+        """Let every rank do something; where it fails on one, it fails on all, with the error of the lowest such rank.
+
+        Raises:
+            QveraError: of the kind that was raised there; says which rank and node where not all of them had it.
+        """
+        if self.world_size == 1:
+            do()
+            return
+        mine = _outcome(do)
+        found = self.gather({"host": self.host, **{k: v for k, v in mine.items() if k != "value"}})
+        failed = [i for i, one in enumerate(found) if "error" in one]
+        if failed:
+            text = found[failed[0]]["text"]
+            if len(failed) < self.world_size:
+                text = f"rank {failed[0]} on {found[failed[0]]['host']}: {text}"
+            raise _shared(found[failed[0]]["error"], text)
+
+
+ALONE = Group()
+"""A process on its own."""
+
+
+def _outcome(do: Callable[[], JSON]) -> dict[str, Any]:
+    try:
+        return {"value": do()}
+    except QveraError as error:
+        kind = next((name for name, cls in _ERRORS.items() if isinstance(error, cls)), "QveraError")
+        return {"error": kind, "text": str(error)}
+
+
+def _shared(kind: str, text: str) -> QveraError:
+    error = _ERRORS[kind](text)
+    error.shared = True
+    return error

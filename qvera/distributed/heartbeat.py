@@ -1,0 +1,172 @@
+"""No rank waits for a dead one: each says every few seconds that it is alive, and looks whether the others do.
+
+A collective can't tell a slow peer from one that is stopped or cut off: a step of a large model takes minutes, a dead link
+says nothing. So liveness is kept apart from the collectives: a thread in each process counts up its own key in the
+launcher's key-value store and reads the others'. A peer whose key stands still for `SILENT_SECONDS`, one that left with an
+error, or a store that can't be reached for as long ends this process with a message that names rank and node. torch's own
+timeouts then only have to catch what never happens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+from qvera.distributed.group import Group
+from qvera.utils.errors import EXIT_FAILED, QveraError
+
+BEAT_SECONDS = 2.0
+SILENT_SECONDS = 15.0
+"""A peer that has said nothing for so long is gone. With `BEAT_SECONDS` and the grace it is noticed within 30 s."""
+GRACE_SECONDS = 3.0
+"""How long a process may take to end by itself, with its own message, after a peer left with an error."""
+
+
+class Heartbeat:
+    """Beats for the time of a with-block. Leaving it by an exception tells the others why.
+
+    Args:
+        store: a connection of its own to the launcher's store; its calls block, so no one else may use it.
+        give_up: what to do with the message when a peer is gone; called from a thread.
+        launcher: process id of the parent; when it is gone, so is this node for the others. None: nobody looks.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        store: Any,
+        give_up: Callable[[str, int], None] | None = None,
+        beat_seconds: float = BEAT_SECONDS,
+        silent_seconds: float = SILENT_SECONDS,
+        launcher: int | None = None,
+    ) -> None:
+        self.group, self.store = group, store
+        self._give_up, self._launcher = give_up or end_process, launcher
+        self._beat_seconds, self._silent_seconds = beat_seconds, silent_seconds
+        self._done = threading.Event()
+        self._reached = time.monotonic()
+        self._seen: dict[int, tuple[str, float, str]] = {}  # rank → its key's last value, when that was new, its node
+        self._threads: list[threading.Thread] = []
+
+    def __enter__(self) -> Heartbeat:
+        self._beat(0)  # before any collective, so that the others know our node
+        for target in (self._beat_on, self._watch_store):
+            thread = threading.Thread(target=target, daemon=True, name=f"qvera-{target.__name__}")
+            thread.start()
+            self._threads.append(thread)
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+        self._done.set()
+        if isinstance(error, QveraError) and error.shared:
+            error = None  # the others have it too
+        left = {"host": self.group.host, "left": True}
+        if error is not None:
+            left |= {"error": f"{type(error).__name__}: {error}", "exit_code": getattr(error, "exit_code", EXIT_FAILED)}
+        for thread in self._threads:
+            thread.join(timeout=self._beat_seconds)
+        if not any(thread.is_alive() for thread in self._threads):  # else the store hangs, and so would we
+            with contextlib.suppress(RuntimeError):
+                self.store.set(self._key(self.group.rank), json.dumps(left))
+
+    def find_the_dead(self) -> None:
+        """Called by the main thread when a collective failed: wait until the beats show which rank is gone, which ends us."""
+        print(
+            f"qvera: rank {self.group.rank} on {self.group.host} lost a peer in the middle of a step; finding out which.",
+            file=sys.stderr,
+            flush=True,
+        )
+        self._done.wait(self._silent_seconds + GRACE_SECONDS + 2 * self._beat_seconds)
+
+    def _key(self, rank: int) -> str:
+        return f"qvera/alive/{rank}"
+
+    def _beat(self, count: int) -> None:
+        beat = {"host": self.group.host, "count": count}
+        self.store.set(self._key(self.group.rank), json.dumps(beat))
+        self._reached = time.monotonic()
+
+    def _beat_on(self) -> None:
+        count = 0
+        while not self._done.wait(self._beat_seconds):
+            count += 1
+            try:
+                if self._launcher is not None and os.getppid() != self._launcher:
+                    self._without_launcher()
+                    return
+                self._beat(count)
+                for rank in range(self.group.world_size):
+                    if rank != self.group.rank and not self._done.is_set() and self._look_at(rank):
+                        return
+            except (RuntimeError, ConnectionError):  # torch's DistNetworkError, DistStoreError: the watcher decides
+                continue
+
+    def _without_launcher(self) -> None:
+        """torchrun or DeepSpeed's launcher on this node was killed: nobody would restart or stop this process any more."""
+        says = "the launcher that had started it was killed. Checkpoints are kept; go on with --resume."
+        left = {"host": self.group.host, "left": True, "error": says, "exit_code": EXIT_FAILED}
+        with contextlib.suppress(RuntimeError):  # it may have served the store
+            self.store.set(self._key(self.group.rank), json.dumps(left))
+        self._give_up(f"rank {self.group.rank} on {self.group.host} ends: {says}", EXIT_FAILED)
+
+    def _look_at(self, rank: int) -> bool:
+        """Whether this rank is gone and we have given up."""
+        key, now = self._key(rank), time.monotonic()
+        value = self.store.get(key).decode() if self.store.check([key]) else ""
+        self._reached = now
+        before = self._seen.get(rank, ("", now, "an unknown node"))
+        host = json.loads(value)["host"] if value else before[2]
+        if value != before[0] or rank not in self._seen:
+            self._seen[rank] = value, now, host
+        state = json.loads(value) if value else {}
+        if "error" in state:
+            if not self._done.wait(GRACE_SECONDS):
+                self._give_up(f"rank {rank} on {host} failed: {state['error']}", state["exit_code"])
+            return True
+        if not state.get("left") and now - self._seen[rank][1] > self._silent_seconds:
+            self._give_up(
+                f"rank {rank} on {host} has been silent for {self._silent_seconds:.0f} s: its process is stopped, its node is "
+                "down, or the network between it and this node is cut. Checkpoints are kept; go on with --resume.",
+                EXIT_FAILED,
+            )
+            return True
+        return False
+
+    def _watch_store(self) -> None:
+        while not self._done.wait(self._beat_seconds / 2):
+            if time.monotonic() - self._reached > self._silent_seconds:
+                where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+                self._give_up(
+                    f"rank {self.group.rank} on {self.group.host} has not reached the run's key-value store at {where} for "
+                    f"{self._silent_seconds:.0f} s: that node is down, or the network to it is cut. Checkpoints are kept; go on "
+                    "with --resume.",
+                    EXIT_FAILED,
+                )
+                return
+
+
+def end_process(message: str, exit_code: int) -> None:
+    """Say why and end this process at once: its main thread is in a collective that may never return."""
+    print(f"qvera: {message}", file=sys.stderr, flush=True)
+    os._exit(exit_code)
+
+
+def own_store(timeout_seconds: float = 30.0) -> Any:
+    """A new connection to the store that the launcher (or rank 0) serves at MASTER_ADDR:MASTER_PORT."""
+    import datetime
+
+    return dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        wait_for_workers=False,
+        timeout=datetime.timedelta(seconds=timeout_seconds),
+    )

@@ -1,0 +1,166 @@
+"""Becoming part of a run of several processes, as a launcher's environment says, and leaving it."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import os
+import re
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from qvera.distributed.group import Group
+from qvera.distributed.heartbeat import Heartbeat, own_store
+from qvera.utils.errors import InputError, RunFailed, first_line
+
+_VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_LOST = re.compile(r"gloo|NCCL|connection (was )?(closed|reset|refused)|socket|broken pipe", re.IGNORECASE)
+"""What torch's collectives say when a peer is gone; they do not say which."""
+JOIN_TIMEOUT = datetime.timedelta(minutes=5)
+"""How long the processes of a run wait for the last of them to be started."""
+COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)
+"""The longest that ranks may be apart, such as while one of them writes or answers. A dead rank is noticed by `heartbeat`."""
+
+
+def launched_ranks() -> int:
+    """How many processes the launcher started for this run; 1 where there was none."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    try:
+        count = int(text)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise InputError(f"WORLD_SIZE: is {text!r} in the environment; a launcher sets it to the number of processes.")
+    return count
+
+
+@contextlib.contextmanager
+def in_group() -> Iterator[Group]:
+    """For the time of the block, the group of the processes that a launcher (torchrun, deepspeed) started with this one.
+
+    Where the calling program has set up torch.distributed already, its process group is used and left alone.
+
+    Raises:
+        InputError: the environment is that of a launcher in part only.
+        RunFailed: the others did not come.
+    """
+    if dist.is_initialized():
+        yield Group(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)))
+        return
+    count = launched_ranks()
+    if count == 1:
+        yield Group(store=own_store() if _by_torchrun() else None)
+        return
+    missing = [name for name in _VARIABLES if name not in os.environ]
+    if missing:
+        raise InputError(
+            f"WORLD_SIZE is {count} in the environment, but {', '.join(missing)} is not set. Start several processes with "
+            "`qvera launch`, torchrun or deepspeed; for a single one unset WORLD_SIZE."
+        )
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+    store, attempt = _meet(count)
+    group = Group(int(os.environ["RANK"]), count, local_rank, store=store)
+    try:
+        with Heartbeat(group, dist.PrefixStore(attempt, own_store()), launcher=_launcher()) as heartbeat:
+            try:
+                with _told(count):  # a peer may go while the processes connect, too
+                    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+                    own = dist.PrefixStore(attempt, store)
+                    dist.init_process_group(
+                        backend, store=own, rank=group.rank, world_size=count, timeout=COLLECTIVE_TIMEOUT
+                    )
+                yield group
+            except RuntimeError as error:
+                if _LOST.search(str(error)):
+                    heartbeat.find_the_dead()
+                raise
+            group.sum([0.0])  # rank 0 may serve the store: it must not go before the others are done with it
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def restarted() -> bool:
+    """Whether torchrun has started this process in the place of one that failed (``--max-restarts``)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def _by_torchrun() -> bool:
+    return all(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT"))
+
+
+def _launcher() -> int | None:
+    """The process id of the launcher that has to live as long as this process; None where nobody says that there is one."""
+    known = any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "CROSS_RANK"))  # torchrun's, DeepSpeed's
+    return os.getppid() if known else None
+
+
+def _meet(count: int) -> tuple[Any, str]:
+    """A connection to the launcher's store, and the key prefix in it that this attempt has for itself."""
+    with _told(count):
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
+        store.set_timeout(JOIN_TIMEOUT)
+        return store, agreed_attempt(store, rank, world_size, JOIN_TIMEOUT.total_seconds())
+
+
+@contextlib.contextmanager
+def _told(count: int) -> Iterator[None]:
+    try:
+        yield
+    except (dist.DistError, TimeoutError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise RunFailed(
+            f"rank {os.environ['RANK']} on {socket.gethostname()} did not meet all {count} processes at {where} within "
+            f"{JOIN_TIMEOUT.seconds // 60} minutes: one was not started, or can't reach that address ({first_line(error)})"
+        ) from None
+
+
+def agreed_attempt(store: Any, rank: int, world_size: int, limit_seconds: float) -> str:
+    """A key prefix that the processes alive now have in common, and none that was here before them.
+
+    A launcher that restarts failed processes keeps its store, with the addresses and beats of the dead in it; and it counts its
+    restarts on each node by itself, so that a node that was replaced counts otherwise. So each process leaves a word of its own,
+    rank 0 publishes the words it finds until every process has nodded to the one list that its word is in.
+
+    Raises:
+        TimeoutError: not all processes came.
+    """
+    until = time.monotonic() + limit_seconds
+    word = uuid.uuid4().hex
+    store.set(f"qvera/word/{rank}", word)
+    seen = ""
+    while time.monotonic() < until:
+        if rank == 0:
+            keys = [f"qvera/word/{other}" for other in range(world_size)]
+            if store.check(keys):
+                words = ",".join(store.get(key).decode() for key in keys)
+                if words != seen:
+                    seen = words
+                    store.set("qvera/words", words)
+        elif store.check(["qvera/words"]):
+            words = store.get("qvera/words").decode()
+            if word in words.split(",") and words != seen:
+                seen = words
+                store.set(f"{_prefix(words)}/nod/{rank}", "")
+        if seen:
+            nods = [f"{_prefix(seen)}/nod/{other}" for other in range(1, world_size)]
+            if rank == 0 and store.check(nods):
+                store.set(f"{_prefix(seen)}/go", "")
+                return _prefix(seen)
+            if rank and store.check([f"{_prefix(seen)}/go"]):
+                return _prefix(seen)
+        time.sleep(0.02)
+    raise TimeoutError("the others did not come.")
+
+
+def _prefix(words: str) -> str:
+    return f"qvera/{hashlib.sha256(words.encode()).hexdigest()[:16]}"

@@ -1,0 +1,217 @@
+"""`qvera launch`: one command in front of torchrun and DeepSpeed's launcher, for one machine, a host file or a scheduler."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from qvera.utils.errors import EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED, InputError
+
+FORWARDED = (
+    "CUDA_",
+    "GLOO_",
+    "HF_",
+    "NCCL_",
+    "OMP_",
+    "PYTHON",
+    "QVERA_",
+    "TOKENIZERS_",
+    "TORCH_",
+    "TRANSFORMERS_",
+    "XDG_",
+)
+"""Beginnings of the environment variables that a remote process needs as they are here. ssh forwards none by itself."""
+EXIT_CODES = "QVERA_EXIT_CODES"
+"""Where a worker leaves its exit code: torchrun answers 1 whatever its workers answered."""
+_ANSWER_SECONDS = 10
+"""For a host to let ssh connect; twice that until it has answered."""
+
+
+def launch_command(
+    recipe: Path,
+    *,
+    gpus: int | None = None,
+    hostfile: Path | None = None,
+    node_rank: int | None = None,
+    nnodes: int | None = None,
+    rdzv: str | None = None,
+    max_restarts: int = 0,
+    train_arguments: list[str] | None = None,
+) -> list[str]:
+    """The command of the launcher below.
+
+    Args:
+        gpus: processes on each machine; default: one for each GPU, or one.
+        hostfile: DeepSpeed's: a line ``HOST slots=N`` for each machine. Run on one of them; the others are reached by ssh.
+        node_rank, nnodes, rdzv: this machine's number from 0, how many there are, and ``HOST:PORT`` of number 0.
+        max_restarts: how often torchrun may start the processes again after one has failed; they go on from the last checkpoint.
+        train_arguments: what goes to `qvera train` after the recipe.
+
+    Raises:
+        InputError: the arguments name more than one way, or a part of one; or several hosts, and there is no pdsh.
+    """
+    inner = ["qvera", "train", str(recipe), *(train_arguments or [])]
+    several = [
+        name
+        for name, value in (("--node-rank", node_rank), ("--nnodes", nnodes), ("--rdzv", rdzv))
+        if value is not None
+    ]
+    if hostfile is not None:
+        if several:
+            raise InputError(f"--hostfile: names the machines by itself; leave {', '.join(several)} out.")
+        if max_restarts:
+            raise InputError("--max-restarts: DeepSpeed's launcher restarts nothing; use it with --gpus or --rdzv.")
+        if not hostfile.is_file():
+            raise InputError(f"--hostfile: {hostfile} is no file. It has a line `HOST slots=N` for each machine.")
+        missing = [tool for tool in ("pdsh", "ssh") if shutil.which(tool) is None] if len(_hosts(hostfile)) > 1 else []
+        if missing:
+            raise InputError(
+                f"--hostfile: DeepSpeed's launcher reaches other machines by pdsh, over ssh without a password, and {missing[0]} "
+                "is not installed here (Debian and Ubuntu: pdsh, openssh-client). Or start each machine by itself, with "
+                "--node-rank K --nnodes N --rdzv HOST:PORT."
+            )
+        per_node = [] if gpus is None else ["--num_gpus", str(gpus)]
+        runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile), *per_node]
+        return [*runner, "--module", *inner]
+    if gpus is not None and gpus < 1:
+        raise InputError(f"--gpus: takes a whole number >= 1, got {gpus}.")
+    if max_restarts < 0:
+        raise InputError(f"--max-restarts: takes a whole number >= 0, got {max_restarts}.")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(gpus or _own_gpus())]
+    if max_restarts:
+        command += ["--max-restarts", str(max_restarts)]
+    if not several:
+        return [*command, "--standalone", "-m", *inner]
+    if node_rank is None or nnodes is None or rdzv is None:
+        raise InputError(f"{', '.join(several)}: goes with all of --node-rank K, --nnodes N and --rdzv HOST:PORT.")
+    host, colon, port = rdzv.rpartition(":")
+    if not colon or not host or not port.isdigit():
+        raise InputError(f"--rdzv: takes HOST:PORT of node 0, such as node0:29500, got {rdzv!r}.")
+    if not 0 <= node_rank < nnodes:
+        raise InputError(f"--node-rank: is {node_rank}, expected 0 to {nnodes - 1} (--nnodes {nnodes}).")
+    # static: whose turn it is to serve the store is said here, and not found out from host names
+    place = ["--nnodes", str(nnodes), "--node-rank", str(node_rank), "--master-addr", host, "--master-port", port]
+    return [*command, *place, "-m", *inner]
+
+
+def _hosts(hostfile: Path) -> dict[str, int]:
+    """Host → its line, from 1."""
+    found: dict[str, int] = {}
+    for number, line in enumerate(hostfile.read_text(encoding="utf-8").splitlines(), 1):
+        words = line.partition("#")[0].split()
+        if words:
+            found.setdefault(words[0], number)
+    return found
+
+
+def require_hosts(hostfile: Path) -> None:
+    """Ask each host of a file by ssh whether it is there: else the others would wait minutes for it. Nothing for a single one.
+
+    Raises:
+        InputError: one does not answer within seconds, or not without a password.
+    """
+    hosts = _hosts(hostfile)
+    if len(hosts) < 2:
+        return
+    options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={_ANSWER_SECONDS}"]
+    options += shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))  # pdsh's: a port, a key
+    with contextlib.ExitStack() as stack:
+        asked = {}
+        for host in hosts:
+            said = stack.enter_context(tempfile.TemporaryFile("w+"))  # no pipe: what ssh starts may outlive it
+            process = subprocess.Popen(
+                ["ssh", *options, host, "true"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said,
+                start_new_session=True,
+            )  # fmt: skip
+            stack.callback(_end, process)
+            asked[host] = process, said
+        until = time.monotonic() + 2 * _ANSWER_SECONDS
+        for host, (process, said) in asked.items():
+            why = f"no answer within {2 * _ANSWER_SECONDS} s"
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                if process.wait(max(until - time.monotonic(), 0.1)) == 0:
+                    continue
+                said.seek(0)
+                lines = [line.strip() for line in said if line.strip()]
+                why = lines[-1] if lines else f"ssh ended with {process.returncode}"
+            raise InputError(
+                f"{hostfile}, line {hosts[host]}: {host} does not answer to ssh: {why}. Each machine has to let the others in "
+                f"without a password; `ssh {host} true` shows whether it does."
+            )
+
+
+def _end(process: subprocess.Popen[Any]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _own_gpus() -> int:
+    import torch
+
+    return max(torch.cuda.device_count(), 1)
+
+
+def run(command: list[str]) -> int:
+    """Run the launcher, pass SIGINT and SIGTERM on to it, and give the exit code of the run itself.
+
+    75 where every process was interrupted and has saved, 2 where the input was wrong, else the launcher's own.
+    """
+    with tempfile.TemporaryDirectory(prefix="qvera-launch-") as scratch:
+        codes = Path(scratch) / "codes"
+        codes.mkdir()
+        environment = os.environ | {EXIT_CODES: str(codes)}
+        environment.setdefault("OMP_NUM_THREADS", str(_threads(command)))
+        if "deepspeed.launcher.runner" in command:
+            file = Path(scratch) / "environment"
+            file.write_text(
+                "".join(f"{k}={v}\n" for k, v in environment.items() if k.startswith(FORWARDED) and "\n" not in v)
+            )
+            environment["DS_ENV_FILE"] = str(file)
+        # A session of its own: Ctrl-C then reaches us alone. A worker that got it from the terminal and from torchrun would take
+        # the second one for "at once".
+        child = subprocess.Popen(command, env=environment, start_new_session=True)
+        previous: dict[signal.Signals, Any] = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, lambda *_: child.send_signal(signal.SIGTERM))
+        try:
+            code = child.wait()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        found = [int(file.read_text()) for file in codes.iterdir()]
+    if code == 0:
+        return 0
+    for known in (EXIT_INPUT, EXIT_INTERRUPTED):
+        if found and all(one in (0, known) for one in found) and known in found:
+            return known
+    return code if code > 0 else EXIT_FAILED
+
+
+def _threads(command: list[str]) -> int:
+    """Threads of a worker: the cores divided by the workers. torchrun would give each one thread."""
+    if "--nproc-per-node" not in command:
+        return 1
+    workers = int(command[command.index("--nproc-per-node") + 1])
+    return max(len(os.sched_getaffinity(0)) // workers, 1)
+
+
+def leave_exit_code(code: int) -> None:
+    """Called by a worker at its end: tell `run`, where that started it."""
+    directory = os.environ.get(EXIT_CODES)
+    if directory is not None and Path(directory).is_dir():
+        (Path(directory) / os.environ.get("RANK", "0")).write_text(str(code))
+
+
+def say(command: list[str]) -> str:
+    """The command as it could be typed."""
+    return shlex.join(command)

@@ -1,0 +1,1 @@
+"""Open a run, answer prompts, compute held-out loss and metrics, and write the reports."""

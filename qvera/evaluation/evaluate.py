@@ -1,0 +1,167 @@
+"""Held-out loss, perplexity and exact match of a model."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from qvera.data import Example, collate, collate_prefix_once, lengths_of, microbatches
+from qvera.data.padding import lengthened, next_length, repeats
+from qvera.distributed.group import ALONE, Group
+from qvera.distributed.zero_params import any_sharded, gathered
+from qvera.evaluation.generate import exact_match, generate, generating
+from qvera.models import linear
+from qvera.models.loader import causal_model, takes_prefix_once
+from qvera.models.loss import Head, summed_nll
+
+
+def make_batch(
+    model: Any, examples: Sequence[Example], pad_id: int, prefix_once: bool = True, packing: bool = False
+) -> dict[str, torch.Tensor]:
+    """The rows as a batch on the model's device: in one sequence where that is asked for or pays, and the model takes it.
+
+    On a CPU in 16 bits it is padded to a length that comes back (`qvera.data.padding`).
+
+    Args:
+        prefix_once: what the rows begin with is computed once for all of them, where that pays.
+        packing: one sequence without padding, whether it pays or not (`takes_packing`).
+    """
+    device = next(model.parameters()).device
+    if packing and not takes_prefix_once(model):
+        return collate_prefix_once(examples, device, True, masked=False) or collate(examples, pad_id, device)
+    joins = packing or (prefix_once and takes_prefix_once(model))
+    batch = (collate_prefix_once(examples, device, packing) if joins else None) or collate(examples, pad_id, device)
+    dtype = linear.embedding_dtype(causal_model(model).get_input_embeddings())
+    if repeats(dtype, device.type):
+        tokens = batch["input_ids"].shape[1]
+        positions = getattr(causal_model(model).config, "max_position_embeddings", None) or next_length(tokens)
+        batch = lengthened(batch, max(tokens, min(next_length(tokens), positions)), pad_id)
+    sees = batch["attention_mask"]
+    if sees.dim() == 4:  # additive, which both attention implementations take
+        hidden = torch.full(sees.shape, torch.finfo(dtype).min, dtype=dtype, device=device)
+        batch["attention_mask"] = hidden.masked_fill_(sees, 0.0)
+    return batch
+
+
+@contextlib.contextmanager
+def scoring(model: Any) -> Iterator[None]:
+    """For the time of the block, held-out loss and answers go through held weights W + ΔW (`generating`), where they are exact.
+
+    In fp32 they are what training computes with, to rounding. In 16 bits a held sum would round a small ΔW away, so there each
+    of the two keeps its own path.
+    """
+    exact = linear.embedding_dtype(causal_model(model).get_input_embeddings()) == torch.float32
+    with generating(model) if exact else contextlib.nullcontext():
+        yield
+
+
+def hidden_states(model: Any, batch: dict[str, torch.Tensor], decoder: Any = None) -> torch.Tensor:
+    """The decoder's last hidden states [B, T, hidden] (after its final norm) of a batch, without the head.
+
+    ``decoder``: what to call in its place, such as a DeepSpeed engine around it.
+    """
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    return (decoder or causal_model(model).get_decoder())(**inputs, use_cache=False).last_hidden_state
+
+
+def batch_nll(
+    model: Any, batch: dict[str, torch.Tensor], chunk_tokens: int, decoder: Any = None
+) -> tuple[torch.Tensor, int]:
+    """Summed negative log likelihood (scalar) of a batch's trained tokens, and how many there are."""
+    hidden, head = hidden_states(model, batch, decoder), Head.of(causal_model(model))
+    with gathered(head.module.parameters(recurse=False)):
+        return summed_nll(hidden, batch["labels"], head, chunk_tokens)
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: Any,
+    examples: Sequence[Example],
+    *,
+    pad_id: int,
+    batch_size: int,
+    chunk_tokens: int,
+    progress: Callable[[int], None] | None = None,
+    group: Group = ALONE,
+) -> dict[str, Any]:
+    """Mean negative log likelihood over all trained tokens of ``examples``, and its exponential.
+
+    Args:
+        group: the ranks that share the batches among them; all have to call this.
+
+    Returns:
+        ``loss`` (nats a token), ``perplexity``, ``rows``, ``trained_tokens``, ``seconds``.
+    """
+    started = time.perf_counter()
+    was_training = model.training
+    model.eval()
+    total, tokens = 0.0, 0
+    try:
+        by_length = np.argsort(lengths_of(examples), kind="stable").tolist()
+        done = 0
+        batches = list(microbatches(by_length, batch_size))
+        mine = batches[group.rank :: group.world_size]
+        # a rank that has a batch less runs one for nothing where the others need its share of the weights
+        idle = -(-len(batches) // group.world_size) - len(mine) if any_sharded(model) else 0
+        for rows in mine + batches[:1] * idle:
+            nll, count = batch_nll(model, make_batch(model, [examples[i] for i in rows], pad_id), chunk_tokens)
+            if rows is batches[0] and group.rank:
+                continue
+            total += float(nll)
+            tokens += count
+            done += len(rows)
+            if progress is not None:
+                progress(done)
+    finally:
+        model.train(was_training)
+    total, counted = group.sum([total, tokens])
+    tokens = int(counted)
+    loss = total / tokens if tokens else math.nan
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)) if tokens else math.nan,
+        "rows": len(examples),
+        "trained_tokens": tokens,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def answer_rows(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 16,
+    progress: Callable[[int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Greedy answers to the prompts of ``examples`` (those that have one), beside their references.
+
+    Returns:
+        One dict a row: ``source``, ``prompt``, ``reference``, ``answer``, ``exact`` (None where there is no reference).
+    """
+    rows = [e for e in examples if len(e.prompt_ids)]
+    answers = generate(
+        model,
+        tokenizer,
+        [e.prompt_ids.tolist() for e in rows],
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return [
+        {
+            "source": e.source,
+            "prompt": e.prompt_text,
+            "reference": e.reference,
+            "answer": answer,
+            "exact": None if e.reference is None else exact_match(answer, e.reference),
+        }
+        for e, answer in zip(rows, answers, strict=True)
+    ]

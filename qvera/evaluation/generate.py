@@ -1,0 +1,183 @@
+"""Answers: prompts → text, batched, greedy or sampled, at the speed of stock 4-bit generation."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers import DynamicCache, GenerationMixin
+
+from qvera.adapters import LowRankPath
+from qvera.distributed.zero_params import any_sharded, is_sharded
+from qvera.models import linear
+from qvera.models.loader import causal_model, takes_prefix_once
+from qvera.utils import memory
+
+
+@contextlib.contextmanager
+def generating(model: Any, base_only: bool = False) -> Iterator[None]:
+    """For the time of the block: evaluation mode, the KV cache on, linears in their fastest layout for answers.
+
+    On a CPU with memory to spare, adapted layers hold W + ΔW in the compute dtype; 4-bit layers without it hold a copy in
+    the layout of bitsandbytes' fused kernel. Everything is put back afterwards; weights and later gradients are
+    bit-unchanged. Blocks may be nested: the inner ones change nothing. ``base_only``: layers hold W alone, for batches whose
+    rows use different adapters.
+    """
+    inner = causal_model(model)
+    was_training, used_cache = model.training, inner.config.use_cache
+    layers = [m for m in model.modules() if isinstance(m, LowRankPath) and not m.disable_adapters]
+    layers = [m for m in layers if not is_sharded(m.base_layer.weight)]
+    if any(layer.holds_inference_weight for layer in layers) or not _dense_fits(layers):
+        layers = []
+    model.eval()
+    inner.config.use_cache = True
+    try:
+        with torch.no_grad():
+            for layer in layers:
+                layer.hold_inference_weight(True, base_only)
+            with linear.inference_layout(model, skip=[layer.base_layer for layer in layers]):
+                yield
+    finally:
+        for layer in layers:
+            layer.hold_inference_weight(False)
+        inner.config.use_cache = used_cache
+        model.train(was_training)
+
+
+def _dense_fits(layers: list[Any]) -> bool:
+    """Whether dense copies of these layers' weights take at most a quarter of the memory that is free on this CPU."""
+    if not layers or any(parameter.device.type != "cpu" for parameter in layers[0].parameters()):
+        return False
+    size_bytes = sum(layer.in_features * layer.out_features * layer.held_dtype().itemsize for layer in layers)
+    return size_bytes <= memory.available_bytes(torch.device("cpu")) // 4
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 16,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    adapters: Sequence[str] | None = None,
+    streamer: Any = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """Complete each prompt, in batches of similar length, and return the texts in the order of the prompts.
+
+    Args:
+        prompts: token ids, BOS included where the model wants one.
+        max_new_tokens: tokens at most per answer; an end-of-turn token ends it earlier.
+        temperature: 0: greedy, else sampled with ``top_p`` from a generator seeded with ``seed``.
+        adapters: which adapter answers each prompt, where the model has several (`qvera.export.merge_adapters`); ``__base__`` for none.
+        streamer: a transformers streamer, for one prompt.
+        progress: called with the number of prompts finished after each batch.
+
+    Returns:
+        The decoded answers, without prompt and special tokens.
+    """
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    device = next(model.parameters()).device
+    ends = _end_tokens(model, tokenizer)
+    together = any_sharded(
+        model
+    )  # then a rank whose answers have ended goes on gathering layers for those that have not
+    answers: dict[int, str] = {}
+    by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with (
+        generating(model, base_only=adapters is not None),
+        forked,
+    ):  # sampling must not move the training run's random state
+        torch.manual_seed(seed)
+        if adapters is not None and len(adapters) != len(prompts):
+            raise ValueError(f"{len(adapters)} adapters for {len(prompts)} prompts; need one for each")
+        prefix = _common_prefix(prompts) if takes_prefix_once(model) and streamer is None and adapters is None else 0
+        cache = _prefix_cache(model, prompts[0][:prefix], device) if prefix >= _WORTH_TOKENS else None
+        for start in range(0, len(by_length), batch_size):
+            rows = by_length[start : start + batch_size]
+            width = max(len(prompts[i]) for i in rows)
+            ids = torch.full((len(rows), width), pad, dtype=torch.long)
+            mask = torch.zeros_like(ids)
+            for row, i in enumerate(rows):  # padded on the left, so that every answer starts in the same column
+                ids[row, width - len(prompts[i]) :] = torch.as_tensor(list(prompts[i]), dtype=torch.long)
+                mask[row, width - len(prompts[i]) :] = 1
+                if cache is not None:  # the padding comes after what all prompts share
+                    ids[row, :prefix] = torch.as_tensor(list(prompts[i][:prefix]), dtype=torch.long)
+                    mask[row, :prefix] = 1
+                    mask[row, prefix : prefix + width - len(prompts[i])] = 0
+            if cache is not None:
+                sampling[_CACHE_ARGUMENT] = copy.deepcopy(cache)
+                sampling[_CACHE_ARGUMENT].batch_repeat_interleave(len(rows))
+            if adapters is not None:
+                sampling["adapter_names"] = [adapters[i] for i in rows]
+            out = model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                max_new_tokens=max_new_tokens,
+                pad_token_id=pad,
+                eos_token_id=ends,
+                streamer=streamer,
+                synced_gpus=together,
+                **sampling,
+            )
+            for row, i in enumerate(rows):
+                answers[i] = tokenizer.decode(out[row, width:], skip_special_tokens=True)
+            if progress is not None:
+                progress(len(answers))
+    return [answers[i] for i in range(len(prompts))]
+
+
+_CACHE_ARGUMENT = (
+    "cache"
+    if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    else "past_key_values"
+)
+"""What `generate` calls a given cache: transformers renames it in 5.x and warns about the old name."""
+
+_WORTH_TOKENS = 16
+"""A shorter common prefix is not computed apart: that takes a forward pass of its own."""
+
+
+def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """Tokens that all of at least two prompts begin with; each keeps one token after them."""
+    if len(prompts) < 2:
+        return 0
+    low, high = min(map(list, prompts)), max(map(list, prompts))  # the two that differ first
+    shared = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
+    return max(0, min(shared, min(map(len, prompts)) - 1))
+
+
+def _prefix_cache(model: Any, prefix: Sequence[int], device: torch.device) -> Any:
+    """The KV cache of one row after ``prefix``, to be repeated for every batch."""
+    cache = DynamicCache(config=causal_model(model).config)
+    ids = torch.as_tensor([list(prefix)], dtype=torch.long, device=device)
+    causal_model(model).get_decoder()(input_ids=ids, use_cache=True, **{_CACHE_ARGUMENT: cache})
+    return cache
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Every token that ends an answer: the tokenizer's and those of the model's generation config."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = {tokenizer.eos_token_id}
+    ends.update(configured if isinstance(configured, list) else [configured])
+    return sorted(e for e in ends if e is not None)
+
+
+def exact_match(answer: str, reference: str) -> bool:
+    """Whether an answer is its reference: equal as JSON values where both are JSON, else equal up to white space."""
+    try:
+        return json.loads(answer) == json.loads(reference)
+    except ValueError:
+        return " ".join(answer.split()) == " ".join(reference.split())

@@ -1,0 +1,207 @@
+"""Adapters that other tools load: the exact LoRA, a truncated LoRA, and an adapter of PEFT's own VeRA.
+
+A VeRA adapter is a LoRA of rank r with A' = diag(s d) A and B' = diag(b) B (VeRA, arXiv 2310.11454, equation 2), exactly; it
+only takes r (m + n) numbers a layer to write down what r + m say. So is one with ``b_groups`` or ``input_scale`` (`deltas.Delta`),
+for which PEFT's VeRA has no place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, VeraConfig
+
+from qvera.adapters.save_load import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from qvera.export.deltas import PREFIX, AdapterDeltas
+from qvera.utils.errors import InputError
+from qvera.utils.safetensors_io import Spec
+from qvera.utils.safetensors_stream import write_shard
+
+
+@dataclasses.dataclass(frozen=True)
+class Truncation:
+    """What a layer loses by keeping k of its r directions, relative to ‖ΔW‖ in the same norm."""
+
+    frobenius: float
+    spectral: float
+
+
+def lora_bytes(adapter: AdapterDeltas, rank: int, dtype: torch.dtype) -> int:
+    """Size of the tensors of a LoRA of that rank on the adapter's layers."""
+    return sum(rank * sum(delta.shape) for delta in adapter.layers.values()) * dtype.itemsize
+
+
+def truncate(A: torch.Tensor, B: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, Truncation]:
+    """The best approximation of ΔW = B A by rank k: A'' [k, n] and B'' [m, k] fp32, and its error.
+
+    By Eckart and Young's theorem that is the truncated SVD; it is taken of the small factors (QR of each, then the SVD of an
+    r x r core), never of a dense ΔW. The root of each singular value goes to either side.
+    """
+    A, B = A.double(), B.double()
+    left, left_core = torch.linalg.qr(B)  # [m, p], [p, r]
+    right, right_core = torch.linalg.qr(A.t())  # [n, q], [q, r]
+    U, S, Vh = torch.linalg.svd(left_core @ right_core.t(), full_matrices=False)
+    root = S[:rank].sqrt()
+    lost, whole = S[rank:], S.norm()
+    error = Truncation(0.0, 0.0)
+    if len(lost) and whole > 0:
+        error = Truncation((lost.norm() / whole).item(), (lost[0] / S[0]).item())
+    kept_B, kept_A = (left @ U[:, :rank]) * root, root.unsqueeze(1) * (right @ Vh[:rank].t()).t()
+    missing = rank - kept_A.shape[0]
+    if missing > 0:  # a layer smaller than the rank: zeros change nothing
+        kept_A = torch.cat([kept_A, kept_A.new_zeros(missing, kept_A.shape[1])])
+        kept_B = torch.cat([kept_B, kept_B.new_zeros(kept_B.shape[0], missing)], dim=1)
+    return kept_A.float(), kept_B.float(), error
+
+
+def lora_factors(adapter: AdapterDeltas) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """Layer name and its exact factors, one layer after the other."""
+    for name, delta in adapter.layers.items():
+        yield name, delta.lora()
+
+
+def truncate_all(
+    factors: Iterable[tuple[str, tuple[torch.Tensor, torch.Tensor]]],
+    own: int,
+    rank: int,
+    dtype: torch.dtype,
+    progress: Callable[[int, str, Truncation], None] | None = None,
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Every layer's factors of rank ``own`` cut to ``rank`` and rounded to ``dtype``.
+
+    ``progress`` gets (layers done, name, error) layer by layer.
+
+    Raises:
+        InputError: ``rank`` is not below ``own``.
+    """
+    if not 1 <= rank < own:
+        raise InputError(f"--rank: takes a whole number from 1 to {own - 1} (what is cut has rank {own}), got {rank}.")
+    cut = {}
+    for done, (name, pair) in enumerate(factors, start=1):
+        A, B, error = truncate(*pair, rank)
+        cut[name] = (A.to(dtype), B.to(dtype))
+        if progress is not None:
+            progress(done, name, error)
+    return cut
+
+
+def export_lora(
+    adapter: AdapterDeltas,
+    out: Path,
+    dtype: torch.dtype,
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None,
+) -> int:
+    """Write the LoRA to ``out``, layer by layer, for stock PEFT; returns its bytes.
+
+    Args:
+        out: new or empty.
+        factors: layer name → A' and B' (`truncate_all`, `adapters.stacked_factors`); None: the adapter's own, exactly.
+
+    Raises:
+        InputError: ``out`` is not empty, a layer is a Conv1D, or a factor does not fit into ``dtype``.
+    """
+    rank = adapter.A.shape[0] if factors is None else next(iter(factors.values()))[0].shape[0]
+    specs, order = [], []
+    for name, delta in adapter.layers.items():
+        m, n = delta.shape
+        specs += [
+            Spec(f"{PREFIX}{name}.lora_A.weight", dtype, (rank, n)),
+            Spec(f"{PREFIX}{name}.lora_B.weight", dtype, (m, rank)),
+        ]
+        order.append(name)
+
+    def tensors() -> Iterator[torch.Tensor]:
+        for name in order:
+            pair = adapter.layers[name].lora() if factors is None else factors[name]
+            for factor in pair:
+                rounded = factor.to(dtype)
+                if not torch.isfinite(rounded).all():
+                    raise InputError(f"{name}: a factor does not fit into {dtype}. Export with --dtype bfloat16.")
+                yield rounded
+
+    transposed = {delta.transposed for delta in adapter.layers.values()}
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,  # PEFT multiplies by alpha / r
+        fan_in_fan_out=transposed == {True},
+        **_common(adapter),
+    )
+    return _write(out, config, specs, tensors())
+
+
+def export_stock_vera(adapter: AdapterDeltas, out: Path) -> int:
+    """Write an adapter of PEFT's own VeRA, its projections in the file, each layer's scale in its d; returns its bytes.
+
+    Raises:
+        InputError: ``out`` is not empty, or the adapter has vectors that PEFT's VeRA has no place for.
+    """
+    if adapter.groups > 1 or adapter.input_scale:
+        has = [f"{adapter.groups} vectors b for each linear"] if adapter.groups > 1 else []
+        has += ["a vector a for each linear"] if adapter.input_scale else []
+        raise InputError(
+            f"this adapter has {' and '.join(has)} (adapter.b_groups, adapter.input_scale), and PEFT's VeRA has one b and one d. "
+            "Export it with --to lora (exact) or --to merged."
+        )
+    specs, values = [], []
+    for name, delta in adapter.layers.items():
+        for suffix, vector in (("vera_lambda_b", delta.b), ("vera_lambda_d", delta.d * delta.scale)):
+            specs.append(Spec(f"{PREFIX}{name}.{suffix}", torch.float32, tuple(vector.shape)))
+            values.append(vector)
+    for suffix, matrix in (("vera_A", adapter.A), ("vera_B", adapter.B)):
+        specs.append(Spec(f"base_model.{suffix}", torch.float32, tuple(matrix.shape)))
+        values.append(matrix)
+    transposed = {delta.transposed for delta in adapter.layers.values()}
+    config = VeraConfig(
+        r=adapter.A.shape[0], save_projection=True, fan_in_fan_out=transposed == {True}, **_common(adapter)
+    )
+    return _write(out, config, specs, (value.float() for value in values))
+
+
+def _common(adapter: AdapterDeltas) -> dict[str, Any]:
+    config = adapter.config
+    targets = config.target_modules
+    return {
+        "target_modules": targets if isinstance(targets, str) else sorted(targets),
+        "task_type": config.task_type,
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "inference_mode": True,
+    }
+
+
+def require_empty(out: Path) -> None:
+    """Refuse an output directory that is neither new nor empty.
+
+    Raises:
+        InputError: it holds something, or is a file.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(
+            f"{out}: is not an empty directory. Nothing is overwritten; name a directory that is new or empty."
+        )
+
+
+def _write(out: Path, config: Any, specs: list[Spec], tensors: Iterator[torch.Tensor]) -> int:
+    """Both files of an adapter directory, under a temporary name until they are whole."""
+    require_empty(out)
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{out}: can't be written ({error}). Name another directory.") from None
+    try:
+        write_shard(partial / ADAPTER_WEIGHTS, specs, tensors)
+        document = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+        (partial / ADAPTER_CONFIG).write_text(json.dumps(document, indent=2, sort_keys=True), encoding="utf-8")
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return sum(file.stat().st_size for file in out.iterdir())

@@ -1,0 +1,207 @@
+"""Tokens that a recipe adds to a model whose embedding and head are frozen: their ids, and the rows that stand for them.
+
+VeRA trains no row of the embedding or the head, so a new token keeps the row it is given here; what it means is learnt by the
+vectors of the layers around it. Each new row is drawn: mean + standard deviation of the rows of the tokens that there were, column
+by column, times a number from a generator keyed by the token's text. Not the mean itself, as is usual where rows are trained: a
+head row within the others' convex hull never has the highest logit (Σ wᵢ ⟨rowᵢ, h⟩ <= max ⟨rowᵢ, h⟩), so a frozen model could never
+say the token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken
+from torch import nn
+
+from qvera.utils.errors import InputError, first_line
+
+ADDED_ROWS = "added_tokens.safetensors"
+"""Beside an adapter's vectors: ``embedding`` and ``head`` [added tokens, hidden], by id; no ``head`` where they are one table."""
+PLACED = "qvera_added_tokens"
+"""The attribute of a model that says which tokens it has been given rows for: token → id."""
+_BLOCK_ROWS = 4096
+
+
+def add_tokens(tokenizer: Any, tokens: Sequence[str], pad: str | None = None, eos: str | None = None) -> None:
+    """Add ``tokens`` to a tokenizer as single tokens with the next free ids; make ``pad`` and ``eos`` its own.
+
+    Only these two are special tokens: the others are part of what is said, and an answer shows them.
+
+    Raises:
+        InputError: one is in the vocabulary already, or twice in the list, or pad or eos is in neither.
+    """
+    vocabulary = tokenizer.get_vocab()
+    for number, token in enumerate(tokens):
+        if token in vocabulary:
+            raise InputError(
+                f"model.added_tokens: {token!r} is a token of this model already (id {vocabulary[token]}). Take it off the list."
+            )
+        if token in tokens[:number] or not token.strip():
+            raise InputError(f"model.added_tokens: {token!r} is blank, or twice in the list. Write each token once.")
+    for token in tokens:
+        special = token in (pad, eos)
+        tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)], special_tokens=special)
+    vocabulary = tokenizer.get_vocab() if tokens else vocabulary
+    for key, named in (("pad_token", pad), ("eos_token", eos)):
+        if named is None:
+            continue
+        if named not in vocabulary:
+            raise InputError(
+                f"model.{key}: {named!r} is no token of this model. Name one that it has, or write it into model.added_tokens too"
+                + (
+                    "; without the key, padding takes what the model has, and needs no new row."
+                    if key == "pad_token"
+                    else "."
+                )
+            )
+        # special, so that decoding an answer leaves it out, which a token that is only named eos or pad would not be
+        tokenizer.add_special_tokens({key: AddedToken(named, special=True, normalized=False)})
+
+
+def ids_of(tokenizer: Any, tokens: Sequence[str]) -> dict[str, int]:
+    """Token → id, in the order of the ids."""
+    vocabulary = tokenizer.get_vocab()
+    return dict(sorted(((token, vocabulary[token]) for token in tokens), key=lambda pair: pair[1]))
+
+
+def place_rows(model: Any, ids: dict[str, int]) -> int:
+    """Give every added token its row in embedding and head; returns how many rows the two had to grow by.
+
+    Rows that the checkpoint has beyond its tokens (Qwen pads its vocabulary) are taken first, in the pages they lie in. Where there
+    are too few, embedding and head become private copies with more rows.
+
+    Args:
+        model: a causal language model whose embedding and head are dense.
+        ids: from `ids_of`; all at or beyond the ids that the model was trained with.
+
+    Raises:
+        InputError: its embedding or head is of a kind that can't be given rows.
+    """
+    embedding, head = _ends(model)
+    first = min(ids.values())
+    if not 2 <= first <= embedding.weight.shape[0]:
+        raise InputError(
+            f"model.added_tokens: the tokenizer would give {next(iter(ids))!r} the id {first}, but the model has rows for "
+            f"{embedding.weight.shape[0]} tokens: the two do not belong together. Name the model's own tokenizer."
+        )
+    rows = [_drawn(module.weight, ids, first) for module in _different(embedding, head)]
+    return _put(model, ids, rows)
+
+
+def put_rows(model: Any, ids: dict[str, int], rows: dict[str, torch.Tensor], source: Path) -> None:
+    """Put rows read from an adapter (`read_rows`) in the places that `place_rows` has made.
+
+    Raises:
+        InputError: they have not the model's width.
+    """
+    embedding, head = _ends(model)
+    names = ["embedding", "head"][: len(_different(embedding, head))]
+    for name in names:
+        expected = (len(ids), embedding.weight.shape[1])
+        if name not in rows or tuple(rows[name].shape) != expected:
+            found = list(rows[name].shape) if name in rows else "nothing"
+            raise InputError(
+                f"{source}: holds {found} as {name}, expected rows of shape {list(expected)} for this model."
+            )
+    _put(model, ids, [rows[name] for name in names])
+
+
+def save_rows(model: Any, ids: dict[str, int], directory: Path) -> None:
+    """Write the added tokens' rows, as they are in the model, beside an adapter."""
+    places = list(ids.values())
+    modules = _different(*_ends(model))
+    tensors = {
+        name: module.weight.detach()[places].cpu().contiguous()
+        for name, module in zip(("embedding", "head"), modules, strict=False)
+    }
+    save_file(tensors, directory / ADDED_ROWS)
+
+
+def read_rows(directory: Path) -> dict[str, torch.Tensor]:
+    """What `save_rows` wrote.
+
+    Raises:
+        InputError: the file is missing or damaged, or has NaN or Inf in it.
+    """
+    file = directory / ADDED_ROWS
+    try:
+        rows = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{file}: can't be read ({first_line(error)}). The adapter's config says that it adds tokens, whose rows are in this "
+            "file: copy the whole adapter directory again."
+        ) from None
+    if any(not torch.isfinite(tensor).all() for tensor in rows.values()):
+        raise InputError(f"{file}: has NaN or Inf in it. Copy the adapter directory again.")
+    return rows
+
+
+def _ends(model: Any) -> tuple[Any, Any]:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    dense = isinstance(embedding, nn.Embedding) and isinstance(head, nn.Linear) and head.weight.is_floating_point()
+    if not dense or embedding.weight.shape != head.weight.shape or getattr(head, "bias", None) is not None:
+        raise InputError(
+            f"model.added_tokens: the embedding ({type(embedding).__name__}) or the head ({type(head).__name__}) of this model "
+            "can't be given more rows: both have to be dense, of one shape, and without a bias. Use tokens that the model has."
+        )
+    return embedding, head
+
+
+def _different(embedding: Any, head: Any) -> list[Any]:
+    """Embedding and head, or one of them where they are one table."""
+    return [embedding] if head.weight.data_ptr() == embedding.weight.data_ptr() else [embedding, head]
+
+
+def _drawn(weight: torch.Tensor, ids: dict[str, int], known: int) -> torch.Tensor:
+    """A row for each token: mean + std · ε over the first ``known`` rows, ε uniform with variance 1, in float64 until the end."""
+    total = torch.zeros(weight.shape[1], dtype=torch.float64)
+    squares = torch.zeros_like(total)
+    for start in range(0, known, _BLOCK_ROWS):  # a table of a large vocabulary is never whole in float64
+        block = weight[start : min(start + _BLOCK_ROWS, known)].detach().to("cpu", torch.float64)
+        total += block.sum(0)
+        squares += (block * block).sum(0)
+    mean = total / known
+    spread = (squares / known - mean * mean).clamp_min(0).sqrt()
+    rows = []
+    for token in ids:
+        key = np.frombuffer(hashlib.sha256(token.encode()).digest()[:16], dtype="<u8").astype(np.uint64)
+        words = np.random.Philox(key=key).random_raw(len(mean))  # raw words: the stream that numpy promises to keep
+        uniform = torch.from_numpy((words >> np.uint64(11)).astype(np.float64) * 2.0**-52 - 1.0)
+        rows.append(mean + spread * (3.0**0.5) * uniform)
+    return torch.stack(rows).to(weight.dtype)
+
+
+def _put(model: Any, ids: dict[str, int], rows: list[torch.Tensor]) -> int:
+    embedding, head = _ends(model)
+    modules = _different(embedding, head)
+    places, needed = list(ids.values()), max(ids.values()) + 1
+    grown = max(0, needed - embedding.weight.shape[0])
+    for module, new in zip(modules, rows, strict=True):
+        weight = module.weight.detach()
+        if grown:
+            # what lies between is ids that no token has; zeros, so that they mean nothing
+            weight = torch.cat([weight, weight.new_zeros(grown, weight.shape[1])])
+        weight[places] = new.to(
+            device=weight.device, dtype=weight.dtype
+        )  # a mapping is private: the file is not written to
+        if grown:
+            module.weight = nn.Parameter(weight, requires_grad=False)
+    if grown:
+        if len(modules) == 1:
+            head.weight = embedding.weight
+        embedding.num_embeddings = head.out_features = needed
+        for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+            if hasattr(config, "vocab_size"):
+                config.vocab_size = needed
+        if hasattr(model, "vocab_size"):
+            model.vocab_size = needed
+    setattr(model, PLACED, dict(ids))
+    return grown

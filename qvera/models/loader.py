@@ -1,0 +1,313 @@
+"""Load the frozen base, read back what was loaded, attach an adapter, save and load adapters."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from qvera.config.schema import ModelSection
+from qvera.distributed.zero_params import whole_numel
+from qvera.models import added_tokens, linear, quantized_cache
+from qvera.models import quantization as quantize
+from qvera.models.hub import base_directory
+from qvera.models.mmap import NotMappable, Spread, load_mapped
+from qvera.utils.checkpoint_index import INDEX, weight_map
+from qvera.utils.errors import InputError, first_line
+from qvera.utils.paths import resolve_path
+from qvera.utils.safetensors_io import base_fingerprint
+
+
+@dataclasses.dataclass
+class Base:
+    """A loaded base model with its tokenizer and what was read back from it."""
+
+    model: Any
+    tokenizer: Any
+    facts: dict[str, Any]
+
+
+def pick_device() -> torch.device:
+    """CUDA when there is one, else CPU. Under a launcher each process takes the card of its LOCAL_RANK."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+def pick_compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The torch dtype of a recipe's ``compute_dtype``; ``auto`` asks the device what it multiplies fast.
+
+    ``auto`` gives bfloat16 where the hardware has it, else float16 on CUDA and float32 on a CPU.
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if capabilities:
+        fast = any(capabilities.get(k) for k in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+    else:
+        fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+_TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json")
+
+
+def load_tokenizer(section: ModelSection) -> Any:
+    """The tokenizer of a model section.
+
+    Raises:
+        InputError: there is none at that path, it has no end-of-sequence token, or it has a token that the section adds.
+    """
+    _check_local(resolve_path(section.path))
+    name = resolve_path(section.tokenizer or section.path)
+    revision = None if section.tokenizer else section.revision
+    try:
+        if Path(name).is_dir() and not any(any(Path(name).glob(pattern)) for pattern in _TOKENIZER_FILES):
+            raise OSError("it has no tokenizer file")  # transformers 5.0 would make an empty tokenizer
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=section.trust_remote_code)
+    except (OSError, ValueError, HFValidationError, KeyError) as error:
+        raise InputError(
+            f"model.path: no tokenizer can be loaded from {name!r} ({first_line(error)}). Expected tokenizer.json or "
+            "tokenizer.model beside the weights; or name another one with model.tokenizer."
+        ) from None
+    added_tokens.add_tokens(tokenizer, section.added_tokens, section.pad_token, section.eos_token)
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"model.path: the tokenizer of {name!r} has no end-of-sequence token, so no answer could ever end. Set "
+            "eos_token in its tokenizer_config.json."
+        )
+    return tokenizer
+
+
+def load_base(
+    section: ModelSection,
+    device: torch.device | None = None,
+    progress: quantized_cache.Progress | None = None,
+    spread: Spread | None = None,
+) -> Base:
+    """Load the base model of a recipe, quantized and frozen, in evaluation mode.
+
+    A 16-bit base that is wanted in 4 bits is quantized once, into the cache (`qvera.models.quantized_cache`), and that file is mapped; a checkpoint
+    that is in bitsandbytes' 4-bit format already is mapped as it is (`qvera.models.mmap`). int8, dense and unusual checkpoints are
+    loaded by transformers. Every quantized linear is then run by `qvera.models.linear`.
+
+    Args:
+        progress: called while the base is quantized for the first time, see `cache.cached_base`.
+        spread: keeps only a share of each weight, see `load_mapped`; for a 4-bit base only.
+
+    Raises:
+        InputError: no model at that path, not a causal language model, or what was loaded is not what the recipe says.
+    """
+    device = device or pick_device()
+    dtype = pick_compute_dtype(section.compute_dtype, device)
+    name = resolve_path(section.path)
+    tokenizer = load_tokenizer(section)
+    if section.added_tokens and spread is not None:
+        raise InputError(
+            "model.added_tokens: ZeRO-3 divides the embedding among the ranks while it is read, and can't give it more rows. Use "
+            "tokens that the model has, or deepspeed: zero1 or zero2, or none."
+        )
+    common: dict[str, Any] = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
+    attention = {} if section.attn_implementation == "auto" else {"attn_implementation": section.attn_implementation}
+    try:
+        config = AutoConfig.from_pretrained(name, **common)
+        stored = getattr(config, "quantization_config", None)
+        model = _mapped(section, config, dtype, device, progress, spread)
+        if model is None and spread is not None:
+            raise InputError(
+                f"deepspeed: ZeRO-3 spreads a base in 4 bits over the ranks while it reads it, and {name!r} with "
+                f"model.quantization {section.quantization} can't be read that way. Use nf4 or fp4, or zero1 or zero2, or none."
+            )
+        if model is None:
+            quantization = None if stored is not None else quantize.quantization_config(section, dtype)
+            kwargs = attention if quantization is None else {**attention, "quantization_config": quantization}
+            model = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, device_map={"": device}, use_safetensors=True, **common, **kwargs
+            )
+    except (OSError, ValueError, KeyError, HFValidationError, SafetensorError, ImportError) as error:
+        raise InputError(
+            f"model.path: {name!r} can't be loaded as a causal language model: {first_line(error)} Expected a hub id, or a "
+            "directory with config.json and safetensors weights."
+        ) from None
+    model.name_or_path = model.config._name_or_path = name  # not the cached copy's: PEFT writes it into adapters
+    model.requires_grad_(False)
+    model.eval()
+    ids = added_tokens.ids_of(tokenizer, section.added_tokens)
+    if ids:
+        added_tokens.place_rows(model, ids)
+    linear.freeze_linears(model)
+    facts = read_back(model, section, dtype, prequantized=stored is not None)
+    if ids:
+        facts["added_tokens"] = ids
+    facts["fingerprint"] = fingerprint_of(section)
+    return Base(model, tokenizer, facts)
+
+
+def _mapped(
+    section: ModelSection,
+    config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: quantized_cache.Progress | None,
+    spread: Spread | None,
+) -> Any | None:
+    """The model from its mapped 4-bit file, which is made now if there is none yet; None where transformers has to load it."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None and not (stored if isinstance(stored, dict) else stored.to_dict()).get("load_in_4bit"):
+        return None
+    if stored is None and section.quantization not in ("nf4", "fp4"):
+        return None
+    try:
+        if stored is None:
+            directory = quantized_cache.cached_base(section, device=device, progress=progress)
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=section.trust_remote_code)
+        else:
+            directory = base_directory(section)
+        attention = None if section.attn_implementation == "auto" else section.attn_implementation
+        return load_mapped(directory, config, dtype, device, attention, section.trust_remote_code, spread)
+    except (quantized_cache.NotPlain, NotMappable):
+        return None
+
+
+def _check_local(name: str) -> None:
+    path = Path(name)
+    looks_local = name.startswith((".", "/", "~")) or path.exists()
+    if looks_local and not path.is_dir():
+        raise InputError(f"model.path: {name!r} is not a directory. Expected one with config.json and *.safetensors.")
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"model.path: {name!r} has no config.json, so it is not a model directory.")
+        if (path / INDEX).is_file():
+            weight_map(path / INDEX)  # transformers would follow its names anywhere
+        if not any(path.glob("*.safetensors")):
+            pickles = sorted(p.name for p in [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
+            found = f"; it has {', '.join(pickles[:3])}, which are pickles and are not read" if pickles else ""
+            raise InputError(
+                f"model.path: {name!r} has no *.safetensors weights{found}. Convert the weights to safetensors."
+            )
+
+
+def fingerprint_of(section: ModelSection) -> str | None:
+    """`base_fingerprint` of a base that is on this machine: a directory, or a hub id in the cache; else None."""
+    name = resolve_path(section.path)
+    if Path(name).is_dir():
+        return base_fingerprint(Path(name))
+    try:
+        found = try_to_load_from_cache(name, "config.json", revision=section.revision)
+    except HFValidationError:
+        return None
+    snapshot = Path(found).parent if isinstance(found, str) else None
+    if snapshot is None or not any(snapshot.glob("*.safetensors")):
+        return None
+    return base_fingerprint(snapshot)
+
+
+def read_back(
+    model: nn.Module, section: ModelSection, dtype: torch.dtype, prequantized: bool = False
+) -> dict[str, Any]:
+    """Quantization, dtypes, counts and bytes as read from the live modules (the ``model`` object of run.json).
+
+    Raises:
+        InputError: what was loaded is not what the recipe says.
+    """
+    four_bit = [m for m in model.modules() if isinstance(m, quantize.Linear4bit)]
+    eight_bit = [m for m in model.modules() if isinstance(m, quantize.Linear8bit)]
+    wanted, found = section.quantization, "none"
+    problems = []
+    storage = None
+    if four_bit:
+        facts = {quantize.four_bit_facts(m) for m in four_bit}
+        if len(facts) > 1:
+            problems.append(f"its 4-bit layers differ among themselves: {sorted(map(str, facts))}")
+        fact = next(iter(facts))
+        found, storage = fact.quant_type, str(fact.storage_dtype).removeprefix("torch.")
+        if fact.double_quant != section.double_quant:
+            problems.append(f"double_quant is {fact.double_quant}, the recipe says {section.double_quant}")
+        if storage != section.quant_storage and not prequantized:
+            problems.append(f"quant_storage is {storage}, the recipe says {section.quant_storage}")
+        if fact.compute_dtype != dtype:
+            if prequantized:
+                for module in four_bit:
+                    module.compute_dtype = dtype
+            else:
+                problems.append(f"the compute dtype is {fact.compute_dtype}, the recipe says {dtype}")
+    elif eight_bit:
+        found = "int8"
+    if found != wanted:
+        problems.append(f"quantization is {found}, the recipe says {wanted}")
+    if problems:
+        raise InputError(
+            f"model: what was loaded from {section.path!r} is not what the recipe says: {'; '.join(problems)}."
+        )
+    quantized = {id(m.weight) for m in [*four_bit, *eight_bit]}
+    dense = [p for p in model.parameters() if id(p) not in quantized]
+    dense_bytes = sum(whole_numel(p) * p.element_size() for p in dense)
+    parameters = sum(whole_numel(p) for p in dense)
+    parameters += sum(m.in_features * m.out_features for m in [*four_bit, *eight_bit])
+    return {
+        "path": section.path,
+        "architecture": type(model).__name__,
+        "parameters": parameters,
+        "quantization": found,
+        "double_quant": section.double_quant if four_bit else None,
+        "compute_dtype": str(dtype).removeprefix("torch."),
+        "quant_storage": storage,
+        "four_bit_modules": len(four_bit),
+        "int8_modules": len(eight_bit),
+        "base_bytes": dense_bytes + sum(quantize.storage_bytes(m) for m in [*four_bit, *eight_bit]),
+    }
+
+
+def causal_model(model: Any) -> Any:
+    """The transformers model itself, whether or not PEFT is wrapped around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Recompute each decoder layer in backward instead of keeping its activations (non-reentrant)."""
+    base = causal_model(model)
+    # transformers renamed the method in 5.x and warns about the old name
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+_PREFIX_ONCE = ("llama", "mistral", "qwen2", "qwen3")
+"""Model types whose attention takes positions and a mask [1, 1, T, T] as given; each is tested."""
+
+
+def takes_prefix_once(model: Any) -> bool:
+    """Whether this model can be given a batch from `collate_prefix_once`."""
+    return _plain_attention(model) and causal_model(model).config._attn_implementation in ("sdpa", "eager")
+
+
+def takes_packing(model: Any) -> bool:
+    """Whether several rows can stand in one sequence (``data.packing``): by a mask, or as flash attention does it."""
+    flash = causal_model(model).config._attn_implementation.startswith("flash_attention")
+    return takes_prefix_once(model) or (flash and _plain_attention(model))
+
+
+def require_packing(model: Any) -> None:
+    """Raises InputError where `takes_packing` says no."""
+    if not takes_packing(model):
+        config = causal_model(model).config
+        raise InputError(
+            f"data.packing: rows of one sequence would see each other in this model ({config.model_type}, "
+            f"{config._attn_implementation} attention). It takes one of {', '.join(_PREFIX_ONCE)} without a sliding window, and "
+            "sdpa, eager or flash attention. Set data.group_by_length instead, which wastes little on padding."
+        )
+
+
+def _plain_attention(model: Any) -> bool:
+    config = causal_model(model).config
+    full_attention = not getattr(config, "sliding_window", None) or getattr(config, "use_sliding_window", None) is False
+    return config.model_type in _PREFIX_ONCE and full_attention

@@ -1,0 +1,197 @@
+"""A base model straight from the pages of its file: nothing is copied that can be used where it lies.
+
+A checkpoint in bitsandbytes' serialized 4-bit format (or a 16-bit one) is opened with a private mapping; packed weights, their
+statistics, the input embeddings and the head stay in the file, in the dtype they are stored in. On a CPU they then take
+no memory of their own: the pages belong to the page cache, every process on the machine shares them, and the system drops
+them when it needs room. On a GPU each tensor is copied to the device, one at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from qvera.distributed.zero_params import decoder_layers
+from qvera.models import linear, quantization
+from qvera.utils.checkpoint_index import TensorEntry, checkpoint_tensors
+from qvera.utils.errors import InputError
+
+_STATE = ".quant_state.bitsandbytes__"
+_BIG = (nn.Embedding, nn.Linear)
+"""Modules whose dense weights are large: these stay as they are stored, and are spread over ranks where the packed ones are."""
+_IGNORED = (".rotary_emb.inv_freq",)  # old Llama checkpoints carry these; the model computes them
+
+
+class Spread(Protocol):
+    """Takes weights as they are read, to keep only a share of each (`qvera.distributed.Spreader`)."""
+
+    def expect(self, weight_numel: int, weights: int) -> None: ...
+
+    def __call__(self, weight: nn.Parameter, table: bool) -> None: ...
+
+
+class NotMappable(Exception):
+    """This checkpoint's tensors are not this model's parameters one to one; transformers has to load it."""
+
+
+def load_mapped(
+    directory: Path,
+    config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    spread: Spread | None = None,
+) -> Any:
+    """The causal language model of a checkpoint directory, frozen, in evaluation mode, its big tensors mapped.
+
+    Args:
+        config: the directory's transformers config.
+        dtype: what its layers compute in; small tensors (norms, biases) are cast to it.
+        device: on anything but a CPU the tensors are copied there.
+        spread: takes each packed weight, embedding and head when it is read. These are then private copies, one at a time. A
+            head that is the embedding is left whole and mapped: its two users would gather and release it under each other.
+
+    Raises:
+        InputError: a shard is missing or cut short, or a tensor has not the shape that the config says.
+        NotMappable: the names in the file are not those of the model.
+    """
+    entries = {entry.name: entry for entry in checkpoint_tensors(directory)}
+    with init_empty_weights(include_buffers=False):
+        kwargs: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code, **kwargs)
+    packed, plain = _sorted_by_kind(entries)
+    _check_names(model, packed, plain)
+    dense = set() if spread is None else _to_spread(model, config, plain)
+    if spread is not None:
+        _announce(spread, model, [entries[name] for name in (*(f"{name}.weight" for name in packed), *dense)])
+        tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    with _open_files(entries.values()) as files:
+        for name, statistics in packed.items():
+            tensors = {entry.name: files[entry.file].get_tensor(entry.name) for entry in statistics}
+            if spread is not None:  # never into the pages of a mapping, which outlive the weight
+                tensors[f"{name}.weight"] = tensors[f"{name}.weight"].clone()
+            _put_four_bit(model, name, tensors, dtype, device, entries[f"{name}.weight"].file)
+            if spread is not None:
+                del tensors
+                spread(model.get_submodule(name).weight, table=False)
+        for name in plain:
+            tensor = files[entries[name].file].get_tensor(name)
+            _put_plain(model, name, tensor.clone() if name in dense else tensor, dtype, device, entries[name].file)
+            del tensor
+            if spread is not None and name in dense:
+                module = model.get_submodule(name.rpartition(".")[0])
+                spread(module.weight, table=any(module is end for end in tables))
+    model.tie_weights()
+    missing = [name for name, p in model.named_parameters() if p.is_meta]
+    if missing:
+        raise NotMappable(f"{directory} has no {missing[0]} (and {len(missing) - 1} more)")
+    for buffers in (m._buffers for m in model.modules()):
+        for key, buffer in buffers.items():
+            if buffer is not None:
+                buffers[key] = buffer.to(device)
+    _compute_in(model, dtype)
+    with contextlib.suppress(OSError):  # not every model has one
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    return model.requires_grad_(False).eval()
+
+
+def _to_spread(model: Any, config: Any, plain: list[str]) -> set[str]:
+    """The dense weights that ranks divide among themselves: embedding, head, dense linears; not an embedding that is the head."""
+    whole: list[Any] = []
+    if getattr(config, "tie_word_embeddings", False):
+        whole = [model.get_input_embeddings(), model.get_output_embeddings()]
+    names = {f"{n}.weight" for n, m in model.named_modules() if type(m) in _BIG and not any(m is end for end in whole)}
+    return names & set(plain)
+
+
+def _announce(spread: Spread, model: Any, weights: list[TensorEntry]) -> None:
+    """Tell what is going to be spread in the layers; the tables at both ends are not in any."""
+    names = {module: name for name, module in model.named_modules()}
+    layers = [f"{names[layer]}." for layer in decoder_layers(model.get_decoder())]
+    inside = [[math.prod(entry.shape) for entry in weights if entry.name.startswith(layer)] for layer in layers]
+    spread.expect(max((numel for layer in inside for numel in layer), default=0), max(map(len, inside)))
+
+
+def _sorted_by_kind(entries: dict[str, TensorEntry]) -> tuple[dict[str, list[TensorEntry]], list[str]]:
+    """4-bit layers (module name → its tensors in the file), and the names of all other tensors."""
+    packed: dict[str, list[TensorEntry]] = {}
+    for name in entries:
+        if _STATE in name:
+            packed[name.split(f".weight{_STATE}")[0]] = []
+    plain = []
+    for name, entry in entries.items():
+        module = name.rpartition(".weight")[0]
+        if module in packed and name != f"{module}.bias":
+            packed[module].append(entry)
+        elif not name.endswith(_IGNORED):
+            plain.append(name)
+    return packed, plain
+
+
+def _check_names(model: nn.Module, packed: dict[str, list[TensorEntry]], plain: list[str]) -> None:
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters(remove_duplicate=False))
+    unknown = [name for name in packed if type(modules.get(name)) is not nn.Linear]
+    unknown += [name for name in plain if name not in parameters]
+    if unknown:
+        raise NotMappable(f"{type(model).__name__} has no {unknown[0]} (and {len(unknown) - 1} more)")
+
+
+@contextlib.contextmanager
+def _open_files(entries: Any) -> Iterator[dict[Path, Any]]:
+    with contextlib.ExitStack() as stack:
+        paths = dict.fromkeys(entry.file for entry in entries)
+        # each tensor keeps the mapping alive, so the handles may close
+        yield {path: stack.enter_context(safe_open(path, framework="pt", device="cpu")) for path in paths}
+
+
+def _put_four_bit(
+    model: nn.Module, name: str, tensors: dict[str, torch.Tensor], dtype: torch.dtype, device: torch.device, file: Path
+) -> None:
+    parent_name, _, child = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    dense: Any = parent.get_submodule(child)
+    data = tensors.pop(f"{name}.weight")
+    layer = quantization.prequantized_linear(dense, data, tensors, dtype, device)
+    found = tuple(layer.weight.quant_state.shape)
+    expected = dense.out_features, dense.in_features
+    if found != expected or data.numel() * data.element_size() * 2 != expected[0] * expected[1]:
+        raise InputError(
+            f"{file}: {name}.weight is stored as {list(found)} in {data.numel() * data.element_size():,} packed bytes; the model's "
+            f"config.json says {list(expected)}. One of the two belongs to another model."
+        )
+    setattr(parent, child, layer)
+
+
+def _put_plain(
+    model: nn.Module, name: str, tensor: torch.Tensor, dtype: torch.dtype, device: torch.device, file: Path
+) -> None:
+    module_name, _, key = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    expected = tuple(getattr(module, key).shape)
+    if tuple(tensor.shape) != expected:
+        raise InputError(
+            f"{file}: {name} has shape {list(tensor.shape)}; the model's config.json says {list(expected)}. One of the two belongs "
+            "to another model."
+        )
+    stays = type(module) in _BIG and key == "weight" and tensor.dtype.itemsize <= dtype.itemsize
+    value = tensor.to(device=device, dtype=tensor.dtype if stays else dtype)
+    setattr(module, key, nn.Parameter(value, requires_grad=False))
+
+
+def _compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Embeddings and dense linears that are stored in another dtype than ``dtype`` give and take ``dtype``."""
+    for module in model.modules():
+        if type(module) is nn.Embedding and module.weight.dtype != dtype:
+            linear.embed_in(module, dtype)
+        elif type(module) is nn.Linear and module.weight.dtype != dtype:
+            linear.freeze_dense(module)

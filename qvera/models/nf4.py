@@ -1,0 +1,202 @@
+"""Weights to packed 4-bit values on a CPU: bitsandbytes' own numbers, made faster (bench/quantize.py has the ratio).
+
+The arithmetic is that of bitsandbytes' CPU `quantize_4bit` (QLoRA, arXiv 2305.14314, section 3; bitsandbytes
+`backends/default/ops.py`), in the same order and in fp32, so every nibble is the same: for a block of 64 weights
+
+    a = max |w|        s = w · (1 / max(a, 1e-38))        rank = number of thresholds below s
+
+with thresholds halfway between neighbouring values of the code; a last block of fewer than 64 divides by a instead. What
+differs is how it is done: chunks that stay in the cache, maxima taken over the bits, thresholds counted one after another
+in vector instructions. numpy, not torch, because its loops stay on the calling thread, so that chunks can be spread over
+threads without touching a setting of the process.
+"""
+
+from __future__ import annotations
+
+import functools
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from qvera.models.bitsandbytes_import import bitsandbytes as bnb
+
+BLOCK = 64
+"""Weights that share one scale."""
+CHUNK = 2048 * BLOCK
+"""Weights worked on at a time: 512 KiB in fp32, what a core's second-level cache holds."""
+_SMALLEST = np.float32(1e-38)
+_BITS: dict[torch.dtype, Any] = {torch.bfloat16: np.int16, torch.float16: np.int16, torch.float32: np.int32}
+
+
+class _Code(NamedTuple):
+    thresholds: np.ndarray
+    """fp32 [15], ascending."""
+    lowest: np.uint8
+    """The nibble of a value below all thresholds."""
+    steps: np.ndarray
+    """uint8 [15]: what each threshold passed adds to the nibble, modulo 256; all 1 for NF4, whose nibbles are ranks."""
+
+
+@functools.cache
+def _code(quant_type: str) -> _Code:
+    values = bnb.functional.get_4bit_type(quant_type, device="cpu")
+    order = torch.argsort(values)  # as bitsandbytes does it, ties (FP4 has two zeros) included
+    nibbles = order.numpy().astype(np.uint8)
+    return _Code(((values[order[:-1]] + values[order[1:]]) / 2).numpy(), nibbles[0], np.diff(nibbles))
+
+
+class _Scratch:
+    """The buffers of one thread."""
+
+    def __init__(self, size: int) -> None:
+        self.scaled = np.empty(size, np.float32)
+        self.above = np.empty(size, np.bool_)
+        self.nibble = np.empty(size, np.uint8)
+        self.one, self.other = np.empty(size // 2, np.uint16), np.empty(size // 2, np.uint16)
+        self.maxima: dict[Any, tuple[np.ndarray, np.ndarray]] = {}
+
+    def maxima_of(self, kind: Any) -> tuple[np.ndarray, np.ndarray]:
+        if kind not in self.maxima:
+            self.maxima[kind] = np.empty(self.scaled.size, kind), np.empty(self.scaled.size, kind)
+        return self.maxima[kind]
+
+
+def _widen(bits: np.ndarray, dtype: torch.dtype, out: np.ndarray) -> None:
+    """Values given by their bits, exactly, as fp32."""
+    if dtype is torch.bfloat16:
+        wide = out.view(np.uint32)
+        wide[...] = bits.view(np.uint16)
+        np.left_shift(wide, 16, out=wide)
+    elif dtype is torch.float16:
+        out[...] = bits.view(np.float16)
+    else:
+        out[...] = bits.view(np.float32)
+
+
+def _block_maxima(bits: np.ndarray, dtype: torch.dtype, scratch: _Scratch, absmax: np.ndarray) -> None:
+    """max |w| of each block. Without their sign, floating-point numbers are ordered as their bits are (NaN above Inf)."""
+    size = bits.size
+    held, next_ = (buffer[:size] for buffer in scratch.maxima_of(bits.dtype.type))
+    np.bitwise_and(bits, np.iinfo(bits.dtype).max, out=held)
+    for step in (1, 2, 4, 8, 16, 32):  # afterwards element i is the maximum of the 64 from i on
+        size -= step
+        np.maximum(held[:size], held[step : size + step], out=next_[:size])
+        held, next_ = next_, held
+    _widen(np.ascontiguousarray(held[: size + 63 : BLOCK]), dtype, absmax)
+
+
+def _pack(scaled: np.ndarray, code: _Code, scratch: _Scratch, packed: np.ndarray) -> None:
+    """Scaled weights (an even number of them) → two nibbles a byte, the first one high."""
+    size = scaled.size
+    nibble, above = scratch.nibble[:size], scratch.above[:size]
+    ones = above.view(np.uint8)
+    nibble[...] = code.lowest
+    for threshold, step in zip(code.thresholds, code.steps, strict=True):
+        np.greater(scaled, threshold, out=above)
+        if step != 1:
+            np.multiply(ones, step, out=ones)
+        np.add(nibble, ones, out=nibble)
+    pairs, one, other = nibble.view("<u2"), scratch.one[: size // 2], scratch.other[: size // 2]
+    np.left_shift(pairs, 4, out=one)
+    np.right_shift(pairs, 8, out=other)
+    np.bitwise_or(one, other, out=one)
+    np.copyto(packed, one, casting="unsafe")
+
+
+def _whole_blocks(
+    bits: np.ndarray, dtype: torch.dtype, code: _Code, scratch: _Scratch, packed: np.ndarray, absmax: np.ndarray
+) -> None:
+    _block_maxima(bits, dtype, scratch, absmax)
+    scaled = scratch.scaled[: bits.size]
+    _widen(bits, dtype, scaled)
+    factor = np.float32(1.0) / np.maximum(absmax, _SMALLEST)
+    rows = scaled.reshape(-1, BLOCK)
+    np.multiply(rows, factor[:, None], out=rows)
+    _pack(scaled, code, scratch, packed)
+
+
+def _last_block(bits: np.ndarray, dtype: torch.dtype, code: _Code, packed: np.ndarray, absmax: np.ndarray) -> None:
+    scaled = np.zeros(bits.size + bits.size % 2, np.float32)
+    values = scaled[: bits.size]
+    _widen(bits, dtype, values)
+    absmax[0] = np.maximum(np.abs(values).max(), _SMALLEST)
+    np.divide(values, absmax[0], out=values)
+    _pack(scaled, code, _Scratch(scaled.size), packed)
+
+
+def packed_size(count: int) -> int:
+    """Bytes of ``count`` packed weights."""
+    return -(-count // 2)
+
+
+def block_count(count: int) -> int:
+    """Blocks of ``count`` weights, a last one of fewer than 64 included."""
+    return -(-count // BLOCK)
+
+
+class Packer:
+    """Quantizes with ``threads`` threads (default: as many as torch uses); the result does not depend on them.
+
+    Use it as a context manager: it owns a thread pool and each thread's buffers.
+    """
+
+    def __init__(self, quant_type: str, threads: int | None = None) -> None:
+        self._code = _code(quant_type)
+        count = threads or torch.get_num_threads()
+        self._scratch = [_Scratch(CHUNK) for _ in range(count)]
+        self._pool = ThreadPoolExecutor(count, "qvera-nibbles") if count > 1 else None
+
+    def __enter__(self) -> Packer:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def pack(self, weights: torch.Tensor, packed: np.ndarray, absmax: np.ndarray) -> None:
+        """Quantize a contiguous CPU tensor of n weights (any shape; bf16, fp16 or fp32) as one flat row.
+
+        A tensor can come in pieces, each but the last of a multiple of 64 weights. NaN and Inf are not looked for: their
+        block's absmax is NaN or Inf.
+
+        Args:
+            weights: n weights.
+            packed: uint8 [⌈n/2⌉], written.
+            absmax: fp32 [⌈n/64⌉], written.
+        """
+        dtype = weights.dtype
+        bits = weights.detach().reshape(-1).view(torch.int16 if dtype.itemsize == 2 else torch.int32).numpy()
+        bits = bits.view(_BITS[dtype])
+        whole = bits.size - bits.size % BLOCK
+
+        def work(number: int) -> None:
+            with np.errstate(all="ignore"):  # NaN and Inf are the caller's to find, in absmax
+                work_quietly(number)
+
+        def work_quietly(number: int) -> None:
+            for start in range(number * CHUNK, whole, CHUNK * len(self._scratch)):
+                stop = min(start + CHUNK, whole)
+                _whole_blocks(
+                    bits[start:stop], dtype, self._code, self._scratch[number],
+                    packed[start // 2 : stop // 2], absmax[start // BLOCK : stop // BLOCK],
+                )  # fmt: skip
+
+        if self._pool is None or whole <= CHUNK:
+            for number in range(len(self._scratch)):
+                work(number)
+        else:
+            list(self._pool.map(work, range(len(self._scratch))))
+        if whole < bits.size:
+            with np.errstate(all="ignore"):
+                _last_block(bits[whole:], dtype, self._code, packed[whole // 2 :], absmax[whole // BLOCK :])
+
+
+def pack(weights: torch.Tensor, quant_type: str, threads: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """One whole tensor: packed nibbles uint8 [⌈n/2⌉] and absmax fp32 [⌈n/64⌉], equal to bitsandbytes' on a CPU."""
+    packed = np.empty(packed_size(weights.numel()), np.uint8)
+    absmax = np.empty(block_count(weights.numel()), np.float32)
+    with Packer(quant_type, threads) as packer:
+        packer.pack(weights.contiguous(), packed, absmax)
+    return torch.from_numpy(packed), torch.from_numpy(absmax)

@@ -1,0 +1,381 @@
+"""All that is known of bitsandbytes' formats: how to ask for a quantized load, and how to read a quantized weight.
+
+Storage formats: 4-bit NF4/FP4 with optional double quantization (QLoRA, arXiv 2305.14314, sections 3.1 and 3.2) as
+`bitsandbytes.nn.Linear4bit` holds it, and int8 with one scale a row (LLM.int8(), arXiv 2208.07339) as
+`bitsandbytes.nn.Linear8bitLt` holds it.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from transformers import BitsAndBytesConfig
+from transformers.quantizers import AutoHfQuantizer
+
+from qvera.config.schema import ModelSection
+from qvera.distributed.zero_params import whole_numel
+from qvera.models.bitsandbytes_import import bitsandbytes as bnb
+
+bnb_functional: Any = bnb.functional
+
+Linear4bit = bnb.nn.Linear4bit
+Linear8bit = bnb.nn.Linear8bitLt
+
+
+def quantization_config(section: ModelSection, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """What transformers needs in order to quantize while it loads; None for an unquantized base."""
+    if section.quantization == "none":
+        return None
+    if section.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=section.quantization,
+        bnb_4bit_use_double_quant=section.double_quant,
+        bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_quant_storage=getattr(torch, section.quant_storage),
+    )
+
+
+def four_bit_linears(model: torch.nn.Module, section: ModelSection) -> set[str]:
+    """Names of the modules that transformers makes 4-bit in this model (on the meta device; it is changed in place).
+
+    All `nn.Linear` (and Conv1D) but the output head, what is tied to the embeddings, and what the model keeps in fp32.
+    """
+    quantizer = AutoHfQuantizer.from_config(quantization_config(section, torch.bfloat16), pre_quantized=False)
+    quantizer.preprocess_model(model, device_map=None)
+    return {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+
+
+STATE_KEY = "quant_state.bitsandbytes__"
+_NESTED_BLOCK = 256
+_FLOAT_CHARACTERS = 24
+"""The longest that JSON writes a float: -1.2345678901234567e-123."""
+
+
+def serialized_layout(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, section: ModelSection
+) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """Name, dtype and shape of each tensor that bitsandbytes stores for a 4-bit weight ``name`` of this shape and dtype.
+
+    Wide ones first, and the JSON at the end filled up with blanks (which a JSON parser skips), so that it is as long whatever
+    number is in it and what follows starts at a multiple of 64 bytes if this did.
+    """
+    count, storage = math.prod(shape), getattr(torch, section.quant_storage)
+    blocks = -(-count // 64)
+    layout: list[tuple[str, torch.dtype, tuple[int, ...]]]
+    layout = [(name, storage, (-(-count // 2) // storage.itemsize, 1))]
+    if section.double_quant:
+        layout += [
+            (f"{name}.nested_absmax", torch.float32, (-(-blocks // _NESTED_BLOCK),)),
+            (f"{name}.nested_quant_map", torch.float32, (256,)),
+        ]
+    else:
+        layout.append((f"{name}.absmax", torch.float32, (blocks,)))
+    layout.append((f"{name}.quant_map", torch.float32, (16,)))
+    if section.double_quant:
+        layout.append((f"{name}.absmax", torch.uint8, (blocks,)))
+    state: dict[str, Any] = {"quant_type": "nf4", "blocksize": 64, "dtype": _dtype_name(dtype), "shape": shape}
+    if section.double_quant:
+        state |= {"nested_blocksize": _NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": 0.0}
+    length = len(json.dumps(state)) + _FLOAT_CHARACTERS
+    size = sum(math.prod(s) * d.itemsize for _, d, s in layout)
+    length += -(size + length) % 64
+    return [*layout, (f"{name}.{STATE_KEY}{section.quantization}", torch.uint8, (length,))]
+
+
+def serialized_statistics(
+    name: str, absmax: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, section: ModelSection
+) -> dict[str, torch.Tensor]:
+    """The tensors of `serialized_layout` but the first, from the absmax fp32 [blocks] of a weight.
+
+    Double quantization is bitsandbytes' own, over all of ``absmax`` at once.
+    """
+    code = bnb_functional.get_4bit_type(section.quantization, device=absmax.device)
+    make = functools.partial(
+        bnb_functional.QuantState, shape=shape, dtype=dtype, blocksize=64, code=code, quant_type=section.quantization
+    )
+    if section.double_quant:
+        offset = absmax.mean()
+        small, nested = bnb_functional.quantize_blockwise(absmax - offset, blocksize=_NESTED_BLOCK)
+        return serialized_state(name, make(absmax=small, offset=offset, state2=nested), section)
+    return serialized_state(name, make(absmax=absmax), section)
+
+
+def serialized_state(name: str, state: Any, section: ModelSection) -> dict[str, torch.Tensor]:
+    """A `QuantState` as the tensors of `serialized_layout` but the first, on the CPU."""
+    tensors = {f"{name}.{key}": tensor.cpu() for key, tensor in state.as_dict(packed=True).items()}
+    key, _, (length,) = serialized_layout(name, tuple(state.shape), state.dtype, section)[-1]
+    text = tensors[key].numpy().tobytes().ljust(length)
+    tensors[key] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    return tensors
+
+
+def quantized_on_device(
+    name: str, weight: torch.Tensor, section: ModelSection
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """A whole weight by bitsandbytes' own kernels, on the device it is on: packed, and `serialized_state`, on the CPU."""
+    packed, state = bnb_functional.quantize_4bit(
+        weight,
+        blocksize=64,
+        compress_statistics=section.double_quant,
+        quant_type=section.quantization,
+        quant_storage=getattr(torch, section.quant_storage),
+    )
+    return packed.cpu(), serialized_state(name, state, section)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def dequantized_weight(module: Any, dtype: torch.dtype) -> torch.Tensor:
+    """The weight [out_features, in_features] of a linear layer in ``dtype``, dequantized if it is quantized.
+
+    A dense layer's weight comes back as it is where the dtype already fits (not a copy).
+
+    Raises:
+        RuntimeError: the 4-bit weight has no quantization state, or another library repacked it in place.
+    """
+    weight = module.weight
+    if isinstance(module, Linear4bit):
+        # ZeRO-3 and low_cpu_mem loading can separate a parameter from its state; bitsandbytes keeps a second reference
+        state = getattr(weight, "quant_state", None) or module.quant_state
+        if state is None:
+            raise RuntimeError("a 4-bit layer has no quantization state: its weight was never quantized")
+        if getattr(state, "packing_format_for_cpu", False):
+            raise RuntimeError(
+                "this 4-bit weight was repacked by a bitsandbytes evaluation pass before qvera got it; such a weight has no "
+                "correct gradient. Load the base model again and attach the adapter before running it"
+            )
+        return _dequantized(weight.data.view(-1, 1), state).to(dtype)
+    if isinstance(module, Linear8bit):
+        rows, scales = int8_rows(module)
+        return (rows.to(torch.float32) * (scales.to(torch.float32) / 127.0).unsqueeze(1)).to(dtype)
+    return weight.to(dtype)
+
+
+def _dequantized(packed: torch.Tensor, state: Any) -> torch.Tensor:
+    """A 4-bit weight as numbers of its state's dtype, whatever its width.
+
+    Blocks are consecutive elements of the flattened weight. bitsandbytes' AVX-512 kernel (0.50.0 and 0.50.2) takes a row of n
+    for n // 64 blocks instead: wrong scales where n is a multiple of 32 but not of 64 (32, 96, 160). On a CPU a weight whose
+    blocks lie across rows goes to it in rows of one block, or as a single row where its last block is short.
+    """
+    shape = state.shape
+    if packed.device.type != "cpu" or shape[-1] % state.blocksize == 0:
+        return bnb_functional.dequantize_4bit(packed, state)
+    count = math.prod(shape)
+    rows = copy.copy(state)
+    width = count if count % state.blocksize else state.blocksize
+    rows.shape = torch.Size((count // width, width))
+    return bnb_functional.dequantize_4bit(packed, rows).view(shape)
+
+
+def dequantized_rows(module: Any, dtype: torch.dtype, rows: int) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The weight of a 4-bit layer on a CPU in ``dtype``, so many rows at a time; together they are `dequantized_weight` to the bit.
+
+    Takes a weight whose blocks of scales end with its rows (`ends_with_rows`).
+    """
+    weight, (m, n) = module.weight, (module.out_features, module.in_features)
+    state = copy.copy(getattr(weight, "quant_state", None) or module.quant_state)
+    scales = state.absmax
+    if state.nested:
+        scales = bnb_functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    state.nested, state.state2 = False, None
+    packed, each = weight.data.view(torch.uint8).view(-1), n // state.blocksize
+    for start in range(0, m, rows):
+        end = min(start + rows, m)
+        state.absmax, state.shape = scales[start * each : end * each], torch.Size((end - start, n))
+        part = packed[start * n // 2 : end * n // 2].view(-1, 1)
+        yield slice(start, end), bnb_functional.dequantize_4bit(part, state).to(dtype)
+
+
+def ends_with_rows(module: Any) -> bool:
+    """Whether a 4-bit layer is as bitsandbytes stores it, and its blocks of scales end where its rows do."""
+    state = getattr(module.weight, "quant_state", None) or module.quant_state
+    if state is None or getattr(state, "packing_format_for_cpu", False):
+        return False
+    return module.in_features % state.blocksize == 0
+
+
+def int8_rows(module: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed rows int8 [m, n] and the absolute maximum of each row [m]; a forward pass moves them into the state."""
+    state: Any = module.state
+    if state.CB is not None:
+        return state.CB, state.SCB
+    return module.weight.data, module.weight.SCB
+
+
+def storage_bytes(module: Any) -> int:
+    """Bytes that a linear layer's weight takes as stored, quantization state included."""
+    weight = module.weight
+    size = whole_numel(weight) * weight.element_size()
+    if isinstance(module, Linear4bit):
+        state = getattr(weight, "quant_state", None) or module.quant_state
+        if state is not None:
+            size += _state_bytes(state)
+    elif isinstance(module, Linear8bit):
+        size += int8_rows(module)[1].numel() * 4
+    return size
+
+
+def _state_bytes(state: Any) -> int:
+    size = state.absmax.numel() * state.absmax.element_size()
+    return size + (_state_bytes(state.state2) if getattr(state, "nested", False) else 0)
+
+
+class FourBitFacts(NamedTuple):
+    """What a loaded 4-bit layer really is, read from the live module."""
+
+    quant_type: str
+    double_quant: bool
+    storage_dtype: torch.dtype
+    compute_dtype: torch.dtype | None
+    blocksize: int
+
+
+def four_bit_facts(module: Any) -> FourBitFacts:
+    """Read a Linear4bit's quantization back from its live tensors.
+
+    Raises:
+        RuntimeError: the layer was never quantized.
+    """
+    weight = module.weight
+    state = getattr(weight, "quant_state", None) or module.quant_state
+    if state is None:
+        raise RuntimeError("a 4-bit layer has no quantization state: its weight was never quantized")
+    return FourBitFacts(state.quant_type, bool(state.nested), weight.dtype, module.compute_dtype, state.blocksize)
+
+
+def prequantized_linear(
+    dense: torch.nn.Linear,
+    packed: torch.Tensor,
+    statistics: dict[str, torch.Tensor],
+    compute_dtype: torch.dtype,
+    device: torch.device,
+) -> Any:
+    """A `Linear4bit` in the place of ``dense`` (on the meta device) around a weight that was quantized before.
+
+    Args:
+        packed: the weight's packed bytes, in any storage dtype.
+        statistics: bitsandbytes' serialized quantization state: ``X.absmax``, ``X.quant_map``, ``X.quant_state.bitsandbytes__nf4``
+            and, with double quantization, ``X.nested_absmax`` and ``X.nested_quant_map``.
+
+    On a CPU neither is copied.
+    """
+    bias = dense.bias is not None
+    layer = Linear4bit(
+        dense.in_features, dense.out_features, bias, compute_dtype, quant_storage=packed.dtype, device="meta"
+    )
+    weight = bnb.nn.Params4bit.from_prequantized(packed, statistics, requires_grad=False, device=device, module=layer)
+    weight.quant_state.dtype = compute_dtype  # what it dequantizes to; the file says what it was quantized from
+    layer.weight = weight
+    if bias:
+        layer.bias = dense.bias
+    return layer
+
+
+def requantized(module: Any, weight: torch.Tensor) -> torch.nn.Parameter:
+    """``weight`` [m, n] quantized the way ``module`` is, as a new parameter on the module's device (for merging)."""
+    if isinstance(module, Linear4bit):
+        facts, device = four_bit_facts(module), module.weight.device
+        source = weight.to(device=device, dtype=facts.compute_dtype or torch.float32)
+        packed, state = bnb_functional.quantize_4bit(
+            source,
+            blocksize=facts.blocksize,
+            compress_statistics=facts.double_quant,
+            quant_type=facts.quant_type,
+            quant_storage=facts.storage_dtype,
+        )
+        return bnb.nn.Params4bit(
+            packed,
+            requires_grad=False,
+            quant_state=state,
+            blocksize=facts.blocksize,
+            compress_statistics=facts.double_quant,
+            quant_type=facts.quant_type,
+            quant_storage=facts.storage_dtype,
+            module=module,
+            bnb_quantized=True,
+        )
+    rows, scales, _ = bnb_functional.int8_vectorwise_quant(weight.to(device=module.weight.device, dtype=torch.float16))
+    return bnb.nn.Int8Params(rows, requires_grad=False, has_fp16_weights=False, CB=rows, SCB=scales)
+
+
+def roundtrip(weight: torch.Tensor, section: ModelSection) -> torch.Tensor:
+    """A 16-bit weight [m, n] as the quantized base holds it: quantized as the recipe says, and dequantized again."""
+    if section.quantization == "none":
+        return weight
+    if section.quantization == "int8":
+        rows, scales, _ = bnb_functional.int8_vectorwise_quant(weight.to(torch.float16))
+        return (rows.to(torch.float32) * (scales.to(torch.float32) / 127.0).unsqueeze(1)).to(weight.dtype)
+    packed, state = bnb_functional.quantize_4bit(
+        weight, blocksize=64, compress_statistics=section.double_quant, quant_type=section.quantization
+    )
+    return _dequantized(packed, state)
+
+
+def nested_roundtrip(absmax: torch.Tensor) -> torch.Tensor:
+    """The absolute maxima of a whole weight's blocks, fp32, as double quantization keeps them."""
+    offset = absmax.mean()
+    packed, state = bnb_functional.quantize_blockwise(absmax - offset, blocksize=256)
+    return bnb_functional.dequantize_blockwise(packed, state) + offset
+
+
+def roundtrip_blocks(weight: torch.Tensor, absmax: torch.Tensor, quant_type: str, dtype: torch.dtype) -> torch.Tensor:
+    """`roundtrip` of whole blocks of 64 consecutive elements to ``dtype``, scaled back by ``absmax``, one number a block."""
+    packed, state = bnb_functional.quantize_4bit(weight, blocksize=64, compress_statistics=False, quant_type=quant_type)
+    state.absmax, state.dtype = absmax.contiguous(), dtype
+    return _dequantized(packed, state)
+
+
+class InferencePack(NamedTuple):
+    """A copy of a 4-bit weight in the layout of bitsandbytes' fused AVX512-BF16 kernel. The original is untouched."""
+
+    weight: torch.Tensor
+    state: Any
+
+
+def inference_pack(module: Any) -> InferencePack | None:
+    """Make that copy where the CPU and the shape allow it, else None (the caller dequantizes, as bitsandbytes does).
+
+    bitsandbytes itself repacks the weight *in place* on the first evaluation pass, after which its gradients are wrong.
+    """
+    pack = getattr(bnb_functional, "_convert_weight_packed_for_cpu", None)
+    available = getattr(bnb_functional, "has_avx512bf16", None)
+    weight = module.weight
+    if pack is None or available is None or weight.device.type != "cpu" or not available():
+        return None
+    state = getattr(weight, "quant_state", None) or module.quant_state
+    rows, columns = state.shape
+    if rows % 32 or columns % state.blocksize or columns % 2:
+        return None
+    packed, packed_state = pack(weight.data, copy.copy(state))
+    return InferencePack(packed, packed_state)
+
+
+def fused_matmul(x: torch.Tensor, module: Any, pack: InferencePack | None) -> torch.Tensor | None:
+    """x Wᵀ [..., m] by bitsandbytes' fused 4-bit kernels, for use without gradients; None where there is no faster one."""
+    if pack is not None:
+        return bnb_functional.gemv_4bit(x, pack.weight, state=pack.state)
+    if x.device.type != "cpu":
+        state = getattr(module.weight, "quant_state", None) or module.quant_state
+        return bnb.matmul_4bit(x, module.weight.t(), quant_state=state)
+    return None
+
+
+def bitsandbytes_optimizer(name: str, groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
+    """An AdamW of bitsandbytes by its recipe name: ``adamw_8bit``, ``paged_adamw`` or ``paged_adamw_8bit``."""
+    classes = {
+        "adamw_8bit": bnb.optim.AdamW8bit,
+        "paged_adamw": bnb.optim.PagedAdamW,
+        "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
+    }
+    return classes[name](groups, **settings)

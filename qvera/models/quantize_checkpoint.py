@@ -1,0 +1,332 @@
+"""A 16-bit checkpoint → bitsandbytes' own serialized 4-bit checkpoint, which stock transformers loads and qvera maps.
+
+Every source file is read once, in the order of its bytes: hashed, quantized and written piece by piece by threads that wait
+for each other (`pieces.ahead`), so that memory is a few pieces and one weight's scales. Finished shards outlive a kill;
+``config.json``, without which nothing takes a directory for a model, comes last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qvera.config.schema import ModelSection
+from qvera.models import nf4, quantization
+from qvera.models.source_checkpoint import Source
+from qvera.utils import memory
+from qvera.utils.atomic import Unfinished, disk_full_says, flush, replace_text, require_space
+from qvera.utils.checkpoint_index import grouped_by_bytes
+from qvera.utils.errors import RunFailed
+from qvera.utils.safetensors_io import base_fingerprint, file_sha256, write_source_fingerprint
+from qvera.utils.safetensors_stream import Piece, Spec, ahead, read_pieces, write_index, write_pieces
+
+RECORD = "qvera_quantized.json"
+"""Beside the weights: what they were made from, and their hashes."""
+SHARD_BYTES = 1_000_000_000
+"""A kill costs at most the work of one shard."""
+_NOT_COPIED = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pkl",
+    ".pickle",
+    ".pth",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".ckpt",
+    ".index.json",
+)
+_DEPTH = 4
+
+Progress = Callable[[int, int, str], None]
+"""Called with (source bytes done, source bytes in all, tensor name)."""
+
+
+def settings_of(section: ModelSection) -> dict[str, Any]:
+    """What a quantized copy depends on besides the source."""
+    return {
+        "quantization": section.quantization,
+        "double_quant": section.double_quant,
+        "quant_storage": section.quant_storage,
+        "blocksize": nf4.BLOCK,
+    }
+
+
+def content_identity(config_sha256: str, files: Mapping[str, str], settings: Mapping[str, Any]) -> str:
+    """One hash, in hex, over config, shards (name → SHA-256) and settings."""
+    text = json.dumps([1, config_sha256, sorted(files.items()), sorted(settings.items())])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def quantize_checkpoint(
+    section: ModelSection,
+    source: Source,
+    out: Path,
+    *,
+    known: Mapping[Path, str] | None = None,
+    device: torch.device | None = None,
+    progress: Progress | None = None,
+    shard_bytes: int | None = None,
+) -> dict[str, Any]:
+    """Write the 4-bit checkpoint to ``out``, or go on with it; returns its record (also written there).
+
+    Args:
+        section: quantization, double_quant and quant_storage.
+        known: source file → SHA-256, of files that need not be hashed again.
+        device: where to quantize; CUDA uses bitsandbytes' own kernels.
+        progress: called on the calling thread; may raise, to stop.
+
+    Raises:
+        InputError: ``out`` holds something else, or its disk has no room.
+        RunFailed: a weight has NaN or Inf, the source changed meanwhile, or the disk is full; finished shards are kept.
+    """
+    began = time.perf_counter()
+    device = device or torch.device("cpu")
+    files = source.file_identity()
+    # what the bytes are a function of; the device, because bitsandbytes' kernels may round its statistics otherwise
+    identity = {
+        "source": str(source.directory.resolve()),
+        "files": files,
+        "config": source.config_sha256,
+        "settings": settings_of(section),
+        "device": device.type,
+        "shard_bytes": shard_bytes or SHARD_BYTES,
+    }
+    plan = _plan(source, section, shard_bytes or SHARD_BYTES)
+    with (
+        Unfinished.open(out, identity, "quantize") as work,
+        disk_full_says(f"{out}", "Finished shards are kept: run again."),
+    ):
+        have = {name for name, _ in plan if work.has(name)}
+        require_space(
+            out, sum(s.size_bytes for name, specs in plan if name not in have for s in specs), "the quantized copy"
+        )
+        hashes = dict(work.facts.get("source", {}))
+        hashes |= {file.name: digest for file, digest in (known or {}).items() if file in source.files}
+        done = _Position(source.size_bytes)
+        needed = _needed(source, plan, have)
+        with nf4.Packer(section.quantization) as packer:
+            read = ahead(_read(source, needed, hashes, done), _DEPTH)
+            made = ahead(_convert(read, source, section, device, packer), _DEPTH)
+            try:
+                for name, specs in plan:
+                    if name in have:
+                        continue
+                    digest = write_pieces(out / name, specs, _watched(made, done, progress))
+                    work.facts["source"] = dict(hashes)
+                    work.finished(name, digest)
+                for _ in made:  # what is left of the source to be hashed
+                    raise RuntimeError("more tensors were made than planned")
+            finally:
+                made.close()
+        if source.file_identity() != files:
+            raise RunFailed(f"{source.directory}: its shards changed while they were read. Run again.")
+        if progress is not None:
+            progress(done.total, done.total, "")
+        record = {
+            "format": 1,
+            "source": {
+                "path": section.path,
+                "revision": section.revision,
+                "directory": str(source.directory.resolve()),
+                "config_sha256": source.config_sha256,
+                "files": {
+                    file.name: {"sha256": hashes[file.name], "bytes": files[file.name][0]} for file in source.files
+                },
+            },
+            "settings": settings_of(section),
+            "identity": content_identity(
+                source.config_sha256, {file.name: hashes[file.name] for file in source.files}, settings_of(section)
+            ),
+            "files": {name: {"sha256": work.shards[name], "bytes": (out / name).stat().st_size} for name, _ in plan},
+            "seconds": time.perf_counter() - began,
+            "versions": memory.versions(),
+        }
+        _finish(source, section, out, plan, record)
+        work.complete()
+    return record
+
+
+def output_bytes(source: Source, section: ModelSection) -> int:
+    """Bytes of the tensors of the quantized copy."""
+    return sum(spec.size_bytes for _, specs in _plan(source, section, SHARD_BYTES) for spec in specs)
+
+
+def _plan(source: Source, section: ModelSection, shard_bytes: int) -> list[tuple[str, list[Spec]]]:
+    """File name and tensors of each output shard, in the order of the source; a weight and its statistics stay together."""
+
+    def units() -> Iterator[list[Spec]]:
+        for spec, *_ in source.tensors:
+            if spec.name in source.quantized:
+                yield [
+                    Spec(*item) for item in quantization.serialized_layout(spec.name, spec.shape, spec.dtype, section)
+                ]
+            else:
+                yield [spec]
+
+    return grouped_by_bytes(units(), lambda spec: spec.size_bytes, shard_bytes)
+
+
+class _Position:
+    """Source bytes read so far; written by the reading thread, read by the one that shows it."""
+
+    def __init__(self, total: int) -> None:
+        self.done, self.total = 0, total
+
+
+def _needed(source: Source, plan: list[tuple[str, list[Spec]]], have: set[str]) -> set[str]:
+    """Names of the source tensors that are not in a finished shard."""
+    missing = {spec.name for name, specs in plan if name not in have for spec in specs}
+    return {stored.spec.name for stored in source.tensors if stored.spec.name in missing}
+
+
+def _read(source: Source, needed: set[str], hashes: dict[str, str], position: _Position) -> Iterator[Piece]:
+    """All needed pieces of the source; a file whose hash is not known is read whole for it."""
+    before = 0
+    for file in source.files:
+        digest = None if file.name in hashes else hashlib.sha256()
+        for piece in read_pieces(file, needed, digest):
+            position.done = before + piece.stored.start
+            yield piece
+        if digest is not None:
+            hashes[file.name] = digest.hexdigest()
+        before += file.stat().st_size
+        position.done = before
+
+
+def _convert(
+    read: Iterator[Piece], source: Source, section: ModelSection, device: torch.device, packer: nf4.Packer
+) -> Iterator[tuple[str, Any]]:
+    """Pieces of the source → pieces of the output, with the name of the output tensor they belong to."""
+    absmax = np.empty(0, np.float32)
+    blocks = 0
+    gathered: list[torch.Tensor] = []
+    try:
+        for stored, data, last in read:
+            spec = stored.spec
+            if spec.name not in source.quantized:
+                yield spec.name, data
+                continue
+            values = torch.from_numpy(data).view(spec.dtype)
+            if device.type != "cpu":
+                gathered.append(values.to(device, non_blocking=True))
+                if last:
+                    yield from _on_device(spec, torch.cat(gathered), section, source)
+                    gathered.clear()
+                continue
+            if not blocks:
+                absmax = np.empty(nf4.block_count(spec.numel), np.float32)
+            packed = np.empty(nf4.packed_size(values.numel()), np.uint8)
+            here = absmax[blocks : blocks + nf4.block_count(values.numel())]
+            packer.pack(values, packed, here)
+            if not np.isfinite(here).all():
+                raise _not_finite(spec, source)
+            blocks += len(here)
+            yield spec.name, packed
+            if last:
+                blocks = 0
+                statistics = quantization.serialized_statistics(
+                    spec.name, torch.from_numpy(absmax), spec.shape, spec.dtype, section
+                )
+                yield from _in_order(spec, statistics, section)
+    finally:
+        read.close()  # type: ignore[attr-defined]
+
+
+def _on_device(spec: Spec, weight: torch.Tensor, section: ModelSection, source: Source) -> Iterator[tuple[str, Any]]:
+    if not torch.isfinite(weight).all():
+        raise _not_finite(spec, source)
+    packed, statistics = quantization.quantized_on_device(spec.name, weight.view(spec.shape), section)
+    yield spec.name, packed.reshape(-1).view(torch.uint8).numpy()
+    yield from _in_order(spec, statistics, section)
+
+
+def _in_order(spec: Spec, statistics: dict[str, torch.Tensor], section: ModelSection) -> Iterator[tuple[str, Any]]:
+    for name, dtype, shape in quantization.serialized_layout(spec.name, spec.shape, spec.dtype, section)[1:]:
+        tensor = statistics[name]
+        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+            raise RuntimeError(
+                f"{name}: bitsandbytes made {tensor.dtype} {list(tensor.shape)}, expected {dtype} {list(shape)}"
+            )
+        yield name, tensor.contiguous().view(torch.uint8).numpy()
+
+
+def _not_finite(spec: Spec, source: Source) -> RunFailed:
+    return RunFailed(
+        f"{source.file_of[spec.name]}: {spec.name} has NaN or Inf in it, so it can't be quantized. The checkpoint is damaged, or "
+        "was saved in a dtype too narrow for it."
+    )
+
+
+def _watched(
+    made: Iterator[tuple[str, Any]], position: _Position, progress: Progress | None
+) -> Iterator[tuple[str, Any]]:
+    for name, data in made:
+        if progress is not None:
+            progress(position.done, position.total, name)
+        yield name, data
+
+
+def _finish(
+    source: Source,
+    section: ModelSection,
+    out: Path,
+    plan: list[tuple[str, list[Spec]]],
+    record: dict[str, Any],
+) -> None:
+    """Index, tokenizer and the like, record, and config.json last."""
+    write_index(out, plan)
+    for file in sorted(source.directory.iterdir()):
+        if file.name in ("config.json", RECORD) or file.name.startswith(".") or not file.is_file():
+            continue
+        if not file.name.lower().endswith(_NOT_COPIED):
+            shutil.copyfile(file, out / file.name)
+            flush(out / file.name)
+    replace_text(out / RECORD, json.dumps(record, indent=1))
+    write_source_fingerprint(out, base_fingerprint(source.directory))
+    dtypes = [stored.spec.dtype for stored in source.tensors if stored.spec.name in source.quantized]
+    dtype = max(set(dtypes), key=dtypes.count) if dtypes else torch.bfloat16
+    wanted = quantization.quantization_config(section, dtype)
+    assert wanted is not None  # read_source was asked for 4 bits
+    config = dict(source.config)
+    config["quantization_config"] = json.loads(wanted.to_json_string(use_diff=False))
+    if "dtype" not in config and "torch_dtype" not in config:
+        config["dtype"] = str(dtype).removeprefix("torch.")
+    replace_text(out / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def read_record(directory: Path) -> dict[str, Any] | None:
+    """The record of a finished quantized copy, or None where there is none."""
+    if not (directory / "config.json").is_file():
+        return None
+    try:
+        record = json.loads((directory / RECORD).read_text(encoding="utf-8"))
+        return record if record["format"] == 1 and record["identity"] and record["files"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def problem_of(directory: Path, *, verify: bool = False) -> str | None:
+    """What is wrong with a quantized copy, or None: every shard there and as long as recorded, with ``verify`` as hashed."""
+    record = read_record(directory)
+    if record is None:
+        return f"{directory / RECORD} is missing or damaged"
+    for name, expected in record["files"].items():
+        file = directory / name
+        if not file.is_file():
+            return f"{file} is missing"
+        if file.stat().st_size != expected["bytes"]:
+            return f"{file} is {file.stat().st_size} bytes long, expected {expected['bytes']}"
+        if verify and file_sha256(file) != expected["sha256"]:
+            return f"{file} has another SHA-256 than when it was written"
+    return None

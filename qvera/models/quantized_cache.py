@@ -1,0 +1,234 @@
+"""Quantized bases, made once and found again by content: the entries (`qvera.utils.cache_dir`) of $QVERA_CACHE/bases.
+
+An entry's name is nf4-IDENTITY, of config, shards and settings (`prequantize.content_identity`); the KEY of one that is being made
+is of source path, sizes, times, settings and device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from qvera.config.schema import ModelSection
+from qvera.models import quantize_checkpoint, source_checkpoint
+from qvera.models.hub import base_directory
+from qvera.models.source_checkpoint import NotPlain, Source
+from qvera.utils.atomic import flush
+from qvera.utils.cache_dir import UNFINISHED, WAIT_SECONDS, HashIndex, Kind, Progress, discard, size_bytes
+from qvera.utils.errors import InputError
+from qvera.utils.paths import cache_root
+from qvera.utils.safetensors_io import file_stamp
+
+__all__ = ["BASES", "NotPlain", "cached_base", "find_base", "quantized_copy"]
+
+
+def bases_root() -> Path:
+    """Where the quantized copies are."""
+    return cache_root() / "bases"
+
+
+def _problem(directory: Path) -> str | None:
+    return quantize_checkpoint.problem_of(directory, verify=True)
+
+
+BASES = Kind(("quantized base", "quantized bases"), bases_root, quantize_checkpoint.read_record, _problem)
+
+
+def cached_base(
+    section: ModelSection,
+    *,
+    device: torch.device | None = None,
+    verify: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """The directory of the quantized copy of ``section.path``, made on first use.
+
+    Processes that want the same one at the same time: one makes it, the others wait. A copy that is found damaged is made
+    again.
+
+    Args:
+        device: where to quantize (default CPU).
+        verify: hash source and copy again, instead of believing sizes and times.
+
+    Raises:
+        NotPlain: transformers renames or fuses this checkpoint's tensors while loading.
+        InputError: no such model, a shard is missing or damaged, or the cache can't be written.
+        RunFailed: a weight has NaN or Inf, or the disk is full; finished shards are kept.
+    """
+    directory = base_directory(section)
+    if not verify and (found := find_base(section, directory)) is not None:
+        return found  # without a look at the model
+    source = source_checkpoint.read_source(section, directory)
+    root = bases_root()
+    hashes = HashIndex(root / "hashes.json")
+    key = _key(source, section, device)
+    unfinished = root / f"{UNFINISHED}{key}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{root}: the cache can't be written ({error.strerror}). Set QVERA_CACHE to a directory that can."
+        ) from None
+    lock = FileLock(root / f".{key}.lock")
+    _wait_for(lock, unfinished, quantize_checkpoint.output_bytes(source, section), progress)
+    try:
+        known = {} if verify else hashes.known(source.files)
+        if verify or (len(known) < len(source.files) and _similar(source, section)):
+            known = hashes.hashed(source.files, known, progress)
+        if len(known) == len(source.files):
+            target = root / _name(section, _identity(source, section, known))
+            if target.exists() and quantize_checkpoint.problem_of(target, verify=verify) is None:
+                return target
+        BASES.clear_removed()
+        record = _complete(unfinished)  # killed between its last byte and its name
+        if record is None and unfinished.is_dir() and not any(unfinished.glob(".qvera_*")):
+            discard(unfinished)  # it was complete once, and was damaged since: nothing to go on from
+        if record is None:
+            record = quantize_checkpoint.quantize_checkpoint(
+                section, source, unfinished, known=known, device=device, progress=_staged(progress, "quantizing")
+            )
+        _remember(hashes, source, record)
+        return _publish(unfinished, root / _name(section, record["identity"]))
+    finally:
+        lock.release()
+
+
+def find_base(section: ModelSection, directory: Path | None = None) -> Path | None:
+    """The finished copy for this section if there is one, by what is known of the source's files; nothing is made or hashed."""
+    directory = directory or base_directory(section)
+    root = bases_root()
+    if not (root / "hashes.json").is_file():
+        return None
+    files = source_checkpoint.shard_files(directory)
+    known = HashIndex(root / "hashes.json").known(files)
+    if not files or len(known) < len(files) or not (directory / "config.json").is_file():
+        return None
+    config = hashlib.sha256((directory / "config.json").read_bytes()).hexdigest()
+    names = {file.name: digest for file, digest in known.items()}
+    identity = quantize_checkpoint.content_identity(config, names, quantize_checkpoint.settings_of(section))
+    target = root / _name(section, identity)
+    return target if quantize_checkpoint.problem_of(target) is None else None
+
+
+def quantized_copy(
+    section: ModelSection,
+    out: Path,
+    *,
+    device: torch.device | None = None,
+    verify: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write the quantized copy to ``out`` (or go on with it, or find it finished there) and return its record.
+
+    Raises:
+        InputError: ``out`` holds something else; else as `cached_base`.
+    """
+    source = source_checkpoint.read_source(section, base_directory(section))
+    hashes = HashIndex(bases_root() / "hashes.json")
+    known = {} if verify else hashes.known(source.files)
+    record = quantize_checkpoint.read_record(out)
+    if record is not None:
+        if record["settings"] != quantize_checkpoint.settings_of(section):
+            raise InputError(f"{out}: is quantized with other settings ({record['settings']}). Name another directory.")
+        known = hashes.hashed(source.files, known, progress)
+        if record["identity"] != _identity(source, section, known):
+            raise InputError(f"{out}: is the quantized copy of another checkpoint. Name another directory.")
+        if (problem := quantize_checkpoint.problem_of(out, verify=verify)) is not None:
+            raise InputError(f"{problem}. Delete {out} and run again.")
+        return record
+    record = quantize_checkpoint.quantize_checkpoint(
+        section, source, out, known=known, device=device, progress=_staged(progress, "quantizing")
+    )
+    _remember(hashes, source, record)
+    return record
+
+
+def _remember(hashes: HashIndex, source: Source, record: dict[str, Any]) -> None:
+    """The hashes that came out of quantizing; `quantize_checkpoint` has made sure that the files had not changed."""
+    recorded = record["source"]["files"]
+    hashes.add({file: (file_stamp(file.stat()), recorded[file.name]["sha256"]) for file in source.files})
+
+
+def _identity(source: Source, section: ModelSection, known: dict[Path, str]) -> str:
+    names = {file.name: digest for file, digest in known.items()}
+    return quantize_checkpoint.content_identity(source.config_sha256, names, quantize_checkpoint.settings_of(section))
+
+
+def _name(section: ModelSection, identity: str) -> str:
+    return f"{section.quantization}-{identity[:24]}"
+
+
+def _key(source: Source, section: ModelSection, device: torch.device | None) -> str:
+    where = device.type if device is not None else "cpu"
+    parts = [
+        str(source.directory.resolve()),
+        source.file_identity(),
+        source.config_sha256,
+        where,
+        quantize_checkpoint.SHARD_BYTES,
+    ]
+    text = json.dumps([parts, quantize_checkpoint.settings_of(section)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _similar(source: Source, section: ModelSection) -> bool:
+    """Whether a finished copy was made from files of these names and sizes: then it pays to hash before quantizing."""
+    sizes = {file.name: file.stat().st_size for file in source.files}
+    for found in BASES.listed():
+        record = found.record
+        if record is not None and record["settings"] == quantize_checkpoint.settings_of(section):
+            if {name: value["bytes"] for name, value in record["source"]["files"].items()} == sizes:
+                return True
+    return False
+
+
+def _staged(progress: Progress | None, stage: str) -> quantize_checkpoint.Progress | None:
+    if progress is None:
+        return None
+    return lambda done, total, what: progress(stage, done, total, what)
+
+
+def _wait_for(lock: FileLock, unfinished: Path, total: int, progress: Progress | None) -> None:
+    """Take the lock; while another process has it, show how far that one is."""
+    while True:
+        try:
+            lock.acquire(timeout=0 if progress is None else WAIT_SECONDS)
+            return
+        except Timeout:
+            if progress is None:
+                lock.acquire()
+                return
+            progress("waiting", min(size_bytes(unfinished), total), total, "another process quantizes this model")
+
+
+def _complete(unfinished: Path) -> dict[str, Any] | None:
+    """The record of a copy that is whole but for its place, or None."""
+    if quantize_checkpoint.problem_of(unfinished, verify=True) is not None or any(unfinished.glob(".qvera_*.json")):
+        return None
+    return quantize_checkpoint.read_record(unfinished)
+
+
+def _publish(made: Path, target: Path) -> Path:
+    """Give a finished copy its name; where another process was quicker, its copy is as good."""
+    if target.exists():
+        if (
+            quantize_checkpoint.problem_of(target) is None
+            and quantize_checkpoint.problem_of(target, verify=True) is None
+        ):
+            shutil.rmtree(made)
+            return target
+        discard(target)
+    try:
+        made.rename(target)
+    except OSError:
+        if quantize_checkpoint.problem_of(target) is not None:
+            raise
+        shutil.rmtree(made)
+    flush(target.parent)
+    return target

@@ -1,0 +1,1 @@
+"""The training loop, its checkpoints and logs, and the memory plan made before it."""

@@ -1,0 +1,238 @@
+"""A checkpoint: vectors, optimizer, schedule, random state, position. Never the frozen base.
+
+Layout of ``checkpoints/step-00000100/``::
+
+    vectors.safetensors     name → fp32 vector, the names of the adapter file
+    optimizer.safetensors   "name/key" → tensor of the optimizer's state for that vector
+    state.json              step, recipe, schedule, scalars of the optimizer, early-stopping state, earlier results
+    random.safetensors      torch's generator states (uint8): "cpu", "cuda"; of rank k above 0 "cpu.k", "cuda.k"
+    manifest.json           SHA-256 and size of each file; written last
+
+Everything is written under a temporary name, flushed, and renamed. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from qvera.distributed.group import Group
+from qvera.utils.atomic import disk_full_says, flush
+from qvera.utils.errors import InputError, first_line
+from qvera.utils.safetensors_io import file_sha256
+
+FORMAT = 1
+_FILES = ("vectors.safetensors", "optimizer.safetensors", "state.json", "random.safetensors")
+_NAME = re.compile(r"step-(\d{8})$")
+
+
+@dataclasses.dataclass
+class Checkpoint:
+    """What `load` gives back. ``state`` is the JSON object that was saved."""
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+    vectors: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+    random: dict[str, torch.Tensor]
+
+
+def save(
+    directory: Path,
+    step: int,
+    vectors: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    random: dict[str, torch.Tensor] | None = None,
+) -> Path:
+    """Write ``directory/step-XXXXXXXX``; it appears under this name only when it is complete and on disk.
+
+    ``random``: the generator states of all ranks (`random_state`); default: this process's.
+
+    Raises:
+        RunFailed: the disk is full or read-only; earlier checkpoints are kept.
+    """
+    kept = "Earlier checkpoints are kept; mend that and go on with --resume."
+    with disk_full_says(f"the checkpoint of step {step} in {directory}", kept):
+        try:
+            return _write(directory, step, vectors, optimizer, state, random_state() if random is None else random)
+        except BaseException:
+            shutil.rmtree(directory / f".partial-step-{step:08d}", ignore_errors=True)
+            raise
+
+
+def _write(
+    directory: Path,
+    step: int,
+    vectors: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    random: dict[str, torch.Tensor],
+) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    final = directory / f"step-{step:08d}"
+    partial = directory / f".partial-{final.name}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    tensors, scalars = _optimizer_state(vectors, optimizer)
+    save_file({n: p.detach().cpu().contiguous() for n, p in vectors.items()}, partial / "vectors.safetensors")
+    save_file(tensors, partial / "optimizer.safetensors")
+    save_file(random, partial / "random.safetensors")
+    document = {"format": FORMAT, "step": step, "optimizer_scalars": scalars, **state}
+    (partial / "state.json").write_text(json.dumps(document, indent=1))
+    manifest = {}
+    for file in sorted(partial.iterdir()):
+        manifest[file.name] = {"sha256": file_sha256(file), "bytes": file.stat().st_size}
+        flush(file)
+    (partial / "manifest.json").write_text(json.dumps({"format": FORMAT, "step": step, "files": manifest}, indent=1))
+    flush(partial / "manifest.json")
+    if final.exists():
+        shutil.rmtree(final)  # the same step, saved by a run that was then resumed from before it
+    partial.rename(final)
+    flush(directory)
+    return final
+
+
+def newest(directory: Path, warn: Any = None, check: Callable[[Checkpoint], None] | None = None) -> Checkpoint | None:
+    """The newest checkpoint that verifies, or None.
+
+    Args:
+        warn: called with a sentence about each one passed over.
+        check: what else a checkpoint has to stand; raises InputError where it does not.
+    """
+    if not directory.is_dir():
+        return None
+    for path in sorted((p for p in directory.iterdir() if _NAME.search(p.name)), reverse=True):
+        try:
+            found = load(path)
+            if check is not None:
+                check(found)
+            return found
+        except InputError as error:
+            if warn is not None:
+                warn(f"{error} It is passed over.")
+    return None
+
+
+def load(path: Path) -> Checkpoint:
+    """Read and verify one checkpoint.
+
+    Raises:
+        InputError: a file is missing, cut short or changed, or the format is another one.
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        version = manifest["format"]
+        files = {} if version != FORMAT else {n: manifest["files"][n] for n in _FILES}
+        expected = {name: (facts["bytes"], facts["sha256"]) for name, facts in files.items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: has no complete manifest.json ({type(error).__name__}), so it was not finished or is damaged."
+        ) from None
+    if version != FORMAT:
+        raise InputError(f"{path}: has checkpoint format {version}; this qvera reads format {FORMAT}.")
+    for name, (size_bytes, digest) in expected.items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != size_bytes or file_sha256(file) != digest:
+            raise InputError(
+                f"{file}: is missing or not what the manifest says (SHA-256), so this checkpoint is damaged."
+            )
+    # whoever made the manifest may have made the rest of it too
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        if state["step"] != int(path.name[-8:]):
+            raise ValueError(f"it is of step {state['step']}")
+        parts = [
+            load_file(path / name) for name in ("vectors.safetensors", "optimizer.safetensors", "random.safetensors")
+        ]
+        return Checkpoint(path, state["step"], state, *parts)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise InputError(
+            f"{path}: is no checkpoint of qvera's, though its manifest fits ({first_line(error)})"
+        ) from None
+
+
+def shared(found: Checkpoint | None, group: Group) -> Checkpoint | None:
+    """Rank 0's checkpoint on every rank: nodes need not share a disk."""
+    head = group.share(None if found is None else {"path": str(found.path), "step": found.step, "state": found.state})
+    if head is None or group.world_size == 1:
+        return found
+    parts = [group.share_tensors(getattr(found, name, None)) for name in ("vectors", "optimizer", "random")]
+    return Checkpoint(Path(head["path"]), head["step"], head["state"], *parts)
+
+
+def restore(
+    checkpoint: Checkpoint, vectors: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, rank: int = 0
+) -> None:
+    """Put a checkpoint's vectors, optimizer state and the random state of ``rank`` into a run.
+
+    A rank that the saved run did not have keeps the random state that it has.
+
+    Raises:
+        InputError: the names or shapes are not those of this run.
+    """
+    stored = {name: list(t.shape) for name, t in checkpoint.vectors.items()}
+    ours = {name: list(p.shape) for name, p in vectors.items()}
+    if stored != ours:
+        raise InputError(f"{checkpoint.path}: its vectors are not those of this recipe (other rank, targets or model).")
+    with torch.no_grad():
+        for name, parameter in vectors.items():
+            parameter.copy_(checkpoint.vectors[name])
+    for name, parameter in vectors.items():
+        entry: dict[str, Any] = dict(checkpoint.state["optimizer_scalars"].get(name, {}))
+        for key, tensor in checkpoint.optimizer.items():
+            owner, _, part = key.rpartition("/")
+            if owner == name:
+                # torch keeps AdamW's step counter on the CPU
+                entry[part] = tensor if part == "step" else tensor.to(parameter.device)
+        if entry:
+            optimizer.state[parameter] = entry
+    suffix = f".{rank}" if rank else ""
+    if f"cpu{suffix}" in checkpoint.random:
+        torch.set_rng_state(checkpoint.random[f"cpu{suffix}"])
+    if f"cuda{suffix}" in checkpoint.random and torch.cuda.is_available():
+        torch.cuda.set_rng_state(checkpoint.random[f"cuda{suffix}"])
+
+
+def prune(directory: Path, keep: int, also: set[int]) -> None:
+    """Delete all but the newest ``keep`` checkpoints and those of the steps in ``also``; and leftovers of killed writes."""
+    names = sorted(p for p in directory.iterdir() if _NAME.search(p.name))
+    for path in names[: max(len(names) - keep, 0)]:
+        if int(path.name[-8:]) not in also:
+            shutil.rmtree(path)
+    for path in directory.glob(".partial-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _optimizer_state(
+    vectors: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, Any]]]:
+    tensors: dict[str, torch.Tensor] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    for name, parameter in vectors.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{name}/{key}"] = value.detach().cpu().contiguous().clone()
+            else:
+                scalars.setdefault(name, {})[key] = value
+    return tensors, scalars
+
+
+def random_state(rank: int = 0) -> dict[str, torch.Tensor]:
+    """This process's generator states under the names that a checkpoint gives those of ``rank``."""
+    suffix = f".{rank}" if rank else ""
+    state = {f"cpu{suffix}": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state[f"cuda{suffix}"] = torch.cuda.get_rng_state()
+    return state

@@ -1,0 +1,141 @@
+"""Before the first step: the plan of the run, and its longest batch once, so that what can't fit says so in the first minute."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from qvera.adapters.projection import SharedProjection
+from qvera.config.schema import Recipe
+from qvera.data import Datasets
+from qvera.evaluation import evaluate
+from qvera.models.loader import Base, takes_prefix_once
+from qvera.training.plan import ALONE, Plan, Sharing, longest_rows, make_plan, this_machine
+from qvera.training.plan.shapes import NotPlannable
+from qvera.training.plan.show import change_lines, run_lines
+from qvera.utils import memory
+from qvera.utils.errors import InputError
+
+_SHOWN_ROWS = 4
+_OUT_OF_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)
+
+
+def plan_run(
+    recipe: Recipe,
+    datasets: Datasets,
+    device: torch.device,
+    base: Base | None,
+    console: Console,
+    sharing: Sharing = ALONE,
+) -> Plan | None:
+    """Make the plan of a run (of one of its ranks), say it in a few lines, and refuse what can't fit on a GPU.
+
+    On a CPU a plan that does not fit is a warning: swap, or other processes that end, may make room. With several ranks the
+    caller decides, since they have to do so together (`alike.room_everywhere`).
+
+    Raises:
+        InputError: on CUDA and with one rank, the plan needs more than the device has.
+    """
+    machine = this_machine(recipe.model, device)
+    if (
+        base is not None and device.type == "cpu" and not machine.mapped_base
+    ):  # already held, so the plan must not count it twice
+        held = machine.runtime_bytes - min(machine.runtime_bytes, int(base.facts["base_bytes"]))
+        machine = type(machine)(**{**vars(machine), "runtime_bytes": held})
+    try:
+        plan = make_plan(recipe, machine, datasets.train, sharing)
+    except NotPlannable as error:
+        console.print(f"[yellow]No plan: {error}", highlight=False)
+        return None
+    if not plan.fits and device.type == "cuda" and sharing.world_size == 1:
+        raise InputError("\n".join(run_lines(plan)))
+    for line in run_lines(plan):
+        console.print(line if plan.fits else f"[yellow]{line}", highlight=False)
+    return plan
+
+
+def run_longest_batch(
+    model: Any, recipe: Recipe, datasets: Datasets, plan: Plan | None, steps: int, vectors: list[torch.nn.Parameter]
+) -> None:
+    """Forward and backward over the longest batch of the run's ``steps``; nothing of it stays.
+
+    Gradients with respect to the ``vectors`` go to nobody, so that neither they nor DeepSpeed's buckets know of it, and random
+    state and mode are put back: a run gives the same numbers to the bit without it. Under ZeRO-3 all ranks have to come here,
+    once the engine's hooks gather the weights; each of them takes the same batch.
+
+    Raises:
+        InputError: memory ran out; names the rows and what would make them fit.
+    """
+    joinable = recipe.data.prefix_once and takes_prefix_once(model)
+    members = longest_rows(recipe, datasets.train, joinable, steps)
+    examples = [datasets.train[i] for i in members]
+    device = next(model.parameters()).device
+    was_training = model.training
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            model.train()
+            data = recipe.data
+            batch = evaluate.make_batch(model, examples, datasets.pad_id, data.prefix_once, data.packing)
+            nll, trained = evaluate.batch_nll(model, batch, recipe.training.loss_chunk_tokens)
+            torch.autograd.grad(nll / trained, vectors, allow_unused=True)
+    except (RuntimeError, MemoryError) as error:  # torch's CPU allocator raises a plain RuntimeError
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not _OUT_OF_MEMORY.search(str(error)):
+            raise
+        tokens = max(len(e.input_ids) for e in examples)
+        shown = ", ".join(e.source for e in examples[:_SHOWN_ROWS]) + (", ..." if len(examples) > _SHOWN_ROWS else "")
+        raise InputError(
+            f"{recipe.data.path}: the longest batch of this run ({len(examples)} rows, the longest of {tokens:,} tokens: {shown}) "
+            f"does not fit into memory. {_advice(recipe, plan, tokens)}"
+        ) from None
+    finally:
+        model.train(was_training)
+        for module in model.modules():
+            if isinstance(module, SharedProjection):
+                module.inputs.forget()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _advice(recipe: Recipe, plan: Plan | None, longest_row: int) -> str:
+    if plan is not None and plan.changes:
+        return "\n".join(change_lines(plan))
+    # the plan thought that it fits: other processes hold memory, or fragments do
+    training, halves = recipe.training, []
+    if not training.gradient_checkpointing:
+        halves.append("training.gradient_checkpointing=true")
+    if training.per_device_train_batch_size > 1:
+        smaller = max(n for n in range(1, training.per_device_train_batch_size) if training.global_batch_size % n == 0)
+        halves.append(f"training.per_device_train_batch_size={smaller}")
+    halves.append(f"data.max_length={max(longest_row // 2, 8)}")
+    planned = (
+        ""
+        if plan is None
+        else f"The plan came to {plan.memory.total_bytes:,} bytes, so other processes hold memory too. "
+    )
+    return f"{planned}Try --set {', or --set '.join(halves)}."
+
+
+def measured(plan: dict[str, Any], watch: memory.PeakWatch) -> dict[str, Any]:
+    """The measured side of run.json's ``plan``: peak, mapped pages, and the plan's error relative to them.
+
+    On a CPU private memory is sampled and the weights' mapped pages are read at the end; on CUDA it is what torch allocated,
+    to be compared with the plan less the CUDA context.
+    """
+    context = 0
+    if watch.device.type == "cuda":
+        parts = plan["memory"]["moments"][plan["memory"]["peak_moment"]]
+        context = sum(part["bytes"] for part in parts if part["kind"] == "runtime")
+    private = watch.peak_bytes
+    mapped = 0 if watch.device.type == "cuda" else memory.mapped_weights_bytes()
+    predicted = plan["memory"]["total_bytes"] - context
+    total = private + mapped
+    return {
+        "private_bytes": private,
+        "mapped_bytes": mapped,
+        "total_bytes": total,
+        "predicted_bytes": predicted,
+        "relative_error": predicted / total - 1 if total else None,
+    }

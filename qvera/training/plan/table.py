@@ -1,0 +1,149 @@
+"""What fits on which card, for models that people have: the table and the picture of the README."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from html import escape
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from qvera.config.schema import Recipe, parse_recipe
+from qvera.training.plan.activations import Batch
+from qvera.training.plan.machine import CUDA_CONTEXT_BYTES, Machine
+from qvera.training.plan.memory import Kind, plan_memory
+from qvera.training.plan.shapes import Shape, shape_of
+from qvera.utils.formatting import count, size
+
+CARDS_GB = (6, 8, 12, 16, 24, 48, 80)
+COMMAND = "qvera plan --table --svg docs/plan.svg"
+PICTURE_TOKENS = 2048
+_LEAST_TOKENS = 64
+
+# hidden, ff, layers, heads, kv heads, vocabulary, longest: the config.json of Llama-2, Llama-3 and CodeLlama
+_MODELS = {
+    "Llama-2 7B": (4096, 11008, 32, 32, 32, 32000, 4096),
+    "Llama-3 8B": (4096, 14336, 32, 32, 8, 128256, 8192),
+    "Llama-2 13B": (5120, 13824, 40, 40, 40, 32000, 4096),
+    "CodeLlama 34B": (8192, 22016, 48, 64, 8, 32000, 16384),
+    "Llama-2 70B": (8192, 28672, 80, 64, 8, 32000, 4096),
+}
+
+_COLOURS: dict[Kind, tuple[str, str, str]] = {
+    "base": ("4-bit base", "#8a949b", "#6a737b"),
+    "vectors": ("projections, vectors, optimizer", "#00696f", "#5cc7c0"),
+    "checkpoints": ("layer inputs", "#d08a2e", "#e0a458"),
+    "transient": ("one layer, recomputed", "#a34b6b", "#d07a98"),
+    "loss": ("loss", "#4c63b6", "#8fa3e8"),
+    "runtime": ("CUDA context", "#c9cfd2", "#3c444a"),
+}  # fmt: skip
+
+
+@cache
+def _shapes() -> dict[str, Shape]:
+    found = {}
+    for name, (hidden, ff, layers, heads, kv, vocabulary, longest) in _MODELS.items():
+        config = LlamaConfig(
+            hidden_size=hidden, intermediate_size=ff, num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=kv, vocab_size=vocabulary, max_position_embeddings=longest, tie_word_embeddings=False,
+        )  # fmt: skip
+        with torch.device("meta"):
+            found[name] = shape_of(AutoModelForCausalLM.from_config(config))
+    return found
+
+
+def _recipe(rank: int) -> Recipe:
+    tree: dict[str, Any] = {"model": {"path": "-"}, "data": {"path": "-"}, "adapter": {"rank": rank}}
+    return parse_recipe(tree, "the table")
+
+
+def _gpu(card_bytes: int) -> Machine:
+    return Machine("GPU", "cuda", torch.bfloat16, False, card_bytes, 0, CUDA_CONTEXT_BYTES)
+
+
+def total_bytes(name: str, tokens: int, rank: int = 256) -> int:
+    """Device memory of training that model on one row of so many tokens."""
+    batch = Batch(1, tokens, tokens, False, False, "", tokens)
+    return plan_memory(_shapes()[name], _recipe(rank), batch, _gpu(0)).total_bytes
+
+
+def longest_tokens(name: str, card_bytes: int, rank: int = 256) -> int:
+    """The longest single row, in powers of two up to what the model was made for, that fits; 0: none of 64 tokens."""
+    tokens, found = _LEAST_TOKENS, 0
+    while tokens <= _shapes()[name].longest_tokens and total_bytes(name, tokens, rank) <= card_bytes:
+        found, tokens = tokens, tokens * 2
+    return found
+
+
+def markdown() -> str:
+    """The table of the README."""
+    head = [f"{gb} GB" for gb in CARDS_GB]
+    lines = [
+        f"Made by `{COMMAND}`. The longest row, in tokens, that trains at batch 1 with 4-bit NF4, VeRA r=256 on all linears,",
+        "bf16 and gradient checkpointing, as far as the model was made for. Decimal GB, with 0.5 GB for the CUDA context.",
+        "**Computed from shapes, not measured: no GPU has run these.**",
+        "",
+        "| | memory at 512 tokens | " + " | ".join(head) + " |",
+        "|---|---|" + "---|" * len(head),
+    ]
+    for name in _MODELS:
+        cells = [longest_tokens(name, gb * 10**9) for gb in CARDS_GB]
+        shown = [f"{tokens:,}" if tokens else "–" for tokens in cells]
+        lines.append(f"| {name} | {size(total_bytes(name, 512))} | " + " | ".join(shown) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _stacks() -> Iterator[tuple[str, list[tuple[Kind, int]]]]:
+    batch = Batch(1, PICTURE_TOKENS, PICTURE_TOKENS, False, False, "", PICTURE_TOKENS)
+    merged: dict[str, Kind] = {"projections": "vectors"}
+    for name, shape in _shapes().items():
+        parts = dict.fromkeys(_COLOURS, 0)
+        for part in plan_memory(shape, _recipe(256), batch, _gpu(0)).peak:
+            parts[merged.get(part.kind, part.kind)] += part.bytes
+        yield name, [(kind, held) for kind, held in parts.items() if held]
+
+
+def picture() -> str:
+    """Where the memory goes for each model, against the cards, as a standalone SVG for light and dark pages."""
+    width, left, top, row = 860, 118, 58, 42
+    right = width - 24
+    stacks = list(_stacks())
+    scale = (right - left) / 52e9
+    height = top + row * len(stacks) + 34
+    dark = "".join(f".k-{kind}{{fill:{colour}}}" for kind, (_, _, colour) in _COLOURS.items())
+    light = "".join(f".k-{kind}{{fill:{colour}}}" for kind, (_, colour, _) in _COLOURS.items())
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
+        f'aria-label="Memory of training on one row of {PICTURE_TOKENS:,} tokens, by model, against cards of 6 to 48 GB">',
+        "<style>text{font:13px system-ui,sans-serif;fill:#1a1d20}.soft{fill:#555d66;font-size:12px}"
+        f".card{{stroke:#a3abb0;stroke-dasharray:3 3}}{light}"
+        f"@media(prefers-color-scheme:dark){{text{{fill:#e7e9ea}}.soft{{fill:#a1a9b1}}.card{{stroke:#6a737b}}{dark}}}</style>",
+    ]
+    x = 12
+    for kind, (label, _, _) in _COLOURS.items():
+        parts.append(f'<rect class="k-{kind}" x="{x}" y="8" width="11" height="11"/>')
+        parts.append(f'<text class="soft" x="{x + 16}" y="18">{escape(label)}</text>')
+        x += 30 + round(6.6 * len(label))
+    for gb in CARDS_GB[:-1]:
+        place = round(left + gb * 1e9 * scale, 1)
+        parts.append(f'<line class="card" x1="{place}" x2="{place}" y1="{top - 8}" y2="{height - 26}"/>')
+        parts.append(f'<text class="soft" x="{place}" y="{top - 14}" text-anchor="middle">{gb} GB</text>')
+    for index, (name, stack) in enumerate(stacks):
+        y, x_at = top + row * index + 6, float(left)
+        parts.append(f'<text x="{left - 10}" y="{y + 18}" text-anchor="end">{escape(name)}</text>')
+        for kind, held in stack:
+            said = f"{name}: {_COLOURS[kind][0]} {size(held)}"
+            parts.append(
+                f'<rect class="k-{kind}" x="{x_at:.1f}" y="{y}" width="{held * scale:.1f}" height="26">'
+                f"<title>{escape(said)}</title></rect>"
+            )
+            x_at += held * scale
+        total = sum(held for _, held in stack)
+        parts.append(f'<text x="{x_at + 6:.1f}" y="{y + 18}">{size(total)}</text>')
+    parts.append(
+        f'<text class="soft" x="{left}" y="{height - 8}">One row of {count(PICTURE_TOKENS)} tokens, r=256, all linears, bf16, '
+        "gradient checkpointing. Computed, not measured.</text></svg>"
+    )
+    return "\n".join(parts) + "\n"

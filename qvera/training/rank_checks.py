@@ -1,0 +1,186 @@
+"""What all ranks of a run must have alike, and what they decide together: data, base, stopping, failing."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shutil
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from qvera.config.schema import Recipe
+from qvera.data import Datasets, data_sha256
+from qvera.distributed.group import Group
+from qvera.models.loader import fingerprint_of
+from qvera.training.plan import Plan
+from qvera.training.plan.show import change_lines, needed_bytes
+from qvera.training.run_dir import plain
+from qvera.utils import memory
+from qvera.utils.errors import InputError, RunFailed
+from qvera.utils.formatting import size
+from qvera.utils.signals import StopRequests
+
+
+def same_everywhere(recipe: Recipe, group: Group, console: Console) -> None:
+    """What would spoil a run in its middle is found in its first seconds: versions, recipe and base compared across ranks, and
+    a small all-reduce timed.
+
+    Raises:
+        InputError: two ranks differ; says which node, and in what.
+    """
+    if group.world_size == 1:
+        return
+    mine: dict[str, str] = {}
+
+    def look() -> None:
+        versions = memory.versions()
+        if recipe.deepspeed is not None:
+            versions["deepspeed"] = metadata.version("deepspeed")
+        mine.update({f"the version of {name}": version for name, version in versions.items()})
+        mine["the recipe's SHA-256"] = hashlib.sha256(recipe.to_yaml().encode()).hexdigest()
+        mine["the base's fingerprint (model.path)"] = str(fingerprint_of(recipe.model))
+
+    group.agree(look)
+    found = group.gather([group.host, mine])
+    host, first = found[0]
+    wrong = [
+        f"{what} is {other.get(what)} on rank {rank} ({there}) and {first[what]} on rank 0 ({host})"
+        for rank, (there, other) in enumerate(found)
+        for what in first
+        if other.get(what) != first[what]
+    ]
+    if wrong:
+        raise for_all(
+            InputError(
+                f"the processes of this run are not alike: {'; '.join(wrong)}. Make them the same on every node."
+            )
+        )
+    latency_seconds, bytes_per_second = group.measure()
+    nodes = sorted({there for there, _ in found})
+    console.print(
+        f"{group.world_size} processes on {len(nodes)} node{'s' if len(nodes) > 1 else ''} ({', '.join(nodes)}), alike in "
+        f"versions, recipe and base; an all-reduce takes {1e3 * latency_seconds:.2f} ms, and 4 MB of it pass at "
+        f"{bytes_per_second / 1e6:,.0f} MB/s.",
+        highlight=False,
+    )
+
+
+def nodes_of(group: Group) -> tuple[int, int]:
+    """How many machines the ranks are on, and how many ranks are on the fullest of them."""
+    hosts = group.gather(group.host)
+    return len(set(hosts)), max(hosts.count(host) for host in set(hosts))
+
+
+def disk_everywhere(folder: Path, share_bytes: int, group: Group) -> None:
+    """Hold what is free where the ranks of each node are going to write their shares of the base against what these take.
+
+    Raises:
+        InputError: a node's disk has less.
+    """
+    free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
+    found = group.gather([group.host, free])
+    for host in dict.fromkeys(host for host, _ in found):
+        there = [one[1] for one in found if one[0] == host]
+        needed = share_bytes * len(there)
+        if min(there) < needed:
+            raise for_all(
+                InputError(
+                    f"deepspeed: {size(needed)} of the base go to {folder} on {host}, where {size(min(there))} are free. Make "
+                    "room, or name a directory on another disk as offload_param.nvme_path in a copy of the configuration."
+                )
+            )
+
+
+def room_everywhere(plan: Plan | None, group: Group, console: Console) -> None:
+    """Hold what is free on every node against the plan. A GPU is one rank's; the RAM of a node is shared by its ranks.
+
+    Raises:
+        InputError: a GPU has less than its rank needs; says which rank and node. On CPUs that is a warning, as for one process.
+    """
+    if group.world_size == 1 or plan is None:
+        return
+    on_gpu = plan.machine.device_type == "cuda"
+    # of this process, what it holds already is in both numbers; a node's ranks must not count theirs as free to each other
+    held = 0 if on_gpu else plan.machine.runtime_bytes
+    found = group.gather([group.host, needed_bytes(plan) - held, plan.machine.available_bytes - held])
+    short = []
+    if on_gpu:
+        short = [
+            f"rank {rank} on {host} needs {size(needed)}, and its GPU has {size(free)}"
+            for rank, (host, needed, free) in enumerate(found)
+            if needed > free
+        ]
+    else:
+        for host in dict.fromkeys(host for host, _, _ in found):
+            ranks = [rank for rank, one in enumerate(found) if one[0] == host]
+            needed, free = sum(found[rank][1] for rank in ranks), min(found[rank][2] for rank in ranks)
+            if needed > free:
+                named = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+                short.append(f"{named} on {host} will need {size(needed)} more, and {size(free)} of RAM are free there")
+    if not short:
+        return
+    text = f"the plan does not fit everywhere: {'; '.join(short)}."
+    if on_gpu:
+        nodes, per_node = plan.sharing.nodes, plan.sharing.per_node
+        hint = f"`qvera plan RECIPE --nodes {nodes} --gpus {per_node}` says what each ZeRO stage would take."
+        raise for_all(InputError("\n".join([f"{text} {hint}", *change_lines(plan)])))
+    console.print(f"[yellow]{text[0].upper()}{text[1:]}", highlight=False)
+
+
+def same_data(datasets: Datasets, recipe: Recipe, group: Group) -> None:
+    """Every rank takes its rows out of its own copy of the data, so the copies must be one."""
+    if group.world_size == 1:
+        return
+    found = group.gather([group.host, data_sha256(datasets)])
+    other = next((rank for rank, (_, digest) in enumerate(found) if digest != found[0][1]), None)
+    if other is not None:
+        raise for_all(
+            InputError(
+                f"{recipe.data.path}: holds other rows on rank {other} ({found[other][0]}) than on rank 0 ({found[0][0]}), or they "
+                "are tokenized differently there. Put the same files on every node."
+            )
+        )
+
+
+def asked_to_stop(signals: StopRequests, group: Group) -> str | None:
+    """The signal that asks this run to stop, whichever rank got it; the same answer on all ranks, so all stop at one step."""
+    if not group.sum([float(signals.asked is not None)])[0]:
+        return None
+    if group.world_size == 1:
+        return signals.asked
+    found = group.gather([signals.asked, group.host])
+    rank, (name, host) = next((rank, one) for rank, one in enumerate(found) if one[0])
+    return f"{name} at rank {rank} on {host}"
+
+
+def not_finite(
+    step: int,
+    losses: list[float],
+    norm: float,
+    rows: list[int],
+    passes: list[list[int]],
+    datasets: Datasets,
+    group: Group,
+) -> RunFailed:
+    mine = [micro for micro in passes if micro]
+    bad = [micro for micro, loss in zip(mine, losses, strict=True) if not math.isfinite(loss)]
+    found = group.gather({"losses": plain(losses), "rows": [datasets.train[i].source for micro in bad for i in micro]})
+    where = ", ".join(source for one in found for source in one["rows"]) or "the gradient only; rows " + ", ".join(
+        datasets.train[i].source for i in rows
+    )
+    shown = ", ".join("not finite" if loss is None else f"{loss:g}" for one in found for loss in one["losses"])
+    return for_all(
+        RunFailed(
+            f"Step {step}: the loss or its gradient is not finite (losses {shown}; gradient norm {norm}); rows: {where}. No step "
+            "was taken and earlier checkpoints are kept. Lower training.learning_rate, or look at these rows."
+        )
+    )
+
+
+def for_all(error: Any) -> Any:
+    """Mark an error as one that every rank raises at this place."""
+    error.shared = True
+    return error

@@ -1,0 +1,216 @@
+"""An output directory that takes minutes to fill: whole files or none, and the same command goes on where it was killed.
+
+    with Unfinished.open(out, identity, what="export") as work:
+        for name in planned:
+            if not work.has(name):
+                work.finished(name, write_shard(out / name, ...))      # its SHA-256
+        ...the small files; what makes the directory a model (config.json) last, with `replace_text`
+        work.complete()
+
+A hidden state file, replaced as a whole after each shard, says what was finished. Its ``identity`` is everything that the
+bytes are a function of; another identity is refused. One process at a time may work in a directory (the kernel drops the
+lock of one that was killed).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+from qvera.utils.errors import InputError, RunFailed
+from qvera.utils.safetensors_io import file_sha256
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+
+
+class Unfinished:
+    """What of a piece of work is already in ``out``, and the lock on it. Made by `open`."""
+
+    def __init__(self, out: Path, state: Path, document: dict[str, Any], lock: FileLock) -> None:
+        self.out, self._state, self._document, self._lock = out, state, document, lock
+
+    @classmethod
+    def open(cls, out: Path, identity: dict[str, Any], what: str) -> Unfinished:
+        """Take a directory that is new or empty, or holds this very work unfinished.
+
+        Args:
+            identity: JSON values; what the output is a function of.
+            what: one word for the state file's name and for messages: ``export``, ``quantize``.
+
+        Raises:
+            InputError: it holds something else, is not writable, or another process works in it.
+        """
+        if out.exists() and not out.is_dir():
+            raise InputError(f"{out}: is a file; name a directory that is new or empty.")
+        state, lock_file = out / f".qvera_{what}_state.json", out / f".qvera_{what}.lock"
+        # killed in its first moment, an export leaves a lock or half a state file: nothing of anyone's
+        if out.is_dir() and not state.is_file() and any(not p.name.startswith(f".qvera_{what}") for p in out.iterdir()):
+            raise InputError(f"{out}: is not empty. Nothing is overwritten; name a directory that is new or empty.")
+        lock = FileLock(lock_file, timeout=0)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout:
+            raise InputError(f"{out}: another process is writing this {what} now. Wait for it.") from None
+        except OSError as error:
+            raise InputError(f"{out}: can't be written ({error.strerror or error}). Name another directory.") from None
+        try:
+            return cls(out, state, _read_state(out, state, json.loads(json.dumps(identity)), what), lock)
+        except BaseException:
+            lock.release()
+            raise
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """JSON values of the caller's own that are kept with the finished shards; stored by the next `finished` or `save`."""
+        return self._document["facts"]
+
+    @property
+    def shards(self) -> dict[str, str]:
+        """File name → SHA-256 of every finished shard."""
+        return self._document["shards"]
+
+    def has(self, name: str) -> bool:
+        """Whether that shard is finished; its bytes are hashed and compared."""
+        target = self.out / name
+        return name in self.shards and target.is_file() and file_sha256(target) == self.shards[name]
+
+    def finished(self, name: str, sha256: str) -> None:
+        """Write down that this shard is whole and on disk."""
+        self.shards[name] = sha256
+        self.save()
+
+    def save(self) -> None:
+        replace_text(self._state, json.dumps(self._document))
+
+    def complete(self) -> None:
+        """All is written: what only unfinished work needs is removed."""
+        for leftover in self.out.glob(".*.partial"):
+            leftover.unlink()
+        self._state.unlink()
+        self.close()
+        flush(self.out)
+
+    def close(self) -> None:
+        """Let another process go on with it."""
+        if self._lock.is_locked:
+            Path(self._lock.lock_file).unlink(missing_ok=True)
+            self._lock.release()
+
+    def __enter__(self) -> Unfinished:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+        self.close()
+
+
+def _read_state(out: Path, state: Path, identity: dict[str, Any], what: str) -> dict[str, Any]:
+    fresh: dict[str, Any] = {"identity": identity, "shards": {}, "facts": {}}
+    if not state.is_file():
+        try:
+            replace_text(state, json.dumps(fresh))
+        except OSError as error:
+            raise InputError(f"{out}: can't be written ({error.strerror}). Name another directory.") from None
+        return fresh
+    try:
+        found = json.loads(state.read_text(encoding="utf-8"))
+    except ValueError:
+        found = {}
+    if found.get("identity") != identity:
+        raise InputError(f"{out}: holds an unfinished {what} of something else. Delete it, or name another directory.")
+    return found
+
+
+def flush(path: Path) -> None:
+    """fsync a file or a directory: a rename must not reach the disk before what it names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file so that it is there with this text or as it was before, whatever happens in between."""
+    partial = path.with_name(f".{path.name.lstrip('.')}.partial")
+    with open(partial, "w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    partial.replace(path)
+    flush(path.parent)
+
+
+def place_files(out: Path, save: Callable[[Path], Any]) -> None:
+    """Let a library save small files (``save_pretrained``), and put each into ``out`` whole."""
+    scratch = out / ".small.partial"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        save(scratch)
+        for file in sorted(scratch.iterdir()):
+            flush(file)
+            file.replace(out / file.name)
+        flush(out)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def require_space(out: Path, needed_bytes: int, what: str) -> None:
+    """Refuse before any work is done where the disk has no room for it.
+
+    Raises:
+        InputError: less than ``needed_bytes`` are free where ``out`` is or will be.
+    """
+    place = out
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed_bytes:
+        raise InputError(
+            f"{out}: {what} needs {needed_bytes / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free on this disk. Make room, or "
+            "name a directory on another disk."
+        )
+
+
+@contextlib.contextmanager
+def disk_full_says(what: str, kept: str) -> Iterator[None]:
+    """Turn a full disk (or quota), or one that can't be written any more, into a message that names the file and what is kept.
+
+    A disk with errors is made read-only by the system in the middle of a run.
+
+    Raises:
+        RunFailed: in place of ENOSPC, EDQUOT, EFBIG, EROFS, EACCES, EPERM or EIO, from Python or from safetensors.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = _error_number(error)
+        if number in _NO_SPACE:
+            reason = "the disk is full"
+        elif number in _UNWRITABLE:
+            reason = f"it can't be written ({os.strerror(number)})"
+        else:
+            raise
+        where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
+        raise RunFailed(f"{what}: {reason}{where}. {kept}") from None
+
+
+def _error_number(error: OSError | SafetensorError) -> int:
+    """The system's error number; safetensors has it in its text only: "I/O error: No space left on device (os error 28)"."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else 0

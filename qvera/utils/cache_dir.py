@@ -1,0 +1,182 @@
+"""The cache on disk: directories of work that was done once and is found again by content, and the hashes of files.
+
+What quantized bases (`qvera.models.quantized_cache`) and kept rows (`qvera.data.cache`) have in common:
+
+  NAME/                    a finished entry
+  .unfinished-KEY/         one that is being made, or was killed
+  .KEY.lock                held by the process that makes it; the kernel drops it when the process dies
+  .removed-NAME/           one that is being deleted
+  hashes.json              file → SHA-256, believed while size, mtime_ns and inode are the same
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from qvera.utils.atomic import replace_text
+from qvera.utils.errors import InputError
+from qvera.utils.safetensors_io import file_sha256, file_stamp
+
+Progress = Callable[[str, int, int, str], None]
+"""Called with (stage, bytes done, bytes in all, what); stage is hashing, quantizing or waiting."""
+WAIT_SECONDS = 0.5
+UNFINISHED = ".unfinished-"
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """One kind of entry.
+
+    Attributes:
+        what: as messages call one of it, and several.
+        root: its directory; asked for each time, since QVERA_CACHE may change.
+        record_of: what an entry's directory says of itself; None where it says nothing that can be read.
+        problem_of: what is wrong with a finished entry, all of its bytes read again; None: nothing.
+        prefix: of a finished entry's name, where what follows it is the KEY that it was made under.
+    """
+
+    what: tuple[str, str]
+    root: Callable[[], Path]
+    record_of: Callable[[Path], dict[str, Any] | None]
+    problem_of: Callable[[Path], str | None]
+    prefix: str | None = None
+
+    def listed(self) -> list[Entry]:
+        """All entries, finished or not, by name."""
+        root = self.root()
+        found = []
+        for directory in sorted(root.iterdir()) if root.is_dir() else []:
+            if directory.is_dir() and (directory.name.startswith(UNFINISHED) or not directory.name.startswith(".")):
+                found.append(Entry(directory.name, directory, size_bytes(directory), self.record_of(directory), self))
+        return found
+
+    def remove(self, name: str) -> int:
+        """Delete one entry by its name (or the unique beginning of it); returns its bytes.
+
+        A process that has it mapped keeps its pages.
+
+        Raises:
+            InputError: there is none, or more than one, or it is being made right now.
+        """
+        if re.search(r"[/\\]", name):
+            raise InputError(f"{name!r}: is not a name. `qvera cache ls` shows the names.")
+        entries = self.listed()
+        found = [e for e in entries if e.name == name] or [e for e in entries if name and e.name.startswith(name)]
+        if len(found) != 1:
+            what = f"{len(found) or 'no'} {self.what[len(found) > 1]}"
+            raise InputError(f"{name}: {what} of that name in {self.root()}. `qvera cache ls` shows the names.")
+        (entry,) = found
+        self.clear_removed()
+        key = entry.name.removeprefix(UNFINISHED)
+        if key == entry.name and self.prefix is not None:
+            key = entry.name.removeprefix(self.prefix)
+        elif key == entry.name:  # finished, and no lock is of its name
+            discard(entry.directory)
+            return entry.size_bytes
+        try:
+            with FileLock(self.root() / f".{key}.lock", timeout=0):
+                discard(entry.directory)
+        except Timeout:
+            raise InputError(f"{entry.name}: is being made or opened by another process right now.") from None
+        return entry.size_bytes
+
+    def clear_removed(self) -> None:
+        """Finish removals that were killed."""
+        for leftover in self.root().glob(".removed-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One directory of the cache."""
+
+    name: str
+    directory: Path
+    size_bytes: int
+    record: dict[str, Any] | None
+    """None: unfinished, or its record is damaged."""
+    kind: Kind
+
+    @property
+    def finished(self) -> bool:
+        return not self.name.startswith(UNFINISHED) and self.record is not None
+
+
+def size_bytes(directory: Path) -> int:
+    """Of the files in a directory that another process may be changing."""
+    size = 0
+    for file in directory.glob("*") if directory.is_dir() else ():
+        try:
+            size += file.stat().st_size
+        except OSError:
+            continue  # renamed meanwhile
+    return size
+
+
+def discard(directory: Path) -> None:
+    """Out of sight at once, then gone; a process that has it mapped keeps its pages."""
+    gone = directory.with_name(f".removed-{directory.name.lstrip('.')}")
+    shutil.rmtree(gone, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):  # another process was quicker
+        directory.rename(gone)
+        shutil.rmtree(gone)
+
+
+class HashIndex:
+    """SHA-256 of files by path, believed as long as size, mtime_ns and inode are what they were."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            document = json.loads(self._path.read_text(encoding="utf-8"))
+            return document if isinstance(document, dict) else {}
+        except (OSError, ValueError):
+            return {}  # nothing is lost but time
+
+    def known(self, files: Iterable[Path]) -> dict[Path, str]:
+        """File → SHA-256, of those that are known."""
+        document = self._read()
+        found: dict[Path, str] = {}
+        for file in files:
+            entry = document.get(str(file.resolve()))
+            if isinstance(entry, dict) and file.is_file() and entry.get("stat") == file_stamp(file.stat()):
+                found[file] = entry["sha256"]
+        return found
+
+    def add(self, entries: dict[Path, tuple[list[int], str]]) -> None:
+        """Remember file → (what `file_stamp` said before its content was read, SHA-256); files that are gone are dropped."""
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(self._path.with_suffix(".lock")):
+                document = {name: entry for name, entry in self._read().items() if Path(name).is_file()}
+                document |= {str(f.resolve()): {"stat": stat, "sha256": sha} for f, (stat, sha) in entries.items()}
+                replace_text(self._path, json.dumps(document, indent=1))
+        except OSError:
+            return  # a cache that can't be written: the next use hashes again
+
+    def hashed(self, files: list[Path], known: dict[Path, str], progress: Progress | None) -> dict[Path, str]:
+        """All of ``files``: what is not in ``known`` is read and hashed now, and remembered."""
+        total = sum(file.stat().st_size for file in files)
+        done, found, new = 0, dict(known), {}
+        for file in files:
+            if progress is not None:
+                progress("hashing", done, total, file.name)
+            if file not in found:
+                stat = file_stamp(file.stat())
+                found[file] = file_sha256(file)
+                new[file] = (stat, found[file])
+            done += file.stat().st_size
+        if new:
+            self.add(new)
+        return found

@@ -1,0 +1,177 @@
+"""What is measured on the machine: memory, device name, versions."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import platform
+import threading
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Memory held now: tensors on the CUDA device, or `private_bytes` of this process."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else private_bytes()
+
+
+def private_bytes() -> int:
+    """RssAnon + RssShmem + VmSwap of this process: what can't be given back without losing it. Its resident set where the
+    system does not tell these apart (not Linux)."""
+    try:
+        text = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return psutil.Process().memory_info().rss
+    wanted = ("RssAnon:", "RssShmem:", "VmSwap:")
+    return 1024 * sum(int(line.split()[1]) for line in text.splitlines() if line.startswith(wanted))
+
+
+class _Mallinfo(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    ]
+
+
+def allocated_bytes() -> int | None:
+    """What this process holds of malloc's memory (mallinfo2(3), in all arenas); None without glibc 2.33 or newer."""
+    try:
+        read = ctypes.CDLL(None).mallinfo2
+    except (OSError, AttributeError, TypeError):
+        return None
+    read.restype = _Mallinfo
+    found = read()
+    return int(found.uordblks + found.hblkhd)
+
+
+@functools.cache
+def kernel_bytes(dtype: torch.dtype) -> int:
+    """What stays behind of each new shape of a matrix product on this CPU (`qvera.data.padding`), measured; 0 where that can't be."""
+    side, shapes = 64, 16
+    weight = torch.zeros(side, side, dtype=dtype)
+    # rows that nobody else has, or the kernel would be there already
+    kept = []
+    for rows in range(3001, 3002 + shapes):
+        torch.nn.functional.linear(weight.new_zeros(rows, side), weight)
+        kept.append(allocated_bytes())
+    first, last = kept[0], kept[-1]
+    return 0 if first is None or last is None else max(0, last - first) // shapes
+
+
+def mapped_weights_bytes() -> int:
+    """Resident bytes of mapped safetensors files in this process; 0 where the system does not say."""
+    total, ours = 0, False
+    try:
+        with open("/proc/self/smaps", encoding="utf-8", errors="replace") as handle:
+            for line in handle:
+                first = line.split(maxsplit=1)[0]
+                if not first.endswith(":"):  # the line that begins a mapping: addresses, rights, ..., the file
+                    path = line.rstrip()  # in a hub cache the file behind the link has its hash for a name
+                    ours = path.endswith(".safetensors") or "/blobs/" in path
+                elif ours and first == "Rss:":
+                    total += 1024 * int(line.split()[1])
+    except (OSError, IndexError):
+        return 0
+    return total
+
+
+class PeakWatch:
+    """For the time of a with-block, the most memory this process held: sampled every 20 ms on a CPU, counted by torch on CUDA."""
+
+    INTERVAL_SECONDS = 0.02
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._highest_bytes = 0
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> PeakWatch:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            self._thread = threading.Thread(target=self._sample, daemon=True)
+            self._thread.start()
+        return self
+
+    def _sample(self) -> None:
+        while not self._done.wait(self.INTERVAL_SECONDS):
+            self._highest_bytes = max(self._highest_bytes, private_bytes())
+
+    @property
+    def peak_bytes(self) -> int:
+        """Private bytes of the process (CPU), or bytes of tensors on the device (CUDA): the maximum so far."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return max(self._highest_bytes, private_bytes())
+
+    def __exit__(self, *_: Any) -> None:
+        if self._thread is not None:
+            self._done.set()
+            self._thread.join()
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that can still be taken: on the CUDA device, or in this machine within the limit of this process's cgroup."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return min([psutil.virtual_memory().available, *_cgroup_available()])
+
+
+def _cgroup_available() -> Iterator[int]:
+    """What the memory cgroups above this process (v1 or v2) leave it; dropped file pages count as free."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "memory":
+            root, limit, usage, cache = (
+                "/sys/fs/cgroup/memory",
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+                "total_cache",
+            )
+        elif controllers == "":
+            root, limit, usage, cache = "/sys/fs/cgroup", "memory.max", "memory.current", "file"
+        else:
+            continue
+        group = Path(root) / path.lstrip("/")
+        for directory in (group, *group.parents):
+            try:
+                most, held = int((directory / limit).read_text()), int((directory / usage).read_text())
+                stat = dict(row.split() for row in (directory / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):  # "max": no limit here
+                continue
+            yield most - held + int(stat.get(cache, 0))
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words, with what a timing depends on."""
+    if device.type == "cuda":
+        return f"cuda: {torch.cuda.get_device_name(device)}"
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as handle:
+            name = next(line.split(":", 1)[1].strip() for line in handle if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"cpu: {name}, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that a result can depend on."""
+    packages = ("torch", "transformers", "peft", "bitsandbytes", "qvera")
+    found: dict[str, Any] = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found

@@ -1,0 +1,22 @@
+"""Where things are: the cache, paths as a recipe gives them, and names of files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+CERTIFICATE = "qvera_export.json"
+"""The file beside an exported checkpoint that says what was merged onto what."""
+
+
+def cache_root() -> Path:
+    """``$QVERA_CACHE``, else ``$XDG_CACHE_HOME/qvera``, else ``~/.cache/qvera``."""
+    if own := os.environ.get("QVERA_CACHE"):
+        return Path(own).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "qvera"
+
+
+def resolve_path(path: str) -> str:
+    """A recipe's model or tokenizer path with ``~`` expanded; hub ids stay as they are."""
+    return os.path.expanduser(path) if path.startswith("~") else path

@@ -1,0 +1,108 @@
+"""Trainable parameters and file sizes on the real shapes, with the base on the meta device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qvera.adapters import QveraLinear
+from qvera.adapters.save_load import adapter_facts, attach, named_vectors, save_adapter
+from qvera.config.schema import AdapterSection
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "LLaMA-7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "LLaMA-13B": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
+    "Llama-3-8B": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+    "Llama-3.2-1B": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 128256,
+        "tie_word_embeddings": True,
+    },
+    "SmolLM2-135M": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    },
+}
+# The table of shared/facts.md; its first two rows are VeRA's 1.6M / 1.4M / 2.4M (arXiv 2310.11454, table 4).
+COUNTS = {  # rank 256, rank 1024, LoRA rank 64
+    "LLaMA-7B": (1_417_216, 1_589_248, 159_907_840),
+    "LLaMA-13B": (2_201_600, 2_416_640, 250_347_520),
+    "Llama-3-8B": (1_433_600, 1_605_632, 167_772_160),
+    "Llama-3.2-1B": (405_504, 491_520, 45_088_768),
+    "SmolLM2-135M": (209_280, 370_560, None),
+}
+
+
+def on_meta(name: str) -> LlamaForCausalLM:
+    with torch.device("meta"):
+        return LlamaForCausalLM(LlamaConfig(**SHAPES[name])).requires_grad_(False)
+
+
+def trainable(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_trainable_counts(name: str) -> None:
+    for rank, count in zip((256, 1024), COUNTS[name], strict=False):
+        model = attach(on_meta(name), AdapterSection(rank=rank))
+        assert trainable(model) == count
+        facts = adapter_facts(model)
+        assert facts["trainable_parameters"] == count
+        assert facts["adapted_modules"] == 7 * SHAPES[name]["num_hidden_layers"]
+        if COUNTS[name][2] is not None:
+            assert facts["lora_r64_parameters"] == COUNTS[name][2]
+
+
+@pytest.mark.parametrize(("name", "count"), [("SmolLM2-135M", 480_960), ("LLaMA-7B", 3_879_936)])
+def test_counts_with_two_b_a_linear_and_an_input_vector(name: str, count: int) -> None:
+    model = attach(on_meta(name), AdapterSection(rank=96, b_groups=2, input_scale=True))
+    assert trainable(model) == adapter_facts(model)["trainable_parameters"] == count
+
+
+@pytest.mark.parametrize("name", [n for n in SHAPES if COUNTS[n][2] is not None])
+def test_lora_counts_of_stock_peft(name: str) -> None:
+    config = LoraConfig(r=64, target_modules="all-linear")
+    assert trainable(get_peft_model(on_meta(name), config, low_cpu_mem_usage=True)) == COUNTS[name][2]
+
+
+def fill(model: PeftModel) -> None:
+    """Real vectors in memory in place of the meta ones: what a trained adapter holds; the base stays on meta."""
+    generator = torch.Generator().manual_seed(0)
+    for layer in model.modules():
+        if isinstance(layer, QveraLinear):
+            for vectors in (layer.qvera_b, layer.qvera_d):
+                vectors["default"] = nn.Parameter(torch.randn(vectors["default"].shape, generator=generator))
+
+
+@pytest.mark.parametrize(("name", "limit_bytes"), [("SmolLM2-135M", 1_000_000), ("LLaMA-7B", 6_000_000)])
+def test_adapter_files_are_small(name: str, limit_bytes: int, tmp_path: Path) -> None:
+    model = attach(on_meta(name), AdapterSection(rank=256), base_name="some/base")
+    fill(model)
+    size = save_adapter(model, tmp_path / "adapter")
+    written = sum(f.stat().st_size for f in (tmp_path / "adapter").rglob("*") if f.is_file())
+    assert 4 * COUNTS[name][0] < size == written < limit_bytes  # type: ignore[operator]
+    assert sum(v.numel() for v in named_vectors(model).values()) == COUNTS[name][0]

@@ -1,0 +1,276 @@
+"""Forward and every gradient of the adapter's mathematics against the textbook formula in double precision."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from qvera.adapters import functional
+from qvera.adapters.functional import combined, delta_weight, expand, few_tokens, project, scale_input
+
+DIMENSIONS = [(3, 5, 7), (33, 17, 9), (1, 1, 1), (64, 129, 31)]  # n, m, r
+GROUPED = [*((*size, 1) for size in DIMENSIONS), (33, 17, 9, 3), (64, 129, 32, 2), (6, 5, 8, 8)]  # and b_groups
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def parts(
+    T: int, n: int, m: int, r: int, seed: int = 0, groups: int = 1, scaled: bool = False
+) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    found = {"x": normal(T, n), "W": normal(m, n), "A": normal(r, n), "B": normal(m, r), "d": normal(r)}
+    found["b"] = normal(m) if groups == 1 else normal(groups, m)
+    return {**found, "a": normal(n)} if scaled else found
+
+
+def textbook(p: dict[str, torch.Tensor], scale: float, upstream: torch.Tensor) -> dict[str, torch.Tensor]:
+    """VeRA, equation 2, in fp64 with autograd through the plain product: h = W x + Σ Λ_b B Λ_d A Λ_a x over the groups."""
+    x, d, b = (p[k].clone().requires_grad_() for k in ("x", "d", "b"))
+    a = p["a"].clone().requires_grad_() if "a" in p else torch.ones(p["A"].shape[1], dtype=p["A"].dtype)
+    weight, each = p["W"], b.view(-1, len(p["W"]))
+    width = len(d) // len(each)
+    for g, own in enumerate(each):
+        k = slice(g * width, (g + 1) * width)
+        weight = weight + torch.diag(own) @ p["B"][:, k] @ torch.diag(scale * d[k]) @ p["A"][k] @ torch.diag(a)
+    y = x @ weight.t()
+    y.backward(upstream)
+    found = {"y": y.detach()}
+    for name, leaf in (("x", x), ("d", d), ("b", b), ("a", a)):
+        if leaf.grad is not None:  # an a of ones that nobody trains has none
+            found[name] = leaf.grad
+    return found
+
+
+def rounded(p: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Operands as a layer of this dtype sees them, back in fp64: x, W, A and B rounded; the vectors in fp32 or wider."""
+    vector = torch.promote_types(dtype, torch.float32)
+    return {k: v.to(vector if k in "dba" else dtype).double() for k, v in p.items()}
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("base_dtype", [None, torch.float32, torch.bfloat16], ids=["same", "base32", "base16"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("T", [1, 3, 257])
+@pytest.mark.parametrize(("n", "m", "r", "groups"), GROUPED)
+def test_forward_and_every_gradient(
+    T: int, n: int, m: int, r: int, groups: int, dtype: torch.dtype, base_dtype: torch.dtype | None
+) -> None:
+    scale, base_dtype = 0.37, base_dtype or dtype
+    exact = rounded(parts(T, n, m, r, groups=groups), dtype)
+    vector = torch.promote_types(dtype, torch.float32)
+    upstream = torch.randn(T, m, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    upstream = upstream.to(base_dtype).double()
+    expected = textbook(exact, scale, upstream)
+
+    x = exact["x"].to(dtype).requires_grad_()
+    d, b = (exact[k].to(vector).requires_grad_() for k in "db")
+    # the base product in fp64, so that what is measured is the adapter's own error
+    base = (x.double() @ exact["W"].t()).to(base_dtype)
+    y = expand(base, project(x, exact["A"].to(dtype)), d, b, exact["B"].to(dtype), scale)
+    y.backward(upstream.to(base_dtype))
+
+    assert y.dtype == base_dtype and x.grad is not None and d.grad is not None and b.grad is not None
+    assert x.grad.dtype == dtype and d.grad.dtype == vector and b.grad.dtype == vector
+    tolerance = max(TOLERANCE[dtype], TOLERANCE[base_dtype])
+    for actual, name in ((y, "y"), (x.grad, "x"), (d.grad, "d"), (b.grad, "b")):
+        assert relative(actual.detach(), expected[name]) < tolerance, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("T", [1, 3, 257])
+@pytest.mark.parametrize(("n", "m", "r", "groups"), GROUPED)
+def test_a_scaled_input_and_every_gradient(T: int, n: int, m: int, r: int, groups: int, dtype: torch.dtype) -> None:
+    exact = rounded(parts(T, n, m, r, groups=groups, scaled=True), dtype)
+    vector = torch.promote_types(dtype, torch.float32)
+    upstream = torch.randn(T, m, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype).double()
+    expected = textbook(exact, 0.37, upstream)
+    x = exact["x"].to(dtype).requires_grad_()
+    d, b, a = (exact[k].to(vector).requires_grad_() for k in "dba")
+    z = project(scale_input(x, a), exact["A"].to(dtype))
+    y = expand((x.double() @ exact["W"].t()).to(dtype), z, d, b, exact["B"].to(dtype), 0.37)
+    y.backward(upstream.to(dtype))
+    assert a.grad is not None and a.grad.dtype == vector
+    for actual, name in ((y.detach(), "y"), (x.grad, "x"), (d.grad, "d"), (b.grad, "b"), (a.grad, "a")):
+        assert actual is not None and relative(actual, expected[name]) < 1.5 * TOLERANCE[dtype], name
+
+
+def test_gradcheck_of_a_scaled_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "BLOCK_ELEMENTS", 12)  # three rows at a time: the last block is short
+    p = parts(11, 4, 5, 3, scaled=True)
+    assert torch.autograd.gradcheck(scale_input, (p["x"].requires_grad_(), p["a"].requires_grad_()))
+
+
+def test_both_branches_are_really_taken() -> None:
+    sizes = [(T, torch.empty(m, r)) for T in (1, 3, 257) for _, m, r in DIMENSIONS]
+    taken = {few_tokens(T, B) for T, B in sizes}
+    assert taken == {True, False}
+    assert few_tokens(1, torch.empty(4096, 1024)) and not few_tokens(2048, torch.empty(4096, 1024))
+    assert few_tokens(60, torch.empty(1024, 256), 2) and not few_tokens(
+        60, torch.empty(1024, 256), 4
+    )  # one product a group
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_both_branches_agree(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    p = parts(5, 6, 7, 8, groups=groups)
+    results = []
+    for few in (True, False):
+        monkeypatch.setattr("qvera.adapters.functional.few_tokens", lambda *_, few=few: few)
+        leaves = {k: p[k].clone().requires_grad_() for k in ("x", "d", "b")}
+        y = expand(leaves["x"] @ p["W"].t(), project(leaves["x"], p["A"]), leaves["d"], leaves["b"], p["B"], 0.5)
+        y.square().sum().backward()
+        results.append([y.detach(), *(leaf.grad for leaf in leaves.values())])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    assert all(t is not None and torch.count_nonzero(t) > 0 for t in results[0])
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("T", [1, 40])
+def test_gradcheck(T: int, groups: int) -> None:
+    p = parts(T, 3, 5, 16, groups=groups)
+    assert few_tokens(T, p["B"]) is (T == 1)
+    x, W, d, b = (p[k].requires_grad_() for k in ("x", "W", "d", "b"))
+
+    def run(x: torch.Tensor, W: torch.Tensor, d: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return expand(x @ W.t(), project(x, p["A"]), d, b, p["B"], 0.7)
+
+    assert torch.autograd.gradcheck(run, (x, W, d, b))
+
+
+def test_leading_dimensions_are_kept() -> None:
+    p = parts(12, 5, 6, 3)
+    flat = expand(p["x"] @ p["W"].t(), project(p["x"], p["A"]), p["d"], p["b"], p["B"], 1.0)
+    x = p["x"].view(2, 3, 2, 5)
+    shaped = expand(x @ p["W"].t(), project(x, p["A"]), p["d"], p["b"], p["B"], 1.0)
+    assert shaped.shape == (2, 3, 2, 6)
+    torch.testing.assert_close(shaped.reshape(12, 6), flat)
+
+
+def test_a_strided_output_gradient_and_input_do() -> None:
+    p = parts(6, 5, 7, 3)
+    upstream = torch.randn(7, 6, dtype=torch.float64).t()  # not contiguous
+    expected = textbook(p, 1.0, upstream)
+    x = p["x"].t().contiguous().t().requires_grad_()
+    d, b = p["d"].requires_grad_(), p["b"].requires_grad_()
+    y = expand(x @ p["W"].t(), project(x, p["A"]), d, b, p["B"], 1.0)
+    y.backward(upstream)
+    for actual, name in ((x.grad, "x"), (d.grad, "d"), (b.grad, "b")):
+        assert actual is not None and relative(actual, expected[name]) < 1e-12
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_only_z_and_the_small_tensors_are_kept_for_backward(few: bool) -> None:
+    T, n, m, r = (2, 40, 48, 64) if few else (64, 40, 48, 8)
+    p = {k: v.float() for k, v in parts(T, n, m, r).items()}
+    assert few_tokens(T, p["B"]) is few
+    d, b = p["d"].requires_grad_(), p["b"].requires_grad_()
+    x = p["x"].requires_grad_()
+    base = torch.randn(T, m, requires_grad=True)
+    saved: list[tuple[int, ...]] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = expand(base, project(x, p["A"]), d, b, p["B"], 0.5)
+    assert (T, n) not in saved and (T, m) not in saved
+    # A reaches `project`'s node, the rest `expand`'s; no copy of B scaled by the vectors either
+    transposed = [shape for shape in saved if shape in ((n, r), (r, n))]
+    assert sorted(saved) == sorted([*transposed, (T, r), (r,), (b.numel(),), (m, r)])
+    assert len(transposed) == 1
+    y.sum().backward()
+    assert x.grad is not None
+
+
+def test_siblings_that_share_z_add_up_their_gradients() -> None:
+    p, q = parts(9, 5, 6, 4), parts(9, 5, 8, 4, seed=2)
+    grads = []
+    for shared in (True, False):
+        x = p["x"].clone().requires_grad_()
+        z = project(x, p["A"])
+        other = z if shared else project(x, p["A"])
+        y1 = expand(torch.zeros(9, 6, dtype=torch.float64), z, p["d"], p["b"], p["B"], 1.0)
+        y2 = expand(torch.zeros(9, 8, dtype=torch.float64), other, q["d"], q["b"], q["B"], 1.0)
+        (y1.square().sum() + y2.square().sum()).backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-12, atol=1e-12)
+
+
+def test_only_the_gradients_asked_for_are_made() -> None:
+    p = parts(4, 3, 5, 2)
+    for wanted in ("base", "z", "d", "b"):
+        leaves = {"base": p["x"] @ p["W"].t(), "z": project(p["x"], p["A"]), "d": p["d"].clone(), "b": p["b"].clone()}
+        leaves[wanted].requires_grad_()
+        expand(leaves["base"], leaves["z"], leaves["d"], leaves["b"], p["B"], 1.0).square().sum().backward()
+        assert [k for k, v in leaves.items() if v.grad is not None] == [wanted]
+
+
+def test_a_second_derivative_is_refused_and_not_wrong() -> None:
+    p = parts(4, 3, 5, 2)
+    b = p["b"].requires_grad_()
+    y = expand(p["x"] @ p["W"].t(), project(p["x"], p["A"]), p["d"], b, p["B"], 1.0)
+    (first,) = torch.autograd.grad(y.square().sum(), b, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+def test_delta_weight_is_what_expand_adds() -> None:
+    p = parts(6, 5, 7, 3)
+    delta = delta_weight(p["A"], p["B"], p["d"], p["b"], 0.5)
+    torch.testing.assert_close(delta, torch.diag(p["b"]) @ p["B"] @ torch.diag(0.5 * p["d"]) @ p["A"])
+    base = p["x"] @ p["W"].t()
+    added = expand(base, project(p["x"], p["A"]), p["d"], p["b"], p["B"], 0.5) - base
+    torch.testing.assert_close(added, p["x"] @ delta.t())
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_by_blocks_of_rows_the_numbers_are_the_same(
+    dtype: torch.dtype, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p = parts(40, 5, 19, 6, groups=groups)  # 19 rows in blocks of 4: the last one is short
+    vector = torch.promote_types(dtype, torch.float32)
+    z, B, d, b = p["x"] @ p["A"].t(), p["B"].to(dtype), p["d"].to(vector), p["b"].to(vector)
+    base, upstream = torch.zeros(40, 19, dtype=dtype), torch.randn(40, 19, dtype=torch.float64).to(dtype)
+    found = []
+    for elements in (functional.BLOCK_ELEMENTS, 24):
+        monkeypatch.setattr(functional, "BLOCK_ELEMENTS", elements)
+        leaves = [t.clone().requires_grad_() for t in (z.to(dtype), d, b)]
+        y = expand(base, *leaves, B, 0.3)
+        y.backward(upstream)
+        found.append([y.detach(), *(leaf.grad for leaf in leaves)])
+    assert len(functional.row_blocks(B)) == 5
+    one, other = found
+    assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])  # C is the same to the bit
+    for whole, blocks in zip(one[2:], other[2:], strict=True):
+        torch.testing.assert_close(whole, blocks, rtol=1e-5 if dtype == torch.bfloat16 else 1e-12, atol=1e-9)
+
+
+def test_c_is_rounded_once() -> None:
+    p = {k: v.float() for k, v in parts(2, 3, 17, 9).items()}
+    C = combined(p["B"], p["d"], p["b"], 0.3, torch.bfloat16)
+    exact = (p["b"].double().unsqueeze(1) * p["B"].double() * (p["d"].double() * 0.3)).float()
+    assert torch.equal(C, exact.to(torch.bfloat16))
+    assert C.dtype == torch.bfloat16
+
+
+def test_nothing_is_changed_in_place() -> None:
+    for T in (1, 40):
+        p = parts(T, 3, 5, 4)
+        before = copy.deepcopy(p)
+        base, z = p["x"] @ p["W"].t(), project(p["x"], p["A"])
+        kept = base.clone(), z.clone()
+        d, b = p["d"].requires_grad_(), p["b"].requires_grad_()
+        expand(base, z, d, b, p["B"], 1.0).sum().backward()
+        assert torch.equal(base, kept[0]) and torch.equal(z, kept[1])
+        assert all(torch.equal(p[k].detach(), before[k]) for k in p)

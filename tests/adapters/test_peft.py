@@ -1,0 +1,419 @@
+"""The PEFT side: registration, save and load, several adapters, one pair of projections, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import qvera
+from qvera.adapters import QveraConfig, QveraLinear
+from qvera.adapters.save_load import load_adapter, load_vectors, named_vectors, read_adapter, save_adapter
+from qvera.config.schema import ModelSection
+from qvera.models.loader import load_base
+from qvera.utils.errors import InputError
+from tests.adapters.helpers import perturb
+from tests.conftest import small_llama
+
+IDS = torch.tensor([[5, 9, 200, 31, 7, 150, 42]])
+
+
+def section(path: Path, quantization: str = "none", **changes: Any) -> ModelSection:
+    return ModelSection(path=str(path), quantization=quantization, **{"compute_dtype": "float32", **changes})  # type: ignore[arg-type]
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    model.eval()
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def adapted(model: Any = None, adapter: str = "default", **settings: Any) -> PeftModel:
+    config = QveraConfig(**{"rank": 8, "task_type": "CAUSAL_LM", **settings})
+    peft_model = get_peft_model(small_llama() if model is None else model, config, adapter_name=adapter)
+    perturb(peft_model, adapter=adapter)
+    return peft_model
+
+
+def layers(model: nn.Module) -> list[QveraLinear]:
+    return [m for m in model.modules() if isinstance(m, QveraLinear)]
+
+
+def test_register_is_idempotent_and_leaves_pefts_enum_alone() -> None:
+    from peft import mapping
+
+    before = [dict(m) for m in (mapping.PEFT_TYPE_TO_CONFIG_MAPPING, mapping.PEFT_TYPE_TO_TUNER_MAPPING)]
+    qvera.register()
+    qvera.register()
+    assert before == [mapping.PEFT_TYPE_TO_CONFIG_MAPPING, mapping.PEFT_TYPE_TO_TUNER_MAPPING]
+    assert mapping.PEFT_TYPE_TO_PREFIX_MAPPING["QVERA"] == "qvera_"
+    assert "QVERA" not in peft.PeftType.__members__
+    assert mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType.VERA] is peft.VeraConfig
+
+
+FRESH = """
+import json, sys
+import torch
+torch.set_num_threads(2)
+from peft import PeftModel
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+import qvera
+
+base, adapter, out = sys.argv[1:4]
+ids = torch.tensor(json.loads(sys.argv[4]))
+results = {}
+for quantized in (False, True):
+    for low in (False, True):
+        kwargs = {"dtype": torch.bfloat16}
+        if quantized:
+            kwargs["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_quant_storage=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(base, **kwargs)
+        model = PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=low)
+        with torch.no_grad():
+            results[f"{quantized}-{low}"] = model(ids).logits
+save_file(results, out)
+"""
+
+
+def test_a_fresh_process_gives_the_same_logits_to_the_bit(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Stock PEFT calls only, dense and 4-bit, with and without low_cpu_mem_usage, over a bf16 checkpoint."""
+    wanted = {}
+    for quantized in (False, True):
+        base = load_base(section(tiny_model_dir, "nf4" if quantized else "none", compute_dtype="bfloat16"))
+        model = adapted(base.model, dropout=0.1)
+        wanted[quantized] = logits(model)
+        model.save_pretrained(str(tmp_path / "adapter"))
+    environment = {**os.environ, "PYTHONPATH": str(Path(qvera.__file__).parent.parent), "HF_HUB_OFFLINE": "1"}
+    arguments = [str(tiny_model_dir), str(tmp_path / "adapter"), str(tmp_path / "out"), json.dumps(IDS.tolist())]
+    done = subprocess.run([sys.executable, "-c", FRESH, *arguments], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = load_file(tmp_path / "out")
+    assert len(results) == 4
+    for key, result in results.items():
+        assert torch.equal(result, wanted[key.startswith("True")]), key
+    assert not torch.equal(wanted[True], wanted[False])
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_round_trip_in_one_process(dtype: torch.dtype, low_cpu_mem_usage: bool, tmp_path: Path) -> None:
+    model = adapted(small_llama().to(dtype), rank=11, projection_seed=4)
+    wanted = logits(model)
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(
+        small_llama().to(dtype), str(tmp_path), low_cpu_mem_usage=low_cpu_mem_usage, is_trainable=True
+    )
+    for name, vector in named_vectors(loaded).items():
+        assert vector.dtype == torch.float32 and not vector.is_meta and vector.requires_grad
+        assert torch.equal(vector, named_vectors(model)[name])
+    assert torch.equal(logits(loaded), wanted)
+    assert {layer.parts("default")[0].dtype for layer in layers(loaded)} == {dtype}
+
+
+def test_the_file_holds_fp32_vectors_and_no_projections(tmp_path: Path) -> None:
+    model = adapted(small_llama().to(torch.bfloat16))
+    size = save_adapter(model, tmp_path / "adapter")
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {t.dtype for t in tensors.values()} == {torch.float32}
+    assert {name.rpartition(".")[2] for name in tensors} == {"qvera_b", "qvera_d"}
+    assert sum(t.numel() for t in tensors.values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert tensors.keys() == named_vectors(model).keys()
+    assert size == sum(f.stat().st_size for f in (tmp_path / "adapter").iterdir())
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "QVERA" and config["format_version"] == 1
+    assert config["projection_shapes"] == {"A": [8, 192], "B": [192, 8]}
+    assert config["target_modules"] == sorted(config["target_modules"])
+    assert config["projection_generator"] == "philox4x64-10/u24" and len(config["projection_sha256"]) == 64
+
+
+def test_saving_twice_gives_the_same_bytes_and_leaves_no_temporary_files(tmp_path: Path) -> None:
+    model = adapted()
+    save_adapter(model, tmp_path / "adapter")
+    first = {f.name: f.read_bytes() for f in (tmp_path / "adapter").iterdir()}
+    save_adapter(model, tmp_path / "adapter")
+    assert {f.name: f.read_bytes() for f in (tmp_path / "adapter").iterdir()} == first
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+
+
+def storages(model: nn.Module) -> tuple[int, int]:
+    """How many different A and B all layers and adapters together read."""
+    pairs = [layer.parts(name)[:2] for layer in layers(model) for name in layer.qvera_d]
+    a, b = ({t.untyped_storage().data_ptr() for t in side} for side in zip(*pairs, strict=True))
+    return len(a), len(b)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_one_pair_in_memory_whatever_the_number_of_adapters(quantization: str, tiny_model_dir: Path) -> None:
+    model = adapted(load_base(section(tiny_model_dir, quantization)).model, rank=8)
+    assert len(layers(model)) == 14 and storages(model) == (1, 1)
+    first = logits(model)
+    for name, rank in (("larger", 21), ("smaller", 3)):
+        model.add_adapter(name, QveraConfig(rank=rank, task_type="CAUSAL_LM"))
+        perturb(model, seed=rank, adapter=name)
+    assert storages(model) == (1, 1)
+    assert layers(model)[0].parts("default")[0].shape == (8, 64)
+    assert torch.equal(logits(model), first)
+    model.set_adapter("larger")
+    assert not torch.allclose(logits(model), first)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+    model.to(torch.bfloat16)
+    assert storages(model) == (1, 1)
+
+
+def test_another_seed_has_a_pair_of_its_own_and_both_answer_as_alone() -> None:
+    alone = []
+    for rank, seed in ((8, 0), (5, 9)):
+        model = get_peft_model(small_llama(), QveraConfig(rank=rank, projection_seed=seed))
+        perturb(model, seed=seed)
+        alone.append(logits(model))
+    model = get_peft_model(small_llama(), QveraConfig(rank=8, projection_seed=0))
+    perturb(model, seed=0)
+    model.add_adapter("second", QveraConfig(rank=5, projection_seed=9))
+    perturb(model, seed=9, adapter="second")
+    assert storages(model) == (2, 2)
+    assert torch.equal(logits(model), alone[0])
+    model.set_adapter("second")
+    assert torch.equal(logits(model), alone[1])
+    assert not torch.allclose(alone[0], alone[1])
+
+
+def test_a_further_adapter_is_not_trained_until_it_is_active() -> None:
+    model = adapted()
+    model.add_adapter("second", QveraConfig(rank=4))
+    first, second = named_vectors(model), named_vectors(model, "second")
+    assert all(v.requires_grad for v in first.values()) and not any(v.requires_grad for v in second.values())
+    model.set_adapter("second")
+    assert not any(v.requires_grad for v in first.values()) and all(v.requires_grad for v in second.values())
+    model = adapted(target_modules=["q_proj"])
+    model.add_adapter("elsewhere", QveraConfig(rank=4, target_modules=["down_proj"]))
+    assert not any(v.requires_grad for v in named_vectors(model, "elsewhere").values())
+    base = [p for n, p in model.named_parameters() if "qvera" not in n]
+    assert base and not any(p.requires_grad for p in base)
+
+
+def test_two_adapters_of_one_model_are_saved_and_loaded_apart(tmp_path: Path) -> None:
+    model = adapted(rank=8)
+    model.add_adapter("second", QveraConfig(rank=5, projection_seed=9, target_modules=["q_proj", "down_proj"]))
+    perturb(model, seed=3, adapter="second")
+    wanted = logits(model)
+    model.set_adapter("second")
+    wanted_second = logits(model)
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(small_llama(), str(tmp_path))
+    loaded.load_adapter(str(tmp_path / "second"), adapter_name="second")
+    assert torch.equal(logits(loaded), wanted)
+    loaded.set_adapter("second")
+    assert torch.equal(logits(loaded), wanted_second)
+
+
+def test_disable_adapter_gives_the_base_back() -> None:
+    plain = logits(small_llama())
+    model = adapted()
+    changed = logits(model)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), plain)
+    assert torch.equal(logits(model), changed) and not torch.allclose(changed, plain)
+
+
+def test_unload_gives_the_base_back_and_merge_and_unload_the_merged_model() -> None:
+    model = adapted()
+    wanted = logits(model)
+    merged = model.merge_and_unload()
+    assert not layers(merged)
+    torch.testing.assert_close(logits(merged), wanted, rtol=1e-4, atol=1e-4)
+    assert torch.equal(logits(adapted().unload()), logits(small_llama()))
+
+
+def test_deleting_an_adapter_leaves_the_other() -> None:
+    model = adapted()
+    wanted = logits(model)
+    model.add_adapter("second", QveraConfig(rank=30))
+    model.delete_adapter("second")
+    assert not named_vectors(model, "second") and torch.equal(logits(model), wanted)
+
+
+def test_all_linear_leaves_out_the_head_and_names_match_last_parts() -> None:
+    seven = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    model = adapted()
+    names = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, QveraLinear)}
+    assert names == seven and len(layers(model)) == 14
+    assert set(model.peft_config["default"].target_modules) == seven
+    model = adapted(target_modules=["v_proj", "layers.1.mlp.down_proj"])
+    names = {n.removeprefix("base_model.model.") for n, m in model.named_modules() if isinstance(m, QveraLinear)}
+    assert names == {f"model.layers.{i}.self_attn.v_proj" for i in (0, 1)} | {"model.layers.1.mlp.down_proj"}
+    assert model.peft_config["default"].projection_shapes == {"A": [8, 192], "B": [64, 8]}
+
+
+@pytest.mark.parametrize(
+    ("targets", "words"),
+    [
+        (["q_proj", "query"], ["named query", "q_proj", "lm_head"]),
+        (["wq", "wk"], ["named wk, wq", "down_proj"]),
+        (["proj"], ["named proj"]),
+        ("nothing_like_it", ["named nothing_like_it"]),
+        (["q_proj", "input_layernorm"], ["these are none", "input_layernorm (LlamaRMSNorm)"]),
+        (["embed_tokens"], ["these are none", "embed_tokens (Embedding)"]),
+        (None, ["takes `all-linear` or a list"]),
+    ],
+)
+def test_each_named_target_must_be_a_linear_that_exists(targets: Any, words: list[str]) -> None:
+    model = small_llama()
+    with pytest.raises(InputError, match="target") as caught:
+        get_peft_model(model, QveraConfig(rank=4, target_modules=targets))
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert not layers(model)
+
+
+def test_a_regular_expression_picks_by_full_name() -> None:
+    model = adapted(target_modules=r".*layers\.1\.self_attn\.(q|v)_proj")
+    assert len(layers(model)) == 2
+
+
+# What must be refused when an adapter is loaded.
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    save_adapter(adapted(), tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def edit_config(directory: Path, **changes: Any) -> None:
+    file = directory / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def edit_weights(directory: Path, change: Any) -> None:
+    tensors = load_file(directory / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "adapter_model.safetensors")
+
+
+def poke(tensors: dict[str, torch.Tensor], value: float) -> None:
+    tensors[sorted(tensors)[3]][1] = value
+
+
+def rename(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["some.other.qvera_b"] = tensors.pop(sorted(tensors)[0])
+
+
+def shorten(tensors: dict[str, torch.Tensor]) -> None:
+    name = sorted(tensors)[0]
+    tensors[name] = tensors[name][:-1].clone()
+
+
+def truncate(file: Path, size: int) -> None:
+    file.write_bytes(file.read_bytes()[:size])
+
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+DAMAGE: dict[str, tuple[Any, str]] = {
+    "nan": (lambda d: edit_weights(d, lambda t: poke(t, float("nan"))), "has NaN or Inf"),
+    "inf": (lambda d: edit_weights(d, lambda t: poke(t, float("-inf"))), "has NaN or Inf"),
+    "missing key": (lambda d: edit_weights(d, lambda t: t.pop(sorted(t)[0])), "1 missing (first: base_model.model."),
+    "extra key": (
+        lambda d: edit_weights(d, lambda t: t.update({"a.qvera_b": torch.ones(3)})),
+        "1 unknown (first: a.qvera_b)",
+    ),
+    "renamed key": (lambda d: edit_weights(d, rename), "1 missing"),
+    "wrong shape": (lambda d: edit_weights(d, shorten), "has shape [63], this model needs [64]"),
+    "cut short": (lambda d: truncate(d / WEIGHTS, -40), "cut short"),
+    "cut in the header": (lambda d: truncate(d / WEIGHTS, 20), "cut short"),
+    "empty weights": (lambda d: truncate(d / WEIGHTS, 0), "cut short"),
+    "no weights": (lambda d: (d / WEIGHTS).unlink(), "has no adapter_model.safetensors"),
+    "no config": (lambda d: (d / CONFIG).unlink(), "has no adapter_config.json"),
+    "cut config": (lambda d: truncate(d / CONFIG, 30), "not a PEFT adapter config"),
+    "config is a list": (lambda d: (d / CONFIG).write_text("[1]"), "not a PEFT adapter config"),
+    "config not text": (lambda d: (d / CONFIG).write_bytes(b"\xff\xfe\x00"), "not a PEFT adapter config"),
+    "a LoRA": (lambda d: edit_config(d, peft_type="LORA"), "peft_type is LORA, expected QVERA"),
+    "QVERA called VERA": (lambda d: edit_config(d, peft_type="VERA"), "does not fit this base model"),
+    "hash": (lambda d: edit_config(d, projection_sha256="0" * 64), "SHA-256"),
+    "seed": (lambda d: edit_config(d, projection_seed=1), "SHA-256"),
+    "shapes": (lambda d: edit_config(d, projection_shapes={"A": [8, 64], "B": [64, 8]}), "another base model"),
+    "rank": (lambda d: edit_config(d, rank=9), "another base model"),
+    "rank as text": (lambda d: edit_config(d, rank="8"), "rank: takes a whole number"),
+    "negative dropout": (lambda d: edit_config(d, dropout=-0.5), "dropout: takes"),
+    "dropout as text": (lambda d: edit_config(d, dropout="a"), "wrong type"),
+    "newer format": (lambda d: edit_config(d, format_version=3), "update qvera"),
+    "magnitude": (lambda d: edit_config(d, magnitude=True), "update qvera"),
+    "seed chain": (lambda d: edit_config(d, seed_chain=[1, 2]), "update qvera"),
+    "generator": (lambda d: edit_config(d, projection_generator="mt19937"), "mt19937"),
+    "fewer targets": (lambda d: edit_config(d, target_modules=["q_proj", "down_proj", "gate_proj"]), "16 unknown"),
+    "a target that is not there": (lambda d: edit_config(d, target_modules=["c_attn"]), "named c_attn"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_adapter_is_refused(damage: str, saved: Path) -> None:
+    act, words = DAMAGE[damage]
+    act(saved)
+    with pytest.raises(InputError) as caught:
+        load_adapter(small_llama(), saved)
+    message = str(caught.value)
+    assert words in message and str(saved) in message and "\n" not in message, message
+
+
+def test_an_undamaged_adapter_is_not(saved: Path) -> None:
+    model = load_adapter(small_llama(), saved)
+    assert torch.equal(logits(model), logits(adapted()))
+    assert not any(p.requires_grad for p in model.parameters()) and not model.training
+
+
+def test_no_such_directory(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such adapter directory"):
+        read_adapter(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"hidden_size": 32, "intermediate_size": 96}, "belongs to another base model"),
+        ({"intermediate_size": 256}, "belongs to another base model"),
+        ({"num_hidden_layers": 3}, "14 missing (first: base_model.model.model.layers.2"),
+        ({"num_hidden_layers": 1}, "14 unknown (first: base_model.model.model.layers.1"),
+        ({"num_key_value_heads": 4}, "has shape [32], this model needs [64]"),
+    ],
+)
+def test_an_adapter_for_another_base_is_refused(changes: dict[str, int], words: str, saved: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        load_adapter(small_llama(**changes), saved)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", ["hash", "seed", "newer format", "generator"])
+def test_stock_from_pretrained_refuses_other_projections_and_formats_too(damage: str, saved: Path) -> None:
+    DAMAGE[damage][0](saved)
+    with pytest.raises(InputError, match=r"SHA-256|update qvera"):
+        PeftModel.from_pretrained(small_llama(), str(saved))
+
+
+def test_nothing_is_copied_when_one_vector_does_not_fit(saved: Path) -> None:
+    edit_weights(saved, shorten)
+    model = get_peft_model(small_llama(), QveraConfig(rank=8))
+    before = {n: v.detach().clone() for n, v in named_vectors(model).items()}
+    with pytest.raises(InputError):
+        load_vectors(model, read_adapter(saved)[1], "here")
+    assert all(torch.equal(v, before[n]) for n, v in named_vectors(model).items())
+
+
+def test_the_model_casts_as_a_whole_keep_vectors_fp32() -> None:
+    model = adapted()
+    before = {n: v.detach().clone() for n, v in named_vectors(model).items()}
+    for cast in (lambda: model.half(), lambda: model.to(torch.bfloat16), lambda: model.float()):
+        cast()
+        for name, vector in named_vectors(model).items():
+            assert vector.dtype == torch.float32 and torch.equal(vector, before[name])

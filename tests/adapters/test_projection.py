@@ -1,0 +1,176 @@
+"""The shared projections: a seed means the same numbers everywhere, and the smaller pair is a prefix of the larger."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qvera.adapters import QveraConfig, SharedProjection
+from qvera.adapters.projection import projection_sha256, uniform_matrix, uniform_pair, vera_scale
+from qvera.utils.errors import InputError
+
+CPU = torch.device("cpu")
+MASK = 2**64 - 1
+
+
+def philox4x64(counter: list[int], key: list[int]) -> list[int]:
+    """One block of Philox4x64-10, from its definition: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3"
+    (SC 2011), table 2 and section 3.3, with the constants of Random123's philox.h. Python integers only."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        product0, product1 = 0xD2E7470EE14C6C93 * c0, 0xCA5A826395121157 * c2
+        c0, c1, c2, c3 = (
+            (product1 >> 64) ^ c1 ^ k0,
+            product1 & MASK,
+            (product0 >> 64) ^ c3 ^ k1,
+            product0 & MASK,
+        )
+        k0, k1 = (k0 + 0x9E3779B97F4A7C15) & MASK, (k1 + 0xBB67AE8584CAA73B) & MASK
+    return [c0, c1, c2, c3]
+
+
+def element(i: int, j: int, seed: int, stream: int) -> float:
+    word = philox4x64([j // 4 + 1, i, 0, 0], [seed, stream])[j % 4]
+    return (word >> 40) / 2**23 - 1.0
+
+
+def test_the_plain_python_generator_passes_random123s_known_answers() -> None:
+    # kat_vectors of Random123: "philox4x64 10" with all zeros, all ones, and digits of pi
+    assert philox4x64([0] * 4, [0] * 2) == [
+        0x16554D9ECA36314C, 0xDB20FE9D672D0FDC, 0xD7E772CEE186176B, 0x7E68B68AEC7BA23B,
+    ]  # fmt: skip
+    assert philox4x64([MASK] * 4, [MASK] * 2) == [
+        0x87B092C3013FE90B, 0x438C3C67BE8D0224, 0x9CC7D7C69CD777B6, 0xA09CAEBF594F0BA0,
+    ]  # fmt: skip
+    pi = [0x243F6A8885A308D3, 0x13198A2E03707344, 0xA4093822299F31D0, 0x082EFA98EC4E6C89]
+    assert philox4x64(pi, [0x452821E638D01377, 0xBE5466CF34E90C6C]) == [
+        0xA528F45403E61D95, 0x38C72DBD566E9788, 0xA5A1610E72FD18B5, 0x57BD43B5E52B7FE6,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**53 + 1, 2**63 + 5, 2**64 - 1])
+@pytest.mark.parametrize("stream", [0, 1])
+def test_every_element_equals_the_definition(seed: int, stream: int) -> None:
+    drawn = uniform_matrix(5, 11, seed, stream)
+    expected = [[element(i, j, seed, stream) for j in range(11)] for i in range(5)]
+    assert drawn.dtype == np.float32
+    assert drawn.tolist() == expected  # exact: 24 bits fit into fp32
+
+
+@pytest.mark.parametrize(
+    ("shape", "digest"),
+    [
+        ((4, 7, 5, 0), "776be5687114886be14645e9476b91ee89079c495e256d4024a514beea76157f"),
+        ((8, 64, 192, 17), "66ef4e32c7bb5093cf0caf792c9e96a15b3f075c4b2bd05a6d76b5cc9c8907a3"),
+        # SmolLM2-135M, rank 256, and Llama-2-7B, rank 1024, every linear
+        ((256, 1536, 1536, 0), "88b7a44c659a444ede2c2512b36cfe75f63ccc5384f5a23da5549401d846bc5a"),
+        ((1024, 11008, 11008, 0), "8506274eb3ed7b25be4fc42d424db8fc0223f153bf6cb83f0daeeb285c457c7c"),
+    ],
+)
+def test_golden_hashes(shape: tuple[int, int, int, int], digest: str) -> None:
+    assert projection_sha256(*shape) == digest
+
+
+def test_the_hash_is_over_little_endian_rows_of_a_then_b() -> None:
+    a = [element(i, j, 3, 0) for i in range(2) for j in range(5)]
+    b = [element(i, j, 3, 1) for i in range(3) for j in range(2)]
+    expected = hashlib.sha256(np.array(a + b, dtype="<f4").tobytes()).hexdigest()
+    assert projection_sha256(2, 5, 3, 3) == expected
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    small=st.tuples(*[st.integers(1, 12)] * 3),
+    extra=st.tuples(*[st.integers(0, 9)] * 3),
+    seed=st.integers(0, MASK),
+)
+def test_a_smaller_pair_is_a_prefix(small: tuple[int, ...], extra: tuple[int, ...], seed: int) -> None:
+    rank, n, m = small
+    large_a, large_b = uniform_pair(rank + extra[0], n + extra[1], m + extra[2], seed)
+    a, b = uniform_pair(rank, n, m, seed)
+    assert np.array_equal(a, large_a[:rank, :n])
+    assert np.array_equal(b, large_b[:m, :rank])
+
+
+def test_the_numbers_are_uniform_and_streams_and_seeds_differ() -> None:
+    draws = [uniform_matrix(64, 256, seed, stream) for seed in (0, 1) for stream in (0, 1)]
+    for drawn in draws:
+        assert drawn.min() >= -1.0 and drawn.max() < 1.0
+        assert abs(drawn.mean()) < 4 * (1 / 3 / drawn.size) ** 0.5  # four standard errors
+        assert abs(drawn.var() - 1 / 3) < 0.01
+    flat = np.corrcoef(np.stack([drawn.ravel() for drawn in draws]))
+    assert np.abs(flat - np.eye(4)).max() < 0.04
+
+
+def test_scale_is_the_product_of_the_kaiming_bounds() -> None:
+    a, b = torch.empty(16, 40), torch.empty(48, 16)
+    torch.manual_seed(0)
+    for matrix in (a, b):
+        torch.nn.init.kaiming_uniform_(matrix)
+    bound = a.abs().max() * b.abs().max()
+    assert bound <= vera_scale(16, 40) < bound * 1.02
+
+
+def pair(seed: int = 3, dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> SharedProjection:
+    projection = SharedProjection(seed, device, dtype)
+    projection.ensure(6, 10, 14)
+    return projection
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes_are_the_rounding_of_fp32(dtype: torch.dtype) -> None:
+    a, b = uniform_pair(6, 10, 14, 3)
+    projection = pair(dtype=dtype)
+    assert torch.equal(projection.A, torch.from_numpy(a).to(dtype))
+    assert torch.equal(projection.B, torch.from_numpy(b).to(dtype))
+
+
+def test_casts_never_add_up() -> None:
+    exact = pair()
+    projection = pair()
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        projection.to(dtype)
+        assert projection.A.dtype == projection.B.dtype == dtype
+        assert torch.equal(projection.A, exact.A.to(dtype)) and torch.equal(projection.B, exact.B.to(dtype))
+    projection.half().float()
+    assert torch.equal(projection.A, exact.A) and torch.equal(projection.B, exact.B)
+
+
+def test_meta_then_to_empty_gives_the_numbers_of_the_seed() -> None:
+    projection = pair(device=torch.device("meta"))
+    assert projection.A.is_meta and projection.A.shape == (6, 10) and projection.B.shape == (14, 6)
+    projection.to_empty(device="cpu")
+    assert torch.equal(projection.A, pair().A) and torch.equal(projection.B, pair().B)
+
+
+def test_growing_keeps_what_was_there_and_shrinks_nothing() -> None:
+    projection = pair()
+    a, b = projection.A.clone(), projection.B.clone()
+    projection.ensure(3, 20, 5)
+    assert projection.A.shape == (6, 20) and projection.B.shape == (14, 6)
+    projection.ensure(9, 2, 15)
+    assert projection.A.shape == (9, 20) and projection.B.shape == (15, 9)
+    assert torch.equal(projection.A[:6, :10], a) and torch.equal(projection.B[:14, :6], b)
+    held = projection.A.data_ptr()
+    projection.ensure(9, 20, 15)
+    assert projection.A.data_ptr() == held  # nothing drawn again
+
+
+def test_slices_are_views_and_nothing_is_saved_or_trained() -> None:
+    projection = pair()
+    a, b = projection.slices(4, 7, 9)
+    assert a.untyped_storage().data_ptr() == projection.A.untyped_storage().data_ptr() and a.shape == (4, 7)
+    assert b.untyped_storage().data_ptr() == projection.B.untyped_storage().data_ptr() and b.shape == (9, 4)
+    assert projection.state_dict() == {} and list(projection.parameters()) == []
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 1.5])
+def test_a_seed_that_no_key_holds_is_refused(seed: int) -> None:
+    with pytest.raises(InputError, match=r"projection_seed: takes a whole number >= 0 and < 2\*\*64"):
+        QveraConfig(projection_seed=seed)

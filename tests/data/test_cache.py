@@ -1,0 +1,670 @@
+"""Tokenized rows: mapped, found again by everything that they depend on, made by one process or several, the same to the bit."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from filelock import FileLock
+from rich.console import Console
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+
+from qvera.cli.main import main
+from qvera.config.schema import DataSection, Source
+from qvera.data import Datasets, Example, Rows, build_datasets, cache, data_sha256, print_preflight, readers
+from qvera.data import tokenize_source as making_module
+from qvera.data.row_tables import rows_of
+from qvera.training.trainer import train
+from qvera.utils.errors import InputError, QveraError, RunFailed
+from tests.data.conftest import MakeTokenizer
+from tests.data.test_same_rows import byte_tokenizer, write_rows
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("QVERA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache, "_WORTH_BYTES", 10_000)  # so that small sets, quickly tokenized, are kept
+    return tmp_path / "cache" / "rows"
+
+
+@pytest.fixture
+def section(tmp_path: Path) -> DataSection:
+    chats, _ = write_rows(tmp_path, 90)
+    return DataSection(path=chats, template="chatml", eval_fraction=0.1, max_length=256, too_long="split")
+
+
+@pytest.fixture
+def long_section(tmp_path: Path, section: DataSection) -> DataSection:
+    """Three chunks of rows, for as many processes."""
+    write_rows(tmp_path, 700)
+    return section
+
+
+def same(one: Datasets, other: Datasets) -> bool:
+    def plain(row: Example) -> list[Any]:
+        arrays = [row.input_ids, row.trained, row.prompt_ids]
+        assert [str(a.dtype) for a in arrays] == ["int32", "bool", "int32"]
+        return [*(a.tolist() for a in arrays), row.source, row.prompt_text, row.reference]
+
+    rows = [[plain(row) for part in (data.train, data.eval) for row in part] for data in (one, other)]
+    return (
+        rows[0] == rows[1] and one.stats.to_dict() == other.stats.to_dict() and data_sha256(one) == data_sha256(other)
+    )
+
+
+def entries() -> list[str]:
+    return [entry.name for entry in cache.ROWS.listed()]
+
+
+def counting(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The parts that are tokenized from now on."""
+    passes: list[str] = []
+    real = making_module._tokenize
+
+    def spy(job: Any, *rest: Any) -> Any:
+        passes.append(job.part)
+        return real(job, *rest)
+
+    monkeypatch.setattr(making_module, "_tokenize", spy)
+    return passes
+
+
+def test_a_second_run_finds_the_rows_and_says_so(section: DataSection, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = counting(monkeypatch)
+    first = build_datasets(section, byte_tokenizer())
+    assert passes == ["train", "eval"] and first.stats.found == []
+    second = build_datasets(section, byte_tokenizer())
+    assert passes == ["train", "eval"] and second.stats.found == entries() and len(entries()) == 1
+    assert same(first, second)
+    out = io.StringIO()
+    print_preflight(second, byte_tokenizer(), Console(file=out, width=200))
+    assert f"found in the cache ({entries()[0]})" in out.getvalue()
+
+
+def test_without_a_place_for_the_cache_the_rows_are_the_same(
+    section: DataSection, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mapped = build_datasets(section, byte_tokenizer())
+    assert entries()
+    blocked = root.parent.parent / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("QVERA_CACHE", str(blocked))
+    out = io.StringIO()
+    temporary = root.parent.parent / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    unkept = build_datasets(section, byte_tokenizer(), Console(file=out, width=500))
+    assert "can't be kept there" in out.getvalue() and same(mapped, unkept)
+    assert not list(temporary.iterdir()), "the file has no name any more"
+    if sys.platform == "linux":
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        found = [line for line in maps if str(temporary) in line and "train.arrow" in line]
+        assert found and all(line.endswith("(deleted)") for line in found), "and yet is mapped, not held"
+
+
+def _other_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["question"])
+    return tokenizer
+
+
+def _other_template() -> PreTrainedTokenizerFast:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}"
+    return tokenizer
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "template": {"template": "zephyr"},
+    "max_length": {"max_length": 200},
+    "too_long": {"too_long": "cut-end"},
+    "train_on": {"train_on": "last"},
+    "eval_fraction": {"eval_fraction": 0.2},
+    "eval_limit": {"eval_limit": 3},
+    "seed": {"seed": 1},
+    "limit": {"limit": 60},
+    "system": {"system": "Answer in rhyme."},
+    "max_source_length": {"max_source_length": 50},
+    "max_target_length": {"max_target_length": 20},
+}
+
+
+@pytest.mark.parametrize("key", [*CHANGES, "tokenizer", "chat template", "content", "code", "a library"])
+def test_whatever_the_rows_depend_on_makes_another_entry(
+    key: str, section: DataSection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer: Callable[[], PreTrainedTokenizerFast] = byte_tokenizer
+    if key == "chat template":
+        section.template = "auto"
+    before = build_datasets(section, tokenizer())
+    if key in CHANGES:
+        for name, value in CHANGES[key].items():
+            setattr(section, name, value)
+    elif key == "tokenizer":
+        tokenizer = _other_tokenizer
+    elif key == "chat template":
+        tokenizer = _other_template
+    elif key == "content":
+        path = Path(section.path)
+        stat = path.stat()
+        text = path.read_text(encoding="utf-8")
+        path.write_text(text.replace("answer", "ANSWER", 1), encoding="utf-8")
+        assert path.stat().st_size == stat.st_size
+    elif key == "code":
+        monkeypatch.setattr(cache, "_code_sha256", lambda: "another")
+    else:
+        monkeypatch.setattr(cache.metadata, "version", lambda name: "99.0")
+    after = build_datasets(section, tokenizer())
+    assert after.stats.found == [] and len(entries()) == 2
+    monkeypatch.setenv("QVERA_CACHE", os.environ["QVERA_CACHE"] + "-fresh")
+    assert same(after, build_datasets(section, tokenizer()))
+    if key not in ("code", "a library"):
+        assert not same(before, after)
+
+
+def test_what_only_arranges_the_rows_makes_none(section: DataSection, tmp_path: Path) -> None:
+    _, alpaca = write_rows(tmp_path, 90)
+    build_datasets(section, byte_tokenizer())
+    section.shuffle, section.packing, section.group_by_length, section.prefix_once = False, True, True, False
+    section.mixture, section.weight, section.tokenize_processes = [Source(path=alpaca, template="alpaca")], 0.5, 2
+    mixed = build_datasets(section, byte_tokenizer())
+    assert len(mixed.stats.found) == 1 == len(entries())
+    section.eval_fraction = 0.0
+    build_datasets(section, byte_tokenizer())
+    section.seed = 7  # which has nothing to choose then
+    assert len(build_datasets(section, byte_tokenizer()).stats.found) == 1
+
+
+def _dated() -> PreTrainedTokenizerFast:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}"
+    )
+    return tokenizer
+
+
+class _Tomorrow(cache.datetime.date):
+    @classmethod
+    def today(cls) -> Any:
+        return cls(2100, 1, 1)
+
+
+def test_a_template_that_writes_the_date_is_good_for_a_day(
+    section: DataSection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section.template = "auto"
+    build_datasets(section, _dated())
+    assert build_datasets(section, _dated()).stats.found
+    monkeypatch.setattr(cache.datetime, "date", _Tomorrow)
+    assert not build_datasets(section, _dated()).stats.found
+
+
+def test_a_day_that_ends_meanwhile_costs_no_work(section: DataSection, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = cache.make
+
+    def make(*arguments: Any) -> Any:
+        made = real(*arguments)
+        monkeypatch.setattr(cache.datetime, "date", _Tomorrow)
+        return made
+
+    monkeypatch.setattr(cache, "make", make)
+    section.template = "auto"
+    assert len(build_datasets(section, _dated()).train) >= 80
+
+
+def test_an_entry_is_on_disk_before_it_has_its_name(
+    section: DataSection, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    record, rename = cache.replace_text, Path.rename
+    monkeypatch.setattr(cache, "flush", lambda path: order.append(path.name))
+    monkeypatch.setattr(cache, "replace_text", lambda path, text: order.append(path.name) or record(path, text))
+    monkeypatch.setattr(Path, "rename", lambda self, target: order.append(target.name) or rename(self, target))
+    build_datasets(section, byte_tokenizer())
+    assert order == ["eval.arrow", "train.arrow", "record.json", *entries(), root.name]
+
+
+@pytest.mark.parametrize(
+    "damage", ["a byte", "cut short", "missing", "record", "no record", "another schema", "fewer rows"]
+)
+def test_a_damaged_entry_is_made_again(damage: str, section: DataSection, root: Path) -> None:
+    first = build_datasets(section, byte_tokenizer())
+    whole = [row.input_ids.tolist() for row in first.train]
+    (name,) = entries()
+    table, record = root / name / "train.arrow", root / name / "record.json"
+    data = bytearray(table.read_bytes())
+    document = json.loads(record.read_text())
+    replaced = root / name / "new"
+    if damage == "a byte":
+        data[len(data) // 2] ^= 1
+        replaced.write_bytes(data)
+        replaced.rename(table)
+    elif damage == "cut short":
+        replaced.write_bytes(data[: len(data) // 2])
+        replaced.rename(table)
+    elif damage == "missing":
+        table.unlink()
+    elif damage == "record":
+        record.write_text(record.read_text()[:-40])
+    elif damage == "no record":
+        record.unlink()
+    elif damage == "another schema":
+        replaced.write_bytes(b"x" * len(data))
+        replaced.rename(table)
+        document["files"]["train.arrow"]["sha256"] = cache.file_sha256(table)
+        record.write_text(json.dumps(document))
+    else:
+        document["rows"]["train"] -= 1
+        record.write_text(json.dumps(document))
+    assert main(["cache", "verify"]) == (0 if damage in ("another schema", "fewer rows", "record", "no record") else 1)
+    out = io.StringIO()
+    again = build_datasets(section, byte_tokenizer(), Console(file=out, width=500))
+    assert "The rows are tokenized again." in out.getvalue() and again.stats.found == []
+    assert [row.input_ids.tolist() for row in again.train] == whole
+    assert build_datasets(section, byte_tokenizer()).stats.found == [name]
+
+
+def test_rows_that_are_mapped_outlive_their_entry(section: DataSection, root: Path) -> None:
+    build_datasets(section, byte_tokenizer())
+    data = build_datasets(section, byte_tokenizer())
+    ids = [row.input_ids.tolist() for row in data.train]
+    assert main(["cache", "rm", "--all"]) == 0 and entries() == []
+    assert [row.input_ids.tolist() for row in data.train] == ids
+
+
+def test_ls_verify_and_rm(section: DataSection, capsys: pytest.CaptureFixture[str]) -> None:
+    build_datasets(section, byte_tokenizer())
+    (name,) = entries()
+    assert main(["cache", "ls"]) == 0
+    assert name in (shown := capsys.readouterr().out) and section.path in shown
+    assert main(["cache", "ls", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["finished"] and row["rows"]["train"] > 90 and row["size_bytes"] > 50_000
+    assert main(["cache", "verify", name[:10]]) == 0 and "as written" in capsys.readouterr().out
+    assert main(["cache", "rm", name[:10]]) == 0 and entries() == []
+    assert main(["cache", "rm", name]) == 2
+
+
+def test_what_a_process_is_opening_stays_and_a_removal_that_was_killed_is_finished(section: DataSection) -> None:
+    build_datasets(section, byte_tokenizer())
+    (name,) = entries()
+    root = cache.rows_root()
+    left = root / ".removed-rows-of-a-killed-rm"
+    left.mkdir()
+    with FileLock(root / f".{name.removeprefix('rows-')}.lock"):
+        assert main(["cache", "rm", name]) == 2
+        assert entries() == [name] and not left.exists()
+    left.mkdir()
+    assert main(["cache", "rm", name]) == 0 and name not in entries()
+    left.mkdir(exist_ok=True)
+    build_datasets(section, byte_tokenizer())
+    assert not left.exists() and name in entries()
+
+
+def test_small_files_and_tokenizers_in_python_are_not_kept(tmp_path: Path, section: DataSection) -> None:
+    _, alpaca = write_rows(tmp_path, 60)
+    build_datasets(DataSection(path=alpaca, template="plain", format="alpaca"), byte_tokenizer())
+    build_datasets(DataSection(path=section.path, template="zephyr", limit=20), ByT5Tokenizer())
+    assert entries() == []
+
+
+def test_a_killed_maker_leaves_nothing_in_the_way(section: DataSection, root: Path) -> None:
+    script = (
+        "import os, sys\n"
+        "from tests.data.test_same_rows import byte_tokenizer\n"
+        "from qvera.data import build_datasets\nfrom qvera.data import cache as kept\n"
+        "from qvera.config.schema import DataSection\n"
+        "def hang(*a): print('made', flush=True); import time; time.sleep(600)\n"
+        "kept._write_record = hang\n"
+        "kept._WORTH_BYTES = 10_000\n"
+        f"section = DataSection(path={section.path!r}, template='chatml', eval_fraction=0.1, max_length=256, too_long='split')\n"
+        "build_datasets(section, byte_tokenizer())\n"
+    )
+    maker = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert maker.stdout is not None
+    assert maker.stdout.readline().strip() == "made"
+    (unfinished,) = entries()
+    assert unfinished.startswith(".unfinished-") and main(["cache", "rm", unfinished]) == 2  # it is being made
+    maker.send_signal(signal.SIGKILL)
+    maker.wait()
+    assert build_datasets(section, byte_tokenizer()).stats.found == []
+    assert entries() == [unfinished.replace(".unfinished-", "rows-")]
+
+
+def test_a_source_that_changes_meanwhile_is_not_kept(section: DataSection, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = cache.make
+
+    def make(*arguments: Any) -> Any:
+        made = real(*arguments)
+        with open(section.path, "a", encoding="utf-8") as handle:
+            handle.write(Path(section.path).read_text(encoding="utf-8").splitlines()[0] + "\n")
+        return made
+
+    monkeypatch.setattr(cache, "make", make)
+    with pytest.raises(InputError, match="was changed while it was read"):
+        build_datasets(section, byte_tokenizer())
+    assert entries() == []
+
+
+def test_a_full_disk_is_said(section: DataSection, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cache, "_write_record", full)
+    with pytest.raises(RunFailed, match="set QVERA_CACHE to a directory on another disk"):
+        build_datasets(section, byte_tokenizer())
+    assert entries() == []
+
+
+# --- several runs at once -------------------------------------------------------------------------------------------------
+
+
+class Said(io.StringIO):
+    """What a console shows, and when it first says that it waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits = threading.Event()
+
+    def write(self, text: str) -> int:
+        if "another process tokenizes these rows" in text:
+            self.waits.set()
+        return super().write(text)
+
+
+def both_ends(section: DataSection, monkeypatch: pytest.MonkeyPatch, fails: Exception | None = None) -> tuple[Any, Any]:
+    """The data or the error of two processes' worth of work, the second of which comes while the first tokenizes.
+
+    Args:
+        fails: what the first meets in place of its rows.
+    """
+    said, begun, real = Said(), threading.Event(), cache.make
+
+    def make(*arguments: Any) -> Any:
+        if begun.is_set():
+            return real(*arguments)
+        begun.set()
+        assert said.waits.wait(60)
+        if fails is not None:
+            raise fails
+        return real(*arguments)
+
+    monkeypatch.setattr(cache, "make", make)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(build_datasets, section, byte_tokenizer())
+        assert begun.wait(60)
+        second = threads.submit(build_datasets, section, byte_tokenizer(), Console(file=said, width=500))
+    return tuple(future.exception() or future.result() for future in (first, second))
+
+
+def spoil(section: DataSection) -> None:
+    with open(section.path, "a", encoding="utf-8") as handle:
+        handle.write(json.dumps({"messages": [{"role": "wizard", "content": "x"}]}) + "\n")
+
+
+def test_who_waits_for_the_same_rows_says_so_and_finds_them(
+    section: DataSection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = both_ends(section, monkeypatch)
+    assert not first.stats.found and second.stats.found == entries() and same(first, second)
+
+
+def test_wrong_rows_are_read_once_for_all_who_wait_and_again_by_who_comes_later(
+    section: DataSection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section.eval_fraction = 0.0
+    good = Path(section.path).read_text(encoding="utf-8")
+    spoil(section)
+    passes = counting(monkeypatch)
+    first, second = both_ends(section, monkeypatch)
+    assert isinstance(first, InputError) and isinstance(second, InputError)
+    assert str(first) == str(second) and f"{section.path}:91" in str(first) and passes == ["train"]
+    with pytest.raises(InputError, match="wizard"):
+        build_datasets(section, byte_tokenizer())
+    assert passes == ["train"] * 2
+    Path(section.path).write_text(good, encoding="utf-8")
+    assert len(build_datasets(section, byte_tokenizer()).train) >= 80
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), readers._open_failed(Path("chats.jsonl"), OSError(5, "I/O error"))],
+    ids=["full disk", "disk error"],
+)
+def test_what_is_wrong_with_the_disk_is_no_word_on_the_rows(
+    error: Exception, section: DataSection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = both_ends(section, monkeypatch, error)
+    assert isinstance(first, QveraError) and isinstance(second, Datasets) and len(second.train) >= 80
+
+
+def test_rows_that_were_mended_while_they_were_read_are_not_called_wrong(
+    section: DataSection, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, real = Path(section.path).read_text(encoding="utf-8"), cache.make
+    spoil(section)
+
+    def make(*arguments: Any) -> Any:
+        try:
+            return real(*arguments)
+        finally:
+            Path(section.path).write_text(good, encoding="utf-8")
+
+    monkeypatch.setattr(cache, "make", make)
+    with pytest.raises(InputError, match="wizard"):
+        build_datasets(section, byte_tokenizer())
+    assert not list(root.glob(".*.failed"))
+
+
+# --- several processes ----------------------------------------------------------------------------------------------------
+
+
+def by_several(section: DataSection, tokenizer: PreTrainedTokenizerFast) -> Datasets:
+    """Rows that were really made by several processes."""
+    out = io.StringIO()
+    data = build_datasets(section, tokenizer, Console(file=out, width=500))
+    assert not data.stats.found and "One process tokenizes" not in out.getvalue()
+    return data
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_make_the_same_rows(processes: int, long_section: DataSection, root: Path) -> None:
+    one = build_datasets(long_section, byte_tokenizer())
+    alone = {f.name: f.read_bytes() for f in (root / entries()[0]).glob("*.arrow")}
+    shutil.rmtree(root)
+    long_section.tokenize_processes = processes
+    several = by_several(long_section, byte_tokenizer())
+    assert same(one, several)
+    assert {f.name: f.read_bytes() for f in (root / entries()[0]).iterdir() if f.suffix == ".arrow"} == alone
+
+
+def test_processes_take_over_where_one_has_begun(
+    long_section: DataSection, monkeypatch: pytest.MonkeyPatch, root: Path
+) -> None:
+    one = build_datasets(long_section, byte_tokenizer())
+    shutil.rmtree(root)
+    monkeypatch.setattr(making_module, "_MEASURED_SECONDS", 0.0)
+    monkeypatch.setattr(making_module, "_WORTH_SECONDS", 0.0)
+    monkeypatch.setattr(making_module.os, "sched_getaffinity", lambda _: {0, 1})
+    started: list[int] = []
+    real = making_module.tokenize_parallel.tokenize
+
+    def spy(*arguments: Any) -> Any:
+        started.append(arguments[5])
+        return real(*arguments)
+
+    monkeypatch.setattr(making_module.tokenize_parallel, "tokenize", spy)
+    assert same(one, build_datasets(long_section, byte_tokenizer())) and started == [1]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"messages": [{"role": "wizard", "content": "x"}]},
+        {"messages": [{"role": "user", "content": "x"}]},
+        {
+            "messages": [
+                {"role": "user", "content": "a"},
+                {"role": "user", "content": "b"},
+                {"role": "assistant", "content": "c"},
+            ]
+        },
+    ],
+)
+def test_several_processes_say_what_one_would(bad: dict[str, Any], long_section: DataSection) -> None:
+    lines = Path(long_section.path).read_text(encoding="utf-8").splitlines()
+    for place in (600, 300, 301):
+        lines[place] = json.dumps(bad)
+    Path(long_section.path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    long_section.template, long_section.eval_fraction = "llama-2", 0.0
+    said = []
+    for processes in (1, 2):
+        long_section.tokenize_processes = processes
+        with pytest.raises(InputError) as failure:
+            build_datasets(long_section, byte_tokenizer())
+        said.append(str(failure.value))
+    assert said[0] == said[1] and ":301" in said[0]
+
+
+def test_held_out_rows_of_another_format_get_the_training_rows_template(tmp_path: Path) -> None:
+    files = {
+        "train.jsonl": {"instruction": "do it", "output": "done"},
+        "eval.jsonl": {"prompt": "do it", "completion": "done"},
+    }
+    for name, row in files.items():
+        (tmp_path / name).write_text(f"{json.dumps(row)}\n" * 600, encoding="utf-8")
+    section = DataSection(path=str(tmp_path / "train.jsonl"), eval_path=str(tmp_path / "eval.jsonl"))
+    one = build_datasets(section, byte_tokenizer())
+    os.environ["QVERA_CACHE"] += "-fresh"
+    section.tokenize_processes = 2
+    assert same(one, by_several(section, byte_tokenizer()))
+    assert one.template.name == "alpaca" and "### Instruction" in one.eval[0].prompt_text
+
+
+def test_processes_start_at_once_however_large_the_tokenizer(
+    long_section: DataSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, python = tmp_path / "started", tmp_path / "python"
+    started.mkdir()
+    python.write_text(  # one that reads nothing before the other has started too
+        f"""#!/bin/sh
+        touch {started}/$$
+        for i in $(seq 100); do
+            [ $(ls {started} | wc -l) = 2 ] && exec {sys.executable} "$@"
+            sleep 0.1
+        done
+        exit 1
+        """
+    )
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{# " + "long " * 50_000 + "#}"
+    long_section.tokenize_processes, long_section.limit = 2, 300
+    by_several(long_section, tokenizer)
+
+
+def test_whatever_special_token_a_template_writes_is_there_in_each_process(long_section: DataSection) -> None:
+    tokenizer = byte_tokenizer()
+    names = {"sep_token": "<sep>", "cls_token": "<cls>", "mask_token": "<mask>"}
+    tokenizer.add_special_tokens(names)
+    own = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        extra_special_tokens={"image_token": "<image>", "end_of_call": "<|im_end|>"},
+        **tokenizer.special_tokens_map,
+    )
+    own.chat_template = (
+        "{{ cls_token + mask_token }}{% for m in messages %}{{ sep_token + m.role + image_token + m.content + end_of_call }}"
+        "{% endfor %}"
+    )
+    long_section.template, long_section.too_long, long_section.limit = "auto", "cut-end", 300
+    one = build_datasets(long_section, own)
+    assert own.decode(one.train[0].input_ids).startswith("<cls><mask><sep>")
+    os.environ["QVERA_CACHE"] += "-fresh"
+    long_section.tokenize_processes = 2
+    assert same(one, by_several(long_section, own))
+
+
+def test_a_tokenizer_that_can_t_be_handed_on_is_used_by_one(
+    long_section: DataSection, make_tokenizer: MakeTokenizer
+) -> None:
+    tokenizer = make_tokenizer()
+    long_section.tokenize_processes, long_section.limit = 2, 300
+    several = build_datasets(long_section, tokenizer)
+    long_section.tokenize_processes = 1
+    os.environ["QVERA_CACHE"] += "-fresh"
+    assert same(several, build_datasets(long_section, tokenizer))
+
+
+def test_no_process_stays_behind(long_section: DataSection) -> None:
+    long_section.tokenize_processes = 2
+    build_datasets(long_section, byte_tokenizer())
+    time.sleep(0.2)
+    children = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "args="], capture_output=True, text=True).stdout
+    assert "qvera.data.tokenize_parallel" not in children
+
+
+# --- rows as a sequence ---------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_a_sequence(section: DataSection) -> None:
+    data = build_datasets(section, byte_tokenizer())
+    rows = data.train
+    assert isinstance(rows, Rows) and rows[-1].source == rows[len(rows) - 1].source
+    with pytest.raises(IndexError):
+        rows[len(rows)]
+    assert [row.source for row in rows[5:20:3]] == [rows[i].source for i in range(5, 20, 3)]
+    assert not rows[:0] and len(rows[:0].lengths) == 0
+    picked = rows.take(np.array([9, 9, 2]))
+    assert [row.source for row in picked] == [rows[9].source, rows[9].source, rows[2].source]
+    assert picked.lengths.tolist() == [len(row.input_ids) for row in picked]
+    assert picked.trained_tokens.tolist() == [row.trained_tokens for row in picked]
+    copied = rows_of(list(rows[:50]))
+    assert [row.input_ids.tolist() for row in copied] == [row.input_ids.tolist() for row in rows[:50]]
+    assert copied.ids_hash.tolist() == rows.ids_hash[:50].tolist()
+
+
+def test_a_hub_set_is_known_by_its_fingerprint(section: DataSection, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(40)]
+    one, other = datasets.Dataset.from_list(rows), datasets.Dataset.from_list(rows[:-1])
+    here = one
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, **kwargs: here)
+    section = DataSection(path="someone/questions", template="plain")
+    first = build_datasets(section, byte_tokenizer())
+    second = build_datasets(section, byte_tokenizer())
+    assert not first.stats.found and second.stats.found == entries() and same(first, second)
+    assert first.train[3].source == "someone/questions[train] row 4"
+    here = other
+    third = build_datasets(section, byte_tokenizer())
+    assert not third.stats.found and len(third.train) == 39
+
+
+def test_a_run_on_found_rows_is_the_run_and_resumes(
+    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "_WORTH_BYTES", 0)
+    recipe = make_recipe(data={"packing": True}, training={"max_steps": 4, "save_steps": 2})
+    first, second = (train(recipe, tmp_path / name) for name in ("first", "second"))
+    assert first is not None and second is not None and first.run["data"] == second.run["data"]
+    vectors = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("first", "second")]
+    assert vectors[0] == vectors[1] and len(entries()) == 1
+    shutil.rmtree(tmp_path / "second" / "checkpoints" / "step-00000004")
+    shutil.rmtree(tmp_path / "second" / "adapter")
+    recipe.data.tokenize_processes = 2  # another machine may have other cores
+    train(recipe, tmp_path / "second", resume=True)
+    assert (tmp_path / "second" / "adapter" / "adapter_model.safetensors").read_bytes() == vectors[0]

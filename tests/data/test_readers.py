@@ -1,0 +1,149 @@
+"""Every way to read rows, and every way in which a file can be wrong."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from qvera.data.readers import RawRow, read_rows
+from qvera.utils.errors import InputError
+
+Write = Callable[..., str]
+ROW = {"prompt": "a", "completion": "b"}
+
+
+def rows(path: str, **kwargs: str) -> list[RawRow]:
+    return list(read_rows(path, **kwargs))
+
+
+def test_jsonl_counts_lines_and_skips_blank_ones(write: Write) -> None:
+    path = write('\ufeff{"prompt": "é"}\n\n{"prompt": "\\n"}\n')
+    assert rows(path) == [RawRow({"prompt": "é"}, f"{path}:1"), RawRow({"prompt": "\n"}, f"{path}:3")]
+
+
+def test_json_list_and_wrapped_list(write: Write) -> None:
+    plain, wrapped = write([ROW, ROW], "plain.json"), write({"version": 1, "data": [ROW]}, "wrapped.json")
+    assert rows(plain)[1] == RawRow(ROW, f"{plain} row 2")
+    assert [row.fields for row in rows(wrapped)] == [ROW]
+
+
+def test_csv_names_the_line_where_a_record_starts(write: Write) -> None:
+    path = write('prompt,completion\n"two\nlines","a, b"\nlast,"say ""x"""\n', "rows.csv")
+    assert rows(path) == [
+        RawRow({"prompt": "two\nlines", "completion": "a, b"}, f"{path}:2"),
+        RawRow({"prompt": "last", "completion": 'say "x"'}, f"{path}:4"),
+    ]
+    assert rows(write("prompt\tcompletion\na,b\tc\n", "rows.tsv"))[0].fields == {"prompt": "a,b", "completion": "c"}
+
+
+def test_parquet_with_nested_messages(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"messages": [turns, turns]}), path)
+    assert rows(str(path)) == [RawRow({"messages": turns}, f"{path} row {n}") for n in (1, 2)]
+
+
+def test_directory_reads_its_data_files_in_name_order(write: Write, tmp_path: Path) -> None:
+    write([{"text": "b"}], "b.jsonl")
+    write([{"text": "a"}], "a.json")
+    write("not data", "README.md")
+    assert [row.fields["text"] for row in rows(str(tmp_path))] == ["a", "b"]
+
+
+def test_directory_of_two_splits_is_refused(write: Write, tmp_path: Path) -> None:
+    write([ROW], "train.jsonl")
+    write([ROW], "test.jsonl")
+    with pytest.raises(InputError, match="different splits .*train.jsonl and test.jsonl"):
+        rows(str(tmp_path))
+    (tmp_path / "test.jsonl").rename(tmp_path / "train-contest.jsonl")
+    assert len(rows(str(tmp_path))) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"text": "x"}\n{"text": \n', r"a\.jsonl:2: not valid JSON: Expecting value at column 9"),
+        ("a.jsonl", '{"text": "x"}\n["x"]\n', r"a\.jsonl:2: expected one JSON object on the line.*got a list"),
+        ("a.jsonl", '[{"text": "x"}]\n', r"a\.jsonl:1: .*one JSON list: rename it to \.json"),
+        ("a.jsonl", '[\n{"text": "x"}\n]\n', r"a\.jsonl:1: .*looks like plain JSON. Rename it to \.json"),
+        ("a.jsonl", "\n\n", r"a\.jsonl: holds no rows"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"text": "caf\xe9"}\n',
+            r"a\.jsonl:2: not UTF-8 text \(byte 0xe9\).*-f Latin-1",
+        ),
+        ("a.jsonl", '{"text": "x"}\n'.encode("utf-16"), r"a\.jsonl:1: not UTF-8 .*UTF-16"),
+        ("a.jsonl", '{"text": ' + "[" * 100_000 + "\n", r"a\.jsonl:1: not valid JSON"),
+        ("a.json", "", r"a\.json: the file is empty"),
+        ("a.json", "[]", r"a\.json: holds no rows"),
+        ("a.json", '[{"a": 1},\n{"a": }]', r"a\.json:2: not valid JSON: Expecting value at column 7"),
+        ("a.json", '{"a": "b"}\n{"a": "c"}\n', r"a\.json:2: more than one JSON value.*Rename it to \.jsonl"),
+        ("a.json", '{"a": 1, "b": 2}', r"a\.json: expected a JSON list of objects, got one object with the keys a, b"),
+        ("a.json", '"text"', r"a\.json: expected a JSON list of objects, got a string"),
+        ("a.json", '[{"a": 1}, null]', r"a\.json row 2: expected an object with named fields, got null"),
+        ("a.json", b'[{"text":\n"caf\xe9"}]', r"a\.json:2: not UTF-8"),
+        ("a.csv", "", r"a\.csv: holds no rows"),
+        ("a.csv", "prompt,completion\n", r"a\.csv: holds no rows"),
+        ("a.csv", "prompt,completion\na,b\nc\n", r"a\.csv:3: 1 fields where the header has 2 \(prompt, completion\)"),
+        ("a.csv", "prompt,prompt\na,b\n", r"a\.csv:1: the column 'prompt' occurs twice"),
+        ("a.csv", "prompt,\na,b\n", r"a\.csv:1: a column of the header has no name"),
+        ("a.csv", "prompt;completion\na;b\n", r"a\.csv:1: columns are separated by semicolons"),
+        ("a.csv", 'prompt,completion\na,b\n"c,d\n', r"a\.csv:3: not valid CSV"),
+        ("a.csv", b"prompt,completion\na,caf\xe9\n", r"a\.csv:\d+ or after: not UTF-8"),
+        ("a.parquet", "PAR1 but not really", r"a\.parquet: can't be read as Parquet"),
+        ("a.xlsx", "x", r"a\.xlsx: can't read a file that ends in '\.xlsx'. Expected \.jsonl"),
+        ("a", "x", r"a: can't read a file that ends in 'nothing'"),
+    ],
+)
+def test_bad_file(write: Write, name: str, content: str | bytes, message: str) -> None:
+    path = write(content, name)
+    with pytest.raises(InputError, match=message) as failure:
+        rows(path)
+    assert "\n" not in str(failure.value)
+
+
+def test_missing_file_names_the_nearest(write: Write, tmp_path: Path) -> None:
+    write([ROW], "train.jsonl")
+    with pytest.raises(InputError, match=re.escape(f"Did you mean {tmp_path / 'train.jsonl'}?")):
+        rows(str(tmp_path / "trian.jsonl"))
+    with pytest.raises(InputError, match="no directory"):
+        rows(str(tmp_path / "nowhere" / "train.jsonl"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no data files in this directory .it is empty"):
+        rows(str(tmp_path / "empty"))
+
+
+def test_hub_keys_with_a_local_file(write: Write) -> None:
+    with pytest.raises(InputError, match=r"data\.revision: 'main' has a meaning for hub datasets only"):
+        rows(write([ROW]), revision="main")
+
+
+def test_hub_dataset_gets_every_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    calls = []
+
+    def load_dataset(path: str, **kwargs: str) -> datasets.Dataset:
+        calls.append((path, kwargs))
+        return datasets.Dataset.from_list([{"text": "one"}, {"text": "two"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    found = rows("owner/name", split="validation", config_name="en", revision="v1")
+    assert calls == [("owner/name", {"name": "en", "split": "validation", "revision": "v1"})]
+    assert found == [RawRow({"text": t}, f"owner/name[validation] row {n}") for n, t in ((1, "one"), (2, "two"))]
+
+
+def test_hub_failure_is_one_paragraph(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def load_dataset(path: str, **kwargs: str) -> None:
+        raise ConnectionError("Couldn't reach\nthe hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(InputError, match="owner/name: no file or .*Couldn't reach the hub. .*can't be reached"):
+        rows("owner/name")

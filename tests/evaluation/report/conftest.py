@@ -1,0 +1,247 @@
+"""A run directory as the trainer leaves it, made up: the numbers have the shape of a real quickstart run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qvera.config.schema import parse_recipe
+from qvera.evaluation.report.read import inputs_sha256
+
+PROMPT = (
+    "Extract the repair request as JSON with the keys name, device, fault, date, address {street, number, city} and "
+    "phone (null if absent).\n\nHello, this is Ines Moreau. My dishwasher stopped draining. Could someone come on "
+    "14 May to 27 Linden Road, Harwich?"
+)
+REFERENCE = (
+    '{"name": "Ines Moreau", "device": "dishwasher", "fault": "not draining", "date": "14 May", '
+    '"address": {"street": "Linden Road", "number": 27, "city": "Harwich"}, "phone": null}'
+)
+
+ADAPTER = b"the vectors"
+"""The adapter file of a run that `evaluation` is of, as far as anything here reads it."""
+
+
+def train_rows(steps: int = 96) -> list[dict[str, Any]]:
+    """Rows of kind "train": a loss that falls from about 2.3 to about 0.05 with noise, warm-up then cosine."""
+    noise = random.Random(0)
+    rows = []
+    for step in range(1, steps + 1):
+        warm = min(1.0, step / 10)
+        rate = 8e-3 * warm * (0.5 + 0.5 * math.cos(math.pi * max(0, step - 10) / max(1, steps - 10)))
+        loss = 0.05 + 2.25 * math.exp(-step / 14)
+        seconds = 1.9 * noise.lognormvariate(0, 0.07)
+        rows.append(
+            {
+                "kind": "train",
+                "step": step,
+                "epoch": step / 48,
+                "loss": loss * noise.lognormvariate(0, 0.18),
+                "learning_rate": rate,
+                "grad_norm": (0.15 + 0.9 * math.exp(-step / 20)) * noise.lognormvariate(0, 0.3),
+                "trained_tokens": 812,
+                "input_tokens": 3200,
+                "step_seconds": seconds,
+                "tokens_per_second": 3200 / seconds,
+                "memory_bytes": int(930e6 + 40e6 * noise.random()),
+                "peak_bytes": int(1.12e9 + min(step, 30) * 2e6),
+            }
+        )
+    return rows
+
+
+def eval_rows(losses: dict[int, float]) -> list[dict[str, Any]]:
+    """Rows of kind "eval", one for each step of ``losses``."""
+    return [
+        {"kind": "eval", "step": step, "loss": loss, "perplexity": math.exp(loss), "rows": 40, "trained_tokens": 2030}
+        | {"seconds": 4.2}
+        for step, loss in losses.items()
+    ]
+
+
+def run_info() -> dict[str, Any]:
+    """run.json of a finished run."""
+    return {
+        "format": 1,
+        "status": "done",
+        "started": "2026-11-24T15:12:04+00:00",
+        "finished": "2026-11-24T15:16:58+00:00",
+        "model": {
+            "path": "HuggingFaceTB/SmolLM2-135M-Instruct",
+            "architecture": "LlamaForCausalLM",
+            "parameters": 134_515_008,
+            "quantization": "nf4",
+            "compute_dtype": "bfloat16",
+            "quant_storage": "bfloat16",
+            "four_bit_modules": 210,
+            "base_bytes": 112_400_000,
+        },
+        "adapter": {
+            "rank": 256,
+            "targets": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+            "adapted_modules": 210,
+            "trainable_parameters": 209_280,
+            "file_bytes": 838_112,
+            "seed": 0,
+            "lora_r64_parameters": 19_537_920,
+        },
+        "data": {
+            "train_rows": 768,
+            "eval_rows": 40,
+            "tokens": 151_200,
+            "trained_tokens": 38_976,
+            "truncated_rows": 0,
+            "dropped_rows": 3,
+            "format": "prompt-completion",
+            "template": "the model's own",
+            "repeated_rows": 2,
+            "length_histogram": {
+                "edges": [140, 150, 160, 170, 180, 190, 200, 210, 220, 230, 240],
+                "counts": [4, 17, 58, 121, 168, 170, 118, 72, 33, 7],
+            },
+        },
+        "result": {
+            "steps": 96,
+            "epochs": 2.0,
+            "train_loss_first": 2.31,
+            "train_loss_last": 0.0513,
+            "eval_before": {"loss": 2.412, "perplexity": 11.16, "exact_match": 0.025, "rows": 40},
+            "eval_after": {"loss": 0.0712, "perplexity": 1.0738, "exact_match": 0.875, "rows": 40}
+            | {"exact_match_rows": 24},
+            "best_step": 80,
+            "seconds": 192.4,
+            "tokens_per_second": 1706.3,
+            "peak_bytes": 1_182_000_000,
+        },
+        "samples": [
+            {
+                "prompt": PROMPT,
+                "reference": REFERENCE,
+                "before": "Here is the JSON:\n```json\n"
+                + REFERENCE.replace('27, "city"', '"27 Linden", "city"')
+                + "\n```",
+                "after": REFERENCE,
+            },
+            {
+                "prompt": PROMPT.replace("14 May", "3 June"),
+                "reference": REFERENCE.replace("14 May", "3 June"),
+                "before": "I'm sorry to hear that your dishwasher is broken! Let me help you with that.",
+                "after": REFERENCE.replace("14 May", "3 July").replace(', "phone": null', ""),
+            },
+            {
+                "prompt": PROMPT.replace("Ines Moreau", "Tom Reyes") + " You reach me at 555 0142.",
+                "reference": '{"name": "Tom Reyes", "phone": "555 0142"}',
+                "before": "",
+                "after": '{"phone":"555 0142","name":"Tom Reyes"}',
+            },
+        ],
+        "versions": {
+            "python": "3.11.9",
+            "torch": "2.13.0",
+            "transformers": "5.24.0",
+            "peft": "0.21.2",
+            "bitsandbytes": "0.50.2",
+            "qvera": "0.1.0",
+        },
+        "device": "cpu: AMD EPYC 9R14, 2 threads",
+    }
+
+
+def evaluation() -> dict[str, Any]:
+    """What `qvera eval --json` writes, of three rows: one won, one with two references, one without any."""
+    rows = [
+        {"references": [REFERENCE], "answer": REFERENCE, "base_answer": "I'm sorry to hear that!"}
+        | {"scores": {"exact": 1.0, "bleu": 100.0}, "base_scores": {"exact": 0.0, "bleu": 1.7}},
+        {"references": ["Call Tom.", "Tom is to be called on 3 June."], "answer": "Tom is to be called on 3 July."}
+        | {
+            "base_answer": "Call Tom.",
+            "scores": {"exact": 0.0, "bleu": 65.8},
+            "base_scores": {"exact": 1.0, "bleu": 100.0},
+        },
+        {"references": [], "answer": "", "base_answer": "Hello " * 400, "scores": {}, "base_scores": {}},
+    ]
+    for number, row in enumerate(rows):
+        row |= {"source": f"data/repairs_heldout.jsonl:{number + 1}", "prompt": PROMPT * (1 + 3 * number)}
+    return {
+        "subject": {
+            "path": "runs/repairs",
+            "what": "A run",
+            "column": "Adapter",
+            "base": "HuggingFaceTB/SmolLM2-135M-Instruct",
+            "data": "data/repairs_heldout.jsonl",
+            "max_new_tokens": 160,
+            "adapter_sha256": hashlib.sha256(ADAPTER).hexdigest(),
+            "inputs_sha256": inputs_sha256(rows),
+        },
+        "scores": {
+            "loss": 0.0712,
+            "perplexity": 1.0738,
+            "rows": 3,
+            "trained_tokens": 123,
+            "seconds": 0.4,
+            "exact_match": 0.5,
+        }
+        | {"bleu": 82.1, "scored_rows": 2, "references": 3},
+        "base_scores": {"loss": 2.412, "perplexity": 11.16, "exact_match": 0.5, "bleu": 17.44},
+        "metrics": [
+            {"name": "exact", "label": "Exact match", "signature": "equal as JSON", "lower_is_better": False},
+            {
+                "name": "bleu",
+                "label": "BLEU",
+                "signature": "sacrebleu nrefs:var|case:mixed|tok:13a",
+                "lower_is_better": False,
+            },
+        ],
+        "versions": {"qvera": "0.1.0"},
+        "answers": rows,
+    }
+
+
+RECIPE = {
+    "model": {"path": "HuggingFaceTB/SmolLM2-135M-Instruct"},
+    "adapter": {"rank": 256},
+    "data": {"path": "data/repairs.jsonl", "eval_path": "data/repairs_heldout.jsonl"},
+    "training": {"learning_rate": 8e-3, "num_train_epochs": 2.0, "eval_steps": 20, "max_steps": 96},
+}
+
+Build = Callable[..., Path]
+
+
+@pytest.fixture
+def build_run(tmp_path: Path) -> Build:
+    """Write a run directory and return its path: ``build_run(info=..., train=..., evals=..., tail=...)``.
+
+    ``info`` and ``recipe`` set to None leave that file out; ``train`` and ``evals`` both None leave metrics.jsonl out;
+    ``tail`` is appended to metrics.jsonl as it is.
+    """
+
+    def build(
+        info: dict[str, Any] | None | str = "finished",
+        train: list[dict[str, Any]] | None | str = "finished",
+        evals: list[dict[str, Any]] | None | str = "finished",
+        recipe: dict[str, Any] | None = RECIPE,
+        tail: str = "",
+        name: str = "quickstart",
+    ) -> Path:
+        root = tmp_path / name
+        root.mkdir()
+        if recipe is not None:
+            (root / "recipe.yaml").write_text(parse_recipe(recipe, "recipe").to_yaml(), encoding="utf-8")
+        tree = run_info() if info == "finished" else info
+        if tree is not None:
+            (root / "run.json").write_text(json.dumps(tree), encoding="utf-8")
+        rows = train_rows() if train == "finished" else train
+        scores = eval_rows({20: 0.61, 40: 0.173, 60: 0.088, 80: 0.0712, 96: 0.0735}) if evals == "finished" else evals
+        if rows is not None or scores is not None or tail:
+            lines = [json.dumps(row) + "\n" for row in [*(rows or []), *(scores or [])]]
+            (root / "metrics.jsonl").write_text("".join(lines) + tail, encoding="utf-8")
+        return root
+
+    return build

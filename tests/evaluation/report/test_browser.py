@@ -1,0 +1,209 @@
+"""The page in a real browser. Skipped, with the reason, where there is no Chromium."""
+
+from __future__ import annotations
+
+import html
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qvera.config.schema import RangeTest
+from qvera.evaluation.report import write_report
+from qvera.evaluation.report.answers_page import write_answers
+from qvera.evaluation.report.compare_page import compared, write_runs
+from qvera.training.lr_curve import RULE, Found
+from qvera.training.lr_page import write_ramp
+from tests.evaluation.report.conftest import RECIPE, evaluation, run_info, train_rows
+
+Build = Callable[..., Path]
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome on PATH")
+
+QUIET = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --enable-logging=stderr --virtual-time-budget=2000"
+).split()
+
+
+def dump_dom(path: Path, profile: Path, *flags: str) -> tuple[str, list[str]]:
+    """The document after its scripts ran, and what it wrote to the console."""
+    assert CHROMIUM is not None
+    command = [CHROMIUM, *QUIET, *flags, f"--user-data-dir={profile}", "--dump-dom", path.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout, re.findall(r"CONSOLE.*", done.stderr)
+
+
+def with_script(report: Path, script: str) -> Path:
+    """A copy of the page whose policy is taken out and that runs ``script`` at its end."""
+    source = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", report.read_text(encoding="utf-8"))
+    copy = report.with_name("probed.html")
+    copy.write_text(source.replace("</body>", f"<script>{script}</script></body>"), encoding="utf-8")
+    return copy
+
+
+def test_charts_are_drawn_and_the_script_runs_under_the_policy(build_run: Build, tmp_path: Path) -> None:
+    dom, console = dump_dom(write_report(build_run()), tmp_path / "profile")
+    assert console == []
+    assert '<html lang="en" class="js">' in dom
+    assert len(re.findall(r'<svg class="axes"', dom)) == 6
+    # 1 + 2 curves of loss, 1 each of rate, norm and speed, 2 of memory
+    assert len(re.findall(r'<path class="[^"]+" d="M[\d. L]+', dom)) == 8
+    assert "87.5 %" in dom
+
+
+def test_hostile_text_does_nothing(build_run: Build, tmp_path: Path) -> None:
+    attack = "</pre></script><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
+    info = run_info()
+    for sample in info["samples"]:
+        sample.update(prompt=attack, reference=attack, before=attack, after=attack + " more")
+    info["model"]["path"] = info["device"] = info["versions"]["torch"] = attack
+    dom, console = dump_dom(write_report(build_run(info=info)), tmp_path / "profile")
+    assert console == []
+    assert "<title>taken" not in dom
+    assert "<img" not in dom
+    assert html.escape(attack, quote=False) in dom
+
+
+def test_runs_are_pointed_at_together_by_steps_and_by_tokens(build_run: Build, tmp_path: Path) -> None:
+    script = """
+      const plots = [...document.querySelectorAll('.plot')];
+      const shown = box => {
+        const frame = box.getBoundingClientRect();
+        box.dispatchEvent(new PointerEvent('pointermove', {clientX: frame.right}));
+        const tips = [...document.querySelectorAll('.tip:not([hidden])')].map(
+          tip => [...tip.children].map(part => part.textContent).join('|'));
+        box.dispatchEvent(new PointerEvent('pointerleave'));
+        return tips;
+      };
+      const colours = new Set([...document.querySelectorAll('.axes path[class*=" c"]')].map(p => getComputedStyle(p).stroke));
+      document.title = [plots.length, shown(plots[0])[1], shown(plots[2])[1], colours.size].join(' ; ');
+    """
+    places = [build_run(name="one"), build_run(name="two", train=train_rows(96))]
+    write_runs(tmp_path / "runs.html", compared(places))
+    dom, console = dump_dom(with_script(tmp_path / "runs.html", script), tmp_path / "profile")
+    assert console == []
+    number, by_step, by_token, colours = re.findall(r"<title>(.*?)</title>", dom)[0].split(" ; ")
+    assert (number, colours) == ("4", "2")
+    assert by_step.startswith("step 96|one 0.0") and "|two 0.0" in by_step
+    assert by_token.startswith("307,200 tokens|one 0.0")
+
+
+def test_pointing_at_a_chart_shows_the_step_in_all_of_them(build_run: Build, tmp_path: Path) -> None:
+    script = """
+      const box = document.querySelector('.plot'), frame = box.getBoundingClientRect();
+      const move = x => box.dispatchEvent(new PointerEvent('pointermove', {clientX: frame.left + x * frame.width}));
+      move(80 / 96);
+      const shown = [...document.querySelectorAll('.tip:not([hidden])')].map(
+        tip => [...tip.children].map(part => part.textContent).join('|'));
+      box.dispatchEvent(new PointerEvent('pointerleave'));
+      const left = document.querySelectorAll('.tip:not([hidden])').length;
+      box.dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowLeft'}));
+      const keyed = box.querySelector('.tip b').textContent;
+      document.title = [shown.length, shown[0], shown[4], left, keyed].join(' ; ');
+    """
+    dom, console = dump_dom(with_script(write_report(build_run()), script), tmp_path / "profile")
+    assert console == []
+    title = re.findall(r"<title>(.*?)</title>", dom)[0]
+    count, loss, memory, left, keyed = title.split(" ; ")
+    assert count == "5"
+    assert loss.startswith("step 80|training loss 0.0") and loss.endswith("|held-out loss 0.0712")
+    assert memory.startswith("step 80|in use 9") and memory.endswith("|peak 1.18 GB")
+    assert (left, keyed) == ("0", "step 96")
+
+
+def answers(build_run: Build, root: Path) -> Path:
+    write_answers(root / "answers.html", evaluation())
+    return root / "answers.html"
+
+
+def runs(build_run: Build, root: Path) -> Path:
+    """Eight runs, one of them broken off, with names and values as long as they get."""
+    places = []
+    for number in range(8):
+        recipe = {
+            **RECIPE,
+            "training": {"learning_rate": 10.0**-number},
+            "data": {"path": f"data/{'x' * 40}{number}.jsonl"},
+        }
+        steps = train_rows(40 + 9 * number)
+        info = run_info() if number else None
+        places.append(build_run(info=info, recipe=recipe, train=steps, evals=None, name=f"a-run-of-rank-{number}"))
+    write_runs(root / "runs.html", compared(places))
+    return root / "runs.html"
+
+
+def ramp(build_run: Build, root: Path) -> Path:
+    """A range test that diverged at its 45th step of 60."""
+    rows = [
+        {
+            "learning_rate": 10 ** (n / 12 - 5),
+            "loss": 2.3 - n / 40 + (n > 40) * 2.0 ** (n - 40),
+            "grad_norm": 0.3 + n / 50,
+        }
+        for n in range(45)
+    ]
+    points = [{**row, "step": n + 1, "smoothed_loss": row["loss"], "step_seconds": 1.2} for n, row in enumerate(rows)]
+    found = Found(points, 1.9e-2, 3.2e-3, points[-1]["learning_rate"])
+    facts = {"rule": RULE, "learning_rate": 4e-3, "data": "data/repairs.jsonl", "ramp": RangeTest(steps=60)}
+    write_ramp(root / "lr-range.html", "SmolLM2-135M-Instruct", "repairs", found, facts)
+    return root / "lr-range.html"
+
+
+PAGES: dict[str, Callable[[Build, Path], Path]] = {
+    "report": lambda build_run, root: write_report(build_run()),
+    "eval": answers,
+    "compare": runs,
+    "find-lr": ramp,
+}
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [400, 1200])
+@pytest.mark.parametrize("page", PAGES)
+def test_it_fits_its_width_and_can_be_read(
+    build_run: Build, tmp_path: Path, page: str, width: int, scheme: str
+) -> None:
+    """No sideways scrolling, every tick inside the window, and text at 4.5:1 or better (WCAG AA) in both schemes."""
+    probe = """
+      addEventListener('load', () => {
+        const light = color => color.match(/[\\d.]+/g).slice(0, 3).map(Number).map(
+          c => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4
+        ).reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+        const page = light(getComputedStyle(document.body).backgroundColor);
+        const worst = Math.min(...[...document.querySelectorAll('main *')].filter(
+          e => [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim())
+            && !e.closest('.tip, title, [aria-hidden]')
+        ).map(e => {
+          const style = getComputedStyle(e), ink = light(e.closest('svg') ? style.fill : style.color);
+          return (Math.max(ink, page) + 0.05) / (Math.min(ink, page) + 0.05);
+        }));
+        const ticks = [...document.querySelectorAll('.tick')].map(e => e.getBoundingClientRect());
+        const root = document.documentElement;
+        parent.document.title = [innerWidth, root.scrollWidth, Math.min(0, ...ticks.map(t => t.left)) >= 0,
+          Math.max(0, ...ticks.map(t => t.right)) <= innerWidth, worst.toFixed(2), page < 0.1 ? 'dark' : 'light'
+        ].join(' ');
+      });
+    """
+    probed = with_script(PAGES[page](build_run, tmp_path), probe).read_text(encoding="utf-8")
+    # Chromium's own window is never narrower than 500 px, a frame is
+    frame = tmp_path / "frame.html"
+    source = html.escape(probed, quote=True)
+    frame.write_text(
+        f'<!doctype html><meta charset="utf-8"><iframe style="border:0;width:{width}px" srcdoc="{source}"></iframe>',
+        encoding="utf-8",
+    )
+    number = {"dark": 0, "light": 1}[scheme]
+    flags = (f"--blink-settings=preferredColorScheme={number}", "--window-size=1300,1000")
+    dom, console = dump_dom(frame, tmp_path / "profile", *flags)
+    assert console == []
+    inner, scroll, left, right, worst, drawn = re.findall(r"<title>(.*?)</title>", dom)[0].split(" ")
+    assert drawn == scheme
+    assert int(inner) == width and int(scroll) <= width
+    assert (left, right) == ("true", "true")
+    assert float(worst) >= 4.5

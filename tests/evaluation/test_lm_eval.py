@@ -1,0 +1,188 @@
+"""lm-evaluation-harness on a run and on its export, with a task of our own and no network; and what is said where it can't be."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from qvera.adapters.save_load import load_adapter, save_adapter
+from qvera.cli.main import main
+from qvera.evaluation import lm_eval
+from qvera.models.loader import load_base
+from qvera.training.trainer import train
+from tests.export.test_merged import perturb
+
+installed = pytest.mark.skipif(
+    find_spec("lm_eval") is None, reason="lm-eval is not installed (pip install 'qvera[harness]')"
+)
+
+COLOURS = ["red", "blue", "green"]
+DOCUMENTS = [{"question": f"say {COLOURS[n % 3]} {n}", "answer": n % 3} for n in range(12)]
+
+
+@pytest.fixture
+def run(make_recipe: Any, tmp_path: Path) -> Path:
+    """A run whose vectors are moved far from their start."""
+    recipe = make_recipe(training={"max_steps": 1, "sample_count": 0})
+    train(recipe, tmp_path / "run")
+    model = load_adapter(load_base(recipe.model).model, tmp_path / "run" / "adapter")
+    perturb(model)
+    save_adapter(model, tmp_path / "run" / "adapter")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Path:
+    """A multiple-choice task and a generating one over a local file."""
+    directory = tmp_path / "tasks"
+    directory.mkdir()
+    data = tmp_path / "documents.jsonl"
+    data.write_text("".join(json.dumps(document) + "\n" for document in DOCUMENTS))
+    common = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+        "doc_to_text": "{{question}}\nAnswer:",
+    }
+    choice = {
+        "task": "qvera_colours",
+        "output_type": "multiple_choice",
+        "doc_to_choice": COLOURS,
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc"}],
+    }
+    answer = {
+        "task": "qvera_answers",
+        "output_type": "generate_until",
+        "doc_to_target": "{{['red', 'blue', 'green'][answer]}}",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4},
+        "metric_list": [{"metric": "exact_match"}],
+    }
+    for task in (choice, answer):
+        (directory / f"{task['task']}.yaml").write_text(yaml.safe_dump(common | task))
+    return directory
+
+
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+
+
+def ask(*arguments: Any) -> dict[str, Any]:
+    """lm-eval's results by `qvera harness ARGUMENTS`."""
+    out = Path(arguments[0]).parent / f"results{len(list(Path(arguments[0]).parent.glob('results*')))}.json"
+    assert main(["harness", *map(str, arguments), "--json", str(out)]) == 0
+    return dict(json.loads(out.read_text()))
+
+
+def choice_of(samples: list[dict[str, Any]]) -> list[list[float]]:
+    """The log likelihood of each choice of each document, in the documents' order."""
+    ordered = sorted(samples, key=lambda sample: int(sample["doc_id"]))
+    return [[float(answer[0]) for answer in sample["filtered_resps"]] for sample in ordered]
+
+
+def by_hand(model: Any, tokenizer: Any) -> list[list[float]]:
+    """The same from the model's logits."""
+    encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    found = []
+    for document in DOCUMENTS:
+        context = encode(f"{document['question']}\nAnswer:")
+        scores = []
+        for colour in COLOURS:
+            ids = encode(f"{document['question']}\nAnswer: {colour}")
+            with torch.no_grad():
+                logits = torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), dim=-1)
+            scores.append(sum(float(logits[i - 1, ids[i]]) for i in range(len(context), len(ids))))
+        found.append(scores)
+    return found
+
+
+@installed
+def test_a_run_is_asked_as_it_was_trained(
+    run: Path, tasks: Path, make_recipe: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    offline(monkeypatch)
+    base = load_base(make_recipe().model)
+    plain = by_hand(base.model, base.tokenizer)
+    adapted = by_hand(load_adapter(base.model, run / "adapter"), base.tokenizer)
+    assert not torch.allclose(torch.tensor(plain), torch.tensor(adapted), atol=0.05)
+    for arguments, wanted in (([], adapted), (["--base"], plain)):
+        found = ask(run, "--tasks", "qvera_colours", "--include", tasks, *arguments)
+        torch.testing.assert_close(
+            torch.tensor(choice_of(found["samples"]["qvera_colours"])), torch.tensor(wanted), rtol=1e-3, atol=1e-3
+        )
+        right = [max(range(3), key=row.__getitem__) == d["answer"] for row, d in zip(wanted, DOCUMENTS, strict=True)]
+        assert found["results"]["qvera_colours"]["acc,none"] == pytest.approx(sum(right) / 12)
+        said = capsys.readouterr().out
+        assert "qvera_colours" in said and f"{sum(right) / 12:.4f}" in said and "acc" in said
+    few = ask(run / "adapter", "--tasks", "qvera_*", "--include", tasks, "--limit", "5")
+    assert few["results"].keys() == {"qvera_colours", "qvera_answers"}
+    assert len(few["samples"]["qvera_answers"]) == 5
+    first = torch.tensor(choice_of(few["samples"]["qvera_colours"]))
+    torch.testing.assert_close(first, torch.tensor(adapted[:5]), rtol=1e-3, atol=1e-3)
+
+
+@installed
+def test_an_export_gives_the_same_by_us_and_by_lm_eval_alone(
+    run: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    offline(monkeypatch)
+    out = tmp_path / "merged"
+    assert main(["export", str(run), str(out), "--dtype", "float32", "--no-compare"]) == 0
+    ours = ask(out, "--tasks", "qvera_colours,qvera_answers", "--include", tasks)
+    command = ["lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={out},dtype=float32", "--device", "cpu"]
+    command += ["--tasks", "qvera_colours,qvera_answers", "--include_path", str(tasks), "--batch_size", "8"]
+    command += ["--log_samples", "--output_path", str(tmp_path / "theirs")]
+    program = [sys.executable, "-m", *command]
+    done = subprocess.run(program, env=dict(os.environ), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    samples = {}
+    for path in (tmp_path / "theirs").rglob("samples_*.jsonl"):
+        name = next(name for name in ours["results"] if name in path.name)
+        samples[name] = [json.loads(line) for line in path.read_text().splitlines()]
+    torch.testing.assert_close(
+        torch.tensor(choice_of(samples["qvera_colours"])),
+        torch.tensor(choice_of(ours["samples"]["qvera_colours"])),
+        rtol=1e-3,
+        atol=1e-3,
+    )
+    texts = [
+        {sample["doc_id"]: sample["filtered_resps"] for sample in each}
+        for each in (samples["qvera_answers"], ours["samples"]["qvera_answers"])
+    ]
+    assert texts[0] == texts[1] and any(answer[0] for answer in texts[0].values())
+
+
+@installed
+def test_tasks_that_are_not_there(run: Path, tasks: Path, capsys: Any) -> None:
+    for arguments, expected in (
+        (
+            ["--tasks", "qvera_colours,qvera_colors", "--include", str(tasks)],
+            "no task 'qvera_colors', and none is defined in",
+        ),
+        (["--tasks", "qvera_colours", "--include", str(tasks / "none")], "no such directory"),
+        (["--tasks", ","], "names no task"),
+        (["--tasks", "qvera_colours", "--limit", "0"], "--limit: takes a whole number >= 1, got 0"),
+    ):
+        assert main(["harness", str(run), *arguments]) == 2
+        assert expected in capsys.readouterr().err
+    broken = yaml.safe_load((tasks / "qvera_colours.yaml").read_text())
+    broken["dataset_kwargs"]["data_files"]["test"] = str(tasks / "gone.jsonl")
+    (tasks / "qvera_colours.yaml").write_text(yaml.safe_dump(broken))
+    assert main(["harness", str(run), "--tasks", "qvera_colours", "--include", str(tasks)]) == 2
+    assert "lm-eval could not run it" in capsys.readouterr().err
+
+
+def test_without_lm_eval_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(lm_eval, "find_spec", lambda name: None)
+    assert main(["harness", str(tmp_path), "--tasks", "arc_easy"]) == 2
+    assert "pip install 'qvera[harness]'" in capsys.readouterr().err

@@ -1,0 +1,181 @@
+"""Exported adapters: stock PEFT loads them, without qvera's classes, and gives the trained model's logits."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.vera import VeraConfig
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from qvera.adapters import QveraLinear
+from qvera.adapters.save_load import attach, load_adapter, save_adapter
+from qvera.cli.main import main
+from qvera.config.schema import AdapterSection, ModelSection
+from qvera.export.deltas import read_deltas
+from qvera.export.lora import export_lora, export_stock_vera, lora_bytes, lora_factors, truncate, truncate_all
+from qvera.models.empty_model import skeleton
+from qvera.models.loader import load_base
+from qvera.utils.errors import InputError
+from tests.export.test_merged import deltas, perturb
+
+IDS = torch.tensor([[5, 9, 200, 31, 7, 150, 42, 3], [8, 8, 30, 1, 99, 4, 250, 6]])
+RANK = 8
+
+
+def stock_base(directory: Path, quantization: str) -> Any:
+    kwargs: dict[str, Any] = {"dtype": torch.float32}
+    if quantization == "nf4":
+        kwargs["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        )
+    return AutoModelForCausalLM.from_pretrained(directory, **kwargs)
+
+
+PLAIN: dict[str, Any] = {"rank": RANK}
+MORE: dict[str, Any] = {"rank": RANK, "b_groups": 2, "input_scale": True}
+
+
+@pytest.fixture(params=[("nf4", PLAIN), ("none", PLAIN), ("nf4", MORE)], ids=["nf4", "none", "nf4-more"])
+def trained(request: Any, tiny_model_dir: Path, tmp_path: Path) -> tuple[Any, ModelSection, Path]:
+    section = ModelSection(path=str(tiny_model_dir), compute_dtype="float32", quantization=request.param[0])
+    model = attach(load_base(section).model, AdapterSection(**request.param[1]), section.path)
+    perturb(model)
+    save_adapter(model, tmp_path / "adapter")
+    return model.eval(), section, tmp_path / "adapter"
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.train()(IDS).logits  # in evaluation mode stock Linear4bit would repack its weights
+
+
+def test_the_exact_lora_gives_the_trained_logits_in_stock_peft(trained: Any, tmp_path: Path) -> None:
+    model, section, adapter_dir = trained
+    adapter = read_deltas(adapter_dir, skeleton(section))
+    size = export_lora(adapter, tmp_path / "lora", torch.float32)
+    assert sorted(p.name for p in (tmp_path / "lora").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert len(tensors) == 28 and {t.dtype for t in tensors.values()} == {torch.float32}
+    assert sum(t.numel() * 4 for t in tensors.values()) == lora_bytes(adapter, RANK, torch.float32) < size
+    stock = PeftModel.from_pretrained(stock_base(Path(section.path), section.quantization), tmp_path / "lora")
+    assert sum(isinstance(m, LoraLayer) for m in stock.modules()) == 14
+    torch.testing.assert_close(logits(stock), logits(model), rtol=1e-4, atol=1e-4)
+    with stock.disable_adapter():
+        assert (logits(stock) - logits(model)).abs().max() > 0.05
+
+
+def test_peft_vera_gives_the_trained_logits_in_stock_peft(trained: Any, tmp_path: Path) -> None:
+    model, section, adapter_dir = trained
+    adapter = read_deltas(adapter_dir, skeleton(section))
+    if adapter.groups > 1:
+        with pytest.raises(InputError, match="2 vectors b for each linear and a vector a for each.*--to lora"):
+            export_stock_vera(adapter, tmp_path / "vera")
+        assert not (tmp_path / "vera").exists()
+        return
+    export_stock_vera(adapter, tmp_path / "vera")
+    stock = PeftModel.from_pretrained(stock_base(Path(section.path), section.quantization), tmp_path / "vera")
+    assert not any(isinstance(m, QveraLinear) for m in stock.modules())
+    torch.testing.assert_close(logits(stock), logits(model), rtol=1e-4, atol=1e-4)
+    # and back again: what stock PEFT would load, loads here, and exports to the same LoRA
+    ours = load_adapter(load_base(section).model, tmp_path / "vera")
+    torch.testing.assert_close(logits(ours), logits(model), rtol=1e-4, atol=1e-4)
+    again = read_deltas(tmp_path / "vera", skeleton(section)).layers
+    for name, delta in read_deltas(adapter_dir, skeleton(section)).layers.items():
+        torch.testing.assert_close(again[name].weight(), delta.weight())
+
+
+@pytest.mark.parametrize("save_projection", [True, False])
+def test_adapters_that_peft_wrote_are_read(save_projection: bool, tiny_model_dir: Path, tmp_path: Path) -> None:
+    stock = get_peft_model(
+        stock_base(tiny_model_dir, "none"),
+        VeraConfig(
+            r=RANK, target_modules=["q_proj", "down_proj"], projection_prng_key=7, save_projection=save_projection
+        ),
+    )
+    with torch.no_grad():
+        for name, parameter in stock.named_parameters():
+            if "vera_lambda" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    stock.save_pretrained(tmp_path / "stock")
+    section = ModelSection(path=str(tiny_model_dir), compute_dtype="float32", quantization="none")
+    ours = load_adapter(load_base(section).model, tmp_path / "stock")
+    torch.testing.assert_close(logits(ours), logits(stock), rtol=1e-4, atol=1e-4)
+    read = read_deltas(tmp_path / "stock", skeleton(section))
+    layers = {n.removeprefix("base_model.model."): m for n, m in stock.named_modules() if hasattr(m, "vera_lambda_b")}
+    layers = {n: m for n, m in layers.items() if hasattr(m, "get_delta_weight")}
+    assert read.layers.keys() == layers.keys() and len(layers) == 4
+    for name, delta in read.layers.items():
+        torch.testing.assert_close(delta.weight(), layers[name].get_delta_weight("default").detach())
+
+
+@pytest.mark.parametrize("k", [1, 3, 7])
+def test_truncation_is_the_best_of_its_rank_and_says_its_error(trained: Any, k: int) -> None:
+    model, section, adapter_dir = trained
+    adapter = read_deltas(adapter_dir, skeleton(section))
+    for name, change in deltas(model).items():
+        A, B, error = truncate(*adapter.layers[name.removesuffix(".weight")].lora(), k)
+        singular = torch.linalg.svdvals(change.double())
+        difference = change.double() - B.double() @ A.double()
+        assert A.shape == (k, change.shape[1]) and B.shape == (change.shape[0], k)
+        # Eckart and Young: no matrix of rank k is nearer
+        torch.testing.assert_close(difference.norm(), singular[k:].norm(), rtol=1e-4, atol=1e-6)
+        assert error.frobenius == pytest.approx((singular[k:].norm() / singular.norm()).item(), rel=1e-4)
+        assert error.spectral == pytest.approx((singular[k] / singular[0]).item(), rel=1e-4)
+
+
+def test_a_rank_that_is_no_truncation_is_refused(trained: Any) -> None:
+    _, section, adapter_dir = trained
+    adapter = read_deltas(adapter_dir, skeleton(section))
+    for rank in (0, RANK, RANK + 1):
+        with pytest.raises(InputError, match="from 1 to 7"):
+            truncate_all(lora_factors(adapter), RANK, rank, torch.float32)
+
+
+def test_the_command_says_rank_size_and_errors_before_it_writes(
+    trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    *_, adapter_dir = trained
+    grouped = json.loads((adapter_dir / "adapter_config.json").read_text())["b_groups"] > 1
+    out = tmp_path / "small"
+    assert main(["export", str(adapter_dir), str(out), "--to", "lora", "--rank", "3", "--dtype", "bfloat16"]) == 0
+    said = capsys.readouterr().out
+    lines = said.splitlines()
+    assert (
+        sum(bool(re.search(r"\.(q|k|v|o|gate|up|down)_proj +\d\.\d\de-\d\d +\d\.\d\de-\d\d", line)) for line in lines)
+        == 14
+    )
+    assert "LoRA of rank 3 on 14 linears" in said
+    assert json.loads((out / "adapter_config.json").read_text())["r"] == 3
+    tensors = load_file(out / "adapter_model.safetensors")
+    assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
+    assert {t.shape[0] for n, t in tensors.items() if "lora_A" in n} == {3}
+
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    assert main(["export", str(adapter_dir), str(out), "--to", "lora"]) == 2
+    assert "not an empty directory" in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
+    assert main(["export", str(adapter_dir), str(tmp_path / "x"), "--to", "peft", "--rank", "3"]) == 2
+    assert "--to lora only" in capsys.readouterr().err
+    assert main(["export", str(adapter_dir), str(tmp_path / "x"), "--to", "peft"]) == (2 if grouped else 0)
+    assert ("--to lora" in capsys.readouterr().err) if grouped else ("projections included" in capsys.readouterr().out)
+
+
+def test_a_factor_beyond_the_dtype_is_refused_and_nothing_is_left(trained: Any, tmp_path: Path) -> None:
+    _, section, adapter_dir = trained
+    adapter = read_deltas(adapter_dir, skeleton(section))
+    next(iter(adapter.layers.values())).b.fill_(1e9)
+    with pytest.raises(InputError, match="bfloat16"):
+        export_lora(adapter, tmp_path / "out", torch.float16)
+    assert not (tmp_path / "out").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]

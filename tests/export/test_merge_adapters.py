@@ -1,0 +1,264 @@
+"""Many adapters on one base, and arithmetic between them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from qvera.adapters import QveraLinear
+from qvera.adapters.save_load import attach, load_adapter, save_adapter
+from qvera.cli.main import main
+from qvera.config.schema import AdapterSection, ModelSection
+from qvera.evaluation.generate import generate, generating
+from qvera.export.deltas import AdapterDeltas, read_deltas
+from qvera.export.merge_adapters import load_adapters, same_directions
+from qvera.models.empty_model import skeleton
+from qvera.models.loader import load_base
+from qvera.training.trainer import train
+from qvera.utils.errors import InputError
+from tests.conftest import small_llama
+from tests.export.test_merged import perturb
+
+IDS = torch.randint(3, 300, (6, 9), generator=torch.Generator().manual_seed(0))
+SHAPES: dict[str, dict[str, Any]] = {
+    "a": {"rank": 8},
+    "b": {"rank": 8},
+    "smaller": {"rank": 5},
+    "seed": {"rank": 6, "seed": 9},
+    "few": {"rank": 8, "targets": ["q_proj", "down_proj"]},
+    "pairs": {"rank": 8, "b_groups": 4},
+    "halves": {"rank": 6, "b_groups": 2, "input_scale": True},
+    "scaled": {"rank": 7, "input_scale": True},
+}
+
+
+@pytest.fixture(scope="module", params=["nf4", "none"])
+def section(request: Any, tiny_model_dir: Path) -> ModelSection:
+    return ModelSection(path=str(tiny_model_dir), compute_dtype="float32", quantization=request.param)
+
+
+@pytest.fixture(scope="module")
+def directories(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("adapters")
+    section = ModelSection(path=str(tiny_model_dir), compute_dtype="float32", quantization="none")
+    for number, (name, changes) in enumerate(SHAPES.items()):
+        model = attach(load_base(section).model, AdapterSection(**changes), section.path)
+        perturb(model, seed=number)
+        save_adapter(model, root / name)
+    return {name: root / name for name in SHAPES}
+
+
+def alone(section: ModelSection, directory: Path | None) -> torch.Tensor:
+    base = load_base(section).model
+    model = base if directory is None else load_adapter(base, directory)
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+NAMES = ["a", "smaller", "seed", "few", "__base__", "pairs"]
+
+
+def test_rows_of_one_batch_are_what_each_adapter_gives_alone(
+    section: ModelSection, directories: dict[str, Path]
+) -> None:
+    model = load_adapters(load_base(section).model, directories)
+    for names in (
+        NAMES,
+        ["a"] * 6,
+        ["a", "b"] * 3,
+        ["seed"] * 6,
+        ["halves", "pairs", "b", "scaled", "scaled", "a"],
+        ["__base__"] * 6,
+    ):
+        with torch.no_grad():
+            mixed = model(input_ids=IDS, adapter_names=names).logits
+        for row, name in enumerate(names):
+            expected = alone(section, directories.get(name))[row]
+            torch.testing.assert_close(mixed[row], expected, rtol=1e-4, atol=1e-4)
+    one = alone(section, directories["a"])
+    assert (one - alone(section, directories["b"])).abs().max() > 0.05
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(IDS).logits, alone(section, None), rtol=1e-4, atol=1e-4
+        )  # nothing named, nothing on
+
+
+def test_the_vectors_are_banked_and_the_pair_is_one_a_seed(section: ModelSection, directories: dict[str, Path]) -> None:
+    model = load_adapters(load_base(section).model, directories)
+    banks = model.base_model.banks
+    assert [(bank.seed, bank.rank, bank.groups, sorted(bank.names)) for bank in banks] == [
+        (0, 8, 1, ["a", "b", "few", "smaller"]),
+        (9, 6, 1, ["seed"]),
+        (0, 8, 4, ["pairs"]),
+        (0, 6, 2, ["halves"]),
+        (0, 7, 1, ["scaled"]),
+    ]
+    assert banks[0].values.shape == (4, sum(8 + m.out_features for m in model.modules() if isinstance(m, QveraLinear)))
+    assert sum("qvera" in name for name, _ in model.named_parameters()) == 2 * 2 * 14  # one unchanged adapter a seed
+    pairs = {id(p) for m in model.modules() if isinstance(m, QveraLinear) for p in m.qvera_projection.values()}
+    assert len(pairs) == 2
+
+
+def test_ordinary_adapters_mix_too(section: ModelSection, directories: dict[str, Path]) -> None:
+    model = PeftModel.from_pretrained(load_base(section).model, directories["a"], adapter_name="a")
+    model.load_adapter(directories["seed"], "seed")
+    model.load_adapter(directories["halves"], "halves")
+    names = ["a", "seed", "__base__", "halves"] + ["a", "halves"]
+    with torch.no_grad():
+        mixed = model.eval()(input_ids=IDS, adapter_names=names).logits
+    for row, name in enumerate(names):
+        expected = alone(section, directories.get(name))[row]
+        torch.testing.assert_close(mixed[row], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_wrong_names_are_refused_and_leave_the_model_usable(
+    section: ModelSection, directories: dict[str, Path]
+) -> None:
+    model = load_adapters(load_base(section).model, {"a": directories["a"]})
+    with pytest.raises(ValueError, match="non-existing adapter.*nobody"):
+        model(input_ids=IDS, adapter_names=["nobody"] * 6)
+    with pytest.raises(ValueError, match="2 names for a batch of 6"):
+        model(input_ids=IDS, adapter_names=["a", "a"])
+    with pytest.raises(ValueError, match="training mode"):
+        model.train()(input_ids=IDS, adapter_names=["a"] * 6)
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, alone(section, None), rtol=1e-4, atol=1e-4)
+
+
+def test_answers_of_a_mixed_batch(section: ModelSection, directories: dict[str, Path]) -> None:
+    base = load_base(section)
+    model = load_adapters(base.model, directories)
+    prompts = [IDS[row, : 4 + row % 3].tolist() for row in range(6)]
+    answers = generate(model, base.tokenizer, prompts, max_new_tokens=5, batch_size=4, adapters=NAMES)
+    for prompt, name, answer in zip(prompts, NAMES, answers, strict=True):
+        other = load_base(section)
+        single = other.model if name == "__base__" else load_adapter(other.model, directories[name])
+        assert generate(single, other.tokenizer, [prompt], max_new_tokens=5) == [answer], name
+    with pytest.raises(ValueError, match="one for each"):
+        generate(model, base.tokenizer, prompts, max_new_tokens=1, adapters=["a"])
+    with generating(model, base_only=True), torch.no_grad():
+        held = [m for m in model.modules() if isinstance(m, QveraLinear) and m.holds_inference_weight]
+        assert len(held) == 14
+        mixed = model(input_ids=IDS, adapter_names=NAMES).logits
+        torch.testing.assert_close(mixed[0], alone(section, directories["a"])[0], rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_no_qvera_adapter_is_refused(
+    section: ModelSection, directories: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="at least one"):
+        load_adapters(load_base(section).model, {})
+    with pytest.raises(InputError, match="no such adapter directory"):
+        load_adapters(load_base(section).model, {"x": tmp_path / "x"})
+    other = small_llama(intermediate_size=128).to(torch.float32)
+    save_adapter(attach(other, AdapterSection(rank=8), "other"), tmp_path / "other")
+    with pytest.raises(InputError, match="this model and its config need"):
+        load_adapters(load_base(section).model, {"a": directories["a"], "other": tmp_path / "other"})
+
+
+# arithmetic
+
+
+@pytest.fixture(params=[1, 4])
+def without_d(request: Any, make_recipe: Any, tmp_path: Path) -> list[Path]:
+    """Two short runs of one seed that do not train d."""
+    runs = []
+    for number in range(2):
+        recipe = make_recipe(
+            adapter={"train_d": False, "b_groups": request.param},
+            data={"seed": number},
+            training={"max_steps": 4, "save_steps": 2, "eval_steps": 0},
+        )
+        result = train(recipe, tmp_path / f"run{number}")
+        assert result is not None
+        facts = result.run["adapter"]
+        vectors = load_file(tmp_path / f"run{number}" / "adapter" / "adapter_model.safetensors")
+        assert facts["trainable_parameters"] == sum(t.numel() for k, t in vectors.items() if k.endswith("_b"))
+        assert all((t == 0.1).all() for k, t in vectors.items() if k.endswith("_d"))
+        assert any(t.abs().max() > 0 for k, t in vectors.items() if k.endswith("_b"))
+        runs.append(tmp_path / f"run{number}")
+    return runs
+
+
+def changes(directory: Path, model_dir: Path) -> dict[str, torch.Tensor]:
+    return {n: d.weight() for n, d in deltas(directory, model_dir).layers.items()}
+
+
+def deltas(directory: Path, model_dir: Path) -> AdapterDeltas:
+    return read_deltas(directory, skeleton(ModelSection(path=str(model_dir))))
+
+
+@pytest.mark.parametrize("weights", [[2.0], [-1.0], [0.5, 0.5], [1.0, -1.0], [0.3, 0.7], None])
+def test_sums_of_adapters_that_share_d_are_exact_adapters(
+    weights: list[float] | None, without_d: list[Path], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    used = without_d[: len(weights)] if weights else without_d
+    flags = ["--weights", *map(str, weights)] if weights else []
+    assert main(["merge-adapters", *map(str, used), str(tmp_path / "sum"), *flags]) == 0
+    found = changes(tmp_path / "sum", tiny_model_dir)
+    parts = [changes(run / "adapter", tiny_model_dir) for run in used]
+    for name, change in found.items():
+        expected = sum(w * p[name] for w, p in zip(weights or [0.5, 0.5], parts, strict=True))
+        torch.testing.assert_close(change, expected, rtol=1e-5, atol=1e-8)
+    section = ModelSection(path=str(tiny_model_dir), compute_dtype="float32")
+    load_adapter(load_base(section).model, tmp_path / "sum")  # a whole adapter, hash of the projections and all
+
+
+@pytest.mark.parametrize(
+    "pair", [("a", "b"), ("a", "smaller"), ("a", "seed"), ("a", "few"), ("halves", "b"), ("scaled", "pairs")]
+)
+def test_any_two_add_up_exactly_to_a_lora(
+    pair: tuple[str, str], directories: dict[str, Path], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    used = [directories[name] for name in pair]
+    command = ["merge-adapters", *map(str, used), str(tmp_path / "sum"), "--weights", "0.25", "-2"]
+    assert main(command) == 2  # not a VeRA adapter any more
+    assert not (tmp_path / "sum").exists()
+    assert main([*command, "--to", "lora"]) == 0
+    rank = SHAPES[pair[0]]["rank"] + SHAPES[pair[1]]["rank"]
+    config = json.loads((tmp_path / "sum" / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == rank
+    tensors = load_file(tmp_path / "sum" / "adapter_model.safetensors")
+    one, other = (changes(directory, tiny_model_dir) for directory in used)
+    assert len(tensors) == 2 * len(one.keys() | other.keys())
+    for name in one.keys() | other.keys():
+        A, B = (tensors[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+        expected = 0.25 * one[name] - 2 * (other[name] if name in other else torch.zeros_like(one[name]))
+        torch.testing.assert_close(B @ A, expected, rtol=1e-4, atol=1e-6)
+    stock = PeftModel.from_pretrained(small_llama(), tmp_path / "sum")
+    assert sum("lora_A" in n for n, _ in stock.named_parameters()) == len(one.keys() | other.keys())
+
+
+def test_a_sum_can_be_cut(directories: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    used = [str(directories["a"]), str(directories["seed"])]
+    assert main(["merge-adapters", *used, str(tmp_path / "cut"), "--to", "lora", "--rank", "4"]) == 0
+    assert "relative error of rank 4" in capsys.readouterr().out
+    assert json.loads((tmp_path / "cut" / "adapter_config.json").read_text())["r"] == 4
+
+
+def test_refusals_name_the_difference(
+    directories: dict[str, Path], tiny_model_dir: Path, tmp_path: Path, capsys: Any
+) -> None:
+    def why(one: str, other: str) -> str | None:
+        return same_directions([deltas(directories[n], tiny_model_dir) for n in (one, other)])
+
+    assert "differ in d" in str(why("a", "b"))
+    assert why("a", "smaller") == "they differ in rank"
+    assert why("a", "seed") == "they differ in seed"
+    assert why("a", "few") == "they differ in set of layers"
+    assert why("a", "pairs") == "they differ in b_groups"
+    assert why("scaled", "scaled") is None
+    assert why("a", "a") is None
+    assert main(["merge-adapters", str(directories["a"]), str(tmp_path / "x"), "--weights", "1", "2"]) == 2
+    assert "give one for each" in capsys.readouterr().err
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("x")
+    assert main(["merge-adapters", str(directories["a"]), str(tmp_path / "full")]) == 2
+    assert (tmp_path / "full" / "file").read_text() == "x"

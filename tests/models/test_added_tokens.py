@@ -1,0 +1,316 @@
+"""Tokens that a recipe adds: their rows, learning to say them, and every place that an adapter with such tokens goes to."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from qvera.cli.main import main
+from qvera.config.load import load_recipe
+from qvera.config.schema import ModelSection, parse_recipe
+from qvera.data import build_datasets
+from qvera.evaluation.generate import generate
+from qvera.evaluation.load_run import describe, open_run
+from qvera.export.merge_adapters import load_adapters
+from qvera.models.added_tokens import ADDED_ROWS
+from qvera.models.loader import load_base, load_tokenizer
+from qvera.training.plan import make_plan
+from qvera.training.trainer import train
+from qvera.utils.errors import InputError
+from tests.conftest import small_llama, small_tokenizer
+from tests.data.conftest import _bpe_tokenizer
+
+TOOL, DONE = "<|tool|>", "<|done|>"
+
+
+@pytest.fixture(params=["spare rows", "more rows", "tied, more rows"], scope="module")
+def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose checkpoint has rows to spare (304 for 300 tokens), or none; head and embedding apart, or one table."""
+    directory = tmp_path_factory.mktemp("models") / "model"
+    tokenizer = small_tokenizer()
+    changes: dict[str, Any] = {} if request.param == "spare rows" else {"vocab_size": len(tokenizer)}
+    if request.param.startswith("tied"):
+        changes["tie_word_embeddings"] = True
+    small_llama(**changes).to(torch.bfloat16).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def trained(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a task that can't be done without the new tokens: call the tool by its token, end with another."""
+    directory = tmp_path_factory.mktemp("trained")
+    row = {"prompt": "say red", "completion": f"{TOOL}red{DONE}"}
+    (directory / "rows.jsonl").write_text((json.dumps(row) + "\n") * 16, encoding="utf-8")
+    tree = {
+        "model": {"path": str(model_dir), "compute_dtype": "float32", "added_tokens": [TOOL, DONE]},
+        "adapter": {"rank": 32},
+        "data": {"path": str(directory / "rows.jsonl"), "template": "plain", "eval_fraction": 0.25, "max_length": 64},
+        "training": {
+            "max_steps": 50, "global_batch_size": 4, "learning_rate": 4e-2, "save_steps": 25, "sample_count": 1,
+            "sample_max_new_tokens": 8, "report_to": [], "gradient_checkpointing": False,
+        },
+    }  # fmt: skip
+    train(parse_recipe(tree, "test recipe"), directory / "run")
+    return directory / "run"
+
+
+@pytest.fixture
+def own_run(trained: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may damage."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def ask(opened: Any) -> str:
+    tokenizer = opened.base.tokenizer
+    ids = tokenizer("say red", add_special_tokens=False)["input_ids"]
+    out = opened.model.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=2)
+    return tokenizer.decode(out[0, len(ids) :])
+
+
+def test_a_run_learns_to_say_the_new_tokens_and_exports_them(trained: Path, tmp_path: Path, model_dir: Path) -> None:
+    opened = open_run(trained)
+    said = ask(opened)
+    assert said.startswith(f"{TOOL}red{DONE}"), said
+    ids = opened.base.tokenizer("say red", add_special_tokens=False)["input_ids"]
+    (shown,) = generate(opened.model, opened.base.tokenizer, [ids], max_new_tokens=8)
+    assert shown == f"{TOOL}red{DONE}"  # the tokens are part of the answer, the end of it is not
+    assert ask(open_run(trained, adapter=False)) != said, "the base alone has learnt nothing"
+    # an adapter directory that stands alone knows its tokens
+    alone = open_run(trained / "adapter")
+    assert ask(alone) == said
+    ids = describe(trained)["added_tokens"]
+    assert list(ids) == [TOOL, DONE] and describe(trained / "adapter")["added_tokens"] == ids
+    assert AutoTokenizer.from_pretrained(trained / "adapter").convert_tokens_to_ids([TOOL, DONE]) == list(ids.values())
+
+    out = tmp_path / "merged"
+    options = ["--to", "merged", "--dtype", "float32", "--base", "dequantized"]
+    assert main(["export", str(trained), str(out), *options]) == 0
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert tokenizer.convert_tokens_to_ids([TOOL, DONE]) == list(ids.values())
+    assert exported.config.vocab_size == exported.get_input_embeddings().weight.shape[0] > max(ids.values())
+    batch = torch.tensor([tokenizer(f"say red{TOOL}", add_special_tokens=False)["input_ids"]])
+    with torch.no_grad():
+        ours, theirs = opened.model(batch).logits, exported(batch).logits
+    assert ours.shape == theirs.shape and torch.allclose(ours, theirs, atol=1e-4)
+    certificate = json.loads((tmp_path / "merged" / "qvera_export.json").read_text())
+    assert certificate["added_tokens"] == ids
+    base_files = sorted(f.name for f in model_dir.glob("*.safetensors"))
+    assert base_files and "difference" in certificate
+
+
+def test_eval_knows_the_tokens_of_an_adapter_alone_and_of_an_export(
+    trained: Path, tmp_path: Path, model_dir: Path, capsys: Any
+) -> None:
+    rows = trained.parent / "rows.jsonl"
+    alone = Path(shutil.copytree(trained / "adapter", tmp_path / "alone"))
+    assert main(["eval", str(alone), "--data", str(rows), "--json", str(tmp_path / "alone.json")]) == 0
+    scores = json.loads((tmp_path / "alone.json").read_text())["scores"]
+    tokens = len(open_run(trained).base.tokenizer(f"{TOOL}red{DONE}", add_special_tokens=False)["input_ids"])
+    assert scores["rows"] == 16 and scores["trained_tokens"] == 16 * (tokens + 1), "a new token is one token"
+    out = tmp_path / "merged"
+    assert main(["export", str(trained), str(out), "--to", "merged", "--no-compare"]) == 0
+    capsys.readouterr()
+    assert main(["eval", str(out), "--with-base"]) == 2
+    assert TOOL in capsys.readouterr().err
+    assert main(["eval", str(out), "--html", str(tmp_path / "page.html"), "--max-new-tokens", "8"]) == 0
+    assert TOOL in capsys.readouterr().err
+
+
+def test_peft_alone_does_not_take_the_adapter_without_its_rows(trained: Path, model_dir: Path) -> None:
+    with pytest.raises(InputError, match=re.escape(TOOL)):
+        PeftModel.from_pretrained(load_base(ModelSection(path=str(model_dir))).model, str(trained / "adapter"))
+
+
+def test_a_token_of_the_model_that_is_named_eos_is_no_part_of_an_answer(
+    tmp_path: Path, tiny_rows: Path, make_recipe: Any
+) -> None:
+    directory = Path(shutil.copytree(make_recipe().model.path, tmp_path / "model"))
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.add_tokens([AddedToken("<|end|>", special=False, normalized=False)])
+    tokenizer.save_pretrained(directory)
+    given = load_tokenizer(ModelSection(path=str(directory), eos_token="<|end|>"))
+    assert len(given) == len(tokenizer) and given.eos_token_id == tokenizer.convert_tokens_to_ids("<|end|>")
+    ids = given("red<|end|>", add_special_tokens=False)["input_ids"]
+    assert ids[-1] == given.eos_token_id
+    assert given.decode(ids, skip_special_tokens=True) == "red"
+
+
+def test_what_has_no_place_for_the_rows_is_refused(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments in (
+        ["export", str(trained), str(tmp_path / "out"), "--to", "lora"],
+        ["export", str(trained), str(tmp_path / "out"), "--to", "peft"],
+        ["merge-adapters", str(trained), str(trained), str(tmp_path / "out")],
+    ):
+        assert main(arguments) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"adds the tokens {TOOL}, {DONE}" in said and "--to merged" in said
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match=r"was trained with the added tokens .*the base at hand has none"):
+        load_adapters(small_llama(), {"one": trained / "adapter"})
+
+
+def test_resume_is_to_the_bit(own_run: Path) -> None:
+    names = ("adapter_model.safetensors", ADDED_ROWS)
+    whole = [load_file(own_run / "adapter" / name) for name in names]
+    shutil.rmtree(own_run / "checkpoints" / "step-00000050")
+    shutil.rmtree(own_run / "adapter")
+    train(load_recipe(own_run / "recipe.yaml"), own_run, resume=True)
+    for name, before in zip(names, whole, strict=True):
+        after = load_file(own_run / "adapter" / name)
+        assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_another_recipe_starts_from_its_vectors(own_run: Path, tmp_path: Path) -> None:
+    first = load_recipe(own_run / "recipe.yaml", ["training.max_steps=1"])
+    first.adapter.init_from = str(own_run / "adapter")
+    train(first, tmp_path / "again")
+    first.model.added_tokens = [DONE]
+    with pytest.raises(
+        InputError, match=r"was trained with the added tokens .*Set model\.added_tokens: \['<\|tool\|>', '<\|done\|>'\]"
+    ):
+        train(first, tmp_path / "other")
+
+
+def test_rows_are_typical_and_belong_to_the_text(model_dir: Path) -> None:
+    def rows_of(*tokens: str) -> dict[str, torch.Tensor]:
+        base = load_base(ModelSection(path=str(model_dir), compute_dtype="float32", added_tokens=list(tokens)))
+        weight = base.model.get_output_embeddings().weight
+        assert weight.shape[0] == base.model.config.vocab_size
+        return {token: weight[i].clone() for token, i in base.facts["added_tokens"].items()}
+
+    first, second = rows_of(TOOL, DONE), rows_of(DONE, TOOL)
+    assert torch.equal(first[TOOL], second[TOOL]) and torch.equal(first[DONE], second[DONE])
+    assert not torch.equal(first[TOOL], first[DONE])
+    plain = load_base(ModelSection(path=str(model_dir), compute_dtype="float32")).model.get_output_embeddings().weight
+    known = plain[: len(load_tokenizer(ModelSection(path=str(model_dir))))].float()
+    for row in first.values():
+        z = (row.float() - known.mean(0)) / known.std(0)
+        assert z.abs().max() < 1.8 and 0.8 < z.square().mean() < 1.2
+    # outside of the others' hull, so that it can have the highest logit: along its own direction it has
+    row = first[TOOL].float()
+    assert (row @ row) > (known @ row).max()
+
+
+def test_the_base_s_files_are_not_written_to(model_dir: Path) -> None:
+    before = {f.name: f.read_bytes() for f in model_dir.iterdir()}
+    load_base(ModelSection(path=str(model_dir), compute_dtype="float32", added_tokens=[TOOL]))
+    assert {f.name: f.read_bytes() for f in model_dir.iterdir()} == before
+    clean = load_base(ModelSection(path=str(model_dir), compute_dtype="float32")).model.get_input_embeddings().weight
+    stored = next(load_file(f) for f in model_dir.glob("*.safetensors"))["model.embed_tokens.weight"]
+    assert torch.equal(clean, stored)
+
+
+def test_zero_3_is_refused(model_dir: Path) -> None:
+    class Spreading:
+        def expect(self, largest_numel: int) -> None:
+            raise AssertionError("nothing is to be read")
+
+        def __call__(self, weight: torch.nn.Parameter) -> None:
+            raise AssertionError("nothing is to be read")
+
+    with pytest.raises(InputError, match=r"model\.added_tokens: ZeRO-3 divides the embedding"):
+        load_base(ModelSection(path=str(model_dir), added_tokens=[TOOL]), spread=Spreading())
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_bases_that_transformers_loads_grow_too(model_dir: Path, quantization: str) -> None:
+    section = ModelSection(
+        path=str(model_dir),
+        quantization=quantization,
+        compute_dtype="bfloat16",
+        added_tokens=[TOOL, DONE],  # type: ignore[arg-type]
+    )
+    base = load_base(section)
+    with torch.no_grad():
+        logits = base.model(torch.tensor([[5, *base.facts["added_tokens"].values()]])).logits
+    assert logits.isfinite().all() and logits.shape[-1] > max(base.facts["added_tokens"].values())
+
+
+def test_a_model_without_a_pad_token_is_not_given_a_row(tmp_path: Path, tiny_rows: Path, make_recipe: Any) -> None:
+    directory = tmp_path / "model"
+    tokenizer = small_tokenizer()
+    tokenizer.pad_token = None
+    small_llama(vocab_size=len(tokenizer)).to(torch.bfloat16).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    recipe = make_recipe(model={"path": str(directory)}, training={"max_steps": 2})
+    assert build_datasets(recipe.data, load_tokenizer(recipe.model)).stats.pads_with_eos
+    base = load_base(recipe.model)
+    assert base.model.get_input_embeddings().weight.shape[0] == len(tokenizer)
+    train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run" / "adapter" / ADDED_ROWS).exists()
+    padded = make_recipe(model={"path": str(directory), "pad_token": "<|endoftext|>"})
+    datasets = build_datasets(padded.data, load_tokenizer(padded.model))
+    assert not datasets.stats.pads_with_eos and datasets.pad_id == 0
+
+
+def test_eos_token_ends_an_answer(tiny_model_dir: Path, tiny_rows: Path, make_recipe: Any) -> None:
+    recipe = make_recipe(model={"added_tokens": [DONE], "eos_token": DONE}, data={"template": "plain"})
+    tokenizer = load_tokenizer(recipe.model)
+    rows = build_datasets(recipe.data, tokenizer).train
+    assert all(row.input_ids[-1] == tokenizer.convert_tokens_to_ids(DONE) and row.trained[-1] for row in rows)
+
+
+def test_chatml_s_markers_can_be_added(tmp_path: Path, tiny_rows: Path, make_recipe: Any) -> None:
+    directory = tmp_path / "model"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=_bpe_tokenizer([], False), eos_token="</s>", bos_token="<s>")
+    small_llama(vocab_size=len(tokenizer)).to(torch.bfloat16).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    without = make_recipe(model={"path": str(directory)}, data={"template": "chatml"})
+    with pytest.raises(InputError, match=r"Or add them with model\.added_tokens"):
+        build_datasets(without.data, load_tokenizer(without.model))
+    markers = ["<|im_start|>", "<|im_end|>"]
+    recipe = make_recipe(
+        model={"path": str(directory), "added_tokens": markers, "eos_token": "<|im_end|>"}, data={"template": "chatml"}
+    )
+    train(recipe, tmp_path / "run")
+    opened = open_run(tmp_path / "run")
+    assert opened.base.tokenizer.eos_token == "<|im_end|>"
+
+
+def test_a_damaged_or_foreign_file_of_rows_is_refused(own_run: Path) -> None:
+    file = own_run / "adapter" / ADDED_ROWS
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=rf"{ADDED_ROWS}: can't be read"):
+        open_run(own_run)
+    save_file({"embedding": torch.zeros(2, 8), "head": torch.zeros(2, 8)}, file)
+    with pytest.raises(InputError, match=r"holds \[2, 8\] as embedding, expected rows of shape \[2, 64\]"):
+        open_run(own_run)
+    file.unlink()
+    with pytest.raises(InputError, match="copy the whole adapter directory"):
+        open_run(own_run)
+
+
+def test_the_plan_counts_tables_that_are_no_longer_mapped(model_dir: Path, make_recipe: Any) -> None:
+    def standing(**model: Any) -> dict[str, Any]:
+        recipe = make_recipe(model={"path": str(model_dir), **model})
+        memory = make_plan(recipe, torch.device("cpu")).memory
+        return {c.name: c for c in memory.standing}
+
+    before, after = standing(), standing(added_tokens=[TOOL, DONE])
+    base = load_base(ModelSection(path=str(model_dir), compute_dtype="float32", added_tokens=[TOOL, DONE])).model
+    name = "embedding and head with more rows"
+    tables = {p.data_ptr(): p for p in (base.get_input_embeddings().weight, base.get_output_embeddings().weight)}
+    if shape_rows(model_dir) < base.config.vocab_size:
+        assert after[name].bytes == sum(p.nbytes for p in tables.values()) and not after[name].mapped
+    else:
+        assert name not in after
+    assert name not in before
+
+
+def shape_rows(model_dir: Path) -> int:
+    return int(json.loads((model_dir / "config.json").read_text(encoding="utf-8"))["vocab_size"])

@@ -1,0 +1,330 @@
+"""The frozen linear: right forward and backward, the weight read again, and nothing that an evaluation could spoil."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+
+from qvera.adapters.save_load import attach, named_vectors
+from qvera.config.schema import AdapterSection, ModelSection
+from qvera.evaluation.generate import generate, generating
+from qvera.models import linear
+from qvera.models import quantization as quantize
+from qvera.models.loader import enable_checkpointing, load_base
+from tests.adapters.helpers import FOUR_BIT, IN, OUT, base_layer, dense_weight, perturb, relative, weight_bytes
+
+QUANTIZED = ("int8", *FOUR_BIT)
+IDS = torch.tensor([[5, 9, 200, 31, 7, 150, 42, 3], [8, 8, 30, 1, 99, 4, 250, 6]])
+HAS_FUSED_KERNEL = getattr(bnb.functional, "has_avx512bf16", lambda: False)()
+needs_fused_kernel = pytest.mark.skipif(not HAS_FUSED_KERNEL, reason="this CPU has no AVX512-BF16")
+
+
+def gradient(layer: Any, x: torch.Tensor, upstream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    y.backward(upstream)
+    assert x.grad is not None
+    return y.detach(), x.grad
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 65])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_forward_and_backward_are_those_of_the_dequantized_weight(
+    kind: str, dtype: torch.dtype, tolerance: float, tokens: int
+) -> None:
+    layer = base_layer(kind, dtype)
+    assert isinstance(layer, (linear.FrozenLinear4bit, linear.FrozenLinear8bit))
+    W = dense_weight(layer)
+    x, upstream = torch.randn(2, tokens, IN, dtype=dtype), torch.randn(2, tokens, OUT, dtype=dtype)
+    y, grad = gradient(layer, x, upstream)
+    assert y.dtype == grad.dtype == dtype
+    assert relative(y, x.double() @ W.t() + layer.bias.double()) < tolerance
+    assert relative(grad, upstream.double() @ W) < tolerance
+    with torch.no_grad():
+        assert relative(layer(x), y) < tolerance
+
+
+@pytest.mark.parametrize("kind", ["nf4-uint8", "nf4+dq-bfloat16", "fp4-uint8"])
+def test_close_to_stock_bitsandbytes(kind: str) -> None:
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+        stock, ours = base_layer(kind, dtype, freeze=False), base_layer(kind, dtype)
+        assert type(stock) is bnb.nn.Linear4bit
+        stock.train()
+        x, upstream = torch.randn(7, IN, dtype=dtype), torch.randn(7, OUT, dtype=dtype)
+        for one, other in zip(gradient(ours, x, upstream), gradient(stock, x, upstream), strict=True):
+            assert relative(one, other) < tolerance
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_the_product_is_taken_in_the_compute_dtype_and_comes_back_in_the_inputs(compute: torch.dtype) -> None:
+    layer = base_layer("nf4-uint8", compute)
+    x = torch.randn(5, IN, dtype=torch.float16)
+    W = dense_weight(layer)
+    y = layer(x)
+    assert y.dtype == torch.float16
+    exact = torch.nn.functional.linear(x.to(compute), W.to(compute), layer.bias.to(compute)).to(torch.float16)
+    assert torch.equal(y, exact)
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_nothing_is_saved_for_backward(kind: str) -> None:
+    saved: list[int] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    layer = base_layer(kind)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = layer(torch.randn(5, IN, requires_grad=True))
+    assert y.requires_grad and saved == []
+
+
+def test_backward_reads_the_weight_again() -> None:
+    """What ZeRO-3 does: the weight is gone after forward and back before backward. A view kept would keep it alive."""
+    layer = base_layer("nf4+dq-bfloat16")
+    W, packed = dense_weight(layer), layer.weight.data
+    x = torch.randn(5, IN, requires_grad=True)
+    y = layer(x)
+    layer.weight.data = torch.empty(0, dtype=packed.dtype)
+    layer.weight.data = packed.clone()
+    y.sum().backward()
+    assert x.grad is not None and relative(x.grad, torch.ones(5, OUT, dtype=torch.float64) @ W) < 1e-6
+    zeros = base_layer("nf4+dq-bfloat16", seed=1)
+    y = layer(x)
+    layer.weight.data = zeros.weight.data
+    (grad,) = torch.autograd.grad(y.sum(), x)  # reads what is there now
+    assert relative(grad, torch.ones(5, OUT, dtype=torch.float64) @ W) > 0.1
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_evaluation_leaves_weights_and_gradients_alone_to_the_bit(kind: str) -> None:
+    layer = base_layer(kind, torch.bfloat16)
+    x, upstream = torch.randn(6, IN, dtype=torch.bfloat16), torch.randn(6, OUT, dtype=torch.bfloat16)
+    before, stored = gradient(layer.train(), x, upstream), weight_bytes(layer)
+    with torch.no_grad():
+        layer.eval()(x)
+        with linear.inference_layout(layer):
+            layer(x)
+    layer(x)  # evaluation mode, gradients enabled, input without
+    assert weight_bytes(layer) == stored
+    after = gradient(layer.train(), x, upstream)
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+@needs_fused_kernel
+def test_stock_bitsandbytes_spoils_its_gradients_by_an_evaluation() -> None:
+    # why qvera runs the layer itself; when this fails, bitsandbytes has mended it and the reason is history
+    layer = base_layer("nf4-uint8", torch.bfloat16, freeze=False)
+    stored = weight_bytes(layer)
+    x, upstream = torch.randn(6, IN, dtype=torch.bfloat16), torch.randn(6, OUT, dtype=torch.bfloat16)
+    _, before = gradient(layer.train(), x, upstream)
+    with torch.no_grad():
+        layer.eval()(x)
+    assert weight_bytes(layer) != stored
+    try:
+        _, after = gradient(layer.train(), x, upstream)
+    except RuntimeError:
+        return
+    assert relative(after, before) > 0.1
+
+
+@needs_fused_kernel
+def test_a_weight_that_stock_code_repacked_is_refused() -> None:
+    layer = base_layer("nf4-uint8", torch.bfloat16, freeze=False)
+    with torch.no_grad():
+        layer.eval()(torch.randn(6, IN, dtype=torch.bfloat16))
+    linear.freeze_linears(layer)
+    with pytest.raises(RuntimeError, match="repacked by a bitsandbytes evaluation pass"):
+        layer(torch.randn(6, IN, dtype=torch.bfloat16, requires_grad=True))
+
+
+@needs_fused_kernel
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+@pytest.mark.parametrize("kind", FOUR_BIT)
+def test_inference_layout_answers_alike_and_removes_its_copies(kind: str, tokens: int) -> None:
+    layer = base_layer(kind, torch.bfloat16)
+    x = torch.randn(1, tokens, IN, dtype=torch.bfloat16)
+    with torch.no_grad():
+        plain = layer(x)
+        with linear.inference_layout(layer):
+            assert layer._inference_pack is not None
+            packed = layer(x)
+        assert not hasattr(layer, "_inference_pack")
+        assert relative(packed, plain) < 1e-2
+        assert torch.equal(layer(x), plain)
+
+
+@needs_fused_kernel
+def test_inference_layout_cleans_up_after_an_error_nests_and_skips() -> None:
+    layers = torch.nn.ModuleList([base_layer("nf4-uint8", torch.bfloat16) for _ in range(3)])
+    with pytest.raises(KeyError), linear.inference_layout(layers):
+        raise KeyError
+    assert not any(hasattr(layer, "_inference_pack") for layer in layers)
+    with linear.inference_layout(layers):
+        with linear.inference_layout(layers):
+            pass
+        assert all(hasattr(layer, "_inference_pack") for layer in layers)
+    with linear.inference_layout(layers, skip=[layers[1]]):
+        assert [hasattr(layer, "_inference_pack") for layer in layers] == [True, False, True]
+
+
+def test_gradients_inside_the_inference_layout_are_still_right() -> None:
+    layer = base_layer("nf4-uint8", torch.bfloat16)
+    x, upstream = torch.randn(6, IN, dtype=torch.bfloat16), torch.randn(6, OUT, dtype=torch.bfloat16)
+    wanted = gradient(layer, x, upstream)
+    with linear.inference_layout(layer):
+        inside = gradient(layer, x, upstream)
+    assert all(torch.equal(one, other) for one, other in zip(inside, wanted, strict=True))
+
+
+def test_freezing_counts_and_can_be_repeated() -> None:
+    model = torch.nn.ModuleList(
+        [base_layer("nf4-uint8", freeze=False), base_layer("int8", freeze=False), base_layer("linear")]
+    )
+    assert linear.freeze_linears(model) == 2
+    kinds = [type(m) for m in model]
+    assert kinds == [linear.FrozenLinear4bit, linear.FrozenLinear8bit, torch.nn.Linear]
+    assert linear.freeze_linears(model) == 2 and [type(m) for m in model] == kinds
+    assert type(base_layer("nf4-uint8", freeze=False)) is bnb.nn.Linear4bit  # the library itself is as it was
+
+
+def test_a_layer_that_was_never_quantized_says_so() -> None:
+    layer = bnb.nn.Linear4bit(IN, OUT)
+    with pytest.raises(RuntimeError, match="was never quantized"):
+        quantize.dequantized_weight(layer, torch.float32)
+    with pytest.raises(RuntimeError, match="was never quantized"):
+        quantize.four_bit_facts(layer)
+
+
+@pytest.mark.parametrize("kind", FOUR_BIT)
+def test_facts_and_bytes_are_read_from_the_live_layer(kind: str) -> None:
+    layer = base_layer(kind)
+    facts = quantize.four_bit_facts(layer)
+    quant, storage = kind.split("-")
+    assert facts == (quant[:3], quant.endswith("+dq"), getattr(torch, storage), torch.float32, 64)
+    blocks = IN * OUT // 64
+    # one fp32 scale a block; or one byte a block, and one fp32 scale for each 256 of those
+    scales = blocks * 4 if not quant.endswith("+dq") else blocks + -(-blocks // 256) * 4
+    assert quantize.storage_bytes(layer) == IN * OUT // 2 + scales
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_quantizing_a_dequantized_weight_again_is_harmless(kind: str) -> None:
+    layer = base_layer(kind)
+    W = dense_weight(layer)
+    layer_again = base_layer(kind)
+    layer_again.weight = quantize.requantized(layer, W.float())
+    if kind == "int8":
+        layer_again.state.CB = None
+    else:
+        layer_again.quant_state = layer_again.weight.quant_state
+    assert relative(dense_weight(layer_again), W) < (0.03 if "fp4" in kind else 0.01)
+    assert layer_again.weight.dtype == layer.weight.dtype and layer_again.weight.shape == layer.weight.shape
+
+
+# The whole model.
+
+
+def loaded(directory: Path, quantization: str, compute: str = "bfloat16") -> tuple[Any, Any]:
+    section = ModelSection(path=str(directory), quantization=quantization, compute_dtype=compute)  # type: ignore[arg-type]
+    base = load_base(section, torch.device("cpu"))
+    model = attach(base.model, AdapterSection(rank=8))
+    perturb(model)
+    return model, base.tokenizer
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    return {name: vector.grad.clone() for name, vector in named_vectors(model).items()}  # type: ignore[union-attr]
+
+
+def stored(model: Any) -> list[bytes]:
+    return [
+        weight_bytes(m) for m in model.modules() if isinstance(m, (linear.FrozenLinear4bit, linear.FrozenLinear8bit))
+    ]
+
+
+@pytest.mark.parametrize("compute", ["bfloat16", "float32"])
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
+def test_evaluating_and_generating_leave_training_unchanged_to_the_bit(
+    tiny_model_dir: Path, quantization: str, compute: str
+) -> None:
+    model, tokenizer = loaded(tiny_model_dir, quantization, compute)
+    model.train()
+    before, weights = gradients(model), stored(model)
+    assert len(weights) == (0 if quantization == "none" else 14)
+    assert all(g.norm() > 0 for g in before.values())
+    model.eval()
+    with torch.no_grad():
+        model(IDS)
+    model(IDS)
+    model.train()
+    assert stored(model) == weights
+    after = gradients(model)
+    assert all(torch.equal(after[n], g) for n, g in before.items())
+    generate(model, tokenizer, [[5, 9, 7], [31]], max_new_tokens=4)
+    assert model.training and stored(model) == weights
+    after = gradients(model)
+    assert all(torch.equal(after[n], g) for n, g in before.items())
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_checkpointing_gives_the_same_gradients_to_the_bit(tiny_model_dir: Path, quantization: str) -> None:
+    results = []
+    for checkpointing in (False, True):
+        model, _ = loaded(tiny_model_dir, quantization, "float32")
+        if checkpointing:
+            enable_checkpointing(model)
+        model.train()
+        kept: list[int] = []
+
+        def pack(tensor: torch.Tensor, kept: list[int] = kept) -> torch.Tensor:
+            kept.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            model.zero_grad()
+            loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        grads = {n: v.grad.clone() for n, v in named_vectors(model).items()}  # type: ignore[union-attr]
+        results.append((loss.detach(), grads, sum(kept)))
+    (plain_loss, plain, plain_kept), (loss, recomputed, kept_sum) = results
+    assert torch.equal(loss, plain_loss)
+    assert all(torch.equal(recomputed[n], g) for n, g in plain.items())
+    assert kept_sum < plain_kept / 2  # it was really on
+
+
+@pytest.mark.parametrize("compute", ["bfloat16", "float32"])
+@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8", "none"])
+def test_the_layout_for_answers_gives_the_same_answers(tiny_model_dir: Path, quantization: str, compute: str) -> None:
+    model, _ = loaded(tiny_model_dir, quantization, compute)
+    model.eval()
+    with torch.no_grad():
+        plain = model(IDS).logits
+        with generating(model):
+            fast = model(IDS).logits
+        assert relative(fast, plain) < (1e-5 if compute == "float32" else 3e-2)
+        assert torch.equal(model(IDS).logits, plain)
+
+
+def test_whole_model_casts_leave_packed_bytes_alone(tiny_model_dir: Path) -> None:
+    for storage in ("uint8", "bfloat16", "float16", "float32"):
+        section = ModelSection(path=str(tiny_model_dir), compute_dtype="float32", quant_storage=storage)  # type: ignore[arg-type]
+        model = attach(load_base(section, torch.device("cpu")).model, AdapterSection(rank=8))
+        perturb(model)
+        with torch.no_grad():
+            weights, plain = stored(model), model(IDS).logits
+            for cast in (model.bfloat16, model.half, model.float, lambda m=model: m.to("cpu", torch.float16)):
+                cast()
+                assert stored(model) == weights
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    assert relative(model(IDS).logits, plain) < 3e-2

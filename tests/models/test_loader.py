@@ -1,0 +1,359 @@
+"""Loading the frozen base: what was loaded is read back from the live modules; what is wrong is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from qvera.adapters.save_load import adapter_facts, attach, named_vectors, save_adapter
+from qvera.config.schema import AdapterSection, ModelSection
+from qvera.models import linear as frozen
+from qvera.models import quantization as quantize
+from qvera.models.loader import enable_checkpointing, load_base, load_tokenizer, pick_compute_dtype, pick_device
+from qvera.utils.errors import InputError, RunFailed
+from qvera.utils.safetensors_io import base_fingerprint
+from tests.adapters.helpers import perturb, relative
+from tests.conftest import small_llama, small_tokenizer
+from tests.disk import fill, small_disk
+
+CPU = torch.device("cpu")
+IDS = torch.tensor([[5, 9, 200, 31, 7, 150, 42]])
+# 2 layers of q, k, v, o (64x64, 32x64, 32x64, 64x64) and gate, up, down (192x64, 192x64, 64x192); embeddings and head
+LINEAR_PARAMETERS = 2 * (64 * 64 + 32 * 64 * 2 + 64 * 64 + 3 * 192 * 64)
+DENSE_PARAMETERS = 2 * 304 * 64 + 5 * 64
+LINEARS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+           "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]  # fmt: skip
+
+
+def section(path: Path, **changes: Any) -> ModelSection:
+    return ModelSection(path=str(path), **{"compute_dtype": "bfloat16", **changes})
+
+
+def copied(source: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(source, tmp_path / "model"))
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4"])
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("storage", ["uint8", "bfloat16"])
+def test_facts_of_a_4_bit_base(tiny_model_dir: Path, quantization: str, double_quant: bool, storage: str) -> None:
+    wanted = section(tiny_model_dir, quantization=quantization, double_quant=double_quant, quant_storage=storage)
+    base = load_base(wanted, CPU)
+    blocks = [m * n // 64 for m, n in 2 * [(64, 64), (32, 64), (32, 64), (64, 64), (192, 64), (192, 64), (64, 192)]]
+    scales = sum(b + 4 * -(-b // 256) if double_quant else 4 * b for b in blocks)
+    assert base.facts == {
+        "path": str(tiny_model_dir),
+        "architecture": "LlamaForCausalLM",
+        "parameters": LINEAR_PARAMETERS + DENSE_PARAMETERS,
+        "quantization": quantization,
+        "double_quant": double_quant,
+        "compute_dtype": "bfloat16",
+        "quant_storage": storage,
+        "four_bit_modules": 14,
+        "int8_modules": 0,
+        "base_bytes": LINEAR_PARAMETERS // 2 + scales + 2 * DENSE_PARAMETERS,
+        "fingerprint": base_fingerprint(tiny_model_dir),
+    }
+    assert not base.model.training and not any(p.requires_grad for p in base.model.parameters())
+
+
+def test_facts_of_int8_and_of_an_unquantized_base(tiny_model_dir: Path) -> None:
+    common = {
+        "path": str(tiny_model_dir),
+        "architecture": "LlamaForCausalLM",
+        "parameters": LINEAR_PARAMETERS + DENSE_PARAMETERS,
+        "double_quant": None,
+        "quant_storage": None,
+        "four_bit_modules": 0,
+        "compute_dtype": "bfloat16",
+        "fingerprint": base_fingerprint(tiny_model_dir),
+    }
+    rows = 2 * (64 + 32 + 32 + 64 + 192 + 192 + 64)
+    assert load_base(section(tiny_model_dir, quantization="int8"), CPU).facts == {
+        **common, "quantization": "int8", "int8_modules": 14,
+        "base_bytes": LINEAR_PARAMETERS + 4 * rows + 2 * DENSE_PARAMETERS,
+    }  # fmt: skip
+    assert load_base(section(tiny_model_dir, quantization="none", compute_dtype="float32"), CPU).facts == {
+        **common, "quantization": "none", "int8_modules": 0, "compute_dtype": "float32",
+        "base_bytes": 4 * (LINEAR_PARAMETERS + DENSE_PARAMETERS),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("storage", ["uint8", "bfloat16"])
+def test_every_parameter_of_a_4_bit_model_has_its_dtype(tiny_model_dir: Path, storage: str) -> None:
+    base = load_base(section(tiny_model_dir, quant_storage=storage), CPU)
+    model = attach(base.model, AdapterSection(rank=8))
+    dtypes = {name.removeprefix("base_model.model."): p.dtype for name, p in model.named_parameters()}
+    packed, dense, vector = getattr(torch, storage), torch.bfloat16, torch.float32
+    wanted = {"model.embed_tokens.weight": dense, "model.norm.weight": dense, "lm_head.weight": dense}
+    for layer in (0, 1):
+        prefix = f"model.layers.{layer}"
+        wanted[f"{prefix}.input_layernorm.weight"] = wanted[f"{prefix}.post_attention_layernorm.weight"] = dense
+        for linear in LINEARS:
+            wanted[f"{prefix}.{linear}.base_layer.weight"] = packed
+            wanted[f"{prefix}.{linear}.qvera_b.default"] = wanted[f"{prefix}.{linear}.qvera_d.default"] = vector
+    assert dtypes == wanted
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == {n for n, p in model.named_parameters() if "qvera_" in n}
+    projections = {n: b.dtype for n, b in model.named_buffers() if "qvera_projection" in n}
+    assert set(projections.values()) == {torch.bfloat16} and len(projections) == 2  # named once, shared by all
+
+
+def test_the_loaded_weights_are_the_stored_ones(tiny_model_dir: Path) -> None:
+    exact = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    with torch.no_grad():
+        plain = exact(IDS).logits
+        same = load_base(section(tiny_model_dir, quantization="none", compute_dtype="float32"), CPU).model(IDS).logits
+        assert torch.equal(same, plain)
+        for quantization, error in (("int8", 0.05), ("nf4", 0.35), ("fp4", 0.5)):
+            model = load_base(section(tiny_model_dir, quantization=quantization), CPU).model
+            assert 1e-3 < relative(model(IDS).logits, plain) < error
+
+
+def test_every_quantized_linear_runs_through_the_frozen_function(tiny_model_dir: Path) -> None:
+    for quantization, kind in (("nf4", frozen.FrozenLinear4bit), ("int8", frozen.FrozenLinear8bit)):
+        model = load_base(section(tiny_model_dir, quantization=quantization), CPU).model
+        quantized = [m for m in model.modules() if isinstance(m, (quantize.Linear4bit, quantize.Linear8bit))]
+        assert len(quantized) == 14 and {type(m) for m in quantized} == {kind}
+        assert type(model.lm_head) is torch.nn.Linear
+
+
+@pytest.fixture(scope="module")
+def prequantized_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model in bitsandbytes' own serialized NF4 format, as stock transformers writes it."""
+    directory = tmp_path_factory.mktemp("models") / "nf4"
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32, bnb_4bit_quant_storage=torch.uint8,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.bfloat16, quantization_config=config)
+    model.save_pretrained(directory)
+    small_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def test_a_checkpoint_that_is_4_bit_already_is_taken_as_it_is(prequantized_dir: Path, tiny_model_dir: Path) -> None:
+    # quant_storage says bfloat16 by default; the bytes in the file are uint8, and the compute dtype is the recipe's
+    base = load_base(section(prequantized_dir), CPU)
+    assert base.facts["quant_storage"] == "uint8" and base.facts["compute_dtype"] == "bfloat16"
+    assert {m.compute_dtype for m in base.model.modules() if isinstance(m, quantize.Linear4bit)} == {torch.bfloat16}
+    fresh = load_base(section(tiny_model_dir), CPU)
+    with torch.no_grad():
+        assert torch.equal(base.model(IDS).logits, fresh.model(IDS).logits)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"quantization": "fp4"}, "quantization is nf4, the recipe says fp4"),
+        ({"quantization": "none"}, "quantization is nf4, the recipe says none"),
+        ({"quantization": "int8"}, "quantization is nf4, the recipe says int8"),
+        ({"double_quant": False}, "double_quant is True, the recipe says False"),
+    ],
+)
+def test_a_checkpoint_in_another_quantization_is_refused(
+    prequantized_dir: Path, changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(InputError, match="what was loaded from .* is not what the recipe says") as caught:
+        load_base(section(prequantized_dir, **changes), CPU)
+    assert words in str(caught.value)
+
+
+# What is wrong with a model directory.
+
+
+def refused(path: Path | str, **changes: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        load_base(section(Path(path), **changes) if isinstance(path, Path) else ModelSection(path=path), CPU)
+    message = str(caught.value)
+    assert message.startswith(("model.path: ", str(path))) and str(path) in message and "\n" not in message
+    return message
+
+
+def test_no_such_directory(tmp_path: Path) -> None:
+    assert "is not a directory" in refused(tmp_path / "nothing")
+
+
+def test_a_file_is_no_model_directory(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    assert "is not a directory" in refused(tmp_path / "file")
+
+
+def test_missing_config(tiny_model_dir: Path, tmp_path: Path) -> None:
+    directory = copied(tiny_model_dir, tmp_path)
+    (directory / "config.json").unlink()
+    assert "has no config.json, so it is not a model directory" in refused(directory)
+
+
+def test_pickles_only(tiny_model_dir: Path, tmp_path: Path) -> None:
+    directory = copied(tiny_model_dir, tmp_path)
+    (directory / "model.safetensors").unlink()
+    assert refused(directory).endswith("has no *.safetensors weights. Convert the weights to safetensors.")
+    torch.save({"a": torch.ones(1)}, directory / "pytorch_model.bin")
+    message = refused(directory)
+    assert "it has pytorch_model.bin, which are pickles and are not read" in message
+
+
+def test_weights_cut_short(tiny_model_dir: Path, tmp_path: Path) -> None:
+    directory = copied(tiny_model_dir, tmp_path)
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "cut short" in refused(directory) and str(file) in refused(directory)
+
+
+def test_config_that_is_no_json_or_no_known_model(tiny_model_dir: Path, tmp_path: Path) -> None:
+    directory = copied(tiny_model_dir, tmp_path)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text('{"model_type": ')
+    refused(directory)
+    (directory / "config.json").write_text(json.dumps({**config, "model_type": "nothing-known"}))
+    assert "can't be loaded as a causal language model" in refused(directory)
+    (directory / "config.json").write_text(json.dumps({**config, "model_type": "vit"}))
+    refused(directory)
+
+
+def test_no_tokenizer(tiny_model_dir: Path, tmp_path: Path) -> None:
+    directory = copied(tiny_model_dir, tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (directory / name).unlink()
+    refused(directory)
+
+
+def test_tokenizer_without_end_of_sequence(tiny_model_dir: Path, tmp_path: Path) -> None:
+    directory = copied(tiny_model_dir, tmp_path)
+    file = directory / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    settings.pop("eos_token")
+    file.write_text(json.dumps(settings))
+    assert "has no end-of-sequence token" in refused(directory)
+
+
+def test_another_tokenizer_can_be_named(tiny_model_dir: Path, tmp_path: Path) -> None:
+    directory = copied(tiny_model_dir, tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (directory / name).unlink()
+    small_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    tokenizer = load_tokenizer(section(directory, tokenizer=str(tmp_path / "tokenizer")))
+    assert tokenizer.eos_token == "<|im_end|>"
+
+
+# Device and dtype.
+
+
+def test_compute_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pick_compute_dtype("float16", CPU) == torch.float16
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    assert pick_compute_dtype("auto", CPU) == torch.bfloat16
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False, "avx2": True}, raising=False)
+    assert pick_compute_dtype("auto", CPU) == torch.float32
+    for supported, dtype in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True, s=supported: s)
+        assert pick_compute_dtype("auto", torch.device("cuda")) == dtype
+
+
+def test_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device() == CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert pick_device() == torch.device("cuda", 3)
+
+
+# Attaching an adapter.
+
+
+def test_attach_counts_and_names() -> None:
+    model = attach(
+        small_llama().requires_grad_(False), AdapterSection(rank=8, targets=["q_proj", "down_proj"]), "some/base"
+    )
+    assert adapter_facts(model) == {
+        "rank": 8,
+        "b_groups": 1,
+        "input_scale": False,
+        "targets": ["down_proj", "q_proj"],
+        "adapted_modules": 4,
+        "trainable_parameters": 4 * (64 + 8),
+        "seed": 0,
+        "lora_r64_parameters": 64 * 2 * (64 + 64 + 192 + 64),
+    }
+    assert model.peft_config["default"].base_model_name_or_path == "some/base"
+    assert len(named_vectors(model)) == 8
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    model = attach(small_llama(), AdapterSection(rank=8, seed=4))
+    perturb(model)
+    save_adapter(model, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_init_from_takes_the_vectors_and_trains_them(saved: Path) -> None:
+    wanted = attach(small_llama(), AdapterSection(rank=8, seed=4))
+    perturb(wanted)
+    model = attach(small_llama(), AdapterSection(rank=8, seed=4, init_from=str(saved)))
+    vectors = named_vectors(model)
+    assert all(torch.equal(vectors[n], v) for n, v in named_vectors(wanted).items())
+    assert all(v.requires_grad for v in vectors.values())
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, wanted(IDS).logits)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rank": 9}, "has rank 8, the recipe 9"),
+        ({"seed": 5}, "has seed 4, the recipe 5"),
+        ({"targets": ["gate_proj", "down_proj"]}, "20 unknown"),
+        ({"targets": ["q_proj"]}, "of shapes {'A': [8, 192], 'B': [192, 8]}, the recipe {'A': [8, 64], 'B': [64, 8]}"),
+    ],
+)
+def test_init_from_that_does_not_fit_is_refused(saved: Path, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        attach(small_llama(), AdapterSection(**{"rank": 8, "seed": 4, "init_from": str(saved), **changes}))
+    assert words in str(caught.value) and str(saved) in str(caught.value)
+
+
+def test_init_from_nothing(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such adapter directory"):
+        attach(small_llama(), AdapterSection(rank=8, init_from=str(tmp_path / "nothing")))
+
+
+def test_a_failed_save_leaves_the_old_adapter(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {f.name: f.read_bytes() for f in saved.iterdir()}
+    model = attach(small_llama(), AdapterSection(rank=8, seed=4))
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("qvera.adapters.save_load.flush", full)
+    with pytest.raises(RunFailed, match="adapter: the disk is full"):
+        save_adapter(model, saved)
+    assert {f.name: f.read_bytes() for f in saved.iterdir()} == before
+
+
+def test_a_full_disk_leaves_the_old_adapter(tmp_path: Path) -> None:
+    model = attach(small_llama(), AdapterSection(rank=8, seed=4))
+    with small_disk(tmp_path / "disk", 200_000) as disk:
+        save_adapter(model, disk / "adapter")
+        before = {f.name: f.read_bytes() for f in (disk / "adapter").iterdir()}
+        filler = fill(disk, leave_bytes=4_000)
+        with pytest.raises(RunFailed, match="adapter: the disk is full.*go on with --resume"):
+            save_adapter(model, disk / "adapter")
+        assert {f.name: f.read_bytes() for f in (disk / "adapter").iterdir()} == before
+        assert sorted(p.name for p in disk.iterdir()) == ["adapter", "filler"]
+        filler.unlink()
+        save_adapter(model, disk / "adapter")
+
+
+def test_checkpointing_is_switched_on_for_every_decoder_layer() -> None:
+    model = attach(small_llama(), AdapterSection(rank=8))
+    enable_checkpointing(model)
+    layers = model.get_base_model().model.layers
+    assert len(layers) == 2 and all(layer.gradient_checkpointing for layer in layers)

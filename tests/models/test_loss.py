@@ -1,0 +1,292 @@
+"""Chunked cross entropy against the plain loss on whole logits, and the memory that it is for."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from qvera.data import IGNORED
+from qvera.models.loss import Head, summed_nll
+from tests.adapters.helpers import base_layer, dense_weight, relative
+from tests.conftest import small_llama
+
+HIDDEN, VOCABULARY = 24, 301
+
+
+def head(
+    dtype: torch.dtype = torch.float32, bias: bool = False, softcap: float | None = None, scale: float = 1.0
+) -> Head:
+    torch.manual_seed(3)
+    return Head(nn.Linear(HIDDEN, VOCABULARY, bias=bias).to(dtype).requires_grad_(False), softcap, scale)
+
+
+def batch(rows: int, tokens: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states and labels of which about a third is not trained."""
+    g = torch.Generator().manual_seed(1)
+    hidden = (2 * torch.randn(rows, tokens, HIDDEN, generator=g)).to(dtype)
+    labels = torch.randint(0, VOCABULARY, (rows, tokens), generator=g)
+    labels[torch.rand(rows, tokens, generator=g) < 0.33] = IGNORED
+    return hidden, labels
+
+
+def plain(hidden: torch.Tensor, labels: torch.Tensor, head: Head) -> tuple[torch.Tensor, torch.Tensor]:
+    """Value and gradient of F.cross_entropy over whole logits in fp64."""
+    hidden = hidden.detach().double().requires_grad_()
+    module: Any = head.module
+    bias = None if module.bias is None else module.bias.double()
+    logits = F.linear(hidden, module.weight.double(), bias) * head.scale
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    loss = F.cross_entropy(
+        logits[:, :-1].reshape(-1, VOCABULARY), labels[:, 1:].reshape(-1), ignore_index=IGNORED, reduction="sum"
+    )
+    (grad,) = torch.autograd.grad(loss, hidden)
+    return loss.detach(), grad
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"bias": True}, {"softcap": 5.0}, {"scale": 0.0625}, {"bias": True, "softcap": 3.0, "scale": 1.7}],
+    ids=["plain", "bias", "softcap", "scale", "all"],
+)
+@pytest.mark.parametrize("chunk", [1, 7, 64, 10_000])
+def test_value_and_gradient_fp32(settings: dict[str, Any], chunk: int) -> None:
+    hidden, labels = batch(3, 37)
+    hidden.requires_grad_()
+    loss, count = summed_nll(hidden, labels, head(**settings), chunk)
+    (2.5 * loss).backward()
+    wanted, grad = plain(hidden, labels, head(**settings))
+    assert count == int((labels[:, 1:] != IGNORED).sum()) and loss.dtype == torch.float32
+    torch.testing.assert_close(loss.detach().double(), wanted, rtol=1e-6, atol=0)
+    assert hidden.grad is not None and relative(hidden.grad, 2.5 * grad) < 2e-6
+    # what is not trained, and the last position, which predicts nothing, get exactly nothing
+    untrained = torch.cat([labels[:, 1:] == IGNORED, torch.ones(3, 1, dtype=torch.bool)], dim=1)
+    assert torch.count_nonzero(hidden.grad[untrained]) == 0 and torch.count_nonzero(hidden.grad[~untrained]) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("settings", [{}, {"bias": True, "softcap": 3.0, "scale": 1.7}], ids=["plain", "all"])
+def test_value_and_gradient_16_bits(dtype: torch.dtype, settings: dict[str, Any]) -> None:
+    hidden, labels = batch(2, 65, dtype)
+    hidden.requires_grad_()
+    loss, _ = summed_nll(hidden, labels, head(dtype, **settings), 16)
+    loss.backward()
+    wanted, grad = plain(hidden, labels, head(dtype, **settings))
+    assert loss.dtype == torch.float32  # the sum is not kept in 16 bits
+    assert abs(loss.item() / wanted.item() - 1) < 2e-3
+    assert hidden.grad is not None and hidden.grad.dtype == dtype and relative(hidden.grad, grad) < 1.5e-2
+
+
+def test_gradcheck_in_double_precision() -> None:
+    hidden, labels = batch(1, 5, torch.float64)
+    hidden.requires_grad_()
+    h = head(torch.float64, bias=True, softcap=4.0, scale=0.7)
+    assert torch.autograd.gradcheck(lambda x: summed_nll(x, labels, h, 2)[0], (hidden,))
+
+
+def test_no_chunk_size_changes_the_loss_much() -> None:
+    hidden, labels = batch(2, 50)
+    values = [summed_nll(hidden, labels, head(), chunk)[0].item() for chunk in (1, 3, 16, 99, 512)]
+    assert max(values) - min(values) < 1e-5 * values[0]
+
+
+@pytest.mark.parametrize("which", ["one row", "all rows"])
+def test_rows_without_a_trained_token(which: str) -> None:
+    hidden, labels = batch(3, 10)
+    labels[0 if which == "one row" else slice(None)] = IGNORED
+    hidden.requires_grad_()
+    loss, count = summed_nll(hidden, labels, head(), 4)
+    loss.backward()
+    assert hidden.grad is not None and torch.isfinite(hidden.grad).all()
+    assert torch.count_nonzero(hidden.grad[0]) == 0
+    if which == "all rows":
+        assert count == 0 and loss.item() == 0.0 and torch.count_nonzero(hidden.grad) == 0
+    else:
+        assert count > 0 and torch.count_nonzero(hidden.grad[1:]) > 0
+
+
+def test_a_row_of_one_token_predicts_nothing() -> None:
+    loss, count = summed_nll(torch.randn(2, 1, HIDDEN), torch.tensor([[4], [5]]), head(), 8)
+    assert count == 0 and loss.item() == 0.0
+
+
+def test_huge_logits_stay_finite() -> None:
+    hidden, labels = batch(1, 20)
+    hidden = (hidden * 1e4).requires_grad_()
+    loss, _ = summed_nll(hidden, labels, head(), 8)
+    loss.backward()
+    wanted, grad = plain(hidden, labels, head())
+    assert math.isfinite(loss.item()) and abs(loss.item() / wanted.item() - 1) < 1e-5
+    assert hidden.grad is not None and relative(hidden.grad, grad) < 1e-4
+
+
+def test_without_gradients_none_is_made_and_the_value_is_the_same() -> None:
+    hidden, labels = batch(2, 20)
+    with torch.no_grad():
+        evaluated, _ = summed_nll(hidden, labels, head(), 8)
+    trained, _ = summed_nll(hidden.clone().requires_grad_(), labels, head(), 8)
+    assert not evaluated.requires_grad and torch.equal(evaluated, trained.detach())
+
+
+def test_a_second_derivative_is_refused_and_not_wrong() -> None:
+    hidden, labels = batch(1, 6)
+    hidden.requires_grad_()
+    loss, _ = summed_nll(hidden, labels, head(), 8)
+    (first,) = torch.autograd.grad(loss.square(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["nf4+dq-bfloat16", "int8"])
+def test_a_quantized_head(kind: str) -> None:
+    layer = base_layer(kind)
+    W = dense_weight(layer)
+    hidden = torch.randn(2, 9, W.shape[1], requires_grad=True)
+    labels = torch.randint(0, W.shape[0], (2, 9))
+    loss, _ = summed_nll(hidden, labels, Head(layer, None, 1.0), 4)
+    loss.backward()
+    logits = hidden.detach().double() @ W.t() + layer.bias.double()
+    wanted = F.cross_entropy(logits[:, :-1].reshape(-1, W.shape[0]), labels[:, 1:].reshape(-1), reduction="sum")
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equals_the_models_own_loss(tied: bool, dtype: torch.dtype) -> None:
+    model = small_llama(tie_word_embeddings=tied).to(dtype)
+    h = Head.of(model)
+    assert h.module is model.lm_head and h.softcap is None and h.scale == 1.0
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
+    ids = torch.randint(3, 300, (2, 19))
+    labels = ids.clone()
+    labels[:, :6] = IGNORED
+    loss, count = summed_nll(model.model(ids).last_hidden_state, labels, h, 5)
+    wanted = model(input_ids=ids, labels=labels).loss
+    assert (loss / count).item() == pytest.approx(wanted.item(), rel=1e-5 if dtype == torch.float32 else 5e-3)
+
+
+def test_scaling_and_softcap_are_read_from_the_config() -> None:
+    module = nn.Linear(2, 3)
+
+    def of(**config: Any) -> Head:
+        fake: Any = SimpleNamespace(get_output_embeddings=lambda: module, config=SimpleNamespace(**config))
+        return Head.of(fake)
+
+    assert of() == (module, None, 1.0)
+    assert of(final_logit_softcapping=30.0) == (module, 30.0, 1.0)  # Gemma 2
+    assert of(logit_scale=0.0625) == (module, None, 0.0625)  # Cohere
+    assert of(logits_scaling=8.0) == (module, None, 0.125)  # Granite
+    headless: Any = SimpleNamespace(get_output_embeddings=lambda: None, config=SimpleNamespace())
+    with pytest.raises(RuntimeError, match="no output embeddings"):
+        Head.of(headless)
+
+
+@pytest.mark.parametrize("family", ["Gemma2", "Cohere", "Granite"])
+def test_equals_the_loss_of_models_that_scale_or_cap_their_logits(family: str) -> None:
+    import transformers
+
+    changes: dict[str, Any] = {
+        "Gemma2": {"final_logit_softcapping": 2.0, "head_dim": 8},
+        "Cohere": {"logit_scale": 0.3},
+        "Granite": {"logits_scaling": 4.0},
+    }[family]
+    config = getattr(transformers, f"{family}Config")(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=120, pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.3, **changes,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    ids = torch.randint(3, 120, (2, 11))
+    loss, count = summed_nll(model.model(ids).last_hidden_state, ids, Head.of(model), 4)
+    assert (loss / count).item() == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), rel=1e-5)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of storages that operations make while this is on, and the most that are alive at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.peak_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in self._tensors(out):
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key not in self.alive:
+                self.alive[key] = storage.nbytes()
+                weakref.finalize(storage, self.alive.pop, key, None)
+        self.peak_bytes = max(self.peak_bytes, sum(self.alive.values()))
+        return out
+
+    @staticmethod
+    def _tensors(out: Any) -> Iterator[torch.Tensor]:
+        yield from (leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor))
+
+
+def peak_bytes(loss: Any, tokens: int, vocabulary: int) -> int:
+    """Bytes alive at most in the loss and its backward, less hidden states, which are there anyway and grow with tokens."""
+    torch.manual_seed(0)
+    module = nn.Linear(8, vocabulary, bias=False).requires_grad_(False)
+    hidden = torch.randn(1, tokens + 1, 8, requires_grad=True)
+    labels = torch.randint(0, vocabulary, (1, tokens + 1))
+    with LiveBytes() as census:
+        loss(hidden, labels, module).backward()
+    return census.peak_bytes
+
+
+def chunked(hidden: torch.Tensor, labels: torch.Tensor, module: Any) -> torch.Tensor:
+    return summed_nll(hidden, labels, Head(module, None, 1.0), 32)[0]
+
+
+def whole(hidden: torch.Tensor, labels: torch.Tensor, module: Any) -> torch.Tensor:
+    return F.cross_entropy(module(hidden)[0, :-1], labels[0, 1:], reduction="sum")
+
+
+def test_memory_does_not_grow_with_vocabulary_times_tokens() -> None:
+    vocabulary = 4096
+    few, many = (peak_bytes(chunked, tokens, vocabulary) for tokens in (64, 1024))
+    chunk = 32 * vocabulary * 4
+    assert few >= chunk  # the census sees the logits of a chunk
+    # 960 more tokens cost a few copies of their hidden states [tokens, 8] and labels, and no logits [tokens, 4096]
+    assert many - few < 960 * (8 * 4 * 6 + 8 * 6) < chunk
+    assert many < 3 * chunk
+    # and the census would have seen it: the plain loss grows with the product
+    plain_few, plain_many = (peak_bytes(whole, tokens, vocabulary) for tokens in (64, 1024))
+    assert plain_many - plain_few > 960 * vocabulary * 4
+
+
+def test_memory_of_a_chunk_follows_the_vocabulary_once() -> None:
+    small, large = (peak_bytes(chunked, 256, vocabulary) for vocabulary in (1024, 4096))
+    assert 32 * 3072 * 4 <= large - small <= 3 * 32 * 3072 * 4
+
+
+def test_prompts_cost_nothing_at_the_head() -> None:
+    """Only trained positions reach it, so a long prompt takes no logits at all."""
+    seen: list[int] = []
+
+    hidden, labels = batch(1, 60)
+    labels[:] = IGNORED
+    labels[0, 50:] = 5
+    h = head()
+    original = F.linear
+
+    def counted(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.append(x.shape[0])
+        return original(x, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qvera.models.row_blocks.F.linear", counted)
+        summed_nll(hidden, labels, h, 4)
+    assert seen == [4, 4, 2]

@@ -1,0 +1,211 @@
+"""A base read from its mapped file: the same model, without a copy of what is big."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from qvera.adapters.save_load import attach, load_adapter, named_vectors, save_adapter
+from qvera.config.schema import AdapterSection, ModelSection
+from qvera.data import IGNORED
+from qvera.evaluation.generate import generate, generating
+from qvera.models import linear, quantization
+from qvera.models import loss as loss_module
+from qvera.models.loader import load_base
+from qvera.models.loss import Head, summed_nll
+from qvera.models.mmap import NotMappable, load_mapped
+from qvera.models.row_blocks import RowBlocks
+from qvera.utils.errors import InputError
+from tests.adapters.helpers import perturb
+from tests.conftest import small_llama, small_tokenizer
+
+CPU = torch.device("cpu")
+IDS = torch.tensor([[5, 9, 200, 31, 7, 150, 42]])
+NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight", "norm.weight")
+
+
+def four_bit(source: Path, out: Path, **settings: Any) -> Path:
+    """A 16-bit checkpoint in bitsandbytes' serialized NF4 format, written by stock transformers."""
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
+        **{"bnb_4bit_use_double_quant": True, "bnb_4bit_quant_storage": torch.bfloat16, **settings},
+    )  # fmt: skip
+    AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, quantization_config=config).save_pretrained(out)
+    small_tokenizer().save_pretrained(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def packed_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return four_bit(tiny_model_dir, tmp_path_factory.mktemp("models") / "nf4")
+
+
+def section(path: Path, dtype: str = "float32", **changes: Any) -> ModelSection:
+    return ModelSection(path=str(path), compute_dtype=dtype, **changes)  # type: ignore[arg-type]
+
+
+def lies_in(tensor: torch.Tensor, directory: Path) -> bool:
+    """Whether a tensor's memory is a mapping of a file in this directory, as the kernel says."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, _, _, _, _, *path = line.split(None, 5)
+        low, high = (int(x, 16) for x in span.split("-"))
+        if low <= tensor.data_ptr() < high:
+            return bool(path) and path[0].startswith(str(directory))
+    return False
+
+
+def test_what_is_big_stays_in_the_file_and_in_its_dtype(packed_dir: Path) -> None:
+    model = load_base(section(packed_dir), CPU).model
+    for name, parameter in model.named_parameters():
+        small = name.endswith(NORMS)
+        assert parameter.dtype == (torch.float32 if small else torch.bfloat16), name
+        assert lies_in(parameter, packed_dir) != small, name
+        assert not parameter.requires_grad
+    layers = [m for m in model.modules() if isinstance(m, quantization.Linear4bit)]
+    assert len(layers) == 14 and {type(m) for m in layers} == {linear.FrozenLinear4bit}
+    assert all(lies_in(m.weight.quant_state.absmax, packed_dir) for m in layers)
+    assert all(lies_in(m.weight.quant_state.state2.absmax, packed_dir) for m in layers)
+    assert model.generation_config.eos_token_id == 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_the_same_logits_as_quantizing_while_loading(
+    tiny_model_dir: Path, tmp_path: Path, dtype: str, storage: torch.dtype, double_quant: bool
+) -> None:
+    packed = four_bit(
+        tiny_model_dir, tmp_path / "nf4", bnb_4bit_quant_storage=storage, bnb_4bit_use_double_quant=double_quant
+    )
+    mapped = load_base(section(packed, dtype, double_quant=double_quant), CPU)
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+    )  # fmt: skip
+    stock = AutoModelForCausalLM.from_pretrained(
+        tiny_model_dir, dtype=getattr(torch, dtype), quantization_config=config
+    )
+    linear.freeze_linears(stock)
+    with torch.no_grad():
+        ours, theirs = mapped.model(IDS).logits, stock.eval()(IDS).logits
+    assert ours.dtype == getattr(torch, dtype) and torch.equal(ours, theirs)
+    assert mapped.facts["quant_storage"] == str(storage).removeprefix("torch.")
+
+
+def test_gradients_of_the_vectors_are_those_of_a_base_in_memory(packed_dir: Path, tiny_model_dir: Path) -> None:
+    found = []
+    labels = IDS.clone()
+    for path in (packed_dir, tiny_model_dir):
+        model = attach(load_base(section(path), CPU).model, AdapterSection(rank=8))
+        perturb(model)
+        hidden = model.get_base_model().get_decoder()(IDS).last_hidden_state
+        loss, _ = summed_nll(hidden, labels, Head.of(model.get_base_model()), 4)
+        loss.backward()
+        found.append((loss.detach(), {name: v.grad for name, v in named_vectors(model).items()}))
+    (loss, ours), (other, theirs) = found
+    torch.testing.assert_close(loss, other, rtol=1e-6, atol=0)
+    assert len(ours) == 28
+    for name, grad in ours.items():
+        assert grad is not None and grad.abs().max() > 0
+        torch.testing.assert_close(grad, theirs[name], rtol=1e-5, atol=1e-6)
+
+
+def test_tied_embeddings_are_one_tensor(tmp_path: Path) -> None:
+    source = tmp_path / "tied"
+    small_llama(tie_word_embeddings=True).to(torch.bfloat16).save_pretrained(source)
+    packed = four_bit(source, tmp_path / "nf4")
+    model = load_base(section(packed), CPU).model
+    assert model.lm_head.weight is model.model.embed_tokens.weight and lies_in(model.lm_head.weight, packed)
+    with torch.no_grad():
+        assert model(IDS).logits.dtype == torch.float32
+
+
+def test_a_16_bit_checkpoint_can_be_mapped_too(tiny_model_dir: Path) -> None:
+    config = AutoModelForCausalLM.from_pretrained(tiny_model_dir).config
+    model = load_mapped(tiny_model_dir, config, torch.float32, CPU)
+    assert lies_in(model.model.layers[0].mlp.up_proj.weight, tiny_model_dir)
+    whole = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, whole(IDS).logits)
+
+
+def test_answers_hold_the_head_in_the_compute_dtype_and_let_go_of_it(packed_dir: Path) -> None:
+    base = load_base(section(packed_dir), CPU)
+    head = base.model.lm_head
+    with generating(base.model):
+        assert head._held_weight is not None and head._held_weight.dtype == torch.float32
+        assert torch.equal(head._held_weight, head.weight.float())
+    assert head._held_weight is None
+    assert generate(base.model, base.tokenizer, [[5, 9, 20]], max_new_tokens=4)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("chunk", [3, 100])
+def test_the_loss_casts_a_16_bit_head_block_by_block(monkeypatch: pytest.MonkeyPatch, bias: bool, chunk: int) -> None:
+    torch.manual_seed(0)
+    stored = nn.Linear(24, 301, bias=bias).requires_grad_(False)
+    stored.weight.data = stored.weight.data.to(torch.bfloat16)
+    whole = nn.Linear(24, 301, bias=bias).requires_grad_(False)
+    whole.load_state_dict({k: v.float() for k, v in stored.state_dict().items()})
+    hidden, labels = torch.randn(2, 17, 24), torch.randint(0, 301, (2, 17))
+    labels[0, :5] = IGNORED
+    results = []
+    for module, elements in ((stored, 24 * 40), (whole, 24 * 40)):
+        monkeypatch.setattr(loss_module, "BLOCK_ELEMENTS", elements)
+        x = hidden.clone().requires_grad_()
+        loss, _ = summed_nll(x, labels, Head(module, None, 1.0), chunk)
+        loss.backward()
+        results.append((loss.detach(), x.grad))
+    assert len(RowBlocks(stored, torch.float32, 24 * 40, kept=True)) == 8
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
+
+
+def test_names_that_are_not_the_models_go_the_old_way(packed_dir: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(packed_dir, tmp_path / "renamed"))
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.surplus.weight"] = torch.zeros(3)
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = load_base(section(packed_dir), CPU).model.config
+    with pytest.raises(NotMappable, match="no model.surplus.weight"):
+        load_mapped(directory, config, torch.float32, CPU)
+    assert (
+        load_base(section(directory), CPU).facts["four_bit_modules"] == 14
+    )  # transformers ignores what it has no use for
+
+
+def test_a_config_of_another_shape_is_refused(packed_dir: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(packed_dir, tmp_path / "other"))
+    config = json.loads((directory / "config.json").read_text())
+    config["intermediate_size"] = 256
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"down_proj.weight is stored as \[64, 192\].* config.json says \[64, 256\]"):
+        load_base(section(directory), CPU)
+
+
+def test_a_cast_of_the_whole_model_leaves_the_packed_bytes_alone(packed_dir: Path) -> None:
+    model = load_base(section(packed_dir), CPU).model
+    weight = model.model.layers[0].mlp.up_proj.weight
+    before = weight.data.view(torch.uint8).clone()
+    model.to(torch.float16)
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight.data.view(torch.uint8), before)
+
+
+def test_a_model_from_the_cache_goes_by_the_name_of_its_source(tiny_model_dir: Path, tmp_path: Path) -> None:
+    base = load_base(section(tiny_model_dir), CPU)
+    assert not lies_in(base.model.lm_head.weight, tiny_model_dir)  # it is the quantized copy that is mapped
+    assert base.model.name_or_path == base.model.config.name_or_path == str(tiny_model_dir)
+    save_adapter(attach(base.model, AdapterSection(rank=8), str(tiny_model_dir)), tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        loaded = load_adapter(load_base(section(tiny_model_dir), CPU).model, tmp_path / "adapter")
+    assert loaded.peft_config["default"].base_model_name_or_path == str(tiny_model_dir)

@@ -1,0 +1,194 @@
+"""Packed nibbles and scales are bitsandbytes' own, whatever the weights, their number and the threads."""
+
+from __future__ import annotations
+
+import struct
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qvera.config.schema import ModelSection
+from qvera.models import nf4, quantization
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+TYPES = ["nf4", "fp4"]
+
+
+def reference(weights: torch.Tensor, quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:
+    packed, absmax = torch.ops.bitsandbytes.quantize_4bit.default(weights, 64, quant_type, torch.uint8)
+    return packed.flatten(), absmax
+
+
+def assert_equal_to_bitsandbytes(weights: torch.Tensor, quant_type: str, threads: int = 1) -> None:
+    packed, absmax = nf4.pack(weights, quant_type, threads)
+    expected, scales = reference(weights, quant_type)
+    assert torch.equal(absmax, scales)
+    assert torch.equal(packed, expected)
+
+
+def normal(count: int, dtype: torch.dtype, seed: int = 0, size: float = 0.02) -> torch.Tensor:
+    return (torch.randn(count, generator=torch.Generator().manual_seed(seed)) * size).to(dtype)
+
+
+@pytest.mark.parametrize("quant_type", TYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [1, 2, 3, 63, 64, 65, 127, 128, 64 * 300 + 17, nf4.CHUNK + 64, 3 * nf4.CHUNK + 63])
+def test_any_number_of_weights(count: int, dtype: torch.dtype, quant_type: str) -> None:
+    assert_equal_to_bitsandbytes(normal(count, dtype), quant_type)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_the_number_of_threads_changes_nothing(threads: int) -> None:
+    assert_equal_to_bitsandbytes(normal(5 * nf4.CHUNK + 1000, torch.bfloat16), "nf4", threads)
+
+
+def test_pieces_make_the_whole() -> None:
+    weights = normal(64 * 1000 + 5, torch.bfloat16)
+    expected = nf4.pack(weights, "nf4")
+    packed = np.empty(nf4.packed_size(len(weights)), np.uint8)
+    absmax = np.empty(nf4.block_count(len(weights)), np.float32)
+    with nf4.Packer("nf4", 2) as packer:
+        for start in range(0, len(weights), 64 * 77):
+            piece = weights[start : start + 64 * 77]
+            at, scales = start // 2, start // 64
+            packer.pack(
+                piece,
+                packed[at : at + nf4.packed_size(len(piece))],
+                absmax[scales : scales + nf4.block_count(len(piece))],
+            )
+    assert np.array_equal(packed, expected[0].numpy()) and np.array_equal(absmax, expected[1].numpy())
+
+
+def thresholds(quant_type: str) -> torch.Tensor:
+    code = quantization.bnb_functional.get_4bit_type(quant_type, device="cpu")
+    values = code[torch.argsort(code)]
+    return (values[:-1] + values[1:]) / 2
+
+
+@pytest.mark.parametrize("quant_type", TYPES)
+@pytest.mark.parametrize("count", [64, 63])
+def test_at_and_one_ulp_around_every_threshold(quant_type: str, count: int) -> None:
+    edges = thresholds(quant_type)
+    near = [edges]
+    for direction in (-2.0, 2.0):
+        step = edges
+        for _ in range(2):
+            step = torch.nextafter(step, torch.tensor(direction))
+            near.append(step)
+    values = torch.cat([*near, -torch.cat(near), torch.tensor([0.0, -0.0])])
+    for largest in (1.0, 2.0, 0.75, 3.3e-3):  # 1 and 2 keep the scaled values exact
+        rows = []
+        for start in range(0, len(values), count - 1):
+            row = torch.full((count,), largest)
+            chosen = values[start : start + count - 1]
+            row[1 : 1 + len(chosen)] = chosen * largest
+            rows.append(row)
+        for row in rows if count < 64 else [torch.cat(rows)]:
+            assert_equal_to_bitsandbytes(row, quant_type)
+
+
+@pytest.mark.parametrize("quant_type", TYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_zeros_denormals_and_extremes(dtype: torch.dtype, quant_type: str) -> None:
+    info = torch.finfo(dtype)
+    smallest = torch.nextafter(torch.tensor(0.0, dtype=dtype), torch.tensor(1.0, dtype=dtype)).item()
+    cases = [
+        torch.zeros(64), -torch.zeros(64), torch.full((64,), smallest), torch.full((64,), -smallest),
+        torch.linspace(-1, 1, 64) * info.tiny, torch.linspace(-1, 1, 64) * info.tiny / 4, torch.linspace(-1, 1, 64) * info.max,
+        torch.full((64,), info.max), torch.full((64,), -info.max), torch.tensor([info.max, -info.max] * 32),
+        torch.tensor([smallest, info.max] * 32), torch.linspace(-1, 1, 64) * 1e-38, torch.linspace(-1, 1, 64) * 0.9e-38,
+    ]  # fmt: skip
+    rows = [case.to(dtype) for case in cases]
+    assert_equal_to_bitsandbytes(torch.cat(rows), quant_type)
+    for row in rows:
+        assert_equal_to_bitsandbytes(row, quant_type)
+        assert_equal_to_bitsandbytes(row[:63], quant_type)
+        assert_equal_to_bitsandbytes(row[:1], quant_type)
+
+
+def every_pattern(dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    values = values[torch.isfinite(values)]
+    yield values
+    yield values[torch.randperm(len(values), generator=torch.Generator().manual_seed(1))]
+
+
+@pytest.mark.parametrize("quant_type", TYPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_finite_16_bit_number(dtype: torch.dtype, quant_type: str) -> None:
+    for values in every_pattern(dtype):
+        assert_equal_to_bitsandbytes(values, quant_type)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=200),
+    st.sampled_from(DTYPES),
+    st.sampled_from(TYPES),
+    st.integers(1, 3),
+)
+def test_random_bits(words: list[int], dtype: torch.dtype, quant_type: str, threads: int) -> None:
+    raw = bytearray(struct.pack(f"<{len(words)}I", *words))
+    values = torch.frombuffer(raw, dtype=torch.int32).clone().view(dtype)
+    values = torch.where(torch.isfinite(values), values, torch.zeros_like(values))
+    assert_equal_to_bitsandbytes(values, quant_type, threads)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_finite_shows_in_its_blocks_scale_and_nowhere_else(dtype: torch.dtype, bad: float) -> None:
+    weights = normal(64 * 5 + 3, dtype)
+    for place, block in ((70, 1), (64 * 5 + 1, 5)):
+        spoilt = weights.clone()
+        spoilt[place] = bad
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            _, absmax = nf4.pack(spoilt, "nf4", 2)
+        assert [i for i, value in enumerate(absmax) if not torch.isfinite(value)] == [block]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_statistics_are_bitsandbytes_own_at_the_same_thread_count(threads: int, double_quant: bool) -> None:
+    weight = normal(700 * 320, torch.bfloat16).view(700, 320)
+    section = ModelSection(path="x", double_quant=double_quant)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        _, state = quantization.bnb_functional.quantize_4bit(
+            weight, blocksize=64, compress_statistics=double_quant, quant_type="nf4", quant_storage=torch.bfloat16
+        )
+        expected = state.as_dict(packed=True)
+        _, absmax = nf4.pack(weight, "nf4")
+        found = quantization.serialized_statistics("w", absmax, (700, 320), torch.bfloat16, section)
+    finally:
+        torch.set_num_threads(before)
+    assert found.keys() == {f"w.{key}" for key in expected}
+    for key, tensor in expected.items():
+        mine = found[f"w.{key}"]
+        if key.startswith("quant_state"):
+            assert bytes(mine.tolist()).rstrip() == bytes(tensor.tolist())
+        else:
+            assert torch.equal(mine, tensor)
+    layout = quantization.serialized_layout("w", (700, 320), torch.bfloat16, section)
+    assert {name: (dtype, shape) for name, dtype, shape in layout[1:]} == {
+        name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in found.items()
+    }
+
+
+@pytest.mark.parametrize("quant_type", TYPES)
+def test_bitsandbytes_own_kernels_give_the_same_tensors(quant_type: str) -> None:
+    """What is written where there is a GPU, run here on the CPU: same layout, same contents."""
+    weight = normal(700 * 320, torch.bfloat16).view(700, 320)
+    section = ModelSection(path="x", quantization=quant_type)  # type: ignore[arg-type]
+    packed, tensors = quantization.quantized_on_device("w", weight, section)
+    ours, absmax = nf4.pack(weight, quant_type)
+    assert torch.equal(packed.flatten().view(torch.uint8), ours) and packed.dtype is torch.bfloat16
+    expected = quantization.serialized_statistics("w", absmax, (700, 320), torch.bfloat16, section)
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)

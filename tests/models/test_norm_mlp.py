@@ -1,0 +1,144 @@
+"""Norms and gated MLPs that keep less for backward: the same numbers as transformers', and less kept."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import GemmaConfig, GemmaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+from qvera.adapters.save_load import attach
+from qvera.config.schema import AdapterSection
+from qvera.models import norm_mlp
+from tests.adapters.helpers import relative
+from tests.conftest import small_llama
+
+HIDDEN, WIDE = 48, 80
+
+
+def norm(dtype: torch.dtype) -> Any:
+    torch.manual_seed(0)
+    module = LlamaRMSNorm(HIDDEN, eps=1e-5)
+    module.weight.data = 1 + 0.3 * torch.randn(HIDDEN)
+    return module.to(dtype).requires_grad_(False)
+
+
+def mlp(dtype: torch.dtype) -> Any:
+    torch.manual_seed(0)
+    config = small_llama(hidden_size=HIDDEN, intermediate_size=WIDE).config
+    return LlamaMLP(config).to(dtype).requires_grad_(False)
+
+
+def both_ways(module: Any, x: torch.Tensor, upstream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    x = x.clone().requires_grad_()
+    y = module(x)
+    y.backward(upstream)
+    assert x.grad is not None
+    return y.detach(), x.grad
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 130])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 6e-3)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("make", [norm, mlp])
+def test_same_output_to_the_bit_and_same_gradient(make: Any, dtype: torch.dtype, tolerance: float, tokens: int) -> None:
+    stock, ours = make(dtype), make(dtype)
+    assert norm_mlp.lean_for_backward(ours) == 1
+    x, upstream = torch.randn(2, tokens, HIDDEN, dtype=dtype), torch.randn(2, tokens, HIDDEN, dtype=dtype)
+    y, grad = both_ways(ours, x, upstream)
+    expected, expected_grad = both_ways(stock, x, upstream)
+    assert torch.equal(y, expected)
+    assert grad.dtype == dtype and relative(grad, expected_grad) < tolerance
+    # neither is further from the truth than the other
+    truth = both_ways(make(torch.float32), x.float(), upstream.float())[1]
+    assert relative(grad, truth) < 1.2 * relative(expected_grad, truth) + 1e-6
+    with torch.no_grad():
+        assert torch.equal(ours(x), expected)
+
+
+def test_gradcheck() -> None:
+    x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    c = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(norm_mlp._Gated.apply, (x, c))
+    # the norm computes in fp32 whatever it is given, as transformers' does: a formula in float64 stands for differences
+    weight = torch.randn(6, dtype=torch.float64)
+    upstream = torch.randn(5, 6, dtype=torch.float64)
+    module = LlamaRMSNorm(6, eps=1e-5).requires_grad_(False)
+    module.weight.data = weight
+    norm_mlp._Norm.apply(x, module).backward(upstream)
+    other = x.detach().clone().requires_grad_()
+    (weight * other * torch.rsqrt(other.pow(2).mean(-1, keepdim=True) + 1e-5)).backward(upstream)
+    assert x.grad is not None and other.grad is not None
+    assert relative(x.grad, other.grad) < 1e-6
+
+
+def saved_shapes(module: Any, x: torch.Tensor) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    seen: dict[int, Any] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            seen.setdefault(tensor.untyped_storage().data_ptr(), (tuple(tensor.shape), tensor.dtype))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = module(x)
+    del y
+    return sorted(seen.values(), key=str)
+
+
+def test_what_is_kept() -> None:
+    x = torch.randn(9, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
+    module = norm(torch.bfloat16)
+    norm_mlp.lean_for_backward(module)
+    assert saved_shapes(module, x) == [((9, 1), torch.float32), ((9, HIDDEN), torch.bfloat16)]
+    gated = norm_mlp._Gated.apply
+    a, c = (torch.randn(9, WIDE, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+
+    class Product(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return gated(x, c)
+
+    assert saved_shapes(Product(), a) == [((9, WIDE), torch.bfloat16)] * 2
+
+
+def test_a_norm_that_is_trained_is_left_to_autograd() -> None:
+    module = norm(torch.float32)
+    norm_mlp.lean_for_backward(module)
+    module.weight.requires_grad_(True)
+    x = torch.randn(4, HIDDEN)
+    stock = norm(torch.float32).requires_grad_(True)
+    module(x).sum().backward()
+    stock(x).sum().backward()
+    assert torch.equal(module.weight.grad, stock.weight.grad)
+
+
+def test_attaching_an_adapter_does_it_and_a_copy_still_runs() -> None:
+    plain, model = small_llama(), attach(small_llama().requires_grad_(False), AdapterSection(rank=4))
+    inner = model.get_base_model()
+    kinds = {type(m).__name__ for m in inner.modules()}
+    assert {"LeanLlamaRMSNorm", "LeanLlamaMLP"} <= kinds and not kinds & {"LlamaRMSNorm", "LlamaMLP"}
+    ids = torch.arange(3, 20).unsqueeze(0)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert {type(m).__name__ for m in copied.get_base_model().modules()} == kinds
+        with torch.no_grad():
+            assert torch.equal(copied(ids).logits, plain(ids).logits)
+    assert model(ids).logits.requires_grad
+
+
+SMALL = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 50, "head_dim": 16,
+}  # fmt: skip
+
+
+def test_copies_of_llama_s_modules_are_known_and_others_left_alone() -> None:
+    assert norm_mlp.lean_for_backward(MistralForCausalLM(MistralConfig(**SMALL))) == 4
+    gemma = GemmaForCausalLM(GemmaConfig(**SMALL))  # (1 + w) h, and GELU
+    assert norm_mlp.lean_for_backward(gemma) == 0
+    assert not any("Lean" in type(m).__name__ for m in gemma.modules())
+    assert norm_mlp.lean_for_backward(small_llama(hidden_act="gelu")) == 5  # norms only

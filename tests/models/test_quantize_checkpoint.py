@@ -1,0 +1,369 @@
+"""The quantized copy is what transformers' own quantized load makes; it loads everywhere; a kill or a full disk loses nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
+
+from qvera.cli.main import main
+from qvera.config.schema import ModelSection
+from qvera.models import quantize_checkpoint, source_checkpoint
+from qvera.models.loader import load_base
+from qvera.utils.errors import InputError, RunFailed
+from tests.conftest import small_llama, small_tokenizer
+
+IDS = torch.arange(3, 43).view(2, 20)
+
+
+def quantized(source: Path, out: Path, shard_bytes: int | None = None, **settings: Any) -> dict[str, Any]:
+    section = ModelSection(path=str(source), **settings)
+    return quantize_checkpoint.quantize_checkpoint(
+        section, source_checkpoint.read_source(section, source), out, shard_bytes=shard_bytes
+    )
+
+
+def stock_load(source: Path, dtype: torch.dtype, **settings: Any) -> Any:
+    section = ModelSection(path=str(source), **settings)
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=section.quantization,
+        bnb_4bit_use_double_quant=section.double_quant,
+        bnb_4bit_quant_storage=getattr(torch, section.quant_storage),
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, quantization_config=config)
+
+
+def same_bytes(a: Any, b: Any) -> None:
+    mine, theirs = a.state_dict(), b.state_dict()
+    assert mine.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert mine[name].dtype == tensor.dtype and mine[name].shape == tensor.shape, name
+        assert torch.equal(mine[name].flatten().view(torch.uint8), tensor.flatten().view(torch.uint8)), name
+
+
+def save(directory: Path, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Path:
+    shard = changes.pop("max_shard_size", "50GB")
+    small_llama(**changes).to(dtype).save_pretrained(directory, max_shard_size=shard)
+    small_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "uint8", "float32"])
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("quantization", ["nf4", "fp4"])
+def test_stock_transformers_loads_the_same_bytes_as_it_would_make(
+    tiny_model_dir: Path, tmp_path: Path, quantization: str, double_quant: bool, storage: str
+) -> None:
+    settings = {"quantization": quantization, "double_quant": double_quant, "quant_storage": storage}
+    quantized(tiny_model_dir, tmp_path / "out", **settings)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    expected = stock_load(tiny_model_dir, torch.bfloat16, **settings)
+    same_bytes(loaded, expected)
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, expected(IDS).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("sharded", [True, False])
+def test_other_dtypes_tied_heads_and_shards(tmp_path: Path, dtype: torch.dtype, tied: bool, sharded: bool) -> None:
+    shard = "60KB" if sharded else "50GB"
+    source = save(tmp_path / "source", dtype, tie_word_embeddings=tied, max_shard_size=shard)
+    quantized(source, tmp_path / "out", shard_bytes=30_000 if sharded else None)
+    assert (tmp_path / "out" / "model.safetensors.index.json").exists() == sharded
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    same_bytes(loaded, stock_load(source, dtype))
+    kept = {name for file in (tmp_path / "out").glob("*.safetensors") for name in load_file(file)}
+    assert ("lm_head.weight" in kept) == (not tied)
+    assert "lm_head.weight.absmax" not in kept and "model.embed_tokens.weight.absmax" not in kept
+    assert "model.layers.0.self_attn.q_proj.weight.absmax" in kept
+
+
+def test_biases_and_odd_widths_go_along(tmp_path: Path) -> None:
+    source = save(
+        tmp_path / "source", hidden_size=44, intermediate_size=52, attention_bias=True, mlp_bias=True, head_dim=6
+    )
+    quantized(source, tmp_path / "out")
+    same_bytes(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), stock_load(source, torch.bfloat16))
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "uint8"])
+def test_load_base_takes_ours_and_stock_ones_alike(tiny_model_dir: Path, tmp_path: Path, storage: str) -> None:
+    quantized(tiny_model_dir, tmp_path / "ours", quant_storage=storage)
+    stock_load(tiny_model_dir, torch.bfloat16, quant_storage=storage).save_pretrained(tmp_path / "stock")
+    small_tokenizer().save_pretrained(tmp_path / "stock")
+    logits = []
+    for directory in (tmp_path / "ours", tmp_path / "stock"):
+        base = load_base(ModelSection(path=str(directory), compute_dtype="float32", quant_storage=storage))
+        assert base.facts["four_bit_modules"] == 14 and base.facts["quant_storage"] == storage
+        with torch.no_grad():
+            logits.append(base.model(IDS).logits)
+    assert torch.equal(*logits)
+
+
+def test_tokenizer_template_and_generation_config_come_along(tiny_model_dir: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(tiny_model_dir, source)
+    (source / "pytorch_model.bin").write_bytes(b"not wanted")
+    record = quantized(source, tmp_path / "out")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+    assert not (tmp_path / "out" / "pytorch_model.bin").exists()
+    sha = hashlib.sha256((source / "model.safetensors").read_bytes()).hexdigest()
+    assert record["source"]["files"]["model.safetensors"]["sha256"] == sha
+    sha = hashlib.sha256((tmp_path / "out" / "model.safetensors").read_bytes()).hexdigest()
+    assert record["files"]["model.safetensors"]["sha256"] == sha
+    assert not [p.name for p in (tmp_path / "out").iterdir() if p.name.startswith(".")]
+
+
+def test_packed_weights_start_at_a_multiple_of_64_bytes(tiny_model_dir: Path, tmp_path: Path) -> None:
+    quantized(tiny_model_dir, tmp_path / "out")
+    raw = (tmp_path / "out" / "model.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8 : 8 + length])
+    for name, entry in header.items():
+        if name.endswith("_proj.weight"):
+            assert (8 + length + entry["data_offsets"][0]) % 64 == 0, name
+
+
+def test_threads_and_piece_sizes_change_no_byte(tiny_model_dir: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    quantized(tiny_model_dir, tmp_path / "one")
+    read = quantize_checkpoint.read_pieces
+    monkeypatch.setattr(quantize_checkpoint, "read_pieces", lambda f, w, d: read(f, w, d, piece_bytes=64 * 2 * 3))
+    torch.set_num_threads(2)
+    try:
+        quantized(tiny_model_dir, tmp_path / "two")
+    finally:
+        torch.set_num_threads(1)
+    one, two = (p / "model.safetensors" for p in (tmp_path / "one", tmp_path / "two"))
+    assert one.read_bytes() == two.read_bytes()
+
+
+DIES = """
+import os, signal, sys
+from pathlib import Path
+from qvera.models import source_checkpoint as original
+from qvera.models import quantize_checkpoint as prequantize
+from qvera.config.schema import ModelSection
+source, out, shards = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+section = ModelSection(path=str(source))
+def progress(done, total, name):
+    if len(list(out.glob("*.safetensors"))) >= shards:
+        os.kill(os.getpid(), signal.SIGKILL)
+prequantize.quantize_checkpoint(section, original.read_source(section, source), out, progress=progress, shard_bytes=30_000)
+"""
+
+
+def test_killed_at_any_shard_it_goes_on_to_the_same_bytes(tiny_model_dir: Path, tmp_path: Path) -> None:
+    record = quantized(tiny_model_dir, tmp_path / "whole", shard_bytes=30_000)
+    assert len(record["files"]) > 4
+    out = tmp_path / "out"
+    for shards in (1, 3):
+        command = [sys.executable, "-c", DIES, str(tiny_model_dir), str(out), str(shards)]
+        assert subprocess.run(command).returncode == -signal.SIGKILL
+        assert len(list(out.glob("*.safetensors"))) == shards
+        assert not (out / "config.json").exists() and quantize_checkpoint.read_record(out) is None
+    kept = {p.name: p.stat().st_ino for p in out.glob("*.safetensors")}
+    damaged = sorted(kept)[0]
+    flipped = bytearray((out / damaged).read_bytes())
+    flipped[-1] ^= 1
+    (out / damaged).write_bytes(flipped)
+    again = quantized(tiny_model_dir, out, shard_bytes=30_000)
+    assert again["files"] == record["files"] and again["source"]["files"] == record["source"]["files"]
+    for name in record["files"]:
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert {name: (out / name).stat().st_ino for name in kept if name != damaged} == {
+        name: inode for name, inode in kept.items() if name != damaged
+    }  # not written again
+
+
+def test_another_source_or_other_settings_do_not_go_on_with_it(tiny_model_dir: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", DIES, str(tiny_model_dir), str(tmp_path / "out"), "1"]
+    subprocess.run(command)
+    with pytest.raises(InputError, match="unfinished quantize of something else"):
+        quantized(tiny_model_dir, tmp_path / "out", shard_bytes=30_000, quantization="fp4")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return save(tmp_path / "source", max_shard_size="60KB")
+
+
+def shards(source: Path) -> list[Path]:
+    return sorted(source.glob("*.safetensors"))
+
+
+def cut(source: Path) -> str:
+    file = shards(source)[1]
+    file.write_bytes(file.read_bytes()[:-100])
+    return file.name
+
+
+def corrupt_header(source: Path) -> str:
+    file = shards(source)[1]
+    raw = bytearray(file.read_bytes())
+    raw[8:20] = b"x" * 12
+    file.write_bytes(raw)
+    return file.name
+
+
+def long_header(source: Path) -> str:
+    file = shards(source)[1]
+    file.write_bytes(struct.pack("<Q", 1 << 40) + file.read_bytes()[8:])
+    return file.name
+
+
+def missing(source: Path) -> str:
+    file = shards(source)[1]
+    file.unlink()
+    return file.name
+
+
+def other_shape(source: Path) -> str:
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"intermediate_size": 200}))
+    return "mlp.gate_proj.weight has shape [192, 64], the model of config.json needs [200, 64]"
+
+
+def renamed(source: Path) -> str:
+    index = json.loads((source / "model.safetensors.index.json").read_text())
+    file = source / index["weight_map"]["model.norm.weight"]
+    tensors = load_file(file)
+    tensors["model.final.weight"] = tensors.pop("model.norm.weight")
+    save_file(tensors, file, metadata={"format": "pt"})
+    index["weight_map"]["model.final.weight"] = index["weight_map"].pop("model.norm.weight")
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    return "has no tensor model.norm.weight"
+
+
+def quantized_already(source: Path) -> str:
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (source / "config.json").write_text(json.dumps(config))
+    return "is already quantized"
+
+
+def integers(source: Path) -> str:
+    file = next(f for f in shards(source) if any("q_proj" in k for k in load_file(f)))
+    save_file(
+        {k: v.to(torch.int32) if "q_proj" in k else v for k, v in load_file(file).items()}, file, {"format": "pt"}
+    )
+    return "q_proj.weight is torch.int32"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [cut, corrupt_header, long_header, missing, other_shape, renamed, quantized_already, integers],
+    ids=lambda f: f.__name__,
+)
+def test_a_bad_source_is_named_and_nothing_is_written(
+    source: Path, tmp_path: Path, capsys: Any, spoil: Callable[[Path], str]
+) -> None:
+    said = spoil(source)
+    assert main(["quantize", str(source), str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    assert said in message and str(source) in message and "Traceback" not in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_transposed_linears_are_left_to_transformers(tmp_path: Path) -> None:
+    config = GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=100, bos_token_id=1, eos_token_id=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(source_checkpoint.NotPlain, match="transposed"):
+        quantized(tmp_path / "gpt2", tmp_path / "out")
+
+
+def test_what_the_model_does_not_have_is_left_out(source: Path, tmp_path: Path) -> None:
+    file = shards(source)[0]
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    save_file({**load_file(file), **extra}, file, metadata={"format": "pt"})
+    expected = stock_load(source, torch.bfloat16)
+    (source / "model.safetensors.index.json").unlink()  # shards without an index are read too
+    quantized(source, tmp_path / "out")
+    same_bytes(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), expected)
+
+
+def test_nan_is_refused_by_tensor_name_and_finished_shards_stay(source: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.self_attn.k_proj.weight"
+    file = next(f for f in shards(source) if name in load_file(f))
+    tensors = load_file(file)
+    tensors[name][3, 5] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(RunFailed, match=rf"{file.name}: {name} has NaN or Inf"):
+        quantized(source, tmp_path / "out", shard_bytes=20_000)
+    assert not (tmp_path / "out" / "config.json").exists()
+    assert not list((tmp_path / "out").glob(".*.partial"))
+
+
+def test_a_source_that_changes_meanwhile_is_noticed(source: Path, tmp_path: Path) -> None:
+    section = ModelSection(path=str(source))
+
+    def touch(done: int, total: int, name: str) -> None:
+        os.utime(shards(source)[-1])
+
+    with pytest.raises(RunFailed, match="changed while they were read"):
+        quantize_checkpoint.quantize_checkpoint(
+            section, source_checkpoint.read_source(section, source), tmp_path / "out", progress=touch
+        )
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small tmpfs needs root")
+    place = tmp_path / "disk"
+    place.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(place)], capture_output=True)
+    if done.returncode:
+        pytest.skip(f"no tmpfs can be mounted: {done.stderr.decode()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_disk_that_fills_up_is_named_and_finished_shards_are_used(
+    tiny_model_dir: Path, small_disk: Path, tmp_path: Path
+) -> None:
+    whole = quantized(tiny_model_dir, tmp_path / "whole", shard_bytes=20_000)
+    section, filler = ModelSection(path=str(tiny_model_dir)), small_disk / "filler"
+    out = small_disk / "out"
+
+    def fill(done: int, total: int, name: str) -> None:
+        if len(list(out.glob("*.safetensors"))) == 2 and not filler.exists():
+            free = shutil.disk_usage(small_disk).free
+            filler.write_bytes(bytes(free - 8192))
+
+    source = source_checkpoint.read_source(section, tiny_model_dir)
+    with pytest.raises(RunFailed, match="the disk is full.*Finished shards are kept"):
+        quantize_checkpoint.quantize_checkpoint(section, source, out, progress=fill, shard_bytes=20_000)
+    assert not (out / "config.json").exists() and not list(out.glob(".model*.partial"))
+    assert len(list(out.glob("*.safetensors"))) >= 2
+    filler.unlink()
+    inode = sorted(out.glob("*.safetensors"))[0].stat().st_ino
+    record = quantize_checkpoint.quantize_checkpoint(section, source, out, shard_bytes=20_000)
+    assert record["files"] == whole["files"]
+    assert sorted(out.glob("*.safetensors"))[0].stat().st_ino == inode
+
+
+def test_too_small_a_disk_is_said_before_anything_is_done(tiny_model_dir: Path, small_disk: Path) -> None:
+    (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free - 50_000))
+    with pytest.raises(InputError, match="needs .* GB, and .* GB are free"):
+        quantized(tiny_model_dir, small_disk / "out")

@@ -1,0 +1,93 @@
+"""Live counts to hold the plan's formulas against: what autograd keeps, and the most tensor bytes that exist at one time."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from qvera.adapters.save_load import attach
+from qvera.config.schema import Recipe
+from qvera.models.loader import enable_checkpointing
+from qvera.models.loss import Head, summed_nll
+from tests.conftest import small_llama
+
+
+def tiny(recipe: Recipe, dtype: torch.dtype, **changes: Any) -> Any:
+    """A small Llama of those changes with the recipe's adapter, ready to train."""
+    model = small_llama(**changes).to(dtype)
+    model.requires_grad_(False)
+    adapted = attach(model, recipe.adapter)
+    if recipe.training.gradient_checkpointing:
+        enable_checkpointing(adapted)
+    return adapted.train()
+
+
+def fixed_storages(model: Any) -> set[int]:
+    """Addresses of what is there throughout: parameters, buffers, the shared pair."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return {t.untyped_storage().data_ptr() for t in tensors}
+
+
+def kept_bytes(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> int:
+    """Bytes of the different storages that a forward pass through the decoder keeps for backward."""
+    fixed, kept = fixed_storages(model), {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in fixed:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.get_base_model().get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)
+    return sum(kept.values())
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages made inside, while they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = {id_of(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and id_of(tensor) not in inputs | self._seen:
+                self._begin(tensor.untyped_storage())
+        return out
+
+    def _begin(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self._seen.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._end, key, size)
+
+    def _end(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
+
+
+def id_of(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def step_peak_bytes(model: Any, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor, chunk: int) -> int:
+    """The most bytes of tensors that one forward and backward makes and holds at a time, gradients of vectors left out."""
+    base = model.get_base_model()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for p in trained:
+        p.grad = torch.zeros_like(p)
+    with LiveBytes() as live:
+        hidden = base.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        nll, _ = summed_nll(hidden, labels, Head.of(base), chunk)
+        del hidden
+        nll.backward()
+    return live.peak

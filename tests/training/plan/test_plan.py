@@ -1,0 +1,163 @@
+"""`qvera plan` as a user meets it: files, batches, what fits, what would, and its refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qvera.cli.main import main
+from qvera.config.schema import parse_recipe
+from qvera.data import batches_of, build_datasets
+from qvera.models.loader import load_tokenizer
+from qvera.training.plan import Machine, make_plan, parse_size, table
+from qvera.training.plan.alternatives import changed
+from qvera.training.plan.batches import batch_of, longest_rows
+from qvera.training.trainer import train
+from qvera.utils.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def gpu(size_bytes: int) -> Machine:
+    return Machine("a GPU", "cuda", torch.bfloat16, False, size_bytes, 0, 1000)
+
+
+@pytest.fixture
+def config_only(tiny_model_dir: Path, tmp_path: Path) -> Path:
+    """A model directory without weights or tokenizer."""
+    (tmp_path / "config-only").mkdir()
+    shutil.copy(tiny_model_dir / "config.json", tmp_path / "config-only")
+    return tmp_path / "config-only"
+
+
+@pytest.mark.parametrize("train_d", [True, False])
+def test_file_sizes_are_those_of_a_run(make_recipe: Any, tmp_path: Path, train_d: bool) -> None:
+    recipe = make_recipe(adapter={"rank": 96, "train_d": train_d}, training={"max_steps": 1})
+    plan = make_plan(recipe, gpu(10**9))
+    result = train(recipe, tmp_path / "run")
+    assert result is not None
+    adapter = sum(f.stat().st_size for f in (tmp_path / "run" / "adapter").iterdir())
+    assert plan.adapter_bytes == pytest.approx(adapter, rel=0.01)
+    assert plan.trained_numbers == result.run["adapter"]["trainable_parameters"]
+    (step,) = (tmp_path / "run" / "checkpoints").iterdir()
+    tensors = sum(f.stat().st_size for f in step.iterdir())
+    # state.json also holds the run's own answers and scores, a few kB beside a few hundred
+    assert plan.checkpoint_bytes == pytest.approx(tensors, rel=0.03)
+
+
+def test_the_longest_batch_is_one_that_training_takes(make_recipe: Any) -> None:
+    recipe = make_recipe(training={"max_steps": 7, "global_batch_size": 8, "per_device_train_batch_size": 2})
+    rows = build_datasets(recipe.data, load_tokenizer(recipe.model)).train
+    batches = batches_of(recipe, rows)
+    taken = [micro for step in range(7) for micro in batches.passes(batches.rows(step))]
+    for joinable in (False, True):
+        chosen = longest_rows(recipe, rows, joinable, 7)
+        assert chosen in taken
+        tokens = [batch_of([rows[i] for i in micro], joinable).all_tokens for micro in taken]
+        assert batch_of([rows[i] for i in chosen], joinable).all_tokens == max(tokens)
+    # later steps only: what is left of the run
+    assert longest_rows(recipe, rows, False, 7, done=6) in taken[-4:]
+
+
+def test_from_the_config_alone(config_only: Path) -> None:
+    tree = {"model": str(config_only), "data": {"path": "some/hub-data", "max_length": 128}}
+    plan = make_plan(parse_recipe(tree, "t"), gpu(10**9))
+    assert plan.batch.tokens == 128 and plan.batch.rows == 4 and "data.max_length" in plan.batch.source
+    assert plan.fits
+
+
+def test_changes_make_it_fit(config_only: Path) -> None:
+    tree = {
+        "model": str(config_only),
+        "data": {"path": "some/hub-data", "max_length": 256},
+        "adapter": {"rank": 128},
+        "training": {"gradient_checkpointing": False},
+    }
+    recipe = parse_recipe(tree, "t")
+    needed = make_plan(recipe, gpu(10**9)).memory.total_bytes
+    plan = make_plan(recipe, gpu(needed * 2 // 3))
+    assert not plan.fits and len(plan.changes) >= 3
+    for change in plan.changes:
+        other = make_plan(changed(recipe, change.settings), gpu(needed * 2 // 3))
+        assert change.fits and other.fits
+        assert other.memory.total_bytes == change.total_bytes < needed
+    keys = [next(iter(change.settings)) for change in plan.changes]
+    assert keys[0] == "training.gradient_checkpointing" and "data.max_length" in keys
+    (last,) = make_plan(recipe, gpu(1000)).changes
+    assert not last.fits and len(last.settings) > 4  # everything at its least, and still not
+
+
+def test_more_of_anything_takes_more(config_only: Path) -> None:
+    tree = {"model": str(config_only), "data": {"path": "some/hub-data", "max_length": 128}}
+    recipe = parse_recipe(tree, "t")
+    total = make_plan(recipe, gpu(10**9)).memory.total_bytes
+    for settings in (
+        {"data.max_length": 256}, {"adapter.rank": 512}, {"training.gradient_checkpointing": False},
+        {"training.loss_chunk_tokens": 1024, "data.max_length": 256}, {"model.double_quant": False},
+    ):  # fmt: skip
+        assert make_plan(changed(recipe, settings), gpu(10**9)).memory.total_bytes > total
+
+
+@pytest.mark.parametrize(
+    "text, size", [("24GB", 24 * 10**9), ("24", 24 * 10**9), ("1.5 GiB", 3 * 2**29), ("512mb", 512 * 10**6)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "big", "0GB", "24TBs", "-3GB"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="--gpu: takes a size such as 24GB"):
+        parse_size(text)
+
+
+def test_the_command(write_recipe: Any, capsys: Any) -> None:
+    recipe = str(write_recipe())
+    assert main(["plan", recipe, "--no-timing"]) == 0
+    said = capsys.readouterr().out
+    assert said.rstrip().splitlines()[-1].startswith("Fits") or "Fits" in said
+    assert "the longest batch of the data" in " ".join(said.split())
+    assert main(["plan", recipe, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    parts = plan["memory"]["moments"][plan["memory"]["peak_moment"]]
+    assert sum(part["bytes"] for part in parts) == plan["memory"]["total_bytes"]
+    assert 0 < plan["step_seconds"] < 10
+    assert main(["plan", recipe, "--gpu", "0.001GB"]) == 0
+    assert "Does not fit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "takes a RECIPE"),
+        (["missing.yaml"], "no such recipe file"),
+        (["RECIPE", "--gpu", "huge"], "takes a size such as 24GB"),
+        (["RECIPE", "--set", "adapter.targets=[nothing]"], "no module of this model is named nothing"),
+        (["RECIPE", "--set", "model.path=/nowhere"], "no model can be made from the config of"),
+        (["RECIPE", "--svg", "x.svg"], "goes with --table"),
+    ],
+)
+def test_refusals(arguments: list[str], message: str, write_recipe: Any, capsys: Any) -> None:
+    recipe = str(write_recipe())
+    assert main(["plan", *(recipe if a == "RECIPE" else a for a in arguments)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_readme_s_table_and_picture_are_current() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    inside = text.partition("<!-- plan:begin -->")[2].partition("<!-- plan:end -->")[0]
+    assert table.markdown() in inside
+    assert (ROOT / "docs" / "plan.svg").read_text(encoding="utf-8") == table.picture()
+    assert table.COMMAND in inside
+
+
+def test_the_table_agrees_with_itself() -> None:
+    for name, card in (("Llama-2 7B", 6), ("CodeLlama 34B", 24), ("Llama-2 70B", 48)):
+        longest = table.longest_tokens(name, card * 10**9)
+        assert table.total_bytes(name, longest) <= card * 10**9
+    assert table.longest_tokens("Llama-2 70B", 24 * 10**9) == 0

@@ -1,0 +1,148 @@
+"""One rank of many: what each stage leaves on it by the plan, what travels, and which stage the plan takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qvera.cli.main import main
+from qvera.training.plan import Machine, Sharing, plan_ways, right_way
+from qvera.training.plan.activations import Batch
+from qvera.training.plan.memory import plan_memory
+from qvera.training.plan.sharding import plan_rank, spread_of, traffic
+from qvera.training.plan.table import _recipe, _shapes
+
+SEVEN = "Llama-2 7B"
+PLAIN = ["none", "zero1", "zero2", "zero3"]
+BATCH = Batch(1, 512, 512, False, False, "", 512)
+PACKED = 6_476_005_376 // 2
+"""Linears of a 7B's layers, two weights in a byte."""
+
+
+def gpu(size_bytes: int) -> Machine:
+    return Machine("a GPU", "cuda", torch.bfloat16, False, size_bytes, 0, 0)
+
+
+def cpu(free_bytes: int) -> Machine:
+    return Machine("a CPU", "cpu", torch.bfloat16, True, free_bytes, 0, 0)
+
+
+def part(memory: Any, name: str) -> int:
+    return sum(c.bytes for c in memory.standing if c.name == name)
+
+
+@pytest.mark.parametrize("machine", [gpu(10**11), cpu(10**11)])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_zero3_divides_packed_weights_embedding_and_head_and_nothing_is_lost(machine: Machine, world_size: int) -> None:
+    shape, recipe = _shapes()[SEVEN], _recipe(256)
+    whole = plan_memory(shape, recipe, BATCH, machine)
+    spread = plan_rank(shape, recipe, BATCH, machine, Sharing(3, None, world_size))
+    tables = 2 * 2 * 32000 * 4096
+    assert spread_of(shape).all == PACKED + tables
+    share = part(spread, "a share of the base")
+    assert share == -(-(PACKED + tables) // world_size)
+    kept = part(spread, "statistics, norms")
+    base = sum(c.bytes for c in whole.standing if c.kind == "base")
+    assert kept + PACKED + tables == base
+    assert not any(c.mapped for c in spread.standing if c.name == "a share of the base")
+    # beside that share, in any moment less than a tenth of the model is whole at a time
+    for moment in spread.moments:
+        gathered = sum(c.bytes for c in spread.moments[moment] if c.kind == "base")
+        assert 0 < gathered < base * 0.14
+
+
+def test_zero1_and_zero2_save_nothing_with_two_ranks_and_a_few_mb_with_many() -> None:
+    shape, recipe = _shapes()[SEVEN], _recipe(256)
+    trained = 1_417_216
+    plain = plan_rank(shape, recipe, BATCH, gpu(0)).total_bytes
+    for stage in (1, 2):
+        two = plan_rank(shape, recipe, BATCH, gpu(0), Sharing(stage, None, 1, 2)).total_bytes
+        many = plan_rank(shape, recipe, BATCH, gpu(0), Sharing(stage, None, 16, 8)).total_bytes
+        assert two == plain
+        assert plain - many == pytest.approx(8 * trained, rel=0.02)  # 11 of 4,700 MB
+
+
+def test_what_travels_in_a_step() -> None:
+    shape, recipe = _shapes()[SEVEN], _recipe(256)
+    recipe.training.global_batch_size, recipe.training.per_device_train_batch_size = 2, 1
+    plain = traffic(shape, recipe, Sharing(0, None, 2))
+    assert (plain.gradients, plain.base) == (4 * 1_417_216, 0)  # 5.7 MB
+    assert (
+        traffic(shape, recipe, Sharing(1, None, 2)).total == 6 * 1_417_216
+    )  # bench/bandwidth.py received 1.004 times that of a 1.1B
+    spread = traffic(shape, recipe, Sharing(3, None, 2))
+    down = 32 * 4096 * 11008 // 2
+    assert spread.base == (3 * PACKED - down + 2 * 2 * 32000 * 4096) // 2 and spread.gradients == plain.gradients
+    recipe.training.global_batch_size = 8  # four passes on each of two ranks
+    assert traffic(shape, recipe, Sharing(3, None, 2)).base == 4 * spread.base
+    assert traffic(shape, recipe, Sharing(3)).total == 0
+    recipe.training.gradient_checkpointing = False
+    assert traffic(shape, recipe, Sharing(3, None, 2)).base == 2 * (2 * PACKED + 2 * 2 * 32000 * 4096)
+
+
+@pytest.mark.parametrize(
+    ("card_gb", "word", "words"),
+    [
+        (24, "none", "the base fits on each rank"),
+        (3.5, "zero3", "with the whole base a rank needs"),
+        (1.3, "zero3-offload-cpu", "of RAM on each node"),
+        (0.4, None, "None fits: even zero3-offload-cpu needs"),
+    ],
+)
+def test_the_right_stage_for_a_card(card_gb: float, word: str | None, words: str) -> None:
+    machine = gpu(int(card_gb * 1e9))
+    ways = plan_ways(_shapes()[SEVEN], _recipe(256), BATCH, machine, 2, 2)
+    assert [way.sharing.word for way in ways] == [*PLAIN, "zero3-offload-cpu", "zero3-offload-nvme"]
+    in_ram, on_disk = ways[-2:]
+    assert in_ram.needed_bytes == on_disk.needed_bytes and 0 < on_disk.host_bytes < 0.5 * in_ram.host_bytes
+    way, why = right_way(ways, machine)
+    assert (None if way is None else way.sharing.word) == word and words in why
+    if word == "none":
+        assert "zero3 would bring" in why and "save 5.67 MB" in why
+
+
+def test_on_a_cpu_ranks_of_a_node_divide_its_ram_and_share_its_pages() -> None:
+    machine = cpu(4 * 10**9)
+    ways = plan_ways(_shapes()[SEVEN], _recipe(256), BATCH, machine, 1, 4)
+    assert [way.sharing.word for way in ways] == [*PLAIN, "zero3-offload-nvme"]
+    assert {way.available_bytes for way in ways} == {10**9}
+    way, why = right_way(ways, machine)
+    assert way is ways[0] and "make private memory of pages that ranks share now" in why
+    assert not ways[3].fits
+
+
+def test_a_base_in_16_bits_is_not_offered_to_zero3() -> None:
+    recipe = _recipe(256)
+    recipe.model.quantization = "none"
+    ways = plan_ways(_shapes()[SEVEN], recipe, BATCH, gpu(10**9), 1, 2)
+    assert [way.sharing.word for way in ways] == ["none", "zero1", "zero2"]
+
+
+def test_the_command_for_many_ranks(write_recipe: Any, capsys: Any) -> None:
+    recipe = str(write_recipe())
+    assert main(["plan", recipe, "--no-timing", "--nodes", "2", "--gpus", "2"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "4 ranks, 2 on each of 2 nodes" in said and "Leave deepspeed out" in said
+    assert main(["plan", recipe, "--gpu", "8GB", "--nodes", "2", "--json", "--set", "deepspeed=zero3"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["processes"] == {"deepspeed": "zero3", "nodes": 2, "per_node": 1}
+    assert plan["right_way"]["deepspeed"] == "none"
+    ways = {way["deepspeed"]: way for way in plan["ways"]}
+    assert ways["zero3"]["memory"] == plan["memory"]
+    assert ways["zero3"]["received_bytes_per_step"]["base"] > 0 == ways["zero2"]["received_bytes_per_step"]["base"]
+    assert main(["plan", recipe, "--nodes", "0"]) == 2
+    assert "--nodes: takes a whole number >= 1" in capsys.readouterr().err
+
+
+def test_a_plan_that_needs_another_stage_says_which(tmp_path: Path, write_recipe: Any, capsys: Any) -> None:
+    recipe = str(write_recipe())
+    assert main(["plan", recipe, "--gpu", "8GB", "--gpus", "2", "--json"]) == 0
+    ways = {way["deepspeed"]: way for way in json.loads(capsys.readouterr().out)["ways"]}
+    between = (ways["none"]["needed_bytes"] + ways["zero3"]["needed_bytes"]) / 2 / 1e9
+    assert main(["plan", recipe, "--gpu", f"{between:.6f}GB", "--gpus", "2"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--set deepspeed=zero3 makes it fit" in said and "Does not fit" in said

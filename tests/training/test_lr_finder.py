@@ -1,0 +1,207 @@
+"""`qvera train --find-lr`: the training loop's own steps at growing rates, a curve, a suggestion, and no run left behind."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from qvera.cli.main import main
+from qvera.config.schema import RangeTest
+from qvera.training import lr_finder as module
+from qvera.training.lr_curve import RULE, Found, Watched, read_curve
+from qvera.training.lr_finder import PAGE, POINTS, find_lr
+from qvera.training.lr_page import ramp_page, rate_text
+from qvera.training.trainer import train
+from qvera.utils.errors import RunFailed
+from tests.distributed.ranks import Ranks
+
+
+def points_of(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / POINTS).read_text().splitlines()]
+
+
+def test_its_suggestion_is_of_use(write_recipe: Any, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "out"
+    recipe = write_recipe(training={"output_dir": str(out)})
+    ramp = ["--lr-from", "1e-4", "--lr-to", "1", "--lr-steps", "41"]
+    assert main(["train", str(recipe), "--find-lr", *ramp]) == 0
+    said = capsys.readouterr().out
+    assert "diverged          not up to 1;" in said and RULE in said
+    points = points_of(out)
+    assert [point["step"] for point in points] == list(range(1, 42))
+    for number, point in enumerate(points):
+        assert point["learning_rate"] == pytest.approx(1e-4 * 10 ** (number / 10), rel=1e-9)
+    suggested = float(re.findall(r"training.learning_rate=(\S+)", said)[0])
+    at_lowest = min(points, key=lambda point: point["smoothed_loss"])["learning_rate"]
+    assert suggested == pytest.approx(at_lowest, rel=0.05) and suggested > 0.01
+    assert float(re.findall(r"steepest fall +at (\S+)", said)[0]) < suggested
+    page = (out / PAGE).read_text()
+    assert f"Suggested: {RULE}" in unescape(page) and page.count('class="plot"') == 2
+    assert "default-src 'none'" in page and "http" not in page.replace("http-equiv", "")
+    gained = []
+    for rate in (suggested / 100, suggested):
+        run = tmp_path / f"run-{rate}"
+        settings = [f"training.learning_rate={rate}", f"training.output_dir={run}"]
+        assert main(["train", str(recipe), "--set", settings[0], "--set", settings[1]]) == 0
+        result = json.loads((run / "run.json").read_text())["result"]
+        gained.append(result["eval_before"]["loss"] - result["eval_after"]["loss"])
+    assert gained[1] > 0.3 > 5 * gained[0]
+
+
+def test_it_stops_where_the_loss_diverges(make_recipe: Any, tmp_path: Path) -> None:
+    """From an adapter that has learnt its rows: a random model has little to lose."""
+    learnt = make_recipe(training={"max_steps": 60, "learning_rate": 0.05})
+    train(learnt, tmp_path / "learnt")
+    recipe = make_recipe(adapter={"init_from": str(tmp_path / "learnt" / "adapter")})
+    found = find_lr(recipe, tmp_path / "out", RangeTest(start=1e-4, end=1e3, steps=71))
+    assert found is not None and found.diverged is not None
+    assert found.diverged == found.points[-1]["learning_rate"] < 1e3 and len(found.points) < 71
+    losses = [point["loss"] for point in found.points]
+    assert losses[-1] > losses[0] and losses[-1] > 2 * min(losses)
+
+
+def test_nothing_looks_like_a_run_and_a_run_beside_it_stays(make_recipe: Any, tmp_path: Path, capsys: Any) -> None:
+    out, recipe = tmp_path / "out", make_recipe(training={"max_steps": 2})
+    ramp = RangeTest(start=1e-4, end=1e-2, steps=10)
+    find_lr(recipe, out, ramp)
+    assert sorted(path.name for path in out.iterdir()) == [PAGE, POINTS]
+    assert main(["info", str(out)]) == 2 and main(["eval", str(out)]) == 2
+    first = (out / POINTS).read_bytes()
+    train(recipe, out)  # the directory is free for a run
+    files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    find_lr(recipe, out, ramp)
+    again = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for path, content in files.items():
+        assert path.name in (PAGE, POINTS) or again[path] == content
+    assert again.keys() == files.keys()
+    losses = [[json.loads(line)["loss"] for line in text.splitlines()] for text in (first, again[out / POINTS])]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("changes", [{}, {"packing": True}, {"group_by_length": True}])
+def test_its_steps_are_those_of_a_run(make_recipe: Any, tmp_path: Path, changes: dict[str, Any]) -> None:
+    """A ramp that does not rise is a run at a constant rate: same rows, same losses, same gradients, to the bit."""
+    steady = {"lr_scheduler_type": "constant", "warmup_ratio": 0.0, "max_steps": 12, "learning_rate": 0.02}
+    recipe = make_recipe(training=steady, data=changes, adapter={"dropout": 0.1})
+    found = find_lr(recipe, tmp_path / "ramp", RangeTest(start=0.02, end=math.nextafter(0.02, 1), steps=12))
+    train(recipe, tmp_path / "run")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    steps = [record for record in map(json.loads, lines) if record["kind"] == "train"]
+    assert found is not None and len(found.points) == len(steps) == 12
+    for point, record in zip(found.points, steps, strict=True):
+        for key in ("step", "loss", "grad_norm", "trained_tokens", "input_tokens"):
+            assert point[key] == record[key]
+
+
+def test_a_loss_that_is_not_a_number_ends_it_but_not_before_the_first_step(
+    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = find_lr(make_recipe(), tmp_path / "out", RangeTest(start=1e-3, end=1e36, steps=14))
+    assert found is not None and found.diverged == found.points[-1]["learning_rate"]
+    assert len(points_of(tmp_path / "out")) == len(found.points) < 14
+
+    real, calls = module.train_step, []
+
+    def failing(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) > after:
+            raise RunFailed("not finite")
+        return real(*args)
+
+    monkeypatch.setattr(module, "train_step", failing)
+    after = 6
+    found = find_lr(make_recipe(), tmp_path / "cut", RangeTest(start=1e-4, end=1e-2, steps=20))
+    assert found is not None and [p["loss"] is None for p in found.points] == [False] * 6 + [True]
+    assert found.diverged == pytest.approx(1e-4 * 100 ** (6 / 19))
+    assert points_of(tmp_path / "cut")[-1]["loss"] is None and "NaN" not in (tmp_path / "cut" / POINTS).read_text()
+    after, calls = 0, []
+    with pytest.raises(RunFailed):
+        find_lr(make_recipe(), tmp_path / "none", RangeTest(start=1e-4, end=1e-2, steps=20))
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("stage", [None, "zero2", "zero3"])
+def test_two_processes_find_what_one_finds(write_recipe: Any, tmp_path: Path, stage: str | None) -> None:
+    ramp = ["--find-lr", "--lr-from", "1e-4", "--lr-to", "1e-1", "--lr-steps", "12"]
+    recipe = write_recipe(training={"output_dir": str(tmp_path / "one")})
+    assert main(["train", str(recipe), *ramp]) == 0
+    tree = yaml.safe_load(recipe.read_text()) | {"deepspeed": stage}
+    tree["training"]["output_dir"] = str(tmp_path / "two")
+    both = tmp_path / "both.yaml"
+    both.write_text(yaml.safe_dump(tree))
+    ranks = Ranks(["-m", "qvera", "train", str(both), *ramp], 2, tmp_path / "logs")
+    assert ranks.wait(240) == [0, 0], ranks.text()
+    assert sum("suggestion" in log.read_text() for log in ranks.logs) == 1
+    one, two = points_of(tmp_path / "one"), points_of(tmp_path / "two")
+    assert len(one) == len(two) == 12
+    for alone, shared in zip(one, two, strict=True):
+        assert shared["learning_rate"] == pytest.approx(alone["learning_rate"], rel=1e-9)
+        assert shared["loss"] == pytest.approx(alone["loss"], rel=1e-3)
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {PAGE, POINTS}
+
+
+def curve(steps: int, fall_at: float, rise_at: float, noise: float = 0.0) -> list[dict[str, Any]]:
+    """A loss that falls by 2 around one rate and rises by 6 around another, over rates from 1e-5 to 1."""
+    points = []
+    for number in range(steps):
+        rate = 10 ** (-5 + 5 * number / (steps - 1))
+        fall = 1 / (1 + (fall_at / rate) ** 3)
+        rise = 1 / (1 + (rise_at / rate) ** 4)
+        loss = 3 - 2 * fall + 6 * rise + noise * math.sin(1e4 * number)
+        points.append({"step": number + 1, "learning_rate": rate, "loss": loss})
+    return points
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.15])
+@pytest.mark.parametrize("fall_at", [3e-4, 1e-3, 8e-3])
+def test_the_suggestion_is_at_the_lowest_loss_and_the_steepest_fall_before_it(fall_at: float, noise: float) -> None:
+    points = curve(100, fall_at, 0.2, noise)
+    losses, suggestion, steepest = read_curve(points)
+    assert len(losses) == 100
+    assert suggestion is not None and steepest is not None
+    assert abs(math.log10(steepest / fall_at)) < (0.35 if noise else 0.1)
+    clean = curve(100, fall_at, 0.2)
+    best = min(clean, key=lambda point: point["loss"])["loss"]
+    (at,) = (p["loss"] for p, q in zip(clean, points, strict=True) if math.isclose(q["learning_rate"], suggestion))
+    assert at < best + 0.1 and steepest < suggestion < 0.2
+
+
+def test_there_is_no_suggestion_where_nothing_falls() -> None:
+    rising = [{"learning_rate": 10.0**n, "loss": 1.0 + n} for n in range(20)]
+    assert read_curve(rising)[1] is None
+    assert read_curve(rising[:3])[1:] == (None, None)
+    ended = [*curve(40, 1e-3, 0.2)[:30], {"learning_rate": 1.0, "loss": None}]
+    losses, suggestion, _ = read_curve(ended)
+    assert len(losses) == 30 and suggestion is not None
+
+
+@pytest.mark.parametrize(
+    ("losses", "at"),
+    [
+        ([2.0] * 20 + [8.0] * 20, 23),  # a running mean of about five steps: neither at once nor late
+        ([2.0] * 20 + [8.0] + [2.0] * 20, None),  # one bad batch
+        ([3.0 * 0.8**n for n in range(20)] + [0.5] * 20, None),  # four times its lowest, but far below its start
+        ([2.0, 2.1, 1.9] * 20, None),
+        ([2.0] * 5 + [math.nan], 5),
+    ],
+)
+def test_when_a_loss_has_diverged(losses: list[float], at: int | None) -> None:
+    watched = Watched()
+    said = [watched.diverged(loss) for loss in losses]
+    first = said.index(True) if True in said else None
+    assert first == at or (at is not None and at > 5 and first is not None and 20 < first <= at)
+
+
+def test_a_page_without_a_suggestion() -> None:
+    found = Found([{"step": 1, "learning_rate": 1e-5, "loss": None}], None, None, 1e-5)
+    facts = {"rule": RULE, "learning_rate": 4e-3, "data": "rows.jsonl", "ramp": RangeTest()}
+    page = ramp_page("<model>", "out", found, facts)
+    assert "the loss never fell" in page and "&lt;model&gt;" in page and 'class="plot"' not in page
+    assert rate_text(4e-3) in page

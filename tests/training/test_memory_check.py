@@ -1,0 +1,94 @@
+"""What comes before the first step: the plan in the run, and the longest batch that leaves no trace."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from qvera.evaluation.report import write_report
+from qvera.training import memory_check
+from qvera.training.trainer import train
+from tests.training.test_trainer import losses, same, vectors
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_the_longest_batch_leaves_no_trace(
+    make_recipe: Any, tmp_path: Path, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(adapter={"dropout": dropout}, training={"max_steps": 5})
+    ran = []
+    real = memory_check.run_longest_batch
+    monkeypatch.setattr(memory_check, "run_longest_batch", lambda *a: (ran.append(1), real(*a)))
+    train(recipe, tmp_path / "with")
+    assert ran
+    monkeypatch.setattr(memory_check, "run_longest_batch", lambda *a: None)
+    train(recipe, tmp_path / "without")
+    assert losses(tmp_path / "with") == losses(tmp_path / "without")
+    assert same(vectors(tmp_path / "with"), vectors(tmp_path / "without"))
+
+
+def test_a_run_ends_with_predicted_and_measured(make_recipe: Any, tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    train(make_recipe(training={"max_steps": 2}), tmp_path / "run", console=console)
+    assert "Plan: peak" in console.file.getvalue() and "Fits" in console.file.getvalue()  # type: ignore[attr-defined]
+    plan = json.loads((tmp_path / "run" / "run.json").read_text())["plan"]
+    measured = plan["measured"]
+    assert measured["predicted_bytes"] == plan["memory"]["total_bytes"]
+    assert measured["private_bytes"] > 50e6  # an interpreter with torch
+    assert measured["relative_error"] == pytest.approx(measured["predicted_bytes"] / measured["total_bytes"] - 1)
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "<h2>Memory</h2>" in page and "Predicted peak" in page and 'class="part p2"' in page
+
+
+def test_a_page_without_a_plan_has_no_memory_section(make_recipe: Any, tmp_path: Path) -> None:
+    train(make_recipe(training={"max_steps": 1}), tmp_path / "run")
+    file = tmp_path / "run" / "run.json"
+    for broken in (None, 7, {"memory": {"moments": {"backward": [3, {"kind": "base", "bytes": "x"}]}}}):
+        run = json.loads(file.read_text())
+        run["plan"] = broken
+        file.write_text(json.dumps(run))
+        assert "<h2>Memory</h2>" not in write_report(tmp_path / "run").read_text(encoding="utf-8")
+
+
+_LIMITED = """
+import resource, sys
+import torch
+from qvera.training import memory_check as rehearsal
+from qvera.cli.main import main
+torch.set_num_threads(1)
+real = rehearsal.run_longest_batch
+def limited(*arguments):
+    now = int(open("/proc/self/statm").read().split()[0]) * 4096
+    resource.setrlimit(resource.RLIMIT_AS, (now + 30_000_000, now + 30_000_000))
+    real(*arguments)
+rehearsal.run_longest_batch = limited
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_batch_that_does_not_fit_says_so_before_the_first_step(
+    write_recipe: Any, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """With a real limit on the address space, set just before the longest batch runs."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"row {i} " + "zq " * 250}) + "\n" for i in range(64)))
+    recipe = write_recipe(
+        data={"path": str(rows), "max_length": 256, "eval_fraction": 0.0},
+        training={"output_dir": str(tmp_path / "run"), "global_batch_size": 64, "per_device_train_batch_size": 64,
+                  "gradient_checkpointing": False, "sample_count": 0},
+    )  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", _LIMITED, "train", str(recipe)], capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 2, done.stderr[-2000:]
+    said = " ".join(done.stderr.split())
+    assert "the longest batch of this run (64 rows, the longest of 256 tokens" in said and "rows.jsonl:" in said
+    assert "training.gradient_checkpointing=true" in said
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,341 @@
+"""A run learns, resumes to the bit, stops when asked, and refuses what would spoil it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from qvera.cli.main import main
+from qvera.config.schema import Recipe
+from qvera.evaluation import evaluate
+from qvera.evaluation.load_run import open_run
+from qvera.training import checkpoint, trainer
+from qvera.training.trainer import train
+from qvera.utils.errors import InputError, Interrupted, RunFailed
+from tests.disk import fill, read_only, small_disk
+
+
+def records(run_dir: Path, kind: str = "train") -> list[dict[str, Any]]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if r["kind"] == kind]
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [r["loss"] for r in records(run_dir)]
+
+
+def vectors(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "adapter" / "adapter_model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_run_learns_and_leaves_its_files(make_recipe: Any, tmp_path: Path) -> None:
+    recipe = make_recipe(training={"max_steps": 40, "save_steps": 20, "eval_steps": 20, "exact_match_rows": 4})
+    result = train(recipe, tmp_path / "run")
+    assert result is not None
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    before, after = run["result"]["eval_before"]["loss"], run["result"]["eval_after"]["loss"]
+    assert after < before - 1.0
+    assert run["status"] == "done"
+    assert [r["step"] for r in records(tmp_path / "run")] == list(range(1, 41))
+    assert [r["step"] for r in records(tmp_path / "run", "eval")] == [20, 40]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        "adapter", "checkpoints", "metrics.jsonl", "recipe.yaml", "report.html", "run.json",
+    ]  # fmt: skip
+    assert sorted(p.name for p in (tmp_path / "run" / "adapter").iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors",
+    ]  # fmt: skip
+    assert run["adapter"]["trainable_parameters"] == sum(t.numel() for t in vectors(tmp_path / "run").values())
+    assert {t.dtype for t in vectors(tmp_path / "run").values()} == {torch.float32}
+
+
+def test_another_way_of_writing_the_same_base_is_kept_and_no_cause_for_a_warning(
+    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    recipe = make_recipe(training={"max_steps": 1})
+    monkeypatch.setenv("HOME", str(Path(recipe.model.path).parent))
+    recipe.model.path = f"~/{Path(recipe.model.path).name}"
+    train(recipe, tmp_path / "run")
+    open_run(tmp_path / "run")
+    assert not [w for w in recwarn if "base_model_name_or_path" in str(w.message)]
+    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == recipe.model.path
+
+
+@pytest.mark.parametrize(
+    ("dropout", "data"), [(0.0, {}), (0.2, {}), (0.0, {"packing": True}), (0.0, {"group_by_length": True})]
+)
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
+    make_recipe: Any, tmp_path: Path, dropout: float, data: dict[str, Any]
+) -> None:
+    training = {"max_steps": 8, "save_steps": 3, "eval_steps": 4}
+    recipe = make_recipe(adapter={"dropout": dropout}, training=training, data=data)
+    train(recipe, tmp_path / "whole")
+    stop_after(recipe, tmp_path / "cut", step=4)
+    train(recipe, tmp_path / "cut", resume=True)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert same(vectors(tmp_path / "cut"), vectors(tmp_path / "whole"))
+    strip = lambda rows: [(r["step"], r["loss"]) for r in rows]  # noqa: E731
+    assert strip(records(tmp_path / "cut", "eval")) == strip(records(tmp_path / "whole", "eval"))
+
+
+def stop_after(recipe: Recipe, run_dir: Path, step: int, resume: bool = False) -> None:
+    """Run until SIGTERM arrives during ``step``; the run saves and says so."""
+    original = trainer.train_step
+
+    def interrupted(*args: Any) -> dict[str, Any]:
+        record = original(*args)
+        if record["step"] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return record
+
+    trainer.train_step = interrupted  # type: ignore[assignment]
+    try:
+        with pytest.raises(Interrupted, match=rf"SIGTERM after step {step} of .*--resume"):
+            train(recipe, run_dir, resume=resume)
+    finally:
+        trainer.train_step = original
+    assert (run_dir / "checkpoints" / f"step-{step:08d}" / "manifest.json").exists()
+
+
+def test_a_damaged_checkpoint_is_passed_over(make_recipe: Any, tmp_path: Path, capsys: Any) -> None:
+    recipe = make_recipe(training={"max_steps": 6, "save_steps": 2, "save_total_limit": 3})
+    train(recipe, tmp_path / "whole")
+    stop_after(recipe, tmp_path / "cut", step=5)
+    newest = tmp_path / "cut" / "checkpoints" / "step-00000005" / "vectors.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[-1] ^= 1
+    newest.write_bytes(bytes(data))
+    train(recipe, tmp_path / "cut", resume=True)
+    assert "vectors.safetensors: is missing or not what the manifest says" in " ".join(capsys.readouterr().err.split())
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert same(vectors(tmp_path / "cut"), vectors(tmp_path / "whole"))
+
+
+def test_a_checkpoint_of_another_run_is_passed_over(make_recipe: Any, tmp_path: Path) -> None:
+    """Whole, and of the same shapes: only its recipe says that it is not of this run."""
+    recipe = make_recipe(training={"max_steps": 6, "save_steps": 2})
+    train(recipe, tmp_path / "whole")
+    stop_after(recipe, tmp_path / "cut", step=3)
+    train(make_recipe(training={"max_steps": 6, "save_steps": 5, "learning_rate": 1e-3}), tmp_path / "other")
+    foreign = tmp_path / "cut" / "checkpoints" / "step-00000005"
+    shutil.copytree(tmp_path / "other" / "checkpoints" / "step-00000005", foreign)
+    console = Console(file=io.StringIO(), width=1000)
+    train(recipe, tmp_path / "cut", resume=True, console=console)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert (
+        "step-00000005: is of another run; training.learning_rate differ from this recipe. It is passed over." in said
+    )
+    assert "Going on from step 3 of 6" in said
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert same(vectors(tmp_path / "cut"), vectors(tmp_path / "whole"))
+
+
+def test_a_disk_that_becomes_read_only_ends_the_run_and_resume_goes_on(
+    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(training={"max_steps": 6, "save_steps": 2})
+    train(recipe, tmp_path / "whole")
+    with small_disk(tmp_path / "disk", 4 << 20) as disk:
+        original = trainer.checkpoint.save
+
+        def failing(directory: Path, step: int, *more: Any) -> Path:
+            with read_only(disk) if step == 4 else contextlib.nullcontext():
+                return original(directory, step, *more)
+
+        monkeypatch.setattr(checkpoint, "save", failing)
+        with pytest.raises(RunFailed, match="the checkpoint of step 4 in .* can't be written .Read-only file system"):
+            train(recipe, disk / "run")
+        monkeypatch.undo()
+        with read_only(disk), pytest.raises(InputError, match="nothing can be written in .*Read-only"):
+            train(recipe, disk / "run", resume=True)
+        train(recipe, disk / "run", resume=True)
+        assert losses(disk / "run") == losses(tmp_path / "whole")
+        assert same(vectors(disk / "run"), vectors(tmp_path / "whole"))
+
+
+def test_stopping_where_a_damaged_checkpoint_stands_saves_a_whole_one(make_recipe: Any, tmp_path: Path) -> None:
+    recipe = make_recipe(training={"max_steps": 6, "save_steps": 2})
+    stop_after(recipe, tmp_path / "run", step=3)
+    damaged = tmp_path / "run" / "checkpoints" / "step-00000003"
+    (damaged / "vectors.safetensors").write_bytes(b"")
+    stop_after(recipe, tmp_path / "run", step=3, resume=True)  # from step 2; "and saved" has to be true
+    assert checkpoint.load(damaged).step == 3
+
+
+def test_records_are_on_disk_before_the_checkpoint_that_ends_them(
+    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut a run goes on behind its newest checkpoint: what was recorded before that is never run again."""
+    order: list[str] = []
+    original = checkpoint.save
+    monkeypatch.setattr("qvera.training.logging.flush", lambda path: order.append(path.name))
+    monkeypatch.setattr(checkpoint, "save", lambda *all: order.append("checkpoint") or original(*all))
+    train(make_recipe(training={"max_steps": 4, "save_steps": 2}), tmp_path / "run")
+    assert order == ["metrics.jsonl", "checkpoint"] * 2
+
+
+def test_each_step_is_saved_once(make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second save of one step would take away the first for a moment, and with a limit of one there is no other."""
+    saved: list[int] = []
+    original = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda d, step, *more: saved.append(step) or original(d, step, *more))
+    train(make_recipe(training={"max_steps": 7, "save_steps": 2, "eval_steps": 2}), tmp_path / "run")
+    assert saved == sorted(set(saved)) and {2, 4, 6, 7} <= set(saved)
+
+
+def test_accumulation_does_not_change_the_update(make_recipe: Any, tmp_path: Path) -> None:
+    """1 x 8, 2 x 4 and 4 x 2 rows: the same losses and vectors, though rows have different numbers of trained tokens."""
+    found = {}
+    for size in (8, 4, 2):
+        run = tmp_path / str(size)
+        train(make_recipe(training={"max_steps": 4, "per_device_train_batch_size": size}), run)
+        found[size] = (torch.tensor(losses(run)), vectors(run))
+    for size in (4, 2):
+        torch.testing.assert_close(found[size][0], found[8][0], rtol=1e-5, atol=0)
+        for name, tensor in found[8][1].items():
+            torch.testing.assert_close(found[size][1][name], tensor, rtol=1e-3, atol=2e-5)
+
+
+def test_nan_stops_the_run_and_names_step_and_rows(make_recipe: Any, tmp_path: Path) -> None:
+    recipe = make_recipe(training={"max_steps": 6, "save_steps": 2, "learning_rate": 1e-3})
+    original = evaluate.batch_nll
+    calls = 0
+
+    def poisoned(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        nll, count = original(*args)
+        return (nll * float("nan") if calls == 12 else nll), count  # 2 held-out batches, then 2 a step: step 5's second
+
+    evaluate.batch_nll = poisoned  # type: ignore[assignment]
+    try:
+        with pytest.raises(RunFailed, match=r"Step 5: .*rows\.jsonl:\d+"):
+            train(recipe, tmp_path / "run")
+    finally:
+        evaluate.batch_nll = original
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
+    assert [r["step"] for r in records(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_early_stopping_keeps_the_best_vectors(make_recipe: Any, tmp_path: Path) -> None:
+    recipe = make_recipe(
+        training={
+            "max_steps": 30, "eval_steps": 1, "early_stopping_patience": 2, "load_best_model_at_end": True,
+            "learning_rate": 60.0, "warmup_ratio": 0.0, "lr_scheduler_type": "constant", "max_grad_norm": 0,
+        }
+    )  # fmt: skip
+    result = train(recipe, tmp_path / "run")
+    assert result is not None
+    evals = records(tmp_path / "run", "eval")
+    best = min(evals, key=lambda r: r["loss"])
+    assert result.run["result"]["stopped_early"]
+    assert len(evals) == best["step"] + 2 < 30
+    assert result.run["result"]["best_step"] == best["step"]
+    assert result.run["result"]["eval_after"]["loss"] == pytest.approx(best["loss"], rel=1e-6)
+
+
+def test_where_the_best_checkpoint_is_damaged_the_last_vectors_are_taken_and_that_is_said(
+    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {  # a rate that spoils it
+        "max_steps": 30, "eval_steps": 1, "early_stopping_patience": 2, "load_best_model_at_end": True,
+        "learning_rate": 60.0, "warmup_ratio": 0.0, "lr_scheduler_type": "constant", "max_grad_norm": 0,
+    }  # fmt: skip
+    original = checkpoint.load
+
+    def damaged(path: Path) -> Any:
+        (path / "vectors.safetensors").write_bytes(b"")
+        return original(path)
+
+    monkeypatch.setattr(checkpoint, "load", damaged)
+    console = Console(file=io.StringIO(), width=1000)
+    result = train(make_recipe(training=settings), tmp_path / "run", console=console)
+    assert result is not None
+    step = result.run["result"]["steps"]
+    assert result.run["result"]["best_step"] == step - 2
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "not what the manifest says" in said and "The adapter gets the last step's vectors, not the best." in said
+    last = load_file(tmp_path / "run" / "checkpoints" / f"step-{step:08d}" / "vectors.safetensors")
+    assert same(vectors(tmp_path / "run"), last)
+
+
+def test_a_finished_run_is_not_overwritten(make_recipe: Any, tmp_path: Path) -> None:
+    recipe = make_recipe(training={"max_steps": 1})
+    train(recipe, tmp_path / "run")
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    with pytest.raises(InputError, match="already holds a run. Add --resume"):
+        train(recipe, tmp_path / "run")
+    with pytest.raises(InputError, match=r"another recipe; adapter\.rank changed"):
+        train(make_recipe(adapter={"rank": 16}, training={"max_steps": 1}), tmp_path / "run", resume=True)
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+
+
+def test_dry_run_writes_nothing(make_recipe: Any, tmp_path: Path, capsys: Any) -> None:
+    assert train(make_recipe(), tmp_path / "run", dry_run=True) is None
+    assert not (tmp_path / "run").exists()
+    assert "⟦" in capsys.readouterr().err
+
+
+def test_the_8_bit_optimizer_learns_and_says_what_it_really_saves(make_recipe: Any, tmp_path: Path) -> None:
+    """bitsandbytes keeps fp32 state for small tensors, and VeRA's vectors are small: the printed bytes are counted."""
+    console = Console(file=io.StringIO(), width=200)
+    settings = {"max_steps": 12, "optim": "adamw_8bit", "learning_rate": 0.05}
+    result = train(make_recipe(training=settings), tmp_path / "run", console=console)
+    assert result is not None and losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0] - 0.3
+    said = re.search(
+        r"adamw_8bit holds ([\d,]+) bytes of state; torch's adamw would hold ([\d,]+)", console.file.getvalue()
+    )  # type: ignore[attr-defined]
+    assert said is not None
+    state = load_file(max((tmp_path / "run" / "checkpoints").glob("*/optimizer.safetensors")))
+    held = sum(t.numel() * t.element_size() for t in state.values())
+    numbers = result.run["adapter"]["trainable_parameters"]
+    assert int(said[1].replace(",", "")) == held
+    assert int(said[2].replace(",", "")) == 8 * numbers
+
+
+def test_tensorboard_gets_every_step(make_recipe: Any, tmp_path: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train(make_recipe(training={"max_steps": 4, "report_to": ["tensorboard"]}), tmp_path / "run")
+    found = next((tmp_path / "run").rglob("events.out.tfevents.*"))
+    reader = events.EventAccumulator(str(found.parent))
+    reader.Reload()
+    tags = reader.Tags()["scalars"]
+    (tag,) = [t for t in tags if t.endswith("loss") and "eval" not in t]
+    assert [(e.step, pytest.approx(e.value)) for e in reader.Scalars(tag)] == [
+        (r["step"], r["loss"]) for r in records(tmp_path / "run")
+    ]
+
+
+def test_a_disk_that_fills_up_stops_the_run_and_resume_ends_where_it_would_have(
+    write_recipe: Any, tmp_path: Path, capsys: Any
+) -> None:
+    def recipe(name: str, run: Path) -> str:
+        return str(write_recipe(name, training={"output_dir": str(run), "save_steps": 1, "max_steps": 4}))
+
+    assert main(["train", recipe("whole.yaml", tmp_path / "whole")]) == 0
+    with small_disk(tmp_path / "disk", 4 << 20) as disk:
+        filler = fill(disk, leave_bytes=100_000)  # room for a checkpoint or two, not for four and an adapter
+        command = ["train", recipe("full.yaml", disk / "run")]
+        assert main(command) == 1
+        assert "the disk is full" in capsys.readouterr().err
+        assert list((disk / "run" / "checkpoints").glob("step-*")) and not (disk / "run" / "adapter").exists()
+        filler.unlink()
+        assert main([*command, "--resume"]) == 0
+        vectors = (disk / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert vectors == (tmp_path / "whole" / "adapter" / "adapter_model.safetensors").read_bytes()

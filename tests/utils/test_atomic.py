@@ -1,0 +1,134 @@
+"""A directory that is being filled: whole files, the same work goes on, anything else is refused."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError
+
+from qvera.utils.atomic import Unfinished, disk_full_says, place_files, replace_text, require_space
+from qvera.utils.errors import InputError, RunFailed
+from qvera.utils.signals import StopRequests
+
+IDENTITY = {"source": ["a", 1], "dtype": "float16"}
+
+
+def shard(out: Path, name: str, data: bytes = b"data") -> str:
+    (out / name).write_bytes(data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def test_the_same_work_goes_on_and_another_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    with Unfinished.open(out, {"source": ("a", 1), "dtype": "float16"}, "export") as work:
+        assert not work.has("one")
+        work.facts["layers"] = {"x": 0.5}
+        work.finished("one", shard(out, "one"))
+    with pytest.raises(InputError, match="unfinished export of something else"):
+        Unfinished.open(out, {**IDENTITY, "dtype": "bfloat16"}, "export")
+    with Unfinished.open(out, IDENTITY, "export") as work:
+        assert work.has("one") and not work.has("two")
+        assert work.facts == {"layers": {"x": 0.5}}
+        (out / "one").write_bytes(b"dat!")
+        assert not work.has("one"), "a shard that was changed since is not finished"
+        (out / ".two.partial").write_bytes(b"x")
+        work.complete()
+    assert [p.name for p in out.iterdir()] == ["one"]
+    with pytest.raises(InputError, match="is not empty"):
+        Unfinished.open(out, IDENTITY, "export")
+
+
+def test_a_file_a_full_directory_and_a_damaged_state_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="is a file"):
+        Unfinished.open(tmp_path / "file", IDENTITY, "export")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("")
+    with pytest.raises(InputError, match="is not empty"):
+        Unfinished.open(tmp_path / "full", IDENTITY, "export")
+    assert [p.name for p in (tmp_path / "full").iterdir()] == ["mine"]
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / ".qvera_export_state.json").write_text("{")
+    with pytest.raises(InputError, match="something else"):
+        Unfinished.open(tmp_path / "bad", IDENTITY, "export")
+    with pytest.raises(InputError, match="can't be written"):
+        Unfinished.open(Path("/proc/nowhere/out"), IDENTITY, "export")
+
+
+def test_one_process_at_a_time_and_the_lock_of_a_killed_one_is_free(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code = (
+        "import sys, time; from pathlib import Path; from qvera.utils.atomic import Unfinished\n"
+        f"work = Unfinished.open(Path({str(out)!r}), {IDENTITY!r}, 'export'); print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    with pytest.raises(InputError, match="another process is writing this export"):
+        Unfinished.open(out, IDENTITY, "export")
+    holder.kill()
+    holder.wait()
+    with Unfinished.open(out, IDENTITY, "export") as work:
+        work.complete()
+    assert list(out.iterdir()) == []
+
+
+def test_small_files_are_whole_or_as_they_were(tmp_path: Path) -> None:
+    replace_text(tmp_path / "a.json", json.dumps({"a": 1}))
+
+    def dying(where: Path) -> None:
+        (where / "a.json").write_text("{")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        place_files(tmp_path, dying)
+    place_files(tmp_path, lambda where: (where / "b.json").write_text("{}"))
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a.json": '{"a": 1}', "b.json": "{}"}
+
+
+def test_a_full_or_read_only_disk_is_said_and_other_errors_are_left_alone(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"the export needs 1000000000.00 GB, and .* GB are free"):
+        require_space(tmp_path / "not" / "yet", 10**18, "the export")
+    require_space(tmp_path, 1, "the export")
+    for error in (
+        OSError(errno.ENOSPC, "No space left on device", "shard.bin"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ):
+        with pytest.raises(RunFailed, match=r"^shard 3: the disk is full.* Kept: 2\.$"):
+            with disk_full_says("shard 3", "Kept: 2."):
+                raise error
+    for error in (
+        OSError(errno.EROFS, "Read-only file system", "shard.bin"),
+        SafetensorError("Error while serializing: I/O error: Read-only file system (os error 30)"),
+    ):
+        with pytest.raises(RunFailed, match=r"^shard 3: it can't be written \(Read-only file system\).* Kept: 2\.$"):
+            with disk_full_says("shard 3", "Kept: 2."):
+                raise error
+    for other in (FileNotFoundError(errno.ENOENT, "gone"), SafetensorError("InvalidHeaderDeserialization")):
+        with pytest.raises(type(other)):
+            with disk_full_says("shard 3", ""):
+                raise other
+
+
+def test_a_stop_is_asked_for_and_the_handlers_come_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequests() as stop:
+        assert stop.asked is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(100):
+            if stop.asked:
+                break
+            time.sleep(0.01)
+        assert stop.asked == "SIGTERM"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -1,0 +1,105 @@
+"""Where tensors lie in a file, and a fingerprint that tells one base from another by content."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qvera.utils.errors import InputError
+from qvera.utils.safetensors_io import (
+    SOURCE_FILE,
+    base_fingerprint,
+    same_base,
+    stored_tensors,
+    write_source_fingerprint,
+)
+from tests.conftest import small_llama
+
+
+def test_positions_are_the_tensors_bytes(tiny_model_dir: Path) -> None:
+    file = tiny_model_dir / "model.safetensors"
+    header, found = stored_tensors(file)
+    data, values = file.read_bytes(), load_file(file)
+    assert found.keys() == values.keys() and next(iter(found.values())).start == header
+    for name, stored in found.items():
+        assert stored.spec.dtype == values[name].dtype and stored.spec.shape == tuple(values[name].shape)
+        assert data[stored.start : stored.stop] == values[name].view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize("damage", ["short", "long", "header", "length", "empty"])
+def test_a_damaged_file_is_refused_by_name(tiny_model_dir: Path, tmp_path: Path, damage: str) -> None:
+    data = (tiny_model_dir / "model.safetensors").read_bytes()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(
+        {
+            "short": data[:-7],
+            "long": data + b"7",
+            "header": data[:8] + b"\xff" + data[9:],
+            "length": b"\xff" * 8 + data[8:],
+            "empty": b"",
+        }[damage]
+    )
+    with pytest.raises(InputError, match=r"model\.safetensors: .*(?:again)"):
+        stored_tensors(file)
+
+
+def test_the_fingerprint_knows_content_and_nothing_else(tiny_model_dir: Path, tmp_path: Path) -> None:
+    one = base_fingerprint(tiny_model_dir)
+    small_llama().to(torch.bfloat16).save_pretrained(tmp_path / "sharded", max_shard_size="60KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    assert base_fingerprint(tmp_path / "sharded") == one, "the same tensors in more files, without a tokenizer"
+    small_llama(seed=1).to(torch.bfloat16).save_pretrained(tmp_path / "other")
+    small_llama().save_pretrained(tmp_path / "wide")
+    assert len({one, base_fingerprint(tmp_path / "other"), base_fingerprint(tmp_path / "wide")}) == 3
+
+
+@pytest.mark.parametrize("at", [0, -1])
+def test_one_number_at_either_end_of_a_big_tensor_changes_it(tiny_model_dir: Path, tmp_path: Path, at: int) -> None:
+    tensors = load_file(tiny_model_dir / "model.safetensors")
+    assert tensors["lm_head.weight"].nbytes > 3 * 4096
+    tensors["lm_head.weight"].view(-1)[at] += 1
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert base_fingerprint(tmp_path) != base_fingerprint(tiny_model_dir)
+
+
+def test_a_quantized_copy_says_what_it_was_made_from(tiny_model_dir: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_model_dir, copy)
+    tensors = load_file(copy / "model.safetensors")
+    tensors["x.quant_state.bitsandbytes__nf4"] = torch.zeros(4, dtype=torch.uint8)
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    unknown = base_fingerprint(copy)
+    assert unknown.startswith("quantized:")
+    write_source_fingerprint(copy, base_fingerprint(tiny_model_dir))
+    assert base_fingerprint(copy) == base_fingerprint(tiny_model_dir)
+    (copy / SOURCE_FILE).write_text(json.dumps([]))
+    with pytest.raises(InputError, match=SOURCE_FILE):
+        base_fingerprint(copy)
+
+
+def test_what_can_be_compared() -> None:
+    assert same_base("a", "a") and not same_base("a", "b")
+    assert same_base(None, "a") and same_base("a", None)
+    assert same_base("quantized:a", "b") and not same_base("quantized:a", "quantized:b")
+
+
+def test_a_base_in_the_hubs_cache_has_the_fingerprint_of_its_snapshot(tiny_model_dir: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "models--some--llama"
+    shutil.copytree(tiny_model_dir, repository / "snapshots" / ("a" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    code = (
+        "from qvera.models.loader import fingerprint_of; from qvera.config.schema import ModelSection\n"
+        "print(fingerprint_of(ModelSection(path='some/llama')), fingerprint_of(ModelSection(path='some/other')))"
+    )
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == [base_fingerprint(tiny_model_dir), "None"]
