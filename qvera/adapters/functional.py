@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 
 
 def project(x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-    """z = x Aᵀ: [..., n] and [r, n] give [..., r].
+    """Z = x Aᵀ: [..., n] and [r, n] give [..., r].
 
     A node of its own in the graph, so that layers which read the same x can share z, and autograd then adds up their
     ∂z before the one GEMM of backward. A is frozen, so autograd keeps a reference to A and not to x.
@@ -61,7 +61,7 @@ class _ScaleInput(torch.autograd.Function):
 
 
 def scale_input(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-    """a ⊙ x: [..., n] and [n] (normally fp32) give [..., n] in x's dtype; differentiable once in both."""
+    """A ⊙ x: [..., n] and [n] (normally fp32) give [..., n] in x's dtype; differentiable once in both."""
     return _ScaleInput.apply(x, a)
 
 
@@ -99,7 +99,7 @@ def times_b(B: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def outward(inner: torch.Tensor, B: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """b ⊙ (inner Bᵀ), group by group: [T, r] to [T, m] in inner's dtype, without C.
+    """B ⊙ (inner Bᵀ), group by group: [T, r] to [T, m] in inner's dtype, without C.
 
     b may have a row of its own for each row of ``inner``: [T, 1, m] or [T, G, m], as `lowrank.LowRankPath` has for mixed batches.
     """
@@ -222,7 +222,7 @@ class _Expand(torch.autograd.Function):
 def expand(
     base: torch.Tensor, z: torch.Tensor, d: torch.Tensor, b: torch.Tensor, B: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """y = base + b ⊙ ((s d ⊙ z) Bᵀ).
+    """Y = base + b ⊙ ((s d ⊙ z) Bᵀ).
 
     Args:
         base: the frozen layer's output [..., m].

@@ -136,7 +136,7 @@ def summed_linear(
     scale: float,
     a: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y = x (W + ΔW)ᵀ + bias for the frozen linear ``module``, differentiable once in x, d, b and a.
+    """Y = x (W + ΔW)ᵀ + bias for the frozen linear ``module``, differentiable once in x, d, b and a.
 
     Args:
         x: [..., n] in the compute dtype.

@@ -32,7 +32,7 @@ class SharedInput:
         self._recent: tuple[weakref.ref[torch.Tensor], tuple[Any, ...], torch.Tensor] | None = None
 
     def project(self, x: torch.Tensor, A: torch.Tensor, dtype: torch.dtype, pair: Any) -> torch.Tensor:
-        """z = x Aᵀ [..., rank] in ``dtype``; ``pair`` tells A from every other A that this x may meet."""
+        """Z = x Aᵀ [..., rank] in ``dtype``; ``pair`` tells A from every other A that this x may meet."""
         if torch.compiler.is_compiling() or x.is_inference():
             return functional.project(x.to(dtype), A.to(dtype))
         # the number of the backward pass we are in, -1 outside: checkpointing itself tells its phases apart by it
@@ -84,7 +84,7 @@ class LowRankPath:
         raise NotImplementedError
 
     def input_vector(self, adapter: str) -> torch.Tensor | None:
-        """a [n] of an adapter that scales its input, else None."""
+        """A [n] of an adapter that scales its input, else None."""
         return None
 
     def dropout_of(self, adapter: str) -> nn.Module:
@@ -92,7 +92,7 @@ class LowRankPath:
         raise NotImplementedError
 
     def shared_z(self, adapter: str, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """z = x Aᵀ in ``dtype``, shared with the layers that read the same x."""
+        """Z = x Aᵀ in ``dtype``, shared with the layers that read the same x."""
         raise NotImplementedError
 
     def pair_dtype(self) -> torch.dtype:
@@ -159,7 +159,7 @@ class LowRankPath:
         raise NotImplementedError("mixed batches are QVERA's; an accelerated PEFT adapter runs one adapter at a time")
 
     def _through_summed_weight(self, x: torch.Tensor, adapter: str) -> torch.Tensor | None:
-        """y by one product with W + ΔW where that is cheaper and loses nothing (`summed.pays`), else None."""
+        """Y by one product with W + ΔW where that is cheaper and loses nothing (`summed.pays`), else None."""
         # ZeRO-3 gathers a weight when its module is called, and here it is not
         if isinstance(self.base_layer, Conv1D) or hasattr(self.base_layer.weight, "ds_id"):
             return None

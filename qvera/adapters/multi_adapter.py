@@ -37,7 +37,7 @@ class SeedBank:
     def vectors(
         self, layer: str, rows: torch.Tensor, in_features: int, out_features: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
-        """d [k, rank], b [k, groups, out_features] and a [k, in_features] (or None) of these adapters in that layer.
+        """D [k, rank], b [k, groups, out_features] and a [k, in_features] (or None) of these adapters in that layer.
 
         None where none of them changes it.
         """

@@ -100,7 +100,7 @@ class SharedProjection(nn.Module):
         return self.A[:rank, :in_features], self.B[:out_features, :rank]
 
     def project(self, x: torch.Tensor, rank: int, dtype: torch.dtype) -> torch.Tensor:
-        """z = x Aᵀ [..., rank] in ``dtype``, shared between the layers that read the same x."""
+        """Z = x Aᵀ [..., rank] in ``dtype``, shared between the layers that read the same x."""
         return self.inputs.project(x, self.A[:rank, : x.shape[-1]], dtype, None)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SharedProjection:

@@ -52,7 +52,8 @@ class Slot:
 @dataclass(frozen=True, slots=True)
 class Skeleton:
     """The literal text around the slots (one piece more than slots) and, per assistant turn, its answer: it starts
-    ``before`` characters before the content and ends ``after`` characters behind it, ``marked`` or not."""
+    ``before`` characters before the content and ends ``after`` characters behind it, ``marked`` or not.
+    """
 
     literals: list[str]
     slots: list[Slot]

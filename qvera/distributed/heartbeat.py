@@ -110,7 +110,7 @@ class Heartbeat:
                 continue
 
     def _without_launcher(self) -> None:
-        """torchrun or DeepSpeed's launcher on this node was killed: nobody would restart or stop this process any more."""
+        """Torchrun or DeepSpeed's launcher on this node was killed: nobody would restart or stop this process any more."""
         says = "the launcher that had started it was killed. Checkpoints are kept; go on with --resume."
         left = {"host": self.group.host, "left": True, "error": says, "exit_code": EXIT_FAILED}
         with contextlib.suppress(RuntimeError):  # it may have served the store

@@ -1,5 +1,6 @@
 """Weights that ZeRO-3 spreads over the ranks: which they are, how large they are as a whole, and how to read one outside of
-its module's call. Without ZeRO-3 nothing here does anything, and DeepSpeed is not imported."""
+its module's call. Without ZeRO-3 nothing here does anything, and DeepSpeed is not imported.
+"""
 
 from __future__ import annotations
 

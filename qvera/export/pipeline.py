@@ -40,7 +40,7 @@ def in_order(
                 if piece is None:
                     return
                 results.put(pool.submit(compute, piece))
-        except BaseException as error:  # noqa: BLE001  # handed to the consumer
+        except BaseException as error:  # handed to the consumer
             failed: Future[Out] = Future()
             failed.set_exception(error)
             results.put(failed)
@@ -63,7 +63,7 @@ def in_order(
 
 @contextlib.contextmanager
 def one_thread_each() -> Iterator[int]:
-    """torch computes with one thread for each thread that calls it; gives how many should (the cores of this process).
+    """Torch computes with one thread for each thread that calls it; gives how many should (the cores of this process).
 
     Independent pieces on every core keep them busier than one piece split between them, and the numbers then do not depend
     on how many cores there are.

@@ -33,7 +33,7 @@ def base_directory(section: ModelSection) -> Path:
                 ignore_patterns=["original/*", "consolidated*.safetensors"],  # the same weights again
             )
         )
-    except Exception as error:  # noqa: BLE001  # huggingface_hub raises httpx's, OSError's and its own
+    except Exception as error:  # huggingface_hub raises httpx's, OSError's and its own
         raise InputError(
             f"model.path: the base {name!r} can't be had from the hub ({type(error).__name__}: {error})."
         ) from None

@@ -41,7 +41,7 @@ class _FrozenLinear(torch.autograd.Function):
 
 
 def frozen_linear(module: Any, x: torch.Tensor) -> torch.Tensor:
-    """y = x Wᵀ + bias with W [m, n] frozen and quantized: [..., n] gives [..., m], in x's dtype, differentiable in x.
+    """Y = x Wᵀ + bias with W [m, n] frozen and quantized: [..., n] gives [..., m], in x's dtype, differentiable in x.
 
     The product is taken in the layer's compute dtype (`compute_dtype`).
     """
@@ -145,7 +145,8 @@ def freeze_linears(model: torch.nn.Module) -> int:
 
 def _contiguous(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """The head reads the last position of each row, a strided tensor [rows, 1, n]. Over a weight that needs no gradient
-    `torch.matmul` makes a batched product of that and copies the weight once for each row: 0.8 s of 16 answers of SmolLM2."""
+    `torch.matmul` makes a batched product of that and copies the weight once for each row: 0.8 s of 16 answers of SmolLM2.
+    """
     return (args[0].contiguous(), *args[1:])
 
 

@@ -76,7 +76,7 @@ def _widen(bits: np.ndarray, dtype: torch.dtype, out: np.ndarray) -> None:
 
 
 def _block_maxima(bits: np.ndarray, dtype: torch.dtype, scratch: _Scratch, absmax: np.ndarray) -> None:
-    """max |w| of each block. Without their sign, floating-point numbers are ordered as their bits are (NaN above Inf)."""
+    """Max |w| of each block. Without their sign, floating-point numbers are ordered as their bits are (NaN above Inf)."""
     size = bits.size
     held, next_ = (buffer[:size] for buffer in scratch.maxima_of(bits.dtype.type))
     np.bitwise_and(bits, np.iinfo(bits.dtype).max, out=held)

@@ -362,7 +362,7 @@ def inference_pack(module: Any) -> InferencePack | None:
 
 
 def fused_matmul(x: torch.Tensor, module: Any, pack: InferencePack | None) -> torch.Tensor | None:
-    """x Wᵀ [..., m] by bitsandbytes' fused 4-bit kernels, for use without gradients; None where there is no faster one."""
+    """X Wᵀ [..., m] by bitsandbytes' fused 4-bit kernels, for use without gradients; None where there is no faster one."""
     if pack is not None:
         return bnb_functional.gemv_4bit(x, pack.weight, state=pack.state)
     if x.device.type != "cpu":

@@ -60,7 +60,7 @@ class RowBlocks:
 
 
 def product(x: torch.Tensor, blocks: RowBlocks, bias: torch.Tensor | None) -> torch.Tensor:
-    """x Wᵀ + bias: x [..., n] gives [..., m] in x's dtype."""
+    """X Wᵀ + bias: x [..., n] gives [..., m] in x's dtype."""
     if len(blocks) == 1:
         return F.linear(x, next(iter(blocks))[1], bias)
     flat = x.reshape(-1, x.shape[-1])
@@ -71,7 +71,7 @@ def product(x: torch.Tensor, blocks: RowBlocks, bias: torch.Tensor | None) -> to
 
 
 def product_back(g: torch.Tensor, blocks: RowBlocks, out: torch.Tensor) -> None:
-    """g W: g [T, m] gives [T, n] in ``out``, added up in fp32 at least."""
+    """G W: g [T, m] gives [T, n] in ``out``, added up in fp32 at least."""
     if len(blocks) == 1:
         torch.mm(g.to(out.dtype), next(iter(blocks))[1], out=out)
         return

@@ -100,7 +100,8 @@ _FREE_SECTIONS = ("export", "deepspeed")  # a checkpoint goes on under any ZeRO 
 
 def changed_keys(before: dict[str, Any], recipe: Recipe) -> list[str]:
     """Keys in which a recipe (as `Recipe.to_dict` gave it) differs from this one, but for those that don't change what a step
-    computes. A key that one of them lacks is no difference: it was written by another version."""
+    computes. A key that one of them lacks is no difference: it was written by another version.
+    """
     found = []
     before = plain(before)
     for section, now in plain(recipe.to_dict()).items():

@@ -134,7 +134,7 @@ def _read_state(out: Path, state: Path, identity: dict[str, Any], what: str) -> 
 
 
 def flush(path: Path) -> None:
-    """fsync a file or a directory: a rename must not reach the disk before what it names."""
+    """Fsync a file or a directory: a rename must not reach the disk before what it names."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

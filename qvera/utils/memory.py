@@ -22,7 +22,8 @@ def memory_bytes(device: torch.device) -> int:
 
 def private_bytes() -> int:
     """RssAnon + RssShmem + VmSwap of this process: what can't be given back without losing it. Its resident set where the
-    system does not tell these apart (not Linux)."""
+    system does not tell these apart (not Linux).
+    """
     try:
         text = Path("/proc/self/status").read_text(encoding="ascii")
     except OSError:
@@ -34,7 +35,18 @@ def private_bytes() -> int:
 class _Mallinfo(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_size_t)
-        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+        for name in [
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        ]
     ]
 
 

@@ -199,7 +199,7 @@ def ahead(items: Iterable[T], depth: int) -> Generator[T, None, None]:
                 if stop.is_set():
                     return
             put("end")
-        except BaseException as error:  # noqa: BLE001  # handed to the reader, whatever it is
+        except BaseException as error:  # handed to the reader, whatever it is
             put("error", error)
         finally:
             if isinstance(items, Generator):

@@ -63,7 +63,8 @@ def base_layer(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, fre
         )
         layer.bias.data = bias.to(dtype)
         layer = layer.to("cpu")
-        assert layer.weight.quant_state is not None and layer.weight.dtype == getattr(torch, storage)
+        assert layer.weight.quant_state is not None
+        assert layer.weight.dtype == getattr(torch, storage)
     if freeze:
         linear.freeze_linears(layer)
     return layer.requires_grad_(False).eval()

@@ -115,7 +115,8 @@ def test_the_whole_road(quantization: str, family: tuple[str, Path, set[str]], t
     before = model(input_ids=IDS, labels=IDS).loss
     before.backward()
     vectors = named_vectors(model)
-    assert vectors and all(p.grad is not None and torch.count_nonzero(p.grad) for p in vectors.values())
+    assert vectors
+    assert all(p.grad is not None and torch.count_nonzero(p.grad) for p in vectors.values())
     with torch.no_grad():
         for parameter in vectors.values():
             parameter.sub_(0.05 * parameter.grad / parameter.grad.norm())  # type: ignore[operator, union-attr]

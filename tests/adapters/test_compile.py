@@ -27,7 +27,8 @@ def test_compiled_output_and_gradients(kind: str, more: dict[str, Any]) -> None:
     vectors = [v["default"].grad for v in (layer.qvera_b, layer.qvera_d, layer.qvera_a) if v]
     actual = [y.detach(), inner.grad, *vectors]
     for one, other in zip(actual, expected, strict=True):
-        assert one is not None and relative(one, other) < 3e-6
+        assert one is not None
+        assert relative(one, other) < 3e-6
 
 
 @pytest.mark.parametrize("more", [{}, {"groups": 3, "scaled": True}], ids=["vera", "groups-and-a"])

@@ -77,8 +77,13 @@ def test_forward_and_every_gradient(
     y = expand(base, project(x, exact["A"].to(dtype)), d, b, exact["B"].to(dtype), scale)
     y.backward(upstream.to(base_dtype))
 
-    assert y.dtype == base_dtype and x.grad is not None and d.grad is not None and b.grad is not None
-    assert x.grad.dtype == dtype and d.grad.dtype == vector and b.grad.dtype == vector
+    assert y.dtype == base_dtype
+    assert x.grad is not None
+    assert d.grad is not None
+    assert b.grad is not None
+    assert x.grad.dtype == dtype
+    assert d.grad.dtype == vector
+    assert b.grad.dtype == vector
     tolerance = max(TOLERANCE[dtype], TOLERANCE[base_dtype])
     for actual, name in ((y, "y"), (x.grad, "x"), (d.grad, "d"), (b.grad, "b")):
         assert relative(actual.detach(), expected[name]) < tolerance, name
@@ -97,7 +102,8 @@ def test_a_scaled_input_and_every_gradient(T: int, n: int, m: int, r: int, group
     z = project(scale_input(x, a), exact["A"].to(dtype))
     y = expand((x.double() @ exact["W"].t()).to(dtype), z, d, b, exact["B"].to(dtype), 0.37)
     y.backward(upstream.to(dtype))
-    assert a.grad is not None and a.grad.dtype == vector
+    assert a.grad is not None
+    assert a.grad.dtype == vector
     for actual, name in ((y.detach(), "y"), (x.grad, "x"), (d.grad, "d"), (b.grad, "b"), (a.grad, "a")):
         assert actual is not None and relative(actual, expected[name]) < 1.5 * TOLERANCE[dtype], name
 
@@ -112,10 +118,10 @@ def test_both_branches_are_really_taken() -> None:
     sizes = [(T, torch.empty(m, r)) for T in (1, 3, 257) for _, m, r in DIMENSIONS]
     taken = {few_tokens(T, B) for T, B in sizes}
     assert taken == {True, False}
-    assert few_tokens(1, torch.empty(4096, 1024)) and not few_tokens(2048, torch.empty(4096, 1024))
-    assert few_tokens(60, torch.empty(1024, 256), 2) and not few_tokens(
-        60, torch.empty(1024, 256), 4
-    )  # one product a group
+    assert few_tokens(1, torch.empty(4096, 1024))
+    assert not few_tokens(2048, torch.empty(4096, 1024))
+    assert few_tokens(60, torch.empty(1024, 256), 2)
+    assert not few_tokens(60, torch.empty(1024, 256), 4)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -164,7 +170,8 @@ def test_a_strided_output_gradient_and_input_do() -> None:
     y = expand(x @ p["W"].t(), project(x, p["A"]), d, b, p["B"], 1.0)
     y.backward(upstream)
     for actual, name in ((x.grad, "x"), (d.grad, "d"), (b.grad, "b")):
-        assert actual is not None and relative(actual, expected[name]) < 1e-12
+        assert actual is not None
+        assert relative(actual, expected[name]) < 1e-12
 
 
 @pytest.mark.parametrize("few", [True, False])
@@ -183,7 +190,8 @@ def test_only_z_and_the_small_tensors_are_kept_for_backward(few: bool) -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         y = expand(base, project(x, p["A"]), d, b, p["B"], 0.5)
-    assert (T, n) not in saved and (T, m) not in saved
+    assert (T, n) not in saved
+    assert (T, m) not in saved
     # A reaches `project`'s node, the rest `expand`'s; no copy of B scaled by the vectors either
     transposed = [shape for shape in saved if shape in ((n, r), (r, n))]
     assert sorted(saved) == sorted([*transposed, (T, r), (r,), (b.numel(),), (m, r)])
@@ -251,7 +259,8 @@ def test_by_blocks_of_rows_the_numbers_are_the_same(
         found.append([y.detach(), *(leaf.grad for leaf in leaves)])
     assert len(functional.row_blocks(B)) == 5
     one, other = found
-    assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])  # C is the same to the bit
+    assert torch.equal(one[0], other[0])
+    assert torch.equal(one[1], other[1])
     for whole, blocks in zip(one[2:], other[2:], strict=True):
         torch.testing.assert_close(whole, blocks, rtol=1e-5 if dtype == torch.bfloat16 else 1e-12, atol=1e-9)
 
@@ -272,5 +281,6 @@ def test_nothing_is_changed_in_place() -> None:
         kept = base.clone(), z.clone()
         d, b = p["d"].requires_grad_(), p["b"].requires_grad_()
         expand(base, z, d, b, p["B"], 1.0).sum().backward()
-        assert torch.equal(base, kept[0]) and torch.equal(z, kept[1])
+        assert torch.equal(base, kept[0])
+        assert torch.equal(z, kept[1])
         assert all(torch.equal(p[k].detach(), before[k]) for k in p)

@@ -169,6 +169,8 @@ def test_layers_that_read_the_same_input_share_z(monkeypatch: pytest.MonkeyPatch
         fused, "summed_linear", lambda module, x, z, *rest: kept.append(id(z)) or original(module, x, z, *rest)
     )
     y = first(x) + second(x)
-    assert len(kept) == 2 and kept[0] == kept[1]
+    assert len(kept) == 2
+    assert kept[0] == kept[1]
     y.sum().backward()
-    assert x.grad is not None and torch.count_nonzero(x.grad) > 0
+    assert x.grad is not None
+    assert torch.count_nonzero(x.grad) > 0

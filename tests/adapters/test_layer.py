@@ -162,16 +162,20 @@ def test_merge_and_unmerge_restore_the_very_bytes(kind: str, dtype: torch.dtype)
         assert measured == pytest.approx(error, rel=0.05)
         assert error < (0.02 if kind == "int8" else 0.25)
     else:
-        assert not said and error < (1e-6 if dtype == torch.float32 else 4e-3)
-    assert layer.merged and weight_bytes(base) != before
+        assert not said
+        assert error < (1e-6 if dtype == torch.float32 else 4e-3)
+    assert layer.merged
+    assert weight_bytes(base) != before
     wanted = x.double() @ merged_weight.t() + (0 if base.bias is None else base.bias.double())
     assert relative(layer(x), wanted) < (1e-5 if dtype == torch.float32 else 1e-2)  # the adapter is not added twice
     if kind in FOUR_BIT:  # bitsandbytes keeps two references to the state, and reads either
         assert base.quant_state is base.weight.quant_state
     layer.unmerge()
-    assert not layer.merged and weight_bytes(base) == before
+    assert not layer.merged
+    assert weight_bytes(base) == before
     assert kind not in FOUR_BIT or base.quant_state is base.weight.quant_state
-    assert torch.equal(base(x), plain) and torch.equal(layer(x), with_adapter)
+    assert torch.equal(base(x), plain)
+    assert torch.equal(layer(x), with_adapter)
 
 
 @pytest.mark.parametrize("kind", ["linear", "int8", "nf4+dq-bfloat16"])
@@ -183,7 +187,8 @@ def test_disabling_a_merged_adapter_gives_the_base_back(kind: str) -> None:
         warnings.simplefilter("ignore")
         layer.merge()
     layer.enable_adapters(False)
-    assert torch.equal(layer(x), plain) and not layer.merged
+    assert torch.equal(layer(x), plain)
+    assert not layer.merged
     layer.enable_adapters(True)
     assert not torch.equal(layer(x), plain)
 
@@ -204,13 +209,15 @@ def test_safe_merge_refuses_nan_and_leaves_the_layer_alone(kind: str) -> None:
         layer.qvera_b["default"][3] = float("nan")
     with pytest.raises(ValueError, match="NaN or Inf"):
         layer.merge(safe_merge=True)
-    assert weight_bytes(layer.base_layer) == before and not layer.merged
+    assert weight_bytes(layer.base_layer) == before
+    assert not layer.merged
 
 
 def test_an_int8_layer_that_bitsandbytes_ran_before_merges_and_unmerges() -> None:
     base = base_layer("int8", freeze=False)
     base(torch.randn(2, IN))  # stock forward: moves rows and scales from the weight into the layer's state
-    assert base.weight.CB is None and base.state.CB is not None
+    assert base.weight.CB is None
+    assert base.state.CB is not None
     dense = dense_weight(base)
     linear.freeze_linears(base)
     projection = SharedProjection(3, torch.device("cpu"), torch.float32)
@@ -288,10 +295,12 @@ def test_a_cast_leaves_packed_bytes_and_fp32_vectors_alone(cast: str, storage: s
     before, wanted = weight_bytes(base), layer(x)
     vectors = {n: p.detach().clone() for n, p in layer.named_parameters() if "qvera" in n}
     CASTS[cast](layer)
-    assert weight_bytes(base) == before and base.weight.dtype == getattr(torch, storage)
+    assert weight_bytes(base) == before
+    assert base.weight.dtype == getattr(torch, storage)
     for name, parameter in layer.named_parameters():
         if name in vectors:
-            assert parameter.dtype.itemsize >= 4 and torch.equal(parameter.float(), vectors[name])
+            assert parameter.dtype.itemsize >= 4
+            assert torch.equal(parameter.float(), vectors[name])
     # computed in the layer's compute dtype, fp32, still; only the bias was rounded, and A and B once
     assert relative(layer(x), wanted) < 5e-3
     assert isinstance(base.weight, bnb.nn.Params4bit)
@@ -304,7 +313,8 @@ def test_a_cast_of_an_int8_layer_keeps_it_int8(cast: str) -> None:
     x = torch.randn(9, IN)
     before, wanted = weight_bytes(base), layer(x)
     CASTS[cast](layer)
-    assert weight_bytes(base) == before and base.weight.dtype == torch.int8
+    assert weight_bytes(base) == before
+    assert base.weight.dtype == torch.int8
     assert relative(layer(x), wanted) < 5e-3
 
 
@@ -333,7 +343,8 @@ def test_a_deep_copy_is_independent() -> None:
     other = copy.deepcopy(layer)
     assert torch.equal(other(x), wanted)
     perturb(other, seed=8)
-    assert not torch.equal(other(x), wanted) and torch.equal(layer(x), wanted)
+    assert not torch.equal(other(x), wanted)
+    assert torch.equal(layer(x), wanted)
 
 
 def test_autocast_runs_the_low_rank_path_in_its_dtype() -> None:

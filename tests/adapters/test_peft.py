@@ -117,7 +117,9 @@ def test_round_trip_in_one_process(dtype: torch.dtype, low_cpu_mem_usage: bool, 
         small_llama().to(dtype), str(tmp_path), low_cpu_mem_usage=low_cpu_mem_usage, is_trainable=True
     )
     for name, vector in named_vectors(loaded).items():
-        assert vector.dtype == torch.float32 and not vector.is_meta and vector.requires_grad
+        assert vector.dtype == torch.float32
+        assert not vector.is_meta
+        assert vector.requires_grad
         assert torch.equal(vector, named_vectors(model)[name])
     assert torch.equal(logits(loaded), wanted)
     assert {layer.parts("default")[0].dtype for layer in layers(loaded)} == {dtype}
@@ -133,10 +135,12 @@ def test_the_file_holds_fp32_vectors_and_no_projections(tmp_path: Path) -> None:
     assert tensors.keys() == named_vectors(model).keys()
     assert size == sum(f.stat().st_size for f in (tmp_path / "adapter").iterdir())
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert config["peft_type"] == "QVERA" and config["format_version"] == 1
+    assert config["peft_type"] == "QVERA"
+    assert config["format_version"] == 1
     assert config["projection_shapes"] == {"A": [8, 192], "B": [192, 8]}
     assert config["target_modules"] == sorted(config["target_modules"])
-    assert config["projection_generator"] == "philox4x64-10/u24" and len(config["projection_sha256"]) == 64
+    assert config["projection_generator"] == "philox4x64-10/u24"
+    assert len(config["projection_sha256"]) == 64
 
 
 def test_saving_twice_gives_the_same_bytes_and_leaves_no_temporary_files(tmp_path: Path) -> None:
@@ -158,7 +162,8 @@ def storages(model: nn.Module) -> tuple[int, int]:
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_one_pair_in_memory_whatever_the_number_of_adapters(quantization: str, tiny_model_dir: Path) -> None:
     model = adapted(load_base(section(tiny_model_dir, quantization)).model, rank=8)
-    assert len(layers(model)) == 14 and storages(model) == (1, 1)
+    assert len(layers(model)) == 14
+    assert storages(model) == (1, 1)
     first = logits(model)
     for name, rank in (("larger", 21), ("smaller", 3)):
         model.add_adapter(name, QveraConfig(rank=rank, task_type="CAUSAL_LM"))
@@ -195,14 +200,17 @@ def test_a_further_adapter_is_not_trained_until_it_is_active() -> None:
     model = adapted()
     model.add_adapter("second", QveraConfig(rank=4))
     first, second = named_vectors(model), named_vectors(model, "second")
-    assert all(v.requires_grad for v in first.values()) and not any(v.requires_grad for v in second.values())
+    assert all(v.requires_grad for v in first.values())
+    assert not any(v.requires_grad for v in second.values())
     model.set_adapter("second")
-    assert not any(v.requires_grad for v in first.values()) and all(v.requires_grad for v in second.values())
+    assert not any(v.requires_grad for v in first.values())
+    assert all(v.requires_grad for v in second.values())
     model = adapted(target_modules=["q_proj"])
     model.add_adapter("elsewhere", QveraConfig(rank=4, target_modules=["down_proj"]))
     assert not any(v.requires_grad for v in named_vectors(model, "elsewhere").values())
     base = [p for n, p in model.named_parameters() if "qvera" not in n]
-    assert base and not any(p.requires_grad for p in base)
+    assert base
+    assert not any(p.requires_grad for p in base)
 
 
 def test_two_adapters_of_one_model_are_saved_and_loaded_apart(tmp_path: Path) -> None:
@@ -226,7 +234,8 @@ def test_disable_adapter_gives_the_base_back() -> None:
     changed = logits(model)
     with model.disable_adapter():
         assert torch.equal(logits(model), plain)
-    assert torch.equal(logits(model), changed) and not torch.allclose(changed, plain)
+    assert torch.equal(logits(model), changed)
+    assert not torch.allclose(changed, plain)
 
 
 def test_unload_gives_the_base_back_and_merge_and_unload_the_merged_model() -> None:
@@ -243,14 +252,16 @@ def test_deleting_an_adapter_leaves_the_other() -> None:
     wanted = logits(model)
     model.add_adapter("second", QveraConfig(rank=30))
     model.delete_adapter("second")
-    assert not named_vectors(model, "second") and torch.equal(logits(model), wanted)
+    assert not named_vectors(model, "second")
+    assert torch.equal(logits(model), wanted)
 
 
 def test_all_linear_leaves_out_the_head_and_names_match_last_parts() -> None:
     seven = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     model = adapted()
     names = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, QveraLinear)}
-    assert names == seven and len(layers(model)) == 14
+    assert names == seven
+    assert len(layers(model)) == 14
     assert set(model.peft_config["default"].target_modules) == seven
     model = adapted(target_modules=["v_proj", "layers.1.mlp.down_proj"])
     names = {n.removeprefix("base_model.model.") for n, m in model.named_modules() if isinstance(m, QveraLinear)}
@@ -370,7 +381,8 @@ def test_a_damaged_adapter_is_refused(damage: str, saved: Path) -> None:
 def test_an_undamaged_adapter_is_not(saved: Path) -> None:
     model = load_adapter(small_llama(), saved)
     assert torch.equal(logits(model), logits(adapted()))
-    assert not any(p.requires_grad for p in model.parameters()) and not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+    assert not model.training
 
 
 def test_no_such_directory(tmp_path: Path) -> None:
@@ -416,4 +428,5 @@ def test_the_model_casts_as_a_whole_keep_vectors_fp32() -> None:
     for cast in (lambda: model.half(), lambda: model.to(torch.bfloat16), lambda: model.float()):
         cast()
         for name, vector in named_vectors(model).items():
-            assert vector.dtype == torch.float32 and torch.equal(vector, before[name])
+            assert vector.dtype == torch.float32
+            assert torch.equal(vector, before[name])

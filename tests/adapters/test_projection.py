@@ -101,7 +101,8 @@ def test_a_smaller_pair_is_a_prefix(small: tuple[int, ...], extra: tuple[int, ..
 def test_the_numbers_are_uniform_and_streams_and_seeds_differ() -> None:
     draws = [uniform_matrix(64, 256, seed, stream) for seed in (0, 1) for stream in (0, 1)]
     for drawn in draws:
-        assert drawn.min() >= -1.0 and drawn.max() < 1.0
+        assert drawn.min() >= -1.0
+        assert drawn.max() < 1.0
         assert abs(drawn.mean()) < 4 * (1 / 3 / drawn.size) ** 0.5  # four standard errors
         assert abs(drawn.var() - 1 / 3) < 0.01
     flat = np.corrcoef(np.stack([drawn.ravel() for drawn in draws]))
@@ -137,26 +138,34 @@ def test_casts_never_add_up() -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         projection.to(dtype)
         assert projection.A.dtype == projection.B.dtype == dtype
-        assert torch.equal(projection.A, exact.A.to(dtype)) and torch.equal(projection.B, exact.B.to(dtype))
+        assert torch.equal(projection.A, exact.A.to(dtype))
+        assert torch.equal(projection.B, exact.B.to(dtype))
     projection.half().float()
-    assert torch.equal(projection.A, exact.A) and torch.equal(projection.B, exact.B)
+    assert torch.equal(projection.A, exact.A)
+    assert torch.equal(projection.B, exact.B)
 
 
 def test_meta_then_to_empty_gives_the_numbers_of_the_seed() -> None:
     projection = pair(device=torch.device("meta"))
-    assert projection.A.is_meta and projection.A.shape == (6, 10) and projection.B.shape == (14, 6)
+    assert projection.A.is_meta
+    assert projection.A.shape == (6, 10)
+    assert projection.B.shape == (14, 6)
     projection.to_empty(device="cpu")
-    assert torch.equal(projection.A, pair().A) and torch.equal(projection.B, pair().B)
+    assert torch.equal(projection.A, pair().A)
+    assert torch.equal(projection.B, pair().B)
 
 
 def test_growing_keeps_what_was_there_and_shrinks_nothing() -> None:
     projection = pair()
     a, b = projection.A.clone(), projection.B.clone()
     projection.ensure(3, 20, 5)
-    assert projection.A.shape == (6, 20) and projection.B.shape == (14, 6)
+    assert projection.A.shape == (6, 20)
+    assert projection.B.shape == (14, 6)
     projection.ensure(9, 2, 15)
-    assert projection.A.shape == (9, 20) and projection.B.shape == (15, 9)
-    assert torch.equal(projection.A[:6, :10], a) and torch.equal(projection.B[:14, :6], b)
+    assert projection.A.shape == (9, 20)
+    assert projection.B.shape == (15, 9)
+    assert torch.equal(projection.A[:6, :10], a)
+    assert torch.equal(projection.B[:14, :6], b)
     held = projection.A.data_ptr()
     projection.ensure(9, 20, 15)
     assert projection.A.data_ptr() == held  # nothing drawn again
@@ -165,9 +174,12 @@ def test_growing_keeps_what_was_there_and_shrinks_nothing() -> None:
 def test_slices_are_views_and_nothing_is_saved_or_trained() -> None:
     projection = pair()
     a, b = projection.slices(4, 7, 9)
-    assert a.untyped_storage().data_ptr() == projection.A.untyped_storage().data_ptr() and a.shape == (4, 7)
-    assert b.untyped_storage().data_ptr() == projection.B.untyped_storage().data_ptr() and b.shape == (9, 4)
-    assert projection.state_dict() == {} and list(projection.parameters()) == []
+    assert a.untyped_storage().data_ptr() == projection.A.untyped_storage().data_ptr()
+    assert a.shape == (4, 7)
+    assert b.untyped_storage().data_ptr() == projection.B.untyped_storage().data_ptr()
+    assert b.shape == (9, 4)
+    assert projection.state_dict() == {}
+    assert list(projection.parameters()) == []
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64, 1.5])

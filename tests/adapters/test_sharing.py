@@ -40,7 +40,8 @@ def count(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_the_same_tensor_is_projected_once_and_gradients_add_up(projection: SharedProjection, count: list[int]) -> None:
     x = torch.randn(3, 10, requires_grad=True)
     first, second = (projection.project(x, 4, torch.float32) for _ in range(2))
-    assert first is second and len(count) == 1
+    assert first is second
+    assert len(count) == 1
     (first.sum() + 2 * second.sum()).backward()
     torch.testing.assert_close(x.grad, 3 * projection.A[:4, :10].sum(0).expand(3, 10))
 
@@ -49,7 +50,8 @@ def test_the_same_leaf_in_two_steps_gets_a_graph_for_each(projection: SharedProj
     x = torch.randn(3, 10, requires_grad=True)
     for step in (1, 2):
         projection.project(x, 4, torch.float32).sum().backward()
-        assert x.grad is not None and len(count) == step
+        assert x.grad is not None
+        assert len(count) == step
         torch.testing.assert_close(x.grad, step * projection.A[:4, :10].sum(0).expand(3, 10))
 
 

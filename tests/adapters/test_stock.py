@@ -47,10 +47,12 @@ def ours_and_stock(quantized: bool, directory: Path, copy_from: str, targets: An
     stock = get_peft_model(base(quantized, directory), config)
     theirs = stock_layers(stock)
     layers = {n: m for n, m in ours.named_modules() if isinstance(m, QveraLinear)}
-    assert layers.keys() == theirs.keys() and layers
+    assert layers.keys() == theirs.keys()
+    assert layers
     projection = next(iter(layers.values())).qvera_projection["default"]
     stock_a, stock_b = stock.base_model.vera_A["default"], stock.base_model.vera_B["default"]
-    assert stock_a.shape == projection.A.shape and stock_b.shape == projection.B.shape
+    assert stock_a.shape == projection.A.shape
+    assert stock_b.shape == projection.B.shape
     if copy_from == "ours":
         stock_a.copy_(projection.A), stock_b.copy_(projection.B)
     else:
@@ -86,7 +88,10 @@ def test_same_logits_and_gradients(quantized: bool, copy_from: str, targets: Any
         if isinstance(layer, QveraLinear):
             b, d = layer.qvera_b["default"].grad, layer.qvera_d["default"].grad
             stock_b, stock_d = theirs[name].vera_lambda_b["default"].grad, theirs[name].vera_lambda_d["default"].grad
-            assert b is not None and d is not None and b.norm() > 0 and d.norm() > 0
+            assert b is not None
+            assert d is not None
+            assert b.norm() > 0
+            assert d.norm() > 0
             assert relative(b, stock_b) < 2e-5, name
             # the chain rule through stock d = scale * our d
             assert relative(d, vera_scale(RANK, layer.in_features) * stock_d) < 2e-5, name

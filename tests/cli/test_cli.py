@@ -50,11 +50,12 @@ def test_preview_shows_what_would_be_trained(write_recipe: Any, tmp_path: Path, 
     trained = [decode(tokenizer, row.input_ids[row.trained].tolist()) for row in datasets.train[:3]]
     assert [unescape(text) for text in marked] == trained
     for row, text in zip(datasets.train[:3], trained, strict=True):
-        assert row.source in said and row.source in html and f"⟦{text}⟧" in said
+        assert row.source in said
+        assert row.source in html
+        assert f"⟦{text}⟧" in said
     assert datasets.train[3].source not in html
-    assert "default-src 'none'" in html and "http" not in html.replace("http-equiv", "").replace(
-        "http://www.w3.org", ""
-    )
+    assert "default-src 'none'" in html
+    assert "http" not in html.replace("http-equiv", "").replace("http://www.w3.org", "")
     assert main(["preview", str(recipe), "--html", str(page)]) == 2
     assert "page.html: exists" in capsys.readouterr().err
     assert list(tmp_path.glob("run*")) == []
@@ -79,9 +80,12 @@ def test_preview_shows_every_source_of_a_mixture(
     assert main(["preview", str(mixture_recipe), "--rows", "2", "--html", str(page)]) == 0
     said, html = capsys.readouterr().out, unescape(page.read_text())
     for text in (said, html):
-        assert "prompt-completion, template: the tokenizer's own" in text and "alpaca, template: alpaca" in text
-        assert "<|im_start|>user\nsay " in text and "### Instruction:\ndo " in text
-    assert re.search(r"⟦done \d", said) and re.search(r"<mark>done \d", html)
+        assert "prompt-completion, template: the tokenizer's own" in text
+        assert "alpaca, template: alpaca" in text
+        assert "<|im_start|>user\nsay " in text
+        assert "### Instruction:\ndo " in text
+    assert re.search(r"⟦done \d", said)
+    assert re.search(r"<mark>done \d", html)
 
 
 def test_run_json_and_the_preflight_name_the_layout_of_every_source(
@@ -100,7 +104,8 @@ def test_info(run: Path, capsys: Any) -> None:
     for directory in (run, run / "adapter"):
         assert main(["info", str(directory), "--json"]) == 0
         facts = json.loads(capsys.readouterr().out)
-        assert facts["rank"] == 8 and facts["adapted_modules"] == 14
+        assert facts["rank"] == 8
+        assert facts["adapted_modules"] == 14
         # 2 layers x (out_features of the seven linears + 7 ranks)
         assert facts["trained_numbers"] == 2 * (64 + 32 + 32 + 64 + 192 + 192 + 64 + 7 * 8)
         assert re.fullmatch("[0-9a-f]{64}", facts["adapter_sha256"])
@@ -160,7 +165,8 @@ def test_a_signal_saves_and_exits_75(write_recipe: Any, tmp_path: Path, number: 
     metrics = cut / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
@@ -173,7 +179,8 @@ def test_a_signal_saves_and_exits_75(write_recipe: Any, tmp_path: Path, number: 
     losses = [
         [json.loads(line)["loss"] for line in (d / "metrics.jsonl").read_text().splitlines()] for d in (cut, whole)
     ]
-    assert losses[0] == losses[1] and len(losses[0]) == 60
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 60
     weights = [(d / "adapter" / "adapter_model.safetensors").read_bytes() for d in (cut, whole)]
     assert weights[0] == weights[1]
 

@@ -212,7 +212,8 @@ def test_code_that_comes_with_a_model_is_run_only_where_the_recipe_says_so(
     recipe = make_recipe(model={"path": str(base), "quantization": quantization})
     with pytest.raises(InputError):
         train(recipe, tmp_path / "run")
-    assert not sprung.exists() and not (tmp_path / "run").exists()
+    assert not sprung.exists()
+    assert not (tmp_path / "run").exists()
     with contextlib.suppress(InputError):  # that it was there to be run
         load_base(dataclasses.replace(section, trust_remote_code=True))
     assert sprung.exists()
@@ -262,4 +263,5 @@ def test_a_manifest_that_names_files_elsewhere_reads_none_of_them(make_recipe: A
 
 def test_a_hub_revision_can_be_pinned() -> None:
     recipe = parse_recipe({"model": {"path": "a/b", "revision": "0123abc"}, "data": {"path": "rows.jsonl"}}, "x")
-    assert recipe.model.revision == "0123abc" and recipe.model.trust_remote_code is False
+    assert recipe.model.revision == "0123abc"
+    assert recipe.model.trust_remote_code is False

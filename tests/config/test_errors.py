@@ -148,7 +148,8 @@ def test_a_section_must_be_a_mapping(section: str, value: Any) -> None:
 )
 def test_training_arguments_fields_get_advice(name: str, words: str) -> None:
     sentence = problems(with_value(f"training.{name}", 1))[f"training.{name}"]
-    assert sentence.startswith("is not a key of this section: ") and words in sentence
+    assert sentence.startswith("is not a key of this section: ")
+    assert words in sentence
 
 
 @pytest.mark.parametrize("tree", [None, [], "text", 5])
@@ -174,7 +175,8 @@ BODY = "model: some/model\ndata:\n  path: rows.jsonl\n"
 )
 def test_numbers_as_people_write_them(tmp_path: Path, written: str, value: float) -> None:
     recipe = load_recipe(write(tmp_path, f"{BODY}training:\n  learning_rate: {written}\n"))
-    assert recipe.training.learning_rate == value and isinstance(recipe.training.learning_rate, float)
+    assert recipe.training.learning_rate == value
+    assert isinstance(recipe.training.learning_rate, float)
 
 
 def test_text_that_only_looks_like_a_number_is_refused(tmp_path: Path) -> None:
@@ -206,7 +208,8 @@ def test_files_that_are_no_recipe(tmp_path: Path, content: bytes, words: str) ->
     path.write_bytes(content)
     with pytest.raises(InputError) as caught:
         load_recipe(path)
-    assert words in str(caught.value) and str(path) in str(caught.value)
+    assert words in str(caught.value)
+    assert str(path) in str(caught.value)
 
 
 def test_a_missing_file_names_the_nearest_one(tmp_path: Path) -> None:
@@ -236,11 +239,14 @@ def test_overrides(tmp_path: Path) -> None:
             "model.revision=",
         ],
     )
-    assert recipe.training.learning_rate == 1e-2 and recipe.training.max_steps == 7
+    assert recipe.training.learning_rate == 1e-2
+    assert recipe.training.max_steps == 7
     assert recipe.adapter.targets == ["q_proj", "v_proj"]
     # the short form of `model` is kept when one of its keys is set
     assert (recipe.model.path, recipe.model.quantization, recipe.model.double_quant) == ("some/model", "fp4", False)
-    assert recipe.data.eval_path == "a=b.jsonl" and recipe.data.path == "rows.jsonl" and recipe.model.revision is None
+    assert recipe.data.eval_path == "a=b.jsonl"
+    assert recipe.data.path == "rows.jsonl"
+    assert recipe.model.revision is None
     assert load_recipe(path, ["model=other"]).model.path == "other"
     assert load_recipe(path, ["training.max_steps=1", "training.max_steps=2"]).training.max_steps == 2
 
@@ -269,7 +275,8 @@ def test_the_effective_recipe_reads_back_as_itself(tmp_path: Path) -> None:
         ["training.learning_rate=3e-3", "data.columns={prompt: frage}"],
     )
     again = load_recipe(write(tmp_path, recipe.to_yaml()))
-    assert again == recipe and again.to_yaml() == recipe.to_yaml()
+    assert again == recipe
+    assert again.to_yaml() == recipe.to_yaml()
     tree = yaml.safe_load(recipe.to_yaml())
     for section in dataclasses.fields(Recipe):  # every key of every section is written
         value = getattr(recipe, section.name)
@@ -298,13 +305,13 @@ def test_the_effective_recipe_reads_back_as_itself(tmp_path: Path) -> None:
 def test_keys_that_contradict_each_other(changes: dict[str, Any], key: str) -> None:
     with pytest.raises(InputError) as caught:
         parse_recipe({**MINIMAL, **changes}, "my.yaml")
-    assert str(caught.value).startswith("my.yaml: the recipe's keys contradict each other:\n") and key in str(
-        caught.value
-    )
+    assert str(caught.value).startswith("my.yaml: the recipe's keys contradict each other:\n")
+    assert key in str(caught.value)
 
 
 def test_defaults_are_not_shared_between_recipes() -> None:
     one, other = parse_recipe(MINIMAL, "x"), parse_recipe(MINIMAL, "x")
     one.training.report_to.append("wandb")
     one.data.columns["a"] = "b"
-    assert other.training.report_to == ["auto"] and other.data.columns == {}
+    assert other.training.report_to == ["auto"]
+    assert other.data.columns == {}

@@ -87,9 +87,12 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_second_run_finds_the_rows_and_says_so(section: DataSection, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = counting(monkeypatch)
     first = build_datasets(section, byte_tokenizer())
-    assert passes == ["train", "eval"] and first.stats.found == []
+    assert passes == ["train", "eval"]
+    assert first.stats.found == []
     second = build_datasets(section, byte_tokenizer())
-    assert passes == ["train", "eval"] and second.stats.found == entries() and len(entries()) == 1
+    assert passes == ["train", "eval"]
+    assert second.stats.found == entries()
+    assert len(entries()) == 1
     assert same(first, second)
     out = io.StringIO()
     print_preflight(second, byte_tokenizer(), Console(file=out, width=200))
@@ -109,7 +112,8 @@ def test_without_a_place_for_the_cache_the_rows_are_the_same(
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     unkept = build_datasets(section, byte_tokenizer(), Console(file=out, width=500))
-    assert "can't be kept there" in out.getvalue() and same(mapped, unkept)
+    assert "can't be kept there" in out.getvalue()
+    assert same(mapped, unkept)
     assert not list(temporary.iterdir()), "the file has no name any more"
     if sys.platform == "linux":
         maps = Path("/proc/self/maps").read_text().splitlines()
@@ -170,7 +174,8 @@ def test_whatever_the_rows_depend_on_makes_another_entry(
     else:
         monkeypatch.setattr(cache.metadata, "version", lambda name: "99.0")
     after = build_datasets(section, tokenizer())
-    assert after.stats.found == [] and len(entries()) == 2
+    assert after.stats.found == []
+    assert len(entries()) == 2
     monkeypatch.setenv("QVERA_CACHE", os.environ["QVERA_CACHE"] + "-fresh")
     assert same(after, build_datasets(section, tokenizer()))
     if key not in ("code", "a library"):
@@ -274,7 +279,8 @@ def test_a_damaged_entry_is_made_again(damage: str, section: DataSection, root: 
     assert main(["cache", "verify"]) == (0 if damage in ("another schema", "fewer rows", "record", "no record") else 1)
     out = io.StringIO()
     again = build_datasets(section, byte_tokenizer(), Console(file=out, width=500))
-    assert "The rows are tokenized again." in out.getvalue() and again.stats.found == []
+    assert "The rows are tokenized again." in out.getvalue()
+    assert again.stats.found == []
     assert [row.input_ids.tolist() for row in again.train] == whole
     assert build_datasets(section, byte_tokenizer()).stats.found == [name]
 
@@ -283,7 +289,8 @@ def test_rows_that_are_mapped_outlive_their_entry(section: DataSection, root: Pa
     build_datasets(section, byte_tokenizer())
     data = build_datasets(section, byte_tokenizer())
     ids = [row.input_ids.tolist() for row in data.train]
-    assert main(["cache", "rm", "--all"]) == 0 and entries() == []
+    assert main(["cache", "rm", "--all"]) == 0
+    assert entries() == []
     assert [row.input_ids.tolist() for row in data.train] == ids
 
 
@@ -291,12 +298,17 @@ def test_ls_verify_and_rm(section: DataSection, capsys: pytest.CaptureFixture[st
     build_datasets(section, byte_tokenizer())
     (name,) = entries()
     assert main(["cache", "ls"]) == 0
-    assert name in (shown := capsys.readouterr().out) and section.path in shown
+    assert name in (shown := capsys.readouterr().out)
+    assert section.path in shown
     assert main(["cache", "ls", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
-    assert row["finished"] and row["rows"]["train"] > 90 and row["size_bytes"] > 50_000
-    assert main(["cache", "verify", name[:10]]) == 0 and "as written" in capsys.readouterr().out
-    assert main(["cache", "rm", name[:10]]) == 0 and entries() == []
+    assert row["finished"]
+    assert row["rows"]["train"] > 90
+    assert row["size_bytes"] > 50_000
+    assert main(["cache", "verify", name[:10]]) == 0
+    assert "as written" in capsys.readouterr().out
+    assert main(["cache", "rm", name[:10]]) == 0
+    assert entries() == []
     assert main(["cache", "rm", name]) == 2
 
 
@@ -308,12 +320,15 @@ def test_what_a_process_is_opening_stays_and_a_removal_that_was_killed_is_finish
     left.mkdir()
     with FileLock(root / f".{name.removeprefix('rows-')}.lock"):
         assert main(["cache", "rm", name]) == 2
-        assert entries() == [name] and not left.exists()
+        assert entries() == [name]
+        assert not left.exists()
     left.mkdir()
-    assert main(["cache", "rm", name]) == 0 and name not in entries()
+    assert main(["cache", "rm", name]) == 0
+    assert name not in entries()
     left.mkdir(exist_ok=True)
     build_datasets(section, byte_tokenizer())
-    assert not left.exists() and name in entries()
+    assert not left.exists()
+    assert name in entries()
 
 
 def test_small_files_and_tokenizers_in_python_are_not_kept(tmp_path: Path, section: DataSection) -> None:
@@ -339,7 +354,8 @@ def test_a_killed_maker_leaves_nothing_in_the_way(section: DataSection, root: Pa
     assert maker.stdout is not None
     assert maker.stdout.readline().strip() == "made"
     (unfinished,) = entries()
-    assert unfinished.startswith(".unfinished-") and main(["cache", "rm", unfinished]) == 2  # it is being made
+    assert unfinished.startswith(".unfinished-")
+    assert main(["cache", "rm", unfinished]) == 2
     maker.send_signal(signal.SIGKILL)
     maker.wait()
     assert build_datasets(section, byte_tokenizer()).stats.found == []
@@ -421,7 +437,9 @@ def test_who_waits_for_the_same_rows_says_so_and_finds_them(
     section: DataSection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = both_ends(section, monkeypatch)
-    assert not first.stats.found and second.stats.found == entries() and same(first, second)
+    assert not first.stats.found
+    assert second.stats.found == entries()
+    assert same(first, second)
 
 
 def test_wrong_rows_are_read_once_for_all_who_wait_and_again_by_who_comes_later(
@@ -432,8 +450,11 @@ def test_wrong_rows_are_read_once_for_all_who_wait_and_again_by_who_comes_later(
     spoil(section)
     passes = counting(monkeypatch)
     first, second = both_ends(section, monkeypatch)
-    assert isinstance(first, InputError) and isinstance(second, InputError)
-    assert str(first) == str(second) and f"{section.path}:91" in str(first) and passes == ["train"]
+    assert isinstance(first, InputError)
+    assert isinstance(second, InputError)
+    assert str(first) == str(second)
+    assert f"{section.path}:91" in str(first)
+    assert passes == ["train"]
     with pytest.raises(InputError, match="wizard"):
         build_datasets(section, byte_tokenizer())
     assert passes == ["train"] * 2
@@ -450,7 +471,9 @@ def test_what_is_wrong_with_the_disk_is_no_word_on_the_rows(
     error: Exception, section: DataSection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = both_ends(section, monkeypatch, error)
-    assert isinstance(first, QveraError) and isinstance(second, Datasets) and len(second.train) >= 80
+    assert isinstance(first, QveraError)
+    assert isinstance(second, Datasets)
+    assert len(second.train) >= 80
 
 
 def test_rows_that_were_mended_while_they_were_read_are_not_called_wrong(
@@ -478,7 +501,8 @@ def by_several(section: DataSection, tokenizer: PreTrainedTokenizerFast) -> Data
     """Rows that were really made by several processes."""
     out = io.StringIO()
     data = build_datasets(section, tokenizer, Console(file=out, width=500))
-    assert not data.stats.found and "One process tokenizes" not in out.getvalue()
+    assert not data.stats.found
+    assert "One process tokenizes" not in out.getvalue()
     return data
 
 
@@ -509,7 +533,8 @@ def test_processes_take_over_where_one_has_begun(
         return real(*arguments)
 
     monkeypatch.setattr(making_module.tokenize_parallel, "tokenize", spy)
-    assert same(one, build_datasets(long_section, byte_tokenizer())) and started == [1]
+    assert same(one, build_datasets(long_section, byte_tokenizer()))
+    assert started == [1]
 
 
 @pytest.mark.parametrize(
@@ -538,7 +563,8 @@ def test_several_processes_say_what_one_would(bad: dict[str, Any], long_section:
         with pytest.raises(InputError) as failure:
             build_datasets(long_section, byte_tokenizer())
         said.append(str(failure.value))
-    assert said[0] == said[1] and ":301" in said[0]
+    assert said[0] == said[1]
+    assert ":301" in said[0]
 
 
 def test_held_out_rows_of_another_format_get_the_training_rows_template(tmp_path: Path) -> None:
@@ -553,7 +579,8 @@ def test_held_out_rows_of_another_format_get_the_training_rows_template(tmp_path
     os.environ["QVERA_CACHE"] += "-fresh"
     section.tokenize_processes = 2
     assert same(one, by_several(section, byte_tokenizer()))
-    assert one.template.name == "alpaca" and "### Instruction" in one.eval[0].prompt_text
+    assert one.template.name == "alpaca"
+    assert "### Instruction" in one.eval[0].prompt_text
 
 
 def test_processes_start_at_once_however_large_the_tokenizer(
@@ -625,11 +652,13 @@ def test_no_process_stays_behind(long_section: DataSection) -> None:
 def test_rows_are_a_sequence(section: DataSection) -> None:
     data = build_datasets(section, byte_tokenizer())
     rows = data.train
-    assert isinstance(rows, Rows) and rows[-1].source == rows[len(rows) - 1].source
+    assert isinstance(rows, Rows)
+    assert rows[-1].source == rows[len(rows) - 1].source
     with pytest.raises(IndexError):
         rows[len(rows)]
     assert [row.source for row in rows[5:20:3]] == [rows[i].source for i in range(5, 20, 3)]
-    assert not rows[:0] and len(rows[:0].lengths) == 0
+    assert not rows[:0]
+    assert len(rows[:0].lengths) == 0
     picked = rows.take(np.array([9, 9, 2]))
     assert [row.source for row in picked] == [rows[9].source, rows[9].source, rows[2].source]
     assert picked.lengths.tolist() == [len(row.input_ids) for row in picked]
@@ -647,11 +676,14 @@ def test_a_hub_set_is_known_by_its_fingerprint(section: DataSection, monkeypatch
     section = DataSection(path="someone/questions", template="plain")
     first = build_datasets(section, byte_tokenizer())
     second = build_datasets(section, byte_tokenizer())
-    assert not first.stats.found and second.stats.found == entries() and same(first, second)
+    assert not first.stats.found
+    assert second.stats.found == entries()
+    assert same(first, second)
     assert first.train[3].source == "someone/questions[train] row 4"
     here = other
     third = build_datasets(section, byte_tokenizer())
-    assert not third.stats.found and len(third.train) == 39
+    assert not third.stats.found
+    assert len(third.train) == 39
 
 
 def test_a_run_on_found_rows_is_the_run_and_resumes(
@@ -660,9 +692,12 @@ def test_a_run_on_found_rows_is_the_run_and_resumes(
     monkeypatch.setattr(cache, "_WORTH_BYTES", 0)
     recipe = make_recipe(data={"packing": True}, training={"max_steps": 4, "save_steps": 2})
     first, second = (train(recipe, tmp_path / name) for name in ("first", "second"))
-    assert first is not None and second is not None and first.run["data"] == second.run["data"]
+    assert first is not None
+    assert second is not None
+    assert first.run["data"] == second.run["data"]
     vectors = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("first", "second")]
-    assert vectors[0] == vectors[1] and len(entries()) == 1
+    assert vectors[0] == vectors[1]
+    assert len(entries()) == 1
     shutil.rmtree(tmp_path / "second" / "checkpoints" / "step-00000004")
     shutil.rmtree(tmp_path / "second" / "adapter")
     recipe.data.tokenize_processes = 2  # another machine may have other cores

@@ -34,7 +34,9 @@ def words(tokenizer: PreTrainedTokenizerFast, text: str) -> int:
 @given(n=st.integers(2, 200), fraction=st.floats(0.001, 0.999), seed=st.integers(0, 2**64))
 def test_hold_out_leaves_rows_of_both_kinds(n: int, fraction: float, seed: int) -> None:
     held = hold_out(n, fraction, seed)
-    assert len(held) == n and held.any() and not held.all()
+    assert len(held) == n
+    assert held.any()
+    assert not held.all()
     assert np.array_equal(held, hold_out(n, fraction, seed))
     assert abs(int(held.sum()) - n * fraction) <= 1
 
@@ -48,7 +50,8 @@ def test_training_and_held_out_rows_are_the_file(write: Write, base_tokenizer: P
     path = write(pairs(30))
     data = build_datasets(DataSection(path=path, eval_fraction=0.3), base_tokenizer)
     numbers = [[int(e.source.rpartition(":")[2]) for e in rows] for rows in (data.train, data.eval)]
-    assert sorted(numbers[0] + numbers[1]) == list(range(1, 31)) and all(part == sorted(part) for part in numbers)
+    assert sorted(numbers[0] + numbers[1]) == list(range(1, 31))
+    assert all(part == sorted(part) for part in numbers)
 
 
 def test_eval_fraction_eval_path_and_limit(write: Write, base_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -91,7 +94,8 @@ def test_rows_without_a_trained_token_left_are_dropped_and_named(
     data = build_datasets(DataSection(path=path, max_length=16), base_tokenizer)
     assert [e.source for e in data.train] == [f"{path}:2"]
     assert data.stats.dropped == {"cut to length, without a trained token": [f"{path}:1"]}
-    assert data.stats.to_dict()["dropped_rows"] == 1 and data.stats.truncated_rows == 1
+    assert data.stats.to_dict()["dropped_rows"] == 1
+    assert data.stats.truncated_rows == 1
     long = write([{"prompt": "x " * 99, "completion": "y"}])
     with pytest.raises(InputError, match=r"no training row is left: .* within data\.max_length \(8\)"):
         build_datasets(DataSection(path=long, max_length=8), base_tokenizer)
@@ -107,10 +111,13 @@ def test_a_long_row_loses_its_start_where_the_recipe_says_so(
     assert base_tokenizer.bos_token_id == cut.input_ids[0]  # the BOS stays
     assert cut.input_ids[1:].tolist() == whole.input_ids[-19:].tolist()
     assert cut.trained[1:].tolist() == whole.trained[-19:].tolist()
-    assert cut.prompt_ids.tolist() == cut.input_ids[: len(cut.prompt_ids)].tolist() and cut.reference == whole.reference
-    assert data.stats.truncated_tokens == len(whole.input_ids) - 20 and data.stats.dropped_rows == 0
+    assert cut.prompt_ids.tolist() == cut.input_ids[: len(cut.prompt_ids)].tolist()
+    assert cut.reference == whole.reference
+    assert data.stats.truncated_tokens == len(whole.input_ids) - 20
+    assert data.stats.dropped_rows == 0
     (inside,) = build_datasets(DataSection(path=path, max_length=8, too_long="cut-start"), base_tokenizer).train
-    assert inside.trained[1:].all() and not inside.trained[0]
+    assert inside.trained[1:].all()
+    assert not inside.trained[0]
 
 
 @pytest.mark.parametrize("size", [8, 20, 33])
@@ -119,12 +126,14 @@ def test_the_parts_of_a_split_row_are_the_row(write: Write, base_tokenizer: PreT
     whole = build_datasets(DataSection(path=path), base_tokenizer).train[0]
     data = build_datasets(DataSection(path=path, max_length=size, too_long="split"), base_tokenizer)
     *parts, short = data.train
-    assert short.source == f"{path}:2" and all(part.source == f"{path}:1" for part in parts)
+    assert short.source == f"{path}:2"
+    assert all(part.source == f"{path}:1" for part in parts)
     assert all(part.input_ids[0] == base_tokenizer.bos_token_id and len(part.input_ids) <= size for part in parts)
     joined = np.concatenate([whole.input_ids[:1], *(part.input_ids[1:] for part in parts)])
     assert joined.tolist() == whole.input_ids.tolist()
     assert sum(part.trained_tokens for part in parts) == whole.trained_tokens  # each token of the text, once
-    assert (data.stats.split_rows, data.stats.split_parts) == (1, len(parts)) and data.stats.truncated_rows == 0
+    assert (data.stats.split_rows, data.stats.split_parts) == (1, len(parts))
+    assert data.stats.truncated_rows == 0
 
 
 def test_parts_without_a_trained_token_are_left_out(write: Write, base_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -151,14 +160,17 @@ def test_source_and_target_lengths(write: Write, base_tokenizer: PreTrainedToken
     example = build_datasets(section, tokenizer).train[0]
     first = int(np.argmax(example.trained))
     assert (first, len(example.input_ids) - first) == (60, 25)
-    assert example.trained[first:].all() and not example.trained[:first].any()
+    assert example.trained[first:].all()
+    assert not example.trained[:first].any()
     source = tokenizer.decode(example.input_ids[:first], clean_up_tokenization_spaces=False)
     # The middle of the instruction goes; BOS, the introduction and the heading of the answer stay.
-    assert source.startswith("<s>Below is an instruction") and source.endswith("\n\n### Response:\n")
+    assert source.startswith("<s>Below is an instruction")
+    assert source.endswith("\n\n### Response:\n")
     assert example.prompt_ids.tolist() == example.input_ids[:first].tolist()
     whole = build_datasets(DataSection(path=path, max_length=100_000), tokenizer)
     truncated = build_datasets(section, tokenizer).stats
-    assert truncated.truncated_tokens == whole.stats.tokens - 85 and truncated.truncated_rows == 1
+    assert truncated.truncated_tokens == whole.stats.tokens - 85
+    assert truncated.truncated_rows == 1
     exact = DataSection(
         path=path, max_length=10_000, max_source_length=len(whole.train[0].prompt_ids), max_target_length=10_000
     )
@@ -199,8 +211,10 @@ def test_tokenizer_without_eos_or_pad(write: Write, make_tokenizer: MakeTokenize
     tokenizer = make_tokenizer(pad=None)
     size = len(tokenizer)
     data = build_datasets(DataSection(path=path), tokenizer)
-    assert data.pad_id == tokenizer.eos_token_id and data.stats.pads_with_eos
-    assert len(tokenizer) == size and tokenizer.pad_token is None
+    assert data.pad_id == tokenizer.eos_token_id
+    assert data.stats.pads_with_eos
+    assert len(tokenizer) == size
+    assert tokenizer.pad_token is None
     assert "padded with eos" in preflight(data, tokenizer)
 
 
@@ -255,4 +269,5 @@ def test_preflight_shows_what_is_trained(write: Write, smollm2_tokenizer: PreTra
 def test_preflight_shortens_long_rows(write: Write, base_tokenizer: PreTrainedTokenizerFast) -> None:
     data = build_datasets(DataSection(path=write([{"text": "word " * 900}]), max_length=4000), base_tokenizer)
     shown = preflight(data, base_tokenizer)
-    assert " tokens … " in shown and len(shown) < 4000
+    assert " tokens … " in shown
+    assert len(shown) < 4000

@@ -20,7 +20,8 @@ def parse(fields: dict[str, Any], system: str | None = None, **kwargs: Any) -> C
 
 def turns(fields: dict[str, Any], **kwargs: Any) -> list[tuple[str, str]]:
     conversation = parse(fields, **kwargs)
-    assert isinstance(conversation, Conversation) and conversation.source == "f.jsonl:7"
+    assert isinstance(conversation, Conversation)
+    assert conversation.source == "f.jsonl:7"
     return [(turn.role, turn.content) for turn in conversation.turns]
 
 
@@ -80,7 +81,8 @@ def test_system_prompt_only_where_the_row_has_none() -> None:
     assert turns({"prompt": "p", "completion": "c"}, system="S")[0] == ("system", "S")
     assert turns({"prompt": "p", "completion": "c", "system": "own"}, system="S")[0] == ("system", "own")
     brought = turns({"messages": [{"role": "system", "content": "own"}, USER, ASSISTANT]}, system="S")
-    assert brought[0] == ("system", "own") and len(brought) == 3
+    assert brought[0] == ("system", "own")
+    assert len(brought) == 3
 
 
 def test_roles_parts_tools_and_weights() -> None:

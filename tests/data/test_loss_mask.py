@@ -124,20 +124,23 @@ def test_bos_that_opens_every_turn_is_not_added_to(smollm2_tokenizer: PreTrained
     messages = [{"role": role, "content": content} for role, content in turns]
     own = smollm2_tokenizer.apply_chat_template(messages, return_dict=False)
     assert example.input_ids.tolist() == own
-    assert "named SmolLM" in example.prompt_text and example.prompt_text.endswith("<|im_start|>assistant\n")
+    assert "named SmolLM" in example.prompt_text
+    assert example.prompt_text.endswith("<|im_start|>assistant\n")
 
 
 def test_text_rows_train_everything_and_end(base_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     example = build(tmp_path, [{"text": "Blue. "}], base_tokenizer).train[0]
     assert decoded(base_tokenizer, example.input_ids) == "<s>Blue. </s>"
     assert example.trained.tolist() == [False] + [True] * (len(example.input_ids) - 1)
-    assert len(example.prompt_ids) == 0 and example.reference is None
+    assert len(example.prompt_ids) == 0
+    assert example.reference is None
 
 
 def test_text_without_bos_does_not_count_the_first_token(make_tokenizer: MakeTokenizer, tmp_path: Path) -> None:
     tokenizer = make_tokenizer(adds_bos=False)
     example = build(tmp_path, [{"text": "Blue"}], tokenizer).train[0]
-    assert not example.trained[0] and example.trained[1:].all()
+    assert not example.trained[0]
+    assert example.trained[1:].all()
     assert example.input_ids[-1] == tokenizer.eos_token_id
 
 
@@ -250,7 +253,8 @@ def test_sentencepiece(template: str, llama2_tokenizer: PreTrainedTokenizerFast,
     bos = llama2_tokenizer.bos_token_id
     # Meta's format opens every exchange with BOS; the others have one in front.
     assert example.input_ids.tolist().count(bos) == (2 if template == "llama-2" else 1)
-    assert example.input_ids[0] == bos and example.input_ids[1] != bos
+    assert example.input_ids[0] == bos
+    assert example.input_ids[1] != bos
 
 
 def test_a_tokenizer_without_offsets_gives_the_same(

@@ -39,8 +39,10 @@ def test_each_source_has_its_weight_format_and_template(
     assert sorted(seen[f"{second}:{i}"] for i in range(1, 7)) == [2] * 6
     halves = [seen[f"{first}:{i}"] for i in range(1, 11)]
     assert sorted(halves) == [0] * 5 + [1] * 5
-    assert sum("<|im_start|>" in text for text in texts) == 12 and sum("question" in text for text in texts) == 5
-    assert data.stats.format == "prompt-completion, alpaca" and data.stats.train_rows == 17
+    assert sum("<|im_start|>" in text for text in texts) == 12
+    assert sum("question" in text for text in texts) == 5
+    assert data.stats.format == "prompt-completion, alpaca"
+    assert data.stats.train_rows == 17
     assert data.stats.to_dict()["sources"] == [
         {"path": first, "weight": 0.5, "rows": 10, "taken": 5, "format": "prompt-completion", "template": "plain"},
         {"path": second, "weight": 2.0, "rows": 6, "taken": 12, "format": "alpaca", "template": "chatml"},
@@ -62,7 +64,8 @@ def test_every_source_holds_rows_out_and_none_of_them_is_trained(
     mixed.eval_fraction, mixed.weight = 0.34, 3.0
     data = build_datasets(mixed, base_tokenizer)
     held, trained = {e.source for e in data.eval}, {e.source for e in data.train}
-    assert len(held) == 3 + 2 and not held & trained
+    assert len(held) == 3 + 2
+    assert not held & trained
     assert Counter(e.source for e in data.train).most_common()[0][1] == 3
     assert len(trained) == 7 + 4
 
@@ -78,7 +81,8 @@ def test_the_preflight_lists_the_sources(mixed: DataSection, base_tokenizer: Pre
     said = console.export_text()
     assert f"5 from {mixed.path} (10 x 0.5): prompt-completion, template: plain" in said
     assert f"12 from {mixed.mixture[0].path} (6 x 2): alpaca, template: chatml" in said
-    assert "⟦ answer" in said and "⟦done 0" in said  # a row of each, of two
+    assert "⟦ answer" in said
+    assert "⟦done 0" in said
 
 
 def test_rows_to_look_at_are_of_each_source_in_turn_and_repeats_come_last(

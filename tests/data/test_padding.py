@@ -33,7 +33,8 @@ def rows_of(*lengths: int, prefix: int = 0) -> list[Example]:
 def test_eight_lengths_an_octave() -> None:
     lengths = [next_length(n) for n in range(1, 4097)]
     assert all(n <= found <= n * (1 + 1 / AN_OCTAVE) for n, found in enumerate(lengths, start=1))
-    assert lengths == sorted(lengths) and all(next_length(n) == n for n in lengths)
+    assert lengths == sorted(lengths)
+    assert all(next_length(n) == n for n in lengths)
     for octave in (16, 64, 1024, 2048):
         assert len({n for n in lengths if octave <= n < 2 * octave}) == AN_OCTAVE
 
@@ -57,10 +58,8 @@ def test_a_lengthened_batch_has_the_losses_and_gradients_of_the_batch(attention:
         if one["attention_mask"].dim() == 4:
             sees = one["attention_mask"]
             one["attention_mask"] = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)
-    assert (
-        longer["labels"].shape[1] == batch["labels"].shape[1] + 6
-        and lengthened(batch, batch["labels"].shape[1], 2) is batch
-    )
+    assert longer["labels"].shape[1] == batch["labels"].shape[1] + 6
+    assert lengthened(batch, batch["labels"].shape[1], 2) is batch
     found = []
     for one in (batch, longer):
         model.zero_grad()
@@ -101,7 +100,8 @@ def test_batches_are_lengthened_in_16_bits_and_never_beyond_the_positions_there_
         lengths[dtype, positions] = evaluate.make_batch(model, rows, 2, False)["input_ids"].shape[1]
     assert lengths == {(torch.float32, 512): 33, (BF16, 512): 36, (BF16, 34): 34}
     packed = evaluate.make_batch(small_llama().to(BF16), rows, 2, packing=True)
-    assert packed["input_ids"].shape[1] == 56 and packed["attention_mask"].shape == (1, 1, 56, 56)
+    assert packed["input_ids"].shape[1] == 56
+    assert packed["attention_mask"].shape == (1, 1, 56, 56)
 
 
 def test_ever_new_lengths_leave_no_memory_behind() -> None:

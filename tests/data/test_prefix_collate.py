@@ -114,7 +114,8 @@ def test_packed_rows_give_the_loss_of_each_alone_and_its_gradients(kind: str, at
 
 def test_flash_attention_tells_rows_apart_by_their_positions(rows: list[Example]) -> None:
     batch = collate_prefix_once(rows, packing=True, masked=False)
-    assert batch is not None and "attention_mask" not in batch
+    assert batch is not None
+    assert "attention_mask" not in batch
     assert batch["input_ids"][0].tolist() == [token for r in rows for token in r.input_ids.tolist()]
     assert batch["position_ids"][0].tolist() == [i for r in rows for i in range(len(r.input_ids))]
 

@@ -149,7 +149,9 @@ def test_trained_is_what_the_assistant_says_and_its_end(
     ids, mask = expected(tokenizer, pieces)
     got = example.input_ids.tolist()
     shift = len(got) - len(ids)  # one BOS where the model wants one and the text has none
-    assert got[shift:] == ids and got[:shift] == [tokenizer.bos_token_id] * shift and shift <= 1
+    assert got[shift:] == ids
+    assert got[:shift] == [tokenizer.bos_token_id] * shift
+    assert shift <= 1
     assert example.trained.tolist() == [False] * shift + mask
     assert decoded(tokenizer, example.input_ids[example.trained]) == "".join(piece for piece, on in pieces if on)
     ends = REAL[name].eos
@@ -178,7 +180,8 @@ def test_the_same_with_a_sentencepiece_tokenizer(
     ids, mask = expected(llama2_tokenizer, pieces, whole=True)
     got = example.input_ids.tolist()
     shift = len(got) - len(ids)
-    assert got[shift:] == ids and shift <= 1
+    assert got[shift:] == ids
+    assert shift <= 1
     assert example.trained.tolist() == [False] * shift + mask
 
 

@@ -25,7 +25,8 @@ def test_each_row_once_an_epoch(n: int, size: int, seed: int, shuffle: bool, epo
     found = batches(n, size, seed, shuffle, by_length=by_length)
     taken = [found.rows(epoch * steps + i) for i in range(steps)]
     assert sorted(index for batch in taken for index in batch) == list(range(n))
-    assert all(len(batch) == size for batch in taken[:-1]) and 1 <= len(taken[-1]) <= size
+    assert all(len(batch) == size for batch in taken[:-1])
+    assert 1 <= len(taken[-1]) <= size
 
 
 @pytest.mark.parametrize("by_length", [False, True])
@@ -85,7 +86,8 @@ def test_order_is_pinned() -> None:
 
 def test_epochs_and_seeds_differ_and_files_keep_their_order() -> None:
     first = order(0, 50, 7, True).tolist()
-    assert first != order(1, 50, 7, True).tolist() and first != order(0, 50, 8, True).tolist()
+    assert first != order(1, 50, 7, True).tolist()
+    assert first != order(0, 50, 8, True).tolist()
     assert first != list(range(50))
     assert order(5, 50, 7, False).tolist() == list(range(50))
 

@@ -21,9 +21,9 @@ from tests.data.conftest import MakeTokenizer
 
 Write = Callable[..., str]
 
-WORDS = st.lists(st.sampled_from("say colour yes, calling\n\n é 🙂 # 12".split(" ")), min_size=1, max_size=30).map(
-    " ".join
-)
+WORDS = st.lists(
+    st.sampled_from(["say", "colour", "yes,", "calling\n\n", "é", "🙂", "#", "12"]), min_size=1, max_size=30
+).map(" ".join)
 CHATS = st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=3)
 LENGTHS = st.none() | st.integers(1, 40)
 
@@ -109,7 +109,7 @@ def test_what_a_long_row_lost_to_its_source_and_target_length_is_counted(
 ) -> None:
     long = {"prompt": "question " * 60, "completion": " yes" * 60}
     path = write([long, {"prompt": "q", "completion": " yes"}])
-    whole, short = build_datasets(DataSection(path=path, max_length=100_000), tokenizer).train
+    whole, _short = build_datasets(DataSection(path=path, max_length=100_000), tokenizer).train
     first = int(np.argmax(whole.trained))
     after = len(whole.input_ids) - first
     for keys, lost in (
@@ -119,13 +119,17 @@ def test_what_a_long_row_lost_to_its_source_and_target_length_is_counted(
         ({}, 0),
     ):
         data = build_datasets(DataSection(path=path, max_length=40, too_long=too_long, **keys), tokenizer)
-        assert lost >= 0 and data.stats.truncated_tokens == lost and data.stats.truncated_rows == bool(lost)
+        assert lost >= 0
+        assert data.stats.truncated_tokens == lost
+        assert data.stats.truncated_rows == bool(lost)
         left = [row for row in data.train if row.source == whole.source]
         if too_long == "drop":
-            assert left == [] and data.stats.dropped == {"longer than data.max_length (40)": [whole.source]}
+            assert left == []
+            assert data.stats.dropped == {"longer than data.max_length (40)": [whole.source]}
         else:
             expected = min(keys.get("max_target_length", after), after)
-            assert sum(row.trained_tokens for row in left) == expected and data.stats.split_rows == 1
+            assert sum(row.trained_tokens for row in left) == expected
+            assert data.stats.split_rows == 1
 
 
 def test_rows_that_their_own_lengths_make_short_enough_are_neither_split_nor_dropped(
@@ -135,7 +139,8 @@ def test_rows_that_their_own_lengths_make_short_enough_are_neither_split_nor_dro
     for too_long in ("split", "drop"):
         section = DataSection(path=path, max_length=40, too_long=too_long, max_source_length=25, max_target_length=15)
         data = build_datasets(section, tokenizer)
-        assert len(data.train[0].input_ids) == 40 and data.stats.truncated_rows == 1
+        assert len(data.train[0].input_ids) == 40
+        assert data.stats.truncated_rows == 1
         assert data.stats.split_rows == data.stats.dropped_rows == 0
 
 
@@ -146,7 +151,9 @@ def test_dropping_every_row_for_its_length_is_said_as_that(write: Write, tokeniz
         build_datasets(section, tokenizer)
     said = str(failure.value)
     assert said.startswith(f"{path}: no training row is left: all 2 are longer than data.max_length (8)")
-    assert "data.too_long is drop" in said and "Raise data.max_length" in said
-    assert "trained token" not in said and "data.max_source_length below" not in said
+    assert "data.too_long is drop" in said
+    assert "Raise data.max_length" in said
+    assert "trained token" not in said
+    assert "data.max_source_length below" not in said
     section.too_long = "split"  # one of the ways out that it names
     assert build_datasets(section, tokenizer).train

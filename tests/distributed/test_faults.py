@@ -104,16 +104,20 @@ def all_saved(run: Launched) -> None:
     assert {file.name: file.read_text() for file in run.codes.iterdir()} == {"0": "75", "1": "75"}, run.text()
     facts = json.loads((run.out / "run.json").read_text())
     step = facts["result"]["steps"]
-    assert facts["status"] == "interrupted" and losses(run.out)[-1][0] == step
+    assert facts["status"] == "interrupted"
+    assert losses(run.out)[-1][0] == step
     newest = checkpoint.newest(run.out / "checkpoints")
-    assert newest is not None and newest.step == step and sorted(newest.random) == ["cpu", "cpu.1"]
+    assert newest is not None
+    assert newest.step == step
+    assert sorted(newest.random) == ["cpu", "cpu.1"]
 
 
 def sigterm_stops_all(run: Launched, rank: int) -> None:
     run.wait_for_step(3)
     os.kill(run.worker(rank), signal.SIGTERM)
     seconds = until(lambda: run.launcher.poll() is not None, SAVED_SECONDS, f"the end after SIGTERM\n{run.text()}")
-    assert seconds < SAVED_SECONDS and f"Stopped by SIGTERM at rank {rank} on " in run.text()
+    assert seconds < SAVED_SECONDS
+    assert f"Stopped by SIGTERM at rank {rank} on " in run.text()
     all_saved(run)
 
 
@@ -127,7 +131,8 @@ def test_after_a_kill_torchrun_starts_again_from_the_last_checkpoint(launched: A
     run.wait_for_step(7)
     os.kill(run.worker(0), signal.SIGKILL)
     assert run.launcher.wait(START_SECONDS) == 0, run.text()
-    assert "Going on from step" in run.text() and "lost a peer in the middle of a step" in run.text()
+    assert "Going on from step" in run.text()
+    assert "lost a peer in the middle of a step" in run.text()
     train(load_recipe(tmp_path / "recipe.yaml"), tmp_path / "alone")
     mine, alone = losses(run.out), losses(tmp_path / "alone")
     assert [step for step, _ in mine] == list(range(1, 41))
@@ -156,7 +161,8 @@ def test_a_killed_worker_ends_its_launcher(launched: Any, front: list[str], rank
     until(lambda: run.launcher.poll() is not None, NOTICED_SECONDS, f"the end after a kill\n{run.text()}")
     assert run.launcher.returncode != 0
     newest = checkpoint.newest(run.out / "checkpoints")
-    assert newest is not None and newest.step >= 5
+    assert newest is not None
+    assert newest.step >= 5
 
 
 # Two nodes.
@@ -269,7 +275,8 @@ def test_the_other_node_notices_within_30_seconds_and_says_who_is_gone(pair: Any
         code = run.launchers[number].wait(60)
         assert code not in (0, 75), run.text()
     newest = checkpoint.newest(run.out / "checkpoints")
-    assert newest is not None and newest.step >= 5
+    assert newest is not None
+    assert newest.step >= 5
 
 
 @pytest.mark.matrix

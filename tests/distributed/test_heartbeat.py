@@ -75,7 +75,9 @@ def test_a_silent_rank_is_named_with_its_node() -> None:
         with beat(store, 0, told):
             assert told.happened.wait(5)
     message, code = told.said[0]
-    assert "rank 1 on node1 has been silent" in message and "--resume" in message and code == EXIT_FAILED
+    assert "rank 1 on node1 has been silent" in message
+    assert "--resume" in message
+    assert code == EXIT_FAILED
 
 
 def test_a_rank_that_never_came_is_named_too() -> None:
@@ -113,17 +115,16 @@ def test_a_store_out_of_reach_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         store.broken = True
         assert told.happened.wait(5)
         store.broken = False
-    assert (
-        "has not reached the run's key-value store at node0:" in told.said[0][0]
-        and "rank 1 on node1" in told.said[0][0]
-    )
+    assert "has not reached the run's key-value store at node0:" in told.said[0][0]
+    assert "rank 1 on node1" in told.said[0][0]
 
 
 def test_a_rank_whose_launcher_was_killed_ends_and_tells_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qvera.distributed.heartbeat.GRACE_SECONDS", 0.1)
     store, orphan, other = Store(), Told(), Told()
     with beat(store, 0, other), beat(store, 1, orphan, launcher=os.getppid() + 1):  # as if another had taken its place
-        assert orphan.happened.wait(5) and other.happened.wait(5)
+        assert orphan.happened.wait(5)
+        assert other.happened.wait(5)
     assert orphan.said[0][0].startswith("rank 1 on node1 ends: the launcher that had started it was killed")
     assert other.said[0][0].startswith("rank 1 on node1 failed: the launcher that had started it was killed")
     told = Told()
@@ -154,7 +155,8 @@ def test_restarted_processes_agree_on_keys_that_no_dead_one_had(world_size: int)
     seen: set[str] = set()
     for _ in range(3):
         found = agreed(store, *everyone, world_size=world_size)
-        assert sorted(found) == list(everyone) and len(set(found.values())) == 1
+        assert sorted(found) == list(everyone)
+        assert len(set(found.values())) == 1
         assert not seen & set(found.values())
         seen |= set(found.values())
 
@@ -219,7 +221,9 @@ def test_one_process_alone_needs_no_process_group(monkeypatch: pytest.MonkeyPatc
     with in_group() as group:
         assert (group.rank, group.world_size, group.first) == (0, 1, True)
         assert not torch.distributed.is_initialized()
-        assert group.sum([1, 2.5]) == [1.0, 2.5] and group.gather({"a": 1}) == [{"a": 1}] and group.share("x") == "x"
+        assert group.sum([1, 2.5]) == [1.0, 2.5]
+        assert group.gather({"a": 1}) == [{"a": 1}]
+        assert group.share("x") == "x"
         with pytest.raises(InputError, match="no"):
             group.agree(lambda: (_ for _ in ()).throw(InputError("no")))
 

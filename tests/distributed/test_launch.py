@@ -108,7 +108,8 @@ def test_what_train_is_given_is_handed_on() -> None:
 def test_what_train_would_refuse_starts_nothing(write_recipe: Any, capsys: Any, given: list[str], words: str) -> None:
     assert main(["launch", str(write_recipe()), "--gpus", "2", *given]) == 2
     said = capsys.readouterr().err
-    assert words in said and "torch.distributed.run" not in said
+    assert words in said
+    assert "torch.distributed.run" not in said
 
 
 _SLURM_TOOLS = {
@@ -200,10 +201,12 @@ def test_a_launched_run_stops_on_sigterm_with_75_and_goes_on(write_recipe: Any, 
         process.kill()
     text = " ".join(log.read_text().split())  # as on a narrow terminal
     assert "torch.distributed.run --nproc-per-node 2 --standalone -m qvera train" in text
-    assert "2 processes on 1 node" in text and "an all-reduce takes" in text
+    assert "2 processes on 1 node" in text
+    assert "an all-reduce takes" in text
     assert text.count("Stopped by SIGTERM") == 1, "one process says it for all"
     run = json.loads((out / "run.json").read_text())
-    assert run["status"] == "interrupted" and run["result"]["steps"] >= 3
+    assert run["status"] == "interrupted"
+    assert run["result"]["steps"] >= 3
     assert [p.name for p in (out / "checkpoints").iterdir()] == [f"step-{run['result']['steps']:08d}"]
 
 
@@ -229,7 +232,9 @@ def test_bare_torchrun_and_deepspeeds_launcher_work_too(
     )
     assert done.returncode == 0, done.stdout.decode()[-2000:] + done.stderr.decode()[-4000:]
     run = json.loads((out / "run.json").read_text())
-    assert run["status"] == "done" and run["processes"]["count"] == 2 and run["processes"]["deepspeed"] == stage
+    assert run["status"] == "done"
+    assert run["processes"]["count"] == 2
+    assert run["processes"]["deepspeed"] == stage
 
 
 @pytest.mark.slow
@@ -237,7 +242,8 @@ def test_input_that_is_wrong_ends_a_launched_run_with_2(write_recipe: Any, tmp_p
     recipe = write_recipe(data={"path": str(tmp_path / "none.jsonl")})
     process, log = started(recipe, directory=tmp_path)
     assert process.wait(120) == 2, log.read_text()[-3000:]
-    assert log.read_text().count("none.jsonl") >= 1 and not os.path.exists(tmp_path / "runs")
+    assert log.read_text().count("none.jsonl") >= 1
+    assert not os.path.exists(tmp_path / "runs")
 
 
 @pytest.mark.slow

@@ -61,7 +61,8 @@ def test_three_ranks_give_the_numbers_of_one(place: Place, stage: str | None, ki
 @pytest.mark.parametrize("stage", STAGED)
 def test_with_dropout_a_resumed_run_is_the_uninterrupted_one_to_the_bit(place: Place, stage: str | None) -> None:
     whole, cut = place.root / f"{stage}-dropout", place.root / f"{stage}-dropout-cut"
-    assert len(losses(cut)) == STEPS and losses(cut) == losses(whole)
+    assert len(losses(cut)) == STEPS
+    assert losses(cut) == losses(whole)
     mine, theirs = vectors(cut), vectors(whole)
     assert all(torch.equal(mine[name], tensor) for name, tensor in theirs.items())
     assert all(bool((t == 0.1).all()) for name, t in mine.items() if name.endswith("_d")), "d was not to be trained"

@@ -48,11 +48,13 @@ def wait(processes: list[Any], directory: Path) -> list[int]:
 
 def on_both_nodes(out: Path, log: Path, stage: str | None) -> None:
     run = json.loads((out / "run.json").read_text())
-    assert run["status"] == "done" and run["processes"]["deepspeed"] == stage
+    assert run["status"] == "done"
+    assert run["processes"]["deepspeed"] == stage
     assert [rank["host"] for rank in run["processes"]["ranks"]] == ["node0", "node1"]
     said = " ".join(log.read_text().split())
     assert "2 processes on 2 nodes (node0, node1), alike in versions, recipe and base" in said
-    assert run["plan"]["processes"]["nodes"] == 2 and "Plan: peak of each of 2 ranks" in said
+    assert run["plan"]["processes"]["nodes"] == 2
+    assert "Plan: peak of each of 2 ranks" in said
 
 
 @pytest.mark.parametrize("stage", [None, "zero3"])
@@ -107,5 +109,6 @@ def test_from_one_node_by_a_host_file(nodes: Nodes, write_recipe: Any, tmp_path:
     assert wait([start(nodes, 0, command, tmp_path, "launch.log", **more)], tmp_path) == [0]
     on_both_nodes(out, tmp_path / "launch.log", "zero2")
     called = (tmp_path / "called").read_text().splitlines()
-    assert "pdsh node0,node1" in called and any(line.startswith("ssh node0 hostname") for line in called)
+    assert "pdsh node0,node1" in called
+    assert any(line.startswith("ssh node0 hostname") for line in called)
     assert "deepspeed.launcher.runner --hostfile" in (tmp_path / "launch.log").read_text()

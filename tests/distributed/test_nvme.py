@@ -63,7 +63,8 @@ def test_the_numbers_are_those_of_zero3_to_the_bit_and_of_one_process_in_order(p
     run, in_ram = place.root / kind, place.root / f"{kind}-in-ram"
     assert losses(run) == losses(in_ram)
     mine, theirs = vectors(run), vectors(in_ram)
-    assert mine.keys() == theirs.keys() and all((mine[name] == tensor).all() for name, tensor in theirs.items())
+    assert mine.keys() == theirs.keys()
+    assert all((mine[name] == tensor).all() for name, tensor in theirs.items())
     assert losses(run) == pytest.approx(losses(place.root / f"alone-{kind}"), rel=1e-5)
     answers, alone = (json.loads((place.root / d / "run.json").read_text()) for d in (kind, f"alone-{kind}"))
     assert answers["samples"] == alone["samples"]
@@ -90,7 +91,8 @@ def test_the_plan_counts_buffers_and_what_stays(place: Place) -> None:
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(place: Place) -> None:
-    assert len(losses(place.root / "cut")) == STEPS and losses(place.root / "cut") == losses(place.root / "scored")
+    assert len(losses(place.root / "cut")) == STEPS
+    assert losses(place.root / "cut") == losses(place.root / "scored")
     mine, whole = vectors(place.root / "cut"), vectors(place.root / "scored")
     assert all((mine[name] == tensor).all() for name, tensor in whole.items())
 
@@ -102,10 +104,12 @@ def test_a_file_of_ones_own_is_followed(place: Place) -> None:
 def test_nothing_of_the_base_is_left_on_the_disk(place: Place) -> None:
     for name in ("scored", "whole-graph", "cut", "mine"):
         assert not (place.root / name / "offload").exists()
-    assert (place.root / "disk").is_dir() and not any((place.root / "disk").iterdir())
+    assert (place.root / "disk").is_dir()
+    assert not any((place.root / "disk").iterdir())
 
 
 def test_a_base_in_another_storage_dtype_is_refused_with_the_way_out(place: Place) -> None:
     for found in (rank["bytewise"] for rank in place.found):
-        assert found["error"] == "InputError" and "stores them as uint8. Quantize the base with" in found["text"]
+        assert found["error"] == "InputError"
+        assert "stores them as uint8. Quantize the base with" in found["text"]
     assert not (place.root / "bytewise").exists()

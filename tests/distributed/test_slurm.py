@@ -133,7 +133,8 @@ def test_a_job_on_two_nodes(cluster: Cluster, write_recipe: Any, tmp_path: Path)
     cluster.until(lambda: cluster.state(job) not in ("PENDING", "RUNNING", "COMPLETING"), "the job ends")
     said = (cluster.place / f"job-{job}.log").read_text()
     assert cluster.state(job) == "COMPLETED", said
-    assert hosts(run) == ["node0", "node1"] and "2 processes on 2 nodes (node0, node1)" in " ".join(said.split())
+    assert hosts(run) == ["node0", "node1"]
+    assert "2 processes on 2 nodes (node0, node1)" in " ".join(said.split())
 
 
 def test_a_preempted_job_saves_goes_back_into_the_queue_and_on_from_there(

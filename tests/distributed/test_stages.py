@@ -155,10 +155,13 @@ def test_scores_and_answers_are_those_of_one(place: Place, stage: str | None) ->
         assert mine["result"][when]["loss"] == pytest.approx(alone["result"][when]["loss"], rel=1e-5)
         assert mine["result"][when]["trained_tokens"] == alone["result"][when]["trained_tokens"]
         assert mine["result"][when]["exact_match_rows"] == 2
-    assert mine["samples"] == alone["samples"] and len(mine["samples"]) == 2
+    assert mine["samples"] == alone["samples"]
+    assert len(mine["samples"]) == 2
     assert mine["result"]["eval_after"]["loss"] < mine["result"]["eval_before"]["loss"]
-    assert mine["processes"]["count"] == 2 and mine["processes"]["deepspeed"] == stage
-    assert len(mine["processes"]["ranks"]) == 2 and all(r["peak_bytes"] > 0 for r in mine["processes"]["ranks"])
+    assert mine["processes"]["count"] == 2
+    assert mine["processes"]["deepspeed"] == stage
+    assert len(mine["processes"]["ranks"]) == 2
+    assert all(r["peak_bytes"] > 0 for r in mine["processes"]["ranks"])
 
 
 @pytest.mark.parametrize("stage", STAGED, ids=name_of)
@@ -192,7 +195,8 @@ def test_every_stage_is_planned_and_tries_its_longest_batch_once(place: Place, s
     if stage in RESUMED:
         assert [rank[f"{word}-resumed"]["rehearsed"] for rank in place.found] == [0, 0]
     plan = json.loads((place.root / word / "run.json").read_text())["plan"]
-    assert plan["fits"] and plan["measured"]["predicted_bytes"] == plan["memory"]["total_bytes"]
+    assert plan["fits"]
+    assert plan["measured"]["predicted_bytes"] == plan["memory"]["total_bytes"]
 
 
 @pytest.mark.parametrize("stage", STAGED, ids=name_of)
@@ -212,16 +216,16 @@ def test_the_plan_of_a_rank_is_what_its_live_tensors_come_to(place: Place, stage
         assert found["torch.float32"] == pytest.approx(vectors, rel=0.02)
         if stage in SHARDED:
             share = parts["a share of the base"]
-            assert not share["mapped"] and found["torch.bfloat16"] == pytest.approx(share["bytes"], rel=0.01)
+            assert not share["mapped"]
+            assert found["torch.bfloat16"] == pytest.approx(share["bytes"], rel=0.01)
             live, planned = rank[word]["packed_live_bytes"], parts["gathered weights"]["bytes"]
             # DeepSpeed after 0.19.1 keeps a recomputed layer until its backward pass has begun; before, it kept less
             keeps_a_layer = hasattr(partitioned_param_coordinator, "update_recompute_parameters")
             assert live == planned if keeps_a_layer else rank[word]["largest_packed_bytes"] <= live < planned
         else:
             assert "torch.bfloat16" not in found  # mapped, whole
-            assert (
-                parts["4-bit linears"]["mapped"] and parts["4-bit linears"]["bytes"] > rank[word]["packed_held_bytes"]
-            )
+            assert parts["4-bit linears"]["mapped"]
+            assert parts["4-bit linears"]["bytes"] > rank[word]["packed_held_bytes"]
 
 
 @pytest.mark.parametrize("stage", RESUMED, ids=name_of)
@@ -229,7 +233,8 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_resume_is_exact(place: P
     word = name_of(stage)
     for found in (rank[f"{word}-cut"] for rank in place.found):
         assert (found["error"], found["exit_code"]) == ("Interrupted", 75)
-        assert "Stopped by SIGTERM at rank 1 on " in found["text"] and f"after step {CUT} of {STEPS}" in found["text"]
+        assert "Stopped by SIGTERM at rank 1 on " in found["text"]
+        assert f"after step {CUT} of {STEPS}" in found["text"]
         assert len(found["rows"]) == CUT
     run = place.root / f"{word}-cut"
     assert losses(run) == losses(place.root / word)  # to the bit
@@ -261,7 +266,8 @@ def test_every_row_is_trained_once_an_epoch_by_one_rank(place: Place) -> None:
     for word in ("none-uneven", "zero2-uneven", "zero3-uneven"):
         by_step = [[row for rank in place.found for row in rank[word]["rows"][step]] for step in range(STEPS)]
         epoch = [row for rows in by_step[:5] for row in rows]
-        assert sorted(epoch) == list(range(32)) and [len(rows) for rows in by_step] == [7, 7, 7, 7, 4, 7]
+        assert sorted(epoch) == list(range(32))
+        assert [len(rows) for rows in by_step] == [7, 7, 7, 7, 4, 7]
         assert [[len(rank[word]["rows"][s]) for rank in place.found] for s in (0, 4)] == [[4, 3], [2, 2]]
     for stage in map(name_of, RESUMED):  # and across a resume: the cut run's steps, then the resumed one's
         for rank in place.found:
@@ -308,8 +314,10 @@ def test_the_adapter_of_every_stage_is_an_ordinary_one(place: Place) -> None:
 def test_processes_that_are_not_alike_are_refused_by_name(place: Place) -> None:
     for rank in place.found:
         found = rank["unlike"]
-        assert found["error"] == "InputError" and "the recipe's SHA-256 is" in found["text"]
-        assert "on rank 1 (" in found["text"] and "version" not in found["text"]
+        assert found["error"] == "InputError"
+        assert "the recipe's SHA-256 is" in found["text"]
+        assert "on rank 1 (" in found["text"]
+        assert "version" not in found["text"]
     assert not (place.root / "unlike").exists()
 
 
@@ -333,13 +341,18 @@ def test_passes_share_a_batch_whatever_the_number_of_ranks(count: int, size: int
 def test_every_shipped_config_says_zero_and_nothing_else(word: str) -> None:
     path = Path(__file__).resolve().parents[2] / "ds_configs" / f"{word}.json"
     tree = json.loads(path.read_text())
-    assert list(tree) == ["zero_optimization"] and tree["zero_optimization"]["stage"] == int(word[4])
+    assert list(tree) == ["zero_optimization"]
+    assert tree["zero_optimization"]["stage"] == int(word[4])
     try:
         config = read_config(word)
     except InputError as error:
-        assert word == "zero3-offload-nvme" and "libaio" in str(error) and "or use zero3" in str(error)
+        assert word == "zero3-offload-nvme"
+        assert "libaio" in str(error)
+        assert "or use zero3" in str(error)
         return
-    assert config is not None and config.tree == tree and config.shards_base == word.startswith("zero3")
+    assert config is not None
+    assert config.tree == tree
+    assert config.shards_base == word.startswith("zero3")
 
 
 def test_a_build_that_was_killed_is_named_and_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,7 +364,8 @@ def test_a_build_that_was_killed_is_named_and_not_waited_for(tmp_path: Path, mon
     lock.touch()
     assert abandoned_build("async_io") is None  # begun a moment ago: somebody is building
     os.utime(lock, (0, 0))
-    assert abandoned_build("async_io") == lock and abandoned_build("another") is None
+    assert abandoned_build("async_io") == lock
+    assert abandoned_build("another") is None
 
 
 def test_a_disk_without_room_for_the_base_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,9 +402,12 @@ def test_what_a_killed_run_left_on_nvme_is_cleared_by_the_next(
         file.parent.mkdir(parents=True)
         file.touch()
     first = zero_base.Spreader(config, make_recipe(), 0, 2, scratch)
-    assert first.folder == folder and not left[0].exists() and left[1].exists()
+    assert first.folder == folder
+    assert not left[0].exists()
+    assert left[1].exists()
     zero_base.Spreader(config, make_recipe(), 1, 2, scratch)
-    assert folder.exists() == named and not (folder / "zero_stage_3").exists()
+    assert folder.exists() == named
+    assert not (folder / "zero_stage_3").exists()
     assert not (tmp_path / "run").exists()
 
 
@@ -430,7 +447,8 @@ def test_a_config_that_says_what_the_recipe_says_is_refused(tmp_path: Path, chan
     path.write_text(json.dumps({"zero_optimization": {"stage": 1}, **change}))
     with pytest.raises(InputError, match=words) as caught:
         read_config(str(path))
-    assert "mine.json" in str(caught.value) and "\n" not in str(caught.value)
+    assert "mine.json" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_other_mistakes_are_said(tmp_path: Path, make_recipe: Any) -> None:

@@ -135,10 +135,13 @@ def test_a_base_that_has_gone_is_said_before_anything_is_done(run: Path, tmp_pat
     capsys.readouterr()
     assert main(["eval", str(out), "--with-base", "--predictions", str(tmp_path / "answers.jsonl")]) == 2
     said = capsys.readouterr().err
-    assert "qvera_export.json" in said and "moved" in said and not (tmp_path / "answers.jsonl").exists()
+    assert "qvera_export.json" in said
+    assert "moved" in said
+    assert not (tmp_path / "answers.jsonl").exists()
     # a page alone does without
     assert main(["eval", str(out), "--html", str(tmp_path / "page.html"), "--max-new-tokens", "4"]) == 0
-    assert "no base" in capsys.readouterr().err and (tmp_path / "page.html").exists()
+    assert "no base" in capsys.readouterr().err
+    assert (tmp_path / "page.html").exists()
 
 
 def test_a_file_is_not_looked_for_in_the_recipe_s_hub_set(run: Path, tiny_rows: Path) -> None:
@@ -215,17 +218,20 @@ def test_predictions_and_page_hold_every_answer(run: Path) -> None:
     metrics = "exact,bleu,rougeL,chrf"
     found = evaluate(run, "--predictions", predictions, "--html", page, "--metrics", metrics, "--max-new-tokens", "6")
     rows = [json.loads(line) for line in predictions.read_text().splitlines()]
-    assert rows == found["answers"] and len(rows) == 8
+    assert rows == found["answers"]
+    assert len(rows) == 8
     for row in rows:
         assert row.keys() == {"source", "prompt", "references", "answer", "scores", "base_answer", "base_scores"}
         assert row["scores"].keys() == row["base_scores"].keys() == set(metrics.split(","))
     html = page.read_text()
     shown = unescape(html)
     for row in rows:
-        assert row["source"] in shown and row["references"][0] in shown
+        assert row["source"] in shown
+        assert row["references"][0] in shown
     assert html.count('<article class="sample">') == 8
     assert html.count("<h3>Base ") == html.count("<h3>Adapter ") == html.count("<h3>Reference</h3>") == 8
-    assert "default-src 'none'" in html and "http" not in html.replace("http-equiv", "")
+    assert "default-src 'none'" in html
+    assert "http" not in html.replace("http-equiv", "")
     import sacrebleu
 
     answers, references = [row["answer"] for row in rows], [[row["references"][0] for row in rows]]
@@ -265,15 +271,18 @@ def test_a_checkpoint_without_a_base_has_a_page_without_one(
     model, page = tmp_path / "model", tmp_path / "page.html"
     shutil.copytree(tiny_model_dir, model)
     found = evaluate(model, "--data", tiny_rows, "--rows", "2", "--max-new-tokens", "2", "--html", page)
-    assert found["base_scores"] is None and found["subject"]["column"] == "Model"
+    assert found["base_scores"] is None
+    assert found["subject"]["column"] == "Model"
     html = page.read_text()
-    assert html.count("<h3>Model ") == 2 and "<h3>Base " not in html
+    assert html.count("<h3>Model ") == 2
+    assert "<h3>Base " not in html
 
 
 def test_the_base_alone(run: Path) -> None:
     alone = evaluate(run, "--base", "--max-new-tokens", "6")
     both = evaluate(run, "--with-base", "--max-new-tokens", "6")
-    assert alone["base_scores"] is None and alone["scores"]["loss"] == both["base_scores"]["loss"]
+    assert alone["base_scores"] is None
+    assert alone["scores"]["loss"] == both["base_scores"]["loss"]
     assert [row["answer"] for row in alone["answers"]] == [row["base_answer"] for row in both["answers"]]
     assert alone["subject"]["column"] == "Base"
 
@@ -291,7 +300,8 @@ def test_each_metric_is_at_its_best_for_equal_texts_and_falls_with_other_words(n
     ends = [metric.of_one(worse, [TEXT]), partly, metric.top]
     assert ends == sorted(ends, reverse=metric.lower_is_better)
     assert name == "exact" or len(set(ends)) == 3
-    assert math.isfinite(metric.of_one("", [TEXT])) and metric.signature()
+    assert math.isfinite(metric.of_one("", [TEXT]))
+    assert metric.signature()
 
 
 def test_known_values() -> None:
@@ -299,7 +309,8 @@ def test_known_values() -> None:
     (rouge,) = text_metrics(["rougeL"])
     assert rouge.of_one("the red door is shut", [TEXT]) == pytest.approx(2 * 0.8 * (4 / 6) / (0.8 + 4 / 6))
     upper, lower = text_metrics(["bleu", "bleu-lowercase"])
-    assert lower.of_one(TEXT.upper(), [TEXT]) == pytest.approx(100) and upper.of_one(TEXT.upper(), [TEXT]) < 1
+    assert lower.of_one(TEXT.upper(), [TEXT]) == pytest.approx(100)
+    assert upper.of_one(TEXT.upper(), [TEXT]) < 1
 
 
 def test_names_are_checked_and_missing_packages_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,7 +330,8 @@ def test_an_adapter_in_a_copied_directory_needs_no_recipe_with_data(run: Path, t
     lone = run.parent / "lone"
     shutil.copytree(run / "adapter", lone)
     found = evaluate(lone, "--data", tiny_rows, "--no-generation")
-    assert found["scores"]["rows"] == 40 and math.isfinite(found["scores"]["loss"])
+    assert found["scores"]["rows"] == 40
+    assert math.isfinite(found["scores"]["loss"])
 
 
 def test_compare_shows_what_eval_left_in_the_run(run: Path, capsys: Any) -> None:
@@ -348,8 +360,10 @@ def test_compare_shows_what_eval_left_in_the_run(run: Path, capsys: Any) -> None
     save_adapter(model, other / "adapter")
     capsys.readouterr()
     said = [gap for gap in compare()["gaps"] if "eval.json" in gap]
-    assert len(said) == 2 and said[0].startswith("other: eval.json is of another adapter")
-    assert "not of the same inputs (run: 8 rows of" in said[1] and "other: 5 rows of" in said[1]
+    assert len(said) == 2
+    assert said[0].startswith("other: eval.json is of another adapter")
+    assert "not of the same inputs (run: 8 rows of" in said[1]
+    assert "other: 5 rows of" in said[1]
 
 
 def test_adapter_hash_is_of_what_was_asked(run: Path) -> None:

@@ -51,7 +51,8 @@ def test_greedy_answers_in_a_batch_are_those_by_hand(tiny_model_dir: Path, quant
     model, tokenizer = load(tiny_model_dir, quantization)
     answers = generate(model, tokenizer, PROMPTS, max_new_tokens=12, batch_size=batch_size)
     assert answers == [by_hand(model, tokenizer, p, 12, {2}) for p in PROMPTS]
-    assert len(set(answers)) > 2 and all(answers)
+    assert len(set(answers)) > 2
+    assert all(answers)
 
 
 def test_prompts_with_the_pad_or_end_token_inside_are_read_as_they_are(dense: tuple[Any, Any]) -> None:
@@ -74,7 +75,8 @@ def test_an_end_token_ends_one_answer_and_not_its_neighbours(dense: tuple[Any, A
         config.eos_token_id = before
     wanted = [by_hand(model, tokenizer, p, 9, {2, first}) for p in PROMPTS]
     assert answers == wanted
-    assert answers[0] == tokenizer.decode([first]) and len(answers[1]) > len(answers[0])
+    assert answers[0] == tokenizer.decode([first])
+    assert len(answers[1]) > len(answers[0])
 
 
 def test_answers_come_in_the_order_of_the_prompts_and_progress_is_told(dense: tuple[Any, Any]) -> None:
@@ -82,7 +84,8 @@ def test_answers_come_in_the_order_of_the_prompts_and_progress_is_told(dense: tu
     told: list[int] = []
     forth = generate(model, tokenizer, PROMPTS, max_new_tokens=4, batch_size=2, progress=told.append)
     back = generate(model, tokenizer, PROMPTS[::-1], max_new_tokens=4, batch_size=2)
-    assert forth == back[::-1] and told == [2, 4, 5]
+    assert forth == back[::-1]
+    assert told == [2, 4, 5]
     assert generate(model, tokenizer, [], max_new_tokens=4) == []
 
 
@@ -131,13 +134,17 @@ def test_mode_cache_and_weights_are_put_back(
     weights = [weight_bytes(layer.base_layer) for layer in layers]
     try:
         with generating(model):
-            assert not model.training and config.use_cache and not torch.is_grad_enabled()
+            assert not model.training
+            assert config.use_cache
+            assert not torch.is_grad_enabled()
             if fails:
                 raise KeyboardInterrupt
     except KeyboardInterrupt:
         assert fails
-    assert model.training is training and all(m.training is training for m in model.modules())
-    assert config.use_cache is use_cache and torch.is_grad_enabled()
+    assert model.training is training
+    assert all(m.training is training for m in model.modules())
+    assert config.use_cache is use_cache
+    assert torch.is_grad_enabled()
     assert not any(layer.holds_inference_weight for layer in layers)
     assert [weight_bytes(layer.base_layer) for layer in layers] == weights
     config.use_cache = before
@@ -154,7 +161,8 @@ def test_an_error_in_the_middle_of_an_answer_puts_everything_back(tiny_model_dir
 
     with pytest.raises(RuntimeError, match="in the middle"):
         generate(model, tokenizer, PROMPTS, max_new_tokens=2, batch_size=2, temperature=1.0, progress=fail)
-    assert model.training and torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
     assert not any(m.holds_inference_weight for m in model.modules() if isinstance(m, QveraLinear))
     assert not any(hasattr(m, "_inference_pack") for m in model.modules())
 

@@ -123,7 +123,9 @@ def test_a_run_is_asked_as_it_was_trained(
         right = [max(range(3), key=row.__getitem__) == d["answer"] for row, d in zip(wanted, DOCUMENTS, strict=True)]
         assert found["results"]["qvera_colours"]["acc,none"] == pytest.approx(sum(right) / 12)
         said = capsys.readouterr().out
-        assert "qvera_colours" in said and f"{sum(right) / 12:.4f}" in said and "acc" in said
+        assert "qvera_colours" in said
+        assert f"{sum(right) / 12:.4f}" in said
+        assert "acc" in said
     few = ask(run / "adapter", "--tasks", "qvera_*", "--include", tasks, "--limit", "5")
     assert few["results"].keys() == {"qvera_colours", "qvera_answers"}
     assert len(few["samples"]["qvera_answers"]) == 5
@@ -159,7 +161,8 @@ def test_an_export_gives_the_same_by_us_and_by_lm_eval_alone(
         {sample["doc_id"]: sample["filtered_resps"] for sample in each}
         for each in (samples["qvera_answers"], ours["samples"]["qvera_answers"])
     ]
-    assert texts[0] == texts[1] and any(answer[0] for answer in texts[0].values())
+    assert texts[0] == texts[1]
+    assert any(answer[0] for answer in texts[0].values())
 
 
 @installed

@@ -66,7 +66,8 @@ def test_the_exact_lora_gives_the_trained_logits_in_stock_peft(trained: Any, tmp
     size = export_lora(adapter, tmp_path / "lora", torch.float32)
     assert sorted(p.name for p in (tmp_path / "lora").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
-    assert len(tensors) == 28 and {t.dtype for t in tensors.values()} == {torch.float32}
+    assert len(tensors) == 28
+    assert {t.dtype for t in tensors.values()} == {torch.float32}
     assert sum(t.numel() * 4 for t in tensors.values()) == lora_bytes(adapter, RANK, torch.float32) < size
     stock = PeftModel.from_pretrained(stock_base(Path(section.path), section.quantization), tmp_path / "lora")
     assert sum(isinstance(m, LoraLayer) for m in stock.modules()) == 14
@@ -114,7 +115,8 @@ def test_adapters_that_peft_wrote_are_read(save_projection: bool, tiny_model_dir
     read = read_deltas(tmp_path / "stock", skeleton(section))
     layers = {n.removeprefix("base_model.model."): m for n, m in stock.named_modules() if hasattr(m, "vera_lambda_b")}
     layers = {n: m for n, m in layers.items() if hasattr(m, "get_delta_weight")}
-    assert read.layers.keys() == layers.keys() and len(layers) == 4
+    assert read.layers.keys() == layers.keys()
+    assert len(layers) == 4
     for name, delta in read.layers.items():
         torch.testing.assert_close(delta.weight(), layers[name].get_delta_weight("default").detach())
 
@@ -127,7 +129,8 @@ def test_truncation_is_the_best_of_its_rank_and_says_its_error(trained: Any, k: 
         A, B, error = truncate(*adapter.layers[name.removesuffix(".weight")].lora(), k)
         singular = torch.linalg.svdvals(change.double())
         difference = change.double() - B.double() @ A.double()
-        assert A.shape == (k, change.shape[1]) and B.shape == (change.shape[0], k)
+        assert A.shape == (k, change.shape[1])
+        assert B.shape == (change.shape[0], k)
         # Eckart and Young: no matrix of rank k is nearer
         torch.testing.assert_close(difference.norm(), singular[k:].norm(), rtol=1e-4, atol=1e-6)
         assert error.frobenius == pytest.approx((singular[k:].norm() / singular.norm()).item(), rel=1e-4)

@@ -55,7 +55,8 @@ def test_an_error_comes_where_its_result_would(where: str) -> None:
 def test_closing_stops_the_threads_and_torchs_threads_come_back() -> None:
     before = threading.active_count(), torch.get_num_threads()
     with one_thread_each() as workers:
-        assert workers >= 1 and torch.get_num_threads() == 1
+        assert workers >= 1
+        assert torch.get_num_threads() == 1
         results = in_order(iter(range(10**9)), lambda i: i, workers, 4)
         assert [next(results) for _ in range(3)] == [0, 1, 2]
         results.close()

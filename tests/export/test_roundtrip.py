@@ -24,7 +24,7 @@ def test_rows_equal_the_whole(shape: tuple[int, int], kind: str, double_quant: b
     maxima = torch.cat([absolute_maxima(rows) for _, rows in pieces]) if kind in ("nf4", "fp4") else None
     trip = RoundTrip(section, maxima, dtype)
     found = torch.cat([trip.rows(rows, first) for first, rows in pieces])
-    assert found.dtype == expected.dtype and len(pieces) > 1 or shape == (130, 1)
+    assert (found.dtype == expected.dtype and len(pieces) > 1) or shape == (130, 1)
     assert torch.equal(found, expected)
     if shape[1] > 1:
         assert torch.equal(found, weight) == (kind == "none")

@@ -90,7 +90,8 @@ def test_a_run_learns_to_say_the_new_tokens_and_exports_them(trained: Path, tmp_
     alone = open_run(trained / "adapter")
     assert ask(alone) == said
     ids = describe(trained)["added_tokens"]
-    assert list(ids) == [TOOL, DONE] and describe(trained / "adapter")["added_tokens"] == ids
+    assert list(ids) == [TOOL, DONE]
+    assert describe(trained / "adapter")["added_tokens"] == ids
     assert AutoTokenizer.from_pretrained(trained / "adapter").convert_tokens_to_ids([TOOL, DONE]) == list(ids.values())
 
     out = tmp_path / "merged"
@@ -103,11 +104,13 @@ def test_a_run_learns_to_say_the_new_tokens_and_exports_them(trained: Path, tmp_
     batch = torch.tensor([tokenizer(f"say red{TOOL}", add_special_tokens=False)["input_ids"]])
     with torch.no_grad():
         ours, theirs = opened.model(batch).logits, exported(batch).logits
-    assert ours.shape == theirs.shape and torch.allclose(ours, theirs, atol=1e-4)
+    assert ours.shape == theirs.shape
+    assert torch.allclose(ours, theirs, atol=1e-4)
     certificate = json.loads((tmp_path / "merged" / "qvera_export.json").read_text())
     assert certificate["added_tokens"] == ids
     base_files = sorted(f.name for f in model_dir.glob("*.safetensors"))
-    assert base_files and "difference" in certificate
+    assert base_files
+    assert "difference" in certificate
 
 
 def test_eval_knows_the_tokens_of_an_adapter_alone_and_of_an_export(
@@ -141,7 +144,8 @@ def test_a_token_of_the_model_that_is_named_eos_is_no_part_of_an_answer(
     tokenizer.add_tokens([AddedToken("<|end|>", special=False, normalized=False)])
     tokenizer.save_pretrained(directory)
     given = load_tokenizer(ModelSection(path=str(directory), eos_token="<|end|>"))
-    assert len(given) == len(tokenizer) and given.eos_token_id == tokenizer.convert_tokens_to_ids("<|end|>")
+    assert len(given) == len(tokenizer)
+    assert given.eos_token_id == tokenizer.convert_tokens_to_ids("<|end|>")
     ids = given("red<|end|>", add_special_tokens=False)["input_ids"]
     assert ids[-1] == given.eos_token_id
     assert given.decode(ids, skip_special_tokens=True) == "red"
@@ -157,7 +161,8 @@ def test_what_has_no_place_for_the_rows_is_refused(
     ):
         assert main(arguments) == 2
         said = " ".join(capsys.readouterr().err.split())
-        assert f"adds the tokens {TOOL}, {DONE}" in said and "--to merged" in said
+        assert f"adds the tokens {TOOL}, {DONE}" in said
+        assert "--to merged" in said
         assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match=r"was trained with the added tokens .*the base at hand has none"):
         load_adapters(small_llama(), {"one": trained / "adapter"})
@@ -171,7 +176,8 @@ def test_resume_is_to_the_bit(own_run: Path) -> None:
     train(load_recipe(own_run / "recipe.yaml"), own_run, resume=True)
     for name, before in zip(names, whole, strict=True):
         after = load_file(own_run / "adapter" / name)
-        assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[k], after[k]) for k in before)
 
 
 def test_another_recipe_starts_from_its_vectors(own_run: Path, tmp_path: Path) -> None:
@@ -193,13 +199,15 @@ def test_rows_are_typical_and_belong_to_the_text(model_dir: Path) -> None:
         return {token: weight[i].clone() for token, i in base.facts["added_tokens"].items()}
 
     first, second = rows_of(TOOL, DONE), rows_of(DONE, TOOL)
-    assert torch.equal(first[TOOL], second[TOOL]) and torch.equal(first[DONE], second[DONE])
+    assert torch.equal(first[TOOL], second[TOOL])
+    assert torch.equal(first[DONE], second[DONE])
     assert not torch.equal(first[TOOL], first[DONE])
     plain = load_base(ModelSection(path=str(model_dir), compute_dtype="float32")).model.get_output_embeddings().weight
     known = plain[: len(load_tokenizer(ModelSection(path=str(model_dir))))].float()
     for row in first.values():
         z = (row.float() - known.mean(0)) / known.std(0)
-        assert z.abs().max() < 1.8 and 0.8 < z.square().mean() < 1.2
+        assert z.abs().max() < 1.8
+        assert 0.8 < z.square().mean() < 1.2
     # outside of the others' hull, so that it can have the highest logit: along its own direction it has
     row = first[TOOL].float()
     assert (row @ row) > (known @ row).max()
@@ -237,7 +245,8 @@ def test_bases_that_transformers_loads_grow_too(model_dir: Path, quantization: s
     base = load_base(section)
     with torch.no_grad():
         logits = base.model(torch.tensor([[5, *base.facts["added_tokens"].values()]])).logits
-    assert logits.isfinite().all() and logits.shape[-1] > max(base.facts["added_tokens"].values())
+    assert logits.isfinite().all()
+    assert logits.shape[-1] > max(base.facts["added_tokens"].values())
 
 
 def test_a_model_without_a_pad_token_is_not_given_a_row(tmp_path: Path, tiny_rows: Path, make_recipe: Any) -> None:
@@ -254,7 +263,8 @@ def test_a_model_without_a_pad_token_is_not_given_a_row(tmp_path: Path, tiny_row
     assert not (tmp_path / "run" / "adapter" / ADDED_ROWS).exists()
     padded = make_recipe(model={"path": str(directory), "pad_token": "<|endoftext|>"})
     datasets = build_datasets(padded.data, load_tokenizer(padded.model))
-    assert not datasets.stats.pads_with_eos and datasets.pad_id == 0
+    assert not datasets.stats.pads_with_eos
+    assert datasets.pad_id == 0
 
 
 def test_eos_token_ends_an_answer(tiny_model_dir: Path, tiny_rows: Path, make_recipe: Any) -> None:
@@ -306,7 +316,8 @@ def test_the_plan_counts_tables_that_are_no_longer_mapped(model_dir: Path, make_
     name = "embedding and head with more rows"
     tables = {p.data_ptr(): p for p in (base.get_input_embeddings().weight, base.get_output_embeddings().weight)}
     if shape_rows(model_dir) < base.config.vocab_size:
-        assert after[name].bytes == sum(p.nbytes for p in tables.values()) and not after[name].mapped
+        assert after[name].bytes == sum(p.nbytes for p in tables.values())
+        assert not after[name].mapped
     else:
         assert name not in after
     assert name not in before

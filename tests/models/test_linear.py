@@ -83,7 +83,8 @@ def test_nothing_is_saved_for_backward(kind: str) -> None:
     layer = base_layer(kind)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         y = layer(torch.randn(5, IN, requires_grad=True))
-    assert y.requires_grad and saved == []
+    assert y.requires_grad
+    assert saved == []
 
 
 def test_backward_reads_the_weight_again() -> None:
@@ -95,7 +96,8 @@ def test_backward_reads_the_weight_again() -> None:
     layer.weight.data = torch.empty(0, dtype=packed.dtype)
     layer.weight.data = packed.clone()
     y.sum().backward()
-    assert x.grad is not None and relative(x.grad, torch.ones(5, OUT, dtype=torch.float64) @ W) < 1e-6
+    assert x.grad is not None
+    assert relative(x.grad, torch.ones(5, OUT, dtype=torch.float64) @ W) < 1e-6
     zeros = base_layer("nf4+dq-bfloat16", seed=1)
     y = layer(x)
     layer.weight.data = zeros.weight.data
@@ -191,7 +193,8 @@ def test_freezing_counts_and_can_be_repeated() -> None:
     assert linear.freeze_linears(model) == 2
     kinds = [type(m) for m in model]
     assert kinds == [linear.FrozenLinear4bit, linear.FrozenLinear8bit, torch.nn.Linear]
-    assert linear.freeze_linears(model) == 2 and [type(m) for m in model] == kinds
+    assert linear.freeze_linears(model) == 2
+    assert [type(m) for m in model] == kinds
     assert type(base_layer("nf4-uint8", freeze=False)) is bnb.nn.Linear4bit  # the library itself is as it was
 
 
@@ -226,7 +229,8 @@ def test_quantizing_a_dequantized_weight_again_is_harmless(kind: str) -> None:
     else:
         layer_again.quant_state = layer_again.weight.quant_state
     assert relative(dense_weight(layer_again), W) < (0.03 if "fp4" in kind else 0.01)
-    assert layer_again.weight.dtype == layer.weight.dtype and layer_again.weight.shape == layer.weight.shape
+    assert layer_again.weight.dtype == layer.weight.dtype
+    assert layer_again.weight.shape == layer.weight.shape
 
 
 # The whole model.
@@ -271,7 +275,8 @@ def test_evaluating_and_generating_leave_training_unchanged_to_the_bit(
     after = gradients(model)
     assert all(torch.equal(after[n], g) for n, g in before.items())
     generate(model, tokenizer, [[5, 9, 7], [31]], max_new_tokens=4)
-    assert model.training and stored(model) == weights
+    assert model.training
+    assert stored(model) == weights
     after = gradients(model)
     assert all(torch.equal(after[n], g) for n, g in before.items())
 

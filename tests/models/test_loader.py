@@ -60,7 +60,8 @@ def test_facts_of_a_4_bit_base(tiny_model_dir: Path, quantization: str, double_q
         "base_bytes": LINEAR_PARAMETERS // 2 + scales + 2 * DENSE_PARAMETERS,
         "fingerprint": base_fingerprint(tiny_model_dir),
     }
-    assert not base.model.training and not any(p.requires_grad for p in base.model.parameters())
+    assert not base.model.training
+    assert not any(p.requires_grad for p in base.model.parameters())
 
 
 def test_facts_of_int8_and_of_an_unquantized_base(tiny_model_dir: Path) -> None:
@@ -102,7 +103,8 @@ def test_every_parameter_of_a_4_bit_model_has_its_dtype(tiny_model_dir: Path, st
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trained == {n for n, p in model.named_parameters() if "qvera_" in n}
     projections = {n: b.dtype for n, b in model.named_buffers() if "qvera_projection" in n}
-    assert set(projections.values()) == {torch.bfloat16} and len(projections) == 2  # named once, shared by all
+    assert set(projections.values()) == {torch.bfloat16}
+    assert len(projections) == 2
 
 
 def test_the_loaded_weights_are_the_stored_ones(tiny_model_dir: Path) -> None:
@@ -120,7 +122,8 @@ def test_every_quantized_linear_runs_through_the_frozen_function(tiny_model_dir:
     for quantization, kind in (("nf4", frozen.FrozenLinear4bit), ("int8", frozen.FrozenLinear8bit)):
         model = load_base(section(tiny_model_dir, quantization=quantization), CPU).model
         quantized = [m for m in model.modules() if isinstance(m, (quantize.Linear4bit, quantize.Linear8bit))]
-        assert len(quantized) == 14 and {type(m) for m in quantized} == {kind}
+        assert len(quantized) == 14
+        assert {type(m) for m in quantized} == {kind}
         assert type(model.lm_head) is torch.nn.Linear
 
 
@@ -141,7 +144,8 @@ def prequantized_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFact
 def test_a_checkpoint_that_is_4_bit_already_is_taken_as_it_is(prequantized_dir: Path, tiny_model_dir: Path) -> None:
     # quant_storage says bfloat16 by default; the bytes in the file are uint8, and the compute dtype is the recipe's
     base = load_base(section(prequantized_dir), CPU)
-    assert base.facts["quant_storage"] == "uint8" and base.facts["compute_dtype"] == "bfloat16"
+    assert base.facts["quant_storage"] == "uint8"
+    assert base.facts["compute_dtype"] == "bfloat16"
     assert {m.compute_dtype for m in base.model.modules() if isinstance(m, quantize.Linear4bit)} == {torch.bfloat16}
     fresh = load_base(section(tiny_model_dir), CPU)
     with torch.no_grad():
@@ -172,7 +176,9 @@ def refused(path: Path | str, **changes: Any) -> str:
     with pytest.raises(InputError) as caught:
         load_base(section(Path(path), **changes) if isinstance(path, Path) else ModelSection(path=path), CPU)
     message = str(caught.value)
-    assert message.startswith(("model.path: ", str(path))) and str(path) in message and "\n" not in message
+    assert message.startswith(("model.path: ", str(path)))
+    assert str(path) in message
+    assert "\n" not in message
     return message
 
 
@@ -204,7 +210,8 @@ def test_weights_cut_short(tiny_model_dir: Path, tmp_path: Path) -> None:
     directory = copied(tiny_model_dir, tmp_path)
     file = directory / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    assert "cut short" in refused(directory) and str(file) in refused(directory)
+    assert "cut short" in refused(directory)
+    assert str(file) in refused(directory)
 
 
 def test_config_that_is_no_json_or_no_known_model(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -317,7 +324,8 @@ def test_init_from_takes_the_vectors_and_trains_them(saved: Path) -> None:
 def test_init_from_that_does_not_fit_is_refused(saved: Path, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError) as caught:
         attach(small_llama(), AdapterSection(**{"rank": 8, "seed": 4, "init_from": str(saved), **changes}))
-    assert words in str(caught.value) and str(saved) in str(caught.value)
+    assert words in str(caught.value)
+    assert str(saved) in str(caught.value)
 
 
 def test_init_from_nothing(tmp_path: Path) -> None:
@@ -356,4 +364,5 @@ def test_checkpointing_is_switched_on_for_every_decoder_layer() -> None:
     model = attach(small_llama(), AdapterSection(rank=8))
     enable_checkpointing(model)
     layers = model.get_base_model().model.layers
-    assert len(layers) == 2 and all(layer.gradient_checkpointing for layer in layers)
+    assert len(layers) == 2
+    assert all(layer.gradient_checkpointing for layer in layers)

@@ -66,12 +66,15 @@ def test_value_and_gradient_fp32(settings: dict[str, Any], chunk: int) -> None:
     loss, count = summed_nll(hidden, labels, head(**settings), chunk)
     (2.5 * loss).backward()
     wanted, grad = plain(hidden, labels, head(**settings))
-    assert count == int((labels[:, 1:] != IGNORED).sum()) and loss.dtype == torch.float32
+    assert count == int((labels[:, 1:] != IGNORED).sum())
+    assert loss.dtype == torch.float32
     torch.testing.assert_close(loss.detach().double(), wanted, rtol=1e-6, atol=0)
-    assert hidden.grad is not None and relative(hidden.grad, 2.5 * grad) < 2e-6
+    assert hidden.grad is not None
+    assert relative(hidden.grad, 2.5 * grad) < 2e-6
     # what is not trained, and the last position, which predicts nothing, get exactly nothing
     untrained = torch.cat([labels[:, 1:] == IGNORED, torch.ones(3, 1, dtype=torch.bool)], dim=1)
-    assert torch.count_nonzero(hidden.grad[untrained]) == 0 and torch.count_nonzero(hidden.grad[~untrained]) > 0
+    assert torch.count_nonzero(hidden.grad[untrained]) == 0
+    assert torch.count_nonzero(hidden.grad[~untrained]) > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -84,7 +87,9 @@ def test_value_and_gradient_16_bits(dtype: torch.dtype, settings: dict[str, Any]
     wanted, grad = plain(hidden, labels, head(dtype, **settings))
     assert loss.dtype == torch.float32  # the sum is not kept in 16 bits
     assert abs(loss.item() / wanted.item() - 1) < 2e-3
-    assert hidden.grad is not None and hidden.grad.dtype == dtype and relative(hidden.grad, grad) < 1.5e-2
+    assert hidden.grad is not None
+    assert hidden.grad.dtype == dtype
+    assert relative(hidden.grad, grad) < 1.5e-2
 
 
 def test_gradcheck_in_double_precision() -> None:
@@ -107,17 +112,22 @@ def test_rows_without_a_trained_token(which: str) -> None:
     hidden.requires_grad_()
     loss, count = summed_nll(hidden, labels, head(), 4)
     loss.backward()
-    assert hidden.grad is not None and torch.isfinite(hidden.grad).all()
+    assert hidden.grad is not None
+    assert torch.isfinite(hidden.grad).all()
     assert torch.count_nonzero(hidden.grad[0]) == 0
     if which == "all rows":
-        assert count == 0 and loss.item() == 0.0 and torch.count_nonzero(hidden.grad) == 0
+        assert count == 0
+        assert loss.item() == 0.0
+        assert torch.count_nonzero(hidden.grad) == 0
     else:
-        assert count > 0 and torch.count_nonzero(hidden.grad[1:]) > 0
+        assert count > 0
+        assert torch.count_nonzero(hidden.grad[1:]) > 0
 
 
 def test_a_row_of_one_token_predicts_nothing() -> None:
     loss, count = summed_nll(torch.randn(2, 1, HIDDEN), torch.tensor([[4], [5]]), head(), 8)
-    assert count == 0 and loss.item() == 0.0
+    assert count == 0
+    assert loss.item() == 0.0
 
 
 def test_huge_logits_stay_finite() -> None:
@@ -126,8 +136,10 @@ def test_huge_logits_stay_finite() -> None:
     loss, _ = summed_nll(hidden, labels, head(), 8)
     loss.backward()
     wanted, grad = plain(hidden, labels, head())
-    assert math.isfinite(loss.item()) and abs(loss.item() / wanted.item() - 1) < 1e-5
-    assert hidden.grad is not None and relative(hidden.grad, grad) < 1e-4
+    assert math.isfinite(loss.item())
+    assert abs(loss.item() / wanted.item() - 1) < 1e-5
+    assert hidden.grad is not None
+    assert relative(hidden.grad, grad) < 1e-4
 
 
 def test_without_gradients_none_is_made_and_the_value_is_the_same() -> None:
@@ -135,7 +147,8 @@ def test_without_gradients_none_is_made_and_the_value_is_the_same() -> None:
     with torch.no_grad():
         evaluated, _ = summed_nll(hidden, labels, head(), 8)
     trained, _ = summed_nll(hidden.clone().requires_grad_(), labels, head(), 8)
-    assert not evaluated.requires_grad and torch.equal(evaluated, trained.detach())
+    assert not evaluated.requires_grad
+    assert torch.equal(evaluated, trained.detach())
 
 
 def test_a_second_derivative_is_refused_and_not_wrong() -> None:
@@ -165,7 +178,9 @@ def test_a_quantized_head(kind: str) -> None:
 def test_equals_the_models_own_loss(tied: bool, dtype: torch.dtype) -> None:
     model = small_llama(tie_word_embeddings=tied).to(dtype)
     h = Head.of(model)
-    assert h.module is model.lm_head and h.softcap is None and h.scale == 1.0
+    assert h.module is model.lm_head
+    assert h.softcap is None
+    assert h.scale == 1.0
     assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
     ids = torch.randint(3, 300, (2, 19))
     labels = ids.clone()

@@ -71,7 +71,8 @@ def test_what_is_big_stays_in_the_file_and_in_its_dtype(packed_dir: Path) -> Non
         assert lies_in(parameter, packed_dir) != small, name
         assert not parameter.requires_grad
     layers = [m for m in model.modules() if isinstance(m, quantization.Linear4bit)]
-    assert len(layers) == 14 and {type(m) for m in layers} == {linear.FrozenLinear4bit}
+    assert len(layers) == 14
+    assert {type(m) for m in layers} == {linear.FrozenLinear4bit}
     assert all(lies_in(m.weight.quant_state.absmax, packed_dir) for m in layers)
     assert all(lies_in(m.weight.quant_state.state2.absmax, packed_dir) for m in layers)
     assert model.generation_config.eos_token_id == 2
@@ -97,7 +98,8 @@ def test_the_same_logits_as_quantizing_while_loading(
     linear.freeze_linears(stock)
     with torch.no_grad():
         ours, theirs = mapped.model(IDS).logits, stock.eval()(IDS).logits
-    assert ours.dtype == getattr(torch, dtype) and torch.equal(ours, theirs)
+    assert ours.dtype == getattr(torch, dtype)
+    assert torch.equal(ours, theirs)
     assert mapped.facts["quant_storage"] == str(storage).removeprefix("torch.")
 
 
@@ -115,7 +117,8 @@ def test_gradients_of_the_vectors_are_those_of_a_base_in_memory(packed_dir: Path
     torch.testing.assert_close(loss, other, rtol=1e-6, atol=0)
     assert len(ours) == 28
     for name, grad in ours.items():
-        assert grad is not None and grad.abs().max() > 0
+        assert grad is not None
+        assert grad.abs().max() > 0
         torch.testing.assert_close(grad, theirs[name], rtol=1e-5, atol=1e-6)
 
 
@@ -124,7 +127,8 @@ def test_tied_embeddings_are_one_tensor(tmp_path: Path) -> None:
     small_llama(tie_word_embeddings=True).to(torch.bfloat16).save_pretrained(source)
     packed = four_bit(source, tmp_path / "nf4")
     model = load_base(section(packed), CPU).model
-    assert model.lm_head.weight is model.model.embed_tokens.weight and lies_in(model.lm_head.weight, packed)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert lies_in(model.lm_head.weight, packed)
     with torch.no_grad():
         assert model(IDS).logits.dtype == torch.float32
 
@@ -142,7 +146,8 @@ def test_answers_hold_the_head_in_the_compute_dtype_and_let_go_of_it(packed_dir:
     base = load_base(section(packed_dir), CPU)
     head = base.model.lm_head
     with generating(base.model):
-        assert head._held_weight is not None and head._held_weight.dtype == torch.float32
+        assert head._held_weight is not None
+        assert head._held_weight.dtype == torch.float32
         assert torch.equal(head._held_weight, head.weight.float())
     assert head._held_weight is None
     assert generate(base.model, base.tokenizer, [[5, 9, 20]], max_new_tokens=4)

@@ -61,7 +61,8 @@ def test_pieces_make_the_whole() -> None:
                 packed[at : at + nf4.packed_size(len(piece))],
                 absmax[scales : scales + nf4.block_count(len(piece))],
             )
-    assert np.array_equal(packed, expected[0].numpy()) and np.array_equal(absmax, expected[1].numpy())
+    assert np.array_equal(packed, expected[0].numpy())
+    assert np.array_equal(absmax, expected[1].numpy())
 
 
 def thresholds(quant_type: str) -> torch.Tensor:
@@ -188,7 +189,8 @@ def test_bitsandbytes_own_kernels_give_the_same_tensors(quant_type: str) -> None
     section = ModelSection(path="x", quantization=quant_type)  # type: ignore[arg-type]
     packed, tensors = quantization.quantized_on_device("w", weight, section)
     ours, absmax = nf4.pack(weight, quant_type)
-    assert torch.equal(packed.flatten().view(torch.uint8), ours) and packed.dtype is torch.bfloat16
+    assert torch.equal(packed.flatten().view(torch.uint8), ours)
+    assert packed.dtype is torch.bfloat16
     expected = quantization.serialized_statistics("w", absmax, (700, 320), torch.bfloat16, section)
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[name], expected[name]) for name in expected)

@@ -57,7 +57,8 @@ def test_made_on_first_use_and_found_afterwards(section: ModelSection, root: Pat
     assert find_base(section) is None
     first = cached_base(section, progress=stages)
     assert stages.seen == ["quantizing"]  # hashed on the way, not before
-    assert first.parent == root and quantize_checkpoint.problem_of(first, verify=True) is None
+    assert first.parent == root
+    assert quantize_checkpoint.problem_of(first, verify=True) is None
     stages = Stages()
     assert cached_base(section, progress=stages) == find_base(section) == first
     assert stages.seen == []
@@ -100,12 +101,15 @@ def test_a_damaged_copy_is_made_again(section: ModelSection) -> None:
     shard = copy / "model.safetensors"
     good = shard.read_bytes()
     shard.write_bytes(good[:-1])
-    assert cached_base(section) == copy and shard.read_bytes() == good
+    assert cached_base(section) == copy
+    assert shard.read_bytes() == good
     flipped = bytearray(good)
     flipped[-1] ^= 1
     shard.write_bytes(flipped)
-    assert cached_base(section) == copy and shard.read_bytes() == flipped  # not looked for
-    assert cached_base(section, verify=True) == copy and shard.read_bytes() == good
+    assert cached_base(section) == copy
+    assert shard.read_bytes() == flipped
+    assert cached_base(section, verify=True) == copy
+    assert shard.read_bytes() == good
 
 
 def test_a_model_that_is_renamed_on_loading_says_so(section: ModelSection) -> None:
@@ -160,11 +164,13 @@ def test_of_two_processes_one_makes_it_and_the_other_waits(section: ModelSection
     wait_until(lambda: len(unfinished_shards(root)) >= 3)
     two = maker(section, tmp_path, "two")
     wait_until(lambda: "waiting" in stages_of(tmp_path / "two"))
-    assert one.poll() is None and two.poll() is None
+    assert one.poll() is None
+    assert two.poll() is None
     (tmp_path / "go").touch()
     said = [process.communicate(timeout=60)[0].strip() for process in (one, two)]
     assert one.returncode == two.returncode == 0
-    assert said[0] == said[1] and quantize_checkpoint.problem_of(Path(said[0]), verify=True) is None
+    assert said[0] == said[1]
+    assert quantize_checkpoint.problem_of(Path(said[0]), verify=True) is None
     assert stages_of(tmp_path / "two") == {"waiting"}
     assert [p for p in root.iterdir() if p.is_dir()] == [Path(said[0])]
 
@@ -184,7 +190,8 @@ def test_a_killed_makers_lock_is_recovered_and_its_shards_are_used(
     one.communicate()
     (tmp_path / "go").touch()
     made = Path(two.communicate(timeout=60)[0].strip())
-    assert two.returncode == 0 and quantize_checkpoint.problem_of(made, verify=True) is None
+    assert two.returncode == 0
+    assert quantize_checkpoint.problem_of(made, verify=True) is None
     assert stages_of(tmp_path / "two") == {"waiting", "quantizing"}
     assert {name: (made / name).stat().st_ino for name in kept} == kept
 
@@ -198,7 +205,8 @@ def test_killed_between_the_last_byte_and_the_name(section: ModelSection, monkey
         cached_base(section)
     stages = Stages()
     copy = cached_base(section, progress=stages)
-    assert quantize_checkpoint.problem_of(copy, verify=True) is None and "quantizing" not in stages.seen
+    assert quantize_checkpoint.problem_of(copy, verify=True) is None
+    assert "quantizing" not in stages.seen
     assert [entry.directory for entry in quantized_cache.BASES.listed()] == [copy]
 
 
@@ -212,10 +220,12 @@ def test_the_commands(section: ModelSection, root: Path, tmp_path: Path, capsys:
     assert main(["quantize", section.path, str(tmp_path / "out")]) == 2  # nf4 is another thing
     assert main(["cache", "ls"]) == 0
     said = capsys.readouterr().out
-    assert copy.name in said and section.path in said
+    assert copy.name in said
+    assert section.path in said
     assert main(["cache", "ls", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
-    assert row["size_bytes"] == sum(f.stat().st_size for f in copy.iterdir()) and row["finished"]
+    assert row["size_bytes"] == sum(f.stat().st_size for f in copy.iterdir())
+    assert row["finished"]
     assert main(["cache", "verify"]) == 0
     flipped = bytearray((copy / "model.safetensors").read_bytes())
     flipped[-1] ^= 1
@@ -225,7 +235,8 @@ def test_the_commands(section: ModelSection, root: Path, tmp_path: Path, capsys:
     assert main(["cache", "rm", "nothing"]) == main(["cache", "rm", "../.."]) == main(["cache", "rm"]) == 2
     assert copy.is_dir()
     assert main(["cache", "rm", copy.name[:8]]) == 0
-    assert not copy.exists() and quantized_cache.BASES.listed() == []
+    assert not copy.exists()
+    assert quantized_cache.BASES.listed() == []
 
 
 def test_ctrl_c_keeps_finished_shards_and_says_so(
@@ -249,7 +260,8 @@ def test_ctrl_c_keeps_finished_shards_and_says_so(
     assert main(["quantize", section.path]) == 0
     (entry,) = quantized_cache.BASES.listed()
     assert {n: (entry.directory / n).stat().st_ino for n in kept} == kept
-    assert main(["cache", "rm", "--all"]) == 0 and quantized_cache.BASES.listed() == []
+    assert main(["cache", "rm", "--all"]) == 0
+    assert quantized_cache.BASES.listed() == []
 
 
 def test_a_cache_that_cannot_be_written_is_said(section: ModelSection, tmp_path: Path, monkeypatch: Any) -> None:

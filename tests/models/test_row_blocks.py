@@ -40,7 +40,8 @@ def test_the_blocks_are_the_weight_to_the_bit(
     layer = four_bit(m, n, kind, storage, nested, dtype)
     blocks = RowBlocks(layer, dtype, 7 * n + 3)
     found = list(blocks)
-    assert len(blocks) == len(found) == -(-m // 7) and [rows.start for rows, _ in found] == list(range(0, m, 7))
+    assert len(blocks) == len(found) == -(-m // 7)
+    assert [rows.start for rows, _ in found] == list(range(0, m, 7))
     assert torch.equal(torch.cat([weight for _, weight in found]), quantization.dequantized_weight(layer, dtype))
 
 
@@ -81,4 +82,5 @@ def test_a_large_frozen_linear_goes_by_blocks_and_keeps_only_a_block(tokens: int
     y = layer(x)
     y.backward(g)
     assert relative(y.detach(), x.detach() @ W.t() + layer.bias) < 1e-5
-    assert x.grad is not None and relative(x.grad, g @ W) < 1e-5
+    assert x.grad is not None
+    assert relative(x.grad, g @ W) < 1e-5

@@ -25,15 +25,19 @@ def test_a_training_killed_everywhere_is_the_one_never_killed(tmp_path: Path) ->
         pytest.skip(done.stderr.strip().splitlines()[-1])
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(out.read_text())
-    assert found["sigkills"] == 14 and all(life["newest_verified_after"] is not None for life in found["lives"])
+    assert found["sigkills"] == 14
+    assert all(life["newest_verified_after"] is not None for life in found["lives"])
     places = {place for place, count in found["histogram"].items() if count}
     assert places >= {"open", "partial write", "fsync", "manifest", "rename", "recipe.yaml", "final adapter"}
-    assert found["inside_steps"] == 4 and found["inside_checkpoint_writes"] == 5
+    assert found["inside_steps"] == 4
+    assert found["inside_checkpoint_writes"] == 5
     for life in found["lives"]:
         # a life that was killed while it read its checkpoint had not said yet where it goes on
         assert life["went_on_from"] in (life["newest_verified_before"], None), life
         assert life["went_on_from"] is not None or life["place"] == "reading a checkpoint", life
         assert life["newest_verified_after"] >= life["newest_verified_before"], life
-    assert found["train_losses_compared"] == found["steps"] and found["evaluations_compared"] > 2
-    assert found["records_equal_to_the_bit"] and found["adapter_equal_to_the_bit"]
+    assert found["train_losses_compared"] == found["steps"]
+    assert found["evaluations_compared"] > 2
+    assert found["records_equal_to_the_bit"]
+    assert found["adapter_equal_to_the_bit"]
     assert found["files_left_over"] == [], "what killed processes left behind is cleared away"

@@ -51,10 +51,12 @@ def test_round_trip(tmp_path: Path) -> None:
     torch.manual_seed(5)
     vectors, optimizer = run()
     path = checkpoint.save(tmp_path, 7, vectors, optimizer, STATE)
-    assert path == tmp_path / "step-00000007" and sorted(p.name for p in path.iterdir()) == FILES
+    assert path == tmp_path / "step-00000007"
+    assert sorted(p.name for p in path.iterdir()) == FILES
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000007"]
     loaded = checkpoint.load(path)
-    assert loaded.step == 7 and loaded.path == path
+    assert loaded.step == 7
+    assert loaded.path == path
     assert {k: loaded.state[k] for k in STATE} == STATE
     assert loaded.vectors.keys() == vectors.keys()
     assert all(torch.equal(loaded.vectors[n], v) for n, v in vectors.items())
@@ -75,7 +77,8 @@ def test_going_on_from_it_is_going_on(tmp_path: Path) -> None:
     assert all(torch.equal(others[n], v) for n, v in vectors.items())
     for name, vector in vectors.items():
         mine, theirs = optimizer.state[vector], fresh.state[others[name]]
-        assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[k], theirs[k]) for k in mine)
 
 
 def test_scalars_and_half_precision_in_the_optimizers_state_survive(tmp_path: Path) -> None:
@@ -87,8 +90,11 @@ def test_scalars_and_half_precision_in_the_optimizers_state_survive(tmp_path: Pa
     others, fresh = run(seed=3, steps=0)
     checkpoint.restore(checkpoint.load(path), others, fresh)
     state = fresh.state[others["layers.0.q.qvera_b"]]
-    assert state["step"] == 12 and state["flag"] is True and torch.equal(state["absmax1"], torch.tensor([0.5]))
-    assert torch.equal(state["state1"], moment) and state["state1"].dtype == torch.uint8
+    assert state["step"] == 12
+    assert state["flag"] is True
+    assert torch.equal(state["absmax1"], torch.tensor([0.5]))
+    assert torch.equal(state["state1"], moment)
+    assert state["state1"].dtype == torch.uint8
     assert others["layers.0.q.qvera_d"] not in fresh.state  # what had no state yet has none now
 
 
@@ -147,7 +153,9 @@ def test_cut_at_any_byte_it_is_passed_over(saved: Path) -> None:
             (saved / file).write_bytes(content[:length])
             warned: list[str] = []
             assert checkpoint.newest(saved.parent, warned.append) is None, (file, length)
-            assert len(warned) == 1 and file in warned[0] and warned[0].endswith("It is passed over.")
+            assert len(warned) == 1
+            assert file in warned[0]
+            assert warned[0].endswith("It is passed over.")
         (saved / file).write_bytes(content)
     assert checkpoint.load(saved).step == 7
 
@@ -179,9 +187,11 @@ def test_no_flipped_bit_in_the_manifest_gets_through_or_crashes(saved: Path) -> 
             loaded = checkpoint.load(saved)
         except InputError as error:
             refused += 1
-            assert str(saved) in str(error) and "\n" not in str(error)
+            assert str(saved) in str(error)
+            assert "\n" not in str(error)
         else:
-            assert loaded.step == wanted.step and loaded.state == wanted.state
+            assert loaded.step == wanted.step
+            assert loaded.state == wanted.state
             assert all(torch.equal(loaded.vectors[n], v) for n, v in wanted.vectors.items())
     assert refused > 0.7 * len(content)
 
@@ -259,8 +269,11 @@ def test_the_manifest_of_another_run_or_step_is_refused_and_the_one_before_taken
         shutil.copy(source / "manifest.json", manifest)
         warned: list[str] = []
         found = checkpoint.newest(tmp_path / "mine", warned.append)
-        assert found is not None and found.step == 2
-        assert len(warned) == 1 and "step-00000004" in warned[0] and "not what the manifest says" in warned[0]
+        assert found is not None
+        assert found.step == 2
+        assert len(warned) == 1
+        assert "step-00000004" in warned[0]
+        assert "not what the manifest says" in warned[0]
 
 
 def test_an_older_format_is_passed_over_by_name(tmp_path: Path) -> None:
@@ -269,7 +282,8 @@ def test_an_older_format_is_passed_over_by_name(tmp_path: Path) -> None:
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 0}))
     warned: list[str] = []
     found = checkpoint.newest(tmp_path, warned.append)
-    assert found is not None and found.step == 2
+    assert found is not None
+    assert found.step == 2
     assert "step-00000004: has checkpoint format 0; this qvera reads format 1. It is passed over." in warned[0]
 
 
@@ -287,16 +301,22 @@ def names(directory: Path) -> list[str]:
 
 
 def test_the_newest_that_verifies_is_taken_and_the_others_are_told_of(tmp_path: Path) -> None:
-    assert checkpoint.newest(tmp_path / "nothing") is None and checkpoint.newest(tmp_path) is None
+    assert checkpoint.newest(tmp_path / "nothing") is None
+    assert checkpoint.newest(tmp_path) is None
     save_steps(tmp_path, 2, 10, 9)
     warned: list[str] = []
     found = checkpoint.newest(tmp_path, warned.append)
-    assert found is not None and found.step == 10 and not warned
+    assert found is not None
+    assert found.step == 10
+    assert not warned
     (tmp_path / "step-00000010" / "manifest.json").unlink()
     (tmp_path / "step-00000009" / "vectors.safetensors").write_bytes(b"")
     found = checkpoint.newest(tmp_path, warned.append)
-    assert found is not None and found.step == 2
-    assert len(warned) == 2 and "step-00000010" in warned[0] and "step-00000009" in warned[1]
+    assert found is not None
+    assert found.step == 2
+    assert len(warned) == 2
+    assert "step-00000010" in warned[0]
+    assert "step-00000009" in warned[1]
     assert all(w.endswith("It is passed over.") for w in warned)
     shutil.rmtree(tmp_path / "step-00000002")
     assert checkpoint.newest(tmp_path) is None
@@ -307,7 +327,8 @@ def test_half_written_and_foreign_directories_are_passed_over(tmp_path: Path) ->
     shutil.copytree(tmp_path / "step-00000004", tmp_path / ".partial-step-00000009")
     shutil.copytree(tmp_path / "step-00000004", tmp_path / "step-00000099-old")
     found = checkpoint.newest(tmp_path)
-    assert found is not None and found.step == 4
+    assert found is not None
+    assert found.step == 4
 
 
 def test_a_write_that_fails_leaves_no_checkpoint_under_its_name(
@@ -323,7 +344,8 @@ def test_a_write_that_fails_leaves_no_checkpoint_under_its_name(
         save_steps(tmp_path, 8)
     assert "step-00000008" not in names(tmp_path)
     found = checkpoint.newest(tmp_path)
-    assert found is not None and found.step == 4
+    assert found is not None
+    assert found.step == 4
     monkeypatch.undo()
     save_steps(tmp_path, 8)  # over the leftovers
     assert names(tmp_path) == ["step-00000004", "step-00000008"]
@@ -346,7 +368,8 @@ def test_the_same_step_again_replaces_it(tmp_path: Path) -> None:
         vectors["layers.0.q.qvera_d"].fill_(9)
     path = checkpoint.save(tmp_path, 4, vectors, optimizer, {"a": 2})
     loaded = checkpoint.load(path)
-    assert loaded.state["a"] == 2 and torch.equal(loaded.vectors["layers.0.q.qvera_d"], torch.full((3,), 9.0))
+    assert loaded.state["a"] == 2
+    assert torch.equal(loaded.vectors["layers.0.q.qvera_d"], torch.full((3,), 9.0))
     assert names(tmp_path) == ["step-00000004"]
 
 
@@ -381,7 +404,8 @@ def test_a_full_disk_is_said_and_earlier_checkpoints_stay(tmp_path: Path) -> Non
             checkpoint.save(disk / "c", 2, vectors, optimizer, STATE)
         assert names(disk / "c") == ["step-00000001"]
         found = checkpoint.newest(disk / "c")
-        assert found is not None and found.step == 1
+        assert found is not None
+        assert found.step == 1
         filler.unlink()
         checkpoint.save(disk / "c", 2, vectors, optimizer, STATE)
         assert names(disk / "c") == ["step-00000001", "step-00000002"]
@@ -393,5 +417,7 @@ def test_a_disk_that_became_read_only_is_said_and_earlier_checkpoints_stay(tmp_p
         with read_only(disk), pytest.raises(RunFailed, match="step 2 .*can't be written .Read-only file system"):
             save_steps(disk / "c", 2)
         found = checkpoint.newest(disk / "c")
-        assert found is not None and found.step == 1 and names(disk / "c") == ["step-00000001"]
+        assert found is not None
+        assert found.step == 1
+        assert names(disk / "c") == ["step-00000001"]
         save_steps(disk / "c", 2)

@@ -33,18 +33,22 @@ def test_its_suggestion_is_of_use(write_recipe: Any, tmp_path: Path, capsys: Any
     ramp = ["--lr-from", "1e-4", "--lr-to", "1", "--lr-steps", "41"]
     assert main(["train", str(recipe), "--find-lr", *ramp]) == 0
     said = capsys.readouterr().out
-    assert "diverged          not up to 1;" in said and RULE in said
+    assert "diverged          not up to 1;" in said
+    assert RULE in said
     points = points_of(out)
     assert [point["step"] for point in points] == list(range(1, 42))
     for number, point in enumerate(points):
         assert point["learning_rate"] == pytest.approx(1e-4 * 10 ** (number / 10), rel=1e-9)
     suggested = float(re.findall(r"training.learning_rate=(\S+)", said)[0])
     at_lowest = min(points, key=lambda point: point["smoothed_loss"])["learning_rate"]
-    assert suggested == pytest.approx(at_lowest, rel=0.05) and suggested > 0.01
+    assert suggested == pytest.approx(at_lowest, rel=0.05)
+    assert suggested > 0.01
     assert float(re.findall(r"steepest fall +at (\S+)", said)[0]) < suggested
     page = (out / PAGE).read_text()
-    assert f"Suggested: {RULE}" in unescape(page) and page.count('class="plot"') == 2
-    assert "default-src 'none'" in page and "http" not in page.replace("http-equiv", "")
+    assert f"Suggested: {RULE}" in unescape(page)
+    assert page.count('class="plot"') == 2
+    assert "default-src 'none'" in page
+    assert "http" not in page.replace("http-equiv", "")
     gained = []
     for rate in (suggested / 100, suggested):
         run = tmp_path / f"run-{rate}"
@@ -61,10 +65,13 @@ def test_it_stops_where_the_loss_diverges(make_recipe: Any, tmp_path: Path) -> N
     train(learnt, tmp_path / "learnt")
     recipe = make_recipe(adapter={"init_from": str(tmp_path / "learnt" / "adapter")})
     found = find_lr(recipe, tmp_path / "out", RangeTest(start=1e-4, end=1e3, steps=71))
-    assert found is not None and found.diverged is not None
-    assert found.diverged == found.points[-1]["learning_rate"] < 1e3 and len(found.points) < 71
+    assert found is not None
+    assert found.diverged is not None
+    assert found.diverged == found.points[-1]["learning_rate"] < 1e3
+    assert len(found.points) < 71
     losses = [point["loss"] for point in found.points]
-    assert losses[-1] > losses[0] and losses[-1] > 2 * min(losses)
+    assert losses[-1] > losses[0]
+    assert losses[-1] > 2 * min(losses)
 
 
 def test_nothing_looks_like_a_run_and_a_run_beside_it_stays(make_recipe: Any, tmp_path: Path, capsys: Any) -> None:
@@ -72,7 +79,8 @@ def test_nothing_looks_like_a_run_and_a_run_beside_it_stays(make_recipe: Any, tm
     ramp = RangeTest(start=1e-4, end=1e-2, steps=10)
     find_lr(recipe, out, ramp)
     assert sorted(path.name for path in out.iterdir()) == [PAGE, POINTS]
-    assert main(["info", str(out)]) == 2 and main(["eval", str(out)]) == 2
+    assert main(["info", str(out)]) == 2
+    assert main(["eval", str(out)]) == 2
     first = (out / POINTS).read_bytes()
     train(recipe, out)  # the directory is free for a run
     files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
@@ -94,7 +102,8 @@ def test_its_steps_are_those_of_a_run(make_recipe: Any, tmp_path: Path, changes:
     train(recipe, tmp_path / "run")
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     steps = [record for record in map(json.loads, lines) if record["kind"] == "train"]
-    assert found is not None and len(found.points) == len(steps) == 12
+    assert found is not None
+    assert len(found.points) == len(steps) == 12
     for point, record in zip(found.points, steps, strict=True):
         for key in ("step", "loss", "grad_norm", "trained_tokens", "input_tokens"):
             assert point[key] == record[key]
@@ -104,7 +113,8 @@ def test_a_loss_that_is_not_a_number_ends_it_but_not_before_the_first_step(
     make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = find_lr(make_recipe(), tmp_path / "out", RangeTest(start=1e-3, end=1e36, steps=14))
-    assert found is not None and found.diverged == found.points[-1]["learning_rate"]
+    assert found is not None
+    assert found.diverged == found.points[-1]["learning_rate"]
     assert len(points_of(tmp_path / "out")) == len(found.points) < 14
 
     real, calls = module.train_step, []
@@ -118,9 +128,11 @@ def test_a_loss_that_is_not_a_number_ends_it_but_not_before_the_first_step(
     monkeypatch.setattr(module, "train_step", failing)
     after = 6
     found = find_lr(make_recipe(), tmp_path / "cut", RangeTest(start=1e-4, end=1e-2, steps=20))
-    assert found is not None and [p["loss"] is None for p in found.points] == [False] * 6 + [True]
+    assert found is not None
+    assert [p["loss"] is None for p in found.points] == [False] * 6 + [True]
     assert found.diverged == pytest.approx(1e-4 * 100 ** (6 / 19))
-    assert points_of(tmp_path / "cut")[-1]["loss"] is None and "NaN" not in (tmp_path / "cut" / POINTS).read_text()
+    assert points_of(tmp_path / "cut")[-1]["loss"] is None
+    assert "NaN" not in (tmp_path / "cut" / POINTS).read_text()
     after, calls = 0, []
     with pytest.raises(RunFailed):
         find_lr(make_recipe(), tmp_path / "none", RangeTest(start=1e-4, end=1e-2, steps=20))
@@ -165,12 +177,14 @@ def test_the_suggestion_is_at_the_lowest_loss_and_the_steepest_fall_before_it(fa
     points = curve(100, fall_at, 0.2, noise)
     losses, suggestion, steepest = read_curve(points)
     assert len(losses) == 100
-    assert suggestion is not None and steepest is not None
+    assert suggestion is not None
+    assert steepest is not None
     assert abs(math.log10(steepest / fall_at)) < (0.35 if noise else 0.1)
     clean = curve(100, fall_at, 0.2)
     best = min(clean, key=lambda point: point["loss"])["loss"]
     (at,) = (p["loss"] for p, q in zip(clean, points, strict=True) if math.isclose(q["learning_rate"], suggestion))
-    assert at < best + 0.1 and steepest < suggestion < 0.2
+    assert at < best + 0.1
+    assert steepest < suggestion < 0.2
 
 
 def test_there_is_no_suggestion_where_nothing_falls() -> None:
@@ -179,7 +193,8 @@ def test_there_is_no_suggestion_where_nothing_falls() -> None:
     assert read_curve(rising[:3])[1:] == (None, None)
     ended = [*curve(40, 1e-3, 0.2)[:30], {"learning_rate": 1.0, "loss": None}]
     losses, suggestion, _ = read_curve(ended)
-    assert len(losses) == 30 and suggestion is not None
+    assert len(losses) == 30
+    assert suggestion is not None
 
 
 @pytest.mark.parametrize(
@@ -203,5 +218,7 @@ def test_a_page_without_a_suggestion() -> None:
     found = Found([{"step": 1, "learning_rate": 1e-5, "loss": None}], None, None, 1e-5)
     facts = {"rule": RULE, "learning_rate": 4e-3, "data": "rows.jsonl", "ramp": RangeTest()}
     page = ramp_page("<model>", "out", found, facts)
-    assert "the loss never fell" in page and "&lt;model&gt;" in page and 'class="plot"' not in page
+    assert "the loss never fell" in page
+    assert "&lt;model&gt;" in page
+    assert 'class="plot"' not in page
     assert rate_text(4e-3) in page

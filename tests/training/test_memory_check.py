@@ -37,14 +37,17 @@ def test_the_longest_batch_leaves_no_trace(
 def test_a_run_ends_with_predicted_and_measured(make_recipe: Any, tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=200)
     train(make_recipe(training={"max_steps": 2}), tmp_path / "run", console=console)
-    assert "Plan: peak" in console.file.getvalue() and "Fits" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "Plan: peak" in console.file.getvalue()
+    assert "Fits" in console.file.getvalue()
     plan = json.loads((tmp_path / "run" / "run.json").read_text())["plan"]
     measured = plan["measured"]
     assert measured["predicted_bytes"] == plan["memory"]["total_bytes"]
     assert measured["private_bytes"] > 50e6  # an interpreter with torch
     assert measured["relative_error"] == pytest.approx(measured["predicted_bytes"] / measured["total_bytes"] - 1)
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert "<h2>Memory</h2>" in page and "Predicted peak" in page and 'class="part p2"' in page
+    assert "<h2>Memory</h2>" in page
+    assert "Predicted peak" in page
+    assert 'class="part p2"' in page
 
 
 def test_a_page_without_a_plan_has_no_memory_section(make_recipe: Any, tmp_path: Path) -> None:
@@ -89,6 +92,7 @@ def test_a_batch_that_does_not_fit_says_so_before_the_first_step(
     )
     assert done.returncode == 2, done.stderr[-2000:]
     said = " ".join(done.stderr.split())
-    assert "the longest batch of this run (64 rows, the longest of 256 tokens" in said and "rows.jsonl:" in said
+    assert "the longest batch of this run (64 rows, the longest of 256 tokens" in said
+    assert "rows.jsonl:" in said
     assert "training.gradient_checkpointing=true" in said
     assert not (tmp_path / "run").exists()

@@ -196,7 +196,8 @@ def test_each_step_is_saved_once(make_recipe: Any, tmp_path: Path, monkeypatch: 
     original = checkpoint.save
     monkeypatch.setattr(checkpoint, "save", lambda d, step, *more: saved.append(step) or original(d, step, *more))
     train(make_recipe(training={"max_steps": 7, "save_steps": 2, "eval_steps": 2}), tmp_path / "run")
-    assert saved == sorted(set(saved)) and {2, 4, 6, 7} <= set(saved)
+    assert saved == sorted(set(saved))
+    assert {2, 4, 6, 7} <= set(saved)
 
 
 def test_accumulation_does_not_change_the_update(make_recipe: Any, tmp_path: Path) -> None:
@@ -270,7 +271,8 @@ def test_where_the_best_checkpoint_is_damaged_the_last_vectors_are_taken_and_tha
     step = result.run["result"]["steps"]
     assert result.run["result"]["best_step"] == step - 2
     said = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "not what the manifest says" in said and "The adapter gets the last step's vectors, not the best." in said
+    assert "not what the manifest says" in said
+    assert "The adapter gets the last step's vectors, not the best." in said
     last = load_file(tmp_path / "run" / "checkpoints" / f"step-{step:08d}" / "vectors.safetensors")
     assert same(vectors(tmp_path / "run"), last)
 
@@ -297,7 +299,8 @@ def test_the_8_bit_optimizer_learns_and_says_what_it_really_saves(make_recipe: A
     console = Console(file=io.StringIO(), width=200)
     settings = {"max_steps": 12, "optim": "adamw_8bit", "learning_rate": 0.05}
     result = train(make_recipe(training=settings), tmp_path / "run", console=console)
-    assert result is not None and losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0] - 0.3
+    assert result is not None
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0] - 0.3
     said = re.search(
         r"adamw_8bit holds ([\d,]+) bytes of state; torch's adamw would hold ([\d,]+)", console.file.getvalue()
     )  # type: ignore[attr-defined]
@@ -334,7 +337,8 @@ def test_a_disk_that_fills_up_stops_the_run_and_resume_ends_where_it_would_have(
         command = ["train", recipe("full.yaml", disk / "run")]
         assert main(command) == 1
         assert "the disk is full" in capsys.readouterr().err
-        assert list((disk / "run" / "checkpoints").glob("step-*")) and not (disk / "run" / "adapter").exists()
+        assert list((disk / "run" / "checkpoints").glob("step-*"))
+        assert not (disk / "run" / "adapter").exists()
         filler.unlink()
         assert main([*command, "--resume"]) == 0
         vectors = (disk / "run" / "adapter" / "adapter_model.safetensors").read_bytes()

@@ -36,7 +36,8 @@ def test_the_same_work_goes_on_and_another_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="unfinished export of something else"):
         Unfinished.open(out, {**IDENTITY, "dtype": "bfloat16"}, "export")
     with Unfinished.open(out, IDENTITY, "export") as work:
-        assert work.has("one") and not work.has("two")
+        assert work.has("one")
+        assert not work.has("two")
         assert work.facts == {"layers": {"x": 0.5}}
         (out / "one").write_bytes(b"dat!")
         assert not work.has("one"), "a shard that was changed since is not finished"
@@ -71,7 +72,8 @@ def test_one_process_at_a_time_and_the_lock_of_a_killed_one_is_free(tmp_path: Pa
         f"work = Unfinished.open(Path({str(out)!r}), {IDENTITY!r}, 'export'); print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
     with pytest.raises(InputError, match="another process is writing this export"):
         Unfinished.open(out, IDENTITY, "export")
     holder.kill()
@@ -102,9 +104,11 @@ def test_a_full_or_read_only_disk_is_said_and_other_errors_are_left_alone(tmp_pa
         OSError(errno.ENOSPC, "No space left on device", "shard.bin"),
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
     ):
-        with pytest.raises(RunFailed, match=r"^shard 3: the disk is full.* Kept: 2\.$"):
-            with disk_full_says("shard 3", "Kept: 2."):
-                raise error
+        with (
+            pytest.raises(RunFailed, match=r"^shard 3: the disk is full.* Kept: 2\.$"),
+            disk_full_says("shard 3", "Kept: 2."),
+        ):
+            raise error
     for error in (
         OSError(errno.EROFS, "Read-only file system", "shard.bin"),
         SafetensorError("Error while serializing: I/O error: Read-only file system (os error 30)"),
@@ -113,9 +117,8 @@ def test_a_full_or_read_only_disk_is_said_and_other_errors_are_left_alone(tmp_pa
             with disk_full_says("shard 3", "Kept: 2."):
                 raise error
     for other in (FileNotFoundError(errno.ENOENT, "gone"), SafetensorError("InvalidHeaderDeserialization")):
-        with pytest.raises(type(other)):
-            with disk_full_says("shard 3", ""):
-                raise other
+        with pytest.raises(type(other)), disk_full_says("shard 3", ""):
+            raise other
 
 
 def test_a_stop_is_asked_for_and_the_handlers_come_back() -> None:

@@ -28,9 +28,11 @@ def test_positions_are_the_tensors_bytes(tiny_model_dir: Path) -> None:
     file = tiny_model_dir / "model.safetensors"
     header, found = stored_tensors(file)
     data, values = file.read_bytes(), load_file(file)
-    assert found.keys() == values.keys() and next(iter(found.values())).start == header
+    assert found.keys() == values.keys()
+    assert next(iter(found.values())).start == header
     for name, stored in found.items():
-        assert stored.spec.dtype == values[name].dtype and stored.spec.shape == tuple(values[name].shape)
+        assert stored.spec.dtype == values[name].dtype
+        assert stored.spec.shape == tuple(values[name].shape)
         assert data[stored.start : stored.stop] == values[name].view(torch.uint8).numpy().tobytes()
 
 
@@ -86,9 +88,12 @@ def test_a_quantized_copy_says_what_it_was_made_from(tiny_model_dir: Path, tmp_p
 
 
 def test_what_can_be_compared() -> None:
-    assert same_base("a", "a") and not same_base("a", "b")
-    assert same_base(None, "a") and same_base("a", None)
-    assert same_base("quantized:a", "b") and not same_base("quantized:a", "quantized:b")
+    assert same_base("a", "a")
+    assert not same_base("a", "b")
+    assert same_base(None, "a")
+    assert same_base("a", None)
+    assert same_base("quantized:a", "b")
+    assert not same_base("quantized:a", "quantized:b")
 
 
 def test_a_base_in_the_hubs_cache_has_the_fingerprint_of_its_snapshot(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -47,7 +47,8 @@ def test_what_is_written_in_pieces_safetensors_reads(tmp_path: Path) -> None:
     found = load_file(tmp_path / "x.safetensors")
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        assert torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+        assert found[name].dtype == tensor.dtype
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
 
 

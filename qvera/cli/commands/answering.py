@@ -19,7 +19,7 @@ from qvera.evaluation.load_run import OpenRun, locate, open_run
 
 
 def chat(args: argparse.Namespace) -> None:
-    """qvera chat"""
+    """Qvera chat"""
     quiet_libraries()
     with console.status(f"Loading {args.run}"):
         opened = open_run(args.run, adapter=not args.base)
@@ -79,7 +79,7 @@ def _prompt_ids(template: ChatTemplate, encoder: Encoder, turns: list[Turn], too
 
 
 def generate(args: argparse.Namespace) -> None:
-    """qvera generate"""
+    """Qvera generate"""
     quiet_libraries()
     require_new_file(args.out)
     recipe, _, _ = locate(args.run)

@@ -29,7 +29,7 @@ KINDS = (BASES, ROWS)
 
 
 def quantize(args: argparse.Namespace) -> None:
-    """qvera quantize"""
+    """Qvera quantize"""
     quiet_libraries()
     given = {
         key: getattr(args, key)
@@ -82,7 +82,7 @@ def _byte_progress() -> Iterator[Progress]:
 
 
 def cache(args: argparse.Namespace) -> None:
-    """qvera cache"""
+    """Qvera cache"""
     if args.action == "ls":
         _cache_ls(args)
         return
@@ -144,7 +144,7 @@ def _cache_ls(args: argparse.Namespace) -> None:
 
 
 def info(args: argparse.Namespace) -> None:
-    """qvera info"""
+    """Qvera info"""
     facts = describe(args.path)
     if args.json:
         print(json.dumps(facts, indent=1))

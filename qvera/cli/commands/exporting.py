@@ -31,7 +31,7 @@ from qvera.utils.safetensors_io import file_sha256, same_base
 
 
 def export(args: argparse.Namespace) -> None:
-    """qvera export"""
+    """Qvera export"""
     quiet_libraries()
     recipe, section, adapter_dir = locate(args.run)
     options = recipe.export if recipe is not None else ExportSection()
@@ -140,7 +140,7 @@ def _write_lora(
 
 
 def merge_adapters(args: argparse.Namespace) -> None:
-    """qvera merge-adapters"""
+    """Qvera merge-adapters"""
     quiet_libraries()
     found = [locate(path) for path in args.adapters]
     _require_one_base(found)

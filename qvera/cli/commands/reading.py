@@ -40,8 +40,8 @@ from qvera.utils.atomic import replace_text
 from qvera.utils.errors import InputError
 
 
-def eval(args: argparse.Namespace) -> None:  # noqa: A001  # the command's name
-    """qvera eval"""
+def eval(args: argparse.Namespace) -> None:  # the command's name
+    """Qvera eval"""
     quiet_libraries()
     _check_flags(args)
     metrics = [] if args.no_generation else text_metrics(args.metrics.split(","))
@@ -90,7 +90,7 @@ def eval(args: argparse.Namespace) -> None:  # noqa: A001  # the command's name
 
 
 def compare(args: argparse.Namespace) -> None:
-    """qvera compare"""
+    """Qvera compare"""
     if args.html is not None:
         require_new_file(args.html)
     found = compared(args.runs)
@@ -137,7 +137,7 @@ def _run_table(labels: Sequence[str], rows: Sequence[dict[str, float | None]], c
 
 
 def harness(args: argparse.Namespace) -> None:
-    """qvera harness"""
+    """Qvera harness"""
     quiet_libraries()
     if args.json is not None:
         require_new_file(args.json)

@@ -34,7 +34,7 @@ from qvera.utils.paths import resolve_path
 
 
 def train(args: argparse.Namespace) -> None:
-    """qvera train"""
+    """Qvera train"""
     recipe = load_recipe(args.recipe, args.overrides)
     quiet_libraries()
     run_dir = run_directory(recipe, args.recipe)
@@ -66,7 +66,7 @@ def _ramp(args: argparse.Namespace) -> RangeTest | None:
 
 
 def _find_lr(recipe: Recipe, run_dir: Path, ramp: RangeTest) -> None:
-    """train --find-lr"""
+    """Train --find-lr"""
     found = find_lr(recipe, run_dir, ramp, console=console)
     if found is None:
         return  # one of several processes that is not the first
@@ -88,7 +88,7 @@ def _find_lr(recipe: Recipe, run_dir: Path, ramp: RangeTest) -> None:
 
 
 def preview(args: argparse.Namespace) -> None:
-    """qvera preview"""
+    """Qvera preview"""
     recipe = load_recipe(args.recipe, args.overrides)
     if args.html is not None:
         require_new_file(args.html)
@@ -117,7 +117,7 @@ def handed_on(args: argparse.Namespace) -> list[str]:
 
 
 def launch(args: argparse.Namespace) -> int:
-    """qvera launch"""
+    """Qvera launch"""
     load_recipe(args.recipe, args.overrides)  # what is wrong with it is said once, before anything starts
     _ramp(args)
     command = launcher.launch_command(
@@ -161,7 +161,7 @@ def _say_result(run_dir: Path, run: dict[str, Any]) -> None:
 
 
 def plan(args: argparse.Namespace) -> None:
-    """qvera plan"""
+    """Qvera plan"""
     quiet_libraries()
     if args.table:
         print(plan_table.markdown(), end="")
@@ -202,7 +202,7 @@ def _rows_at_hand(recipe: Recipe) -> Rows | None:
 
 
 def quickstart(args: argparse.Namespace) -> None:
-    """qvera quickstart"""
+    """Qvera quickstart"""
     from qvera.cli.quickstart import prepare
 
     quiet_libraries()

@@ -145,7 +145,7 @@ def _attention_bytes(a: Adapted) -> int:
 
 
 def _adapter_bytes(a: Adapted) -> int:
-    """z of each input that low-rank paths read (shared by its readers), x where `summed.keeps_input`."""
+    """Z of each input that low-rank paths read (shared by its readers), x where `summed.keeps_input`."""
     T, size, rank = a.batch.all_tokens, a.machine.itemsize, a.rank
     held: dict[tuple[str, str], int] = {}
     for x in a.layer():

@@ -223,9 +223,9 @@ def build_run(tmp_path: Path) -> Build:
     """
 
     def build(
-        info: dict[str, Any] | None | str = "finished",
-        train: list[dict[str, Any]] | None | str = "finished",
-        evals: list[dict[str, Any]] | None | str = "finished",
+        info: dict[str, Any] | str | None = "finished",
+        train: list[dict[str, Any]] | str | None = "finished",
+        evals: list[dict[str, Any]] | str | None = "finished",
         recipe: dict[str, Any] | None = RECIPE,
         tail: str = "",
         name: str = "quickstart",

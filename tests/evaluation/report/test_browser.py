@@ -25,10 +25,18 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome on PATH")
 
-QUIET = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --enable-logging=stderr --virtual-time-budget=2000"
-).split()
+QUIET = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--enable-logging=stderr",
+    "--virtual-time-budget=2000",
+]
 
 
 def dump_dom(path: Path, profile: Path, *flags: str) -> tuple[str, list[str]]:
@@ -90,7 +98,8 @@ def test_runs_are_pointed_at_together_by_steps_and_by_tokens(build_run: Build, t
     assert console == []
     number, by_step, by_token, colours = re.findall(r"<title>(.*?)</title>", dom)[0].split(" ; ")
     assert (number, colours) == ("4", "2")
-    assert by_step.startswith("step 96|one 0.0") and "|two 0.0" in by_step
+    assert by_step.startswith("step 96|one 0.0")
+    assert "|two 0.0" in by_step
     assert by_token.startswith("307,200 tokens|one 0.0")
 
 
@@ -112,8 +121,10 @@ def test_pointing_at_a_chart_shows_the_step_in_all_of_them(build_run: Build, tmp
     title = re.findall(r"<title>(.*?)</title>", dom)[0]
     count, loss, memory, left, keyed = title.split(" ; ")
     assert count == "5"
-    assert loss.startswith("step 80|training loss 0.0") and loss.endswith("|held-out loss 0.0712")
-    assert memory.startswith("step 80|in use 9") and memory.endswith("|peak 1.18 GB")
+    assert loss.startswith("step 80|training loss 0.0")
+    assert loss.endswith("|held-out loss 0.0712")
+    assert memory.startswith("step 80|in use 9")
+    assert memory.endswith("|peak 1.18 GB")
     assert (left, keyed) == ("0", "step 96")
 
 
@@ -204,6 +215,7 @@ def test_it_fits_its_width_and_can_be_read(
     assert console == []
     inner, scroll, left, right, worst, drawn = re.findall(r"<title>(.*?)</title>", dom)[0].split(" ")
     assert drawn == scheme
-    assert int(inner) == width and int(scroll) <= width
+    assert int(inner) == width
+    assert int(scroll) <= width
     assert (left, right) == ("true", "true")
     assert float(worst) >= 4.5

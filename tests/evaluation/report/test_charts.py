@@ -40,7 +40,8 @@ def test_nice_ticks_hold_what_they_promise(a: float, b: float, about: int) -> No
     ticks = nice_ticks(low, high, about)
     assert 2 <= len(ticks) <= about + 3
     width = ticks[1] - ticks[0]
-    assert ticks[0] <= low + 1e-6 * width and ticks[-1] >= high - 1e-6 * width
+    assert ticks[0] <= low + 1e-6 * width
+    assert ticks[-1] >= high - 1e-6 * width
     leading = width / 10 ** math.floor(math.log10(width) + 1e-6)
     assert min(abs(leading - nice) for nice in (1, 2, 5)) < 1e-3
     assert all(right > left for left, right in zip(ticks, ticks[1:], strict=False))
@@ -51,7 +52,9 @@ def test_log_ticks() -> None:
     assert log_ticks(1e-4, 1e3) == pytest.approx([1e-4, 1e-3, 1e-2, 1e-1, 1, 10, 100, 1000])
     assert log_ticks(1.0, 1.0) == pytest.approx([1, 2])
     wide = log_ticks(1e-9, 1e9)
-    assert len(wide) <= 8 and wide[0] <= 1e-9 and wide[-1] >= 1e9
+    assert len(wide) <= 8
+    assert wide[0] <= 1e-9
+    assert wide[-1] >= 1e9
 
 
 def test_scale() -> None:
@@ -90,7 +93,8 @@ def test_gaps_stay_gaps() -> None:
 def test_one_spike_does_not_set_the_axis() -> None:
     raw: list[Point] = [(float(x), 900.0 if x == 60 else 2.0 - x / 100) for x in range(100)]
     low, high = values_range([line(raw, "faint"), line(smooth(raw, 4), "main")]) or (0, 0)
-    assert 0.5 < low <= 1.03 and 2.0 <= high < 3
+    assert 0.5 < low <= 1.03
+    assert 2.0 <= high < 3
     # an evaluation is never cut off
     assert values_range([line(raw, "faint"), line([(50.0, 40.0)], "held-out")]) == (low, 40.0)
     assert values_range([line([(1.0, None)])]) is None
@@ -114,7 +118,8 @@ def test_line_chart_breaks_at_gaps_and_dots_lone_points() -> None:
     points: list[Point] = [(0.0, 1.0), (1.0, 2.0), (2.0, None), (3.0, 1.5), (4.0, None), (5.0, 1.0), (6.0, 1.2)]
     root = parse(line_chart([line(points)], description="x"))
     (path,) = [element.get("d") or "" for element in root.iter("path")]
-    assert path.count("M") == 3 and "nan" not in path.lower()
+    assert path.count("M") == 3
+    assert "nan" not in path.lower()
     assert [circle.get("cx") for circle in root.iter("circle")] == ["50%"]
 
 

@@ -45,7 +45,9 @@ def test_every_figure_is_the_runs_own(build_run: Build) -> None:
         build_run(name="two", info=info(adapter__trainable_parameters=7, result__peak_bytes=5)),
     ]
     found = compared(places)
-    assert found.labels == ["one", "two"] and found.gaps == [] and found.differing == {}
+    assert found.labels == ["one", "two"]
+    assert found.gaps == []
+    assert found.differing == {}
     one, two = found.facts
     rows = train_rows()
     assert one == {
@@ -78,7 +80,8 @@ def test_only_keys_that_differ_and_mean_something_are_shown(build_run: Build) ->
     html = unescape(runs_page(found))
     for text in ("training.learning_rate", "0.003", "adapter.rank", "zero2"):
         assert text in html
-    assert "output_dir" not in html and "weight_decay" not in html
+    assert "output_dir" not in html
+    assert "weight_decay" not in html
 
 
 def test_a_run_from_before_a_key_ran_with_its_default(build_run: Build) -> None:
@@ -100,7 +103,9 @@ def test_four_charts_by_steps_and_by_tokens(build_run: Build) -> None:
     # at each evaluation one of them has seen twice as many tokens as the other
     wanted = {3200 * step for step in steps["step"]} | {6400 * step for step in steps["step"]}
     assert set(tokens["step"]) == wanted
-    assert html.count("c1") and html.count("c2") and "http" not in html.replace("http-equiv", "")
+    assert html.count("c1")
+    assert html.count("c2")
+    assert "http" not in html.replace("http-equiv", "")
     assert "default-src 'none'" in html
 
 
@@ -111,16 +116,19 @@ def test_what_is_missing_is_named_and_the_rest_is_shown(build_run: Build) -> Non
     bare = build_run(name="bare", info={"status": "failed"}, train=None, evals=None, recipe=None)
     found = compared([good, killed, bare])
     said = "\n".join(found.gaps)
-    assert "killed: has not finished" in said and "bare: its status is failed" in said
+    assert "killed: has not finished" in said
+    assert "bare: its status is failed" in said
     assert "killed: The last line of metrics.jsonl is cut off" in said
-    assert "killed: has no held-out loss" in said and "good:" not in said
-    assert "bare: There is no recipe.yaml" in said and "bare: There is no metrics.jsonl" in said
-    assert found.facts[1]["steps"] == 30 and found.facts[1]["peak_bytes"] == max(
-        r["peak_bytes"] for r in train_rows(30)
-    )
+    assert "killed: has no held-out loss" in said
+    assert "good:" not in said
+    assert "bare: There is no recipe.yaml" in said
+    assert "bare: There is no metrics.jsonl" in said
+    assert found.facts[1]["steps"] == 30
+    assert found.facts[1]["peak_bytes"] == max(r["peak_bytes"] for r in train_rows(30))
     assert set(found.facts[2].values()) == {None}
     html = unescape(runs_page(found))
-    assert all(gap in html for gap in found.gaps) and "–" in html
+    assert all(gap in html for gap in found.gaps)
+    assert "–" in html
 
 
 @pytest.mark.parametrize(
@@ -232,8 +240,10 @@ def test_what_eval_scored_is_in_table_page_and_json(
     assert cells[:10] == ["Run", "Rows", "Exact match", "BLEU", "TER", "one", "2", "50 %", "82.10", "–"]
     assert main(["compare", *map(str, places), "--json"]) == 0
     one, two_, none = (run["evaluation"] for run in json.loads(capsys.readouterr().out)["runs"])
-    assert one["scores"] == {"exact_match": 0.5, "bleu": 82.1} and one["scored_rows"] == 2
-    assert two_["signatures"]["ter"] == "sacrebleu" and two_["scores"] == {"bleu": 7.5, "ter": 31.25}
+    assert one["scores"] == {"exact_match": 0.5, "bleu": 82.1}
+    assert one["scored_rows"] == 2
+    assert two_["signatures"]["ter"] == "sacrebleu"
+    assert two_["scores"] == {"bleu": 7.5, "ter": 31.25}
     assert none is None
 
 
@@ -284,7 +294,8 @@ def test_an_evaluation_from_before_the_run_went_on_is_said(build_scored: Build) 
     weights = places[0] / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(b"more of the same")
     (gap,) = compared(places).gaps
-    assert gap.startswith("one: eval.json is of another adapter") and "run `qvera eval` again" in gap
+    assert gap.startswith("one: eval.json is of another adapter")
+    assert "run `qvera eval` again" in gap
     weights.unlink()
     (gap,) = compared(places).gaps
     assert gap.startswith("one: eval.json can't be held against the run's adapter (No such file")
@@ -319,8 +330,10 @@ def test_a_file_that_is_no_evaluation_becomes_a_note(build_scored: Build, text: 
     file.mkdir() if text is None else file.write_text(text)
     found = compared(places)
     (gap,) = found.gaps
-    assert gap.startswith("two: ") and sentence in gap
-    assert found.runs[1].evaluation is None and "82.10" in runs_page(found)
+    assert gap.startswith("two: ")
+    assert sentence in gap
+    assert found.runs[1].evaluation is None
+    assert "82.10" in runs_page(found)
 
 
 def test_half_an_evaluation_is_shown_as_far_as_it_goes(build_scored: Build, tmp_path: Path, capsys: Any) -> None:
@@ -336,5 +349,7 @@ def test_half_an_evaluation_is_shown_as_far_as_it_goes(build_scored: Build, tmp_
     (places[1] / "eval.json").write_text(json.dumps(foreign))
     assert main(["compare", *map(str, places), "--html", str(tmp_path / "page.html")]) == 0
     said = capsys.readouterr().out
-    assert "bl?" in said and "two: eval.json is of another adapter" in said and "not of the same inputs" in said
+    assert "bl?" in said
+    assert "two: eval.json is of another adapter" in said
+    assert "not of the same inputs" in said
     assert main(["compare", *map(str, places), "--json"]) == 0

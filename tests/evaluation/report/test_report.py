@@ -171,7 +171,8 @@ def test_a_long_prompt_is_folded_and_whole(build_run: Build) -> None:
     ]
     text = page(build_run(info=info)).text
     assert "The whole prompt, 1,622 characters" in text
-    assert "first words" in text and text.count("last words") == 2
+    assert "first words" in text
+    assert text.count("last words") == 2
     assert "Reference" not in text
 
 
@@ -246,7 +247,9 @@ def test_nothing_is_loaded_from_anywhere(build_run: Build) -> None:
     (policy,) = [
         attrs["content"] for _, attrs in parsed.elements if attrs.get("http-equiv") == "Content-Security-Policy"
     ]
-    assert policy and policy.startswith("default-src 'none'") and "script-src 'sha256-" in policy
+    assert policy
+    assert policy.startswith("default-src 'none'")
+    assert "script-src 'sha256-" in policy
 
 
 # --- what a killed, empty or odd run leaves ---------------------------------------------------------------------------
@@ -261,8 +264,11 @@ def test_a_torn_last_line_is_left_out_and_said(build_run: Build) -> None:
     assert "The last line of metrics.jsonl is cut off" in text
     assert "There is no run.json" in text
     assert "killed or is still going after step 41" in text
-    assert "Held-out loss, step 20 to step 40" in text and "0.600" in text and "0.170" in text
-    assert "Peak memory 1.18 GB" in text and "41 steps" in text
+    assert "Held-out loss, step 20 to step 40" in text
+    assert "0.600" in text
+    assert "0.170" in text
+    assert "Peak memory 1.18 GB" in text
+    assert "41 steps" in text
 
 
 def test_a_last_line_torn_inside_a_character(build_run: Build) -> None:
@@ -317,7 +323,8 @@ def test_interrupted_and_failed_runs_say_how_to_go_on(build_run: Build) -> None:
     info = run_info() | {"status": "interrupted"}
     info["result"] = {"steps": 63, "eval_before": {"loss": 2.4, "rows": 40}, "eval_after": None}
     text = page(build_run(info=info, train=train_rows()[:63], evals=[], name="a")).text
-    assert "Interrupted after step 63, and saved." in text and "--resume" in text
+    assert "Interrupted after step 63, and saved." in text
+    assert "--resume" in text
     assert "Training loss, first and last step (no held-out score)" in text
     text = page(build_run(info=run_info() | {"status": "failed"}, name="b")).text
     assert "This run failed after step 96." in text

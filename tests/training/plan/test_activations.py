@@ -67,7 +67,7 @@ def planned(made: Recipe, of: Batch, dtype: torch.dtype, changes: dict[str, Any]
 
 
 @pytest.mark.parametrize("more", [False, True], ids=["vera", "groups-and-a"])
-@pytest.mark.parametrize("rows, tokens, dtype, rank, attention, padded, changes", CASES)
+@pytest.mark.parametrize(("rows", "tokens", "dtype", "rank", "attention", "padded", "changes"), CASES)
 def test_kept_for_backward_is_what_autograd_keeps(
     rows: int, tokens: int, dtype: torch.dtype, rank: int, attention: str, padded: bool, changes: dict[str, Any],
     more: bool,
@@ -82,7 +82,9 @@ def test_kept_for_backward_is_what_autograd_keeps(
 
 @pytest.mark.parametrize("more", [False, True], ids=["vera", "groups-and-a"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("rows, tokens, dtype, rank, attention, padded, changes", [c for c in CASES if c[6]])
+@pytest.mark.parametrize(
+    ("rows", "tokens", "dtype", "rank", "attention", "padded", "changes"), [c for c in CASES if c[6]]
+)
 def test_the_peak_of_a_step_is_the_plan_s(
     rows: int, tokens: int, dtype: torch.dtype, rank: int, attention: str, padded: bool, changes: dict[str, Any],
     checkpointing: bool, more: bool,

@@ -67,7 +67,9 @@ def test_the_longest_batch_is_one_that_training_takes(make_recipe: Any) -> None:
 def test_from_the_config_alone(config_only: Path) -> None:
     tree = {"model": str(config_only), "data": {"path": "some/hub-data", "max_length": 128}}
     plan = make_plan(parse_recipe(tree, "t"), gpu(10**9))
-    assert plan.batch.tokens == 128 and plan.batch.rows == 4 and "data.max_length" in plan.batch.source
+    assert plan.batch.tokens == 128
+    assert plan.batch.rows == 4
+    assert "data.max_length" in plan.batch.source
     assert plan.fits
 
 
@@ -81,15 +83,19 @@ def test_changes_make_it_fit(config_only: Path) -> None:
     recipe = parse_recipe(tree, "t")
     needed = make_plan(recipe, gpu(10**9)).memory.total_bytes
     plan = make_plan(recipe, gpu(needed * 2 // 3))
-    assert not plan.fits and len(plan.changes) >= 3
+    assert not plan.fits
+    assert len(plan.changes) >= 3
     for change in plan.changes:
         other = make_plan(changed(recipe, change.settings), gpu(needed * 2 // 3))
-        assert change.fits and other.fits
+        assert change.fits
+        assert other.fits
         assert other.memory.total_bytes == change.total_bytes < needed
     keys = [next(iter(change.settings)) for change in plan.changes]
-    assert keys[0] == "training.gradient_checkpointing" and "data.max_length" in keys
+    assert keys[0] == "training.gradient_checkpointing"
+    assert "data.max_length" in keys
     (last,) = make_plan(recipe, gpu(1000)).changes
-    assert not last.fits and len(last.settings) > 4  # everything at its least, and still not
+    assert not last.fits
+    assert len(last.settings) > 4
 
 
 def test_more_of_anything_takes_more(config_only: Path) -> None:
@@ -104,7 +110,7 @@ def test_more_of_anything_takes_more(config_only: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text, size", [("24GB", 24 * 10**9), ("24", 24 * 10**9), ("1.5 GiB", 3 * 2**29), ("512mb", 512 * 10**6)]
+    ("text", "size"), [("24GB", 24 * 10**9), ("24", 24 * 10**9), ("1.5 GiB", 3 * 2**29), ("512mb", 512 * 10**6)]
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
@@ -132,7 +138,7 @@ def test_the_command(write_recipe: Any, capsys: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    ("arguments", "message"),
     [
         ([], "takes a RECIPE"),
         (["missing.yaml"], "no such recipe file"),
