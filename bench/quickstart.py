@@ -25,7 +25,7 @@ from qvera.cli.quickstart.task import message_of
 from qvera.config.schema import Recipe
 from qvera.data import build_datasets
 from qvera.evaluation import evaluate
-from qvera.evaluation.load_run import open_run
+from qvera.evaluation.load import open_run
 from qvera.models.loader import load_base
 
 

@@ -80,7 +80,7 @@ class QveraModel(BaseTuner):
         if tokens and getattr(model, PLACED, None) != tokens:
             raise InputError(
                 f"this adapter adds the tokens {', '.join(tokens)}, and the model has not been given their rows, which PEFT does "
-                "not read. Open it with qvera.evaluation.load_run.open_run, or load the base with them (ModelSection.added_tokens) and put the "
+                "not read. Open it with qvera.evaluation.load.open_run, or load the base with them (ModelSection.added_tokens) and put the "
                 "adapter on with qvera.adapters.save_load.load_adapter."
             )
         self._prepare_projection(model, config)

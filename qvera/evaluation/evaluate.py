@@ -1,4 +1,4 @@
-"""Held-out loss, perplexity and exact match of a model."""
+"""Held-out loss, perplexity, answers and text metrics of a model: what `qvera eval` measures."""
 
 from __future__ import annotations
 
@@ -6,23 +6,30 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from qvera.config.schema import TrainingSection
 from qvera.data import Example, collate, collate_prefix_once, lengths_of, microbatches
 from qvera.data.padding import lengthened, next_length, repeats
 from qvera.distributed.group import ALONE, Group
 from qvera.distributed.zero_params import any_sharded, gathered
 from qvera.evaluation.generate import exact_match, generate, generating
+from qvera.evaluation.metrics import TextMetric, row_scores, scores_of
 from qvera.models import linear
 from qvera.models.loader import causal_model, takes_prefix_once
 from qvera.models.loss import Head, summed_nll
 
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
 
 def make_batch(
-    model: Any, examples: Sequence[Example], pad_id: int, prefix_once: bool = True, packing: bool = False
+    model: nn.Module, examples: Sequence[Example], pad_id: int, prefix_once: bool = True, packing: bool = False
 ) -> dict[str, torch.Tensor]:
     """The rows as a batch on the model's device: in one sequence where that is asked for or pays, and the model takes it.
 
@@ -50,7 +57,7 @@ def make_batch(
 
 
 @contextlib.contextmanager
-def scoring(model: Any) -> Iterator[None]:
+def scoring(model: nn.Module) -> Iterator[None]:
     """For the time of the block, held-out loss and answers go through held weights W + ΔW (`generating`), where they are exact.
 
     In fp32 they are what training computes with, to rounding. In 16 bits a held sum would round a small ΔW away, so there each
@@ -61,7 +68,9 @@ def scoring(model: Any) -> Iterator[None]:
         yield
 
 
-def hidden_states(model: Any, batch: dict[str, torch.Tensor], decoder: Any = None) -> torch.Tensor:
+def hidden_states(
+    model: nn.Module, batch: dict[str, torch.Tensor], decoder: Callable[..., Any] | None = None
+) -> torch.Tensor:
     """The decoder's last hidden states [B, T, hidden] (after its final norm) of a batch, without the head.
 
     ``decoder``: what to call in its place, such as a DeepSpeed engine around it.
@@ -71,7 +80,7 @@ def hidden_states(model: Any, batch: dict[str, torch.Tensor], decoder: Any = Non
 
 
 def batch_nll(
-    model: Any, batch: dict[str, torch.Tensor], chunk_tokens: int, decoder: Any = None
+    model: nn.Module, batch: dict[str, torch.Tensor], chunk_tokens: int, decoder: Callable[..., Any] | None = None
 ) -> tuple[torch.Tensor, int]:
     """Summed negative log likelihood (scalar) of a batch's trained tokens, and how many there are."""
     hidden, head = hidden_states(model, batch, decoder), Head.of(causal_model(model))
@@ -81,7 +90,7 @@ def batch_nll(
 
 @torch.no_grad()
 def held_out_loss(
-    model: Any,
+    model: nn.Module,
     examples: Sequence[Example],
     *,
     pad_id: int,
@@ -133,8 +142,8 @@ def held_out_loss(
 
 
 def answer_rows(
-    model: Any,
-    tokenizer: Any,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     *,
     max_new_tokens: int,
@@ -165,3 +174,99 @@ def answer_rows(
         }
         for e, answer in zip(rows, answers, strict=True)
     ]
+
+
+@dataclass(frozen=True)
+class EvalPrompt:
+    """A prompt to be answered, and the texts that would be right; none for a prompt without a reference."""
+
+    example: Example
+    references: list[str]
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """What one model makes of the rows.
+
+    Attributes:
+        scores: ``loss``, ``perplexity``, ``rows``, ``trained_tokens``, ``seconds`` of the loss. Where answers have references, a
+            score for each metric too (``exact_match`` for ``exact``), and their numbers: ``scored_rows``, ``references``.
+        answers: one for each input.
+        rows: metric name → score, for each input; empty where it has no reference.
+    """
+
+    scores: dict[str, Any]
+    answers: list[str]
+    rows: list[dict[str, float]]
+
+
+def prompts_of(examples: Sequence[Example], group_prompts: bool = False) -> list[EvalPrompt]:
+    """The rows that have a prompt, as inputs.
+
+    Args:
+        group_prompts: rows with the same prompt are one input, answered once and held against the references of all of them, as
+            benchmarks with several references want it.
+    """
+    inputs: list[EvalPrompt] = []
+    place: dict[bytes, int] = {}
+    for example in examples:
+        if not len(example.prompt_ids):
+            continue
+        references = [] if example.reference is None else [example.reference]
+        key = example.prompt_ids.tobytes()
+        if group_prompts and key in place:
+            known = inputs[place[key]].references
+            known += [reference for reference in references if reference not in known]
+            continue
+        place[key] = len(inputs)
+        inputs.append(EvalPrompt(example, references))
+    return inputs
+
+
+def score_model(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    inputs: Sequence[EvalPrompt],
+    metrics: Sequence[TextMetric],
+    settings: TrainingSection,
+    *,
+    pad_id: int,
+    max_new_tokens: int,
+    progress: Callable[[str], None] | None = None,
+) -> EvalResult:
+    """Held-out loss over ``examples``, and greedy answers to ``inputs`` (which may be empty) with their scores.
+
+    Args:
+        settings: says how many rows go at a time.
+        progress: gets a sentence now and then.
+    """
+    say = progress or (lambda _: None)
+    with scoring(model):
+        scores = held_out_loss(
+            model,
+            examples,
+            pad_id=pad_id,
+            batch_size=settings.per_device_eval_batch_size,
+            chunk_tokens=settings.loss_chunk_tokens,
+            progress=lambda done: say(f"held-out loss, {done} of {len(examples)} rows"),
+        )
+        answered = answer_rows(
+            model,
+            tokenizer,
+            [each.example for each in inputs],
+            max_new_tokens=max_new_tokens,
+            batch_size=settings.answer_batch_size,
+            progress=lambda done: say(f"answering, {done} of {len(inputs)} prompts"),
+        )
+    answers = [str(row["answer"]) for row in answered]
+    rows = [row_scores(metrics, answer, each.references) for answer, each in zip(answers, inputs, strict=True)]
+    judged = [(answer, each.references) for answer, each in zip(answers, inputs, strict=True) if each.references]
+    if judged:
+        found = scores_of(metrics, [answer for answer, _ in judged], [references for _, references in judged])
+        if "exact" in found:
+            scores["exact_match"] = found.pop("exact")
+        scores |= found
+        scores["scored_rows"] = len(judged)
+        scores["references"] = sum(len(references) for _, references in judged)
+    return EvalResult(scores, answers, rows)

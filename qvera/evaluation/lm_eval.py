@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qvera.evaluation import evaluate
-from qvera.evaluation.load_run import OpenRun
+from qvera.evaluation.load import OpenRun
 from qvera.utils.errors import InputError, first_line
 
 

@@ -17,7 +17,6 @@ from qvera.adapters import save_load
 from qvera.config.load import load_recipe
 from qvera.config.schema import ModelSection, Recipe
 from qvera.data import NAMED_TEMPLATES
-from qvera.evaluation.load_run import RECIPE_FILE, OpenRun, locate
 from qvera.models import loader
 from qvera.models.exported import load_exported
 from qvera.models.hub import base_directory
@@ -25,12 +24,71 @@ from qvera.utils.errors import InputError, first_line
 from qvera.utils.paths import CERTIFICATE
 from qvera.utils.safetensors_io import file_sha256
 
-OURS = ("QVERA", "VERA")
-"""Kinds of adapter that run on our layers; others are PEFT's own affair."""
+RECIPE_FILE = "recipe.yaml"
+
+OUR_ADAPTERS = ("QVERA", "VERA")
+"""Adapter types that run on qvera's layers. PEFT loads every other type."""
+
+
+@dataclasses.dataclass
+class OpenRun:
+    """A run ready to use. ``recipe`` is None for an adapter directory that stands alone."""
+
+    path: Path
+    recipe: Recipe | None
+    base: loader.Base
+    model: Any
+
+
+def find_adapter(path: Path) -> tuple[Recipe | None, ModelSection, Path]:
+    """Recipe, model section and adapter directory of a run or adapter directory, without loading anything big.
+
+    Raises:
+        InputError: it is neither, or the run has no adapter yet.
+    """
+    if not path.is_dir():
+        raise InputError(
+            f"{path}: no such directory. Expected a run (with {RECIPE_FILE} and adapter/) or an adapter directory."
+        )
+    if (path / RECIPE_FILE).is_file():
+        recipe = load_recipe(path / RECIPE_FILE)
+        adapter = path / "adapter"
+        if not adapter.is_dir():
+            raise InputError(f"{path}: this run has no adapter/ yet; finish it with `qvera train ... --resume`.")
+        return recipe, recipe.model, adapter
+    if (path / save_load.ADAPTER_CONFIG).is_file():
+        config, _ = save_load.read_adapter(path)
+        if config.base_model_name_or_path is None:
+            raise InputError(f"{path / save_load.ADAPTER_CONFIG}: names no base model (base_model_name_or_path).")
+        section = ModelSection(
+            path=config.base_model_name_or_path,
+            revision=config.revision,
+            added_tokens=list(getattr(config, "added_tokens", None) or ()),
+            pad_token=getattr(config, "pad_token", None),
+            eos_token=getattr(config, "eos_token", None),
+        )
+        return None, section, path
+    raise InputError(
+        f"{path}: is neither a run (it has no {RECIPE_FILE}) nor an adapter directory (it has no {save_load.ADAPTER_CONFIG})."
+    )
+
+
+def open_run(path: str | Path, *, adapter: bool = True) -> OpenRun:
+    """Load base and adapter of a run or adapter directory, ready for answers.
+
+    Args:
+        adapter: False: the base model alone (for a comparison).
+    """
+    path = Path(path)
+    recipe, section, directory = find_adapter(path)
+    if adapter:
+        save_load.read_adapter(directory)  # a broken adapter is found before a big model is loaded
+    base = loader.load_base(section)
+    return OpenRun(path, recipe, base, save_load.load_adapter(base.model, directory, base) if adapter else base.model)
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
+class EvalTarget:
     """A directory that can be evaluated, before anything big is read.
 
     Attributes:
@@ -58,7 +116,7 @@ class Subject:
         return {"run": "a run", "checkpoint": "a merged export" if self.merged else "a checkpoint"}.get(self.kind, "")
 
 
-def find_subject(path: Path, recipe: Path | None = None) -> Subject:
+def find_target(path: Path, recipe: Path | None = None) -> EvalTarget:
     """Say what a directory is.
 
     Args:
@@ -74,8 +132,8 @@ def find_subject(path: Path, recipe: Path | None = None) -> Subject:
     given = None if recipe is None else _recipe_of(recipe)
     given_run = recipe if recipe is not None and recipe.is_dir() else None
     if (path / RECIPE_FILE).is_file():
-        own, section, adapter = locate(path)
-        return Subject(path, "run", section, adapter, given or own, given_run if given else path)
+        own, section, adapter = find_adapter(path)
+        return EvalTarget(path, "run", section, adapter, given or own, given_run if given else path)
     if (path / save_load.ADAPTER_CONFIG).is_file():
         return _adapter(path, given, given_run)
     if (path / "config.json").is_file():
@@ -93,22 +151,22 @@ def _recipe_of(path: Path) -> Recipe:
     return load_recipe(file)
 
 
-def _adapter(path: Path, recipe: Recipe | None, run: Path | None) -> Subject:
+def _adapter(path: Path, recipe: Recipe | None, run: Path | None) -> EvalTarget:
     beside = path.resolve().parent
     if recipe is None and path.resolve().name == "adapter" and (beside / RECIPE_FILE).is_file():
         recipe, run = load_recipe(beside / RECIPE_FILE), beside
     if recipe is not None:
-        return Subject(path, "adapter", recipe.model, path, recipe, run)
+        return EvalTarget(path, "adapter", recipe.model, path, recipe, run)
     tree = _config(path)
-    if tree["peft_type"] in OURS:
-        return Subject(path, "adapter", locate(path)[1], path)
+    if tree["peft_type"] in OUR_ADAPTERS:
+        return EvalTarget(path, "adapter", find_adapter(path)[1], path)
     name = tree.get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise InputError(
             f"{path / save_load.ADAPTER_CONFIG}: names no base model (base_model_name_or_path). Name a recipe or run that does "
             "with --recipe."
         )
-    return Subject(path, "adapter", ModelSection(path=name, revision=tree.get("revision")), path)
+    return EvalTarget(path, "adapter", ModelSection(path=name, revision=tree.get("revision")), path)
 
 
 def _config(adapter: Path) -> dict[str, Any]:
@@ -125,12 +183,12 @@ def _peft_type(adapter: Path) -> str:
     return str(_config(adapter)["peft_type"])
 
 
-def _checkpoint(path: Path, recipe: Recipe | None, run: Path | None) -> Subject:
+def _checkpoint(path: Path, recipe: Recipe | None, run: Path | None) -> EvalTarget:
     """A checkpoint, with the run that it was exported from where that is still there and still has the same adapter."""
     section = ModelSection(path=str(path), quantization="none")
     file = path / CERTIFICATE
     if not file.is_file():
-        return Subject(path, "checkpoint", section, None, recipe, run)
+        return EvalTarget(path, "checkpoint", section, None, recipe, run)
     try:
         certificate = json.loads(file.read_text(encoding="utf-8"))
         adapter, digest = Path(certificate["adapter"]["path"]), certificate["adapter"]["sha256"]
@@ -141,17 +199,21 @@ def _checkpoint(path: Path, recipe: Recipe | None, run: Path | None) -> Subject:
             "have the directory taken for a plain checkpoint."
         ) from None
     weights = adapter / save_load.ADAPTER_WEIGHTS
-    if recipe is None and (adapter.parent / RECIPE_FILE).is_file() and weights.is_file():
-        if file_sha256(weights) == digest:
-            recipe, run = load_recipe(adapter.parent / RECIPE_FILE), adapter.parent
-    return Subject(path, "checkpoint", section, None, recipe, run, certificate)
+    if (
+        recipe is None
+        and (adapter.parent / RECIPE_FILE).is_file()
+        and weights.is_file()
+        and file_sha256(weights) == digest
+    ):
+        recipe, run = load_recipe(adapter.parent / RECIPE_FILE), adapter.parent
+    return EvalTarget(path, "checkpoint", section, None, recipe, run, certificate)
 
 
-def adapter_sha256(subject: Subject) -> str | None:
+def adapter_sha256(target: EvalTarget) -> str | None:
     """Of the adapter's file, or of the one that a merged export was made with; None where there is neither."""
-    if subject.adapter is None:
-        return None if subject.merged is None else str(subject.merged["adapter"]["sha256"])
-    weights = subject.adapter / save_load.ADAPTER_WEIGHTS
+    if target.adapter is None:
+        return None if target.merged is None else str(target.merged["adapter"]["sha256"])
+    weights = target.adapter / save_load.ADAPTER_WEIGHTS
     return file_sha256(weights) if weights.is_file() else None
 
 
@@ -172,7 +234,7 @@ def template_of(recipe: Recipe, run: Path | None) -> str:
     return name
 
 
-def open_subject(subject: Subject, *, adapter: bool = True) -> OpenRun:
+def open_target(target: EvalTarget, *, adapter: bool = True) -> OpenRun:
     """Load it, ready for scores and answers.
 
     A run's or an adapter's base is loaded as its recipe says, or, without one, as the defaults of ``model`` do. A checkpoint is
@@ -184,19 +246,19 @@ def open_subject(subject: Subject, *, adapter: bool = True) -> OpenRun:
     Raises:
         InputError: what is there does not fit together, or a checkpoint names no base.
     """
-    if subject.adapter is None:
-        return _open_checkpoint(subject) if adapter else _open_merged_base(subject)
-    directory = subject.adapter
-    ours = _peft_type(directory) in OURS
+    if target.adapter is None:
+        return _open_checkpoint(target) if adapter else _open_merged_base(target)
+    directory = target.adapter
+    ours = _peft_type(directory) in OUR_ADAPTERS
     if adapter and ours:
         save_load.read_adapter(directory)  # a broken adapter is found before a big model is loaded
     elif adapter:
         _require_loadable(directory)
-    base = loader.load_base(subject.section)
+    base = loader.load_base(target.section)
     if not adapter:
-        return OpenRun(subject.path, subject.recipe, base, base.model)
+        return OpenRun(target.path, target.recipe, base, base.model)
     load = save_load.load_adapter if ours else _load_other_adapter
-    return OpenRun(subject.path, subject.recipe, base, load(base.model, directory, base))
+    return OpenRun(target.path, target.recipe, base, load(base.model, directory, base))
 
 
 def _require_loadable(directory: Path) -> None:
@@ -244,53 +306,53 @@ def _load_other_adapter(base_model: Any, directory: Path, _: loader.Base) -> Any
     return peft_model.eval()
 
 
-def _open_checkpoint(subject: Subject) -> OpenRun:
-    return OpenRun(subject.path, subject.recipe, *_stored_model(subject.path))
+def _open_checkpoint(target: EvalTarget) -> OpenRun:
+    return OpenRun(target.path, target.recipe, *_stored_model(target.path))
 
 
-def _open_merged_base(subject: Subject) -> OpenRun:
-    require_base(subject)
-    assert subject.merged is not None
-    told, trained = subject.merged["base"], subject.merged.get("trained_on") or {}
+def _open_merged_base(target: EvalTarget) -> OpenRun:
+    require_base(target)
+    assert target.merged is not None
+    told, trained = target.merged["base"], target.merged.get("trained_on") or {}
     section = ModelSection(path=told["path"], revision=told.get("revision"), quantization="none")
     if told["weights"] == "original":
         loaded, own = _stored_model(base_directory(section))
-        return OpenRun(subject.path, subject.recipe, loaded, own)
+        return OpenRun(target.path, target.recipe, loaded, own)
     kept = {key: trained[key] for key in ("quantization", "double_quant") if key in trained}
     if loader.pick_device().type == "cpu":
         kept["compute_dtype"] = (
             "float32"  # as load_exported computes there, so that the change of the weights is all that differs
         )
     base = loader.load_base(dataclasses.replace(section, **kept))
-    return OpenRun(subject.path, subject.recipe, base, base.model)
+    return OpenRun(target.path, target.recipe, base, base.model)
 
 
-def base_problem(subject: Subject) -> str | None:
+def base_problem(target: EvalTarget) -> str | None:
     """Why there is no base to compare with; None where there is one, as far as can be said before it is loaded."""
-    if subject.kind != "checkpoint":
+    if target.kind != "checkpoint":
         return None
-    if subject.merged is None:
+    if target.merged is None:
         return (
-            f"{subject.path}: is a checkpoint that says nothing of a base ({CERTIFICATE} is missing), so there is none to compare "
+            f"{target.path}: is a checkpoint that says nothing of a base ({CERTIFICATE} is missing), so there is none to compare "
             "with. Evaluate that base's directory by itself."
         )
-    tokens = subject.merged.get("added_tokens")
+    tokens = target.merged.get("added_tokens")
     if tokens:
         return (
-            f"{subject.path}: has rows for {', '.join(tokens)}, which the base it was merged into has not, so it can't be asked "
+            f"{target.path}: has rows for {', '.join(tokens)}, which the base it was merged into has not, so it can't be asked "
             "the same. Evaluate the run itself, whose base is given them."
         )
-    told = subject.merged["base"]
+    told = target.merged["base"]
     try:
         base_directory(ModelSection(path=told["path"], revision=told.get("revision")))
     except InputError as error:
-        return f"{subject.path / CERTIFICATE}: names a base that is not there any more. {error}"
+        return f"{target.path / CERTIFICATE}: names a base that is not there any more. {error}"
     return None
 
 
-def require_base(subject: Subject) -> None:
+def require_base(target: EvalTarget) -> None:
     """Raises InputError where there is no base to compare with."""
-    problem = base_problem(subject)
+    problem = base_problem(target)
     if problem is not None:
         raise InputError(problem)
 
@@ -315,10 +377,10 @@ def _stored_model(directory: Path) -> tuple[loader.Base, Any]:
 
 
 @contextlib.contextmanager
-def base_of(subject: Subject, opened: OpenRun) -> Iterator[Any]:
+def base_of(target: EvalTarget, opened: OpenRun) -> Iterator[Any]:
     """For the time of the block, the model without what was trained: the adapter switched off, or an export's base loaded."""
-    if subject.adapter is None:
-        yield _open_merged_base(subject).model
+    if target.adapter is None:
+        yield _open_merged_base(target).model
         return
     with opened.model.disable_adapter():
         yield opened.model

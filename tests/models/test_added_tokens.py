@@ -20,7 +20,8 @@ from qvera.config.load import load_recipe
 from qvera.config.schema import ModelSection, parse_recipe
 from qvera.data import build_datasets
 from qvera.evaluation.generate import generate
-from qvera.evaluation.load_run import describe, open_run
+from qvera.evaluation.load import open_run
+from qvera.evaluation.run_info import describe
 from qvera.export.merge_adapters import load_adapters
 from qvera.models.added_tokens import ADDED_ROWS
 from qvera.models.loader import load_base, load_tokenizer

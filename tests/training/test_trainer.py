@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from qvera.cli.main import main
 from qvera.config.schema import Recipe
 from qvera.evaluation import evaluate
-from qvera.evaluation.load_run import open_run
+from qvera.evaluation.load import open_run
 from qvera.training import checkpoint, trainer
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError, Interrupted, RunFailed

@@ -14,8 +14,7 @@ from qvera.config.schema import DataSection
 from qvera.data import ChatTemplate, Encoder, Turn, read_prompts, resolve_template
 from qvera.evaluation.generate import generate as generate_texts
 from qvera.evaluation.generate import generating
-from qvera.evaluation.load import template_of
-from qvera.evaluation.load_run import OpenRun, locate, open_run
+from qvera.evaluation.load import OpenRun, find_adapter, open_run, template_of
 
 
 def chat(args: argparse.Namespace) -> None:
@@ -82,7 +81,7 @@ def generate(args: argparse.Namespace) -> None:
     """Qvera generate"""
     quiet_libraries()
     require_new_file(args.out)
-    recipe, _, _ = locate(args.run)
+    recipe, _, _ = find_adapter(args.run)
     data = recipe.data if recipe is not None else DataSection(path=str(args.prompts))
     rows = read_prompts(args.prompts, data)
     with console.status(f"Loading {args.run}"):

@@ -15,7 +15,7 @@ from rich.progress import Progress as RichProgress
 from qvera.cli.commands.common import console, quiet_libraries
 from qvera.config.schema import ModelSection
 from qvera.data.cache import ROWS
-from qvera.evaluation.load_run import describe
+from qvera.evaluation.run_info import describe
 from qvera.models.loader import pick_device
 from qvera.models.quantize_checkpoint import read_record
 from qvera.models.quantized_cache import BASES, cached_base, quantized_copy

@@ -14,8 +14,7 @@ from qvera.adapters.save_load import ADAPTER_WEIGHTS, read_config, require_base
 from qvera.cli.commands.common import console, quiet_libraries
 from qvera.config.schema import ExportSection, ModelSection, Recipe
 from qvera.data import build_datasets, resolve_template
-from qvera.evaluation.load import template_of
-from qvera.evaluation.load_run import locate, open_run
+from qvera.evaluation.load import find_adapter, open_run, template_of
 from qvera.export import export_merged
 from qvera.export.compare import measure_difference, too_little_memory
 from qvera.export.deltas import AdapterDeltas, read_deltas
@@ -33,7 +32,7 @@ from qvera.utils.safetensors_io import file_sha256, same_base
 def export(args: argparse.Namespace) -> None:
     """Qvera export"""
     quiet_libraries()
-    recipe, section, adapter_dir = locate(args.run)
+    recipe, section, adapter_dir = find_adapter(args.run)
     options = recipe.export if recipe is not None else ExportSection()
     changes = {"dtype": args.dtype, "base": args.weights}
     options = dataclasses.replace(options, **{k: v for k, v in changes.items() if v is not None})
@@ -142,7 +141,7 @@ def _write_lora(
 def merge_adapters(args: argparse.Namespace) -> None:
     """Qvera merge-adapters"""
     quiet_libraries()
-    found = [locate(path) for path in args.adapters]
+    found = [find_adapter(path) for path in args.adapters]
     _require_one_base(found)
     for _, _, directory in found:
         _require_no_tokens(read_config(directory), directory, "merge-adapters")

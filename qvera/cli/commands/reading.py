@@ -17,24 +17,24 @@ from rich.table import Table
 from qvera.cli.commands.common import console, quiet_libraries, require_new_file
 from qvera.config.schema import DataSection, TrainingSection
 from qvera.data import Datasets, Example, build_datasets
+from qvera.evaluation.evaluate import EvalPrompt, EvalResult, prompts_of, score_model
 from qvera.evaluation.lm_eval import find_tasks, run_harness
 from qvera.evaluation.load import (
-    Subject,
+    EvalTarget,
+    OpenRun,
     adapter_sha256,
     base_of,
     base_problem,
-    find_subject,
-    open_subject,
+    find_target,
+    open_target,
     require_base,
     template_of,
 )
-from qvera.evaluation.load_run import OpenRun
 from qvera.evaluation.metrics import TextMetric, text_metrics
 from qvera.evaluation.report.answers_page import write_answers
 from qvera.evaluation.report.compare_page import COSTS, SCORES, Compared, cells_of, compared, key_text, write_runs
 from qvera.evaluation.report.evaluated import Column, score_columns, score_facts
 from qvera.evaluation.report.read import inputs_sha256
-from qvera.evaluation.scores import Input, Judged, inputs_of, judge
 from qvera.utils import memory
 from qvera.utils.atomic import replace_text
 from qvera.utils.errors import InputError
@@ -45,33 +45,33 @@ def eval(args: argparse.Namespace) -> None:  # the command's name
     quiet_libraries()
     _check_flags(args)
     metrics = [] if args.no_generation else text_metrics(args.metrics.split(","))
-    subject = find_subject(args.run, args.recipe)
+    target = find_target(args.run, args.recipe)
     with_base = args.with_base
     if args.base or with_base:
-        require_base(subject)
+        require_base(target)
     elif args.html is not None:  # which has a column for it, where there is one
-        missing = base_problem(subject)
+        missing = base_problem(target)
         with_base = missing is None
-        if missing is not None and subject.merged is not None:
+        if missing is not None and target.merged is not None:
             console.print(f"The page will have no base beside the answers. {missing}", style="yellow", markup=False)
-    section = _data_section(args, subject)
-    adapter = None if args.base else adapter_sha256(subject)  # now: the run may go on while we score
+    section = _data_section(args, target)
+    adapter = None if args.base else adapter_sha256(target)  # now: the run may go on while we score
     with console.status(f"Loading {args.run}"):
-        opened = open_subject(subject, adapter=not args.base)
+        opened = open_target(target, adapter=not args.base)
     datasets = build_datasets(section, opened.base.tokenizer, console)
     rows = (datasets.train if args.data is not None else datasets.eval)[: args.rows]
-    inputs = [] if args.no_generation else inputs_of(rows, args.group_prompts)
-    found = _judge(args, subject, opened, opened.model, datasets, rows, inputs, metrics, "")
+    inputs = [] if args.no_generation else prompts_of(rows, args.group_prompts)
+    found = _score(args, target, opened, opened.model, datasets, rows, inputs, metrics, "")
     base = None
     if with_base:
-        if subject.adapter is None:  # the base of an export is a model of its own; both need not be held
+        if target.adapter is None:  # the base of an export is a model of its own; both need not be held
             opened.model = None
             opened.base.model = None
-        with contextlib.ExitStack() as until_judged:
+        with contextlib.ExitStack() as until_scored:
             with console.status("Loading the base"):  # alone: rich before 14.1 shows one thing at a time
-                model = until_judged.enter_context(base_of(subject, opened))
-            base = _judge(args, subject, opened, model, datasets, rows, inputs, metrics, "Base: ")
-    document = _document(args, subject, adapter, section, inputs, metrics, found, base)
+                model = until_scored.enter_context(base_of(target, opened))
+            base = _score(args, target, opened, model, datasets, rows, inputs, metrics, "Base: ")
+    document = _document(args, target, adapter, section, inputs, metrics, found, base)
     if args.predictions is not None:
         lines = (json.dumps(answer, ensure_ascii=False) + "\n" for answer in document["answers"])
         replace_text(args.predictions, "".join(lines))
@@ -147,11 +147,11 @@ def harness(args: argparse.Namespace) -> None:
             raise InputError(f"--{name.replace('_', '-')}: takes a whole number >= 1, got {value}.")
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
     manager = find_tasks(names, args.include)
-    subject = find_subject(args.run, args.recipe)
+    target = find_target(args.run, args.recipe)
     if args.base:
-        require_base(subject)
+        require_base(target)
     with console.status(f"Loading {args.run}"):
-        opened = open_subject(subject, adapter=not args.base)
+        opened = open_target(target, adapter=not args.base)
     found = run_harness(
         opened,
         manager,
@@ -214,18 +214,18 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise InputError(f"{files[0]}: --json, --predictions and --html need a file each.")
 
 
-def _data_section(args: argparse.Namespace, subject: Subject) -> DataSection:
+def _data_section(args: argparse.Namespace, target: EvalTarget) -> DataSection:
     """Where the rows come from: the recipe's held-out ones, or all of a file that is read the way the recipe's rows are."""
-    recipe = subject.recipe
+    recipe = target.recipe
     if args.data is None:
         if recipe is None:
             raise InputError(
-                f"{args.run}: {subject.what} has no recipe that names held-out rows. Name a file with --data FILE, or the run "
+                f"{args.run}: {target.what} has no recipe that names held-out rows. Name a file with --data FILE, or the run "
                 "(or recipe) that it belongs to with --recipe."
             )
         if not (recipe.data.eval_path or recipe.data.eval_fraction):
             raise InputError(f"{args.run}: its recipe holds out no rows; name a file with --data.")
-        return dataclasses.replace(recipe.data, template=template_of(recipe, subject.run))
+        return dataclasses.replace(recipe.data, template=template_of(recipe, target.run))
     if recipe is None:
         return DataSection(path=args.data, limit=args.rows)
     return dataclasses.replace(
@@ -233,7 +233,7 @@ def _data_section(args: argparse.Namespace, subject: Subject) -> DataSection:
         path=args.data,
         config_name=None,  # of the recipe's own source, like its revision
         revision=None,
-        template=template_of(recipe, subject.run),
+        template=template_of(recipe, target.run),
         mixture=[],
         weight=1.0,
         eval_path=None,
@@ -242,20 +242,20 @@ def _data_section(args: argparse.Namespace, subject: Subject) -> DataSection:
     )
 
 
-def _judge(
+def _score(
     args: argparse.Namespace,
-    subject: Subject,
+    target: EvalTarget,
     opened: OpenRun,
     model: Any,
     datasets: Datasets,
     rows: Sequence[Example],
-    inputs: list[Input],
+    inputs: list[EvalPrompt],
     metrics: list[TextMetric],
     label: str,
-) -> Judged:
-    settings = subject.recipe.training if subject.recipe is not None else TrainingSection()
+) -> EvalResult:
+    settings = target.recipe.training if target.recipe is not None else TrainingSection()
     with console.status(f"{label}scoring") as status:
-        return judge(
+        return score_model(
             model,
             opened.base.tokenizer,
             rows,
@@ -263,25 +263,25 @@ def _judge(
             metrics,
             settings,
             pad_id=datasets.pad_id,
-            max_new_tokens=_answer_tokens(args, subject),
+            max_new_tokens=_answer_tokens(args, target),
             progress=lambda text: status.update(label + text),
         )
 
 
-def _answer_tokens(args: argparse.Namespace, subject: Subject) -> int:
-    settings = subject.recipe.training if subject.recipe is not None else TrainingSection()
+def _answer_tokens(args: argparse.Namespace, target: EvalTarget) -> int:
+    settings = target.recipe.training if target.recipe is not None else TrainingSection()
     return int(args.max_new_tokens or settings.sample_max_new_tokens)
 
 
 def _document(
     args: argparse.Namespace,
-    subject: Subject,
+    target: EvalTarget,
     adapter: str | None,
     section: DataSection,
-    inputs: list[Input],
+    inputs: list[EvalPrompt],
     metrics: list[TextMetric],
-    found: Judged,
-    base: Judged | None,
+    found: EvalResult,
+    base: EvalResult | None,
 ) -> dict[str, Any]:
     """The whole evaluation, as --json writes it and the page shows it."""
     answers: list[dict[str, Any]] = []
@@ -296,20 +296,20 @@ def _document(
         if base is not None:
             row |= {"base_answer": base.answers[number], "base_scores": base.rows[number]}
         answers.append(row)
-    of = subject.merged["base"]["path"] if subject.merged else subject.section.path
-    what = "the base alone" if args.base else subject.what
+    of = target.merged["base"]["path"] if target.merged else target.section.path
+    what = "the base alone" if args.base else target.what
     return {
         "subject": {
             "path": str(args.run),
             "what": what[0].upper() + what[1:],
             "column": "Base"
             if args.base
-            else {"checkpoint": "Export" if subject.merged else "Model"}.get(subject.kind, "Adapter"),
+            else {"checkpoint": "Export" if target.merged else "Model"}.get(target.kind, "Adapter"),
             "base": of,
             "data": args.data
             or section.eval_path
             or f"{section.path}, {section.eval_fraction:.1%} held out by its seed",
-            "max_new_tokens": _answer_tokens(args, subject),
+            "max_new_tokens": _answer_tokens(args, target),
             "adapter_sha256": adapter,
             "inputs_sha256": inputs_sha256(answers),
         },
