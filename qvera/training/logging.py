@@ -14,6 +14,7 @@ from rich.progress import Progress as RichProgress
 
 from qvera.utils.atomic import flush, replace_text
 from qvera.utils.errors import InputError
+from qvera.utils.formatting import size
 
 
 class MetricsLog:
@@ -42,14 +43,6 @@ class MetricsLog:
         flush(self.path)
 
 
-def memory_text(size_bytes: float) -> str:
-    """Bytes for people, in powers of ten: 838 kB, 1.24 GB."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size_bytes >= scale:
-            return f"{size_bytes / scale:.3g} {unit}"
-    return f"{size_bytes:.0f} B"
-
-
 class Progress:
     """A bar with loss, tokens/s, memory and time left on a terminal; a line now and then where there is none."""
 
@@ -76,7 +69,9 @@ class Progress:
         self.bar.stop()
 
     def update(self, record: dict[str, Any]) -> None:
-        facts = f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  {memory_text(record['memory_bytes'])}"
+        facts = (
+            f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  {size(record['memory_bytes'])}"
+        )
         self.bar.update(self.task, completed=record["step"], facts=facts)
         if not self.console.is_terminal and (record["step"] % self.every == 0 or record["step"] == self.steps):
             self.console.print(f"step {record['step']}/{self.steps}  {facts}")

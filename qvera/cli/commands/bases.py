@@ -19,7 +19,7 @@ from qvera.evaluation.run_info import describe
 from qvera.models.loader import pick_device
 from qvera.models.quantize_checkpoint import read_record
 from qvera.models.quantized_cache import BASES, cached_base, quantized_copy
-from qvera.training.logging import memory_text
+from qvera.utils import formatting
 from qvera.utils.cache_dir import Progress
 from qvera.utils.errors import InputError, Interrupted, RunFailed
 from qvera.utils.paths import cache_root
@@ -55,7 +55,7 @@ def quantize(args: argparse.Namespace) -> None:
             out, record = args.out, quantized_copy(section, args.out, **options)
     size = sum(file["bytes"] for file in record["files"].values())
     source = sum(file["bytes"] for file in record["source"]["files"].values())
-    print(f"{memory_text(source)} → {memory_text(size)} in {out}, {time.perf_counter() - began:.0f} s")
+    print(f"{formatting.size(source)} → {formatting.size(size)} in {out}, {time.perf_counter() - began:.0f} s")
 
 
 @contextlib.contextmanager
@@ -108,7 +108,7 @@ def cache(args: argparse.Namespace) -> None:
     for name in dict.fromkeys(names):
         try:
             kind = next((e.kind for e in entries if name and e.name.startswith(name)), BASES)
-            print(f"{name}  removed, {memory_text(kind.remove(name))}")
+            print(f"{name}  removed, {formatting.size(kind.remove(name))}")
         except InputError as error:
             if name in args.names:
                 raise
@@ -138,9 +138,9 @@ def _cache_ls(args: argparse.Namespace) -> None:
         print(json.dumps(rows, indent=1))
         return
     for row in rows:
-        print(f"{row['name']:<32}{memory_text(row['size_bytes']):>10}  {row['source'] or 'unfinished'}")
+        print(f"{row['name']:<32}{formatting.size(row['size_bytes']):>10}  {row['source'] or 'unfinished'}")
     total = sum(row["size_bytes"] for row in rows)
-    print(f"{len(rows)} in {cache_root()}, {memory_text(total)}")
+    print(f"{len(rows)} in {cache_root()}, {formatting.size(total)}")
 
 
 def info(args: argparse.Namespace) -> None:
@@ -155,7 +155,7 @@ def info(args: argparse.Namespace) -> None:
         elif isinstance(value, list):
             value = ", ".join(map(str, value))
         elif name.endswith("_bytes"):
-            value = f"{value:,} ({memory_text(value)})"
+            value = f"{value:,} ({formatting.size(value)})"
         elif isinstance(value, int) and not isinstance(value, bool):
             value = f"{value:,}"
         print(f"{name:<22}{value}")

@@ -22,7 +22,7 @@ from qvera.export.lora import Truncation, export_lora, export_stock_vera, lora_b
 from qvera.export.merge_adapters import stacked_factors, union, weighted_sum, write_vectors
 from qvera.models.empty_model import skeleton
 from qvera.models.loader import fingerprint_of, load_tokenizer
-from qvera.training.logging import memory_text
+from qvera.utils import formatting
 from qvera.utils.atomic import replace_text
 from qvera.utils.errors import InputError
 from qvera.utils.paths import CERTIFICATE
@@ -61,7 +61,7 @@ def export(args: argparse.Namespace) -> None:
         )
     size = sum((args.out / name).stat().st_size for name in certificate["files"])
     print(
-        f"{memory_text(size)} in {len(certificate['files'])} file(s) in {args.out}, {len(certificate['delta'])} weights changed"
+        f"{formatting.size(size)} in {len(certificate['files'])} file(s) in {args.out}, {len(certificate['delta'])} weights changed"
     )
     if recipe is None or args.no_compare or not options.certificate_rows:
         certificate["difference"] = None
@@ -110,7 +110,7 @@ def _export_adapter(args: argparse.Namespace, section: ModelSection, adapter_dir
     adapter = read_deltas(adapter_dir, skeleton(section))
     if args.to == "peft":
         size = export_stock_vera(adapter, args.out)
-        print(f"{memory_text(size)} in {args.out}: PEFT's VeRA of rank {adapter.A.shape[0]}, projections included")
+        print(f"{formatting.size(size)} in {args.out}: PEFT's VeRA of rank {adapter.A.shape[0]}, projections included")
         return
     _write_lora(adapter, args.out, dtype, adapter.A.shape[0], args.rank, None)
 
@@ -133,7 +133,7 @@ def _write_lora(
         factors = truncate_all(factors.items() if factors else lora_factors(adapter), own, cut, dtype, say)
     rank = cut or own
     expected = lora_bytes(adapter, rank, dtype)
-    print(f"LoRA of rank {rank} on {len(adapter.layers)} linears: {memory_text(expected)} in {out}")
+    print(f"LoRA of rank {rank} on {len(adapter.layers)} linears: {formatting.size(expected)} in {out}")
     size = export_lora(adapter, out, dtype, factors)
     print(f"written: {size:,} bytes; stock PEFT loads it")
 

@@ -20,7 +20,6 @@ from qvera.distributed import launch as launcher
 from qvera.distributed.zero_config import read_config as read_deepspeed
 from qvera.evaluation.report.preview_page import write_preview
 from qvera.models.loader import load_tokenizer, pick_device
-from qvera.training.logging import memory_text
 from qvera.training.lr_curve import RULE
 from qvera.training.lr_finder import PAGE, POINTS, find_lr
 from qvera.training.lr_page import rate_text
@@ -29,6 +28,7 @@ from qvera.training.plan import table as plan_table
 from qvera.training.plan.show import print_plan
 from qvera.training.run_dir import run_directory
 from qvera.training.trainer import train as train_run
+from qvera.utils import formatting
 from qvera.utils.errors import InputError
 from qvera.utils.paths import resolve_path
 
@@ -148,9 +148,9 @@ def _say_result(run_dir: Path, run: dict[str, Any]) -> None:
             lines.append(f"exact match       {share} of {after['exact_match_rows']} held-out rows")
     lines += [
         f"trained numbers   {adapter['trainable_parameters']:,} (LoRA r=64: {adapter['lora_r64_parameters']:,})",
-        f"adapter           {memory_text(adapter['file_bytes'])} in {run_dir / 'adapter'}",
-        f"peak memory       {memory_text(result['peak_bytes'])}"
-        + (f", and {memory_text(result['mapped_bytes'])} of mapped weights" if result["mapped_bytes"] else ""),
+        f"adapter           {formatting.size(adapter['file_bytes'])} in {run_dir / 'adapter'}",
+        f"peak memory       {formatting.size(result['peak_bytes'])}"
+        + (f", and {formatting.size(result['mapped_bytes'])} of mapped weights" if result["mapped_bytes"] else ""),
     ]
     if result["tokens_per_second"]:
         lines.append(
