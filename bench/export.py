@@ -28,8 +28,8 @@ from qvera.adapters.save_load import attach, named_vectors, save_adapter
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.export.deltas import read_deltas
 from qvera.models.empty_model import skeleton
-from qvera.utils.checkpoint_index import checkpoint_tensors
-from qvera.utils.safetensors_io import base_fingerprint, file_sha256
+from qvera.utils.files import file_sha256
+from qvera.utils.safetensors_io import base_fingerprint, checkpoint_tensors
 
 
 def make_adapter(base: Path, out: Path, rank: int) -> None:

@@ -35,8 +35,8 @@ from qvera.data.tokenize_source import Made, make
 from qvera.utils.atomic import disk_full_says, flush, replace_text
 from qvera.utils.cache_dir import UNFINISHED, WAIT_SECONDS, HashIndex, Kind, discard
 from qvera.utils.errors import InputError
+from qvera.utils.files import file_sha256, file_stamp
 from qvera.utils.paths import cache_root
-from qvera.utils.safetensors_io import file_sha256, file_stamp
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -21,8 +21,8 @@ from qvera.models import loader
 from qvera.models.exported import load_exported
 from qvera.models.hub import base_directory
 from qvera.utils.errors import InputError, first_line
+from qvera.utils.files import file_sha256
 from qvera.utils.paths import CERTIFICATE
-from qvera.utils.safetensors_io import file_sha256
 
 RECIPE_FILE = "recipe.yaml"
 

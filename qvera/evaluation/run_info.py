@@ -9,7 +9,7 @@ from typing import Any
 from qvera.adapters import save_load
 from qvera.evaluation.load import find_adapter
 from qvera.utils.errors import InputError
-from qvera.utils.safetensors_io import file_sha256
+from qvera.utils.files import file_sha256
 
 
 def describe(path: str | Path) -> dict[str, Any]:

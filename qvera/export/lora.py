@@ -21,7 +21,7 @@ from peft import LoraConfig, VeraConfig
 from qvera.adapters.save_load import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qvera.export.deltas import PREFIX, AdapterDeltas
 from qvera.utils.errors import InputError
-from qvera.utils.safetensors_io import Spec
+from qvera.utils.safetensors_io import TensorSpec
 from qvera.utils.safetensors_stream import write_shard
 
 
@@ -112,8 +112,8 @@ def export_lora(
     for name, delta in adapter.layers.items():
         m, n = delta.shape
         specs += [
-            Spec(f"{PREFIX}{name}.lora_A.weight", dtype, (rank, n)),
-            Spec(f"{PREFIX}{name}.lora_B.weight", dtype, (m, rank)),
+            TensorSpec(f"{PREFIX}{name}.lora_A.weight", dtype, (rank, n)),
+            TensorSpec(f"{PREFIX}{name}.lora_B.weight", dtype, (m, rank)),
         ]
         order.append(name)
 
@@ -152,10 +152,10 @@ def export_stock_vera(adapter: AdapterDeltas, out: Path) -> int:
     specs, values = [], []
     for name, delta in adapter.layers.items():
         for suffix, vector in (("vera_lambda_b", delta.b), ("vera_lambda_d", delta.d * delta.scale)):
-            specs.append(Spec(f"{PREFIX}{name}.{suffix}", torch.float32, tuple(vector.shape)))
+            specs.append(TensorSpec(f"{PREFIX}{name}.{suffix}", torch.float32, tuple(vector.shape)))
             values.append(vector)
     for suffix, matrix in (("vera_A", adapter.A), ("vera_B", adapter.B)):
-        specs.append(Spec(f"base_model.{suffix}", torch.float32, tuple(matrix.shape)))
+        specs.append(TensorSpec(f"base_model.{suffix}", torch.float32, tuple(matrix.shape)))
         values.append(matrix)
     transposed = {delta.transposed for delta in adapter.layers.values()}
     config = VeraConfig(
@@ -187,7 +187,7 @@ def require_empty(out: Path) -> None:
         )
 
 
-def _write(out: Path, config: Any, specs: list[Spec], tensors: Iterator[torch.Tensor]) -> int:
+def _write(out: Path, config: Any, specs: list[TensorSpec], tensors: Iterator[torch.Tensor]) -> int:
     """Both files of an adapter directory, under a temporary name until they are whole."""
     require_empty(out)
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")

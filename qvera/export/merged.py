@@ -32,10 +32,10 @@ from qvera.models.hub import base_directory
 from qvera.models.loader import load_tokenizer, pick_compute_dtype, pick_device
 from qvera.utils import memory
 from qvera.utils.atomic import Unfinished, disk_full_says, place_files, replace_text, require_space
-from qvera.utils.checkpoint_index import TensorEntry, checkpoint_tensors, grouped_by_bytes
 from qvera.utils.errors import InputError, Interrupted, RunFailed
+from qvera.utils.files import file_sha256
 from qvera.utils.paths import CERTIFICATE
-from qvera.utils.safetensors_io import Spec, base_fingerprint, file_sha256
+from qvera.utils.safetensors_io import TensorEntry, TensorSpec, base_fingerprint, checkpoint_tensors, grouped_by_bytes
 from qvera.utils.safetensors_stream import write_index, write_shard
 from qvera.utils.signals import StopRequests
 
@@ -84,7 +84,7 @@ def export_merged(
     ids = ids_of(tokenizer, section.added_tokens)
     require_tokens(adapter.config, adapter_dir, ids)
     tables = _tables(model, ids, adapter_dir, entries) if ids else {}
-    specs = [Spec(e.name, dtype, tables[e.name].shape if e.name in tables else e.shape) for e in entries]
+    specs = [TensorSpec(e.name, dtype, tables[e.name].shape if e.name in tables else e.shape) for e in entries]
     shards = grouped_by_bytes(([s] for s in specs), lambda spec: spec.size_bytes, options.max_shard_size_bytes)
     compute = pick_compute_dtype(section.compute_dtype, pick_device())
     identity = _identity(adapter_dir, entries, section, options, compute)
@@ -159,7 +159,7 @@ def _interrupted(work: Unfinished, shards: list[Any], why: str) -> str:
 
 def _write_shards(
     work: Unfinished,
-    shards: list[tuple[str, list[Spec]]],
+    shards: list[tuple[str, list[TensorSpec]]],
     deltas: dict[str, Delta],
     tables: dict[str, Table],
     dtype: torch.dtype,

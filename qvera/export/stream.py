@@ -14,9 +14,9 @@ import torch
 from qvera.config.schema import ModelSection
 from qvera.export.pipeline import empty_bytes
 from qvera.export.roundtrip import RoundTrip, absolute_maxima, row_step
-from qvera.utils.checkpoint_index import TensorEntry
 from qvera.utils.errors import InputError, RunFailed
-from qvera.utils.safetensors_io import Stored, file_stamp, read_at, stored_tensors
+from qvera.utils.files import file_stamp, read_at
+from qvera.utils.safetensors_io import TensorEntry
 
 BLOCK_ELEMENTS = 1 << 20
 """Elements of a block of rows: its fp32 temporaries stay in the processor's cache."""
@@ -55,17 +55,12 @@ class Source:
         quantized: Collection[str] = (),
         transposed: Collection[str] = (),
     ) -> None:
-        self.files = {file: stored_tensors(file) for file in dict.fromkeys(e.file for e in entries)}
+        self.files = list(dict.fromkeys(e.file for e in entries))
         self.entries, self.sha256 = entries, dict(known)
         self.trip, self.quantized, self.transposed = trip, quantized, transposed
         for entry in entries:
-            if not self.stored(entry).spec.dtype.is_floating_point:
-                raise InputError(
-                    f"{entry.file}: {entry.name} is {self.stored(entry).spec.dtype}, expected a floating-point weight."
-                )
-
-    def stored(self, entry: TensorEntry) -> Stored:
-        return self.files[entry.file][1][entry.name]
+            if not entry.dtype.is_floating_point:
+                raise InputError(f"{entry.file}: {entry.name} is {entry.dtype}, expected a floating-point weight.")
 
     def blocks(self, skip: Collection[str]) -> Iterator[Block]:
         """Every tensor in blocks of rows; those named in ``skip`` are only hashed, and not even that where it is known.
@@ -73,7 +68,7 @@ class Source:
         Raises:
             RunFailed: a file changed or ended while it was read.
         """
-        for file, (header_bytes, tensors) in self.files.items():
+        for file in self.files:
             wanted = [e for e in self.entries if e.file == file]
             known = file.name in self.sha256
             if known and all(e.name in skip for e in wanted):
@@ -82,11 +77,11 @@ class Source:
                 before = file_stamp(os.fstat(handle.fileno()))
                 if hasattr(os, "posix_fadvise"):
                     os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-                digest = None if known else hashlib.sha256(handle.read(header_bytes))
+                digest = None if known else hashlib.sha256(handle.read(wanted[0].start))
                 for entry in wanted:
                     if known and entry.name in skip:
                         continue
-                    for block in self._rows(handle.fileno(), tensors[entry.name], entry, entry.name in skip):
+                    for block in self._rows(handle.fileno(), entry, entry.name in skip):
                         if digest is not None:
                             data: Any = block.rows.view(-1).view(torch.uint8).numpy()
                             digest.update(data)
@@ -99,12 +94,12 @@ class Source:
             if digest is not None:
                 self.sha256[file.name] = digest.hexdigest()
 
-    def _rows(self, descriptor: int, stored: Stored, entry: TensorEntry, hash_only: bool) -> Iterator[Block]:
-        if stored.start == stored.stop:
+    def _rows(self, descriptor: int, entry: TensorEntry, hash_only: bool) -> Iterator[Block]:
+        if entry.start == entry.stop:
             return
-        count = stored.spec.shape[0] if stored.spec.shape else 1
-        row_bytes = (stored.stop - stored.start) // count
-        columns = row_bytes // stored.spec.dtype.itemsize
+        count = entry.shape[0] if entry.shape else 1
+        row_bytes = (entry.stop - entry.start) // count
+        columns = row_bytes // entry.dtype.itemsize
         step = max(1, BLOCK_ELEMENTS // columns)
         trip = None
         if self.trip is not None and not hash_only:
@@ -116,7 +111,7 @@ class Source:
             if entry.name in self.quantized and section.quantization in ("nf4", "fp4"):
                 found = []
                 for first in range(0, count, step):
-                    rows = self._read(descriptor, stored, entry, first, min(step, count - first), row_bytes)
+                    rows = self._read(descriptor, entry, first, min(step, count - first), row_bytes)
                     if entry.name in self.transposed:  # quantized while loading, from weights in the compute dtype
                         rows = rows.to(compute).t().contiguous()
                     found.append(absolute_maxima(rows))
@@ -124,22 +119,16 @@ class Source:
             elif entry.name in self.quantized:
                 trip = RoundTrip(section, None, compute)
         for first in range(0, count, step):
-            rows = self._read(descriptor, stored, entry, first, min(step, count - first), row_bytes)
+            rows = self._read(descriptor, entry, first, min(step, count - first), row_bytes)
             yield Block(entry, first, rows, first + step >= count, trip, entry.name in self.transposed)
 
-    def _read(
-        self, descriptor: int, stored: Stored, entry: TensorEntry, first: int, count: int, row_bytes: int
-    ) -> torch.Tensor:
+    def _read(self, descriptor: int, entry: TensorEntry, first: int, count: int, row_bytes: int) -> torch.Tensor:
         data, buffer = empty_bytes(count * row_bytes)
-        if not read_at(descriptor, buffer, stored.start + first * row_bytes):
+        if not read_at(descriptor, buffer, entry.start + first * row_bytes):
             raise RunFailed(
                 f"{entry.file}: ended within {entry.name} while it was read. Run the same command again when it is whole."
             )
-        return (
-            data.view(stored.spec.dtype).view(count, *stored.spec.shape[1:])
-            if stored.spec.shape
-            else data.view(stored.spec.dtype).view(())
-        )
+        return data.view(entry.dtype).view(count, *entry.shape[1:]) if entry.shape else data.view(entry.dtype).view(())
 
 
 def stamps(entries: list[TensorEntry]) -> dict[str, list[int]]:

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qvera.models.mmap import NotMappable, load_mapped
-from qvera.utils.checkpoint_index import checkpoint_tensors
+from qvera.utils.safetensors_io import checkpoint_tensors
 
 
 def load_exported(directory: Path, device: torch.device) -> Any:

@@ -20,10 +20,9 @@ from qvera.models import added_tokens, linear, quantized_cache
 from qvera.models import quantization as quantize
 from qvera.models.hub import base_directory
 from qvera.models.mmap import NotMappable, Spread, load_mapped
-from qvera.utils.checkpoint_index import INDEX, weight_map
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.paths import resolve_path
-from qvera.utils.safetensors_io import base_fingerprint
+from qvera.utils.safetensors_io import INDEX, base_fingerprint, weight_map
 
 
 @dataclasses.dataclass

@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from qvera.distributed.zero_params import decoder_layers
 from qvera.models import linear, quantization
-from qvera.utils.checkpoint_index import TensorEntry, checkpoint_tensors
 from qvera.utils.errors import InputError
+from qvera.utils.safetensors_io import TensorEntry, checkpoint_tensors
 
 _STATE = ".quant_state.bitsandbytes__"
 _BIG = (nn.Embedding, nn.Linear)

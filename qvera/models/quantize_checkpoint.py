@@ -1,7 +1,7 @@
 """A 16-bit checkpoint → bitsandbytes' own serialized 4-bit checkpoint, which stock transformers loads and qvera maps.
 
-Every source file is read once, in the order of its bytes: hashed, quantized and written piece by piece by threads that wait
-for each other (`pieces.ahead`), so that memory is a few pieces and one weight's scales. Finished shards outlive a kill;
+Every source file is read once, in the order of its bytes: hashed, quantized and written chunk by chunk by threads that wait
+for each other (`prefetch`), so that memory is a few chunks and one weight's scales. Finished shards outlive a kill;
 ``config.json``, without which nothing takes a directory for a model, comes last.
 """
 
@@ -23,10 +23,10 @@ from qvera.models import nf4, quantization
 from qvera.models.source_checkpoint import Source
 from qvera.utils import memory
 from qvera.utils.atomic import Unfinished, disk_full_says, flush, replace_text, require_space
-from qvera.utils.checkpoint_index import grouped_by_bytes
 from qvera.utils.errors import RunFailed
-from qvera.utils.safetensors_io import base_fingerprint, file_sha256, write_source_fingerprint
-from qvera.utils.safetensors_stream import Piece, Spec, ahead, read_pieces, write_index, write_pieces
+from qvera.utils.files import file_sha256, try_read_json
+from qvera.utils.safetensors_io import TensorSpec, base_fingerprint, grouped_by_bytes, write_source_fingerprint
+from qvera.utils.safetensors_stream import Chunk, prefetch, read_chunks, write_chunks, write_index
 
 RECORD = "qvera_quantized.json"
 """Beside the weights: what they were made from, and their hashes."""
@@ -116,13 +116,13 @@ def quantize_checkpoint(
         done = _Position(source.size_bytes)
         needed = _needed(source, plan, have)
         with nf4.Packer(section.quantization) as packer:
-            read = ahead(_read(source, needed, hashes, done), _DEPTH)
-            made = ahead(_convert(read, source, section, device, packer), _DEPTH)
+            read = prefetch(_read(source, needed, hashes, done), _DEPTH)
+            made = prefetch(_convert(read, source, section, device, packer), _DEPTH)
             try:
                 for name, specs in plan:
                     if name in have:
                         continue
-                    digest = write_pieces(out / name, specs, _watched(made, done, progress))
+                    digest = write_chunks(out / name, specs, _watched(made, done, progress))
                     work.facts["source"] = dict(hashes)
                     work.finished(name, digest)
                 for _ in made:  # what is left of the source to be hashed
@@ -162,14 +162,15 @@ def output_bytes(source: Source, section: ModelSection) -> int:
     return sum(spec.size_bytes for _, specs in _plan(source, section, SHARD_BYTES) for spec in specs)
 
 
-def _plan(source: Source, section: ModelSection, shard_bytes: int) -> list[tuple[str, list[Spec]]]:
+def _plan(source: Source, section: ModelSection, shard_bytes: int) -> list[tuple[str, list[TensorSpec]]]:
     """File name and tensors of each output shard, in the order of the source; a weight and its statistics stay together."""
 
-    def units() -> Iterator[list[Spec]]:
-        for spec, *_ in source.tensors:
+    def units() -> Iterator[list[TensorSpec]]:
+        for spec in source.tensors:
             if spec.name in source.quantized:
                 yield [
-                    Spec(*item) for item in quantization.serialized_layout(spec.name, spec.shape, spec.dtype, section)
+                    TensorSpec(*item)
+                    for item in quantization.serialized_layout(spec.name, spec.shape, spec.dtype, section)
                 ]
             else:
                 yield [spec]
@@ -184,20 +185,20 @@ class _Position:
         self.done, self.total = 0, total
 
 
-def _needed(source: Source, plan: list[tuple[str, list[Spec]]], have: set[str]) -> set[str]:
+def _needed(source: Source, plan: list[tuple[str, list[TensorSpec]]], have: set[str]) -> set[str]:
     """Names of the source tensors that are not in a finished shard."""
     missing = {spec.name for name, specs in plan if name not in have for spec in specs}
-    return {stored.spec.name for stored in source.tensors if stored.spec.name in missing}
+    return {entry.name for entry in source.tensors if entry.name in missing}
 
 
-def _read(source: Source, needed: set[str], hashes: dict[str, str], position: _Position) -> Iterator[Piece]:
-    """All needed pieces of the source; a file whose hash is not known is read whole for it."""
+def _read(source: Source, needed: set[str], hashes: dict[str, str], position: _Position) -> Iterator[Chunk]:
+    """All needed chunks of the source; a file whose hash is not known is read whole for it."""
     before = 0
     for file in source.files:
         digest = None if file.name in hashes else hashlib.sha256()
-        for piece in read_pieces(file, needed, digest):
-            position.done = before + piece.stored.start
-            yield piece
+        for chunk in read_chunks(file, needed, digest):
+            position.done = before + chunk.entry.start
+            yield chunk
         if digest is not None:
             hashes[file.name] = digest.hexdigest()
         before += file.stat().st_size
@@ -205,15 +206,14 @@ def _read(source: Source, needed: set[str], hashes: dict[str, str], position: _P
 
 
 def _convert(
-    read: Iterator[Piece], source: Source, section: ModelSection, device: torch.device, packer: nf4.Packer
+    read: Iterator[Chunk], source: Source, section: ModelSection, device: torch.device, packer: nf4.Packer
 ) -> Iterator[tuple[str, Any]]:
-    """Pieces of the source → pieces of the output, with the name of the output tensor they belong to."""
+    """Chunks of the source → chunks of the output, with the name of the output tensor they belong to."""
     absmax = np.empty(0, np.float32)
     blocks = 0
     gathered: list[torch.Tensor] = []
     try:
-        for stored, data, last in read:
-            spec = stored.spec
+        for spec, data, last in read:
             if spec.name not in source.quantized:
                 yield spec.name, data
                 continue
@@ -243,7 +243,9 @@ def _convert(
         read.close()  # type: ignore[attr-defined]
 
 
-def _on_device(spec: Spec, weight: torch.Tensor, section: ModelSection, source: Source) -> Iterator[tuple[str, Any]]:
+def _on_device(
+    spec: TensorSpec, weight: torch.Tensor, section: ModelSection, source: Source
+) -> Iterator[tuple[str, Any]]:
     if not torch.isfinite(weight).all():
         raise _not_finite(spec, source)
     packed, statistics = quantization.quantized_on_device(spec.name, weight.view(spec.shape), section)
@@ -251,7 +253,9 @@ def _on_device(spec: Spec, weight: torch.Tensor, section: ModelSection, source: 
     yield from _in_order(spec, statistics, section)
 
 
-def _in_order(spec: Spec, statistics: dict[str, torch.Tensor], section: ModelSection) -> Iterator[tuple[str, Any]]:
+def _in_order(
+    spec: TensorSpec, statistics: dict[str, torch.Tensor], section: ModelSection
+) -> Iterator[tuple[str, Any]]:
     for name, dtype, shape in quantization.serialized_layout(spec.name, spec.shape, spec.dtype, section)[1:]:
         tensor = statistics[name]
         if tensor.dtype != dtype or tuple(tensor.shape) != shape:
@@ -261,7 +265,7 @@ def _in_order(spec: Spec, statistics: dict[str, torch.Tensor], section: ModelSec
         yield name, tensor.contiguous().view(torch.uint8).numpy()
 
 
-def _not_finite(spec: Spec, source: Source) -> RunFailed:
+def _not_finite(spec: TensorSpec, source: Source) -> RunFailed:
     return RunFailed(
         f"{source.file_of[spec.name]}: {spec.name} has NaN or Inf in it, so it can't be quantized. The checkpoint is damaged, or "
         "was saved in a dtype too narrow for it."
@@ -281,7 +285,7 @@ def _finish(
     source: Source,
     section: ModelSection,
     out: Path,
-    plan: list[tuple[str, list[Spec]]],
+    plan: list[tuple[str, list[TensorSpec]]],
     record: dict[str, Any],
 ) -> None:
     """Index, tokenizer and the like, record, and config.json last."""
@@ -294,7 +298,7 @@ def _finish(
             flush(out / file.name)
     replace_text(out / RECORD, json.dumps(record, indent=1))
     write_source_fingerprint(out, base_fingerprint(source.directory))
-    dtypes = [stored.spec.dtype for stored in source.tensors if stored.spec.name in source.quantized]
+    dtypes = [entry.dtype for entry in source.tensors if entry.name in source.quantized]
     dtype = max(set(dtypes), key=dtypes.count) if dtypes else torch.bfloat16
     wanted = quantization.quantization_config(section, dtype)
     assert wanted is not None  # read_source was asked for 4 bits
@@ -309,11 +313,9 @@ def read_record(directory: Path) -> dict[str, Any] | None:
     """The record of a finished quantized copy, or None where there is none."""
     if not (directory / "config.json").is_file():
         return None
-    try:
-        record = json.loads((directory / RECORD).read_text(encoding="utf-8"))
-        return record if record["format"] == 1 and record["identity"] and record["files"] else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    record = try_read_json(directory / RECORD)
+    whole = record is not None and record.get("format") == 1 and record.get("identity") and record.get("files")
+    return record if whole else None
 
 
 def problem_of(directory: Path, *, verify: bool = False) -> str | None:

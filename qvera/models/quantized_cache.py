@@ -22,8 +22,9 @@ from qvera.models.source_checkpoint import NotPlain, Source
 from qvera.utils.atomic import flush
 from qvera.utils.cache_dir import UNFINISHED, WAIT_SECONDS, HashIndex, Kind, Progress, discard, size_bytes
 from qvera.utils.errors import InputError
+from qvera.utils.files import file_stamp
 from qvera.utils.paths import cache_root
-from qvera.utils.safetensors_io import file_stamp
+from qvera.utils.safetensors_io import shard_files
 
 __all__ = ["BASES", "NotPlain", "cached_base", "find_base", "quantized_copy"]
 
@@ -105,7 +106,7 @@ def find_base(section: ModelSection, directory: Path | None = None) -> Path | No
     root = bases_root()
     if not (root / "hashes.json").is_file():
         return None
-    files = source_checkpoint.shard_files(directory)
+    files = shard_files(directory)
     known = HashIndex(root / "hashes.json").known(files)
     if not files or len(known) < len(files) or not (directory / "config.json").is_file():
         return None

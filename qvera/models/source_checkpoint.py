@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,9 @@ from transformers.pytorch_utils import Conv1D
 from qvera.config.schema import ModelSection
 from qvera.models import quantization
 from qvera.models.empty_model import skeleton
-from qvera.utils.checkpoint_index import INDEX, SINGLE, checkpoint_tensors, weight_map
 from qvera.utils.errors import InputError
-from qvera.utils.safetensors_io import file_stamp
-from qvera.utils.safetensors_stream import Spec, Stored, read_header
+from qvera.utils.files import file_stamp, read_json
+from qvera.utils.safetensors_io import TensorEntry, checkpoint_tensors
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -35,7 +33,7 @@ class Source:
     config: dict[str, Any]
     config_sha256: str
     files: list[Path]
-    tensors: list[Stored]
+    tensors: list[TensorEntry]
     """In the order of ``files`` and of the bytes in them; what the model does not have is left out."""
     file_of: dict[str, Path]
     quantized: set[str]
@@ -50,24 +48,6 @@ class Source:
         return {file.name: file_stamp(file.stat()) for file in self.files}
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """``config.json`` as it stands.
-
-    Raises:
-        InputError: there is none, or it is not JSON.
-    """
-    file = directory / "config.json"
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(document, dict):
-            raise ValueError("not an object")
-    except FileNotFoundError:
-        raise InputError(f"{directory}: has no config.json, so it is not a model directory.") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: can't be read as JSON ({error}).") from None
-    return document
-
-
 def read_source(section: ModelSection, directory: Path) -> Source:
     """Config and headers of a 16-bit checkpoint, checked; no weights are read.
 
@@ -76,23 +56,19 @@ def read_source(section: ModelSection, directory: Path) -> Source:
             already quantized.
         NotPlain: the tensors are not the model's parameters by name.
     """
-    config = read_config(directory)
+    config = read_json(directory / "config.json", "the config of a model")
     if config.get("quantization_config") is not None:
         raise InputError(
             f"{directory}: is already quantized (config.json has a quantization_config). Use it as model.path as it is, or name "
             "the 16-bit checkpoint that it was made from."
         )
-    entries = checkpoint_tensors(directory)
-    files = list(dict.fromkeys(entry.file for entry in entries))
-    tensors, file_of = [], {}
-    for file in files:
-        for stored in read_header(file):
-            tensors.append(stored)
-            file_of[stored.spec.name] = file
+    tensors = checkpoint_tensors(directory)
+    files = list(dict.fromkeys(entry.file for entry in tensors))
+    file_of = {entry.name: entry.file for entry in tensors}
     model = skeleton(section, directory)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    _check_names(directory, shapes, tied, {s.spec.name: s.spec for s in tensors}, file_of)
+    _check_names(directory, shapes, tied, {entry.name: entry for entry in tensors})
     transposed = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
     names = quantization.four_bit_linears(model, section)
     if transposed & names:
@@ -101,9 +77,9 @@ def read_source(section: ModelSection, directory: Path) -> Source:
             "checkpoint can't be quantized ahead; it is quantized each time it is loaded."
         )
     quantized = {f"{name}.weight" for name in names}
-    tensors = [stored for stored in tensors if stored.spec.name in shapes]
-    for spec, *_ in tensors:
-        _check_dtype(spec, file_of[spec.name], section, spec.name in quantized)
+    tensors = [entry for entry in tensors if entry.name in shapes]
+    for entry in tensors:
+        _check_dtype(entry, section, entry.name in quantized)
     digest = hashlib.sha256((directory / "config.json").read_bytes()).hexdigest()
     return Source(directory, config, digest, files, tensors, file_of, quantized & file_of.keys())
 
@@ -112,8 +88,7 @@ def _check_names(
     directory: Path,
     shapes: dict[str, tuple[int, ...]],
     tied: Mapping[str, str],
-    found: dict[str, Spec],
-    file_of: dict[str, Path],
+    found: dict[str, TensorEntry],
 ) -> None:
     absent = [
         name for name in shapes.keys() - found.keys() if tied.get(name) not in found and name not in tied.values()
@@ -128,28 +103,18 @@ def _check_names(
     for name, shape in shapes.items():
         if name in found and found[name].shape != shape:
             raise InputError(
-                f"{file_of[name]}: {name} has shape {list(found[name].shape)}, the model of config.json needs {list(shape)}. "
+                f"{found[name].file}: {name} has shape {list(found[name].shape)}, the model of config.json needs {list(shape)}. "
                 "Weights and config.json are not of one model."
             )
 
 
-def _check_dtype(spec: Spec, file: Path, section: ModelSection, quantized: bool) -> None:
-    if quantized and spec.dtype not in _FLOATS:
-        raise InputError(f"{file}: {spec.name} is {spec.dtype}, expected a bfloat16, float16 or float32 weight.")
-    if quantized and spec.numel % (2 * getattr(torch, section.quant_storage).itemsize):
+def _check_dtype(entry: TensorEntry, section: ModelSection, quantized: bool) -> None:
+    if quantized and entry.dtype not in _FLOATS:
+        raise InputError(
+            f"{entry.file}: {entry.name} is {entry.dtype}, expected a bfloat16, float16 or float32 weight."
+        )
+    if quantized and entry.numel % (2 * getattr(torch, section.quant_storage).itemsize):
         raise NotPlain(
-            f"{file}: {spec.name} has {spec.numel} weights, which do not fill whole elements of {section.quant_storage}. Set "
+            f"{entry.file}: {entry.name} has {entry.numel} weights, which do not fill whole elements of {section.quant_storage}. Set "
             "model.quant_storage: uint8."
         )
-
-
-def shard_files(directory: Path) -> list[Path]:
-    """The shards of a checkpoint as index or directory name them, unread; [] where the index can't be read."""
-    index = directory / INDEX
-    if not index.is_file():
-        single = directory / SINGLE
-        return [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
-    try:
-        return [directory / name for name in sorted(set(weight_map(index).values()))]
-    except (OSError, InputError):
-        return []

@@ -29,7 +29,7 @@ from torch import nn
 from qvera.distributed.group import Group
 from qvera.utils.atomic import disk_full_says, flush
 from qvera.utils.errors import InputError, first_line
-from qvera.utils.safetensors_io import file_sha256
+from qvera.utils.files import file_sha256
 
 FORMAT = 1
 _FILES = ("vectors.safetensors", "optimizer.safetensors", "state.json", "random.safetensors")

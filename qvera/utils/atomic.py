@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from qvera.utils.errors import InputError, RunFailed
-from qvera.utils.safetensors_io import file_sha256
+from qvera.utils.files import file_sha256, try_read_json
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
@@ -124,11 +124,8 @@ def _read_state(out: Path, state: Path, identity: dict[str, Any], what: str) -> 
         except OSError as error:
             raise InputError(f"{out}: can't be written ({error.strerror}). Name another directory.") from None
         return fresh
-    try:
-        found = json.loads(state.read_text(encoding="utf-8"))
-    except ValueError:
-        found = {}
-    if found.get("identity") != identity:
+    found = try_read_json(state)
+    if found is None or found.get("identity") != identity:
         raise InputError(f"{out}: holds an unfinished {what} of something else. Delete it, or name another directory.")
     return found
 

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 
 from qvera.utils.atomic import replace_text
 from qvera.utils.errors import InputError
-from qvera.utils.safetensors_io import file_sha256, file_stamp
+from qvera.utils.files import file_sha256, file_stamp, try_read_json
 
 Progress = Callable[[str, int, int, str], None]
 """Called with (stage, bytes done, bytes in all, what); stage is hashing, quantizing or waiting."""
@@ -138,11 +138,7 @@ class HashIndex:
         self._path = path
 
     def _read(self) -> dict[str, Any]:
-        try:
-            document = json.loads(self._path.read_text(encoding="utf-8"))
-            return document if isinstance(document, dict) else {}
-        except (OSError, ValueError):
-            return {}  # nothing is lost but time
+        return try_read_json(self._path) or {}  # a damaged index loses nothing but time
 
     def known(self, files: Iterable[Path]) -> dict[Path, str]:
         """File → SHA-256, of those that are known."""

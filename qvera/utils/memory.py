@@ -1,4 +1,4 @@
-"""What is measured on the machine: memory, device name, versions."""
+"""What is measured on the machine: memory, device name, versions. Imports torch only where a function needs it."""
 
 from __future__ import annotations
 
@@ -9,20 +9,28 @@ import threading
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING
 
 import psutil
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 def memory_bytes(device: torch.device) -> int:
     """Memory held now: tensors on the CUDA device, or `private_bytes` of this process."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else private_bytes()
+    if device.type != "cuda":
+        return private_bytes()
+    import torch
+
+    return torch.cuda.memory_allocated(device)
 
 
 def private_bytes() -> int:
-    """RssAnon + RssShmem + VmSwap of this process: what can't be given back without losing it. Its resident set where the
-    system does not tell these apart (not Linux).
+    """RssAnon + RssShmem + VmSwap of this process: memory that can't be dropped without losing its content.
+
+    The resident set where the system does not tell these apart (not Linux).
     """
     try:
         text = Path("/proc/self/status").read_text(encoding="ascii")
@@ -35,23 +43,12 @@ def private_bytes() -> int:
 class _Mallinfo(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_size_t)
-        for name in [
-            "arena",
-            "ordblks",
-            "smblks",
-            "hblks",
-            "hblkhd",
-            "usmblks",
-            "fsmblks",
-            "uordblks",
-            "fordblks",
-            "keepcost",
-        ]
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
     ]
 
 
 def allocated_bytes() -> int | None:
-    """What this process holds of malloc's memory (mallinfo2(3), in all arenas); None without glibc 2.33 or newer."""
+    """Bytes of malloc's memory in use by this process (mallinfo2(3), all arenas); None without glibc 2.33 or newer."""
     try:
         read = ctypes.CDLL(None).mallinfo2
     except (OSError, AttributeError, TypeError):
@@ -63,15 +60,20 @@ def allocated_bytes() -> int | None:
 
 @functools.cache
 def kernel_bytes(dtype: torch.dtype) -> int:
-    """What stays behind of each new shape of a matrix product on this CPU (`qvera.data.padding`), measured; 0 where that can't be."""
+    """Bytes that the CPU's kernel cache takes for each new shape of a matrix product (`qvera.data.padding`), measured.
+
+    0 where that can't be measured.
+    """
+    import torch
+
     side, shapes = 64, 16
     weight = torch.zeros(side, side, dtype=dtype)
-    # rows that nobody else has, or the kernel would be there already
-    kept = []
+    # row counts that nothing else uses, or the kernel would be cached already
+    readings = []
     for rows in range(3001, 3002 + shapes):
         torch.nn.functional.linear(weight.new_zeros(rows, side), weight)
-        kept.append(allocated_bytes())
-    first, last = kept[0], kept[-1]
+        readings.append(allocated_bytes())
+    first, last = readings[0], readings[-1]
     return 0 if first is None or last is None else max(0, last - first) // shapes
 
 
@@ -93,7 +95,7 @@ def mapped_weights_bytes() -> int:
 
 
 class PeakWatch:
-    """For the time of a with-block, the most memory this process held: sampled every 20 ms on a CPU, counted by torch on CUDA."""
+    """Context manager that records the peak memory of its block: sampled every 20 ms on a CPU, counted by torch on CUDA."""
 
     INTERVAL_SECONDS = 0.02
 
@@ -105,6 +107,8 @@ class PeakWatch:
 
     def __enter__(self) -> PeakWatch:
         if self.device.type == "cuda":
+            import torch
+
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
             self._thread = threading.Thread(target=self._sample, daemon=True)
@@ -119,24 +123,30 @@ class PeakWatch:
     def peak_bytes(self) -> int:
         """Private bytes of the process (CPU), or bytes of tensors on the device (CUDA): the maximum so far."""
         if self.device.type == "cuda":
+            import torch
+
             return torch.cuda.max_memory_allocated(self.device)
         return max(self._highest_bytes, private_bytes())
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._thread is not None:
             self._done.set()
             self._thread.join()
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that can still be taken: on the CUDA device, or in this machine within the limit of this process's cgroup."""
+    """Memory that can still be allocated: on the CUDA device, or in this machine within the limit of the process's cgroup."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.mem_get_info(device)[0]
     return min([psutil.virtual_memory().available, *_cgroup_available()])
 
 
 def _cgroup_available() -> Iterator[int]:
-    """What the memory cgroups above this process (v1 or v2) leave it; dropped file pages count as free."""
+    """Bytes that each memory cgroup above this process (v1 or v2) has left; file pages count as free."""
     try:
         lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -144,12 +154,8 @@ def _cgroup_available() -> Iterator[int]:
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "memory":
-            root, limit, usage, cache = (
-                "/sys/fs/cgroup/memory",
-                "memory.limit_in_bytes",
-                "memory.usage_in_bytes",
-                "total_cache",
-            )
+            root, cache = "/sys/fs/cgroup/memory", "total_cache"
+            limit, usage = "memory.limit_in_bytes", "memory.usage_in_bytes"
         elif controllers == "":
             root, limit, usage, cache = "/sys/fs/cgroup", "memory.max", "memory.current", "file"
         else:
@@ -165,7 +171,9 @@ def _cgroup_available() -> Iterator[int]:
 
 
 def device_name(device: torch.device) -> str:
-    """The device in words, with what a timing depends on."""
+    """The device in words, with what a timing depends on: the model of the card or processor, and torch's threads."""
+    import torch
+
     if device.type == "cuda":
         return f"cuda: {torch.cuda.get_device_name(device)}"
     name = platform.processor() or platform.machine()
@@ -178,9 +186,9 @@ def device_name(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of everything that a result can depend on."""
+    """Version of Python and of each package that a result can depend on."""
     packages = ("torch", "transformers", "peft", "bitsandbytes", "qvera")
-    found: dict[str, Any] = {"python": platform.python_version()}
+    found = {"python": platform.python_version()}
     for package in packages:
         try:
             found[package] = metadata.version(package)

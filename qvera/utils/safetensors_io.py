@@ -1,38 +1,54 @@
-"""Where the tensors of a checkpoint lie in its files, pieces of them, and a fingerprint of the whole.
+"""Where the tensors of a checkpoint lie in its files, and a fingerprint of the whole. Imports torch only when a header is read.
 
 File format: 8 bytes little-endian header length, JSON header, tensor bytes back to back
-(https://github.com/huggingface/safetensors#format).
+(https://github.com/huggingface/safetensors#format). A sharded checkpoint has an index, ``{"weight_map": {tensor: file}}``.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
 import json
 import math
 import os
+import re
 import struct
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, TypeVar
 
-import torch
-
-from qvera.utils.checkpoint_index import checkpoint_tensors
 from qvera.utils.errors import InputError
+from qvera.utils.files import read_json
 
+if TYPE_CHECKING:
+    import torch
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 SOURCE_FILE = "qvera_source.json"
 """In a directory quantized from another: ``{"fingerprint": ...}`` of what it was made from."""
 
+_NUMBERED = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors$")
 _QUANTIZED, _SAMPLE_BYTES = "quantized:", 4096
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
-    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+_DTYPE_NAMES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U64": "uint64",
+    "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
-DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-"""torch dtype → what a safetensors header calls it."""
+T = TypeVar("T")
 
 
-class Spec(NamedTuple):
+@functools.cache
+def torch_dtypes() -> dict[str, torch.dtype]:
+    """What a safetensors header calls a dtype → the torch dtype."""
+    import torch
+
+    return {name: getattr(torch, attribute) for name, attribute in _DTYPE_NAMES.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
     """A tensor as a safetensors header names it."""
 
     name: str
@@ -41,26 +57,29 @@ class Spec(NamedTuple):
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def size_bytes(self) -> int:
+        """Bytes that the tensor takes in a file."""
         return self.numel * self.dtype.itemsize
 
 
-class Stored(NamedTuple):
-    """A tensor in a file, and where in it its bytes are."""
+@dataclasses.dataclass(frozen=True)
+class TensorEntry(TensorSpec):
+    """A tensor in a file: its bytes are ``start`` to ``stop``."""
 
-    spec: Spec
+    file: Path
     start: int
     stop: int
 
 
-def read_header(file: Path) -> list[Stored]:
-    """The tensors of a safetensors file in the order of their bytes.
+def read_header(file: Path) -> list[TensorEntry]:
+    """The tensors of a safetensors file in the order of their bytes; the header ends where the first one starts.
 
     Raises:
-        InputError: the header is not one, names a dtype that is not known here, or does not fit the file's size.
+        InputError: the header is damaged, names an unknown dtype, or does not fit the file's size.
     """
     try:
         with open(file, "rb") as handle:
@@ -70,89 +89,152 @@ def read_header(file: Path) -> list[Stored]:
                 raise ValueError(f"its header would be {length} bytes long, the file is {size}")
             document = json.loads(handle.read(length))
         document.pop("__metadata__", None)
-        found = [
-            Stored(
-                Spec(name, _DTYPES[value["dtype"]], tuple(value["shape"])), *(8 + length + o for o in value["data_offsets"])
-            )
-            for name, value in document.items()
-        ]  # fmt: skip
-    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
+        entries = []
+        for name, value in document.items():
+            start, stop = (8 + length + int(offset) for offset in value["data_offsets"])
+            entries.append(TensorEntry(name, torch_dtypes()[value["dtype"]], tuple(value["shape"]), file, start, stop))
+    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{file}: not a readable safetensors file, or cut short ({type(error).__name__}: {error}). Copy or download it again."
         ) from None
-    found.sort(key=lambda stored: stored.start)
-    at = 8 + length
-    for spec, start, stop in found:
-        if start != at or stop - start != spec.size_bytes:
+    entries.sort(key=lambda entry: entry.start)
+    position = 8 + length
+    for entry in entries:
+        if entry.start != position or entry.stop - entry.start != entry.size_bytes:
             raise InputError(
-                f"{file}: the header does not say where the bytes of {spec.name} are. Copy or download it again."
+                f"{file}: the header does not say where the bytes of {entry.name} are. Copy or download it again."
             )
-        at = stop
-    if at != size:
-        raise InputError(f"{file}: is {size} bytes long, its header says {at}: cut short. Copy or download it again.")
-    return found
+        position = entry.stop
+    if position != size:
+        raise InputError(
+            f"{file}: is {size} bytes long, its header says {position}: cut short. Copy or download it again."
+        )
+    return entries
 
 
-def stored_tensors(file: Path) -> tuple[int, dict[str, Stored]]:
-    """Bytes of the header, and name → `Stored`, in the order they lie in the file (see `read_header`)."""
-    found = read_header(file)
-    return found[0].start if found else file.stat().st_size, {stored.spec.name: stored for stored in found}
+def checkpoint_tensors(directory: Path) -> list[TensorEntry]:
+    """All tensors of a checkpoint directory in the order they lie on disk; an index is used where there is one.
+
+    Raises:
+        InputError: a shard is missing, cut short or not safetensors, or the index names a tensor that is not there.
+    """
+    index = directory / INDEX
+    wanted: dict[str, str] = {}
+    if index.is_file():
+        wanted = weight_map(index)
+        files = [directory / name for name in sorted(set(wanted.values()))]
+    else:
+        files = _unindexed(directory)
+    entries: dict[str, TensorEntry] = {}
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"{file}: this shard is named in {index.name} but is missing.")
+        for entry in read_header(file):
+            other = entries.setdefault(entry.name, entry)
+            if other is not entry:
+                raise InputError(
+                    f"{directory}: both {other.file.name} and {file.name} hold {entry.name}. Leave only the files of one "
+                    "checkpoint there, or an index."
+                )
+    missing = sorted(wanted.keys() - entries.keys())
+    if missing:
+        raise InputError(f"{index}: names {missing[0]} (and {len(missing) - 1} more), which no shard holds.")
+    if not entries:
+        raise InputError(f"{directory}: has no *.safetensors weights.")
+    return list(entries.values())
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    with open(path, "rb") as handle:
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+def weight_map(index: Path) -> dict[str, str]:
+    """Tensor → file name, as an index says. Every file has to lie beside it: an index may come from a stranger.
+
+    Raises:
+        InputError: it is no index, or names a file elsewhere or one that is not safetensors.
+    """
+    wanted = read_json(index, "a safetensors index", keys=("weight_map",))["weight_map"]
+    if not isinstance(wanted, dict):
+        raise InputError(f"{index}: not a safetensors index: its weight_map is no object.")
+    for name in wanted.values():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise InputError(
+                f"{index}: names {name!r} as a shard. Expected names of *.safetensors files in its own directory, without a path."
+            )
+    return wanted
 
 
-def file_stamp(facts: os.stat_result) -> list[int]:
-    """Size, mtime_ns and inode: what tells cheaply that a file (a link's target) is still the one it was."""
-    return [facts.st_size, facts.st_mtime_ns, facts.st_ino]
+def _unindexed(directory: Path) -> list[Path]:
+    """Weight files where no index names them: the single file, else all, of which a numbered set must be whole."""
+    if (directory / SINGLE).is_file():
+        return [directory / SINGLE]
+    files = sorted(directory.glob("*.safetensors"))
+    numbered = [m for f in files if (m := _NUMBERED.match(f.name))]
+    there = {m[0] for m in numbered}
+    for stem, total in {(m[1], m[3]) for m in numbered}:
+        for number in range(1, int(total) + 1):
+            name = f"{stem}-{number:0{len(total)}d}-of-{total}.safetensors"
+            if name not in there:
+                raise InputError(
+                    f"{directory / name}: this shard of {int(total)} is missing, and there is no {INDEX}. Fetch it."
+                )
+    return files
 
 
-def read_at(descriptor: int, into: memoryview, offset: int) -> bool:
-    """Fill ``into`` from an open file; False where the file ends before."""
-    done = 0
-    while done < len(into):
-        got = os.preadv(descriptor, [into[done:]], offset + done)
-        if got == 0:
-            return False
-        done += got
-    return True
+def shard_files(directory: Path) -> list[Path]:
+    """The weight files of a checkpoint by its index or their names, unread; [] where the index can't be read."""
+    if (directory / INDEX).is_file():
+        try:
+            return [directory / name for name in sorted(set(weight_map(directory / INDEX).values()))]
+        except InputError:
+            return []
+    single = directory / SINGLE
+    return [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
+
+
+def grouped_by_bytes(
+    units: Iterable[list[T]], size_bytes: Callable[[T], int], max_bytes: int
+) -> list[tuple[str, list[T]]]:
+    """File name and contents of each shard, in the order given; a shard is above ``max_bytes`` only if one unit alone is.
+
+    Args:
+        units: what has to lie in one file together.
+    """
+    groups: list[list[T]] = [[]]
+    filled = 0
+    for unit in units:
+        size = sum(map(size_bytes, unit))
+        if groups[-1] and filled + size > max_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1] += unit
+        filled += size
+    if len(groups) == 1:
+        return [(SINGLE, groups[0])]
+    return [(f"model-{i:05d}-of-{len(groups):05d}.safetensors", g) for i, g in enumerate(groups, start=1)]
 
 
 def base_fingerprint(directory: Path) -> str:
-    """What tells one base from another by its content, in milliseconds and without hashing all of it.
+    """What tells one base model from another by its content, in milliseconds and without hashing all of it.
 
-    SHA-256 over every tensor's name, dtype and shape, and its first and last 4 KiB, in the order of the names: how the
-    tensors are spread over files, and which files lie beside them, makes no difference. A directory that was quantized from
-    another one carries the other's fingerprint (`SOURCE_FILE`); one in a quantized format of unknown origin has a fingerprint
-    of its own kind, ``quantized:...``, which says nothing about 16-bit ones (`same_base`).
+    SHA-256 over every tensor's name, dtype and shape, and its first and last 4 KiB, in the order of the names. How the
+    tensors are divided into files, and which files lie beside them, makes no difference. A directory that was quantized
+    from another one carries the other's fingerprint (`SOURCE_FILE`). A quantized one of unknown origin has a fingerprint of
+    its own kind, ``quantized:...``, which is not comparable with those of 16-bit ones (`same_base`).
 
     Raises:
         InputError: a shard is missing, cut short or not safetensors.
     """
     source = directory / SOURCE_FILE
     if source.is_file():
-        try:
-            return str(json.loads(source.read_text(encoding="utf-8"))["fingerprint"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f'{source}: expected {{"fingerprint": ...}} ({type(error).__name__}: {error}).') from None
+        return str(read_json(source, "the source's fingerprint", keys=("fingerprint",))["fingerprint"])
     digest, quantized = hashlib.sha256(), False
-    entries = checkpoint_tensors(directory)
-    files = {file: stored_tensors(file)[1] for file in {e.file for e in entries}}
-    for entry in sorted(entries, key=lambda e: e.name):
-        stored = files[entry.file][entry.name]
+    for entry in sorted(checkpoint_tensors(directory), key=lambda e: e.name):
         quantized |= ".quant_state." in entry.name or entry.name.endswith(".SCB")
-        digest.update(f"{stored.spec.name}\n{stored.spec.dtype}\n{list(stored.spec.shape)}\n".encode())
+        digest.update(f"{entry.name}\n{entry.dtype}\n{list(entry.shape)}\n".encode())
         with open(entry.file, "rb") as handle:
-            handle.seek(stored.start)
-            digest.update(handle.read(min(_SAMPLE_BYTES, stored.stop - stored.start)))
-            last = max(stored.start, stored.stop - _SAMPLE_BYTES)
+            handle.seek(entry.start)
+            digest.update(handle.read(min(_SAMPLE_BYTES, entry.size_bytes)))
+            last = max(entry.start, entry.stop - _SAMPLE_BYTES)
             handle.seek(last)
-            digest.update(handle.read(stored.stop - last))
+            digest.update(handle.read(entry.stop - last))
     return (_QUANTIZED if quantized else "") + digest.hexdigest()
 
 
@@ -162,7 +244,7 @@ def write_source_fingerprint(directory: Path, fingerprint: str) -> None:
 
 
 def same_base(one: str | None, other: str | None) -> bool:
-    """False only where both are known, can be compared, and differ."""
+    """False only where both fingerprints are known, comparable, and different."""
     if one is None or other is None or one.startswith(_QUANTIZED) != other.startswith(_QUANTIZED):
         return True
     return one == other

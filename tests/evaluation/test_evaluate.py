@@ -24,7 +24,7 @@ from qvera.evaluation.metrics import NAMES, row_scores, scores_of, text_metrics
 from qvera.models.loader import load_base, load_tokenizer
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
-from qvera.utils.safetensors_io import file_sha256
+from qvera.utils.files import file_sha256
 from tests.export.test_merged import perturb
 
 

@@ -146,8 +146,8 @@ def test_packed_weights_start_at_a_multiple_of_64_bytes(tiny_model_dir: Path, tm
 
 def test_threads_and_piece_sizes_change_no_byte(tiny_model_dir: Path, tmp_path: Path, monkeypatch: Any) -> None:
     quantized(tiny_model_dir, tmp_path / "one")
-    read = quantize_checkpoint.read_pieces
-    monkeypatch.setattr(quantize_checkpoint, "read_pieces", lambda f, w, d: read(f, w, d, piece_bytes=64 * 2 * 3))
+    read = quantize_checkpoint.read_chunks
+    monkeypatch.setattr(quantize_checkpoint, "read_chunks", lambda f, w, d: read(f, w, d, chunk_bytes=64 * 2 * 3))
     torch.set_num_threads(2)
     try:
         quantized(tiny_model_dir, tmp_path / "two")

@@ -124,17 +124,17 @@ MAKES = """
 import sys, time
 from pathlib import Path
 from qvera.models import quantized_cache
-from qvera.models import quantize_checkpoint as prequantize
+from qvera.models import quantize_checkpoint
 from qvera.config.schema import ModelSection
-prequantize.SHARD_BYTES = 30_000
+quantize_checkpoint.SHARD_BYTES = 30_000
 mark, go = Path(sys.argv[2]), Path(sys.argv[3])
 def progress(stage, done, total, what):
     with open(mark, "a") as handle:
         handle.write(stage + "\\n")
-    out = list(cache.bases_root().glob(".unfinished-*/*.safetensors"))
+    out = list(quantized_cache.bases_root().glob(".unfinished-*/*.safetensors"))
     while stage == "quantizing" and len(out) >= 3 and not go.exists():
         time.sleep(0.02)
-print(cache.cached_base(ModelSection(path=sys.argv[1]), progress=progress))
+print(quantized_cache.cached_base(ModelSection(path=sys.argv[1]), progress=progress))
 """
 
 
@@ -144,11 +144,11 @@ def maker(section: ModelSection, tmp_path: Path, name: str) -> Any:
 
 
 def wait_until(holds: Callable[[], Any]) -> None:
-    for _ in range(1500):
+    for _ in range(6000):
         if holds():
             return
         time.sleep(0.02)
-    raise AssertionError("it never came to that")
+    raise AssertionError("it did not happen within two minutes")
 
 
 def stages_of(file: Path) -> set[str]:

@@ -14,26 +14,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qvera.utils.errors import InputError
-from qvera.utils.safetensors_io import (
-    SOURCE_FILE,
-    base_fingerprint,
-    same_base,
-    stored_tensors,
-    write_source_fingerprint,
-)
+from qvera.utils.safetensors_io import SOURCE_FILE, base_fingerprint, read_header, same_base, write_source_fingerprint
 from tests.conftest import small_llama
 
 
 def test_positions_are_the_tensors_bytes(tiny_model_dir: Path) -> None:
     file = tiny_model_dir / "model.safetensors"
-    header, found = stored_tensors(file)
+    found = {entry.name: entry for entry in read_header(file)}
     data, values = file.read_bytes(), load_file(file)
     assert found.keys() == values.keys()
-    assert next(iter(found.values())).start == header
-    for name, stored in found.items():
-        assert stored.spec.dtype == values[name].dtype
-        assert stored.spec.shape == tuple(values[name].shape)
-        assert data[stored.start : stored.stop] == values[name].view(torch.uint8).numpy().tobytes()
+    for name, entry in found.items():
+        assert entry.dtype == values[name].dtype
+        assert entry.shape == tuple(values[name].shape)
+        assert data[entry.start : entry.stop] == values[name].view(torch.uint8).numpy().tobytes()
 
 
 @pytest.mark.parametrize("damage", ["short", "long", "header", "length", "empty"])
@@ -50,7 +43,7 @@ def test_a_damaged_file_is_refused_by_name(tiny_model_dir: Path, tmp_path: Path,
         }[damage]
     )
     with pytest.raises(InputError, match=r"model\.safetensors: .*(?:again)"):
-        stored_tensors(file)
+        read_header(file)
 
 
 def test_the_fingerprint_knows_content_and_nothing_else(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qvera.utils.errors import InputError
-from qvera.utils.safetensors_stream import Spec, ahead, read_header, read_pieces, write_pieces
+from qvera.utils.safetensors_io import TensorSpec, read_header
+from qvera.utils.safetensors_stream import prefetch, read_chunks, write_chunks
 
 
 def mixed() -> dict[str, torch.Tensor]:
@@ -32,17 +33,17 @@ def raw(tensor: torch.Tensor) -> Any:
     return tensor.contiguous().view(-1).view(torch.uint8).numpy()
 
 
-def test_what_is_written_in_pieces_safetensors_reads(tmp_path: Path) -> None:
+def test_safetensors_reads_what_was_written_in_chunks(tmp_path: Path) -> None:
     tensors = mixed()
-    specs = [Spec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
 
-    def pieces() -> Iterator[tuple[str, Any]]:
+    def chunks() -> Iterator[tuple[str, Any]]:
         for name, tensor in tensors.items():
             data = raw(tensor)
             for start in range(0, len(data), 100):
                 yield name, data[start : start + 100]
 
-    digest = write_pieces(tmp_path / "x.safetensors", specs, pieces())
+    digest = write_chunks(tmp_path / "x.safetensors", specs, chunks())
     assert digest == hashlib.sha256((tmp_path / "x.safetensors").read_bytes()).hexdigest()
     found = load_file(tmp_path / "x.safetensors")
     assert found.keys() == tensors.keys()
@@ -57,9 +58,9 @@ def test_a_file_is_read_once_and_hashed_whole(tmp_path: Path, size: int) -> None
     tensors = mixed()
     save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
     digest, got = hashlib.sha256(), {"a": b"", "c": b""}
-    for piece in read_pieces(tmp_path / "x.safetensors", got, digest, size):
-        got[piece.stored.spec.name] += piece.data.tobytes()
-        assert piece.last == (len(got[piece.stored.spec.name]) == piece.stored.spec.size_bytes)
+    for chunk in read_chunks(tmp_path / "x.safetensors", got, digest, size):
+        got[chunk.entry.name] += chunk.data.tobytes()
+        assert chunk.last == (len(got[chunk.entry.name]) == chunk.entry.size_bytes)
     assert got == {name: raw(tensors[name]).tobytes() for name in got}
     assert digest.hexdigest() == hashlib.sha256((tmp_path / "x.safetensors").read_bytes()).hexdigest()
 
@@ -75,27 +76,27 @@ def test_headers_that_do_not_fit_the_file(tmp_path: Path) -> None:
 
 
 def test_wrong_bytes_leave_nothing_behind(tmp_path: Path) -> None:
-    spec = Spec("a", torch.uint8, (4,))
-    for pieces in ([("b", b"1234")], [("a", b"12345")], [("a", b"12"), ("b", b"34")]):
+    spec = TensorSpec("a", torch.uint8, (4,))
+    for chunks in ([("b", b"1234")], [("a", b"12345")], [("a", b"12"), ("b", b"34")]):
         with pytest.raises(RuntimeError, match="got bytes of"):
-            write_pieces(tmp_path / "x", [spec], iter(pieces))
+            write_chunks(tmp_path / "x", [spec], iter(chunks))
         assert list(tmp_path.iterdir()) == []
 
 
-def test_ahead_keeps_order_and_hands_errors_over() -> None:
-    assert list(ahead(range(50), 3)) == list(range(50))
+def test_prefetch_keeps_order_and_hands_errors_over() -> None:
+    assert list(prefetch(range(50), 3)) == list(range(50))
 
     def failing() -> Iterator[int]:
         yield 1
         raise ValueError("from the thread")
 
-    items = ahead(failing(), 2)
+    items = prefetch(failing(), 2)
     assert next(items) == 1
     with pytest.raises(ValueError, match="from the thread"):
         next(items)
 
 
-def test_ahead_stops_its_threads_when_nobody_reads_on() -> None:
+def test_prefetch_stops_its_threads_when_nobody_reads_on() -> None:
     closed = threading.Event()
 
     def endless() -> Iterator[int]:
@@ -106,7 +107,7 @@ def test_ahead_stops_its_threads_when_nobody_reads_on() -> None:
             closed.set()
 
     before = threading.active_count()
-    items = ahead(ahead(endless(), 2), 2)
+    items = prefetch(prefetch(endless(), 2), 2)
     assert next(items) == 1
     items.close()
     assert closed.wait(5)

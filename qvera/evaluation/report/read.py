@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from qvera.utils.errors import InputError
-from qvera.utils.safetensors_io import file_sha256
+from qvera.utils.files import file_sha256
 
 _FILES = ("recipe.yaml", "metrics.jsonl", "run.json")
 

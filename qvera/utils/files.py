@@ -1,0 +1,78 @@
+"""Read files whose content can't be trusted to be right: JSON documents, hashes, byte ranges. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from qvera.utils.errors import InputError
+
+
+def read_json(path: Path, what: str, keys: Collection[str] = (), fix: str = "") -> dict[str, Any]:
+    """Read a JSON file that has to hold an object.
+
+    Args:
+        path: the file.
+        what: what the file is, for messages: "the adapter's config".
+        keys: keys that the object must have.
+        fix: one sentence that ends each message: what to do about a bad file.
+
+    Raises:
+        InputError: the file is missing or unreadable, is not JSON (the message has line and column), holds no object, or
+            lacks one of ``keys``.
+    """
+    end = f" {fix}" if fix else ""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: is missing; expected {what}.{end}") from None
+    except OSError as error:
+        raise InputError(f"{path}: can't be read ({error.strerror or error}); expected {what}.{end}") from None
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{path}: line {error.lineno}, column {error.colno} is not JSON ({error.msg}); expected {what}.{end}"
+        ) from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, a number of thousands of digits, thousands of brackets
+        raise InputError(f"{path}: can't be read as JSON ({error}); expected {what}.{end}") from None
+    if not isinstance(document, dict):
+        raise InputError(f"{path}: holds a {type(document).__name__}; expected {what} as a JSON object.{end}")
+    missing = [key for key in keys if key not in document]
+    if missing:
+        raise InputError(f"{path}: has no key {missing[0]!r}; expected {what}.{end}")
+    return document
+
+
+def try_read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file, or None where `read_json` would raise: for records that can be made again."""
+    try:
+        return read_json(path, "a JSON object")
+    except InputError:
+        return None
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with open(path, "rb") as handle:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def file_stamp(facts: os.stat_result) -> list[int]:
+    """Size, mtime_ns and inode: tells cheaply whether a file (or a link's target) is still the one it was."""
+    return [facts.st_size, facts.st_mtime_ns, facts.st_ino]
+
+
+def read_at(descriptor: int, into: memoryview, offset: int) -> bool:
+    """Fill ``into`` from an open file, starting at byte ``offset``; False where the file ends before that."""
+    done = 0
+    while done < len(into):
+        got = os.preadv(descriptor, [into[done:]], offset + done)
+        if got == 0:
+            return False
+        done += got
+    return True
