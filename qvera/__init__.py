@@ -1,11 +1,44 @@
-"""qvera: fine-tune a Llama in 4-bit with VeRA. Importing it teaches PEFT the adapter type ``QVERA``."""
+"""qvera: fine-tune a Llama in 4-bit with VeRA.
 
-# isort: off
-from qvera.models import bitsandbytes_import as _bitsandbytes  # noqa: F401  # first, because PEFT imports bitsandbytes too
-from qvera.adapters import QveraConfig, QveraModel, accelerate_peft, register, restore_peft
-# isort: on
+Importing it is light: torch, transformers and PEFT are imported when they are needed. It teaches PEFT the adapter type ``QVERA``
+at once where PEFT has been imported, else as soon as it is.
+"""
+
+import importlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from qvera.utils.post_import import after_import
+
+if TYPE_CHECKING:
+    from qvera.adapters import QveraConfig, QveraModel, accelerate_peft, restore_peft
 
 __version__ = "0.1.0"
 __all__ = ["QveraConfig", "QveraModel", "__version__", "accelerate_peft", "restore_peft"]
 
-register()
+
+def __getattr__(name: str) -> object:
+    if name in __all__:
+        return getattr(importlib.import_module("qvera.adapters"), name)
+    raise AttributeError(f"module 'qvera' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+@contextmanager
+def _quiet_bitsandbytes() -> Iterator[None]:
+    """PEFT imports bitsandbytes, which on some CPUs logs advice about an optional kernel package at every import."""
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+after_import("peft", lambda: importlib.import_module("qvera.adapters"), around=_quiet_bitsandbytes)

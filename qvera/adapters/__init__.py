@@ -1,4 +1,4 @@
-"""VeRA as a PEFT tuner: config, layer, tuner, and the mathematics they share."""
+"""VeRA as a PEFT tuner: config, layer, tuner, and the mathematics they share. Importing it registers ``QVERA`` with PEFT."""
 
 from qvera.adapters.config import QveraConfig
 from qvera.adapters.layer import QveraLinear
@@ -18,3 +18,5 @@ __all__ = [
     "register",
     "restore_peft",
 ]
+
+register()

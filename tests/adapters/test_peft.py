@@ -53,8 +53,8 @@ def test_register_is_idempotent_and_leaves_pefts_enum_alone() -> None:
     from peft import mapping
 
     before = [dict(m) for m in (mapping.PEFT_TYPE_TO_CONFIG_MAPPING, mapping.PEFT_TYPE_TO_TUNER_MAPPING)]
-    qvera.register()
-    qvera.register()
+    qvera.adapters.register()
+    qvera.adapters.register()
     assert before == [mapping.PEFT_TYPE_TO_CONFIG_MAPPING, mapping.PEFT_TYPE_TO_TUNER_MAPPING]
     assert mapping.PEFT_TYPE_TO_PREFIX_MAPPING["QVERA"] == "qvera_"
     assert "QVERA" not in peft.PeftType.__members__

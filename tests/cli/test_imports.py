@@ -1,0 +1,58 @@
+"""What is imported when: `import qvera` and the light commands without torch, and PEFT knows QVERA in every order of imports."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "deepspeed", "numpy")
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def heavy_modules_after(code: str) -> list[str]:
+    """Which of the heavy packages a fresh process has imported after ``code``."""
+    out = run_python(f"{code}\nimport json, sys\nprint()\nprint(json.dumps([m for m in {HEAVY} if m in sys.modules]))")
+    return json.loads(out.splitlines()[-1])
+
+
+def test_import_qvera_is_light_and_names_its_api() -> None:
+    assert heavy_modules_after("import qvera; qvera.__version__; assert 'QveraConfig' in dir(qvera)") == []
+
+
+def test_an_unknown_attribute_is_an_attribute_error() -> None:
+    import qvera
+
+    with pytest.raises(AttributeError, match="no attribute 'QveraConfigg'"):
+        qvera.QveraConfigg  # noqa: B018
+
+
+KNOWS_QVERA = """
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+assert PEFT_TYPE_TO_CONFIG_MAPPING["QVERA"] is qvera.QveraConfig
+assert PEFT_TYPE_TO_TUNER_MAPPING["QVERA"] is qvera.QveraModel
+"""
+
+
+def test_peft_knows_qvera_where_peft_is_imported_first() -> None:
+    run_python(f"import peft; import qvera{KNOWS_QVERA}")
+
+
+def test_peft_knows_qvera_where_qvera_is_imported_first() -> None:
+    """Here in the middle of the import of transformers' trainer. PEFT's module keeps its own loader, which tools ask."""
+    code = """
+import importlib.util, inspect, sys, qvera
+assert importlib.util.find_spec("peft").origin.endswith("__init__.py") and "peft" not in sys.modules
+from transformers import Trainer
+import peft
+assert "PeftModel" in inspect.getsource(peft)
+assert type(peft.__spec__.loader).__name__ == "SourceFileLoader"
+"""
+    run_python(f"{code}{KNOWS_QVERA}")
