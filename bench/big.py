@@ -30,7 +30,7 @@ from synthesise import SHAPES, synthesise
 from qvera.config.schema import ModelSection, TrainingSection
 from qvera.evaluation.evaluate import hidden_states
 from qvera.models.loader import enable_checkpointing, load_base
-from qvera.models.loss import Head, summed_nll
+from qvera.models.loss import Head, fused_linear_cross_entropy
 
 
 def write_rows(path: Path, tokens: int, count: int) -> None:
@@ -99,7 +99,7 @@ def frozen_steps(model: Path, tokens: int, steps: int) -> list[float]:
     for _ in range(steps):
         began = time.perf_counter()
         hidden = hidden_states(base.model, {"input_ids": ids})
-        loss, _ = summed_nll(hidden, ids, Head.of(base.model), TrainingSection().loss_chunk_tokens)
+        loss, _ = fused_linear_cross_entropy(hidden, ids, Head.of(base.model), TrainingSection().loss_chunk_tokens)
         loss.backward()
         seconds.append(time.perf_counter() - began)
         print(f"frozen base: {seconds[-1]:.1f} s", file=sys.stderr)

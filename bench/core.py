@@ -34,7 +34,7 @@ from qvera.config.schema import AdapterSection, ModelSection
 from qvera.evaluation.evaluate import batch_nll
 from qvera.models.linear import freeze_linears
 from qvera.models.loader import enable_checkpointing, load_base
-from qvera.models.norm_mlp import lean_for_backward
+from qvera.models.norm_mlp import reduce_saved_activations
 
 BEYOND = "ours r=96, 2 b, a"
 """With `trials.MORE`."""
@@ -199,7 +199,7 @@ def main() -> None:
 
     models: dict[str, Any] = {"frozen, stock Linear4bit": stock(path), "frozen, ours": load_base(section).model}
     models["lean base"] = load_base(section).model
-    lean_for_backward(models["lean base"])
+    reduce_saved_activations(models["lean base"])
     for rank in (256, 1024):
         models[f"ours r={rank}"] = attach(load_base(section).model, AdapterSection(rank=rank), path)
         vera = VeraConfig(r=rank, target_modules="all-linear", save_projection=False)

@@ -27,14 +27,16 @@ from limits import measured, parse_bytes
 from qvera.adapters.save_load import attach, named_vectors, save_adapter
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.export.deltas import read_deltas
-from qvera.models.empty_model import skeleton
+from qvera.models.model_config import empty_model
 from qvera.utils.files import file_sha256
 from qvera.utils.safetensors_io import base_fingerprint, checkpoint_tensors
 
 
 def make_adapter(base: Path, out: Path, rank: int) -> None:
     """Random non-zero vectors on every linear of the base's shape; no weight is read."""
-    model = attach(skeleton(ModelSection(path=str(base))), AdapterSection(rank=rank), str(base), base_fingerprint(base))
+    model = attach(
+        empty_model(ModelSection(path=str(base))), AdapterSection(rank=rank), str(base), base_fingerprint(base)
+    )
     generator = torch.Generator().manual_seed(0)
     for name, vector in named_vectors(model).items():
         drawn = torch.randn(vector.shape, generator=generator) * (0.1 if name.endswith("_d") else 0.01)
@@ -58,7 +60,7 @@ def copy_seconds(files: list[Path], out: Path) -> float:
 
 def gemm_seconds(base: Path, adapter: Path) -> tuple[float, int]:
     """ΔW of every adapted weight as a whole, with torch's own threads; and how many weights that are."""
-    deltas = read_deltas(adapter, skeleton(ModelSection(path=str(base))))
+    deltas = read_deltas(adapter, empty_model(ModelSection(path=str(base))))
     began, weights = time.perf_counter(), 0
     for number, delta in enumerate(deltas.layers.values()):
         weights += delta.weight().numel()

@@ -66,7 +66,7 @@ def case(args: argparse.Namespace) -> None:
     """One measurement, in a process of its own; prints JSON."""
     from qvera.config.schema import parse_recipe
     from qvera.data import batches_of, build_datasets, collate
-    from qvera.models.loader import load_tokenizer
+    from qvera.models.tokenizer import load_tokenizer
 
     recipe = parse_recipe(
         {

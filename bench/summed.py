@@ -25,7 +25,8 @@ from qvera.config.load import load_recipe
 from qvera.config.schema import AdapterSection, ModelSection, Recipe
 from qvera.data import build_datasets
 from qvera.evaluation.evaluate import batch_nll, hidden_states, make_batch
-from qvera.models.loader import load_base, load_tokenizer
+from qvera.models.loader import load_base
+from qvera.models.tokenizer import load_tokenizer
 from qvera.training.trainer import train
 
 WAYS = {"low rank": lambda *_: False, "W + ΔW": lambda *_: True}

@@ -52,7 +52,7 @@ class QveraConfig(PeftConfig):
             is loaded, so that an adapter never runs on other projections than it was trained with.
         format_version: version of this file's meaning.
         base_fingerprint: `qvera.utils.safetensors_io.base_fingerprint` of the base it was trained on; None in adapters without one.
-        added_tokens: token → id of the tokens that its recipe added (`qvera.models.added_tokens`), whose rows lie beside the vectors; pad_token,
+        added_tokens: token → id of the tokens that its recipe added (`qvera.models.tokenizer`), whose rows lie beside the vectors; pad_token,
             eos_token: those of the recipe.
         magnitude, seed_chain: reserved for later formats; refused when set.
 

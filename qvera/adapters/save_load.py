@@ -21,9 +21,9 @@ from torch import nn
 from qvera.adapters import QveraConfig, QveraLinear, accelerated_peft
 from qvera.adapters.config import KINDS, PEFT_TYPE
 from qvera.config.schema import AdapterSection, ModelSection
-from qvera.models import added_tokens as added
 from qvera.models.loader import Base
-from qvera.utils.atomic import disk_full_says, flush
+from qvera.models.tokenizer import ADDED_ROWS, put_token_rows, read_token_rows, save_token_rows
+from qvera.utils.atomic import disk_errors, flush
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.paths import resolve_path
 from qvera.utils.safetensors_io import same_base
@@ -87,7 +87,7 @@ def attach(
         require_tokens(stored, section.init_from, added_tokens)
         if added_tokens:
             directory = Path(resolve_path(section.init_from))
-            added.put_rows(model, added_tokens, added.read_rows(directory), directory / added.ADDED_ROWS)
+            put_token_rows(model, added_tokens, read_token_rows(directory), directory / ADDED_ROWS)
         load_vectors(peft_model, vectors, section.init_from)
     if not section.train_d:
         for name, vector in named_vectors(peft_model).items():
@@ -128,16 +128,16 @@ def adapter_facts(model: PeftModel, adapter: str = "default") -> dict[str, Any]:
 def save_adapter(model: PeftModel, directory: Path, tokenizer: Any = None) -> int:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` (fp32 vectors, no projections); returns their bytes.
 
-    Where tokens were added, their rows (`added.ADDED_ROWS`) and ``tokenizer`` go beside them; the tokenizer is not counted.
+    Where tokens were added, their rows (`ADDED_ROWS`) and ``tokenizer`` go beside them; the tokenizer is not counted.
 
     Written to a temporary name and renamed, so that a half-written adapter never stands under its final name.
 
     Raises:
         RunFailed: the disk is full; an adapter that was there before is still there.
     """
-    with disk_full_says(str(directory), "The run's checkpoints are kept; make room and go on with --resume."):
+    with disk_errors(str(directory), "The run's checkpoints are kept; make room and go on with --resume."):
         _write_adapter(model, directory, tokenizer)
-    ours = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, added.ADDED_ROWS)
+    ours = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADDED_ROWS)
     return sum(f.stat().st_size for f in directory.iterdir() if f.name in ours)
 
 
@@ -150,7 +150,7 @@ def _write_adapter(model: PeftModel, directory: Path, tokenizer: Any) -> None:
         (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
         ids = getattr(model.peft_config["default"], "added_tokens", None)
         if ids:
-            added.save_rows(model.get_base_model(), ids, partial)
+            save_token_rows(model.get_base_model(), ids, partial)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
         for file in partial.iterdir():
@@ -278,7 +278,7 @@ def load_adapter(model: nn.Module, directory: Path, base: Base | None = None) ->
         require_base(config, directory, base.facts["path"], base.facts.get("fingerprint"))
         require_tokens(config, directory, base.facts.get("added_tokens"))
         if ids:
-            added.put_rows(model, ids, added.read_rows(directory), directory / added.ADDED_ROWS)
+            put_token_rows(model, ids, read_token_rows(directory), directory / ADDED_ROWS)
     else:
         require_tokens(config, directory, None)  # a model as it comes from the hub has no such rows
     if config.peft_type != PEFT_TYPE:

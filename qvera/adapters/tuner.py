@@ -16,7 +16,7 @@ from qvera.adapters.layer import QveraLinear, layer_shape
 from qvera.adapters.multi_adapter import BASE, SeedBank, plan_rows
 from qvera.adapters.projection import SharedProjection, projection_sha256
 from qvera.models import linear, norm_mlp
-from qvera.models.added_tokens import PLACED
+from qvera.models.tokenizer import PLACED
 from qvera.utils.errors import InputError
 
 
@@ -84,7 +84,7 @@ class QveraModel(BaseTuner):
                 "adapter on with qvera.adapters.save_load.load_adapter."
             )
         self._prepare_projection(model, config)
-        norm_mlp.lean_for_backward(model)
+        norm_mlp.reduce_saved_activations(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _prepare_projection(self, model: nn.Module, config: Any) -> None:

@@ -32,8 +32,8 @@ from qvera.data.row_tables import RowTable, RowWriter
 from qvera.data.tokenization import Counts
 from qvera.data.tokenize_parallel import state_sha256, tokenizer_state
 from qvera.data.tokenize_source import Made, make
-from qvera.utils.atomic import disk_full_says, flush, replace_text
-from qvera.utils.cache_dir import UNFINISHED, WAIT_SECONDS, HashIndex, Kind, discard
+from qvera.utils.atomic import disk_errors, flush, replace_text
+from qvera.utils.cache_dir import UNFINISHED, WAIT_SECONDS, DiskCache, HashIndex, discard
 from qvera.utils.errors import InputError
 from qvera.utils.files import file_sha256, file_stamp
 from qvera.utils.paths import cache_root
@@ -98,7 +98,7 @@ def _unkept(section: DataSection, encoder: Encoder, console: Console | None) -> 
         return make(section, encoder, None, console)
     with (
         tempfile.TemporaryDirectory(prefix="qvera-rows-", ignore_cleanup_errors=True) as directory,
-        disk_full_says(directory, "Make room, or set TMPDIR to a directory on another disk."),
+        disk_errors(directory, "Make room, or set TMPDIR to a directory on another disk."),
     ):
         return make(section, encoder, Path(directory), console)
 
@@ -122,7 +122,7 @@ def _keep(
     shutil.rmtree(unfinished, ignore_errors=True)
     ROWS.clear_removed()
     try:
-        with disk_full_says(str(root), "Make room, or set QVERA_CACHE to a directory on another disk."):
+        with disk_errors(str(root), "Make room, or set QVERA_CACHE to a directory on another disk."):
             failed.unlink(missing_ok=True)
             unfinished.mkdir()
             made = make(section, encoder, unfinished, console)
@@ -288,4 +288,4 @@ def _say(console: Console | None, text: str) -> None:
     (console or Console(stderr=True)).print(text, style="yellow", markup=False)
 
 
-ROWS = Kind(("kept rows", "kept rows"), rows_root, _read_record, problem_of, PREFIX)
+ROWS = DiskCache(("kept rows", "kept rows"), rows_root, _read_record, problem_of, PREFIX)

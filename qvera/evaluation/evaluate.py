@@ -21,7 +21,7 @@ from qvera.evaluation.generate import exact_match, generate, generating
 from qvera.evaluation.metrics import TextMetric, row_scores, scores_of
 from qvera.models import linear
 from qvera.models.loader import causal_model, takes_prefix_once
-from qvera.models.loss import Head, summed_nll
+from qvera.models.loss import Head, fused_linear_cross_entropy
 
 if TYPE_CHECKING:
     from torch import nn
@@ -85,7 +85,7 @@ def batch_nll(
     """Summed negative log likelihood (scalar) of a batch's trained tokens, and how many there are."""
     hidden, head = hidden_states(model, batch, decoder), Head.of(causal_model(model))
     with gathered(head.module.parameters(recurse=False)):
-        return summed_nll(hidden, batch["labels"], head, chunk_tokens)
+        return fused_linear_cross_entropy(hidden, batch["labels"], head, chunk_tokens)
 
 
 @torch.no_grad()

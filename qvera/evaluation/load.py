@@ -18,8 +18,8 @@ from qvera.config.load import load_recipe
 from qvera.config.schema import ModelSection, Recipe
 from qvera.data import NAMED_TEMPLATES
 from qvera.models import loader
-from qvera.models.exported import load_exported
 from qvera.models.hub import base_directory
+from qvera.models.loader import load_exported
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.files import file_sha256
 from qvera.utils.paths import CERTIFICATE

@@ -16,8 +16,7 @@ import torch
 
 from qvera.data import IGNORED, Example, collate
 from qvera.evaluation.evaluate import hidden_states
-from qvera.models.exported import load_exported, load_exported_bytes
-from qvera.models.loader import causal_model, pick_device
+from qvera.models.loader import causal_model, exported_bytes, load_exported, pick_device
 from qvera.models.loss import Head
 from qvera.utils import memory
 from qvera.utils.atomic import require_space
@@ -42,7 +41,7 @@ def too_little_memory(exported_dir: Path, trained_bytes: int) -> str | None:
         trained_bytes: what the trained model's base takes (`run.json` has it, measured).
     """
     device = pick_device()
-    needed, available = trained_bytes + load_exported_bytes(exported_dir, device), memory.available_bytes(device)
+    needed, available = trained_bytes + exported_bytes(exported_dir, device), memory.available_bytes(device)
     if needed <= available:
         return None
     return (

@@ -26,12 +26,12 @@ from qvera.config.schema import ExportSection, ModelSection
 from qvera.export.deltas import AdapterDeltas, Delta, read_deltas
 from qvera.export.pipeline import in_order, one_thread_each
 from qvera.export.stream import Block, Source, stamps
-from qvera.models.added_tokens import ADDED_ROWS, ids_of, read_rows
-from qvera.models.empty_model import skeleton
 from qvera.models.hub import base_directory
-from qvera.models.loader import load_tokenizer, pick_compute_dtype, pick_device
+from qvera.models.loader import pick_compute_dtype, pick_device
+from qvera.models.model_config import empty_model
+from qvera.models.tokenizer import ADDED_ROWS, ids_of, load_tokenizer, read_token_rows
 from qvera.utils import memory
-from qvera.utils.atomic import Unfinished, disk_full_says, place_files, replace_text, require_space
+from qvera.utils.atomic import OutputDirectory, disk_errors, place_files, replace_text, require_space
 from qvera.utils.errors import InputError, Interrupted, RunFailed
 from qvera.utils.files import file_sha256
 from qvera.utils.paths import CERTIFICATE
@@ -74,7 +74,7 @@ def export_merged(
             f"{source_dir}: the base is stored quantized, so there are no 16-bit weights to merge into. Point model.path at the "
             "16-bit checkpoint it was made from."
         )
-    model = skeleton(section, source_dir)
+    model = empty_model(section, source_dir)
     adapter = read_deltas(adapter_dir, model)
     fingerprint = base_fingerprint(source_dir)
     require_base(adapter.config, adapter_dir, section.path, fingerprint)
@@ -88,7 +88,7 @@ def export_merged(
     shards = grouped_by_bytes(([s] for s in specs), lambda spec: spec.size_bytes, options.max_shard_size_bytes)
     compute = pick_compute_dtype(section.compute_dtype, pick_device())
     identity = _identity(adapter_dir, entries, section, options, compute)
-    with StopRequests() as stop, Unfinished.open(out, identity, "export") as work:
+    with StopRequests() as stop, OutputDirectory.open(out, identity, "export") as work:
         try:
             layers = _write_shards(
                 work, shards, deltas, tables, dtype, options, (section, compute), entries, model, stop, progress
@@ -123,7 +123,7 @@ def export_merged(
                 "delta": layers,
                 "versions": memory.versions(),
             }
-            with disk_full_says(f"{out}", _KEPT.format(done=len(shards), total=len(shards))):
+            with disk_errors(f"{out}", _KEPT.format(done=len(shards), total=len(shards))):
                 write_index(out, shards)
                 place_files(out, tokenizer.save_pretrained)
                 if (source_dir / "generation_config.json").is_file():
@@ -150,7 +150,7 @@ def export_merged(
 _KEPT = "{done} of {total} shards are finished and kept; make room and run the same command again, and it goes on from there."
 
 
-def _interrupted(work: Unfinished, shards: list[Any], why: str) -> str:
+def _interrupted(work: OutputDirectory, shards: list[Any], why: str) -> str:
     return (
         f"Stopped by {why} with {len(work.shards)} of {len(shards)} shards finished in {work.out}. The same command goes on from "
         "there."
@@ -158,7 +158,7 @@ def _interrupted(work: Unfinished, shards: list[Any], why: str) -> str:
 
 
 def _write_shards(
-    work: Unfinished,
+    work: OutputDirectory,
     shards: list[tuple[str, list[TensorSpec]]],
     deltas: dict[str, Delta],
     tables: dict[str, Table],
@@ -212,7 +212,7 @@ def _write_shards(
                 if name in finished:
                     continue
                 kept = _KEPT.format(done=len(work.shards), total=len(shards))
-                with disk_full_says(str(work.out / name), kept):
+                with disk_errors(str(work.out / name), kept):
                     sha256 = write_shard(work.out / name, group, taken)
                     work.facts.update(base=dict(source.sha256), layers=dict(layers))
                     work.finished(name, sha256)
@@ -247,7 +247,7 @@ class Table:
 
 def _tables(model: Any, ids: dict[str, int], adapter_dir: Path, entries: list[TensorEntry]) -> dict[str, Table]:
     """Name of embedding and head in the checkpoint → its `Table`."""
-    rows = read_rows(adapter_dir)
+    rows = read_token_rows(adapter_dir)
     ends = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
     shapes = {e.name: e.shape for e in entries}
     tables = {}

@@ -43,7 +43,7 @@ class RoundTrip:
     def __init__(self, section: ModelSection, maxima: torch.Tensor | None, compute: torch.dtype) -> None:
         self.section, self.absmax, self.compute = section, maxima, compute
         if maxima is not None and section.double_quant:
-            self.absmax = quantization.nested_roundtrip(maxima)
+            self.absmax = quantization.double_quantized_absmax(maxima)
 
     @property
     def takes_stored(self) -> bool:
@@ -53,8 +53,8 @@ class RoundTrip:
     def rows(self, weight: torch.Tensor, first: int) -> torch.Tensor:
         """Rows [k, n] of the weight in the compute dtype, the first of them row ``first``, as the quantized base holds them."""
         if self.absmax is None:
-            return quantization.roundtrip(weight, self.section)
+            return quantization.quantize_dequantize(weight, self.section)
         at = first * weight.shape[1] // BLOCK
-        return quantization.roundtrip_blocks(
+        return quantization.quantize_dequantize_blocks(
             weight, self.absmax[at : at + -(-weight.numel() // BLOCK)], self.section.quantization, self.compute
         )

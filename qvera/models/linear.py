@@ -18,8 +18,83 @@ from torch.autograd.function import once_differentiable
 
 from qvera.distributed.zero_params import is_sharded
 from qvera.models import quantization
-from qvera.models.row_blocks import BLOCK_WEIGHTS, RowBlocks, pays_backward, product, product_back
 from qvera.utils import memory
+
+BLOCK_WEIGHTS = 2**22
+"""Weights made at a time: 8 MB in 16 bits. glibc gives anything above 32 MB back to the system when it is freed."""
+
+_SUMMED_NUMBERS = 3 * 2**20
+"""g W by blocks adds up [T, n] once a block. With more numbers than this it costs more than a whole weight's fresh pages."""
+
+
+class WeightBlocks:
+    """The weight [m, n] of a linear layer in ``dtype``, in blocks of rows made when asked for.
+
+    Args:
+        elements: weights in a block, at most.
+        kept: blocks are asked for more than once, so a quantized weight is one block, dequantized once.
+
+    A weight that is held in that dtype already is one block, and so is a quantized one on anything but a CPU.
+    """
+
+    def __init__(self, module: Any, dtype: torch.dtype, elements: int, kept: bool = False) -> None:
+        self.rows: int = module.out_features
+        self._module, self._dtype = module, dtype
+        self._whole: torch.Tensor | None = None
+        self._step = max(1, elements // module.in_features)
+        four_bit = isinstance(module, quantization.Linear4bit)
+        blocked = four_bit and not kept and module.weight.device.type == "cpu" and quantization.ends_with_rows(module)
+        self._stored = not four_bit and not isinstance(module, quantization.Linear8bit)
+        if not (blocked or (self._stored and module.weight.dtype != dtype)):
+            self._step = self.rows
+            self._whole = quantization.dequantized_weight(module, dtype)
+
+    def __len__(self) -> int:
+        return -(-self.rows // self._step)
+
+    def __iter__(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        if self._whole is not None or self._step >= self.rows:
+            if self._whole is None:  # made once, held as long as this object
+                self._whole = quantization.dequantized_weight(self._module, self._dtype)
+            yield slice(0, self.rows), self._whole
+        elif self._stored:
+            for start in range(0, self.rows, self._step):
+                rows = slice(start, min(start + self._step, self.rows))
+                yield rows, self._module.weight[rows].to(self._dtype)
+        else:
+            yield from quantization.dequantized_rows(self._module, self._dtype, self._step)
+
+
+def blocked_linear(x: torch.Tensor, blocks: WeightBlocks, bias: torch.Tensor | None) -> torch.Tensor:
+    """X Wᵀ + bias: x [..., n] gives [..., m] in x's dtype."""
+    if len(blocks) == 1:
+        return F.linear(x, next(iter(blocks))[1], bias)
+    flat = x.reshape(-1, x.shape[-1])
+    y = x.new_empty(flat.shape[0], blocks.rows)
+    for rows, weight in blocks:
+        torch.mm(flat, weight.t(), out=y[:, rows])
+    return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], -1)
+
+
+def blocked_input_grad(g: torch.Tensor, blocks: WeightBlocks, out: torch.Tensor) -> None:
+    """G W: g [T, m] gives [T, n] in ``out``, added up in fp32 at least."""
+    if len(blocks) == 1:
+        torch.mm(g.to(out.dtype), next(iter(blocks))[1], out=out)
+        return
+    if out.dtype.itemsize >= 4:
+        out.zero_()
+        for rows, weight in blocks:
+            out.addmm_(g[:, rows].to(out.dtype), weight)
+        return
+    total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
+    for rows, weight in blocks:
+        total += g[:, rows].to(out.dtype) @ weight
+    out.copy_(total)
+
+
+def backward_by_blocks(tokens: int, in_features: int) -> bool:
+    """Whether g W is made by blocks."""
+    return tokens * in_features <= _SUMMED_NUMBERS
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -27,16 +102,16 @@ class _FrozenLinear(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, module: Any) -> torch.Tensor:
         ctx.module = module
         bias = None if module.bias is None else module.bias.to(x.dtype)
-        return product(x, RowBlocks(module, x.dtype, BLOCK_WEIGHTS), bias)
+        return blocked_linear(x, WeightBlocks(module, x.dtype, BLOCK_WEIGHTS), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor, None]:
         tokens, n = g.numel() // g.shape[-1], ctx.module.in_features
-        if not pays_backward(tokens, n):
+        if not backward_by_blocks(tokens, n):
             return g @ quantization.dequantized_weight(ctx.module, g.dtype), None
         grad = g.new_empty(tokens, n)
-        product_back(g.reshape(tokens, -1), RowBlocks(ctx.module, g.dtype, BLOCK_WEIGHTS), out=grad)
+        blocked_input_grad(g.reshape(tokens, -1), WeightBlocks(ctx.module, g.dtype, BLOCK_WEIGHTS), out=grad)
         return grad.view(*g.shape[:-1], n), None
 
 

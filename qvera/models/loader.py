@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,19 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from qvera.config.schema import ModelSection
 from qvera.distributed.zero_params import whole_numel
-from qvera.models import added_tokens, linear, quantized_cache
+from qvera.models import linear, quantized_cache
 from qvera.models import quantization as quantize
 from qvera.models.hub import base_directory
-from qvera.models.mmap import NotMappable, Spread, load_mapped
+from qvera.models.mmap import NotMappable, WeightSharder, load_mapped
+from qvera.models.tokenizer import ids_of, load_tokenizer, place_token_rows
+from qvera.utils.cache_dir import StageProgress
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.paths import resolve_path
-from qvera.utils.safetensors_io import INDEX, base_fingerprint, weight_map
+from qvera.utils.safetensors_io import base_fingerprint, checkpoint_tensors
 
 
 @dataclasses.dataclass
@@ -58,41 +61,11 @@ def pick_compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-_TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json")
-
-
-def load_tokenizer(section: ModelSection) -> Any:
-    """The tokenizer of a model section.
-
-    Raises:
-        InputError: there is none at that path, it has no end-of-sequence token, or it has a token that the section adds.
-    """
-    _check_local(resolve_path(section.path))
-    name = resolve_path(section.tokenizer or section.path)
-    revision = None if section.tokenizer else section.revision
-    try:
-        if Path(name).is_dir() and not any(any(Path(name).glob(pattern)) for pattern in _TOKENIZER_FILES):
-            raise OSError("it has no tokenizer file")  # transformers 5.0 would make an empty tokenizer
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=section.trust_remote_code)
-    except (OSError, ValueError, HFValidationError, KeyError) as error:
-        raise InputError(
-            f"model.path: no tokenizer can be loaded from {name!r} ({first_line(error)}). Expected tokenizer.json or "
-            "tokenizer.model beside the weights; or name another one with model.tokenizer."
-        ) from None
-    added_tokens.add_tokens(tokenizer, section.added_tokens, section.pad_token, section.eos_token)
-    if tokenizer.eos_token_id is None:
-        raise InputError(
-            f"model.path: the tokenizer of {name!r} has no end-of-sequence token, so no answer could ever end. Set "
-            "eos_token in its tokenizer_config.json."
-        )
-    return tokenizer
-
-
 def load_base(
     section: ModelSection,
     device: torch.device | None = None,
-    progress: quantized_cache.Progress | None = None,
-    spread: Spread | None = None,
+    progress: StageProgress | None = None,
+    sharder: WeightSharder | None = None,
 ) -> Base:
     """Load the base model of a recipe, quantized and frozen, in evaluation mode.
 
@@ -102,7 +75,7 @@ def load_base(
 
     Args:
         progress: called while the base is quantized for the first time, see `cache.cached_base`.
-        spread: keeps only a share of each weight, see `load_mapped`; for a 4-bit base only.
+        sharder: keeps only a share of each weight, see `load_mapped`; for a 4-bit base only.
 
     Raises:
         InputError: no model at that path, not a causal language model, or what was loaded is not what the recipe says.
@@ -111,7 +84,7 @@ def load_base(
     dtype = pick_compute_dtype(section.compute_dtype, device)
     name = resolve_path(section.path)
     tokenizer = load_tokenizer(section)
-    if section.added_tokens and spread is not None:
+    if section.added_tokens and sharder is not None:
         raise InputError(
             "model.added_tokens: ZeRO-3 divides the embedding among the ranks while it is read, and can't give it more rows. Use "
             "tokens that the model has, or deepspeed: zero1 or zero2, or none."
@@ -121,8 +94,8 @@ def load_base(
     try:
         config = AutoConfig.from_pretrained(name, **common)
         stored = getattr(config, "quantization_config", None)
-        model = _mapped(section, config, dtype, device, progress, spread)
-        if model is None and spread is not None:
+        model = _mapped(section, config, dtype, device, progress, sharder)
+        if model is None and sharder is not None:
             raise InputError(
                 f"deepspeed: ZeRO-3 spreads a base in 4 bits over the ranks while it reads it, and {name!r} with "
                 f"model.quantization {section.quantization} can't be read that way. Use nf4 or fp4, or zero1 or zero2, or none."
@@ -141,9 +114,9 @@ def load_base(
     model.name_or_path = model.config._name_or_path = name  # not the cached copy's: PEFT writes it into adapters
     model.requires_grad_(False)
     model.eval()
-    ids = added_tokens.ids_of(tokenizer, section.added_tokens)
+    ids = ids_of(tokenizer, section.added_tokens)
     if ids:
-        added_tokens.place_rows(model, ids)
+        place_token_rows(model, ids)
     linear.freeze_linears(model)
     facts = read_back(model, section, dtype, prequantized=stored is not None)
     if ids:
@@ -157,8 +130,8 @@ def _mapped(
     config: Any,
     dtype: torch.dtype,
     device: torch.device,
-    progress: quantized_cache.Progress | None,
-    spread: Spread | None,
+    progress: StageProgress | None,
+    sharder: WeightSharder | None,
 ) -> Any | None:
     """The model from its mapped 4-bit file, which is made now if there is none yet; None where transformers has to load it."""
     stored = getattr(config, "quantization_config", None)
@@ -173,27 +146,9 @@ def _mapped(
         else:
             directory = base_directory(section)
         attention = None if section.attn_implementation == "auto" else section.attn_implementation
-        return load_mapped(directory, config, dtype, device, attention, section.trust_remote_code, spread)
+        return load_mapped(directory, config, dtype, device, attention, section.trust_remote_code, sharder)
     except (quantized_cache.NotPlain, NotMappable):
         return None
-
-
-def _check_local(name: str) -> None:
-    path = Path(name)
-    looks_local = name.startswith((".", "/", "~")) or path.exists()
-    if looks_local and not path.is_dir():
-        raise InputError(f"model.path: {name!r} is not a directory. Expected one with config.json and *.safetensors.")
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise InputError(f"model.path: {name!r} has no config.json, so it is not a model directory.")
-        if (path / INDEX).is_file():
-            weight_map(path / INDEX)  # transformers would follow its names anywhere
-        if not any(path.glob("*.safetensors")):
-            pickles = sorted(p.name for p in [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
-            found = f"; it has {', '.join(pickles[:3])}, which are pickles and are not read" if pickles else ""
-            raise InputError(
-                f"model.path: {name!r} has no *.safetensors weights{found}. Convert the weights to safetensors."
-            )
 
 
 def fingerprint_of(section: ModelSection) -> str | None:
@@ -310,3 +265,24 @@ def _plain_attention(model: Any) -> bool:
     config = causal_model(model).config
     full_attention = not getattr(config, "sliding_window", None) or getattr(config, "use_sliding_window", None) is False
     return config.model_type in _PREFIX_ONCE and full_attention
+
+
+def load_exported(directory: Path, device: torch.device) -> Any:
+    """The checkpoint in evaluation mode: as plain transformers loads it on CUDA, mapped and computing in fp32 on a CPU.
+
+    fp16 products are slow or missing on CPUs; in fp32 the numbers are the very ones that the file holds.
+    """
+    if device.type == "cuda":
+        return AutoModelForCausalLM.from_pretrained(directory, dtype="auto", device_map={"": device}).eval()
+    try:
+        return load_mapped(directory, AutoConfig.from_pretrained(directory), torch.float32, device)
+    except NotMappable:
+        return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+def exported_bytes(directory: Path, device: torch.device) -> int:
+    """Memory that `load_exported` takes on ``device``, from the checkpoint's headers; mapped, one cast weight at a time."""
+    entries = checkpoint_tensors(directory)
+    if device.type == "cuda":
+        return sum(file.stat().st_size for file in {e.file for e in entries})
+    return 4 * max(math.prod(e.shape) for e in entries)

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from qvera.data import IGNORED
 from qvera.data.padding import next_length, repeats
-from qvera.models.row_blocks import RowBlocks, product, product_back
+from qvera.models.linear import WeightBlocks, blocked_input_grad, blocked_linear
 
 
 class Head(NamedTuple):
@@ -50,7 +50,7 @@ class Head(NamedTuple):
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, labels: torch.Tensor, head: Head, chunk_tokens: int) -> torch.Tensor:
-        blocks = RowBlocks(head.module, hidden.dtype, BLOCK_ELEMENTS, kept=True)
+        blocks = WeightBlocks(head.module, hidden.dtype, BLOCK_ELEMENTS, kept=True)
         bias = getattr(head.module, "bias", None)
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         tokens = len(labels)
@@ -60,7 +60,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, tokens, chunk_tokens):
             h, y = hidden[start : start + chunk_tokens], labels[start : start + chunk_tokens].unsqueeze(1)
-            padded = head.logits(product(h, blocks, bias).to(total.dtype))
+            padded = head.logits(blocked_linear(h, blocks, bias).to(total.dtype))
             logits = padded[: len(y)]
             slope = None
             if head.softcap is not None and grad is not None:
@@ -76,7 +76,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if head.scale != 1.0:
                     logits *= head.scale
                 padded[len(y) :] = 0.0
-                product_back(padded, blocks, out=grad[start : start + chunk_tokens])
+                blocked_input_grad(padded, blocks, out=grad[start : start + chunk_tokens])
         if grad is not None:
             ctx.save_for_backward(grad[:tokens])
         return total
@@ -92,7 +92,9 @@ BLOCK_ELEMENTS = 2**25
 """A head stored in another dtype than the product's is cast this many weights at a time: 134 MB in fp32."""
 
 
-def summed_nll(hidden: torch.Tensor, labels: torch.Tensor, head: Head, chunk_tokens: int) -> tuple[torch.Tensor, int]:
+def fused_linear_cross_entropy(
+    hidden: torch.Tensor, labels: torch.Tensor, head: Head, chunk_tokens: int
+) -> tuple[torch.Tensor, int]:
     """Summed negative log likelihood of the trained tokens.
 
     Args:

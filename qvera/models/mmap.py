@@ -31,7 +31,7 @@ _BIG = (nn.Embedding, nn.Linear)
 _IGNORED = (".rotary_emb.inv_freq",)  # old Llama checkpoints carry these; the model computes them
 
 
-class Spread(Protocol):
+class WeightSharder(Protocol):
     """Takes weights as they are read, to keep only a share of each (`qvera.distributed.Spreader`)."""
 
     def expect(self, weight_numel: int, weights: int) -> None: ...
@@ -50,7 +50,7 @@ def load_mapped(
     device: torch.device,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
-    spread: Spread | None = None,
+    sharder: WeightSharder | None = None,
 ) -> Any:
     """The causal language model of a checkpoint directory, frozen, in evaluation mode, its big tensors mapped.
 
@@ -58,7 +58,7 @@ def load_mapped(
         config: the directory's transformers config.
         dtype: what its layers compute in; small tensors (norms, biases) are cast to it.
         device: on anything but a CPU the tensors are copied there.
-        spread: takes each packed weight, embedding and head when it is read. These are then private copies, one at a time. A
+        sharder: takes each packed weight, embedding and head when it is read. These are then private copies, one at a time. A
             head that is the embedding is left whole and mapped: its two users would gather and release it under each other.
 
     Raises:
@@ -71,26 +71,26 @@ def load_mapped(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code, **kwargs)
     packed, plain = _sorted_by_kind(entries)
     _check_names(model, packed, plain)
-    dense = set() if spread is None else _to_spread(model, config, plain)
-    if spread is not None:
-        _announce(spread, model, [entries[name] for name in (*(f"{name}.weight" for name in packed), *dense)])
+    dense = set() if sharder is None else _weights_to_shard(model, config, plain)
+    if sharder is not None:
+        _announce(sharder, model, [entries[name] for name in (*(f"{name}.weight" for name in packed), *dense)])
         tables = [model.get_input_embeddings(), model.get_output_embeddings()]
     with _open_files(entries.values()) as files:
         for name, statistics in packed.items():
             tensors = {entry.name: files[entry.file].get_tensor(entry.name) for entry in statistics}
-            if spread is not None:  # never into the pages of a mapping, which outlive the weight
+            if sharder is not None:  # never into the pages of a mapping, which outlive the weight
                 tensors[f"{name}.weight"] = tensors[f"{name}.weight"].clone()
             _put_four_bit(model, name, tensors, dtype, device, entries[f"{name}.weight"].file)
-            if spread is not None:
+            if sharder is not None:
                 del tensors
-                spread(model.get_submodule(name).weight, table=False)
+                sharder(model.get_submodule(name).weight, table=False)
         for name in plain:
             tensor = files[entries[name].file].get_tensor(name)
             _put_plain(model, name, tensor.clone() if name in dense else tensor, dtype, device, entries[name].file)
             del tensor
-            if spread is not None and name in dense:
+            if sharder is not None and name in dense:
                 module = model.get_submodule(name.rpartition(".")[0])
-                spread(module.weight, table=any(module is end for end in tables))
+                sharder(module.weight, table=any(module is end for end in tables))
     model.tie_weights()
     missing = [name for name, p in model.named_parameters() if p.is_meta]
     if missing:
@@ -105,7 +105,7 @@ def load_mapped(
     return model.requires_grad_(False).eval()
 
 
-def _to_spread(model: Any, config: Any, plain: list[str]) -> set[str]:
+def _weights_to_shard(model: Any, config: Any, plain: list[str]) -> set[str]:
     """The dense weights that ranks divide among themselves: embedding, head, dense linears; not an embedding that is the head."""
     whole: list[Any] = []
     if getattr(config, "tie_word_embeddings", False):
@@ -114,12 +114,12 @@ def _to_spread(model: Any, config: Any, plain: list[str]) -> set[str]:
     return names & set(plain)
 
 
-def _announce(spread: Spread, model: Any, weights: list[TensorEntry]) -> None:
-    """Tell what is going to be spread in the layers; the tables at both ends are not in any."""
+def _announce(sharder: WeightSharder, model: Any, weights: list[TensorEntry]) -> None:
+    """Tell what is going to be sharded in the layers; the tables at both ends are not in any."""
     names = {module: name for name, module in model.named_modules()}
     layers = [f"{names[layer]}." for layer in decoder_layers(model.get_decoder())]
     inside = [[math.prod(entry.shape) for entry in weights if entry.name.startswith(layer)] for layer in layers]
-    spread.expect(max((numel for layer in inside for numel in layer), default=0), max(map(len, inside)))
+    sharder.expect(max((numel for layer in inside for numel in layer), default=0), max(map(len, inside)))
 
 
 def _sorted_by_kind(entries: dict[str, TensorEntry]) -> tuple[dict[str, list[TensorEntry]], list[str]]:

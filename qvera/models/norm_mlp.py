@@ -108,7 +108,7 @@ def _empty(lean: Any, kind: Any) -> Any:
     return made.__new__(made)
 
 
-def lean_for_backward(model: nn.Module) -> int:
+def reduce_saved_activations(model: nn.Module) -> int:
     """Make the RMS norms and SiLU-gated MLPs of this model keep less for backward; returns how many there are.
 
     Changes these module objects only (their class). Modules that compute anything else than Llama's are left alone, and doing it

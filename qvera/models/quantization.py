@@ -309,7 +309,7 @@ def requantized(module: Any, weight: torch.Tensor) -> torch.nn.Parameter:
     return bnb.nn.Int8Params(rows, requires_grad=False, has_fp16_weights=False, CB=rows, SCB=scales)
 
 
-def roundtrip(weight: torch.Tensor, section: ModelSection) -> torch.Tensor:
+def quantize_dequantize(weight: torch.Tensor, section: ModelSection) -> torch.Tensor:
     """A 16-bit weight [m, n] as the quantized base holds it: quantized as the recipe says, and dequantized again."""
     if section.quantization == "none":
         return weight
@@ -322,15 +322,17 @@ def roundtrip(weight: torch.Tensor, section: ModelSection) -> torch.Tensor:
     return _dequantized(packed, state)
 
 
-def nested_roundtrip(absmax: torch.Tensor) -> torch.Tensor:
+def double_quantized_absmax(absmax: torch.Tensor) -> torch.Tensor:
     """The absolute maxima of a whole weight's blocks, fp32, as double quantization keeps them."""
     offset = absmax.mean()
     packed, state = bnb_functional.quantize_blockwise(absmax - offset, blocksize=256)
     return bnb_functional.dequantize_blockwise(packed, state) + offset
 
 
-def roundtrip_blocks(weight: torch.Tensor, absmax: torch.Tensor, quant_type: str, dtype: torch.dtype) -> torch.Tensor:
-    """`roundtrip` of whole blocks of 64 consecutive elements to ``dtype``, scaled back by ``absmax``, one number a block."""
+def quantize_dequantize_blocks(
+    weight: torch.Tensor, absmax: torch.Tensor, quant_type: str, dtype: torch.dtype
+) -> torch.Tensor:
+    """`quantize_dequantize` of whole blocks of 64 consecutive elements to ``dtype``, scaled back by ``absmax``, one number a block."""
     packed, state = bnb_functional.quantize_4bit(weight, blocksize=64, compress_statistics=False, quant_type=quant_type)
     state.absmax, state.dtype = absmax.contiguous(), dtype
     return _dequantized(packed, state)

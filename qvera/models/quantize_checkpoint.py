@@ -20,9 +20,9 @@ import torch
 
 from qvera.config.schema import ModelSection
 from qvera.models import nf4, quantization
-from qvera.models.source_checkpoint import Source
+from qvera.models.source_checkpoint import SourceCheckpoint
 from qvera.utils import memory
-from qvera.utils.atomic import Unfinished, disk_full_says, flush, replace_text, require_space
+from qvera.utils.atomic import OutputDirectory, disk_errors, flush, replace_text, require_space
 from qvera.utils.errors import RunFailed
 from qvera.utils.files import file_sha256, try_read_json
 from qvera.utils.safetensors_io import TensorSpec, base_fingerprint, grouped_by_bytes, write_source_fingerprint
@@ -70,7 +70,7 @@ def content_identity(config_sha256: str, files: Mapping[str, str], settings: Map
 
 def quantize_checkpoint(
     section: ModelSection,
-    source: Source,
+    source: SourceCheckpoint,
     out: Path,
     *,
     known: Mapping[Path, str] | None = None,
@@ -104,8 +104,8 @@ def quantize_checkpoint(
     }
     plan = _plan(source, section, shard_bytes or SHARD_BYTES)
     with (
-        Unfinished.open(out, identity, "quantize") as work,
-        disk_full_says(f"{out}", "Finished shards are kept: run again."),
+        OutputDirectory.open(out, identity, "quantize") as work,
+        disk_errors(f"{out}", "Finished shards are kept: run again."),
     ):
         have = {name for name, _ in plan if work.has(name)}
         require_space(
@@ -157,12 +157,12 @@ def quantize_checkpoint(
     return record
 
 
-def output_bytes(source: Source, section: ModelSection) -> int:
+def output_bytes(source: SourceCheckpoint, section: ModelSection) -> int:
     """Bytes of the tensors of the quantized copy."""
     return sum(spec.size_bytes for _, specs in _plan(source, section, SHARD_BYTES) for spec in specs)
 
 
-def _plan(source: Source, section: ModelSection, shard_bytes: int) -> list[tuple[str, list[TensorSpec]]]:
+def _plan(source: SourceCheckpoint, section: ModelSection, shard_bytes: int) -> list[tuple[str, list[TensorSpec]]]:
     """File name and tensors of each output shard, in the order of the source; a weight and its statistics stay together."""
 
     def units() -> Iterator[list[TensorSpec]]:
@@ -179,19 +179,19 @@ def _plan(source: Source, section: ModelSection, shard_bytes: int) -> list[tuple
 
 
 class _Position:
-    """Source bytes read so far; written by the reading thread, read by the one that shows it."""
+    """SourceCheckpoint bytes read so far; written by the reading thread, read by the one that shows it."""
 
     def __init__(self, total: int) -> None:
         self.done, self.total = 0, total
 
 
-def _needed(source: Source, plan: list[tuple[str, list[TensorSpec]]], have: set[str]) -> set[str]:
+def _needed(source: SourceCheckpoint, plan: list[tuple[str, list[TensorSpec]]], have: set[str]) -> set[str]:
     """Names of the source tensors that are not in a finished shard."""
     missing = {spec.name for name, specs in plan if name not in have for spec in specs}
     return {entry.name for entry in source.tensors if entry.name in missing}
 
 
-def _read(source: Source, needed: set[str], hashes: dict[str, str], position: _Position) -> Iterator[Chunk]:
+def _read(source: SourceCheckpoint, needed: set[str], hashes: dict[str, str], position: _Position) -> Iterator[Chunk]:
     """All needed chunks of the source; a file whose hash is not known is read whole for it."""
     before = 0
     for file in source.files:
@@ -206,7 +206,7 @@ def _read(source: Source, needed: set[str], hashes: dict[str, str], position: _P
 
 
 def _convert(
-    read: Iterator[Chunk], source: Source, section: ModelSection, device: torch.device, packer: nf4.Packer
+    read: Iterator[Chunk], source: SourceCheckpoint, section: ModelSection, device: torch.device, packer: nf4.Packer
 ) -> Iterator[tuple[str, Any]]:
     """Chunks of the source → chunks of the output, with the name of the output tensor they belong to."""
     absmax = np.empty(0, np.float32)
@@ -244,7 +244,7 @@ def _convert(
 
 
 def _on_device(
-    spec: TensorSpec, weight: torch.Tensor, section: ModelSection, source: Source
+    spec: TensorSpec, weight: torch.Tensor, section: ModelSection, source: SourceCheckpoint
 ) -> Iterator[tuple[str, Any]]:
     if not torch.isfinite(weight).all():
         raise _not_finite(spec, source)
@@ -265,7 +265,7 @@ def _in_order(
         yield name, tensor.contiguous().view(torch.uint8).numpy()
 
 
-def _not_finite(spec: TensorSpec, source: Source) -> RunFailed:
+def _not_finite(spec: TensorSpec, source: SourceCheckpoint) -> RunFailed:
     return RunFailed(
         f"{source.file_of[spec.name]}: {spec.name} has NaN or Inf in it, so it can't be quantized. The checkpoint is damaged, or "
         "was saved in a dtype too narrow for it."
@@ -282,7 +282,7 @@ def _watched(
 
 
 def _finish(
-    source: Source,
+    source: SourceCheckpoint,
     section: ModelSection,
     out: Path,
     plan: list[tuple[str, list[TensorSpec]]],

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from filelock import FileLock, Timeout
 from qvera.config.schema import ModelSection
 from qvera.models import quantize_checkpoint, source_checkpoint
 from qvera.models.hub import base_directory
-from qvera.models.source_checkpoint import NotPlain, Source
+from qvera.models.source_checkpoint import NotPlain, SourceCheckpoint
 from qvera.utils.atomic import flush
-from qvera.utils.cache_dir import UNFINISHED, WAIT_SECONDS, HashIndex, Kind, Progress, discard, size_bytes
+from qvera.utils.cache_dir import UNFINISHED, WAIT_SECONDS, DiskCache, HashIndex, StageProgress, discard, size_bytes
 from qvera.utils.errors import InputError
 from qvera.utils.files import file_stamp
 from qvera.utils.paths import cache_root
@@ -38,7 +39,7 @@ def _problem(directory: Path) -> str | None:
     return quantize_checkpoint.problem_of(directory, verify=True)
 
 
-BASES = Kind(("quantized base", "quantized bases"), bases_root, quantize_checkpoint.read_record, _problem)
+BASES = DiskCache(("quantized base", "quantized bases"), bases_root, quantize_checkpoint.read_record, _problem)
 
 
 def cached_base(
@@ -46,7 +47,7 @@ def cached_base(
     *,
     device: torch.device | None = None,
     verify: bool = False,
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
 ) -> Path:
     """The directory of the quantized copy of ``section.path``, made on first use.
 
@@ -123,7 +124,7 @@ def quantized_copy(
     *,
     device: torch.device | None = None,
     verify: bool = False,
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
 ) -> dict[str, Any]:
     """Write the quantized copy to ``out`` (or go on with it, or find it finished there) and return its record.
 
@@ -150,13 +151,13 @@ def quantized_copy(
     return record
 
 
-def _remember(hashes: HashIndex, source: Source, record: dict[str, Any]) -> None:
+def _remember(hashes: HashIndex, source: SourceCheckpoint, record: dict[str, Any]) -> None:
     """The hashes that came out of quantizing; `quantize_checkpoint` has made sure that the files had not changed."""
     recorded = record["source"]["files"]
     hashes.add({file: (file_stamp(file.stat()), recorded[file.name]["sha256"]) for file in source.files})
 
 
-def _identity(source: Source, section: ModelSection, known: dict[Path, str]) -> str:
+def _identity(source: SourceCheckpoint, section: ModelSection, known: dict[Path, str]) -> str:
     names = {file.name: digest for file, digest in known.items()}
     return quantize_checkpoint.content_identity(source.config_sha256, names, quantize_checkpoint.settings_of(section))
 
@@ -165,7 +166,7 @@ def _name(section: ModelSection, identity: str) -> str:
     return f"{section.quantization}-{identity[:24]}"
 
 
-def _key(source: Source, section: ModelSection, device: torch.device | None) -> str:
+def _key(source: SourceCheckpoint, section: ModelSection, device: torch.device | None) -> str:
     where = device.type if device is not None else "cpu"
     parts = [
         str(source.directory.resolve()),
@@ -178,7 +179,7 @@ def _key(source: Source, section: ModelSection, device: torch.device | None) -> 
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _similar(source: Source, section: ModelSection) -> bool:
+def _similar(source: SourceCheckpoint, section: ModelSection) -> bool:
     """Whether a finished copy was made from files of these names and sizes: then it pays to hash before quantizing."""
     sizes = {file.name: file.stat().st_size for file in source.files}
     for found in BASES.listed():
@@ -189,13 +190,13 @@ def _similar(source: Source, section: ModelSection) -> bool:
     return False
 
 
-def _staged(progress: Progress | None, stage: str) -> quantize_checkpoint.Progress | None:
+def _staged(progress: StageProgress | None, stage: str) -> Callable[[int, int, str], None] | None:
     if progress is None:
         return None
     return lambda done, total, what: progress(stage, done, total, what)
 
 
-def _wait_for(lock: FileLock, unfinished: Path, total: int, progress: Progress | None) -> None:
+def _wait_for(lock: FileLock, unfinished: Path, total: int, progress: StageProgress | None) -> None:
     """Take the lock; while another process has it, show how far that one is."""
     while True:
         try:

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qvera.config.schema import ModelSection
 from qvera.models import quantization
-from qvera.models.empty_model import skeleton
+from qvera.models.model_config import empty_model
 from qvera.utils.errors import InputError
 from qvera.utils.files import file_stamp, read_json
 from qvera.utils.safetensors_io import TensorEntry, checkpoint_tensors
@@ -26,7 +26,7 @@ class NotPlain(InputError):
 
 
 @dataclasses.dataclass
-class Source:
+class SourceCheckpoint:
     """A 16-bit checkpoint, checked against its config: what is quantized, and what goes along as it is."""
 
     directory: Path
@@ -48,7 +48,7 @@ class Source:
         return {file.name: file_stamp(file.stat()) for file in self.files}
 
 
-def read_source(section: ModelSection, directory: Path) -> Source:
+def read_source(section: ModelSection, directory: Path) -> SourceCheckpoint:
     """Config and headers of a 16-bit checkpoint, checked; no weights are read.
 
     Raises:
@@ -65,7 +65,7 @@ def read_source(section: ModelSection, directory: Path) -> Source:
     tensors = checkpoint_tensors(directory)
     files = list(dict.fromkeys(entry.file for entry in tensors))
     file_of = {entry.name: entry.file for entry in tensors}
-    model = skeleton(section, directory)
+    model = empty_model(section, directory)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     _check_names(directory, shapes, tied, {entry.name: entry for entry in tensors})
@@ -81,7 +81,7 @@ def read_source(section: ModelSection, directory: Path) -> Source:
     for entry in tensors:
         _check_dtype(entry, section, entry.name in quantized)
     digest = hashlib.sha256((directory / "config.json").read_bytes()).hexdigest()
-    return Source(directory, config, digest, files, tensors, file_of, quantized & file_of.keys())
+    return SourceCheckpoint(directory, config, digest, files, tensors, file_of, quantized & file_of.keys())
 
 
 def _check_names(

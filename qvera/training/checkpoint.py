@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qvera.distributed.group import Group
-from qvera.utils.atomic import disk_full_says, flush
+from qvera.utils.atomic import disk_errors, flush
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.files import file_sha256
 
@@ -64,7 +64,7 @@ def save(
         RunFailed: the disk is full or read-only; earlier checkpoints are kept.
     """
     kept = "Earlier checkpoints are kept; mend that and go on with --resume."
-    with disk_full_says(f"the checkpoint of step {step} in {directory}", kept):
+    with disk_errors(f"the checkpoint of step {step} in {directory}", kept):
         try:
             return _write(directory, step, vectors, optimizer, state, random_state() if random is None else random)
         except BaseException:

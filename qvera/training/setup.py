@@ -22,7 +22,8 @@ from qvera.config.schema import Recipe
 from qvera.data import Batches, Datasets, batches_of, build_datasets, print_preflight
 from qvera.distributed.group import Group
 from qvera.distributed.zero_config import ZeroConfig, check_optimizer, read_config
-from qvera.models.loader import Base, enable_checkpointing, load_base, load_tokenizer, pick_device, require_packing
+from qvera.models.loader import Base, enable_checkpointing, load_base, pick_device, require_packing
+from qvera.models.tokenizer import load_tokenizer
 from qvera.training import memory_check
 from qvera.training.engine import LocalEngine
 from qvera.training.optim import build_optimizer

@@ -1,6 +1,6 @@
 """An output directory that takes minutes to fill: whole files or none, and the same command goes on where it was killed.
 
-    with Unfinished.open(out, identity, what="export") as work:
+    with OutputDirectory.open(out, identity, what="export") as work:
         for name in planned:
             if not work.has(name):
                 work.finished(name, write_shard(out / name, ...))      # its SHA-256
@@ -35,14 +35,14 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
-class Unfinished:
+class OutputDirectory:
     """What of a piece of work is already in ``out``, and the lock on it. Made by `open`."""
 
     def __init__(self, out: Path, state: Path, document: dict[str, Any], lock: FileLock) -> None:
         self.out, self._state, self._document, self._lock = out, state, document, lock
 
     @classmethod
-    def open(cls, out: Path, identity: dict[str, Any], what: str) -> Unfinished:
+    def open(cls, out: Path, identity: dict[str, Any], what: str) -> OutputDirectory:
         """Take a directory that is new or empty, or holds this very work unfinished.
 
         Args:
@@ -109,7 +109,7 @@ class Unfinished:
             Path(self._lock.lock_file).unlink(missing_ok=True)
             self._lock.release()
 
-    def __enter__(self) -> Unfinished:
+    def __enter__(self) -> OutputDirectory:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
@@ -183,7 +183,7 @@ def require_space(out: Path, needed_bytes: int, what: str) -> None:
 
 
 @contextlib.contextmanager
-def disk_full_says(what: str, kept: str) -> Iterator[None]:
+def disk_errors(what: str, kept: str) -> Iterator[None]:
     """Turn a full disk (or quota), or one that can't be written any more, into a message that names the file and what is kept.
 
     A disk with errors is made read-only by the system in the middle of a run.

@@ -26,14 +26,14 @@ from qvera.utils.atomic import replace_text
 from qvera.utils.errors import InputError
 from qvera.utils.files import file_sha256, file_stamp, try_read_json
 
-Progress = Callable[[str, int, int, str], None]
+StageProgress = Callable[[str, int, int, str], None]
 """Called with (stage, bytes done, bytes in all, what); stage is hashing, quantizing or waiting."""
 WAIT_SECONDS = 0.5
 UNFINISHED = ".unfinished-"
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
+class DiskCache:
     """One kind of entry.
 
     Attributes:
@@ -50,13 +50,15 @@ class Kind:
     problem_of: Callable[[Path], str | None]
     prefix: str | None = None
 
-    def listed(self) -> list[Entry]:
+    def listed(self) -> list[CacheEntry]:
         """All entries, finished or not, by name."""
         root = self.root()
         found = []
         for directory in sorted(root.iterdir()) if root.is_dir() else []:
             if directory.is_dir() and (directory.name.startswith(UNFINISHED) or not directory.name.startswith(".")):
-                found.append(Entry(directory.name, directory, size_bytes(directory), self.record_of(directory), self))
+                found.append(
+                    CacheEntry(directory.name, directory, size_bytes(directory), self.record_of(directory), self)
+                )
         return found
 
     def remove(self, name: str) -> int:
@@ -96,7 +98,7 @@ class Kind:
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class CacheEntry:
     """One directory of the cache."""
 
     name: str
@@ -104,7 +106,7 @@ class Entry:
     size_bytes: int
     record: dict[str, Any] | None
     """None: unfinished, or its record is damaged."""
-    kind: Kind
+    kind: DiskCache
 
     @property
     def finished(self) -> bool:
@@ -161,7 +163,7 @@ class HashIndex:
         except OSError:
             return  # a cache that can't be written: the next use hashes again
 
-    def hashed(self, files: list[Path], known: dict[Path, str], progress: Progress | None) -> dict[Path, str]:
+    def hashed(self, files: list[Path], known: dict[Path, str], progress: StageProgress | None) -> dict[Path, str]:
         """All of ``files``: what is not in ``known`` is read and hashed now, and remembered."""
         total = sum(file.stat().st_size for file in files)
         done, found, new = 0, dict(known), {}

@@ -26,8 +26,8 @@ from qvera.config.schema import AdapterSection, ExportSection, ModelSection
 from qvera.export import export_merged
 from qvera.export.deltas import read_deltas
 from qvera.export.lora import export_lora
-from qvera.models.empty_model import skeleton
 from qvera.models.loader import enable_checkpointing, load_base
+from qvera.models.model_config import empty_model
 from tests.adapters.helpers import perturb
 from tests.conftest import small_tokenizer
 
@@ -134,7 +134,7 @@ def test_the_whole_road(quantization: str, family: tuple[str, Path, set[str]], t
     with torch.no_grad():
         torch.testing.assert_close(plain(input_ids=IDS).logits, trained, rtol=1e-3, atol=1e-3)
     if quantization == "none":
-        export_lora(read_deltas(tmp_path / "adapter", skeleton(section)), tmp_path / "lora", torch.float32)
+        export_lora(read_deltas(tmp_path / "adapter", empty_model(section)), tmp_path / "lora", torch.float32)
         stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(directory), tmp_path / "lora").eval()
         with torch.no_grad():
             torch.testing.assert_close(stock(input_ids=IDS).logits, trained, rtol=1e-3, atol=1e-3)

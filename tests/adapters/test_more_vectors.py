@@ -20,8 +20,8 @@ from qvera.config.load import load_recipe
 from qvera.config.schema import AdapterSection, parse_recipe
 from qvera.export.deltas import read_deltas
 from qvera.export.merge_adapters import load_adapters, same_directions
-from qvera.models.empty_model import skeleton
 from qvera.models.loader import load_base
+from qvera.models.model_config import empty_model
 from qvera.training.plan import shape_of
 from qvera.training.plan.file_sizes import adapter_bytes
 from qvera.training.trainer import train
@@ -80,7 +80,7 @@ def test_it_learns_and_every_vector_is_trained(run_dir: Path) -> None:
 
 def _planned_bytes(run_dir: Path) -> int:
     made = load_recipe(run_dir / "recipe.yaml")
-    return adapter_bytes(shape_of(skeleton(made.model)), made)
+    return adapter_bytes(shape_of(empty_model(made.model)), made)
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
@@ -193,16 +193,16 @@ def test_sums_where_d_and_a_agree(run_dir: Path, tiny_model_dir: Path, tmp_path:
     vectors = {k: v * -0.5 if k.endswith("qvera_b") else v for k, v in load_file(file).items()}
     save_file(vectors, file, {"format": "pt"})
     made = recipe(tiny_model_dir, Path("-"))
-    one, other = (read_deltas(d, skeleton(made.model)) for d in (run_dir / "adapter", tmp_path / "other"))
+    one, other = (read_deltas(d, empty_model(made.model)) for d in (run_dir / "adapter", tmp_path / "other"))
     assert main(["merge-adapters", str(run_dir / "adapter"), str(tmp_path / "other"), str(tmp_path / "sum")]) == 0
-    found = read_deltas(tmp_path / "sum", skeleton(made.model))
+    found = read_deltas(tmp_path / "sum", empty_model(made.model))
     for name, delta in found.layers.items():
         wanted = 0.5 * one.layers[name].weight() + 0.5 * other.layers[name].weight()
         torch.testing.assert_close(delta.weight(), wanted, rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(delta.rows(3, 7), delta.weight()[3:10], rtol=1e-5, atol=1e-7)
     save_file({k: v + 0.1 if k.endswith("qvera_a") else v for k, v in vectors.items()}, file, {"format": "pt"})
     assert "they differ in a (first at" in str(
-        same_directions([one, read_deltas(tmp_path / "other", skeleton(made.model))])
+        same_directions([one, read_deltas(tmp_path / "other", empty_model(made.model))])
     )
 
 

@@ -18,7 +18,7 @@ import pytest
 from qvera.cli.main import build_parser, main
 from qvera.config.load import load_recipe
 from qvera.data import build_datasets, decode
-from qvera.models.loader import load_tokenizer
+from qvera.models.tokenizer import load_tokenizer
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from qvera.config.schema import parse_recipe
 from qvera.data import Example, batches_of, collate, collate_prefix_once
 from qvera.data.padding import AN_OCTAVE, lengthened, next_length, repeats
 from qvera.evaluation import evaluate
-from qvera.models.loss import Head, summed_nll
+from qvera.models.loss import Head, fused_linear_cross_entropy
 from qvera.training.plan.batches import token_counts
 from qvera.utils import memory
 from tests.conftest import small_llama
@@ -80,7 +80,7 @@ def test_rows_added_to_the_last_chunk_change_no_loss_and_no_gradient(tokens: int
     head = torch.nn.Linear(24, 50, bias=False, dtype=BF16).requires_grad_(False)
     hidden = torch.randn(1, tokens + 1, 24, dtype=BF16, requires_grad=True)
     labels = torch.randint(0, 50, (1, tokens + 1))
-    nll, count = summed_nll(hidden, labels, Head(head, softcap, 1.5), 20)
+    nll, count = fused_linear_cross_entropy(hidden, labels, Head(head, softcap, 1.5), 20)
     nll.backward()
     plain = hidden.detach().float().requires_grad_()
     logits = plain[0, :-1] @ head.weight.float().t() * 1.5

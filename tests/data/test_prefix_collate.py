@@ -14,7 +14,7 @@ from qvera.data import Example, collate, collate_prefix_once
 from qvera.data.prefix_collate import common_prefix
 from qvera.evaluation import evaluate
 from qvera.models.loader import causal_model, takes_prefix_once
-from qvera.models.loss import Head, summed_nll
+from qvera.models.loss import Head, fused_linear_cross_entropy
 from tests.conftest import small_llama
 
 
@@ -100,7 +100,9 @@ def test_packed_rows_give_the_loss_of_each_alone_and_its_gradients(kind: str, at
         end = start + len(row.input_ids)
         torch.testing.assert_close(hidden[0, start:end], evaluate.hidden_states(model, one)[0], rtol=1e-4, atol=1e-5)
         own, _ = evaluate.batch_nll(model, one, 512)
-        within, _ = summed_nll(hidden[:, start:end], batch["labels"][:, start:end], Head.of(causal_model(model)), 512)
+        within, _ = fused_linear_cross_entropy(
+            hidden[:, start:end], batch["labels"][:, start:end], Head.of(causal_model(model)), 512
+        )
         torch.testing.assert_close(within, own, rtol=1e-5, atol=0)
         losses.append(own)
         for total, gradient in zip(alone, torch.autograd.grad(own, parameters), strict=True):

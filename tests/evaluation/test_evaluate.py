@@ -21,7 +21,8 @@ from qvera.config.schema import ModelSection
 from qvera.data import build_datasets, collate
 from qvera.evaluation import metrics as textscores
 from qvera.evaluation.metrics import NAMES, row_scores, scores_of, text_metrics
-from qvera.models.loader import load_base, load_tokenizer
+from qvera.models.loader import load_base
+from qvera.models.tokenizer import load_tokenizer
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 from qvera.utils.files import file_sha256

@@ -21,8 +21,8 @@ from qvera.cli.main import main
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.export.deltas import read_deltas
 from qvera.export.lora import export_lora, export_stock_vera, lora_bytes, lora_factors, truncate, truncate_all
-from qvera.models.empty_model import skeleton
 from qvera.models.loader import load_base
+from qvera.models.model_config import empty_model
 from qvera.utils.errors import InputError
 from tests.export.test_merged import deltas, perturb
 
@@ -62,7 +62,7 @@ def logits(model: Any) -> torch.Tensor:
 
 def test_the_exact_lora_gives_the_trained_logits_in_stock_peft(trained: Any, tmp_path: Path) -> None:
     model, section, adapter_dir = trained
-    adapter = read_deltas(adapter_dir, skeleton(section))
+    adapter = read_deltas(adapter_dir, empty_model(section))
     size = export_lora(adapter, tmp_path / "lora", torch.float32)
     assert sorted(p.name for p in (tmp_path / "lora").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
@@ -78,7 +78,7 @@ def test_the_exact_lora_gives_the_trained_logits_in_stock_peft(trained: Any, tmp
 
 def test_peft_vera_gives_the_trained_logits_in_stock_peft(trained: Any, tmp_path: Path) -> None:
     model, section, adapter_dir = trained
-    adapter = read_deltas(adapter_dir, skeleton(section))
+    adapter = read_deltas(adapter_dir, empty_model(section))
     if adapter.groups > 1:
         with pytest.raises(InputError, match="2 vectors b for each linear and a vector a for each.*--to lora"):
             export_stock_vera(adapter, tmp_path / "vera")
@@ -91,8 +91,8 @@ def test_peft_vera_gives_the_trained_logits_in_stock_peft(trained: Any, tmp_path
     # and back again: what stock PEFT would load, loads here, and exports to the same LoRA
     ours = load_adapter(load_base(section).model, tmp_path / "vera")
     torch.testing.assert_close(logits(ours), logits(model), rtol=1e-4, atol=1e-4)
-    again = read_deltas(tmp_path / "vera", skeleton(section)).layers
-    for name, delta in read_deltas(adapter_dir, skeleton(section)).layers.items():
+    again = read_deltas(tmp_path / "vera", empty_model(section)).layers
+    for name, delta in read_deltas(adapter_dir, empty_model(section)).layers.items():
         torch.testing.assert_close(again[name].weight(), delta.weight())
 
 
@@ -112,7 +112,7 @@ def test_adapters_that_peft_wrote_are_read(save_projection: bool, tiny_model_dir
     section = ModelSection(path=str(tiny_model_dir), compute_dtype="float32", quantization="none")
     ours = load_adapter(load_base(section).model, tmp_path / "stock")
     torch.testing.assert_close(logits(ours), logits(stock), rtol=1e-4, atol=1e-4)
-    read = read_deltas(tmp_path / "stock", skeleton(section))
+    read = read_deltas(tmp_path / "stock", empty_model(section))
     layers = {n.removeprefix("base_model.model."): m for n, m in stock.named_modules() if hasattr(m, "vera_lambda_b")}
     layers = {n: m for n, m in layers.items() if hasattr(m, "get_delta_weight")}
     assert read.layers.keys() == layers.keys()
@@ -124,7 +124,7 @@ def test_adapters_that_peft_wrote_are_read(save_projection: bool, tiny_model_dir
 @pytest.mark.parametrize("k", [1, 3, 7])
 def test_truncation_is_the_best_of_its_rank_and_says_its_error(trained: Any, k: int) -> None:
     model, section, adapter_dir = trained
-    adapter = read_deltas(adapter_dir, skeleton(section))
+    adapter = read_deltas(adapter_dir, empty_model(section))
     for name, change in deltas(model).items():
         A, B, error = truncate(*adapter.layers[name.removesuffix(".weight")].lora(), k)
         singular = torch.linalg.svdvals(change.double())
@@ -139,7 +139,7 @@ def test_truncation_is_the_best_of_its_rank_and_says_its_error(trained: Any, k: 
 
 def test_a_rank_that_is_no_truncation_is_refused(trained: Any) -> None:
     _, section, adapter_dir = trained
-    adapter = read_deltas(adapter_dir, skeleton(section))
+    adapter = read_deltas(adapter_dir, empty_model(section))
     for rank in (0, RANK, RANK + 1):
         with pytest.raises(InputError, match="from 1 to 7"):
             truncate_all(lora_factors(adapter), RANK, rank, torch.float32)
@@ -176,7 +176,7 @@ def test_the_command_says_rank_size_and_errors_before_it_writes(
 
 def test_a_factor_beyond_the_dtype_is_refused_and_nothing_is_left(trained: Any, tmp_path: Path) -> None:
     _, section, adapter_dir = trained
-    adapter = read_deltas(adapter_dir, skeleton(section))
+    adapter = read_deltas(adapter_dir, empty_model(section))
     next(iter(adapter.layers.values())).b.fill_(1e9)
     with pytest.raises(InputError, match="bfloat16"):
         export_lora(adapter, tmp_path / "out", torch.float16)

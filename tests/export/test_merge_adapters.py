@@ -18,8 +18,8 @@ from qvera.config.schema import AdapterSection, ModelSection
 from qvera.evaluation.generate import generate, generating
 from qvera.export.deltas import AdapterDeltas, read_deltas
 from qvera.export.merge_adapters import load_adapters, same_directions
-from qvera.models.empty_model import skeleton
 from qvera.models.loader import load_base
+from qvera.models.model_config import empty_model
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 from tests.conftest import small_llama
@@ -192,7 +192,7 @@ def changes(directory: Path, model_dir: Path) -> dict[str, torch.Tensor]:
 
 
 def deltas(directory: Path, model_dir: Path) -> AdapterDeltas:
-    return read_deltas(directory, skeleton(ModelSection(path=str(model_dir))))
+    return read_deltas(directory, empty_model(ModelSection(path=str(model_dir))))
 
 
 @pytest.mark.parametrize("weights", [[2.0], [-1.0], [0.5, 0.5], [1.0, -1.0], [0.3, 0.7], None])

@@ -18,7 +18,7 @@ from qvera.models import quantization
 def test_rows_equal_the_whole(shape: tuple[int, int], kind: str, double_quant: bool, dtype: torch.dtype) -> None:
     section = ModelSection(path="x", quantization=kind, double_quant=double_quant)  # type: ignore[arg-type]
     weight = (torch.randn(shape, generator=torch.Generator().manual_seed(3)) * 0.05).to(dtype)
-    expected = quantization.roundtrip(weight, section)
+    expected = quantization.quantize_dequantize(weight, section)
     step = row_step(shape[1], section) * 3
     pieces = list(zip(range(0, shape[0], step), weight.split(step), strict=True))
     maxima = torch.cat([absolute_maxima(rows) for _, rows in pieces]) if kind in ("nf4", "fp4") else None
@@ -42,7 +42,7 @@ def test_a_block_across_two_rows_keeps_its_scale(shape: tuple[int, int], kind: s
     code = bnb.functional.get_4bit_type(kind, device="cpu")
     expected = (code[nibbles.long()] * state.absmax.repeat_interleave(64)[: weight.numel()]).view(shape).to(dtype)
     section = ModelSection(path="x", quantization=kind, double_quant=False)  # type: ignore[arg-type]
-    assert torch.equal(quantization.roundtrip(weight, section), expected)
+    assert torch.equal(quantization.quantize_dequantize(weight, section), expected)
 
     dense = torch.nn.Linear(shape[1], shape[0], bias=False, device="meta")
     statistics = {k.removeprefix("w."): v for k, v in quantization.serialized_state("w", state, section).items()}

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qvera.data import IGNORED
-from qvera.models.loss import Head, summed_nll
+from qvera.models.loss import Head, fused_linear_cross_entropy
 from tests.adapters.helpers import base_layer, dense_weight, relative
 from tests.conftest import small_llama
 
@@ -63,7 +63,7 @@ def plain(hidden: torch.Tensor, labels: torch.Tensor, head: Head) -> tuple[torch
 def test_value_and_gradient_fp32(settings: dict[str, Any], chunk: int) -> None:
     hidden, labels = batch(3, 37)
     hidden.requires_grad_()
-    loss, count = summed_nll(hidden, labels, head(**settings), chunk)
+    loss, count = fused_linear_cross_entropy(hidden, labels, head(**settings), chunk)
     (2.5 * loss).backward()
     wanted, grad = plain(hidden, labels, head(**settings))
     assert count == int((labels[:, 1:] != IGNORED).sum())
@@ -82,7 +82,7 @@ def test_value_and_gradient_fp32(settings: dict[str, Any], chunk: int) -> None:
 def test_value_and_gradient_16_bits(dtype: torch.dtype, settings: dict[str, Any]) -> None:
     hidden, labels = batch(2, 65, dtype)
     hidden.requires_grad_()
-    loss, _ = summed_nll(hidden, labels, head(dtype, **settings), 16)
+    loss, _ = fused_linear_cross_entropy(hidden, labels, head(dtype, **settings), 16)
     loss.backward()
     wanted, grad = plain(hidden, labels, head(dtype, **settings))
     assert loss.dtype == torch.float32  # the sum is not kept in 16 bits
@@ -96,12 +96,12 @@ def test_gradcheck_in_double_precision() -> None:
     hidden, labels = batch(1, 5, torch.float64)
     hidden.requires_grad_()
     h = head(torch.float64, bias=True, softcap=4.0, scale=0.7)
-    assert torch.autograd.gradcheck(lambda x: summed_nll(x, labels, h, 2)[0], (hidden,))
+    assert torch.autograd.gradcheck(lambda x: fused_linear_cross_entropy(x, labels, h, 2)[0], (hidden,))
 
 
 def test_no_chunk_size_changes_the_loss_much() -> None:
     hidden, labels = batch(2, 50)
-    values = [summed_nll(hidden, labels, head(), chunk)[0].item() for chunk in (1, 3, 16, 99, 512)]
+    values = [fused_linear_cross_entropy(hidden, labels, head(), chunk)[0].item() for chunk in (1, 3, 16, 99, 512)]
     assert max(values) - min(values) < 1e-5 * values[0]
 
 
@@ -110,7 +110,7 @@ def test_rows_without_a_trained_token(which: str) -> None:
     hidden, labels = batch(3, 10)
     labels[0 if which == "one row" else slice(None)] = IGNORED
     hidden.requires_grad_()
-    loss, count = summed_nll(hidden, labels, head(), 4)
+    loss, count = fused_linear_cross_entropy(hidden, labels, head(), 4)
     loss.backward()
     assert hidden.grad is not None
     assert torch.isfinite(hidden.grad).all()
@@ -125,7 +125,7 @@ def test_rows_without_a_trained_token(which: str) -> None:
 
 
 def test_a_row_of_one_token_predicts_nothing() -> None:
-    loss, count = summed_nll(torch.randn(2, 1, HIDDEN), torch.tensor([[4], [5]]), head(), 8)
+    loss, count = fused_linear_cross_entropy(torch.randn(2, 1, HIDDEN), torch.tensor([[4], [5]]), head(), 8)
     assert count == 0
     assert loss.item() == 0.0
 
@@ -133,7 +133,7 @@ def test_a_row_of_one_token_predicts_nothing() -> None:
 def test_huge_logits_stay_finite() -> None:
     hidden, labels = batch(1, 20)
     hidden = (hidden * 1e4).requires_grad_()
-    loss, _ = summed_nll(hidden, labels, head(), 8)
+    loss, _ = fused_linear_cross_entropy(hidden, labels, head(), 8)
     loss.backward()
     wanted, grad = plain(hidden, labels, head())
     assert math.isfinite(loss.item())
@@ -145,8 +145,8 @@ def test_huge_logits_stay_finite() -> None:
 def test_without_gradients_none_is_made_and_the_value_is_the_same() -> None:
     hidden, labels = batch(2, 20)
     with torch.no_grad():
-        evaluated, _ = summed_nll(hidden, labels, head(), 8)
-    trained, _ = summed_nll(hidden.clone().requires_grad_(), labels, head(), 8)
+        evaluated, _ = fused_linear_cross_entropy(hidden, labels, head(), 8)
+    trained, _ = fused_linear_cross_entropy(hidden.clone().requires_grad_(), labels, head(), 8)
     assert not evaluated.requires_grad
     assert torch.equal(evaluated, trained.detach())
 
@@ -154,7 +154,7 @@ def test_without_gradients_none_is_made_and_the_value_is_the_same() -> None:
 def test_a_second_derivative_is_refused_and_not_wrong() -> None:
     hidden, labels = batch(1, 6)
     hidden.requires_grad_()
-    loss, _ = summed_nll(hidden, labels, head(), 8)
+    loss, _ = fused_linear_cross_entropy(hidden, labels, head(), 8)
     (first,) = torch.autograd.grad(loss.square(), hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
@@ -166,7 +166,7 @@ def test_a_quantized_head(kind: str) -> None:
     W = dense_weight(layer)
     hidden = torch.randn(2, 9, W.shape[1], requires_grad=True)
     labels = torch.randint(0, W.shape[0], (2, 9))
-    loss, _ = summed_nll(hidden, labels, Head(layer, None, 1.0), 4)
+    loss, _ = fused_linear_cross_entropy(hidden, labels, Head(layer, None, 1.0), 4)
     loss.backward()
     logits = hidden.detach().double() @ W.t() + layer.bias.double()
     wanted = F.cross_entropy(logits[:, :-1].reshape(-1, W.shape[0]), labels[:, 1:].reshape(-1), reduction="sum")
@@ -185,7 +185,7 @@ def test_equals_the_models_own_loss(tied: bool, dtype: torch.dtype) -> None:
     ids = torch.randint(3, 300, (2, 19))
     labels = ids.clone()
     labels[:, :6] = IGNORED
-    loss, count = summed_nll(model.model(ids).last_hidden_state, labels, h, 5)
+    loss, count = fused_linear_cross_entropy(model.model(ids).last_hidden_state, labels, h, 5)
     wanted = model(input_ids=ids, labels=labels).loss
     assert (loss / count).item() == pytest.approx(wanted.item(), rel=1e-5 if dtype == torch.float32 else 5e-3)
 
@@ -222,7 +222,7 @@ def test_equals_the_loss_of_models_that_scale_or_cap_their_logits(family: str) -
     torch.manual_seed(0)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     ids = torch.randint(3, 120, (2, 11))
-    loss, count = summed_nll(model.model(ids).last_hidden_state, ids, Head.of(model), 4)
+    loss, count = fused_linear_cross_entropy(model.model(ids).last_hidden_state, ids, Head.of(model), 4)
     assert (loss / count).item() == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), rel=1e-5)
 
 
@@ -262,7 +262,7 @@ def peak_bytes(loss: Any, tokens: int, vocabulary: int) -> int:
 
 
 def chunked(hidden: torch.Tensor, labels: torch.Tensor, module: Any) -> torch.Tensor:
-    return summed_nll(hidden, labels, Head(module, None, 1.0), 32)[0]
+    return fused_linear_cross_entropy(hidden, labels, Head(module, None, 1.0), 32)[0]
 
 
 def whole(hidden: torch.Tensor, labels: torch.Tensor, module: Any) -> torch.Tensor:
@@ -302,6 +302,6 @@ def test_prompts_cost_nothing_at_the_head() -> None:
         return original(x, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qvera.models.row_blocks.F.linear", counted)
-        summed_nll(hidden, labels, h, 4)
+        patch.setattr("qvera.models.linear.F.linear", counted)
+        fused_linear_cross_entropy(hidden, labels, h, 4)
     assert seen == [4, 4, 2]

@@ -20,10 +20,10 @@ from qvera.data import IGNORED
 from qvera.evaluation.generate import generate, generating
 from qvera.models import linear, quantization
 from qvera.models import loss as loss_module
+from qvera.models.linear import WeightBlocks
 from qvera.models.loader import load_base
-from qvera.models.loss import Head, summed_nll
+from qvera.models.loss import Head, fused_linear_cross_entropy
 from qvera.models.mmap import NotMappable, load_mapped
-from qvera.models.row_blocks import RowBlocks
 from qvera.utils.errors import InputError
 from tests.adapters.helpers import perturb
 from tests.conftest import small_llama, small_tokenizer
@@ -110,7 +110,7 @@ def test_gradients_of_the_vectors_are_those_of_a_base_in_memory(packed_dir: Path
         model = attach(load_base(section(path), CPU).model, AdapterSection(rank=8))
         perturb(model)
         hidden = model.get_base_model().get_decoder()(IDS).last_hidden_state
-        loss, _ = summed_nll(hidden, labels, Head.of(model.get_base_model()), 4)
+        loss, _ = fused_linear_cross_entropy(hidden, labels, Head.of(model.get_base_model()), 4)
         loss.backward()
         found.append((loss.detach(), {name: v.grad for name, v in named_vectors(model).items()}))
     (loss, ours), (other, theirs) = found
@@ -167,10 +167,10 @@ def test_the_loss_casts_a_16_bit_head_block_by_block(monkeypatch: pytest.MonkeyP
     for module, elements in ((stored, 24 * 40), (whole, 24 * 40)):
         monkeypatch.setattr(loss_module, "BLOCK_ELEMENTS", elements)
         x = hidden.clone().requires_grad_()
-        loss, _ = summed_nll(x, labels, Head(module, None, 1.0), chunk)
+        loss, _ = fused_linear_cross_entropy(x, labels, Head(module, None, 1.0), chunk)
         loss.backward()
         results.append((loss.detach(), x.grad))
-    assert len(RowBlocks(stored, torch.float32, 24 * 40, kept=True)) == 8
+    assert len(WeightBlocks(stored, torch.float32, 24 * 40, kept=True)) == 8
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
 
 

@@ -47,7 +47,7 @@ def both_ways(module: Any, x: torch.Tensor, upstream: torch.Tensor) -> tuple[tor
 @pytest.mark.parametrize("make", [norm, mlp])
 def test_same_output_to_the_bit_and_same_gradient(make: Any, dtype: torch.dtype, tolerance: float, tokens: int) -> None:
     stock, ours = make(dtype), make(dtype)
-    assert norm_mlp.lean_for_backward(ours) == 1
+    assert norm_mlp.reduce_saved_activations(ours) == 1
     x, upstream = torch.randn(2, tokens, HIDDEN, dtype=dtype), torch.randn(2, tokens, HIDDEN, dtype=dtype)
     y, grad = both_ways(ours, x, upstream)
     expected, expected_grad = both_ways(stock, x, upstream)
@@ -96,7 +96,7 @@ def saved_shapes(module: Any, x: torch.Tensor) -> list[tuple[tuple[int, ...], to
 def test_what_is_kept() -> None:
     x = torch.randn(9, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
     module = norm(torch.bfloat16)
-    norm_mlp.lean_for_backward(module)
+    norm_mlp.reduce_saved_activations(module)
     assert saved_shapes(module, x) == [((9, 1), torch.float32), ((9, HIDDEN), torch.bfloat16)]
     gated = norm_mlp._Gated.apply
     a, c = (torch.randn(9, WIDE, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
@@ -110,7 +110,7 @@ def test_what_is_kept() -> None:
 
 def test_a_norm_that_is_trained_is_left_to_autograd() -> None:
     module = norm(torch.float32)
-    norm_mlp.lean_for_backward(module)
+    norm_mlp.reduce_saved_activations(module)
     module.weight.requires_grad_(True)
     x = torch.randn(4, HIDDEN)
     stock = norm(torch.float32).requires_grad_(True)
@@ -140,8 +140,8 @@ SMALL = {
 
 
 def test_copies_of_llama_s_modules_are_known_and_others_left_alone() -> None:
-    assert norm_mlp.lean_for_backward(MistralForCausalLM(MistralConfig(**SMALL))) == 4
+    assert norm_mlp.reduce_saved_activations(MistralForCausalLM(MistralConfig(**SMALL))) == 4
     gemma = GemmaForCausalLM(GemmaConfig(**SMALL))  # (1 + w) h, and GELU
-    assert norm_mlp.lean_for_backward(gemma) == 0
+    assert norm_mlp.reduce_saved_activations(gemma) == 0
     assert not any("Lean" in type(m).__name__ for m in gemma.modules())
-    assert norm_mlp.lean_for_backward(small_llama(hidden_act="gelu")) == 5  # norms only
+    assert norm_mlp.reduce_saved_activations(small_llama(hidden_act="gelu")) == 5  # norms only

@@ -160,15 +160,14 @@ def test_threads_and_piece_sizes_change_no_byte(tiny_model_dir: Path, tmp_path: 
 DIES = """
 import os, signal, sys
 from pathlib import Path
-from qvera.models import source_checkpoint as original
-from qvera.models import quantize_checkpoint as prequantize
+from qvera.models import quantize_checkpoint, source_checkpoint
 from qvera.config.schema import ModelSection
 source, out, shards = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 section = ModelSection(path=str(source))
 def progress(done, total, name):
     if len(list(out.glob("*.safetensors"))) >= shards:
         os.kill(os.getpid(), signal.SIGKILL)
-prequantize.quantize_checkpoint(section, original.read_source(section, source), out, progress=progress, shard_bytes=30_000)
+quantize_checkpoint.quantize_checkpoint(section, source_checkpoint.read_source(section, source), out, progress=progress, shard_bytes=30_000)
 """
 
 

@@ -243,19 +243,19 @@ def test_ctrl_c_keeps_finished_shards_and_says_so(
     section: ModelSection, root: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(quantize_checkpoint, "SHARD_BYTES", 30_000)
-    finished = quantize_checkpoint.Unfinished.finished
+    finished = quantize_checkpoint.OutputDirectory.finished
 
     def interrupting(self: Any, name: str, sha256: str) -> None:
         finished(self, name, sha256)
         if len(self.shards) == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(quantize_checkpoint.Unfinished, "finished", interrupting)
+    monkeypatch.setattr(quantize_checkpoint.OutputDirectory, "finished", interrupting)
     assert main(["quantize", section.path]) == 75
     assert len(unfinished_shards(root)) == 2
     (entry,) = quantized_cache.BASES.listed()
     assert not entry.finished
-    monkeypatch.setattr(quantize_checkpoint.Unfinished, "finished", finished)
+    monkeypatch.setattr(quantize_checkpoint.OutputDirectory, "finished", finished)
     kept = {p.name: p.stat().st_ino for p in unfinished_shards(root)}
     assert main(["quantize", section.path]) == 0
     (entry,) = quantized_cache.BASES.listed()

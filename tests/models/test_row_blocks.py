@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from qvera.models import linear, quantization, row_blocks
-from qvera.models.row_blocks import RowBlocks, product, product_back
+from qvera.models import linear, quantization
+from qvera.models.linear import WeightBlocks, blocked_input_grad, blocked_linear
 from tests.adapters.helpers import relative
 
 SIZES = [(192, 128), (100, 64), (65, 320)]
@@ -38,7 +38,7 @@ def test_the_blocks_are_the_weight_to_the_bit(
     m: int, n: int, kind: str, storage: str, nested: bool, dtype: torch.dtype
 ) -> None:
     layer = four_bit(m, n, kind, storage, nested, dtype)
-    blocks = RowBlocks(layer, dtype, 7 * n + 3)
+    blocks = WeightBlocks(layer, dtype, 7 * n + 3)
     found = list(blocks)
     assert len(blocks) == len(found) == -(-m // 7)
     assert [rows.start for rows, _ in found] == list(range(0, m, 7))
@@ -48,7 +48,7 @@ def test_the_blocks_are_the_weight_to_the_bit(
 @pytest.mark.parametrize("width", [32, 96, 160])
 def test_a_weight_whose_scales_lie_across_rows_is_one_block(width: int) -> None:
     layer = four_bit(64, width, "nf4", "uint8", True, torch.float32)
-    blocks = RowBlocks(layer, torch.float32, width)
+    blocks = WeightBlocks(layer, torch.float32, width)
     ((rows, weight),) = blocks
     assert (rows, len(blocks)) == (slice(0, 64), 1)
     assert torch.equal(weight, quantization.dequantized_weight(layer, torch.float32))
@@ -62,11 +62,11 @@ def test_products_by_blocks_are_those_with_the_whole(m: int, n: int, dtype: torc
     W = quantization.dequantized_weight(layer, torch.float64)
     x, g, b = torch.randn(11, n, dtype=dtype), torch.randn(11, m, dtype=dtype), torch.randn(m, dtype=dtype)
     tolerance = 1e-6 if dtype == torch.float32 else 5e-3
-    y = product(x, RowBlocks(layer, dtype, 5 * n), b if bias else None)
+    y = blocked_linear(x, WeightBlocks(layer, dtype, 5 * n), b if bias else None)
     assert y.dtype == dtype
     assert relative(y, x.double() @ W.t() + (b.double() if bias else 0)) < tolerance
     out = torch.empty(11, n, dtype=dtype)
-    product_back(g, RowBlocks(layer, dtype, 5 * n), out)
+    blocked_input_grad(g, WeightBlocks(layer, dtype, 5 * n), out)
     assert relative(out, g.double() @ W) < tolerance
 
 
@@ -74,8 +74,8 @@ def test_products_by_blocks_are_those_with_the_whole(m: int, n: int, dtype: torc
 def test_a_large_frozen_linear_goes_by_blocks_and_keeps_only_a_block(tokens: int) -> None:
     """2,048 x 4,096 weights: two blocks; backward with many tokens takes the weight as a whole."""
     layer = four_bit(2048, 4096, "nf4", "bfloat16", True, torch.float32, bias=True)
-    assert len(RowBlocks(layer, torch.float32, row_blocks.BLOCK_WEIGHTS)) == 2
-    assert row_blocks.pays_backward(tokens, 4096) is (tokens == 3)
+    assert len(WeightBlocks(layer, torch.float32, linear.BLOCK_WEIGHTS)) == 2
+    assert linear.backward_by_blocks(tokens, 4096) is (tokens == 3)
     W = quantization.dequantized_weight(layer, torch.float32)
     x = torch.randn(1, tokens, 4096).requires_grad_()
     g = torch.randn(1, tokens, 2048)

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from qvera.data import batches_of, build_datasets
-from qvera.models.loader import load_tokenizer, require_packing
+from qvera.models.loader import require_packing
+from qvera.models.tokenizer import load_tokenizer
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 from tests.conftest import small_llama

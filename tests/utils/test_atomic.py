@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from qvera.utils.atomic import Unfinished, disk_full_says, place_files, replace_text, require_space
+from qvera.utils.atomic import OutputDirectory, disk_errors, place_files, replace_text, require_space
 from qvera.utils.errors import InputError, RunFailed
 from qvera.utils.signals import StopRequests
 
@@ -29,13 +29,13 @@ def shard(out: Path, name: str, data: bytes = b"data") -> str:
 
 def test_the_same_work_goes_on_and_another_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
-    with Unfinished.open(out, {"source": ("a", 1), "dtype": "float16"}, "export") as work:
+    with OutputDirectory.open(out, {"source": ("a", 1), "dtype": "float16"}, "export") as work:
         assert not work.has("one")
         work.facts["layers"] = {"x": 0.5}
         work.finished("one", shard(out, "one"))
     with pytest.raises(InputError, match="unfinished export of something else"):
-        Unfinished.open(out, {**IDENTITY, "dtype": "bfloat16"}, "export")
-    with Unfinished.open(out, IDENTITY, "export") as work:
+        OutputDirectory.open(out, {**IDENTITY, "dtype": "bfloat16"}, "export")
+    with OutputDirectory.open(out, IDENTITY, "export") as work:
         assert work.has("one")
         assert not work.has("two")
         assert work.facts == {"layers": {"x": 0.5}}
@@ -45,40 +45,40 @@ def test_the_same_work_goes_on_and_another_is_refused(tmp_path: Path) -> None:
         work.complete()
     assert [p.name for p in out.iterdir()] == ["one"]
     with pytest.raises(InputError, match="is not empty"):
-        Unfinished.open(out, IDENTITY, "export")
+        OutputDirectory.open(out, IDENTITY, "export")
 
 
 def test_a_file_a_full_directory_and_a_damaged_state_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="is a file"):
-        Unfinished.open(tmp_path / "file", IDENTITY, "export")
+        OutputDirectory.open(tmp_path / "file", IDENTITY, "export")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("")
     with pytest.raises(InputError, match="is not empty"):
-        Unfinished.open(tmp_path / "full", IDENTITY, "export")
+        OutputDirectory.open(tmp_path / "full", IDENTITY, "export")
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["mine"]
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / ".qvera_export_state.json").write_text("{")
     with pytest.raises(InputError, match="something else"):
-        Unfinished.open(tmp_path / "bad", IDENTITY, "export")
+        OutputDirectory.open(tmp_path / "bad", IDENTITY, "export")
     with pytest.raises(InputError, match="can't be written"):
-        Unfinished.open(Path("/proc/nowhere/out"), IDENTITY, "export")
+        OutputDirectory.open(Path("/proc/nowhere/out"), IDENTITY, "export")
 
 
 def test_one_process_at_a_time_and_the_lock_of_a_killed_one_is_free(tmp_path: Path) -> None:
     out = tmp_path / "out"
     code = (
-        "import sys, time; from pathlib import Path; from qvera.utils.atomic import Unfinished\n"
-        f"work = Unfinished.open(Path({str(out)!r}), {IDENTITY!r}, 'export'); print('held', flush=True); time.sleep(60)"
+        "import sys, time; from pathlib import Path; from qvera.utils.atomic import OutputDirectory\n"
+        f"work = OutputDirectory.open(Path({str(out)!r}), {IDENTITY!r}, 'export'); print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(InputError, match="another process is writing this export"):
-        Unfinished.open(out, IDENTITY, "export")
+        OutputDirectory.open(out, IDENTITY, "export")
     holder.kill()
     holder.wait()
-    with Unfinished.open(out, IDENTITY, "export") as work:
+    with OutputDirectory.open(out, IDENTITY, "export") as work:
         work.complete()
     assert list(out.iterdir()) == []
 
@@ -106,7 +106,7 @@ def test_a_full_or_read_only_disk_is_said_and_other_errors_are_left_alone(tmp_pa
     ):
         with (
             pytest.raises(RunFailed, match=r"^shard 3: the disk is full.* Kept: 2\.$"),
-            disk_full_says("shard 3", "Kept: 2."),
+            disk_errors("shard 3", "Kept: 2."),
         ):
             raise error
     for error in (
@@ -114,10 +114,10 @@ def test_a_full_or_read_only_disk_is_said_and_other_errors_are_left_alone(tmp_pa
         SafetensorError("Error while serializing: I/O error: Read-only file system (os error 30)"),
     ):
         with pytest.raises(RunFailed, match=r"^shard 3: it can't be written \(Read-only file system\).* Kept: 2\.$"):
-            with disk_full_says("shard 3", "Kept: 2."):
+            with disk_errors("shard 3", "Kept: 2."):
                 raise error
     for other in (FileNotFoundError(errno.ENOENT, "gone"), SafetensorError("InvalidHeaderDeserialization")):
-        with pytest.raises(type(other)), disk_full_says("shard 3", ""):
+        with pytest.raises(type(other)), disk_errors("shard 3", ""):
             raise other
 
 

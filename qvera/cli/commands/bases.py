@@ -20,7 +20,7 @@ from qvera.models.loader import pick_device
 from qvera.models.quantize_checkpoint import read_record
 from qvera.models.quantized_cache import BASES, cached_base, quantized_copy
 from qvera.utils import formatting
-from qvera.utils.cache_dir import Progress
+from qvera.utils.cache_dir import StageProgress
 from qvera.utils.errors import InputError, Interrupted, RunFailed
 from qvera.utils.paths import cache_root
 from qvera.utils.signals import StopRequests
@@ -59,7 +59,7 @@ def quantize(args: argparse.Namespace) -> None:
 
 
 @contextlib.contextmanager
-def _byte_progress() -> Iterator[Progress]:
+def _byte_progress() -> Iterator[StageProgress]:
     """A bar in bytes for each stage, on stderr."""
     columns = (
         TextColumn("{task.description}"),

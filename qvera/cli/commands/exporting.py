@@ -20,8 +20,9 @@ from qvera.export.compare import measure_difference, too_little_memory
 from qvera.export.deltas import AdapterDeltas, read_deltas
 from qvera.export.lora import Truncation, export_lora, export_stock_vera, lora_bytes, lora_factors, truncate_all
 from qvera.export.merge_adapters import stacked_factors, union, weighted_sum, write_vectors
-from qvera.models.empty_model import skeleton
-from qvera.models.loader import fingerprint_of, load_tokenizer
+from qvera.models.loader import fingerprint_of
+from qvera.models.model_config import empty_model
+from qvera.models.tokenizer import load_tokenizer
 from qvera.utils import formatting
 from qvera.utils.atomic import replace_text
 from qvera.utils.errors import InputError
@@ -108,7 +109,7 @@ def _compare_only(
 def _export_adapter(args: argparse.Namespace, section: ModelSection, adapter_dir: Path, dtype: torch.dtype) -> None:
     """--to lora and --to peft"""
     _require_no_tokens(read_config(adapter_dir), adapter_dir, f"--to {args.to}")
-    adapter = read_deltas(adapter_dir, skeleton(section))
+    adapter = read_deltas(adapter_dir, empty_model(section))
     if args.to == "peft":
         size = export_stock_vera(adapter, args.out)
         print(f"{formatting.size(size)} in {args.out}: PEFT's VeRA of rank {adapter.A.shape[0]}, projections included")
@@ -146,7 +147,7 @@ def merge_adapters(args: argparse.Namespace) -> None:
     _require_one_base(found)
     for _, _, directory in found:
         _require_no_tokens(read_config(directory), directory, "merge-adapters")
-    model = skeleton(found[0][1])
+    model = empty_model(found[0][1])
     adapters = [read_deltas(directory, model) for _, _, directory in found]
     weights = args.weights or [1.0 / len(adapters)] * len(adapters)
     if args.to == "qvera":

@@ -19,7 +19,8 @@ from qvera.data import Rows, build_datasets, data_warnings, decode, print_prefli
 from qvera.distributed import launch as launcher
 from qvera.distributed.zero_config import read_config as read_deepspeed
 from qvera.evaluation.report.preview_page import write_preview
-from qvera.models.loader import load_tokenizer, pick_device
+from qvera.models.loader import pick_device
+from qvera.models.tokenizer import load_tokenizer
 from qvera.training.lr_curve import RULE
 from qvera.training.lr_finder import PAGE, POINTS, find_lr
 from qvera.training.lr_page import rate_text

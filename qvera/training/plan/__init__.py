@@ -16,9 +16,9 @@ import torch
 from qvera.config.schema import Recipe
 from qvera.data import CutRows, Example, lengths_of
 from qvera.data.padding import repeats
-from qvera.models.added_tokens import ids_of
-from qvera.models.empty_model import skeleton
-from qvera.models.loader import load_tokenizer, takes_prefix_once
+from qvera.models.loader import takes_prefix_once
+from qvera.models.model_config import empty_model
+from qvera.models.tokenizer import ids_of, load_tokenizer
 from qvera.training.plan.activations import Batch
 from qvera.training.plan.alternatives import BatchOf, Change, fits, nearest_changes
 from qvera.training.plan.batches import assumed_batch, batch_of, longest_rows, planned_steps, token_counts
@@ -116,7 +116,7 @@ def make_plan(
         InputError: the config can't be read, it is no decoder of linears, or a target matches nothing.
     """
     with torch.random.fork_rng(devices=[]):
-        model = skeleton(recipe.model)
+        model = empty_model(recipe.model)
     shape = _grown(shape_of(model), recipe)
     attention = recipe.model.attn_implementation
     joinable = recipe.data.prefix_once and attention != "flash_attention_2" and takes_prefix_once(model)

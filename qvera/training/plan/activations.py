@@ -13,7 +13,7 @@ import torch
 
 from qvera.adapters import fused
 from qvera.adapters.functional import BLOCK_ELEMENTS, few_tokens
-from qvera.models.row_blocks import BLOCK_WEIGHTS, pays_backward
+from qvera.models.linear import BLOCK_WEIGHTS, backward_by_blocks
 from qvera.training.plan.machine import Machine
 from qvera.training.plan.shapes import Linear, Shape
 
@@ -76,10 +76,10 @@ class Adapted:
         return self.quantization != "none"
 
     def goes_by_blocks(self, x: Linear) -> bool:
-        """Whether the weight is never whole: its products take some rows at a time (`qvera.models.row_blocks`)."""
+        """Whether the weight is never whole: its products take some rows at a time (`qvera.models.linear`)."""
         four_bit = self.quantization in ("nf4", "fp4") and x.quantizable and self.machine.device_type == "cpu"
         large = x.n * x.m > BLOCK_WEIGHTS and x.n % 64 == 0
-        return four_bit and large and not self.is_summed(x) and pays_backward(self.batch.all_tokens, x.n)
+        return four_bit and large and not self.is_summed(x) and backward_by_blocks(self.batch.all_tokens, x.n)
 
     def layer(self) -> list[Linear]:
         """The linears of one decoder layer that stands for all; the second one, where some first ones differ."""

@@ -85,7 +85,7 @@ class NotPlannable(InputError):
 
 
 def shape_of(model: nn.Module) -> Shape:
-    """Read the shapes off a model; one without weights (`qvera.models.empty_model`) will do.
+    """Read the shapes off a model; one without weights (`qvera.models.model_config`) will do.
 
     Raises:
         InputError: it has no decoder layers as this project knows them.

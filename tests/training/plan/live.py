@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from qvera.adapters.save_load import attach
 from qvera.config.schema import Recipe
 from qvera.models.loader import enable_checkpointing
-from qvera.models.loss import Head, summed_nll
+from qvera.models.loss import Head, fused_linear_cross_entropy
 from tests.conftest import small_llama
 
 
@@ -87,7 +87,7 @@ def step_peak_bytes(model: Any, ids: torch.Tensor, mask: torch.Tensor, labels: t
         p.grad = torch.zeros_like(p)
     with LiveBytes() as live:
         hidden = base.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        nll, _ = summed_nll(hidden, labels, Head.of(base), chunk)
+        nll, _ = fused_linear_cross_entropy(hidden, labels, Head.of(base), chunk)
         del hidden
         nll.backward()
     return live.peak

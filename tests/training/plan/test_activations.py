@@ -11,8 +11,8 @@ import torch
 from qvera.adapters.save_load import attach
 from qvera.config.schema import Recipe, parse_recipe
 from qvera.models import quantization
-from qvera.models.empty_model import skeleton
 from qvera.models.loader import enable_checkpointing, load_base
+from qvera.models.model_config import empty_model
 from qvera.training.plan import Batch, Machine, plan_memory, shape_of
 from qvera.training.plan.memory import four_bit_bytes, optimizer_state_bytes, weight_storage_bytes
 from tests.conftest import small_llama
@@ -127,7 +127,7 @@ def test_base_bytes_are_those_of_the_loaded_modules(tiny_model_dir: Path, double
     }
     made = parse_recipe(tree, "a test")
     base = load_base(made.model, torch.device("cpu"))
-    shape = shape_of(skeleton(made.model))
+    shape = shape_of(empty_model(made.model))
     assert shape.parameters == base.facts["parameters"]
     stored = {n: m for n, m in base.model.named_modules() if isinstance(m, quantization.Linear4bit)}
     assert {x.name for x in shape.linears if x.quantizable} == set(stored)

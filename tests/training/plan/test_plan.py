@@ -13,7 +13,7 @@ import torch
 from qvera.cli.main import main
 from qvera.config.schema import parse_recipe
 from qvera.data import batches_of, build_datasets
-from qvera.models.loader import load_tokenizer
+from qvera.models.tokenizer import load_tokenizer
 from qvera.training.plan import Machine, make_plan, parse_size, table
 from qvera.training.plan.alternatives import changed
 from qvera.training.plan.batches import batch_of, longest_rows

@@ -16,18 +16,53 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from torch import nn
+from transformers import AutoTokenizer
 
+from qvera.config.schema import ModelSection
+from qvera.models.hub import require_model_files
 from qvera.utils.errors import InputError, first_line
+from qvera.utils.paths import resolve_path
 
 ADDED_ROWS = "added_tokens.safetensors"
 """Beside an adapter's vectors: ``embedding`` and ``head`` [added tokens, hidden], by id; no ``head`` where they are one table."""
 PLACED = "qvera_added_tokens"
 """The attribute of a model that says which tokens it has been given rows for: token → id."""
 _BLOCK_ROWS = 4096
+
+
+_TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json")
+
+
+def load_tokenizer(section: ModelSection) -> Any:
+    """The tokenizer of a model section.
+
+    Raises:
+        InputError: there is none at that path, it has no end-of-sequence token, or it has a token that the section adds.
+    """
+    require_model_files(resolve_path(section.path))
+    name = resolve_path(section.tokenizer or section.path)
+    revision = None if section.tokenizer else section.revision
+    try:
+        if Path(name).is_dir() and not any(any(Path(name).glob(pattern)) for pattern in _TOKENIZER_FILES):
+            raise OSError("it has no tokenizer file")  # transformers 5.0 would make an empty tokenizer
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=section.trust_remote_code)
+    except (OSError, ValueError, HFValidationError, KeyError) as error:
+        raise InputError(
+            f"model.path: no tokenizer can be loaded from {name!r} ({first_line(error)}). Expected tokenizer.json or "
+            "tokenizer.model beside the weights; or name another one with model.tokenizer."
+        ) from None
+    add_tokens(tokenizer, section.added_tokens, section.pad_token, section.eos_token)
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"model.path: the tokenizer of {name!r} has no end-of-sequence token, so no answer could ever end. Set "
+            "eos_token in its tokenizer_config.json."
+        )
+    return tokenizer
 
 
 def add_tokens(tokenizer: Any, tokens: Sequence[str], pad: str | None = None, eos: str | None = None) -> None:
@@ -72,7 +107,7 @@ def ids_of(tokenizer: Any, tokens: Sequence[str]) -> dict[str, int]:
     return dict(sorted(((token, vocabulary[token]) for token in tokens), key=lambda pair: pair[1]))
 
 
-def place_rows(model: Any, ids: dict[str, int]) -> int:
+def place_token_rows(model: Any, ids: dict[str, int]) -> int:
     """Give every added token its row in embedding and head; returns how many rows the two had to grow by.
 
     Rows that the checkpoint has beyond its tokens (Qwen pads its vocabulary) are taken first, in the pages they lie in. Where there
@@ -96,8 +131,8 @@ def place_rows(model: Any, ids: dict[str, int]) -> int:
     return _put(model, ids, rows)
 
 
-def put_rows(model: Any, ids: dict[str, int], rows: dict[str, torch.Tensor], source: Path) -> None:
-    """Put rows read from an adapter (`read_rows`) in the places that `place_rows` has made.
+def put_token_rows(model: Any, ids: dict[str, int], rows: dict[str, torch.Tensor], source: Path) -> None:
+    """Put rows read from an adapter (`read_token_rows`) in the places that `place_token_rows` has made.
 
     Raises:
         InputError: they have not the model's width.
@@ -114,7 +149,7 @@ def put_rows(model: Any, ids: dict[str, int], rows: dict[str, torch.Tensor], sou
     _put(model, ids, [rows[name] for name in names])
 
 
-def save_rows(model: Any, ids: dict[str, int], directory: Path) -> None:
+def save_token_rows(model: Any, ids: dict[str, int], directory: Path) -> None:
     """Write the added tokens' rows, as they are in the model, beside an adapter."""
     places = list(ids.values())
     modules = _different(*_ends(model))
@@ -125,8 +160,8 @@ def save_rows(model: Any, ids: dict[str, int], directory: Path) -> None:
     save_file(tensors, directory / ADDED_ROWS)
 
 
-def read_rows(directory: Path) -> dict[str, torch.Tensor]:
-    """What `save_rows` wrote.
+def read_token_rows(directory: Path) -> dict[str, torch.Tensor]:
+    """What `save_token_rows` wrote.
 
     Raises:
         InputError: the file is missing or damaged, or has NaN or Inf in it.
@@ -169,13 +204,13 @@ def _drawn(weight: torch.Tensor, ids: dict[str, int], known: int) -> torch.Tenso
         total += block.sum(0)
         squares += (block * block).sum(0)
     mean = total / known
-    spread = (squares / known - mean * mean).clamp_min(0).sqrt()
+    deviation = (squares / known - mean * mean).clamp_min(0).sqrt()
     rows = []
     for token in ids:
         key = np.frombuffer(hashlib.sha256(token.encode()).digest()[:16], dtype="<u8").astype(np.uint64)
         words = np.random.Philox(key=key).random_raw(len(mean))  # raw words: the stream that numpy promises to keep
         uniform = torch.from_numpy((words >> np.uint64(11)).astype(np.float64) * 2.0**-52 - 1.0)
-        rows.append(mean + spread * (3.0**0.5) * uniform)
+        rows.append(mean + deviation * (3.0**0.5) * uniform)
     return torch.stack(rows).to(weight.dtype)
 
 

@@ -23,8 +23,8 @@ from qvera.evaluation.generate import generate
 from qvera.evaluation.load import open_run
 from qvera.evaluation.run_info import describe
 from qvera.export.merge_adapters import load_adapters
-from qvera.models.added_tokens import ADDED_ROWS
-from qvera.models.loader import load_base, load_tokenizer
+from qvera.models.loader import load_base
+from qvera.models.tokenizer import ADDED_ROWS, load_tokenizer
 from qvera.training.plan import make_plan
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
@@ -232,7 +232,7 @@ def test_zero_3_is_refused(model_dir: Path) -> None:
             raise AssertionError("nothing is to be read")
 
     with pytest.raises(InputError, match=r"model\.added_tokens: ZeRO-3 divides the embedding"):
-        load_base(ModelSection(path=str(model_dir), added_tokens=[TOOL]), spread=Spreading())
+        load_base(ModelSection(path=str(model_dir), added_tokens=[TOOL]), sharder=Spreading())
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8"])

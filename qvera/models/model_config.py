@@ -12,7 +12,7 @@ from qvera.utils.errors import InputError, first_line
 from qvera.utils.paths import resolve_path
 
 
-def skeleton(section: ModelSection, source: Path | str | None = None) -> torch.nn.Module:
+def empty_model(section: ModelSection, source: Path | str | None = None) -> torch.nn.Module:
     """The base without weights, to see which modules there are and of which kind.
 
     Raises:
