@@ -1,4 +1,4 @@
-"""Answers: prompts → text, batched, greedy or sampled, at the speed of stock 4-bit generation."""
+"""Generate answers to prompts in batches, greedy or sampled, at the speed of stock 4-bit generation."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import contextlib
 import copy
 import inspect
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import DynamicCache, GenerationMixin
@@ -17,10 +18,17 @@ from qvera.distributed.zero_params import any_sharded, is_sharded
 from qvera.models import linear
 from qvera.models.loader import causal_model, takes_prefix_once
 from qvera.utils import memory
+from qvera.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.generation.streamers import BaseStreamer
 
 
 @contextlib.contextmanager
-def generating(model: Any, base_only: bool = False) -> Iterator[None]:
+def generating(model: nn.Module, base_only: bool = False) -> Iterator[None]:
     """For the time of the block: evaluation mode, the KV cache on, linears in their fastest layout for answers.
 
     On a CPU with memory to spare, adapted layers hold W + ΔW in the compute dtype; 4-bit layers without it hold a copy in
@@ -57,9 +65,25 @@ def _dense_fits(layers: list[Any]) -> bool:
     return size_bytes <= memory.available_bytes(torch.device("cpu")) // 4
 
 
+def check_settings(max_new_tokens: int, batch_size: int, temperature: float, top_p: float) -> None:
+    """Check the settings of `generate`, so that a wrong one is found before a model is loaded.
+
+    Raises:
+        InputError: one of them is out of its range.
+    """
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens: expected at least 1, got {max_new_tokens}.")
+    if batch_size < 1:
+        raise InputError(f"batch_size: expected at least 1, got {batch_size}.")
+    if not 0 <= temperature < math.inf:
+        raise InputError(f"temperature: expected 0 (greedy) or a positive number, got {temperature}.")
+    if not 0 < top_p <= 1:
+        raise InputError(f"top_p: expected a number above 0 and at most 1, got {top_p}.")
+
+
 def generate(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -68,7 +92,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     adapters: Sequence[str] | None = None,
-    streamer: Any = None,
+    streamer: BaseStreamer | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
     """Complete each prompt, in batches of similar length, and return the texts in the order of the prompts.
@@ -83,26 +107,30 @@ def generate(
 
     Returns:
         The decoded answers, without prompt and special tokens.
+
+    Raises:
+        InputError: one of the settings is out of its range.
+        ValueError: ``adapters`` does not name one adapter for each prompt.
     """
+    check_settings(max_new_tokens, batch_size, temperature, top_p)
+    if adapters is not None and len(adapters) != len(prompts):
+        raise ValueError(f"{len(adapters)} adapters for {len(prompts)} prompts; need one for each")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     device = next(model.parameters()).device
     ends = _end_tokens(model, tokenizer)
-    together = any_sharded(
-        model
-    )  # then a rank whose answers have ended goes on gathering layers for those that have not
+    # Under ZeRO-3 a rank whose answers have ended goes on, because the others still need its shards.
+    together = any_sharded(model)
     answers: dict[int, str] = {}
     by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with (
         generating(model, base_only=adapters is not None),
-        forked,
-    ):  # sampling must not move the training run's random state
+        forked,  # sampling must not move the training run's random state
+    ):
         torch.manual_seed(seed)
-        if adapters is not None and len(adapters) != len(prompts):
-            raise ValueError(f"{len(adapters)} adapters for {len(prompts)} prompts; need one for each")
         prefix = _common_prefix(prompts) if takes_prefix_once(model) and streamer is None and adapters is None else 0
         cache = _prefix_cache(model, prompts[0][:prefix], device) if prefix >= _WORTH_TOKENS else None
         for start in range(0, len(by_length), batch_size):
@@ -159,7 +187,7 @@ def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:
     return max(0, min(shared, min(map(len, prompts)) - 1))
 
 
-def _prefix_cache(model: Any, prefix: Sequence[int], device: torch.device) -> Any:
+def _prefix_cache(model: nn.Module, prefix: Sequence[int], device: torch.device) -> DynamicCache:
     """The KV cache of one row after ``prefix``, to be repeated for every batch."""
     cache = DynamicCache(config=causal_model(model).config)
     ids = torch.as_tensor([list(prefix)], dtype=torch.long, device=device)
@@ -167,7 +195,7 @@ def _prefix_cache(model: Any, prefix: Sequence[int], device: torch.device) -> An
     return cache
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+def _end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends an answer: the tokenizer's and those of the model's generation config."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = {tokenizer.eos_token_id}

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on a run, an adapter or an export: its tasks and numbers, our model.
+"""Run lm-evaluation-harness on a run, an adapter or an export.
 
 The harness (the package lm-eval, extra ``harness``) makes prompts and scores; the model it asks is what `qvera.evaluation.load` opens, so
 a run is measured on the quantized base it was trained on, without an export. For a merged export ``lm_eval --model hf`` does the
@@ -11,11 +11,14 @@ import logging
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qvera.evaluation import evaluate
 from qvera.evaluation.load import OpenRun
 from qvera.utils.errors import InputError, first_line
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
 
 
 def require_harness() -> None:
@@ -26,7 +29,7 @@ def require_harness() -> None:
         )
 
 
-def find_tasks(names: Sequence[str], include: Path | None) -> Any:
+def find_tasks(names: Sequence[str], include: Path | None) -> TaskManager:
     """lm-eval's task manager, once it is known to have these tasks.
 
     Args:
@@ -59,7 +62,7 @@ def find_tasks(names: Sequence[str], include: Path | None) -> Any:
 
 def run_harness(
     opened: OpenRun,
-    manager: Any,
+    manager: TaskManager,
     names: Sequence[str],
     *,
     limit: int | None = None,

@@ -1,4 +1,4 @@
-"""What `qvera eval` and `qvera harness` can open: a run, an adapter on its base, or a whole checkpoint such as a merged export."""
+"""Open what can be evaluated: a run, an adapter on its base model, or a whole checkpoint such as a merged export."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
@@ -23,6 +23,10 @@ from qvera.models.loader import load_exported
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.files import file_sha256
 from qvera.utils.paths import CERTIFICATE
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -283,7 +287,7 @@ def _require_loadable(directory: Path) -> None:
         )
 
 
-def _load_other_adapter(base_model: Any, directory: Path, _: loader.Base) -> Any:
+def _load_other_adapter(base_model: nn.Module, directory: Path, _: loader.Base) -> PeftModel:
     """A LoRA, or whatever else PEFT itself can load, on our frozen base."""
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -357,7 +361,7 @@ def require_base(target: EvalTarget) -> None:
         raise InputError(problem)
 
 
-def _stored_model(directory: Path) -> tuple[loader.Base, Any]:
+def _stored_model(directory: Path) -> tuple[loader.Base, PreTrainedModel]:
     tokenizer = loader.load_tokenizer(ModelSection(path=str(directory)))
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     if config.get("quantization_config"):
@@ -377,7 +381,7 @@ def _stored_model(directory: Path) -> tuple[loader.Base, Any]:
 
 
 @contextlib.contextmanager
-def base_of(target: EvalTarget, opened: OpenRun) -> Iterator[Any]:
+def base_of(target: EvalTarget, opened: OpenRun) -> Iterator[nn.Module]:
     """For the time of the block, the model without what was trained: the adapter switched off, or an export's base loaded."""
     if target.adapter is None:
         yield _open_merged_base(target).model

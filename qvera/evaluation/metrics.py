@@ -1,4 +1,4 @@
-"""Answers held against their references, by metrics that are asked for by name.
+"""Text metrics, by name: scores of answers compared with their references.
 
 ``exact`` is qvera's own; the others are those of the libraries that papers use: sacrebleu (arXiv 1804.08771) for BLEU, chrF and
 TER, rouge-score for ROUGE (Lin, 2004). Each keeps its library's scale: BLEU, chrF and TER from 0 to 100, the others from 0 to 1.
@@ -150,5 +150,5 @@ def scores_of(metrics: Sequence[TextMetric], answers: Sequence[str], references:
 
 
 def row_scores(metrics: Sequence[TextMetric], answer: str, references: Sequence[str]) -> dict[str, float]:
-    """Metric name → score of one answer; empty where there is nothing to hold it against."""
+    """Metric name → score of one answer; empty where there is no reference."""
     return {metric.name: metric.of_one(answer, references) for metric in metrics} if references else {}

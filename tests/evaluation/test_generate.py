@@ -16,6 +16,7 @@ from qvera.evaluation import evaluate
 from qvera.evaluation import generate as generation
 from qvera.evaluation.generate import exact_match, generate, generating
 from qvera.models.loader import load_base
+from qvera.utils.errors import InputError
 from tests.adapters.helpers import perturb, weight_bytes
 
 PROMPTS = [[5, 9, 200, 31, 7], [40], [8, 8, 30, 1, 99, 4, 250, 6, 17, 60, 61], [77, 12], [5, 9, 200, 31, 8]]
@@ -275,3 +276,20 @@ def test_the_head_s_product_is_not_a_batched_one(dense: tuple[Any, Any]) -> None
         logits = model(ids, logits_to_keep=1).logits
     torch.testing.assert_close(logits, plain)
     assert head not in seen.shapes
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("max_new_tokens", 0),
+        ("batch_size", 0),
+        ("temperature", -1.0),
+        ("temperature", float("nan")),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+    ],
+)
+def test_a_setting_out_of_its_range_is_refused_by_name(dense: tuple[Any, Any], setting: str, value: float) -> None:
+    settings: dict[str, Any] = {"max_new_tokens": 2, setting: value}
+    with pytest.raises(InputError, match=f"^{setting}: expected"):
+        generate(*dense, [[5, 6]], **settings)
