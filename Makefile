@@ -1,6 +1,7 @@
 # make quickstart   fine-tune a small real Llama on this machine, no GPU needed (minutes)
 # make test         the test suite
 # make lint         ruff and mypy
+# make docs         the documentation as HTML, in docs/_build/html
 #
 # PYTHON chooses the interpreter that makes the virtual environment: make test PYTHON=python3.12
 # ARGS goes to `qvera quickstart`:                                  make quickstart ARGS="--fetch-only"
@@ -11,7 +12,7 @@ LOWEST ?= .venv-lowest
 ARGS   ?=
 BIN     = $(VENV)/bin
 
-.PHONY: help quickstart test test-slow test-ci-slow test-lowest lint format clean
+.PHONY: help quickstart test test-slow test-ci-slow test-lowest lint format docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -22,6 +23,7 @@ help:
 	@echo "make test-lowest   the test suite with the oldest versions that pyproject.toml allows"
 	@echo "make lint          ruff check, ruff format --check, mypy"
 	@echo "make format        let ruff mend what it can"
+	@echo "make docs          the documentation, as HTML in docs/_build/html; warnings are errors"
 	@echo "make clean         remove virtual environments, caches and builds (runs/ stays)"
 
 quickstart: $(VENV)/.installed-quickstart
@@ -53,8 +55,11 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --builder html docs docs/_build/html
+
 clean:
-	rm -rf $(VENV) $(LOWEST) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) dist build docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find qvera tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp file is newer than pyproject.toml once its extras are installed, so nothing is installed twice.
