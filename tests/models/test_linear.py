@@ -72,6 +72,36 @@ def test_the_product_is_taken_in_the_compute_dtype_and_comes_back_in_the_inputs(
     assert torch.equal(y, exact)
 
 
+@pytest.mark.parametrize("change", ["y += z", "y.add_(z)", "y.mul_(z)"])
+@pytest.mark.parametrize("shape", [(5, IN), (2, 5, IN)])
+@pytest.mark.parametrize("kind", ["int8", "nf4-uint8", "stored in 16 bits", "by blocks"])
+def test_the_output_can_be_changed_in_place(
+    kind: str, shape: tuple[int, ...], change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Llama 4 does it (`out.add_`), and stock linears allow it."""
+    if kind == "stored in 16 bits":
+        layer = base_layer("linear").to(torch.bfloat16)
+        linear.freeze_dense(layer)
+    else:
+        layer = base_layer("nf4-uint8" if kind == "by blocks" else kind)
+    if kind == "by blocks":
+        monkeypatch.setattr(linear, "BLOCK_WEIGHTS", 10 * IN)
+        assert len(linear.WeightBlocks(layer, torch.float32, linear.BLOCK_WEIGHTS)) == 10
+    W, bias = dense_weight(layer).float(), layer.bias.float()
+    x, upstream = torch.randn(shape, requires_grad=True), torch.randn(*shape[:-1], OUT)
+    z = torch.randn_like(upstream, requires_grad=True)
+    y = layer(x)
+    exec(change, {}, {"y": y, "z": z})
+    plain = x @ W.t() + bias
+    expected = plain * z if "mul" in change else plain + z
+    for one, other in zip(
+        (y, *torch.autograd.grad(y, (x, z), upstream)),
+        (expected, *torch.autograd.grad(expected, (x, z), upstream)),
+        strict=True,
+    ):
+        assert relative(one.detach(), other.detach()) < 1e-6
+
+
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_nothing_is_saved_for_backward(kind: str) -> None:
     saved: list[int] = []

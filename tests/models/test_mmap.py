@@ -146,10 +146,10 @@ def test_answers_hold_the_head_in_the_compute_dtype_and_let_go_of_it(packed_dir:
     base = load_base(section(packed_dir), CPU)
     head = base.model.lm_head
     with generating(base.model):
-        assert head._held_weight is not None
-        assert head._held_weight.dtype == torch.float32
-        assert torch.equal(head._held_weight, head.weight.float())
-    assert head._held_weight is None
+        assert head._inference_weight is not None
+        assert head._inference_weight.dtype == torch.float32
+        assert torch.equal(head._inference_weight, head.weight.float())
+    assert head._inference_weight is None
     assert generate(base.model, base.tokenizer, [[5, 9, 20]], max_new_tokens=4)
 
 
@@ -170,7 +170,7 @@ def test_the_loss_casts_a_16_bit_head_block_by_block(monkeypatch: pytest.MonkeyP
         loss, _ = fused_linear_cross_entropy(x, labels, Head(module, None, 1.0), chunk)
         loss.backward()
         results.append((loss.detach(), x.grad))
-    assert len(WeightBlocks(stored, torch.float32, 24 * 40, kept=True)) == 8
+    assert len(WeightBlocks(stored, torch.float32, 24 * 40, reused=True)) == 8
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
 
 

@@ -61,16 +61,35 @@ def test_same_output_to_the_bit_and_same_gradient(make: Any, dtype: torch.dtype,
         assert torch.equal(ours(x), expected)
 
 
+@pytest.mark.parametrize("make", [norm, mlp])
+def test_the_output_can_be_changed_in_place(make: Any) -> None:
+    stock, ours = make(torch.float32), make(torch.float32)
+    norm_mlp.reduce_saved_activations(ours)
+    x, upstream = torch.randn(2, 7, HIDDEN), torch.randn(2, 7, HIDDEN)
+    found = []
+    for module in (ours, stock):
+        inner = x.clone().requires_grad_()
+        y = module(inner)
+        y += inner
+        y.add_(inner)
+        y.backward(upstream)
+        assert inner.grad is not None
+        found.append((y.detach(), inner.grad))
+    (y, grad), (expected, expected_grad) = found
+    assert torch.equal(y, expected)
+    assert relative(grad, expected_grad) < 2e-6
+
+
 def test_gradcheck() -> None:
     x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
     c = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(norm_mlp._Gated.apply, (x, c))
+    assert torch.autograd.gradcheck(norm_mlp._GatedFunction.apply, (x, c))
     # the norm computes in fp32 whatever it is given, as transformers' does: a formula in float64 stands for differences
     weight = torch.randn(6, dtype=torch.float64)
     upstream = torch.randn(5, 6, dtype=torch.float64)
     module = LlamaRMSNorm(6, eps=1e-5).requires_grad_(False)
     module.weight.data = weight
-    norm_mlp._Norm.apply(x, module).backward(upstream)
+    norm_mlp._RMSNormFunction.apply(x, module).backward(upstream)
     other = x.detach().clone().requires_grad_()
     (weight * other * torch.rsqrt(other.pow(2).mean(-1, keepdim=True) + 1e-5)).backward(upstream)
     assert x.grad is not None
@@ -98,7 +117,7 @@ def test_what_is_kept() -> None:
     module = norm(torch.bfloat16)
     norm_mlp.reduce_saved_activations(module)
     assert saved_shapes(module, x) == [((9, 1), torch.float32), ((9, HIDDEN), torch.bfloat16)]
-    gated = norm_mlp._Gated.apply
+    gated = norm_mlp._GatedFunction.apply
     a, c = (torch.randn(9, WIDE, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
 
     class Product(nn.Module):
@@ -123,7 +142,7 @@ def test_attaching_an_adapter_does_it_and_a_copy_still_runs() -> None:
     plain, model = small_llama(), attach(small_llama().requires_grad_(False), AdapterSection(rank=4))
     inner = model.get_base_model()
     kinds = {type(m).__name__ for m in inner.modules()}
-    assert {"LeanLlamaRMSNorm", "LeanLlamaMLP"} <= kinds
+    assert {"LowMemoryLlamaRMSNorm", "LowMemoryLlamaMLP"} <= kinds
     assert not kinds & {"LlamaRMSNorm", "LlamaMLP"}
     ids = torch.arange(3, 20).unsqueeze(0)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -143,5 +162,5 @@ def test_copies_of_llama_s_modules_are_known_and_others_left_alone() -> None:
     assert norm_mlp.reduce_saved_activations(MistralForCausalLM(MistralConfig(**SMALL))) == 4
     gemma = GemmaForCausalLM(GemmaConfig(**SMALL))  # (1 + w) h, and GELU
     assert norm_mlp.reduce_saved_activations(gemma) == 0
-    assert not any("Lean" in type(m).__name__ for m in gemma.modules())
+    assert not any("LowMemory" in type(m).__name__ for m in gemma.modules())
     assert norm_mlp.reduce_saved_activations(small_llama(hidden_act="gelu")) == 5  # norms only
