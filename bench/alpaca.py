@@ -10,7 +10,6 @@ four rates with the linear decay. Lines go to results/alpaca.jsonl; a trial that
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import random
 import tempfile
@@ -72,7 +71,7 @@ def main() -> None:
         recipe = recipe_of(args.rows, Path(directory))
         for trial in written.missing([Trial(method="frozen"), *TRIALS], args.half):
             model, base, _, facts = run(trial, recipe)
-            rows = dataclasses.replace(recipe.data, eval_path=str(Path(directory) / "score.json"))
+            rows = recipe.data.replace(eval_path=str(Path(directory) / "score.json"))
             scored = build_datasets(rows, base.tokenizer)
             found = evaluate.held_out_loss(model, scored.eval, pad_id=scored.pad_id, batch_size=4, chunk_tokens=512)
             written.add(trial, {**facts, "score_loss": found["loss"], "score_rows": found["rows"]})

@@ -123,7 +123,7 @@ def recipe_of(data: Path, to: Path) -> Recipe:
 def answered(model: Any, tokenizer: Any, recipe: Recipe, inputs: dict[str, list[str]]) -> dict[str, Any]:
     """Greedy answers to every input, scored against all of its references."""
     firsts = write_rows(Path(recipe.data.path).parent / "asked.csv", {mr: refs[:1] for mr, refs in inputs.items()})
-    asked = build_datasets(dataclasses.replace(recipe.data, eval_path=str(firsts)), tokenizer).eval
+    asked = build_datasets(recipe.data.replace(eval_path=str(firsts)), tokenizer).eval
     tokens = recipe.training.sample_max_new_tokens
     rows = answer_rows(model, tokenizer, asked, max_new_tokens=tokens, batch_size=42)
     answers, wanted = [" ".join(row["answer"].split()) for row in rows], list(inputs.values())

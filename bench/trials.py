@@ -7,7 +7,6 @@ only the adapter differs. Nothing here is timed.
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 import hashlib
 import json
@@ -91,10 +90,10 @@ def adapted(base: Base, trial: Trial, recipe: Recipe) -> Any:
         config = VeraConfig(r=trial.rank, target_modules=targets, d_initial=trial.d_initial or 0.1,
                             projection_prng_key=trial.seed, save_projection=False)  # fmt: skip
     elif trial.method == "qvera":
-        section = copy.deepcopy(recipe.adapter)
-        section.rank, section.targets, section.seed = trial.rank, targets, trial.seed
-        section.d_initial = trial.d_initial or section.d_initial
-        section.b_groups, section.input_scale = trial.b_groups, trial.input_scale
+        section = recipe.adapter.replace(
+            rank=trial.rank, targets=targets, seed=trial.seed, d_initial=trial.d_initial or recipe.adapter.d_initial,
+            b_groups=trial.b_groups, input_scale=trial.input_scale,
+        )  # fmt: skip
         return attach(base.model, section)
     else:
         return base.model
@@ -103,9 +102,8 @@ def adapted(base: Base, trial: Trial, recipe: Recipe) -> Any:
 
 def train(model: Any, trial: Trial, recipe: Recipe, datasets: Datasets) -> dict[str, Any]:
     """Train what needs a gradient; returns each step's loss, and counts."""
-    section = copy.deepcopy(recipe.training)
-    section.lr_scheduler_type, section.warmup_ratio = trial.schedule, trial.warmup_ratio  # type: ignore[assignment]
-    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, seed=trial.seed), training=section)
+    section = recipe.training.replace(lr_scheduler_type=trial.schedule, warmup_ratio=trial.warmup_ratio)
+    recipe = recipe.replace(data=recipe.data.replace(seed=trial.seed), training=section)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     settings = {"betas": (section.adam_beta1, trial.beta2 or section.adam_beta2), "eps": section.adam_epsilon,
                 "weight_decay": section.weight_decay}  # fmt: skip

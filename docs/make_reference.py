@@ -1,72 +1,112 @@
-"""Write docs/recipe.md from the dataclasses in qvera/config/schema.py: ``python docs/make_reference.py``. A test keeps it true."""
+"""Write docs/recipe.md and qvera/config/recipe.schema.json from the recipe's JSON schema: ``python docs/make_reference.py``.
+
+A test compares both files with what this script writes.
+"""
 
 from __future__ import annotations
 
-import ast
-import textwrap
+import json
 from pathlib import Path
+
+from qvera.config.schema import json_schema
 
 ROOT = Path(__file__).resolve().parent.parent
 _HEAD = """\
 # The recipe, key by key
 
-Made from `qvera/config/schema.py` by `python docs/make_reference.py`. One YAML file, five sections and one key beside them; only
-`model.path` and `data.path` have no default. `model: some/path` is short for `model: {path: some/path}`. `--set
-section.key=value` on the command line overrides a key. Unknown keys, wrong types and values out of range are refused, all at
-once.
+A recipe is one YAML file with five sections and one key beside them. Only `model.path` and `data.path` have no default;
+`model: some/path` is short for `model: {path: some/path}`. This page is written by `python docs/make_reference.py` from
+`qvera/config/schema.py`.
+
+**Editors.** `qvera/config/recipe.schema.json` is the JSON schema. Begin a recipe with
+`# yaml-language-server: $schema=PATH_OR_URL_OF_THE_SCHEMA` and an editor with a YAML language server completes keys and marks
+mistakes.
+
+**Overrides.** `--set section.key=value` on the command line replaces one key. The value is YAML.
+
+**Paths.** A relative path starts at the directory in which you run the command, not at the recipe's. `~` is your home
+directory. `..` in a path works as in a shell.
+
+**Mistakes.** Unknown keys, wrong types, values out of range and keys that contradict each other are errors. They are reported
+all at once, each with its line.
+
+**System prompt.** `data.system` is used for training, and by `qvera eval`, `qvera generate` and `qvera chat` on the trained run.
+
+**Learning rate.** The default is the paper's, for 7B models. A model of 135M parameters wants about 3e-2. `qvera train RECIPE
+--find-lr` tries a range of rates and suggests one.
+
+**YAML.** The file is UTF-8, with or without a byte order mark, with Unix or Windows line ends. Anchors, aliases and merge keys
+(`<<: *name`) work; an anchor can only be put on a value that stands in one of the keys below. A key that is written twice is an
+error, as are `010` and `1:30`: YAML 1.1 reads them as 8 and 90, so write a decimal number, or quotes around a text.
 """
+_TYPES = {
+    "string": "text",
+    "integer": "whole number",
+    "number": "number",
+    "boolean": "`true` or `false`",
+    "object": "mapping of names to names",
+    "null": "`null`",
+}
 
 
 def reference() -> str:
-    """The whole page, from the sections' docstrings, fields, defaults and the strings below them."""
-    tree = ast.parse((ROOT / "qvera" / "recipe.py").read_text(encoding="utf-8"))
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    parts = [_HEAD]
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef) and node.name.endswith("Section"):
-            parts.append(f"## {node.name.removesuffix('Section').lower()}\n\n{_flow(ast.get_docstring(node) or '')}\n")
-            parents = [classes[base.id] for base in node.bases if isinstance(base, ast.Name)]
-            parts += [line for each in [*parents, node] for line in _keys(each)] + [""]
-    names = ("model", "data", "adapter", "training", "export")
-    whole = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Recipe")
-    parts += [
-        "## beside the sections\n",
-        *(line for line in _keys(whole) if not line.startswith(tuple(f"- `{name}`" for name in names))),
-    ]
-    return "\n".join(parts).rstrip() + "\n"
-
-
-def _keys(node: ast.ClassDef) -> list[str]:
-    """A line for each field of a class: name, type, default, and the string below it."""
-    lines = []
-    for field, following in zip(node.body, [*node.body[1:], None], strict=True):
-        if not isinstance(field, ast.AnnAssign):
+    """Return docs/recipe.md."""
+    schema = json_schema()
+    parts, loose = [_HEAD], []
+    for name, key in schema["properties"].items():
+        section = _definition(key, schema)
+        if section is None:
+            loose.append(_line(name, key, schema))
             continue
-        text = ""
-        if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
-            text = " " + _flow(str(following.value.value))
-        lines.append(f"- `{ast.unparse(field.target)}` ({_default(field)}).{text}")
-    return lines
+        parts.append(f"## {name}\n\n{_flow(section['description'])}\n")
+        parts += [_line(key, value, schema, section) for key, value in section["properties"].items()] + [""]
+    return "\n".join([*parts, "## beside the sections\n", *loose]) + "\n"
 
 
-def _default(field: ast.AnnAssign) -> str:
-    if field.value is None:
-        return "required"
-    text = ast.unparse(field.value)
-    if text.endswith("Section)"):  # of the recipe itself
-        return text
-    if text.startswith("field("):
-        text = {
-            "field(default_factory=dict)": "{}",
-            "field(default_factory=list)": "[]",
-            "field(default_factory=lambda: ['auto'])": "['auto']",
-        }[text]
-    return f"default `{text}`"
+def schema_file() -> str:
+    """Return qvera/config/recipe.schema.json."""
+    return json.dumps(json_schema(), indent=1, ensure_ascii=False) + "\n"
+
+
+def _line(name: str, key: dict, schema: dict, section: dict | None = None) -> str:
+    default = "required" if section and name in section.get("required", ()) else f"default `{_yaml(key['default'])}`"
+    return f"- `{name}` ({_type(key, schema)}; {default}). {_flow(key['description'])}"
+
+
+def _type(key: dict, schema: dict) -> str:
+    if "anyOf" in key:
+        return " or ".join(_type(one, schema) for one in key["anyOf"])
+    if "enum" in key or "const" in key:
+        return ", ".join(f"`{value}`" for value in key.get("enum", [key.get("const")]))
+    if key.get("type") == "array":
+        items = key["items"]
+        return "list of mappings" if "$ref" in items else f"list of {_TYPES[items['type']]}s".replace("texts", "names")
+    words = _TYPES[key["type"]]
+    signs = (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<"))
+    bounds = [f"{sign} {_bound(key[name])}" for name, sign in signs if name in key]
+    return " ".join([words, " and ".join(bounds)]).strip()
+
+
+def _bound(value: float) -> str:
+    return "2^64" if value == 2**64 else f"{value:g}"
+
+
+def _definition(key: dict, schema: dict) -> dict | None:
+    """Return the section that a key of the recipe refers to."""
+    for one in (key, *key.get("anyOf", ())):
+        if "$ref" in one:
+            return schema["$defs"][one["$ref"].rpartition("/")[2]]
+    return None
+
+
+def _yaml(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
 
 
 def _flow(text: str) -> str:
-    return " ".join(textwrap.dedent(text).replace("``", "`").split())
+    return " ".join(text.replace("``", "`").split())
 
 
 if __name__ == "__main__":
     (ROOT / "docs" / "recipe.md").write_text(reference(), encoding="utf-8")
+    (ROOT / "qvera" / "config" / "recipe.schema.json").write_text(schema_file(), encoding="utf-8")

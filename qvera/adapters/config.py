@@ -36,6 +36,9 @@ def vector_shapes(adapter: Any, in_features: int, out_features: int) -> dict[str
     return shapes
 
 
+_DEFAULTS = AdapterSection()
+
+
 @dataclass
 class QveraConfig(PeftConfig):
     """A VeRA adapter over a (quantized) base. Defaults are those of a recipe's adapter section.
@@ -60,13 +63,13 @@ class QveraConfig(PeftConfig):
         InputError: the config was written by a newer format or by another generator.
     """
 
-    rank: int = field(default=AdapterSection.rank)
+    rank: int = field(default=_DEFAULTS.rank)
     target_modules: str | list[str] | set[str] | None = field(default="all-linear")
-    b_groups: int = field(default=AdapterSection.b_groups)
-    input_scale: bool = field(default=AdapterSection.input_scale)
-    d_initial: float = field(default=AdapterSection.d_initial)
-    dropout: float = field(default=AdapterSection.dropout)
-    projection_seed: int = field(default=AdapterSection.seed)
+    b_groups: int = field(default=_DEFAULTS.b_groups)
+    input_scale: bool = field(default=_DEFAULTS.input_scale)
+    d_initial: float = field(default=_DEFAULTS.d_initial)
+    dropout: float = field(default=_DEFAULTS.dropout)
+    projection_seed: int = field(default=_DEFAULTS.seed)
     projection_generator: str = field(default=GENERATOR)
     projection_shapes: dict[str, list[int]] | None = field(default=None)
     projection_sha256: str | None = field(default=None)

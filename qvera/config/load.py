@@ -1,72 +1,144 @@
-"""A recipe's file: YAML without a key twice, and what ``--set`` changes in it."""
+"""Read a recipe from a YAML file, and apply ``--set`` overrides.
+
+YAML is read as PyYAML's safe loader does, with fewer surprises: a key that is written twice, a number such as ``010`` (8 in
+YAML 1.1) and aliases that expand to more than a recipe can hold are errors.
+"""
 
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from qvera.config.schema import Recipe, parse_recipe
 from qvera.utils.errors import InputError
 
+_MOST_NODES = 100_000
+"""Values in a recipe after its aliases are expanded. A recipe has a hundred."""
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML keeps the last of two equal keys without a word; a recipe must not."""
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is written twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, without its octal and base-60 numbers."""
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> str:
+        value = super().construct_scalar(node)
+        number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+        if number and re.fullmatch(r"[-+]?(0[0-9_]+|[0-9_]+:.*)", value):
+            raise yaml.constructor.ConstructorError(
+                None,
+                None,
+                f"{value} is another number in YAML 1.1 (octal or base 60); write a decimal number, or quotes around a text",
+                node.start_mark,
+            )
+        return value
+
+
+def read_yaml(text: str, source: str) -> tuple[object, dict[tuple[str, ...], int]]:
+    """Read YAML.
+
+    Returns:
+        The values, and the line of each key by its path.
+
+    Raises:
+        InputError: the text is not valid YAML, has a key twice, or has too many values.
+    """
+    loader = _Loader(text)
+    loader.name = source
+    lines: dict[tuple[str, ...], int] = {}
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None, lines
+        if _count(node, {}) > _MOST_NODES:
+            raise InputError(
+                f"{source}: its aliases expand to more than {_MOST_NODES:,} values; a recipe has a hundred."
+            )
+        tree = loader.construct_document(node)
+        _note_lines(node, (), lines)  # after merge keys have been replaced by what they stand for
+        return tree, lines
+    except yaml.YAMLError as error:
+        raise InputError(f"{source}: not valid YAML: {error}") from None
+    except RecursionError:
+        raise InputError(f"{source}: not a recipe: its values are nested too deeply.") from None
+    finally:
+        loader.dispose()
+
+
+def _count(node: yaml.Node, counted: dict[int, int]) -> int:
+    """Return how many values a node expands to. Look for duplicate keys, and aliases inside what they stand for."""
+    if id(node) in counted:
+        if not counted[id(node)]:
+            raise yaml.constructor.ConstructorError(None, None, "a value contains itself by an alias", node.start_mark)
+        return counted[id(node)]
+    counted[id(node)] = 0
+    children: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        _refuse_duplicate_keys(node)
+        children = [child for pair in node.value for child in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        children = node.value
+    counted[id(node)] = 1 + sum(_count(child, counted) for child in children)
+    return counted[id(node)]
+
+
+def _refuse_duplicate_keys(node: yaml.MappingNode) -> None:
+    first: dict[str, int] = {}
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode):
+            if key.value in first:
+                problem = f"the key '{key.value}' is written twice, first in line {first[key.value]}"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            first[key.value] = key.start_mark.line + 1
+
+
+def _note_lines(node: yaml.Node, path: tuple[str, ...], lines: dict[tuple[str, ...], int]) -> None:
+    pairs: list[tuple[str, yaml.Node, int]] = []
+    if isinstance(node, yaml.MappingNode):
+        pairs = [(str(key.value), value, key.start_mark.line) for key, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        pairs = [(str(number), value, value.start_mark.line) for number, value in enumerate(node.value)]
+    for key, value, line in pairs:
+        lines[(*path, key)] = line + 1
+        _note_lines(value, (*path, key), lines)
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe file and apply ``section.key=value`` overrides (values are YAML).
+    """Read a recipe file and apply ``section.key=value`` overrides, whose values are YAML.
 
     Raises:
         InputError: the file can't be read, is not YAML, or is not a valid recipe.
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
         hint = f" Did you mean {path.parent / near[0]}?" if near else ""
         raise InputError(f"{path}: no such recipe file.{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: can't be read as a recipe (UTF-8 YAML): {error}") from None
-    try:
-        tree = yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not valid YAML: {error}") from None
+    tree, lines = read_yaml(text, str(path))
     for override in overrides or []:
         tree = _override(tree, override)
-    return parse_recipe(tree, str(path))
+        lines.pop(tuple(override.partition("=")[0].split(".")), None)
+    return parse_recipe(tree, str(path), lines)
 
 
-def _override(tree: Any, override: str) -> Any:
+def _override(tree: object, override: str) -> dict[object, object]:
     key, equals, text = override.partition("=")
     parts = key.split(".")
     if not equals or not all(parts):
         raise InputError(f"--set {override}: expected section.key=value, for example --set training.max_steps=100.")
-    try:
-        value = yaml.safe_load(text) if text else None
-    except yaml.YAMLError as error:
-        raise InputError(f"--set {override}: the value is not valid YAML: {error}") from None
-    tree = dict(tree) if isinstance(tree, dict) else {}
-    node = tree
-    for depth, part in enumerate(parts[:-1]):
+    value, _ = read_yaml(text, f"--set {override}")
+    whole = dict(tree) if isinstance(tree, dict) else {}
+    node = whole
+    for part in parts[:-1]:
         child = node.get(part)
-        if depth == 0 and part == "model" and isinstance(child, str):
+        if part == "model" and node is whole and isinstance(child, str):
             child = {"path": child}
         node[part] = dict(child) if isinstance(child, dict) else {}
         node = node[part]
     node[parts[-1]] = value
-    return tree
+    return whole

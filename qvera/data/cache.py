@@ -157,7 +157,7 @@ def key_of(section: DataSection, tokenizer: Any, hashes: HashIndex) -> dict[str,
     state = tokenizer_state(tokenizer)
     if content is None or state is None:
         return None
-    keys = {k: v for k, v in dataclasses.asdict(section).items() if k not in _NOT_OF_THE_ROWS}
+    keys = {k: v for k, v in section.to_dict().items() if k not in _NOT_OF_THE_ROWS}
     if not section.eval_fraction:
         del keys["seed"]  # it has chosen nothing here
     dated = "strftime_now" in json.dumps(state["chat_template"])

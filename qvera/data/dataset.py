@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qvera.config.schema import DataSection, Source
+from qvera.config.schema import DataSection
 from qvera.data.cache import tokenized
 from qvera.data.chat_template import ChatTemplate, resolve_template
 from qvera.data.encoding import Encoder
@@ -100,11 +100,10 @@ def build_datasets(
 
 def _sources(section: DataSection) -> list[DataSection]:
     """``path`` and each part of the mixture as a section of its own; ``eval_path`` belongs to the first."""
-    sources = [replace(section, mixture=[])]
+    sources = [section.replace(mixture=[])]
     for part in section.mixture:
-        own = {f.name: getattr(part, f.name) for f in fields(Source)}
         fraction = section.eval_fraction if section.eval_path is None else 0.0
-        sources.append(replace(section, mixture=[], eval_path=None, eval_fraction=fraction, **own))
+        sources.append(section.replace(mixture=[], eval_path=None, eval_fraction=fraction, **dict(part)))
     return sources
 
 

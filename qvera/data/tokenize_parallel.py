@@ -148,7 +148,7 @@ def tokenize(
     try:
         for number, file in enumerate(files):
             job = {
-                "section": dataclasses.asdict(section), "part": part, "count": count, "format": dataclasses.asdict(row_format),
+                "section": section.to_dict(), "part": part, "count": count, "format": dataclasses.asdict(row_format),
                 "tokenizer": state, "name": tokenizer.name_or_path, "out": str(file), "first": first + number, "step": processes,
             }  # fmt: skip
             told = scratch / f"job-{number}.json"

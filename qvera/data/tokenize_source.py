@@ -7,7 +7,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,7 +67,7 @@ def make(section: DataSection, encoder: Encoder, directory: Path | None, console
     row_format = detect_format(first, section.format, section.columns)
     template = resolve_template(section.template, encoder.tokenizer, row_format.name)
     # `auto` goes by the training rows, in every pass and every process
-    section = replace(section, template=template.name)
+    section = section.replace(template=template.name)
     if section.eval_path is not None:
         if section.eval_path == section.path:
             raise InputError(

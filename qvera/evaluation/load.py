@@ -327,7 +327,7 @@ def _open_merged_base(target: EvalTarget) -> OpenRun:
         kept["compute_dtype"] = (
             "float32"  # as load_exported computes there, so that the change of the weights is all that differs
         )
-    base = loader.load_base(dataclasses.replace(section, **kept))
+    base = loader.load_base(section.replace(**kept))
     return OpenRun(target.path, target.recipe, base, base.model)
 
 

@@ -377,6 +377,6 @@ def _identity(
         "adapter": file_sha256(adapter_dir / ADAPTER_WEIGHTS),
         "tokens": file_sha256(adapter_dir / ADDED_ROWS) if (adapter_dir / ADDED_ROWS).is_file() else None,
         "base": stamps(entries),
-        "options": dataclasses.asdict(options),
+        "options": options.to_dict(),
         "quantization": [section.quantization, section.double_quant, str(compute)],
     }

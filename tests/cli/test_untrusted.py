@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import pickle
 import shutil
@@ -215,7 +214,7 @@ def test_code_that_comes_with_a_model_is_run_only_where_the_recipe_says_so(
     assert not sprung.exists()
     assert not (tmp_path / "run").exists()
     with contextlib.suppress(InputError):  # that it was there to be run
-        load_base(dataclasses.replace(section, trust_remote_code=True))
+        load_base(section.replace(trust_remote_code=True))
     assert sprung.exists()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
+import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import yaml
 
 from qvera.config.load import load_recipe
+from qvera.config.problems import RENAMED
 from qvera.config.schema import Recipe, parse_recipe
 from qvera.utils.errors import InputError
 
@@ -97,28 +100,32 @@ def test_an_unknown_key_like_no_other_gets_the_whole_list() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "sentence"),
     [
-        ("adapter.rank", 0, "takes a whole number >= 1, got 0."),
-        ("adapter.rank", 8.5, "takes a whole number >= 1, got 8.5."),
-        ("adapter.rank", "8", "takes a whole number >= 1, got '8'."),
-        ("adapter.rank", True, "takes a whole number >= 1, got True."),
-        ("adapter.rank", None, "takes a whole number >= 1, got None."),
-        ("adapter.seed", -1, "takes a whole number >= 0 and < 2**64, got -1."),
-        ("adapter.dropout", 1.0, "takes a number >= 0 and < 1, got 1.0."),
-        ("adapter.d_initial", "much", "takes a number, got 'much'."),
-        ("adapter.targets", 5, "takes all-linear or a non-empty list of non-empty strings, got 5."),
-        ("adapter.init_from", 5, "takes a string or nothing (null), got 5."),
-        ("model.double_quant", "yes", "takes true or false, got 'yes'."),
-        ("model.double_quant", 1, "takes true or false, got 1."),
-        ("model.quantization", "nf8", "takes one of nf4, fp4, int8, none, got 'nf8'."),
-        ("model.path", "", "takes a non-empty string, got ''."),
-        ("data.columns", ["a"], "takes a mapping of names to names, got ['a']."),
-        ("data.max_length", 4, "takes a whole number >= 8, got 4."),
-        ("training.learning_rate", 0, "takes a number > 0, got 0."),
-        ("training.learning_rate", float("nan"), "takes a number > 0, got nan."),
-        ("training.learning_rate", float("inf"), "takes a number > 0, got inf."),
-        ("training.max_steps", -2, "takes a whole number >= -1, got -2."),
-        ("training.lr_scheduler_type", "cosin", "takes one of cosine, linear, constant, got 'cosin'."),
-        ("training.report_to", "tensorboard", "takes a list of non-empty strings, got 'tensorboard'."),
+        ("adapter.rank", 0, "should be greater than or equal to 1, got 0."),
+        ("adapter.rank", 8.5, "should be a whole number, got 8.5."),
+        ("adapter.rank", True, "should be a whole number, got True."),
+        (
+            "adapter.rank",
+            10**20,
+            f"should be at most 65,536: the shared projections A and B would fill any memory, got {10**20}.",
+        ),
+        ("data.limit", 10**20, f"should be at most 2,147,483,647: counts are 32-bit integers, got {10**20}."),
+        ("data.weight", 1e9, "should be at most 1,000,000: no run passes over its rows so often, got 1000000000.0."),
+        ("adapter.d_initial", -1e39, "should be at most 3e+38: fp32 has no larger number, got -1e+39."),
+        ("adapter.d_initial", "abc", "should be a valid number, got 'abc'."),
+        ("adapter.seed", -1, "should be greater than or equal to 0, got -1."),
+        ("adapter.seed", 2**64, f"should be less than {2**64}, got {2**64}."),
+        ("adapter.dropout", 1.0, "should be less than 1, got 1.0."),
+        ("adapter.targets", 5, "should be 'all-linear', got 5. Or: should be a valid list, got 5."),
+        ("adapter.init_from", 5, "should be a valid string, got 5. Write it in quotes."),
+        ("model.double_quant", "yes", "should be true or false, got 'yes'."),
+        ("model.double_quant", 1, "should be true or false, got 1."),
+        ("model.quantization", "nf8", "should be 'nf4', 'fp4', 'int8' or 'none', got 'nf8'."),
+        ("model.path", "", "string should have at least 1 character, got ''."),
+        ("model.path", ["x" * 500], f"should be a valid string, got {['x' * 198]!r}".removesuffix("']") + "...."),
+        ("data.columns", ["a"], "should be a mapping, got ['a']."),
+        ("training.learning_rate", 0, "should be greater than 0, got 0."),
+        ("training.learning_rate", float("nan"), "should be a finite number, got nan."),
+        ("training.report_to", "tensorboard", "should be a valid list, got 'tensorboard'."),
     ],
 )
 def test_a_wrong_value_says_what_is_taken(key: str, value: Any, sentence: str) -> None:
@@ -128,7 +135,7 @@ def test_a_wrong_value_says_what_is_taken(key: str, value: Any, sentence: str) -
 @pytest.mark.parametrize("section", ["model", "adapter", "data", "training", "export"])
 @pytest.mark.parametrize("value", [7, ["a"], None])
 def test_a_section_must_be_a_mapping(section: str, value: Any) -> None:
-    assert problems({**MINIMAL, section: value}) == {section: f"takes a mapping of keys, got {value!r}."}
+    assert problems({**MINIMAL, section: value}) == {section: f"should be a mapping of keys, got {value!r}."}
 
 
 @pytest.mark.parametrize(
@@ -181,15 +188,18 @@ def test_numbers_as_people_write_them(tmp_path: Path, written: str, value: float
 
 def test_text_that_only_looks_like_a_number_is_refused(tmp_path: Path) -> None:
     for written in ("4e-3x", "'fast'", "e-3"):
-        with pytest.raises(InputError, match="training.learning_rate: takes a number > 0"):
+        with pytest.raises(InputError, match=r"line 5, training.learning_rate: should be a valid number"):
             load_recipe(write(tmp_path, f"{BODY}training:\n  learning_rate: {written}\n"))
 
 
-def test_a_key_written_twice_is_refused_with_its_line(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"the key 'rank' is written twice(.|\n)*line 6"):
-        load_recipe(write(tmp_path, f"{BODY}adapter:\n  rank: 4\n  rank: 8\n"))
-    with pytest.raises(InputError, match=r"the key 'data' is written twice(.|\n)*line 4"):
-        load_recipe(write(tmp_path, f"{BODY}data:\n  path: b.jsonl\n"))
+def test_a_key_written_twice_is_refused_with_both_lines(tmp_path: Path) -> None:
+    for text, words in (
+        ("adapter:\n  rank: 4\n  rank: 8\n", r"the key 'rank' is written twice, first in line 5(.|\n)*line 6"),
+        ("data:\n  path: b.jsonl\n", r"the key 'data' is written twice, first in line 2(.|\n)*line 4"),
+        ("adapter: {rank: 4, rank: 8}\n", r"the key 'rank' is written twice, first in line 4(.|\n)*line 4"),
+    ):
+        with pytest.raises(InputError, match=words):
+            load_recipe(write(tmp_path, BODY + text))
 
 
 @pytest.mark.parametrize(
@@ -257,10 +267,10 @@ def test_overrides(tmp_path: Path) -> None:
         ("training.max_steps", "expected section.key=value"),
         ("=5", "expected section.key=value"),
         ("training..max_steps=5", "expected section.key=value"),
-        ("training.max_steps=[1", "the value is not valid YAML"),
+        ("training.max_steps=[1", "--set training.max_steps=[1: not valid YAML"),
         ("training.max_step=5", "Did you mean `max_steps`?"),
-        ("training.max_steps=many", "takes a whole number >= -1, got 'many'"),
-        ("adapter=5", "takes a mapping of keys, got 5"),
+        ("training.max_steps=many", "training.max_steps: should be a whole number, got 'many'"),
+        ("adapter=5", "adapter: should be a mapping of keys, got 5"),
     ],
 )
 def test_wrong_overrides(tmp_path: Path, override: str, words: str) -> None:
@@ -278,12 +288,10 @@ def test_the_effective_recipe_reads_back_as_itself(tmp_path: Path) -> None:
     assert again == recipe
     assert again.to_yaml() == recipe.to_yaml()
     tree = yaml.safe_load(recipe.to_yaml())
-    for section in dataclasses.fields(Recipe):  # every key of every section is written
-        value = getattr(recipe, section.name)
-        if section.name == "deepspeed":  # a key beside the sections
-            assert tree["deepspeed"] is None
-            continue
-        assert tree[section.name].keys() == {f.name for f in dataclasses.fields(value)}
+    assert tree.pop("deepspeed") is None  # a key beside the sections
+    for name, keys in tree.items():  # every key of every section is written
+        assert keys.keys() == type(getattr(recipe, name)).model_fields.keys()
+    assert tree.keys() == Recipe.model_fields.keys() - {"deepspeed"}
 
 
 @pytest.mark.parametrize(
@@ -300,12 +308,19 @@ def test_the_effective_recipe_reads_back_as_itself(tmp_path: Path) -> None:
             {"data": {"path": "a", "eval_fraction": 0.1}, "training": {"early_stopping_patience": 2}},
             "training.early_stopping_patience: needs training.eval_steps",
         ),
+        (
+            {"data": {"path": "a", "eval_path": "b", "eval_fraction": 0.1}},
+            "data.eval_fraction: held-out rows already come",
+        ),
+        ({"model": {"path": "a", "quantization": "int8", "compute_dtype": "float32"}}, "model.compute_dtype: int8"),
+        ({"adapter": {"rank": 8, "b_groups": 3}}, "adapter.b_groups: 3 does not divide adapter.rank (8)"),
+        ({"adapter": {"train_d": False, "input_scale": True}}, "adapter.input_scale: is a vector to train"),
     ],
 )
 def test_keys_that_contradict_each_other(changes: dict[str, Any], key: str) -> None:
     with pytest.raises(InputError) as caught:
         parse_recipe({**MINIMAL, **changes}, "my.yaml")
-    assert str(caught.value).startswith("my.yaml: the recipe's keys contradict each other:\n")
+    assert str(caught.value).startswith("my.yaml: 1 problem in the recipe:\n")
     assert key in str(caught.value)
 
 
@@ -315,3 +330,61 @@ def test_defaults_are_not_shared_between_recipes() -> None:
     one.data.columns["a"] = "b"
     assert other.training.report_to == ["auto"]
     assert other.data.columns == {}
+
+
+def test_contradictions_of_several_sections_are_reported_together_with_other_problems() -> None:
+    found = problems(
+        {
+            "model": {"path": "a", "quantization": "int8", "compute_dtype": "float32"},
+            "data": {"path": "b", "max_length": 1},
+            "adapter": {"rank": 8, "b_groups": 3, "train_d": False, "input_scale": True},
+        }
+    )
+    assert found.keys() == {"model.compute_dtype", "data.max_length", "adapter.b_groups", "adapter.input_scale"}
+
+
+@pytest.mark.parametrize(("rows", "size"), [(1, 1), (2, 2), (3, 3), (7, 1), (8, 4), (16, 4), (10, 2)])
+def test_a_batch_size_alone_derives_the_size_per_device(rows: int, size: int) -> None:
+    training = parse_recipe({**MINIMAL, "training": {"global_batch_size": rows}}, "my.yaml").training
+    assert (training.global_batch_size, training.per_device_train_batch_size) == (rows, size)
+
+
+def test_a_changed_copy_is_checked_like_a_file() -> None:
+    recipe = parse_recipe(MINIMAL, "my.yaml")
+    other = recipe.replace(adapter=recipe.adapter.replace(rank=8))
+    assert (other.adapter.rank, recipe.adapter.rank) == (8, 256)
+    assert other.model == recipe.model
+    with pytest.raises(InputError, match=r"limit: should be greater than or equal to 1, got -3\."):
+        recipe.data.replace(limit=-3)
+    with pytest.raises(InputError, match="b_groups: 3 does not divide"):
+        recipe.adapter.replace(b_groups=3)
+
+
+def test_an_old_name_of_a_key_works_with_a_warning_that_names_the_new_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(RENAMED, "training.dtype", "export.dtype")
+    tree = {**MINIMAL, "training": {"dtype": "float32"}}
+    with caplog.at_level(logging.WARNING):
+        assert parse_recipe(tree, "my.yaml").export.dtype == "float32"
+    assert caplog.messages == [
+        "my.yaml: training.dtype is now called export.dtype. The old name still works; please rename it."
+    ]
+    assert tree["training"] == {"dtype": "float32"}
+    assert problems({**tree, "export": {"dtype": "float16"}}).keys() == {"training.dtype"}  # both names
+
+
+def test_the_schema_needs_neither_torch_nor_transformers() -> None:
+    """In a process where `qvera` itself is empty, so that only `qvera.config` and `qvera.utils.errors` are imported."""
+    root = Path(__file__).parents[2] / "qvera"
+    code = (
+        "import sys, types\n"
+        f"qvera = types.ModuleType('qvera'); qvera.__path__ = [{str(root)!r}]; sys.modules['qvera'] = qvera\n"
+        "from qvera.config.load import load_recipe\n"
+        "from qvera.config.schema import parse_recipe\n"
+        "try: parse_recipe({'model': 'a', 'data': {'path': 'b'}, 'training': {'label_smoothing_factor': 1}}, 'x')\n"
+        "except Exception as error: print('TrainingArguments' in str(error))\n"
+        "print(sorted({'torch', 'transformers', 'peft', 'numpy'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert found == "True\n[]\n"

@@ -10,6 +10,7 @@ import pytest
 from qvera.config.load import load_recipe
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
+SCHEMA = RECIPES.parent / "qvera" / "config" / "recipe.schema.json"
 NAMES = ["e2e/smollm2-135m", "instruct/llama2-13b", "instruct/llama2-7b", "instruct/smollm2-135m", "quickstart"]
 
 
@@ -18,10 +19,13 @@ def test_no_recipe_is_unknown_to_this_test() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_recipe_parses(name: str) -> None:
+def test_recipe_parses_and_names_the_schema(name: str) -> None:
     recipe = load_recipe(RECIPES / f"{name}.yaml")
     assert recipe.adapter.targets == "all-linear"
     assert recipe.model.quantization == "nf4"
+    path = RECIPES / f"{name}.yaml"
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    assert (path.parent / first.removeprefix("# yaml-language-server: $schema=")).samefile(SCHEMA)
 
 
 @pytest.mark.parametrize("task", ["e2e", "instruct"])

@@ -25,7 +25,7 @@ from rich.console import Console
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from qvera.cli.main import main
-from qvera.config.schema import DataSection, Source
+from qvera.config.schema import DataSection, DataSource
 from qvera.data import Datasets, Example, Rows, build_datasets, cache, data_sha256, print_preflight, readers
 from qvera.data import tokenize_source as making_module
 from qvera.data.row_tables import rows_of
@@ -186,7 +186,7 @@ def test_what_only_arranges_the_rows_makes_none(section: DataSection, tmp_path: 
     _, alpaca = write_rows(tmp_path, 90)
     build_datasets(section, byte_tokenizer())
     section.shuffle, section.packing, section.group_by_length, section.prefix_once = False, True, True, False
-    section.mixture, section.weight, section.tokenize_processes = [Source(path=alpaca, template="alpaca")], 0.5, 2
+    section.mixture, section.weight, section.tokenize_processes = [DataSource(path=alpaca, template="alpaca")], 0.5, 2
     mixed = build_datasets(section, byte_tokenizer())
     assert len(mixed.stats.found) == 1 == len(entries())
     section.eval_fraction = 0.0

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
-from qvera.config.schema import DataSection, Source, parse_recipe
+from qvera.config.schema import DataSection, DataSource, parse_recipe
 from qvera.data import build_datasets, print_preflight
 from qvera.evaluation.load import template_of
 from qvera.utils.errors import InputError
@@ -25,7 +25,7 @@ def mixed(write: Write) -> DataSection:
     """Ten prompt-completion rows, and twice over six Alpaca rows of another template."""
     pairs = [{"prompt": f"question {i}", "completion": f" answer {i}"} for i in range(10)]
     alpaca = [{"instruction": f"do {i}", "output": f"done {i}"} for i in range(6)]
-    more = Source(path=write(alpaca, "alpaca.jsonl"), template="chatml", weight=2.0)
+    more = DataSource(path=write(alpaca, "alpaca.jsonl"), template="chatml", weight=2.0)
     return DataSection(path=write(pairs, "pairs.jsonl"), weight=0.5, mixture=[more], seed=3)
 
 
@@ -88,7 +88,7 @@ def test_the_preflight_lists_the_sources(mixed: DataSection, base_tokenizer: Pre
 def test_rows_to_look_at_are_of_each_source_in_turn_and_repeats_come_last(
     mixed: DataSection, base_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    mixed.mixture.append(Source(path=mixed.mixture[0].path, limit=1, template="alpaca", weight=3.0))
+    mixed.mixture.append(DataSource(path=mixed.mixture[0].path, limit=1, template="alpaca", weight=3.0))
     data = build_datasets(mixed, base_tokenizer)
     everything = [e.source for e in data.train]
     first, second, third = everything[:5], everything[5:17], everything[17:]
@@ -123,10 +123,10 @@ def test_auto_is_what_the_first_source_was_trained_with(
     ("mixture", "message"),
     [
         ([{"path": "b", "wieght": 2}], r"data\.mixture\.0\.wieght: unknown key\. Did you mean `weight`\?"),
-        ([{"path": "b", "weight": 0}], r"data\.mixture\.0\.weight: takes a number > 0, got 0"),
+        ([{"path": "b", "weight": 0}], r"data\.mixture\.0\.weight: should be greater than 0, got 0"),
         ([{"path": "a"}, {"format": "text"}], r"data\.mixture\.1\.path: is missing"),
-        ("b.jsonl", r"data\.mixture: takes a list of mappings of keys, got 'b\.jsonl'"),
-        (["b.jsonl"], r"data\.mixture\.0: takes a mapping of keys, got 'b\.jsonl'"),
+        ("b.jsonl", r"data\.mixture: should be a valid list, got 'b\.jsonl'"),
+        (["b.jsonl"], r"data\.mixture\.0: should be a mapping of keys, got 'b\.jsonl'"),
         ([{"path": "b", "max_length": 9}], r"data\.mixture\.0\.max_length: unknown key\."),
     ],
 )

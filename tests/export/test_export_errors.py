@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -67,7 +66,7 @@ export_merged(Path(sys.argv[2]), ModelSection(path=sys.argv[1], compute_dtype="f
 @pytest.mark.parametrize("weights", ["original", "dequantized"])
 def test_killed_again_and_again_it_ends_with_the_same_bytes(adapter: Any, tmp_path: Path, weights: str) -> None:
     section, directory = adapter
-    options = dataclasses.replace(OPTIONS, base=weights)
+    options = OPTIONS.replace(base=weights)
     export_merged(directory, section, tmp_path / "whole", options)
     shards = sorted(p.name for p in (tmp_path / "whole").glob("*.safetensors"))
     assert len(shards) > 5
@@ -238,12 +237,12 @@ def test_the_fingerprint_guards_load_merge_and_start_and_old_adapters_pass(
     section, directory = adapter
     small_llama(seed=5).to(torch.bfloat16).save_pretrained(tmp_path / "other")
     small_tokenizer().save_pretrained(tmp_path / "other")
-    other = load_base(dataclasses.replace(section, path=str(tmp_path / "other")))
+    other = load_base(section.replace(path=str(tmp_path / "other")))
     with pytest.raises(InputError, match="trained on another base model"):
         load_adapter(other.model, directory, other)
     with pytest.raises(InputError, match="trained on another base model"):
         attach(
-            load_base(dataclasses.replace(section, path=str(tmp_path / "other"))).model,
+            load_base(section.replace(path=str(tmp_path / "other"))).model,
             AdapterSection(rank=8, init_from=str(directory)),
             str(tmp_path / "other"),
             other.facts["fingerprint"],
@@ -257,7 +256,7 @@ def test_the_fingerprint_guards_load_merge_and_start_and_old_adapters_pass(
     )
     pair = [str(directory), str(tmp_path / "second")]
     assert main(["merge-adapters", *pair, str(tmp_path / "average")]) == 0
-    export_merged(directory, dataclasses.replace(section, path=str(tmp_path / "moved")), tmp_path / "out", OPTIONS)
+    export_merged(directory, section.replace(path=str(tmp_path / "moved")), tmp_path / "out", OPTIONS)
     (tmp_path / "second" / "adapter_config.json").write_text(json.dumps({**config, "base_fingerprint": "0" * 64}))
     assert main(["merge-adapters", *pair, str(tmp_path / "no")]) == 2
     assert "different base models" in capsys.readouterr().err
@@ -287,7 +286,7 @@ def test_a_base_without_index_and_small_blocks_give_the_same_weights(
 ) -> None:
     section, directory = adapter
     for weights in ("original", "dequantized"):
-        options = dataclasses.replace(OPTIONS, base=weights, dtype="float32")
+        options = OPTIONS.replace(base=weights, dtype="float32")
         whole = export_merged(directory, section, tmp_path / weights, options)
         with monkeypatch.context() as patch:
             patch.setattr(stream, "BLOCK_ELEMENTS", 700)

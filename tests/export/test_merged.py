@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import subprocess
@@ -150,7 +149,7 @@ def test_an_interrupted_export_goes_on_from_its_finished_shards(
         export_merged(adapter, section, tmp_path / "out", options)
     assert not (tmp_path / "out" / "config.json").exists(), "half a checkpoint must not pass for a whole one"
     with pytest.raises(InputError, match="unfinished export of something else"):
-        export_merged(adapter, section, tmp_path / "out", dataclasses.replace(options, dtype="bfloat16"))
+        export_merged(adapter, section, tmp_path / "out", options.replace(dtype="bfloat16"))
     first = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in written}
     monkeypatch.setattr(merged, "write_shard", original)
     export_merged(adapter, section, tmp_path / "out", options)
@@ -191,7 +190,7 @@ def test_a_base_with_nan_is_named(trained: Any, tiny_model_dir: Path, tmp_path: 
     tensors["model.norm.weight"][3] = float("nan")
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RunFailed, match=r"model\.norm\.weight: the base weight itself has NaN"):
-        export_merged(adapter, dataclasses.replace(section, path=str(broken)), tmp_path / "out", ExportSection())
+        export_merged(adapter, section.replace(path=str(broken)), tmp_path / "out", ExportSection())
 
 
 def test_the_command_measures_the_difference(write_recipe: Any, tmp_path: Path, capsys: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ def export(args: argparse.Namespace) -> None:
     recipe, section, adapter_dir = find_adapter(args.run)
     options = recipe.export if recipe is not None else ExportSection()
     changes = {"dtype": args.dtype, "base": args.weights}
-    options = dataclasses.replace(options, **{k: v for k, v in changes.items() if v is not None})
+    options = options.replace(**{k: v for k, v in changes.items() if v is not None})
     if args.rank is not None and args.to != "lora":
         raise InputError("--rank: goes with --to lora only.")
     if args.to != "merged":

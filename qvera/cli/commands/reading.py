@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import math
 import sys
@@ -225,11 +224,10 @@ def _data_section(args: argparse.Namespace, target: EvalTarget) -> DataSection:
             )
         if not (recipe.data.eval_path or recipe.data.eval_fraction):
             raise InputError(f"{args.run}: its recipe holds out no rows; name a file with --data.")
-        return dataclasses.replace(recipe.data, template=template_of(recipe, target.run))
+        return recipe.data.replace(template=template_of(recipe, target.run))
     if recipe is None:
         return DataSection(path=args.data, limit=args.rows)
-    return dataclasses.replace(
-        recipe.data,
+    return recipe.data.replace(
         path=args.data,
         config_name=None,  # of the recipe's own source, like its revision
         revision=None,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any, get_type_hints
+from typing import Any
+
+from pydantic.fields import FieldInfo
 
 from qvera.config.schema import Recipe
 
@@ -13,8 +14,7 @@ def changed_settings(tree: dict[str, Any]) -> list[tuple[str, Any]]:
 
     A key that this version does not know counts as changed: the recipe may be a later version's.
     """
-    sections = get_type_hints(Recipe)
-    beside = {f.name: f for f in dataclasses.fields(Recipe)}
+    beside = Recipe.model_fields
     changed: list[tuple[str, Any]] = []
     for section, keys in tree.items():
         if not isinstance(keys, dict):
@@ -22,13 +22,13 @@ def changed_settings(tree: dict[str, Any]) -> list[tuple[str, Any]]:
                 continue
             changed.append((str(section), keys))
             continue
-        section_class = sections.get(str(section))
-        known = {f.name: f for f in dataclasses.fields(section_class)} if section_class else {}
+        section_class = beside[section].annotation if section in beside else None
+        known = getattr(section_class, "model_fields", {})
         for key, value in keys.items():
             if key not in known or value != _default(known[key]):
                 changed.append((f"{section}.{key}", value))
     return changed
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+def _default(field: FieldInfo) -> object:
+    return field.get_default(call_default_factory=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -47,8 +46,8 @@ def changed(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
     """The recipe with ``section.key`` values replaced."""
     for key, value in settings.items():
         section, _, name = key.partition(".")
-        part = dataclasses.replace(getattr(recipe, section), **{name: value})
-        recipe = dataclasses.replace(recipe, **{section: part})
+        part = getattr(recipe, section).replace(**{name: value})
+        recipe = recipe.replace(**{section: part})
     return recipe
 
 

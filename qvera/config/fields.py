@@ -1,0 +1,87 @@
+"""The types of a recipe's fields, and the base class of its sections."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from qvera.config.problems import describe
+from qvera.utils.errors import InputError
+
+MAX_RANK = 65_536
+
+
+def at_most(maximum: float, reason: str) -> AfterValidator:
+    def check(value: float) -> float:
+        if abs(value) > maximum:
+            raise ValueError(f"should be at most {maximum:,}: {reason}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _number(value: object) -> object:
+    # YAML 1.1 reads `4e-3` (no dot) as a string; people write learning rates that way.
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value.strip()):
+        return float(value)
+    return value
+
+
+# Strict, because pydantic would otherwise take True for 1, 1 for True, and "yes" for True. Bounds come first: pydantic leaves
+# those that follow a function out of the JSON schema.
+Counted = at_most(2**31 - 1, "counts are 32-bit integers")
+Number = (Strict(), BeforeValidator(_number), at_most(3e38, "fp32 has no larger number"))
+Bool = Annotated[bool, Strict()]
+Positive = Annotated[int, Strict(), Field(ge=1), Counted]
+NonNegative = Annotated[int, Strict(), Field(ge=0), Counted]
+Rank = Annotated[int, Strict(), Field(ge=1), at_most(MAX_RANK, "the shared projections A and B would fill any memory")]
+Seed = Annotated[int, Strict(), Field(ge=0, lt=2**64)]  # what torch's and numpy's generators take
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0), *Number]
+PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False), *Number]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False), *Number]
+Multiple = Annotated[PositiveFloat, at_most(1_000_000, "no run passes over its rows so often")]
+NonEmpty = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """Keys that are read strictly: an unknown key or a wrong type is an error, and keys must not contradict each other."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Yield (key, problem) for keys that are valid by themselves but not together."""
+        return iter(())
+
+    @model_validator(mode="after")
+    def _check_contradictions(self) -> Self:
+        if found := list(self.contradictions()):
+            raise PydanticCustomError("contradiction", "keys contradict each other", {"problems": found})
+        return self
+
+    def replace(self, **changes: object) -> Self:
+        """Return a copy with some keys changed, checked like a recipe that is read from a file.
+
+        Raises:
+            InputError: a new value is not valid.
+        """
+        try:
+            return type(self).model_validate({**dict(self), **changes})
+        except ValidationError as error:
+            raise InputError("\n".join(f"{key}: {text}" for key, text in describe(error, type(self)))) from None
+
+    def to_dict(self) -> dict[str, object]:
+        """Return every key with its value, defaults included, as plain Python values."""
+        return self.model_dump()

@@ -1,0 +1,101 @@
+"""What YAML can do in a recipe, and what it can't."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from qvera.config.load import load_recipe
+from qvera.config.schema import Recipe
+from qvera.utils.errors import InputError
+
+BODY = "model: some/model\ndata:\n  path: rows.jsonl\n"
+
+
+def load(tmp_path: Path, text: str | bytes, *overrides: str) -> Recipe:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return load_recipe(path, list(overrides))
+
+
+@pytest.mark.parametrize("content", [b"\xef\xbb\xbf" + BODY.encode(), BODY.replace("\n", "\r\n").encode()])
+def test_a_byte_order_mark_and_windows_line_ends_are_accepted(tmp_path: Path, content: bytes) -> None:
+    assert load(tmp_path, content) == load(tmp_path, BODY)
+
+
+def test_anchors_aliases_and_merge_keys_work(tmp_path: Path) -> None:
+    recipe = load(
+        tmp_path,
+        """\
+model: some/model
+data: &first
+  path: a.jsonl
+  template: alpaca
+  mixture:
+    - &second {path: b.jsonl, weight: 2, system: &prompt Be brief.}
+    - {<<: *second, path: c.jsonl}
+    - {<<: [*second, {limit: 3}], weight: 4}
+  system: *prompt
+""",
+    )
+    sources = [(one.path, one.weight, one.limit) for one in recipe.data.mixture]
+    assert sources == [("b.jsonl", 2, None), ("c.jsonl", 2, None), ("b.jsonl", 4, 3)]
+    assert recipe.data.system == "Be brief."
+
+
+def test_a_merged_key_that_is_wrong_gets_the_line_where_it_is_written(tmp_path: Path) -> None:
+    text = "model: m\ndata:\n  path: a\n  mixture:\n    - &b\n      path: b\n      weight: 0\n    - <<: *b\n      limit: 0\n"
+    with pytest.raises(InputError) as caught:
+        load(tmp_path, text)
+    lines = str(caught.value).splitlines()[1:]
+    assert [line.strip().split(":")[0] for line in lines] == [
+        "line 7, data.mixture.0.weight",
+        "line 7, data.mixture.1.weight",
+        "line 9, data.mixture.1.limit",
+    ]
+
+
+def test_an_alias_bomb_is_refused_at_once_and_shortly(tmp_path: Path) -> None:
+    levels = "".join(f"  l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 9)}]\n" for n in range(1, 12))
+    began = time.monotonic()
+    with pytest.raises(InputError, match="aliases expand to more than 100,000 values") as caught:
+        load(tmp_path, f"{BODY}training:\n  l0: &l0 lol\n{levels}")
+    assert time.monotonic() - began < 5
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("export: &a\n  dtype: *a\n", "contains itself"),
+        ("export: " + "[" * 3000 + "]" * 3000 + "\n", "nested too deeply"),
+        ("export: *nowhere\n", "undefined alias 'nowhere'"),
+        ("---\nmodel: b\n", "expected a single document"),
+        ("export: !!python/name:os.system x\n", "could not determine a constructor"),
+    ],
+)
+def test_other_bad_yaml_gets_a_short_message(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(InputError, match=words) as caught:
+        load(tmp_path, BODY + text)
+    assert str(tmp_path / "recipe.yaml") in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("written", ["010", "-017", "0_10", "1:30", "1:30.5"])
+def test_octal_and_base_60_numbers_are_refused(tmp_path: Path, written: str) -> None:
+    with pytest.raises(InputError, match=r"(?s)write a decimal number, or quotes around a text.*line 4"):
+        load(tmp_path, f"{BODY}  limit: {written}\n")
+    with pytest.raises(InputError, match="--set data.limit=.*decimal"):
+        load(tmp_path, BODY, f"data.limit={written}")
+
+
+def test_other_numbers_are_read_as_written(tmp_path: Path) -> None:
+    data = load(tmp_path, f"{BODY}  limit: 1_000\n  eval_limit: 0x10\n  seed: 0\n  system: '010'\n").data
+    assert (data.limit, data.eval_limit, data.seed, data.system) == (1000, 16, 0, "010")
+
+
+def test_keys_that_are_no_text_are_unknown_keys(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="line 4, 7: unknown key"):
+        load(tmp_path, f"{BODY}7: 8\n")
