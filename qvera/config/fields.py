@@ -25,6 +25,8 @@ MAX_RANK = 65_536
 
 
 def at_most(maximum: float, reason: str) -> AfterValidator:
+    """Return a check that refuses numbers of a larger magnitude, and gives the reason."""
+
     def check(value: float) -> float:
         if abs(value) > maximum:
             raise ValueError(f"should be at most {maximum:,}: {reason}")
@@ -57,7 +59,7 @@ NonEmpty = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel):
-    """Keys that are read strictly: an unknown key or a wrong type is an error, and keys must not contradict each other."""
+    """A mapping of keys that is read strictly: unknown keys, wrong types and keys that contradict each other are errors."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 

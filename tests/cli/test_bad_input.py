@@ -220,7 +220,10 @@ TABLE: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     "another tool's key": (set_key("training", gradient_accumulation_steps=4), "set training.global_batch_size"),
     "wrong type": (set_key("adapter", rank="big"), "adapter.rank: should be a whole number, got 'big'"),
     "out of range": (set_key("adapter", dropout=1.5), "adapter.dropout: should be less than 1, got 1.5"),
-    "batch does not divide": (set_key("training", global_batch_size=6, per_device_train_batch_size=4), "not a multiple"),
+    "batch does not divide": (
+        set_key("training", global_batch_size=6, per_device_train_batch_size=4),
+        "not a multiple",
+    ),
     "early stopping without held-out rows": (set_key("training", early_stopping_patience=2), "needs held-out rows"),
     "bad override": (lambda p: p.train("--set", "rank"), "expected section.key=value"),
     "unknown reporter": (set_key("training", report_to=["wandbb"]), "no reporter 'wandbb'"),
