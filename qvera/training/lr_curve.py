@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qvera.evaluation.report.points import smooth
+from qvera.evaluation.report.smoothing import smooth
 
 _MEMORY = 0.8
 """Weight of the past in the running mean that the loss is watched by: about five steps."""

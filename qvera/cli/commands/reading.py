@@ -31,8 +31,18 @@ from qvera.evaluation.load import (
 )
 from qvera.evaluation.metrics import TextMetric, text_metrics
 from qvera.evaluation.report.answers_page import write_answers
-from qvera.evaluation.report.compare_page import COSTS, SCORES, Compared, cells_of, compared, key_text, write_runs
-from qvera.evaluation.report.evaluated import Column, score_columns, score_facts
+from qvera.evaluation.report.compare import (
+    COSTS,
+    SCORES,
+    Column,
+    Comparison,
+    compare_runs,
+    score_columns,
+    score_figures,
+    table_cells,
+)
+from qvera.evaluation.report.compare_page import write_comparison
+from qvera.evaluation.report.page import yaml_text
 from qvera.evaluation.report.read import inputs_sha256
 from qvera.utils import memory
 from qvera.utils.atomic import replace_text
@@ -92,9 +102,9 @@ def compare(args: argparse.Namespace) -> None:
     """Qvera compare"""
     if args.html is not None:
         require_new_file(args.html)
-    found = compared(args.runs)
+    found = compare_runs(args.runs)
     if args.html is not None:
-        write_runs(args.html, found)
+        write_comparison(args.html, found)
     if args.json:
         print(json.dumps(found.to_dict(), indent=1, ensure_ascii=False))
         return
@@ -103,21 +113,23 @@ def compare(args: argparse.Namespace) -> None:
         print(f"\n{args.html}: the same with the curves")
 
 
-def _say_runs(found: Compared) -> None:
+def _say_runs(found: Comparison) -> None:
     """A row for each run, what qvera eval found of it, the keys in which they differ, and what can't be compared."""
     # a pipe has no width, and its reader can cut columns better than we could
     console_out = Console(width=None if sys.stdout.isatty() else 250, highlight=False, markup=False)
-    columns = [(key, title.lower(), say) for key, title, say in (*SCORES, *COSTS)]
-    console_out.print(_run_table(found.labels, found.facts, columns))
-    scored = [(key, key, say) for key, _, say in score_columns(found.evaluations)]  # named as qvera eval prints them
+    columns = [column._replace(title=column.title.lower()) for column in (*SCORES, *COSTS)]
+    console_out.print(_run_table(found.labels, found.figures, columns))
+    scored = [
+        column._replace(title=column.key) for column in score_columns(found.evaluations)
+    ]  # as qvera eval prints them
     if scored:
         console_out.print("\nScores by qvera eval")
-        console_out.print(_run_table(found.labels, score_facts(found.evaluations), scored))
+        console_out.print(_run_table(found.labels, score_figures(found.evaluations), scored))
         console_out.print()
     for key, values in found.differing.items():
         who: dict[str, list[str]] = {}
         for label, value in zip(found.labels, values, strict=True):
-            who.setdefault(key_text(value), []).append(label)
+            who.setdefault(yaml_text(value), []).append(label)
         console_out.print(f"{key}: " + "; ".join(f"{text} ({', '.join(labels)})" for text, labels in who.items()))
     for gap in found.gaps:
         console_out.print(f"! {gap}")
@@ -125,7 +137,7 @@ def _say_runs(found: Compared) -> None:
 
 def _run_table(labels: Sequence[str], rows: Sequence[dict[str, float | None]], columns: Sequence[Column]) -> Table:
     """A row for each run; columns in which any has a value."""
-    shown, told = cells_of(rows, columns)
+    shown, told = table_cells(rows, columns)
     table = Table(box=None, pad_edge=False)
     table.add_column("run", overflow="fold")
     for title in shown:

@@ -1,4 +1,4 @@
-"""From a run directory to numbers. Tolerant: what is missing or broken becomes a note on the page, not an error."""
+"""Read a run directory. What is missing or broken becomes a note on the page, not an error."""
 
 from __future__ import annotations
 
@@ -12,25 +12,65 @@ from typing import Any
 
 import yaml
 
+from qvera.evaluation.report.smoothing import Point
 from qvera.utils.errors import InputError
 from qvera.utils.files import file_sha256
 
 _FILES = ("recipe.yaml", "metrics.jsonl", "run.json")
+_MAX_STEP = 1e12
+
+
+def get(tree: object, *keys: str) -> object:
+    """``tree[key1][key2]...``, or None where a level is missing or not a mapping."""
+    for key in keys:
+        if not isinstance(tree, dict):
+            return None
+        tree = tree.get(key)
+    return tree
+
+
+def get_number(tree: object, *keys: str) -> float | None:
+    """The finite number at ``keys``, or None (missing, NaN, infinite, text, a bool)."""
+    value = get(tree, *keys)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        value = float(value)
+    except OverflowError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def get_text(tree: object, *keys: str) -> str:
+    """The value at ``keys`` as text that can be printed (JSON can hold half a character); "" where there is none."""
+    value = get(tree, *keys)
+    return "" if value is None or isinstance(value, dict | list) else str(value).encode(errors="replace").decode()
+
+
+def series(rows: Sequence[dict[str, Any]], key: str) -> list[Point]:
+    """(step, value) of every row that has ``key``. A value that is not finite or beyond 1e100 is a gap."""
+    points = [(float(row["step"]), get_number(row, key)) for row in rows if key in row]
+    return [(step, _measured(value)) for step, value in points]
+
+
+def _measured(value: float | None) -> float | None:
+    """Nothing measured is beyond 1e100; an axis up to 1e308 would overflow."""
+    return value if value is not None and abs(value) < 1e100 else None
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How a run's answers were scored: what ``qvera eval RUN --json RUN/eval.json`` left there.
+    """Scores of a run's answers, as ``qvera eval RUN --json RUN/eval.json`` writes them.
 
     Attributes:
-        scores: score of all answers by metric, under the keys of the file's ``scores``.
-        labels: the same metrics for people.
-        signatures: what made each score; "" where the file does not say.
-        scored_rows: how many answers the scores are of.
-        data: where the rows are from.
-        inputs_sha256: as `inputs_sha256` gives it; "" where the file has neither that nor its rows.
-        column: what was asked: Adapter, Export or Model.
-        max_new_tokens: the longest answer.
+        scores: Score of all answers by metric, under the keys of the file's ``scores``.
+        labels: Names of the same metrics for people.
+        signatures: How each score was computed; "" where the file does not say.
+        scored_rows: How many answers were scored.
+        data: Where the rows are from.
+        inputs_sha256: As `inputs_sha256` gives it; "" where the file has neither that nor its rows.
+        column: What was evaluated: Adapter, Export or Model.
+        max_new_tokens: The longest answer.
     """
 
     scores: dict[str, float]
@@ -45,18 +85,18 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Run:
-    """What the files of a run directory say.
+    """The files of a run directory.
 
     Attributes:
-        name: the directory's name.
+        name: The directory's name.
         info: run.json, or an empty mapping.
         recipe_text: recipe.yaml as it is, or "".
         recipe: recipe.yaml parsed, or an empty mapping.
-        train: one mapping a step (kind "train" in metrics.jsonl), by rising step, each step once.
-        evals: the same for kind "eval".
-        adapter_bytes: size of adapter/adapter_model.safetensors, where it is there.
-        evaluation: eval.json, where that was asked for and is there.
-        notes: sentences about what could not be read, for the reader of the page.
+        train: Rows of kind "train" in metrics.jsonl, by rising step, each step once.
+        evals: Rows of kind "eval", likewise.
+        adapter_file_bytes: Size of adapter/adapter_model.safetensors, where there is one.
+        evaluation: eval.json, where it was asked for and exists.
+        notes: What could not be read, in sentences for the reader of the page.
     """
 
     name: str
@@ -65,36 +105,87 @@ class Run:
     recipe: dict[str, Any] = field(default_factory=dict)
     train: list[dict[str, Any]] = field(default_factory=list)
     evals: list[dict[str, Any]] = field(default_factory=list)
-    adapter_bytes: int | None = None
+    adapter_file_bytes: int | None = None
     evaluation: Evaluation | None = None
     notes: list[str] = field(default_factory=list)
 
+    def number(self, *keys: str) -> float | None:
+        """A number of run.json."""
+        return get_number(self.info, *keys)
 
-def pick(tree: Any, *keys: str) -> Any:
-    """``tree[key1][key2]...``, or None where a level is missing or not a mapping."""
-    for key in keys:
-        if not isinstance(tree, dict):
-            return None
-        tree = tree.get(key)
-    return tree
+    def text(self, *keys: str) -> str:
+        """A text of run.json."""
+        return get_text(self.info, *keys)
 
+    def setting(self, section: str, key: str) -> str:
+        """A setting as run.json has it, or else the recipe."""
+        return self.text(section, key) or get_text(self.recipe, section, key)
 
-def number(tree: Any, *keys: str) -> float | None:
-    """The finite number at ``keys``, or None (missing, NaN, infinite, text, a bool)."""
-    value = pick(tree, *keys)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        value = float(value)
-    except OverflowError:
-        return None
-    return value if math.isfinite(value) else None
+    def values(self, key: str) -> list[float]:
+        """The finite values of every training step."""
+        return [value for _, value in series(self.train, key) if value is not None]
 
+    # Totals: from run.json's result, or from metrics.jsonl where that has none (a killed run).
 
-def words(tree: Any, *keys: str) -> str:
-    """The value at ``keys`` as text; "" where there is none."""
-    value = pick(tree, *keys)
-    return "" if value is None or isinstance(value, dict | list) else str(value)
+    @property
+    def steps(self) -> float | None:
+        """Optimizer steps."""
+        return self._result("steps", float(self.train[-1]["step"]) if self.train else None)
+
+    @property
+    def seconds(self) -> float | None:
+        """Time in training steps."""
+        return self._result("seconds", sum(self.values("step_seconds")) or None)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Input tokens over the time in training steps."""
+        seconds, tokens = sum(self.values("step_seconds")), sum(self.values("input_tokens"))
+        return self._result("tokens_per_second", tokens / seconds if tokens and seconds else None)
+
+    @property
+    def peak_bytes(self) -> float | None:
+        """Peak memory: private to the process on a CPU, tensors on a GPU."""
+        return self._result("peak_bytes", max(self.values("peak_bytes"), default=None))
+
+    @property
+    def mapped_bytes(self) -> float:
+        """Memory-mapped weights, which come on top of `peak_bytes` on a CPU."""
+        return self.number("result", "mapped_bytes") or self.number("plan", "measured", "mapped_bytes") or 0.0
+
+    @property
+    def adapter_bytes(self) -> float | None:
+        """Size of the adapter file."""
+        return self.number("adapter", "file_bytes") or self.adapter_file_bytes
+
+    def _result(self, key: str, otherwise: float | None) -> float | None:
+        value = self.number("result", key)
+        return otherwise if value is None else value
+
+    @property
+    def held_out_losses(self) -> list[Point]:
+        """Held-out loss by step: from metrics.jsonl, and from run.json before and after training where that lacks them."""
+        points = dict(series(self.evals, "loss"))
+        before = _measured(self.number("result", "eval_before", "loss"))
+        after = _measured(self.number("result", "eval_after", "loss"))
+        if before is not None:
+            points.setdefault(0.0, before)
+        # after training the last vectors are evaluated, or the best ones where the recipe asks for those
+        at = self.number("result", "steps")
+        if get(self.recipe, "training", "load_best_model_at_end") is True:
+            at = self.number("result", "best_step") or at
+        if after is not None and at and 0 < at < _MAX_STEP:
+            points.setdefault(float(int(at)), after)
+        return sorted(points.items())
+
+    @property
+    def best_step(self) -> int | None:
+        """The step with the lowest held-out loss: run.json's, else the lowest in metrics.jsonl (of two or more)."""
+        best = self.number("result", "best_step")
+        if best is not None and 0 <= best < _MAX_STEP:
+            return int(best)
+        losses = [(loss, step) for step, loss in series(self.evals, "loss") if loss is not None]
+        return int(min(losses)[1]) if len(losses) > 1 else None
 
 
 def score_key(name: str) -> str:
@@ -102,20 +193,21 @@ def score_key(name: str) -> str:
     return "exact_match" if name == "exact" else name
 
 
-def inputs_sha256(answers: Sequence[Any]) -> str:
-    """Short SHA-256 over prompts and references of an evaluation's rows, whatever their order."""
-    asked = sorted(json.dumps([pick(row, "prompt"), pick(row, "references")]) for row in answers)
-    return hashlib.sha256("\n".join(asked).encode()).hexdigest()[:16]
+def inputs_sha256(answers: Sequence[object]) -> str:
+    """Short SHA-256 over prompts and references of an evaluation's rows, in any order."""
+    inputs = sorted(json.dumps([get(row, "prompt"), get(row, "references")]) for row in answers)
+    return hashlib.sha256("\n".join(inputs).encode()).hexdigest()[:16]
 
 
 def read_run(run_dir: str | Path, *, evaluation: bool = False) -> Run:
     """Read what a run has written so far.
 
     Args:
-        evaluation: read eval.json too, which can be large.
+        run_dir: The directory that ``qvera train`` wrote.
+        evaluation: Read eval.json too, which can be large.
 
     Raises:
-        InputError: no such directory, or one that no run has written to.
+        InputError: There is no such directory, or no run has written to it.
     """
     root = Path(run_dir)
     if not root.is_dir():
@@ -138,7 +230,7 @@ def read_run(run_dir: str | Path, *, evaluation: bool = False) -> Run:
         recipe=recipe,
         train=train,
         evals=evals,
-        adapter_bytes=weights.stat().st_size if weights.is_file() else None,
+        adapter_file_bytes=weights.stat().st_size if weights.is_file() else None,
         evaluation=_read_evaluation(root / "eval.json", weights, notes) if evaluation else None,
         notes=notes,
     )
@@ -176,58 +268,52 @@ def _read_evaluation(path: Path, weights: Path, notes: list[str]) -> Evaluation 
     tree = _read_json(path, notes, "its scores can't be shown.")
     if len(notes) > noted:
         return None
-    subject = tree.get("subject")
-    if not isinstance(subject, dict) or not isinstance(tree.get("metrics"), list):
+    about, metrics = tree.get("subject"), tree.get("metrics")
+    if not isinstance(about, dict) or not isinstance(metrics, list):
         notes.append(f"{path.name} is not what `qvera eval --json` writes: it is left out.")
         return None
-    if _text(subject, "column") == "Base":
+    if get_text(about, "column") == "Base":
         notes.append(f"{path.name} is of the base alone (`qvera eval --base`): it is left out.")
         return None
-    metrics = {score_key(_text(metric, "name")): metric for metric in tree["metrics"]}
-    found = {key: number(tree, "scores", key) for key in metrics}
+    by_key = {score_key(get_text(metric, "name")): metric for metric in metrics}
+    found = {key: get_number(tree, "scores", key) for key in by_key}
     scores = {key: value for key, value in found.items() if value is not None}
     if not scores:
-        notes.append(f"{path.name} has no scores of answers, which alone are shown of it.")
+        notes.append(f"{path.name} has no scores of answers, and nothing else of it is shown.")
         return None
-    doubt = _adapter_doubt(subject, path, weights)
-    notes += [doubt] if doubt else []
+    notes += _adapter_doubts(about, path, weights)
     return Evaluation(
         scores=scores,
-        labels={key: _text(metrics[key], "label") or key for key in scores},
-        signatures={key: _text(metrics[key], "signature") for key in scores},
-        scored_rows=number(tree, "scores", "scored_rows"),
-        data=_text(subject, "data"),
-        inputs_sha256=_text(subject, "inputs_sha256") or _inputs_by_rows(tree.get("answers")),
-        column=_text(subject, "column"),
-        max_new_tokens=number(subject, "max_new_tokens"),
+        labels={key: get_text(by_key[key], "label") or key for key in scores},
+        signatures={key: get_text(by_key[key], "signature") for key in scores},
+        scored_rows=get_number(tree, "scores", "scored_rows"),
+        data=get_text(about, "data"),
+        inputs_sha256=get_text(about, "inputs_sha256") or _sha256_of_rows(tree.get("answers")),
+        column=get_text(about, "column"),
+        max_new_tokens=get_number(about, "max_new_tokens"),
     )
 
 
-def _inputs_by_rows(rows: Any) -> str:
-    """Of a file that an older qvera wrote."""
+def _sha256_of_rows(rows: object) -> str:
+    """`inputs_sha256` for a file of an older qvera, which did not write it."""
     try:
         return inputs_sha256(rows) if rows and isinstance(rows, list) else ""
     except RecursionError:
         return ""
 
 
-def _text(tree: Any, key: str) -> str:
-    """`words` that can be printed: JSON can hold halves of characters."""
-    return words(tree, key).encode("utf-8", errors="replace").decode()
-
-
-def _adapter_doubt(subject: dict[str, Any], path: Path, weights: Path) -> str:
-    """Why the scores may not be those of the adapter that the run has now; "" where nothing says so."""
+def _adapter_doubts(about: dict[str, Any], path: Path, weights: Path) -> list[str]:
+    """Why the scores may not be those of the run's present adapter."""
     again = f"Remove {path.name} and run `qvera eval` again."
     try:
-        if "adapter_sha256" not in subject:  # written by an older qvera
+        if "adapter_sha256" not in about:  # written by an older qvera
             older = path.stat().st_mtime < weights.stat().st_mtime
-            return f"{path.name} is older than the run's adapter: its scores may be another's. {again}" if older else ""
-        if subject["adapter_sha256"] == file_sha256(weights):
-            return ""
+            return [f"{path.name} is older than the run's adapter: its scores may be another's. {again}"] * older
+        if about["adapter_sha256"] == file_sha256(weights):
+            return []
     except OSError as error:
-        return f"{path.name} can't be held against the run's adapter ({error.strerror}): its scores may be another's."
-    return f"{path.name} is of another adapter than the run has now: its scores are not this run's. {again}"
+        return [f"{path.name} can't be checked against the run's adapter ({error.strerror}): it may be of another one."]
+    return [f"{path.name} is of another adapter than the run has now: its scores are not this run's. {again}"]
 
 
 def _read_recipe(path: Path, notes: list[str]) -> tuple[str, dict[str, Any]]:
@@ -249,7 +335,7 @@ def _read_metrics(path: Path, notes: list[str]) -> tuple[list[dict[str, Any]], l
         return [], []
     lines = raw.split(b"\n")
     unreadable: list[int] = []
-    # A resumed run may write a step again; the later line is the one that led to the adapter.
+    # A resumed run may write a step again. The later line is the one that led to the adapter.
     kinds: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "eval": {}}
     for index, line in enumerate(lines, start=1):
         if not line.strip():
@@ -262,9 +348,9 @@ def _read_metrics(path: Path, notes: list[str]) -> tuple[list[dict[str, Any]], l
             else:
                 unreadable.append(index)
             continue
-        step = number(row, "step")
-        steps = kinds.get(words(row, "kind"))
-        if step is None or not 0 <= step < 1e12:
+        step = get_number(row, "step")
+        steps = kinds.get(get_text(row, "kind"))
+        if step is None or not 0 <= step < _MAX_STEP:
             unreadable.append(index)
         elif steps is not None:
             steps[int(step)] = row
@@ -272,7 +358,7 @@ def _read_metrics(path: Path, notes: list[str]) -> tuple[list[dict[str, Any]], l
         shown = ", ".join(map(str, unreadable[:5])) + (", ..." if len(unreadable) > 5 else "")
         notes.append(f"metrics.jsonl: {len(unreadable)} lines can't be read and are left out (line {shown}).")
     train, evals = ([steps[key] for key in sorted(steps)] for steps in kinds.values())
-    broken = [row["step"] for row in train if "loss" in row and number(row, "loss") is None]
+    broken = [row["step"] for row in train if "loss" in row and get_number(row, "loss") is None]
     if broken:
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
         notes.append(

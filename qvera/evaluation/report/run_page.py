@@ -1,141 +1,316 @@
-"""The page, section by section in the order that a reader wants. Every text from outside goes through `esc`."""
+"""The page of one run: report.html in its directory."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from pathlib import PurePosixPath, PureWindowsPath
 
-import yaml
+from qvera.evaluation.report.answer_diff import Sample, make_sample
+from qvera.evaluation.report.charts import Chart, Line, length_histogram, line_chart, stacked_bars
+from qvera.evaluation.report.page import render
+from qvera.evaluation.report.read import Run, get, get_number, get_text, series
+from qvera.evaluation.report.settings import changed_settings
+from qvera.evaluation.report.smoothing import MAX_POINTS, loss_curves, thin
+from qvera.utils.formatting import count, duration, percent, significant, size
 
-from qvera.evaluation.report import curves
-from qvera.evaluation.report.changed_settings import changed_settings
-from qvera.evaluation.report.charts import length_figure
-from qvera.evaluation.report.headline import head, model_name, tiles
-from qvera.evaluation.report.markup import document, esc, fact_list, section
-from qvera.evaluation.report.memory_section import memory_section
-from qvera.evaluation.report.read import Run, number, pick, words
-from qvera.evaluation.report.samples import LEGEND, sample_article
-from qvera.utils.formatting import count, moment, percent, size
+_MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
+    "exact_match": ("Exact match", percent),
+    "loss": ("Loss", significant),
+    "perplexity": ("Perplexity", significant),
+}
+_MEMORY_KINDS = (
+    ("p1", "interpreter, libraries, rows", ("runtime",)),
+    ("p2", "base", ("base",)),
+    ("p3", "projections, vectors, optimizer", ("projections", "vectors")),
+    ("p4", "checkpoints", ("checkpoints",)),
+    ("p5", "transient", ("transient",)),
+    ("p6", "loss", ("loss",)),
+    ("p7", "answers", ("answers",)),
+)
+_MOMENTS = {"backward": "Backward pass", "loss": "Loss", "answers": "Answers"}
 
 
-def render(run: Run) -> str:
-    """The whole page as HTML."""
-    parts = (head, tiles, _curves, memory_section, _samples, _data, _recipe, _machine)
-    footer = (
-        f"Written by qvera {esc(words(run.info, 'versions', 'qvera'))} from recipe.yaml, metrics.jsonl and run.json. "
-        "Sizes are decimal: 1 MB is 1,000,000 bytes."
+def run_page(run: Run) -> str:
+    """The page as HTML, sections in the order that a reader wants."""
+    memory_chart, memory_text = _memory(run)
+    return render(
+        "run.html",
+        run=run,
+        model=_model_name(run),
+        adapter=_adapter_sentence(run),
+        notices=_notices(run),
+        score=_score(run),
+        before_after=_before_after(run),
+        tiles=_tiles(run),
+        loss_chart=_loss_chart(run),
+        charts=_small_charts(run),
+        evaluations=_evaluations(run),
+        memory_chart=memory_chart,
+        memory_text=memory_text,
+        samples=_samples(run),
+        data=_data_facts(run),
+        lengths=length_histogram(
+            *(_numbers(get(run.info, "data", "length_histogram", k)) for k in ("edges", "counts"))
+        ),
+        settings=changed_settings(run.recipe).items(),
+        model_facts=_model_facts(run),
+        versions=_versions(run),
     )
-    return document(f"{model_name(run)} · {run.name} · qvera", "".join(part(run) for part in parts), footer)
 
 
-def _curves(run: Run) -> str:
-    loss, small = curves.loss_figure(run), curves.small_figures(run)
-    grid = f'<div class="grid2">{"".join(small)}</div>' if small else ""
-    return section("Training", loss, curves.eval_table(run), grid)
+def _model_name(run: Run) -> str:
+    path = run.setting("model", "path")
+    name = PureWindowsPath(path).name if "\\" in path else PurePosixPath(path).name
+    return name or run.text("model", "architecture") or "A run"
 
 
-def _samples(run: Run) -> str:
-    listed = pick(run.info, "samples")
-    samples = [sample for sample in listed if isinstance(sample, dict)] if isinstance(listed, list) else []
-    if not samples:
-        return ""
-    legend = f'<p class="caption">Answered before and after training. {LEGEND}</p>'
-    return section("Held-out prompts", legend, *(_sample(sample) for sample in samples))
+def _adapter_sentence(run: Run) -> str:
+    """VeRA of rank 256 on 210 linear layers over an NF4 base, trained on rows.jsonl."""
+
+    def setting(key: str) -> float | None:
+        return run.number("adapter", key) or get_number(run.recipe, "adapter", key)
+
+    rank, groups, modules = setting("rank"), setting("b_groups") or 1, run.number("adapter", "adapted_modules")
+    words = [f"VeRA of rank {count(rank)}" if rank else "A VeRA adapter"]
+    vectors = [f"{count(groups)} b vectors"] if groups > 1 else []
+    if True in (get(run.info, "adapter", "input_scale"), get(run.recipe, "adapter", "input_scale")):
+        vectors.append("an input scale")
+    if vectors:
+        words.append(f"with {' and '.join(vectors)} per layer")
+    if modules:
+        words.append(f"on {count(modules)} linear layers")
+    quantization = run.setting("model", "quantization")
+    if quantization == "none":
+        words.append("over an unquantized base")
+    elif quantization:
+        words.append(f"over {'an' if quantization[0] in 'aefin' else 'a'} {quantization.upper()} base")
+    data = get_text(run.recipe, "data", "path")
+    return " ".join(words) + (f", trained on {PurePosixPath(data).name or data}." if data else ".")
 
 
-def _sample(sample: dict[str, Any]) -> str:
-    reference = words(sample, "reference")
-    answers = [("Before", words(sample, "before"), ""), ("After", words(sample, "after"), "")]
-    return sample_article("Prompt", words(sample, "prompt"), answers, [reference] if reference else [])
+def _notices(run: Run) -> list[str]:
+    after = f" after step {count(run.steps)}" if run.steps else ""
+    states = {
+        "done": [],
+        "interrupted": [f"Interrupted{after}, and saved. `qvera train RECIPE --resume` goes on from there."],
+        "failed": [f"This run failed{after}. Its last good checkpoint is kept in checkpoints/."],
+    }
+    unknown = [f"This run has not finished: it was killed or is still going{after}."]
+    return states.get(run.text("status"), unknown) + run.notes
 
 
-def _count_of(run: Run, section: str, key: str, alarm: bool = False) -> str:
-    value = number(run.info, section, key)
-    if value is None:
-        return ""
-    return f"<b>{count(value)}</b>" if alarm and value > 0 else count(value)
+def _score(run: Run) -> tuple[str, str, str] | None:
+    """The headline: what is measured, before and after; "" for a side that is not known."""
+    before, after = get(run.info, "result", "eval_before"), get(run.info, "result", "eval_after")
+    for key in ("exact_match", "loss"):
+        name, text = _MEASURES[key]
+        first, last = get_number(before, key), get_number(after, key)
+        if last is not None:
+            # answers are slow to write: exact match may be over fewer rows than the loss
+            rows = get_number(after, f"{key}_rows") or get_number(after, "rows") or get_number(before, "rows")
+            on = f"{count(rows)} held-out rows" if rows else "held-out rows"
+            return f"{name} on {on}", "" if first is None else text(first), text(last)
+    points = [(step, loss) for step, loss in run.held_out_losses if loss is not None]
+    if points and points[-1][0] > 0:
+        (start, first_loss), (end, last_loss) = points[0], points[-1]
+        if len(points) == 1:
+            return f"Held-out loss at step {end:,.0f}", "", significant(last_loss)
+        return f"Held-out loss, step {start:,.0f} to step {end:,.0f}", significant(first_loss), significant(last_loss)
+    losses = run.values("loss")
+    first = run.number("result", "train_loss_first") or (losses[0] if losses else None)
+    last = run.number("result", "train_loss_last") or (losses[-1] if losses else None)
+    if last is not None:
+        several = run.steps != 1
+        steps = "first and last step" if several else "one step"
+        before_text = significant(first) if first is not None and several else ""
+        return f"Training loss, {steps} (no held-out score)", before_text, significant(last)
+    return ("Held-out loss before training", "", significant(points[0][1])) if points else None
 
 
-def _rows_split(run: Run) -> str:
-    if not number(run.info, "data", "split_rows"):
-        return ""
-    rows, parts = (_count_of(run, "data", key) for key in ("split_rows", "split_parts"))
-    return f"{rows} into {parts}" if parts else rows
+def _before_after(run: Run) -> list[tuple[str, list[str]]]:
+    """Rows of the table of held-out scores before and after training."""
+    rows = []
+    for key, (name, text) in _MEASURES.items():
+        values = [run.number("result", when, key) for when in ("eval_before", "eval_after")]
+        if any(value is not None for value in values):
+            rows.append((name, ["–" if value is None else text(value) for value in values]))
+    return rows
 
 
-def _data(run: Run) -> str:
-    tokens, trained = number(run.info, "data", "tokens"), number(run.info, "data", "trained_tokens")
+def _tiles(run: Run) -> list[tuple[str, str, str]]:
+    """Title, figure and note of each tile: what the run cost."""
+    tiles = []
+    trainable, lora = run.number("adapter", "trainable_parameters"), run.number("adapter", "lora_r64_parameters")
+    if trainable is not None:
+        note = f"exactly {trainable:,.0f}" if trainable >= 10_000 else ""
+        if lora and trainable:
+            times = count(lora / trainable)
+            note = f"{trainable:,.0f}. LoRA r=64 on the same layers: {count(lora)}, {times} times as many"
+        tiles.append(("Trainable parameters", count(trainable), note))
+    if run.adapter_bytes is not None:
+        base = run.number("model", "base_bytes")
+        tiles.append(("Adapter file", size(run.adapter_bytes), f"beside a base of {size(base)}" if base else ""))
+    if run.peak_bytes is not None:
+        device = run.text("device").partition(":")[0].upper()
+        mapped = f"and {size(run.mapped_bytes)} of memory-mapped weights" if run.mapped_bytes else ""
+        tiles.append(("Peak memory", size(run.peak_bytes), ", ".join(filter(None, (device, mapped)))))
+    if run.tokens_per_second is not None:
+        tiles.append(("Tokens per second", count(run.tokens_per_second), "in training: forward, backward, update"))
+    if run.seconds is not None:
+        epochs = run.number("result", "epochs")
+        steps = f"{count(run.steps)} step{'' if run.steps == 1 else 's'}" if run.steps else ""
+        if steps and epochs is not None:
+            steps += f", {epochs:.3g} epoch{'' if epochs == 1 else 's'}"
+        tiles.append(("Time", duration(run.seconds), steps))
+    return tiles
+
+
+def _loss_chart(run: Run) -> Chart | None:
+    """Training loss, every step faint and smoothed, with held-out loss on it."""
+    raw, smoothed = loss_curves(series(run.train, "loss"))
+    lines = [Line("training loss" + _thinned(run), raw, "main" if smoothed is raw else "faint")]
+    if smoothed is not raw:
+        lines.append(Line("smoothed", smoothed))
+    lines.append(Line("held-out loss", run.held_out_losses, "held-out"))
+    lines = [line for line in lines if any(y is not None for _, y in line.points)]
+    legend: list[tuple[str, str]] = [(line.style, line.label) for line in lines]
+    best = run.best_step if lines and lines[-1].style == "held-out" else None
+    if best is not None:
+        legend.append(("best", f"lowest held-out, step {best:,}"))
+    note = "nats a trained token"
+    return line_chart("Loss", lines, note=note, legend=legend, height=300, may_be_log=True, best=best)
+
+
+def _thinned(run: Run) -> str:
+    """What the label of a curve adds where its points are means."""
+    steps = -(-len(run.train) // MAX_POINTS)
+    return f", means of {steps} steps" if steps > 1 else ""
+
+
+def _small_charts(run: Run) -> list[Chart]:
+    """Learning rate, gradient norm, throughput and memory, as far as the run recorded them."""
+
+    def line(label: str, key: str, text: Callable[[float], str] = significant) -> Line:
+        return Line(label + _thinned(run), thin(series(run.train, key)), format=text)
+
+    in_use = line("in use", "memory_bytes", size)
+    peak = Line("peak", thin(series(run.train, "peak_bytes")), "dashed", size)
+    memory = [each for each in (in_use, peak) if any(y is not None for _, y in each.points)]
+    legend = [(each.style, each.label) for each in memory]
+    norm, speed = line("gradient norm", "grad_norm"), line("tokens/s", "tokens_per_second", count)
+    charts = [
+        line_chart("Learning rate", [line("learning rate", "learning_rate")], from_zero=True),
+        line_chart("Gradient norm", [norm], note="before clipping", from_zero=True),
+        line_chart("Throughput", [speed], note="tokens a second", kind="count", from_zero=True),
+        line_chart("Memory", memory, legend=legend, kind="bytes", from_zero=True),
+    ]
+    return [chart for chart in charts if chart is not None]
+
+
+def _evaluations(run: Run) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Titles and rows of the table of evaluations during training."""
+    columns = {**_MEASURES, "rows": ("Rows", count), "seconds": ("Time", duration)}
+    columns = {key: columns[key] for key in ("loss", "perplexity", "exact_match", "rows", "seconds")}
+    columns = {key: column for key, column in columns.items() if any(key in row for row in run.evals)}
+    rows = []
+    for row in run.evals:
+        values = [(get_number(row, key), text) for key, (_, text) in columns.items()]
+        best = " (best)" if row["step"] == run.best_step else ""
+        rows.append((f"{row['step']:,.0f}{best}", ["–" if v is None else text(v) for v, text in values]))
+    return ["Step", *(title for title, _ in columns.values())], rows
+
+
+def _memory(run: Run) -> tuple[Chart | None, str]:
+    """Bars of the planned memory by moment with a line at the measured peak, and both in a sentence."""
+    # the peak of the tile above and the mapped weights, which the plan counts too: the page has one peak only
+    planned = run.number("plan", "measured", "total_bytes") is not None
+    measured = run.peak_bytes + run.mapped_bytes if run.peak_bytes and planned else None
+    moments = get(run.info, "plan", "memory", "moments")
+    rows: dict[str, list[tuple[str, str, float]]] = {}
+    for name, parts in moments.items() if isinstance(moments, dict) else ():
+        if isinstance(parts, list):
+            sizes = [(get_text(part, "kind"), get_number(part, "bytes") or 0.0) for part in parts]
+            rows[_MOMENTS.get(str(name), str(name))] = [
+                (css, label, sum(part_bytes for kind, part_bytes in sizes if kind in kinds and part_bytes > 0))
+                for css, label, kinds in _MEMORY_KINDS
+            ]
+    shown = {css for parts in rows.values() for css, _, part_bytes in parts if part_bytes}
+    legend = [(f"swatch {css}", label) for css, label, _ in _MEMORY_KINDS if css in shown]
+    text = f"{size(run.peak_bytes or 0)} and {size(run.mapped_bytes)} of memory-mapped weights"
+    text = text if run.mapped_bytes else size(run.peak_bytes or 0)
+    if measured:
+        legend.append(("dashed", f"measured peak, {text}"))
+    chart = stacked_bars("Planned memory, by moment", rows, legend=legend, mark_bytes=measured)
+    predicted = run.number("plan", "measured", "predicted_bytes")
+    if not predicted or not measured:
+        return chart, ""
+    batch = run.text("plan", "batch", "source")
+    return chart, (
+        f"Predicted peak {size(predicted)}, measured {text}: the plan was off by {100 * (predicted / measured - 1):+.1f} %."
+        + (f" Planned for {batch}." if batch else "")
+    )
+
+
+def _samples(run: Run) -> list[Sample]:
+    samples = get(run.info, "samples")
+    made = []
+    for sample in samples if isinstance(samples, list) else ():
+        if isinstance(sample, dict):
+            answers = [(when.capitalize(), get_text(sample, when), "") for when in ("before", "after")]
+            reference = get_text(sample, "reference")
+            made.append(make_sample("Prompt", get_text(sample, "prompt"), answers, [reference] if reference else []))
+    return made
+
+
+def _data_facts(run: Run) -> list[tuple[str, str, bool]]:
+    """Name, text, and whether it is worth a warning."""
+    tokens, trained = run.number("data", "tokens"), run.number("data", "trained_tokens")
     share = f" ({percent(trained / tokens)})" if trained is not None and tokens else ""
-    facts = fact_list(
-        [
-            ("Source", esc(words(run.recipe, "data", "path"))),
-            ("Rows to train on", _count_of(run, "data", "train_rows")),
-            ("Rows held out", _count_of(run, "data", "eval_rows")),
-            ("Of these also trained on", _count_of(run, "data", "repeated_rows", alarm=True)),
-            ("Tokens", _count_of(run, "data", "tokens")),
-            ("Tokens trained", _count_of(run, "data", "trained_tokens") + share),
-            ("Rows cut to length", _count_of(run, "data", "truncated_rows", alarm=True)),
-            ("Rows split", _rows_split(run)),
-            ("Rows dropped", _count_of(run, "data", "dropped_rows", alarm=True)),
-            ("Format", esc(words(run.info, "data", "format"))),
-            ("Template", esc(words(run.info, "data", "template"))),
-        ]
-    )
-    edges, counts = (_numbers(pick(run.info, "data", "length_histogram", key)) for key in ("edges", "counts"))
-    figure = length_figure(edges, counts)
-    return section("Data", f'<div class="columns"><div>{facts}</div>{figure}</div>' if facts or figure else "")
+    split = _count(run, "data", "split_rows") if run.number("data", "split_rows") else ""
+    parts = _count(run, "data", "split_parts")
+    return [
+        ("Source", get_text(run.recipe, "data", "path"), False),
+        ("Rows to train on", _count(run, "data", "train_rows"), False),
+        ("Rows held out", _count(run, "data", "eval_rows"), False),
+        ("Of these also trained on", _count(run, "data", "repeated_rows"), bool(run.number("data", "repeated_rows"))),
+        ("Tokens", _count(run, "data", "tokens"), False),
+        ("Tokens trained", _count(run, "data", "trained_tokens") + share, False),
+        ("Rows cut to length", _count(run, "data", "truncated_rows"), bool(run.number("data", "truncated_rows"))),
+        ("Rows split", f"{split} into {parts}" if split and parts else split, False),
+        ("Rows dropped", _count(run, "data", "dropped_rows"), bool(run.number("data", "dropped_rows"))),
+        ("Format", run.text("data", "format"), False),
+        ("Template", run.text("data", "template"), False),
+    ]
 
 
-def _numbers(values: Any) -> list[float]:
-    if not isinstance(values, list):
-        return []
-    found = [number({"value": value}, "value") for value in values]
-    kept = [value for value in found if value is not None]
-    return kept if len(kept) == len(values) else []
+def _count(run: Run, *keys: str) -> str:
+    value = run.number(*keys)
+    return "" if value is None else count(value)
 
 
-def _recipe(run: Run) -> str:
-    if not run.recipe_text:
-        return ""
-    changed = changed_settings(run.recipe)
-    facts = fact_list([(key, f"<code>{esc(_yaml_value(value))}</code>") for key, value in changed])
-    intro = '<p class="caption intro">What it sets beyond the defaults:</p>' if facts else ""
-    whole = (
-        "<details><summary>The whole effective recipe, every default filled in</summary>"
-        f"<pre>{esc(run.recipe_text)}</pre></details>"
-    )
-    return section("Recipe", intro, facts, whole)
+def _numbers(values: object) -> list[float]:
+    """A list of finite numbers; [] for anything else."""
+    found = [get_number({"": value}, "") for value in values] if isinstance(values, list) else []
+    return [] if None in found else [value for value in found if value is not None]
 
 
-def _yaml_value(value: Any) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000)
-    return text.removesuffix("\n").removesuffix("\n...")
-
-
-def _machine(run: Run) -> str:
-    parameters = number(run.info, "model", "parameters")
-    base = number(run.info, "model", "base_bytes")
-    targets = pick(run.info, "adapter", "targets")
-    model = [
-        ("Model", esc(words(run.info, "model", "path"))),
-        ("Architecture", esc(words(run.info, "model", "architecture"))),
+def _model_facts(run: Run) -> list[tuple[str, str]]:
+    parameters, base = run.number("model", "parameters"), run.number("model", "base_bytes")
+    targets = get(run.info, "adapter", "targets")
+    return [
+        ("Model", run.text("model", "path")),
+        ("Architecture", run.text("model", "architecture")),
         ("Parameters", count(parameters) if parameters is not None else ""),
-        ("Quantization", esc(words(run.info, "model", "quantization"))),
-        ("4-bit layers", _count_of(run, "model", "four_bit_modules")),
-        ("Compute dtype", esc(words(run.info, "model", "compute_dtype"))),
-        ("Storage dtype", esc(words(run.info, "model", "quant_storage"))),
+        ("Quantization", run.text("model", "quantization")),
+        ("4-bit layers", _count(run, "model", "four_bit_modules")),
+        ("Compute dtype", run.text("model", "compute_dtype")),
+        ("Storage dtype", run.text("model", "quant_storage")),
         ("Base in memory", size(base) if base is not None else ""),
-        ("Adapted", esc(", ".join(map(str, targets)) if isinstance(targets, list) else targets or "")),
-        ("Projection seed", _count_of(run, "adapter", "seed")),
+        ("Adapted", ", ".join(map(str, targets)) if isinstance(targets, list) else run.text("adapter", "targets")),
+        ("Projection seed", _count(run, "adapter", "seed")),
     ]
-    versions = pick(run.info, "versions")
-    versions = versions if isinstance(versions, dict) else {}
-    machine = [("Device", esc(words(run.info, "device")))]
-    machine += [
-        ("Started", esc(moment(words(run.info, "started")))),
-        ("Finished", esc(moment(words(run.info, "finished")))),
-    ]
-    machine += [(str(name), esc(version)) for name, version in versions.items()]
-    left, right = fact_list(model), fact_list(machine)
-    return section(
-        "Model and machine", f'<div class="columns"><div>{left}</div><div>{right}</div></div>' if left or right else ""
-    )
+
+
+def _versions(run: Run) -> list[tuple[str, str]]:
+    versions = get(run.info, "versions")
+    return [(str(name), str(version)) for name, version in versions.items()] if isinstance(versions, dict) else []

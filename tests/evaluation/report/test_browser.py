@@ -14,7 +14,8 @@ import pytest
 from qvera.config.schema import RangeTest
 from qvera.evaluation.report import write_report
 from qvera.evaluation.report.answers_page import write_answers
-from qvera.evaluation.report.compare_page import compared, write_runs
+from qvera.evaluation.report.compare import compare_runs
+from qvera.evaluation.report.compare_page import write_comparison
 from qvera.training.lr_curve import RULE, Found
 from qvera.training.lr_page import write_ramp
 from tests.evaluation.report.conftest import RECIPE, evaluation, run_info, train_rows
@@ -93,7 +94,7 @@ def test_runs_are_pointed_at_together_by_steps_and_by_tokens(build_run: Build, t
       document.title = [plots.length, shown(plots[0])[1], shown(plots[2])[1], colours.size].join(' ; ');
     """
     places = [build_run(name="one"), build_run(name="two", train=train_rows(96))]
-    write_runs(tmp_path / "runs.html", compared(places))
+    write_comparison(tmp_path / "runs.html", compare_runs(places))
     dom, console = dump_dom(with_script(tmp_path / "runs.html", script), tmp_path / "profile")
     assert console == []
     number, by_step, by_token, colours = re.findall(r"<title>(.*?)</title>", dom)[0].split(" ; ")
@@ -145,7 +146,7 @@ def runs(build_run: Build, root: Path) -> Path:
         steps = train_rows(40 + 9 * number)
         info = run_info() if number else None
         places.append(build_run(info=info, recipe=recipe, train=steps, evals=None, name=f"a-run-of-rank-{number}"))
-    write_runs(root / "runs.html", compared(places))
+    write_comparison(root / "runs.html", compare_runs(places))
     return root / "runs.html"
 
 

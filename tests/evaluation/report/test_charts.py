@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
-import xml.etree.ElementTree as ElementTree
+from typing import Literal
+from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qvera.evaluation.report.charts import Line, histogram, line_chart, values_range
-from qvera.evaluation.report.points import Point, median_of_five, smooth, thin
-from qvera.evaluation.report.scales import Scale, log_ticks, nice_ticks
+from qvera.evaluation.report.axes import Scale, log_ticks, nice_ticks
+from qvera.evaluation.report.charts import Chart, Line, length_histogram, line_chart, stacked_bars, values_range
+from qvera.evaluation.report.page import environment
+from qvera.evaluation.report.smoothing import Point, running_median, smooth, thin
 
 finite = st.floats(-1e12, 1e12, allow_nan=False).filter(lambda x: x == 0 or abs(x) > 1e-9)
 
 
-def line(points: list[Point], style: str = "main", label: str = "loss") -> Line:
-    return Line(label, points, style, [f"{y}" for _, y in points])  # type: ignore[arg-type]
+def line(points: list[Point], style: Literal["faint", "main", "held-out"] = "main", label: str = "loss") -> Line:
+    return Line(label, points, style, str)
 
 
-def parse(svg: str) -> ElementTree.Element:
-    """The chart as XML: a chart that is not well-formed fails here."""
-    return ElementTree.fromstring(svg.replace(" hidden>", ' hidden="">'))
+def draw(chart: Chart | None) -> ElementTree.Element:
+    """The figure as XML: one that is not well-formed fails here."""
+    assert chart is not None
+    html = str(environment().get_template("chart.html").module.figure(chart))  # type: ignore[attr-defined]
+    return ElementTree.fromstring(html.replace(" hidden>", ' hidden="">'))
+
+
+def labels(root: ElementTree.Element, anchor: str, position: str) -> dict[str | None, str | None]:
+    """Text of the ticks of one axis → where they are."""
+    return {text.text: text.get(position) for text in root.iter("text") if text.get("text-anchor") == anchor}
 
 
 def test_nice_ticks_are_round_and_cover() -> None:
@@ -75,19 +85,35 @@ def test_thin_keeps_ends_mean_and_gaps() -> None:
     assert thin(gap, 100)[:3] == [(9, None), (19, None), (29, 1.0)]
 
 
-def test_smooth_follows_a_line_and_drops_a_spike() -> None:
-    ramp: list[Point] = [(float(x), 3.0 * x) for x in range(50)]
-    for (_, smoothed), (_, y) in zip(smooth(ramp, 3)[3:-3], ramp[3:-3], strict=True):
-        assert smoothed == pytest.approx(y)
-    assert smooth(ramp, 0) == ramp
-    spike: list[Point] = [(float(x), 1000.0 if x == 25 else 1.0) for x in range(50)]
-    assert max(y for _, y in smooth(spike, 3) if y is not None) == pytest.approx(1.0)
+def test_smooth_follows_a_line_to_its_ends_and_drops_a_spike() -> None:
+    rising: list[Point] = [(float(x), 3.0 * x) for x in range(50)]
+    assert [y for _, y in smooth(rising, 3)] == pytest.approx([y for _, y in rising])
+    assert smooth(rising, 0) == rising
+    for at in (0, 1, 25, 48, 49):
+        spike: list[Point] = [(float(x), 1000.0 if x == at else 1.0) for x in range(50)]
+        assert max(y for _, y in smooth(spike, 3) if y is not None) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("last", [0.001, 0.5])
+def test_the_smoothed_curve_does_not_end_at_the_last_value(last: float) -> None:
+    """It used to: at its ends the window had no neighbours left, so the curve hooked up or down to a noisy value."""
+    noise = random.Random(1)
+    raw: list[Point] = [(float(x), 0.02 * noise.lognormvariate(0, 0.3)) for x in range(67)]
+    ends = [y for _, y in smooth([*raw, (67.0, last)], 68 / 30)][-3:]
+    assert all(y is not None and 0.01 < y < 0.035 for y in ends)
+
+
+def test_smooth_stays_within_the_values_near_it() -> None:
+    """A line fitted to a steep fall would go below zero where the fall ends, which a log scale can't show."""
+    steep: list[Point] = [(float(x), 10.0 ** -min(x, 8)) for x in range(20)]
+    assert all(y is not None and y >= 1e-8 for _, y in smooth(steep, 2))
 
 
 def test_gaps_stay_gaps() -> None:
     points: list[Point] = [(0, 1.0), (1, None), (2, 3.0)]
-    assert [y is None for _, y in median_of_five(points)] == [False, True, False]
-    assert [y is None for _, y in smooth(points, 1)] == [False, True, False]
+    assert smooth(points, 1)[1] == (1, None)
+    assert smooth([(0, None)], 1) == [(0, None)]
+    assert running_median([1.0, 3.0]) == [1.0, 3.0]
 
 
 def test_one_spike_does_not_set_the_axis() -> None:
@@ -101,22 +127,19 @@ def test_one_spike_does_not_set_the_axis() -> None:
 
 
 def test_line_chart_places_its_points() -> None:
-    svg = line_chart([line([(0.0, 0.0), (5.0, 10.0), (10.0, 5.0)])], description="Loss by step.", height=100)
-    root = parse(svg)
-    paths = [element.get("d") for element in root.iter("path")]
-    assert paths == ["M0 1000L500 0L1000 500"]
-    assert [axes.get("aria-label") for axes in root.iter("svg") if axes.get("role")] == ["Loss by step."]
-    labels = [text.text for text in root.iter("text")]
-    assert {"0", "10", "step"} <= set(labels)
-    heights = {text.text: text.get("y") for text in root.iter("text") if text.get("text-anchor") == "end"}
-    assert (heights["0"], heights["10"]) == ("100", "0")
-    places = {text.text: text.get("x") for text in root.iter("text") if text.get("text-anchor") == "middle"}
-    assert (places["0"], places["4"], places["10"]) == ("0%", "40%", "100%")
+    root = draw(line_chart("Loss", [line([(0.0, 0.0), (5.0, 10.0), (10.0, 5.0)])], height=100))
+    assert [path.get("d") for path in root.iter("path")] == ["M0 1000L500 0L1000 500"]
+    descriptions = [svg.get("aria-label") for svg in root.iter("svg") if svg.get("role")]
+    assert descriptions == ["Loss by step. loss from 0.0 at step 0 to 5.0 at step 10."]
+    y_axis, x_axis = labels(root, "end", "y"), labels(root, "middle", "x")
+    assert (y_axis["0"], y_axis["10"]) == ("100%", "0%")
+    assert "step" in y_axis
+    assert (x_axis["0"], x_axis["4"], x_axis["10"]) == ("0%", "40%", "100%")
 
 
 def test_line_chart_breaks_at_gaps_and_dots_lone_points() -> None:
     points: list[Point] = [(0.0, 1.0), (1.0, 2.0), (2.0, None), (3.0, 1.5), (4.0, None), (5.0, 1.0), (6.0, 1.2)]
-    root = parse(line_chart([line(points)], description="x"))
+    root = draw(line_chart("x", [line(points)]))
     (path,) = [element.get("d") or "" for element in root.iter("path")]
     assert path.count("M") == 3
     assert "nan" not in path.lower()
@@ -125,20 +148,19 @@ def test_line_chart_breaks_at_gaps_and_dots_lone_points() -> None:
 
 @pytest.mark.parametrize("points", [[], [(3.0, None)]])
 def test_line_chart_without_values_is_nothing(points: list[Point]) -> None:
-    assert line_chart([line(points)], description="x") == ""
+    assert line_chart("x", [line(points)]) is None
 
 
 @pytest.mark.parametrize("value", [0.0, 2.3, -4.0, 1e-12, 1e15])
 def test_line_chart_of_one_point(value: float) -> None:
-    root = parse(line_chart([line([(7.0, value)])], description="x", may_be_log=True))
+    root = draw(line_chart("x", [line([(7.0, value)])], may_be_log=True))
     (circle,) = root.iter("circle")
     assert circle.get("cx") == "50%"
-    assert "7" in [text.text for text in root.iter("text")]
+    assert "7" in labels(root, "middle", "x")
 
 
 def test_best_step_is_ringed() -> None:
-    held_out: list[Point] = [(0.0, 2.0), (10.0, 1.0), (20.0, 1.5)]
-    root = parse(line_chart([line(held_out, "held-out")], description="x", best=10))
+    root = draw(line_chart("x", [line([(0.0, 2.0), (10.0, 1.0), (20.0, 1.5)], "held-out")], best=10))
     (ring,) = [circle for circle in root.iter("circle") if circle.get("class") == "ring"]
     assert ring.get("cx") == "50%"
     assert [mark.get("x1") for mark in root.iter("line") if mark.get("class") == "best"] == ["50%"]
@@ -147,26 +169,26 @@ def test_best_step_is_ringed() -> None:
 def test_log_axis_only_where_allowed_and_needed() -> None:
     steep: list[Point] = [(float(x), 2.0 * 0.9**x) for x in range(60)]
     flat: list[Point] = [(float(x), 2.0 * 0.99**x) for x in range(60)]
-    assert 'data-log="1"' in line_chart([line(steep)], description="x", may_be_log=True)
-    assert 'data-log="0"' in line_chart([line(steep)], description="x")
-    assert 'data-log="0"' in line_chart([line(flat)], description="x", may_be_log=True)
+    for points, may_be_log, log in ((steep, True, True), (steep, False, False), (flat, True, False)):
+        text = "".join(draw(line_chart("x", [line(points)], may_be_log=may_be_log)).itertext())
+        assert ("(log scale)" in text) == log
 
 
-def test_tooltips_say_every_line_of_a_step() -> None:
+def test_tooltips_name_every_line_of_a_step() -> None:
     lines = [line([(1.0, 2.0), (2.0, 1.0)], label="training <b>"), line([(2.0, 0.5)], "held-out", "held-out")]
-    root = parse(line_chart(lines, description="x"))
-    tips = json.loads(root.get("data-tips") or "")
-    assert tips["step"] == [1, 2]
+    plot = draw(line_chart("x", lines)).find("div")
+    assert plot is not None
+    tips = json.loads(plot.get("data-tips") or "")
+    assert tips["x"] == [1, 2]
     assert tips["at"] == [0, 1]
-    assert tips["say"] == [["step 1", "training <b> 2.0"], ["step 2", "training <b> 1.0", "held-out 0.5"]]
+    assert tips["text"] == [["step 1", "training <b> 2.0"], ["step 2", "training <b> 1.0", "held-out 0.5"]]
 
 
 def test_histogram_bars_have_their_width_and_height() -> None:
-    root = parse(histogram([0, 100, 400], [50, 100], description="Rows by length.", height=100))
-    bars = [(bar.get("x"), bar.get("width"), bar.get("height")) for bar in root.iter("rect")]
-    assert bars == [("0%", "25%", "50"), ("25%", "75%", "100")]
-    heights = {text.text: text.get("y") for text in root.iter("text") if text.get("text-anchor") == "end"}
-    assert heights == {"0": "100", "50": "50", "100": "0"}
+    root = draw(length_histogram([0, 100, 400], [50, 100]))
+    bars = [(bar.get("x"), bar.get("width"), bar.get("y"), bar.get("height")) for bar in root.iter("rect")]
+    assert bars == [("0%", "25%", "50%", "50%"), ("25%", "75%", "0%", "100%")]
+    assert labels(root, "end", "y") == {"0": "100%", "50": "50%", "100": "0%"}
     assert [title.text for title in root.iter("title")] == ["0 to 100 tokens: 50 rows", "100 to 400 tokens: 100 rows"]
 
 
@@ -174,14 +196,23 @@ def test_histogram_bars_have_their_width_and_height() -> None:
     ("edges", "counts"), [([], []), ([0, 1], []), ([0, 1, 2], [3]), ([0, 1], [0]), ([1, 0], [3]), ([0, 1], [-1])]
 )
 def test_histogram_that_fits_nothing_is_nothing(edges: list[float], counts: list[float]) -> None:
-    assert histogram(edges, counts, description="x") == ""
+    assert length_histogram(edges, counts) is None
+
+
+def test_stacked_bars_stand_side_by_side_and_the_mark_crosses_them() -> None:
+    rows = {"Backward": [("p1", "base", 300.0), ("p2", "loss", 0.0), ("p3", "rest", 100.0)], "Loss": [("p1", "a", 1.0)]}
+    root = draw(stacked_bars("Memory", rows, mark_bytes=200.0))
+    bars = [(bar.get("class"), bar.get("x"), bar.get("width")) for bar in root.iter("rect")]
+    assert bars == [("bar p1", "0%", "75%"), ("bar p3", "75%", "25%"), ("bar p1", "0%", "0.25%")]
+    assert [mark.get("x1") for mark in root.iter("line") if mark.get("class") == "best"] == ["50%"]
+    assert stacked_bars("Memory", {"Loss": [("p1", "a", 0.0)]}) is None
 
 
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.none() | finite), min_size=1, max_size=40))
 def test_no_points_make_a_broken_chart(raw: list[tuple[int, float | None]]) -> None:
     points: list[Point] = [(float(x), y) for x, y in sorted(dict(raw).items())]
-    svg = line_chart([line(points, "faint"), line(smooth(points, 2))], description="x", may_be_log=True)
-    assert (svg == "") == all(y is None for _, y in points)
-    if svg:
-        drawn = " ".join(element.get("d") or "" for element in parse(svg).iter("path"))
+    chart = line_chart("x", [line(points, "faint"), line(smooth(points, 2))], may_be_log=True)
+    assert (chart is None) == all(y is None for _, y in points)
+    if chart is not None:
+        drawn = " ".join(element.get("d") or "" for element in draw(chart).iter("path"))
         assert not re.search(r"nan|inf|e[+-]?\d", drawn)

@@ -10,9 +10,10 @@ def nice_ticks(low: float, high: float, about: int = 5, whole: bool = False) -> 
     """Round ticks (steps of 1, 2 or 5 × 10^k) whose first is <= ``low`` and whose last is >= ``high``.
 
     Args:
-        low, high: finite, ``low <= high``; where they are equal room is made on both sides.
-        about: how many intervals are wanted.
-        whole: ticks are integers.
+        low: Smallest value, finite. Where it equals ``high``, room is made on both sides.
+        high: Largest value, finite.
+        about: How many intervals are wanted.
+        whole: Ticks are integers.
     """
     if high <= low:
         room = abs(low) * 0.5 or 1.0
@@ -30,7 +31,7 @@ def nice_ticks(low: float, high: float, about: int = 5, whole: bool = False) -> 
 def log_ticks(low: float, high: float) -> list[float]:
     """Ticks for a logarithmic axis from at or below ``low`` to at or above ``high`` (both positive).
 
-    1, 2 and 5 of each decade over up to three decades, powers of ten beyond, thinned to at most eight.
+    1, 2 and 5 of each decade over up to three decades, powers of ten beyond, at most eight of them.
     """
     first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
     last = max(last, first + 1)
@@ -46,21 +47,28 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 @dataclass(frozen=True)
 class Scale:
-    """A mapping of [low, high] to [0, 1].
-
-    Attributes:
-        low, high: the ends, ``low < high``; both above 0 where ``log``.
-        log: equal ratios get equal distances.
-    """
+    """A mapping of [low, high] to [0, 1], with ``low < high``; where ``log``, both are positive."""
 
     low: float
     high: float
     log: bool = False
 
     def fraction(self, value: float) -> float:
-        """Where ``value`` lies; below 0 or above 1 outside the ends, -inf for a value that a log scale has not."""
+        """Position of ``value``: below 0 or above 1 outside the ends, -inf for a value that has no logarithm."""
         if not self.log:
             return (value - self.low) / (self.high - self.low)
         if value <= 0:
             return -math.inf
         return math.log(value / self.low) / math.log(self.high / self.low)
+
+    def percent(self, value: float) -> str:
+        """Position of ``value`` as an SVG length, from the left."""
+        return _percent(self.fraction(value))
+
+    def from_top(self, value: float) -> str:
+        """Position of ``value`` as an SVG length, from the top."""
+        return _percent(1 - self.fraction(value))
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.2f}".rstrip("0").rstrip(".") + "%"

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qvera.evaluation.report.word_diff import Piece, mark, same_answer
+from qvera.evaluation.report.answer_diff import DiffSpan, same_answer, word_diff
 
 
 @pytest.mark.parametrize(
@@ -29,25 +29,25 @@ def test_same_answer(answer: str, reference: str, same: bool) -> None:
 
 
 def test_mark_names_what_is_wrong_and_what_is_missing() -> None:
-    assert mark("on 3 July please", "on 3 June please") == [
-        Piece("on 3 "),
-        Piece("July", differs=True, missing="June"),
-        Piece(" please"),
+    assert word_diff("on 3 July please", "on 3 June please") == [
+        DiffSpan("on 3 "),
+        DiffSpan("July", differs=True, missing="June"),
+        DiffSpan(" please"),
     ]
-    assert mark("a b c d", "a b x c d") == [Piece("a b "), Piece("", missing="x "), Piece("c d")]
+    assert word_diff("a b c d", "a b x c d") == [DiffSpan("a b "), DiffSpan("", missing="x "), DiffSpan("c d")]
 
 
 def test_little_in_common_is_not_marked() -> None:
-    assert mark("I am sorry to hear that", '{"device": "dishwasher"}') == [Piece("I am sorry to hear that")]
+    assert word_diff("I am sorry to hear that", '{"device": "dishwasher"}') == [DiffSpan("I am sorry to hear that")]
 
 
 @given(st.text(), st.text())
 def test_pieces_join_to_the_answer(answer: str, other: str) -> None:
-    assert "".join(piece.text for piece in mark(answer, other)) == answer
+    assert "".join(piece.text for piece in word_diff(answer, other)) == answer
 
 
 def test_a_very_long_answer_is_quick() -> None:
     start = time.monotonic()
     answer = "a b " * 50_000
-    assert mark(answer, "b a " * 50_000) == [Piece(answer)]
+    assert word_diff(answer, "b a " * 50_000) == [DiffSpan(answer)]
     assert time.monotonic() - start < 5

@@ -16,7 +16,8 @@ import pytest
 import yaml
 
 from qvera.cli.main import main
-from qvera.evaluation.report.compare_page import COLOURS, compared, runs_page
+from qvera.evaluation.report.compare import MAX_RUNS, compare_runs
+from qvera.evaluation.report.compare_page import compare_page
 from qvera.utils.errors import InputError
 from tests.evaluation.report.conftest import ADAPTER, RECIPE, eval_rows, evaluation, run_info, train_rows
 
@@ -44,11 +45,11 @@ def test_every_figure_is_the_runs_own(build_run: Build) -> None:
         build_run(name="one"),
         build_run(name="two", info=info(adapter__trainable_parameters=7, result__peak_bytes=5)),
     ]
-    found = compared(places)
+    found = compare_runs(places)
     assert found.labels == ["one", "two"]
     assert found.gaps == []
     assert found.differing == {}
-    one, two = found.facts
+    one, two = found.figures
     rows = train_rows()
     assert one == {
         "loss_before": 2.412,
@@ -71,13 +72,13 @@ def test_every_figure_is_the_runs_own(build_run: Build) -> None:
 def test_only_keys_that_differ_and_mean_something_are_shown(build_run: Build) -> None:
     first = recipe(output_dir="runs/a", learning_rate=1e-3)
     second = recipe(output_dir="runs/b", learning_rate=3e-3) | {"adapter": {"rank": 64}, "deepspeed": "zero2"}
-    found = compared([build_run(name="a", recipe=first), build_run(name="b", recipe=second)])
+    found = compare_runs([build_run(name="a", recipe=first), build_run(name="b", recipe=second)])
     assert found.differing == {
         "training.learning_rate": [1e-3, 3e-3],
         "adapter.rank": [256, 64],
         "deepspeed": [None, "zero2"],
     }
-    html = unescape(runs_page(found))
+    html = unescape(compare_page(found))
     for text in ("training.learning_rate", "0.003", "adapter.rank", "zero2"):
         assert text in html
     assert "output_dir" not in html
@@ -90,19 +91,19 @@ def test_a_run_from_before_a_key_ran_with_its_default(build_run: Build) -> None:
     tree = yaml.safe_load(file.read_text())
     del tree["adapter"]["b_groups"], tree["adapter"]["input_scale"]
     file.write_text(yaml.safe_dump(tree))
-    assert compared(runs).differing == {}
+    assert compare_runs(runs).differing == {}
 
 
 def test_four_charts_by_steps_and_by_tokens(build_run: Build) -> None:
     double = [{**row, "input_tokens": 2 * row["input_tokens"]} for row in train_rows()]
-    html = runs_page(compared([build_run(name="slow"), build_run(name="fast", train=double)]))
+    html = compare_page(compare_runs([build_run(name="slow"), build_run(name="fast", train=double)]))
     charts = re.findall(r'data-sync="(\w+)"[^>]*data-tips="([^"]*)"', html)
     assert [sync for sync, _ in charts] == ["steps", "steps", "tokens", "tokens"]
     steps, _, tokens, _ = (json.loads(unescape(tips)) for _, tips in charts)
-    assert steps["step"] == [0, 20, 40, 60, 80, 96]
+    assert steps["x"] == [0, 20, 40, 60, 80, 96]
     # at each evaluation one of them has seen twice as many tokens as the other
-    wanted = {3200 * step for step in steps["step"]} | {6400 * step for step in steps["step"]}
-    assert set(tokens["step"]) == wanted
+    wanted = {3200 * step for step in steps["x"]} | {6400 * step for step in steps["x"]}
+    assert set(tokens["x"]) == wanted
     assert html.count("c1")
     assert html.count("c2")
     assert "http" not in html.replace("http-equiv", "")
@@ -114,7 +115,7 @@ def test_what_is_missing_is_named_and_the_rest_is_shown(build_run: Build) -> Non
     good = build_run(name="good")
     killed = build_run(name="killed", info=None, train=train_rows(30), evals=None, tail='{"kind": "tr')
     bare = build_run(name="bare", info={"status": "failed"}, train=None, evals=None, recipe=None)
-    found = compared([good, killed, bare])
+    found = compare_runs([good, killed, bare])
     said = "\n".join(found.gaps)
     assert "killed: has not finished" in said
     assert "bare: its status is failed" in said
@@ -123,10 +124,10 @@ def test_what_is_missing_is_named_and_the_rest_is_shown(build_run: Build) -> Non
     assert "good:" not in said
     assert "bare: There is no recipe.yaml" in said
     assert "bare: There is no metrics.jsonl" in said
-    assert found.facts[1]["steps"] == 30
-    assert found.facts[1]["peak_bytes"] == max(r["peak_bytes"] for r in train_rows(30))
-    assert set(found.facts[2].values()) == {None}
-    html = unescape(runs_page(found))
+    assert found.figures[1]["steps"] == 30
+    assert found.figures[1]["peak_bytes"] == max(r["peak_bytes"] for r in train_rows(30))
+    assert set(found.figures[2].values()) == {None}
+    html = unescape(compare_page(found))
     assert all(gap in html for gap in found.gaps)
     assert "–" in html
 
@@ -152,7 +153,7 @@ def test_what_is_missing_is_named_and_the_rest_is_shown(build_run: Build) -> Non
     ],
 )
 def test_what_cannot_be_compared_is_said(build_run: Build, change: dict[str, Any], sentence: str | None) -> None:
-    gaps = compared([build_run(name="one"), build_run(name="two", info=info(**change))]).gaps
+    gaps = compare_runs([build_run(name="one"), build_run(name="two", info=info(**change))]).gaps
     assert len(gaps) == (sentence is not None)
     assert sentence is None or sentence in gaps[0]
 
@@ -162,11 +163,11 @@ def test_runs_of_the_same_name_are_told_apart(build_run: Build, tmp_path: Path) 
     for parent in ("first", "second"):
         (tmp_path / parent).mkdir()
         places.append(build_run(name=f"{parent}/quickstart"))
-    assert compared(places).labels == ["first/quickstart", "second/quickstart"]
+    assert compare_runs(places).labels == ["first/quickstart", "second/quickstart"]
     with pytest.raises(InputError, match="is named twice"):
-        compared([places[0], places[1] / ".." / "quickstart"] + places[1:])
-    with pytest.raises(InputError, match=f"at most {COLOURS} runs, got 9"):
-        compared(places * 4 + places[:1])
+        compare_runs([places[0], places[1] / ".." / "quickstart"] + places[1:])
+    with pytest.raises(InputError, match=f"at most {MAX_RUNS} runs, got 9"):
+        compare_runs(places * 4 + places[:1])
 
 
 def test_the_command(build_run: Build, tmp_path: Path, capsys: Any) -> None:
@@ -223,7 +224,7 @@ def test_what_eval_scored_is_in_table_page_and_json(
         "two", metrics=[*evaluation()["metrics"], ter], scores={"scored_rows": 2, "bleu": 7.5, "ter": 31.25}
     )
     places = [build_scored("one"), two, build_run(name="none")]
-    found = compared(places)
+    found = compare_runs(places)
     assert found.gaps == []
     assert main(["compare", *map(str, places), "--html", str(tmp_path / "page.html")]) == 0
     said = capsys.readouterr().out.splitlines()
@@ -249,7 +250,7 @@ def test_what_eval_scored_is_in_table_page_and_json(
 
 def test_runs_that_were_not_evaluated_have_no_table_of_it(build_run: Build, capsys: Any) -> None:
     places = [build_run(name="one"), build_run(name="two")]
-    assert "qvera eval" not in runs_page(compared(places)).replace("Written by", "")
+    assert "qvera eval" not in compare_page(compare_runs(places)).replace("Written by", "")
     assert main(["compare", *map(str, places)]) == 0
     assert "qvera eval" not in capsys.readouterr().out
 
@@ -281,31 +282,32 @@ def test_scores_that_are_not_of_one_kind_are_said(
     build_scored: Build, changes: dict[str, Any], sentence: str | None
 ) -> None:
     places = [build_scored("one"), build_scored("two", **changes)]
-    found = compared(places)
+    found = compare_runs(places)
     assert len(found.gaps) == (sentence is not None)
     assert sentence is None or sentence in found.gaps[0]
     assert all(run.evaluation is not None for run in found.runs)
-    assert all(gap in unescape(runs_page(found)) for gap in found.gaps)
+    page = unescape(compare_page(found).replace("<code>", "`").replace("</code>", "`"))
+    assert all(gap in page for gap in found.gaps)
 
 
 def test_an_evaluation_from_before_the_run_went_on_is_said(build_scored: Build) -> None:
     places = [build_scored("one"), build_scored("two")]
-    assert compared(places).gaps == []
+    assert compare_runs(places).gaps == []
     weights = places[0] / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(b"more of the same")
-    (gap,) = compared(places).gaps
+    (gap,) = compare_runs(places).gaps
     assert gap.startswith("one: eval.json is of another adapter")
     assert "run `qvera eval` again" in gap
     weights.unlink()
-    (gap,) = compared(places).gaps
-    assert gap.startswith("one: eval.json can't be held against the run's adapter (No such file")
+    (gap,) = compare_runs(places).gaps
+    assert gap.startswith("one: eval.json can't be checked against the run's adapter (No such file")
 
 
 def test_without_a_hash_the_files_times_say_it(build_scored: Build) -> None:
     places = [build_scored("one"), build_scored("two", subject__adapter_sha256=None)]
-    assert compared(places).gaps == []
+    assert compare_runs(places).gaps == []
     os.utime(places[1] / "eval.json", (1, 1))
-    (gap,) = compared(places).gaps
+    (gap,) = compare_runs(places).gaps
     assert gap.startswith("two: eval.json is older than the run's adapter")
 
 
@@ -328,12 +330,12 @@ def test_a_file_that_is_no_evaluation_becomes_a_note(build_scored: Build, text: 
     file = places[1] / "eval.json"
     file.unlink()
     file.mkdir() if text is None else file.write_text(text)
-    found = compared(places)
+    found = compare_runs(places)
     (gap,) = found.gaps
     assert gap.startswith("two: ")
     assert sentence in gap
     assert found.runs[1].evaluation is None
-    assert "82.10" in runs_page(found)
+    assert "82.10" in compare_page(found)
 
 
 def test_half_an_evaluation_is_shown_as_far_as_it_goes(build_scored: Build, tmp_path: Path, capsys: Any) -> None:

@@ -1,0 +1,61 @@
+// Tooltips, as text only (textContent). Charts over the same x axis point at the same place together.
+(() => {
+  const charts = [...document.querySelectorAll('.plot')].map(box => ({
+    box, data: JSON.parse(box.dataset.tips), tip: box.querySelector('.tip'), rule: box.querySelector('.rule'), index: -1
+  }));
+  const nearest = (list, value) => {
+    let low = 0, high = list.length - 1;
+    while (high - low > 1) {
+      const middle = (low + high) >> 1;
+      if (list[middle] < value) low = middle; else high = middle;
+    }
+    return Math.abs(list[low] - value) <= Math.abs(list[high] - value) ? low : high;
+  };
+  const show = (chart, index) => {
+    chart.index = index;
+    const at = chart.data.at[index], lines = chart.data.text[index];
+    for (const side of ['x1', 'x2']) chart.rule.setAttribute(side, 100 * at + '%');
+    chart.rule.style.visibility = 'visible';
+    chart.tip.replaceChildren(...lines.map((line, i) => {
+      const part = document.createElement(i ? 'div' : 'b');
+      part.textContent = line;
+      return part;
+    }));
+    chart.tip.style.left = at < 0.5 ? `calc(${100 * at}% + 8px)` : 'auto';
+    chart.tip.style.right = at < 0.5 ? 'auto' : `calc(${100 * (1 - at)}% + 8px)`;
+    chart.tip.hidden = false;
+  };
+  const hide = chart => {
+    chart.index = -1;
+    chart.tip.hidden = true;
+    chart.rule.style.visibility = 'hidden';
+  };
+  const peers = chart => charts.filter(
+    other => other === chart || (other.box.dataset.sync && other.box.dataset.sync === chart.box.dataset.sync)
+  );
+  const point = (chart, index) => {
+    const x = chart.data.x[index];
+    for (const peer of peers(chart)) show(peer, peer === chart ? index : nearest(peer.data.x, x));
+  };
+  for (const chart of charts) {
+    if (!chart.data.at.length) continue;
+    const leave = () => peers(chart).forEach(hide);
+    chart.box.addEventListener('pointermove', event => {
+      const frame = chart.box.getBoundingClientRect();
+      point(chart, nearest(chart.data.at, (event.clientX - frame.left) / frame.width));
+    });
+    chart.box.addEventListener('pointerleave', leave);
+    chart.box.addEventListener('blur', leave);
+    chart.box.addEventListener('keydown', event => {
+      const move = {ArrowLeft: -1, ArrowRight: 1}[event.key];
+      if (event.key === 'Escape') leave();
+      if (!move) return;
+      event.preventDefault();
+      const start = chart.index < 0 ? (move > 0 ? -1 : chart.data.at.length) : chart.index;
+      point(chart, Math.min(Math.max(start + move, 0), chart.data.at.length - 1));
+    });
+  }
+  for (const title of document.querySelectorAll('.plot title')) title.remove();
+  addEventListener('beforeprint', () => document.querySelectorAll('details').forEach(d => { d.open = true; }));
+  document.documentElement.classList.add('js');
+})();
