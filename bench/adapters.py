@@ -24,10 +24,10 @@ import torch
 from common import header, interleaved, smollm2, write_result
 from safetensors.torch import load_file, save_file
 
+from qvera.adapters.multi_adapter import load_adapters
 from qvera.adapters.save_load import attach, load_adapter, save_adapter
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.evaluation.generate import generate
-from qvera.export.merge_adapters import load_adapters
 from qvera.models.loader import load_base
 
 

@@ -1,4 +1,7 @@
-"""VeRA as a PEFT tuner: config, layer, tuner, and the mathematics they share. Importing it registers ``QVERA`` with PEFT."""
+"""VeRA as a PEFT tuner: config, layer, tuner, and the mathematics that they share.
+
+Importing it registers ``QVERA`` with PEFT.
+"""
 
 from qvera.adapters.config import QveraConfig
 from qvera.adapters.layer import QveraLinear

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from peft import PeftConfig
 
@@ -13,21 +14,26 @@ from qvera.utils.errors import InputError
 
 PEFT_TYPE = "QVERA"
 FORMAT_VERSION = 2
-"""The newest format that is read. 1: one b and one d a linear; 2: ``b_groups``, ``input_scale``.
+"""The newest format that is read. 1: one b and one d for each linear; 2: ``b_groups``, ``input_scale``.
 
-An adapter names the oldest that has all it needs."""
-
+An adapter names the oldest format that has all it needs."""
 
 KINDS = ("qvera_b", "qvera_d", "qvera_a")
-"""The vectors of a linear by their names in an adapter file; the last one is there with ``input_scale`` only."""
+"""The vectors of a linear by their names in an adapter file. The last one is there with ``input_scale`` only."""
+
+BIASES = ("none", "all", "qvera_only")
 
 
-def vector_shapes(adapter: Any, in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
-    """What one linear has of an adapter: which of `KINDS`, in that order, and their shapes.
+class VectorSizes(Protocol):
+    """What decides the shapes of the vectors: a `QveraConfig`, or the adapter section of a recipe."""
 
-    Args:
-        adapter: a `QveraConfig`, or the adapter section of a recipe.
-    """
+    rank: int
+    b_groups: int
+    input_scale: bool
+
+
+def vector_shapes(adapter: VectorSizes, in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
+    """The vectors that an adapter has for one linear: which of `KINDS`, in that order, and their shapes."""
     groups = adapter.b_groups
     shapes: dict[str, tuple[int, ...]] = {"qvera_b": (out_features,) if groups == 1 else (groups, out_features)}
     shapes["qvera_d"] = (adapter.rank,)
@@ -41,30 +47,50 @@ _DEFAULTS = AdapterSection()
 
 @dataclass
 class QveraConfig(PeftConfig):
-    """A VeRA adapter over a (quantized) base. Defaults are those of a recipe's adapter section.
+    """A VeRA adapter over a (quantized) base model. Defaults are those of a recipe's adapter section.
 
     Args:
         rank: length of d and number of rows of A.
-        target_modules: ``"all-linear"`` (every linear but the head) or names; each name must match something.
+        target_modules: ``"all-linear"`` (every linear but the head), a regular expression, or names; each name must match
+            something.
+        exclude_modules: names (or a regular expression) of modules that are not adapted although a target matches them.
+        layers_to_transform: adapt the targets in these layers only (their numbers).
+        layers_pattern: the name of the list of layers that ``layers_to_transform`` counts, where it is not the first one.
+        modules_to_save: modules that are trained and saved whole beside the vectors, such as a classification head. For the
+            task types SEQ_CLS and TOKEN_CLS PEFT adds the head by itself.
+        bias: which biases are trained and saved too: ``none``, ``all``, or ``qvera_only`` (those of adapted linears).
+        init_weights: False starts b and d at random, so that a fresh adapter changes the model (for tests).
         b_groups: into how many equal groups the rank is cut, each with a b of its own (`qvera.adapters.functional`).
-        input_scale: a third trained vector a [in_features] a linear, on A's right, from 1 (`qvera.adapters.functional`).
+        input_scale: train a third vector a [in_features] for each linear, right of A, from 1.
         d_initial: initial value of every element of d (0.1, VeRA section 3.2).
         dropout: dropout probability on the adapter's input.
         projection_seed: the seed of A and B, see `qvera.adapters.projection`.
-        projection_generator, projection_shapes, projection_sha256: filled in when the adapter is attached and checked when it
-            is loaded, so that an adapter never runs on other projections than it was trained with.
+        projection_generator: the rule by which A and B are drawn from the seed.
+        projection_shapes: the shapes of A and B, filled in when the adapter is put on a model and checked when it is loaded,
+            so that an adapter never runs on other projections than it was trained with.
+        projection_sha256: the hash of A and B, filled in and checked likewise.
         format_version: version of this file's meaning.
-        base_fingerprint: `qvera.utils.safetensors_io.base_fingerprint` of the base it was trained on; None in adapters without one.
-        added_tokens: token → id of the tokens that its recipe added (`qvera.models.tokenizer`), whose rows lie beside the vectors; pad_token,
-            eos_token: those of the recipe.
-        magnitude, seed_chain: reserved for later formats; refused when set.
+        base_fingerprint: `qvera.utils.safetensors_io.base_fingerprint` of the base model that it was trained on; None in
+            adapters without one.
+        added_tokens: token → id of the tokens that its recipe added (`qvera.models.tokenizer`). Their rows lie beside the
+            vectors.
+        pad_token: the recipe's padding token.
+        eos_token: the recipe's end-of-sequence token.
+        magnitude: reserved for later formats; refused when set.
+        seed_chain: reserved for later formats; refused when set.
 
     Raises:
-        InputError: the config was written by a newer format or by another generator.
+        InputError: a value is out of range, or the config was written by a newer format or another generator.
     """
 
     rank: int = field(default=_DEFAULTS.rank)
     target_modules: str | list[str] | set[str] | None = field(default="all-linear")
+    exclude_modules: str | list[str] | set[str] | None = field(default=None)
+    layers_to_transform: list[int] | int | None = field(default=None)
+    layers_pattern: list[str] | str | None = field(default=None)
+    modules_to_save: list[str] | None = field(default=None)
+    bias: str = field(default="none")
+    init_weights: bool = field(default=True)
     b_groups: int = field(default=_DEFAULTS.b_groups)
     input_scale: bool = field(default=_DEFAULTS.input_scale)
     d_initial: float = field(default=_DEFAULTS.d_initial)
@@ -84,8 +110,18 @@ class QveraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type: Any = PEFT_TYPE  # a string: PEFT's enum stays as it is
+        self._check_version()
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        self._check_values()
+        if self.b_groups > 1 or self.input_scale:
+            self.format_version = max(self.format_version, 2)
+        if self.added_tokens:  # PEFT writes its JSON with sorted keys; ids say in which order tokens were added
+            self.added_tokens = dict(sorted(self.added_tokens.items(), key=lambda pair: pair[1]))
+
+    def _check_version(self) -> None:
         if self.format_version > FORMAT_VERSION or self.magnitude or self.seed_chain:
             raise InputError(
                 f"this QVERA adapter has format version {self.format_version} and optional parts this qvera does not know "
@@ -96,22 +132,24 @@ class QveraConfig(PeftConfig):
                 f"this QVERA adapter's projections come from the generator {self.projection_generator!r}; this qvera has "
                 f"{GENERATOR!r} only: update qvera."
             )
-        if not isinstance(self.rank, int) or self.rank < 1:
-            raise InputError(f"rank: takes a whole number >= 1, got {self.rank!r}.")
-        if type(self.input_scale) is not bool:
-            raise InputError(f"input_scale: takes true or false, got {self.input_scale!r}.")
-        if type(self.b_groups) is not int or self.b_groups < 1 or self.rank % self.b_groups:
-            raise InputError(
-                f"b_groups: takes a whole number >= 1 that divides the rank, {self.rank}, got {self.b_groups!r}."
-            )
-        if self.b_groups > 1 or self.input_scale:
-            self.format_version = max(self.format_version, 2)
-        if not 0.0 <= self.dropout < 1.0:
-            raise InputError(f"dropout: takes a number >= 0 and < 1, got {self.dropout!r}.")
-        added = self.added_tokens or {}
-        if not isinstance(added, dict) or any(type(i) is not int or i < 0 for i in added.values()):
-            raise InputError(f"added_tokens: takes token → id (whole numbers >= 0), got {self.added_tokens!r}.")
-        if added:  # PEFT writes its JSON with sorted keys; ids say in which order tokens were added
-            self.added_tokens = dict(sorted(added.items(), key=lambda pair: pair[1]))
-        if not isinstance(self.projection_seed, int) or not 0 <= self.projection_seed < 2**64:
-            raise InputError(f"projection_seed: takes a whole number >= 0 and < 2**64, got {self.projection_seed!r}.")
+
+    def _check_values(self) -> None:
+        def require(holds: bool, key: str, takes: str) -> None:
+            if not holds:
+                raise InputError(f"{key}: takes {takes}, got {getattr(self, key)!r}.")
+
+        require(type(self.rank) is int and self.rank >= 1, "rank", "a whole number >= 1")
+        require(type(self.input_scale) is bool, "input_scale", "true or false")
+        divides = type(self.b_groups) is int and self.b_groups >= 1 and self.rank % self.b_groups == 0
+        require(divides, "b_groups", f"a whole number >= 1 that divides the rank, {self.rank}")
+        number = isinstance(self.d_initial, (int, float)) and math.isfinite(self.d_initial)
+        require(number and type(self.d_initial) is not bool, "d_initial", "a finite number")
+        require(0.0 <= self.dropout < 1.0, "dropout", "a number >= 0 and < 1")
+        require(self.bias in BIASES, "bias", f"one of {', '.join(BIASES)}")
+        needs_layers = not self.layers_pattern or self.layers_to_transform is not None
+        require(needs_layers, "layers_pattern", "effect only with layers_to_transform")
+        tokens = self.added_tokens or {}
+        ids = isinstance(tokens, dict) and all(type(i) is int and i >= 0 for i in tokens.values())
+        require(ids, "added_tokens", "token → id (whole numbers >= 0)")
+        seed = type(self.projection_seed) is int and 0 <= self.projection_seed < 2**64
+        require(seed, "projection_seed", "a whole number >= 0 and < 2**64")

@@ -5,77 +5,99 @@ Notation (VeRA, arXiv 2310.11454, equation 2, with the Kaiming bounds as one sca
     x [T, n] input      A [r, n], B [m, r] frozen and shared      d [r], b [m] trained      s scalar
     z = x Aᵀ            y = base + b ⊙ ((s d ⊙ z) Bᵀ) = base + z Cᵀ      with C = diag(b) B diag(s d)   [m, r]
 
-With b [G, m] the rank is cut into G equal groups of columns, each with its own row of b: a sum of G adapters of rank r / G, as
-RandLoRA sums random bases (arXiv 2502.00987, equation 3). One group is VeRA. In place of diag(b) B stands b̂ ⊙ B with b̂ [m, r],
-b̂_ik = b[g(k), i] (`times_b`), and ∂b[g, i] = s Σ_{k in g} M_ik B_ik d_k.
-
 and for the upstream gradient g [T, m]:
 
-    M  = gᵀ z                           one GEMM [m, r]: everything the vectors need
+    M  = gᵀ z                           one product [m, r]: everything that the vectors need
     ∂b_i = s Σ_k M_ik B_ik d_k          ∂d_k = s Σ_i b_i B_ik M_ik          ∂z = g C
 
-A third vector a [n], where an adapter has one (``input_scale``), stands right of A, as RandLoRA's Γ does: z = (a ⊙ x) Aᵀ. With
-h = ∂z A, which backward needs anyway, ∂x = a ⊙ h and ∂a_j = Σ_t x_tj h_tj. It is a node of its own (`scale_input`), keeps x, and z
-is then the layer's own, since layers that share x differ in a.
+Only z is kept for backward: A is frozen, so x is not needed, and C is cheaper to build again than to keep.
 
-Without a, only z is kept for backward: A is frozen, so x is never needed, and C is cheaper to build again than to keep.
+Two options go beyond the paper:
+
+- b [G, m] cuts the rank into G equal groups of columns, each with its own row of b: a sum of G adapters of rank r / G, as
+  RandLoRA sums random bases (arXiv 2502.00987, equation 3). In place of diag(b) B stands b̂ ⊙ B with b̂ [m, r],
+  b̂_ik = b[g(k), i] (`times_b`), and ∂b[g, i] = s Σ_{k in g} M_ik B_ik d_k.
+- a [n] (``input_scale``) stands right of A, as RandLoRA's Γ does: z = (a ⊙ x) Aᵀ. With h = ∂z A, which backward needs
+  anyway, ∂x = a ⊙ h and ∂a_j = Σ_t x_tj h_tj. It is a node of its own (`scale_input`) and keeps x. Layers that share x
+  differ in a, so they do not share z.
+
+The vectors are fp32 or wider here; layers that hold them in 16 bits convert them first (`at_least_fp32`).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch.autograd.function import once_differentiable
+
+
+class AutogradContext(Protocol):
+    """What `torch.autograd.Function` gives to forward and backward as ``ctx``."""
+
+    needs_input_grad: tuple[bool, ...]
+    saved_tensors: tuple[torch.Tensor, ...]
+
+    def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
+        """Keep tensors for backward."""
+
+
+class _ExpandContext(AutogradContext, Protocol):
+    scale: float
+
+
+def at_least_fp32(vector: torch.Tensor) -> torch.Tensor:
+    """A vector that TRL or PEFT cast to 16 bits, in fp32, which is how a saved one is loaded; others as they are."""
+    return vector.float() if vector.dtype.itemsize < 4 else vector
+
+
+def as_output(flat: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """A fresh tensor in another shape, for the output of an autograd function.
+
+    A view as output could not be changed in place, as transformers' Llama 4 does; this is what `torch.matmul` uses.
+    """
+    return torch.ops.aten._unsafe_view(flat, shape)
 
 
 def project(x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
     """Z = x Aᵀ: [..., n] and [r, n] give [..., r].
 
     A node of its own in the graph, so that layers which read the same x can share z, and autograd then adds up their
-    ∂z before the one GEMM of backward. A is frozen, so autograd keeps a reference to A and not to x.
+    ∂z before the one product of backward. A is frozen, so autograd keeps a reference to A and not to x.
     """
     return torch.nn.functional.linear(x, A)
 
 
 class _ScaleInput(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: AutogradContext, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x, a)
         return x * a.to(x.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, h: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: AutogradContext, h: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, a = ctx.saved_tensors
         grad_x = h * a.to(h.dtype) if ctx.needs_input_grad[0] else None
         grad_a = None
         if ctx.needs_input_grad[1]:
-            wide = torch.promote_types(a.dtype, torch.float32)  # TRL casts the vectors of a 4-bit model to bfloat16
+            grad_a = torch.zeros_like(a)
             rows, other = (t.reshape(-1, t.shape[-1]) for t in (h, x))
-            grad_a = torch.zeros(a.shape, device=a.device, dtype=wide)
             for part in row_blocks(rows):
-                grad_a += (rows[part] * other[part]).sum(0, dtype=wide)
-            grad_a = grad_a.to(a.dtype)
+                grad_a += (rows[part] * other[part]).sum(0, dtype=a.dtype)
         return grad_x, grad_a
 
 
 def scale_input(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-    """A ⊙ x: [..., n] and [n] (normally fp32) give [..., n] in x's dtype; differentiable once in both."""
+    """A ⊙ x: [..., n] and [n] give [..., n] in x's dtype; differentiable once in both."""
     return _ScaleInput.apply(x, a)
-
-
-def input_gradient(A: torch.Tensor, N: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-    """∂a_j = Σ_k A_kj N_kj for N = ∂zᵀ x [r, n], the gradient of A diag(a), in a's dtype: where ∂z A is never made (`summed`)."""
-    wide = torch.promote_types(a.dtype, torch.float32)
-    return (A.to(wide) * N).sum(0).to(a.dtype)
 
 
 def combined(B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
     """C = diag(b) B diag(s d) [m, r] in ``dtype``.
 
     The product is taken in the vectors' dtype and rounded once: fewer roundings than scaling z and the output, and
-    the two elementwise passes over [T, r] and [T, m] disappear into one over [m, r].
+    the two elementwise passes over [T, r] and [T, m] become one over [m, r].
     """
     scaled = d * scale
     blocks = row_blocks(B)
@@ -88,12 +110,12 @@ def combined(B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float, dt
 
 
 def grouped(b: torch.Tensor) -> torch.Tensor:
-    """One adapter's b as [G, m], whatever it is held as."""
+    """One adapter's b as [G, m], also where it is held as [m]."""
     return b.unsqueeze(0) if b.dim() == 1 else b
 
 
 def times_b(B: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """diag(b) B [m, r], each group of B's columns with its own b."""
+    """diag(b) B [m, r], each group of B's columns with its own b."""  # the formula
     b = grouped(b)
     return (b.t().unsqueeze(2) * B.unflatten(1, (len(b), -1))).flatten(1)
 
@@ -101,7 +123,7 @@ def times_b(B: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def outward(inner: torch.Tensor, B: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """B ⊙ (inner Bᵀ), group by group: [T, r] to [T, m] in inner's dtype, without C.
 
-    b may have a row of its own for each row of ``inner``: [T, 1, m] or [T, G, m], as `lowrank.LowRankPath` has for mixed batches.
+    b may have a row of its own for each row of ``inner``: [T, 1, m] or [T, G, m], for mixed batches.
     """
     each, B = grouped(b).to(inner.dtype).unbind(-2), B.to(inner.dtype)
     parts = zip(inner.chunk(len(each), dim=-1), B.chunk(len(each), dim=1), each, strict=True)
@@ -113,7 +135,7 @@ def outward(inner: torch.Tensor, B: torch.Tensor, b: torch.Tensor) -> torch.Tens
 
 
 def inward(g: torch.Tensor, B: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """(g ⊙ b) B, group by group: what `outward` is the transpose of, [T, m] to [T, r]."""
+    """(g ⊙ b) B, group by group: the transpose of `outward`, [T, m] to [T, r]."""
     each, B = grouped(b).to(g.dtype), B.to(g.dtype)
     return torch.cat([(g * own) @ columns for own, columns in zip(each, B.chunk(len(each), dim=1), strict=True)], dim=1)
 
@@ -137,12 +159,7 @@ def few_tokens(tokens: int, B: torch.Tensor, groups: int = 1) -> bool:
 
 
 def delta_weight(
-    A: torch.Tensor,
-    B: torch.Tensor,
-    d: torch.Tensor,
-    b: torch.Tensor,
-    scale: float,
-    a: torch.Tensor | None = None,
+    A: torch.Tensor, B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float, a: torch.Tensor | None = None
 ) -> torch.Tensor:
     """ΔW = diag(b) B diag(s d) A diag(a): [m, n], in the dtype of the inputs. x ΔWᵀ is what `expand` adds to the base output."""
     delta = combined(B, d, b, scale, B.dtype) @ A
@@ -158,7 +175,7 @@ def _expand(
         return base + delta.view(base.shape).to(base.dtype)
     C = combined(B, d, b, scale, z.dtype)
     if base.dtype == z.dtype:
-        return torch.addmm(base.reshape(-1, base.shape[-1]), flat, C.t()).view(base.shape)
+        return as_output(torch.addmm(base.reshape(-1, base.shape[-1]), flat, C.t()), base.shape)
     return base + (flat @ C.t()).view(base.shape).to(base.dtype)
 
 
@@ -166,29 +183,27 @@ def vector_gradients(
     M: torch.Tensor, B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float, need_d: bool, need_b: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """∂d [r] and ∂b, of b's shape, from M = gᵀ z [m, r], in the vectors' dtype; None for one that is not needed."""
-    # TRL casts a 4-bit model's trained numbers to bfloat16; B stays as it is
-    dtype = torch.promote_types(d.dtype, B.dtype)
-    wide_b = grouped(b).to(dtype)
-    wide_d = d.to(dtype).view(len(wide_b), -1)
-    grad_d = torch.zeros_like(wide_d) if need_d else None
-    grad_b = torch.empty_like(wide_b) if need_b else None
+    b_groups = grouped(b)
+    d_groups = d.view(len(b_groups), -1)
+    grad_d = torch.zeros_like(d_groups) if need_d else None
+    grad_b = torch.empty_like(b_groups) if need_b else None
     for rows in row_blocks(B):
-        weighted = M[rows].to(dtype) * B[rows]
-        for g, part in enumerate(weighted.chunk(len(wide_b), dim=1)):
+        weighted = M[rows].to(d.dtype) * B[rows]
+        for g, part in enumerate(weighted.chunk(len(b_groups), dim=1)):
             if grad_b is not None:
-                grad_b[g, rows] = part @ wide_d[g]
+                grad_b[g, rows] = part @ d_groups[g]
             if grad_d is not None:
-                grad_d[g] += wide_b[g, rows] @ part
+                grad_d[g] += b_groups[g, rows] @ part
     return (
-        None if grad_d is None else (grad_d * scale).to(d.dtype).view(d.shape),
-        None if grad_b is None else (grad_b * scale).to(b.dtype).view(b.shape),
+        None if grad_d is None else grad_d.mul_(scale).view_as(d),
+        None if grad_b is None else grad_b.mul_(scale).view_as(b),
     )
 
 
 class _Expand(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _ExpandContext,
         base: torch.Tensor,
         z: torch.Tensor,
         d: torch.Tensor,
@@ -202,7 +217,7 @@ class _Expand(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: _ExpandContext, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         z, d, b, B = ctx.saved_tensors
         need_base, need_z, need_d, need_b = ctx.needs_input_grad[:4]
         g_flat = g.reshape(-1, g.shape[-1]).to(z.dtype)
@@ -227,12 +242,13 @@ def expand(
     Args:
         base: the frozen layer's output [..., m].
         z: `project`'s output [..., r], in the compute dtype.
-        d, b: the vectors [r] and [m] (or [G, m]), normally fp32; their gradients come in the same dtype.
+        d: vector [r], fp32 or wider; its gradient comes in the same dtype.
+        b: vector [m], or [G, m], like d.
         B: [m, r] in any dtype; frozen.
         scale: see `projection.vera_scale`.
 
     Returns:
-        [..., m] in base's dtype. Differentiable once in base, z, d and b.
+        [..., m] in base's dtype. Differentiable once in base, z, d and b; may be changed in place.
     """
     if not torch.is_grad_enabled():  # a decoding step is short enough for the bookkeeping of autograd to show
         return _expand(base, z, d, b, B, scale)

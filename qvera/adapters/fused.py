@@ -9,7 +9,8 @@ once per call, m n r of them, makes it part of the base's own products:
 
 M by way of z = x Aᵀ costs T r (n + m) and keeps z [T, r]; by way of gᵀ x it costs m n (T + r) and keeps x [T, n], which is
 cheaper where the rank is above n. With a third vector a (`functional`) A diag(a) stands for A, x is kept either way, and
-N = ∂zᵀ x = (g C)ᵀ x = Cᵀ (gᵀ x), the gradient of A diag(a), gives ∂a: T r (2 n + 2 m) in all, or m n (T + 2 r).
+N = ∂zᵀ x = (g C)ᵀ x = Cᵀ (gᵀ x), the gradient of A diag(a), gives ∂a_j = Σ_k A_kj N_kj: T r (2 n + 2 m) in all, or
+m n (T + 2 r).
 
 W' is rounded to the compute dtype. In fp32 that loses nothing. In 16 bits it rounds ΔW, where the low-rank path rounds what it adds
 to each output; measured end to end against fp32 neither is further off, and both train alike (bench/summed.py). That holds where it
@@ -18,13 +19,13 @@ was measured, on CPUs: on CUDA 16-bit layers take the low-rank path (`pays`).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from qvera.adapters.functional import combined, input_gradient, vector_gradients
+from qvera.adapters.functional import AutogradContext, as_output, combined, vector_gradients
 from qvera.models import quantization
 
 
@@ -50,7 +51,7 @@ def keeps_input(tokens: int, in_features: int, out_features: int, rank: int, inp
 
 
 def gradient_cost(tokens: int, in_features: int, out_features: int, rank: int, input_scale: bool = False) -> int:
-    """Multiply-adds of the vectors' gradients; what x needs comes beside it."""
+    """Multiply-adds of the vectors' gradients. What the gradient of x takes comes on top."""
     n, m, passes = in_features, out_features, 2 if input_scale else 1
     kept = keeps_input(tokens, n, m, rank, input_scale)
     by_weight = kept and _by_weight(tokens, n, m, rank, input_scale)
@@ -64,21 +65,31 @@ def _by_weight(tokens: int, n: int, m: int, rank: int, input_scale: bool) -> boo
 
 
 def summed_weight(
-    module: Any, A: torch.Tensor, B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float, dtype: torch.dtype
+    module: torch.nn.Linear,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    d: torch.Tensor,
+    b: torch.Tensor,
+    scale: float,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """W + ΔW [m, n] in ``dtype``, a new tensor."""
     weight = quantization.dequantized_weight(module, dtype)
-    own = (
-        weight.untyped_storage().data_ptr() != module.weight.untyped_storage().data_ptr()
-    )  # a dense weight is not copied
+    is_dense = weight.untyped_storage().data_ptr() == module.weight.untyped_storage().data_ptr()
     C, A = combined(B, d, b, scale, dtype), A.to(dtype)
-    return weight.addmm_(C, A) if own else torch.addmm(weight, C, A)
+    return torch.addmm(weight, C, A) if is_dense else weight.addmm_(C, A)
+
+
+class _SummedContext(AutogradContext, Protocol):
+    scale: float
+    module: torch.nn.Linear
+    keeps_input: bool
 
 
 class _Summed(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _SummedContext,
         x: torch.Tensor,
         z: torch.Tensor | None,
         d: torch.Tensor,
@@ -86,17 +97,19 @@ class _Summed(torch.autograd.Function):
         A: torch.Tensor,
         B: torch.Tensor,
         scale: float,
-        module: Any,
+        module: torch.nn.Linear,
         a: torch.Tensor | None,
     ) -> torch.Tensor:
         ctx.save_for_backward(x if z is None else z, d, b, A, B, a)
         ctx.scale, ctx.module, ctx.keeps_input = scale, module, z is None
         bias = None if module.bias is None else module.bias.to(x.dtype)
-        return F.linear(x, summed_weight(module, _scaled(A, a, x.dtype), B, d, b, scale, x.dtype), bias)
+        weight = summed_weight(module, _scaled(A, a, x.dtype), B, d, b, scale, x.dtype)
+        y = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
+        return as_output(y, torch.Size((*x.shape[:-1], y.shape[-1])))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: _SummedContext, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         kept, d, b, A, B, a = ctx.saved_tensors
         grad_x = grad_d = grad_b = grad_a = None
         scaled = _scaled(A, a, g.dtype)
@@ -116,17 +129,17 @@ class _Summed(torch.autograd.Function):
         if a is not None and ctx.needs_input_grad[8]:
             C = combined(B, d, b, ctx.scale, g.dtype)
             N = C.t() @ whole if whole is not None else (rows @ C).t() @ kept
-            grad_a = input_gradient(A, N, a)
+            grad_a = (A.to(a.dtype) * N).sum(0)
         return grad_x, None, grad_d, grad_b, None, None, None, None, grad_a
 
 
 def _scaled(A: torch.Tensor, a: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """A diag(a) [r, n] in ``dtype``, or A as it is held."""
+    """A diag(a) [r, n] in ``dtype``; A itself without an a."""
     return A if a is None else (A * a).to(dtype)
 
 
 def summed_linear(
-    module: Any,
+    module: torch.nn.Linear,
     x: torch.Tensor,
     z: torch.Tensor | None,
     d: torch.Tensor,
@@ -136,15 +149,20 @@ def summed_linear(
     scale: float,
     a: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Y = x (W + ΔW)ᵀ + bias for the frozen linear ``module``, differentiable once in x, d, b and a.
+    """Y = x (W + ΔW)ᵀ + bias for the frozen linear ``module``.
 
     Args:
+        module: the base layer; neither weight nor bias gets a gradient.
         x: [..., n] in the compute dtype.
         z: x Aᵀ [..., r], without a graph, or None: x is kept in its place (`keeps_input`), as it must be where there is an a.
+        d: vector [r], as `functional.expand` takes it, like b, A, B and scale.
+        b: vector [m] or [G, m].
+        A: [r, n], frozen.
+        B: [m, r], frozen.
+        scale: see `projection.vera_scale`.
         a: [n], the vector that scales the input, or None.
-        d, b, A, B, scale: as `functional.expand` and `functional.delta_weight` take them.
 
     Returns:
-        [..., m] in x's dtype.
+        [..., m] in x's dtype. Differentiable once in x, d, b and a; may be changed in place.
     """
     return _Summed.apply(x, z, d, b, A, B, scale, module, a)

@@ -1,14 +1,12 @@
-"""The forward pass of an adapted linear: the frozen base plus VeRA's low-rank path, in whichever form is cheapest.
+"""The forward pass of an adapted linear: y = W x + s diag(b) B diag(d) A x, and faster ways to the same y.
 
-Two layers run through it: qvera's own (`layer`) and PEFT's VeRA layers after `accelerate_peft` (`stock`). They differ in where
-A, B and the vectors live; what is computed from them is here.
+Two layers run through it: qvera's own (`layer`) and PEFT's VeRA layers after `accelerate_peft` (`peft_compat`). They differ
+in where A, B and the vectors live; what is computed from them is here.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,171 +14,136 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from qvera.adapters import functional, fused
-from qvera.adapters.multi_adapter import RowPlan
 from qvera.models import linear, quantization
 
+if TYPE_CHECKING:
+    from qvera.adapters.multi_adapter import RowPlan
 
-class SharedInput:
-    """The last z = x Aᵀ: layers that read the very same x (q, k and v; gate and up) get the same z.
 
-    Autograd then adds up their ∂z before the one product of backward. z is given again only for the same live tensor
-    object, unchanged since (``_version``), under the same grad mode, dtype, pair and backward pass (a checkpoint's
-    recomputation must build its own), and is let go of with x.
-    """
+class Factors(NamedTuple):
+    """What one adapter adds to one layer: ΔW = s diag(b) B diag(d) A diag(a)."""
 
-    def __init__(self) -> None:
-        self._recent: tuple[weakref.ref[torch.Tensor], tuple[Any, ...], torch.Tensor] | None = None
-
-    def project(self, x: torch.Tensor, A: torch.Tensor, dtype: torch.dtype, pair: Any) -> torch.Tensor:
-        """Z = x Aᵀ [..., rank] in ``dtype``; ``pair`` tells A from every other A that this x may meet."""
-        if torch.compiler.is_compiling() or x.is_inference():
-            return functional.project(x.to(dtype), A.to(dtype))
-        # the number of the backward pass we are in, -1 outside: checkpointing itself tells its phases apart by it
-        task = torch._C._current_graph_task_id()
-        key = (A.shape, pair, dtype, x._version, x.requires_grad, torch.is_grad_enabled(), task)
-        recent = self._recent
-        if recent is not None and recent[0]() is x and recent[1] == key:
-            return recent[2]
-        z = functional.project(x.to(dtype), A.to(dtype))
-        self._recent = (weakref.ref(x, self._forget), key, z)
-        if z.requires_grad:  # once backward has come through, z's graph is spent: the next forward needs a new one
-            z.register_hook(self._forget_spent)
-        return z
-
-    def forget(self) -> None:
-        self._recent = None
-
-    def _forget_spent(self, _: torch.Tensor) -> None:
-        self._recent = None
-
-    def _forget(self, dead: weakref.ref[torch.Tensor]) -> None:
-        if self._recent is not None and self._recent[0] is dead:
-            self._recent = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_recent": None}  # a weak reference can't be copied to another process
+    A: torch.Tensor
+    """[r, n], frozen"""
+    B: torch.Tensor
+    """[m, r], frozen"""
+    d: torch.Tensor
+    """[r], fp32 or wider"""
+    b: torch.Tensor
+    """[m], or [G, m] with ``b_groups``"""
+    scale: float
+    a: torch.Tensor | None = None
+    """[n] with ``input_scale``, else None"""
 
 
 class LowRankPath:
-    """Mixed into a layer that has ``base_layer``, ``in_features``, ``out_features`` and PEFT's ``active_adapters``."""
+    """Mixed into a layer, before `nn.Module`, that has a frozen ``base_layer`` and PEFT's ``active_adapters``."""
 
-    base_layer: Any
+    base_layer: Any  # a linear of torch, bitsandbytes or transformers
     in_features: int
     out_features: int
-    active_adapters: Any
+    active_adapters: list[str]
     disable_adapters: bool
     merged: bool
+    if TYPE_CHECKING:  # PEFT's layers have their own
+
+        def unmerge(self) -> None:
+            """Take merged adapters out of the base weight."""
+
     _inference_weight: torch.Tensor | None = None
     _inference_adapters: tuple[str, ...] = ()
     _row_plan: RowPlan | None = None
-    _layer_name: str = ""
 
     def carries(self, adapter: str) -> bool:
         """Whether this layer has vectors of that adapter."""
         raise NotImplementedError
 
-    def parts(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float]:
-        """A [r, n], B [m, r], d [r], b [m] or [groups, m], and the scalar s of one adapter in this layer."""
+    def parts(self, adapter: str) -> Factors:
+        """The factors of one adapter in this layer; A and B are views of the shared pair."""
         raise NotImplementedError
-
-    def input_vector(self, adapter: str) -> torch.Tensor | None:
-        """A [n] of an adapter that scales its input, else None."""
-        return None
 
     def dropout_of(self, adapter: str) -> nn.Module:
         """The dropout on the adapter's input; an Identity where there is none."""
         raise NotImplementedError
 
     def shared_z(self, adapter: str, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Z = x Aᵀ in ``dtype``, shared with the layers that read the same x."""
+        """Z = A x in ``dtype``, shared with the layers that read the same x."""
         raise NotImplementedError
 
     def pair_dtype(self) -> torch.dtype:
-        """The dtype in which the shared pair is held."""
+        """The dtype in which A and B are held."""
         raise NotImplementedError
+
+    def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        """y = W x + s diag(b) B diag(d) A x, summed over the active adapters (VeRA, arXiv 2310.11454, equation 2).
+
+        x [..., in_features] gives y [..., out_features] in the base layer's output dtype.
+        """  # noqa: D403  # the formula
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if (y := self._fast_forward(x, *args, **kwargs)) is not None:
+            return y
+        y = self.base_layer(x, *args, **kwargs)  # W x
+        for adapter in self._adapters_in_use():
+            factors = self.parts(adapter)
+            z = self._project(x, adapter, factors)  # A x
+            y = functional.expand(y, z, factors.d, factors.b, factors.B, factors.scale)  # y + s diag(b) B diag(d) z
+        return y
 
     def active_names(self) -> list[str]:
         """The active adapters that this layer carries."""
         return [name for name in self.active_adapters if self.carries(name)]
 
-    def low_rank_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """base(x) + the low-rank path of every active adapter; x [..., n] gives [..., m] in the base's output dtype."""
-        if self.disable_adapters and self.merged:
-            self.unmerge()  # type: ignore[attr-defined]
+    def _adapters_in_use(self) -> list[str]:
+        return [] if self.disable_adapters or self.merged else self.active_names()
+
+    def _project(self, x: torch.Tensor, adapter: str, factors: Factors) -> torch.Tensor:
+        """Z = A diag(a) dropout(x) in the compute dtype."""
+        dtype = linear.compute_dtype(self.base_layer, x)
+        dropout = self.dropout_of(adapter)
+        if isinstance(dropout, nn.Identity) and factors.a is None:
+            return self.shared_z(adapter, x, dtype)
+        # every layer drops other elements and has its own a, so there is nothing to share
+        inner = dropout(x).to(dtype)
+        if factors.a is not None:
+            inner = functional.scale_input(inner, factors.a)
+        return functional.project(inner, factors.A.to(dtype))
+
+    def _fast_forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor | None:
+        """The same y in a cheaper way, or with another adapter for each row; None where the formula itself has to be taken."""
         if self._row_plan is not None:
-            return self._mixed_forward(x, self._row_plan, *args, **kwargs)
+            return self._row_plan.forward(self, x, *args, **kwargs)
         if self._inference_weight is not None and self._answers_from_inference_weight():
-            return self._held_product(x, self._inference_weight)
-        names = [] if self.disable_adapters or self.merged else self.active_names()
-        if len(names) == 1 and (result := self._through_summed_weight(x, names[0])) is not None:
-            return result
-        result = self.base_layer(x, *args, **kwargs)
-        for adapter in names:
-            A, B, d, b, scale = self.parts(adapter)
-            dtype = linear.compute_dtype(self.base_layer, x)
-            dropout, a = self.dropout_of(adapter), self.input_vector(adapter)
-            if isinstance(dropout, nn.Identity) and a is None:
-                z = self.shared_z(adapter, x, dtype)
-            else:  # every layer drops other elements and has its own a, so there is nothing to share
-                inner = dropout(x).to(dtype)
-                z = functional.project(inner if a is None else functional.scale_input(inner, a), A.to(dtype))
-            result = functional.expand(result, z, d, b, B, scale)
-        return result
+            return self.inference_product(x)
+        names = self._adapters_in_use()
+        return self._summed_forward(x, names[0]) if len(names) == 1 else None
 
-    def _held_product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        bias: Any = self.base_layer.bias
-        return F.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)).to(x.dtype)
-
-    def _mixed_forward(self, x: torch.Tensor, plan: RowPlan, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """base(x), and for each row of x [rows, ..., n] the low-rank path of its own adapter."""
-        if self.merged:
-            raise ValueError("adapter_names: adapters are merged into the base weights; unmerge them first.")
-        if x.shape[0] != plan.rows:
-            raise ValueError(f"adapter_names: has {plan.rows} names for a batch of {x.shape[0]} rows.")
-        if self._inference_weight is not None and not self._inference_adapters and not torch.is_grad_enabled():
-            result = self._held_product(x, self._inference_weight)
-        else:
-            result = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters:
-            return result
-        dtype = linear.compute_dtype(self.base_layer, x)
-        for rows, z, d, b, B in self._mixed_parts(x, plan, dtype):
-            between = (1,) * (x.dim() - 2)
-            inner = z * d.to(dtype).view(d.shape[0], *between, -1)
-            change = functional.outward(inner, B, b.view(b.shape[0], *between, *b.shape[1:]))
-            if rows is None:
-                result = result + change.to(result.dtype)
-            else:
-                result = result.index_add(0, rows, change.to(result.dtype))
-        return result
-
-    def _mixed_parts(self, x: torch.Tensor, plan: RowPlan, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
-        """For each pair A, B in the plan: its rows, their z, d with the scale in it [rows, r], b [rows, groups, m], and B."""
-        raise NotImplementedError("mixed batches are QVERA's; an accelerated PEFT adapter runs one adapter at a time")
-
-    def _through_summed_weight(self, x: torch.Tensor, adapter: str) -> torch.Tensor | None:
-        """Y by one product with W + ΔW where that is cheaper and loses nothing (`summed.pays`), else None."""
+    def _summed_forward(self, x: torch.Tensor, adapter: str) -> torch.Tensor | None:
+        """Y by one product with W + ΔW where that is cheaper and loses nothing (`fused.pays`), else None."""
+        base = self.base_layer
         # ZeRO-3 gathers a weight when its module is called, and here it is not
-        if isinstance(self.base_layer, Conv1D) or hasattr(self.base_layer.weight, "ds_id"):
+        if (
+            isinstance(base, Conv1D)
+            or hasattr(base.weight, "ds_id")
+            or (base.bias is not None and base.bias.requires_grad)
+        ):
             return None
-        A, B, d, b, scale = self.parts(adapter)
-        a = self.input_vector(adapter)
-        dtype = linear.compute_dtype(self.base_layer, x)
-        shape = x.numel() // self.in_features, self.in_features, self.out_features, d.numel()
         if not isinstance(self.dropout_of(adapter), nn.Identity):
             return None
-        if not fused.pays(*shape, dtype, x.device.type, a is not None):
+        A, B, d, b, scale, a = self.parts(adapter)
+        dtype = linear.compute_dtype(base, x)
+        sizes = x.numel() // self.in_features, self.in_features, self.out_features, d.numel()
+        if not fused.pays(*sizes, dtype, x.device.type, a is not None):
             return None
         z = None
-        if torch.is_grad_enabled() and not fused.keeps_input(*shape, a is not None):
+        if torch.is_grad_enabled() and not fused.keeps_input(*sizes, a is not None):
             with torch.no_grad():
                 z = self.shared_z(adapter, x, dtype)
-        return fused.summed_linear(self.base_layer, x.to(dtype), z, d, b, A, B, scale, a).to(x.dtype)
+        return fused.summed_linear(base, x.to(dtype), z, d, b, A, B, scale, a).to(x.dtype)
 
     def delta_weight_fp32(self, adapter: str) -> torch.Tensor:
         """ΔW of one adapter in fp32, oriented as the base layer's weight: [out, in], or [in, out] for a Conv1D."""
-        A, B, d, b, scale = self.parts(adapter)
-        a = self.input_vector(adapter)
+        A, B, d, b, scale, a = self.parts(adapter)
         a = None if a is None else a.detach().float()
         delta = functional.delta_weight(A.float(), B.float(), d.detach().float(), b.detach().float(), scale, a)
         return delta.t() if isinstance(self.base_layer, Conv1D) else delta
@@ -188,10 +151,12 @@ class LowRankPath:
     def hold_inference_weight(self, hold: bool, base_only: bool = False) -> None:
         """Hold (or let go of) W + ΔW of the active adapters [m, n] in the compute dtype, beside the untouched base weight.
 
-        ``base_only``: hold W alone, for batches whose rows use different adapters.
-
         One product then serves base and adapters: on a CPU that is as fast as the 4-bit kernel on the base alone. For
         answers only; with gradients enabled the layer takes its normal path.
+
+        Args:
+            hold: False lets go.
+            base_only: hold W alone, for batches whose rows use different adapters.
         """
         self._inference_weight = None
         names = [] if base_only else self.active_names()
@@ -203,10 +168,16 @@ class LowRankPath:
 
     def held_dtype(self) -> torch.dtype:
         """The dtype of `hold_inference_weight`."""
-        base: Any = self.base_layer
+        base = self.base_layer
         dtype = getattr(base, "compute_dtype", None) or base.weight.dtype
         # int8: the pair is held in the dtype that its layers compute in
         return dtype if dtype.is_floating_point else self.pair_dtype()
+
+    def inference_product(self, x: torch.Tensor) -> torch.Tensor:
+        """Y by one product with the held weight."""
+        weight, bias = self._inference_weight, self.base_layer.bias
+        assert weight is not None
+        return F.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)).to(x.dtype)
 
     def _answers_from_inference_weight(self) -> bool:
         # another adapter may have been made active since, or this one merged: then the normal path is the right one
@@ -216,4 +187,5 @@ class LowRankPath:
 
     @property
     def holds_inference_weight(self) -> bool:
+        """Whether the layer holds W + ΔW (or W alone) now."""
         return self._inference_weight is not None

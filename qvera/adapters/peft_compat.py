@@ -12,11 +12,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftType, VeraModel, mapping
+from peft import PeftType, VeraConfig, VeraModel, mapping
 from peft.tuners.vera.layer import VeraLayer
 from torch import nn
 
-from qvera.adapters.low_rank import LowRankPath, SharedInput
+from qvera.adapters.functional import at_least_fp32
+from qvera.adapters.low_rank import Factors, LowRankPath
+from qvera.adapters.projection import SharedInput
 from qvera.models import linear
 
 
@@ -39,15 +41,15 @@ class _Pair:
         self._casts[key] = (weakref.ref(held), held._version, copy)
         return copy
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {"inputs": self.inputs, "_casts": {}}  # a weak reference can't be copied to another process
 
 
 class _AcceleratedLayer(LowRankPath):
     """Mixed into one of PEFT's VeRA layers."""
 
-    vera_A: Any
-    vera_B: Any
+    vera_A: Any  # noqa: N815  # PEFT's names
+    vera_B: Any  # noqa: N815
     vera_lambda_b: Any
     vera_lambda_d: Any
     vera_dropout: Any
@@ -56,12 +58,12 @@ class _AcceleratedLayer(LowRankPath):
     def carries(self, adapter: str) -> bool:
         return adapter in self.vera_lambda_d
 
-    def parts(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float]:
+    def parts(self, adapter: str) -> Factors:
+        d, b = at_least_fp32(self.vera_lambda_d[adapter]), at_least_fp32(self.vera_lambda_b[adapter])
         # PEFT leaves its buffers where they are when only a layer is moved
-        A = self.vera_A[adapter][:, : self.in_features]
-        B = self.vera_B[adapter][: self.out_features, :]
-        d, b = self.vera_lambda_d[adapter], self.vera_lambda_b[adapter]
-        return A.to(d.device), B.to(d.device), d, b, 1.0
+        A = self.vera_A[adapter][:, : self.in_features].to(d.device)
+        B = self.vera_B[adapter][: self.out_features, :].to(d.device)
+        return Factors(A, B, d, b, 1.0)
 
     def pair_dtype(self) -> torch.dtype:
         return next(iter(self.vera_A.values())).dtype
@@ -76,8 +78,8 @@ class _AcceleratedLayer(LowRankPath):
         A = self._pair.cast("A", adapter, held, dtype)[:, : self.in_features]
         return self._pair.inputs.project(x, A, dtype, (adapter, A.data_ptr(), held._version))
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self.low_rank_forward(x, *args, **kwargs).to(x.dtype)
+    def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        return super().forward(x, *args, **kwargs).to(x.dtype)
 
 
 _accelerated: dict[type, type] = {}
@@ -93,11 +95,11 @@ def _accelerated_class(stock: type) -> type:
 class AcceleratedVeraModel(VeraModel):
     """PEFT's VeraModel whose layers compute by `LowRankPath`."""
 
-    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+    def _pre_injection_hook(self, model: nn.Module, config: VeraConfig, adapter_name: str) -> None:
         linear.freeze_linears(model)
         super()._pre_injection_hook(model, config, adapter_name)
 
-    def _create_new_module(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]  # PEFT's is static
+    def _create_new_module(self, *args: object, **kwargs: object) -> VeraLayer:  # type: ignore[override]  # PEFT's is static
         layer = VeraModel._create_new_module(*args, **kwargs)
         if isinstance(layer, VeraLayer):
             layer.__class__ = _accelerated_class(type(layer))

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import Any
+import weakref
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import nn
 
-from qvera.adapters.low_rank import SharedInput
+from qvera.adapters import functional
 
 GENERATOR = "philox4x64-10/u24"
 """Name of the rule above, written into every adapter file. Another rule needs another name."""
@@ -59,6 +60,48 @@ def projection_sha256(rank: int, in_features: int, out_features: int, seed: int)
     for matrix in uniform_pair(rank, in_features, out_features, seed):
         digest.update(np.ascontiguousarray(matrix, dtype="<f4").tobytes())
     return digest.hexdigest()
+
+
+class SharedInput:
+    """The last z = x Aᵀ: layers that read the very same x (q, k and v; gate and up) get the same z.
+
+    Autograd then adds up their ∂z before the one product of backward. z is given again only for the same live tensor
+    object, unchanged since (``_version``), under the same grad mode, dtype, A and backward pass (a checkpoint's
+    recomputation must build its own), and is let go of with x.
+    """
+
+    def __init__(self) -> None:
+        self._recent: tuple[weakref.ref[torch.Tensor], tuple[object, ...], torch.Tensor] | None = None
+
+    def project(self, x: torch.Tensor, A: torch.Tensor, dtype: torch.dtype, key: object = None) -> torch.Tensor:
+        """Z = x Aᵀ [..., rank] in ``dtype``; ``key`` tells A from every other A of its shape that this x may meet."""
+        if torch.compiler.is_compiling() or x.is_inference():
+            return functional.project(x.to(dtype), A.to(dtype))
+        # the number of the backward pass we are in, -1 outside: checkpointing itself tells its phases apart by it
+        task = torch._C._current_graph_task_id()
+        full_key = (A.shape, key, dtype, x._version, x.requires_grad, torch.is_grad_enabled(), task)
+        recent = self._recent
+        if recent is not None and recent[0]() is x and recent[1] == full_key:
+            return recent[2]
+        z = functional.project(x.to(dtype), A.to(dtype))
+        self._recent = (weakref.ref(x, self._forget), full_key, z)
+        if z.requires_grad:  # once backward has come through, z's graph is spent: the next forward needs a new one
+            z.register_hook(self._forget_after_backward)
+        return z
+
+    def forget(self) -> None:
+        """Let go of the last z."""
+        self._recent = None
+
+    def _forget_after_backward(self, _: torch.Tensor) -> None:
+        self._recent = None
+
+    def _forget(self, dead: weakref.ref[torch.Tensor]) -> None:
+        if self._recent is not None and self._recent[0] is dead:
+            self._recent = None
+
+    def __getstate__(self) -> dict[str, None]:
+        return {"_recent": None}  # a weak reference can't be copied to another process
 
 
 class SharedProjection(nn.Module):
@@ -101,9 +144,9 @@ class SharedProjection(nn.Module):
 
     def project(self, x: torch.Tensor, rank: int, dtype: torch.dtype) -> torch.Tensor:
         """Z = x Aᵀ [..., rank] in ``dtype``, shared between the layers that read the same x."""
-        return self.inputs.project(x, self.A[:rank, : x.shape[-1]], dtype, None)
+        return self.inputs.project(x, self.A[:rank, : x.shape[-1]], dtype)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> SharedProjection:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SharedProjection:
         before = self.A.dtype, self.A.device.type
         super()._apply(fn, recurse)
         after = self.A.dtype, self.A.device.type
@@ -112,4 +155,5 @@ class SharedProjection(nn.Module):
         return self
 
     def extra_repr(self) -> str:
+        """Seed, shapes and dtype, for `print(model)`."""
         return f"seed={self.seed}, A={tuple(self.A.shape)}, B={tuple(self.B.shape)}, dtype={self.A.dtype}"

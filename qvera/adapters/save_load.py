@@ -1,4 +1,4 @@
-"""An adapter on a base: put there, saved, read back, and held against the base it was trained on."""
+"""An adapter on a base model: put there, saved, read back, and checked against the base that it was trained on."""
 
 from __future__ import annotations
 
@@ -9,28 +9,31 @@ import re
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-from peft import PeftModel, VeraConfig, get_peft_model
+from peft import PeftModel, VeraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from qvera.adapters import QveraConfig, QveraLinear, accelerated_peft
-from qvera.adapters.config import KINDS, PEFT_TYPE
+from qvera.adapters.config import KINDS, PEFT_TYPE, QveraConfig
+from qvera.adapters.layer import QveraLinear
+from qvera.adapters.peft_compat import accelerated_peft
 from qvera.config.schema import AdapterSection, ModelSection
-from qvera.models.loader import Base
 from qvera.models.tokenizer import ADDED_ROWS, put_token_rows, read_token_rows, save_token_rows
 from qvera.utils.atomic import disk_errors, flush
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.paths import resolve_path
 from qvera.utils.safetensors_io import same_base
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from qvera.models.loader import Base
+
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-
-
 ADAPTER_CONFIG = "adapter_config.json"
 
 
@@ -42,10 +45,17 @@ def attach(
     added_tokens: dict[str, int] | None = None,
     tokens: ModelSection | None = None,
 ) -> PeftModel:
-    """Put a fresh adapter (or, with ``init_from``, the vectors of an existing one) on a loaded base.
+    """Put a fresh adapter (or, with ``init_from``, the vectors of an existing one) on a loaded base model.
 
-    Only its vectors are trainable afterwards. ``base_name`` and ``base_fingerprint`` go into the adapter's config, and so do
-    ``added_tokens`` (token → id, whose rows the model has) and what ``tokens`` says of padding and eos.
+    Only its vectors are trainable afterwards.
+
+    Args:
+        model: the base model.
+        section: the adapter section of a recipe.
+        base_name: path or hub id of the base, for the adapter's config (`portable_name`).
+        base_fingerprint: the base's fingerprint, for the adapter's config.
+        added_tokens: token → id of the tokens that the recipe adds, whose rows the model has.
+        tokens: what the recipe says of padding and end-of-sequence tokens.
 
     Raises:
         InputError: a target matches nothing, or ``init_from`` does not fit.
@@ -59,7 +69,7 @@ def attach(
         dropout=section.dropout,
         projection_seed=section.seed,
         task_type="CAUSAL_LM",
-        base_model_name_or_path=base_name,
+        base_model_name_or_path=None if base_name is None else portable_name(base_name),
         base_fingerprint=base_fingerprint,
         added_tokens=dict(added_tokens) if added_tokens else None,
         pad_token=None if tokens is None else tokens.pad_token,
@@ -67,32 +77,46 @@ def attach(
     )
     peft_model = _put_on(model, config)
     if section.init_from is not None:
-        stored, vectors = read_adapter(Path(resolve_path(section.init_from)))
-        if stored.peft_type != PEFT_TYPE:
-            raise InputError(
-                f"adapter.init_from: {section.init_from} is an adapter of PEFT's own VeRA, whose projections are not drawn from a "
-                "seed as ours are. Train it further with PEFT after qvera.adapters.accelerate_peft(), or start anew."
-            )
-        for ours, theirs, key in (
-            (config.rank, stored.rank, "rank"),
-            (config.b_groups, stored.b_groups, "b_groups"),
-            (config.input_scale, stored.input_scale, "input_scale"),
-            (config.projection_seed, stored.projection_seed, "seed"),
-            (config.projection_shapes, stored.projection_shapes, "projections (by its targets and base) of shapes"),
-            (config.projection_sha256, stored.projection_sha256, "projections' SHA-256"),
-        ):
-            if ours != theirs:
-                raise InputError(f"adapter.init_from: {section.init_from} has {key} {theirs}, the recipe {ours}.")
-        require_base(stored, section.init_from, str(base_name), base_fingerprint)
-        require_tokens(stored, section.init_from, added_tokens)
-        if added_tokens:
-            directory = Path(resolve_path(section.init_from))
-            put_token_rows(model, added_tokens, read_token_rows(directory), directory / ADDED_ROWS)
-        load_vectors(peft_model, vectors, section.init_from)
+        _start_from(peft_model, config, section.init_from)
     if not section.train_d:
         for name, vector in named_vectors(peft_model).items():
             vector.requires_grad_(not name.endswith(".qvera_d"))
     return peft_model
+
+
+def _start_from(peft_model: PeftModel, config: QveraConfig, init_from: str) -> None:
+    """Copy the vectors of the adapter directory ``init_from`` into a fresh adapter of that config."""
+    directory = Path(resolve_path(init_from))
+    theirs, vectors = read_adapter(directory)
+    if not isinstance(theirs, QveraConfig):
+        raise InputError(
+            f"adapter.init_from: {init_from} is an adapter of PEFT's own VeRA, whose projections are not drawn from a "
+            "seed as ours are. Train it further with PEFT after qvera.adapters.accelerate_peft(), or start anew."
+        )
+    for field, key in (
+        ("rank", "rank"),
+        ("b_groups", "b_groups"),
+        ("input_scale", "input_scale"),
+        ("projection_seed", "seed"),
+        ("projection_shapes", "projections (by its targets and base) of shapes"),
+        ("projection_sha256", "projections' SHA-256"),
+    ):
+        if getattr(config, field) != getattr(theirs, field):
+            raise InputError(
+                f"adapter.init_from: {init_from} has {key} {getattr(theirs, field)}, the recipe {getattr(config, field)}."
+            )
+    require_base(theirs, init_from, str(config.base_model_name_or_path), config.base_fingerprint)
+    require_tokens(theirs, init_from, config.added_tokens)
+    if config.added_tokens:
+        rows = read_token_rows(directory)
+        put_token_rows(peft_model.get_base_model(), config.added_tokens, rows, directory / ADDED_ROWS)
+    load_vectors(peft_model, vectors, init_from)
+
+
+def portable_name(name: str) -> str:
+    """A base model's name as other tools can open it: a local directory as an absolute path, a hub id as it is."""
+    path = Path(resolve_path(name))
+    return str(path.absolute()) if path.is_dir() else name
 
 
 def named_vectors(model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
@@ -112,7 +136,7 @@ def named_vectors(model: nn.Module, adapter: str = "default") -> dict[str, nn.Pa
 def adapter_facts(model: PeftModel, adapter: str = "default") -> dict[str, Any]:
     """Counts read from the live adapter (the ``adapter`` object of run.json, less the file size)."""
     layers = [m for m in model.modules() if isinstance(m, QveraLinear) and adapter in m.qvera_d]
-    config: Any = model.peft_config[adapter]
+    config = model.peft_config[adapter]
     return {
         "rank": config.rank,
         "b_groups": config.b_groups,
@@ -125,12 +149,11 @@ def adapter_facts(model: PeftModel, adapter: str = "default") -> dict[str, Any]:
     }
 
 
-def save_adapter(model: PeftModel, directory: Path, tokenizer: Any = None) -> int:
+def save_adapter(model: PeftModel, directory: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> int:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` (fp32 vectors, no projections); returns their bytes.
 
-    Where tokens were added, their rows (`ADDED_ROWS`) and ``tokenizer`` go beside them; the tokenizer is not counted.
-
-    Written to a temporary name and renamed, so that a half-written adapter never stands under its final name.
+    Where tokens were added, their rows (`ADDED_ROWS`) and ``tokenizer`` go beside them; the tokenizer is not
+    counted. Written to a temporary name and renamed, so that a half-written adapter never stands under its final name.
 
     Raises:
         RunFailed: the disk is full; an adapter that was there before is still there.
@@ -141,7 +164,7 @@ def save_adapter(model: PeftModel, directory: Path, tokenizer: Any = None) -> in
     return sum(f.stat().st_size for f in directory.iterdir() if f.name in ours)
 
 
-def _write_adapter(model: PeftModel, directory: Path, tokenizer: Any) -> None:
+def _write_adapter(model: PeftModel, directory: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
     partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -172,27 +195,38 @@ def _write_adapter(model: PeftModel, directory: Path, tokenizer: Any) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def read_adapter(directory: Path) -> tuple[Any, dict[str, torch.Tensor]]:
+def read_adapter(directory: Path) -> tuple[QveraConfig | VeraConfig, dict[str, torch.Tensor]]:
     """Read an adapter directory without a model: one of ours, or one of PEFT's own VeRA.
 
     Returns:
         The config (`QveraConfig`, or PEFT's `VeraConfig`) and the tensors of the adapter file by their keys.
 
     Raises:
-        InputError: it is not an adapter directory, not a VeRA adapter, truncated, or has NaN or Inf in it.
+        InputError: it is not an adapter directory, not a VeRA adapter, truncated, has NaN, Inf or whole numbers in it, or
+            vectors of another rank than its config says.
     """
     config, weights_file = read_config(directory), directory / ADAPTER_WEIGHTS
     try:
-        vectors = load_file(weights_file)
+        tensors = load_file(weights_file)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{weights_file}: not a readable safetensors file, or cut short ({error}).") from None
-    broken = sorted(name for name, tensor in vectors.items() if not torch.isfinite(tensor).all())
+    ours = isinstance(config, QveraConfig)
+    rank, key, suffix = (config.rank, "rank", ".qvera_d") if ours else (config.r, "r", ".vera_lambda_d")
+    for name, tensor in sorted(tensors.items()):
+        if not tensor.dtype.is_floating_point:
+            raise InputError(f"{weights_file}: {name} is stored as {tensor.dtype}, expected a floating-point dtype.")
+        if name.endswith(suffix) and tensor.numel() != rank:
+            raise InputError(
+                f"{directory / ADAPTER_CONFIG}: {key} is {rank}, but {name} in {ADAPTER_WEIGHTS} has {tensor.numel()} values: "
+                "the two files do not belong together, or one was changed."
+            )
+    broken = sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all())
     if broken:
         raise InputError(f"{weights_file}: {broken[0]} (and {len(broken) - 1} more) has NaN or Inf in it.")
-    return config, vectors
+    return config, tensors
 
 
-def read_config(directory: Path) -> Any:
+def read_config(directory: Path) -> QveraConfig | VeraConfig:
     """The config of an adapter directory: ours, or that of PEFT's own VeRA.
 
     Raises:
@@ -209,30 +243,28 @@ def read_config(directory: Path) -> Any:
         kind = raw["peft_type"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{config_file}: not a PEFT adapter config ({type(error).__name__}: {error}).") from None
-    classes: dict[Any, Any] = {PEFT_TYPE: QveraConfig, "VERA": VeraConfig}
+    classes: dict[object, type[QveraConfig | VeraConfig]] = {PEFT_TYPE: QveraConfig, "VERA": VeraConfig}
     if kind not in classes:
         raise InputError(f"{config_file}: peft_type is {kind}, expected {PEFT_TYPE} (or PEFT's own VERA).")
     known = {f.name for f in dataclasses.fields(classes[kind])}
     try:
-        with (
-            warnings.catch_warnings()
-        ):  # PEFT warns of projections that are not in the file; here they are drawn and used
+        with warnings.catch_warnings():
+            # PEFT warns of projections that are not in the file; here they are drawn and used
             warnings.simplefilter("ignore", UserWarning)
-            config = classes[kind](**{k: v for k, v in raw.items() if k in known})
+            return classes[kind](**{k: v for k, v in raw.items() if k in known})
     except InputError as error:
         raise InputError(f"{config_file}: {error}") from None
     except (TypeError, ValueError) as error:
         raise InputError(f"{config_file}: a value has the wrong type, or is out of range ({error}).") from None
-    return config
 
 
 def load_vectors(model: nn.Module, vectors: dict[str, torch.Tensor], source: str, adapter: str = "default") -> None:
-    """Copy vectors read from a file into a model; names and shapes must be exactly those that the model has.
+    """Copy what was read from an adapter file into a model; names and shapes must be exactly those that the model has.
 
     Raises:
         InputError: a vector is missing, unknown or of another shape; nothing was copied.
     """
-    ours = named_vectors(model, adapter)
+    ours = _saved_tensors(model, adapter)
     missing, unknown = sorted(ours.keys() - vectors.keys()), sorted(vectors.keys() - ours.keys())
     if missing or unknown:
         parts = [
@@ -241,14 +273,22 @@ def load_vectors(model: nn.Module, vectors: dict[str, torch.Tensor], source: str
             if keys
         ]
         raise InputError(f"{source}: its vectors do not fit this model and these targets: {', '.join(parts)}.")
-    for name, parameter in ours.items():
-        if parameter.shape != vectors[name].shape:
+    for name, tensor in ours.items():
+        if tensor.shape != vectors[name].shape:
             raise InputError(
-                f"{source}: {name} has shape {list(vectors[name].shape)}, this model needs {list(parameter.shape)}."
+                f"{source}: {name} has shape {list(vectors[name].shape)}, this model needs {list(tensor.shape)}."
             )
     with torch.no_grad():
-        for name, parameter in ours.items():
-            parameter.copy_(vectors[name])
+        for name, tensor in ours.items():
+            tensor.copy_(vectors[name])
+
+
+def _saved_tensors(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
+    """Key in the adapter file → the tensor of the model that it is copied into."""
+    config = getattr(model, "peft_config", {}).get(adapter)
+    if config is not None and (config.modules_to_save or config.bias != "none"):
+        return get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    return dict(named_vectors(model, adapter))
 
 
 def _put_on(model: nn.Module, config: QveraConfig) -> PeftModel:
@@ -264,9 +304,11 @@ def _put_on(model: nn.Module, config: QveraConfig) -> PeftModel:
 
 
 def load_adapter(model: nn.Module, directory: Path, base: Base | None = None) -> PeftModel:
-    """Attach the adapter in ``directory`` to a loaded base, checked: projections, names, shapes, finite values.
+    """Put the adapter in ``directory`` on a loaded base model, checked: projections, names, shapes, finite values.
 
     Args:
+        model: the base model.
+        directory: an adapter of ours, or of PEFT's own VeRA.
         base: what `load_base` gave for ``model``: the adapter must have been trained on the same, by content.
 
     Raises:
@@ -281,7 +323,7 @@ def load_adapter(model: nn.Module, directory: Path, base: Base | None = None) ->
             put_token_rows(model, ids, read_token_rows(directory), directory / ADDED_ROWS)
     else:
         require_tokens(config, directory, None)  # a model as it comes from the hub has no such rows
-    if config.peft_type != PEFT_TYPE:
+    if not isinstance(config, QveraConfig):
         return _load_stock_adapter(model, directory)
     try:
         peft_model = _put_on(model, config)
@@ -308,8 +350,8 @@ def _load_stock_adapter(model: nn.Module, directory: Path) -> PeftModel:
     return peft_model.eval()
 
 
-def require_tokens(config: Any, adapter: Path | str, ids: dict[str, int] | None) -> None:
-    """Hold the tokens that an adapter's recipe added against those of the base at hand (token → id, or None for none).
+def require_tokens(config: QveraConfig | VeraConfig, adapter: Path | str, ids: dict[str, int] | None) -> None:
+    """Compare the tokens that an adapter's recipe added with those of the loaded base (token → id, or None for none).
 
     Raises:
         InputError: they are not the same.
@@ -317,17 +359,19 @@ def require_tokens(config: Any, adapter: Path | str, ids: dict[str, int] | None)
     expected = getattr(config, "added_tokens", None) or {}
     if expected != (ids or {}):
         raise InputError(
-            f"{adapter}: was trained with the added tokens {expected or 'none'}, and the base at hand has {ids or 'none'}. Set "
+            f"{adapter}: was trained with the added tokens {expected or 'none'}, and the loaded base has {ids or 'none'}. Set "
             f"model.added_tokens: [{', '.join(map(repr, expected))}] for the same model and tokenizer."
         )
 
 
-def require_base(config: Any, adapter: Path | str, name: str, fingerprint: str | None) -> None:
-    """Hold the base at hand against the one that an adapter was trained on, by content.
+def require_base(config: QveraConfig | VeraConfig, adapter: Path | str, name: str, fingerprint: str | None) -> None:
+    """Compare a base model with the one that an adapter was trained on, by content.
 
     Args:
         config: the adapter's.
-        name: path or hub id of the base at hand; ``fingerprint``: its own, None where unknown.
+        adapter: the adapter's directory, for the message.
+        name: path or hub id of the base.
+        fingerprint: that of the base, None where unknown.
 
     Raises:
         InputError: it is another base. An adapter that doesn't say (an old one, or PEFT's own) passes.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,12 +11,13 @@ from peft import mapping
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from torch import nn
 
-from qvera.adapters.config import PEFT_TYPE, QveraConfig
+from qvera.adapters.config import KINDS, PEFT_TYPE, QveraConfig
 from qvera.adapters.layer import QveraLinear, layer_shape
 from qvera.adapters.multi_adapter import BASE, SeedBank, plan_rows
 from qvera.adapters.projection import SharedProjection, projection_sha256
 from qvera.models import linear, norm_mlp
 from qvera.models.tokenizer import PLACED
+from qvera.utils import memory
 from qvera.utils.errors import InputError
 
 
@@ -38,27 +39,27 @@ class QveraModel(BaseTuner):
         return pool[-1]
 
     @contextlib.contextmanager
-    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT's way in for ``adapter_names``, one name for each row of the batch; ``__base__`` is no adapter.
+    def _enable_peft_forward_hooks(
+        self, *_: object, adapter_names: Sequence[str] | None = None, num_beams: int | None = None, **__: object
+    ) -> Iterator[None]:
+        """PEFT's hook for ``adapter_names``, one name for each row of the batch; ``__base__`` is no adapter.
 
         Raises:
             ValueError: the model is training, or there is no adapter of that name.
         """
-        names = kwargs.get("adapter_names")
-        if names is None:
+        if adapter_names is None:
             yield
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         banks: list[SeedBank] = self.__dict__.get("banks", [])
         known = {BASE, *self.peft_config}.union(*(bank.names for bank in banks))
-        unknown = sorted(set(names) - known)
+        unknown = sorted(set(adapter_names) - known)
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-        beams = kwargs.get("num_beams") or 1
         layers = [module for module in self.modules() if isinstance(module, QveraLinear)]
-        device: Any = layers[0].base_layer.weight.device
-        plan = plan_rows([name for name in names for _ in range(beams)], banks, device)
+        rows = [name for name in adapter_names for _ in range(num_beams or 1)]
+        plan = plan_rows(rows, banks, layers[0].base_layer.weight.device)
         try:
             for layer in layers:
                 layer._row_plan = plan
@@ -67,7 +68,7 @@ class QveraModel(BaseTuner):
             for layer in layers:
                 layer._row_plan = None
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: object, **kwargs: object) -> None:
         """Check the targets and the projections of an adapter, draw the pair that it needs, then let PEFT put it in.
 
         Here and not in PEFT's `_pre_injection_hook`, which PEFT calls for a model's first adapter only.
@@ -87,57 +88,84 @@ class QveraModel(BaseTuner):
         norm_mlp.reduce_saved_activations(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
-    def _prepare_projection(self, model: nn.Module, config: Any) -> None:
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """PEFT's ``autocast_adapter_dtype``: False gives the vectors the dtype that their layers compute in.
+
+        They are fp32 otherwise, and compute in fp32 in either case (`functional.at_least_fp32`).
+        """
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype:
+            return
+        for layer in self.modules():
+            if isinstance(layer, QveraLinear) and layer.carries(adapter_name):
+                _, dtype = _home(layer.base_layer, self.model)
+                for vectors in (getattr(layer, kind) for kind in KINDS):
+                    if adapter_name in vectors:
+                        vectors[adapter_name].data = vectors[adapter_name].data.to(dtype)
+
+    def _prepare_projection(self, model: nn.Module, config: QveraConfig) -> None:
         if getattr(model, "dtype", None) is None and not any(True for _ in model.parameters()):
             raise InputError("the model has no parameters: there is nothing to adapt.")
         linear.freeze_linears(model)
+        matched = self._match_targets(model, config)
+        shapes = [shape for _, base in matched if (shape := layer_shape(base)) is not None]
+        largest_in, largest_out = (max(sizes) for sizes in zip(*shapes, strict=True))
+        homes = dict.fromkeys(_home(base, model) for _, base in matched)
+        _require_memory(config.rank, largest_in, largest_out, list(homes))
+        self._check_projection(config, largest_in, largest_out)
+        for home in homes:
+            self._projection(config.projection_seed, *home).ensure(config.rank, largest_in, largest_out)
+
+    def _match_targets(self, model: nn.Module, config: QveraConfig) -> list[tuple[str, nn.Module]]:
+        """Names and base layers of what the config adapts; writes short target names into the config.
+
+        Raises:
+            InputError: a target matches nothing, or something that is no linear.
+        """
+        before = config.target_modules
         config = _maybe_include_all_linear_layers(config, model)
         if config.target_modules is None:
             raise InputError("target_modules: takes `all-linear` or a list of module names, got nothing.")
+        if (
+            config.target_modules is not before
+        ):  # all linears by their full names, which would overrule layers_to_transform
+            config.target_modules = _short_names(config.target_modules, list(config.target_modules), model)
+        targets = config.target_modules
+        names = {targets} if isinstance(targets, str) else set(targets)
         matched: list[tuple[str, nn.Module]] = []
-        names: set[str] = (
-            {config.target_modules} if isinstance(config.target_modules, str) else set(config.target_modules)
-        )
         unmatched, wrong_kind = set(names), []
         for key, module in model.named_modules():
+            unmatched -= {name for name in names if key == name or key.endswith(f".{name}")}
             if not self._check_target_module_exists(config, key):
                 continue
             base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
             if layer_shape(base) is None:
                 wrong_kind.append(f"{key} ({type(base).__name__})")
-                continue
-            matched.append((key, base))
-            unmatched -= {name for name in names if key == name or key.endswith(f".{name}")}
-        if isinstance(config.target_modules, str) and matched:
-            unmatched = set()  # a regular expression
+            else:
+                matched.append((key, base))
         if wrong_kind:
             raise InputError(
                 f"targets: QVERA adapts linear layers, but these are none: {', '.join(wrong_kind[:5])}. Name linears only."
             )
-        if unmatched or not matched:
+        if not matched or (unmatched and not isinstance(targets, str)):
             linears = sorted({k.rpartition(".")[2] for k, m in model.named_modules() if layer_shape(m) is not None})
+            limits = [f"{k} {v}" for k in _LIMITS if (v := getattr(config, k)) is not None]
             raise InputError(
-                f"targets: no module of this model is named {', '.join(sorted(unmatched)) or names}. "
-                f"Its linears are named {', '.join(linears)}."
+                f"targets: no module of this model is named {', '.join(sorted(unmatched or names))}"
+                f"{' within ' + ', '.join(limits) if limits else ''}. Its linears are named {', '.join(linears)}."
             )
-        config.target_modules = _short_names(config.target_modules, [key for key, _ in matched], model)
-        shapes = [layer_shape(base) for _, base in matched]
-        largest_in = max(shape[0] for shape in shapes if shape)
-        largest_out = max(shape[1] for shape in shapes if shape)
-        self._check_projection(config, largest_in, largest_out)
-        for _, base in matched:
-            projection = self._projection(config.projection_seed, *_home(base, model))
-            projection.ensure(config.rank, largest_in, largest_out)
+        config.target_modules = _short_names(targets, [key for key, _ in matched], model)
+        return matched
 
     @staticmethod
     def _check_projection(config: QveraConfig, largest_in: int, largest_out: int) -> None:
         shapes = {"A": [config.rank, largest_in], "B": [largest_out, config.rank]}
-        digest = projection_sha256(config.rank, largest_in, largest_out, config.projection_seed)
         if config.projection_shapes is not None and config.projection_shapes != shapes:
             raise InputError(
                 f"this adapter was trained with projections of shapes {config.projection_shapes}, but this model and its "
                 f"targets need {shapes}: it belongs to another base model."
             )
+        digest = projection_sha256(config.rank, largest_in, largest_out, config.projection_seed)
         if config.projection_sha256 is not None and config.projection_sha256 != digest:
             raise InputError(
                 f"the projections of seed {config.projection_seed} have SHA-256 {digest[:16]}… here and "
@@ -147,16 +175,16 @@ class QveraModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: Any,
+        peft_config: QveraConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
         current_key: str,
         parameter_name: str | None = None,
-        **_: Any,
+        **_: object,
     ) -> None:
-        base: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        base: nn.Module = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         projection = self._projection(peft_config.projection_seed, *_home(base, self.model))
         if isinstance(target, QveraLinear):
             target.update_layer(adapter_name, projection, peft_config)
@@ -169,6 +197,26 @@ class QveraModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own would move and cast the new module; ours is already where and what it should be
         setattr(parent, child_name, new_module)
+
+
+_LIMITS = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+
+
+def _require_memory(
+    rank: int, largest_in: int, largest_out: int, homes: Sequence[tuple[torch.device, torch.dtype]]
+) -> None:
+    """Refuse a pair that would not fit into memory, before it is drawn.
+
+    Raises:
+        InputError: A and B of this rank need more memory than there is.
+    """
+    needed = 4 * rank * (largest_in + largest_out)  # they are drawn in fp32 in main memory
+    available = memory.available_bytes(torch.device("cpu"))
+    if needed > available and any(device.type != "meta" for device, _ in homes):
+        raise InputError(
+            f"rank: {rank} needs projections of {needed / 1e9:.3g} GB, and {available / 1e9:.3g} GB of memory are available. "
+            "VeRA's ranks are 256 to 1024."
+        )
 
 
 def _short_names(targets: str | set[str] | list[str], matched: list[str], model: nn.Module) -> str | list[str]:
@@ -185,9 +233,7 @@ def _short_names(targets: str | set[str] | list[str], matched: list[str], model:
 def _home(base: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Where a layer's low-rank path lives: its device, and the dtype it computes in."""
     weight: Any = base.weight
-    compute = getattr(base, "compute_dtype", None)
-    if compute is None:
-        compute = weight.dtype
+    compute = getattr(base, "compute_dtype", None) or weight.dtype
     if not compute.is_floating_point:
         # int8 layers hold integers and compute in their input's dtype: that of the embeddings, which come first
         compute = next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.bfloat16)

@@ -101,7 +101,7 @@ def generate(
         prompts: token ids, BOS included where the model wants one.
         max_new_tokens: tokens at most per answer; an end-of-turn token ends it earlier.
         temperature: 0: greedy, else sampled with ``top_p`` from a generator seeded with ``seed``.
-        adapters: which adapter answers each prompt, where the model has several (`qvera.export.merge_adapters`); ``__base__`` for none.
+        adapters: which adapter answers each prompt, where the model has several (`qvera.adapters.multi_adapter`); ``__base__`` for none.
         streamer: a transformers streamer, for one prompt.
         progress: called with the number of prompts finished after each batch.
 

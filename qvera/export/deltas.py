@@ -90,6 +90,11 @@ def read_deltas(adapter_dir: Path, base: torch.nn.Module) -> AdapterDeltas:
         InputError: it is no VeRA adapter, or another model's.
     """
     config, tensors = read_adapter(adapter_dir)
+    if config.modules_to_save or config.bias != "none":
+        raise InputError(
+            f"{adapter_dir}: has trained parameters beside its vectors (modules_to_save {config.modules_to_save}, bias "
+            f"{config.bias}), which an export of ΔW would lose. Use PEFT's merge_and_unload() on the loaded model instead."
+        )
     stock = config.peft_type != PEFT_TYPE
     A, B = _stock_pair(config, tensors, base) if stock else _own_pair(config)
     rank = A.shape[0]

@@ -1,119 +1,19 @@
-"""More than one adapter: many on one base, and arithmetic between them."""
+"""Arithmetic on adapters: weighted sums, as an adapter of ours where that is exact, else as a LoRA."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
-from torch import nn
 
-from qvera.adapters import QveraConfig, QveraLinear
-from qvera.adapters.config import KINDS, PEFT_TYPE, vector_shapes
-from qvera.adapters.multi_adapter import empty_bank
-from qvera.adapters.projection import vera_scale
-from qvera.adapters.save_load import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter, read_config, require_tokens
+from qvera.adapters.save_load import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qvera.export.deltas import PREFIX, AdapterDeltas, Delta
 from qvera.export.lora import require_empty
 from qvera.utils.errors import InputError
-
-
-def load_adapters(
-    model: nn.Module, directories: Mapping[str, Path], progress: Callable[[int], None] | None = None
-) -> PeftModel:
-    """Put many QVERA adapters on a loaded base, as banked vectors; ranks, seeds and targets may differ.
-
-    Rows of one batch then name theirs: ``model(..., adapter_names=[...])``, or `qvera.evaluation.generate.generate` with ``adapters``.
-    They are for answers, not for training.
-
-    Args:
-        directories: name → adapter directory.
-        progress: called with the number of adapters read.
-
-    Raises:
-        InputError: one of them is no QVERA adapter, or not one for this model.
-    """
-    if not directories:
-        raise InputError("load_adapters: takes at least one adapter directory.")
-    configs = {name: _read_config(Path(directory)) for name, directory in directories.items()}
-    for name, config in configs.items():
-        require_tokens(config, directories[name], None)  # many adapters would each want rows of their own
-    seeds: dict[int, list[str]] = {}
-    for name, config in configs.items():
-        seeds.setdefault(config.projection_seed, []).append(name)
-    targets: set[str] = set()
-    for name, config in configs.items():
-        if isinstance(config.target_modules, str):
-            raise InputError(f"{directories[name]}: its targets are a pattern, not names; many adapters need names.")
-        targets |= set(config.target_modules or ())
-    peft_model: Any = None
-    for seed, names in seeds.items():  # one ordinary, unchanged adapter a seed draws the pair and makes the layers
-        rank = max(configs[name].rank for name in names)
-        config = QveraConfig(rank=rank, target_modules=targets, projection_seed=seed, task_type="CAUSAL_LM")
-        if peft_model is None:
-            peft_model = get_peft_model(model, config, adapter_name=f"seed-{seed}")  # type: ignore[arg-type]
-        else:
-            peft_model.add_adapter(f"seed-{seed}", config)
-    peft_model.requires_grad_(False)
-    peft_model.eval()
-    layers = {n: m for n, m in peft_model.named_modules() if isinstance(m, QveraLinear)}
-    for name, layer in layers.items():
-        layer._layer_name = name
-    device = next(iter(layers.values())).qvera_b[f"seed-{next(iter(seeds))}"].device
-    sizes = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
-    alike: dict[tuple[int, int, bool, int], list[str]] = {}
-    for name, config in configs.items():
-        key = config.projection_seed, config.b_groups, config.input_scale, config.rank if config.b_groups > 1 else 0
-        alike.setdefault(key, []).append(name)
-    banks, done = [], 0
-    for (seed, groups, scaled, _), names in alike.items():
-        bank = empty_bank(seed, max(configs[name].rank for name in names), groups, scaled, names, sizes, device)
-        for index, name in enumerate(names):
-            config, vectors = read_adapter(Path(directories[name]))
-            _fill(bank.values[index], bank.columns, config, vectors, layers, Path(directories[name]))
-            done += 1
-            if progress is not None:
-                progress(done)
-        banks.append(bank)
-    peft_model.base_model.__dict__["banks"] = banks
-    return peft_model
-
-
-def _read_config(directory: Path) -> QveraConfig:
-    config = read_config(directory)
-    if config.peft_type != PEFT_TYPE:
-        raise InputError(f"{directory}: is an adapter of PEFT's VeRA; many adapters on one base are QVERA's only.")
-    return config
-
-
-def _fill(
-    row: torch.Tensor,
-    columns: dict[str, tuple[int, int]],
-    config: QveraConfig,
-    vectors: dict[str, torch.Tensor],
-    layers: dict[str, QveraLinear],
-    source: Path,
-) -> None:
-    """Copy one adapter's vectors into its row of a bank, the layer's scale multiplied into d."""
-    names = {key.rpartition(".")[0] for key in vectors}
-    for name in names:
-        layer = layers.get(name)
-        if layer is None:
-            raise InputError(f"{source}: its vectors of {name} do not fit this model.")
-        expected = vector_shapes(config, layer.in_features, layer.out_features)
-        given = {kind: tuple(vectors[f"{name}.{kind}"].shape) for kind in KINDS if f"{name}.{kind}" in vectors}
-        if given != expected:
-            raise InputError(f"{source}: {name} has the vectors {given}, this model and its config need {expected}.")
-        b, d, *more = (vectors[f"{name}.{kind}"].flatten() for kind in expected)
-        at_d, at_b = columns[name]
-        row[at_d : at_d + config.rank] = d * vera_scale(config.rank, layer.in_features)
-        behind = torch.cat([b, *more])
-        row[at_b : at_b + behind.numel()] = behind
 
 
 def same_directions(adapters: Sequence[AdapterDeltas]) -> str | None:
@@ -144,7 +44,7 @@ def same_directions(adapters: Sequence[AdapterDeltas]) -> str | None:
     return None
 
 
-def _seed(config: Any) -> Any:
+def _seed(config: object) -> object:
     return getattr(config, "projection_seed", getattr(config, "projection_prng_key", None))
 
 

@@ -358,18 +358,46 @@ def test_autocast_runs_the_low_rank_path_in_its_dtype() -> None:
 
 
 @pytest.mark.parametrize("tokens", [3, 200])  # below and above where the low-rank path and the sum W + ΔW change form
-def test_vectors_cast_to_16_bits_train_like_their_rounded_values(tokens: int) -> None:
-    """TRL casts everything trainable to bfloat16 on a 4-bit base; the pair stays fp32."""
+@pytest.mark.parametrize(("groups", "scaled"), [(1, False), (3, True)])
+def test_vectors_cast_to_16_bits_compute_as_they_do_after_reload(tokens: int, groups: int, scaled: bool) -> None:
+    """TRL casts everything trainable to bfloat16 on a 4-bit base; a saved adapter is loaded in fp32."""
     torch.manual_seed(5)
     x, upstream = torch.randn(1, tokens, IN), torch.randn(1, tokens, OUT)
-    rounded, cast = adapted("nf4+dq-bfloat16"), adapted("nf4+dq-bfloat16")
-    for vector in (rounded.qvera_d["default"], rounded.qvera_b["default"]):
-        vector.data = vector.data.to(torch.bfloat16).float()
-    for vector in (cast.qvera_d["default"], cast.qvera_b["default"]):
-        vector.data = vector.data.to(torch.bfloat16)
-    for ours, wanted in zip(run(cast, x, upstream), run(rounded, x, upstream), strict=True):
-        assert relative(ours.float(), wanted) < 1e-2
-    assert cast.qvera_d["default"].grad.dtype == torch.bfloat16
+    cast, loaded = (adapted("nf4+dq-bfloat16", groups=groups, scaled=scaled) for _ in range(2))
+    for name, parameter in cast.named_parameters():
+        if "qvera" in name:
+            parameter.data = parameter.data.to(torch.bfloat16)
+            loaded.get_parameter(name).data = parameter.data.float()
+    ours, wanted = run(cast, x, upstream), run(loaded, x, upstream)
+    assert torch.equal(ours[0], wanted[0])
+    assert torch.equal(ours[1], wanted[1])
+    for gradient, exact in zip(ours[2:], wanted[2:], strict=True):
+        assert gradient.dtype == torch.bfloat16
+        assert torch.equal(gradient, exact.to(torch.bfloat16))
+
+
+WAYS = {"expand": 2, "combined": 40, "summed": 600}  # the number of tokens decides
+
+
+@pytest.mark.parametrize("tokens", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize(("dtype", "scaled"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)])
+def test_outputs_can_be_changed_in_place(dtype: torch.dtype, scaled: bool, tokens: int) -> None:
+    """`y = layer(x); y += x`, as in transformers' Llama 4."""
+    layer = adapted("linear", dtype, scaled=scaled)
+    torch.manual_seed(5)
+    x, upstream = torch.randn(2, tokens, IN, dtype=dtype), torch.randn(2, tokens, OUT, dtype=dtype)
+    results = []
+    for in_place in (True, False):
+        layer.zero_grad()
+        inner = x.clone().requires_grad_()
+        y = layer(inner)
+        y = y.mul_(2).add_(1) if in_place else y * 2 + 1
+        y.backward(upstream)
+        results.append([y.detach(), inner.grad, *(p.grad.clone() for p in layer.parameters() if p.grad is not None)])
+    assert len(results[0]) == (5 if scaled else 4)
+    for one, other in zip(*results, strict=True):
+        assert one is not None
+        assert torch.equal(one, other)
 
 
 def test_only_linears_can_be_adapted() -> None:
@@ -379,12 +407,32 @@ def test_only_linears_can_be_adapted() -> None:
             QveraLinear(module, "default", projection, QveraConfig(rank=2))
 
 
+# one row of the slow test's grid: every kind, and every pair of dtype, rank and tokens about once
+SIZES = [(torch.float32, 1, 63), (torch.bfloat16, 7, 300), (torch.float16, 64, 2), (torch.float32, 257, 300)]
+
+
+@pytest.mark.parametrize(("kind", "sizes"), [(kind, SIZES[i % len(SIZES)]) for i, kind in enumerate(KINDS)])
+def test_ranks_and_tokens_of_every_size(kind: str, sizes: tuple[torch.dtype, int, int]) -> None:
+    check_sizes(kind, *sizes)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "dtype", "rank", "tokens"),
-    list(itertools.product(KINDS, (torch.float32, torch.bfloat16, torch.float16), (1, 7, 64, 257), (1, 2, 63, 300))),
+    list(
+        itertools.product(
+            ("linear", "conv1d", "int8", "nf4+dq-bfloat16"),  # storage and double quantization change the weight only
+            (torch.float32, torch.bfloat16, torch.float16),
+            (1, 64, 257),  # below and above in_features
+            (1, 63, 300),  # few tokens, C, and the sum W + ΔW
+        )
+    ),
 )
 def test_matrix_of_kinds_dtypes_ranks_and_tokens(kind: str, dtype: torch.dtype, rank: int, tokens: int) -> None:
+    check_sizes(kind, dtype, rank, tokens)
+
+
+def check_sizes(kind: str, dtype: torch.dtype, rank: int, tokens: int) -> None:
     layer = adapted(kind, dtype, rank)
     x, upstream = torch.randn(tokens, IN, dtype=dtype), torch.randn(tokens, OUT, dtype=dtype)
     tolerance = {torch.float32: 5e-6, torch.bfloat16: 3e-2, torch.float16: 5e-3}[dtype]

@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qvera.adapters import QveraConfig, QveraLinear, register
+from qvera.adapters.multi_adapter import load_adapters
 from qvera.adapters.save_load import attach, load_adapter, named_vectors
 from qvera.cli.main import main
 from qvera.config.load import load_recipe
 from qvera.config.schema import AdapterSection, parse_recipe
 from qvera.export.deltas import read_deltas
-from qvera.export.merge_adapters import load_adapters, same_directions
+from qvera.export.merge_adapters import same_directions
 from qvera.models.loader import load_base
 from qvera.models.model_config import empty_model
 from qvera.training.plan import shape_of

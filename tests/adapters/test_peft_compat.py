@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 from collections.abc import Iterator
@@ -261,6 +262,32 @@ def test_dropout_acts_in_training_only(accelerated: None) -> None:
     assert not torch.equal(step_logits(model), step_logits(model))
     model.eval()
     torch.testing.assert_close(step_logits(model), step_logits(model))
+
+
+@pytest.mark.parametrize("tokens", [2, 40, 600])  # each of the layer's three ways
+def test_outputs_can_be_changed_in_place_as_those_of_peft(tokens: int) -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.lin = nn.Linear(64, 64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.lin(x)
+            y += x
+            return y
+
+    found = []
+    for context in (qvera.adapters.accelerated_peft, contextlib.nullcontext):
+        with context():
+            model = perturbed(get_peft_model(Residual(), config(target_modules=["lin"])))  # type: ignore[arg-type]
+        assert any(isinstance(m, LowRankPath) for m in model.modules()) is (context is qvera.adapters.accelerated_peft)
+        x = torch.linspace(-1, 1, 3 * tokens * 64).view(3, tokens, 64).requires_grad_()
+        y = model(x)
+        y.square().mean().backward()
+        found.append([y.detach(), x.grad, *(p.grad for n, p in model.named_parameters() if "lambda" in n)])
+    for ours, stock in zip(*found, strict=True):
+        assert relative(ours, stock) < 2e-5
 
 
 def test_conv1d_bases(accelerated: None) -> None:

@@ -12,12 +12,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from qvera.adapters import QveraLinear
+from qvera.adapters.multi_adapter import load_adapters
 from qvera.adapters.save_load import attach, load_adapter, save_adapter
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.evaluation.generate import generate, generating
 from qvera.export.deltas import AdapterDeltas, read_deltas
-from qvera.export.merge_adapters import load_adapters, same_directions
+from qvera.export.merge_adapters import same_directions
 from qvera.models.loader import load_base
 from qvera.models.model_config import empty_model
 from qvera.training.trainer import train

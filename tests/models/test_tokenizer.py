@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from qvera.adapters.multi_adapter import load_adapters
 from qvera.cli.main import main
 from qvera.config.load import load_recipe
 from qvera.config.schema import ModelSection, parse_recipe
@@ -22,7 +23,6 @@ from qvera.data import build_datasets
 from qvera.evaluation.generate import generate
 from qvera.evaluation.load import open_run
 from qvera.evaluation.run_info import describe
-from qvera.export.merge_adapters import load_adapters
 from qvera.models.loader import load_base
 from qvera.models.tokenizer import ADDED_ROWS, load_tokenizer
 from qvera.training.plan import make_plan
