@@ -7,6 +7,7 @@ import re
 import runpy
 import shlex
 import shutil
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -209,3 +210,28 @@ def test_error_messages_of_the_troubleshooting_page_exist() -> None:
 
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_bytes()) <= 8192
+
+
+def test_workflows_call_targets_of_the_makefile() -> None:
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))["jobs"]
+    called = set()
+    for job in jobs.values():
+        runs = [step["run"] for step in job["steps"] if "run" in step]
+        named = job.get("strategy", {}).get("matrix", {}).get("target", [])
+        called |= {word for run in runs for word in run.split()[1:] if "{" not in word and "}" not in word} | set(named)
+    called -= {"matrix.target"}
+    assert {"lint", "test", "docs"} <= called <= set(targets)
+
+
+def test_the_package_says_what_it_is() -> None:
+    """The citation has the package's version, and type checkers see the package as typed."""
+    from qvera import __version__
+
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == __version__
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert "Typing :: Typed" in project["classifiers"]
+    assert (ROOT / "qvera" / "py.typed").is_file()
+    for reference in re.findall(r"qvera\[([a-z]+)\]", " ".join((ROOT / p).read_text(encoding="utf-8") for p in PAGES)):
+        assert reference in project["optional-dependencies"]
