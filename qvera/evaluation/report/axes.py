@@ -10,12 +10,12 @@ def nice_ticks(low: float, high: float, about: int = 5, whole: bool = False) -> 
     """Round ticks (steps of 1, 2 or 5 × 10^k) whose first is <= ``low`` and whose last is >= ``high``.
 
     Args:
-        low: Smallest value, finite. Where it equals ``high``, room is made on both sides.
+        low: Smallest value, finite. Where it equals ``high`` but for rounding, room is made on both sides.
         high: Largest value, finite.
         about: How many intervals are wanted.
         whole: Ticks are integers.
     """
-    if high <= low:
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
         room = abs(low) * 0.5 or 1.0
         low, high = (min(low, 0.0), low + room) if low >= 0 else (low - room, 0.0)
     rough = (high - low) / about

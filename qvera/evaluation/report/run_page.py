@@ -239,7 +239,7 @@ def _memory(run: Run) -> tuple[Chart | None, str]:
     text = f"{size(run.peak_bytes or 0)} and {size(run.mapped_bytes)} of memory-mapped weights"
     text = text if run.mapped_bytes else size(run.peak_bytes or 0)
     if measured:
-        legend.append(("dashed", f"measured peak, {text}"))
+        legend.append(("dashed", "measured peak"))
     chart = stacked_bars("Planned memory, by moment", rows, legend=legend, mark_bytes=measured)
     predicted = run.number("plan", "measured", "predicted_bytes")
     if not predicted or not measured:

@@ -50,7 +50,8 @@ def smooth(points: Sequence[Point], width: float) -> list[Point]:
     """Smooth a curve: lines fitted locally, with Gaussian weights, to its `running_median`.
 
     Inside, where the weights are symmetric, the fit is their weighted mean. At the ends it follows the slope, where a
-    mean would bend a falling curve and a narrower window would end at the last, noisy value.
+    mean would bend a falling curve and a narrower window would end at the last, noisy value. A line fitted to one side
+    varies more, so the weights are twice as wide at the ends.
 
     Args:
         points: Evenly spaced in x, but for gaps, which stay gaps.
@@ -59,34 +60,36 @@ def smooth(points: Sequence[Point], width: float) -> list[Point]:
     known = [(index, y) for index, (_, y) in enumerate(points) if y is not None]
     if width <= 0 or not known:
         return list(points)
-    places = [index for index, _ in known]
     medians = running_median([y for _, y in known])
-    reach = math.ceil(3 * width)
-    smoothed = dict.fromkeys(range(len(points)), math.nan)
-    start = end = 0
-    for at in places:
-        while places[start] < at - reach:
-            start += 1
-        while end < len(places) and places[end] <= at + reach:
-            end += 1
-        smoothed[at] = _local_line([place - at for place in places[start:end]], medians[start:end], width)
-    return [(x, None if y is None else smoothed[index]) for index, (x, y) in enumerate(points)]
+    smoothed = list(points)
+    for place, (index, _) in enumerate(known):
+        to_end = min(place, len(known) - 1 - place)
+        local_width = width * (2 - min(1.0, to_end / (3 * width)))
+        near = range(
+            max(0, place - math.ceil(3 * local_width)), min(len(known), place + math.ceil(3 * local_width) + 1)
+        )
+        distances = [known[other][0] - index for other in near]
+        smoothed[index] = (points[index][0], _local_line(distances, [medians[other] for other in near], local_width))
+    return smoothed
 
 
 def _local_line(distances: Sequence[int], values: Sequence[float], width: float) -> float:
     """Value at distance 0 of the line fitted with Gaussian weights, within the range of ``values``."""
     weights = [math.exp(-0.5 * (distance / width) ** 2) for distance in distances]
     total = sum(weights)
-    mean_x = sum(w * x for w, x in zip(weights, distances, strict=True)) / total
-    mean_y = sum(w * y for w, y in zip(weights, values, strict=True)) / total
-    spread = sum(w * (x - mean_x) ** 2 for w, x in zip(weights, distances, strict=True))
-    if spread < 1e-9 * total:
-        return mean_y
-    slope = sum(w * (x - mean_x) * y for w, x, y in zip(weights, distances, values, strict=True)) / spread
+    mean_x = _dot(weights, distances) / total
+    mean_y = _dot(weights, values) / total
+    offsets = [weight * (distance - mean_x) for weight, distance in zip(weights, distances, strict=True)]
+    variance = _dot(offsets, distances)
+    slope = _dot(offsets, values) / variance if variance > 1e-9 * total else 0.0
     return min(max(mean_y - slope * mean_x, min(values)), max(values))
+
+
+def _dot(left: Sequence[float], right: Sequence[float]) -> float:
+    return sum(x * y for x, y in zip(left, right, strict=True))
 
 
 def loss_curves(losses: Sequence[Point]) -> tuple[list[Point], list[Point]]:
     """A loss by step, thinned, and the same smoothed. Both are equal for less than ten steps."""
     raw = thin(losses)
-    return raw, smooth(raw, width=min(len(raw) / 30, 8)) if len(raw) >= 10 else raw
+    return raw, smooth(raw, width=min(max(len(raw) / 20, 2), 8)) if len(raw) >= 10 else raw

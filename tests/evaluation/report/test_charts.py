@@ -10,7 +10,7 @@ from typing import Literal
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qvera.evaluation.report.axes import Scale, log_ticks, nice_ticks
@@ -208,6 +208,7 @@ def test_stacked_bars_stand_side_by_side_and_the_mark_crosses_them() -> None:
     assert stacked_bars("Memory", {"Loss": [("p1", "a", 0.0)]}) is None
 
 
+@example([(0, 0.0), (1, 900719925475.0), (2, 900719925474.9999)])
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.none() | finite), min_size=1, max_size=40))
 def test_no_points_make_a_broken_chart(raw: list[tuple[int, float | None]]) -> None:
     points: list[Point] = [(float(x), y) for x, y in sorted(dict(raw).items())]
