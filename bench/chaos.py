@@ -43,9 +43,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from qvera.cli.main import main as qvera
 from qvera.evaluation import evaluate
-from qvera.training import trainer
 from qvera.training.engine import LocalEngine
-from qvera.training.run_dir import Progressed
+from qvera.training.trainer import Trainer
 
 OUTSIDE, BETWEEN, FORWARD, BACKWARD, UPDATE = range(5)
 PHASES = {
@@ -111,17 +110,16 @@ class Marker:
         around(evaluate, "batch_nll", FORWARD)
         around(LocalEngine, "backward", BACKWARD)
         around(LocalEngine, "step", UPDATE)
-        step = trainer.train_step
+        step = Trainer.train_step
 
-        def watched(*args: Any) -> Any:
-            (done,) = (arg for arg in args if isinstance(arg, Progressed))
-            self.set(BETWEEN, done.step + 1)
+        def watched(trainer: Trainer) -> Any:
+            self.set(BETWEEN, trainer.state.step + 1)
             os.kill(tell, signal.SIGUSR1)
-            found = step(*args)
+            found = step(trainer)
             self.set(OUTSIDE)
             return found
 
-        trainer.train_step = watched  # type: ignore[assignment]
+        Trainer.train_step = watched  # type: ignore[method-assign]
 
 
 class Kill:
@@ -300,7 +298,9 @@ class Training:
         if code != -signal.SIGKILL:
             raise SystemExit(f"kill at {kill.place} never came, exit code {code}: more --steps?\n{text[-3000:]}")
         said = re.search(r"Going on from step (\d+) of|starting from step (0)", " ".join(text.split()))
-        fresh = 0 if "numbers in" in text else None  # a first life has nothing to go on from, and says what it trains
+        fresh = (
+            0 if "parameters in" in text else None
+        )  # a first life has nothing to go on from, and says what it trains
         place = kill.place if kill.place != "step" else PHASES[self.marker.phase]
         after = verified(out / "checkpoints")
         return {

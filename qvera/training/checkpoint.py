@@ -37,8 +37,41 @@ _NAME = re.compile(r"step-(\d{8})$")
 
 
 @dataclasses.dataclass
+class TrainState:
+    """Everything a later step depends on besides vectors, optimizer and random state."""
+
+    step: int = 0
+    best_loss: float | None = None
+    best_step: int | None = None
+    evaluations_without_gain: int = 0
+    stopped_early: bool = False
+    train_loss_first: float | None = None
+    train_loss_last: float | None = None
+    train_seconds: float = 0.0
+    input_tokens: int = 0
+    before: dict[str, Any] | None = None
+    samples_before: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    def add_step(self, loss: float, seconds: float, input_tokens: int) -> None:
+        """Count an optimizer step that was taken."""
+        self.step += 1
+        self.train_loss_first = loss if self.train_loss_first is None else self.train_loss_first
+        self.train_loss_last = loss
+        self.train_seconds += seconds
+        self.input_tokens += input_tokens
+
+    def add_evaluation(self, loss: float, patience: int) -> None:
+        """Compare a held-out loss with the best so far; ``patience`` evaluations without a lower one stop the run (0: never)."""
+        if self.best_loss is None or loss < self.best_loss:
+            self.best_loss, self.best_step, self.evaluations_without_gain = loss, self.step, 0
+        else:
+            self.evaluations_without_gain += 1
+            self.stopped_early = 0 < patience <= self.evaluations_without_gain
+
+
+@dataclasses.dataclass
 class Checkpoint:
-    """What `load` gives back. ``state`` is the JSON object that was saved."""
+    """A checkpoint that was read and verified. ``state`` is the JSON object of its state.json."""
 
     path: Path
     step: int
@@ -58,7 +91,13 @@ def save(
 ) -> Path:
     """Write ``directory/step-XXXXXXXX``; it appears under this name only when it is complete and on disk.
 
-    ``random``: the generator states of all ranks (`random_state`); default: this process's.
+    Args:
+        directory: of all checkpoints of the run.
+        step: optimizer steps taken.
+        vectors: by their names in the adapter file.
+        optimizer: over these vectors.
+        state: JSON values for state.json.
+        random: generator states of all ranks (`random_state`); default: this process's.
 
     Raises:
         RunFailed: the disk is full or read-only; earlier checkpoints are kept.
@@ -104,16 +143,24 @@ def _write(
     return final
 
 
-def newest(directory: Path, warn: Any = None, check: Callable[[Checkpoint], None] | None = None) -> Checkpoint | None:
+def directories(directory: Path) -> list[Path]:
+    """The checkpoint directories there, whole or damaged, oldest first."""
+    return sorted(p for p in directory.iterdir() if _NAME.search(p.name)) if directory.is_dir() else []
+
+
+def newest(
+    directory: Path,
+    warn: Callable[[str], None] | None = None,
+    check: Callable[[Checkpoint], None] | None = None,
+) -> Checkpoint | None:
     """The newest checkpoint that verifies, or None.
 
     Args:
+        directory: of all checkpoints of the run.
         warn: called with a sentence about each one passed over.
-        check: what else a checkpoint has to stand; raises InputError where it does not.
+        check: a further check; raises InputError where the checkpoint can't be used.
     """
-    if not directory.is_dir():
-        return None
-    for path in sorted((p for p in directory.iterdir() if _NAME.search(p.name)), reverse=True):
+    for path in reversed(directories(directory)):
         try:
             found = load(path)
             if check is not None:
@@ -148,7 +195,7 @@ def load(path: Path) -> Checkpoint:
             raise InputError(
                 f"{file}: is missing or not what the manifest says (SHA-256), so this checkpoint is damaged."
             )
-    # whoever made the manifest may have made the rest of it too
+    # a manifest that fits proves no more than that one hand wrote all files
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         if state["step"] != int(path.name[-8:]):
@@ -182,22 +229,22 @@ def restore(
     Raises:
         InputError: the names or shapes are not those of this run.
     """
-    stored = {name: list(t.shape) for name, t in checkpoint.vectors.items()}
+    saved = {name: list(t.shape) for name, t in checkpoint.vectors.items()}
     ours = {name: list(p.shape) for name, p in vectors.items()}
-    if stored != ours:
+    if saved != ours:
         raise InputError(f"{checkpoint.path}: its vectors are not those of this recipe (other rank, targets or model).")
     with torch.no_grad():
         for name, parameter in vectors.items():
             parameter.copy_(checkpoint.vectors[name])
     for name, parameter in vectors.items():
-        entry: dict[str, Any] = dict(checkpoint.state["optimizer_scalars"].get(name, {}))
+        state: dict[str, Any] = dict(checkpoint.state["optimizer_scalars"].get(name, {}))
         for key, tensor in checkpoint.optimizer.items():
             owner, _, part = key.rpartition("/")
             if owner == name:
                 # torch keeps AdamW's step counter on the CPU
-                entry[part] = tensor if part == "step" else tensor.to(parameter.device)
-        if entry:
-            optimizer.state[parameter] = entry
+                state[part] = tensor if part == "step" else tensor.to(parameter.device)
+        if state:
+            optimizer.state[parameter] = state
     suffix = f".{rank}" if rank else ""
     if f"cpu{suffix}" in checkpoint.random:
         torch.set_rng_state(checkpoint.random[f"cpu{suffix}"])
@@ -206,8 +253,8 @@ def restore(
 
 
 def prune(directory: Path, keep: int, also: set[int]) -> None:
-    """Delete all but the newest ``keep`` checkpoints and those of the steps in ``also``; and leftovers of killed writes."""
-    names = sorted(p for p in directory.iterdir() if _NAME.search(p.name))
+    """Delete all but the newest ``keep`` checkpoints and those of the steps in ``also``, and leftovers of killed writes."""
+    names = directories(directory)
     for path in names[: max(len(names) - keep, 0)]:
         if int(path.name[-8:]) not in also:
             shutil.rmtree(path)

@@ -1,30 +1,62 @@
-"""Backward, clip, step: torch alone, on one process or on several that add up their gradients."""
+"""Backward, clip and step: the interface, and plain torch on one process or on several that sum their gradients."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import nn
 
+from qvera.adapters.save_load import named_vectors
 from qvera.distributed.group import Group
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim.lr_scheduler import LRScheduler
+
+
+class Engine(Protocol):
+    """What takes an optimizer step. All ranks call each method together."""
+
+    optimizer: torch.optim.Optimizer
+
+    @property
+    def decoder(self) -> Callable[..., torch.Tensor] | None:
+        """What to call in place of the model's decoder; None: the decoder itself."""
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Accumulate the gradient of this rank's part of the loss; ``last``: this is the step's last pass."""
+
+    def step(self) -> tuple[float, float]:
+        """Clip and step. A gradient that is not finite takes no step.
+
+        Returns:
+            The gradient norm before clipping, and the learning rate.
+        """
+
+    def unsharded(self) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
+        """Trained vectors and optimizer as one process holds them, for a checkpoint."""
+
+    def gather_vectors(self) -> None:
+        """Make the model's vectors whole on every rank, before they are written as an adapter."""
+
+
+def trained_vectors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapter's vectors that need a gradient, by their keys in its file."""
+    return {name: vector for name, vector in named_vectors(model).items() if vector.requires_grad}
 
 
 class LocalEngine:
-    """Plain torch. The vectors are whole on every rank, and their gradients travel as one bucket of a few MB a step.
+    """Plain torch. Every rank holds whole vectors; their gradients are summed as one bucket of a few MB a step."""
 
-    `zero.ZeroEngine` takes its place where the recipe has a ``deepspeed`` key.
-    """
-
-    decoder: Any = None
-    """What to call in place of the model's decoder; None: that itself."""
+    decoder = None
 
     def __init__(
         self,
         vectors: dict[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
-        schedule: Any,
+        schedule: LRScheduler,
         max_grad_norm: float,
         group: Group,
     ) -> None:
@@ -32,7 +64,7 @@ class LocalEngine:
         self.max_grad_norm, self.group = max_grad_norm, group
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """Add the gradient of this rank's part of the loss; ``last``: of this step's passes."""
+        """See `Engine.backward`."""
         loss.backward()
         if last and self.group.world_size > 1:
             for vector in self.vectors.values():
@@ -41,10 +73,10 @@ class LocalEngine:
             self.group.add_up([vector.grad for vector in self.vectors.values() if vector.grad is not None])
 
     def step(self) -> tuple[float, float]:
-        """Clip and step: the norm before clipping, and the learning rate. With a norm that is not finite no step is taken."""
+        """See `Engine.step`."""
         limit = self.max_grad_norm if self.max_grad_norm > 0 else math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(list(self.vectors.values()), limit))
-        rate = self.schedule.get_last_lr()[0]
+        rate = float(self.schedule.get_last_lr()[0])
         if math.isfinite(norm):
             self.optimizer.step()
             self.schedule.step()
@@ -52,8 +84,8 @@ class LocalEngine:
         return norm, rate
 
     def unsharded(self) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
-        """The trained vectors and their optimizer, as they are."""
+        """See `Engine.unsharded`: nothing is sharded here."""
         return self.vectors, self.optimizer
 
     def gather_vectors(self) -> None:
-        """Make the model's vectors whole, which they always are here."""
+        """See `Engine.gather_vectors`: they are whole already."""

@@ -1,55 +1,107 @@
-"""What a run writes while it goes: metrics.jsonl, the progress bar, and other reporters."""
+"""What a run writes while it goes: metrics.jsonl, progress on the console, and other trackers."""
 
 from __future__ import annotations
 
 import json
 import os
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from qvera.utils.atomic import flush, replace_text
+from qvera.utils.atomic import disk_errors, flush, replace_text
 from qvera.utils.errors import InputError
 from qvera.utils.formatting import size
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+LINE_SECONDS = 60.0
+"""In a log that is no terminal, progress is a line at least this often while steps are taken."""
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a metrics.jsonl; lines that a killed run has left half-written are passed over."""
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            yield record
 
 
 class MetricsLog:
     """metrics.jsonl: one JSON object a line, each step once per kind, whatever was interrupted and resumed."""
 
-    def __init__(self, path: Path, keep_through_step: int) -> None:
-        """Open for appending; records after ``keep_through_step`` (of steps that will be run again) are dropped."""
+    def __init__(self, path: Path, last_step: int) -> None:
+        """Open for appending; records after ``last_step`` (of steps that will be run again) are dropped."""
         self.path = path
-        kept = []
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    continue  # the last line of a killed run
-                if record["step"] <= keep_through_step:
-                    kept.append(json.dumps(record))
-        replace_text(path, "".join(f"{line}\n" for line in kept))
+        lines = [json.dumps(record) for record in read_records(path) if record["step"] <= last_step]
+        with self._disk_full():
+            replace_text(path, "".join(f"{line}\n" for line in lines))
 
     def write(self, record: dict[str, Any]) -> None:
-        with open(self.path, "a", encoding="utf-8") as handle:
+        """Append a record.
+
+        Raises:
+            RunFailed: the disk is full or read-only.
+        """
+        with self._disk_full(), open(self.path, "a", encoding="utf-8") as handle:
             handle.write(json.dumps(record) + "\n")
 
     def flush(self) -> None:
         """Before a checkpoint: no later power cut may take records of steps that will not be run again."""
-        flush(self.path)
+        with self._disk_full():
+            flush(self.path)
+
+    def _disk_full(self) -> AbstractContextManager[None]:
+        return disk_errors(str(self.path), "Checkpoints are kept; mend that and go on with --resume.")
 
 
-class Progress:
-    """A bar with loss, tokens/s, memory and time left on a terminal; a line now and then where there is none."""
+class StatusLine:
+    """What a long stage is doing: a spinner on a terminal, a line a minute in a log."""
+
+    def __init__(self, console: Console, text: str) -> None:
+        self.console = console
+        self.status = console.status(text) if console.is_terminal else None
+        self.next_line = time.monotonic() + LINE_SECONDS
+
+    def __enter__(self) -> Self:
+        if self.status is not None:
+            self.status.start()
+        return self
+
+    def update(self, text: str) -> None:
+        """Say how far it has come."""
+        if self.status is not None:
+            self.status.update(text)
+        elif time.monotonic() >= self.next_line:
+            self.next_line = time.monotonic() + LINE_SECONDS
+            self.console.print(text, highlight=False)
+
+    def __exit__(self, *_: object) -> None:
+        if self.status is not None:
+            self.status.stop()
+
+
+class ProgressBar:
+    """A bar with loss, tokens/s, memory and time left on a terminal; in a log a line every twentieth of the steps.
+
+    Where steps are slow, a log gets a line every `LINE_SECONDS`.
+    """
 
     def __init__(self, console: Console, steps: int, done: int) -> None:
         self.console, self.steps = console, steps
-        self.every = max(1, steps // 20)
-        self.bar = RichProgress(
+        self.every_steps = max(1, steps // 20)
+        self.next_line = 0.0  # the first step is reported at once
+        self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
@@ -61,22 +113,28 @@ class Progress:
         )
         self.task = self.bar.add_task("training", total=steps, completed=done, facts="")
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         self.bar.start()
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self.bar.stop()
 
     def update(self, record: dict[str, Any]) -> None:
+        """Show the record of a step."""
+        step, now = record["step"], time.monotonic()
         facts = (
             f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  {size(record['memory_bytes'])}"
         )
-        self.bar.update(self.task, completed=record["step"], facts=facts)
-        if not self.console.is_terminal and (record["step"] % self.every == 0 or record["step"] == self.steps):
-            self.console.print(f"step {record['step']}/{self.steps}  {facts}")
+        self.bar.update(self.task, completed=step, facts=facts)
+        if self.console.is_terminal:
+            return
+        if step % self.every_steps == 0 or step == self.steps or now >= self.next_line:
+            self.next_line = now + LINE_SECONDS
+            self.console.print(f"step {step}/{self.steps}  {facts}")
 
     def note(self, text: str) -> None:
+        """A line above the bar."""
         self.bar.console.print(text)
 
 
@@ -84,6 +142,11 @@ class Trackers:
     """Other reporters by the names that transformers and accelerate give them; accelerate's trackers do the work."""
 
     def __init__(self, names: list[str], run_dir: Path, config: dict[str, Any]) -> None:
+        """Check the names; nothing is opened yet.
+
+        Raises:
+            InputError: a tracker is not known or not installed.
+        """
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
         wanted = list(names)
@@ -103,7 +166,7 @@ class Trackers:
         self.classes = [known[name] for name in wanted]
         self.open: list[Any] = []
 
-    def __enter__(self) -> Trackers:
+    def __enter__(self) -> Self:
         if self.classes:
             from accelerate import PartialState
 
@@ -122,10 +185,11 @@ class Trackers:
         return self
 
     def log(self, record: dict[str, Any]) -> None:
+        """Hand a record of metrics.jsonl to every tracker."""
         values = {f"{record['kind']}/{k}": v for k, v in record.items() if k not in ("kind", "step")}
         for tracker in self.open:
             tracker.log(values, step=record["step"])
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         for tracker in self.open:
             tracker.finish()

@@ -1,23 +1,27 @@
-"""Before the first step: the plan of the run, and its longest batch once, so that what can't fit says so in the first minute."""
+"""Before the first step: the memory plan, and the longest batch once, so that a run that can't fit fails in its first minute."""
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
 
 from qvera.adapters.projection import SharedProjection
 from qvera.config.schema import Recipe
 from qvera.data import Datasets
 from qvera.evaluation import evaluate
 from qvera.models.loader import Base, takes_prefix_once
+from qvera.training.engine import trained_vectors
 from qvera.training.plan import ALONE, Plan, Sharing, longest_rows, make_plan, this_machine
 from qvera.training.plan.shapes import NotPlannable
 from qvera.training.plan.show import change_lines, run_lines
 from qvera.utils import memory
 from qvera.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import nn
 
 _SHOWN_ROWS = 4
 _OUT_OF_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)
@@ -31,10 +35,10 @@ def plan_run(
     console: Console,
     sharing: Sharing = ALONE,
 ) -> Plan | None:
-    """Make the plan of a run (of one of its ranks), say it in a few lines, and refuse what can't fit on a GPU.
+    """Plan the memory of a run (of one of its ranks), print it in a few lines, and refuse what can't fit on a GPU.
 
     On a CPU a plan that does not fit is a warning: swap, or other processes that end, may make room. With several ranks the
-    caller decides, since they have to do so together (`alike.room_everywhere`).
+    caller decides, since they have to do so together (`rank_checks.room_everywhere`).
 
     Raises:
         InputError: on CUDA and with one rank, the plan needs more than the device has.
@@ -42,7 +46,7 @@ def plan_run(
     machine = this_machine(recipe.model, device)
     if (
         base is not None and device.type == "cpu" and not machine.mapped_base
-    ):  # already held, so the plan must not count it twice
+    ):  # already in this process's memory, so the plan must not count it twice
         held = machine.runtime_bytes - min(machine.runtime_bytes, int(base.facts["base_bytes"]))
         machine = type(machine)(**{**vars(machine), "runtime_bytes": held})
     try:
@@ -57,14 +61,12 @@ def plan_run(
     return plan
 
 
-def run_longest_batch(
-    model: Any, recipe: Recipe, datasets: Datasets, plan: Plan | None, steps: int, vectors: list[torch.nn.Parameter]
-) -> None:
-    """Forward and backward over the longest batch of the run's ``steps``; nothing of it stays.
+def run_longest_batch(model: nn.Module, recipe: Recipe, datasets: Datasets, plan: Plan | None, steps: int) -> None:
+    """Forward and backward over the longest batch of the run's ``steps``, without a trace.
 
-    Gradients with respect to the ``vectors`` go to nobody, so that neither they nor DeepSpeed's buckets know of it, and random
-    state and mode are put back: a run gives the same numbers to the bit without it. Under ZeRO-3 all ranks have to come here,
-    once the engine's hooks gather the weights; each of them takes the same batch.
+    The gradients are computed and dropped, so that neither the vectors nor DeepSpeed's buckets hold them, and random state
+    and mode are restored: a run gives the same bits without it. Under ZeRO-3 all ranks call this together, once the
+    engine's hooks gather the weights; each of them takes the same batch.
 
     Raises:
         InputError: memory ran out; names the rows and what would make them fit.
@@ -80,6 +82,7 @@ def run_longest_batch(
             data = recipe.data
             batch = evaluate.make_batch(model, examples, datasets.pad_id, data.prefix_once, data.packing)
             nll, trained = evaluate.batch_nll(model, batch, recipe.training.loss_chunk_tokens)
+            vectors = list(trained_vectors(model).values())
             torch.autograd.grad(nll / trained, vectors, allow_unused=True)
     except (RuntimeError, MemoryError) as error:  # torch's CPU allocator raises a plain RuntimeError
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not _OUT_OF_MEMORY.search(str(error)):
@@ -102,7 +105,7 @@ def run_longest_batch(
 def _advice(recipe: Recipe, plan: Plan | None, longest_row: int) -> str:
     if plan is not None and plan.changes:
         return "\n".join(change_lines(plan))
-    # the plan thought that it fits: other processes hold memory, or fragments do
+    # by the plan it fits: other processes hold memory, or it is fragmented
     training, halves = recipe.training, []
     if not training.gradient_checkpointing:
         halves.append("training.gradient_checkpointing=true")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
-from transformers import get_scheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from qvera.config.schema import RangeTest, TrainingSection
 from qvera.models import quantization
 from qvera.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def build_optimizer(section: TrainingSection, vectors: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
@@ -47,18 +49,32 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(held.values())
 
 
-def build_schedule(section: TrainingSection, optimizer: torch.optim.Optimizer, steps: int) -> Any:
-    """The learning-rate schedule over ``steps`` optimizer steps (transformers' cosine, linear or constant, with warmup)."""
+def build_schedule(section: TrainingSection, optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
+    """The learning rate over ``steps`` optimizer steps: transformers' cosine, linear or constant schedule after warm-up.
+
+    The warm-up differs from transformers' in one thing. There the first of w steps has rate 0 and changes nothing; here
+    step i (from 0) has the share (i + 1) / (w + 1) of ``learning_rate``. Step w has all of it in both.
+    """
     warmup = section.warmup_steps or math.ceil(section.warmup_ratio * steps)
-    name = "constant_with_warmup" if section.lr_scheduler_type == "constant" else section.lr_scheduler_type
-    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    left = max(1, steps - warmup)
+
+    def share(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if section.lr_scheduler_type == "linear":
+            return max(0.0, (steps - step) / left)
+        if section.lr_scheduler_type == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * ((step - warmup) / left)))
+        return 1.0
+
+    return LambdaLR(optimizer, share)
 
 
-def build_ramp(section: TrainingSection, optimizer: torch.optim.Optimizer, ramp: RangeTest) -> Any:
-    """Rates that grow by the same factor each step, from ``ramp.start`` to ``ramp.end``, in the place of `build_schedule`.
+def build_range_test(section: TrainingSection, optimizer: torch.optim.Optimizer, ramp: RangeTest) -> LambdaLR:
+    """Rates that grow by the same factor each step, from ``ramp.start`` to ``ramp.end``, in place of `build_schedule`.
 
     They are what ``training.learning_rate`` would be.
     """
     growth = (ramp.end / ramp.start) ** (1 / (ramp.steps - 1))
     first = ramp.start / section.learning_rate
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: first * growth**step)
+    return LambdaLR(optimizer, lambda step: first * growth**step)

@@ -1,15 +1,12 @@
-"""What all ranks of a run must have alike, and what they decide together: data, base, stopping, failing."""
+"""What all ranks of a run must agree on: versions, recipe, base model, data, free memory and disk, and when to stop."""
 
 from __future__ import annotations
 
 import hashlib
-import math
 import shutil
 from importlib import metadata
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
+from typing import TYPE_CHECKING, TypeVar
 
 from qvera.config.schema import Recipe
 from qvera.data import Datasets, data_sha256
@@ -17,16 +14,19 @@ from qvera.distributed.group import Group
 from qvera.models.loader import fingerprint_of
 from qvera.training.plan import Plan
 from qvera.training.plan.show import change_lines, needed_bytes
-from qvera.training.run_dir import plain
 from qvera.utils import memory
-from qvera.utils.errors import InputError, RunFailed
+from qvera.utils.errors import InputError, QveraError
 from qvera.utils.formatting import size
 from qvera.utils.signals import StopRequests
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_Error = TypeVar("_Error", bound=QveraError)
+
 
 def same_everywhere(recipe: Recipe, group: Group, console: Console) -> None:
-    """What would spoil a run in its middle is found in its first seconds: versions, recipe and base compared across ranks, and
-    a small all-reduce timed.
+    """Check that all ranks have the same versions, recipe and base model, and time a small all-reduce.
 
     Raises:
         InputError: two ranks differ; says which node, and in what.
@@ -54,15 +54,13 @@ def same_everywhere(recipe: Recipe, group: Group, console: Console) -> None:
     ]
     if wrong:
         raise for_all(
-            InputError(
-                f"the processes of this run are not alike: {'; '.join(wrong)}. Make them the same on every node."
-            )
+            InputError(f"the processes of this run differ: {'; '.join(wrong)}. Make them the same on every node.")
         )
     latency_seconds, bytes_per_second = group.measure()
     nodes = sorted({there for there, _ in found})
     console.print(
-        f"{group.world_size} processes on {len(nodes)} node{'s' if len(nodes) > 1 else ''} ({', '.join(nodes)}), alike in "
-        f"versions, recipe and base; an all-reduce takes {1e3 * latency_seconds:.2f} ms, and 4 MB of it pass at "
+        f"{group.world_size} processes on {len(nodes)} node{'s' if len(nodes) > 1 else ''} ({', '.join(nodes)}) with the same "
+        f"versions, recipe and base model; an all-reduce takes {1e3 * latency_seconds:.2f} ms, and 4 MB of it pass at "
         f"{bytes_per_second / 1e6:,.0f} MB/s.",
         highlight=False,
     )
@@ -75,7 +73,7 @@ def nodes_of(group: Group) -> tuple[int, int]:
 
 
 def disk_everywhere(folder: Path, share_bytes: int, group: Group) -> None:
-    """Hold what is free where the ranks of each node are going to write their shares of the base against what these take.
+    """Check that each node's disk has room for its ranks' shares of the base.
 
     Raises:
         InputError: a node's disk has less.
@@ -95,7 +93,7 @@ def disk_everywhere(folder: Path, share_bytes: int, group: Group) -> None:
 
 
 def room_everywhere(plan: Plan | None, group: Group, console: Console) -> None:
-    """Hold what is free on every node against the plan. A GPU is one rank's; the RAM of a node is shared by its ranks.
+    """Check that the plan fits on every node. A GPU is one rank's; the RAM of a node is shared by its ranks.
 
     Raises:
         InputError: a GPU has less than its rank needs; says which rank and node. On CPUs that is a warning, as for one process.
@@ -103,7 +101,7 @@ def room_everywhere(plan: Plan | None, group: Group, console: Console) -> None:
     if group.world_size == 1 or plan is None:
         return
     on_gpu = plan.machine.device_type == "cuda"
-    # of this process, what it holds already is in both numbers; a node's ranks must not count theirs as free to each other
+    # what this process holds is in both numbers, and a node's ranks must not count it as free to each other
     held = 0 if on_gpu else plan.machine.runtime_bytes
     found = group.gather([group.host, needed_bytes(plan) - held, plan.machine.available_bytes - held])
     short = []
@@ -131,7 +129,11 @@ def room_everywhere(plan: Plan | None, group: Group, console: Console) -> None:
 
 
 def same_data(datasets: Datasets, recipe: Recipe, group: Group) -> None:
-    """Every rank takes its rows out of its own copy of the data, so the copies must be one."""
+    """Check that every rank's copy of the data has the same rows.
+
+    Raises:
+        InputError: two ranks differ; says which.
+    """
     if group.world_size == 1:
         return
     found = group.gather([group.host, data_sha256(datasets)])
@@ -145,7 +147,7 @@ def same_data(datasets: Datasets, recipe: Recipe, group: Group) -> None:
         )
 
 
-def asked_to_stop(signals: StopRequests, group: Group) -> str | None:
+def signal_on_any_rank(signals: StopRequests, group: Group) -> str | None:
     """The signal that asks this run to stop, whichever rank got it; the same answer on all ranks, so all stop at one step."""
     if not group.sum([float(signals.asked is not None)])[0]:
         return None
@@ -156,31 +158,7 @@ def asked_to_stop(signals: StopRequests, group: Group) -> str | None:
     return f"{name} at rank {rank} on {host}"
 
 
-def not_finite(
-    step: int,
-    losses: list[float],
-    norm: float,
-    rows: list[int],
-    passes: list[list[int]],
-    datasets: Datasets,
-    group: Group,
-) -> RunFailed:
-    mine = [micro for micro in passes if micro]
-    bad = [micro for micro, loss in zip(mine, losses, strict=True) if not math.isfinite(loss)]
-    found = group.gather({"losses": plain(losses), "rows": [datasets.train[i].source for micro in bad for i in micro]})
-    where = ", ".join(source for one in found for source in one["rows"]) or "the gradient only; rows " + ", ".join(
-        datasets.train[i].source for i in rows
-    )
-    shown = ", ".join("not finite" if loss is None else f"{loss:g}" for one in found for loss in one["losses"])
-    return for_all(
-        RunFailed(
-            f"Step {step}: the loss or its gradient is not finite (losses {shown}; gradient norm {norm}); rows: {where}. No step "
-            "was taken and earlier checkpoints are kept. Lower training.learning_rate, or look at these rows."
-        )
-    )
-
-
-def for_all(error: Any) -> Any:
+def for_all(error: _Error) -> _Error:
     """Mark an error as one that every rank raises at this place."""
     error.shared = True
     return error

@@ -1,18 +1,18 @@
-"""The run directory: may it be written, what is known of a run, and run.json with the report at the end."""
+"""The run directory: its lock, whether a run may be written there, and run.json with the report at the end."""
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import datetime
 import json
 import math
 import os
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from rich.console import Console
+from filelock import FileLock, Timeout
 
 from qvera.adapters.save_load import adapter_facts
 from qvera.config.load import load_recipe
@@ -20,28 +20,18 @@ from qvera.config.schema import Recipe
 from qvera.data import Datasets
 from qvera.evaluation.report import write_report
 from qvera.models.loader import Base
-from qvera.training import memory_check
-from qvera.training.checkpoint import Checkpoint
+from qvera.training import checkpoint
+from qvera.training.logging import read_records
 from qvera.utils import memory
-from qvera.utils.atomic import replace_text
+from qvera.utils.atomic import disk_errors, replace_text
 from qvera.utils.errors import InputError, QveraError
 
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+    from torch import nn
 
-@dataclasses.dataclass
-class Progressed:
-    """Everything a later step depends on besides vectors, optimizer and random state; saved in each checkpoint."""
-
-    step: int = 0
-    best_loss: float | None = None
-    best_step: int | None = None
-    evaluations_without_gain: int = 0
-    stopped_early: bool = False
-    train_loss_first: float | None = None
-    train_loss_last: float | None = None
-    train_seconds: float = 0.0
-    input_tokens: int = 0
-    before: dict[str, Any] | None = None
-    samples_before: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+_LOCK, _OWNER = ".qvera_run.lock", ".qvera_run.owner"
 
 
 def run_directory(recipe: Recipe, recipe_path: Path | None) -> Path:
@@ -51,14 +41,62 @@ def run_directory(recipe: Recipe, recipe_path: Path | None) -> Path:
     return Path("runs") / (recipe_path.stem if recipe_path is not None else "run")
 
 
-def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool, dry_run: bool) -> None:
-    """Refuse a directory that a run can't be written to; nothing is written.
+@contextlib.contextmanager
+def run_lock(run_dir: Path, host: str, wait_seconds: float = 0.0) -> Iterator[None]:
+    """Hold the run directory for this process, so that no second training writes into it.
+
+    The system releases the lock of a process that died. Directories made for it are removed where nothing was written.
+
+    Args:
+        run_dir: made where it is not there.
+        host: this machine's name, for the message that another process gets.
+        wait_seconds: how long to wait for a process that is about to end.
 
     Raises:
-        InputError: it holds a run (without ``resume``), none (with it), one of another recipe, or can't be written.
+        InputError: another process trains there (names host, process and start); or nothing can be written there.
     """
-    if dry_run:
-        return
+    require_writable(run_dir)
+    made = [place for place in (run_dir, *run_dir.parents) if not place.exists()]
+    owner, lock = run_dir / _OWNER, FileLock(run_dir / _LOCK, timeout=wait_seconds)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        owner.write_text(json.dumps({"host": host, "pid": os.getpid(), "started": started}), encoding="utf-8")
+    except Timeout:
+        raise InputError(
+            f"{run_dir}: {_owner_text(owner)} trains in this directory. Wait for it or stop it, or choose another "
+            "training.output_dir."
+        ) from None
+    except OSError as error:
+        lock.release()
+        raise InputError(f"{run_dir}: can't be written ({error.strerror or error}).") from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # a disk that became read-only; a lock file that nobody holds does no harm
+            for file in (owner, run_dir / _LOCK):
+                file.unlink(missing_ok=True)
+        lock.release()
+        with contextlib.suppress(OSError):
+            for place in made:
+                place.rmdir()
+
+
+def _owner_text(owner: Path) -> str:
+    try:
+        found = json.loads(owner.read_text(encoding="utf-8"))
+        return f"process {found['pid']} on {found['host']} (since {found['started']})"
+    except (OSError, ValueError, KeyError, TypeError):  # it has the lock and is about to write who it is
+        return "another process"
+
+
+def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool) -> None:
+    """Refuse a directory that does not fit what was asked for; nothing is written.
+
+    Raises:
+        InputError: it holds a run (without ``resume``), none (with it), or one of another recipe.
+    """
     existing = run_dir / "recipe.yaml"
     if existing.exists() and not resume:
         raise InputError(
@@ -73,11 +111,10 @@ def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool, dry_run: bool) ->
                 f"{run_dir}: was started with another recipe; {', '.join(changed)} changed. Undo that, or start a new run in "
                 "another training.output_dir."
             )
-    writable(run_dir)
 
 
-def writable(run_dir: Path) -> None:
-    """Raises InputError where nothing could be written into this directory, which need not be there yet."""
+def require_writable(run_dir: Path) -> None:
+    """Raises InputError where nothing could be written into this directory, which need not exist yet."""
     if run_dir.exists() and not run_dir.is_dir():
         raise InputError(f"{run_dir}: is a file; a run needs a directory (training.output_dir).")
     parent = run_dir
@@ -99,12 +136,13 @@ _FREE_SECTIONS = ("export", "deepspeed")  # a checkpoint goes on under any ZeRO 
 
 
 def changed_keys(before: dict[str, Any], recipe: Recipe) -> list[str]:
-    """Keys in which a recipe (as `Recipe.to_dict` gave it) differs from this one, but for those that don't change what a step
-    computes. A key that one of them lacks is no difference: it was written by another version.
+    """Keys in which an earlier recipe (`Recipe.to_dict`) differs from this one and that change what a step computes.
+
+    A key that one of them lacks is no difference: it was written by another version.
     """
     found = []
-    before = plain(before)
-    for section, now in plain(recipe.to_dict()).items():
+    before = plain_json(before)
+    for section, now in plain_json(recipe.to_dict()).items():
         then = before.get(section)
         if section in _FREE_SECTIONS or not isinstance(now, dict) or not isinstance(then, dict):
             continue
@@ -113,23 +151,45 @@ def changed_keys(before: dict[str, Any], recipe: Recipe) -> list[str]:
     return found
 
 
-def check_same_run(found: Checkpoint, recipe: Recipe) -> None:
-    """Refuse a checkpoint that another recipe made, or whose state this version does not know.
+def newest_checkpoint(run_dir: Path, recipe: Recipe, warn: Callable[[str], None]) -> checkpoint.Checkpoint | None:
+    """The newest checkpoint of this run that verifies; None where the run ended before its first one.
+
+    Args:
+        run_dir: of a run that has begun.
+        recipe: of the run that goes on.
+        warn: called with a sentence about each checkpoint passed over.
 
     Raises:
-        InputError: says which keys differ.
+        InputError: the run has saved checkpoints, and none of them can be used.
     """
+    directory = run_dir / "checkpoints"
+    found = checkpoint.newest(directory, warn, check=lambda one: _check_same_run(one, recipe))
+    if found is not None:
+        return found
+    steps = max((record["step"] for record in read_records(run_dir / "metrics.jsonl")), default=0)
+    # the step that is saved is recorded first, so a run killed in its first save has recorded that many steps
+    saved = steps > load_recipe(run_dir / "recipe.yaml").training.save_steps
+    if saved or checkpoint.directories(directory):
+        raise InputError(
+            f"{directory}: holds no checkpoint that can be used, and the run has taken {steps} steps. Put a whole checkpoint "
+            f"back. To begin again at step 0, delete {run_dir} or choose another training.output_dir."
+        )
+    return None
+
+
+def _check_same_run(found: checkpoint.Checkpoint, recipe: Recipe) -> None:
+    """Raises InputError for a checkpoint of another recipe, or with a state that this version does not know."""
     changed = changed_keys(found.state.get("recipe") or {}, recipe)
     if changed:
         raise InputError(f"{found.path}: is of another run; {', '.join(changed)} differ from this recipe.")
     try:
-        Progressed(**found.state["progressed"])
+        checkpoint.TrainState(**found.state["progressed"])
         found.state["schedule"], found.state["optimizer_scalars"]
     except (KeyError, TypeError) as error:
         raise InputError(f"{found.path}: was written by another version of qvera ({error}).") from None
 
 
-def run_facts(base: Base, model: Any, datasets: Datasets, device: torch.device, started: str) -> dict[str, Any]:
+def run_facts(base: Base, model: nn.Module, datasets: Datasets, device: torch.device, started: str) -> dict[str, Any]:
     """The part of run.json that is known before the first step, read from the live objects."""
     return {
         "format": 1,
@@ -143,53 +203,27 @@ def run_facts(base: Base, model: Any, datasets: Datasets, device: torch.device, 
     }
 
 
-def finish(
-    run_dir: Path,
-    run: dict[str, Any],
-    done: Progressed,
-    steps: int,
-    per_epoch: int,
-    watch: memory.PeakWatch,
-    after: dict[str, Any] | None,
-    samples: list[dict[str, Any]],
-    console: Console,
-) -> None:
-    """Write run.json and the report page."""
+def write_run(run_dir: Path, run: dict[str, Any], console: Console) -> None:
+    """Write run.json and the report page.
+
+    Raises:
+        RunFailed: the disk is full or read-only.
+    """
     run["finished"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    run["result"] = {
-        "steps": done.step,
-        "planned_steps": steps,
-        "epochs": done.step / per_epoch,
-        "train_loss_first": done.train_loss_first,
-        "train_loss_last": done.train_loss_last,
-        "eval_before": done.before,
-        "eval_after": after,
-        "best_step": done.best_step,
-        "stopped_early": done.stopped_early,
-        "seconds": done.train_seconds,
-        "tokens_per_second": done.input_tokens / done.train_seconds if done.train_seconds else None,
-        "peak_bytes": watch.peak_bytes,
-        "mapped_bytes": 0 if watch.device.type == "cuda" else memory.mapped_weights_bytes(),
-    }
-    if run.get("plan"):
-        run["plan"]["measured"] = memory_check.measured(run["plan"], watch)
-    run["samples"] = [
-        {"prompt": a["prompt"], "reference": a["reference"], "before": b["answer"], "after": a["answer"]}
-        for b, a in zip(done.samples_before, samples, strict=False)
-    ]
-    replace_text(run_dir / "run.json", json.dumps(plain(run), indent=1, ensure_ascii=False))
-    try:
-        write_report(run_dir)
-    except QveraError as error:  # the page can be made again; the run is what counts
-        console.print(f"[yellow]No report was written: {error}")
+    with disk_errors(str(run_dir / "run.json"), "Checkpoints are kept; mend that and go on with --resume."):
+        replace_text(run_dir / "run.json", json.dumps(plain_json(run), indent=1, ensure_ascii=False))
+        try:
+            write_report(run_dir)
+        except QveraError as error:  # the page can be made again; the run is what counts
+            console.print(f"[yellow]No report was written: {error}")
 
 
-def plain(value: Any) -> Any:
-    """A JSON value without NaN (which other parsers refuse): not-a-number becomes null."""
+def plain_json(value: Any) -> Any:
+    """A JSON value without NaN or Inf (which other parsers refuse): they become null."""
     if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items()}
+        return {k: plain_json(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
+        return [plain_json(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

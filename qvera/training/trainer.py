@@ -1,43 +1,47 @@
-"""The only training loop, from top to bottom.
+"""The training loop.
 
-A run is a function of its recipe: the rows of optimizer step k depend on k alone, the loss is the mean over the
-trained tokens of the whole global batch, and a checkpoint holds everything else that a step depends on. So a resumed
-run gives the numbers of an uninterrupted one.
+A run is a function of its recipe. The rows of optimizer step k depend on k alone, the loss is the mean over the trained
+tokens of the whole global batch, and a checkpoint holds everything else that a step depends on. So a resumed run gives
+the same bits as an uninterrupted one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from qvera.adapters.save_load import load_vectors, save_adapter
+from qvera.adapters.save_load import load_vectors, named_vectors, save_adapter
 from qvera.config.schema import Recipe
-from qvera.data import Datasets
 from qvera.distributed.group import Group
 from qvera.distributed.init import in_group, restarted
 from qvera.models.loader import Base
-from qvera.training import checkpoint
-from qvera.training.logging import MetricsLog, Progress, Trackers
+from qvera.training import checkpoint, memory_check
+from qvera.training.checkpoint import TrainState
+from qvera.training.engine import trained_vectors
+from qvera.training.evaluator import Evaluator
+from qvera.training.logging import MetricsLog, ProgressBar, Trackers
 from qvera.training.optim import build_schedule, optimizer_bytes
 from qvera.training.plan import planned_steps
-from qvera.training.rank_checks import asked_to_stop, for_all, same_everywhere
-from qvera.training.run_dir import Progressed, check_run_dir, check_same_run, finish, plain, run_facts
-from qvera.training.scoring import evaluate_between, score
-from qvera.training.setup import Ready, configured, load, read_rows, ready_device, spreading, start_engine
-from qvera.training.train_step import train_step
+from qvera.training.rank_checks import for_all, signal_on_any_rank
+from qvera.training.run_dir import check_run_dir, newest_checkpoint, plain_json, run_facts, run_lock, write_run
+from qvera.training.session import TrainingSession
 from qvera.utils import memory
-from qvera.utils.atomic import replace_text
+from qvera.utils.atomic import disk_errors, replace_text
 from qvera.utils.errors import InputError, Interrupted, RunFailed
 from qvera.utils.signals import StopRequests
+
+RESTART_WAIT_SECONDS = 60.0
+"""How long a restarted run waits for the lock of the process whose place it takes."""
 
 
 @dataclasses.dataclass
 class RunResult:
-    """What `train` leaves behind: the run directory and the contents of its run.json."""
+    """A finished run: its directory and the contents of its run.json."""
 
     run_dir: Path
     run: dict[str, Any]
@@ -52,206 +56,268 @@ def train(
     console: Console | None = None,
     base: Base | None = None,
 ) -> RunResult | None:
-    """Train an adapter as a recipe says and leave a run directory behind.
+    """Train an adapter as a recipe says, and write a run directory.
 
     Args:
+        recipe: what to train, on what, and how.
         run_dir: must not hold a run yet, unless ``resume``.
-        resume: go on from the newest checkpoint in ``run_dir`` that verifies. So does a run whose processes torchrun has restarted.
-        dry_run: stop after the preflight; nothing is written (returns None).
+        resume: go on from the newest checkpoint in ``run_dir`` that verifies. A run whose processes torchrun restarted does
+            so by itself.
+        dry_run: stop after the data was read and shown; nothing is written (returns None).
+        console: for progress; default: standard error.
         base: an already loaded base, for callers that train more than once on it.
 
+    Returns:
+        The result; None in a process that is not the first of several.
+
     Raises:
-        InputError: recipe, data, model or run directory are wrong; nothing was written.
-        Interrupted: SIGINT or SIGTERM came; a checkpoint was saved at the step boundary.
-        RunFailed: the loss or the gradient became NaN or Inf; the last checkpoint is kept.
+        InputError: recipe, data, model or run directory are wrong, or another process trains there; nothing was written.
+        Interrupted: SIGINT, SIGTERM or SIGHUP came; a checkpoint was saved at the step boundary.
+        RunFailed: the loss or the gradient became NaN or Inf, or the disk is full; the last checkpoint is kept.
     """
-    with in_group() as group:
-        return _prepared(recipe, run_dir, resume, dry_run, console or Console(stderr=True), base, group)
+    with in_group() as group, Trainer(recipe, run_dir, group, console, base) as trainer:
+        if not dry_run:
+            trainer.open_run_dir(resume)
+        trainer.load_data(preview=dry_run)
+        if dry_run:
+            return None
+        trainer.load_model()
+        trainer.setup()
+        return trainer.train()
 
 
-def _prepared(
-    recipe: Recipe,
-    run_dir: Path,
-    resume: bool,
-    dry_run: bool,
-    console: Console,
-    base: Base | None,
-    group: Group,
-) -> RunResult | None:
-    """All that can be wrong with what was given is found here, before anything is written; then the run."""
-    training = recipe.training
-    console = console if group.first else Console(quiet=True)
-    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    zero = configured(recipe, base, group)
-    if group.sum([float(restarted())])[0]:  # on some node; the one that takes the place of a lost node does not know
-        # only what this launch has begun: a run that was there before is still refused without --resume
-        resume = resume or group.on_first(lambda: group.remembers(f"begun {run_dir}") and _has_begun(run_dir))
-    same_everywhere(recipe, group, console)
-    group.on_first(lambda: check_run_dir(run_dir, recipe, resume, dry_run))
-    device = ready_device(recipe, group)
-    reporters: list[Trackers] = []
-    names = training.report_to if group.first else []
-    group.agree(lambda: reporters.append(Trackers(names, run_dir, recipe.to_dict())))
-    datasets = read_rows(recipe, base, console, group)
-    if dry_run:
-        return None
-    with memory.PeakWatch(device) as watch, spreading(zero, recipe, run_dir, group) as spread:
-        ready = load(recipe, datasets, zero, device, base, console, group, spread)
-        return _run(recipe, run_dir, datasets, reporters[0], ready, resume, started, watch, console, group)
+class Trainer(TrainingSession):
+    """A run: `open_run_dir`, `load_data`, `load_model`, `setup` and `train`, in this order."""
 
+    def __init__(
+        self, recipe: Recipe, run_dir: Path, group: Group, console: Console | None = None, base: Base | None = None
+    ) -> None:
+        """See `TrainingSession`; the recipe's trackers are checked too."""
+        super().__init__(recipe, run_dir, group, console, base)
+        self.started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self.resume = False
+        self.signals = StopRequests()
+        self.stopped_by: str | None = None
+        self.log_file: MetricsLog | None = None
+        self.trackers: Trackers
+        group.agree(self._choose_trackers)
 
-def _run(
-    recipe: Recipe,
-    run_dir: Path,
-    datasets: Datasets,
-    trackers: Trackers,
-    ready: Ready,
-    resume: bool,
-    started: str,
-    watch: memory.PeakWatch,
-    console: Console,
-    group: Group,
-) -> RunResult | None:
-    """The run itself, once all that it needs is there."""
-    training, device = recipe.training, watch.device
-    base, model, vectors, trained, optimizer = ready.base, ready.model, ready.vectors, ready.trained, ready.optimizer
-    per_epoch = ready.batches.per_epoch
-    steps = planned_steps(recipe, len(datasets.train))
-    schedule = build_schedule(training, optimizer, steps)
-    done = Progressed()
+    def open_run_dir(self, resume: bool) -> None:
+        """Lock the run directory and check that it fits. Of a restarted run, what this launch has begun is resumed."""
+        group, run_dir = self.group, self.run_dir
+        # on some node; the one that takes the place of a lost node does not know that it is a restart
+        again = bool(group.sum([float(restarted())])[0])
 
-    checkpoints = run_dir / "checkpoints"
-    if resume:
-        found = None
-        if group.first:
-            found = checkpoint.newest(
-                checkpoints,
-                warn=lambda text: console.print(text, style="yellow", markup=False),
-                check=lambda one: check_same_run(one, recipe),
-            )
-        found = checkpoint.shared(found, group)
-        if found is None:
-            console.print(f"No checkpoint in {checkpoints} verifies: starting from step 0.")
-        else:
-            checkpoint.restore(found, vectors, optimizer, group.rank)
-            schedule.load_state_dict(found.state["schedule"])
-            for parameters, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
-                parameters["lr"] = rate
-            done = Progressed(**found.state["progressed"])
-            console.print(f"Going on from step {done.step} of {steps} ({found.path}).")
+        def open_it() -> bool:
+            begun = again and group.remembers(f"begun {run_dir}") and (run_dir / "recipe.yaml").exists()
+            wait_seconds = RESTART_WAIT_SECONDS if again else 0.0
+            self.resources.enter_context(run_lock(run_dir, group.host, wait_seconds))
+            check_run_dir(run_dir, self.recipe, resume or begun)
+            return resume or begun
 
-    engine = start_engine(ready, recipe, run_dir, datasets, schedule, steps, done.step > 0, console, group)
-    if group.first:
-        group.remember(f"begun {run_dir}")
-    group.on_first(lambda: _begin(run_dir, recipe))
-    log = MetricsLog(run_dir / "metrics.jsonl", keep_through_step=done.step) if group.first else None
-    run = run_facts(base, model, datasets, device, started)
-    run["plan"] = None if ready.plan is None else ready.plan.to_dict()
-    run["processes"] = {"count": group.world_size, "deepspeed": recipe.deepspeed}
-    facts: dict[str, Any] = run["adapter"]
-    console.print(
-        f"Training {facts['trainable_parameters']:,} numbers in {facts['adapted_modules']} linears "
-        f"(LoRA r=64 would have {facts['lora_r64_parameters']:,}) for {steps} steps on {memory.device_name(device)}"
-        + (f" and {group.world_size - 1} more" if group.world_size > 1 else "")
-        + "."
-    )
+        self.resume = group.on_first(open_it)
 
-    saved_step = (
-        done.step
-    )  # of the checkpoint on disk that is known to be whole: a directory of that name may be damaged
+    def setup(self) -> None:
+        """Build the schedule, load the checkpoint to resume from, build the engine and open the run's files."""
+        self.steps = planned_steps(self.recipe, len(self.datasets.train))
+        self.schedule = build_schedule(self.recipe.training, self.optimizer, self.steps)
+        self.evaluator = Evaluator(
+            self.model, self.base.tokenizer, self.datasets, self.recipe, self.group, self.console
+        )
+        if self.resume:
+            self.load_checkpoint()
+        self.saved_step = self.state.step  # a directory of another step's name may be damaged
+        self.build_engine(self.schedule, self.steps)
+        if self.group.first:
+            self.group.remember(f"begun {self.run_dir}")
+        self.group.on_first(self._open_files)
+        self.run = run_facts(self.base, self.model, self.datasets, self.device, self.started)
+        self.run["plan"] = None if self.plan is None else self.plan.to_dict()
+        self.run["processes"] = {"count": self.group.world_size, "deepspeed": self.recipe.deepspeed}
+        facts, others = self.run["adapter"], self.group.world_size - 1
+        self.console.print(
+            f"Training {facts['trainable_parameters']:,} parameters in {facts['adapted_modules']} linear layers (LoRA of rank 64: "
+            f"{facts['lora_r64_parameters']:,}) for {self.steps} steps on {memory.device_name(self.device)}"
+            + (f" and {others} more." if others else ".")
+        )
 
-    def save() -> None:
-        nonlocal saved_step
-        whole, held = engine.unsharded()
-        random = group.gather_bytes(checkpoint.random_state(group.rank))
-        state = {"recipe": recipe.to_dict(), "schedule": schedule.state_dict(), "progressed": dataclasses.asdict(done)}
-        keep = {done.best_step} if done.best_step is not None else set()
+    def train(self) -> RunResult | None:
+        """Take the steps that are left, then evaluate, save the adapter and write run.json.
 
-        def write() -> None:
-            if log is not None:
-                log.flush()
-            checkpoint.save(checkpoints, done.step, {**vectors, **whole}, held, plain(state), random)
-            checkpoint.prune(checkpoints, training.save_total_limit, keep)
-
-        group.on_first(write)
-        saved_step = done.step
-
-    def end(after: dict[str, Any] | None, samples: list[dict[str, Any]]) -> None:
-        run["processes"]["ranks"] = group.gather({"host": group.host, "peak_bytes": watch.peak_bytes})
-        # the others wait for it: a launcher that sees one process leave with 75 ends the rest of them
-        group.on_first(lambda: finish(run_dir, run, done, steps, per_epoch, watch, after, samples, console))
-
-    signals, asked = StopRequests(), None
-    with signals, trackers:
-        if done.before is None and datasets.eval:
-            done.before, done.samples_before = score(model, base, datasets, recipe, console, "Before training", group)
-        model.train()
-        with Progress(console, steps, done.step) as bar:
-            while done.step < steps and not done.stopped_early and not (asked := asked_to_stop(signals, group)):
-                try:
-                    record = train_step(model, engine, datasets, ready.batches, recipe, done, watch, group)
-                except RunFailed:
-                    run["status"] = "failed"
-                    end(None, [])
-                    raise
-                if log is not None:
-                    log.write(record)
-                trackers.log(record)
-                bar.update(record)
-                if done.step == 1 and training.optim != "adamw":
-                    stock_bytes = 2 * 4 * sum(p.numel() for p in trained.values())
-                    console.print(
-                        f"{training.optim} holds {optimizer_bytes(optimizer):,} bytes of state; torch's adamw would hold "
-                        f"{stock_bytes:,}."
-                    )
-                due = done.step % training.save_steps == 0
-                if datasets.eval and training.eval_steps and done.step % training.eval_steps == 0:
-                    best_before = done.best_step
-                    record = evaluate_between(model, datasets, recipe, done, bar, group)
-                    if log is not None:
-                        log.write(record)
-                    trackers.log(record)
-                    due = due or done.best_step != best_before  # the best vectors are then on disk, whatever comes
-                if due:
-                    save()
-        if done.step and done.step != saved_step:
-            save()
-        if asked:
-            run["status"] = "interrupted"
-            end(None, [])
-            raise for_all(
-                Interrupted(
-                    f"Stopped by {asked} after step {done.step} of {steps}, and saved. The same command with --resume goes on."
-                )
-            )
-        if training.load_best_model_at_end and done.best_step is not None and done.best_step != done.step:
-            path = checkpoints / f"step-{done.best_step:08d}"
-            best = checkpoint.shared(_read_best(path, console) if group.first else None, group)
-            if best is not None:
-                load_vectors(model, best.vectors, str(best.path))
-        engine.gather_vectors()
-        run["adapter"]["file_bytes"] = group.on_first(lambda: save_adapter(model, run_dir / "adapter", base.tokenizer))
+        Returns:
+            The result on rank 0, None on the others.
+        """
+        training, state = self.recipe.training, self.state
         after: dict[str, Any] | None = None
         samples: list[dict[str, Any]] = []
-        if datasets.eval:
-            after, samples = score(model, base, datasets, recipe, console, "After training", group)
-    run["status"] = "done"
-    end(after, samples)
-    return RunResult(run_dir, run) if group.first else None
+        with self.signals, self.trackers:
+            if state.before is None and self.datasets.eval:
+                state.before, state.samples_before = self.evaluator.score("Before training")
+            self.model.train()
+            with ProgressBar(self.console, self.steps, state.step) as self.progress:
+                while state.step < self.steps and not state.stopped_early and not self.stop_requested():
+                    try:
+                        record = self.train_step()
+                    except RunFailed:
+                        self.finish("failed")
+                        raise
+                    self.log(record)
+                    best_step = state.best_step
+                    if self.datasets.eval and training.eval_steps and state.step % training.eval_steps == 0:
+                        self.evaluate()
+                    # the best vectors are on disk, whatever comes
+                    if state.step % training.save_steps == 0 or state.best_step != best_step:
+                        self.save_checkpoint()
+            if state.step != self.saved_step:
+                self.save_checkpoint()
+            if self.stopped_by is not None:
+                self.finish("interrupted")
+                text = f"Stopped by {self.stopped_by} after step {state.step} of {self.steps}, and saved. "
+                raise for_all(Interrupted(f"{text}The same command with --resume goes on."))
+            if training.load_best_model_at_end and state.best_step not in (None, state.step):
+                self.load_best_vectors()
+            self.save_adapter()
+            if self.datasets.eval:
+                after, samples = self.evaluator.score("After training")
+        self.finish("done", after, samples)
+        return RunResult(self.run_dir, self.run) if self.group.first else None
 
+    def stop_requested(self) -> bool:
+        """Whether a signal asks this run to stop, whichever rank got it; all ranks stop at the same step."""
+        self.stopped_by = signal_on_any_rank(self.signals, self.group)
+        return self.stopped_by is not None
 
-def _read_best(path: Path, console: Console) -> checkpoint.Checkpoint | None:
-    try:
-        return checkpoint.load(path)
-    except InputError as error:  # a run that has come so far is not given up for it
-        console.print(f"{error} The adapter gets the last step's vectors, not the best.", style="yellow", markup=False)
-        return None
+    def log(self, record: dict[str, Any]) -> None:
+        """Write a record to metrics.jsonl, the trackers and the progress bar."""
+        if self.log_file is not None:
+            self.log_file.write(record)
+        self.trackers.log(record)
+        if record["kind"] == "train":
+            self.progress.update(record)
+            if record["step"] == 1 and self.recipe.training.optim != "adamw":
+                stock_bytes = 2 * 4 * sum(vector.numel() for vector in trained_vectors(self.model).values())
+                self.console.print(
+                    f"{self.recipe.training.optim} holds {optimizer_bytes(self.optimizer):,} bytes of state; torch's adamw would "
+                    f"hold {stock_bytes:,}."
+                )
 
+    def evaluate(self) -> None:
+        """Held-out loss in the middle of a run. Remembers the best step, and stops early where the recipe says so."""
+        state, patience = self.state, self.recipe.training.early_stopping_patience
+        result = self.evaluator.held_out_loss()
+        state.add_evaluation(result["loss"], patience)
+        self.progress.note(
+            f"step {state.step}: held-out loss {result['loss']:.4f}, perplexity {result['perplexity']:.3f}"
+        )
+        if state.stopped_early:
+            self.progress.note(
+                f"stopping: {patience} evaluations without a lower held-out loss (best: step {state.best_step})"
+            )
+        self.log({"kind": "eval", "step": state.step, **result})
 
-def _has_begun(run_dir: Path) -> bool:
-    return (run_dir / "recipe.yaml").exists()
+    def save_checkpoint(self) -> None:
+        """Save everything that a later step depends on, and delete checkpoints beyond the recipe's limit."""
+        vectors, optimizer = self.engine.unsharded()
+        vectors = {**named_vectors(self.model), **vectors}
+        random = self.group.gather_bytes(checkpoint.random_state(self.group.rank))
+        state = {
+            "recipe": self.recipe.to_dict(),
+            "schedule": self.schedule.state_dict(),
+            "progressed": dataclasses.asdict(self.state),
+        }
 
+        def write() -> None:
+            if self.log_file is not None:
+                self.log_file.flush()
+            directory, best = self.run_dir / "checkpoints", self.state.best_step
+            checkpoint.save(directory, self.state.step, vectors, optimizer, plain_json(state), random)
+            checkpoint.prune(directory, self.recipe.training.save_total_limit, set() if best is None else {best})
 
-def _begin(run_dir: Path, recipe: Recipe) -> None:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    replace_text(run_dir / "recipe.yaml", recipe.to_yaml())  # half of it would be a run that can't be resumed
+        self.group.on_first(write)
+        self.saved_step = self.state.step
+
+    def load_checkpoint(self) -> None:
+        """Go on from the newest checkpoint that verifies; from step 0 where the run ended before its first one.
+
+        Raises:
+            InputError: the run has saved checkpoints, and none of them can be used.
+        """
+        found: list[checkpoint.Checkpoint | None] = []
+
+        def warn(text: str) -> None:
+            self.console.print(text, style="yellow", markup=False)
+
+        self.group.on_first(lambda: found.append(newest_checkpoint(self.run_dir, self.recipe, warn)))
+        one = checkpoint.shared(found[0] if found else None, self.group)
+        if one is None:
+            self.console.print(f"No checkpoint was saved in {self.run_dir} yet: starting from step 0.")
+            return
+        checkpoint.restore(one, named_vectors(self.model), self.optimizer, self.group.rank)
+        self.schedule.load_state_dict(one.state["schedule"])
+        for parameters, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
+            parameters["lr"] = rate
+        self.state = TrainState(**one.state["progressed"])
+        self.console.print(f"Going on from step {self.state.step} of {self.steps} ({one.path}).")
+
+    def load_best_vectors(self) -> None:
+        """Put the vectors of the best step into the model; the last step's stay where that checkpoint is damaged."""
+        best = None
+        if self.group.first:
+            try:
+                best = checkpoint.load(self.run_dir / "checkpoints" / f"step-{self.state.best_step:08d}")
+            except InputError as error:  # a run that has come so far is not given up for it
+                text = f"{error} The adapter gets the last step's vectors, not the best."
+                self.console.print(text, style="yellow", markup=False)
+        best = checkpoint.shared(best, self.group)
+        if best is not None:
+            load_vectors(self.model, best.vectors, str(best.path))
+
+    def save_adapter(self) -> None:
+        """Write the adapter into the run directory."""
+        self.engine.gather_vectors()
+        directory = self.run_dir / "adapter"
+
+        def save() -> int:
+            with disk_errors(f"the adapter in {directory}", "Checkpoints are kept; mend that and go on with --resume."):
+                return save_adapter(self.model, directory, self.base.tokenizer)
+
+        self.run["adapter"]["file_bytes"] = self.group.on_first(save)
+
+    def finish(self, status: str, after: dict[str, Any] | None = None, samples: Sequence[dict[str, Any]] = ()) -> None:
+        """Write run.json and the report. The ranks wait for it: a launcher that sees one leave with 75 ends the others."""
+        state, watch = self.state, self.watch
+        processes = self.group.gather({"host": self.group.host, "peak_bytes": watch.peak_bytes})
+        self.run["status"] = status
+        self.run["processes"]["ranks"] = processes
+        self.run["result"] = {
+            "steps": state.step,
+            "planned_steps": self.steps,
+            "epochs": state.step / self.batches.per_epoch,
+            "train_loss_first": state.train_loss_first,
+            "train_loss_last": state.train_loss_last,
+            "eval_before": state.before,
+            "eval_after": after,
+            "best_step": state.best_step,
+            "stopped_early": state.stopped_early,
+            "seconds": state.train_seconds,
+            "tokens_per_second": state.input_tokens / state.train_seconds if state.train_seconds else None,
+            "peak_bytes": watch.peak_bytes,
+            "mapped_bytes": 0 if self.device.type == "cuda" else memory.mapped_weights_bytes(),
+        }
+        if self.run.get("plan"):
+            self.run["plan"]["measured"] = memory_check.measured(self.run["plan"], watch)
+        self.run["samples"] = [
+            {"prompt": a["prompt"], "reference": a["reference"], "before": b["answer"], "after": a["answer"]}
+            for b, a in zip(state.samples_before, samples, strict=False)
+        ]
+        self.group.on_first(lambda: write_run(self.run_dir, self.run, self.console))
+
+    def _choose_trackers(self) -> None:
+        names = self.recipe.training.report_to if self.group.first else []
+        self.trackers = Trackers(names, self.run_dir, self.recipe.to_dict())
+
+    def _open_files(self) -> None:
+        """On rank 0: metrics.jsonl without the steps that will be run again, then recipe.yaml, which makes this a run."""
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.log_file = MetricsLog(self.run_dir / "metrics.jsonl", last_step=self.state.step)
+        replace_text(self.run_dir / "recipe.yaml", self.recipe.to_yaml())

@@ -15,7 +15,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -26,6 +26,10 @@ from qvera.distributed.group import Group
 from qvera.distributed.zero_config import Sizes, ZeroConfig
 from qvera.distributed.zero_settings import deepspeed_module
 from qvera.models.loader import causal_model
+from qvera.training.engine import trained_vectors
+
+if TYPE_CHECKING:
+    from torch.optim.lr_scheduler import LRScheduler
 
 _STATE = ("exp_avg", "exp_avg_sq")
 
@@ -42,24 +46,29 @@ class _VectorsOnly(nn.Module):
 
 
 class ZeroEngine:
-    """Backward, clip and step by DeepSpeed; takes `engine.LocalEngine`'s place.
+    """Backward, clip and step by DeepSpeed; an `engine.Engine`.
 
     Args:
-        vectors: the trained ones by name, whole, with the values that the run starts from.
+        config: the recipe's DeepSpeed configuration.
+        recipe: of the run.
+        model: base and adapter. Its trained vectors are whole and have the values that the run starts from.
         optimizer: a torch AdamW over them. What state it has (of a checkpoint) is taken over.
+        schedule: of the learning rate.
+        group: the ranks.
+        scratch: a directory for what DeepSpeed offloads.
     """
 
     def __init__(
         self,
         config: ZeroConfig,
         recipe: Recipe,
-        model: Any,
-        vectors: dict[str, nn.Parameter],
+        model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        schedule: Any,
+        schedule: LRScheduler,
         group: Group,
         scratch: Path,
     ) -> None:
+        vectors = trained_vectors(model)
         self.config, self.vectors, self.schedule, self.group = config, vectors, schedule, group
         self.optimizer = optimizer
         before = {name: dict(optimizer.state[p]) for name, p in vectors.items() if p in optimizer.state}
@@ -73,21 +82,21 @@ class ZeroEngine:
             self.deepspeed: Any = deepspeed_module().initialize(model=module, optimizer=optimizer, config=tree)[0]
         self.decoder = self.deepspeed if config.shards_base else None
         if config.shards_base:
-            self._gather_kept_whole()
+            self._gather_unsharded()
             for end in (causal_model(model).get_input_embeddings(), causal_model(model).get_output_embeddings()):
                 zero_params.gather_at_call(end)
         if before:
             self._take_over(before)
 
-    def _gather_kept_whole(self) -> None:
+    def _gather_unsharded(self) -> None:
         """Gather the parameters that stay whole on every rank (vectors and norms): DeepSpeed does so first after a step."""
-        kept = [p for p in self.deepspeed.module.parameters() if p.ds_persist]
-        missing = [p for p in kept if p.ds_status.name != "AVAILABLE"]
+        whole = [p for p in self.deepspeed.module.parameters() if p.ds_persist]
+        missing = [p for p in whole if p.ds_status.name != "AVAILABLE"]
         if missing:
             missing[0].all_gather(param_list=missing)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """Add the gradient of this rank's part of the loss; ``last``: of this step's passes."""
+        """See `Engine.backward`."""
         engine = self.deepspeed
         engine.set_gradient_accumulation_boundary(last)
         # DeepSpeed takes the mean over ranks, and the loss is divided by the trained tokens of all of them already
@@ -95,8 +104,8 @@ class ZeroEngine:
         engine.backward(loss if self.config.shards_base else engine(loss), scale_wrt_gas=False)
 
     def step(self) -> tuple[float, float]:
-        """Clip and step: the norm before clipping, and the learning rate. With a norm that is not finite no step is taken."""
-        rate = self.schedule.get_last_lr()[0]
+        """See `Engine.step`."""
+        rate = float(self.schedule.get_last_lr()[0])
         self.deepspeed.step()
         norm = float(self.deepspeed.get_global_grad_norm())
         if math.isfinite(norm):
@@ -110,7 +119,7 @@ class ZeroEngine:
         return zero.fp32_partitioned_groups_flat if self.config.stage == 3 else zero.single_partition_of_fp32_groups
 
     def unsharded(self) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
-        """Vectors and AdamW as one process would hold them, as copies. All ranks have to come here."""
+        """See `Engine.unsharded`: copies, gathered from the partitions."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         vectors = {name: nn.Parameter(safe_get_full_fp32_param(p).detach().clone()) for name, p in self.vectors.items()}
@@ -122,9 +131,9 @@ class ZeroEngine:
         return vectors, optimizer
 
     def gather_vectors(self) -> None:
-        """Make the model's vectors whole, if they are not, to be written as an adapter. All ranks have to come here."""
+        """See `Engine.gather_vectors`."""
         if self.config.shards_base:
-            self._gather_kept_whole()
+            self._gather_unsharded()
 
     def _take_over(self, before: dict[str, dict[str, Any]]) -> None:
         """Put the optimizer state of whole vectors into the partitions."""
@@ -146,16 +155,19 @@ class ZeroEngine:
                 if self.config.stage < 3:
                     safe_set_full_optimizer_state(parameter, value, key)
                 else:
-                    safe_set_local_optimizer_state(parameter, _share_of(value, parameter, self.group.rank), key)
+                    size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+                    safe_set_local_optimizer_state(parameter, _share_of(value, size, self.group.rank), key)
 
 
 @contextlib.contextmanager
 def _embedding_hidden(decoder: nn.Module) -> Iterator[None]:
-    """DeepSpeed finds no embedding in the decoder while it puts its hooks on: ours gather it for the look-up alone, DeepSpeed's
-    would do so again in backward, since its output asks for a gradient (PEFT wants it) that nobody reads.
+    """Hide the embedding from DeepSpeed while it puts its hooks on the decoder.
 
-    One that was left whole, that of a tied head, is a buffer afterwards: DeepSpeed takes every parameter that it meets for one of
-    its own. The head keeps the parameter.
+    Our hooks gather the embedding for the look-up alone. DeepSpeed's would gather it again in backward, for a gradient that
+    nobody reads (PEFT makes the output require one).
+
+    The embedding of a tied head was left whole, and is a buffer afterwards: DeepSpeed takes every parameter that it meets for
+    one of its own. The head keeps the parameter.
     """
     found = [(name, m) for name, m in decoder.named_modules() if isinstance(m, nn.Embedding)]
     for name, _ in found:
@@ -171,19 +183,18 @@ def _embedding_hidden(decoder: nn.Module) -> Iterator[None]:
                 module.register_buffer("weight", weight, persistent=False)
 
 
-def _share_of(value: torch.Tensor, parameter: Any, rank: int) -> torch.Tensor:
-    """The elements of ``value`` that belong to this rank's partition of the parameter, zeros where that goes beyond the end.
+def _share_of(value: torch.Tensor, size: int, rank: int) -> torch.Tensor:
+    """This rank's partition of ``value``, of ``size`` elements; zeros beyond the end.
 
     DeepSpeed's own `safe_set_full_optimizer_state` fails in stage 3 where the ranks do not divide the length.
     """
-    size = parameter.ds_tensor.numel()
     share = value.new_zeros(size)
     part = value.reshape(-1)[rank * size : (rank + 1) * size]
     share[: part.numel()] = part
     return share
 
 
-def _sizes(decoder: Any, vectors: dict[str, nn.Parameter]) -> Sizes:
+def _sizes(decoder: nn.Module, vectors: dict[str, nn.Parameter]) -> Sizes:
     """Of a decoder whose weights are spread already."""
     layers = [list(layer.parameters()) for layer in zero_params.decoder_layers(decoder)]
     tables = {

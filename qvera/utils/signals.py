@@ -1,31 +1,53 @@
-"""Ctrl-C and SIGTERM as a wish that is asked for at places where stopping loses nothing."""
+"""Ctrl-C, SIGTERM and a closed terminal (SIGHUP) as a request that is looked at where stopping loses nothing."""
 
 from __future__ import annotations
 
+import os
 import signal
-from typing import Any
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Self, TextIO
+
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class StopRequests:
-    """SIGINT and SIGTERM only set ``asked``, to the signal's name; a second SIGINT stops at once (KeyboardInterrupt)."""
+    """These signals only set ``asked``, to the signal's name; a second SIGINT stops at once (KeyboardInterrupt).
+
+    What the process was started to ignore (SIGHUP under nohup) stays ignored.
+    """
 
     def __init__(self) -> None:
         self.asked: str | None = None
-        self._previous: dict[int, Any] = {}
+        self._terminals: list[TextIO] = []  # found at the start: one that is gone no longer says that it is one
+        self._previous: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
 
-    def __enter__(self) -> StopRequests:
-        for number in (signal.SIGINT, signal.SIGTERM):
+    def __enter__(self) -> Self:
+        self._terminals = [s for s in (sys.__stdout__, sys.__stderr__) if s is not None and s.isatty()]
+        for number in _SIGNALS:
+            if number != signal.SIGINT and signal.getsignal(number) is signal.SIG_IGN:
+                continue
             try:
                 self._previous[number] = signal.signal(number, self._ask)
             except ValueError:  # not the main thread (a notebook's worker): leave signals alone
                 break
         return self
 
-    def _ask(self, number: int, _frame: Any) -> None:
+    def _ask(self, number: int, _: FrameType | None) -> None:
         if self.asked is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = signal.Signals(number).name
+        if self.asked == "SIGHUP":
+            self._leave_terminal()
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def _leave_terminal(self) -> None:
+        """Send to nowhere what would still be printed on a terminal that is gone: such a write fails."""
+        for stream in self._terminals:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)

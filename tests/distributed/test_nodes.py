@@ -52,7 +52,7 @@ def on_both_nodes(out: Path, log: Path, stage: str | None) -> None:
     assert run["processes"]["deepspeed"] == stage
     assert [rank["host"] for rank in run["processes"]["ranks"]] == ["node0", "node1"]
     said = " ".join(log.read_text().split())
-    assert "2 processes on 2 nodes (node0, node1), alike in versions, recipe and base" in said
+    assert "2 processes on 2 nodes (node0, node1) with the same versions, recipe and base model" in said
     assert run["plan"]["processes"]["nodes"] == 2
     assert "Plan: peak of each of 2 ranks" in said
 

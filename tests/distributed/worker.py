@@ -24,8 +24,9 @@ from qvera.distributed.group import Group
 from qvera.distributed.init import in_group
 from qvera.models import quantization
 from qvera.models.loader import causal_model
-from qvera.training import memory_check, setup, trainer
+from qvera.training import memory_check, trainer
 from qvera.training.optim import optimizer_bytes
+from qvera.training.trainer import Trainer
 from qvera.utils.errors import QveraError
 
 
@@ -45,7 +46,7 @@ class Watch:
     def __enter__(self) -> Watch:
         gc.collect()
         before = set(live_storages())
-        self.kept = setup.make_engine, trainer.train_step, Batches.passes
+        self.kept = Trainer.make_engine, Trainer.train_step, Batches.passes
         self.rehearsal = memory_check.run_longest_batch
         build, step, passes = self.kept
 
@@ -55,8 +56,8 @@ class Watch:
 
         memory_check.run_longest_batch = watched_rehearsal
 
-        def watched_build(*args: Any) -> Any:
-            self.engine, self.model = build(*args), args[0].model
+        def watched_build(trainer: Trainer) -> Any:
+            self.engine, self.model = build(trainer), trainer.model
             linears = [m for m in causal_model(self.model).modules() if isinstance(m, quantization.Linear4bit)]
             # the weights themselves: asking a module for its weight in the middle of a forward pass makes DeepSpeed gather it
             self.big = [linear.weight for linear in linears]
@@ -71,9 +72,9 @@ class Watch:
             self.engine.step = watched
             return self.engine
 
-        def watched_step(*args: Any) -> Any:
-            record = step(*args)
-            if record["step"] == self.stop_after and args[-1].rank == args[-1].world_size - 1:
+        def watched_step(trainer: Trainer) -> Any:
+            record = step(trainer)
+            if record["step"] == self.stop_after and trainer.group.rank == trainer.group.world_size - 1:
                 os.kill(os.getpid(), 15)
             return record
 
@@ -82,7 +83,7 @@ class Watch:
             self.rows.append([row for one in found for row in one])
             return found
 
-        setup.make_engine, trainer.train_step, Batches.passes = watched_build, watched_step, watched_passes  # type: ignore
+        Trainer.make_engine, Trainer.train_step, Batches.passes = watched_build, watched_step, watched_passes  # type: ignore
         return self
 
     def look(self, *_: Any) -> None:
@@ -91,7 +92,7 @@ class Watch:
         self.live_bytes = max(self.live_bytes, live)
 
     def __exit__(self, *_: Any) -> None:
-        setup.make_engine, trainer.train_step, Batches.passes = self.kept  # type: ignore[method-assign]
+        Trainer.make_engine, Trainer.train_step, Batches.passes = self.kept  # type: ignore[method-assign]
         memory_check.run_longest_batch = self.rehearsal
 
     def found(self) -> dict[str, Any]:

@@ -14,10 +14,9 @@ import yaml
 
 from qvera.cli.main import main
 from qvera.config.schema import RangeTest
-from qvera.training import lr_finder as module
-from qvera.training.lr_curve import RULE, Found, Watched, read_curve
-from qvera.training.lr_finder import PAGE, POINTS, find_lr
-from qvera.training.lr_page import ramp_page, rate_text
+from qvera.training.lr_finder import PAGE, POINTS, RULE, DivergenceWatch, RangeTestResult, find_lr, read_curve
+from qvera.training.lr_page import range_page, rate_text
+from qvera.training.session import TrainingSession
 from qvera.training.trainer import train
 from qvera.utils.errors import RunFailed
 from tests.distributed.ranks import Ranks
@@ -117,7 +116,7 @@ def test_a_loss_that_is_not_a_number_ends_it_but_not_before_the_first_step(
     assert found.diverged == found.points[-1]["learning_rate"]
     assert len(points_of(tmp_path / "out")) == len(found.points) < 14
 
-    real, calls = module.train_step, []
+    real, calls = TrainingSession.train_step, []
 
     def failing(*args: Any) -> Any:
         calls.append(1)
@@ -125,7 +124,7 @@ def test_a_loss_that_is_not_a_number_ends_it_but_not_before_the_first_step(
             raise RunFailed("not finite")
         return real(*args)
 
-    monkeypatch.setattr(module, "train_step", failing)
+    monkeypatch.setattr(TrainingSession, "train_step", failing)
     after = 6
     found = find_lr(make_recipe(), tmp_path / "cut", RangeTest(start=1e-4, end=1e-2, steps=20))
     assert found is not None
@@ -175,10 +174,11 @@ def curve(steps: int, fall_at: float, rise_at: float, noise: float = 0.0) -> lis
 @pytest.mark.parametrize("fall_at", [3e-4, 1e-3, 8e-3])
 def test_the_suggestion_is_at_the_lowest_loss_and_the_steepest_fall_before_it(fall_at: float, noise: float) -> None:
     points = curve(100, fall_at, 0.2, noise)
-    losses, suggestion, steepest = read_curve(points)
+    losses, suggestion, steepest, reason = read_curve(points)
     assert len(losses) == 100
     assert suggestion is not None
     assert steepest is not None
+    assert reason is None
     assert abs(math.log10(steepest / fall_at)) < (0.35 if noise else 0.1)
     clean = curve(100, fall_at, 0.2)
     best = min(clean, key=lambda point: point["loss"])["loss"]
@@ -189,10 +189,11 @@ def test_the_suggestion_is_at_the_lowest_loss_and_the_steepest_fall_before_it(fa
 
 def test_there_is_no_suggestion_where_nothing_falls() -> None:
     rising = [{"learning_rate": 10.0**n, "loss": 1.0 + n} for n in range(20)]
-    assert read_curve(rising)[1] is None
-    assert read_curve(rising[:3])[1:] == (None, None)
+    assert read_curve(rising)[1:3] == (None, None)
+    assert "the loss never fell" in str(read_curve(rising)[3])
+    assert "3 losses before the test ended, and 20 are needed" in str(read_curve(rising[:3])[3])
     ended = [*curve(40, 1e-3, 0.2)[:30], {"learning_rate": 1.0, "loss": None}]
-    losses, suggestion, _ = read_curve(ended)
+    losses, suggestion, _, _ = read_curve(ended)
     assert len(losses) == 30
     assert suggestion is not None
 
@@ -208,16 +209,16 @@ def test_there_is_no_suggestion_where_nothing_falls() -> None:
     ],
 )
 def test_when_a_loss_has_diverged(losses: list[float], at: int | None) -> None:
-    watched = Watched()
+    watched = DivergenceWatch(100)
     said = [watched.diverged(loss) for loss in losses]
     first = said.index(True) if True in said else None
     assert first == at or (at is not None and at > 5 and first is not None and 20 < first <= at)
 
 
 def test_a_page_without_a_suggestion() -> None:
-    found = Found([{"step": 1, "learning_rate": 1e-5, "loss": None}], None, None, 1e-5)
+    found = RangeTestResult([{"step": 1, "learning_rate": 1e-5, "loss": None}], None, None, 1e-5, "the loss never fell")
     facts = {"rule": RULE, "learning_rate": 4e-3, "data": "rows.jsonl", "ramp": RangeTest()}
-    page = ramp_page("<model>", "out", found, facts)
+    page = range_page("<model>", "out", found, facts)
     assert "the loss never fell" in page
     assert "&lt;model&gt;" in page
     assert 'class="plot"' not in page

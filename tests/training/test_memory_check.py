@@ -63,15 +63,15 @@ def test_a_page_without_a_plan_has_no_memory_section(make_recipe: Any, tmp_path:
 _LIMITED = """
 import resource, sys
 import torch
-from qvera.training import memory_check as rehearsal
+from qvera.training import memory_check
 from qvera.cli.main import main
 torch.set_num_threads(1)
-real = rehearsal.run_longest_batch
+real = memory_check.run_longest_batch
 def limited(*arguments):
     now = int(open("/proc/self/statm").read().split()[0]) * 4096
     resource.setrlimit(resource.RLIMIT_AS, (now + 30_000_000, now + 30_000_000))
     real(*arguments)
-rehearsal.run_longest_batch = limited
+memory_check.run_longest_batch = limited
 sys.exit(main(sys.argv[1:]))
 """
 

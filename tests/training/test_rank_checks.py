@@ -53,7 +53,7 @@ def text_of(console: Console) -> str:
 def test_nodes_that_are_alike_are_named_with_what_the_network_does(make_recipe: Any) -> None:
     console = Console(file=io.StringIO(), width=300)
     rank_checks.same_everywhere(make_recipe(), Four(), console)
-    assert "4 processes on 2 nodes (node0, node1), alike in versions, recipe and base" in text_of(console)
+    assert "4 processes on 2 nodes (node0, node1) with the same versions, recipe and base model" in text_of(console)
     assert "an all-reduce takes 1.00 ms, and 4 MB of it pass at 100 MB/s" in text_of(console)
 
 

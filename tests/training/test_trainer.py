@@ -22,7 +22,7 @@ from qvera.config.schema import Recipe
 from qvera.evaluation import evaluate
 from qvera.evaluation.load import open_run
 from qvera.training import checkpoint, trainer
-from qvera.training.trainer import train
+from qvera.training.trainer import Trainer, train
 from qvera.utils.errors import InputError, Interrupted, RunFailed
 from tests.disk import fill, read_only, small_disk
 
@@ -96,20 +96,20 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
 
 def stop_after(recipe: Recipe, run_dir: Path, step: int, resume: bool = False) -> None:
     """Run until SIGTERM arrives during ``step``; the run saves and says so."""
-    original = trainer.train_step
+    original = Trainer.train_step
 
-    def interrupted(*args: Any) -> dict[str, Any]:
-        record = original(*args)
+    def interrupted(trainer: Trainer) -> dict[str, Any]:
+        record = original(trainer)
         if record["step"] == step:
             os.kill(os.getpid(), signal.SIGTERM)
         return record
 
-    trainer.train_step = interrupted  # type: ignore[assignment]
+    Trainer.train_step = interrupted  # type: ignore[method-assign]
     try:
         with pytest.raises(Interrupted, match=rf"SIGTERM after step {step} of .*--resume"):
             train(recipe, run_dir, resume=resume)
     finally:
-        trainer.train_step = original
+        Trainer.train_step = original  # type: ignore[method-assign]
     assert (run_dir / "checkpoints" / f"step-{step:08d}" / "manifest.json").exists()
 
 
@@ -152,13 +152,15 @@ def test_a_disk_that_becomes_read_only_ends_the_run_and_resume_goes_on(
     recipe = make_recipe(training={"max_steps": 6, "save_steps": 2})
     train(recipe, tmp_path / "whole")
     with small_disk(tmp_path / "disk", 4 << 20) as disk:
-        original = trainer.checkpoint.save
+        original = checkpoint.save
 
         def failing(directory: Path, step: int, *more: Any) -> Path:
             with read_only(disk) if step == 4 else contextlib.nullcontext():
                 return original(directory, step, *more)
 
         monkeypatch.setattr(checkpoint, "save", failing)
+        # an administrator can't make a disk read-only while a file on it is open, as the lock is; a failing disk can
+        monkeypatch.setattr(trainer, "run_lock", lambda *_: contextlib.nullcontext())
         with pytest.raises(RunFailed, match="the checkpoint of step 4 in .* can't be written .Read-only file system"):
             train(recipe, disk / "run")
         monkeypatch.undo()

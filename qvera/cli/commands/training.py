@@ -21,8 +21,7 @@ from qvera.distributed.zero_config import read_config as read_deepspeed
 from qvera.evaluation.report.preview_page import write_preview
 from qvera.models.loader import pick_device
 from qvera.models.tokenizer import load_tokenizer
-from qvera.training.lr_curve import RULE
-from qvera.training.lr_finder import PAGE, POINTS, find_lr
+from qvera.training.lr_finder import PAGE, POINTS, RULE, find_lr
 from qvera.training.lr_page import rate_text
 from qvera.training.plan import Sharing, gpu_machine, make_plan, parse_size, time_step
 from qvera.training.plan import table as plan_table
@@ -79,9 +78,7 @@ def _find_lr(recipe: Recipe, run_dir: Path, ramp: RangeTest) -> None:
     if found.steepest is not None:
         print(f"steepest fall     at {rate_text(found.steepest)}")
     if found.suggestion is None:
-        print(
-            "suggestion        none: the loss never fell. Start lower with --lr-from, or take more steps with --lr-steps"
-        )
+        print(f"suggestion        none: {found.reason}")
     else:
         print(f"suggestion        --set training.learning_rate={found.suggestion:.2g}")
         print(f"                  {RULE}; worth a try down to the steepest fall")

@@ -16,8 +16,8 @@ from qvera.evaluation.report import write_report
 from qvera.evaluation.report.answers_page import write_answers
 from qvera.evaluation.report.compare import compare_runs
 from qvera.evaluation.report.compare_page import write_comparison
-from qvera.training.lr_curve import RULE, Found
-from qvera.training.lr_page import write_ramp
+from qvera.training.lr_finder import RULE, RangeTestResult
+from qvera.training.lr_page import write_page
 from tests.evaluation.report.conftest import RECIPE, evaluation, run_info, train_rows
 
 Build = Callable[..., Path]
@@ -161,9 +161,9 @@ def ramp(build_run: Build, root: Path) -> Path:
         for n in range(45)
     ]
     points = [{**row, "step": n + 1, "smoothed_loss": row["loss"], "step_seconds": 1.2} for n, row in enumerate(rows)]
-    found = Found(points, 1.9e-2, 3.2e-3, points[-1]["learning_rate"])
+    found = RangeTestResult(points, 1.9e-2, 3.2e-3, points[-1]["learning_rate"])
     facts = {"rule": RULE, "learning_rate": 4e-3, "data": "data/repairs.jsonl", "ramp": RangeTest(steps=60)}
-    write_ramp(root / "lr-range.html", "SmolLM2-135M-Instruct", "repairs", found, facts)
+    write_page(root / "lr-range.html", "SmolLM2-135M-Instruct", "repairs", found, facts)
     return root / "lr-range.html"
 
 
