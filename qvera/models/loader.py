@@ -1,4 +1,4 @@
-"""Load the frozen base, read back what was loaded, attach an adapter, save and load adapters."""
+"""Load the frozen base model, read back what was loaded, and say what the model can be given."""
 
 from __future__ import annotations
 
@@ -6,35 +6,39 @@ import dataclasses
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from qvera.config.schema import ModelSection
 from qvera.distributed.zero_params import whole_numel
-from qvera.models import linear, quantized_cache
-from qvera.models import quantization as quantize
+from qvera.models import linear, quantization, quantized_cache
 from qvera.models.hub import base_directory
 from qvera.models.mmap import NotMappable, WeightSharder, load_mapped
+from qvera.models.model_config import empty_model, load_config, require_own_weights
 from qvera.models.tokenizer import ids_of, load_tokenizer, place_token_rows
 from qvera.utils.cache_dir import StageProgress
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.paths import resolve_path
 from qvera.utils.safetensors_io import base_fingerprint, checkpoint_tensors
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 @dataclasses.dataclass
 class Base:
-    """A loaded base model with its tokenizer and what was read back from it."""
+    """A loaded base model with its tokenizer."""
 
-    model: Any
-    tokenizer: Any
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     facts: dict[str, Any]
+    """What was read back from the loaded modules (`read_back`)."""
 
 
 def pick_device() -> torch.device:
@@ -69,16 +73,19 @@ def load_base(
 ) -> Base:
     """Load the base model of a recipe, quantized and frozen, in evaluation mode.
 
-    A 16-bit base that is wanted in 4 bits is quantized once, into the cache (`qvera.models.quantized_cache`), and that file is mapped; a checkpoint
-    that is in bitsandbytes' 4-bit format already is mapped as it is (`qvera.models.mmap`). int8, dense and unusual checkpoints are
-    loaded by transformers. Every quantized linear is then run by `qvera.models.linear`.
+    A 16-bit base that is wanted in 4 bits is quantized once, into the cache (`qvera.models.quantized_cache`), and that file is
+    mapped. A checkpoint in bitsandbytes' 4-bit format is mapped as it is (`qvera.models.mmap`). transformers loads int8, dense
+    and unusual checkpoints. `qvera.models.linear` then runs every quantized linear.
 
     Args:
-        progress: called while the base is quantized for the first time, see `cache.cached_base`.
+        section: the recipe's model section.
+        device: where the model goes (default: `pick_device`).
+        progress: called while the base is quantized for the first time.
         sharder: keeps only a share of each weight, see `load_mapped`; for a 4-bit base only.
 
     Raises:
-        InputError: no model at that path, not a causal language model, or what was loaded is not what the recipe says.
+        InputError: there is no causal language model at that path, its weights are not those of its config, or what was loaded
+            is not what the recipe says.
     """
     device = device or pick_device()
     dtype = pick_compute_dtype(section.compute_dtype, device)
@@ -89,23 +96,18 @@ def load_base(
             "model.added_tokens: ZeRO-3 divides the embedding among the ranks while it is read, and can't give it more rows. Use "
             "tokens that the model has, or deepspeed: zero1 or zero2, or none."
         )
-    common: dict[str, Any] = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
-    attention = {} if section.attn_implementation == "auto" else {"attn_implementation": section.attn_implementation}
     try:
-        config = AutoConfig.from_pretrained(name, **common)
-        stored = getattr(config, "quantization_config", None)
-        model = _mapped(section, config, dtype, device, progress, sharder)
+        config = load_config(section)
+        if Path(name).is_dir():
+            require_own_weights(Path(name), checkpoint_tensors(Path(name)), empty_model(section))
+        model = _load_mapped(section, config, dtype, device, progress, sharder)
         if model is None and sharder is not None:
             raise InputError(
                 f"deepspeed: ZeRO-3 spreads a base in 4 bits over the ranks while it reads it, and {name!r} with "
                 f"model.quantization {section.quantization} can't be read that way. Use nf4 or fp4, or zero1 or zero2, or none."
             )
         if model is None:
-            quantization = None if stored is not None else quantize.quantization_config(section, dtype)
-            kwargs = attention if quantization is None else {**attention, "quantization_config": quantization}
-            model = AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype, device_map={"": device}, use_safetensors=True, **common, **kwargs
-            )
+            model = _load_by_transformers(section, config, dtype, device)
     except (OSError, ValueError, KeyError, HFValidationError, SafetensorError, ImportError) as error:
         raise InputError(
             f"model.path: {name!r} can't be loaded as a causal language model: {first_line(error)} Expected a hub id, or a "
@@ -118,37 +120,76 @@ def load_base(
     if ids:
         place_token_rows(model, ids)
     linear.freeze_linears(model)
-    facts = read_back(model, section, dtype, prequantized=stored is not None)
+    facts = read_back(model, section, dtype, prequantized=_is_quantized(config))
     if ids:
         facts["added_tokens"] = ids
     facts["fingerprint"] = fingerprint_of(section)
     return Base(model, tokenizer, facts)
 
 
-def _mapped(
+def _is_quantized(config: PretrainedConfig) -> bool:
+    return getattr(config, "quantization_config", None) is not None
+
+
+def _load_mapped(
     section: ModelSection,
-    config: Any,
+    config: PretrainedConfig,
     dtype: torch.dtype,
     device: torch.device,
     progress: StageProgress | None,
     sharder: WeightSharder | None,
-) -> Any | None:
+) -> PreTrainedModel | None:
     """The model from its mapped 4-bit file, which is made now if there is none yet; None where transformers has to load it."""
-    stored = getattr(config, "quantization_config", None)
-    if stored is not None and not (stored if isinstance(stored, dict) else stored.to_dict()).get("load_in_4bit"):
-        return None
-    if stored is None and section.quantization not in ("nf4", "fp4"):
+    if _is_quantized(config):
+        settings = config.quantization_config
+        if not (settings if isinstance(settings, dict) else settings.to_dict()).get("load_in_4bit"):
+            return None
+    elif section.quantization not in ("nf4", "fp4"):
         return None
     try:
-        if stored is None:
+        if _is_quantized(config):
+            directory = base_directory(section)
+        else:
             directory = quantized_cache.cached_base(section, device=device, progress=progress)
             config = AutoConfig.from_pretrained(directory, trust_remote_code=section.trust_remote_code)
-        else:
-            directory = base_directory(section)
         attention = None if section.attn_implementation == "auto" else section.attn_implementation
         return load_mapped(directory, config, dtype, device, attention, section.trust_remote_code, sharder)
     except (quantized_cache.NotPlain, NotMappable):
         return None
+
+
+def _load_by_transformers(
+    section: ModelSection, config: PretrainedConfig, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """The model as `from_pretrained` loads it.
+
+    Raises:
+        InputError: the checkpoint lacks weights, which transformers would draw at random.
+    """
+    settings: dict[str, object] = {}
+    if section.attn_implementation != "auto":
+        settings["attn_implementation"] = section.attn_implementation
+    wanted = None if _is_quantized(config) else quantization.quantization_config(section, dtype)
+    if wanted is not None:
+        settings["quantization_config"] = wanted
+    name = resolve_path(section.path)
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        name,
+        dtype=dtype,
+        device_map={"": device},
+        use_safetensors=True,
+        revision=section.revision,
+        trust_remote_code=section.trust_remote_code,
+        output_loading_info=True,
+        **settings,
+    )
+    missing = sorted(loading["missing_keys"])
+    if missing and not _is_quantized(config):
+        raise InputError(
+            f"model.path: the weights of {name!r} hold no {missing[0]} (and {len(missing) - 1} more), which transformers would draw "
+            "at random. Copy config.json and all weight files of one checkpoint again."
+        )
+    return model
 
 
 def fingerprint_of(section: ModelSection) -> str | None:
@@ -167,20 +208,20 @@ def fingerprint_of(section: ModelSection) -> str | None:
 
 
 def read_back(
-    model: nn.Module, section: ModelSection, dtype: torch.dtype, prequantized: bool = False
+    model: PreTrainedModel, section: ModelSection, dtype: torch.dtype, prequantized: bool = False
 ) -> dict[str, Any]:
     """Quantization, dtypes, counts and bytes as read from the live modules (the ``model`` object of run.json).
 
     Raises:
         InputError: what was loaded is not what the recipe says.
     """
-    four_bit = [m for m in model.modules() if isinstance(m, quantize.Linear4bit)]
-    eight_bit = [m for m in model.modules() if isinstance(m, quantize.Linear8bit)]
+    four_bit = [m for m in model.modules() if isinstance(m, quantization.Linear4bit)]
+    eight_bit = [m for m in model.modules() if isinstance(m, quantization.Linear8bit)]
     wanted, found = section.quantization, "none"
     problems = []
     storage = None
     if four_bit:
-        facts = {quantize.four_bit_facts(m) for m in four_bit}
+        facts = {quantization.four_bit_facts(m) for m in four_bit}
         if len(facts) > 1:
             problems.append(f"its 4-bit layers differ among themselves: {sorted(map(str, facts))}")
         fact = next(iter(facts))
@@ -218,16 +259,16 @@ def read_back(
         "quant_storage": storage,
         "four_bit_modules": len(four_bit),
         "int8_modules": len(eight_bit),
-        "base_bytes": dense_bytes + sum(quantize.storage_bytes(m) for m in [*four_bit, *eight_bit]),
+        "base_bytes": dense_bytes + sum(quantization.storage_bytes(m) for m in [*four_bit, *eight_bit]),
     }
 
 
-def causal_model(model: Any) -> Any:
+def causal_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The transformers model itself, whether or not PEFT is wrapped around it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def enable_checkpointing(model: Any) -> None:
+def enable_checkpointing(model: PreTrainedModel | PeftModel) -> None:
     """Recompute each decoder layer in backward instead of keeping its activations (non-reentrant)."""
     base = causal_model(model)
     # transformers renamed the method in 5.x and warns about the old name
@@ -239,18 +280,18 @@ _PREFIX_ONCE = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose attention takes positions and a mask [1, 1, T, T] as given; each is tested."""
 
 
-def takes_prefix_once(model: Any) -> bool:
+def takes_prefix_once(model: PreTrainedModel | PeftModel) -> bool:
     """Whether this model can be given a batch from `collate_prefix_once`."""
     return _plain_attention(model) and causal_model(model).config._attn_implementation in ("sdpa", "eager")
 
 
-def takes_packing(model: Any) -> bool:
+def takes_packing(model: PreTrainedModel | PeftModel) -> bool:
     """Whether several rows can stand in one sequence (``data.packing``): by a mask, or as flash attention does it."""
     flash = causal_model(model).config._attn_implementation.startswith("flash_attention")
     return takes_prefix_once(model) or (flash and _plain_attention(model))
 
 
-def require_packing(model: Any) -> None:
+def require_packing(model: PreTrainedModel | PeftModel) -> None:
     """Raises InputError where `takes_packing` says no."""
     if not takes_packing(model):
         config = causal_model(model).config
@@ -261,13 +302,13 @@ def require_packing(model: Any) -> None:
         )
 
 
-def _plain_attention(model: Any) -> bool:
+def _plain_attention(model: PreTrainedModel | PeftModel) -> bool:
     config = causal_model(model).config
     full_attention = not getattr(config, "sliding_window", None) or getattr(config, "use_sliding_window", None) is False
     return config.model_type in _PREFIX_ONCE and full_attention
 
 
-def load_exported(directory: Path, device: torch.device) -> Any:
+def load_exported(directory: Path, device: torch.device) -> PreTrainedModel:
     """The checkpoint in evaluation mode: as plain transformers loads it on CUDA, mapped and computing in fp32 on a CPU.
 
     fp16 products are slow or missing on CPUs; in fp32 the numbers are the very ones that the file holds.

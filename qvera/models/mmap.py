@@ -183,6 +183,10 @@ def _put_plain(
             f"{file}: {name} has shape {list(tensor.shape)}; the model's config.json says {list(expected)}. One of the two belongs "
             "to another model."
         )
+    if not tensor.is_floating_point():
+        raise InputError(
+            f"{file}: {name} is {tensor.dtype}, expected a floating-point weight. Save the checkpoint again."
+        )
     stays = type(module) in _BIG and key == "weight" and tensor.dtype.itemsize <= dtype.itemsize
     value = tensor.to(device=device, dtype=tensor.dtype if stays else dtype)
     setattr(module, key, nn.Parameter(value, requires_grad=False))

@@ -1,33 +1,180 @@
-"""The base model without weights: what its config alone says about modules and shapes."""
+"""The config of a base model, the model without weights that it describes, and whether the stored weights are that model's."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from qvera.config.schema import ModelSection
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.paths import resolve_path
+from qvera.utils.safetensors_io import TensorEntry
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_LARGEST = {
+    "num_hidden_layers": 10_000, "num_attention_heads": 2**16, "num_key_value_heads": 2**16, "head_dim": 2**16,
+    "hidden_size": 2**20, "intermediate_size": 2**24, "vocab_size": 2**24,
+}  # fmt: skip
+"""Far above any model there is, and far below what would end in a traceback or fill the memory."""
+_LAYER = re.compile(r"(.*?\b(?:layers|h|blocks)\.)(\d+)\.")
+_SAMPLES, _SAMPLE_BYTES = 16, 4096
 
 
-def empty_model(section: ModelSection, source: Path | str | None = None) -> torch.nn.Module:
-    """The base without weights, to see which modules there are and of which kind.
+def load_config(section: ModelSection, source: Path | str | None = None) -> PretrainedConfig:
+    """The transformers config of the base.
+
+    Args:
+        section: the recipe's model section.
+        source: a directory or hub id to be read in place of ``section.path``.
 
     Raises:
-        InputError: its config can't be read.
+        OSError: there is none, or it is not JSON; the message is transformers'.
+        InputError: it describes no possible model: a size that is no whole number, or heads that do not divide it.
     """
     name = str(source or resolve_path(section.path))
-    trust = section.trust_remote_code
+    revision = None if source else section.revision
+    raw, _ = PretrainedConfig.get_config_dict(name, revision=revision)
+    _require_possible(raw, f"{name}: config.json")
     try:
-        config = AutoConfig.from_pretrained(
-            name, revision=None if source else section.revision, trust_remote_code=trust
-        )
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=section.trust_remote_code)
+    except StrictDataclassError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise InputError(f"{name}: config.json describes no model that can be built: {reason}") from None
+    return config
+
+
+def _require_possible(raw: Mapping[str, object], where: str) -> None:
+    for part in (raw, raw.get("text_config")):
+        if not isinstance(part, Mapping):
+            continue
+        for key, largest in _LARGEST.items():
+            value = part.get(key)
+            if value is None or isinstance(value, list):  # some models have a list, a value a layer
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
+                raise InputError(f"{where} has {key} {value!r}, expected a whole number from 1 to {largest:,}.")
+        hidden, heads, groups = (part.get(key) for key in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
+        if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
+            raise InputError(
+                f"{where} has num_attention_heads {heads}, not a multiple of num_key_value_heads {groups}."
+            )
+        has_width = any("head_dim" in key for key in part)  # else a head is hidden_size / num_attention_heads wide
+        if not has_width and isinstance(hidden, int) and isinstance(heads, int) and hidden % heads:
+            raise InputError(f"{where} has hidden_size {hidden}, not a multiple of num_attention_heads {heads}.")
+
+
+def empty_model(section: ModelSection, source: Path | str | None = None) -> PreTrainedModel:
+    """The base without weights, on the meta device: its modules and their shapes.
+
+    Raises:
+        InputError: its config can't be read, or no causal language model can be made from it.
+    """
+    name = str(source or resolve_path(section.path))
+    try:
+        config = load_config(section, source)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise InputError(
             f"model.path: no model can be made from the config of {name!r}; it can't be loaded as a causal language model: "
             f"{first_line(error)}"
         ) from None
+
+
+def require_own_weights(directory: Path, entries: list[TensorEntry], model: PreTrainedModel) -> None:
+    """Compare the tensors of a checkpoint with the model that its config.json describes.
+
+    Only tensors with the names of the model's parameters are compared: transformers may rename the others while loading.
+
+    Args:
+        directory: the checkpoint.
+        entries: its tensors.
+        model: `empty_model` of it.
+
+    Raises:
+        InputError: the weights have more or fewer layers than the config, no output head where the config ties none, another
+            head than the embedding where it does, another shape, or integers where the model has floating-point weights.
+    """
+    stored = {entry.name: entry for entry in entries}
+    _require_layers(directory, stored, model)
+    _require_head(directory, stored, model)
+    if getattr(model.config, "quantization_config", None) is not None:
+        return  # packed weights have other shapes and dtypes
+    for name, tensor in model.state_dict().items():
+        entry = stored.get(name)
+        if entry is None:
+            continue
+        if entry.shape != tuple(tensor.shape):
+            raise InputError(
+                f"{entry.file}: {name} has shape {list(entry.shape)}, the model of config.json needs {list(tensor.shape)}. "
+                "Weights and config.json are not of one model."
+            )
+        if tensor.is_floating_point() and not entry.dtype.is_floating_point:
+            raise InputError(
+                f"{entry.file}: {name} is {entry.dtype}, expected a floating-point weight. Save the checkpoint again."
+            )
+
+
+def _require_layers(directory: Path, stored: Iterable[str], model: PreTrainedModel) -> None:
+    ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    found = _layers(name for name in stored if not any(pattern.search(name) for pattern in ignored))
+    for prefix, expected in _layers(model.state_dict()).items():
+        if prefix in found and found[prefix] != expected:
+            raise InputError(
+                f"{directory}: config.json describes a model of {len(expected)} layers (num_hidden_layers), and the weights hold "
+                f"{len(found[prefix])} ({prefix}*). Copy config.json and all weight files of one checkpoint again."
+            )
+
+
+def _layers(names: Iterable[str]) -> dict[str, set[int]]:
+    """Prefix of the layers' names → their numbers."""
+    found: dict[str, set[int]] = {}
+    for name in names:
+        if match := _LAYER.match(name):
+            found.setdefault(match[1], set()).add(int(match[2]))
+    return found
+
+
+def _require_head(directory: Path, stored: Mapping[str, TensorEntry], model: PreTrainedModel) -> None:
+    names: dict[nn.Module, str] = {module: f"{name}.weight" for name, module in model.named_modules()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if names.get(embedding) not in stored or head not in names:
+        return
+    table, output = stored[names[embedding]], stored.get(names[head])
+    tied = head.weight is embedding.weight
+    if output is None and not tied:
+        raise InputError(
+            f"{directory}: the weights hold no {names[head]}, and config.json does not tie it to the embedding, so the model would get "
+            "a random output head. Copy all weight files again; or, if the model has none of its own, set tie_word_embeddings: true "
+            "in config.json."
+        )
+    if output is not None and tied and not _same_tensor(table, output):
+        raise InputError(
+            f"{directory}: config.json ties the output head to the embedding, but {names[head]} differs from {table.name}. Set "
+            "tie_word_embeddings: false in config.json to use this head, or take it out of the weights."
+        )
+
+
+def _same_tensor(one: TensorEntry, other: TensorEntry) -> bool:
+    """Whether two tensors are equal, by samples of their bytes: two heads that were trained apart differ everywhere."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    last = max(0, one.size_bytes - _SAMPLE_BYTES)
+    with open(one.file, "rb") as first, open(other.file, "rb") as second:
+        for number in range(_SAMPLES):
+            offset = last * number // (_SAMPLES - 1)
+            first.seek(one.start + offset)
+            second.seek(other.start + offset)
+            size = min(_SAMPLE_BYTES, one.size_bytes)
+            if first.read(size) != second.read(size):
+                return False
+    return True

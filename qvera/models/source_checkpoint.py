@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qvera.config.schema import ModelSection
 from qvera.models import quantization
-from qvera.models.model_config import empty_model
+from qvera.models.model_config import empty_model, require_own_weights
 from qvera.utils.errors import InputError
 from qvera.utils.files import file_stamp, read_json
 from qvera.utils.safetensors_io import TensorEntry, checkpoint_tensors
@@ -66,49 +66,37 @@ def read_source(section: ModelSection, directory: Path) -> SourceCheckpoint:
     files = list(dict.fromkeys(entry.file for entry in tensors))
     file_of = {entry.name: entry.file for entry in tensors}
     model = empty_model(section, directory)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    names = model.state_dict().keys()
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    _check_names(directory, shapes, tied, {entry.name: entry for entry in tensors})
+    require_own_weights(directory, tensors, model)
+    _require_names(directory, names, tied, file_of.keys())
     transposed = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
-    names = quantization.four_bit_linears(model, section)
-    if transposed & names:
+    linears = quantization.four_bit_linears(model, section)
+    if transposed & linears:
         raise NotPlain(
-            f"{directory}: stores {min(transposed & names)} transposed (a Conv1D), and transformers turns it while loading. Such a "
+            f"{directory}: stores {min(transposed & linears)} transposed (a Conv1D), and transformers turns it while loading. Such a "
             "checkpoint can't be quantized ahead; it is quantized each time it is loaded."
         )
-    quantized = {f"{name}.weight" for name in names}
-    tensors = [entry for entry in tensors if entry.name in shapes]
+    quantized = {f"{name}.weight" for name in linears}
+    tensors = [entry for entry in tensors if entry.name in names]
     for entry in tensors:
-        _check_dtype(entry, section, entry.name in quantized)
+        _require_dtype(entry, section, entry.name in quantized)
     digest = hashlib.sha256((directory / "config.json").read_bytes()).hexdigest()
     return SourceCheckpoint(directory, config, digest, files, tensors, file_of, quantized & file_of.keys())
 
 
-def _check_names(
-    directory: Path,
-    shapes: dict[str, tuple[int, ...]],
-    tied: Mapping[str, str],
-    found: dict[str, TensorEntry],
-) -> None:
-    absent = [
-        name for name in shapes.keys() - found.keys() if tied.get(name) not in found and name not in tied.values()
-    ]
+def _require_names(directory: Path, expected: Collection[str], tied: Mapping[str, str], found: Collection[str]) -> None:
+    absent = [n for n in expected if n not in found and tied.get(n) not in found and n not in tied.values()]
     if absent:
-        others = sorted(found.keys() - shapes.keys())
+        others = sorted(set(found) - set(expected))
         raise NotPlain(
             f"{directory}: has no tensor {min(absent)}, which the model of its config.json has"
             + (f"; it has {others[0]} instead, which transformers renames or fuses while loading" if others else "")
             + ". Such a checkpoint can't be quantized ahead; it is quantized each time it is loaded."
         )
-    for name, shape in shapes.items():
-        if name in found and found[name].shape != shape:
-            raise InputError(
-                f"{found[name].file}: {name} has shape {list(found[name].shape)}, the model of config.json needs {list(shape)}. "
-                "Weights and config.json are not of one model."
-            )
 
 
-def _check_dtype(entry: TensorEntry, section: ModelSection, quantized: bool) -> None:
+def _require_dtype(entry: TensorEntry, section: ModelSection, quantized: bool) -> None:
     if quantized and entry.dtype not in _FLOATS:
         raise InputError(
             f"{entry.file}: {entry.name} is {entry.dtype}, expected a bfloat16, float16 or float32 weight."

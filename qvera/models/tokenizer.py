@@ -9,6 +9,7 @@ say the token.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from transformers import AutoTokenizer
 
 from qvera.config.schema import ModelSection
 from qvera.models.hub import require_model_files
+from qvera.models.model_config import load_config
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.paths import resolve_path
 
@@ -45,6 +47,9 @@ def load_tokenizer(section: ModelSection) -> Any:
         InputError: there is none at that path, it has no end-of-sequence token, or it has a token that the section adds.
     """
     require_model_files(resolve_path(section.path))
+    if Path(resolve_path(section.path)).is_dir():
+        with contextlib.suppress(OSError, ValueError, KeyError, ImportError):  # of a model, not of its tokenizer
+            load_config(section)  # AutoTokenizer reads it too, and answers impossible sizes with errors of its own kind
     name = resolve_path(section.tokenizer or section.path)
     revision = None if section.tokenizer else section.revision
     try:
