@@ -24,7 +24,7 @@ from qvera.export.merge_adapters import same_directions
 from qvera.models.loader import load_base
 from qvera.models.model_config import empty_model
 from qvera.training.plan import shape_of
-from qvera.training.plan.file_sizes import adapter_bytes
+from qvera.training.plan.memory import adapter_bytes
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 from tests.adapters.helpers import perturb, relative

@@ -51,6 +51,7 @@ class Batch:
 
     @property
     def all_tokens(self) -> int:
+        """Tokens of all rows, padding included."""
         return self.rows * self.tokens
 
 
@@ -73,6 +74,7 @@ class Adapted:
 
     @property
     def quantized(self) -> bool:
+        """Whether the base model is quantized."""
         return self.quantization != "none"
 
     def goes_by_blocks(self, x: Linear) -> bool:
@@ -88,6 +90,7 @@ class Adapted:
         return [x for x in self.shape.linears if x.layer == number]
 
     def is_adapted(self, x: Linear) -> bool:
+        """Whether the adapter changes this linear."""
         return x.name in self.names
 
     def is_summed(self, x: Linear) -> bool:
@@ -107,6 +110,7 @@ class Adapted:
         )
 
     def keeps_input(self, x: Linear) -> bool:
+        """Whether the backward pass needs the layer's input (`qvera.adapters.fused`)."""
         return self.is_summed(x) and fused.keeps_input(self.batch.all_tokens, x.n, x.m, self.rank, self.input_scale)
 
 

@@ -1,4 +1,4 @@
-"""A recipe that does not fit → the nearest changes that make it fit, each with its new total."""
+"""Changes to a recipe that does not fit: the nearest ones that make it fit, each with its new total."""
 
 from __future__ import annotations
 

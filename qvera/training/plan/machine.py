@@ -20,7 +20,7 @@ _UNITS = {"": 1e9, "GB": 1e9, "MB": 1e6, "GIB": 2.0**30, "MIB": 2.0**20}
 
 @dataclass(frozen=True)
 class Machine:
-    """What a plan is held against.
+    """Where the run takes place, and how much memory there is.
 
     Attributes:
         device_type: ``cpu`` or ``cuda``.
@@ -45,6 +45,7 @@ class Machine:
 
     @property
     def itemsize(self) -> int:
+        """Bytes of one element in the compute dtype."""
         return self.dtype.itemsize
 
 

@@ -1,9 +1,10 @@
-"""Bytes of a run: what it holds throughout, what comes on top at each moment of a step, and the highest of these moments."""
+"""Bytes of a run: what it holds throughout, what each moment of a step adds, its peak, and the sizes of its files."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -25,6 +26,11 @@ KEPT_HEAP_BYTES = 64 * 2**20
 
 _SMALL_8BIT = 4096  # numbers; bitsandbytes keeps fp32 state for smaller tensors
 _RANDOM_STATE_BYTES = 5056  # of torch's CPU generator, which each checkpointed layer remembers
+
+_PEFT_PREFIX = "base_model.model."
+_CONFIG_BYTES = 800  # adapter_config.json
+_STATE_BYTES = 1_500  # state.json without the recipe and the steps' own results, and manifest.json
+_RANDOM_BYTES = 5_056
 
 
 @dataclass(frozen=True)
@@ -53,29 +59,36 @@ class Memory:
     moments: dict[str, tuple[Component, ...]]
 
     def at(self, moment: str) -> tuple[Component, ...]:
+        """All components held at that moment."""
         return (*self.standing, *self.moments[moment])
 
     @property
     def peak_moment(self) -> str:
+        """The moment with the most bytes."""
         return max(self.moments, key=lambda name: sum(c.bytes for c in self.moments[name]))
 
     @property
     def peak(self) -> tuple[Component, ...]:
+        """The components at the peak."""
         return self.at(self.peak_moment)
 
     @property
     def total_bytes(self) -> int:
+        """Bytes at the peak."""
         return sum(c.bytes for c in self.peak)
 
     @property
     def mapped_bytes(self) -> int:
+        """Bytes at the peak that lie in mapped files."""
         return sum(c.bytes for c in self.peak if c.mapped)
 
     @property
     def private_bytes(self) -> int:
+        """Bytes at the peak that can't be dropped under pressure."""
         return self.total_bytes - self.mapped_bytes
 
     def to_dict(self) -> dict[str, Any]:
+        """As JSON: every component of every moment."""
         return {
             "total_bytes": self.total_bytes,
             "private_bytes": self.private_bytes,
@@ -257,3 +270,41 @@ def _answers(
         widest = max(x.n * x.m for x in adapted)
         found.append(Component("dense weights for answers", "answers", numbers * size + 2 * widest * 4))
     return tuple(found)
+
+
+def safetensors_bytes(tensors: Sequence[tuple[str, str, Sequence[int], int]], metadata: dict[str, str] | None) -> int:
+    """The size of a file with these tensors: (name, dtype as the format writes it, shape, bytes)."""
+    header: dict[str, object] = {} if metadata is None else {"__metadata__": metadata}
+    at = 0
+    for name, dtype, shape, size in tensors:
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    length = len(json.dumps(header, separators=(",", ":")))
+    return 8 + length + -length % 8 + at
+
+
+def adapter_bytes(shape: Shape, recipe: Recipe) -> int:
+    """The adapter directory: vectors in fp32 and their config."""
+    return safetensors_bytes(_fp32(_prefixed(vector_shapes, shape, recipe)), {"format": "pt"}) + _CONFIG_BYTES
+
+
+def checkpoint_bytes(shape: Shape, recipe: Recipe) -> int:
+    """One checkpoint directory: vectors, AdamW's state of those that are trained, random state, position, recipe."""
+    state: dict[str, tuple[int, ...]] = {}
+    for name, size in _prefixed(trained_shapes, shape, recipe).items():
+        state |= {f"{name}/exp_avg": size, f"{name}/exp_avg_sq": size, f"{name}/step": ()}
+    saved = safetensors_bytes(_fp32(_prefixed(vector_shapes, shape, recipe)), None)
+    random = safetensors_bytes([("cpu", "U8", [_RANDOM_BYTES], _RANDOM_BYTES)], None)
+    written = len(json.dumps({"recipe": recipe.to_dict()}, indent=1))
+    return saved + safetensors_bytes(_fp32(state), None) + random + written + _STATE_BYTES
+
+
+def _fp32(shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, str, Sequence[int], int]]:
+    return [(name, "F32", shape, 4 * math.prod(shape)) for name, shape in shapes.items()]
+
+
+def _prefixed(
+    which: Callable[[tuple[Linear, ...], AdapterSection], dict[str, tuple[int, ...]]], shape: Shape, recipe: Recipe
+) -> dict[str, tuple[int, ...]]:
+    found = which(shape.adapted(recipe.adapter.targets), recipe.adapter)
+    return {f"{_PEFT_PREFIX}{name}": size for name, size in found.items()}

@@ -1,4 +1,4 @@
-"""A model's config → the shapes that memory and time follow from, without its weights."""
+"""The shapes of a model that its memory and time depend on, read from its config without its weights."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ class Linear:
 
     @property
     def role(self) -> str:
+        """The last part of the name, such as ``q_proj``."""
         return self.name.rpartition(".")[2]
 
 
@@ -59,6 +60,7 @@ class Shape:
 
     @property
     def parameters(self) -> int:
+        """How many parameters the base model has."""
         return self.dense_numbers + sum(x.n * x.m for x in self.linears if x.quantizable)
 
     def adapted(self, targets: str | list[str]) -> tuple[Linear, ...]:
@@ -81,7 +83,7 @@ class Shape:
 
 
 class NotPlannable(InputError):
-    """A model of a kind that the plan's formulas do not know; it can be trained all the same."""
+    """The plan's formulas do not know this kind of model. It can still be trained."""
 
 
 def shape_of(model: nn.Module) -> Shape:
@@ -114,6 +116,7 @@ def shape_of(model: nn.Module) -> Shape:
                 f"model.path: the config of {type(model).__name__} has no whole number {key} to plan with."
             )
     heads = int(config.num_attention_heads)
+    _check_heads(config, heads)
     weights = sum(x.n * x.m for x in linears if x.quantizable)
     hidden = int(config.hidden_size)
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
@@ -133,6 +136,20 @@ def shape_of(model: nn.Module) -> Shape:
         dense_numbers=_numbers(model) - weights - _tied_twice(config, head, embedding),
         attention=str(getattr(config, "_attn_implementation", None) or "sdpa"),
     )
+
+
+def _check_heads(config: Any, heads: int) -> None:
+    hidden, kv_heads = config.hidden_size, getattr(config, "num_key_value_heads", None) or heads
+    if heads < 1 or hidden < 1 or kv_heads < 1:
+        raise InputError(
+            f"model.path: config.json: expected positive sizes, got hidden_size {hidden}, num_attention_heads {heads} and "
+            f"num_key_value_heads {kv_heads}."
+        )
+    if getattr(config, "head_dim", None) is None and hidden % heads:
+        raise InputError(
+            f"model.path: config.json: hidden_size ({hidden}) is not a multiple of num_attention_heads ({heads}), and there is "
+            "no head_dim. The file does not belong to these weights, or it was changed."
+        )
 
 
 def _numbers(model: nn.Module) -> int:

@@ -1,8 +1,7 @@
-"""One rank of several: what each way of sharing the model leaves on it, what reaches it over the network in a step, and which
-way is right for this model on this hardware. Bytes.
+"""One rank of several: the bytes that each ZeRO stage leaves on it, what it receives in a step, and which stage to take.
 
-Read off the code that runs: `qvera.distributed` (what is spread, and which limits DeepSpeed is given), DeepSpeed 0.19's optimizers of the
-stages, and `qvera.training.engine`. tests/distributed/test_stages.py counts the same in live objects, bench/zero.py on whole processes.
+The formulas follow `qvera.distributed` (what is sharded, and the limits that DeepSpeed is given), DeepSpeed 0.19's optimizers and
+`qvera.training.engine`. tests/distributed/test_stages.py counts the same in live objects, and bench/zero.py in whole processes.
 """
 
 from __future__ import annotations
@@ -51,6 +50,7 @@ class Sharing:
 
     @property
     def world_size(self) -> int:
+        """Processes in all."""
         return self.ranks or self.nodes * self.per_node
 
     @property
@@ -62,7 +62,7 @@ class Sharing:
 
 
 ALONE = Sharing()
-"""A process on its own."""
+"""One process."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ class Spread:
 
     @property
     def all(self) -> int:
+        """Bytes that the ranks divide."""
         return self.packed + self.embedding + self.head + self.dense
 
 
@@ -215,6 +216,7 @@ class Traffic:
 
     @property
     def total(self) -> int:
+        """Bytes received in a step."""
         return self.gradients + self.base
 
 
@@ -261,9 +263,11 @@ class Way:
 
     @property
     def fits(self) -> bool:
+        """Whether one rank has the memory."""
         return self.needed_bytes <= self.available_bytes
 
     def to_dict(self) -> dict[str, Any]:
+        """As JSON, for ``qvera plan --json``."""
         return {
             "deepspeed": self.sharing.word,
             "needed_bytes": self.needed_bytes,

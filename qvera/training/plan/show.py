@@ -1,4 +1,4 @@
-"""A plan in words: the table of `qvera plan`, and the lines before a run."""
+"""A plan as text: the table of `qvera plan`, and the lines before a run."""
 
 from __future__ import annotations
 
@@ -99,6 +99,7 @@ _COLUMN = {
 
 
 def where(part: Component, plan: Plan) -> str:
+    """Where a component lies: on the GPU, in a mapped file or in private memory."""
     if plan.machine.device_type == "cuda":
         return "GPU"
     return "mapped file" if part.mapped else "private"

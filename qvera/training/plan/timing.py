@@ -1,4 +1,4 @@
-"""Seconds of a step: time a few of its products on this machine, then count the products."""
+"""Seconds of a step: a few matrix products are timed on this machine, then all products of the step are counted."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from qvera.data import batches_of, build_datasets
 from qvera.models.tokenizer import load_tokenizer
 from qvera.training.plan import Machine, make_plan, parse_size, table
 from qvera.training.plan.alternatives import changed
-from qvera.training.plan.batches import batch_of, longest_rows
+from qvera.training.plan.plan import batch_of, longest_rows
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 
@@ -167,3 +167,10 @@ def test_the_table_agrees_with_itself() -> None:
         longest = table.longest_tokens(name, card * 10**9)
         assert table.total_bytes(name, longest) <= card * 10**9
     assert table.longest_tokens("Llama-2 70B", 24 * 10**9) == 0
+
+
+def test_a_config_with_an_impossible_size_is_refused(config_only: Path, write_recipe: Any, capsys: Any) -> None:
+    config = json.loads((config_only / "config.json").read_text()) | {"num_key_value_heads": -2}
+    (config_only / "config.json").write_text(json.dumps(config))
+    assert main(["plan", str(write_recipe()), "--set", f"model.path={config_only}", "--gpu", "24GB"]) == 2
+    assert "config" in capsys.readouterr().err

@@ -1,0 +1,279 @@
+"""The plan of a run: its longest batch, memory, files and time, computed from the model's config and the recipe alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from qvera.config.schema import Recipe
+from qvera.data import Batches, CutRows, Example, batches_of, collate_prefix_once, lengths_of, steps_per_epoch
+from qvera.data.padding import next_length, repeats
+from qvera.models.loader import takes_prefix_once
+from qvera.models.model_config import empty_model
+from qvera.models.tokenizer import ids_of, load_tokenizer
+from qvera.training.plan.activations import Batch
+from qvera.training.plan.alternatives import BatchOf, Change, fits, nearest_changes
+from qvera.training.plan.machine import Machine, this_machine
+from qvera.training.plan.memory import Memory, adapter_bytes, checkpoint_bytes, numbers, setting, trained_shapes
+from qvera.training.plan.shapes import Shape, shape_of
+from qvera.training.plan.sharding import ALONE, Sharing, Way, passes_of, plan_rank, plan_ways, right_way
+from qvera.training.plan.timing import calibrate, step_seconds
+from qvera.utils.errors import InputError
+
+_CANDIDATES = 200
+"""How many of the longest forward passes are looked at closely."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will take, and what would make it fit where it does not.
+
+    Attributes:
+        batch: the longest forward pass.
+        memory: of one rank.
+        changes: empty where the run fits.
+        joinable: rows of a batch may be joined behind their common prefix.
+        sharing: how the ranks share the model.
+        seconds: parts of an optimizer step; None where nothing was timed.
+        ways: every way of sharing it, where that was asked for.
+    """
+
+    shape: Shape
+    machine: Machine
+    batch: Batch
+    memory: Memory
+    adapter_bytes: int
+    checkpoint_bytes: int
+    trained_numbers: int
+    changes: list[Change]
+    joinable: bool
+    sharing: Sharing = ALONE
+    seconds: dict[str, float] | None = None
+    ways: tuple[Way, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        """Whether the machine has the memory."""
+        return fits(self.memory, self.machine)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON: the output of ``qvera plan --json`` and the ``plan`` object of run.json."""
+        found = {
+            "device": self.machine.name,
+            "device_type": self.machine.device_type,
+            "compute_dtype": str(self.machine.dtype).removeprefix("torch."),
+            "available_bytes": self.machine.available_bytes,
+            "fits": self.fits,
+            "batch": {"rows": self.batch.rows, "tokens": self.batch.tokens, "source": self.batch.source},
+            "parameters": self.shape.parameters,
+            "trained_numbers": self.trained_numbers,
+            "memory": self.memory.to_dict(),
+            "adapter_bytes": self.adapter_bytes,
+            "checkpoint_bytes": self.checkpoint_bytes,
+            "step_seconds": None if self.seconds is None else sum(self.seconds.values()),
+            "step_seconds_parts": self.seconds,
+            "changes": [{"set": c.settings, "total_bytes": c.total_bytes, "fits": c.fits} for c in self.changes],
+            "processes": {
+                "deepspeed": self.sharing.word,
+                "nodes": self.sharing.nodes,
+                "per_node": self.sharing.per_node,
+            },
+        }
+        if self.ways:
+            way, why = right_way(list(self.ways), self.machine)
+            found["ways"] = [one.to_dict() for one in self.ways]
+            found["right_way"] = {"deepspeed": None if way is None else way.sharing.word, "why": why}
+        return found
+
+
+def make_plan(
+    recipe: Recipe,
+    machine: Machine | torch.device,
+    rows: Sequence[Example] | None = None,
+    sharing: Sharing = ALONE,
+    every_way: bool = False,
+) -> Plan:
+    """Plan a run from its recipe and the base model's config; no weights are read.
+
+    Args:
+        machine: what to plan for; a device: this process's own machine, with what it holds now.
+        rows: the training rows. Without them every row is assumed to be ``data.max_length`` long.
+        sharing: how many ranks there are and what each holds; the plan is that of one of them.
+        every_way: plan the other ways of sharing on as many ranks too.
+
+    Raises:
+        InputError: the config can't be read, it is no decoder of linears, or a target matches nothing.
+    """
+    with torch.random.fork_rng(devices=[]):
+        model = empty_model(recipe.model)
+    shape = _grown(shape_of(model), recipe)
+    attention = recipe.model.attn_implementation
+    joinable = recipe.data.prefix_once and attention != "flash_attention_2" and takes_prefix_once(model)
+    del model
+    if isinstance(machine, torch.device):
+        machine = this_machine(recipe.model, machine)
+    longest = _batches(rows, joinable, repeats(machine.dtype, machine.device_type))
+    batch = longest(recipe)
+    memory = plan_rank(shape, recipe, batch, machine, sharing)
+    trained = sum(numbers(trained_shapes(shape.adapted(recipe.adapter.targets), recipe.adapter)))
+    changes = [] if fits(memory, machine) else nearest_changes(shape, recipe, longest, machine, sharing)
+    return Plan(
+        shape,
+        machine,
+        batch,
+        memory,
+        adapter_bytes(shape, recipe),
+        checkpoint_bytes(shape, recipe),
+        trained,
+        changes,
+        joinable,
+        sharing,
+        ways=tuple(plan_ways(shape, recipe, batch, machine, sharing.nodes, sharing.per_node)) if every_way else (),
+    )
+
+
+def _grown(shape: Shape, recipe: Recipe) -> Shape:
+    """With the rows that added tokens need beyond those the checkpoint has; all of them where the tokenizer is out of reach."""
+    tokens = recipe.model.added_tokens
+    if not tokens:
+        return shape
+    try:
+        last = max(ids_of(load_tokenizer(recipe.model), tokens).values())
+    except InputError:
+        last = shape.vocabulary + len(tokens) - 1
+    grown = max(0, last + 1 - shape.vocabulary)
+    more = grown * shape.hidden * (1 if shape.tied else 2)
+    return replace(
+        shape, vocabulary=shape.vocabulary + grown, dense_numbers=shape.dense_numbers + more, grown_rows=grown
+    )
+
+
+def _batches(rows: Sequence[Example] | None, joinable: bool, repeating: bool) -> BatchOf:
+    """The longest batch over these rows, remembered by what it depends on."""
+    if rows is None:
+        return assumed_batch
+
+    found: dict[tuple[int, int], Batch] = {}
+
+    def longest(recipe: Recipe) -> Batch:
+        key = recipe.data.max_length, recipe.training.per_device_train_batch_size
+        if key not in found:
+            short = int(lengths_of(rows).max()) <= key[0]
+            cut = rows if short else CutRows(rows, key[0])
+            steps = max(1, planned_steps(recipe, len(cut)))
+            chosen = longest_rows(recipe, cut, joinable, steps)
+            batch = batch_of([cut[i] for i in chosen], joinable, recipe.data.packing, repeating)
+            found[key] = replace(batch, token_counts=token_counts(recipe, cut, steps, repeating))
+        return found[key]
+
+    return longest
+
+
+def time_step(plan: Plan, recipe: Recipe, device: torch.device) -> dict[str, float]:
+    """Seconds of one optimizer step in parts, from a calibration of ``device`` (2 to 5 seconds).
+
+    With several ranks: of one on a device like this one for each, without what the network takes.
+    """
+    a = setting(plan.shape, recipe, plan.batch, plan.machine)
+    times = passes_of(recipe, plan.sharing.world_size, plan.batch.packed_rows)
+    return step_seconds(a, recipe, calibrate(a, recipe, device), times)
+
+
+def planned_steps(recipe: Recipe, rows: int) -> int:
+    """Optimizer steps of a run over that many training rows."""
+    training = recipe.training
+    per_epoch = steps_per_epoch(rows, training.global_batch_size)
+    return training.max_steps if training.max_steps >= 0 else math.ceil(training.num_train_epochs * per_epoch)
+
+
+def assumed_batch(recipe: Recipe) -> Batch:
+    """Every row at ``data.max_length``, none padded, all of it trained but what ``data.max_target_length`` excludes."""
+    rows, tokens = recipe.training.per_device_train_batch_size, recipe.data.max_length
+    if recipe.data.packing:  # one full sequence; two rows in it, so that attention has a mask of its own
+        target = min(2 * recipe.data.max_target_length if recipe.data.max_target_length else tokens, tokens)
+        trained = tokens if recipe.data.train_on == "all" else target
+        return Batch(1, tokens, trained, False, True, f"data.max_length: packed into {tokens:,} tokens", tokens, 1)
+    target = min(recipe.data.max_target_length or tokens, tokens)
+    trained = rows * (tokens if recipe.data.train_on == "all" else target)
+    source = f"data.max_length: {rows} x {tokens:,} tokens"
+    return Batch(rows, tokens, trained, False, False, source, tokens)
+
+
+def longest_rows(recipe: Recipe, rows: Sequence[Example], joinable: bool, steps: int, done: int = 0) -> list[int]:
+    """The rows of the forward pass with the most tokens (padding included) among steps ``done`` to ``steps``.
+
+    Args:
+        rows: the training rows.
+        joinable: rows of a batch may be joined behind their common prefix (`qvera.data.prefix_collate`).
+    """
+    candidates: dict[tuple[int, ...], int] = {}
+    for passes, row_tokens in _epochs(recipe, rows, steps, done):
+        sizes = row_tokens * np.array([1 if recipe.data.packing else len(p) for p in passes], dtype=np.int64)
+        for i in np.argsort(-sizes, kind="stable")[:_CANDIDATES]:
+            candidates[tuple(passes[i])] = int(sizes[i])
+    best, best_tokens = [], -1
+    for members, padded in sorted(candidates.items(), key=lambda item: -item[1])[:_CANDIDATES]:
+        if padded <= best_tokens:
+            break  # joining only makes it less
+        tokens = batch_of([rows[i] for i in members], joinable, recipe.data.packing).all_tokens
+        if tokens > best_tokens:
+            best, best_tokens = list(members), tokens
+    return best
+
+
+def token_counts(recipe: Recipe, rows: Sequence[Example], steps: int, repeating: bool) -> int:
+    """How many different numbers of tokens the forward passes of so many steps have; rows that are joined are taken as padded ones.
+
+    Args:
+        repeating: their lengths are rounded up (`qvera.data.padding`).
+    """
+    found: set[tuple[int, int]] = set()
+    for passes, row_tokens in _epochs(recipe, rows, steps):
+        tokens = [next_length(int(n)) for n in row_tokens] if repeating else row_tokens.tolist()
+        found |= set(zip((1 if recipe.data.packing else len(p) for p in passes), tokens, strict=True))
+    return max(1, len(found))
+
+
+def _epochs(
+    recipe: Recipe, rows: Sequence[Example], steps: int, done: int = 0
+) -> Iterator[tuple[list[list[int]], np.ndarray]]:
+    """The forward passes of steps ``done`` to ``steps``, epoch by epoch, and the tokens of a row in each (of all, if packed)."""
+    data, batches = recipe.data, batches_of(recipe, rows)
+    per_epoch = batches.per_epoch
+    for epoch in range(done // per_epoch, -(-steps // per_epoch)):
+        first = max(done - epoch * per_epoch, 0) * batches.global_batch_size
+        chosen = batches.epoch_order(epoch)[first : (steps - epoch * per_epoch) * batches.global_batch_size]
+        # a global batch is a multiple of a forward pass, so these are consecutive pieces of the epoch
+        passes = _packed(batches, chosen) if data.packing else batches.cut(chosen.tolist())
+        counts = np.array([len(p) for p in passes], dtype=np.int64)
+        starts = np.cumsum(counts) - counts  # the passes are consecutive, and none is empty
+        longest = np.add if data.packing else np.maximum
+        yield passes, longest.reduceat(batches.lengths[chosen], starts) if len(counts) else counts
+        if data.shuffle is False:
+            break
+
+
+def _packed(batches: Batches, chosen: np.ndarray) -> list[list[int]]:
+    """The packed passes of consecutive global batches on one rank; no pass has rows of two of them."""
+    size = batches.global_batch_size
+    return [one for start in range(0, len(chosen), size) for one in batches.cut(chosen[start : start + size].tolist())]
+
+
+def batch_of(examples: Sequence[Example], joinable: bool, packing: bool = False, repeating: bool = False) -> Batch:
+    """These rows as one forward pass, ``repeating`` as in `token_counts`."""
+    lengths = [len(e.input_ids) for e in examples]
+    trained = sum(e.trained_tokens for e in examples)
+    if (joinable or packing) and (joined := collate_prefix_once(examples, packing=packing)) is not None:
+        joined_tokens = joined["input_ids"].shape[1]
+        tokens = next_length(joined_tokens) if repeating else joined_tokens
+        source = f"the longest batch of the data: {len(lengths)} rows joined into {tokens:,} tokens"
+        return Batch(1, tokens, trained, False, True, source, max(lengths), len(lengths) if packing else 0)
+    rows, longest = len(lengths), max(lengths)
+    tokens = next_length(longest) if repeating else longest
+    source = f"the longest batch of the data: {rows} x {tokens:,} tokens"
+    return Batch(rows, tokens, trained, min(lengths) < longest, False, source, longest)
