@@ -83,7 +83,7 @@ def case(args: argparse.Namespace) -> None:
         "seconds": time.perf_counter() - began,
         "rows": len(data.train),
         "tokens": data.stats.tokens,
-        "found": bool(data.stats.found),
+        "found": bool(data.stats.cache_entries),
     }
     if args.epoch:
         rows: Any = list(data.train) if args.epoch == "objects" else data.train

@@ -128,6 +128,9 @@ class DataSource(Section):
     template: NonEmpty = "auto"
     """The chat template. ``auto``: the tokenizer's own; if it has none, ``plain`` for prompt-completion and text rows, else
     ``alpaca``. Or a named one: alpaca, chatml, llama-2, llama-3, mistral, zephyr, plain."""
+    label_names: list[NonEmpty] = []
+    """The names of integer labels, from 0, where the answers are such labels: ``[negative, positive]``. Without it a number is
+    trained as text."""
     system: str | None = None
     """The system prompt of rows that have none of their own. ``qvera generate`` and ``qvera chat`` use it too."""
     limit: Positive | None = None

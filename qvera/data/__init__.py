@@ -1,16 +1,15 @@
-"""Rows → tokens, labels, batches. See `build_datasets` for the way in and `batches` for the order of training."""
+"""Rows → tokens, labels, batches. `build_datasets` reads the rows of a recipe, `Batches` puts them in order. Imports no torch."""
 
 from qvera.data.chat_template import ChatTemplate, resolve_template
+from qvera.data.collate import IGNORED, collate, collate_prefix_once
 from qvera.data.dataset import Datasets, build_datasets, data_sha256
 from qvera.data.encoding import Encoder
-from qvera.data.example import Example
 from qvera.data.formats import FORMATS, Conversation, Text, Turn
 from qvera.data.named_templates import NAMED_TEMPLATES
-from qvera.data.prefix_collate import collate_prefix_once
 from qvera.data.preview import data_warnings, decode, print_preflight
-from qvera.data.prompts import read_prompts
-from qvera.data.row_tables import CutRows, Rows, lengths_of
-from qvera.data.sampler import IGNORED, Batches, batches_of, collate, grouped, microbatches, order, steps_per_epoch
+from qvera.data.rows import CutRows, Example, Rows, lengths_of
+from qvera.data.sampler import Batches, batches_of, grouped, microbatches, order, steps_per_epoch
+from qvera.data.sources import read_prompts
 from qvera.data.stats import DataStats
 
 __all__ = [

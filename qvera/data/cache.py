@@ -1,11 +1,11 @@
-"""Tokenized rows kept on disk: a second run of the same recipe maps them instead of reading, rendering and tokenizing again.
+"""Tokenized rows on disk: a second run of the same recipe maps them instead of reading, rendering and tokenizing again.
 
-They are entries (`qvera.utils.cache_dir`) of $QVERA_CACHE/rows. A name is rows-IDENTITY, of everything the rows are a function of; in it
-are train.arrow, eval.arrow and, last, record.json. The ranks of a node wait for the first of them; what that one found wrong with
-the rows is in .IDENTITY.failed, for those that have waited. hashes.json has the sources and the tables.
+They are entries (`qvera.utils.cache_dir`) of $QVERA_CACHE/rows. A name is rows-KEY, the hash of everything that the rows are a
+function of; in it are train.arrow, eval.arrow and, last, record.json. The ranks of a node wait for the first of them. What that
+one found wrong with the rows is in .KEY.failed, for those that have waited. hashes.json has the sources and the tables.
 
-`datasets`' own cache holds what comes from the hub, as Arrow files that are mapped too. Its cache of `Dataset.map` would not do
-here: it wants one type for each column (rows of JSON often have none: tools, arguments), and names results by pickled code.
+`datasets.Dataset.from_generator` was tried in place of this: it writes rows nine times slower (a Python list each), forks the
+trainer's threads, does not notice a damaged file, and would replace about eighty lines.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 
 from qvera.config.schema import DataSection
-from qvera.data.encoding import Encoder
-from qvera.data.readers import Unreadable, source_content, source_files
-from qvera.data.row_selection import EVAL, TRAIN
-from qvera.data.row_tables import RowTable, RowWriter
-from qvera.data.tokenization import Counts
-from qvera.data.tokenize_parallel import state_sha256, tokenizer_state
-from qvera.data.tokenize_source import Made, make
+from qvera.data.encoding import Encoder, tokenizer_sha256
+from qvera.data.readers import Unreadable
+from qvera.data.rows import RowTable
+from qvera.data.sources import EVAL, TRAIN, source_content, source_files
+from qvera.data.tokenization import RowCounts
+from qvera.data.tokenize_source import TokenizedSource, tokenize_source
 from qvera.utils.atomic import disk_errors, flush, replace_text
 from qvera.utils.cache_dir import UNFINISHED, WAIT_SECONDS, DiskCache, HashIndex, discard
 from qvera.utils.errors import InputError
-from qvera.utils.files import file_sha256, file_stamp
+from qvera.utils.files import file_sha256, file_stamp, try_read_json
 from qvera.utils.paths import cache_root
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from transformers import PreTrainedTokenizerBase
 
 RECORD = "record.json"
 PREFIX = "rows-"
 _WORTH_BYTES = 256 * 1024
 """Local files smaller than this are tokenized in less than a second, which is not worth an entry."""
 _NOT_OF_THE_ROWS = ("mixture", "weight", "shuffle", "prefix_once", "packing", "group_by_length", "tokenize_processes")
-"""Keys of a source that decide what is made of the rows, not what they are. Any other key, a new one too, makes another entry."""
+"""Keys of a source that decide how rows are used, not what they are. Any other key, a new one too, makes another entry."""
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")
 
 
@@ -55,59 +55,62 @@ def rows_root() -> Path:
     return cache_root() / "rows"
 
 
-def tokenized(section: DataSection, encoder: Encoder, console: Console | None) -> Made:
-    """The rows of one source: found in the cache, or made now (and kept, where they are worth it and can be told apart).
+def tokenized(section: DataSection, encoder: Encoder, console: Console | None) -> TokenizedSource:
+    """The rows of one source: from the cache, or tokenized now (and cached, where that is worth it and possible).
 
     Raises:
-        InputError: as `making.make`; or a file of the source changed while it was read.
+        InputError: as `tokenize_source`; or a file of the source changed while it was read.
         RunFailed: the cache's disk is full.
     """
-    hashes = HashIndex(rows_root() / "hashes.json")
-    key = key_of(section, encoder.tokenizer, hashes)
-    if key is None:
-        return _unkept(section, encoder, console)
-    identity = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     root = rows_root()
-    failed = root / f".{identity}.failed"
+    hashes = HashIndex(root / "hashes.json")
+    key = _key_of(section, encoder.tokenizer, hashes)
+    if key is None:
+        return _without_entry(section, encoder, console)
+    sha256 = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+    failed = root / f".{sha256}.failed"
+    lock = FileLock(root / f".{sha256}.lock")
     try:
         root.mkdir(parents=True, exist_ok=True)
         failed_before = _stamp(failed)
-        lock = FileLock(root / f".{identity}.lock")
-        _wait_for(lock, section, console)
+        try:
+            lock.acquire(timeout=WAIT_SECONDS)
+        except Timeout:
+            _warn(console, f"{section.path}: waiting, another process tokenizes these rows.")
+            lock.acquire()
     except OSError as error:
-        _say(
-            console,
-            f"{root}: tokenized rows can't be kept there ({error.strerror or error}); the next run makes them again.",
-        )
-        return _unkept(section, encoder, console)
+        reason = error.strerror or error
+        _warn(console, f"{root}: tokenized rows can't be cached there ({reason}); the next run tokenizes them again.")
+        return _without_entry(section, encoder, console)
     try:
-        target = root / f"{PREFIX}{identity}"
-        found = _open(target, hashes, console)
+        target = root / f"{PREFIX}{sha256}"
+        found = _open_entry(target, hashes, console)
         if found is not None:
             return found
         if _stamp(failed) not in (None, failed_before):  # while this process waited, and on the same content
             raise InputError(json.loads(failed.read_text(encoding="utf-8")))
-        return _keep(section, encoder, key, target, failed, hashes, console)
+        return _make_entry(section, encoder, key, target, failed, hashes, console)
     finally:
         lock.release()
 
 
-def _unkept(section: DataSection, encoder: Encoder, console: Console | None) -> Made:
-    """Rows without an entry: few of them in memory, others mapped from a file whose name is gone as soon as they are."""
-    if _is_small(source_files(section)):
-        return make(section, encoder, None, console)
+def _without_entry(section: DataSection, encoder: Encoder, console: Console | None) -> TokenizedSource:
+    """Rows without an entry: few of them in memory, others mapped from a file whose name is gone once it is mapped."""
+    if _is_small(section):
+        return tokenize_source(section, encoder, None, console)
     with (
         tempfile.TemporaryDirectory(prefix="qvera-rows-", ignore_cleanup_errors=True) as directory,
         disk_errors(directory, "Make room, or set TMPDIR to a directory on another disk."),
     ):
-        return make(section, encoder, Path(directory), console)
+        return tokenize_source(section, encoder, Path(directory), console)
 
 
-def _is_small(files: list[Path] | None) -> bool:
+def _is_small(section: DataSection) -> bool:
+    files = source_files(section)
     return files is not None and sum(file.stat().st_size for file in files) < _WORTH_BYTES
 
 
-def _keep(
+def _make_entry(
     section: DataSection,
     encoder: Encoder,
     key: dict[str, Any],
@@ -115,8 +118,8 @@ def _keep(
     failed: Path,
     hashes: HashIndex,
     console: Console | None,
-) -> Made:
-    """Make the rows and the entry ``target`` of them; what is wrong with the rows themselves is written to ``failed`` too."""
+) -> TokenizedSource:
+    """Tokenize the rows into the entry ``target``; what is wrong with the rows themselves is written to ``failed`` too."""
     root = target.parent
     unfinished = root / f"{UNFINISHED}{target.name.removeprefix(PREFIX)}"
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -125,72 +128,50 @@ def _keep(
         with disk_errors(str(root), "Make room, or set QVERA_CACHE to a directory on another disk."):
             failed.unlink(missing_ok=True)
             unfinished.mkdir()
-            made = make(section, encoder, unfinished, console)
-            if not _is_unchanged(section, key, hashes):
+            source = tokenize_source(section, encoder, unfinished, console)
+            if source_content(section, hashes) != key["content"]:
                 raise Unreadable(
-                    f"{section.path}: was changed while it was read. Run the same command again when it is at rest."
+                    f"{section.path}: was changed while it was read. Run the same command again when nothing writes to it."
                 )
-            sums = _write_record(unfinished, key, section, made)
+            sha256_of = _write_record(unfinished, key, section, source)
             unfinished.rename(target)  # what is mapped stays mapped
             flush(root)
-            hashes.add({target / name: (file_stamp((target / name).stat()), sha) for name, sha in sums.items()})
+            hashes.add({target / name: (file_stamp((target / name).stat()), sha) for name, sha in sha256_of.items()})
     except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         if isinstance(error, InputError) and not isinstance(error, Unreadable):
             with contextlib.suppress(OSError, InputError):  # the error that is raised is the one above
-                if _is_unchanged(section, key, hashes):
+                # not the whole key, since a day may end meanwhile
+                if source_content(section, hashes) == key["content"]:
                     replace_text(failed, json.dumps(str(error)))
         raise
-    return made
+    return source
 
 
-def key_of(section: DataSection, tokenizer: Any, hashes: HashIndex) -> dict[str, Any] | None:
-    """Everything that a source's rows are a function of, as JSON; None where they are not kept.
+def _key_of(section: DataSection, tokenizer: PreTrainedTokenizerBase, hashes: HashIndex) -> dict[str, Any] | None:
+    """Everything that a source's rows are a function of, as JSON; None where they are not cached.
 
     That is the content (and the names, which messages show) of its files, the tokenizer's whole state, its template, the keys of
-    the recipe, the code that makes rows of them, and the day for templates that write it.
+    the recipe, the code that tokenizes, and the day for templates that write it.
     """
-    files = source_files(section)
-    if _is_small(files):
+    if _is_small(section):
         return None
-    content = source_content(section, files, hashes)
-    state = tokenizer_state(tokenizer)
-    if content is None or state is None:
+    content, tokenizer_hash = source_content(section, hashes), tokenizer_sha256(tokenizer)
+    if content is None or tokenizer_hash is None:
         return None
     keys = {k: v for k, v in section.to_dict().items() if k not in _NOT_OF_THE_ROWS}
     if not section.eval_fraction:
         del keys["seed"]  # it has chosen nothing here
-    dated = "strftime_now" in json.dumps(state["chat_template"])
+    dated = "strftime_now" in json.dumps(tokenizer.chat_template)
     return {
         "format": 1,
         "content": content,
-        "tokenizer": [type(tokenizer).__name__, state_sha256(state)],
+        "tokenizer": [type(tokenizer).__name__, tokenizer_hash],
         "keys": keys,
         "code": _code_sha256(),
         "libraries": {name: metadata.version(name) for name in _LIBRARIES},
         "day": datetime.date.today().isoformat() if dated else None,
     }
-
-
-def _is_unchanged(section: DataSection, key: dict[str, Any], hashes: HashIndex) -> bool:
-    """Whether the source holds what it held for ``key``; not the whole key, since a day may end while rows are made."""
-    return bool(source_content(section, source_files(section), hashes) == key["content"])
-
-
-def _wait_for(lock: FileLock, section: DataSection, console: Console | None) -> None:
-    """Take the lock; where another process keeps it for a while, that is said."""
-    try:
-        lock.acquire(timeout=WAIT_SECONDS)
-    except Timeout:
-        _say(console, f"{section.path}: waiting, another process tokenizes these rows.")
-        lock.acquire()
-
-
-def _stamp(file: Path) -> list[int] | None:
-    try:
-        return file_stamp(file.stat())
-    except FileNotFoundError:
-        return None
 
 
 def _code_sha256() -> str:
@@ -200,28 +181,41 @@ def _code_sha256() -> str:
     return digest.hexdigest()
 
 
-def _write_record(directory: Path, key: dict[str, Any], section: DataSection, made: Made) -> dict[str, str]:
+def _stamp(file: Path) -> list[int] | None:
+    try:
+        return file_stamp(file.stat())
+    except FileNotFoundError:
+        return None
+
+
+def _write_record(
+    directory: Path, key: dict[str, Any], section: DataSection, source: TokenizedSource
+) -> dict[str, str]:
     """Write it, and return the tables' SHA-256 by name."""
-    sums = {}
+    sha256_of = {}
     for file in sorted(directory.glob("*.arrow")):
         flush(file)
-        sums[file.name] = file_sha256(file)
+        sha256_of[file.name] = file_sha256(file)
     record = {
         "source": section.path,
         "key": key,
-        "rows": {TRAIN: len(made.train), EVAL: len(made.eval)},
-        "format": made.format,
-        "unused": made.unused,
-        "template": made.template,
-        "counts": dataclasses.asdict(made.counts),
-        "files": {name: {"bytes": (directory / name).stat().st_size, "sha256": sha} for name, sha in sums.items()},
+        "rows": {TRAIN: len(source.train), EVAL: len(source.eval)},
+        "format": source.format,
+        "unused": source.unused_columns,
+        "template": source.template,
+        "counts": dataclasses.asdict(source.counts),
+        "files": {name: {"bytes": (directory / name).stat().st_size, "sha256": sha} for name, sha in sha256_of.items()},
     }
     replace_text(directory / RECORD, json.dumps(record, indent=1))
-    return sums
+    return sha256_of
 
 
-def _open(directory: Path, hashes: HashIndex, console: Console | None) -> Made | None:
-    """The entry if there is one and it is as it was written; one that is not is removed, and that is said."""
+def _read_record(directory: Path) -> dict[str, Any] | None:
+    return try_read_json(directory / RECORD)
+
+
+def _open_entry(directory: Path, hashes: HashIndex, console: Console | None) -> TokenizedSource | None:
+    """The entry if there is one and its files are as they were written; a damaged one is removed, with a warning."""
     if not directory.is_dir():
         return None
     problem = problem_of(directory, hashes)
@@ -229,20 +223,18 @@ def _open(directory: Path, hashes: HashIndex, console: Console | None) -> Made |
         record = _read_record(directory)
         assert record is not None
         try:
-            tables = {part: _table(directory / f"{part}.arrow", record["rows"][part]) for part in (TRAIN, EVAL)}
-            counts = Counts(**record["counts"])
-            return Made(
-                record["format"], record["unused"], record["template"], counts, tables[TRAIN], tables[EVAL], directory.name
-            )  # fmt: skip
+            train, held_out = (_table(directory / f"{part}.arrow", record["rows"][part]) for part in (TRAIN, EVAL))
+            looks = record["format"], record["unused"], record["template"], RowCounts(**record["counts"])
+            return TokenizedSource(*looks, train, held_out, directory.name)
         except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
             problem = f"{directory}: can't be read ({' '.join(str(error).split())})"
-    _say(console, f"{problem}. The rows are tokenized again.")
+    _warn(console, f"{problem}. The rows are tokenized again.")
     discard(directory)
     return None
 
 
 def _table(file: Path, rows: int) -> RowTable:
-    table = RowTable(file) if rows else RowWriter(None).close()
+    table = RowTable.open(file) if rows else RowTable()
     if len(table) != rows:
         raise ValueError(f"{file.name} has {len(table)} rows, its record says {rows}")
     return table
@@ -252,7 +244,7 @@ def problem_of(directory: Path, hashes: HashIndex | None = None) -> str | None:
     """What is wrong with an entry, or None.
 
     Args:
-        hashes: where the hashes of files that have not changed since are known; None: all are taken again.
+        hashes: the hashes of files that have not changed; None: all files are read again.
     """
     record = _read_record(directory)
     if record is None:
@@ -274,18 +266,10 @@ def problem_of(directory: Path, hashes: HashIndex | None = None) -> str | None:
     return None
 
 
-def _read_record(directory: Path) -> dict[str, Any] | None:
-    try:
-        record = json.loads((directory / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) else None
-
-
-def _say(console: Console | None, text: str) -> None:
+def _warn(console: Console | None, text: str) -> None:
     from rich.console import Console
 
     (console or Console(stderr=True)).print(text, style="yellow", markup=False)
 
 
-ROWS = DiskCache(("kept rows", "kept rows"), rows_root, _read_record, problem_of, PREFIX)
+ROWS = DiskCache(("cached rows", "cached rows"), rows_root, _read_record, problem_of, PREFIX)

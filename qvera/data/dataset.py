@@ -1,4 +1,4 @@
-"""A recipe's data section → all that a run reads: rows of every source, mixed, counted."""
+"""A recipe's ``data`` → everything that a run reads: the tokenized rows of all sources, mixed and counted."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import numpy as np
 
 from qvera.config.schema import DataSection
 from qvera.data.cache import tokenized
-from qvera.data.chat_template import ChatTemplate, resolve_template
+from qvera.data.chat_template import OWN, ChatTemplate, resolve_template
 from qvera.data.encoding import Encoder
-from qvera.data.row_tables import Rows, joined
+from qvera.data.rows import Rows, concatenated
 from qvera.data.sampler import philox_key
-from qvera.data.stats import DataStats, SourceStats, count
+from qvera.data.stats import DataStats, SourceStats
+from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,7 +28,7 @@ class Datasets:
 
     Attributes:
         train, eval: rows in file order, one source after the other; ``eval`` is empty where the recipe holds none out.
-        stats: counts for the preflight and run.json.
+        stats: counts for the preview and run.json.
         template: the template that was used (for the first source of a mixture), for generation and the adapter's directory.
         pad_id: for `collate`.
     """
@@ -41,9 +42,14 @@ class Datasets:
     def first_rows(self, count: int) -> Rows:
         """``count`` training rows to look at: the first of each source in turn, then the second of each, and so on.
 
-        A mask goes wrong by format and template, so a source is seen as soon as there is a row for each. What a weight
-        repeats comes after all that was not seen yet.
+        A mask goes wrong by format and template, so a source is seen as soon as there is a row for each. Rows that a weight
+        repeats come last.
+
+        Raises:
+            InputError: ``count`` is negative.
         """
+        if count < 0:
+            raise InputError(f"--rows {count}: takes a whole number of rows to show, such as 3.")
         turns: list[tuple[int, int, int]] = []  # (pass over the source, place within it, place among all rows)
         start = 0
         for source in self.stats.sources:
@@ -55,12 +61,12 @@ class Datasets:
 def data_sha256(datasets: Datasets) -> str:
     """SHA-256 over the tokens and masks of all rows in order: equal where two machines read the same data the same way.
 
-    Over a 64-bit hash of each row's tokens and one of its mask, which lie beside the rows, so that none of them is read.
+    It is taken over the hashes of each row's tokens and mask, which lie beside the rows, so no row is read.
     """
     digest = hashlib.sha256()
     for rows in (datasets.train, datasets.eval):
-        for numbers in (rows.lengths, rows.ids_hash, rows.mask_hash):
-            digest.update(len(numbers).to_bytes(8, "little") + np.ascontiguousarray(numbers).tobytes())
+        for column in (rows.lengths, rows.ids_hash, rows.mask_hash):
+            digest.update(len(column).to_bytes(8, "little") + np.ascontiguousarray(column).tobytes())
     return digest.hexdigest()
 
 
@@ -72,30 +78,33 @@ def build_datasets(
     Args:
         section: the recipe's ``data``.
         tokenizer: the base model's.
-        console: where the progress bar of a long run goes (default: stderr).
+        console: where warnings and the progress bar of a long run go (default: stderr).
 
     Raises:
         InputError: anything wrong with the recipe's ``data``, a file, a row or the tokenizer.
     """
     encoder = Encoder(tokenizer)
-    stats = DataStats()
-    train: list[Rows] = []
-    held_out: list[Rows] = []
-    first: ChatTemplate | None = None
-    for number, source in enumerate(_sources(section)):
-        made = tokenized(source, encoder, console)
-        first = first or resolve_template(source.template, tokenizer, made.format)
-        taken = weighted(len(made.train), source.weight, section.seed, number)
-        about = SourceStats(source.path, source.weight, len(made.train), len(taken), made.format, made.template)
-        stats.add_source(about, made.unused, encoder.pads_with_eos)
-        stats.add_counts(made.counts, made.found)
-        # every row once, in order, is the table itself
-        train.append(Rows([(made.train, None if source.weight == 1 else taken)]))
-        held_out.append(Rows([(made.eval, None)]))
-    assert first is not None
-    data = Datasets(joined(train), joined(held_out), stats, first, encoder.pad_id)
-    count(stats, data.train, data.eval)
-    return data
+    stats = DataStats(pads_with_eos=encoder.pads_with_eos)
+    sources = [tokenized(source, encoder, console) for source in _sources(section)]
+    chosen: list[np.ndarray | None] = []
+    for number, (about, source) in enumerate(zip(_sources(section), sources, strict=True)):
+        # with a weight of 1 every row is taken once, in order: that is the table itself
+        rows = None if about.weight == 1 else weighted(len(source.train), about.weight, section.seed, number)
+        chosen.append(rows)
+        taken = len(source.train) if rows is None else len(rows)
+        looks = source.format, source.template
+        stats.add_source(SourceStats(about.path, about.weight, len(source.train), taken, *looks), source)
+        if (
+            about.template == "auto"
+            and source.format != "text"
+            and source.template not in (OWN, *stats.default_templates)
+        ):
+            stats.default_templates.append(source.template)
+    template = resolve_template(section.template, tokenizer, sources[0].format)
+    train = concatenated([source.train for source in sources], chosen)
+    held_out = concatenated([source.eval for source in sources], [None] * len(sources))
+    stats.count(train, held_out)
+    return Datasets(train, held_out, stats, template, encoder.pad_id)
 
 
 def _sources(section: DataSection) -> list[DataSection]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 HEADER, START, END = "header", "start", "end"
 
@@ -107,9 +110,7 @@ class Encoder:
             starts = {cut.at for cut in row_cuts if cut.kind == START} if self.splits else set()
             bounds.append(sorted({0, len(text)} | starts) if text else [0, 0])
         pieces = [
-            text[low:high]
-            for text, edges in zip(texts, bounds, strict=True)
-            for low, high in zip(edges, edges[1:], strict=False)
+            text[low:high] for text, edges in zip(texts, bounds, strict=True) for low, high in itertools.pairwise(edges)
         ]
         batch = self._encode_batch(pieces)
         encodings = getattr(batch, "encodings", None)
@@ -123,7 +124,7 @@ class Encoder:
         for row_cuts, edges in zip(cuts, bounds, strict=True):
             ids: list[int] = []
             positions: list[int] = []
-            for low, high in zip(edges, edges[1:], strict=False):
+            for low, high in itertools.pairwise(edges):
                 encoding = next(following)
                 while len(positions) < len(row_cuts) and row_cuts[len(positions)].at <= high:
                     cut = row_cuts[len(positions)]
@@ -132,7 +133,7 @@ class Encoder:
             out.append((ids, positions))
         return out
 
-    def _encode_batch(self, texts: list[str]) -> Any:
+    def _encode_batch(self, texts: list[str]) -> BatchEncoding:
         return self.tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
         )
@@ -155,7 +156,7 @@ class Encoder:
         return ids, positions
 
 
-def _tokens_before(encoding: Any, at: int, length: int, kind: str) -> int:
+def _tokens_before(encoding: _Encoding, at: int, length: int, kind: str) -> int:
     """How many tokens of a piece lie before character ``at``; see `Cut` for a token that lies across."""
     if at >= length:
         return len(encoding.ids)
@@ -166,3 +167,33 @@ def _tokens_before(encoding: Any, at: int, length: int, kind: str) -> int:
     while kind == END and token < len(encoding.ids) and encoding.token_to_chars(token)[0] < at:
         token += 1
     return token
+
+
+class _Encoding(Protocol):
+    """What `_tokens_before` reads of a ``tokenizers.Encoding``, which has no types of its own."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+    def char_to_token(self, char_pos: int) -> int | None: ...
+
+    def token_to_chars(self, token_index: int) -> tuple[int, int]: ...
+
+
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A hash of all that tokenizing depends on in a tokenizer; None for one written in Python, whose code is not compared."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not getattr(tokenizer, "is_fast", False) or backend is None:
+        return None
+    model = json.loads(backend.to_str())
+    model["truncation"] = model["padding"] = None  # of the last call, not of the tokenizer
+    state = {
+        "model": json.dumps(model, ensure_ascii=False),
+        "special": tokenizer.special_tokens_map,  # by name: what templates can write, a model's own names included
+        "all_special": sorted(tokenizer.all_special_tokens),
+        "add_bos_token": getattr(tokenizer, "add_bos_token", None),
+        "split_special_tokens": getattr(tokenizer, "split_special_tokens", None),
+        "chat_template": tokenizer.chat_template,
+        "probe": tokenizer("a")["input_ids"],
+    }
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()

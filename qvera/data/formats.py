@@ -1,13 +1,15 @@
-"""Raw rows → conversations: which of the known shapes a data set has, and every row of it checked."""
+"""Raw rows → conversations: which of the known formats a data set has, and each row of it checked."""
 
 from __future__ import annotations
 
 import difflib
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from qvera.data.readers import RawRow, _shown
+from qvera.data.readers import RawRow, describe
 from qvera.utils.errors import InputError
 
 # The fields of each format: those that every row must have, then those it may have. Detection tries them in this order.
@@ -45,7 +47,7 @@ class Turn:
     Attributes:
         role: system, user, assistant or tool. Only assistant turns can be trained.
         content: its text; empty for an assistant turn that is nothing but a tool call.
-        trained: the row's own word on whether this turn is trained; None: ``train_on`` decides.
+        trained: what the row says about training on this turn (``weight`` or ``train``); None: ``train_on`` decides.
         context: Alpaca's ``input``. Kept apart because the alpaca template has a heading for it; every other template
             gets it below the instruction.
         extra: what only some templates read (``tool_calls``, ``name``, ``tool_call_id``), passed through.
@@ -88,6 +90,10 @@ class RowFormat:
     name: str
     columns: dict[str, str]
     unused: list[str]
+
+    def column(self, name: str) -> str:
+        """The data set's column for one of our field names."""
+        return self.columns.get(name, name)
 
 
 def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | None = None) -> RowFormat:
@@ -143,37 +149,44 @@ def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | N
     return RowFormat(format, read, unused)
 
 
-def parse_row(row: RawRow, format: RowFormat, system: str | None = None) -> Conversation | Text:
+def parse_row(
+    row: RawRow, format: RowFormat, system: str | None = None, label_names: Sequence[str] = ()
+) -> Conversation | Text:
     """Check one row and turn it into a conversation (or text).
 
     Args:
         row: the row.
         format: what `detect_format` made of the first row.
         system: the system prompt for rows that bring none.
+        label_names: where answers are integer labels, the name of each label, from 0.
 
     Raises:
         InputError: a missing column, a value of the wrong type, an unknown role, half a character; names the row's source.
     """
     if format.name == "text":
-        return Text(_string(row, format, "text"), row.source)
+        return Text(_text(row, format, "text"), row.source)
     tools = _tools(row, format)
-    own_system = _string(row, format, "system") if _given(row, format, "system") else ""
-    if format.name in ("messages", "sharegpt"):
-        name = "messages" if format.name == "messages" else "conversations"
-        turns = _turns(row, format, name)
+    own_system = _optional_text(row, format, "system")
+    if format.name == "messages":
+        turns = _turns(row, format, "messages")
+    elif format.name == "sharegpt":
+        turns = _turns(row, format, "conversations")
     elif format.name == "alpaca":
-        context = _string(row, format, "input") if _given(row, format, "input") else ""
-        question = Turn("user", _string(row, format, "instruction"), context=context if context.strip() else None)
-        turns = [question, Turn("assistant", _string(row, format, "output"))]
+        context = _optional_text(row, format, "input")
+        question = Turn("user", _text(row, format, "instruction"), context=context if context.strip() else None)
+        turns = [question, Turn("assistant", _answer(row, format, "output", label_names))]
+    elif isinstance(_value(row, format, "prompt"), list):  # TRL's conversational form: both sides are lists of messages
+        turns = _turns(row, format, "prompt") + _turns(row, format, "completion")
     else:
-        turns = _prompt_completion(row, format)
+        answer = _answer(row, format, "completion", label_names)
+        turns = [Turn("user", _text(row, format, "prompt")), Turn("assistant", answer)]
     if turns[0].role != "system" and (own_system or system):
         turns = [Turn("system", own_system or system or ""), *turns]
     return Conversation(turns, row.source, tools)
 
 
-def _column(row: RawRow, format: RowFormat, name: str) -> Any:
-    column = format.columns.get(name, name)
+def _value(row: RawRow, format: RowFormat, name: str) -> object:
+    column = format.column(name)
     if column not in row.fields:
         raise InputError(
             f"{row.source}: the column {column!r} is missing here, though the first row has it. "
@@ -182,23 +195,38 @@ def _column(row: RawRow, format: RowFormat, name: str) -> Any:
     return row.fields[column]
 
 
-def _given(row: RawRow, format: RowFormat, name: str) -> bool:
-    return row.fields.get(format.columns.get(name, name)) is not None
-
-
-def _string(row: RawRow, format: RowFormat, name: str) -> str:
-    value = _column(row, format, name)
+def _text(row: RawRow, format: RowFormat, name: str) -> str:
+    value, column = _value(row, format, name), format.column(name)
     if not isinstance(value, str):
-        column = format.columns.get(name, name)
-        raise InputError(f"{row.source}: {column} must be text, got {_shown(value)}. Fix the row.")
-    return _whole(value, f"{row.source}: {format.columns.get(name, name)}")
+        raise InputError(f"{row.source}: {column} must be text, got {describe(value)}. Fix the row.")
+    _require_whole_characters(value, f"{row.source}: {column}")
+    return value
 
 
-def _whole(value: Any, where: str) -> Any:
-    """The value, in whose texts no character is halved: JSON can write one half alone ("\\ud83d"), no tokenizer takes it.
+def _optional_text(row: RawRow, format: RowFormat, name: str) -> str:
+    return "" if row.fields.get(format.column(name)) is None else _text(row, format, name)
+
+
+def _answer(row: RawRow, format: RowFormat, name: str, label_names: Sequence[str]) -> str:
+    """An answer, which may be a number: it becomes text, or the name of the label that it is."""
+    value, column = _value(row, format, name), format.column(name)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if label_names:
+        digits = str(value).strip() if isinstance(value, (int, str)) and not isinstance(value, bool) else ""
+        if not re.fullmatch(r"[0-9]+", digits) or int(digits) >= len(label_names):
+            raise InputError(
+                f"{row.source}: {column} must be a label, 0 to {len(label_names) - 1} (data.label_names has "
+                f"{len(label_names)}), got {describe(value)}. Fix the row, or data.label_names."
+            )
+        return label_names[int(digits)]
+    return str(value) if is_number else _text(row, format, name)
+
+
+def _require_whole_characters(value: object, where: str) -> None:
+    r"""Refuse half a character, which JSON can hold ("\ud83d") and no tokenizer takes.
 
     Raises:
-        InputError: one is.
+        InputError: a text in ``value`` has one.
     """
     if isinstance(value, str) and not value.isascii():
         try:
@@ -210,29 +238,22 @@ def _whole(value: Any, where: str) -> Any:
             ) from None
     elif isinstance(value, (list, dict)):
         for item in [*value, *value.values()] if isinstance(value, dict) else value:
-            _whole(item, where)
-    return value
-
-
-def _prompt_completion(row: RawRow, format: RowFormat) -> list[Turn]:
-    prompt = _column(row, format, "prompt")
-    if isinstance(prompt, list):  # TRL's conversational form: both sides are lists of messages
-        return _turns(row, format, "prompt") + _turns(row, format, "completion")
-    return [Turn("user", _string(row, format, "prompt")), Turn("assistant", _string(row, format, "completion"))]
+            _require_whole_characters(item, where)
 
 
 def _tools(row: RawRow, format: RowFormat) -> list[dict[str, Any]] | None:
-    if "tools" not in format.columns or not _given(row, format, "tools"):
+    if "tools" not in format.columns:
         return None
-    tools = _whole(_from_json(row.fields[format.columns["tools"]]), f"{row.source}: tools")
+    tools = _from_json(row.fields.get(format.columns["tools"]))
+    _require_whole_characters(tools, f"{row.source}: tools")
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise InputError(f"{row.source}: tools must be a list of JSON schemas (objects), got {_shown(tools)}.")
+        raise InputError(f"{row.source}: tools must be a list of JSON schemas (objects), got {describe(tools)}.")
     return tools
 
 
-def _from_json(value: Any) -> Any:
+def _from_json(value: object) -> object:
     # CSV has no lists and some Parquet exports write nested values as JSON text.
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
@@ -243,21 +264,22 @@ def _from_json(value: Any) -> Any:
 
 
 def _turns(row: RawRow, format: RowFormat, name: str) -> list[Turn]:
-    value = _from_json(_column(row, format, name))
-    column = format.columns.get(name, name)
+    value, column = _from_json(_value(row, format, name)), format.column(name)
     if not isinstance(value, list):
         raise InputError(
             f'{row.source}: {column} must be a list of turns such as {{"role": "user", "content": "..."}}, '
-            f"got {_shown(value)}."
+            f"got {describe(value)}."
         )
     if not value:
         raise InputError(f"{row.source}: {column} is an empty list. Expected at least one user and one assistant turn.")
     return [_turn(item, f"{row.source}: {column}[{index}]") for index, item in enumerate(value)]
 
 
-def _turn(item: Any, where: str) -> Turn:
+def _turn(item: object, where: str) -> Turn:
     if not isinstance(item, dict):
-        raise InputError(f'{where} must be an object such as {{"role": "user", "content": "..."}}, got {_shown(item)}.')
+        raise InputError(
+            f'{where} must be an object such as {{"role": "user", "content": "..."}}, got {describe(item)}.'
+        )
     role_key, content_key = ("from", "value") if "from" in item and "role" not in item else ("role", "content")
     for key in (role_key, content_key):
         if key not in item and not (key == content_key and item.get("tool_calls")):
@@ -270,11 +292,12 @@ def _turn(item: Any, where: str) -> Turn:
     extra = {k: item[k] for k in ("tool_calls", "name", "tool_call_id") if item.get(k) is not None}
     calls_tools = role == "assistant" and "tool_calls" in extra
     content = _content(item.get(content_key), f"{where}.{content_key}", optional=calls_tools)
-    _whole(content, f"{where}.{content_key}")
-    return Turn(role, content, _trained(item, role, where), None, _whole(extra, where))
+    _require_whole_characters(content, f"{where}.{content_key}")
+    _require_whole_characters(extra, where)
+    return Turn(role, content, _trained(item, role, where), None, extra)
 
 
-def _content(value: Any, where: str, optional: bool) -> str:
+def _content(value: object, where: str, optional: bool) -> str:
     if value is None and optional:
         return ""
     if isinstance(value, list):  # OpenAI's content parts
@@ -282,12 +305,12 @@ def _content(value: Any, where: str, optional: bool) -> str:
         for part in value:
             text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else None
             if not isinstance(text, str):
-                kind = part.get("type") if isinstance(part, dict) else _shown(part)
+                kind = part.get("type") if isinstance(part, dict) else describe(part)
                 raise InputError(f"{where}: a part of it is {kind!r}; only text parts can be trained on. Remove it.")
             parts.append(text)
         return "".join(parts)
     if not isinstance(value, str):
-        raise InputError(f"{where} must be text, got {_shown(value)}. Fix the row.")
+        raise InputError(f"{where} must be text, got {describe(value)}. Fix the row.")
     return value
 
 
@@ -297,7 +320,7 @@ def _trained(item: dict[str, Any], role: str, where: str) -> bool | None:
         if value is None:
             continue
         if value not in (0, 1):
-            raise InputError(f"{where}.{key} must be 0 or 1 (false or true), got {_shown(value)}.")
+            raise InputError(f"{where}.{key} must be 0 or 1 (false or true), got {describe(value)}.")
         if value and role != "assistant":
             raise InputError(f"{where}.{key}: only assistant turns can be trained; this is a {role} turn. Set it to 0.")
         return bool(value)

@@ -1,4 +1,4 @@
-"""What a person should see before the first step: what will be trained on, token by token for two rows."""
+"""What a person should see before the first step: counts, lengths, and two rows with their trained tokens marked."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from qvera.data.dataset import Datasets
-from qvera.data.example import Example
+from qvera.data.named_templates import NAMED_TEMPLATES
+from qvera.data.rows import Example
 from qvera.data.stats import DataStats
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def print_preflight(
     """Print rows, tokens, a histogram of lengths, what was cut or dropped, and ``rows`` rows with trained tokens marked.
 
     ``rows`` None: two, and of a mixture at least one of each source. They come from each source in turn, see `Datasets.first_rows`.
-    Trained tokens stand in ⟦…⟧ and in colour, so that they show on a terminal without colours and in a log file too.
+    Trained tokens stand in ⟦…⟧ and in colour, so that they show in a log file too.
     """
     stats = datasets.stats
     console.print(_summary(stats))
@@ -59,16 +60,16 @@ def _summary(stats: DataStats) -> Table:
         table.add_row("Format", stats.sources[0].layout)
     else:
         for source in stats.sources:
-            said = f"{source.taken:,} from {source.path} ({source.rows:,} x {source.weight:g}): {source.layout}"
-            table.add_row("  of these", Text(said))
+            text = f"{source.taken:,} from {source.path} ({source.rows:,} x {source.weight:g}): {source.layout}"
+            table.add_row("  of these", Text(text))
     table.add_row("Tokens", f"{stats.tokens:,} (mean {mean:,.0f}, longest {stats.longest_tokens:,} a row)")
     table.add_row("Trained", f"{stats.trained_tokens:,} tokens, {share:.1%}")
     table.add_row("Truncated", f"{stats.truncated_rows:,} rows, {stats.truncated_tokens:,} tokens cut off")
     if stats.split_rows:
         table.add_row("Split", f"{stats.split_rows:,} rows into {stats.split_parts:,}")
     table.add_row("Dropped", f"{stats.dropped_rows:,} rows")
-    if stats.found:
-        table.add_row("Tokenized", f"before; found in the cache ({', '.join(stats.found)})")
+    if stats.cache_entries:
+        table.add_row("Tokenized", f"before; found in the cache ({', '.join(stats.cache_entries)})")
     if stats.unused_columns:
         table.add_row("Not read", Text("columns " + ", ".join(stats.unused_columns)))
     return table
@@ -77,6 +78,11 @@ def _summary(stats: DataStats) -> Table:
 def data_warnings(stats: DataStats) -> list[str]:
     """What a person should know about the rows, a sentence each."""
     lines = []
+    if stats.default_templates:
+        lines.append(
+            f"The tokenizer has no chat template, so rows are written with the template "
+            f"{' and '.join(stats.default_templates)}. Set data.template to choose one: {', '.join(NAMED_TEMPLATES)}."
+        )
     for reason, sources in stats.dropped.items():
         shown = ", ".join(sources[:3]) + (", ..." if len(sources) > 3 else "")
         lines.append(f"Dropped, {reason}: {shown}")
@@ -84,10 +90,10 @@ def data_warnings(stats: DataStats) -> list[str]:
         lines.append(
             f"Held-out rows that are also training rows: {stats.repeated_rows:,}. Held-out scores will flatter."
         )
-    if stats.spelled_rows:
+    if stats.special_token_rows:
         lines.append(
-            f"Rows whose text spells special tokens (such as </s>), which are read as those tokens: "
-            f"{stats.spelled_rows:,}."
+            f"Rows whose text contains special tokens (such as </s>), which are read as those tokens: "
+            f"{stats.special_token_rows:,}."
         )
     if stats.pads_with_eos:
         lines.append("The tokenizer has no pad token: batches are padded with eos, masked out of attention and loss.")
@@ -99,7 +105,7 @@ def histogram_lines(edges: list[int], counts: list[int]) -> list[str]:
     highest = max(counts, default=0)
     digits = len(f"{edges[-1]:,}") if edges else 1
     lines = []
-    for low, high, count in zip(edges, edges[1:], counts, strict=False):
+    for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True):
         length = round(_BAR_WIDTH * count / highest)
         bar = "█" * max(length, 1 if count else 0)
         lines.append(f"{low:>{digits},} – {high - 1:>{digits},}  {bar:<{_BAR_WIDTH}}  {count:,}")

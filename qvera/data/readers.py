@@ -5,18 +5,15 @@ from __future__ import annotations
 import csv
 import difflib
 import json
+import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qvera.utils.errors import InputError
-
-if TYPE_CHECKING:
-    from qvera.config.schema import DataSection
-    from qvera.utils.cache_dir import HashIndex
 
 EXTENSIONS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _ACCEPTED = ".jsonl, .json, .csv, .tsv or .parquet"
@@ -54,49 +51,55 @@ def read_rows(
     Raises:
         InputError: nothing of that name, an unknown extension, a file that is empty, not UTF-8 or malformed.
     """
-    local = Path(path).expanduser()
-    if local.is_dir():
-        files = _files_of(local)
-    elif local.exists():
-        files = [local]
-    elif _looks_like_hub_id(path):
+    files = local_files(path)
+    if files is None:
         yield from _read_hub(path, split, config_name, revision)
         return
-    else:
-        raise _missing(path, local)
     for name, value in (("config_name", config_name), ("revision", revision)):
         if value is not None:
+            kind = "directory" if Path(path).expanduser().is_dir() else "file"
             raise InputError(
-                f"data.{name}: {value!r} has a meaning for hub datasets only, and {path} is a local "
-                f"{'directory' if local.is_dir() else 'file'}. Remove the key."
+                f"data.{name}: {value!r} has a meaning for hub datasets only, and {path} is a local {kind}. Remove the key."
             )
+    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
+    readers |= {".csv": _read_csv, ".tsv": _read_csv}
     for file in files:
-        count = 0
-        for row in _reader(file)(file):
-            count += 1
+        if file.suffix.lower() not in readers:
+            raise InputError(
+                f"{file}: can't read a file that ends in {file.suffix or 'nothing'!r}. Expected {_ACCEPTED}; "
+                "convert the file, or rename it if it is one of these."
+            )
+        empty = True
+        for row in readers[file.suffix.lower()](file):
+            empty = False
             yield row
-        if not count:
+        if empty:
             raise InputError(f"{file}: holds no rows. Expected at least one; is it the right file?")
 
 
-def _reader(file: Path) -> Any:
-    readers = {
-        ".jsonl": _read_jsonl,
-        ".json": _read_json,
-        ".csv": _read_csv,
-        ".tsv": _read_csv,
-        ".parquet": _read_parquet,
-    }
-    reader = readers.get(file.suffix.lower())
-    if reader is None:
-        raise InputError(
-            f"{file}: can't read a file that ends in {file.suffix or 'nothing'!r}. Expected {_ACCEPTED}; "
-            "convert the file, or rename it if it is one of these."
-        )
-    return reader
+def local_files(path: str) -> list[Path] | None:
+    """The data files that a local path means, in name order; None for the id of a hub dataset.
+
+    Raises:
+        InputError: nothing of that name, no regular file, or a directory without data files or with several splits.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return _data_files(local)
+    if local.is_file():
+        return [local]
+    if local.exists():
+        raise InputError(f"{path}: is a pipe or a device, and rows are read more than once. Save them to a file.")
+    if (
+        re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path)
+        and not path.lower().endswith(EXTENSIONS)
+        and (path.count("/") == 1 or "." not in path)
+    ):
+        return None
+    raise _missing(path, local)
 
 
-def _files_of(directory: Path) -> list[Path]:
+def _data_files(directory: Path) -> list[Path]:
     files = sorted(p for p in directory.iterdir() if p.is_file() and p.suffix.lower() in EXTENSIONS)
     if not files:
         others = sorted(p.name for p in directory.iterdir())[:5]
@@ -113,20 +116,17 @@ def _files_of(directory: Path) -> list[Path]:
     return files
 
 
-def _looks_like_hub_id(path: str) -> bool:
-    return (
-        re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) is not None
-        and not path.lower().endswith(EXTENSIONS)
-        and (path.count("/") == 1 or "." not in path)
-    )
-
-
 def _missing(path: str, local: Path) -> InputError:
-    parent = local.parent
-    if not parent.is_dir():
-        return InputError(f"{path}: no such file, and no directory {parent} either. Check data.path.")
-    near = difflib.get_close_matches(local.name, [p.name for p in parent.iterdir()], n=1)
-    hint = f" Did you mean {parent / near[0]}?" if near else f" Expected a {_ACCEPTED} file or a directory of them."
+    if local.is_symlink():
+        return InputError(
+            f"{path}: is a link to {os.readlink(local)}, and no file can be reached by it. Mend the link."
+        )
+    if not local.parent.is_dir():
+        return InputError(f"{path}: no such file, and no directory {local.parent} either. Check data.path.")
+    near = difflib.get_close_matches(local.name, [p.name for p in local.parent.iterdir()], n=1)
+    hint = (
+        f" Did you mean {local.parent / near[0]}?" if near else f" Expected a {_ACCEPTED} file or a directory of them."
+    )
     return InputError(f"{path}: no such file or directory.{hint}")
 
 
@@ -142,11 +142,37 @@ def _open_failed(file: Path, error: OSError) -> Unreadable:
     return Unreadable(f"{file}: can't be read: {error.strerror or error}. Check that it is a file you may read.")
 
 
+class _DuplicateKeys:
+    """The objects of a JSON text in which a key occurs twice, where Python's parser silently takes the last one."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[dict[str, Any], str]] = []
+
+    def parse(self, text: str) -> object:
+        """The JSON value; objects with a duplicate key are noted."""
+        self.found.clear()
+        return json.loads(text, object_pairs_hook=self._object)
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) != len(pairs):
+            names = [name for name, _ in pairs]
+            self.found.append((value, next(name for name in names if names.count(name) > 1)))
+        return value
+
+    def error(self, where: str) -> InputError:
+        """The error for the first object that was noted."""
+        return InputError(
+            f"{where}: the key {self.found[0][1]!r} occurs twice in one object. Remove or rename one of them."
+        )
+
+
 def _read_jsonl(file: Path) -> Iterator[RawRow]:
     try:
         stream = file.open("rb")
     except OSError as error:
         raise _open_failed(file, error) from None
+    duplicates = _DuplicateKeys()
     with stream:
         for number, raw in enumerate(stream, start=1):
             source = f"{file}:{number}"
@@ -157,24 +183,28 @@ def _read_jsonl(file: Path) -> Iterator[RawRow]:
             if not line:
                 continue
             try:
-                value = json.loads(line)
+                value = duplicates.parse(line)
             except (json.JSONDecodeError, RecursionError) as error:
-                raise InputError(_jsonl_complaint(source, number, line, error)) from None
+                raise _bad_line(source, number, line, error) from None
             if not isinstance(value, dict):
                 hint = " The file is one JSON list: rename it to .json." if number == 1 and line[0] == "[" else ""
                 raise InputError(
                     f"{source}: expected one JSON object on the line, such as "
-                    f'{{"prompt": ..., "completion": ...}}, got {_shown(value)}.{hint}'
+                    f'{{"prompt": ..., "completion": ...}}, got {describe(value)}.{hint}'
                 )
+            if duplicates.found:
+                raise duplicates.error(source)
             yield RawRow(value, source)
 
 
-def _jsonl_complaint(source: str, number: int, line: str, error: Exception) -> str:
+def _bad_line(source: str, number: int, line: str, error: Exception) -> InputError:
     if number == 1 and line in ("[", "{"):
-        return f"{source}: the object is not on one line; the file looks like plain JSON. Rename it to .json."
+        return InputError(
+            f"{source}: the object is not on one line; the file looks like plain JSON. Rename it to .json."
+        )
     detail = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-    return (
-        f"{source}: not valid JSON: {detail}, in {_cut(line)!r}. Expected one complete JSON object on each line; "
+    return InputError(
+        f"{source}: not valid JSON: {detail}, in {_shortened(line)!r}. Expected one complete JSON object on each line; "
         "fix or remove the line."
     )
 
@@ -191,8 +221,9 @@ def _read_json(file: Path) -> Iterator[RawRow]:
         raise _not_utf8(f"{file}:{line}", error, raw) from None
     if not text.strip():
         raise InputError(f"{file}: the file is empty. Expected a JSON list of objects.")
+    duplicates = _DuplicateKeys()
     try:
-        value = json.loads(text)
+        value = duplicates.parse(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and text.lstrip()[0] == "{":
             raise InputError(
@@ -211,12 +242,16 @@ def _read_json(file: Path) -> Iterator[RawRow]:
             raise InputError(f"{file}: expected a JSON list of objects, got one object with the keys {keys}.")
         value = lists[0]
     if not isinstance(value, list):
-        raise InputError(f"{file}: expected a JSON list of objects, got {_shown(value)}.")
+        raise InputError(f"{file}: expected a JSON list of objects, got {describe(value)}.")
     for number, row in enumerate(value, start=1):
         source = f"{file} row {number}"
         if not isinstance(row, dict):
-            raise InputError(f"{source}: expected an object with named fields, got {_shown(row)}.")
+            raise InputError(f"{source}: expected an object with named fields, got {describe(row)}.")
+        if duplicates.found and row is duplicates.found[0][0]:
+            raise duplicates.error(source)
         yield RawRow(row, source)
+    if duplicates.found:  # within a row
+        raise duplicates.error(str(file))
 
 
 def _read_csv(file: Path) -> Iterator[RawRow]:
@@ -272,12 +307,10 @@ def _read_parquet(file: Path) -> Iterator[RawRow]:
     import pyarrow.parquet as pq
 
     try:
-        parquet = pq.ParquetFile(file)
-        number = 0
-        for batch in parquet.iter_batches(batch_size=1024):
-            for fields in batch.to_pylist():
-                number += 1
-                yield RawRow(fields, f"{file} row {number}")
+        batches = pq.ParquetFile(file).iter_batches(batch_size=1024)
+        rows = (fields for batch in batches for fields in batch.to_pylist())
+        for number, fields in enumerate(rows, start=1):
+            yield RawRow(fields, f"{file} row {number}")
     except (pa.ArrowException, OSError) as error:
         kind = Unreadable if isinstance(error, OSError) else InputError
         raise kind(f"{file}: can't be read as Parquet: {_one_line(error)}. Is the file complete?") from None
@@ -285,14 +318,18 @@ def _read_parquet(file: Path) -> Iterator[RawRow]:
 
 def _read_hub(path: str, split: str, config_name: str | None, revision: str | None) -> Iterator[RawRow]:
     number = 0
-    for number, fields in enumerate(_load_hub(path, split, config_name, revision), start=1):
+    for number, fields in enumerate(load_hub(path, split, config_name, revision), start=1):
         yield RawRow(dict(fields), f"{path}[{split}] row {number}")
     if not number:
         raise InputError(f"{path}: the split {split!r} holds no rows. Set data.split to another one.")
 
 
-def _load_hub(path: str, split: str, config_name: str | None, revision: str | None) -> Any:
-    """A hub dataset as `datasets` has it: Arrow files in its cache, mapped."""
+def load_hub(path: str, split: str, config_name: str | None, revision: str | None) -> Iterable[dict[str, Any]]:
+    """A hub dataset as `datasets` has it: Arrow files in its cache, memory-mapped.
+
+    Raises:
+        Unreadable: there is none of that name, or the hub can't be reached.
+    """
     import datasets
 
     try:
@@ -307,71 +344,18 @@ def _load_hub(path: str, split: str, config_name: str | None, revision: str | No
         ) from None
 
 
-def source_files(section: DataSection) -> list[Path] | None:
-    """The local files that a source is read from, its held-out ones last; None for a hub dataset.
-
-    Raises:
-        InputError: a directory without data files.
-    """
-    found: list[Path] = []
-    for path in (section.path, section.eval_path):
-        if path is None:
-            continue
-        local = Path(path).expanduser()
-        if local.is_dir():
-            found += _files_of(local)
-        elif local.exists():
-            found.append(local)
-        elif _looks_like_hub_id(path):
-            return None
-    return found
-
-
-def source_content(section: DataSection, files: list[Path] | None, hashes: HashIndex) -> Any:
-    """What a source holds, as JSON: name and SHA-256 of each file, or the fingerprints that `datasets` gives a hub dataset.
-
-    Args:
-        files: from `source_files`.
-        hashes: what is known of files that have not changed.
-
-    Returns:
-        None where nothing tells one content from another.
-    """
-    if files is not None:
-        known = hashes.hashed(files, hashes.known(files), None)
-        return [[str(file), known[file]] for file in files]
-    found = []
-    for path in (section.path, section.eval_path):
-        if path is None:
-            continue
-        local = Path(path).expanduser()
-        if local.is_file():
-            found.append([str(local), hashes.hashed([local], hashes.known([local]), None)[local]])
-            continue
-        if local.is_dir():
-            return None
-        rows = _load_hub(path, section.split, section.config_name, section.revision)
-        fingerprint = getattr(rows, "_fingerprint", None)
-        if fingerprint is None:
-            return None
-        found.append([path, str(fingerprint)])
-    return found
-
-
 def _one_line(error: Exception) -> str:
-    return _cut(" ".join(f"{error}".split()) or type(error).__name__, 300).rstrip(".")
+    return _shortened(" ".join(f"{error}".split()) or type(error).__name__, 300).rstrip(".")
 
 
-def _cut(text: str, limit: int = 60) -> str:
+def _shortened(text: str, limit: int = 60) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def _shown(value: Any) -> str:
+def describe(value: object) -> str:
     """A value's JSON type and, for short ones, the value, as a message shows it."""
     kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
     if value is None:
         return "null"
     kind = kinds.get(type(value), type(value).__name__)
-    if isinstance(value, (dict, list)):
-        return kind
-    return f"{kind} ({_cut(repr(value), 40)})"
+    return kind if isinstance(value, (dict, list)) else f"{kind} ({_shortened(repr(value), 40)})"

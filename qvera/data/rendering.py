@@ -90,7 +90,7 @@ class Renderer:
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
             raise TemplateError(" ".join(str(error).split()).rstrip(".") or type(error).__name__) from None
 
-    def spells_marker(self, text: str) -> bool:
+    def has_special_token(self, text: str) -> bool:
         """Whether a row's text contains a special token's spelling, which the tokenizer will read as that token."""
         return self.special.search(text) is not None
 

@@ -1,4 +1,4 @@
-"""Which rows a step trains on, and rows → tensors. The order is a function of the step alone: nothing to save."""
+"""Which rows a step trains on, and how they are cut into forward passes. The order is a function of the step: nothing to save."""
 
 from __future__ import annotations
 
@@ -8,16 +8,12 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from qvera.data.row_tables import lengths_of
+from qvera.data.rows import lengths_of
 
 if TYPE_CHECKING:
     from qvera.config.schema import Recipe
-    from qvera.data.example import Example
-
-IGNORED = -100
-"""The label of a token that is not trained (torch's ``cross_entropy`` default)."""
+    from qvera.data.rows import Example
 
 
 def philox_key(seed: int, stream: int) -> np.ndarray:
@@ -54,27 +50,27 @@ def steps_per_epoch(n: int, global_batch_size: int) -> int:
 
 
 _GROUPED_BATCHES = 50
-"""Batches in each stretch of an epoch that is sorted by length, as in transformers' LengthGroupedSampler: few enough that a row's
-place stays random, many enough that rows of one batch are nearly as long as each other."""
+"""Batches in each stretch of an epoch that is sorted by length, as in transformers' LengthGroupedSampler: few enough that the
+order stays random, many enough that the rows of a batch have nearly one length."""
 
 
 def grouped(chosen: np.ndarray, lengths: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
-    """One epoch's order again, such that batches of ``size`` rows hold rows of like length.
+    """Reorder one epoch so that batches of ``size`` rows hold rows of similar length.
 
     Args:
         chosen: int64 [n], from `order`.
         lengths: tokens of row i.
 
     Returns:
-        int64 [n], each row once. Which batch comes first is drawn anew, so that no epoch goes from long rows to short ones; a batch
+        int64 [n], each row once. The batches come in random order, so that no epoch goes from long rows to short ones; a batch
         that is not full stays the last.
     """
     stretches = [chosen[i : i + size * _GROUPED_BATCHES] for i in range(0, len(chosen), size * _GROUPED_BATCHES)]
-    alike = np.concatenate([part[np.argsort(-lengths[part], kind="stable")] for part in stretches])
-    full = len(alike) // size
+    by_length = np.concatenate([part[np.argsort(-lengths[part], kind="stable")] for part in stretches])
+    full = len(by_length) // size
     # the key's last stream is hold_out's; this one counts down from the one before it
     turns = np.argsort(np.random.Philox(key=philox_key(seed, -2 - epoch)).random_raw(full), kind="stable")
-    return np.concatenate([alike[: full * size].reshape(full, size)[turns].ravel(), alike[full * size :]])
+    return np.concatenate([by_length[: full * size].reshape(full, size)[turns].ravel(), by_length[full * size :]])
 
 
 class Batches:
@@ -183,35 +179,8 @@ def batches_of(recipe: Recipe, rows: Sequence[Example]) -> Batches:
 
 
 def microbatches(indices: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Cut a batch into consecutive pieces of at most ``size`` rows, in order."""
+    """Cut a batch into consecutive microbatches of at most ``size`` rows, in order."""
     if size < 1:
         raise ValueError(f"microbatches of {size} rows")
     for start in range(0, len(indices), size):
         yield list(indices[start : start + size])
-
-
-def collate(examples: Sequence[Example], pad_id: int, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
-    """Rows of different lengths → one batch, padded on the right to the longest.
-
-    Args:
-        examples: B rows, at least one.
-        pad_id: the token put where a row has ended; it is neither attended to nor trained.
-        device: where the tensors go.
-
-    Returns:
-        ``input_ids`` int64 [B, T]; ``attention_mask`` int64 [B, T], 1 on real tokens; ``labels`` int64 [B, T], the
-        token itself where it is trained and `IGNORED` elsewhere. Aligned with ``input_ids``: the loss shifts.
-    """
-    if not examples:
-        raise ValueError("collate needs at least one row")
-    length = max(len(example.input_ids) for example in examples)
-    input_ids = np.full((len(examples), length), pad_id, dtype=np.int64)
-    attention_mask = np.zeros((len(examples), length), dtype=np.int64)
-    labels = np.full((len(examples), length), IGNORED, dtype=np.int64)
-    for row, example in enumerate(examples):
-        end = len(example.input_ids)
-        input_ids[row, :end] = example.input_ids
-        attention_mask[row, :end] = 1
-        labels[row, :end] = np.where(example.trained, example.input_ids, IGNORED)
-    arrays = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-    return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}

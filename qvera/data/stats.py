@@ -1,17 +1,20 @@
-"""The counts of a data set: its sources, what its rows lost on their way, and how long they are."""
+"""The counts of a data set: its sources, what its rows lost, and how long they are."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qvera.data.chat_template import OWN
-from qvera.data.row_tables import Rows
-from qvera.data.tokenization import Counts
+from qvera.data.rows import Rows
+from qvera.data.tokenization import RowCounts
+
+if TYPE_CHECKING:
+    from qvera.data.tokenize_source import TokenizedSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,18 +40,14 @@ class SourceStats:
 
 
 @dataclass(slots=True)
-class DataStats:
-    """What happened to the rows. Token counts are of the training rows, after truncation.
+class DataStats(RowCounts):
+    """What happened to the rows, train and eval, besides `RowCounts`. Token counts are of the training rows, after truncation.
 
     Attributes:
-        truncated_rows: rows, train and eval, that lost tokens to max_length, max_source_length or max_target_length.
-        truncated_tokens: how many tokens they lost.
-        split_rows: rows, train and eval, that were split because they were longer than max_length.
-        split_parts: how many rows they became (parts without a trained token are left out).
-        dropped: reason → sources of rows that are left out.
-        spelled_rows: rows whose text spells special tokens (such as ``</s>``), which are read as those tokens.
         repeated_rows: eval rows that are, token for token, also training rows (by a 64-bit hash of their tokens).
-        found: names of the cache's entries that rows came from; sources that are not among them were tokenized now.
+        pads_with_eos: the tokenizer has no pad token.
+        default_templates: named templates that were chosen because the tokenizer has no chat template and the recipe names none.
+        cache_entries: names of the cache's entries that rows came from; other sources were tokenized now.
         histogram_edges, histogram_counts: training rows by length in tokens; counts[i] is of
             edges[i] <= T < edges[i + 1].
     """
@@ -60,15 +59,10 @@ class DataStats:
     tokens: int = 0
     trained_tokens: int = 0
     longest_tokens: int = 0
-    truncated_rows: int = 0
-    truncated_tokens: int = 0
-    split_rows: int = 0
-    split_parts: int = 0
-    dropped: dict[str, list[str]] = field(default_factory=dict)
-    spelled_rows: int = 0
     repeated_rows: int = 0
     pads_with_eos: bool = False
-    found: list[str] = field(default_factory=list)
+    default_templates: list[str] = field(default_factory=list)
+    cache_entries: list[str] = field(default_factory=list)
     histogram_edges: list[int] = field(default_factory=list)
     histogram_counts: list[int] = field(default_factory=list)
 
@@ -82,37 +76,34 @@ class DataStats:
         """As `format`."""
         return ", ".join(dict.fromkeys(source.template for source in self.sources))
 
-    def add_source(self, source: SourceStats, unused: list[str], pads_with_eos: bool) -> None:
-        """Note what a source looks like."""
-        self.sources.append(source)
-        self.unused_columns += [name for name in unused if name not in self.unused_columns]
-        self.pads_with_eos = pads_with_eos
+    def add_source(self, about: SourceStats, source: TokenizedSource) -> None:
+        """Note what a source looks like and what its rows lost."""
+        self.sources.append(about)
+        self.unused_columns += [name for name in source.unused_columns if name not in self.unused_columns]
+        self.cache_entries += [source.cache_entry] if source.cache_entry else []
+        self.add(source.counts)
 
-    def add_counts(self, counts: Counts, found: str | None) -> None:
-        """Note what a source's rows lost, and the cache's entry that they came from."""
-        for name in ("truncated_rows", "truncated_tokens", "split_rows", "split_parts", "spelled_rows"):
-            setattr(self, name, getattr(self, name) + getattr(counts, name))
-        for reason, sources in counts.dropped.items():
-            self.dropped.setdefault(reason, []).extend(sources)
-        self.found += [] if found is None else [found]
+    def count(self, train: Rows, held_out: Rows) -> None:
+        """Count the rows by the columns that lie beside them; no row is read."""
+        self.train_rows, self.eval_rows = len(train), len(held_out)
+        self.tokens = int(train.lengths.sum(dtype=np.int64))
+        self.trained_tokens = int(train.trained_tokens.sum(dtype=np.int64))
+        self.longest_tokens = int(train.lengths.max())
+        # by sorting: hashes are no table's indices, and numpy 2.0 overflows where it tries 64 unsigned bits as such
+        self.repeated_rows = int(np.isin(held_out.ids_hash, train.ids_hash, kind="sort").sum())
+        self.histogram_edges, self.histogram_counts = length_histogram(train.lengths)
 
     @property
     def dropped_rows(self) -> int:
+        """Rows that are left out, for whatever reason."""
         return sum(map(len, self.dropped.values()))
 
     def to_dict(self) -> dict[str, Any]:
         """The ``data`` object of run.json."""
+        counts = ["train_rows", "eval_rows", "tokens", "trained_tokens", "longest_tokens", "truncated_rows"]
+        counts += ["truncated_tokens", "split_rows", "split_parts", "dropped_rows"]
         return {
-            "train_rows": self.train_rows,
-            "eval_rows": self.eval_rows,
-            "tokens": self.tokens,
-            "trained_tokens": self.trained_tokens,
-            "longest_tokens": self.longest_tokens,
-            "truncated_rows": self.truncated_rows,
-            "truncated_tokens": self.truncated_tokens,
-            "split_rows": self.split_rows,
-            "split_parts": self.split_parts,
-            "dropped_rows": self.dropped_rows,
+            **{name: getattr(self, name) for name in counts},
             "dropped": {reason: len(sources) for reason, sources in self.dropped.items()},
             "repeated_rows": self.repeated_rows,
             "sources": [asdict(source) for source in self.sources],
@@ -120,18 +111,6 @@ class DataStats:
             "template": self.template,
             "length_histogram": {"edges": self.histogram_edges, "counts": self.histogram_counts},
         }
-
-
-def count(stats: DataStats, train: Rows, held_out: Rows) -> None:
-    """Count the rows into ``stats``, by what is known of all of them without a look at any."""
-    lengths = train.lengths
-    stats.train_rows, stats.eval_rows = len(train), len(held_out)
-    stats.tokens = int(lengths.sum(dtype=np.int64))
-    stats.trained_tokens = int(train.trained_tokens.sum(dtype=np.int64))
-    stats.longest_tokens = int(lengths.max())
-    # by sorting: hashes are no table's indices, and numpy 2.0 overflows where it tries 64 unsigned bits as such
-    stats.repeated_rows = int(np.isin(held_out.ids_hash, train.ids_hash, kind="sort").sum())
-    stats.histogram_edges, stats.histogram_counts = length_histogram(lengths)
 
 
 def length_histogram(lengths: np.ndarray, bins: int = 10) -> tuple[list[int], list[int]]:

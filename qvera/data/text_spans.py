@@ -51,8 +51,9 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Skeleton:
-    """The literal text around the slots (one piece more than slots) and, per assistant turn, its answer: it starts
-    ``before`` characters before the content and ends ``after`` characters behind it, ``marked`` or not.
+    """The literal text around the slots (one more than slots) and where the answer of each assistant turn is.
+
+    It starts ``before`` characters before the content and ends ``after`` characters behind it, ``marked`` or not.
     """
 
     literals: list[str]

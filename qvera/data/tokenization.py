@@ -1,39 +1,60 @@
-"""Conversations → examples: ids, which of them are trained, and what was cut off on the way."""
+"""Raw rows → examples: ids, which of them are trained, and what was cut off on the way."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+import pyarrow as pa
 
 from qvera.config.schema import DataSection
 from qvera.data.chat_template import ChatTemplate, Rendered
 from qvera.data.encoding import END, HEADER, START, Cut, Encoder
-from qvera.data.example import Example
 from qvera.data.formats import Conversation, RowFormat, Text, parse_row
 from qvera.data.readers import RawRow
+from qvera.data.rows import Example, record_batch
 from qvera.utils.errors import InputError
 
 
-@dataclasses.dataclass(slots=True)
-class Counts:
-    """What happened to raw rows on their way, as `DataStats` has it."""
+@dataclass(slots=True)
+class RowCounts:
+    """What raw rows lost on their way, as `DataStats` has it."""
 
     truncated_rows: int = 0
     truncated_tokens: int = 0
     split_rows: int = 0
     split_parts: int = 0
-    spelled_rows: int = 0
-    dropped: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    special_token_rows: int = 0
+    dropped: dict[str, list[str]] = field(default_factory=dict)
 
-    def add(self, other: Counts) -> None:
+    def add(self, other: RowCounts) -> None:
         """Count the rows of ``other`` too; they come after these."""
-        for name in ("truncated_rows", "truncated_tokens", "split_rows", "split_parts", "spelled_rows"):
+        for name in ("truncated_rows", "truncated_tokens", "split_rows", "split_parts", "special_token_rows"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for reason, sources in other.dropped.items():
             self.dropped.setdefault(reason, []).extend(sources)
+
+
+@dataclass(slots=True)
+class TokenizedChunk:
+    """What became of some consecutive raw rows.
+
+    Attributes:
+        rows: raw rows.
+        batch: their examples, as an Arrow record batch. Not made where there are empty rows or an error.
+        counts: what they lost.
+        empty_rows: sources of rows without a token to train on.
+        error: what is wrong with the first bad row, or empty.
+        malformed: that row is not of the format; otherwise the template refuses it.
+    """
+
+    rows: int
+    batch: pa.RecordBatch
+    counts: RowCounts = field(default_factory=RowCounts)
+    empty_rows: list[str] = field(default_factory=list)
+    error: str = ""
+    malformed: bool = False
 
 
 class RowTokenizer:
@@ -46,59 +67,71 @@ class RowTokenizer:
 
     def __init__(self, section: DataSection, encoder: Encoder, template: ChatTemplate, row_format: RowFormat) -> None:
         self.section, self.encoder, self.template, self.row_format = section, encoder, template, row_format
-        self._counts = Counts()
+        self._counts = RowCounts()
 
-    def parse(self, rows: Sequence[RawRow]) -> tuple[list[Conversation | Text], list[str]]:
-        """The rows that have something to train, and the sources of those that have nothing.
+    def tokenize_chunk(self, rows: Sequence[RawRow], only_check: bool = False) -> TokenizedChunk:
+        """Check and tokenize consecutive rows.
+
+        Args:
+            only_check: rows before these had nothing to train on, so only the list of such rows is still of interest.
+        """
+        chunk = TokenizedChunk(len(rows), record_batch([]))
+        try:
+            parsed = [parse_row(row, self.row_format, self.section.system, self.section.label_names) for row in rows]
+        except InputError as error:
+            chunk.error, chunk.malformed = str(error), True
+            return chunk
+        chunk.empty_rows = [row.source for row in parsed if self._is_empty(row)]
+        if only_check or chunk.empty_rows:
+            return chunk
+        try:
+            examples, chunk.counts = self.encode(parsed)
+            chunk.batch = record_batch(examples)
+        except InputError as error:
+            chunk.error = str(error)
+        return chunk
+
+    def encode(self, rows: Sequence[Conversation | Text]) -> tuple[list[Example], RowCounts]:
+        """Their examples in order, and what was cut, split and dropped on the way.
 
         Raises:
-            InputError: a row is not of the format.
+            InputError: the template refuses a row, or rewrites its answers.
         """
-        parsed = [parse_row(row, self.row_format, self.section.system) for row in rows]
-        hollow = [row.source for row in parsed if self._is_hollow(row)]
-        return [row for row in parsed if not self._is_hollow(row)] if hollow else parsed, hollow
-
-    def encode(self, rows: Sequence[Conversation | Text]) -> tuple[list[Example], Counts]:
-        """Their examples in order, and what was cut, split, dropped on the way.
-
-        Raises:
-            InputError: the template refuses a row, or rewrites it beyond recognition.
-        """
-        self._counts = Counts()
+        self._counts = RowCounts()
         return self._encode(rows), self._counts
 
-    def hollow_message(self, hollow: Sequence[str]) -> str:
-        """What is said of rows without a token to train on."""
-        shown = ", ".join(hollow[:5]) + (f" and {len(hollow) - 5} more" if len(hollow) > 5 else "")
-        what = "its answer (or text) is empty" if len(hollow) == 1 else "their answers (or texts) are empty"
+    def empty_rows_message(self, sources: Sequence[str]) -> str:
+        """The error for rows without a token to train on."""
+        shown = ", ".join(sources[:5]) + (f" and {len(sources) - 5} more" if len(sources) > 5 else "")
+        what = "its answer (or text) is empty" if len(sources) == 1 else "their answers (or texts) are empty"
         if self.section.train_on == "last" or self.row_format.name in ("messages", "sharegpt"):
             what += ", or there is no assistant turn to train"
-        rows = f"{len(hollow)} row{'s' if len(hollow) > 1 else ''}"
+        rows = f"{len(sources)} row{'s' if len(sources) > 1 else ''}"
         return f"{shown}: {rows} with no token to train on: {what}. Fill in or remove them."
 
-    def _trains(self, conversation: Conversation) -> list[int]:
+    def _trained_turns(self, conversation: Conversation) -> list[int]:
         """The turns of a conversation that are trained."""
         answers = [i for i, turn in enumerate(conversation.turns) if turn.role == "assistant"]
         if self.section.train_on == "last":
             answers = answers[-1:]
         return [i for i in answers if conversation.turns[i].trained is not False]
 
-    def _is_hollow(self, row: Conversation | Text) -> bool:
+    def _is_empty(self, row: Conversation | Text) -> bool:
         if isinstance(row, Text):
             return not row.text.strip()
         if self.section.train_on == "all":
             return not any(turn.content.strip() for turn in row.turns)
-        turns = [row.turns[i] for i in self._trains(row)]
+        turns = [row.turns[i] for i in self._trained_turns(row)]
         return not any(turn.content.strip() or turn.extra.get("tool_calls") for turn in turns)
 
     def _encode(self, rows: Sequence[Conversation | Text]) -> list[Example]:
         layouts: list[tuple[str, list[Cut], Rendered | None]] = []
         for row in rows:
-            self._counts.spelled_rows += self._spells(row)
+            self._counts.special_token_rows += self._has_special_token(row)
             if isinstance(row, Text):
                 layouts.append((row.text, [], None))
                 continue
-            needed = [] if self.section.train_on == "all" else self._trains(row)
+            needed = [] if self.section.train_on == "all" else self._trained_turns(row)
             rendered = self.template.lay_out(row, needed)
             cuts = []
             for answer in rendered.answers:
@@ -110,9 +143,9 @@ class RowTokenizer:
             examples += self._example(row, text, layout, ids, positions)
         return examples
 
-    def _spells(self, row: Conversation | Text) -> bool:
+    def _has_special_token(self, row: Conversation | Text) -> bool:
         texts = [row.text] if isinstance(row, Text) else [t.content + (t.context or "") for t in row.turns]
-        return any(self.template.spells_marker(text) for text in texts)
+        return any(self.template.has_special_token(text) for text in texts)
 
     def _example(
         self, row: Conversation | Text, text: str, rendered: Rendered | None, ids: list[int], positions: list[int]
@@ -131,7 +164,7 @@ class RowTokenizer:
         else:
             assert isinstance(row, Conversation)
             append_eos = rendered.append_eos
-            wanted = self._trains(row)
+            wanted = self._trained_turns(row)
             for number, answer in enumerate(rendered.answers):
                 opening, start, end = (position + shift for position in positions[3 * number : 3 * number + 3])
                 if answer.turn in wanted:

@@ -1,228 +1,111 @@
-"""Tokenizing by several processes: each reads the source itself and takes every n-th chunk of rows, so that no row crosses a pipe.
+"""Tokenizing by several processes: each reads the source itself and takes every n-th chunk of rows, so no row crosses a pipe.
 
-    python -m qvera.data.tokenize_parallel < job.json > events.jsonl
+    python -m qvera.data.tokenize_parallel JOB.pickle NUMBER
 
-The processes are programs of their own, not forks: the trainer has threads (of torch, of the heartbeat) that a fork would not copy,
-and the code of whoever called `build_datasets` is not run again. Jobs and answers are JSON; rows come back as an Arrow file each.
+The processes are programs of their own, not forks or spawns: a fork would not copy the trainer's threads, and a spawn would
+run the caller's ``__main__`` again. Each writes one Arrow file a chunk; the counts of a chunk are in the file's metadata.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
-import queue
+import pickle
 import subprocess
 import sys
-import threading
-from collections.abc import Callable
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from qvera.config.schema import DataSection
 from qvera.data.chat_template import resolve_template
-from qvera.data.encoding import Encoder
-from qvera.data.formats import RowFormat
-from qvera.data.row_selection import chosen_rows, chunks_of
-from qvera.data.row_tables import SCHEMA, RowWriter, record_batch
-from qvera.data.tokenization import Counts, RowTokenizer
-from qvera.utils.errors import InputError
+from qvera.data.encoding import Encoder, tokenizer_sha256
+from qvera.data.rows import SCHEMA
+from qvera.data.sources import CHUNK_ROWS
+from qvera.data.tokenization import RowCounts, TokenizedChunk
+from qvera.data.tokenize_source import Part
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "USE_TORCH": "0"}
+"""A worker's: one core each, and transformers without torch, whose import takes ten times as long as all the rest."""
+_POLL_SECONDS = 0.05
 
 
-def tokenizer_state(tokenizer: Any) -> dict[str, Any] | None:
-    """All that tokenizing depends on in a tokenizer, as JSON; None for one written in Python, whose code can't be told apart."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if not getattr(tokenizer, "is_fast", False) or backend is None:
-        return None
-    model = json.loads(backend.to_str())
-    model["truncation"] = model["padding"] = None  # of the last call, not of the tokenizer
-    return {
-        "model": json.dumps(model, ensure_ascii=False),
-        "special": tokenizer.special_tokens_map,  # by name: what templates can write, a model's own names included
-        "all_special": sorted(tokenizer.all_special_tokens),
-        "add_bos_token": getattr(tokenizer, "add_bos_token", None),
-        "split_special_tokens": getattr(tokenizer, "split_special_tokens", None),
-        "chat_template": tokenizer.chat_template,
-        "probe": tokenizer("a")["input_ids"],
-    }
+class WorkerFailed(Exception):
+    """A process could not be started, or ended before its work was done: one process can do the rest all the same."""
 
 
-def state_sha256(state: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-def _tokenizer_of(state: dict[str, Any], name: str) -> Any:
-    """The tokenizer again, for a process of its own.
-
-    Raises:
-        ValueError: it would not be the same one.
-    """
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast as Fast
-
-    usual = {key: token for key, token in state["special"].items() if key in Fast.SPECIAL_TOKENS_ATTRIBUTES}
-    tokenizer = Fast(
-        tokenizer_object=Tokenizer.from_str(state["model"]),
-        name_or_path=name,
-        extra_special_tokens=[token for token in state["all_special"] if token not in state["special"].values()],
-        model_specific_special_tokens={key: token for key, token in state["special"].items() if key not in usual},
-        **usual,
-    )
-    tokenizer.chat_template = state["chat_template"]
-    if state["add_bos_token"] is not None:
-        tokenizer.add_bos_token = state["add_bos_token"]
-    if state["split_special_tokens"] is not None:
-        tokenizer.split_special_tokens = state["split_special_tokens"]
-    again = tokenizer_state(tokenizer)
-    if again != state:
-        differ = [key for key in state if again is None or again[key] != state[key]]
-        raise ValueError(f"the tokenizer can't be given to another process whole ({', '.join(differ)} differ)")
-    return tokenizer
-
-
-@dataclasses.dataclass
-class Spread:
-    """What the processes have left: an event for each chunk, and each one's Arrow file, a record batch a chunk."""
-
-    events: dict[int, dict[str, Any]]
-    files: list[Path]
-    first: int
-
-    def take_into(self, writer: RowWriter, counts: Counts, hollow: list[str]) -> list[str]:
-        """Append the chunks in order, and return the sources of hollow rows; ``hollow``: those found before.
-
-        Raises:
-            InputError: the first that one process would have met.
-        """
-        found: list[str] = []
-        for chunk in sorted(self.events):
-            event = self.events[chunk]
-            if event.get("stage") == "parse" or (event.get("stage") == "encode" and not (hollow or found)):
-                raise InputError(event["error"])
-            found += event.get("hollow", [])
-        if not (hollow or found):
-            readers = [pa.ipc.open_file(pa.memory_map(str(file))) for file in self.files]
-            for chunk in sorted(self.events):
-                writer.add(readers[(chunk - self.first) % len(readers)].get_batch((chunk - self.first) // len(readers)))
-                counts.add(Counts(**self.events[chunk]["counts"]))
-        return found
-
-
-def tokenize(
-    section: DataSection,
-    part: str,
-    count: int,
-    row_format: RowFormat,
-    tokenizer: Any,
-    first: int,
-    processes: int,
-    scratch: Path,
-    advance: Callable[[int], None],
-) -> Spread | None:
-    """Tokenize all chunks from ``first`` on; None where that is not possible here, and one process has to.
+def chunks(
+    part: Part, tokenizer: PreTrainedTokenizerBase, first: int, processes: int, scratch: Path
+) -> Iterator[TokenizedChunk]:
+    """Yield all chunks of a part from number ``first`` on, in order.
 
     Args:
-        section: the source; its template is named, not ``auto``, which the rows of this part alone could not settle.
-        part, count: see `making.chosen_rows`.
         scratch: an empty directory for the processes' files.
-        advance: called with the rows of each chunk that is done.
+
+    Raises:
+        WorkerFailed: after the chunks that were yielded, none can be had in this way.
     """
-    state = tokenizer_state(tokenizer)
-    if state is None:
-        return None
-    files = [scratch / f"part-{number}.arrow" for number in range(processes)]
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-    events: dict[int, dict[str, Any]] = {}
-    arrived: queue.Queue[dict[str, Any] | None] = queue.Queue()
-    workers: list[subprocess.Popen[str]] = []
-
-    def listen(worker: subprocess.Popen[str]) -> None:
-        assert worker.stdout is not None
-        for line in worker.stdout:
-            arrived.put(json.loads(line))
-        arrived.put(None)
-
+    job = scratch / "job.pickle"
+    workers: list[subprocess.Popen[bytes]] = []
     try:
-        for number, file in enumerate(files):
-            job = {
-                "section": section.to_dict(), "part": part, "count": count, "format": dataclasses.asdict(row_format),
-                "tokenizer": state, "name": tokenizer.name_or_path, "out": str(file), "first": first + number, "step": processes,
-            }  # fmt: skip
-            told = scratch / f"job-{number}.json"
-            told.write_text(json.dumps(job), encoding="utf-8")
-            # from a file: a pipe holds 64 kB, and the next process would wait until this one has imported all and reads
-            with open(told, encoding="utf-8") as asked, open(scratch / f"said-{number}.txt", "w") as said:
-                worker = subprocess.Popen(
-                    [sys.executable, "-m", "qvera.data.tokenize_parallel"], stdin=asked, stdout=subprocess.PIPE, stderr=said,
-                    text=True, encoding="utf-8", env=environment,
-                )  # fmt: skip
-            workers.append(worker)
-            threading.Thread(target=listen, args=(worker,), daemon=True).start()
-        open_pipes = len(workers)
-        while open_pipes:
-            event = arrived.get()
-            if event is None:
-                open_pipes -= 1
-                continue
-            events[event["chunk"]] = event
-            advance(event["rows"])
-        if any(worker.wait() for worker in workers):
-            return None
-    except OSError:  # no such interpreter, no memory for it, a pipe that broke: one process can do it all the same
-        return None
+        job.write_bytes(pickle.dumps((part, tokenizer, tokenizer_sha256(tokenizer), first, processes)))
+        for number in range(processes):
+            command = [sys.executable, "-m", "qvera.data.tokenize_parallel", str(job), str(number)]
+            nowhere = subprocess.DEVNULL
+            workers.append(
+                subprocess.Popen(
+                    command, stdin=nowhere, stdout=nowhere, stderr=nowhere, env={**os.environ, **_ENVIRONMENT}
+                )
+            )
+        for number in range(first, -(-part.rows // CHUNK_ROWS)):
+            yield _wait_for(scratch / f"{number}.arrow", workers[(number - first) % processes])
+    except (OSError, pickle.PicklingError, TypeError, AttributeError) as error:
+        raise WorkerFailed(str(error)) from error
     finally:
         for worker in workers:
-            if worker.poll() is None:
-                worker.kill()
-                worker.wait()
-    return Spread(events, files, first)
+            worker.kill()
+            worker.wait()
 
 
-def _work(job: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> None:
-    """One process's chunks: ``first``, ``first + step``, ..."""
-    section, row_format = DataSection(**job["section"]), RowFormat(**job["format"])
-    encoder = Encoder(_tokenizer_of(job["tokenizer"], job["name"]))
-    template = resolve_template(section.template, encoder.tokenizer)
-    tokenizer = RowTokenizer(section, encoder, template, row_format)
-    nothing = record_batch([])
-    only_parse = False
-    with pa.OSFile(job["out"], "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as out:
-        for number, chunk in enumerate(chunks_of(chosen_rows(section, job["part"], job["count"]))):
-            if number < job["first"] or (number - job["first"]) % job["step"]:
-                continue
-            event: dict[str, Any] = {"chunk": number, "rows": len(chunk), "counts": dataclasses.asdict(Counts())}
-            batch = nothing
-            try:
-                event["stage"] = "parse"
-                full, event["hollow"] = tokenizer.parse(chunk)
-                only_parse = only_parse or bool(event["hollow"])
-                if not only_parse:
-                    event["stage"] = "encode"
-                    examples, lost = tokenizer.encode(full)
-                    batch, event["counts"] = record_batch(examples), dataclasses.asdict(lost)
-                del event["stage"]
-            except InputError as error:
-                event["error"] = str(error)
-                only_parse = True
-            out.write_batch(batch)
-            say(event)
-            if event.get("stage") == "parse":
-                return  # nothing behind it matters
+def _wait_for(file: Path, worker: subprocess.Popen[bytes]) -> TokenizedChunk:
+    """Read and remove a chunk's file as soon as its worker has written it."""
+    while not file.exists():
+        if worker.poll() is not None and not file.exists():
+            raise WorkerFailed(f"the process that writes {file.name} ended with {worker.returncode}")
+        time.sleep(_POLL_SECONDS)
+    with pa.OSFile(str(file), "rb") as source, pa.ipc.open_file(source) as reader:
+        facts = json.loads(reader.schema.metadata[b"facts"])
+        batch = pa.RecordBatch.from_arrays(reader.get_batch(0).columns, schema=SCHEMA)
+    file.unlink()
+    return TokenizedChunk(batch=batch, counts=RowCounts(**facts.pop("counts")), **facts)
 
 
-def _main() -> None:
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what a library prints is no answer
+def _write(file: Path, chunk: TokenizedChunk) -> None:
+    facts = {name: getattr(chunk, name) for name in ("rows", "empty_rows", "error", "malformed")}
+    facts["counts"] = dataclasses.asdict(chunk.counts)
+    partial = file.with_suffix(".partial")
+    schema = SCHEMA.with_metadata({"facts": json.dumps(facts)})
+    with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        writer.write_batch(pa.RecordBatch.from_arrays(chunk.batch.columns, schema=schema))
+    partial.rename(file)
 
-    def say(event: dict[str, Any]) -> None:
-        answers.write(json.dumps(event) + "\n")
-        answers.flush()
 
-    _work(json.loads(sys.stdin.read()), say)
+def _work(job: Path, number: int) -> None:
+    """One process's chunks: ``first + number``, ``first + number + processes``, ..."""
+    part, tokenizer, sha256, first, processes = pickle.loads(job.read_bytes())
+    if tokenizer_sha256(tokenizer) != sha256:
+        raise SystemExit("the tokenizer is another one here")
+    template = resolve_template(part.section.template, tokenizer)
+    row_tokenizer = part.tokenizer(Encoder(tokenizer), template)
+    for place, chunk in enumerate(part.tokenize(row_tokenizer, first + number, processes)):
+        _write(job.with_name(f"{first + number + place * processes}.arrow"), chunk)
 
 
 if __name__ == "__main__":
-    _main()
+    _work(Path(sys.argv[1]), int(sys.argv[2]))

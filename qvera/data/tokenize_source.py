@@ -1,24 +1,26 @@
-"""One source of a recipe, from its files to tables of tokenized rows: read twice (to count, to tokenize), never held as a whole."""
+"""One source of a recipe, from its files to tables of tokenized rows. It is read twice (to count, to tokenize), never held as a whole."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pyarrow as pa
+
 from qvera.config.schema import DataSection
-from qvera.data import tokenize_parallel
 from qvera.data.chat_template import ChatTemplate, resolve_template
 from qvera.data.encoding import Encoder
 from qvera.data.formats import RowFormat, detect_format
-from qvera.data.row_selection import CHUNK_ROWS, EVAL, TRAIN, chosen_rows, chunks_of, count_rows, hold_out, raw_rows
-from qvera.data.row_tables import RowTable, RowWriter, record_batch
-from qvera.data.tokenization import Counts, RowTokenizer
+from qvera.data.rows import RowTable, write_table
+from qvera.data.sources import CHUNK_ROWS, EVAL, TRAIN, chosen_rows, chunks_of, count_rows, hold_out, raw_rows
+from qvera.data.tokenization import RowCounts, RowTokenizer, TokenizedChunk
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,31 +30,66 @@ _PROGRESS_ROWS = 2000
 _MEASURED_SECONDS = 1.0
 """After this long in one process it is known how long the rest would take."""
 _WORTH_SECONDS = 60.0
-"""Further processes are started where one alone would take this much longer: each takes some 10 s of a core to import its libraries
-(on a machine with other work a minute, `bench/feeding.py`), and reads the whole source."""
+"""More processes are started where one alone would take this much longer: each imports its libraries and reads the whole source
+(`bench/feeding.py`)."""
 
 
 @dataclass(slots=True)
-class Made:
-    """A source's rows.
+class TokenizedSource:
+    """A source's tokenized rows.
 
     Attributes:
-        format, unused: of its raw rows, see `RowFormat`.
+        format, unused_columns: of its raw rows, see `RowFormat`.
         template: the name of the template that was used.
-        train, eval: its tokenized rows; ``eval`` is empty where none are held out.
-        found: the name of the cache's entry that they were found in; None: they were tokenized now.
+        counts: what its rows lost.
+        train, eval: the rows; ``eval`` is empty where none are held out.
+        cache_entry: the name of the cache's entry that they were found in; None: they were tokenized now.
     """
 
     format: str
-    unused: list[str]
+    unused_columns: list[str]
     template: str
-    counts: Counts
+    counts: RowCounts
     train: RowTable
     eval: RowTable
-    found: str | None = None
+    cache_entry: str | None = None
 
 
-def make(section: DataSection, encoder: Encoder, directory: Path | None, console: Console | None) -> Made:
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The training or the held-out rows of a source: where they are, how many there are, what they look like.
+
+    Attributes:
+        section: the source; its template is named, not ``auto``.
+        name: `TRAIN` or `EVAL`.
+        source_rows: rows of ``data.path``, see `chosen_rows`.
+        rows: of them, those of this part.
+    """
+
+    section: DataSection
+    name: str
+    source_rows: int
+    rows: int
+    path: str
+    row_format: RowFormat
+
+    def tokenizer(self, encoder: Encoder, template: ChatTemplate) -> RowTokenizer:
+        """What tokenizes these rows."""
+        return RowTokenizer(self.section, encoder, template, self.row_format)
+
+    def tokenize(self, tokenizer: RowTokenizer, first: int, step: int = 1) -> Iterator[TokenizedChunk]:
+        """The part's chunks ``first``, ``first + step``, ... in order; after an empty row the others are only checked."""
+        only_check = False
+        raw = chunks_of(chosen_rows(self.section, self.name, self.source_rows))
+        for rows in itertools.islice(raw, first, None, step):
+            chunk = tokenizer.tokenize_chunk(rows, only_check)
+            only_check = only_check or bool(chunk.empty_rows)
+            yield chunk
+
+
+def tokenize_source(
+    section: DataSection, encoder: Encoder, directory: Path | None, console: Console | None
+) -> TokenizedSource:
     """Read, check, render and tokenize one source.
 
     Args:
@@ -68,15 +105,16 @@ def make(section: DataSection, encoder: Encoder, directory: Path | None, console
     template = resolve_template(section.template, encoder.tokenizer, row_format.name)
     # `auto` goes by the training rows, in every pass and every process
     section = section.replace(template=template.name)
+    eval_format = row_format
     if section.eval_path is not None:
         if section.eval_path == section.path:
             raise InputError(
                 f"data.eval_path: {section.path} is data.path too, so nothing would be held out. Name another file, or "
                 "set data.eval_fraction instead."
             )
-        found = count_rows(section, section.eval_path)
+        held = count_rows(section, section.eval_path)
         eval_format = detect_format(next(raw_rows(section, section.eval_path)), section.format, section.columns)
-        counts = count, min(found, section.eval_limit or found)
+        train_rows = count
     else:
         if section.eval_fraction > 0 and count < 2:
             raise InputError(
@@ -84,21 +122,20 @@ def make(section: DataSection, encoder: Encoder, directory: Path | None, console
                 "data.eval_path, or remove data.eval_fraction."
             )
         held = int(hold_out(count, section.eval_fraction, section.seed).sum())
-        eval_format = row_format
-        counts = count - held, min(held, section.eval_limit or held)
-    made = Made(row_format.name, row_format.unused, template.name, Counts(), _empty(), _empty())
-    for part, rows, used, path, purpose in (
-        (TRAIN, counts[0], row_format, section.path, "training"),
-        (EVAL, counts[1], eval_format, section.eval_path or section.path, "held-out"),
-    ):
-        if not rows:
+        train_rows = count - held
+    tokenized = TokenizedSource(row_format.name, row_format.unused, template.name, RowCounts(), RowTable(), RowTable())
+    train = Part(section, TRAIN, count, train_rows, section.path, row_format)
+    held_out_rows, path = min(held, section.eval_limit or held), section.eval_path or section.path
+    held_out = Part(section, EVAL, count, held_out_rows, path, eval_format)
+    for part, purpose in ((train, "training"), (held_out, "held-out")):
+        if not part.rows:
             continue
-        table, lost = _tokenize(_Pass(section, part, count, rows, path, used), encoder, template, directory, console)
+        table, counts = _tokenize(part, encoder, template, directory, console)
         if not len(table):
-            raise InputError(f"{path}: no {purpose} row is left: {_why_none(section, rows)}")
-        made.counts.add(lost)
-        setattr(made, part, table)
-    return made
+            raise InputError(f"{part.path}: no {purpose} row is left: {_why_none(section, part.rows)}")
+        tokenized.counts.add(counts)
+        setattr(tokenized, part.name, table)
+    return tokenized
 
 
 def _why_none(section: DataSection, rows: int) -> str:
@@ -116,92 +153,73 @@ def _why_none(section: DataSection, rows: int) -> str:
     )
 
 
-def _empty() -> RowTable:
-    return RowWriter(None).close()
-
-
-@dataclass(frozen=True, slots=True)
-class _Pass:
-    """One pass over raw rows: which part of which source, how many of them, and what they look like."""
-
-    section: DataSection
-    part: str
-    count: int
-    rows: int
-    path: str
-    row_format: RowFormat
-
-
 def _tokenize(
-    job: _Pass, encoder: Encoder, template: ChatTemplate, directory: Path | None, console: Console | None
-) -> tuple[RowTable, Counts]:
-    tokenizer = RowTokenizer(job.section, encoder, template, job.row_format)
-    counts, hollow = Counts(), list[str]()
-    writer = RowWriter(None if directory is None else directory / f"{job.part}.arrow")
-    try:
-        with _progress(job, console) as advance:
-            chunks = chunks_of(chosen_rows(job.section, job.part, job.count))
-            begun, done, processes = time.perf_counter(), 0, _processes(job)
-            elsewhere = job.section.tokenize_processes is not None and processes > 1
-            while True:
-                if elsewhere:
-                    with tempfile.TemporaryDirectory(dir=directory) as scratch:
-                        spread = tokenize_parallel.tokenize(
-                            job.section,
-                            job.part,
-                            job.count,
-                            job.row_format,
-                            encoder.tokenizer,
-                            done,
-                            processes,
-                            Path(scratch),
-                            advance,
-                        )
-                        if spread is not None:
-                            hollow += spread.take_into(writer, counts, hollow)
-                            break
-                    _say_alone(console)
-                    elsewhere, processes = False, 1
-                chunk = next(chunks, None)
-                if chunk is None:
-                    break
-                full, nothing = tokenizer.parse(chunk)
-                hollow += nothing
-                if not hollow:  # otherwise only the rest of the list of such rows is of interest
-                    examples, lost = tokenizer.encode(full)
-                    writer.add(record_batch(examples))
-                    counts.add(lost)
-                done += 1
-                advance(len(chunk))
-                seconds = time.perf_counter() - begun
-                if processes > 1 and seconds > _MEASURED_SECONDS:
-                    left = seconds * (job.rows / (done * CHUNK_ROWS) - 1)
-                    elsewhere, processes = left > _WORTH_SECONDS, processes if left > _WORTH_SECONDS else 1
-        if hollow:
-            raise InputError(tokenizer.hollow_message(hollow))
-        return writer.close(), counts
-    except BaseException:
-        writer.abandon()
-        raise
+    part: Part, encoder: Encoder, template: ChatTemplate, directory: Path | None, console: Console | None
+) -> tuple[RowTable, RowCounts]:
+    tokenizer = part.tokenizer(encoder, template)
+    counts, empty_rows = RowCounts(), list[str]()
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        chunks = _chunks(part, tokenizer, directory, console)
+        with _progress(part, console) as advance, contextlib.closing(chunks):
+            for chunk in chunks:
+                empty_rows.extend(chunk.empty_rows)
+                if chunk.error and (chunk.malformed or not empty_rows):
+                    raise InputError(chunk.error)
+                if not empty_rows:
+                    counts.add(chunk.counts)
+                    yield chunk.batch
+                advance(chunk.rows)
+        if empty_rows:
+            raise InputError(tokenizer.empty_rows_message(empty_rows))
+
+    table = write_table(batches(), None if directory is None else directory / f"{part.name}.arrow")
+    return table, counts
 
 
-def _say_alone(console: Console | None) -> None:
-    from rich.console import Console
+def _chunks(
+    part: Part, tokenizer: RowTokenizer, directory: Path | None, console: Console | None
+) -> Generator[TokenizedChunk]:
+    """All chunks in order, from this process or (where the recipe says so or it is worth it) from several."""
+    from qvera.data import tokenize_parallel
 
-    text = "One process tokenizes all rows: others could not be started, or could not be given this tokenizer whole."
-    (console or Console(stderr=True)).print(text, style="yellow", markup=False)
-
-
-def _processes(job: _Pass) -> int:
-    """Processes at most: the recipe's, else one for each core; never more than there are chunks."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(job.section.tokenize_processes or cores, -(-job.rows // CHUNK_ROWS))
+    processes = min(part.section.tokenize_processes or cores, -(-part.rows // CHUNK_ROWS))
+    done = 0
+    if part.section.tokenize_processes is None:
+        begun = time.perf_counter()
+        measured = processes == 1
+        for chunk in part.tokenize(tokenizer, 0):
+            yield chunk
+            done += 1
+            seconds = time.perf_counter() - begun
+            if not measured and seconds > _MEASURED_SECONDS:
+                measured = True
+                if seconds * (part.rows / (done * CHUNK_ROWS) - 1) > _WORTH_SECONDS:
+                    break
+        else:
+            return
+    if processes > 1:
+        try:
+            with tempfile.TemporaryDirectory(dir=directory) as scratch:
+                for chunk in tokenize_parallel.chunks(
+                    part, tokenizer.encoder.tokenizer, done, processes, Path(scratch)
+                ):
+                    yield chunk
+                    done += 1
+            return
+        except tokenize_parallel.WorkerFailed:
+            from rich.console import Console
+
+            text = "One process tokenizes all rows: others could not be started, or could not load this tokenizer."
+            (console or Console(stderr=True)).print(text, style="yellow", markup=False)
+    yield from part.tokenize(tokenizer, done)
 
 
 @contextlib.contextmanager
-def _progress(job: _Pass, console: Console | None) -> Iterator[Callable[[int], None]]:
+def _progress(part: Part, console: Console | None) -> Iterator[Callable[[int], None]]:
     """A bar for a long pass."""
-    if job.rows <= _PROGRESS_ROWS:
+    if part.rows <= _PROGRESS_ROWS:
         yield lambda rows: None
         return
     from rich.console import Console
@@ -215,5 +233,5 @@ def _progress(job: _Pass, console: Console | None) -> Iterator[Callable[[int], N
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console or Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(job.path, total=job.rows)
+        task = progress.add_task(part.path, total=part.rows)
         yield lambda rows: progress.update(task, advance=rows)

@@ -14,7 +14,7 @@ import torch
 
 from qvera.config.schema import TrainingSection
 from qvera.data import Example, collate, collate_prefix_once, lengths_of, microbatches
-from qvera.data.padding import lengthened, next_length, repeats
+from qvera.data.padding import pad_batch, round_up_length, rounds_lengths
 from qvera.distributed.group import ALONE, Group
 from qvera.distributed.zero_params import any_sharded, gathered
 from qvera.evaluation.generate import exact_match, generate, generating
@@ -45,10 +45,10 @@ def make_batch(
     joins = packing or (prefix_once and takes_prefix_once(model))
     batch = (collate_prefix_once(examples, device, packing) if joins else None) or collate(examples, pad_id, device)
     dtype = linear.embedding_dtype(causal_model(model).get_input_embeddings())
-    if repeats(dtype, device.type):
+    if rounds_lengths(dtype, device.type):
         tokens = batch["input_ids"].shape[1]
-        positions = getattr(causal_model(model).config, "max_position_embeddings", None) or next_length(tokens)
-        batch = lengthened(batch, max(tokens, min(next_length(tokens), positions)), pad_id)
+        positions = getattr(causal_model(model).config, "max_position_embeddings", None) or round_up_length(tokens)
+        batch = pad_batch(batch, max(tokens, min(round_up_length(tokens), positions)), pad_id)
     sees = batch["attention_mask"]
     if sees.dim() == 4:  # additive, which both attention implementations take
         hidden = torch.full(sees.shape, torch.finfo(dtype).min, dtype=dtype, device=device)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from qvera.data import IGNORED
-from qvera.data.padding import next_length, repeats
+from qvera.data.padding import round_up_length, rounds_lengths
 from qvera.models.linear import WeightBlocks, blocked_input_grad, blocked_linear
 
 if TYPE_CHECKING:
@@ -62,11 +62,11 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         bias = getattr(head.module, "bias", None)
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         tokens = len(labels)
-        if repeats(
+        if rounds_lengths(
             hidden.dtype, hidden.device.type
         ):  # pad the last chunk with rows that neither count nor get a gradient
             last = tokens % chunk_tokens
-            hidden = F.pad(hidden, (0, 0, 0, min(next_length(last), chunk_tokens) - last if last else 0))
+            hidden = F.pad(hidden, (0, 0, 0, min(round_up_length(last), chunk_tokens) - last if last else 0))
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # type: ignore[attr-defined]
         for start in range(0, tokens, chunk_tokens):
             h, y = hidden[start : start + chunk_tokens], labels[start : start + chunk_tokens].unsqueeze(1)

@@ -1,4 +1,4 @@
-"""Tokenized rows: mapped, found again by everything that they depend on, made by one process or several, the same to the bit."""
+"""Tokenized rows: cached by everything that they depend on, made by one process or several, the same to the bit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,12 +25,20 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from qvera.cli.main import main
 from qvera.config.schema import DataSection, DataSource
-from qvera.data import Datasets, Example, Rows, build_datasets, cache, data_sha256, print_preflight, readers
-from qvera.data import tokenize_source as making_module
-from qvera.data.row_tables import rows_of
+from qvera.data import (
+    Datasets,
+    Example,
+    Rows,
+    build_datasets,
+    cache,
+    data_sha256,
+    print_preflight,
+    readers,
+    tokenize_parallel,
+    tokenize_source,
+)
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError, QveraError, RunFailed
-from tests.data.conftest import MakeTokenizer
 from tests.data.test_same_rows import byte_tokenizer, write_rows
 
 
@@ -74,13 +81,13 @@ def entries() -> list[str]:
 def counting(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The parts that are tokenized from now on."""
     passes: list[str] = []
-    real = making_module._tokenize
+    real = tokenize_source._tokenize
 
     def spy(job: Any, *rest: Any) -> Any:
-        passes.append(job.part)
+        passes.append(job.name)
         return real(job, *rest)
 
-    monkeypatch.setattr(making_module, "_tokenize", spy)
+    monkeypatch.setattr(tokenize_source, "_tokenize", spy)
     return passes
 
 
@@ -88,10 +95,10 @@ def test_a_second_run_finds_the_rows_and_says_so(section: DataSection, monkeypat
     passes = counting(monkeypatch)
     first = build_datasets(section, byte_tokenizer())
     assert passes == ["train", "eval"]
-    assert first.stats.found == []
+    assert first.stats.cache_entries == []
     second = build_datasets(section, byte_tokenizer())
     assert passes == ["train", "eval"]
-    assert second.stats.found == entries()
+    assert second.stats.cache_entries == entries()
     assert len(entries()) == 1
     assert same(first, second)
     out = io.StringIO()
@@ -112,7 +119,7 @@ def test_without_a_place_for_the_cache_the_rows_are_the_same(
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     unkept = build_datasets(section, byte_tokenizer(), Console(file=out, width=500))
-    assert "can't be kept there" in out.getvalue()
+    assert "can't be cached there" in out.getvalue()
     assert same(mapped, unkept)
     assert not list(temporary.iterdir()), "the file has no name any more"
     if sys.platform == "linux":
@@ -174,7 +181,7 @@ def test_whatever_the_rows_depend_on_makes_another_entry(
     else:
         monkeypatch.setattr(cache.metadata, "version", lambda name: "99.0")
     after = build_datasets(section, tokenizer())
-    assert after.stats.found == []
+    assert after.stats.cache_entries == []
     assert len(entries()) == 2
     monkeypatch.setenv("QVERA_CACHE", os.environ["QVERA_CACHE"] + "-fresh")
     assert same(after, build_datasets(section, tokenizer()))
@@ -188,11 +195,11 @@ def test_what_only_arranges_the_rows_makes_none(section: DataSection, tmp_path: 
     section.shuffle, section.packing, section.group_by_length, section.prefix_once = False, True, True, False
     section.mixture, section.weight, section.tokenize_processes = [DataSource(path=alpaca, template="alpaca")], 0.5, 2
     mixed = build_datasets(section, byte_tokenizer())
-    assert len(mixed.stats.found) == 1 == len(entries())
+    assert len(mixed.stats.cache_entries) == 1 == len(entries())
     section.eval_fraction = 0.0
     build_datasets(section, byte_tokenizer())
     section.seed = 7  # which has nothing to choose then
-    assert len(build_datasets(section, byte_tokenizer()).stats.found) == 1
+    assert len(build_datasets(section, byte_tokenizer()).stats.cache_entries) == 1
 
 
 def _dated() -> PreTrainedTokenizerFast:
@@ -214,20 +221,20 @@ def test_a_template_that_writes_the_date_is_good_for_a_day(
 ) -> None:
     section.template = "auto"
     build_datasets(section, _dated())
-    assert build_datasets(section, _dated()).stats.found
+    assert build_datasets(section, _dated()).stats.cache_entries
     monkeypatch.setattr(cache.datetime, "date", _Tomorrow)
-    assert not build_datasets(section, _dated()).stats.found
+    assert not build_datasets(section, _dated()).stats.cache_entries
 
 
 def test_a_day_that_ends_meanwhile_costs_no_work(section: DataSection, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = cache.make
+    real = cache.tokenize_source
 
     def make(*arguments: Any) -> Any:
         made = real(*arguments)
         monkeypatch.setattr(cache.datetime, "date", _Tomorrow)
         return made
 
-    monkeypatch.setattr(cache, "make", make)
+    monkeypatch.setattr(cache, "tokenize_source", make)
     section.template = "auto"
     assert len(build_datasets(section, _dated()).train) >= 80
 
@@ -280,9 +287,9 @@ def test_a_damaged_entry_is_made_again(damage: str, section: DataSection, root: 
     out = io.StringIO()
     again = build_datasets(section, byte_tokenizer(), Console(file=out, width=500))
     assert "The rows are tokenized again." in out.getvalue()
-    assert again.stats.found == []
+    assert again.stats.cache_entries == []
     assert [row.input_ids.tolist() for row in again.train] == whole
-    assert build_datasets(section, byte_tokenizer()).stats.found == [name]
+    assert build_datasets(section, byte_tokenizer()).stats.cache_entries == [name]
 
 
 def test_rows_that_are_mapped_outlive_their_entry(section: DataSection, root: Path) -> None:
@@ -342,11 +349,11 @@ def test_a_killed_maker_leaves_nothing_in_the_way(section: DataSection, root: Pa
     script = (
         "import os, sys\n"
         "from tests.data.test_same_rows import byte_tokenizer\n"
-        "from qvera.data import build_datasets\nfrom qvera.data import cache as kept\n"
+        "from qvera.data import build_datasets\nfrom qvera.data import cache\n"
         "from qvera.config.schema import DataSection\n"
         "def hang(*a): print('made', flush=True); import time; time.sleep(600)\n"
-        "kept._write_record = hang\n"
-        "kept._WORTH_BYTES = 10_000\n"
+        "cache._write_record = hang\n"
+        "cache._WORTH_BYTES = 10_000\n"
         f"section = DataSection(path={section.path!r}, template='chatml', eval_fraction=0.1, max_length=256, too_long='split')\n"
         "build_datasets(section, byte_tokenizer())\n"
     )
@@ -358,12 +365,12 @@ def test_a_killed_maker_leaves_nothing_in_the_way(section: DataSection, root: Pa
     assert main(["cache", "rm", unfinished]) == 2
     maker.send_signal(signal.SIGKILL)
     maker.wait()
-    assert build_datasets(section, byte_tokenizer()).stats.found == []
+    assert build_datasets(section, byte_tokenizer()).stats.cache_entries == []
     assert entries() == [unfinished.replace(".unfinished-", "rows-")]
 
 
 def test_a_source_that_changes_meanwhile_is_not_kept(section: DataSection, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = cache.make
+    real = cache.tokenize_source
 
     def make(*arguments: Any) -> Any:
         made = real(*arguments)
@@ -371,7 +378,7 @@ def test_a_source_that_changes_meanwhile_is_not_kept(section: DataSection, monke
             handle.write(Path(section.path).read_text(encoding="utf-8").splitlines()[0] + "\n")
         return made
 
-    monkeypatch.setattr(cache, "make", make)
+    monkeypatch.setattr(cache, "tokenize_source", make)
     with pytest.raises(InputError, match="was changed while it was read"):
         build_datasets(section, byte_tokenizer())
     assert entries() == []
@@ -409,7 +416,7 @@ def both_ends(section: DataSection, monkeypatch: pytest.MonkeyPatch, fails: Exce
     Args:
         fails: what the first meets in place of its rows.
     """
-    said, begun, real = Said(), threading.Event(), cache.make
+    said, begun, real = Said(), threading.Event(), cache.tokenize_source
 
     def make(*arguments: Any) -> Any:
         if begun.is_set():
@@ -420,7 +427,7 @@ def both_ends(section: DataSection, monkeypatch: pytest.MonkeyPatch, fails: Exce
             raise fails
         return real(*arguments)
 
-    monkeypatch.setattr(cache, "make", make)
+    monkeypatch.setattr(cache, "tokenize_source", make)
     with ThreadPoolExecutor(2) as threads:
         first = threads.submit(build_datasets, section, byte_tokenizer())
         assert begun.wait(60)
@@ -437,8 +444,8 @@ def test_who_waits_for_the_same_rows_says_so_and_finds_them(
     section: DataSection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = both_ends(section, monkeypatch)
-    assert not first.stats.found
-    assert second.stats.found == entries()
+    assert not first.stats.cache_entries
+    assert second.stats.cache_entries == entries()
     assert same(first, second)
 
 
@@ -479,7 +486,7 @@ def test_what_is_wrong_with_the_disk_is_no_word_on_the_rows(
 def test_rows_that_were_mended_while_they_were_read_are_not_called_wrong(
     section: DataSection, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    good, real = Path(section.path).read_text(encoding="utf-8"), cache.make
+    good, real = Path(section.path).read_text(encoding="utf-8"), cache.tokenize_source
     spoil(section)
 
     def make(*arguments: Any) -> Any:
@@ -488,7 +495,7 @@ def test_rows_that_were_mended_while_they_were_read_are_not_called_wrong(
         finally:
             Path(section.path).write_text(good, encoding="utf-8")
 
-    monkeypatch.setattr(cache, "make", make)
+    monkeypatch.setattr(cache, "tokenize_source", make)
     with pytest.raises(InputError, match="wizard"):
         build_datasets(section, byte_tokenizer())
     assert not list(root.glob(".*.failed"))
@@ -497,77 +504,176 @@ def test_rows_that_were_mended_while_they_were_read_are_not_called_wrong(
 # --- several processes ----------------------------------------------------------------------------------------------------
 
 
+class ThreadInPlaceOfAProcess:
+    """Does the work of ``python -m qvera.data.tokenize_parallel JOB NUMBER`` in a thread, which starts at once."""
+
+    def __init__(self, command: list[str], **options: Any) -> None:
+        self.returncode: int | None = None
+        self._thread = threading.Thread(target=self._run, args=(Path(command[3]), int(command[4])))
+        self._thread.start()
+
+    def _run(self, job: Path, number: int) -> None:
+        try:
+            tokenize_parallel._work(job, number)
+            self.returncode = 0
+        except Exception:
+            self.returncode = 1
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def kill(self) -> None:
+        pass  # the directory it writes into goes away next
+
+    def wait(self) -> None:
+        self._thread.join()
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenize_parallel.subprocess, "Popen", ThreadInPlaceOfAProcess)
+
+
 def by_several(section: DataSection, tokenizer: PreTrainedTokenizerFast) -> Datasets:
     """Rows that were really made by several processes."""
     out = io.StringIO()
     data = build_datasets(section, tokenizer, Console(file=out, width=500))
-    assert not data.stats.found
+    assert not data.stats.cache_entries
     assert "One process tokenizes" not in out.getvalue()
     return data
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_several_processes_make_the_same_rows(processes: int, long_section: DataSection, root: Path) -> None:
-    one = build_datasets(long_section, byte_tokenizer())
+def own_special_tokens() -> PreTrainedTokenizerFast:
+    """A tokenizer whose template writes special tokens that have names of their own."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"sep_token": "<sep>", "cls_token": "<cls>", "mask_token": "<mask>"})
+    own = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        extra_special_tokens={"image_token": "<image>", "end_of_call": "<|im_end|>"},
+        **tokenizer.special_tokens_map,
+    )
+    own.chat_template = (
+        "{{ cls_token + mask_token }}{% for m in messages %}{{ sep_token + m.role + image_token + m.content + end_of_call }}"
+        "{% endfor %}"
+    )
+    return own
+
+
+def test_several_processes_make_the_same_rows_and_end(long_section: DataSection, root: Path) -> None:
+    long_section.template = "auto"
+    one = build_datasets(long_section, own_special_tokens())
+    assert own_special_tokens().decode(one.train[0].input_ids).startswith("<cls><mask><sep>")
     alone = {f.name: f.read_bytes() for f in (root / entries()[0]).glob("*.arrow")}
     shutil.rmtree(root)
-    long_section.tokenize_processes = processes
-    several = by_several(long_section, byte_tokenizer())
+    long_section.tokenize_processes = 2
+    several = by_several(long_section, own_special_tokens())
     assert same(one, several)
     assert {f.name: f.read_bytes() for f in (root / entries()[0]).iterdir() if f.suffix == ".arrow"} == alone
+    children = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "args="], capture_output=True, text=True).stdout
+    assert "qvera.data.tokenize_parallel" not in children
+
+
+def test_three_processes_make_the_same_rows(long_section: DataSection, root: Path, threads: None) -> None:
+    one = build_datasets(long_section, byte_tokenizer())
+    shutil.rmtree(root)
+    long_section.tokenize_processes = 3
+    assert same(one, by_several(long_section, byte_tokenizer()))
+
+
+def test_a_tokenizer_written_in_python_is_given_to_processes_too(long_section: DataSection, threads: None) -> None:
+    long_section.template, long_section.limit = "zephyr", 300
+    one = build_datasets(long_section, ByT5Tokenizer())
+    long_section.tokenize_processes = 2
+    assert same(one, by_several(long_section, ByT5Tokenizer()))
 
 
 def test_processes_take_over_where_one_has_begun(
-    long_section: DataSection, monkeypatch: pytest.MonkeyPatch, root: Path
+    long_section: DataSection, monkeypatch: pytest.MonkeyPatch, root: Path, threads: None
 ) -> None:
     one = build_datasets(long_section, byte_tokenizer())
     shutil.rmtree(root)
-    monkeypatch.setattr(making_module, "_MEASURED_SECONDS", 0.0)
-    monkeypatch.setattr(making_module, "_WORTH_SECONDS", 0.0)
-    monkeypatch.setattr(making_module.os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(tokenize_source, "_MEASURED_SECONDS", 0.0)
+    monkeypatch.setattr(tokenize_source, "_WORTH_SECONDS", 0.0)
+    monkeypatch.setattr(tokenize_source.os, "sched_getaffinity", lambda _: {0, 1})
     started: list[int] = []
-    real = making_module.tokenize_parallel.tokenize
+    real = tokenize_parallel.chunks
 
-    def spy(*arguments: Any) -> Any:
-        started.append(arguments[5])
-        return real(*arguments)
+    def spy(part: Any, tokenizer: Any, first: int, *rest: Any) -> Any:
+        started.append(first)
+        return real(part, tokenizer, first, *rest)
 
-    monkeypatch.setattr(making_module.tokenize_parallel, "tokenize", spy)
+    monkeypatch.setattr(tokenize_parallel, "chunks", spy)
     assert same(one, build_datasets(long_section, byte_tokenizer()))
     assert started == [1]
 
 
+@pytest.mark.parametrize("fails", ["at the start", "at the second chunk"])
+def test_one_process_goes_on_where_others_fail(
+    fails: str, long_section: DataSection, monkeypatch: pytest.MonkeyPatch, root: Path, threads: None
+) -> None:
+    one = build_datasets(long_section, byte_tokenizer())
+    shutil.rmtree(root)
+    real = tokenize_parallel._write
+
+    def write(file: Path, chunk: Any) -> None:
+        if fails == "at the start" or file.stem == "1":
+            raise OSError("killed")
+        real(file, chunk)
+
+    monkeypatch.setattr(tokenize_parallel, "_write", write)
+    long_section.tokenize_processes = 2
+    out = io.StringIO()
+    several = build_datasets(long_section, byte_tokenizer(), Console(file=out, width=500))
+    assert "One process tokenizes all rows: others could not be started" in out.getvalue()
+    assert same(one, several)
+
+
+WIZARD = {"messages": [{"role": "wizard", "content": "x"}]}
+NO_ANSWER = {"messages": [{"role": "user", "content": "x"}]}
+REFUSED = {
+    "messages": [
+        {"role": "user", "content": "a"},
+        {"role": "user", "content": "b"},
+        {"role": "assistant", "content": "c"},
+    ]
+}
+
+
 @pytest.mark.parametrize(
-    "bad",
+    ("bad", "message"),
     [
-        {"messages": [{"role": "wizard", "content": "x"}]},
-        {"messages": [{"role": "user", "content": "x"}]},
-        {
-            "messages": [
-                {"role": "user", "content": "a"},
-                {"role": "user", "content": "b"},
-                {"role": "assistant", "content": "c"},
-            ]
-        },
+        ({600: WIZARD, 300: WIZARD, 301: WIZARD}, ":301: messages.* unknown role 'wizard'"),
+        ({600: NO_ANSWER, 300: NO_ANSWER, 301: NO_ANSWER}, ":301, .*:302, .*:601: 3 rows with no token to train on"),
+        ({600: REFUSED, 300: REFUSED, 301: REFUSED}, ":301: the chat template .* refuses the row"),
+        ({100: NO_ANSWER, 300: REFUSED, 600: NO_ANSWER}, ":101, .*:601: 2 rows with no token to train on"),
+        ({100: NO_ANSWER, 600: WIZARD}, ":601: messages.* unknown role 'wizard'"),
+    ],
+    ids=[
+        "malformed",
+        "nothing to train",
+        "refused",
+        "refused after nothing to train",
+        "malformed after nothing to train",
     ],
 )
-def test_several_processes_say_what_one_would(bad: dict[str, Any], long_section: DataSection) -> None:
+def test_several_processes_give_the_error_that_one_would(
+    bad: dict[int, Any], message: str, long_section: DataSection, threads: None
+) -> None:
     lines = Path(long_section.path).read_text(encoding="utf-8").splitlines()
-    for place in (600, 300, 301):
-        lines[place] = json.dumps(bad)
+    for place, row in bad.items():
+        lines[place] = json.dumps(row)
     Path(long_section.path).write_text("\n".join(lines) + "\n", encoding="utf-8")
     long_section.template, long_section.eval_fraction = "llama-2", 0.0
-    said = []
+    errors = []
     for processes in (1, 2):
         long_section.tokenize_processes = processes
-        with pytest.raises(InputError) as failure:
+        with pytest.raises(InputError, match=message) as failure:
             build_datasets(long_section, byte_tokenizer())
-        said.append(str(failure.value))
-    assert said[0] == said[1]
-    assert ":301" in said[0]
+        errors.append(str(failure.value))
+    assert errors[0] == errors[1]
 
 
-def test_held_out_rows_of_another_format_get_the_training_rows_template(tmp_path: Path) -> None:
+def test_held_out_rows_of_another_format_get_the_training_rows_template(tmp_path: Path, threads: None) -> None:
     files = {
         "train.jsonl": {"instruction": "do it", "output": "done"},
         "eval.jsonl": {"prompt": "do it", "completion": "done"},
@@ -581,69 +687,6 @@ def test_held_out_rows_of_another_format_get_the_training_rows_template(tmp_path
     assert same(one, by_several(section, byte_tokenizer()))
     assert one.template.name == "alpaca"
     assert "### Instruction" in one.eval[0].prompt_text
-
-
-def test_processes_start_at_once_however_large_the_tokenizer(
-    long_section: DataSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    started, python = tmp_path / "started", tmp_path / "python"
-    started.mkdir()
-    python.write_text(  # one that reads nothing before the other has started too
-        f"""#!/bin/sh
-        touch {started}/$$
-        for i in $(seq 100); do
-            [ $(ls {started} | wc -l) = 2 ] && exec {sys.executable} "$@"
-            sleep 0.1
-        done
-        exit 1
-        """
-    )
-    python.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(python))
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = "{# " + "long " * 50_000 + "#}"
-    long_section.tokenize_processes, long_section.limit = 2, 300
-    by_several(long_section, tokenizer)
-
-
-def test_whatever_special_token_a_template_writes_is_there_in_each_process(long_section: DataSection) -> None:
-    tokenizer = byte_tokenizer()
-    names = {"sep_token": "<sep>", "cls_token": "<cls>", "mask_token": "<mask>"}
-    tokenizer.add_special_tokens(names)
-    own = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer.backend_tokenizer,
-        extra_special_tokens={"image_token": "<image>", "end_of_call": "<|im_end|>"},
-        **tokenizer.special_tokens_map,
-    )
-    own.chat_template = (
-        "{{ cls_token + mask_token }}{% for m in messages %}{{ sep_token + m.role + image_token + m.content + end_of_call }}"
-        "{% endfor %}"
-    )
-    long_section.template, long_section.too_long, long_section.limit = "auto", "cut-end", 300
-    one = build_datasets(long_section, own)
-    assert own.decode(one.train[0].input_ids).startswith("<cls><mask><sep>")
-    os.environ["QVERA_CACHE"] += "-fresh"
-    long_section.tokenize_processes = 2
-    assert same(one, by_several(long_section, own))
-
-
-def test_a_tokenizer_that_can_t_be_handed_on_is_used_by_one(
-    long_section: DataSection, make_tokenizer: MakeTokenizer
-) -> None:
-    tokenizer = make_tokenizer()
-    long_section.tokenize_processes, long_section.limit = 2, 300
-    several = build_datasets(long_section, tokenizer)
-    long_section.tokenize_processes = 1
-    os.environ["QVERA_CACHE"] += "-fresh"
-    assert same(several, build_datasets(long_section, tokenizer))
-
-
-def test_no_process_stays_behind(long_section: DataSection) -> None:
-    long_section.tokenize_processes = 2
-    build_datasets(long_section, byte_tokenizer())
-    time.sleep(0.2)
-    children = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "args="], capture_output=True, text=True).stdout
-    assert "qvera.data.tokenize_parallel" not in children
 
 
 # --- rows as a sequence ---------------------------------------------------------------------------------------------------
@@ -663,9 +706,6 @@ def test_rows_are_a_sequence(section: DataSection) -> None:
     assert [row.source for row in picked] == [rows[9].source, rows[9].source, rows[2].source]
     assert picked.lengths.tolist() == [len(row.input_ids) for row in picked]
     assert picked.trained_tokens.tolist() == [row.trained_tokens for row in picked]
-    copied = rows_of(list(rows[:50]))
-    assert [row.input_ids.tolist() for row in copied] == [row.input_ids.tolist() for row in rows[:50]]
-    assert copied.ids_hash.tolist() == rows.ids_hash[:50].tolist()
 
 
 def test_a_hub_set_is_known_by_its_fingerprint(section: DataSection, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -676,13 +716,13 @@ def test_a_hub_set_is_known_by_its_fingerprint(section: DataSection, monkeypatch
     section = DataSection(path="someone/questions", template="plain")
     first = build_datasets(section, byte_tokenizer())
     second = build_datasets(section, byte_tokenizer())
-    assert not first.stats.found
-    assert second.stats.found == entries()
+    assert not first.stats.cache_entries
+    assert second.stats.cache_entries == entries()
     assert same(first, second)
     assert first.train[3].source == "someone/questions[train] row 4"
     here = other
     third = build_datasets(section, byte_tokenizer())
-    assert not third.stats.found
+    assert not third.stats.cache_entries
     assert len(third.train) == 39
 
 

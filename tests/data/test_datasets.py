@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from qvera.config.schema import DataSection
 from qvera.data import Datasets, build_datasets, print_preflight
-from qvera.data.row_selection import hold_out
+from qvera.data.sources import hold_out
 from qvera.data.stats import length_histogram
 from qvera.utils.errors import InputError
 from tests.data.conftest import MakeTokenizer
@@ -221,7 +223,7 @@ def test_tokenizer_without_eos_or_pad(write: Write, make_tokenizer: MakeTokenize
 def test_spelled_special_tokens_are_counted(write: Write, base_tokenizer: PreTrainedTokenizerFast) -> None:
     path = write([{"prompt": "what is </s>?", "completion": "an end"}, {"prompt": "p", "completion": "c"}])
     data = build_datasets(DataSection(path=path), base_tokenizer)
-    assert data.stats.spelled_rows == 1
+    assert data.stats.special_token_rows == 1
     assert "which are read as those tokens: 1" in preflight(data, base_tokenizer)
 
 
@@ -271,3 +273,35 @@ def test_preflight_shortens_long_rows(write: Write, base_tokenizer: PreTrainedTo
     shown = preflight(data, base_tokenizer)
     assert " tokens … " in shown
     assert len(shown) < 4000
+
+
+def test_a_tokenizer_without_chat_template_is_warned_about(
+    write: Write, base_tokenizer: PreTrainedTokenizerFast, smollm2_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path = write(pairs(2))
+    warning = "has no chat template, so rows are written with the template plain. Set data.template"
+    assert warning in preflight(build_datasets(DataSection(path=path), base_tokenizer), base_tokenizer)
+    for section, tokenizer in (
+        (DataSection(path=path, template="plain"), base_tokenizer),
+        (DataSection(path=path), smollm2_tokenizer),
+        (DataSection(path=write([{"text": "a b"}], "text.jsonl")), base_tokenizer),
+    ):
+        assert "no chat template" not in preflight(build_datasets(section, tokenizer), tokenizer)
+
+
+def test_labels_are_trained_by_their_names(write: Write, base_tokenizer: PreTrainedTokenizerFast) -> None:
+    path = write([{"text": "fine", "label": 1}, {"text": "bad", "label": 0}])
+    columns = {"prompt": "text", "completion": "label"}
+    section = DataSection(path=path, columns=columns, label_names=["negative", "positive"])
+    assert [row.reference for row in build_datasets(section, base_tokenizer).train] == ["positive", "negative"]
+
+
+def test_a_negative_number_of_rows_to_show_is_refused(write: Write, base_tokenizer: PreTrainedTokenizerFast) -> None:
+    data = build_datasets(DataSection(path=write(pairs(3))), base_tokenizer)
+    with pytest.raises(InputError, match="--rows -3: takes a whole number of rows to show"):
+        data.first_rows(-3)
+
+
+def test_reading_rows_takes_no_torch() -> None:
+    code = "import sys, qvera.data as data\nassert 'torch' not in sys.modules\nassert data.Example and data.DataStats"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -156,3 +156,22 @@ def test_later_row_without_the_column() -> None:
     format = detect_format(RawRow({"prompt": "p", "completion": "c"}, "f.jsonl:1"))
     with pytest.raises(InputError, match=r"f\.jsonl:2: the column 'completion' is missing here"):
         parse_row(RawRow({"prompt": "p"}, "f.jsonl:2"), format)
+
+
+def test_an_answer_that_is_a_number_becomes_text() -> None:
+    assert turns({"prompt": "2 + 2", "completion": 4})[1] == ("assistant", "4")
+    assert turns({"instruction": "half", "output": 0.5})[1] == ("assistant", "0.5")
+    with pytest.raises(InputError, match="completion must be text, got a boolean"):
+        parse({"prompt": "p", "completion": True})
+
+
+@pytest.mark.parametrize("label", [1, "1"])
+def test_an_integer_label_becomes_its_name(label: int | str) -> None:
+    row = RawRow({"text": "good", "label": label}, "f.jsonl:7")
+    format = detect_format(row, columns={"prompt": "text", "completion": "label"})
+    conversation = parse_row(row, format, label_names=["negative", "positive"])
+    assert isinstance(conversation, Conversation)
+    assert conversation.turns[1] == Turn("assistant", "positive")
+    for wrong in (2, -1, 1.0, True, "positive", None):
+        with pytest.raises(InputError, match=r"f\.jsonl:7: label must be a label, 0 to 1 .data\.label_names has 2."):
+            parse_row(RawRow({"text": "x", "label": wrong}, row.source), format, label_names=["negative", "positive"])

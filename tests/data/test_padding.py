@@ -8,7 +8,7 @@ import torch
 
 from qvera.config.schema import parse_recipe
 from qvera.data import Example, batches_of, collate, collate_prefix_once
-from qvera.data.padding import AN_OCTAVE, lengthened, next_length, repeats
+from qvera.data.padding import LENGTHS_PER_OCTAVE, pad_batch, round_up_length, rounds_lengths
 from qvera.evaluation import evaluate
 from qvera.models.loss import Head, fused_linear_cross_entropy
 from qvera.training.plan.plan import token_counts
@@ -31,17 +31,17 @@ def rows_of(*lengths: int, prefix: int = 0) -> list[Example]:
 
 
 def test_eight_lengths_an_octave() -> None:
-    lengths = [next_length(n) for n in range(1, 4097)]
-    assert all(n <= found <= n * (1 + 1 / AN_OCTAVE) for n, found in enumerate(lengths, start=1))
+    lengths = [round_up_length(n) for n in range(1, 4097)]
+    assert all(n <= found <= n * (1 + 1 / LENGTHS_PER_OCTAVE) for n, found in enumerate(lengths, start=1))
     assert lengths == sorted(lengths)
-    assert all(next_length(n) == n for n in lengths)
+    assert all(round_up_length(n) == n for n in lengths)
     for octave in (16, 64, 1024, 2048):
-        assert len({n for n in lengths if octave <= n < 2 * octave}) == AN_OCTAVE
+        assert len({n for n in lengths if octave <= n < 2 * octave}) == LENGTHS_PER_OCTAVE
 
 
 def test_only_16_bit_products_on_a_cpu() -> None:
     cases = [(BF16, "cpu"), (torch.float16, "cpu"), (torch.float32, "cpu"), (BF16, "cuda")]
-    assert [repeats(*case) for case in cases] == [True, True, False, False]
+    assert [rounds_lengths(*case) for case in cases] == [True, True, False, False]
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -53,13 +53,13 @@ def test_a_lengthened_batch_has_the_losses_and_gradients_of_the_batch(attention:
     )
     batch = collate_prefix_once(rows, packing=True) if kind == "joined" else collate(rows, 2)
     assert batch is not None
-    longer = lengthened(batch, batch["input_ids"].shape[1] + 6, 2)
+    longer = pad_batch(batch, batch["input_ids"].shape[1] + 6, 2)
     for one in (batch, longer):
         if one["attention_mask"].dim() == 4:
             sees = one["attention_mask"]
             one["attention_mask"] = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)
     assert longer["labels"].shape[1] == batch["labels"].shape[1] + 6
-    assert lengthened(batch, batch["labels"].shape[1], 2) is batch
+    assert pad_batch(batch, batch["labels"].shape[1], 2) is batch
     found = []
     for one in (batch, longer):
         model.zero_grad()

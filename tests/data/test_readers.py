@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -96,6 +97,13 @@ def test_directory_of_two_splits_is_refused(write: Write, tmp_path: Path) -> Non
         ("a.csv", 'prompt,completion\na,b\n"c,d\n', r"a\.csv:3: not valid CSV"),
         ("a.csv", b"prompt,completion\na,caf\xe9\n", r"a\.csv:\d+ or after: not UTF-8"),
         ("a.parquet", "PAR1 but not really", r"a\.parquet: can't be read as Parquet"),
+        (
+            "a.jsonl",
+            '{"a": 1}\n{"a": 1, "b": {"c": 1, "c": 2}}\n',
+            r"a\.jsonl:2: the key 'c' occurs twice in one object",
+        ),
+        ("a.json", '[{"a": 1}, {"a": 1, "a": 2}]', r"a\.json row 2: the key 'a' occurs twice in one object"),
+        ("a.json", '[{"a": {"b": 1, "b": 2}}]', r"a\.json: the key 'b' occurs twice in one object"),
         ("a.xlsx", "x", r"a\.xlsx: can't read a file that ends in '\.xlsx'. Expected \.jsonl"),
         ("a", "x", r"a: can't read a file that ends in 'nothing'"),
     ],
@@ -116,6 +124,19 @@ def test_missing_file_names_the_nearest(write: Write, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no data files in this directory .it is empty"):
         rows(str(tmp_path / "empty"))
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "rows.jsonl")
+    with pytest.raises(InputError, match=r"rows\.jsonl: is a pipe or a device, .* Save them to a file"):
+        rows(str(tmp_path / "rows.jsonl"))
+
+
+def test_a_link_that_leads_nowhere_is_called_that(tmp_path: Path) -> None:
+    for name, target in (("loop.jsonl", "loop.jsonl"), ("rows.jsonl", "gone.jsonl")):
+        (tmp_path / name).symlink_to(target)
+        with pytest.raises(InputError, match=rf"{name}: is a link to {target}, and no file can be reached"):
+            rows(str(tmp_path / name))
 
 
 def test_hub_keys_with_a_local_file(write: Write) -> None:

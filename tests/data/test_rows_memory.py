@@ -14,33 +14,35 @@ import pytest
 SCRIPT = """
 import json, re, sys
 from pathlib import Path
-import numpy as np, pyarrow as pa
+import numpy as np, pyarrow as pa, torch
 from qvera.data import Batches, Rows, collate
-from qvera.data.rows import SCHEMA, RowTable, RowWriter
+from qvera.data.rows import SCHEMA, RowTable, write_table
 
 def anonymous():
     return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 
 file, count, epochs = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 tokens, made = 200, 2048
-writer = RowWriter(file)
-for first in range(0, count, made):
-    n = min(made, count - first)
-    ids = (np.arange(n * tokens, dtype=np.int32).reshape(n, tokens) + first) % 50_000
-    offsets = pa.array(np.arange(n + 1, dtype=np.int32) * tokens)
-    lists = lambda values: pa.ListArray.from_arrays(offsets, pa.array(values.ravel()))
-    numbers = np.arange(first, first + n)
-    ids[:, 0] = numbers % 50_000
-    ids[:, 1] = numbers // 50_000
-    text = pa.array([f"rows.jsonl:{i}" for i in numbers])
-    columns = [lists(ids), lists((ids % 2).astype(np.uint8)), lists(ids), text, text, text,
-               pa.array((ids % 2).sum(1).astype(np.int32)), *[pa.array(numbers.astype(np.uint64))] * 2]
-    writer.add(pa.RecordBatch.from_arrays(columns, schema=SCHEMA))
-del writer, ids, lists, columns, offsets, text, numbers
+
+def batches():
+    for first in range(0, count, made):
+        n = min(made, count - first)
+        ids = (np.arange(n * tokens, dtype=np.int32).reshape(n, tokens) + first) % 50_000
+        offsets = pa.array(np.arange(n + 1, dtype=np.int32) * tokens)
+        lists = lambda values: pa.ListArray.from_arrays(offsets, pa.array(values.ravel()))
+        numbers = np.arange(first, first + n)
+        ids[:, 0] = numbers % 50_000
+        ids[:, 1] = numbers // 50_000
+        text = pa.array([f"rows.jsonl:{i}" for i in numbers])
+        columns = [lists(ids), lists((ids % 2).astype(np.uint8)), lists(ids), text, text, text,
+                   pa.array((ids % 2).sum(1).astype(np.int32)), *[pa.array(numbers.astype(np.uint64))] * 2]
+        yield pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
+
+write_table(batches(), file)
 before = anonymous()
 """
 MAPPED = """
-rows = Rows([(RowTable(file), None)])
+rows = Rows(RowTable.open(file))
 opened = anonymous() - before
 batches = Batches(rows.lengths, 64, 8, seed=1)
 seen = np.zeros(count, dtype=np.uint8)
@@ -62,17 +64,14 @@ print(json.dumps({"opened": opened, "highest": highest, "file": file.stat().st_s
 OBJECTS = """
 import dataclasses
 rows = [dataclasses.replace(r, input_ids=r.input_ids.copy(), trained=r.trained.copy(), prompt_ids=r.prompt_ids.copy())
-        for r in Rows([(RowTable(file), None)])]
+        for r in Rows(RowTable.open(file))]
 print(json.dumps({"highest": anonymous() - before}))
 """
 
 
 def run(what: str, file: Path, count: int, epochs: int = 1) -> dict[str, int]:
-    close = "table = None\n" if what else ""
-    script = SCRIPT.replace("del writer", "writer.close()\ndel writer") + close + what
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(file), str(count), str(epochs)], capture_output=True, text=True, timeout=3000
-    )
+    command = [sys.executable, "-c", SCRIPT + what, str(file), str(count), str(epochs)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3000)
     assert done.returncode == 0, done.stderr[-2000:]
     return dict(json.loads(done.stdout.splitlines()[-1]))
 

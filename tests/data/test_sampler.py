@@ -1,4 +1,4 @@
-"""The order of training is a function of the step alone; a batch is exact."""
+"""The order of training is a function of the step alone."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qvera.data import Batches, Example, collate, grouped, microbatches, order, steps_per_epoch
+from qvera.data import Batches, grouped, microbatches, order, steps_per_epoch
 
 SIZES = {"n": st.integers(1, 60), "size": st.integers(1, 20), "seed": st.integers(0, 2**65), "shuffle": st.booleans()}
 
@@ -111,18 +110,3 @@ def test_microbatches() -> None:
     assert list(microbatches([4, 1, 3, 0, 2], 2)) == [[4, 1], [3, 0], [2]]
     with pytest.raises(ValueError, match="microbatches of 0"):
         list(microbatches([1], 0))
-
-
-def example(ids: list[int], trained: list[bool]) -> Example:
-    empty = np.array([], np.int32)
-    return Example(np.array(ids, np.int32), np.array(trained), "f:1", empty, "", None)
-
-
-def test_collate_is_exact() -> None:
-    batch = collate([example([5, 6, 7], [False, True, True]), example([9, 2], [False, True])], pad_id=2)
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [9, 2, 2]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
-    assert batch["labels"].tolist() == [[-100, 6, 7], [-100, 2, -100]]
-    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
-    with pytest.raises(ValueError, match="at least one row"):
-        collate([], 0)

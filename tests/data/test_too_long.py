@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 from qvera.config.schema import DataSection
 from qvera.data import Encoder, Example, build_datasets, resolve_template
-from qvera.data.formats import detect_format
+from qvera.data.formats import detect_format, parse_row
 from qvera.data.readers import RawRow
-from qvera.data.tokenization import Counts, RowTokenizer
+from qvera.data.tokenization import RowCounts, RowTokenizer
 from qvera.utils.errors import InputError
 from tests.data.conftest import MakeTokenizer
 
@@ -38,13 +38,13 @@ def messages(pairs: list[tuple[str, str]]) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": text} for role, text in turns]}
 
 
-def examples(row: dict[str, Any], tokenizer: PreTrainedTokenizerFast, **keys: Any) -> tuple[list[Example], Counts]:
+def examples(row: dict[str, Any], tokenizer: PreTrainedTokenizerFast, **keys: Any) -> tuple[list[Example], RowCounts]:
     """What one row becomes under these keys of ``data``."""
     raw, section = RawRow(row, "rows.jsonl:1"), DataSection(path="rows.jsonl", **keys)
     row_format = detect_format(raw)
     template = resolve_template("plain" if row_format.name == "text" else "chatml", tokenizer)
     encoder = RowTokenizer(section, Encoder(tokenizer), template, row_format)
-    return encoder.encode(encoder.parse([raw])[0])
+    return encoder.encode([parse_row(raw, row_format)])
 
 
 def targets(rows: list[Example]) -> list[int]:

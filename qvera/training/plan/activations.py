@@ -32,7 +32,7 @@ class Batch:
         tokens: S, of each row, padding included; of the one joined sequence where ``joined``.
         trained_tokens: in all rows; only these reach the head.
         padded: rows differ in length, so that attention gets a mask.
-        joined: the rows stand in one sequence behind their common prefix (`qvera.data.prefix_collate`), with a mask of its own.
+        joined: the rows stand in one sequence behind their common prefix (`qvera.data.collate`), with a mask of its own.
         source: where the numbers come from, in words.
         longest_row: tokens of the longest row of all, for answers.
         packed_rows: rows of the data in it where they are packed (``data.packing``), else 0.

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from qvera.adapters import config
 from qvera.config.schema import AdapterSection, Recipe
-from qvera.data.padding import AN_OCTAVE, KERNELS, next_length, repeats
+from qvera.data.padding import KERNEL_CACHE_SIZE, LENGTHS_PER_OCTAVE, round_up_length, rounds_lengths
 from qvera.models.loss import BLOCK_ELEMENTS
 from qvera.training.plan.activations import Adapted, Batch, kept_bytes, norm_bytes, product_shapes, transient_bytes
 from qvera.training.plan.machine import Machine
@@ -228,8 +228,8 @@ def _standing(shape: Shape, recipe: Recipe, machine: Machine, adapted: tuple[Lin
 
 def _kernels(a: Adapted) -> int:
     """Of all products of a run: those of each token count, and the head's, whose counts of trained tokens fill an octave."""
-    counts = AN_OCTAVE if repeats(a.machine.dtype, a.machine.device_type) else a.batch.token_counts
-    return min(KERNELS, a.batch.token_counts * product_shapes(a) + 2 * counts)
+    counts = LENGTHS_PER_OCTAVE if rounds_lengths(a.machine.dtype, a.machine.device_type) else a.batch.token_counts
+    return min(KERNEL_CACHE_SIZE, a.batch.token_counts * product_shapes(a) + 2 * counts)
 
 
 def _loss(shape: Shape, recipe: Recipe, batch: Batch, machine: Machine) -> tuple[Component, ...]:
@@ -238,7 +238,7 @@ def _loss(shape: Shape, recipe: Recipe, batch: Batch, machine: Machine) -> tuple
     trained = min(batch.trained_tokens, batch.all_tokens)
     chunk = min(
         recipe.training.loss_chunk_tokens,
-        next_length(trained) if repeats(machine.dtype, machine.device_type) else trained,
+        round_up_length(trained) if rounds_lengths(machine.dtype, machine.device_type) else trained,
     )
     states = batch.all_tokens * hidden * size + 2 * trained * hidden * size
     found = [

@@ -12,7 +12,7 @@ import torch
 
 from qvera.config.schema import Recipe
 from qvera.data import Batches, CutRows, Example, batches_of, collate_prefix_once, lengths_of, steps_per_epoch
-from qvera.data.padding import next_length, repeats
+from qvera.data.padding import round_up_length, rounds_lengths
 from qvera.models.loader import takes_prefix_once
 from qvera.models.model_config import empty_model
 from qvera.models.tokenizer import ids_of, load_tokenizer
@@ -117,7 +117,7 @@ def make_plan(
     del model
     if isinstance(machine, torch.device):
         machine = this_machine(recipe.model, machine)
-    longest = _batches(rows, joinable, repeats(machine.dtype, machine.device_type))
+    longest = _batches(rows, joinable, rounds_lengths(machine.dtype, machine.device_type))
     batch = longest(recipe)
     memory = plan_rank(shape, recipe, batch, machine, sharing)
     trained = sum(numbers(trained_shapes(shape.adapted(recipe.adapter.targets), recipe.adapter)))
@@ -209,7 +209,7 @@ def longest_rows(recipe: Recipe, rows: Sequence[Example], joinable: bool, steps:
 
     Args:
         rows: the training rows.
-        joinable: rows of a batch may be joined behind their common prefix (`qvera.data.prefix_collate`).
+        joinable: rows of a batch may be joined behind their common prefix (`qvera.data.collate`).
     """
     candidates: dict[tuple[int, ...], int] = {}
     for passes, row_tokens in _epochs(recipe, rows, steps, done):
@@ -234,7 +234,7 @@ def token_counts(recipe: Recipe, rows: Sequence[Example], steps: int, repeating:
     """
     found: set[tuple[int, int]] = set()
     for passes, row_tokens in _epochs(recipe, rows, steps):
-        tokens = [next_length(int(n)) for n in row_tokens] if repeating else row_tokens.tolist()
+        tokens = [round_up_length(int(n)) for n in row_tokens] if repeating else row_tokens.tolist()
         found |= set(zip((1 if recipe.data.packing else len(p) for p in passes), tokens, strict=True))
     return max(1, len(found))
 
@@ -270,10 +270,10 @@ def batch_of(examples: Sequence[Example], joinable: bool, packing: bool = False,
     trained = sum(e.trained_tokens for e in examples)
     if (joinable or packing) and (joined := collate_prefix_once(examples, packing=packing)) is not None:
         joined_tokens = joined["input_ids"].shape[1]
-        tokens = next_length(joined_tokens) if repeating else joined_tokens
+        tokens = round_up_length(joined_tokens) if repeating else joined_tokens
         source = f"the longest batch of the data: {len(lengths)} rows joined into {tokens:,} tokens"
         return Batch(1, tokens, trained, False, True, source, max(lengths), len(lengths) if packing else 0)
     rows, longest = len(lengths), max(lengths)
-    tokens = next_length(longest) if repeating else longest
+    tokens = round_up_length(longest) if repeating else longest
     source = f"the longest batch of the data: {rows} x {tokens:,} tokens"
     return Batch(rows, tokens, trained, min(lengths) < longest, False, source, longest)

@@ -1,4 +1,4 @@
-"""A batch with its common prefix computed once gives the losses and gradients of the padded batch."""
+"""A batch is exact; with its common prefix computed once it has the losses and gradients of the padded batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config, Qwen3
 
 from qvera.adapters import QveraConfig
 from qvera.data import Example, collate, collate_prefix_once
-from qvera.data.prefix_collate import common_prefix
+from qvera.data.collate import common_prefix
 from qvera.evaluation import evaluate
 from qvera.models.loader import causal_model, takes_prefix_once
 from qvera.models.loss import Head, fused_linear_cross_entropy
@@ -46,6 +46,16 @@ def small(kind: str) -> Any:
     )  # fmt: skip
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config)
+
+
+def test_collate_is_exact() -> None:
+    batch = collate([example([5, 6, 7], 1), example([9, 2], 1)], pad_id=2)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [9, 2, 2]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch["labels"].tolist() == [[-100, 6, 7], [-100, 2, -100]]
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+    with pytest.raises(ValueError, match="at least one row"):
+        collate([], 0)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -1,9 +1,9 @@
-"""Rows that begin alike in one sequence: their common prefix once, then each row's rest.
+"""Rows → tensors: padded to the longest, or as one sequence that holds their common prefix once.
 
-Instruction data repeats itself: the system prompt, the instruction, the schema stand at the start of every row. In a batch
-of B rows such a prefix of P tokens is computed B times. Here the batch becomes one sequence, prefix + rest 1 + ... + rest B,
-in which each rest sees the prefix and itself only, at the positions it had. Losses and gradients are those of the padded
-batch (tests/data/test_prefix_collate.py), with (B - 1) P fewer tokens and no padding.
+In instruction data each row starts with the same system prompt, instruction or schema. In a padded batch of B rows such a
+prefix of P tokens is computed B times. `collate_prefix_once` makes one sequence, prefix + rest 1 + ... + rest B, in which
+each rest sees the prefix and itself only, at the positions it had. Losses and gradients are those of the padded batch
+(tests/data/test_collate.py), with (B - 1) P fewer tokens and no padding.
 
 With ``data.packing`` every forward pass is such a sequence, as long as ``data.max_length`` allows, prefix or not.
 """
@@ -11,15 +11,51 @@ With ``data.packing`` every forward pass is such a sequence, as long as ``data.m
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from qvera.data.example import Example
-from qvera.data.sampler import IGNORED
+from qvera.data.rows import Example
 
+if TYPE_CHECKING:
+    import torch
+
+IGNORED = -100
+"""The label of a token that is not trained (torch's ``cross_entropy`` default)."""
 _WORTH = 0.85
-"""Used where it leaves at most this share of the padded batch's tokens: building the mask has a price of its own."""
+"""The prefix is joined where at most this share of the padded batch's tokens is left: building the mask has its price."""
+
+
+def collate(examples: Sequence[Example], pad_id: int, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+    """Rows of different lengths → one batch, padded on the right to the longest.
+
+    Args:
+        examples: B rows, at least one.
+        pad_id: the token put where a row has ended; it is neither attended to nor trained.
+        device: where the tensors go.
+
+    Returns:
+        ``input_ids`` int64 [B, T]; ``attention_mask`` int64 [B, T], 1 on real tokens; ``labels`` int64 [B, T], the
+        token itself where it is trained and `IGNORED` elsewhere. Aligned with ``input_ids``: the loss shifts.
+    """
+    if not examples:
+        raise ValueError("collate needs at least one row")
+    length = max(len(example.input_ids) for example in examples)
+    input_ids = np.full((len(examples), length), pad_id, dtype=np.int64)
+    attention_mask = np.zeros((len(examples), length), dtype=np.int64)
+    labels = np.full((len(examples), length), IGNORED, dtype=np.int64)
+    for row, example in enumerate(examples):
+        end = len(example.input_ids)
+        input_ids[row, :end] = example.input_ids
+        attention_mask[row, :end] = 1
+        labels[row, :end] = np.where(example.trained, example.input_ids, IGNORED)
+    return _tensors({"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}, device)
+
+
+def _tensors(arrays: dict[str, np.ndarray], device: torch.device | str) -> dict[str, torch.Tensor]:
+    import torch  # here, so that commands that only read rows do not wait for it
+
+    return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
 
 
 def common_prefix(examples: Sequence[Example]) -> int:
@@ -76,4 +112,4 @@ def collate_prefix_once(
     arrays = {"input_ids": ids, "position_ids": positions, "labels": labels}
     if masked:
         arrays["attention_mask"] = (sees & np.tri(total, dtype=bool))[None, None]
-    return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+    return _tensors(arrays, device)
