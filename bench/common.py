@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import torch
 
-from qvera.cli.quickstart import fetch_quickstart_base
+from qvera.cli.quickstart_base import fetch_quickstart_base
 from qvera.utils import memory
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -72,7 +72,7 @@ def interleaved(cases: dict[str, Callable[[], Any]], rounds: int, warmup: int = 
 
 def smollm2() -> str:
     """Directory of the quickstart's base."""
-    return str(fetch_quickstart_base(say=lambda text: print(text, file=sys.stderr)))
+    return str(fetch_quickstart_base(report=lambda text: print(text, file=sys.stderr)))
 
 
 def perturb(model: torch.nn.Module, size: float = 0.05) -> None:

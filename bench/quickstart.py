@@ -5,7 +5,7 @@
 
 LoRA is stock PEFT on every linear of the same 4-bit base, trained on the same rows in the same order for the same steps with
 the same loss; each learning rate is tried and all are shown. The run's rows were generated with seed 0; nothing was tuned
-on their templates (see qvera/cli/quickstart/words.py).
+on their templates (see bench/quickstart_words.py).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Any
 from common import header, write_result
 from trials import Trial, adapted, train
 
-from qvera.cli.quickstart.score import regex_baseline, score
-from qvera.cli.quickstart.task import generate as task_rows
-from qvera.cli.quickstart.task import message_of
+from bench.quickstart_rows import generate as task_rows
+from bench.quickstart_rows import message_of
+from bench.quickstart_score import regex_baseline, score
 from qvera.config.schema import Recipe
 from qvera.data import build_datasets
 from qvera.evaluation import evaluate

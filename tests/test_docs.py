@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from qvera.cli.main import build_parser, main
+from qvera.cli.main import main
+from tests.cli.helpers import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
@@ -138,7 +139,7 @@ def test_commands_that_are_not_run_parse(page: str) -> None:
         words = shlex.split(command)
         if words[0] == "qvera" and reason_not_run(command):
             if words[1] not in ("init", "doctor"):
-                assert build_parser().parse_args(words[1:]).command == words[1]
+                assert parse(words[1:])[0] == words[1]
         elif words[0] == "make":
             assert set(words[1:]) <= targets, command
         elif words[0] == "sbatch":

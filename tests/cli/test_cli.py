@@ -11,14 +11,16 @@ import sys
 import time
 from html import unescape
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from qvera.cli.main import build_parser, main
+from qvera.cli import common
+from qvera.cli.main import PANELS, main
 from qvera.config.load import load_recipe
 from qvera.data import build_datasets, decode
 from qvera.models.tokenizer import load_tokenizer
+from tests.cli.helpers import parse
 
 
 @pytest.fixture
@@ -145,14 +147,62 @@ def test_chat_reads_messages_until_the_end(run: Path, capsys: Any, monkeypatch: 
     assert sys.stdin.read() == "never read\n"
 
 
-def test_help_teaches(capsys: Any) -> None:
+def test_help_fits_one_screen_and_names_every_command(capsys: Any) -> None:
     assert main([]) == 0
-    assert "Exit codes" in capsys.readouterr().out
-    for command in ("train", "chat", "generate", "eval", "compare", "harness", "export", "info", "quickstart"):
-        with pytest.raises(SystemExit) as stop:
-            build_parser().parse_args([command, "--help"])
-        assert stop.value.code == 0
-        assert len(capsys.readouterr().out.splitlines()) > 5
+    said = capsys.readouterr().out
+    assert main(["--help"]) == 0
+    assert capsys.readouterr().out == said
+    assert "Exit codes" in said
+    assert len(said.splitlines()) <= 24
+    assert max(map(len, said.splitlines())) <= 80
+    commands = re.findall(r"^.{6} ([a-z-]+)  ", said, flags=re.MULTILINE)
+    assert len(commands) == len(set(commands)) == 1 + sum(map(len, PANELS.values()))  # cache has commands of its own
+    for command in commands:
+        assert main([command, "--help"]) == 0
+        shown = capsys.readouterr().out
+        assert f"Usage: qvera {command} " in shown
+        assert f"Example: qvera {command} " in shown or command == "cache"
+
+
+@pytest.mark.parametrize(
+    ("line", "answer"),
+    [
+        ("trian r.yaml", "'train'"),
+        ("train r.yaml --resum", "--resume"),
+        ("cache list", "No such command 'list'"),
+        ("train", "Missing argument 'RECIPE'"),
+        ("export run out --to mergd", "merged"),
+        ("chat run --top-p 0", "--top-p"),
+        ("chat run --temperature -1", "--temperature"),
+        ("generate run p.txt --out a --batch-size 0", "--batch-size"),
+        ("generate run p.txt --out a --max-new-tokens 0", "--max-new-tokens"),
+    ],
+)
+def test_a_mistyped_line_is_wrong_input_and_answered_in_one_paragraph(line: str, answer: str, capsys: Any) -> None:
+    assert main(line.split()) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("qvera")
+    assert answer in said
+    assert len(said.splitlines()) == 1
+
+
+def test_weights_take_several_numbers_after_one_option() -> None:
+    name, options = parse(["merge-adapters", "a", "b", "out", "--weights", "1", "-0.5", "--to", "lora"])
+    assert name == "merge-adapters"
+    assert (options["weights"], list(map(str, options["adapters"])), str(options["out"])) == (
+        [1, -0.5],
+        ["a", "b"],
+        "out",
+    )
+
+
+def test_the_help_of_the_range_test_names_its_defaults() -> None:
+    from qvera.config.schema import RangeTest
+
+    helps = [get_args(option)[1].help for option in (common.LrFrom, common.LrTo, common.LrSteps)]
+    ramp = RangeTest()
+    for text, value in zip(helps, (ramp.start, ramp.end, ramp.steps), strict=True):
+        assert f"(default: {value:g})" in text
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -186,11 +236,11 @@ def test_a_signal_saves_and_exits_75(write_recipe: Any, tmp_path: Path, number: 
 
 
 def test_an_unexpected_error_is_exit_1(run: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qvera.cli import commands
+    from qvera.evaluation import run_info
 
     def full(_: Any) -> None:
         raise OSError(28, "No space left on device", "/data/out")
 
-    monkeypatch.setattr(commands, "info", full)
+    monkeypatch.setattr(run_info, "describe", full)
     assert main(["info", str(run)]) == 1
     assert "/data/out: No space left on device" in capsys.readouterr().err

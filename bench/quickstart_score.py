@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qvera.cli.quickstart.words import TRAIN
+from bench.quickstart_words import TRAIN
 
 FIELDS = ("count", "colour", "item", "to.name", "to.city", "to.floor", "day")
 

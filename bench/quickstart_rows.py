@@ -1,4 +1,6 @@
-"""The quickstart's task: an order in free text → one line of JSON.
+"""Writes recipes/quickstart/*.jsonl, the rows of the quickstart's task: an order in free text → one line of JSON.
+
+    python -m bench.quickstart_rows
 
 Seven values, three of them in a nested object, three optional (null where the text does not say). All stand in the text as
 they are copied, and no key comes after the nested object: what a small model writes wrong first is the punctuation.
@@ -16,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qvera.cli.quickstart.words import DEVELOPMENT, HELDOUT, TRAIN, Vocabulary
+from bench.quickstart_words import DEVELOPMENT, HELDOUT, TRAIN, Vocabulary
 
 Split = Literal["train", "development", "heldout"]
 
@@ -128,14 +130,13 @@ def message_of(prompt: str) -> str:
     return prompt.removeprefix(INSTRUCTION).strip()
 
 
-def write_task(
-    directory: Path, train_rows: int = TRAIN_ROWS, heldout_rows: int = HELDOUT_ROWS, seed: int = 0
-) -> tuple[Path, Path]:
-    """Write ``train.jsonl`` and ``heldout.jsonl`` into ``directory`` (made where missing) and return their paths."""
-    directory.mkdir(parents=True, exist_ok=True)
-    paths = directory / "train.jsonl", directory / "heldout.jsonl"
-    sizes: dict[Split, int] = {"train": train_rows, "heldout": heldout_rows}
-    for path, (split, rows) in zip(paths, sizes.items(), strict=True):
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in generate(split, rows, seed)]
-        path.write_text("".join(lines), encoding="utf-8")
-    return paths
+def write_rows(directory: Path) -> None:
+    """Write ``train.jsonl`` and ``heldout.jsonl`` into ``directory``."""
+    sizes: dict[Split, int] = {"train": TRAIN_ROWS, "heldout": HELDOUT_ROWS}
+    for split, rows in sizes.items():
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in generate(split, rows)]
+        (directory / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_rows(Path(__file__).resolve().parent.parent / "recipes" / "quickstart")

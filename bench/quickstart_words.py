@@ -1,6 +1,6 @@
 """The words and message templates of the quickstart task, one `Vocabulary` for each split.
 
-The two share no template, no distractor and no value; tests/cli/quickstart/test_task.py asserts it. A template names its facts
+The two share no template, no distractor and no value; tests/test_quickstart_rows.py asserts it. A template names its facts
 as `{name}`, `{city}`, `{count}`, `{colour}`, `{item}`, `{day}`. A part in square brackets is left out where its fact is
 absent. `{floor}` and `{aside}` are whole sentences, or nothing.
 
@@ -34,7 +34,7 @@ class Vocabulary:
     templates: tuple[str, ...]
     """Whole messages."""
     orders: tuple[str, ...] = ()
-    """Sentences that say what is wanted; `task.compose` makes messages of these and the ones below."""
+    """Sentences that say what is wanted; `quickstart_rows.compose` makes messages of these and the ones below."""
     places: tuple[str, ...] = ()
     people: tuple[str, ...] = ()
     people_in_places: tuple[str, ...] = ()

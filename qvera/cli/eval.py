@@ -1,0 +1,246 @@
+"""`qvera eval`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qvera.cli.common import EvalPath, console, progress, quiet_libraries, require_new_file
+from qvera.utils.atomic import replace_text
+from qvera.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from qvera.config.schema import DataSection
+    from qvera.evaluation.evaluate import EvalPrompt, EvalResult
+    from qvera.evaluation.load import EvalTarget
+    from qvera.evaluation.metrics import TextMetric
+
+
+def evaluate(
+    run: EvalPath,
+    recipe: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="A recipe, or a run, whose rows and settings are used.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Rows to evaluate on (default: the recipe's held-out rows).")
+    ] = None,
+    rows: Annotated[int | None, typer.Option(min=1, metavar="N", help="Use only the first N rows.")] = None,
+    metrics: Annotated[
+        str, typer.Option(metavar="NAME,NAME", help="How answers are compared with references.")
+    ] = "exact",
+    group_prompts: Annotated[
+        bool, typer.Option("--group-prompts", help="Rows with the same prompt are one, with all their references.")
+    ] = False,
+    base: Annotated[bool, typer.Option("--base", help="Evaluate the base model without the adapter.")] = False,
+    with_base: Annotated[bool, typer.Option("--with-base", help="Evaluate the base model too.")] = False,
+    no_generation: Annotated[bool, typer.Option("--no-generation", help="Loss only: no answers, no metrics.")] = False,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Tokens per answer (default: the recipe's).")
+    ] = None,
+    predictions: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a line of JSON a prompt.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page: base, adapter and reference side by side.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write scores and every answer as JSON.")
+    ] = None,
+) -> None:
+    """Compute held-out loss, answers and their scores.
+
+    RUN: a run; an adapter directory whose config names its base (QVERA, or what PEFT can load, such as the LoRA of `qvera export
+    --to lora`); or a checkpoint that `qvera export --to merged` wrote. A merged export whose run still exists is evaluated on that
+    run's held-out rows; otherwise give --recipe or --data.
+
+    Metrics: exact; with `pip install 'qvera[metrics]'` also bleu, bleu-lowercase, chrf, chrf++, ter (sacrebleu) and rouge1, rouge2,
+    rougeL (rouge-score). BLEU, chrF and TER go from 0 to 100, the others from 0 to 1.
+
+    `--json RUN/eval.json` puts the scores where `qvera compare` finds them.
+
+    Example:
+        qvera eval runs/quickstart --with-base --html page.html
+    """
+    _check_options(base, with_base, no_generation, group_prompts, json_file, predictions, html)
+
+    from qvera.evaluation.metrics import text_metrics
+
+    chosen = [] if no_generation else text_metrics(metrics.split(","))  # a missing package is named at once
+    quiet_libraries()
+
+    from qvera.config.schema import TrainingSection
+    from qvera.data import build_datasets
+    from qvera.evaluation.evaluate import prompts_of, score_model
+    from qvera.evaluation.load import adapter_sha256, base_of, base_problem, find_target, open_target, require_base
+    from qvera.evaluation.report.answers_page import write_answers
+
+    target = find_target(run, recipe)
+    if base or with_base:
+        require_base(target)
+    elif html is not None:  # the page has a column for the base, if there is one
+        missing = base_problem(target)
+        with_base = missing is None
+        if missing is not None and target.merged is not None:
+            console.print(f"The page will have no base beside the answers. {missing}", style="yellow", markup=False)
+    section = _data_section(run, data, rows, target)
+    adapter = None if base else adapter_sha256(target)  # now: the run may go on while we score
+    with progress(f"Loading {run}"):
+        opened = open_target(target, adapter=not base)
+    datasets = build_datasets(section, opened.base.tokenizer, console)
+    examples = (datasets.train if data is not None else datasets.eval)[:rows]
+    prompts = [] if no_generation else prompts_of(examples, group_prompts)
+    settings = target.recipe.training if target.recipe is not None else TrainingSection()
+    answer_tokens = max_new_tokens or settings.sample_max_new_tokens
+
+    def score(model: Any, label: str) -> EvalResult:
+        with progress(f"{label}scoring") as show:
+            return score_model(
+                model,
+                opened.base.tokenizer,
+                examples,
+                prompts,
+                chosen,
+                settings,
+                pad_id=datasets.pad_id,
+                max_new_tokens=answer_tokens,
+                progress=lambda text: show(label + text),
+            )
+
+    found, base_found = score(opened.model, ""), None
+    if with_base:
+        if target.adapter is None:  # the base of an export is a model of its own; both need not be held
+            opened.model = None
+            opened.base.model = None
+        with contextlib.ExitStack() as until_scored:
+            with progress("Loading the base"):  # alone: rich before 14.1 shows one thing at a time
+                model = until_scored.enter_context(base_of(target, opened))
+            base_found = score(model, "Base: ")
+    document = _document(target, section, prompts, chosen, found, base_found, base_alone=base, data=data)
+    document["subject"] |= {"max_new_tokens": answer_tokens, "adapter_sha256": adapter}
+    if predictions is not None:
+        lines = (json.dumps(answer, ensure_ascii=False) + "\n" for answer in document["answers"])
+        replace_text(predictions, "".join(lines))
+    if json_file is not None:
+        replace_text(json_file, json.dumps(document, indent=1, ensure_ascii=False))
+    if html is not None:
+        write_answers(html, document)
+    _print_scores(document)
+    files = ((predictions, f"{len(prompts)} answers"), (json_file, "scores and answers"), (html, "the page"))
+    for path, what in files:
+        if path is not None:
+            print(f"{path}: {what}")
+
+
+def _check_options(base: bool, with_base: bool, no_generation: bool, group_prompts: bool, *files: Path | None) -> None:
+    """Raise InputError if options contradict each other, or a file (JSON, predictions, page) exists."""
+    if base and with_base:
+        raise InputError("--with-base: compares with the base, and --base asks for the base alone; drop one of them.")
+    if no_generation and files[1] is not None:
+        raise InputError("--predictions: writes answers, and --no-generation asks for none; drop one of them.")
+    if no_generation and group_prompts:
+        raise InputError("--group-prompts: is for answers, and --no-generation asks for none; drop one of them.")
+    given = [path for path in files if path is not None]
+    for path in given:
+        require_new_file(path)
+    if len({path.absolute() for path in given}) < len(given):
+        raise InputError(f"{given[0]}: --json, --predictions and --html need a file each.")
+
+
+def _data_section(run: Path, data: str | None, rows: int | None, target: EvalTarget) -> DataSection:
+    """Where the rows come from: the recipe's held-out rows, or all of a file that is read as the recipe's rows are."""
+    from qvera.config.schema import DataSection
+    from qvera.evaluation.load import template_of
+
+    recipe = target.recipe
+    if data is None:
+        if recipe is None:
+            raise InputError(
+                f"{run}: {target.what} has no recipe that names held-out rows. Name a file with --data FILE, or the run "
+                "(or recipe) that it belongs to with --recipe."
+            )
+        if not (recipe.data.eval_path or recipe.data.eval_fraction):
+            raise InputError(f"{run}: its recipe holds out no rows; name a file with --data.")
+        return recipe.data.replace(template=template_of(recipe, target.run))
+    if recipe is None:
+        return DataSection(path=data, limit=rows)
+    return recipe.data.replace(
+        path=data,
+        config_name=None,  # of the recipe's own source, like its revision
+        revision=None,
+        template=template_of(recipe, target.run),
+        mixture=[],
+        weight=1.0,
+        eval_path=None,
+        eval_fraction=0.0,
+        limit=rows,
+    )
+
+
+def _document(
+    target: EvalTarget,
+    section: DataSection,
+    prompts: Sequence[EvalPrompt],
+    metrics: Sequence[TextMetric],
+    found: EvalResult,
+    base: EvalResult | None,
+    *,
+    base_alone: bool,
+    data: str | None,
+) -> dict[str, Any]:
+    """The whole evaluation, as --json writes it and the page shows it."""
+    from qvera.evaluation.report.read import inputs_sha256
+    from qvera.utils import memory
+
+    answers: list[dict[str, Any]] = []
+    for number, each in enumerate(prompts):
+        row: dict[str, Any] = {
+            "source": each.example.source,
+            "prompt": each.example.prompt_text,
+            "references": each.references,
+            "answer": found.answers[number],
+            "scores": found.rows[number],
+        }
+        if base is not None:
+            row |= {"base_answer": base.answers[number], "base_scores": base.rows[number]}
+        answers.append(row)
+    what = "the base alone" if base_alone else target.what
+    column = {"checkpoint": "Export" if target.merged else "Model"}.get(target.kind, "Adapter")
+    held_out = section.eval_path or f"{section.path}, {section.eval_fraction:.1%} held out by its seed"
+    return {
+        "subject": {
+            "path": str(target.path),
+            "what": what[0].upper() + what[1:],
+            "column": "Base" if base_alone else column,
+            "base": target.merged["base"]["path"] if target.merged else target.section.path,
+            "data": data or held_out,
+            "inputs_sha256": inputs_sha256(answers),
+        },
+        "scores": found.scores,
+        "base_scores": None if base is None else base.scores,
+        "metrics": [
+            {"name": m.name, "label": m.label, "signature": m.signature(), "lower_is_better": m.lower_is_better}
+            for m in metrics
+            if prompts and found.scores.get("scored_rows")
+        ],
+        "versions": memory.versions(),
+        "answers": answers,
+    }
+
+
+def _print_scores(document: dict[str, Any]) -> None:
+    """The scores, in two columns if the base was evaluated too."""
+    from rich.console import Console
+    from rich.table import Table
+
+    scores, base = document["scores"], document["base_scores"]
+    table = Table(box=None, pad_edge=False, show_header=base is not None)
+    table.add_column("")
+    for title in ([] if base is None else ["base"]) + [document["subject"]["column"].lower()]:
+        table.add_column(title, justify="right")
+    for name, value in scores.items():
+        cells = ([] if base is None else [base[name]]) + [value]
+        table.add_row(name, *(f"{cell:.4f}" if isinstance(cell, float) else f"{cell:,}" for cell in cells))
+    Console().print(table)

@@ -1,0 +1,239 @@
+"""`qvera export`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from qvera.cli.common import RunPath, console, progress, quiet_libraries
+from qvera.utils import formatting
+from qvera.utils.atomic import replace_text
+from qvera.utils.errors import InputError
+from qvera.utils.files import file_sha256
+from qvera.utils.paths import CERTIFICATE
+
+if TYPE_CHECKING:
+    import torch
+
+    from qvera.config.schema import ExportSection, ModelSection, Recipe
+    from qvera.export.deltas import AdapterDeltas
+
+
+def export(
+    run: RunPath,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new or empty directory, or this export unfinished.")],
+    to: Annotated[Literal["merged", "lora", "peft"], typer.Option(help="What to write.")] = "merged",
+    rank: Annotated[
+        int | None, typer.Option(metavar="K", help="With --to lora: keep the best K directions of each layer.")
+    ] = None,
+    dtype: Annotated[
+        Literal["float16", "bfloat16", "float32"] | None, typer.Option(help="Default: the recipe's, float16.")
+    ] = None,
+    base: Annotated[
+        Literal["original", "dequantized"] | None, typer.Option(help="Default: the recipe's, original.")
+    ] = None,
+    no_compare: Annotated[bool, typer.Option("--no-compare", help="Do not measure the difference.")] = False,
+    compare_only: Annotated[
+        bool, typer.Option("--compare-only", help="Measure the difference of the export in OUT, write nothing else.")
+    ] = False,
+) -> None:
+    """Write a checkpoint that other tools load.
+
+    --to merged: W + dW for every adapted weight in 16 bits; transformers loads it. The run trained on a quantized base; --base
+    original merges into the 16-bit weights, --base dequantized into the weights that training used. The difference between the
+    trained and the exported model is measured and written to OUT/qvera_export.json. If it is stopped, the same command continues
+    from the finished shards.
+
+    --to lora: the same change of the weights as a LoRA for PEFT: at the adapter's own rank, or cut to the best --rank K, with the
+    error of each layer. --to peft: an adapter of PEFT's own VeRA, projections in the file.
+
+    Example:
+        qvera export runs/quickstart out/ --to merged
+    """
+    if rank is not None and to != "lora":
+        raise InputError("--rank: goes with --to lora only.")
+    if to != "merged" and compare_only:
+        raise InputError("--compare-only: goes with --to merged only.")
+    quiet_libraries()
+
+    import torch
+
+    from qvera.adapters.save_load import read_config, require_base
+    from qvera.config.schema import ExportSection
+    from qvera.evaluation.load import find_adapter
+    from qvera.models.loader import fingerprint_of
+
+    recipe, section, adapter_dir = find_adapter(run)
+    options = recipe.export if recipe is not None else ExportSection()
+    changes = {name: value for name, value in (("dtype", dtype), ("base", base)) if value is not None}
+    options = options.replace(**changes)
+    if to != "merged":
+        require_base(read_config(adapter_dir), adapter_dir, section.path, fingerprint_of(section))
+        _export_adapter(to, section, adapter_dir, out, getattr(torch, options.dtype), rank)
+        return
+    if compare_only:
+        certificate = _finished_certificate(recipe, run, adapter_dir, out)
+    else:
+        certificate = _merge(recipe, run, section, adapter_dir, out, options)
+    certificate["difference"] = None
+    if recipe is not None and (compare_only or (not no_compare and options.certificate_rows)):
+        certificate["difference"] = _difference(recipe, run, out, options)
+    replace_text(out / CERTIFICATE, json.dumps(certificate, indent=1))
+    difference = certificate["difference"]
+    if difference and "kl_mean" in difference:
+        print(
+            f"trained vs exported on {difference['rows']} rows: loss {difference['loss_trained']:.4f} vs "
+            f"{difference['loss_exported']:.4f}, KL {difference['kl_mean']:.2e} a token, same first choice "
+            f"{difference['top1_agreement']:.1%}"
+        )
+    elif difference:
+        print(f"not measured: {difference['not_measured']}")
+
+
+def _merge(
+    recipe: Recipe | None, run: Path, section: ModelSection, adapter_dir: Path, out: Path, options: ExportSection
+) -> dict[str, Any]:
+    """Write the merged checkpoint; returns its certificate."""
+    from qvera.data import resolve_template
+    from qvera.evaluation.load import template_of
+    from qvera.export import export_merged
+    from qvera.models.tokenizer import load_tokenizer
+
+    template = None
+    if recipe is not None:
+        template = resolve_template(template_of(recipe, run), load_tokenizer(section)).jinja
+    with progress("Merging") as show:
+        certificate = export_merged(
+            adapter_dir,
+            section,
+            out,
+            options,
+            chat_template=template,
+            progress=lambda done, total, name: show(f"Merging: {done} of {total} tensors ({name})"),
+        )
+    files, changed = certificate["files"], len(certificate["delta"])
+    size = sum((out / name).stat().st_size for name in files)
+    print(f"{formatting.size(size)} in {len(files)} file(s) in {out}, {changed} weights changed")
+    return certificate
+
+
+def _finished_certificate(recipe: Recipe | None, run: Path, adapter_dir: Path, out: Path) -> dict[str, Any]:
+    """The certificate of the export in OUT, for --compare-only.
+
+    Raises:
+        InputError: OUT holds no finished export of this run's adapter, or there are no rows to compare on.
+    """
+    from qvera.adapters.save_load import ADAPTER_WEIGHTS
+
+    try:
+        certificate: dict[str, Any] = json.loads((out / CERTIFICATE).read_text(encoding="utf-8"))
+        merged = certificate["adapter"]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{out}: --compare-only takes a finished merged export, with its {CERTIFICATE} ({type(error).__name__}: {error})."
+        ) from None
+    if recipe is None:
+        raise InputError(f"{run}: --compare-only takes a run; an adapter alone has no rows to compare on.")
+    if merged != file_sha256(adapter_dir / ADAPTER_WEIGHTS):
+        raise InputError(f"{out}: is the export of another adapter than that of {run} ({CERTIFICATE}, adapter.sha256).")
+    return certificate
+
+
+def _export_adapter(
+    to: str, section: ModelSection, adapter_dir: Path, out: Path, dtype: torch.dtype, rank: int | None
+) -> None:
+    """--to lora and --to peft."""
+    from qvera.adapters.save_load import read_config
+    from qvera.export.deltas import read_deltas
+    from qvera.export.lora import export_stock_vera
+    from qvera.models.model_config import empty_model
+
+    require_no_added_tokens(read_config(adapter_dir), adapter_dir, f"--to {to}")
+    adapter = read_deltas(adapter_dir, empty_model(section))
+    if to == "peft":
+        size = export_stock_vera(adapter, out)
+        print(f"{formatting.size(size)} in {out}: PEFT's VeRA of rank {adapter.A.shape[0]}, projections included")
+        return
+    write_lora(adapter, out, dtype, adapter.A.shape[0], rank, None)
+
+
+def write_lora(
+    adapter: AdapterDeltas,
+    out: Path,
+    dtype: torch.dtype,
+    own_rank: int,
+    rank: int | None,
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor]] | None,
+) -> None:
+    """Print errors, rank and size, then write a LoRA.
+
+    Args:
+        own_rank: the rank at which it is exact.
+        rank: cut to this rank; None: not cut.
+        factors: layer → (B, A) of ΔW = B A; None: those of ``adapter``.
+    """
+    from qvera.export.lora import Truncation, export_lora, lora_bytes, lora_factors, truncate_all
+
+    if rank is not None:
+        print(f"{'layer':<44}{'Frobenius':>11}{'spectral':>11}   relative error of rank {rank}")
+
+        def show(_: int, name: str, error: Truncation) -> None:
+            print(f"{name:<44}{error.frobenius:11.2e}{error.spectral:11.2e}")
+
+        factors = truncate_all(factors.items() if factors else lora_factors(adapter), own_rank, rank, dtype, show)
+    expected = lora_bytes(adapter, rank or own_rank, dtype)
+    print(f"LoRA of rank {rank or own_rank} on {len(adapter.layers)} linears: {formatting.size(expected)} in {out}")
+    size = export_lora(adapter, out, dtype, factors)
+    print(f"written: {size:,} bytes; stock PEFT loads it")
+
+
+def require_no_added_tokens(config: Any, adapter_dir: Path, what: str) -> None:
+    """Refuse an adapter that has rows of embedding and head, for formats that hold only factors of ΔW.
+
+    Raises:
+        InputError: the adapter adds tokens.
+    """
+    tokens = getattr(config, "added_tokens", None)
+    if tokens:
+        raise InputError(
+            f"{adapter_dir}: adds the tokens {', '.join(tokens)}, whose rows of embedding and head have no place in what {what} "
+            "writes. Export it with --to merged, whose checkpoint and tokenizer have them."
+        )
+
+
+def _difference(recipe: Recipe, run: Path, out: Path, options: ExportSection) -> dict[str, Any]:
+    """The measured part of the certificate. If data is gone or memory is short, it says so and the export stands."""
+    import torch
+
+    from qvera.data import build_datasets
+    from qvera.evaluation.load import open_run
+    from qvera.export.compare import measure_difference, too_little_memory
+
+    again = f"`qvera export {run} {out} --compare-only` measures it later, or on a larger machine."
+    try:
+        reason = too_little_memory(out, _trained_bytes(run))
+        if reason is not None:
+            return {"not_measured": f"{reason}. {again}"}
+        with progress(f"Loading {run}"):
+            opened = open_run(run)
+        datasets = build_datasets(recipe.data, opened.base.tokenizer, console)
+        rows = (datasets.eval or datasets.train)[: options.certificate_rows]
+        with progress("Comparing the trained with the exported model"):
+            return measure_difference(opened.model, out, rows, datasets.pad_id)
+    except (InputError, OSError, ValueError) as error:
+        return {"not_measured": f"{error} {again}"}
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        return {"not_measured": f"the memory gave out. {again}"}
+
+
+def _trained_bytes(run: Path) -> int:
+    """Bytes of the base during training, as run.json has it; 0 if it does not say."""
+    try:
+        return int(json.loads((run / "run.json").read_text(encoding="utf-8"))["model"]["base_bytes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0

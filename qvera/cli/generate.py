@@ -1,0 +1,67 @@
+"""`qvera generate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qvera.cli.chat import prompt_ids, template_and_encoder
+from qvera.cli.common import RunPath, Seed, Temperature, TopP, progress, quiet_libraries, require_new_file
+
+
+def generate(
+    run: RunPath,
+    prompts: Annotated[Path, typer.Argument(metavar="PROMPTS", help="A file of rows, or .txt: one prompt a line.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="JSONL file to write; must not exist.")],
+    base: Annotated[bool, typer.Option("--base", help="Answer with the base model, without the adapter.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts at a time.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer, in tokens.")] = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+) -> None:
+    """Answer the prompts of a file in batches.
+
+    PROMPTS: .jsonl, .json, .csv or .parquet rows as for training (a last assistant turn is ignored), or .txt. Each output line
+    has source, prompt, answer.
+
+    Example:
+        qvera generate runs/quickstart prompts.txt --out answers.jsonl
+    """
+    quiet_libraries()
+    require_new_file(out)
+
+    from qvera.config.schema import DataSection
+    from qvera.data import read_prompts
+    from qvera.evaluation.generate import generate as generate_texts
+    from qvera.evaluation.load import find_adapter, open_run
+
+    recipe, _, _ = find_adapter(run)
+    data = recipe.data if recipe is not None else DataSection(path=str(prompts))
+    rows = read_prompts(prompts, data)
+    with progress(f"Loading {run}"):
+        opened = open_run(run, adapter=not base)
+    template, encoder = template_and_encoder(opened)
+    encoded = [prompt_ids(template, encoder, row.turns, row.tools) for row in rows]
+    with progress("Answering") as show:
+        answers = generate_texts(
+            opened.model,
+            opened.base.tokenizer,
+            encoded,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            progress=lambda done: show(f"Answering: {done} of {len(encoded)}"),
+        )
+    partial = out.with_name(f".{out.name}.partial")
+    with open(partial, "w", encoding="utf-8") as handle:
+        for row, answer in zip(rows, answers, strict=True):
+            line = {"source": row.source, "prompt": row.turns[-1].content, "answer": answer}
+            handle.write(json.dumps(line, ensure_ascii=False) + "\n")
+    partial.replace(out)
+    print(f"{len(answers)} answers in {out}")

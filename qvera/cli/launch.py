@@ -1,0 +1,81 @@
+"""`qvera launch`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qvera.cli.common import FindLr, LrFrom, LrSteps, LrTo, Overrides, RecipePath, Resume
+from qvera.cli.train import range_test
+
+
+def launch(
+    recipe: RecipePath,
+    overrides: Overrides,
+    gpus: Annotated[
+        int | None, typer.Option(metavar="N", help="Processes on each machine (default: the GPUs).")
+    ] = None,
+    hostfile: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A line `HOST slots=N` for each machine.")
+    ] = None,
+    node_rank: Annotated[int | None, typer.Option(metavar="K", help="This machine's number, from 0.")] = None,
+    nnodes: Annotated[int | None, typer.Option(metavar="N", help="Number of machines.")] = None,
+    rdzv: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where machine 0 is reached.")] = None,
+    max_restarts: Annotated[
+        int, typer.Option(metavar="N", help="Start again from the last checkpoint after a failure, up to N times.")
+    ] = 0,
+    resume: Resume = False,
+    find_lr: FindLr = False,
+    lr_from: LrFrom = None,
+    lr_to: LrTo = None,
+    lr_steps: LrSteps = None,
+) -> int:
+    """Train with several processes or machines.
+
+    On one machine: --gpus N. From one machine on all that a host file names, by ssh: --hostfile FILE. Under a scheduler, on each
+    machine: --node-rank K --nnodes N --rdzv HOST:PORT.
+
+    It prints and runs torchrun, or deepspeed for a host file. Both also work directly: torchrun ... -m qvera train RECIPE. The
+    recipe's deepspeed key says how the processes share the model.
+
+    Example:
+        qvera launch recipes/instruct/llama2-7b.yaml --gpus 4
+    """
+    from qvera.config.load import load_recipe
+    from qvera.distributed import launch as launcher
+
+    load_recipe(recipe, overrides)  # an error in it is reported once, before anything starts
+    range_test(find_lr, lr_from, lr_to, lr_steps, resume=resume)
+    command = launcher.launch_command(
+        recipe,
+        gpus=gpus,
+        hostfile=hostfile,
+        node_rank=node_rank,
+        nnodes=nnodes,
+        rdzv=rdzv,
+        max_restarts=max_restarts,
+        train_arguments=train_arguments(overrides, resume, find_lr, lr_from, lr_to, lr_steps),
+    )
+    if hostfile is not None:
+        launcher.require_hosts(hostfile)
+    print(launcher.say(command), file=sys.stderr)
+    return launcher.run(command)
+
+
+def train_arguments(
+    overrides: list[str],
+    resume: bool = False,
+    find_lr: bool = False,
+    lr_from: float | None = None,
+    lr_to: float | None = None,
+    lr_steps: int | None = None,
+) -> list[str]:
+    """The options of `qvera launch` that belong to `qvera train`, as `qvera train` takes them."""
+    found = [part for override in overrides for part in ("--set", override)]
+    found += ["--resume"] * resume + ["--find-lr"] * find_lr
+    for name, value in (("--lr-from", lr_from), ("--lr-to", lr_to), ("--lr-steps", lr_steps)):
+        found += [] if value is None else [name, str(value)]
+    return found

@@ -1,0 +1,103 @@
+"""`qvera merge-adapters`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from typer.core import TyperCommand
+
+from qvera.cli.common import quiet_libraries
+from qvera.cli.export import require_no_added_tokens, write_lora
+from qvera.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from qvera.config.schema import ModelSection, Recipe
+
+
+class Weights(TyperCommand):
+    """A command whose ``--weights`` takes several numbers after it: ``--weights 1 -1``."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        """Repeat the option before each number that follows it."""
+        found: list[str] = []
+        after_weights = False
+        for arg in args:
+            after_weights = arg == "--weights" or (after_weights and _is_number(arg))
+            if after_weights and arg != "--weights":
+                found += ["--weights", arg]
+            elif not after_weights:
+                found.append(arg)
+        return super().parse_args(ctx, found)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def merge_adapters(
+    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER", help="Run or adapter directories.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new or empty directory.")],
+    weights: Annotated[
+        list[float] | None, typer.Option(metavar="W...", help="One for each adapter (default: their average).")
+    ] = None,
+    to: Annotated[Literal["qvera", "lora"], typer.Option(help="What to write.")] = "qvera",
+    rank: Annotated[
+        int | None, typer.Option(metavar="K", help="With --to lora: keep the best K directions of each layer.")
+    ] = None,
+    dtype: Annotated[Literal["float16", "bfloat16", "float32"], typer.Option(help="Of a LoRA.")] = "float32",
+) -> None:
+    """Scale, add or interpolate adapters of one base.
+
+    The default is their average; --weights 1 -1 subtracts, --weights 0.3 0.7 interpolates, one adapter with --weights 0.5 is scaled.
+    If seed, rank, b_groups, targets, d and a agree (adapter.train_d: false), the result is again a QVERA adapter, exactly. Any
+    others add up exactly to a LoRA of their ranks' sum: --to lora, cut with --rank K.
+
+    Example:
+        qvera merge-adapters runs/one runs/two out/ --to lora --weights 0.3 0.7
+    """
+    quiet_libraries()
+
+    import torch
+
+    from qvera.adapters.save_load import read_config
+    from qvera.evaluation.load import find_adapter
+    from qvera.export.deltas import read_deltas
+    from qvera.export.merge_adapters import stacked_factors, union, weighted_sum, write_vectors
+    from qvera.models.model_config import empty_model
+
+    found = [find_adapter(path) for path in adapters]
+    _require_one_base(found)
+    for _, _, directory in found:
+        require_no_added_tokens(read_config(directory), directory, "merge-adapters")
+    model = empty_model(found[0][1])
+    deltas = [read_deltas(directory, model) for _, _, directory in found]
+    factors = weights or [1.0 / len(deltas)] * len(deltas)
+    if to == "qvera":
+        write_vectors(found[0][2], weighted_sum(deltas, factors), out)
+        print(f"{len(deltas)} adapters, weights {', '.join(f'{w:g}' for w in factors)}: exact, in {out}")
+        return
+    own_rank = sum(adapter.A.shape[0] for adapter in deltas)
+    write_lora(union(deltas), out, getattr(torch, dtype), own_rank, rank, stacked_factors(deltas, factors))
+
+
+def _require_one_base(found: list[tuple[Recipe | None, ModelSection, Path]]) -> None:
+    """All adapters must have one base: by content if all say it, else by name."""
+    from qvera.adapters.save_load import read_config
+    from qvera.utils.safetensors_io import same_base
+
+    prints = {path: getattr(read_config(path), "base_fingerprint", None) for _, _, path in found}
+    names = {path: section.path for _, section, path in found}
+    known = [p for p in prints.values() if p is not None]
+    if len(known) == len(prints):
+        different = any(not same_base(known[0], other) for other in known)
+    else:
+        different = len(set(names.values())) > 1
+    if different:
+        bases = ", ".join(f"{names[p]} (fingerprint {(prints[p] or 'unknown')[:16]})" for p in names)
+        raise InputError(f"these adapters were trained on different base models: {bases}.")

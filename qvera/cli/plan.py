@@ -1,0 +1,86 @@
+"""`qvera plan`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qvera.cli.common import Json, Overrides, console, progress, quiet_libraries
+from qvera.utils.errors import InputError
+from qvera.utils.paths import resolve_path
+
+if TYPE_CHECKING:
+    from qvera.config.schema import Recipe
+    from qvera.data import Rows
+
+
+def plan(
+    overrides: Overrides,
+    recipe: Annotated[Path | None, typer.Argument(metavar="RECIPE", help="A YAML file, as for train.")] = None,
+    gpu: Annotated[str | None, typer.Option(metavar="SIZE", help="Plan for a GPU of that size: 24GB, 24GiB.")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, metavar="N", help="Plan for N equal machines.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, metavar="M", help="Plan for M processes on each machine.")] = None,
+    as_json: Json = False,
+    no_timing: Annotated[bool, typer.Option("--no-timing", help="Do not time a step.")] = False,
+    table: Annotated[bool, typer.Option("--table", help="Print what fits on cards of 6 to 80 GB, 7B to 70B.")] = False,
+    svg: Annotated[Path | None, typer.Option(metavar="FILE", help="With --table: write the picture there.")] = None,
+) -> None:
+    """Estimate memory, time and files of a run.
+
+    Reads the model's config, no weights. The longest batch is that of the data if it is local, else data.max_length. Without
+    --gpu it plans for this machine and times a step (a few seconds). If the run does not fit, it names the nearest changes that
+    make it fit. --nodes and --gpus: one process of many, under each ZeRO stage, and which stage is right.
+
+    Example:
+        qvera plan recipes/instruct/llama2-7b.yaml --gpu 24GB
+    """
+    from rich.console import Console
+
+    from qvera.config.load import load_recipe
+    from qvera.distributed.zero_config import read_config as read_deepspeed
+    from qvera.models.loader import pick_device
+    from qvera.training.plan import Sharing, gpu_machine, make_plan, parse_size, time_step
+    from qvera.training.plan import table as plan_table
+    from qvera.training.plan.show import print_plan
+
+    quiet_libraries()
+    if table:
+        print(plan_table.markdown(), end="")
+        if svg is not None:
+            svg.write_text(plan_table.picture(), encoding="utf-8")
+        return
+    if recipe is None:
+        raise InputError("takes a RECIPE (such as recipes/quickstart.yaml), or --table.")
+    if svg is not None:
+        raise InputError("--svg: goes with --table only.")
+    loaded = load_recipe(recipe, overrides)
+    device = pick_device()
+    machine = None if gpu is None else gpu_machine(loaded.model, parse_size(gpu))
+    several = nodes is not None or gpus is not None
+    sharing = Sharing.of(read_deepspeed(loaded.deepspeed), nodes or 1, gpus or 1)
+    made = make_plan(loaded, machine or device, _local_rows(loaded), sharing, every_way=several)
+    if machine is None and not no_timing:
+        with progress("Timing this machine"):
+            made = dataclasses.replace(made, seconds=time_step(made, loaded, device))
+    if as_json:
+        print(json.dumps(made.to_dict(), indent=1))
+    else:
+        print_plan(made, Console())
+
+
+def _local_rows(recipe: Recipe) -> Rows | None:
+    """The training rows, if they and the tokenizer are local; a plan must not wait for a download."""
+    from qvera.data import build_datasets
+    from qvera.models.tokenizer import load_tokenizer
+
+    if not Path(resolve_path(recipe.data.path)).exists() or not Path(resolve_path(recipe.model.path)).is_dir():
+        return None
+    try:
+        tokenizer = load_tokenizer(recipe.model)
+    except InputError:
+        return None
+    return build_datasets(recipe.data, tokenizer, console).train

@@ -1,0 +1,45 @@
+"""`qvera preview`."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qvera.cli.common import Overrides, RecipePath, console, quiet_libraries, require_new_file
+
+
+def preview(
+    recipe: RecipePath,
+    overrides: Overrides,
+    rows: Annotated[int, typer.Option(min=0, metavar="N", help="Rows shown in full.")] = 4,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a page for a browser.")] = None,
+) -> None:
+    """Show the rows of a recipe, trained tokens marked.
+
+    Prints counts, lengths and the first rows. Reads the data and the tokenizer, no weights.
+
+    Example:
+        qvera preview recipes/quickstart.yaml --rows 2
+    """
+    from rich.console import Console
+
+    from qvera.config.load import load_recipe
+    from qvera.data import build_datasets, data_warnings, decode, print_preflight
+    from qvera.evaluation.report.preview_page import write_preview
+    from qvera.models.tokenizer import load_tokenizer
+
+    loaded = load_recipe(recipe, overrides)
+    if html is not None:
+        require_new_file(html)
+    quiet_libraries()
+    tokenizer = load_tokenizer(loaded.model)
+    datasets = build_datasets(loaded.data, tokenizer, console)
+    shown = datasets.first_rows(rows)
+    print_preflight(datasets, tokenizer, Console(), rows)
+    if html is not None:
+        warnings = data_warnings(datasets.stats)
+        write_preview(html, recipe.stem, loaded.data.path, datasets.stats, warnings, shown, partial(decode, tokenizer))
+        print(f"{html}: the same as a page, all tokens of {len(shown)} rows")

@@ -1,0 +1,117 @@
+"""`qvera quantize`."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from qvera.cli.common import console, progress, quiet_libraries
+from qvera.utils import formatting
+from qvera.utils.errors import Interrupted
+
+if TYPE_CHECKING:
+    from qvera.utils.cache_dir import StageProgress
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A directory with safetensors, or a hub id.")],
+    out: Annotated[
+        Path | None, typer.Argument(metavar="OUT", help="A new or empty directory (default: the cache).")
+    ] = None,
+    quantization: Annotated[Literal["nf4", "fp4"] | None, typer.Option(help="Default: the recipe's, nf4.")] = None,
+    no_double_quant: Annotated[bool, typer.Option("--no-double-quant", help="Keep the scales in fp32.")] = False,
+    quant_storage: Annotated[
+        Literal["uint8", "bfloat16", "float16", "float32"] | None,
+        typer.Option(help="Default: the recipe's, bfloat16."),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Hash source and copy again, instead of trusting sizes and times.")
+    ] = False,
+) -> None:
+    """Write the 4-bit copy of a 16-bit model.
+
+    OUT is a checkpoint in bitsandbytes' serialized format; transformers loads it. Without OUT it goes into the cache, where `qvera
+    train` would put it on first use. If it is stopped, the same command continues from the finished shards.
+
+    Example:
+        qvera quantize meta-llama/Llama-2-7b-hf
+    """
+    quiet_libraries()
+
+    from qvera.config.schema import ModelSection
+    from qvera.models.loader import pick_device
+    from qvera.models.quantize_checkpoint import read_record
+    from qvera.models.quantized_cache import cached_base, quantized_copy
+    from qvera.utils.signals import StopRequests
+
+    given = {
+        "quantization": quantization,
+        "double_quant": False if no_double_quant else None,
+        "quant_storage": quant_storage,
+        "revision": revision,
+        "trust_remote_code": True if trust_remote_code else None,
+    }
+    section = ModelSection(path=model, **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
+    began = time.perf_counter()
+    with StopRequests() as stop, _byte_progress() as show:
+
+        def report(stage: str, done: int, total: int, what: str) -> None:
+            show(stage, done, total, what)
+            if stop.asked:
+                raise Interrupted(
+                    f"{stop.asked}: stopped; finished shards are kept, the same command goes on from them."
+                )
+
+        options: dict[str, Any] = {"device": pick_device(), "verify": verify, "progress": report}
+        if out is None:
+            target = cached_base(section, **options)
+            record = read_record(target)
+            assert record is not None  # cached_base has looked at it
+        else:
+            target, record = out, quantized_copy(section, out, **options)
+    size = sum(file["bytes"] for file in record["files"].values())
+    source = sum(file["bytes"] for file in record["source"]["files"].values())
+    seconds = time.perf_counter() - began
+    print(f"{formatting.size(source)} → {formatting.size(size)} in {target}, {seconds:.0f} s")
+
+
+@contextlib.contextmanager
+def _byte_progress() -> Iterator[StageProgress]:
+    """A bar in bytes for each stage on a terminal, else a line now and then."""
+    if not console.is_terminal:
+        with progress("") as log:
+            yield lambda stage, done, total, what: log(
+                f"{stage} {what}: {formatting.size(done)} of {formatting.size(total)}"
+            )
+        return
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bars
+
+    text = TextColumn("{task.description}")
+    with Bars(
+        text,
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    ) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(stage: str, done: int, total: int, what: str) -> None:
+            if stage not in tasks:
+                title = stage.capitalize() if stage != "waiting" else f"Waiting: {what}"
+                tasks[stage] = bars.add_task(title, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield show

@@ -1,0 +1,125 @@
+"""`qvera train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qvera.cli.common import FindLr, LrFrom, LrSteps, LrTo, Overrides, RecipePath, Resume, console, quiet_libraries
+from qvera.utils import formatting
+from qvera.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from qvera.config.schema import RangeTest, Recipe
+
+
+def train(
+    recipe: RecipePath,
+    overrides: Overrides,
+    resume: Resume = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and show the data; train and write nothing.")
+    ] = False,
+    find_lr: FindLr = False,
+    lr_from: LrFrom = None,
+    lr_to: LrTo = None,
+    lr_steps: LrSteps = None,
+) -> None:
+    """Train an adapter as a recipe describes.
+
+    Writes adapter/, checkpoints/, recipe.yaml, metrics.jsonl, run.json and report.html into training.output_dir (default:
+    runs/RECIPE_NAME). Ctrl-C saves after the current step; --resume continues from there.
+
+    Example:
+        qvera train recipes/quickstart.yaml --set training.max_steps=100
+    """
+    from qvera.config.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    ramp = range_test(find_lr, lr_from, lr_to, lr_steps, resume=resume, dry_run=dry_run)
+    quiet_libraries()
+
+    from qvera.training.run_dir import run_directory
+    from qvera.training.trainer import train as train_run
+
+    run_dir = run_directory(loaded, recipe)
+    if ramp is not None:
+        _find_lr(loaded, run_dir, ramp)
+        return
+    result = train_run(loaded, run_dir, resume=resume, dry_run=dry_run, console=console)
+    if result is not None:
+        print_result(result.run_dir, result.run)
+
+
+def range_test(
+    find_lr: bool, lr_from: float | None, lr_to: float | None, lr_steps: int | None, **of_a_run: bool
+) -> RangeTest | None:
+    """The range test that --find-lr asks for; None: a run.
+
+    Args:
+        of_a_run: options that a range test can't have, and whether they were given.
+
+    Raises:
+        InputError: options contradict each other, or the rates do not rise.
+    """
+    from qvera.config.schema import RangeTest
+
+    values = {"start": lr_from, "end": lr_to, "steps": lr_steps}
+    given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
+    if find_lr:
+        for name, value in of_a_run.items():
+            if value:
+                raise InputError(
+                    f"--{name.replace('_', '-')}: goes with a run, and --find-lr makes none; drop one of them."
+                )
+        return RangeTest(**given)
+    if given:
+        raise InputError(
+            "--lr-from, --lr-to and --lr-steps go with --find-lr only; a run's rate is training.learning_rate."
+        )
+    return None
+
+
+def _find_lr(recipe: Recipe, run_dir: Path, ramp: RangeTest) -> None:
+    from qvera.training.lr_finder import PAGE, POINTS, RULE, find_lr
+    from qvera.training.lr_page import rate_text
+
+    found = find_lr(recipe, run_dir, ramp, console=console)
+    if found is None:
+        return  # one of several processes that is not the first
+    if found.diverged is not None:
+        print(f"diverged          at {rate_text(found.diverged)}, step {found.points[-1]['step']} of {ramp.steps}")
+    else:
+        print(f"diverged          not up to {rate_text(ramp.end)}; a higher --lr-to would show where")
+    if found.steepest is not None:
+        print(f"steepest fall     at {rate_text(found.steepest)}")
+    if found.suggestion is None:
+        print(f"suggestion        none: {found.reason}")
+    else:
+        print(f"suggestion        --set training.learning_rate={found.suggestion:.2g}")
+        print(f"                  {RULE}; worth a try down to the steepest fall")
+    print(f"curve             {run_dir / PAGE}\npoints            {run_dir / POINTS}")
+
+
+def print_result(run_dir: Path, run: dict[str, Any]) -> None:
+    """Print the end of a run: scores, sizes, speed, where things are.
+
+    Args:
+        run: the content of run.json.
+    """
+    result, adapter = run["result"], run["adapter"]
+    before, after = result.get("eval_before"), result.get("eval_after")
+    if before and after:
+        print(f"held-out loss     {before['loss']:.4f} → {after['loss']:.4f}")
+        if "exact_match" in after:
+            share = f"{before['exact_match']:.1%} → {after['exact_match']:.1%}"
+            print(f"exact match       {share} of {after['exact_match_rows']} held-out rows")
+    mapped = f", and {formatting.size(result['mapped_bytes'])} of mapped weights" if result["mapped_bytes"] else ""
+    print(f"parameters        {adapter['trainable_parameters']:,} (LoRA r=64: {adapter['lora_r64_parameters']:,})")
+    print(f"adapter           {formatting.size(adapter['file_bytes'])} in {run_dir / 'adapter'}")
+    print(f"peak memory       {formatting.size(result['peak_bytes'])}{mapped}")
+    if result["tokens_per_second"]:
+        print(f"speed             {result['tokens_per_second']:,.0f} tokens/s, {result['seconds']:.0f} s of training")
+    print(f"report            {run_dir / 'report.html'}")
