@@ -96,7 +96,7 @@ def tiny_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_recipe(tiny_model_dir: Path, tiny_rows: Path) -> Any:
     """A small, fast recipe as an object; keyword sections override: ``make_recipe(training={"max_steps": 3})``."""
 

@@ -1,18 +1,20 @@
 """How far an exported checkpoint is from the model that was trained, on rows of its own data.
 
 The trained model runs on a quantized base; the export is merged into 16-bit weights (or their dequantized copy). The
-two are different models, and this says by how much, in numbers that were measured.
+two are different models, and this measures by how much.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
+from torch import nn
 
 from qvera.data import IGNORED, Example, collate
 from qvera.evaluation.evaluate import hidden_states
@@ -21,23 +23,40 @@ from qvera.models.loss import Head
 from qvera.utils import memory
 from qvera.utils.atomic import require_space
 
+BATCH_TOKENS = 2048
+"""Tokens of a batch, padding included: each batch dequantizes (or casts) all weights once, so single rows would take longer."""
+
+
+def _batches(examples: Sequence[Example]) -> Iterator[list[Example]]:
+    """The rows in order, in batches of at most `BATCH_TOKENS`."""
+    batch: list[Example] = []
+    for example in examples:
+        longest = max(len(e.input_ids) for e in [*batch, example])
+        if batch and longest * (len(batch) + 1) > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(example)
+    if batch:
+        yield batch
+
 
 @torch.no_grad()
-def _logits(model: Any, example: Example, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [tokens, vocabulary] fp32 at the trained positions of one row, and the targets."""
+def _logits(model: nn.Module, rows: list[Example], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [tokens, vocabulary] fp32 at the trained positions, row after row, and the targets."""
     device = next(model.parameters()).device
-    batch = collate([example], pad_id, device)
-    hidden = hidden_states(model, batch)[0, :-1]
-    targets = batch["labels"][0, 1:]
-    kept = targets != IGNORED
+    batch = collate(rows, pad_id, device)
+    hidden = hidden_states(model, batch)[:, :-1]
+    targets = batch["labels"][:, 1:]
+    trained = targets != IGNORED
     head = Head.of(causal_model(model))
-    return head.logits(head.module(hidden[kept]).float()).cpu(), targets[kept].cpu()
+    return head.logits(head.module(hidden[trained]).float()).cpu(), targets[trained].cpu()
 
 
 def too_little_memory(exported_dir: Path, trained_bytes: int) -> str | None:
     """Why the two models can't be compared in the memory there is, or None.
 
     Args:
+        exported_dir: the exported checkpoint.
         trained_bytes: what the trained model's base takes (`run.json` has it, measured).
     """
     device = pick_device()
@@ -51,59 +70,89 @@ def too_little_memory(exported_dir: Path, trained_bytes: int) -> str | None:
 
 
 def measure_difference(
-    trained: Any,
+    trained: PeftModel,
     exported_dir: Path,
     examples: Sequence[Example],
     pad_id: int,
-    load: Callable[[Path, torch.device], Any] = load_exported,
+    load: Callable[[Path, torch.device], nn.Module] = load_exported,
 ) -> dict[str, Any]:
     """Compare the trained model with the exported checkpoint on the trained tokens of ``examples``.
 
-    The trained model's logits wait in a temporary file, so only one row's are in memory at a time.
+    The trained model's logits wait in a temporary file, so only one batch's are in memory at a time.
 
     Args:
+        trained: the trained model.
+        exported_dir: the exported checkpoint.
+        examples: rows of the data.
+        pad_id: the padding token.
         load: directory and device → the exported model.
 
     Returns:
-        Mean loss of both (nats a token), KL(trained || exported) mean and max per token, the largest difference of a logit
-        and of a log probability, the share of tokens whose most likely token agrees, rows and tokens.
+        Mean loss of both (nats per token), KL(trained || exported) mean and max per token, the largest difference of a logit
+        and of a log probability, the share of tokens whose most likely token agrees, the number of answers (rows) in which
+        it agrees at every token, rows and tokens.
     """
     device = next(trained.parameters()).device
     vocabulary = trained.get_base_model().get_output_embeddings().weight.shape[0]
     tokens = sum(e.trained_tokens for e in examples)
-    require_space(
-        exported_dir.parent, 4 * tokens * vocabulary, "the comparison"
-    )  # a sparse file: no room would be a SIGBUS
+    # a sparse file: a full disk would kill the process (SIGBUS)
+    require_space(exported_dir.parent, 4 * tokens * vocabulary, "the comparison")
+    loss_trained = loss_exported = kl_sum = kl_max = largest = largest_logit = 0.0
+    agree: list[torch.Tensor] = []
     with tempfile.TemporaryDirectory(dir=exported_dir.parent) as scratch:
-        stored = np.memmap(Path(scratch) / "trained.f32", dtype=np.float32, mode="w+", shape=(tokens, vocabulary))
-        start, loss_trained = 0, 0.0
-        for example in examples:
-            logits, targets = _logits(trained, example, pad_id)
-            stored[start : start + len(logits)] = logits.numpy()
+        kept = np.memmap(Path(scratch) / "trained.f32", dtype=np.float32, mode="w+", shape=(tokens, vocabulary))
+        start = 0
+        for rows in _batches(examples):
+            logits, targets = _logits(trained, rows, pad_id)
+            kept[start : start + len(logits)] = logits.numpy()
             loss_trained -= torch.log_softmax(logits, dim=-1).gather(1, targets.unsqueeze(1)).sum().item()
             start += len(logits)
         exported = load(exported_dir, device)
-        start, loss_exported, divergence, worst, largest, largest_logit, agree = 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0
-        for example in examples:
-            logits, targets = _logits(exported, example, pad_id)
-            our_logits = torch.from_numpy(np.array(stored[start : start + len(logits)]))
-            largest_logit = max(largest_logit, (our_logits - logits).abs().max().item())
-            ours, found = torch.log_softmax(our_logits, dim=-1), torch.log_softmax(logits, dim=-1)
-            kl = (ours.exp() * (ours - found)).sum(dim=1)
-            divergence += kl.sum().item()
-            worst = max(worst, kl.max().item())
-            largest = max(largest, (ours - found).abs().max().item())
-            agree += int((ours.argmax(dim=1) == found.argmax(dim=1)).sum())
-            loss_exported -= found.gather(1, targets.unsqueeze(1)).sum().item()
-            start += len(found)
+        start = 0
+        for rows in _batches(examples):
+            logits, targets = _logits(exported, rows, pad_id)
+            trained_logits = torch.from_numpy(np.array(kept[start : start + len(logits)]))
+            start += len(logits)
+            largest_logit = max(largest_logit, (trained_logits - logits).abs().max().item())
+            ours, theirs = torch.log_softmax(trained_logits, dim=-1), torch.log_softmax(logits, dim=-1)
+            kl = (ours.exp() * (ours - theirs)).sum(dim=1)
+            kl_sum, kl_max = kl_sum + kl.sum().item(), max(kl_max, kl.max().item())
+            largest = max(largest, (ours - theirs).abs().max().item())
+            same = ours.argmax(dim=1) == theirs.argmax(dim=1)
+            agree += same.split([e.trained_tokens for e in rows])
+            loss_exported -= theirs.gather(1, targets.unsqueeze(1)).sum().item()
     return {
         "rows": len(examples),
         "tokens": tokens,
         "loss_trained": loss_trained / tokens,
         "loss_exported": loss_exported / tokens,
-        "kl_mean": divergence / tokens,
-        "kl_max": worst,
+        "kl_mean": kl_sum / tokens,
+        "kl_max": kl_max,
         "logit_max_difference": largest_logit,
         "log_probability_max_difference": largest,
-        "top1_agreement": agree / tokens,
+        "top1_agreement": torch.cat(agree).double().mean().item(),
+        "answers_agree": sum(bool(row.all()) for row in agree),
     }
+
+
+def difference_text(difference: dict[str, Any], base: str) -> str:
+    """A certificate's ``difference`` in a sentence or two.
+
+    Args:
+        difference: what `measure_difference` gave, or ``not_measured`` with the reason.
+        base: what the export merged onto, ``original`` or ``dequantized``.
+    """
+    if "not_measured" in difference:
+        return f"not measured: {difference['not_measured']}"
+    rows, agree = difference["rows"], difference["answers_agree"]
+    text = (
+        f"trained vs exported on {rows} rows: loss {difference['loss_trained']:.4f} vs {difference['loss_exported']:.4f}, "
+        f"KL {difference['kl_mean']:.2e} per token, same first choice at {difference['top1_agreement']:.1%} of the tokens and "
+        f"throughout {agree} of {rows} answers"
+    )
+    if base == "original" and agree < rows:
+        text += (
+            "\nThe adapter was trained on the quantized base and is merged onto the original 16-bit weights here. "
+            "--base dequantized merges onto the base it was trained on: its answers are nearest to those of the run."
+        )
+    return text

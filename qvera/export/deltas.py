@@ -1,6 +1,6 @@
 """An adapter directory → the factors of ΔW for each weight it changes, without loading the base model's weights.
 
-QVERA adapters and adapters of PEFT's own VeRA (with their projections in the file, or only their seed) read alike.
+Reads QVERA adapters and those of PEFT's own VeRA (with their projections in the file, or only their seed).
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import VeraConfig
 from peft.tuners.vera.model import _kaiming_init
 from transformers.pytorch_utils import Conv1D
 
-from qvera.adapters.config import PEFT_TYPE, vector_shapes
+from qvera.adapters.config import QveraConfig, vector_shapes
 from qvera.adapters.functional import delta_weight, times_b
 from qvera.adapters.layer import layer_shape
 from qvera.adapters.projection import uniform_pair, vera_scale
@@ -84,7 +85,7 @@ class AdapterDeltas:
 
 
 def read_deltas(adapter_dir: Path, base: torch.nn.Module) -> AdapterDeltas:
-    """Read an adapter for the model that ``base`` is (a skeleton will do), with every shape checked.
+    """Read an adapter for the model that ``base`` is (it may be empty, without weights), with every shape checked.
 
     Raises:
         InputError: it is no VeRA adapter, or another model's.
@@ -95,8 +96,8 @@ def read_deltas(adapter_dir: Path, base: torch.nn.Module) -> AdapterDeltas:
             f"{adapter_dir}: has trained parameters beside its vectors (modules_to_save {config.modules_to_save}, bias "
             f"{config.bias}), which an export of ΔW would lose. Use PEFT's merge_and_unload() on the loaded model instead."
         )
-    stock = config.peft_type != PEFT_TYPE
-    A, B = _stock_pair(config, tensors, base) if stock else _own_pair(config)
+    own = config if isinstance(config, QveraConfig) else None
+    A, B = _stock_pair(config, tensors, base) if own is None else _own_pair(own)
     rank = A.shape[0]
     modules = dict(base.named_modules())
     found: dict[str, dict[str, torch.Tensor]] = {}
@@ -112,7 +113,7 @@ def read_deltas(adapter_dir: Path, base: torch.nn.Module) -> AdapterDeltas:
                 "model's adapter."
             )
         n, m = shape
-        expected = {"vera_lambda_b": (m,), "vera_lambda_d": (rank,)} if stock else vector_shapes(config, n, m)
+        expected = {"vera_lambda_b": (m,), "vera_lambda_d": (rank,)} if own is None else vector_shapes(own, n, m)
         given = {kind: tuple(vector.shape) for kind, vector in vectors.items()}
         if given != expected or n > A.shape[1] or m > B.shape[0]:
             raise InputError(
@@ -121,14 +122,14 @@ def read_deltas(adapter_dir: Path, base: torch.nn.Module) -> AdapterDeltas:
                 "another model's adapter."
             )
         b, d, *more = (vectors[kind].float() for kind in expected)
-        scale = 1.0 if stock else vera_scale(rank, n)
+        scale = 1.0 if own is None else vera_scale(rank, n)
         layers[name] = Delta(A[:, :n], B[:m], d, b, scale, isinstance(modules[name], Conv1D), *more)
     if not layers:
         raise InputError(f"{adapter_dir}: has no vectors in it.")
     return AdapterDeltas(config, A, B, layers)
 
 
-def _own_pair(config: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _own_pair(config: QveraConfig) -> tuple[torch.Tensor, torch.Tensor]:
     largest = config.projection_shapes
     if not largest:
         raise InputError("the adapter's config has no projection_shapes: it was not written by qvera's save.")
@@ -137,7 +138,7 @@ def _own_pair(config: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _stock_pair(
-    config: Any, tensors: dict[str, torch.Tensor], base: torch.nn.Module
+    config: VeraConfig, tensors: dict[str, torch.Tensor], base: torch.nn.Module
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """PEFT's pair: from the file, else drawn by PEFT's own function in PEFT's order (first A, then B)."""
     if "base_model.vera_A" in tensors:

@@ -1,8 +1,9 @@
-"""Adapters that other tools load: the exact LoRA, a truncated LoRA, and an adapter of PEFT's own VeRA.
+"""Adapters that other tools load: the whole LoRA, a truncated LoRA, and an adapter of PEFT's own VeRA.
 
-A VeRA adapter is a LoRA of rank r with A' = diag(s d) A and B' = diag(b) B (VeRA, arXiv 2310.11454, equation 2), exactly; it
-only takes r (m + n) numbers a layer to write down what r + m say. So is one with ``b_groups`` or ``input_scale`` (`deltas.Delta`),
-for which PEFT's VeRA has no place.
+A VeRA adapter is a LoRA of rank r with A' = diag(s d) A and B' = diag(b) B (VeRA, arXiv 2310.11454, equation 2). The LoRA takes
+r (m + n) values for each layer where the adapter has r + m. It is exact but for the rounding of its factors to the file's dtype
+(`rounding_text`). An adapter with ``b_groups`` or ``input_scale`` is such a LoRA too (`deltas.Delta`); PEFT's VeRA has no place
+for these.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, VeraConfig
+from peft import LoraConfig, PeftConfig, VeraConfig
 
-from qvera.adapters.save_load import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from qvera.adapters.save_load import ADAPTER_CONFIG, ADAPTER_WEIGHTS, portable_name
 from qvera.export.deltas import PREFIX, AdapterDeltas
 from qvera.utils.errors import InputError
 from qvera.utils.safetensors_io import TensorSpec
@@ -33,13 +34,48 @@ class Truncation:
     spectral: float
 
 
+def truncation_text(errors: Mapping[str, Truncation], own: int, rank: int) -> str:
+    """What a truncation to ``rank`` of ``own`` directions loses: the layers' errors in one line, and what to make of them.
+
+    Args:
+        errors: layer name → its error.
+        own: the rank before.
+        rank: the rank after.
+    """
+    ordered = sorted(errors, key=lambda name: errors[name].frobenius)
+    low, middle, high = ordered[0], ordered[len(ordered) // 2], ordered[-1]
+    typical = errors[middle].frobenius
+    line = (
+        f"rank {rank} of {own}: relative error of ΔW (Frobenius) {typical:.2g} in the median layer, from {errors[low].frobenius:.2g} "
+        f"({low}) to {errors[high].frobenius:.2g} ({high})"
+    )
+    if typical < 0.05:
+        return f"{line}. Little is lost."
+    lost = "Most" if typical > 0.5 else "Part"
+    return (
+        f"{line}. {lost} of what was trained is lost: VeRA spreads its change over all {own} directions. Leave out --rank for "
+        "the whole LoRA, or use --to merged."
+    )
+
+
+def rounding_text(dtype: torch.dtype) -> str:
+    """How exact a whole LoRA is in this dtype, for the person who exports it."""
+    if dtype == torch.float32:
+        return "exact: its factors are the adapter's own in float32"
+    name = str(dtype).removeprefix("torch.")
+    return (
+        f"its factors are rounded to {name} (relative {torch.finfo(dtype).eps / 2:.0e} each); --dtype float32 writes them exactly, "
+        "in twice the size"
+    )
+
+
 def lora_bytes(adapter: AdapterDeltas, rank: int, dtype: torch.dtype) -> int:
     """Size of the tensors of a LoRA of that rank on the adapter's layers."""
     return sum(rank * sum(delta.shape) for delta in adapter.layers.values()) * dtype.itemsize
 
 
 def truncate(A: torch.Tensor, B: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, Truncation]:
-    """The best approximation of ΔW = B A by rank k: A'' [k, n] and B'' [m, k] fp32, and its error.
+    """The best approximation of ΔW = B A by a rank k: A'' [k, n] and B'' [m, k] fp32, and its error.
 
     By Eckart and Young's theorem that is the truncated SVD; it is taken of the small factors (QR of each, then the SVD of an
     r x r core), never of a dense ΔW. The root of each singular value goes to either side.
@@ -101,38 +137,33 @@ def export_lora(
     """Write the LoRA to ``out``, layer by layer, for stock PEFT; returns its bytes.
 
     Args:
+        adapter: names, shapes and config.
         out: new or empty.
-        factors: layer name → A' and B' (`truncate_all`, `adapters.stacked_factors`); None: the adapter's own, exactly.
+        dtype: of the factors in the file.
+        factors: layer name → A' and B' (`truncate_all`, `merge_adapters.stacked_factors`); None: the adapter's own.
 
     Raises:
         InputError: ``out`` is not empty, a layer is a Conv1D, or a factor does not fit into ``dtype``.
     """
     rank = adapter.A.shape[0] if factors is None else next(iter(factors.values()))[0].shape[0]
-    specs, order = [], []
+    specs = []
     for name, delta in adapter.layers.items():
         m, n = delta.shape
         specs += [
             TensorSpec(f"{PREFIX}{name}.lora_A.weight", dtype, (rank, n)),
             TensorSpec(f"{PREFIX}{name}.lora_B.weight", dtype, (m, rank)),
         ]
-        order.append(name)
 
     def tensors() -> Iterator[torch.Tensor]:
-        for name in order:
-            pair = adapter.layers[name].lora() if factors is None else factors[name]
+        for name, delta in adapter.layers.items():
+            pair = delta.lora() if factors is None else factors[name]
             for factor in pair:
                 rounded = factor.to(dtype)
                 if not torch.isfinite(rounded).all():
                     raise InputError(f"{name}: a factor does not fit into {dtype}. Export with --dtype bfloat16.")
                 yield rounded
 
-    transposed = {delta.transposed for delta in adapter.layers.values()}
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=rank,  # PEFT multiplies by alpha / r
-        fan_in_fan_out=transposed == {True},
-        **_common(adapter),
-    )
+    config = LoraConfig(r=rank, lora_alpha=rank, **_common(adapter))  # PEFT multiplies by alpha / r
     return _write(out, config, specs, tensors())
 
 
@@ -157,20 +188,20 @@ def export_stock_vera(adapter: AdapterDeltas, out: Path) -> int:
     for suffix, matrix in (("vera_A", adapter.A), ("vera_B", adapter.B)):
         specs.append(TensorSpec(f"base_model.{suffix}", torch.float32, tuple(matrix.shape)))
         values.append(matrix)
-    transposed = {delta.transposed for delta in adapter.layers.values()}
-    config = VeraConfig(
-        r=adapter.A.shape[0], save_projection=True, fan_in_fan_out=transposed == {True}, **_common(adapter)
-    )
+    config = VeraConfig(r=adapter.A.shape[0], save_projection=True, **_common(adapter))
     return _write(out, config, specs, (value.float() for value in values))
 
 
 def _common(adapter: AdapterDeltas) -> dict[str, Any]:
+    """What the configs of both exports say alike."""
     config = adapter.config
     targets = config.target_modules
+    base = config.base_model_name_or_path
     return {
+        "fan_in_fan_out": all(delta.transposed for delta in adapter.layers.values()),
         "target_modules": targets if isinstance(targets, str) else sorted(targets),
         "task_type": config.task_type,
-        "base_model_name_or_path": config.base_model_name_or_path,
+        "base_model_name_or_path": None if base is None else portable_name(base),
         "inference_mode": True,
     }
 
@@ -187,7 +218,7 @@ def require_empty(out: Path) -> None:
         )
 
 
-def _write(out: Path, config: Any, specs: list[TensorSpec], tensors: Iterator[torch.Tensor]) -> int:
+def _write(out: Path, config: PeftConfig, specs: list[TensorSpec], tensors: Iterator[torch.Tensor]) -> int:
     """Both files of an adapter directory, under a temporary name until they are whole."""
     require_empty(out)
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")

@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qvera.adapters.save_load import ADAPTER_WEIGHTS, read_adapter, require_base, require_tokens
 from qvera.config.schema import ExportSection, ModelSection
 from qvera.export.deltas import AdapterDeltas, Delta, read_deltas
-from qvera.export.pipeline import in_order, one_thread_each
-from qvera.export.stream import Block, Source, stamps
+from qvera.export.stream import Block, CheckpointReader, in_order, one_thread_each, stamps
 from qvera.models.hub import base_directory
 from qvera.models.loader import pick_compute_dtype, pick_device
 from qvera.models.model_config import empty_model
@@ -176,7 +175,7 @@ def _write_shards(
     needed = sum(math.prod(e.shape) for e in entries if e.name not in skip) * dtype.itemsize
     require_space(work.out, needed, "the rest of the export" if skip else "the export")
     dequantized = options.base == "dequantized"
-    source = Source(
+    reader = CheckpointReader(
         entries,
         work.facts.get("base", {}),
         trained_on if dequantized else None,
@@ -185,7 +184,7 @@ def _write_shards(
     layers: dict[str, dict[str, float]] = {k: v for k, v in work.facts.get("layers", {}).items() if k in skip}
     done, largest, total = len(skip), 0.0, 0.0
 
-    def pieces(results: Iterator[Merged]) -> Iterator[torch.Tensor]:
+    def merged_rows(results: Iterator[Merged]) -> Iterator[torch.Tensor]:
         nonlocal done, largest, total
         for block, result, found in results:
             if stop.asked:
@@ -205,21 +204,21 @@ def _write_shards(
         _merge, deltas=deltas, tables=tables, dtype=dtype, compute=trained_on[1] if dequantized else None
     )
     with one_thread_each() as workers:
-        results = in_order(source.blocks(skip), merge, workers, 3 * workers + 2)
+        results = in_order(reader.blocks(skip), merge, workers, 3 * workers + 2)
         with contextlib.closing(results):
-            taken = pieces(results)
+            taken = merged_rows(results)
             for name, group in shards:
                 if name in finished:
                     continue
                 kept = _KEPT.format(done=len(work.shards), total=len(shards))
                 with disk_errors(str(work.out / name), kept):
                     sha256 = write_shard(work.out / name, group, taken)
-                    work.facts.update(base=dict(source.sha256), layers=dict(layers))
+                    work.facts.update(base=dict(reader.sha256), layers=dict(layers))
                     work.finished(name, sha256)
             for _ in results:  # what is left to read is only hashed
                 raise RuntimeError("the shards were planned without some of the tensors")
     order = [e.name for e in entries if e.name in layers]
-    work.facts.update(base={f.name: source.sha256[f.name] for f in source.files}, layers={n: layers[n] for n in order})
+    work.facts.update(base={f.name: reader.sha256[f.name] for f in reader.files}, layers={n: layers[n] for n in order})
     return work.facts["layers"]
 
 
@@ -245,7 +244,9 @@ class Table:
         return out
 
 
-def _tables(model: Any, ids: dict[str, int], adapter_dir: Path, entries: list[TensorEntry]) -> dict[str, Table]:
+def _tables(
+    model: PreTrainedModel, ids: dict[str, int], adapter_dir: Path, entries: list[TensorEntry]
+) -> dict[str, Table]:
     """Name of embedding and head in the checkpoint → its `Table`."""
     rows = read_token_rows(adapter_dir)
     ends = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
@@ -281,11 +282,11 @@ def _merge(
     delta, weight, found = deltas.get(block.entry.name), block.rows, None
     if block.entry.name in tables:
         weight = tables[block.entry.name].put(block, weight)
-    if compute is not None and (block.trip is None or block.transposed or not block.trip.takes_stored):
+    fake = block.fake_quantization
+    if compute is not None and (fake is None or block.transposed or not fake.reads_original):
         weight = weight.to(compute)
-    if block.trip is not None:
-        trip = block.trip
-        weight = trip.rows(weight.t().contiguous(), 0).t() if block.transposed else trip.rows(weight, block.first)
+    if fake is not None:
+        weight = fake.rows(weight.t().contiguous(), 0).t() if block.transposed else fake.rows(weight, block.first)
     if delta is None:
         exact = weight if dtype == weight.dtype else weight.to(torch.float32)
     else:
@@ -311,7 +312,7 @@ def _not_finite(block: Block, exact: torch.Tensor, dtype: torch.dtype, adapted: 
     return f"{name}: {what}. Export with --dtype bfloat16, or look at this adapter; this shard was not finished."
 
 
-def _quantized_weights(model: Any) -> tuple[set[str], set[str]]:
+def _quantized_weights(model: PreTrainedModel) -> tuple[set[str], set[str]]:
     """Names of the weights that a quantized load quantizes (every linear but the head), and which of them are Conv1D's."""
     head = model.get_output_embeddings()
     found = {
@@ -322,8 +323,8 @@ def _quantized_weights(model: Any) -> tuple[set[str], set[str]]:
     return set(found), {name for name, transposed in found.items() if transposed}
 
 
-def _require_shapes(directory: Path, entries: list[TensorEntry], model: Any) -> None:
-    """Hold the checkpoint against its own config.
+def _require_shapes(directory: Path, entries: list[TensorEntry], model: PreTrainedModel) -> None:
+    """Compare the checkpoint with its own config.
 
     Raises:
         InputError: a weight has another shape, or is missing.

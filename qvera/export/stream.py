@@ -1,19 +1,30 @@
-"""The base's shards, read once from start to end: every byte goes into its file's SHA-256 on the way to the merge."""
+"""The base's shards as a stream: read once from start to end, computed in order by several threads.
+
+Every byte goes into its file's SHA-256 on the way. Where the export is to merge onto the dequantized base, each weight is
+quantized and dequantized again, some rows at a time. 4-bit blocks are 64 consecutive elements of the flattened weight. With
+double quantization the blocks' absolute maxima are quantized themselves, around their mean over the whole weight (QLoRA,
+arXiv 2305.14314, section 3.2): so the maxima of the whole weight come first, then rows.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import math
 import os
-from collections.abc import Collection, Iterator
+import queue
+import threading
+from collections.abc import Callable, Collection, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 
 from qvera.config.schema import ModelSection
-from qvera.export.pipeline import empty_bytes
-from qvera.export.roundtrip import RoundTrip, absolute_maxima, row_step
+from qvera.models import quantization
+from qvera.models.nf4 import BLOCK
 from qvera.utils.errors import InputError, RunFailed
 from qvera.utils.files import file_stamp, read_at
 from qvera.utils.safetensors_io import TensorEntry
@@ -21,43 +32,91 @@ from qvera.utils.safetensors_io import TensorEntry
 BLOCK_ELEMENTS = 1 << 20
 """Elements of a block of rows: its fp32 temporaries stay in the processor's cache."""
 
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+
+def absolute_maxima(rows: torch.Tensor) -> torch.Tensor:
+    """The largest absolute value of each block of 64 elements, fp32; the last block may be short."""
+    flat = rows.reshape(-1)
+    whole = flat.numel() // BLOCK * BLOCK
+    found = flat[:whole].view(-1, BLOCK).abs().amax(dim=1).float()
+    if whole < flat.numel():
+        found = torch.cat([found, flat[whole:].abs().amax().float().view(1)])
+    return found
+
+
+def row_step(columns: int, section: ModelSection) -> int:
+    """Rows have to be taken in multiples of this many, so that no quantization block is cut in two."""
+    four_bit = section.quantization in ("nf4", "fp4")
+    return BLOCK // math.gcd(BLOCK, columns) if four_bit else 1
+
+
+class FakeQuantization:
+    """One weight as the trained base has it: quantized and dequantized again.
+
+    Args:
+        section: how the base was quantized.
+        maxima: `absolute_maxima` of all rows of the weight, in order; None where it is not 4-bit.
+        compute: the dtype it is dequantized to.
+    """
+
+    def __init__(self, section: ModelSection, maxima: torch.Tensor | None, compute: torch.dtype) -> None:
+        self.section, self.absmax, self.compute = section, maxima, compute
+        if maxima is not None and section.double_quant:
+            self.absmax = quantization.double_quantized_absmax(maxima)
+
+    @property
+    def reads_original(self) -> bool:
+        """Whether the weight was quantized from the file's values (4-bit weights are), or from them in the compute dtype."""
+        return self.absmax is not None
+
+    def rows(self, weight: torch.Tensor, first: int) -> torch.Tensor:
+        """Rows [k, n] of the weight, the first of them row ``first``, as the trained base has them, in the compute dtype."""
+        if self.absmax is None:
+            return quantization.quantize_dequantize(weight, self.section)
+        at = first * weight.shape[1] // BLOCK
+        absmax = self.absmax[at : at + -(-weight.numel() // BLOCK)]
+        return quantization.quantize_dequantize_blocks(weight, absmax, self.section.quantization, self.compute)
+
 
 @dataclasses.dataclass
 class Block:
-    """Rows [first, first + k) of a tensor, in the dtype in which they are stored."""
+    """Rows [first, first + k) of a tensor, in the dtype of the file."""
 
     entry: TensorEntry
     first: int
     rows: torch.Tensor
     last: bool
     """Whether the tensor ends here."""
-    trip: RoundTrip | None
-    """How the trained base had quantized it; None where the stored numbers themselves are wanted."""
+    fake_quantization: FakeQuantization | None
+    """How the trained base had the weight; None where the file's own values are wanted."""
     transposed: bool = False
-    """A Conv1D's [in, out], which is quantized as [out, in]; it comes whole where it has a ``trip``."""
+    """A Conv1D's [in, out], which is quantized as [out, in]; it comes whole where it has a ``fake_quantization``."""
 
 
-class Source:
+class CheckpointReader:
     """Reads the tensors of a checkpoint in order.
 
     Args:
         entries: all of them, in the order they lie on disk.
         known: file name → SHA-256, where an earlier run read all of it.
-        trip: how the base was quantized, and in which compute dtype; None to take the weights as they are.
-        quantized: names of the weights that were; transposed: those of Conv1D, quantized as [out, in].
+        trained_on: how the base was quantized, and its compute dtype; None to take the weights as they are.
+        quantized: names of the weights that were quantized.
+        transposed: those of Conv1D, quantized as [out, in].
     """
 
     def __init__(
         self,
         entries: list[TensorEntry],
         known: dict[str, str],
-        trip: tuple[ModelSection, torch.dtype] | None = None,
+        trained_on: tuple[ModelSection, torch.dtype] | None = None,
         quantized: Collection[str] = (),
         transposed: Collection[str] = (),
     ) -> None:
         self.files = list(dict.fromkeys(e.file for e in entries))
         self.entries, self.sha256 = entries, dict(known)
-        self.trip, self.quantized, self.transposed = trip, quantized, transposed
+        self.trained_on, self.quantized, self.transposed = trained_on, quantized, transposed
         for entry in entries:
             if not entry.dtype.is_floating_point:
                 raise InputError(f"{entry.file}: {entry.name} is {entry.dtype}, expected a floating-point weight.")
@@ -81,10 +140,9 @@ class Source:
                 for entry in wanted:
                     if known and entry.name in skip:
                         continue
-                    for block in self._rows(handle.fileno(), entry, entry.name in skip):
+                    for block in self._blocks_of(handle.fileno(), entry, entry.name in skip):
                         if digest is not None:
-                            data: Any = block.rows.view(-1).view(torch.uint8).numpy()
-                            digest.update(data)
+                            digest.update(block.rows.view(-1).view(torch.uint8).numpy().data)
                         if entry.name not in skip:
                             yield block
                 if file_stamp(os.fstat(handle.fileno())) != before:
@@ -94,44 +152,106 @@ class Source:
             if digest is not None:
                 self.sha256[file.name] = digest.hexdigest()
 
-    def _rows(self, descriptor: int, entry: TensorEntry, hash_only: bool) -> Iterator[Block]:
+    def _blocks_of(self, descriptor: int, entry: TensorEntry, hash_only: bool) -> Iterator[Block]:
         if entry.start == entry.stop:
             return
         count = entry.shape[0] if entry.shape else 1
-        row_bytes = (entry.stop - entry.start) // count
-        columns = row_bytes // entry.dtype.itemsize
+        columns = (entry.stop - entry.start) // count // entry.dtype.itemsize
         step = max(1, BLOCK_ELEMENTS // columns)
-        trip = None
-        if self.trip is not None and not hash_only:
-            section, compute = self.trip
-            if entry.name in self.transposed:
-                step = count
+        transposed, fake_quantization = entry.name in self.transposed, None
+        if self.trained_on is not None and not hash_only:
+            section, compute = self.trained_on
             unit = row_step(columns, section)
-            step = max(unit, step // unit * unit)
-            if entry.name in self.quantized and section.quantization in ("nf4", "fp4"):
-                found = []
-                for first in range(0, count, step):
-                    rows = self._read(descriptor, entry, first, min(step, count - first), row_bytes)
-                    if entry.name in self.transposed:  # quantized while loading, from weights in the compute dtype
-                        rows = rows.to(compute).t().contiguous()
-                    found.append(absolute_maxima(rows))
-                trip = RoundTrip(section, torch.cat(found), compute)
-            elif entry.name in self.quantized:
-                trip = RoundTrip(section, None, compute)
-        for first in range(0, count, step):
-            rows = self._read(descriptor, entry, first, min(step, count - first), row_bytes)
-            yield Block(entry, first, rows, first + step >= count, trip, entry.name in self.transposed)
+            step = max(unit, (count if transposed else step) // unit * unit)
+            if entry.name in self.quantized:
+                maxima = None
+                if section.quantization in ("nf4", "fp4"):
+                    found = []
+                    for _, rows in self._read(descriptor, entry, count, step):
+                        # a Conv1D is quantized while loading, from weights in the compute dtype
+                        found.append(absolute_maxima(rows.to(compute).t().contiguous() if transposed else rows))
+                    maxima = torch.cat(found)
+                fake_quantization = FakeQuantization(section, maxima, compute)
+        for first, rows in self._read(descriptor, entry, count, step):
+            yield Block(entry, first, rows, first + step >= count, fake_quantization, transposed)
 
-    def _read(self, descriptor: int, entry: TensorEntry, first: int, count: int, row_bytes: int) -> torch.Tensor:
-        data, buffer = empty_bytes(count * row_bytes)
-        if not read_at(descriptor, buffer, entry.start + first * row_bytes):
-            raise RunFailed(
-                f"{entry.file}: ended within {entry.name} while it was read. Run the same command again when it is whole."
-            )
-        return data.view(entry.dtype).view(count, *entry.shape[1:]) if entry.shape else data.view(entry.dtype).view(())
+    def _read(self, descriptor: int, entry: TensorEntry, count: int, step: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """The ``count`` rows of a tensor, ``step`` at a time, each with the number of its first row."""
+        row_bytes = (entry.stop - entry.start) // count
+        for first in range(0, count, step):
+            size = min(step, count - first)
+            data = torch.empty(size * row_bytes, dtype=torch.uint8)
+            if not read_at(descriptor, data.numpy().data, entry.start + first * row_bytes):
+                raise RunFailed(
+                    f"{entry.file}: ended within {entry.name} while it was read. Run the same command again when it is whole."
+                )
+            yield first, data.view(entry.dtype).view((size, *entry.shape[1:]) if entry.shape else ())
 
 
 def stamps(entries: list[TensorEntry]) -> dict[str, list[int]]:
     """File → `file_stamp` of a checkpoint's files."""
     files: dict[str, Path] = {str(e.file.resolve()): e.file for e in entries}
     return {name: file_stamp(file.stat()) for name, file in sorted(files.items())}
+
+
+def in_order(
+    items: Iterator[In], compute: Callable[[In], Out], workers: int, waiting: int
+) -> Generator[Out, None, None]:
+    """``compute`` of each item, in order, by ``workers`` threads, while another thread draws the items.
+
+    An error of ``items`` or of ``compute`` is raised where its result would come. Closing the iterator stops the threads.
+
+    Args:
+        items: drawn in one thread.
+        compute: called in the workers.
+        workers: how many threads compute.
+        waiting: how many items may be drawn and not yet consumed. What bounds memory.
+    """
+    results: queue.Queue[Future[Out] | None] = queue.Queue()
+    places = threading.Semaphore(waiting)
+    stop = threading.Event()
+
+    def draw(pool: ThreadPoolExecutor) -> None:
+        try:
+            while True:
+                places.acquire()
+                if stop.is_set():
+                    return
+                item = next(items, None)
+                if item is None:
+                    return
+                results.put(pool.submit(compute, item))
+        except BaseException as error:  # handed to the consumer
+            failed: Future[Out] = Future()
+            failed.set_exception(error)
+            results.put(failed)
+        finally:
+            results.put(None)
+
+    with ThreadPoolExecutor(workers, thread_name_prefix="compute") as pool:
+        reader = threading.Thread(target=draw, args=(pool,), name="read", daemon=True)
+        reader.start()
+        try:
+            while (future := results.get()) is not None:
+                yield future.result()
+                places.release()
+        finally:
+            stop.set()
+            places.release()
+            reader.join()
+            pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def one_thread_each() -> Iterator[int]:
+    """Torch computes with one thread for each thread that calls it; gives how many should (the cores of this process).
+
+    Independent blocks on every core keep them busier than one block split between them, and the results then do not depend
+    on how many cores there are.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 16)
+    finally:
+        torch.set_num_threads(before)

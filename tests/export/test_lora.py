@@ -20,11 +20,22 @@ from qvera.adapters.save_load import attach, load_adapter, save_adapter
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.export.deltas import read_deltas
-from qvera.export.lora import export_lora, export_stock_vera, lora_bytes, lora_factors, truncate, truncate_all
+from qvera.export.lora import (
+    Truncation,
+    export_lora,
+    export_stock_vera,
+    lora_bytes,
+    lora_factors,
+    rounding_text,
+    truncate,
+    truncate_all,
+    truncation_text,
+)
 from qvera.models.loader import load_base
 from qvera.models.model_config import empty_model
 from qvera.utils.errors import InputError
-from tests.export.test_merged import deltas, perturb
+from tests.adapters.helpers import perturb, relative
+from tests.export.test_merged import deltas
 
 IDS = torch.tensor([[5, 9, 200, 31, 7, 150, 42, 3], [8, 8, 30, 1, 99, 4, 250, 6]])
 RANK = 8
@@ -135,6 +146,60 @@ def test_truncation_is_the_best_of_its_rank_and_says_its_error(trained: Any, k: 
         torch.testing.assert_close(difference.norm(), singular[k:].norm(), rtol=1e-4, atol=1e-6)
         assert error.frobenius == pytest.approx((singular[k:].norm() / singular.norm()).item(), rel=1e-4)
         assert error.spectral == pytest.approx((singular[k] / singular[0]).item(), rel=1e-4)
+
+
+def test_a_summary_says_what_a_truncation_loses(trained: Any) -> None:
+    _, section, adapter_dir = trained
+    errors: dict[str, Truncation] = {}
+    truncate_all(
+        lora_factors(read_deltas(adapter_dir, empty_model(section))), RANK, 3, torch.float32,
+        lambda _, name, error: errors.update({name: error}),
+    )  # fmt: skip
+    assert len(errors) == 14
+    text = truncation_text(errors, RANK, 3)
+    worst = max(errors, key=lambda name: errors[name].frobenius)
+    assert f"to {errors[worst].frobenius:.2g} ({worst})" in text
+    assert "is lost: VeRA spreads its change over all 8 directions" in text
+    assert truncation_text({"one": Truncation(0.01, 0.02)}, 8, 7).endswith("Little is lost.")
+
+
+def test_the_precision_of_a_whole_lora_is_what_it_says(trained: Any, tmp_path: Path) -> None:
+    _, section, adapter_dir = trained
+    adapter = read_deltas(adapter_dir, empty_model(section))
+    found = {}
+    for dtype in (torch.float32, torch.float16):
+        export_lora(adapter, tmp_path / str(dtype), dtype)
+        tensors = load_file(tmp_path / str(dtype) / "adapter_model.safetensors")
+        found[dtype] = max(
+            relative(tensors[f"base_model.model.{name}.lora_{side}.weight"], factor)
+            for name, delta in adapter.layers.items()
+            for side, factor in zip("AB", delta.lora(), strict=True)
+        )
+    assert found[torch.float32] == 0.0
+    assert 1e-5 < found[torch.float16] < torch.finfo(torch.float16).eps / 2
+    assert "exact" in rounding_text(torch.float32)
+    assert "float16 (relative 5e-04 each); --dtype float32" in rounding_text(torch.float16)
+
+
+def test_the_base_is_named_so_that_other_tools_find_it(
+    trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, section, adapter_dir = trained
+    directory = Path(section.path)
+    monkeypatch.setenv("HOME", str(directory.parent))
+    adapter = read_deltas(adapter_dir, empty_model(section))
+    for written, expected in ((f"~/{directory.name}", section.path), ("owner/model", "owner/model"), (None, None)):
+        adapter.config.base_model_name_or_path = written
+        out = tmp_path / str(written).replace("/", "-")
+        export_lora(adapter, out, torch.float32)
+        assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == expected
+    if adapter.groups == 1:
+        adapter.config.base_model_name_or_path = f"~/{directory.name}"
+        export_stock_vera(adapter, tmp_path / "vera")
+        assert (
+            json.loads((tmp_path / "vera" / "adapter_config.json").read_text())["base_model_name_or_path"]
+            == section.path
+        )
 
 
 def test_a_rank_that_is_no_truncation_is_refused(trained: Any) -> None:

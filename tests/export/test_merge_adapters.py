@@ -23,8 +23,8 @@ from qvera.models.loader import load_base
 from qvera.models.model_config import empty_model
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
+from tests.adapters.helpers import perturb
 from tests.conftest import small_llama
-from tests.export.test_merged import perturb
 
 IDS = torch.randint(3, 300, (6, 9), generator=torch.Generator().manual_seed(0))
 SHAPES: dict[str, dict[str, Any]] = {
@@ -167,10 +167,10 @@ def test_what_is_no_qvera_adapter_is_refused(
 # arithmetic
 
 
-@pytest.fixture(params=[1, 4])
-def without_d(request: Any, make_recipe: Any, tmp_path: Path) -> list[Path]:
+@pytest.fixture(scope="module", params=[1, 4])
+def without_d(request: Any, make_recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two short runs of one seed that do not train d."""
-    runs = []
+    tmp_path, runs = tmp_path_factory.mktemp("without-d"), []
     for number in range(2):
         recipe = make_recipe(
             adapter={"train_d": False, "b_groups": request.param},
@@ -196,7 +196,7 @@ def deltas(directory: Path, model_dir: Path) -> AdapterDeltas:
     return read_deltas(directory, empty_model(ModelSection(path=str(model_dir))))
 
 
-@pytest.mark.parametrize("weights", [[2.0], [-1.0], [0.5, 0.5], [1.0, -1.0], [0.3, 0.7], None])
+@pytest.mark.parametrize("weights", [[-2.0], [0.3, 0.7], [1.0, -1.0], None])
 def test_sums_of_adapters_that_share_d_are_exact_adapters(
     weights: list[float] | None, without_d: list[Path], tiny_model_dir: Path, tmp_path: Path
 ) -> None:

@@ -23,14 +23,8 @@ from qvera.export import export_merged, merged
 from qvera.models import linear, quantization
 from qvera.models.loader import load_base
 from qvera.utils.errors import InputError, Interrupted, RunFailed
+from tests.adapters.helpers import perturb
 from tests.conftest import small_llama, small_tokenizer
-
-
-def perturb(model: Any, size: float = 0.2, seed: int = 1) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for vector in named_vectors(model).values():
-            vector.add_(torch.randn(vector.shape, generator=generator) * size)
 
 
 @pytest.fixture

@@ -1,0 +1,103 @@
+"""What the certificate of an export measures: tokens, answers, and in which precision."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qvera.adapters.save_load import attach, save_adapter
+from qvera.config.schema import AdapterSection, ExportSection, ModelSection
+from qvera.data import Example
+from qvera.export import compare, export_merged
+from qvera.export.compare import difference_text, measure_difference
+from qvera.models.loader import load_base
+from tests.adapters.helpers import perturb
+
+LENGTHS = (4, 30, 5, 6, 19, 7)  # the short rows have one trained token, the others half of theirs
+
+
+def rows() -> list[Example]:
+    ids = np.random.default_rng(0)
+    return [
+        Example(
+            ids.integers(3, 300, size=n).astype(np.int32),
+            np.arange(n) >= (n - 1 if n < 8 else n // 2),
+            "",
+            np.empty(0, np.int32),
+            "",
+            None,
+        )
+        for n in LENGTHS
+    ]
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """A trained model over an NF4 base, and its fp16 export onto the original weights."""
+    out = tmp_path_factory.mktemp("compare")
+    section = ModelSection(path=str(tiny_model_dir), compute_dtype="float32")
+    model = attach(load_base(section).model, AdapterSection(rank=8), section.path).eval()
+    perturb(model)
+    save_adapter(model, out / "adapter")
+    export_merged(out / "adapter", section, out / "merged", ExportSection(base="original"))
+    return model, out / "merged"
+
+
+def test_tokens_and_answers_are_counted(exported: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, merged = exported
+    examples = rows()
+    found = measure_difference(model, merged, examples, 0)
+    assert (found["rows"], found["tokens"]) == (6, sum(e.trained_tokens for e in examples))
+    plain = compare.load_exported(merged, torch.device("cpu"))
+    agree, losses = [], [0.0, 0.0]
+    for example in examples:
+        ids = torch.from_numpy(np.asarray(example.input_ids, dtype=np.int64))[None]
+        kept = torch.from_numpy(np.asarray(example.trained))[1:]
+        with torch.no_grad():
+            both = [m(input_ids=ids).logits[0, :-1][kept] for m in (model, plain)]
+        agree.append(both[0].argmax(-1) == both[1].argmax(-1))
+        for i, logits in enumerate(both):
+            losses[i] += torch.nn.functional.cross_entropy(logits, ids[0, 1:][kept], reduction="sum").item()
+    assert found["top1_agreement"] == pytest.approx(torch.cat(agree).double().mean().item())
+    assert found["answers_agree"] == sum(bool(row.all()) for row in agree)
+    assert found["loss_trained"] == pytest.approx(losses[0] / found["tokens"], rel=1e-5)
+    assert found["loss_exported"] == pytest.approx(losses[1] / found["tokens"], rel=1e-5)
+    assert 0 < found["answers_agree"] < 6, "the comparison has to have both kinds of answers to show anything"
+    monkeypatch.setattr(compare, "BATCH_TOKENS", 1)  # each row alone
+    alone = measure_difference(model, merged, examples, 0)
+    assert alone == pytest.approx(found, rel=1e-4, abs=1e-6)
+
+
+class Dtypes(TorchDispatchMode):
+    """Notes the dtype of every matrix product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.linear):
+            self.seen.update(a.dtype for a in args if isinstance(a, torch.Tensor))
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_fp16_export_is_not_multiplied_in_fp16_on_a_cpu(exported: tuple[Any, Path]) -> None:
+    """Where a CPU has no 16-bit instructions these products take minutes."""
+    model, merged = exported
+    with Dtypes() as dtypes:
+        measure_difference(model, merged, rows(), 0)
+    assert dtypes.seen == {torch.float32}
+
+
+def test_the_text_says_answers_and_which_base_is_nearer() -> None:
+    found = {"rows": 12, "loss_trained": 0.2, "loss_exported": 0.3, "kl_mean": 0.01, "top1_agreement": 0.929}
+    some, whole = ({**found, "answers_agree": n} for n in (8, 12))
+    assert "92.9% of the tokens and throughout 8 of 12 answers" in difference_text(some, "original")
+    assert "--base dequantized merges onto the base it was trained on" in difference_text(some, "original")
+    assert "--base" not in difference_text(whole, "original") + difference_text(some, "dequantized")
+    assert difference_text({"not_measured": "the data is gone"}, "original") == "not measured: the data is gone"
