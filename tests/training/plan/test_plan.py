@@ -42,7 +42,7 @@ def test_file_sizes_are_those_of_a_run(make_recipe: Any, tmp_path: Path, train_d
     result = train(recipe, tmp_path / "run")
     assert result is not None
     adapter = sum(f.stat().st_size for f in (tmp_path / "run" / "adapter").iterdir())
-    assert plan.adapter_bytes == pytest.approx(adapter, rel=0.01)
+    assert plan.adapter_bytes == pytest.approx(adapter, abs=400)  # adapter_config.json holds a path of any length
     assert plan.trained_numbers == result.run["adapter"]["trainable_parameters"]
     (step,) = (tmp_path / "run" / "checkpoints").iterdir()
     tensors = sum(f.stat().st_size for f in step.iterdir())
