@@ -31,9 +31,10 @@ if TYPE_CHECKING:
 def make_batch(
     model: nn.Module, examples: Sequence[Example], pad_id: int, prefix_once: bool = True, packing: bool = False
 ) -> dict[str, torch.Tensor]:
-    """The rows as a batch on the model's device: in one sequence where that is asked for or pays, and the model takes it.
+    """Collate rows into a batch on the model's device.
 
-    On a CPU in 16 bits it is padded to a length that comes back (`qvera.data.padding`).
+    The rows become one sequence where that is asked for or cheaper, and where the model supports it. On a CPU in 16
+    bits the batch is padded to one of a few lengths (`qvera.data.padding`).
 
     Args:
         prefix_once: what the rows begin with is computed once for all of them, where that pays.
@@ -58,10 +59,10 @@ def make_batch(
 
 @contextlib.contextmanager
 def scoring(model: nn.Module) -> Iterator[None]:
-    """For the time of the block, held-out loss and answers go through held weights W + ΔW (`generating`), where they are exact.
+    """A context in which loss and answers use dense weights W + ΔW (`generating`), where that is exact.
 
-    In fp32 they are what training computes with, to rounding. In 16 bits a held sum would round a small ΔW away, so there each
-    of the two keeps its own path.
+    In fp32 the sum equals what training computes, up to rounding. In 16 bits the sum would round a small ΔW away, so
+    there W and ΔW stay apart.
     """
     exact = linear.embedding_dtype(causal_model(model).get_input_embeddings()) == torch.float32
     with generating(model) if exact else contextlib.nullcontext():
@@ -189,8 +190,9 @@ class EvalResult:
     """What one model makes of the rows.
 
     Attributes:
-        scores: ``loss``, ``perplexity``, ``rows``, ``trained_tokens``, ``seconds`` of the loss. Where answers have references, a
-            score for each metric too (``exact_match`` for ``exact``), and their numbers: ``scored_rows``, ``references``.
+        scores: ``loss``, ``perplexity``, ``rows``, ``trained_tokens``, ``seconds`` of the loss. Where answers have
+            references, a score for each metric too (``exact_match`` for ``exact``), and their numbers: ``scored_rows``,
+            ``references``.
         answers: one for each input.
         rows: metric name → score, for each input; empty where it has no reference.
     """
@@ -204,8 +206,8 @@ def prompts_of(examples: Sequence[Example], group_prompts: bool = False) -> list
     """The rows that have a prompt, as inputs.
 
     Args:
-        group_prompts: rows with the same prompt are one input, answered once and held against the references of all of them, as
-            benchmarks with several references want it.
+        group_prompts: rows with the same prompt are one input, answered once and compared with the references of all
+            of them, as benchmarks with several references do it.
     """
     inputs: list[EvalPrompt] = []
     place: dict[bytes, int] = {}

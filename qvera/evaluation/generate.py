@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 def generating(model: nn.Module, base_only: bool = False) -> Iterator[None]:
     """For the time of the block: evaluation mode, the KV cache on, linears in their fastest layout for answers.
 
-    On a CPU with memory to spare, adapted layers hold W + ΔW in the compute dtype; 4-bit layers without it hold a copy in
-    the layout of bitsandbytes' fused kernel. Everything is put back afterwards; weights and later gradients are
-    bit-unchanged. Blocks may be nested: the inner ones change nothing. ``base_only``: layers hold W alone, for batches whose
-    rows use different adapters.
+    On a CPU with memory to spare, adapted layers hold W + ΔW in the compute dtype; 4-bit layers without it hold a copy
+    in the layout of bitsandbytes' fused kernel. Everything is put back afterwards; weights and later gradients are
+    bit-unchanged. Blocks may be nested: the inner ones change nothing. ``base_only``: layers hold W alone, for batches
+    whose rows use different adapters.
     """
     inner = causal_model(model)
     was_training, used_cache = model.training, inner.config.use_cache
@@ -101,7 +101,8 @@ def generate(
         prompts: token ids, BOS included where the model wants one.
         max_new_tokens: tokens at most per answer; an end-of-turn token ends it earlier.
         temperature: 0: greedy, else sampled with ``top_p`` from a generator seeded with ``seed``.
-        adapters: which adapter answers each prompt, where the model has several (`qvera.adapters.multi_adapter`); ``__base__`` for none.
+        adapters: which adapter answers each prompt, where the model has several (`qvera.adapters.multi_adapter`);
+        ``__base__`` for none.
         streamer: a transformers streamer, for one prompt.
         progress: called with the number of prompts finished after each batch.
 

@@ -1,8 +1,8 @@
 """Run lm-evaluation-harness on a run, an adapter or an export.
 
-The harness (the package lm-eval, extra ``harness``) makes prompts and scores; the model it asks is what `qvera.evaluation.load` opens, so
-a run is measured on the quantized base it was trained on, without an export. For a merged export ``lm_eval --model hf`` does the
-same by itself.
+The harness (the package lm-eval, extra ``harness``) makes prompts and scores; the model it asks is what
+`qvera.evaluation.load` opens, so a run is measured on the quantized base it was trained on, without an export. For a
+merged export ``lm_eval --model hf`` does the same by itself.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def require_harness() -> None:
     """Raises InputError where lm-eval is not installed."""
     if find_spec("lm_eval") is None:
         raise InputError(
-            "qvera harness needs the package lm-eval, which is not installed. Install it with: pip install 'qvera[harness]'."
+            "qvera harness needs the package lm-eval, which is not installed. Install it with: pip install "
+            "'qvera[harness]'."
         )
 
 

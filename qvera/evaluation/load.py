@@ -73,7 +73,8 @@ def find_adapter(path: Path) -> tuple[Recipe | None, ModelSection, Path]:
         )
         return None, section, path
     raise InputError(
-        f"{path}: is neither a run (it has no {RECIPE_FILE}) nor an adapter directory (it has no {save_load.ADAPTER_CONFIG})."
+        f"{path}: is neither a run (it has no {RECIPE_FILE}) nor an adapter directory (it has no "
+        f"{save_load.ADAPTER_CONFIG})."
     )
 
 
@@ -121,12 +122,12 @@ class EvalTarget:
 
 
 def find_target(path: Path, recipe: Path | None = None) -> EvalTarget:
-    """Say what a directory is.
+    """Find out what a directory is.
 
     Args:
-        recipe: a recipe file, or a run's directory, whose rows, lengths and template are used. Without it they are those of the run
-            itself, of the run that an ``adapter/`` lies in, or of the run that a merged export names, where it is still there. An
-            adapter's base is then read as that recipe's ``model`` section says.
+        recipe: a recipe file, or a run's directory, whose rows, lengths and template are used. Without it they are
+            those of the run itself, of the run that an ``adapter/`` lies in, or of the run that a merged export names,
+            where it is still there. An adapter's base is then read as that recipe's ``model`` section says.
 
     Raises:
         InputError: it is none of the three, or the recipe can't be read.
@@ -143,7 +144,8 @@ def find_target(path: Path, recipe: Path | None = None) -> EvalTarget:
     if (path / "config.json").is_file():
         return _checkpoint(path, given, given_run)
     raise InputError(
-        f"{path}: is neither a run (it has no {RECIPE_FILE}) nor an adapter directory (no {save_load.ADAPTER_CONFIG}) nor an "
+        f"{path}: is neither a run (it has no {RECIPE_FILE}) nor an adapter directory (no {save_load.ADAPTER_CONFIG}) "
+        f"nor an "
         "exported checkpoint (no config.json)."
     )
 
@@ -167,7 +169,8 @@ def _adapter(path: Path, recipe: Recipe | None, run: Path | None) -> EvalTarget:
     name = tree.get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise InputError(
-            f"{path / save_load.ADAPTER_CONFIG}: names no base model (base_model_name_or_path). Name a recipe or run that does "
+            f"{path / save_load.ADAPTER_CONFIG}: names no base model (base_model_name_or_path). Name a recipe or run "
+            f"that does "
             "with --recipe."
         )
     return EvalTarget(path, "adapter", ModelSection(path=name, revision=tree.get("revision")), path)
@@ -199,7 +202,8 @@ def _checkpoint(path: Path, recipe: Recipe | None, run: Path | None) -> EvalTarg
         certificate["base"]["path"], certificate["base"]["weights"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{file}: is not the certificate of a merged export ({type(error).__name__}: {error}). Export again, or remove it to "
+            f"{file}: is not the certificate of a merged export ({type(error).__name__}: {error}). Export again, or "
+            f"remove it to "
             "have the directory taken for a plain checkpoint."
         ) from None
     weights = adapter / save_load.ADAPTER_WEIGHTS
@@ -241,11 +245,12 @@ def template_of(recipe: Recipe, run: Path | None) -> str:
 def open_target(target: EvalTarget, *, adapter: bool = True) -> OpenRun:
     """Load it, ready for scores and answers.
 
-    A run's or an adapter's base is loaded as its recipe says, or, without one, as the defaults of ``model`` do. A checkpoint is
-    loaded as it is stored, and computes in fp32 on a CPU.
+    A run's or an adapter's base is loaded as its recipe says, or, without one, as the defaults of ``model`` do. A
+    checkpoint is loaded as it is stored, and computes in fp32 on a CPU.
 
     Args:
-        adapter: False: the base model alone. Of a merged export that is the base it was merged into, in the same precision.
+        adapter: False: the base model alone. Of a merged export that is the base it was merged into, in the same
+            precision.
 
     Raises:
         InputError: what is there does not fit together, or a checkpoint names no base.
@@ -269,8 +274,8 @@ def _require_loadable(directory: Path) -> None:
     """Refuse, before a big model is loaded, what PEFT would load with harm or without effect.
 
     Raises:
-        InputError: no safetensors; a kind that PEFT does not know; one that changes the prompt instead of layers, which our losses
-            and answers would pass by; or a config that names a Python module for PEFT to import.
+        InputError: no safetensors; a kind that PEFT does not know; one that changes the prompt instead of layers, which
+            our losses and answers would pass by; or a config that names a Python module for PEFT to import.
     """
     if not (directory / save_load.ADAPTER_WEIGHTS).is_file():
         raise InputError(f"{directory}: has no {save_load.ADAPTER_WEIGHTS}; pickled adapters are not read.")
@@ -337,13 +342,15 @@ def base_problem(target: EvalTarget) -> str | None:
         return None
     if target.merged is None:
         return (
-            f"{target.path}: is a checkpoint that says nothing of a base ({CERTIFICATE} is missing), so there is none to compare "
+            f"{target.path}: is a checkpoint that says nothing of a base ({CERTIFICATE} is missing), so there is none "
+            f"to compare "
             "with. Evaluate that base's directory by itself."
         )
     tokens = target.merged.get("added_tokens")
     if tokens:
         return (
-            f"{target.path}: has rows for {', '.join(tokens)}, which the base it was merged into has not, so it can't be asked "
+            f"{target.path}: has rows for {', '.join(tokens)}, which the base it was merged into has not, so it can't "
+            f"be asked "
             "the same. Evaluate the run itself, whose base is given them."
         )
     told = target.merged["base"]
@@ -366,7 +373,8 @@ def _stored_model(directory: Path) -> tuple[loader.Base, PreTrainedModel]:
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     if config.get("quantization_config"):
         raise InputError(
-            f"{directory}: is stored quantized; expected a 16-bit checkpoint, such as `qvera export --to merged` writes. "
+            f"{directory}: is stored quantized; expected a 16-bit checkpoint, such as `qvera export --to merged` "
+            f"writes. "
             "A run or an adapter on this base can be evaluated."
         )
     try:
@@ -382,7 +390,7 @@ def _stored_model(directory: Path) -> tuple[loader.Base, PreTrainedModel]:
 
 @contextlib.contextmanager
 def base_of(target: EvalTarget, opened: OpenRun) -> Iterator[nn.Module]:
-    """For the time of the block, the model without what was trained: the adapter switched off, or an export's base loaded."""
+    """A context with the model before training: the adapter switched off, or an export's base model loaded."""
     if target.adapter is None:
         yield _open_merged_base(target).model
         return

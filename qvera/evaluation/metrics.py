@@ -1,7 +1,8 @@
 """Text metrics, by name: scores of answers compared with their references.
 
-``exact`` is qvera's own; the others are those of the libraries that papers use: sacrebleu (arXiv 1804.08771) for BLEU, chrF and
-TER, rouge-score for ROUGE (Lin, 2004). Each keeps its library's scale: BLEU, chrF and TER from 0 to 100, the others from 0 to 1.
+``exact`` is qvera's own; the others are those of the libraries that papers use: sacrebleu (arXiv 1804.08771) for BLEU,
+chrF and TER, rouge-score for ROUGE (Lin, 2004). Each keeps its library's scale: BLEU, chrF and TER from 0 to 100, the
+others from 0 to 1.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class TextMetric:
         label: for people.
         top: the score of a perfect answer: 100, or 1. For TER, where lower is better, 0.
         lower_is_better: for TER only.
-        of_all: answers and references → the score of the whole set. For BLEU, chrF and TER that is not the mean of the rows'.
+        of_all: answers and references to the score of the whole set. For BLEU, chrF and TER that is not the mean of the
+        rows'.
         of_one: an answer and its references → that row's score.
         signature: what another person needs to get the same number.
     """
@@ -132,7 +134,8 @@ def text_metrics(names: Sequence[str]) -> list[TextMetric]:
         package = _MAKERS[name][1]
         if package is not None and find_spec(package) is None:
             raise InputError(
-                f"--metrics: {name} needs the package {package.replace('_', '-')}, which is not installed. Install it with: "
+                f"--metrics: {name} needs the package {package.replace('_', '-')}, which is not installed. Install it "
+                f"with: "
                 "pip install 'qvera[metrics]'."
             )
     return [_MAKERS[name][0](name) for name in wanted]

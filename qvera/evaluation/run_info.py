@@ -13,7 +13,7 @@ from qvera.utils.files import file_sha256
 
 
 def describe(path: str | Path) -> dict[str, Any]:
-    """Facts of a run or adapter directory, read from its files: base, adapter, counts, hashes, versions (`qvera info`)."""
+    """Facts of a run or adapter directory, read from its files: base model, adapter, counts, hashes, versions."""
     path = Path(path)
     recipe, section, directory = find_adapter(path)
     config, vectors = save_load.read_adapter(directory)

@@ -1,8 +1,8 @@
 """Memory, time and file sizes of a run, computed before it starts from the model's config alone.
 
-Order of reading: `shapes` (config to shapes), `machine` (where the run takes place), `activations` (one decoder layer), `memory`
-(a whole run), `sharding` (one rank of several), `plan` (the longest batch and the plan itself), `timing`, `alternatives` (changes
-that make a run fit), `show` and `table`.
+Order of reading: `shapes` (config to shapes), `machine` (where the run takes place), `activations` (one decoder layer),
+`memory` (a whole run), `sharding` (one rank of several), `plan` (the longest batch and the plan itself), `timing`,
+`alternatives` (changes that make a run fit), `show` and `table`.
 """
 
 from qvera.training.plan.activations import Batch

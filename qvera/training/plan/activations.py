@@ -1,8 +1,9 @@
 """What autograd keeps of one decoder layer, and the most that exists beside it while its backward runs. Bytes.
 
-Read off the code that runs: `qvera.models.linear` (keeps the module and nothing else), `qvera.adapters.functional` (keeps z),
-`qvera.adapters.fused` (keeps z or x), `qvera.models.norm_mlp`, and transformers' Llama layer. tests/training/plan/test_activations.py counts the same with
-``torch.autograd.graph.saved_tensors_hooks``. Notation: T tokens of the batch in all, S tokens a row.
+Read off the code that runs: `qvera.models.linear` (keeps the module and nothing else), `qvera.adapters.functional`
+(keeps z), `qvera.adapters.fused` (keeps z or x), `qvera.models.norm_mlp`, and transformers' Llama layer.
+tests/training/plan/test_activations.py counts the same with ``torch.autograd.graph.saved_tensors_hooks``. Notation: T
+tokens of the batch in all, S tokens a row.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class Batch:
         tokens: S, of each row, padding included; of the one joined sequence where ``joined``.
         trained_tokens: in all rows; only these reach the head.
         padded: rows differ in length, so that attention gets a mask.
-        joined: the rows stand in one sequence behind their common prefix (`qvera.data.collate`), with a mask of its own.
+        joined: the rows stand in one sequence behind their common prefix (`qvera.data.collate`), with a mask of its
+        own.
         source: where the numbers come from, in words.
         longest_row: tokens of the longest row of all, for answers.
         packed_rows: rows of the data in it where they are packed (``data.packing``), else 0.

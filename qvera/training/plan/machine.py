@@ -13,7 +13,10 @@ from qvera.utils import memory
 from qvera.utils.errors import InputError
 
 CUDA_CONTEXT_BYTES = 500_000_000
-"""What a CUDA context with torch's and bitsandbytes' kernels takes on the device; assumed where there is none to measure."""
+"""Device memory of a CUDA context with the kernels of torch and bitsandbytes.
+
+An assumption where none can be measured.
+"""
 
 _UNITS = {"": 1e9, "GB": 1e9, "MB": 1e6, "GIB": 2.0**30, "MIB": 2.0**20}
 
@@ -25,8 +28,8 @@ class Machine:
     Attributes:
         device_type: ``cpu`` or ``cuda``.
         dtype: the compute dtype.
-        mapped_base: the 4-bit base, embeddings and head lie in a mapped file (16-bit where not quantized): pages that can be
-            dropped and shared.
+        mapped_base: the 4-bit base, embeddings and head lie in a mapped file (16-bit where not quantized): pages that
+            can be dropped and shared.
         available_bytes: device memory, or the RAM that is free for this process and everything it holds already.
         runtime_bytes: held before the model is loaded (interpreter, libraries, rows), measured; on a GPU the host's
             share is none of the device's business, and this is 0.

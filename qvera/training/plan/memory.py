@@ -22,7 +22,7 @@ KINDS: tuple[Kind, ...] = (
 )  # fmt: skip
 
 KEPT_HEAP_BYTES = 64 * 2**20
-"""glibc gives the top of its heap back when more than this is free (mallopt(3), M_TRIM_THRESHOLD, once it has adapted)."""
+"""glibc returns the top of its heap when more than this is free (mallopt(3), M_TRIM_THRESHOLD after it has adapted)."""
 
 _SMALL_8BIT = 4096  # numbers; bitsandbytes keeps fp32 state for smaller tensors
 _RANDOM_STATE_BYTES = 5056  # of torch's CPU generator, which each checkpointed layer remembers
@@ -227,13 +227,16 @@ def _standing(shape: Shape, recipe: Recipe, machine: Machine, adapted: tuple[Lin
 
 
 def _kernels(a: Adapted) -> int:
-    """Of all products of a run: those of each token count, and the head's, whose counts of trained tokens fill an octave."""
+    """How many matrix-product kernels a run compiles: one for each product and token count, and those of the head."""
     counts = LENGTHS_PER_OCTAVE if rounds_lengths(a.machine.dtype, a.machine.device_type) else a.batch.token_counts
     return min(KERNEL_CACHE_SIZE, a.batch.token_counts * product_shapes(a) + 2 * counts)
 
 
 def _loss(shape: Shape, recipe: Recipe, batch: Batch, machine: Machine) -> tuple[Component, ...]:
-    """`qvera.models.loss`: a chunk of logits in fp32 and logsumexp's copy of it; trained rows of hidden and their gradient."""
+    """Memory of `qvera.models.loss`.
+
+    A chunk of logits in fp32 and logsumexp's copy of it, the hidden states of trained tokens, and their gradient.
+    """
     size, hidden = machine.itemsize, shape.hidden
     trained = min(batch.trained_tokens, batch.all_tokens)
     chunk = min(
@@ -254,7 +257,10 @@ def _loss(shape: Shape, recipe: Recipe, batch: Batch, machine: Machine) -> tuple
 def _answers(
     shape: Shape, recipe: Recipe, batch: Batch, machine: Machine, adapted: tuple[Linear, ...]
 ) -> tuple[Component, ...]:
-    """`qvera.evaluation.generate` on a CPU: dense copies of the adapted linears where they take at most a quarter of free memory."""
+    """Memory of answers during a run (`qvera.evaluation.generate`).
+
+    On a CPU adapted linears get dense copies where these take at most a quarter of the free memory.
+    """
     training, data = recipe.training, recipe.data
     if not (data.eval_path or data.eval_fraction) or not (training.sample_count or training.exact_match_rows):
         return ()

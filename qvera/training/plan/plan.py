@@ -1,4 +1,4 @@
-"""The plan of a run: its longest batch, memory, files and time, computed from the model's config and the recipe alone."""
+"""The plan of a run: longest batch, memory, files and time, computed from the model's config and the recipe."""
 
 from __future__ import annotations
 
@@ -138,7 +138,10 @@ def make_plan(
 
 
 def _grown(shape: Shape, recipe: Recipe) -> Shape:
-    """With the rows that added tokens need beyond those the checkpoint has; all of them where the tokenizer is out of reach."""
+    """The shape with the embedding rows that added tokens need.
+
+    Tokens that the checkpoint already has rows for need none. Without a tokenizer every added token is counted.
+    """
     tokens = recipe.model.added_tokens
     if not tokens:
         return shape
@@ -227,7 +230,7 @@ def longest_rows(recipe: Recipe, rows: Sequence[Example], joinable: bool, steps:
 
 
 def token_counts(recipe: Recipe, rows: Sequence[Example], steps: int, repeating: bool) -> int:
-    """How many different numbers of tokens the forward passes of so many steps have; rows that are joined are taken as padded ones.
+    """How many different token counts the forward passes of ``steps`` steps have. Joined rows count as padded ones.
 
     Args:
         repeating: their lengths are rounded up (`qvera.data.padding`).
@@ -242,7 +245,10 @@ def token_counts(recipe: Recipe, rows: Sequence[Example], steps: int, repeating:
 def _epochs(
     recipe: Recipe, rows: Sequence[Example], steps: int, done: int = 0
 ) -> Iterator[tuple[list[list[int]], np.ndarray]]:
-    """The forward passes of steps ``done`` to ``steps``, epoch by epoch, and the tokens of a row in each (of all, if packed)."""
+    """The forward passes of steps ``done`` to ``steps``, epoch by epoch, with the tokens of a row in each.
+
+    With packing it is the tokens of the whole pass.
+    """
     data, batches = recipe.data, batches_of(recipe, rows)
     per_epoch = batches.per_epoch
     for epoch in range(done // per_epoch, -(-steps // per_epoch)):

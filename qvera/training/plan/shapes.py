@@ -142,12 +142,14 @@ def _check_heads(config: Any, heads: int) -> None:
     hidden, kv_heads = config.hidden_size, getattr(config, "num_key_value_heads", None) or heads
     if heads < 1 or hidden < 1 or kv_heads < 1:
         raise InputError(
-            f"model.path: config.json: expected positive sizes, got hidden_size {hidden}, num_attention_heads {heads} and "
+            f"model.path: config.json: expected positive sizes, got hidden_size {hidden}, num_attention_heads {heads} "
+            f"and "
             f"num_key_value_heads {kv_heads}."
         )
     if getattr(config, "head_dim", None) is None and hidden % heads:
         raise InputError(
-            f"model.path: config.json: hidden_size ({hidden}) is not a multiple of num_attention_heads ({heads}), and there is "
+            f"model.path: config.json: hidden_size ({hidden}) is not a multiple of num_attention_heads ({heads}), and "
+            f"there is "
             "no head_dim. The file does not belong to these weights, or it was changed."
         )
 

@@ -1,7 +1,8 @@
-"""One rank of several: the bytes that each ZeRO stage leaves on it, what it receives in a step, and which stage to take.
+"""One rank of several: bytes that each ZeRO stage leaves on it, bytes it receives in a step, and which stage to take.
 
-The formulas follow `qvera.distributed` (what is sharded, and the limits that DeepSpeed is given), DeepSpeed 0.19's optimizers and
-`qvera.training.engine`. tests/distributed/test_stages.py counts the same in live objects, and bench/zero.py in whole processes.
+The formulas follow `qvera.distributed` (what is sharded, and the limits that DeepSpeed is given), DeepSpeed 0.19's
+optimizers and `qvera.training.engine`. tests/distributed/test_stages.py counts the same in live objects, and
+bench/zero.py in whole processes.
 """
 
 from __future__ import annotations
@@ -92,7 +93,10 @@ class Spread:
 
 
 def spread_of(shape: Shape) -> Spread:
-    """What ranks divide among themselves in stage 3 (`qvera.models.mmap`): dense weights lie in 16 bits, statistics stay whole."""
+    """What the ranks divide in stage 3 (`qvera.models.mmap`).
+
+    Dense weights are in 16 bits; statistics are not divided.
+    """
     packed = {x.name: -(-x.n * x.m // 2) for x in shape.linears if x.quantizable}
     layers = {x.layer: 0 for x in shape.linears}
     weights: dict[int | None, list[int]] = {x.layer: [] for x in shape.linears}
@@ -136,7 +140,7 @@ def plan_rank(shape: Shape, recipe: Recipe, batch: Batch, machine: Machine, shar
 
 
 def _optimizer(parts: tuple[Component, ...], shape: Shape, recipe: Recipe, sharing: Sharing) -> tuple[Component, ...]:
-    """DeepSpeed's optimizers keep fp32 copies of their own of what they step: with two ranks that is all that a share saves."""
+    """The optimizer's part. DeepSpeed keeps fp32 copies of what it steps, so two ranks save nothing by dividing it."""
     adapted = shape.adapted(recipe.adapter.targets)
     every = sum(numbers(vector_shapes(adapted, recipe.adapter)))
     trained = sum(numbers(trained_shapes(adapted, recipe.adapter)))
@@ -167,7 +171,7 @@ def _base(
 
 
 def _offloaded(spread: Spread, sharing: Sharing) -> list[Component]:
-    """RAM that a rank takes for its share of the base where that is kept off the device (`qvera.distributed.zero_base.Spreader`)."""
+    """RAM of a rank's share of an offloaded base (`qvera.distributed.zero_base`)."""
     world = sharing.world_size
     share = _share(spread.all, world)
     if sharing.offload == "cpu":
@@ -186,8 +190,9 @@ def _offloaded(spread: Spread, sharing: Sharing) -> list[Component]:
 
 
 def _gathered(moment: str, spread: Spread, recipe: Recipe, machine: Machine, world_size: int) -> tuple[Component, ...]:
-    """Whole weights on a rank while they are used (`ZeroConfig.complete` sets the limits), and what gathering them takes."""
-    # a weight at a time, but DeepSpeed (after 0.19.1) keeps those of a recomputed layer until its backward pass has begun
+    """Weights that are whole on a rank while they are used, and what gathering them takes."""
+    # a weight at a time, but DeepSpeed (after 0.19.1) keeps those of a recomputed layer until its backward pass has
+    # begun
     whole = spread.layer if moment == "backward" and recipe.training.gradient_checkpointing else spread.largest
     largest = spread.largest
     if moment == "loss":
@@ -226,7 +231,8 @@ def traffic(shape: Shape, recipe: Recipe, sharing: Sharing, packed_rows: int = 0
     if world == 1:
         return Traffic(0, 0)
     trained = sum(numbers(trained_shapes(shape.adapted(recipe.adapter.targets), recipe.adapter)))
-    # an all-reduce is a reduction and a gather; the optimizers of stages 1 and 2 do one, and gather the stepped vectors after it
+    # an all-reduce is a reduction and a gather; the optimizers of stages 1 and 2 do one, and gather the stepped vectors
+    # after it
     times = 3 if sharing.stage in (1, 2) else 2
     gradients = times * 4 * trained * (world - 1) // world
     if sharing.stage < 3:
@@ -324,7 +330,8 @@ def right_way(ways: list[Way], machine: Machine) -> tuple[Way | None, str]:
             )
             slow = duration(spread.traffic.base / ETHERNET_BYTES_PER_SECOND)
             why += (
-                f" zero3 would bring {size(spread.traffic.base)} of weights to each rank in every step ({slow} at 1 Gbit/s)"
+                f" zero3 would bring {size(spread.traffic.base)} of weights to each rank in every step ({slow} at 1 "
+                f"Gbit/s)"
                 f"{base_ends}."
             )
         return plain, why
@@ -333,7 +340,8 @@ def right_way(ways: list[Way], machine: Machine) -> tuple[Way | None, str]:
     slow = duration(first.traffic.base / ETHERNET_BYTES_PER_SECOND)
     why = (
         f"{first.sharing.word}: with the whole base a rank needs {size(plain.needed_bytes)} and has "
-        f"{size(plain.available_bytes)}; spread, {size(first.needed_bytes)}. Each step brings {size(first.traffic.base)} of "
+        f"{size(plain.available_bytes)}; spread, {size(first.needed_bytes)}. Each step brings "
+        f"{size(first.traffic.base)} of "
         f"weights to each rank: {slow} at 1 Gbit/s"
     )
     why += (

@@ -114,7 +114,8 @@ def verdict(plan: Plan) -> str:
         return f"Does not fit: needs {size(needed)}, and {machine.name} has {have}."
     if memory.total_bytes > machine.available_bytes:
         return (
-            f"Fits, slowly: {size(needed)} private of {have} on {machine.name}; the mapped base ({size(memory.mapped_bytes)}) "
+            f"Fits, slowly: {size(needed)} private of {have} on {machine.name}; the mapped base "
+            f"({size(memory.mapped_bytes)}) "
             "does not stay in memory beside it and is read from disk in every step."
         )
     mapped = f" and {size(memory.mapped_bytes)} mapped" if memory.mapped_bytes else ""
@@ -145,5 +146,5 @@ def run_lines(plan: Plan) -> list[str]:
     memory = plan.memory
     mapped = f" + {size(memory.mapped_bytes)} of mapped weights" if memory.mapped_bytes else ""
     rank = f" of each of {plan.sharing.world_size} ranks" if plan.sharing.world_size > 1 else ""
-    head = f"Plan: peak{rank} {size(memory.private_bytes)}{mapped}, in the {_MOMENTS[memory.peak_moment]}; {plan.batch.source}."
-    return [head, verdict(plan), *change_lines(plan)]
+    peak = f"{size(memory.private_bytes)}{mapped}, in the {_MOMENTS[memory.peak_moment]}"
+    return [f"Plan: peak{rank} {peak}; {plan.batch.source}.", verdict(plan), *change_lines(plan)]

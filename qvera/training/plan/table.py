@@ -81,8 +81,10 @@ def markdown() -> str:
     """The table of the README."""
     head = [f"{gb} GB" for gb in CARDS_GB]
     lines = [
-        f"Made by `{COMMAND}`. The longest row, in tokens, that trains at batch 1 with 4-bit NF4, VeRA r=256 on all linears,",
-        "bf16 and gradient checkpointing, as far as the model was made for. Decimal GB, with 0.5 GB for the CUDA context.",
+        f"Made by `{COMMAND}`. The longest row, in tokens, that trains at batch 1 with 4-bit NF4, VeRA r=256 on all "
+        f"linears,",
+        "bf16 and gradient checkpointing, as far as the model was made for. Decimal GB, with 0.5 GB for the CUDA "
+        "context.",
         "**Computed from shapes, not measured: no GPU has run these.**",
         "",
         "| | memory at 512 tokens | " + " | ".join(head) + " |",
@@ -116,7 +118,8 @@ def picture() -> str:
     light = "".join(f".k-{kind}{{fill:{colour}}}" for kind, (_, colour, _) in _COLOURS.items())
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
-        f'aria-label="Memory of training on one row of {PICTURE_TOKENS:,} tokens, by model, against cards of 6 to 48 GB">',
+        f'aria-label="Memory of training on one row of {PICTURE_TOKENS:,} tokens, by model, against cards of 6 to 48 '
+        f'GB">',
         "<style>text{font:13px system-ui,sans-serif;fill:#1a1d20}.soft{fill:#555d66;font-size:12px}"
         f".card{{stroke:#a3abb0;stroke-dasharray:3 3}}{light}"
         f"@media(prefers-color-scheme:dark){{text{{fill:#e7e9ea}}.soft{{fill:#a1a9b1}}.card{{stroke:#6a737b}}{dark}}}</style>",
@@ -143,7 +146,8 @@ def picture() -> str:
         total = sum(held for _, held in stack)
         parts.append(f'<text x="{x_at + 6:.1f}" y="{y + 18}">{size(total)}</text>')
     parts.append(
-        f'<text class="soft" x="{left}" y="{height - 8}">One row of {count(PICTURE_TOKENS)} tokens, r=256, all linears, bf16, '
+        f'<text class="soft" x="{left}" y="{height - 8}">One row of {count(PICTURE_TOKENS)} tokens, r=256, all '
+        f"linears, bf16, "
         "gradient checkpointing. Computed, not measured.</text></svg>"
     )
     return "\n".join(parts) + "\n"
