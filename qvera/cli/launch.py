@@ -61,7 +61,7 @@ def launch(
     )
     if hostfile is not None:
         launcher.require_hosts(hostfile)
-    print(launcher.say(command), file=sys.stderr)
+    print(launcher.command_line(command), file=sys.stderr)
     return launcher.run(command)
 
 

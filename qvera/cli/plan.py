@@ -41,7 +41,7 @@ def plan(
     from rich.console import Console
 
     from qvera.config.load import load_recipe
-    from qvera.distributed.zero_config import read_config as read_deepspeed
+    from qvera.distributed.zero_config import load_zero_config
     from qvera.models.loader import pick_device
     from qvera.training.plan import Sharing, gpu_machine, make_plan, parse_size, time_step
     from qvera.training.plan import table as plan_table
@@ -61,7 +61,7 @@ def plan(
     device = pick_device()
     machine = None if gpu is None else gpu_machine(loaded.model, parse_size(gpu))
     several = nodes is not None or gpus is not None
-    sharing = Sharing.of(read_deepspeed(loaded.deepspeed), nodes or 1, gpus or 1)
+    sharing = Sharing.of(load_zero_config(loaded.deepspeed), nodes or 1, gpus or 1)
     made = make_plan(loaded, machine or device, _local_rows(loaded), sharing, every_way=several)
     if machine is None and not no_timing:
         with progress("Timing this machine"):

@@ -1,7 +1,7 @@
-"""The processes of a run and what they tell each other: numbers, JSON and tensors. Nothing is pickled.
+"""The processes of a run, and collectives for numbers, JSON and tensors. Nothing is pickled.
 
-torch's own object collectives pickle; these send JSON as bytes. Everything here has to be called by all ranks in the same
-order, as any collective. With one process nothing is sent and torch.distributed need not be set up.
+torch's own object collectives pickle; these send JSON as bytes. Like any collective, all ranks have to call them in the same
+order. With one process nothing is sent, and torch.distributed need not be set up.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import socket
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,19 @@ JSON = Any
 _ERRORS: dict[str, type[QveraError]] = {cls.__name__: cls for cls in (InputError, Interrupted, RunFailed, QveraError)}
 
 
+class Store(Protocol):
+    """What is used of the launcher's key-value store (``torch.distributed.Store``)."""
+
+    def set(self, key: str, value: str, /) -> None:
+        """Set a key."""
+
+    def get(self, key: str, /) -> bytes:
+        """Return the value of a key, waiting for it."""
+
+    def check(self, keys: list[str], /) -> bool:
+        """Whether all these keys are there."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Group:
     """The processes of this run. ``Group()`` is a process on its own."""
@@ -32,25 +45,25 @@ class Group:
     world_size: int = 1
     local_rank: int = 0
     host: str = dataclasses.field(default_factory=socket.gethostname)
-    store: Any = dataclasses.field(default=None, compare=False, repr=False)
-    """The launcher's key-value store, where there is one: it outlives processes that the launcher restarts."""
+    store: Store | None = dataclasses.field(default=None, compare=False, repr=False)
+    """The launcher's key-value store, if there is one. It outlives processes that the launcher restarts."""
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes, prints and answers."""
+        """Whether this is rank 0, the process that writes and prints."""
         return self.rank == 0
 
-    def remember(self, word: str) -> None:
-        """Leave a word for the processes that the launcher may start in the place of these."""
+    def set_flag(self, name: str) -> None:
+        """Set a flag that processes of the same launch see, those too that the launcher starts in the place of these."""
         if self.store is not None:
-            self.store.set(f"qvera/remembered/{word}", "")
+            self.store.set(f"qvera/flag/{name}", "")
 
-    def remembers(self, word: str) -> bool:
-        """Whether processes of the same launch have left this word."""
-        return self.store is not None and bool(self.store.check([f"qvera/remembered/{word}"]))
+    def has_flag(self, name: str) -> bool:
+        """Whether a process of the same launch has set this flag."""
+        return self.store is not None and bool(self.store.check([f"qvera/flag/{name}"]))
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Each number added up over all ranks, in fp64: counts up to 2**53 stay exact."""
+        """Return the sum of each number over all ranks, in fp64: counts up to 2**53 stay exact."""
         if self.world_size == 1:
             return [float(value) for value in values]
         total = torch.tensor([float(value) for value in values], dtype=torch.float64)
@@ -58,7 +71,7 @@ class Group:
         return total.tolist()
 
     def gather(self, value: JSON) -> list[JSON]:
-        """What each rank gave, in the order of ranks, on every rank."""
+        """Return the values of all ranks, in their order, on every rank."""
         if self.world_size == 1:
             return [value]
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -70,7 +83,7 @@ class Group:
         return [json.loads(bytes(p[: int(n)].numpy())) for p, n in zip(padded, lengths, strict=True)]
 
     def gather_bytes(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The small uint8 tensors of all ranks (whose names differ) together, on every rank."""
+        """Return the small uint8 tensors of all ranks together, on every rank. Their names must differ."""
         if self.world_size == 1:
             return tensors
         found = self.gather({name: bytes(tensor.numpy()).hex() for name, tensor in tensors.items()})
@@ -80,8 +93,8 @@ class Group:
             for name, text in one.items()
         }
 
-    def share(self, value: JSON) -> JSON:
-        """What rank 0 gave, on every rank."""
+    def broadcast(self, value: JSON) -> JSON:
+        """Return rank 0's value on every rank."""
         if self.world_size == 1:
             return value
         text = torch.frombuffer(bytearray(json.dumps(value if self.first else None).encode()), dtype=torch.uint8)
@@ -92,12 +105,12 @@ class Group:
         dist.broadcast(text, 0)
         return json.loads(bytes(text.numpy()))
 
-    def share_tensors(self, tensors: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
-        """Rank 0's CPU tensors on every rank; what the others give is not looked at."""
+    def broadcast_tensors(self, tensors: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+        """Return rank 0's CPU tensors on every rank. Those of the other ranks are ignored."""
         if self.world_size == 1:
             return tensors or {}
         given = tensors if self.first and tensors is not None else {}
-        head = self.share([[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in given.items()])
+        head = self.broadcast([[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in given.items()])
         received = {}
         for name, dtype, shape in head:
             kind = getattr(torch, dtype)
@@ -107,8 +120,8 @@ class Group:
             received[name] = tensor
         return received
 
-    def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Replace each tensor by its sum over all ranks; they travel as one bucket."""
+    def all_reduce(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Replace each tensor by its sum over all ranks, in place. They are sent as one bucket."""
         if self.world_size == 1 or not tensors:
             return
         bucket = torch.cat([tensor.reshape(-1) for tensor in tensors])
@@ -117,8 +130,8 @@ class Group:
         for tensor, part in zip(tensors, parts, strict=True):
             tensor.copy_(part.view_as(tensor))
 
-    def measure(self) -> tuple[float, float]:
-        """Seconds that an all-reduce of one number takes between all ranks, and bytes a second of one of 4 MB: medians."""
+    def measure_network(self) -> tuple[float, float]:
+        """Return the seconds of an all-reduce of one number, and the bytes a second of one of 4 MB: medians of five."""
 
         def seconds(numel: int) -> float:
             taken = []
@@ -133,21 +146,21 @@ class Group:
         return seconds(1), 4 * 2**20 / seconds(2**20)
 
     def on_first(self, do: Callable[[], JSON]) -> JSON:
-        """Let rank 0 alone do something, with its result, or its error, on every rank.
+        """Let rank 0 alone call ``do``, and return its result on every rank.
 
         Raises:
-            QveraError: the one that ``do`` raised on rank 0, of the same kind.
+            QveraError: on every rank, of the kind that ``do`` raised on rank 0.
         """
-        found = self.share(_outcome(do) if self.first else None) if self.world_size > 1 else {"value": do()}
+        found = self.broadcast(_outcome(do) if self.first else None) if self.world_size > 1 else {"value": do()}
         if "error" in found:
             raise _shared(found["error"], found["text"])
         return found["value"]
 
     def agree(self, do: Callable[[], None]) -> None:
-        """Let every rank do something; where it fails on one, it fails on all, with the error of the lowest such rank.
+        """Let every rank call ``do``. If it fails on one, it fails on all, with the error of the lowest such rank.
 
         Raises:
-            QveraError: of the kind that was raised there; says which rank and node where not all of them had it.
+            QveraError: of the kind that was raised there. It names the rank and node if not all of them failed.
         """
         if self.world_size == 1:
             do()
@@ -163,7 +176,7 @@ class Group:
 
 
 ALONE = Group()
-"""A process on its own."""
+"""The group of a process on its own."""
 
 
 def _outcome(do: Callable[[], JSON]) -> dict[str, Any]:

@@ -1,48 +1,50 @@
-"""No rank waits for a dead one: each says every few seconds that it is alive, and looks whether the others do.
+"""Heartbeats: a rank that dies, hangs or is cut off is noticed within 30 seconds, and named.
 
-A collective can't tell a slow peer from one that is stopped or cut off: a step of a large model takes minutes, a dead link
-says nothing. So liveness is kept apart from the collectives: a thread in each process counts up its own key in the
-launcher's key-value store and reads the others'. A peer whose key stands still for `SILENT_SECONDS`, one that left with an
-error, or a store that can't be reached for as long ends this process with a message that names rank and node. torch's own
-timeouts then only have to catch what never happens.
+A collective can't tell a slow peer from a dead one: a step of a large model takes minutes, and a dead link is silent. So
+liveness is separate from the collectives. A thread in each process counts up its own key in the launcher's key-value store and
+reads the keys of the others. It ends this process, with a message that names rank and node, when a peer's key has not changed
+for `SILENT_SECONDS`, when a peer left with an error, or when the store can't be reached for as long.
 """
 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch.distributed as dist
 
-from qvera.distributed.group import Group
+from qvera.distributed.group import Group, Store
 from qvera.utils.errors import EXIT_FAILED, QveraError
 
 BEAT_SECONDS = 2.0
 SILENT_SECONDS = 15.0
-"""A peer that has said nothing for so long is gone. With `BEAT_SECONDS` and the grace it is noticed within 30 s."""
+"""A peer without a beat for this long counts as gone. With `BEAT_SECONDS` and `GRACE_SECONDS` that is within 30 s."""
 GRACE_SECONDS = 3.0
 """How long a process may take to end by itself, with its own message, after a peer left with an error."""
 
 
 class Heartbeat:
-    """Beats for the time of a with-block. Leaving it by an exception tells the others why.
+    """Sends heartbeats during a with-block. An exception that leaves the block is reported to the other ranks.
 
     Args:
-        store: a connection of its own to the launcher's store; its calls block, so no one else may use it.
-        give_up: what to do with the message when a peer is gone; called from a thread.
-        launcher: process id of the parent; when it is gone, so is this node for the others. None: nobody looks.
+        group: the ranks of the run.
+        store: a connection to the launcher's store that nothing else uses, because its calls block.
+        give_up: called from a thread with a message and an exit code when a peer is gone. Default: `end_process`.
+        beat_seconds: the time between two beats.
+        silent_seconds: the time without a beat after which a peer counts as gone.
+        launcher: the process id of the parent. When it is gone, this process ends too. None: not checked.
     """
 
     def __init__(
         self,
         group: Group,
-        store: Any,
+        store: Store,
         give_up: Callable[[str, int], None] | None = None,
         beat_seconds: float = BEAT_SECONDS,
         silent_seconds: float = SILENT_SECONDS,
@@ -64,7 +66,7 @@ class Heartbeat:
             self._threads.append(thread)
         return self
 
-    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
         self._done.set()
         if isinstance(error, QveraError) and error.shared:
             error = None  # the others have it too
@@ -78,7 +80,7 @@ class Heartbeat:
                 self.store.set(self._key(self.group.rank), json.dumps(left))
 
     def find_the_dead(self) -> None:
-        """Called by the main thread when a collective failed: wait until the beats show which rank is gone, which ends us."""
+        """Wait until the beats show which rank is gone, which ends this process. For the main thread, when a collective failed."""
         print(
             f"qvera: rank {self.group.rank} on {self.group.host} lost a peer in the middle of a step; finding out which.",
             file=sys.stderr,
@@ -111,11 +113,11 @@ class Heartbeat:
 
     def _without_launcher(self) -> None:
         """Torchrun or DeepSpeed's launcher on this node was killed: nobody would restart or stop this process any more."""
-        says = "the launcher that had started it was killed. Checkpoints are kept; go on with --resume."
-        left = {"host": self.group.host, "left": True, "error": says, "exit_code": EXIT_FAILED}
+        reason = "the launcher that had started it was killed. Checkpoints are kept; go on with --resume."
+        left = {"host": self.group.host, "left": True, "error": reason, "exit_code": EXIT_FAILED}
         with contextlib.suppress(RuntimeError):  # it may have served the store
             self.store.set(self._key(self.group.rank), json.dumps(left))
-        self._give_up(f"rank {self.group.rank} on {self.group.host} ends: {says}", EXIT_FAILED)
+        self._give_up(f"rank {self.group.rank} on {self.group.host} ends: {reason}", EXIT_FAILED)
 
     def _look_at(self, rank: int) -> bool:
         """Whether this rank is gone and we have given up."""
@@ -154,15 +156,13 @@ class Heartbeat:
 
 
 def end_process(message: str, exit_code: int) -> None:
-    """Say why and end this process at once: its main thread is in a collective that may never return."""
+    """Print the message and end this process at once: its main thread is in a collective that may never return."""
     print(f"qvera: {message}", file=sys.stderr, flush=True)
     os._exit(exit_code)
 
 
-def own_store(timeout_seconds: float = 30.0) -> Any:
-    """A new connection to the store that the launcher (or rank 0) serves at MASTER_ADDR:MASTER_PORT."""
-    import datetime
-
+def own_store(timeout_seconds: float = 30.0) -> dist.TCPStore:
+    """Return a new connection to the store that the launcher (or rank 0) serves at MASTER_ADDR:MASTER_PORT."""
     return dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),

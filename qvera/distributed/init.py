@@ -1,4 +1,4 @@
-"""Becoming part of a run of several processes, as a launcher's environment says, and leaving it."""
+"""Join the processes of a run, as the environment of a launcher says, and leave them."""
 
 from __future__ import annotations
 
@@ -11,26 +11,29 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from qvera.distributed.group import Group
+from qvera.distributed.group import Group, Store
 from qvera.distributed.heartbeat import Heartbeat, own_store
 from qvera.utils.errors import InputError, RunFailed, first_line
 
 _VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _LOST = re.compile(r"gloo|NCCL|connection (was )?(closed|reset|refused)|socket|broken pipe", re.IGNORECASE)
-"""What torch's collectives say when a peer is gone; they do not say which."""
+"""The messages of torch's collectives when a peer is gone. They do not say which one."""
 JOIN_TIMEOUT = datetime.timedelta(minutes=5)
 """How long the processes of a run wait for the last of them to be started."""
 COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)
-"""The longest that ranks may be apart, such as while one of them writes or answers. A dead rank is noticed by `heartbeat`."""
+"""How far apart ranks may be, such as while one of them writes. A dead rank is noticed by `heartbeat`."""
 
 
 def launched_ranks() -> int:
-    """How many processes the launcher started for this run; 1 where there was none."""
+    """Return how many processes the launcher started for this run; 1 without a launcher.
+
+    Raises:
+        InputError: WORLD_SIZE is not a number of processes.
+    """
     text = os.environ.get("WORLD_SIZE", "1")
     try:
         count = int(text)
@@ -43,13 +46,13 @@ def launched_ranks() -> int:
 
 @contextlib.contextmanager
 def in_group() -> Iterator[Group]:
-    """For the time of the block, the group of the processes that a launcher (torchrun, deepspeed) started with this one.
+    """Yield the group of the processes that a launcher (torchrun, deepspeed) started with this one.
 
-    Where the calling program has set up torch.distributed already, its process group is used and left alone.
+    If the calling program has set up torch.distributed already, its process group is used and left alone.
 
     Raises:
-        InputError: the environment is that of a launcher in part only.
-        RunFailed: the others did not come.
+        InputError: some of the launcher's environment variables are missing.
+        RunFailed: the other processes did not come.
     """
     if dist.is_initialized():
         yield Group(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)))
@@ -67,12 +70,12 @@ def in_group() -> Iterator[Group]:
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
-    store, attempt = _meet(count)
+    store, attempt = _rendezvous(count)
     group = Group(int(os.environ["RANK"]), count, local_rank, store=store)
     try:
         with Heartbeat(group, dist.PrefixStore(attempt, own_store()), launcher=_launcher()) as heartbeat:
             try:
-                with _told(count):  # a peer may go while the processes connect, too
+                with _clear_errors(count):  # a peer may go while the processes connect, too
                     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
                     own = dist.PrefixStore(attempt, store)
                     dist.init_process_group(
@@ -90,7 +93,7 @@ def in_group() -> Iterator[Group]:
 
 
 def restarted() -> bool:
-    """Whether torchrun has started this process in the place of one that failed (``--max-restarts``)."""
+    """Whether torchrun started this process in the place of one that failed (``--max-restarts``)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
@@ -99,21 +102,21 @@ def _by_torchrun() -> bool:
 
 
 def _launcher() -> int | None:
-    """The process id of the launcher that has to live as long as this process; None where nobody says that there is one."""
+    """Return the process id of the launcher, which has to live as long as this process; None without one."""
     known = any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "CROSS_RANK"))  # torchrun's, DeepSpeed's
     return os.getppid() if known else None
 
 
-def _meet(count: int) -> tuple[Any, str]:
-    """A connection to the launcher's store, and the key prefix in it that this attempt has for itself."""
-    with _told(count):
+def _rendezvous(count: int) -> tuple[dist.Store, str]:
+    """Return a connection to the launcher's store, and the prefix of this attempt's keys in it."""
+    with _clear_errors(count):
         store, rank, world_size = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
         store.set_timeout(JOIN_TIMEOUT)
         return store, agreed_attempt(store, rank, world_size, JOIN_TIMEOUT.total_seconds())
 
 
 @contextlib.contextmanager
-def _told(count: int) -> Iterator[None]:
+def _clear_errors(count: int) -> Iterator[None]:
     try:
         yield
     except (dist.DistError, TimeoutError) as error:
@@ -124,12 +127,12 @@ def _told(count: int) -> Iterator[None]:
         ) from None
 
 
-def agreed_attempt(store: Any, rank: int, world_size: int, limit_seconds: float) -> str:
-    """A key prefix that the processes alive now have in common, and none that was here before them.
+def agreed_attempt(store: Store, rank: int, world_size: int, limit_seconds: float) -> str:
+    """Return a key prefix that all live processes have in common, and that no earlier process used.
 
-    A launcher that restarts failed processes keeps its store, with the addresses and beats of the dead in it; and it counts its
-    restarts on each node by itself, so that a node that was replaced counts otherwise. So each process leaves a word of its own,
-    rank 0 publishes the words it finds until every process has nodded to the one list that its word is in.
+    A launcher that restarts failed processes keeps its store, with the addresses and beats of the dead ones. It counts restarts
+    for each node by itself, so the count can't serve as a prefix. Instead each process writes a random word. Rank 0 publishes
+    the list of words until every process has confirmed a list that contains its own word. The prefix is a hash of that list.
 
     Raises:
         TimeoutError: not all processes came.
@@ -150,10 +153,10 @@ def agreed_attempt(store: Any, rank: int, world_size: int, limit_seconds: float)
             words = store.get("qvera/words").decode()
             if word in words.split(",") and words != seen:
                 seen = words
-                store.set(f"{_prefix(words)}/nod/{rank}", "")
+                store.set(f"{_prefix(words)}/confirmed/{rank}", "")
         if seen:
-            nods = [f"{_prefix(seen)}/nod/{other}" for other in range(1, world_size)]
-            if rank == 0 and store.check(nods):
+            confirmations = [f"{_prefix(seen)}/confirmed/{other}" for other in range(1, world_size)]
+            if rank == 0 and store.check(confirmations):
                 store.set(f"{_prefix(seen)}/go", "")
                 return _prefix(seen)
             if rank and store.check([f"{_prefix(seen)}/go"]):

@@ -1,4 +1,4 @@
-"""`qvera launch`: one command in front of torchrun and DeepSpeed's launcher, for one machine, a host file or a scheduler."""
+"""`qvera launch`: start torchrun or DeepSpeed's launcher, on one machine, from a host file or under a scheduler."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from qvera.utils.errors import EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED, InputError
 
@@ -29,11 +28,11 @@ FORWARDED = (
     "TRANSFORMERS_",
     "XDG_",
 )
-"""Beginnings of the environment variables that a remote process needs as they are here. ssh forwards none by itself."""
+"""Prefixes of the environment variables that are passed on to remote processes. ssh forwards none by itself."""
 EXIT_CODES = "QVERA_EXIT_CODES"
-"""Where a worker leaves its exit code: torchrun answers 1 whatever its workers answered."""
-_ANSWER_SECONDS = 10
-"""For a host to let ssh connect; twice that until it has answered."""
+"""The folder for the exit codes of workers: torchrun ends with 1 whatever its workers ended with."""
+_SSH_SECONDS = 10
+"""How long a host may take to let ssh connect; twice that until it has answered."""
 
 
 def launch_command(
@@ -47,17 +46,20 @@ def launch_command(
     max_restarts: int = 0,
     train_arguments: list[str] | None = None,
 ) -> list[str]:
-    """The command of the launcher below.
+    """Return the command of torchrun or DeepSpeed's launcher.
 
     Args:
-        gpus: processes on each machine; default: one for each GPU, or one.
-        hostfile: DeepSpeed's: a line ``HOST slots=N`` for each machine. Run on one of them; the others are reached by ssh.
-        node_rank, nnodes, rdzv: this machine's number from 0, how many there are, and ``HOST:PORT`` of number 0.
-        max_restarts: how often torchrun may start the processes again after one has failed; they go on from the last checkpoint.
+        recipe: the recipe file.
+        gpus: processes on each machine. Default: one for each GPU, or one.
+        hostfile: DeepSpeed's host file, with a line ``HOST slots=N`` for each machine. The others are reached by ssh.
+        node_rank: this machine's number, from 0.
+        nnodes: how many machines there are.
+        rdzv: ``HOST:PORT`` of machine 0.
+        max_restarts: how often torchrun may restart the processes after one has failed, from the last checkpoint.
         train_arguments: what goes to `qvera train` after the recipe.
 
     Raises:
-        InputError: the arguments name more than one way, or a part of one; or several hosts, and there is no pdsh.
+        InputError: the arguments do not fit together, or there are several hosts and no pdsh.
     """
     inner = ["qvera", "train", str(recipe), *(train_arguments or [])]
     several = [
@@ -104,7 +106,7 @@ def launch_command(
 
 
 def _hosts(hostfile: Path) -> dict[str, int]:
-    """Host → its line, from 1."""
+    """Return the line of each host, from 1."""
     found: dict[str, int] = {}
     for number, line in enumerate(hostfile.read_text(encoding="utf-8").splitlines(), 1):
         words = line.partition("#")[0].split()
@@ -114,34 +116,34 @@ def _hosts(hostfile: Path) -> dict[str, int]:
 
 
 def require_hosts(hostfile: Path) -> None:
-    """Ask each host of a file by ssh whether it is there: else the others would wait minutes for it. Nothing for a single one.
+    """Check by ssh that each host of a file answers; otherwise the others would wait minutes for it. A single host is not asked.
 
     Raises:
-        InputError: one does not answer within seconds, or not without a password.
+        InputError: a host does not answer within seconds, or asks for a password.
     """
     hosts = _hosts(hostfile)
     if len(hosts) < 2:
         return
-    options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={_ANSWER_SECONDS}"]
+    options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={_SSH_SECONDS}"]
     options += shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))  # pdsh's: a port, a key
     with contextlib.ExitStack() as stack:
         asked = {}
         for host in hosts:
-            said = stack.enter_context(tempfile.TemporaryFile("w+"))  # no pipe: what ssh starts may outlive it
+            errors = stack.enter_context(tempfile.TemporaryFile("w+"))  # no pipe: what ssh starts may outlive it
             process = subprocess.Popen(
-                ["ssh", *options, host, "true"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said,
+                ["ssh", *options, host, "true"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors,
                 start_new_session=True,
             )  # fmt: skip
             stack.callback(_end, process)
-            asked[host] = process, said
-        until = time.monotonic() + 2 * _ANSWER_SECONDS
-        for host, (process, said) in asked.items():
-            why = f"no answer within {2 * _ANSWER_SECONDS} s"
+            asked[host] = process, errors
+        until = time.monotonic() + 2 * _SSH_SECONDS
+        for host, (process, errors) in asked.items():
+            why = f"no answer within {2 * _SSH_SECONDS} s"
             with contextlib.suppress(subprocess.TimeoutExpired):
                 if process.wait(max(until - time.monotonic(), 0.1)) == 0:
                     continue
-                said.seek(0)
-                lines = [line.strip() for line in said if line.strip()]
+                errors.seek(0)
+                lines = [line.strip() for line in errors if line.strip()]
                 why = lines[-1] if lines else f"ssh ended with {process.returncode}"
             raise InputError(
                 f"{hostfile}, line {hosts[host]}: {host} does not answer to ssh: {why}. Each machine has to let the others in "
@@ -149,7 +151,7 @@ def require_hosts(hostfile: Path) -> None:
             )
 
 
-def _end(process: subprocess.Popen[Any]) -> None:
+def _end(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -162,9 +164,9 @@ def _own_gpus() -> int:
 
 
 def run(command: list[str]) -> int:
-    """Run the launcher, pass SIGINT and SIGTERM on to it, and give the exit code of the run itself.
+    """Run the launcher, pass SIGINT and SIGTERM on to it, and return the exit code of the run itself.
 
-    75 where every process was interrupted and has saved, 2 where the input was wrong, else the launcher's own.
+    That is 75 if every process was interrupted and has saved, 2 if the input was wrong, else the launcher's own.
     """
     with tempfile.TemporaryDirectory(prefix="qvera-launch-") as scratch:
         codes = Path(scratch) / "codes"
@@ -180,9 +182,8 @@ def run(command: list[str]) -> int:
         # A session of its own: Ctrl-C then reaches us alone. A worker that got it from the terminal and from torchrun would take
         # the second one for "at once".
         child = subprocess.Popen(command, env=environment, start_new_session=True)
-        previous: dict[signal.Signals, Any] = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, lambda *_: child.send_signal(signal.SIGTERM))
+        signals = (signal.SIGINT, signal.SIGTERM)
+        previous = {number: signal.signal(number, lambda *_: child.send_signal(signal.SIGTERM)) for number in signals}
         try:
             code = child.wait()
         finally:
@@ -198,7 +199,7 @@ def run(command: list[str]) -> int:
 
 
 def _threads(command: list[str]) -> int:
-    """Threads of a worker: the cores divided by the workers. torchrun would give each one thread."""
+    """Return the threads of a worker: the cores divided by the workers. torchrun would give each one thread."""
     if "--nproc-per-node" not in command:
         return 1
     workers = int(command[command.index("--nproc-per-node") + 1])
@@ -206,12 +207,12 @@ def _threads(command: list[str]) -> int:
 
 
 def leave_exit_code(code: int) -> None:
-    """Called by a worker at its end: tell `run`, where that started it."""
+    """Tell `run` the exit code of this worker, if `run` started it."""
     directory = os.environ.get(EXIT_CODES)
     if directory is not None and Path(directory).is_dir():
         (Path(directory) / os.environ.get("RANK", "0")).write_text(str(code))
 
 
-def say(command: list[str]) -> str:
-    """The command as it could be typed."""
+def command_line(command: list[str]) -> str:
+    """Return the command as it could be typed."""
     return shlex.join(command)

@@ -1,7 +1,7 @@
 """The recipe's ``deepspeed`` key: a word or a file in, DeepSpeed's configuration out.
 
-A file says how ZeRO is done and nothing that the recipe also says: batch size, precision, accumulation, clipping, schedule and
-optimizer come from the recipe, and a file with one of them is refused.
+A file says how ZeRO works and nothing that the recipe also says: batch size, precision, accumulation, clipping, schedule and
+optimizer come from the recipe, and a file that sets one of them is refused.
 """
 
 from __future__ import annotations
@@ -11,20 +11,25 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
+from pydantic import ConfigDict, Field, Strict, ValidationError
+
+from qvera.config.fields import Section
+from qvera.config.problems import describe
 from qvera.config.schema import Recipe
 from qvera.utils.errors import InputError
 
 STAGES = ("zero1", "zero2", "zero3", "zero3-offload-cpu", "zero3-offload-nvme")
 
-_IN_THE_RECIPE = {
+_RECIPE_KEYS = {
     "train_batch_size": "training.global_batch_size",
     "train_micro_batch_size_per_gpu": "training.per_device_train_batch_size",
     "gradient_accumulation_steps": "training.global_batch_size (accumulation follows from it)",
     "gradient_clipping": "training.max_grad_norm",
-    "optimizer": "training.optim, training.learning_rate and their neighbours",
+    "optimizer": "training.optim and training.learning_rate",
     "scheduler": "training.lr_scheduler_type and training.warmup_ratio",
     "fp16": "model.compute_dtype: float16",
     "bf16": "model.compute_dtype: bfloat16",
@@ -42,113 +47,151 @@ _IN_THE_RECIPE = {
     "csv_monitor": "nothing: every step is in metrics.jsonl",
     "seed": "training.seed",
 }
-"""DeepSpeed's key → the recipe's."""
+"""DeepSpeed's key → what to set in the recipe instead."""
 
-_NOT_HERE = {
-    "pipeline": "pipeline parallelism",
-    "tensor_parallel": "tensor parallelism",
-    "sequence_parallel_size": "sequence parallelism",
-    "data_parallel_size": "sequence parallelism",
-    "hybrid_engine": "the hybrid engine",
-    "compression_training": "compression",
-    "quantize_training": "quantized training",
-    "data_efficiency": "curricula",
-    "curriculum_learning": "curricula",
-    "elasticity": "DeepSpeed's elasticity (a checkpoint goes on with any number of processes)",
-    "autotuning": "autotuning",
-    "progressive_layer_drop": "layer drop",
-    "sparse_attention": "sparse attention",
-    "eigenvalue": "eigenvalues",
-    "checkpoint": "DeepSpeed's checkpoints (qvera writes its own)",
-    "zero_allow_untested_optimizer": "another optimizer",
-    "managed_gradient_accumulation": "accumulation by DeepSpeed",
-}
-
+_UNSUPPORTED = (
+    "pipeline", "tensor_parallel", "sequence_parallel_size", "data_parallel_size", "hybrid_engine",
+    "compression_training", "quantize_training", "data_efficiency", "curriculum_learning", "elasticity",
+    "autotuning", "progressive_layer_drop", "sparse_attention", "eigenvalue", "checkpoint",
+    "zero_allow_untested_optimizer", "managed_gradient_accumulation",
+)  # fmt: skip
+"""DeepSpeed's keys for what this training loop does not do: other kinds of parallelism, curricula, its own checkpoints."""
 
 IN_RAM_BELOW_BYTES = 2**20
-"""A rank's share of a weight that is smaller than this stays in RAM where the base goes to NVMe (DeepSpeed's ``MIN_AIO_BYTES``)."""
+"""A shard of a weight that is smaller than this stays in RAM when the base is offloaded to NVMe (DeepSpeed's ``MIN_AIO_BYTES``)."""
 
 _SPARE_BUFFERS = 4
-"""DeepSpeed ends the run with an assertion where no buffer is free, and one more costs a few MB."""
+"""DeepSpeed ends the run with an assertion when no buffer is free, and one more costs a few MB."""
+
+_NOT_WITH_NVME = ("stage3_prefetch_bucket_size", "stage3_max_reuse_distance")
+"""With gradient checkpointing a weight is in DeepSpeed's queue twice; the buffers are counted for weights that go after use."""
 
 
-_NOT_FROM_NVME = ("stage3_prefetch_bucket_size", "stage3_max_reuse_distance")
-"""With gradient checkpointing a weight stands twice in DeepSpeed's queue; the buffers are counted for weights that go after use."""
+class _DeepSpeedKeys(Section):
+    """A JSON object of DeepSpeed's: keys that are not checked here are passed on as they are."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class _OffloadParam(_DeepSpeedKeys):
+    device: Literal["cpu", "nvme", "none"]
+    nvme_path: str | None = None
+
+
+class _ZeroOptimization(_DeepSpeedKeys):
+    stage: Annotated[int, Strict(), Field(ge=1, le=3)]
+    offload_param: _OffloadParam | None = None
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Yield keys that do not fit the stage, the device, or what is trained."""
+        others = self.model_extra or {}
+        if others.get("offload_optimizer") is not None:
+            yield (
+                "offload_optimizer",
+                "the optimizer's state of VeRA's vectors is a few MB and stays on the device. Remove it.",
+            )
+        if self.offload_param is not None and self.stage != 3:
+            yield "offload_param", f"offloads parameters in stage {self.stage}; only stage 3 shards them. Set stage 3."
+        if self.offload_param is not None and self.offload_param.device == "nvme":
+            for name in _NOT_WITH_NVME:
+                if others.get(name):
+                    yield name, "is not possible for weights on NVMe: DeepSpeed would run out of buffers. Remove it."
+
+
+class _DeepSpeedFile(_DeepSpeedKeys):
+    zero_optimization: _ZeroOptimization
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Yield keys that the recipe sets, or that this training loop does not support."""
+        for name in self.model_extra or {}:
+            if name in _RECIPE_KEYS:
+                yield name, f"belongs to the recipe: remove it there and set {_RECIPE_KEYS[name]}."
+            elif name in _UNSUPPORTED:
+                yield name, "is not supported by this training loop. Remove it."
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What DeepSpeed's limits and buffers are set by: elements, as stored. 0 where it is not known yet, or not needed.
+    """What DeepSpeed's limits and buffers are derived from, in elements of the tensors as they are stored. 0: not known.
 
     Attributes:
-        layer: of the largest decoder layer.
-        weight: of the largest weight in the layers.
-        weights: a count: of the weights of one layer, where it has most.
-        kept_whole: of the longest vector and of the largest norm, which stay whole on every rank.
-        trained: trained numbers in all.
+        largest_layer: elements of the largest decoder layer.
+        largest_weight: elements of the largest weight in the layers.
+        weights_per_layer: how many weights the layer with the most of them has.
+        unsharded: elements of the longest vector or norm, which stay whole on every rank.
+        trained: trained parameters in all.
     """
 
-    layer: int = 0
-    weight: int = 0
-    weights: int = 0
-    kept_whole: int = 0
+    largest_layer: int = 0
+    largest_weight: int = 0
+    weights_per_layer: int = 0
+    unsharded: int = 0
     trained: int = 0
 
 
-def nvme_buffers(weight_numel: int, weights: int, world_size: int) -> tuple[int, int]:
-    """Elements of one buffer that shares on NVMe are read into, and how many there are.
+def nvme_buffers(largest_weight: int, weights_per_layer: int, world_size: int) -> tuple[int, int]:
+    """Return the elements of one buffer that shards on NVMe are read into, and how many buffers there are.
 
-    Each holds a rank's share of one weight, from the moment it is gathered until it is released; those of a recomputed layer are
-    all kept until its backward pass has begun.
+    A buffer holds a rank's shard of one weight from the moment it is gathered until it is released. Those of a recomputed layer
+    are all held until its backward pass has begun.
 
     Args:
-        weight_numel, weights: as in `Sizes`.
+        largest_weight: as in `Sizes`.
+        weights_per_layer: as in `Sizes`.
+        world_size: the number of ranks.
     """
-    return -(-max(weight_numel, 1) // world_size), weights + _SPARE_BUFFERS
+    return -(-max(largest_weight, 1) // world_size), weights_per_layer + _SPARE_BUFFERS
 
 
 @dataclasses.dataclass(frozen=True)
 class ZeroConfig:
-    """What a recipe's ``deepspeed`` key came to."""
+    """The ZeRO settings that a recipe's ``deepspeed`` key stands for."""
 
     source: str
     """The word, or the file."""
-    tree: dict[str, Any]
+    tree: dict[str, dict]
     """The file's content."""
 
     @property
+    def _zero(self) -> dict:
+        return self.tree["zero_optimization"]
+
+    @property
     def stage(self) -> int:
-        return int(self.tree["zero_optimization"]["stage"])
+        """The stage of ZeRO: 1 and 2 shard the optimizer's state, 3 shards the frozen base too."""
+        return int(self._zero["stage"])
 
     @property
     def shards_base(self) -> bool:
-        """Whether the frozen base is spread over the ranks (stage 3)."""
+        """Whether each rank holds only a shard of the frozen base (stage 3)."""
         return self.stage == 3
 
     @property
     def offload_device(self) -> str | None:
-        """Where a rank's share of the base is kept: None (the device itself), ``cpu`` or ``nvme``."""
-        device = (self.tree["zero_optimization"].get("offload_param") or {}).get("device", "none")
+        """Where a rank keeps its shard of the base: None (the device itself), ``cpu`` or ``nvme``."""
+        device = (self._zero.get("offload_param") or {}).get("device", "none")
         return None if device == "none" else str(device)
 
     def nvme_folder(self, scratch: Path | None) -> Path | None:
-        """Where a base that is kept on NVMe goes: what the file names, else ``scratch``; None for another device."""
+        """Return where a base on NVMe goes: the folder that the file names, else ``scratch``. None for another device."""
         if self.offload_device != "nvme":
             return None
-        named = self.tree["zero_optimization"]["offload_param"].get("nvme_path")
+        named = self._zero["offload_param"].get("nvme_path")
         return scratch if named is None else Path(named)
 
     def complete(
         self, recipe: Recipe, world_size: int, sizes: Sizes | None = None, scratch: Path | None = None
-    ) -> dict[str, Any]:
-        """DeepSpeed's whole configuration: this file with what the recipe says.
+    ) -> dict[str, dict]:
+        """Return DeepSpeed's whole configuration: this file, and what the recipe says.
 
         Args:
+            recipe: gives batch size and clipping.
+            world_size: the number of ranks.
             sizes: of the base and of what is trained.
-            scratch: a directory for parameters offloaded to NVMe, where the file names none.
+            scratch: a directory for parameters offloaded to NVMe, if the file names none.
         """
         sizes = sizes or Sizes()
-        tree = copy.deepcopy(self.tree)
+        tree: dict = copy.deepcopy(self.tree)
         tree |= {
             "train_micro_batch_size_per_gpu": recipe.training.per_device_train_batch_size,
             # our loop counts passes itself: the last batch of an epoch has fewer, and the mean is over tokens
@@ -165,13 +208,13 @@ class ZeroConfig:
             zero.setdefault("reduce_bucket_size", sizes.trained)
         if self.shards_base:
             # DeepSpeed's own limits (1e9 elements) keep a small model whole and two thirds of a 7B in 4 bits
-            zero.setdefault("stage3_max_live_parameters", max(2 * sizes.layer, 1))
+            zero.setdefault("stage3_max_live_parameters", max(2 * sizes.largest_layer, 1))
             zero.setdefault("stage3_max_reuse_distance", 0)
             # fetching ahead takes two layers, a buffer of another and, with gloo, a copy of that; measured: as much as the model
             zero.setdefault("stage3_prefetch_bucket_size", 0)
             # vectors are read by name and not by calling the module that owns them, so no hook would gather them
             zero["stage3_param_persistence_threshold"] = max(
-                sizes.kept_whole, int(zero.get("stage3_param_persistence_threshold", 0))
+                sizes.unsharded, int(zero.get("stage3_param_persistence_threshold", 0))
             )
         if self.offload_device is not None:
             offload = zero["offload_param"]
@@ -179,21 +222,21 @@ class ZeroConfig:
             if self.offload_device == "nvme":
                 offload["nvme_path"] = str(self.nvme_folder(scratch))
                 # DeepSpeed's own are of 1e8 elements, 200 MB each, and are locked into RAM whether they are used or not
-                size, count = nvme_buffers(sizes.weight, sizes.weights, world_size)
+                size, count = nvme_buffers(sizes.largest_weight, sizes.weights_per_layer, world_size)
                 offload.setdefault("buffer_size", size)
                 offload.setdefault("buffer_count", count)
         return tree
 
 
-def read_config(key: str | None) -> ZeroConfig | None:
-    """What ``deepspeed: KEY`` means; None for None.
+def load_zero_config(key: str | None) -> ZeroConfig | None:
+    """Return the settings that ``deepspeed: KEY`` stands for; None for None.
 
     Raises:
-        InputError: no such word or file, not JSON, a key that the recipe has too, or what it needs is not installed.
+        InputError: no such word or file, not JSON, a key that the recipe has too, or something it needs is not installed.
     """
     if key is None:
         return None
-    path = _shipped(key) if key in STAGES else Path(key).expanduser()
+    path = _shipped_file(key) if key in STAGES else Path(key).expanduser()
     if path is None or not path.is_file():
         near = difflib.get_close_matches(key, STAGES, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
@@ -202,72 +245,36 @@ def read_config(key: str | None) -> ZeroConfig | None:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"deepspeed: {path} can't be read as JSON: {error}.") from None
-    config = _checked(tree, path, key)
-    _check_installed(config)
+    if not isinstance(tree, dict):
+        raise InputError(
+            f"deepspeed: {path} holds a {type(tree).__name__}; a DeepSpeed configuration is a JSON object."
+        )
+    try:
+        _DeepSpeedFile.model_validate(tree)
+    except ValidationError as error:
+        found = " ".join(f"{name}: {sentence}" for name, sentence in describe(error, _DeepSpeedFile))
+        hint = "Without ZeRO leave the recipe's deepspeed key out." if "zero_optimization.stage" in found else ""
+        raise InputError(f"deepspeed: {path}: {found} {hint}".rstrip()) from None
+    config = ZeroConfig(key, tree)
+    _require_installed(config)
     return config
 
 
-def _shipped(word: str) -> Path | None:
-    """A file of ds_configs/: from the installed package, or from the checkout."""
+def _shipped_file(word: str) -> Path | None:
+    """Return a file of ds_configs/, in the installed package or in the checkout."""
     package = Path(__file__).resolve().parent.parent
     found = (folder / "ds_configs" / f"{word}.json" for folder in (package, package.parent))
     return next((path for path in found if path.is_file()), None)
 
 
-def _checked(tree: Any, path: Path, key: str) -> ZeroConfig:
-    if not isinstance(tree, dict):
-        raise InputError(
-            f"deepspeed: {path} holds a {type(tree).__name__}; a DeepSpeed configuration is a JSON object."
-        )
-    for name in tree:
-        if name in _IN_THE_RECIPE:
-            raise InputError(
-                f"deepspeed: {path} sets {name}, which belongs to the recipe: remove it there and set {_IN_THE_RECIPE[name]}."
-            )
-        if name in _NOT_HERE:
-            raise InputError(
-                f"deepspeed: {path} sets {name}; {_NOT_HERE[name]} is not something this loop does. Remove it."
-            )
-    zero: Any = tree.get("zero_optimization")
-    stage = zero.get("stage") if isinstance(zero, dict) else None
-    if isinstance(stage, bool) or stage not in (1, 2, 3):
-        raise InputError(
-            f"deepspeed: {path} has zero_optimization.stage {stage!r}, expected 1, 2 or 3. Without ZeRO leave the recipe's "
-            "deepspeed key out: several processes then add up their gradients by themselves."
-        )
-    if zero.get("offload_optimizer") is not None:
-        raise InputError(
-            f"deepspeed: {path} sets zero_optimization.offload_optimizer; the optimizer's state of VeRA's vectors is a few MB, and "
-            "its place is the device. Remove it."
-        )
-    parameters = zero.get("offload_param")
-    if parameters is not None and (
-        not isinstance(parameters, dict) or parameters.get("device") not in ("cpu", "nvme", "none")
-    ):
-        raise InputError(
-            f"deepspeed: {path} has zero_optimization.offload_param {parameters!r}, expected an object with device cpu or nvme."
-        )
-    if parameters is not None and stage != 3:
-        raise InputError(
-            f"deepspeed: {path} offloads parameters in stage {stage}; only stage 3 shards them. Set stage 3."
-        )
-    for name in _NOT_FROM_NVME if parameters is not None and parameters["device"] == "nvme" else ():
-        if zero.get(name):
-            raise InputError(
-                f"deepspeed: {path} sets zero_optimization.{name} for weights on NVMe. DeepSpeed would read a weight into two "
-                "buffers, or keep more weights than there are buffers, and end with an assertion. Remove it."
-            )
-    return ZeroConfig(key, tree)
-
-
-def _check_installed(config: ZeroConfig) -> None:
+def _require_installed(config: ZeroConfig) -> None:
     if importlib.util.find_spec("deepspeed") is None:
         raise InputError(
             f"deepspeed: {config.source} needs DeepSpeed, which is not installed (it is a dependency on Linux only). "
             "pip install deepspeed, or leave the key out."
         )
     if config.offload_device == "nvme":
-        from qvera.distributed.zero_settings import nvme_problem
+        from qvera.distributed.deepspeed_import import nvme_problem
 
         problem = nvme_problem()
         if problem is not None:
@@ -278,7 +285,11 @@ def _check_installed(config: ZeroConfig) -> None:
 
 
 def check_optimizer(recipe: Recipe) -> None:
-    """Raise InputError where the recipe's optimizer can't run under ZeRO."""
+    """Refuse an optimizer that can't run under ZeRO.
+
+    Raises:
+        InputError: ``training.optim`` is not ``adamw``.
+    """
     if recipe.training.optim != "adamw":
         raise InputError(
             f"training.optim: {recipe.training.optim} keeps its state in blocks that ZeRO would cut elsewhere with every other "

@@ -1,68 +1,163 @@
-"""Weights that ZeRO-3 spreads over the ranks: which they are, how large they are as a whole, and how to read one outside of
-its module's call. Without ZeRO-3 nothing here does anything, and DeepSpeed is not imported.
+"""Parameters that ZeRO-3 shards over the ranks: how the base is sharded while it is read, and how a parameter is read again.
+
+Nothing here imports DeepSpeed, or does anything, without ZeRO-3.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 from collections.abc import Iterable, Iterator
-from typing import Any
+from pathlib import Path
 
+import torch
 from torch import nn
 
+from qvera.config.schema import Recipe
+from qvera.distributed.zero_config import Sizes, ZeroConfig
+from qvera.utils.errors import InputError
 
-def is_sharded(parameter: Any) -> bool:
-    """Whether a rank holds only its share of this parameter, which is gathered while its module is called."""
+
+def is_sharded(parameter: torch.Tensor) -> bool:
+    """Whether a rank holds only its shard of this parameter, which is gathered while its module is called."""
     return hasattr(parameter, "ds_id")
 
 
 def any_sharded(model: nn.Module) -> bool:
-    """Whether all ranks have to walk through this model together."""
+    """Whether all ranks have to run this model together."""
     return any(is_sharded(p) for p in model.parameters())
 
 
-def decoder_layers(decoder: Any) -> list[nn.Module]:
-    """What is run, and gathered, one after the other; the decoder itself where it has no layers."""
+def decoder_layers(decoder: nn.Module) -> list[nn.Module]:
+    """Return the modules that are gathered one after the other; the decoder itself if it has no layers."""
     layers = getattr(decoder, "layers", None)
     return [decoder] if layers is None else list(layers)
 
 
-def whole_numel(parameter: Any) -> int:
-    """Elements of the whole parameter, on however many ranks."""
-    return int(parameter.ds_numel) if is_sharded(parameter) else parameter.numel()
+def whole_numel(parameter: torch.Tensor) -> int:
+    """Return the elements of the whole parameter, over all ranks."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def held_bytes(parameter: Any) -> int:
-    """Bytes that this process keeps of a parameter between uses: all of it, or its share."""
-    if not is_sharded(parameter):
-        return parameter.numel() * parameter.element_size()
-    return parameter.ds_tensor.numel() * parameter.ds_tensor.element_size()
+def held_bytes(parameter: torch.Tensor) -> int:
+    """Return the bytes that this process holds of a parameter between uses: all of it, or its shard."""
+    held = getattr(parameter, "ds_tensor", parameter)
+    return held.numel() * held.element_size()
 
 
 @contextlib.contextmanager
-def gathered(parameters: Iterable[Any]) -> Iterator[None]:
-    """For the time of the block these parameters are whole on every rank, to be read. All ranks have to come here."""
-    spread = [p for p in parameters if is_sharded(p)]
-    if not spread:
+def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Make these parameters whole on every rank, to be read inside the block. All ranks have to come here."""
+    sharded = [p for p in parameters if is_sharded(p)]
+    if not sharded:
         yield
         return
-    from qvera.distributed.zero_settings import deepspeed_module
+    from qvera.distributed.deepspeed_import import deepspeed_module
 
-    with deepspeed_module().zero.GatheredParameters(spread):
+    with deepspeed_module().zero.GatheredParameters(sharded):
         yield
 
 
 def gather_at_call(module: nn.Module) -> None:
-    """Make a module that no DeepSpeed engine knows, such as the output head, gather its own weights whenever it is called."""
-    blocks: list[Any] = []
+    """Let a module that no DeepSpeed engine knows, such as the output head, gather its own weights whenever it is called."""
+    blocks: list[contextlib.AbstractContextManager[None]] = []
 
-    def before(_: nn.Module, __: Any) -> None:
+    def before(*_: object) -> None:
         blocks.append(gathered(module.parameters(recurse=False)))
         blocks[-1].__enter__()
 
-    def after(_: nn.Module, __: Any, ___: Any) -> None:
+    def after(*_: object) -> None:
         blocks.pop().__exit__(None, None, None)
 
     if any(is_sharded(p) for p in module.parameters(recurse=False)):
         module.register_forward_pre_hook(before)
         module.register_forward_hook(after, always_call=True)
+
+
+class BaseSharder:
+    """Shards each big weight of the base as soon as it is read (`deepspeed.zero.Init`).
+
+    A rank never holds more of the base than its shard and one whole tensor. Rank 0's bytes are the ones that are sharded:
+    DeepSpeed sends them to the other ranks, whose own copies only give the size.
+
+    Args:
+        config: the ZeRO settings.
+        recipe: the run's recipe.
+        rank: this process.
+        world_size: the number of ranks.
+        scratch: a directory of this run, for a base that is offloaded to NVMe.
+
+    Attributes:
+        folder: where the base goes on NVMe; None for another device.
+    """
+
+    def __init__(self, config: ZeroConfig, recipe: Recipe, rank: int, world_size: int, scratch: Path) -> None:
+        self.config, self.recipe, self.rank, self.world_size = config, recipe, rank, world_size
+        self.scratch = Path(os.path.abspath(scratch))
+        self.sizes = Sizes()
+        self._first: dict[bool, nn.Parameter] = {}
+        self.folder = config.nvme_folder(self.scratch)
+        self.discard()  # the files of a run that was killed
+        if not torch.cuda.is_available():
+            from qvera.distributed.deepspeed_import import return_buffers_at_once
+
+            return_buffers_at_once()
+
+    def expect(self, largest_weight: int, weights_per_layer: int) -> None:
+        """Tell the sharder what the layers are made of, before the first weight; as in `Sizes`."""
+        self.sizes = Sizes(largest_weight=largest_weight, weights_per_layer=weights_per_layer)
+
+    def __call__(self, weight: nn.Parameter, table: bool) -> None:
+        """Replace a whole weight by this rank's shard, in place. All ranks have to come with the same one.
+
+        Args:
+            weight: a parameter of the base.
+            table: it is the input embedding or the head. Their shards stay in RAM when the layers go to NVMe: every buffer is as
+                large as the largest weight that goes there, and a table is twelve times a 7B's largest linear.
+
+        Raises:
+            InputError: it is to go to NVMe and is not stored as bfloat16.
+        """
+        on_nvme = self.folder is not None
+        table = table and on_nvme
+        if on_nvme and not table and weight.dtype != torch.bfloat16:
+            raise InputError(
+                f"deepspeed: {self.config.source} reads weights through buffers of bfloat16, and {self.recipe.model.path} stores "
+                f"them as {str(weight.dtype).removeprefix('torch.')}. Quantize the base with `qvera quantize` and "
+                "model.quant_storage: bfloat16, or use zero3-offload-cpu."
+            )
+        if table in self._first:
+            # as one more of those that Init was given
+            self._first[table].convert_to_zero_parameters(param_list=[weight])  # type: ignore[attr-defined]
+            return
+        holder = nn.Module()
+        holder.weight = weight
+        tree = self.config.complete(self.recipe, self.world_size, self.sizes, self.scratch)
+        if table:
+            offload = tree["zero_optimization"]["offload_param"]
+            tree["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": offload["pin_memory"]}
+        elif self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        from qvera.distributed.deepspeed_import import deepspeed_module
+
+        deepspeed_module().zero.Init(
+            module=holder,
+            config_dict_or_path=tree,
+            mem_efficient_linear=False,
+            dtype=torch.bfloat16,  # of the buffers that a base on NVMe goes through; nothing is cast
+        )
+        self._first[table] = weight
+
+    def discard(self) -> None:
+        """Remove this rank's files on NVMe. The base can't be used after that."""
+        if self.folder is None:
+            return
+        own = self.folder / "zero_stage_3" / "bfloat16params" / f"rank{self.rank}"  # as DeepSpeed's swapper names it
+        shutil.rmtree(own, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another rank has files there, or has been faster
+            for folder in own.parents[:2]:
+                folder.rmdir()
+            if self.folder == self.scratch:  # else it is the user's
+                self.folder.rmdir()
+                self.folder.parent.rmdir()  # of a run that has written nothing else

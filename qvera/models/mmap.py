@@ -32,7 +32,7 @@ _IGNORED = (".rotary_emb.inv_freq",)  # old Llama checkpoints carry these; the m
 
 
 class WeightSharder(Protocol):
-    """Takes weights as they are read, to keep only a share of each (`qvera.distributed.Spreader`)."""
+    """Takes weights as they are read, to keep only a share of each (`qvera.distributed.zero_params.BaseSharder`)."""
 
     def expect(self, weight_numel: int, weights: int) -> None: ...
 

@@ -212,10 +212,12 @@ def load(path: Path) -> Checkpoint:
 
 def shared(found: Checkpoint | None, group: Group) -> Checkpoint | None:
     """Rank 0's checkpoint on every rank: nodes need not share a disk."""
-    head = group.share(None if found is None else {"path": str(found.path), "step": found.step, "state": found.state})
+    head = group.broadcast(
+        None if found is None else {"path": str(found.path), "step": found.step, "state": found.state}
+    )
     if head is None or group.world_size == 1:
         return found
-    parts = [group.share_tensors(getattr(found, name, None)) for name in ("vectors", "optimizer", "random")]
+    parts = [group.broadcast_tensors(getattr(found, name, None)) for name in ("vectors", "optimizer", "random")]
     return Checkpoint(Path(head["path"]), head["step"], head["state"], *parts)
 
 

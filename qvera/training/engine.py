@@ -70,7 +70,7 @@ class LocalEngine:
             for vector in self.vectors.values():
                 if vector.grad is None:
                     vector.grad = torch.zeros_like(vector)
-            self.group.add_up([vector.grad for vector in self.vectors.values() if vector.grad is not None])
+            self.group.all_reduce([vector.grad for vector in self.vectors.values() if vector.grad is not None])
 
     def step(self) -> tuple[float, float]:
         """See `Engine.step`."""

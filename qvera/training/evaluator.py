@@ -43,7 +43,7 @@ class Evaluator:
             chunk_tokens=self.training.loss_chunk_tokens,
             group=self.group,
         )
-        return self.group.share(result)
+        return self.group.broadcast(result)
 
     def score(self, label: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Held-out loss and, where the recipe asks for it, exact match of greedy answers.
@@ -69,7 +69,7 @@ class Evaluator:
                     batch_size=self.training.answer_batch_size,
                     progress=lambda done: status.update(f"{label}: {done} of {len(rows)} answers"),
                 )
-            answers = self.group.share(answers)
+            answers = self.group.broadcast(answers)
         by_row = dict(zip(numbers, answers, strict=True))
         text = f"{label}: held-out loss {result['loss']:.4f}"
         if match_rows:

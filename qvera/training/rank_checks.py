@@ -56,7 +56,7 @@ def same_everywhere(recipe: Recipe, group: Group, console: Console) -> None:
         raise for_all(
             InputError(f"the processes of this run differ: {'; '.join(wrong)}. Make them the same on every node.")
         )
-    latency_seconds, bytes_per_second = group.measure()
+    latency_seconds, bytes_per_second = group.measure_network()
     nodes = sorted({there for there, _ in found})
     console.print(
         f"{group.world_size} processes on {len(nodes)} node{'s' if len(nodes) > 1 else ''} ({', '.join(nodes)}) with the same "

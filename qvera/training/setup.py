@@ -14,7 +14,7 @@ from rich.text import Text
 from qvera.config.schema import Recipe
 from qvera.data import Datasets, build_datasets, data_warnings, print_preflight
 from qvera.distributed.group import Group
-from qvera.distributed.zero_config import ZeroConfig, check_optimizer, read_config
+from qvera.distributed.zero_config import ZeroConfig, check_optimizer, load_zero_config
 from qvera.models.loader import Base, load_base, pick_device
 from qvera.models.tokenizer import load_tokenizer
 from qvera.training.logging import StatusLine
@@ -25,7 +25,7 @@ from qvera.utils.formatting import size
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from qvera.distributed.zero_base import Spreader
+    from qvera.distributed.zero_params import BaseSharder
 
 
 def read_zero_config(recipe: Recipe, base: Base | None, group: Group) -> ZeroConfig | None:
@@ -33,7 +33,7 @@ def read_zero_config(recipe: Recipe, base: Base | None, group: Group) -> ZeroCon
     found: list[ZeroConfig | None] = []
 
     def read() -> None:
-        zero = read_config(recipe.deepspeed)
+        zero = load_zero_config(recipe.deepspeed)
         if zero is not None:
             check_optimizer(recipe)
             if base is not None and zero.shards_base:
@@ -101,7 +101,7 @@ def _print_summary(datasets: Datasets, console: Console) -> None:
 
 
 def load_base_everywhere(
-    recipe: Recipe, device: torch.device, sharder: Spreader | None, group: Group, console: Console
+    recipe: Recipe, device: torch.device, sharder: BaseSharder | None, group: Group, console: Console
 ) -> Base:
     """The quantized base, on all ranks.
 
@@ -125,7 +125,7 @@ def load_base_everywhere(
 
 
 @contextlib.contextmanager
-def base_sharder(zero: ZeroConfig | None, recipe: Recipe, scratch: Path, group: Group) -> Iterator[Spreader | None]:
+def base_sharder(zero: ZeroConfig | None, recipe: Recipe, scratch: Path, group: Group) -> Iterator[BaseSharder | None]:
     """What shards the base over the ranks (ZeRO-3), or None. What it keeps on a disk is removed at the end of the block.
 
     Args:
@@ -137,9 +137,9 @@ def base_sharder(zero: ZeroConfig | None, recipe: Recipe, scratch: Path, group: 
     if zero is None or not zero.shards_base:
         yield None
         return
-    from qvera.distributed.zero_base import Spreader
+    from qvera.distributed.zero_params import BaseSharder
 
-    sharder = Spreader(zero, recipe, group.rank, group.world_size, scratch)
+    sharder = BaseSharder(zero, recipe, group.rank, group.world_size, scratch)
     try:
         yield sharder
     finally:

@@ -109,7 +109,7 @@ class Trainer(TrainingSession):
         again = bool(group.sum([float(restarted())])[0])
 
         def open_it() -> bool:
-            begun = again and group.remembers(f"begun {run_dir}") and (run_dir / "recipe.yaml").exists()
+            begun = again and group.has_flag(f"begun {run_dir}") and (run_dir / "recipe.yaml").exists()
             wait_seconds = RESTART_WAIT_SECONDS if again else 0.0
             self.resources.enter_context(run_lock(run_dir, group.host, wait_seconds))
             check_run_dir(run_dir, self.recipe, resume or begun)
@@ -129,7 +129,7 @@ class Trainer(TrainingSession):
         self.saved_step = self.state.step  # a directory of another step's name may be damaged
         self.build_engine(self.schedule, self.steps)
         if self.group.first:
-            self.group.remember(f"begun {self.run_dir}")
+            self.group.set_flag(f"begun {self.run_dir}")
         self.group.on_first(self._open_files)
         self.run = run_facts(self.base, self.model, self.datasets, self.device, self.started)
         self.run["plan"] = None if self.plan is None else self.plan.to_dict()

@@ -2,7 +2,7 @@
 
 Stages 1 and 2 get a module that holds the vectors and nothing else: DeepSpeed sends every parameter it is given from rank 0 to
 the others when it starts, and a mapped base would become private memory on each of them. Stage 3 gets the decoder, whose
-weights `Spreader` has spread already; its hooks gather a module's weights around its forward and backward.
+weights `BaseSharder` has sharded already; its hooks gather a module's weights around its forward and backward.
 
 Our checkpoints hold vectors and optimizer state as one process has them, so they go through DeepSpeed's public
 ``safe_get_*`` and ``safe_set_*`` functions, and a run goes on under another stage and another number of processes.
@@ -22,9 +22,9 @@ from torch import nn
 
 from qvera.config.schema import Recipe
 from qvera.distributed import zero_params
+from qvera.distributed.deepspeed_import import deepspeed_module
 from qvera.distributed.group import Group
 from qvera.distributed.zero_config import Sizes, ZeroConfig
-from qvera.distributed.zero_settings import deepspeed_module
 from qvera.models.loader import causal_model
 from qvera.training.engine import trained_vectors
 
@@ -202,6 +202,6 @@ def _sizes(decoder: nn.Module, vectors: dict[str, nn.Parameter]) -> Sizes:
     }  # whole where the head is tied to it
     small = [p.numel() for p in decoder.parameters() if not zero_params.is_sharded(p) and id(p) not in tables]
     return Sizes(
-        layer=max(sum(map(zero_params.whole_numel, layer)) for layer in layers),
-        kept_whole=max([*small, *(p.numel() for p in vectors.values())]),
+        largest_layer=max(sum(map(zero_params.whole_numel, layer)) for layer in layers),
+        unsharded=max([*small, *(p.numel() for p in vectors.values())]),
     )

@@ -121,10 +121,7 @@ def sigterm_stops_all(run: Launched, rank: int) -> None:
     all_saved(run)
 
 
-def test_sigterm_to_one_rank_stops_all_of_torchruns_with_75(launched: Any) -> None:
-    sigterm_stops_all(launched(TORCHRUN), rank=1)
-
-
+@pytest.mark.slow
 def test_after_a_kill_torchrun_starts_again_from_the_last_checkpoint(launched: Any, tmp_path: Path) -> None:
     """--max-restarts: rank 0 is killed, both are started again without anyone saying --resume."""
     run = launched([*TORCHRUN, "--max-restarts", "1"], max_steps=40)
@@ -142,7 +139,9 @@ def test_after_a_kill_torchrun_starts_again_from_the_last_checkpoint(launched: A
 
 @pytest.mark.matrix
 @pytest.mark.parametrize(
-    ("front", "rank"), [(TORCHRUN, 0), (DEEPSPEED, 0), (DEEPSPEED, 1)], ids=["torchrun-0", "deepspeed-0", "deepspeed-1"]
+    ("front", "rank"),
+    [(TORCHRUN, 0), (TORCHRUN, 1), (DEEPSPEED, 0), (DEEPSPEED, 1)],
+    ids=["torchrun-0", "torchrun-1", "deepspeed-0", "deepspeed-1"],
 )
 def test_sigterm_to_any_rank_stops_all_with_75(launched: Any, front: list[str], rank: int) -> None:
     run = launched(front)

@@ -223,7 +223,7 @@ def test_one_process_alone_needs_no_process_group(monkeypatch: pytest.MonkeyPatc
         assert not torch.distributed.is_initialized()
         assert group.sum([1, 2.5]) == [1.0, 2.5]
         assert group.gather({"a": 1}) == [{"a": 1}]
-        assert group.share("x") == "x"
+        assert group.broadcast("x") == "x"
         with pytest.raises(InputError, match="no"):
             group.agree(lambda: (_ for _ in ()).throw(InputError("no")))
 

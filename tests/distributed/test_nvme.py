@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from qvera.distributed.deepspeed_import import nvme_problem
 from qvera.distributed.zero_config import IN_RAM_BELOW_BYTES
-from qvera.distributed.zero_settings import nvme_problem
 from tests.distributed.ranks import clean_environment, run_worker
 from tests.distributed.test_stages import BARE, CUT, STEPS, Place, losses, vectors
 

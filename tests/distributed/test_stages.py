@@ -5,33 +5,27 @@ One spawn of two processes serves the whole file; what each rank found in its li
 
 from __future__ import annotations
 
-import copy
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from qvera.adapters.save_load import load_adapter
 from qvera.config.schema import parse_recipe
-from qvera.data import Batches
-from qvera.distributed.zero_config import STAGES, read_config
 from qvera.models.loader import load_base
 from qvera.training.trainer import train
-from qvera.utils.errors import InputError
 from tests.conftest import small_llama, small_tokenizer
 from tests.distributed.ranks import run_worker
 
-STAGED = [None, "zero1", "zero2", "zero3", "zero3-offload-cpu"]
-RESUMED = [None, "zero1", "zero2", "zero3"]  # and the last one in the slow matrix
+QUICK, SLOW = (None, "zero2", "zero3"), ("zero1", "zero3-offload-cpu")
+RESUMED = (None, "zero3")
 SHARDED = ("zero3", "zero3-offload-cpu")
 STEPS, CUT = 6, 4
-LAYERS = 4
+LAYERS = 2
 WIDE = 256
 
 
@@ -71,6 +65,11 @@ class Place:
             "deepspeed": stage,
         }
 
+    def task(self, name: str, stage: str | None, more: dict[str, Any] | None = None, **training: Any) -> dict[str, Any]:
+        """A task of `tests.distributed.worker`: a run of this recipe in the directory of its name, or of another one's."""
+        run_dir = self.root / (more or {}).get("of", name)
+        return {"name": name, "recipe": self.recipe(stage, **training), "run_dir": str(run_dir), **(more or {})}
+
     def alone(self, name: str, resume: bool = False, **training: Any) -> Path:
         """A run of this process on its own, without DeepSpeed."""
         train(parse_recipe(self.recipe(**training), name), self.root / name, resume=resume)
@@ -84,6 +83,7 @@ ONE_ROW = {"global_batch_size": 1, "per_device_train_batch_size": 1, **BARE}
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> Place:
+    """Runs of one process, and of two processes under the quick stages."""
     place = Place(tmp_path_factory.mktemp("stages"), tiny_rows)
     root = place.root
     place.alone("alone")
@@ -91,35 +91,48 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> Place:
     place.alone("alone-one-row", **ONE_ROW)
     place.alone("grown", max_steps=STEPS, save_steps=CUT)  # cut back to its step 4 below
     shutil.rmtree(root / "grown" / "checkpoints" / f"step-{STEPS:08d}")
-    tasks: list[dict[str, Any]] = []
-
-    def task(name: str, stage: str | None, more: dict[str, Any] | None = None, **training: Any) -> None:
-        run_dir = root / (more or {}).get("of", name)
-        tasks.append({"name": name, "recipe": place.recipe(stage, **training), "run_dir": str(run_dir), **(more or {})})
-
-    for stage in reversed(STAGED):  # ZeRO-3 first: what it needs must not be there from an easier stage
-        word = name_of(stage)
-        task(word, stage)
-        if stage not in RESUMED:
-            continue
-        task(f"{word}-cut", stage, {"stop_after": CUT})
-        task(f"{word}-resumed", stage, {"of": f"{word}-cut", "resume": True})
-    for stage in STAGED:  # a rank at which vectors weigh something beside what a step leaves lying about
-        wide = place.recipe(stage, max_steps=2, **BARE)
-        wide["adapter"]["rank"] = WIDE
-        task(f"{name_of(stage)}-planned", stage, {"recipe": wide})
-    for stage in (None, "zero2", "zero3"):
-        task(f"{name_of(stage)}-uneven", stage, **UNEVEN)
-        task(f"{name_of(stage)}-one-row", stage, **ONE_ROW)
-    task("grown-on", "zero3", {"of": "grown", "resume": True}, save_steps=CUT)
-    task("shrunk", "zero3", {"stop_after": CUT}, eval_steps=0)
     tied = Place(root / "tied", tiny_rows, tie_word_embeddings=True)
     tied.alone("alone")
-    task("tied-on-two", "zero3", {"recipe": tied.recipe("zero3"), "of": "tied/zero3"})
+    # ZeRO-3 first: what it needs must not be there from an easier stage
+    tasks = [task for stage in reversed(QUICK) for task in stage_tasks(place, stage)]
+    for stage in RESUMED:
+        word = name_of(stage)
+        tasks.append(place.task(f"{word}-cut", stage, {"stop_after": CUT}, **BARE))
+        tasks.append(place.task(f"{word}-resumed", stage, {"of": f"{word}-cut", "resume": True}, **BARE))
+    for word in ("zero2-uneven", "zero3-uneven"):
+        tasks.append(place.task(word, word[:5], **UNEVEN))
+    for word, stage in (("none-one-row", None), ("zero3-one-row", "zero3")):
+        tasks.append(place.task(word, stage, **ONE_ROW))
+    tasks.append(place.task("grown-on", "zero3", {"of": "grown", "resume": True}, save_steps=CUT))
+    tasks.append(place.task("shrunk", "zero3", {"stop_after": CUT}, **BARE))
+    tasks.append(place.task("tied-on-two", "zero3", {"recipe": tied.recipe("zero3"), "of": "tied/zero3"}))
     other = place.recipe(None, learning_rate=1e-3)
-    task("unlike", None, {"fails": True, "other_recipe": other})
+    tasks.append(place.task("unlike", None, {"fails": True, "other_recipe": other}))
     place.found = run_worker(tasks, 2, root / "spawn", limit_seconds=600)
     return place
+
+
+@pytest.fixture(scope="module")
+def slow_stages(place: Place) -> None:
+    """The same of the other stages, in a second spawn, added to what ``place`` has."""
+    tasks = [task for stage in SLOW for task in stage_tasks(place, stage)]
+    for mine, more in zip(place.found, run_worker(tasks, 2, place.root / "slow", limit_seconds=600), strict=True):
+        mine.update(more)
+
+
+@pytest.fixture(params=[*QUICK, *(pytest.param(stage, marks=pytest.mark.slow) for stage in SLOW)], ids=name_of)
+def stage(request: pytest.FixtureRequest) -> str | None:
+    if request.param in SLOW:
+        request.getfixturevalue("slow_stages")
+    return request.param
+
+
+def stage_tasks(place: Place, stage: str | None) -> list[dict[str, Any]]:
+    """A whole run, and two steps at a rank at which vectors weigh something beside what a step leaves lying about."""
+    wide = place.recipe(stage, max_steps=2, **BARE)
+    wide["adapter"]["rank"] = WIDE
+    word = name_of(stage)
+    return [place.task(word, stage), place.task(f"{word}-planned", stage, {"recipe": wide})]
 
 
 def losses(run_dir: Path, kind: str = "train") -> list[float]:
@@ -140,7 +153,6 @@ def close(one: Path, other: Path, rtol: float = 1e-5) -> None:
         torch.testing.assert_close(tensor, theirs[name], rtol=rtol, atol=rtol * moved)
 
 
-@pytest.mark.parametrize("stage", STAGED, ids=name_of)
 def test_two_processes_give_the_numbers_of_one(place: Place, stage: str | None) -> None:
     run = place.root / name_of(stage)
     assert len(losses(run)) == STEPS
@@ -148,7 +160,6 @@ def test_two_processes_give_the_numbers_of_one(place: Place, stage: str | None) 
     assert losses(run, "eval") == pytest.approx(losses(place.root / "alone", "eval"), rel=1e-5)
 
 
-@pytest.mark.parametrize("stage", STAGED, ids=name_of)
 def test_scores_and_answers_are_those_of_one(place: Place, stage: str | None) -> None:
     mine, alone = (json.loads((place.root / d / "run.json").read_text()) for d in (name_of(stage), "alone"))
     for when in ("eval_before", "eval_after"):
@@ -164,7 +175,6 @@ def test_scores_and_answers_are_those_of_one(place: Place, stage: str | None) ->
     assert all(r["peak_bytes"] > 0 for r in mine["processes"]["ranks"])
 
 
-@pytest.mark.parametrize("stage", STAGED, ids=name_of)
 def test_a_stage_is_what_it_says(place: Place, stage: str | None) -> None:
     trained = sum(t.numel() for t in vectors(place.root / "alone").values())
     for found in (rank[name_of(stage)] for rank in place.found):
@@ -187,7 +197,6 @@ def test_a_stage_is_what_it_says(place: Place, stage: str | None) -> None:
     assert place.found[0][name_of(stage)]["zero_optimizer"] == wanted
 
 
-@pytest.mark.parametrize("stage", STAGED, ids=name_of)
 def test_every_stage_is_planned_and_tries_its_longest_batch_once(place: Place, stage: str | None) -> None:
     """Whose numbers are those of a run alone, so it leaves no trace (`test_two_processes_give_the_numbers_of_one`)."""
     word = name_of(stage)
@@ -199,7 +208,6 @@ def test_every_stage_is_planned_and_tries_its_longest_batch_once(place: Place, s
     assert plan["measured"]["predicted_bytes"] == plan["memory"]["total_bytes"]
 
 
-@pytest.mark.parametrize("stage", STAGED, ids=name_of)
 def test_the_plan_of_a_rank_is_what_its_live_tensors_come_to(place: Place, stage: str | None) -> None:
     from deepspeed.runtime.zero import partitioned_param_coordinator
 
@@ -243,7 +251,6 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_resume_is_exact(place: P
     assert json.loads((run / "run.json").read_text())["status"] == "done"
 
 
-@pytest.mark.parametrize("stage", STAGED, ids=name_of)
 def test_checkpoints_hold_whole_vectors_and_state_and_no_base(place: Place, stage: str | None) -> None:
     mine, alone = (place.root / d / "checkpoints" / f"step-{STEPS:08d}" for d in (name_of(stage), "alone"))
     for file in ("vectors.safetensors", "optimizer.safetensors"):
@@ -263,7 +270,7 @@ def test_checkpoints_hold_whole_vectors_and_state_and_no_base(place: Place, stag
 
 def test_every_row_is_trained_once_an_epoch_by_one_rank(place: Place) -> None:
     """Five steps of seven rows are an epoch of 32, the last with four; the ranks' shares are the batch of one process."""
-    for word in ("none-uneven", "zero2-uneven", "zero3-uneven"):
+    for word in ("zero2-uneven", "zero3-uneven"):
         by_step = [[row for rank in place.found for row in rank[word]["rows"][step]] for step in range(STEPS)]
         epoch = [row for rows in by_step[:5] for row in rows]
         assert sorted(epoch) == list(range(32))
@@ -274,16 +281,15 @@ def test_every_row_is_trained_once_an_epoch_by_one_rank(place: Place) -> None:
             assert rank[f"{stage}-cut"]["rows"] + rank[f"{stage}-resumed"]["rows"] == rank[stage]["rows"]
 
 
-@pytest.mark.parametrize("stage", ["none", "zero2", "zero3"])
-@pytest.mark.parametrize("kind", ["uneven", "one-row"])
-def test_uneven_shares_and_a_rank_without_rows_change_nothing(place: Place, stage: str, kind: str) -> None:
-    close(place.root / f"{stage}-{kind}", place.root / f"alone-{kind}")
+@pytest.mark.parametrize("word", ["zero2-uneven", "zero3-uneven", "none-one-row", "zero3-one-row"])
+def test_uneven_shares_and_a_rank_without_rows_change_nothing(place: Place, word: str) -> None:
+    close(place.root / word, place.root / f"alone-{word.partition('-')[2]}")
 
 
 def test_a_checkpoint_goes_on_with_another_number_of_processes(place: Place) -> None:
     close(place.root / "grown", place.root / "alone")  # 1 → 2, and into ZeRO-3
     assert [len(rank["grown-on"]["rows"]) for rank in place.found] == [STEPS - CUT] * 2
-    place.alone("shrunk", resume=True, eval_steps=0)  # 2 → 1, and out of ZeRO-3
+    place.alone("shrunk", resume=True, **BARE)  # 2 → 1, and out of ZeRO-3
     close(place.root / "shrunk", place.root / "alone")
 
 
@@ -303,7 +309,7 @@ def test_under_zero3_a_head_that_is_the_embedding_stays_whole_and_changes_nothin
 def test_the_adapter_of_every_stage_is_an_ordinary_one(place: Place) -> None:
     files = {"adapter_config.json", "adapter_model.safetensors"}
     base = load_base(parse_recipe(place.recipe(), "x").model)
-    for stage in STAGED:
+    for stage in QUICK:
         directory = place.root / name_of(stage) / "adapter"
         assert {path.name for path in directory.iterdir()} == files
         assert directory.stat().st_size < 100_000
@@ -319,150 +325,3 @@ def test_processes_that_are_not_alike_are_refused_by_name(place: Place) -> None:
         assert "on rank 1 (" in found["text"]
         assert "version" not in found["text"]
     assert not (place.root / "unlike").exists()
-
-
-# What needs no second process.
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize(("count", "size"), [(8, 4), (7, 7), (1, 1), (5, 2), (16, 3)])
-def test_passes_share_a_batch_whatever_the_number_of_ranks(count: int, size: int, world_size: int) -> None:
-    rows = [3 * i + 1 for i in range(count)]
-    batches = Batches([5] * (3 * count + 1), count, size)
-    shares = [batches.passes(rows, rank, world_size) for rank in range(world_size)]
-    assert [row for share in shares for one in share for row in one] == rows
-    assert len({len(share) for share in shares}) == 1, "all ranks walk through the layers equally often"
-    assert max(len(one) for share in shares for one in share) <= size
-    taken = [sum(map(len, share)) for share in shares]
-    assert max(taken) - min(taken) <= 1
-
-
-@pytest.mark.parametrize("word", STAGES)
-def test_every_shipped_config_says_zero_and_nothing_else(word: str) -> None:
-    path = Path(__file__).resolve().parents[2] / "ds_configs" / f"{word}.json"
-    tree = json.loads(path.read_text())
-    assert list(tree) == ["zero_optimization"]
-    assert tree["zero_optimization"]["stage"] == int(word[4])
-    try:
-        config = read_config(word)
-    except InputError as error:
-        assert word == "zero3-offload-nvme"
-        assert "libaio" in str(error)
-        assert "or use zero3" in str(error)
-        return
-    assert config is not None
-    assert config.tree == tree
-    assert config.shards_base == word.startswith("zero3")
-
-
-def test_a_build_that_was_killed_is_named_and_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qvera.distributed.zero_settings import abandoned_build
-
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    lock = tmp_path / "py311_cpu" / "async_io" / "lock"
-    lock.parent.mkdir(parents=True)
-    lock.touch()
-    assert abandoned_build("async_io") is None  # begun a moment ago: somebody is building
-    os.utime(lock, (0, 0))
-    assert abandoned_build("async_io") == lock
-    assert abandoned_build("another") is None
-
-
-def test_a_disk_without_room_for_the_base_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qvera.distributed.group import Group
-    from qvera.training import rank_checks
-
-    class Four(Group):
-        def gather(self, one: Any) -> list[Any]:
-            return [["left", 250], ["right", 200], ["right", 199], ["left", 250]]
-
-    asked = []
-    monkeypatch.setattr(
-        rank_checks.shutil, "disk_usage", lambda place: asked.append(place) or shutil._ntuple_diskusage(0, 0, 0)
-    )
-    rank_checks.disk_everywhere(tmp_path / "run" / "offload", 99, Four())
-    assert asked == [tmp_path]  # what is there of the path
-    with pytest.raises(InputError, match="200 B of the base go to .*run/offload on right, where 199 B are free"):
-        rank_checks.disk_everywhere(tmp_path / "run" / "offload", 100, Four())
-
-
-@pytest.mark.parametrize("named", [False, True], ids=["of the run", "named by the user"])
-def test_what_a_killed_run_left_on_nvme_is_cleared_by_the_next(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_recipe: Any, named: bool
-) -> None:
-    from qvera.distributed import zero_base
-    from qvera.distributed.zero_config import ZeroConfig
-
-    monkeypatch.setattr(zero_base, "return_buffers_at_once", lambda: None)  # of this process, for good
-    scratch, folder = tmp_path / "run" / "offload", tmp_path / "disk" if named else tmp_path / "run" / "offload"
-    device = {"device": "nvme", **({"nvme_path": str(folder)} if named else {})}
-    config = ZeroConfig("mine.json", {"zero_optimization": {"stage": 3, "offload_param": device}})
-    left = [folder / "zero_stage_3" / "bfloat16params" / f"rank{rank}" / "7_param.tensor.swp" for rank in (0, 1)]
-    for file in left:
-        file.parent.mkdir(parents=True)
-        file.touch()
-    first = zero_base.Spreader(config, make_recipe(), 0, 2, scratch)
-    assert first.folder == folder
-    assert not left[0].exists()
-    assert left[1].exists()
-    zero_base.Spreader(config, make_recipe(), 1, 2, scratch)
-    assert folder.exists() == named
-    assert not (folder / "zero_stage_3").exists()
-    assert not (tmp_path / "run").exists()
-
-
-def test_no_config_is_unknown_to_these_tests() -> None:
-    folder = Path(__file__).resolve().parents[2] / "ds_configs"
-    assert sorted(path.stem for path in folder.iterdir()) == sorted(STAGES)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"train_batch_size": 8}, "sets train_batch_size, .* set training.global_batch_size"),
-        ({"train_micro_batch_size_per_gpu": 1}, "set training.per_device_train_batch_size"),
-        ({"gradient_accumulation_steps": 2}, "sets gradient_accumulation_steps"),
-        ({"gradient_clipping": 1.0}, "set training.max_grad_norm"),
-        ({"bf16": {"enabled": True}}, "sets bf16, .* set model.compute_dtype: bfloat16"),
-        ({"fp16": {"enabled": True}}, "set model.compute_dtype: float16"),
-        ({"scheduler": {"type": "WarmupLR"}}, "set training.lr_scheduler_type"),
-        ({"optimizer": {"type": "Adam"}}, "set training.optim"),
-        ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage 0, expected 1, 2 or 3"),
-        ({"zero_optimization": {"stage": True}}, "stage True"),
-        ({"zero_optimization": None}, "stage None"),
-        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer"),
-        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offloads parameters in stage 2"),
-        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "disk"}}}, "device cpu or nvme"),
-        *(
-            (
-                {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}, name: 9}},
-                f"{name} for weights on NVMe",
-            )
-            for name in ("stage3_prefetch_bucket_size", "stage3_max_reuse_distance")
-        ),
-    ],
-)
-def test_a_config_that_says_what_the_recipe_says_is_refused(tmp_path: Path, change: dict[str, Any], words: str) -> None:
-    path = tmp_path / "mine.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": 1}, **change}))
-    with pytest.raises(InputError, match=words) as caught:
-        read_config(str(path))
-    assert "mine.json" in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_other_mistakes_are_said(tmp_path: Path, make_recipe: Any) -> None:
-    with pytest.raises(InputError, match=r"'zero33' is neither.* Did you mean zero3\?"):
-        read_config("zero33")
-    (tmp_path / "list.json").write_text("[]")
-    with pytest.raises(InputError, match="holds a list"):
-        read_config(str(tmp_path / "list.json"))
-    (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(InputError, match="can't be read as JSON"):
-        read_config(str(tmp_path / "bad.json"))
-    recipe = copy.deepcopy(make_recipe(training={"optim": "adamw_8bit"}))
-    recipe.deepspeed = "zero1"
-    with pytest.raises(InputError, match="training.optim: adamw_8bit"):
-        train(recipe, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-    assert yaml.safe_load(recipe.to_yaml())["deepspeed"] == "zero1"

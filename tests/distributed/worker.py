@@ -164,7 +164,7 @@ def _in_a_safetensors_file(address: int) -> bool:
 
 
 def run(task: dict[str, Any], group: Group) -> dict[str, Any]:
-    began = time.perf_counter()
+    began, busy = time.perf_counter(), time.process_time()
     outcome: dict[str, Any] = {"error": None}
     with Watch(task.get("stop_after")) as watch:
         try:
@@ -178,7 +178,11 @@ def run(task: dict[str, Any], group: Group) -> dict[str, Any]:
                 raise
         if watch.engine is not None:
             outcome |= watch.found()
-    print(f"{task['name']}: {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
+    print(
+        f"{task['name']}: {time.perf_counter() - began:.1f} s, {time.process_time() - busy:.1f} of them busy",
+        file=sys.stderr,
+        flush=True,
+    )
     return outcome
 
 

@@ -35,7 +35,7 @@ class Four(Group):
     def agree(self, do: Any) -> None:
         do()
 
-    def measure(self) -> tuple[float, float]:
+    def measure_network(self) -> tuple[float, float]:
         return 0.001, 1e8
 
 

@@ -171,7 +171,7 @@ def _base(
 
 
 def _offloaded(spread: Spread, sharing: Sharing) -> list[Component]:
-    """RAM of a rank's share of an offloaded base (`qvera.distributed.zero_base`)."""
+    """RAM of a rank's share of an offloaded base (`qvera.distributed.zero_params`)."""
     world = sharing.world_size
     share = _share(spread.all, world)
     if sharing.offload == "cpu":

@@ -1,8 +1,7 @@
-"""DeepSpeed's launch settings: what is set once in its process before it is used. The only file that changes another library.
+"""Import DeepSpeed, and set up what it needs in this process. Every other module gets it from `deepspeed_module`.
 
-(And, on a CPU under ZeRO-3, how this process's malloc gives memory back.)
-
-Import DeepSpeed through `deepspeed_module` and nowhere else, so that all of it is in place first.
+This is the only module that changes settings of another library: DeepSpeed's log level and one of its switches, and how malloc
+returns memory on a CPU under ZeRO-3. None of them has an option that could be passed instead.
 """
 
 from __future__ import annotations
@@ -15,18 +14,20 @@ import shutil
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
-from torch.utils.cpp_extension import get_default_build_root
+
+_M_MMAP_THRESHOLD = -3  # of malloc.h
+_LONGEST_BUILD_SECONDS = 1800  # async_io took 4 minutes of one core, 8 on a busy machine
 
 
-def deepspeed_module() -> Any:
-    """DeepSpeed, set up for a run: in the process group of `qvera.distributed`, or in one of its own for a process on its own."""
+def deepspeed_module() -> ModuleType:
+    """Return DeepSpeed, set up in the process group of this run. A process on its own gets a group of one."""
     os.environ.setdefault("LOCAL_RANK", "0")  # zero.Init reads it, and a process on its own may have none
     if not dist.is_initialized():
-        # It stays: DeepSpeed keeps the groups that it makes for as long as the process lives, and a second run must find them.
+        # It stays: DeepSpeed keeps its groups for as long as the process lives, and a second run must find them.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     deepspeed = _imported()
@@ -35,7 +36,7 @@ def deepspeed_module() -> Any:
     return deepspeed
 
 
-def _imported() -> Any:
+def _imported() -> ModuleType:
     import deepspeed
 
     # it calls torch's collectives by names that torch 2.13 warns about, at every layer
@@ -48,20 +49,17 @@ def _imported() -> Any:
 
 
 def return_buffers_at_once() -> None:
-    """Let malloc take every buffer of a MB and more from the system by itself, and give it back when it is freed.
+    """Let malloc take every buffer of 1 MB or more directly from the system, and return it when it is freed.
 
-    glibc's own threshold rises to 32 MB with the sizes that it sees. Weights that ZeRO-3 gathers on a CPU come from gloo's threads,
-    each with a heap of its own, and pile up there: 0.8 GB of a 7B after two steps.
+    glibc's own threshold rises to 32 MB with the sizes that it sees. Weights that ZeRO-3 gathers on a CPU come from gloo's
+    threads, each with a heap of its own, and pile up there: 0.8 GB of a 7B after two steps.
     """
-    with contextlib.suppress(OSError, AttributeError):  # another C library: nothing is known of its habits
+    with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, 2**20)
 
 
-_M_MMAP_THRESHOLD = -3  # of malloc.h
-
-
 def nvme_problem() -> str | None:
-    """Why DeepSpeed can't keep parameters on NVMe here; None where it can."""
+    """Return why DeepSpeed can't keep parameters on NVMe here; None if it can."""
     deepspeed = _imported()
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
@@ -78,17 +76,16 @@ def nvme_problem() -> str | None:
     return None
 
 
-_LONGEST_BUILD_SECONDS = 1800  # async_io took 4 minutes of one core, 8 on a busy machine
-
-
 def abandoned_build(name: str) -> Path | None:
-    """The lock of an extension that torch began to compile and whose process is gone: torch waits for it without end.
+    """Return the lock of an extension whose build was killed: torch waits for it without end.
 
-    torch's lock (``torch.utils.file_baton``) names no process, so one older than any build takes is taken for abandoned.
+    torch's lock (``torch.utils.file_baton``) names no process, so one that is older than any build takes counts as abandoned.
     """
+    from torch.utils.cpp_extension import get_default_build_root
+
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     for lock in (*root.glob(f"{name}/lock"), *root.glob(f"*/{name}/lock")):
-        with contextlib.suppress(OSError):  # it is gone by now
+        with contextlib.suppress(OSError):  # it has been removed meanwhile
             if time.time() - lock.stat().st_mtime > _LONGEST_BUILD_SECONDS:
                 return lock
     return None

@@ -1,0 +1,169 @@
+"""The ``deepspeed`` key and what it needs of a machine, without a second process."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from qvera.data import Batches
+from qvera.distributed.zero_config import STAGES, load_zero_config
+from qvera.training.trainer import train
+from qvera.utils.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+@pytest.mark.parametrize(("count", "size"), [(8, 4), (7, 7), (1, 1), (5, 2), (16, 3)])
+def test_passes_share_a_batch_whatever_the_number_of_ranks(count: int, size: int, world_size: int) -> None:
+    rows = [3 * i + 1 for i in range(count)]
+    batches = Batches([5] * (3 * count + 1), count, size)
+    shares = [batches.passes(rows, rank, world_size) for rank in range(world_size)]
+    assert [row for share in shares for one in share for row in one] == rows
+    assert len({len(share) for share in shares}) == 1, "all ranks walk through the layers equally often"
+    assert max(len(one) for share in shares for one in share) <= size
+    taken = [sum(map(len, share)) for share in shares]
+    assert max(taken) - min(taken) <= 1
+
+
+@pytest.mark.parametrize("word", STAGES)
+def test_every_shipped_config_says_zero_and_nothing_else(word: str) -> None:
+    path = ROOT / "ds_configs" / f"{word}.json"
+    tree = json.loads(path.read_text())
+    assert list(tree) == ["zero_optimization"]
+    assert tree["zero_optimization"]["stage"] == int(word[4])
+    try:
+        config = load_zero_config(word)
+    except InputError as error:
+        assert word == "zero3-offload-nvme"
+        assert "libaio" in str(error)
+        assert "or use zero3" in str(error)
+        return
+    assert config is not None
+    assert config.tree == tree
+    assert config.shards_base == word.startswith("zero3")
+
+
+def test_a_build_that_was_killed_is_named_and_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qvera.distributed.deepspeed_import import abandoned_build
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "py311_cpu" / "async_io" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    assert abandoned_build("async_io") is None  # begun a moment ago: somebody is building
+    os.utime(lock, (0, 0))
+    assert abandoned_build("async_io") == lock
+    assert abandoned_build("another") is None
+
+
+def test_a_disk_without_room_for_the_base_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qvera.distributed.group import Group
+    from qvera.training import rank_checks
+
+    class Four(Group):
+        def gather(self, one: Any) -> list[Any]:
+            return [["left", 250], ["right", 200], ["right", 199], ["left", 250]]
+
+    asked = []
+    monkeypatch.setattr(
+        rank_checks.shutil, "disk_usage", lambda place: asked.append(place) or shutil._ntuple_diskusage(0, 0, 0)
+    )
+    rank_checks.disk_everywhere(tmp_path / "run" / "offload", 99, Four())
+    assert asked == [tmp_path]  # what is there of the path
+    with pytest.raises(InputError, match="200 B of the base go to .*run/offload on right, where 199 B are free"):
+        rank_checks.disk_everywhere(tmp_path / "run" / "offload", 100, Four())
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["of the run", "named by the user"])
+def test_what_a_killed_run_left_on_nvme_is_cleared_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_recipe: Any, named: bool
+) -> None:
+    from qvera.distributed import deepspeed_import, zero_params
+    from qvera.distributed.zero_config import ZeroConfig
+
+    monkeypatch.setattr(deepspeed_import, "return_buffers_at_once", lambda: None)  # of this process, for good
+    scratch, folder = tmp_path / "run" / "offload", tmp_path / "disk" if named else tmp_path / "run" / "offload"
+    device = {"device": "nvme", **({"nvme_path": str(folder)} if named else {})}
+    config = ZeroConfig("mine.json", {"zero_optimization": {"stage": 3, "offload_param": device}})
+    left = [folder / "zero_stage_3" / "bfloat16params" / f"rank{rank}" / "7_param.tensor.swp" for rank in (0, 1)]
+    for file in left:
+        file.parent.mkdir(parents=True)
+        file.touch()
+    first = zero_params.BaseSharder(config, make_recipe(), 0, 2, scratch)
+    assert first.folder == folder
+    assert not left[0].exists()
+    assert left[1].exists()
+    zero_params.BaseSharder(config, make_recipe(), 1, 2, scratch)
+    assert folder.exists() == named
+    assert not (folder / "zero_stage_3").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_config_is_unknown_to_these_tests() -> None:
+    folder = ROOT / "ds_configs"
+    assert sorted(path.stem for path in folder.iterdir()) == sorted(STAGES)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"train_batch_size": 8}, "train_batch_size: belongs to the recipe: .* set training.global_batch_size"),
+        ({"train_micro_batch_size_per_gpu": 1}, "set training.per_device_train_batch_size"),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps: belongs"),
+        ({"gradient_clipping": 1.0}, "set training.max_grad_norm"),
+        ({"bf16": {"enabled": True}}, "bf16: belongs to the recipe: .* set model.compute_dtype: bfloat16"),
+        ({"fp16": {"enabled": True}}, "set model.compute_dtype: float16"),
+        ({"scheduler": {"type": "WarmupLR"}}, "set training.lr_scheduler_type"),
+        ({"optimizer": {"type": "Adam"}}, "set training.optim"),
+        (
+            {"zero_optimization": {"stage": 0}},
+            "zero_optimization.stage: should be greater than or equal to 1, got 0. Without ZeRO leave",
+        ),
+        ({"pipeline": {}}, "pipeline: is not supported by this training loop"),
+        ({"zero_optimization": {"stage": True}}, "stage: should be a whole number, got True"),
+        ({"zero_optimization": None}, "zero_optimization: should be a mapping of keys, got None"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer"),
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offloads parameters in stage 2"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "disk"}}},
+            "offload_param.device: should be 'cpu', 'nvme' or 'none', got 'disk'",
+        ),
+        *(
+            (
+                {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}, name: 9}},
+                f"{name}: is not possible for weights on NVMe",
+            )
+            for name in ("stage3_prefetch_bucket_size", "stage3_max_reuse_distance")
+        ),
+    ],
+)
+def test_a_config_that_says_what_the_recipe_says_is_refused(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 1}, **change}))
+    with pytest.raises(InputError, match=words) as caught:
+        load_zero_config(str(path))
+    assert "mine.json" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_mistakes_are_said(tmp_path: Path, make_recipe: Any) -> None:
+    with pytest.raises(InputError, match=r"'zero33' is neither.* Did you mean zero3\?"):
+        load_zero_config("zero33")
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(InputError, match="holds a list"):
+        load_zero_config(str(tmp_path / "list.json"))
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(InputError, match="can't be read as JSON"):
+        load_zero_config(str(tmp_path / "bad.json"))
+    recipe = make_recipe(training={"optim": "adamw_8bit"}).replace(deepspeed="zero1")
+    with pytest.raises(InputError, match="training.optim: adamw_8bit"):
+        train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert yaml.safe_load(recipe.to_yaml())["deepspeed"] == "zero1"
