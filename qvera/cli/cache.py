@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def _kinds() -> tuple[DiskCache, DiskCache]:
     """The two kinds of entries: quantized bases, tokenized rows."""
     from qvera.data.cache import ROWS
-    from qvera.models.quantized_cache import BASES
+    from qvera.models.quantized_record import BASES
 
     return BASES, ROWS
 

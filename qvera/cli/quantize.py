@@ -49,8 +49,8 @@ def quantize(
 
     from qvera.config.schema import ModelSection
     from qvera.models.loader import pick_device
-    from qvera.models.quantize_checkpoint import read_record
     from qvera.models.quantized_cache import cached_base, quantized_copy
+    from qvera.models.quantized_record import read_record
     from qvera.utils.signals import StopRequests
 
     given = {

@@ -41,6 +41,11 @@ def base_directory(section: ModelSection) -> Path:
 
 
 def require_model_files(name: str) -> None:
+    """Refuse a local path that is no directory with a config and safetensors weights; hub ids pass.
+
+    Raises:
+        InputError: it is not.
+    """
     path = Path(name)
     looks_local = name.startswith((".", "/", "~")) or path.exists()
     if looks_local and not path.is_dir():

@@ -1,18 +1,18 @@
-"""A base model straight from the pages of its file: nothing is copied that can be used where it lies.
+"""Memory-map a base model: weights are used from the pages of their file, not copied.
 
-A checkpoint in bitsandbytes' serialized 4-bit format (or a 16-bit one) is opened with a private mapping; packed weights, their
-statistics, the input embeddings and the head stay in the file, in the dtype they are stored in. On a CPU they then take
-no memory of their own: the pages belong to the page cache, every process on the machine shares them, and the system drops
-them when it needs room. On a GPU each tensor is copied to the device, one at a time.
+A checkpoint in bitsandbytes' serialized 4-bit format (or a 16-bit one) is opened with a private mapping. Packed weights, their
+statistics, the input embeddings and the head stay in the file, in the dtype they are stored in. On a CPU they take no memory of
+their own: the pages belong to the page cache, all processes on the machine share them, and the system drops them when it needs
+room. On a GPU each tensor is copied to the device, one at a time.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from accelerate import init_empty_weights
@@ -25,18 +25,23 @@ from qvera.models import linear, quantization
 from qvera.utils.errors import InputError
 from qvera.utils.safetensors_io import TensorEntry, checkpoint_tensors
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
 _STATE = ".quant_state.bitsandbytes__"
 _BIG = (nn.Embedding, nn.Linear)
-"""Modules whose dense weights are large: these stay as they are stored, and are spread over ranks where the packed ones are."""
+"""Modules whose dense weights are large: they stay as stored, and ZeRO-3 shards them like the packed ones."""
 _IGNORED = (".rotary_emb.inv_freq",)  # old Llama checkpoints carry these; the model computes them
 
 
 class WeightSharder(Protocol):
-    """Takes weights as they are read, to keep only a share of each (`qvera.distributed.zero_params.BaseSharder`)."""
+    """Takes weights as they are read, to keep only this rank's share of each (`qvera.distributed.zero_params.BaseSharder`)."""
 
-    def expect(self, weight_numel: int, weights: int) -> None: ...
+    def expect(self, weight_numel: int, weights: int) -> None:
+        """Called first: elements of the largest weight in a layer, and the number of weights in a layer."""
 
-    def __call__(self, weight: nn.Parameter, table: bool) -> None: ...
+    def __call__(self, weight: nn.Parameter, table: bool) -> None:
+        """Replace a weight's data by this rank's share; ``table``: it is the embedding or the head."""
 
 
 class NotMappable(Exception):
@@ -45,19 +50,22 @@ class NotMappable(Exception):
 
 def load_mapped(
     directory: Path,
-    config: Any,
+    config: PretrainedConfig,
     dtype: torch.dtype,
     device: torch.device,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     sharder: WeightSharder | None = None,
-) -> Any:
+) -> PreTrainedModel:
     """The causal language model of a checkpoint directory, frozen, in evaluation mode, its big tensors mapped.
 
     Args:
-        config: the directory's transformers config.
+        directory: the checkpoint.
+        config: its transformers config.
         dtype: what its layers compute in; small tensors (norms, biases) are cast to it.
         device: on anything but a CPU the tensors are copied there.
+        attn_implementation: None for transformers' own choice.
+        trust_remote_code: whether code in the checkpoint may run.
         sharder: takes each packed weight, embedding and head when it is read. These are then private copies, one at a time. A
             head that is the embedding is left whole and mapped: its two users would gather and release it under each other.
 
@@ -67,8 +75,8 @@ def load_mapped(
     """
     entries = {entry.name: entry for entry in checkpoint_tensors(directory)}
     with init_empty_weights(include_buffers=False):
-        kwargs: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code, **kwargs)
+        attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code, **attention)
     packed, plain = _sorted_by_kind(entries)
     _check_names(model, packed, plain)
     dense = set() if sharder is None else _weights_to_shard(model, config, plain)
@@ -105,16 +113,16 @@ def load_mapped(
     return model.requires_grad_(False).eval()
 
 
-def _weights_to_shard(model: Any, config: Any, plain: list[str]) -> set[str]:
-    """The dense weights that ranks divide among themselves: embedding, head, dense linears; not an embedding that is the head."""
-    whole: list[Any] = []
+def _weights_to_shard(model: PreTrainedModel, config: PretrainedConfig, plain: list[str]) -> set[str]:
+    """The dense weights that are sharded: embedding, head, dense linears; but not an embedding that is also the head."""
+    whole: list[nn.Module] = []
     if getattr(config, "tie_word_embeddings", False):
         whole = [model.get_input_embeddings(), model.get_output_embeddings()]
     names = {f"{n}.weight" for n, m in model.named_modules() if type(m) in _BIG and not any(m is end for end in whole)}
     return names & set(plain)
 
 
-def _announce(sharder: WeightSharder, model: Any, weights: list[TensorEntry]) -> None:
+def _announce(sharder: WeightSharder, model: PreTrainedModel, weights: list[TensorEntry]) -> None:
     """Tell what is going to be sharded in the layers; the tables at both ends are not in any."""
     names = {module: name for name, module in model.named_modules()}
     layers = [f"{names[layer]}." for layer in decoder_layers(model.get_decoder())]
@@ -147,7 +155,7 @@ def _check_names(model: nn.Module, packed: dict[str, list[TensorEntry]], plain: 
 
 
 @contextlib.contextmanager
-def _open_files(entries: Any) -> Iterator[dict[Path, Any]]:
+def _open_files(entries: Iterable[TensorEntry]) -> Iterator[dict[Path, safe_open]]:
     with contextlib.ExitStack() as stack:
         paths = dict.fromkeys(entry.file for entry in entries)
         # each tensor keeps the mapping alive, so the handles may close
@@ -159,7 +167,8 @@ def _put_four_bit(
 ) -> None:
     parent_name, _, child = name.rpartition(".")
     parent = model.get_submodule(parent_name)
-    dense: Any = parent.get_submodule(child)
+    dense = parent.get_submodule(child)
+    assert isinstance(dense, nn.Linear)  # _check_names has looked
     data = tensors.pop(f"{name}.weight")
     layer = quantization.prequantized_linear(dense, data, tensors, dtype, device)
     found = tuple(layer.weight.quant_state.shape)

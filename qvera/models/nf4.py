@@ -1,4 +1,4 @@
-"""Weights to packed 4-bit values on a CPU: bitsandbytes' own numbers, made faster (bench/quantize.py has the ratio).
+"""Quantize weights to packed 4-bit values on a CPU, bit-equal to bitsandbytes and faster (bench/quantize.py has the ratio).
 
 The arithmetic is that of bitsandbytes' CPU `quantize_4bit` (QLoRA, arXiv 2305.14314, section 3; bitsandbytes
 `backends/default/ops.py`), in the same order and in fp32, so every nibble is the same: for a block of 64 weights
@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import functools
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from types import TracebackType
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +28,11 @@ BLOCK = 64
 CHUNK = 2048 * BLOCK
 """Weights worked on at a time: 512 KiB in fp32, what a core's second-level cache holds."""
 _SMALLEST = np.float32(1e-38)
-_BITS: dict[torch.dtype, Any] = {torch.bfloat16: np.int16, torch.float16: np.int16, torch.float32: np.int32}
+_BITS: dict[torch.dtype, type[np.signedinteger]] = {
+    torch.bfloat16: np.int16,
+    torch.float16: np.int16,
+    torch.float32: np.int32,
+}
 
 
 class _Code(NamedTuple):
@@ -55,9 +60,9 @@ class _Scratch:
         self.above = np.empty(size, np.bool_)
         self.nibble = np.empty(size, np.uint8)
         self.one, self.other = np.empty(size // 2, np.uint16), np.empty(size // 2, np.uint16)
-        self.maxima: dict[Any, tuple[np.ndarray, np.ndarray]] = {}
+        self.maxima: dict[type, tuple[np.ndarray, np.ndarray]] = {}
 
-    def maxima_of(self, kind: Any) -> tuple[np.ndarray, np.ndarray]:
+    def maxima_of(self, kind: type[np.signedinteger]) -> tuple[np.ndarray, np.ndarray]:
         if kind not in self.maxima:
             self.maxima[kind] = np.empty(self.scaled.size, kind), np.empty(self.scaled.size, kind)
         return self.maxima[kind]
@@ -146,20 +151,22 @@ class Packer:
         self._code = _code(quant_type)
         count = threads or torch.get_num_threads()
         self._scratch = [_Scratch(CHUNK) for _ in range(count)]
-        self._pool = ThreadPoolExecutor(count, "qvera-nibbles") if count > 1 else None
+        self._pool = ThreadPoolExecutor(count, "qvera-nf4") if count > 1 else None
 
     def __enter__(self) -> Packer:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._pool is not None:
             self._pool.shutdown()
 
     def pack(self, weights: torch.Tensor, packed: np.ndarray, absmax: np.ndarray) -> None:
         """Quantize a contiguous CPU tensor of n weights (any shape; bf16, fp16 or fp32) as one flat row.
 
-        A tensor can come in pieces, each but the last of a multiple of 64 weights. NaN and Inf are not looked for: their
-        block's absmax is NaN or Inf.
+        A tensor can come in chunks, each but the last of a multiple of 64 weights. NaN and Inf are not looked for: the
+        absmax of their block is NaN or Inf.
 
         Args:
             weights: n weights.

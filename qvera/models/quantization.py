@@ -1,4 +1,4 @@
-"""All that is known of bitsandbytes' formats: how to ask for a quantized load, and how to read a quantized weight.
+"""bitsandbytes' formats: how to ask for a quantized load, how to read a quantized weight, and how to make one.
 
 Storage formats: 4-bit NF4/FP4 with optional double quantization (QLoRA, arXiv 2305.14314, sections 3.1 and 3.2) as
 `bitsandbytes.nn.Linear4bit` holds it, and int8 with one scale a row (LLM.int8(), arXiv 2208.07339) as
@@ -12,9 +12,10 @@ import functools
 import json
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.quantizers import AutoHfQuantizer
 
@@ -22,10 +23,15 @@ from qvera.config.schema import ModelSection
 from qvera.distributed.zero_params import whole_numel
 from qvera.models.bitsandbytes_import import bitsandbytes as bnb
 
-bnb_functional: Any = bnb.functional
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
+    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn import Linear8bitLt as Linear8bit
+else:
+    Linear4bit = bnb.nn.Linear4bit
+    Linear8bit = bnb.nn.Linear8bitLt
 
-Linear4bit = bnb.nn.Linear4bit
-Linear8bit = bnb.nn.Linear8bitLt
+bnb_functional = bnb.functional
 
 
 def quantization_config(section: ModelSection, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -43,7 +49,7 @@ def quantization_config(section: ModelSection, compute_dtype: torch.dtype) -> Bi
     )
 
 
-def four_bit_linears(model: torch.nn.Module, section: ModelSection) -> set[str]:
+def four_bit_linears(model: nn.Module, section: ModelSection) -> set[str]:
     """Names of the modules that transformers makes 4-bit in this model (on the meta device; it is changed in place).
 
     All `nn.Linear` (and Conv1D) but the output head, what is tied to the embeddings, and what the model keeps in fp32.
@@ -64,8 +70,8 @@ def serialized_layout(
 ) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
     """Name, dtype and shape of each tensor that bitsandbytes stores for a 4-bit weight ``name`` of this shape and dtype.
 
-    Wide ones first, and the JSON at the end filled up with blanks (which a JSON parser skips), so that it is as long whatever
-    number is in it and what follows starts at a multiple of 64 bytes if this did.
+    Tensors of wide dtypes come first. The JSON at the end is padded with blanks, which a JSON parser skips: its length does not
+    depend on the numbers in it, and what follows starts at a multiple of 64 bytes if this did.
     """
     count, storage = math.prod(shape), getattr(torch, section.quant_storage)
     blocks = -(-count // 64)
@@ -81,7 +87,7 @@ def serialized_layout(
     layout.append((f"{name}.quant_map", torch.float32, (16,)))
     if section.double_quant:
         layout.append((f"{name}.absmax", torch.uint8, (blocks,)))
-    state: dict[str, Any] = {"quant_type": "nf4", "blocksize": 64, "dtype": _dtype_name(dtype), "shape": shape}
+    state: dict[str, object] = {"quant_type": "nf4", "blocksize": 64, "dtype": _dtype_name(dtype), "shape": shape}
     if section.double_quant:
         state |= {"nested_blocksize": _NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": 0.0}
     length = len(json.dumps(state)) + _FLOAT_CHARACTERS
@@ -108,7 +114,7 @@ def serialized_statistics(
     return serialized_state(name, make(absmax=absmax), section)
 
 
-def serialized_state(name: str, state: Any, section: ModelSection) -> dict[str, torch.Tensor]:
+def serialized_state(name: str, state: QuantState, section: ModelSection) -> dict[str, torch.Tensor]:
     """A `QuantState` as the tensors of `serialized_layout` but the first, on the CPU."""
     tensors = {f"{name}.{key}": tensor.cpu() for key, tensor in state.as_dict(packed=True).items()}
     key, _, (length,) = serialized_layout(name, tuple(state.shape), state.dtype, section)[-1]
@@ -135,7 +141,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def dequantized_weight(module: Any, dtype: torch.dtype) -> torch.Tensor:
+def dequantized_weight(module: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
     """The weight [out_features, in_features] of a linear layer in ``dtype``, dequantized if it is quantized.
 
     A dense layer's weight comes back as it is where the dtype already fits (not a copy).
@@ -143,30 +149,42 @@ def dequantized_weight(module: Any, dtype: torch.dtype) -> torch.Tensor:
     Raises:
         RuntimeError: the 4-bit weight has no quantization state, or another library repacked it in place.
     """
-    weight = module.weight
     if isinstance(module, Linear4bit):
-        # ZeRO-3 and low_cpu_mem loading can separate a parameter from its state; bitsandbytes keeps a second reference
-        state = getattr(weight, "quant_state", None) or module.quant_state
-        if state is None:
-            raise RuntimeError("a 4-bit layer has no quantization state: its weight was never quantized")
+        state = _require_state(module)
         if getattr(state, "packing_format_for_cpu", False):
             raise RuntimeError(
                 "this 4-bit weight was repacked by a bitsandbytes evaluation pass before qvera got it; such a weight has no "
                 "correct gradient. Load the base model again and attach the adapter before running it"
             )
-        return _dequantized(weight.data.view(-1, 1), state).to(dtype)
+        return _dequantized(module.weight.data.view(-1, 1), state).to(dtype)
     if isinstance(module, Linear8bit):
-        rows, scales = int8_rows(module)
-        return (rows.to(torch.float32) * (scales.to(torch.float32) / 127.0).unsqueeze(1)).to(dtype)
-    return weight.to(dtype)
+        return _dequantized_rows(*int8_rows(module)).to(dtype)
+    return module.weight.to(dtype)
 
 
-def _dequantized(packed: torch.Tensor, state: Any) -> torch.Tensor:
-    """A 4-bit weight as numbers of its state's dtype, whatever its width.
+def _state(module: Linear4bit) -> QuantState | None:
+    """A 4-bit layer's quantization state; bitsandbytes keeps it twice, since ZeRO-3 can part the weight from its own."""
+    return getattr(module.weight, "quant_state", None) or module.quant_state
 
-    Blocks are consecutive elements of the flattened weight. bitsandbytes' AVX-512 kernel (0.50.0 and 0.50.2) takes a row of n
-    for n // 64 blocks instead: wrong scales where n is a multiple of 32 but not of 64 (32, 96, 160). On a CPU a weight whose
-    blocks lie across rows goes to it in rows of one block, or as a single row where its last block is short.
+
+def _require_state(module: Linear4bit) -> QuantState:
+    state = _state(module)
+    if state is None:
+        raise RuntimeError("a 4-bit layer has no quantization state: its weight was never quantized")
+    return state
+
+
+def _dequantized_rows(rows: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """int8 rows [m, n] and their absolute maxima [m] → fp32 [m, n]."""
+    return rows.to(torch.float32) * (scales.to(torch.float32) / 127.0).unsqueeze(1)
+
+
+def _dequantized(packed: torch.Tensor, state: QuantState) -> torch.Tensor:
+    """A 4-bit weight in its state's dtype, whatever its width.
+
+    Blocks are consecutive elements of the flattened weight. bitsandbytes' AVX-512 kernel (0.50.0 and 0.50.2) assumes n // 64
+    blocks in a row of n instead: wrong scales where n is a multiple of 32 but not of 64 (32, 96, 160). On a CPU a weight whose
+    blocks lie across rows is passed to it in rows of one block, or as a single row where its last block is short.
     """
     shape = state.shape
     if packed.device.type != "cpu" or shape[-1] % state.blocksize == 0:
@@ -178,13 +196,13 @@ def _dequantized(packed: torch.Tensor, state: Any) -> torch.Tensor:
     return bnb_functional.dequantize_4bit(packed, rows).view(shape)
 
 
-def dequantized_rows(module: Any, dtype: torch.dtype, rows: int) -> Iterator[tuple[slice, torch.Tensor]]:
-    """The weight of a 4-bit layer on a CPU in ``dtype``, so many rows at a time; together they are `dequantized_weight` to the bit.
+def dequantized_rows(module: nn.Linear, dtype: torch.dtype, rows: int) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The weight of a 4-bit layer on a CPU in ``dtype``, ``rows`` rows at a time; together they equal `dequantized_weight`.
 
-    Takes a weight whose blocks of scales end with its rows (`ends_with_rows`).
+    For a weight whose blocks of scales end with its rows (`ends_with_rows`).
     """
     weight, (m, n) = module.weight, (module.out_features, module.in_features)
-    state = copy.copy(getattr(weight, "quant_state", None) or module.quant_state)
+    state = copy.copy(_require_state(module))
     scales = state.absmax
     if state.nested:
         scales = bnb_functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
@@ -197,36 +215,33 @@ def dequantized_rows(module: Any, dtype: torch.dtype, rows: int) -> Iterator[tup
         yield slice(start, end), bnb_functional.dequantize_4bit(part, state).to(dtype)
 
 
-def ends_with_rows(module: Any) -> bool:
+def ends_with_rows(module: nn.Linear) -> bool:
     """Whether a 4-bit layer is as bitsandbytes stores it, and its blocks of scales end where its rows do."""
-    state = getattr(module.weight, "quant_state", None) or module.quant_state
+    state = _state(module)
     if state is None or getattr(state, "packing_format_for_cpu", False):
         return False
     return module.in_features % state.blocksize == 0
 
 
-def int8_rows(module: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def int8_rows(module: Linear8bit) -> tuple[torch.Tensor, torch.Tensor]:
     """Packed rows int8 [m, n] and the absolute maximum of each row [m]; a forward pass moves them into the state."""
-    state: Any = module.state
-    if state.CB is not None:
-        return state.CB, state.SCB
-    return module.weight.data, module.weight.SCB
+    state = module.state
+    return (module.weight.data, module.weight.SCB) if state.CB is None else (state.CB, state.SCB)
 
 
-def storage_bytes(module: Any) -> int:
+def storage_bytes(module: nn.Linear) -> int:
     """Bytes that a linear layer's weight takes as stored, quantization state included."""
     weight = module.weight
     size = whole_numel(weight) * weight.element_size()
     if isinstance(module, Linear4bit):
-        state = getattr(weight, "quant_state", None) or module.quant_state
-        if state is not None:
-            size += _state_bytes(state)
+        state = _state(module)
+        size += 0 if state is None else _state_bytes(state)
     elif isinstance(module, Linear8bit):
         size += int8_rows(module)[1].numel() * 4
     return size
 
 
-def _state_bytes(state: Any) -> int:
+def _state_bytes(state: QuantState) -> int:
     size = state.absmax.numel() * state.absmax.element_size()
     return size + (_state_bytes(state.state2) if getattr(state, "nested", False) else 0)
 
@@ -241,26 +256,25 @@ class FourBitFacts(NamedTuple):
     blocksize: int
 
 
-def four_bit_facts(module: Any) -> FourBitFacts:
+def four_bit_facts(module: Linear4bit) -> FourBitFacts:
     """Read a Linear4bit's quantization back from its live tensors.
 
     Raises:
         RuntimeError: the layer was never quantized.
     """
-    weight = module.weight
-    state = getattr(weight, "quant_state", None) or module.quant_state
-    if state is None:
-        raise RuntimeError("a 4-bit layer has no quantization state: its weight was never quantized")
-    return FourBitFacts(state.quant_type, bool(state.nested), weight.dtype, module.compute_dtype, state.blocksize)
+    state = _require_state(module)
+    return FourBitFacts(
+        state.quant_type, bool(state.nested), module.weight.dtype, module.compute_dtype, state.blocksize
+    )
 
 
 def prequantized_linear(
-    dense: torch.nn.Linear,
+    dense: nn.Linear,
     packed: torch.Tensor,
     statistics: dict[str, torch.Tensor],
     compute_dtype: torch.dtype,
     device: torch.device,
-) -> Any:
+) -> Linear4bit:
     """A `Linear4bit` in the place of ``dense`` (on the meta device) around a weight that was quantized before.
 
     Args:
@@ -282,28 +296,20 @@ def prequantized_linear(
     return layer
 
 
-def requantized(module: Any, weight: torch.Tensor) -> torch.nn.Parameter:
+def requantized(module: nn.Linear, weight: torch.Tensor) -> nn.Parameter:
     """``weight`` [m, n] quantized the way ``module`` is, as a new parameter on the module's device (for merging)."""
     if isinstance(module, Linear4bit):
         facts, device = four_bit_facts(module), module.weight.device
         source = weight.to(device=device, dtype=facts.compute_dtype or torch.float32)
-        packed, state = bnb_functional.quantize_4bit(
-            source,
-            blocksize=facts.blocksize,
-            compress_statistics=facts.double_quant,
-            quant_type=facts.quant_type,
-            quant_storage=facts.storage_dtype,
-        )
+        settings = {
+            "blocksize": facts.blocksize,
+            "compress_statistics": facts.double_quant,
+            "quant_type": facts.quant_type,
+            "quant_storage": facts.storage_dtype,
+        }
+        packed, state = bnb_functional.quantize_4bit(source, **settings)
         return bnb.nn.Params4bit(
-            packed,
-            requires_grad=False,
-            quant_state=state,
-            blocksize=facts.blocksize,
-            compress_statistics=facts.double_quant,
-            quant_type=facts.quant_type,
-            quant_storage=facts.storage_dtype,
-            module=module,
-            bnb_quantized=True,
+            packed, requires_grad=False, quant_state=state, module=module, bnb_quantized=True, **settings
         )
     rows, scales, _ = bnb_functional.int8_vectorwise_quant(weight.to(device=module.weight.device, dtype=torch.float16))
     return bnb.nn.Int8Params(rows, requires_grad=False, has_fp16_weights=False, CB=rows, SCB=scales)
@@ -315,7 +321,7 @@ def quantize_dequantize(weight: torch.Tensor, section: ModelSection) -> torch.Te
         return weight
     if section.quantization == "int8":
         rows, scales, _ = bnb_functional.int8_vectorwise_quant(weight.to(torch.float16))
-        return (rows.to(torch.float32) * (scales.to(torch.float32) / 127.0).unsqueeze(1)).to(weight.dtype)
+        return _dequantized_rows(rows, scales).to(weight.dtype)
     packed, state = bnb_functional.quantize_4bit(
         weight, blocksize=64, compress_statistics=section.double_quant, quant_type=section.quantization
     )
@@ -323,7 +329,7 @@ def quantize_dequantize(weight: torch.Tensor, section: ModelSection) -> torch.Te
 
 
 def double_quantized_absmax(absmax: torch.Tensor) -> torch.Tensor:
-    """The absolute maxima of a whole weight's blocks, fp32, as double quantization keeps them."""
+    """The absolute maxima of a whole weight's blocks, fp32 [blocks], double quantized and dequantized again."""
     offset = absmax.mean()
     packed, state = bnb_functional.quantize_blockwise(absmax - offset, blocksize=256)
     return bnb_functional.dequantize_blockwise(packed, state) + offset
@@ -342,38 +348,35 @@ class InferencePack(NamedTuple):
     """A copy of a 4-bit weight in the layout of bitsandbytes' fused AVX512-BF16 kernel. The original is untouched."""
 
     weight: torch.Tensor
-    state: Any
+    state: QuantState
 
 
-def inference_pack(module: Any) -> InferencePack | None:
+def inference_pack(module: nn.Linear) -> InferencePack | None:
     """Make that copy where the CPU and the shape allow it, else None (the caller dequantizes, as bitsandbytes does).
 
     bitsandbytes itself repacks the weight *in place* on the first evaluation pass, after which its gradients are wrong.
     """
     pack = getattr(bnb_functional, "_convert_weight_packed_for_cpu", None)
     available = getattr(bnb_functional, "has_avx512bf16", None)
-    weight = module.weight
-    if pack is None or available is None or weight.device.type != "cpu" or not available():
+    if pack is None or available is None or module.weight.device.type != "cpu" or not available():
         return None
-    state = getattr(weight, "quant_state", None) or module.quant_state
+    state = _require_state(module)
     rows, columns = state.shape
     if rows % 32 or columns % state.blocksize or columns % 2:
         return None
-    packed, packed_state = pack(weight.data, copy.copy(state))
-    return InferencePack(packed, packed_state)
+    return InferencePack(*pack(module.weight.data, copy.copy(state)))
 
 
-def fused_matmul(x: torch.Tensor, module: Any, pack: InferencePack | None) -> torch.Tensor | None:
+def fused_matmul(x: torch.Tensor, module: nn.Linear, pack: InferencePack | None) -> torch.Tensor | None:
     """X Wᵀ [..., m] by bitsandbytes' fused 4-bit kernels, for use without gradients; None where there is no faster one."""
     if pack is not None:
         return bnb_functional.gemv_4bit(x, pack.weight, state=pack.state)
     if x.device.type != "cpu":
-        state = getattr(module.weight, "quant_state", None) or module.quant_state
-        return bnb.matmul_4bit(x, module.weight.t(), quant_state=state)
+        return bnb.matmul_4bit(x, module.weight.t(), quant_state=_state(module))
     return None
 
 
-def bitsandbytes_optimizer(name: str, groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
+def bitsandbytes_optimizer(name: str, groups: list[dict[str, object]], **settings: object) -> torch.optim.Optimizer:
     """An AdamW of bitsandbytes by its recipe name: ``adamw_8bit``, ``paged_adamw`` or ``paged_adamw_8bit``."""
     classes = {
         "adamw_8bit": bnb.optim.AdamW8bit,

@@ -20,16 +20,14 @@ import torch
 
 from qvera.config.schema import ModelSection
 from qvera.models import nf4, quantization
+from qvera.models.quantized_record import RECORD, content_identity, settings_of
 from qvera.models.source_checkpoint import SourceCheckpoint
 from qvera.utils import memory
 from qvera.utils.atomic import OutputDirectory, disk_errors, flush, replace_text, require_space
 from qvera.utils.errors import RunFailed
-from qvera.utils.files import file_sha256, try_read_json
 from qvera.utils.safetensors_io import TensorSpec, base_fingerprint, grouped_by_bytes, write_source_fingerprint
 from qvera.utils.safetensors_stream import Chunk, prefetch, read_chunks, write_chunks, write_index
 
-RECORD = "qvera_quantized.json"
-"""Beside the weights: what they were made from, and their hashes."""
 SHARD_BYTES = 1_000_000_000
 """A kill costs at most the work of one shard."""
 _NOT_COPIED = (
@@ -50,22 +48,6 @@ _DEPTH = 4
 
 Progress = Callable[[int, int, str], None]
 """Called with (source bytes done, source bytes in all, tensor name)."""
-
-
-def settings_of(section: ModelSection) -> dict[str, Any]:
-    """What a quantized copy depends on besides the source."""
-    return {
-        "quantization": section.quantization,
-        "double_quant": section.double_quant,
-        "quant_storage": section.quant_storage,
-        "blocksize": nf4.BLOCK,
-    }
-
-
-def content_identity(config_sha256: str, files: Mapping[str, str], settings: Mapping[str, Any]) -> str:
-    """One hash, in hex, over config, shards (name → SHA-256) and settings."""
-    text = json.dumps([1, config_sha256, sorted(files.items()), sorted(settings.items())])
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def quantize_checkpoint(
@@ -307,28 +289,3 @@ def _finish(
     if "dtype" not in config and "torch_dtype" not in config:
         config["dtype"] = str(dtype).removeprefix("torch.")
     replace_text(out / "config.json", json.dumps(config, indent=2) + "\n")
-
-
-def read_record(directory: Path) -> dict[str, Any] | None:
-    """The record of a finished quantized copy, or None where there is none."""
-    if not (directory / "config.json").is_file():
-        return None
-    record = try_read_json(directory / RECORD)
-    whole = record is not None and record.get("format") == 1 and record.get("identity") and record.get("files")
-    return record if whole else None
-
-
-def problem_of(directory: Path, *, verify: bool = False) -> str | None:
-    """What is wrong with a quantized copy, or None: every shard there and as long as recorded, with ``verify`` as hashed."""
-    record = read_record(directory)
-    if record is None:
-        return f"{directory / RECORD} is missing or damaged"
-    for name, expected in record["files"].items():
-        file = directory / name
-        if not file.is_file():
-            return f"{file} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{file} is {file.stat().st_size} bytes long, expected {expected['bytes']}"
-        if verify and file_sha256(file) != expected["sha256"]:
-            return f"{file} has another SHA-256 than when it was written"
-    return None

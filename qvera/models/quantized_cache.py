@@ -1,8 +1,4 @@
-"""Quantized bases, made once and found again by content: the entries (`qvera.utils.cache_dir`) of $QVERA_CACHE/bases.
-
-An entry's name is nf4-IDENTITY, of config, shards and settings (`prequantize.content_identity`); the KEY of one that is being made
-is of source path, sizes, times, settings and device.
-"""
+"""Quantized bases in $QVERA_CACHE/bases: made once, and found again by content (`qvera.models.quantized_record`)."""
 
 from __future__ import annotations
 
@@ -19,27 +15,13 @@ from filelock import FileLock, Timeout
 from qvera.config.schema import ModelSection
 from qvera.models import quantize_checkpoint, source_checkpoint
 from qvera.models.hub import base_directory
-from qvera.models.source_checkpoint import NotPlain, SourceCheckpoint
+from qvera.models.quantized_record import BASES, bases_root, content_identity, problem_of, read_record, settings_of
+from qvera.models.source_checkpoint import SourceCheckpoint
 from qvera.utils.atomic import flush
-from qvera.utils.cache_dir import UNFINISHED, WAIT_SECONDS, DiskCache, HashIndex, StageProgress, discard, size_bytes
+from qvera.utils.cache_dir import UNFINISHED, WAIT_SECONDS, HashIndex, StageProgress, discard, size_bytes
 from qvera.utils.errors import InputError
 from qvera.utils.files import file_stamp
-from qvera.utils.paths import cache_root
 from qvera.utils.safetensors_io import shard_files
-
-__all__ = ["BASES", "NotPlain", "cached_base", "find_base", "quantized_copy"]
-
-
-def bases_root() -> Path:
-    """Where the quantized copies are."""
-    return cache_root() / "bases"
-
-
-def _problem(directory: Path) -> str | None:
-    return quantize_checkpoint.problem_of(directory, verify=True)
-
-
-BASES = DiskCache(("quantized base", "quantized bases"), bases_root, quantize_checkpoint.read_record, _problem)
 
 
 def cached_base(
@@ -85,7 +67,7 @@ def cached_base(
             known = hashes.hashed(source.files, known, progress)
         if len(known) == len(source.files):
             target = root / _name(section, _identity(source, section, known))
-            if target.exists() and quantize_checkpoint.problem_of(target, verify=verify) is None:
+            if target.exists() and problem_of(target, verify=verify) is None:
                 return target
         BASES.clear_removed()
         record = _complete(unfinished)  # killed between its last byte and its name
@@ -113,9 +95,9 @@ def find_base(section: ModelSection, directory: Path | None = None) -> Path | No
         return None
     config = hashlib.sha256((directory / "config.json").read_bytes()).hexdigest()
     names = {file.name: digest for file, digest in known.items()}
-    identity = quantize_checkpoint.content_identity(config, names, quantize_checkpoint.settings_of(section))
+    identity = content_identity(config, names, settings_of(section))
     target = root / _name(section, identity)
-    return target if quantize_checkpoint.problem_of(target) is None else None
+    return target if problem_of(target) is None else None
 
 
 def quantized_copy(
@@ -134,14 +116,14 @@ def quantized_copy(
     source = source_checkpoint.read_source(section, base_directory(section))
     hashes = HashIndex(bases_root() / "hashes.json")
     known = {} if verify else hashes.known(source.files)
-    record = quantize_checkpoint.read_record(out)
+    record = read_record(out)
     if record is not None:
-        if record["settings"] != quantize_checkpoint.settings_of(section):
+        if record["settings"] != settings_of(section):
             raise InputError(f"{out}: is quantized with other settings ({record['settings']}). Name another directory.")
         known = hashes.hashed(source.files, known, progress)
         if record["identity"] != _identity(source, section, known):
             raise InputError(f"{out}: is the quantized copy of another checkpoint. Name another directory.")
-        if (problem := quantize_checkpoint.problem_of(out, verify=verify)) is not None:
+        if (problem := problem_of(out, verify=verify)) is not None:
             raise InputError(f"{problem}. Delete {out} and run again.")
         return record
     record = quantize_checkpoint.quantize_checkpoint(
@@ -159,7 +141,7 @@ def _remember(hashes: HashIndex, source: SourceCheckpoint, record: dict[str, Any
 
 def _identity(source: SourceCheckpoint, section: ModelSection, known: dict[Path, str]) -> str:
     names = {file.name: digest for file, digest in known.items()}
-    return quantize_checkpoint.content_identity(source.config_sha256, names, quantize_checkpoint.settings_of(section))
+    return content_identity(source.config_sha256, names, settings_of(section))
 
 
 def _name(section: ModelSection, identity: str) -> str:
@@ -175,19 +157,19 @@ def _key(source: SourceCheckpoint, section: ModelSection, device: torch.device |
         where,
         quantize_checkpoint.SHARD_BYTES,
     ]
-    text = json.dumps([parts, quantize_checkpoint.settings_of(section)], sort_keys=True)
+    text = json.dumps([parts, settings_of(section)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _similar(source: SourceCheckpoint, section: ModelSection) -> bool:
     """Whether a finished copy was made from files of these names and sizes: then it pays to hash before quantizing."""
     sizes = {file.name: file.stat().st_size for file in source.files}
-    for found in BASES.listed():
-        record = found.record
-        if record is not None and record["settings"] == quantize_checkpoint.settings_of(section):
-            if {name: value["bytes"] for name, value in record["source"]["files"].items()} == sizes:
-                return True
-    return False
+    records = [entry.record for entry in BASES.listed() if entry.record is not None]
+    return any(
+        record["settings"] == settings_of(section)
+        and {name: value["bytes"] for name, value in record["source"]["files"].items()} == sizes
+        for record in records
+    )
 
 
 def _staged(progress: StageProgress | None, stage: str) -> Callable[[int, int, str], None] | None:
@@ -211,25 +193,22 @@ def _wait_for(lock: FileLock, unfinished: Path, total: int, progress: StageProgr
 
 def _complete(unfinished: Path) -> dict[str, Any] | None:
     """The record of a copy that is whole but for its place, or None."""
-    if quantize_checkpoint.problem_of(unfinished, verify=True) is not None or any(unfinished.glob(".qvera_*.json")):
+    if problem_of(unfinished, verify=True) is not None or any(unfinished.glob(".qvera_*.json")):
         return None
-    return quantize_checkpoint.read_record(unfinished)
+    return read_record(unfinished)
 
 
 def _publish(made: Path, target: Path) -> Path:
     """Give a finished copy its name; where another process was quicker, its copy is as good."""
     if target.exists():
-        if (
-            quantize_checkpoint.problem_of(target) is None
-            and quantize_checkpoint.problem_of(target, verify=True) is None
-        ):
+        if problem_of(target) is None and problem_of(target, verify=True) is None:
             shutil.rmtree(made)
             return target
         discard(target)
     try:
         made.rename(target)
     except OSError:
-        if quantize_checkpoint.problem_of(target) is not None:
+        if problem_of(target) is not None:
             raise
         shutil.rmtree(made)
     flush(target.parent)

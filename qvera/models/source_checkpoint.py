@@ -41,6 +41,7 @@ class SourceCheckpoint:
 
     @property
     def size_bytes(self) -> int:
+        """Bytes of all shards."""
         return sum(file.stat().st_size for file in self.files)
 
     def file_identity(self) -> dict[str, list[int]]:

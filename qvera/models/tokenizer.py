@@ -1,10 +1,10 @@
-"""Tokens that a recipe adds to a model whose embedding and head are frozen: their ids, and the rows that stand for them.
+"""Load a base model's tokenizer, and add a recipe's tokens to a model whose embedding and head are frozen.
 
-VeRA trains no row of the embedding or the head, so a new token keeps the row it is given here; what it means is learnt by the
-vectors of the layers around it. Each new row is drawn: mean + standard deviation of the rows of the tokens that there were, column
-by column, times a number from a generator keyed by the token's text. Not the mean itself, as is usual where rows are trained: a
-head row within the others' convex hull never has the highest logit (Σ wᵢ ⟨rowᵢ, h⟩ <= max ⟨rowᵢ, h⟩), so a frozen model could never
-say the token.
+VeRA trains no row of the embedding or the head, so a new token keeps the row it gets here; the adapter's vectors learn what it is
+for. Each new row is drawn at random around the rows of the existing tokens: their mean plus their standard deviation, column by
+column, times a number from a generator keyed by the token's text. Not the mean itself, as is usual where rows are trained: a head
+row within the others' convex hull never has the highest logit (Σ wᵢ ⟨rowᵢ, h⟩ <= max ⟨rowᵢ, h⟩), so a frozen model could never
+generate the token.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -30,17 +30,20 @@ from qvera.models.model_config import load_config
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.paths import resolve_path
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 ADDED_ROWS = "added_tokens.safetensors"
 """Beside an adapter's vectors: ``embedding`` and ``head`` [added tokens, hidden], by id; no ``head`` where they are one table."""
 PLACED = "qvera_added_tokens"
-"""The attribute of a model that says which tokens it has been given rows for: token → id."""
+"""The attribute of a model with the tokens that have been given rows: token → id."""
 _BLOCK_ROWS = 4096
 
 
 _TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json")
 
 
-def load_tokenizer(section: ModelSection) -> Any:
+def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     """The tokenizer of a model section.
 
     Raises:
@@ -70,10 +73,12 @@ def load_tokenizer(section: ModelSection) -> Any:
     return tokenizer
 
 
-def add_tokens(tokenizer: Any, tokens: Sequence[str], pad: str | None = None, eos: str | None = None) -> None:
+def add_tokens(
+    tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str], pad: str | None = None, eos: str | None = None
+) -> None:
     """Add ``tokens`` to a tokenizer as single tokens with the next free ids; make ``pad`` and ``eos`` its own.
 
-    Only these two are special tokens: the others are part of what is said, and an answer shows them.
+    Only these two become special tokens. The others are ordinary text, and answers show them.
 
     Raises:
         InputError: one is in the vocabulary already, or twice in the list, or pad or eos is in neither.
@@ -106,13 +111,13 @@ def add_tokens(tokenizer: Any, tokens: Sequence[str], pad: str | None = None, eo
         tokenizer.add_special_tokens({key: AddedToken(named, special=True, normalized=False)})
 
 
-def ids_of(tokenizer: Any, tokens: Sequence[str]) -> dict[str, int]:
+def ids_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> dict[str, int]:
     """Token → id, in the order of the ids."""
     vocabulary = tokenizer.get_vocab()
     return dict(sorted(((token, vocabulary[token]) for token in tokens), key=lambda pair: pair[1]))
 
 
-def place_token_rows(model: Any, ids: dict[str, int]) -> int:
+def place_token_rows(model: PreTrainedModel, ids: dict[str, int]) -> int:
     """Give every added token its row in embedding and head; returns how many rows the two had to grow by.
 
     Rows that the checkpoint has beyond its tokens (Qwen pads its vocabulary) are taken first, in the pages they lie in. Where there
@@ -136,7 +141,7 @@ def place_token_rows(model: Any, ids: dict[str, int]) -> int:
     return _put(model, ids, rows)
 
 
-def put_token_rows(model: Any, ids: dict[str, int], rows: dict[str, torch.Tensor], source: Path) -> None:
+def put_token_rows(model: PreTrainedModel, ids: dict[str, int], rows: dict[str, torch.Tensor], source: Path) -> None:
     """Put rows read from an adapter (`read_token_rows`) in the places that `place_token_rows` has made.
 
     Raises:
@@ -154,7 +159,7 @@ def put_token_rows(model: Any, ids: dict[str, int], rows: dict[str, torch.Tensor
     _put(model, ids, [rows[name] for name in names])
 
 
-def save_token_rows(model: Any, ids: dict[str, int], directory: Path) -> None:
+def save_token_rows(model: PreTrainedModel, ids: dict[str, int], directory: Path) -> None:
     """Write the added tokens' rows, as they are in the model, beside an adapter."""
     places = list(ids.values())
     modules = _different(*_ends(model))
@@ -184,7 +189,7 @@ def read_token_rows(directory: Path) -> dict[str, torch.Tensor]:
     return rows
 
 
-def _ends(model: Any) -> tuple[Any, Any]:
+def _ends(model: PreTrainedModel) -> tuple[nn.Embedding, nn.Linear]:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     dense = isinstance(embedding, nn.Embedding) and isinstance(head, nn.Linear) and head.weight.is_floating_point()
     if not dense or embedding.weight.shape != head.weight.shape or getattr(head, "bias", None) is not None:
@@ -195,7 +200,7 @@ def _ends(model: Any) -> tuple[Any, Any]:
     return embedding, head
 
 
-def _different(embedding: Any, head: Any) -> list[Any]:
+def _different(embedding: nn.Embedding, head: nn.Linear) -> list[nn.Embedding | nn.Linear]:
     """Embedding and head, or one of them where they are one table."""
     return [embedding] if head.weight.data_ptr() == embedding.weight.data_ptr() else [embedding, head]
 
@@ -219,7 +224,7 @@ def _drawn(weight: torch.Tensor, ids: dict[str, int], known: int) -> torch.Tenso
     return torch.stack(rows).to(weight.dtype)
 
 
-def _put(model: Any, ids: dict[str, int], rows: list[torch.Tensor]) -> int:
+def _put(model: PreTrainedModel, ids: dict[str, int], rows: list[torch.Tensor]) -> int:
     embedding, head = _ends(model)
     modules = _different(embedding, head)
     places, needed = list(ids.values()), max(ids.values()) + 1

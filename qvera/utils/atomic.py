@@ -93,6 +93,7 @@ class OutputDirectory:
         self.save()
 
     def save(self) -> None:
+        """Replace the state file."""
         replace_text(self._state, json.dumps(self._document))
 
     def complete(self) -> None:

@@ -110,6 +110,7 @@ class CacheEntry:
 
     @property
     def finished(self) -> bool:
+        """Whether all of it is there, with a record that can be read."""
         return not self.name.startswith(UNFINISHED) and self.record is not None
 
 

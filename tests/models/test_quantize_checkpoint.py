@@ -23,6 +23,7 @@ from qvera.cli.main import main
 from qvera.config.schema import ModelSection
 from qvera.models import quantize_checkpoint, source_checkpoint
 from qvera.models.loader import load_base
+from qvera.models.quantized_record import read_record
 from qvera.utils.errors import InputError, RunFailed
 from tests.conftest import small_llama, small_tokenizer
 
@@ -180,7 +181,7 @@ def test_killed_at_any_shard_it_goes_on_to_the_same_bytes(tiny_model_dir: Path, 
         assert subprocess.run(command).returncode == -signal.SIGKILL
         assert len(list(out.glob("*.safetensors"))) == shards
         assert not (out / "config.json").exists()
-        assert quantize_checkpoint.read_record(out) is None
+        assert read_record(out) is None
     kept = {p.name: p.stat().st_ino for p in out.glob("*.safetensors")}
     damaged = sorted(kept)[0]
     flipped = bytearray((out / damaged).read_bytes())

@@ -20,7 +20,9 @@ from safetensors.torch import load_file, save_file
 from qvera.cli.main import main
 from qvera.config.schema import ModelSection
 from qvera.models import quantize_checkpoint, quantized_cache
-from qvera.models.quantized_cache import NotPlain, cached_base, find_base
+from qvera.models.quantized_cache import cached_base, find_base
+from qvera.models.quantized_record import BASES, problem_of, read_record
+from qvera.models.source_checkpoint import NotPlain
 from qvera.utils.errors import InputError
 
 
@@ -58,7 +60,7 @@ def test_made_on_first_use_and_found_afterwards(section: ModelSection, root: Pat
     first = cached_base(section, progress=stages)
     assert stages.seen == ["quantizing"]  # hashed on the way, not before
     assert first.parent == root
-    assert quantize_checkpoint.problem_of(first, verify=True) is None
+    assert problem_of(first, verify=True) is None
     stages = Stages()
     assert cached_base(section, progress=stages) == find_base(section) == first
     assert stages.seen == []
@@ -123,15 +125,15 @@ def test_a_model_that_is_renamed_on_loading_says_so(section: ModelSection) -> No
 MAKES = """
 import sys, time
 from pathlib import Path
-from qvera.models import quantized_cache
-from qvera.models import quantize_checkpoint
+from qvera.models import quantize_checkpoint, quantized_cache
+from qvera.models.quantized_record import bases_root
 from qvera.config.schema import ModelSection
 quantize_checkpoint.SHARD_BYTES = 30_000
 mark, go = Path(sys.argv[2]), Path(sys.argv[3])
 def progress(stage, done, total, what):
     with open(mark, "a") as handle:
         handle.write(stage + "\\n")
-    out = list(quantized_cache.bases_root().glob(".unfinished-*/*.safetensors"))
+    out = list(bases_root().glob(".unfinished-*/*.safetensors"))
     while stage == "quantizing" and len(out) >= 3 and not go.exists():
         time.sleep(0.02)
 print(quantized_cache.cached_base(ModelSection(path=sys.argv[1]), progress=progress))
@@ -170,7 +172,7 @@ def test_of_two_processes_one_makes_it_and_the_other_waits(section: ModelSection
     said = [process.communicate(timeout=60)[0].strip() for process in (one, two)]
     assert one.returncode == two.returncode == 0
     assert said[0] == said[1]
-    assert quantize_checkpoint.problem_of(Path(said[0]), verify=True) is None
+    assert problem_of(Path(said[0]), verify=True) is None
     assert stages_of(tmp_path / "two") == {"waiting"}
     assert [p for p in root.iterdir() if p.is_dir()] == [Path(said[0])]
 
@@ -183,15 +185,13 @@ def test_a_killed_makers_lock_is_recovered_and_its_shards_are_used(
     two = maker(section, tmp_path, "two")
     wait_until(lambda: "waiting" in stages_of(tmp_path / "two"))
     kept = {p.name: p.stat().st_ino for p in unfinished_shards(root)}
-    assert "is being made" in str(
-        pytest.raises(InputError, quantized_cache.BASES.remove, unfinished_shards(root)[0].parent.name).value
-    )
+    assert "is being made" in str(pytest.raises(InputError, BASES.remove, unfinished_shards(root)[0].parent.name).value)
     one.send_signal(signal.SIGKILL)
     one.communicate()
     (tmp_path / "go").touch()
     made = Path(two.communicate(timeout=60)[0].strip())
     assert two.returncode == 0
-    assert quantize_checkpoint.problem_of(made, verify=True) is None
+    assert problem_of(made, verify=True) is None
     assert stages_of(tmp_path / "two") == {"waiting", "quantizing"}
     assert {name: (made / name).stat().st_ino for name in kept} == kept
 
@@ -205,9 +205,9 @@ def test_killed_between_the_last_byte_and_the_name(section: ModelSection, monkey
         cached_base(section)
     stages = Stages()
     copy = cached_base(section, progress=stages)
-    assert quantize_checkpoint.problem_of(copy, verify=True) is None
+    assert problem_of(copy, verify=True) is None
     assert "quantizing" not in stages.seen
-    assert [entry.directory for entry in quantized_cache.BASES.listed()] == [copy]
+    assert [entry.directory for entry in BASES.listed()] == [copy]
 
 
 def test_the_commands(section: ModelSection, root: Path, tmp_path: Path, capsys: Any) -> None:
@@ -216,7 +216,7 @@ def test_the_commands(section: ModelSection, root: Path, tmp_path: Path, capsys:
     assert str(copy) in capsys.readouterr().out
     assert main(["quantize", section.path, str(tmp_path / "out"), "--quantization", "fp4", "--no-double-quant"]) == 0
     assert main(["quantize", section.path, str(tmp_path / "out"), "--quantization", "fp4", "--no-double-quant"]) == 0
-    assert quantize_checkpoint.read_record(tmp_path / "out")["settings"]["quantization"] == "fp4"  # type: ignore[index]
+    assert read_record(tmp_path / "out")["settings"]["quantization"] == "fp4"  # type: ignore[index]
     assert main(["quantize", section.path, str(tmp_path / "out")]) == 2  # nf4 is another thing
     assert main(["cache", "ls"]) == 0
     said = capsys.readouterr().out
@@ -236,7 +236,7 @@ def test_the_commands(section: ModelSection, root: Path, tmp_path: Path, capsys:
     assert copy.is_dir()
     assert main(["cache", "rm", copy.name[:8]]) == 0
     assert not copy.exists()
-    assert quantized_cache.BASES.listed() == []
+    assert BASES.listed() == []
 
 
 def test_ctrl_c_keeps_finished_shards_and_says_so(
@@ -253,15 +253,15 @@ def test_ctrl_c_keeps_finished_shards_and_says_so(
     monkeypatch.setattr(quantize_checkpoint.OutputDirectory, "finished", interrupting)
     assert main(["quantize", section.path]) == 75
     assert len(unfinished_shards(root)) == 2
-    (entry,) = quantized_cache.BASES.listed()
+    (entry,) = BASES.listed()
     assert not entry.finished
     monkeypatch.setattr(quantize_checkpoint.OutputDirectory, "finished", finished)
     kept = {p.name: p.stat().st_ino for p in unfinished_shards(root)}
     assert main(["quantize", section.path]) == 0
-    (entry,) = quantized_cache.BASES.listed()
+    (entry,) = BASES.listed()
     assert {n: (entry.directory / n).stat().st_ino for n in kept} == kept
     assert main(["cache", "rm", "--all"]) == 0
-    assert quantized_cache.BASES.listed() == []
+    assert BASES.listed() == []
 
 
 def test_a_cache_that_cannot_be_written_is_said(section: ModelSection, tmp_path: Path, monkeypatch: Any) -> None:

@@ -1,0 +1,74 @@
+"""The record beside a quantized copy (``qvera_quantized.json``), and the cache of such copies. Imports no torch.
+
+A copy in the cache has the name nf4-IDENTITY, of config, shards and settings (`content_identity`). The KEY of one that is being
+made (`qvera.utils.cache_dir`) is of source path, sizes, times, settings and device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qvera.config.schema import ModelSection
+from qvera.utils.cache_dir import DiskCache
+from qvera.utils.files import file_sha256, try_read_json
+from qvera.utils.paths import cache_root
+
+RECORD = "qvera_quantized.json"
+"""Beside the weights: what they were made from, and their hashes."""
+
+
+def settings_of(section: ModelSection) -> dict[str, Any]:
+    """What a quantized copy depends on besides the source."""
+    return {
+        "quantization": section.quantization,
+        "double_quant": section.double_quant,
+        "quant_storage": section.quant_storage,
+        "blocksize": 64,
+    }
+
+
+def content_identity(config_sha256: str, files: Mapping[str, str], settings: Mapping[str, Any]) -> str:
+    """One hash, in hex, over config, shards (name → SHA-256) and settings."""
+    text = json.dumps([1, config_sha256, sorted(files.items()), sorted(settings.items())])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_record(directory: Path) -> dict[str, Any] | None:
+    """The record of a finished quantized copy, or None where there is none."""
+    if not (directory / "config.json").is_file():
+        return None
+    record = try_read_json(directory / RECORD)
+    whole = record is not None and record.get("format") == 1 and record.get("identity") and record.get("files")
+    return record if whole else None
+
+
+def problem_of(directory: Path, *, verify: bool = False) -> str | None:
+    """What is wrong with a quantized copy, or None: every shard there and as long as recorded, with ``verify`` as hashed."""
+    record = read_record(directory)
+    if record is None:
+        return f"{directory / RECORD} is missing or damaged"
+    for name, expected in record["files"].items():
+        file = directory / name
+        if not file.is_file():
+            return f"{file} is missing"
+        if file.stat().st_size != expected["bytes"]:
+            return f"{file} is {file.stat().st_size} bytes long, expected {expected['bytes']}"
+        if verify and file_sha256(file) != expected["sha256"]:
+            return f"{file} has another SHA-256 than when it was written"
+    return None
+
+
+def bases_root() -> Path:
+    """Where the quantized copies are."""
+    return cache_root() / "bases"
+
+
+def _problem(directory: Path) -> str | None:
+    return problem_of(directory, verify=True)
+
+
+BASES = DiskCache(("quantized base", "quantized bases"), bases_root, read_record, _problem)
