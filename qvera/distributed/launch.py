@@ -182,7 +182,7 @@ def run(command: list[str]) -> int:
         # A session of its own: Ctrl-C then reaches us alone. A worker that got it from the terminal and from torchrun would take
         # the second one for "at once".
         child = subprocess.Popen(command, env=environment, start_new_session=True)
-        signals = (signal.SIGINT, signal.SIGTERM)
+        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         previous = {number: signal.signal(number, lambda *_: child.send_signal(signal.SIGTERM)) for number in signals}
         try:
             code = child.wait()

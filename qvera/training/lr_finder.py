@@ -155,8 +155,8 @@ class DivergenceWatch:
 def read_curve(points: Sequence[dict[str, Any]]) -> tuple[list[float], float | None, float | None, str | None]:
     """Read the suggestion from the points before the first loss that is not finite.
 
-    The smoothed loss is centred, so that it does not lag. Near the end of the curve there is less to smooth with: the last
-    two points are suggested only where the loss itself is lowest there too. The steepest fall is that of a line through five
+    The smoothed loss is centred, so that it does not lag. At the end of the curve there is less to smooth with: one of the
+    last two points is suggested only where the loss itself is lowest at it. The steepest fall is that of a line through five
     neighbours, before the lowest loss.
 
     Returns:
@@ -170,7 +170,7 @@ def read_curve(points: Sequence[dict[str, Any]]) -> tuple[list[float], float | N
     if len(losses) < MIN_POINTS:
         reason = f"{len(losses)} losses before the test ended, and {MIN_POINTS} are needed. Raise --lr-steps"
         return losses, None, None, reason
-    candidates = range(len(losses)) if min(raw[-2:]) <= min(raw) else range(len(losses) - 2)
+    candidates = [at for at in range(len(losses)) if at < len(losses) - 2 or raw[at] == min(raw)]
     lowest = min(candidates, key=losses.__getitem__)
     slopes = {
         at: _slope(rates[at - 2 : at + 3], losses[at - 2 : at + 3]) for at in range(2, min(lowest + 1, len(losses) - 2))

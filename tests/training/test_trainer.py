@@ -22,9 +22,11 @@ from qvera.config.schema import Recipe
 from qvera.evaluation import evaluate
 from qvera.evaluation.load import open_run
 from qvera.training import checkpoint, trainer
+from qvera.training.run_dir import run_lock
 from qvera.training.trainer import Trainer, train
 from qvera.utils.errors import InputError, Interrupted, RunFailed
 from tests.disk import fill, read_only, small_disk
+from tests.training.test_checkpoint import vouch_for
 
 
 def records(run_dir: Path, kind: str = "train") -> list[dict[str, Any]]:
@@ -44,10 +46,36 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.fixture(scope="module")
+def six_steps(make_recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
+    """A recipe and its finished run of six steps, with checkpoints of steps 2, 4 and 6. Copy it before you change it."""
+    recipe = make_recipe(training={"max_steps": 6, "save_steps": 2, "save_total_limit": 3})
+    run_dir = tmp_path_factory.mktemp("runs") / "six-steps"
+    train(recipe, run_dir)
+    return recipe, run_dir
+
+
+def cut_off(run_dir: Path, copy: Path, *, after: int) -> Path:
+    """A copy of a finished run as a process would leave it that is killed some steps after its checkpoint of step ``after``."""
+    shutil.copytree(run_dir, copy)
+    shutil.rmtree(copy / "adapter")
+    (copy / "run.json").unlink()
+    for path in (copy / "checkpoints").iterdir():
+        if int(path.name[-8:]) > after:
+            shutil.rmtree(path)
+    return copy
+
+
 def test_a_run_learns_and_leaves_its_files(make_recipe: Any, tmp_path: Path) -> None:
     recipe = make_recipe(training={"max_steps": 40, "save_steps": 20, "eval_steps": 20, "exact_match_rows": 4})
-    result = train(recipe, tmp_path / "run")
+    console = Console(file=io.StringIO(), width=1000)
+    result = train(recipe, tmp_path / "run", console=console)
     assert result is not None
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert re.search(r"Data: 32 rows to train on, 8 held out; the loss covers [\d,]+ of [\d,]+ tokens", text)
+    assert "⟦" not in text  # the rows themselves are for `qvera preview`
+    shown = [int(step) for step in re.findall(r"^step (\d+)/40", text, re.MULTILINE)]
+    assert shown == [1, *range(2, 41, 2)]  # a line every twentieth where there is no terminal
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     before, after = run["result"]["eval_before"]["loss"], run["result"]["eval_after"]["loss"]
     assert after < before - 1.0
@@ -64,34 +92,41 @@ def test_a_run_learns_and_leaves_its_files(make_recipe: Any, tmp_path: Path) -> 
     assert {t.dtype for t in vectors(tmp_path / "run").values()} == {torch.float32}
 
 
-def test_another_way_of_writing_the_same_base_is_kept_and_no_cause_for_a_warning(
+def test_a_base_under_the_home_directory_is_named_so_that_other_programs_find_it(
     make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
     recipe = make_recipe(training={"max_steps": 1})
     monkeypatch.setenv("HOME", str(Path(recipe.model.path).parent))
-    recipe.model.path = f"~/{Path(recipe.model.path).name}"
+    whole_path = recipe.model.path
+    recipe.model.path = f"~/{Path(whole_path).name}"
     train(recipe, tmp_path / "run")
     open_run(tmp_path / "run")
     assert not [w for w in recwarn if "base_model_name_or_path" in str(w.message)]
     config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == recipe.model.path
+    assert config["base_model_name_or_path"] == whole_path
 
 
 @pytest.mark.parametrize(
-    ("dropout", "data"), [(0.0, {}), (0.2, {}), (0.0, {"packing": True}), (0.0, {"group_by_length": True})]
+    ("dropout", "data", "killed"),
+    [(0.2, {}, False), (0.0, {"packing": True}, True), (0.2, {"group_by_length": True}, True)],
+    ids=["stopped by SIGTERM", "killed, packed rows", "killed, rows grouped by length"],
 )
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
-    make_recipe: Any, tmp_path: Path, dropout: float, data: dict[str, Any]
+    make_recipe: Any, tmp_path: Path, dropout: float, data: dict[str, Any], killed: bool
 ) -> None:
-    training = {"max_steps": 8, "save_steps": 3, "eval_steps": 4}
+    training = {"max_steps": 8, "save_steps": 3, "save_total_limit": 3, "eval_steps": 4}
     recipe = make_recipe(adapter={"dropout": dropout}, training=training, data=data)
     train(recipe, tmp_path / "whole")
-    stop_after(recipe, tmp_path / "cut", step=4)
+    if killed:
+        cut_off(tmp_path / "whole", tmp_path / "cut", after=4)
+    else:
+        stop_after(recipe, tmp_path / "cut", step=4)
     train(recipe, tmp_path / "cut", resume=True)
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     assert same(vectors(tmp_path / "cut"), vectors(tmp_path / "whole"))
-    strip = lambda rows: [(r["step"], r["loss"]) for r in rows]  # noqa: E731
-    assert strip(records(tmp_path / "cut", "eval")) == strip(records(tmp_path / "whole", "eval"))
+    evaluations = [[(r["step"], r["loss"]) for r in records(tmp_path / name, "eval")] for name in ("cut", "whole")]
+    assert evaluations[0] == evaluations[1]
+    assert [step for step, _ in evaluations[0]] == [4, 8]
 
 
 def stop_after(recipe: Recipe, run_dir: Path, step: int, resume: bool = False) -> None:
@@ -113,44 +148,75 @@ def stop_after(recipe: Recipe, run_dir: Path, step: int, resume: bool = False) -
     assert (run_dir / "checkpoints" / f"step-{step:08d}" / "manifest.json").exists()
 
 
-def test_a_damaged_checkpoint_is_passed_over(make_recipe: Any, tmp_path: Path, capsys: Any) -> None:
-    recipe = make_recipe(training={"max_steps": 6, "save_steps": 2, "save_total_limit": 3})
-    train(recipe, tmp_path / "whole")
-    stop_after(recipe, tmp_path / "cut", step=5)
-    newest = tmp_path / "cut" / "checkpoints" / "step-00000005" / "vectors.safetensors"
+def test_a_damaged_checkpoint_is_passed_over(six_steps: tuple[Recipe, Path], tmp_path: Path, capsys: Any) -> None:
+    recipe, whole = six_steps
+    cut = cut_off(whole, tmp_path / "cut", after=6)
+    newest = cut / "checkpoints" / "step-00000006" / "vectors.safetensors"
     data = bytearray(newest.read_bytes())
     data[-1] ^= 1
     newest.write_bytes(bytes(data))
-    train(recipe, tmp_path / "cut", resume=True)
-    assert "vectors.safetensors: is missing or not what the manifest says" in " ".join(capsys.readouterr().err.split())
-    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-    assert same(vectors(tmp_path / "cut"), vectors(tmp_path / "whole"))
+    train(recipe, cut, resume=True)
+    text = " ".join(capsys.readouterr().err.split())
+    assert "vectors.safetensors: is missing or not what the manifest says" in text
+    assert "Going on from step 4 of 6" in text
+    assert losses(cut) == losses(whole)
+    assert same(vectors(cut), vectors(whole))
 
 
-def test_a_checkpoint_of_another_run_is_passed_over(make_recipe: Any, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_run_is_passed_over(six_steps: tuple[Recipe, Path], tmp_path: Path) -> None:
     """Whole, and of the same shapes: only its recipe says that it is not of this run."""
-    recipe = make_recipe(training={"max_steps": 6, "save_steps": 2})
-    train(recipe, tmp_path / "whole")
-    stop_after(recipe, tmp_path / "cut", step=3)
-    train(make_recipe(training={"max_steps": 6, "save_steps": 5, "learning_rate": 1e-3}), tmp_path / "other")
-    foreign = tmp_path / "cut" / "checkpoints" / "step-00000005"
-    shutil.copytree(tmp_path / "other" / "checkpoints" / "step-00000005", foreign)
+    recipe, whole = six_steps
+    cut = cut_off(whole, tmp_path / "cut", after=4)
+    foreign = cut / "checkpoints" / "step-00000005"
+    shutil.copytree(cut / "checkpoints" / "step-00000004", foreign)
+    state = json.loads((foreign / "state.json").read_text())
+    state["recipe"]["training"]["learning_rate"] = 1e-3
+    (foreign / "state.json").write_text(json.dumps({**state, "step": 5}))
+    vouch_for(foreign)
     console = Console(file=io.StringIO(), width=1000)
-    train(recipe, tmp_path / "cut", resume=True, console=console)
-    said = console.file.getvalue()  # type: ignore[attr-defined]
+    train(recipe, cut, resume=True, console=console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
     assert (
-        "step-00000005: is of another run; training.learning_rate differ from this recipe. It is passed over." in said
+        "step-00000005: is of another run; training.learning_rate differ from this recipe. It is passed over." in text
     )
-    assert "Going on from step 3 of 6" in said
-    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-    assert same(vectors(tmp_path / "cut"), vectors(tmp_path / "whole"))
+    assert "Going on from step 4 of 6" in text
+    assert losses(cut) == losses(whole)
+    assert same(vectors(cut), vectors(whole))
+
+
+@pytest.mark.parametrize("lost", ["manifests", "checkpoints"])
+def test_a_run_that_lost_all_its_checkpoints_is_not_begun_again(
+    six_steps: tuple[Recipe, Path], tmp_path: Path, lost: str
+) -> None:
+    recipe, whole = six_steps
+    cut = cut_off(whole, tmp_path / "cut", after=4)
+    for path in (cut / "checkpoints").iterdir():
+        if lost == "manifests":
+            (path / "manifest.json").unlink()
+        else:
+            shutil.rmtree(path)
+    before = {p: p.read_bytes() for p in cut.rglob("*") if p.is_file()}
+    with pytest.raises(InputError, match=r"holds no checkpoint that can be used, and the run has taken 6 steps\. Put"):
+        train(recipe, cut, resume=True)
+    assert {p: p.read_bytes() for p in cut.rglob("*") if p.is_file()} == before
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(
+    six_steps: tuple[Recipe, Path], tmp_path: Path, capsys: Any
+) -> None:
+    recipe, whole = six_steps
+    cut = cut_off(whole, tmp_path / "cut", after=0)
+    log = cut / "metrics.jsonl"
+    log.write_text("".join(line + "\n" for line in log.read_text().splitlines()[:2]) + '{"kind": "tr')
+    train(recipe, cut, resume=True)
+    assert "starting from step 0" in " ".join(capsys.readouterr().err.split())
+    assert losses(cut) == losses(whole)
 
 
 def test_a_disk_that_becomes_read_only_ends_the_run_and_resume_goes_on(
-    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    six_steps: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = make_recipe(training={"max_steps": 6, "save_steps": 2})
-    train(recipe, tmp_path / "whole")
+    recipe, whole = six_steps
     with small_disk(tmp_path / "disk", 4 << 20) as disk:
         original = checkpoint.save
 
@@ -167,52 +233,49 @@ def test_a_disk_that_becomes_read_only_ends_the_run_and_resume_goes_on(
         with read_only(disk), pytest.raises(InputError, match="nothing can be written in .*Read-only"):
             train(recipe, disk / "run", resume=True)
         train(recipe, disk / "run", resume=True)
-        assert losses(disk / "run") == losses(tmp_path / "whole")
-        assert same(vectors(disk / "run"), vectors(tmp_path / "whole"))
+        assert losses(disk / "run") == losses(whole)
+        assert same(vectors(disk / "run"), vectors(whole))
 
 
-def test_stopping_where_a_damaged_checkpoint_stands_saves_a_whole_one(make_recipe: Any, tmp_path: Path) -> None:
-    recipe = make_recipe(training={"max_steps": 6, "save_steps": 2})
-    stop_after(recipe, tmp_path / "run", step=3)
-    damaged = tmp_path / "run" / "checkpoints" / "step-00000003"
-    (damaged / "vectors.safetensors").write_bytes(b"")
-    stop_after(recipe, tmp_path / "run", step=3, resume=True)  # from step 2; "and saved" has to be true
+def test_stopping_where_a_damaged_checkpoint_stands_saves_a_whole_one(
+    six_steps: tuple[Recipe, Path], tmp_path: Path
+) -> None:
+    recipe, whole = six_steps
+    cut = cut_off(whole, tmp_path / "cut", after=2)
+    damaged = cut / "checkpoints" / "step-00000003"
+    damaged.mkdir()
+    stop_after(recipe, cut, step=3, resume=True)  # from step 2; "and saved" has to be true
     assert checkpoint.load(damaged).step == 3
 
 
-def test_records_are_on_disk_before_the_checkpoint_that_ends_them(
+def test_each_step_is_saved_once_and_its_records_are_on_disk_before(
     make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a power cut a run goes on behind its newest checkpoint: what was recorded before that is never run again."""
+    """A second save of one step would remove the first for a moment, and with a limit of one there is no other.
+
+    After a power cut a run goes on behind its newest checkpoint: what was recorded before that is never run again.
+    """
     order: list[str] = []
     original = checkpoint.save
     monkeypatch.setattr("qvera.training.logging.flush", lambda path: order.append(path.name))
-    monkeypatch.setattr(checkpoint, "save", lambda *all: order.append("checkpoint") or original(*all))
-    train(make_recipe(training={"max_steps": 4, "save_steps": 2}), tmp_path / "run")
-    assert order == ["metrics.jsonl", "checkpoint"] * 2
-
-
-def test_each_step_is_saved_once(make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second save of one step would take away the first for a moment, and with a limit of one there is no other."""
-    saved: list[int] = []
-    original = checkpoint.save
-    monkeypatch.setattr(checkpoint, "save", lambda d, step, *more: saved.append(step) or original(d, step, *more))
+    monkeypatch.setattr(checkpoint, "save", lambda d, step, *more: order.append(str(step)) or original(d, step, *more))
     train(make_recipe(training={"max_steps": 7, "save_steps": 2, "eval_steps": 2}), tmp_path / "run")
+    saved = [int(name) for name in order if name != "metrics.jsonl"]
     assert saved == sorted(set(saved))
     assert {2, 4, 6, 7} <= set(saved)
+    assert order == [name for step in saved for name in ("metrics.jsonl", str(step))]
 
 
 def test_accumulation_does_not_change_the_update(make_recipe: Any, tmp_path: Path) -> None:
-    """1 x 8, 2 x 4 and 4 x 2 rows: the same losses and vectors, though rows have different numbers of trained tokens."""
+    """1 x 8 and 4 x 2 rows: the same losses and vectors, though rows have different numbers of trained tokens."""
     found = {}
-    for size in (8, 4, 2):
+    for size in (8, 2):
         run = tmp_path / str(size)
         train(make_recipe(training={"max_steps": 4, "per_device_train_batch_size": size}), run)
         found[size] = (torch.tensor(losses(run)), vectors(run))
-    for size in (4, 2):
-        torch.testing.assert_close(found[size][0], found[8][0], rtol=1e-5, atol=0)
-        for name, tensor in found[8][1].items():
-            torch.testing.assert_close(found[size][1][name], tensor, rtol=1e-3, atol=2e-5)
+    torch.testing.assert_close(found[2][0], found[8][0], rtol=1e-5, atol=0)
+    for name, tensor in found[8][1].items():
+        torch.testing.assert_close(found[2][1][name], tensor, rtol=1e-3, atol=2e-5)
 
 
 def test_nan_stops_the_run_and_names_step_and_rows(make_recipe: Any, tmp_path: Path) -> None:
@@ -238,62 +301,55 @@ def test_nan_stops_the_run_and_names_step_and_rows(make_recipe: Any, tmp_path: P
 
 def test_early_stopping_keeps_the_best_vectors(make_recipe: Any, tmp_path: Path) -> None:
     recipe = make_recipe(
-        training={
+        training={  # a rate that spoils it
             "max_steps": 30, "eval_steps": 1, "early_stopping_patience": 2, "load_best_model_at_end": True,
             "learning_rate": 60.0, "warmup_ratio": 0.0, "lr_scheduler_type": "constant", "max_grad_norm": 0,
         }
     )  # fmt: skip
-    result = train(recipe, tmp_path / "run")
+    run_dir = tmp_path / "run"
+    result = train(recipe, run_dir)
     assert result is not None
-    evals = records(tmp_path / "run", "eval")
+    evals = records(run_dir, "eval")
     best = min(evals, key=lambda r: r["loss"])
     assert result.run["result"]["stopped_early"]
     assert len(evals) == best["step"] + 2 < 30
     assert result.run["result"]["best_step"] == best["step"]
     assert result.run["result"]["eval_after"]["loss"] == pytest.approx(best["loss"], rel=1e-6)
+    saved = run_dir / "checkpoints"
+    assert same(vectors(run_dir), load_file(saved / f"step-{best['step']:08d}" / "vectors.safetensors"))
 
-
-def test_where_the_best_checkpoint_is_damaged_the_last_vectors_are_taken_and_that_is_said(
-    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = {  # a rate that spoils it
-        "max_steps": 30, "eval_steps": 1, "early_stopping_patience": 2, "load_best_model_at_end": True,
-        "learning_rate": 60.0, "warmup_ratio": 0.0, "lr_scheduler_type": "constant", "max_grad_norm": 0,
-    }  # fmt: skip
-    original = checkpoint.load
-
-    def damaged(path: Path) -> Any:
-        (path / "vectors.safetensors").write_bytes(b"")
-        return original(path)
-
-    monkeypatch.setattr(checkpoint, "load", damaged)
+    # killed before the adapter was written, and the best checkpoint is damaged: the last step's vectors, and a warning
+    shutil.rmtree(run_dir / "adapter")
+    (saved / f"step-{best['step']:08d}" / "vectors.safetensors").write_bytes(b"")
     console = Console(file=io.StringIO(), width=1000)
-    result = train(make_recipe(training=settings), tmp_path / "run", console=console)
-    assert result is not None
-    step = result.run["result"]["steps"]
-    assert result.run["result"]["best_step"] == step - 2
-    said = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "not what the manifest says" in said
-    assert "The adapter gets the last step's vectors, not the best." in said
-    last = load_file(tmp_path / "run" / "checkpoints" / f"step-{step:08d}" / "vectors.safetensors")
-    assert same(vectors(tmp_path / "run"), last)
+    again = train(recipe, run_dir, resume=True, console=console)
+    assert again is not None
+    assert again.run["result"]["steps"] == len(evals)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "not what the manifest says" in text
+    assert "The adapter gets the last step's vectors, not the best." in text
+    assert same(vectors(run_dir), load_file(saved / f"step-{len(evals):08d}" / "vectors.safetensors"))
 
 
-def test_a_finished_run_is_not_overwritten(make_recipe: Any, tmp_path: Path) -> None:
-    recipe = make_recipe(training={"max_steps": 1})
-    train(recipe, tmp_path / "run")
-    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+def test_a_finished_run_is_not_overwritten(make_recipe: Any, six_steps: tuple[Recipe, Path]) -> None:
+    recipe, run_dir = six_steps
+    before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
     with pytest.raises(InputError, match="already holds a run. Add --resume"):
-        train(recipe, tmp_path / "run")
+        train(recipe, run_dir)
     with pytest.raises(InputError, match=r"another recipe; adapter\.rank changed"):
-        train(make_recipe(adapter={"rank": 16}, training={"max_steps": 1}), tmp_path / "run", resume=True)
-    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+        train(make_recipe(adapter={"rank": 16}, training={"max_steps": 6}), run_dir, resume=True)
+    with (
+        run_lock(run_dir, "node1"),
+        pytest.raises(InputError, match=rf"process {os.getpid()} on node1 \(since .* trains"),
+    ):
+        train(recipe, run_dir, resume=True)
+    assert {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()} == before
 
 
 def test_dry_run_writes_nothing(make_recipe: Any, tmp_path: Path, capsys: Any) -> None:
     assert train(make_recipe(), tmp_path / "run", dry_run=True) is None
     assert not (tmp_path / "run").exists()
-    assert "⟦" in capsys.readouterr().err
+    assert "⟦" in capsys.readouterr().err  # rows, as `qvera preview` prints them
 
 
 def test_the_8_bit_optimizer_learns_and_says_what_it_really_saves(make_recipe: Any, tmp_path: Path) -> None:
