@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qvera.data.formats import Conversation, Turn
-from qvera.data.loss_mask import answer_spans
+from qvera.data.loss_mask import AnswerSpan, Layouts, Message, TemplateError, Tools, answer_spans
 from qvera.data.named_templates import NAMED_TEMPLATES
-from qvera.data.rendering import Renderer, TemplateError
-from qvera.data.template_parts import Skeletons
-from qvera.data.text_spans import Rendered
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -72,16 +70,108 @@ def _own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
         raise InputError(f"data.template: the tokenizer's chat template can't be chosen: {error} Name one.") from None
 
 
-@dataclass(slots=True)
-class ChatTemplate(Renderer):
-    """A chat template bound to a tokenizer, which can tell where the answers of a row are.
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A conversation as text.
 
-    Its attributes are `Renderer`'s.
+    Attributes:
+        text: what the template writes.
+        answers: the assistant turns in order.
+        append_eos: the last answer ends the text and has no end-of-turn token of its own: one eos has to follow.
     """
 
-    _skeletons: Skeletons = field(default_factory=dict)
+    text: str
+    answers: list[AnswerSpan]
+    append_eos: bool
 
-    def prompt(self, turns: list[Turn], tools: list[dict[str, Any]] | None = None) -> tuple[str, list[int]]:
+
+@dataclass(slots=True)
+class ChatTemplate:
+    """A chat template bound to a tokenizer.
+
+    Attributes:
+        name: ``tokenizer`` or a named template; `resolve_template` takes it back.
+        jinja: its source, for ``tokenizer.chat_template`` beside an adapter.
+        tokenizer: the tokenizer that it is for.
+        reads_context: it has a place of its own for Alpaca's ``input``.
+        special: finds the tokenizer's special tokens in a text.
+    """
+
+    name: str
+    jinja: str
+    tokenizer: PreTrainedTokenizerBase
+    reads_context: bool = False
+    special: re.Pattern[str] = field(init=False, repr=False)
+    _added: re.Pattern[str] = field(init=False, repr=False)
+    _layouts: Layouts = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        added = list(self.tokenizer.added_tokens_decoder.values())
+        named = list(self.tokenizer.all_special_tokens)
+        self.special = _any_of([token.content for token in added if token.special] + named)
+        self._added = _any_of([token.content for token in added] + named)
+
+    def messages(self, turns: list[Turn]) -> list[Message]:
+        """Turns as ``apply_chat_template`` takes them."""
+        out = []
+        for turn in turns:
+            message = {"role": turn.role, "content": turn.content, **turn.extra}
+            if turn.context is not None:
+                if self.reads_context:
+                    message["context"] = turn.context
+                else:
+                    message["content"] = f"{turn.content}\n\n{turn.context}"
+            out.append(message)
+        return out
+
+    def render(self, messages: list[Message], tools: Tools = None, prompt: bool = False) -> str:
+        """The text of ``messages``.
+
+        Args:
+            messages: role and content.
+            tools: JSON schemas that the model may call.
+            prompt: end with what opens an assistant turn.
+
+        Raises:
+            InputError: the template refuses these messages (a role that it does not know, an order it does not take).
+        """
+        try:
+            return self.attempt(messages, tools, prompt)
+        except TemplateError as error:
+            raise InputError(f"The chat template ({self.name}) refuses the messages: {error}.") from None
+
+    def attempt(self, messages: list[Message], tools: Tools = None, prompt: bool = False) -> str:
+        """`render`, for those who know what to do where the template refuses.
+
+        Raises:
+            TemplateError: the template refuses these messages; it says why, and nothing else.
+        """
+        import jinja2
+
+        # Named templates are given eos and bos as text even where a tokenizer has none, so that they render at all.
+        blanks = {k: "" for k in ("bos_token", "eos_token") if getattr(self.tokenizer, k, None) is None}
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tools=tools, chat_template=self.jinja, tokenize=False, add_generation_prompt=prompt, **blanks
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+            raise TemplateError(" ".join(str(error).split()).rstrip(".") or type(error).__name__) from None
+
+    def has_special_token(self, text: str) -> bool:
+        """Whether a row's text contains a special token's spelling, which the tokenizer will read as that token."""
+        return self.special.search(text) is not None
+
+    def marker_end(self, text: str, start: int, stop: int, last: bool = False) -> int | None:
+        """Where the end-of-turn marker ends that template text [start, stop) holds: its first special token."""
+        # Fine-tuned models exist whose <|im_end|> was added as an ordinary token, hence the second pattern. It only
+        # comes second, since <tool_call> and <think> are ordinary added tokens that end nothing.
+        for pattern in (self.special, self._added):
+            found = list(pattern.finditer(text, start, stop))
+            if found:
+                return found[-1 if last else 0].end()
+        return None
+
+    def prompt(self, turns: list[Turn], tools: Tools = None) -> tuple[str, list[int]]:
         """The text that an answer to ``turns`` is generated from: exactly what came before answers in training.
 
         It differs from `render` with ``prompt=True`` for templates that ignore ``add_generation_prompt``.
@@ -114,7 +204,7 @@ class ChatTemplate(Renderer):
         messages = self.messages(turns)
         try:
             text = self.attempt(messages, conversation.tools)
-            answers = answer_spans(self, self._skeletons, text, messages, conversation)
+            answers = answer_spans(self, self._layouts, text, messages, conversation)
         except TemplateError as error:
             raise InputError(
                 f"{conversation.source}: the chat template ({self.name}) refuses the row: {error}. Its roles are "
@@ -129,3 +219,8 @@ class ChatTemplate(Renderer):
             )
         append_eos = bool(answers) and answers[-1].turn == len(turns) - 1 and not answers[-1].marked
         return Rendered(text, answers, append_eos)
+
+
+def _any_of(tokens: list[str]) -> re.Pattern[str]:
+    longest_first = sorted({token for token in tokens if token.strip()}, key=lambda token: (-len(token), token))
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")

@@ -1,49 +1,113 @@
-"""Where the answers lie in a rendered text: three ways to know, the surest first.
+"""Where the answers are in a rendered text, in characters.
 
-It is never searched for: a row's text could contain anything, the template's own markers included. The author's own
-``{% generation %}`` blocks say it, or the row's contents in the template's literal text do (see `skeletons`). Templates
-that rewrite contents are measured by rendering prefixes instead.
+They are never searched for: a row's text could contain anything, the template's own markers included. There are three ways to
+know, each for templates that the others can't do:
+
+- The author's ``{% generation %}`` blocks, where there are any. Blocks differ in what they include, which one of the next two settles.
+- The layout: the literal text that the template writes around the contents of a conversation of this shape. It is learned once a
+  shape, by rendering slots in place of the contents, and used where literals and contents together are the row's text.
+- Prefixes: the conversation is rendered up to and without each answer. It takes five renderings an answer, and is for tool calls
+  and for templates that rewrite contents. It can't do templates that write something else once a later turn follows (Qwen3).
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qvera.data.formats import Conversation
-from qvera.data.rendering import Renderer, TemplateError
-from qvera.data.template_parts import Skeletons, skeleton_spans
-from qvera.data.text_spans import AnswerSpan
+
+if TYPE_CHECKING:
+    from qvera.data.chat_template import ChatTemplate
+
+Message = dict[str, Any]
+"""One message as ``apply_chat_template`` takes it."""
+Tools = list[dict[str, Any]] | None
+"""The JSON schemas of the tools that a conversation offers."""
+
+
+class TemplateError(Exception):
+    """The template itself refused the conversation."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerSpan:
+    """Where one assistant turn is, in characters of the rendered text.
+
+    Attributes:
+        turn: its index in the conversation.
+        header: where the template text that opens it starts (the previous content ends there).
+        start: the first character that the model writes itself: the generation prompt ends here.
+        end: one past its end-of-turn marker.
+        marked: the template writes an end-of-turn marker (one token of the vocabulary) after this answer.
+    """
+
+    turn: int
+    header: int
+    start: int
+    end: int
+    marked: bool
+
+
+class _Slot(NamedTuple):
+    """A place for a content, whether the template strips it on either side, and the answer's bounds if it is one."""
+
+    turn: int
+    name: str
+    strip_left: bool
+    strip_right: bool
+    answer: tuple[int, int, bool] | None
+    """Characters from the answer's start to the content, from the content's end to the answer's end; marked or not."""
+
+    def content(self, messages: list[Message]) -> str:
+        content: str = messages[self.turn][self.name]
+        content = content.lstrip() if self.strip_left else content
+        return content.rstrip() if self.strip_right else content
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What a template writes for conversations of one shape: ``literals`` with the ``slots`` between them."""
+
+    literals: list[str]
+    slots: list[_Slot]
+
+
+Layouts = dict[object, Layout | None]
+"""One template's layouts, by shape and tools; None: that shape has none."""
 
 
 def answer_spans(
-    renderer: Renderer, skeletons: Skeletons, text: str, messages: list[dict[str, Any]], conversation: Conversation
+    template: ChatTemplate, layouts: Layouts, text: str, messages: list[Message], conversation: Conversation
 ) -> list[AnswerSpan]:
     """The answers' places in ``text``; an answer that can't be placed is left out.
 
     Args:
-        renderer: the template.
-        skeletons: its skeletons of earlier rows; this row's is added.
+        template: the template.
+        layouts: its layouts of earlier rows; this row's is added.
         text: what it renders for the conversation.
-        messages: the conversation's turns, from `Renderer.messages`.
+        messages: the conversation's turns, from `ChatTemplate.messages`.
         conversation: the row.
 
     Raises:
         TemplateError: the template takes the row, and refuses a part of it.
     """
-    blocks = _generation_spans(renderer, skeletons, text, messages, conversation)
-    return _measured_spans(renderer, skeletons, text, messages, conversation) if blocks is None else blocks
+    spans = _layout_spans(template, layouts, text, messages, conversation)
+    blocks = _generation_blocks(template, text, messages, conversation)
+    if spans is None:
+        spans = _prefix_spans(template, text, messages, conversation)
+    if blocks is None:
+        return spans
+    measured = {span.turn: span for span in spans}
+    return [_within_block(template, text, turn, *block, measured.get(turn)) for turn, block in blocks.items()]
 
 
-def _generation_spans(
-    renderer: Renderer, skeletons: Skeletons, text: str, messages: Any, conversation: Conversation
-) -> list[AnswerSpan] | None:
-    """The author's own ``{% generation %}`` blocks, where there is one for each assistant turn.
-
-    Blocks say what an author wants trained, but differ in what they take along: some leave the end of turn outside, some
-    hold the turn's heading or the line break behind its end. What is measured without them settles that.
-    """
-    if not re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", renderer.jinja):
+def _generation_blocks(
+    template: ChatTemplate, text: str, messages: list[Message], conversation: Conversation
+) -> dict[int, tuple[int, int]] | None:
+    """The author's own ``{% generation %}`` blocks by turn, where there is one for each assistant turn."""
+    if not re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", template.jinja):
         return None
     import jinja2
     from transformers.utils.chat_template_utils import render_jinja_template
@@ -52,79 +116,179 @@ def _generation_spans(
         rendered, blocks = render_jinja_template(
             [messages],
             tools=conversation.tools,
-            chat_template=renderer.jinja,
+            chat_template=template.jinja,
             return_assistant_tokens_mask=True,
             add_generation_prompt=False,
-            **{"bos_token": "", "eos_token": "", **renderer.tokenizer.special_tokens_map},
+            **{"bos_token": "", "eos_token": "", **template.tokenizer.special_tokens_map},
         )
     except (jinja2.TemplateError, TypeError, ValueError, KeyError):
         return None
     assistants = [i for i, turn in enumerate(conversation.turns) if turn.role == "assistant"]
     if rendered[0] != text or len(blocks[0]) != len(assistants):
         return None
-    measured = {span.turn: span for span in _measured_spans(renderer, skeletons, text, messages, conversation)}
-    answers: list[AnswerSpan] = []
-    for turn, (start, end) in zip(assistants, blocks[0], strict=True):
-        answers.append(_within_block(renderer, text, turn, start, end, measured.get(turn)))
-    return answers
+    return dict(zip(assistants, blocks[0], strict=True))
 
 
 def _within_block(
-    renderer: Renderer, text: str, turn: int, start: int, end: int, measured: AnswerSpan | None
+    template: ChatTemplate, text: str, turn: int, start: int, end: int, measured: AnswerSpan | None
 ) -> AnswerSpan:
-    """The answer of a block [start, end): without the turn's heading, and with its end of turn but nothing behind that."""
+    """The answer of a block [start, end): without the turn's heading, and with its end of turn but nothing behind that.
+
+    Some blocks leave the end of turn outside, some hold the turn's heading or the line break behind its end.
+    """
     header = start
     if measured is not None:
         header = min(measured.header, start)
         start = max(start, measured.start)
         # the end of turn stands right behind a block that leaves it outside; one that stops earlier means to
-        closes = measured.marked and renderer.special.fullmatch(text, end, measured.end)
+        closes = measured.marked and template.special.fullmatch(text, end, measured.end)
         if end >= measured.end or closes:
             return AnswerSpan(turn, header, start, measured.end, measured.marked)
-    ends = [found.end() for found in renderer.special.finditer(text, start, end)]
+    ends = [found.end() for found in template.special.finditer(text, start, end)]
     if ends and not text[ends[-1] : end].strip():
         return AnswerSpan(turn, header, start, ends[-1], True)
-    following = renderer.special.match(text, end)
+    following = template.special.match(text, end)
     if following is not None and not text[start:end].endswith("\n"):
         return AnswerSpan(turn, header, start, following.end(), True)
     return AnswerSpan(turn, header, start, end, False)
 
 
-def _measured_spans(
-    renderer: Renderer, skeletons: Skeletons, text: str, messages: Any, conversation: Conversation
+def _answer_start(prompt: str, bare: str, text: str, earliest: int, content: int) -> int:
+    """Where in ``text`` the generation prompt ends that an answer's content (at ``content``) comes from.
+
+    Llama-2's answers start with a space after ``[/INST]``, and Qwen3's with an empty think block: both are the model's to
+    write, since a generation prompt stops before them.
+
+    Args:
+        prompt: the turns before the answer, rendered with the generation prompt.
+        bare: the same without it.
+        earliest: an earlier start is none.
+    """
+    if not text.startswith(prompt) or not earliest <= len(prompt) <= content:
+        return content
+    if prompt == bare and text[len(prompt) : content].strip():
+        return content  # the template knows no generation prompt; its heading is still not the model's to write
+    return len(prompt)
+
+
+def _layout_spans(
+    template: ChatTemplate, layouts: Layouts, text: str, messages: list[Message], conversation: Conversation
+) -> list[AnswerSpan] | None:
+    """The answers where the layout's literals and the row's contents are the text, else None."""
+    if any(turn.extra or (turn.role == "assistant" and not turn.content) for turn in conversation.turns):
+        return None
+    shape = tuple((m["role"], "context" in m, not m["content"]) for m in messages)
+    key = (shape, repr(conversation.tools) if conversation.tools else None)
+    if key not in layouts:
+        layouts[key] = _learn_layout(template, messages, conversation.tools)
+    layout = layouts[key]
+    if layout is None:
+        return None
+    parts = [layout.literals[0]]
+    length, previous_end = len(parts[0]), 0
+    answers = []
+    for slot, literal in zip(layout.slots, layout.literals[1:], strict=True):
+        content = slot.content(messages)
+        end = length + len(content)
+        if slot.answer is not None:
+            before, after, marked = slot.answer
+            answers.append(AnswerSpan(slot.turn, previous_end, length - before, end + after, marked))
+        parts += (content, literal)
+        previous_end, length = end, end + len(literal)
+    return answers if "".join(parts) == text else None
+
+
+def _learn_layout(template: ChatTemplate, messages: list[Message], tools: Tools) -> Layout | None:
+    marks: dict[str, tuple[int, str]] = {}
+    slotted = []
+    for turn, message in enumerate(messages):
+        copy = dict(message)
+        for name in ("content", "context"):
+            if name in copy and (copy[name] or name == "context"):
+                mark = f"QveraSlot{len(marks):04d}Zq7"
+                marks[mark] = (turn, name)
+                copy[name] = f"\t{mark}\t"  # a tab that is gone afterwards: the template strips
+        slotted.append(copy)
+    try:
+        text = template.attempt(slotted, tools)
+    except TemplateError:
+        return None
+    parts = re.split(r"(\t?)(QveraSlot\d{4}Zq7)(\t?)", text)
+    if parts[2::4] != list(marks):
+        return None  # a content is left out, written twice or moved
+    literals, slots = parts[::4], []
+    end = 0
+    for number, (left, mark, right) in enumerate(zip(parts[1::4], parts[2::4], parts[3::4], strict=True)):
+        turn, name = marks[mark]
+        earliest = end
+        start = end + len(literals[number])
+        end = start + len(left + mark + right)
+        answer = None
+        if messages[turn]["role"] == "assistant" and name == "content":
+            begins = _slotted_start(template, slotted[:turn], tools, text, earliest, start)
+            closes, marked = _slotted_end(template, slotted, turn, tools, text, end, end + len(literals[number + 1]))
+            answer = (start - begins, closes - end, marked)
+        slots.append(_Slot(turn, name, not left, not right, answer))
+    return Layout(literals, slots)
+
+
+def _slotted_start(
+    template: ChatTemplate, before: list[Message], tools: Tools, text: str, earliest: int, content: int
+) -> int:
+    if not before:
+        return content
+    try:
+        prompt, bare = template.attempt(before, tools, prompt=True), template.attempt(before, tools)
+    except TemplateError:
+        return content
+    return _answer_start(prompt, bare, text, earliest, content)
+
+
+def _slotted_end(
+    template: ChatTemplate, slotted: list[Message], turn: int, tools: Tools, text: str, end: int, latest: int
+) -> tuple[int, bool]:
+    """Where in ``text`` the answer's turn ends whose content ends at ``end``, and whether by a marker."""
+    close = latest
+    if turn + 1 < len(slotted):  # what follows up to the next content holds the next turn's heading too
+        try:
+            alone = template.attempt(slotted[: turn + 1], tools)
+        except TemplateError:
+            alone = ""
+        if not (text.startswith(alone) and end <= len(alone) <= latest):
+            marker_end = template.marker_end(text, end, latest)
+            return (marker_end or end), marker_end is not None
+        close = len(alone)
+    # Without a marker, what the template itself puts behind an answer (a line break, say) is all there is to learn from.
+    marker_end = template.marker_end(text, end, close)
+    return (marker_end or close), marker_end is not None
+
+
+def _prefix_spans(
+    template: ChatTemplate, text: str, messages: list[Message], conversation: Conversation
 ) -> list[AnswerSpan]:
-    spans = skeleton_spans(renderer, skeletons, text, messages, conversation)
-    return _prefix_spans(renderer, text, messages, conversation) if spans is None else spans
-
-
-def _prefix_spans(renderer: Renderer, text: str, messages: Any, conversation: Conversation) -> list[AnswerSpan]:
     """Render the conversation through and without each answer; left out where that is not how the text begins."""
     answers = []
+    tools = conversation.tools
     for turn, item in enumerate(conversation.turns):
         if item.role != "assistant":
             continue
-        bare = renderer.attempt(messages[:turn], conversation.tools) if turn else ""
-        prompt = renderer.attempt(messages[:turn], conversation.tools, prompt=True) if turn else ""
-        through = renderer.attempt(messages[: turn + 1], conversation.tools)
-        if not text.startswith(through):
-            continue
-        found = _content_place(renderer, messages[: turn + 1], conversation.tools, through)
-        if found is None:
+        bare = template.attempt(messages[:turn], tools) if turn else ""
+        prompt = template.attempt(messages[:turn], tools, prompt=True) if turn else ""
+        through = template.attempt(messages[: turn + 1], tools)
+        place = _content_place(template, messages[: turn + 1], tools, through) if text.startswith(through) else None
+        if place is None:
             continue  # rewritten beyond recognition: a marker inside of it could be mistaken for its end
-        content, behind = found
-        # as `skeletons._generation_start` has it; an answer may leave out the end of the generation prompt
-        start = len(prompt) if through.startswith(prompt) and len(prompt) <= content else content
-        if prompt == bare and text[start:content].strip():
-            start = content
+        content, behind = place
+        start = _answer_start(prompt, bare, through, 0, content)
         header = len(bare) if prompt.startswith(bare) and len(bare) <= start else start
         # A tool call is written behind the content, and may open with a special token of its own.
-        marker_end = renderer.marker_end(through, behind, len(through), last="tool_calls" in item.extra)
+        marker_end = template.marker_end(through, behind, len(through), last="tool_calls" in item.extra)
         answers.append(AnswerSpan(turn, header, start, marker_end or len(through), marker_end is not None))
     return answers
 
 
 def _content_place(
-    renderer: Renderer, messages: list[dict[str, Any]], tools: Any, through: str
+    template: ChatTemplate, messages: list[Message], tools: Tools, through: str
 ) -> tuple[int, int] | None:
     """Where in ``through`` the last message's content starts and ends.
 
@@ -135,43 +299,36 @@ def _content_place(
     Returns:
         None where the template does something else with this content.
     """
-    last = messages[-1]
+    *earlier, last = messages
     mark = "QveraSlot"
-    spelled = repr(messages) + repr(tools)
-    while mark in spelled:
+    while mark in repr(messages) + repr(tools):
         mark += "Z"
     try:
-        slotted = renderer.attempt([*messages[:-1], {**last, "content": f"\t{mark}\t"}], tools)
-        empty = renderer.attempt([*messages[:-1], {**last, "content": ""}], tools)
+        slotted = template.attempt([*earlier, {**last, "content": f"\t{mark}\t"}], tools)
+        empty = template.attempt([*earlier, {**last, "content": ""}], tools)
     except TemplateError:
         return None
-    pieces = re.split(rf"(\t?){mark}(\t?)", slotted)
-    if len(pieces) != 4:
-        if len(pieces) == 1 and slotted == through:
-            bare = renderer.attempt(messages[:-1], tools, prompt=True) if messages[:-1] else ""
-            return (len(bare), len(bare)) if through.startswith(bare) else None
+    parts = re.split(rf"(\t?){mark}(\t?)", slotted)
+    if len(parts) == 1 and slotted == through:
+        prompt = template.attempt(earlier, tools, prompt=True) if earlier else ""
+        return (len(prompt), len(prompt)) if through.startswith(prompt) else None
+    if len(parts) != 4:
         return None
-    before, left, right, behind = pieces
-    content = last["content"]
-    content = content if left else content.lstrip()
-    content = content if right else content.rstrip()
+    before, left, right, behind = parts
+    content = _Slot(len(earlier), "content", not left, not right, None).content(messages)
     if through == before + content + behind:
         return len(before), len(before) + len(content)
     if not content and through == empty:
         # The template writes less around nothing at all: what it shares with the other text at its end is behind it.
-        return _around_nothing(through, before, behind)
+        opening = _shared(through, before)
+        return opening, max(opening, len(through) - _shared(through[::-1], behind[::-1]))
     if through.startswith(before) and through.endswith(behind) and len(through) >= len(before) + len(behind):
         # it rewrites the content in its place (line breaks stripped, say)
         return len(before), len(through) - len(behind)
     return None
 
 
-def _around_nothing(text: str, before: str, behind: str) -> tuple[int, int]:
-    """Where ``text`` stops being like ``before``, and from where on it is like ``behind``; not before that."""
-    shared = 0
-    while shared < min(len(text), len(behind)) and text[-1 - shared] == behind[-1 - shared]:
-        shared += 1
-    opening = 0
-    while opening < min(len(text), len(before)) and text[opening] == before[opening]:
-        opening += 1
-    return opening, max(opening, len(text) - shared)
+def _shared(one: str, other: str) -> int:
+    """Characters that two texts begin with in common."""
+    length = min(len(one), len(other))
+    return next((at for at in range(length) if one[at] != other[at]), length)

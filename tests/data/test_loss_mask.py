@@ -311,6 +311,21 @@ def test_a_template_that_rewrites_answers(make_tokenizer: MakeTokenizer, tmp_pat
     assert trained_text(tokenizer, one(tmp_path, TWO, tokenizer)) == "first<|im_end|>second<|im_end|>"
 
 
+# In the manner of Qwen3: the last answer opens with a think block that is empty, earlier ones are written without.
+THINKS_LAST = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' and loop.last %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_a_template_that_writes_more_before_the_last_answer(make_tokenizer: MakeTokenizer, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(chat_template=THINKS_LAST)
+    example = one(tmp_path, TWO[:4], tokenizer)
+    assert trained_text(tokenizer, example) == "first<|im_end|><think>\n\n</think>\n\nsecond<|im_end|>"
+    assert example.prompt_text.endswith("two<|im_end|>\n<|im_start|>assistant\n")
+
+
 def test_a_template_that_refuses_the_row(make_tokenizer: MakeTokenizer, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"rows\.jsonl:1: .*llama-2.* refuses the row: .*alternate.*user, user"):
         one(tmp_path, [("user", "a"), ("user", "b"), ("assistant", "c")], make_tokenizer(), template="llama-2")
