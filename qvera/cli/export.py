@@ -33,7 +33,7 @@ def export(
         Literal["float16", "bfloat16", "float32"] | None, typer.Option(help="Default: the recipe's, float16.")
     ] = None,
     base: Annotated[
-        Literal["original", "dequantized"] | None, typer.Option(help="Default: the recipe's, original.")
+        Literal["original", "dequantized"] | None, typer.Option(help="Default: the recipe's, dequantized.")
     ] = None,
     no_compare: Annotated[bool, typer.Option("--no-compare", help="Do not measure the difference.")] = False,
     compare_only: Annotated[
@@ -43,12 +43,12 @@ def export(
     """Write a checkpoint that other tools load.
 
     --to merged: W + dW for every adapted weight in 16 bits; transformers loads it. The run trained on a quantized base; --base
-    original merges into the 16-bit weights, --base dequantized into the weights that training used. The difference between the
-    trained and the exported model is measured and written to OUT/qvera_export.json. If it is stopped, the same command continues
-    from the finished shards.
+    dequantized merges into the weights that training used, so that the export answers as the run does; --base original merges
+    into the original 16-bit weights. The difference between the trained and the exported model is measured and written to
+    OUT/qvera_export.json. If it is stopped, the same command continues from the finished shards.
 
-    --to lora: the same change of the weights as a LoRA for PEFT: at the adapter's own rank, or cut to the best --rank K, with the
-    error of each layer. --to peft: an adapter of PEFT's own VeRA, projections in the file.
+    --to lora: the same change of the weights as a LoRA for PEFT: at the adapter's own rank (exact with --dtype float32), or cut
+    to the best --rank K, with its error. --to peft: an adapter of PEFT's own VeRA, projections in the file.
 
     Example:
         qvera export runs/quickstart out/ --to merged
@@ -64,6 +64,7 @@ def export(
     from qvera.adapters.save_load import read_config, require_base
     from qvera.config.schema import ExportSection
     from qvera.evaluation.load import find_adapter
+    from qvera.export.compare import difference_text
     from qvera.models.loader import fingerprint_of
 
     recipe, section, adapter_dir = find_adapter(run)
@@ -82,15 +83,8 @@ def export(
     if recipe is not None and (compare_only or (not no_compare and options.certificate_rows)):
         certificate["difference"] = _difference(recipe, run, out, options)
     replace_text(out / CERTIFICATE, json.dumps(certificate, indent=1))
-    difference = certificate["difference"]
-    if difference and "kl_mean" in difference:
-        print(
-            f"trained vs exported on {difference['rows']} rows: loss {difference['loss_trained']:.4f} vs "
-            f"{difference['loss_exported']:.4f}, KL {difference['kl_mean']:.2e} a token, same first choice "
-            f"{difference['top1_agreement']:.1%}"
-        )
-    elif difference:
-        print(f"not measured: {difference['not_measured']}")
+    if certificate["difference"] is not None:
+        print(difference_text(certificate["difference"], certificate["base"]["weights"]))
 
 
 def _merge(
@@ -175,18 +169,23 @@ def write_lora(
         rank: cut to this rank; None: not cut.
         factors: layer → (B, A) of ΔW = B A; None: those of ``adapter``.
     """
-    from qvera.export.lora import Truncation, export_lora, lora_bytes, lora_factors, truncate_all
+    from qvera.export import lora
 
     if rank is not None:
-        print(f"{'layer':<44}{'Frobenius':>11}{'spectral':>11}   relative error of rank {rank}")
-
-        def show(_: int, name: str, error: Truncation) -> None:
-            print(f"{name:<44}{error.frobenius:11.2e}{error.spectral:11.2e}")
-
-        factors = truncate_all(factors.items() if factors else lora_factors(adapter), own_rank, rank, dtype, show)
-    expected = lora_bytes(adapter, rank or own_rank, dtype)
+        errors: dict[str, lora.Truncation] = {}
+        factors = lora.truncate_all(
+            factors.items() if factors else lora.lora_factors(adapter),
+            own_rank,
+            rank,
+            dtype,
+            lambda _, name, error: errors.update({name: error}),
+        )
+        print(lora.truncation_text(errors, own_rank, rank))
+    else:
+        print(f"LoRA of rank {own_rank}: {lora.rounding_text(dtype)}")
+    expected = lora.lora_bytes(adapter, rank or own_rank, dtype)
     print(f"LoRA of rank {rank or own_rank} on {len(adapter.layers)} linears: {formatting.size(expected)} in {out}")
-    size = export_lora(adapter, out, dtype, factors)
+    size = lora.export_lora(adapter, out, dtype, factors)
     print(f"written: {size:,} bytes; stock PEFT loads it")
 
 

@@ -46,7 +46,10 @@ def merge_adapters(
     weights: Annotated[
         list[float] | None, typer.Option(metavar="W...", help="One for each adapter (default: their average).")
     ] = None,
-    to: Annotated[Literal["qvera", "lora"], typer.Option(help="What to write.")] = "qvera",
+    to: Annotated[
+        Literal["qvera", "lora"] | None,
+        typer.Option(help="What to write. Default: qvera where that is exact, else lora."),
+    ] = None,
     rank: Annotated[
         int | None, typer.Option(metavar="K", help="With --to lora: keep the best K directions of each layer.")
     ] = None,
@@ -56,7 +59,7 @@ def merge_adapters(
 
     The default is their average; --weights 1 -1 subtracts, --weights 0.3 0.7 interpolates, one adapter with --weights 0.5 is scaled.
     If seed, rank, b_groups, targets, d and a agree (adapter.train_d: false), the result is again a QVERA adapter, exactly. Any
-    others add up exactly to a LoRA of their ranks' sum: --to lora, cut with --rank K.
+    others add up exactly to a LoRA of their ranks' sum, which --rank K cuts. Without --to, the first is written if it is possible.
 
     Example:
         qvera merge-adapters runs/one runs/two out/ --to lora --weights 0.3 0.7
@@ -68,7 +71,7 @@ def merge_adapters(
     from qvera.adapters.save_load import read_config
     from qvera.evaluation.load import find_adapter
     from qvera.export.deltas import read_deltas
-    from qvera.export.merge_adapters import stacked_factors, union, weighted_sum, write_vectors
+    from qvera.export.merge_adapters import same_directions, stacked_factors, union, weighted_sum, write_vectors
     from qvera.models.model_config import empty_model
 
     found = [find_adapter(path) for path in adapters]
@@ -78,11 +81,20 @@ def merge_adapters(
     model = empty_model(found[0][1])
     deltas = [read_deltas(directory, model) for _, _, directory in found]
     factors = weights or [1.0 / len(deltas)] * len(deltas)
+    own_rank = sum(adapter.A.shape[0] for adapter in deltas)
+    if to is None:
+        why = same_directions(deltas)
+        to = "qvera" if why is None and rank is None else "lora"
+        if why is not None:
+            print(
+                f"No QVERA adapter is the exact sum of these: {why}. So this writes a LoRA of rank {rank or own_rank}."
+            )
     if to == "qvera":
+        if rank is not None:
+            raise InputError("--rank: goes with --to lora only.")
         write_vectors(found[0][2], weighted_sum(deltas, factors), out)
         print(f"{len(deltas)} adapters, weights {', '.join(f'{w:g}' for w in factors)}: exact, in {out}")
         return
-    own_rank = sum(adapter.A.shape[0] for adapter in deltas)
     write_lora(union(deltas), out, getattr(torch, dtype), own_rank, rank, stacked_factors(deltas, factors))
 
 

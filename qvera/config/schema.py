@@ -277,8 +277,9 @@ class ExportSection(Section):
 
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """The dtype of the exported weights."""
-    base: Literal["original", "dequantized"] = "original"
-    """Merge into the original 16-bit weights, or into the dequantized ones that the vectors were trained with."""
+    base: Literal["original", "dequantized"] = "dequantized"
+    """Merge into the dequantized weights that the vectors were trained with, so that the export answers as the run does, or into
+    the original 16-bit ones."""
     max_shard_size_bytes: Annotated[int, Strict(), Field(ge=1), at_most(2**50, "no file system takes more")] = (
         5_000_000_000
     )

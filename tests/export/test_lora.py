@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -210,19 +209,14 @@ def test_a_rank_that_is_no_truncation_is_refused(trained: Any) -> None:
             truncate_all(lora_factors(adapter), RANK, rank, torch.float32)
 
 
-def test_the_command_says_rank_size_and_errors_before_it_writes(
-    trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_says_rank_size_and_error(trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     *_, adapter_dir = trained
     grouped = json.loads((adapter_dir / "adapter_config.json").read_text())["b_groups"] > 1
     out = tmp_path / "small"
     assert main(["export", str(adapter_dir), str(out), "--to", "lora", "--rank", "3", "--dtype", "bfloat16"]) == 0
     said = capsys.readouterr().out
-    lines = said.splitlines()
-    assert (
-        sum(bool(re.search(r"\.(q|k|v|o|gate|up|down)_proj +\d\.\d\de-\d\d +\d\.\d\de-\d\d", line)) for line in lines)
-        == 14
-    )
+    assert "rank 3 of 8: relative error of ΔW (Frobenius)" in said
+    assert len(said.splitlines()) == 3
     assert "LoRA of rank 3 on 14 linears" in said
     assert json.loads((out / "adapter_config.json").read_text())["r"] == 3
     tensors = load_file(out / "adapter_model.safetensors")

@@ -213,17 +213,32 @@ def test_sums_of_adapters_that_share_d_are_exact_adapters(
 
 
 @pytest.mark.parametrize(
-    "pair", [("a", "b"), ("a", "smaller"), ("a", "seed"), ("a", "few"), ("halves", "b"), ("scaled", "pairs")]
+    ("pair", "differ"),
+    [
+        (("a", "b"), "d (first at"),
+        (("a", "smaller"), "rank"),
+        (("a", "seed"), "seed"),
+        (("a", "few"), "set of layers"),
+        (("halves", "scaled"), "rank"),
+        (("pairs", "a"), "b_groups"),
+    ],
 )
 def test_any_two_add_up_exactly_to_a_lora(
-    pair: tuple[str, str], directories: dict[str, Path], tiny_model_dir: Path, tmp_path: Path
+    pair: tuple[str, str],
+    differ: str,
+    directories: dict[str, Path],
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     used = [directories[name] for name in pair]
     command = ["merge-adapters", *map(str, used), str(tmp_path / "sum"), "--weights", "0.25", "-2"]
-    assert main(command) == 2  # not a VeRA adapter any more
+    assert main([*command, "--to", "qvera"]) == 2  # not a VeRA adapter any more
     assert not (tmp_path / "sum").exists()
-    assert main([*command, "--to", "lora"]) == 0
+    assert main(command) == 0
     rank = SHAPES[pair[0]]["rank"] + SHAPES[pair[1]]["rank"]
+    assert f"they differ in {differ}" in (out := capsys.readouterr().out)
+    assert f"So this writes a LoRA of rank {rank}." in out
     config = json.loads((tmp_path / "sum" / "adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == rank
     tensors = load_file(tmp_path / "sum" / "adapter_model.safetensors")
@@ -240,7 +255,12 @@ def test_any_two_add_up_exactly_to_a_lora(
 def test_a_sum_can_be_cut(directories: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     used = [str(directories["a"]), str(directories["seed"])]
     assert main(["merge-adapters", *used, str(tmp_path / "cut"), "--to", "lora", "--rank", "4"]) == 0
-    assert "relative error of rank 4" in capsys.readouterr().out
+    assert "rank 4 of 14: relative error" in capsys.readouterr().out
+    cut = ["merge-adapters", used[0], str(tmp_path / "cut2"), "--rank", "4"]
+    assert main([*cut, "--to", "qvera"]) == 2
+    assert "--rank: goes with --to lora only" in capsys.readouterr().err
+    assert main(cut) == 0  # a rank asks for a LoRA
+    assert json.loads((tmp_path / "cut2" / "adapter_config.json").read_text())["r"] == 4
     assert json.loads((tmp_path / "cut" / "adapter_config.json").read_text())["r"] == 4
 
 

@@ -50,8 +50,8 @@ def test_every_weight_is_w_plus_delta_in_fp32_before_the_cast(
     trained: Any, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     model, section, adapter = trained
-    export_merged(adapter, section, tmp_path / "out32", ExportSection(dtype="float32"))
-    export_merged(adapter, section, tmp_path / "out16", ExportSection(dtype="float16"))
+    export_merged(adapter, section, tmp_path / "out32", ExportSection(dtype="float32", base="original"))
+    export_merged(adapter, section, tmp_path / "out16", ExportSection(dtype="float16", base="original"))
     source = load_file(tiny_model_dir / "model.safetensors")
     wide, narrow = (load_file(tmp_path / n / "model.safetensors") for n in ("out32", "out16"))
     change = deltas(model)
@@ -190,21 +190,21 @@ def test_a_base_with_nan_is_named(trained: Any, tiny_model_dir: Path, tmp_path: 
 def test_the_command_measures_the_difference(write_recipe: Any, tmp_path: Path, capsys: Any) -> None:
     recipe = write_recipe(training={"output_dir": str(tmp_path / "run"), "max_steps": 4})
     assert main(["train", str(recipe)]) == 0
-    for base in ("original", "dequantized"):
-        out = tmp_path / base
-        assert main(["export", str(tmp_path / "run"), str(out), "--base", base, "--dtype", "float32"]) == 0
+    for name, flags in (("original", ["--base", "original"]), ("dequantized", [])):  # the latter is the default
+        assert main(["export", str(tmp_path / "run"), str(tmp_path / name), "--dtype", "float32", *flags]) == 0
     found = {
         b: json.loads((tmp_path / b / "qvera_export.json").read_text())["difference"]
         for b in ("original", "dequantized")
     }
     assert found["dequantized"]["kl_max"] < 1e-6
     assert found["dequantized"]["top1_agreement"] == 1.0
+    assert found["dequantized"]["answers_agree"] == found["dequantized"]["rows"] == 8
     assert found["original"]["kl_mean"] > 1e-4, "the two bases are different models, and the certificate must show it"
     assert found["original"]["rows"] == 8
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     loss = run["result"]["eval_after"]["loss"]
     assert found["dequantized"]["loss_trained"] == pytest.approx(loss, rel=1e-5)
-    assert "KL" in capsys.readouterr().out
+    assert "throughout 8 of 8 answers" in capsys.readouterr().out
 
 
 def test_the_exported_weights_are_those_the_run_answers_with(write_recipe: Any, tmp_path: Path) -> None:
