@@ -6,6 +6,7 @@ import base64
 import functools
 import hashlib
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -34,11 +35,9 @@ def environment() -> Environment:
         "script": Markup(script),
         "script_sha256": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     }
-    formats = (count, duration, moment, percent, significant, size)
-    found.filters |= {function.__name__: function for function in formats} | {
-        "yaml": yaml_text,
-        "code_spans": _code_spans,
-    }
+    formats: tuple[Callable[[float], str], ...] = (count, duration, percent, significant, size)
+    found.filters |= {function.__name__: _or_nothing(function) for function in formats}
+    found.filters |= {"moment": moment, "yaml": yaml_text, "code_spans": _code_spans}
     return found
 
 
@@ -51,6 +50,11 @@ def yaml_text(value: object) -> str:
     """A value of a recipe as YAML writes it, on one line."""
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000)
     return text.removesuffix("\n").removesuffix("\n...")
+
+
+def _or_nothing(text: Callable[[float], str]) -> Callable[[float | None], str]:
+    """The same format, with "" for a value that is not known."""
+    return lambda value: "" if value is None else text(value)
 
 
 def _code_spans(text: str) -> Markup:

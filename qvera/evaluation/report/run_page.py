@@ -48,12 +48,12 @@ def run_page(run: Run) -> str:
         memory_chart=memory_chart,
         memory_text=memory_text,
         samples=_samples(run),
-        data=_data_facts(run),
+        data_path=get_text(run.recipe, "data", "path"),
+        targets=_targets(run),
         lengths=length_histogram(
             *(_numbers(get(run.info, "data", "length_histogram", k)) for k in ("edges", "counts"))
         ),
         settings=changed_settings(run.recipe).items(),
-        model_facts=_model_facts(run),
         versions=_versions(run),
     )
 
@@ -262,53 +262,15 @@ def _samples(run: Run) -> list[Sample]:
     return made
 
 
-def _data_facts(run: Run) -> list[tuple[str, str, bool]]:
-    """Name, text, and whether it is worth a warning."""
-    tokens, trained = run.number("data", "tokens"), run.number("data", "trained_tokens")
-    share = f" ({percent(trained / tokens)})" if trained is not None and tokens else ""
-    split = _count(run, "data", "split_rows") if run.number("data", "split_rows") else ""
-    parts = _count(run, "data", "split_parts")
-    return [
-        ("Source", get_text(run.recipe, "data", "path"), False),
-        ("Rows to train on", _count(run, "data", "train_rows"), False),
-        ("Rows held out", _count(run, "data", "eval_rows"), False),
-        ("Of these also trained on", _count(run, "data", "repeated_rows"), bool(run.number("data", "repeated_rows"))),
-        ("Tokens", _count(run, "data", "tokens"), False),
-        ("Tokens trained", _count(run, "data", "trained_tokens") + share, False),
-        ("Rows cut to length", _count(run, "data", "truncated_rows"), bool(run.number("data", "truncated_rows"))),
-        ("Rows split", f"{split} into {parts}" if split and parts else split, False),
-        ("Rows dropped", _count(run, "data", "dropped_rows"), bool(run.number("data", "dropped_rows"))),
-        ("Format", run.text("data", "format"), False),
-        ("Template", run.text("data", "template"), False),
-    ]
-
-
-def _count(run: Run, *keys: str) -> str:
-    value = run.number(*keys)
-    return "" if value is None else count(value)
-
-
 def _numbers(values: object) -> list[float]:
     """A list of finite numbers; [] for anything else."""
     found = [get_number({"": value}, "") for value in values] if isinstance(values, list) else []
     return [] if None in found else [value for value in found if value is not None]
 
 
-def _model_facts(run: Run) -> list[tuple[str, str]]:
-    parameters, base = run.number("model", "parameters"), run.number("model", "base_bytes")
+def _targets(run: Run) -> str:
     targets = get(run.info, "adapter", "targets")
-    return [
-        ("Model", run.text("model", "path")),
-        ("Architecture", run.text("model", "architecture")),
-        ("Parameters", count(parameters) if parameters is not None else ""),
-        ("Quantization", run.text("model", "quantization")),
-        ("4-bit layers", _count(run, "model", "four_bit_modules")),
-        ("Compute dtype", run.text("model", "compute_dtype")),
-        ("Storage dtype", run.text("model", "quant_storage")),
-        ("Base in memory", size(base) if base is not None else ""),
-        ("Adapted", ", ".join(map(str, targets)) if isinstance(targets, list) else run.text("adapter", "targets")),
-        ("Projection seed", _count(run, "adapter", "seed")),
-    ]
+    return ", ".join(map(str, targets)) if isinstance(targets, list) else run.text("adapter", "targets")
 
 
 def _versions(run: Run) -> list[tuple[str, str]]:

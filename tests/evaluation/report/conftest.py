@@ -154,6 +154,17 @@ def run_info() -> dict[str, Any]:
     }
 
 
+def plan(private_bytes: float) -> dict[str, Any]:
+    """The plan of run.json, whose measured side was read at another moment than the result."""
+    parts = [{"kind": "runtime", "bytes": 6e8}, {"kind": "base", "bytes": 2e8}, {"kind": "checkpoints", "bytes": 5e8}]
+    measured = {"private_bytes": private_bytes, "mapped_bytes": 1e8, "total_bytes": private_bytes + 1e8}
+    return {
+        "memory": {"moments": {"backward": parts, "loss": parts[:2], "odd": 3}},
+        "measured": measured | {"predicted_bytes": 1.3e9, "relative_error": 0.5},
+        "batch": {"source": "the longest batch"},
+    }
+
+
 def evaluation() -> dict[str, Any]:
     """What `qvera eval --json` writes, of three rows: one won, one with two references, one without any."""
     rows = [

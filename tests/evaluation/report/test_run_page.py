@@ -18,7 +18,7 @@ import yaml
 from qvera.evaluation.report import read_run, run_page, write_report
 from qvera.evaluation.report.settings import changed_settings
 from qvera.utils.errors import InputError, RunFailed
-from tests.evaluation.report.conftest import RECIPE, eval_rows, run_info, train_rows
+from tests.evaluation.report.conftest import RECIPE, eval_rows, plan, run_info, train_rows
 
 Build = Callable[..., Path]
 
@@ -402,22 +402,10 @@ def test_odd_values_in_metrics_are_survived(build_run: Build) -> None:
         Page(run_page(read_run(build_run(train=rows, evals=None, name=f"run-{number}"))))
 
 
-def plan(private_bytes: float) -> dict[str, Any]:
-    """The plan of run.json, whose measured side was read at another moment than the result."""
-    parts = [{"kind": "runtime", "bytes": 6e8}, {"kind": "base", "bytes": 2e8}, {"kind": "checkpoints", "bytes": 5e8}]
-    measured = {"private_bytes": private_bytes, "mapped_bytes": 1e8, "total_bytes": private_bytes + 1e8}
-    return {
-        "memory": {"moments": {"backward": parts, "loss": parts[:2], "odd": 3}},
-        "measured": measured | {"predicted_bytes": 1.3e9, "relative_error": 0.5},
-        "batch": {"source": "the longest batch"},
-    }
-
-
 def test_a_page_has_one_measured_peak(build_run: Build) -> None:
     """Tile, line in the plan's bars and sentence say the same, whatever the file says in two places."""
     text = page(build_run(run_info() | {"plan": plan(1.0e9)})).text
     assert "Peak memory 1.18 GB CPU, and 100 MB of memory-mapped weights" in text
-    assert "measured peak, 1.18 GB and 100 MB of memory-mapped weights" in text
     assert "Predicted peak 1.30 GB, measured 1.18 GB and 100 MB" in text
     assert "the plan was off by +1.4 %. Planned for the longest batch." in text
     assert "1.00 GB" not in text
