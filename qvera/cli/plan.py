@@ -19,15 +19,13 @@ if TYPE_CHECKING:
 
 
 def plan(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file, as for train.")],
     overrides: Overrides,
-    recipe: Annotated[Path | None, typer.Argument(metavar="RECIPE", help="A YAML file, as for train.")] = None,
     gpu: Annotated[str | None, typer.Option(metavar="SIZE", help="Plan for a GPU of that size: 24GB, 24GiB.")] = None,
     nodes: Annotated[int | None, typer.Option(min=1, metavar="N", help="Plan for N equal machines.")] = None,
     gpus: Annotated[int | None, typer.Option(min=1, metavar="M", help="Plan for M processes on each machine.")] = None,
     as_json: Json = False,
     no_timing: Annotated[bool, typer.Option("--no-timing", help="Do not time a step.")] = False,
-    table: Annotated[bool, typer.Option("--table", help="Print what fits on cards of 6 to 80 GB, 7B to 70B.")] = False,
-    svg: Annotated[Path | None, typer.Option(metavar="FILE", help="With --table: write the picture there.")] = None,
 ) -> None:
     """Estimate memory, time and files of a run.
 
@@ -44,19 +42,9 @@ def plan(
     from qvera.distributed.zero_config import load_zero_config
     from qvera.models.loader import pick_device
     from qvera.training.plan import Sharing, gpu_machine, make_plan, parse_size, time_step
-    from qvera.training.plan import table as plan_table
     from qvera.training.plan.show import print_plan
 
     quiet_libraries()
-    if table:
-        print(plan_table.markdown(), end="")
-        if svg is not None:
-            svg.write_text(plan_table.picture(), encoding="utf-8")
-        return
-    if recipe is None:
-        raise InputError("takes a RECIPE (such as recipes/quickstart.yaml), or --table.")
-    if svg is not None:
-        raise InputError("--svg: goes with --table only.")
     loaded = load_recipe(recipe, overrides)
     device = pick_device()
     machine = None if gpu is None else gpu_machine(loaded.model, parse_size(gpu))

@@ -2,7 +2,7 @@
 
 Order of reading: `shapes` (config to shapes), `machine` (where the run takes place), `activations` (one decoder layer),
 `memory` (a whole run), `sharding` (one rank of several), `plan` (the longest batch and the plan itself), `timing`,
-`alternatives` (changes that make a run fit), `show` and `table`.
+`alternatives` (changes that make a run fit) and `show`.
 """
 
 from qvera.training.plan.activations import Batch

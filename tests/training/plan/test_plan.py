@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from bench import plan_table as table
 from qvera.cli.main import main
 from qvera.config.schema import parse_recipe
 from qvera.data import batches_of, build_datasets
 from qvera.models.tokenizer import load_tokenizer
-from qvera.training.plan import Machine, make_plan, parse_size, table
+from qvera.training.plan import Machine, make_plan, parse_size
 from qvera.training.plan.alternatives import changed
 from qvera.training.plan.plan import batch_of, longest_rows
 from qvera.training.trainer import train
@@ -140,12 +141,11 @@ def test_the_command(write_recipe: Any, capsys: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "takes a RECIPE"),
+        ([], "Missing argument"),
         (["missing.yaml"], "no such recipe file"),
         (["RECIPE", "--gpu", "huge"], "takes a size such as 24GB"),
         (["RECIPE", "--set", "adapter.targets=[nothing]"], "no module of this model is named nothing"),
         (["RECIPE", "--set", "model.path=/nowhere"], "no model can be made from the config of"),
-        (["RECIPE", "--svg", "x.svg"], "goes with --table"),
     ],
 )
 def test_refusals(arguments: list[str], message: str, write_recipe: Any, capsys: Any) -> None:

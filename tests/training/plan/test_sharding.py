@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from bench.plan_table import recipe_of, shapes
 from qvera.cli.main import main
 from qvera.training.plan import Machine, Sharing, plan_ways, right_way
 from qvera.training.plan.activations import Batch
 from qvera.training.plan.memory import plan_memory
 from qvera.training.plan.sharding import plan_rank, spread_of, traffic
-from qvera.training.plan.table import _recipe, _shapes
 
 SEVEN = "Llama-2 7B"
 PLAIN = ["none", "zero1", "zero2", "zero3"]
@@ -38,7 +38,7 @@ def part(memory: Any, name: str) -> int:
 @pytest.mark.parametrize("machine", [gpu(10**11), cpu(10**11)])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_zero3_divides_packed_weights_embedding_and_head_and_nothing_is_lost(machine: Machine, world_size: int) -> None:
-    shape, recipe = _shapes()[SEVEN], _recipe(256)
+    shape, recipe = shapes()[SEVEN], recipe_of(256)
     whole = plan_memory(shape, recipe, BATCH, machine)
     spread = plan_rank(shape, recipe, BATCH, machine, Sharing(3, None, world_size))
     tables = 2 * 2 * 32000 * 4096
@@ -56,7 +56,7 @@ def test_zero3_divides_packed_weights_embedding_and_head_and_nothing_is_lost(mac
 
 
 def test_zero1_and_zero2_save_nothing_with_two_ranks_and_a_few_mb_with_many() -> None:
-    shape, recipe = _shapes()[SEVEN], _recipe(256)
+    shape, recipe = shapes()[SEVEN], recipe_of(256)
     trained = 1_417_216
     plain = plan_rank(shape, recipe, BATCH, gpu(0)).total_bytes
     for stage in (1, 2):
@@ -67,7 +67,7 @@ def test_zero1_and_zero2_save_nothing_with_two_ranks_and_a_few_mb_with_many() ->
 
 
 def test_what_travels_in_a_step() -> None:
-    shape, recipe = _shapes()[SEVEN], _recipe(256)
+    shape, recipe = shapes()[SEVEN], recipe_of(256)
     recipe.training.global_batch_size, recipe.training.per_device_train_batch_size = 2, 1
     plain = traffic(shape, recipe, Sharing(0, None, 2))
     assert (plain.gradients, plain.base) == (4 * 1_417_216, 0)  # 5.7 MB
@@ -96,7 +96,7 @@ def test_what_travels_in_a_step() -> None:
 )
 def test_the_right_stage_for_a_card(card_gb: float, word: str | None, words: str) -> None:
     machine = gpu(int(card_gb * 1e9))
-    ways = plan_ways(_shapes()[SEVEN], _recipe(256), BATCH, machine, 2, 2)
+    ways = plan_ways(shapes()[SEVEN], recipe_of(256), BATCH, machine, 2, 2)
     assert [way.sharing.word for way in ways] == [*PLAIN, "zero3-offload-cpu", "zero3-offload-nvme"]
     in_ram, on_disk = ways[-2:]
     assert in_ram.needed_bytes == on_disk.needed_bytes
@@ -111,7 +111,7 @@ def test_the_right_stage_for_a_card(card_gb: float, word: str | None, words: str
 
 def test_on_a_cpu_ranks_of_a_node_divide_its_ram_and_share_its_pages() -> None:
     machine = cpu(4 * 10**9)
-    ways = plan_ways(_shapes()[SEVEN], _recipe(256), BATCH, machine, 1, 4)
+    ways = plan_ways(shapes()[SEVEN], recipe_of(256), BATCH, machine, 1, 4)
     assert [way.sharing.word for way in ways] == [*PLAIN, "zero3-offload-nvme"]
     assert {way.available_bytes for way in ways} == {10**9}
     way, why = right_way(ways, machine)
@@ -121,9 +121,9 @@ def test_on_a_cpu_ranks_of_a_node_divide_its_ram_and_share_its_pages() -> None:
 
 
 def test_a_base_in_16_bits_is_not_offered_to_zero3() -> None:
-    recipe = _recipe(256)
+    recipe = recipe_of(256)
     recipe.model.quantization = "none"
-    ways = plan_ways(_shapes()[SEVEN], recipe, BATCH, gpu(10**9), 1, 2)
+    ways = plan_ways(shapes()[SEVEN], recipe, BATCH, gpu(10**9), 1, 2)
     assert [way.sharing.word for way in ways] == ["none", "zero1", "zero2"]
 
 
@@ -141,7 +141,7 @@ def test_the_command_for_many_ranks(write_recipe: Any, capsys: Any) -> None:
     assert ways["zero3"]["memory"] == plan["memory"]
     assert ways["zero3"]["received_bytes_per_step"]["base"] > 0 == ways["zero2"]["received_bytes_per_step"]["base"]
     assert main(["plan", recipe, "--nodes", "0"]) == 2
-    assert "--nodes: takes a whole number >= 1" in capsys.readouterr().err
+    assert "--nodes" in capsys.readouterr().err
 
 
 def test_a_plan_that_needs_another_stage_says_which(tmp_path: Path, write_recipe: Any, capsys: Any) -> None:

@@ -1,10 +1,15 @@
-"""What fits on which card, for models that people have: the table and the picture of the README."""
+"""What fits on which card: prints the table of the README, and draws its picture.
+
+python bench/plan_table.py docs/plan.svg
+"""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from functools import cache
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +23,7 @@ from qvera.training.plan.shapes import Shape, shape_of
 from qvera.utils.formatting import count, size
 
 CARDS_GB = (6, 8, 12, 16, 24, 48, 80)
-COMMAND = "qvera plan --table --svg docs/plan.svg"
+COMMAND = "python bench/plan_table.py docs/plan.svg"
 PICTURE_TOKENS = 2048
 _LEAST_TOKENS = 64
 
@@ -42,7 +47,8 @@ _COLOURS: dict[Kind, tuple[str, str, str]] = {
 
 
 @cache
-def _shapes() -> dict[str, Shape]:
+def shapes() -> dict[str, Shape]:
+    """The shapes of the models of the table, by name."""
     found = {}
     for name, (hidden, ff, layers, heads, kv, vocabulary, longest) in _MODELS.items():
         config = LlamaConfig(
@@ -54,7 +60,8 @@ def _shapes() -> dict[str, Shape]:
     return found
 
 
-def _recipe(rank: int) -> Recipe:
+def recipe_of(rank: int) -> Recipe:
+    """A recipe with every default but the rank."""
     tree: dict[str, Any] = {"model": {"path": "-"}, "data": {"path": "-"}, "adapter": {"rank": rank}}
     return parse_recipe(tree, "the table")
 
@@ -66,13 +73,13 @@ def _gpu(card_bytes: int) -> Machine:
 def total_bytes(name: str, tokens: int, rank: int = 256) -> int:
     """Device memory of training that model on one row of so many tokens."""
     batch = Batch(1, tokens, tokens, False, False, "", tokens)
-    return plan_memory(_shapes()[name], _recipe(rank), batch, _gpu(0)).total_bytes
+    return plan_memory(shapes()[name], recipe_of(rank), batch, _gpu(0)).total_bytes
 
 
 def longest_tokens(name: str, card_bytes: int, rank: int = 256) -> int:
     """The longest single row, in powers of two up to what the model was made for, that fits; 0: none of 64 tokens."""
     tokens, found = _LEAST_TOKENS, 0
-    while tokens <= _shapes()[name].longest_tokens and total_bytes(name, tokens, rank) <= card_bytes:
+    while tokens <= shapes()[name].longest_tokens and total_bytes(name, tokens, rank) <= card_bytes:
         found, tokens = tokens, tokens * 2
     return found
 
@@ -100,9 +107,9 @@ def markdown() -> str:
 def _stacks() -> Iterator[tuple[str, list[tuple[Kind, int]]]]:
     batch = Batch(1, PICTURE_TOKENS, PICTURE_TOKENS, False, False, "", PICTURE_TOKENS)
     merged: dict[str, Kind] = {"projections": "vectors"}
-    for name, shape in _shapes().items():
+    for name, shape in shapes().items():
         parts = dict.fromkeys(_COLOURS, 0)
-        for part in plan_memory(shape, _recipe(256), batch, _gpu(0)).peak:
+        for part in plan_memory(shape, recipe_of(256), batch, _gpu(0)).peak:
             parts[merged.get(part.kind, part.kind)] += part.bytes
         yield name, [(kind, held) for kind, held in parts.items() if held]
 
@@ -151,3 +158,17 @@ def picture() -> str:
         "gradient checkpointing. Computed, not measured.</text></svg>"
     )
     return "\n".join(parts) + "\n"
+
+
+def main() -> None:
+    """Print the table, and write the picture where a file is named."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("svg", nargs="?", type=Path, help="write the picture there")
+    args = parser.parse_args()
+    print(markdown(), end="")
+    if args.svg is not None:
+        args.svg.write_text(picture(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
