@@ -3,8 +3,8 @@
 oneDNN compiles a kernel for every new shape, which takes milliseconds, and caches it; torch caches another part of it:
 together 0.6 MB, whatever the shape's size, until each of the two holds 1024. A step has about twenty products, so batches of
 ever new lengths made SmolLM2 grow by 10 MB a step. Lengths are therefore rounded up to one of eight an octave: 4 % more tokens
-in the mean. Smaller caches (the two environment variables below) bound the memory too, but then every product is compiled
-again, and they have to be set before torch is loaded.
+in the mean. Smaller caches (the two environment variables below) are no way out: they have to be set before torch is loaded,
+64 kernels each still held 51 MB of 145 after 100 new lengths, and a size of 0 crashed torch.
 """
 
 from __future__ import annotations

@@ -58,8 +58,15 @@ def test_collate_is_exact() -> None:
         collate([], 0)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+# Each kind of model and each kind of attention; the other half of the grid is slow.
+_FAST = [("llama", "sdpa"), ("mistral", "eager"), ("qwen2", "sdpa"), ("qwen3", "eager")]
+_REST = [("llama", "eager"), ("mistral", "sdpa"), ("qwen2", "eager"), ("qwen3", "sdpa")]
+MODELS = pytest.mark.parametrize(
+    ("kind", "attention"), [*_FAST, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in _REST)]
+)
+
+
+@MODELS
 def test_same_loss_and_gradients(rows: list[Example], kind: str, attention: str) -> None:
     from peft import get_peft_model
 
@@ -83,8 +90,7 @@ def test_same_loss_and_gradients(rows: list[Example], kind: str, attention: str)
         torch.testing.assert_close(once_grad, padded_grad, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+@MODELS
 def test_packed_rows_give_the_loss_of_each_alone_and_its_gradients(kind: str, attention: str) -> None:
     from peft import get_peft_model
 

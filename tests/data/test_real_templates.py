@@ -1,6 +1,6 @@
 """Random conversations through real chat templates: trained is what the assistant says and the token that ends it, no more.
 
-The expected mask comes from `real_templates` (pieces of text) and the tokenizer's own offsets, never from qvera.
+The expected mask comes from `real_templates` and the tokenizer's own offsets, never from qvera.
 """
 
 from __future__ import annotations
@@ -132,12 +132,7 @@ def row(tmp_path: Path, messages: Messages, tokenizer: PreTrainedTokenizerFast, 
     return build(tmp_path, [{"messages": messages}], tokenizer, max_length=100_000, **section).train[0]
 
 
-@pytest.mark.parametrize("name", list(REAL))
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_trained_is_what_the_assistant_says_and_its_end(
-    name: str, data: st.DataObject, tmp_path: Path, make_tokenizer: MakeTokenizer
-) -> None:
+def check_mask(name: str, data: st.DataObject, tmp_path: Path, make_tokenizer: MakeTokenizer) -> None:
     tokenizer = tokenizer_of(name, make_tokenizer)
     messages = data.draw(conversations(name))
     assume(answerable(tokenizer, messages))
@@ -159,8 +154,31 @@ def test_trained_is_what_the_assistant_says_and_its_end(
         assert piece.endswith(ends)
 
 
+def with_examples(count: int) -> Any:
+    return settings(max_examples=count, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.mark.parametrize("name", list(REAL))
+@with_examples(40)
+@given(data=st.data())
+def test_trained_is_what_the_assistant_says_and_its_end(
+    name: str, data: st.DataObject, tmp_path: Path, make_tokenizer: MakeTokenizer
+) -> None:
+    check_mask(name, data, tmp_path, make_tokenizer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(REAL))
+@with_examples(400)
+@given(data=st.data())
+def test_trained_is_what_the_assistant_says_and_its_end_in_many_conversations(
+    name: str, data: st.DataObject, tmp_path: Path, make_tokenizer: MakeTokenizer
+) -> None:
+    check_mask(name, data, tmp_path, make_tokenizer)
+
+
 @pytest.mark.parametrize("name", ["llama-2", "mistral", "alpaca", "zephyr"])
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@with_examples(20)
 @given(data=st.data())
 def test_the_same_with_a_sentencepiece_tokenizer(
     name: str, data: st.DataObject, tmp_path: Path, llama2_tokenizer: PreTrainedTokenizerFast
@@ -273,7 +291,7 @@ MARKED = {
 
 
 @pytest.mark.parametrize("style", list(MARKED))
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@with_examples(20)
 @given(data=st.data())
 def test_generation_blocks_agree_with_the_template_without_them(
     style: str, data: st.DataObject, tmp_path: Path, make_tokenizer: MakeTokenizer
