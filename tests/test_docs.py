@@ -118,7 +118,7 @@ def test_commands_of_the_documents_run(
     shutil.copytree(workspace, here)
     monkeypatch.chdir(here)
     monkeypatch.setattr("sys.stdin", io.StringIO("say red 1\n/quit\n"))
-    words = [w.replace("meta-llama/Llama-2-7b-hf", str(tiny_model_dir)) for w in shlex.split(command)[1:]]
+    words = [w.replace("HuggingFaceTB/SmolLM2-1.7B-Instruct", str(tiny_model_dir)) for w in shlex.split(command)[1:]]
     words = [word.replace("MODEL", str(tiny_model_dir)) for word in words]
     for output in outputs_of([w for w in words if w != "--traceback"]):
         if (here / output).is_dir():
