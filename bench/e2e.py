@@ -187,7 +187,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         recipe = recipe_of(args.data, Path(directory))
         if args.what == "final":  # which is scored on the test set alone
-            recipe.data.eval_path = None
+            recipe = recipe.replace(data=recipe.data.replace(eval_path=None))
         for trial in written.missing(trials, args.half):
             model, base, _, facts = run(trial, recipe, args.keep)
             if args.what == "final":

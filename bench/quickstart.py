@@ -58,7 +58,7 @@ def main() -> None:
     opened = open_run(args.run)
     recipe = opened.recipe
     assert recipe is not None
-    recipe.data.eval_limit = args.rows
+    recipe = recipe.replace(data=recipe.data.replace(eval_limit=args.rows))
     datasets = build_datasets(recipe.data, opened.base.tokenizer)
     tokens, rows = recipe.training.sample_max_new_tokens, datasets.eval
     result: dict[str, Any] = {**header(), "steps": recipe.training.max_steps, "scores": {}}

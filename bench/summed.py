@@ -87,7 +87,7 @@ def main() -> None:
     recipe = load_recipe(recipe_path(), overrides)
     result: dict[str, Any] = {**header(), "errors_against_fp32": errors(path, recipe), "learning": {}}
     for seed in args.seeds:
-        recipe.adapter.seed = seed
+        recipe = recipe.replace(adapter=recipe.adapter.replace(seed=seed))
         for name, pays in WAYS.items():
             result["learning"][f"{name}, seed {seed}"] = found = learned(recipe, pays)
             print(name, seed, found, flush=True)

@@ -92,7 +92,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         recipe = (alpaca if args.task == "alpaca" else e2e).recipe_of(args.data, Path(directory))
-        recipe.model.attn_implementation = "eager"
+        recipe = recipe.replace(model=recipe.model.replace(attn_implementation="eager"))
         if args.task == "inputs":
             directions(load_base(recipe.model), recipe)
             return

@@ -61,7 +61,7 @@ NonEmpty = Annotated[str, Field(min_length=1)]
 class Section(BaseModel):
     """A mapping of keys that is read strictly: unknown keys, wrong types and keys that contradict each other are errors."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Yield (key, problem) for keys that are valid by themselves but not together."""

@@ -6,11 +6,12 @@ The text below each field is its description in the JSON schema (`json_schema`) 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, Strict, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, Strict, ValidationError, model_validator
 
 from qvera.config.fields import (
     Bool,
@@ -189,8 +190,8 @@ class DataSection(DataSource):
 class TrainingSection(Section):
     """The training loop. Keys are named as in transformers' TrainingArguments where the meaning is the same."""
 
-    output_dir: str | None = None
-    """The directory of the run. Default: ``runs/`` and the recipe's file name."""
+    output_dir: Annotated[NonEmpty, AfterValidator(os.path.normpath)] | None = None
+    """The directory of the run. Default: ``runs/`` and the recipe's file name. A ``..`` in it is resolved: ``runs/../x`` is ``x``."""
     num_train_epochs: Multiple = 1.0
     """Passes over the training rows. A part of an epoch, such as 0.5, is allowed."""
     max_steps: Annotated[int, Strict(), Field(ge=-1), Counted] = -1

@@ -349,6 +349,20 @@ def test_a_batch_size_alone_derives_the_size_per_device(rows: int, size: int) ->
     assert (training.global_batch_size, training.per_device_train_batch_size) == (rows, size)
 
 
+@pytest.mark.parametrize(
+    ("written", "path"),
+    [("runs/../x", "x"), ("a//b/./c/", "a/b/c"), ("../x", "../x"), ("/a/../b", "/b"), ("~/x/../y", "~/y")],
+)
+def test_the_output_directory_is_resolved_and_makes_no_folder_on_the_way(written: str, path: str) -> None:
+    assert parse_recipe(with_value("training.output_dir", written), "my.yaml").training.output_dir == path
+
+
+def test_a_recipe_can_t_be_changed_in_place() -> None:
+    recipe = parse_recipe(MINIMAL, "my.yaml")
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.adapter.rank = 8  # type: ignore[misc]
+
+
 def test_a_changed_copy_is_checked_like_a_file() -> None:
     recipe = parse_recipe(MINIMAL, "my.yaml")
     other = recipe.replace(adapter=recipe.adapter.replace(rank=8))

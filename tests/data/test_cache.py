@@ -161,11 +161,10 @@ def test_whatever_the_rows_depend_on_makes_another_entry(
 ) -> None:
     tokenizer: Callable[[], PreTrainedTokenizerFast] = byte_tokenizer
     if key == "chat template":
-        section.template = "auto"
+        section = section.replace(template="auto")
     before = build_datasets(section, tokenizer())
     if key in CHANGES:
-        for name, value in CHANGES[key].items():
-            setattr(section, name, value)
+        section = section.replace(**CHANGES[key])
     elif key == "tokenizer":
         tokenizer = _other_tokenizer
     elif key == "chat template":
@@ -192,13 +191,13 @@ def test_whatever_the_rows_depend_on_makes_another_entry(
 def test_what_only_arranges_the_rows_makes_none(section: DataSection, tmp_path: Path) -> None:
     _, alpaca = write_rows(tmp_path, 90)
     build_datasets(section, byte_tokenizer())
-    section.shuffle, section.packing, section.group_by_length, section.prefix_once = False, True, True, False
-    section.mixture, section.weight, section.tokenize_processes = [DataSource(path=alpaca, template="alpaca")], 0.5, 2
+    section = section.replace(shuffle=False, packing=True, group_by_length=True, prefix_once=False)
+    section = section.replace(mixture=[DataSource(path=alpaca, template="alpaca")], weight=0.5, tokenize_processes=2)
     mixed = build_datasets(section, byte_tokenizer())
     assert len(mixed.stats.cache_entries) == 1 == len(entries())
-    section.eval_fraction = 0.0
+    section = section.replace(eval_fraction=0.0)
     build_datasets(section, byte_tokenizer())
-    section.seed = 7  # which has nothing to choose then
+    section = section.replace(seed=7)  # which has nothing to choose then
     assert len(build_datasets(section, byte_tokenizer()).stats.cache_entries) == 1
 
 
@@ -219,7 +218,7 @@ class _Tomorrow(cache.datetime.date):
 def test_a_template_that_writes_the_date_is_good_for_a_day(
     section: DataSection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    section.template = "auto"
+    section = section.replace(template="auto")
     build_datasets(section, _dated())
     assert build_datasets(section, _dated()).stats.cache_entries
     monkeypatch.setattr(cache.datetime, "date", _Tomorrow)
@@ -235,7 +234,7 @@ def test_a_day_that_ends_meanwhile_costs_no_work(section: DataSection, monkeypat
         return made
 
     monkeypatch.setattr(cache, "tokenize_source", make)
-    section.template = "auto"
+    section = section.replace(template="auto")
     assert len(build_datasets(section, _dated()).train) >= 80
 
 
@@ -452,7 +451,7 @@ def test_who_waits_for_the_same_rows_says_so_and_finds_them(
 def test_wrong_rows_are_read_once_for_all_who_wait_and_again_by_who_comes_later(
     section: DataSection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    section.eval_fraction = 0.0
+    section = section.replace(eval_fraction=0.0)
     good = Path(section.path).read_text(encoding="utf-8")
     spoil(section)
     passes = counting(monkeypatch)
@@ -560,12 +559,12 @@ def own_special_tokens() -> PreTrainedTokenizerFast:
 
 
 def test_several_processes_make_the_same_rows_and_end(long_section: DataSection, root: Path) -> None:
-    long_section.template = "auto"
+    long_section = long_section.replace(template="auto")
     one = build_datasets(long_section, own_special_tokens())
     assert own_special_tokens().decode(one.train[0].input_ids).startswith("<cls><mask><sep>")
     alone = {f.name: f.read_bytes() for f in (root / entries()[0]).glob("*.arrow")}
     shutil.rmtree(root)
-    long_section.tokenize_processes = 2
+    long_section = long_section.replace(tokenize_processes=2)
     several = by_several(long_section, own_special_tokens())
     assert same(one, several)
     assert {f.name: f.read_bytes() for f in (root / entries()[0]).iterdir() if f.suffix == ".arrow"} == alone
@@ -576,14 +575,14 @@ def test_several_processes_make_the_same_rows_and_end(long_section: DataSection,
 def test_three_processes_make_the_same_rows(long_section: DataSection, root: Path, threads: None) -> None:
     one = build_datasets(long_section, byte_tokenizer())
     shutil.rmtree(root)
-    long_section.tokenize_processes = 3
+    long_section = long_section.replace(tokenize_processes=3)
     assert same(one, by_several(long_section, byte_tokenizer()))
 
 
 def test_a_tokenizer_written_in_python_is_given_to_processes_too(long_section: DataSection, threads: None) -> None:
-    long_section.template, long_section.limit = "zephyr", 300
+    long_section = long_section.replace(template="zephyr", limit=300)
     one = build_datasets(long_section, ByT5Tokenizer())
-    long_section.tokenize_processes = 2
+    long_section = long_section.replace(tokenize_processes=2)
     assert same(one, by_several(long_section, ByT5Tokenizer()))
 
 
@@ -621,7 +620,7 @@ def test_one_process_goes_on_where_others_fail(
         real(file, chunk)
 
     monkeypatch.setattr(tokenize_parallel, "_write", write)
-    long_section.tokenize_processes = 2
+    long_section = long_section.replace(tokenize_processes=2)
     out = io.StringIO()
     several = build_datasets(long_section, byte_tokenizer(), Console(file=out, width=500))
     assert "One process tokenizes all rows: others could not be started" in out.getvalue()
@@ -663,10 +662,10 @@ def test_several_processes_give_the_error_that_one_would(
     for place, row in bad.items():
         lines[place] = json.dumps(row)
     Path(long_section.path).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    long_section.template, long_section.eval_fraction = "llama-2", 0.0
+    long_section = long_section.replace(template="llama-2", eval_fraction=0.0)
     errors = []
     for processes in (1, 2):
-        long_section.tokenize_processes = processes
+        long_section = long_section.replace(tokenize_processes=processes)
         with pytest.raises(InputError, match=message) as failure:
             build_datasets(long_section, byte_tokenizer())
         errors.append(str(failure.value))
@@ -683,7 +682,7 @@ def test_held_out_rows_of_another_format_get_the_training_rows_template(tmp_path
     section = DataSection(path=str(tmp_path / "train.jsonl"), eval_path=str(tmp_path / "eval.jsonl"))
     one = build_datasets(section, byte_tokenizer())
     os.environ["QVERA_CACHE"] += "-fresh"
-    section.tokenize_processes = 2
+    section = section.replace(tokenize_processes=2)
     assert same(one, by_several(section, byte_tokenizer()))
     assert one.template.name == "alpaca"
     assert "### Instruction" in one.eval[0].prompt_text
@@ -740,6 +739,6 @@ def test_a_run_on_found_rows_is_the_run_and_resumes(
     assert len(entries()) == 1
     shutil.rmtree(tmp_path / "second" / "checkpoints" / "step-00000004")
     shutil.rmtree(tmp_path / "second" / "adapter")
-    recipe.data.tokenize_processes = 2  # another machine may have other cores
+    recipe = recipe.replace(data=recipe.data.replace(tokenize_processes=2))  # another machine may have other cores
     train(recipe, tmp_path / "second", resume=True)
     assert (tmp_path / "second" / "adapter" / "adapter_model.safetensors").read_bytes() == vectors[0]

@@ -147,7 +147,7 @@ def test_a_base_that_has_gone_is_said_before_anything_is_done(run: Path, tmp_pat
 
 def test_a_file_is_not_looked_for_in_the_recipe_s_hub_set(run: Path, tiny_rows: Path) -> None:
     recipe = load_recipe(run / "recipe.yaml")
-    recipe.data.config_name, recipe.data.revision = "main", "v1"
+    recipe = recipe.replace(data=recipe.data.replace(config_name="main", revision="v1"))
     (run / "recipe.yaml").write_text(recipe.to_yaml())
     assert evaluate(run, "--data", tiny_rows, "--no-generation")["scores"]["rows"] == 40
 

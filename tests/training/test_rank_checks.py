@@ -71,7 +71,7 @@ def test_nodes_that_are_alike_are_named_with_what_the_network_does(make_recipe: 
 )
 def test_a_difference_is_refused_with_the_node_and_what(make_recipe: Any, key: str) -> None:
     recipe = make_recipe()
-    recipe.deepspeed = "zero1"
+    recipe = recipe.replace(deepspeed="zero1")
     with pytest.raises(InputError) as caught:
         rank_checks.same_everywhere(recipe, Four(others=differing(key, "another")), Console(quiet=True))
     text = str(caught.value)
@@ -95,9 +95,9 @@ def test_the_base_s_fingerprint_is_of_its_content(make_recipe: Any, tiny_model_d
     weights = load_file(other / "model.safetensors")
     weights["model.norm.weight"][0] += 1
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
-    recipe.model.path = str(other)
+    recipe = recipe.replace(model=recipe.model.replace(path=str(other)))
     there = str(fingerprint_of(recipe.model))
-    recipe.model.path = str(tiny_model_dir)
+    recipe = recipe.replace(model=recipe.model.replace(path=str(tiny_model_dir)))
     with pytest.raises(InputError, match=r"the base's fingerprint \(model.path\) is .* on rank 2 \(node1\)"):
         rank_checks.same_everywhere(
             recipe, Four(others=differing("the base's fingerprint (model.path)", there)), Console(quiet=True)

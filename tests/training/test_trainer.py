@@ -98,7 +98,7 @@ def test_a_base_under_the_home_directory_is_named_so_that_other_programs_find_it
     recipe = make_recipe(training={"max_steps": 1})
     monkeypatch.setenv("HOME", str(Path(recipe.model.path).parent))
     whole_path = recipe.model.path
-    recipe.model.path = f"~/{Path(whole_path).name}"
+    recipe = recipe.replace(model=recipe.model.replace(path=f"~/{Path(whole_path).name}"))
     train(recipe, tmp_path / "run")
     open_run(tmp_path / "run")
     assert not [w for w in recwarn if "base_model_name_or_path" in str(w.message)]

@@ -68,7 +68,7 @@ def test_zero1_and_zero2_save_nothing_with_two_ranks_and_a_few_mb_with_many() ->
 
 def test_what_travels_in_a_step() -> None:
     shape, recipe = shapes()[SEVEN], recipe_of(256)
-    recipe.training.global_batch_size, recipe.training.per_device_train_batch_size = 2, 1
+    recipe = recipe.replace(training=recipe.training.replace(global_batch_size=2, per_device_train_batch_size=1))
     plain = traffic(shape, recipe, Sharing(0, None, 2))
     assert (plain.gradients, plain.base) == (4 * 1_417_216, 0)  # 5.7 MB
     assert (
@@ -78,10 +78,10 @@ def test_what_travels_in_a_step() -> None:
     down = 32 * 4096 * 11008 // 2
     assert spread.base == (3 * PACKED - down + 2 * 2 * 32000 * 4096) // 2
     assert spread.gradients == plain.gradients
-    recipe.training.global_batch_size = 8  # four passes on each of two ranks
+    recipe = recipe.replace(training=recipe.training.replace(global_batch_size=8))  # four passes on each of two ranks
     assert traffic(shape, recipe, Sharing(3, None, 2)).base == 4 * spread.base
     assert traffic(shape, recipe, Sharing(3)).total == 0
-    recipe.training.gradient_checkpointing = False
+    recipe = recipe.replace(training=recipe.training.replace(gradient_checkpointing=False))
     assert traffic(shape, recipe, Sharing(3, None, 2)).base == 2 * (2 * PACKED + 2 * 2 * 32000 * 4096)
 
 
@@ -122,7 +122,7 @@ def test_on_a_cpu_ranks_of_a_node_divide_its_ram_and_share_its_pages() -> None:
 
 def test_a_base_in_16_bits_is_not_offered_to_zero3() -> None:
     recipe = recipe_of(256)
-    recipe.model.quantization = "none"
+    recipe = recipe.replace(model=recipe.model.replace(quantization="none"))
     ways = plan_ways(shapes()[SEVEN], recipe, BATCH, gpu(10**9), 1, 2)
     assert [way.sharing.word for way in ways] == ["none", "zero1", "zero2"]
 
