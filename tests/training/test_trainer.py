@@ -6,9 +6,11 @@ import contextlib
 import io
 import json
 import os
+import pty
 import re
 import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -264,6 +266,26 @@ def test_each_step_is_saved_once_and_its_records_are_on_disk_before(
     assert saved == sorted(set(saved))
     assert {2, 4, 6, 7} <= set(saved)
     assert order == [name for step in saved for name in ("metrics.jsonl", str(step))]
+
+
+@pytest.mark.slow
+def test_a_terminal_that_is_closed_stops_the_run_and_it_is_saved(write_recipe: Any, tmp_path: Path) -> None:
+    """The system sends SIGHUP, and whatever is printed afterwards fails."""
+    run_dir = tmp_path / "run"
+    recipe = write_recipe(training={"output_dir": str(run_dir), "max_steps": 100_000, "save_steps": 100_000})
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ.update(TERM="xterm", COLUMNS="200")
+        os.execv(sys.executable, [sys.executable, "-m", "qvera", "train", str(recipe)])
+    shown = b""
+    while b"tokens/s" not in shown:  # on the bar after the first step
+        shown += os.read(terminal, 65_536)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 75
+    assert json.loads((run_dir / "run.json").read_text())["status"] == "interrupted"
+    found = checkpoint.newest(run_dir / "checkpoints")
+    assert found is not None
+    assert found.step == len(losses(run_dir)) > 0
 
 
 def test_accumulation_does_not_change_the_update(make_recipe: Any, tmp_path: Path) -> None:
