@@ -13,6 +13,7 @@ Everything is written under a temporary name, flushed, and renamed. Nothing is p
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -102,44 +103,32 @@ def save(
     Raises:
         RunFailed: the disk is full or read-only; earlier checkpoints are kept.
     """
-    kept = "Earlier checkpoints are kept; mend that and go on with --resume."
-    with disk_errors(f"the checkpoint of step {step} in {directory}", kept):
-        try:
-            return _write(directory, step, vectors, optimizer, state, random_state() if random is None else random)
-        except BaseException:
-            shutil.rmtree(directory / f".partial-step-{step:08d}", ignore_errors=True)
-            raise
-
-
-def _write(
-    directory: Path,
-    step: int,
-    vectors: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-    random: dict[str, torch.Tensor],
-) -> Path:
-    directory.mkdir(parents=True, exist_ok=True)
     final = directory / f"step-{step:08d}"
     partial = directory / f".partial-{final.name}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    tensors, scalars = _optimizer_state(vectors, optimizer)
-    save_file({n: p.detach().cpu().contiguous() for n, p in vectors.items()}, partial / "vectors.safetensors")
-    save_file(tensors, partial / "optimizer.safetensors")
-    save_file(random, partial / "random.safetensors")
-    document = {"format": FORMAT, "step": step, "optimizer_scalars": scalars, **state}
-    (partial / "state.json").write_text(json.dumps(document, indent=1))
-    manifest = {}
-    for file in sorted(partial.iterdir()):
-        manifest[file.name] = {"sha256": file_sha256(file), "bytes": file.stat().st_size}
-        flush(file)
-    (partial / "manifest.json").write_text(json.dumps({"format": FORMAT, "step": step, "files": manifest}, indent=1))
-    flush(partial / "manifest.json")
-    if final.exists():
-        shutil.rmtree(final)  # the same step, saved by a run that was then resumed from before it
-    partial.rename(final)
-    flush(directory)
+    kept = "Earlier checkpoints are kept; mend that and go on with --resume."
+    with disk_errors(f"the checkpoint of step {step} in {directory}", kept), contextlib.ExitStack() as on_error:
+        on_error.callback(shutil.rmtree, partial, ignore_errors=True)
+        directory.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        tensors, scalars = _optimizer_state(vectors, optimizer)
+        save_file({n: p.detach().cpu().contiguous() for n, p in vectors.items()}, partial / "vectors.safetensors")
+        save_file(tensors, partial / "optimizer.safetensors")
+        save_file(random_state() if random is None else random, partial / "random.safetensors")
+        document = {"format": FORMAT, "step": step, "optimizer_scalars": scalars, **state}
+        (partial / "state.json").write_text(json.dumps(document, indent=1))
+        manifest = {}
+        for file in sorted(partial.iterdir()):
+            manifest[file.name] = {"sha256": file_sha256(file), "bytes": file.stat().st_size}
+            flush(file)
+        document = {"format": FORMAT, "step": step, "files": manifest}
+        (partial / "manifest.json").write_text(json.dumps(document, indent=1))
+        flush(partial / "manifest.json")
+        if final.exists():
+            shutil.rmtree(final)  # the same step, saved by a run that was then resumed from before it
+        partial.rename(final)
+        flush(directory)
+        on_error.pop_all()
     return final
 
 

@@ -43,15 +43,7 @@ class TrainingSession:
     def __init__(
         self, recipe: Recipe, run_dir: Path, group: Group, console: Console | None = None, base: Base | None = None
     ) -> None:
-        """Compare the ranks and seed them; nothing is loaded yet.
-
-        Args:
-            recipe: what to train, on what, and how.
-            run_dir: where its files go.
-            group: the ranks.
-            console: for progress; default: standard error.
-            base: an already loaded base, which `load_model` takes.
-        """
+        """Compare the ranks and seed them; nothing is loaded yet. See `trainer.train` for the parameters."""
         self.recipe, self.run_dir, self.group = recipe, run_dir, group
         self.console = (console or Console(stderr=True)) if group.first else Console(quiet=True)
         self.given_base = base
@@ -95,11 +87,7 @@ class TrainingSession:
         self.optimizer = build_optimizer(recipe.training, trained_vectors(self.model))
 
     def build_engine(self, schedule: LRScheduler, steps: int) -> None:
-        """Build what steps the vectors, and try the longest batch once before the first step.
-
-        Args:
-            schedule: of the learning rate, over `optimizer`.
-            steps: so many will be taken in all.
+        """Build what steps the vectors, and try the longest batch of ``steps`` steps once, before the first of them.
 
         Raises:
             InputError: the longest batch does not fit into memory.

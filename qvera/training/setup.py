@@ -59,14 +59,8 @@ def select_device(recipe: Recipe, group: Group) -> torch.device:
 def load_datasets(recipe: Recipe, base: Base | None, console: Console, group: Group, preview: bool) -> Datasets:
     """The recipe's rows, tokenized and the same on all ranks.
 
-    Data comes before the model: a wrong row is found before minutes go into loading and quantizing one.
-
-    Args:
-        recipe: whose rows.
-        base: an already loaded base, for its tokenizer.
-        console: for a summary.
-        group: the ranks.
-        preview: print rows too, as `qvera preview` does.
+    Data comes before the model: a wrong row is found before minutes go into loading and quantizing one. ``preview``: print rows
+    too, as `qvera preview` does.
 
     Raises:
         InputError: anything wrong with the data, no row left to train on, or ranks with different rows.
@@ -126,13 +120,9 @@ def load_base_everywhere(
 
 @contextlib.contextmanager
 def base_sharder(zero: ZeroConfig | None, recipe: Recipe, scratch: Path, group: Group) -> Iterator[BaseSharder | None]:
-    """What shards the base over the ranks (ZeRO-3), or None. What it keeps on a disk is removed at the end of the block.
+    """What shards the base over the ranks (ZeRO-3), or None.
 
-    Args:
-        zero: the recipe's DeepSpeed configuration.
-        recipe: of the run.
-        scratch: where that is, unless the configuration names a place.
-        group: the ranks.
+    What it keeps on a disk (in ``scratch``, unless the configuration names a place) is removed at the end of the block.
     """
     if zero is None or not zero.shards_base:
         yield None

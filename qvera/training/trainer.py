@@ -275,10 +275,10 @@ class Trainer(TrainingSession):
     def save_adapter(self) -> None:
         """Write the adapter into the run directory."""
         self.engine.gather_vectors()
-        directory = self.run_dir / "adapter"
+        directory, kept = self.run_dir / "adapter", "Checkpoints are kept; mend that and go on with --resume."
 
         def save() -> int:
-            with disk_errors(f"the adapter in {directory}", "Checkpoints are kept; mend that and go on with --resume."):
+            with disk_errors(f"the adapter in {directory}", kept):
                 return save_adapter(self.model, directory, self.base.tokenizer)
 
         self.run["adapter"]["file_bytes"] = self.group.on_first(save)
@@ -318,6 +318,7 @@ class Trainer(TrainingSession):
 
     def _open_files(self) -> None:
         """On rank 0: metrics.jsonl without the steps that will be run again, then recipe.yaml, which makes this a run."""
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        self.log_file = MetricsLog(self.run_dir / "metrics.jsonl", last_step=self.state.step)
-        replace_text(self.run_dir / "recipe.yaml", self.recipe.to_yaml())
+        with disk_errors(str(self.run_dir), "No step was taken; mend that and start it again."):
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            self.log_file = MetricsLog(self.run_dir / "metrics.jsonl", last_step=self.state.step)
+            replace_text(self.run_dir / "recipe.yaml", self.recipe.to_yaml())

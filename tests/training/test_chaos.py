@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
+@pytest.mark.slow
 def test_a_training_killed_everywhere_is_the_one_never_killed(tmp_path: Path) -> None:
     out = tmp_path / "chaos.json"
     command = [sys.executable, "bench/chaos.py", "--kills", "14", "--scratch", str(tmp_path), "--out", str(out)]
