@@ -21,9 +21,9 @@ from typing import Any
 
 import psutil
 import torch
-from common import header, interleaved, smollm2, write_result
 from safetensors.torch import load_file, save_file
 
+from bench.common import header, interleaved, smollm2, write_result
 from qvera.adapters.multi_adapter import load_adapters
 from qvera.adapters.save_load import attach, load_adapter, save_adapter
 from qvera.config.schema import AdapterSection, ModelSection

@@ -15,9 +15,8 @@ import random
 import tempfile
 from pathlib import Path
 
-from common import RESULTS, header, smollm2
-from trials import MORE, Trial, Written, add_half, run
-
+from bench.common import RESULTS, header, smollm2
+from bench.trials import MORE, Trial, Written, add_half, run
 from qvera.config.schema import Recipe, parse_recipe
 from qvera.data import build_datasets
 from qvera.evaluation import evaluate

@@ -24,12 +24,12 @@ from typing import Any
 
 import torch
 import yaml
-from big import recipe, write_rows
-from common import header, train_records, write_result
-from namespaces import Nodes, problem
-from synthesise import SHAPES, synthesise
-from zero import free_port
 
+from bench.big import recipe, write_rows
+from bench.common import header, train_records, write_result
+from bench.namespaces import Nodes, problem
+from bench.synthesise import SHAPES, synthesise
+from bench.zero import free_port
 from qvera.config.load import load_recipe
 from qvera.training.plan import Machine, Sharing, make_plan
 from qvera.training.plan.sharding import traffic

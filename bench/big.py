@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 import yaml
-from common import header, train_records, write_result
-from limits import measured, parse_bytes
-from synthesise import SHAPES, synthesise
 
+from bench.common import header, train_records, write_result
+from bench.limits import measured, parse_bytes
+from bench.synthesise import SHAPES, synthesise
 from qvera.config.schema import ModelSection, TrainingSection
 from qvera.evaluation.evaluate import hidden_states
 from qvera.models.loader import enable_checkpointing, load_base

@@ -34,13 +34,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tracer
 import yaml
-from common import RESULTS, header, train_records
-from synthesise import tokenizer
-from tracer import AFTER, GO, KILL, Stop, Traced
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bench import tracer
+from bench.common import RESULTS, header, train_records
+from bench.synthesise import tokenizer
+from bench.tracer import AFTER, GO, KILL, Stop, Traced
 from qvera.cli.main import main as qvera
 from qvera.evaluation import evaluate
 from qvera.training.engine import LocalEngine
@@ -110,7 +110,7 @@ class Marker:
         around(evaluate, "batch_nll", FORWARD)
         around(LocalEngine, "backward", BACKWARD)
         around(LocalEngine, "step", UPDATE)
-        step = Trainer.train_step
+        step: Any = Trainer.train_step
 
         def watched(trainer: Trainer) -> Any:
             self.set(BETWEEN, trainer.state.step + 1)
@@ -119,7 +119,7 @@ class Marker:
             self.set(OUTSIDE)
             return found
 
-        Trainer.train_step = watched  # type: ignore[method-assign]
+        Trainer.train_step = watched  # type: ignore[method-assign, assignment]
 
 
 class Kill:

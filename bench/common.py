@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def train_records(run_dir: Path) -> list[dict[str, Any]]:
     return [record for record in records if record["kind"] == "train"]
 
 
-def interleaved(cases: dict[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, dict[str, float]]:
+def interleaved(cases: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, dict[str, float]]:
     """Time the cases in turn, round after round, so that a slow moment of the machine hits them all.
 
     Returns:

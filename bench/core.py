@@ -15,19 +15,21 @@ buffers excluded from both. ``7B layer`` is one decoder layer of 4096/11008 with
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import header, interleaved, perturb, smollm2, write_result
-from generation import DTYPE, stock
-from gpu.run import SHAPES, stock_linears, synthetic
 from peft import LoraConfig, VeraConfig, get_peft_model
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from trials import MORE
 
+from bench.common import header, interleaved, perturb, smollm2, write_result
+from bench.generation import DTYPE, stock
+from bench.gpu.run import SHAPES, stock_linears, synthetic
+from bench.trials import MORE
 from qvera.adapters import QveraLinear
 from qvera.adapters.save_load import attach
 from qvera.config.schema import AdapterSection, ModelSection
@@ -159,7 +161,7 @@ def layer_of_7b(rounds: int, tokens: int = 512) -> dict[str, Any]:
         ).last_hidden_state.float().sum().backward()
 
     print(f"one 7B layer, {tokens} tokens")
-    cases = {name: (lambda m=m: run(m)) for name, m in models.items()}
+    cases: dict[str, Callable[[], Any]] = {name: functools.partial(run, m) for name, m in models.items()}
     for rank in (256, 1024):
         cases[f"floor r={rank}"] = floor(models[f"ours r={rank}"], tokens)
     return over_frozen(interleaved(cases, rounds))
@@ -181,9 +183,15 @@ def checkpointed(path: str, ids: torch.Tensor, rounds: int) -> dict[str, Any]:
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         inner.get_input_embeddings().register_forward_hook(lambda m, i, out: out.requires_grad_())
     print("a whole step with gradient checkpointing")
-    return over_frozen(
-        interleaved({n: (lambda m=m: batch_nll(m, batch, 512)[0].backward()) for n, m in models.items()}, rounds)
-    )
+
+    def whole_step(model: Any) -> None:
+        batch_nll(model, batch, 512)[0].backward()
+
+    return over_frozen(interleaved({n: functools.partial(whole_step, m) for n, m in models.items()}, rounds))
+
+
+def backward(forward: Callable[[], Any]) -> None:
+    forward().backward()
 
 
 def main() -> None:
@@ -224,7 +232,7 @@ def main() -> None:
 
         forwards[name] = forward
 
-    cases = {name: (lambda f=f: f().backward()) for name, f in forwards.items()}
+    cases: dict[str, Callable[[], Any]] = {name: functools.partial(backward, f) for name, f in forwards.items()}
     for rank in (256, 1024):
         if f"ours r={rank}" in models:
             cases[f"floor r={rank}"] = floor(models[f"ours r={rank}"], args.rows * args.length)
@@ -233,7 +241,7 @@ def main() -> None:
     times = interleaved(cases, args.rounds)
     frozen = min((t["median"] for n, t in times.items() if n.startswith("frozen")), default=float("nan"))
     kept_frozen = kept.get("frozen, ours", 0)
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for name, t in times.items():
         rows[name] = {"seconds": t, "over_frozen": t["median"] / frozen}
         if name in kept:

@@ -21,13 +21,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, header, smollm2
 from nltk.translate.nist_score import corpus_nist
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
-from trials import MORE, Trial, Written, add_half, run
 
+from bench.common import RESULTS, header, smollm2
+from bench.trials import MORE, Trial, Written, add_half, run
 from qvera.config.load import load_recipe
 from qvera.config.schema import Recipe
 from qvera.data import build_datasets

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import header, write_result
-from limits import measured, parse_bytes
 
+from bench.common import header, write_result
+from bench.limits import measured, parse_bytes
 from qvera.adapters.save_load import attach, named_vectors, save_adapter
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.export.deltas import read_deltas

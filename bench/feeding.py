@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import header, smollm2, write_result
+
+from bench.common import header, smollm2, write_result
 
 WORDS = (
     "red green blue order three small boxes deliver tomorrow street garden quickly window paper answer number".split()

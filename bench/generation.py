@@ -9,13 +9,14 @@ SmolLM2-135M in NF4, one compute dtype for all, the same prompt and the same num
 from __future__ import annotations
 
 import argparse
+import functools
 from typing import Any
 
 import torch
-from common import header, interleaved, perturb, smollm2, write_result
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from bench.common import header, interleaved, perturb, smollm2, write_result
 from qvera.adapters.save_load import attach
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.evaluation.generate import generating
@@ -68,7 +69,7 @@ def main() -> None:
             )  # fmt: skip
 
         with generating(plain.model), generating(adapted):
-            times = interleaved({n: (lambda m=m: run(m)) for n, m in models.items()}, args.rounds)
+            times = interleaved({n: functools.partial(run, m) for n, m in models.items()}, args.rounds)
         speed = {n: batch * args.new_tokens / t["median"] for n, t in times.items()}
         best = speed["stock 4-bit base"]
         result["tokens_per_second"][f"batch {batch}"] = {

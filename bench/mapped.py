@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import header, write_result
-from limits import measured
+from bench.common import header, write_result
+from bench.limits import measured
 
 _READY = """
 import sys

@@ -13,8 +13,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from common import header, interleaved, perturb, smollm2, write_result
-
+from bench.common import header, interleaved, perturb, smollm2, write_result
 from qvera.adapters.save_load import attach
 from qvera.config.schema import AdapterSection, ModelSection, parse_recipe
 from qvera.data import batches_of, build_datasets

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from common import header, smollm2, write_result
-from limits import measured
-from synthesise import SHAPES, synthesise
+
+from bench.common import header, smollm2, write_result
+from bench.limits import measured
+from bench.synthesise import SHAPES, synthesise
 
 TARGET = 0.10
 VARIED = "SmolLM2, r=256, 4 x ever new lengths"

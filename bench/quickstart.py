@@ -13,15 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import header, write_result
-from trials import Trial, adapted, train
-
+from bench.common import header, write_result
 from bench.quickstart_rows import generate as task_rows
 from bench.quickstart_rows import message_of
 from bench.quickstart_score import regex_baseline, score
+from bench.trials import Trial, adapted, train
 from qvera.config.schema import Recipe
 from qvera.data import build_datasets
 from qvera.evaluation import evaluate
@@ -29,7 +29,7 @@ from qvera.evaluation.load import open_run
 from qvera.models.loader import load_base
 
 
-def scored(model: Any, tokenizer: Any, rows: list[Any], tokens: int) -> dict[str, Any]:
+def scored(model: Any, tokenizer: Any, rows: Sequence[Any], tokens: int) -> dict[str, Any]:
     began = time.perf_counter()
     answers = evaluate.answer_rows(model, tokenizer, rows, max_new_tokens=tokens)
     found = score([a["answer"] for a in answers], [a["reference"] for a in answers])

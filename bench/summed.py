@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import header, perturb, smollm2, write_result
 
+from bench.common import header, perturb, smollm2, write_result
 from qvera.adapters import fused
 from qvera.adapters.save_load import attach, named_vectors
 from qvera.cli.quickstart import recipe_path
@@ -41,7 +41,9 @@ def outcome(path: str, dtype: str, rows: list[Any], pad_id: int, rank: int, size
     batch_nll(model, batch, 512)[0].backward()
     vectors = named_vectors(model)
     return {"hidden": hidden} | {
-        f"gradient of {kind}": torch.cat([p.grad.flatten() for n, p in vectors.items() if n.endswith(f"_{kind}")])
+        f"gradient of {kind}": torch.cat(
+            [p.grad.flatten() for n, p in vectors.items() if p.grad is not None and n.endswith(f"_{kind}")]
+        )
         for kind in ("b", "d")
     }
 

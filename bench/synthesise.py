@@ -172,7 +172,7 @@ def write(out: Path, specs: list[Spec], shapes: dict[str, tuple[int, ...]]) -> N
         with open(file, "wb") as handle:
             handle.write(struct.pack("<Q", len(text)) + text)
             for number, spec in group:
-                handle.write(_values(spec, number, shapes).contiguous().view(-1).view(torch.uint8).numpy())
+                handle.write(_values(spec, number, shapes).contiguous().view(-1).view(torch.uint8).numpy().data)
         print(f"{file.name}: {at / 1e9:.1f} GB", file=sys.stderr)
     index_file = {
         "metadata": {"total_size": sum(int(np.prod(s)) * d.itemsize for _, d, s in specs)},

@@ -127,8 +127,13 @@ def possible() -> str | None:
         return f"no tracing on {sys.platform} {platform.machine()}"
     try:
         seen: list[Stop] = []
-        code = Traced(lambda: int(os.path.exists(os.devnull)) and os.write(os.open(os.devnull, os.O_WRONLY), b"12345"))
-        code = code.follow(lambda stop: seen.append(stop) or (2 if stop.call == "write" else GO))  # type: ignore[assignment]
+        child = Traced(lambda: int(os.path.exists(os.devnull)) and os.write(os.open(os.devnull, os.O_WRONLY), b"12345"))
+
+        def note(stop: Stop) -> int | None:
+            seen.append(stop)
+            return 2 if stop.call == "write" else GO
+
+        code = child.follow(note)
     except OSError as error:
         return f"a child can't be traced ({error.strerror})"
     wrong = code != -signal.SIGKILL or not any(stop.size_bytes == 5 for stop in seen)

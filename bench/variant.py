@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from trials import Trial
 
+from bench.trials import Trial
 from qvera.adapters.projection import SharedProjection, vera_scale
 from qvera.config.schema import Recipe
 from qvera.data import build_datasets
@@ -171,7 +171,7 @@ def input_factor(rms: torch.Tensor, variant: Variant) -> torch.Tensor:
     return factor * (rms.square().sum() / (factor * rms).square().sum()).sqrt()
 
 
-def spectral_ranks(linears: dict[str, nn.Module], rank: int) -> dict[str, int]:
+def spectral_ranks(linears: dict[str, nn.Linear], rank: int) -> dict[str, int]:
     """Ranks whose mean is ``rank``, as the weights' participation ratios."""
     found = {}
     for name, module in linears.items():

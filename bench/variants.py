@@ -17,13 +17,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import alpaca
-import e2e
 import torch
-from common import RESULTS, header
-from trials import Trial, Written, add_half, run
-from variant import Variant, see_inputs
 
+from bench import alpaca, e2e
+from bench.common import RESULTS, header
+from bench.trials import Trial, Written, add_half, run
+from bench.variant import Variant, see_inputs
 from qvera.config.schema import Recipe
 from qvera.models.loader import Base, load_base
 

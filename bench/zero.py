@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from big import recipe, write_rows
-from common import header, train_records, write_result
-from synthesise import SHAPES, synthesise
+
+from bench.big import recipe, write_rows
+from bench.common import header, train_records, write_result
+from bench.synthesise import SHAPES, synthesise
 
 HERE = Path(__file__).resolve().parent
 

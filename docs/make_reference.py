@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from qvera.config.schema import json_schema
 
@@ -51,7 +52,7 @@ _TYPES = {
 
 def reference() -> str:
     """Return docs/recipe.md."""
-    schema = json_schema()
+    schema: dict[str, Any] = json_schema()
     parts, loose = [_HEAD], []
     for name, key in schema["properties"].items():
         section = _definition(key, schema)
