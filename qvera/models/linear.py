@@ -111,7 +111,7 @@ class _FrozenLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: torch.Tensor, module: nn.Linear) -> torch.Tensor:
         ctx.module = module  # type: ignore[attr-defined]
-        bias = None if module.bias is None else module.bias.to(x.dtype)
+        bias = None if module.bias is None or module.bias.requires_grad else module.bias.to(x.dtype)
         return blocked_linear(x, WeightBlocks(module, x.dtype, BLOCK_WEIGHTS), bias)
 
     @staticmethod
@@ -130,14 +130,22 @@ class _FrozenLinearFunction(torch.autograd.Function):
 def frozen_linear(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     """Y = x Wᵀ + bias with W [m, n] frozen: [..., n] gives [..., m], in x's dtype, differentiable in x.
 
-    The product is taken in the layer's compute dtype (`compute_dtype`).
+    The product is taken in the layer's compute dtype (`compute_dtype`). A bias, or a dense weight, that somebody trains (PEFT's
+    ``bias`` and ``modules_to_save``) gets its gradient.
     """
     inner = x.to(compute_dtype(module, x))
+    if module.weight.requires_grad and not isinstance(module, (Linear4bit, Linear8bit)):
+        return F.linear(
+            inner, module.weight.to(inner.dtype), None if module.bias is None else module.bias.to(inner.dtype)
+        ).to(x.dtype)
     if not (torch.is_grad_enabled() and x.requires_grad) and isinstance(module, Linear4bit):
         y = quantization.fused_matmul(inner, module, getattr(module, "_inference_pack", None))
         if y is not None:
             return (y if module.bias is None else y + module.bias.to(y.dtype)).to(x.dtype)
-    return _FrozenLinearFunction.apply(inner, module).to(x.dtype)
+    y = _FrozenLinearFunction.apply(inner, module)
+    if module.bias is not None and module.bias.requires_grad:
+        y = y + module.bias.to(y.dtype)
+    return y.to(x.dtype)
 
 
 def compute_dtype(module: nn.Module, x: torch.Tensor) -> torch.dtype:

@@ -376,6 +376,21 @@ def test_vectors_cast_to_16_bits_compute_as_they_do_after_reload(tokens: int, gr
         assert torch.equal(gradient, exact.to(torch.bfloat16))
 
 
+@pytest.mark.parametrize("tokens", [3, 600])
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "int8", "nf4+dq-bfloat16"])
+def test_a_bias_that_is_trained_gets_its_gradient(kind: str, tokens: int) -> None:
+    """PEFT's ``bias``: over a quantized base too, and where W + ΔW would be one product."""
+    layer = adapted(kind)
+    torch.manual_seed(5)
+    x, upstream = torch.randn(2, tokens, IN), torch.randn(2, tokens, OUT)
+    frozen = run(layer, x, upstream)
+    base: Any = layer.base_layer
+    base.bias.requires_grad_()
+    for one, other in zip(run(layer, x, upstream), frozen, strict=True):
+        assert relative(one, other) < 3e-6
+    torch.testing.assert_close(base.bias.grad, upstream.sum((0, 1)), rtol=1e-5, atol=1e-4)
+
+
 WAYS = {"expand": 2, "combined": 40, "summed": 600}  # the number of tokens decides
 
 

@@ -21,6 +21,7 @@ from qvera.adapters.multi_adapter import load_adapters
 from qvera.adapters.save_load import load_adapter, named_vectors, save_adapter
 from qvera.config.schema import ModelSection
 from qvera.export.deltas import read_deltas
+from qvera.models import linear
 from qvera.utils.errors import InputError
 from tests.adapters.helpers import perturb
 from tests.conftest import small_llama
@@ -212,6 +213,17 @@ def test_a_classification_head_is_trained_saved_and_loaded(tmp_path: Path) -> No
     with torch.no_grad():
         assert torch.equal(PeftModel.from_pretrained(base, tmp_path / "adapter").eval()(input_ids=ids).logits, wanted)
         assert torch.equal(load_adapter(classifier(), tmp_path / "adapter")(input_ids=ids).logits, wanted)
+
+
+def test_a_dense_layer_in_another_dtype_is_trained_where_it_is_saved_whole() -> None:
+    """A head in bfloat16 that computes in fp32, as a mapped base has it; frozen it would get no gradient."""
+    head = nn.Linear(8, 4).to(torch.bfloat16)
+    linear.freeze_dense(head)
+    x = torch.randn(5, 8)
+    head(x).square().sum().backward()
+    y = nn.functional.linear(x, head.weight.float(), head.bias.float())
+    assert head.weight.grad is not None
+    torch.testing.assert_close(head.weight.grad.float(), 2 * y.t() @ x, rtol=2e-2, atol=2e-2)
 
 
 def test_what_has_no_place_for_saved_modules_says_so(tiny_model_dir: Path, tmp_path: Path) -> None:
