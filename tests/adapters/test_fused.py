@@ -18,9 +18,14 @@ WAYS = {"keeps z": 12, "keeps x": 80}  # the rank decides
 TOKENS = 600
 
 
-@pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("rank", WAYS.values(), ids=WAYS)
-@pytest.mark.parametrize("kind", [k for k in KINDS if k != "conv1d"])
+LINEARS = [kind for kind in KINDS if kind != "conv1d"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "rank", "scaled"),
+    [(kind, (12, 80)[i % 2], scaled) for i, kind in enumerate(LINEARS) for scaled in (False, True)]
+    + [(kind, (80, 12)[i % 2], False) for i, kind in enumerate(LINEARS)],
+)
 def test_it_is_taken_and_equals_the_dense_layer(
     kind: str, rank: int, scaled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
