@@ -22,6 +22,7 @@ from qvera.utils.safetensors_io import base_fingerprint
 from tests.adapters.helpers import perturb, relative
 from tests.conftest import small_llama, small_tokenizer
 from tests.disk import fill, small_disk
+from tests.helpers import sampled
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 9, 200, 31, 7, 150, 42]])
@@ -40,9 +41,9 @@ def copied(source: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(source, tmp_path / "model"))
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "fp4"])
-@pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("storage", ["uint8", "bfloat16"])
+@pytest.mark.parametrize(
+    ("quantization", "double_quant", "storage"), sampled(["nf4", "fp4"], [True, False], ["uint8", "bfloat16"])
+)
 def test_facts_of_a_4_bit_base(tiny_model_dir: Path, quantization: str, double_quant: bool, storage: str) -> None:
     wanted = section(tiny_model_dir, quantization=quantization, double_quant=double_quant, quant_storage=storage)
     base = load_base(wanted, CPU)

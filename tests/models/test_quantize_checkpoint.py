@@ -9,7 +9,6 @@ import shutil
 import signal
 import struct
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from qvera.models.loader import load_base
 from qvera.models.quantized_record import read_record
 from qvera.utils.errors import InputError, RunFailed
 from tests.conftest import small_llama, small_tokenizer
+from tests.helpers import sampled, start_process
 
 IDS = torch.arange(3, 43).view(2, 20)
 
@@ -64,9 +64,10 @@ def save(directory: Path, dtype: torch.dtype = torch.bfloat16, **changes: Any) -
     return directory
 
 
-@pytest.mark.parametrize("storage", ["bfloat16", "uint8", "float32"])
-@pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("quantization", ["nf4", "fp4"])
+@pytest.mark.parametrize(
+    ("quantization", "double_quant", "storage"),
+    sampled(["nf4", "fp4"], [True, False], ["bfloat16", "uint8", "float32"]),
+)
 def test_stock_transformers_loads_the_same_bytes_as_it_would_make(
     tiny_model_dir: Path, tmp_path: Path, quantization: str, double_quant: bool, storage: str
 ) -> None:
@@ -79,9 +80,9 @@ def test_stock_transformers_loads_the_same_bytes_as_it_would_make(
         assert torch.equal(loaded(IDS).logits, expected(IDS).logits)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("sharded", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "tied", "sharded"), sampled([torch.float16, torch.float32], [True, False], [True, False])
+)
 def test_other_dtypes_tied_heads_and_shards(tmp_path: Path, dtype: torch.dtype, tied: bool, sharded: bool) -> None:
     shard = "60KB" if sharded else "50GB"
     source = save(tmp_path / "source", dtype, tie_word_embeddings=tied, max_shard_size=shard)
@@ -105,7 +106,7 @@ def test_biases_and_odd_widths_go_along(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("storage", ["bfloat16", "uint8"])
-def test_load_base_takes_ours_and_stock_ones_alike(tiny_model_dir: Path, tmp_path: Path, storage: str) -> None:
+def test_load_base_takes_ours_and_stock_checkpoints(tiny_model_dir: Path, tmp_path: Path, storage: str) -> None:
     quantized(tiny_model_dir, tmp_path / "ours", quant_storage=storage)
     stock_load(tiny_model_dir, torch.bfloat16, quant_storage=storage).save_pretrained(tmp_path / "stock")
     small_tokenizer().save_pretrained(tmp_path / "stock")
@@ -145,7 +146,7 @@ def test_packed_weights_start_at_a_multiple_of_64_bytes(tiny_model_dir: Path, tm
             assert (8 + length + entry["data_offsets"][0]) % 64 == 0, name
 
 
-def test_threads_and_piece_sizes_change_no_byte(tiny_model_dir: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_threads_and_chunk_sizes_change_no_byte(tiny_model_dir: Path, tmp_path: Path, monkeypatch: Any) -> None:
     quantized(tiny_model_dir, tmp_path / "one")
     read = quantize_checkpoint.read_chunks
     monkeypatch.setattr(quantize_checkpoint, "read_chunks", lambda f, w, d: read(f, w, d, chunk_bytes=64 * 2 * 3))
@@ -158,18 +159,15 @@ def test_threads_and_piece_sizes_change_no_byte(tiny_model_dir: Path, tmp_path: 
     assert one.read_bytes() == two.read_bytes()
 
 
-DIES = """
-import os, signal, sys
-from pathlib import Path
-from qvera.models import quantize_checkpoint, source_checkpoint
-from qvera.config.schema import ModelSection
-source, out, shards = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-section = ModelSection(path=str(source))
-def progress(done, total, name):
-    if len(list(out.glob("*.safetensors"))) >= shards:
-        os.kill(os.getpid(), signal.SIGKILL)
-quantize_checkpoint.quantize_checkpoint(section, source_checkpoint.read_source(section, source), out, progress=progress, shard_bytes=30_000)
-"""
+def quantize_and_die(source: Path, out: Path, shards: int) -> None:
+    section = ModelSection(path=str(source))
+
+    def progress(done: int, total: int, name: str) -> None:
+        if len(list(out.glob("*.safetensors"))) >= shards:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    read = source_checkpoint.read_source(section, source)
+    quantize_checkpoint.quantize_checkpoint(section, read, out, progress=progress, shard_bytes=30_000)
 
 
 def test_killed_at_any_shard_it_goes_on_to_the_same_bytes(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -177,8 +175,9 @@ def test_killed_at_any_shard_it_goes_on_to_the_same_bytes(tiny_model_dir: Path, 
     assert len(record["files"]) > 4
     out = tmp_path / "out"
     for shards in (1, 3):
-        command = [sys.executable, "-c", DIES, str(tiny_model_dir), str(out), str(shards)]
-        assert subprocess.run(command).returncode == -signal.SIGKILL
+        process = start_process(quantize_and_die, tiny_model_dir, out, shards)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         assert len(list(out.glob("*.safetensors"))) == shards
         assert not (out / "config.json").exists()
         assert read_record(out) is None
@@ -198,8 +197,7 @@ def test_killed_at_any_shard_it_goes_on_to_the_same_bytes(tiny_model_dir: Path, 
 
 
 def test_another_source_or_other_settings_do_not_go_on_with_it(tiny_model_dir: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", DIES, str(tiny_model_dir), str(tmp_path / "out"), "1"]
-    subprocess.run(command)
+    start_process(quantize_and_die, tiny_model_dir, tmp_path / "out", 1).join()
     with pytest.raises(InputError, match="unfinished quantize of something else"):
         quantized(tiny_model_dir, tmp_path / "out", shard_bytes=30_000, quantization="fp4")
 

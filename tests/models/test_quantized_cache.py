@@ -6,10 +6,7 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +18,10 @@ from qvera.cli.main import main
 from qvera.config.schema import ModelSection
 from qvera.models import quantize_checkpoint, quantized_cache
 from qvera.models.quantized_cache import cached_base, find_base
-from qvera.models.quantized_record import BASES, problem_of, read_record
+from qvera.models.quantized_record import BASES, bases_root, problem_of, read_record
 from qvera.models.source_checkpoint import NotPlain
 from qvera.utils.errors import InputError
+from tests.helpers import start_process, wait_until
 
 
 @pytest.fixture(autouse=True)
@@ -122,35 +120,17 @@ def test_a_model_that_is_renamed_on_loading_says_so(section: ModelSection) -> No
         cached_base(section)
 
 
-MAKES = """
-import sys, time
-from pathlib import Path
-from qvera.models import quantize_checkpoint, quantized_cache
-from qvera.models.quantized_record import bases_root
-from qvera.config.schema import ModelSection
-quantize_checkpoint.SHARD_BYTES = 30_000
-mark, go = Path(sys.argv[2]), Path(sys.argv[3])
-def progress(stage, done, total, what):
-    with open(mark, "a") as handle:
-        handle.write(stage + "\\n")
-    out = list(bases_root().glob(".unfinished-*/*.safetensors"))
-    while stage == "quantizing" and len(out) >= 3 and not go.exists():
-        time.sleep(0.02)
-print(quantized_cache.cached_base(ModelSection(path=sys.argv[1]), progress=progress))
-"""
+def make(section: ModelSection, directory: Path, name: str) -> None:
+    """Quantize, waiting after three shards for the file ``go``; stages go to the file ``name``, the result to ``name``.path."""
+    quantize_checkpoint.SHARD_BYTES = 30_000
 
+    def progress(stage: str, done: int, total: int, what: str) -> None:
+        with open(directory / name, "a") as handle:
+            handle.write(stage + "\n")
+        while stage == "quantizing" and len(unfinished_shards(bases_root())) >= 3 and not (directory / "go").exists():
+            time.sleep(0.02)
 
-def maker(section: ModelSection, tmp_path: Path, name: str) -> Any:
-    command = [sys.executable, "-c", MAKES, section.path, str(tmp_path / name), str(tmp_path / "go")]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-
-
-def wait_until(holds: Callable[[], Any]) -> None:
-    for _ in range(6000):
-        if holds():
-            return
-        time.sleep(0.02)
-    raise AssertionError("it did not happen within two minutes")
+    (directory / f"{name}.path").write_text(str(cached_base(section, progress=progress)))
 
 
 def stages_of(file: Path) -> set[str]:
@@ -162,35 +142,38 @@ def unfinished_shards(root: Path) -> list[Path]:
 
 
 def test_of_two_processes_one_makes_it_and_the_other_waits(section: ModelSection, root: Path, tmp_path: Path) -> None:
-    one = maker(section, tmp_path, "one")
+    one = start_process(make, section, tmp_path, "one")
     wait_until(lambda: len(unfinished_shards(root)) >= 3)
-    two = maker(section, tmp_path, "two")
+    two = start_process(make, section, tmp_path, "two")
     wait_until(lambda: "waiting" in stages_of(tmp_path / "two"))
-    assert one.poll() is None
-    assert two.poll() is None
+    assert one.is_alive()
+    assert two.is_alive()
     (tmp_path / "go").touch()
-    said = [process.communicate(timeout=60)[0].strip() for process in (one, two)]
-    assert one.returncode == two.returncode == 0
-    assert said[0] == said[1]
-    assert problem_of(Path(said[0]), verify=True) is None
+    for process in (one, two):
+        process.join(60)
+        assert process.exitcode == 0
+    found, other = (Path((tmp_path / f"{name}.path").read_text()) for name in ("one", "two"))
+    assert found == other
+    assert problem_of(found, verify=True) is None
     assert stages_of(tmp_path / "two") == {"waiting"}
-    assert [p for p in root.iterdir() if p.is_dir()] == [Path(said[0])]
+    assert [p for p in root.iterdir() if p.is_dir()] == [found]
 
 
 def test_a_killed_makers_lock_is_recovered_and_its_shards_are_used(
     section: ModelSection, root: Path, tmp_path: Path
 ) -> None:
-    one = maker(section, tmp_path, "one")
+    one = start_process(make, section, tmp_path, "one")
     wait_until(lambda: len(unfinished_shards(root)) >= 3)
-    two = maker(section, tmp_path, "two")
+    two = start_process(make, section, tmp_path, "two")
     wait_until(lambda: "waiting" in stages_of(tmp_path / "two"))
     kept = {p.name: p.stat().st_ino for p in unfinished_shards(root)}
     assert "is being made" in str(pytest.raises(InputError, BASES.remove, unfinished_shards(root)[0].parent.name).value)
-    one.send_signal(signal.SIGKILL)
-    one.communicate()
+    one.kill()
+    one.join()
     (tmp_path / "go").touch()
-    made = Path(two.communicate(timeout=60)[0].strip())
-    assert two.returncode == 0
+    two.join(60)
+    assert two.exitcode == 0
+    made = Path((tmp_path / "two.path").read_text())
     assert problem_of(made, verify=True) is None
     assert stages_of(tmp_path / "two") == {"waiting", "quantizing"}
     assert {name: (made / name).stat().st_ino for name in kept} == kept

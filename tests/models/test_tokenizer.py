@@ -34,7 +34,9 @@ from tests.data.conftest import _bpe_tokenizer
 TOOL, DONE = "<|tool|>", "<|done|>"
 
 
-@pytest.fixture(params=["spare rows", "more rows", "tied, more rows"], scope="module")
+@pytest.fixture(
+    params=["spare rows", pytest.param("more rows", marks=pytest.mark.slow), "tied, more rows"], scope="module"
+)
 def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose checkpoint has rows to spare (304 for 300 tokens), or none; head and embedding apart, or one table."""
     directory = tmp_path_factory.mktemp("models") / "model"
@@ -165,7 +167,7 @@ def test_what_has_no_place_for_the_rows_is_refused(
         assert f"adds the tokens {TOOL}, {DONE}" in said
         assert "--to merged" in said
         assert not (tmp_path / "out").exists()
-    with pytest.raises(InputError, match=r"was trained with the added tokens .*the base at hand has none"):
+    with pytest.raises(InputError, match=r"was trained with the added tokens .*the loaded base has none"):
         load_adapters(small_llama(), {"one": trained / "adapter"})
 
 

@@ -70,17 +70,26 @@ def test_products_by_blocks_are_those_with_the_whole(m: int, n: int, dtype: torc
     assert relative(out, g.double() @ W) < tolerance
 
 
-@pytest.mark.parametrize("tokens", [3, 1700])
-def test_a_large_frozen_linear_goes_by_blocks_and_keeps_only_a_block(tokens: int) -> None:
-    """2,048 x 4,096 weights: two blocks; backward with many tokens takes the weight as a whole."""
-    layer = four_bit(2048, 4096, "nf4", "bfloat16", True, torch.float32, bias=True)
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_a_large_frozen_linear_goes_by_blocks_and_backward_with_many_tokens_does_not(
+    tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "BLOCK_WEIGHTS", 64 * 128)
+    monkeypatch.setattr(linear, "_MAX_SUMMED_ELEMENTS", 20 * 128)
+    layer = four_bit(128, 128, "nf4", "bfloat16", True, torch.float32, bias=True)
     assert len(WeightBlocks(layer, torch.float32, linear.BLOCK_WEIGHTS)) == 2
-    assert linear.backward_by_blocks(tokens, 4096) is (tokens == 3)
+    assert linear.backward_by_blocks(tokens, 128) is (tokens == 3)
     W = quantization.dequantized_weight(layer, torch.float32)
-    x = torch.randn(1, tokens, 4096).requires_grad_()
-    g = torch.randn(1, tokens, 2048)
+    x = torch.randn(1, tokens, 128).requires_grad_()
+    g = torch.randn(1, tokens, 128)
     y = layer(x)
     y.backward(g)
     assert relative(y.detach(), x.detach() @ W.t() + layer.bias) < 1e-5
     assert x.grad is not None
     assert relative(x.grad, g @ W) < 1e-5
+
+
+def test_the_weights_of_a_70b_go_by_blocks() -> None:
+    assert linear.BLOCK_WEIGHTS < 2048 * 4096
+    assert linear.backward_by_blocks(3, 8192)
+    assert not linear.backward_by_blocks(1700, 8192)

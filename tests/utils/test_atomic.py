@@ -7,8 +7,6 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from safetensors import SafetensorError
 from qvera.utils.atomic import OutputDirectory, disk_errors, place_files, replace_text, require_space
 from qvera.utils.errors import InputError, RunFailed
 from qvera.utils.signals import StopRequests
+from tests.helpers import start_process, wait_until
 
 IDENTITY = {"source": ["a", 1], "dtype": "float16"}
 
@@ -65,19 +64,20 @@ def test_a_file_a_full_directory_and_a_damaged_state_are_refused(tmp_path: Path)
         OutputDirectory.open(Path("/proc/nowhere/out"), IDENTITY, "export")
 
 
+def hold(out: Path, mark: Path) -> None:
+    with OutputDirectory.open(out, IDENTITY, "export"):
+        mark.touch()
+        time.sleep(600)
+
+
 def test_one_process_at_a_time_and_the_lock_of_a_killed_one_is_free(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    code = (
-        "import sys, time; from pathlib import Path; from qvera.utils.atomic import OutputDirectory\n"
-        f"work = OutputDirectory.open(Path({str(out)!r}), {IDENTITY!r}, 'export'); print('held', flush=True); time.sleep(60)"
-    )
-    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert holder.stdout is not None
-    assert holder.stdout.readline() == "held\n"
+    holder = start_process(hold, out, tmp_path / "mark")
+    wait_until((tmp_path / "mark").exists)
     with pytest.raises(InputError, match="another process is writing this export"):
         OutputDirectory.open(out, IDENTITY, "export")
     holder.kill()
-    holder.wait()
+    holder.join()
     with OutputDirectory.open(out, IDENTITY, "export") as work:
         work.complete()
     assert list(out.iterdir()) == []

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qvera.config.schema import ModelSection
+from qvera.models.loader import fingerprint_of
 from qvera.utils.errors import InputError
 from qvera.utils.safetensors_io import SOURCE_FILE, base_fingerprint, read_header, same_base, write_source_fingerprint
 from tests.conftest import small_llama
@@ -89,15 +88,13 @@ def test_what_can_be_compared() -> None:
     assert not same_base("quantized:a", "quantized:b")
 
 
-def test_a_base_in_the_hubs_cache_has_the_fingerprint_of_its_snapshot(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_a_base_in_the_hubs_cache_has_the_fingerprint_of_its_snapshot(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     repository = tmp_path / "models--some--llama"
     shutil.copytree(tiny_model_dir, repository / "snapshots" / ("a" * 40))
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("a" * 40)
-    code = (
-        "from qvera.models.loader import fingerprint_of; from qvera.config.schema import ModelSection\n"
-        "print(fingerprint_of(ModelSection(path='some/llama')), fingerprint_of(ModelSection(path='some/other')))"
-    )
-    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
-    assert done.stdout.split() == [base_fingerprint(tiny_model_dir), "None"]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert fingerprint_of(ModelSection(path="some/llama")) == base_fingerprint(tiny_model_dir)
+    assert fingerprint_of(ModelSection(path="some/other")) is None

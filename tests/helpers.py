@@ -1,0 +1,61 @@
+"""Helpers of many tests: processes that a test may kill, and grids of which the fast suite runs a sample."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import pytest
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["qvera.models.loader", "tests.conftest"])
+
+
+def _run(environment: dict[str, str], target: Callable[..., object], arguments: tuple[object, ...]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    target(*arguments)
+
+
+def start_process(target: Callable[..., object], *arguments: object) -> BaseProcess:
+    """Call a function of a test module in a process of its own.
+
+    It is forked from a server that has imported torch and transformers once, so it starts in a moment.
+    """
+    process = _context.Process(target=_run, args=(dict(os.environ), target, arguments))
+    process.start()
+    return process
+
+
+def wait_until(holds: Callable[[], object], seconds: float = 120) -> None:
+    """Wait until ``holds()`` is true, for as long as a slow machine may need."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, f"did not happen within {seconds} s"
+        time.sleep(0.02)
+
+
+def sampled(*axes: Sequence[object]) -> list[Any]:
+    """The full product of the axes as test parameters: those that cover all pairs of values run always, the rest are slow."""
+    open_pairs = {
+        ((i, a), (j, b))
+        for i, j in itertools.combinations(range(len(axes)), 2)
+        for a, b in itertools.product(range(len(axes[i])), range(len(axes[j])))
+    }
+    cases = list(itertools.product(*(range(len(axis)) for axis in axes)))
+    fast = set()
+    while open_pairs:
+        best = max(cases, key=lambda case: len(open_pairs & set(itertools.combinations(enumerate(case), 2))))
+        fast.add(best)
+        open_pairs -= set(itertools.combinations(enumerate(best), 2))
+    return [
+        pytest.param(
+            *(axis[i] for axis, i in zip(axes, case, strict=True)), marks=() if case in fast else pytest.mark.slow
+        )
+        for case in cases
+    ]
