@@ -25,16 +25,13 @@ from qvera.config.schema import AdapterSection, ModelSection
 from qvera.models.tokenizer import ADDED_ROWS, put_token_rows, read_token_rows, save_token_rows
 from qvera.utils.atomic import disk_errors, flush
 from qvera.utils.errors import InputError, first_line
-from qvera.utils.paths import resolve_path
+from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, resolve_path
 from qvera.utils.safetensors_io import same_base
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from qvera.models.loader import Base
-
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 def attach(

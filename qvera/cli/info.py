@@ -21,9 +21,9 @@ def info(
     Example:
         qvera info runs/quickstart
     """
-    from qvera.evaluation.run_info import describe
+    from qvera.evaluation.run_info import directory_facts
 
-    facts = describe(path)
+    facts = directory_facts(path)
     if as_json:
         print(json.dumps(facts, indent=1))
         return

@@ -18,27 +18,31 @@ from qvera.cli import (
     cache,
     chat,
     compare,
+    doctor,
     eval,
     export,
     generate,
     harness,
     info,
+    init,
     launch,
     merge_adapters,
     plan,
     preview,
     quantize,
     quickstart,
+    schema,
     train,
 )
 from qvera.cli.common import help_of, with_exit_code
 from qvera.utils.errors import EXIT_DONE, EXIT_FAILED
 
 PANELS: dict[str, tuple[Callable[..., int | None], ...]] = {
-    "Train": (quickstart.quickstart, preview.preview, plan.plan, train.train, launch.launch),
+    "Train": (quickstart.quickstart, init.init, preview.preview, plan.plan, train.train, launch.launch),
     "Look": (eval.evaluate, compare.compare, harness.harness, info.info),
     "Use": (chat.chat, generate.generate),
     "Share": (export.export, merge_adapters.merge_adapters),
+    "Setup": (doctor.doctor, schema.schema),
     "Bases": (quantize.quantize,),
 }
 NAMES: dict[Callable[..., int | None], str] = {eval.evaluate: "eval"}

@@ -22,13 +22,11 @@ from qvera.models.hub import base_directory
 from qvera.models.loader import load_exported
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.files import file_sha256
-from qvera.utils.paths import CERTIFICATE
+from qvera.utils.paths import CERTIFICATE, RECIPE_FILE
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
-
-RECIPE_FILE = "recipe.yaml"
 
 OUR_ADAPTERS = ("QVERA", "VERA")
 """Adapter types that run on qvera's layers. PEFT loads every other type."""

@@ -1,53 +1,129 @@
-"""What `qvera info` reports of a run or adapter directory, read from its files alone."""
+"""What `qvera info` shows of a run, an adapter directory or a merged export. Reads files; imports neither torch nor PEFT."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from qvera.adapters import save_load
-from qvera.evaluation.load import find_adapter
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from qvera.config.load import load_recipe
 from qvera.utils.errors import InputError
-from qvera.utils.files import file_sha256
+from qvera.utils.files import file_sha256, read_json
+from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CERTIFICATE, RECIPE_FILE
+
+_PROJECTIONS = ("vera_A", "vera_B")
+"""Ends of the names of tensors that PEFT's own VeRA stores and does not train."""
 
 
-def describe(path: str | Path) -> dict[str, Any]:
-    """Facts of a run or adapter directory, read from its files: base model, adapter, counts, hashes, versions."""
+def directory_facts(path: str | Path) -> dict[str, Any]:
+    """Facts of a directory: base, adapter, counts, hashes, versions.
+
+    Args:
+        path: a run, an adapter directory (QVERA, or any other of PEFT's types, such as an exported LoRA), or a merged export.
+
+    Raises:
+        InputError: it is none of these, or a file in it is damaged.
+    """
     path = Path(path)
-    recipe, section, directory = find_adapter(path)
-    config, vectors = save_load.read_adapter(directory)
-    facts: dict[str, Any] = {
-        "kind": "run" if recipe is not None else "adapter",
-        "path": str(path),
-        "base": section.path,
-        "base_revision": section.revision,
-        "quantization": section.quantization if recipe is not None else None,
-        "rank": getattr(config, "rank", getattr(config, "r", None)),
-        "b_groups": getattr(config, "b_groups", 1),
-        "input_scale": getattr(config, "input_scale", False),
-        "targets": config.target_modules
-        if isinstance(config.target_modules, str)
-        else sorted(config.target_modules or ()),
-        "adapted_modules": sum(name.endswith((".qvera_b", ".vera_lambda_b")) for name in vectors),
-        "trained_numbers": sum(t.numel() for name, t in vectors.items() if not name.endswith(("vera_A", "vera_B"))),
-        "adapter_file_bytes": (directory / save_load.ADAPTER_WEIGHTS).stat().st_size,
-        "projection_seed": getattr(config, "projection_seed", getattr(config, "projection_prng_key", None)),
-        "projection_generator": getattr(config, "projection_generator", "PEFT's"),
-        "projection_sha256": getattr(config, "projection_sha256", None),
-        "adapter_sha256": file_sha256(directory / save_load.ADAPTER_WEIGHTS),
-        "base_fingerprint": getattr(config, "base_fingerprint", None),
-        "added_tokens": getattr(config, "added_tokens", None),
-        "format_version": getattr(config, "format_version", None),
-        "peft_type": str(getattr(config.peft_type, "value", config.peft_type)),
-    }
-    summary = path / "run.json"
-    if summary.is_file():
-        try:
-            run = json.loads(summary.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{summary}: is not JSON ({error}).") from None
-        facts["status"] = run.get("status")
-        facts["versions"] = run.get("versions")
+    if not path.is_dir():
+        raise InputError(
+            f"{path}: no such directory. Expected a run, an adapter directory or a merged export of qvera."
+        )
+    if (path / RECIPE_FILE).is_file():
+        return _run(path)
+    if (path / ADAPTER_CONFIG).is_file():
+        return {"kind": "adapter", "path": str(path), **_adapter(path)}
+    if (path / CERTIFICATE).is_file():
+        return _merged_export(path)
+    raise InputError(
+        f"{path}: is neither a run (it has no {RECIPE_FILE}) nor an adapter directory (no {ADAPTER_CONFIG}) nor a merged export "
+        f"(no {CERTIFICATE})."
+    )
+
+
+def _run(path: Path) -> dict[str, Any]:
+    recipe = load_recipe(path / RECIPE_FILE)
+    if not (path / "adapter").is_dir():
+        raise InputError(f"{path}: this run has no adapter/ yet; finish it with `qvera train ... --resume`.")
+    facts: dict[str, Any] = {"kind": "run", "path": str(path), "quantization": recipe.model.quantization}
+    facts |= _adapter(path / "adapter") | {"base": recipe.model.path, "base_revision": recipe.model.revision}
+    if (path / "run.json").is_file():
+        run = read_json(path / "run.json", "the summary of a run")
+        facts |= {"status": run.get("status"), "versions": run.get("versions")}
         facts["result"] = {k: v for k, v in (run.get("result") or {}).items() if not isinstance(v, dict)}
     return facts
+
+
+def _adapter(directory: Path) -> dict[str, Any]:
+    weights = directory / ADAPTER_WEIGHTS
+    if not weights.is_file():
+        raise InputError(f"{directory}: has no {ADAPTER_WEIGHTS}, so it is not an adapter directory.")
+    config = read_json(directory / ADAPTER_CONFIG, "the config of a PEFT adapter", keys=("peft_type",))
+    parameters = _parameters(weights)
+    trained = {name: count for name, count in parameters.items() if not name.endswith(_PROJECTIONS)}
+    targets = config.get("target_modules")
+    return {
+        "base": config.get("base_model_name_or_path"),
+        "base_revision": config.get("revision"),
+        "rank": config.get("rank", config.get("r")),
+        "b_groups": config.get("b_groups", 1),
+        "input_scale": config.get("input_scale", False),
+        "targets": sorted(targets) if isinstance(targets, list) else targets,
+        "adapted_modules": len({name.removesuffix(".weight").rpartition(".")[0] for name in trained}),
+        "trained_parameters": sum(trained.values()),
+        "adapter_file_bytes": weights.stat().st_size,
+        "projection_seed": config.get("projection_seed", config.get("projection_prng_key")),
+        "projection_generator": config.get("projection_generator"),
+        "projection_sha256": config.get("projection_sha256"),
+        "adapter_sha256": file_sha256(weights),
+        "base_fingerprint": config.get("base_fingerprint"),
+        "added_tokens": config.get("added_tokens"),
+        "format_version": config.get("format_version"),
+        "peft_type": config["peft_type"],
+    }
+
+
+def _parameters(weights: Path) -> dict[str, int]:
+    """Tensor name → number of elements.
+
+    Raises:
+        InputError: the file is damaged, or a value is NaN or Inf.
+    """
+    counts = {}
+    try:
+        with safe_open(weights, framework="numpy") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  # not a dict
+                part = tensors.get_slice(name)
+                counts[name] = int(np.prod(part.get_shape(), dtype=np.int64))
+                if part.get_dtype() in ("F32", "F16") and not np.isfinite(part[...]).all():
+                    raise InputError(f"{weights}: {name} has NaN or Inf in it.")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{weights}: not a readable safetensors file, or cut short ({error}).") from None
+    return counts
+
+
+def _merged_export(path: Path) -> dict[str, Any]:
+    certificate = read_json(path / CERTIFICATE, "the certificate of a merged export", keys=("base", "adapter", "files"))
+    base, adapter = certificate["base"], certificate["adapter"]
+    try:
+        size = sum((path / name).stat().st_size for name in certificate["files"])
+        return {
+            "kind": "merged export",
+            "path": str(path),
+            "base": base["path"],
+            "base_revision": base.get("revision"),
+            "base_weights": base["weights"],
+            "base_fingerprint": base.get("fingerprint"),
+            "adapter": adapter["path"],
+            "adapter_sha256": adapter["sha256"],
+            "rank": adapter.get("rank"),
+            "changed_weights": len(certificate["delta"]),
+            "weights_bytes": size,
+            "added_tokens": certificate.get("added_tokens"),
+            "difference": certificate.get("difference"),
+            "versions": certificate.get("versions"),
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path / CERTIFICATE}: is not the certificate of a merged export ({error!r}).") from None

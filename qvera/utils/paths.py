@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+RECIPE_FILE = "recipe.yaml"
+"""The recipe in a run's directory."""
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 CERTIFICATE = "qvera_export.json"
 """The file beside an exported checkpoint that says what was merged onto what."""
 

@@ -109,7 +109,7 @@ def test_info(run: Path, capsys: Any) -> None:
         assert facts["rank"] == 8
         assert facts["adapted_modules"] == 14
         # 2 layers x (out_features of the seven linears + 7 ranks)
-        assert facts["trained_numbers"] == 2 * (64 + 32 + 32 + 64 + 192 + 192 + 64 + 7 * 8)
+        assert facts["trained_parameters"] == 2 * (64 + 32 + 32 + 64 + 192 + 192 + 64 + 7 * 8)
         assert re.fullmatch("[0-9a-f]{64}", facts["adapter_sha256"])
     assert main(["info", str(run)]) == 0
     assert "projection_seed" in capsys.readouterr().out
@@ -241,6 +241,6 @@ def test_an_unexpected_error_is_exit_1(run: Path, capsys: Any, monkeypatch: pyte
     def full(_: Any) -> None:
         raise OSError(28, "No space left on device", "/data/out")
 
-    monkeypatch.setattr(run_info, "describe", full)
+    monkeypatch.setattr(run_info, "directory_facts", full)
     assert main(["info", str(run)]) == 1
     assert "/data/out: No space left on device" in capsys.readouterr().err

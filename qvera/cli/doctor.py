@@ -1,0 +1,129 @@
+"""`qvera doctor`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from qvera.cli.common import quiet_libraries
+from qvera.utils import formatting
+from qvera.utils.errors import EXIT_DONE, EXIT_FAILED
+from qvera.utils.paths import cache_root
+
+if TYPE_CHECKING:
+    import torch
+
+LOW_DISK_BYTES = 2_000_000_000
+"""Less free space than this is reported: a checkpoint and the 4-bit copy of a small model."""
+
+
+class Finding(NamedTuple):
+    """One line of the report.
+
+    Attributes:
+        what: what was looked at.
+        found: what is there.
+        stops: a run on this machine would fail.
+        fix: what to do; empty if nothing has to be done.
+    """
+
+    what: str
+    found: str
+    stops: bool = False
+    fix: str = ""
+
+
+def doctor() -> int:
+    """Check what this machine has and what would stop a run.
+
+    Exit code 0: a run can start. 1: something would stop it; the lines that begin with ! say what to do.
+
+    Example:
+        qvera doctor
+    """
+    quiet_libraries()
+    findings = list(examine())
+    for finding in findings:
+        print(f"{'!' if finding.stops else ' '} {finding.what:<18}{finding.found}")
+        if finding.fix:
+            print(f"{'':<20}→ {finding.fix}")
+    stops = [finding.what for finding in findings if finding.stops]
+    print(f"\nA run would fail: {', '.join(stops)}." if stops else "\nA run can start on this machine.")
+    return EXIT_FAILED if stops else EXIT_DONE
+
+
+def examine() -> Iterator[Finding]:
+    """Look at versions, device, kernels, compiler, disk and cache."""
+    from qvera.models.loader import pick_compute_dtype, pick_device
+    from qvera.utils.memory import available_bytes, device_name, versions
+
+    yield Finding("versions", ", ".join(f"{name} {version}" for name, version in versions().items()))
+    device = pick_device()
+    yield Finding("device", device_name(device))
+    yield Finding("free memory", formatting.size(available_bytes(device)))
+    dtype = str(pick_compute_dtype("auto", device)).removeprefix("torch.")
+    slow = dtype == "float32"
+    yield Finding("compute dtype", dtype + (" (this CPU has no fast 16-bit instructions)" if slow else ""))
+    yield four_bit_kernels(device)
+    yield compiler()
+    yield free_disk("disk here", Path.cwd())
+    yield cache()
+
+
+def four_bit_kernels(device: torch.device) -> Finding:
+    """Quantize a small matrix to NF4 on the device and back."""
+    import torch
+
+    try:
+        from qvera.models.bitsandbytes_import import bitsandbytes
+
+        weight = torch.linspace(-1, 1, 64 * 64, device=device).reshape(64, 64)
+        packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4")
+        error = (bitsandbytes.functional.dequantize_4bit(packed, state) - weight).abs().max().item()
+    except Exception as error_found:  # whatever a broken build raises: that is what is looked for
+        reason = str(error_found).partition("\n")[0]
+        return Finding(
+            "4-bit kernels", f"fail ({reason})", True, "Reinstall: pip install --force-reinstall bitsandbytes"
+        )
+    if not error < 0.2:
+        return Finding("4-bit kernels", "give wrong values", True, "Install another version of bitsandbytes.")
+    return Finding("4-bit kernels", "work")
+
+
+def compiler() -> Finding:
+    """DeepSpeed compiles its CPU optimizer and NVMe reader on first use."""
+    found = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+    ninja = shutil.which("ninja")
+    if found and ninja:
+        return Finding("C++ compiler", f"{found}, with ninja")
+    fix = "Only for ZeRO offload to NVMe. Debian and Ubuntu: apt install g++ ninja-build"
+    return Finding("C++ compiler", "no ninja" if found else "none", fix=fix)
+
+
+def free_disk(what: str, directory: Path) -> Finding:
+    """Free space where a run would write."""
+    free = shutil.disk_usage(directory).free
+    text = f"{formatting.size(free)} free in {directory}"
+    if not os.access(directory, os.W_OK):
+        return Finding(what, f"{directory} can't be written", fix="Set training.output_dir to a directory that can be.")
+    return Finding(what, text, fix="Little room for checkpoints." if free < LOW_DISK_BYTES else "")
+
+
+def cache() -> Finding:
+    """Where 4-bit copies and tokenized rows are kept, and how large they are."""
+    root = cache_root()
+    existing = root
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        fix = "Set the environment variable QVERA_CACHE to a directory that can be written."
+        return Finding("cache", f"{root} can't be written", True, fix)
+    size = sum(file.stat().st_size for file in root.rglob("*") if file.is_file()) if root.is_dir() else 0
+    free = shutil.disk_usage(existing).free
+    fix = (
+        "Little room: `qvera cache rm` makes some, or set QVERA_CACHE to another disk." if free < LOW_DISK_BYTES else ""
+    )
+    return Finding("cache", f"{formatting.size(size)} in {root}, {formatting.size(free)} free", fix=fix)

@@ -1,0 +1,148 @@
+"""`qvera init`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qvera.cli.common import console, quiet_libraries, require_new_file
+from qvera.utils.atomic import replace_text
+from qvera.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from qvera.config.schema import DataSection
+    from qvera.data import DataStats
+
+LONGEST_TOKENS = 2048
+"""``max_length`` of a new recipe is at most this, however long the rows are."""
+
+
+def init(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The recipe to write; must not exist.")] = Path(
+        "recipe.yaml"
+    ),
+    model: Annotated[str | None, typer.Option(metavar="PATH", help="A model directory or a hub id.")] = None,
+    data: Annotated[str | None, typer.Option(metavar="PATH", help="A file or directory of rows, or a hub id.")] = None,
+    prompt_column: Annotated[str | None, typer.Option(metavar="NAME", help="The column with the prompt.")] = None,
+    answer_column: Annotated[str | None, typer.Option(metavar="NAME", help="The column with the answer.")] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system prompt for all rows.")] = None,
+) -> None:
+    """Write a commented recipe for your model and data.
+
+    Reads the data and the model's tokenizer first, and fills in format, columns, lengths and held-out rows. On a terminal it asks
+    for what is not given.
+
+    Example:
+        qvera init recipe.yaml --model meta-llama/Llama-2-7b-hf --data rows.csv
+    """
+    require_new_file(out)
+    model = model or _ask("--model", "Base model (a directory or a hub id)")
+    data = data or _ask("--data", "Training rows (a file, a directory or a hub id)")
+    columns = {"prompt": prompt_column, "completion": answer_column}
+
+    from qvera.config.load import load_recipe
+    from qvera.config.schema import DataSection, ModelSection
+    from qvera.models.tokenizer import load_tokenizer
+
+    quiet_libraries()
+    tokenizer = load_tokenizer(ModelSection(path=model))
+    given = {ours: theirs for ours, theirs in columns.items() if theirs}
+    section = DataSection(path=data, columns=given, system=system, max_length=1 << 20)
+    section, stats = _inspect(section, tokenizer)
+    replace_text(out, recipe_text(model, section, stats))
+    load_recipe(out)
+    print(f"{out}: {stats.train_rows:,} rows, format {stats.format}, the longest has {stats.longest_tokens:,} tokens")
+    print(f"look at the rows  qvera preview {out}\nfind a rate       qvera train {out} --find-lr")
+    print(f"train             qvera train {out}")
+
+
+def _ask(option: str, question: str) -> str:
+    """Ask on the terminal.
+
+    Raises:
+        InputError: there is no terminal.
+    """
+    if not sys.stdin.isatty():
+        raise InputError(f"{option}: is missing, and there is no terminal to ask on. Give {option}.")
+    return str(typer.prompt(question, err=True)).strip()
+
+
+def _inspect(section: DataSection, tokenizer: PreTrainedTokenizerBase) -> tuple[DataSection, DataStats]:
+    """Read the rows; on a terminal ask for the columns if they are of no known format."""
+    from qvera.data import build_datasets
+
+    try:
+        return section, build_datasets(section, tokenizer, console).stats
+    except InputError as error:
+        if "match no known format" not in str(error):
+            raise
+        if not sys.stdin.isatty():
+            raise InputError(f"{error} Here: --prompt-column NAME --answer-column NAME.") from None
+        console.print(str(error), markup=False, highlight=False)
+    columns = {
+        "prompt": _ask("--prompt-column", "Column with the prompt"),
+        "completion": _ask("--answer-column", "Column with the answer"),
+    }
+    section = section.replace(columns=columns)
+    return section, build_datasets(section, tokenizer, console).stats
+
+
+def recipe_text(model: str, data: DataSection, stats: DataStats) -> str:
+    """The recipe, with the schema's defaults as comments.
+
+    Args:
+        data: the data section that ``stats`` was made with.
+        stats: of all rows; none held out.
+    """
+    from qvera.config import schema
+
+    model_defaults, adapter, training = (
+        schema.ModelSection(path=model),
+        schema.AdapterSection(),
+        schema.TrainingSection(),
+    )
+    longest = -(-stats.longest_tokens // 64) * 64  # rounded up, so that a few longer rows fit later
+    length = max(64, min(longest, LONGEST_TOKENS))
+    held_out = min(0.1, 200 / max(1, stats.train_rows)) if stats.train_rows >= 10 else 0.0
+    # a JSON string is a YAML string, whatever is in it
+    rows = [f"  path: {json.dumps(data.path)}", f"  format: {stats.format}"]
+    if data.columns:
+        rows.append(f"  columns: {json.dumps(data.columns)}")
+    if data.system:
+        rows.append(f"  system: {json.dumps(data.system)}")
+    schema_file = Path(schema.__file__).with_name("recipe.schema.json")
+    return "\n".join(
+        [
+            f"# yaml-language-server: $schema={schema_file}",
+            "# Written by `qvera init`. Every key is described in docs/recipe.md. Relative paths start in the directory where you run",
+            "# qvera. A line that begins with # shows a default.",
+            "",
+            "model:",
+            f"  path: {json.dumps(model)}",
+            f"  quantization: {model_defaults.quantization}            # the frozen base in 4 bits",
+            "",
+            "data:",
+            *rows,
+            f"  max_length: {length}             # tokens; the longest of {stats.train_rows:,} rows has {stats.longest_tokens:,}",
+            f"  eval_fraction: {held_out:.3g}         # held out: the run reports the loss on these rows before and after",
+            "",
+            "adapter:",
+            f"  rank: {adapter.rank}",
+            f"  targets: {adapter.targets if isinstance(adapter.targets, str) else json.dumps(list(adapter.targets))}",
+            "",
+            "training:",
+            "  # output_dir: runs/NAME      # default: the name of this file",
+            f"  num_train_epochs: {training.num_train_epochs:g}",
+            f"  global_batch_size: {min(training.global_batch_size, max(1, stats.train_rows))}",
+            f"  learning_rate: {training.learning_rate:g}       # models under 1B parameters need more: --find-lr suggests a rate",
+            f"  # lr_scheduler_type: {training.lr_scheduler_type}",
+            f"  # save_steps: {training.save_steps}",
+            "",
+        ]
+    )
