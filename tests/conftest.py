@@ -125,6 +125,16 @@ def make_recipe(tiny_model_dir: Path, tiny_rows: Path) -> Any:
     return make
 
 
+@pytest.fixture(scope="session")
+def trained_run(make_recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a finished run of three steps. Read it, never change it."""
+    from qvera.training.trainer import train
+
+    run_dir = tmp_path_factory.mktemp("trained") / "run"
+    train(make_recipe(training={"output_dir": str(run_dir), "max_steps": 3}), run_dir)
+    return run_dir
+
+
 @pytest.fixture
 def write_recipe(make_recipe: Any, tmp_path: Path) -> Any:
     """The same as a file, for the command line."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -56,3 +58,19 @@ assert "PeftModel" in inspect.getsource(peft)
 assert type(peft.__spec__.loader).__name__ == "SourceFileLoader"
 """
     run_python(f"{code}{KNOWS_QVERA}")
+
+
+def test_light_commands_import_no_torch(trained_run: Path, tmp_path: Path) -> None:
+    """One process runs them all; compare reads two finished runs."""
+    other = shutil.copytree(trained_run, tmp_path / "other")
+    lines = [
+        ["--help"],
+        ["--version"],
+        ["train", "--help"],
+        ["schema"],
+        ["cache", "ls"],
+        ["info", str(trained_run)],
+        ["compare", str(trained_run), str(other), "--html", str(tmp_path / "page.html")],
+    ]
+    code = f"from qvera.cli.main import main\nassert [main(line) for line in {lines}] == [0] * {len(lines)}"
+    assert set(heavy_modules_after(code)) <= {"numpy"}
