@@ -198,7 +198,7 @@ class ChatTemplate:
             needed: the turns that are going to be trained; other answers may stay without a place.
 
         Raises:
-            InputError: names the row; the template refuses it, or rewrites it so that answers can't be located.
+            InputError: names the row; the template refuses it, or rewrites it so that answers can't be placed.
         """
         turns = conversation.turns
         messages = self.messages(turns)

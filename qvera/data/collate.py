@@ -31,7 +31,7 @@ def collate(examples: Sequence[Example], pad_id: int, device: torch.device | str
 
     Args:
         examples: B rows, at least one.
-        pad_id: the token put where a row has ended; it is neither attended to nor trained.
+        pad_id: the token put where a row has ended; it is masked out of attention and loss.
         device: where the tensors go.
 
     Returns:
@@ -59,7 +59,7 @@ def _tensors(arrays: dict[str, np.ndarray], device: torch.device | str) -> dict[
 
 
 def common_prefix(examples: Sequence[Example]) -> int:
-    """Tokens that all rows begin with, none of them trained, nor the one after them.
+    """Tokens that all rows begin with. None of them is trained, and the one after them is not either.
 
     The token after the prefix must not be a target: what stands before it in the joined sequence is another row's end.
     """

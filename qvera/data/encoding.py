@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -16,21 +15,8 @@ from qvera.utils.errors import InputError
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-HEADER, START, END = "header", "start", "end"
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """A place between two characters.
-
-    Attributes:
-        at: characters before it.
-        kind: ``start`` of an answer, its ``end``, or where the ``header`` that opens it starts. A token that lies
-            across the start or the end of an answer belongs to the answer.
-    """
-
-    at: int
-    kind: str
+Bounds = tuple[int, int, int]
+"""Where an answer's header starts, where the answer starts and where it ends: in characters of a text, or in tokens."""
 
 
 class Encoder:
@@ -41,7 +27,7 @@ class Encoder:
         eos_id: ends a row that has no end-of-turn token of its own.
         pad_id: fills up a batch. It is the tokenizer's, or eos where it has none: padding is masked, so any will do.
         pads_with_eos: that second case.
-        splits: a text may be encoded in pieces. SentencePiece tokenizers that put a space in front of whatever they
+        splits: a text may be encoded in parts. SentencePiece tokenizers that put a space in front of whatever they
             are given can't do that.
 
     Raises:
@@ -68,7 +54,7 @@ class Encoder:
             if first == [bos] or getattr(tokenizer, "add_bos_token", False) is True:
                 self.bos_id = int(bos)
         probe = self._encode_batch(["a", "b"])
-        ids = [token for piece in probe["input_ids"] for token in piece]
+        ids = list(itertools.chain(*probe["input_ids"]))
         self.splits = bool(getattr(probe, "encodings", None)) and self._decode(ids) == "ab"
 
     def with_bos(self, ids: list[int]) -> list[int]:
@@ -88,49 +74,44 @@ class Encoder:
             text: the prompt, from `ChatTemplate.prompt`.
             starts: where earlier answers start in it, from the same place.
         """
-        (ids, _) = self.encode([text], [[Cut(at, START) for at in starts]])[0]
+        ((ids, _),) = self.encode([text], [[(at, at, at) for at in starts]])
         return self.with_bos(ids)
 
-    def encode(self, texts: Sequence[str], cuts: Sequence[Sequence[Cut]]) -> list[tuple[list[int], list[int]]]:
+    def encode(self, texts: Sequence[str], answers: Sequence[Sequence[Bounds]]) -> list[tuple[list[int], list[Bounds]]]:
         """Encode texts without adding special tokens; markers written in a text become their tokens.
 
-        Where the tokenizer `splits`, a text is encoded in pieces that begin at its answers. A prompt then has the ids
-        that it has when it is generated from: in one piece, a line break before an answer can be one token when it
-        ends the text and another when a word follows.
+        Where the tokenizer `splits`, each answer starts a part that is encoded by itself. A prompt then has the ids that it has
+        when it is generated from: encoded together, a line break before an answer can be one token when it ends the text
+        and another when a word follows. A token that lies across the start or the end of an answer belongs to the answer.
 
         Args:
             texts: N texts.
-            cuts: for each text its cuts, in the order of ``at``.
+            answers: for each text the bounds of its answers in characters, in order.
 
         Returns:
-            For each text its ids, and for each cut the number of tokens that lie before it.
+            For each text its ids, and the bounds of its answers in tokens.
         """
-        bounds = []
-        for text, row_cuts in zip(texts, cuts, strict=True):
-            starts = {cut.at for cut in row_cuts if cut.kind == START} if self.splits else set()
-            bounds.append(sorted({0, len(text)} | starts) if text else [0, 0])
-        pieces = [
-            text[low:high] for text, edges in zip(texts, bounds, strict=True) for low, high in itertools.pairwise(edges)
+        edges = []
+        for text, bounds in zip(texts, answers, strict=True):
+            starts = {start for _, start, _ in bounds} if self.splits else set()
+            edges.append(sorted({0, len(text)} | starts) if text else [0, 0])
+        parts = [
+            text[a:b] for text, row_edges in zip(texts, edges, strict=True) for a, b in itertools.pairwise(row_edges)
         ]
-        batch = self._encode_batch(pieces)
+        batch = self._encode_batch(parts)
         encodings = getattr(batch, "encodings", None)
         if not encodings:
-            return [
-                self._locate_by_prefix(text, row_cuts, list(ids))
-                for text, row_cuts, ids in zip(texts, cuts, batch["input_ids"], strict=True)
-            ]
-        out = []
+            rows = zip(texts, answers, batch["input_ids"], strict=True)
+            return [(list(ids), self._bounds_by_prefix(text, bounds, ids)) for text, bounds, ids in rows]
         following = iter(encodings)
-        for row_cuts, edges in zip(cuts, bounds, strict=True):
-            ids: list[int] = []
-            positions: list[int] = []
-            for low, high in itertools.pairwise(edges):
-                encoding = next(following)
-                while len(positions) < len(row_cuts) and row_cuts[len(positions)].at <= high:
-                    cut = row_cuts[len(positions)]
-                    positions.append(len(ids) + _tokens_before(encoding, cut.at - low, high - low, cut.kind))
-                ids += encoding.ids
-            out.append((ids, positions))
+        out = []
+        for bounds, row_edges in zip(answers, edges, strict=True):
+            encoded = [(low, high, next(following)) for low, high in itertools.pairwise(row_edges)]
+            tokens = [
+                (_tokens_before(encoded, a), _tokens_before(encoded, b), _tokens_before(encoded, c, at_end=True))
+                for a, b, c in bounds
+            ]
+            out.append(([token for *_, encoding in encoded for token in encoding.ids], tokens))
         return out
 
     def _encode_batch(self, texts: list[str]) -> BatchEncoding:
@@ -141,32 +122,40 @@ class Encoder:
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    def _locate_by_prefix(self, text: str, cuts: Sequence[Cut], ids: list[int]) -> tuple[list[int], list[int]]:
-        """For tokenizers written in Python, which keep no offsets: tokens that a prefix of the text has in common."""
-        positions = []
-        for cut in cuts:
-            if cut.at >= len(text):
-                positions.append(len(ids))
-                continue
-            prefix = self.tokenizer(text[: cut.at], add_special_tokens=False)["input_ids"] if cut.at else []
-            common = 0
-            while common < min(len(prefix), len(ids)) and prefix[common] == ids[common]:
-                common += 1
-            positions.append(common)
-        return ids, positions
+    def _bounds_by_prefix(self, text: str, answers: Sequence[Bounds], ids: Sequence[int]) -> list[Bounds]:
+        """For tokenizers written in Python, which have no offsets: tokens that a prefix of the text has in common."""
+
+        def tokens_before(at: int) -> int:
+            if at >= len(text):
+                return len(ids)
+            prefix = self.tokenizer(text[:at], add_special_tokens=False)["input_ids"] if at else []
+            pairs = zip(prefix, ids, strict=False)
+            return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+        return [(tokens_before(header), tokens_before(start), tokens_before(end)) for header, start, end in answers]
 
 
-def _tokens_before(encoding: _Encoding, at: int, length: int, kind: str) -> int:
-    """How many tokens of a piece lie before character ``at``; see `Cut` for a token that lies across."""
-    if at >= length:
-        return len(encoding.ids)
-    token = encoding.char_to_token(at)
-    if token is None:  # no token holds this character (a normalizer dropped it, or offsets are trimmed)
-        ends = (index for index, (_, end) in enumerate(encoding.offsets) if end > at)
-        token = next(ends, len(encoding.ids))
-    while kind == END and token < len(encoding.ids) and encoding.token_to_chars(token)[0] < at:
-        token += 1
-    return token
+def _tokens_before(parts: Sequence[tuple[int, int, _Encoding]], at: int, at_end: bool = False) -> int:
+    """How many tokens lie before character ``at`` of a text that was encoded in parts [low, high).
+
+    Args:
+        at_end: ``at`` is the end of an answer: a token that lies across it is counted.
+    """
+    before = 0
+    for low, high, encoding in parts:
+        if at > high:
+            before += len(encoding.ids)
+            continue
+        if at == high:
+            return before + len(encoding.ids)
+        token = encoding.char_to_token(at - low)
+        if token is None:  # no token holds this character (a normalizer dropped it, or offsets are trimmed)
+            ends = (index for index, (_, end) in enumerate(encoding.offsets) if end > at - low)
+            token = next(ends, len(encoding.ids))
+        while at_end and token < len(encoding.ids) and encoding.token_to_chars(token)[0] < at - low:
+            token += 1
+        return before + token
+    return before
 
 
 class _Encoding(Protocol):

@@ -156,7 +156,7 @@ def parse_row(
 
     Args:
         row: the row.
-        format: what `detect_format` made of the first row.
+        format: what `detect_format` found in the first row.
         system: the system prompt for rows that bring none.
         label_names: where answers are integer labels, the name of each label, from 0.
 

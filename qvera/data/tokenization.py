@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from qvera.config.schema import DataSection
 from qvera.data.chat_template import ChatTemplate, Rendered
-from qvera.data.encoding import END, HEADER, START, Cut, Encoder
+from qvera.data.encoding import Bounds, Encoder
 from qvera.data.formats import Conversation, RowFormat, Text, parse_row
 from qvera.data.readers import RawRow
 from qvera.data.rows import Example, record_batch
@@ -125,22 +125,19 @@ class RowTokenizer:
         return not any(turn.content.strip() or turn.extra.get("tool_calls") for turn in turns)
 
     def _encode(self, rows: Sequence[Conversation | Text]) -> list[Example]:
-        layouts: list[tuple[str, list[Cut], Rendered | None]] = []
+        rendered = []
         for row in rows:
             self._counts.special_token_rows += self._has_special_token(row)
             if isinstance(row, Text):
-                layouts.append((row.text, [], None))
-                continue
-            needed = [] if self.section.train_on == "all" else self._trained_turns(row)
-            rendered = self.template.lay_out(row, needed)
-            cuts = []
-            for answer in rendered.answers:
-                cuts += [Cut(answer.header, HEADER), Cut(answer.start, START), Cut(answer.end, END)]
-            layouts.append((rendered.text, cuts, rendered))
-        encoded = self.encoder.encode([text for text, _, _ in layouts], [cuts for _, cuts, _ in layouts])
+                rendered.append(Rendered(row.text, [], append_eos=True))
+            else:
+                needed = [] if self.section.train_on == "all" else self._trained_turns(row)
+                rendered.append(self.template.lay_out(row, needed))
+        answers = [[(span.header, span.start, span.end) for span in each.answers] for each in rendered]
+        encoded = self.encoder.encode([each.text for each in rendered], answers)
         examples = []
-        for row, (text, _, layout), (ids, positions) in zip(rows, layouts, encoded, strict=True):
-            examples += self._example(row, text, layout, ids, positions)
+        for row, each, (ids, bounds) in zip(rows, rendered, encoded, strict=True):
+            examples += self._example(row, each, ids, bounds)
         return examples
 
     def _has_special_token(self, row: Conversation | Text) -> bool:
@@ -148,41 +145,35 @@ class RowTokenizer:
         return any(self.template.has_special_token(text) for text in texts)
 
     def _example(
-        self, row: Conversation | Text, text: str, rendered: Rendered | None, ids: list[int], positions: list[int]
+        self, row: Conversation | Text, rendered: Rendered, ids: list[int], bounds: list[Bounds]
     ) -> list[Example]:
-        with_bos = self.encoder.with_bos(ids)
-        shift = len(with_bos) - len(ids)
+        input_ids = self.encoder.with_bos(ids)
+        shift = len(input_ids) - len(ids)
         prompt_ids: list[int] = []
         prompt_text, reference, header = "", None, 0
-        if rendered is None or self.section.train_on == "all":
-            trained = np.ones(len(with_bos), dtype=bool)
-            trained[:shift] = False
+        if isinstance(row, Text):
+            trained = np.ones(len(input_ids), dtype=bool)
+            append_eos = input_ids[-1:] != [self.encoder.eos_id]
         else:
-            trained = np.zeros(len(with_bos), dtype=bool)
-        if rendered is None:
-            append_eos = with_bos[-1:] != [self.encoder.eos_id]
-        else:
-            assert isinstance(row, Conversation)
-            append_eos = rendered.append_eos
-            wanted = self._trained_turns(row)
-            for number, answer in enumerate(rendered.answers):
-                opening, start, end = (position + shift for position in positions[3 * number : 3 * number + 3])
+            train_all, wanted, last = self.section.train_on == "all", self._trained_turns(row), len(row.turns) - 1
+            trained = np.full(len(input_ids), train_all)
+            # behind an answer that is not trained an eos would teach nothing
+            append_eos = rendered.append_eos and (train_all or last in wanted)
+            for answer, answer_bounds in zip(rendered.answers, bounds, strict=True):
+                opening, start, end = (token + shift for token in answer_bounds)
                 if answer.turn in wanted:
-                    if not trained.any():
-                        header = start - opening
+                    header = header if trained.any() else start - opening
                     trained[start:end] = True
-                if answer.turn == len(row.turns) - 1:
-                    prompt_ids, prompt_text = with_bos[:start], text[: answer.start]
-                    reference = row.turns[answer.turn].content
-            if append_eos and _answer_is_untrained(row, wanted, self.section.train_on):
-                append_eos = False
+                if answer.turn == last:
+                    prompt_ids, prompt_text = input_ids[:start], rendered.text[: answer.start]
+                    reference = row.turns[last].content
         if append_eos:
-            with_bos = [*with_bos, self.encoder.eos_id]
+            input_ids = [*input_ids, self.encoder.eos_id]
             trained = np.append(trained, True)
         trained[:1] = False
         if not trained.any():
             raise InputError(f"{row.source}: no token to train on: the row is a single token. Remove it.")
-        whole, prompt = np.asarray(with_bos, np.int32), np.asarray(prompt_ids, np.int32)
+        whole, prompt = np.asarray(input_ids, np.int32), np.asarray(prompt_ids, np.int32)
         return self._fitted(Example(whole, trained, row.source, prompt, prompt_text, reference), header)
 
     def _fitted(self, whole: Example, header: int) -> list[Example]:
@@ -255,8 +246,3 @@ class RowTokenizer:
         self._counts.split_rows += 1
         self._counts.split_parts += len(found)
         return found
-
-
-def _answer_is_untrained(row: Conversation, wanted: list[int], train_on: str) -> bool:
-    """The last turn is not trained, so there is nothing for an appended eos to teach."""
-    return train_on != "all" and len(row.turns) - 1 not in wanted

@@ -1,6 +1,6 @@
 """The cache on disk: directories of work that was done once and is found again by content, and the hashes of files.
 
-What quantized bases (`qvera.models.quantized_cache`) and kept rows (`qvera.data.cache`) have in common:
+What quantized bases (`qvera.models.quantized_cache`) and tokenized rows (`qvera.data.cache`) have in common:
 
   NAME/                    a finished entry
   .unfinished-KEY/         one that is being made, or was killed

@@ -13,7 +13,6 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from qvera.config.schema import DataSection
 from qvera.data import NAMED_TEMPLATES, Datasets, Encoder, Example, Turn, build_datasets, resolve_template
-from qvera.data.encoding import Cut
 from qvera.utils.errors import InputError
 from tests.data.conftest import SMOLLM2_TEMPLATE, MakeTokenizer
 
@@ -386,6 +385,5 @@ def test_chat_prompts_are_those_of_training(template: str, make_tokenizer: MakeT
 def test_a_token_across_the_end_of_an_answer_belongs_to_it(base_tokenizer: PreTrainedTokenizerFast) -> None:
     encoder = Encoder(base_tokenizer)
     whole = base_tokenizer("yes\n\n", add_special_tokens=False)["input_ids"]
-    cuts = [Cut(0, "start"), Cut(len("yes\n"), "end")]
     assert base_tokenizer.decode(whole[-1:]) == "\n\n"
-    assert encoder.encode(["yes\n\n"], [cuts]) == [(whole, [0, len(whole)])]
+    assert encoder.encode(["yes\n\n"], [[(0, 0, len("yes\n"))]]) == [(whole, [(0, 0, len(whole))])]
