@@ -25,6 +25,7 @@ from qvera.config.schema import AdapterSection, ModelSection
 from qvera.models.tokenizer import ADDED_ROWS, put_token_rows, read_token_rows, save_token_rows
 from qvera.utils.atomic import disk_errors, flush
 from qvera.utils.errors import InputError, first_line
+from qvera.utils.formatting import first_of
 from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, resolve_path
 from qvera.utils.safetensors_io import same_base
 
@@ -219,7 +220,7 @@ def read_adapter(directory: Path) -> tuple[QveraConfig | VeraConfig, dict[str, t
             )
     broken = sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all())
     if broken:
-        raise InputError(f"{weights_file}: {broken[0]} (and {len(broken) - 1} more) has NaN or Inf in it.")
+        raise InputError(f"{weights_file}: {first_of(broken)} has NaN or Inf in it.")
     return config, tensors
 
 
@@ -342,7 +343,7 @@ def _load_stock_adapter(model: nn.Module, directory: Path) -> PeftModel:
         raise InputError(f"{directory}: does not fit this base model: {first_line(error)}") from None
     missing = [name for name, p in peft_model.named_parameters() if "vera_lambda" in name and p.is_meta]
     if missing:
-        raise InputError(f"{directory}: has no values for {missing[0]} (and {len(missing) - 1} more).")
+        raise InputError(f"{directory}: has no values for {first_of(missing)}.")
     peft_model.requires_grad_(False)
     return peft_model.eval()
 

@@ -6,8 +6,8 @@ know, each for templates that the others can't do:
 - The author's ``{% generation %}`` blocks, where there are any. Blocks differ in what they include, which one of the next two settles.
 - The layout: the literal text that the template writes around the contents of a conversation of this shape. It is learned once a
   shape, by rendering slots in place of the contents, and used where literals and contents together are the row's text.
-- Prefixes: the conversation is rendered up to and without each answer. It takes five renderings an answer, and is for tool calls
-  and for templates that rewrite contents. It can't do templates that write something else once a later turn follows (Qwen3).
+- Prefixes: the conversation is rendered up to and without each answer. That is six times as slow, and is for tool calls and for
+  templates that rewrite contents. It can't do templates that write something else once a later turn follows (Qwen3).
 """
 
 from __future__ import annotations

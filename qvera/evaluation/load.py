@@ -22,6 +22,7 @@ from qvera.models.hub import base_directory
 from qvera.models.loader import load_exported
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.files import file_sha256
+from qvera.utils.formatting import first_of
 from qvera.utils.paths import CERTIFICATE, RECIPE_FILE
 
 if TYPE_CHECKING:
@@ -306,8 +307,7 @@ def _load_other_adapter(base_model: nn.Module, directory: Path, _: loader.Base) 
     unused = [name for name in unused if peft_model.base_model.prefix in name]  # PEFT passes over them in silence
     if unused:
         raise InputError(
-            f"{directory}: does not fit its base and its target_modules: {unused[0]} (and {len(unused) - 1} more) of "
-            "its file belong nowhere."
+            f"{directory}: does not fit its base and its target_modules: {first_of(unused)} of its file belong nowhere."
         )
     peft_model.requires_grad_(False)
     return peft_model.eval()

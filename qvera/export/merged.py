@@ -33,6 +33,7 @@ from qvera.utils import memory
 from qvera.utils.atomic import OutputDirectory, disk_errors, place_files, replace_text, require_space
 from qvera.utils.errors import InputError, Interrupted, RunFailed
 from qvera.utils.files import file_sha256
+from qvera.utils.formatting import first_of
 from qvera.utils.paths import CERTIFICATE
 from qvera.utils.safetensors_io import TensorEntry, TensorSpec, base_fingerprint, checkpoint_tensors, grouped_by_bytes
 from qvera.utils.safetensors_stream import write_index, write_shard
@@ -341,7 +342,7 @@ def _require_shapes(directory: Path, entries: list[TensorEntry], model: PreTrain
     missing = sorted(expected.keys() - found.keys() - {*tied, *tied.values()})
     if missing and found.keys() <= expected.keys():  # with names of another scheme, nothing can be said
         raise InputError(
-            f"{directory}: has no {missing[0]} (and {len(missing) - 1} more), which its config.json asks for: a shard is missing. "
+            f"{directory}: has no {first_of(missing)}, which its config.json asks for: a shard is missing. "
             "Fetch the checkpoint again."
         )
 

@@ -24,6 +24,7 @@ from qvera.models.source_checkpoint import NotPlain
 from qvera.models.tokenizer import ids_of, load_tokenizer, place_token_rows
 from qvera.utils.cache_dir import StageProgress
 from qvera.utils.errors import InputError, first_line
+from qvera.utils.formatting import first_of
 from qvera.utils.paths import resolve_path
 from qvera.utils.safetensors_io import base_fingerprint, checkpoint_tensors
 
@@ -187,7 +188,7 @@ def _load_by_transformers(
     missing = sorted(loading["missing_keys"])
     if missing and not _is_quantized(config):
         raise InputError(
-            f"model.path: the weights of {name!r} hold no {missing[0]} (and {len(missing) - 1} more), which transformers would draw "
+            f"model.path: the weights of {name!r} hold no {first_of(missing)}, which transformers would draw "
             "at random. Copy config.json and all weight files of one checkpoint again."
         )
     return model

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from qvera.distributed.zero_params import decoder_layers
 from qvera.models import linear, quantization
 from qvera.utils.errors import InputError
+from qvera.utils.formatting import first_of
 from qvera.utils.safetensors_io import TensorEntry, checkpoint_tensors
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def load_mapped(
     model.tie_weights()
     missing = [name for name, p in model.named_parameters() if p.is_meta]
     if missing:
-        raise NotMappable(f"{directory} has no {missing[0]} (and {len(missing) - 1} more)")
+        raise NotMappable(f"{directory} has no {first_of(missing)}")
     for buffers in (m._buffers for m in model.modules()):
         for key, buffer in buffers.items():
             if buffer is not None:
@@ -151,7 +152,7 @@ def _check_names(model: nn.Module, packed: dict[str, list[TensorEntry]], plain: 
     unknown = [name for name in packed if type(modules.get(name)) is not nn.Linear]
     unknown += [name for name in plain if name not in parameters]
     if unknown:
-        raise NotMappable(f"{type(model).__name__} has no {unknown[0]} (and {len(unknown) - 1} more)")
+        raise NotMappable(f"{type(model).__name__} has no {first_of(unknown)}")
 
 
 @contextlib.contextmanager

@@ -105,3 +105,8 @@ def _decimals(value: float) -> int:
         if math.isclose(round(value, places), value, rel_tol=1e-6, abs_tol=1e-12):
             return places
     return 10
+
+
+def first_of(names: Sequence[object]) -> str:
+    """The first of some names, and how many others there are: ``a``, ``a (and 2 more)``."""
+    return f"{names[0]} (and {len(names) - 1} more)" if len(names) > 1 else str(names[0])

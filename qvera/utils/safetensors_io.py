@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from qvera.utils.errors import InputError
 from qvera.utils.files import read_json
+from qvera.utils.formatting import first_of
 
 if TYPE_CHECKING:
     import torch
@@ -138,7 +139,7 @@ def checkpoint_tensors(directory: Path) -> list[TensorEntry]:
                 )
     missing = sorted(wanted.keys() - entries.keys())
     if missing:
-        raise InputError(f"{index}: names {missing[0]} (and {len(missing) - 1} more), which no shard holds.")
+        raise InputError(f"{index}: names {first_of(missing)}, which no shard holds.")
     if not entries:
         raise InputError(f"{directory}: has no *.safetensors weights.")
     return list(entries.values())

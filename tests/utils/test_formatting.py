@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qvera.utils.formatting import axis_labels, count, duration, moment, percent, significant, size
+from qvera.utils.formatting import axis_labels, count, duration, first_of, moment, percent, significant, size
 
 
 @pytest.mark.parametrize(
@@ -80,3 +80,7 @@ def test_percent_and_moment() -> None:
 )
 def test_axis_labels(ticks: list[float], kind: str, labels: list[str]) -> None:
     assert axis_labels(ticks, kind) == labels
+
+
+def test_the_first_of_some_names_counts_the_others_only_where_there_are_some() -> None:
+    assert [first_of(names) for names in (["a"], ["a", "b", "c"])] == ["a", "a (and 2 more)"]
