@@ -34,7 +34,7 @@ class Evaluator:
         self.group, self.console = group, console
 
     def held_out_loss(self) -> dict[str, Any]:
-        """Loss and perplexity of all held-out rows, the very same numbers on all ranks."""
+        """Loss and perplexity of all held-out rows, the very same values on all ranks."""
         result = evaluate.held_out_loss(
             self.model,
             self.datasets.eval,
@@ -58,8 +58,8 @@ class Evaluator:
         with StatusLine(self.console, f"{label}: held-out loss") as status, evaluate.scoring(self.model):
             result = self.held_out_loss()
             match_rows, sample_rows = self._rows_to_answer()
-            numbers = list(dict.fromkeys(match_rows + sample_rows))  # each is answered once
-            rows = [self.datasets.eval[i] for i in numbers]
+            indices = list(dict.fromkeys(match_rows + sample_rows))  # each is answered once
+            rows = [self.datasets.eval[i] for i in indices]
             if self.group.first or any_sharded(self.model):
                 answers = evaluate.answer_rows(
                     self.model,
@@ -70,7 +70,7 @@ class Evaluator:
                     progress=lambda done: status.update(f"{label}: {done} of {len(rows)} answers"),
                 )
             answers = self.group.broadcast(answers)
-        by_row = dict(zip(numbers, answers, strict=True))
+        by_row = dict(zip(indices, answers, strict=True))
         text = f"{label}: held-out loss {result['loss']:.4f}"
         if match_rows:
             result["exact_match"] = sum(bool(by_row[i]["exact"]) for i in match_rows) / len(match_rows)

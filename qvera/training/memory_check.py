@@ -38,15 +38,14 @@ def plan_run(
     """Plan the memory of a run (of one of its ranks), print it in a few lines, and refuse what can't fit on a GPU.
 
     On a CPU a plan that does not fit is a warning: swap, or other processes that end, may make room. With several ranks the
-    caller decides, since they have to do so together (`rank_checks.room_everywhere`).
+    caller decides, since they have to do so together (`rank_checks.check_memory`).
 
     Raises:
         InputError: on CUDA and with one rank, the plan needs more than the device has.
     """
     machine = this_machine(recipe.model, device)
-    if (
-        base is not None and device.type == "cpu" and not machine.mapped_base
-    ):  # already in this process's memory, so the plan must not count it twice
+    if base is not None and device.type == "cpu" and not machine.mapped_base:
+        # the base is in this process's memory already, and must not be counted twice
         held = machine.runtime_bytes - min(machine.runtime_bytes, int(base.facts["base_bytes"]))
         machine = type(machine)(**{**vars(machine), "runtime_bytes": held})
     try:

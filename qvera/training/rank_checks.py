@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _Error = TypeVar("_Error", bound=QveraError)
 
 
-def same_everywhere(recipe: Recipe, group: Group, console: Console) -> None:
+def check_same_setup(recipe: Recipe, group: Group, console: Console) -> None:
     """Check that all ranks have the same versions, recipe and base model, and time a small all-reduce.
 
     Raises:
@@ -66,13 +66,13 @@ def same_everywhere(recipe: Recipe, group: Group, console: Console) -> None:
     )
 
 
-def nodes_of(group: Group) -> tuple[int, int]:
+def count_nodes(group: Group) -> tuple[int, int]:
     """How many machines the ranks are on, and how many ranks are on the fullest of them."""
     hosts = group.gather(group.host)
     return len(set(hosts)), max(hosts.count(host) for host in set(hosts))
 
 
-def disk_everywhere(folder: Path, share_bytes: int, group: Group) -> None:
+def check_disk_space(folder: Path, share_bytes: int, group: Group) -> None:
     """Check that each node's disk has room for its ranks' shares of the base.
 
     Raises:
@@ -92,7 +92,7 @@ def disk_everywhere(folder: Path, share_bytes: int, group: Group) -> None:
             )
 
 
-def room_everywhere(plan: Plan | None, group: Group, console: Console) -> None:
+def check_memory(plan: Plan | None, group: Group, console: Console) -> None:
     """Check that the plan fits on every node. A GPU is one rank's; the RAM of a node is shared by its ranks.
 
     Raises:
@@ -128,7 +128,7 @@ def room_everywhere(plan: Plan | None, group: Group, console: Console) -> None:
     console.print(f"[yellow]{text[0].upper()}{text[1:]}", highlight=False)
 
 
-def same_data(datasets: Datasets, recipe: Recipe, group: Group) -> None:
+def check_same_data(datasets: Datasets, recipe: Recipe, group: Group) -> None:
     """Check that every rank's copy of the data has the same rows.
 
     Raises:

@@ -27,7 +27,7 @@ from qvera.training.logging import StatusLine
 from qvera.training.optim import build_optimizer
 from qvera.training.plan import Plan, Sharing
 from qvera.training.plan.sharding import spread_of
-from qvera.training.rank_checks import disk_everywhere, for_all, nodes_of, room_everywhere, same_everywhere
+from qvera.training.rank_checks import check_disk_space, check_memory, check_same_setup, count_nodes, for_all
 from qvera.training.run_dir import plain_json
 from qvera.training.setup import base_sharder, load_base_everywhere, load_datasets, read_zero_config, select_device
 from qvera.utils import memory
@@ -50,7 +50,7 @@ class TrainingSession:
         self.resources = contextlib.ExitStack()
         self.state = TrainState()
         self.zero = read_zero_config(recipe, base, group)
-        same_everywhere(recipe, group, self.console)
+        check_same_setup(recipe, group, self.console)
         self.device = select_device(recipe, group)
 
     def __enter__(self) -> Self:
@@ -159,12 +159,12 @@ class TrainingSession:
     def _plan_memory(self) -> Plan | None:
         """The memory plan of one rank, refused where a node lacks the room."""
         group = self.group
-        nodes, per_node = nodes_of(group)
+        nodes, per_node = count_nodes(group)
         sharing = Sharing.of(self.zero, nodes, per_node, group.world_size)
         plan = memory_check.plan_run(self.recipe, self.datasets, self.device, self.given_base, self.console, sharing)
-        room_everywhere(plan, group, self.console)
+        check_memory(plan, group, self.console)
         if self.sharder is not None and self.sharder.folder is not None and plan is not None:
-            disk_everywhere(self.sharder.folder, -(-spread_of(plan.shape).packed // group.world_size), group)
+            check_disk_space(self.sharder.folder, -(-spread_of(plan.shape).packed // group.world_size), group)
         return plan
 
     def _try_longest_batch(self) -> None:

@@ -18,7 +18,7 @@ from qvera.distributed.zero_config import ZeroConfig, check_optimizer, load_zero
 from qvera.models.loader import Base, load_base, pick_device
 from qvera.models.tokenizer import load_tokenizer
 from qvera.training.logging import StatusLine
-from qvera.training.rank_checks import same_data
+from qvera.training.rank_checks import check_same_data
 from qvera.utils.errors import InputError
 from qvera.utils.formatting import size
 
@@ -79,7 +79,7 @@ def load_datasets(recipe: Recipe, base: Base | None, console: Console, group: Gr
         found.append(datasets)
 
     group.agree(read)
-    same_data(found[0], recipe, group)
+    check_same_data(found[0], recipe, group)
     return found[0]
 
 
@@ -89,9 +89,10 @@ def _print_summary(datasets: Datasets, console: Console) -> None:
         f"Data: {stats.train_rows:,} rows to train on, {stats.eval_rows:,} held out; the loss covers {stats.trained_tokens:,} of "
         f"{stats.tokens:,} tokens. `qvera preview` shows the rows.",
         highlight=False,
+        soft_wrap=True,
     )
     for line in data_warnings(stats):
-        console.print(Text(line, style="yellow"))
+        console.print(Text(line, style="yellow"), soft_wrap=True)
 
 
 def load_base_everywhere(

@@ -138,7 +138,8 @@ class Trainer(TrainingSession):
         self.console.print(
             f"Training {facts['trainable_parameters']:,} parameters in {facts['adapted_modules']} linear layers (LoRA of rank 64: "
             f"{facts['lora_r64_parameters']:,}) for {self.steps} steps on {memory.device_name(self.device)}"
-            + (f" and {others} more." if others else ".")
+            + (f" and {others} more." if others else "."),
+            soft_wrap=True,
         )
 
     def train(self) -> RunResult | None:
@@ -245,19 +246,19 @@ class Trainer(TrainingSession):
         found: list[checkpoint.Checkpoint | None] = []
 
         def warn(text: str) -> None:
-            self.console.print(text, style="yellow", markup=False)
+            self.console.print(text, style="yellow", markup=False, soft_wrap=True)
 
         self.group.on_first(lambda: found.append(newest_checkpoint(self.run_dir, self.recipe, warn)))
         one = checkpoint.shared(found[0] if found else None, self.group)
         if one is None:
-            self.console.print(f"No checkpoint was saved in {self.run_dir} yet: starting from step 0.")
+            self.console.print(f"No checkpoint was saved in {self.run_dir} yet: starting from step 0.", soft_wrap=True)
             return
         checkpoint.restore(one, named_vectors(self.model), self.optimizer, self.group.rank)
         self.schedule.load_state_dict(one.state["schedule"])
         for parameters, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
             parameters["lr"] = rate
         self.state = TrainState(**one.state["progressed"])
-        self.console.print(f"Going on from step {self.state.step} of {self.steps} ({one.path}).")
+        self.console.print(f"Going on from step {self.state.step} of {self.steps} ({one.path}).", soft_wrap=True)
 
     def load_best_vectors(self) -> None:
         """Put the vectors of the best step into the model; the last step's stay where that checkpoint is damaged."""
@@ -267,7 +268,7 @@ class Trainer(TrainingSession):
                 best = checkpoint.load(self.run_dir / "checkpoints" / f"step-{self.state.best_step:08d}")
             except InputError as error:  # a run that has come so far is not given up for it
                 text = f"{error} The adapter gets the last step's vectors, not the best."
-                self.console.print(text, style="yellow", markup=False)
+                self.console.print(text, style="yellow", markup=False, soft_wrap=True)
         best = checkpoint.shared(best, self.group)
         if best is not None:
             load_vectors(self.model, best.vectors, str(best.path))

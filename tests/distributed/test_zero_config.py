@@ -75,10 +75,10 @@ def test_a_disk_without_room_for_the_base_is_said(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(
         rank_checks.shutil, "disk_usage", lambda place: asked.append(place) or shutil._ntuple_diskusage(0, 0, 0)
     )
-    rank_checks.disk_everywhere(tmp_path / "run" / "offload", 99, Four())
+    rank_checks.check_disk_space(tmp_path / "run" / "offload", 99, Four())
     assert asked == [tmp_path]  # what is there of the path
     with pytest.raises(InputError, match="200 B of the base go to .*run/offload on right, where 199 B are free"):
-        rank_checks.disk_everywhere(tmp_path / "run" / "offload", 100, Four())
+        rank_checks.check_disk_space(tmp_path / "run" / "offload", 100, Four())
 
 
 @pytest.mark.parametrize("named", [False, True], ids=["of the run", "named by the user"])

@@ -52,7 +52,7 @@ def text_of(console: Console) -> str:
 
 def test_nodes_that_are_alike_are_named_with_what_the_network_does(make_recipe: Any) -> None:
     console = Console(file=io.StringIO(), width=300)
-    rank_checks.same_everywhere(make_recipe(), Four(), console)
+    rank_checks.check_same_setup(make_recipe(), Four(), console)
     assert "4 processes on 2 nodes (node0, node1) with the same versions, recipe and base model" in text_of(console)
     assert "an all-reduce takes 1.00 ms, and 4 MB of it pass at 100 MB/s" in text_of(console)
 
@@ -73,7 +73,7 @@ def test_a_difference_is_refused_with_the_node_and_what(make_recipe: Any, key: s
     recipe = make_recipe()
     recipe = recipe.replace(deepspeed="zero1")
     with pytest.raises(InputError) as caught:
-        rank_checks.same_everywhere(recipe, Four(others=differing(key, "another")), Console(quiet=True))
+        rank_checks.check_same_setup(recipe, Four(others=differing(key, "another")), Console(quiet=True))
     text = str(caught.value)
     assert f"{key} is another on rank 2 (node1) and " in text
     assert "on rank 0 (node0)" in text
@@ -99,7 +99,7 @@ def test_the_base_s_fingerprint_is_of_its_content(make_recipe: Any, tiny_model_d
     there = str(fingerprint_of(recipe.model))
     recipe = recipe.replace(model=recipe.model.replace(path=str(tiny_model_dir)))
     with pytest.raises(InputError, match=r"the base's fingerprint \(model.path\) is .* on rank 2 \(node1\)"):
-        rank_checks.same_everywhere(
+        rank_checks.check_same_setup(
             recipe, Four(others=differing("the base's fingerprint (model.path)", there)), Console(quiet=True)
         )
 
@@ -114,9 +114,9 @@ def planned(make_recipe: Any, machine: Machine) -> Any:
 
 def test_a_gpu_without_room_is_refused_by_rank_and_node(make_recipe: Any) -> None:
     plan = planned(make_recipe, Machine("a GPU", "cuda", torch.bfloat16, False, 10**10, 0, 0))
-    rank_checks.room_everywhere(plan, Four(), Console(quiet=True))
+    rank_checks.check_memory(plan, Four(), Console(quiet=True))
     with pytest.raises(InputError) as caught:
-        rank_checks.room_everywhere(plan, Four(others=short_on(3, 1000)), Console(quiet=True))
+        rank_checks.check_memory(plan, Four(others=short_on(3, 1000)), Console(quiet=True))
     text = str(caught.value)
     assert "rank 3 on node1 needs " in text
     assert "its GPU has 1.00 kB" in text
@@ -131,12 +131,12 @@ def test_ranks_of_a_node_share_its_ram_and_too_little_is_a_warning(make_recipe: 
     one_needs = plan.memory.private_bytes - machine.runtime_bytes
     for free, fits in ((2 * one_needs, True), (2 * one_needs - 1, False)):
         console = Console(file=io.StringIO(), width=300)
-        rank_checks.room_everywhere(plan, Four(others=short_on(2, free)), console)
+        rank_checks.check_memory(plan, Four(others=short_on(2, free)), console)
         assert ("ranks 2, 3 on node1 will need" in text_of(console)) is not fits
         assert "node0" not in text_of(console)
-    rank_checks.room_everywhere(None, Four(), Console(quiet=True))
+    rank_checks.check_memory(None, Four(), Console(quiet=True))
 
 
 def test_ranks_are_counted_by_node() -> None:
-    assert rank_checks.nodes_of(Four()) == (2, 2)
-    assert rank_checks.nodes_of(Group()) == (1, 1)
+    assert rank_checks.count_nodes(Four()) == (2, 2)
+    assert rank_checks.count_nodes(Group()) == (1, 1)
