@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from qvera.config.schema import ModelSection
 from qvera.models import quantize_checkpoint, source_checkpoint
@@ -18,7 +17,7 @@ from qvera.models.hub import base_directory
 from qvera.models.quantized_record import BASES, bases_root, content_identity, problem_of, read_record, settings_of
 from qvera.models.source_checkpoint import SourceCheckpoint
 from qvera.utils.atomic import flush
-from qvera.utils.cache_dir import UNFINISHED, WAIT_SECONDS, HashIndex, StageProgress, discard, size_bytes
+from qvera.utils.cache_dir import UNFINISHED, HashIndex, StageProgress, discard, size_bytes
 from qvera.utils.errors import InputError
 from qvera.utils.files import file_stamp
 from qvera.utils.safetensors_io import shard_files
@@ -33,17 +32,18 @@ def cached_base(
 ) -> Path:
     """The directory of the quantized copy of ``section.path``, made on first use.
 
-    Processes that want the same one at the same time: one makes it, the others wait. A copy that is found damaged is made
-    again.
+    Of several processes that want the same copy, one makes it and the others wait. A damaged copy is made again.
 
     Args:
+        section: the recipe's model section, with ``quantization`` nf4 or fp4.
         device: where to quantize (default CPU).
-        verify: hash source and copy again, instead of believing sizes and times.
+        verify: hash source and copy again, instead of trusting sizes and times.
+        progress: called with the stage and bytes.
 
     Raises:
         NotPlain: transformers renames or fuses this checkpoint's tensors while loading.
         InputError: no such model, a shard is missing or damaged, or the cache can't be written.
-        RunFailed: a weight has NaN or Inf, or the disk is full; finished shards are kept.
+        RunFailed: a weight has NaN or Inf, or the disk is full; finished shards stay.
     """
     directory = base_directory(section)
     if not verify and (found := find_base(section, directory)) is not None:
@@ -59,14 +59,18 @@ def cached_base(
         raise InputError(
             f"{root}: the cache can't be written ({error.strerror}). Set QVERA_CACHE to a directory that can."
         ) from None
-    lock = FileLock(root / f".{key}.lock")
-    _wait_for(lock, unfinished, quantize_checkpoint.output_bytes(source, section), progress)
-    try:
+
+    def waiting() -> None:
+        assert progress is not None
+        total = quantize_checkpoint.output_bytes(source, section)
+        progress("waiting", min(size_bytes(unfinished), total), total, "another process quantizes this model")
+
+    with BASES.locked(key, None if progress is None else waiting):
         known = {} if verify else hashes.known(source.files)
         if verify or (len(known) < len(source.files) and _similar(source, section)):
             known = hashes.hashed(source.files, known, progress)
         if len(known) == len(source.files):
-            target = root / _name(section, _identity(source, section, known))
+            target = root / _name(section, _identity(source.config_sha256, section, known))
             if target.exists() and problem_of(target, verify=verify) is None:
                 return target
         BASES.clear_removed()
@@ -74,17 +78,13 @@ def cached_base(
         if record is None and unfinished.is_dir() and not any(unfinished.glob(".qvera_*")):
             discard(unfinished)  # it was complete once, and was damaged since: nothing to go on from
         if record is None:
-            record = quantize_checkpoint.quantize_checkpoint(
-                section, source, unfinished, known=known, device=device, progress=_staged(progress, "quantizing")
-            )
+            record = _quantize(section, source, unfinished, known, device, progress)
         _remember(hashes, source, record)
         return _publish(unfinished, root / _name(section, record["identity"]))
-    finally:
-        lock.release()
 
 
 def find_base(section: ModelSection, directory: Path | None = None) -> Path | None:
-    """The finished copy for this section if there is one, by what is known of the source's files; nothing is made or hashed."""
+    """The finished copy for this section if there is one and the source's hashes are known; nothing is made or hashed."""
     directory = directory or base_directory(section)
     root = bases_root()
     if not (root / "hashes.json").is_file():
@@ -94,9 +94,7 @@ def find_base(section: ModelSection, directory: Path | None = None) -> Path | No
     if not files or len(known) < len(files) or not (directory / "config.json").is_file():
         return None
     config = hashlib.sha256((directory / "config.json").read_bytes()).hexdigest()
-    names = {file.name: digest for file, digest in known.items()}
-    identity = content_identity(config, names, settings_of(section))
-    target = root / _name(section, identity)
+    target = root / _name(section, _identity(config, section, known))
     return target if problem_of(target) is None else None
 
 
@@ -121,14 +119,12 @@ def quantized_copy(
         if record["settings"] != settings_of(section):
             raise InputError(f"{out}: is quantized with other settings ({record['settings']}). Name another directory.")
         known = hashes.hashed(source.files, known, progress)
-        if record["identity"] != _identity(source, section, known):
+        if record["identity"] != _identity(source.config_sha256, section, known):
             raise InputError(f"{out}: is the quantized copy of another checkpoint. Name another directory.")
         if (problem := problem_of(out, verify=verify)) is not None:
             raise InputError(f"{problem}. Delete {out} and run again.")
         return record
-    record = quantize_checkpoint.quantize_checkpoint(
-        section, source, out, known=known, device=device, progress=_staged(progress, "quantizing")
-    )
+    record = _quantize(section, source, out, known, device, progress)
     _remember(hashes, source, record)
     return record
 
@@ -139,9 +135,21 @@ def _remember(hashes: HashIndex, source: SourceCheckpoint, record: dict[str, Any
     hashes.add({file: (file_stamp(file.stat()), recorded[file.name]["sha256"]) for file in source.files})
 
 
-def _identity(source: SourceCheckpoint, section: ModelSection, known: dict[Path, str]) -> str:
+def _quantize(
+    section: ModelSection,
+    source: SourceCheckpoint,
+    out: Path,
+    known: dict[Path, str],
+    device: torch.device | None,
+    progress: StageProgress | None,
+) -> dict[str, Any]:
+    report = None if progress is None else functools.partial(progress, "quantizing")
+    return quantize_checkpoint.quantize_checkpoint(section, source, out, known=known, device=device, progress=report)
+
+
+def _identity(config_sha256: str, section: ModelSection, known: dict[Path, str]) -> str:
     names = {file.name: digest for file, digest in known.items()}
-    return content_identity(source.config_sha256, names, settings_of(section))
+    return content_identity(config_sha256, names, settings_of(section))
 
 
 def _name(section: ModelSection, identity: str) -> str:
@@ -150,13 +158,8 @@ def _name(section: ModelSection, identity: str) -> str:
 
 def _key(source: SourceCheckpoint, section: ModelSection, device: torch.device | None) -> str:
     where = device.type if device is not None else "cpu"
-    parts = [
-        str(source.directory.resolve()),
-        source.file_identity(),
-        source.config_sha256,
-        where,
-        quantize_checkpoint.SHARD_BYTES,
-    ]
+    shard_bytes = quantize_checkpoint.SHARD_BYTES
+    parts = [str(source.directory.resolve()), source.file_identity(), source.config_sha256, where, shard_bytes]
     text = json.dumps([parts, settings_of(section)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -172,25 +175,6 @@ def _similar(source: SourceCheckpoint, section: ModelSection) -> bool:
     )
 
 
-def _staged(progress: StageProgress | None, stage: str) -> Callable[[int, int, str], None] | None:
-    if progress is None:
-        return None
-    return lambda done, total, what: progress(stage, done, total, what)
-
-
-def _wait_for(lock: FileLock, unfinished: Path, total: int, progress: StageProgress | None) -> None:
-    """Take the lock; while another process has it, show how far that one is."""
-    while True:
-        try:
-            lock.acquire(timeout=0 if progress is None else WAIT_SECONDS)
-            return
-        except Timeout:
-            if progress is None:
-                lock.acquire()
-                return
-            progress("waiting", min(size_bytes(unfinished), total), total, "another process quantizes this model")
-
-
 def _complete(unfinished: Path) -> dict[str, Any] | None:
     """The record of a copy that is whole but for its place, or None."""
     if problem_of(unfinished, verify=True) is not None or any(unfinished.glob(".qvera_*.json")):
@@ -201,7 +185,7 @@ def _complete(unfinished: Path) -> dict[str, Any] | None:
 def _publish(made: Path, target: Path) -> Path:
     """Give a finished copy its name; where another process was quicker, its copy is as good."""
     if target.exists():
-        if problem_of(target) is None and problem_of(target, verify=True) is None:
+        if problem_of(target, verify=True) is None:
             shutil.rmtree(made)
             return target
         discard(target)

@@ -35,7 +35,6 @@ class SourceCheckpoint:
     files: list[Path]
     tensors: list[TensorEntry]
     """In the order of ``files`` and of the bytes in them; what the model does not have is left out."""
-    file_of: dict[str, Path]
     quantized: set[str]
     """Names of the weights that become 4-bit."""
 
@@ -65,12 +64,12 @@ def read_source(section: ModelSection, directory: Path) -> SourceCheckpoint:
         )
     tensors = checkpoint_tensors(directory)
     files = list(dict.fromkeys(entry.file for entry in tensors))
-    file_of = {entry.name: entry.file for entry in tensors}
+    stored = {entry.name for entry in tensors}
     model = empty_model(section, directory)
     names = model.state_dict().keys()
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     require_own_weights(directory, tensors, model)
-    _require_names(directory, names, tied, file_of.keys())
+    _require_names(directory, names, tied, stored)
     transposed = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
     linears = quantization.four_bit_linears(model, section)
     if transposed & linears:
@@ -83,7 +82,7 @@ def read_source(section: ModelSection, directory: Path) -> SourceCheckpoint:
     for entry in tensors:
         _require_dtype(entry, section, entry.name in quantized)
     digest = hashlib.sha256((directory / "config.json").read_bytes()).hexdigest()
-    return SourceCheckpoint(directory, config, digest, files, tensors, file_of, quantized & file_of.keys())
+    return SourceCheckpoint(directory, config, digest, files, tensors, quantized & stored)
 
 
 def _require_names(directory: Path, expected: Collection[str], tied: Mapping[str, str], found: Collection[str]) -> None:

@@ -1,4 +1,4 @@
-"""An output directory that takes minutes to fill: whole files or none, and the same command goes on where it was killed.
+"""Write files so that a kill leaves whole ones: small files, and output directories that the same command completes later.
 
     with OutputDirectory.open(out, identity, what="export") as work:
         for name in planned:
@@ -7,9 +7,9 @@
         ...the small files; what makes the directory a model (config.json) last, with `replace_text`
         work.complete()
 
-A hidden state file, replaced as a whole after each shard, says what was finished. Its ``identity`` is everything that the
-bytes are a function of; another identity is refused. One process at a time may work in a directory (the kernel drops the
-lock of one that was killed).
+A hidden state file, replaced as a whole after each shard, lists the finished ones. Its ``identity`` is everything that the bytes
+are a function of; another identity is refused. One process at a time may work in a directory (the kernel drops the lock of one
+that was killed).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from qvera.utils import formatting
 from qvera.utils.errors import InputError, RunFailed
 from qvera.utils.files import file_sha256, try_read_json
 
@@ -36,16 +37,17 @@ _UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 class OutputDirectory:
-    """What of a piece of work is already in ``out``, and the lock on it. Made by `open`."""
+    """A directory that is being filled, and the lock on it. Made by `open`."""
 
     def __init__(self, out: Path, state: Path, document: dict[str, Any], lock: FileLock) -> None:
         self.out, self._state, self._document, self._lock = out, state, document, lock
 
     @classmethod
     def open(cls, out: Path, identity: dict[str, Any], what: str) -> OutputDirectory:
-        """Take a directory that is new or empty, or holds this very work unfinished.
+        """Take a directory that is new or empty, or was left by a killed process with the same ``identity``.
 
         Args:
+            out: the directory.
             identity: JSON values; what the output is a function of.
             what: one word for the state file's name and for messages: ``export``, ``quantize``.
 
@@ -74,7 +76,7 @@ class OutputDirectory:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """JSON values of the caller's own that are kept with the finished shards; stored by the next `finished` or `save`."""
+        """JSON values of the caller's own in the state file; written by the next `finished` or `save`."""
         return self._document["facts"]
 
     @property
@@ -88,7 +90,7 @@ class OutputDirectory:
         return name in self.shards and target.is_file() and file_sha256(target) == self.shards[name]
 
     def finished(self, name: str, sha256: str) -> None:
-        """Write down that this shard is whole and on disk."""
+        """Note that this shard is whole and on disk."""
         self.shards[name] = sha256
         self.save()
 
@@ -97,7 +99,7 @@ class OutputDirectory:
         replace_text(self._state, json.dumps(self._document))
 
     def complete(self) -> None:
-        """All is written: what only unfinished work needs is removed."""
+        """Remove state, lock and partial files: everything is written."""
         for leftover in self.out.glob(".*.partial"):
             leftover.unlink()
         self._state.unlink()
@@ -105,7 +107,7 @@ class OutputDirectory:
         flush(self.out)
 
     def close(self) -> None:
-        """Let another process go on with it."""
+        """Release the lock, so that another process can go on."""
         if self._lock.is_locked:
             Path(self._lock.lock_file).unlink(missing_ok=True)
             self._lock.release()
@@ -141,7 +143,7 @@ def flush(path: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a small file so that it is there with this text or as it was before, whatever happens in between."""
+    """Replace a small file's text as a whole: after a kill it has the new text or the old one."""
     partial = path.with_name(f".{path.name.lstrip('.')}.partial")
     with open(partial, "w", encoding="utf-8") as handle:
         handle.write(text)
@@ -152,7 +154,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def place_files(out: Path, save: Callable[[Path], Any]) -> None:
-    """Let a library save small files (``save_pretrained``), and put each into ``out`` whole."""
+    """Let a library save small files (``save_pretrained``) into a scratch directory, and move each into ``out`` whole."""
     scratch = out / ".small.partial"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
@@ -178,16 +180,20 @@ def require_space(out: Path, needed_bytes: int, what: str) -> None:
     free = shutil.disk_usage(place).free
     if free < needed_bytes:
         raise InputError(
-            f"{out}: {what} needs {needed_bytes / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free on this disk. Make room, or "
+            f"{out}: {what} needs {formatting.size(needed_bytes)}, and {formatting.size(free)} are free on this disk. Make room, or "
             "name a directory on another disk."
         )
 
 
 @contextlib.contextmanager
 def disk_errors(what: str, kept: str) -> Iterator[None]:
-    """Turn a full disk (or quota), or one that can't be written any more, into a message that names the file and what is kept.
+    """Turn a full disk (or quota), or one that can't be written any more, into a clear message.
 
-    A disk with errors is made read-only by the system in the middle of a run.
+    The system makes a disk with errors read-only in the middle of a run.
+
+    Args:
+        what: what is being written.
+        kept: a sentence that ends the message: what is not lost, and what to do.
 
     Raises:
         RunFailed: in place of ENOSPC, EDQUOT, EFBIG, EROFS, EACCES, EPERM or EIO, from Python or from safetensors.

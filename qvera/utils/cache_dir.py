@@ -16,7 +16,7 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +27,21 @@ from qvera.utils.errors import InputError
 from qvera.utils.files import file_sha256, file_stamp, try_read_json
 
 StageProgress = Callable[[str, int, int, str], None]
-"""Called with (stage, bytes done, bytes in all, what); stage is hashing, quantizing or waiting."""
+"""Called with (stage, bytes done, bytes in all, what); the stage is hashing, quantizing or waiting."""
 WAIT_SECONDS = 0.5
 UNFINISHED = ".unfinished-"
 
 
 @dataclasses.dataclass(frozen=True)
 class DiskCache:
-    """One kind of entry.
+    """A cache of one kind of directories.
 
     Attributes:
-        what: as messages call one of it, and several.
-        root: its directory; asked for each time, since QVERA_CACHE may change.
-        record_of: what an entry's directory says of itself; None where it says nothing that can be read.
-        problem_of: what is wrong with a finished entry, all of its bytes read again; None: nothing.
-        prefix: of a finished entry's name, where what follows it is the KEY that it was made under.
+        what: what messages call one of them, and several.
+        root: where they are; a function, since QVERA_CACHE may change.
+        record_of: the record in such a directory; None where there is none that can be read.
+        problem_of: reads all bytes of a finished one and returns what is wrong with it; None: nothing.
+        prefix: the beginning of a finished one's name, where the rest is the KEY that it was made under.
     """
 
     what: tuple[str, str]
@@ -91,6 +91,21 @@ class DiskCache:
             raise InputError(f"{entry.name}: is being made or opened by another process right now.") from None
         return entry.size_bytes
 
+    @contextlib.contextmanager
+    def locked(self, key: str, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+        """Hold the lock of what is made under ``key``; ``waiting`` is called every now and then while another process has it."""
+        lock = FileLock(self.root() / f".{key}.lock")
+        while not lock.is_locked:
+            try:
+                lock.acquire(timeout=-1 if waiting is None else WAIT_SECONDS)
+            except Timeout:
+                assert waiting is not None  # else there is no timeout
+                waiting()
+        try:
+            yield
+        finally:
+            lock.release()
+
     def clear_removed(self) -> None:
         """Finish removals that were killed."""
         for leftover in self.root().glob(".removed-*"):
@@ -115,7 +130,7 @@ class CacheEntry:
 
 
 def size_bytes(directory: Path) -> int:
-    """Of the files in a directory that another process may be changing."""
+    """Bytes of the files in a directory, which another process may be changing."""
     size = 0
     for file in directory.glob("*") if directory.is_dir() else ():
         try:
@@ -126,7 +141,7 @@ def size_bytes(directory: Path) -> int:
 
 
 def discard(directory: Path) -> None:
-    """Out of sight at once, then gone; a process that has it mapped keeps its pages."""
+    """Rename a directory out of sight, then delete it; a process that has it mapped keeps its pages."""
     gone = directory.with_name(f".removed-{directory.name.lstrip('.')}")
     shutil.rmtree(gone, ignore_errors=True)
     with contextlib.suppress(FileNotFoundError):  # another process was quicker
