@@ -125,10 +125,6 @@ class QveraLinear(LowRankPath, nn.Module, BaseTunerLayer):
         """Z = A x in ``dtype``, shared with the layers that read the same x."""
         return self.qvera_projection[adapter].project(x, self.qvera_rank[adapter], dtype)
 
-    def pair_dtype(self) -> torch.dtype:
-        """The dtype in which A and B are held."""
-        return next(iter(self.qvera_projection.values())).A.dtype
-
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """PEFT's name for `delta_weight_fp32`."""
         return self.delta_weight_fp32(adapter)

@@ -45,7 +45,9 @@ class LowRankPath:
     active_adapters: list[str]
     disable_adapters: bool
     merged: bool
-    if TYPE_CHECKING:  # PEFT's layers have their own
+    if TYPE_CHECKING:  # from PEFT's BaseTunerLayer
+
+        def _get_available_adapters(self) -> set[str]: ...
 
         def unmerge(self) -> None:
             """Take merged adapters out of the base weight."""
@@ -68,10 +70,6 @@ class LowRankPath:
 
     def shared_z(self, adapter: str, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Z = A x in ``dtype``, shared with the layers that read the same x."""
-        raise NotImplementedError
-
-    def pair_dtype(self) -> torch.dtype:
-        """The dtype in which A and B are held."""
         raise NotImplementedError
 
     def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
@@ -170,8 +168,8 @@ class LowRankPath:
         """The dtype of `hold_inference_weight`."""
         base = self.base_layer
         dtype = getattr(base, "compute_dtype", None) or base.weight.dtype
-        # int8: the pair is held in the dtype that its layers compute in
-        return dtype if dtype.is_floating_point else self.pair_dtype()
+        # int8: A and B are held in the dtype that their layers compute in
+        return dtype if dtype.is_floating_point else self.parts(min(self._get_available_adapters())).A.dtype
 
     def inference_product(self, x: torch.Tensor) -> torch.Tensor:
         """Y by one product with the held weight."""

@@ -65,9 +65,6 @@ class _AcceleratedLayer(LowRankPath):
         B = self.vera_B[adapter][: self.out_features, :].to(d.device)
         return Factors(A, B, d, b, 1.0)
 
-    def pair_dtype(self) -> torch.dtype:
-        return next(iter(self.vera_A.values())).dtype
-
     def dropout_of(self, adapter: str) -> nn.Module:
         return self.vera_dropout[adapter]
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft import VeraConfig
 from peft.tuners.vera.model import _kaiming_init
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qvera.adapters.config import QveraConfig, vector_shapes
@@ -19,7 +20,9 @@ from qvera.adapters.functional import delta_weight, times_b
 from qvera.adapters.layer import layer_shape
 from qvera.adapters.projection import uniform_pair, vera_scale
 from qvera.adapters.save_load import read_adapter
+from qvera.models.tokenizer import ADDED_ROWS, read_token_rows
 from qvera.utils.errors import InputError
+from qvera.utils.safetensors_io import TensorEntry
 
 PREFIX = "base_model.model."
 """What PEFT puts before a module's name in an adapter file."""
@@ -72,6 +75,11 @@ class AdapterDeltas:
     A: torch.Tensor
     B: torch.Tensor
     layers: dict[str, Delta]
+
+    @property
+    def seed(self) -> int | None:
+        """The seed of A and B, ours or PEFT's."""
+        return getattr(self.config, "projection_seed", getattr(self.config, "projection_prng_key", None))
 
     @property
     def groups(self) -> int:
@@ -151,3 +159,54 @@ def _stock_pair(
     generator = torch.Generator(device="cpu").manual_seed(config.projection_prng_key)
     A = _kaiming_init((config.r, max(n for n, _ in shapes)), generator=generator)
     return A, _kaiming_init((max(m for _, m in shapes), config.r), generator=generator)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenTable:
+    """Embedding or head, with rows for the tokens that the recipe added: id → row; ``shape`` is what is written."""
+
+    rows: dict[int, torch.Tensor]
+    shape: tuple[int, ...]
+
+    def put(self, weight: torch.Tensor, first: int, last: bool) -> torch.Tensor:
+        """Rows of the table from row ``first`` on, with those of added tokens in their places.
+
+        Args:
+            weight: the base's rows.
+            first: the number of the first one.
+            last: the base's table ends here, so the rows that it grows by are put behind.
+        """
+        stop = self.shape[0] if last else first + len(weight)
+        out = weight.new_zeros(stop - first, *weight.shape[1:])
+        out[: len(weight)] = weight
+        for place, row in self.rows.items():
+            if first <= place < stop:
+                out[place - first] = row.to(out.dtype)
+        return out
+
+
+def token_tables(
+    model: PreTrainedModel, ids: dict[str, int], adapter_dir: Path, entries: list[TensorEntry]
+) -> dict[str, TokenTable]:
+    """Name of embedding and head in the checkpoint → its `TokenTable`.
+
+    Raises:
+        InputError: the rows in the adapter directory have another shape.
+    """
+    rows = read_token_rows(adapter_dir)
+    ends = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
+    shapes = {e.name: e.shape for e in entries}
+    tables = {}
+    for name, module in model.named_modules():
+        for end, found in ends.items():
+            shape = shapes.get(f"{name}.weight")
+            if module is found and shape is not None:  # a tied head is in few files
+                new = rows.get(end, rows["embedding"])
+                if tuple(new.shape) != (len(ids), *shape[1:]):
+                    raise InputError(
+                        f"{adapter_dir / ADDED_ROWS}: holds rows of shape {list(new.shape)}, expected {[len(ids), *shape[1:]]} for "
+                        f"{name}.weight. It is another model's."
+                    )
+                placed = dict(zip(ids.values(), new, strict=True))
+                tables[f"{name}.weight"] = TokenTable(placed, (max(shape[0], *(i + 1 for i in placed)), *shape[1:]))
+    return tables

@@ -25,7 +25,7 @@ def same_directions(adapters: Sequence[AdapterDeltas]) -> str | None:
     for other in adapters[1:]:
         for what, ours, theirs in (
             ("kind", first.config.peft_type, other.config.peft_type),
-            ("seed", _seed(first.config), _seed(other.config)),
+            ("seed", first.seed, other.seed),
             ("rank", first.A.shape[0], other.A.shape[0]),
             ("b_groups", first.groups, other.groups),
             ("input_scale", first.input_scale, other.input_scale),
@@ -42,10 +42,6 @@ def same_directions(adapters: Sequence[AdapterDeltas]) -> str | None:
             if delta.a is not None and a is not None and not torch.equal(delta.a, a):
                 return f"they differ in a (first at {name}); adapters trained without adapter.input_scale have none"
     return None
-
-
-def _seed(config: object) -> object:
-    return getattr(config, "projection_seed", getattr(config, "projection_prng_key", None))
 
 
 def weighted_sum(adapters: Sequence[AdapterDeltas], weights: Sequence[float]) -> dict[str, torch.Tensor]:

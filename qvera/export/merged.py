@@ -10,25 +10,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from qvera.adapters.save_load import ADAPTER_WEIGHTS, read_adapter, require_base, require_tokens
 from qvera.config.schema import ExportSection, ModelSection
-from qvera.export.deltas import AdapterDeltas, Delta, read_deltas
+from qvera.export.deltas import AdapterDeltas, Delta, TokenTable, read_deltas, token_tables
 from qvera.export.stream import Block, CheckpointReader, in_order, one_thread_each, stamps
 from qvera.models.hub import base_directory
 from qvera.models.loader import pick_compute_dtype, pick_device
 from qvera.models.model_config import empty_model
-from qvera.models.tokenizer import ADDED_ROWS, ids_of, load_tokenizer, read_token_rows
+from qvera.models.tokenizer import ADDED_ROWS, ids_of, load_tokenizer
 from qvera.utils import memory
 from qvera.utils.atomic import OutputDirectory, disk_errors, place_files, replace_text, require_space
 from qvera.utils.errors import InputError, Interrupted, RunFailed
@@ -64,6 +63,63 @@ def export_merged(
             is full. Finished shards are kept, and the same call goes on from them.
         Interrupted: SIGINT or SIGTERM came. The same holds.
     """
+    plan = _plan(adapter_dir, section, options)
+    tokenizer = plan.tokenizer
+    if chat_template is not None and not tokenizer.chat_template:
+        tokenizer.chat_template = chat_template
+    identity = _identity(plan, adapter_dir)
+    with StopRequests() as stop, OutputDirectory.open(out, identity, "export") as work:
+        try:
+            delta = _ShardWriter(plan, work, stop, progress).write()
+            certificate = _certificate(plan, adapter_dir, work, delta)
+            with disk_errors(f"{out}", _KEPT.format(done=len(plan.shards), total=len(plan.shards))):
+                _write_small_files(plan, out, certificate)
+        except KeyboardInterrupt:
+            raise Interrupted(_interrupted(work, plan.shards, "Ctrl-C")) from None
+        work.complete()
+    return certificate
+
+
+_KEPT = "{done} of {total} shards are finished and kept; make room and run the same command again, and it goes on from there."
+
+
+def _interrupted(work: OutputDirectory, shards: Sized, why: str) -> str:
+    return (
+        f"Stopped by {why} with {len(work.shards)} of {len(shards)} shards finished in {work.out}. The same command goes on from "
+        "there."
+    )
+
+
+@dataclasses.dataclass
+class _Plan:
+    """What an export writes, known before anything is written."""
+
+    section: ModelSection
+    options: ExportSection
+    source_dir: Path
+    fingerprint: str
+    adapter: AdapterDeltas
+    model: PreTrainedModel
+    """The base without weights."""
+    model_config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    added_tokens: dict[str, int]
+    entries: list[TensorEntry]
+    """The base's tensors in the order of its files."""
+    deltas: dict[str, Delta]
+    tables: dict[str, TokenTable]
+    shards: list[tuple[str, list[TensorSpec]]]
+    dtype: torch.dtype
+    compute: torch.dtype
+    """The dtype that the trained base computes in."""
+
+
+def _plan(adapter_dir: Path, section: ModelSection, options: ExportSection) -> _Plan:
+    """Open base and adapter, and check that they fit.
+
+    Raises:
+        InputError: they do not.
+    """
     read_adapter(adapter_dir)  # a broken adapter is found before a base is downloaded
     source_dir = base_directory(section)
     dtype: torch.dtype = getattr(torch, options.dtype)
@@ -79,227 +135,169 @@ def export_merged(
     fingerprint = base_fingerprint(source_dir)
     require_base(adapter.config, adapter_dir, section.path, fingerprint)
     _require_shapes(source_dir, entries, model)
-    deltas = _deltas(adapter, entries)
     tokenizer = load_tokenizer(section)
     ids = ids_of(tokenizer, section.added_tokens)
     require_tokens(adapter.config, adapter_dir, ids)
-    tables = _tables(model, ids, adapter_dir, entries) if ids else {}
+    tables = token_tables(model, ids, adapter_dir, entries) if ids else {}
     specs = [TensorSpec(e.name, dtype, tables[e.name].shape if e.name in tables else e.shape) for e in entries]
     shards = grouped_by_bytes(([s] for s in specs), lambda spec: spec.size_bytes, options.max_shard_size_bytes)
     compute = pick_compute_dtype(section.compute_dtype, pick_device())
-    identity = _identity(adapter_dir, entries, section, options, compute)
-    with StopRequests() as stop, OutputDirectory.open(out, identity, "export") as work:
-        try:
-            layers = _write_shards(
-                work, shards, deltas, tables, dtype, options, (section, compute), entries, model, stop, progress
-            )
-            if chat_template is not None and not tokenizer.chat_template:
-                tokenizer.chat_template = chat_template
-            certificate = {
-                "format": 1,
-                "kind": "merged",
-                "base": {
-                    "path": section.path,
-                    "revision": section.revision,
-                    "weights": options.base,
-                    "fingerprint": fingerprint,
-                    "sha256": work.facts["base"],
-                },
-                "adapter": {
-                    "path": str(adapter_dir),
-                    "sha256": identity["adapter"],
-                    "kind": str(getattr(adapter.config.peft_type, "value", adapter.config.peft_type)),
-                    "rank": adapter.A.shape[0],
-                    "b_groups": adapter.groups,
-                    "input_scale": adapter.input_scale,
-                    "seed": getattr(
-                        adapter.config, "projection_seed", getattr(adapter.config, "projection_prng_key", None)
-                    ),
-                },
-                "trained_on": {"quantization": section.quantization, "double_quant": section.double_quant},
-                "added_tokens": ids,
-                "dtype": options.dtype,
-                "files": work.shards,
-                "delta": layers,
-                "versions": memory.versions(),
-            }
-            with disk_errors(f"{out}", _KEPT.format(done=len(shards), total=len(shards))):
-                write_index(out, shards)
-                place_files(out, tokenizer.save_pretrained)
-                if (source_dir / "generation_config.json").is_file():
-                    generation = GenerationConfig.from_pretrained(source_dir)
-                    if section.eos_token is not None:
-                        generation.eos_token_id = tokenizer.eos_token_id
-                    place_files(out, generation.save_pretrained)
-                replace_text(out / CERTIFICATE, json.dumps(certificate, indent=1))
-                model_config.dtype = dtype
-                for table in tables.values():
-                    model_config.get_text_config().vocab_size = table.shape[0]
-                if section.eos_token is not None:
-                    model_config.eos_token_id = tokenizer.eos_token_id
-                if section.pad_token is not None:
-                    model_config.pad_token_id = tokenizer.pad_token_id
-                model_config.architectures = model_config.architectures or [type(model).__name__]
-                place_files(out, model_config.save_pretrained)  # last: with it the directory is a model
-        except KeyboardInterrupt:
-            raise Interrupted(_interrupted(work, shards, "Ctrl-C")) from None
-        work.complete()
-    return certificate
+    deltas = _deltas(adapter, entries)
+    return _Plan(
+        section, options, source_dir, fingerprint, adapter, model, model_config, tokenizer, ids, entries, deltas, tables,
+        shards, dtype, compute,
+    )  # fmt: skip
 
 
-_KEPT = "{done} of {total} shards are finished and kept; make room and run the same command again, and it goes on from there."
+def _certificate(plan: _Plan, adapter_dir: Path, work: OutputDirectory, delta: dict[str, Any]) -> dict[str, Any]:
+    section, config = plan.section, plan.adapter.config
+    return {
+        "format": 1,
+        "kind": "merged",
+        "base": {
+            "path": section.path,
+            "revision": section.revision,
+            "weights": plan.options.base,
+            "fingerprint": plan.fingerprint,
+            "sha256": work.facts["base"],
+        },
+        "adapter": {
+            "path": str(adapter_dir),
+            "sha256": file_sha256(adapter_dir / ADAPTER_WEIGHTS),
+            "kind": str(getattr(config.peft_type, "value", config.peft_type)),
+            "rank": plan.adapter.A.shape[0],
+            "b_groups": plan.adapter.groups,
+            "input_scale": plan.adapter.input_scale,
+            "seed": plan.adapter.seed,
+        },
+        "trained_on": {"quantization": section.quantization, "double_quant": section.double_quant},
+        "added_tokens": plan.added_tokens,
+        "dtype": plan.options.dtype,
+        "files": work.shards,
+        "delta": delta,
+        "versions": memory.versions(),
+    }
 
 
-def _interrupted(work: OutputDirectory, shards: list[Any], why: str) -> str:
-    return (
-        f"Stopped by {why} with {len(work.shards)} of {len(shards)} shards finished in {work.out}. The same command goes on from "
-        "there."
-    )
-
-
-def _write_shards(
-    work: OutputDirectory,
-    shards: list[tuple[str, list[TensorSpec]]],
-    deltas: dict[str, Delta],
-    tables: dict[str, Table],
-    dtype: torch.dtype,
-    options: ExportSection,
-    trained_on: tuple[ModelSection, torch.dtype],
-    entries: list[TensorEntry],
-    model: torch.nn.Module,
-    stop: StopRequests,
-    progress: Callable[[int, int, str], None] | None,
-) -> dict[str, dict[str, float]]:
-    """Write the shards that are not finished yet; returns max and mean |ΔW| by weight, in the order of the files."""
-    finished = {name for name, _ in shards if work.has(name)}
-    skip = {e.name for name, group in shards if name in finished for e in group}
-    needed = sum(math.prod(e.shape) for e in entries if e.name not in skip) * dtype.itemsize
-    require_space(work.out, needed, "the rest of the export" if skip else "the export")
-    dequantized = options.base == "dequantized"
-    reader = CheckpointReader(
-        entries,
-        work.facts.get("base", {}),
-        trained_on if dequantized else None,
-        *(_quantized_weights(model) if dequantized else ((), ())),
-    )
-    layers: dict[str, dict[str, float]] = {k: v for k, v in work.facts.get("layers", {}).items() if k in skip}
-    done, largest, total = len(skip), 0.0, 0.0
-
-    def merged_rows(results: Iterator[Merged]) -> Iterator[torch.Tensor]:
-        nonlocal done, largest, total
-        for block, result, found in results:
-            if stop.asked:
-                raise Interrupted(_interrupted(work, shards, stop.asked))
-            if found is not None:
-                largest, total = max(largest, found[0]), total + found[1]
-            if block.last:
-                if found is not None:
-                    layers[block.entry.name] = {"max_abs": largest, "mean_abs": total / math.prod(block.entry.shape)}
-                    largest = total = 0.0
-                done += 1
-                if progress is not None:
-                    progress(done, len(entries), block.entry.name)
-            yield result
-
-    merge = functools.partial(
-        _merge, deltas=deltas, tables=tables, dtype=dtype, compute=trained_on[1] if dequantized else None
-    )
-    with one_thread_each() as workers:
-        results = in_order(reader.blocks(skip), merge, workers, 3 * workers + 2)
-        with contextlib.closing(results):
-            taken = merged_rows(results)
-            for name, group in shards:
-                if name in finished:
-                    continue
-                kept = _KEPT.format(done=len(work.shards), total=len(shards))
-                with disk_errors(str(work.out / name), kept):
-                    sha256 = write_shard(work.out / name, group, taken)
-                    work.facts.update(base=dict(reader.sha256), layers=dict(layers))
-                    work.finished(name, sha256)
-            for _ in results:  # what is left to read is only hashed
-                raise RuntimeError("the shards were planned without some of the tensors")
-    order = [e.name for e in entries if e.name in layers]
-    work.facts.update(base={f.name: reader.sha256[f.name] for f in reader.files}, layers={n: layers[n] for n in order})
-    return work.facts["layers"]
+def _write_small_files(plan: _Plan, out: Path, certificate: dict[str, Any]) -> None:
+    """Index, tokenizer, generation config, certificate, and config.json last: with it the directory is a model."""
+    tokenizer, section, config = plan.tokenizer, plan.section, plan.model_config
+    write_index(out, plan.shards)
+    place_files(out, tokenizer.save_pretrained)
+    if (plan.source_dir / "generation_config.json").is_file():
+        generation = GenerationConfig.from_pretrained(plan.source_dir)
+        if section.eos_token is not None:
+            generation.eos_token_id = tokenizer.eos_token_id
+        place_files(out, generation.save_pretrained)
+    replace_text(out / CERTIFICATE, json.dumps(certificate, indent=1))
+    config.dtype = plan.dtype
+    for table in plan.tables.values():
+        config.get_text_config().vocab_size = table.shape[0]
+    if section.eos_token is not None:
+        config.eos_token_id = tokenizer.eos_token_id
+    if section.pad_token is not None:
+        config.pad_token_id = tokenizer.pad_token_id
+    config.architectures = config.architectures or [type(plan.model).__name__]
+    place_files(out, config.save_pretrained)
 
 
 Merged = tuple[Block, torch.Tensor, tuple[float, float] | None]
 """Rows in the output's dtype, and the largest and the sum of |ΔW| in them where the weight is adapted."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """Embedding or head, with rows for the tokens that the recipe added: id → row; ``shape`` is what is written."""
+class _ShardWriter:
+    """Writes the shards that are not finished yet, and measures |ΔW| on the way."""
 
-    rows: dict[int, torch.Tensor]
-    shape: tuple[int, ...]
+    def __init__(
+        self,
+        plan: _Plan,
+        work: OutputDirectory,
+        stop: StopRequests,
+        progress: Callable[[int, int, str], None] | None,
+    ) -> None:
+        self.plan, self.work, self.stop, self.progress = plan, work, stop, progress
+        self.finished = {name for name, _ in plan.shards if work.has(name)}
+        self.skip = {e.name for name, group in plan.shards if name in self.finished for e in group}
+        self.dequantized = plan.options.base == "dequantized"
+        self.delta: dict[str, dict[str, float]] = {
+            name: found for name, found in work.facts.get("layers", {}).items() if name in self.skip
+        }
+        self.reader = CheckpointReader(
+            plan.entries,
+            work.facts.get("base", {}),
+            (plan.section, plan.compute) if self.dequantized else None,
+            *(_quantized_weights(plan.model) if self.dequantized else ((), ())),
+        )
 
-    def put(self, block: Block, weight: torch.Tensor) -> torch.Tensor:
-        """The block's rows with those of added tokens in their places, and at the table's end the ones that it grows by."""
-        stop = self.shape[0] if block.last else block.first + len(weight)
-        out = weight.new_zeros(stop - block.first, *weight.shape[1:])
-        out[: len(weight)] = weight
-        for place, row in self.rows.items():
-            if block.first <= place < stop:
-                out[place - block.first] = row.to(out.dtype)
-        return out
+    def write(self) -> dict[str, dict[str, float]]:
+        """Write the shards; returns max and mean |ΔW| by weight, in the order of the files."""
+        plan, work = self.plan, self.work
+        needed = sum(math.prod(e.shape) for e in plan.entries if e.name not in self.skip) * plan.dtype.itemsize
+        require_space(work.out, needed, "the rest of the export" if self.skip else "the export")
+        with one_thread_each() as workers:
+            results = in_order(self.reader.blocks(self.skip), self._merge, workers, 3 * workers + 2)
+            with contextlib.closing(results):
+                rows = self._merged_rows(results)
+                for name, group in plan.shards:
+                    if name in self.finished:
+                        continue
+                    kept = _KEPT.format(done=len(work.shards), total=len(plan.shards))
+                    with disk_errors(str(work.out / name), kept):
+                        sha256 = write_shard(work.out / name, group, rows)
+                        work.facts.update(base=dict(self.reader.sha256), layers=dict(self.delta))
+                        work.finished(name, sha256)
+                for _ in results:  # what is left to read is only hashed
+                    raise RuntimeError("the shards were planned without some of the tensors")
+        hashes = {f.name: self.reader.sha256[f.name] for f in self.reader.files}
+        delta = {e.name: self.delta[e.name] for e in plan.entries if e.name in self.delta}
+        work.facts.update(base=hashes, layers=delta)
+        return delta
 
+    def _merged_rows(self, results: Iterator[Merged]) -> Iterator[torch.Tensor]:
+        """The rows alone, in order; a stop request ends them."""
+        done, largest, total = len(self.skip), 0.0, 0.0
+        for block, rows, found in results:
+            if self.stop.asked:
+                raise Interrupted(_interrupted(self.work, self.plan.shards, self.stop.asked))
+            if found is not None:
+                largest, total = max(largest, found[0]), total + found[1]
+            if block.last:
+                if found is not None:
+                    mean = total / math.prod(block.entry.shape)
+                    self.delta[block.entry.name] = {"max_abs": largest, "mean_abs": mean}
+                    largest = total = 0.0
+                done += 1
+                if self.progress is not None:
+                    self.progress(done, len(self.plan.entries), block.entry.name)
+            yield rows
 
-def _tables(
-    model: PreTrainedModel, ids: dict[str, int], adapter_dir: Path, entries: list[TensorEntry]
-) -> dict[str, Table]:
-    """Name of embedding and head in the checkpoint → its `Table`."""
-    rows = read_token_rows(adapter_dir)
-    ends = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
-    shapes = {e.name: e.shape for e in entries}
-    tables = {}
-    for name, module in model.named_modules():
-        for end, found in ends.items():
-            shape = shapes.get(f"{name}.weight")
-            if module is found and shape is not None:  # a tied head is in few files
-                new = rows.get(end, rows["embedding"])
-                if tuple(new.shape) != (len(ids), *shape[1:]):
-                    raise InputError(
-                        f"{adapter_dir / ADDED_ROWS}: holds rows of shape {list(new.shape)}, expected {[len(ids), *shape[1:]]} for "
-                        f"{name}.weight. It is another model's."
-                    )
-                placed = dict(zip(ids.values(), new, strict=True))
-                tables[f"{name}.weight"] = Table(placed, (max(shape[0], *(i + 1 for i in placed)), *shape[1:]))
-    return tables
+    def _merge(self, block: Block) -> Merged:
+        """W + ΔW in fp32, rounded once to the output's dtype; a tensor that is not adapted is only cast.
 
-
-def _merge(
-    block: Block,
-    deltas: dict[str, Delta],
-    tables: dict[str, Table],
-    dtype: torch.dtype,
-    compute: torch.dtype | None,
-) -> Merged:
-    """W + ΔW in fp32, rounded once to ``dtype``; a tensor that is not adapted is only cast.
-
-    Raises:
-        RunFailed: the result has NaN or Inf in it.
-    """
-    delta, weight, found = deltas.get(block.entry.name), block.rows, None
-    if block.entry.name in tables:
-        weight = tables[block.entry.name].put(block, weight)
-    fake = block.fake_quantization
-    if compute is not None and (fake is None or block.transposed or not fake.reads_original):
-        weight = weight.to(compute)
-    if fake is not None:
-        weight = fake.rows(weight.t().contiguous(), 0).t() if block.transposed else fake.rows(weight, block.first)
-    if delta is None:
-        exact = weight if dtype == weight.dtype else weight.to(torch.float32)
-    else:
-        exact = delta.rows(block.first, len(weight))
-        low, high = torch.aminmax(exact)
-        found = (max(-low.item(), high.item()), exact.abs().sum().item())
-        exact.add_(weight)  # in fp32, like weight.float() + ΔW
-    result = exact.to(dtype).contiguous()
-    low, high = torch.aminmax(result)  # both are NaN where one element is
-    if not (math.isfinite(low.item()) and math.isfinite(high.item())):
-        raise RunFailed(_not_finite(block, exact, dtype, delta is not None))
-    return block, result, found
+        Raises:
+            RunFailed: the result has NaN or Inf in it.
+        """
+        plan, name = self.plan, block.entry.name
+        delta, weight, found = plan.deltas.get(name), block.rows, None
+        if name in plan.tables:
+            weight = plan.tables[name].put(weight, block.first, block.last)
+        fake = block.fake_quantization
+        if self.dequantized and (fake is None or block.transposed or not fake.reads_original):
+            weight = weight.to(plan.compute)
+        if fake is not None:
+            weight = fake.rows(weight.t().contiguous(), 0).t() if block.transposed else fake.rows(weight, block.first)
+        if delta is None:
+            exact = weight if plan.dtype == weight.dtype else weight.to(torch.float32)
+        else:
+            exact = delta.rows(block.first, len(weight))
+            low, high = torch.aminmax(exact)
+            found = (max(-low.item(), high.item()), exact.abs().sum().item())
+            exact.add_(weight)  # in fp32, like weight.float() + ΔW
+        result = exact.to(plan.dtype).contiguous()
+        low, high = torch.aminmax(result)  # both are NaN where one element is
+        if not (math.isfinite(low.item()) and math.isfinite(high.item())):
+            raise RunFailed(_not_finite(block, exact, plan.dtype, delta is not None))
+        return block, result, found
 
 
 def _not_finite(block: Block, exact: torch.Tensor, dtype: torch.dtype, adapted: bool) -> str:
@@ -364,21 +362,16 @@ def _deltas(adapter: AdapterDeltas, entries: list[TensorEntry]) -> dict[str, Del
     return deltas
 
 
-def _identity(
-    adapter_dir: Path,
-    entries: list[TensorEntry],
-    section: ModelSection,
-    options: ExportSection,
-    compute: torch.dtype,
-) -> dict[str, Any]:
+def _identity(plan: _Plan, adapter_dir: Path) -> dict[str, Any]:
     """What an export is a function of: an interrupted one is continued only where all of this is equal.
 
     The base counts as the same by the path, size, time and inode of its files; their SHA-256 is taken while they are merged.
     """
+    section, token_rows = plan.section, adapter_dir / ADDED_ROWS
     return {
         "adapter": file_sha256(adapter_dir / ADAPTER_WEIGHTS),
-        "tokens": file_sha256(adapter_dir / ADDED_ROWS) if (adapter_dir / ADDED_ROWS).is_file() else None,
-        "base": stamps(entries),
-        "options": options.to_dict(),
-        "quantization": [section.quantization, section.double_quant, str(compute)],
+        "tokens": file_sha256(token_rows) if token_rows.is_file() else None,
+        "base": stamps(plan.entries),
+        "options": plan.options.to_dict(),
+        "quantization": [section.quantization, section.double_quant, str(plan.compute)],
     }

@@ -184,10 +184,9 @@ def test_resume_is_to_the_bit(own_run: Path) -> None:
 
 
 def test_another_recipe_starts_from_its_vectors(own_run: Path, tmp_path: Path) -> None:
-    first = load_recipe(own_run / "recipe.yaml", ["training.max_steps=1"])
-    first.adapter.init_from = str(own_run / "adapter")
-    train(first, tmp_path / "again")
-    first.model.added_tokens = [DONE]
+    changes = ["training.max_steps=1", f"adapter.init_from={own_run / 'adapter'}"]
+    train(load_recipe(own_run / "recipe.yaml", changes), tmp_path / "again")
+    first = load_recipe(own_run / "recipe.yaml", [*changes, f'model.added_tokens=["{DONE}"]'])
     with pytest.raises(
         InputError, match=r"was trained with the added tokens .*Set model\.added_tokens: \['<\|tool\|>', '<\|done\|>'\]"
     ):
