@@ -167,7 +167,7 @@ def plan(private_bytes: float) -> dict[str, Any]:
 
 def evaluation() -> dict[str, Any]:
     """What `qvera eval --json` writes, of three rows: one won, one with two references, one without any."""
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"references": [REFERENCE], "answer": REFERENCE, "base_answer": "I'm sorry to hear that!"}
         | {"scores": {"exact": 1.0, "bleu": 100.0}, "base_scores": {"exact": 0.0, "bleu": 1.7}},
         {"references": ["Call Tom.", "Tom is to be called on 3 June."], "answer": "Tom is to be called on 3 July."}
@@ -215,7 +215,7 @@ def evaluation() -> dict[str, Any]:
     }
 
 
-RECIPE = {
+RECIPE: dict[str, Any] = {
     "model": {"path": "HuggingFaceTB/SmolLM2-135M-Instruct"},
     "adapter": {"rank": 256},
     "data": {"path": "data/repairs.jsonl", "eval_path": "data/repairs_heldout.jsonl"},

@@ -79,7 +79,7 @@ def test_thin_keeps_ends_mean_and_gaps() -> None:
     thinned = thin(points, 500)
     assert len(thinned) == 500
     assert thinned[-1][0] == 9_999
-    assert thinned[0] == (19, 9.5)
+    assert thinned[:1] == [(19, 9.5)]
     assert thin(points[:500], 500) == points[:500]
     gap: list[Point] = [(float(x), None if x < 20 else 1.0) for x in range(1000)]
     assert thin(gap, 100)[:3] == [(9, None), (19, None), (29, 1.0)]

@@ -383,7 +383,7 @@ def survives(run_dir: Path, info: dict[str, Any]) -> None:
 
 def test_an_odd_value_anywhere_in_run_json_is_survived(build_run: Build) -> None:
     """One odd value for each key, each of them several times."""
-    run_dir = build_run()
+    run_dir = build_run(train=train_rows(12))
     for number, variant in enumerate(zip(*(variants(run_info(), odd) for odd in ODD), strict=True)):
         survives(run_dir, variant[number % len(ODD)])
 
@@ -391,7 +391,7 @@ def test_an_odd_value_anywhere_in_run_json_is_survived(build_run: Build) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("odd", ODD, ids=lambda odd: repr(odd)[:12])
 def test_every_odd_value_anywhere_in_run_json_is_survived(build_run: Build, odd: Any) -> None:
-    run_dir = build_run()
+    run_dir = build_run(train=train_rows(12))
     for variant in variants(run_info(), odd):
         survives(run_dir, variant)
 
