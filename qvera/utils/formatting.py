@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 
 _COUNT_UNITS = ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k"))
@@ -61,6 +61,11 @@ def duration(seconds: float) -> str:
 def percent(fraction: float) -> str:
     """0.875 → 87.5 %; a trailing .0 is dropped."""
     return f"{100 * fraction:.1f}".removesuffix(".0") + " %"
+
+
+def text_or_dash(value: float | None, text: Callable[[float], str]) -> str:
+    """A cell of a table: the value in words, or a dash where it is not known."""
+    return "–" if value is None else text(value)
 
 
 def moment(iso: str) -> str:

@@ -10,7 +10,7 @@ from qvera.evaluation.report.answer_diff import Sample, make_sample
 from qvera.evaluation.report.page import render
 from qvera.evaluation.report.read import score_key
 from qvera.utils.atomic import replace_text
-from qvera.utils.formatting import count, percent, significant
+from qvera.utils.formatting import count, percent, significant, text_or_dash
 
 MAX_ROWS = 500
 """Rows on the page; all of them are in the predictions file."""
@@ -70,8 +70,7 @@ def _scores(evaluation: dict[str, Any]) -> list[tuple[str, list[str]]]:
     for key in ("loss", "perplexity", *labels):
         if key in evaluation["scores"]:
             label, text = _LABELS.get(key, (labels.get(key, key), lambda value: significant(value, 4)))
-            values = [scores.get(key) for scores in columns]
-            table.append((label, ["–" if value is None else text(value) for value in values]))
+            table.append((label, [text_or_dash(scores.get(key), text) for scores in columns]))
     return table
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from qvera.evaluation.report.read import Evaluation, Run, get, get_number, read_run
 from qvera.evaluation.report.settings import default_settings, flat_settings
 from qvera.utils.errors import InputError
-from qvera.utils.formatting import count, duration, percent, significant, size
+from qvera.utils.formatting import count, duration, percent, significant, size, text_or_dash
 
 MAX_RUNS = 8
 """Runs that one page has colours for."""
@@ -184,8 +184,8 @@ def table_cells(
 ) -> tuple[list[str], list[list[str]]]:
     """Titles of the columns in which any run has a value, and a row of texts for each run."""
     shown = [column for column in columns if any(row[column.key] is not None for row in figures)]
-    rows = [[(row[column.key], column.format) for column in shown] for row in figures]
-    return [column.title for column in shown], [["–" if v is None else text(v) for v, text in row] for row in rows]
+    rows = [[text_or_dash(row[column.key], column.format) for column in shown] for row in figures]
+    return [column.title for column in shown], rows
 
 
 def _gaps_in_files(runs: Sequence[Run], labels: Sequence[str], figures: Sequence[dict[str, float | None]]) -> list[str]:

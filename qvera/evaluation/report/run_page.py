@@ -11,7 +11,7 @@ from qvera.evaluation.report.page import render
 from qvera.evaluation.report.read import Run, get, get_number, get_text, series
 from qvera.evaluation.report.settings import changed_settings
 from qvera.evaluation.report.smoothing import MAX_POINTS, loss_curves, thin
-from qvera.utils.formatting import count, duration, percent, significant, size
+from qvera.utils.formatting import count, duration, percent, significant, size, text_or_dash
 
 _MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "exact_match": ("Exact match", percent),
@@ -41,7 +41,6 @@ def run_page(run: Run) -> str:
         notices=_notices(run),
         score=_score(run),
         before_after=_before_after(run),
-        tiles=_tiles(run),
         loss_chart=_loss_chart(run),
         charts=_small_charts(run),
         evaluations=_evaluations(run),
@@ -133,36 +132,8 @@ def _before_after(run: Run) -> list[tuple[str, list[str]]]:
     for key, (name, text) in _MEASURES.items():
         values = [run.number("result", when, key) for when in ("eval_before", "eval_after")]
         if any(value is not None for value in values):
-            rows.append((name, ["–" if value is None else text(value) for value in values]))
+            rows.append((name, [text_or_dash(value, text) for value in values]))
     return rows
-
-
-def _tiles(run: Run) -> list[tuple[str, str, str]]:
-    """Title, figure and note of each tile: what the run cost."""
-    tiles = []
-    trainable, lora = run.number("adapter", "trainable_parameters"), run.number("adapter", "lora_r64_parameters")
-    if trainable is not None:
-        note = f"exactly {trainable:,.0f}" if trainable >= 10_000 else ""
-        if lora and trainable:
-            times = count(lora / trainable)
-            note = f"{trainable:,.0f}. LoRA r=64 on the same layers: {count(lora)}, {times} times as many"
-        tiles.append(("Trainable parameters", count(trainable), note))
-    if run.adapter_bytes is not None:
-        base = run.number("model", "base_bytes")
-        tiles.append(("Adapter file", size(run.adapter_bytes), f"beside a base of {size(base)}" if base else ""))
-    if run.peak_bytes is not None:
-        device = run.text("device").partition(":")[0].upper()
-        mapped = f"and {size(run.mapped_bytes)} of memory-mapped weights" if run.mapped_bytes else ""
-        tiles.append(("Peak memory", size(run.peak_bytes), ", ".join(filter(None, (device, mapped)))))
-    if run.tokens_per_second is not None:
-        tiles.append(("Tokens per second", count(run.tokens_per_second), "in training: forward, backward, update"))
-    if run.seconds is not None:
-        epochs = run.number("result", "epochs")
-        steps = f"{count(run.steps)} step{'' if run.steps == 1 else 's'}" if run.steps else ""
-        if steps and epochs is not None:
-            steps += f", {epochs:.3g} epoch{'' if epochs == 1 else 's'}"
-        tiles.append(("Time", duration(run.seconds), steps))
-    return tiles
 
 
 def _loss_chart(run: Run) -> Chart | None:
@@ -216,7 +187,7 @@ def _evaluations(run: Run) -> tuple[list[str], list[tuple[str, list[str]]]]:
     for row in run.evals:
         values = [(get_number(row, key), text) for key, (_, text) in columns.items()]
         best = " (best)" if row["step"] == run.best_step else ""
-        rows.append((f"{row['step']:,.0f}{best}", ["–" if v is None else text(v) for v, text in values]))
+        rows.append((f"{row['step']:,.0f}{best}", [text_or_dash(value, text) for value, text in values]))
     return ["Step", *(title for title, _ in columns.values())], rows
 
 
