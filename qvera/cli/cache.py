@@ -57,15 +57,12 @@ def ls(as_json: Json = False) -> None:
 
 
 Names = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="NAME", show_default=False, default_factory=list, help="As ls shows them, or their beginning."
-    ),
+    list[str] | None, typer.Argument(metavar="NAME", show_default=False, help="As ls shows them, or their beginning.")
 ]
 
 
 def rm(
-    names: Names,
+    names: Names = None,
     everything: Annotated[bool, typer.Option("--all", help="Everything.")] = False,
     unfinished: Annotated[bool, typer.Option("--unfinished", help="What was interrupted.")] = False,
 ) -> None:
@@ -74,7 +71,7 @@ def rm(
     Example:
         qvera cache rm --unfinished
     """
-    kinds = _kinds()
+    names, kinds = names or [], _kinds()
     entries = [entry for kind in kinds for entry in kind.listed()]
     chosen = names + [e.name for e in entries if everything or (unfinished and not e.finished)]
     if not (names or everything or unfinished):
@@ -91,7 +88,7 @@ def rm(
             print(f"{name}  kept: {error}")  # another process is writing it
 
 
-def verify(names: Names) -> None:
+def verify(names: Names = None) -> None:
     """Hash the files again and compare.
 
     Example:

@@ -91,7 +91,9 @@ def template_and_encoder(opened: OpenRun) -> tuple[ChatTemplate, Encoder]:
     return resolve_template(name, opened.base.tokenizer), Encoder(opened.base.tokenizer)
 
 
-def prompt_ids(template: ChatTemplate, encoder: Encoder, turns: list[Turn], tools: Any = None) -> list[int]:
+def prompt_ids(
+    template: ChatTemplate, encoder: Encoder, turns: list[Turn], tools: list[dict[str, Any]] | None = None
+) -> list[int]:
     """Token ids of a conversation up to where the assistant's answer begins."""
     text, starts = template.prompt(turns, tools)
     return encoder.encode_prompt(text, starts)

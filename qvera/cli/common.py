@@ -83,15 +83,19 @@ def progress(text: str) -> Iterator[Callable[[str], None]]:
 
 
 def quiet_libraries() -> None:
-    """Turn off what transformers and datasets show: progress bars, and advice that a user of qvera can't follow."""
-    import logging
-    import warnings
-
+    """Turn off transformers' progress bars and advice; imports transformers."""
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    if not console.is_terminal:  # a download's bar writes a line of a log ten times a second
+
+
+def _quiet_imports() -> None:
+    """Turn off, before they are imported, what other libraries would show and a user of qvera can't act on."""
+    import logging
+    import warnings
+
+    if not console.is_terminal:  # a download's bar would write a line of a log ten times a second
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -119,6 +123,7 @@ def with_exit_code(
 
     @functools.wraps(function)
     def run(**arguments: object) -> None:
+        _quiet_imports()
         try:
             code = function(**arguments) or EXIT_DONE
             sys.stdout.flush()

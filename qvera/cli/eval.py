@@ -15,6 +15,9 @@ from qvera.utils.atomic import replace_text
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
     from qvera.config.schema import DataSection
     from qvera.evaluation.evaluate import EvalPrompt, EvalResult
     from qvera.evaluation.load import EvalTarget
@@ -95,7 +98,7 @@ def evaluate(
     settings = target.recipe.training if target.recipe is not None else TrainingSection()
     answer_tokens = max_new_tokens or settings.sample_max_new_tokens
 
-    def score(model: Any, label: str) -> EvalResult:
+    def score(model: PreTrainedModel | PeftModel, label: str) -> EvalResult:
         with progress(f"{label}scoring") as show:
             return score_model(
                 model,

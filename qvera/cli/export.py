@@ -189,7 +189,7 @@ def write_lora(
     print(f"written: {size:,} bytes; stock PEFT loads it")
 
 
-def require_no_added_tokens(config: Any, adapter_dir: Path, what: str) -> None:
+def require_no_added_tokens(config: object, adapter_dir: Path, what: str) -> None:
     """Refuse an adapter that has rows of embedding and head, for formats that hold only factors of ΔW.
 
     Raises:

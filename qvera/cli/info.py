@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -31,7 +31,7 @@ def info(
         print(f"{name:<22}{_text(name, value)}")
 
 
-def _text(name: str, value: Any) -> str:
+def _text(name: str, value: object) -> str:
     """A fact as people read it: sizes, durations and shares with their units."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {_text(key, inner)}" for key, inner in value.items())

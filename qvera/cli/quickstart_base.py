@@ -204,7 +204,7 @@ def _convert(gguf: Path, made: Path) -> None:
     tokenizer.save_pretrained(made)
 
 
-def _verify(model: Any, tokenizer: Any) -> None:
+def _verify(model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
     """Refuse a model or tokenizer that was read otherwise than the one this project was tested with."""
     conversation = [{"role": "user", "content": "Hi"}]
     rendered = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
