@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qvera.config.load import load_recipe
+from qvera.config.load import load_recipe, read_yaml
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 SCHEMA = RECIPES.parent / "qvera" / "config" / "recipe.schema.json"
@@ -26,6 +26,16 @@ def test_recipe_parses_and_names_the_schema(name: str) -> None:
     path = RECIPES / f"{name}.yaml"
     first = path.read_text(encoding="utf-8").partition("\n")[0]
     assert (path.parent / first.removeprefix("# yaml-language-server: $schema=")).samefile(SCHEMA)
+
+
+def test_the_json_schema_accepts_the_recipes_and_marks_mistakes() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    check = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))
+    for name in NAMES:
+        path = RECIPES / f"{name}.yaml"
+        assert not list(check.iter_errors(read_yaml(path.read_text(encoding="utf-8"), name)[0]))
+    wrong = {"model": "a/model", "data": {"path": "rows.jsonl", "limt": 3}, "adapter": {"rank": 0, "targets": []}}
+    assert {error.json_path for error in check.iter_errors(wrong)} == {"$.data", "$.adapter.rank", "$.adapter.targets"}
 
 
 @pytest.mark.parametrize("task", ["e2e", "instruct"])
