@@ -37,8 +37,9 @@ all at once, each with its line.
 --find-lr` tries a range of rates and suggests one.
 
 **YAML.** The file is UTF-8, with or without a byte order mark, with Unix or Windows line ends. Anchors, aliases and merge keys
-(`<<: *name`) work; an anchor can only be put on a value that stands in one of the keys below. A key that is written twice is an
-error, as are `010` and `1:30`: YAML 1.1 reads them as 8 and 90, so write a decimal number, or quotes around a text.
+(`<<: *name`) work. There is no extra key for shared values: put the anchor on the first key that uses one. A key that is
+written twice is an error. So are `010` and `1:30`, because YAML 1.1 reads them as 8 and 90: write a decimal number, or quotes
+around a text.
 """
 _TYPES = {
     "string": "text",
