@@ -258,7 +258,8 @@ def test_checkpoints_hold_whole_vectors_and_state_and_no_base(place: Place, stag
         assert ours.keys() == theirs.keys()
         for name, tensor in ours.items():
             assert tensor.shape == theirs[name].shape
-            torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-7)
+            largest = float(theirs[name].abs().max())  # ranks add in another order, and some elements nearly cancel
+            torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-4 * largest)
         assert {name.partition("/")[0].rpartition(".")[2] for name in ours} == {"qvera_a", "qvera_b", "qvera_d"}
     # the random states of both ranks beside the same files as ever; no other kind of file
     assert sorted(load_file(mine / "random.safetensors")) == ["cpu", "cpu.1"]
