@@ -207,18 +207,19 @@ def _memory(run: Run) -> tuple[Chart | None, str]:
             ]
     shown = {css for parts in rows.values() for css, _, part_bytes in parts if part_bytes}
     legend = [(f"swatch {css}", label) for css, label, _ in _MEMORY_KINDS if css in shown]
-    text = f"{size(run.peak_bytes or 0)} and {size(run.mapped_bytes)} of memory-mapped weights"
-    text = text if run.mapped_bytes else size(run.peak_bytes or 0)
     if measured:
         legend.append(("dashed", "measured peak"))
     chart = stacked_bars("Planned memory, by moment", rows, legend=legend, mark_bytes=measured)
     predicted = run.number("plan", "measured", "predicted_bytes")
     if not predicted or not measured:
         return chart, ""
+    mapped, private = size(run.mapped_bytes), size(measured - run.mapped_bytes)
+    split = f" ({private} and {mapped} of memory-mapped weights)" if run.mapped_bytes else ""
+    error = f"{100 * (predicted / measured - 1):+.1f}".replace("-", "−")
     batch = run.text("plan", "batch", "source")
+    planned_for = f" Planned for {batch}." if batch else ""
     return chart, (
-        f"Predicted peak {size(predicted)}, measured {text}: the plan was off by {100 * (predicted / measured - 1):+.1f} %."
-        + (f" Planned for {batch}." if batch else "")
+        f"Predicted peak {size(predicted)}, measured {size(measured)}{split}: the plan was off by {error} %.{planned_for}"
     )
 
 
