@@ -22,22 +22,13 @@ _FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 FORMATS = tuple(_FORMATS)
 
-_ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-    "ipython": "tool",
+_ALIASES = {
+    "system": ("developer",),
+    "user": ("human",),
+    "assistant": ("gpt", "chatgpt", "model", "bot", "function_call"),
+    "tool": ("function", "observation", "ipython"),
 }
+_ROLES = {alias: role for role, aliases in _ALIASES.items() for alias in (role, *aliases)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,7 +98,20 @@ class RowTokenizer:
             InputError: the template refuses a row, or rewrites its answers.
         """
         self._counts = RowCounts()
-        return self._encode(rows), self._counts
+        rendered = []
+        for row in rows:
+            self._counts.special_token_rows += self._has_special_token(row)
+            if isinstance(row, Text):
+                rendered.append(Rendered(row.text, [], append_eos=True))
+            else:
+                needed = [] if self.section.train_on == "all" else self._trained_turns(row)
+                rendered.append(self.template.lay_out(row, needed))
+        answers = [[(span.header, span.start, span.end) for span in each.answers] for each in rendered]
+        encoded = self.encoder.encode([each.text for each in rendered], answers)
+        examples = []
+        for row, each, (ids, bounds) in zip(rows, rendered, encoded, strict=True):
+            examples += self._example(row, each, ids, bounds)
+        return examples, self._counts
 
     def empty_rows_message(self, sources: Sequence[str]) -> str:
         """The error for rows without a token to train on."""
@@ -123,22 +136,6 @@ class RowTokenizer:
             return not any(turn.content.strip() for turn in row.turns)
         turns = [row.turns[i] for i in self._trained_turns(row)]
         return not any(turn.content.strip() or turn.extra.get("tool_calls") for turn in turns)
-
-    def _encode(self, rows: Sequence[Conversation | Text]) -> list[Example]:
-        rendered = []
-        for row in rows:
-            self._counts.special_token_rows += self._has_special_token(row)
-            if isinstance(row, Text):
-                rendered.append(Rendered(row.text, [], append_eos=True))
-            else:
-                needed = [] if self.section.train_on == "all" else self._trained_turns(row)
-                rendered.append(self.template.lay_out(row, needed))
-        answers = [[(span.header, span.start, span.end) for span in each.answers] for each in rendered]
-        encoded = self.encoder.encode([each.text for each in rendered], answers)
-        examples = []
-        for row, each, (ids, bounds) in zip(rows, rendered, encoded, strict=True):
-            examples += self._example(row, each, ids, bounds)
-        return examples
 
     def _has_special_token(self, row: Conversation | Text) -> bool:
         texts = [row.text] if isinstance(row, Text) else [t.content + (t.context or "") for t in row.turns]

@@ -7,7 +7,7 @@ import itertools
 import os
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _PROGRESS_ROWS = 2000
+"""More rows than this get a progress bar."""
 _MEASURED_SECONDS = 1.0
 """After this long in one process it is known how long the rest would take."""
 _WORTH_SECONDS = 60.0
@@ -156,12 +157,18 @@ def _why_none(section: DataSection, rows: int) -> str:
 def _tokenize(
     part: Part, encoder: Encoder, template: ChatTemplate, directory: Path | None, console: Console | None
 ) -> tuple[RowTable, RowCounts]:
+    from rich.console import Console
+    from rich.progress import Progress
+
     tokenizer = part.tokenizer(encoder, template)
     counts, empty_rows = RowCounts(), list[str]()
+    console = console or Console(stderr=True)
+    progress = Progress(console=console, transient=True, disable=part.rows <= _PROGRESS_ROWS)
 
     def batches() -> Iterator[pa.RecordBatch]:
         chunks = _chunks(part, tokenizer, directory, console)
-        with _progress(part, console) as advance, contextlib.closing(chunks):
+        with progress, contextlib.closing(chunks):
+            task = progress.add_task(f"Tokenizing {part.path}", total=part.rows)
             for chunk in chunks:
                 empty_rows.extend(chunk.empty_rows)
                 if chunk.error and (chunk.malformed or not empty_rows):
@@ -169,7 +176,7 @@ def _tokenize(
                 if not empty_rows:
                     counts.add(chunk.counts)
                     yield chunk.batch
-                advance(chunk.rows)
+                progress.advance(task, chunk.rows)
         if empty_rows:
             raise InputError(tokenizer.empty_rows_message(empty_rows))
 
@@ -177,9 +184,7 @@ def _tokenize(
     return table, counts
 
 
-def _chunks(
-    part: Part, tokenizer: RowTokenizer, directory: Path | None, console: Console | None
-) -> Generator[TokenizedChunk]:
+def _chunks(part: Part, tokenizer: RowTokenizer, directory: Path | None, console: Console) -> Generator[TokenizedChunk]:
     """All chunks in order, from this process or (where the recipe says so or it is worth it) from several."""
     from qvera.data import tokenize_parallel
 
@@ -209,29 +214,6 @@ def _chunks(
                     done += 1
             return
         except tokenize_parallel.WorkerFailed:
-            from rich.console import Console
-
             text = "One process tokenizes all rows: others could not be started, or could not load this tokenizer."
-            (console or Console(stderr=True)).print(text, style="yellow", markup=False)
+            console.print(text, style="yellow", markup=False)
     yield from part.tokenize(tokenizer, done)
-
-
-@contextlib.contextmanager
-def _progress(part: Part, console: Console | None) -> Iterator[Callable[[int], None]]:
-    """A bar for a long pass."""
-    if part.rows <= _PROGRESS_ROWS:
-        yield lambda rows: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("Tokenizing {task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("rows"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console or Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(part.path, total=part.rows)
-        yield lambda rows: progress.update(task, advance=rows)

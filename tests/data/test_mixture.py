@@ -51,8 +51,7 @@ def test_each_source_has_its_weight_format_and_template(
 
 def test_the_seed_chooses_the_rows(mixed: DataSection, base_tokenizer: PreTrainedTokenizerFast) -> None:
     def chosen(seed: int) -> list[str]:
-        mixed.seed = seed
-        return [e.source for e in build_datasets(mixed, base_tokenizer).train]
+        return [e.source for e in build_datasets(mixed.replace(seed=seed), base_tokenizer).train]
 
     assert chosen(3) == chosen(3)
     assert len({tuple(chosen(seed)) for seed in range(6)}) > 1
@@ -61,8 +60,7 @@ def test_the_seed_chooses_the_rows(mixed: DataSection, base_tokenizer: PreTraine
 def test_every_source_holds_rows_out_and_none_of_them_is_trained(
     mixed: DataSection, base_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    mixed.eval_fraction, mixed.weight = 0.34, 3.0
-    data = build_datasets(mixed, base_tokenizer)
+    data = build_datasets(mixed.replace(eval_fraction=0.34, weight=3.0), base_tokenizer)
     held, trained = {e.source for e in data.eval}, {e.source for e in data.train}
     assert len(held) == 3 + 2
     assert not held & trained
@@ -71,8 +69,7 @@ def test_every_source_holds_rows_out_and_none_of_them_is_trained(
 
 
 def test_a_small_weight_leaves_at_least_one_row(mixed: DataSection, base_tokenizer: PreTrainedTokenizerFast) -> None:
-    mixed.weight = 0.001
-    assert build_datasets(mixed, base_tokenizer).stats.sources[0].taken == 1
+    assert build_datasets(mixed.replace(weight=0.001), base_tokenizer).stats.sources[0].taken == 1
 
 
 def test_the_preflight_lists_the_sources(mixed: DataSection, base_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -103,8 +100,7 @@ def test_rows_to_look_at_are_of_each_source_in_turn_and_repeats_come_last(
 def test_rows_to_look_at_of_one_source_are_its_first(
     mixed: DataSection, base_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    mixed.mixture, mixed.weight = [], 1.5
-    data = build_datasets(mixed, base_tokenizer)
+    data = build_datasets(mixed.replace(mixture=[], weight=1.5), base_tokenizer)
     for count in (1, 4, 12, 99):
         assert [e.source for e in data.first_rows(count)] == [e.source for e in data.train[:count]]
 
