@@ -1,6 +1,7 @@
 # make quickstart   fine-tune a small real Llama on this machine, no GPU needed (minutes)
 # make test         the test suite
-# make lint         ruff and mypy
+# make test-fast    the part of it that takes a minute or two
+# make lint         ruff, mypy and import-linter
 # make docs         the documentation as HTML, in docs/_build/html
 #
 # PYTHON chooses the interpreter that makes the virtual environment: make test PYTHON=python3.12
@@ -12,16 +13,17 @@ LOWEST ?= .venv-lowest
 ARGS   ?=
 BIN     = $(VENV)/bin
 
-.PHONY: help quickstart test test-slow test-ci-slow test-lowest lint format docs clean
+.PHONY: help quickstart test test-fast test-slow test-ci-slow test-lowest lint format docs clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart    install into $(VENV), then fine-tune SmolLM2-135M and show what it learnt"
 	@echo "make test          the test suite, without the slow part"
+	@echo "make test-fast     the part of the suite that starts no processes and trains no whole runs"
 	@echo "make test-slow     all slow tests: matrices of ZeRO stages and ranks, ssh, Slurm, NVMe, lm-eval (about an hour)"
 	@echo "make test-ci-slow  the slow tests that .ci/run runs: those that guard files and gradients"
 	@echo "make test-lowest   the test suite with the oldest versions that pyproject.toml allows"
-	@echo "make lint          ruff check, ruff format --check, mypy"
+	@echo "make lint          ruff check, ruff format --check, mypy, import-linter"
 	@echo "make format        let ruff mend what it can"
 	@echo "make docs          the documentation, as HTML in docs/_build/html; warnings are errors"
 	@echo "make clean         remove virtual environments, caches and builds (runs/ stays)"
@@ -29,8 +31,14 @@ help:
 quickstart: $(VENV)/.installed-quickstart
 	$(BIN)/qvera quickstart $(ARGS)
 
+# One worker a core; each computes on one thread (tests/conftest.py).
+PARALLEL = -n auto --dist loadfile
+
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(PARALLEL)
+
+test-fast: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q $(PARALLEL) -m 'not slow and not matrix and not process'
 
 # pytest exits with 5 where it finds no test, which fails here too: a slow suite that vanished must not pass.
 # Tests of ssh, Slurm and NVMe are skipped, with the Debian packages to install, where those are missing.
@@ -39,7 +47,7 @@ test-slow: $(VENV)/.installed-test $(VENV)/.installed-harness
 	$(BIN)/python -m pytest -q tests/evaluation/test_lm_eval.py
 
 test-ci-slow: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q $(PARALLEL) -m slow
 
 test-lowest: $(LOWEST)/.installed-test
 	$(LOWEST)/bin/python -m pip list
@@ -48,7 +56,7 @@ test-lowest: $(LOWEST)/.installed-test
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy qvera
+	$(BIN)/mypy qvera tests bench
 	$(BIN)/lint-imports
 
 format: $(VENV)/.installed-dev

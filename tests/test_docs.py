@@ -125,6 +125,7 @@ def test_commands_of_the_documents_run(
             shutil.rmtree(here / output)
         else:
             (here / output).unlink(missing_ok=True)
+    code: object
     try:
         code = main(words)
     except SystemExit as ended:  # --help

@@ -259,7 +259,7 @@ def test_by_blocks_of_rows_the_numbers_are_the_same(
     for elements in (functional.BLOCK_ELEMENTS, 24):
         monkeypatch.setattr(functional, "BLOCK_ELEMENTS", elements)
         leaves = [t.clone().requires_grad_() for t in (z.to(dtype), d, b)]
-        y = expand(base, *leaves, B, 0.3)
+        y = expand(base, leaves[0], leaves[1], leaves[2], B, 0.3)
         y.backward(upstream)
         found.append([y.detach(), *(leaf.grad for leaf in leaves)])
     assert len(functional.row_blocks(B)) == 5

@@ -431,7 +431,7 @@ def both_ends(section: DataSection, monkeypatch: pytest.MonkeyPatch, fails: Exce
         first = threads.submit(build_datasets, section, byte_tokenizer())
         assert begun.wait(60)
         second = threads.submit(build_datasets, section, byte_tokenizer(), Console(file=said, width=500))
-    return tuple(future.exception() or future.result() for future in (first, second))
+    return first.exception() or first.result(), second.exception() or second.result()
 
 
 def spoil(section: DataSection) -> None:

@@ -39,7 +39,8 @@ def test_step_alone_decides(by_length: bool) -> None:
 
 def test_rows_of_like_length_go_together() -> None:
     lengths = np.random.default_rng(0).integers(5, 400, 1000).tolist()
-    spread, mixed = [], []
+    spread: list[int] = []
+    mixed: list[int] = []
     for by_length, found in ((True, spread), (False, mixed)):
         it = Batches(lengths, 8, by_length=by_length)
         found += [np.ptp([lengths[i] for i in it.rows(step)]) for step in range(2 * it.per_epoch)]

@@ -55,7 +55,7 @@ class Watch:
             self.rehearsed += 1
             self.rehearsal(*args)
 
-        memory_check.run_longest_batch = watched_rehearsal
+        memory_check.run_longest_batch = watched_rehearsal  # type: ignore[assignment]
 
         def watched_build(trainer: Trainer) -> Any:
             self.engine, self.model = build(trainer), trainer.model

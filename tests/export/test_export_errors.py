@@ -70,7 +70,8 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(adapter: Any, tmp_pa
     export_merged(directory, section, tmp_path / "whole", options)
     shards = sorted(p.name for p in (tmp_path / "whole").glob("*.safetensors"))
     assert len(shards) > 5
-    out, seen = tmp_path / "out", []
+    out = tmp_path / "out"
+    seen: list[Any] = []
     for kill_at in (shards[0], shards[3]):
         command = [sys.executable, "-c", _PROCESS, section.path, str(directory), str(out), weights]
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)

@@ -81,7 +81,7 @@ def test_order_and_bound() -> None:
         time.sleep(0.01 if i % 3 == 0 else 0)
         return i * i
 
-    taken = []
+    taken: list[int] = []
     for result in in_order(items(), slow_first, 4, 6):
         time.sleep(0.002)
         assert len(drawn) <= len(taken) + 7

@@ -22,7 +22,7 @@ from qvera.config.schema import ModelSection, parse_recipe
 from qvera.data import build_datasets
 from qvera.evaluation.generate import generate
 from qvera.evaluation.load import open_run
-from qvera.evaluation.run_info import describe
+from qvera.evaluation.run_info import directory_facts
 from qvera.models.loader import load_base
 from qvera.models.tokenizer import ADDED_ROWS, load_tokenizer
 from qvera.training.plan import make_plan
@@ -92,9 +92,9 @@ def test_a_run_learns_to_say_the_new_tokens_and_exports_them(trained: Path, tmp_
     # an adapter directory that stands alone knows its tokens
     alone = open_run(trained / "adapter")
     assert ask(alone) == said
-    ids = describe(trained)["added_tokens"]
+    ids = directory_facts(trained)["added_tokens"]
     assert list(ids) == [TOOL, DONE]
-    assert describe(trained / "adapter")["added_tokens"] == ids
+    assert directory_facts(trained / "adapter")["added_tokens"] == ids
     assert AutoTokenizer.from_pretrained(trained / "adapter").convert_tokens_to_ids([TOOL, DONE]) == list(ids.values())
 
     out = tmp_path / "merged"

@@ -141,7 +141,7 @@ def stop_after(recipe: Recipe, run_dir: Path, step: int, resume: bool = False) -
             os.kill(os.getpid(), signal.SIGTERM)
         return record
 
-    Trainer.train_step = interrupted  # type: ignore[method-assign]
+    Trainer.train_step = interrupted  # type: ignore[method-assign, assignment]
     try:
         with pytest.raises(Interrupted, match=rf"SIGTERM after step {step} of .*--resume"):
             train(recipe, run_dir, resume=resume)
@@ -382,8 +382,9 @@ def test_the_8_bit_optimizer_learns_and_says_what_it_really_saves(make_recipe: A
     assert result is not None
     assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0] - 0.3
     said = re.search(
-        r"adamw_8bit holds ([\d,]+) bytes of state; torch's adamw would hold ([\d,]+)", console.file.getvalue()
-    )  # type: ignore[attr-defined]
+        r"adamw_8bit holds ([\d,]+) bytes of state; torch's adamw would hold ([\d,]+)",
+        console.file.getvalue(),  # type: ignore[attr-defined]
+    )
     assert said is not None
     state = load_file(max((tmp_path / "run" / "checkpoints").glob("*/optimizer.safetensors")))
     held = sum(t.numel() * t.element_size() for t in state.values())
