@@ -99,7 +99,7 @@ class ProgressBar:
 
     def __init__(self, console: Console, steps: int, done: int) -> None:
         self.console, self.steps = console, steps
-        self.every_steps = max(1, steps // 20)
+        self.every_steps = max(1, -(-steps // 20))
         self.next_line = 0.0  # the first step is reported at once
         self.bar = Progress(
             TextColumn("{task.description}"),

@@ -56,7 +56,7 @@ def plan_run(
     if not plan.fits and device.type == "cuda" and sharing.world_size == 1:
         raise InputError("\n".join(run_lines(plan)))
     for line in run_lines(plan):
-        console.print(line if plan.fits else f"[yellow]{line}", highlight=False)
+        console.print(line if plan.fits else f"[yellow]{line}", highlight=False, soft_wrap=True)
     return plan
 
 

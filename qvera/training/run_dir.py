@@ -45,7 +45,8 @@ def run_directory(recipe: Recipe, recipe_path: Path | None) -> Path:
 def run_lock(run_dir: Path, host: str, wait_seconds: float = 0.0) -> Iterator[None]:
     """Hold the run directory for this process, so that no second training writes into it.
 
-    The system releases the lock of a process that died. Directories made for it are removed where nothing was written.
+    The system releases the lock of a process that died. A network file system whose locks are local to each host (Lustre with
+    ``localflock``) keeps only processes of one host apart. Directories made for the lock are removed where nothing was written.
 
     Args:
         run_dir: made where it is not there.

@@ -18,11 +18,9 @@ from qvera.training.trainer import train
 from tests.training.test_trainer import losses, same, vectors
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_the_longest_batch_leaves_no_trace(
-    make_recipe: Any, tmp_path: Path, dropout: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = make_recipe(adapter={"dropout": dropout}, training={"max_steps": 5})
+def test_the_longest_batch_leaves_no_trace(make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With dropout, so that the random state counts too."""
+    recipe = make_recipe(adapter={"dropout": 0.2}, training={"max_steps": 5})
     ran = []
     real = memory_check.run_longest_batch
     monkeypatch.setattr(memory_check, "run_longest_batch", lambda *a: (ran.append(1), real(*a)))
@@ -34,7 +32,7 @@ def test_the_longest_batch_leaves_no_trace(
     assert same(vectors(tmp_path / "with"), vectors(tmp_path / "without"))
 
 
-def test_a_run_ends_with_predicted_and_measured(make_recipe: Any, tmp_path: Path) -> None:
+def test_a_run_ends_with_predicted_and_measured_memory(make_recipe: Any, tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=200)
     train(make_recipe(training={"max_steps": 2}), tmp_path / "run", console=console)
     assert "Plan: peak" in console.file.getvalue()  # type: ignore[attr-defined]
@@ -47,17 +45,16 @@ def test_a_run_ends_with_predicted_and_measured(make_recipe: Any, tmp_path: Path
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "<h2>Memory</h2>" in page
     assert "Predicted peak" in page
-    assert 'class="part p2"' in page
 
-
-def test_a_page_without_a_plan_has_no_memory_section(make_recipe: Any, tmp_path: Path) -> None:
-    train(make_recipe(training={"max_steps": 1}), tmp_path / "run")
+    # without a plan, or with one that is damaged, the page has no such section
     file = tmp_path / "run" / "run.json"
     for broken in (None, 7, {"memory": {"moments": {"backward": [3, {"kind": "base", "bytes": "x"}]}}}):
         run = json.loads(file.read_text())
         run["plan"] = broken
         file.write_text(json.dumps(run))
-        assert "<h2>Memory</h2>" not in write_report(tmp_path / "run").read_text(encoding="utf-8")
+        without = write_report(tmp_path / "run").read_text(encoding="utf-8")
+        assert "<h2>Memory</h2>" not in without
+        assert without.count("<svg") < page.count("<svg")  # the chart of the plan is not there either
 
 
 _LIMITED = """

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from qvera.data import batches_of, build_datasets
 from qvera.models.loader import require_packing
@@ -16,15 +14,7 @@ from qvera.models.tokenizer import load_tokenizer
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 from tests.conftest import small_llama
-
-
-def losses(run: Path) -> list[float]:
-    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [record["loss"] for record in records if record["kind"] == "train"]
-
-
-def vectors(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "adapter" / "adapter_model.safetensors")
+from tests.training.test_trainer import losses, vectors
 
 
 def test_a_packed_run_gives_the_numbers_of_a_padded_one(make_recipe: Any, tmp_path: Path) -> None:
