@@ -90,7 +90,7 @@ def markdown() -> str:
     lines = [
         f"Made by `{COMMAND}`. The longest row, in tokens, that trains at batch 1 with 4-bit NF4, VeRA r=256 on all "
         f"linears,",
-        "bf16 and gradient checkpointing, as far as the model was made for. Decimal GB, with 0.5 GB for the CUDA "
+        "bf16 and gradient checkpointing, up to the model's own context length. Decimal GB, with 0.5 GB for the CUDA "
         "context.",
         "**Computed from shapes, not measured: no GPU has run these.**",
         "",
