@@ -11,10 +11,9 @@ import os
 from pathlib import Path
 
 from qvera.evaluation.report.read import Run, read_run
-from qvera.evaluation.report.run_page import run_page
 from qvera.utils.errors import InputError, RunFailed
 
-__all__ = ["Run", "read_run", "run_page", "write_report"]
+__all__ = ["Run", "read_run", "write_report"]
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -27,6 +26,8 @@ def write_report(run_dir: str | Path) -> Path:
         InputError: The directory does not exist, holds none of the three files, or is not writable.
         RunFailed: The page could not be written for another reason (a full disk). The run's own files are untouched.
     """
+    from qvera.evaluation.report.run_page import run_page  # here, so that reading runs loads no templates
+
     run = read_run(run_dir)
     target = Path(run_dir) / "report.html"
     partial = target.with_name(f".report.html.{os.getpid()}")

@@ -121,11 +121,11 @@ def _nearest(answer: str, references: Sequence[str]) -> str:
 
 def _verdict(answer: str, references: Sequence[str], equal: Sequence[str]) -> str:
     if not answer.strip():
-        return "· empty"
+        return "empty"
     if not references:
         return ""
     if not equal:
-        return "· differs"
+        return "differs"
     which = "the reference" if len(references) == 1 else "a reference"
     same = any(answer.strip() == reference.strip() for reference in equal)
-    return f"· equals {which}" if same else f"· same JSON as {which}"
+    return f"equals {which}" if same else f"same JSON as {which}"

@@ -116,14 +116,14 @@ def test_what_is_missing_is_named_and_the_rest_is_shown(build_run: Build) -> Non
     killed = build_run(name="killed", info=None, train=train_rows(30), evals=None, tail='{"kind": "tr')
     bare = build_run(name="bare", info={"status": "failed"}, train=None, evals=None, recipe=None)
     found = compare_runs([good, killed, bare])
-    said = "\n".join(found.gaps)
-    assert "killed: has not finished" in said
-    assert "bare: its status is failed" in said
-    assert "killed: The last line of metrics.jsonl is cut off" in said
-    assert "killed: has no held-out loss" in said
-    assert "good:" not in said
-    assert "bare: There is no recipe.yaml" in said
-    assert "bare: There is no metrics.jsonl" in said
+    output = "\n".join(found.gaps)
+    assert "killed: has not finished" in output
+    assert "bare: its status is failed" in output
+    assert "killed: The last line of metrics.jsonl is cut off" in output
+    assert "killed: has no held-out loss" in output
+    assert "good:" not in output
+    assert "bare: There is no recipe.yaml" in output
+    assert "bare: There is no metrics.jsonl" in output
     assert found.figures[1]["steps"] == 30
     assert found.figures[1]["peak_bytes"] == max(r["peak_bytes"] for r in train_rows(30))
     assert set(found.figures[2].values()) == {None}
@@ -152,7 +152,7 @@ def test_what_is_missing_is_named_and_the_rest_is_shown(build_run: Build) -> Non
         ({"processes": {"count": 4}, "device": "cpu: AMD EPYC 9R14, 2 threads"}, None),
     ],
 )
-def test_what_cannot_be_compared_is_said(build_run: Build, change: dict[str, Any], sentence: str | None) -> None:
+def test_what_cannot_be_compared_is_reported(build_run: Build, change: dict[str, Any], sentence: str | None) -> None:
     gaps = compare_runs([build_run(name="one"), build_run(name="two", info=info(**change))]).gaps
     assert len(gaps) == (sentence is not None)
     assert sentence is None or sentence in gaps[0]
@@ -177,7 +177,7 @@ def test_the_command(build_run: Build, tmp_path: Path, capsys: Any) -> None:
     ]
     page = tmp_path / "page.html"
     assert main(["compare", *map(str, places), "--html", str(page)]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for text in (
         "one",
         "two",
@@ -187,7 +187,7 @@ def test_the_command(build_run: Build, tmp_path: Path, capsys: Any) -> None:
         "1.18 GB",
         "training.learning_rate: 0.008 (one); 0.001 (two)",
     ):
-        assert text in said
+        assert text in output
     assert "one · two" in page.read_text()
     assert main(["compare", *map(str, places), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
@@ -227,9 +227,9 @@ def test_what_eval_scored_is_in_table_page_and_json(
     found = compare_runs(places)
     assert found.gaps == []
     assert main(["compare", *map(str, places), "--html", str(tmp_path / "page.html")]) == 0
-    said = capsys.readouterr().out.splitlines()
-    head = next(i for i, line in enumerate(said) if "bleu" in line)
-    assert [line.split() for line in said[head : head + 4]] == [
+    output = capsys.readouterr().out.splitlines()
+    head = next(i for i, line in enumerate(output) if "bleu" in line)
+    assert [line.split() for line in output[head : head + 4]] == [
         ["run", "scored_rows", "exact_match", "bleu", "ter"],
         ["one", "2", "50", "%", "82.10", "–"],
         ["two", "2", "–", "7.500", "31.25"],
@@ -278,7 +278,7 @@ def test_runs_that_were_not_evaluated_have_no_table_of_it(build_run: Build, caps
         ({"subject": evaluation()["subject"] | {"adapter_sha256": None}}, "two: eval.json is of another adapter"),
     ],
 )
-def test_scores_that_are_not_of_one_kind_are_said(
+def test_scores_that_are_not_of_one_kind_are_reported(
     build_scored: Build, changes: dict[str, Any], sentence: str | None
 ) -> None:
     places = [build_scored("one"), build_scored("two", **changes)]
@@ -290,7 +290,7 @@ def test_scores_that_are_not_of_one_kind_are_said(
     assert all(gap in page for gap in found.gaps)
 
 
-def test_an_evaluation_from_before_the_run_went_on_is_said(build_scored: Build) -> None:
+def test_an_evaluation_from_before_the_run_went_on_is_reported(build_scored: Build) -> None:
     places = [build_scored("one"), build_scored("two")]
     assert compare_runs(places).gaps == []
     weights = places[0] / "adapter" / "adapter_model.safetensors"
@@ -350,8 +350,8 @@ def test_half_an_evaluation_is_shown_as_far_as_it_goes(build_scored: Build, tmp_
     }
     (places[1] / "eval.json").write_text(json.dumps(foreign))
     assert main(["compare", *map(str, places), "--html", str(tmp_path / "page.html")]) == 0
-    said = capsys.readouterr().out
-    assert "bl?" in said
-    assert "two: eval.json is of another adapter" in said
-    assert "not of the same inputs" in said
+    output = capsys.readouterr().out
+    assert "bl?" in output
+    assert "two: eval.json is of another adapter" in output
+    assert "not of the same inputs" in output
     assert main(["compare", *map(str, places), "--json"]) == 0

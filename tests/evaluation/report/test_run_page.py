@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
-from qvera.evaluation.report import read_run, run_page, write_report
+from qvera.evaluation.report import read_run, write_report
+from qvera.evaluation.report.run_page import run_page
 from qvera.evaluation.report.settings import changed_settings
 from qvera.utils.errors import InputError, RunFailed
 from tests.evaluation.report.conftest import RECIPE, eval_rows, plan, run_info, train_rows
@@ -106,7 +107,7 @@ def test_a_finished_run_says_what_run_json_says(build_run: Build) -> None:
     assert "killed" not in text
 
 
-def test_split_rows_are_said_where_there_are_any(build_run: Build) -> None:
+def test_split_rows_are_shown_where_there_are_any(build_run: Build) -> None:
     info = run_info()
     info["data"] |= {"split_rows": 3, "split_parts": 1200}
     assert "Rows split 3 into 1,200" in page(build_run(info)).text
@@ -254,7 +255,7 @@ def test_nothing_is_loaded_from_anywhere(build_run: Build) -> None:
 # --- what a killed, empty or odd run leaves ---------------------------------------------------------------------------
 
 
-def test_a_torn_last_line_is_left_out_and_said(build_run: Build) -> None:
+def test_a_torn_last_line_is_left_out_and_reported(build_run: Build) -> None:
     run_dir = build_run(
         info=None, train=train_rows()[:41], evals=eval_rows({20: 0.6, 40: 0.17}), tail='{"kind":"train","st'
     )
