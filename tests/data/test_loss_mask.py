@@ -310,6 +310,32 @@ def test_a_template_that_rewrites_answers(make_tokenizer: MakeTokenizer, tmp_pat
     assert trained_text(tokenizer, one(tmp_path, TWO, tokenizer)) == "first<|im_end|>second<|im_end|>"
 
 
+@pytest.mark.parametrize(
+    "block",
+    [
+        "{% generation %}{{ c + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}",
+        "{% generation %}{{ c }}{% endgeneration %}{{ '<|im_end|>\n' }}",
+    ],
+    ids=["end of turn inside", "end of turn outside"],
+)
+def test_generation_blocks_place_answers_that_the_template_rewrites(
+    block: str, make_tokenizer: MakeTokenizer, tmp_path: Path
+) -> None:
+    written = "{{ '<|im_start|>' + m.role + '\n' + c + '<|im_end|>\n' }}"
+    marked = "{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}" + block + "{% else %}"
+    marked += "{{ c + '<|im_end|>\n' }}{% endif %}"
+    tokenizer = make_tokenizer(chat_template=REWRITES.replace(written, marked))
+    turns = [("user", "q"), ("assistant", "<think>a</think>\nb"), ("user", "r"), ("assistant", "<think>c</think>\nd")]
+    assert trained_text(tokenizer, one(tmp_path, turns, tokenizer)) == "b<|im_end|><think>c</think>\nd<|im_end|>"
+
+
+def test_a_template_that_strips_line_breaks(make_tokenizer: MakeTokenizer, tmp_path: Path) -> None:
+    stripping = REWRITES.replace("{% set c = m.content %}", "{% set c = m.content.strip('\n') %}")
+    tokenizer = make_tokenizer(chat_template=stripping)
+    turns = [("user", "q"), ("assistant", "\n\nyes\n"), ("user", "r"), ("assistant", "no\n")]
+    assert trained_text(tokenizer, one(tmp_path, turns, tokenizer)) == "yes<|im_end|>no<|im_end|>"
+
+
 # In the manner of Qwen3: the last answer opens with a think block that is empty, earlier ones are written without.
 THINKS_LAST = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' and loop.last %}"
