@@ -245,3 +245,10 @@ def test_the_package_says_what_it_is() -> None:
     assert (ROOT / "qvera" / "py.typed").is_file()
     for reference in re.findall(r"qvera\[([a-z]+)\]", " ".join((ROOT / p).read_text(encoding="utf-8") for p in PAGES)):
         assert reference in project["optional-dependencies"]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/changelog.md"])
+def test_files_that_a_page_names_exist(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for path in re.findall(r"`((?:qvera|tests|bench|recipes|docs|examples|ds_configs)/[\w./*-]*)`", text):
+        assert list(ROOT.glob(path.rstrip("/"))), path
