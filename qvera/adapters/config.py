@@ -54,7 +54,7 @@ class QveraConfig(PeftConfig):
         target_modules: ``"all-linear"`` (every linear but the head), a regular expression, or names; each name must match
             something.
         exclude_modules: names (or a regular expression) of modules that are not adapted although a target matches them.
-        layers_to_transform: adapt the targets in these layers only (their numbers).
+        layers_to_transform: adapt the targets in the layers of these indices only.
         layers_pattern: the name of the list of layers that ``layers_to_transform`` counts, where it is not the first one.
         modules_to_save: modules that are trained and saved whole beside the vectors, such as a classification head. For the
             task types SEQ_CLS and TOKEN_CLS PEFT adds the head by itself.

@@ -238,8 +238,8 @@ def _empty_bank(
         columns[name] = (width, width + rank)
         width += rank + first.b_groups * layer.out_features + (layer.in_features if first.input_scale else 0)
     values = torch.zeros(len(configs), width, device=device)
-    numbers = {name: i for i, name in enumerate(configs)}
-    return SeedBank(first.projection_seed, rank, first.b_groups, first.input_scale, numbers, values, columns)
+    index = {name: i for i, name in enumerate(configs)}
+    return SeedBank(first.projection_seed, rank, first.b_groups, first.input_scale, index, values, columns)
 
 
 def _fill(

@@ -1,11 +1,11 @@
 """Seed → A, B: the frozen random pair that all layers of a model share (VeRA, arXiv 2310.11454, section 3.1).
 
-The numbers come from numpy's Philox 4x64-10, a counter-based generator whose integer stream numpy promises to keep.
+The values come from numpy's Philox 4x64-10, a counter-based generator whose integer stream numpy promises to keep.
 Element (i, j) of A (key ``[seed, 0]``) or of B (key ``[seed, 1]``) is word ``j mod 4`` of the block with counter
 ``[j // 4 + 1, i, 0, 0]``, mapped to [-1, 1) by ``u = (w >> 40) * 2**-23 - 1``, which is exact in fp32. Hence a seed
-gives the same numbers on every machine, and a pair for a smaller rank or a smaller layer is a prefix of a larger one.
+gives the same values on every machine, and a pair for a smaller rank or a smaller layer is a prefix of a larger one.
 
-The Kaiming bounds of the paper, sqrt(6 / in_features) for A and sqrt(6 / rank) for B, are not in these numbers: each
+The Kaiming bounds of the paper, sqrt(6 / in_features) for A and sqrt(6 / rank) for B, are not in these values: each
 layer multiplies them into its d (`vera_scale`), so that one pair serves layers of every shape.
 """
 
@@ -108,7 +108,7 @@ class SharedProjection(nn.Module):
     """The one A [rank, in_features] and B [out_features, rank] that every adapted layer reads a prefix of.
 
     Held once, in the compute dtype, as non-persistent buffers: never in a state dict, never trained. A cast of the
-    model to another dtype draws the numbers again instead of rounding rounded ones, so the values are always the fp32
+    model to another dtype draws the values again instead of rounding rounded ones, so they are always the fp32
     values of the seed, rounded once.
     """
 

@@ -193,7 +193,7 @@ def export_stock_vera(adapter: AdapterDeltas, out: Path) -> int:
 
 
 def _common(adapter: AdapterDeltas) -> dict[str, Any]:
-    """What the configs of both exports say alike."""
+    """Settings that the configs of both exports share."""
     config = adapter.config
     targets = config.target_modules
     base = config.base_model_name_or_path

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, VeraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 from transformers.pytorch_utils import Conv1D
@@ -245,6 +245,11 @@ def test_a_rank_beyond_memory_is_refused_before_it_is_drawn(tmp_path: Path) -> N
         PeftModel.from_pretrained(small_llama(), tmp_path / "adapter")
     with pytest.raises(InputError, match=r"rank is 1000000000, but .*has 8 values"):
         read_deltas(tmp_path / "adapter", small_llama())
+    get_peft_model(small_llama(), VeraConfig(r=8, target_modules=["q_proj"])).save_pretrained(tmp_path / "vera")
+    file = tmp_path / "vera" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "r": 10**9}))
+    with pytest.raises(InputError, match=r"r is 1000000000, but .*vera_lambda_d.*has 8 values"):
+        load_adapter(small_llama(), tmp_path / "vera")
 
 
 def test_the_model_section_has_a_home_directory_as_an_absolute_path(
