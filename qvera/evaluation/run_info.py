@@ -64,6 +64,9 @@ def _adapter(directory: Path) -> dict[str, Any]:
     parameters = _parameters(weights)
     trained = {name: count for name, count in parameters.items() if not name.endswith(_PROJECTIONS)}
     targets = config.get("target_modules")
+    tokens = config.get("added_tokens")
+    if isinstance(tokens, dict):  # PEFT writes its JSON with sorted keys; ids say in which order tokens were added
+        tokens = dict(sorted(tokens.items(), key=lambda pair: str(pair[1]).zfill(12)))
     return {
         "base": config.get("base_model_name_or_path"),
         "base_revision": config.get("revision"),
@@ -79,7 +82,7 @@ def _adapter(directory: Path) -> dict[str, Any]:
         "projection_sha256": config.get("projection_sha256"),
         "adapter_sha256": file_sha256(weights),
         "base_fingerprint": config.get("base_fingerprint"),
-        "added_tokens": config.get("added_tokens"),
+        "added_tokens": tokens,
         "format_version": config.get("format_version"),
         "peft_type": config["peft_type"],
     }

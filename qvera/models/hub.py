@@ -16,7 +16,7 @@ def base_directory(section: ModelSection) -> Path:
     """The directory of the base's weights: the local one, or the hub's snapshot (downloaded where it is not yet).
 
     Raises:
-        InputError: it can't be had.
+        InputError: there is none, or it can't be downloaded.
     """
     name = resolve_path(section.path)
     if Path(name).is_dir():
@@ -36,7 +36,7 @@ def base_directory(section: ModelSection) -> Path:
         )
     except Exception as error:  # huggingface_hub raises httpx's, OSError's and its own
         raise InputError(
-            f"model.path: the base {name!r} can't be had from the hub ({type(error).__name__}: {error})."
+            f"model.path: the base {name!r} can't be downloaded from the hub ({type(error).__name__}: {error})."
         ) from None
 
 

@@ -313,7 +313,7 @@ def _plain_attention(model: PreTrainedModel | PeftModel) -> bool:
 def load_exported(directory: Path, device: torch.device) -> PreTrainedModel:
     """The checkpoint in evaluation mode: as plain transformers loads it on CUDA, mapped and computing in fp32 on a CPU.
 
-    fp16 products are slow or missing on CPUs; in fp32 the numbers are the very ones that the file holds.
+    fp16 products are slow or missing on CPUs; fp32 holds every value of the file exactly.
     """
     if device.type == "cuda":
         return AutoModelForCausalLM.from_pretrained(directory, dtype="auto", device_map={"": device}).eval()
