@@ -17,8 +17,8 @@ from qvera.data import Example, collate, collate_prefix_once, lengths_of, microb
 from qvera.data.padding import pad_batch, round_up_length, rounds_lengths
 from qvera.distributed.group import ALONE, Group
 from qvera.distributed.zero_params import any_sharded, gathered
-from qvera.evaluation.generate import exact_match, generate, generating
-from qvera.evaluation.metrics import TextMetric, row_scores, scores_of
+from qvera.evaluation.generate import generate, generating
+from qvera.evaluation.metrics import TextMetric, exact_match, row_scores, scores_of
 from qvera.models import linear
 from qvera.models.loader import causal_model, takes_prefix_once
 from qvera.models.loss import Head, fused_linear_cross_entropy

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -202,11 +201,3 @@ def _end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[in
     ends = {tokenizer.eos_token_id}
     ends.update(configured if isinstance(configured, list) else [configured])
     return sorted(e for e in ends if e is not None)
-
-
-def exact_match(answer: str, reference: str) -> bool:
-    """Whether an answer is its reference: equal as JSON values where both are JSON, else equal up to white space."""
-    try:
-        return json.loads(answer) == json.loads(reference)
-    except ValueError:
-        return " ".join(answer.split()) == " ".join(reference.split())

@@ -8,16 +8,24 @@ others from 0 to 1.
 from __future__ import annotations
 
 import importlib.metadata
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from qvera.evaluation.generate import exact_match
 from qvera.utils.errors import InputError
 
 References = Sequence[Sequence[str]]
 """For each answer one or more texts, any of which would be right."""
+
+
+def exact_match(answer: str, reference: str) -> bool:
+    """Whether an answer is its reference: equal as JSON values where both are JSON, else equal up to white space."""
+    try:
+        return json.loads(answer) == json.loads(reference)
+    except ValueError:
+        return " ".join(answer.split()) == " ".join(reference.split())
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -33,7 +32,7 @@ def after_import(
         sys.meta_path.insert(0, _Finder(name, action, around))
 
 
-class _Finder(MetaPathFinder):
+class _Finder:
     """Finds one package as the other finders do, and adds the action to its loader."""
 
     def __init__(

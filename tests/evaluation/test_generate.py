@@ -14,7 +14,8 @@ from qvera.adapters.save_load import attach
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.evaluation import evaluate
 from qvera.evaluation import generate as generation
-from qvera.evaluation.generate import exact_match, generate, generating
+from qvera.evaluation.generate import generate, generating
+from qvera.evaluation.metrics import exact_match
 from qvera.models.loader import load_base
 from qvera.utils.errors import InputError
 from tests.adapters.helpers import perturb, weight_bytes

@@ -1,0 +1,66 @@
+"""What the commands print, and where: terminals without UTF-8, full disks, logs; and what they report at once."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from qvera.cli import common
+from qvera.cli.main import main
+
+Capture = pytest.CaptureFixture[str]
+
+
+def test_a_terminal_without_utf8_gets_question_marks(trained_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert main(["info", str(trained_run)]) == 0
+    assert b"base_revision         ?" in written.getvalue()
+
+
+def test_a_full_disk_behind_stdout_is_an_error(
+    trained_run: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = open("/dev/full", "w")  # noqa: SIM115  # closing it fails too
+    try:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(["info", str(trained_run)]) == 1
+    finally:
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
+    assert capsys.readouterr().err == "qvera info: No space left on device\n"
+
+
+def test_a_reader_that_left_is_no_error_message(
+    trained_run: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`qvera info RUN | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert main(["info", str(trained_run)]) == 1
+        monkeypatch.undo()
+    assert capsys.readouterr().err == ""
+
+
+def test_progress_in_a_log_is_a_line_now_and_then(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(common.time, "monotonic", lambda: clock[0])
+    with common.progress("Answering") as show:
+        for done in range(100):
+            clock[0] = float(done)
+            show(f"{done} of 100")
+    assert capsys.readouterr().err.splitlines() == ["30 of 100", "60 of 100", "90 of 100"]
+
+
+def test_a_missing_extra_is_named_before_the_run_is_opened(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    assert main(["eval", "no-such-run", "--metrics", "bleu"]) == 2
+    assert "qvera[metrics]" in capsys.readouterr().err
