@@ -60,7 +60,7 @@ def as_output(flat: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 
 def project(x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-    """Z = x Aᵀ: [..., n] and [r, n] give [..., r].
+    """z = x Aᵀ: [..., n] and [r, n] give [..., r].
 
     A node of its own in the graph, so that layers which read the same x can share z, and autograd then adds up their
     ∂z before the one product of backward. A is frozen, so autograd keeps a reference to A and not to x.
@@ -237,7 +237,7 @@ class _Expand(torch.autograd.Function):
 def expand(
     base: torch.Tensor, z: torch.Tensor, d: torch.Tensor, b: torch.Tensor, B: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Y = base + b ⊙ ((s d ⊙ z) Bᵀ).
+    """y = base + b ⊙ ((s d ⊙ z) Bᵀ).
 
     Args:
         base: the frozen layer's output [..., m].

@@ -149,7 +149,7 @@ def summed_linear(
     scale: float,
     a: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Y = x (W + ΔW)ᵀ + bias for the frozen linear ``module``.
+    """y = x (W + ΔW)ᵀ + bias for the frozen linear ``module``.
 
     Args:
         module: the base layer; neither weight nor bias gets a gradient.

@@ -44,7 +44,7 @@ class QveraLinear(LowRankPath, nn.Module, BaseTunerLayer):
     Per adapter d [rank] and b [out_features] (with ``b_groups`` above 1: [b_groups, out_features]), fp32, trained, and
     a [in_features] with ``input_scale`` (else it is not there, and 1). `LowRankPath.forward` has the formula; it runs in the
     base layer's compute dtype.
-    """  # the formula
+    """
 
     adapter_layer_names: tuple[str, ...] = KINDS
     other_param_names: tuple[str, ...] = ("qvera_rank", "qvera_dropout", "qvera_projection")
@@ -122,7 +122,7 @@ class QveraLinear(LowRankPath, nn.Module, BaseTunerLayer):
         return self.qvera_dropout[adapter]
 
     def shared_z(self, adapter: str, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Z = A x in ``dtype``, shared with the layers that read the same x."""
+        """z = A x in ``dtype``, shared with the layers that read the same x."""
         return self.qvera_projection[adapter].project(x, self.qvera_rank[adapter], dtype)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:

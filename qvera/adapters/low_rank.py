@@ -69,14 +69,14 @@ class LowRankPath:
         raise NotImplementedError
 
     def shared_z(self, adapter: str, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Z = A x in ``dtype``, shared with the layers that read the same x."""
+        """z = A x in ``dtype``, shared with the layers that read the same x."""
         raise NotImplementedError
 
     def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """y = W x + s diag(b) B diag(d) A x, summed over the active adapters (VeRA, arXiv 2310.11454, equation 2).
 
         x [..., in_features] gives y [..., out_features] in the base layer's output dtype.
-        """  # noqa: D403  # the formula
+        """
         if self.disable_adapters and self.merged:
             self.unmerge()
         if (y := self._fast_forward(x, *args, **kwargs)) is not None:
@@ -96,7 +96,7 @@ class LowRankPath:
         return [] if self.disable_adapters or self.merged else self.active_names()
 
     def _project(self, x: torch.Tensor, adapter: str, factors: Factors) -> torch.Tensor:
-        """Z = A diag(a) dropout(x) in the compute dtype."""
+        """z = A diag(a) dropout(x) in the compute dtype."""
         dtype = linear.compute_dtype(self.base_layer, x)
         dropout = self.dropout_of(adapter)
         if isinstance(dropout, nn.Identity) and factors.a is None:
@@ -117,7 +117,7 @@ class LowRankPath:
         return self._summed_forward(x, names[0]) if len(names) == 1 else None
 
     def _summed_forward(self, x: torch.Tensor, adapter: str) -> torch.Tensor | None:
-        """Y by one product with W + ΔW where that is cheaper and loses nothing (`fused.pays`), else None."""
+        """y by one product with W + ΔW where that is cheaper and loses nothing (`fused.pays`), else None."""
         base = self.base_layer
         # ZeRO-3 gathers a weight when its module is called, and here it is not
         if (
@@ -172,7 +172,7 @@ class LowRankPath:
         return dtype if dtype.is_floating_point else self.parts(min(self._get_available_adapters())).A.dtype
 
     def inference_product(self, x: torch.Tensor) -> torch.Tensor:
-        """Y by one product with the held weight."""
+        """y by one product with the held weight."""
         weight, bias = self._inference_weight, self.base_layer.bias
         assert weight is not None
         return F.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)).to(x.dtype)

@@ -74,7 +74,7 @@ class SharedInput:
         self._recent: tuple[weakref.ref[torch.Tensor], tuple[object, ...], torch.Tensor] | None = None
 
     def project(self, x: torch.Tensor, A: torch.Tensor, dtype: torch.dtype, key: object = None) -> torch.Tensor:
-        """Z = x Aᵀ [..., rank] in ``dtype``; ``key`` tells A from every other A of its shape that this x may meet."""
+        """z = x Aᵀ [..., rank] in ``dtype``; ``key`` tells A from every other A of its shape that this x may meet."""
         if torch.compiler.is_compiling() or x.is_inference():
             return functional.project(x.to(dtype), A.to(dtype))
         # the number of the backward pass we are in, -1 outside: checkpointing itself tells its phases apart by it
@@ -143,7 +143,7 @@ class SharedProjection(nn.Module):
         return self.A[:rank, :in_features], self.B[:out_features, :rank]
 
     def project(self, x: torch.Tensor, rank: int, dtype: torch.dtype) -> torch.Tensor:
-        """Z = x Aᵀ [..., rank] in ``dtype``, shared between the layers that read the same x."""
+        """z = x Aᵀ [..., rank] in ``dtype``, shared between the layers that read the same x."""
         return self.inputs.project(x, self.A[:rank, : x.shape[-1]], dtype)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SharedProjection:

@@ -128,7 +128,7 @@ class _FrozenLinearFunction(torch.autograd.Function):
 
 
 def frozen_linear(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    """Y = x Wᵀ + bias with W [m, n] frozen: [..., n] gives [..., m], in x's dtype, differentiable in x.
+    """y = x Wᵀ + bias with W [m, n] frozen: [..., n] gives [..., m], in x's dtype, differentiable in x.
 
     The product is taken in the layer's compute dtype (`compute_dtype`). A bias, or a dense weight, that somebody trains (PEFT's
     ``bias`` and ``modules_to_save``) gets its gradient.
