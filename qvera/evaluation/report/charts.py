@@ -192,9 +192,10 @@ def line_chart(
     places = sorted({x for line in lines for x, _ in line.points} | ({best} if best is not None else set()))
     first, last = places[0], places[-1]
     x_scale = Scale(first, last, x_log) if last > first else Scale(first - 1, last + 1)
-    all_ticks = (
-        [first] if last <= first else log_ticks(first, last) if x_log else nice_ticks(first, last, 5, whole=True)
-    )
+    if last <= first:
+        all_ticks = [first]
+    else:
+        all_ticks = log_ticks(first, last) if x_log else nice_ticks(first, last, 5, whole=True)
     x_ticks = [tick for tick in all_ticks if first * (1 - 1e-9) <= tick <= last * (1 + 1e-9)]
     texts: dict[float, list[str]] = {}
     for line in lines:

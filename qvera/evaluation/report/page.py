@@ -31,6 +31,7 @@ def environment() -> Environment:
     )
     script = (_HERE / "script.js").read_text(encoding="utf-8")
     found.globals |= {
+        "newline": "\n",  # browsers drop the first one of a <pre>, which else would be the text's own
         "style": Markup((_HERE / "style.css").read_text(encoding="utf-8")),
         "script": Markup(script),
         "script_sha256": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),

@@ -164,6 +164,8 @@ def test_runs_of_the_same_name_are_told_apart(build_run: Build, tmp_path: Path) 
         (tmp_path / parent).mkdir()
         places.append(build_run(name=f"{parent}/quickstart"))
     assert compare_runs(places).labels == ["first/quickstart", "second/quickstart"]
+    with pytest.raises(InputError, match="takes two runs or more, got 1"):
+        compare_runs(places[:1])
     with pytest.raises(InputError, match="is named twice"):
         compare_runs([places[0], places[1] / ".." / "quickstart"] + places[1:])
     with pytest.raises(InputError, match=f"at most {MAX_RUNS} runs, got 9"):

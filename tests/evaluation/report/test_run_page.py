@@ -366,6 +366,15 @@ def test_a_broken_run_json_is_survived(build_run: Build, content: bytes) -> None
     assert "Held-out loss, step 20 to step 96" in page(run_dir).text
 
 
+def test_a_broken_recipe_is_shown_as_it_is(build_run: Build) -> None:
+    run_dir = build_run()
+    (run_dir / "recipe.yaml").write_text("model: [unclosed")
+    text = page(run_dir).text
+    assert "recipe.yaml is not valid YAML: it is shown as it is." in text
+    assert "model: [unclosed" in text
+    assert "Settings that are not the defaults" not in text
+
+
 ODD = [None, True, "text", -1, 1e308, 10**400, math.nan, [], {}, [None], {"a": 1}]
 
 
@@ -468,8 +477,12 @@ def test_the_size_of_the_adapter_is_read_where_run_json_lacks_it(build_run: Buil
 
 
 def test_sample_text_survives_word_for_word(build_run: Build) -> None:
-    source = write_report(build_run()).read_text()
+    """Also a newline at its start: browsers drop the first one after ``<pre>``, so the page writes one of its own."""
+    info = run_info()
+    info["samples"][0]["before"] = "\n" + info["samples"][0]["before"]
+    source = write_report(build_run(info)).read_text()
     shown = [
-        html.unescape(re.sub(r"<[^>]+>", "", body)) for body in re.findall(r'<pre dir="auto">(.*?)</pre>', source, re.S)
+        html.unescape(re.sub(r"<[^>]+>", "", body))
+        for body in re.findall(r'<pre dir="auto">\n(.*?)</pre>', source, re.S)
     ]
-    assert run_info()["samples"][0]["before"] in shown
+    assert info["samples"][0]["before"] in shown
