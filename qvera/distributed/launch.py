@@ -16,18 +16,8 @@ from pathlib import Path
 from qvera.utils.errors import EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED, InputError
 
 FORWARDED = (
-    "CUDA_",
-    "GLOO_",
-    "HF_",
-    "NCCL_",
-    "OMP_",
-    "PYTHON",
-    "QVERA_",
-    "TOKENIZERS_",
-    "TORCH_",
-    "TRANSFORMERS_",
-    "XDG_",
-)
+    "CUDA_", "GLOO_", "HF_", "NCCL_", "OMP_", "PYTHON", "QVERA_", "TOKENIZERS_", "TORCH_", "TRANSFORMERS_", "XDG_",
+)  # fmt: skip
 """Prefixes of the environment variables that are passed on to remote processes. ssh forwards none by itself."""
 EXIT_CODES = "QVERA_EXIT_CODES"
 """The folder for the exit codes of workers: torchrun ends with 1 whatever its workers ended with."""
@@ -100,7 +90,7 @@ def launch_command(
         raise InputError(f"--rdzv: takes HOST:PORT of node 0, such as node0:29500, got {rdzv!r}.")
     if not 0 <= node_rank < nnodes:
         raise InputError(f"--node-rank: is {node_rank}, expected 0 to {nnodes - 1} (--nnodes {nnodes}).")
-    # static: whose turn it is to serve the store is said here, and not found out from host names
+    # static: the command names the machine that serves the store, so that host names do not matter
     place = ["--nnodes", str(nnodes), "--node-rank", str(node_rank), "--master-addr", host, "--master-port", port]
     return [*command, *place, "-m", *inner]
 
