@@ -30,9 +30,9 @@ def ls(as_json: Json = False) -> None:
     Example:
         qvera cache ls
     """
-    bases, kept_rows = _kinds()
+    bases, tokenized_rows = _kinds()
     rows: list[dict[str, Any]] = []
-    for entry in (*bases.listed(), *kept_rows.listed()):
+    for entry in (*bases.listed(), *tokenized_rows.listed()):
         record = entry.record or {}
         row: dict[str, Any] = {
             "name": entry.name,

@@ -79,11 +79,11 @@ def _run_table(labels: Sequence[str], rows: Sequence[dict[str, float | None]], c
 
     from qvera.evaluation.report.compare import table_cells
 
-    shown, told = table_cells(rows, columns)
+    shown, cells_by_run = table_cells(rows, columns)
     table = Table(box=None, pad_edge=False)
     table.add_column("run", overflow="fold")
     for title in shown:
         table.add_column(title, justify="right")
-    for label, cells in zip(labels, told, strict=True):
+    for label, cells in zip(labels, cells_by_run, strict=True):
         table.add_row(label, *cells)
     return table

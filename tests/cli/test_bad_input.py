@@ -378,10 +378,6 @@ def test_bad_input(
     assert snapshot(finished_run) == run_before
 
 
-def test_the_table_is_as_long_as_promised() -> None:
-    assert len(TABLE) >= 25
-
-
 def test_all_problems_of_a_recipe_are_named_at_once(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "r.yaml").write_text(
         "model: {path: x, quantisation: nf4}\ndata: {path: y, max_length: 2}\nadapter: {rank: 0}\n"
