@@ -30,7 +30,7 @@ def quickstart(
 ) -> None:
     """Fetch a small Llama, train it, show before and after.
 
-    The task ships with qvera: an order in free text becomes a line of JSON. About 8 minutes on two CPU cores.
+    The task ships with qvera: an order in free text becomes a line of JSON. About 6 minutes on 2 CPU cores.
 
     Example:
         qvera quickstart
