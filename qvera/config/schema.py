@@ -211,7 +211,7 @@ class TrainingSection(Section):
     """The learning rate after the warmup: a decay to zero along a cosine or a line, or constant. The line did better than the
     cosine wherever both were tried (docs/evaluation.md)."""
     warmup_ratio: Fraction = 0.1
-    """The share of all steps in which the learning rate rises from 0."""
+    """The share of all steps in which the learning rate rises to its highest."""
     warmup_steps: NonNegative = 0
     """The number of warmup steps. Above 0 it overrides ``warmup_ratio``."""
     optim: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
