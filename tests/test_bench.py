@@ -17,6 +17,8 @@ import torch
 from bench.trials import Trial, run
 from qvera.training.trainer import train
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -18,6 +18,8 @@ import yaml
 from qvera.cli.main import main
 from tests.cli.helpers import parse
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
 

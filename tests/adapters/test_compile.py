@@ -10,6 +10,8 @@ import torch
 from tests.adapters.helpers import IN, OUT, relative
 from tests.adapters.test_layer import adapted, run
 
+pytestmark = pytest.mark.process
+
 
 @pytest.mark.parametrize("more", [{}, {"groups": 3, "scaled": True}], ids=["vera", "groups-and-a"])
 @pytest.mark.parametrize("kind", ["linear", "nf4+dq-bfloat16", "int8"])

@@ -15,6 +15,8 @@ import yaml
 from qvera.cli.main import main
 from qvera.training.trainer import train
 
+pytestmark = pytest.mark.process
+
 
 class Place:
     """A scratch directory with a good model, good rows and a good recipe in it, to be spoilt one thing at a time."""

@@ -22,6 +22,8 @@ from qvera.data import build_datasets, decode
 from qvera.models.tokenizer import load_tokenizer
 from tests.cli.helpers import parse
 
+pytestmark = pytest.mark.process
+
 
 def test_train_says_what_came_of_it(write_recipe: Any, tmp_path: Path, capsys: Any) -> None:
     recipe = write_recipe(training={"output_dir": str(tmp_path / "run"), "max_steps": 3, "exact_match_rows": 2})

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.process
+
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "deepspeed", "numpy")
 
 

@@ -13,6 +13,8 @@ import pytest
 from qvera.cli import common
 from qvera.cli.main import main
 
+pytestmark = pytest.mark.process
+
 Capture = pytest.CaptureFixture[str]
 
 

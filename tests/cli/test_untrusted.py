@@ -22,6 +22,8 @@ from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 from tests.training.test_trainer import stop_after
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 

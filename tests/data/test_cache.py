@@ -41,6 +41,8 @@ from qvera.training.trainer import train
 from qvera.utils.errors import InputError, QveraError, RunFailed
 from tests.data.test_same_rows import byte_tokenizer, write_rows
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture(autouse=True)
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -21,6 +21,8 @@ from tests.data.conftest import MARKERS, MakeTokenizer
 from tests.data.real_templates import LLAMA_3, QWEN_25, REAL, SMOLLM2, Messages, Pieces
 from tests.data.test_loss_mask import build, decoded
 
+pytestmark = pytest.mark.process
+
 # The templates' own markers and headings, white space at the edges, letters of several bytes.
 _SPELLED = [
     "<|im_end|>",

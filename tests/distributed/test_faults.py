@@ -21,6 +21,8 @@ from qvera.training.trainer import train
 from tests.distributed.nodes import Node, two_nodes, until
 from tests.distributed.ranks import clean_environment, free_port
 
+pytestmark = pytest.mark.process
+
 NOTICED_SECONDS = 30.0
 """What docs/multi-node.md promises for a rank or node that is gone."""
 SAVED_SECONDS = 15.0

@@ -20,6 +20,8 @@ from qvera.distributed.init import agreed_attempt, in_group
 from qvera.utils.errors import EXIT_FAILED, InputError, RunFailed
 from tests.distributed.ranks import Ranks, free_port
 
+pytestmark = pytest.mark.process
+
 
 class Store:
     """The launcher's store, in this process; ``broken``: it can't be reached."""

@@ -20,6 +20,8 @@ from qvera.utils.errors import InputError
 from tests.cli.helpers import parse
 from tests.distributed.ranks import ROOT, clean_environment, free_port
 
+pytestmark = pytest.mark.process
+
 RECIPE = Path("r.yaml")
 
 

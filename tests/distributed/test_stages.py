@@ -21,6 +21,8 @@ from qvera.training.trainer import train
 from tests.conftest import small_llama, small_tokenizer
 from tests.distributed.ranks import run_worker
 
+pytestmark = pytest.mark.process
+
 QUICK, SLOW = (None, "zero2", "zero3"), ("zero1", "zero3-offload-cpu")
 RESUMED = (None, "zero3")
 SHARDED = ("zero3", "zero3-offload-cpu")

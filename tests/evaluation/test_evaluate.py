@@ -28,6 +28,8 @@ from qvera.utils.errors import InputError
 from qvera.utils.files import file_sha256
 from tests.export.test_merged import perturb
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture
 def run(make_recipe: Any, tmp_path: Path) -> Path:

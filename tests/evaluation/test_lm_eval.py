@@ -21,6 +21,8 @@ from qvera.models.loader import load_base
 from qvera.training.trainer import train
 from tests.export.test_merged import perturb
 
+pytestmark = pytest.mark.process
+
 installed = pytest.mark.skipif(
     find_spec("lm_eval") is None, reason="lm-eval is not installed (pip install 'qvera[harness]')"
 )

@@ -27,6 +27,8 @@ from tests.adapters.helpers import perturb
 from tests.conftest import small_llama, small_tokenizer
 from tests.disk import fill, small_disk
 
+pytestmark = pytest.mark.process
+
 OPTIONS = ExportSection(max_shard_size_bytes=60_000)
 
 

@@ -26,6 +26,8 @@ from qvera.utils.errors import InputError
 from tests.adapters.helpers import perturb
 from tests.conftest import small_llama
 
+pytestmark = pytest.mark.process
+
 IDS = torch.randint(3, 300, (6, 9), generator=torch.Generator().manual_seed(0))
 SHAPES: dict[str, dict[str, Any]] = {
     "a": {"rank": 8},

@@ -26,6 +26,8 @@ from qvera.utils.errors import InputError, Interrupted, RunFailed
 from tests.adapters.helpers import perturb
 from tests.conftest import small_llama, small_tokenizer
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture
 def trained(tiny_model_dir: Path, tmp_path: Path) -> tuple[Any, ModelSection, Path]:

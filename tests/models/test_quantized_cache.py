@@ -23,6 +23,8 @@ from qvera.models.source_checkpoint import NotPlain
 from qvera.utils.errors import InputError
 from tests.helpers import start_process, wait_until
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture(autouse=True)
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

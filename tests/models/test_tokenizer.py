@@ -31,6 +31,8 @@ from qvera.utils.errors import InputError
 from tests.conftest import small_llama, small_tokenizer
 from tests.data.conftest import _bpe_tokenizer
 
+pytestmark = pytest.mark.process
+
 TOOL, DONE = "<|tool|>", "<|done|>"
 
 

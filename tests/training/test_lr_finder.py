@@ -21,6 +21,8 @@ from qvera.training.trainer import train
 from qvera.utils.errors import RunFailed
 from tests.distributed.ranks import Ranks
 
+pytestmark = pytest.mark.process
+
 
 def points_of(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / POINTS).read_text().splitlines()]

@@ -17,6 +17,8 @@ from qvera.training import memory_check
 from qvera.training.trainer import train
 from tests.training.test_trainer import losses, same, vectors
 
+pytestmark = pytest.mark.process
+
 
 def test_the_longest_batch_leaves_no_trace(make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With dropout, so that the random state counts too."""

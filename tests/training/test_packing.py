@@ -16,6 +16,8 @@ from qvera.utils.errors import InputError
 from tests.conftest import small_llama
 from tests.training.test_trainer import losses, vectors
 
+pytestmark = pytest.mark.process
+
 
 def test_a_packed_run_gives_the_numbers_of_a_padded_one(make_recipe: Any, tmp_path: Path) -> None:
     for name, packing in (("padded", False), ("packed", True)):

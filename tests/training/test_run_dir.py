@@ -12,6 +12,8 @@ import pytest
 from qvera.training.run_dir import run_lock
 from qvera.utils.errors import InputError
 
+pytestmark = pytest.mark.process
+
 
 def hold_lock_in_another_process(run_dir: Path, seconds: float) -> int:
     """Process id of a fork that holds the lock, and exits without cleaning up after that time."""

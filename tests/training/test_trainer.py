@@ -30,6 +30,8 @@ from qvera.utils.errors import InputError, Interrupted, RunFailed
 from tests.disk import fill, read_only, small_disk
 from tests.training.test_checkpoint import vouch_for
 
+pytestmark = pytest.mark.process
+
 
 def records(run_dir: Path, kind: str = "train") -> list[dict[str, Any]]:
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()

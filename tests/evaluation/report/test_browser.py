@@ -24,7 +24,7 @@ Build = Callable[..., Path]
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome on PATH")
+pytestmark = [pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome on PATH"), pytest.mark.process]
 
 QUIET = [
     "--headless",

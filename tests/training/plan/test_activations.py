@@ -18,6 +18,8 @@ from qvera.training.plan.memory import four_bit_bytes, optimizer_state_bytes, we
 from tests.conftest import small_llama
 from tests.training.plan import live
 
+pytestmark = pytest.mark.process
+
 BIG = {
     "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 8,
     "num_key_value_heads": 8, "vocab_size": 1000,
