@@ -2,10 +2,10 @@
 
     python bench/adapters.py [--adapters 1000] [--rows 32] [--length 64] [--new-tokens 16] [--rounds 5]
 
-The adapters are r=256 on all linears with random vectors, written to a temporary directory (0.9 MB each). ``one adapter`` is
-the same batch on a model with that one adapter, as `load_adapter` makes it; ``mixed`` names 32 different ones;
-``one by one`` runs the 32 rows one after the other, each with its adapter. Forward passes without gradients and greedy
-generation.
+The adapters are r=256 on all linears with random vectors, written to a temporary directory (0.9 MB each). ``one
+adapter`` is the same batch on a model with that one adapter, as `load_adapter` makes it; ``mixed`` names 32 different
+ones; ``one by one`` runs the 32 rows one after the other, each with its adapter. Forward passes without gradients and
+greedy generation.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
     python bench/alpaca.py ../shared/data/alpaca_en_demo.json
 
-The rows are dealt out by seed: 100 to choose the learning rate with, 100 that score what was chosen, the rest to train on.
-Each LoRA got two rates with the cosine and the better one with a linear decay, plain VeRA two rates with the cosine, two b and an a
-four rates with the linear decay. Lines go to results/alpaca.jsonl; a trial that stands there is not repeated.
+The rows are dealt out by seed: 100 to choose the learning rate with, 100 that score what was chosen, the rest to train
+on. Each LoRA got two rates with the cosine and the better one with a linear decay, plain VeRA two rates with the
+cosine, two b and an a four rates with the linear decay. Lines go to results/alpaca.jsonl; a trial that stands there is
+not repeated.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Train a 7B, 13B or 70B of real shape on this machine under a memory limit, from a mapped NF4 file.
 
-Each case is a real `qvera train` in a memory cgroup: peak private memory (RssAnon + RssShmem + VmSwap of all its processes, sampled
-from outside), seconds a step, bytes read from the disk. Beside it the frozen base alone: the same model, tokens and loss, with
-gradient checkpointing and gradients flowing to the embeddings, no adapter.
+Each case is a real `qvera train` in a memory cgroup: peak private memory (RssAnon + RssShmem + VmSwap of all its
+processes, sampled from outside), seconds a step, bytes read from the disk. Beside it the frozen base alone: the same
+model, tokens and loss, with gradient checkpointing and gradients flowing to the embeddings, no adapter.
 
     python bench/big.py 7b --ranks 256 1024 --limits 2.5GB 6GB
     python bench/big.py 70b --tokens 128 --steps 3 --no-frozen

@@ -1,11 +1,13 @@
 """One training killed by SIGKILL again and again, inside steps and at every boundary of a checkpoint's write, against the same
 training never killed: the adapter, the whole loss sequence and the names of all files have to be the same.
 
-A server process imports everything once; each life of the training is a fork of it that calls `qvera train` (with --resume once
-there is a recipe.yaml), so a restart costs a second instead of ten. Kills at files: `tracer.py` holds the process in the kernel at
-the system call that the plan names, and kills it before or after the call, or with part of a write's bytes in the file. Kills in
-steps: a timer goes off at a random moment of the step that the plan names; a byte in shared memory, set by wrappers around the
-step's functions in the fork, says what the process was doing when it died. The training's own code is as it is.
+A server process imports everything once; each life of the training is a fork of it that calls `qvera train` (with
+--resume once there is a recipe.yaml), so a restart costs a second instead of ten. Kills at files: `tracer.py` holds the
+process in the kernel at the system call that the plan names, and kills it before or after the call, or with part of a
+write's bytes in the file. Kills in
+steps: a timer goes off at a random moment of the step that the plan names; a byte in shared memory, set by wrappers
+around the step's functions in the fork, says what the process was doing when it died. The training's own code is as it
+is.
 
     python bench/chaos.py                       100 kills, two minutes
     python bench/chaos.py --kills 24 --out FILE

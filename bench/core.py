@@ -2,14 +2,14 @@
 
     python bench/core.py [--rounds 5] [--rows 4] [--length 256]
 
-SmolLM2-135M (real weights) in NF4, all seven linears, no gradient checkpointing, vectors off zero. ``frozen`` is the model
-without an adapter and with gradients flowing to the input embeddings, with stock Linear4bit and with our frozen linear; ratios
-are against the faster. ``lean base`` is that with the norms and MLPs of `qvera.models.norm_mlp` besides, as an adapted model has: for scale.
-``floor`` is VeRA's products alone: z for each distinct input, the expansion, M, ∂z and ∂x, at the
-same shapes in the same dtype. ``kept`` is what autograd keeps for backward, counted twice: unique storages seen by
-saved_tensors_hooks, and storages made during forward that are alive at its end (a dispatch-mode census), parameters and
-buffers excluded from both. ``7B layer`` is one decoder layer of 4096/11008 with 32 heads, random weights in NF4, 512 tokens;
-``checkpointed`` a whole step with our loss under gradient checkpointing.
+SmolLM2-135M (real weights) in NF4, all seven linears, no gradient checkpointing, vectors off zero. ``frozen`` is the
+model without an adapter and with gradients flowing to the input embeddings, with stock Linear4bit and with our frozen
+linear; ratios are against the faster. ``lean base`` is that with the norms and MLPs of `qvera.models.norm_mlp` besides,
+as an adapted model has: for scale. ``floor`` is VeRA's products alone: z for each distinct input, the expansion, M, ∂z
+and ∂x, at the same shapes in the same dtype. ``kept`` is what autograd keeps for backward, counted twice: unique
+storages seen by saved_tensors_hooks, and storages made during forward that are alive at its end (a dispatch-mode
+census), parameters and buffers excluded from both. ``7B layer`` is one decoder layer of 4096/11008 with 32 heads,
+random weights in NF4, 512 tokens; ``checkpointed`` a whole step with our loss under gradient checkpointing.
 """
 
 from __future__ import annotations

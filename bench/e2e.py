@@ -4,11 +4,11 @@
     python bench/e2e.py final ../shared/data/e2e     # what the sweep chose, three seeds, scored on all 630 test inputs
     python bench/e2e.py table                        # the finals as a Markdown table
 
-A tenth of the dev set's inputs is held out with all of their references (no input is on both sides); settings are chosen by the
-loss on those rows. The test set scores what was chosen and nothing else. Lines go to results/e2e-sweep.jsonl and e2e-final.jsonl; a
-trial that stands there is not repeated. BLEU is sacrebleu's, lower case, all references of an input; NIST is nltk's; METEOR and
-CIDEr are pycocoevalcap's, as in the paper's own scorer (METEOR 1.5 and the tokenizer run in Java). Beside `.[test]` it needs
-`pip install nltk pycocoevalcap`.
+A tenth of the dev set's inputs is held out with all of their references (no input is on both sides); settings are
+chosen by the loss on those rows. The test set scores what was chosen and nothing else. Lines go to
+results/e2e-sweep.jsonl and e2e-final.jsonl; a trial that stands there is not repeated. BLEU is sacrebleu's, lower case,
+all references of an input; NIST is nltk's; METEOR and CIDEr are pycocoevalcap's, as in the paper's own scorer (METEOR
+1.5 and the tokenizer run in Java). Beside `.[test]` it needs `pip install nltk pycocoevalcap`.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ FINAL = [
     ours(**MORE, learning_rate=7e-2, schedule="linear", steps=200),
 ]
 """The best of each kind, as the sweep grew: with the cosine of its first trials, and with the linear decay that came out best; of
-two within 0.001 the one with fewer settings of its own. LoRA r=64 is 0.0013 behind r=16 there, so it stands here too."""
+two within 0.001 the one with fewer settings of its own. LoRA r=64 is 0.0013 behind r=16 there, so it stands here too.
+"""
 
 ONCE = [Trial(method="vera", rank=256, learning_rate=1e-2, steps=100), Trial(method="frozen")]
 """With one seed, for scale: stock PEFT's VeRA at a rate that nobody tuned, and no training."""

@@ -1,8 +1,8 @@
 """A merged export beside what it can't be faster than: copying the same files, and the ΔW products plus hashing.
 
-Four times on one machine, one after the other: (a) `cp` of the base's files and an fsync; (b) the ΔW GEMMs of all adapted
-weights, whole and with all threads; (c) SHA-256 of all bytes in and out; and `qvera export` itself under a memory limit,
-its peak sampled from outside. All files in the page cache as far as it goes.
+Four times on one machine, one after the other: (a) `cp` of the base's files and an fsync; (b) the ΔW GEMMs of all
+adapted weights, whole and with all threads; (c) SHA-256 of all bytes in and out; and `qvera export` itself under a
+memory limit, its peak sampled from outside. All files in the page cache as far as it goes.
 
     python bench/synthesise.py 7b /tmp/7b
     python bench/export.py /tmp/7b --limit 3GB

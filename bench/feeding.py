@@ -2,10 +2,11 @@
 
     python bench/feeding.py [--rows 300000] [--processes 2]
 
-Short rows (a prompt of some words, a short answer), SmolLM2's tokenizer and chat template. Each case is a process of its own with a
-cache of its own or, where rows are to be found, that of the case before. Memory is the highest RssAnon in it, sampled every 20 ms,
-less what it had after its imports. An epoch is all global batches of 16 rows in their shuffled order, collated, with every row
-counted; "as objects" is the same with `list(rows)`, which is what runs held before rows were mapped.
+Short rows (a prompt of some words, a short answer), SmolLM2's tokenizer and chat template. Each case is a process of
+its own with a cache of its own or, where rows are to be found, that of the case before. Memory is the highest RssAnon
+in it, sampled every 20 ms, less what it had after its imports. An epoch is all global batches of 16 rows in their
+shuffled order, collated, with every row counted; "as objects" is the same with `list(rows)`, which is what runs held
+before rows were mapped.
 """
 
 from __future__ import annotations

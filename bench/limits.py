@@ -1,8 +1,8 @@
 """Run a command in a memory cgroup of its own and watch its memory from outside.
 
-Peak memory is the maximum of RssAnon + RssShmem + VmSwap, summed over all processes of the command (`/proc/PID/status`):
-what can't be given back without losing it. Pages of mapped files are not in it; they count towards the cgroup's limit, and
-are dropped when it is reached.
+Peak memory is the maximum of RssAnon + RssShmem + VmSwap, summed over all processes of the command
+(`/proc/PID/status`): what can't be given back without losing it. Pages of mapped files are not in it; they count
+towards the cgroup's limit, and are dropped when it is reached.
 
     python bench/limits.py --limit 2.5GB -- qvera train recipe.yaml
 """
@@ -134,7 +134,8 @@ def _command_line(pid: int) -> bytes:
 
 def _held_and_mapped(pids: list[int]) -> tuple[int, int]:
     """Sums over processes. Between fork and exec a child's pages are its parent's, and they are counted once: a compiler that
-    a process with 3 GB calls is no second 3 GB. (A worker that a process forks to keep is not told from that; there are none here.)
+    a process with 3 GB calls is no second 3 GB. (A worker that a process forks to keep is not told from that; there are
+    none here.)
     """
     found = {pid: _status(pid) for pid in pids}
     for pid, one in list(found.items()):

@@ -1,6 +1,7 @@
 """Two machines and a cable, on one machine: network namespaces joined by a veth pair, each with a host name of its own.
 
-For the bench of bandwidth and the tests of launching on nodes. Needs root, iproute2 and veth; `problem` says what is missing.
+For the bench of bandwidth and the tests of launching on nodes. Needs root, iproute2 and veth; `problem` says what is
+missing.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
     python bench/packing.py ../shared/data/alpaca_en_demo.json [--steps 4] [--rounds 5]
 
-SmolLM2-135M in NF4, r=256 on all linears, gradient checkpointing off, global batches of 16 rows: forward and backward of the same
-``steps`` optimizer steps' rows, interleaved. Padded and grouped take 8 rows a pass, packed as many as fit 1,024 tokens. The rows of
-the grouped order are others in each step, so its tokens are counted for itself; padding counts as no token.
+SmolLM2-135M in NF4, r=256 on all linears, gradient checkpointing off, global batches of 16 rows: forward and backward
+of the same ``steps`` optimizer steps' rows, interleaved. Padded and grouped take 8 rows a pass, packed as many as fit
+1,024 tokens. The rows of the grouped order are others in each step, so its tokens are counted for itself; padding
+counts as no token.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ def main() -> None:
             **{f"{k}_seconds": v for k, v in taken.items()},
         }  # fmt: skip
         print(
-            f"{name:<20}{tokens[name]:8,} tokens in {passes[name]:3} passes{speed:10.0f} tokens/s{speed / padded:7.2f} x padded"
+            f"{name:<20}{tokens[name]:8,} tokens in {passes[name]:3} passes{speed:10.0f} tokens/s{speed / padded:7.2f} "
+            f"x padded"
         )
     print(write_result("packing", result))
 

@@ -1,6 +1,7 @@
 """The plan against measurement: `qvera train` runs watched from outside, and its peak is held against what it planned.
 
-Peak: RssAnon + RssShmem + VmSwap of the process, sampled from outside (bench/limits.py), plus the mapped pages of the weights.
+Peak: RssAnon + RssShmem + VmSwap of the process, sampled from outside (bench/limits.py), plus the mapped pages of the
+weights.
 
     python bench/plan.py                       SmolLM2-135M and the tiny shape
     python bench/plan.py --shape 7b            a synthesised 7B (13.5 GB of disk, then its NF4)

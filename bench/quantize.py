@@ -94,6 +94,7 @@ if __name__ == "__main__":
         found = document["checkpoint"]
         print(
             f"{found['source_bytes'] / 1e9:.1f} GB → {found['output_bytes'] / 1e9:.1f} GB: exit {found['returncode']}, "
-            f"{found['seconds']:.0f} s, peak {found['peak_bytes'] / 1e9:.2f} GB under a limit of {args.limit / 1e9:.1f} GB"
+            f"{found['seconds']:.0f} s, peak {found['peak_bytes'] / 1e9:.2f} GB under a limit of "
+            f"{args.limit / 1e9:.1f} GB"
         )
     print(write_result("quantize", document))

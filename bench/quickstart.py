@@ -3,9 +3,9 @@
     qvera quickstart                                    # first: leaves runs/quickstart
     python bench/quickstart.py [--run runs/quickstart] [--lora-rates 1e-3 5e-4] [--rows 256]
 
-LoRA is stock PEFT on every linear of the same 4-bit base, trained on the same rows in the same order for the same steps with
-the same loss; each learning rate is tried and all are shown. The run's rows were generated with seed 0; nothing was tuned
-on their templates (see bench/quickstart_words.py).
+LoRA is stock PEFT on every linear of the same 4-bit base, trained on the same rows in the same order for the same steps
+with the same loss; each learning rate is tried and all are shown. The run's rows were generated with seed 0; nothing
+was tuned on their templates (see bench/quickstart_words.py).
 """
 
 from __future__ import annotations

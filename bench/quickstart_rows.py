@@ -2,10 +2,11 @@
 
     python -m bench.quickstart_rows
 
-Seven values, three of them in a nested object, three optional (null where the text does not say). All stand in the text as
+Seven values, three of them in a nested object, three optional (null where the text does not say). All stand in the text
+as
 they are copied, and no key comes after the nested object: what a small model writes wrong first is the punctuation.
-Training and held-out rows come from vocabularies (words.py) that share no template, name, city, thing, colour, number, day
-or distractor. A third, ``development``, is what the task and the recipe were tuned on.
+Training and held-out rows come from vocabularies (words.py) that share no template, name, city, thing, colour, number,
+day or distractor. A third, ``development``, is what the task and the recipe were tuned on.
 """
 
 from __future__ import annotations

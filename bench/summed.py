@@ -2,10 +2,10 @@
 
     python bench/summed.py [--seeds 0 1] [--steps 68]
 
-Errors: SmolLM2-135M in NF4, four rows of the quickstart's data, vectors moved off their start by 0.003 and 0.05 (a few steps, and a
-finished run): last hidden states and the vectors' gradients of each way in bfloat16, against the low-rank path in fp32 on the same
-4-bit weights. Learning: the quickstart's rows, order, steps and rate in bfloat16, for each way and seed of the projections; loss of
-its held-out rows. Wants a machine that multiplies bfloat16.
+Errors: SmolLM2-135M in NF4, four rows of the quickstart's data, vectors moved off their start by 0.003 and 0.05 (a few
+steps, and a finished run): last hidden states and the vectors' gradients of each way in bfloat16, against the low-rank
+path in fp32 on the same 4-bit weights. Learning: the quickstart's rows, order, steps and rate in bfloat16, for each way
+and seed of the projections; loss of its held-out rows. Wants a machine that multiplies bfloat16.
 """
 
 from __future__ import annotations

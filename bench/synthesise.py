@@ -1,7 +1,8 @@
 """Write a checkpoint of a real shape with random weights: what 7B, 13B and 70B are measured on where no hub is reachable.
 
-16-bit: normal weights of deviation 0.02, seeded by tensor, written shard by shard. `--nf4` writes bitsandbytes' serialized
-4-bit form directly, layer by layer (random nibbles, statistics as of such weights): 37 GB for 70B. With a byte-level tokenizer.
+16-bit: normal weights of deviation 0.02, seeded by tensor, written shard by shard. `--nf4` writes bitsandbytes'
+serialized 4-bit form directly, layer by layer (random nibbles, statistics as of such weights): 37 GB for 70B. With a
+byte-level tokenizer.
 
     python bench/synthesise.py 7b /tmp/7b            13.5 GB
     python bench/synthesise.py 70b /tmp/70b --nf4    37 GB

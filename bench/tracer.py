@@ -1,14 +1,15 @@
 """Stop a process at the system calls with which it writes files, and kill it there: `ptrace` and a seccomp filter, Linux only.
 
-The process runs unchanged code. Before each of the calls in `CALLS` the kernel stops it and tells us (`Stop`: which call, on
-which path); `Traced.follow` hands each stop to a function that answers what is to happen:
+The process runs unchanged code. Before each of the calls in `CALLS` the kernel stops it and tells us (`Stop`: which
+call, on which path); `Traced.follow` hands each stop to a function that answers what is to happen:
 
     GO          let it go on
     KILL        SIGKILL now: the call does not happen
     AFTER       let the call happen, then SIGKILL before the process sees its result
     n (bytes)   let a write put no more than its first n bytes into the file, then SIGKILL
 
-Calls that are not in `CALLS` are not slowed down. Works as root, or where `kernel.yama.ptrace_scope` lets a parent trace its child.
+Calls that are not in `CALLS` are not slowed down. Works as root, or where `kernel.yama.ptrace_scope` lets a parent
+trace its child.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from typing import Any
 
 GO, KILL, AFTER = None, "kill", "after"
 
-# Number of each call, the register of its third argument (bytes of a write) in what PTRACE_GETREGSET gives, and the audit name.
+# Number of each call, the register of its third argument (bytes of a write) in what PTRACE_GETREGSET gives, and the
+# audit name.
 _X86 = {
     "open": 2, "write": 1, "ftruncate": 77, "fsync": 74, "rename": 82, "mkdir": 83, "rmdir": 84, "unlink": 87,
     "openat": 257, "mkdirat": 258, "unlinkat": 263, "renameat": 264, "renameat2": 316,

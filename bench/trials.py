@@ -1,7 +1,7 @@
 """One training run of one adapter, ours or stock PEFT's, on the same 4-bit base: what bench/e2e.py and bench/alpaca.py compare.
 
-All methods see the same rows in the same order for the same steps, with the loop's own batches, loss, AdamW, schedule and clipping;
-only the adapter differs. Nothing here is timed.
+All methods see the same rows in the same order for the same steps, with the loop's own batches, loss, AdamW, schedule
+and clipping; only the adapter differs. Nothing here is timed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class Trial:
 
     Attributes:
         method: ``frozen`` (no adapter), ``lora`` or ``vera`` (both stock PEFT), or ``qvera``.
-        b_rate: a rate of its own for what starts at zero: LoRA's B (LoRA+, arXiv 2402.12354), VeRA's b. None: `learning_rate`.
+        b_rate: a rate of its own for what starts at zero: LoRA's B (LoRA+, arXiv 2402.12354), VeRA's b. None:
+        `learning_rate`.
         alpha: LoRA's alpha; None: the rank.
         d_initial, b_groups, input_scale: keys of the recipe's adapter section, for ``qvera`` alone.
         beta2: AdamW's; None: the recipe's.

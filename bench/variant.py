@@ -26,16 +26,19 @@ class Variant(Trial):
         groups: vectors b a linear, each for its share of the rank: ΔW = Σ_g diag(b_g) B_g diag(d_g) A_g, a sum of
             bases as in RandLoRA (arXiv 2502.00987). 1 is VeRA.
         input_scale (of `Trial`): a third trained vector on the input, diag(a) at A's right, from 1 (RandLoRA's Γ).
-        magnitude: ``none``; ``dora``: rows of W + ΔW are normed and have a trained length (DVoRA: DoRA, arXiv 2402.09353,
-            over VeRA; the norm is not differentiated, as there); ``ia3``: the frozen output is scaled (arXiv 2205.05638).
+        magnitude: ``none``; ``dora``: rows of W + ΔW are normed and have a trained length (DVoRA: DoRA, arXiv
+            2402.09353, over VeRA; the norm is not differentiated, as there); ``ia3``: the frozen output is scaled
+            (arXiv 2205.05638).
         magnitude_rate, a_rate: times the learning rate.
         redraw: new projections every so many steps, what was trained is kept frozen (Flora, arXiv 2402.03293; UORA).
-        scale: times s, which has 1 / sqrt(rank) in it already (Kaiming's bound of B), as rsLoRA asks (arXiv 2312.03732).
+        scale: times s, which has 1 / sqrt(rank) in it already (Kaiming's bound of B), as rsLoRA asks (arXiv
+        2312.03732).
         per_layer: ``none``; ``weight``: s times the layer's RMS weight over the mean of all layers.
-        by_spectrum: a rank per layer, a prefix of the shared pair: ``rank`` times the layer's part of the sum of all participation
-            ratios (Σ σ²)² / Σ σ⁴ of W. SARA (arXiv 2408.03290) counts the singular values up to a share of their sum.
-        input_norm: inputs are divided by their RMS over 16 training rows to this power; ``input_unit``: all layers' z have
-            one size.
+        by_spectrum: a rank per layer, a prefix of the shared pair: ``rank`` times the layer's part of the sum of all
+            participation ratios (Σ σ²)² / Σ σ⁴ of W. SARA (arXiv 2408.03290) counts the singular values up to a share
+            of their sum.
+        input_norm: inputs are divided by their RMS over 16 training rows to this power; ``input_unit``: all layers' z
+            have one size.
         train_d: whether d is trained.
     """
 

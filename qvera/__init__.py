@@ -1,7 +1,7 @@
 """qvera: fine-tune a Llama in 4-bit with VeRA.
 
-Importing it is light: torch, transformers and PEFT are imported when they are needed. It teaches PEFT the adapter type ``QVERA``
-at once where PEFT has been imported, else as soon as it is.
+Importing it is light: torch, transformers and PEFT are imported when they are needed. It teaches PEFT the adapter type
+``QVERA`` at once where PEFT has been imported, else as soon as it is.
 """
 
 import importlib

@@ -3,10 +3,10 @@
     python bench/gpu/run.py --out $OUT/gpu.csv                          # about 10 minutes, stops in time
     python bench/gpu/run.py --device cpu --shapes tiny --tokens 32 64   # what the tests run
 
-Weights are random, quantized layer by layer, so nothing is downloaded. A step is forward, the same chunked loss for all,
-backward, with gradient checkpointing; AdamW's update is left out (it is alike and small). Stock cases run on stock Linear4bit,
-ours on the frozen linear. ``peak_bytes`` is `torch.cuda.max_memory_allocated` over the timed steps, model included
-(on a CPU the largest resident size). Packages that such a machine lacks are carried: bench/gpu/carry.sh.
+Weights are random, quantized layer by layer, so nothing is downloaded. A step is forward, the same chunked loss for
+all, backward, with gradient checkpointing; AdamW's update is left out (it is alike and small). Stock cases run on stock
+Linear4bit, ours on the frozen linear. ``peak_bytes`` is `torch.cuda.max_memory_allocated` over the timed steps, model
+included (on a CPU the largest resident size). Packages that such a machine lacks are carried: bench/gpu/carry.sh.
 """
 
 from __future__ import annotations

@@ -51,13 +51,14 @@ class QveraConfig(PeftConfig):
 
     Args:
         rank: length of d and number of rows of A.
-        target_modules: ``"all-linear"`` (every linear but the head), a regular expression, or names; each name must match
-            something.
+        target_modules: ``"all-linear"`` (every linear but the head), a regular expression, or names; each name must
+            match something.
         exclude_modules: names (or a regular expression) of modules that are not adapted although a target matches them.
         layers_to_transform: adapt the targets in the layers of these indices only.
-        layers_pattern: the name of the list of layers that ``layers_to_transform`` counts, where it is not the first one.
-        modules_to_save: modules that are trained and saved whole beside the vectors, such as a classification head. For the
-            task types SEQ_CLS and TOKEN_CLS PEFT adds the head by itself.
+        layers_pattern: the name of the list of layers that ``layers_to_transform`` counts, where it is not the first
+        one.
+        modules_to_save: modules that are trained and saved whole beside the vectors, such as a classification head. For
+            the task types SEQ_CLS and TOKEN_CLS PEFT adds the head by itself.
         bias: which biases are trained and saved too: ``none``, ``all``, or ``qvera_only`` (those of adapted linears).
         init_weights: False starts b and d at random, so that a fresh adapter changes the model (for tests).
         b_groups: into how many equal groups the rank is cut, each with a b of its own (`qvera.adapters.functional`).
@@ -66,14 +67,14 @@ class QveraConfig(PeftConfig):
         dropout: dropout probability on the adapter's input.
         projection_seed: the seed of A and B, see `qvera.adapters.projection`.
         projection_generator: the rule by which A and B are drawn from the seed.
-        projection_shapes: the shapes of A and B, filled in when the adapter is put on a model and checked when it is loaded,
-            so that an adapter never runs on other projections than it was trained with.
+        projection_shapes: the shapes of A and B, filled in when the adapter is put on a model and checked when it is
+            loaded, so that an adapter never runs on other projections than it was trained with.
         projection_sha256: the hash of A and B, filled in and checked likewise.
         format_version: version of this file's meaning.
-        base_fingerprint: `qvera.utils.safetensors_io.base_fingerprint` of the base model that it was trained on; None in
-            adapters without one.
-        added_tokens: token → id of the tokens that its recipe added (`qvera.models.tokenizer`). Their rows lie beside the
-            vectors.
+        base_fingerprint: `qvera.utils.safetensors_io.base_fingerprint` of the base model that it was trained on; None
+            in adapters without one.
+        added_tokens: token → id of the tokens that its recipe added (`qvera.models.tokenizer`). Their rows lie beside
+            the vectors.
         pad_token: the recipe's padding token.
         eos_token: the recipe's end-of-sequence token.
         magnitude: reserved for later formats; refused when set.
@@ -124,12 +125,14 @@ class QveraConfig(PeftConfig):
     def _check_version(self) -> None:
         if self.format_version > FORMAT_VERSION or self.magnitude or self.seed_chain:
             raise InputError(
-                f"this QVERA adapter has format version {self.format_version} and optional parts this qvera does not know "
+                f"this QVERA adapter has format version {self.format_version} and optional parts this qvera does not "
+                f"know "
                 f"(it reads version {FORMAT_VERSION}): update qvera."
             )
         if self.projection_generator != GENERATOR:
             raise InputError(
-                f"this QVERA adapter's projections come from the generator {self.projection_generator!r}; this qvera has "
+                f"this QVERA adapter's projections come from the generator {self.projection_generator!r}; this qvera "
+                f"has "
                 f"{GENERATOR!r} only: update qvera."
             )
 

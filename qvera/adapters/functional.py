@@ -14,8 +14,8 @@ Only z is kept for backward: A is frozen, so x is not needed, and C is cheaper t
 
 Two options go beyond the paper:
 
-- b [G, m] cuts the rank into G equal groups of columns, each with its own row of b: a sum of G adapters of rank r / G, as
-  RandLoRA sums random bases (arXiv 2502.00987, equation 3). In place of diag(b) B stands b̂ ⊙ B with b̂ [m, r],
+- b [G, m] cuts the rank into G equal groups of columns, each with its own row of b: a sum of G adapters of rank r / G,
+  as RandLoRA sums random bases (arXiv 2502.00987, equation 3). In place of diag(b) B stands b̂ ⊙ B with b̂ [m, r],
   b̂_ik = b[g(k), i] (`times_b`), and ∂b[g, i] = s Σ_{k in g} M_ik B_ik d_k.
 - a [n] (``input_scale``) stands right of A, as RandLoRA's Γ does: z = (a ⊙ x) Aᵀ. With h = ∂z A, which backward needs
   anyway, ∂x = a ⊙ h and ∂a_j = Σ_t x_tj h_tj. It is a node of its own (`scale_input`) and keeps x. Layers that share x
@@ -161,7 +161,10 @@ def few_tokens(tokens: int, B: torch.Tensor, groups: int = 1) -> bool:
 def delta_weight(
     A: torch.Tensor, B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float, a: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """ΔW = diag(b) B diag(s d) A diag(a): [m, n], in the dtype of the inputs. x ΔWᵀ is what `expand` adds to the base output."""
+    """ΔW = diag(b) B diag(s d) A diag(a): [m, n], in the dtype of the inputs.
+
+    x ΔWᵀ is what `expand` adds to the base output.
+    """
     delta = combined(B, d, b, scale, B.dtype) @ A
     return delta if a is None else delta.mul_(a)
 

@@ -1,19 +1,20 @@
 """The same linear in fewer operations when there are many tokens: one product with W + ΔW.
 
-The low-rank path costs T r (2 n + 3 m) multiply-adds for T tokens, forward and backward. Adding ΔW to the dequantized weight
-once per call, m n r of them, makes it part of the base's own products:
+The low-rank path costs T r (2 n + 3 m) multiply-adds for T tokens, forward and backward. Adding ΔW to the dequantized
+weight once per call, m n r of them, makes it part of the base's own products:
 
     forward     W' = W + C A                y = x W'ᵀ
     backward    W' again                    ∂x = g W'
                 M = gᵀ z   or   (gᵀ x) Aᵀ   ∂b, ∂d from M as in `functional`
 
-M by way of z = x Aᵀ costs T r (n + m) and keeps z [T, r]; by way of gᵀ x it costs m n (T + r) and keeps x [T, n], which is
-cheaper where the rank is above n. With a third vector a (`functional`) A diag(a) stands for A, x is kept either way, and
-N = ∂zᵀ x = (g C)ᵀ x = Cᵀ (gᵀ x), the gradient of A diag(a), gives ∂a_j = Σ_k A_kj N_kj: T r (2 n + 2 m) in all, or
+M by way of z = x Aᵀ costs T r (n + m) and keeps z [T, r]; by way of gᵀ x it costs m n (T + r) and keeps x [T, n], which
+is cheaper where the rank is above n. With a third vector a (`functional`) A diag(a) stands for A, x is kept either way,
+and N = ∂zᵀ x = (g C)ᵀ x = Cᵀ (gᵀ x), the gradient of A diag(a), gives ∂a_j = Σ_k A_kj N_kj: T r (2 n + 2 m) in all, or
 m n (T + 2 r).
 
-W' is rounded to the compute dtype. In fp32 that loses nothing. In 16 bits it rounds ΔW, where the low-rank path rounds what it adds
-to each output; measured end to end against fp32 neither is further off, and both train alike (bench/summed.py). That holds where it
+W' is rounded to the compute dtype. In fp32 that loses nothing. In 16 bits it rounds ΔW, where the low-rank path rounds
+what it adds to each output; measured end to end against fp32 neither is further off, and both train alike
+(bench/summed.py). That holds where it
 was measured, on CPUs: on CUDA 16-bit layers take the low-rank path (`pays`).
 """
 
@@ -154,7 +155,8 @@ def summed_linear(
     Args:
         module: the base layer; neither weight nor bias gets a gradient.
         x: [..., n] in the compute dtype.
-        z: x Aᵀ [..., r], without a graph, or None: x is kept in its place (`keeps_input`), as it must be where there is an a.
+        z: x Aᵀ [..., r], without a graph, or None: x is kept in its place (`keeps_input`), as it must be where there is
+        an a.
         d: vector [r], as `functional.expand` takes it, like b, A, B and scale.
         b: vector [m] or [G, m].
         A: [r, n], frozen.

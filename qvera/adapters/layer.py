@@ -28,7 +28,10 @@ def layer_shape(base_layer: nn.Module) -> tuple[int, int] | None:
 
 
 class VectorDict(nn.ParameterDict):
-    """Adapter name → vector. Stays fp32 when the model is cast to 16 bits: the optimizer's steps are finer than bf16."""
+    """Adapter name → vector.
+
+    Stays fp32 when the model is cast to 16 bits: the optimizer's steps are finer than bf16.
+    """
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> VectorDict:
         def keep_precision(tensor: torch.Tensor) -> torch.Tensor:
@@ -42,8 +45,8 @@ class QveraLinear(LowRankPath, nn.Module, BaseTunerLayer):
     """y = base(x) + s diag(b) B diag(d) A diag(a) x over `Linear4bit`, `Linear8bitLt`, `Linear` or `Conv1D`.
 
     Per adapter d [rank] and b [out_features] (with ``b_groups`` above 1: [b_groups, out_features]), fp32, trained, and
-    a [in_features] with ``input_scale`` (else it is not there, and 1). `LowRankPath.forward` has the formula; it runs in the
-    base layer's compute dtype.
+    a [in_features] with ``input_scale`` (else it is not there, and 1). `LowRankPath.forward` has the formula; it runs
+    in the base layer's compute dtype.
     """
 
     adapter_layer_names: tuple[str, ...] = KINDS
@@ -147,7 +150,8 @@ class QveraLinear(LowRankPath, nn.Module, BaseTunerLayer):
             raise ValueError(f"merging {adapter_names} gives NaN or Inf: the adapter or the base weight is broken")
         original = base.weight
         if isinstance(base, quantization.Linear8bit):
-            # a stock forward before qvera moves rows and scales into the layer's state: unmerge needs them on the weight
+            # a stock forward before qvera moves rows and scales into the layer's state: unmerge needs them on the
+            # weight
             original.CB, original.SCB = quantization.int8_rows(base)
         if isinstance(base, (quantization.Linear4bit, quantization.Linear8bit)):
             self._install(quantization.requantized(base, merged))

@@ -1,7 +1,7 @@
 """The forward pass of an adapted linear: y = W x + s diag(b) B diag(d) A x, and faster ways to the same y.
 
-Two layers run through it: qvera's own (`layer`) and PEFT's VeRA layers after `accelerate_peft` (`peft_compat`). They differ
-in where A, B and the vectors live; what is computed from them is here.
+Two layers run through it: qvera's own (`layer`) and PEFT's VeRA layers after `accelerate_peft` (`peft_compat`). They
+differ in where A, B and the vectors live; what is computed from them is here.
 """
 
 from __future__ import annotations

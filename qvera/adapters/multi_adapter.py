@@ -1,9 +1,9 @@
 """Many adapters in one process: their vectors as rows of one tensor, and batches whose rows name different adapters.
 
-A thousand adapters as PEFT would hold them are 420,000 parameters for a model of 210 linears. Here a seed's adapters are one
-fp32 tensor [adapters, vectors' length], of which every layer reads two column ranges. Adapters of one seed share A and B whatever
-their rank (a smaller pair is a prefix of a larger one), so a batch costs one low-rank product for each bank in it: for each
-seed, and each kind of adapter where there are several (``b_groups``, ``input_scale``).
+A thousand adapters as PEFT would hold them are 420,000 parameters for a model of 210 linears. Here a seed's adapters
+are one fp32 tensor [adapters, vectors' length], of which every layer reads two column ranges. Adapters of one seed
+share A and B whatever their rank (a smaller pair is a prefix of a larger one), so a batch costs one low-rank product
+for each bank in it: for each seed, and each kind of adapter where there are several (``b_groups``, ``input_scale``).
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ BASE = "__base__"
 class SeedBank:
     """The adapters of one seed: row i of ``values`` is adapter i, its d already multiplied with the layer's scale.
 
-    With one b for each linear their ranks may differ (``rank`` is the largest); with ``groups`` above 1 all have this rank,
-    since where a group's columns lie depends on it.
+    With one b for each linear their ranks may differ (``rank`` is the largest); with ``groups`` above 1 all have this
+    rank, since where a group's columns lie depends on it.
     """
 
     seed: int
@@ -161,8 +161,8 @@ def load_adapters(
 ) -> PeftModel:
     """Put many QVERA adapters on a loaded base model; ranks, seeds and targets may differ.
 
-    Rows of one batch then name theirs: ``model(..., adapter_names=[...])``, or `qvera.evaluation.generate.generate` with
-    ``adapters``. They are for answers, not for training.
+    Rows of one batch then name theirs: ``model(..., adapter_names=[...])``, or `qvera.evaluation.generate.generate`
+    with ``adapters``. They are for answers, not for training.
 
     Args:
         model: the base model.

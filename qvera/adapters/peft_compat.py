@@ -1,7 +1,8 @@
 """PEFT's own VeRA on our layers: `accelerate_peft` and `restore_peft`.
 
 PEFT keeps its projections, file format, keys, vectors, merging and errors; what changes is how a layer computes. The
-low-rank path runs in the base layer's compute dtype and keeps only z, 4-bit and int8 bases run through `qvera.models.linear`.
+low-rank path runs in the base layer's compute dtype and keeps only z, 4-bit and int8 bases run through
+`qvera.models.linear`.
 """
 
 from __future__ import annotations

@@ -101,7 +101,8 @@ def _start_from(peft_model: PeftModel, config: QveraConfig, init_from: str) -> N
     ):
         if getattr(config, field) != getattr(theirs, field):
             raise InputError(
-                f"adapter.init_from: {init_from} has {key} {getattr(theirs, field)}, the recipe {getattr(config, field)}."
+                f"adapter.init_from: {init_from} has {key} {getattr(theirs, field)}, the recipe "
+                f"{getattr(config, field)}."
             )
     require_base(theirs, init_from, str(config.base_model_name_or_path), config.base_fingerprint)
     require_tokens(theirs, init_from, config.added_tokens)
@@ -200,8 +201,8 @@ def read_adapter(directory: Path) -> tuple[QveraConfig | VeraConfig, dict[str, t
         The config (`QveraConfig`, or PEFT's `VeraConfig`) and the tensors of the adapter file by their keys.
 
     Raises:
-        InputError: it is not an adapter directory, not a VeRA adapter, truncated, has NaN, Inf or whole numbers in it, or
-            vectors of another rank than its config says.
+        InputError: it is not an adapter directory, not a VeRA adapter, truncated, has NaN, Inf or whole numbers in it,
+            or vectors of another rank than its config says.
     """
     config, weights_file = read_config(directory), directory / ADAPTER_WEIGHTS
     try:
@@ -215,7 +216,8 @@ def read_adapter(directory: Path) -> tuple[QveraConfig | VeraConfig, dict[str, t
             raise InputError(f"{weights_file}: {name} is stored as {tensor.dtype}, expected a floating-point dtype.")
         if name.endswith(suffix) and tensor.numel() != rank:
             raise InputError(
-                f"{directory / ADAPTER_CONFIG}: {key} is {rank}, but {name} in {ADAPTER_WEIGHTS} has {tensor.numel()} values: "
+                f"{directory / ADAPTER_CONFIG}: {key} is {rank}, but {name} in {ADAPTER_WEIGHTS} has {tensor.numel()} "
+                f"values: "
                 "the two files do not belong together, or one was changed."
             )
     broken = sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all())
@@ -292,7 +294,8 @@ def _saved_tensors(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
 def _put_on(model: nn.Module, config: QveraConfig) -> PeftModel:
     """`get_peft_model`, with the base named as the config names it.
 
-    PEFT would put the loaded model's name there, with a warning where that is another way of writing the same (``~``, a link).
+    PEFT would put the loaded model's name there, with a warning where that is another way of writing the same (``~``, a
+    link).
     """
     name, config.base_model_name_or_path = config.base_model_name_or_path, None
     peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
@@ -357,7 +360,8 @@ def require_tokens(config: QveraConfig | VeraConfig, adapter: Path | str, ids: d
     expected = getattr(config, "added_tokens", None) or {}
     if expected != (ids or {}):
         raise InputError(
-            f"{adapter}: was trained with the added tokens {expected or 'none'}, and the loaded base has {ids or 'none'}. Set "
+            f"{adapter}: was trained with the added tokens {expected or 'none'}, and the loaded base has "
+            f"{ids or 'none'}. Set "
             f"model.added_tokens: [{', '.join(map(repr, expected))}] for the same model and tokenizer."
         )
 
@@ -378,6 +382,7 @@ def require_base(config: QveraConfig | VeraConfig, adapter: Path | str, name: st
     if not same_base(expected, fingerprint):
         raise InputError(
             f"{adapter}: was trained on another base model than {name!r}. Expected the base "
-            f"{config.base_model_name_or_path!r} with fingerprint {str(expected)[:16]}; {name!r} has {str(fingerprint)[:16]}. "
+            f"{config.base_model_name_or_path!r} with fingerprint {str(expected)[:16]}; {name!r} has "
+            f"{str(fingerprint)[:16]}. "
             "Point model.path at the base it was trained on."
         )

@@ -80,8 +80,10 @@ class QveraModel(BaseTuner):
         tokens = getattr(config, "added_tokens", None)
         if tokens and getattr(model, PLACED, None) != tokens:
             raise InputError(
-                f"this adapter adds the tokens {', '.join(tokens)}, and the model has not been given their rows, which PEFT does "
-                "not read. Open it with qvera.evaluation.load.open_run, or load the base with them (ModelSection.added_tokens) and put the "
+                f"this adapter adds the tokens {', '.join(tokens)}, and the model has not been given their rows, which "
+                f"PEFT does "
+                "not read. Open it with qvera.evaluation.load.open_run, or load the base with them "
+                "(ModelSection.added_tokens) and put the "
                 "adapter on with qvera.adapters.save_load.load_adapter."
             )
         self._prepare_projection(model, config)
@@ -145,7 +147,8 @@ class QveraModel(BaseTuner):
                 matched.append((key, base))
         if wrong_kind:
             raise InputError(
-                f"targets: QVERA adapts linear layers, but these are none: {', '.join(wrong_kind[:5])}. Name linears only."
+                f"targets: QVERA adapts linear layers, but these are none: {', '.join(wrong_kind[:5])}. Name linears "
+                f"only."
             )
         if not matched or (unmatched and not isinstance(targets, str)):
             linears = sorted({k.rpartition(".")[2] for k, m in model.named_modules() if layer_shape(m) is not None})
@@ -162,14 +165,16 @@ class QveraModel(BaseTuner):
         shapes = {"A": [config.rank, largest_in], "B": [largest_out, config.rank]}
         if config.projection_shapes is not None and config.projection_shapes != shapes:
             raise InputError(
-                f"this adapter was trained with projections of shapes {config.projection_shapes}, but this model and its "
+                f"this adapter was trained with projections of shapes {config.projection_shapes}, but this model and "
+                f"its "
                 f"targets need {shapes}: it belongs to another base model."
             )
         digest = projection_sha256(config.rank, largest_in, largest_out, config.projection_seed)
         if config.projection_sha256 is not None and config.projection_sha256 != digest:
             raise InputError(
                 f"the projections of seed {config.projection_seed} have SHA-256 {digest[:16]}… here and "
-                f"{config.projection_sha256[:16]}… in the adapter: the adapter file was changed, or made by another generator."
+                f"{config.projection_sha256[:16]}… in the adapter: the adapter file was changed, or made by another "
+                f"generator."
             )
         config.projection_shapes, config.projection_sha256 = shapes, digest
 
@@ -214,7 +219,8 @@ def _require_memory(
     available = memory.available_bytes(torch.device("cpu"))
     if needed > available and any(device.type != "meta" for device, _ in homes):
         raise InputError(
-            f"rank: {rank} needs projections of {needed / 1e9:.3g} GB, and {available / 1e9:.3g} GB of memory are available. "
+            f"rank: {rank} needs projections of {needed / 1e9:.3g} GB, and {available / 1e9:.3g} GB of memory are "
+            f"available. "
             "VeRA's ranks are 256 to 1024."
         )
 

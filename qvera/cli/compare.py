@@ -25,8 +25,9 @@ def compare(
 ) -> None:
     """Compare runs: scores, cost, recipe keys that differ.
 
-    Reads recipe.yaml, metrics.jsonl and run.json of each run, and eval.json if `qvera eval RUN --json RUN/eval.json` wrote one;
-    no model. It names what is missing and what can't be compared (another base, other held-out rows, another machine).
+    Reads recipe.yaml, metrics.jsonl and run.json of each run, and eval.json if `qvera eval RUN --json RUN/eval.json`
+    wrote one; no model. It names what is missing and what can't be compared (another base, other held-out rows, another
+    machine).
 
     Example:
         qvera compare runs/quickstart runs/other --html page.html

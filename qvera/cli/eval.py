@@ -55,12 +55,13 @@ def evaluate(
 ) -> None:
     """Compute held-out loss, answers and their scores.
 
-    RUN: a run; an adapter directory whose config names its base (QVERA, or what PEFT can load, such as the LoRA of `qvera export
-    --to lora`); or a checkpoint that `qvera export --to merged` wrote. A merged export whose run still exists is evaluated on that
-    run's held-out rows; otherwise give --recipe or --data.
+    RUN: a run; an adapter directory whose config names its base (QVERA, or what PEFT can load, such as the LoRA of
+    `qvera export
+    --to lora`); or a checkpoint that `qvera export --to merged` wrote. A merged export whose run still exists is
+    evaluated on that run's held-out rows; otherwise give --recipe or --data.
 
-    Metrics: exact; with `pip install 'qvera[metrics]'` also bleu, bleu-lowercase, chrf, chrf++, ter (sacrebleu) and rouge1, rouge2,
-    rougeL (rouge-score). BLEU, chrF and TER go from 0 to 100, the others from 0 to 1.
+    Metrics: exact; with `pip install 'qvera[metrics]'` also bleu, bleu-lowercase, chrf, chrf++, ter (sacrebleu) and
+    rouge1, rouge2, rougeL (rouge-score). BLEU, chrF and TER go from 0 to 100, the others from 0 to 1.
 
     `--json RUN/eval.json` puts the scores where `qvera compare` finds them.
 
@@ -161,7 +162,8 @@ def _data_section(run: Path, data: str | None, rows: int | None, target: EvalTar
     if data is None:
         if recipe is None:
             raise InputError(
-                f"{run}: {target.what} has no recipe that names held-out rows. Name a file with --data FILE, or the run "
+                f"{run}: {target.what} has no recipe that names held-out rows. Name a file with --data FILE, or the "
+                f"run "
                 "(or recipe) that it belongs to with --recipe."
             )
         if not (recipe.data.eval_path or recipe.data.eval_fraction):

@@ -42,13 +42,15 @@ def export(
 ) -> None:
     """Write a checkpoint that other tools load.
 
-    --to merged: W + dW for every adapted weight in 16 bits; transformers loads it. The run trained on a quantized base; --base
-    dequantized merges into the weights that training used, so that the export answers as the run does; --base original merges
-    into the original 16-bit weights. The difference between the trained and the exported model is measured and written to
-    OUT/qvera_export.json. If it is stopped, the same command continues from the finished shards.
+    --to merged: W + dW for every adapted weight in 16 bits; transformers loads it. The run trained on a quantized base;
+    --base dequantized merges into the weights that training used, so that the export answers as the run does; --base
+    original merges into the original 16-bit weights. The difference between the trained and the exported model is
+    measured and written to OUT/qvera_export.json. If it is stopped, the same command continues from the finished
+    shards.
 
-    --to lora: the same change of the weights as a LoRA for PEFT: at the adapter's own rank (exact with --dtype float32), or cut
-    to the best --rank K, with its error. --to peft: an adapter of PEFT's own VeRA, projections in the file.
+    --to lora: the same change of the weights as a LoRA for PEFT: at the adapter's own rank (exact with --dtype
+    float32), or cut to the best --rank K, with its error. --to peft: an adapter of PEFT's own VeRA, projections in the
+    file.
 
     Example:
         qvera export runs/quickstart out/ --to merged
@@ -127,7 +129,8 @@ def _finished_certificate(recipe: Recipe | None, run: Path, adapter_dir: Path, o
         merged = certificate["adapter"]["sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{out}: --compare-only takes a finished merged export, with its {CERTIFICATE} ({type(error).__name__}: {error})."
+            f"{out}: --compare-only takes a finished merged export, with its {CERTIFICATE} ({type(error).__name__}: "
+            f"{error})."
         ) from None
     if recipe is None:
         raise InputError(f"{run}: --compare-only takes a run; an adapter alone has no rows to compare on.")
@@ -198,7 +201,8 @@ def require_no_added_tokens(config: object, adapter_dir: Path, what: str) -> Non
     tokens = getattr(config, "added_tokens", None)
     if tokens:
         raise InputError(
-            f"{adapter_dir}: adds the tokens {', '.join(tokens)}, whose rows of embedding and head have no place in what {what} "
+            f"{adapter_dir}: adds the tokens {', '.join(tokens)}, whose rows of embedding and head have no place in "
+            f"what {what} "
             "writes. Export it with --to merged, whose checkpoint and tokenizer have them."
         )
 

@@ -25,8 +25,8 @@ def generate(
 ) -> None:
     """Answer the prompts of a file in batches.
 
-    PROMPTS: .jsonl, .json, .csv or .parquet rows as for training (a last assistant turn is ignored), or .txt. Each output line
-    has source, prompt, answer.
+    PROMPTS: .jsonl, .json, .csv or .parquet rows as for training (a last assistant turn is ignored), or .txt. Each
+    output line has source, prompt, answer.
 
     Example:
         qvera generate runs/quickstart prompts.txt --out answers.jsonl

@@ -34,8 +34,9 @@ def harness(
 ) -> None:
     """Run lm-evaluation-harness on a run or export.
 
-    Needs `pip install 'qvera[harness]'` (lm-eval). A run is evaluated on its quantized base, as it was trained. --include adds
-    task files (YAML) of your own, which need no network. lm-eval itself can load a merged export: `lm_eval run --model hf
+    Needs `pip install 'qvera[harness]'` (lm-eval). A run is evaluated on its quantized base, as it was trained.
+    --include adds task files (YAML) of your own, which need no network. lm-eval itself can load a merged export:
+    `lm_eval run --model hf
     --model_args pretrained=DIR --tasks ...`.
 
     Example:

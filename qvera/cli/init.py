@@ -35,8 +35,8 @@ def init(
 ) -> None:
     """Write a commented recipe for your model and data.
 
-    Reads the data and the model's tokenizer first, and fills in format, columns, lengths and held-out rows. On a terminal it asks
-    for what is not given.
+    Reads the data and the model's tokenizer first, and fills in format, columns, lengths and held-out rows. On a
+    terminal it asks for what is not given.
 
     Example:
         qvera init recipe.yaml --model meta-llama/Llama-2-7b-hf --data rows.csv
@@ -120,7 +120,8 @@ def recipe_text(model: str, data: DataSection, stats: DataStats) -> str:
     return "\n".join(
         [
             f"# yaml-language-server: $schema={schema_file}",
-            "# Written by `qvera init`. Every key is described in docs/recipe.md. Relative paths start in the directory where you run",
+            "# Written by `qvera init`. Every key is described in docs/recipe.md. Relative paths start in the "
+            "directory where you run",
             "# qvera. A line that begins with # shows a default.",
             "",
             "model:",
@@ -129,8 +130,10 @@ def recipe_text(model: str, data: DataSection, stats: DataStats) -> str:
             "",
             "data:",
             *rows,
-            f"  max_length: {length}             # tokens; the longest of {stats.train_rows:,} rows has {stats.longest_tokens:,}",
-            f"  eval_fraction: {held_out:.3g}         # held out: the run reports the loss on these rows before and after",
+            f"  max_length: {length}             # tokens; the longest of {stats.train_rows:,} rows has "
+            f"{stats.longest_tokens:,}",
+            f"  eval_fraction: {held_out:.3g}         # held out: the run reports the loss on these rows before and "
+            f"after",
             "",
             "adapter:",
             f"  rank: {adapter.rank}",
@@ -140,7 +143,8 @@ def recipe_text(model: str, data: DataSection, stats: DataStats) -> str:
             "  # output_dir: runs/NAME      # default: the name of this file",
             f"  num_train_epochs: {training.num_train_epochs:g}",
             f"  global_batch_size: {min(training.global_batch_size, max(1, stats.train_rows))}",
-            f"  learning_rate: {training.learning_rate:g}       # models under 1B parameters need more: --find-lr suggests a rate",
+            f"  learning_rate: {training.learning_rate:g}       # models under 1B parameters need more: --find-lr "
+            f"suggests a rate",
             f"  # lr_scheduler_type: {training.lr_scheduler_type}",
             f"  # save_steps: {training.save_steps}",
             "",

@@ -35,11 +35,12 @@ def launch(
 ) -> int:
     """Train with several processes or machines.
 
-    On one machine: --gpus N. From one machine on all that a host file names, by ssh: --hostfile FILE. Under a scheduler, on each
+    On one machine: --gpus N. From one machine on all that a host file names, by ssh: --hostfile FILE. Under a
+    scheduler, on each
     machine: --node-rank K --nnodes N --rdzv HOST:PORT.
 
-    It prints and runs torchrun, or deepspeed for a host file. Both also work directly: torchrun ... -m qvera train RECIPE. The
-    recipe's deepspeed key says how the processes share the model.
+    It prints and runs torchrun, or deepspeed for a host file. Both also work directly: torchrun ... -m qvera train
+    RECIPE. The recipe's deepspeed key says how the processes share the model.
 
     Example:
         qvera launch recipes/instruct/llama2-7b.yaml --gpus 4

@@ -1,7 +1,7 @@
 """The command line. Each command is a file in this folder, with its options, its help, an example and its action.
 
-The command files import at their top only what is light; an action imports what it needs. So `--help` and the commands that read
-small files start in a moment.
+The command files import at their top only what is light; an action imports what it needs. So `--help` and the commands
+that read small files start in a moment.
 """
 
 from __future__ import annotations

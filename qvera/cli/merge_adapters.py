@@ -57,9 +57,10 @@ def merge_adapters(
 ) -> None:
     """Scale, add or interpolate adapters of one base.
 
-    The default is their average; --weights 1 -1 subtracts, --weights 0.3 0.7 interpolates, one adapter with --weights 0.5 is scaled.
-    If seed, rank, b_groups, targets, d and a agree (adapter.train_d: false), the result is again a QVERA adapter, exactly. Any
-    others add up exactly to a LoRA of their ranks' sum, which --rank K cuts. Without --to, the first is written if it is possible.
+    The default is their average; --weights 1 -1 subtracts, --weights 0.3 0.7 interpolates, one adapter with --weights
+    0.5 is scaled. If seed, rank, b_groups, targets, d and a agree (adapter.train_d: false), the result is again a QVERA
+    adapter, exactly. Any others add up exactly to a LoRA of their ranks' sum, which --rank K cuts. Without --to, the
+    first is written if it is possible.
 
     Example:
         qvera merge-adapters runs/one runs/two out/ --to lora --weights 0.3 0.7

@@ -39,8 +39,9 @@ def quantize(
 ) -> None:
     """Write the 4-bit copy of a 16-bit model.
 
-    OUT is a checkpoint in bitsandbytes' serialized format; transformers loads it. Without OUT it goes into the cache, where `qvera
-    train` would put it on first use. If it is stopped, the same command continues from the finished shards.
+    OUT is a checkpoint in bitsandbytes' serialized format; transformers loads it. Without OUT it goes into the cache,
+    where `qvera train` would put it on first use. If it is stopped, the same command continues from the finished
+    shards.
 
     Example:
         qvera quantize meta-llama/Llama-2-7b-hf

@@ -1,7 +1,8 @@
 """`qvera quickstart`: a small real Llama, a task with held-out rows, and the recipe that joins them.
 
-Base model and rows go into the cache. recipes/quickstart.yaml names the default cache, so `qvera train recipes/quickstart.yaml`
-works as it stands after `qvera quickstart --fetch-only`, unless QVERA_CACHE or XDG_CACHE_HOME moved the cache.
+Base model and rows go into the cache. recipes/quickstart.yaml names the default cache, so `qvera train
+recipes/quickstart.yaml` works as it stands after `qvera quickstart --fetch-only`, unless QVERA_CACHE or XDG_CACHE_HOME
+moved the cache.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def quickstart(
     recipe = load_recipe(files.recipe, [*files.overrides(), where, *overrides])
     if fetch_only:
         print(
-            f"base model   {files.base}\ntraining     {files.train}\nheld out     {files.heldout}\nrecipe       {files.recipe}"
+            f"base model   {files.base}\ntraining     {files.train}\nheld out     {files.heldout}\nrecipe       "
+            f"{files.recipe}"
         )
         return
 

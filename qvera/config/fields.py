@@ -42,7 +42,8 @@ def _number(value: object) -> object:
     return value
 
 
-# Strict, because pydantic would otherwise take True for 1, 1 for True, and "yes" for True. Bounds come first: pydantic leaves
+# Strict, because pydantic would otherwise take True for 1, 1 for True, and "yes" for True. Bounds come first: pydantic
+# leaves
 # those that follow a function out of the JSON schema.
 Counted = at_most(2**31 - 1, "counts are 32-bit integers")
 Number = (Strict(), BeforeValidator(_number), at_most(3e38, "fp32 has no larger number"))

@@ -1,7 +1,7 @@
 """Read a recipe from a YAML file, and apply ``--set`` overrides.
 
-YAML is read as PyYAML's safe loader does, with fewer surprises: a key that is written twice, a number such as ``010`` (8 in
-YAML 1.1) and aliases that expand to more than a recipe can hold are errors.
+YAML is read as PyYAML's safe loader does, with fewer surprises: a key that is written twice, a number such as ``010``
+(8 in YAML 1.1) and aliases that expand to more than a recipe can hold are errors.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class _Loader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(
                 None,
                 None,
-                f"{value} is another number in YAML 1.1 (octal or base 60); write a decimal number, or quotes around a text",
+                f"{value} is another number in YAML 1.1 (octal or base 60); write a decimal number, or quotes around a "
+                f"text",
                 node.start_mark,
             )
         return value

@@ -49,7 +49,10 @@ class ModelSection(Section):
     """The dtype of matrix products and activations. ``auto``: bfloat16 where the device supports it, else float16 on a GPU and
     float32 on a CPU."""
     quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] = "bfloat16"
-    """The dtype that the packed 4-bit weights are declared as; their bytes are the same. bfloat16 lets ZeRO-3 shard them."""
+    """The dtype that the packed 4-bit weights are declared as; their bytes are the same.
+
+    bfloat16 lets ZeRO-3 shard them.
+    """
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """The attention code of transformers. ``auto``: what transformers picks, usually ``sdpa``. ``flash_attention_2`` needs the
     flash-attn package."""
@@ -59,8 +62,8 @@ class ModelSection(Section):
     """The directory or hub id of another tokenizer. Default: the model's own."""
     added_tokens: list[NonEmpty] = []
     """New tokens, such as ``["<|tool|>"]``. The embedding and the head are frozen, so each new token keeps an initial row that is
-    drawn from the mean and spread of the other rows, seeded by the token's text. The adapter and a merged export carry the
-    rows and ids. Not supported under ZeRO-3."""
+    drawn from the mean and spread of the other rows, seeded by the token's text. The adapter and a merged export carry
+    the rows and ids. Not supported under ZeRO-3."""
     pad_token: str | None = None
     """The token that pads batches: one of the model's or of ``added_tokens``. Default: the tokenizer's own, else its eos token.
     Padding is masked, so it may be a token that is used elsewhere."""
@@ -96,9 +99,15 @@ class AdapterSection(Section):
     seed: Seed = 0
     """The seed of the shared projections A and B. The same seed gives the same projections on every machine."""
     train_d: Bool = True
-    """Train d as well as b. With ``false``, adapters of the same seed can be added, averaged and interpolated exactly."""
+    """Train d as well as b.
+
+    With ``false``, adapters of the same seed can be added, averaged and interpolated exactly.
+    """
     init_from: str | None = None
-    """An adapter directory whose vectors to start from. It must have the same rank, b_groups, input_scale, targets and seed."""
+    """An adapter directory whose vectors to start from.
+
+    It must have the same rank, b_groups, input_scale, targets and seed.
+    """
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Yield keys that contradict each other."""
@@ -142,7 +151,10 @@ class DataSection(DataSource):
     """Where rows come from, how they become text, and which tokens are trained."""
 
     mixture: list[DataSource] = []
-    """More sources, mixed with ``path``. Each is a mapping of the keys above, with its own format, template and weight."""
+    """More sources, mixed with ``path``.
+
+    Each is a mapping of the keys above, with its own format, template and weight.
+    """
     eval_path: str | None = None
     """A file of held-out rows. Default: ``eval_fraction`` of each source is held out, chosen by ``seed``."""
     eval_fraction: Fraction = 0.0
@@ -162,8 +174,8 @@ class DataSection(DataSource):
     faster. The results are the same. Only for Llama-like models with sdpa or eager attention."""
     packing: Bool = False
     """Put as many rows as fit into one sequence of ``max_length`` tokens, without padding. Each row attends only to itself, and
-    losses and gradients are those of padded rows (tested with sdpa and eager attention, not with flash attention). Replaces
-    ``training.per_device_train_batch_size``."""
+    losses and gradients are those of padded rows (tested with sdpa and eager attention, not with flash attention).
+    Replaces ``training.per_device_train_batch_size``."""
     group_by_length: Bool = False
     """Put rows of similar length into one optimizer step. Less padding, but the order is less random."""
     tokenize_processes: Positive | None = None
@@ -191,7 +203,10 @@ class TrainingSection(Section):
     """The training loop. Keys are named as in transformers' TrainingArguments where the meaning is the same."""
 
     output_dir: Annotated[NonEmpty, AfterValidator(os.path.normpath)] | None = None
-    """The directory of the run. Default: ``runs/`` and the recipe's file name. A ``..`` in it is resolved: ``runs/../x`` is ``x``."""
+    """The directory of the run.
+
+    Default: ``runs/`` and the recipe's file name. A ``..`` in it is resolved: ``runs/../x`` is ``x``.
+    """
     num_train_epochs: Multiple = 1.0
     """Passes over the training rows. A part of an epoch, such as 0.5, is allowed."""
     max_steps: Annotated[int, Strict(), Field(ge=-1), Counted] = -1
@@ -200,8 +215,8 @@ class TrainingSection(Section):
     """Rows per optimizer step, over all processes."""
     per_device_train_batch_size: Positive = 4
     """Rows per forward pass on one device. Must divide ``global_batch_size``; gradients are accumulated over
-    global_batch_size / (per_device_train_batch_size x processes) passes. Default: 4, or the largest number below it that
-    divides ``global_batch_size``."""
+    global_batch_size / (per_device_train_batch_size x processes) passes. Default: 4, or the largest number below it
+    that divides ``global_batch_size``."""
     per_device_eval_batch_size: Positive = 4
     """Rows per forward pass of an evaluation."""
     learning_rate: PositiveFloat = 4e-3
@@ -235,7 +250,10 @@ class TrainingSection(Section):
     seed: Seed = 0
     """The seed of everything random in the loop, such as dropout."""
     full_determinism: Bool = False
-    """Use deterministic CUDA kernels. Slower, but a resumed run then equals an uninterrupted one to the bit on a GPU too."""
+    """Use deterministic CUDA kernels.
+
+    Slower, but a resumed run then equals an uninterrupted one to the bit on a GPU too.
+    """
     eval_steps: NonNegative = 0
     """Evaluate every this many steps. 0: only at the end, if there are held-out rows."""
     save_steps: Positive = 100
@@ -309,9 +327,9 @@ class Recipe(Section):
     deepspeed: NonEmpty | None = None
     """How several processes share the work. Null: they sum their gradients and share nothing else; right for almost every run.
     ``zero3``: each process holds only a shard of the frozen 4-bit base, for a base that does not fit on one device.
-    ``zero3-offload-cpu`` and ``zero3-offload-nvme``: the shards are kept in RAM or on disk. ``zero1`` and ``zero2``: the
-    optimizer's state is sharded, which saves a few MB. Or the path of a DeepSpeed configuration file, such as a copy of one in
-    ds_configs/. It must not set what the recipe sets (batch size, precision, clipping, schedule)."""
+    ``zero3-offload-cpu`` and ``zero3-offload-nvme``: the shards are kept in RAM or on disk. ``zero1`` and ``zero2``:
+    the optimizer's state is sharded, which saves a few MB. Or the path of a DeepSpeed configuration file, such as a
+    copy of one in ds_configs/. It must not set what the recipe sets (batch size, precision, clipping, schedule)."""
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Yield keys of different sections that contradict each other."""
@@ -347,14 +365,18 @@ class RangeTest:
     def __post_init__(self) -> None:
         if not 0 < self.start < self.end < float("inf"):
             raise InputError(
-                f"--lr-from {self.start:g}, --lr-to {self.end:g}: expected two rates, 0 < from < to, such as 1e-5 and 1."
+                f"--lr-from {self.start:g}, --lr-to {self.end:g}: expected two rates, 0 < from < to, such as 1e-5 and "
+                f"1."
             )
         if self.steps < 10:
             raise InputError(f"--lr-steps: takes a whole number >= 10 (a curve needs points), got {self.steps}.")
 
 
 def json_schema() -> dict[str, object]:
-    """Return the JSON schema of a recipe, with titles, descriptions and defaults. Editors complete and check a recipe by it."""
+    """Return the JSON schema of a recipe, with titles, descriptions and defaults.
+
+    Editors complete and check a recipe by it.
+    """
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
 
 

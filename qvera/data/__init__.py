@@ -1,4 +1,7 @@
-"""Rows → tokens, labels, batches. `build_datasets` reads the rows of a recipe, `Batches` puts them in order. Imports no torch."""
+"""Rows → tokens, labels, batches.
+
+`build_datasets` reads the rows of a recipe, `Batches` puts them in order. Imports no torch.
+"""
 
 from qvera.data.chat_template import ChatTemplate, resolve_template
 from qvera.data.collate import IGNORED, collate, collate_prefix_once

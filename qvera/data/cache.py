@@ -1,11 +1,12 @@
 """Tokenized rows on disk: a second run of the same recipe maps them instead of reading, rendering and tokenizing again.
 
-They are entries (`qvera.utils.cache_dir`) of $QVERA_CACHE/rows. A name is rows-KEY, the hash of everything that the rows are a
-function of; in it are train.arrow, eval.arrow and, last, record.json. The ranks of a node wait for the first of them. What that
-one found wrong with the rows is in .KEY.failed, for those that have waited. hashes.json has the sources and the tables.
+They are entries (`qvera.utils.cache_dir`) of $QVERA_CACHE/rows. A name is rows-KEY, the hash of everything that the
+rows are a function of; in it are train.arrow, eval.arrow and, last, record.json. The ranks of a node wait for the first
+of them. What that one found wrong with the rows is in .KEY.failed, for those that have waited. hashes.json has the
+sources and the tables.
 
-`datasets.Dataset.from_generator` was tried in place of this: it writes rows nine times slower (a Python list each), forks the
-trainer's threads, does not notice a damaged file, and would replace about eighty lines.
+`datasets.Dataset.from_generator` was tried in place of this: it writes rows nine times slower (a Python list each),
+forks the trainer's threads, does not notice a damaged file, and would replace about eighty lines.
 """
 
 from __future__ import annotations
@@ -46,7 +47,10 @@ PREFIX = "rows-"
 _WORTH_BYTES = 256 * 1024
 """Local files smaller than this are tokenized in less than a second, which is not worth an entry."""
 _NOT_OF_THE_ROWS = ("mixture", "weight", "shuffle", "prefix_once", "packing", "group_by_length", "tokenize_processes")
-"""Keys of a source that decide how rows are used, not what they are. Any other key, a new one too, makes another entry."""
+"""Keys of a source that decide how rows are used, not what they are.
+
+Any other key, a new one too, makes another entry.
+"""
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")
 
 
@@ -131,7 +135,8 @@ def _make_entry(
             source = tokenize_source(section, encoder, unfinished, console)
             if source_content(section, hashes) != key["content"]:
                 raise Unreadable(
-                    f"{section.path}: was changed while it was read. Run the same command again when nothing writes to it."
+                    f"{section.path}: was changed while it was read. Run the same command again when nothing writes to "
+                    f"it."
                 )
             sha256_of = _write_record(unfinished, key, section, source)
             unfinished.rename(target)  # what is mapped stays mapped
@@ -151,8 +156,8 @@ def _make_entry(
 def _key_of(section: DataSection, tokenizer: PreTrainedTokenizerBase, hashes: HashIndex) -> dict[str, Any] | None:
     """Everything that a source's rows are a function of, as JSON; None where they are not cached.
 
-    That is the content (and the names, which messages show) of its files, the tokenizer's whole state, its template, the keys of
-    the recipe, the code that tokenizes, and the day for templates that write it.
+    That is the content (and the names, which messages show) of its files, the tokenizer's whole state, its template,
+    the keys of the recipe, the code that tokenizes, and the day for templates that write it.
     """
     if _is_small(section):
         return None

@@ -56,7 +56,8 @@ def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase, format: str 
         raise InputError(
             f"data.template: {name} needs {', '.join(absent)}, which the tokenizer of "
             f"{tokenizer.name_or_path or 'this model'} does not have as single tokens. Templates that work with "
-            f"it: {', '.join(usable)}. Or add them with model.added_tokens (and set model.eos_token to the one that ends a turn)."
+            f"it: {', '.join(usable)}. Or add them with model.added_tokens (and set model.eos_token to the one that "
+            f"ends a turn)."
         )
     return ChatTemplate(name, named.jinja, tokenizer, reads_context=named.reads_context)
 

@@ -1,9 +1,9 @@
 """Rows → tensors: padded to the longest, or as one sequence that holds their common prefix once.
 
-In instruction data each row starts with the same system prompt, instruction or schema. In a padded batch of B rows such a
-prefix of P tokens is computed B times. `collate_prefix_once` makes one sequence, prefix + rest 1 + ... + rest B, in which
-each rest sees the prefix and itself only, at the positions it had. Losses and gradients are those of the padded batch
-(tests/data/test_collate.py), with (B - 1) P fewer tokens and no padding.
+In instruction data each row starts with the same system prompt, instruction or schema. In a padded batch of B rows such
+a prefix of P tokens is computed B times. `collate_prefix_once` makes one sequence, prefix + rest 1 + ... + rest B, in
+which each rest sees the prefix and itself only, at the positions it had. Losses and gradients are those of the padded
+batch (tests/data/test_collate.py), with (B - 1) P fewer tokens and no padding.
 
 With ``data.packing`` every forward pass is such a sequence, as long as ``data.max_length`` allows, prefix or not.
 """
@@ -82,8 +82,8 @@ def collate_prefix_once(
         masked: False: no mask, for flash attention, which tells rows apart by positions that start again; then P is 0.
 
     Returns:
-        ``input_ids``, ``position_ids``, ``labels`` int64 [1, T]; ``attention_mask`` bool [1, 1, T, T], True where the token of
-        the row may look at that of the column.
+        ``input_ids``, ``position_ids``, ``labels`` int64 [1, T]; ``attention_mask`` bool [1, 1, T, T], True where the
+        token of the row may look at that of the column.
     """
     prefix = common_prefix(examples) if masked else 0
     lengths = [len(e.input_ids) for e in examples]

@@ -29,7 +29,8 @@ class Datasets:
     Attributes:
         train, eval: rows in file order, one source after the other; ``eval`` is empty where the recipe holds none out.
         stats: counts for the preview and run.json.
-        template: the template that was used (for the first source of a mixture), for generation and the adapter's directory.
+        template: the template that was used (for the first source of a mixture), for generation and the adapter's
+        directory.
         pad_id: for `collate`.
     """
 
@@ -42,8 +43,8 @@ class Datasets:
     def first_rows(self, count: int) -> Rows:
         """``count`` training rows to look at: the first of each source in turn, then the second of each, and so on.
 
-        A mask goes wrong by format and template, so a source is seen as soon as there is a row for each. Rows that a weight
-        repeats come last.
+        A mask goes wrong by format and template, so a source is seen as soon as there is a row for each. Rows that a
+        weight repeats come last.
 
         Raises:
             InputError: ``count`` is negative.

@@ -80,9 +80,11 @@ class Encoder:
     def encode(self, texts: Sequence[str], answers: Sequence[Sequence[Bounds]]) -> list[tuple[list[int], list[Bounds]]]:
         """Encode texts without adding special tokens; markers written in a text become their tokens.
 
-        Where the tokenizer `splits`, each answer starts a part that is encoded by itself. A prompt then has the ids that it has
-        when it is generated from: encoded together, a line break before an answer can be one token when it ends the text
-        and another when a word follows. A token that lies across the start or the end of an answer belongs to the answer.
+        Where the tokenizer `splits`, each answer starts a part that is encoded by itself. A prompt then has the ids
+        that it has
+        when it is generated from: encoded together, a line break before an answer can be one token when it ends the
+        text and another when a word follows. A token that lies across the start or the end of an answer belongs to the
+        answer.
 
         Args:
             texts: N texts.

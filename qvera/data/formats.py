@@ -152,7 +152,8 @@ def parse_row(
         label_names: where answers are integer labels, the name of each label, from 0.
 
     Raises:
-        InputError: a missing column, a value of the wrong type, an unknown role, half a character; names the row's source.
+        InputError: a missing column, a value of the wrong type, an unknown role, half a character; names the row's
+            source.
     """
     if format.name == "text":
         return Text(_text(row, format, "text"), row.source)
@@ -224,7 +225,8 @@ def _require_whole_characters(value: object, where: str) -> None:
             value.encode()
         except UnicodeEncodeError as error:
             raise InputError(
-                f"{where} holds half a character, {value[error.start]!a}, behind {value[: error.start][-20:]!r}: a text was cut "
+                f"{where} holds half a character, {value[error.start]!a}, behind {value[: error.start][-20:]!r}: a "
+                f"text was cut "
                 "within a character, and that is no text. Write the whole character, or remove the half."
             ) from None
     elif isinstance(value, (list, dict)):

@@ -1,13 +1,16 @@
 """Where the answers are in a rendered text, in characters.
 
-They are never searched for: a row's text could contain anything, the template's own markers included. There are three ways to
-know, each for templates that the others can't do:
+They are never searched for: a row's text could contain anything, the template's own markers included. There are three
+ways to know, each for templates that the others can't do:
 
-- The author's ``{% generation %}`` blocks, where there are any. Blocks differ in what they include, which one of the next two settles.
-- The layout: the literal text that the template writes around the contents of a conversation of this shape. It is learned once a
-  shape, by rendering slots in place of the contents, and used where literals and contents together are the row's text.
-- Prefixes: the conversation is rendered up to and without each answer. That is six times as slow, and is for tool calls and for
-  templates that rewrite contents. It can't do templates that write something else once a later turn follows (Qwen3).
+- The author's ``{% generation %}`` blocks, where there are any. Blocks differ in what they include, which one of the
+next two settles.
+- The layout: the literal text that the template writes around the contents of a conversation of this shape. It is
+  learned once a shape, by rendering slots in place of the contents, and used where literals and contents together are
+  the row's text.
+- Prefixes: the conversation is rendered up to and without each answer. That is six times as slow, and is for tool calls
+  and for templates that rewrite contents. It can't do templates that write something else once a later turn follows
+  (Qwen3).
 """
 
 from __future__ import annotations
@@ -156,8 +159,8 @@ def _within_block(
 def _answer_start(prompt: str, bare: str, text: str, earliest: int, content: int) -> int:
     """Where in ``text`` the generation prompt ends that an answer's content (at ``content``) comes from.
 
-    Llama-2's answers start with a space after ``[/INST]``, and Qwen3's with an empty think block: both are the model's to
-    write, since a generation prompt stops before them.
+    Llama-2's answers start with a space after ``[/INST]``, and Qwen3's with an empty think block: both are the model's
+    to write, since a generation prompt stops before them.
 
     Args:
         prompt: the turns before the answer, rendered with the generation prompt.
@@ -258,7 +261,8 @@ def _slotted_end(
             marker_end = template.marker_end(text, end, latest)
             return (marker_end or end), marker_end is not None
         close = len(alone)
-    # Without a marker, what the template itself puts behind an answer (a line break, say) is all there is to learn from.
+    # Without a marker, what the template itself puts behind an answer (a line break, say) is all there is to learn
+    # from.
     marker_end = template.marker_end(text, end, close)
     return (marker_end or close), marker_end is not None
 
@@ -292,9 +296,9 @@ def _content_place(
 ) -> tuple[int, int] | None:
     """Where in ``through`` the last message's content starts and ends.
 
-    A slot is put in its place: what the template writes before and behind the slot stands around the content too. A template
-    that leaves the content of such a message out (as some do with tool calls) has it nowhere: both ends are where the turn
-    starts to differ from its prompt.
+    A slot is put in its place: what the template writes before and behind the slot stands around the content too. A
+    template that leaves the content of such a message out (as some do with tool calls) has it nowhere: both ends are
+    where the turn starts to differ from its prompt.
 
     Returns:
         None where the template does something else with this content.

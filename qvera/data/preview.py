@@ -28,8 +28,8 @@ def print_preflight(
 ) -> None:
     """Print rows, tokens, a histogram of lengths, what was cut or dropped, and ``rows`` rows with trained tokens marked.
 
-    ``rows`` None: two, and of a mixture at least one of each source. They come from each source in turn, see `Datasets.first_rows`.
-    Trained tokens stand in ⟦…⟧ and in colour, so that they show in a log file too.
+    ``rows`` None: two, and of a mixture at least one of each source. They come from each source in turn, see
+    `Datasets.first_rows`. Trained tokens stand in ⟦…⟧ and in colour, so that they show in a log file too.
     """
     stats = datasets.stats
     console.print(_summary(stats))

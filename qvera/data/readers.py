@@ -59,7 +59,8 @@ def read_rows(
         if value is not None:
             kind = "directory" if Path(path).expanduser().is_dir() else "file"
             raise InputError(
-                f"data.{name}: {value!r} has a meaning for hub datasets only, and {path} is a local {kind}. Remove the key."
+                f"data.{name}: {value!r} has a meaning for hub datasets only, and {path} is a local {kind}. Remove the "
+                f"key."
             )
     readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
     readers |= {".csv": _read_csv, ".tsv": _read_csv}

@@ -1,7 +1,7 @@
 """Tokenized rows: what one is, and many of them in an Arrow table that is memory-mapped.
 
-A data set may exceed RAM: a row becomes an `Example` when it is asked for, as views of the mapped pages. Only the lengths,
-counts and hashes of all rows are held, 24 bytes a row. Small sets have the same table in memory.
+A data set may exceed RAM: a row becomes an `Example` when it is asked for, as views of the mapped pages. Only the
+lengths, counts and hashes of all rows are held, 24 bytes a row. Small sets have the same table in memory.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Which rows a step trains on, and how they are cut into forward passes. The order is a function of the step: nothing to save."""
+"""Which rows a step trains on, and how they are cut into forward passes.
+
+The order is a function of the step: nothing to save.
+"""
 
 from __future__ import annotations
 
@@ -62,8 +65,8 @@ def grouped(chosen: np.ndarray, lengths: np.ndarray, size: int, seed: int, epoch
         lengths: tokens of row i.
 
     Returns:
-        int64 [n], each row once. The batches come in random order, so that no epoch goes from long rows to short ones; a batch
-        that is not full stays the last.
+        int64 [n], each row once. The batches come in random order, so that no epoch goes from long rows to short ones;
+        a batch that is not full stays the last.
     """
     stretches = [chosen[i : i + size * _GROUPED_BATCHES] for i in range(0, len(chosen), size * _GROUPED_BATCHES)]
     by_length = np.concatenate([part[np.argsort(-lengths[part], kind="stable")] for part in stretches])
@@ -76,7 +79,8 @@ def grouped(chosen: np.ndarray, lengths: np.ndarray, size: int, seed: int, epoch
 class Batches:
     """Which rows every optimizer step trains on, and how they are cut into forward passes.
 
-    Both are functions of the step and of what is given here, so there is nothing to save and every rank knows all of it.
+    Both are functions of the step and of what is given here, so there is nothing to save and every rank knows all of
+    it.
 
     Args:
         lengths: int [n]; tokens of row i, at least one row.
@@ -150,8 +154,9 @@ class Batches:
     def passes(self, rows: Sequence[int], rank: int = 0, world_size: int = 1) -> list[list[int]]:
         """The forward passes of one rank over a global batch.
 
-        The rows are cut into ``world_size`` runs that differ by one row at most, so every row is on exactly one rank, in the order
-        of the batch. All ranks get equally many passes, because some walk through the layers together; one without rows is ``[]``.
+        The rows are cut into ``world_size`` runs that differ by one row at most, so every row is on exactly one rank,
+        in the order of the batch. All ranks get equally many passes, because some walk through the layers together; one
+        without rows is ``[]``.
 
         Raises:
             ValueError: no such rank.

@@ -46,7 +46,8 @@ class DataStats(RowCounts):
     Attributes:
         repeated_rows: eval rows that are, token for token, also training rows (by a 64-bit hash of their tokens).
         pads_with_eos: the tokenizer has no pad token.
-        default_templates: named templates that were chosen because the tokenizer has no chat template and the recipe names none.
+        default_templates: named templates that were chosen because the tokenizer has no chat template and the recipe
+        names none.
         cache_entries: names of the cache's entries that rows came from; other sources were tokenized now.
         histogram_edges, histogram_counts: training rows by length in tokens; counts[i] is of
             edges[i] <= T < edges[i + 1].

@@ -227,7 +227,8 @@ class RowTokenizer:
     def _split(self, whole: Example, kept: np.ndarray) -> list[Example]:
         """The tokens ``kept`` of a row in consecutive parts of max_length, each after the row's BOS or the token before it.
 
-        Only parts with a trained token are of use. None of them can be answered as the row could, so they have no prompt.
+        Only parts with a trained token are of use. None of them can be answered as the row could, so they have no
+        prompt.
         """
         with_bos = self.encoder.starts_with_bos(whole.input_ids[kept])
         size = self.section.max_length - 1

@@ -2,8 +2,9 @@
 
     python -m qvera.data.tokenize_parallel JOB.pickle NUMBER
 
-The processes are programs of their own, not forks or spawns: a fork would not copy the trainer's threads, and a spawn would
-run the caller's ``__main__`` again. Each writes one Arrow file a chunk; the counts of a chunk are in the file's metadata.
+The processes are programs of their own, not forks or spawns: a fork would not copy the trainer's threads, and a spawn
+would run the caller's ``__main__`` again. Each writes one Arrow file a chunk; the counts of a chunk are in the file's
+metadata.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""One source of a recipe, from its files to tables of tokenized rows. It is read twice (to count, to tokenize), never held as a whole."""
+"""One source of a recipe, from its files to tables of tokenized rows.
+
+It is read twice (to count, to tokenize), never held as a whole.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +82,10 @@ class Part:
         return RowTokenizer(self.section, encoder, template, self.row_format)
 
     def tokenize(self, tokenizer: RowTokenizer, first: int, step: int = 1) -> Iterator[TokenizedChunk]:
-        """The part's chunks ``first``, ``first + step``, ... in order; after an empty row the others are only checked."""
+        """The part's chunks ``first``, ``first + step``, ...
+
+        in order; after an empty row the others are only checked.
+        """
         only_check = False
         raw = chunks_of(chosen_rows(self.section, self.name, self.source_rows))
         for rows in itertools.islice(raw, first, None, step):
@@ -144,7 +150,8 @@ def _why_none(section: DataSection, rows: int) -> str:
     limit = section.max_length
     if section.too_long == "drop":  # which leaves out no row for anything else
         return (
-            f"all {rows} are longer than data.max_length ({limit}), and data.too_long is drop. Raise data.max_length, or "
+            f"all {rows} are longer than data.max_length ({limit}), and data.too_long is drop. Raise data.max_length, "
+            f"or "
             "shorten them by data.max_source_length and data.max_target_length, or set data.too_long to cut-end, "
             "cut-start or split."
         )

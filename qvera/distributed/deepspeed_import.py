@@ -1,7 +1,7 @@
 """Import DeepSpeed, and set up what it needs in this process. Every other module gets it from `deepspeed_module`.
 
-This is the only module that changes settings of another library: DeepSpeed's log level and one of its switches, and how malloc
-returns memory on a CPU under ZeRO-3. None of them has an option that could be passed instead.
+This is the only module that changes settings of another library: DeepSpeed's log level and one of its switches, and how
+malloc returns memory on a CPU under ZeRO-3. None of them has an option that could be passed instead.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def _imported() -> ModuleType:
     # it calls torch's collectives by names that torch 2.13 warns about, at every layer
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its progress notes would drown ours
-    # A shared-memory all-reduce for CPU inference is compiled (20 s) whenever DeepSpeed meets a process group, and without a
+    # A shared-memory all-reduce for CPU inference is compiled (20 s) whenever DeepSpeed meets a process group, and
+    # without a
     # compiler that is fatal; training does not use it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
@@ -51,7 +52,8 @@ def _imported() -> ModuleType:
 def return_buffers_at_once() -> None:
     """Let malloc take every buffer of 1 MB or more directly from the system, and return it when it is freed.
 
-    glibc's own threshold rises to 32 MB with the sizes that it sees. Weights that ZeRO-3 gathers on a CPU come from gloo's
+    glibc's own threshold rises to 32 MB with the sizes that it sees. Weights that ZeRO-3 gathers on a CPU come from
+    gloo's
     threads, each with a heap of its own, and pile up there: 0.8 GB of a 7B after two steps.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
@@ -79,7 +81,8 @@ def nvme_problem() -> str | None:
 def abandoned_build(name: str) -> Path | None:
     """Return the lock of an extension whose build was killed: torch waits for it without end.
 
-    torch's lock (``torch.utils.file_baton``) names no process, so one that is older than any build takes counts as abandoned.
+    torch's lock (``torch.utils.file_baton``) names no process, so one that is older than any build takes counts as
+    abandoned.
     """
     from torch.utils.cpp_extension import get_default_build_root
 

@@ -1,7 +1,7 @@
 """The processes of a run, and collectives for numbers, JSON and tensors. Nothing is pickled.
 
-torch's own object collectives pickle; these send JSON as bytes. Like any collective, all ranks have to call them in the same
-order. With one process nothing is sent, and torch.distributed need not be set up.
+torch's own object collectives pickle; these send JSON as bytes. Like any collective, all ranks have to call them in the
+same order. With one process nothing is sent, and torch.distributed need not be set up.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Heartbeats: a rank that dies, hangs or is cut off is noticed within 30 seconds, and named.
 
-A collective can't tell a slow peer from a dead one: a step of a large model takes minutes, and a dead link is silent. So
-liveness is separate from the collectives. A thread in each process counts up its own key in the launcher's key-value store and
-reads the keys of the others. It ends this process, with a message that names rank and node, when a peer's key has not changed
-for `SILENT_SECONDS`, when a peer left with an error, or when the store can't be reached for as long.
+A collective can't tell a slow peer from a dead one: a step of a large model takes minutes, and a dead link is silent.
+So liveness is separate from the collectives. A thread in each process counts up its own key in the launcher's key-value
+store and reads the keys of the others. It ends this process, with a message that names rank and node, when a peer's key
+has not changed for `SILENT_SECONDS`, when a peer left with an error, or when the store can't be reached for as long.
 """
 
 from __future__ import annotations
@@ -80,9 +80,13 @@ class Heartbeat:
                 self.store.set(self._key(self.group.rank), json.dumps(left))
 
     def find_the_dead(self) -> None:
-        """Wait until the beats show which rank is gone, which ends this process. For the main thread, when a collective failed."""
+        """Wait until the beats show which rank is gone, which ends this process.
+
+        For the main thread, when a collective failed.
+        """
         print(
-            f"qvera: rank {self.group.rank} on {self.group.host} lost a peer in the middle of a step; finding out which.",
+            f"qvera: rank {self.group.rank} on {self.group.host} lost a peer in the middle of a step; finding out "
+            f"which.",
             file=sys.stderr,
             flush=True,
         )
@@ -135,7 +139,8 @@ class Heartbeat:
             return True
         if not state.get("left") and now - self._seen[rank][1] > self._silent_seconds:
             self._give_up(
-                f"rank {rank} on {host} has been silent for {self._silent_seconds:.0f} s: its process is stopped, its node is "
+                f"rank {rank} on {host} has been silent for {self._silent_seconds:.0f} s: its process is stopped, its "
+                f"node is "
                 "down, or the network between it and this node is cut. Checkpoints are kept; go on with --resume.",
                 EXIT_FAILED,
             )
@@ -147,8 +152,10 @@ class Heartbeat:
             if time.monotonic() - self._reached > self._silent_seconds:
                 where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
                 self._give_up(
-                    f"rank {self.group.rank} on {self.group.host} has not reached the run's key-value store at {where} for "
-                    f"{self._silent_seconds:.0f} s: that node is down, or the network to it is cut. Checkpoints are kept; go on "
+                    f"rank {self.group.rank} on {self.group.host} has not reached the run's key-value store at {where} "
+                    f"for "
+                    f"{self._silent_seconds:.0f} s: that node is down, or the network to it is cut. Checkpoints are "
+                    f"kept; go on "
                     "with --resume.",
                     EXIT_FAILED,
                 )

@@ -64,7 +64,8 @@ def in_group() -> Iterator[Group]:
     missing = [name for name in _VARIABLES if name not in os.environ]
     if missing:
         raise InputError(
-            f"WORLD_SIZE is {count} in the environment, but {', '.join(missing)} is not set. Start several processes with "
+            f"WORLD_SIZE is {count} in the environment, but {', '.join(missing)} is not set. Start several processes "
+            f"with "
             "`qvera launch`, torchrun or deepspeed; for a single one unset WORLD_SIZE."
         )
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -123,16 +124,18 @@ def _clear_errors(count: int) -> Iterator[None]:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise RunFailed(
             f"rank {os.environ['RANK']} on {socket.gethostname()} did not meet all {count} processes at {where} within "
-            f"{JOIN_TIMEOUT.seconds // 60} minutes: one was not started, or can't reach that address ({first_line(error)})"
+            f"{JOIN_TIMEOUT.seconds // 60} minutes: one was not started, or can't reach that address "
+            f"({first_line(error)})"
         ) from None
 
 
 def agreed_attempt(store: Store, rank: int, world_size: int, limit_seconds: float) -> str:
     """Return a key prefix that all live processes have in common, and that no earlier process used.
 
-    A launcher that restarts failed processes keeps its store, with the addresses and beats of the dead ones. It counts restarts
-    for each node by itself, so the count can't serve as a prefix. Instead each process writes a random word. Rank 0 publishes
-    the list of words until every process has confirmed a list that contains its own word. The prefix is a hash of that list.
+    A launcher that restarts failed processes keeps its store, with the addresses and beats of the dead ones. It counts
+    restarts for each node by itself, so the count can't serve as a prefix. Instead each process writes a random word.
+    Rank 0 publishes the list of words until every process has confirmed a list that contains its own word. The prefix
+    is a hash of that list.
 
     Raises:
         TimeoutError: not all processes came.

@@ -67,8 +67,10 @@ def launch_command(
         missing = [tool for tool in ("pdsh", "ssh") if shutil.which(tool) is None] if len(_hosts(hostfile)) > 1 else []
         if missing:
             raise InputError(
-                f"--hostfile: DeepSpeed's launcher reaches other machines by pdsh, over ssh without a password, and {missing[0]} "
-                "is not installed here (Debian and Ubuntu: pdsh, openssh-client). Or start each machine by itself, with "
+                f"--hostfile: DeepSpeed's launcher reaches other machines by pdsh, over ssh without a password, and "
+                f"{missing[0]} "
+                "is not installed here (Debian and Ubuntu: pdsh, openssh-client). Or start each machine by itself, "
+                "with "
                 "--node-rank K --nnodes N --rdzv HOST:PORT."
             )
         per_node = [] if gpus is None else ["--num_gpus", str(gpus)]
@@ -136,7 +138,8 @@ def require_hosts(hostfile: Path) -> None:
                 lines = [line.strip() for line in errors if line.strip()]
                 why = lines[-1] if lines else f"ssh ended with {process.returncode}"
             raise InputError(
-                f"{hostfile}, line {hosts[host]}: {host} does not answer to ssh: {why}. Each machine has to let the others in "
+                f"{hostfile}, line {hosts[host]}: {host} does not answer to ssh: {why}. Each machine has to let the "
+                f"others in "
                 f"without a password; `ssh {host} true` shows whether it does."
             )
 
@@ -169,7 +172,8 @@ def run(command: list[str]) -> int:
                 "".join(f"{k}={v}\n" for k, v in environment.items() if k.startswith(FORWARDED) and "\n" not in v)
             )
             environment["DS_ENV_FILE"] = str(file)
-        # A session of its own: Ctrl-C then reaches us alone. A worker that got it from the terminal and from torchrun would take
+        # A session of its own: Ctrl-C then reaches us alone. A worker that got it from the terminal and from torchrun
+        # would take
         # the second one for "at once".
         child = subprocess.Popen(command, env=environment, start_new_session=True)
         signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -1,7 +1,7 @@
 """The recipe's ``deepspeed`` key: a word or a file in, DeepSpeed's configuration out.
 
-A file says how ZeRO works and nothing that the recipe also says: batch size, precision, accumulation, clipping, schedule and
-optimizer come from the recipe, and a file that sets one of them is refused.
+A file says how ZeRO works and nothing that the recipe also says: batch size, precision, accumulation, clipping,
+schedule and optimizer come from the recipe, and a file that sets one of them is refused.
 """
 
 from __future__ import annotations
@@ -132,8 +132,8 @@ class Sizes:
 def nvme_buffers(largest_weight: int, weights_per_layer: int, world_size: int) -> tuple[int, int]:
     """Return the elements of one buffer that shards on NVMe are read into, and how many buffers there are.
 
-    A buffer holds a rank's shard of one weight from the moment it is gathered until it is released. Those of a recomputed layer
-    are all held until its backward pass has begun.
+    A buffer holds a rank's shard of one weight from the moment it is gathered until it is released. Those of a
+    recomputed layer are all held until its backward pass has begun.
 
     Args:
         largest_weight: as in `Sizes`.
@@ -173,7 +173,10 @@ class ZeroConfig:
         return None if device == "none" else str(device)
 
     def nvme_folder(self, scratch: Path | None) -> Path | None:
-        """Return where a base on NVMe goes: the folder that the file names, else ``scratch``. None for another device."""
+        """Return where a base on NVMe goes: the folder that the file names, else ``scratch``.
+
+        None for another device.
+        """
         if self.offload_device != "nvme":
             return None
         named = self._zero["offload_param"].get("nvme_path")
@@ -210,7 +213,8 @@ class ZeroConfig:
             # DeepSpeed's own limits (1e9 elements) keep a small model whole and two thirds of a 7B in 4 bits
             zero.setdefault("stage3_max_live_parameters", max(2 * sizes.largest_layer, 1))
             zero.setdefault("stage3_max_reuse_distance", 0)
-            # fetching ahead takes two layers, a buffer of another and, with gloo, a copy of that; measured: as much as the model
+            # fetching ahead takes two layers, a buffer of another and, with gloo, a copy of that; measured: as much as
+            # the model
             zero.setdefault("stage3_prefetch_bucket_size", 0)
             # vectors are read by name and not by calling the module that owns them, so no hook would gather them
             zero["stage3_param_persistence_threshold"] = max(
@@ -232,7 +236,8 @@ def load_zero_config(key: str | None) -> ZeroConfig | None:
     """Return the settings that ``deepspeed: KEY`` stands for; None for None.
 
     Raises:
-        InputError: no such word or file, not JSON, a key that the recipe has too, or something it needs is not installed.
+        InputError: no such word or file, not JSON, a key that the recipe has too, or something it needs is not
+            installed.
     """
     if key is None:
         return None
@@ -279,7 +284,8 @@ def _require_installed(config: ZeroConfig) -> None:
         problem = nvme_problem()
         if problem is not None:
             raise InputError(
-                f"deepspeed: {config.source} keeps parameters on NVMe, which needs DeepSpeed's async_io: {problem}. Install libaio "
+                f"deepspeed: {config.source} keeps parameters on NVMe, which needs DeepSpeed's async_io: {problem}. "
+                f"Install libaio "
                 "(Debian and Ubuntu: libaio-dev) with a C++ compiler and ninja, or use zero3 or zero3-offload-cpu."
             )
 
@@ -292,7 +298,8 @@ def check_optimizer(recipe: Recipe) -> None:
     """
     if recipe.training.optim != "adamw":
         raise InputError(
-            f"training.optim: {recipe.training.optim} keeps its state in blocks that ZeRO would cut elsewhere with every other "
+            f"training.optim: {recipe.training.optim} keeps its state in blocks that ZeRO would cut elsewhere with "
+            f"every other "
             "number of processes. With a deepspeed key use adamw; VeRA's whole optimizer state is a few MB."
         )
 

@@ -78,8 +78,8 @@ def gather_at_call(module: nn.Module) -> None:
 class BaseSharder:
     """Shards each big weight of the base as soon as it is read (`deepspeed.zero.Init`).
 
-    A rank never holds more of the base than its shard and one whole tensor. Rank 0's bytes are the ones that are sharded:
-    DeepSpeed sends them to the other ranks, whose own copies only give the size.
+    A rank never holds more of the base than its shard and one whole tensor. Rank 0's bytes are the ones that are
+    sharded: DeepSpeed sends them to the other ranks, whose own copies only give the size.
 
     Args:
         config: the ZeRO settings.
@@ -113,8 +113,9 @@ class BaseSharder:
 
         Args:
             weight: a parameter of the base.
-            table: it is the input embedding or the head. Their shards stay in RAM when the layers go to NVMe: every buffer is as
-                large as the largest weight that goes there, and a table is twelve times a 7B's largest linear.
+            table: it is the input embedding or the head. Their shards stay in RAM when the layers go to NVMe: every
+                buffer is as large as the largest weight that goes there, and a table is twelve times a 7B's largest
+                linear.
 
         Raises:
             InputError: it is to go to NVMe and is not stored as bfloat16.
@@ -123,7 +124,8 @@ class BaseSharder:
         table = table and on_nvme
         if on_nvme and not table and weight.dtype != torch.bfloat16:
             raise InputError(
-                f"deepspeed: {self.config.source} reads weights through buffers of bfloat16, and {self.recipe.model.path} stores "
+                f"deepspeed: {self.config.source} reads weights through buffers of bfloat16, and "
+                f"{self.recipe.model.path} stores "
                 f"them as {str(weight.dtype).removeprefix('torch.')}. Quantize the base with `qvera quantize` and "
                 "model.quant_storage: bfloat16, or use zero3-offload-cpu."
             )

@@ -1,4 +1,7 @@
-"""What `qvera info` shows of a run, an adapter directory or a merged export. Reads files; imports neither torch nor PEFT."""
+"""What `qvera info` shows of a run, an adapter directory or a merged export.
+
+Reads files; imports neither torch nor PEFT.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,8 @@ def directory_facts(path: str | Path) -> dict[str, Any]:
     """Facts of a directory: base, adapter, counts, hashes, versions.
 
     Args:
-        path: a run, an adapter directory (QVERA, or any other of PEFT's types, such as an exported LoRA), or a merged export.
+        path: a run, an adapter directory (QVERA, or any other of PEFT's types, such as an exported LoRA), or a merged
+            export.
 
     Raises:
         InputError: it is none of these, or a file in it is damaged.
@@ -38,7 +42,8 @@ def directory_facts(path: str | Path) -> dict[str, Any]:
     if (path / CERTIFICATE).is_file():
         return _merged_export(path)
     raise InputError(
-        f"{path}: is neither a run (it has no {RECIPE_FILE}) nor an adapter directory (no {ADAPTER_CONFIG}) nor a merged export "
+        f"{path}: is neither a run (it has no {RECIPE_FILE}) nor an adapter directory (no {ADAPTER_CONFIG}) nor a "
+        f"merged export "
         f"(no {CERTIFICATE})."
     )
 

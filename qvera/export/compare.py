@@ -64,7 +64,8 @@ def too_little_memory(exported_dir: Path, trained_bytes: int) -> str | None:
     if needed <= available:
         return None
     return (
-        f"holding the trained and the exported model together takes {needed / 1e9:.1f} GB, and {available / 1e9:.1f} GB of memory "
+        f"holding the trained and the exported model together takes {needed / 1e9:.1f} GB, and {available / 1e9:.1f} "
+        f"GB of memory "
         "are available"
     )
 
@@ -88,9 +89,9 @@ def measure_difference(
         load: directory and device → the exported model.
 
     Returns:
-        Mean loss of both (nats per token), KL(trained || exported) mean and max per token, the largest difference of a logit
-        and of a log probability, the share of tokens whose most likely token agrees, the number of answers (rows) in which
-        it agrees at every token, rows and tokens.
+        Mean loss of both (nats per token), KL(trained || exported) mean and max per token, the largest difference of a
+        logit and of a log probability, the share of tokens whose most likely token agrees, the number of answers (rows)
+        in which it agrees at every token, rows and tokens.
     """
     device = next(trained.parameters()).device
     vocabulary = trained.get_base_model().get_output_embeddings().weight.shape[0]
@@ -146,8 +147,10 @@ def difference_text(difference: dict[str, Any], base: str) -> str:
         return f"not measured: {difference['not_measured']}"
     rows, agree = difference["rows"], difference["answers_agree"]
     text = (
-        f"trained vs exported on {rows} rows: loss {difference['loss_trained']:.4f} vs {difference['loss_exported']:.4f}, "
-        f"KL {difference['kl_mean']:.2e} per token, same first choice at {difference['top1_agreement']:.1%} of the tokens and "
+        f"trained vs exported on {rows} rows: loss {difference['loss_trained']:.4f} vs "
+        f"{difference['loss_exported']:.4f}, "
+        f"KL {difference['kl_mean']:.2e} per token, same first choice at {difference['top1_agreement']:.1%} of the "
+        f"tokens and "
         f"throughout {agree} of {rows} answers"
     )
     if base == "original" and agree < rows:

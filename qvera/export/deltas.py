@@ -102,7 +102,8 @@ def read_deltas(adapter_dir: Path, base: torch.nn.Module) -> AdapterDeltas:
     if config.modules_to_save or config.bias != "none":
         raise InputError(
             f"{adapter_dir}: has trained parameters beside its vectors (modules_to_save {config.modules_to_save}, bias "
-            f"{config.bias}), which an export of ΔW would lose. Use PEFT's merge_and_unload() on the loaded model instead."
+            f"{config.bias}), which an export of ΔW would lose. Use PEFT's merge_and_unload() on the loaded model "
+            f"instead."
         )
     own = config if isinstance(config, QveraConfig) else None
     A, B = _stock_pair(config, tensors, base) if own is None else _own_pair(own)
@@ -125,8 +126,10 @@ def read_deltas(adapter_dir: Path, base: torch.nn.Module) -> AdapterDeltas:
         given = {kind: tuple(vector.shape) for kind, vector in vectors.items()}
         if given != expected or n > A.shape[1] or m > B.shape[0]:
             raise InputError(
-                f"{adapter_dir}: {name} has shape {[m, n]} in the base, which with its config asks for the vectors {expected}, but "
-                f"the adapter has {given} for it and a pair of {list(A.shape)} and {list(B.shape)}: the file is damaged, or "
+                f"{adapter_dir}: {name} has shape {[m, n]} in the base, which with its config asks for the vectors "
+                f"{expected}, but "
+                f"the adapter has {given} for it and a pair of {list(A.shape)} and {list(B.shape)}: the file is "
+                f"damaged, or "
                 "another model's adapter."
             )
         b, d, *more = (vectors[kind].float() for kind in expected)
@@ -204,7 +207,8 @@ def token_tables(
                 new = rows.get(end, rows["embedding"])
                 if tuple(new.shape) != (len(ids), *shape[1:]):
                     raise InputError(
-                        f"{adapter_dir / ADDED_ROWS}: holds rows of shape {list(new.shape)}, expected {[len(ids), *shape[1:]]} for "
+                        f"{adapter_dir / ADDED_ROWS}: holds rows of shape {list(new.shape)}, expected "
+                        f"{[len(ids), *shape[1:]]} for "
                         f"{name}.weight. It is another model's."
                     )
                 placed = dict(zip(ids.values(), new, strict=True))

@@ -1,9 +1,9 @@
 """Adapters that other tools load: the whole LoRA, a truncated LoRA, and an adapter of PEFT's own VeRA.
 
-A VeRA adapter is a LoRA of rank r with A' = diag(s d) A and B' = diag(b) B (VeRA, arXiv 2310.11454, equation 2). The LoRA takes
-r (m + n) values for each layer where the adapter has r + m. It is exact but for the rounding of its factors to the file's dtype
-(`rounding_text`). An adapter with ``b_groups`` or ``input_scale`` is such a LoRA too (`deltas.Delta`); PEFT's VeRA has no place
-for these.
+A VeRA adapter is a LoRA of rank r with A' = diag(s d) A and B' = diag(b) B (VeRA, arXiv 2310.11454, equation 2). The
+LoRA takes r (m + n) values for each layer where the adapter has r + m. It is exact but for the rounding of its factors
+to the file's dtype (`rounding_text`). An adapter with ``b_groups`` or ``input_scale`` is such a LoRA too
+(`deltas.Delta`); PEFT's VeRA has no place for these.
 """
 
 from __future__ import annotations
@@ -46,14 +46,16 @@ def truncation_text(errors: Mapping[str, Truncation], own: int, rank: int) -> st
     low, middle, high = ordered[0], ordered[len(ordered) // 2], ordered[-1]
     typical = errors[middle].frobenius
     line = (
-        f"rank {rank} of {own}: relative error of ΔW (Frobenius) {typical:.2g} in the median layer, from {errors[low].frobenius:.2g} "
+        f"rank {rank} of {own}: relative error of ΔW (Frobenius) {typical:.2g} in the median layer, from "
+        f"{errors[low].frobenius:.2g} "
         f"({low}) to {errors[high].frobenius:.2g} ({high})"
     )
     if typical < 0.05:
         return f"{line}. Little is lost."
     lost = "Most" if typical > 0.5 else "Part"
     return (
-        f"{line}. {lost} of what was trained is lost: VeRA spreads its change over all {own} directions. Leave out --rank for "
+        f"{line}. {lost} of what was trained is lost: VeRA spreads its change over all {own} directions. Leave out "
+        f"--rank for "
         "the whole LoRA, or use --to merged."
     )
 
@@ -64,7 +66,8 @@ def rounding_text(dtype: torch.dtype) -> str:
         return "exact: its factors are the adapter's own in float32"
     name = str(dtype).removeprefix("torch.")
     return (
-        f"its factors are rounded to {name} (relative {torch.finfo(dtype).eps / 2:.0e} each); --dtype float32 writes them exactly, "
+        f"its factors are rounded to {name} (relative {torch.finfo(dtype).eps / 2:.0e} each); --dtype float32 writes "
+        f"them exactly, "
         "in twice the size"
     )
 
@@ -77,8 +80,8 @@ def lora_bytes(adapter: AdapterDeltas, rank: int, dtype: torch.dtype) -> int:
 def truncate(A: torch.Tensor, B: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, Truncation]:
     """The best approximation of ΔW = B A by a rank k: A'' [k, n] and B'' [m, k] fp32, and its error.
 
-    By Eckart and Young's theorem that is the truncated SVD; it is taken of the small factors (QR of each, then the SVD of an
-    r x r core), never of a dense ΔW. The root of each singular value goes to either side.
+    By Eckart and Young's theorem that is the truncated SVD; it is taken of the small factors (QR of each, then the SVD
+    of an r x r core), never of a dense ΔW. The root of each singular value goes to either side.
     """
     A, B = A.double(), B.double()
     left, left_core = torch.linalg.qr(B)  # [m, p], [p, r]
@@ -177,7 +180,8 @@ def export_stock_vera(adapter: AdapterDeltas, out: Path) -> int:
         has = [f"{adapter.groups} vectors b for each linear"] if adapter.groups > 1 else []
         has += ["a vector a for each linear"] if adapter.input_scale else []
         raise InputError(
-            f"this adapter has {' and '.join(has)} (adapter.b_groups, adapter.input_scale), and PEFT's VeRA has one b and one d. "
+            f"this adapter has {' and '.join(has)} (adapter.b_groups, adapter.input_scale), and PEFT's VeRA has one b "
+            f"and one d. "
             "Export it with --to lora (exact) or --to merged."
         )
     specs, values = [], []

@@ -19,7 +19,8 @@ from qvera.utils.errors import InputError
 def same_directions(adapters: Sequence[AdapterDeltas]) -> str | None:
     """None where a weighted sum of these adapters is again a VeRA adapter: one seed, rank, b_groups, layers, d and a. Else why not.
 
-    Then Σ w diag(b) B diag(d) A = diag(Σ w b) B diag(d) A, exactly. Training with ``adapter.train_d: false`` makes it so.
+    Then Σ w diag(b) B diag(d) A = diag(Σ w b) B diag(d) A, exactly. Training with ``adapter.train_d: false`` makes it
+    so.
     """
     first = adapters[0]
     for other in adapters[1:]:
@@ -57,7 +58,8 @@ def weighted_sum(adapters: Sequence[AdapterDeltas], weights: Sequence[float]) ->
     why = same_directions(adapters)
     if why is not None:
         raise InputError(
-            f"the sum of these adapters is not a VeRA adapter: {why}. With --to lora it is written exactly, as a LoRA of rank "
+            f"the sum of these adapters is not a VeRA adapter: {why}. With --to lora it is written exactly, as a LoRA "
+            f"of rank "
             f"{sum(a.A.shape[0] for a in adapters)}."
         )
     vectors = {}

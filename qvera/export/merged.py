@@ -1,6 +1,7 @@
 """The merged checkpoint: W + ΔW for every adapted weight, in 16 bits, some rows at a time.
 
-Each file of the base is read once, from start to end: one thread reads and hashes, one a core computes, one writes and hashes.
+Each file of the base is read once, from start to end: one thread reads and hashes, one a core computes, one writes and
+hashes.
 
 Everything is written into the output directory under temporary names; ``config.json``, without which nothing takes a
 directory for a model, comes last. A run that was interrupted goes on from the shards that are whole.
@@ -59,8 +60,8 @@ def export_merged(
 
     Raises:
         InputError: adapter and base do not fit, or ``out`` holds something else.
-        RunFailed: a merged weight would be NaN, Inf, or out of the dtype's range (the message names the tensor); or the disk
-            is full. Finished shards are kept, and the same call goes on from them.
+        RunFailed: a merged weight would be NaN, Inf, or out of the dtype's range (the message names the tensor); or the
+            disk is full. Finished shards are kept, and the same call goes on from them.
         Interrupted: SIGINT or SIGTERM came. The same holds.
     """
     plan = _plan(adapter_dir, section, options)
@@ -85,7 +86,8 @@ _KEPT = "{done} of {total} shards are finished and kept; make room and run the s
 
 def _interrupted(work: OutputDirectory, shards: Sized, why: str) -> str:
     return (
-        f"Stopped by {why} with {len(work.shards)} of {len(shards)} shards finished in {work.out}. The same command goes on from "
+        f"Stopped by {why} with {len(work.shards)} of {len(shards)} shards finished in {work.out}. The same command "
+        f"goes on from "
         "there."
     )
 
@@ -127,7 +129,8 @@ def _plan(adapter_dir: Path, section: ModelSection, options: ExportSection) -> _
     model_config = AutoConfig.from_pretrained(source_dir, trust_remote_code=section.trust_remote_code)
     if getattr(model_config, "quantization_config", None) is not None:
         raise InputError(
-            f"{source_dir}: the base is stored quantized, so there are no 16-bit weights to merge into. Point model.path at the "
+            f"{source_dir}: the base is stored quantized, so there are no 16-bit weights to merge into. Point "
+            f"model.path at the "
             "16-bit checkpoint it was made from."
         )
     model = empty_model(section, source_dir)
@@ -355,7 +358,8 @@ def _deltas(adapter: AdapterDeltas, entries: list[TensorEntry]) -> dict[str, Del
         if shapes.get(key) != expected:
             found = "has no such tensor" if key not in shapes else f"has it as {list(shapes[key])}"
             raise InputError(
-                f"{key}: the adapter changes this weight of shape {list(expected)}, but the base checkpoint {found}: it is "
+                f"{key}: the adapter changes this weight of shape {list(expected)}, but the base checkpoint {found}: "
+                f"it is "
                 "another model's adapter."
             )
         deltas[key] = delta
@@ -365,7 +369,8 @@ def _deltas(adapter: AdapterDeltas, entries: list[TensorEntry]) -> dict[str, Del
 def _identity(plan: _Plan, adapter_dir: Path) -> dict[str, Any]:
     """What an export is a function of: an interrupted one is continued only where all of this is equal.
 
-    The base counts as the same by the path, size, time and inode of its files; their SHA-256 is taken while they are merged.
+    The base counts as the same by the path, size, time and inode of its files; their SHA-256 is taken while they are
+    merged.
     """
     section, token_rows = plan.section, adapter_dir / ADDED_ROWS
     return {

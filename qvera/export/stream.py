@@ -1,9 +1,9 @@
 """The base's shards as a stream: read once from start to end, computed in order by several threads.
 
-Every byte goes into its file's SHA-256 on the way. Where the export is to merge onto the dequantized base, each weight is
-quantized and dequantized again, some rows at a time. 4-bit blocks are 64 consecutive elements of the flattened weight. With
-double quantization the blocks' absolute maxima are quantized themselves, around their mean over the whole weight (QLoRA,
-arXiv 2305.14314, section 3.2): so the maxima of the whole weight come first, then rows.
+Every byte goes into its file's SHA-256 on the way. Where the export is to merge onto the dequantized base, each weight
+is quantized and dequantized again, some rows at a time. 4-bit blocks are 64 consecutive elements of the flattened
+weight. With double quantization the blocks' absolute maxima are quantized themselves, around their mean over the whole
+weight (QLoRA, arXiv 2305.14314, section 3.2): so the maxima of the whole weight come first, then rows.
 """
 
 from __future__ import annotations
@@ -183,7 +183,8 @@ class CheckpointReader:
             data = torch.empty(size * row_bytes, dtype=torch.uint8)
             if not read_at(descriptor, data.numpy().data, entry.start + first * row_bytes):
                 raise RunFailed(
-                    f"{entry.file}: ended within {entry.name} while it was read. Run the same command again when it is whole."
+                    f"{entry.file}: ended within {entry.name} while it was read. Run the same command again when it is "
+                    f"whole."
                 )
             yield first, data.view(entry.dtype).view((size, *entry.shape[1:]) if entry.shape else ())
 
@@ -199,7 +200,8 @@ def in_order(
 ) -> Generator[Out, None, None]:
     """``compute`` of each item, in order, by ``workers`` threads, while another thread draws the items.
 
-    An error of ``items`` or of ``compute`` is raised where its result would come. Closing the iterator stops the threads.
+    An error of ``items`` or of ``compute`` is raised where its result would come. Closing the iterator stops the
+    threads.
 
     Args:
         items: drawn in one thread.
@@ -246,8 +248,8 @@ def in_order(
 def one_thread_each() -> Iterator[int]:
     """Torch computes with one thread for each thread that calls it; gives how many should (the cores of this process).
 
-    Independent blocks on every core keep them busier than one block split between them, and the results then do not depend
-    on how many cores there are.
+    Independent blocks on every core keep them busier than one block split between them, and the results then do not
+    depend on how many cores there are.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)

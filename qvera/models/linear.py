@@ -1,12 +1,12 @@
 """Run the frozen linear layers of a base model, forward and backward, whatever their weights are stored in.
 
 The autograd function keeps the *module* for backward and reads its weight again there. So ZeRO-3 can release a gathered
-layer after forward, the pages of a memory-mapped file can be dropped, and only one layer is dequantized at a time. It also
-never lets bitsandbytes repack a weight in place, which an evaluation pass of stock `Linear4bit` does on CPUs with
+layer after forward, the pages of a memory-mapped file can be dropped, and only one layer is dequantized at a time. It
+also never lets bitsandbytes repack a weight in place, which an evaluation pass of stock `Linear4bit` does on CPUs with
 AVX512-BF16 and which silently ruins every later gradient.
 
-On a CPU large weights are dequantized in blocks of rows. A whole dequantized weight is 90 MB in a 7B model and 470 MB in a
-70B; the system hands out and clears memory of that size anew for every product, which takes six times as long as
+On a CPU large weights are dequantized in blocks of rows. A whole dequantized weight is 90 MB in a 7B model and 470 MB
+in a 70B; the system hands out and clears memory of that size anew for every product, which takes six times as long as
 dequantizing (bench/log.md). A block of 8 MB is used again and again.
 """
 
@@ -130,8 +130,8 @@ class _FrozenLinearFunction(torch.autograd.Function):
 def frozen_linear(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     """y = x Wᵀ + bias with W [m, n] frozen: [..., n] gives [..., m], in x's dtype, differentiable in x.
 
-    The product is taken in the layer's compute dtype (`compute_dtype`). A bias, or a dense weight, that somebody trains (PEFT's
-    ``bias`` and ``modules_to_save``) gets its gradient.
+    The product is taken in the layer's compute dtype (`compute_dtype`). A bias, or a dense weight, that somebody trains
+    (PEFT's ``bias`` and ``modules_to_save``) gets its gradient.
     """
     inner = x.to(compute_dtype(module, x))
     if module.weight.requires_grad and not isinstance(module, (Linear4bit, Linear8bit)):
@@ -164,7 +164,8 @@ class _FrozenForward:
         return frozen_linear(cast(nn.Linear, self), x)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-        # Packed bytes may be stored as bfloat16 or float16. `model.to(torch.float16)` would convert them as if they were
+        # Packed bytes may be stored as bfloat16 or float16. `model.to(torch.float16)` would convert them as if they
+        # were
         # weights and destroy them silently. A cast changes how the layer computes; packed bytes only move.
         weight = cast(nn.Linear, self).weight
 
@@ -243,9 +244,9 @@ def freeze_linears(model: nn.Module) -> int:
 def inference_layout(model: nn.Module, skip: Collection[nn.Module] = ()) -> Iterator[None]:
     """Within the block, generation runs at bitsandbytes' speed while the training weights stay as they are.
 
-    4-bit layers (but those in ``skip``) get a second copy of their weight, packed for the fused CPU kernel; the output head
-    gets one in its compute dtype where it is stored in another. The copies cost the packed weights' size again until the
-    block ends. Nothing happens where there is no such kernel (CUDA has its own, on the plain layout).
+    4-bit layers (but those in ``skip``) get a second copy of their weight, packed for the fused CPU kernel; the output
+    head gets one in its compute dtype where it is stored in another. The copies cost the packed weights' size again
+    until the block ends. Nothing happens where there is no such kernel (CUDA has its own, on the plain layout).
     """
     packed: list[FrozenLinear4bit] = []
     get_head = getattr(model, "get_output_embeddings", None)
@@ -285,5 +286,6 @@ def inference_layout(model: nn.Module, skip: Collection[nn.Module] = ()) -> Iter
 
 def _contiguous(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     # The head reads the last position of each row, a strided tensor [rows, 1, n]. Where the weight needs no gradient,
-    # `torch.matmul` makes a batched product of that and copies the weight once for each row: 0.8 s of 16 answers of SmolLM2.
+    # `torch.matmul` makes a batched product of that and copies the weight once for each row: 0.8 s of 16 answers of
+    # SmolLM2.
     return (args[0].contiguous(), *args[1:])

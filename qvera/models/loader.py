@@ -75,9 +75,9 @@ def load_base(
 ) -> Base:
     """Load the base model of a recipe, quantized and frozen, in evaluation mode.
 
-    A 16-bit base that is wanted in 4 bits is quantized once, into the cache (`qvera.models.quantized_cache`), and that file is
-    mapped. A checkpoint in bitsandbytes' 4-bit format is mapped as it is (`qvera.models.mmap`). transformers loads int8, dense
-    and unusual checkpoints. `qvera.models.linear` then runs every quantized linear.
+    A 16-bit base that is wanted in 4 bits is quantized once, into the cache (`qvera.models.quantized_cache`), and that
+    file is mapped. A checkpoint in bitsandbytes' 4-bit format is mapped as it is (`qvera.models.mmap`). transformers
+    loads int8, dense and unusual checkpoints. `qvera.models.linear` then runs every quantized linear.
 
     Args:
         section: the recipe's model section.
@@ -86,8 +86,8 @@ def load_base(
         sharder: keeps only a share of each weight, see `load_mapped`; for a 4-bit base only.
 
     Raises:
-        InputError: there is no causal language model at that path, its weights are not those of its config, or what was loaded
-            is not what the recipe says.
+        InputError: there is no causal language model at that path, its weights are not those of its config, or what was
+            loaded is not what the recipe says.
     """
     device = device or pick_device()
     dtype = pick_compute_dtype(section.compute_dtype, device)
@@ -95,7 +95,8 @@ def load_base(
     tokenizer = load_tokenizer(section)
     if section.added_tokens and sharder is not None:
         raise InputError(
-            "model.added_tokens: ZeRO-3 divides the embedding among the ranks while it is read, and can't give it more rows. Use "
+            "model.added_tokens: ZeRO-3 divides the embedding among the ranks while it is read, and can't give it more "
+            "rows. Use "
             "tokens that the model has, or deepspeed: zero1 or zero2, or none."
         )
     try:
@@ -106,13 +107,15 @@ def load_base(
         if model is None and sharder is not None:
             raise InputError(
                 f"deepspeed: ZeRO-3 spreads a base in 4 bits over the ranks while it reads it, and {name!r} with "
-                f"model.quantization {section.quantization} can't be read that way. Use nf4 or fp4, or zero1 or zero2, or none."
+                f"model.quantization {section.quantization} can't be read that way. Use nf4 or fp4, or zero1 or zero2, "
+                f"or none."
             )
         if model is None:
             model = _load_by_transformers(section, config, dtype, device)
     except (OSError, ValueError, KeyError, HFValidationError, SafetensorError, ImportError) as error:
         raise InputError(
-            f"model.path: {name!r} can't be loaded as a causal language model: {first_line(error)} Expected a hub id, or a "
+            f"model.path: {name!r} can't be loaded as a causal language model: {first_line(error)} Expected a hub id, "
+            f"or a "
             "directory with config.json and safetensors weights."
         ) from None
     model.name_or_path = model.config._name_or_path = name  # not the cached copy's: PEFT writes it into adapters
@@ -299,7 +302,8 @@ def require_packing(model: PreTrainedModel | PeftModel) -> None:
         config = causal_model(model).config
         raise InputError(
             f"data.packing: rows of one sequence would see each other in this model ({config.model_type}, "
-            f"{config._attn_implementation} attention). It takes one of {', '.join(_PREFIX_ONCE)} without a sliding window, and "
+            f"{config._attn_implementation} attention). It takes one of {', '.join(_PREFIX_ONCE)} without a sliding "
+            f"window, and "
             "sdpa, eager or flash attention. Set data.group_by_length instead, which wastes little on padding."
         )
 

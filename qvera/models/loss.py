@@ -1,7 +1,7 @@
 """Cross entropy of the trained tokens in chunks: the logits [tokens, vocabulary] never exist as a whole.
 
-The head is frozen, so forward can compute the gradient in the hidden states chunk by chunk; backward only scales it. Peak
-memory is one chunk of logits, whatever the number of tokens.
+The head is frozen, so forward can compute the gradient in the hidden states chunk by chunk; backward only scales it.
+Peak memory is one chunk of logits, whatever the number of tokens.
 """
 
 from __future__ import annotations

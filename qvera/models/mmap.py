@@ -1,9 +1,10 @@
 """Memory-map a base model: weights are used from the pages of their file, not copied.
 
-A checkpoint in bitsandbytes' serialized 4-bit format (or a 16-bit one) is opened with a private mapping. Packed weights, their
-statistics, the input embeddings and the head stay in the file, in the dtype they are stored in. On a CPU they take no memory of
-their own: the pages belong to the page cache, all processes on the machine share them, and the system drops them when it needs
-room. On a GPU each tensor is copied to the device, one at a time.
+A checkpoint in bitsandbytes' serialized 4-bit format (or a 16-bit one) is opened with a private mapping. Packed
+weights, their statistics, the input embeddings and the head stay in the file, in the dtype they are stored in. On a CPU
+they take no memory of
+their own: the pages belong to the page cache, all processes on the machine share them, and the system drops them when
+it needs room. On a GPU each tensor is copied to the device, one at a time.
 """
 
 from __future__ import annotations
@@ -67,8 +68,10 @@ def load_mapped(
         device: on anything but a CPU the tensors are copied there.
         attn_implementation: None for transformers' own choice.
         trust_remote_code: whether code in the checkpoint may run.
-        sharder: takes each packed weight, embedding and head when it is read. These are then private copies, one at a time. A
-            head that is the embedding is left whole and mapped: its two users would gather and release it under each other.
+        sharder: takes each packed weight, embedding and head when it is read. These are then private copies, one at a
+            time. A
+            head that is the embedding is left whole and mapped: its two users would gather and release it under each
+                other.
 
     Raises:
         InputError: a shard is missing or cut short, or a tensor has not the shape that the config says.
@@ -176,7 +179,8 @@ def _put_four_bit(
     expected = dense.out_features, dense.in_features
     if found != expected or data.numel() * data.element_size() * 2 != expected[0] * expected[1]:
         raise InputError(
-            f"{file}: {name}.weight is stored as {list(found)} in {data.numel() * data.element_size():,} packed bytes; the model's "
+            f"{file}: {name}.weight is stored as {list(found)} in {data.numel() * data.element_size():,} packed bytes; "
+            f"the model's "
             f"config.json says {list(expected)}. One of the two belongs to another model."
         )
     setattr(parent, child, layer)
@@ -190,7 +194,8 @@ def _put_plain(
     expected = tuple(getattr(module, key).shape)
     if tuple(tensor.shape) != expected:
         raise InputError(
-            f"{file}: {name} has shape {list(tensor.shape)}; the model's config.json says {list(expected)}. One of the two belongs "
+            f"{file}: {name} has shape {list(tensor.shape)}; the model's config.json says {list(expected)}. One of the "
+            f"two belongs "
             "to another model."
         )
     if not tensor.is_floating_point():

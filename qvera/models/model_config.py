@@ -85,7 +85,8 @@ def empty_model(section: ModelSection, source: Path | str | None = None) -> PreT
             return AutoModelForCausalLM.from_config(config, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise InputError(
-            f"model.path: no model can be made from the config of {name!r}; it can't be loaded as a causal language model: "
+            f"model.path: no model can be made from the config of {name!r}; it can't be loaded as a causal language "
+            f"model: "
             f"{first_line(error)}"
         ) from None
 
@@ -93,7 +94,8 @@ def empty_model(section: ModelSection, source: Path | str | None = None) -> PreT
 def require_own_weights(directory: Path, entries: list[TensorEntry], model: PreTrainedModel) -> None:
     """Compare the tensors of a checkpoint with the model that its config.json describes.
 
-    Only tensors with the names of the model's parameters are compared: transformers may rename the others while loading.
+    Only tensors with the names of the model's parameters are compared: transformers may rename the others while
+    loading.
 
     Args:
         directory: the checkpoint.
@@ -101,8 +103,9 @@ def require_own_weights(directory: Path, entries: list[TensorEntry], model: PreT
         model: `empty_model` of it.
 
     Raises:
-        InputError: the weights have more or fewer layers than the config, no output head where the config ties none, another
-            head than the embedding where it does, another shape, or integers where the model has floating-point weights.
+        InputError: the weights have more or fewer layers than the config, no output head where the config ties none,
+            another head than the embedding where it does, another shape, or integers where the model has floating-point
+            weights.
     """
     stored = {entry.name: entry for entry in entries}
     _require_layers(directory, stored, model)
@@ -115,7 +118,8 @@ def require_own_weights(directory: Path, entries: list[TensorEntry], model: PreT
             continue
         if entry.shape != tuple(tensor.shape):
             raise InputError(
-                f"{entry.file}: {name} has shape {list(entry.shape)}, the model of config.json needs {list(tensor.shape)}. "
+                f"{entry.file}: {name} has shape {list(entry.shape)}, the model of config.json needs "
+                f"{list(tensor.shape)}. "
                 "Weights and config.json are not of one model."
             )
         if tensor.is_floating_point() and not entry.dtype.is_floating_point:
@@ -130,7 +134,8 @@ def _require_layers(directory: Path, stored: Iterable[str], model: PreTrainedMod
     for prefix, expected in _layers(model.state_dict()).items():
         if prefix in found and found[prefix] != expected:
             raise InputError(
-                f"{directory}: config.json describes a model of {len(expected)} layers (num_hidden_layers), and the weights hold "
+                f"{directory}: config.json describes a model of {len(expected)} layers (num_hidden_layers), and the "
+                f"weights hold "
                 f"{len(found[prefix])} ({prefix}*). Copy config.json and all weight files of one checkpoint again."
             )
 
@@ -153,13 +158,16 @@ def _require_head(directory: Path, stored: Mapping[str, TensorEntry], model: Pre
     tied = head.weight is embedding.weight
     if output is None and not tied:
         raise InputError(
-            f"{directory}: the weights hold no {names[head]}, and config.json does not tie it to the embedding, so the model would get "
-            "a random output head. Copy all weight files again; or, if the model has none of its own, set tie_word_embeddings: true "
+            f"{directory}: the weights hold no {names[head]}, and config.json does not tie it to the embedding, so the "
+            f"model would get "
+            "a random output head. Copy all weight files again; or, if the model has none of its own, set "
+            "tie_word_embeddings: true "
             "in config.json."
         )
     if output is not None and tied and not _same_tensor(table, output):
         raise InputError(
-            f"{directory}: config.json ties the output head to the embedding, but {names[head]} differs from {table.name}. Set "
+            f"{directory}: config.json ties the output head to the embedding, but {names[head]} differs from "
+            f"{table.name}. Set "
             "tie_word_embeddings: false in config.json to use this head, or take it out of the weights."
         )
 

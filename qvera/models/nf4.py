@@ -5,10 +5,11 @@ The arithmetic is that of bitsandbytes' CPU `quantize_4bit` (QLoRA, arXiv 2305.1
 
     a = max |w|        s = w · (1 / max(a, 1e-38))        rank = number of thresholds below s
 
-with thresholds halfway between neighbouring values of the code; a last block of fewer than 64 divides by a instead. What
-differs is how it is done: chunks that stay in the cache, maxima taken over the bits, thresholds counted one after another
-in vector instructions. numpy, not torch, because its loops stay on the calling thread, so that chunks can be spread over
-threads without touching a setting of the process.
+with thresholds halfway between neighbouring values of the code; a last block of fewer than 64 divides by a instead.
+What
+differs is how it is done: chunks that stay in the cache, maxima taken over the bits, thresholds counted one after
+another in vector instructions. numpy, not torch, because its loops stay on the calling thread, so that chunks can be
+spread over threads without touching a setting of the process.
 """
 
 from __future__ import annotations
@@ -81,7 +82,10 @@ def _widen(bits: np.ndarray, dtype: torch.dtype, out: np.ndarray) -> None:
 
 
 def _block_maxima(bits: np.ndarray, dtype: torch.dtype, scratch: _Scratch, absmax: np.ndarray) -> None:
-    """Max |w| of each block. Without their sign, floating-point numbers are ordered as their bits are (NaN above Inf)."""
+    """Max |w| of each block.
+
+    Without their sign, floating-point numbers are ordered as their bits are (NaN above Inf).
+    """
     size = bits.size
     held, next_ = (buffer[:size] for buffer in scratch.maxima_of(bits.dtype.type))
     np.bitwise_and(bits, np.iinfo(bits.dtype).max, out=held)

@@ -1,8 +1,8 @@
 """RMS norms and gated MLPs of a frozen base that save less memory for backward.
 
-transformers writes an RMS norm and a gated MLP as chains of elementwise operations. Autograd saves the input of each: a norm's
-input once more in fp32, and three tensors as wide as the MLP. With frozen weights, backward needs only the norm's input and
-one factor a token, and the two branches of the MLP:
+transformers writes an RMS norm and a gated MLP as chains of elementwise operations. Autograd saves the input of each: a
+norm's input once more in fp32, and three tensors as wide as the MLP. With frozen weights, backward needs only the
+norm's input and one factor a token, and the two branches of the MLP:
 
     h = x / rms(x)     y = w h            ∂x = (u - h mean(h u)) / rms(x)          with u = w ∂y, all but y in fp32
     p = silu(a) c                         ∂c = ∂p silu(a)     ∂a = silu'(a) (c ∂p)
@@ -111,8 +111,8 @@ def _new_instance(ours: type, theirs: type) -> nn.Module:
 def reduce_saved_activations(model: nn.Module) -> int:
     """Make the RMS norms and SiLU-gated MLPs of this model save less for backward; returns how many there are.
 
-    Changes these module objects only (their class). Modules that compute anything else than Llama's are left alone, and doing it
-    twice is harmless.
+    Changes these module objects only (their class). Modules that compute anything else than Llama's are left alone, and
+    doing it twice is harmless.
     """
     count = 0
     for module in model.modules():

@@ -70,8 +70,8 @@ def serialized_layout(
 ) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
     """Name, dtype and shape of each tensor that bitsandbytes stores for a 4-bit weight ``name`` of this shape and dtype.
 
-    Tensors of wide dtypes come first. The JSON at the end is padded with blanks, which a JSON parser skips: its length does not
-    depend on the numbers in it, and what follows starts at a multiple of 64 bytes if this did.
+    Tensors of wide dtypes come first. The JSON at the end is padded with blanks, which a JSON parser skips: its length
+    does not depend on the numbers in it, and what follows starts at a multiple of 64 bytes if this did.
     """
     count, storage = math.prod(shape), getattr(torch, section.quant_storage)
     blocks = -(-count // 64)
@@ -153,7 +153,8 @@ def dequantized_weight(module: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
         state = _require_state(module)
         if getattr(state, "packing_format_for_cpu", False):
             raise RuntimeError(
-                "this 4-bit weight was repacked by a bitsandbytes evaluation pass before qvera got it; such a weight has no "
+                "this 4-bit weight was repacked by a bitsandbytes evaluation pass before qvera got it; such a weight "
+                "has no "
                 "correct gradient. Load the base model again and attach the adapter before running it"
             )
         return _dequantized(module.weight.data.view(-1, 1), state).to(dtype)
@@ -182,9 +183,11 @@ def _dequantized_rows(rows: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 def _dequantized(packed: torch.Tensor, state: QuantState) -> torch.Tensor:
     """A 4-bit weight in its state's dtype, whatever its width.
 
-    Blocks are consecutive elements of the flattened weight. bitsandbytes' AVX-512 kernel (0.50.0 and 0.50.2) assumes n // 64
-    blocks in a row of n instead: wrong scales where n is a multiple of 32 but not of 64 (32, 96, 160). On a CPU a weight whose
-    blocks lie across rows is passed to it in rows of one block, or as a single row where its last block is short.
+    Blocks are consecutive elements of the flattened weight. bitsandbytes' AVX-512 kernel (0.50.0 and 0.50.2) assumes n
+    // 64
+    blocks in a row of n instead: wrong scales where n is a multiple of 32 but not of 64 (32, 96, 160). On a CPU a
+    weight whose blocks lie across rows is passed to it in rows of one block, or as a single row where its last block is
+    short.
     """
     shape = state.shape
     if packed.device.type != "cpu" or shape[-1] % state.blocksize == 0:
@@ -279,8 +282,9 @@ def prequantized_linear(
 
     Args:
         packed: the weight's packed bytes, in any storage dtype.
-        statistics: bitsandbytes' serialized quantization state: ``X.absmax``, ``X.quant_map``, ``X.quant_state.bitsandbytes__nf4``
-            and, with double quantization, ``X.nested_absmax`` and ``X.nested_quant_map``.
+        statistics: bitsandbytes' serialized quantization state: ``X.absmax``, ``X.quant_map``,
+            ``X.quant_state.bitsandbytes__nf4`` and, with double quantization, ``X.nested_absmax`` and
+            ``X.nested_quant_map``.
 
     On a CPU neither is copied.
     """

@@ -1,8 +1,8 @@
 """Quantize a 16-bit checkpoint to bitsandbytes' serialized 4-bit format, which stock transformers loads and qvera maps.
 
-Each source file is read once, in the order of its bytes. Two threads run ahead of the writer (`prefetch`): one reads and hashes,
-one quantizes. So memory is a few chunks and one weight's scales. Finished shards survive a kill. ``config.json`` is written last:
-without it nothing takes a directory for a model.
+Each source file is read once, in the order of its bytes. Two threads run ahead of the writer (`prefetch`): one reads
+and hashes, one quantizes. So memory is a few chunks and one weight's scales. Finished shards survive a kill.
+``config.json`` is written last: without it nothing takes a directory for a model.
 """
 
 from __future__ import annotations
@@ -253,7 +253,8 @@ class _Quantizer:
 def _require_finite(entry: TensorEntry, finite: bool) -> None:
     if not finite:
         raise RunFailed(
-            f"{entry.file}: {entry.name} has NaN or Inf in it, so it can't be quantized. The checkpoint is damaged, or was saved in "
+            f"{entry.file}: {entry.name} has NaN or Inf in it, so it can't be quantized. The checkpoint is damaged, or "
+            f"was saved in "
             "a dtype too narrow for it."
         )
 

@@ -1,7 +1,7 @@
 """The record beside a quantized copy (``qvera_quantized.json``), and the cache of such copies. Imports no torch.
 
-A copy in the cache has the name nf4-IDENTITY, of config, shards and settings (`content_identity`). The KEY of one that is being
-made (`qvera.utils.cache_dir`) is of source path, sizes, times, settings and device.
+A copy in the cache has the name nf4-IDENTITY, of config, shards and settings (`content_identity`). The KEY of one that
+is being made (`qvera.utils.cache_dir`) is of source path, sizes, times, settings and device.
 """
 
 from __future__ import annotations

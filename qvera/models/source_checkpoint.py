@@ -59,7 +59,8 @@ def read_source(section: ModelSection, directory: Path) -> SourceCheckpoint:
     config = read_json(directory / "config.json", "the config of a model")
     if config.get("quantization_config") is not None:
         raise InputError(
-            f"{directory}: is already quantized (config.json has a quantization_config). Use it as model.path as it is, or name "
+            f"{directory}: is already quantized (config.json has a quantization_config). Use it as model.path as it "
+            f"is, or name "
             "the 16-bit checkpoint that it was made from."
         )
     tensors = checkpoint_tensors(directory)
@@ -74,7 +75,8 @@ def read_source(section: ModelSection, directory: Path) -> SourceCheckpoint:
     linears = quantization.four_bit_linears(model, section)
     if transposed & linears:
         raise NotPlain(
-            f"{directory}: stores {min(transposed & linears)} transposed (a Conv1D), and transformers turns it while loading. Such a "
+            f"{directory}: stores {min(transposed & linears)} transposed (a Conv1D), and transformers turns it while "
+            f"loading. Such a "
             "checkpoint can't be quantized ahead; it is quantized each time it is loaded."
         )
     quantized = {f"{name}.weight" for name in linears}
@@ -103,6 +105,7 @@ def _require_dtype(entry: TensorEntry, section: ModelSection, quantized: bool) -
         )
     if quantized and entry.numel % (2 * getattr(torch, section.quant_storage).itemsize):
         raise NotPlain(
-            f"{entry.file}: {entry.name} has {entry.numel} weights, which do not fill whole elements of {section.quant_storage}. Set "
+            f"{entry.file}: {entry.name} has {entry.numel} weights, which do not fill whole elements of "
+            f"{section.quant_storage}. Set "
             "model.quant_storage: uint8."
         )

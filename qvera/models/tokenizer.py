@@ -1,10 +1,10 @@
 """Load a base model's tokenizer, and add a recipe's tokens to a model whose embedding and head are frozen.
 
-VeRA trains no row of the embedding or the head, so a new token keeps the row it gets here; the adapter's vectors learn what it is
-for. Each new row is drawn at random around the rows of the existing tokens: their mean plus their standard deviation, column by
-column, times a number from a generator keyed by the token's text. Not the mean itself, as is usual where rows are trained: a head
-row within the others' convex hull never has the highest logit (Σ wᵢ ⟨rowᵢ, h⟩ <= max ⟨rowᵢ, h⟩), so a frozen model could never
-generate the token.
+VeRA trains no row of the embedding or the head, so a new token keeps the row it gets here; the adapter's vectors learn
+what it is for. Each new row is drawn at random around the rows of the existing tokens: their mean plus their standard
+deviation, column by column, times a number from a generator keyed by the token's text. Not the mean itself, as is usual
+where rows are trained: a head row within the others' convex hull never has the highest logit (Σ wᵢ ⟨rowᵢ, h⟩ <= max
+⟨rowᵢ, h⟩), so a frozen model could never generate the token.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     """The tokenizer of a model section.
 
     Raises:
-        InputError: there is none at that path, it has no end-of-sequence token, or it has a token that the section adds.
+        InputError: there is none at that path, it has no end-of-sequence token, or it has a token that the section
+            adds.
     """
     require_model_files(resolve_path(section.path))
     if Path(resolve_path(section.path)).is_dir():
@@ -87,7 +88,8 @@ def add_tokens(
     for number, token in enumerate(tokens):
         if token in vocabulary:
             raise InputError(
-                f"model.added_tokens: {token!r} is a token of this model already (id {vocabulary[token]}). Take it off the list."
+                f"model.added_tokens: {token!r} is a token of this model already (id {vocabulary[token]}). Take it off "
+                f"the list."
             )
         if token in tokens[:number] or not token.strip():
             raise InputError(f"model.added_tokens: {token!r} is blank, or twice in the list. Write each token once.")
@@ -100,7 +102,8 @@ def add_tokens(
             continue
         if named not in vocabulary:
             raise InputError(
-                f"model.{key}: {named!r} is no token of this model. Name one that it has, or write it into model.added_tokens too"
+                f"model.{key}: {named!r} is no token of this model. Name one that it has, or write it into "
+                f"model.added_tokens too"
                 + (
                     "; without the key, padding takes what the model has, and needs no new row."
                     if key == "pad_token"
@@ -120,8 +123,8 @@ def ids_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> dict[st
 def place_token_rows(model: PreTrainedModel, ids: dict[str, int]) -> int:
     """Give every added token its row in embedding and head; returns how many rows the two had to grow by.
 
-    Rows that the checkpoint has beyond its tokens (Qwen pads its vocabulary) are taken first, in the pages they lie in. Where there
-    are too few, embedding and head become private copies with more rows.
+    Rows that the checkpoint has beyond its tokens (Qwen pads its vocabulary) are taken first, in the pages they lie in.
+    Where there are too few, embedding and head become private copies with more rows.
 
     Args:
         model: a causal language model whose embedding and head are dense.
@@ -134,7 +137,8 @@ def place_token_rows(model: PreTrainedModel, ids: dict[str, int]) -> int:
     first = min(ids.values())
     if not 2 <= first <= embedding.weight.shape[0]:
         raise InputError(
-            f"model.added_tokens: the tokenizer would give {next(iter(ids))!r} the id {first}, but the model has rows for "
+            f"model.added_tokens: the tokenizer would give {next(iter(ids))!r} the id {first}, but the model has rows "
+            f"for "
             f"{embedding.weight.shape[0]} tokens: the two do not belong together. Name the model's own tokenizer."
         )
     rows = [_drawn(module.weight, ids, first) for module in _different(embedding, head)]
@@ -181,7 +185,8 @@ def read_token_rows(directory: Path) -> dict[str, torch.Tensor]:
         rows = load_file(file)
     except (OSError, SafetensorError) as error:
         raise InputError(
-            f"{file}: can't be read ({first_line(error)}). The adapter's config says that it adds tokens, whose rows are in this "
+            f"{file}: can't be read ({first_line(error)}). The adapter's config says that it adds tokens, whose rows "
+            f"are in this "
             "file: copy the whole adapter directory again."
         ) from None
     if any(not torch.isfinite(tensor).all() for tensor in rows.values()):
@@ -194,8 +199,10 @@ def _ends(model: PreTrainedModel) -> tuple[nn.Embedding, nn.Linear]:
     dense = isinstance(embedding, nn.Embedding) and isinstance(head, nn.Linear) and head.weight.is_floating_point()
     if not dense or embedding.weight.shape != head.weight.shape or getattr(head, "bias", None) is not None:
         raise InputError(
-            f"model.added_tokens: the embedding ({type(embedding).__name__}) or the head ({type(head).__name__}) of this model "
-            "can't be given more rows: both have to be dense, of one shape, and without a bias. Use tokens that the model has."
+            f"model.added_tokens: the embedding ({type(embedding).__name__}) or the head ({type(head).__name__}) of "
+            f"this model "
+            "can't be given more rows: both have to be dense, of one shape, and without a bias. Use tokens that the "
+            "model has."
         )
     return embedding, head
 

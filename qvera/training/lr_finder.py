@@ -130,8 +130,9 @@ def _take_steps(session: TrainingSession, ramp: RangeTest) -> tuple[list[dict[st
 class DivergenceWatch:
     """Says when the loss has diverged: its running mean is above where it began and above twice its lowest.
 
-    Both are needed: a loss that has fallen far may double by the noise of one batch, and one that barely falls is soon above
-    its start. The mean covers about a twentieth of the test, at most five steps, so that a short test is not stopped late.
+    Both are needed: a loss that has fallen far may double by the noise of one batch, and one that barely falls is soon
+    above its start. The mean covers about a twentieth of the test, at most five steps, so that a short test is not
+    stopped late.
     """
 
     def __init__(self, steps: int) -> None:
@@ -155,9 +156,9 @@ class DivergenceWatch:
 def read_curve(points: Sequence[dict[str, Any]]) -> tuple[list[float], float | None, float | None, str | None]:
     """Read the suggestion from the points before the first loss that is not finite.
 
-    The smoothed loss is centred, so that it does not lag. At the end of the curve there is less to smooth with: one of the
-    last two points is suggested only where the loss itself is lowest at it. The steepest fall is that of a line through five
-    neighbours, before the lowest loss.
+    The smoothed loss is centred, so that it does not lag. At the end of the curve there is less to smooth with: one of
+    the last two points is suggested only where the loss itself is lowest at it. The steepest fall is that of a line
+    through five neighbours, before the lowest loss.
 
     Returns:
         Smoothed losses, the suggested rate, the rate of the steepest fall, and why there is no suggestion.

@@ -37,8 +37,8 @@ def plan_run(
 ) -> Plan | None:
     """Plan the memory of a run (of one of its ranks), print it in a few lines, and refuse what can't fit on a GPU.
 
-    On a CPU a plan that does not fit is a warning: swap, or other processes that end, may make room. With several ranks the
-    caller decides, since they have to do so together (`rank_checks.check_memory`).
+    On a CPU a plan that does not fit is a warning: swap, or other processes that end, may make room. With several ranks
+    the caller decides, since they have to do so together (`rank_checks.check_memory`).
 
     Raises:
         InputError: on CUDA and with one rank, the plan needs more than the device has.
@@ -63,7 +63,8 @@ def plan_run(
 def run_longest_batch(model: nn.Module, recipe: Recipe, datasets: Datasets, plan: Plan | None, steps: int) -> None:
     """Forward and backward over the longest batch of the run's ``steps``, without a trace.
 
-    The gradients are computed and dropped, so that neither the vectors nor DeepSpeed's buckets hold them, and random state
+    The gradients are computed and dropped, so that neither the vectors nor DeepSpeed's buckets hold them, and random
+    state
     and mode are restored: a run gives the same bits without it. Under ZeRO-3 all ranks call this together, once the
     engine's hooks gather the weights; each of them takes the same batch.
 
@@ -89,7 +90,8 @@ def run_longest_batch(model: nn.Module, recipe: Recipe, datasets: Datasets, plan
         tokens = max(len(e.input_ids) for e in examples)
         shown = ", ".join(e.source for e in examples[:_SHOWN_ROWS]) + (", ..." if len(examples) > _SHOWN_ROWS else "")
         raise InputError(
-            f"{recipe.data.path}: the longest batch of this run ({len(examples)} rows, the longest of {tokens:,} tokens: {shown}) "
+            f"{recipe.data.path}: the longest batch of this run ({len(examples)} rows, the longest of {tokens:,} "
+            f"tokens: {shown}) "
             f"does not fit into memory. {_advice(recipe, plan, tokens)}"
         ) from None
     finally:
@@ -123,8 +125,8 @@ def _advice(recipe: Recipe, plan: Plan | None, longest_row: int) -> str:
 def measured(plan: dict[str, Any], watch: memory.PeakWatch) -> dict[str, Any]:
     """The measured side of run.json's ``plan``: peak, mapped pages, and the plan's error relative to them.
 
-    On a CPU private memory is sampled and the weights' mapped pages are read at the end; on CUDA it is what torch allocated,
-    to be compared with the plan less the CUDA context.
+    On a CPU private memory is sampled and the weights' mapped pages are read at the end; on CUDA it is what torch
+    allocated, to be compared with the plan less the CUDA context.
     """
     context = 0
     if watch.device.type == "cuda":

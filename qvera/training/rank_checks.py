@@ -59,7 +59,8 @@ def check_same_setup(recipe: Recipe, group: Group, console: Console) -> None:
     latency_seconds, bytes_per_second = group.measure_network()
     nodes = sorted({there for there, _ in found})
     console.print(
-        f"{group.world_size} processes on {len(nodes)} node{'s' if len(nodes) > 1 else ''} ({', '.join(nodes)}) with the same "
+        f"{group.world_size} processes on {len(nodes)} node{'s' if len(nodes) > 1 else ''} ({', '.join(nodes)}) with "
+        f"the same "
         f"versions, recipe and base model; an all-reduce takes {1e3 * latency_seconds:.2f} ms, and 4 MB of it pass at "
         f"{bytes_per_second / 1e6:,.0f} MB/s.",
         highlight=False,
@@ -86,8 +87,10 @@ def check_disk_space(folder: Path, share_bytes: int, group: Group) -> None:
         if min(there) < needed:
             raise for_all(
                 InputError(
-                    f"deepspeed: {size(needed)} of the base go to {folder} on {host}, where {size(min(there))} are free. Make "
-                    "room, or name a directory on another disk as offload_param.nvme_path in a copy of the configuration."
+                    f"deepspeed: {size(needed)} of the base go to {folder} on {host}, where {size(min(there))} are "
+                    f"free. Make "
+                    "room, or name a directory on another disk as offload_param.nvme_path in a copy of the "
+                    "configuration."
                 )
             )
 
@@ -96,7 +99,8 @@ def check_memory(plan: Plan | None, group: Group, console: Console) -> None:
     """Check that the plan fits on every node. A GPU is one rank's; the RAM of a node is shared by its ranks.
 
     Raises:
-        InputError: a GPU has less than its rank needs; says which rank and node. On CPUs that is a warning, as for one process.
+        InputError: a GPU has less than its rank needs; says which rank and node. On CPUs that is a warning, as for one
+            process.
     """
     if group.world_size == 1 or plan is None:
         return
@@ -141,7 +145,8 @@ def check_same_data(datasets: Datasets, recipe: Recipe, group: Group) -> None:
     if other is not None:
         raise for_all(
             InputError(
-                f"{recipe.data.path}: holds other rows on rank {other} ({found[other][0]}) than on rank 0 ({found[0][0]}), or they "
+                f"{recipe.data.path}: holds other rows on rank {other} ({found[other][0]}) than on rank 0 "
+                f"({found[0][0]}), or they "
                 "are tokenized differently there. Put the same files on every node."
             )
         )

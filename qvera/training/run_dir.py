@@ -45,8 +45,9 @@ def run_directory(recipe: Recipe, recipe_path: Path | None) -> Path:
 def run_lock(run_dir: Path, host: str, wait_seconds: float = 0.0) -> Iterator[None]:
     """Hold the run directory for this process, so that no second training writes into it.
 
-    The system releases the lock of a process that died. A network file system whose locks are local to each host (Lustre with
-    ``localflock``) keeps only processes of one host apart. Directories made for the lock are removed where nothing was written.
+    The system releases the lock of a process that died. A network file system whose locks are local to each host
+    (Lustre with ``localflock``) keeps only processes of one host apart. Directories made for the lock are removed where
+    nothing was written.
 
     Args:
         run_dir: made where it is not there.
@@ -109,7 +110,8 @@ def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool) -> None:
         changed = changed_keys(load_recipe(existing).to_dict(), recipe)
         if changed:
             raise InputError(
-                f"{run_dir}: was started with another recipe; {', '.join(changed)} changed. Undo that, or start a new run in "
+                f"{run_dir}: was started with another recipe; {', '.join(changed)} changed. Undo that, or start a new "
+                f"run in "
                 "another training.output_dir."
             )
 
@@ -172,7 +174,8 @@ def newest_checkpoint(run_dir: Path, recipe: Recipe, warn: Callable[[str], None]
     saved = steps > load_recipe(run_dir / "recipe.yaml").training.save_steps
     if saved or checkpoint.directories(directory):
         raise InputError(
-            f"{directory}: holds no checkpoint that can be used, and the run has taken {steps} steps. Put a whole checkpoint "
+            f"{directory}: holds no checkpoint that can be used, and the run has taken {steps} steps. Put a whole "
+            f"checkpoint "
             f"back. To begin again at step 0, delete {run_dir} or choose another training.output_dir."
         )
     return None

@@ -184,7 +184,9 @@ class TrainingSession:
         shown = ", ".join("not finite" if loss is None else f"{loss:g}" for one in found for loss in one["losses"])
         return for_all(
             RunFailed(
-                f"Step {self.state.step + 1}: the loss or its gradient is not finite (losses {shown}; gradient norm {norm}); rows: "
-                f"{where}. No step was taken and earlier checkpoints are kept. Lower training.learning_rate, or look at these rows."
+                f"Step {self.state.step + 1}: the loss or its gradient is not finite (losses {shown}; gradient norm "
+                f"{norm}); rows: "
+                f"{where}. No step was taken and earlier checkpoints are kept. Lower training.learning_rate, or look "
+                f"at these rows."
             )
         )

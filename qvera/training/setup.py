@@ -59,8 +59,8 @@ def select_device(recipe: Recipe, group: Group) -> torch.device:
 def load_datasets(recipe: Recipe, base: Base | None, console: Console, group: Group, preview: bool) -> Datasets:
     """The recipe's rows, tokenized and the same on all ranks.
 
-    Data comes before the model: a wrong row is found before minutes go into loading and quantizing one. ``preview``: print rows
-    too, as `qvera preview` does.
+    Data comes before the model: a wrong row is found before minutes go into loading and quantizing one. ``preview``:
+    print rows too, as `qvera preview` does.
 
     Raises:
         InputError: anything wrong with the data, no row left to train on, or ranks with different rows.
@@ -86,7 +86,8 @@ def load_datasets(recipe: Recipe, base: Base | None, console: Console, group: Gr
 def _print_summary(datasets: Datasets, console: Console) -> None:
     stats = datasets.stats
     console.print(
-        f"Data: {stats.train_rows:,} rows to train on, {stats.eval_rows:,} held out; the loss covers {stats.trained_tokens:,} of "
+        f"Data: {stats.train_rows:,} rows to train on, {stats.eval_rows:,} held out; the loss covers "
+        f"{stats.trained_tokens:,} of "
         f"{stats.tokens:,} tokens. `qvera preview` shows the rows.",
         highlight=False,
         soft_wrap=True,

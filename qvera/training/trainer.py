@@ -61,8 +61,8 @@ def train(
     Args:
         recipe: what to train, on what, and how.
         run_dir: must not hold a run yet, unless ``resume``.
-        resume: go on from the newest checkpoint in ``run_dir`` that verifies. A run whose processes torchrun restarted does
-            so by itself.
+        resume: go on from the newest checkpoint in ``run_dir`` that verifies. A run whose processes torchrun restarted
+            does so by itself.
         dry_run: stop after the data was read and shown; nothing is written (returns None).
         console: for progress; default: standard error.
         base: an already loaded base, for callers that train more than once on it.
@@ -71,7 +71,8 @@ def train(
         The result; None in a process that is not the first of several.
 
     Raises:
-        InputError: recipe, data, model or run directory are wrong, or another process trains there; nothing was written.
+        InputError: recipe, data, model or run directory are wrong, or another process trains there; nothing was
+        written.
         Interrupted: SIGINT, SIGTERM or SIGHUP came; a checkpoint was saved at the step boundary.
         RunFailed: the loss or the gradient became NaN or Inf, or the disk is full; the last checkpoint is kept.
     """
@@ -136,7 +137,8 @@ class Trainer(TrainingSession):
         self.run["processes"] = {"count": self.group.world_size, "deepspeed": self.recipe.deepspeed}
         facts, others = self.run["adapter"], self.group.world_size - 1
         self.console.print(
-            f"Training {facts['trainable_parameters']:,} parameters in {facts['adapted_modules']} linear layers (LoRA of rank 64: "
+            f"Training {facts['trainable_parameters']:,} parameters in {facts['adapted_modules']} linear layers (LoRA "
+            f"of rank 64: "
             f"{facts['lora_r64_parameters']:,}) for {self.steps} steps on {memory.device_name(self.device)}"
             + (f" and {others} more." if others else "."),
             soft_wrap=True,
@@ -198,7 +200,8 @@ class Trainer(TrainingSession):
             if record["step"] == 1 and self.recipe.training.optim != "adamw":
                 stock_bytes = 2 * 4 * sum(vector.numel() for vector in trained_vectors(self.model).values())
                 self.console.print(
-                    f"{self.recipe.training.optim} holds {optimizer_bytes(self.optimizer):,} bytes of state; torch's adamw would "
+                    f"{self.recipe.training.optim} holds {optimizer_bytes(self.optimizer):,} bytes of state; torch's "
+                    f"adamw would "
                     f"hold {stock_bytes:,}."
                 )
 
@@ -285,7 +288,10 @@ class Trainer(TrainingSession):
         self.run["adapter"]["file_bytes"] = self.group.on_first(save)
 
     def finish(self, status: str, after: dict[str, Any] | None = None, samples: Sequence[dict[str, Any]] = ()) -> None:
-        """Write run.json and the report. The ranks wait for it: a launcher that sees one leave with 75 ends the others."""
+        """Write run.json and the report.
+
+        The ranks wait for it: a launcher that sees one leave with 75 ends the others.
+        """
         state, watch = self.state, self.watch
         processes = self.group.gather({"host": self.group.host, "peak_bytes": watch.peak_bytes})
         self.run["status"] = status

@@ -1,8 +1,9 @@
 """The engine of a run with a ``deepspeed`` key: DeepSpeed's own optimizer of that stage steps the vectors.
 
-Stages 1 and 2 get a module that holds the vectors and nothing else: DeepSpeed sends every parameter it is given from rank 0 to
-the others when it starts, and a mapped base would become private memory on each of them. Stage 3 gets the decoder, whose
-weights `BaseSharder` has sharded already; its hooks gather a module's weights around its forward and backward.
+Stages 1 and 2 get a module that holds the vectors and nothing else: DeepSpeed sends every parameter it is given from
+rank 0 to the others when it starts, and a mapped base would become private memory on each of them. Stage 3 gets the
+decoder, whose weights `BaseSharder` has sharded already; its hooks gather a module's weights around its forward and
+backward.
 
 Our checkpoints hold vectors and optimizer state as one process has them, so they go through DeepSpeed's public
 ``safe_get_*`` and ``safe_set_*`` functions, and a run goes on under another stage and another number of processes.
@@ -163,11 +164,11 @@ class ZeroEngine:
 def _embedding_hidden(decoder: nn.Module) -> Iterator[None]:
     """Hide the embedding from DeepSpeed while it puts its hooks on the decoder.
 
-    Our hooks gather the embedding for the look-up alone. DeepSpeed's would gather it again in backward, for a gradient that
-    nobody reads (PEFT makes the output require one).
+    Our hooks gather the embedding for the look-up alone. DeepSpeed's would gather it again in backward, for a gradient
+    that nobody reads (PEFT makes the output require one).
 
-    The embedding of a tied head was left whole, and is a buffer afterwards: DeepSpeed takes every parameter that it meets for
-    one of its own. The head keeps the parameter.
+    The embedding of a tied head was left whole, and is a buffer afterwards: DeepSpeed takes every parameter that it
+    meets for one of its own. The head keeps the parameter.
     """
     found = [(name, m) for name, m in decoder.named_modules() if isinstance(m, nn.Embedding)]
     for name, _ in found:

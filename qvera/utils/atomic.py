@@ -7,9 +7,9 @@
         ...the small files; what makes the directory a model (config.json) last, with `replace_text`
         work.complete()
 
-A hidden state file, replaced as a whole after each shard, lists the finished ones. Its ``identity`` is everything that the bytes
-are a function of; another identity is refused. One process at a time may work in a directory (the kernel drops the lock of one
-that was killed).
+A hidden state file, replaced as a whole after each shard, lists the finished ones. Its ``identity`` is everything that
+the bytes are a function of; another identity is refused. One process at a time may work in a directory (the kernel
+drops the lock of one that was killed).
 """
 
 from __future__ import annotations
@@ -180,7 +180,8 @@ def require_space(out: Path, needed_bytes: int, what: str) -> None:
     free = shutil.disk_usage(place).free
     if free < needed_bytes:
         raise InputError(
-            f"{out}: {what} needs {formatting.size(needed_bytes)}, and {formatting.size(free)} are free on this disk. Make room, or "
+            f"{out}: {what} needs {formatting.size(needed_bytes)}, and {formatting.size(free)} are free on this disk. "
+            f"Make room, or "
             "name a directory on another disk."
         )
 

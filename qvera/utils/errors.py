@@ -32,7 +32,10 @@ class RunFailed(QveraError):
 
 
 class Interrupted(QveraError):
-    """Ctrl-C, SIGTERM or SIGHUP: the state was saved and the same command with ``--resume`` goes on from it. Exit code 75."""
+    """Ctrl-C, SIGTERM or SIGHUP: the state was saved and the same command with ``--resume`` goes on from it.
+
+    Exit code 75.
+    """
 
     exit_code = EXIT_INTERRUPTED
 

@@ -22,8 +22,8 @@ def read_json(path: Path, what: str, keys: Collection[str] = (), fix: str = "") 
         fix: one sentence that ends each message: what to do about a bad file.
 
     Raises:
-        InputError: the file is missing or unreadable, is not JSON (the message has line and column), holds no object, or
-            lacks one of ``keys``.
+        InputError: the file is missing or unreadable, is not JSON (the message has line and column), holds no object,
+            or lacks one of ``keys``.
     """
     end = f" {fix}" if fix else ""
     try:

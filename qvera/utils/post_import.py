@@ -1,7 +1,8 @@
 """Run something when another package is imported, without importing that package now.
 
-Python finds a module through the finders of `sys.meta_path`. The finder here stands first among them. For one name it asks the
-others, and wraps what they found so that an action runs right after the module's own code. All other names pass through.
+Python finds a module through the finders of `sys.meta_path`. The finder here stands first among them. For one name it
+asks the others, and wraps what they found so that an action runs right after the module's own code. All other names
+pass through.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Where the tensors of a checkpoint lie in its files, and a fingerprint of the whole. Imports torch only when a header is read.
 
 File format: 8 bytes little-endian header length, JSON header, tensor bytes back to back
-(https://github.com/huggingface/safetensors#format). A sharded checkpoint has an index, ``{"weight_map": {tensor: file}}``.
+(https://github.com/huggingface/safetensors#format). A sharded checkpoint has an index, ``{"weight_map": {tensor:
+file}}``.
 """
 
 from __future__ import annotations
@@ -96,7 +97,8 @@ def read_header(file: Path) -> list[TensorEntry]:
             entries.append(TensorEntry(name, torch_dtypes()[value["dtype"]], tuple(value["shape"]), file, start, stop))
     except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
-            f"{file}: not a readable safetensors file, or cut short ({type(error).__name__}: {error}). Copy or download it again."
+            f"{file}: not a readable safetensors file, or cut short ({type(error).__name__}: {error}). Copy or "
+            f"download it again."
         ) from None
     entries.sort(key=lambda entry: entry.start)
     position = 8 + length
@@ -134,7 +136,8 @@ def checkpoint_tensors(directory: Path) -> list[TensorEntry]:
             other = entries.setdefault(entry.name, entry)
             if other is not entry:
                 raise InputError(
-                    f"{directory}: both {other.file.name} and {file.name} hold {entry.name}. Leave only the files of one "
+                    f"{directory}: both {other.file.name} and {file.name} hold {entry.name}. Leave only the files of "
+                    f"one "
                     "checkpoint there, or an index."
                 )
     missing = sorted(wanted.keys() - entries.keys())
@@ -157,7 +160,8 @@ def weight_map(index: Path) -> dict[str, str]:
     for name in wanted.values():
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
             raise InputError(
-                f"{index}: names {name!r} as a shard. Expected names of *.safetensors files in its own directory, without a path."
+                f"{index}: names {name!r} as a shard. Expected names of *.safetensors files in its own directory, "
+                f"without a path."
             )
     return wanted
 
@@ -217,8 +221,8 @@ def base_fingerprint(directory: Path) -> str:
 
     SHA-256 over every tensor's name, dtype and shape, and its first and last 4 KiB, in the order of the names. How the
     tensors are divided into files, and which files lie beside them, makes no difference. A directory that was quantized
-    from another one carries the other's fingerprint (`SOURCE_FILE`). A quantized one of unknown origin has a fingerprint of
-    its own kind, ``quantized:...``, which is not comparable with those of 16-bit ones (`same_base`).
+    from another one carries the other's fingerprint (`SOURCE_FILE`). A quantized one of unknown origin has a
+    fingerprint of its own kind, ``quantized:...``, which is not comparable with those of 16-bit ones (`same_base`).
 
     Raises:
         InputError: a shard is missing, cut short or not safetensors.

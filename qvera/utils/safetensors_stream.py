@@ -1,7 +1,7 @@
 """Safetensors files in chunks: read once in the order of the disk and hashed on the way; written with any mixture of dtypes.
 
-Memory is a few chunks, whatever the size of a tensor. File format: 8 bytes little-endian header length, a JSON header, tensor
-bytes back to back (https://github.com/huggingface/safetensors#format).
+Memory is a few chunks, whatever the size of a tensor. File format: 8 bytes little-endian header length, a JSON header,
+tensor bytes back to back (https://github.com/huggingface/safetensors#format).
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def write_chunks(path: Path, specs: list[TensorSpec], chunks: Iterator[tuple[str
     Args:
         path: the file.
         specs: the tensors in the order of the file.
-        chunks: (tensor name, its next bytes) in that order; no more are taken than ``specs`` need, so one iterator can serve
-            several files.
+        chunks: (tensor name, its next bytes) in that order; no more are taken than ``specs`` need, so one iterator can
+            serve several files.
 
     Raises:
         OSError: the disk is full or gone; nothing is left behind.
@@ -150,7 +150,10 @@ def write_index(directory: Path, shards: list[tuple[str, list[TensorSpec]]]) -> 
 
 
 class _HashingWriter:
-    """Writes and hashes side by side. It syncs every `_SYNC_BYTES`, so that a full disk is noticed early and the end is quick."""
+    """Writes and hashes side by side.
+
+    It syncs every `_SYNC_BYTES`, so that a full disk is noticed early and the end is quick.
+    """
 
     def __init__(self, handle: io.FileIO, disk: ThreadPoolExecutor) -> None:
         self.digest = hashlib.sha256()

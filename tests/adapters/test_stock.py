@@ -39,7 +39,8 @@ def stock_layers(model: nn.Module) -> dict[str, Any]:
 def ours_and_stock(quantized: bool, directory: Path, copy_from: str, targets: Any) -> tuple[Any, Any]:
     """Two models with the same base, projections and vectors; the scale between the two conventions goes into d.
 
-    Stock VeRA multiplies the Kaiming bounds of the *largest* layer into A and B; ours multiplies each layer's own into d.
+    Stock VeRA multiplies the Kaiming bounds of the *largest* layer into A and B; ours multiplies each layer's own into
+    d.
     """
     ours = get_peft_model(base(quantized, directory), QveraConfig(rank=RANK, target_modules=targets))
     perturb(ours)

@@ -50,7 +50,10 @@ def test_peft_knows_qvera_where_peft_is_imported_first() -> None:
 
 
 def test_peft_knows_qvera_where_qvera_is_imported_first() -> None:
-    """Here in the middle of the import of transformers' trainer. PEFT's module keeps its own loader, which tools ask."""
+    """Here in the middle of the import of transformers' trainer.
+
+    PEFT's module keeps its own loader, which tools ask.
+    """
     code = """
 import importlib.util, inspect, sys, qvera
 assert importlib.util.find_spec("peft").origin.endswith("__init__.py") and "peft" not in sys.modules

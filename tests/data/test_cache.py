@@ -355,7 +355,8 @@ def test_a_killed_maker_leaves_nothing_in_the_way(section: DataSection, root: Pa
         "def hang(*a): print('made', flush=True); import time; time.sleep(600)\n"
         "cache._write_record = hang\n"
         "cache._WORTH_BYTES = 10_000\n"
-        f"section = DataSection(path={section.path!r}, template='chatml', eval_fraction=0.1, max_length=256, too_long='split')\n"
+        f"section = DataSection(path={section.path!r}, template='chatml', eval_fraction=0.1, max_length=256, "
+        f"too_long='split')\n"
         "build_datasets(section, byte_tokenizer())\n"
     )
     maker = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
@@ -395,7 +396,8 @@ def test_a_full_disk_is_said(section: DataSection, monkeypatch: pytest.MonkeyPat
     assert entries() == []
 
 
-# --- several runs at once -------------------------------------------------------------------------------------------------
+# --- several runs at once
+# -------------------------------------------------------------------------------------------------
 
 
 class Said(io.StringIO):
@@ -502,7 +504,8 @@ def test_rows_that_were_mended_while_they_were_read_are_not_called_wrong(
     assert not list(root.glob(".*.failed"))
 
 
-# --- several processes ----------------------------------------------------------------------------------------------------
+# --- several processes
+# ----------------------------------------------------------------------------------------------------
 
 
 class ThreadInPlaceOfAProcess:
@@ -554,7 +557,8 @@ def own_special_tokens() -> PreTrainedTokenizerFast:
         **tokenizer.special_tokens_map,
     )
     own.chat_template = (
-        "{{ cls_token + mask_token }}{% for m in messages %}{{ sep_token + m.role + image_token + m.content + end_of_call }}"
+        "{{ cls_token + mask_token }}{% for m in messages %}{{ sep_token + m.role + image_token + m.content + "
+        "end_of_call }}"
         "{% endfor %}"
     )
     return own
@@ -690,7 +694,8 @@ def test_held_out_rows_of_another_format_get_the_training_rows_template(tmp_path
     assert "### Instruction" in one.eval[0].prompt_text
 
 
-# --- rows as a sequence ---------------------------------------------------------------------------------------------------
+# --- rows as a sequence
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_rows_are_a_sequence(section: DataSection) -> None:

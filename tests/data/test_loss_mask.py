@@ -81,7 +81,8 @@ def test_trained_tokens_are_the_answers_and_their_ends(
     request: pytest.FixtureRequest,
 ) -> None:
     tokenizer = tokenizer_for(template, request)
-    # some characters (a byte order mark, say) leave no token; such an answer is refused (hypothesis 6.100 gives blank ones too)
+    # some characters (a byte order mark, say) leave no token; such an answer is refused (hypothesis 6.100 gives blank
+    # ones too)
     assume(all(answer.strip() and tokenizer.encode(answer, add_special_tokens=False) for _, answer in exchanges))
     turns = [("system", system)] if system else []
     for question, answer in exchanges:

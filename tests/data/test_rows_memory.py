@@ -11,7 +11,8 @@ import pytest
 
 pytestmark = pytest.mark.process
 
-# In a process of its own, whose private memory (RssAnon) is this and nothing else. The rows are written without a tokenizer: 200
+# In a process of its own, whose private memory (RssAnon) is this and nothing else. The rows are written without a
+# tokenizer: 200
 # tokens each, some of them trained, a prompt, a source.
 SCRIPT = """
 import json, re, sys

@@ -216,7 +216,8 @@ def test_a_launched_run_stops_on_sigterm_with_75_and_goes_on(write_recipe: Any, 
 
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "qvera", "train"]
-# `qvera launch --hostfile` leaves the --no_ssh part out; that a machine reaches itself by ssh is not to be taken for granted
+# `qvera launch --hostfile` leaves the --no_ssh part out; that a machine reaches itself by ssh is not to be taken for
+# granted
 HOSTFILE = ["-m", "deepspeed.launcher.runner", "--hostfile", "hosts", "--no_ssh", "--node_rank", "0"]
 HOSTFILE += ["--master_addr", "127.0.0.1", "--master_port", "PORT", "--module", "qvera", "train"]
 
@@ -253,7 +254,10 @@ def test_input_that_is_wrong_ends_a_launched_run_with_2(write_recipe: Any, tmp_p
 
 @pytest.mark.slow
 def test_a_restart_does_not_turn_a_refused_run_into_a_resumed_one(write_recipe: Any, tmp_path: Path) -> None:
-    """A run of another launch stands there. Refused, torchrun starts the processes again, and they are refused again."""
+    """A run of another launch stands there.
+
+    Refused, torchrun starts the processes again, and they are refused again.
+    """
     out = tmp_path / "out"
     recipe = write_recipe(training={"max_steps": 4, "output_dir": str(out)})
     assert main(["train", str(recipe)]) == 0

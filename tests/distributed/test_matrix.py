@@ -74,7 +74,8 @@ def test_in_16_bits_the_stages_agree(place: Place, stage: str) -> None:
     assert losses(place.root / f"{stage}-bf16") == pytest.approx(losses(place.root / "None-bf16"), rel=2e-3)
 
 
-# Going on with another number of processes, under every stage, in uneven batches: seven rows a step, the fifth step has four.
+# Going on with another number of processes, under every stage, in uneven batches: seven rows a step, the fifth step has
+# four.
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """A base whose shares lie in files: the numbers of one process, little of it in RAM, and nothing left behind.
 
-Slow: DeepSpeed's async_io is compiled for it, which takes minutes, and a share has to be of a MB before it goes to a file at all.
+Slow: DeepSpeed's async_io is compiled for it, which takes minutes, and a share has to be of a MB before it goes to a
+file at all.
 """
 
 from __future__ import annotations

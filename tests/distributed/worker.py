@@ -60,7 +60,8 @@ class Watch:
         def watched_build(trainer: Trainer) -> Any:
             self.engine, self.model = build(trainer), trainer.model
             linears = [m for m in causal_model(self.model).modules() if isinstance(m, quantization.Linear4bit)]
-            # the weights themselves: asking a module for its weight in the middle of a forward pass makes DeepSpeed gather it
+            # the weights themselves: asking a module for its weight in the middle of a forward pass makes DeepSpeed
+            # gather it
             self.big = [linear.weight for linear in linears]
             for linear in linears:
                 linear.register_forward_hook(self.look)

@@ -52,7 +52,10 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 @pytest.fixture(scope="module")
 def six_steps(make_recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
-    """A recipe and its finished run of six steps, with checkpoints of steps 2, 4 and 6. Copy it before you change it."""
+    """A recipe and its finished run of six steps, with checkpoints of steps 2, 4 and 6.
+
+    Copy it before you change it.
+    """
     recipe = make_recipe(training={"max_steps": 6, "save_steps": 2, "save_total_limit": 3})
     run_dir = tmp_path_factory.mktemp("runs") / "six-steps"
     train(recipe, run_dir)

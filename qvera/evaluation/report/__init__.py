@@ -1,7 +1,7 @@
 """The pages of qvera: one HTML file each, which loads nothing from anywhere.
 
-`read` reads a run directory; `run_page`, `compare_page`, `answers_page` (``qvera eval``) and `preview_page` compute what
-a page shows; `charts` turns values into positions; the templates draw both.
+`read` reads a run directory; `run_page`, `compare_page`, `answers_page` (``qvera eval``) and `preview_page` compute
+what a page shows; `charts` turns values into positions; the templates draw both.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def write_report(run_dir: str | Path) -> Path:
         ) from None
     except OSError as error:
         raise RunFailed(
-            f"{target}: the report could not be written ({error.strerror}). The run's own files are untouched; make room "
+            f"{target}: the report could not be written ({error.strerror}). The run's own files are untouched; make "
+            f"room "
             "and write the report again."
         ) from None
     finally:

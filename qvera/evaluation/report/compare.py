@@ -215,7 +215,8 @@ def _gaps_between_runs(runs: Sequence[Run], labels: Sequence[str]) -> list[str]:
         ),
         (
             lambda run: _last_evaluation(run, "trained_tokens"),
-            "The runs' held-out losses are not over the same tokens ({}): other rows, another template or another length.",
+            "The runs' held-out losses are not over the same tokens ({}): other rows, another template or another "
+            "length.",
         ),
         (
             lambda run: run.text("device"),
@@ -257,7 +258,8 @@ def _gaps_between_scores(runs: Sequence[Run], labels: Sequence[str]) -> list[str
     if len({each.inputs_sha256 or label for label, each in known}) > 1:
         inputs = "; ".join(f"{label}: {_inputs(each)}" for label, each in known)
         gaps.append(
-            f"The runs' eval.json are not of the same inputs ({inputs}): other rows, another template or other references."
+            f"The runs' eval.json are not of the same inputs ({inputs}): other rows, another template or other "
+            f"references."
         )
     ways = {
         "did not ask the same kind of model": [(label, each.column) for label, each in known],

@@ -1,4 +1,7 @@
-"""HTML pages from the templates of this directory. A page is one file: it loads nothing and runs only its own script."""
+"""HTML pages from the templates of this directory.
+
+A page is one file: it loads nothing and runs only its own script.
+"""
 
 from __future__ import annotations
 

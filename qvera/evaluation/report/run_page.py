@@ -219,7 +219,8 @@ def _memory(run: Run) -> tuple[Chart | None, str]:
     batch = run.text("plan", "batch", "source")
     planned_for = f" Planned for {batch}." if batch else ""
     return chart, (
-        f"Predicted peak {size(predicted)}, measured {size(measured)}{split}: the plan was off by {error} %.{planned_for}"
+        f"Predicted peak {size(predicted)}, measured {size(measured)}{split}: the plan was off by {error} "
+        f"%.{planned_for}"
     )
 
 

@@ -97,7 +97,8 @@ def test_the_peak_of_a_step_is_the_plan_s(
     step = sum(c.bytes for c in memory.moments[memory.peak_moment])
     model = live.tiny(made, dtype, attn_implementation=attention, **changes)
     counted = live.step_peak_bytes(model, ids, mask, labels, made.training.loss_chunk_tokens)
-    # temporaries inside one kernel (logsumexp's) are not counted live, and gradients are freed a little earlier than planned
+    # temporaries inside one kernel (logsumexp's) are not counted live, and gradients are freed a little earlier than
+    # planned
     assert -0.02 < step / counted - 1 < 0.09
 
 
