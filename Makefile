@@ -42,9 +42,9 @@ test-fast: $(VENV)/.installed-test
 
 # pytest exits with 5 where it finds no test, which fails here too: a slow suite that vanished must not pass.
 # Tests of ssh, Slurm and NVMe are skipped, with the Debian packages to install, where those are missing.
-test-slow: $(VENV)/.installed-test $(VENV)/.installed-harness
+test-slow: $(VENV)/.installed-test $(VENV)/.installed-harness $(VENV)/.installed-trl
 	$(BIN)/python -m pytest -q -m 'slow or matrix'
-	$(BIN)/python -m pytest -q tests/evaluation/test_lm_eval.py
+	$(BIN)/python -m pytest -q tests/evaluation/test_lm_eval.py tests/test_examples.py tests/adapters/test_peft_compat.py
 
 test-ci-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q $(PARALLEL) -m slow

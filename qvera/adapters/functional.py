@@ -141,8 +141,8 @@ def inward(g: torch.Tensor, B: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 BLOCK_ELEMENTS = 2**19
-"""What elementwise passes over [m, r] take at a time on a CPU: 2 MB in fp32 stay in its cache. At 11008 x 1024 that is a tenth of
-the time, since temporaries of 45 MB are fresh pages for every product."""
+"""What elementwise passes over [m, r] take at a time on a CPU: 2 MB in fp32 stay in its cache. At 11008 x 1024 that is
+a tenth of the time, since temporaries of 45 MB are fresh pages for every product."""
 
 
 def row_blocks(B: torch.Tensor) -> list[slice]:
@@ -153,7 +153,7 @@ def row_blocks(B: torch.Tensor) -> list[slice]:
 
 
 def few_tokens(tokens: int, B: torch.Tensor, groups: int = 1) -> bool:
-    """Whether scaling z and each group's output, T (r + 2 G m) elements, touches fewer elements than building C, m r of them."""
+    """Whether scaling z and the outputs, T (r + 2 G m) elements, touches fewer elements than building C [m, r]."""
     out_features, rank = B.shape
     return tokens * (rank + 2 * groups * out_features) < out_features * rank
 

@@ -108,7 +108,10 @@ class LowRankPath:
         return functional.project(inner, factors.A.to(dtype))
 
     def _fast_forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor | None:
-        """The same y in a cheaper way, or with another adapter for each row; None where the formula itself has to be taken."""
+        """The same y in a cheaper way, or with another adapter for each row.
+
+        None where the formula itself has to be taken.
+        """
         if self._row_plan is not None:
             return self._row_plan.forward(self, x, *args, **kwargs)
         if self._inference_weight is not None and self._answers_from_inference_weight():
@@ -147,7 +150,7 @@ class LowRankPath:
         return delta.t() if isinstance(self.base_layer, Conv1D) else delta
 
     def hold_inference_weight(self, hold: bool, base_only: bool = False) -> None:
-        """Hold (or let go of) W + ΔW of the active adapters [m, n] in the compute dtype, beside the untouched base weight.
+        """Hold W + ΔW of the active adapters [m, n] in the compute dtype, or let go of it.
 
         One product then serves base and adapters: on a CPU that is as fast as the 4-bit kernel on the base alone. For
         answers only; with gradients enabled the layer takes its normal path.

@@ -210,7 +210,7 @@ def _read_config(directory: Path) -> QveraConfig:
 
 
 def _put_on_seeds(model: nn.Module, configs: Mapping[str, QveraConfig]) -> tuple[PeftModel, dict[str, QveraLinear]]:
-    """One ordinary, unchanged adapter for each seed: it draws the pair and makes the layers, which come by their names."""
+    """One ordinary, unchanged adapter for each seed. It draws the pair and makes the layers, by their names."""
     targets = {target for config in configs.values() for target in config.target_modules or ()}
     peft_model: Any = None
     for seed in dict.fromkeys(config.projection_seed for config in configs.values()):

@@ -84,7 +84,7 @@ _accelerated: dict[type, type] = {}
 
 
 def _accelerated_class(stock: type) -> type:
-    """The accelerated subclass of one of PEFT's VeRA layer classes (one for each kind of base layer, by PEFT's version)."""
+    """The accelerated subclass of one of PEFT's VeRA layer classes; PEFT has one for each kind of base layer."""
     if stock not in _accelerated:
         _accelerated[stock] = type(f"Accelerated{stock.__name__}", (_AcceleratedLayer, stock), {"__module__": __name__})
     return _accelerated[stock]
@@ -97,7 +97,8 @@ class AcceleratedVeraModel(VeraModel):
         linear.freeze_linears(model)
         super()._pre_injection_hook(model, config, adapter_name)
 
-    def _create_new_module(self, *args: object, **kwargs: object) -> VeraLayer:  # type: ignore[override]  # PEFT's is static
+    # PEFT's is static
+    def _create_new_module(self, *args: object, **kwargs: object) -> VeraLayer:  # type: ignore[override]
         layer = VeraModel._create_new_module(*args, **kwargs)
         if isinstance(layer, VeraLayer):
             layer.__class__ = _accelerated_class(type(layer))

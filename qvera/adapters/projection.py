@@ -45,7 +45,7 @@ def uniform_matrix(rows: int, columns: int, seed: int, stream: int) -> np.ndarra
 
 
 def vera_scale(rank: int, in_features: int) -> float:
-    """sqrt(6 / in_features) * sqrt(6 / rank): the Kaiming-uniform bounds of A and B (VeRA, section 3.2) as one factor."""
+    """sqrt(6 / in_features) * sqrt(6 / rank), the Kaiming-uniform bounds of A and B (VeRA, section 3.2) in one."""
     return math.sqrt(6.0 / in_features) * math.sqrt(6.0 / rank)
 
 
@@ -55,7 +55,7 @@ def uniform_pair(rank: int, in_features: int, out_features: int, seed: int) -> t
 
 
 def projection_sha256(rank: int, in_features: int, out_features: int, seed: int) -> str:
-    """SHA-256 over the little-endian fp32 bytes of A [rank, in_features], then of B [out_features, rank], row by row."""
+    """SHA-256 over the little-endian fp32 bytes of A [rank, in_features] and then B [out_features, rank]."""
     digest = hashlib.sha256()
     for matrix in uniform_pair(rank, in_features, out_features, seed):
         digest.update(np.ascontiguousarray(matrix, dtype="<f4").tobytes())

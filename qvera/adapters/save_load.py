@@ -119,7 +119,7 @@ def portable_name(name: str) -> str:
 
 
 def named_vectors(model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
-    """``layer.qvera_b``, ``layer.qvera_d`` and, where there is one, ``layer.qvera_a`` → parameter, for every adapted layer.
+    """The vectors of every adapted layer by name: ``layer.qvera_b``, ``layer.qvera_d`` and maybe ``layer.qvera_a``.
 
     The keys are those of the adapter file.
     """
@@ -149,7 +149,9 @@ def adapter_facts(model: PeftModel, adapter: str = "default") -> dict[str, Any]:
 
 
 def save_adapter(model: PeftModel, directory: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> int:
-    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` (fp32 vectors, no projections); returns their bytes.
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` (fp32 vectors, no projections).
+
+    Returns their bytes.
 
     Where tokens were added, their rows (`ADDED_ROWS`) and ``tokenizer`` go beside them; the tokenizer is not
     counted. Written to a temporary name and renamed, so that a half-written adapter never stands under its final name.

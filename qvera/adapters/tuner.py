@@ -226,7 +226,10 @@ def _require_memory(
 
 
 def _short_names(targets: str | set[str] | list[str], matched: list[str], model: nn.Module) -> str | list[str]:
-    """Last names (``q_proj``) in place of full ones where they mean the same modules; sorted, so files are reproducible."""
+    """Last names (``q_proj``) in place of full ones where they mean the same modules.
+
+    Sorted, so files are reproducible.
+    """
     if isinstance(targets, str):
         return targets
     last_names = {key.rpartition(".")[2] for key in matched}

@@ -83,7 +83,7 @@ def _read_message() -> str | None:
 
 
 def template_and_encoder(opened: OpenRun) -> tuple[ChatTemplate, Encoder]:
-    """The chat template that a run was trained with (run.json says which one ``auto`` was), and its tokenizer's encoder."""
+    """The chat template that a run was trained with, and its tokenizer's encoder. run.json resolves ``auto``."""
     from qvera.data import Encoder, resolve_template
     from qvera.evaluation.load import template_of
 

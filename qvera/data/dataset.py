@@ -74,7 +74,9 @@ def data_sha256(datasets: Datasets) -> str:
 def build_datasets(
     section: DataSection, tokenizer: PreTrainedTokenizerBase, console: Console | None = None
 ) -> Datasets:
-    """Read, check, render and tokenize the rows that a recipe names, or find them in the cache. Nothing is shuffled here.
+    """Read, check, render and tokenize the rows that a recipe names, or find them in the cache.
+
+    Nothing is shuffled here.
 
     Args:
         section: the recipe's ``data``.
@@ -118,7 +120,7 @@ def _sources(section: DataSection) -> list[DataSection]:
 
 
 def weighted(count: int, weight: float, seed: int, number: int) -> np.ndarray:
-    """Each row as often as its source's weight says, at least one row in all: whole passes, and a part drawn by ``seed``.
+    """Repeat each row as its source's weight says: whole passes, and a part drawn by ``seed``; at least one row.
 
     Args:
         count: the source's rows.

@@ -172,7 +172,10 @@ class _Encoding(Protocol):
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """A hash of all that tokenizing depends on in a tokenizer; None for one written in Python, whose code is not compared."""
+    """A hash of all that tokenizing depends on in a tokenizer.
+
+    None for one written in Python, whose code is not compared.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not getattr(tokenizer, "is_fast", False) or backend is None:
         return None

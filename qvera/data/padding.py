@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     import torch
 
 KERNEL_CACHE_SIZE = 1024
-"""Kernels that oneDNN (``ONEDNN_PRIMITIVE_CACHE_CAPACITY``) and torch (``LRU_CACHE_CAPACITY``) each cache by default."""
+"""Kernels that oneDNN (``ONEDNN_PRIMITIVE_CACHE_CAPACITY``) and torch (``LRU_CACHE_CAPACITY``) each cache by default.
+"""
 
 LENGTHS_PER_OCTAVE = 8
 """Lengths from each power of two to the next."""

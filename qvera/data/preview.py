@@ -26,7 +26,7 @@ _BAR_WIDTH = 40
 def print_preflight(
     datasets: Datasets, tokenizer: PreTrainedTokenizerBase, console: Console, rows: int | None = None
 ) -> None:
-    """Print rows, tokens, a histogram of lengths, what was cut or dropped, and ``rows`` rows with trained tokens marked.
+    """Print counts, a histogram of lengths, what was cut or dropped, and ``rows`` rows with trained tokens marked.
 
     ``rows`` None: two, and of a mixture at least one of each source. They come from each source in turn, see
     `Datasets.first_rows`. Trained tokens stand in ⟦…⟧ and in colour, so that they show in a log file too.

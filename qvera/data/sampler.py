@@ -53,8 +53,8 @@ def steps_per_epoch(n: int, global_batch_size: int) -> int:
 
 
 _GROUPED_BATCHES = 50
-"""Batches in each stretch of an epoch that is sorted by length, as in transformers' LengthGroupedSampler: few enough that the
-order stays random, many enough that the rows of a batch have nearly one length."""
+"""Batches in each stretch of an epoch that is sorted by length, as in transformers' LengthGroupedSampler: few enough
+that the order stays random, many enough that the rows of a batch have nearly one length."""
 
 
 def grouped(chosen: np.ndarray, lengths: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:

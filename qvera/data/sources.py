@@ -1,4 +1,4 @@
-"""A recipe's source: which files it is read from, what identifies their content, and which rows are trained on or held out."""
+"""A recipe's source: its files, what identifies their content, and which rows are trained on or held out."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def source_files(section: DataSection) -> list[Path] | None:
 
 
 def source_content(section: DataSection, hashes: HashIndex) -> list[list[str]] | None:
-    """What identifies a source's content: name and SHA-256 of each file, or the fingerprint that `datasets` gives a hub dataset.
+    """What identifies a source's content: names and SHA-256 of its files, or the fingerprint of a hub dataset.
 
     Args:
         hashes: the hashes of files that have not changed.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SourceStats:
-    """One source of a mixture: its training rows, how many of an epoch it gives with its weight, what they look like."""
+    """One source of a mixture: its training rows, its share of an epoch, and what the rows look like."""
 
     path: str
     weight: float
@@ -41,7 +41,9 @@ class SourceStats:
 
 @dataclass(slots=True)
 class DataStats(RowCounts):
-    """What happened to the rows, train and eval, besides `RowCounts`. Token counts are of the training rows, after truncation.
+    """What happened to the rows, train and eval, besides `RowCounts`.
+
+    Token counts are of the training rows, after truncation.
 
     Attributes:
         repeated_rows: eval rows that are, token for token, also training rows (by a 64-bit hash of their tokens).

@@ -225,7 +225,7 @@ class RowTokenizer:
         self._counts.dropped.setdefault(reason, []).append(row.source)
 
     def _split(self, whole: Example, kept: np.ndarray) -> list[Example]:
-        """The tokens ``kept`` of a row in consecutive parts of max_length, each after the row's BOS or the token before it.
+        """Split the tokens ``kept`` of a row into parts of max_length, each after the row's BOS or the token before.
 
         Only parts with a trained token are of use. None of them can be answered as the row could, so they have no
         prompt.

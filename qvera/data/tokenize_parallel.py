@@ -1,4 +1,4 @@
-"""Tokenizing by several processes: each reads the source itself and takes every n-th chunk of rows, so no row crosses a pipe.
+"""Tokenize with several processes. Each reads the source itself and takes every n-th chunk of its rows.
 
     python -m qvera.data.tokenize_parallel JOB.pickle NUMBER
 

@@ -34,8 +34,8 @@ _PROGRESS_ROWS = 2000
 _MEASURED_SECONDS = 1.0
 """After this long in one process it is known how long the rest would take."""
 _WORTH_SECONDS = 60.0
-"""More processes are started where one alone would take this much longer: each imports its libraries and reads the whole source
-(`bench/feeding.py`)."""
+"""More processes are started where one alone would take this much longer: each imports its libraries and reads the
+whole source (`bench/feeding.py`)."""
 
 
 @dataclass(slots=True)

@@ -54,7 +54,7 @@ class Group:
         return self.rank == 0
 
     def set_flag(self, name: str) -> None:
-        """Set a flag that processes of the same launch see, those too that the launcher starts in the place of these."""
+        """Set a flag that all processes of this launch see, also those that the launcher restarts."""
         if self.store is not None:
             self.store.set(f"qvera/flag/{name}", "")
 

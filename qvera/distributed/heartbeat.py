@@ -116,7 +116,7 @@ class Heartbeat:
                 continue
 
     def _without_launcher(self) -> None:
-        """Torchrun or DeepSpeed's launcher on this node was killed: nobody would restart or stop this process any more."""
+        """Whether the launcher on this node was killed. Then nothing would restart or stop this process any more."""
         reason = "the launcher that had started it was killed. Checkpoints are kept; go on with --resume."
         left = {"host": self.group.host, "left": True, "error": reason, "exit_code": EXIT_FAILED}
         with contextlib.suppress(RuntimeError):  # it may have served the store

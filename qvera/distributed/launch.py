@@ -108,7 +108,9 @@ def _hosts(hostfile: Path) -> dict[str, int]:
 
 
 def require_hosts(hostfile: Path) -> None:
-    """Check by ssh that each host of a file answers; otherwise the others would wait minutes for it. A single host is not asked.
+    """Check by ssh that each host of a file answers; otherwise the others would wait minutes for it.
+
+    A single host is not asked.
 
     Raises:
         InputError: a host does not answer within seconds, or asks for a password.

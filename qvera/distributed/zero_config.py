@@ -55,16 +55,19 @@ _UNSUPPORTED = (
     "autotuning", "progressive_layer_drop", "sparse_attention", "eigenvalue", "checkpoint",
     "zero_allow_untested_optimizer", "managed_gradient_accumulation",
 )  # fmt: skip
-"""DeepSpeed's keys for what this training loop does not do: other kinds of parallelism, curricula, its own checkpoints."""
+"""DeepSpeed's keys for what this training loop does not do: other kinds of parallelism, curricula, its own checkpoints.
+"""
 
 IN_RAM_BELOW_BYTES = 2**20
-"""A shard of a weight that is smaller than this stays in RAM when the base is offloaded to NVMe (DeepSpeed's ``MIN_AIO_BYTES``)."""
+"""A shard of a weight that is smaller than this stays in RAM when the base is offloaded to NVMe (DeepSpeed's
+``MIN_AIO_BYTES``)."""
 
 _SPARE_BUFFERS = 4
 """DeepSpeed ends the run with an assertion when no buffer is free, and one more costs a few MB."""
 
 _NOT_WITH_NVME = ("stage3_prefetch_bucket_size", "stage3_max_reuse_distance")
-"""With gradient checkpointing a weight is in DeepSpeed's queue twice; the buffers are counted for weights that go after use."""
+"""With gradient checkpointing a weight is in DeepSpeed's queue twice; the buffers are counted for weights that go after
+use."""
 
 
 class _DeepSpeedKeys(Section):
@@ -112,7 +115,9 @@ class _DeepSpeedFile(_DeepSpeedKeys):
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What DeepSpeed's limits and buffers are derived from, in elements of the tensors as they are stored. 0: not known.
+    """What DeepSpeed's limits and buffers are derived from, in elements of the tensors as they are stored.
+
+    0: not known.
 
     Attributes:
         largest_layer: elements of the largest decoder layer.

@@ -1,4 +1,4 @@
-"""Parameters that ZeRO-3 shards over the ranks: how the base is sharded while it is read, and how a parameter is read again.
+"""Parameters that ZeRO-3 shards over the ranks: sharding the base while it is read, and reading a parameter again.
 
 Nothing here imports DeepSpeed, or does anything, without ZeRO-3.
 """
@@ -60,7 +60,7 @@ def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 
 def gather_at_call(module: nn.Module) -> None:
-    """Let a module that no DeepSpeed engine knows, such as the output head, gather its own weights whenever it is called."""
+    """Let a module outside the DeepSpeed engine, such as the output head, gather its own weights when it is called."""
     blocks: list[contextlib.AbstractContextManager[None]] = []
 
     def before(*_: object) -> None:

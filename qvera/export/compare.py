@@ -24,7 +24,8 @@ from qvera.utils import memory
 from qvera.utils.atomic import require_space
 
 BATCH_TOKENS = 2048
-"""Tokens of a batch, padding included: each batch dequantizes (or casts) all weights once, so single rows would take longer."""
+"""Tokens of a batch, padding included: each batch dequantizes (or casts) all weights once, so single rows would take
+longer."""
 
 
 def _batches(examples: Sequence[Example]) -> Iterator[list[Example]]:

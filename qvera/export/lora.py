@@ -35,7 +35,7 @@ class Truncation:
 
 
 def truncation_text(errors: Mapping[str, Truncation], own: int, rank: int) -> str:
-    """What a truncation to ``rank`` of ``own`` directions loses: the layers' errors in one line, and what to make of them.
+    """What a truncation to ``rank`` of ``own`` directions loses: the layers' errors in one line, and a conclusion.
 
     Args:
         errors: layer name → its error.

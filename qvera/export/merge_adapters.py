@@ -17,7 +17,9 @@ from qvera.utils.errors import InputError
 
 
 def same_directions(adapters: Sequence[AdapterDeltas]) -> str | None:
-    """None where a weighted sum of these adapters is again a VeRA adapter: one seed, rank, b_groups, layers, d and a. Else why not.
+    """None where a weighted sum of these adapters is again a VeRA adapter: one seed, rank, b_groups, layers, d and a.
+
+    Else why not.
 
     Then Σ w diag(b) B diag(d) A = diag(Σ w b) B diag(d) A, exactly. Training with ``adapter.train_d: false`` makes it
     so.
@@ -75,7 +77,7 @@ def weighted_sum(adapters: Sequence[AdapterDeltas], weights: Sequence[float]) ->
 def stacked_factors(
     adapters: Sequence[AdapterDeltas], weights: Sequence[float]
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Σ w ΔW as a LoRA of rank r₁ + r₂ + ..., exactly: A' of all stacked [Σ r, n], w B' of all side by side [m, Σ r], fp32.
+    """Σ w ΔW as an exact LoRA of rank r₁ + r₂ + ... in fp32: A' [Σ r, n] of all stacked, w B' [m, Σ r] side by side.
 
     Layers that only some of the adapters have get zeros for the others.
     """

@@ -81,7 +81,7 @@ def export_merged(
     return certificate
 
 
-_KEPT = "{done} of {total} shards are finished and kept; make room and run the same command again, and it goes on from there."
+_KEPT = "{done} of {total} shards are finished and kept. Make room and run the same command again; it resumes there."
 
 
 def _interrupted(work: OutputDirectory, shards: Sized, why: str) -> str:
@@ -147,8 +147,8 @@ def _plan(adapter_dir: Path, section: ModelSection, options: ExportSection) -> _
     compute = pick_compute_dtype(section.compute_dtype, pick_device())
     deltas = _deltas(adapter, entries)
     return _Plan(
-        section, options, source_dir, fingerprint, adapter, model, model_config, tokenizer, ids, entries, deltas, tables,
-        shards, dtype, compute,
+        section, options, source_dir, fingerprint, adapter, model, model_config, tokenizer, ids, entries, deltas,
+        tables, shards, dtype, compute,
     )  # fmt: skip
 
 
@@ -315,7 +315,7 @@ def _not_finite(block: Block, exact: torch.Tensor, dtype: torch.dtype, adapted: 
 
 
 def _quantized_weights(model: PreTrainedModel) -> tuple[set[str], set[str]]:
-    """Names of the weights that a quantized load quantizes (every linear but the head), and which of them are Conv1D's."""
+    """Names of the weights that a quantized load quantizes (every linear but the head), and those of Conv1D."""
     head = model.get_output_embeddings()
     found = {
         f"{name}.weight": isinstance(module, Conv1D)

@@ -68,11 +68,11 @@ class FakeQuantization:
 
     @property
     def reads_original(self) -> bool:
-        """Whether the weight was quantized from the file's values (4-bit weights are), or from them in the compute dtype."""
+        """Whether the weight was quantized from the stored values, as 4-bit weights are, or after a cast."""
         return self.absmax is not None
 
     def rows(self, weight: torch.Tensor, first: int) -> torch.Tensor:
-        """Rows [k, n] of the weight, the first of them row ``first``, as the trained base has them, in the compute dtype."""
+        """Rows [k, n] of the weight from row ``first``, as the trained base has them, in the compute dtype."""
         if self.absmax is None:
             return quantization.quantize_dequantize(weight, self.section)
         at = first * weight.shape[1] // BLOCK

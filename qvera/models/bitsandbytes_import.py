@@ -1,4 +1,4 @@
-"""Import bitsandbytes without its advice about an optional kernel package, which it logs at every import on some CPUs."""
+"""Import bitsandbytes without the advice about an optional package that it logs at every import on some CPUs."""
 
 import logging
 

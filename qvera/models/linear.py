@@ -74,7 +74,7 @@ class WeightBlocks:
 
 
 def blocked_linear(x: torch.Tensor, blocks: WeightBlocks, bias: torch.Tensor | None) -> torch.Tensor:
-    """X Wᵀ + bias: x [..., n] gives [..., m] in x's dtype, a tensor of its own (no view, so it can be changed in place)."""
+    """x Wᵀ + bias: x [..., n] gives [..., m] in x's dtype. It is no view, so it can be changed in place."""
     if len(blocks) == 1:
         y = F.linear(x, next(iter(blocks))[1], bias)
         # of three dimensions the product is a view, which autograd lets nobody change in place; this is the same memory
@@ -257,7 +257,8 @@ def inference_layout(model: nn.Module, skip: Collection[nn.Module] = ()) -> Iter
         head = None
     try:
         if head is not None:
-            head._inference_weight = head.weight.to(embedding_dtype(model.get_input_embeddings()))  # type: ignore[operator]
+            dtype = embedding_dtype(model.get_input_embeddings())  # type: ignore[operator]
+            head._inference_weight = head.weight.to(dtype)
         skipped = set(map(id, skip))
         layers = [m for m in model.modules() if isinstance(m, FrozenLinear4bit) and id(m) not in skipped]
         layers = [m for m in layers if not is_sharded(m.weight)]

@@ -144,7 +144,10 @@ def _load_mapped(
     progress: StageProgress | None,
     sharder: WeightSharder | None,
 ) -> PreTrainedModel | None:
-    """The model from its mapped 4-bit file, which is made now if there is none yet; None where transformers has to load it."""
+    """The model from its mapped 4-bit file, which is made now if there is none yet.
+
+    None where transformers has to load it.
+    """
     if _is_quantized(config):
         settings = config.quantization_config
         if not (settings if isinstance(settings, dict) else settings.to_dict()).get("load_in_4bit"):
@@ -328,7 +331,10 @@ def load_exported(directory: Path, device: torch.device) -> PreTrainedModel:
 
 
 def exported_bytes(directory: Path, device: torch.device) -> int:
-    """Memory that `load_exported` takes on ``device``, from the checkpoint's headers; mapped, one cast weight at a time."""
+    """Memory that `load_exported` takes on ``device``, from the checkpoint's headers.
+
+    Mapped, one cast weight at a time.
+    """
     entries = checkpoint_tensors(directory)
     if device.type == "cuda":
         return sum(file.stat().st_size for file in {e.file for e in entries})

@@ -37,7 +37,7 @@ _IGNORED = (".rotary_emb.inv_freq",)  # old Llama checkpoints carry these; the m
 
 
 class WeightSharder(Protocol):
-    """Takes weights as they are read, to keep only this rank's share of each (`qvera.distributed.zero_params.BaseSharder`)."""
+    """Takes weights as they are read and keeps this rank's shard (`qvera.distributed.zero_params.BaseSharder`)."""
 
     def expect(self, weight_numel: int, weights: int) -> None:
         """Called first: elements of the largest weight in a layer, and the number of weights in a layer."""
@@ -118,7 +118,10 @@ def load_mapped(
 
 
 def _weights_to_shard(model: PreTrainedModel, config: PretrainedConfig, plain: list[str]) -> set[str]:
-    """The dense weights that are sharded: embedding, head, dense linears; but not an embedding that is also the head."""
+    """The dense weights that are sharded: embedding, head, dense linears.
+
+    But not an embedding that is also the head.
+    """
     whole: list[nn.Module] = []
     if getattr(config, "tie_word_embeddings", False):
         whole = [model.get_input_embeddings(), model.get_output_embeddings()]

@@ -1,4 +1,4 @@
-"""The config of a base model, the model without weights that it describes, and whether the stored weights are that model's."""
+"""The config of a base model, the model it describes without weights, and checks that the stored weights fit it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantize weights to packed 4-bit values on a CPU, bit-equal to bitsandbytes and faster (bench/quantize.py has the ratio).
+"""Quantize weights to packed 4-bit values on a CPU, bit-equal to bitsandbytes and faster (bench/quantize.py).
 
 The arithmetic is that of bitsandbytes' CPU `quantize_4bit` (QLoRA, arXiv 2305.14314, section 3; bitsandbytes
 `backends/default/ops.py`), in the same order and in fp32, so every nibble is the same: for a block of 64 weights

@@ -68,7 +68,7 @@ _FLOAT_CHARACTERS = 24
 def serialized_layout(
     name: str, shape: tuple[int, ...], dtype: torch.dtype, section: ModelSection
 ) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-    """Name, dtype and shape of each tensor that bitsandbytes stores for a 4-bit weight ``name`` of this shape and dtype.
+    """Name, dtype and shape of each tensor that bitsandbytes stores for a 4-bit weight ``name`` of this shape.
 
     Tensors of wide dtypes come first. The JSON at the end is padded with blanks, which a JSON parser skips: its length
     does not depend on the numbers in it, and what follows starts at a multiple of 64 bytes if this did.
@@ -126,7 +126,7 @@ def serialized_state(name: str, state: QuantState, section: ModelSection) -> dic
 def quantized_on_device(
     name: str, weight: torch.Tensor, section: ModelSection
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """A whole weight by bitsandbytes' own kernels, on the device it is on: packed, and `serialized_state`, on the CPU."""
+    """Quantize a whole weight with bitsandbytes' kernels on its device. The result is on the CPU."""
     packed, state = bnb_functional.quantize_4bit(
         weight,
         blocksize=64,
@@ -164,7 +164,10 @@ def dequantized_weight(module: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _state(module: Linear4bit) -> QuantState | None:
-    """A 4-bit layer's quantization state; bitsandbytes keeps it twice, since ZeRO-3 can part the weight from its own."""
+    """A 4-bit layer's quantization state.
+
+    Bitsandbytes keeps it twice, since ZeRO-3 can part the weight from its own.
+    """
     return getattr(module.weight, "quant_state", None) or module.quant_state
 
 
@@ -200,7 +203,9 @@ def _dequantized(packed: torch.Tensor, state: QuantState) -> torch.Tensor:
 
 
 def dequantized_rows(module: nn.Linear, dtype: torch.dtype, rows: int) -> Iterator[tuple[slice, torch.Tensor]]:
-    """The weight of a 4-bit layer on a CPU in ``dtype``, ``rows`` rows at a time; together they equal `dequantized_weight`.
+    """The weight of a 4-bit layer on a CPU in ``dtype``, ``rows`` rows at a time.
+
+    Together they equal `dequantized_weight`.
 
     For a weight whose blocks of scales end with its rows (`ends_with_rows`).
     """
@@ -342,7 +347,7 @@ def double_quantized_absmax(absmax: torch.Tensor) -> torch.Tensor:
 def quantize_dequantize_blocks(
     weight: torch.Tensor, absmax: torch.Tensor, quant_type: str, dtype: torch.dtype
 ) -> torch.Tensor:
-    """`quantize_dequantize` of whole blocks of 64 consecutive elements to ``dtype``, scaled back by ``absmax``, one number a block."""
+    """`quantize_dequantize` of whole blocks of 64 elements to ``dtype``, with one ``absmax`` for each block."""
     packed, state = bnb_functional.quantize_4bit(weight, blocksize=64, compress_statistics=False, quant_type=quant_type)
     state.absmax, state.dtype = absmax.contiguous(), dtype
     return _dequantized(packed, state)
@@ -372,7 +377,10 @@ def inference_pack(module: nn.Linear) -> InferencePack | None:
 
 
 def fused_matmul(x: torch.Tensor, module: nn.Linear, pack: InferencePack | None) -> torch.Tensor | None:
-    """X Wᵀ [..., m] by bitsandbytes' fused 4-bit kernels, for use without gradients; None where there is no faster one."""
+    """x Wᵀ [..., m] by bitsandbytes' fused 4-bit kernels, for use without gradients.
+
+    None where there is no faster one.
+    """
     if pack is not None:
         return bnb_functional.gemv_4bit(x, pack.weight, state=pack.state)
     if x.device.type != "cpu":

@@ -37,7 +37,8 @@ from qvera.utils.safetensors_stream import Chunk, prefetch, read_chunks, write_c
 SHARD_BYTES = 1_000_000_000
 """A kill costs at most the work of one shard."""
 _NOT_COPIED = (
-    ".safetensors", ".bin", ".pt", ".pkl", ".pickle", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".index.json",
+    ".safetensors", ".bin", ".pt", ".pkl", ".pickle", ".pth",
+    ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".index.json",
 )  # fmt: skip
 _PREFETCHED_CHUNKS = 4
 

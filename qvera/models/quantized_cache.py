@@ -84,7 +84,10 @@ def cached_base(
 
 
 def find_base(section: ModelSection, directory: Path | None = None) -> Path | None:
-    """The finished copy for this section if there is one and the source's hashes are known; nothing is made or hashed."""
+    """The finished copy for this section if there is one and the source's hashes are known.
+
+    Nothing is made or hashed.
+    """
     directory = directory or base_directory(section)
     root = bases_root()
     if not (root / "hashes.json").is_file():

@@ -47,7 +47,7 @@ def read_record(directory: Path) -> dict[str, Any] | None:
 
 
 def problem_of(directory: Path, *, verify: bool = False) -> str | None:
-    """What is wrong with a quantized copy, or None: every shard there and as long as recorded, with ``verify`` as hashed."""
+    """What is wrong with a quantized copy, or None. Checks each shard's length, and with ``verify`` its hash."""
     record = read_record(directory)
     if record is None:
         return f"{directory / RECORD} is missing or damaged"

@@ -1,4 +1,4 @@
-"""The 16-bit checkpoint that a 4-bit one is made from: config and headers, checked against each other before a weight is read."""
+"""The 16-bit checkpoint that a 4-bit one is made from: its config and headers are checked before a weight is read."""
 
 from __future__ import annotations
 

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ADDED_ROWS = "added_tokens.safetensors"
-"""Beside an adapter's vectors: ``embedding`` and ``head`` [added tokens, hidden], by id; no ``head`` where they are one table."""
+"""Beside an adapter's vectors: ``embedding`` and ``head`` [added tokens, hidden], by id; no ``head`` where they are one
+table."""
 PLACED = "qvera_added_tokens"
 """The attribute of a model with the tokens that have been given rows: token → id."""
 _BLOCK_ROWS = 4096
@@ -213,7 +214,7 @@ def _different(embedding: nn.Embedding, head: nn.Linear) -> list[nn.Embedding | 
 
 
 def _drawn(weight: torch.Tensor, ids: dict[str, int], known: int) -> torch.Tensor:
-    """A row for each token: mean + std · ε over the first ``known`` rows, ε uniform with variance 1, in float64 until the end."""
+    """A row for each token: mean + std · ε over the first ``known`` rows, ε uniform with variance 1, in float64."""
     total = torch.zeros(weight.shape[1], dtype=torch.float64)
     squares = torch.zeros_like(total)
     for start in range(0, known, _BLOCK_ROWS):  # a table of a large vocabulary is never whole in float64

@@ -62,7 +62,10 @@ class TrainState:
         self.input_tokens += input_tokens
 
     def add_evaluation(self, loss: float, patience: int) -> None:
-        """Compare a held-out loss with the best so far; ``patience`` evaluations without a lower one stop the run (0: never)."""
+        """Compare a held-out loss with the best so far.
+
+        ``patience`` evaluations without a lower one stop the run (0: never).
+        """
         if self.best_loss is None or loss < self.best_loss:
             self.best_loss, self.best_step, self.evaluations_without_gain = loss, self.step, 0
         else:
@@ -244,7 +247,7 @@ def restore(
 
 
 def prune(directory: Path, keep: int, also: set[int]) -> None:
-    """Delete all but the newest ``keep`` checkpoints and those of the steps in ``also``, and leftovers of killed writes."""
+    """Delete leftovers of killed writes, and checkpoints other than the newest ``keep`` and the steps ``also``."""
     names = directories(directory)
     for path in names[: max(len(names) - keep, 0)]:
         if int(path.name[-8:]) not in also:

@@ -1,4 +1,4 @@
-"""Before the first step: the memory plan, and the longest batch once, so that a run that can't fit fails in its first minute."""
+"""Before the first step: the memory plan and one pass of the longest batch, so that a run too large fails at once."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def build_schedule(section: TrainingSection, optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
-    """The learning rate over ``steps`` optimizer steps: transformers' cosine, linear or constant schedule after warm-up.
+    """The learning rate over ``steps`` optimizer steps: a cosine, linear or constant schedule as in transformers.
 
     The warm-up differs from transformers' in one thing. There the first of w steps has rate 0 and changes nothing; here
     step i (from 0) has the share (i + 1) / (w + 1) of ``learning_rate``. Step w has all of it in both.

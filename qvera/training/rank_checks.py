@@ -153,7 +153,10 @@ def check_same_data(datasets: Datasets, recipe: Recipe, group: Group) -> None:
 
 
 def signal_on_any_rank(signals: StopRequests, group: Group) -> str | None:
-    """The signal that asks this run to stop, whichever rank got it; the same answer on all ranks, so all stop at one step."""
+    """The signal that asks this run to stop, whichever rank got it.
+
+    The same answer on all ranks, so all stop at one step.
+    """
     if not group.sum([float(signals.asked is not None)])[0]:
         return None
     if group.world_size == 1:

@@ -110,7 +110,7 @@ class TrainingSession:
         return ZeroEngine(self.zero, self.recipe, *parts, self.run_dir / "offload")
 
     def train_step(self) -> dict[str, Any]:
-        """One optimizer step: accumulate the gradient of the mean loss over the global batch's trained tokens, clip, step.
+        """One optimizer step on the mean loss over the global batch's trained tokens: accumulate gradients, clip, step.
 
         Returns:
             The record for metrics.jsonl. ``learning_rate`` is the one the step was taken with.

@@ -324,7 +324,7 @@ class Trainer(TrainingSession):
         self.trackers = Trackers(names, self.run_dir, self.recipe.to_dict())
 
     def _open_files(self) -> None:
-        """On rank 0: metrics.jsonl without the steps that will be run again, then recipe.yaml, which makes this a run."""
+        """On rank 0, open metrics.jsonl without the steps that are run again, then write recipe.yaml."""
         with disk_errors(str(self.run_dir), "No step was taken; mend that and start it again."):
             self.run_dir.mkdir(parents=True, exist_ok=True)
             self.log_file = MetricsLog(self.run_dir / "metrics.jsonl", last_step=self.state.step)

@@ -90,7 +90,7 @@ class ZeroEngine:
             self._take_over(before)
 
     def _gather_unsharded(self) -> None:
-        """Gather the parameters that stay whole on every rank (vectors and norms): DeepSpeed does so first after a step."""
+        """Gather the parameters that stay whole on every rank: vectors and norms."""
         whole = [p for p in self.deepspeed.module.parameters() if p.ds_persist]
         missing = [p for p in whole if p.ds_status.name != "AVAILABLE"]
         if missing:

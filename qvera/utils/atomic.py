@@ -1,4 +1,4 @@
-"""Write files so that a kill leaves whole ones: small files, and output directories that the same command completes later.
+"""Write files so that a kill leaves whole ones: small files, and output directories that a second run completes.
 
     with OutputDirectory.open(out, identity, what="export") as work:
         for name in planned:
@@ -154,7 +154,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def place_files(out: Path, save: Callable[[Path], Any]) -> None:
-    """Let a library save small files (``save_pretrained``) into a scratch directory, and move each into ``out`` whole."""
+    """Let a library save small files (``save_pretrained``) to a scratch directory, and move each to ``out`` whole."""
     scratch = out / ".small.partial"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
@@ -214,7 +214,10 @@ def disk_errors(what: str, kept: str) -> Iterator[None]:
 
 
 def _error_number(error: OSError | SafetensorError) -> int:
-    """The system's error number; safetensors has it in its text only: "I/O error: No space left on device (os error 28)"."""
+    """The system's error number.
+
+    Safetensors has it in its text only: "I/O error: No space left on device (os error 28)".
+    """
     if isinstance(error, OSError):
         return error.errno or 0
     found = re.search(r"\(os error (\d+)\)", str(error))

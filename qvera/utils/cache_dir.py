@@ -93,7 +93,10 @@ class DiskCache:
 
     @contextlib.contextmanager
     def locked(self, key: str, waiting: Callable[[], None] | None = None) -> Iterator[None]:
-        """Hold the lock of what is made under ``key``; ``waiting`` is called every now and then while another process has it."""
+        """Hold the lock of what is made under ``key``.
+
+        ``waiting`` is called every now and then while another process has it.
+        """
         lock = FileLock(self.root() / f".{key}.lock")
         while not lock.is_locked:
             try:
@@ -169,7 +172,10 @@ class HashIndex:
         return found
 
     def add(self, entries: dict[Path, tuple[list[int], str]]) -> None:
-        """Remember file → (what `file_stamp` said before its content was read, SHA-256); files that are gone are dropped."""
+        """Remember file → (what `file_stamp` said before its content was read, SHA-256).
+
+        Files that are gone are dropped.
+        """
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(self._path.with_suffix(".lock")):

@@ -106,7 +106,7 @@ def mapped_weights_bytes() -> int:
 
 
 class PeakWatch:
-    """Context manager that records the peak memory of its block: sampled every 20 ms on a CPU, counted by torch on CUDA."""
+    """Record the peak memory of a with-block: sampled every 20 ms on a CPU, counted by torch on CUDA."""
 
     INTERVAL_SECONDS = 0.02
 
@@ -148,7 +148,7 @@ class PeakWatch:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that can still be allocated: on the CUDA device, or in this machine within the limit of the process's cgroup."""
+    """Memory that can still be allocated: on the CUDA device, or in RAM within the limit of the process's cgroup."""
     if device.type == "cuda":
         import torch
 

@@ -1,4 +1,6 @@
-"""Where the tensors of a checkpoint lie in its files, and a fingerprint of the whole. Imports torch only when a header is read.
+"""Where the tensors of a checkpoint lie in its files, and a fingerprint of the whole.
+
+Imports torch only when a header is read.
 
 File format: 8 bytes little-endian header length, JSON header, tensor bytes back to back
 (https://github.com/huggingface/safetensors#format). A sharded checkpoint has an index, ``{"weight_map": {tensor:
@@ -197,7 +199,9 @@ def shard_files(directory: Path) -> list[Path]:
 def grouped_by_bytes(
     units: Iterable[list[T]], size_bytes: Callable[[T], int], max_bytes: int
 ) -> list[tuple[str, list[T]]]:
-    """File name and contents of each shard, in the order given; a shard is above ``max_bytes`` only if one unit alone is.
+    """File name and contents of each shard, in the order given.
+
+    A shard is above ``max_bytes`` only if one unit alone is.
 
     Args:
         units: what has to lie in one file together.

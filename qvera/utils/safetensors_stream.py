@@ -1,4 +1,6 @@
-"""Safetensors files in chunks: read once in the order of the disk and hashed on the way; written with any mixture of dtypes.
+"""Safetensors files in chunks: read once in the order of the disk and hashed on the way.
+
+Written with any mixture of dtypes.
 
 Memory is a few chunks, whatever the size of a tensor. File format: 8 bytes little-endian header length, a JSON header,
 tensor bytes back to back (https://github.com/huggingface/safetensors#format).

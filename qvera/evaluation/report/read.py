@@ -164,7 +164,7 @@ class Run:
 
     @property
     def held_out_losses(self) -> list[Point]:
-        """Held-out loss by step: from metrics.jsonl, and from run.json before and after training where that lacks them."""
+        """Held-out loss by step, from metrics.jsonl and, before and after training, from run.json."""
         points = dict(series(self.evals, "loss"))
         before = _measured(self.number("result", "eval_before", "loss"))
         after = _measured(self.number("result", "eval_after", "loss"))

@@ -14,6 +14,7 @@ from qvera.training.plan.shapes import Shape, shape_of
 from qvera.training.plan.sharding import ALONE, Sharing, Way, plan_ways, right_way
 
 __all__ = [
-    "ALONE", "Batch", "Change", "Machine", "Memory", "Plan", "Shape", "Sharing", "Way", "gpu_machine", "longest_rows", "make_plan",
+    "ALONE", "Batch", "Change", "Machine", "Memory", "Plan", "Shape", "Sharing", "Way", "gpu_machine", "longest_rows",
+    "make_plan",
     "parse_size", "plan_memory", "plan_ways", "planned_steps", "right_way", "shape_of", "this_machine", "time_step",
 ]  # fmt: skip
