@@ -58,6 +58,11 @@ def init(
     replace_text(out, recipe_text(model, section, stats))
     load_recipe(out)
     print(f"{out}: {stats.train_rows:,} rows, format {stats.format}, the longest has {stats.longest_tokens:,} tokens")
+    if stats.unused_columns:
+        print(
+            f"not read          {', '.join(stats.unused_columns)}. To train on other columns, name them: "
+            "--prompt-column NAME --answer-column NAME"
+        )
     print(f"look at the rows  qvera preview {out}\nfind a rate       qvera train {out} --find-lr")
     print(f"train             qvera train {out}")
 
@@ -120,9 +125,8 @@ def recipe_text(model: str, data: DataSection, stats: DataStats) -> str:
     return "\n".join(
         [
             f"# yaml-language-server: $schema={schema_file}",
-            "# Written by `qvera init`. Every key is described in docs/recipe.md. Relative paths start in the "
-            "directory where you run",
-            "# qvera. A line that begins with # shows a default.",
+            "# Written by `qvera init`. docs/recipe.md describes every key. Relative paths start in the directory",
+            "# where you run qvera. A line that begins with # shows a default.",
             "",
             "model:",
             f"  path: {json.dumps(model)}",

@@ -73,6 +73,13 @@ def test_columns_of_no_known_format_are_asked_for(
     assert out.read_text() == asked
 
 
+def test_columns_that_are_not_read_are_named(tiny_model_dir: Path, tmp_path: Path, capsys: Capture) -> None:
+    file = tmp_path / "mails.csv"
+    file.write_text("text,label\nwhere is it,shipping\nmoney back,refund\n")
+    assert main(["init", str(tmp_path / "new.yaml"), "--model", str(tiny_model_dir), "--data", str(file)]) == 0
+    assert "not read          label. To train on other columns" in capsys.readouterr().out
+
+
 def test_doctor_reports_a_working_machine(capsys: Capture) -> None:
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
