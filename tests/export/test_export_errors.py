@@ -127,9 +127,7 @@ def test_a_disk_that_fills_up_and_one_that_is_too_small(adapter: Any, tmp_path: 
             if done == 9:
                 fill(disk)
 
-        kept = (
-            r"the disk is full.* [1-9]\d* of \d+ shards are finished and kept; Make room and run the same command again"
-        )
+        kept = r"the disk is full.* [1-9]\d* of \d+ shards are finished and kept\. Make room and run the same command again"
         with pytest.raises(RunFailed, match=kept) as caught:
             export_merged(directory, section, disk / "out", OPTIONS, progress=fills_up)
         assert caught.value.exit_code == 1
