@@ -2,7 +2,7 @@
 gradient, and ZeRO-3, which gathers every weight from the other node on each use.
 
 The nodes are network namespaces of this machine (made and removed here), joined by a veth pair that `tc` tbf limits.
-Bytes that came over the cable in a step are counted by the kernel and held against `qvera plan`'s.
+Bytes that came over the cable in a step are counted by the kernel and compared with `qvera plan`'s.
 
     python bench/bandwidth.py tiny                      a minute, to see that it works
     python bench/bandwidth.py 1b --tokens 64            8 minutes

@@ -49,7 +49,7 @@ def recipe(model: Path, rows: Path, out: Path, rank: int, tokens: int, steps: in
         "adapter": {"rank": rank},
         "training": {
             "output_dir": str(out), "max_steps": steps, "global_batch_size": 1, "per_device_train_batch_size": 1,
-            "report_to": [], "rehearse_longest_batch": False,  # all rows are of one length
+            "report_to": [], "try_longest_batch": False,  # all rows are of one length
         },
     }  # fmt: skip
 

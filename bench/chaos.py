@@ -70,7 +70,7 @@ OF_THE_PROCESS = (
     "memory_bytes",
     "peak_bytes",
     "seconds",
-)  # no two runs have these alike
+)  # no two runs share these
 
 
 class Marker:

@@ -23,7 +23,7 @@ from qvera.evaluation.generate import generating
 from qvera.models.loader import load_base, pick_compute_dtype, pick_device
 
 DTYPE = pick_compute_dtype("auto", pick_device())
-"""For stock and ours alike: bfloat16 where the machine multiplies it fast, else float32 on a CPU."""
+"""For stock and for ours: bfloat16 where the machine multiplies it fast, else float32 on a CPU."""
 
 
 def stock(path: str) -> Any:

@@ -1,4 +1,4 @@
-"""The plan against measurement: `qvera train` runs watched from outside, and its peak is held against what it planned.
+"""The plan against measurement: `qvera train` runs watched from outside, and its peak is compared with what it planned.
 
 Peak: RssAnon + RssShmem + VmSwap of the process, sampled from outside (bench/limits.py), plus the mapped pages of the
 weights.

@@ -4,7 +4,7 @@ The two share no template, no distractor and no value; tests/test_quickstart_row
 as `{name}`, `{city}`, `{count}`, `{colour}`, `{item}`, `{day}`. A part in square brackets is left out where its fact is
 absent. `{floor}` and `{aside}` are whole sentences, or nothing.
 
-First names, cities, colours and nearly all things are words that SmolLM2's tokenizer spells alike after a space and after a quote: a
+First names, cities, colours and nearly all things are words that SmolLM2's tokenizer spells the same after a space and after a quote: a
 model of 135M parameters copies tokens well and respells words badly, and a task of six minutes should not be about spelling.
 Nor about riddles: on the development rows "Peterborough" was taken for a Peter, so it is no longer among the cities.
 """

@@ -1,7 +1,7 @@
 """Memory of each rank under ZeRO-1, where every rank maps the 4-bit base, and under ZeRO-3, which spreads it while it is read.
 
 Each rank is a real `qvera train` in a memory cgroup of its own: peak private memory (RssAnon + RssShmem + VmSwap,
-sampled from outside, loading included), held against the plan of a rank, and peak mapped pages; seconds a step; the
+sampled from outside, loading included), compared with the plan of a rank, and peak mapped pages; seconds a step; the
 losses, which have to agree.
 
     python bench/zero.py tiny                                             a minute, to see that it works

@@ -4,7 +4,7 @@
     python bench/gpu/run.py --device cpu --shapes tiny --tokens 32 64   # what the tests run
 
 Weights are random, quantized layer by layer, so nothing is downloaded. A step is forward, the same chunked loss for
-all, backward, with gradient checkpointing; AdamW's update is left out (it is alike and small). Stock cases run on stock
+all, backward, with gradient checkpointing; AdamW's update is left out (it is the same and small). Stock cases run on stock
 Linear4bit, ours on the frozen linear. ``peak_bytes`` is `torch.cuda.max_memory_allocated` over the timed steps, model
 included (on a CPU the largest resident size). Packages that such a machine lacks are carried: bench/gpu/carry.sh.
 """
@@ -146,7 +146,7 @@ def one_case(model: Any, tokens: int, steps: int, device: torch.device) -> tuple
     embeddings = inner.get_input_embeddings()
     ids = torch.randint(3, inner.config.vocab_size, (1, tokens), device=device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    # the frozen base has no parameter that wants a gradient: let it flow to the embeddings' output, in every case alike
+    # the frozen base has no parameter that wants a gradient: let it flow to the embeddings' output, in every case
     handle = embeddings.register_forward_hook(lambda m, i, out: out.requires_grad_())
     seconds = []
     try:

@@ -13,7 +13,7 @@ and N = ∂zᵀ x = (g C)ᵀ x = Cᵀ (gᵀ x), the gradient of A diag(a), gives
 m n (T + 2 r).
 
 W' is rounded to the compute dtype. In fp32 that loses nothing. In 16 bits it rounds ΔW, where the low-rank path rounds
-what it adds to each output; measured end to end against fp32 neither is further off, and both train alike
+what it adds to each output; measured end to end against fp32 neither is further off, and both train the same
 (bench/summed.py). That holds where it
 was measured, on CPUs: on CUDA 16-bit layers take the low-rank path (`pays`).
 """

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {"training.rehearse_longest_batch": "training.try_longest_batch"}
 """The old name of a key → its name now, both as ``section.key``. Old names are accepted with a warning."""
 
 # What to write instead of a TrainingArguments field that has another name or place here.

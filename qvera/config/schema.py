@@ -245,7 +245,7 @@ class TrainingSection(Section):
     """Clip the gradient of all vectors together to this norm. 0: no clipping."""
     gradient_checkpointing: Bool = True
     """Recompute activations in the backward pass. Less memory, about a third more time."""
-    rehearse_longest_batch: Bool = True
+    try_longest_batch: Bool = True
     """Run the longest batch once before the first step, so that a run that does not fit into memory fails at once."""
     loss_chunk_tokens: Positive = 512
     """Tokens whose logits are in memory at the same time in the loss."""

@@ -168,7 +168,7 @@ class TrainingSession:
         return plan
 
     def _try_longest_batch(self) -> None:
-        if self.state.step == 0 and self.steps and self.recipe.training.rehearse_longest_batch:
+        if self.state.step == 0 and self.steps and self.recipe.training.try_longest_batch:
             with StatusLine(self.console, "Trying the longest batch"):
                 memory_check.run_longest_batch(self.model, self.recipe, self.datasets, self.plan, self.steps)
 

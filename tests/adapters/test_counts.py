@@ -62,7 +62,7 @@ def on_meta(name: str, **changes: Any) -> LlamaForCausalLM:
 
 
 def one_layer(name: str) -> tuple[LlamaForCausalLM, int]:
-    """The model with one of its layers, and how many there are: all are alike, so a count is that often the layer's."""
+    """The model with one of its layers, and how many there are: all are the same, so a count is that often the layer's."""
     return on_meta(name, num_hidden_layers=1), SHAPES[name]["num_hidden_layers"]
 
 

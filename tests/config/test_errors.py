@@ -12,7 +12,6 @@ import pytest
 import yaml
 
 from qvera.config.load import load_recipe
-from qvera.config.problems import RENAMED
 from qvera.config.schema import Recipe, parse_recipe
 from qvera.utils.errors import InputError
 
@@ -374,18 +373,17 @@ def test_a_changed_copy_is_checked_like_a_file() -> None:
         recipe.adapter.replace(b_groups=3)
 
 
-def test_an_old_name_of_a_key_works_with_a_warning_that_names_the_new_one(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setitem(RENAMED, "training.dtype", "export.dtype")
-    tree = {**MINIMAL, "training": {"dtype": "float32"}}
+def test_an_old_name_of_a_key_works_with_a_warning_that_names_the_new_one(caplog: pytest.LogCaptureFixture) -> None:
+    tree = {**MINIMAL, "training": {"rehearse_longest_batch": False}}
     with caplog.at_level(logging.WARNING):
-        assert parse_recipe(tree, "my.yaml").export.dtype == "float32"
+        assert parse_recipe(tree, "my.yaml").training.try_longest_batch is False
     assert caplog.messages == [
-        "my.yaml: training.dtype is now called export.dtype. The old name still works; please rename it."
+        "my.yaml: training.rehearse_longest_batch is now called training.try_longest_batch. The old name still works; "
+        "please rename it."
     ]
-    assert tree["training"] == {"dtype": "float32"}
-    assert problems({**tree, "export": {"dtype": "float16"}}).keys() == {"training.dtype"}  # both names
+    assert tree["training"] == {"rehearse_longest_batch": False}
+    both = {"rehearse_longest_batch": False, "try_longest_batch": True}
+    assert problems({**tree, "training": both}).keys() == {"training.rehearse_longest_batch"}
 
 
 def test_the_schema_needs_neither_torch_nor_transformers() -> None:

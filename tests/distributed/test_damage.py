@@ -1,4 +1,4 @@
-"""Damaged checkpoints and bad disks with several ranks: rank 0 sees them, all ranks act alike and go on from the same one. Slow."""
+"""Damaged checkpoints and bad disks with several ranks: rank 0 sees them, all ranks do the same and go on from the same one. Slow."""
 
 from __future__ import annotations
 

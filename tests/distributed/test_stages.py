@@ -202,9 +202,9 @@ def test_a_stage_is_what_it_says(place: Place, stage: str | None) -> None:
 def test_every_stage_is_planned_and_tries_its_longest_batch_once(place: Place, stage: str | None) -> None:
     """Whose numbers are those of a run alone, so it leaves no trace (`test_two_processes_give_the_numbers_of_one`)."""
     word = name_of(stage)
-    assert [rank[word]["rehearsed"] for rank in place.found] == [1, 1]
+    assert [rank[word]["longest_batch_tries"] for rank in place.found] == [1, 1]
     if stage in RESUMED:
-        assert [rank[f"{word}-resumed"]["rehearsed"] for rank in place.found] == [0, 0]
+        assert [rank[f"{word}-resumed"]["longest_batch_tries"] for rank in place.found] == [0, 0]
     plan = json.loads((place.root / word / "run.json").read_text())["plan"]
     assert plan["fits"]
     assert plan["measured"]["predicted_bytes"] == plan["memory"]["total_bytes"]

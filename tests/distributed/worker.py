@@ -41,21 +41,21 @@ class Watch:
         self.live_bytes = 0
         self.big: list[Any] = []
         self.private: dict[str, int] = {}
-        self.rehearsed = 0
+        self.longest_batch_tries = 0
         self.stop_after = stop_after
 
     def __enter__(self) -> Watch:
         gc.collect()
         before = set(live_storages())
         self.kept = Trainer.make_engine, Trainer.train_step, Batches.passes
-        self.rehearsal = memory_check.run_longest_batch
+        self.run_longest_batch = memory_check.run_longest_batch
         build, step, passes = self.kept
 
-        def watched_rehearsal(*args: Any) -> None:
-            self.rehearsed += 1
-            self.rehearsal(*args)
+        def watched(*args: Any) -> None:
+            self.longest_batch_tries += 1
+            self.run_longest_batch(*args)
 
-        memory_check.run_longest_batch = watched_rehearsal  # type: ignore[assignment]
+        memory_check.run_longest_batch = watched  # type: ignore[assignment]
 
         def watched_build(trainer: Trainer) -> Any:
             self.engine, self.model = build(trainer), trainer.model
@@ -97,7 +97,7 @@ class Watch:
 
     def __exit__(self, *_: Any) -> None:
         Trainer.make_engine, Trainer.train_step, Batches.passes = self.kept  # type: ignore[method-assign]
-        memory_check.run_longest_batch = self.rehearsal
+        memory_check.run_longest_batch = self.run_longest_batch
 
     def found(self) -> dict[str, Any]:
         engine = self.engine
@@ -114,7 +114,7 @@ class Watch:
             "packed_modules": len(self.big),
             "states_kept": sum(p.quant_state is not None for p in self.big),
             "private": self.private,
-            "rehearsed": self.rehearsed,
+            "longest_batch_tries": self.longest_batch_tries,
             "rows": self.rows,
             "embedding": _embedding(causal_model(self.model)),
         }
