@@ -21,8 +21,6 @@ from pydantic_core import PydanticCustomError
 from qvera.config.problems import describe
 from qvera.utils.errors import InputError
 
-MAX_RANK = 65_536
-
 
 def at_most(maximum: float, reason: str) -> AfterValidator:
     """Return a check that refuses numbers of a larger magnitude, and gives the reason."""
@@ -43,14 +41,13 @@ def _number(value: object) -> object:
 
 
 # Strict, because pydantic would otherwise take True for 1, 1 for True, and "yes" for True. Bounds come first: pydantic
-# leaves
-# those that follow a function out of the JSON schema.
+# leaves those that follow a function out of the JSON schema.
 Counted = at_most(2**31 - 1, "counts are 32-bit integers")
 Number = (Strict(), BeforeValidator(_number), at_most(3e38, "fp32 has no larger number"))
 Bool = Annotated[bool, Strict()]
 Positive = Annotated[int, Strict(), Field(ge=1), Counted]
 NonNegative = Annotated[int, Strict(), Field(ge=0), Counted]
-Rank = Annotated[int, Strict(), Field(ge=1), at_most(MAX_RANK, "the shared projections A and B would fill any memory")]
+Rank = Annotated[int, Strict(), Field(ge=1), at_most(65_536, "the shared projections A and B would fill any memory")]
 Seed = Annotated[int, Strict(), Field(ge=0, lt=2**64)]  # what torch's and numpy's generators take
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0), *Number]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False), *Number]
@@ -63,6 +60,16 @@ class Section(BaseModel):
     """A mapping that is read strictly: unknown keys, wrong types and contradicting keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    def __init__(self, **keys: object) -> None:
+        try:
+            super().__init__(**keys)
+        except ValidationError as error:
+            raise InputError("\n".join(f"{key}: {text}" for key, text in describe(error, type(self)))) from None
+
+    # pydantic calls an `__init__` without this mark for every section of a recipe; then the first bad section would
+    # hide the problems of the others
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Yield (key, problem) for keys that are valid by themselves but not together."""
@@ -80,10 +87,7 @@ class Section(BaseModel):
         Raises:
             InputError: a new value is not valid.
         """
-        try:
-            return type(self).model_validate({**dict(self), **changes})
-        except ValidationError as error:
-            raise InputError("\n".join(f"{key}: {text}" for key, text in describe(error, type(self)))) from None
+        return type(self)(**{**dict(self), **changes})
 
     def to_dict(self) -> dict[str, object]:
         """Return every key with its value, defaults included, as plain Python values."""

@@ -29,8 +29,7 @@ class _Loader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(
                 None,
                 None,
-                f"{value} is another number in YAML 1.1 (octal or base 60); write a decimal number, or quotes around a "
-                f"text",
+                f"{value} is octal or base 60 in YAML 1.1; write a decimal number, or quotes around a text",
                 node.start_mark,
             )
         return value
@@ -52,57 +51,40 @@ def read_yaml(text: str, source: str) -> tuple[object, dict[tuple[str, ...], int
         node = loader.get_single_node()
         if node is None:
             return None, lines
-        if _count(node, {}) > _MOST_NODES:
-            raise InputError(
-                f"{source}: its aliases expand to more than {_MOST_NODES:,} values; a recipe has a hundred."
-            )
+        _note_lines(node, (), {}, as_written=True)
         tree = loader.construct_document(node)
-        _note_lines(node, (), lines)  # after merge keys have been replaced by what they stand for
+        _note_lines(node, (), lines)  # again: merge keys have been replaced by what they stand for
         return tree, lines
     except yaml.YAMLError as error:
         raise InputError(f"{source}: not valid YAML: {error}") from None
     except RecursionError:
-        raise InputError(f"{source}: not a recipe: its values are nested too deeply.") from None
+        raise InputError(
+            f"{source}: not a recipe: its values are nested too deeply, or one contains itself by an alias."
+        ) from None
     finally:
         loader.dispose()
 
 
-def _count(node: yaml.Node, counted: dict[int, int]) -> int:
-    """Return how many values a node expands to. Look for duplicate keys, and aliases inside what they stand for."""
-    if id(node) in counted:
-        if not counted[id(node)]:
-            raise yaml.constructor.ConstructorError(None, None, "a value contains itself by an alias", node.start_mark)
-        return counted[id(node)]
-    counted[id(node)] = 0
-    children: list[yaml.Node] = []
+def _note_lines(
+    node: yaml.Node, path: tuple[str, ...], lines: dict[tuple[str, ...], int], as_written: bool = False
+) -> None:
+    """Add the line of each key below ``node``; ``as_written``, before merge keys are replaced, no key comes twice."""
+    pairs: list[tuple[str, yaml.Node, yaml.Mark]] = []
     if isinstance(node, yaml.MappingNode):
-        _refuse_duplicate_keys(node)
-        children = [child for pair in node.value for child in pair]
+        pairs = [(key.value, value, key.start_mark) for key, value in node.value if isinstance(key, yaml.ScalarNode)]
     elif isinstance(node, yaml.SequenceNode):
-        children = node.value
-    counted[id(node)] = 1 + sum(_count(child, counted) for child in children)
-    return counted[id(node)]
-
-
-def _refuse_duplicate_keys(node: yaml.MappingNode) -> None:
-    first: dict[str, int] = {}
-    for key, _ in node.value:
-        if isinstance(key, yaml.ScalarNode):
-            if key.value in first:
-                problem = f"the key '{key.value}' is written twice, first in line {first[key.value]}"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-            first[key.value] = key.start_mark.line + 1
-
-
-def _note_lines(node: yaml.Node, path: tuple[str, ...], lines: dict[tuple[str, ...], int]) -> None:
-    pairs: list[tuple[str, yaml.Node, int]] = []
-    if isinstance(node, yaml.MappingNode):
-        pairs = [(str(key.value), value, key.start_mark.line) for key, value in node.value]
-    elif isinstance(node, yaml.SequenceNode):
-        pairs = [(str(number), value, value.start_mark.line) for number, value in enumerate(node.value)]
-    for key, value, line in pairs:
-        lines[(*path, key)] = line + 1
-        _note_lines(value, (*path, key), lines)
+        pairs = [(str(number), value, value.start_mark) for number, value in enumerate(node.value)]
+    for key, value, mark in pairs:
+        place = (*path, key)
+        if as_written and place in lines:
+            problem = f"the key '{key}' is written twice, first in line {lines[place]}"
+            raise yaml.constructor.ConstructorError(None, None, problem, mark)
+        lines[place] = mark.line + 1
+        if len(lines) > _MOST_NODES:
+            raise InputError(
+                f"{mark.name}: its aliases expand to more than {_MOST_NODES:,} values; a recipe has a hundred."
+            )
+        _note_lines(value, place, lines, as_written)
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:

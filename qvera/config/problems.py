@@ -6,7 +6,7 @@ import difflib
 import importlib.util
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -21,19 +21,14 @@ RENAMED: dict[str, str] = {"training.rehearse_longest_batch": "training.try_long
 
 # What to write instead of a TrainingArguments field that has another name or place here.
 _INSTEAD = {
-    "gradient_accumulation_steps": "set training.global_batch_size; accumulation is global_batch_size / "
-    "(per_device_train_batch_size x processes)",
+    "gradient_accumulation_steps": "set training.global_batch_size, the rows of one optimizer step",
     "deepspeed": "write `deepspeed:` beside the sections, not in one",
     "bf16": "set model.compute_dtype: bfloat16",
     "fp16": "set model.compute_dtype: float16",
-    "tf32": "set it with torch.set_float32_matmul_precision in your own script; the low-rank path does not use it",
     "logging_dir": "TensorBoard files go into the run directory; set training.output_dir",
     "eval_strategy": "set training.eval_steps (0: only at the end)",
-    "evaluation_strategy": "set training.eval_steps (0: only at the end)",
     "save_strategy": "set training.save_steps",
-    "logging_strategy": "remove it; every step is logged",
     "logging_steps": "remove it; every step is logged",
-    "logging_first_step": "remove it; every step is logged",
     "do_train": "use the command `qvera train`",
     "do_eval": "use the command `qvera eval`, or set training.eval_steps",
     "do_predict": "use the command `qvera generate`",
@@ -42,28 +37,22 @@ _INSTEAD = {
     "group_by_length": "set data.group_by_length",
     "packing": "set data.packing",
     "overwrite_output_dir": "remove it; a finished run is never overwritten, choose another training.output_dir",
-    "metric_for_best_model": "remove it; the best checkpoint is the one with the lowest held-out loss",
-    "greater_is_better": "remove it; the best checkpoint is the one with the lowest held-out loss",
     "max_seq_length": "set data.max_length",
     "max_length": "set data.max_length",
-    "per_gpu_train_batch_size": "set training.per_device_train_batch_size",
-    "gradient_checkpointing_kwargs": "remove it; checkpointing is non-reentrant here",
     "use_cpu": "remove it; CUDA is used when there is one (hide it with CUDA_VISIBLE_DEVICES=)",
-    "no_cuda": "remove it; CUDA is used when there is one (hide it with CUDA_VISIBLE_DEVICES=)",
 }
-
 
 # pydantic's words → those of YAML.
 _WORDS = {"a valid boolean": "true or false", "a valid integer": "a whole number", "a valid dictionary": "a mapping"}
 
 
-def move_renamed_keys(tree: dict[object, object], source: str, renamed: Mapping[str, str]) -> dict[object, object]:
+def move_renamed_keys(tree: dict[object, object], source: str) -> dict[object, object]:
     """Return the tree of a recipe with the old names of keys replaced, and warn about each.
 
     A recipe that has both names keeps both: the old one is then reported as an unknown key.
     """
     moved = {name: dict(keys) if isinstance(keys, dict) else keys for name, keys in tree.items()}
-    for old, new in renamed.items():
+    for old, new in RENAMED.items():
         (old_section, old_key), (section, key) = old.split("."), new.split(".")
         keys, target = moved.get(old_section), moved.setdefault(section, {})
         if isinstance(keys, dict) and old_key in keys and isinstance(target, dict) and key not in target:

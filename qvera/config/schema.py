@@ -29,7 +29,7 @@ from qvera.config.fields import (
     Seed,
     at_most,
 )  # fmt: skip
-from qvera.config.problems import RENAMED, describe, move_renamed_keys
+from qvera.config.problems import describe, move_renamed_keys
 from qvera.utils.errors import InputError
 
 
@@ -49,10 +49,8 @@ class ModelSection(Section):
     """The dtype of matrix products and activations. ``auto``: bfloat16 where the device supports it, else float16 on a
     GPU and float32 on a CPU."""
     quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] = "bfloat16"
-    """The dtype that the packed 4-bit weights are declared as; their bytes are the same.
-
-    bfloat16 lets ZeRO-3 shard them.
-    """
+    """The dtype that the packed 4-bit weights are declared as; their bytes are the same. bfloat16 lets ZeRO-3 shard
+    them."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """The attention code of transformers. ``auto``: what transformers picks, usually ``sdpa``. ``flash_attention_2``
     needs the flash-attn package."""
@@ -99,15 +97,10 @@ class AdapterSection(Section):
     seed: Seed = 0
     """The seed of the shared projections A and B. The same seed gives the same projections on every machine."""
     train_d: Bool = True
-    """Train d as well as b.
-
-    With ``false``, adapters of the same seed can be added, averaged and interpolated exactly.
-    """
+    """Train d as well as b. ``false``: adapters of the same seed can be added, averaged and interpolated exactly."""
     init_from: str | None = None
-    """An adapter directory whose vectors to start from.
-
-    It must have the same rank, b_groups, input_scale, targets and seed.
-    """
+    """An adapter directory whose vectors to start from. It must have the same rank, b_groups, input_scale, targets and
+    seed."""
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Yield keys that contradict each other."""
@@ -152,10 +145,8 @@ class DataSection(DataSource):
     """Where rows come from, how they become text, and which tokens are trained."""
 
     mixture: list[DataSource] = []
-    """More sources, mixed with ``path``.
-
-    Each is a mapping of the keys above, with its own format, template and weight.
-    """
+    """More sources, mixed with ``path``. Each is a mapping of the keys above, with its own format, template and
+    weight."""
     eval_path: str | None = None
     """A file of held-out rows. Default: ``eval_fraction`` of each source is held out, chosen by ``seed``."""
     eval_fraction: Fraction = 0.0
@@ -205,10 +196,8 @@ class TrainingSection(Section):
     """The training loop. Keys are named as in transformers' TrainingArguments where the meaning is the same."""
 
     output_dir: Annotated[NonEmpty, AfterValidator(os.path.normpath)] | None = None
-    """The directory of the run.
-
-    Default: ``runs/`` and the recipe's file name. A ``..`` in it is resolved: ``runs/../x`` is ``x``.
-    """
+    """The directory of the run. Default: ``runs/`` and the recipe's file name. A ``..`` in it is resolved:
+    ``runs/../x`` is ``x``."""
     num_train_epochs: Multiple = 1.0
     """Passes over the training rows. A part of an epoch, such as 0.5, is allowed."""
     max_steps: Annotated[int, Strict(), Field(ge=-1), Counted] = -1
@@ -252,10 +241,8 @@ class TrainingSection(Section):
     seed: Seed = 0
     """The seed of everything random in the loop, such as dropout."""
     full_determinism: Bool = False
-    """Use deterministic CUDA kernels.
-
-    Slower, but a resumed run then equals an uninterrupted one to the bit on a GPU too.
-    """
+    """Use deterministic CUDA kernels. Slower, but a resumed run then equals an uninterrupted one to the bit on a GPU
+    too."""
     eval_steps: NonNegative = 0
     """Evaluate every this many steps. 0: only at the end, if there are held-out rows."""
     save_steps: Positive = 100
@@ -367,19 +354,14 @@ class RangeTest:
 
     def __post_init__(self) -> None:
         if not 0 < self.start < self.end < float("inf"):
-            raise InputError(
-                f"--lr-from {self.start:g}, --lr-to {self.end:g}: expected two rates, 0 < from < to, such as 1e-5 and "
-                f"1."
-            )
+            rates = f"--lr-from {self.start:g}, --lr-to {self.end:g}"
+            raise InputError(f"{rates}: expected two rates, 0 < from < to, such as 1e-5 and 1.")
         if self.steps < 10:
             raise InputError(f"--lr-steps: takes a whole number >= 10 (a curve needs points), got {self.steps}.")
 
 
 def json_schema() -> dict[str, object]:
-    """Return the JSON schema of a recipe, with titles, descriptions and defaults.
-
-    Editors complete and check a recipe by it.
-    """
+    """Return the JSON schema of a recipe, with titles, descriptions and defaults, for editors."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
 
 
@@ -398,14 +380,12 @@ def parse_recipe(tree: object, source: str, lines: dict[tuple[str, ...], int] | 
         got = "an empty file" if tree is None else type(tree).__name__
         raise InputError(f"{source}: a recipe is a mapping with at least `model` and `data`, got {got}.")
     try:
-        return Recipe.model_validate(move_renamed_keys(tree, source, RENAMED))
+        return Recipe.model_validate(move_renamed_keys(tree, source))
     except ValidationError as error:
         found = describe(error, Recipe)
     count = len(found)
-    listed = "".join(f"\n  {_line_of(key, lines or {})}{key}: {sentence}" for key, sentence in found)
+    listed = ""
+    for key, sentence in found:
+        line = (lines or {}).get(tuple(key.split(".")))
+        listed += "\n  " + ("" if line is None else f"line {line}, ") + f"{key}: {sentence}"
     raise InputError(f"{source}: {count} problem{'s' if count > 1 else ''} in the recipe:{listed}")
-
-
-def _line_of(key: str, lines: dict[tuple[str, ...], int]) -> str:
-    line = lines.get(tuple(key.split(".")))
-    return "" if line is None else f"line {line}, "

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from qvera.config.load import load_recipe
-from qvera.config.schema import Recipe, parse_recipe
+from qvera.config.schema import AdapterSection, ModelSection, Recipe, parse_recipe
 from qvera.utils.errors import InputError
 
 MINIMAL: dict[str, Any] = {"model": {"path": "some/model"}, "data": {"path": "rows.jsonl"}}
@@ -371,6 +371,13 @@ def test_a_changed_copy_is_checked_like_a_file() -> None:
         recipe.data.replace(limit=-3)
     with pytest.raises(InputError, match="b_groups: 3 does not divide"):
         recipe.adapter.replace(b_groups=3)
+
+
+def test_a_section_that_is_made_in_python_gets_the_error_of_a_file() -> None:
+    with pytest.raises(InputError, match=r"^path: string should have at least 1 character, got ''\.$"):
+        ModelSection(path="")
+    with pytest.raises(InputError, match="ranc: unknown key. Did you mean `rank`?"):
+        AdapterSection(ranc=8)  # type: ignore[call-arg]
 
 
 def test_an_old_name_of_a_key_works_with_a_warning_that_names_the_new_one(caplog: pytest.LogCaptureFixture) -> None:
