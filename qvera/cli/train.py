@@ -83,8 +83,7 @@ def range_test(
 
 
 def _find_lr(recipe: Recipe, run_dir: Path, ramp: RangeTest) -> None:
-    from qvera.training.lr_finder import PAGE, POINTS, RULE, find_lr
-    from qvera.training.lr_page import rate_text
+    from qvera.training.lr_finder import PAGE, POINTS, RULE, find_lr, rate_text
 
     found = find_lr(recipe, run_dir, ramp, console=console)
     if found is None:

@@ -13,17 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from qvera.config.schema import RangeTest, Recipe
 from qvera.distributed.init import in_group
-from qvera.evaluation.report.smoothing import smooth
+from qvera.evaluation.report.charts import Chart, Line, line_chart
+from qvera.evaluation.report.page import render
+from qvera.evaluation.report.read import get_number
+from qvera.evaluation.report.smoothing import Point, smooth
 from qvera.models.loader import Base
 from qvera.training.logging import ProgressBar
-from qvera.training.lr_page import write_page
 from qvera.training.optim import build_range_test
 from qvera.training.run_dir import plain_json, require_writable
 from qvera.training.session import TrainingSession
 from qvera.utils.atomic import replace_text
 from qvera.utils.errors import InputError, RunFailed
+from qvera.utils.formatting import duration
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -72,14 +77,12 @@ def find_lr(
     console: Console | None = None,
     base: Base | None = None,
 ) -> RangeTestResult | None:
-    """Run the test and write ``lr-range.jsonl`` and ``lr-range.html`` into ``out``.
+    """Run the test and write ``lr-range.jsonl`` and ``lr-range.html`` into ``out``; a run there is left as it is.
 
     Args:
         recipe: of the run that the rate is for.
-        out: a directory, made where it is not there; a run in it is left as it is.
         ramp: the rates and the number of steps.
-        console: for progress; default: standard error.
-        base: an already loaded base.
+        console, base: as in `trainer.train`.
 
     Returns:
         The result; None in a process that is not the first of several.
@@ -108,7 +111,6 @@ def find_lr(
 def _take_steps(session: TrainingSession, ramp: RangeTest) -> tuple[list[dict[str, Any]], float | None]:
     """The records of the steps, and the rate at which the loss diverged."""
     points: list[dict[str, Any]] = []
-    watch = DivergenceWatch(ramp.steps)
     session.model.train()
     with ProgressBar(session.console, ramp.steps, 0) as progress:
         while session.state.step < ramp.steps:
@@ -122,35 +124,27 @@ def _take_steps(session: TrainingSession, ramp: RangeTest) -> tuple[list[dict[st
                 return points, rate
             points.append({key: record.get(key) for key in _RECORD_KEYS})
             progress.update(record)
-            if watch.diverged(record["loss"]):  # the same on all ranks, as the loss is
+            if has_diverged([point["loss"] for point in points], ramp.steps):  # the same on all ranks, as the loss is
                 return points, rate
     return points, None
 
 
-class DivergenceWatch:
-    """Says when the loss has diverged: its running mean is above where it began and above twice its lowest.
+def has_diverged(losses: Sequence[float], steps: int) -> bool:
+    """Whether the running mean of the losses is above where it began and above twice its lowest.
 
     Both are needed: a loss that has fallen far may double by the noise of one batch, and one that barely falls is soon
-    above its start. The mean covers about a twentieth of the test, at most five steps, so that a short test is not
-    stopped late.
+    above its start. The mean covers about a twentieth of the test's ``steps``, at most five, so that a short test is
+    not stopped late.
     """
-
-    def __init__(self, steps: int) -> None:
-        self.memory = 1.0 - 1.0 / min(max(steps / 20, 1.0), 5.0)
-        self.sum = self.weight = 0.0
-        self.first = self.lowest = math.inf
-
-    def diverged(self, loss: float) -> bool:
-        """Take in one step's loss."""
-        if not math.isfinite(loss):
-            return True
-        self.sum = self.memory * self.sum + (1 - self.memory) * loss
-        self.weight = self.memory * self.weight + (1 - self.memory)
-        mean = self.sum / self.weight  # without the pull of the zero it began with
-        if self.first == math.inf:
-            self.first = mean
-        self.lowest = min(self.lowest, mean)
-        return mean > self.first and mean > _DIVERGED * self.lowest
+    if not math.isfinite(losses[-1]):
+        return True
+    memory = 1.0 - 1.0 / min(max(steps / 20, 1.0), 5.0)
+    means, total, weight = [], 0.0, 0.0
+    for loss in losses:
+        total = memory * total + (1 - memory) * loss
+        weight = memory * weight + (1 - memory)
+        means.append(total / weight)  # without the pull of the zero it began with
+    return means[-1] > means[0] and means[-1] > _DIVERGED * min(means)
 
 
 def read_curve(points: Sequence[dict[str, Any]]) -> tuple[list[float], float | None, float | None, str | None]:
@@ -174,7 +168,8 @@ def read_curve(points: Sequence[dict[str, Any]]) -> tuple[list[float], float | N
     candidates = [at for at in range(len(losses)) if at < len(losses) - 2 or raw[at] == min(raw)]
     lowest = min(candidates, key=losses.__getitem__)
     slopes = {
-        at: _slope(rates[at - 2 : at + 3], losses[at - 2 : at + 3]) for at in range(2, min(lowest + 1, len(losses) - 2))
+        at: float(np.polyfit(rates[at - 2 : at + 3], losses[at - 2 : at + 3], 1)[0])
+        for at in range(2, min(lowest + 1, len(losses) - 2))
     }
     steepest = min(slopes, key=slopes.__getitem__, default=None)
     if steepest is None or slopes[steepest] >= 0:
@@ -182,20 +177,83 @@ def read_curve(points: Sequence[dict[str, Any]]) -> tuple[list[float], float | N
     return losses, math.exp(rates[lowest]), math.exp(rates[steepest]), None
 
 
-def _slope(xs: Sequence[float], ys: Sequence[float]) -> float:
-    """Of the line of least squares."""
-    mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
-    return sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True)) / sum((x - mean_x) ** 2 for x in xs)
-
-
 def _write(out: Path, recipe: Recipe, ramp: RangeTest, result: RangeTestResult) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         replace_text(out / POINTS, "".join(json.dumps(plain_json(point)) + "\n" for point in result.points))
-        title = Path(recipe.model.path).name or recipe.model.path
-        facts = {"learning_rate": recipe.training.learning_rate, "rule": RULE, "data": recipe.data.path, "ramp": ramp}
-        write_page(out / PAGE, title, out.name, result, facts)
+        replace_text(out / PAGE, range_page(out.name, recipe, ramp, result))
     except OSError as error:
         raise InputError(
             f"{out}: can't be written ({error.strerror or error}). Choose another training.output_dir."
         ) from None
+
+
+def range_page(name: str, recipe: Recipe, ramp: RangeTest, result: RangeTestResult) -> str:
+    """The page as HTML: loss over the rate, with the suggested rate and where the loss diverged.
+
+    ``name``: of the output directory.
+    """
+    ended = (
+        f"{rate_text(result.diverged)} (step {len(result.points)} of {ramp.steps})"
+        if result.diverged is not None
+        else f"not up to {rate_text(ramp.end)}; a higher --lr-to would show where"
+    )
+    facts = [
+        ("Steepest fall at", rate_text(result.steepest) if result.steepest is not None else ""),
+        ("Diverged at", ended),
+        ("The recipe says", rate_text(recipe.training.learning_rate)),
+        ("Ramp", f"{rate_text(ramp.start)} to {rate_text(ramp.end)}, {ramp.steps} steps"),
+        ("Rows from", recipe.data.path),
+        ("Time", duration(sum(get_number(point, "step_seconds") or 0.0 for point in result.points))),
+    ]
+    norm = line_chart(
+        "Gradient norm",
+        [Line("gradient norm", _curve(result, "grad_norm"))],
+        note="before clipping",
+        may_be_log=True,
+        x_name="learning rate",
+        x_log=True,
+    )
+    return render(
+        "learning_rates.html",
+        title=Path(recipe.model.path).name or recipe.model.path,
+        name=name,
+        suggestion=None if result.suggestion is None else rate_text(result.suggestion),
+        rule=RULE,
+        reason=result.reason,
+        facts=facts,
+        charts=[chart for chart in (_loss_chart(result), norm) if chart is not None],
+    )
+
+
+def rate_text(rate: float) -> str:
+    """A learning rate: 0.0123, 0.02, 4.1e-5."""
+    return f"{rate:.3g}".replace("e-0", "e-").replace("e+0", "e")
+
+
+def _loss_chart(result: RangeTestResult) -> Chart | None:
+    smoothed = _curve(result, "smoothed_loss")
+    lines = [Line("loss", _curve(result, "loss"), "faint"), Line("smoothed", smoothed)]
+    legend = [("faint", "loss of each step"), ("main", "smoothed")]
+    known = [(x, y) for x, y in smoothed if y is not None]
+    if result.suggestion is not None:
+        rate = result.suggestion
+        lines.append(Line("suggested", [min(known, key=lambda point: abs(point[0] - rate))], "held-out"))
+        legend.append(("held-out", f"suggested, {rate_text(rate)}"))
+    # a loss that has diverged would press everything else flat
+    first, lowest = (known[0][1], min(y for _, y in known)) if known else (0.0, 0.0)
+    return line_chart(
+        "Loss",
+        lines,
+        note="nats a trained token",
+        legend=legend,
+        height=300,
+        top=max(first * 1.1, first + 0.5 * (first - lowest)) if known else None,
+        best=result.suggestion,
+        x_name="learning rate",
+        x_log=True,
+    )
+
+
+def _curve(result: RangeTestResult, key: str) -> list[Point]:
+    return [(point["learning_rate"], get_number(point, key)) for point in result.points]

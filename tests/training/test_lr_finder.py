@@ -13,9 +13,18 @@ import pytest
 import yaml
 
 from qvera.cli.main import main
-from qvera.config.schema import RangeTest
-from qvera.training.lr_finder import PAGE, POINTS, RULE, DivergenceWatch, RangeTestResult, find_lr, read_curve
-from qvera.training.lr_page import range_page, rate_text
+from qvera.config.schema import RangeTest, parse_recipe
+from qvera.training.lr_finder import (
+    PAGE,
+    POINTS,
+    RULE,
+    RangeTestResult,
+    find_lr,
+    has_diverged,
+    range_page,
+    rate_text,
+    read_curve,
+)  # fmt: skip
 from qvera.training.session import TrainingSession
 from qvera.training.trainer import train
 from qvera.utils.errors import RunFailed
@@ -227,16 +236,17 @@ def test_there_is_no_suggestion_where_nothing_falls() -> None:
     ],
 )
 def test_when_a_loss_has_diverged(losses: list[float], at: int | None) -> None:
-    watched = DivergenceWatch(100)
-    said = [watched.diverged(loss) for loss in losses]
+    said = [has_diverged(losses[: step + 1], steps=100) for step in range(len(losses))]
     first = said.index(True) if True in said else None
     assert first == at or (at is not None and at > 5 and first is not None and 20 < first <= at)
 
 
 def test_a_page_without_a_suggestion() -> None:
     found = RangeTestResult([{"step": 1, "learning_rate": 1e-5, "loss": None}], None, None, 1e-5, "the loss never fell")
-    facts = {"rule": RULE, "learning_rate": 4e-3, "data": "rows.jsonl", "ramp": RangeTest()}
-    page = range_page("<model>", "out", found, facts)
+    recipe = parse_recipe(
+        {"model": "<model>", "data": {"path": "rows.jsonl"}, "training": {"learning_rate": 4e-3}}, "a test"
+    )
+    page = range_page("out", recipe, RangeTest(), found)
     assert "the loss never fell" in page
     assert "&lt;model&gt;" in page
     assert 'class="plot"' not in page

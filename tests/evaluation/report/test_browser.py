@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from qvera.config.schema import RangeTest
+from qvera.config.schema import RangeTest, parse_recipe
 from qvera.evaluation.report import write_report
 from qvera.evaluation.report.answers_page import write_answers
 from qvera.evaluation.report.compare import compare_runs
 from qvera.evaluation.report.compare_page import write_comparison
-from qvera.training.lr_finder import RULE, RangeTestResult
-from qvera.training.lr_page import write_page
+from qvera.training.lr_finder import RangeTestResult, range_page
 from tests.evaluation.report.conftest import RECIPE, evaluation, plan, run_info, train_rows
 
 Build = Callable[..., Path]
@@ -162,8 +161,9 @@ def ramp(build_run: Build, root: Path) -> Path:
     ]
     points = [{**row, "step": n + 1, "smoothed_loss": row["loss"], "step_seconds": 1.2} for n, row in enumerate(rows)]
     found = RangeTestResult(points, 1.9e-2, 3.2e-3, points[-1]["learning_rate"])
-    facts = {"rule": RULE, "learning_rate": 4e-3, "data": "data/repairs.jsonl", "ramp": RangeTest(steps=60)}
-    write_page(root / "lr-range.html", "SmolLM2-135M-Instruct", "repairs", found, facts)
+    tree = {"model": "SmolLM2-135M-Instruct", "data": {"path": "data/repairs.jsonl"}}
+    page = range_page("repairs", parse_recipe(tree, "a test"), RangeTest(steps=60), found)
+    (root / "lr-range.html").write_text(page, encoding="utf-8")
     return root / "lr-range.html"
 
 
