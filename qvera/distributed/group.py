@@ -11,7 +11,7 @@ import json
 import socket
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,8 @@ from qvera.utils.errors import InputError, Interrupted, QveraError, RunFailed
 
 JSON = Any
 """None, a bool, number, string, list or dict with string keys."""
+
+T = TypeVar("T")
 
 _ERRORS: dict[str, type[QveraError]] = {cls.__name__: cls for cls in (InputError, Interrupted, RunFailed, QveraError)}
 
@@ -156,15 +158,16 @@ class Group:
             raise _shared(found["error"], found["text"])
         return found["value"]
 
-    def agree(self, do: Callable[[], None]) -> None:
-        """Let every rank call ``do``. If it fails on one, it fails on all, with the error of the lowest such rank.
+    def agree(self, do: Callable[[], T]) -> T:
+        """Let every rank call ``do``, and return its own result.
+
+        If it fails on one rank, it fails on all, with the error of the lowest such rank.
 
         Raises:
             QveraError: of the kind that was raised there. It names the rank and node if not all of them failed.
         """
         if self.world_size == 1:
-            do()
-            return
+            return do()
         mine = _outcome(do)
         found = self.gather({"host": self.host, **{k: v for k, v in mine.items() if k != "value"}})
         failed = [i for i, one in enumerate(found) if "error" in one]
@@ -173,6 +176,7 @@ class Group:
             if len(failed) < self.world_size:
                 text = f"rank {failed[0]} on {found[failed[0]]['host']}: {text}"
             raise _shared(found[failed[0]]["error"], text)
+        return mine["value"]
 
 
 ALONE = Group()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from qvera.training.plan.shapes import NotPlannable
 from qvera.training.plan.show import change_lines, run_lines
 from qvera.utils import memory
 from qvera.utils.errors import InputError
+from qvera.utils.formatting import size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,7 +49,7 @@ def plan_run(
     if base is not None and device.type == "cpu" and not machine.mapped_base:
         # the base is in this process's memory already, and must not be counted twice
         held = machine.runtime_bytes - min(machine.runtime_bytes, int(base.facts["base_bytes"]))
-        machine = type(machine)(**{**vars(machine), "runtime_bytes": held})
+        machine = dataclasses.replace(machine, runtime_bytes=held)
     try:
         plan = make_plan(recipe, machine, datasets.train, sharing)
     except NotPlannable as error:
@@ -64,9 +66,8 @@ def run_longest_batch(model: nn.Module, recipe: Recipe, datasets: Datasets, plan
     """Forward and backward over the longest batch of the run's ``steps``, without a trace.
 
     The gradients are computed and dropped, so that neither the vectors nor DeepSpeed's buckets hold them, and random
-    state
-    and mode are restored: a run gives the same bits without it. Under ZeRO-3 all ranks call this together, once the
-    engine's hooks gather the weights; each of them takes the same batch.
+    state and mode are restored: a run gives the same bits without it. Under ZeRO-3 all ranks call this together, once
+    the engine's hooks gather the weights; each of them takes the same batch.
 
     Raises:
         InputError: memory ran out; names the rows and what would make them fit.
@@ -91,8 +92,7 @@ def run_longest_batch(model: nn.Module, recipe: Recipe, datasets: Datasets, plan
         shown = ", ".join(e.source for e in examples[:_SHOWN_ROWS]) + (", ..." if len(examples) > _SHOWN_ROWS else "")
         raise InputError(
             f"{recipe.data.path}: the longest batch of this run ({len(examples)} rows, the longest of {tokens:,} "
-            f"tokens: {shown}) "
-            f"does not fit into memory. {_advice(recipe, plan, tokens)}"
+            f"tokens: {shown}) does not fit into memory. {_advice(recipe, plan)}"
         ) from None
     finally:
         model.train(was_training)
@@ -103,23 +103,14 @@ def run_longest_batch(model: nn.Module, recipe: Recipe, datasets: Datasets, plan
             torch.cuda.empty_cache()
 
 
-def _advice(recipe: Recipe, plan: Plan | None, longest_row: int) -> str:
+def _advice(recipe: Recipe, plan: Plan | None) -> str:
     if plan is not None and plan.changes:
         return "\n".join(change_lines(plan))
-    # by the plan it fits: other processes hold memory, or it is fragmented
-    training, halves = recipe.training, []
-    if not training.gradient_checkpointing:
-        halves.append("training.gradient_checkpointing=true")
-    if training.per_device_train_batch_size > 1:
-        smaller = max(n for n in range(1, training.per_device_train_batch_size) if training.global_batch_size % n == 0)
-        halves.append(f"training.per_device_train_batch_size={smaller}")
-    halves.append(f"data.max_length={max(longest_row // 2, 8)}")
-    planned = (
-        ""
-        if plan is None
-        else f"The plan came to {plan.memory.total_bytes:,} bytes, so other processes hold memory too. "
-    )
-    return f"{planned}Try --set {', or --set '.join(halves)}."
+    planned = ""
+    if plan is not None:  # by the plan it fits
+        planned = f"The plan came to {size(plan.memory.total_bytes)}, so other processes hold memory too. "
+    checkpointing = "" if recipe.training.gradient_checkpointing else "Set training.gradient_checkpointing=true. "
+    return f"{planned}{checkpointing}Lower training.per_device_train_batch_size or data.max_length."
 
 
 def measured(plan: dict[str, Any], watch: memory.PeakWatch) -> dict[str, Any]:
@@ -128,14 +119,11 @@ def measured(plan: dict[str, Any], watch: memory.PeakWatch) -> dict[str, Any]:
     On a CPU private memory is sampled and the weights' mapped pages are read at the end; on CUDA it is what torch
     allocated, to be compared with the plan less the CUDA context.
     """
-    context = 0
-    if watch.device.type == "cuda":
-        parts = plan["memory"]["moments"][plan["memory"]["peak_moment"]]
-        context = sum(part["bytes"] for part in parts if part["kind"] == "runtime")
-    private = watch.peak_bytes
-    mapped = 0 if watch.device.type == "cuda" else memory.mapped_weights_bytes()
-    predicted = plan["memory"]["total_bytes"] - context
-    total = private + mapped
+    on_gpu = watch.device.type == "cuda"
+    parts = plan["memory"]["moments"][plan["memory"]["peak_moment"]]
+    context = sum(part["bytes"] for part in parts if part["kind"] == "runtime") if on_gpu else 0
+    private, mapped = watch.peak_bytes, 0 if on_gpu else memory.mapped_weights_bytes()
+    predicted, total = plan["memory"]["total_bytes"] - context, private + mapped
     return {
         "private_bytes": private,
         "mapped_bytes": mapped,

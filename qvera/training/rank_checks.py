@@ -33,18 +33,18 @@ def check_same_setup(recipe: Recipe, group: Group, console: Console) -> None:
     """
     if group.world_size == 1:
         return
-    mine: dict[str, str] = {}
 
-    def look() -> None:
+    def look() -> dict[str, str]:
         versions = memory.versions()
         if recipe.deepspeed is not None:
             versions["deepspeed"] = metadata.version("deepspeed")
-        mine.update({f"the version of {name}": version for name, version in versions.items()})
-        mine["the recipe's SHA-256"] = hashlib.sha256(recipe.to_yaml().encode()).hexdigest()
-        mine["the base's fingerprint (model.path)"] = str(fingerprint_of(recipe.model))
+        return {
+            **{f"the version of {name}": version for name, version in versions.items()},
+            "the recipe's SHA-256": hashlib.sha256(recipe.to_yaml().encode()).hexdigest(),
+            "the base's fingerprint (model.path)": str(fingerprint_of(recipe.model)),
+        }
 
-    group.agree(look)
-    found = group.gather([group.host, mine])
+    found = group.gather([group.host, group.agree(look)])
     host, first = found[0]
     wrong = [
         f"{what} is {other.get(what)} on rank {rank} ({there}) and {first[what]} on rank 0 ({host})"
@@ -60,9 +60,8 @@ def check_same_setup(recipe: Recipe, group: Group, console: Console) -> None:
     nodes = sorted({there for there, _ in found})
     console.print(
         f"{group.world_size} processes on {len(nodes)} node{'s' if len(nodes) > 1 else ''} ({', '.join(nodes)}) with "
-        f"the same "
-        f"versions, recipe and base model; an all-reduce takes {1e3 * latency_seconds:.2f} ms, and 4 MB of it pass at "
-        f"{bytes_per_second / 1e6:,.0f} MB/s.",
+        f"the same versions, recipe and base model; an all-reduce takes {1e3 * latency_seconds:.2f} ms, and 4 MB of it "
+        f"pass at {bytes_per_second / 1e6:,.0f} MB/s.",
         highlight=False,
     )
 
@@ -88,9 +87,7 @@ def check_disk_space(folder: Path, share_bytes: int, group: Group) -> None:
             raise for_all(
                 InputError(
                     f"deepspeed: {size(needed)} of the base go to {folder} on {host}, where {size(min(there))} are "
-                    f"free. Make "
-                    "room, or name a directory on another disk as offload_param.nvme_path in a copy of the "
-                    "configuration."
+                    "free. Make room, or name another disk as offload_param.nvme_path in a copy of the configuration."
                 )
             )
 
@@ -108,20 +105,17 @@ def check_memory(plan: Plan | None, group: Group, console: Console) -> None:
     # what this process holds is in both numbers, and a node's ranks must not count it as free to each other
     held = 0 if on_gpu else plan.machine.runtime_bytes
     found = group.gather([group.host, needed_bytes(plan) - held, plan.machine.available_bytes - held])
+    by_host = {host: [rank for rank, one in enumerate(found) if one[0] == host] for host, *_ in found}
     short = []
-    if on_gpu:
-        short = [
-            f"rank {rank} on {host} needs {size(needed)}, and its GPU has {size(free)}"
-            for rank, (host, needed, free) in enumerate(found)
-            if needed > free
-        ]
-    else:
-        for host in dict.fromkeys(host for host, _, _ in found):
-            ranks = [rank for rank, one in enumerate(found) if one[0] == host]
-            needed, free = sum(found[rank][1] for rank in ranks), min(found[rank][2] for rank in ranks)
-            if needed > free:
-                named = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
-                short.append(f"{named} on {host} will need {size(needed)} more, and {size(free)} of RAM are free there")
+    for ranks in [[rank] for rank in range(len(found))] if on_gpu else by_host.values():
+        needed, free = sum(found[rank][1] for rank in ranks), min(found[rank][2] for rank in ranks)
+        if needed > free:
+            named = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} on {found[ranks[0]][0]}"
+            short.append(
+                f"{named} needs {size(needed)}, and its GPU has {size(free)}"
+                if on_gpu
+                else f"{named} will need {size(needed)} more, and {size(free)} of RAM are free there"
+            )
     if not short:
         return
     text = f"the plan does not fit everywhere: {'; '.join(short)}."
@@ -146,17 +140,13 @@ def check_same_data(datasets: Datasets, recipe: Recipe, group: Group) -> None:
         raise for_all(
             InputError(
                 f"{recipe.data.path}: holds other rows on rank {other} ({found[other][0]}) than on rank 0 "
-                f"({found[0][0]}), or they "
-                "are tokenized differently there. Put the same files on every node."
+                f"({found[0][0]}), or they are tokenized differently there. Put the same files on every node."
             )
         )
 
 
 def signal_on_any_rank(signals: StopRequests, group: Group) -> str | None:
-    """The signal that asks this run to stop, whichever rank got it.
-
-    The same answer on all ranks, so all stop at one step.
-    """
+    """The signal that asks this run to stop, whichever rank got it; the same on all ranks, so all stop at one step."""
     if not group.sum([float(signals.asked is not None)])[0]:
         return None
     if group.world_size == 1:

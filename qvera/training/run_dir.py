@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
+from pydantic_core import to_jsonable_python
 
 from qvera.adapters.save_load import adapter_facts
 from qvera.config.load import load_recipe
@@ -25,6 +25,7 @@ from qvera.training.logging import read_records
 from qvera.utils import memory
 from qvera.utils.atomic import disk_errors, replace_text
 from qvera.utils.errors import InputError, QveraError
+from qvera.utils.files import try_read_json
 
 if TYPE_CHECKING:
     import torch
@@ -50,12 +51,11 @@ def run_lock(run_dir: Path, host: str, wait_seconds: float = 0.0) -> Iterator[No
     nothing was written.
 
     Args:
-        run_dir: made where it is not there.
         host: this machine's name, for the message that another process gets.
         wait_seconds: how long to wait for a process that is about to end.
 
     Raises:
-        InputError: another process trains there (names host, process and start); or nothing can be written there.
+        InputError: another process trains there, or nothing can be written there.
     """
     require_writable(run_dir)
     made = [place for place in (run_dir, *run_dir.parents) if not place.exists()]
@@ -66,9 +66,11 @@ def run_lock(run_dir: Path, host: str, wait_seconds: float = 0.0) -> Iterator[No
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         owner.write_text(json.dumps({"host": host, "pid": os.getpid(), "started": started}), encoding="utf-8")
     except Timeout:
+        found = try_read_json(owner) or {}  # empty: it has the lock and is about to write who it is
+        who = f"process {found.get('pid')} on {found.get('host')} (since {found.get('started')})"
         raise InputError(
-            f"{run_dir}: {_owner_text(owner)} trains in this directory. Wait for it or stop it, or choose another "
-            "training.output_dir."
+            f"{run_dir}: {who if found else 'another process'} trains in this directory. Wait for it or stop it, or "
+            "choose another training.output_dir."
         ) from None
     except OSError as error:
         lock.release()
@@ -83,14 +85,6 @@ def run_lock(run_dir: Path, host: str, wait_seconds: float = 0.0) -> Iterator[No
         with contextlib.suppress(OSError):
             for place in made:
                 place.rmdir()
-
-
-def _owner_text(owner: Path) -> str:
-    try:
-        found = json.loads(owner.read_text(encoding="utf-8"))
-        return f"process {found['pid']} on {found['host']} (since {found['started']})"
-    except (OSError, ValueError, KeyError, TypeError):  # it has the lock and is about to write who it is
-        return "another process"
 
 
 def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool) -> None:
@@ -111,8 +105,7 @@ def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool) -> None:
         if changed:
             raise InputError(
                 f"{run_dir}: was started with another recipe; {', '.join(changed)} changed. Undo that, or start a new "
-                f"run in "
-                "another training.output_dir."
+                "run in another training.output_dir."
             )
 
 
@@ -157,10 +150,7 @@ def changed_keys(before: dict[str, Any], recipe: Recipe) -> list[str]:
 def newest_checkpoint(run_dir: Path, recipe: Recipe, warn: Callable[[str], None]) -> checkpoint.Checkpoint | None:
     """The newest checkpoint of this run that verifies; None where the run ended before its first one.
 
-    Args:
-        run_dir: of a run that has begun.
-        recipe: of the run that goes on.
-        warn: called with a sentence about each checkpoint passed over.
+    ``warn`` is called with a sentence about each checkpoint passed over.
 
     Raises:
         InputError: the run has saved checkpoints, and none of them can be used.
@@ -175,8 +165,7 @@ def newest_checkpoint(run_dir: Path, recipe: Recipe, warn: Callable[[str], None]
     if saved or checkpoint.directories(directory):
         raise InputError(
             f"{directory}: holds no checkpoint that can be used, and the run has taken {steps} steps. Put a whole "
-            f"checkpoint "
-            f"back. To begin again at step 0, delete {run_dir} or choose another training.output_dir."
+            f"checkpoint back. To begin again at step 0, delete {run_dir} or choose another training.output_dir."
         )
     return None
 
@@ -224,10 +213,4 @@ def write_run(run_dir: Path, run: dict[str, Any], console: Console) -> None:
 
 def plain_json(value: Any) -> Any:
     """A JSON value without NaN or Inf (which other parsers refuse): they become null."""
-    if isinstance(value, dict):
-        return {k: plain_json(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain_json(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    return to_jsonable_python(value, inf_nan_mode="null")

@@ -1,4 +1,4 @@
-"""One loaded training: its rows, model, optimizer and engine, and the optimizer step that it takes.
+"""One loaded training: its rows, model, optimizer and engine, the optimizer step that it takes, and its scores.
 
 `trainer.Trainer` makes a run of it, `lr_finder.find_lr` a learning-rate range test.
 """
@@ -6,20 +6,26 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from rich.console import Console
+from rich.text import Text
 
 from qvera.adapters.save_load import attach
 from qvera.config.schema import Recipe
-from qvera.data import batches_of
+from qvera.data import Datasets, batches_of, build_datasets, data_warnings, print_preflight
 from qvera.distributed.group import Group
+from qvera.distributed.zero_config import ZeroConfig, check_optimizer, load_zero_config
+from qvera.distributed.zero_params import BaseSharder, any_sharded
 from qvera.evaluation import evaluate
-from qvera.models.loader import Base, enable_checkpointing, require_packing
+from qvera.models.loader import Base, enable_checkpointing, load_base, pick_device, require_packing
+from qvera.models.tokenizer import load_tokenizer
 from qvera.training import memory_check
 from qvera.training.checkpoint import TrainState
 from qvera.training.engine import Engine, LocalEngine, trained_vectors
@@ -27,11 +33,18 @@ from qvera.training.logging import StatusLine
 from qvera.training.optim import build_optimizer
 from qvera.training.plan import Plan, Sharing
 from qvera.training.plan.sharding import spread_of
-from qvera.training.rank_checks import check_disk_space, check_memory, check_same_setup, count_nodes, for_all
+from qvera.training.rank_checks import (
+    check_disk_space,
+    check_memory,
+    check_same_data,
+    check_same_setup,
+    count_nodes,
+    for_all,
+)  # fmt: skip
 from qvera.training.run_dir import plain_json
-from qvera.training.setup import base_sharder, load_base_everywhere, load_datasets, read_zero_config, select_device
 from qvera.utils import memory
-from qvera.utils.errors import RunFailed
+from qvera.utils.errors import InputError, RunFailed
+from qvera.utils.formatting import size
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
@@ -49,9 +62,13 @@ class TrainingSession:
         self.given_base = base
         self.resources = contextlib.ExitStack()
         self.state = TrainState()
-        self.zero = read_zero_config(recipe, base, group)
+        self.zero = group.agree(self._read_zero_config)
         check_same_setup(recipe, group, self.console)
-        self.device = select_device(recipe, group)
+        self.device = pick_device()
+        torch.manual_seed((recipe.training.seed + group.rank) % 2**64)  # ranks drop out different elements
+        if recipe.training.full_determinism:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
 
     def __enter__(self) -> Self:
         return self
@@ -60,8 +77,16 @@ class TrainingSession:
         self.resources.close()
 
     def load_data(self, preview: bool = False) -> None:
-        """Read and tokenize the rows; ``preview``: print some of them."""
-        self.datasets = load_datasets(self.recipe, self.given_base, self.console, self.group, preview)
+        """Read and tokenize the rows, before the model: a wrong row is found before minutes go into loading one.
+
+        Args:
+            preview: print rows too, as `qvera preview` does.
+
+        Raises:
+            InputError: anything wrong with the data, no row left to train on, or ranks with different rows.
+        """
+        self.datasets = self.group.agree(lambda: self._read_rows(preview))
+        check_same_data(self.datasets, self.recipe, self.group)
 
     def load_model(self) -> None:
         """Plan the memory, load the base, put a fresh adapter on it and build its optimizer.
@@ -69,13 +94,14 @@ class TrainingSession:
         Raises:
             InputError: it does not fit, or the base or the adapter are wrong.
         """
-        recipe = self.recipe
+        recipe, group = self.recipe, self.group
         self.watch = self.resources.enter_context(memory.PeakWatch(self.device))
-        self.sharder = self.resources.enter_context(
-            base_sharder(self.zero, recipe, self.run_dir / "offload", self.group)
-        )
+        self.sharder: BaseSharder | None = None
+        if self.zero is not None and self.zero.shards_base:
+            self.sharder = BaseSharder(self.zero, recipe, group.rank, group.world_size, self.run_dir / "offload")
+            self.resources.callback(self.sharder.discard)
         self.plan = self._plan_memory()
-        self.base = self.given_base or load_base_everywhere(recipe, self.device, self.sharder, self.group, self.console)
+        self.base = self.given_base or self._load_base()
         facts = self.base.facts
         identity = facts.get("fingerprint"), facts.get("added_tokens")
         self.model = attach(self.base.model, recipe.adapter, recipe.model.path, *identity, recipe.model)
@@ -156,6 +182,98 @@ class TrainingSession:
             "peak_bytes": self.watch.peak_bytes,
         }
 
+    def held_out_loss(self) -> dict[str, Any]:
+        """Loss and perplexity of all held-out rows, the very same values on all ranks."""
+        training, datasets = self.recipe.training, self.datasets
+        result = evaluate.held_out_loss(
+            self.model,
+            datasets.eval,
+            pad_id=datasets.pad_id,
+            batch_size=training.per_device_eval_batch_size,
+            chunk_tokens=training.loss_chunk_tokens,
+            group=self.group,
+        )
+        return self.group.broadcast(result)
+
+    def score(self, label: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Held-out loss and, where the recipe asks for it, exact match of greedy answers.
+
+        The ranks share the held-out rows. Rank 0 alone answers prompts, unless ZeRO-3 has sharded the weights: then all
+        ranks walk through the layers together and rank 0's answers count.
+
+        Returns:
+            The scores, and the answers to show as samples.
+        """
+        training, rows = self.recipe.training, self.datasets.eval
+        answers: list[dict[str, Any]] = []
+        with StatusLine(self.console, f"{label}: held-out loss") as status, evaluate.scoring(self.model):
+            result = self.held_out_loss()
+            asked = (i for i, row in enumerate(rows) if len(row.prompt_ids))
+            with_reference = (i for i, row in enumerate(rows) if len(row.prompt_ids) and row.reference is not None)
+            sample_rows = list(itertools.islice(asked, training.sample_count))
+            match_rows = list(itertools.islice(with_reference, training.exact_match_rows))
+            indices = list(dict.fromkeys(match_rows + sample_rows))  # each is answered once
+            if self.group.first or any_sharded(self.model):
+                answers = evaluate.answer_rows(
+                    self.model,
+                    self.base.tokenizer,
+                    [rows[i] for i in indices],
+                    max_new_tokens=training.sample_max_new_tokens,
+                    batch_size=training.answer_batch_size,
+                    progress=lambda done: status.update(f"{label}: {done} of {len(indices)} answers"),
+                )
+            answers = self.group.broadcast(answers)
+        by_row = dict(zip(indices, answers, strict=True))
+        text = f"{label}: held-out loss {result['loss']:.4f}"
+        if match_rows:
+            result["exact_match"] = sum(bool(by_row[i]["exact"]) for i in match_rows) / len(match_rows)
+            result["exact_match_rows"] = len(match_rows)
+            text += f", exact match {result['exact_match']:.1%} of {len(match_rows)} rows"
+        self.console.print(text)
+        return result, [by_row[i] for i in sample_rows]
+
+    def _read_zero_config(self) -> ZeroConfig | None:
+        zero = load_zero_config(self.recipe.deepspeed)
+        if zero is not None:
+            check_optimizer(self.recipe)
+            if self.given_base is not None and zero.shards_base:
+                raise InputError(
+                    f"deepspeed: {zero.source} shards the base while it is read; call train without a loaded base."
+                )
+        return zero
+
+    def _read_rows(self, preview: bool) -> Datasets:
+        recipe, console = self.recipe, self.console
+        tokenizer = load_tokenizer(recipe.model) if self.given_base is None else self.given_base.tokenizer
+        datasets = build_datasets(recipe.data, tokenizer, console)
+        if not datasets.train:
+            raise InputError(f"{recipe.data.path}: no row is left to train on. Raise data.max_length.")
+        if preview:
+            print_preflight(datasets, tokenizer, console)
+            return datasets
+        stats = datasets.stats
+        console.print(
+            f"Data: {stats.train_rows:,} rows to train on, {stats.eval_rows:,} held out; the loss covers "
+            f"{stats.trained_tokens:,} of {stats.tokens:,} tokens. `qvera preview` shows the rows.",
+            highlight=False,
+            soft_wrap=True,
+        )
+        for line in data_warnings(stats):
+            console.print(Text(line, style="yellow"), soft_wrap=True)
+        return datasets
+
+    def _load_base(self) -> Base:
+        section = self.recipe.model
+        with StatusLine(self.console, f"Loading {section.path}") as status:
+
+            def progress(stage: str, done: int, total: int, _: str) -> None:
+                status.update(f"{stage.capitalize()} {section.path}: {done / max(total, 1):.0%} of {size(total)}")
+
+            def read() -> Base:
+                return load_base(section, self.device, progress, self.sharder)
+
+            return self.group.agree(read) if self.sharder is None else read()  # ranks meet while they shard it
+
     def _plan_memory(self) -> Plan | None:
         """The memory plan of one rank, refused where a node lacks the room."""
         group = self.group
@@ -185,8 +303,7 @@ class TrainingSession:
         return for_all(
             RunFailed(
                 f"Step {self.state.step + 1}: the loss or its gradient is not finite (losses {shown}; gradient norm "
-                f"{norm}); rows: "
-                f"{where}. No step was taken and earlier checkpoints are kept. Lower training.learning_rate, or look "
-                f"at these rows."
+                f"{norm}); rows: {where}. No step was taken and earlier checkpoints are kept. Lower "
+                "training.learning_rate, or look at these rows."
             )
         )

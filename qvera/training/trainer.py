@@ -23,7 +23,6 @@ from qvera.models.loader import Base
 from qvera.training import checkpoint, memory_check
 from qvera.training.checkpoint import TrainState
 from qvera.training.engine import trained_vectors
-from qvera.training.evaluator import Evaluator
 from qvera.training.logging import MetricsLog, ProgressBar, Trackers
 from qvera.training.optim import build_schedule, optimizer_bytes
 from qvera.training.plan import planned_steps
@@ -100,8 +99,8 @@ class Trainer(TrainingSession):
         self.signals = StopRequests()
         self.stopped_by: str | None = None
         self.log_file: MetricsLog | None = None
-        self.trackers: Trackers
-        group.agree(self._choose_trackers)
+        names = recipe.training.report_to if group.first else []
+        self.trackers = group.agree(lambda: Trackers(names, run_dir, recipe.to_dict()))
 
     def open_run_dir(self, resume: bool) -> None:
         """Lock the run directory and check that it fits. Of a restarted run, what this launch has begun is resumed."""
@@ -122,9 +121,6 @@ class Trainer(TrainingSession):
         """Build the schedule, load the checkpoint to resume from, build the engine and open the run's files."""
         self.steps = planned_steps(self.recipe, len(self.datasets.train))
         self.schedule = build_schedule(self.recipe.training, self.optimizer, self.steps)
-        self.evaluator = Evaluator(
-            self.model, self.base.tokenizer, self.datasets, self.recipe, self.group, self.console
-        )
         if self.resume:
             self.load_checkpoint()
         self.saved_step = self.state.step  # a directory of another step's name may be damaged
@@ -138,8 +134,7 @@ class Trainer(TrainingSession):
         facts, others = self.run["adapter"], self.group.world_size - 1
         self.console.print(
             f"Training {facts['trainable_parameters']:,} parameters in {facts['adapted_modules']} linear layers (LoRA "
-            f"of rank 64: "
-            f"{facts['lora_r64_parameters']:,}) for {self.steps} steps on {memory.device_name(self.device)}"
+            f"of rank 64: {facts['lora_r64_parameters']:,}) for {self.steps} steps on {memory.device_name(self.device)}"
             + (f" and {others} more." if others else "."),
             soft_wrap=True,
         )
@@ -155,7 +150,7 @@ class Trainer(TrainingSession):
         samples: list[dict[str, Any]] = []
         with self.signals, self.trackers:
             if state.before is None and self.datasets.eval:
-                state.before, state.samples_before = self.evaluator.score("Before training")
+                state.before, state.samples_before = self.score("Before training")
             self.model.train()
             with ProgressBar(self.console, self.steps, state.step) as self.progress:
                 while state.step < self.steps and not state.stopped_early and not self.stop_requested():
@@ -181,7 +176,7 @@ class Trainer(TrainingSession):
                 self.load_best_vectors()
             self.save_adapter()
             if self.datasets.eval:
-                after, samples = self.evaluator.score("After training")
+                after, samples = self.score("After training")
         self.finish("done", after, samples)
         return RunResult(self.run_dir, self.run) if self.group.first else None
 
@@ -201,14 +196,13 @@ class Trainer(TrainingSession):
                 stock_bytes = 2 * 4 * sum(vector.numel() for vector in trained_vectors(self.model).values())
                 self.console.print(
                     f"{self.recipe.training.optim} holds {optimizer_bytes(self.optimizer):,} bytes of state; torch's "
-                    f"adamw would "
-                    f"hold {stock_bytes:,}."
+                    f"adamw would hold {stock_bytes:,}."
                 )
 
     def evaluate(self) -> None:
         """Held-out loss in the middle of a run. Remembers the best step, and stops early where the recipe says so."""
         state, patience = self.state, self.recipe.training.early_stopping_patience
-        result = self.evaluator.held_out_loss()
+        result = self.held_out_loss()
         state.add_evaluation(result["loss"], patience)
         self.progress.note(
             f"step {state.step}: held-out loss {result['loss']:.4f}, perplexity {result['perplexity']:.3f}"
@@ -247,11 +241,7 @@ class Trainer(TrainingSession):
             InputError: the run has saved checkpoints, and none of them can be used.
         """
         found: list[checkpoint.Checkpoint | None] = []
-
-        def warn(text: str) -> None:
-            self.console.print(text, style="yellow", markup=False, soft_wrap=True)
-
-        self.group.on_first(lambda: found.append(newest_checkpoint(self.run_dir, self.recipe, warn)))
+        self.group.on_first(lambda: found.append(newest_checkpoint(self.run_dir, self.recipe, self._warn)))
         one = checkpoint.shared(found[0] if found else None, self.group)
         if one is None:
             self.console.print(f"No checkpoint was saved in {self.run_dir} yet: starting from step 0.", soft_wrap=True)
@@ -270,8 +260,7 @@ class Trainer(TrainingSession):
             try:
                 best = checkpoint.load(self.run_dir / "checkpoints" / f"step-{self.state.best_step:08d}")
             except InputError as error:  # a run that has come so far is not given up for it
-                text = f"{error} The adapter gets the last step's vectors, not the best."
-                self.console.print(text, style="yellow", markup=False, soft_wrap=True)
+                self._warn(f"{error} The adapter gets the last step's vectors, not the best.")
         best = checkpoint.shared(best, self.group)
         if best is not None:
             load_vectors(self.model, best.vectors, str(best.path))
@@ -319,9 +308,8 @@ class Trainer(TrainingSession):
         ]
         self.group.on_first(lambda: write_run(self.run_dir, self.run, self.console))
 
-    def _choose_trackers(self) -> None:
-        names = self.recipe.training.report_to if self.group.first else []
-        self.trackers = Trackers(names, self.run_dir, self.recipe.to_dict())
+    def _warn(self, text: str) -> None:
+        self.console.print(text, style="yellow", markup=False, soft_wrap=True)
 
     def _open_files(self) -> None:
         """On rank 0, open metrics.jsonl without the steps that are run again, then write recipe.yaml."""

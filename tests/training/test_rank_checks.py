@@ -32,8 +32,8 @@ class Four(Group):
         alike_ = [[host, *value[1:]] if isinstance(value, list) else host for host in HOSTS]
         return [self.others(rank, one) if self.others else one for rank, one in enumerate(alike_)]
 
-    def agree(self, do: Any) -> None:
-        do()
+    def agree(self, do: Any) -> Any:
+        return do()
 
     def measure_network(self) -> tuple[float, float]:
         return 0.001, 1e8
