@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from qvera.utils.post_import import after_import
+from qvera.utils.post_import import around_import
 
 if TYPE_CHECKING:
     from qvera.adapters import QveraConfig, QveraModel, accelerate_peft, restore_peft
@@ -30,8 +30,8 @@ def __dir__() -> list[str]:
 
 
 @contextmanager
-def _quiet_bitsandbytes() -> Iterator[None]:
-    """PEFT imports bitsandbytes, which on some CPUs logs advice about an optional kernel package at every import."""
+def _teach_peft() -> Iterator[None]:
+    """While PEFT is imported, bitsandbytes logs no advice about an optional kernel package; then PEFT learns QVERA."""
     logger = logging.getLogger("bitsandbytes")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -39,6 +39,7 @@ def _quiet_bitsandbytes() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+    importlib.import_module("qvera.adapters")
 
 
-after_import("peft", lambda: importlib.import_module("qvera.adapters"), around=_quiet_bitsandbytes)
+around_import("peft", _teach_peft)

@@ -280,4 +280,4 @@ def _warn(console: Console | None, text: str) -> None:
     (console or Console(stderr=True)).print(text, style="yellow", markup=False)
 
 
-ROWS = DiskCache(("cached rows", "cached rows"), rows_root, _read_record, problem_of, PREFIX)
+ROWS = DiskCache("set of cached rows", rows_root, _read_record, problem_of, PREFIX)

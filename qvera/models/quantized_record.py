@@ -71,4 +71,4 @@ def _problem(directory: Path) -> str | None:
     return problem_of(directory, verify=True)
 
 
-BASES = DiskCache(("quantized base", "quantized bases"), bases_root, read_record, _problem)
+BASES = DiskCache("quantized base", bases_root, read_record, _problem)

@@ -7,9 +7,8 @@
         ...the small files; what makes the directory a model (config.json) last, with `replace_text`
         work.complete()
 
-A hidden state file, replaced as a whole after each shard, lists the finished ones. Its ``identity`` is everything that
-the bytes are a function of; another identity is refused. One process at a time may work in a directory (the kernel
-drops the lock of one that was killed).
+A hidden state file lists the finished shards. Its ``identity`` is everything that the bytes are a function of; another
+identity is refused. One process at a time may work in a directory (the kernel drops the lock of one that was killed).
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -37,10 +35,17 @@ _UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 class OutputDirectory:
-    """A directory that is being filled, and the lock on it. Made by `open`."""
+    """A directory that is being filled, and the lock on it. Made by `open`.
+
+    Attributes:
+        shards: file name → SHA-256 of every finished shard.
+        facts: JSON values of the caller's own; the next `finished` writes them to the state file.
+    """
 
     def __init__(self, out: Path, state: Path, document: dict[str, Any], lock: FileLock) -> None:
         self.out, self._state, self._document, self._lock = out, state, document, lock
+        self.shards: dict[str, str] = document["shards"]
+        self.facts: dict[str, Any] = document["facts"]
 
     @classmethod
     def open(cls, out: Path, identity: dict[str, Any], what: str) -> OutputDirectory:
@@ -56,33 +61,29 @@ class OutputDirectory:
         """
         if out.exists() and not out.is_dir():
             raise InputError(f"{out}: is a file; name a directory that is new or empty.")
-        state, lock_file = out / f".qvera_{what}_state.json", out / f".qvera_{what}.lock"
+        state = out / f".qvera_{what}_state.json"
         # killed in its first moment, an export leaves a lock or half a state file: nothing of anyone's
         if out.is_dir() and not state.is_file() and any(not p.name.startswith(f".qvera_{what}") for p in out.iterdir()):
             raise InputError(f"{out}: is not empty. Nothing is overwritten; name a directory that is new or empty.")
-        lock = FileLock(lock_file, timeout=0)
+        fresh = {"identity": json.loads(json.dumps(identity)), "shards": {}, "facts": {}}
+        lock = FileLock(out / f".qvera_{what}.lock", timeout=0)
         try:
             out.mkdir(parents=True, exist_ok=True)
             lock.acquire()
+            if not state.is_file():
+                replace_text(state, json.dumps(fresh))
         except Timeout:
             raise InputError(f"{out}: another process is writing this {what} now. Wait for it.") from None
         except OSError as error:
-            raise InputError(f"{out}: can't be written ({error.strerror or error}). Name another directory.") from None
-        try:
-            return cls(out, state, _read_state(out, state, json.loads(json.dumps(identity)), what), lock)
-        except BaseException:
             lock.release()
-            raise
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """JSON values of the caller's own in the state file; written by the next `finished` or `save`."""
-        return self._document["facts"]
-
-    @property
-    def shards(self) -> dict[str, str]:
-        """File name → SHA-256 of every finished shard."""
-        return self._document["shards"]
+            raise InputError(f"{out}: can't be written ({error.strerror or error}). Name another directory.") from None
+        found = try_read_json(state)
+        if found is None or found.get("identity") != fresh["identity"]:
+            lock.release()
+            raise InputError(
+                f"{out}: holds an unfinished {what} of something else. Delete it, or name another directory."
+            )
+        return cls(out, state, found, lock)
 
     def has(self, name: str) -> bool:
         """Whether that shard is finished; its bytes are hashed and compared."""
@@ -90,12 +91,8 @@ class OutputDirectory:
         return name in self.shards and target.is_file() and file_sha256(target) == self.shards[name]
 
     def finished(self, name: str, sha256: str) -> None:
-        """Note that this shard is whole and on disk."""
+        """Note in the state file that this shard is whole and on disk."""
         self.shards[name] = sha256
-        self.save()
-
-    def save(self) -> None:
-        """Replace the state file."""
         replace_text(self._state, json.dumps(self._document))
 
     def complete(self) -> None:
@@ -115,22 +112,8 @@ class OutputDirectory:
     def __enter__(self) -> OutputDirectory:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _read_state(out: Path, state: Path, identity: dict[str, Any], what: str) -> dict[str, Any]:
-    fresh: dict[str, Any] = {"identity": identity, "shards": {}, "facts": {}}
-    if not state.is_file():
-        try:
-            replace_text(state, json.dumps(fresh))
-        except OSError as error:
-            raise InputError(f"{out}: can't be written ({error.strerror}). Name another directory.") from None
-        return fresh
-    found = try_read_json(state)
-    if found is None or found.get("identity") != identity:
-        raise InputError(f"{out}: holds an unfinished {what} of something else. Delete it, or name another directory.")
-    return found
 
 
 def flush(path: Path) -> None:
@@ -145,10 +128,8 @@ def flush(path: Path) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Replace a small file's text as a whole: after a kill it has the new text or the old one."""
     partial = path.with_name(f".{path.name.lstrip('.')}.partial")
-    with open(partial, "w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
+    partial.write_text(text, encoding="utf-8")
+    flush(partial)
     partial.replace(path)
     flush(path.parent)
 
@@ -181,8 +162,7 @@ def require_space(out: Path, needed_bytes: int, what: str) -> None:
     if free < needed_bytes:
         raise InputError(
             f"{out}: {what} needs {formatting.size(needed_bytes)}, and {formatting.size(free)} are free on this disk. "
-            f"Make room, or "
-            "name a directory on another disk."
+            "Make room, or choose another disk (for the cache: QVERA_CACHE)."
         )
 
 
@@ -202,23 +182,10 @@ def disk_errors(what: str, kept: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        number = _error_number(error)
-        if number in _NO_SPACE:
-            reason = "the disk is full"
-        elif number in _UNWRITABLE:
-            reason = f"it can't be written ({os.strerror(number)})"
-        else:
+        in_text = re.search(r"\(os error (\d+)\)", str(error))  # where safetensors has the number
+        number = getattr(error, "errno", None) or (int(in_text[1]) if in_text else 0)
+        if number not in (*_NO_SPACE, *_UNWRITABLE):
             raise
+        reason = "the disk is full" if number in _NO_SPACE else f"it can't be written ({os.strerror(number)})"
         where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
         raise RunFailed(f"{what}: {reason}{where}. {kept}") from None
-
-
-def _error_number(error: OSError | SafetensorError) -> int:
-    """The system's error number.
-
-    Safetensors has it in its text only: "I/O error: No space left on device (os error 28)".
-    """
-    if isinstance(error, OSError):
-        return error.errno or 0
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return int(found[1]) if found else 0

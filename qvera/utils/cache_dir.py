@@ -37,14 +37,14 @@ class DiskCache:
     """A cache of one kind of directories.
 
     Attributes:
-        what: what messages call one of them, and several.
+        what: what messages call one of them.
         root: where they are; a function, since QVERA_CACHE may change.
         record_of: the record in such a directory; None where there is none that can be read.
         problem_of: reads all bytes of a finished one and returns what is wrong with it; None: nothing.
         prefix: the beginning of a finished one's name, where the rest is the KEY that it was made under.
     """
 
-    what: tuple[str, str]
+    what: str
     root: Callable[[], Path]
     record_of: Callable[[Path], dict[str, Any] | None]
     problem_of: Callable[[Path], str | None]
@@ -53,13 +53,11 @@ class DiskCache:
     def listed(self) -> list[CacheEntry]:
         """All entries, finished or not, by name."""
         root = self.root()
-        found = []
-        for directory in sorted(root.iterdir()) if root.is_dir() else []:
-            if directory.is_dir() and (directory.name.startswith(UNFINISHED) or not directory.name.startswith(".")):
-                found.append(
-                    CacheEntry(directory.name, directory, size_bytes(directory), self.record_of(directory), self)
-                )
-        return found
+        return [
+            CacheEntry(path.name, path, size_bytes(path), self.record_of(path), self)
+            for path in (sorted(root.iterdir()) if root.is_dir() else [])
+            if path.is_dir() and (path.name.startswith(UNFINISHED) or not path.name.startswith("."))
+        ]
 
     def remove(self, name: str) -> int:
         """Delete one entry by its name (or the unique beginning of it); returns its bytes.
@@ -74,18 +72,16 @@ class DiskCache:
         entries = self.listed()
         found = [e for e in entries if e.name == name] or [e for e in entries if name and e.name.startswith(name)]
         if len(found) != 1:
-            what = f"{len(found) or 'no'} {self.what[len(found) > 1]}"
-            raise InputError(f"{name}: {what} of that name in {self.root()}. `qvera cache ls` shows the names.")
+            what = f"{'more than one' if found else 'no'} {self.what} of that name"
+            raise InputError(f"{name}: {what} in {self.root()}. `qvera cache ls` shows the names.")
         (entry,) = found
         self.clear_removed()
-        key = entry.name.removeprefix(UNFINISHED)
-        if key == entry.name and self.prefix is not None:
-            key = entry.name.removeprefix(self.prefix)
-        elif key == entry.name:  # finished, and no lock is of its name
-            discard(entry.directory)
-            return entry.size_bytes
+        lock: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        if self.prefix is not None or entry.name.startswith(UNFINISHED):  # else no lock is of its name
+            key = entry.name.removeprefix(UNFINISHED).removeprefix(self.prefix or "")
+            lock = FileLock(self.root() / f".{key}.lock", timeout=0)
         try:
-            with FileLock(self.root() / f".{key}.lock", timeout=0):
+            with lock:
                 discard(entry.directory)
         except Timeout:
             raise InputError(f"{entry.name}: is being made or opened by another process right now.") from None
@@ -93,17 +89,14 @@ class DiskCache:
 
     @contextlib.contextmanager
     def locked(self, key: str, waiting: Callable[[], None] | None = None) -> Iterator[None]:
-        """Hold the lock of what is made under ``key``.
-
-        ``waiting`` is called every now and then while another process has it.
-        """
+        """Hold the lock of what is made under ``key``; call ``waiting`` now and then while another process has it."""
         lock = FileLock(self.root() / f".{key}.lock")
         while not lock.is_locked:
             try:
-                lock.acquire(timeout=-1 if waiting is None else WAIT_SECONDS)
+                lock.acquire(timeout=WAIT_SECONDS)
             except Timeout:
-                assert waiting is not None  # else there is no timeout
-                waiting()
+                if waiting is not None:
+                    waiting()
         try:
             yield
         finally:
@@ -172,10 +165,7 @@ class HashIndex:
         return found
 
     def add(self, entries: dict[Path, tuple[list[int], str]]) -> None:
-        """Remember file → (what `file_stamp` said before its content was read, SHA-256).
-
-        Files that are gone are dropped.
-        """
+        """Remember file → (what `file_stamp` said before its content was read, SHA-256); forget files that are gone."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(self._path.with_suffix(".lock")):

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import psutil
@@ -41,21 +40,9 @@ def private_bytes() -> int:
 
 
 class _Mallinfo(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in [
-            "arena",
-            "ordblks",
-            "smblks",
-            "hblks",
-            "hblkhd",
-            "usmblks",
-            "fsmblks",
-            "uordblks",
-            "fordblks",
-            "keepcost",
-        ]
-    ]
+    """Glibc's ``struct mallinfo2``: ten sizes; number 4 is hblkhd (mapped), number 7 is uordblks (in arenas)."""
+
+    _fields_ = [("sizes", ctypes.c_size_t * 10)]
 
 
 def allocated_bytes() -> int | None:
@@ -65,8 +52,8 @@ def allocated_bytes() -> int | None:
     except (OSError, AttributeError, TypeError):
         return None
     read.restype = _Mallinfo
-    found = read()
-    return int(found.uordblks + found.hblkhd)
+    sizes = read().sizes
+    return int(sizes[4] + sizes[7])
 
 
 @functools.cache
@@ -77,32 +64,22 @@ def kernel_bytes(dtype: torch.dtype) -> int:
     """
     import torch
 
-    side, shapes = 64, 16
-    weight = torch.zeros(side, side, dtype=dtype)
-    # row counts that nothing else uses, or the kernel would be cached already
+    weight = torch.zeros(64, 64, dtype=dtype)
     readings = []
-    for rows in range(3001, 3002 + shapes):
-        torch.nn.functional.linear(weight.new_zeros(rows, side), weight)
-        readings.append(allocated_bytes())
-    first, last = readings[0], readings[-1]
-    return 0 if first is None or last is None else max(0, last - first) // shapes
+    for rows in range(3001, 3018):  # row counts that nothing else uses, or the kernel would be cached already
+        torch.nn.functional.linear(weight.new_zeros(rows, 64), weight)
+        readings.append(allocated_bytes() or 0)
+    return max(0, readings[-1] - readings[0]) // (len(readings) - 1)
 
 
 def mapped_weights_bytes() -> int:
     """Resident bytes of mapped safetensors files in this process; 0 where the system does not say."""
-    total, ours = 0, False
     try:
-        with open("/proc/self/smaps", encoding="utf-8", errors="replace") as handle:
-            for line in handle:
-                first = line.split(maxsplit=1)[0]
-                if not first.endswith(":"):  # the line that begins a mapping: addresses, rights, ..., the file
-                    path = line.rstrip()  # in a hub cache the file behind the link has its hash for a name
-                    ours = path.endswith(".safetensors") or "/blobs/" in path
-                elif ours and first == "Rss:":
-                    total += 1024 * int(line.split()[1])
-    except (OSError, IndexError):
+        maps = psutil.Process().memory_maps()
+    except (AttributeError, psutil.Error):  # not on macOS
         return 0
-    return total
+    # in a hub cache the file behind the link has its hash for a name
+    return sum(one.rss for one in maps if one.path.endswith(".safetensors") or "/blobs/" in one.path)
 
 
 class PeakWatch:
@@ -139,9 +116,7 @@ class PeakWatch:
             return torch.cuda.max_memory_allocated(self.device)
         return max(self._highest_bytes, private_bytes())
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._thread is not None:
             self._done.set()
             self._thread.join()
@@ -198,9 +173,8 @@ def device_name(device: torch.device) -> str:
 
 def versions() -> dict[str, str]:
     """Version of Python and of each package that a result can depend on."""
-    packages = ("torch", "transformers", "peft", "bitsandbytes", "qvera")
     found = {"python": platform.python_version()}
-    for package in packages:
+    for package in ("torch", "transformers", "peft", "bitsandbytes", "qvera"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

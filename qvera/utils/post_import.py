@@ -1,8 +1,7 @@
 """Run something when another package is imported, without importing that package now.
 
 Python finds a module through the finders of `sys.meta_path`. The finder here stands first among them. For one name it
-asks the others, and wraps what they found so that an action runs right after the module's own code. All other names
-pass through.
+asks the others, and wraps what they found. All other names pass through.
 """
 
 from __future__ import annotations
@@ -10,36 +9,32 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 
-def after_import(
-    name: str,
-    action: Callable[[], object],
-    around: Callable[[], AbstractContextManager[object]] = nullcontext,
-) -> None:
-    """Call ``action()`` once the package ``name`` has been imported: now, if it has been already.
+def around_import(name: str, around: Callable[[], AbstractContextManager[object]]) -> None:
+    """Run the code of the package ``name`` inside ``around()`` once it is imported.
+
+    If it has been imported already, ``around()`` is entered and left now.
 
     Args:
         name: a top-level package. It need not be installed.
-        action: runs in the importing thread, after the package's own code. What it raises, the import raises.
-        around: a context manager for the time in which the package's own code runs.
+        around: runs in the importing thread. What it raises, the import raises.
     """
-    if name in sys.modules:
-        action()
-    else:
-        sys.meta_path.insert(0, _Finder(name, action, around))
+    if name not in sys.modules:
+        sys.meta_path.insert(0, _Finder(name, around))
+        return
+    with around():
+        pass
 
 
 class _Finder:
-    """Finds one package as the other finders do, and adds the action to its loader."""
+    """Finds one package as the other finders do, and wraps its loader."""
 
-    def __init__(
-        self, name: str, action: Callable[[], object], around: Callable[[], AbstractContextManager[object]]
-    ) -> None:
-        self.name, self.action, self.around = name, action, around
+    def __init__(self, name: str, around: Callable[[], AbstractContextManager[object]]) -> None:
+        self.name, self.around = name, around
         self.searching = False
 
     def find_spec(
@@ -56,10 +51,10 @@ class _Finder:
             execute = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
+                if module.__name__ != self.name:  # a zip file has one loader for all of its modules
+                    return execute(module)
                 with self.around():
                     execute(module)
-                if module.__name__ == self.name:  # a zip file has one loader for all of its modules
-                    self.action()
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
