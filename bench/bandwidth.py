@@ -84,8 +84,8 @@ def run_case(
         "losses": [r["loss"] for r in records],
     }
     planned = load_recipe(file, [])
-    shape = make_plan(planned, Machine("", "cpu", torch.bfloat16, True, 0)).shape
-    brought = traffic(shape, planned, Sharing(int(stage[4]), None, 2, 1))
+    plan = make_plan(planned, Machine("", "cpu", torch.bfloat16, True, 0))
+    brought = traffic(plan, Sharing(int(stage[4]), None, 2, 1))
     found["planned_bytes_per_step"] = {"gradients": brought.gradients, "base": brought.base}
     if between:
         found["planned_over_received"] = brought.total / statistics.median(between)

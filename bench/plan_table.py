@@ -16,9 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qvera.config.schema import Recipe, parse_recipe
-from qvera.training.plan.activations import Batch
-from qvera.training.plan.machine import CUDA_CONTEXT_BYTES, Machine
 from qvera.training.plan.memory import Kind, plan_memory
+from qvera.training.plan.run import CUDA_CONTEXT_BYTES, Batch, Machine, PlannedRun
 from qvera.training.plan.shapes import Shape, shape_of
 from qvera.utils.formatting import count, size
 
@@ -73,7 +72,7 @@ def _gpu(card_bytes: int) -> Machine:
 def total_bytes(name: str, tokens: int, rank: int = 256) -> int:
     """Device memory of training that model on one row of so many tokens."""
     batch = Batch(1, tokens, tokens, False, False, "", tokens)
-    return plan_memory(shapes()[name], recipe_of(rank), batch, _gpu(0)).total_bytes
+    return plan_memory(PlannedRun(shapes()[name], recipe_of(rank), batch, _gpu(0))).total_bytes
 
 
 def longest_tokens(name: str, card_bytes: int, rank: int = 256) -> int:
@@ -109,7 +108,7 @@ def _stacks() -> Iterator[tuple[str, list[tuple[Kind, int]]]]:
     merged: dict[str, Kind] = {"projections": "vectors"}
     for name, shape in shapes().items():
         parts = dict.fromkeys(_COLOURS, 0)
-        for part in plan_memory(shape, recipe_of(256), batch, _gpu(0)).peak:
+        for part in plan_memory(PlannedRun(shape, recipe_of(256), batch, _gpu(0))).peak:
             parts[merged.get(part.kind, part.kind)] += part.bytes
         yield name, [(kind, held) for kind, held in parts.items() if held]
 

@@ -54,7 +54,7 @@ def plan(
     made = make_plan(loaded, machine or device, _local_rows(loaded), sharing, every_way=several)
     if machine is None and not no_timing:
         with progress("Timing this machine"):
-            made = dataclasses.replace(made, seconds=time_step(made, loaded, device))
+            made = dataclasses.replace(made, seconds=time_step(made, device))
     if as_json:
         print(json.dumps(made.to_dict(), indent=1))
     else:

@@ -13,7 +13,7 @@ from qvera.data import Datasets, data_sha256
 from qvera.distributed.group import Group
 from qvera.models.loader import fingerprint_of
 from qvera.training.plan import Plan
-from qvera.training.plan.show import change_lines, needed_bytes
+from qvera.training.plan.show import change_lines
 from qvera.utils import memory
 from qvera.utils.errors import InputError, QveraError
 from qvera.utils.formatting import size
@@ -101,10 +101,10 @@ def check_memory(plan: Plan | None, group: Group, console: Console) -> None:
     """
     if group.world_size == 1 or plan is None:
         return
-    on_gpu = plan.machine.device_type == "cuda"
+    on_gpu = plan.machine.on_gpu
     # what this process holds is in both numbers, and a node's ranks must not count it as free to each other
     held = 0 if on_gpu else plan.machine.runtime_bytes
-    found = group.gather([group.host, needed_bytes(plan) - held, plan.machine.available_bytes - held])
+    found = group.gather([group.host, plan.needed_bytes - held, plan.machine.available_bytes - held])
     by_host = {host: [rank for rank, one in enumerate(found) if one[0] == host] for host, *_ in found}
     short = []
     for ranks in [[rank] for rank in range(len(found))] if on_gpu else by_host.values():

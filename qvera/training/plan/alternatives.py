@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qvera.config.schema import Recipe
-from qvera.training.plan.activations import Batch
-from qvera.training.plan.machine import Machine
-from qvera.training.plan.memory import Memory
-from qvera.training.plan.shapes import Shape
+from qvera.training.plan.run import Batch, PlannedRun
 from qvera.training.plan.sharding import ALONE, Sharing, plan_rank
 
 BatchOf = Callable[[Recipe], Batch]
@@ -36,12 +33,6 @@ class Change:
         return ", ".join(f"{key}={_yaml(value)}" for key, value in self.settings.items())
 
 
-def fits(memory: Memory, machine: Machine) -> bool:
-    """On a GPU everything has to fit; on a CPU what is private: mapped pages are dropped and read again."""
-    needed = memory.total_bytes if machine.device_type == "cuda" else memory.private_bytes
-    return needed <= machine.available_bytes
-
-
 def changed(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
     """The recipe with ``section.key`` values replaced."""
     for key, value in settings.items():
@@ -51,59 +42,49 @@ def changed(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
     return recipe
 
 
-def nearest_changes(
-    shape: Shape, recipe: Recipe, batch_of: BatchOf, machine: Machine, sharing: Sharing = ALONE
-) -> list[Change]:
+def nearest_changes(run: PlannedRun, batch_of: BatchOf, sharing: Sharing = ALONE) -> list[Change]:
     """Single changes that make the recipe fit, the mildest value of each; where no single one does, they are added up.
 
     The last resort, all changes at their extreme, is given even where it does not fit.
     """
 
     def tried(settings: dict[str, Any]) -> Change:
-        other = changed(recipe, settings)
-        memory = plan_rank(shape, other, batch_of(other), machine, sharing)
-        return Change(settings, memory.total_bytes, fits(memory, machine))
+        other = changed(run.recipe, settings)
+        memory = plan_rank(replace(run, recipe=other, batch=batch_of(other)), sharing)
+        return Change(settings, memory.total_bytes, memory.needed_bytes(run.machine) <= run.machine.available_bytes)
 
-    found: list[Change] = []
-    together: dict[str, Any] = {}
-    for key, values in _ways(shape, recipe, batch_of(recipe)):
-        hit = next((change for value in values if (change := tried({key: value})).fits), None)
-        if hit is not None:
-            found.append(hit)
-    if found:
-        return found
+    steps = list(_steps(run))
+    found = [next((change for value in values if (change := tried({key: value})).fits), None) for key, values in steps]
+    if any(found):
+        return [change for change in found if change is not None]
     last: list[Change] = []
-    for key, values in _ways(shape, recipe, batch_of(recipe)):
+    together: dict[str, Any] = {}
+    for key, values in steps:
         for value in values:
-            last = [tried({**together, key: value})]
+            together[key] = value
+            last = [tried(dict(together))]
             if last[0].fits:
                 return last
-        together[key] = values[-1]
     return last
 
 
-def _ways(shape: Shape, recipe: Recipe, batch: Batch) -> Iterator[tuple[str, list[Any]]]:
+def _steps(run: PlannedRun) -> Iterator[tuple[str, list[Any]]]:
     """Each key that saves memory, with ever smaller values; in the order of what it costs the result of a run."""
-    training = recipe.training
-    if not training.gradient_checkpointing:
-        yield "training.gradient_checkpointing", [True]
-    size = training.per_device_train_batch_size
-    smaller = [n for n in range(size - 1, 0, -1) if training.global_batch_size % n == 0]
-    if smaller:
-        yield "training.per_device_train_batch_size", smaller
-    chunks = _halved(training.loss_chunk_tokens, _SMALLEST_CHUNK)
-    if chunks:
-        yield "training.loss_chunk_tokens", chunks
-    longest = recipe.data.max_length if batch.joined else min(recipe.data.max_length, batch.tokens)
-    lengths = [n for n in _eighths(longest) if n >= _SHORTEST_TOKENS]
-    if lengths:
-        yield "data.max_length", lengths
-    ranks = [r for r in _halved(recipe.adapter.rank, _SMALLEST_RANK) if r % recipe.adapter.b_groups == 0]
-    if ranks:
-        yield "adapter.rank", ranks
-    few = [name for name in ("q_proj", "v_proj") if any(x.role == name for x in shape.linears)]
-    if len(few) == 2 and recipe.adapter.targets != few:
-        yield "adapter.targets", [few]
+    training, data, adapter = run.recipe.training, run.recipe.data, run.recipe.adapter
+    rows = training.per_device_train_batch_size
+    longest = data.max_length if run.batch.joined else min(data.max_length, run.batch.tokens)
+    few = [name for name in ("q_proj", "v_proj") if any(x.role == name for x in run.shape.linears)]
+    steps: dict[str, list[Any]] = {
+        "training.gradient_checkpointing": [] if training.gradient_checkpointing else [True],
+        "training.per_device_train_batch_size": [
+            n for n in range(rows - 1, 0, -1) if training.global_batch_size % n == 0
+        ],
+        "training.loss_chunk_tokens": _halved(training.loss_chunk_tokens, _SMALLEST_CHUNK),
+        "data.max_length": [n for n in _eighths(longest) if n >= _SHORTEST_TOKENS],
+        "adapter.rank": [r for r in _halved(adapter.rank, _SMALLEST_RANK) if r % adapter.b_groups == 0],
+        "adapter.targets": [few] if len(few) == 2 and adapter.targets != few else [],
+    }
+    return ((key, values) for key, values in steps.items() if values)
 
 
 def _halved(value: int, least: int) -> list[int]:

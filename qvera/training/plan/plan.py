@@ -5,21 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 
 from qvera.config.schema import Recipe
-from qvera.data import Batches, CutRows, Example, batches_of, collate_prefix_once, lengths_of, steps_per_epoch
+from qvera.data import CutRows, Example, batches_of, collate_prefix_once, lengths_of, steps_per_epoch
 from qvera.data.padding import round_up_length, rounds_lengths
 from qvera.models.loader import takes_prefix_once
 from qvera.models.model_config import empty_model
 from qvera.models.tokenizer import ids_of, load_tokenizer
-from qvera.training.plan.activations import Batch
-from qvera.training.plan.alternatives import BatchOf, Change, fits, nearest_changes
-from qvera.training.plan.machine import Machine, this_machine
-from qvera.training.plan.memory import Memory, adapter_bytes, checkpoint_bytes, numbers, setting, trained_shapes
+from qvera.training.plan.alternatives import BatchOf, Change, nearest_changes
+from qvera.training.plan.memory import Memory, adapter_bytes, checkpoint_bytes, vector_sizes
+from qvera.training.plan.run import Batch, Machine, PlannedRun, this_machine
 from qvera.training.plan.shapes import Shape, shape_of
 from qvera.training.plan.sharding import ALONE, Sharing, Way, passes_of, plan_rank, plan_ways, right_way
 from qvera.training.plan.timing import calibrate, step_seconds
@@ -30,39 +30,51 @@ _CANDIDATES = 200
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(PlannedRun):
     """What a run will take, and what would make it fit where it does not.
 
     Attributes:
-        batch: the longest forward pass.
         memory: of one rank.
         changes: empty where the run fits.
-        joinable: rows of a batch may be joined behind their common prefix.
         sharing: how the ranks share the model.
-        seconds: parts of an optimizer step; None where nothing was timed.
         ways: every way of sharing it, where that was asked for.
+        seconds: parts of an optimizer step; None where nothing was timed.
     """
 
-    shape: Shape
-    machine: Machine
-    batch: Batch
     memory: Memory
-    adapter_bytes: int
-    checkpoint_bytes: int
-    trained_numbers: int
     changes: list[Change]
-    joinable: bool
     sharing: Sharing = ALONE
-    seconds: dict[str, float] | None = None
     ways: tuple[Way, ...] = ()
+    seconds: dict[str, float] | None = None
+
+    @property
+    def needed_bytes(self) -> int:
+        """See `Memory.needed_bytes`."""
+        return self.memory.needed_bytes(self.machine)
 
     @property
     def fits(self) -> bool:
         """Whether the machine has the memory."""
-        return fits(self.memory, self.machine)
+        return self.needed_bytes <= self.machine.available_bytes
+
+    @cached_property
+    def adapter_bytes(self) -> int:
+        """The adapter directory."""
+        return adapter_bytes(self.shape, self.recipe)
+
+    @cached_property
+    def checkpoint_bytes(self) -> int:
+        """One checkpoint."""
+        return checkpoint_bytes(self.shape, self.recipe)
+
+    @property
+    def trained_parameters(self) -> int:
+        """How many parameters are trained."""
+        return sum(vector_sizes(self.shape, self.recipe, trained_only=True))
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON: the output of ``qvera plan --json`` and the ``plan`` object of run.json."""
+        sharing = self.sharing
         found = {
             "device": self.machine.name,
             "device_type": self.machine.device_type,
@@ -71,21 +83,17 @@ class Plan:
             "fits": self.fits,
             "batch": {"rows": self.batch.rows, "tokens": self.batch.tokens, "source": self.batch.source},
             "parameters": self.shape.parameters,
-            "trained_numbers": self.trained_numbers,
+            "trained_numbers": self.trained_parameters,
             "memory": self.memory.to_dict(),
             "adapter_bytes": self.adapter_bytes,
             "checkpoint_bytes": self.checkpoint_bytes,
             "step_seconds": None if self.seconds is None else sum(self.seconds.values()),
             "step_seconds_parts": self.seconds,
             "changes": [{"set": c.settings, "total_bytes": c.total_bytes, "fits": c.fits} for c in self.changes],
-            "processes": {
-                "deepspeed": self.sharing.word,
-                "nodes": self.sharing.nodes,
-                "per_node": self.sharing.per_node,
-            },
+            "processes": {"deepspeed": sharing.word, "nodes": sharing.nodes, "per_node": sharing.per_node},
         }
         if self.ways:
-            way, why = right_way(list(self.ways), self.machine)
+            way, why = right_way(self.ways, self.machine)
             found["ways"] = [one.to_dict() for one in self.ways]
             found["right_way"] = {"deepspeed": None if way is None else way.sharing.word, "why": why}
         return found
@@ -117,24 +125,13 @@ def make_plan(
     del model
     if isinstance(machine, torch.device):
         machine = this_machine(recipe.model, machine)
-    longest = _batches(rows, joinable, rounds_lengths(machine.dtype, machine.device_type))
-    batch = longest(recipe)
-    memory = plan_rank(shape, recipe, batch, machine, sharing)
-    trained = sum(numbers(trained_shapes(shape.adapted(recipe.adapter.targets), recipe.adapter)))
-    changes = [] if fits(memory, machine) else nearest_changes(shape, recipe, longest, machine, sharing)
-    return Plan(
-        shape,
-        machine,
-        batch,
-        memory,
-        adapter_bytes(shape, recipe),
-        checkpoint_bytes(shape, recipe),
-        trained,
-        changes,
-        joinable,
-        sharing,
-        ways=tuple(plan_ways(shape, recipe, batch, machine, sharing.nodes, sharing.per_node)) if every_way else (),
-    )
+    batch_of = _longest_batch(rows, joinable, rounds_lengths(machine.dtype, machine.device_type))
+    run = PlannedRun(shape, recipe, batch_of(recipe), machine)
+    memory = plan_rank(run, sharing)
+    fits = memory.needed_bytes(machine) <= machine.available_bytes
+    changes = [] if fits else nearest_changes(run, batch_of, sharing)
+    ways = tuple(plan_ways(run, sharing.nodes, sharing.per_node)) if every_way else ()
+    return Plan(shape, recipe, run.batch, machine, memory, changes, sharing, ways)
 
 
 def _grown(shape: Shape, recipe: Recipe) -> Shape:
@@ -156,7 +153,7 @@ def _grown(shape: Shape, recipe: Recipe) -> Shape:
     )
 
 
-def _batches(rows: Sequence[Example] | None, joinable: bool, repeating: bool) -> BatchOf:
+def _longest_batch(rows: Sequence[Example] | None, joinable: bool, rounded: bool) -> BatchOf:
     """The longest batch over these rows, remembered by what it depends on."""
     if rows is None:
         return assumed_batch
@@ -170,21 +167,20 @@ def _batches(rows: Sequence[Example] | None, joinable: bool, repeating: bool) ->
             cut = rows if short else CutRows(rows, key[0])
             steps = max(1, planned_steps(recipe, len(cut)))
             chosen = longest_rows(recipe, cut, joinable, steps)
-            batch = batch_of([cut[i] for i in chosen], joinable, recipe.data.packing, repeating)
-            found[key] = replace(batch, token_counts=token_counts(recipe, cut, steps, repeating))
+            batch = batch_of([cut[i] for i in chosen], joinable, recipe.data.packing, rounded)
+            found[key] = replace(batch, token_counts=token_counts(recipe, cut, steps, rounded))
         return found[key]
 
     return longest
 
 
-def time_step(plan: Plan, recipe: Recipe, device: torch.device) -> dict[str, float]:
+def time_step(plan: Plan, device: torch.device) -> dict[str, float]:
     """Seconds of one optimizer step in parts, from a calibration of ``device`` (2 to 5 seconds).
 
     With several ranks: of one on a device like this one for each, without what the network takes.
     """
-    a = setting(plan.shape, recipe, plan.batch, plan.machine)
-    times = passes_of(recipe, plan.sharing.world_size, plan.batch.packed_rows)
-    return step_seconds(a, recipe, calibrate(a, recipe, device), times)
+    times = passes_of(plan.recipe, plan.sharing.world_size, plan.batch.packed_rows)
+    return step_seconds(plan, calibrate(plan, device), times)
 
 
 def planned_steps(recipe: Recipe, rows: int) -> int:
@@ -196,26 +192,26 @@ def planned_steps(recipe: Recipe, rows: int) -> int:
 
 def assumed_batch(recipe: Recipe) -> Batch:
     """Every row at ``data.max_length``, none padded, all of it trained but what ``data.max_target_length`` excludes."""
-    rows, tokens = recipe.training.per_device_train_batch_size, recipe.data.max_length
-    if recipe.data.packing:  # one full sequence; two rows in it, so that attention has a mask of its own
-        target = min(2 * recipe.data.max_target_length if recipe.data.max_target_length else tokens, tokens)
-        trained = tokens if recipe.data.train_on == "all" else target
-        return Batch(1, tokens, trained, False, True, f"data.max_length: packed into {tokens:,} tokens", tokens, 1)
-    target = min(recipe.data.max_target_length or tokens, tokens)
-    trained = rows * (tokens if recipe.data.train_on == "all" else target)
+    data, rows, tokens = recipe.data, recipe.training.per_device_train_batch_size, recipe.data.max_length
     source = f"data.max_length: {rows} x {tokens:,} tokens"
-    return Batch(rows, tokens, trained, False, False, source, tokens)
+    targets = rows
+    if data.packing:  # one full sequence; two rows in it, so that attention has a mask of its own
+        source, rows, targets = f"data.max_length: packed into {tokens:,} tokens", 1, 2
+    trained = rows * tokens
+    if data.train_on != "all" and data.max_target_length:
+        trained = min(targets * min(data.max_target_length, tokens), trained)
+    return Batch(rows, tokens, trained, False, data.packing, source, tokens, 1 if data.packing else 0)
 
 
-def longest_rows(recipe: Recipe, rows: Sequence[Example], joinable: bool, steps: int, done: int = 0) -> list[int]:
-    """The rows of the forward pass with the most tokens (padding included) among steps ``done`` to ``steps``.
+def longest_rows(recipe: Recipe, rows: Sequence[Example], joinable: bool, steps: int) -> list[int]:
+    """The rows of the forward pass with the most tokens (padding included) among the first ``steps`` steps.
 
     Args:
         rows: the training rows.
         joinable: rows of a batch may be joined behind their common prefix (`qvera.data.collate`).
     """
     candidates: dict[tuple[int, ...], int] = {}
-    for passes, row_tokens in _epochs(recipe, rows, steps, done):
+    for passes, row_tokens in _epochs(recipe, rows, steps):
         sizes = row_tokens * np.array([1 if recipe.data.packing else len(p) for p in passes], dtype=np.int64)
         for i in np.argsort(-sizes, kind="stable")[:_CANDIDATES]:
             candidates[tuple(passes[i])] = int(sizes[i])
@@ -229,57 +225,46 @@ def longest_rows(recipe: Recipe, rows: Sequence[Example], joinable: bool, steps:
     return best
 
 
-def token_counts(recipe: Recipe, rows: Sequence[Example], steps: int, repeating: bool) -> int:
+def token_counts(recipe: Recipe, rows: Sequence[Example], steps: int, rounded: bool) -> int:
     """How many different token counts the forward passes of ``steps`` steps have. Joined rows count as padded ones.
 
-    Args:
-        repeating: their lengths are rounded up (`qvera.data.padding`).
+    ``rounded``: their lengths are rounded up (`qvera.data.padding`).
     """
     found: set[tuple[int, int]] = set()
     for passes, row_tokens in _epochs(recipe, rows, steps):
-        tokens = [round_up_length(int(n)) for n in row_tokens] if repeating else row_tokens.tolist()
+        tokens = [round_up_length(int(n)) for n in row_tokens] if rounded else row_tokens.tolist()
         found |= set(zip((1 if recipe.data.packing else len(p) for p in passes), tokens, strict=True))
     return max(1, len(found))
 
 
-def _epochs(
-    recipe: Recipe, rows: Sequence[Example], steps: int, done: int = 0
-) -> Iterator[tuple[list[list[int]], np.ndarray]]:
-    """The forward passes of steps ``done`` to ``steps``, epoch by epoch, with the tokens of a row in each.
+def _epochs(recipe: Recipe, rows: Sequence[Example], steps: int) -> Iterator[tuple[list[list[int]], np.ndarray]]:
+    """The forward passes of the first ``steps`` steps, epoch by epoch, with the tokens of a row in each.
 
-    With packing it is the tokens of the whole pass.
+    With packing it is the tokens of the whole pass, and no pass has rows of two global batches.
     """
     data, batches = recipe.data, batches_of(recipe, rows)
-    per_epoch = batches.per_epoch
-    for epoch in range(done // per_epoch, -(-steps // per_epoch)):
-        first = max(done - epoch * per_epoch, 0) * batches.global_batch_size
-        chosen = batches.epoch_order(epoch)[first : (steps - epoch * per_epoch) * batches.global_batch_size]
-        # a global batch is a multiple of a forward pass, so these are consecutive pieces of the epoch
-        passes = _packed(batches, chosen) if data.packing else batches.cut(chosen.tolist())
+    size = batches.global_batch_size
+    for epoch in range(-(-steps // batches.per_epoch)):
+        chosen = batches.epoch_order(epoch)[: (steps - epoch * batches.per_epoch) * size]
+        # without packing a global batch is a multiple of a forward pass, so an epoch can be cut as a whole
+        whole = size if data.packing else len(chosen)
+        passes = [p for at in range(0, len(chosen), whole) for p in batches.cut(chosen[at : at + whole].tolist())]
         counts = np.array([len(p) for p in passes], dtype=np.int64)
-        starts = np.cumsum(counts) - counts  # the passes are consecutive, and none is empty
-        longest = np.add if data.packing else np.maximum
-        yield passes, longest.reduceat(batches.lengths[chosen], starts) if len(counts) else counts
+        tokens = np.add if data.packing else np.maximum
+        yield passes, tokens.reduceat(batches.lengths[chosen], np.cumsum(counts) - counts)
         if data.shuffle is False:
             break
 
 
-def _packed(batches: Batches, chosen: np.ndarray) -> list[list[int]]:
-    """The packed passes of consecutive global batches on one rank; no pass has rows of two of them."""
-    size = batches.global_batch_size
-    return [one for start in range(0, len(chosen), size) for one in batches.cut(chosen[start : start + size].tolist())]
-
-
-def batch_of(examples: Sequence[Example], joinable: bool, packing: bool = False, repeating: bool = False) -> Batch:
-    """These rows as one forward pass, ``repeating`` as in `token_counts`."""
+def batch_of(examples: Sequence[Example], joinable: bool, packing: bool = False, rounded: bool = False) -> Batch:
+    """These rows as one forward pass, ``rounded`` as in `token_counts`."""
     lengths = [len(e.input_ids) for e in examples]
-    trained = sum(e.trained_tokens for e in examples)
+    trained, rows, longest = sum(e.trained_tokens for e in examples), len(lengths), max(lengths)
     if (joinable or packing) and (joined := collate_prefix_once(examples, packing=packing)) is not None:
         joined_tokens = joined["input_ids"].shape[1]
-        tokens = round_up_length(joined_tokens) if repeating else joined_tokens
-        source = f"the longest batch of the data: {len(lengths)} rows joined into {tokens:,} tokens"
-        return Batch(1, tokens, trained, False, True, source, max(lengths), len(lengths) if packing else 0)
-    rows, longest = len(lengths), max(lengths)
-    tokens = round_up_length(longest) if repeating else longest
+        tokens = round_up_length(joined_tokens) if rounded else joined_tokens
+        source = f"the longest batch of the data: {rows} rows joined into {tokens:,} tokens"
+        return Batch(1, tokens, trained, False, True, source, longest, rows if packing else 0)
+    tokens = round_up_length(longest) if rounded else longest
     source = f"the longest batch of the data: {rows} x {tokens:,} tokens"
     return Batch(rows, tokens, trained, min(lengths) < longest, False, source, longest)

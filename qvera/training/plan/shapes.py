@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from qvera.adapters.layer import layer_shape
@@ -115,10 +114,11 @@ def shape_of(model: nn.Module) -> Shape:
             raise NotPlannable(
                 f"model.path: the config of {type(model).__name__} has no whole number {key} to plan with."
             )
-    heads = int(config.num_attention_heads)
-    _check_heads(config, heads)
-    weights = sum(x.n * x.m for x in linears if x.quantizable)
-    hidden = int(config.hidden_size)
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    tied = bool(getattr(config, "tie_word_embeddings", False)) or head.weight is embedding.weight
+    dense = sum(p.numel() for p in model.parameters()) - sum(x.n * x.m for x in linears if x.quantizable)
+    if tied and head.weight is not embedding.weight:  # a model on the meta device may not have tied its weights yet
+        dense -= head.weight.numel()
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     return Shape(
         model_type=str(config.model_type),
@@ -130,35 +130,9 @@ def shape_of(model: nn.Module) -> Shape:
         head_dim=int(getattr(config, "head_dim", None) or hidden // heads),
         vocabulary=int(head.weight.shape[0]),
         longest_tokens=int(getattr(config, "max_position_embeddings", None) or 2**31),
-        tied=bool(getattr(config, "tie_word_embeddings", False)) or head.weight is embedding.weight,
+        tied=tied,
         head_norms="q_norm" in names and "k_norm" in names,
         linears=tuple(linears),
-        dense_numbers=_numbers(model) - weights - _tied_twice(config, head, embedding),
+        dense_numbers=dense,
         attention=str(getattr(config, "_attn_implementation", None) or "sdpa"),
     )
-
-
-def _check_heads(config: Any, heads: int) -> None:
-    hidden, kv_heads = config.hidden_size, getattr(config, "num_key_value_heads", None) or heads
-    if heads < 1 or hidden < 1 or kv_heads < 1:
-        raise InputError(
-            f"model.path: config.json: expected positive sizes, got hidden_size {hidden}, num_attention_heads {heads} "
-            f"and "
-            f"num_key_value_heads {kv_heads}."
-        )
-    if getattr(config, "head_dim", None) is None and hidden % heads:
-        raise InputError(
-            f"model.path: config.json: hidden_size ({hidden}) is not a multiple of num_attention_heads ({heads}), and "
-            f"there is "
-            "no head_dim. The file does not belong to these weights, or it was changed."
-        )
-
-
-def _numbers(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())  # a shared parameter comes once
-
-
-def _tied_twice(config: Any, head: Any, embedding: Any) -> int:
-    """A model on the meta device may not have tied its weights yet."""
-    tied = bool(getattr(config, "tie_word_embeddings", False)) and head.weight is not embedding.weight
-    return int(torch.Size(head.weight.shape).numel()) if tied else 0

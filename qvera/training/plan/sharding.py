@@ -7,22 +7,20 @@ bench/zero.py in whole processes.
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qvera.config.schema import Recipe
 from qvera.distributed.zero_config import IN_RAM_BELOW_BYTES, ZeroConfig, nvme_buffers
-from qvera.training.plan.activations import Batch
-from qvera.training.plan.machine import Machine
-from qvera.training.plan.memory import Component, Memory, numbers, plan_memory, trained_shapes, vector_shapes
+from qvera.training.plan.memory import Component, Memory, plan_memory, vector_sizes
+from qvera.training.plan.run import Machine, PlannedRun
 from qvera.training.plan.shapes import Shape
 from qvera.utils.formatting import duration, size
 
 ETHERNET_BYTES_PER_SECOND = 117_000_000
 """What 1 Gbit/s carries of TCP's payload; to say what bytes mean in seconds."""
-
-_FOUR_BIT = ("nf4", "fp4")
 
 
 @dataclass(frozen=True)
@@ -68,137 +66,115 @@ ALONE = Sharing()
 
 @dataclass(frozen=True)
 class Spread:
-    """Stored bytes of the base by what becomes of them in stage 3."""
+    """Bytes of the base that the ranks divide in stage 3 (`qvera.models.mmap`); statistics are not among them.
+
+    Attributes:
+        packed: 4-bit weights of all layers.
+        largest, layer: of those, one linear's and one decoder layer's.
+        last: of those, the linears that end a layer: their backward pass comes right behind their recomputation.
+        table: the embedding, and the head as much again; 0 where they are one, which is not spread.
+        dense: linears that are not quantized (a checkpoint may say so), in 16 bits.
+        weights: of each linear, packed or dense, by decoder layer.
+    """
 
     packed: int
-    """4-bit weights, in all layers."""
     largest: int
-    """Packed, of one linear."""
     layer: int
-    """Packed, of one decoder layer."""
     last: int
-    """Packed, of the linears that end a decoder layer: their backward pass comes right behind their recomputation."""
-    embedding: int
-    head: int
-    """Both 0 where the head is the embedding, which is not spread."""
+    table: int
     dense: int
-    """Linears that are not quantized (a checkpoint may say so)."""
-    weights: tuple[tuple[int, ...], ...]
-    """Of each linear, packed or dense, by decoder layer."""
+    weights: list[list[int]]
 
     @property
     def all(self) -> int:
         """Bytes that the ranks divide."""
-        return self.packed + self.embedding + self.head + self.dense
+        return self.packed + 2 * self.table + self.dense
 
 
 def spread_of(shape: Shape) -> Spread:
-    """What the ranks divide in stage 3 (`qvera.models.mmap`).
-
-    Dense weights are in 16 bits; statistics are not divided.
-    """
-    packed = {x.name: -(-x.n * x.m // 2) for x in shape.linears if x.quantizable}
-    layers = {x.layer: 0 for x in shape.linears}
-    weights: dict[int | None, list[int]] = {x.layer: [] for x in shape.linears}
+    """What the ranks divide in stage 3."""
+    packed = {x: -(-x.n * x.m // 2) for x in shape.linears if x.quantizable}
+    layers: dict[int | None, int] = defaultdict(int)
+    weights: dict[int | None, list[int]] = defaultdict(list)
     for x in shape.linears:
-        layers[x.layer] += packed.get(x.name, 0)
-        weights[x.layer].append(packed.get(x.name, 2 * x.n * x.m))
-    last = {x.layer: x.name for x in shape.linears if x.layer is not None}
-    dense = sum(2 * x.n * x.m for x in shape.linears if not x.quantizable)
-    table = 0 if shape.tied else 2 * shape.vocabulary * shape.hidden
+        layers[x.layer] += packed.get(x, 0)
+        weights[x.layer].append(packed.get(x, 2 * x.n * x.m))
+    last = {x.layer: packed.get(x, 0) for x in shape.linears if x.layer is not None}
     return Spread(
-        sum(packed.values()),
-        max(packed.values(), default=0),
-        max(layers.values(), default=0),
-        sum(packed.get(name, 0) for name in last.values()),
-        table,
-        table,
-        dense,
-        tuple(map(tuple, weights.values())),
+        packed=sum(packed.values()),
+        largest=max(packed.values(), default=0),
+        layer=max(layers.values(), default=0),
+        last=sum(last.values()),
+        table=0 if shape.tied else 2 * shape.vocabulary * shape.hidden,
+        dense=sum(2 * x.n * x.m for x in shape.linears if not x.quantizable),
+        weights=list(weights.values()),
     )
 
 
-def plan_rank(shape: Shape, recipe: Recipe, batch: Batch, machine: Machine, sharing: Sharing = ALONE) -> Memory:
+def plan_rank(run: PlannedRun, sharing: Sharing = ALONE) -> Memory:
     """What one rank holds; `plan_memory` for a process on its own.
 
     Raises:
         InputError: a target matches no linear.
     """
-    whole = plan_memory(shape, recipe, batch, machine)
+    whole = plan_memory(run)
     if sharing.stage == 0:
         return whole
-    standing = _optimizer(whole.standing, shape, recipe, sharing)
+    standing = _optimizer(whole.standing, run, sharing)
     if sharing.stage < 3:
-        return dataclasses.replace(whole, standing=standing)
-    spread = spread_of(shape)
-    standing = _base(standing, spread, shape, machine, sharing)
-    moments = {
-        name: (*parts, *_gathered(name, spread, recipe, machine, sharing.world_size))
-        for name, parts in whole.moments.items()
-    }
-    return Memory(standing, moments)
+        return replace(whole, standing=standing)
+    spread = spread_of(run.shape)
+    moments = {name: (*parts, *_gathered(name, spread, run, sharing)) for name, parts in whole.moments.items()}
+    return Memory(_base(standing, spread, run, sharing), moments)
 
 
-def _optimizer(parts: tuple[Component, ...], shape: Shape, recipe: Recipe, sharing: Sharing) -> tuple[Component, ...]:
+def _optimizer(parts: tuple[Component, ...], run: PlannedRun, sharing: Sharing) -> tuple[Component, ...]:
     """The optimizer's part. DeepSpeed keeps fp32 copies of what it steps, so two ranks save nothing by dividing it."""
-    adapted = shape.adapted(recipe.adapter.targets)
-    every = sum(numbers(vector_shapes(adapted, recipe.adapter)))
-    trained = sum(numbers(trained_shapes(adapted, recipe.adapter)))
-    world = sharing.world_size
+    every, world = sum(vector_sizes(run.shape, run.recipe)), sharing.world_size
+    trained = sum(vector_sizes(run.shape, run.recipe, trained_only=True))
     copies = 2 * 4 * _share(trained, world) + (4 * _share(every, world) if sharing.stage == 3 else 0)
-    found = [dataclasses.replace(c, bytes=_share(c.bytes, world)) if c.zero_stage == 1 else c for c in parts]
+    found = [replace(c, bytes=_share(c.bytes, world)) if c.zero_stage == 1 else c for c in parts]
     return (*found, Component("a share of vectors and gradients", "vectors", copies, zero_stage=1))
 
 
-def _base(
-    parts: tuple[Component, ...], spread: Spread, shape: Shape, machine: Machine, sharing: Sharing
-) -> tuple[Component, ...]:
+def _base(parts: tuple[Component, ...], spread: Spread, run: PlannedRun, sharing: Sharing) -> tuple[Component, ...]:
     """Shares are private; statistics stay in the mapped file, and so does an embedding that is the head."""
+    machine = run.machine
     if sharing.offload is None:
         shares = [Component("a share of the base", "base", _share(spread.all, sharing.world_size), zero_stage=3)]
     else:  # on a CPU the device is the RAM that it goes to
-        shares = _offloaded(spread, sharing) if machine.device_type == "cpu" else []
-    base = sum(c.bytes for c in parts if c.kind == "base")
-    # 16 bits a number where it is stored as it lies; norms are cast, a few hundred kB
-    left = base - spread.all if machine.itemsize == 2 or machine.mapped_base else None
-    if left is None:
-        left = base - spread.packed - (spread.all - spread.packed) * machine.itemsize // 2
-    per = "node" if machine.mapped_base else "rank"
-    others = tuple(c for c in parts if c.kind != "base")
-    name = "statistics, embedding (the head too), norms" if shape.tied else "statistics, norms"
-    stays = Component(name, "base", left, machine.mapped_base, per)  # type: ignore[arg-type]
-    return tuple(c for c in (*shares, stays, *others) if c.bytes)
+        shares = [] if machine.on_gpu else _offloaded(spread, sharing)
+    left = sum(c.bytes for c in parts if c.kind == "base") - spread.all
+    if run.itemsize != 2 and not machine.mapped_base:  # 16-bit weights are cast; so are norms, a few hundred kB
+        left -= (spread.all - spread.packed) * (run.itemsize - 2) // 2
+    name = "statistics, embedding (the head too), norms" if run.shape.tied else "statistics, norms"
+    stays = Component(name, "base", left, machine.mapped_base)
+    return tuple(c for c in (*shares, stays, *(c for c in parts if c.kind != "base")) if c.bytes)
 
 
 def _offloaded(spread: Spread, sharing: Sharing) -> list[Component]:
     """RAM of a rank's share of an offloaded base (`qvera.distributed.zero_params`)."""
     world = sharing.world_size
-    share = _share(spread.all, world)
     if sharing.offload == "cpu":
-        return [Component("a share of the base", "base", share, zero_stage=3)]
+        return [Component("a share of the base", "base", _share(spread.all, world), zero_stage=3)]
     shares = [[_share(weight, world) for weight in layer] for layer in spread.weights]
     largest = max((weight for layer in spread.weights for weight in layer), default=0)
     numel, count = nvme_buffers(largest // 2, max(map(len, shares), default=0), world)
     small = sum(one for layer in shares for one in layer if one < IN_RAM_BELOW_BYTES)
     return [
-        Component(
-            "its share of embedding and head", "base", _share(spread.embedding + spread.head, world), zero_stage=3
-        ),
+        Component("its share of embedding and head", "base", _share(2 * spread.table, world), zero_stage=3),
         Component("shares too small for NVMe", "base", small, zero_stage=3),
         Component("buffers between NVMe and RAM", "base", 2 * numel * count),
     ]
 
 
-def _gathered(moment: str, spread: Spread, recipe: Recipe, machine: Machine, world_size: int) -> tuple[Component, ...]:
+def _gathered(moment: str, spread: Spread, run: PlannedRun, sharing: Sharing) -> tuple[Component, ...]:
     """Weights that are whole on a rank while they are used, and what gathering them takes."""
-    # a weight at a time, but DeepSpeed (after 0.19.1) keeps those of a recomputed layer until its backward pass has
-    # begun
-    whole = spread.layer if moment == "backward" and recipe.training.gradient_checkpointing else spread.largest
-    largest = spread.largest
-    if moment == "loss":
-        whole = largest = spread.head
-    # gloo gathers into a copy of its own
-    gathering = largest if machine.device_type == "cpu" and world_size > 1 else 0
+    whole = largest = spread.table if moment == "loss" else spread.largest
+    if moment == "backward" and run.recipe.training.gradient_checkpointing:
+        # DeepSpeed (after 0.19.1) keeps those of a recomputed layer until its backward pass has begun
+        whole = spread.layer
+    gathering = 0 if run.machine.on_gpu or sharing.world_size == 1 else largest  # gloo gathers into a copy of its own
     found = (Component("gathered weights", "base", whole), Component("gloo's copy of one", "base", gathering))
     return tuple(c for c in found if c.bytes)
 
@@ -225,23 +201,23 @@ class Traffic:
         return self.gradients + self.base
 
 
-def traffic(shape: Shape, recipe: Recipe, sharing: Sharing, packed_rows: int = 0) -> Traffic:
-    """What a step of the recipe's global batch brings to each rank; ``packed_rows`` as in `Batch`."""
+def traffic(run: PlannedRun, sharing: Sharing) -> Traffic:
+    """What a step of the recipe's global batch brings to each rank."""
     world = sharing.world_size
     if world == 1:
         return Traffic(0, 0)
-    trained = sum(numbers(trained_shapes(shape.adapted(recipe.adapter.targets), recipe.adapter)))
+    trained = sum(vector_sizes(run.shape, run.recipe, trained_only=True))
     # an all-reduce is a reduction and a gather; the optimizers of stages 1 and 2 do one, and gather the stepped vectors
     # after it
     times = 3 if sharing.stage in (1, 2) else 2
     gradients = times * 4 * trained * (world - 1) // world
     if sharing.stage < 3:
         return Traffic(gradients, 0)
-    training, spread = recipe.training, spread_of(shape)
-    uses = 3 if training.gradient_checkpointing else 2  # forward, recomputation, backward
-    again = spread.last if training.gradient_checkpointing else 0
-    a_pass = uses * (spread.packed + spread.dense) - again + spread.embedding + spread.head
-    return Traffic(gradients, passes_of(recipe, world, packed_rows) * a_pass * (world - 1) // world)
+    spread, checkpointing = spread_of(run.shape), run.recipe.training.gradient_checkpointing
+    uses = 3 if checkpointing else 2  # forward, recomputation, backward
+    a_pass = uses * (spread.packed + spread.dense) - (spread.last if checkpointing else 0) + 2 * spread.table
+    times = passes_of(run.recipe, world, run.batch.packed_rows)
+    return Traffic(gradients, times * a_pass * (world - 1) // world)
 
 
 def passes_of(recipe: Recipe, world_size: int, packed_rows: int = 0) -> int:
@@ -285,31 +261,35 @@ class Way:
         }
 
 
-def plan_ways(shape: Shape, recipe: Recipe, batch: Batch, machine: Machine, nodes: int, per_node: int) -> list[Way]:
+def plan_ways(run: PlannedRun, nodes: int, per_node: int) -> list[Way]:
     """Every way of sharing that this base can be trained in, the simplest first."""
+    on_gpu, available = run.machine.on_gpu, run.machine.available_bytes
     stages: list[tuple[int, str | None]] = [(0, None), (1, None), (2, None)]
-    if recipe.model.quantization in _FOUR_BIT:
+    if run.recipe.model.quantization in ("nf4", "fp4"):
         # on a CPU the device is the RAM that a share would be offloaded to
-        stages += [(3, None), (3, "cpu"), (3, "nvme")] if machine.device_type == "cuda" else [(3, None), (3, "nvme")]
+        stages += [(3, None), (3, "cpu"), (3, "nvme")] if on_gpu else [(3, None), (3, "nvme")]
     found = []
     for stage, offload in stages:
         sharing = Sharing(stage, offload, nodes, per_node)
-        memory = plan_rank(shape, recipe, batch, machine, sharing)
-        on_gpu = machine.device_type == "cuda"
-        needed = memory.total_bytes if on_gpu else memory.private_bytes
-        available = machine.available_bytes if on_gpu else machine.available_bytes // per_node
-        beside = _offloaded(spread_of(shape), sharing) if offload is not None and on_gpu else []
-        host = per_node * sum(c.bytes for c in beside)
-        found.append(Way(sharing, memory, needed, available, host, traffic(shape, recipe, sharing, batch.packed_rows)))
+        memory = plan_rank(run, sharing)
+        beside = _offloaded(spread_of(run.shape), sharing) if offload is not None and on_gpu else []
+        found.append(
+            Way(
+                sharing,
+                memory,
+                memory.needed_bytes(run.machine),
+                available if on_gpu else available // per_node,
+                per_node * sum(c.bytes for c in beside),
+                traffic(run, sharing),
+            )
+        )
     return found
 
 
-def right_way(ways: list[Way], machine: Machine) -> tuple[Way | None, str]:
+def right_way(ways: Sequence[Way], machine: Machine) -> tuple[Way | None, str]:
     """The way to take, and why, in a sentence or two; None where none fits."""
     plain = ways[0]
-    by_word = {way.sharing.word: way for way in ways}
     first = next((way for way in ways if way.fits), None)
-    spread = by_word.get("zero3")
     if first is None:
         least = min(ways, key=lambda way: way.needed_bytes)
         return None, (
@@ -317,38 +297,29 @@ def right_way(ways: list[Way], machine: Machine) -> tuple[Way | None, str]:
             f"{size(least.available_bytes)}."
         )
     if first is plain:
-        less = plain.needed_bytes - min(by_word[word].needed_bytes for word in ("zero1", "zero2"))
-        saved = (
-            f"zero1 and zero2 would save {size(less)} of {size(plain.needed_bytes)}"
-            if less > 0
-            else ("zero1 and zero2 would save nothing, since DeepSpeed keeps copies of what it steps")
-        )
-        why = f"Leave deepspeed out: the base fits on each rank, and {saved}."
-        if spread is not None and spread.traffic.base:
-            base_ends = (
-                "" if machine.device_type == "cuda" else " and make private memory of pages that ranks share now"
-            )
-            slow = duration(spread.traffic.base / ETHERNET_BYTES_PER_SECOND)
-            why += (
-                f" zero3 would bring {size(spread.traffic.base)} of weights to each rank in every step ({slow} at 1 "
-                f"Gbit/s)"
-                f"{base_ends}."
-            )
+        less = plain.needed_bytes - min(way.needed_bytes for way in ways if way.sharing.stage in (1, 2))
+        saved = f"{size(less)} of {size(plain.needed_bytes)}" if less > 0 else "nothing"
+        why = f"Leave deepspeed out: the base fits on each rank, and zero1 and zero2 would save {saved}."
+        sharded = next((way for way in ways if way.sharing.word == "zero3"), None)
+        if sharded is not None and sharded.traffic.base:
+            pages = "" if machine.on_gpu else " and make private memory of pages that ranks share now"
+            why += f" zero3 would bring {_travel(sharded.traffic.base)}{pages}."
         return plain, why
     if first.sharing.stage < 3:
         return first, f"{first.sharing.word}: it fits by the few MB of the optimizer's state that ranks divide."
-    slow = duration(first.traffic.base / ETHERNET_BYTES_PER_SECOND)
+    network = "so the machines want a fast network" if first.sharing.nodes > 1 else "but these ranks are on one machine"
     why = (
         f"{first.sharing.word}: with the whole base a rank needs {size(plain.needed_bytes)} and has "
-        f"{size(plain.available_bytes)}; spread, {size(first.needed_bytes)}. Each step brings "
-        f"{size(first.traffic.base)} of "
-        f"weights to each rank: {slow} at 1 Gbit/s"
-    )
-    why += (
-        ", so the machines want a fast network." if first.sharing.nodes > 1 else ", but these ranks are on one machine."
+        f"{size(plain.available_bytes)}; spread, {size(first.needed_bytes)}. It brings "
+        f"{_travel(first.traffic.base)}, {network}."
     )
     if first.host_bytes:
         why += f" The shares take {size(first.host_bytes)} of RAM on each node."
     elif first.sharing.offload == "nvme":
         why += " They are read from a disk on every use, which takes libaio and a base stored as bfloat16."
     return first, why
+
+
+def _travel(base_bytes: int) -> str:
+    seconds = duration(base_bytes / ETHERNET_BYTES_PER_SECOND)
+    return f"{size(base_bytes)} of weights to each rank in every step ({seconds} at 1 Gbit/s)"

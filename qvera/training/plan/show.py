@@ -6,7 +6,6 @@ from rich.console import Console
 from rich.table import Table
 
 from qvera.training.plan import Plan
-from qvera.training.plan.memory import Component
 from qvera.training.plan.sharding import ETHERNET_BYTES_PER_SECOND, right_way
 from qvera.utils.formatting import count, duration, size
 
@@ -16,7 +15,7 @@ _MOMENTS = {"backward": "backward pass", "loss": "loss", "answers": "answers"}
 def print_plan(plan: Plan, console: Console) -> None:
     """The whole plan: a table of components, files, time, and one sentence whether it fits."""
     console.print(
-        f"{plan.shape.model_type}, {count(plan.shape.parameters)} parameters; {plan.trained_numbers:,} trained; "
+        f"{plan.shape.model_type}, {count(plan.shape.parameters)} parameters; {plan.trained_parameters:,} trained; "
         f"computes in {str(plan.machine.dtype).removeprefix('torch.')}; planned for {plan.batch.source}"
     )
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -24,7 +23,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     table.add_column("where")
     table.add_column("bytes", justify="right")
     for part in plan.memory.peak:
-        table.add_row(part.name, where(part, plan), size(part.bytes))
+        where = "GPU" if plan.machine.on_gpu else "mapped file" if part.mapped else "private"
+        table.add_row(part.name, where, size(part.bytes))
     table.add_row("total", "", size(plan.memory.total_bytes), style="bold")
     console.print(table)
     others = [
@@ -36,11 +36,10 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(f"Files: adapter {size(plan.adapter_bytes)}, a checkpoint {size(plan.checkpoint_bytes)}.")
     if plan.seconds is not None:
         parts = ", ".join(f"{name} {duration(s)}" for name, s in plan.seconds.items() if s > 0)
-        ranks = (
-            f" for one of {plan.sharing.world_size} ranks, without the network" if plan.sharing.world_size > 1 else ""
-        )
+        several = plan.sharing.world_size > 1
+        ranks = f" for one of {plan.sharing.world_size} ranks, without the network" if several else ""
         console.print(f"A step takes about {duration(sum(plan.seconds.values()))} here{ranks} ({parts}).")
-    if plan.machine.device_type == "cuda":
+    if plan.machine.on_gpu:
         console.print("GPU figures are computed from shapes; no GPU has confirmed them yet.")
     if plan.ways:
         _print_ways(plan, console)
@@ -57,17 +56,9 @@ def _print_ways(plan: Plan, console: Console) -> None:
         f"\n{sharing.world_size} ranks, {sharing.per_node} on each of {nodes}. What one rank holds at its peak:"
     )
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in (
-        "deepspeed",
-        "base",
-        "vectors, optimizer",
-        "activations",
-        "others",
-        "total",
-        "received a step",
-        "at 1 Gbit/s",
-    ):
-        table.add_column(title, justify="left" if title == "deepspeed" else "right")
+    table.add_column("deepspeed")
+    for title in ("base", "vectors, optimizer", "activations", "others", "total", "received a step", "at 1 Gbit/s"):
+        table.add_column(title, justify="right")
     for way in plan.ways:
         parts = {"base": 0, "vectors": 0, "activations": 0, "others": 0}
         for part in way.memory.peak:
@@ -85,7 +76,7 @@ def _print_ways(plan: Plan, console: Console) -> None:
             duration(way.traffic.total / ETHERNET_BYTES_PER_SECOND),
         )
     console.print(table)
-    console.print(right_way(list(plan.ways), machine)[1], style="bold")
+    console.print(right_way(plan.ways, machine)[1], style="bold")
 
 
 _COLUMN = {
@@ -98,40 +89,27 @@ _COLUMN = {
 """Kind of a component → its column; projections, answers and the runtime are the others."""
 
 
-def where(part: Component, plan: Plan) -> str:
-    """Where a component lies: on the GPU, in a mapped file or in private memory."""
-    if plan.machine.device_type == "cuda":
-        return "GPU"
-    return "mapped file" if part.mapped else "private"
-
-
 def verdict(plan: Plan) -> str:
     """One sentence: fits, or does not."""
     memory, machine = plan.memory, plan.machine
-    needed = needed_bytes(plan)
-    have = f"{size(machine.available_bytes)} of {'memory' if machine.device_type == 'cuda' else 'free RAM'}"
+    needed = plan.needed_bytes
+    have = f"{size(machine.available_bytes)} of {'memory' if machine.on_gpu else 'free RAM'}"
     if not plan.fits:
         return f"Does not fit: needs {size(needed)}, and {machine.name} has {have}."
     if memory.total_bytes > machine.available_bytes:
         return (
             f"Fits, slowly: {size(needed)} private of {have} on {machine.name}; the mapped base "
-            f"({size(memory.mapped_bytes)}) "
-            "does not stay in memory beside it and is read from disk in every step."
+            f"({size(memory.mapped_bytes)}) does not stay in memory beside it and is read from disk in every step."
         )
     mapped = f" and {size(memory.mapped_bytes)} mapped" if memory.mapped_bytes else ""
     return f"Fits: {size(needed)}{mapped} of {have} on {machine.name}."
-
-
-def needed_bytes(plan: Plan) -> int:
-    """What has to fit: on a GPU everything, on a CPU what is private."""
-    return plan.memory.total_bytes if plan.machine.device_type == "cuda" else plan.memory.private_bytes
 
 
 def change_lines(plan: Plan) -> list[str]:
     """What would make it fit, one ``--set`` a line."""
     if plan.fits or not plan.changes:
         return []
-    way = right_way(list(plan.ways), plan.machine)[0] if plan.ways else None
+    way = right_way(plan.ways, plan.machine)[0] if plan.ways else None
     if way is not None and way.sharing.word != plan.sharing.word:
         return [f"--set deepspeed={way.sharing.word} makes it fit: {size(way.needed_bytes)} a rank."]
     if not any(change.fits for change in plan.changes):

@@ -10,9 +10,8 @@ import torch
 
 from qvera.adapters.functional import few_tokens
 from qvera.adapters.fused import gradient_cost
-from qvera.config.schema import Recipe
 from qvera.models import quantization
-from qvera.training.plan.activations import Adapted
+from qvera.training.plan.run import PlannedRun
 
 _WEIGHTS_PROBED = 2**20
 _BUDGET_SECONDS = 0.5
@@ -36,33 +35,33 @@ class Rates:
     passes_bytes: float
 
 
-def calibrate(a: Adapted, recipe: Recipe, device: torch.device) -> Rates:
+def calibrate(run: PlannedRun, device: torch.device) -> Rates:
     """Time representative products on ``device``: 2 to 5 seconds on two cores."""
-    dtype, tokens = a.machine.dtype, min(a.batch.all_tokens, _TOKENS_PROBED)
-    shape = a.shape
+    dtype, tokens = run.machine.dtype, min(run.batch.all_tokens, _TOKENS_PROBED)
+    shape = run.shape
     widest = min(shape.ff, _largest_side(shape.hidden))
     generator = torch.Generator(device="cpu").manual_seed(0)
 
     def drawn(rows: int, columns: int) -> torch.Tensor:
         return torch.randn(rows, columns, generator=generator).to(device=device, dtype=dtype)
 
-    x, weight, narrow = drawn(tokens, shape.hidden), drawn(widest, shape.hidden), drawn(a.rank, shape.hidden)
+    x, weight, narrow = drawn(tokens, shape.hidden), drawn(widest, shape.hidden), drawn(run.rank, shape.hidden)
     wide = drawn(tokens, shape.ff)
     product = _seconds(lambda: x @ weight.t(), device)
     rank = _seconds(lambda: x @ narrow.t(), device)
     elementwise = _seconds(lambda: torch.nn.functional.silu(wide), device)
     weights_per_second = float("inf")
-    if a.quantized and recipe.model.quantization in ("nf4", "fp4"):
+    if run.recipe.model.quantization in ("nf4", "fp4"):
         side = max(64, min(_WEIGHTS_PROBED // shape.hidden, widest))
         layer = quantization.Linear4bit(
-            shape.hidden, side, bias=False, compute_dtype=dtype, quant_type=recipe.model.quantization,
-            compress_statistics=recipe.model.double_quant,
+            shape.hidden, side, bias=False, compute_dtype=dtype, quant_type=run.recipe.model.quantization,
+            compress_statistics=run.recipe.model.double_quant,
         ).to(device)  # fmt: skip
         one = _seconds(lambda: quantization.dequantized_weight(layer, dtype), device)
         weights_per_second = shape.hidden * side / one
     return Rates(
         2 * tokens * shape.hidden * widest / product,
-        2 * tokens * shape.hidden * a.rank / rank,
+        2 * tokens * shape.hidden * run.rank / rank,
         weights_per_second,
         2 * wide.numel() * wide.element_size() / elementwise,
     )
@@ -87,32 +86,32 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
     return best
 
 
-def step_seconds(a: Adapted, recipe: Recipe, rates: Rates, times: int) -> dict[str, float]:
+def step_seconds(run: PlannedRun, rates: Rates, times: int) -> dict[str, float]:
     """Seconds of one optimizer step, in parts. Counted: products, dequantization, attention, elementwise passes.
 
     Every one of the step's forward passes (``times``) is taken to be as long as the batch of the plan.
     """
-    passes = 3 if recipe.training.gradient_checkpointing else 2  # forward, recompute, backward
+    passes = 3 if run.recipe.training.gradient_checkpointing else 2  # forward, recompute, backward
     flops, low_rank, weights, passed = 0.0, 0.0, 0.0, 0.0
-    T, size = a.batch.all_tokens, a.machine.itemsize
-    for x in a.layer():
+    T, size, section = run.batch.all_tokens, run.itemsize, run.recipe.adapter
+    for x in run.layer:
         flops += passes * 2 * T * x.n * x.m
-        weights += passes * x.n * x.m if a.quantized and x.quantizable else 0
-        if not a.is_adapted(x):
+        weights += passes * x.n * x.m if run.is_quantized(x) else 0
+        if x.name not in run.adapted_names:
             continue
-        if a.is_summed(x):
-            low_rank += passes * 2 * x.n * x.m * a.rank
-            passed += passes * (2 * x.m * a.rank * 4 + x.n * x.m * size) * 2
-            low_rank += 2 * gradient_cost(T, x.n, x.m, a.rank, a.input_scale)
+        if run.is_summed(x):
+            low_rank += passes * 2 * x.n * x.m * run.rank
+            passed += passes * (2 * x.m * run.rank * 4 + x.n * x.m * size) * 2
+            low_rank += 2 * gradient_cost(T, x.n, x.m, run.rank, section.input_scale)
         else:
             # z is made, and its gradient spent, once for all readers of the same input
-            shared = x.role in ("k_proj", "v_proj", "up_proj") and not a.input_scale
-            low_rank += 0 if shared else passes * 2 * T * a.rank * x.n
-            low_rank += (passes + 1) * 2 * T * a.rank * x.m
-            if not few_tokens(T, torch.empty(x.m, a.rank, device="meta"), a.b_groups):
-                passed += passes * 2 * x.m * a.rank * 4 * 2
-            passed += 2 * x.m * a.rank * 4 * 2
-    s, b = a.shape, a.batch
+            shared = x.role in ("k_proj", "v_proj", "up_proj") and not section.input_scale
+            low_rank += 0 if shared else passes * 2 * T * run.rank * x.n
+            low_rank += (passes + 1) * 2 * T * run.rank * x.m
+            if not few_tokens(T, torch.empty(x.m, run.rank, device="meta"), section.b_groups):
+                passed += passes * 2 * x.m * run.rank * 4 * 2
+            passed += 2 * x.m * run.rank * 4 * 2
+    s, b = run.shape, run.batch
     attention = (passes - 1 + 2.5) * 4 * b.rows * b.tokens**2 * s.heads * s.head_dim
     # some 12 passes over the stream, 5 over the MLP's inside, 6 over q and k; the same again in each pass
     passed += passes * size * T * (24 * s.hidden + 10 * s.ff + 12 * s.heads * s.head_dim)

@@ -13,7 +13,7 @@ from qvera.config.schema import Recipe, parse_recipe
 from qvera.models import quantization
 from qvera.models.loader import enable_checkpointing, load_base
 from qvera.models.model_config import empty_model
-from qvera.training.plan import Batch, Machine, plan_memory, shape_of
+from qvera.training.plan import Batch, Machine, PlannedRun, plan_memory, shape_of
 from qvera.training.plan.memory import four_bit_bytes, optimizer_state_bytes, weight_storage_bytes
 from tests.conftest import small_llama
 from tests.training.plan import live
@@ -65,7 +65,7 @@ CASES = [
 
 def planned(made: Recipe, of: Batch, dtype: torch.dtype, changes: dict[str, Any]) -> Any:
     machine = Machine("test", "cpu", dtype, False, 10**12)
-    return plan_memory(shape_of(small_llama(**changes)), made, of, machine)
+    return plan_memory(PlannedRun(shape_of(small_llama(**changes)), made, of, machine))
 
 
 @pytest.mark.parametrize("more", [False, True], ids=["vera", "groups-and-a"])
@@ -136,7 +136,8 @@ def test_base_bytes_are_those_of_the_loaded_modules(tiny_model_dir: Path, double
     assert {x.name for x in shape.linears if x.quantizable} == set(stored)
     for x in shape.linears:
         assert weight_storage_bytes(x, made, 4) == quantization.storage_bytes(stored[x.name])
-    memory = plan_memory(shape, made, batch(1, 8, False)[3], Machine("test", "cpu", F32, True, 10**12))
+    run = PlannedRun(shape, made, batch(1, 8, False)[3], Machine("test", "cpu", F32, True, 10**12))
+    memory = plan_memory(run)
     # norms are held in the compute dtype, two bytes a number more than in the file
     norms = shape.dense_numbers - 2 * shape.vocabulary * shape.hidden
     assert sum(c.bytes for c in memory.standing if c.kind == "base") == base.facts["base_bytes"] - 2 * norms
@@ -165,7 +166,8 @@ def test_the_8_bit_optimizer_s_state_is_bitsandbytes_own() -> None:
 def test_a_mapped_base_is_not_private() -> None:
     made, of = recipe(16, "sdpa", True, quantization="nf4"), batch(1, 64, False)[3]
     shape = shape_of(small_llama(**BIG))
-    whole, mapped = (plan_memory(shape, made, of, Machine("t", "cpu", F32, m, 10**12)) for m in (False, True))
+    machines = [Machine("t", "cpu", F32, mapped_base, 10**12) for mapped_base in (False, True)]
+    whole, mapped = (plan_memory(PlannedRun(shape, made, of, machine)) for machine in machines)
     assert whole.mapped_bytes == 0 < mapped.mapped_bytes
     linears = sum(x.n * x.m for x in shape.linears)
     # embeddings and head in 16 bits, whatever the compute dtype

@@ -44,7 +44,7 @@ def test_file_sizes_are_those_of_a_run(make_recipe: Any, tmp_path: Path, train_d
     assert result is not None
     adapter = sum(f.stat().st_size for f in (tmp_path / "run" / "adapter").iterdir())
     assert plan.adapter_bytes == pytest.approx(adapter, abs=400)  # adapter_config.json holds a path of any length
-    assert plan.trained_numbers == result.run["adapter"]["trainable_parameters"]
+    assert plan.trained_parameters == result.run["adapter"]["trainable_parameters"]
     (step,) = (tmp_path / "run" / "checkpoints").iterdir()
     tensors = sum(f.stat().st_size for f in step.iterdir())
     # state.json also holds the run's own answers and scores, a few kB beside a few hundred
@@ -61,8 +61,6 @@ def test_the_longest_batch_is_one_that_training_takes(make_recipe: Any) -> None:
         assert chosen in taken
         tokens = [batch_of([rows[i] for i in micro], joinable).all_tokens for micro in taken]
         assert batch_of([rows[i] for i in chosen], joinable).all_tokens == max(tokens)
-    # later steps only: what is left of the run
-    assert longest_rows(recipe, rows, False, 7, done=6) in taken[-4:]
 
 
 def test_from_the_config_alone(config_only: Path) -> None:

@@ -11,9 +11,8 @@ import torch
 
 from bench.plan_table import recipe_of, shapes
 from qvera.cli.main import main
-from qvera.training.plan import Machine, Sharing, plan_ways, right_way
-from qvera.training.plan.activations import Batch
-from qvera.training.plan.memory import plan_memory
+from qvera.config.schema import Recipe
+from qvera.training.plan import Batch, Machine, PlannedRun, Sharing, plan_memory, plan_ways, right_way
 from qvera.training.plan.sharding import plan_rank, spread_of, traffic
 
 SEVEN = "Llama-2 7B"
@@ -31,6 +30,10 @@ def cpu(free_bytes: int) -> Machine:
     return Machine("a CPU", "cpu", torch.bfloat16, True, free_bytes, 0, 0)
 
 
+def seven(machine: Machine, recipe: Recipe | None = None) -> PlannedRun:
+    return PlannedRun(shapes()[SEVEN], recipe or recipe_of(256), BATCH, machine)
+
+
 def part(memory: Any, name: str) -> int:
     return sum(c.bytes for c in memory.standing if c.name == name)
 
@@ -38,11 +41,11 @@ def part(memory: Any, name: str) -> int:
 @pytest.mark.parametrize("machine", [gpu(10**11), cpu(10**11)])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_zero3_divides_packed_weights_embedding_and_head_and_nothing_is_lost(machine: Machine, world_size: int) -> None:
-    shape, recipe = shapes()[SEVEN], recipe_of(256)
-    whole = plan_memory(shape, recipe, BATCH, machine)
-    spread = plan_rank(shape, recipe, BATCH, machine, Sharing(3, None, world_size))
+    run = seven(machine)
+    whole = plan_memory(run)
+    spread = plan_rank(run, Sharing(3, None, world_size))
     tables = 2 * 2 * 32000 * 4096
-    assert spread_of(shape).all == PACKED + tables
+    assert spread_of(run.shape).all == PACKED + tables
     share = part(spread, "a share of the base")
     assert share == -(-(PACKED + tables) // world_size)
     kept = part(spread, "statistics, norms")
@@ -56,33 +59,33 @@ def test_zero3_divides_packed_weights_embedding_and_head_and_nothing_is_lost(mac
 
 
 def test_zero1_and_zero2_save_nothing_with_two_ranks_and_a_few_mb_with_many() -> None:
-    shape, recipe = shapes()[SEVEN], recipe_of(256)
+    run = seven(gpu(0))
     trained = 1_417_216
-    plain = plan_rank(shape, recipe, BATCH, gpu(0)).total_bytes
+    plain = plan_rank(run).total_bytes
     for stage in (1, 2):
-        two = plan_rank(shape, recipe, BATCH, gpu(0), Sharing(stage, None, 1, 2)).total_bytes
-        many = plan_rank(shape, recipe, BATCH, gpu(0), Sharing(stage, None, 16, 8)).total_bytes
+        two = plan_rank(run, Sharing(stage, None, 1, 2)).total_bytes
+        many = plan_rank(run, Sharing(stage, None, 16, 8)).total_bytes
         assert two == plain
         assert plain - many == pytest.approx(8 * trained, rel=0.02)  # 11 of 4,700 MB
 
 
 def test_what_travels_in_a_step() -> None:
-    shape, recipe = shapes()[SEVEN], recipe_of(256)
+    recipe = recipe_of(256)
     recipe = recipe.replace(training=recipe.training.replace(global_batch_size=2, per_device_train_batch_size=1))
-    plain = traffic(shape, recipe, Sharing(0, None, 2))
+    plain = traffic(seven(gpu(0), recipe), Sharing(0, None, 2))
     assert (plain.gradients, plain.base) == (4 * 1_417_216, 0)  # 5.7 MB
     assert (
-        traffic(shape, recipe, Sharing(1, None, 2)).total == 6 * 1_417_216
+        traffic(seven(gpu(0), recipe), Sharing(1, None, 2)).total == 6 * 1_417_216
     )  # bench/bandwidth.py received 1.004 times that of a 1.1B
-    spread = traffic(shape, recipe, Sharing(3, None, 2))
+    spread = traffic(seven(gpu(0), recipe), Sharing(3, None, 2))
     down = 32 * 4096 * 11008 // 2
     assert spread.base == (3 * PACKED - down + 2 * 2 * 32000 * 4096) // 2
     assert spread.gradients == plain.gradients
     recipe = recipe.replace(training=recipe.training.replace(global_batch_size=8))  # four passes on each of two ranks
-    assert traffic(shape, recipe, Sharing(3, None, 2)).base == 4 * spread.base
-    assert traffic(shape, recipe, Sharing(3)).total == 0
+    assert traffic(seven(gpu(0), recipe), Sharing(3, None, 2)).base == 4 * spread.base
+    assert traffic(seven(gpu(0), recipe), Sharing(3)).total == 0
     recipe = recipe.replace(training=recipe.training.replace(gradient_checkpointing=False))
-    assert traffic(shape, recipe, Sharing(3, None, 2)).base == 2 * (2 * PACKED + 2 * 2 * 32000 * 4096)
+    assert traffic(seven(gpu(0), recipe), Sharing(3, None, 2)).base == 2 * (2 * PACKED + 2 * 2 * 32000 * 4096)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +99,7 @@ def test_what_travels_in_a_step() -> None:
 )
 def test_the_right_stage_for_a_card(card_gb: float, word: str | None, words: str) -> None:
     machine = gpu(int(card_gb * 1e9))
-    ways = plan_ways(shapes()[SEVEN], recipe_of(256), BATCH, machine, 2, 2)
+    ways = plan_ways(seven(machine), 2, 2)
     assert [way.sharing.word for way in ways] == [*PLAIN, "zero3-offload-cpu", "zero3-offload-nvme"]
     in_ram, on_disk = ways[-2:]
     assert in_ram.needed_bytes == on_disk.needed_bytes
@@ -111,7 +114,7 @@ def test_the_right_stage_for_a_card(card_gb: float, word: str | None, words: str
 
 def test_on_a_cpu_ranks_of_a_node_divide_its_ram_and_share_its_pages() -> None:
     machine = cpu(4 * 10**9)
-    ways = plan_ways(shapes()[SEVEN], recipe_of(256), BATCH, machine, 1, 4)
+    ways = plan_ways(seven(machine), 1, 4)
     assert [way.sharing.word for way in ways] == [*PLAIN, "zero3-offload-nvme"]
     assert {way.available_bytes for way in ways} == {10**9}
     way, why = right_way(ways, machine)
@@ -123,7 +126,7 @@ def test_on_a_cpu_ranks_of_a_node_divide_its_ram_and_share_its_pages() -> None:
 def test_a_base_in_16_bits_is_not_offered_to_zero3() -> None:
     recipe = recipe_of(256)
     recipe = recipe.replace(model=recipe.model.replace(quantization="none"))
-    ways = plan_ways(shapes()[SEVEN], recipe, BATCH, gpu(10**9), 1, 2)
+    ways = plan_ways(seven(gpu(10**9), recipe), 1, 2)
     assert [way.sharing.word for way in ways] == ["none", "zero1", "zero2"]
 
 
