@@ -63,6 +63,7 @@ def check_same_setup(recipe: Recipe, group: Group, console: Console) -> None:
         f"the same versions, recipe and base model; an all-reduce takes {1e3 * latency_seconds:.2f} ms, and 4 MB of it "
         f"pass at {bytes_per_second / 1e6:,.0f} MB/s.",
         highlight=False,
+        soft_wrap=True,
     )
 
 

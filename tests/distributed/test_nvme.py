@@ -17,11 +17,11 @@ import pytest
 from qvera.distributed.deepspeed_import import nvme_problem
 from qvera.distributed.zero_config import IN_RAM_BELOW_BYTES
 from tests.distributed.ranks import clean_environment, run_worker
-from tests.distributed.test_stages import BARE, CUT, STEPS, Place, losses, vectors
+from tests.distributed.test_stages import BARE, CUT, LAYERS, STEPS, Place, losses, vectors
 
 pytestmark = pytest.mark.matrix
 STAGE = "zero3-offload-nvme"
-HIDDEN, FF, LAYERS = 1024, 4096, 4
+HIDDEN, FF = 1024, 4096
 WIDE = HIDDEN * FF // 2 // 2  # bytes of one of two shares of a linear of the MLP: exactly what goes to a file
 NARROW = HIDDEN * HIDDEN // 2 // 2  # of an attention projection, which stays
 
