@@ -66,8 +66,7 @@ def too_little_memory(exported_dir: Path, trained_bytes: int) -> str | None:
         return None
     return (
         f"holding the trained and the exported model together takes {needed / 1e9:.1f} GB, and {available / 1e9:.1f} "
-        f"GB of memory "
-        "are available"
+        "GB of memory are available"
     )
 
 
@@ -149,10 +148,8 @@ def difference_text(difference: dict[str, Any], base: str) -> str:
     rows, agree = difference["rows"], difference["answers_agree"]
     text = (
         f"trained vs exported on {rows} rows: loss {difference['loss_trained']:.4f} vs "
-        f"{difference['loss_exported']:.4f}, "
-        f"KL {difference['kl_mean']:.2e} per token, same first choice at {difference['top1_agreement']:.1%} of the "
-        f"tokens and "
-        f"throughout {agree} of {rows} answers"
+        f"{difference['loss_exported']:.4f}, KL {difference['kl_mean']:.2e} per token, same first choice at "
+        f"{difference['top1_agreement']:.1%} of the tokens and throughout {agree} of {rows} answers"
     )
     if base == "original" and agree < rows:
         text += (

@@ -127,10 +127,8 @@ def read_deltas(adapter_dir: Path, base: torch.nn.Module) -> AdapterDeltas:
         if given != expected or n > A.shape[1] or m > B.shape[0]:
             raise InputError(
                 f"{adapter_dir}: {name} has shape {[m, n]} in the base, which with its config asks for the vectors "
-                f"{expected}, but "
-                f"the adapter has {given} for it and a pair of {list(A.shape)} and {list(B.shape)}: the file is "
-                f"damaged, or "
-                "another model's adapter."
+                f"{expected}, but the adapter has {given} for it and a pair of {list(A.shape)} and {list(B.shape)}: "
+                "the file is damaged, or another model's adapter."
             )
         b, d, *more = (vectors[kind].float() for kind in expected)
         scale = 1.0 if own is None else vera_scale(rank, n)
@@ -208,8 +206,7 @@ def token_tables(
                 if tuple(new.shape) != (len(ids), *shape[1:]):
                     raise InputError(
                         f"{adapter_dir / ADDED_ROWS}: holds rows of shape {list(new.shape)}, expected "
-                        f"{[len(ids), *shape[1:]]} for "
-                        f"{name}.weight. It is another model's."
+                        f"{[len(ids), *shape[1:]]} for {name}.weight. It is another model's."
                     )
                 placed = dict(zip(ids.values(), new, strict=True))
                 tables[f"{name}.weight"] = TokenTable(placed, (max(shape[0], *(i + 1 for i in placed)), *shape[1:]))

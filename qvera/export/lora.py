@@ -47,16 +47,14 @@ def truncation_text(errors: Mapping[str, Truncation], own: int, rank: int) -> st
     typical = errors[middle].frobenius
     line = (
         f"rank {rank} of {own}: relative error of ΔW (Frobenius) {typical:.2g} in the median layer, from "
-        f"{errors[low].frobenius:.2g} "
-        f"({low}) to {errors[high].frobenius:.2g} ({high})"
+        f"{errors[low].frobenius:.2g} ({low}) to {errors[high].frobenius:.2g} ({high})"
     )
     if typical < 0.05:
         return f"{line}. Little is lost."
     lost = "Most" if typical > 0.5 else "Part"
     return (
         f"{line}. {lost} of what was trained is lost: VeRA spreads its change over all {own} directions. Leave out "
-        f"--rank for "
-        "the whole LoRA, or use --to merged."
+        "--rank for the whole LoRA, or use --to merged."
     )
 
 
@@ -67,8 +65,7 @@ def rounding_text(dtype: torch.dtype) -> str:
     name = str(dtype).removeprefix("torch.")
     return (
         f"its factors are rounded to {name} (relative {torch.finfo(dtype).eps / 2:.0e} each); --dtype float32 writes "
-        f"them exactly, "
-        "in twice the size"
+        "them exactly, in twice the size"
     )
 
 
@@ -181,8 +178,7 @@ def export_stock_vera(adapter: AdapterDeltas, out: Path) -> int:
         has += ["a vector a for each linear"] if adapter.input_scale else []
         raise InputError(
             f"this adapter has {' and '.join(has)} (adapter.b_groups, adapter.input_scale), and PEFT's VeRA has one b "
-            f"and one d. "
-            "Export it with --to lora (exact) or --to merged."
+            "and one d. Export it with --to lora (exact) or --to merged."
         )
     specs, values = [], []
     for name, delta in adapter.layers.items():

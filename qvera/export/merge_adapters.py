@@ -61,8 +61,7 @@ def weighted_sum(adapters: Sequence[AdapterDeltas], weights: Sequence[float]) ->
     if why is not None:
         raise InputError(
             f"the sum of these adapters is not a VeRA adapter: {why}. With --to lora it is written exactly, as a LoRA "
-            f"of rank "
-            f"{sum(a.A.shape[0] for a in adapters)}."
+            f"of rank {sum(a.A.shape[0] for a in adapters)}."
         )
     vectors = {}
     for name, delta in adapters[0].layers.items():

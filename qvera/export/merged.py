@@ -87,8 +87,7 @@ _KEPT = "{done} of {total} shards are finished and kept. Make room and run the s
 def _interrupted(work: OutputDirectory, shards: Sized, why: str) -> str:
     return (
         f"Stopped by {why} with {len(work.shards)} of {len(shards)} shards finished in {work.out}. The same command "
-        f"goes on from "
-        "there."
+        "goes on from there."
     )
 
 
@@ -130,8 +129,7 @@ def _plan(adapter_dir: Path, section: ModelSection, options: ExportSection) -> _
     if getattr(model_config, "quantization_config", None) is not None:
         raise InputError(
             f"{source_dir}: the base is stored quantized, so there are no 16-bit weights to merge into. Point "
-            f"model.path at the "
-            "16-bit checkpoint it was made from."
+            "model.path at the 16-bit checkpoint it was made from."
         )
     model = empty_model(section, source_dir)
     adapter = read_deltas(adapter_dir, model)
@@ -359,8 +357,7 @@ def _deltas(adapter: AdapterDeltas, entries: list[TensorEntry]) -> dict[str, Del
             found = "has no such tensor" if key not in shapes else f"has it as {list(shapes[key])}"
             raise InputError(
                 f"{key}: the adapter changes this weight of shape {list(expected)}, but the base checkpoint {found}: "
-                f"it is "
-                "another model's adapter."
+                "it is another model's adapter."
             )
         deltas[key] = delta
     return deltas

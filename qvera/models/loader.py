@@ -95,9 +95,8 @@ def load_base(
     tokenizer = load_tokenizer(section)
     if section.added_tokens and sharder is not None:
         raise InputError(
-            "model.added_tokens: ZeRO-3 divides the embedding among the ranks while it is read, and can't give it more "
-            "rows. Use "
-            "tokens that the model has, or deepspeed: zero1 or zero2, or none."
+            "model.added_tokens: ZeRO-3 divides the embedding among the ranks while it is read, and can't give it "
+            "more rows. Use tokens that the model has, or deepspeed: zero1 or zero2, or none."
         )
     try:
         config = load_config(section)
@@ -115,8 +114,7 @@ def load_base(
     except (OSError, ValueError, KeyError, HFValidationError, SafetensorError, ImportError) as error:
         raise InputError(
             f"model.path: {name!r} can't be loaded as a causal language model: {first_line(error)} Expected a hub id, "
-            f"or a "
-            "directory with config.json and safetensors weights."
+            "or a directory with config.json and safetensors weights."
         ) from None
     model.name_or_path = model.config._name_or_path = name  # not the cached copy's: PEFT writes it into adapters
     model.requires_grad_(False)

@@ -182,9 +182,8 @@ def _put_four_bit(
     expected = dense.out_features, dense.in_features
     if found != expected or data.numel() * data.element_size() * 2 != expected[0] * expected[1]:
         raise InputError(
-            f"{file}: {name}.weight is stored as {list(found)} in {data.numel() * data.element_size():,} packed bytes; "
-            f"the model's "
-            f"config.json says {list(expected)}. One of the two belongs to another model."
+            f"{file}: {name}.weight is stored as {list(found)} in {data.numel() * data.element_size():,} packed "
+            f"bytes; the model's config.json says {list(expected)}. One of the two belongs to another model."
         )
     setattr(parent, child, layer)
 
@@ -197,9 +196,8 @@ def _put_plain(
     expected = tuple(getattr(module, key).shape)
     if tuple(tensor.shape) != expected:
         raise InputError(
-            f"{file}: {name} has shape {list(tensor.shape)}; the model's config.json says {list(expected)}. One of the "
-            f"two belongs "
-            "to another model."
+            f"{file}: {name} has shape {list(tensor.shape)}; the model's config.json says {list(expected)}. One of "
+            "the two belongs to another model."
         )
     if not tensor.is_floating_point():
         raise InputError(

@@ -86,8 +86,7 @@ def empty_model(section: ModelSection, source: Path | str | None = None) -> PreT
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise InputError(
             f"model.path: no model can be made from the config of {name!r}; it can't be loaded as a causal language "
-            f"model: "
-            f"{first_line(error)}"
+            f"model: {first_line(error)}"
         ) from None
 
 
@@ -119,8 +118,7 @@ def require_own_weights(directory: Path, entries: list[TensorEntry], model: PreT
         if entry.shape != tuple(tensor.shape):
             raise InputError(
                 f"{entry.file}: {name} has shape {list(entry.shape)}, the model of config.json needs "
-                f"{list(tensor.shape)}. "
-                "Weights and config.json are not of one model."
+                f"{list(tensor.shape)}. Weights and config.json are not of one model."
             )
         if tensor.is_floating_point() and not entry.dtype.is_floating_point:
             raise InputError(
@@ -158,11 +156,9 @@ def _require_head(directory: Path, stored: Mapping[str, TensorEntry], model: Pre
     tied = head.weight is embedding.weight
     if output is None and not tied:
         raise InputError(
-            f"{directory}: the weights hold no {names[head]}, and config.json does not tie it to the embedding, so the "
-            f"model would get "
-            "a random output head. Copy all weight files again; or, if the model has none of its own, set "
-            "tie_word_embeddings: true "
-            "in config.json."
+            f"{directory}: the weights hold no {names[head]}, and config.json does not tie it to the embedding, so "
+            "the model would get a random output head. Copy all weight files again; or, if the model has none of its "
+            "own, set tie_word_embeddings: true in config.json."
         )
     if output is not None and tied and not _same_tensor(table, output):
         raise InputError(

@@ -154,8 +154,7 @@ def dequantized_weight(module: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
         if getattr(state, "packing_format_for_cpu", False):
             raise RuntimeError(
                 "this 4-bit weight was repacked by a bitsandbytes evaluation pass before qvera got it; such a weight "
-                "has no "
-                "correct gradient. Load the base model again and attach the adapter before running it"
+                "has no correct gradient. Load the base model again and attach the adapter before running it"
             )
         return _dequantized(module.weight.data.view(-1, 1), state).to(dtype)
     if isinstance(module, Linear8bit):

@@ -254,9 +254,8 @@ class _Quantizer:
 def _require_finite(entry: TensorEntry, finite: bool) -> None:
     if not finite:
         raise RunFailed(
-            f"{entry.file}: {entry.name} has NaN or Inf in it, so it can't be quantized. The checkpoint is damaged, or "
-            f"was saved in "
-            "a dtype too narrow for it."
+            f"{entry.file}: {entry.name} has NaN or Inf in it, so it can't be quantized. The checkpoint is damaged, "
+            "or was saved in a dtype too narrow for it."
         )
 
 

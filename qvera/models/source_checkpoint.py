@@ -60,8 +60,7 @@ def read_source(section: ModelSection, directory: Path) -> SourceCheckpoint:
     if config.get("quantization_config") is not None:
         raise InputError(
             f"{directory}: is already quantized (config.json has a quantization_config). Use it as model.path as it "
-            f"is, or name "
-            "the 16-bit checkpoint that it was made from."
+            "is, or name the 16-bit checkpoint that it was made from."
         )
     tensors = checkpoint_tensors(directory)
     files = list(dict.fromkeys(entry.file for entry in tensors))
@@ -76,8 +75,7 @@ def read_source(section: ModelSection, directory: Path) -> SourceCheckpoint:
     if transposed & linears:
         raise NotPlain(
             f"{directory}: stores {min(transposed & linears)} transposed (a Conv1D), and transformers turns it while "
-            f"loading. Such a "
-            "checkpoint can't be quantized ahead; it is quantized each time it is loaded."
+            "loading. Such a checkpoint can't be quantized ahead; it is quantized each time it is loaded."
         )
     quantized = {f"{name}.weight" for name in linears}
     tensors = [entry for entry in tensors if entry.name in names]
@@ -106,6 +104,5 @@ def _require_dtype(entry: TensorEntry, section: ModelSection, quantized: bool) -
     if quantized and entry.numel % (2 * getattr(torch, section.quant_storage).itemsize):
         raise NotPlain(
             f"{entry.file}: {entry.name} has {entry.numel} weights, which do not fill whole elements of "
-            f"{section.quant_storage}. Set "
-            "model.quant_storage: uint8."
+            f"{section.quant_storage}. Set model.quant_storage: uint8."
         )

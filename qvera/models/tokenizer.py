@@ -139,8 +139,7 @@ def place_token_rows(model: PreTrainedModel, ids: dict[str, int]) -> int:
     if not 2 <= first <= embedding.weight.shape[0]:
         raise InputError(
             f"model.added_tokens: the tokenizer would give {next(iter(ids))!r} the id {first}, but the model has rows "
-            f"for "
-            f"{embedding.weight.shape[0]} tokens: the two do not belong together. Name the model's own tokenizer."
+            f"for {embedding.weight.shape[0]} tokens: the two do not belong together. Name the model's own tokenizer."
         )
     rows = [_drawn(module.weight, ids, first) for module in _different(embedding, head)]
     return _put(model, ids, rows)
@@ -187,8 +186,7 @@ def read_token_rows(directory: Path) -> dict[str, torch.Tensor]:
     except (OSError, SafetensorError) as error:
         raise InputError(
             f"{file}: can't be read ({first_line(error)}). The adapter's config says that it adds tokens, whose rows "
-            f"are in this "
-            "file: copy the whole adapter directory again."
+            "are in this file: copy the whole adapter directory again."
         ) from None
     if any(not torch.isfinite(tensor).all() for tensor in rows.values()):
         raise InputError(f"{file}: has NaN or Inf in it. Copy the adapter directory again.")
@@ -201,9 +199,8 @@ def _ends(model: PreTrainedModel) -> tuple[nn.Embedding, nn.Linear]:
     if not dense or embedding.weight.shape != head.weight.shape or getattr(head, "bias", None) is not None:
         raise InputError(
             f"model.added_tokens: the embedding ({type(embedding).__name__}) or the head ({type(head).__name__}) of "
-            f"this model "
-            "can't be given more rows: both have to be dense, of one shape, and without a bias. Use tokens that the "
-            "model has."
+            "this model can't be given more rows: both have to be dense, of one shape, and without a bias. Use tokens "
+            "that the model has."
         )
     return embedding, head
 

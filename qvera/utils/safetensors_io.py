@@ -139,8 +139,7 @@ def checkpoint_tensors(directory: Path) -> list[TensorEntry]:
             if other is not entry:
                 raise InputError(
                     f"{directory}: both {other.file.name} and {file.name} hold {entry.name}. Leave only the files of "
-                    f"one "
-                    "checkpoint there, or an index."
+                    "one checkpoint there, or an index."
                 )
     missing = sorted(wanted.keys() - entries.keys())
     if missing:
