@@ -11,6 +11,7 @@ import argparse
 import os
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from bench.common import header, interleaved, write_result
 from bench.limits import measured, parse_bytes
 from bench.synthesise import SHAPES, synthesise
 from qvera.models import nf4
+from qvera.utils.safetensors_stream import rows_per_block
 
 WEIGHT = (11008, 4096)
 ROUNDS = 5
@@ -32,10 +34,12 @@ def packing(dtype: torch.dtype, quant_type: str) -> dict[str, Any]:
     weight = (torch.randn(WEIGHT, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
     kernel = torch.ops.bitsandbytes.quantize_4bit.default
     ours, theirs = nf4.pack(weight, quant_type), kernel(weight, 64, quant_type, torch.uint8)
+    parts = weight.split(rows_per_block(WEIGHT[1]))
+    pool = ThreadPoolExecutor(torch.get_num_threads())
     equal = torch.equal(ours[0], theirs[0].flatten()) and torch.equal(ours[1], theirs[1])
     cases = {
-        "qvera": lambda: nf4.pack(weight, quant_type),
-        "qvera, one thread": lambda: nf4.pack(weight, quant_type, 1),
+        "qvera": lambda: list(pool.map(lambda part: nf4.pack(part, quant_type), parts)),
+        "qvera, one thread": lambda: nf4.pack(weight, quant_type),
         "bitsandbytes": lambda: kernel(weight, 64, quant_type, torch.uint8),
     }
     times = interleaved(cases, ROUNDS)

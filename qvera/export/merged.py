@@ -19,24 +19,29 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
 from qvera.adapters.save_load import ADAPTER_WEIGHTS, read_adapter, require_base, require_tokens
 from qvera.config.schema import ExportSection, ModelSection
 from qvera.export.deltas import AdapterDeltas, Delta, TokenTable, read_deltas, token_tables
-from qvera.export.stream import Block, CheckpointReader, in_order, one_thread_each, stamps
+from qvera.export.stream import TrainedBaseReader, one_thread_each
 from qvera.models.hub import base_directory
 from qvera.models.loader import pick_compute_dtype, pick_device
-from qvera.models.model_config import empty_model
+from qvera.models.model_config import empty_model, require_own_weights
 from qvera.models.tokenizer import ADDED_ROWS, ids_of, load_tokenizer
 from qvera.utils import memory
 from qvera.utils.atomic import OutputDirectory, disk_errors, place_files, replace_text, require_space
 from qvera.utils.errors import InputError, Interrupted, RunFailed
 from qvera.utils.files import file_sha256
-from qvera.utils.formatting import first_of
 from qvera.utils.paths import CERTIFICATE
-from qvera.utils.safetensors_io import TensorEntry, TensorSpec, base_fingerprint, checkpoint_tensors, grouped_by_bytes
-from qvera.utils.safetensors_stream import write_index, write_shard
+from qvera.utils.safetensors_io import (
+    TensorEntry,
+    TensorSpec,
+    base_fingerprint,
+    checkpoint_tensors,
+    file_stamps,
+    grouped_by_bytes,
+)
+from qvera.utils.safetensors_stream import Block, CheckpointReader, in_order, write_index, write_shard
 from qvera.utils.signals import StopRequests
 
 
@@ -107,6 +112,7 @@ class _Plan:
     added_tokens: dict[str, int]
     entries: list[TensorEntry]
     """The base's tensors in the order of its files."""
+    stamps: dict[str, list[int]]
     deltas: dict[str, Delta]
     tables: dict[str, TokenTable]
     shards: list[tuple[str, list[TensorSpec]]]
@@ -135,7 +141,7 @@ def _plan(adapter_dir: Path, section: ModelSection, options: ExportSection) -> _
     adapter = read_deltas(adapter_dir, model)
     fingerprint = base_fingerprint(source_dir)
     require_base(adapter.config, adapter_dir, section.path, fingerprint)
-    _require_shapes(source_dir, entries, model)
+    require_own_weights(source_dir, entries, model)
     tokenizer = load_tokenizer(section)
     ids = ids_of(tokenizer, section.added_tokens)
     require_tokens(adapter.config, adapter_dir, ids)
@@ -145,8 +151,8 @@ def _plan(adapter_dir: Path, section: ModelSection, options: ExportSection) -> _
     compute = pick_compute_dtype(section.compute_dtype, pick_device())
     deltas = _deltas(adapter, entries)
     return _Plan(
-        section, options, source_dir, fingerprint, adapter, model, model_config, tokenizer, ids, entries, deltas,
-        tables, shards, dtype, compute,
+        section, options, source_dir, fingerprint, adapter, model, model_config, tokenizer, ids, entries,
+        file_stamps(entries), deltas, tables, shards, dtype, compute,
     )  # fmt: skip
 
 
@@ -219,15 +225,14 @@ class _ShardWriter:
         self.plan, self.work, self.stop, self.progress = plan, work, stop, progress
         self.finished = {name for name, _ in plan.shards if work.has(name)}
         self.skip = {e.name for name, group in plan.shards if name in self.finished for e in group}
-        self.dequantized = plan.options.base == "dequantized"
         self.delta: dict[str, dict[str, float]] = {
             name: found for name, found in work.facts.get("layers", {}).items() if name in self.skip
         }
-        self.reader = CheckpointReader(
-            plan.entries,
-            work.facts.get("base", {}),
-            (plan.section, plan.compute) if self.dequantized else None,
-            *(_quantized_weights(plan.model) if self.dequantized else ((), ())),
+        files = plan.entries, plan.stamps, work.facts.get("base", {})
+        self.reader = (
+            TrainedBaseReader(*files, plan.section, plan.compute, plan.model)
+            if plan.options.base == "dequantized"
+            else CheckpointReader(*files)
         )
 
     def write(self) -> dict[str, dict[str, float]]:
@@ -249,10 +254,8 @@ class _ShardWriter:
                         work.finished(name, sha256)
                 for _ in results:  # what is left to read is only hashed
                     raise RuntimeError("the shards were planned without some of the tensors")
-        hashes = {f.name: self.reader.sha256[f.name] for f in self.reader.files}
-        delta = {e.name: self.delta[e.name] for e in plan.entries if e.name in self.delta}
-        work.facts.update(base=hashes, layers=delta)
-        return delta
+        work.facts["base"] = {name: self.reader.sha256[name] for name in plan.stamps}
+        return {e.name: self.delta[e.name] for e in plan.entries if e.name in self.delta}
 
     def _merged_rows(self, results: Iterator[Merged]) -> Iterator[torch.Tensor]:
         """The rows alone, in order; a stop request ends them."""
@@ -282,11 +285,8 @@ class _ShardWriter:
         delta, weight, found = plan.deltas.get(name), block.rows, None
         if name in plan.tables:
             weight = plan.tables[name].put(weight, block.first, block.last)
-        fake = block.fake_quantization
-        if self.dequantized and (fake is None or block.transposed or not fake.reads_original):
-            weight = weight.to(plan.compute)
-        if fake is not None:
-            weight = fake.rows(weight.t().contiguous(), 0).t() if block.transposed else fake.rows(weight, block.first)
+        if isinstance(self.reader, TrainedBaseReader):
+            weight = self.reader.as_trained(block, weight)
         if delta is None:
             exact = weight if plan.dtype == weight.dtype else weight.to(torch.float32)
         else:
@@ -310,40 +310,6 @@ def _not_finite(block: Block, exact: torch.Tensor, dtype: torch.dtype, adapted: 
     else:
         what = f"has values up to {exact.abs().max().item():.6g}, beyond {dtype} (largest {torch.finfo(dtype).max:g})"
     return f"{name}: {what}. Export with --dtype bfloat16, or look at this adapter; this shard was not finished."
-
-
-def _quantized_weights(model: PreTrainedModel) -> tuple[set[str], set[str]]:
-    """Names of the weights that a quantized load quantizes (every linear but the head), and those of Conv1D."""
-    head = model.get_output_embeddings()
-    found = {
-        f"{name}.weight": isinstance(module, Conv1D)
-        for name, module in model.named_modules()
-        if (type(module) is torch.nn.Linear or isinstance(module, Conv1D)) and module is not head
-    }
-    return set(found), {name for name, transposed in found.items() if transposed}
-
-
-def _require_shapes(directory: Path, entries: list[TensorEntry], model: PreTrainedModel) -> None:
-    """Compare the checkpoint with its own config.
-
-    Raises:
-        InputError: a weight has another shape, or is missing.
-    """
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {e.name: e for e in entries}
-    for name, entry in found.items():
-        if expected.get(name, entry.shape) != entry.shape:
-            raise InputError(
-                f"{entry.file}: {name} has shape {list(entry.shape)}, and by {directory / 'config.json'} it has "
-                f"{list(expected[name])}. These are not the weights of this config: fetch both again."
-            )
-    tied = model.all_tied_weights_keys
-    missing = sorted(expected.keys() - found.keys() - {*tied, *tied.values()})
-    if missing and found.keys() <= expected.keys():  # with names of another scheme, nothing can be said
-        raise InputError(
-            f"{directory}: has no {first_of(missing)}, which its config.json asks for: a shard is missing. "
-            "Fetch the checkpoint again."
-        )
 
 
 def _deltas(adapter: AdapterDeltas, entries: list[TensorEntry]) -> dict[str, Delta]:
@@ -373,7 +339,7 @@ def _identity(plan: _Plan, adapter_dir: Path) -> dict[str, Any]:
     return {
         "adapter": file_sha256(adapter_dir / ADAPTER_WEIGHTS),
         "tokens": file_sha256(token_rows) if token_rows.is_file() else None,
-        "base": stamps(plan.entries),
+        "base": plan.stamps,
         "options": plan.options.to_dict(),
         "quantization": [section.quantization, section.double_quant, str(plan.compute)],
     }

@@ -20,7 +20,7 @@ from qvera.models import linear, quantization, quantized_cache
 from qvera.models.hub import base_directory
 from qvera.models.mmap import NotMappable, WeightSharder, load_mapped
 from qvera.models.model_config import empty_model, load_config, require_own_weights
-from qvera.models.source_checkpoint import NotPlain
+from qvera.models.quantize_checkpoint import NotPlain
 from qvera.models.tokenizer import ids_of, load_tokenizer, place_token_rows
 from qvera.utils.cache_dir import StageProgress
 from qvera.utils.errors import InputError, first_line

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from qvera.config.schema import ModelSection
 from qvera.utils.errors import InputError, first_line
+from qvera.utils.formatting import first_of
 from qvera.utils.paths import resolve_path
 from qvera.utils.safetensors_io import TensorEntry
 
@@ -104,13 +105,20 @@ def require_own_weights(directory: Path, entries: list[TensorEntry], model: PreT
     Raises:
         InputError: the weights have more or fewer layers than the config, no output head where the config ties none,
             another head than the embedding where it does, another shape, or integers where the model has floating-point
-            weights.
+            weights; or one is missing, and none has a name that the model does not know.
     """
     stored = {entry.name: entry for entry in entries}
     _require_layers(directory, stored, model)
     _require_head(directory, stored, model)
     if getattr(model.config, "quantization_config", None) is not None:
         return  # packed weights have other shapes and dtypes
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    missing = [n for n, _ in model.named_parameters() if n not in stored and n not in tied.values()]
+    if missing and stored.keys() <= model.state_dict().keys():
+        raise InputError(
+            f"{directory}: the weights hold no {first_of(missing)}, which config.json asks for. Copy config.json and "
+            "all weight files of one checkpoint again."
+        )
     for name, tensor in model.state_dict().items():
         entry = stored.get(name)
         if entry is None:

@@ -6,17 +6,14 @@ The arithmetic is that of bitsandbytes' CPU `quantize_4bit` (QLoRA, arXiv 2305.1
     a = max |w|        s = w · (1 / max(a, 1e-38))        rank = number of thresholds below s
 
 with thresholds halfway between neighbouring values of the code; a last block of fewer than 64 divides by a instead.
-What
-differs is how it is done: chunks that stay in the cache, maxima taken over the bits, thresholds counted one after
-another in vector instructions. numpy, not torch, because its loops stay on the calling thread, so that chunks can be
-spread over threads without touching a setting of the process.
+What differs is how it is done: chunks that stay in the cache, maxima taken over the bits, thresholds counted one after
+another in vector instructions. numpy, not torch, because its loops stay on the calling thread, so that a caller can
+spread blocks over threads without touching a setting of the process.
 """
 
 from __future__ import annotations
 
 import functools
-from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
 from typing import NamedTuple
 
 import numpy as np
@@ -29,11 +26,6 @@ BLOCK = 64
 CHUNK = 2048 * BLOCK
 """Weights worked on at a time: 512 KiB in fp32, what a core's second-level cache holds."""
 _SMALLEST = np.float32(1e-38)
-_BITS: dict[torch.dtype, type[np.signedinteger]] = {
-    torch.bfloat16: np.int16,
-    torch.float16: np.int16,
-    torch.float32: np.int32,
-}
 
 
 class _Code(NamedTuple):
@@ -54,19 +46,14 @@ def _code(quant_type: str) -> _Code:
 
 
 class _Scratch:
-    """The buffers of one thread."""
+    """The buffers of one thread, for ``size`` weights of a dtype."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, bits: np.dtype) -> None:
         self.scaled = np.empty(size, np.float32)
         self.above = np.empty(size, np.bool_)
         self.nibble = np.empty(size, np.uint8)
         self.one, self.other = np.empty(size // 2, np.uint16), np.empty(size // 2, np.uint16)
-        self.maxima: dict[type, tuple[np.ndarray, np.ndarray]] = {}
-
-    def maxima_of(self, kind: type[np.signedinteger]) -> tuple[np.ndarray, np.ndarray]:
-        if kind not in self.maxima:
-            self.maxima[kind] = np.empty(self.scaled.size, kind), np.empty(self.scaled.size, kind)
-        return self.maxima[kind]
+        self.maxima = np.empty(size, bits), np.empty(size, bits)
 
 
 def _widen(bits: np.ndarray, dtype: torch.dtype, out: np.ndarray) -> None:
@@ -87,7 +74,7 @@ def _block_maxima(bits: np.ndarray, dtype: torch.dtype, scratch: _Scratch, absma
     Without their sign, floating-point numbers are ordered as their bits are (NaN above Inf).
     """
     size = bits.size
-    held, next_ = (buffer[:size] for buffer in scratch.maxima_of(bits.dtype.type))
+    held, next_ = (buffer[:size] for buffer in scratch.maxima)
     np.bitwise_and(bits, np.iinfo(bits.dtype).max, out=held)
     for step in (1, 2, 4, 8, 16, 32):  # afterwards element i is the maximum of the 64 from i on
         size -= step
@@ -132,82 +119,28 @@ def _last_block(bits: np.ndarray, dtype: torch.dtype, code: _Code, packed: np.nd
     _widen(bits, dtype, values)
     absmax[0] = np.maximum(np.abs(values).max(), _SMALLEST)
     np.divide(values, absmax[0], out=values)
-    _pack(scaled, code, _Scratch(scaled.size), packed)
+    _pack(scaled, code, _Scratch(scaled.size, bits.dtype), packed)
 
 
-def packed_size(count: int) -> int:
-    """Bytes of ``count`` packed weights."""
-    return -(-count // 2)
+def pack(weights: torch.Tensor, quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize a contiguous CPU tensor of n weights (any shape; bf16, fp16 or fp32) as one flat row, on this thread.
 
+    A tensor can come in parts, each but the last of a multiple of 64 weights. NaN and Inf are not looked for: the
+    absmax of their block is NaN or Inf.
 
-def block_count(count: int) -> int:
-    """Blocks of ``count`` weights, a last one of fewer than 64 included."""
-    return -(-count // BLOCK)
-
-
-class Packer:
-    """Quantizes with ``threads`` threads (default: as many as torch uses); the result does not depend on them.
-
-    Use it as a context manager: it owns a thread pool and each thread's buffers.
+    Returns:
+        Packed nibbles uint8 [⌈n/2⌉] and absmax fp32 [⌈n/64⌉], equal to bitsandbytes' on a CPU.
     """
-
-    def __init__(self, quant_type: str, threads: int | None = None) -> None:
-        self._code = _code(quant_type)
-        count = threads or torch.get_num_threads()
-        self._scratch = [_Scratch(CHUNK) for _ in range(count)]
-        self._pool = ThreadPoolExecutor(count, "qvera-nf4") if count > 1 else None
-
-    def __enter__(self) -> Packer:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
-
-    def pack(self, weights: torch.Tensor, packed: np.ndarray, absmax: np.ndarray) -> None:
-        """Quantize a contiguous CPU tensor of n weights (any shape; bf16, fp16 or fp32) as one flat row.
-
-        A tensor can come in chunks, each but the last of a multiple of 64 weights. NaN and Inf are not looked for: the
-        absmax of their block is NaN or Inf.
-
-        Args:
-            weights: n weights.
-            packed: uint8 [⌈n/2⌉], written.
-            absmax: fp32 [⌈n/64⌉], written.
-        """
-        dtype = weights.dtype
-        bits = weights.detach().reshape(-1).view(torch.int16 if dtype.itemsize == 2 else torch.int32).numpy()
-        bits = bits.view(_BITS[dtype])
-        whole = bits.size - bits.size % BLOCK
-
-        def work(number: int) -> None:
-            with np.errstate(all="ignore"):  # NaN and Inf are the caller's to find, in absmax
-                work_quietly(number)
-
-        def work_quietly(number: int) -> None:
-            for start in range(number * CHUNK, whole, CHUNK * len(self._scratch)):
-                stop = min(start + CHUNK, whole)
-                _whole_blocks(
-                    bits[start:stop], dtype, self._code, self._scratch[number],
-                    packed[start // 2 : stop // 2], absmax[start // BLOCK : stop // BLOCK],
-                )  # fmt: skip
-
-        if self._pool is None or whole <= CHUNK:
-            for number in range(len(self._scratch)):
-                work(number)
-        else:
-            list(self._pool.map(work, range(len(self._scratch))))
+    dtype, code = weights.dtype, _code(quant_type)
+    bits = weights.detach().reshape(-1).view(torch.int16 if dtype.itemsize == 2 else torch.int32).numpy()
+    packed, absmax = np.empty(-(-bits.size // 2), np.uint8), np.empty(-(-bits.size // BLOCK), np.float32)
+    whole = bits.size - bits.size % BLOCK
+    scratch = _Scratch(min(whole, CHUNK), bits.dtype)
+    with np.errstate(all="ignore"):  # NaN and Inf are the caller's to find, in absmax
+        for start in range(0, whole, CHUNK):
+            stop = min(start + CHUNK, whole)
+            scales = absmax[start // BLOCK : stop // BLOCK]
+            _whole_blocks(bits[start:stop], dtype, code, scratch, packed[start // 2 : stop // 2], scales)
         if whole < bits.size:
-            with np.errstate(all="ignore"):
-                _last_block(bits[whole:], dtype, self._code, packed[whole // 2 :], absmax[whole // BLOCK :])
-
-
-def pack(weights: torch.Tensor, quant_type: str, threads: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """One whole tensor: packed nibbles uint8 [⌈n/2⌉] and absmax fp32 [⌈n/64⌉], equal to bitsandbytes' on a CPU."""
-    packed = np.empty(packed_size(weights.numel()), np.uint8)
-    absmax = np.empty(block_count(weights.numel()), np.float32)
-    with Packer(quant_type, threads) as packer:
-        packer.pack(weights.contiguous(), packed, absmax)
+            _last_block(bits[whole:], dtype, code, packed[whole // 2 :], absmax[whole // BLOCK :])
     return torch.from_numpy(packed), torch.from_numpy(absmax)

@@ -1,38 +1,44 @@
 """Quantize a 16-bit checkpoint to bitsandbytes' serialized 4-bit format, which stock transformers loads and qvera maps.
 
-Each source file is read once, in the order of its bytes. Two threads run ahead of the writer (`prefetch`): one reads
-and hashes, one quantizes. So memory is a few chunks and one weight's scales. Finished shards survive a kill.
-``config.json`` is written last: without it nothing takes a directory for a model.
+The source's config and headers are checked before a weight is read. Then each source file is read once: one thread
+reads and hashes, one a core quantizes, the calling one writes. Memory is a few blocks and one weight's scales. Finished
+shards survive a kill. ``config.json`` is written last: without it nothing takes a directory for a model.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
 import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from qvera.config.schema import ModelSection
 from qvera.models import nf4, quantization
+from qvera.models.model_config import empty_model, require_own_weights
 from qvera.models.quantized_record import RECORD, content_identity, settings_of
-from qvera.models.source_checkpoint import SourceCheckpoint
 from qvera.utils import memory
 from qvera.utils.atomic import OutputDirectory, disk_errors, flush, replace_text, require_space
-from qvera.utils.errors import RunFailed
+from qvera.utils.errors import InputError, RunFailed
+from qvera.utils.files import read_json
 from qvera.utils.safetensors_io import (
     TensorEntry,
     TensorSpec,
     base_fingerprint,
+    checkpoint_tensors,
+    file_stamps,
     grouped_by_bytes,
     write_source_fingerprint,
 )
-from qvera.utils.safetensors_stream import Chunk, prefetch, read_chunks, write_chunks, write_index
+from qvera.utils.safetensors_stream import Block, CheckpointReader, in_order, write_index, write_shard
 
 SHARD_BYTES = 1_000_000_000
 """A kill costs at most the work of one shard."""
@@ -40,12 +46,81 @@ _NOT_COPIED = (
     ".safetensors", ".bin", ".pt", ".pkl", ".pickle", ".pth",
     ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".index.json",
 )  # fmt: skip
-_PREFETCHED_CHUNKS = 4
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 Shards = list[tuple[str, list[TensorSpec]]]
 """File name and tensors of each shard."""
 Progress = Callable[[int, int, str], None]
 """Called with (source bytes done, source bytes in all, tensor name)."""
+Packed = tuple[Block, torch.Tensor, torch.Tensor | None]
+"""A block, its packed weights, and the absmax of each 64 of them; where it is not packed, its rows and None."""
+
+
+class NotPlain(InputError):
+    """A checkpoint that transformers renames or fuses while loading: it can be quantized then, but not by itself."""
+
+
+@dataclasses.dataclass
+class SourceCheckpoint:
+    """A 16-bit checkpoint, checked against its config: what is quantized, and what goes along as it is."""
+
+    directory: Path
+    config: dict[str, Any]
+    config_sha256: str
+    entries: list[TensorEntry]
+    """All tensors, in the order they lie on disk."""
+    stamps: dict[str, list[int]]
+    """File name → bytes, mtime_ns, inode: by which content that was hashed once is known again."""
+    tensors: list[TensorEntry]
+    """Those that the model has."""
+    quantized: set[str]
+    """Names of the weights that become 4-bit."""
+
+    @property
+    def files(self) -> list[Path]:
+        """The shards, in the order of ``entries``."""
+        return [self.directory / name for name in self.stamps]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(stamp[0] for stamp in self.stamps.values())
+
+
+def read_source(section: ModelSection, directory: Path) -> SourceCheckpoint:
+    """Config and headers of a 16-bit checkpoint, checked; no weights are read.
+
+    Raises:
+        InputError: a shard is missing, cut short or damaged, a tensor's shape is not the config's, or the checkpoint is
+            already quantized.
+        NotPlain: the tensors are not the model's parameters by name.
+    """
+    config = read_json(directory / "config.json", "the config of a model")
+    if config.get("quantization_config") is not None:
+        raise InputError(
+            f"{directory}: is already quantized (config.json has a quantization_config). Use it as model.path as it "
+            "is, or name the 16-bit checkpoint that it was made from."
+        )
+    entries = checkpoint_tensors(directory)
+    stored = {entry.name for entry in entries}
+    model = empty_model(section, directory)
+    names = model.state_dict().keys()
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    require_own_weights(directory, entries, model)
+    _require_names(directory, names, tied, stored)
+    transposed = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
+    linears = quantization.four_bit_linears(model, section)
+    if transposed & linears:
+        raise NotPlain(
+            f"{directory}: stores {min(transposed & linears)} transposed (a Conv1D), and transformers turns it while "
+            "loading. Such a checkpoint can't be quantized ahead; it is quantized each time it is loaded."
+        )
+    quantized = {f"{name}.weight" for name in linears}
+    tensors = [entry for entry in entries if entry.name in names]
+    for entry in tensors:
+        _require_dtype(entry, section, entry.name in quantized)
+    digest = hashlib.sha256((directory / "config.json").read_bytes()).hexdigest()
+    return SourceCheckpoint(directory, config, digest, entries, file_stamps(entries), tensors, quantized & stored)
 
 
 def quantize_checkpoint(
@@ -75,11 +150,10 @@ def quantize_checkpoint(
     """
     began = time.perf_counter()
     device = device or torch.device("cpu")
-    files = source.file_identity()
     # what the bytes are a function of; the device, because bitsandbytes' kernels may round its statistics otherwise
     identity = {
         "source": str(source.directory.resolve()),
-        "files": files,
+        "files": source.stamps,
         "config": source.config_sha256,
         "settings": settings_of(section),
         "device": device.type,
@@ -92,25 +166,30 @@ def quantize_checkpoint(
     ):
         missing = [(name, specs) for name, specs in shards if not work.has(name)]
         require_space(out, sum(s.size_bytes for _, specs in missing for s in specs), "the quantized copy")
-        hashes = dict(work.facts.get("source", {}))
-        hashes |= {file.name: digest for file, digest in (known or {}).items() if file in source.files}
-        with nf4.Packer(section.quantization) as packer:
-            quantizer = _Quantizer(section, source, device, packer, hashes)
-            chunks = quantizer.chunks({spec.name for _, specs in missing for spec in specs})
-            try:
-                for name, specs in missing:
-                    digest = write_chunks(out / name, specs, quantizer.watched(chunks, progress))
-                    work.facts["source"] = dict(hashes)
-                    work.finished(name, digest)
-                for _ in chunks:  # the rest of the source is hashed
-                    raise RuntimeError("more tensors were made than planned")
-            finally:
-                chunks.close()
-        if source.file_identity() != files:
-            raise RunFailed(f"{source.directory}: its shards changed while they were read. Run again.")
+        hashes = work.facts.get("source", {}) | {f.name: h for f, h in (known or {}).items() if f in source.files}
+        reader = CheckpointReader(source.entries, source.stamps, hashes)
+        planned = {spec.name for _, specs in missing for spec in specs}
+        blocks = reader.blocks({entry.name for entry in source.entries} - planned)
+        workers = torch.get_num_threads()
+        pack = functools.partial(_pack, section, source, device)
+        done = source.size_bytes - sum(entry.size_bytes for entry in source.entries if entry.name in planned)
+
+        def report(block: Block) -> None:
+            nonlocal done
+            if progress is not None:
+                progress(done, source.size_bytes, block.entry.name)
+            done += block.rows.nbytes
+
+        with contextlib.closing(in_order(blocks, pack, workers, 2 * workers + 2)) as packed:
+            tensors = _tensors(section, source, packed, report)
+            for name, specs in missing:
+                digest = write_shard(out / name, specs, tensors)
+                work.facts["source"] = dict(reader.sha256)
+                work.finished(name, digest)
+            for _ in tensors:  # the rest of the source is hashed
+                raise RuntimeError("more tensors were made than planned")
         if progress is not None:
             progress(source.size_bytes, source.size_bytes, "")
-        sha256_of = {file.name: hashes[file.name] for file in source.files}
         record = {
             "format": 1,
             "source": {
@@ -118,10 +197,12 @@ def quantize_checkpoint(
                 "revision": section.revision,
                 "directory": str(source.directory.resolve()),
                 "config_sha256": source.config_sha256,
-                "files": {name: {"sha256": sha256, "bytes": files[name][0]} for name, sha256 in sha256_of.items()},
+                "files": {
+                    name: {"sha256": reader.sha256[name], "bytes": stamp[0]} for name, stamp in source.stamps.items()
+                },
             },
             "settings": settings_of(section),
-            "identity": content_identity(source.config_sha256, sha256_of, settings_of(section)),
+            "identity": content_identity(source.config_sha256, reader.sha256, settings_of(section)),
             "files": {name: {"sha256": work.shards[name], "bytes": (out / name).stat().st_size} for name, _ in shards},
             "seconds": time.perf_counter() - began,
             "versions": memory.versions(),
@@ -151,111 +232,49 @@ def _layout(entry: TensorEntry, section: ModelSection) -> list[TensorSpec]:
     return [TensorSpec(*item) for item in quantization.serialized_layout(entry.name, entry.shape, entry.dtype, section)]
 
 
-class _Quantizer:
-    """Reads, hashes and quantizes a source.
-
-    Args:
-        hashes: source file name → SHA-256; files that are not in it are read whole, and added.
-    """
-
-    def __init__(
-        self,
-        section: ModelSection,
-        source: SourceCheckpoint,
-        device: torch.device,
-        packer: nf4.Packer,
-        hashes: dict[str, str],
-    ) -> None:
-        self.section, self.source, self.device, self.packer, self.hashes = section, source, device, packer, hashes
-        self.bytes_read = 0
-        """Written by the reading thread, read by the one that shows it."""
-
-    def chunks(self, missing: set[str]) -> Generator[tuple[str, np.ndarray], None, None]:
-        """(name, bytes) of the output's tensors, in its order.
-
-        Args:
-            missing: names of tensors of the output that are in no finished shard.
-        """
-        needed = {entry.name for entry in self.source.tensors if entry.name in missing}
-        read = prefetch(self._read(needed), _PREFETCHED_CHUNKS)
-        return prefetch(self._quantize(read), _PREFETCHED_CHUNKS)
-
-    def watched(
-        self, chunks: Iterator[tuple[str, np.ndarray]], progress: Progress | None
-    ) -> Iterator[tuple[str, np.ndarray]]:
-        """The same chunks, with progress."""
-        total = self.source.size_bytes
-        for name, data in chunks:
-            if progress is not None:
-                progress(self.bytes_read, total, name)
-            yield name, data
-
-    def _read(self, needed: set[str]) -> Iterator[Chunk]:
-        before = 0
-        for file in self.source.files:
-            digest = None if file.name in self.hashes else hashlib.sha256()
-            for chunk in read_chunks(file, needed, digest):
-                self.bytes_read = before + chunk.entry.start
-                yield chunk
-            if digest is not None:
-                self.hashes[file.name] = digest.hexdigest()
-            before += file.stat().st_size
-            self.bytes_read = before
-
-    def _quantize(self, read: Iterator[Chunk]) -> Iterator[tuple[str, np.ndarray]]:
-        absmax = np.empty(0, np.float32)
-        blocks = 0
-        gathered: list[torch.Tensor] = []
-        try:
-            for entry, data, last in read:
-                if entry.name not in self.source.quantized:
-                    yield entry.name, data
-                    continue
-                values = torch.from_numpy(data).view(entry.dtype)
-                if self.device.type != "cpu":
-                    gathered.append(values.to(self.device, non_blocking=True))
-                    if last:
-                        yield from self._on_device(entry, torch.cat(gathered))
-                        gathered.clear()
-                    continue
-                if not blocks:
-                    absmax = np.empty(nf4.block_count(entry.numel), np.float32)
-                packed = np.empty(nf4.packed_size(values.numel()), np.uint8)
-                here = absmax[blocks : blocks + nf4.block_count(values.numel())]
-                self.packer.pack(values, packed, here)
-                _require_finite(entry, bool(np.isfinite(here).all()))
-                blocks += len(here)
-                yield entry.name, packed
-                if last:
-                    blocks = 0
-                    yield from self._statistics(
-                        entry,
-                        quantization.serialized_statistics(
-                            entry.name, torch.from_numpy(absmax), entry.shape, entry.dtype, self.section
-                        ),
-                    )
-        finally:
-            read.close()  # type: ignore[attr-defined]
-
-    def _on_device(self, entry: TensorEntry, weight: torch.Tensor) -> Iterator[tuple[str, np.ndarray]]:
-        _require_finite(entry, bool(torch.isfinite(weight).all()))
-        packed, statistics = quantization.quantized_on_device(entry.name, weight.view(entry.shape), self.section)
-        yield entry.name, packed.reshape(-1).view(torch.uint8).numpy()
-        yield from self._statistics(entry, statistics)
-
-    def _statistics(self, entry: TensorEntry, statistics: dict[str, torch.Tensor]) -> Iterator[tuple[str, np.ndarray]]:
-        for spec in _layout(entry, self.section)[1:]:
-            tensor = statistics[spec.name]
-            if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
-                raise RuntimeError(f"bitsandbytes made {tensor.dtype} {list(tensor.shape)}, expected {spec}")
-            yield spec.name, tensor.contiguous().view(torch.uint8).numpy()
+def _pack(section: ModelSection, source: SourceCheckpoint, device: torch.device, block: Block) -> Packed:
+    """Quantize a block on the CPU, or bring it to the device, which quantizes whole weights."""
+    if block.entry.name not in source.quantized:
+        return block, block.rows, None
+    if device.type != "cpu":
+        return block, block.rows.to(device), None
+    return block, *nf4.pack(block.rows, section.quantization)
 
 
-def _require_finite(entry: TensorEntry, finite: bool) -> None:
-    if not finite:
+def _tensors(
+    section: ModelSection, source: SourceCheckpoint, blocks: Iterator[Packed], progress: Callable[[Block], None]
+) -> Iterator[torch.Tensor]:
+    """The output's tensors in its order; a packed weight in parts, and then its statistics."""
+    parts: list[torch.Tensor] = []
+    storage = getattr(torch, section.quant_storage)
+    for block, rows, absmax in blocks:
+        progress(block)
+        entry = block.entry
+        if entry.name not in source.quantized:
+            yield rows
+            continue
+        _require_finite(entry, rows if absmax is None else absmax)
+        parts.append(rows if absmax is None else absmax)
+        if absmax is not None:
+            yield rows.view(storage).view(-1, 1)
+        if not block.last:
+            continue
+        whole = torch.cat(parts)
+        parts.clear()
+        if absmax is None:
+            packed, statistics = quantization.quantized_on_device(entry.name, whole, section)
+            yield packed
+        else:
+            statistics = quantization.serialized_statistics(entry.name, whole, entry.shape, entry.dtype, section)
+        for spec in _layout(entry, section)[1:]:
+            yield statistics[spec.name]
+
+
+def _require_finite(entry: TensorEntry, values: torch.Tensor) -> None:
+    if not torch.isfinite(values).all():
         raise RunFailed(
-            f"{entry.file}: {entry.name} has NaN or Inf in it, so it can't be quantized. The checkpoint is damaged, "
-            "or was saved in a dtype too narrow for it."
+            f"{entry.file}: {entry.name} has NaN or Inf in it, so it can't be quantized. The checkpoint is damaged, or "
+            "was saved in a dtype too narrow for it."
         )
 
 
@@ -281,3 +300,26 @@ def _write_small_files(
     if "dtype" not in config and "torch_dtype" not in config:
         config["dtype"] = str(dtype).removeprefix("torch.")
     replace_text(out / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def _require_names(directory: Path, expected: Collection[str], tied: Mapping[str, str], found: Collection[str]) -> None:
+    absent = [n for n in expected if n not in found and tied.get(n) not in found and n not in tied.values()]
+    if absent:
+        others = sorted(set(found) - set(expected))
+        raise NotPlain(
+            f"{directory}: has no tensor {min(absent)}, which the model of its config.json has"
+            + (f"; it has {others[0]} instead, which transformers renames or fuses while loading" if others else "")
+            + ". Such a checkpoint can't be quantized ahead; it is quantized each time it is loaded."
+        )
+
+
+def _require_dtype(entry: TensorEntry, section: ModelSection, quantized: bool) -> None:
+    if quantized and entry.dtype not in _FLOATS:
+        raise InputError(
+            f"{entry.file}: {entry.name} is {entry.dtype}, expected a bfloat16, float16 or float32 weight."
+        )
+    if quantized and entry.numel % (2 * getattr(torch, section.quant_storage).itemsize):
+        raise NotPlain(
+            f"{entry.file}: {entry.name} has {entry.numel} weights, which do not fill whole elements of "
+            f"{section.quant_storage}. Set model.quant_storage: uint8."
+        )

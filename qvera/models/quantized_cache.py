@@ -12,14 +12,13 @@ from typing import Any
 import torch
 
 from qvera.config.schema import ModelSection
-from qvera.models import quantize_checkpoint, source_checkpoint
+from qvera.models import quantize_checkpoint
 from qvera.models.hub import base_directory
+from qvera.models.quantize_checkpoint import SourceCheckpoint, read_source
 from qvera.models.quantized_record import BASES, bases_root, content_identity, problem_of, read_record, settings_of
-from qvera.models.source_checkpoint import SourceCheckpoint
 from qvera.utils.atomic import flush
 from qvera.utils.cache_dir import UNFINISHED, HashIndex, StageProgress, discard, size_bytes
 from qvera.utils.errors import InputError
-from qvera.utils.files import file_stamp
 from qvera.utils.safetensors_io import shard_files
 
 
@@ -48,7 +47,7 @@ def cached_base(
     directory = base_directory(section)
     if not verify and (found := find_base(section, directory)) is not None:
         return found  # without a look at the model
-    source = source_checkpoint.read_source(section, directory)
+    source = read_source(section, directory)
     root = bases_root()
     hashes = HashIndex(root / "hashes.json")
     key = _key(source, section, device)
@@ -114,7 +113,7 @@ def quantized_copy(
     Raises:
         InputError: ``out`` holds something else; else as `cached_base`.
     """
-    source = source_checkpoint.read_source(section, base_directory(section))
+    source = read_source(section, base_directory(section))
     hashes = HashIndex(bases_root() / "hashes.json")
     known = {} if verify else hashes.known(source.files)
     record = read_record(out)
@@ -135,7 +134,7 @@ def quantized_copy(
 def _remember(hashes: HashIndex, source: SourceCheckpoint, record: dict[str, Any]) -> None:
     """The hashes that came out of quantizing; `quantize_checkpoint` has made sure that the files had not changed."""
     recorded = record["source"]["files"]
-    hashes.add({file: (file_stamp(file.stat()), recorded[file.name]["sha256"]) for file in source.files})
+    hashes.add({file: (source.stamps[file.name], recorded[file.name]["sha256"]) for file in source.files})
 
 
 def _quantize(
@@ -162,14 +161,14 @@ def _name(section: ModelSection, identity: str) -> str:
 def _key(source: SourceCheckpoint, section: ModelSection, device: torch.device | None) -> str:
     where = device.type if device is not None else "cpu"
     shard_bytes = quantize_checkpoint.SHARD_BYTES
-    parts = [str(source.directory.resolve()), source.file_identity(), source.config_sha256, where, shard_bytes]
+    parts = [str(source.directory.resolve()), source.stamps, source.config_sha256, where, shard_bytes]
     text = json.dumps([parts, settings_of(section)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _similar(source: SourceCheckpoint, section: ModelSection) -> bool:
     """Whether a finished copy was made from files of these names and sizes: then it pays to hash before quantizing."""
-    sizes = {file.name: file.stat().st_size for file in source.files}
+    sizes = {name: stamp[0] for name, stamp in source.stamps.items()}
     records = [entry.record for entry in BASES.listed() if entry.record is not None]
     return any(
         record["settings"] == settings_of(section)

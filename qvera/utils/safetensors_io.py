@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from qvera.utils.errors import InputError
-from qvera.utils.files import read_json
+from qvera.utils.files import file_stamp, read_json
 from qvera.utils.formatting import first_of
 
 if TYPE_CHECKING:
@@ -147,6 +147,11 @@ def checkpoint_tensors(directory: Path) -> list[TensorEntry]:
     if not entries:
         raise InputError(f"{directory}: has no *.safetensors weights.")
     return list(entries.values())
+
+
+def file_stamps(entries: Iterable[TensorEntry]) -> dict[str, list[int]]:
+    """File name → `file_stamp` of the files of a checkpoint."""
+    return {file.name: file_stamp(file.stat()) for file in dict.fromkeys(entry.file for entry in entries)}
 
 
 def weight_map(index: Path) -> dict[str, str]:

@@ -1,94 +1,180 @@
-"""Safetensors files in chunks: read once in the order of the disk and hashed on the way.
+"""Checkpoints larger than memory: read in blocks of rows, computed in order by several threads, written in blocks.
 
-Written with any mixture of dtypes.
-
-Memory is a few chunks, whatever the size of a tensor. File format: 8 bytes little-endian header length, a JSON header,
-tensor bytes back to back (https://github.com/huggingface/safetensors#format).
+Each file is read or written once, in the order of its bytes, and hashed on the way. Memory is a few blocks, whatever
+the size of a tensor.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
+import itertools
 import json
+import math
 import os
 import queue
 import struct
 import threading
-from collections.abc import Container, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
-import numpy as np
+import torch
 
 from qvera.utils.atomic import replace_text
 from qvera.utils.errors import RunFailed
-from qvera.utils.files import read_at
-from qvera.utils.safetensors_io import INDEX, TensorEntry, TensorSpec, read_header, torch_dtypes
+from qvera.utils.files import file_stamp, read_at
+from qvera.utils.safetensors_io import INDEX, TensorEntry, TensorSpec, torch_dtypes
 
-if TYPE_CHECKING:
-    import torch
-
-CHUNK_BYTES = 1 << 22
-"""A multiple of 64 weights of any size; small enough to stay in a cache between reading, hashing and quantizing."""
+BLOCK_ELEMENTS = 1 << 20
+"""Elements of a block of rows: its fp32 temporaries stay in the processor's cache."""
 _SYNC_BYTES = 1 << 27
 _ALIGNMENT = 64
-T = TypeVar("T")
+In = TypeVar("In")
+Out = TypeVar("Out")
 
 
-class Chunk(NamedTuple):
-    """Consecutive bytes (uint8) of one tensor."""
+class Block(NamedTuple):
+    """Rows [first, first + k) of a tensor, in the dtype of the file."""
 
     entry: TensorEntry
-    data: np.ndarray
+    first: int
+    rows: torch.Tensor
     last: bool
     """Whether the tensor ends here."""
+    absmax: torch.Tensor | None = None
+    """Quantization scales of the whole tensor, from a reader that computes them first."""
 
 
-def read_chunks(
-    file: Path, wanted: Container[str], digest: hashlib._Hash | None = None, chunk_bytes: int = CHUNK_BYTES
-) -> Iterator[Chunk]:
-    """The bytes of the tensors in ``wanted``, in the order of the file.
+def rows_per_block(columns: int) -> int:
+    """Rows of ``columns`` elements in a block: a multiple of 64 elements, so that it cuts no quantization block."""
+    unit = 64 // math.gcd(64, columns)
+    return max(1, BLOCK_ELEMENTS // columns // unit) * unit
+
+
+class CheckpointReader:
+    """Reads the tensors of a checkpoint in order.
 
     Args:
-        file: a safetensors file.
-        wanted: names of tensors.
-        digest: a hashlib object to be fed with the *whole* file; without one only what is wanted is read.
-        chunk_bytes: most bytes of a chunk.
+        entries: all of them, in the order they lie on disk.
+        stamps: file name → `file_stamp` of the files as they have to stay.
+        known: file name → SHA-256, of files that need not be hashed again.
 
-    Raises:
-        RunFailed: the file is shorter than its header says: it changed while it was read.
+    Attributes:
+        sha256: file name → SHA-256, of ``known`` and of every file that has been read whole.
     """
-    entries = read_header(file)
-    with open(file, "rb", buffering=0) as handle:
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        if digest is not None:
-            digest.update(handle.read(entries[0].start if entries else -1))
-        for entry in entries:
-            use = entry.name in wanted
-            if not use and digest is None:
+
+    def __init__(self, entries: list[TensorEntry], stamps: dict[str, list[int]], known: dict[str, str]) -> None:
+        self.entries, self.stamps, self.sha256 = entries, stamps, dict(known)
+
+    def blocks(self, skip: Collection[str]) -> Iterator[Block]:
+        """Every tensor in blocks of rows; those named in ``skip`` are only hashed, and not even that where it is known.
+
+        Raises:
+            RunFailed: a file changed or ended while it was read.
+        """
+        for file, group in itertools.groupby(self.entries, key=lambda entry: entry.file):
+            entries, known = list(group), file.name in self.sha256
+            if known and all(entry.name in skip for entry in entries):
                 continue
-            for start in range(entry.start, entry.stop, chunk_bytes):
-                stop = min(start + chunk_bytes, entry.stop)
-                data = np.empty(stop - start, np.uint8)
-                if not read_at(handle.fileno(), memoryview(data), start):  # type: ignore[arg-type]  # numpy's stubs
-                    raise RunFailed(f"{file}: ended within {entry.name}: it changed while it was read. Run again.")
-                if digest is not None:
-                    digest.update(memoryview(data))  # type: ignore[arg-type]
-                if use:
-                    yield Chunk(entry, data, stop == entry.stop)
+            with open(file, "rb", buffering=0) as handle:
+                if hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+                digest = None if known else hashlib.sha256(handle.read(entries[0].start))
+                for entry in entries:
+                    if entry.name not in skip:
+                        blocks = self.blocks_of(handle.fileno(), entry)
+                    elif digest is not None:
+                        blocks = self.read(handle.fileno(), entry)
+                    else:
+                        continue
+                    for block in blocks:
+                        if digest is not None:
+                            digest.update(_bytes_of(block.rows))
+                        if entry.name not in skip:
+                            yield block
+                if file_stamp(os.fstat(handle.fileno())) != self.stamps[file.name]:
+                    raise RunFailed(f"{file}: changed while it was read. Run again when it is at rest.")
+            if digest is not None:
+                self.sha256[file.name] = digest.hexdigest()
+
+    def blocks_of(self, descriptor: int, entry: TensorEntry) -> Iterator[Block]:
+        """The blocks of a tensor that is wanted."""
+        return self.read(descriptor, entry)
+
+    def read(self, descriptor: int, entry: TensorEntry, whole: bool = False) -> Iterator[Block]:
+        """The rows of a tensor, ``whole`` in one block or in several."""
+        if not entry.numel:
+            return
+        count = entry.shape[0] if entry.shape else 1
+        step = count if whole else rows_per_block(entry.numel // count)
+        row_bytes = entry.size_bytes // count
+        for first in range(0, count, step):
+            size = min(step, count - first)
+            data = torch.empty(size * row_bytes, dtype=torch.uint8)
+            if not read_at(descriptor, data.numpy().data, entry.start + first * row_bytes):
+                raise RunFailed(f"{entry.file}: {entry.name} ended while it was read. Run again when it is whole.")
+            rows = data.view(entry.dtype).view((size, *entry.shape[1:]) if entry.shape else ())
+            yield Block(entry, first, rows, first + size == count)
 
 
-def write_chunks(path: Path, specs: list[TensorSpec], chunks: Iterator[tuple[str, np.ndarray]]) -> str:
+def in_order(
+    items: Iterator[In], compute: Callable[[In], Out], workers: int, waiting: int
+) -> Generator[Out, None, None]:
+    """``compute`` of each item, in order, by ``workers`` threads, while another thread draws the items.
+
+    An error of ``items`` or of ``compute`` is raised where its result would come. Closing the iterator stops the
+    threads.
+
+    Args:
+        items: drawn in one thread.
+        compute: called in the workers.
+        workers: how many threads compute.
+        waiting: how many items may be drawn and not yet consumed. What bounds memory.
+    """
+    results: queue.Queue[Future[Out] | None] = queue.Queue()
+    places = threading.Semaphore(waiting)
+    stop = threading.Event()
+
+    def draw(pool: ThreadPoolExecutor) -> None:
+        try:
+            while True:
+                places.acquire()
+                if stop.is_set():
+                    return
+                item = next(items, None)
+                if item is None:
+                    return
+                results.put(pool.submit(compute, item))
+        except BaseException as error:  # handed to the consumer
+            failed: Future[Out] = Future()
+            failed.set_exception(error)
+            results.put(failed)
+        finally:
+            results.put(None)
+
+    with ThreadPoolExecutor(workers, thread_name_prefix="compute") as pool:
+        reader = threading.Thread(target=draw, args=(pool,), name="read", daemon=True)
+        reader.start()
+        try:
+            while (future := results.get()) is not None:
+                yield future.result()
+                places.release()
+        finally:
+            stop.set()
+            places.release()
+            reader.join()
+            pool.shutdown(cancel_futures=True)
+
+
+def write_shard(path: Path, specs: list[TensorSpec], tensors: Iterator[torch.Tensor]) -> str:
     """Write one safetensors file, under a temporary name until it is whole and on the disk; returns its SHA-256.
 
     Args:
         path: the file.
         specs: the tensors in the order of the file.
-        chunks: (tensor name, its next bytes) in that order; no more are taken than ``specs`` need, so one iterator can
-            serve several files.
+        tensors: their values in that order; one may come in parts along its first dimension. No more are taken than
+            ``specs`` need, so one iterator can serve several files.
 
     Raises:
         OSError: the disk is full or gone; nothing is left behind.
@@ -103,42 +189,41 @@ def write_chunks(path: Path, specs: list[TensorSpec], chunks: Iterator[tuple[str
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % _ALIGNMENT)
     partial = path.with_name(f".{path.name}.partial")
+    digest = hashlib.sha256()
     try:
         with open(partial, "wb", buffering=0) as handle, ThreadPoolExecutor(1) as disk:
-            writer = _HashingWriter(handle, disk)
-            writer.write(struct.pack("<Q", len(text)) + text)
-            for spec in specs:
-                written = 0
-                while written < spec.size_bytes:
-                    name, data = next(chunks)
-                    written += writer.write(data)
-                    if name != spec.name or written > spec.size_bytes:
-                        raise RuntimeError(f"{path.name}: got bytes of {name}, the header has {spec}")
-            writer.finish()
+            syncing, unsynced_bytes = disk.submit(os.fdatasync, handle.fileno()), 0
+            for data in itertools.chain([memoryview(struct.pack("<Q", len(text)) + text)], _values(specs, tensors)):
+                digest.update(data)
+                done = 0
+                while done < len(data):
+                    done += handle.write(data[done:])
+                unsynced_bytes += len(data)
+                if unsynced_bytes > _SYNC_BYTES:  # so a full disk is noticed early, and the end is quick
+                    syncing.result()
+                    syncing, unsynced_bytes = disk.submit(os.fdatasync, handle.fileno()), 0
+            syncing.result()
+            os.fsync(handle.fileno())
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    return writer.digest.hexdigest()
+    return digest.hexdigest()
 
 
-def write_shard(path: Path, specs: list[TensorSpec], tensors: Iterator[torch.Tensor]) -> str:
-    """`write_chunks` of tensors; one may come in parts along its first dimension, one after the other."""
-    import torch
+def _values(specs: list[TensorSpec], tensors: Iterator[torch.Tensor]) -> Iterator[memoryview]:
+    for spec in specs:
+        written = 0
+        while written < spec.numel:
+            tensor = next(tensors)
+            written += tensor.numel()
+            if tensor.dtype != spec.dtype or tensor.shape[1:] != spec.shape[1:] or written > spec.numel:
+                raise RuntimeError(f"{spec.name}: got {tensor.dtype} {tuple(tensor.shape)}, the header has {spec}")
+            yield _bytes_of(tensor)
 
-    def chunks() -> Iterator[tuple[str, np.ndarray]]:
-        for spec in specs:
-            written = 0
-            while written < spec.numel:
-                tensor = next(tensors)
-                if tensor.dtype != spec.dtype or tensor.shape[1:] != spec.shape[1:]:
-                    raise RuntimeError(
-                        f"{spec.name}: wrote {tensor.dtype} {tuple(tensor.shape)}, the header says otherwise"
-                    )
-                written += tensor.numel()
-                yield spec.name, tensor.contiguous().view(-1).view(torch.uint8).numpy()
 
-    return write_chunks(path, specs, chunks())
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def write_index(directory: Path, shards: list[tuple[str, list[TensorSpec]]]) -> None:
@@ -146,79 +231,5 @@ def write_index(directory: Path, shards: list[tuple[str, list[TensorSpec]]]) -> 
     if len(shards) > 1:
         total = sum(spec.size_bytes for _, group in shards for spec in group)
         weight_map = {spec.name: name for name, group in shards for spec in group}
-        replace_text(
-            directory / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
-        )
-
-
-class _HashingWriter:
-    """Writes and hashes side by side.
-
-    It syncs every `_SYNC_BYTES`, so that a full disk is noticed early and the end is quick.
-    """
-
-    def __init__(self, handle: io.FileIO, disk: ThreadPoolExecutor) -> None:
-        self.digest = hashlib.sha256()
-        self._handle, self._disk = handle, disk
-        self._syncing: Future[None] | None = None
-        self._unsynced_bytes = 0
-
-    def write(self, data: bytes | np.ndarray) -> int:
-        view = memoryview(data).cast("B")  # type: ignore[arg-type]  # numpy's stubs hide that an array is a buffer
-        self.digest.update(view)
-        done = 0
-        while done < len(view):
-            done += self._handle.write(view[done:])
-        self._unsynced_bytes += len(view)
-        if self._unsynced_bytes > _SYNC_BYTES:
-            self._wait()
-            self._syncing, self._unsynced_bytes = self._disk.submit(os.fdatasync, self._handle.fileno()), 0
-        return len(view)
-
-    def _wait(self) -> None:
-        if self._syncing is not None:
-            self._syncing.result()
-
-    def finish(self) -> None:
-        self._wait()
-        os.fsync(self._handle.fileno())
-
-
-def prefetch(items: Iterable[T], depth: int) -> Generator[T, None, None]:
-    """The same items, made by a thread that is up to ``depth`` of them ahead; its errors are raised here."""
-    waiting: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
-    stop = threading.Event()
-
-    def put(kind: str, value: object = None) -> None:
-        while not stop.is_set():
-            try:
-                return waiting.put((kind, value), timeout=0.1)
-            except queue.Full:
-                continue
-
-    def make() -> None:
-        try:
-            for item in items:
-                put("item", item)
-                if stop.is_set():
-                    return
-            put("end")
-        except BaseException as error:  # handed to the reader, whatever it is
-            put("error", error)
-        finally:
-            if isinstance(items, Generator):
-                items.close()
-
-    thread = threading.Thread(target=make, daemon=True)
-    thread.start()
-    try:
-        while True:
-            kind, value = waiting.get()
-            if kind == "error":
-                raise value
-            if kind == "end":
-                return
-            yield value
-    finally:
-        stop.set()
-        thread.join()
+        document = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        replace_text(directory / INDEX, json.dumps(document, indent=2))

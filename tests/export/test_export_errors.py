@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM
 from qvera.adapters.save_load import attach, load_adapter, save_adapter
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection, ExportSection, ModelSection
-from qvera.export import export_merged, merge_adapters, stream
+from qvera.export import export_merged, merge_adapters
 from qvera.models.loader import load_base
-from qvera.utils import memory
+from qvera.utils import memory, safetensors_stream
 from qvera.utils.errors import InputError, Interrupted, RunFailed
 from tests.adapters.helpers import perturb
 from tests.conftest import small_llama, small_tokenizer
@@ -189,8 +189,8 @@ def _other_content(base: Path) -> None:
         (_bad_header, r"model-00002-of-.*: not a readable safetensors file"),
         (_missing, r"model-00002-of-.*: this shard is named in .* but is missing"),
         (_missing_without_index, r"model-000\d\d-of-.*: this shard of \d+ is missing"),
-        (_missing_by_the_config, r"has no model\.layers\.1\.input_layernorm\.weight.*which its config\.json asks for"),
-        (_wrong_shape, r"model\.norm\.weight has shape \[63\], and by .*config\.json it has \[64\]"),
+        (_missing_by_the_config, r"hold no model\.layers\.1\.input_layernorm\.weight.*which config\.json asks for"),
+        (_wrong_shape, r"model\.norm\.weight has shape \[63\], the model of config\.json needs \[64\]"),
         (
             _other_content,
             r"trained on another base model than .*Expected the base .* with fingerprint [0-9a-f]{16}",
@@ -287,7 +287,7 @@ def test_a_base_without_index_and_small_blocks_give_the_same_weights(
         options = OPTIONS.replace(base=weights, dtype="float32")
         whole = export_merged(directory, section, tmp_path / weights, options)
         with monkeypatch.context() as patch:
-            patch.setattr(stream, "BLOCK_ELEMENTS", 700)
+            patch.setattr(safetensors_stream, "BLOCK_ELEMENTS", 700)
             index = (base / "model.safetensors.index.json").read_text()
             (base / "model.safetensors.index.json").unlink()
             pieces = export_merged(directory, section, tmp_path / f"{weights}-pieces", options)

@@ -20,9 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from qvera.cli.main import main
 from qvera.config.schema import ModelSection
-from qvera.models import quantize_checkpoint, source_checkpoint
+from qvera.models import quantize_checkpoint
 from qvera.models.loader import load_base
 from qvera.models.quantized_record import read_record
+from qvera.utils import safetensors_stream
 from qvera.utils.errors import InputError, RunFailed
 from tests.conftest import small_llama, small_tokenizer
 from tests.helpers import sampled, start_process
@@ -33,7 +34,7 @@ IDS = torch.arange(3, 43).view(2, 20)
 def quantized(source: Path, out: Path, shard_bytes: int | None = None, **settings: Any) -> dict[str, Any]:
     section = ModelSection(path=str(source), **settings)
     return quantize_checkpoint.quantize_checkpoint(
-        section, source_checkpoint.read_source(section, source), out, shard_bytes=shard_bytes
+        section, quantize_checkpoint.read_source(section, source), out, shard_bytes=shard_bytes
     )
 
 
@@ -148,8 +149,7 @@ def test_packed_weights_start_at_a_multiple_of_64_bytes(tiny_model_dir: Path, tm
 
 def test_threads_and_chunk_sizes_change_no_byte(tiny_model_dir: Path, tmp_path: Path, monkeypatch: Any) -> None:
     quantized(tiny_model_dir, tmp_path / "one")
-    read = quantize_checkpoint.read_chunks
-    monkeypatch.setattr(quantize_checkpoint, "read_chunks", lambda f, w, d: read(f, w, d, chunk_bytes=64 * 2 * 3))
+    monkeypatch.setattr(safetensors_stream, "BLOCK_ELEMENTS", 64 * 3)
     torch.set_num_threads(2)
     try:
         quantized(tiny_model_dir, tmp_path / "two")
@@ -166,7 +166,7 @@ def quantize_and_die(source: Path, out: Path, shards: int) -> None:
         if len(list(out.glob("*.safetensors"))) >= shards:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    read = source_checkpoint.read_source(section, source)
+    read = quantize_checkpoint.read_source(section, source)
     quantize_checkpoint.quantize_checkpoint(section, read, out, progress=progress, shard_bytes=30_000)
 
 
@@ -289,7 +289,7 @@ def test_a_bad_source_is_named_and_nothing_is_written(
 def test_transposed_linears_are_left_to_transformers(tmp_path: Path) -> None:
     config = GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=100, bos_token_id=1, eos_token_id=2)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
-    with pytest.raises(source_checkpoint.NotPlain, match="transposed"):
+    with pytest.raises(quantize_checkpoint.NotPlain, match="transposed"):
         quantized(tmp_path / "gpt2", tmp_path / "out")
 
 
@@ -321,9 +321,9 @@ def test_a_source_that_changes_meanwhile_is_noticed(source: Path, tmp_path: Path
     def touch(done: int, total: int, name: str) -> None:
         os.utime(shards(source)[-1])
 
-    with pytest.raises(RunFailed, match="changed while they were read"):
+    with pytest.raises(RunFailed, match="changed while it was read"):
         quantize_checkpoint.quantize_checkpoint(
-            section, source_checkpoint.read_source(section, source), tmp_path / "out", progress=touch
+            section, quantize_checkpoint.read_source(section, source), tmp_path / "out", progress=touch
         )
     assert not (tmp_path / "out" / "config.json").exists()
 
@@ -355,7 +355,7 @@ def test_a_disk_that_fills_up_is_named_and_finished_shards_are_used(
             free = shutil.disk_usage(small_disk).free
             filler.write_bytes(bytes(free - 8192))
 
-    source = source_checkpoint.read_source(section, tiny_model_dir)
+    source = quantize_checkpoint.read_source(section, tiny_model_dir)
     with pytest.raises(RunFailed, match="the disk is full.*Finished shards are kept"):
         quantize_checkpoint.quantize_checkpoint(section, source, out, progress=fill, shard_bytes=20_000)
     assert not (out / "config.json").exists()

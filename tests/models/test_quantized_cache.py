@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from qvera.cli.main import main
 from qvera.config.schema import ModelSection
 from qvera.models import quantize_checkpoint, quantized_cache
+from qvera.models.quantize_checkpoint import NotPlain
 from qvera.models.quantized_cache import cached_base, find_base
 from qvera.models.quantized_record import BASES, bases_root, problem_of, read_record
-from qvera.models.source_checkpoint import NotPlain
 from qvera.utils.errors import InputError
 from tests.helpers import start_process, wait_until
 

@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qvera.utils import safetensors_stream
 from qvera.utils.errors import InputError
-from qvera.utils.safetensors_io import TensorSpec, read_header
-from qvera.utils.safetensors_stream import prefetch, read_chunks, write_chunks
+from qvera.utils.safetensors_io import TensorSpec, file_stamps, read_header
+from qvera.utils.safetensors_stream import CheckpointReader, in_order, write_shard
 
 
 def mixed() -> dict[str, torch.Tensor]:
@@ -29,21 +30,16 @@ def mixed() -> dict[str, torch.Tensor]:
     }
 
 
-def raw(tensor: torch.Tensor) -> Any:
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy()
-
-
-def test_safetensors_reads_what_was_written_in_chunks(tmp_path: Path) -> None:
+def test_safetensors_reads_what_was_written_in_parts(tmp_path: Path) -> None:
     tensors = mixed()
     specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-
-    def chunks() -> Iterator[tuple[str, Any]]:
-        for name, tensor in tensors.items():
-            data = raw(tensor)
-            for start in range(0, len(data), 100):
-                yield name, data[start : start + 100]
-
-    digest = write_chunks(tmp_path / "x.safetensors", specs, chunks())
+    parts = (
+        part
+        for tensor in tensors.values()
+        if tensor.numel()
+        for part in (tensor.split(3) if tensor.dim() else [tensor])
+    )
+    digest = write_shard(tmp_path / "x.safetensors", specs, parts)
     assert digest == hashlib.sha256((tmp_path / "x.safetensors").read_bytes()).hexdigest()
     found = load_file(tmp_path / "x.safetensors")
     assert found.keys() == tensors.keys()
@@ -53,16 +49,26 @@ def test_safetensors_reads_what_was_written_in_chunks(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
 
 
-@pytest.mark.parametrize("size", [1, 64, 1 << 20])
-def test_a_file_is_read_once_and_hashed_whole(tmp_path: Path, size: int) -> None:
+@pytest.mark.parametrize("elements", [1, 64, 1 << 20])
+def test_a_file_is_read_once_and_hashed_whole(tmp_path: Path, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safetensors_stream, "BLOCK_ELEMENTS", elements)
     tensors = mixed()
-    save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
-    digest, got = hashlib.sha256(), {"a": b"", "c": b""}
-    for chunk in read_chunks(tmp_path / "x.safetensors", got, digest, size):
-        got[chunk.entry.name] += chunk.data.tobytes()
-        assert chunk.last == (len(got[chunk.entry.name]) == chunk.entry.size_bytes)
-    assert got == {name: raw(tensors[name]).tobytes() for name in got}
-    assert digest.hexdigest() == hashlib.sha256((tmp_path / "x.safetensors").read_bytes()).hexdigest()
+    file = tmp_path / "x.safetensors"
+    save_file(tensors, file, metadata={"format": "pt"})
+    entries = read_header(file)
+    reader = CheckpointReader(entries, file_stamps(entries), {})
+    got: dict[str, list[Any]] = {"a": [], "c": []}
+    for block in reader.blocks({"b", "d", "e"}):
+        assert block.first == sum(len(rows) for rows in got[block.entry.name])
+        got[block.entry.name].append(block.rows)
+        assert block.last == (sum(len(rows) for rows in got[block.entry.name]) == len(tensors[block.entry.name]))
+    assert (len(got["a"]), len(got["c"])) == (
+        (1, 1) if elements > 64 else (1, 3)
+    )  # 64 rows of 33 end with a 4-bit block
+    for name, rows in got.items():
+        assert torch.equal(torch.cat(rows), tensors[name])
+    assert reader.sha256 == {file.name: hashlib.sha256(file.read_bytes()).hexdigest()}
+    assert not list(reader.blocks(tensors))  # all is known
 
 
 def test_headers_that_do_not_fit_the_file(tmp_path: Path) -> None:
@@ -75,44 +81,57 @@ def test_headers_that_do_not_fit_the_file(tmp_path: Path) -> None:
             read_header(file)
 
 
-def test_wrong_bytes_leave_nothing_behind(tmp_path: Path) -> None:
+def test_wrong_tensors_leave_nothing_behind(tmp_path: Path) -> None:
     spec = TensorSpec("a", torch.uint8, (4,))
-    for chunks in ([("b", b"1234")], [("a", b"12345")], [("a", b"12"), ("b", b"34")]):
-        with pytest.raises(RuntimeError, match="got bytes of"):
-            write_chunks(tmp_path / "x", [spec], iter(chunks))
+    for wrong in (torch.zeros(4), torch.zeros(5, dtype=torch.uint8), torch.zeros(4, 1, dtype=torch.uint8)):
+        with pytest.raises(RuntimeError, match="the header has"):
+            write_shard(tmp_path / "x", [spec], iter([wrong]))
         assert list(tmp_path.iterdir()) == []
 
 
-def test_prefetch_keeps_order_and_hands_errors_over() -> None:
-    assert list(prefetch(range(50), 3)) == list(range(50))
+def test_order_and_bound() -> None:
+    drawn: list[int] = []
 
-    def failing() -> Iterator[int]:
-        yield 1
-        raise ValueError("from the thread")
+    def items() -> Iterator[int]:
+        for i in range(50):
+            drawn.append(i)
+            yield i
 
-    items = prefetch(failing(), 2)
-    assert next(items) == 1
-    with pytest.raises(ValueError, match="from the thread"):
-        next(items)
+    def slow_first(i: int) -> int:
+        time.sleep(0.01 if i % 3 == 0 else 0)
+        return i * i
+
+    taken: list[int] = []
+    for result in in_order(items(), slow_first, 4, 6):
+        time.sleep(0.002)
+        assert len(drawn) <= len(taken) + 7
+        taken.append(result)
+    assert taken == [i * i for i in range(50)]
 
 
-def test_prefetch_stops_its_threads_when_nobody_reads_on() -> None:
-    closed = threading.Event()
+@pytest.mark.parametrize("where", ["items", "compute"])
+def test_an_error_comes_where_its_result_would(where: str) -> None:
+    def items() -> Iterator[int]:
+        for i in range(9):
+            if i == 5 and where == "items":
+                raise OSError("read")
+            yield i
 
-    def endless() -> Iterator[int]:
-        try:
-            while True:
-                yield 1
-        finally:
-            closed.set()
+    def compute(i: int) -> int:
+        if i == 5 and where == "compute":
+            raise OSError("compute")
+        return i
 
+    taken = []
+    with pytest.raises(OSError, match="read" if where == "items" else "compute"):
+        for result in in_order(items(), compute, 2, 4):
+            taken.append(result)
+    assert taken == [0, 1, 2, 3, 4]
+
+
+def test_closing_stops_the_threads() -> None:
     before = threading.active_count()
-    items = prefetch(prefetch(endless(), 2), 2)
-    assert next(items) == 1
-    items.close()
-    assert closed.wait(5)
-    for _ in range(100):
-        if threading.active_count() == before:
-            return
-        time.sleep(0.05)
-    raise AssertionError("a thread is left")
+    results = in_order(iter(range(10**9)), lambda i: i, 2, 4)
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
+    results.close()
+    assert threading.active_count() == before
