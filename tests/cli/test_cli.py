@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from rich.console import Console
 
 from qvera.cli import common
 from qvera.cli.main import PANELS, main
@@ -34,6 +35,18 @@ def test_train_says_what_came_of_it(write_recipe: Any, tmp_path: Path, capsys: A
     assert summary["adapter"]["rank"] == 4
     for word in ("held-out loss", "exact match", "peak memory", "tokens/s", "report.html"):
         assert word in said
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_quantize_into_the_cache_says_how_small_the_model_became(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, terminal: bool
+) -> None:
+    monkeypatch.setenv("QVERA_CACHE", str(tmp_path))
+    progress = io.StringIO()
+    monkeypatch.setattr("qvera.cli.quantize.console", Console(file=progress, force_terminal=terminal, width=100))
+    assert main(["quantize", str(tiny_model_dir)]) == 0
+    assert re.search(r"kB → [\d.]+ kB in .*/bases/nf4-\w+, \d+ s", capsys.readouterr().out)
+    assert ("Quantizing" in progress.getvalue()) == terminal  # a bar
 
 
 def test_preview_shows_what_would_be_trained(write_recipe: Any, tmp_path: Path, capsys: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import zipfile
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from qvera.cli import quickstart_base as base
+from qvera.cli.main import main
 from qvera.cli.quickstart import prepare, recipe_path
 from qvera.config.load import load_recipe
 from qvera.utils.errors import InputError, RunFailed
@@ -139,6 +141,28 @@ def test_prepare_points_the_recipe_at_the_cache(tmp_path: Path) -> None:
 def test_an_unknown_recipe_lists_the_shipped_ones() -> None:
     with pytest.raises(InputError, match=r"instruct/llama2-7b\.yaml, instruct/smollm2-135m\.yaml, quickstart\.yaml"):
         recipe_path("nothing.yaml")
+
+
+@pytest.mark.process
+def test_the_quickstart_trains_and_shows_answers_before_and_after(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the tiny model where the real base would be, so that nothing is fetched."""
+    monkeypatch.setenv("QVERA_CACHE", str(tmp_path))
+    target = tmp_path / "quickstart" / "smollm2-135m-instruct"
+    shutil.copytree(tiny_model_dir, target)
+    files = {path.name: base.file_sha256(path) for path in target.iterdir()}
+    (target / base.MANIFEST).write_text(json.dumps({"wheel_sha256": base.WHEEL_SHA256, "files": files}))
+
+    assert main(["quickstart", "--fetch-only"]) == 0
+    assert str(target) in capsys.readouterr().out
+    settings = ["training.max_steps=1", "data.eval_limit=2", "data.max_length=512", "training.sample_max_new_tokens=4"]
+    given = [part for setting in settings for part in ("--set", setting)]
+    assert main(["quickstart", "--output-dir", str(tmp_path / "run"), *given]) == 0
+    shown = capsys.readouterr().out
+    assert (tmp_path / "run" / "adapter" / "adapter_config.json").is_file()
+    for words in ("held-out prompt 1", "before:", "after:", "reference:", "qvera chat", "qvera export"):
+        assert words in shown
 
 
 @pytest.mark.slow
