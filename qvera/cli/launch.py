@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +17,7 @@ def launch(
     recipe: RecipePath,
     overrides: Overrides,
     gpus: Annotated[
-        int | None, typer.Option(metavar="N", help="Processes on each machine (default: the GPUs).")
+        int | None, typer.Option(min=1, metavar="N", help="Processes on each machine (default: the GPUs).")
     ] = None,
     hostfile: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A line `HOST slots=N` for each machine.")
@@ -25,7 +26,8 @@ def launch(
     nnodes: Annotated[int | None, typer.Option(metavar="N", help="Number of machines.")] = None,
     rdzv: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where machine 0 is reached.")] = None,
     max_restarts: Annotated[
-        int, typer.Option(metavar="N", help="Start again from the last checkpoint after a failure, up to N times.")
+        int,
+        typer.Option(min=0, metavar="N", help="Start again from the last checkpoint, up to N times."),
     ] = 0,
     resume: Resume = False,
     find_lr: FindLr = False,
@@ -62,7 +64,7 @@ def launch(
     )
     if hostfile is not None:
         launcher.require_hosts(hostfile)
-    print(launcher.command_line(command), file=sys.stderr)
+    print(shlex.join(command), file=sys.stderr)
     return launcher.run(command)
 
 

@@ -331,6 +331,14 @@ class Recipe(Section):
         elif not self.training.eval_steps:
             for name in used:
                 yield f"training.{name}", "needs training.eval_steps above 0."
+        if self.deepspeed is not None and (optim := self.training.optim) != "adamw":
+            yield (
+                "training.optim",
+                (
+                    f"{optim} keeps its state in blocks that ZeRO would cut elsewhere with every other number of "
+                    "processes. With a deepspeed key use adamw; VeRA's whole optimizer state is a few MB."
+                ),
+            )
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML, every key written out."""

@@ -43,8 +43,7 @@ def _imported() -> ModuleType:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its progress notes would drown ours
     # A shared-memory all-reduce for CPU inference is compiled (20 s) whenever DeepSpeed meets a process group, and
-    # without a
-    # compiler that is fatal; training does not use it.
+    # without a compiler that is fatal; training does not use it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
@@ -53,8 +52,7 @@ def return_buffers_at_once() -> None:
     """Let malloc take every buffer of 1 MB or more directly from the system, and return it when it is freed.
 
     glibc's own threshold rises to 32 MB with the sizes that it sees. Weights that ZeRO-3 gathers on a CPU come from
-    gloo's
-    threads, each with a heap of its own, and pile up there: 0.8 GB of a 7B after two steps.
+    gloo's threads, each with a heap of its own, and pile up there: 0.8 GB of a 7B after two steps.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, 2**20)
@@ -81,8 +79,7 @@ def nvme_problem() -> str | None:
 def abandoned_build(name: str) -> Path | None:
     """Return the lock of an extension whose build was killed: torch waits for it without end.
 
-    torch's lock (``torch.utils.file_baton``) names no process, so one that is older than any build takes counts as
-    abandoned.
+    torch's lock names no process, so one that is older than any build takes counts as abandoned.
     """
     from torch.utils.cpp_extension import get_default_build_root
 

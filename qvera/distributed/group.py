@@ -11,7 +11,7 @@ import json
 import socket
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,21 +22,8 @@ JSON = Any
 """None, a bool, number, string, list or dict with string keys."""
 
 T = TypeVar("T")
-
+_Error = TypeVar("_Error", bound=QveraError)
 _ERRORS: dict[str, type[QveraError]] = {cls.__name__: cls for cls in (InputError, Interrupted, RunFailed, QveraError)}
-
-
-class Store(Protocol):
-    """What is used of the launcher's key-value store (``torch.distributed.Store``)."""
-
-    def set(self, key: str, value: str, /) -> None:
-        """Set a key."""
-
-    def get(self, key: str, /) -> bytes:
-        """Return the value of a key, waiting for it."""
-
-    def check(self, keys: list[str], /) -> bool:
-        """Whether all these keys are there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +34,7 @@ class Group:
     world_size: int = 1
     local_rank: int = 0
     host: str = dataclasses.field(default_factory=socket.gethostname)
-    store: Store | None = dataclasses.field(default=None, compare=False, repr=False)
+    store: dist.Store | None = dataclasses.field(default=None, compare=False, repr=False)
     """The launcher's key-value store, if there is one. It outlives processes that the launcher restarts."""
 
     @property
@@ -88,24 +75,14 @@ class Group:
         """Return the small uint8 tensors of all ranks together, on every rank. Their names must differ."""
         if self.world_size == 1:
             return tensors
-        found = self.gather({name: bytes(tensor.numpy()).hex() for name, tensor in tensors.items()})
-        return {
-            name: torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
-            for one in found
-            for name, text in one.items()
-        }
+        found: dict[str, str] = {}
+        for one in self.gather({name: bytes(tensor.numpy()).hex() for name, tensor in tensors.items()}):
+            found |= one
+        return {name: torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8) for name, text in found.items()}
 
     def broadcast(self, value: JSON) -> JSON:
         """Return rank 0's value on every rank."""
-        if self.world_size == 1:
-            return value
-        text = torch.frombuffer(bytearray(json.dumps(value if self.first else None).encode()), dtype=torch.uint8)
-        length = torch.tensor([text.numel()])
-        dist.broadcast(length, 0)
-        if not self.first:
-            text = torch.zeros(int(length), dtype=torch.uint8)
-        dist.broadcast(text, 0)
-        return json.loads(bytes(text.numpy()))
+        return self.gather(value if self.first else None)[0]
 
     def broadcast_tensors(self, tensors: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
         """Return rank 0's CPU tensors on every rank. Those of the other ranks are ignored."""
@@ -115,8 +92,7 @@ class Group:
         head = self.broadcast([[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in given.items()])
         received = {}
         for name, dtype, shape in head:
-            kind = getattr(torch, dtype)
-            tensor = given[name].contiguous() if self.first else torch.empty(shape, dtype=kind)
+            tensor = given[name].contiguous() if self.first else torch.empty(shape, dtype=getattr(torch, dtype))
             if tensor.numel():
                 dist.broadcast(tensor.reshape(-1).view(torch.uint8), 0)
             received[name] = tensor
@@ -155,16 +131,14 @@ class Group:
         """
         found = self.broadcast(_outcome(do) if self.first else None) if self.world_size > 1 else {"value": do()}
         if "error" in found:
-            raise _shared(found["error"], found["text"])
+            raise for_all(_ERRORS[found["error"]](found["text"]))
         return found["value"]
 
     def agree(self, do: Callable[[], T]) -> T:
-        """Let every rank call ``do``, and return its own result.
-
-        If it fails on one rank, it fails on all, with the error of the lowest such rank.
+        """Let every rank call ``do``, and return its own result. If it fails on one rank, it fails on all.
 
         Raises:
-            QveraError: of the kind that was raised there. It names the rank and node if not all of them failed.
+            QveraError: that of the lowest rank that failed. It names the rank and node if not all of them failed.
         """
         if self.world_size == 1:
             return do()
@@ -175,7 +149,7 @@ class Group:
             text = found[failed[0]]["text"]
             if len(failed) < self.world_size:
                 text = f"rank {failed[0]} on {found[failed[0]]['host']}: {text}"
-            raise _shared(found[failed[0]]["error"], text)
+            raise for_all(_ERRORS[found[failed[0]]["error"]](text))
         return mine["value"]
 
 
@@ -183,15 +157,15 @@ ALONE = Group()
 """The group of a process on its own."""
 
 
-def _outcome(do: Callable[[], JSON]) -> dict[str, Any]:
+def for_all(error: _Error) -> _Error:
+    """Mark an error as one that every rank raises at this place."""
+    error.shared = True
+    return error
+
+
+def _outcome(do: Callable[[], object]) -> dict[str, Any]:
     try:
         return {"value": do()}
     except QveraError as error:
         kind = next((name for name, cls in _ERRORS.items() if isinstance(error, cls)), "QveraError")
         return {"error": kind, "text": str(error)}
-
-
-def _shared(kind: str, text: str) -> QveraError:
-    error = _ERRORS[kind](text)
-    error.shared = True
-    return error

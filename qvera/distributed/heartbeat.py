@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-from qvera.distributed.group import Group, Store
+from qvera.distributed.group import Group
 from qvera.utils.errors import EXIT_FAILED, QveraError
 
 BEAT_SECONDS = 2.0
@@ -27,6 +27,7 @@ SILENT_SECONDS = 15.0
 """A peer without a beat for this long counts as gone. With `BEAT_SECONDS` and `GRACE_SECONDS` that is within 30 s."""
 GRACE_SECONDS = 3.0
 """How long a process may take to end by itself, with its own message, after a peer left with an error."""
+_GO_ON = "Checkpoints are kept; go on with --resume."
 
 
 class Heartbeat:
@@ -44,7 +45,7 @@ class Heartbeat:
     def __init__(
         self,
         group: Group,
-        store: Store,
+        store: dist.Store,
         give_up: Callable[[str, int], None] | None = None,
         beat_seconds: float = BEAT_SECONDS,
         silent_seconds: float = SILENT_SECONDS,
@@ -59,7 +60,7 @@ class Heartbeat:
         self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Heartbeat:
-        self._beat(0)  # before any collective, so that the others know our node
+        self._write(count=0)  # before any collective, so that the others know our node
         for target in (self._beat_on, self._watch_store):
             thread = threading.Thread(target=target, daemon=True, name=f"qvera-{target.__name__}")
             thread.start()
@@ -70,34 +71,26 @@ class Heartbeat:
         self._done.set()
         if isinstance(error, QveraError) and error.shared:
             error = None  # the others have it too
-        left = {"host": self.group.host, "left": True}
+        left: dict[str, object] = {"left": True}
         if error is not None:
             left |= {"error": f"{type(error).__name__}: {error}", "exit_code": getattr(error, "exit_code", EXIT_FAILED)}
         for thread in self._threads:
             thread.join(timeout=self._beat_seconds)
         if not any(thread.is_alive() for thread in self._threads):  # else the store hangs, and so would we
             with contextlib.suppress(RuntimeError):
-                self.store.set(self._key(self.group.rank), json.dumps(left))
+                self._write(**left)
 
     def find_the_dead(self) -> None:
         """Wait until the beats show which rank is gone, which ends this process.
 
         For the main thread, when a collective failed.
         """
-        print(
-            f"qvera: rank {self.group.rank} on {self.group.host} lost a peer in the middle of a step; finding out "
-            f"which.",
-            file=sys.stderr,
-            flush=True,
-        )
+        me = f"rank {self.group.rank} on {self.group.host}"
+        print(f"qvera: {me} lost a peer in the middle of a step; finding out which.", file=sys.stderr, flush=True)
         self._done.wait(self._silent_seconds + GRACE_SECONDS + 2 * self._beat_seconds)
 
-    def _key(self, rank: int) -> str:
-        return f"qvera/alive/{rank}"
-
-    def _beat(self, count: int) -> None:
-        beat = {"host": self.group.host, "count": count}
-        self.store.set(self._key(self.group.rank), json.dumps(beat))
+    def _write(self, **state: object) -> None:
+        self.store.set(_key(self.group.rank), json.dumps({"host": self.group.host, **state}))
         self._reached = time.monotonic()
 
     def _beat_on(self) -> None:
@@ -108,7 +101,7 @@ class Heartbeat:
                 if self._launcher is not None and os.getppid() != self._launcher:
                     self._without_launcher()
                     return
-                self._beat(count)
+                self._write(count=count)
                 for rank in range(self.group.world_size):
                     if rank != self.group.rank and not self._done.is_set() and self._look_at(rank):
                         return
@@ -116,16 +109,15 @@ class Heartbeat:
                 continue
 
     def _without_launcher(self) -> None:
-        """Whether the launcher on this node was killed. Then nothing would restart or stop this process any more."""
-        reason = "the launcher that had started it was killed. Checkpoints are kept; go on with --resume."
-        left = {"host": self.group.host, "left": True, "error": reason, "exit_code": EXIT_FAILED}
+        """The launcher on this node was killed: nothing would restart or stop this process any more."""
+        reason = f"the launcher that had started it was killed. {_GO_ON}"
         with contextlib.suppress(RuntimeError):  # it may have served the store
-            self.store.set(self._key(self.group.rank), json.dumps(left))
+            self._write(left=True, error=reason, exit_code=EXIT_FAILED)
         self._give_up(f"rank {self.group.rank} on {self.group.host} ends: {reason}", EXIT_FAILED)
 
     def _look_at(self, rank: int) -> bool:
         """Whether this rank is gone and we have given up."""
-        key, now = self._key(rank), time.monotonic()
+        key, now = _key(rank), time.monotonic()
         value = self.store.get(key).decode() if self.store.check([key]) else ""
         self._reached = now
         before = self._seen.get(rank, ("", now, "an unknown node"))
@@ -140,8 +132,7 @@ class Heartbeat:
         if not state.get("left") and now - self._seen[rank][1] > self._silent_seconds:
             self._give_up(
                 f"rank {rank} on {host} has been silent for {self._silent_seconds:.0f} s: its process is stopped, its "
-                f"node is "
-                "down, or the network between it and this node is cut. Checkpoints are kept; go on with --resume.",
+                f"node is down, or the network between it and this node is cut. {_GO_ON}",
                 EXIT_FAILED,
             )
             return True
@@ -153,13 +144,14 @@ class Heartbeat:
                 where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
                 self._give_up(
                     f"rank {self.group.rank} on {self.group.host} has not reached the run's key-value store at {where} "
-                    f"for "
-                    f"{self._silent_seconds:.0f} s: that node is down, or the network to it is cut. Checkpoints are "
-                    f"kept; go on "
-                    "with --resume.",
+                    f"for {self._silent_seconds:.0f} s: that node is down, or the network to it is cut. {_GO_ON}",
                     EXIT_FAILED,
                 )
                 return
+
+
+def _key(rank: int) -> str:
+    return f"qvera/alive/{rank}"
 
 
 def end_process(message: str, exit_code: int) -> None:

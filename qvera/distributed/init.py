@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from qvera.distributed.group import Group, Store
+from qvera.distributed.group import Group
 from qvera.distributed.heartbeat import Heartbeat, own_store
 from qvera.utils.errors import InputError, RunFailed, first_line
 
@@ -59,29 +59,32 @@ def in_group() -> Iterator[Group]:
         return
     count = launched_ranks()
     if count == 1:
-        yield Group(store=own_store() if _by_torchrun() else None)
+        by_torchrun = all(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT"))
+        yield Group(store=own_store() if by_torchrun else None)
         return
     missing = [name for name in _VARIABLES if name not in os.environ]
     if missing:
         raise InputError(
             f"WORLD_SIZE is {count} in the environment, but {', '.join(missing)} is not set. Start several processes "
-            f"with "
-            "`qvera launch`, torchrun or deepspeed; for a single one unset WORLD_SIZE."
+            "with `qvera launch`, torchrun or deepspeed; for a single one unset WORLD_SIZE."
         )
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
-    store, attempt = _rendezvous(count)
-    group = Group(int(os.environ["RANK"]), count, local_rank, store=store)
+    with _clear_errors(count):
+        store, rank, _ = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
+        store.set_timeout(JOIN_TIMEOUT)
+        attempt = agreed_attempt(store, rank, count, JOIN_TIMEOUT.total_seconds())
+    group = Group(rank, count, local_rank, store=store)
+    # the process id of torchrun or DeepSpeed's launcher, which has to live as long as this process
+    launcher = os.getppid() if {"TORCHELASTIC_RUN_ID", "CROSS_RANK"} & os.environ.keys() else None
     try:
-        with Heartbeat(group, dist.PrefixStore(attempt, own_store()), launcher=_launcher()) as heartbeat:
+        with Heartbeat(group, dist.PrefixStore(attempt, own_store()), launcher=launcher) as heartbeat:
             try:
                 with _clear_errors(count):  # a peer may go while the processes connect, too
                     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
                     own = dist.PrefixStore(attempt, store)
-                    dist.init_process_group(
-                        backend, store=own, rank=group.rank, world_size=count, timeout=COLLECTIVE_TIMEOUT
-                    )
+                    dist.init_process_group(backend, store=own, rank=rank, world_size=count, timeout=COLLECTIVE_TIMEOUT)
                 yield group
             except RuntimeError as error:
                 if _LOST.search(str(error)):
@@ -98,24 +101,6 @@ def restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
-def _by_torchrun() -> bool:
-    return all(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT"))
-
-
-def _launcher() -> int | None:
-    """Return the process id of the launcher, which has to live as long as this process; None without one."""
-    known = any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "CROSS_RANK"))  # torchrun's, DeepSpeed's
-    return os.getppid() if known else None
-
-
-def _rendezvous(count: int) -> tuple[dist.Store, str]:
-    """Return a connection to the launcher's store, and the prefix of this attempt's keys in it."""
-    with _clear_errors(count):
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
-        store.set_timeout(JOIN_TIMEOUT)
-        return store, agreed_attempt(store, rank, world_size, JOIN_TIMEOUT.total_seconds())
-
-
 @contextlib.contextmanager
 def _clear_errors(count: int) -> Iterator[None]:
     try:
@@ -129,7 +114,7 @@ def _clear_errors(count: int) -> Iterator[None]:
         ) from None
 
 
-def agreed_attempt(store: Store, rank: int, world_size: int, limit_seconds: float) -> str:
+def agreed_attempt(store: dist.Store, rank: int, world_size: int, limit_seconds: float) -> str:
     """Return a key prefix that all live processes have in common, and that no earlier process used.
 
     A launcher that restarts failed processes keeps its store, with the addresses and beats of the dead ones. It counts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
 import shutil
@@ -10,7 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from qvera.utils.errors import EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED, InputError
@@ -52,11 +51,8 @@ def launch_command(
         InputError: the arguments do not fit together, or there are several hosts and no pdsh.
     """
     inner = ["qvera", "train", str(recipe), *(train_arguments or [])]
-    several = [
-        name
-        for name, value in (("--node-rank", node_rank), ("--nnodes", nnodes), ("--rdzv", rdzv))
-        if value is not None
-    ]
+    placed = {"--node-rank": node_rank, "--nnodes": nnodes, "--rdzv": rdzv}
+    several = [name for name, value in placed.items() if value is not None]
     if hostfile is not None:
         if several:
             raise InputError(f"--hostfile: names the machines by itself; leave {', '.join(several)} out.")
@@ -67,20 +63,18 @@ def launch_command(
         missing = [tool for tool in ("pdsh", "ssh") if shutil.which(tool) is None] if len(_hosts(hostfile)) > 1 else []
         if missing:
             raise InputError(
-                f"--hostfile: DeepSpeed's launcher reaches other machines by pdsh, over ssh without a password, and "
-                f"{missing[0]} "
-                "is not installed here (Debian and Ubuntu: pdsh, openssh-client). Or start each machine by itself, "
-                "with "
-                "--node-rank K --nnodes N --rdzv HOST:PORT."
+                "--hostfile: DeepSpeed's launcher reaches other machines by pdsh, over ssh without a password, and "
+                f"{missing[0]} is not installed here (Debian and Ubuntu: pdsh, openssh-client). Or start each machine "
+                "by itself, with --node-rank K --nnodes N --rdzv HOST:PORT."
             )
         per_node = [] if gpus is None else ["--num_gpus", str(gpus)]
         runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile), *per_node]
         return [*runner, "--module", *inner]
-    if gpus is not None and gpus < 1:
-        raise InputError(f"--gpus: takes a whole number >= 1, got {gpus}.")
-    if max_restarts < 0:
-        raise InputError(f"--max-restarts: takes a whole number >= 0, got {max_restarts}.")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(gpus or _own_gpus())]
+    if gpus is None:
+        import torch
+
+        gpus = max(torch.cuda.device_count(), 1)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(gpus)]
     if max_restarts:
         command += ["--max-restarts", str(max_restarts)]
     if not several:
@@ -118,44 +112,27 @@ def require_hosts(hostfile: Path) -> None:
     hosts = _hosts(hostfile)
     if len(hosts) < 2:
         return
-    options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={_SSH_SECONDS}"]
-    options += shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))  # pdsh's: a port, a key
-    with contextlib.ExitStack() as stack:
-        asked = {}
-        for host in hosts:
-            errors = stack.enter_context(tempfile.TemporaryFile("w+"))  # no pipe: what ssh starts may outlive it
-            process = subprocess.Popen(
-                ["ssh", *options, host, "true"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors,
-                start_new_session=True,
-            )  # fmt: skip
-            stack.callback(_end, process)
-            asked[host] = process, errors
-        until = time.monotonic() + 2 * _SSH_SECONDS
-        for host, (process, errors) in asked.items():
-            why = f"no answer within {2 * _SSH_SECONDS} s"
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                if process.wait(max(until - time.monotonic(), 0.1)) == 0:
-                    continue
-                errors.seek(0)
-                lines = [line.strip() for line in errors if line.strip()]
-                why = lines[-1] if lines else f"ssh ended with {process.returncode}"
-            raise InputError(
-                f"{hostfile}, line {hosts[host]}: {host} does not answer to ssh: {why}. Each machine has to let the "
-                f"others in "
-                f"without a password; `ssh {host} true` shows whether it does."
-            )
+    with ThreadPoolExecutor(len(hosts)) as pool:
+        for host, why in zip(hosts, pool.map(_ssh_problem, hosts), strict=True):
+            if why is not None:
+                raise InputError(
+                    f"{hostfile}, line {hosts[host]}: {host} does not answer to ssh: {why}. Each machine has to let "
+                    f"the others in without a password; `ssh {host} true` shows whether it does."
+                )
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def _own_gpus() -> int:
-    import torch
-
-    return max(torch.cuda.device_count(), 1)
+def _ssh_problem(host: str) -> str | None:
+    command = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_SSH_SECONDS}"]
+    command += [*shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", "")), host, "true"]  # pdsh's: a port, a key
+    null, limit = subprocess.DEVNULL, 2 * _SSH_SECONDS
+    with tempfile.TemporaryFile("w+") as errors:  # no pipe: what ssh starts may outlive it
+        try:
+            code = subprocess.run(command, stdin=null, stdout=null, stderr=errors, timeout=limit).returncode
+        except subprocess.TimeoutExpired:
+            return f"no answer within {limit} s"
+        errors.seek(0)
+        lines = [f"ssh ended with {code}", *errors.read().split("\n")]
+    return None if code == 0 else next(line.strip() for line in reversed(lines) if line.strip())
 
 
 def run(command: list[str]) -> int:
@@ -167,7 +144,11 @@ def run(command: list[str]) -> int:
         codes = Path(scratch) / "codes"
         codes.mkdir()
         environment = os.environ | {EXIT_CODES: str(codes)}
-        environment.setdefault("OMP_NUM_THREADS", str(_threads(command)))
+        threads = 1
+        if "--nproc-per-node" in command:  # torchrun would give each worker one thread, whatever the cores
+            workers = int(command[command.index("--nproc-per-node") + 1])
+            threads = max(len(os.sched_getaffinity(0)) // workers, 1)
+        environment.setdefault("OMP_NUM_THREADS", str(threads))
         if "deepspeed.launcher.runner" in command:
             file = Path(scratch) / "environment"
             file.write_text(
@@ -175,8 +156,7 @@ def run(command: list[str]) -> int:
             )
             environment["DS_ENV_FILE"] = str(file)
         # A session of its own: Ctrl-C then reaches us alone. A worker that got it from the terminal and from torchrun
-        # would take
-        # the second one for "at once".
+        # would take the second one for "at once".
         child = subprocess.Popen(command, env=environment, start_new_session=True)
         signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         previous = {number: signal.signal(number, lambda *_: child.send_signal(signal.SIGTERM)) for number in signals}
@@ -189,17 +169,9 @@ def run(command: list[str]) -> int:
     if code == 0:
         return 0
     for known in (EXIT_INPUT, EXIT_INTERRUPTED):
-        if found and all(one in (0, known) for one in found) and known in found:
+        if {known} <= set(found) <= {0, known}:
             return known
     return code if code > 0 else EXIT_FAILED
-
-
-def _threads(command: list[str]) -> int:
-    """Return the threads of a worker: the cores divided by the workers. torchrun would give each one thread."""
-    if "--nproc-per-node" not in command:
-        return 1
-    workers = int(command[command.index("--nproc-per-node") + 1])
-    return max(len(os.sched_getaffinity(0)) // workers, 1)
 
 
 def leave_exit_code(code: int) -> None:
@@ -207,8 +179,3 @@ def leave_exit_code(code: int) -> None:
     directory = os.environ.get(EXIT_CODES)
     if directory is not None and Path(directory).is_dir():
         (Path(directory) / os.environ.get("RANK", "0")).write_text(str(code))
-
-
-def command_line(command: list[str]) -> str:
-    """Return the command as it could be typed."""
-    return shlex.join(command)

@@ -6,21 +6,22 @@ schedule and optimizer come from the recipe, and a file that sets one of them is
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import difflib
 import importlib.util
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 from pydantic import ConfigDict, Field, Strict, ValidationError
 
 from qvera.config.fields import Section
 from qvera.config.problems import describe
 from qvera.config.schema import Recipe
+from qvera.distributed.deepspeed_import import nvme_problem
 from qvera.utils.errors import InputError
+from qvera.utils.files import read_json
 
 STAGES = ("zero1", "zero2", "zero3", "zero3-offload-cpu", "zero3-offload-nvme")
 
@@ -36,15 +37,10 @@ _RECIPE_KEYS = {
     "bfloat16": "model.compute_dtype: bfloat16",
     "amp": "model.compute_dtype",
     "torch_autocast": "model.compute_dtype",
-    "data_types": "nothing: vectors and their gradients are fp32",
-    "communication_data_type": "nothing: vectors and their gradients are fp32",
-    "seq_parallel_communication_data_type": "nothing: vectors and their gradients are fp32",
     "activation_checkpointing": "training.gradient_checkpointing",
-    "steps_per_print": "nothing: every step is in metrics.jsonl",
     "tensorboard": "training.report_to",
     "wandb": "training.report_to",
     "comet": "training.report_to",
-    "csv_monitor": "nothing: every step is in metrics.jsonl",
     "seed": "training.seed",
 }
 """DeepSpeed's key → what to set in the recipe instead."""
@@ -52,11 +48,12 @@ _RECIPE_KEYS = {
 _UNSUPPORTED = (
     "pipeline", "tensor_parallel", "sequence_parallel_size", "data_parallel_size", "hybrid_engine",
     "compression_training", "quantize_training", "data_efficiency", "curriculum_learning", "elasticity",
-    "autotuning", "progressive_layer_drop", "sparse_attention", "eigenvalue", "checkpoint",
+    "autotuning", "progressive_layer_drop", "sparse_attention", "eigenvalue", "checkpoint", "steps_per_print",
+    "csv_monitor", "data_types", "communication_data_type", "seq_parallel_communication_data_type",
     "zero_allow_untested_optimizer", "managed_gradient_accumulation",
 )  # fmt: skip
-"""DeepSpeed's keys for what this training loop does not do: other kinds of parallelism, curricula, its own checkpoints.
-"""
+"""DeepSpeed's keys for what this training loop does not do (other kinds of parallelism, curricula, its own checkpoints)
+or always does in one way (it logs every step; vectors and their gradients are fp32)."""
 
 IN_RAM_BELOW_BYTES = 2**20
 """A shard of a weight that is smaller than this stays in RAM when the base is offloaded to NVMe (DeepSpeed's
@@ -68,49 +65,6 @@ _SPARE_BUFFERS = 4
 _NOT_WITH_NVME = ("stage3_prefetch_bucket_size", "stage3_max_reuse_distance")
 """With gradient checkpointing a weight is in DeepSpeed's queue twice; the buffers are counted for weights that go after
 use."""
-
-
-class _DeepSpeedKeys(Section):
-    """A JSON object of DeepSpeed's: keys that are not checked here are passed on as they are."""
-
-    model_config = ConfigDict(extra="allow")
-
-
-class _OffloadParam(_DeepSpeedKeys):
-    device: Literal["cpu", "nvme", "none"]
-    nvme_path: str | None = None
-
-
-class _ZeroOptimization(_DeepSpeedKeys):
-    stage: Annotated[int, Strict(), Field(ge=1, le=3)]
-    offload_param: _OffloadParam | None = None
-
-    def contradictions(self) -> Iterator[tuple[str, str]]:
-        """Yield keys that do not fit the stage, the device, or what is trained."""
-        others = self.model_extra or {}
-        if others.get("offload_optimizer") is not None:
-            yield (
-                "offload_optimizer",
-                "the optimizer's state of VeRA's vectors is a few MB and stays on the device. Remove it.",
-            )
-        if self.offload_param is not None and self.stage != 3:
-            yield "offload_param", f"offloads parameters in stage {self.stage}; only stage 3 shards them. Set stage 3."
-        if self.offload_param is not None and self.offload_param.device == "nvme":
-            for name in _NOT_WITH_NVME:
-                if others.get(name):
-                    yield name, "is not possible for weights on NVMe: DeepSpeed would run out of buffers. Remove it."
-
-
-class _DeepSpeedFile(_DeepSpeedKeys):
-    zero_optimization: _ZeroOptimization
-
-    def contradictions(self) -> Iterator[tuple[str, str]]:
-        """Yield keys that the recipe sets, or that this training loop does not support."""
-        for name in self.model_extra or {}:
-            if name in _RECIPE_KEYS:
-                yield name, f"belongs to the recipe: remove it there and set {_RECIPE_KEYS[name]}."
-            elif name in _UNSUPPORTED:
-                yield name, "is not supported by this training loop. Remove it."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,33 +92,55 @@ def nvme_buffers(largest_weight: int, weights_per_layer: int, world_size: int) -
     """Return the elements of one buffer that shards on NVMe are read into, and how many buffers there are.
 
     A buffer holds a rank's shard of one weight from the moment it is gathered until it is released. Those of a
-    recomputed layer are all held until its backward pass has begun.
-
-    Args:
-        largest_weight: as in `Sizes`.
-        weights_per_layer: as in `Sizes`.
-        world_size: the number of ranks.
+    recomputed layer are all held until its backward pass has begun. Weights are counted as in `Sizes`.
     """
     return -(-max(largest_weight, 1) // world_size), weights_per_layer + _SPARE_BUFFERS
 
 
-@dataclasses.dataclass(frozen=True)
-class ZeroConfig:
-    """The ZeRO settings that a recipe's ``deepspeed`` key stands for."""
+class _DeepSpeedKeys(Section):
+    """A JSON object of DeepSpeed's: keys that are not checked here are passed on as they are."""
 
-    source: str
-    """The word, or the file."""
-    tree: dict[str, dict]
-    """The file's content."""
+    model_config = ConfigDict(extra="allow")
 
-    @property
-    def _zero(self) -> dict:
-        return self.tree["zero_optimization"]
+
+class _OffloadParam(_DeepSpeedKeys):
+    device: Literal["cpu", "nvme", "none"]
+    nvme_path: str | None = None
+
+
+class _ZeroOptimization(_DeepSpeedKeys):
+    stage: Annotated[int, Strict(), Field(ge=1, le=3)]
+    offload_param: _OffloadParam | None = None
+
+
+class ZeroConfig(_DeepSpeedKeys):
+    """The DeepSpeed configuration file that a recipe's ``deepspeed`` key stands for."""
+
+    zero_optimization: _ZeroOptimization
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Yield keys that the recipe sets, that this training loop does not support, or that do not fit the stage."""
+        for name in self.model_extra or {}:
+            if name in _RECIPE_KEYS:
+                yield name, f"belongs to the recipe: remove it there and set {_RECIPE_KEYS[name]}."
+            elif name in _UNSUPPORTED:
+                yield name, "is not supported by this training loop. Remove it."
+        zero, others = self.zero_optimization, self.zero_optimization.model_extra or {}
+        if others.get("offload_optimizer") is not None:
+            text = "the optimizer's state of VeRA's vectors is a few MB and stays on the device. Remove it."
+            yield "zero_optimization.offload_optimizer", text
+        if zero.offload_param is not None and self.stage != 3:
+            text = f"offloads parameters in stage {self.stage}; only stage 3 shards them. Set stage 3."
+            yield "zero_optimization.offload_param", text
+        for name in _NOT_WITH_NVME:
+            if self.offload_device == "nvme" and others.get(name):
+                text = "is not possible for weights on NVMe: DeepSpeed would run out of buffers. Remove it."
+                yield f"zero_optimization.{name}", text
 
     @property
     def stage(self) -> int:
         """The stage of ZeRO: 1 and 2 shard the optimizer's state, 3 shards the frozen base too."""
-        return int(self._zero["stage"])
+        return self.zero_optimization.stage
 
     @property
     def shards_base(self) -> bool:
@@ -174,18 +150,15 @@ class ZeroConfig:
     @property
     def offload_device(self) -> str | None:
         """Where a rank keeps its shard of the base: None (the device itself), ``cpu`` or ``nvme``."""
-        device = (self._zero.get("offload_param") or {}).get("device", "none")
-        return None if device == "none" else str(device)
+        offload = self.zero_optimization.offload_param
+        return None if offload is None or offload.device == "none" else offload.device
 
     def nvme_folder(self, scratch: Path | None) -> Path | None:
-        """Return where a base on NVMe goes: the folder that the file names, else ``scratch``.
-
-        None for another device.
-        """
-        if self.offload_device != "nvme":
+        """Return where a base on NVMe goes: the folder that the file names, else ``scratch``; else None."""
+        offload = self.zero_optimization.offload_param
+        if offload is None or offload.device != "nvme":
             return None
-        named = self._zero["offload_param"].get("nvme_path")
-        return scratch if named is None else Path(named)
+        return scratch if offload.nvme_path is None else Path(offload.nvme_path)
 
     def complete(
         self, recipe: Recipe, world_size: int, sizes: Sizes | None = None, scratch: Path | None = None
@@ -199,8 +172,7 @@ class ZeroConfig:
             scratch: a directory for parameters offloaded to NVMe, if the file names none.
         """
         sizes = sizes or Sizes()
-        tree: dict = copy.deepcopy(self.tree)
-        tree |= {
+        tree = self.model_dump(exclude_unset=True) | {
             "train_micro_batch_size_per_gpu": recipe.training.per_device_train_batch_size,
             # our loop counts passes itself: the last batch of an epoch has fewer, and the mean is over tokens
             "gradient_accumulation_steps": 1,
@@ -218,8 +190,7 @@ class ZeroConfig:
             # DeepSpeed's own limits (1e9 elements) keep a small model whole and two thirds of a 7B in 4 bits
             zero.setdefault("stage3_max_live_parameters", max(2 * sizes.largest_layer, 1))
             zero.setdefault("stage3_max_reuse_distance", 0)
-            # fetching ahead takes two layers, a buffer of another and, with gloo, a copy of that; measured: as much as
-            # the model
+            # fetching ahead takes two layers, a buffer of another and, with gloo, a copy of that: as much as the model
             zero.setdefault("stage3_prefetch_bucket_size", 0)
             # vectors are read by name and not by calling the module that owns them, so no hook would gather them
             zero["stage3_param_persistence_threshold"] = max(
@@ -227,7 +198,7 @@ class ZeroConfig:
             )
         if self.offload_device is not None:
             offload = zero["offload_param"]
-            offload.setdefault("pin_memory", _has_cuda())
+            offload.setdefault("pin_memory", torch.cuda.is_available())
             if self.offload_device == "nvme":
                 offload["nvme_path"] = str(self.nvme_folder(scratch))
                 # DeepSpeed's own are of 1e8 elements, 200 MB each, and are locked into RAM whether they are used or not
@@ -251,22 +222,23 @@ def load_zero_config(key: str | None) -> ZeroConfig | None:
         near = difflib.get_close_matches(key, STAGES, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise InputError(f"deepspeed: takes one of {', '.join(STAGES)}, or a JSON file; {key!r} is neither.{hint}")
+    tree = read_json(path, "the DeepSpeed configuration of the recipe's deepspeed key")
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"deepspeed: {path} can't be read as JSON: {error}.") from None
-    if not isinstance(tree, dict):
-        raise InputError(
-            f"deepspeed: {path} holds a {type(tree).__name__}; a DeepSpeed configuration is a JSON object."
-        )
-    try:
-        _DeepSpeedFile.model_validate(tree)
+        config = ZeroConfig.model_validate(tree)
     except ValidationError as error:
-        found = " ".join(f"{name}: {sentence}" for name, sentence in describe(error, _DeepSpeedFile))
+        found = " ".join(f"{name}: {sentence}" for name, sentence in describe(error, ZeroConfig))
         hint = "Without ZeRO leave the recipe's deepspeed key out." if "zero_optimization.stage" in found else ""
         raise InputError(f"deepspeed: {path}: {found} {hint}".rstrip()) from None
-    config = ZeroConfig(key, tree)
-    _require_installed(config)
+    if importlib.util.find_spec("deepspeed") is None:
+        raise InputError(
+            f"deepspeed: {key} needs DeepSpeed, which is not installed (it is a dependency on Linux only). "
+            "pip install deepspeed, or leave the key out."
+        )
+    if config.offload_device == "nvme" and (problem := nvme_problem()) is not None:
+        raise InputError(
+            f"deepspeed: {key} keeps parameters on NVMe, which needs DeepSpeed's async_io: {problem}. Install libaio "
+            "(Debian and Ubuntu: libaio-dev) with a C++ compiler and ninja, or use zero3 or zero3-offload-cpu."
+        )
     return config
 
 
@@ -275,41 +247,3 @@ def _shipped_file(word: str) -> Path | None:
     package = Path(__file__).resolve().parent.parent
     found = (folder / "ds_configs" / f"{word}.json" for folder in (package, package.parent))
     return next((path for path in found if path.is_file()), None)
-
-
-def _require_installed(config: ZeroConfig) -> None:
-    if importlib.util.find_spec("deepspeed") is None:
-        raise InputError(
-            f"deepspeed: {config.source} needs DeepSpeed, which is not installed (it is a dependency on Linux only). "
-            "pip install deepspeed, or leave the key out."
-        )
-    if config.offload_device == "nvme":
-        from qvera.distributed.deepspeed_import import nvme_problem
-
-        problem = nvme_problem()
-        if problem is not None:
-            raise InputError(
-                f"deepspeed: {config.source} keeps parameters on NVMe, which needs DeepSpeed's async_io: {problem}. "
-                f"Install libaio "
-                "(Debian and Ubuntu: libaio-dev) with a C++ compiler and ninja, or use zero3 or zero3-offload-cpu."
-            )
-
-
-def check_optimizer(recipe: Recipe) -> None:
-    """Refuse an optimizer that can't run under ZeRO.
-
-    Raises:
-        InputError: ``training.optim`` is not ``adamw``.
-    """
-    if recipe.training.optim != "adamw":
-        raise InputError(
-            f"training.optim: {recipe.training.optim} keeps its state in blocks that ZeRO would cut elsewhere with "
-            f"every other "
-            "number of processes. With a deepspeed key use adamw; VeRA's whole optimizer state is a few MB."
-        )
-
-
-def _has_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from qvera.config.schema import Recipe
+from qvera.distributed.deepspeed_import import deepspeed_module, return_buffers_at_once
 from qvera.distributed.zero_config import Sizes, ZeroConfig
 from qvera.utils.errors import InputError
 
@@ -40,12 +41,6 @@ def whole_numel(parameter: torch.Tensor) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def held_bytes(parameter: torch.Tensor) -> int:
-    """Return the bytes that this process holds of a parameter between uses: all of it, or its shard."""
-    held = getattr(parameter, "ds_tensor", parameter)
-    return held.numel() * held.element_size()
-
-
 @contextlib.contextmanager
 def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Make these parameters whole on every rank, to be read inside the block. All ranks have to come here."""
@@ -53,8 +48,6 @@ def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     if not sharded:
         yield
         return
-    from qvera.distributed.deepspeed_import import deepspeed_module
-
     with deepspeed_module().zero.GatheredParameters(sharded):
         yield
 
@@ -87,9 +80,6 @@ class BaseSharder:
         rank: this process.
         world_size: the number of ranks.
         scratch: a directory of this run, for a base that is offloaded to NVMe.
-
-    Attributes:
-        folder: where the base goes on NVMe; None for another device.
     """
 
     def __init__(self, config: ZeroConfig, recipe: Recipe, rank: int, world_size: int, scratch: Path) -> None:
@@ -97,11 +87,9 @@ class BaseSharder:
         self.scratch = Path(os.path.abspath(scratch))
         self.sizes = Sizes()
         self._first: dict[bool, nn.Parameter] = {}
-        self.folder = config.nvme_folder(self.scratch)
+        self.folder = config.nvme_folder(self.scratch)  # None: not on NVMe
         self.discard()  # the files of a run that was killed
         if not torch.cuda.is_available():
-            from qvera.distributed.deepspeed_import import return_buffers_at_once
-
             return_buffers_at_once()
 
     def expect(self, largest_weight: int, weights_per_layer: int) -> None:
@@ -124,10 +112,9 @@ class BaseSharder:
         table = table and on_nvme
         if on_nvme and not table and weight.dtype != torch.bfloat16:
             raise InputError(
-                f"deepspeed: {self.config.source} reads weights through buffers of bfloat16, and "
-                f"{self.recipe.model.path} stores "
-                f"them as {str(weight.dtype).removeprefix('torch.')}. Quantize the base with `qvera quantize` and "
-                "model.quant_storage: bfloat16, or use zero3-offload-cpu."
+                f"deepspeed: {self.recipe.deepspeed} reads weights through buffers of bfloat16, and "
+                f"{self.recipe.model.path} stores them as {str(weight.dtype).removeprefix('torch.')}. Quantize the "
+                "base with `qvera quantize` and model.quant_storage: bfloat16, or use zero3-offload-cpu."
             )
         if table in self._first:
             # as one more of those that Init was given
@@ -141,8 +128,6 @@ class BaseSharder:
             tree["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": offload["pin_memory"]}
         elif self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-        from qvera.distributed.deepspeed_import import deepspeed_module
-
         deepspeed_module().zero.Init(
             module=holder,
             config_dict_or_path=tree,

@@ -6,23 +6,21 @@ import hashlib
 import shutil
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from qvera.config.schema import Recipe
 from qvera.data import Datasets, data_sha256
-from qvera.distributed.group import Group
+from qvera.distributed.group import Group, for_all
 from qvera.models.loader import fingerprint_of
 from qvera.training.plan import Plan
 from qvera.training.plan.show import change_lines
 from qvera.utils import memory
-from qvera.utils.errors import InputError, QveraError
+from qvera.utils.errors import InputError
 from qvera.utils.formatting import size
 from qvera.utils.signals import StopRequests
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-_Error = TypeVar("_Error", bound=QveraError)
 
 
 def check_same_setup(recipe: Recipe, group: Group, console: Console) -> None:
@@ -155,9 +153,3 @@ def signal_on_any_rank(signals: StopRequests, group: Group) -> str | None:
     found = group.gather([signals.asked, group.host])
     rank, (name, host) = next((rank, one) for rank, one in enumerate(found) if one[0])
     return f"{name} at rank {rank} on {host}"
-
-
-def for_all(error: _Error) -> _Error:
-    """Mark an error as one that every rank raises at this place."""
-    error.shared = True
-    return error

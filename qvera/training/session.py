@@ -20,8 +20,8 @@ from rich.text import Text
 from qvera.adapters.save_load import attach
 from qvera.config.schema import Recipe
 from qvera.data import Datasets, batches_of, build_datasets, data_warnings, print_preflight
-from qvera.distributed.group import Group
-from qvera.distributed.zero_config import ZeroConfig, check_optimizer, load_zero_config
+from qvera.distributed.group import Group, for_all
+from qvera.distributed.zero_config import ZeroConfig, load_zero_config
 from qvera.distributed.zero_params import BaseSharder, any_sharded
 from qvera.evaluation import evaluate
 from qvera.models.loader import Base, enable_checkpointing, load_base, pick_device, require_packing
@@ -39,7 +39,6 @@ from qvera.training.rank_checks import (
     check_same_data,
     check_same_setup,
     count_nodes,
-    for_all,
 )  # fmt: skip
 from qvera.training.run_dir import plain_json
 from qvera.utils import memory
@@ -234,12 +233,9 @@ class TrainingSession:
 
     def _read_zero_config(self) -> ZeroConfig | None:
         zero = load_zero_config(self.recipe.deepspeed)
-        if zero is not None:
-            check_optimizer(self.recipe)
-            if self.given_base is not None and zero.shards_base:
-                raise InputError(
-                    f"deepspeed: {zero.source} shards the base while it is read; call train without a loaded base."
-                )
+        if zero is not None and self.given_base is not None and zero.shards_base:
+            word = self.recipe.deepspeed
+            raise InputError(f"deepspeed: {word} shards the base while it is read; call train without a loaded base.")
         return zero
 
     def _read_rows(self, preview: bool) -> Datasets:

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from qvera.adapters.save_load import load_vectors, named_vectors, save_adapter
 from qvera.config.schema import Recipe
-from qvera.distributed.group import Group
+from qvera.distributed.group import Group, for_all
 from qvera.distributed.init import in_group, restarted
 from qvera.models.loader import Base
 from qvera.training import checkpoint, memory_check
@@ -26,7 +26,7 @@ from qvera.training.engine import trained_vectors
 from qvera.training.logging import MetricsLog, ProgressBar, Trackers
 from qvera.training.optim import build_schedule, optimizer_bytes
 from qvera.training.plan import planned_steps
-from qvera.training.rank_checks import for_all, signal_on_any_rank
+from qvera.training.rank_checks import signal_on_any_rank
 from qvera.training.run_dir import check_run_dir, newest_checkpoint, plain_json, run_facts, run_lock, write_run
 from qvera.training.session import TrainingSession
 from qvera.utils import memory

@@ -110,6 +110,8 @@ def train_options(line: list[str]) -> dict[str, Any]:
         (["--lr-steps", "20"], "go with --find-lr only"),
         (["--find-lr", "--lr-steps", "4"], "a whole number >= 10"),
         (["--find-lr", "--resume"], "--resume: goes with a run"),
+        (["--gpus", "0"], "'--gpus': Input should be greater than or equal to 1"),
+        (["--max-restarts", "-1"], "'--max-restarts': Input should be greater than or equal to 0"),
     ],
 )
 def test_what_train_would_refuse_starts_nothing(write_recipe: Any, capsys: Any, given: list[str], words: str) -> None:
@@ -163,11 +165,9 @@ def test_the_slurm_script(tmp_path: Path, code: int, before: bool) -> None:
         ({"node_rank": 2, "nnodes": 2, "rdzv": "a:1"}, "--node-rank: is 2, expected 0 to 1"),
         ({"node_rank": 0, "nnodes": 2, "rdzv": "node0"}, "--rdzv: takes HOST:PORT"),
         ({"node_rank": 0, "nnodes": 2, "rdzv": ":29500"}, "--rdzv: takes HOST:PORT"),
-        ({"gpus": 0}, "--gpus: takes a whole number"),
         ({"hostfile": Path("/no/hosts")}, "--hostfile: /no/hosts is no file"),
         ({"hostfile": Path("/no/hosts"), "nnodes": 2}, "leave --nnodes out"),
         ({"hostfile": Path("/no/hosts"), "max_restarts": 1}, "DeepSpeed's launcher restarts nothing"),
-        ({"max_restarts": -1}, "--max-restarts: takes a whole number >= 0"),
     ],
 )
 def test_half_a_way_is_refused(arguments: dict[str, Any], words: str) -> None:

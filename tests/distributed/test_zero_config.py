@@ -13,7 +13,6 @@ import yaml
 
 from qvera.data import Batches
 from qvera.distributed.zero_config import STAGES, load_zero_config
-from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +45,7 @@ def test_every_shipped_config_says_zero_and_nothing_else(word: str) -> None:
         assert "or use zero3" in str(error)
         return
     assert config is not None
-    assert config.tree == tree
+    assert config.model_dump(exclude_unset=True) == tree
     assert config.shards_base == word.startswith("zero3")
 
 
@@ -85,13 +84,13 @@ def test_a_disk_without_room_for_the_base_is_said(tmp_path: Path, monkeypatch: p
 def test_what_a_killed_run_left_on_nvme_is_cleared_by_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_recipe: Any, named: bool
 ) -> None:
-    from qvera.distributed import deepspeed_import, zero_params
+    from qvera.distributed import zero_params
     from qvera.distributed.zero_config import ZeroConfig
 
-    monkeypatch.setattr(deepspeed_import, "return_buffers_at_once", lambda: None)  # of this process, for good
+    monkeypatch.setattr(zero_params, "return_buffers_at_once", lambda: None)  # of this process, for good
     scratch, folder = tmp_path / "run" / "offload", tmp_path / "disk" if named else tmp_path / "run" / "offload"
     device = {"device": "nvme", **({"nvme_path": str(folder)} if named else {})}
-    config = ZeroConfig("mine.json", {"zero_optimization": {"stage": 3, "offload_param": device}})
+    config = ZeroConfig.model_validate({"zero_optimization": {"stage": 3, "offload_param": device}})
     left = [folder / "zero_stage_3" / "bfloat16params" / f"rank{rank}" / "7_param.tensor.swp" for rank in (0, 1)]
     for file in left:
         file.parent.mkdir(parents=True)
@@ -160,10 +159,9 @@ def test_other_mistakes_are_said(tmp_path: Path, make_recipe: Any) -> None:
     with pytest.raises(InputError, match="holds a list"):
         load_zero_config(str(tmp_path / "list.json"))
     (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(InputError, match="can't be read as JSON"):
+    with pytest.raises(InputError, match=r"bad.json: line 1, column 2 is not JSON .*the recipe's deepspeed key"):
         load_zero_config(str(tmp_path / "bad.json"))
-    recipe = make_recipe(training={"optim": "adamw_8bit"}).replace(deepspeed="zero1")
     with pytest.raises(InputError, match="training.optim: adamw_8bit"):
-        train(recipe, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+        make_recipe(training={"optim": "adamw_8bit"}).replace(deepspeed="zero1")
+    recipe = make_recipe().replace(deepspeed="zero1")
     assert yaml.safe_load(recipe.to_yaml())["deepspeed"] == "zero1"

@@ -107,7 +107,7 @@ class Watch:
             "stage": None if deepspeed is None else int(deepspeed.zero_optimization_stage()),
             "zero_optimizer": None if deepspeed is None else type(deepspeed.optimizer).__name__,
             "optimizer_bytes": optimizer_bytes(engine.optimizer),
-            "packed_held_bytes": sum(zero_params.held_bytes(p) for p in self.big),
+            "packed_held_bytes": sum(getattr(p, "ds_tensor", p).nbytes for p in self.big),
             "packed_whole_bytes": sum(zero_params.whole_numel(p) * p.element_size() for p in self.big),
             "largest_packed_bytes": max(zero_params.whole_numel(p) * p.element_size() for p in self.big),
             "packed_live_bytes": self.live_bytes,
