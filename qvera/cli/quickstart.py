@@ -1,9 +1,4 @@
-"""`qvera quickstart`: a small real Llama, a task with held-out rows, and the recipe that joins them.
-
-Base model and rows go into the cache. recipes/quickstart.yaml names the default cache, so `qvera train
-recipes/quickstart.yaml` works as it stands after `qvera quickstart --fetch-only`, unless QVERA_CACHE or XDG_CACHE_HOME
-moved the cache.
-"""
+"""`qvera quickstart`: a small real Llama, a task with held-out rows, and the recipe that joins them."""
 
 from __future__ import annotations
 
@@ -17,7 +12,7 @@ import typer
 
 from qvera.cli.common import Overrides, console, quiet_libraries
 from qvera.cli.train import print_result
-from qvera.utils.errors import InputError, RunFailed
+from qvera.utils.errors import InputError
 from qvera.utils.paths import cache_root
 
 
@@ -43,10 +38,8 @@ def quickstart(
     where = f"training.output_dir={json.dumps(output_dir)}"
     recipe = load_recipe(files.recipe, [*files.overrides(), where, *overrides])
     if fetch_only:
-        print(
-            f"base model   {files.base}\ntraining     {files.train}\nheld out     {files.heldout}\nrecipe       "
-            f"{files.recipe}"
-        )
+        for what, path in zip(("base model", "training", "held out", "recipe"), files, strict=True):
+            print(f"{what:<13}{path}")
         return
 
     from qvera.training.run_dir import run_directory
@@ -109,16 +102,12 @@ def prepare(cache_dir: Path | None = None, report: Callable[[str], None] = print
     """
     from qvera.cli.quickstart_base import fetch_quickstart_base
 
-    root = cache_dir if cache_dir is not None else cache_root()
-    recipe = recipe_path()
+    root = cache_dir or cache_root()
     base = fetch_quickstart_base(root, report=report)
     rows = root / "quickstart" / "orders"
-    try:
-        rows.mkdir(parents=True, exist_ok=True)
-        train, heldout = (
-            Path(shutil.copyfile(recipe_path(f"quickstart/{name}"), rows / name))
-            for name in ("train.jsonl", "heldout.jsonl")
-        )
-    except OSError as error:
-        raise RunFailed(f"{error.filename}: the quickstart's rows can't be written: {error.strerror}.") from None
-    return QuickstartFiles(base, train, heldout, recipe)
+    rows.mkdir(parents=True, exist_ok=True)
+    train, heldout = (
+        Path(shutil.copyfile(recipe_path(f"quickstart/{name}"), rows / name))
+        for name in ("train.jsonl", "heldout.jsonl")
+    )
+    return QuickstartFiles(base, train, heldout, recipe_path())

@@ -109,7 +109,7 @@ def test_a_file_that_transformers_cannot_read_leaves_nothing(monkeypatch: pytest
 
 def test_a_full_disk_is_said_before_the_download(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(base, "NEEDED_BYTES", 10**18)
-    with pytest.raises(RunFailed, match="QVERA_CACHE"):
+    with pytest.raises(InputError, match="QVERA_CACHE"):
         base.fetch_quickstart_base(tmp_path, report=silent)
 
 
