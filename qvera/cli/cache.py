@@ -13,7 +13,7 @@ from qvera.utils.errors import InputError, RunFailed
 from qvera.utils.paths import cache_root
 
 if TYPE_CHECKING:
-    from qvera.utils.cache_dir import DiskCache
+    from qvera.utils.cache_dir import CacheEntry, DiskCache
 
 
 def _kinds() -> tuple[DiskCache, DiskCache]:
@@ -24,22 +24,22 @@ def _kinds() -> tuple[DiskCache, DiskCache]:
     return BASES, ROWS
 
 
+def _entries() -> list[CacheEntry]:
+    return [entry for kind in _kinds() for entry in kind.listed()]
+
+
 def ls(as_json: Json = False) -> None:
     """List what is in the cache, and how large it is.
 
     Example:
         qvera cache ls
     """
-    bases, tokenized_rows = _kinds()
+    bases, _ = _kinds()
     rows: list[dict[str, Any]] = []
-    for entry in (*bases.listed(), *tokenized_rows.listed()):
+    for entry in _entries():
         record = entry.record or {}
-        row: dict[str, Any] = {
-            "name": entry.name,
-            "finished": entry.finished,
-            "size_bytes": entry.size_bytes,
-            "directory": str(entry.directory),
-        }
+        row: dict[str, Any] = {"name": entry.name, "finished": entry.finished, "size_bytes": entry.size_bytes}
+        row["directory"] = str(entry.directory)
         if entry.kind is bases:
             source = record.get("source", {})
             row |= {"source": source.get("path"), "revision": source.get("revision")}
@@ -71,16 +71,13 @@ def rm(
     Example:
         qvera cache rm --unfinished
     """
-    names, kinds = names or [], _kinds()
-    entries = [entry for kind in kinds for entry in kind.listed()]
+    names, entries = names or [], _entries()
     chosen = names + [e.name for e in entries if everything or (unfinished and not e.finished)]
     if not (names or everything or unfinished):
-        raise InputError(
-            "name a quantized base or tokenized rows, or use --unfinished or --all; `qvera cache ls` lists them."
-        )
+        raise InputError("give a name that `qvera cache ls` shows, or use --unfinished or --all.")
     for name in dict.fromkeys(chosen):
         try:
-            kind = next((e.kind for e in entries if name and e.name.startswith(name)), kinds[0])
+            kind = next((e.kind for e in entries if name and e.name.startswith(name)), _kinds()[0])
             print(f"{name}  removed, {formatting.size(kind.remove(name))}")
         except InputError as error:
             if name in names:
@@ -94,8 +91,7 @@ def verify(names: Names = None) -> None:
     Example:
         qvera cache verify
     """
-    entries = [entry for kind in _kinds() for entry in kind.listed()]
-    chosen = [e for e in entries if e.finished and (not names or any(e.name.startswith(n) for n in names))]
+    chosen = [e for e in _entries() if e.finished and (not names or any(e.name.startswith(n) for n in names))]
     if names and not chosen:
         raise InputError(f"{', '.join(names)}: nothing of that name is in the cache; `qvera cache ls` lists what is.")
     for entry in chosen:

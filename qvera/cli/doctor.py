@@ -21,19 +21,14 @@ LOW_DISK_BYTES = 2_000_000_000
 
 
 class Finding(NamedTuple):
-    """One line of the report.
-
-    Attributes:
-        what: what was looked at.
-        found: what is there.
-        stops: a run on this machine would fail.
-        fix: what to do; empty if nothing has to be done.
-    """
+    """One line of the report."""
 
     what: str
     found: str
     stops: bool = False
+    """A run on this machine would fail."""
     fix: str = ""
+    """What to do; empty if nothing has to be done."""
 
 
 def doctor() -> int:
@@ -69,8 +64,8 @@ def examine() -> Iterator[Finding]:
     yield Finding("compute dtype", dtype + (" (this CPU has no fast 16-bit instructions)" if slow else ""))
     yield four_bit_kernels(device)
     yield compiler()
-    yield free_disk("disk here", Path.cwd())
-    yield cache()
+    yield free_disk("disk here", Path.cwd(), False, "training.output_dir")
+    yield free_disk("cache", cache_root(), True, "the environment variable QVERA_CACHE")
 
 
 def four_bit_kernels(device: torch.device) -> Finding:
@@ -83,47 +78,34 @@ def four_bit_kernels(device: torch.device) -> Finding:
         weight = torch.linspace(-1, 1, 64 * 64, device=device).reshape(64, 64)
         packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4")
         error = (bitsandbytes.functional.dequantize_4bit(packed, state) - weight).abs().max().item()
-    except Exception as error_found:  # whatever a broken build raises: that is what is looked for
-        reason = str(error_found).partition("\n")[0]
-        return Finding(
-            "4-bit kernels", f"fail ({reason})", True, "Reinstall: pip install --force-reinstall bitsandbytes"
-        )
-    if not error < 0.2:
-        return Finding("4-bit kernels", "give wrong values", True, "Install another version of bitsandbytes.")
+        reason = "" if error < 0.2 else "wrong values"
+    except Exception as broken:  # whatever a broken build raises: that is what is looked for
+        reason = str(broken).partition("\n")[0]
+    if reason:
+        fix = "Reinstall: pip install --force-reinstall bitsandbytes, or try another version of it."
+        return Finding("4-bit kernels", f"fail ({reason})", True, fix)
     return Finding("4-bit kernels", "work")
 
 
 def compiler() -> Finding:
     """DeepSpeed compiles its CPU optimizer and NVMe reader on first use."""
     found = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
-    ninja = shutil.which("ninja")
-    if found and ninja:
+    if found and shutil.which("ninja"):
         return Finding("C++ compiler", f"{found}, with ninja")
     fix = "Only for ZeRO offload to NVMe. Debian and Ubuntu: apt install g++ ninja-build"
     return Finding("C++ compiler", "no ninja" if found else "none", fix=fix)
 
 
-def free_disk(what: str, directory: Path) -> Finding:
-    """Free space where a run would write."""
-    free = shutil.disk_usage(directory).free
-    text = f"{formatting.size(free)} free in {directory}"
-    if not os.access(directory, os.W_OK):
-        return Finding(what, f"{directory} can't be written", fix="Set training.output_dir to a directory that can be.")
-    return Finding(what, text, fix="Little room for checkpoints." if free < LOW_DISK_BYTES else "")
+def free_disk(what: str, directory: Path, stops: bool, setting: str) -> Finding:
+    """Free space where a run would write.
 
-
-def cache() -> Finding:
-    """Where 4-bit copies and tokenized rows are kept, and how large they are."""
-    root = cache_root()
-    existing = root
-    while not existing.exists():
-        existing = existing.parent
+    Args:
+        stops: a run would fail where the directory can't be written.
+        setting: names another directory.
+    """
+    existing = next(path for path in (directory, *directory.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        fix = "Set the environment variable QVERA_CACHE to a directory that can be written."
-        return Finding("cache", f"{root} can't be written", True, fix)
-    size = sum(file.stat().st_size for file in root.rglob("*") if file.is_file()) if root.is_dir() else 0
+        return Finding(what, f"{directory} can't be written", stops, f"Set {setting} to a directory that can be.")
     free = shutil.disk_usage(existing).free
-    fix = (
-        "Little room: `qvera cache rm` makes some, or set QVERA_CACHE to another disk." if free < LOW_DISK_BYTES else ""
-    )
-    return Finding("cache", f"{formatting.size(size)} in {root}, {formatting.size(free)} free", fix=fix)
+    fix = f"Little room: set {setting} to another disk." if free < LOW_DISK_BYTES else ""
+    return Finding(what, f"{formatting.size(free)} free in {directory}", fix=fix)

@@ -12,8 +12,8 @@ from qvera.cli.common import RunPath, console, progress, quiet_libraries
 from qvera.utils import formatting
 from qvera.utils.atomic import replace_text
 from qvera.utils.errors import InputError
-from qvera.utils.files import file_sha256
-from qvera.utils.paths import CERTIFICATE
+from qvera.utils.files import file_sha256, read_json, try_read_json
+from qvera.utils.paths import ADAPTER_WEIGHTS, CERTIFICATE
 
 if TYPE_CHECKING:
     import torch
@@ -122,19 +122,10 @@ def _finished_certificate(recipe: Recipe | None, run: Path, adapter_dir: Path, o
     Raises:
         InputError: OUT holds no finished export of this run's adapter, or there are no rows to compare on.
     """
-    from qvera.adapters.save_load import ADAPTER_WEIGHTS
-
-    try:
-        certificate: dict[str, Any] = json.loads((out / CERTIFICATE).read_text(encoding="utf-8"))
-        merged = certificate["adapter"]["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{out}: --compare-only takes a finished merged export, with its {CERTIFICATE} ({type(error).__name__}: "
-            f"{error})."
-        ) from None
+    certificate = read_json(out / CERTIFICATE, "the certificate of a finished merged export", ("adapter", "base"))
     if recipe is None:
         raise InputError(f"{run}: --compare-only takes a run; an adapter alone has no rows to compare on.")
-    if merged != file_sha256(adapter_dir / ADAPTER_WEIGHTS):
+    if certificate["adapter"].get("sha256") != file_sha256(adapter_dir / ADAPTER_WEIGHTS):
         raise InputError(f"{out}: is the export of another adapter than that of {run} ({CERTIFICATE}, adapter.sha256).")
     return certificate
 
@@ -186,10 +177,8 @@ def write_lora(
         print(lora.truncation_text(errors, own_rank, rank))
     else:
         print(f"LoRA of rank {own_rank}: {lora.rounding_text(dtype)}")
-    expected = lora.lora_bytes(adapter, rank or own_rank, dtype)
-    print(f"LoRA of rank {rank or own_rank} on {len(adapter.layers)} linears: {formatting.size(expected)} in {out}")
-    size = lora.export_lora(adapter, out, dtype, factors)
-    print(f"written: {size:,} bytes; stock PEFT loads it")
+    size = formatting.size(lora.export_lora(adapter, out, dtype, factors))
+    print(f"{size} in {out}: LoRA of rank {rank or own_rank} on {len(adapter.layers)} linears, for stock PEFT")
 
 
 def require_no_added_tokens(config: object, adapter_dir: Path, what: str) -> None:
@@ -202,8 +191,7 @@ def require_no_added_tokens(config: object, adapter_dir: Path, what: str) -> Non
     if tokens:
         raise InputError(
             f"{adapter_dir}: adds the tokens {', '.join(tokens)}, whose rows of embedding and head have no place in "
-            f"what {what} "
-            "writes. Export it with --to merged, whose checkpoint and tokenizer have them."
+            f"what {what} writes. Export it with --to merged, whose checkpoint and tokenizer have them."
         )
 
 
@@ -217,7 +205,8 @@ def _difference(recipe: Recipe, run: Path, out: Path, options: ExportSection) ->
 
     again = f"`qvera export {run} {out} --compare-only` measures it later, or on a larger machine."
     try:
-        reason = too_little_memory(out, _trained_bytes(run))
+        trained = (try_read_json(run / "run.json") or {}).get("model", {})
+        reason = too_little_memory(out, trained.get("base_bytes", 0))
         if reason is not None:
             return {"not_measured": f"{reason}. {again}"}
         with progress(f"Loading {run}"):
@@ -232,11 +221,3 @@ def _difference(recipe: Recipe, run: Path, out: Path, options: ExportSection) ->
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
             raise
         return {"not_measured": f"the memory gave out. {again}"}
-
-
-def _trained_bytes(run: Path) -> int:
-    """Bytes of the base during training, as run.json has it; 0 if it does not say."""
-    try:
-        return int(json.loads((run / "run.json").read_text(encoding="utf-8"))["model"]["base_bytes"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qvera.config.schema import DataSection
     from qvera.data import DataStats
 
+COLUMN_OPTIONS = "--prompt-column NAME --answer-column NAME"
 LONGEST_TOKENS = 2048
 """``max_length`` of a new recipe is at most this, however long the rows are."""
 
@@ -44,7 +45,6 @@ def init(
     require_new_file(out)
     model = model or _ask("--model", "Base model (a directory or a hub id)")
     data = data or _ask("--data", "Training rows (a file, a directory or a hub id)")
-    columns = {"prompt": prompt_column, "completion": answer_column}
 
     from qvera.config.load import load_recipe
     from qvera.config.schema import DataSection, ModelSection
@@ -52,6 +52,7 @@ def init(
 
     quiet_libraries()
     tokenizer = load_tokenizer(ModelSection(path=model))
+    columns = {"prompt": prompt_column, "completion": answer_column}
     given = {ours: theirs for ours, theirs in columns.items() if theirs}
     section = DataSection(path=data, columns=given, system=system, max_length=1 << 20)
     section, stats = _inspect(section, tokenizer)
@@ -59,20 +60,14 @@ def init(
     load_recipe(out)
     print(f"{out}: {stats.train_rows:,} rows, format {stats.format}, the longest has {stats.longest_tokens:,} tokens")
     if stats.unused_columns:
-        print(
-            f"not read          {', '.join(stats.unused_columns)}. To train on other columns, name them: "
-            "--prompt-column NAME --answer-column NAME"
-        )
+        unused = ", ".join(stats.unused_columns)
+        print(f"not read          {unused}. To train on other columns, name them: {COLUMN_OPTIONS}")
     print(f"look at the rows  qvera preview {out}\nfind a rate       qvera train {out} --find-lr")
     print(f"train             qvera train {out}")
 
 
 def _ask(option: str, question: str) -> str:
-    """Ask on the terminal.
-
-    Raises:
-        InputError: there is no terminal.
-    """
+    """Ask on the terminal; InputError where there is none."""
     if not sys.stdin.isatty():
         raise InputError(f"{option}: is missing, and there is no terminal to ask on. Give {option}.")
     return str(typer.prompt(question, err=True)).strip()
@@ -88,13 +83,11 @@ def _inspect(section: DataSection, tokenizer: PreTrainedTokenizerBase) -> tuple[
         if "match no known format" not in str(error):
             raise
         if not sys.stdin.isatty():
-            raise InputError(f"{error} Here: --prompt-column NAME --answer-column NAME.") from None
+            raise InputError(f"{error} Here: {COLUMN_OPTIONS}.") from None
         console.print(str(error), markup=False, highlight=False)
-    columns = {
-        "prompt": _ask("--prompt-column", "Column with the prompt"),
-        "completion": _ask("--answer-column", "Column with the answer"),
-    }
-    section = section.replace(columns=columns)
+    prompt = _ask("--prompt-column", "Column with the prompt")
+    answer = _ask("--answer-column", "Column with the answer")
+    section = section.replace(columns={"prompt": prompt, "completion": answer})
     return section, build_datasets(section, tokenizer, console).stats
 
 
@@ -107,50 +100,39 @@ def recipe_text(model: str, data: DataSection, stats: DataStats) -> str:
     """
     from qvera.config import schema
 
-    model_defaults, adapter, training = (
-        schema.ModelSection(path=model),
-        schema.AdapterSection(),
-        schema.TrainingSection(),
-    )
+    adapter, training = schema.AdapterSection(), schema.TrainingSection()
+    quantization = schema.ModelSection(path=model).quantization
     longest = -(-stats.longest_tokens // 64) * 64  # rounded up, so that a few longer rows fit later
-    length = max(64, min(longest, LONGEST_TOKENS))
     held_out = min(0.1, 200 / max(1, stats.train_rows)) if stats.train_rows >= 10 else 0.0
+    lengths = f"tokens; the longest of {stats.train_rows:,} rows has {stats.longest_tokens:,}"
     # a JSON string is a YAML string, whatever is in it
-    rows = [f"  path: {json.dumps(data.path)}", f"  format: {stats.format}"]
-    if data.columns:
-        rows.append(f"  columns: {json.dumps(data.columns)}")
-    if data.system:
-        rows.append(f"  system: {json.dumps(data.system)}")
-    schema_file = Path(schema.__file__).with_name("recipe.schema.json")
-    return "\n".join(
-        [
-            f"# yaml-language-server: $schema={schema_file}",
-            "# Written by `qvera init`. docs/recipe.md describes every key. Relative paths start in the directory",
-            "# where you run qvera. A line that begins with # shows a default.",
-            "",
-            "model:",
-            f"  path: {json.dumps(model)}",
-            f"  quantization: {model_defaults.quantization}            # the frozen base in 4 bits",
-            "",
-            "data:",
-            *rows,
-            f"  max_length: {length}             # tokens; the longest of {stats.train_rows:,} rows has "
-            f"{stats.longest_tokens:,}",
-            f"  eval_fraction: {held_out:.3g}         # held out: the run reports the loss on these rows before and "
-            f"after",
-            "",
-            "adapter:",
-            f"  rank: {adapter.rank}",
-            f"  targets: {adapter.targets if isinstance(adapter.targets, str) else json.dumps(list(adapter.targets))}",
-            "",
-            "training:",
-            "  # output_dir: runs/NAME      # default: the name of this file",
-            f"  num_train_epochs: {training.num_train_epochs:g}",
-            f"  global_batch_size: {min(training.global_batch_size, max(1, stats.train_rows))}",
-            f"  learning_rate: {training.learning_rate:g}       # models under 1B parameters need more: --find-lr "
-            f"suggests a rate",
-            f"  # lr_scheduler_type: {training.lr_scheduler_type}",
-            f"  # save_steps: {training.save_steps}",
-            "",
-        ]
-    )
+    rows = f"  path: {json.dumps(data.path)}\n  format: {stats.format}"
+    for key in ("columns", "system"):
+        if value := getattr(data, key):
+            rows += f"\n  {key}: {json.dumps(value)}"
+    return f"""\
+# yaml-language-server: $schema={Path(schema.__file__).with_name("recipe.schema.json")}
+# Written by `qvera init`. docs/recipe.md describes every key. Relative paths start in the directory
+# where you run qvera. A line that begins with # shows a default.
+
+model:
+  path: {json.dumps(model)}
+  quantization: {quantization}            # the frozen base in 4 bits
+
+data:
+{rows}
+  max_length: {max(64, min(longest, LONGEST_TOKENS))}             # {lengths}
+  eval_fraction: {held_out:.3g}         # held out: the run reports the loss on these rows before and after
+
+adapter:
+  rank: {adapter.rank}
+  targets: {json.dumps(adapter.targets)}
+
+training:
+  # output_dir: runs/NAME      # default: the name of this file
+  num_train_epochs: {training.num_train_epochs:g}
+  global_batch_size: {min(training.global_batch_size, max(1, stats.train_rows))}
+  learning_rate: {training.learning_rate:g}       # models under 1B parameters need more: --find-lr suggests a rate
+  # lr_scheduler_type: {training.lr_scheduler_type}
+  # save_steps: {training.save_steps}
+"""

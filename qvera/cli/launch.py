@@ -38,8 +38,7 @@ def launch(
     """Train with several processes or machines.
 
     On one machine: --gpus N. From one machine on all that a host file names, by ssh: --hostfile FILE. Under a
-    scheduler, on each
-    machine: --node-rank K --nnodes N --rdzv HOST:PORT.
+    scheduler, on each machine: --node-rank K --nnodes N --rdzv HOST:PORT.
 
     It prints and runs torchrun, or deepspeed for a host file. Both also work directly: torchrun ... -m qvera train
     RECIPE. The recipe's deepspeed key says how the processes share the model.
@@ -52,6 +51,7 @@ def launch(
 
     load_recipe(recipe, overrides)  # an error in it is reported once, before anything starts
     range_test(find_lr, lr_from, lr_to, lr_steps, resume=resume)
+    options = {"resume": resume, "find_lr": find_lr, "lr_from": lr_from, "lr_to": lr_to, "lr_steps": lr_steps}
     command = launcher.launch_command(
         recipe,
         gpus=gpus,
@@ -60,7 +60,7 @@ def launch(
         nnodes=nnodes,
         rdzv=rdzv,
         max_restarts=max_restarts,
-        train_arguments=train_arguments(overrides, resume, find_lr, lr_from, lr_to, lr_steps),
+        train_arguments=train_arguments(overrides, **options),
     )
     if hostfile is not None:
         launcher.require_hosts(hostfile)
@@ -68,17 +68,10 @@ def launch(
     return launcher.run(command)
 
 
-def train_arguments(
-    overrides: list[str],
-    resume: bool = False,
-    find_lr: bool = False,
-    lr_from: float | None = None,
-    lr_to: float | None = None,
-    lr_steps: int | None = None,
-) -> list[str]:
+def train_arguments(overrides: list[str], **options: float | None) -> list[str]:
     """The options of `qvera launch` that belong to `qvera train`, as `qvera train` takes them."""
     found = [part for override in overrides for part in ("--set", override)]
-    found += ["--resume"] * resume + ["--find-lr"] * find_lr
-    for name, value in (("--lr-from", lr_from), ("--lr-to", lr_to), ("--lr-steps", lr_steps)):
-        found += [] if value is None else [name, str(value)]
+    for name, value in options.items():
+        if value is not None and value is not False:
+            found += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     return found

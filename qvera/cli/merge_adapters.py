@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,6 +12,7 @@ from typer.core import TyperCommand
 from qvera.cli.common import quiet_libraries
 from qvera.cli.export import require_no_added_tokens, write_lora
 from qvera.utils.errors import InputError
+from qvera.utils.safetensors_io import same_base
 
 if TYPE_CHECKING:
     from qvera.config.schema import ModelSection, Recipe
@@ -22,22 +24,11 @@ class Weights(TyperCommand):
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
         """Repeat the option before each number that follows it."""
         found: list[str] = []
-        after_weights = False
         for arg in args:
-            after_weights = arg == "--weights" or (after_weights and _is_number(arg))
-            if after_weights and arg != "--weights":
-                found += ["--weights", arg]
-            elif not after_weights:
-                found.append(arg)
+            if found[-2:-1] == ["--weights"] and re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", arg):
+                found.append("--weights")
+            found.append(arg)
         return super().parse_args(ctx, found)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def merge_adapters(
@@ -87,9 +78,8 @@ def merge_adapters(
         why = same_directions(deltas)
         to = "qvera" if why is None and rank is None else "lora"
         if why is not None:
-            print(
-                f"No QVERA adapter is the exact sum of these: {why}. So this writes a LoRA of rank {rank or own_rank}."
-            )
+            lora = f"a LoRA of rank {rank or own_rank}"
+            print(f"No QVERA adapter is the exact sum of these: {why}. So this writes {lora}.")
     if to == "qvera":
         if rank is not None:
             raise InputError("--rank: goes with --to lora only.")
@@ -102,15 +92,13 @@ def merge_adapters(
 def _require_one_base(found: list[tuple[Recipe | None, ModelSection, Path]]) -> None:
     """All adapters must have one base: by content if all say it, else by name."""
     from qvera.adapters.save_load import read_config
-    from qvera.utils.safetensors_io import same_base
 
-    prints = {path: getattr(read_config(path), "base_fingerprint", None) for _, _, path in found}
-    names = {path: section.path for _, section, path in found}
-    known = [p for p in prints.values() if p is not None]
-    if len(known) == len(prints):
-        different = any(not same_base(known[0], other) for other in known)
+    names = [section.path for _, section, _ in found]
+    prints = [getattr(read_config(path), "base_fingerprint", None) for _, _, path in found]
+    if all(prints):
+        different = any(not same_base(prints[0], other) for other in prints)
     else:
-        different = len(set(names.values())) > 1
+        different = len(set(names)) > 1
     if different:
-        bases = ", ".join(f"{names[p]} (fingerprint {(prints[p] or 'unknown')[:16]})" for p in names)
-        raise InputError(f"these adapters were trained on different base models: {bases}.")
+        bases = [f"{name} (fingerprint {(known or 'unknown')[:16]})" for name, known in zip(names, prints, strict=True)]
+        raise InputError(f"these adapters were trained on different base models: {', '.join(bases)}.")

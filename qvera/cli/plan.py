@@ -30,9 +30,9 @@ def plan(
     """Estimate memory, time and files of a run.
 
     Reads the model's config, no weights. The longest batch is that of the data if it is local, else data.max_length.
-    Without
-    --gpu it plans for this machine and times a step (a few seconds). If the run does not fit, it names the nearest
-    changes that make it fit. --nodes and --gpus: one process of many, under each ZeRO stage, and which stage is right.
+    Without --gpu it plans for this machine and times a step (a few seconds). If the run does not fit, it names the
+    nearest changes that make it fit. --nodes and --gpus: one process of many, under each ZeRO stage, and which stage is
+    right.
 
     Example:
         qvera plan recipes/instruct/llama2-7b.yaml --gpu 24GB

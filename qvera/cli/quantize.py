@@ -69,9 +69,7 @@ def quantize(
         def report(stage: str, done: int, total: int, what: str) -> None:
             show(stage, done, total, what)
             if stop.asked:
-                raise Interrupted(
-                    f"{stop.asked}: stopped; finished shards are kept, the same command goes on from them."
-                )
+                raise Interrupted(f"{stop.asked}: stopped. The same command goes on from the finished shards.")
 
         options: dict[str, Any] = {"device": pick_device(), "verify": verify, "progress": report}
         if out is None:
@@ -95,19 +93,9 @@ def _byte_progress() -> Iterator[StageProgress]:
                 f"{stage} {what}: {formatting.size(done)} of {formatting.size(total)}"
             )
         return
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-    from rich.progress import Progress as Bars
+    from rich.progress import DownloadColumn, Progress
 
-    text = TextColumn("{task.description}")
-    with Bars(
-        text,
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    ) as bars:
+    with Progress(*Progress.get_default_columns(), DownloadColumn(), console=console, transient=True) as bars:
         tasks: dict[str, Any] = {}
 
         def show(stage: str, done: int, total: int, what: str) -> None:

@@ -71,14 +71,11 @@ def range_test(
     if find_lr:
         for name, value in of_a_run.items():
             if value:
-                raise InputError(
-                    f"--{name.replace('_', '-')}: goes with a run, and --find-lr makes none; drop one of them."
-                )
+                option = f"--{name.replace('_', '-')}"
+                raise InputError(f"{option}: goes with a run, and --find-lr makes none; drop one of them.")
         return RangeTest(**given)
     if given:
-        raise InputError(
-            "--lr-from, --lr-to and --lr-steps go with --find-lr only; a run's rate is training.learning_rate."
-        )
+        raise InputError("--lr-from, --lr-to, --lr-steps go with --find-lr only; a run has training.learning_rate.")
     return None
 
 

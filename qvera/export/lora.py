@@ -69,11 +69,6 @@ def rounding_text(dtype: torch.dtype) -> str:
     )
 
 
-def lora_bytes(adapter: AdapterDeltas, rank: int, dtype: torch.dtype) -> int:
-    """Size of the tensors of a LoRA of that rank on the adapter's layers."""
-    return sum(rank * sum(delta.shape) for delta in adapter.layers.values()) * dtype.itemsize
-
-
 def truncate(A: torch.Tensor, B: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, Truncation]:
     """The best approximation of ΔW = B A by a rank k: A'' [k, n] and B'' [m, k] fp32, and its error.
 

@@ -23,7 +23,6 @@ from qvera.export.lora import (
     Truncation,
     export_lora,
     export_stock_vera,
-    lora_bytes,
     lora_factors,
     rounding_text,
     truncate,
@@ -78,7 +77,7 @@ def test_the_exact_lora_gives_the_trained_logits_in_stock_peft(trained: Any, tmp
     tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
     assert len(tensors) == 28
     assert {t.dtype for t in tensors.values()} == {torch.float32}
-    assert sum(t.numel() * 4 for t in tensors.values()) == lora_bytes(adapter, RANK, torch.float32) < size
+    assert size == sum(file.stat().st_size for file in (tmp_path / "lora").iterdir())
     stock = PeftModel.from_pretrained(stock_base(Path(section.path), section.quantization), tmp_path / "lora")
     assert sum(isinstance(m, LoraLayer) for m in stock.modules()) == 14
     torch.testing.assert_close(logits(stock), logits(model), rtol=1e-4, atol=1e-4)
@@ -216,7 +215,7 @@ def test_the_command_says_rank_size_and_error(trained: Any, tmp_path: Path, caps
     assert main(["export", str(adapter_dir), str(out), "--to", "lora", "--rank", "3", "--dtype", "bfloat16"]) == 0
     said = capsys.readouterr().out
     assert "rank 3 of 8: relative error of ΔW (Frobenius)" in said
-    assert len(said.splitlines()) == 3
+    assert len(said.splitlines()) == 2
     assert "LoRA of rank 3 on 14 linears" in said
     assert json.loads((out / "adapter_config.json").read_text())["r"] == 3
     tensors = load_file(out / "adapter_model.safetensors")
