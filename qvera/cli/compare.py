@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +14,7 @@ from qvera.cli.common import Json, require_new_file
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from qvera.evaluation.report.compare import Column, Comparison
+    from qvera.evaluation.report.compare import Comparison
 
 
 def compare(
@@ -33,13 +32,15 @@ def compare(
         qvera compare runs/quickstart runs/other --html page.html
     """
     from qvera.evaluation.report.compare import compare_runs
-    from qvera.evaluation.report.compare_page import write_comparison
 
     if html is not None:
         require_new_file(html)
     found = compare_runs(runs)
     if html is not None:
-        write_comparison(html, found)
+        from qvera.evaluation.report.pages import compare_page
+        from qvera.utils.atomic import replace_text
+
+        replace_text(html, compare_page(found))
     if as_json:
         print(json.dumps(found.to_dict(), indent=1, ensure_ascii=False))
         return
@@ -52,18 +53,17 @@ def _print_runs(found: Comparison) -> None:
     """A row for each run, its scores by `qvera eval`, the keys that differ, and what can't be compared."""
     from rich.console import Console
 
-    from qvera.evaluation.report.compare import COSTS, SCORES, score_columns, score_figures
-    from qvera.evaluation.report.page import yaml_text
+    from qvera.evaluation.report.compare import COSTS, SCORES, score_columns, yaml_text
 
     # a pipe has no width, and its reader can cut columns better than we could
     out = Console(width=None if sys.stdout.isatty() else 250, highlight=False, markup=False)
     columns = [column._replace(title=column.title.lower()) for column in (*SCORES, *COSTS)]
-    out.print(_run_table(found.labels, found.figures, columns))
+    out.print(_run_table(*found.table(columns, found.figures)))
     # named as qvera eval prints them
-    scored = [column._replace(title=column.key) for column in score_columns(found.evaluations)]
+    scored = [column._replace(title=column.key) for column in score_columns(found.runs)]
     if scored:
         out.print("\nScores by qvera eval")
-        out.print(_run_table(found.labels, score_figures(found.evaluations), scored))
+        out.print(_run_table(*found.table(scored, found.score_figures)))
         out.print()
     for key, values in found.differing.items():
         who: dict[str, list[str]] = {}
@@ -74,17 +74,13 @@ def _print_runs(found: Comparison) -> None:
         out.print(f"! {gap}")
 
 
-def _run_table(labels: Sequence[str], rows: Sequence[dict[str, float | None]], columns: Sequence[Column]) -> Table:
-    """A row for each run; columns in which any has a value."""
+def _run_table(titles: list[str], rows: list[tuple[str, list[str]]]) -> Table:
     from rich.table import Table
 
-    from qvera.evaluation.report.compare import table_cells
-
-    shown, cells_by_run = table_cells(rows, columns)
     table = Table(box=None, pad_edge=False)
     table.add_column("run", overflow="fold")
-    for title in shown:
+    for title in titles:
         table.add_column(title, justify="right")
-    for label, cells in zip(labels, cells_by_run, strict=True):
+    for label, cells in rows:
         table.add_row(label, *cells)
     return table

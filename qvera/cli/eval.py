@@ -79,7 +79,7 @@ def evaluate(
     from qvera.data import build_datasets
     from qvera.evaluation.evaluate import prompts_of, score_model
     from qvera.evaluation.load import adapter_sha256, base_of, base_problem, find_target, open_target, require_base
-    from qvera.evaluation.report.answers_page import write_answers
+    from qvera.evaluation.report.pages import answers_page
 
     target = find_target(run, recipe)
     if base or with_base:
@@ -130,7 +130,7 @@ def evaluate(
     if json_file is not None:
         replace_text(json_file, json.dumps(document, indent=1, ensure_ascii=False))
     if html is not None:
-        write_answers(html, document)
+        replace_text(html, answers_page(document))
     _print_scores(document)
     files = ((predictions, f"{len(prompts)} answers"), (json_file, "scores and answers"), (html, "the page"))
     for path, what in files:

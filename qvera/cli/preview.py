@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from qvera.cli.common import Overrides, RecipePath, console, quiet_libraries, require_new_file
+from qvera.utils.atomic import replace_text
 
 
 def preview(
@@ -28,7 +29,7 @@ def preview(
 
     from qvera.config.load import load_recipe
     from qvera.data import build_datasets, data_warnings, decode, print_preflight
-    from qvera.evaluation.report.preview_page import write_preview
+    from qvera.evaluation.report.pages import preview_page
     from qvera.models.tokenizer import load_tokenizer
 
     loaded = load_recipe(recipe, overrides)
@@ -41,5 +42,6 @@ def preview(
     print_preflight(datasets, tokenizer, Console(), rows)
     if html is not None:
         warnings = data_warnings(datasets.stats)
-        write_preview(html, recipe.stem, loaded.data.path, datasets.stats, warnings, shown, partial(decode, tokenizer))
+        show = partial(decode, tokenizer)
+        replace_text(html, preview_page(recipe.stem, loaded.data.path, datasets.stats, warnings, shown, show))
         print(f"{html}: the same as a page, all tokens of {len(shown)} rows")

@@ -18,9 +18,9 @@ import numpy as np
 from qvera.config.schema import RangeTest, Recipe
 from qvera.distributed.init import in_group
 from qvera.evaluation.report.charts import Chart, Line, line_chart
-from qvera.evaluation.report.page import render
-from qvera.evaluation.report.read import get_number
-from qvera.evaluation.report.smoothing import Point, smooth
+from qvera.evaluation.report.pages import render
+from qvera.evaluation.report.read import Point, get_number
+from qvera.evaluation.report.smoothing import smooth
 from qvera.models.loader import Base
 from qvera.training.logging import ProgressBar
 from qvera.training.optim import build_range_test
@@ -212,7 +212,6 @@ def range_page(name: str, recipe: Recipe, ramp: RangeTest, result: RangeTestResu
         note="before clipping",
         may_be_log=True,
         x_name="learning rate",
-        x_log=True,
     )
     return render(
         "learning_rates.html",
@@ -251,7 +250,6 @@ def _loss_chart(result: RangeTestResult) -> Chart | None:
         top=max(first * 1.1, first + 0.5 * (first - lowest)) if known else None,
         best=result.suggestion,
         x_name="learning rate",
-        x_log=True,
     )
 
 

@@ -128,9 +128,12 @@ def flush(path: Path) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Replace a small file's text as a whole: after a kill it has the new text or the old one."""
     partial = path.with_name(f".{path.name.lstrip('.')}.partial")
-    partial.write_text(text, encoding="utf-8")
-    flush(partial)
-    partial.replace(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        flush(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)  # after a failure, such as a full disk
     flush(path.parent)
 
 

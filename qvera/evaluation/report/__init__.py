@@ -1,16 +1,15 @@
 """The pages of qvera: one HTML file each, which loads nothing from anywhere.
 
-`read` reads a run directory; `run_page`, `compare_page`, `answers_page` (``qvera eval``) and `preview_page` compute
-what a page shows; `charts` turns values into positions; the templates draw both.
+`read` reads a run directory; `run_page` and `pages` compute what each page shows; `charts` turns values into positions;
+the templates draw both.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 from pathlib import Path
 
 from qvera.evaluation.report.read import Run, read_run
+from qvera.utils.atomic import replace_text
 from qvera.utils.errors import InputError, RunFailed
 
 __all__ = ["Run", "read_run", "write_report"]
@@ -28,12 +27,10 @@ def write_report(run_dir: str | Path) -> Path:
     """
     from qvera.evaluation.report.run_page import run_page  # here, so that reading runs loads no templates
 
-    run = read_run(run_dir)
+    page = run_page(read_run(run_dir))
     target = Path(run_dir) / "report.html"
-    partial = target.with_name(f".report.html.{os.getpid()}")
     try:
-        partial.write_text(run_page(run), encoding="utf-8")
-        os.replace(partial, target)
+        replace_text(target, page)
     except PermissionError as error:
         raise InputError(
             f"{target}: no permission to write the report ({error.strerror}). Make the directory writable for you, or "
@@ -42,10 +39,6 @@ def write_report(run_dir: str | Path) -> Path:
     except OSError as error:
         raise RunFailed(
             f"{target}: the report could not be written ({error.strerror}). The run's own files are untouched; make "
-            f"room "
-            "and write the report again."
+            "room and write the report again."
         ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
     return target

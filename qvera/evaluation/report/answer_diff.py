@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from difflib import SequenceMatcher
+from typing import NamedTuple
+
+from qvera.evaluation.metrics import exact_match
 
 _TOKENS = re.compile(r"\w+|\s+|[^\w\s]")
 _MAX_TOKENS = 2_000
@@ -16,32 +17,16 @@ _MIN_RATIO = 0.35
 """Texts with less in common than this are shown unmarked: marks would cover everything."""
 
 
-@dataclass(frozen=True)
-class DiffSpan:
-    """A stretch of an answer.
-
-    Attributes:
-        text: The stretch itself; "" where words are missing.
-        differs: The other text does not have it here.
-        missing: What the other text has here and the answer lacks.
-    """
+class DiffSpan(NamedTuple):
+    """A stretch of an answer: its text ("" where words are missing), and what the other text has in its place."""
 
     text: str
     differs: bool = False
     missing: str = ""
 
 
-@dataclass(frozen=True)
-class Answer:
-    """An answer as a page shows it.
-
-    Attributes:
-        name: Who gave it.
-        spans: Its text, cut where it differs from the nearest reference.
-        equal: Whether it equals a reference.
-        verdict: The comparison in words, or "".
-        note: Text below it.
-    """
+class Answer(NamedTuple):
+    """An answer as a page shows it: cut where it differs from the nearest reference, with the comparison in words."""
 
     name: str
     spans: list[DiffSpan]
@@ -50,8 +35,7 @@ class Answer:
     note: str
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """A prompt, its answers and its references."""
 
     title: str
@@ -71,24 +55,12 @@ def make_sample(title: str, prompt: str, answers: Sequence[tuple[str, str, str]]
             answer.
     """
     shown = []
-    for index, (name, answer, note) in enumerate(answers):
-        equal = [reference for reference in references if same_answer(answer, reference)]
-        other = _nearest(answer, references) if references else (answers[0][1] if index else "")
-        spans = word_diff(answer, other) if other and not equal else [DiffSpan(answer)]
+    for name, answer, note in answers:
+        equal = [reference for reference in references if exact_match(answer, reference)]
+        other = _nearest(answer, references) if references else answers[0][1]
+        spans = [DiffSpan(answer)] if equal else word_diff(answer, other)
         shown.append(Answer(name, spans, bool(equal), _verdict(answer, references, equal), note))
     return Sample(title, prompt, shown, references)
-
-
-def same_answer(answer: str, reference: str) -> bool:
-    """Equal but for surrounding blanks, or the same JSON value (the order of keys does not count)."""
-    if answer.strip() == reference.strip():
-        return True
-    try:
-        left, right = json.loads(answer), json.loads(reference)
-    except (ValueError, RecursionError):
-        return False
-    # Python calls 1 == True and 1 == 1.0 equal; as JSON text they differ.
-    return isinstance(left, dict | list) and json.dumps(left, sort_keys=True) == json.dumps(right, sort_keys=True)
 
 
 def word_diff(answer: str, other: str) -> list[DiffSpan]:
@@ -120,6 +92,7 @@ def _nearest(answer: str, references: Sequence[str]) -> str:
 
 
 def _verdict(answer: str, references: Sequence[str], equal: Sequence[str]) -> str:
+    """The comparison in words, or ""."""
     if not answer.strip():
         return "empty"
     if not references:
@@ -127,5 +100,5 @@ def _verdict(answer: str, references: Sequence[str], equal: Sequence[str]) -> st
     if not equal:
         return "differs"
     which = "the reference" if len(references) == 1 else "a reference"
-    same = any(answer.strip() == reference.strip() for reference in equal)
+    same = any(answer.split() == reference.split() for reference in equal)
     return f"equals {which}" if same else f"same JSON as {which}"

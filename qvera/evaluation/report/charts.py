@@ -7,17 +7,87 @@ A chart fills the width of its place while its text keeps its size: curves are i
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Literal
 
-from qvera.evaluation.report.axes import Scale, log_ticks, nice_ticks
 from qvera.evaluation.report.smoothing import Point, running_median
 from qvera.utils.formatting import axis_labels, count, significant, size
 
+Chart = dict[str, object]
+"""What templates/chart.html draws, under the keys that it lists; positions are SVG lengths."""
+
 _ROW_HEIGHT = 46
 """Height in pixels of one bar of `stacked_bars` with its label."""
+
+
+def nice_ticks(low: float, high: float, about: int = 5, whole: bool = False) -> list[float]:
+    """Round ticks (steps of 1, 2 or 5 × 10^k) whose first is <= ``low`` and whose last is >= ``high``.
+
+    Args:
+        low: Smallest value, finite. Where it equals ``high`` but for rounding, room is made on both sides.
+        high: Largest value, finite.
+        about: How many intervals are wanted.
+        whole: Ticks are integers.
+    """
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
+        room = abs(low) * 0.5 or 1.0
+        low, high = (min(low, 0.0), low + room) if low >= 0 else (low - room, 0.0)
+    rough = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * (1 - 1e-9))
+    if whole:
+        step = max(1.0, float(round(step)))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [index * step for index in range(first, last + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Ticks for a logarithmic axis from at or below ``low`` to at or above ``high`` (both positive).
+
+    1, 2 and 5 of each decade over up to three decades, powers of ten beyond, at most eight of them.
+    """
+    first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
+    last = max(last, first + 1)
+    if math.log10(high / low) <= 3:
+        fine = [factor * 10.0**power for power in range(first, last + 1) for factor in (1, 2, 5)]
+        start = max(index for index, tick in enumerate(fine) if tick <= low * (1 + 1e-9))
+        end = min(index for index, tick in enumerate(fine) if tick >= high * (1 - 1e-9))
+        return fine[start : max(end, start + 1) + 1]
+    stride = -(-(last - first) // 7)
+    last = first + stride * -(-(last - first) // stride)
+    return [10.0**power for power in range(first, last + 1, stride)]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A mapping of [low, high] to [0, 1], with ``low < high``; where ``log``, both are positive."""
+
+    low: float
+    high: float
+    log: bool = False
+
+    def fraction(self, value: float) -> float:
+        """Position of ``value``: below 0 or above 1 outside the ends, -inf for a value that has no logarithm."""
+        if not self.log:
+            return (value - self.low) / (self.high - self.low)
+        if value <= 0:
+            return -math.inf
+        return math.log(value / self.low) / math.log(self.high / self.low)
+
+    def percent(self, value: float) -> str:
+        """Position of ``value`` as an SVG length, from the left."""
+        return _percent(self.fraction(value))
+
+    def from_top(self, value: float) -> str:
+        """Position of ``value`` as an SVG length, from the top."""
+        return _percent(1 - self.fraction(value))
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.2f}".rstrip("0").rstrip(".") + "%"
 
 
 @dataclass(frozen=True)
@@ -43,88 +113,21 @@ class Line:
         """CSS classes of curve and dots."""
         return f"{self.style} c{self.colour}" if self.colour else self.style
 
+    @property
+    def values(self) -> list[float]:
+        """The values that are known."""
+        return [y for _, y in self.points if y is not None]
+
     def text(self, y: float | None) -> str:
         """The value as a tooltip shows it."""
         return "not a finite number" if y is None else self.format(y)
 
     def summary(self, x_name: str) -> str:
         """First and last value in words, for a screen reader."""
-        known = [(x, y) for x, y in self.points if y is not None]
-        if not known:
-            return f"{self.label} without values"
-        (first, start), (last, end) = known[0], known[-1]
-        if first == last:
-            return f"{self.label} {self.text(start)} at {_x_text(first, x_name)}"
-        return (
-            f"{self.label} from {self.text(start)} at {_x_text(first, x_name)} "
-            f"to {self.text(end)} at {_x_text(last, x_name)}"
-        )
-
-
-class Tick(NamedTuple):
-    """Position (an SVG length) and label."""
-
-    at: str
-    label: str
-
-
-class Bar(NamedTuple):
-    """A rectangle in SVG lengths, with the text of its tooltip."""
-
-    css: str
-    x: str
-    width: str
-    y: str
-    height: str
-    title: str
-
-
-class Dot(NamedTuple):
-    """A circle in SVG lengths, with the text of its tooltip."""
-
-    css: str
-    x: str
-    y: str
-    title: str
-    ring: bool
-
-
-@dataclass(frozen=True)
-class Chart:
-    """What templates/chart.html draws, in SVG lengths.
-
-    Attributes:
-        title: Heading of the figure; ``note`` stands beside it.
-        description: Read by a screen reader in place of the picture.
-        height: Of the plot, in CSS pixels.
-        legend: CSS class and text of each entry.
-        y_ticks: With a horizontal grid line each.
-        x_ticks: With a vertical grid line each where ``x_grid``.
-        row_labels: Labels of the rows of `stacked_bars`.
-        paths: CSS classes and path of each curve, in a box of 1000 × 1000.
-        best: Position of a vertical line.
-        log: Whether the y axis is logarithmic.
-        sync: Charts of the same ``sync`` show their tooltips together.
-        tooltips: JSON for script.js; "" for a chart without.
-    """
-
-    title: str
-    description: str
-    height: int
-    note: str = ""
-    legend: Sequence[tuple[str, str]] = ()
-    y_ticks: Sequence[Tick] = ()
-    x_ticks: Sequence[Tick] = ()
-    x_name: str = ""
-    x_grid: bool = False
-    row_labels: Sequence[Tick] = ()
-    bars: Sequence[Bar] = ()
-    paths: Sequence[tuple[str, str]] = ()
-    dots: Sequence[Dot] = ()
-    best: str = ""
-    log: bool = False
-    sync: str = ""
-    tooltips: str = ""
+        known = [f"{self.text(y)} at {_x_text(x, x_name)}" for x, y in self.points if y is not None]
+        if len(known) < 2:
+            return f"{self.label} {known[0] if known else 'without values'}"
+        return f"{self.label} from {known[0]} to {known[-1]}"
 
 
 def values_range(lines: Sequence[Line]) -> tuple[float, float] | None:
@@ -136,12 +139,11 @@ def values_range(lines: Sequence[Line]) -> tuple[float, float] | None:
     has_raw = any(line.style == "faint" for line in lines)
     lows, highs = [], []
     for line in lines:
-        values = [y for _, y in line.points if y is not None]
-        if not values or (has_raw and line.style == "main"):
+        if not line.values or (has_raw and line.style == "main"):
             continue
-        low, high = min(values), max(values)
+        low, high = min(line.values), max(line.values)
         if line.style == "faint":
-            typical = running_median(values)
+            typical = running_median(line.values)
             room = 0.25 * (max(typical) - min(typical))
             low, high = max(low, min(typical) - room), min(high, max(typical) + room)
         lows.append(low)
@@ -161,7 +163,6 @@ def line_chart(
     may_be_log: bool = False,
     best: float | None = None,
     x_name: str = "step",
-    x_log: bool = False,
     top: float | None = None,
 ) -> Chart | None:
     """A chart of values over optimizer steps, tokens or learning rates; None where no line has a value.
@@ -176,8 +177,8 @@ def line_chart(
         from_zero: The y axis starts at 0.
         may_be_log: Use a logarithmic y axis where the values span more than a factor of 30.
         best: An x to mark with a vertical line, and with a ring on the held-out curve.
-        x_name: ``step``, ``token`` or ``learning rate``. Charts with the same one show their tooltips together.
-        x_log: A logarithmic x axis.
+        x_name: ``step``, ``token`` or ``learning rate`` (on a logarithmic axis). Charts with the same one show their
+            tooltips together.
         top: Values above leave the picture.
     """
     extent = values_range(lines)
@@ -186,39 +187,39 @@ def line_chart(
     low, high = extent
     if top is not None and high > top > low:
         high = top
-    log = may_be_log and low > 0 and high / low > 30
+    log, x_log = may_be_log and low > 0 and high / low > 30, x_name == "learning rate"
     y_ticks = log_ticks(low, high) if log else nice_ticks(0.0 if from_zero else low, high, max(2, height // 40))
     y_scale = Scale(y_ticks[0], y_ticks[-1], log)
-    places = sorted({x for line in lines for x, _ in line.points} | ({best} if best is not None else set()))
-    first, last = places[0], places[-1]
-    x_scale = Scale(first, last, x_log) if last > first else Scale(first - 1, last + 1)
-    if last <= first:
-        all_ticks = [first]
-    else:
-        all_ticks = log_ticks(first, last) if x_log else nice_ticks(first, last, 5, whole=True)
-    x_ticks = [tick for tick in all_ticks if first * (1 - 1e-9) <= tick <= last * (1 + 1e-9)]
     texts: dict[float, list[str]] = {}
     for line in lines:
         for x, y in line.points:
             texts.setdefault(x, [_x_text(x, x_name)]).append(f"{line.label} {line.text(y)}")
+    places = [*texts] if best is None else [*texts, best]
+    first, last = min(places), max(places)
+    if last <= first:
+        x_scale, x_ticks = Scale(first - 1, last + 1), [first]
+    else:
+        x_scale = Scale(first, last, x_log)
+        x_ticks = log_ticks(first, last) if x_log else nice_ticks(first, last, 5, whole=True)
+        x_ticks = [tick for tick in x_ticks if first * (1 - 1e-9) <= tick <= last * (1 + 1e-9)]
     raw = any(line.style == "faint" for line in lines)
     summaries = [line.summary(x_name) for line in lines if not (raw and line.style == "main")]
-    return Chart(
-        title,
-        note=note,
-        description=f"{title} by {x_name}. {'; '.join(summaries)}.",
-        height=height,
-        legend=legend,
-        y_ticks=_ticks(y_scale.from_top, y_ticks, axis_labels(y_ticks, "log" if log else kind)),
-        x_ticks=_ticks(x_scale.percent, x_ticks, [_x_label(tick, x_log) for tick in x_ticks]),
-        x_name={"token": "tokens", "learning rate": "rate"}.get(x_name, x_name),  # there is room for a short word
-        paths=[(line.css, _path(line.points, x_scale, y_scale)) for line in lines],
-        dots=[dot for line in lines for dot in _dots(line, x_scale, y_scale, best, x_name)],
-        best="" if best is None else x_scale.percent(best),
-        log=log,
-        sync=f"{x_name}s",
-        tooltips=_tooltips(x_scale, [(x, texts[x]) for x in sorted(texts)]),
-    )
+    return {
+        "title": title,
+        "note": note,
+        "description": f"{title} by {x_name}. {'; '.join(summaries)}.",
+        "height": height,
+        "legend": legend,
+        "y_ticks": _ticks(y_scale.from_top, y_ticks, axis_labels(y_ticks, "log" if log else kind)),
+        "x_ticks": _ticks(x_scale.percent, x_ticks, [_x_label(tick, x_log) for tick in x_ticks]),
+        "x_name": {"token": "tokens", "learning rate": "rate"}.get(x_name, x_name),  # there is room for a short word
+        "paths": [(line.css, _path(line.points, x_scale, y_scale)) for line in lines],
+        "dots": [dot for line in lines for dot in _dots(line, x_scale, y_scale, best, x_name)],
+        "best": "" if best is None else x_scale.percent(best),
+        "log": log,
+        "sync": f"{x_name}s",
+        "tooltips": _tooltips(x_scale, sorted(texts.items())),
+    }
 
 
 def length_histogram(edges: Sequence[float], counts: Sequence[float]) -> Chart | None:
@@ -240,20 +241,19 @@ def length_histogram(edges: Sequence[float], counts: Sequence[float]) -> Chart |
     bars, tips = [], []
     for (left, right), rows in zip(pairwise(edges), counts, strict=True):
         texts = [f"{count(left)} to {count(right)} tokens", f"{count(rows)} rows"]
-        width = x_scale.percent(edges[0] + right - left)
-        x, y = x_scale.percent(left), y_scale.from_top(rows)
-        bars.append(Bar("bar", x, width, y, y_scale.percent(rows), ": ".join(texts)))
+        place = x_scale.percent(left), x_scale.percent(edges[0] + right - left)
+        bars.append(("bar", *place, y_scale.from_top(rows), y_scale.percent(rows), ": ".join(texts)))
         tips.append(((left + right) / 2, texts))
-    return Chart(
-        "Length of rows",
-        note="rows by tokens",
-        description=f"Rows by length in tokens, in {len(counts)} bins.",
-        height=120,
-        y_ticks=_ticks(y_scale.from_top, y_ticks, axis_labels(y_ticks, "count")),
-        x_ticks=_ticks(x_scale.percent, x_ticks, [count(tick) for tick in x_ticks]),
-        bars=bars,
-        tooltips=_tooltips(x_scale, tips),
-    )
+    return {
+        "title": "Length of rows",
+        "note": "rows by tokens",
+        "description": f"Rows by length in tokens, in {len(counts)} bins.",
+        "height": 120,
+        "y_ticks": _ticks(y_scale.from_top, y_ticks, axis_labels(y_ticks, "count")),
+        "x_ticks": _ticks(x_scale.percent, x_ticks, [count(tick) for tick in x_ticks]),
+        "bars": bars,
+        "tooltips": _tooltips(x_scale, tips),
+    }
 
 
 def stacked_bars(
@@ -282,23 +282,23 @@ def stacked_bars(
         for css, name, part_bytes in parts:
             if part_bytes > 0:
                 text = f"{label}: {name} {size(part_bytes)}"
-                bars.append(Bar(f"bar {css}", scale.percent(left), scale.percent(part_bytes), y, "20", text))
+                bars.append((f"bar {css}", scale.percent(left), scale.percent(part_bytes), y, "20", text))
                 left += part_bytes
-    return Chart(
-        title,
-        description=f"{title}. {'; '.join(f'{label}: {size(total)}' for label, total in totals.items())}.",
-        height=_ROW_HEIGHT * len(rows),
-        legend=legend,
-        x_ticks=_ticks(scale.percent, ticks, axis_labels(ticks, "bytes")),
-        x_grid=True,
-        row_labels=[Tick(str(_ROW_HEIGHT * row + 13), label) for row, label in enumerate(rows)],
-        bars=bars,
-        best="" if mark_bytes is None else scale.percent(mark_bytes),
-    )
+    return {
+        "title": title,
+        "description": f"{title}. {'; '.join(f'{label}: {size(total)}' for label, total in totals.items())}.",
+        "height": _ROW_HEIGHT * len(rows),
+        "legend": legend,
+        "x_ticks": _ticks(scale.percent, ticks, axis_labels(ticks, "bytes")),
+        "x_grid": True,
+        "row_labels": [(_ROW_HEIGHT * row + 13, label) for row, label in enumerate(rows)],
+        "bars": bars,
+        "best": "" if mark_bytes is None else scale.percent(mark_bytes),
+    }
 
 
-def _ticks(position: Callable[[float], str], ticks: Sequence[float], labels: Sequence[str]) -> list[Tick]:
-    return [Tick(position(tick), label) for tick, label in zip(ticks, labels, strict=True)]
+def _ticks(position: Callable[[float], str], ticks: Sequence[float], labels: Sequence[str]) -> list[tuple[str, str]]:
+    return [(position(tick), label) for tick, label in zip(ticks, labels, strict=True)]
 
 
 def _x_label(tick: float, log: bool) -> str:
@@ -330,8 +330,18 @@ def _path(points: Sequence[Point], x_scale: Scale, y_scale: Scale) -> str:
     return "".join(commands)
 
 
-def _dots(line: Line, x_scale: Scale, y_scale: Scale, best: float | None, x_name: str) -> list[Dot]:
-    """Dots of a held-out curve; of others only where a value stands between two gaps and has no stroke."""
+def _number(value: float) -> str:
+    return f"{value:.1f}".removesuffix(".0")
+
+
+def _dots(
+    line: Line, x_scale: Scale, y_scale: Scale, best: float | None, x_name: str
+) -> list[tuple[str, str, str, str, bool]]:
+    """Dots of a held-out curve; of others only where a value stands between two gaps and has no stroke.
+
+    Returns:
+        For each its CSS class, x, y, tooltip, and whether it has a ring.
+    """
     values = [None, *(y for _, y in line.points), None]
     dots = []
     for index, (x, y) in enumerate(line.points):
@@ -340,9 +350,5 @@ def _dots(line: Line, x_scale: Scale, y_scale: Scale, best: float | None, x_name
             continue
         title = f"{_x_text(x, x_name)}: {line.label} {line.text(y)}"
         ring = line.style == "held-out" and x == best
-        dots.append(Dot(f"dot {line.css}", x_scale.percent(x), y_scale.from_top(y), title, ring))
+        dots.append((f"dot {line.css}", x_scale.percent(x), y_scale.from_top(y), title, ring))
     return dots
-
-
-def _number(value: float) -> str:
-    return f"{value:.1f}".removesuffix(".0")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
+
 from qvera.evaluation.report.read import Evaluation, Run, get, get_number, read_run
-from qvera.evaluation.report.settings import default_settings, flat_settings
 from qvera.utils.errors import InputError
 from qvera.utils.formatting import count, duration, percent, significant, size, text_or_dash
 
@@ -19,6 +20,9 @@ MAX_RUNS = 8
 
 _IGNORED_SETTINGS = ("training.output_dir", "training.report_to")
 """Settings that do not change what a run computes."""
+
+Figures = dict[str, float | None]
+"""Figures of one run by name; None where its files do not say."""
 
 
 class Column(NamedTuple):
@@ -29,13 +33,20 @@ class Column(NamedTuple):
     format: Callable[[float], str]
 
 
+def score_format(key: str) -> Callable[[float], str]:
+    """How a score is written: exact match as a share, losses with four decimals, others with four digits."""
+    if key == "exact_match":
+        return percent
+    return "{:.4f}".format if key.startswith("loss") else lambda value: significant(value, 4)
+
+
 SCORES = (
-    Column("loss_before", "Loss before", "{:.4f}".format),
-    Column("loss_after", "Loss after", "{:.4f}".format),
-    Column("loss_lowest", "Lowest", "{:.4f}".format),
+    Column("loss_before", "Loss before", score_format("loss")),
+    Column("loss_after", "Loss after", score_format("loss")),
+    Column("loss_lowest", "Lowest", score_format("loss")),
     Column("lowest_step", "at step", count),
-    Column("perplexity", "Perplexity", lambda value: significant(value, 4)),
-    Column("exact_match", "Exact match", percent),
+    Column("perplexity", "Perplexity", score_format("perplexity")),
+    Column("exact_match", "Exact match", score_format("exact_match")),
 )
 COSTS = (
     Column("trainable_parameters", "Trainable parameters", count),
@@ -55,21 +66,30 @@ class Comparison:
     Attributes:
         runs: In the order in which they were named.
         labels: A short name for each, all different.
-        figures: For each run the keys of `SCORES` and `COSTS`; None where its files do not say.
+        figures: For each run the keys of `SCORES` and `COSTS`.
         differing: Setting → its value in each run (None also where a recipe lacks it); only settings that differ.
         gaps: Sentences on what is missing or can't be compared.
     """
 
     runs: list[Run]
     labels: list[str]
-    figures: list[dict[str, float | None]]
+    figures: list[Figures]
     differing: dict[str, list[object]]
-    gaps: list[str] = field(default_factory=list)
+    gaps: list[str]
+
+    def table(
+        self, columns: Sequence[Column], figures: Sequence[Figures]
+    ) -> tuple[list[str], list[tuple[str, list[str]]]]:
+        """Titles of the columns in which any run has a value, and for each run its label and its cells."""
+        shown = [column for column in columns if any(row.get(column.key) is not None for row in figures)]
+        rows = [[text_or_dash(row.get(column.key), column.format) for column in shown] for row in figures]
+        return [column.title for column in shown], list(zip(self.labels, rows, strict=True))
 
     @property
-    def evaluations(self) -> list[Evaluation | None]:
-        """The eval.json of each run that has one."""
-        return [run.evaluation for run in self.runs]
+    def score_figures(self) -> list[Figures]:
+        """For each run the values of `score_columns`."""
+        evaluations = [run.evaluation for run in self.runs]
+        return [{**each.scores, "scored_rows": each.scored_rows} if each else {} for each in evaluations]
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -95,23 +115,28 @@ def compare_runs(paths: Sequence[Path]) -> Comparison:
     twice = next((path for i, path in enumerate(places) if path in places[:i]), None)
     if twice is not None:
         raise InputError(f"{twice}: is named twice; name each run once.")
-    runs = [read_run(path, evaluation=True) for path in paths]
-    labels = _labels(places)
-    figures = [run_figures(run) for run in runs]
-    gaps = _gaps_in_files(runs, labels, figures) + _gaps_between_runs(runs, labels) + _gaps_between_scores(runs, labels)
-    return Comparison(runs, labels, figures, differing_settings(runs), gaps)
+    runs = {label: read_run(path, evaluation=True) for label, path in zip(_labels(places), paths, strict=True)}
+    figures = {label: run_figures(run) for label, run in runs.items()}
+    gaps = [gap for label, run in runs.items() for gap in _gaps_in_files(run, label, figures[label])]
+    differences = {
+        sentence: _differs({label: ask(run) for label, run in runs.items()}) for sentence, ask in _QUESTIONS.items()
+    }
+    gaps += [sentence.format(difference) for sentence, difference in differences.items() if difference]
+    gaps += _gaps_between_scores(runs)
+    return Comparison(
+        list(runs.values()), list(runs), list(figures.values()), differing_settings(list(runs.values())), gaps
+    )
 
 
 def _labels(places: Sequence[Path]) -> list[str]:
     """The shortest ends of the paths that tell them apart."""
-    for parts in range(1, max(len(place.parts) for place in places) + 1):
-        labels = ["/".join(place.parts[-parts:]) for place in places]
-        if len(set(labels)) == len(labels):
-            return labels
-    return [str(place) for place in places]
+    parts = 1
+    while len({place.parts[-parts:] for place in places}) < len(places):
+        parts += 1
+    return ["/".join(place.parts[-parts:]) for place in places]
 
 
-def run_figures(run: Run) -> dict[str, float | None]:
+def run_figures(run: Run) -> Figures:
     """The figures of one run under the keys of `SCORES` and `COSTS`."""
     curve = [(loss, step) for step, loss in run.held_out_losses if loss is not None]
     loss_lowest, lowest_step = min(curve, default=(None, None))
@@ -145,11 +170,9 @@ def tokens_by_step(run: Run) -> list[tuple[float, float]]:
 def differing_settings(runs: Sequence[Run]) -> dict[str, list[object]]:
     """Setting → each run's value, for the settings in which the recipes differ.
 
-    A recipe of an older qvera that lacks a key ran with what is now its default. A run without a recipe has None
-    everywhere.
+    A run without a recipe has None everywhere.
     """
-    defaults = default_settings()
-    trees = [defaults | flat_settings(run.recipe) if run.recipe else {} for run in runs]
+    trees = [run.settings for run in runs]
     known = [tree for tree in trees if tree]
     return {
         key: [tree.get(key) for tree in trees]
@@ -158,82 +181,57 @@ def differing_settings(runs: Sequence[Run]) -> dict[str, list[object]]:
     }
 
 
-def score_columns(evaluations: Sequence[Evaluation | None]) -> tuple[Column, ...]:
-    """The number of rows and each metric by which ``qvera eval`` scored any run; () where it scored none."""
-    known = [evaluation for evaluation in evaluations if evaluation is not None]
-    labels = {key: label for each in known[::-1] for key, label in each.labels.items()}
-    keys = dict.fromkeys(key for each in known for key in each.scores)
-    metrics = [Column(key, labels[key], percent if key == "exact_match" else _four_digits) for key in keys]
-    return (Column("scored_rows", "Rows", count), *metrics) if metrics else ()
+def score_columns(runs: Sequence[Run]) -> list[Column]:
+    """The number of rows and each metric by which ``qvera eval`` scored any run; [] where it scored none."""
+    labels: dict[str, str] = {}
+    for run in runs:
+        labels |= run.evaluation.labels if run.evaluation else {}
+    metrics = [Column(key, label, score_format(key)) for key, label in labels.items()]
+    return [Column("scored_rows", "Rows", count), *metrics] if metrics else []
 
 
-def _four_digits(value: float) -> str:
-    return significant(value, 4)
+def yaml_text(value: object) -> str:
+    """A value of a recipe as YAML writes it, on one line."""
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000)
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
-def score_figures(evaluations: Sequence[Evaluation | None]) -> list[dict[str, float | None]]:
-    """For each run the values of `score_columns`; None where it has none."""
-    found: list[dict[str, float | None]] = [
-        {} if each is None else {**each.scores, "scored_rows": each.scored_rows} for each in evaluations
-    ]
-    return [{column.key: figures.get(column.key) for column in score_columns(evaluations)} for figures in found]
-
-
-def table_cells(
-    figures: Sequence[dict[str, float | None]], columns: Sequence[Column]
-) -> tuple[list[str], list[list[str]]]:
-    """Titles of the columns in which any run has a value, and a row of texts for each run."""
-    shown = [column for column in columns if any(row[column.key] is not None for row in figures)]
-    rows = [[text_or_dash(row[column.key], column.format) for column in shown] for row in figures]
-    return [column.title for column in shown], rows
-
-
-def _gaps_in_files(runs: Sequence[Run], labels: Sequence[str], figures: Sequence[dict[str, float | None]]) -> list[str]:
+def _gaps_in_files(run: Run, label: str, figures: Figures) -> list[str]:
     """What the files of a run lack."""
     gaps = []
-    for run, label, found in zip(runs, labels, figures, strict=True):
-        status = run.text("status")
-        if status != "done":
-            state = f"its status is {status}" if status else "has not finished"
-            gaps.append(f"{label}: {state}; its figures are those so far.")
-        gaps += [f"{label}: {note}" for note in run.notes]
-        if not run.held_out_losses:
-            gaps.append(f"{label}: has no held-out loss, so only its training loss is shown.")
-        missing = [column.title for column in COSTS if found[column.key] is None]
-        if missing and run.info:
-            gaps.append(f"{label}: its files lack: {', '.join(missing).lower()}.")
+    status = run.text("status")
+    if status != "done":
+        state = f"its status is {status}" if status else "has not finished"
+        gaps.append(f"{label}: {state}; its figures are those so far.")
+    gaps += [f"{label}: {note}" for note in run.notes]
+    if not run.held_out_losses:
+        gaps.append(f"{label}: has no held-out loss, so only its training loss is shown.")
+    missing = [column.title for column in COSTS if figures[column.key] is None]
+    if missing and run.info:
+        gaps.append(f"{label}: its files lack: {', '.join(missing).lower()}.")
     return gaps
 
 
-def _gaps_between_runs(runs: Sequence[Run], labels: Sequence[str]) -> list[str]:
-    """In what the runs differ so that their figures can't be compared."""
-    questions: tuple[tuple[Callable[[Run], str], str], ...] = (
-        (_base, "The runs are not on the same base model ({}): their losses are not of one model."),
-        (
-            lambda run: _last_evaluation(run, "rows"),
-            "The runs are not scored on the same held-out rows ({}): their scores are not of one set.",
-        ),
-        (
-            lambda run: _last_evaluation(run, "trained_tokens"),
-            "The runs' held-out losses are not over the same tokens ({}): other rows, another template or another "
-            "length.",
-        ),
-        (
-            lambda run: run.text("device"),
-            "The runs ran on different machines ({}): seconds and memory are not comparable.",
-        ),
-        (
-            lambda run: count(run.number("processes", "count") or 0).strip("0"),
-            "The runs had different numbers of processes ({}): memory is that of the first one.",
-        ),
-    )
-    gaps = []
-    for question, sentence in questions:
-        known = [(label, question(run)) for run, label in zip(runs, labels, strict=True)]
-        known = [(label, answer) for label, answer in known if answer]
-        if len({answer for _, answer in known}) > 1:
-            gaps.append(sentence.format("; ".join(f"{label}: {answer}" for label, answer in known)))
-    return gaps
+def _differs(answers: dict[str, str]) -> str:
+    """Each run's answer to one question in words, "" where they agree. A run that has none is left out."""
+    known = {label: answer for label, answer in answers.items() if answer}
+    return "; ".join(f"{label}: {answer}" for label, answer in known.items()) if len(set(known.values())) > 1 else ""
+
+
+_QUESTIONS: dict[str, Callable[[Run], str]] = {
+    "The runs are not on the same base model ({}): their losses are not of one model.": lambda run: _base(run),
+    "The runs are not scored on the same held-out rows ({}): their scores are not of one set.": (
+        lambda run: _last_evaluation(run, "rows")
+    ),
+    "The runs' held-out losses are not over the same tokens ({}): other rows, another template or another length.": (
+        lambda run: _last_evaluation(run, "trained_tokens")
+    ),
+    "The runs ran on different machines ({}): seconds and memory are not comparable.": lambda run: run.text("device"),
+    "The runs had different numbers of processes ({}): memory is that of the first one.": (
+        lambda run: count(run.number("processes", "count") or 0).strip("0")
+    ),
+}
+"""What is said where the answers of the runs differ, so that their figures can't be compared."""
 
 
 def _base(run: Run) -> str:
@@ -249,32 +247,29 @@ def _last_evaluation(run: Run, key: str) -> str:
     return f"{found:,.0f} {key.removeprefix('trained_')}" if found else ""
 
 
-def _gaps_between_scores(runs: Sequence[Run], labels: Sequence[str]) -> list[str]:
+def _gaps_between_scores(runs: dict[str, Run]) -> list[str]:
     """Where the runs' eval.json are not of the same inputs, or not made in the same way."""
-    known = [(label, run.evaluation) for label, run in zip(labels, runs, strict=True) if run.evaluation is not None]
-    if len(known) < 2:
-        return []
+    known = {label: run.evaluation for label, run in runs.items() if run.evaluation is not None}
     gaps = []
-    if len({each.inputs_sha256 or label for label, each in known}) > 1:
-        inputs = "; ".join(f"{label}: {_inputs(each)}" for label, each in known)
+    if len({each.inputs_sha256 or label for label, each in known.items()}) > 1:
+        inputs = "; ".join(f"{label}: {_inputs(each)}" for label, each in known.items())
         gaps.append(
             f"The runs' eval.json are not of the same inputs ({inputs}): other rows, another template or other "
-            f"references."
+            "references."
         )
+    lengths = {label: f"{each.max_new_tokens or 0:,.0f} tokens" for label, each in known.items()}
     ways = {
-        "did not ask the same kind of model": [(label, each.column) for label, each in known],
-        "did not let answers have the same length": [
-            (label, f"{each.max_new_tokens or 0:,.0f} tokens") for label, each in known
-        ],
+        "did not ask the same kind of model": {label: each.column for label, each in known.items()},
+        "did not let answers have the same length": lengths,
     }
-    for column in score_columns([each for _, each in known])[1:]:
-        ways[f"did not measure {column.title} in the same way"] = [
-            (label, each.signatures[column.key] or "does not say") for label, each in known if column.key in each.scores
-        ]
-    for what, found in ways.items():
-        if len({way for _, way in found}) > 1:
-            gaps.append(f"The runs' eval.json {what} ({'; '.join(f'{label}: {way}' for label, way in found)}).")
-    return gaps
+    for column in score_columns(list(runs.values()))[1:]:
+        ways[f"did not measure {column.title} in the same way"] = {
+            label: each.signatures[column.key] or "does not say"
+            for label, each in known.items()
+            if column.key in each.scores
+        }
+    found = {what: _differs(way) for what, way in ways.items()}
+    return gaps + [f"The runs' eval.json {what} ({difference})." for what, difference in found.items() if difference]
 
 
 def _inputs(evaluation: Evaluation) -> str:

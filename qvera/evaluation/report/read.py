@@ -6,15 +6,18 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from qvera.evaluation.report.smoothing import Point
+from qvera.config.schema import parse_recipe
 from qvera.utils.errors import InputError
-from qvera.utils.files import file_sha256
+from qvera.utils.files import file_sha256, read_json
+
+Point = tuple[float, float | None]
+"""x (a step, say) and y. A y of None is a gap in the curve."""
 
 _FILES = ("recipe.yaml", "metrics.jsonl", "run.json")
 _MAX_STEP = 1e12
@@ -60,17 +63,15 @@ def _measured(value: float | None) -> float | None:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of a run's answers, as ``qvera eval RUN --json RUN/eval.json`` writes them.
+    """Scores of a run's answers, as ``qvera eval RUN --json RUN/eval.json`` writes them; "" for what it does not say.
 
     Attributes:
         scores: Score of all answers by metric, under the keys of the file's ``scores``.
         labels: Names of the same metrics for people.
-        signatures: How each score was computed; "" where the file does not say.
-        scored_rows: How many answers were scored.
+        signatures: How each score was computed.
         data: Where the rows are from.
-        inputs_sha256: As `inputs_sha256` gives it; "" where the file has neither that nor its rows.
+        inputs_sha256: As `inputs_sha256` gives it.
         column: What was evaluated: Adapter, Export or Model.
-        max_new_tokens: The longest answer.
     """
 
     scores: dict[str, float]
@@ -88,26 +89,24 @@ class Run:
     """The files of a run directory.
 
     Attributes:
-        name: The directory's name.
         info: run.json, or an empty mapping.
         recipe_text: recipe.yaml as it is, or "".
         recipe: recipe.yaml parsed, or an empty mapping.
         train: Rows of kind "train" in metrics.jsonl, by rising step, each step once.
         evals: Rows of kind "eval", likewise.
-        adapter_file_bytes: Size of adapter/adapter_model.safetensors, where there is one.
         evaluation: eval.json, where it was asked for and exists.
         notes: What could not be read, in sentences for the reader of the page.
     """
 
     name: str
-    info: dict[str, Any] = field(default_factory=dict)
-    recipe_text: str = ""
-    recipe: dict[str, Any] = field(default_factory=dict)
-    train: list[dict[str, Any]] = field(default_factory=list)
-    evals: list[dict[str, Any]] = field(default_factory=list)
-    adapter_file_bytes: int | None = None
-    evaluation: Evaluation | None = None
-    notes: list[str] = field(default_factory=list)
+    info: dict[str, Any]
+    recipe_text: str
+    recipe: dict[str, Any]
+    train: list[dict[str, Any]]
+    evals: list[dict[str, Any]]
+    adapter_file_bytes: int | None
+    evaluation: Evaluation | None
+    notes: list[str]
 
     def number(self, *keys: str) -> float | None:
         """A number of run.json."""
@@ -121,11 +120,20 @@ class Run:
         """A setting as run.json has it, or else the recipe."""
         return self.text(section, key) or get_text(self.recipe, section, key)
 
+    @property
+    def settings(self) -> dict[str, object]:
+        """``section.key`` → value; keys that a recipe of an older qvera lacks have their defaults. {} without one."""
+        return _defaults() | flat_settings(self.recipe) if self.recipe else {}
+
     def values(self, key: str) -> list[float]:
         """The finite values of every training step."""
         return [value for _, value in series(self.train, key) if value is not None]
 
     # Totals: from run.json's result, or from metrics.jsonl where that has none (a killed run).
+
+    def _result(self, key: str, otherwise: float | None) -> float | None:
+        value = self.number("result", key)
+        return otherwise if value is None else value
 
     @property
     def steps(self) -> float | None:
@@ -158,10 +166,6 @@ class Run:
         """Size of the adapter file."""
         return self.number("adapter", "file_bytes") or self.adapter_file_bytes
 
-    def _result(self, key: str, otherwise: float | None) -> float | None:
-        value = self.number("result", key)
-        return otherwise if value is None else value
-
     @property
     def held_out_losses(self) -> list[Point]:
         """Held-out loss by step, from metrics.jsonl and, before and after training, from run.json."""
@@ -186,6 +190,30 @@ class Run:
             return int(best)
         losses = [(loss, step) for step, loss in series(self.evals, "loss") if loss is not None]
         return int(min(losses)[1]) if len(losses) > 1 else None
+
+
+def flat_settings(recipe: dict[str, object]) -> dict[str, object]:
+    """``section.key`` → value, in the recipe's order."""
+    return {
+        f"{name}.{key}" if isinstance(keys, dict) else str(name): value
+        for name, keys in recipe.items()
+        for key, value in (keys.items() if isinstance(keys, dict) else [("", keys)])
+    }
+
+
+def _defaults() -> dict[str, object]:
+    """``section.key`` → default of every setting that has one."""
+    tree = parse_recipe({"model": {"path": "-"}, "data": {"path": "-"}}, "the defaults").to_dict()
+    return {key: value for key, value in flat_settings(tree).items() if key not in ("model.path", "data.path")}
+
+
+def changed_settings(recipe: dict[str, object]) -> dict[str, object]:
+    """``section.key`` → value of each setting of an effective recipe that is not the default, in the recipe's order.
+
+    A key that this version does not know counts as changed: the recipe may be a later version's.
+    """
+    defaults = _defaults()
+    return {key: value for key, value in flat_settings(recipe).items() if key not in defaults or value != defaults[key]}
 
 
 def score_key(name: str) -> str:
@@ -218,8 +246,7 @@ def read_run(run_dir: str | Path, *, evaluation: bool = False) -> Run:
             "printed (training.output_dir of the recipe)."
         )
     notes: list[str] = []
-    without = "the page is made from the run's other files, without scores and sample answers."
-    info = _read_json(root / "run.json", notes, without)
+    info = _read_object(root / "run.json", "the summary of a run", notes)
     recipe_text, recipe = _read_recipe(root / "recipe.yaml", notes)
     train, evals = _read_metrics(root / "metrics.jsonl", notes)
     weights = root / "adapter" / "adapter_model.safetensors"
@@ -236,80 +263,61 @@ def read_run(run_dir: str | Path, *, evaluation: bool = False) -> Run:
     )
 
 
-def _read_bytes(path: Path, notes: list[str], without: str) -> bytes | None:
+def _read_text(path: Path, notes: list[str]) -> str:
     try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        notes.append(f"There is no {path.name}: {without}")
+        return path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
-        notes.append(f"{path.name} can't be read ({error.strerror}): {without}")
-    return None
+        notes.append(f"{path.name}: can't be read ({error.strerror}).")
+        return ""
 
 
-def _read_json(path: Path, notes: list[str], without: str) -> dict[str, Any]:
-    raw = _read_bytes(path, notes, without)
-    if raw is None:
-        return {}
+def _read_object(path: Path, what: str, notes: list[str], keys: Sequence[str] = ()) -> dict[str, Any]:
     try:
-        tree = json.loads(raw)
-    except (ValueError, RecursionError):
-        notes.append(f"{path.name} is not valid JSON: it is left out, and the page is made from the run's other files.")
+        return read_json(path, what, keys, fix="The rest is shown without it.")
+    except InputError as error:
+        notes.append(str(error).replace(str(path), path.name))
         return {}
-    if not isinstance(tree, dict):
-        notes.append(f"{path.name} does not hold a JSON object: it is left out.")
-        return {}
-    return tree
 
 
 def _read_evaluation(path: Path, weights: Path, notes: list[str]) -> Evaluation | None:
     if not path.exists():  # most runs have none, and lack nothing
         return None
-    noted = len(notes)
-    tree = _read_json(path, notes, "its scores can't be shown.")
-    if len(notes) > noted:
+    tree = _read_object(path, "what `qvera eval --json` writes", notes, keys=("subject", "metrics"))
+    if not tree:
         return None
-    about, metrics = tree.get("subject"), tree.get("metrics")
-    if not isinstance(about, dict) or not isinstance(metrics, list):
-        notes.append(f"{path.name} is not what `qvera eval --json` writes: it is left out.")
-        return None
+    about, metrics, rows = tree["subject"], tree["metrics"], tree.get("answers")
     if get_text(about, "column") == "Base":
         notes.append(f"{path.name} is of the base alone (`qvera eval --base`): it is left out.")
         return None
-    by_key = {score_key(get_text(metric, "name")): metric for metric in metrics}
+    by_key = {score_key(get_text(metric, "name")): metric for metric in metrics if isinstance(metrics, list)}
     found = {key: get_number(tree, "scores", key) for key in by_key}
     scores = {key: value for key, value in found.items() if value is not None}
     if not scores:
         notes.append(f"{path.name} has no scores of answers, and nothing else of it is shown.")
         return None
     notes += _adapter_doubts(about, path, weights)
+    # an older qvera did not write the hash
+    sha256 = get_text(about, "inputs_sha256") or (inputs_sha256(rows) if rows and isinstance(rows, list) else "")
     return Evaluation(
         scores=scores,
         labels={key: get_text(by_key[key], "label") or key for key in scores},
         signatures={key: get_text(by_key[key], "signature") for key in scores},
         scored_rows=get_number(tree, "scores", "scored_rows"),
         data=get_text(about, "data"),
-        inputs_sha256=get_text(about, "inputs_sha256") or _sha256_of_rows(tree.get("answers")),
+        inputs_sha256=sha256,
         column=get_text(about, "column"),
         max_new_tokens=get_number(about, "max_new_tokens"),
     )
 
 
-def _sha256_of_rows(rows: object) -> str:
-    """`inputs_sha256` for a file of an older qvera, which did not write it."""
-    try:
-        return inputs_sha256(rows) if rows and isinstance(rows, list) else ""
-    except RecursionError:
-        return ""
-
-
-def _adapter_doubts(about: dict[str, Any], path: Path, weights: Path) -> list[str]:
+def _adapter_doubts(about: object, path: Path, weights: Path) -> list[str]:
     """Why the scores may not be those of the run's present adapter."""
     again = f"Remove {path.name} and run `qvera eval` again."
     try:
-        if "adapter_sha256" not in about:  # written by an older qvera
+        if isinstance(about, dict) and "adapter_sha256" not in about:  # written by an older qvera
             older = path.stat().st_mtime < weights.stat().st_mtime
             return [f"{path.name} is older than the run's adapter: its scores may be another's. {again}"] * older
-        if about["adapter_sha256"] == file_sha256(weights):
+        if get(about, "adapter_sha256") == file_sha256(weights):
             return []
     except OSError as error:
         return [f"{path.name} can't be checked against the run's adapter ({error.strerror}): it may be of another one."]
@@ -317,23 +325,17 @@ def _adapter_doubts(about: dict[str, Any], path: Path, weights: Path) -> list[st
 
 
 def _read_recipe(path: Path, notes: list[str]) -> tuple[str, dict[str, Any]]:
-    raw = _read_bytes(path, notes, "the recipe can't be shown.")
-    if raw is None:
-        return "", {}
-    text = raw.decode("utf-8", errors="replace")
+    text = _read_text(path, notes)
     try:
         tree = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError):
         notes.append(f"{path.name} is not valid YAML: it is shown as it is.")
-        return text, {}
+        tree = None
     return text, tree if isinstance(tree, dict) else {}
 
 
 def _read_metrics(path: Path, notes: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    raw = _read_bytes(path, notes, "there are no curves.")
-    if raw is None:
-        return [], []
-    lines = raw.split(b"\n")
+    lines = _read_text(path, notes).split("\n")
     unreadable: list[int] = []
     # A resumed run may write a step again. The later line is the one that led to the adapter.
     kinds: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "eval": {}}
@@ -343,17 +345,15 @@ def _read_metrics(path: Path, notes: list[str]) -> tuple[list[dict[str, Any]], l
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
+            row = None
             if index == len(lines):
                 notes.append("The last line of metrics.jsonl is cut off (the run was killed while writing): ignored.")
-            else:
-                unreadable.append(index)
-            continue
+                continue
         step = get_number(row, "step")
-        steps = kinds.get(get_text(row, "kind"))
         if step is None or not 0 <= step < _MAX_STEP:
             unreadable.append(index)
-        elif steps is not None:
-            steps[int(step)] = row
+        elif get_text(row, "kind") in kinds:
+            kinds[get_text(row, "kind")][int(step)] = row
     if unreadable:
         shown = ", ".join(map(str, unreadable[:5])) + (", ..." if len(unreadable) > 5 else "")
         notes.append(f"metrics.jsonl: {len(unreadable)} lines can't be read and are left out (line {shown}).")

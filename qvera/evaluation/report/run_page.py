@@ -7,9 +7,8 @@ from pathlib import PurePosixPath, PureWindowsPath
 
 from qvera.evaluation.report.answer_diff import Sample, make_sample
 from qvera.evaluation.report.charts import Chart, Line, length_histogram, line_chart, stacked_bars
-from qvera.evaluation.report.page import render
-from qvera.evaluation.report.read import Run, get, get_number, get_text, series
-from qvera.evaluation.report.settings import changed_settings
+from qvera.evaluation.report.pages import render
+from qvera.evaluation.report.read import Run, changed_settings, get, get_number, get_text, series
 from qvera.evaluation.report.smoothing import MAX_POINTS, loss_curves, thin
 from qvera.utils.formatting import count, duration, percent, significant, size, text_or_dash
 
@@ -33,6 +32,8 @@ _MOMENTS = {"backward": "Backward pass", "loss": "Loss", "answers": "Answers"}
 def run_page(run: Run) -> str:
     """The page as HTML, sections in the order that a reader wants."""
     memory_chart, memory_text = _memory(run)
+    edges, counts = (_numbers(get(run.info, "data", "length_histogram", key)) for key in ("edges", "counts"))
+    targets, versions = get(run.info, "adapter", "targets"), get(run.info, "versions")
     return render(
         "run.html",
         run=run,
@@ -48,12 +49,10 @@ def run_page(run: Run) -> str:
         memory_text=memory_text,
         samples=_samples(run),
         data_path=get_text(run.recipe, "data", "path"),
-        targets=_targets(run),
-        lengths=length_histogram(
-            *(_numbers(get(run.info, "data", "length_histogram", k)) for k in ("edges", "counts"))
-        ),
+        targets=", ".join(map(str, targets)) if isinstance(targets, list) else run.text("adapter", "targets"),
+        lengths=length_histogram(edges, counts),
         settings=changed_settings(run.recipe).items(),
-        versions=_versions(run),
+        versions=list(versions.items()) if isinstance(versions, dict) else [],
     )
 
 
@@ -143,7 +142,7 @@ def _loss_chart(run: Run) -> Chart | None:
     if smoothed is not raw:
         lines.append(Line("smoothed", smoothed))
     lines.append(Line("held-out loss", run.held_out_losses, "held-out"))
-    lines = [line for line in lines if any(y is not None for _, y in line.points)]
+    lines = [line for line in lines if line.values]
     legend: list[tuple[str, str]] = [(line.style, line.label) for line in lines]
     best = run.best_step if lines and lines[-1].style == "held-out" else None
     if best is not None:
@@ -164,9 +163,8 @@ def _small_charts(run: Run) -> list[Chart]:
     def line(label: str, key: str, text: Callable[[float], str] = significant) -> Line:
         return Line(label + _thinned(run), thin(series(run.train, key)), format=text)
 
-    in_use = line("in use", "memory_bytes", size)
     peak = Line("peak", thin(series(run.train, "peak_bytes")), "dashed", size)
-    memory = [each for each in (in_use, peak) if any(y is not None for _, y in each.points)]
+    memory = [each for each in (line("in use", "memory_bytes", size), peak) if each.values]
     legend = [(each.style, each.label) for each in memory]
     norm, speed = line("gradient norm", "grad_norm"), line("tokens/s", "tokens_per_second", count)
     charts = [
@@ -180,8 +178,8 @@ def _small_charts(run: Run) -> list[Chart]:
 
 def _evaluations(run: Run) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """Titles and rows of the table of evaluations during training."""
-    columns = {**_MEASURES, "rows": ("Rows", count), "seconds": ("Time", duration)}
-    columns = {key: columns[key] for key in ("loss", "perplexity", "exact_match", "rows", "seconds")}
+    columns = {key: _MEASURES[key] for key in ("loss", "perplexity", "exact_match")}
+    columns |= {"rows": ("Rows", count), "seconds": ("Time", duration)}
     columns = {key: column for key, column in columns.items() if any(key in row for row in run.evals)}
     rows = []
     for row in run.evals:
@@ -237,15 +235,5 @@ def _samples(run: Run) -> list[Sample]:
 
 def _numbers(values: object) -> list[float]:
     """A list of finite numbers; [] for anything else."""
-    found = [get_number({"": value}, "") for value in values] if isinstance(values, list) else []
+    found = [get_number(value) for value in values] if isinstance(values, list) else []
     return [] if None in found else [value for value in found if value is not None]
-
-
-def _targets(run: Run) -> str:
-    targets = get(run.info, "adapter", "targets")
-    return ", ".join(map(str, targets)) if isinstance(targets, list) else run.text("adapter", "targets")
-
-
-def _versions(run: Run) -> list[tuple[str, str]]:
-    versions = get(run.info, "versions")
-    return [(str(name), str(version)) for name, version in versions.items()] if isinstance(versions, dict) else []

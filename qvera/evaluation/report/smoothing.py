@@ -6,8 +6,9 @@ import math
 import statistics
 from collections.abc import Sequence
 
-Point = tuple[float, float | None]
-"""x (a step, say) and y. A y of None is a gap in the curve."""
+import numpy as np
+
+from qvera.evaluation.report.read import Point
 
 MAX_POINTS = 500
 """A curve with more points is thinned to this number, so that the page stays small."""
@@ -57,36 +58,21 @@ def smooth(points: Sequence[Point], width: float) -> list[Point]:
         points: Evenly spaced in x, but for gaps, which stay gaps.
         width: Standard deviation of the weights, in points. With 0 the curve is returned unchanged.
     """
-    known = [(index, y) for index, (_, y) in enumerate(points) if y is not None]
-    if width <= 0 or not known:
+    known = [index for index, (_, y) in enumerate(points) if y is not None]
+    if width <= 0 or len(known) < 3:
         return list(points)
-    medians = running_median([y for _, y in known])
+    places, medians = np.array(known), np.array(running_median([y for _, y in points if y is not None]))
     smoothed = list(points)
-    for place, (index, _) in enumerate(known):
-        to_end = min(place, len(known) - 1 - place)
+    for at, index in enumerate(known):
+        to_end = min(at, len(known) - 1 - at)
         local_width = width * (2 - min(1.0, to_end / (3 * width)))
-        near = range(
-            max(0, place - math.ceil(3 * local_width)), min(len(known), place + math.ceil(3 * local_width) + 1)
-        )
-        distances = [known[other][0] - index for other in near]
-        smoothed[index] = (points[index][0], _local_line(distances, [medians[other] for other in near], local_width))
+        reach = math.ceil(3 * local_width)
+        near = slice(max(0, at - reach), at + reach + 1)
+        distances, values = places[near] - index, medians[near]
+        # polyfit squares the weights
+        line = np.polyfit(distances, values, deg=1, w=np.exp(-0.25 * (distances / local_width) ** 2))
+        smoothed[index] = (points[index][0], float(np.clip(line[1], values.min(), values.max())))
     return smoothed
-
-
-def _local_line(distances: Sequence[int], values: Sequence[float], width: float) -> float:
-    """Value at distance 0 of the line fitted with Gaussian weights, within the range of ``values``."""
-    weights = [math.exp(-0.5 * (distance / width) ** 2) for distance in distances]
-    total = sum(weights)
-    mean_x = _dot(weights, distances) / total
-    mean_y = _dot(weights, values) / total
-    offsets = [weight * (distance - mean_x) for weight, distance in zip(weights, distances, strict=True)]
-    variance = _dot(offsets, distances)
-    slope = _dot(offsets, values) / variance if variance > 1e-9 * total else 0.0
-    return min(max(mean_y - slope * mean_x, min(values)), max(values))
-
-
-def _dot(left: Sequence[float], right: Sequence[float]) -> float:
-    return sum(x * y for x, y in zip(left, right, strict=True))
 
 
 def loss_curves(losses: Sequence[Point]) -> tuple[list[Point], list[Point]]:

@@ -8,24 +8,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qvera.evaluation.report.answer_diff import DiffSpan, same_answer, word_diff
+from qvera.evaluation.metrics import exact_match
+from qvera.evaluation.report.answer_diff import DiffSpan, make_sample, word_diff
 
 
 @pytest.mark.parametrize(
-    ("answer", "reference", "same"),
+    ("answer", "reference", "verdict"),
     [
-        ("yes", " yes\n", True),
-        ('{"a": 1, "b": [2]}', '{"b":[2],"a":1}', True),
-        ('{"a": 1}', '{"a": "1"}', False),
-        ('{"a": 1}', '{"a": true}', False),
-        ('{"a": [1, 2]}', '{"a": [2, 1]}', False),
-        ("1.0", "1", False),
-        ("yes", "no", False),
-        ("[" * 100_000, "x", False),
+        ("yes", " yes\n", "equals the reference"),
+        ("  red \n blue", "red blue", "equals the reference"),
+        ('{"a": 1, "b": [2]}', '{"b":[2],"a":1}', "same JSON as the reference"),
+        ('{"a": 1}', '{"a": "1"}', "differs"),
+        ('{"a": [1, 2]}', '{"a": [2, 1]}', "differs"),
+        ("yes", "no", "differs"),
+        ("[" * 100_000, "x", "differs"),
+        (" ", "no", "empty"),
     ],
 )
-def test_same_answer(answer: str, reference: str, same: bool) -> None:
-    assert same_answer(answer, reference) is same
+def test_the_verdict_is_that_of_the_exact_match_score(answer: str, reference: str, verdict: str) -> None:
+    (shown,) = make_sample("Prompt", "?", [("Adapter", answer, "")], [reference]).answers
+    assert shown.verdict == verdict
+    assert shown.equal is exact_match(answer, reference)
 
 
 def test_mark_names_what_is_wrong_and_what_is_missing() -> None:

@@ -13,9 +13,8 @@ import pytest
 
 from qvera.config.schema import RangeTest, parse_recipe
 from qvera.evaluation.report import write_report
-from qvera.evaluation.report.answers_page import write_answers
 from qvera.evaluation.report.compare import compare_runs
-from qvera.evaluation.report.compare_page import write_comparison
+from qvera.evaluation.report.pages import answers_page, compare_page
 from qvera.training.lr_finder import RangeTestResult, range_page
 from tests.evaluation.report.conftest import RECIPE, evaluation, plan, run_info, train_rows
 
@@ -93,7 +92,7 @@ def test_runs_are_pointed_at_together_by_steps_and_by_tokens(build_run: Build, t
       document.title = [plots.length, shown(plots[0])[1], shown(plots[2])[1], colours.size].join(' ; ');
     """
     places = [build_run(name="one"), build_run(name="two", train=train_rows(96))]
-    write_comparison(tmp_path / "runs.html", compare_runs(places))
+    (tmp_path / "runs.html").write_text(compare_page(compare_runs(places)))
     dom, console = dump_dom(with_script(tmp_path / "runs.html", script), tmp_path / "profile")
     assert console == []
     number, by_step, by_token, colours = re.findall(r"<title>(.*?)</title>", dom)[0].split(" ; ")
@@ -129,7 +128,7 @@ def test_pointing_at_a_chart_shows_the_step_in_all_of_them(build_run: Build, tmp
 
 
 def answers(build_run: Build, root: Path) -> Path:
-    write_answers(root / "answers.html", evaluation())
+    (root / "answers.html").write_text(answers_page(evaluation()))
     return root / "answers.html"
 
 
@@ -145,7 +144,7 @@ def runs(build_run: Build, root: Path) -> Path:
         steps = train_rows(40 + 9 * number)
         info = run_info() if number else None
         places.append(build_run(info=info, recipe=recipe, train=steps, evals=None, name=f"a-run-of-rank-{number}"))
-    write_comparison(root / "runs.html", compare_runs(places))
+    (root / "runs.html").write_text(compare_page(compare_runs(places)))
     return root / "runs.html"
 
 

@@ -13,10 +13,20 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from qvera.evaluation.report.axes import Scale, log_ticks, nice_ticks
-from qvera.evaluation.report.charts import Chart, Line, length_histogram, line_chart, stacked_bars, values_range
-from qvera.evaluation.report.page import environment
-from qvera.evaluation.report.smoothing import Point, running_median, smooth, thin
+from qvera.evaluation.report.charts import (
+    Chart,
+    Line,
+    Scale,
+    length_histogram,
+    line_chart,
+    log_ticks,
+    nice_ticks,
+    stacked_bars,
+    values_range,
+)
+from qvera.evaluation.report.pages import environment
+from qvera.evaluation.report.read import Point
+from qvera.evaluation.report.smoothing import running_median, smooth, thin
 
 finite = st.floats(-1e12, 1e12, allow_nan=False).filter(lambda x: x == 0 or abs(x) > 1e-9)
 

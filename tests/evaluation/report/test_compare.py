@@ -17,7 +17,7 @@ import yaml
 
 from qvera.cli.main import main
 from qvera.evaluation.report.compare import MAX_RUNS, compare_runs
-from qvera.evaluation.report.compare_page import compare_page
+from qvera.evaluation.report.pages import compare_page
 from qvera.utils.errors import InputError
 from tests.evaluation.report.conftest import ADAPTER, RECIPE, eval_rows, evaluation, run_info, train_rows
 
@@ -122,8 +122,8 @@ def test_what_is_missing_is_named_and_the_rest_is_shown(build_run: Build) -> Non
     assert "killed: The last line of metrics.jsonl is cut off" in output
     assert "killed: has no held-out loss" in output
     assert "good:" not in output
-    assert "bare: There is no recipe.yaml" in output
-    assert "bare: There is no metrics.jsonl" in output
+    assert "bare: recipe.yaml: can't be read (No such file" in output
+    assert "bare: metrics.jsonl: can't be read (No such file" in output
     assert found.figures[1]["steps"] == 30
     assert found.figures[1]["peak_bytes"] == max(r["peak_bytes"] for r in train_rows(30))
     assert set(found.figures[2].values()) == {None}
@@ -316,15 +316,15 @@ def test_without_a_hash_the_files_times_say_it(build_scored: Build) -> None:
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("{", "eval.json is not valid JSON"),
-        ("[" * 100_000, "eval.json is not valid JSON"),
-        ("[]", "does not hold a JSON object"),
-        ("{}", "not what `qvera eval --json` writes"),
-        ('{"results": {"arc_easy": {}}}', "not what `qvera eval --json` writes"),
+        ("{", "eval.json: line 1, column 2 is not JSON"),
+        ("[" * 100_000, "eval.json: can't be read as JSON"),
+        ("[]", "eval.json: holds a list; expected what `qvera eval --json` writes"),
+        ("{}", "eval.json: has no key 'subject'; expected what `qvera eval --json` writes"),
+        ('{"results": {"arc_easy": {}}}', "expected what `qvera eval --json` writes"),
         ('{"subject": {}, "scores": 3, "metrics": [4, null, {"name": []}]}', "has no scores of answers"),
         ('{"subject": {}, "scores": {"bleu": NaN}, "metrics": [{"name": "bleu"}]}', "has no scores of answers"),
         ('{"subject": {"column": "Base"}, "scores": {"bleu": 1}, "metrics": [{"name": "bleu"}]}', "the base alone"),
-        (None, "eval.json can't be read (Is a directory)"),
+        (None, "eval.json: can't be read (Is a directory)"),
     ],
 )
 def test_a_file_that_is_no_evaluation_becomes_a_note(build_scored: Build, text: str | None, sentence: str) -> None:

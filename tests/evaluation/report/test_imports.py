@@ -17,8 +17,7 @@ def test_reading_comparing_and_showing_runs_imports_no_torch(build_run: Callable
         from qvera.evaluation.report.compare import compare_runs
         found = compare_runs([Path(name) for name in sys.argv[1:]])
         assert not {"jinja2", "numpy"} & set(sys.modules), "a table needs no page"
-        from qvera.evaluation.report.compare_page import compare_page
-        import qvera.evaluation.report.answers_page, qvera.evaluation.report.preview_page
+        from qvera.evaluation.report.pages import compare_page
         assert "1.18 GB" in compare_page(found)
         write_report(sys.argv[1])
         heavy = {"torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate"} & set(sys.modules)

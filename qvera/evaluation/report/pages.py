@@ -1,0 +1,198 @@
+"""The HTML pages: `render` for the templates of this directory, and what each page but a run's (`run_page`) shows.
+
+A page is one file: it loads nothing and runs only its own script.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from qvera.evaluation.report.answer_diff import Sample, make_sample
+from qvera.evaluation.report.charts import Chart, Line, length_histogram, line_chart
+from qvera.evaluation.report.compare import (
+    COSTS,
+    SCORES,
+    Comparison,
+    score_columns,
+    score_format,
+    tokens_by_step,
+    yaml_text,
+)
+from qvera.evaluation.report.read import score_key, series
+from qvera.evaluation.report.smoothing import loss_curves
+from qvera.utils.formatting import count, duration, moment, percent, significant, size, text_or_dash
+
+if TYPE_CHECKING:
+    from qvera.data import DataStats, Example
+
+MAX_ROWS = 500
+"""Rows on the page of an evaluation; all of them are in the predictions file."""
+
+_HERE = Path(__file__).parent
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+@functools.cache
+def environment() -> Environment:
+    """The templates, with autoescape: every text that they print is escaped, also inside attributes."""
+    found = Environment(
+        loader=FileSystemLoader(_HERE / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    script = (_HERE / "script.js").read_text(encoding="utf-8")
+    found.globals |= {
+        "newline": "\n",  # browsers drop the first one of a <pre>, which else would be the text's own
+        "style": Markup((_HERE / "style.css").read_text(encoding="utf-8")),
+        "script": Markup(script),
+        "script_sha256": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    }
+    formats: tuple[Callable[[float], str], ...] = (count, duration, percent, significant, size)
+    found.filters |= {function.__name__: _or_nothing(function) for function in formats}
+    found.filters |= {"moment": moment, "yaml": yaml_text, "code_spans": _code_spans}
+    return found
+
+
+def _or_nothing(text: Callable[[float], str]) -> Callable[[float | None], str]:
+    """The same format, with "" for a value that is not known."""
+    return lambda value: "" if value is None else text(value)
+
+
+def _code_spans(text: str) -> Markup:
+    """A sentence as HTML: what stands between backticks is code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+
+
+def render(template: str, **context: object) -> str:
+    """A whole page. What HTML has no place for (control characters, surrogates) becomes U+FFFD."""
+    return _UNPRINTABLE.sub("\ufffd", environment().get_template(template).render(context))
+
+
+def answers_page(evaluation: dict[str, Any]) -> str:
+    """The page of ``qvera eval``: scores beside those of the base, and every answer beside base and references.
+
+    Args:
+        evaluation: What ``qvera eval --json`` writes.
+    """
+    labels = {"loss": "Loss (nats a token)", "perplexity": "Perplexity"}
+    labels |= {score_key(metric["name"]): metric["label"] for metric in evaluation["metrics"]}
+    columns = [scores for scores in (evaluation["base_scores"], evaluation["scores"]) if scores is not None]
+    scores = [
+        (label, [text_or_dash(column.get(key), score_format(key)) for column in columns])
+        for key, label in labels.items()
+        if key in evaluation["scores"]
+    ]
+    return render(
+        "answers.html",
+        evaluation=evaluation,
+        name=Path(evaluation["subject"]["path"]).resolve().name,
+        scores=scores,
+        signatures=[(metric["label"], metric["signature"]) for metric in evaluation["metrics"]],
+        changes=_changes(evaluation),
+        samples=[_sample(row, evaluation) for row in evaluation["answers"][:MAX_ROWS]],
+    )
+
+
+def _sample(row: dict[str, Any], evaluation: dict[str, Any]) -> Sample:
+    labels = {metric["name"]: metric["label"] for metric in evaluation["metrics"]}
+
+    def note(scores: dict[str, float]) -> str:
+        """The scores of one answer, without exact match, which the verdict says already."""
+        return " · ".join(f"{labels[name]} {significant(value)}" for name, value in scores.items() if name != "exact")
+
+    answers = [(evaluation["subject"]["column"], row["answer"], note(row["scores"]))]
+    if "base_answer" in row:
+        answers.insert(0, ("Base", row["base_answer"], note(row["base_scores"])))
+    return make_sample(row["source"], row["prompt"], answers, row["references"])
+
+
+def _changes(evaluation: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """How many rows each metric finds better than the base's answer, the same, and worse."""
+    pairs = [(row["base_scores"], row["scores"]) for row in evaluation["answers"] if row.get("base_scores")]
+    table = []
+    for metric in evaluation["metrics"] if pairs else ():
+        name, sign = metric["name"], -1 if metric["lower_is_better"] else 1
+        gains = [sign * (after[name] - before[name]) for before, after in pairs]
+        better, worse = sum(gain > 1e-9 for gain in gains), sum(gain < -1e-9 for gain in gains)
+        table.append((metric["label"], [count(number) for number in (better, len(gains) - better - worse, worse)]))
+    return table
+
+
+def compare_page(comparison: Comparison) -> str:
+    """The page of ``qvera compare``: tables and curves of several runs."""
+    tables = {
+        "Scores on held-out rows": comparison.table(SCORES, comparison.figures),
+        "Scores by qvera eval": comparison.table(score_columns(comparison.runs), comparison.score_figures),
+        "Cost": comparison.table(COSTS, comparison.figures),
+    }
+    charts = [_loss_chart(comparison, held_out, unit) for unit in ("step", "token") for held_out in (True, False)]
+    return render("compare.html", comparison=comparison, tables=tables, charts=charts)
+
+
+def _loss_chart(comparison: Comparison, held_out: bool, unit: str) -> Chart | None:
+    """Losses of all runs over steps, or over the tokens that each had seen by then."""
+    lines = []
+    for colour, (run, label) in enumerate(zip(comparison.runs, comparison.labels, strict=True), start=1):
+        points = run.held_out_losses if held_out else loss_curves(series(run.train, "loss"))[1]
+        if unit == "token":  # without steps that metrics.jsonl does not know
+            seen = {0.0: 0.0, **dict(tokens_by_step(run))}
+            points = [(seen[step], value) for step, value in points if step in seen]
+        line = Line(label, points, "held-out" if held_out else "main", colour=colour)
+        if line.values:
+            lines.append(line)
+    title, ending = ("Held-out loss", "") if held_out else ("Training loss", ", smoothed")
+    note = f"nats a token, by {'step' if unit == 'step' else 'tokens seen'}{ending}"
+    return line_chart(title, lines, note=note, height=200, may_be_log=True, x_name=unit)
+
+
+def preview_page(
+    title: str,
+    source: str,
+    stats: DataStats,
+    warnings: Sequence[str],
+    rows: Sequence[Example],
+    decode: Callable[[Sequence[int]], str],
+) -> str:
+    """The page of ``qvera preview``: counts, lengths, and ``rows`` token by token with the trained ones marked.
+
+    Args:
+        title: The recipe's name.
+        source: Where the data comes from.
+        stats: Counts of the data set.
+        warnings: What a person should know about the data, a sentence each.
+        rows: Shown as the model reads them.
+        decode: Token ids → text, special tokens included.
+    """
+
+    def stretches(row: Example) -> list[tuple[str, bool]]:
+        """The row as stretches of text, each with whether its tokens are trained."""
+        edges = [0, *(np.flatnonzero(np.diff(row.trained)) + 1).tolist(), len(row.input_ids)]
+        return [(decode(row.input_ids[start:end].tolist()), bool(row.trained[start])) for start, end in pairwise(edges)]
+
+    mixture = [
+        (each.path, f"{count(each.taken)} ({count(each.rows)} rows, weight {each.weight:g}). {each.layout}")
+        for each in stats.sources
+    ]
+    return render(
+        "preview.html",
+        title=title,
+        source=source,
+        stats=stats,
+        mixture=mixture if len(mixture) > 1 else [],
+        warnings=warnings,
+        lengths=length_histogram(stats.histogram_edges, stats.histogram_counts),
+        rows=[(row.source, len(row.input_ids), row.trained_tokens, stretches(row)) for row in rows],
+    )
