@@ -10,7 +10,7 @@ from qvera.data.encoding import Encoder
 from qvera.data.formats import FORMATS, Conversation, Text, Turn
 from qvera.data.named_templates import NAMED_TEMPLATES
 from qvera.data.preview import data_warnings, decode, print_preflight
-from qvera.data.rows import CutRows, Example, Rows, lengths_of
+from qvera.data.rows import Example, Rows, lengths_of
 from qvera.data.sampler import Batches, batches_of, grouped, microbatches, order, steps_per_epoch
 from qvera.data.sources import read_prompts
 from qvera.data.stats import DataStats
@@ -22,7 +22,6 @@ __all__ = [
     "Batches",
     "ChatTemplate",
     "Conversation",
-    "CutRows",
     "DataStats",
     "Datasets",
     "Encoder",

@@ -6,7 +6,7 @@ of them. What that one found wrong with the rows is in .KEY.failed, for those th
 sources and the tables.
 
 `datasets.Dataset.from_generator` was tried in place of this: it writes rows nine times slower (a Python list each),
-forks the trainer's threads, does not notice a damaged file, and would replace about eighty lines.
+forks the trainer's threads, and does not notice a damaged file.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import hashlib
 import json
 import shutil
@@ -22,18 +23,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-from filelock import FileLock, Timeout
-
 from qvera.config.schema import DataSection
 from qvera.data.encoding import Encoder, tokenizer_sha256
-from qvera.data.readers import Unreadable
-from qvera.data.rows import RowTable
+from qvera.data.rows import Rows
 from qvera.data.sources import EVAL, TRAIN, source_content, source_files
 from qvera.data.tokenization import RowCounts
 from qvera.data.tokenize_source import TokenizedSource, tokenize_source
 from qvera.utils.atomic import disk_errors, flush, replace_text
-from qvera.utils.cache_dir import UNFINISHED, WAIT_SECONDS, DiskCache, HashIndex, discard
+from qvera.utils.cache_dir import UNFINISHED, DiskCache, HashIndex, discard
 from qvera.utils.errors import InputError
 from qvera.utils.files import file_sha256, file_stamp, try_read_json
 from qvera.utils.paths import cache_root
@@ -73,35 +70,35 @@ def tokenized(section: DataSection, encoder: Encoder, console: Console | None) -
         return _without_entry(section, encoder, console)
     sha256 = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     failed = root / f".{sha256}.failed"
-    lock = FileLock(root / f".{sha256}.lock")
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        failed_before = _stamp(failed)
+    waiting = f"{section.path}: waiting, another process tokenizes these rows."
+    with contextlib.ExitStack() as stack:
         try:
-            lock.acquire(timeout=WAIT_SECONDS)
-        except Timeout:
-            _warn(console, f"{section.path}: waiting, another process tokenizes these rows.")
-            lock.acquire()
-    except OSError as error:
-        reason = error.strerror or error
-        _warn(console, f"{root}: tokenized rows can't be cached there ({reason}); the next run tokenizes them again.")
-        return _without_entry(section, encoder, console)
-    try:
+            root.mkdir(parents=True, exist_ok=True)
+            failed_before = _stamp(failed)
+            stack.enter_context(ROWS.locked(sha256, functools.cache(lambda: _warn(console, waiting))))  # said once
+        except OSError as error:
+            reason = f"{root}: tokenized rows can't be cached there ({error.strerror or error})"
+            _warn(console, f"{reason}; the next run tokenizes them again.")
+            return _without_entry(section, encoder, console)
         target = root / f"{PREFIX}{sha256}"
         found = _open_entry(target, hashes, console)
         if found is not None:
             return found
-        if _stamp(failed) not in (None, failed_before):  # while this process waited, and on the same content
-            raise InputError(json.loads(failed.read_text(encoding="utf-8")))
-        return _make_entry(section, encoder, key, target, failed, hashes, console)
-    finally:
-        lock.release()
+        if _stamp(failed) not in (None, failed_before):  # written while this process waited
+            raise InputError(failed.read_text(encoding="utf-8"))
+        try:
+            return _make_entry(section, encoder, key, target, hashes, console)
+        except InputError as error:
+            replace_text(failed, str(error))
+            raise
+
+
+def _stamp(file: Path) -> list[int] | None:
+    return file_stamp(file.stat()) if file.exists() else None
 
 
 def _without_entry(section: DataSection, encoder: Encoder, console: Console | None) -> TokenizedSource:
-    """Rows without an entry: few of them in memory, others mapped from a file whose name is gone once it is mapped."""
-    if _is_small(section):
-        return tokenize_source(section, encoder, None, console)
+    """Rows without an entry, mapped from a file whose name is gone once it is mapped."""
     with (
         tempfile.TemporaryDirectory(prefix="qvera-rows-", ignore_cleanup_errors=True) as directory,
         disk_errors(directory, "Make room, or set TMPDIR to a directory on another disk."),
@@ -109,50 +106,33 @@ def _without_entry(section: DataSection, encoder: Encoder, console: Console | No
         return tokenize_source(section, encoder, Path(directory), console)
 
 
-def _is_small(section: DataSection) -> bool:
-    files = source_files(section)
-    return files is not None and sum(file.stat().st_size for file in files) < _WORTH_BYTES
-
-
 def _make_entry(
     section: DataSection,
     encoder: Encoder,
     key: dict[str, Any],
     target: Path,
-    failed: Path,
     hashes: HashIndex,
     console: Console | None,
 ) -> TokenizedSource:
-    """Tokenize the rows into the entry ``target``.
-
-    What is wrong with the rows themselves is written to ``failed`` too.
-    """
-    root = target.parent
-    unfinished = root / f"{UNFINISHED}{target.name.removeprefix(PREFIX)}"
+    """Tokenize the rows into the entry ``target``."""
+    unfinished = target.with_name(f"{UNFINISHED}{target.name.removeprefix(PREFIX)}")
     shutil.rmtree(unfinished, ignore_errors=True)
     ROWS.clear_removed()
-    try:
-        with disk_errors(str(root), "Make room, or set QVERA_CACHE to a directory on another disk."):
-            failed.unlink(missing_ok=True)
-            unfinished.mkdir()
+    with disk_errors(str(target.parent), "Make room, or set QVERA_CACHE to a directory on another disk."):
+        unfinished.mkdir()
+        try:
             source = tokenize_source(section, encoder, unfinished, console)
             if source_content(section, hashes) != key["content"]:
-                raise Unreadable(
+                raise InputError(
                     f"{section.path}: was changed while it was read. Run the same command again when nothing writes to "
-                    f"it."
+                    "it."
                 )
             sha256_of = _write_record(unfinished, key, section, source)
             unfinished.rename(target)  # what is mapped stays mapped
-            flush(root)
-            hashes.add({target / name: (file_stamp((target / name).stat()), sha) for name, sha in sha256_of.items()})
-    except BaseException as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        if isinstance(error, InputError) and not isinstance(error, Unreadable):
-            with contextlib.suppress(OSError, InputError):  # the error that is raised is the one above
-                # not the whole key, since a day may end meanwhile
-                if source_content(section, hashes) == key["content"]:
-                    replace_text(failed, json.dumps(str(error)))
-        raise
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        flush(target.parent)
+        hashes.add({target / name: (file_stamp((target / name).stat()), sha) for name, sha in sha256_of.items()})
     return source
 
 
@@ -162,7 +142,8 @@ def _key_of(section: DataSection, tokenizer: PreTrainedTokenizerBase, hashes: Ha
     That is the content (and the names, which messages show) of its files, the tokenizer's whole state, its template,
     the keys of the recipe, the code that tokenizes, and the day for templates that write it.
     """
-    if _is_small(section):
+    files = source_files(section)
+    if files is not None and sum(file.stat().st_size for file in files) < _WORTH_BYTES:
         return None
     content, tokenizer_hash = source_content(section, hashes), tokenizer_sha256(tokenizer)
     if content is None or tokenizer_hash is None:
@@ -189,13 +170,6 @@ def _code_sha256() -> str:
     return digest.hexdigest()
 
 
-def _stamp(file: Path) -> list[int] | None:
-    try:
-        return file_stamp(file.stat())
-    except FileNotFoundError:
-        return None
-
-
 def _write_record(
     directory: Path, key: dict[str, Any], section: DataSection, source: TokenizedSource
 ) -> dict[str, str]:
@@ -218,34 +192,21 @@ def _write_record(
     return sha256_of
 
 
-def _read_record(directory: Path) -> dict[str, Any] | None:
-    return try_read_json(directory / RECORD)
-
-
 def _open_entry(directory: Path, hashes: HashIndex, console: Console | None) -> TokenizedSource | None:
     """The entry if there is one and its files are as they were written; a damaged one is removed, with a warning."""
     if not directory.is_dir():
         return None
     problem = problem_of(directory, hashes)
-    if problem is None:
-        record = _read_record(directory)
-        assert record is not None
-        try:
-            train, held_out = (_table(directory / f"{part}.arrow", record["rows"][part]) for part in (TRAIN, EVAL))
-            looks = record["format"], record["unused"], record["template"], RowCounts(**record["counts"])
-            return TokenizedSource(*looks, train, held_out, directory.name)
-        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-            problem = f"{directory}: can't be read ({' '.join(str(error).split())})"
-    _warn(console, f"{problem}. The rows are tokenized again.")
-    discard(directory)
-    return None
-
-
-def _table(file: Path, rows: int) -> RowTable:
-    table = RowTable.open(file) if rows else RowTable()
-    if len(table) != rows:
-        raise ValueError(f"{file.name} has {len(table)} rows, its record says {rows}")
-    return table
+    if problem is not None:
+        _warn(console, f"{problem}. The rows are tokenized again.")
+        discard(directory)
+        return None
+    record = try_read_json(directory / RECORD) or {}
+    train, held_out = (
+        Rows.open(directory / f"{part}.arrow") if record["rows"][part] else Rows() for part in (TRAIN, EVAL)
+    )
+    looks = record["format"], record["unused"], record["template"], RowCounts(**record["counts"])
+    return TokenizedSource(*looks, train, held_out, directory.name)
 
 
 def problem_of(directory: Path, hashes: HashIndex | None = None) -> str | None:
@@ -254,24 +215,18 @@ def problem_of(directory: Path, hashes: HashIndex | None = None) -> str | None:
     Args:
         hashes: the hashes of files that have not changed; None: all files are read again.
     """
-    record = _read_record(directory)
+    record = try_read_json(directory / RECORD)
     if record is None:
         return f"{directory / RECORD}: is missing or damaged"
-    try:
-        files = {directory / name: entry for name, entry in record["files"].items()}
-        for file, entry in files.items():
-            if not file.is_file() or file.stat().st_size != entry["bytes"]:
-                return f"{file}: is missing or has another size than was written"
-        if hashes is None:
-            found = {file: file_sha256(file) for file in files}
-        else:
-            found = hashes.hashed(list(files), hashes.known(files), None)
-        for file, entry in files.items():
-            if found[file] != entry["sha256"]:
-                return f"{file}: has other bytes than were written"
-    except (KeyError, TypeError, AttributeError):
-        return f"{directory / RECORD}: is damaged"
-    return None
+    files = {directory / name: entry["sha256"] for name, entry in record["files"].items()}
+    if missing := [file for file in files if not file.is_file()]:
+        return f"{missing[0]}: is missing"
+    if hashes is None:
+        found = {file: file_sha256(file) for file in files}
+    else:
+        found = hashes.hashed(list(files), hashes.known(files), None)
+    changed = [file for file in files if found[file] != files[file]]
+    return f"{changed[0]}: has other bytes than were written" if changed else None
 
 
 def _warn(console: Console | None, text: str) -> None:
@@ -280,4 +235,4 @@ def _warn(console: Console | None, text: str) -> None:
     (console or Console(stderr=True)).print(text, style="yellow", markup=False)
 
 
-ROWS = DiskCache("set of cached rows", rows_root, _read_record, problem_of, PREFIX)
+ROWS = DiskCache("set of cached rows", rows_root, lambda entry: try_read_json(entry / RECORD), problem_of, PREFIX)

@@ -88,24 +88,19 @@ def build_datasets(
     """
     encoder = Encoder(tokenizer)
     stats = DataStats(pads_with_eos=encoder.pads_with_eos)
-    sources = [tokenized(source, encoder, console) for source in _sources(section)]
-    chosen: list[np.ndarray | None] = []
-    for number, (about, source) in enumerate(zip(_sources(section), sources, strict=True)):
-        # with a weight of 1 every row is taken once, in order: that is the table itself
-        rows = None if about.weight == 1 else weighted(len(source.train), about.weight, section.seed, number)
-        chosen.append(rows)
-        taken = len(source.train) if rows is None else len(rows)
+    sections = _sources(section)
+    sources = [tokenized(each, encoder, console) for each in sections]
+    for number, (about, source) in enumerate(zip(sections, sources, strict=True)):
+        rows = len(source.train)
+        if about.weight != 1:
+            source.train = source.train.take(weighted(rows, about.weight, section.seed, number))
         looks = source.format, source.template
-        stats.add_source(SourceStats(about.path, about.weight, len(source.train), taken, *looks), source)
-        if (
-            about.template == "auto"
-            and source.format != "text"
-            and source.template not in (OWN, *stats.default_templates)
-        ):
+        stats.add_source(SourceStats(about.path, about.weight, rows, len(source.train), *looks), source)
+        if about.template == "auto" and source.format != "text" and source.template != OWN:
             stats.default_templates.append(source.template)
     template = resolve_template(section.template, tokenizer, sources[0].format)
-    train = concatenated([source.train for source in sources], chosen)
-    held_out = concatenated([source.eval for source in sources], [None] * len(sources))
+    train = concatenated([source.train for source in sources])
+    held_out = concatenated([source.eval for source in sources])
     stats.count(train, held_out)
     return Datasets(train, held_out, stats, template, encoder.pad_id)
 

@@ -79,9 +79,10 @@ def data_warnings(stats: DataStats) -> list[str]:
     """What a person should know about the rows, a sentence each."""
     lines = []
     if stats.default_templates:
+        templates = " and ".join(dict.fromkeys(stats.default_templates))
         lines.append(
-            f"The tokenizer has no chat template, so rows are written with the template "
-            f"{' and '.join(stats.default_templates)}. Set data.template to choose one: {', '.join(NAMED_TEMPLATES)}."
+            f"The tokenizer has no chat template, so rows are written with the template {templates}. "
+            f"Set data.template to choose one: {', '.join(NAMED_TEMPLATES)}."
         )
     for reason, sources in stats.dropped.items():
         shown = ", ".join(sources[:3]) + (", ..." if len(sources) > 3 else "")

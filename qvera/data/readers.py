@@ -21,10 +21,6 @@ _TRAIN_NAME = re.compile(r"(^|[^a-z])train", re.IGNORECASE)
 _HELD_OUT_NAME = re.compile(r"(^|[^a-z])(test|valid|validation|val|eval|dev|held[-_]?out)([^a-z]|$)", re.IGNORECASE)
 
 
-class Unreadable(InputError):
-    """A source can't be read now, whatever is in it: a disk's error, a missing right, the hub, a change meanwhile."""
-
-
 @dataclass(frozen=True, slots=True)
 class RawRow:
     """One row as it was read.
@@ -139,8 +135,8 @@ def _not_utf8(where: str, error: UnicodeDecodeError, start: bytes) -> InputError
     )
 
 
-def _open_failed(file: Path, error: OSError) -> Unreadable:
-    return Unreadable(f"{file}: can't be read: {error.strerror or error}. Check that it is a file you may read.")
+def _open_failed(file: Path, error: OSError) -> InputError:
+    return InputError(f"{file}: can't be read: {error.strerror or error}. Check that it is a file you may read.")
 
 
 class _DuplicateKeys:
@@ -313,8 +309,7 @@ def _read_parquet(file: Path) -> Iterator[RawRow]:
         for number, fields in enumerate(rows, start=1):
             yield RawRow(fields, f"{file} row {number}")
     except (pa.ArrowException, OSError) as error:
-        kind = Unreadable if isinstance(error, OSError) else InputError
-        raise kind(f"{file}: can't be read as Parquet: {_one_line(error)}. Is the file complete?") from None
+        raise InputError(f"{file}: can't be read as Parquet: {_one_line(error)}. Is the file complete?") from None
 
 
 def _read_hub(path: str, split: str, config_name: str | None, revision: str | None) -> Iterator[RawRow]:
@@ -329,7 +324,7 @@ def load_hub(path: str, split: str, config_name: str | None, revision: str | Non
     """A hub dataset as `datasets` has it: Arrow files in its cache, memory-mapped.
 
     Raises:
-        Unreadable: there is none of that name, or the hub can't be reached.
+        InputError: there is none of that name, or the hub can't be reached.
     """
     import datasets
 
@@ -339,7 +334,7 @@ def load_hub(path: str, split: str, config_name: str | None, revision: str | Non
         hint = "Check data.path, data.config_name, data.split and data.revision."
         if isinstance(error, ConnectionError) or "offline" in str(error).lower():
             hint = "The hub can't be reached: connect, or set data.path to a local file."
-        raise Unreadable(
+        raise InputError(
             f"{path}: no file or directory of that name here, and as a hub dataset it can't be loaded "
             f"(split {split!r}{f', configuration {config_name!r}' if config_name else ''}): {_one_line(error)}. {hint}"
         ) from None

@@ -46,15 +46,13 @@ class TokenizedChunk:
         counts: what they lost.
         empty_rows: sources of rows without a token to train on.
         error: what is wrong with the first bad row, or empty.
-        malformed: that row is not of the format; otherwise the template refuses it.
     """
 
     rows: int
-    batch: pa.RecordBatch
+    batch: pa.RecordBatch | None = None
     counts: RowCounts = field(default_factory=RowCounts)
     empty_rows: list[str] = field(default_factory=list)
     error: str = ""
-    malformed: bool = False
 
 
 class RowTokenizer:
@@ -69,24 +67,15 @@ class RowTokenizer:
         self.section, self.encoder, self.template, self.row_format = section, encoder, template, row_format
         self._counts = RowCounts()
 
-    def tokenize_chunk(self, rows: Sequence[RawRow], only_check: bool = False) -> TokenizedChunk:
-        """Check and tokenize consecutive rows.
-
-        Args:
-            only_check: rows before these had nothing to train on, so only the list of such rows is still of interest.
-        """
-        chunk = TokenizedChunk(len(rows), record_batch([]))
+    def tokenize_chunk(self, rows: Sequence[RawRow]) -> TokenizedChunk:
+        """Check and tokenize consecutive rows."""
+        chunk = TokenizedChunk(len(rows))
         try:
             parsed = [parse_row(row, self.row_format, self.section.system, self.section.label_names) for row in rows]
-        except InputError as error:
-            chunk.error, chunk.malformed = str(error), True
-            return chunk
-        chunk.empty_rows = [row.source for row in parsed if self._is_empty(row)]
-        if only_check or chunk.empty_rows:
-            return chunk
-        try:
-            examples, chunk.counts = self.encode(parsed)
-            chunk.batch = record_batch(examples)
+            chunk.empty_rows = [row.source for row in parsed if self._is_empty(row)]
+            if not chunk.empty_rows:
+                examples, chunk.counts = self.encode(parsed)
+                chunk.batch = record_batch(examples)
         except InputError as error:
             chunk.error = str(error)
         return chunk

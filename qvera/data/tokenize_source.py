@@ -1,6 +1,8 @@
 """One source of a recipe, from its files to tables of tokenized rows.
 
-It is read twice (to count, to tokenize), never held as a whole.
+It is read twice (to count, to tokenize), never held as a whole. Several processes may tokenize: each reads the source
+itself and takes every n-th chunk of its rows. They are programs of their own, not forks or spawns: a fork would not
+copy the trainer's threads, and a spawn would run the caller's ``__main__`` again.
 """
 
 from __future__ import annotations
@@ -8,20 +10,23 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import pickle
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import pyarrow as pa
 
 from qvera.config.schema import DataSection
-from qvera.data.chat_template import ChatTemplate, resolve_template
-from qvera.data.encoding import Encoder
-from qvera.data.formats import RowFormat, detect_format
-from qvera.data.rows import RowTable, write_table
+from qvera.data.chat_template import resolve_template
+from qvera.data.encoding import Encoder, tokenizer_sha256
+from qvera.data.formats import detect_format
+from qvera.data.rows import Rows, write_table
 from qvera.data.sources import CHUNK_ROWS, EVAL, TRAIN, chosen_rows, chunks_of, count_rows, hold_out, raw_rows
 from qvera.data.tokenization import RowCounts, RowTokenizer, TokenizedChunk
 from qvera.utils.errors import InputError
@@ -36,6 +41,12 @@ _MEASURED_SECONDS = 1.0
 _WORTH_SECONDS = 60.0
 """More processes are started where one alone would take this much longer: each imports its libraries and reads the
 whole source (`bench/feeding.py`)."""
+_PROGRAM = (
+    "import sys; out, sys.stdout = sys.stdout.buffer, sys.stderr; "
+    "from qvera.data.tokenize_source import work; work(sys.argv[1], int(sys.argv[2]), out)"
+)
+_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "USE_TORCH": "0"}
+"""A process's: one core each, and transformers without torch, whose import takes ten times as long as all the rest."""
 
 
 @dataclass(slots=True)
@@ -54,74 +65,56 @@ class TokenizedSource:
     unused_columns: list[str]
     template: str
     counts: RowCounts
-    train: RowTable
-    eval: RowTable
+    train: Rows
+    eval: Rows
     cache_entry: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The training or the held-out rows of a source: where they are, how many there are, what they look like.
+    """The training or the held-out rows of a source.
 
     Attributes:
-        section: the source; its template is named, not ``auto``.
+        tokenizer: tokenizes them.
         name: `TRAIN` or `EVAL`.
         source_rows: rows of ``data.path``, see `chosen_rows`.
         rows: of them, those of this part.
     """
 
-    section: DataSection
+    tokenizer: RowTokenizer
     name: str
     source_rows: int
     rows: int
-    path: str
-    row_format: RowFormat
 
-    def tokenizer(self, encoder: Encoder, template: ChatTemplate) -> RowTokenizer:
-        """What tokenizes these rows."""
-        return RowTokenizer(self.section, encoder, template, self.row_format)
-
-    def tokenize(self, tokenizer: RowTokenizer, first: int, step: int = 1) -> Iterator[TokenizedChunk]:
-        """The part's chunks ``first``, ``first + step``, ...
-
-        in order; after an empty row the others are only checked.
-        """
-        only_check = False
-        raw = chunks_of(chosen_rows(self.section, self.name, self.source_rows))
-        for rows in itertools.islice(raw, first, None, step):
-            chunk = tokenizer.tokenize_chunk(rows, only_check)
-            only_check = only_check or bool(chunk.empty_rows)
-            yield chunk
+    def chunks(self, first: int, step: int = 1) -> Iterator[TokenizedChunk]:
+        """The chunks ``first``, ``first + step``, ... in order, tokenized by this process."""
+        raw = chunks_of(chosen_rows(self.tokenizer.section, self.name, self.source_rows))
+        return map(self.tokenizer.tokenize_chunk, itertools.islice(raw, first, None, step))
 
 
 def tokenize_source(
-    section: DataSection, encoder: Encoder, directory: Path | None, console: Console | None
+    section: DataSection, encoder: Encoder, directory: Path, console: Console | None
 ) -> TokenizedSource:
     """Read, check, render and tokenize one source.
 
     Args:
         section: the source, with an empty ``mixture``.
-        directory: where the tables ``train.arrow`` and ``eval.arrow`` go; None: memory.
+        directory: where the tables ``train.arrow`` and ``eval.arrow`` go.
 
     Raises:
         InputError: anything wrong with the recipe's ``data``, a file or a row.
     """
     count = count_rows(section, section.path)
     first = next(raw_rows(section, section.path))
-    row_format = detect_format(first, section.format, section.columns)
-    template = resolve_template(section.template, encoder.tokenizer, row_format.name)
-    # `auto` goes by the training rows, in every pass and every process
-    section = section.replace(template=template.name)
-    eval_format = row_format
+    train_format = eval_format = detect_format(first, section.format, section.columns)
     if section.eval_path is not None:
         if section.eval_path == section.path:
             raise InputError(
                 f"data.eval_path: {section.path} is data.path too, so nothing would be held out. Name another file, or "
                 "set data.eval_fraction instead."
             )
-        held = count_rows(section, section.eval_path)
+        train, held = count, count_rows(section, section.eval_path)
         eval_format = detect_format(next(raw_rows(section, section.eval_path)), section.format, section.columns)
-        train_rows = count
     else:
         if section.eval_fraction > 0 and count < 2:
             raise InputError(
@@ -129,20 +122,17 @@ def tokenize_source(
                 "data.eval_path, or remove data.eval_fraction."
             )
         held = int(hold_out(count, section.eval_fraction, section.seed).sum())
-        train_rows = count - held
-    tokenized = TokenizedSource(row_format.name, row_format.unused, template.name, RowCounts(), RowTable(), RowTable())
-    train = Part(section, TRAIN, count, train_rows, section.path, row_format)
-    held_out_rows, path = min(held, section.eval_limit or held), section.eval_path or section.path
-    held_out = Part(section, EVAL, count, held_out_rows, path, eval_format)
-    for part, purpose in ((train, "training"), (held_out, "held-out")):
-        if not part.rows:
-            continue
-        table, counts = _tokenize(part, encoder, template, directory, console)
-        if not len(table):
-            raise InputError(f"{part.path}: no {purpose} row is left: {_why_none(section, part.rows)}")
-        tokenized.counts.add(counts)
-        setattr(tokenized, part.name, table)
-    return tokenized
+        train = count - held
+    template = resolve_template(section.template, encoder.tokenizer, train_format.name)  # of the held-out rows too
+    source = TokenizedSource(train_format.name, train_format.unused, template.name, RowCounts(), Rows(), Rows())
+    source.train = _tokenize(
+        Part(RowTokenizer(section, encoder, template, train_format), TRAIN, count, train), directory, source, console
+    )
+    if held:
+        held = min(held, section.eval_limit or held)
+        part = Part(RowTokenizer(section, encoder, template, eval_format), EVAL, count, held)
+        source.eval = _tokenize(part, directory, source, console)
+    return source
 
 
 def _why_none(section: DataSection, rows: int) -> str:
@@ -151,8 +141,7 @@ def _why_none(section: DataSection, rows: int) -> str:
     if section.too_long == "drop":  # which leaves out no row for anything else
         return (
             f"all {rows} are longer than data.max_length ({limit}), and data.too_long is drop. Raise data.max_length, "
-            f"or "
-            "shorten them by data.max_source_length and data.max_target_length, or set data.too_long to cut-end, "
+            "or shorten them by data.max_source_length and data.max_target_length, or set data.too_long to cut-end, "
             "cut-start or split."
         )
     return (
@@ -161,66 +150,106 @@ def _why_none(section: DataSection, rows: int) -> str:
     )
 
 
-def _tokenize(
-    part: Part, encoder: Encoder, template: ChatTemplate, directory: Path | None, console: Console | None
-) -> tuple[RowTable, RowCounts]:
+def _tokenize(part: Part, directory: Path, source: TokenizedSource, console: Console | None) -> Rows:
+    """A part's rows, in a file in ``directory``; what they lost is added to the counts of ``source``."""
     from rich.console import Console
     from rich.progress import Progress
 
-    tokenizer = part.tokenizer(encoder, template)
-    counts, empty_rows = RowCounts(), list[str]()
+    section = part.tokenizer.section
+    path = section.eval_path if part.name == EVAL and section.eval_path else section.path
+    empty_rows: list[str] = []
     console = console or Console(stderr=True)
     progress = Progress(console=console, transient=True, disable=part.rows <= _PROGRESS_ROWS)
 
     def batches() -> Iterator[pa.RecordBatch]:
-        chunks = _chunks(part, tokenizer, directory, console)
-        with progress, contextlib.closing(chunks):
-            task = progress.add_task(f"Tokenizing {part.path}", total=part.rows)
-            for chunk in chunks:
-                empty_rows.extend(chunk.empty_rows)
-                if chunk.error and (chunk.malformed or not empty_rows):
+        total = -(-part.rows // CHUNK_ROWS)
+        with progress, contextlib.closing(_chunks(part, console)) as chunks:
+            for chunk in progress.track(chunks, total, description=f"Tokenizing {path}"):
+                if chunk.error:
                     raise InputError(chunk.error)
+                empty_rows.extend(chunk.empty_rows)
                 if not empty_rows:
-                    counts.add(chunk.counts)
+                    source.counts.add(chunk.counts)
                     yield chunk.batch
-                progress.advance(task, chunk.rows)
         if empty_rows:
-            raise InputError(tokenizer.empty_rows_message(empty_rows))
+            raise InputError(part.tokenizer.empty_rows_message(empty_rows))
 
-    table = write_table(batches(), None if directory is None else directory / f"{part.name}.arrow")
-    return table, counts
+    rows = write_table(batches(), directory / f"{part.name}.arrow")
+    if not len(rows):
+        purpose = "held-out" if part.name == EVAL else "training"
+        raise InputError(f"{path}: no {purpose} row is left: {_why_none(section, part.rows)}")
+    return rows
 
 
-def _chunks(part: Part, tokenizer: RowTokenizer, directory: Path | None, console: Console) -> Generator[TokenizedChunk]:
+def _chunks(part: Part, console: Console) -> Generator[TokenizedChunk]:
     """All chunks in order, from this process or (where the recipe says so or it is worth it) from several."""
-    from qvera.data import tokenize_parallel
-
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    processes = min(part.section.tokenize_processes or cores, -(-part.rows // CHUNK_ROWS))
-    done = 0
-    if part.section.tokenize_processes is None:
-        begun = time.perf_counter()
-        measured = processes == 1
-        for chunk in part.tokenize(tokenizer, 0):
+    cores = len(os.sched_getaffinity(0))
+    asked = part.tokenizer.section.tokenize_processes
+    processes = min(asked or cores, -(-part.rows // CHUNK_ROWS))
+    done, begun = 0, time.perf_counter()
+    if asked is None:
+        for chunk in part.chunks(0):
             yield chunk
             done += 1
             seconds = time.perf_counter() - begun
-            if not measured and seconds > _MEASURED_SECONDS:
-                measured = True
-                if seconds * (part.rows / (done * CHUNK_ROWS) - 1) > _WORTH_SECONDS:
-                    break
+            rest = seconds * (part.rows / (done * CHUNK_ROWS) - 1)
+            if processes > 1 and seconds > _MEASURED_SECONDS and rest > _WORTH_SECONDS:
+                break
         else:
             return
     if processes > 1:
         try:
-            with tempfile.TemporaryDirectory(dir=directory) as scratch:
-                for chunk in tokenize_parallel.chunks(
-                    part, tokenizer.encoder.tokenizer, done, processes, Path(scratch)
-                ):
-                    yield chunk
-                    done += 1
+            for chunk in _chunks_by_processes(part, done, processes):
+                yield chunk
+                done += 1
             return
-        except tokenize_parallel.WorkerFailed:
+        except _ProcessFailed:
             text = "One process tokenizes all rows: others could not be started, or could not load this tokenizer."
             console.print(text, style="yellow", markup=False)
-    yield from part.tokenize(tokenizer, done)
+    yield from part.chunks(done)
+
+
+class _ProcessFailed(Exception):
+    """A process could not be started, or ended before its work was done."""
+
+
+def _chunks_by_processes(part: Part, first: int, processes: int) -> Iterator[TokenizedChunk]:
+    """All chunks of a part from number ``first`` on, in order: each process writes its own to its standard output.
+
+    Raises:
+        _ProcessFailed: after the chunks that were yielded, none can be had in this way.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            job = stack.enter_context(tempfile.NamedTemporaryFile())
+            pickle.dump((part, tokenizer_sha256(part.tokenizer.encoder.tokenizer), first, processes), job)
+            job.flush()
+            outputs: list[IO[bytes]] = []
+            for number in range(processes):
+                process = stack.enter_context(
+                    subprocess.Popen(
+                        [sys.executable, "-c", _PROGRAM, job.name, str(number)],
+                        stdin=subprocess.DEVNULL,
+                        stdout=subprocess.PIPE,
+                        stderr=subprocess.DEVNULL,
+                        env={**os.environ, **_ENVIRONMENT},
+                    )
+                )
+                stack.callback(process.kill)
+                assert process.stdout is not None
+                outputs.append(process.stdout)
+            for number in range(-(-part.rows // CHUNK_ROWS) - first):
+                yield pickle.load(outputs[number % processes])
+        except (OSError, EOFError, pickle.PickleError, TypeError, AttributeError) as error:
+            raise _ProcessFailed(str(error)) from error
+
+
+def work(job: str, number: int, out: IO[bytes]) -> None:
+    """Write one process's chunks: ``first + number``, ``first + number + processes``, ..."""
+    with open(job, "rb") as file:
+        part, sha256, first, processes = pickle.load(file)
+    if tokenizer_sha256(part.tokenizer.encoder.tokenizer) != sha256:
+        raise SystemExit("the tokenizer is another one here")
+    for chunk in part.chunks(first + number, processes):
+        pickle.dump(chunk, out)
+        out.flush()

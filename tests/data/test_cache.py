@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -33,12 +34,10 @@ from qvera.data import (
     cache,
     data_sha256,
     print_preflight,
-    readers,
-    tokenize_parallel,
     tokenize_source,
 )
 from qvera.training.trainer import train
-from qvera.utils.errors import InputError, QveraError, RunFailed
+from qvera.utils.errors import InputError, RunFailed
 from tests.data.test_same_rows import byte_tokenizer, write_rows
 
 pytestmark = pytest.mark.process
@@ -252,16 +251,13 @@ def test_an_entry_is_on_disk_before_it_has_its_name(
     assert order == ["eval.arrow", "train.arrow", "record.json", *entries(), root.name]
 
 
-@pytest.mark.parametrize(
-    "damage", ["a byte", "cut short", "missing", "record", "no record", "another schema", "fewer rows"]
-)
+@pytest.mark.parametrize("damage", ["a byte", "cut short", "missing", "record", "no record"])
 def test_a_damaged_entry_is_made_again(damage: str, section: DataSection, root: Path) -> None:
     first = build_datasets(section, byte_tokenizer())
     whole = [row.input_ids.tolist() for row in first.train]
     (name,) = entries()
     table, record = root / name / "train.arrow", root / name / "record.json"
     data = bytearray(table.read_bytes())
-    document = json.loads(record.read_text())
     replaced = root / name / "new"
     if damage == "a byte":
         data[len(data) // 2] ^= 1
@@ -274,17 +270,9 @@ def test_a_damaged_entry_is_made_again(damage: str, section: DataSection, root: 
         table.unlink()
     elif damage == "record":
         record.write_text(record.read_text()[:-40])
-    elif damage == "no record":
-        record.unlink()
-    elif damage == "another schema":
-        replaced.write_bytes(b"x" * len(data))
-        replaced.rename(table)
-        document["files"]["train.arrow"]["sha256"] = cache.file_sha256(table)
-        record.write_text(json.dumps(document))
     else:
-        document["rows"]["train"] -= 1
-        record.write_text(json.dumps(document))
-    assert main(["cache", "verify"]) == (0 if damage in ("another schema", "fewer rows", "record", "no record") else 1)
+        record.unlink()
+    assert main(["cache", "verify"]) == (0 if damage in ("record", "no record") else 1)
     out = io.StringIO()
     again = build_datasets(section, byte_tokenizer(), Console(file=out, width=500))
     assert "The rows are tokenized again." in out.getvalue()
@@ -472,36 +460,13 @@ def test_wrong_rows_are_read_once_for_all_who_wait_and_again_by_who_comes_later(
     assert len(build_datasets(section, byte_tokenizer()).train) >= 80
 
 
-@pytest.mark.parametrize(
-    "error",
-    [OSError(28, "No space left on device"), readers._open_failed(Path("chats.jsonl"), OSError(5, "I/O error"))],
-    ids=["full disk", "disk error"],
-)
-def test_what_is_wrong_with_the_disk_is_no_word_on_the_rows(
-    error: Exception, section: DataSection, monkeypatch: pytest.MonkeyPatch
+def test_a_full_disk_of_the_first_is_not_an_error_of_the_second(
+    section: DataSection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second = both_ends(section, monkeypatch, error)
-    assert isinstance(first, QveraError)
+    first, second = both_ends(section, monkeypatch, OSError(28, "No space left on device"))
+    assert isinstance(first, RunFailed)
     assert isinstance(second, Datasets)
     assert len(second.train) >= 80
-
-
-def test_rows_that_were_mended_while_they_were_read_are_not_called_wrong(
-    section: DataSection, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    good, real = Path(section.path).read_text(encoding="utf-8"), cache.tokenize_source
-    spoil(section)
-
-    def make(*arguments: Any) -> Any:
-        try:
-            return real(*arguments)
-        finally:
-            Path(section.path).write_text(good, encoding="utf-8")
-
-    monkeypatch.setattr(cache, "tokenize_source", make)
-    with pytest.raises(InputError, match="wizard"):
-        build_datasets(section, byte_tokenizer())
-    assert not list(root.glob(".*.failed"))
 
 
 # --- several processes
@@ -509,33 +474,31 @@ def test_rows_that_were_mended_while_they_were_read_are_not_called_wrong(
 
 
 class ThreadInPlaceOfAProcess:
-    """Does the work of ``python -m qvera.data.tokenize_parallel JOB NUMBER`` in a thread, which starts at once."""
+    """Does the work of one of the processes in a thread, which starts at once."""
 
     def __init__(self, command: list[str], **options: Any) -> None:
-        self.returncode: int | None = None
-        self._thread = threading.Thread(target=self._run, args=(Path(command[3]), int(command[4])))
+        reader, writer = os.pipe()
+        self.stdout, self._out = os.fdopen(reader, "rb"), os.fdopen(writer, "wb")
+        self._thread = threading.Thread(target=self._run, args=(command[-2], int(command[-1])))
         self._thread.start()
 
-    def _run(self, job: Path, number: int) -> None:
-        try:
-            tokenize_parallel._work(job, number)
-            self.returncode = 0
-        except Exception:
-            self.returncode = 1
-
-    def poll(self) -> int | None:
-        return self.returncode
+    def _run(self, job: str, number: int) -> None:
+        with contextlib.suppress(OSError), self._out:
+            tokenize_source.work(job, number, self._out)
 
     def kill(self) -> None:
-        pass  # the directory it writes into goes away next
+        self.stdout.close()  # it can't write any more
 
-    def wait(self) -> None:
+    def __enter__(self) -> ThreadInPlaceOfAProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._thread.join()
 
 
 @pytest.fixture
 def threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenize_parallel.subprocess, "Popen", ThreadInPlaceOfAProcess)
+    monkeypatch.setattr(tokenize_source.subprocess, "Popen", ThreadInPlaceOfAProcess)
 
 
 def by_several(section: DataSection, tokenizer: PreTrainedTokenizerFast) -> Datasets:
@@ -575,7 +538,7 @@ def test_several_processes_make_the_same_rows_and_end(long_section: DataSection,
     assert same(one, several)
     assert {f.name: f.read_bytes() for f in (root / entries()[0]).iterdir() if f.suffix == ".arrow"} == alone
     children = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "args="], capture_output=True, text=True).stdout
-    assert "qvera.data.tokenize_parallel" not in children
+    assert "qvera.data.tokenize_source" not in children
 
 
 def test_three_processes_make_the_same_rows(long_section: DataSection, root: Path, threads: None) -> None:
@@ -601,13 +564,13 @@ def test_processes_take_over_where_one_has_begun(
     monkeypatch.setattr(tokenize_source, "_WORTH_SECONDS", 0.0)
     monkeypatch.setattr(tokenize_source.os, "sched_getaffinity", lambda _: {0, 1})
     started: list[int] = []
-    real = tokenize_parallel.chunks
+    real = tokenize_source._chunks_by_processes
 
-    def spy(part: Any, tokenizer: Any, first: int, *rest: Any) -> Any:
+    def spy(part: Any, first: int, *rest: Any) -> Any:
         started.append(first)
-        return real(part, tokenizer, first, *rest)
+        return real(part, first, *rest)
 
-    monkeypatch.setattr(tokenize_parallel, "chunks", spy)
+    monkeypatch.setattr(tokenize_source, "_chunks_by_processes", spy)
     assert same(one, build_datasets(long_section, byte_tokenizer()))
     assert started == [1]
 
@@ -618,14 +581,14 @@ def test_one_process_goes_on_where_others_fail(
 ) -> None:
     one = build_datasets(long_section, byte_tokenizer())
     shutil.rmtree(root)
-    real = tokenize_parallel._write
+    real = tokenize_source.work
 
-    def write(file: Path, chunk: Any) -> None:
-        if fails == "at the start" or file.stem == "1":
+    def work(job: str, number: int, out: Any) -> None:
+        if fails == "at the start" or number == 1:
             raise OSError("killed")
-        real(file, chunk)
+        real(job, number, out)
 
-    monkeypatch.setattr(tokenize_parallel, "_write", write)
+    monkeypatch.setattr(tokenize_source, "work", work)
     long_section = long_section.replace(tokenize_processes=2)
     out = io.StringIO()
     several = build_datasets(long_section, byte_tokenizer(), Console(file=out, width=500))
@@ -650,7 +613,7 @@ REFUSED = {
         ({600: WIZARD, 300: WIZARD, 301: WIZARD}, ":301: messages.* unknown role 'wizard'"),
         ({600: NO_ANSWER, 300: NO_ANSWER, 301: NO_ANSWER}, ":301, .*:302, .*:601: 3 rows with no token to train on"),
         ({600: REFUSED, 300: REFUSED, 301: REFUSED}, ":301: the chat template .* refuses the row"),
-        ({100: NO_ANSWER, 300: REFUSED, 600: NO_ANSWER}, ":101, .*:601: 2 rows with no token to train on"),
+        ({100: NO_ANSWER, 300: REFUSED, 600: NO_ANSWER}, ":301: the chat template .* refuses the row"),
         ({100: NO_ANSWER, 600: WIZARD}, ":601: messages.* unknown role 'wizard'"),
     ],
     ids=[

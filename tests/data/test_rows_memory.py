@@ -19,7 +19,7 @@ import json, re, sys
 from pathlib import Path
 import numpy as np, pyarrow as pa, torch
 from qvera.data import Batches, Rows, collate
-from qvera.data.rows import SCHEMA, RowTable, write_table
+from qvera.data.rows import SCHEMA, write_table
 
 def anonymous():
     return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
@@ -43,7 +43,7 @@ def batches():
 
 write_table(batches(), file)
 before = anonymous()
-rows = Rows(RowTable.open(file))
+rows = Rows.open(file)
 opened = anonymous() - before
 batches = Batches(rows.lengths, 64, 8, seed=1)
 seen = np.zeros(count, dtype=np.uint8)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from qvera.config.schema import Recipe
-from qvera.data import CutRows, Example, batches_of, collate_prefix_once, lengths_of, steps_per_epoch
+from qvera.data import Example, Rows, batches_of, collate_prefix_once, steps_per_epoch
 from qvera.data.padding import round_up_length, rounds_lengths
 from qvera.models.loader import takes_prefix_once
 from qvera.models.model_config import empty_model
@@ -102,7 +102,7 @@ class Plan(PlannedRun):
 def make_plan(
     recipe: Recipe,
     machine: Machine | torch.device,
-    rows: Sequence[Example] | None = None,
+    rows: Rows | None = None,
     sharing: Sharing = ALONE,
     every_way: bool = False,
 ) -> Plan:
@@ -153,7 +153,7 @@ def _grown(shape: Shape, recipe: Recipe) -> Shape:
     )
 
 
-def _longest_batch(rows: Sequence[Example] | None, joinable: bool, rounded: bool) -> BatchOf:
+def _longest_batch(rows: Rows | None, joinable: bool, rounded: bool) -> BatchOf:
     """The longest batch over these rows, remembered by what it depends on."""
     if rows is None:
         return assumed_batch
@@ -163,8 +163,7 @@ def _longest_batch(rows: Sequence[Example] | None, joinable: bool, rounded: bool
     def longest(recipe: Recipe) -> Batch:
         key = recipe.data.max_length, recipe.training.per_device_train_batch_size
         if key not in found:
-            short = int(lengths_of(rows).max()) <= key[0]
-            cut = rows if short else CutRows(rows, key[0])
+            cut = rows if int(rows.lengths.max()) <= key[0] else rows.cut(key[0])
             steps = max(1, planned_steps(recipe, len(cut)))
             chosen = longest_rows(recipe, cut, joinable, steps)
             batch = batch_of([cut[i] for i in chosen], joinable, recipe.data.packing, rounded)
