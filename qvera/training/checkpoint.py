@@ -97,9 +97,7 @@ def save(
 
     Args:
         directory: of all checkpoints of the run.
-        step: optimizer steps taken.
         vectors: by their names in the adapter file.
-        optimizer: over these vectors.
         state: JSON values for state.json.
         random: generator states of all ranks (`random_state`); default: this process's.
 
@@ -142,25 +140,22 @@ def directories(directory: Path) -> list[Path]:
 
 def newest(
     directory: Path,
-    warn: Callable[[str], None] | None = None,
-    check: Callable[[Checkpoint], None] | None = None,
+    warn: Callable[[str], None] = lambda _: None,
+    check: Callable[[Checkpoint], None] = lambda _: None,
 ) -> Checkpoint | None:
-    """The newest checkpoint that verifies, or None.
+    """The newest checkpoint in ``directory`` that verifies, or None.
 
     Args:
-        directory: of all checkpoints of the run.
         warn: called with a sentence about each one passed over.
         check: a further check; raises InputError where the checkpoint can't be used.
     """
     for path in reversed(directories(directory)):
         try:
             found = load(path)
-            if check is not None:
-                check(found)
+            check(found)
             return found
         except InputError as error:
-            if warn is not None:
-                warn(f"{error} It is passed over.")
+            warn(f"{error} It is passed over.")
     return None
 
 
@@ -223,22 +218,18 @@ def restore(
     Raises:
         InputError: the names or shapes are not those of this run.
     """
-    saved = {name: list(t.shape) for name, t in checkpoint.vectors.items()}
-    ours = {name: list(p.shape) for name, p in vectors.items()}
-    if saved != ours:
+    if {name: t.shape for name, t in checkpoint.vectors.items()} != {name: p.shape for name, p in vectors.items()}:
         raise InputError(f"{checkpoint.path}: its vectors are not those of this recipe (other rank, targets or model).")
     with torch.no_grad():
         for name, parameter in vectors.items():
             parameter.copy_(checkpoint.vectors[name])
-    for name, parameter in vectors.items():
-        state: dict[str, Any] = dict(checkpoint.state["optimizer_scalars"].get(name, {}))
-        for key, tensor in checkpoint.optimizer.items():
-            owner, _, part = key.rpartition("/")
-            if owner == name:
-                # torch keeps AdamW's step counter on the CPU
-                state[part] = tensor if part == "step" else tensor.to(parameter.device)
-        if state:
-            optimizer.state[parameter] = state
+    states: dict[str, dict[str, Any]] = {n: dict(s) for n, s in checkpoint.state["optimizer_scalars"].items()}
+    for key, tensor in checkpoint.optimizer.items():
+        name, _, part = key.rpartition("/")
+        device = "cpu" if part == "step" or name not in vectors else vectors[name].device  # AdamW counts on the CPU
+        states.setdefault(name, {})[part] = tensor.to(device)
+    for name in states.keys() & vectors.keys():
+        optimizer.state[vectors[name]] = states[name]
     suffix = f".{rank}" if rank else ""
     if f"cpu{suffix}" in checkpoint.random:
         torch.set_rng_state(checkpoint.random[f"cpu{suffix}"])
@@ -273,7 +264,5 @@ def _optimizer_state(
 def random_state(rank: int = 0) -> dict[str, torch.Tensor]:
     """This process's generator states under the names that a checkpoint gives those of ``rank``."""
     suffix = f".{rank}" if rank else ""
-    state = {f"cpu{suffix}": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state[f"cuda{suffix}"] = torch.cuda.get_rng_state()
-    return state
+    cuda = {f"cuda{suffix}": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    return {f"cpu{suffix}": torch.get_rng_state(), **cuda}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
@@ -65,43 +66,32 @@ class MetricsLog:
         return disk_errors(str(self.path), "Checkpoints are kept; mend that and go on with --resume.")
 
 
-class StatusLine:
-    """What a long stage is doing: a spinner on a terminal, a line a minute in a log."""
+@contextlib.contextmanager
+def status_line(console: Console, text: str) -> Iterator[Callable[[str], None]]:
+    """Yield what says how far a long stage has come: a spinner on a terminal, a line a minute in a log."""
+    if console.is_terminal:
+        with console.status(text) as status:
+            yield status.update
+        return
+    next_line = time.monotonic() + LINE_SECONDS
 
-    def __init__(self, console: Console, text: str) -> None:
-        self.console = console
-        self.status = console.status(text) if console.is_terminal else None
-        self.next_line = time.monotonic() + LINE_SECONDS
+    def update(text: str) -> None:
+        nonlocal next_line
+        if time.monotonic() >= next_line:
+            next_line = time.monotonic() + LINE_SECONDS
+            console.print(text, highlight=False)
 
-    def __enter__(self) -> Self:
-        if self.status is not None:
-            self.status.start()
-        return self
-
-    def update(self, text: str) -> None:
-        """Say how far it has come."""
-        if self.status is not None:
-            self.status.update(text)
-        elif time.monotonic() >= self.next_line:
-            self.next_line = time.monotonic() + LINE_SECONDS
-            self.console.print(text, highlight=False)
-
-    def __exit__(self, *_: object) -> None:
-        if self.status is not None:
-            self.status.stop()
+    yield update
 
 
-class ProgressBar:
+class ProgressBar(Progress):
     """A bar with loss, tokens/s, memory and time left on a terminal; in a log a line every twentieth of the steps.
 
     Where steps are slow, a log gets a line every `LINE_SECONDS`.
     """
 
     def __init__(self, console: Console, steps: int, done: int) -> None:
-        self.console, self.steps = console, steps
-        self.every_steps = max(1, -(-steps // 20))
-        self.next_line = 0.0  # the first step is reported at once
-        self.bar = Progress(
+        super().__init__(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
@@ -111,31 +101,23 @@ class ProgressBar:
             console=console,
             disable=not console.is_terminal,
         )
-        self.task = self.bar.add_task("training", total=steps, completed=done, facts="")
+        self.steps = steps
+        self.every_steps = max(1, -(-steps // 20))
+        self.next_line = 0.0  # the first step is reported at once
+        self.task = self.add_task("training", total=steps, completed=done, facts="")
 
-    def __enter__(self) -> Self:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def update(self, record: dict[str, Any]) -> None:
+    def show(self, record: dict[str, Any]) -> None:
         """Show the record of a step."""
         step, now = record["step"], time.monotonic()
         facts = (
             f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  {size(record['memory_bytes'])}"
         )
-        self.bar.update(self.task, completed=step, facts=facts)
+        self.update(self.task, completed=step, facts=facts)
         if self.console.is_terminal:
             return
         if step % self.every_steps == 0 or step == self.steps or now >= self.next_line:
             self.next_line = now + LINE_SECONDS
             self.console.print(f"step {step}/{self.steps}  {facts}")
-
-    def note(self, text: str) -> None:
-        """A line above the bar."""
-        self.bar.console.print(text)
 
 
 class Trackers:
@@ -149,11 +131,8 @@ class Trackers:
         """
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-        wanted = list(names)
-        if "auto" in wanted:
-            wanted.remove("auto")
-            if find_spec("tensorboard") is not None:
-                wanted.append("tensorboard")
+        auto = ["tensorboard"] if "auto" in names and find_spec("tensorboard") is not None else []
+        wanted = [name for name in names if name != "auto"] + auto
         known = {str(kind): cls for kind, cls in LOGGER_TYPE_TO_CLASS.items()}
         for name in wanted:
             if name not in known:

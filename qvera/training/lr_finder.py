@@ -21,7 +21,6 @@ from qvera.evaluation.report.charts import Chart, Line, line_chart
 from qvera.evaluation.report.pages import render
 from qvera.evaluation.report.read import Point, get_number
 from qvera.evaluation.report.smoothing import smooth
-from qvera.models.loader import Base
 from qvera.training.logging import ProgressBar
 from qvera.training.optim import build_range_test
 from qvera.training.run_dir import plain_json, require_writable
@@ -53,36 +52,26 @@ _RECORD_KEYS = ("step", "learning_rate", "loss", "grad_norm", "trained_tokens", 
 class RangeTestResult:
     """The curve of a range test and what it suggests.
 
-    Attributes:
-        points: one record a step: ``step``, ``learning_rate``, ``loss`` (before that step; None where not finite),
-            ``smoothed_loss``, ``grad_norm``, ``trained_tokens``, ``input_tokens``, ``step_seconds``.
-        suggestion: a rate by `RULE`, or None.
-        steepest: the rate at which the loss fell fastest, below which a run wastes steps; None without a suggestion.
-        diverged: the rate at which the test was stopped; None where it ran to its end.
-        reason: why there is no suggestion; None where there is one.
+    ``points`` has a record for each step: ``step``, ``learning_rate``, ``loss`` (before that step; None where not
+    finite), ``smoothed_loss``, ``grad_norm``, ``trained_tokens``, ``input_tokens``, ``step_seconds``.
     """
 
     points: list[dict[str, Any]]
-    suggestion: float | None
-    steepest: float | None
-    diverged: float | None
-    reason: str | None = None
+    suggestion: float | None  # a rate by `RULE`, or None
+    steepest: float | None  # where the loss fell fastest, below which a run wastes steps; None without a suggestion
+    diverged: float | None  # the rate at which the test was stopped; None where it ran to its end
+    reason: str | None = None  # why there is no suggestion; None where there is one
 
 
 def find_lr(
-    recipe: Recipe,
-    out: Path,
-    ramp: RangeTest | None = None,
-    *,
-    console: Console | None = None,
-    base: Base | None = None,
+    recipe: Recipe, out: Path, ramp: RangeTest | None = None, *, console: Console | None = None
 ) -> RangeTestResult | None:
     """Run the test and write ``lr-range.jsonl`` and ``lr-range.html`` into ``out``; a run there is left as it is.
 
     Args:
         recipe: of the run that the rate is for.
         ramp: the rates and the number of steps.
-        console, base: as in `trainer.train`.
+        console: for progress; default: standard error.
 
     Returns:
         The result; None in a process that is not the first of several.
@@ -92,7 +81,7 @@ def find_lr(
         RunFailed: the very first loss was not finite.
     """
     ramp = ramp or RangeTest()
-    with in_group() as group, TrainingSession(recipe, out, group, console, base) as session:
+    with in_group() as group, TrainingSession(recipe, out, group, console) as session:
         group.on_first(lambda: require_writable(out))
         session.load_data()
         session.load_model()
@@ -100,10 +89,7 @@ def find_lr(
         points, diverged = _take_steps(session, ramp)
         if not group.first:
             return None
-        losses, suggestion, steepest, reason = read_curve(points)
-        for point, loss in zip(points, losses, strict=False):
-            point["smoothed_loss"] = loss
-        result = RangeTestResult(points, suggestion, steepest, diverged, reason)
+        result = read_curve(points, diverged)
         _write(out, recipe, ramp, result)
         return result
 
@@ -123,7 +109,7 @@ def _take_steps(session: TrainingSession, ramp: RangeTest) -> tuple[list[dict[st
                 points.append({"step": session.state.step + 1, "learning_rate": rate, "loss": None})
                 return points, rate
             points.append({key: record.get(key) for key in _RECORD_KEYS})
-            progress.update(record)
+            progress.show(record)
             if has_diverged([point["loss"] for point in points], ramp.steps):  # the same on all ranks, as the loss is
                 return points, rate
     return points, None
@@ -147,24 +133,23 @@ def has_diverged(losses: Sequence[float], steps: int) -> bool:
     return means[-1] > means[0] and means[-1] > _DIVERGED * min(means)
 
 
-def read_curve(points: Sequence[dict[str, Any]]) -> tuple[list[float], float | None, float | None, str | None]:
-    """Read the suggestion from the points before the first loss that is not finite.
+def read_curve(points: list[dict[str, Any]], diverged: float | None = None) -> RangeTestResult:
+    """Read the suggestion from the points before the first loss that is not finite, and give them ``smoothed_loss``.
 
     The smoothed loss is centred, so that it does not lag. At the end of the curve there is less to smooth with: one of
     the last two points is suggested only where the loss itself is lowest at it. The steepest fall is that of a line
     through five neighbours, before the lowest loss.
-
-    Returns:
-        Smoothed losses, the suggested rate, the rate of the steepest fall, and why there is no suggestion.
     """
     finite = [point for point in points if point["loss"] is not None]
     raw = [point["loss"] for point in finite]
     rates = [math.log(point["learning_rate"]) for point in finite]
-    curve = [y for _, y in smooth(list(zip(rates, raw, strict=True)), width=len(points) / 30)]
-    losses = [y for y in curve if y is not None]
+    curve = smooth(list(zip(rates, raw, strict=True)), width=len(points) / 30)
+    losses = [float(loss) for _, loss in curve if loss is not None]
+    for point, loss in zip(finite, losses, strict=True):
+        point["smoothed_loss"] = loss
     if len(losses) < MIN_POINTS:
         reason = f"{len(losses)} losses before the test ended, and {MIN_POINTS} are needed. Raise --lr-steps"
-        return losses, None, None, reason
+        return RangeTestResult(points, None, None, diverged, reason)
     candidates = [at for at in range(len(losses)) if at < len(losses) - 2 or raw[at] == min(raw)]
     lowest = min(candidates, key=losses.__getitem__)
     slopes = {
@@ -173,8 +158,9 @@ def read_curve(points: Sequence[dict[str, Any]]) -> tuple[list[float], float | N
     }
     steepest = min(slopes, key=slopes.__getitem__, default=None)
     if steepest is None or slopes[steepest] >= 0:
-        return losses, None, None, "the loss never fell. Start lower with --lr-from, or raise --lr-steps"
-    return losses, math.exp(rates[lowest]), math.exp(rates[steepest]), None
+        reason = "the loss never fell. Start lower with --lr-from, or raise --lr-steps"
+        return RangeTestResult(points, None, None, diverged, reason)
+    return RangeTestResult(points, math.exp(rates[lowest]), math.exp(rates[steepest]), diverged)
 
 
 def _write(out: Path, recipe: Recipe, ramp: RangeTest, result: RangeTestResult) -> None:

@@ -1,8 +1,7 @@
-"""Before the first step: the memory plan and one pass of the longest batch, so that a run too large fails at once."""
+"""One pass of the longest batch before the first step, so that a run too large fails at once; planned and measured."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -12,54 +11,19 @@ from qvera.adapters.projection import SharedProjection
 from qvera.config.schema import Recipe
 from qvera.data import Datasets
 from qvera.evaluation import evaluate
-from qvera.models.loader import Base, takes_prefix_once
+from qvera.models.loader import takes_prefix_once
 from qvera.training.engine import trained_vectors
-from qvera.training.plan import ALONE, Plan, Sharing, longest_rows, make_plan, this_machine
-from qvera.training.plan.shapes import NotPlannable
-from qvera.training.plan.show import change_lines, run_lines
+from qvera.training.plan import Plan, longest_rows
+from qvera.training.plan.show import change_lines
 from qvera.utils import memory
 from qvera.utils.errors import InputError
 from qvera.utils.formatting import size
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from torch import nn
 
 _SHOWN_ROWS = 4
 _OUT_OF_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)
-
-
-def plan_run(
-    recipe: Recipe,
-    datasets: Datasets,
-    device: torch.device,
-    base: Base | None,
-    console: Console,
-    sharing: Sharing = ALONE,
-) -> Plan | None:
-    """Plan the memory of a run (of one of its ranks), print it in a few lines, and refuse what can't fit on a GPU.
-
-    On a CPU a plan that does not fit is a warning: swap, or other processes that end, may make room. With several ranks
-    the caller decides, since they have to do so together (`rank_checks.check_memory`).
-
-    Raises:
-        InputError: on CUDA and with one rank, the plan needs more than the device has.
-    """
-    machine = this_machine(recipe.model, device)
-    if base is not None and device.type == "cpu" and not machine.mapped_base:
-        # the base is in this process's memory already, and must not be counted twice
-        held = machine.runtime_bytes - min(machine.runtime_bytes, int(base.facts["base_bytes"]))
-        machine = dataclasses.replace(machine, runtime_bytes=held)
-    try:
-        plan = make_plan(recipe, machine, datasets.train, sharing)
-    except NotPlannable as error:
-        console.print(f"[yellow]No plan: {error}", highlight=False)
-        return None
-    if not plan.fits and device.type == "cuda" and sharing.world_size == 1:
-        raise InputError("\n".join(run_lines(plan)))
-    for line in run_lines(plan):
-        console.print(line if plan.fits else f"[yellow]{line}", highlight=False, soft_wrap=True)
-    return plan
 
 
 def run_longest_batch(model: nn.Module, recipe: Recipe, datasets: Datasets, plan: Plan | None, steps: int) -> None:

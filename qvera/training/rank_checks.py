@@ -42,20 +42,8 @@ def check_same_setup(recipe: Recipe, group: Group, console: Console) -> None:
             "the base's fingerprint (model.path)": str(fingerprint_of(recipe.model)),
         }
 
-    found = group.gather([group.host, group.agree(look)])
-    host, first = found[0]
-    wrong = [
-        f"{what} is {other.get(what)} on rank {rank} ({there}) and {first[what]} on rank 0 ({host})"
-        for rank, (there, other) in enumerate(found)
-        for what in first
-        if other.get(what) != first[what]
-    ]
-    if wrong:
-        raise for_all(
-            InputError(f"the processes of this run differ: {'; '.join(wrong)}. Make them the same on every node.")
-        )
+    nodes = sorted(set(_require_same(group.agree(look), group, "Make them the same on every node.")))
     latency_seconds, bytes_per_second = group.measure_network()
-    nodes = sorted({there for there, _ in found})
     console.print(
         f"{group.world_size} processes on {len(nodes)} node{'s' if len(nodes) > 1 else ''} ({', '.join(nodes)}) with "
         f"the same versions, recipe and base model; an all-reduce takes {1e3 * latency_seconds:.2f} ms, and 4 MB of it "
@@ -91,14 +79,14 @@ def check_disk_space(folder: Path, share_bytes: int, group: Group) -> None:
             )
 
 
-def check_memory(plan: Plan | None, group: Group, console: Console) -> None:
+def check_memory(plan: Plan, group: Group, console: Console) -> None:
     """Check that the plan fits on every node. A GPU is one rank's; the RAM of a node is shared by its ranks.
 
     Raises:
         InputError: a GPU has less than its rank needs; says which rank and node. On CPUs that is a warning, as for one
             process.
     """
-    if group.world_size == 1 or plan is None:
+    if group.world_size == 1:
         return
     on_gpu = plan.machine.on_gpu
     # what this process holds is in both numbers, and a node's ranks must not count it as free to each other
@@ -133,15 +121,23 @@ def check_same_data(datasets: Datasets, recipe: Recipe, group: Group) -> None:
     """
     if group.world_size == 1:
         return
-    found = group.gather([group.host, data_sha256(datasets)])
-    other = next((rank for rank, (_, digest) in enumerate(found) if digest != found[0][1]), None)
-    if other is not None:
-        raise for_all(
-            InputError(
-                f"{recipe.data.path}: holds other rows on rank {other} ({found[other][0]}) than on rank 0 "
-                f"({found[0][0]}), or they are tokenized differently there. Put the same files on every node."
-            )
-        )
+    fix = f"{recipe.data.path} holds other rows there, or is tokenized differently. Put the same files on every node."
+    _require_same({"the data's SHA-256 (data.path)": data_sha256(datasets)}, group, fix)
+
+
+def _require_same(mine: dict[str, str], group: Group, fix: str) -> list[str]:
+    """Raise an error that names all that differs from rank 0; return the host of each rank."""
+    found = group.gather([group.host, mine])
+    host, first = found[0]
+    wrong = [
+        f"{what} is {other.get(what)} on rank {rank} ({there}) and {first[what]} on rank 0 ({host})"
+        for rank, (there, other) in enumerate(found)
+        for what in first
+        if other.get(what) != first[what]
+    ]
+    if wrong:
+        raise for_all(InputError(f"the processes of this run differ: {'; '.join(wrong)}. {fix}"))
+    return [there for there, _ in found]
 
 
 def signal_on_any_rank(signals: StopRequests, group: Group) -> str | None:

@@ -14,23 +14,17 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 from pydantic_core import to_jsonable_python
 
-from qvera.adapters.save_load import adapter_facts
 from qvera.config.load import load_recipe
 from qvera.config.schema import Recipe
-from qvera.data import Datasets
 from qvera.evaluation.report import write_report
-from qvera.models.loader import Base
 from qvera.training import checkpoint
 from qvera.training.logging import read_records
-from qvera.utils import memory
 from qvera.utils.atomic import disk_errors, replace_text
 from qvera.utils.errors import InputError, QveraError
 from qvera.utils.files import try_read_json
 
 if TYPE_CHECKING:
-    import torch
     from rich.console import Console
-    from torch import nn
 
 _LOCK, _OWNER = ".qvera_run.lock", ".qvera_run.owner"
 
@@ -94,19 +88,17 @@ def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool) -> None:
         InputError: it holds a run (without ``resume``), none (with it), or one of another recipe.
     """
     existing = run_dir / "recipe.yaml"
-    if existing.exists() and not resume:
+    if not resume and existing.exists():
         raise InputError(
             f"{run_dir}: already holds a run. Add --resume to go on with it, or choose another training.output_dir."
         )
     if resume and not existing.exists():
         raise InputError(f"{run_dir}: holds no run to resume (no recipe.yaml).")
-    if resume:
-        changed = changed_keys(load_recipe(existing).to_dict(), recipe)
-        if changed:
-            raise InputError(
-                f"{run_dir}: was started with another recipe; {', '.join(changed)} changed. Undo that, or start a new "
-                "run in another training.output_dir."
-            )
+    if resume and (changed := changed_keys(load_recipe(existing).to_dict(), recipe)):
+        raise InputError(
+            f"{run_dir}: was started with another recipe; {', '.join(changed)} changed. Undo that, or start a new run "
+            "in another training.output_dir."
+        )
 
 
 def require_writable(run_dir: Path) -> None:
@@ -180,20 +172,6 @@ def _check_same_run(found: checkpoint.Checkpoint, recipe: Recipe) -> None:
         found.state["schedule"], found.state["optimizer_scalars"]
     except (KeyError, TypeError) as error:
         raise InputError(f"{found.path}: was written by another version of qvera ({error}).") from None
-
-
-def run_facts(base: Base, model: nn.Module, datasets: Datasets, device: torch.device, started: str) -> dict[str, Any]:
-    """The part of run.json that is known before the first step, read from the live objects."""
-    return {
-        "format": 1,
-        "status": "running",
-        "started": started,
-        "model": base.facts,
-        "adapter": {**adapter_facts(model), "file_bytes": None},
-        "data": datasets.stats.to_dict(),
-        "versions": memory.versions(),
-        "device": memory.device_name(device),
-    }
 
 
 def write_run(run_dir: Path, run: dict[str, Any], console: Console) -> None:

@@ -21,18 +21,20 @@ from qvera.adapters.save_load import attach
 from qvera.config.schema import Recipe
 from qvera.data import Datasets, batches_of, build_datasets, data_warnings, print_preflight
 from qvera.distributed.group import Group, for_all
-from qvera.distributed.zero_config import ZeroConfig, load_zero_config
+from qvera.distributed.zero_config import load_zero_config
 from qvera.distributed.zero_params import BaseSharder, any_sharded
 from qvera.evaluation import evaluate
 from qvera.models.loader import Base, enable_checkpointing, load_base, pick_device, require_packing
 from qvera.models.tokenizer import load_tokenizer
 from qvera.training import memory_check
 from qvera.training.checkpoint import TrainState
-from qvera.training.engine import Engine, LocalEngine, trained_vectors
-from qvera.training.logging import StatusLine
+from qvera.training.engine import LocalEngine, trained_vectors
+from qvera.training.logging import status_line
 from qvera.training.optim import build_optimizer
-from qvera.training.plan import Plan, Sharing
+from qvera.training.plan import Plan, Sharing, make_plan, this_machine
+from qvera.training.plan.shapes import NotPlannable
 from qvera.training.plan.sharding import spread_of
+from qvera.training.plan.show import run_lines
 from qvera.training.rank_checks import (
     check_disk_space,
     check_memory,
@@ -52,16 +54,13 @@ if TYPE_CHECKING:
 class TrainingSession:
     """What a training has loaded, as attributes. All ranks call each method together, in the order they stand here."""
 
-    def __init__(
-        self, recipe: Recipe, run_dir: Path, group: Group, console: Console | None = None, base: Base | None = None
-    ) -> None:
+    def __init__(self, recipe: Recipe, run_dir: Path, group: Group, console: Console | None = None) -> None:
         """Compare the ranks and seed them; nothing is loaded yet. See `trainer.train` for the parameters."""
         self.recipe, self.run_dir, self.group = recipe, run_dir, group
         self.console = (console or Console(stderr=True)) if group.first else Console(quiet=True)
-        self.given_base = base
         self.resources = contextlib.ExitStack()
         self.state = TrainState()
-        self.zero = group.agree(self._read_zero_config)
+        self.zero = group.agree(lambda: load_zero_config(recipe.deepspeed))
         check_same_setup(recipe, group, self.console)
         self.device = pick_device()
         torch.manual_seed((recipe.training.seed + group.rank) % 2**64)  # ranks drop out different elements
@@ -100,7 +99,7 @@ class TrainingSession:
             self.sharder = BaseSharder(self.zero, recipe, group.rank, group.world_size, self.run_dir / "offload")
             self.resources.callback(self.sharder.discard)
         self.plan = self._plan_memory()
-        self.base = self.given_base or self._load_base()
+        self.base = self._load_base()
         facts = self.base.facts
         identity = facts.get("fingerprint"), facts.get("added_tokens")
         self.model = attach(self.base.model, recipe.adapter, recipe.model.path, *identity, recipe.model)
@@ -124,7 +123,7 @@ class TrainingSession:
         if self.sharder is not None:  # the engine's hooks gather the weights; a rank that fails in one tells the others
             self._try_longest_batch()
 
-    def make_engine(self) -> Engine:
+    def make_engine(self) -> LocalEngine:
         """Plain torch, or DeepSpeed where the recipe asks for it."""
         if self.zero is None:
             limit = self.recipe.training.max_grad_norm
@@ -205,7 +204,7 @@ class TrainingSession:
         """
         training, rows = self.recipe.training, self.datasets.eval
         answers: list[dict[str, Any]] = []
-        with StatusLine(self.console, f"{label}: held-out loss") as status, evaluate.scoring(self.model):
+        with status_line(self.console, f"{label}: held-out loss") as update, evaluate.scoring(self.model):
             result = self.held_out_loss()
             asked = (i for i, row in enumerate(rows) if len(row.prompt_ids))
             with_reference = (i for i, row in enumerate(rows) if len(row.prompt_ids) and row.reference is not None)
@@ -219,7 +218,7 @@ class TrainingSession:
                     [rows[i] for i in indices],
                     max_new_tokens=training.sample_max_new_tokens,
                     batch_size=training.answer_batch_size,
-                    progress=lambda done: status.update(f"{label}: {done} of {len(indices)} answers"),
+                    progress=lambda done: update(f"{label}: {done} of {len(indices)} answers"),
                 )
             answers = self.group.broadcast(answers)
         by_row = dict(zip(indices, answers, strict=True))
@@ -231,16 +230,9 @@ class TrainingSession:
         self.console.print(text)
         return result, [by_row[i] for i in sample_rows]
 
-    def _read_zero_config(self) -> ZeroConfig | None:
-        zero = load_zero_config(self.recipe.deepspeed)
-        if zero is not None and self.given_base is not None and zero.shards_base:
-            word = self.recipe.deepspeed
-            raise InputError(f"deepspeed: {word} shards the base while it is read; call train without a loaded base.")
-        return zero
-
     def _read_rows(self, preview: bool) -> Datasets:
         recipe, console = self.recipe, self.console
-        tokenizer = load_tokenizer(recipe.model) if self.given_base is None else self.given_base.tokenizer
+        tokenizer = load_tokenizer(recipe.model)
         datasets = build_datasets(recipe.data, tokenizer, console)
         if not datasets.train:
             raise InputError(f"{recipe.data.path}: no row is left to train on. Raise data.max_length.")
@@ -260,10 +252,10 @@ class TrainingSession:
 
     def _load_base(self) -> Base:
         section = self.recipe.model
-        with StatusLine(self.console, f"Loading {section.path}") as status:
+        with status_line(self.console, f"Loading {section.path}") as update:
 
             def progress(stage: str, done: int, total: int, _: str) -> None:
-                status.update(f"{stage.capitalize()} {section.path}: {done / max(total, 1):.0%} of {size(total)}")
+                update(f"{stage.capitalize()} {section.path}: {done / max(total, 1):.0%} of {size(total)}")
 
             def read() -> Base:
                 return load_base(section, self.device, progress, self.sharder)
@@ -271,19 +263,30 @@ class TrainingSession:
             return self.group.agree(read) if self.sharder is None else read()  # ranks meet while they shard it
 
     def _plan_memory(self) -> Plan | None:
-        """The memory plan of one rank, refused where a node lacks the room."""
-        group = self.group
-        nodes, per_node = count_nodes(group)
-        sharing = Sharing.of(self.zero, nodes, per_node, group.world_size)
-        plan = memory_check.plan_run(self.recipe, self.datasets, self.device, self.given_base, self.console, sharing)
-        check_memory(plan, group, self.console)
-        if self.sharder is not None and self.sharder.folder is not None and plan is not None:
+        """The memory plan of one rank, printed in a few lines, and refused where a GPU or a disk lacks the room.
+
+        On a CPU a plan that does not fit is a warning: swap, or other processes that end, may make room.
+        """
+        recipe, group, console = self.recipe, self.group, self.console
+        sharing = Sharing.of(self.zero, *count_nodes(group), group.world_size)
+        machine = this_machine(recipe.model, self.device)
+        try:
+            plan = make_plan(recipe, machine, self.datasets.train, sharing)
+        except NotPlannable as error:
+            console.print(f"[yellow]No plan: {error}", highlight=False)
+            return None
+        if not plan.fits and machine.on_gpu and group.world_size == 1:
+            raise InputError("\n".join(run_lines(plan)))
+        for line in run_lines(plan):
+            console.print(line if plan.fits else f"[yellow]{line}", highlight=False, soft_wrap=True)
+        check_memory(plan, group, console)
+        if self.sharder is not None and self.sharder.folder is not None:
             check_disk_space(self.sharder.folder, -(-spread_of(plan.shape).packed // group.world_size), group)
         return plan
 
     def _try_longest_batch(self) -> None:
         if self.state.step == 0 and self.steps and self.recipe.training.try_longest_batch:
-            with StatusLine(self.console, "Trying the longest batch"):
+            with status_line(self.console, "Trying the longest batch"):
                 memory_check.run_longest_batch(self.model, self.recipe, self.datasets, self.plan, self.steps)
 
     def _not_finite(self, losses: list[float], norm: float, rows: list[int], passes: list[list[int]]) -> RunFailed:

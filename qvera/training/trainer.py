@@ -15,11 +15,10 @@ from typing import Any
 
 from rich.console import Console
 
-from qvera.adapters.save_load import load_vectors, named_vectors, save_adapter
+from qvera.adapters.save_load import adapter_facts, load_vectors, named_vectors, save_adapter
 from qvera.config.schema import Recipe
 from qvera.distributed.group import Group, for_all
 from qvera.distributed.init import in_group, restarted
-from qvera.models.loader import Base
 from qvera.training import checkpoint, memory_check
 from qvera.training.checkpoint import TrainState
 from qvera.training.engine import trained_vectors
@@ -27,7 +26,7 @@ from qvera.training.logging import MetricsLog, ProgressBar, Trackers
 from qvera.training.optim import build_schedule, optimizer_bytes
 from qvera.training.plan import planned_steps
 from qvera.training.rank_checks import signal_on_any_rank
-from qvera.training.run_dir import check_run_dir, newest_checkpoint, plain_json, run_facts, run_lock, write_run
+from qvera.training.run_dir import check_run_dir, newest_checkpoint, plain_json, run_lock, write_run
 from qvera.training.session import TrainingSession
 from qvera.utils import memory
 from qvera.utils.atomic import disk_errors, replace_text
@@ -47,13 +46,7 @@ class RunResult:
 
 
 def train(
-    recipe: Recipe,
-    run_dir: Path,
-    *,
-    resume: bool = False,
-    dry_run: bool = False,
-    console: Console | None = None,
-    base: Base | None = None,
+    recipe: Recipe, run_dir: Path, *, resume: bool = False, dry_run: bool = False, console: Console | None = None
 ) -> RunResult | None:
     """Train an adapter as a recipe says, and write a run directory.
 
@@ -64,7 +57,6 @@ def train(
             does so by itself.
         dry_run: stop after the data was read and shown; nothing is written (returns None).
         console: for progress; default: standard error.
-        base: an already loaded base, for callers that train more than once on it.
 
     Returns:
         The result; None in a process that is not the first of several.
@@ -75,7 +67,7 @@ def train(
         Interrupted: SIGINT, SIGTERM or SIGHUP came; a checkpoint was saved at the step boundary.
         RunFailed: the loss or the gradient became NaN or Inf, or the disk is full; the last checkpoint is kept.
     """
-    with in_group() as group, Trainer(recipe, run_dir, group, console, base) as trainer:
+    with in_group() as group, Trainer(recipe, run_dir, group, console) as trainer:
         if not dry_run:
             trainer.open_run_dir(resume)
         trainer.load_data(preview=dry_run)
@@ -89,11 +81,9 @@ def train(
 class Trainer(TrainingSession):
     """A run: `open_run_dir`, `load_data`, `load_model`, `setup` and `train`, in this order."""
 
-    def __init__(
-        self, recipe: Recipe, run_dir: Path, group: Group, console: Console | None = None, base: Base | None = None
-    ) -> None:
+    def __init__(self, recipe: Recipe, run_dir: Path, group: Group, console: Console | None = None) -> None:
         """See `TrainingSession`; the recipe's trackers are checked too."""
-        super().__init__(recipe, run_dir, group, console, base)
+        super().__init__(recipe, run_dir, group, console)
         self.started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.resume = False
         self.signals = StopRequests()
@@ -128,13 +118,22 @@ class Trainer(TrainingSession):
         if self.group.first:
             self.group.set_flag(f"begun {self.run_dir}")
         self.group.on_first(self._open_files)
-        self.run = run_facts(self.base, self.model, self.datasets, self.device, self.started)
-        self.run["plan"] = None if self.plan is None else self.plan.to_dict()
-        self.run["processes"] = {"count": self.group.world_size, "deepspeed": self.recipe.deepspeed}
+        self.run: dict[str, Any] = {
+            "format": 1,
+            "status": "running",
+            "started": self.started,
+            "model": self.base.facts,
+            "adapter": {**adapter_facts(self.model), "file_bytes": None},
+            "data": self.datasets.stats.to_dict(),
+            "versions": memory.versions(),
+            "device": memory.device_name(self.device),
+            "plan": None if self.plan is None else self.plan.to_dict(),
+            "processes": {"count": self.group.world_size, "deepspeed": self.recipe.deepspeed},
+        }
         facts, others = self.run["adapter"], self.group.world_size - 1
         self.console.print(
             f"Training {facts['trainable_parameters']:,} parameters in {facts['adapted_modules']} linear layers (LoRA "
-            f"of rank 64: {facts['lora_r64_parameters']:,}) for {self.steps} steps on {memory.device_name(self.device)}"
+            f"of rank 64: {facts['lora_r64_parameters']:,}) for {self.steps} steps on {self.run['device']}"
             + (f" and {others} more." if others else "."),
             soft_wrap=True,
         )
@@ -191,7 +190,7 @@ class Trainer(TrainingSession):
             self.log_file.write(record)
         self.trackers.log(record)
         if record["kind"] == "train":
-            self.progress.update(record)
+            self.progress.show(record)
             if record["step"] == 1 and self.recipe.training.optim != "adamw":
                 stock_bytes = 2 * 4 * sum(vector.numel() for vector in trained_vectors(self.model).values())
                 self.console.print(
@@ -204,11 +203,11 @@ class Trainer(TrainingSession):
         state, patience = self.state, self.recipe.training.early_stopping_patience
         result = self.held_out_loss()
         state.add_evaluation(result["loss"], patience)
-        self.progress.note(
+        self.console.print(
             f"step {state.step}: held-out loss {result['loss']:.4f}, perplexity {result['perplexity']:.3f}"
         )
         if state.stopped_early:
-            self.progress.note(
+            self.console.print(
                 f"stopping: {patience} evaluations without a lower held-out loss (best: step {state.best_step})"
             )
         self.log({"kind": "eval", "step": state.step, **result})

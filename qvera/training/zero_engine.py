@@ -27,7 +27,7 @@ from qvera.distributed.deepspeed_import import deepspeed_module
 from qvera.distributed.group import Group
 from qvera.distributed.zero_config import Sizes, ZeroConfig
 from qvera.models.loader import causal_model
-from qvera.training.engine import trained_vectors
+from qvera.training.engine import LocalEngine, trained_vectors
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
@@ -46,16 +46,12 @@ class _VectorsOnly(nn.Module):
         return loss
 
 
-class ZeroEngine:
-    """Backward, clip and step by DeepSpeed; an `engine.Engine`.
+class ZeroEngine(LocalEngine):
+    """Backward, clip and step by DeepSpeed; in place of `LocalEngine`.
 
     Args:
-        config: the recipe's DeepSpeed configuration.
-        recipe: of the run.
         model: base and adapter. Its trained vectors are whole and have the values that the run starts from.
         optimizer: a torch AdamW over them. What state it has (of a checkpoint) is taken over.
-        schedule: of the learning rate.
-        group: the ranks.
         scratch: a directory for what DeepSpeed offloads.
     """
 
@@ -70,8 +66,8 @@ class ZeroEngine:
         scratch: Path,
     ) -> None:
         vectors = trained_vectors(model)
-        self.config, self.vectors, self.schedule, self.group = config, vectors, schedule, group
-        self.optimizer = optimizer
+        super().__init__(vectors, optimizer, schedule, recipe.training.max_grad_norm, group)
+        self.config = config
         before = {name: dict(optimizer.state[p]) for name, p in vectors.items() if p in optimizer.state}
         optimizer.state.clear()
         decoder = causal_model(model).get_decoder()
@@ -97,7 +93,7 @@ class ZeroEngine:
             missing[0].all_gather(param_list=missing)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """See `Engine.backward`."""
+        """See `LocalEngine.backward`."""
         engine = self.deepspeed
         engine.set_gradient_accumulation_boundary(last)
         # DeepSpeed takes the mean over ranks, and the loss is divided by the trained tokens of all of them already
@@ -105,7 +101,7 @@ class ZeroEngine:
         engine.backward(loss if self.config.shards_base else engine(loss), scale_wrt_gas=False)
 
     def step(self) -> tuple[float, float]:
-        """See `Engine.step`."""
+        """See `LocalEngine.step`."""
         rate = float(self.schedule.get_last_lr()[0])
         self.deepspeed.step()
         norm = float(self.deepspeed.get_global_grad_norm())
@@ -120,7 +116,7 @@ class ZeroEngine:
         return zero.fp32_partitioned_groups_flat if self.config.stage == 3 else zero.single_partition_of_fp32_groups
 
     def unsharded(self) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
-        """See `Engine.unsharded`: copies, gathered from the partitions."""
+        """See `LocalEngine.unsharded`: copies, gathered from the partitions."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         vectors = {name: nn.Parameter(safe_get_full_fp32_param(p).detach().clone()) for name, p in self.vectors.items()}
@@ -132,7 +128,7 @@ class ZeroEngine:
         return vectors, optimizer
 
     def gather_vectors(self) -> None:
-        """See `Engine.gather_vectors`."""
+        """See `LocalEngine.gather_vectors`."""
         if self.config.shards_base:
             self._gather_unsharded()
 
@@ -156,19 +152,20 @@ class ZeroEngine:
                 if self.config.stage < 3:
                     safe_set_full_optimizer_state(parameter, value, key)
                 else:
+                    # DeepSpeed's function for the whole fails in stage 3 where the ranks do not divide the length
                     size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
-                    safe_set_local_optimizer_state(parameter, _share_of(value, size, self.group.rank), key)
+                    part = value.reshape(-1)[self.group.rank * size : (self.group.rank + 1) * size]
+                    share = torch.nn.functional.pad(part, (0, size - part.numel()))
+                    safe_set_local_optimizer_state(parameter, share, key)
 
 
 @contextlib.contextmanager
 def _embedding_hidden(decoder: nn.Module) -> Iterator[None]:
     """Hide the embedding from DeepSpeed while it puts its hooks on the decoder.
 
-    Our hooks gather the embedding for the look-up alone. DeepSpeed's would gather it again in backward, for a gradient
-    that nobody reads (PEFT makes the output require one).
-
-    The embedding of a tied head was left whole, and is a buffer afterwards: DeepSpeed takes every parameter that it
-    meets for one of its own. The head keeps the parameter.
+    Our hooks gather the embedding for the look-up alone; DeepSpeed's would gather it again in backward, for a gradient
+    that nobody reads. The embedding of a tied head was left whole, and is a buffer afterwards: DeepSpeed takes every
+    parameter that it meets for one of its own. The head keeps the parameter.
     """
     found = [(name, m) for name, m in decoder.named_modules() if isinstance(m, nn.Embedding)]
     for name, _ in found:
@@ -184,23 +181,11 @@ def _embedding_hidden(decoder: nn.Module) -> Iterator[None]:
                 module.register_buffer("weight", weight, persistent=False)
 
 
-def _share_of(value: torch.Tensor, size: int, rank: int) -> torch.Tensor:
-    """This rank's partition of ``value``, of ``size`` elements; zeros beyond the end.
-
-    DeepSpeed's own `safe_set_full_optimizer_state` fails in stage 3 where the ranks do not divide the length.
-    """
-    share = value.new_zeros(size)
-    part = value.reshape(-1)[rank * size : (rank + 1) * size]
-    share[: part.numel()] = part
-    return share
-
-
 def _sizes(decoder: nn.Module, vectors: dict[str, nn.Parameter]) -> Sizes:
     """Of a decoder whose weights are spread already."""
     layers = [list(layer.parameters()) for layer in zero_params.decoder_layers(decoder)]
-    tables = {
-        id(m.weight) for m in decoder.modules() if isinstance(m, nn.Embedding)
-    }  # whole where the head is tied to it
+    # a table is whole where the head is tied to it
+    tables = {id(m.weight) for m in decoder.modules() if isinstance(m, nn.Embedding)}
     small = [p.numel() for p in decoder.parameters() if not zero_params.is_sharded(p) and id(p) not in tables]
     return Sizes(
         largest_layer=max(sum(map(zero_params.whole_numel, layer)) for layer in layers),

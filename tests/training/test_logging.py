@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from qvera.training import logging
-from qvera.training.logging import MetricsLog, ProgressBar, StatusLine, read_records
+from qvera.training.logging import MetricsLog, ProgressBar, read_records, status_line
 from qvera.utils.errors import RunFailed
 from tests.disk import fill, small_disk
 
@@ -40,10 +40,10 @@ def test_slow_steps_are_reported_once_a_minute(clock: Clock) -> None:
     console = Console(file=io.StringIO(), width=200)
     with ProgressBar(console, steps=1000, done=0) as bar:
         for step in range(1, 14):
-            bar.update(record(step))
+            bar.show(record(step))
             clock.seconds += 10
         for step in range(14, 101):
-            bar.update(record(step))
+            bar.show(record(step))
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert [int(line.split("/")[0].removeprefix("step ")) for line in lines] == [1, 7, 13, 50, 100]
     assert lines[0] == "step 1/1000  loss 1.5000  1,234 tokens/s  1.00 MB"
@@ -51,9 +51,9 @@ def test_slow_steps_are_reported_once_a_minute(clock: Clock) -> None:
 
 def test_a_long_stage_is_a_line_a_minute(clock: Clock) -> None:
     console = Console(file=io.StringIO(), width=200)
-    with StatusLine(console, "Loading") as status:
+    with status_line(console, "Loading") as update:
         for percent in range(0, 100, 10):
-            status.update(f"Loading: {percent} %")
+            update(f"Loading: {percent} %")
             clock.seconds += 25
     assert console.file.getvalue() == "Loading: 30 %\nLoading: 60 %\nLoading: 90 %\n"  # type: ignore[attr-defined]
 

@@ -189,11 +189,12 @@ def curve(steps: int, fall_at: float, rise_at: float, noise: float = 0.0) -> lis
 @pytest.mark.parametrize(("fall_at", "noise"), [(3e-4, 0.0), (1e-3, 0.15), (8e-3, 0.0), (8e-3, 0.15)])
 def test_the_suggestion_is_at_the_lowest_loss_and_the_steepest_fall_before_it(fall_at: float, noise: float) -> None:
     points = curve(100, fall_at, 0.2, noise)
-    losses, suggestion, steepest, reason = read_curve(points)
-    assert len(losses) == 100
+    found = read_curve(points)
+    suggestion, steepest = found.suggestion, found.steepest
+    assert all("smoothed_loss" in point for point in points)
     assert suggestion is not None
     assert steepest is not None
-    assert reason is None
+    assert found.reason is None
     assert abs(math.log10(steepest / fall_at)) < (0.35 if noise else 0.1)
     clean = curve(100, fall_at, 0.2)
     best = min(clean, key=lambda point: point["loss"])["loss"]
@@ -209,20 +210,21 @@ def test_the_suggestion_does_not_lag_behind_a_loss_that_rises_at_the_end(steps: 
     points = curve(steps, 1e-2, 1e9)
     for number, point in enumerate(points[-left:], start=1):
         point["loss"] = points[-left - 1]["loss"] + 0.4 * number
-    _, suggestion, _, _ = read_curve(points)
+    suggestion = read_curve(points).suggestion
     assert suggestion is not None
     assert suggestion <= points[-left - 1]["learning_rate"] * 1.0001
 
 
 def test_there_is_no_suggestion_where_nothing_falls() -> None:
     rising = [{"learning_rate": 10.0**n, "loss": 1.0 + n} for n in range(20)]
-    assert read_curve(rising)[1:3] == (None, None)
-    assert "the loss never fell" in str(read_curve(rising)[3])
-    assert "3 losses before the test ended, and 20 are needed" in str(read_curve(rising[:3])[3])
+    found = read_curve(rising)
+    assert found.suggestion is None
+    assert found.steepest is None
+    assert "the loss never fell" in str(found.reason)
+    assert "3 losses before the test ended, and 20 are needed" in str(read_curve(rising[:3]).reason)
     ended = [*curve(40, 1e-3, 0.2)[:30], {"learning_rate": 1.0, "loss": None}]
-    losses, suggestion, _, _ = read_curve(ended)
-    assert len(losses) == 30
-    assert suggestion is not None
+    assert read_curve(ended).suggestion is not None
+    assert sum("smoothed_loss" in point for point in ended) == 30
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,11 @@ Order of reading: `shapes` (config to shapes), `run` (what a plan is made for), 
 """
 
 from qvera.training.plan.memory import plan_memory
-from qvera.training.plan.plan import Plan, longest_rows, make_plan, planned_steps, time_step
+from qvera.training.plan.plan import Plan, longest_rows, make_plan, planned_steps
 from qvera.training.plan.run import Batch, Machine, PlannedRun, gpu_machine, parse_size, this_machine
 from qvera.training.plan.shapes import shape_of
 from qvera.training.plan.sharding import ALONE, Sharing, plan_ways, right_way
+from qvera.training.plan.timing import time_step
 
 __all__ = [
     "ALONE", "Batch", "Machine", "Plan", "PlannedRun", "Sharing", "gpu_machine", "longest_rows", "make_plan",

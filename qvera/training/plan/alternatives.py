@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -25,12 +26,9 @@ class Change:
     total_bytes: int
     fits: bool
 
-    def arguments(self) -> str:
-        """As the command line takes them, quoted for a shell."""
-        return " ".join("--set " + shlex.quote(f"{key}={_yaml(value)}") for key, value in self.settings.items())
-
     def __str__(self) -> str:
-        return ", ".join(f"{key}={_yaml(value)}" for key, value in self.settings.items())
+        """As the command line takes them, quoted for a shell. JSON is YAML."""
+        return " ".join("--set " + shlex.quote(f"{key}={json.dumps(value)}") for key, value in self.settings.items())
 
 
 def changed(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
@@ -88,11 +86,7 @@ def _steps(run: PlannedRun) -> Iterator[tuple[str, list[Any]]]:
 
 
 def _halved(value: int, least: int) -> list[int]:
-    found = []
-    while value // 2 >= least:
-        value //= 2
-        found.append(value)
-    return found
+    return [value >> times for times in range(1, value.bit_length()) if value >> times >= least]
 
 
 def _eighths(length: int) -> list[int]:
@@ -101,9 +95,3 @@ def _eighths(length: int) -> list[int]:
     while found[-1] > 8:
         found.append(min(int(found[-1] * 7 / 8) // 8 * 8, found[-1] - 8))
     return found[1:]
-
-
-def _yaml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"[{', '.join(value)}]" if isinstance(value, list) else str(value)

@@ -33,18 +33,13 @@ _STATE_BYTES = 1_500  # state.json without the recipe and the steps' own results
 
 @dataclass(frozen=True)
 class Component:
-    """A part of the memory.
-
-    Attributes:
-        mapped: pages of a mapped file: dropped under pressure, shared by the processes of a node.
-        zero_stage: the ZeRO stage from which on ranks divide it among themselves; None: never.
-    """
+    """A part of the memory."""
 
     name: str
     kind: Kind
     bytes: int
-    mapped: bool = False
-    zero_stage: int | None = None
+    mapped: bool = False  # pages of a mapped file: dropped under pressure, shared by the processes of a node
+    zero_stage: int | None = None  # from which on ranks divide it among themselves; None: never
 
 
 @dataclass(frozen=True)
@@ -116,11 +111,7 @@ def weight_storage_bytes(x: Linear, recipe: Recipe, itemsize: int) -> int:
 
 
 def vector_shapes(shape: Shape, recipe: Recipe, trained_only: bool = False) -> dict[str, tuple[int, ...]]:
-    """Keys of the adapter file and the shape of each vector; ``trained_only``: of those that the recipe trains.
-
-    Raises:
-        InputError: a target matches no linear.
-    """
+    """Keys of the adapter file and the shape of each vector; ``trained_only``: of those that the recipe trains."""
     section = recipe.adapter
     return {
         f"{_PEFT_PREFIX}{x.name}.{kind}": size
@@ -143,11 +134,7 @@ def optimizer_state_bytes(sizes: list[int], optim: str) -> int:
 
 
 def plan_memory(run: PlannedRun) -> Memory:
-    """What a process on its own holds, with the run's batch as its longest.
-
-    Raises:
-        InputError: a target matches no linear.
-    """
+    """What a process on its own holds, with the run's batch as its longest."""
     shape, batch, machine = run.shape, run.batch, run.machine
     T, size, hidden = batch.all_tokens, run.itemsize, shape.hidden
     mask = batch.tokens**2 * size if batch.joined else 0

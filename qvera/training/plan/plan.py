@@ -21,8 +21,7 @@ from qvera.training.plan.alternatives import BatchOf, Change, nearest_changes
 from qvera.training.plan.memory import Memory, adapter_bytes, checkpoint_bytes, vector_sizes
 from qvera.training.plan.run import Batch, Machine, PlannedRun, this_machine
 from qvera.training.plan.shapes import Shape, shape_of
-from qvera.training.plan.sharding import ALONE, Sharing, Way, passes_of, plan_rank, plan_ways, right_way
-from qvera.training.plan.timing import calibrate, step_seconds
+from qvera.training.plan.sharding import ALONE, Sharing, Way, plan_rank, plan_ways, right_way
 from qvera.utils.errors import InputError
 
 _CANDIDATES = 200
@@ -31,21 +30,13 @@ _CANDIDATES = 200
 
 @dataclass(frozen=True)
 class Plan(PlannedRun):
-    """What a run will take, and what would make it fit where it does not.
+    """What a run will take, and what would make it fit where it does not."""
 
-    Attributes:
-        memory: of one rank.
-        changes: empty where the run fits.
-        sharing: how the ranks share the model.
-        ways: every way of sharing it, where that was asked for.
-        seconds: parts of an optimizer step; None where nothing was timed.
-    """
-
-    memory: Memory
-    changes: list[Change]
+    memory: Memory  # of one rank
+    changes: list[Change]  # empty where the run fits
     sharing: Sharing = ALONE
-    ways: tuple[Way, ...] = ()
-    seconds: dict[str, float] | None = None
+    ways: tuple[Way, ...] = ()  # every way of sharing the model, where that was asked for
+    seconds: dict[str, float] | None = None  # parts of an optimizer step; None where nothing was timed
 
     @property
     def needed_bytes(self) -> int:
@@ -173,15 +164,6 @@ def _longest_batch(rows: Rows | None, joinable: bool, rounded: bool) -> BatchOf:
     return longest
 
 
-def time_step(plan: Plan, device: torch.device) -> dict[str, float]:
-    """Seconds of one optimizer step in parts, from a calibration of ``device`` (2 to 5 seconds).
-
-    With several ranks: of one on a device like this one for each, without what the network takes.
-    """
-    times = passes_of(plan.recipe, plan.sharing.world_size, plan.batch.packed_rows)
-    return step_seconds(plan, calibrate(plan, device), times)
-
-
 def planned_steps(recipe: Recipe, rows: int) -> int:
     """Optimizer steps of a run over that many training rows."""
     training = recipe.training
@@ -205,9 +187,7 @@ def assumed_batch(recipe: Recipe) -> Batch:
 def longest_rows(recipe: Recipe, rows: Sequence[Example], joinable: bool, steps: int) -> list[int]:
     """The rows of the forward pass with the most tokens (padding included) among the first ``steps`` steps.
 
-    Args:
-        rows: the training rows.
-        joinable: rows of a batch may be joined behind their common prefix (`qvera.data.collate`).
+    ``joinable``: rows of a batch may be joined behind their common prefix (`qvera.data.collate`).
     """
     candidates: dict[tuple[int, ...], int] = {}
     for passes, row_tokens in _epochs(recipe, rows, steps):

@@ -22,27 +22,16 @@ CUDA_CONTEXT_BYTES = 500_000_000
 
 @dataclass(frozen=True)
 class Machine:
-    """Where the run takes place, and how much memory there is.
-
-    Attributes:
-        device_type: ``cpu`` or ``cuda``.
-        dtype: the compute dtype.
-        mapped_base: the 4-bit base, embeddings and head lie in a mapped file (16-bit where not quantized): pages that
-            can be dropped and shared.
-        available_bytes: device memory, or the RAM that is free for this process and everything it holds already.
-        runtime_bytes: held before the model is loaded (interpreter, libraries, rows), measured; 0 on a GPU.
-        context_bytes: the CUDA context.
-        kernel_bytes: what each new shape of a product leaves behind (`qvera.data.padding`), measured.
-    """
+    """Where the run takes place, and how much memory there is."""
 
     name: str
-    device_type: str
-    dtype: torch.dtype
-    mapped_base: bool
-    available_bytes: int
-    runtime_bytes: int = 0
-    context_bytes: int = 0
-    kernel_bytes: int = 0
+    device_type: str  # cpu or cuda
+    dtype: torch.dtype  # the compute dtype
+    mapped_base: bool  # base, embeddings and head lie in a mapped file: pages that can be dropped and shared
+    available_bytes: int  # device memory, or the RAM that is free for this process and what it holds already
+    runtime_bytes: int = 0  # held before the model is loaded (interpreter, libraries, rows), measured; 0 on a GPU
+    context_bytes: int = 0  # the CUDA context
+    kernel_bytes: int = 0  # what each new shape of a product leaves behind (`qvera.data.padding`), measured
 
     @property
     def on_gpu(self) -> bool:
@@ -88,29 +77,17 @@ def this_machine(section: ModelSection, device: torch.device) -> Machine:
 
 @dataclass(frozen=True)
 class Batch:
-    """One forward pass.
+    """One forward pass."""
 
-    Attributes:
-        rows: B.
-        tokens: S, of each row, padding included; of the one joined sequence where ``joined``.
-        trained_tokens: in all rows; only these reach the head.
-        padded: rows differ in length, so that attention gets a mask.
-        joined: the rows stand in one sequence (`qvera.data.collate`), with a mask of its own.
-        source: where it comes from, in words.
-        longest_row: tokens of the longest row of all, for answers.
-        packed_rows: rows of the data in it where they are packed (``data.packing``), else 0.
-        token_counts: how many different numbers of tokens the run's forward passes have.
-    """
-
-    rows: int
-    tokens: int
-    trained_tokens: int
-    padded: bool
-    joined: bool
-    source: str
-    longest_row: int
-    packed_rows: int = 0
-    token_counts: int = 1
+    rows: int  # B
+    tokens: int  # S, of each row, padding included; of the one sequence where the rows are joined
+    trained_tokens: int  # in all rows; only these reach the head
+    padded: bool  # rows differ in length, so that attention gets a mask
+    joined: bool  # the rows stand in one sequence (`qvera.data.collate`), with a mask of its own
+    source: str  # where it comes from, in words
+    longest_row: int  # tokens of the longest row of all, for answers
+    packed_rows: int = 0  # rows of the data in it where they are packed (data.packing)
+    token_counts: int = 1  # how many different numbers of tokens the run's forward passes have
 
     @property
     def all_tokens(self) -> int:
@@ -129,11 +106,7 @@ class PlannedRun:
 
     @cached_property
     def adapted(self) -> tuple[Linear, ...]:
-        """The linears with an adapter.
-
-        Raises:
-            InputError: a target matches no linear.
-        """
+        """The linears with an adapter; InputError where a target matches none."""
         return self.shape.adapted(self.recipe.adapter.targets)
 
     @cached_property

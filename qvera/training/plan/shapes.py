@@ -23,8 +23,7 @@ class Linear:
     n: int
     m: int
     layer: int | None
-    quantizable: bool
-    """Whether a quantized load converts it (every linear but the head)."""
+    quantizable: bool  # a quantized load converts it (every linear but the head)
 
     @property
     def role(self) -> str:
@@ -45,17 +44,12 @@ class Shape:
     head_dim: int
     vocabulary: int
     longest_tokens: int
-    tied: bool
-    """The head is the input embedding."""
-    head_norms: bool
-    """q and k are normalized per head (Qwen3)."""
+    tied: bool  # the head is the input embedding
+    head_norms: bool  # q and k are normalized per head (Qwen3)
     linears: tuple[Linear, ...]
-    dense_numbers: int
-    """Embeddings, head, norms, biases: all that is not a quantizable weight; a tied head counts once."""
-    attention: str
-    """The attention implementation that the model picks by itself."""
-    grown_rows: int = 0
-    """Rows that embedding and head grow by for ``model.added_tokens``; they are then private copies, not mapped."""
+    dense_numbers: int  # embeddings, head, norms, biases: all but quantizable weights; a tied head counts once
+    attention: str  # the implementation that the model picks by itself
+    grown_rows: int = 0  # that model.added_tokens need; embedding and head are then private copies, not mapped
 
     @property
     def parameters(self) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from qvera.config.schema import Recipe
 from qvera.distributed.zero_config import IN_RAM_BELOW_BYTES, ZeroConfig, nvme_buffers
@@ -25,27 +25,19 @@ ETHERNET_BYTES_PER_SECOND = 117_000_000
 
 @dataclass(frozen=True)
 class Sharing:
-    """How the ranks of a run share its model.
+    """How the ranks of a run share its model."""
 
-    Attributes:
-        stage: of ZeRO; 0: each rank has all of it, and gradients are added up.
-        offload: where a rank's share of the base lies in stage 3: None (the device), ``cpu`` or ``nvme``.
-        nodes, per_node: machines, and ranks on each (the most on one of them).
-        ranks: in all, where not every machine has as many.
-    """
-
-    stage: int = 0
-    offload: str | None = None
+    stage: int = 0  # of ZeRO; 0: each rank has all of it, and gradients are added up
+    offload: str | None = None  # where a rank's share of the base lies in stage 3: None (the device), cpu or nvme
     nodes: int = 1
-    per_node: int = 1
-    ranks: int | None = None
+    per_node: int = 1  # ranks on each node (the most on one of them)
+    ranks: int | None = None  # in all, where not every node has as many
 
     @classmethod
     def of(cls, zero: ZeroConfig | None, nodes: int = 1, per_node: int = 1, ranks: int | None = None) -> Sharing:
         """What a recipe's ``deepspeed`` key means on that many machines."""
-        if zero is None:
-            return cls(0, None, nodes, per_node, ranks)
-        return cls(zero.stage, zero.offload_device, nodes, per_node, ranks)
+        stage, offload = (0, None) if zero is None else (zero.stage, zero.offload_device)
+        return cls(stage, offload, nodes, per_node, ranks)
 
     @property
     def world_size(self) -> int:
@@ -55,9 +47,7 @@ class Sharing:
     @property
     def word(self) -> str:
         """As the recipe's ``deepspeed`` key takes it; ``none`` where that is left out."""
-        if self.stage == 0:
-            return "none"
-        return f"zero{self.stage}" + (f"-offload-{self.offload}" if self.offload else "")
+        return f"zero{self.stage}{f'-offload-{self.offload}' if self.offload else ''}" if self.stage else "none"
 
 
 ALONE = Sharing()
@@ -66,24 +56,15 @@ ALONE = Sharing()
 
 @dataclass(frozen=True)
 class Spread:
-    """Bytes of the base that the ranks divide in stage 3 (`qvera.models.mmap`); statistics are not among them.
+    """Bytes of the base that the ranks divide in stage 3 (`qvera.models.mmap`); statistics are not among them."""
 
-    Attributes:
-        packed: 4-bit weights of all layers.
-        largest, layer: of those, one linear's and one decoder layer's.
-        last: of those, the linears that end a layer: their backward pass comes right behind their recomputation.
-        table: the embedding, and the head as much again; 0 where they are one, which is not spread.
-        dense: linears that are not quantized (a checkpoint may say so), in 16 bits.
-        weights: of each linear, packed or dense, by decoder layer.
-    """
-
-    packed: int
-    largest: int
-    layer: int
-    last: int
-    table: int
-    dense: int
-    weights: list[list[int]]
+    packed: int  # 4-bit weights of all layers
+    largest: int  # of those, one linear's at most
+    layer: int  # of those, one decoder layer's at most
+    last: int  # of those, linears that end a layer: their backward pass comes right behind their recomputation
+    table: int  # the embedding, and the head as much again; 0 where they are one, which is not spread
+    dense: int  # linears that are not quantized (a checkpoint may say so), in 16 bits
+    weights: list[list[int]]  # of each linear, packed or dense, by decoder layer
 
     @property
     def all(self) -> int:
@@ -112,11 +93,7 @@ def spread_of(shape: Shape) -> Spread:
 
 
 def plan_rank(run: PlannedRun, sharing: Sharing = ALONE) -> Memory:
-    """What one rank holds; `plan_memory` for a process on its own.
-
-    Raises:
-        InputError: a target matches no linear.
-    """
+    """What one rank holds; `plan_memory` for a process on its own."""
     whole = plan_memory(run)
     if sharing.stage == 0:
         return whole
@@ -183,22 +160,11 @@ def _share(whole: int, world_size: int) -> int:
     return -(-whole // world_size)
 
 
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes that reach one rank in an optimizer step, between nodes or within one.
+class Traffic(NamedTuple):
+    """Bytes that reach one rank in an optimizer step; their sum is all of them."""
 
-    Attributes:
-        gradients: of the vectors, added up over the ranks (and, with ZeRO, the stepped vectors again).
-        base: weights gathered in stage 3.
-    """
-
-    gradients: int
-    base: int
-
-    @property
-    def total(self) -> int:
-        """Bytes received in a step."""
-        return self.gradients + self.base
+    gradients: int  # of the vectors, added up over the ranks (and, with ZeRO, the stepped vectors again)
+    base: int  # weights gathered in stage 3
 
 
 def traffic(run: PlannedRun, sharing: Sharing) -> Traffic:
@@ -228,19 +194,13 @@ def passes_of(recipe: Recipe, world_size: int, packed_rows: int = 0) -> int:
 
 @dataclass(frozen=True)
 class Way:
-    """One way of sharing the model, planned.
-
-    Attributes:
-        needed_bytes: of the device memory (GPU) or private RAM (CPU) of one rank.
-        available_bytes: what one rank can have of that; on a CPU the ranks of a node divide its RAM.
-        host_bytes: RAM that offloaded shares take on each node beside that.
-    """
+    """One way of sharing the model, planned."""
 
     sharing: Sharing
     memory: Memory
-    needed_bytes: int
-    available_bytes: int
-    host_bytes: int
+    needed_bytes: int  # device memory (GPU) or private RAM (CPU) of one rank
+    available_bytes: int  # what one rank can have of that; on a CPU the ranks of a node divide its RAM
+    host_bytes: int  # RAM that offloaded shares take on each node beside that
     traffic: Traffic
 
     @property
@@ -256,7 +216,7 @@ class Way:
             "available_bytes": self.available_bytes,
             "host_bytes": self.host_bytes,
             "fits": self.fits,
-            "received_bytes_per_step": {"gradients": self.traffic.gradients, "base": self.traffic.base},
+            "received_bytes_per_step": self.traffic._asdict(),
             "memory": self.memory.to_dict(),
         }
 

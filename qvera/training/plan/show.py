@@ -72,8 +72,8 @@ def _print_ways(plan: Plan, console: Console) -> None:
             base,
             *map(size, parts.values()),
             size(way.needed_bytes) + ("" if way.fits else " (too much)"),
-            size(way.traffic.total),
-            duration(way.traffic.total / ETHERNET_BYTES_PER_SECOND),
+            size(sum(way.traffic)),
+            duration(sum(way.traffic) / ETHERNET_BYTES_PER_SECOND),
         )
     console.print(table)
     console.print(right_way(plan.ways, machine)[1], style="bold")
@@ -116,7 +116,7 @@ def change_lines(plan: Plan) -> list[str]:
         least = plan.changes[-1]
         return [f"No change makes it fit; at the least ({least}) it takes {size(least.total_bytes)}."]
     lines = ["Any one of these makes it fit:"] if len(plan.changes) > 1 else ["This makes it fit:"]
-    return lines + [f"  {change.arguments()}   {size(change.total_bytes)}" for change in plan.changes]
+    return lines + [f"  {change}   {size(change.total_bytes)}" for change in plan.changes]
 
 
 def run_lines(plan: Plan) -> list[str]:

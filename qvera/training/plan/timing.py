@@ -2,44 +2,45 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
+from torch.utils.benchmark import Timer
 
 from qvera.adapters.functional import few_tokens
 from qvera.adapters.fused import gradient_cost
 from qvera.models import quantization
+from qvera.training.plan.plan import Plan
 from qvera.training.plan.run import PlannedRun
+from qvera.training.plan.sharding import passes_of
 
 _WEIGHTS_PROBED = 2**20
-_BUDGET_SECONDS = 0.5
 _TOKENS_PROBED = 1024
+_FLOPS_PROBED = 30e9
+_BUDGET_SECONDS = 0.5
 
 
-@dataclass(frozen=True)
-class Rates:
-    """What this machine does in a second.
+def time_step(plan: Plan, device: torch.device) -> dict[str, float]:
+    """Seconds of one optimizer step in parts, from a calibration of ``device`` (2 to 5 seconds).
 
-    Attributes:
-        product_flops: of x Wᵀ at the recipe's tokens and the layers' shapes, in the compute dtype.
-        rank_flops: of x Aᵀ, whose inner or outer side is the rank.
-        dequantized_weights: 4-bit weights made into the compute dtype.
-        passes_bytes: read and written by an elementwise operation.
+    With several ranks: of one on a device like this one for each, without what the network takes. Every forward pass of
+    the step is taken to be as long as the plan's batch.
     """
-
-    product_flops: float
-    rank_flops: float
-    dequantized_weights: float
-    passes_bytes: float
+    times = passes_of(plan.recipe, plan.sharing.world_size, plan.batch.packed_rows)
+    work, rates = _work(plan), _rates(plan, device)
+    return {part: times * amount / rates[kind] for part, (kind, amount) in work.items()}
 
 
-def calibrate(run: PlannedRun, device: torch.device) -> Rates:
-    """Time representative products on ``device``: 2 to 5 seconds on two cores."""
-    dtype, tokens = run.machine.dtype, min(run.batch.all_tokens, _TOKENS_PROBED)
-    shape = run.shape
-    widest = min(shape.ff, _largest_side(shape.hidden))
+def _rates(run: PlannedRun, device: torch.device) -> dict[str, float]:
+    """What ``device`` does in a second.
+
+    ``products``: FLOPs of x Wᵀ at the recipe's tokens and the layers' shapes, in the compute dtype; ``low rank``: of
+    x Aᵀ, whose inner or outer side is the rank; ``dequantization``: 4-bit weights made into the compute dtype;
+    ``elementwise``: bytes read and written.
+    """
+    shape, model, dtype = run.shape, run.recipe.model, run.machine.dtype
+    tokens = min(run.batch.all_tokens, _TOKENS_PROBED)
+    widest = min(shape.ff, max(64, int(_FLOPS_PROBED / (2 * _TOKENS_PROBED * shape.hidden))))
     generator = torch.Generator(device="cpu").manual_seed(0)
 
     def drawn(rows: int, columns: int) -> torch.Tensor:
@@ -47,50 +48,29 @@ def calibrate(run: PlannedRun, device: torch.device) -> Rates:
 
     x, weight, narrow = drawn(tokens, shape.hidden), drawn(widest, shape.hidden), drawn(run.rank, shape.hidden)
     wide = drawn(tokens, shape.ff)
-    product = _seconds(lambda: x @ weight.t(), device)
-    rank = _seconds(lambda: x @ narrow.t(), device)
-    elementwise = _seconds(lambda: torch.nn.functional.silu(wide), device)
-    weights_per_second = float("inf")
-    if run.recipe.model.quantization in ("nf4", "fp4"):
+    dequantized = float("inf")
+    if model.quantization in ("nf4", "fp4"):
         side = max(64, min(_WEIGHTS_PROBED // shape.hidden, widest))
         layer = quantization.Linear4bit(
-            shape.hidden, side, bias=False, compute_dtype=dtype, quant_type=run.recipe.model.quantization,
-            compress_statistics=run.recipe.model.double_quant,
+            shape.hidden, side, bias=False, compute_dtype=dtype, quant_type=model.quantization,
+            compress_statistics=model.double_quant,
         ).to(device)  # fmt: skip
-        one = _seconds(lambda: quantization.dequantized_weight(layer, dtype), device)
-        weights_per_second = shape.hidden * side / one
-    return Rates(
-        2 * tokens * shape.hidden * widest / product,
-        2 * tokens * shape.hidden * run.rank / rank,
-        weights_per_second,
-        2 * wide.numel() * wide.element_size() / elementwise,
-    )
+        dequantized = shape.hidden * side / _seconds(lambda: quantization.dequantized_weight(layer, dtype))
+    return {
+        "products": 2 * tokens * shape.hidden * widest / _seconds(lambda: x @ weight.t()),
+        "low rank": 2 * tokens * shape.hidden * run.rank / _seconds(lambda: x @ narrow.t()),
+        "dequantization": dequantized,
+        "elementwise": 2 * wide.numel() * wide.element_size() / _seconds(lambda: torch.nn.functional.silu(wide)),
+    }
 
 
-def _largest_side(hidden: int) -> int:
-    """A side that keeps one probed product below some 30 GFLOP whatever the model."""
-    return max(64, int(30e9 / (2 * _TOKENS_PROBED * hidden)))
+def _seconds(run: Callable[[], object]) -> float:
+    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=_BUDGET_SECONDS).median
 
 
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    """The fastest of a few runs within `_BUDGET_SECONDS`."""
-    run()
-    best, spent = float("inf"), 0.0
-    while spent < _BUDGET_SECONDS:
-        began = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        took = time.perf_counter() - began
-        best, spent = min(best, took), spent + took
-    return best
-
-
-def step_seconds(run: PlannedRun, rates: Rates, times: int) -> dict[str, float]:
-    """Seconds of one optimizer step, in parts. Counted: products, dequantization, attention, elementwise passes.
-
-    Every one of the step's forward passes (``times``) is taken to be as long as the batch of the plan.
-    """
+def _work(run: PlannedRun) -> dict[str, tuple[str, float]]:
+    """Parts of one forward and backward pass: the rate of `_rates` that each goes by, and how much there is of it."""
     passes = 3 if run.recipe.training.gradient_checkpointing else 2  # forward, recompute, backward
     flops, low_rank, weights, passed = 0.0, 0.0, 0.0, 0.0
     T, size, section = run.batch.all_tokens, run.itemsize, run.recipe.adapter
@@ -117,10 +97,10 @@ def step_seconds(run: PlannedRun, rates: Rates, times: int) -> dict[str, float]:
     passed += passes * size * T * (24 * s.hidden + 10 * s.ff + 12 * s.heads * s.head_dim)
     head = 4 * min(b.trained_tokens, T) * s.vocabulary * s.hidden
     return {
-        "frozen products": times * (s.layers * flops) / rates.product_flops,
-        "dequantization": times * s.layers * weights / rates.dequantized_weights,
-        "low-rank products": times * s.layers * low_rank / rates.rank_flops,
-        "attention": times * s.layers * attention / rates.product_flops,
-        "head and loss": times * head / rates.product_flops,
-        "elementwise": times * s.layers * passed / rates.passes_bytes,
+        "frozen products": ("products", s.layers * flops),
+        "dequantization": ("dequantization", s.layers * weights),
+        "low-rank products": ("low rank", s.layers * low_rank),
+        "attention": ("products", s.layers * attention),
+        "head and loss": ("products", head),
+        "elementwise": ("elementwise", s.layers * passed),
     }
