@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import shutil
@@ -25,6 +24,7 @@ from qvera.config.schema import AdapterSection, ModelSection
 from qvera.models.tokenizer import ADDED_ROWS, put_token_rows, read_token_rows, save_token_rows
 from qvera.utils.atomic import disk_errors, flush
 from qvera.utils.errors import InputError, first_line
+from qvera.utils.files import read_json
 from qvera.utils.formatting import first_of
 from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, resolve_path
 from qvera.utils.safetensors_io import same_base
@@ -240,11 +240,8 @@ def read_config(directory: Path) -> QveraConfig | VeraConfig:
     for file in (config_file, weights_file):
         if not file.is_file():
             raise InputError(f"{directory}: has no {file.name}, so it is not an adapter directory.")
-    try:
-        raw = json.loads(config_file.read_text(encoding="utf-8"))
-        kind = raw["peft_type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{config_file}: not a PEFT adapter config ({type(error).__name__}: {error}).") from None
+    raw = read_json(config_file, "a PEFT adapter config", ("peft_type",))
+    kind = raw["peft_type"]
     classes: dict[object, type[QveraConfig | VeraConfig]] = {PEFT_TYPE: QveraConfig, "VERA": VeraConfig}
     if kind not in classes:
         raise InputError(f"{config_file}: peft_type is {kind}, expected {PEFT_TYPE} (or PEFT's own VERA).")

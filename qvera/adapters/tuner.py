@@ -17,7 +17,7 @@ from qvera.adapters.multi_adapter import BASE, SeedBank, plan_rows
 from qvera.adapters.projection import SharedProjection, projection_sha256
 from qvera.models import linear, norm_mlp
 from qvera.models.tokenizer import PLACED
-from qvera.utils import memory
+from qvera.utils import formatting, memory
 from qvera.utils.errors import InputError
 
 
@@ -219,9 +219,8 @@ def _require_memory(
     available = memory.available_bytes(torch.device("cpu"))
     if needed > available and any(device.type != "meta" for device, _ in homes):
         raise InputError(
-            f"rank: {rank} needs projections of {needed / 1e9:.3g} GB, and {available / 1e9:.3g} GB of memory are "
-            f"available. "
-            "VeRA's ranks are 256 to 1024."
+            f"rank: {rank} needs projections of {formatting.size(needed)}, and {formatting.size(available)} of memory "
+            "are available. VeRA's ranks are 256 to 1024."
         )
 
 

@@ -21,7 +21,7 @@ from qvera.models import loader
 from qvera.models.hub import base_directory
 from qvera.models.loader import load_exported
 from qvera.utils.errors import InputError, first_line
-from qvera.utils.files import file_sha256
+from qvera.utils.files import file_sha256, read_json
 from qvera.utils.formatting import first_of
 from qvera.utils.paths import CERTIFICATE, RECIPE_FILE
 
@@ -116,7 +116,7 @@ class EvalTarget:
     def what(self) -> str:
         """For people: a run, a LORA adapter, a merged export, a checkpoint."""
         if self.kind == "adapter" and self.adapter is not None:
-            return f"an adapter ({_peft_type(self.adapter)})"
+            return f"an adapter ({_config(self.adapter)['peft_type']})"
         return {"run": "a run", "checkpoint": "a merged export" if self.merged else "a checkpoint"}.get(self.kind, "")
 
 
@@ -176,17 +176,7 @@ def _adapter(path: Path, recipe: Recipe | None, run: Path | None) -> EvalTarget:
 
 
 def _config(adapter: Path) -> dict[str, Any]:
-    file = adapter / save_load.ADAPTER_CONFIG
-    try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-        str(tree["peft_type"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file}: not a PEFT adapter config ({type(error).__name__}: {error}).") from None
-    return tree
-
-
-def _peft_type(adapter: Path) -> str:
-    return str(_config(adapter)["peft_type"])
+    return read_json(adapter / save_load.ADAPTER_CONFIG, "a PEFT adapter config", ("peft_type",))
 
 
 def _checkpoint(path: Path, recipe: Recipe | None, run: Path | None) -> EvalTarget:
@@ -195,16 +185,13 @@ def _checkpoint(path: Path, recipe: Recipe | None, run: Path | None) -> EvalTarg
     file = path / CERTIFICATE
     if not file.is_file():
         return EvalTarget(path, "checkpoint", section, None, recipe, run)
+    fix = "Export again, or remove it to have the directory taken for a plain checkpoint."
+    certificate = read_json(file, "the certificate of a merged export", fix=fix)
     try:
-        certificate = json.loads(file.read_text(encoding="utf-8"))
         adapter, digest = Path(certificate["adapter"]["path"]), certificate["adapter"]["sha256"]
         certificate["base"]["path"], certificate["base"]["weights"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{file}: is not the certificate of a merged export ({type(error).__name__}: {error}). Export again, or "
-            f"remove it to "
-            "have the directory taken for a plain checkpoint."
-        ) from None
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{file}: is not the certificate of a merged export (it has no {error}). {fix}") from None
     weights = adapter / save_load.ADAPTER_WEIGHTS
     if (
         recipe is None
@@ -257,7 +244,7 @@ def open_target(target: EvalTarget, *, adapter: bool = True) -> OpenRun:
     if target.adapter is None:
         return _open_checkpoint(target) if adapter else _open_merged_base(target)
     directory = target.adapter
-    ours = _peft_type(directory) in OUR_ADAPTERS
+    ours = _config(directory)["peft_type"] in OUR_ADAPTERS
     if adapter and ours:
         save_load.read_adapter(directory)  # a broken adapter is found before a big model is loaded
     elif adapter:
@@ -368,12 +355,10 @@ def require_base(target: EvalTarget) -> None:
 
 def _stored_model(directory: Path) -> tuple[loader.Base, PreTrainedModel]:
     tokenizer = loader.load_tokenizer(ModelSection(path=str(directory)))
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    if config.get("quantization_config"):
+    if read_json(directory / "config.json", "a model's config").get("quantization_config"):
         raise InputError(
             f"{directory}: is stored quantized; expected a 16-bit checkpoint, such as `qvera export --to merged` "
-            f"writes. "
-            "A run or an adapter on this base can be evaluated."
+            "writes. A run or an adapter on this base can be evaluated."
         )
     try:
         loaded = load_exported(directory, loader.pick_device())

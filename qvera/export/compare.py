@@ -20,7 +20,7 @@ from qvera.data import IGNORED, Example, collate
 from qvera.evaluation.evaluate import hidden_states
 from qvera.models.loader import causal_model, exported_bytes, load_exported, pick_device
 from qvera.models.loss import Head
-from qvera.utils import memory
+from qvera.utils import formatting, memory
 from qvera.utils.atomic import require_space
 
 BATCH_TOKENS = 2048
@@ -64,10 +64,8 @@ def too_little_memory(exported_dir: Path, trained_bytes: int) -> str | None:
     needed, available = trained_bytes + exported_bytes(exported_dir, device), memory.available_bytes(device)
     if needed <= available:
         return None
-    return (
-        f"holding the trained and the exported model together takes {needed / 1e9:.1f} GB, and {available / 1e9:.1f} "
-        "GB of memory are available"
-    )
+    sizes = f"{formatting.size(needed)}, and {formatting.size(available)} of memory are available"
+    return f"holding the trained and the exported model together takes {sizes}"
 
 
 def measure_difference(
