@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import itertools
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from operator import itemgetter
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -55,7 +57,7 @@ class Encoder:
                 self.bos_id = int(bos)
         probe = self._encode_batch(["a", "b"])
         ids = list(itertools.chain(*probe["input_ids"]))
-        self.splits = bool(getattr(probe, "encodings", None)) and self._decode(ids) == "ab"
+        self.splits = bool(getattr(probe, "encodings", None)) and decode(tokenizer, ids) == "ab"
 
     def with_bos(self, ids: list[int]) -> list[int]:
         """``ids`` with exactly one BOS in front where the model wants one; a template may have written it already."""
@@ -81,10 +83,9 @@ class Encoder:
         """Encode texts without adding special tokens; markers written in a text become their tokens.
 
         Where the tokenizer `splits`, each answer starts a part that is encoded by itself. A prompt then has the ids
-        that it has
-        when it is generated from: encoded together, a line break before an answer can be one token when it ends the
-        text and another when a word follows. A token that lies across the start or the end of an answer belongs to the
-        answer.
+        that it has when it is generated from: encoded together, a line break before an answer can be one token when it
+        ends the text and another when a word follows. A token that lies across the start or the end of an answer
+        belongs to the answer.
 
         Args:
             texts: N texts.
@@ -96,7 +97,7 @@ class Encoder:
         edges = []
         for text, bounds in zip(texts, answers, strict=True):
             starts = {start for _, start, _ in bounds} if self.splits else set()
-            edges.append(sorted({0, len(text)} | starts) if text else [0, 0])
+            edges.append([*sorted({0} | starts - {len(text)}), len(text)])
         parts = [
             text[a:b] for text, row_edges in zip(texts, edges, strict=True) for a, b in itertools.pairwise(row_edges)
         ]
@@ -108,21 +109,19 @@ class Encoder:
         following = iter(encodings)
         out = []
         for bounds, row_edges in zip(answers, edges, strict=True):
-            encoded = [(low, high, next(following)) for low, high in itertools.pairwise(row_edges)]
-            tokens = [
-                (_tokens_before(encoded, a), _tokens_before(encoded, b), _tokens_before(encoded, c, at_end=True))
-                for a, b, c in bounds
-            ]
-            out.append(([token for *_, encoding in encoded for token in encoding.ids], tokens))
+            ids: list[int] = []
+            spans: list[tuple[int, int]] = []  # of each token, in characters of the text
+            for low, encoding in zip(row_edges[:-1], following, strict=False):
+                ids += encoding.ids
+                # a space that trimmed offsets put at its own beginning still belongs to this part
+                spans += [(low + start, low + max(end, 1)) for start, end in encoding.offsets]
+            out.append((ids, [_in_tokens(spans, answer) for answer in bounds]))
         return out
 
     def _encode_batch(self, texts: list[str]) -> BatchEncoding:
         return self.tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
         )
-
-    def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def _bounds_by_prefix(self, text: str, answers: Sequence[Bounds], ids: Sequence[int]) -> list[Bounds]:
         """For tokenizers written in Python, which have no offsets: tokens that a prefix of the text has in common."""
@@ -137,38 +136,15 @@ class Encoder:
         return [(tokens_before(header), tokens_before(start), tokens_before(end)) for header, start, end in answers]
 
 
-def _tokens_before(parts: Sequence[tuple[int, int, _Encoding]], at: int, at_end: bool = False) -> int:
-    """How many tokens lie before character ``at`` of a text that was encoded in parts [low, high).
-
-    Args:
-        at_end: ``at`` is the end of an answer: a token that lies across it is counted.
-    """
-    before = 0
-    for low, high, encoding in parts:
-        if at > high:
-            before += len(encoding.ids)
-            continue
-        if at == high:
-            return before + len(encoding.ids)
-        token = encoding.char_to_token(at - low)
-        if token is None:  # no token holds this character (a normalizer dropped it, or offsets are trimmed)
-            ends = (index for index, (_, end) in enumerate(encoding.offsets) if end > at - low)
-            token = next(ends, len(encoding.ids))
-        while at_end and token < len(encoding.ids) and encoding.token_to_chars(token)[0] < at - low:
-            token += 1
-        return before + token
-    return before
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of these tokens, special ones included."""
+    return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-class _Encoding(Protocol):
-    """What `_tokens_before` reads of a ``tokenizers.Encoding``, which has no types of its own."""
-
-    ids: list[int]
-    offsets: list[tuple[int, int]]
-
-    def char_to_token(self, char_pos: int) -> int | None: ...
-
-    def token_to_chars(self, token_index: int) -> tuple[int, int]: ...
+def _in_tokens(spans: list[tuple[int, int]], answer: Bounds) -> Bounds:
+    """An answer's bounds in tokens, whose places in the text ``spans`` are in order."""
+    header, start, end = (bisect.bisect_right(spans, at, key=itemgetter(1)) for at in answer)  # tokens that end by then
+    return header, start, max(end, bisect.bisect_left(spans, answer[2], key=itemgetter(0)))
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -4,17 +4,17 @@ They are never searched for: a row's text could contain anything, the template's
 ways to know, each for templates that the others can't do:
 
 - The author's ``{% generation %}`` blocks, where there are any. Blocks differ in what they include, which one of the
-next two settles.
-- The layout: the literal text that the template writes around the contents of a conversation of this shape. It is
-  learned once a shape, by rendering slots in place of the contents, and used where literals and contents together are
-  the row's text.
+  next two settles.
+- The layout: the literal text that the template writes around the contents of a conversation of this shape, learned
+  once a shape, by rendering slots in place of the contents.
 - Prefixes: the conversation is rendered up to and without each answer. That is six times as slow, and is for tool calls
-  and for templates that rewrite contents. It can't do templates that write something else once a later turn follows
-  (Qwen3).
+  and for templates that rewrite contents. It can't do templates that write something else once a later turn follows.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -54,14 +54,18 @@ class AnswerSpan:
 
 
 class _Slot(NamedTuple):
-    """A place for a content, whether the template strips it on either side, and the answer's bounds if it is one."""
+    """A place for a content: the template's literal text before it, and what the template strips from it.
 
+    ``answer``, of an assistant's content: characters from the answer's start to the content, from the content's end to
+    the answer's end, and whether that end is a marker.
+    """
+
+    literal: str
     turn: int
     name: str
     strip_left: bool
     strip_right: bool
     answer: tuple[int, int, bool] | None
-    """Characters from the answer's start to the content, from the content's end to the answer's end; marked or not."""
 
     def content(self, messages: list[Message]) -> str:
         content: str = messages[self.turn][self.name]
@@ -69,14 +73,8 @@ class _Slot(NamedTuple):
         return content.rstrip() if self.strip_right else content
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """What a template writes for conversations of one shape: ``literals`` with the ``slots`` between them."""
-
-    literals: list[str]
-    slots: list[_Slot]
-
-
+Layout = tuple[list[_Slot], str]
+"""What a template writes for conversations of one shape: slots with their literals, and the literal after the last."""
 Layouts = dict[object, Layout | None]
 """One template's layouts, by shape and tools; None: that shape has none."""
 
@@ -156,22 +154,28 @@ def _within_block(
     return AnswerSpan(turn, header, start, end, False)
 
 
-def _answer_start(prompt: str, bare: str, text: str, earliest: int, content: int) -> int:
-    """Where in ``text`` the generation prompt ends that an answer's content (at ``content``) comes from.
+def _answer_start(
+    template: ChatTemplate, before: list[Message], tools: Tools, text: str, earliest: int, content: int
+) -> tuple[int, int]:
+    """Where in ``text`` the answer starts whose content is at ``content``, and its heading before that.
 
-    Llama-2's answers start with a space after ``[/INST]``, and Qwen3's with an empty think block: both are the model's
-    to write, since a generation prompt stops before them.
+    An answer starts where the generation prompt for the turns ``before`` ends. Llama-2's start with a space after
+    ``[/INST]``, and Qwen3's with an empty think block: both are the model's to write, since a generation prompt stops
+    before them.
 
     Args:
-        prompt: the turns before the answer, rendered with the generation prompt.
-        bare: the same without it.
         earliest: an earlier start is none.
     """
-    if not text.startswith(prompt) or not earliest <= len(prompt) <= content:
-        return content
-    if prompt == bare and text[len(prompt) : content].strip():
-        return content  # the template knows no generation prompt; its heading is still not the model's to write
-    return len(prompt)
+    try:
+        prompt = template.attempt(before, tools, prompt=True) if before else ""
+        bare = template.attempt(before, tools) if before else ""
+    except TemplateError:
+        return content, content
+    # A template that knows no generation prompt writes a heading, which is still not the model's to write.
+    has_heading = prompt == bare and bool(text[len(prompt) : content].strip())
+    if has_heading or not text.startswith(prompt) or not earliest <= len(prompt) <= content:
+        return content, min(len(bare), content)
+    return len(prompt), min(len(bare), len(prompt))
 
 
 def _layout_spans(
@@ -187,27 +191,26 @@ def _layout_spans(
     layout = layouts[key]
     if layout is None:
         return None
-    parts = [layout.literals[0]]
-    length, previous_end = len(parts[0]), 0
+    written = ""
     answers = []
-    for slot, literal in zip(layout.slots, layout.literals[1:], strict=True):
-        content = slot.content(messages)
-        end = length + len(content)
+    slots, closing = layout
+    for slot in slots:
+        header, written = len(written), written + slot.literal
+        start, written = len(written), written + slot.content(messages)
         if slot.answer is not None:
             before, after, marked = slot.answer
-            answers.append(AnswerSpan(slot.turn, previous_end, length - before, end + after, marked))
-        parts += (content, literal)
-        previous_end, length = end, end + len(literal)
-    return answers if "".join(parts) == text else None
+            answers.append(AnswerSpan(slot.turn, header, start - before, len(written) + after, marked))
+    return answers if written + closing == text else None
 
 
 def _learn_layout(template: ChatTemplate, messages: list[Message], tools: Tools) -> Layout | None:
+    """Render slots in place of the contents; None where the template does more than to write each in its place."""
     marks: dict[str, tuple[int, str]] = {}
     slotted = []
     for turn, message in enumerate(messages):
         copy = dict(message)
         for name in ("content", "context"):
-            if name in copy and (copy[name] or name == "context"):
+            if copy.get(name) or name == "context" in copy:
                 mark = f"QveraSlot{len(marks):04d}Zq7"
                 marks[mark] = (turn, name)
                 copy[name] = f"\t{mark}\t"  # a tab that is gone afterwards: the template strips
@@ -216,54 +219,37 @@ def _learn_layout(template: ChatTemplate, messages: list[Message], tools: Tools)
         text = template.attempt(slotted, tools)
     except TemplateError:
         return None
-    parts = re.split(r"(\t?)(QveraSlot\d{4}Zq7)(\t?)", text)
+    *parts, closing = re.split(r"(\t?)(QveraSlot\d{4}Zq7)(\t?)", text)
     if parts[2::4] != list(marks):
         return None  # a content is left out, written twice or moved
-    literals, slots = parts[::4], []
+    slots: list[_Slot] = []
     end = 0
-    for number, (left, mark, right) in enumerate(zip(parts[1::4], parts[2::4], parts[3::4], strict=True)):
+    following = [*parts[4::4], closing]
+    for literal, left, mark, right, behind in zip(*(parts[i::4] for i in range(4)), following, strict=True):
         turn, name = marks[mark]
-        earliest = end
-        start = end + len(literals[number])
+        earliest, start = end, end + len(literal)
         end = start + len(left + mark + right)
         answer = None
         if messages[turn]["role"] == "assistant" and name == "content":
-            begins = _slotted_start(template, slotted[:turn], tools, text, earliest, start)
-            closes, marked = _slotted_end(template, slotted, turn, tools, text, end, end + len(literals[number + 1]))
+            begins, _ = _answer_start(template, slotted[:turn], tools, text, earliest, start)
+            closes, marked = _slotted_end(template, slotted, turn, tools, text, end, end + len(behind))
             answer = (start - begins, closes - end, marked)
-        slots.append(_Slot(turn, name, not left, not right, answer))
-    return Layout(literals, slots)
-
-
-def _slotted_start(
-    template: ChatTemplate, before: list[Message], tools: Tools, text: str, earliest: int, content: int
-) -> int:
-    if not before:
-        return content
-    try:
-        prompt, bare = template.attempt(before, tools, prompt=True), template.attempt(before, tools)
-    except TemplateError:
-        return content
-    return _answer_start(prompt, bare, text, earliest, content)
+        slots.append(_Slot(literal, turn, name, not left, not right, answer))
+    return slots, closing
 
 
 def _slotted_end(
     template: ChatTemplate, slotted: list[Message], turn: int, tools: Tools, text: str, end: int, latest: int
 ) -> tuple[int, bool]:
     """Where in ``text`` the answer's turn ends whose content ends at ``end``, and whether by a marker."""
-    close = latest
-    if turn + 1 < len(slotted):  # what follows up to the next content holds the next turn's heading too
-        try:
-            alone = template.attempt(slotted[: turn + 1], tools)
-        except TemplateError:
-            alone = ""
-        if not (text.startswith(alone) and end <= len(alone) <= latest):
-            marker_end = template.marker_end(text, end, latest)
-            return (marker_end or end), marker_end is not None
-        close = len(alone)
-    # Without a marker, what the template itself puts behind an answer (a line break, say) is all there is to learn
-    # from.
-    marker_end = template.marker_end(text, end, close)
+    # What follows up to the next content holds the next turn's heading too. Without a marker, what the template itself
+    # puts behind an answer (a line break, say) is all there is to learn from.
+    close = latest if turn + 1 == len(slotted) else end
+    with contextlib.suppress(TemplateError):
+        alone = template.attempt(slotted[: turn + 1], tools)
+        if text.startswith(alone) and end <= len(alone) <= latest:
+            close = latest = len(alone)
+    marker_end = template.marker_end(text, end, latest)
     return (marker_end or close), marker_end is not None
 
 
@@ -276,15 +262,12 @@ def _prefix_spans(
     for turn, item in enumerate(conversation.turns):
         if item.role != "assistant":
             continue
-        bare = template.attempt(messages[:turn], tools) if turn else ""
-        prompt = template.attempt(messages[:turn], tools, prompt=True) if turn else ""
         through = template.attempt(messages[: turn + 1], tools)
         place = _content_place(template, messages[: turn + 1], tools, through) if text.startswith(through) else None
         if place is None:
             continue  # rewritten beyond recognition: a marker inside of it could be mistaken for its end
         content, behind = place
-        start = _answer_start(prompt, bare, through, 0, content)
-        header = len(bare) if prompt.startswith(bare) and len(bare) <= start else start
+        start, header = _answer_start(template, messages[:turn], tools, through, 0, content)
         # A tool call is written behind the content, and may open with a special token of its own.
         marker_end = template.marker_end(through, behind, len(through), last="tool_calls" in item.extra)
         answers.append(AnswerSpan(turn, header, start, marker_end or len(through), marker_end is not None))
@@ -308,31 +291,24 @@ def _content_place(
     while mark in repr(messages) + repr(tools):
         mark += "Z"
     try:
-        slotted = template.attempt([*earlier, {**last, "content": f"\t{mark}\t"}], tools)
-        empty = template.attempt([*earlier, {**last, "content": ""}], tools)
+        slotted = template.attempt([*earlier, {**last, "content": mark}], tools)
     except TemplateError:
         return None
-    parts = re.split(rf"(\t?){mark}(\t?)", slotted)
-    if len(parts) == 1 and slotted == through:
+    if slotted == through:
         prompt = template.attempt(earlier, tools, prompt=True) if earlier else ""
         return (len(prompt), len(prompt)) if through.startswith(prompt) else None
-    if len(parts) != 4:
+    before, _, behind = slotted.partition(mark)
+    if slotted != before + mark + behind or mark in behind:
         return None
-    before, left, right, behind = parts
-    content = _Slot(len(earlier), "content", not left, not right, None).content(messages)
-    if through == before + content + behind:
-        return len(before), len(before) + len(content)
-    if not content and through == empty:
+    if through.startswith(before) and through.endswith(behind) and len(through) >= len(before) + len(behind):
+        return len(before), len(through) - len(behind)
+    if not last["content"].strip():
         # The template writes less around nothing at all: what it shares with the other text at its end is behind it.
         opening = _shared(through, before)
         return opening, max(opening, len(through) - _shared(through[::-1], behind[::-1]))
-    if through.startswith(before) and through.endswith(behind) and len(through) >= len(before) + len(behind):
-        # it rewrites the content in its place (line breaks stripped, say)
-        return len(before), len(through) - len(behind)
     return None
 
 
 def _shared(one: str, other: str) -> int:
     """Characters that two texts begin with in common."""
-    length = min(len(one), len(other))
-    return next((at for at in range(length) if one[at] != other[at]), length)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qvera.data.dataset import Datasets
+from qvera.data.encoding import decode
 from qvera.data.named_templates import NAMED_TEMPLATES
 from qvera.data.rows import Example
 from qvera.data.stats import DataStats
@@ -136,8 +136,3 @@ def mark_trained(example: Example, tokenizer: PreTrainedTokenizerBase, limit: in
         out.append(f"⟦{shown}⟧" if trained else shown, style="green" if trained else "dim")
         trained = not trained
     return out
-
-
-def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The text of these tokens, special ones included."""
-    return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
