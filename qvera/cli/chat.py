@@ -87,7 +87,7 @@ def template_and_encoder(opened: OpenRun) -> tuple[ChatTemplate, Encoder]:
     from qvera.data import Encoder, resolve_template
     from qvera.evaluation.load import template_of
 
-    name = template_of(opened.recipe, opened.path) if opened.recipe is not None else "auto"
+    name = template_of(opened.recipe, opened.target.run) if opened.recipe is not None else "auto"
     return resolve_template(name, opened.base.tokenizer), Encoder(opened.base.tokenizer)
 
 

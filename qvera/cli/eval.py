@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,9 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from qvera.config.schema import DataSection
-    from qvera.evaluation.evaluate import EvalPrompt, EvalResult
     from qvera.evaluation.load import EvalTarget
-    from qvera.evaluation.metrics import TextMetric
 
 
 def evaluate(
@@ -78,17 +75,21 @@ def evaluate(
     from qvera.config.schema import TrainingSection
     from qvera.data import build_datasets
     from qvera.evaluation.evaluate import prompts_of, score_model
-    from qvera.evaluation.load import adapter_sha256, base_of, base_problem, find_target, open_target, require_base
+    from qvera.evaluation.load import adapter_sha256, base_of, find_target, open_target, require_base
     from qvera.evaluation.report.pages import answers_page
+    from qvera.evaluation.report.read import inputs_sha256
+    from qvera.utils import memory
 
     target = find_target(run, recipe)
     if base or with_base:
         require_base(target)
     elif html is not None:  # the page has a column for the base, if there is one
-        missing = base_problem(target)
-        with_base = missing is None
-        if missing is not None and target.merged is not None:
-            console.print(f"The page will have no base beside the answers. {missing}", style="yellow", markup=False)
+        try:
+            require_base(target)
+            with_base = True
+        except InputError as error:
+            if target.merged is not None:
+                console.print(f"The page will have no base beside the answers. {error}", style="yellow", markup=False)
     section = _data_section(run, data, rows, target)
     adapter = None if base else adapter_sha256(target)  # now: the run may go on while we score
     with progress(f"Loading {run}"):
@@ -99,7 +100,7 @@ def evaluate(
     settings = target.recipe.training if target.recipe is not None else TrainingSection()
     answer_tokens = max_new_tokens or settings.sample_max_new_tokens
 
-    def score(model: PreTrainedModel | PeftModel, label: str) -> EvalResult:
+    def score(model: PreTrainedModel | PeftModel, label: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         with progress(f"{label}scoring") as show:
             return score_model(
                 model,
@@ -113,19 +114,35 @@ def evaluate(
                 progress=lambda text: show(label + text),
             )
 
-    found, base_found = score(opened.model, ""), None
+    scores, answers = score(opened.model, "")
+    base_scores = None
     if with_base:
         if target.adapter is None:  # the base of an export is a model of its own; both need not be held
-            opened.model = None
-            opened.base.model = None
+            opened.model = opened.base.model = None
         with contextlib.ExitStack() as until_scored:
             with progress("Loading the base"):  # alone: rich before 14.1 shows one thing at a time
-                model = until_scored.enter_context(base_of(target, opened))
-            base_found = score(model, "Base: ")
-    document = _document(target, section, prompts, chosen, found, base_found, base_alone=base, data=data)
-    document["subject"] |= {"max_new_tokens": answer_tokens, "adapter_sha256": adapter}
+                model = until_scored.enter_context(base_of(opened))
+            base_scores, base_rows = score(model, "Base: ")
+        answers = [
+            row | {"base_answer": of_base["answer"], "base_scores": of_base["scores"]}
+            for row, of_base in zip(answers, base_rows, strict=True)
+        ]
+    about = _subject(target, section, base_alone=base, data=data)
+    about |= {"inputs_sha256": inputs_sha256(answers), "max_new_tokens": answer_tokens, "adapter_sha256": adapter}
+    document = {
+        "subject": about,
+        "scores": scores,
+        "base_scores": base_scores,
+        "metrics": [
+            {"name": m.name, "label": m.label, "signature": m.signature(), "lower_is_better": m.lower_is_better}
+            for m in chosen
+            if scores.get("scored_rows")
+        ],
+        "versions": memory.versions(),
+        "answers": answers,
+    }
     if predictions is not None:
-        lines = (json.dumps(answer, ensure_ascii=False) + "\n" for answer in document["answers"])
+        lines = (json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
         replace_text(predictions, "".join(lines))
     if json_file is not None:
         replace_text(json_file, json.dumps(document, indent=1, ensure_ascii=False))
@@ -184,54 +201,17 @@ def _data_section(run: Path, data: str | None, rows: int | None, target: EvalTar
     )
 
 
-def _document(
-    target: EvalTarget,
-    section: DataSection,
-    prompts: Sequence[EvalPrompt],
-    metrics: Sequence[TextMetric],
-    found: EvalResult,
-    base: EvalResult | None,
-    *,
-    base_alone: bool,
-    data: str | None,
-) -> dict[str, Any]:
-    """The whole evaluation, as --json writes it and the page shows it."""
-    from qvera.evaluation.report.read import inputs_sha256
-    from qvera.utils import memory
-
-    answers: list[dict[str, Any]] = []
-    for number, each in enumerate(prompts):
-        row: dict[str, Any] = {
-            "source": each.example.source,
-            "prompt": each.example.prompt_text,
-            "references": each.references,
-            "answer": found.answers[number],
-            "scores": found.rows[number],
-        }
-        if base is not None:
-            row |= {"base_answer": base.answers[number], "base_scores": base.rows[number]}
-        answers.append(row)
+def _subject(target: EvalTarget, section: DataSection, *, base_alone: bool, data: str | None) -> dict[str, Any]:
+    """What was evaluated on what."""
     what = "the base alone" if base_alone else target.what
-    column = {"checkpoint": "Export" if target.merged else "Model"}.get(target.kind, "Adapter")
+    column = "Adapter" if target.adapter is not None else "Export" if target.merged else "Model"
     held_out = section.eval_path or f"{section.path}, {section.eval_fraction:.1%} held out by its seed"
     return {
-        "subject": {
-            "path": str(target.path),
-            "what": what[0].upper() + what[1:],
-            "column": "Base" if base_alone else column,
-            "base": target.merged["base"]["path"] if target.merged else target.section.path,
-            "data": data or held_out,
-            "inputs_sha256": inputs_sha256(answers),
-        },
-        "scores": found.scores,
-        "base_scores": None if base is None else base.scores,
-        "metrics": [
-            {"name": m.name, "label": m.label, "signature": m.signature(), "lower_is_better": m.lower_is_better}
-            for m in metrics
-            if prompts and found.scores.get("scored_rows")
-        ],
-        "versions": memory.versions(),
-        "answers": answers,
+        "path": str(target.path),
+        "what": what[0].upper() + what[1:],
+        "column": "Base" if base_alone else column,
+        "base": target.merged["base"]["path"] if target.merged else target.section.path,
+        "data": data or held_out,
     }
 
 

@@ -6,8 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -177,71 +176,52 @@ def answer_rows(
     ]
 
 
-@dataclass(frozen=True)
-class EvalPrompt:
+class EvalPrompt(NamedTuple):
     """A prompt to be answered, and the texts that would be right; none for a prompt without a reference."""
 
     example: Example
     references: list[str]
 
 
-@dataclass(frozen=True)
-class EvalResult:
-    """What one model makes of the rows.
-
-    Attributes:
-        scores: ``loss``, ``perplexity``, ``rows``, ``trained_tokens``, ``seconds`` of the loss. Where answers have
-            references, a score for each metric too (``exact_match`` for ``exact``), and their numbers: ``scored_rows``,
-            ``references``.
-        answers: one for each input.
-        rows: metric name → score, for each input; empty where it has no reference.
-    """
-
-    scores: dict[str, Any]
-    answers: list[str]
-    rows: list[dict[str, float]]
-
-
 def prompts_of(examples: Sequence[Example], group_prompts: bool = False) -> list[EvalPrompt]:
-    """The rows that have a prompt, as inputs.
+    """The rows that have a prompt.
 
     Args:
-        group_prompts: rows with the same prompt are one input, answered once and compared with the references of all
-            of them, as benchmarks with several references do it.
+        group_prompts: rows with the same prompt are one, answered once and compared with the references of all of them,
+            as benchmarks with several references do it.
     """
-    inputs: list[EvalPrompt] = []
-    place: dict[bytes, int] = {}
-    for example in examples:
-        if not len(example.prompt_ids):
-            continue
-        references = [] if example.reference is None else [example.reference]
-        key = example.prompt_ids.tobytes()
-        if group_prompts and key in place:
-            known = inputs[place[key]].references
-            known += [reference for reference in references if reference not in known]
-            continue
-        place[key] = len(inputs)
-        inputs.append(EvalPrompt(example, references))
-    return inputs
+    prompts: dict[object, EvalPrompt] = {}
+    for row, example in enumerate(examples):
+        if len(example.prompt_ids):
+            key = example.prompt_ids.tobytes() if group_prompts else row
+            references = prompts.setdefault(key, EvalPrompt(example, [])).references
+            if example.reference is not None and example.reference not in references:
+                references.append(example.reference)
+    return list(prompts.values())
 
 
 def score_model(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
-    inputs: Sequence[EvalPrompt],
+    prompts: Sequence[EvalPrompt],
     metrics: Sequence[TextMetric],
     settings: TrainingSection,
     *,
     pad_id: int,
     max_new_tokens: int,
     progress: Callable[[str], None] | None = None,
-) -> EvalResult:
-    """Held-out loss over ``examples``, and greedy answers to ``inputs`` (which may be empty) with their scores.
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Held-out loss over ``examples``, and greedy answers to ``prompts`` (which may be empty) with their scores.
 
     Args:
         settings: says how many rows go at a time.
         progress: gets a sentence now and then.
+
+    Returns:
+        Scores: those of `held_out_loss`, and, where answers have references, a score for each metric (``exact_match``
+        for ``exact``), ``scored_rows`` and ``references`` (how many). Then a row for each prompt: ``source``,
+        ``prompt``, ``references``, ``answer``, and ``scores`` by metric, empty without a reference.
     """
     say = progress or (lambda _: None)
     with scoring(model):
@@ -253,22 +233,27 @@ def score_model(
             chunk_tokens=settings.loss_chunk_tokens,
             progress=lambda done: say(f"held-out loss, {done} of {len(examples)} rows"),
         )
-        answered = answer_rows(
+        answers = generate(
             model,
             tokenizer,
-            [each.example for each in inputs],
+            [example.prompt_ids.tolist() for example, _ in prompts],
             max_new_tokens=max_new_tokens,
             batch_size=settings.answer_batch_size,
-            progress=lambda done: say(f"answering, {done} of {len(inputs)} prompts"),
+            progress=lambda done: say(f"answering, {done} of {len(prompts)} prompts"),
         )
-    answers = [str(row["answer"]) for row in answered]
-    rows = [row_scores(metrics, answer, each.references) for answer, each in zip(answers, inputs, strict=True)]
-    judged = [(answer, each.references) for answer, each in zip(answers, inputs, strict=True) if each.references]
-    if judged:
-        found = scores_of(metrics, [answer for answer, _ in judged], [references for _, references in judged])
-        if "exact" in found:
-            scores["exact_match"] = found.pop("exact")
-        scores |= found
-        scores["scored_rows"] = len(judged)
-        scores["references"] = sum(len(references) for _, references in judged)
-    return EvalResult(scores, answers, rows)
+    rows: list[dict[str, Any]] = [
+        {
+            "source": example.source,
+            "prompt": example.prompt_text,
+            "references": references,
+            "answer": answer,
+            "scores": row_scores(metrics, answer, references),
+        }
+        for (example, references), answer in zip(prompts, answers, strict=True)
+    ]
+    scored = [row for row in rows if row["references"]]
+    if scored:
+        found = scores_of(metrics, [row["answer"] for row in scored], [row["references"] for row in scored])
+        scores |= {"exact_match" if name == "exact" else name: score for name, score in found.items()}
+        scores |= {"scored_rows": len(scored), "references": sum(len(row["references"]) for row in scored)}
+    return scores, rows

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationMixin
 
 from qvera.adapters import LowRankPath
@@ -64,20 +65,16 @@ def _dense_fits(layers: list[Any]) -> bool:
     return size_bytes <= memory.available_bytes(torch.device("cpu")) // 4
 
 
-def check_settings(max_new_tokens: int, batch_size: int, temperature: float, top_p: float) -> None:
-    """Check the settings of `generate`, so that a wrong one is found before a model is loaded.
-
-    Raises:
-        InputError: one of them is out of its range.
-    """
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens: expected at least 1, got {max_new_tokens}.")
-    if batch_size < 1:
-        raise InputError(f"batch_size: expected at least 1, got {batch_size}.")
-    if not 0 <= temperature < math.inf:
-        raise InputError(f"temperature: expected 0 (greedy) or a positive number, got {temperature}.")
-    if not 0 < top_p <= 1:
-        raise InputError(f"top_p: expected a number above 0 and at most 1, got {top_p}.")
+def _check_settings(max_new_tokens: int, batch_size: int, temperature: float, top_p: float) -> None:
+    checks = {
+        "max_new_tokens": (max_new_tokens, max_new_tokens >= 1, "at least 1"),
+        "batch_size": (batch_size, batch_size >= 1, "at least 1"),
+        "temperature": (temperature, 0 <= temperature < math.inf, "0 (greedy) or a positive number"),
+        "top_p": (top_p, 0 < top_p <= 1, "a number above 0 and at most 1"),
+    }
+    for name, (value, good, expected) in checks.items():
+        if not good:
+            raise InputError(f"{name}: expected {expected}, got {value}.")
 
 
 def generate(
@@ -112,7 +109,7 @@ def generate(
         InputError: one of the settings is out of its range.
         ValueError: ``adapters`` does not name one adapter for each prompt.
     """
-    check_settings(max_new_tokens, batch_size, temperature, top_p)
+    _check_settings(max_new_tokens, batch_size, temperature, top_p)
     if adapters is not None and len(adapters) != len(prompts):
         raise ValueError(f"{len(adapters)} adapters for {len(prompts)} prompts; need one for each")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -132,20 +129,17 @@ def generate(
     ):
         torch.manual_seed(seed)
         prefix = _common_prefix(prompts) if takes_prefix_once(model) and streamer is None and adapters is None else 0
-        cache = _prefix_cache(model, prompts[0][:prefix], device) if prefix >= _WORTH_TOKENS else None
+        if prefix < _WORTH_TOKENS:
+            prefix = 0
+        cache = _prefix_cache(model, prompts[0][:prefix], device) if prefix else None
         for start in range(0, len(by_length), batch_size):
             rows = by_length[start : start + batch_size]
-            width = max(len(prompts[i]) for i in rows)
-            ids = torch.full((len(rows), width), pad, dtype=torch.long)
-            mask = torch.zeros_like(ids)
-            for row, i in enumerate(rows):  # padded on the left, so that every answer starts in the same column
-                ids[row, width - len(prompts[i]) :] = torch.as_tensor(list(prompts[i]), dtype=torch.long)
-                mask[row, width - len(prompts[i]) :] = 1
-                if cache is not None:  # the padding comes after what all prompts share
-                    ids[row, :prefix] = torch.as_tensor(list(prompts[i][:prefix]), dtype=torch.long)
-                    mask[row, :prefix] = 1
-                    mask[row, prefix : prefix + width - len(prompts[i])] = 0
+            # padded on the left, so that every answer starts in the same column, and behind what all prompts share
+            ids = _padded([prompts[i][prefix:] for i in rows], pad)
+            mask = _padded([[1] * (len(prompts[i]) - prefix) for i in rows], 0)
             if cache is not None:
+                shared = torch.tensor([prompts[0][:prefix]]).expand(len(rows), -1)
+                ids, mask = torch.cat([shared, ids], 1), torch.cat([torch.ones_like(shared), mask], 1)
                 sampling[_CACHE_ARGUMENT] = copy.deepcopy(cache)
                 sampling[_CACHE_ARGUMENT].batch_repeat_interleave(len(rows))
             if adapters is not None:
@@ -161,7 +155,7 @@ def generate(
                 **sampling,
             )
             for row, i in enumerate(rows):
-                answers[i] = tokenizer.decode(out[row, width:], skip_special_tokens=True)
+                answers[i] = tokenizer.decode(out[row, ids.shape[1] :], skip_special_tokens=True)
             if progress is not None:
                 progress(len(answers))
     return [answers[i] for i in range(len(prompts))]
@@ -176,6 +170,11 @@ _CACHE_ARGUMENT = (
 
 _WORTH_TOKENS = 16
 """A shorter common prefix is not computed apart: that takes a forward pass of its own."""
+
+
+def _padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+    tensors = [torch.tensor(list(row), dtype=torch.long) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side="left")
 
 
 def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:

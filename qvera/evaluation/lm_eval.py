@@ -21,15 +21,6 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 
-def require_harness() -> None:
-    """Raises InputError where lm-eval is not installed."""
-    if find_spec("lm_eval") is None:
-        raise InputError(
-            "qvera harness needs the package lm-eval, which is not installed. Install it with: pip install "
-            "'qvera[harness]'."
-        )
-
-
 def find_tasks(names: Sequence[str], include: Path | None) -> TaskManager:
     """lm-eval's task manager, once it is known to have these tasks.
 
@@ -40,7 +31,11 @@ def find_tasks(names: Sequence[str], include: Path | None) -> TaskManager:
     Raises:
         InputError: lm-eval is not installed, no such directory, or no task of one of the names.
     """
-    require_harness()
+    if find_spec("lm_eval") is None:
+        raise InputError(
+            "qvera harness needs the package lm-eval, which is not installed. Install it with: pip install "
+            "'qvera[harness]'."
+        )
     from lm_eval.tasks import TaskManager
 
     if include is not None and not include.is_dir():

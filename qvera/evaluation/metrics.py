@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import zip_longest
 from typing import Any
 
 from qvera.utils.errors import InputError
@@ -35,37 +36,31 @@ class TextMetric:
     Attributes:
         name: as it is asked for, and the key of its scores.
         label: for people.
-        top: the score of a perfect answer: 100, or 1. For TER, where lower is better, 0.
-        lower_is_better: for TER only.
-        of_all: answers and references to the score of the whole set. For BLEU, chrF and TER that is not the mean of the
-        rows'.
-        of_one: an answer and its references → that row's score.
         signature: what another person needs to get the same number.
+        of_one: an answer and its references → that row's score.
+        of_all: answers and references → the score of the whole set, where that is not the mean of the rows'.
+        lower_is_better: for TER only, whose score of a perfect answer is 0.
     """
 
     name: str
     label: str
-    top: float
-    lower_is_better: bool
-    of_all: Callable[[Sequence[str], References], float]
-    of_one: Callable[[str, Sequence[str]], float]
     signature: Callable[[], str]
+    of_one: Callable[[str, Sequence[str]], float]
+    of_all: Callable[[Sequence[str], References], float] | None = None
+    lower_is_better: bool = False
 
-
-def _mean_of(one: Callable[[str, Sequence[str]], float]) -> Callable[[Sequence[str], References], float]:
-    def of_all(answers: Sequence[str], references: References) -> float:
-        return sum(map(one, answers, references)) / len(answers)
-
-    return of_all
+    def score(self, answers: Sequence[str], references: References) -> float:
+        """Of the whole set."""
+        if self.of_all is not None:
+            return self.of_all(answers, references)
+        return sum(map(self.of_one, answers, references)) / len(answers)
 
 
 def _exact(name: str) -> TextMetric:
     def one(answer: str, references: Sequence[str]) -> float:
         return float(any(exact_match(answer, reference) for reference in references))
 
-    return TextMetric(
-        name, "Exact match", 1.0, False, _mean_of(one), one, lambda: "equal as JSON, else but for white space"
-    )
+    return TextMetric(name, "Exact match", lambda: "equal as JSON, else but for white space", one)
 
 
 def _rouge(name: str) -> TextMetric:
@@ -76,11 +71,8 @@ def _rouge(name: str) -> TextMetric:
     def one(answer: str, references: Sequence[str]) -> float:
         return float(scorer.score_multi(list(references), answer)[name].fmeasure)
 
-    version = importlib.metadata.version("rouge-score")
-    label = f"ROUGE-{name.removeprefix('rouge')}"
-    return TextMetric(
-        name, label, 1.0, False, _mean_of(one), one, lambda: f"rouge-score {version}, F1, best reference, no stemming"
-    )
+    signature = f"rouge-score {importlib.metadata.version('rouge-score')}, F1, best reference, no stemming"
+    return TextMetric(name, f"ROUGE-{name.removeprefix('rouge')}", lambda: signature, one)
 
 
 def _sacrebleu(name: str) -> TextMetric:
@@ -88,31 +80,26 @@ def _sacrebleu(name: str) -> TextMetric:
     from sacrebleu.metrics.chrf import CHRF
     from sacrebleu.metrics.ter import TER
 
-    makers: dict[str, tuple[str, type, dict[str, Any]]] = {
+    kinds: dict[str, tuple[str, type, dict[str, Any]]] = {
         "bleu": ("BLEU", BLEU, {}),
         "bleu-lowercase": ("BLEU, lower case", BLEU, {"lowercase": True}),
         "chrf": ("chrF", CHRF, {}),
         "chrf++": ("chrF++", CHRF, {"word_order": 2}),
         "ter": ("TER", TER, {}),
     }
-    label, kind, settings = makers[name]
+    label, kind, settings = kinds[name]
     corpus = kind(**settings)
     # a single row seldom shares four words in a row; BLEU then counts only the orders that it has
     single = kind(**settings, effective_order=True) if kind is BLEU else corpus
 
     def of_all(answers: Sequence[str], references: References) -> float:
-        most = max(map(len, references))
         # sacrebleu wants the first reference of each answer, then the second of each, ...; None where there is none
-        columns = [[row[i] if i < len(row) else None for row in references] for i in range(most)]
-        return float(corpus.corpus_score(list(answers), columns).score)
+        return float(corpus.corpus_score(list(answers), list(zip_longest(*references))).score)
 
     def of_one(answer: str, references: Sequence[str]) -> float:
         return float(single.sentence_score(answer, list(references)).score)
 
-    lower = kind is TER
-    return TextMetric(
-        name, label, 0.0 if lower else 100.0, lower, of_all, of_one, lambda: f"sacrebleu {corpus.get_signature()}"
-    )
+    return TextMetric(name, label, lambda: f"sacrebleu {corpus.get_signature()}", of_one, of_all, kind is TER)
 
 
 _MAKERS: dict[str, tuple[Callable[[str], TextMetric], str | None]] = {
@@ -131,33 +118,24 @@ def text_metrics(names: Sequence[str]) -> list[TextMetric]:
     Raises:
         InputError: there is no such metric, or the package that it needs is not installed.
     """
-    wanted = list(dict.fromkeys(name.strip() for name in names))
     known = {name.lower(): name for name in NAMES}
-    unknown = [name for name in wanted if name.lower() not in known]
-    if unknown or not wanted:
-        found = f"there is no metric {unknown[0]!r}" if unknown else "names none"
-        raise InputError(f"--metrics: {found}; known: {', '.join(NAMES)}.")
-    wanted = list(dict.fromkeys(known[name.lower()] for name in wanted))
+    unknown = [name for name in names if name.strip().lower() not in known]
+    if unknown:
+        raise InputError(f"--metrics: there is no metric {unknown[0].strip()!r}; known: {', '.join(NAMES)}.")
+    wanted = list(dict.fromkeys(known[name.strip().lower()] for name in names))
     for name in wanted:
         package = _MAKERS[name][1]
         if package is not None and find_spec(package) is None:
             raise InputError(
                 f"--metrics: {name} needs the package {package.replace('_', '-')}, which is not installed. Install it "
-                f"with: "
-                "pip install 'qvera[metrics]'."
+                "with: pip install 'qvera[metrics]'."
             )
     return [_MAKERS[name][0](name) for name in wanted]
 
 
 def scores_of(metrics: Sequence[TextMetric], answers: Sequence[str], references: References) -> dict[str, float]:
-    """Metric name → score over all rows.
-
-    Raises:
-        ValueError: no rows, not as many references as answers, or a row without one.
-    """
-    if not answers or len(answers) != len(references) or not all(references):
-        raise ValueError(f"{len(answers)} answers and {len(references)} lists of references; need one each, none empty")
-    return {metric.name: metric.of_all(answers, references) for metric in metrics}
+    """Metric name → score over all rows (one at least), each of which has a reference."""
+    return {metric.name: metric.score(answers, references) for metric in metrics}
 
 
 def row_scores(metrics: Sequence[TextMetric], answer: str, references: Sequence[str]) -> dict[str, float]:

@@ -12,12 +12,17 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from qvera.config.load import load_recipe
+from qvera.config.schema import Recipe
 from qvera.utils.errors import InputError
 from qvera.utils.files import file_sha256, read_json
 from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CERTIFICATE, RECIPE_FILE
 
 _PROJECTIONS = ("vera_A", "vera_B")
 """Ends of the names of tensors that PEFT's own VeRA stores and does not train."""
+
+
+_CERTIFICATE_TEXTS = {"base": ("path", "weights"), "adapter": ("path", "sha256"), "files": (), "delta": ()}
+"""Sections of a merged export's certificate, and the texts that each must have."""
 
 
 def directory_facts(path: str | Path) -> dict[str, Any]:
@@ -43,15 +48,24 @@ def directory_facts(path: str | Path) -> dict[str, Any]:
         return _merged_export(path)
     raise InputError(
         f"{path}: is neither a run (it has no {RECIPE_FILE}) nor an adapter directory (no {ADAPTER_CONFIG}) nor a "
-        f"merged export "
-        f"(no {CERTIFICATE})."
+        f"merged export (no {CERTIFICATE})."
     )
 
 
-def _run(path: Path) -> dict[str, Any]:
+def load_run_recipe(path: Path) -> Recipe:
+    """The recipe of a finished run, or of one that has an adapter already.
+
+    Raises:
+        InputError: the recipe can't be read, or there is no adapter yet.
+    """
     recipe = load_recipe(path / RECIPE_FILE)
     if not (path / "adapter").is_dir():
         raise InputError(f"{path}: this run has no adapter/ yet; finish it with `qvera train ... --resume`.")
+    return recipe
+
+
+def _run(path: Path) -> dict[str, Any]:
+    recipe = load_run_recipe(path)
     facts: dict[str, Any] = {"kind": "run", "path": str(path), "quantization": recipe.model.quantization}
     facts |= _adapter(path / "adapter") | {"base": recipe.model.path, "base_revision": recipe.model.revision}
     if (path / "run.json").is_file():
@@ -112,26 +126,38 @@ def _parameters(weights: Path) -> dict[str, int]:
     return counts
 
 
+def read_certificate(directory: Path) -> dict[str, Any]:
+    """The certificate of a merged export.
+
+    Raises:
+        InputError: the file is damaged, or something else.
+    """
+    file, what = directory / CERTIFICATE, "the certificate of a merged export"
+    fix = "Export again, or remove it to have the directory taken for a plain checkpoint."
+    certificate = read_json(file, what, tuple(_CERTIFICATE_TEXTS), fix)
+    for section, keys in _CERTIFICATE_TEXTS.items():
+        tree = certificate[section]
+        if not isinstance(tree, dict) or not all(isinstance(tree.get(key), str) for key in keys):
+            raise InputError(f"{file}: {section} is no mapping, or lacks a text; expected {what}. {fix}")
+    return certificate
+
+
 def _merged_export(path: Path) -> dict[str, Any]:
-    certificate = read_json(path / CERTIFICATE, "the certificate of a merged export", keys=("base", "adapter", "files"))
+    certificate = read_certificate(path)
     base, adapter = certificate["base"], certificate["adapter"]
-    try:
-        size = sum((path / name).stat().st_size for name in certificate["files"])
-        return {
-            "kind": "merged export",
-            "path": str(path),
-            "base": base["path"],
-            "base_revision": base.get("revision"),
-            "base_weights": base["weights"],
-            "base_fingerprint": base.get("fingerprint"),
-            "adapter": adapter["path"],
-            "adapter_sha256": adapter["sha256"],
-            "rank": adapter.get("rank"),
-            "changed_weights": len(certificate["delta"]),
-            "weights_bytes": size,
-            "added_tokens": certificate.get("added_tokens"),
-            "difference": certificate.get("difference"),
-            "versions": certificate.get("versions"),
-        }
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path / CERTIFICATE}: is not the certificate of a merged export ({error!r}).") from None
+    return {
+        "kind": "merged export",
+        "path": str(path),
+        "base": base["path"],
+        "base_revision": base.get("revision"),
+        "base_weights": base["weights"],
+        "base_fingerprint": base.get("fingerprint"),
+        "adapter": adapter["path"],
+        "adapter_sha256": adapter["sha256"],
+        "rank": adapter.get("rank"),
+        "changed_weights": len(certificate["delta"]),
+        "weights_bytes": sum((path / name).stat().st_size for name in certificate["files"]),
+        "added_tokens": certificate.get("added_tokens"),
+        "difference": certificate.get("difference"),
+        "versions": certificate.get("versions"),
+    }
