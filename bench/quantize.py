@@ -23,7 +23,7 @@ from bench.common import header, interleaved, write_result
 from bench.limits import measured, parse_bytes
 from bench.synthesise import SHAPES, synthesise
 from qvera.models import nf4
-from qvera.utils.safetensors_stream import rows_per_block
+from qvera.models.safetensors_stream import rows_per_block
 
 WEIGHT = (11008, 4096)
 ROUNDS = 5

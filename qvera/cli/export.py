@@ -166,14 +166,8 @@ def write_lora(
     from qvera.export import lora
 
     if rank is not None:
-        errors: dict[str, lora.Truncation] = {}
-        factors = lora.truncate_all(
-            factors.items() if factors else lora.lora_factors(adapter),
-            own_rank,
-            rank,
-            dtype,
-            lambda _, name, error: errors.update({name: error}),
-        )
+        whole = factors.items() if factors else ((name, delta.lora()) for name, delta in adapter.layers.items())
+        factors, errors = lora.truncate_all(whole, own_rank, rank, dtype)
         print(lora.truncation_text(errors, own_rank, rank))
     else:
         print(f"LoRA of rank {own_rank}: {lora.rounding_text(dtype)}")

@@ -8,46 +8,37 @@ to the file's dtype (`rounding_text`). An adapter with ``b_groups`` or ``input_s
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, VeraConfig
+from peft import LoraConfig, VeraConfig
 
 from qvera.adapters.save_load import ADAPTER_CONFIG, ADAPTER_WEIGHTS, portable_name
 from qvera.export.deltas import PREFIX, AdapterDeltas
+from qvera.models.safetensors_stream import write_shard
 from qvera.utils.errors import InputError
 from qvera.utils.safetensors_io import TensorSpec
-from qvera.utils.safetensors_stream import write_shard
 
 
-@dataclasses.dataclass(frozen=True)
-class Truncation:
-    """What a layer loses by keeping k of its r directions, relative to ‖ΔW‖ in the same norm."""
-
-    frobenius: float
-    spectral: float
-
-
-def truncation_text(errors: Mapping[str, Truncation], own: int, rank: int) -> str:
+def truncation_text(errors: Mapping[str, float], own: int, rank: int) -> str:
     """What a truncation to ``rank`` of ``own`` directions loses: the layers' errors in one line, and a conclusion.
 
     Args:
-        errors: layer name → its error.
+        errors: layer name → its error (`truncate`).
         own: the rank before.
         rank: the rank after.
     """
-    ordered = sorted(errors, key=lambda name: errors[name].frobenius)
+    ordered = sorted(errors, key=errors.__getitem__)
     low, middle, high = ordered[0], ordered[len(ordered) // 2], ordered[-1]
-    typical = errors[middle].frobenius
+    typical = errors[middle]
     line = (
         f"rank {rank} of {own}: relative error of ΔW (Frobenius) {typical:.2g} in the median layer, from "
-        f"{errors[low].frobenius:.2g} ({low}) to {errors[high].frobenius:.2g} ({high})"
+        f"{errors[low]:.2g} ({low}) to {errors[high]:.2g} ({high})"
     )
     if typical < 0.05:
         return f"{line}. Little is lost."
@@ -69,21 +60,20 @@ def rounding_text(dtype: torch.dtype) -> str:
     )
 
 
-def truncate(A: torch.Tensor, B: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, Truncation]:
+def truncate(A: torch.Tensor, B: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
     """The best approximation of ΔW = B A by a rank k: A'' [k, n] and B'' [m, k] fp32, and its error.
 
     By Eckart and Young's theorem that is the truncated SVD; it is taken of the small factors (QR of each, then the SVD
-    of an r x r core), never of a dense ΔW. The root of each singular value goes to either side.
+    of an r x r core), never of a dense ΔW. The root of each singular value goes to either side. The error is relative
+    to ‖ΔW‖, in Frobenius norms.
     """
     A, B = A.double(), B.double()
     left, left_core = torch.linalg.qr(B)  # [m, p], [p, r]
     right, right_core = torch.linalg.qr(A.t())  # [n, q], [q, r]
     U, S, Vh = torch.linalg.svd(left_core @ right_core.t(), full_matrices=False)
     root = S[:rank].sqrt()
-    lost, whole = S[rank:], S.norm()
-    error = Truncation(0.0, 0.0)
-    if len(lost) and whole > 0:
-        error = Truncation((lost.norm() / whole).item(), (lost[0] / S[0]).item())
+    whole = S.norm()
+    error = (S[rank:].norm() / whole).item() if whole > 0 else 0.0
     kept_B, kept_A = (left @ U[:, :rank]) * root, root.unsqueeze(1) * (right @ Vh[:rank].t()).t()
     missing = rank - kept_A.shape[0]
     if missing > 0:  # a layer smaller than the rank: zeros change nothing
@@ -92,35 +82,21 @@ def truncate(A: torch.Tensor, B: torch.Tensor, rank: int) -> tuple[torch.Tensor,
     return kept_A.float(), kept_B.float(), error
 
 
-def lora_factors(adapter: AdapterDeltas) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
-    """Layer name and its exact factors, one layer after the other."""
-    for name, delta in adapter.layers.items():
-        yield name, delta.lora()
-
-
 def truncate_all(
-    factors: Iterable[tuple[str, tuple[torch.Tensor, torch.Tensor]]],
-    own: int,
-    rank: int,
-    dtype: torch.dtype,
-    progress: Callable[[int, str, Truncation], None] | None = None,
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Every layer's factors of rank ``own`` cut to ``rank`` and rounded to ``dtype``.
-
-    ``progress`` gets (layers done, name, error) layer by layer.
+    factors: Iterable[tuple[str, tuple[torch.Tensor, torch.Tensor]]], own: int, rank: int, dtype: torch.dtype
+) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], dict[str, float]]:
+    """Every layer's factors of rank ``own`` cut to ``rank`` and rounded to ``dtype``, and the errors of `truncate`.
 
     Raises:
         InputError: ``rank`` is not below ``own``.
     """
     if not 1 <= rank < own:
         raise InputError(f"--rank: takes a whole number from 1 to {own - 1} (what is cut has rank {own}), got {rank}.")
-    cut = {}
-    for done, (name, pair) in enumerate(factors, start=1):
-        A, B, error = truncate(*pair, rank)
+    cut, errors = {}, {}
+    for name, pair in factors:
+        A, B, errors[name] = truncate(*pair, rank)
         cut[name] = (A.to(dtype), B.to(dtype))
-        if progress is not None:
-            progress(done, name, error)
-    return cut
+    return cut, errors
 
 
 def export_lora(
@@ -159,7 +135,7 @@ def export_lora(
                 yield rounded
 
     config = LoraConfig(r=rank, lora_alpha=rank, **_common(adapter))  # PEFT multiplies by alpha / r
-    return _write(out, config, specs, tensors())
+    return write_adapter(out, config.to_dict(), specs, tensors())
 
 
 def export_stock_vera(adapter: AdapterDeltas, out: Path) -> int:
@@ -184,7 +160,7 @@ def export_stock_vera(adapter: AdapterDeltas, out: Path) -> int:
         specs.append(TensorSpec(f"base_model.{suffix}", torch.float32, tuple(matrix.shape)))
         values.append(matrix)
     config = VeraConfig(r=adapter.A.shape[0], save_projection=True, **_common(adapter))
-    return _write(out, config, specs, (value.float() for value in values))
+    return write_adapter(out, config.to_dict(), specs, (value.float() for value in values))
 
 
 def _common(adapter: AdapterDeltas) -> dict[str, Any]:
@@ -201,21 +177,18 @@ def _common(adapter: AdapterDeltas) -> dict[str, Any]:
     }
 
 
-def require_empty(out: Path) -> None:
-    """Refuse an output directory that is neither new nor empty.
+def write_adapter(
+    out: Path, config: Mapping[str, object], specs: list[TensorSpec], tensors: Iterator[torch.Tensor]
+) -> int:
+    """Both files of an adapter directory, under a temporary name until they are whole; returns their bytes.
 
     Raises:
-        InputError: it holds something, or is a file.
+        InputError: ``out`` holds something, or can't be written.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(
             f"{out}: is not an empty directory. Nothing is overwritten; name a directory that is new or empty."
         )
-
-
-def _write(out: Path, config: PeftConfig, specs: list[TensorSpec], tensors: Iterator[torch.Tensor]) -> int:
-    """Both files of an adapter directory, under a temporary name until they are whole."""
-    require_empty(out)
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
@@ -223,8 +196,8 @@ def _write(out: Path, config: PeftConfig, specs: list[TensorSpec], tensors: Iter
         raise InputError(f"{out}: can't be written ({error}). Name another directory.") from None
     try:
         write_shard(partial / ADAPTER_WEIGHTS, specs, tensors)
-        document = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
-        (partial / ADAPTER_CONFIG).write_text(json.dumps(document, indent=2, sort_keys=True), encoding="utf-8")
+        text = json.dumps(config, indent=2, sort_keys=True, default=sorted)  # PEFT's configs have sets
+        (partial / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
         if out.exists():
             out.rmdir()
         partial.rename(out)

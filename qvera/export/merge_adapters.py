@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
-from qvera.adapters.save_load import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from qvera.adapters.save_load import ADAPTER_CONFIG
 from qvera.export.deltas import PREFIX, AdapterDeltas, Delta
-from qvera.export.lora import require_empty
+from qvera.export.lora import write_adapter
 from qvera.utils.errors import InputError
+from qvera.utils.files import read_json
+from qvera.utils.safetensors_io import TensorSpec
 
 
 def same_directions(adapters: Sequence[AdapterDeltas]) -> str | None:
-    """None where a weighted sum of these adapters is again a VeRA adapter: one seed, rank, b_groups, layers, d and a.
+    """Why a weighted sum of these adapters is not a VeRA adapter; None: seed, rank, layers, d and a are the same.
 
-    Else why not.
-
-    Then Σ w diag(b) B diag(d) A = diag(Σ w b) B diag(d) A, exactly. Training with ``adapter.train_d: false`` makes it
-    so.
+    Then Σ w diag(b) B diag(d) A = diag(Σ w b) B diag(d) A. Training with ``adapter.train_d: false`` makes it so.
     """
     first = adapters[0]
     for other in adapters[1:]:
@@ -111,11 +108,8 @@ def write_vectors(source: Path, vectors: dict[str, torch.Tensor], out: Path) -> 
     Raises:
         InputError: ``out`` is not new or empty.
     """
-    require_empty(out)
-    out.mkdir(parents=True, exist_ok=True)
-    config = json.loads((source / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    save_file(vectors, out / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    (out / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    specs = [TensorSpec(name, vector.dtype, tuple(vector.shape)) for name, vector in vectors.items()]
+    write_adapter(out, read_json(source / ADAPTER_CONFIG, "an adapter's config"), specs, iter(vectors.values()))
 
 
 def union(adapters: Sequence[AdapterDeltas]) -> AdapterDeltas:

@@ -18,8 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from qvera.config.schema import ModelSection
 from qvera.models import quantization
 from qvera.models.nf4 import BLOCK
+from qvera.models.safetensors_stream import Block, CheckpointReader
 from qvera.utils.safetensors_io import TensorEntry
-from qvera.utils.safetensors_stream import Block, CheckpointReader
 
 
 def absolute_maxima(rows: torch.Tensor) -> torch.Tensor:

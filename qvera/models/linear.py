@@ -103,7 +103,7 @@ def blocked_input_grad(g: torch.Tensor, blocks: WeightBlocks, out: torch.Tensor)
 
 
 def backward_by_blocks(tokens: int, in_features: int) -> bool:
-    """Whether g W is made by blocks."""
+    """Whether g W is computed by blocks."""
     return tokens * in_features <= _MAX_SUMMED_ELEMENTS
 
 
@@ -165,8 +165,7 @@ class _FrozenForward:
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         # Packed bytes may be stored as bfloat16 or float16. `model.to(torch.float16)` would convert them as if they
-        # were
-        # weights and destroy them silently. A cast changes how the layer computes; packed bytes only move.
+        # were weights and destroy them silently. A cast changes how the layer computes; packed bytes only move.
         weight = cast(nn.Linear, self).weight
 
         def guarded(tensor: torch.Tensor) -> torch.Tensor:
@@ -209,15 +208,14 @@ class FrozenEmbedding(nn.Embedding):
         return super().forward(input).to(self.output_dtype)
 
 
-def freeze_dense(module: nn.Linear) -> None:
-    """Make this linear a `FrozenLinear`."""
-    module.__class__ = FrozenLinear
-
-
-def embed_in(module: nn.Embedding, dtype: torch.dtype) -> None:
-    """Make this embedding return ``dtype`` (a `FrozenEmbedding`)."""
-    module.__class__ = FrozenEmbedding
-    cast(FrozenEmbedding, module).output_dtype = dtype
+def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Make embeddings and dense linears that are stored in another dtype give and take ``dtype``."""
+    for module in model.modules():
+        if type(module) is nn.Embedding and module.weight.dtype != dtype:
+            module.__class__ = FrozenEmbedding
+            cast(FrozenEmbedding, module).output_dtype = dtype
+        elif type(module) is nn.Linear and module.weight.dtype != dtype:
+            module.__class__ = FrozenLinear
 
 
 def embedding_dtype(module: nn.Module) -> torch.dtype:
@@ -267,13 +265,9 @@ def inference_layout(model: nn.Module, skip: Collection[nn.Module] = ()) -> Iter
         if size_bytes > memory.available_bytes(torch.device("cpu")) // 4:
             layers = []
         for layer in layers:
-            if layer.compute_dtype != torch.bfloat16 or hasattr(
-                layer, "_inference_pack"
-            ):  # all that the kernel computes in
-                continue
-            pack = quantization.inference_pack(layer)
-            if pack is not None:
-                layer._inference_pack = pack
+            # bfloat16 is all that the kernel computes in
+            if layer.compute_dtype == torch.bfloat16 and not hasattr(layer, "_inference_pack"):
+                layer._inference_pack = quantization.inference_pack(layer)
                 packed.append(layer)
         yield
     finally:
@@ -287,6 +281,5 @@ def inference_layout(model: nn.Module, skip: Collection[nn.Module] = ()) -> Iter
 
 def _contiguous(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     # The head reads the last position of each row, a strided tensor [rows, 1, n]. Where the weight needs no gradient,
-    # `torch.matmul` makes a batched product of that and copies the weight once for each row: 0.8 s of 16 answers of
-    # SmolLM2.
+    # `torch.matmul` makes a batched product of that and copies the weight once for each row.
     return (args[0].contiguous(), *args[1:])

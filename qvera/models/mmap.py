@@ -1,17 +1,15 @@
 """Memory-map a base model: weights are used from the pages of their file, not copied.
 
 A checkpoint in bitsandbytes' serialized 4-bit format (or a 16-bit one) is opened with a private mapping. Packed
-weights, their statistics, the input embeddings and the head stay in the file, in the dtype they are stored in. On a CPU
-they take no memory of
-their own: the pages belong to the page cache, all processes on the machine share them, and the system drops them when
-it needs room. On a GPU each tensor is copied to the device, one at a time.
+weights, their statistics, embeddings and head stay in the file, in the dtype they are stored in. On a CPU they take no
+memory of their own: the pages belong to the page cache, which all processes share and the system drops when it needs
+room. On a GPU each tensor is copied to the device, one at a time.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -69,9 +67,7 @@ def load_mapped(
         attn_implementation: None for transformers' own choice.
         trust_remote_code: whether code in the checkpoint may run.
         sharder: takes each packed weight, embedding and head when it is read. These are then private copies, one at a
-            time. A
-            head that is the embedding is left whole and mapped: its two users would gather and release it under each
-                other.
+            time. A head that is the embedding stays whole and mapped: its two users would release it under each other.
 
     Raises:
         InputError: a shard is missing or cut short, or a tensor has not the shape that the config says.
@@ -87,7 +83,10 @@ def load_mapped(
     if sharder is not None:
         _announce(sharder, model, [entries[name] for name in (*(f"{name}.weight" for name in packed), *dense)])
         tables = [model.get_input_embeddings(), model.get_output_embeddings()]
-    with _open_files(entries.values()) as files:
+    with contextlib.ExitStack() as stack:
+        # each tensor keeps the mapping alive, so the handles may close
+        paths = dict.fromkeys(entry.file for entry in entries.values())
+        files = {path: stack.enter_context(safe_open(path, framework="pt", device="cpu")) for path in paths}
         for name, statistics in packed.items():
             tensors = {entry.name: files[entry.file].get_tensor(entry.name) for entry in statistics}
             if sharder is not None:  # never into the pages of a mapping, which outlive the weight
@@ -111,17 +110,14 @@ def load_mapped(
         for key, buffer in buffers.items():
             if buffer is not None:
                 buffers[key] = buffer.to(device)
-    _compute_in(model, dtype)
+    linear.compute_in(model, dtype)
     with contextlib.suppress(OSError):  # not every model has one
         model.generation_config = GenerationConfig.from_pretrained(directory)
     return model.requires_grad_(False).eval()
 
 
 def _weights_to_shard(model: PreTrainedModel, config: PretrainedConfig, plain: list[str]) -> set[str]:
-    """The dense weights that are sharded: embedding, head, dense linears.
-
-    But not an embedding that is also the head.
-    """
+    """The dense weights that are sharded: embedding, head, dense linears; not an embedding that is also the head."""
     whole: list[nn.Module] = []
     if getattr(config, "tie_word_embeddings", False):
         whole = [model.get_input_embeddings(), model.get_output_embeddings()]
@@ -161,14 +157,6 @@ def _check_names(model: nn.Module, packed: dict[str, list[TensorEntry]], plain: 
         raise NotMappable(f"{type(model).__name__} has no {first_of(unknown)}")
 
 
-@contextlib.contextmanager
-def _open_files(entries: Iterable[TensorEntry]) -> Iterator[dict[Path, safe_open]]:
-    with contextlib.ExitStack() as stack:
-        paths = dict.fromkeys(entry.file for entry in entries)
-        # each tensor keeps the mapping alive, so the handles may close
-        yield {path: stack.enter_context(safe_open(path, framework="pt", device="cpu")) for path in paths}
-
-
 def _put_four_bit(
     model: nn.Module, name: str, tensors: dict[str, torch.Tensor], dtype: torch.dtype, device: torch.device, file: Path
 ) -> None:
@@ -206,12 +194,3 @@ def _put_plain(
     stays = type(module) in _BIG and key == "weight" and tensor.dtype.itemsize <= dtype.itemsize
     value = tensor.to(device=device, dtype=tensor.dtype if stays else dtype)
     setattr(module, key, nn.Parameter(value, requires_grad=False))
-
-
-def _compute_in(model: nn.Module, dtype: torch.dtype) -> None:
-    """Embeddings and dense linears that are stored in another dtype than ``dtype`` give and take ``dtype``."""
-    for module in model.modules():
-        if type(module) is nn.Embedding and module.weight.dtype != dtype:
-            linear.embed_in(module, dtype)
-        elif type(module) is nn.Linear and module.weight.dtype != dtype:
-            linear.freeze_dense(module)

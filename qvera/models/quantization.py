@@ -70,13 +70,12 @@ def serialized_layout(
 ) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
     """Name, dtype and shape of each tensor that bitsandbytes stores for a 4-bit weight ``name`` of this shape.
 
-    Tensors of wide dtypes come first. The JSON at the end is padded with blanks, which a JSON parser skips: its length
-    does not depend on the numbers in it, and what follows starts at a multiple of 64 bytes if this did.
+    Tensors of wide dtypes come first. The JSON at the end is padded with blanks: its length does not depend on the
+    numbers in it, and what follows starts at a multiple of 64 bytes if this did.
     """
     count, storage = math.prod(shape), getattr(torch, section.quant_storage)
     blocks = -(-count // 64)
-    layout: list[tuple[str, torch.dtype, tuple[int, ...]]]
-    layout = [(name, storage, (-(-count // 2) // storage.itemsize, 1))]
+    layout: list[tuple[str, torch.dtype, tuple[int, ...]]] = [(name, storage, (-(-count // 2) // storage.itemsize, 1))]
     if section.double_quant:
         layout += [
             (f"{name}.nested_absmax", torch.float32, (-(-blocks // _NESTED_BLOCK),)),
@@ -99,10 +98,7 @@ def serialized_layout(
 def serialized_statistics(
     name: str, absmax: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, section: ModelSection
 ) -> dict[str, torch.Tensor]:
-    """The tensors of `serialized_layout` but the first, from the absmax fp32 [blocks] of a weight.
-
-    Double quantization is bitsandbytes' own, over all of ``absmax`` at once.
-    """
+    """The tensors of `serialized_layout` but the first, from the absmax fp32 [blocks] of a whole weight."""
     code = bnb_functional.get_4bit_type(section.quantization, device=absmax.device)
     make = functools.partial(
         bnb_functional.QuantState, shape=shape, dtype=dtype, blocksize=64, code=code, quant_type=section.quantization
@@ -163,10 +159,7 @@ def dequantized_weight(module: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _state(module: Linear4bit) -> QuantState | None:
-    """A 4-bit layer's quantization state.
-
-    Bitsandbytes keeps it twice, since ZeRO-3 can part the weight from its own.
-    """
+    """A 4-bit layer's quantization state, which bitsandbytes keeps twice: ZeRO-3 can part the weight from its own."""
     return getattr(module.weight, "quant_state", None) or module.quant_state
 
 
@@ -185,11 +178,9 @@ def _dequantized_rows(rows: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 def _dequantized(packed: torch.Tensor, state: QuantState) -> torch.Tensor:
     """A 4-bit weight in its state's dtype, whatever its width.
 
-    Blocks are consecutive elements of the flattened weight. bitsandbytes' AVX-512 kernel (0.50.0 and 0.50.2) assumes n
-    // 64
-    blocks in a row of n instead: wrong scales where n is a multiple of 32 but not of 64 (32, 96, 160). On a CPU a
-    weight whose blocks lie across rows is passed to it in rows of one block, or as a single row where its last block is
-    short.
+    Blocks are consecutive elements of the flattened weight. bitsandbytes' AVX-512 kernel (0.50.0 and 0.50.2) assumes
+    n // 64 blocks in a row of n instead: wrong scales where n is a multiple of 32 but not of 64. On a CPU a weight
+    whose blocks lie across rows is passed to it in rows of one block, or as a single row where its last block is short.
     """
     shape = state.shape
     if packed.device.type != "cpu" or shape[-1] % state.blocksize == 0:
@@ -202,12 +193,7 @@ def _dequantized(packed: torch.Tensor, state: QuantState) -> torch.Tensor:
 
 
 def dequantized_rows(module: nn.Linear, dtype: torch.dtype, rows: int) -> Iterator[tuple[slice, torch.Tensor]]:
-    """The weight of a 4-bit layer on a CPU in ``dtype``, ``rows`` rows at a time.
-
-    Together they equal `dequantized_weight`.
-
-    For a weight whose blocks of scales end with its rows (`ends_with_rows`).
-    """
+    """`dequantized_weight` of a 4-bit layer on a CPU, ``rows`` rows at a time, where its `ends_with_rows`."""
     weight, (m, n) = module.weight, (module.out_features, module.in_features)
     state = copy.copy(_require_state(module))
     scales = state.absmax
@@ -264,11 +250,7 @@ class FourBitFacts(NamedTuple):
 
 
 def four_bit_facts(module: Linear4bit) -> FourBitFacts:
-    """Read a Linear4bit's quantization back from its live tensors.
-
-    Raises:
-        RuntimeError: the layer was never quantized.
-    """
+    """Read a Linear4bit's quantization back from its live tensors."""
     state = _require_state(module)
     return FourBitFacts(
         state.quant_type, bool(state.nested), module.weight.dtype, module.compute_dtype, state.blocksize
@@ -284,13 +266,8 @@ def prequantized_linear(
 ) -> Linear4bit:
     """A `Linear4bit` in the place of ``dense`` (on the meta device) around a weight that was quantized before.
 
-    Args:
-        packed: the weight's packed bytes, in any storage dtype.
-        statistics: bitsandbytes' serialized quantization state: ``X.absmax``, ``X.quant_map``,
-            ``X.quant_state.bitsandbytes__nf4`` and, with double quantization, ``X.nested_absmax`` and
-            ``X.nested_quant_map``.
-
-    On a CPU neither is copied.
+    ``packed`` has any storage dtype, ``statistics`` are the tensors of `serialized_layout` but the first. On a CPU
+    neither is copied.
     """
     bias = dense.bias is not None
     layer = Linear4bit(
@@ -352,15 +329,8 @@ def quantize_dequantize_blocks(
     return _dequantized(packed, state)
 
 
-class InferencePack(NamedTuple):
-    """A copy of a 4-bit weight in the layout of bitsandbytes' fused AVX512-BF16 kernel. The original is untouched."""
-
-    weight: torch.Tensor
-    state: QuantState
-
-
-def inference_pack(module: nn.Linear) -> InferencePack | None:
-    """Make that copy where the CPU and the shape allow it, else None (the caller dequantizes, as bitsandbytes does).
+def inference_pack(module: nn.Linear) -> tuple[torch.Tensor, QuantState] | None:
+    """A copy of a 4-bit weight in the layout of bitsandbytes' fused AVX512-BF16 kernel, where CPU and shape allow it.
 
     bitsandbytes itself repacks the weight *in place* on the first evaluation pass, after which its gradients are wrong.
     """
@@ -372,16 +342,15 @@ def inference_pack(module: nn.Linear) -> InferencePack | None:
     rows, columns = state.shape
     if rows % 32 or columns % state.blocksize or columns % 2:
         return None
-    return InferencePack(*pack(module.weight.data, copy.copy(state)))
+    return pack(module.weight.data, copy.copy(state))
 
 
-def fused_matmul(x: torch.Tensor, module: nn.Linear, pack: InferencePack | None) -> torch.Tensor | None:
-    """x Wᵀ [..., m] by bitsandbytes' fused 4-bit kernels, for use without gradients.
-
-    None where there is no faster one.
-    """
+def fused_matmul(
+    x: torch.Tensor, module: nn.Linear, pack: tuple[torch.Tensor, QuantState] | None
+) -> torch.Tensor | None:
+    """x Wᵀ [..., m] by bitsandbytes' fused 4-bit kernels, without gradients; None where there is no faster one."""
     if pack is not None:
-        return bnb_functional.gemv_4bit(x, pack.weight, state=pack.state)
+        return bnb_functional.gemv_4bit(x, pack[0], state=pack[1])
     if x.device.type != "cpu":
         return bnb.matmul_4bit(x, module.weight.t(), quant_state=_state(module))
     return None

@@ -25,6 +25,7 @@ from qvera.config.schema import ModelSection
 from qvera.models import nf4, quantization
 from qvera.models.model_config import empty_model, require_own_weights
 from qvera.models.quantized_record import RECORD, content_identity, settings_of
+from qvera.models.safetensors_stream import Block, CheckpointReader, in_order, write_index, write_shard
 from qvera.utils import memory
 from qvera.utils.atomic import OutputDirectory, disk_errors, flush, replace_text, require_space
 from qvera.utils.errors import InputError, RunFailed
@@ -38,7 +39,6 @@ from qvera.utils.safetensors_io import (
     grouped_by_bytes,
     write_source_fingerprint,
 )
-from qvera.utils.safetensors_stream import Block, CheckpointReader, in_order, write_index, write_shard
 
 SHARD_BYTES = 1_000_000_000
 """A kill costs at most the work of one shard."""

@@ -1,6 +1,4 @@
-"""Where the tensors of a checkpoint lie in its files, and a fingerprint of the whole.
-
-Imports torch only when a header is read.
+"""Where the tensors of a checkpoint lie in its files, and a fingerprint; imports torch only when a header is read.
 
 File format: 8 bytes little-endian header length, JSON header, tensor bytes back to back
 (https://github.com/huggingface/safetensors#format). A sharded checkpoint has an index, ``{"weight_map": {tensor:
@@ -10,7 +8,6 @@ file}}``.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -35,25 +32,19 @@ SOURCE_FILE = "qvera_source.json"
 
 _NUMBERED = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors$")
 _QUANTIZED, _SAMPLE_BYTES = "quantized:", 4096
-_DTYPE_NAMES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U64": "uint64",
-    "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
-}  # fmt: skip
 T = TypeVar("T")
 
 
-@functools.cache
 def torch_dtypes() -> dict[str, torch.dtype]:
     """What a safetensors header calls a dtype → the torch dtype."""
-    import torch
+    from safetensors.torch import _TYPES
 
-    return {name: getattr(torch, attribute) for name, attribute in _DTYPE_NAMES.items()}
+    return {name: dtype for name, dtype in _TYPES.items() if dtype is not None}
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
-    """A tensor as a safetensors header names it."""
+    """A tensor as a safetensors header describes it."""
 
     name: str
     dtype: torch.dtype
@@ -124,14 +115,9 @@ def checkpoint_tensors(directory: Path) -> list[TensorEntry]:
         InputError: a shard is missing, cut short or not safetensors, or the index names a tensor that is not there.
     """
     index = directory / INDEX
-    wanted: dict[str, str] = {}
-    if index.is_file():
-        wanted = weight_map(index)
-        files = [directory / name for name in sorted(set(wanted.values()))]
-    else:
-        files = _unindexed(directory)
+    wanted = weight_map(index) if index.is_file() else {}
     entries: dict[str, TensorEntry] = {}
-    for file in files:
+    for file in _indexed(wanted, directory) or _unindexed(directory):
         if not file.is_file():
             raise InputError(f"{file}: this shard is named in {index.name} but is missing.")
         for entry in read_header(file):
@@ -190,14 +176,16 @@ def _unindexed(directory: Path) -> list[Path]:
 
 
 def shard_files(directory: Path) -> list[Path]:
-    """The weight files of a checkpoint by its index or their names, unread; [] where the index can't be read."""
-    if (directory / INDEX).is_file():
-        try:
-            return [directory / name for name in sorted(set(weight_map(directory / INDEX).values()))]
-        except InputError:
-            return []
-    single = directory / SINGLE
-    return [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
+    """The weight files of a checkpoint by its index or their names, unread; [] where these are damaged."""
+    try:
+        index = directory / INDEX
+        return _indexed(weight_map(index), directory) if index.is_file() else _unindexed(directory)
+    except InputError:
+        return []
+
+
+def _indexed(wanted: dict[str, str], directory: Path) -> list[Path]:
+    return [directory / name for name in sorted(set(wanted.values()))]
 
 
 def grouped_by_bytes(
@@ -227,10 +215,10 @@ def grouped_by_bytes(
 def base_fingerprint(directory: Path) -> str:
     """What tells one base model from another by its content, in milliseconds and without hashing all of it.
 
-    SHA-256 over every tensor's name, dtype and shape, and its first and last 4 KiB, in the order of the names. How the
-    tensors are divided into files, and which files lie beside them, makes no difference. A directory that was quantized
-    from another one carries the other's fingerprint (`SOURCE_FILE`). A quantized one of unknown origin has a
-    fingerprint of its own kind, ``quantized:...``, which is not comparable with those of 16-bit ones (`same_base`).
+    SHA-256 over every tensor's name, dtype and shape, and its first and last 4 KiB, in the order of the names, however
+    they are divided into files. A directory that was quantized from another one carries the other's fingerprint
+    (`SOURCE_FILE`). A quantized one of unknown origin has a fingerprint of its own kind, ``quantized:...``, which is
+    not comparable with those of 16-bit ones (`same_base`).
 
     Raises:
         InputError: a shard is missing, cut short or not safetensors.

@@ -20,8 +20,9 @@ from qvera.adapters.save_load import attach, load_adapter, save_adapter
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection, ExportSection, ModelSection
 from qvera.export import export_merged, merge_adapters
+from qvera.models import safetensors_stream
 from qvera.models.loader import load_base
-from qvera.utils import memory, safetensors_stream
+from qvera.utils import memory
 from qvera.utils.errors import InputError, Interrupted, RunFailed
 from tests.adapters.helpers import perturb
 from tests.conftest import small_llama, small_tokenizer

@@ -12,8 +12,7 @@ from safetensors.torch import save_file
 
 from qvera.config.schema import ModelSection
 from qvera.export.stream import TrainedBaseReader, one_thread_each
-from qvera.models import quantization
-from qvera.utils import safetensors_stream
+from qvera.models import quantization, safetensors_stream
 from qvera.utils.safetensors_io import checkpoint_tensors, file_stamps
 
 # every kind with and without double quantization; shapes and dtypes in turn

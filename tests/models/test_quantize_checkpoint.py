@@ -20,10 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from qvera.cli.main import main
 from qvera.config.schema import ModelSection
-from qvera.models import quantize_checkpoint
+from qvera.models import quantize_checkpoint, safetensors_stream
 from qvera.models.loader import load_base
 from qvera.models.quantized_record import read_record
-from qvera.utils import safetensors_stream
 from qvera.utils.errors import InputError, RunFailed
 from tests.conftest import small_llama, small_tokenizer
 from tests.helpers import sampled, start_process

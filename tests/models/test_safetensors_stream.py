@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qvera.utils import safetensors_stream
+from qvera.models import safetensors_stream
+from qvera.models.safetensors_stream import CheckpointReader, in_order, write_shard
 from qvera.utils.errors import InputError
 from qvera.utils.safetensors_io import TensorSpec, file_stamps, read_header
-from qvera.utils.safetensors_stream import CheckpointReader, in_order, write_shard
 
 
 def mixed() -> dict[str, torch.Tensor]:
