@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from peft import PeftConfig
@@ -55,8 +54,7 @@ class QveraConfig(PeftConfig):
             match something.
         exclude_modules: names (or a regular expression) of modules that are not adapted although a target matches them.
         layers_to_transform: adapt the targets in the layers of these indices only.
-        layers_pattern: the name of the list of layers that ``layers_to_transform`` counts, where it is not the first
-        one.
+        layers_pattern: the name of the list of layers that ``layers_to_transform`` counts, if it is not the first one.
         modules_to_save: modules that are trained and saved whole beside the vectors, such as a classification head. For
             the task types SEQ_CLS and TOKEN_CLS PEFT adds the head by itself.
         bias: which biases are trained and saved too: ``none``, ``all``, or ``qvera_only`` (those of adapted linears).
@@ -67,92 +65,80 @@ class QveraConfig(PeftConfig):
         dropout: dropout probability on the adapter's input.
         projection_seed: the seed of A and B, see `qvera.adapters.projection`.
         projection_generator: the rule by which A and B are drawn from the seed.
-        projection_shapes: the shapes of A and B, filled in when the adapter is put on a model and checked when it is
-            loaded, so that an adapter never runs on other projections than it was trained with.
-        projection_sha256: the hash of A and B, filled in and checked likewise.
+        projection_shapes: the shapes of A and B. This and their hash are filled in when the adapter is put on a model,
+            and checked when it is loaded, so that it never runs on other projections than it was trained with.
+        projection_sha256: the hash of A and B.
         format_version: version of this file's meaning.
-        base_fingerprint: `qvera.utils.safetensors_io.base_fingerprint` of the base model that it was trained on; None
-            in adapters without one.
-        added_tokens: token → id of the tokens that its recipe added (`qvera.models.tokenizer`). Their rows lie beside
+        base_fingerprint: `qvera.utils.safetensors_io.base_fingerprint` of the base model that it was trained on.
+        added_tokens: token → id of the tokens that its recipe added (`qvera.models.tokenizer`), whose rows lie beside
             the vectors.
         pad_token: the recipe's padding token.
         eos_token: the recipe's end-of-sequence token.
-        magnitude: reserved for later formats; refused when set.
-        seed_chain: reserved for later formats; refused when set.
+        magnitude: reserved for later formats; refused when set, like ``seed_chain``.
 
     Raises:
         InputError: a value is out of range, or the config was written by a newer format or another generator.
     """
 
-    rank: int = field(default=_DEFAULTS.rank)
-    target_modules: str | list[str] | set[str] | None = field(default="all-linear")
-    exclude_modules: str | list[str] | set[str] | None = field(default=None)
-    layers_to_transform: list[int] | int | None = field(default=None)
-    layers_pattern: list[str] | str | None = field(default=None)
-    modules_to_save: list[str] | None = field(default=None)
-    bias: str = field(default="none")
-    init_weights: bool = field(default=True)
-    b_groups: int = field(default=_DEFAULTS.b_groups)
-    input_scale: bool = field(default=_DEFAULTS.input_scale)
-    d_initial: float = field(default=_DEFAULTS.d_initial)
-    dropout: float = field(default=_DEFAULTS.dropout)
-    projection_seed: int = field(default=_DEFAULTS.seed)
-    projection_generator: str = field(default=GENERATOR)
-    projection_shapes: dict[str, list[int]] | None = field(default=None)
-    projection_sha256: str | None = field(default=None)
-    format_version: int = field(default=1)
-    base_fingerprint: str | None = field(default=None)
-    added_tokens: dict[str, int] | None = field(default=None)
-    pad_token: str | None = field(default=None)
-    eos_token: str | None = field(default=None)
-    magnitude: bool | None = field(default=None)
-    seed_chain: list[int] | None = field(default=None)
+    rank: int = _DEFAULTS.rank
+    target_modules: str | list[str] | set[str] | None = "all-linear"
+    exclude_modules: str | list[str] | set[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    bias: str = "none"
+    init_weights: bool = True
+    b_groups: int = _DEFAULTS.b_groups
+    input_scale: bool = _DEFAULTS.input_scale
+    d_initial: float = _DEFAULTS.d_initial
+    dropout: float = _DEFAULTS.dropout
+    projection_seed: int = _DEFAULTS.seed
+    projection_generator: str = GENERATOR
+    projection_shapes: dict[str, list[int]] | None = None
+    projection_sha256: str | None = None
+    format_version: int = 1
+    base_fingerprint: str | None = None
+    added_tokens: dict[str, int] | None = None
+    pad_token: str | None = None
+    eos_token: str | None = None
+    magnitude: bool | None = None
+    seed_chain: list[int] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type: Any = PEFT_TYPE  # a string: PEFT's enum stays as it is
-        self._check_version()
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)
+        if self.format_version > FORMAT_VERSION or self.magnitude or self.seed_chain:
+            raise InputError(
+                f"this QVERA adapter has format version {self.format_version} and optional parts this qvera does not "
+                f"know (it reads version {FORMAT_VERSION}): update qvera."
+            )
+        if self.projection_generator != GENERATOR:
+            raise InputError(
+                f"this QVERA adapter's projections come from the generator {self.projection_generator!r}; this qvera "
+                f"has {GENERATOR!r} only: update qvera."
+            )
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(names := getattr(self, name), list):
+                setattr(self, name, set(names))
         self._check_values()
         if self.b_groups > 1 or self.input_scale:
             self.format_version = max(self.format_version, 2)
         if self.added_tokens:  # PEFT writes its JSON with sorted keys; ids say in which order tokens were added
             self.added_tokens = dict(sorted(self.added_tokens.items(), key=lambda pair: pair[1]))
 
-    def _check_version(self) -> None:
-        if self.format_version > FORMAT_VERSION or self.magnitude or self.seed_chain:
-            raise InputError(
-                f"this QVERA adapter has format version {self.format_version} and optional parts this qvera does not "
-                f"know "
-                f"(it reads version {FORMAT_VERSION}): update qvera."
-            )
-        if self.projection_generator != GENERATOR:
-            raise InputError(
-                f"this QVERA adapter's projections come from the generator {self.projection_generator!r}; this qvera "
-                f"has "
-                f"{GENERATOR!r} only: update qvera."
-            )
-
     def _check_values(self) -> None:
-        def require(holds: bool, key: str, takes: str) -> None:
-            if not holds:
-                raise InputError(f"{key}: takes {takes}, got {getattr(self, key)!r}.")
-
-        require(type(self.rank) is int and self.rank >= 1, "rank", "a whole number >= 1")
-        require(type(self.input_scale) is bool, "input_scale", "true or false")
-        divides = type(self.b_groups) is int and self.b_groups >= 1 and self.rank % self.b_groups == 0
-        require(divides, "b_groups", f"a whole number >= 1 that divides the rank, {self.rank}")
-        number = isinstance(self.d_initial, (int, float)) and math.isfinite(self.d_initial)
-        require(number and type(self.d_initial) is not bool, "d_initial", "a finite number")
-        require(0.0 <= self.dropout < 1.0, "dropout", "a number >= 0 and < 1")
-        require(self.bias in BIASES, "bias", f"one of {', '.join(BIASES)}")
-        needs_layers = not self.layers_pattern or self.layers_to_transform is not None
-        require(needs_layers, "layers_pattern", "effect only with layers_to_transform")
+        names = ("rank", "b_groups", "input_scale", "d_initial", "dropout")
+        _DEFAULTS.replace(**{name: getattr(self, name) for name in names})
+        try:
+            _DEFAULTS.replace(seed=self.projection_seed)
+        except InputError as error:
+            raise InputError(f"projection_{error}") from None
+        if self.bias not in BIASES:
+            raise InputError(f"bias: takes one of {', '.join(BIASES)}, got {self.bias!r}.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise InputError(
+                f"layers_pattern: takes effect only with layers_to_transform, got {self.layers_pattern!r}."
+            )
         tokens = self.added_tokens or {}
-        ids = isinstance(tokens, dict) and all(type(i) is int and i >= 0 for i in tokens.values())
-        require(ids, "added_tokens", "token → id (whole numbers >= 0)")
-        seed = type(self.projection_seed) is int and 0 <= self.projection_seed < 2**64
-        require(seed, "projection_seed", "a whole number >= 0 and < 2**64")
+        if not isinstance(tokens, dict) or not all(type(i) is int and i >= 0 for i in tokens.values()):
+            raise InputError(f"added_tokens: takes token → id (whole numbers >= 0), got {tokens!r}.")

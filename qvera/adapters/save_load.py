@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import re
 import shutil
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from peft import PeftModel, VeraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError
@@ -100,10 +97,8 @@ def _start_from(peft_model: PeftModel, config: QveraConfig, init_from: str) -> N
         ("projection_sha256", "projections' SHA-256"),
     ):
         if getattr(config, field) != getattr(theirs, field):
-            raise InputError(
-                f"adapter.init_from: {init_from} has {key} {getattr(theirs, field)}, the recipe "
-                f"{getattr(config, field)}."
-            )
+            given, wanted = getattr(theirs, field), getattr(config, field)
+            raise InputError(f"adapter.init_from: {init_from} has {key} {given}, the recipe {wanted}.")
     require_base(theirs, init_from, str(config.base_model_name_or_path), config.base_fingerprint)
     require_tokens(theirs, init_from, config.added_tokens)
     if config.added_tokens:
@@ -151,10 +146,11 @@ def adapter_facts(model: PeftModel, adapter: str = "default") -> dict[str, Any]:
 def save_adapter(model: PeftModel, directory: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> int:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` (fp32 vectors, no projections).
 
-    Returns their bytes.
+    Where tokens were added, their rows (`ADDED_ROWS`) and ``tokenizer`` go beside them. Written to a temporary name and
+    renamed, so that a half-written adapter never stands under its final name.
 
-    Where tokens were added, their rows (`ADDED_ROWS`) and ``tokenizer`` go beside them; the tokenizer is not
-    counted. Written to a temporary name and renamed, so that a half-written adapter never stands under its final name.
+    Returns:
+        The bytes of the files, without the tokenizer's.
 
     Raises:
         RunFailed: the disk is full; an adapter that was there before is still there.
@@ -166,8 +162,8 @@ def save_adapter(model: PeftModel, directory: Path, tokenizer: PreTrainedTokeniz
 
 
 def _write_adapter(model: PeftModel, directory: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, old = (directory.with_name(f".{directory.name}.{what}") for what in ("partial", "old"))
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     try:
         # save_embedding_layers=False: PEFT would otherwise look the base up on the hub
         model.save_pretrained(str(partial), save_embedding_layers=False)
@@ -183,17 +179,11 @@ def _write_adapter(model: PeftModel, directory: Path, tokenizer: PreTrainedToken
         shutil.rmtree(partial, ignore_errors=True)
         raise
     if directory.exists():
-        old = directory.with_name(f".{directory.name}.old-{os.getpid()}")
+        shutil.rmtree(old, ignore_errors=True)
         directory.rename(old)
-        partial.rename(directory)
-        shutil.rmtree(old)
-    else:
-        partial.rename(directory)
+    partial.rename(directory)
     flush(directory.parent)
-    for leftover in directory.parent.iterdir():  # of a process that was killed in here
-        found = re.fullmatch(rf"\.{re.escape(directory.name)}\.(?:partial|old)-(\d+)", leftover.name)
-        if found and not psutil.pid_exists(int(found[1])):
-            shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def read_adapter(directory: Path) -> tuple[QveraConfig | VeraConfig, dict[str, torch.Tensor]]:
@@ -219,8 +209,7 @@ def read_adapter(directory: Path) -> tuple[QveraConfig | VeraConfig, dict[str, t
         if name.endswith(suffix) and tensor.numel() != rank:
             raise InputError(
                 f"{directory / ADAPTER_CONFIG}: {key} is {rank}, but {name} in {ADAPTER_WEIGHTS} has {tensor.numel()} "
-                f"values: "
-                "the two files do not belong together, or one was changed."
+                "values: the two files do not belong together, or one was changed."
             )
     broken = sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all())
     if broken:
@@ -240,17 +229,16 @@ def read_config(directory: Path) -> QveraConfig | VeraConfig:
     for file in (config_file, weights_file):
         if not file.is_file():
             raise InputError(f"{directory}: has no {file.name}, so it is not an adapter directory.")
-    raw = read_json(config_file, "a PEFT adapter config", ("peft_type",))
-    kind = raw["peft_type"]
-    classes: dict[object, type[QveraConfig | VeraConfig]] = {PEFT_TYPE: QveraConfig, "VERA": VeraConfig}
-    if kind not in classes:
-        raise InputError(f"{config_file}: peft_type is {kind}, expected {PEFT_TYPE} (or PEFT's own VERA).")
-    known = {f.name for f in dataclasses.fields(classes[kind])}
+    raw = read_json(config_file, "a PEFT adapter config", keys=["peft_type"])
+    kind = {PEFT_TYPE: QveraConfig, "VERA": VeraConfig}.get(str(raw["peft_type"]))
+    if kind is None:
+        raise InputError(f"{config_file}: peft_type is {raw['peft_type']}, expected {PEFT_TYPE} (or PEFT's own VERA).")
+    known = {f.name for f in dataclasses.fields(kind)}
     try:
         with warnings.catch_warnings():
             # PEFT warns of projections that are not in the file; here they are drawn and used
             warnings.simplefilter("ignore", UserWarning)
-            return classes[kind](**{k: v for k, v in raw.items() if k in known})
+            return kind(**{k: v for k, v in raw.items() if k in known})
     except InputError as error:
         raise InputError(f"{config_file}: {error}") from None
     except (TypeError, ValueError) as error:
@@ -265,13 +253,10 @@ def load_vectors(model: nn.Module, vectors: dict[str, torch.Tensor], source: str
     """
     ours = _saved_tensors(model, adapter)
     missing, unknown = sorted(ours.keys() - vectors.keys()), sorted(vectors.keys() - ours.keys())
-    if missing or unknown:
-        parts = [
-            f"{len(keys)} {what} (first: {keys[0]})"
-            for keys, what in ((missing, "missing"), (unknown, "unknown"))
-            if keys
-        ]
-        raise InputError(f"{source}: its vectors do not fit this model and these targets: {', '.join(parts)}.")
+    for keys, what in ((missing, "missing"), (unknown, "unknown")):
+        if keys:
+            found = f"{len(keys)} {what} (first: {keys[0]})"
+            raise InputError(f"{source}: its vectors do not fit this model and these targets: {found}.")
     for name, tensor in ours.items():
         if tensor.shape != vectors[name].shape:
             raise InputError(
@@ -291,11 +276,7 @@ def _saved_tensors(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
 
 
 def _put_on(model: nn.Module, config: QveraConfig) -> PeftModel:
-    """`get_peft_model`, with the base named as the config names it.
-
-    PEFT would put the loaded model's name there, with a warning where that is another way of writing the same (``~``, a
-    link).
-    """
+    """`get_peft_model`, with the base named as the config names it, where PEFT would put the loaded model's name."""
     name, config.base_model_name_or_path = config.base_model_name_or_path, None
     peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
     if name is not None:
@@ -315,14 +296,12 @@ def load_adapter(model: nn.Module, directory: Path, base: Base | None = None) ->
         InputError: it is no adapter, or not one for this model.
     """
     config, vectors = read_adapter(directory)
-    ids = getattr(config, "added_tokens", None)
+    facts = {} if base is None else base.facts  # a model as it comes from the hub has no added tokens
     if base is not None:
-        require_base(config, directory, base.facts["path"], base.facts.get("fingerprint"))
-        require_tokens(config, directory, base.facts.get("added_tokens"))
-        if ids:
-            put_token_rows(model, ids, read_token_rows(directory), directory / ADDED_ROWS)
-    else:
-        require_tokens(config, directory, None)  # a model as it comes from the hub has no such rows
+        require_base(config, directory, facts["path"], facts.get("fingerprint"))
+    require_tokens(config, directory, facts.get("added_tokens"))
+    if ids := getattr(config, "added_tokens", None):
+        put_token_rows(model, ids, read_token_rows(directory), directory / ADDED_ROWS)
     if not isinstance(config, QveraConfig):
         return _load_stock_adapter(model, directory)
     try:
@@ -360,8 +339,7 @@ def require_tokens(config: QveraConfig | VeraConfig, adapter: Path | str, ids: d
     if expected != (ids or {}):
         raise InputError(
             f"{adapter}: was trained with the added tokens {expected or 'none'}, and the loaded base has "
-            f"{ids or 'none'}. Set "
-            f"model.added_tokens: [{', '.join(map(repr, expected))}] for the same model and tokenizer."
+            f"{ids or 'none'}. Set model.added_tokens: [{', '.join(map(repr, expected))}] for the same model."
         )
 
 
@@ -375,13 +353,12 @@ def require_base(config: QveraConfig | VeraConfig, adapter: Path | str, name: st
         fingerprint: that of the base, None where unknown.
 
     Raises:
-        InputError: it is another base. An adapter that doesn't say (an old one, or PEFT's own) passes.
+        InputError: it is another base. An adapter without a fingerprint (PEFT's own) passes.
     """
     expected = getattr(config, "base_fingerprint", None)
     if not same_base(expected, fingerprint):
         raise InputError(
             f"{adapter}: was trained on another base model than {name!r}. Expected the base "
             f"{config.base_model_name_or_path!r} with fingerprint {str(expected)[:16]}; {name!r} has "
-            f"{str(fingerprint)[:16]}. "
-            "Point model.path at the base it was trained on."
+            f"{str(fingerprint)[:16]}. Point model.path at the base it was trained on."
         )

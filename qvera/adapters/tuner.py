@@ -17,7 +17,6 @@ from qvera.adapters.multi_adapter import BASE, SeedBank, plan_rows
 from qvera.adapters.projection import SharedProjection, projection_sha256
 from qvera.models import linear, norm_mlp
 from qvera.models.tokenizer import PLACED
-from qvera.utils import formatting, memory
 from qvera.utils.errors import InputError
 
 
@@ -81,10 +80,8 @@ class QveraModel(BaseTuner):
         if tokens and getattr(model, PLACED, None) != tokens:
             raise InputError(
                 f"this adapter adds the tokens {', '.join(tokens)}, and the model has not been given their rows, which "
-                f"PEFT does "
-                "not read. Open it with qvera.evaluation.load.open_run, or load the base with them "
-                "(ModelSection.added_tokens) and put the "
-                "adapter on with qvera.adapters.save_load.load_adapter."
+                "PEFT does not read. Open it with qvera.evaluation.load.open_run, or load the base with them "
+                "(ModelSection.added_tokens) and put the adapter on with qvera.adapters.save_load.load_adapter."
             )
         self._prepare_projection(model, config)
         norm_mlp.reduce_saved_activations(model)
@@ -113,7 +110,6 @@ class QveraModel(BaseTuner):
         shapes = [shape for _, base in matched if (shape := layer_shape(base)) is not None]
         largest_in, largest_out = (max(sizes) for sizes in zip(*shapes, strict=True))
         homes = dict.fromkeys(_home(base, model) for _, base in matched)
-        _require_memory(config.rank, largest_in, largest_out, list(homes))
         self._check_projection(config, largest_in, largest_out)
         for home in homes:
             self._projection(config.projection_seed, *home).ensure(config.rank, largest_in, largest_out)
@@ -128,9 +124,7 @@ class QveraModel(BaseTuner):
         config = _maybe_include_all_linear_layers(config, model)
         if config.target_modules is None:
             raise InputError("target_modules: takes `all-linear` or a list of module names, got nothing.")
-        if (
-            config.target_modules is not before
-        ):  # all linears by their full names, which would overrule layers_to_transform
+        if config.target_modules is not before:  # all linears by full names, which would overrule layers_to_transform
             config.target_modules = _short_names(config.target_modules, list(config.target_modules), model)
         targets = config.target_modules
         names = {targets} if isinstance(targets, str) else set(targets)
@@ -147,8 +141,7 @@ class QveraModel(BaseTuner):
                 matched.append((key, base))
         if wrong_kind:
             raise InputError(
-                f"targets: QVERA adapts linear layers, but these are none: {', '.join(wrong_kind[:5])}. Name linears "
-                f"only."
+                f"targets: QVERA adapts linear layers only, but these are none: {', '.join(wrong_kind[:5])}."
             )
         if not matched or (unmatched and not isinstance(targets, str)):
             linears = sorted({k.rpartition(".")[2] for k, m in model.named_modules() if layer_shape(m) is not None})
@@ -166,15 +159,13 @@ class QveraModel(BaseTuner):
         if config.projection_shapes is not None and config.projection_shapes != shapes:
             raise InputError(
                 f"this adapter was trained with projections of shapes {config.projection_shapes}, but this model and "
-                f"its "
-                f"targets need {shapes}: it belongs to another base model."
+                f"its targets need {shapes}: it belongs to another base model."
             )
         digest = projection_sha256(config.rank, largest_in, largest_out, config.projection_seed)
         if config.projection_sha256 is not None and config.projection_sha256 != digest:
             raise InputError(
                 f"the projections of seed {config.projection_seed} have SHA-256 {digest[:16]}… here and "
-                f"{config.projection_sha256[:16]}… in the adapter: the adapter file was changed, or made by another "
-                f"generator."
+                f"{config.projection_sha256[:16]}… in the adapter: the file was changed, or made by another generator."
             )
         config.projection_shapes, config.projection_sha256 = shapes, digest
 
@@ -205,23 +196,6 @@ class QveraModel(BaseTuner):
 
 
 _LIMITS = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
-
-
-def _require_memory(
-    rank: int, largest_in: int, largest_out: int, homes: Sequence[tuple[torch.device, torch.dtype]]
-) -> None:
-    """Refuse a pair that would not fit into memory, before it is drawn.
-
-    Raises:
-        InputError: A and B of this rank need more memory than there is.
-    """
-    needed = 4 * rank * (largest_in + largest_out)  # they are drawn in fp32 in main memory
-    available = memory.available_bytes(torch.device("cpu"))
-    if needed > available and any(device.type != "meta" for device, _ in homes):
-        raise InputError(
-            f"rank: {rank} needs projections of {formatting.size(needed)}, and {formatting.size(available)} of memory "
-            "are available. VeRA's ranks are 256 to 1024."
-        )
 
 
 def _short_names(targets: str | set[str] | list[str], matched: list[str], model: nn.Module) -> str | list[str]:

@@ -184,5 +184,5 @@ def test_slices_are_views_and_nothing_is_saved_or_trained() -> None:
 
 @pytest.mark.parametrize("seed", [-1, 2**64, 1.5])
 def test_a_seed_that_no_key_holds_is_refused(seed: int) -> None:
-    with pytest.raises(InputError, match=r"projection_seed: takes a whole number >= 0 and < 2\*\*64"):
+    with pytest.raises(InputError, match="projection_seed: should be"):
         QveraConfig(projection_seed=seed)
