@@ -63,7 +63,8 @@ def main() -> None:
         result["load_seconds"] = time.perf_counter() - began
         gc.collect()
         result["bytes_beyond_base"] = psutil.Process().memory_info().rss - before
-        result["bank_bytes"] = sum(bank.values.nbytes for bank in many.base_model.banks)
+        stacked = [tensors for bank in many.base_model.banks for tensors in bank.layers.values()]
+        result["bank_bytes"] = sum(one.nbytes for tensors in stacked for one in tensors if one is not None)
         print(json.dumps({k: result[k] for k in ("load_seconds", "bytes_beyond_base", "bank_bytes")}))
         one = load_adapter(load_base(section).model, directories["user-0000"])
         names = list(directories)[: args.rows]

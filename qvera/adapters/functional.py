@@ -26,10 +26,26 @@ The vectors are fp32 or wider here; layers that hold them in 16 bits convert the
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch.autograd.function import once_differentiable
+
+
+class Factors(NamedTuple):
+    """What one adapter adds to one layer: ΔW = s diag(b) B diag(d) A diag(a)."""
+
+    A: torch.Tensor
+    """[r, n], frozen"""
+    B: torch.Tensor
+    """[m, r], frozen"""
+    d: torch.Tensor
+    """[r], fp32 or wider"""
+    b: torch.Tensor
+    """[m], or [G, m] with ``b_groups``"""
+    scale: float
+    a: torch.Tensor | None = None
+    """[n] with ``input_scale``, else None"""
 
 
 class AutogradContext(Protocol):
@@ -37,13 +53,10 @@ class AutogradContext(Protocol):
 
     needs_input_grad: tuple[bool, ...]
     saved_tensors: tuple[torch.Tensor, ...]
+    scale: float
 
     def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
         """Keep tensors for backward."""
-
-
-class _ExpandContext(AutogradContext, Protocol):
-    scale: float
 
 
 def at_least_fp32(vector: torch.Tensor) -> torch.Tensor:
@@ -206,7 +219,7 @@ def vector_gradients(
 class _Expand(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: _ExpandContext,
+        ctx: AutogradContext,
         base: torch.Tensor,
         z: torch.Tensor,
         d: torch.Tensor,
@@ -220,7 +233,7 @@ class _Expand(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _ExpandContext, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: AutogradContext, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         z, d, b, B = ctx.saved_tensors
         need_base, need_z, need_d, need_b = ctx.needs_input_grad[:4]
         g_flat = g.reshape(-1, g.shape[-1]).to(z.dtype)

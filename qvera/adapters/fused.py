@@ -14,8 +14,7 @@ m n (T + 2 r).
 
 W' is rounded to the compute dtype. In fp32 that loses nothing. In 16 bits it rounds ΔW, where the low-rank path rounds
 what it adds to each output; measured end to end against fp32 neither is further off, and both train the same
-(bench/summed.py). That holds where it
-was measured, on CPUs: on CUDA 16-bit layers take the low-rank path (`pays`).
+(bench/summed.py). That holds where it was measured, on CPUs: on CUDA 16-bit layers take the low-rank path (`pays`).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from qvera.adapters.functional import AutogradContext, as_output, combined, vector_gradients
+from qvera.adapters.functional import AutogradContext, Factors, as_output, combined, vector_gradients
 from qvera.models import quantization
 
 
@@ -65,24 +64,16 @@ def _by_weight(tokens: int, n: int, m: int, rank: int, input_scale: bool) -> boo
     return m * n * (tokens + passes * rank) < passes * tokens * rank * (n + m)
 
 
-def summed_weight(
-    module: torch.nn.Linear,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    d: torch.Tensor,
-    b: torch.Tensor,
-    scale: float,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+def summed_weight(module: torch.nn.Linear, factors: Factors, dtype: torch.dtype) -> torch.Tensor:
     """W + ΔW [m, n] in ``dtype``, a new tensor."""
     weight = quantization.dequantized_weight(module, dtype)
     is_dense = weight.untyped_storage().data_ptr() == module.weight.untyped_storage().data_ptr()
-    C, A = combined(B, d, b, scale, dtype), A.to(dtype)
+    C = combined(factors.B, factors.d, factors.b, factors.scale, dtype)
+    A = _scaled(factors.A, factors.a, dtype).to(dtype)
     return torch.addmm(weight, C, A) if is_dense else weight.addmm_(C, A)
 
 
 class _SummedContext(AutogradContext, Protocol):
-    scale: float
     module: torch.nn.Linear
     keeps_input: bool
 
@@ -104,7 +95,7 @@ class _Summed(torch.autograd.Function):
         ctx.save_for_backward(x if z is None else z, d, b, A, B, a)
         ctx.scale, ctx.module, ctx.keeps_input = scale, module, z is None
         bias = None if module.bias is None else module.bias.to(x.dtype)
-        weight = summed_weight(module, _scaled(A, a, x.dtype), B, d, b, scale, x.dtype)
+        weight = summed_weight(module, Factors(A, B, d, b, scale, a), x.dtype)
         y = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
         return as_output(y, torch.Size((*x.shape[:-1], y.shape[-1])))
 
@@ -115,11 +106,9 @@ class _Summed(torch.autograd.Function):
         grad_x = grad_d = grad_b = grad_a = None
         scaled = _scaled(A, a, g.dtype)
         if ctx.needs_input_grad[0]:
-            grad_x = g @ summed_weight(ctx.module, scaled, B, d, b, ctx.scale, g.dtype)
+            grad_x = g @ summed_weight(ctx.module, Factors(scaled, B, d, b, ctx.scale), g.dtype)
         rows, kept = g.reshape(-1, g.shape[-1]), kept.reshape(-1, kept.shape[-1])
-        by_weight = ctx.keeps_input and (
-            a is None or _by_weight(len(rows), A.shape[1], len(B), len(A), input_scale=True)
-        )
+        by_weight = ctx.keeps_input and (a is None or _by_weight(len(rows), A.shape[1], len(B), len(A), True))
         whole = rows.t() @ kept if by_weight else None  # gᵀ x
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
             if whole is not None:
@@ -139,32 +128,18 @@ def _scaled(A: torch.Tensor, a: torch.Tensor | None, dtype: torch.dtype) -> torc
     return A if a is None else (A * a).to(dtype)
 
 
-def summed_linear(
-    module: torch.nn.Linear,
-    x: torch.Tensor,
-    z: torch.Tensor | None,
-    d: torch.Tensor,
-    b: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    scale: float,
-    a: torch.Tensor | None = None,
-) -> torch.Tensor:
+def summed_linear(module: torch.nn.Linear, x: torch.Tensor, z: torch.Tensor | None, factors: Factors) -> torch.Tensor:
     """y = x (W + ΔW)ᵀ + bias for the frozen linear ``module``.
 
     Args:
         module: the base layer; neither weight nor bias gets a gradient.
         x: [..., n] in the compute dtype.
         z: x Aᵀ [..., r], without a graph, or None: x is kept in its place (`keeps_input`), as it must be where there is
-        an a.
-        d: vector [r], as `functional.expand` takes it, like b, A, B and scale.
-        b: vector [m] or [G, m].
-        A: [r, n], frozen.
-        B: [m, r], frozen.
-        scale: see `projection.vera_scale`.
-        a: [n], the vector that scales the input, or None.
+            an a.
+        factors: of the adapter, in this layer.
 
     Returns:
         [..., m] in x's dtype. Differentiable once in x, d, b and a; may be changed in place.
     """
+    A, B, d, b, scale, a = factors
     return _Summed.apply(x, z, d, b, A, B, scale, module, a)

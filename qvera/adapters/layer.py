@@ -12,8 +12,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from qvera.adapters.config import KINDS, QveraConfig, vector_shapes
-from qvera.adapters.functional import at_least_fp32
-from qvera.adapters.low_rank import Factors, LowRankPath
+from qvera.adapters.functional import Factors, at_least_fp32
+from qvera.adapters.low_rank import LowRankPath
 from qvera.adapters.projection import SharedProjection, vera_scale
 from qvera.models import quantization
 
@@ -128,9 +128,7 @@ class QveraLinear(LowRankPath, nn.Module, BaseTunerLayer):
         """z = A x in ``dtype``, shared with the layers that read the same x."""
         return self.qvera_projection[adapter].project(x, self.qvera_rank[adapter], dtype)
 
-    def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """PEFT's name for `delta_weight_fp32`."""
-        return self.delta_weight_fp32(adapter)
+    get_delta_weight = LowRankPath.delta_weight_fp32  # PEFT's name for it
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add ΔW of the given (default: active) adapters to the base weight; `unmerge` restores the original bytes.

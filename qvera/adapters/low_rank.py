@@ -6,7 +6,9 @@ differ in where A, B and the vectors live; what is computed from them is here.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,30 +16,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from qvera.adapters import functional, fused
+from qvera.adapters.functional import Factors
+from qvera.distributed.zero_params import is_sharded
 from qvera.models import linear, quantization
-
-if TYPE_CHECKING:
-    from qvera.adapters.multi_adapter import RowPlan
-
-
-class Factors(NamedTuple):
-    """What one adapter adds to one layer: ΔW = s diag(b) B diag(d) A diag(a)."""
-
-    A: torch.Tensor
-    """[r, n], frozen"""
-    B: torch.Tensor
-    """[m, r], frozen"""
-    d: torch.Tensor
-    """[r], fp32 or wider"""
-    b: torch.Tensor
-    """[m], or [G, m] with ``b_groups``"""
-    scale: float
-    a: torch.Tensor | None = None
-    """[n] with ``input_scale``, else None"""
 
 
 class LowRankPath:
-    """Mixed into a layer, before `nn.Module`, that has a frozen ``base_layer`` and PEFT's ``active_adapters``."""
+    """Mixed into a PEFT layer with a frozen ``base_layer``; what a kind of adapter adds is where its factors are."""
 
     base_layer: Any  # a linear of torch, bitsandbytes or transformers
     in_features: int
@@ -45,32 +30,28 @@ class LowRankPath:
     active_adapters: list[str]
     disable_adapters: bool
     merged: bool
-    if TYPE_CHECKING:  # from PEFT's BaseTunerLayer
-
-        def _get_available_adapters(self) -> set[str]: ...
-
-        def unmerge(self) -> None:
-            """Take merged adapters out of the base weight."""
-
+    unmerge: Callable[[], None]
+    _get_available_adapters: Callable[[], set[str]]
     _inference_weight: torch.Tensor | None = None
     _inference_adapters: tuple[str, ...] = ()
-    _row_plan: RowPlan | None = None
+    _row_forward: Callable[..., torch.Tensor] | None = None
+    """The forward pass of a batch whose rows use different adapters, while there is one (`multi_adapter.RowPlan`)."""
 
+    @abstractmethod
     def carries(self, adapter: str) -> bool:
         """Whether this layer has vectors of that adapter."""
-        raise NotImplementedError
 
+    @abstractmethod
     def parts(self, adapter: str) -> Factors:
         """The factors of one adapter in this layer; A and B are views of the shared pair."""
-        raise NotImplementedError
 
+    @abstractmethod
     def dropout_of(self, adapter: str) -> nn.Module:
         """The dropout on the adapter's input; an Identity where there is none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def shared_z(self, adapter: str, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """z = A x in ``dtype``, shared with the layers that read the same x."""
-        raise NotImplementedError
 
     def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """y = W x + s diag(b) B diag(d) A x, summed over the active adapters (VeRA, arXiv 2310.11454, equation 2).
@@ -112,35 +93,34 @@ class LowRankPath:
 
         None where the formula itself has to be taken.
         """
-        if self._row_plan is not None:
-            return self._row_plan.forward(self, x, *args, **kwargs)
-        if self._inference_weight is not None and self._answers_from_inference_weight():
-            return self.inference_product(x)
+        if self._row_forward is not None:
+            return self._row_forward(self, x, *args, **kwargs)
         names = self._adapters_in_use()
+        # another adapter may have been made active since the weight was made: then the normal path is the right one
+        held = self._inference_weight is not None and tuple(names) == self._inference_adapters
+        if held and names and not torch.is_grad_enabled():
+            return self.inference_product(x)
         return self._summed_forward(x, names[0]) if len(names) == 1 else None
 
     def _summed_forward(self, x: torch.Tensor, adapter: str) -> torch.Tensor | None:
         """y by one product with W + ΔW where that is cheaper and loses nothing (`fused.pays`), else None."""
         base = self.base_layer
         # ZeRO-3 gathers a weight when its module is called, and here it is not
-        if (
-            isinstance(base, Conv1D)
-            or hasattr(base.weight, "ds_id")
-            or (base.bias is not None and base.bias.requires_grad)
-        ):
+        if isinstance(base, Conv1D) or is_sharded(base.weight):
             return None
-        if not isinstance(self.dropout_of(adapter), nn.Identity):
+        trains_bias = base.bias is not None and base.bias.requires_grad
+        if trains_bias or not isinstance(self.dropout_of(adapter), nn.Identity):
             return None
-        A, B, d, b, scale, a = self.parts(adapter)
-        dtype = linear.compute_dtype(base, x)
-        sizes = x.numel() // self.in_features, self.in_features, self.out_features, d.numel()
-        if not fused.pays(*sizes, dtype, x.device.type, a is not None):
+        factors = self.parts(adapter)
+        dtype, scaled = linear.compute_dtype(base, x), factors.a is not None
+        sizes = x.numel() // self.in_features, self.in_features, self.out_features, factors.d.numel()
+        if not fused.pays(*sizes, dtype, x.device.type, scaled):
             return None
         z = None
-        if torch.is_grad_enabled() and not fused.keeps_input(*sizes, a is not None):
+        if torch.is_grad_enabled() and not fused.keeps_input(*sizes, scaled):
             with torch.no_grad():
                 z = self.shared_z(adapter, x, dtype)
-        return fused.summed_linear(base, x.to(dtype), z, d, b, A, B, scale, a).to(x.dtype)
+        return fused.summed_linear(base, x.to(dtype), z, factors).to(x.dtype)
 
     def delta_weight_fp32(self, adapter: str) -> torch.Tensor:
         """ΔW of one adapter in fp32, oriented as the base layer's weight: [out, in], or [in, out] for a Conv1D."""
@@ -179,12 +159,6 @@ class LowRankPath:
         weight, bias = self._inference_weight, self.base_layer.bias
         assert weight is not None
         return F.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)).to(x.dtype)
-
-    def _answers_from_inference_weight(self) -> bool:
-        # another adapter may have been made active since, or this one merged: then the normal path is the right one
-        names = tuple(self.active_names())
-        blocked = torch.is_grad_enabled() or self.disable_adapters or self.merged
-        return not blocked and bool(names) and names == self._inference_adapters
 
     @property
     def holds_inference_weight(self) -> bool:

@@ -1,9 +1,9 @@
-"""Many adapters in one process: their vectors as rows of one tensor, and batches whose rows name different adapters.
+"""Many adapters in one process: their vectors as rows of stacked tensors, and batches whose rows name their adapters.
 
-A thousand adapters as PEFT would hold them are 420,000 parameters for a model of 210 linears. Here a seed's adapters
-are one fp32 tensor [adapters, vectors' length], of which every layer reads two column ranges. Adapters of one seed
-share A and B whatever their rank (a smaller pair is a prefix of a larger one), so a batch costs one low-rank product
-for each bank in it: for each seed, and each kind of adapter where there are several (``b_groups``, ``input_scale``).
+A thousand adapters as PEFT would hold them are 420,000 parameters for a model of 210 linears. Here a layer has one
+fp32 tensor of each kind for all adapters of a seed. They share A and B whatever their rank (a smaller pair is a prefix
+of a larger one), so a batch costs one low-rank product for each bank in it: for each seed, and each kind of adapter
+where there are several (``b_groups``, ``input_scale``).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -20,7 +20,6 @@ from torch import nn
 from qvera.adapters import functional
 from qvera.adapters.config import KINDS, PEFT_TYPE, QveraConfig, vector_shapes
 from qvera.adapters.layer import QveraLinear
-from qvera.adapters.low_rank import LowRankPath
 from qvera.adapters.projection import SharedProjection, vera_scale
 from qvera.adapters.save_load import read_adapter, read_config, require_tokens
 from qvera.models import linear
@@ -32,34 +31,16 @@ BASE = "__base__"
 
 @dataclasses.dataclass
 class SeedBank:
-    """The adapters of one seed: row i of ``values`` is adapter i, its d already multiplied with the layer's scale.
+    """The adapters of one seed: row i of each tensor is adapter i, its d already multiplied with the layer's scale.
 
-    With one b for each linear their ranks may differ (``rank`` is the largest); with ``groups`` above 1 all have this
-    rank, since where a group's columns lie depends on it.
+    With one b for each linear their ranks may differ, and d is filled up with zeros; with ``b_groups`` above 1 all have
+    the same rank, since where a group's columns lie depends on it.
     """
 
     seed: int
-    rank: int
-    groups: int
-    input_scale: bool
     names: dict[str, int]
-    values: torch.Tensor
-    columns: dict[str, tuple[int, int]]
-    """Layer name → where its d (``rank`` values) and its b begin; behind b comes a, with ``input_scale``."""
-
-    def vectors(
-        self, layer: str, rows: torch.Tensor, in_features: int, out_features: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
-        """D [k, rank], b [k, groups, out_features] and a [k, in_features] (or None) of these adapters in that layer.
-
-        None where none of them changes it.
-        """
-        if layer not in self.columns:
-            return None
-        d, b = self.columns[layer]
-        end = b + self.groups * out_features
-        a = self.values[rows, end : end + in_features] if self.input_scale else None
-        return self.values[rows, d:b], self.values[rows, b:end].unflatten(1, (self.groups, out_features)), a
+    layers: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]
+    """Layer name → d [adapters, rank], b [adapters, groups, out_features], a [adapters, in_features] or None."""
 
 
 class _Part(NamedTuple):
@@ -86,7 +67,7 @@ class RowPlan:
     live: list[tuple[tuple[str, ...], torch.Tensor | None]]
     """Adapters that are ordinary parameters: the names of some rows, and those rows."""
 
-    def forward(self, layer: LowRankPath, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+    def forward(self, layer: QveraLinear, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """base(x), and for each row of x [rows, ..., n] the low-rank path of its own adapter.
 
         Raises:
@@ -100,7 +81,7 @@ class RowPlan:
             result = layer.inference_product(x)
         else:
             result = layer.base_layer(x, *args, **kwargs)
-        if layer.disable_adapters or not isinstance(layer, QveraLinear):
+        if layer.disable_adapters:
             return result
         dtype = linear.compute_dtype(layer.base_layer, x)
         middle = (1,) * (x.dim() - 2)
@@ -118,10 +99,9 @@ class RowPlan:
 
     def _parts(self, layer: QveraLinear, device: torch.device) -> Iterator[_Part]:
         for bank, rows, adapters in self.banked:
-            vectors = bank.vectors(layer.full_name, adapters, layer.in_features, layer.out_features)
-            if vectors is not None:
-                pair = next(p for p in layer.qvera_projection.values() if p.seed == bank.seed)
-                yield _Part(rows, pair, *vectors)
+            d, b, a = bank.layers[layer.full_name]
+            pair = next(p for p in layer.qvera_projection.values() if p.seed == bank.seed)
+            yield _Part(rows, pair, d[adapters], b[adapters], None if a is None else a[adapters])
         for names, rows in self.live:
             for name in dict.fromkeys(n for n in names if layer.carries(n)):
                 chosen = [i for i, other in enumerate(names) if other == name]
@@ -176,21 +156,17 @@ def load_adapters(
         raise InputError("load_adapters: takes at least one adapter directory.")
     configs = {name: _read_config(Path(directory)) for name, directory in directories.items()}
     peft_model, layers = _put_on_seeds(model, configs)
-    device = next(iter(layers.values())).base_layer.weight.device
-    kinds: dict[tuple[int, int, bool, int], list[str]] = {}
+    kinds: dict[tuple[int, int, bool, int], dict[str, QveraConfig]] = {}
     for name, config in configs.items():
         key = config.projection_seed, config.b_groups, config.input_scale, config.rank if config.b_groups > 1 else 0
-        kinds.setdefault(key, []).append(name)
-    banks, done = [], 0
-    for names in kinds.values():
-        bank = _empty_bank({name: configs[name] for name in names}, layers, device)
-        for index, name in enumerate(names):
-            directory = Path(directories[name])
-            _fill(bank.values[index], bank.columns, configs[name], read_adapter(directory)[1], layers, directory)
+        kinds.setdefault(key, {})[name] = config
+    banks, done = [_empty_bank(kind, layers) for kind in kinds.values()], 0
+    for bank in banks:
+        for name in bank.names:
+            _fill(bank, name, configs[name], Path(directories[name]), layers)
             done += 1
             if progress is not None:
                 progress(done)
-        banks.append(bank)
     peft_model.base_model.__dict__["banks"] = banks
     return peft_model
 
@@ -212,14 +188,17 @@ def _read_config(directory: Path) -> QveraConfig:
 def _put_on_seeds(model: nn.Module, configs: Mapping[str, QveraConfig]) -> tuple[PeftModel, dict[str, QveraLinear]]:
     """One ordinary, unchanged adapter for each seed. It draws the pair and makes the layers, by their names."""
     targets = {target for config in configs.values() for target in config.target_modules or ()}
-    peft_model: Any = None
-    for seed in dict.fromkeys(config.projection_seed for config in configs.values()):
-        rank = max(config.rank for config in configs.values() if config.projection_seed == seed)
-        config = QveraConfig(rank=rank, target_modules=targets, projection_seed=seed, task_type="CAUSAL_LM")
-        if peft_model is None:
-            peft_model = get_peft_model(model, config, adapter_name=f"seed-{seed}")  # type: ignore[arg-type]
-        else:
-            peft_model.add_adapter(f"seed-{seed}", config)
+    ranks: dict[int, int] = {}
+    for config in configs.values():
+        ranks[config.projection_seed] = max(config.rank, ranks.get(config.projection_seed, 0))
+    fresh = {
+        f"seed-{seed}": QveraConfig(rank=rank, target_modules=targets, projection_seed=seed, task_type="CAUSAL_LM")
+        for seed, rank in ranks.items()
+    }
+    first, *others = fresh
+    peft_model = get_peft_model(model, fresh[first], adapter_name=first)  # type: ignore[arg-type]
+    for name in others:
+        peft_model.add_adapter(name, fresh[name])
     peft_model.requires_grad_(False)
     peft_model.eval()
     layers = {n: m for n, m in peft_model.named_modules() if isinstance(m, QveraLinear)}
@@ -228,39 +207,34 @@ def _put_on_seeds(model: nn.Module, configs: Mapping[str, QveraConfig]) -> tuple
     return peft_model, layers
 
 
-def _empty_bank(
-    configs: Mapping[str, QveraConfig], layers: Mapping[str, QveraLinear], device: torch.device
-) -> SeedBank:
+def _empty_bank(configs: Mapping[str, QveraConfig], layers: Mapping[str, QveraLinear]) -> SeedBank:
     """A bank of zeros for these adapters, which are of one kind, and these layers."""
-    rank, first = max(config.rank for config in configs.values()), next(iter(configs.values()))
-    columns, width = {}, 0
+    count, rank, first = len(configs), max(config.rank for config in configs.values()), next(iter(configs.values()))
+    bank = SeedBank(first.projection_seed, {name: i for i, name in enumerate(configs)}, {})
     for name, layer in layers.items():
-        columns[name] = (width, width + rank)
-        width += rank + first.b_groups * layer.out_features + (layer.in_features if first.input_scale else 0)
-    values = torch.zeros(len(configs), width, device=device)
-    index = {name: i for i, name in enumerate(configs)}
-    return SeedBank(first.projection_seed, rank, first.b_groups, first.input_scale, index, values, columns)
+        device = layer.base_layer.weight.device
+        d = torch.zeros(count, rank, device=device)
+        b = torch.zeros(count, first.b_groups, layer.out_features, device=device)
+        bank.layers[name] = d, b, torch.zeros(count, layer.in_features, device=device) if first.input_scale else None
+    return bank
 
 
 def _fill(
-    row: torch.Tensor,
-    columns: Mapping[str, tuple[int, int]],
-    config: QveraConfig,
-    vectors: Mapping[str, torch.Tensor],
-    layers: Mapping[str, QveraLinear],
-    source: Path,
+    bank: SeedBank, adapter: str, config: QveraConfig, directory: Path, layers: Mapping[str, QveraLinear]
 ) -> None:
     """Copy one adapter's vectors into its row of a bank, the layer's scale multiplied into d."""
+    row, vectors = bank.names[adapter], read_adapter(directory)[1]
     for name in {key.rpartition(".")[0] for key in vectors}:
         layer = layers.get(name)
         if layer is None:
-            raise InputError(f"{source}: its vectors of {name} do not fit this model.")
+            raise InputError(f"{directory}: its vectors of {name} do not fit this model.")
         expected = vector_shapes(config, layer.in_features, layer.out_features)
-        given = {kind: tuple(vectors[f"{name}.{kind}"].shape) for kind in KINDS if f"{name}.{kind}" in vectors}
+        own = {kind: vectors[f"{name}.{kind}"] for kind in KINDS if f"{name}.{kind}" in vectors}
+        given = {kind: tuple(vector.shape) for kind, vector in own.items()}
         if given != expected:
-            raise InputError(f"{source}: {name} has the vectors {given}, this model and its config need {expected}.")
-        b, d, *more = (vectors[f"{name}.{kind}"].flatten() for kind in expected)
-        at_d, at_b = columns[name]
-        row[at_d : at_d + config.rank] = d * vera_scale(config.rank, layer.in_features)
-        behind = torch.cat([b, *more])
-        row[at_b : at_b + behind.numel()] = behind
+            raise InputError(f"{directory}: {name} has the vectors {given}, this model and its config need {expected}.")
+        d, b, a = bank.layers[name]
+        d[row, : config.rank] = own["qvera_d"] * vera_scale(config.rank, layer.in_features)
+        b[row] = own["qvera_b"]
+        if a is not None:
+            a[row] = own["qvera_a"]

@@ -61,11 +61,11 @@ class QveraModel(BaseTuner):
         plan = plan_rows(rows, banks, layers[0].base_layer.weight.device)
         try:
             for layer in layers:
-                layer._row_plan = plan
+                layer._row_forward = plan.forward
             yield
         finally:
             for layer in layers:
-                layer._row_plan = None
+                layer._row_forward = None
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: object, **kwargs: object) -> None:
         """Check the targets and the projections of an adapter, draw the pair that it needs, then let PEFT put it in.

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from qvera.adapters import fused
+from qvera.adapters.functional import Factors
 from tests.adapters.helpers import IN, KINDS, OUT, relative
 from tests.adapters.test_functional import parts, textbook
 from tests.adapters.test_layer import adapted, reference, run
@@ -58,7 +59,7 @@ def test_gradcheck(keeps_z: bool, groups: int) -> None:
 
     def through(x: torch.Tensor, d: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         z = (x.detach() @ p["A"].t()) if keeps_z else None
-        return fused.summed_linear(module, x, z, d, b, p["A"], p["B"], 0.7)
+        return fused.summed_linear(module, x, z, Factors(p["A"], p["B"], d, b, 0.7))
 
     assert torch.autograd.gradcheck(through, (x, d, b))
     upstream = torch.randn(9, 5, dtype=torch.float64)
@@ -80,7 +81,7 @@ def test_gradcheck_of_a_scaled_input(by_weight: bool, groups: int, monkeypatch: 
     leaves = [p[k].requires_grad_() for k in ("x", "d", "b", "a")]
 
     def through(x: torch.Tensor, d: torch.Tensor, b: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-        return fused.summed_linear(module, x, None, d, b, p["A"], p["B"], 0.7, a)
+        return fused.summed_linear(module, x, None, Factors(p["A"], p["B"], d, b, 0.7, a))
 
     assert torch.autograd.gradcheck(through, leaves)
     upstream = torch.randn(9, 5, dtype=torch.float64)
