@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from qvera.config.schema import DataSection
 from qvera.data.encoding import Encoder, tokenizer_sha256
 from qvera.data.rows import Rows
-from qvera.data.sources import EVAL, TRAIN, source_content, source_files
+from qvera.data.sources import EVAL, TRAIN, source_bytes, source_content
 from qvera.data.tokenization import RowCounts
 from qvera.data.tokenize_source import TokenizedSource, tokenize_source
 from qvera.utils.atomic import disk_errors, flush, replace_text
@@ -142,8 +142,8 @@ def _key_of(section: DataSection, tokenizer: PreTrainedTokenizerBase, hashes: Ha
     That is the content (and the names, which messages show) of its files, the tokenizer's whole state, its template,
     the keys of the recipe, the code that tokenizes, and the day for templates that write it.
     """
-    files = source_files(section)
-    if files is not None and sum(file.stat().st_size for file in files) < _WORTH_BYTES:
+    size_bytes = source_bytes(section)
+    if size_bytes is not None and size_bytes < _WORTH_BYTES:
         return None
     content, tokenizer_hash = source_content(section, hashes), tokenizer_sha256(tokenizer)
     if content is None or tokenizer_hash is None:
@@ -165,7 +165,8 @@ def _key_of(section: DataSection, tokenizer: PreTrainedTokenizerBase, hashes: Ha
 
 def _code_sha256() -> str:
     digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
+    room = Path(__file__).parent
+    for file in sorted([*room.glob("*.py"), *room.glob("templates/*.jinja")]):
         digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()
 

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qvera.data.formats import Conversation, Turn
 from qvera.data.loss_mask import AnswerSpan, Layouts, Message, TemplateError, Tools, answer_spans
-from qvera.data.named_templates import NAMED_TEMPLATES
-from qvera.utils.errors import InputError
+from qvera.utils.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 OWN = "tokenizer"
 """The name of "the chat template that came with the tokenizer"."""
+NAMED_TEMPLATES = {
+    file.stem: file.read_text(encoding="utf-8")
+    for file in sorted((Path(__file__).parent / "templates").glob("*.jinja"))
+}
+"""The chat templates that a recipe can name, for models whose tokenizer brings none (or the wrong one)."""
+_MARKERS = {
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "llama-3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+}
+"""What the tokenizer must have as single tokens; without them the model could not learn to stop."""
 
 
 def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase, format: str = "messages") -> ChatTemplate:
@@ -42,24 +51,21 @@ def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase, format: str 
                 f"Name one: {', '.join(NAMED_TEMPLATES)}."
             )
         return ChatTemplate(OWN, own, tokenizer)
-    named = NAMED_TEMPLATES.get(name)
-    if named is None:
-        near = difflib.get_close_matches(name, [*NAMED_TEMPLATES, "auto", OWN], n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise InputError(
-            f"data.template: no template is called {name!r}; {hint}Known: auto, {OWN}, {', '.join(NAMED_TEMPLATES)}."
-        )
+    if name not in NAMED_TEMPLATES:
+        known = ["auto", OWN, *NAMED_TEMPLATES]
+        hint = did_you_mean(name, known)
+        raise InputError(f"data.template: no template is called {name!r}{hint} Known: {', '.join(known)}.")
     vocabulary = tokenizer.get_vocab()
-    absent = [marker for marker in named.needs if marker not in vocabulary]
-    if absent:
-        usable = [other for other, entry in NAMED_TEMPLATES.items() if all(m in vocabulary for m in entry.needs)]
+    absent = {each: [m for m in _MARKERS.get(each, ()) if m not in vocabulary] for each in NAMED_TEMPLATES}
+    if absent[name]:
+        usable = [each for each in NAMED_TEMPLATES if not absent[each]]
         raise InputError(
-            f"data.template: {name} needs {', '.join(absent)}, which the tokenizer of "
+            f"data.template: {name} needs {', '.join(absent[name])}, which the tokenizer of "
             f"{tokenizer.name_or_path or 'this model'} does not have as single tokens. Templates that work with "
             f"it: {', '.join(usable)}. Or add them with model.added_tokens (and set model.eos_token to the one that "
             f"ends a turn)."
         )
-    return ChatTemplate(name, named.jinja, tokenizer, reads_context=named.reads_context)
+    return ChatTemplate(name, NAMED_TEMPLATES[name], tokenizer)
 
 
 def _own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -94,14 +100,12 @@ class ChatTemplate:
         name: ``tokenizer`` or a named template; `resolve_template` takes it back.
         jinja: its source, for ``tokenizer.chat_template`` beside an adapter.
         tokenizer: the tokenizer that it is for.
-        reads_context: it has a place of its own for Alpaca's ``input``.
         special: finds the tokenizer's special tokens in a text.
     """
 
     name: str
     jinja: str
     tokenizer: PreTrainedTokenizerBase
-    reads_context: bool = False
     special: re.Pattern[str] = field(init=False, repr=False)
     _added: re.Pattern[str] = field(init=False, repr=False)
     _layouts: Layouts = field(default_factory=dict, repr=False)
@@ -117,11 +121,10 @@ class ChatTemplate:
         out = []
         for turn in turns:
             message = {"role": turn.role, "content": turn.content, **turn.extra}
-            if turn.context is not None:
-                if self.reads_context:
-                    message["context"] = turn.context
-                else:
-                    message["content"] = f"{turn.content}\n\n{turn.context}"
+            if turn.context is not None and self.name == "alpaca":
+                message["context"] = turn.context
+            elif turn.context is not None:
+                message["content"] = f"{turn.content}\n\n{turn.context}"
             out.append(message)
         return out
 

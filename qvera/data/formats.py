@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qvera.data.readers import RawRow, describe
-from qvera.utils.errors import InputError
+from qvera.utils.errors import InputError, did_you_mean
 
 # The fields of each format: those that every row must have, then those it may have. Detection tries them in this order.
 _FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -103,13 +102,11 @@ def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | N
     found = ", ".join(map(str, row.fields)) or "none"
     for ours, theirs in columns.items():
         if ours not in known:
-            near = difflib.get_close_matches(ours, known, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise InputError(f"data.columns: {ours!r} is not a field that rows have; {hint}Fields: {', '.join(known)}.")
+            hint = did_you_mean(ours, known)
+            raise InputError(f"data.columns: {ours!r} is not a field that rows have{hint} Fields: {', '.join(known)}.")
         if theirs not in row.fields:
-            near = difflib.get_close_matches(theirs, list(map(str, row.fields)), n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise InputError(f"{row.source}: no column {theirs!r} (data.columns.{ours}). Columns found: {found}.{hint}")
+            hint = did_you_mean(theirs, row.fields)
+            raise InputError(f"{row.source}: no column {theirs!r} (data.columns.{ours}){hint} Columns found: {found}.")
     present = {name for name in known if name in columns or name in row.fields}
     if format == "auto":
         matches = [name for name, (required, _) in _FORMATS.items() if present.issuperset(required)]
@@ -215,23 +212,15 @@ def _answer(row: RawRow, format: RowFormat, name: str, label_names: Sequence[str
 
 
 def _require_whole_characters(value: object, where: str) -> None:
-    r"""Refuse half a character, which JSON can hold ("\ud83d") and no tokenizer takes.
-
-    Raises:
-        InputError: a text in ``value`` has one.
-    """
-    if isinstance(value, str) and not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"{where} holds half a character, {value[error.start]!a}, behind {value[: error.start][-20:]!r}: a "
-                f"text was cut "
-                "within a character, and that is no text. Write the whole character, or remove the half."
-            ) from None
-    elif isinstance(value, (list, dict)):
-        for item in [*value, *value.values()] if isinstance(value, dict) else value:
-            _require_whole_characters(item, where)
+    r"""Refuse half a character, which JSON can hold ("\ud83d") and no tokenizer takes."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where} holds half a character, {text[error.start]!a}, behind {text[: error.start][-20:]!r}: a text was "
+            "cut within a character, and that is no text. Write the whole character, or remove the half."
+        ) from None
 
 
 def _tools(row: RawRow, format: RowFormat) -> list[dict[str, Any]] | None:
@@ -279,9 +268,8 @@ def _turn(item: object, where: str) -> Turn:
             raise InputError(f"{where} has no {key!r}; its keys are {', '.join(map(str, item)) or 'none'}.")
     role = _ROLES.get(item[role_key]) if isinstance(item[role_key], str) else None
     if role is None:
-        near = difflib.get_close_matches(str(item[role_key]), list(_ROLES), n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise InputError(f"{where}: unknown role {item[role_key]!r}; {hint}Known roles: {', '.join(_ROLES)}.")
+        hint = did_you_mean(item[role_key], _ROLES)
+        raise InputError(f"{where}: unknown role {item[role_key]!r}{hint} Known roles: {', '.join(_ROLES)}.")
     extra = {k: item[k] for k in ("tool_calls", "name", "tool_call_id") if item.get(k) is not None}
     calls_tools = role == "assistant" and "tool_calls" in extra
     content = _content(item.get(content_key), f"{where}.{content_key}", optional=calls_tools)

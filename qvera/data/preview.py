@@ -8,9 +8,9 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from qvera.data.chat_template import NAMED_TEMPLATES
 from qvera.data.dataset import Datasets
 from qvera.data.encoding import decode
-from qvera.data.named_templates import NAMED_TEMPLATES
 from qvera.data.rows import Example
 from qvera.data.stats import DataStats
 

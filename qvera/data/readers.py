@@ -7,8 +7,7 @@ import difflib
 import json
 import os
 import re
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,20 +57,39 @@ def read_rows(
                 f"data.{name}: {value!r} has a meaning for hub datasets only, and {path} is a local {kind}. Remove the "
                 f"key."
             )
+    for file in files:
+        yield from read_file(file)
+
+
+def read_file(file: Path, reader: Callable[[Path], Iterator[RawRow]] | None = None) -> Iterator[RawRow]:
+    """Yield the rows of one file.
+
+    Args:
+        reader: how to read it; None: as its name says.
+
+    Raises:
+        InputError: as `read_rows`.
+    """
     readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
     readers |= {".csv": _read_csv, ".tsv": _read_csv}
-    for file in files:
-        if file.suffix.lower() not in readers:
-            raise InputError(
-                f"{file}: can't read a file that ends in {file.suffix or 'nothing'!r}. Expected {_ACCEPTED}; "
-                "convert the file, or rename it if it is one of these."
-            )
-        empty = True
-        for row in readers[file.suffix.lower()](file):
+    reader = reader or readers.get(file.suffix.lower())
+    if reader is None:
+        raise InputError(
+            f"{file}: can't read a file that ends in {file.suffix or 'nothing'!r}. Expected {_ACCEPTED}; "
+            "convert the file, or rename it if it is one of these."
+        )
+    empty = True
+    try:
+        for row in reader(file):
             empty = False
             yield row
-        if empty:
-            raise InputError(f"{file}: holds no rows. Expected at least one; is it the right file?")
+    except UnicodeDecodeError:
+        raise _not_utf8(file) from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"{file}: can't be read: {reason}. Check that it is a file you may read.") from None
+    if empty:
+        raise InputError(f"{file}: holds no rows. Expected at least one; is it the right file?")
 
 
 def local_files(path: str) -> list[Path] | None:
@@ -127,60 +145,62 @@ def _missing(path: str, local: Path) -> InputError:
     return InputError(f"{path}: no such file or directory.{hint}")
 
 
-def _not_utf8(where: str, error: UnicodeDecodeError, start: bytes) -> InputError:
-    guess = "UTF-16" if start[:2] in (b"\xff\xfe", b"\xfe\xff") else "Latin-1 or Windows-1252"
-    return InputError(
-        f"{where}: not UTF-8 text (byte 0x{error.object[error.start]:02x}); the file looks like {guess}. "
-        f"Convert it, for example: iconv -f {guess.split(' ')[0]} -t UTF-8 OLD > NEW."
-    )
+def _not_utf8(file: Path) -> InputError:
+    """The error for a file that is not UTF-8: names its first such line."""
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                guess = "UTF-16" if line[:2] in (b"\xff\xfe", b"\xfe\xff") else "Latin-1 or Windows-1252"
+                return InputError(
+                    f"{file}:{number}: not UTF-8 text (byte 0x{line[error.start]:02x}); the file looks like {guess}. "
+                    f"Convert it, for example: iconv -f {guess.split(' ')[0]} -t UTF-8 OLD > NEW."
+                )
+    return InputError(f"{file}: not UTF-8 text.")
 
 
-def _open_failed(file: Path, error: OSError) -> InputError:
-    return InputError(f"{file}: can't be read: {error.strerror or error}. Check that it is a file you may read.")
+def read_lines(file: Path) -> Iterator[RawRow]:
+    """Each line of a text file that is not blank, as a ``prompt``."""
+    with file.open(encoding="utf-8-sig") as stream:
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                yield RawRow({"prompt": line.rstrip("\n")}, f"{file.name}:{number}")
 
 
-class _DuplicateKeys:
-    """The objects of a JSON text in which a key occurs twice, where Python's parser silently takes the last one."""
+_Repeated = list[tuple[dict[str, Any], str]]
+"""Objects that hold a key twice, and the key."""
 
-    def __init__(self) -> None:
-        self.found: list[tuple[dict[str, Any], str]] = []
 
-    def parse(self, text: str) -> object:
-        """The JSON value; objects with a duplicate key are noted."""
-        self.found.clear()
-        return json.loads(text, object_pairs_hook=self._object)
+def _parse_json(text: str) -> tuple[object, _Repeated]:
+    """A JSON value, and its objects in which a key occurs twice, where Python's parser silently takes the last one."""
+    repeated: _Repeated = []
 
-    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
         if len(value) != len(pairs):
             names = [name for name, _ in pairs]
-            self.found.append((value, next(name for name in names if names.count(name) > 1)))
+            repeated.append((value, next(name for name in names if names.count(name) > 1)))
         return value
 
-    def error(self, where: str) -> InputError:
-        """The error for the first object that was noted."""
-        return InputError(
-            f"{where}: the key {self.found[0][1]!r} occurs twice in one object. Remove or rename one of them."
+    return json.loads(text, object_pairs_hook=as_object), repeated
+
+
+def _require_unique_keys(repeated: _Repeated, where: str) -> None:
+    if repeated:
+        raise InputError(
+            f"{where}: the key {repeated[0][1]!r} occurs twice in one object. Remove or rename one of them."
         )
 
 
 def _read_jsonl(file: Path) -> Iterator[RawRow]:
-    try:
-        stream = file.open("rb")
-    except OSError as error:
-        raise _open_failed(file, error) from None
-    duplicates = _DuplicateKeys()
-    with stream:
-        for number, raw in enumerate(stream, start=1):
-            source = f"{file}:{number}"
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            except UnicodeDecodeError as error:
-                raise _not_utf8(source, error, raw) from None
+    with file.open(encoding="utf-8-sig", newline="\n") as stream:
+        for number, line in enumerate(map(str.strip, stream), start=1):
             if not line:
                 continue
+            source = f"{file}:{number}"
             try:
-                value = duplicates.parse(line)
+                value, repeated = _parse_json(line)
             except (json.JSONDecodeError, RecursionError) as error:
                 raise _bad_line(source, number, line, error) from None
             if not isinstance(value, dict):
@@ -189,8 +209,7 @@ def _read_jsonl(file: Path) -> Iterator[RawRow]:
                     f"{source}: expected one JSON object on the line, such as "
                     f'{{"prompt": ..., "completion": ...}}, got {describe(value)}.{hint}'
                 )
-            if duplicates.found:
-                raise duplicates.error(source)
+            _require_unique_keys(repeated, source)
             yield RawRow(value, source)
 
 
@@ -207,20 +226,11 @@ def _bad_line(source: str, number: int, line: str, error: Exception) -> InputErr
 
 
 def _read_json(file: Path) -> Iterator[RawRow]:
-    try:
-        raw = file.read_bytes()
-    except OSError as error:
-        raise _open_failed(file, error) from None
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise _not_utf8(f"{file}:{line}", error, raw) from None
+    text = file.read_text(encoding="utf-8-sig")
     if not text.strip():
         raise InputError(f"{file}: the file is empty. Expected a JSON list of objects.")
-    duplicates = _DuplicateKeys()
     try:
-        value = duplicates.parse(text)
+        value, repeated = _parse_json(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and text.lstrip()[0] == "{":
             raise InputError(
@@ -244,46 +254,34 @@ def _read_json(file: Path) -> Iterator[RawRow]:
         source = f"{file} row {number}"
         if not isinstance(row, dict):
             raise InputError(f"{source}: expected an object with named fields, got {describe(row)}.")
-        if duplicates.found and row is duplicates.found[0][0]:
-            raise duplicates.error(source)
+        _require_unique_keys([each for each in repeated[:1] if each[0] is row], source)
         yield RawRow(row, source)
-    if duplicates.found:  # within a row
-        raise duplicates.error(str(file))
+    _require_unique_keys(repeated, str(file))  # within a row
 
 
 def _read_csv(file: Path) -> Iterator[RawRow]:
     # csv's default limit of 128 KiB a field is less than a long document. Process-wide, but larger is harmless.
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    csv.field_size_limit(2**31 - 1)
     delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
-    try:
-        stream = file.open("r", encoding="utf-8-sig", newline="")
-    except OSError as error:
-        raise _open_failed(file, error) from None
-    with stream:
+    header: list[str] = []
+    line = 1  # where a record starts: a quoted field may span lines
+    with file.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.reader(stream, delimiter=delimiter, strict=True)
-        header: list[str] | None = None
-        while True:
-            first_line = reader.line_num + 1  # a quoted field may span lines: name the one where the record starts
-            try:
-                record = next(reader, None)
-            except UnicodeDecodeError as error:
-                raise _not_utf8(f"{file}:{first_line} or after", error, file.read_bytes()[:2]) from None
-            except csv.Error as error:
-                raise InputError(f"{file}:{first_line}: not valid CSV: {error}. Check the quotes there.") from None
-            if record is None:
-                break
-            if not record:
-                continue
-            if header is None:
-                header = _csv_header(file, first_line, record, delimiter)
-                continue
-            if len(record) != len(header):
-                raise InputError(
-                    f"{file}:{first_line}: {len(record)} fields where the header has {len(header)} "
-                    f"({', '.join(header)}). Fields that hold a {'tab' if delimiter == chr(9) else 'comma'} or a line "
-                    "break must be in double quotes."
-                )
-            yield RawRow(dict(zip(header, record, strict=True)), f"{file}:{first_line}")
+        try:
+            for record in reader:
+                if record and not header:
+                    header = _csv_header(file, line, record, delimiter)
+                elif record and len(record) != len(header):
+                    raise InputError(
+                        f"{file}:{line}: {len(record)} fields where the header has {len(header)} "
+                        f"({', '.join(header)}). Fields that hold a {'tab' if delimiter == chr(9) else 'comma'} or a "
+                        "line break must be in double quotes."
+                    )
+                elif record:
+                    yield RawRow(dict(zip(header, record, strict=True)), f"{file}:{line}")
+                line = reader.line_num + 1
+        except csv.Error as error:
+            raise InputError(f"{file}:{line}: not valid CSV: {error}. Check the quotes there.") from None
 
 
 def _csv_header(file: Path, line: int, record: list[str], delimiter: str) -> list[str]:

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from qvera.config.schema import DataSection
-from qvera.data.formats import Conversation, Text, Turn, detect_format, parse_row
-from qvera.data.readers import RawRow, load_hub, local_files, read_rows
+from qvera.data.formats import Conversation, Text, detect_format, parse_row
+from qvera.data.readers import RawRow, load_hub, local_files, read_file, read_lines, read_rows
 from qvera.data.sampler import philox_key
 from qvera.utils.cache_dir import HashIndex
 from qvera.utils.errors import InputError
@@ -21,19 +21,14 @@ CHUNK_ROWS = 256
 """Raw rows that are tokenized together."""
 
 
-def source_files(section: DataSection) -> list[Path] | None:
-    """The local files that a source is read from, its held-out ones last; None where one of the two is a hub dataset.
+def source_bytes(section: DataSection) -> int | None:
+    """Bytes of the local files that a source is read from; None where some of it is a hub dataset.
 
     Raises:
         InputError: as `local_files`.
     """
-    found: list[Path] = []
-    for path in filter(None, (section.path, section.eval_path)):
-        files = local_files(path)
-        if files is None:
-            return None
-        found += files
-    return found
+    files = [local_files(path) for path in (section.path, section.eval_path) if path]
+    return None if None in files else sum(file.stat().st_size for found in files for file in found or [])
 
 
 def source_content(section: DataSection, hashes: HashIndex) -> list[list[str]] | None:
@@ -45,20 +40,19 @@ def source_content(section: DataSection, hashes: HashIndex) -> list[list[str]] |
     Returns:
         None where nothing tells one content from another.
     """
-    found: list[list[str]] = []
+    content: list[list[str]] = []
     for path in filter(None, (section.path, section.eval_path)):
         files = local_files(path)
         if files is not None:
-            known = hashes.hashed(files, hashes.known(files), None)
-            found += [[str(file), known[file]] for file in files]
+            sha256_of = hashes.hashed(files, hashes.known(files), None)
+            content += [[str(file), sha256_of[file]] for file in files]
             continue
-        fingerprint = getattr(
-            load_hub(path, section.split, section.config_name, section.revision), "_fingerprint", None
-        )
+        dataset = load_hub(path, section.split, section.config_name, section.revision)
+        fingerprint = getattr(dataset, "_fingerprint", None)
         if fingerprint is None:
             return None
-        found.append([path, str(fingerprint)])
-    return found
+        content.append([path, str(fingerprint)])
+    return content
 
 
 def raw_rows(section: DataSection, path: str) -> Iterator[RawRow]:
@@ -118,17 +112,17 @@ def read_prompts(path: Path, section: DataSection) -> list[Conversation]:
     Raises:
         InputError: no such file, no prompts in it, or a row that asks nothing; names file and line.
     """
-    if path.suffix.lower() == ".txt":
-        return _prompt_lines(path, section.system)
+    is_text = path.suffix.lower() == ".txt"
+    format, columns = ("prompt-completion", {}) if is_text else (section.format, section.columns)
     conversations = []
-    for row in read_rows(str(path)):
+    for row in read_file(path, read_lines) if is_text else read_rows(str(path)):
         fields = dict(row.fields)
         for question, answer in (("prompt", "completion"), ("instruction", "output")):
-            asked, answered = (section.columns.get(name, name) for name in (question, answer))
+            asked, answered = (columns.get(name, name) for name in (question, answer))
             if asked in fields and not fields.get(answered):
                 fields[answered] = "-"  # a row without its answer is read like a training row
         filled = replace(row, fields=fields)
-        parsed = parse_row(filled, detect_format(filled, section.format, section.columns), section.system)
+        parsed = parse_row(filled, detect_format(filled, format, columns), section.system)
         if isinstance(parsed, Text):
             raise InputError(
                 f"{row.source}: is plain text, which asks nothing. Expected prompts, instructions or messages."
@@ -140,21 +134,3 @@ def read_prompts(path: Path, section: DataSection) -> list[Conversation]:
             raise InputError(f"{row.source}: has no user turn to answer.")
         conversations.append(replace(parsed, turns=turns))
     return conversations
-
-
-def _prompt_lines(path: Path, system: str | None) -> list[Conversation]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file.") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not UTF-8 (byte {error.start}).") from None
-    opening = [Turn("system", system)] if system else []
-    found = [
-        Conversation([*opening, Turn("user", line)], f"{path.name}:{number}")
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
-    if not found:
-        raise InputError(f"{path}: has no prompts in it (one a line).")
-    return found

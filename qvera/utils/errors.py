@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_INPUT = 2
@@ -45,3 +48,9 @@ def first_line(error: BaseException) -> str:
     text = str(error).strip()
     line = text.splitlines()[0] if text else type(error).__name__
     return line if line.endswith(".") else line + "."
+
+
+def did_you_mean(name: object, known: Iterable[object]) -> str:
+    """The end of a sentence about an unknown name: "; did you mean 'x'?", or a full stop where nothing is near."""
+    near = difflib.get_close_matches(str(name), list(map(str, known)), n=1)
+    return f"; did you mean {near[0]!r}?" if near else "."

@@ -331,7 +331,7 @@ TABLE: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     "a ramp for a run": (lambda p: p.train("--lr-steps", "30"), "go with --find-lr only"),
     "a range test resumed": (lambda p: p.train("--find-lr", "--resume"), "--resume: goes with a run"),
     "a range test into a file": (find_lr_into_a_file, "is a file"),
-    "no prompts": (empty_prompts, "no prompts in it"),
+    "no prompts": (empty_prompts, "holds no rows"),
 }
 
 

@@ -122,7 +122,7 @@ def test_roles_parts_tools_and_weights() -> None:
         ({"q": "x"}, {"format": "text"}, "format text needs the column text. Columns found: q"),
         ({"q": "x"}, {"format": "alpaca"}, "format alpaca needs the columns instruction, output"),
         ({"q": "x"}, {"columns": {"text": "Q"}}, r"no column 'Q' .data\.columns\.text.. Columns found: q"),
-        ({"question": "x"}, {"columns": {"text": "questoin"}}, "Did you mean 'question'"),
+        ({"question": "x"}, {"columns": {"text": "questoin"}}, "did you mean 'question'"),
         ({"q": "x"}, {"columns": {"promt": "q"}}, "'promt' is not a field that rows have; did you mean 'prompt'"),
         ({"text": "x", "q": "y"}, {"format": "text", "columns": {"prompt": "q"}}, "format text does not read 'prompt'"),
         ({"text": 5}, {}, r"f\.jsonl:7: text must be text, got a number .5"),

@@ -92,7 +92,7 @@ def test_trained_tokens_are_the_answers_and_their_ends(
     expected = "".join(WRITTEN[template](answer, tokenizer.eos_token) for _, answer in exchanges)
     assert trained_text(tokenizer, example) == expected
     # The whole row is what transformers itself makes of the conversation, BOS apart.
-    jinja = SMOLLM2_TEMPLATE if template == "smollm2" else NAMED_TEMPLATES[template].jinja
+    jinja = SMOLLM2_TEMPLATE if template == "smollm2" else NAMED_TEMPLATES[template]
     messages = [{"role": role, "content": content} for role, content in turns]
     text = tokenizer.apply_chat_template(messages, chat_template=jinja, tokenize=False)
     whole = decoded(tokenizer, example.input_ids)
@@ -111,7 +111,7 @@ def test_one_bos_where_the_model_wants_one(
 ) -> None:
     tokenizer = make_tokenizer(adds_bos=adds_bos)
     example = one(tmp_path, [("user", "hi"), ("assistant", "yes")], tokenizer, template=template)
-    writes_bos = "bos_token" in NAMED_TEMPLATES[template].jinja
+    writes_bos = "bos_token" in NAMED_TEMPLATES[template]
     bos = (example.input_ids == tokenizer.bos_token_id).nonzero()[0].tolist()
     assert bos == ([0] if adds_bos or writes_bos else [])
     prompt_bos = (example.prompt_ids == tokenizer.bos_token_id).nonzero()[0].tolist()
@@ -247,7 +247,7 @@ def test_sentencepiece(template: str, llama2_tokenizer: PreTrainedTokenizerFast,
     assert [decoded(llama2_tokenizer, run[:-1]).strip() for run in runs] == ["Blue é.\n日", "Be brief."]
     # In one piece: a space would be put in front of every further one.
     messages = [{"role": role, "content": content} for role, content in turns]
-    text = llama2_tokenizer.apply_chat_template(messages, chat_template=NAMED_TEMPLATES[template].jinja, tokenize=False)
+    text = llama2_tokenizer.apply_chat_template(messages, chat_template=NAMED_TEMPLATES[template], tokenize=False)
     ids = llama2_tokenizer(text, add_special_tokens=False)["input_ids"]
     assert example.input_ids.tolist()[-len(ids) :] == ids
     bos = llama2_tokenizer.bos_token_id

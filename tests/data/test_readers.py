@@ -95,7 +95,7 @@ def test_directory_of_two_splits_is_refused(write: Write, tmp_path: Path) -> Non
         ("a.csv", "prompt,\na,b\n", r"a\.csv:1: a column of the header has no name"),
         ("a.csv", "prompt;completion\na;b\n", r"a\.csv:1: columns are separated by semicolons"),
         ("a.csv", 'prompt,completion\na,b\n"c,d\n', r"a\.csv:3: not valid CSV"),
-        ("a.csv", b"prompt,completion\na,caf\xe9\n", r"a\.csv:\d+ or after: not UTF-8"),
+        ("a.csv", b"prompt,completion\na,caf\xe9\n", r"a\.csv:2: not UTF-8"),
         ("a.parquet", "PAR1 but not really", r"a\.parquet: can't be read as Parquet"),
         (
             "a.jsonl",

@@ -139,7 +139,7 @@ def check_mask(name: str, data: st.DataObject, tmp_path: Path, make_tokenizer: M
     messages = data.draw(conversations(name))
     assume(answerable(tokenizer, messages))
     pieces = REAL[name].pieces(messages)
-    jinja = REAL[name].jinja or NAMED_TEMPLATES["alpaca"].jinja
+    jinja = REAL[name].jinja or NAMED_TEMPLATES["alpaca"]
     text = tokenizer.apply_chat_template(messages, chat_template=jinja, tokenize=False)
     assert text == "".join(piece for piece, _ in pieces), "the oracle has to know this template"
     example = row(tmp_path, messages, tokenizer, template="auto" if REAL[name].jinja else name)
@@ -187,7 +187,7 @@ def test_the_same_with_a_sentencepiece_tokenizer(
 ) -> None:
     messages = data.draw(conversations(name))
     assume(answerable(llama2_tokenizer, messages))
-    jinja = REAL[name].jinja or NAMED_TEMPLATES["alpaca"].jinja
+    jinja = REAL[name].jinja or NAMED_TEMPLATES["alpaca"]
     llama2_tokenizer.chat_template = REAL[name].jinja
     try:
         example = row(tmp_path, messages, llama2_tokenizer, template="auto" if REAL[name].jinja else name)
