@@ -1,4 +1,4 @@
-"""One loaded training: its rows, model, optimizer and engine, the optimizer step that it takes, and its scores.
+"""One loaded training: its rows, model, optimizer and engine, and the optimizer step that it takes.
 
 `trainer.Trainer` makes a run of it, `lr_finder.find_lr` a learning-rate range test.
 """
@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import os
+import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -17,24 +18,24 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
+from qvera.adapters.projection import SharedProjection
 from qvera.adapters.save_load import attach
 from qvera.config.schema import Recipe
-from qvera.data import Datasets, batches_of, build_datasets, data_warnings, print_preflight
+from qvera.data import Datasets, Example, batches_of, build_datasets, data_warnings, print_preflight
 from qvera.distributed.group import Group, for_all
 from qvera.distributed.zero_config import load_zero_config
-from qvera.distributed.zero_params import BaseSharder, any_sharded
+from qvera.distributed.zero_params import BaseSharder
 from qvera.evaluation import evaluate
-from qvera.models.loader import Base, enable_checkpointing, load_base, pick_device, require_packing
+from qvera.models.loader import Base, enable_checkpointing, load_base, pick_device, require_packing, takes_prefix_once
 from qvera.models.tokenizer import load_tokenizer
-from qvera.training import memory_check
 from qvera.training.checkpoint import TrainState
 from qvera.training.engine import LocalEngine, trained_vectors
 from qvera.training.logging import status_line
 from qvera.training.optim import build_optimizer
-from qvera.training.plan import Plan, Sharing, make_plan, this_machine
+from qvera.training.plan import Plan, Sharing, longest_rows, make_plan
 from qvera.training.plan.shapes import NotPlannable
 from qvera.training.plan.sharding import spread_of
-from qvera.training.plan.show import run_lines
+from qvera.training.plan.show import change_lines, run_lines
 from qvera.training.rank_checks import (
     check_disk_space,
     check_memory,
@@ -49,6 +50,8 @@ from qvera.utils.formatting import size
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
+
+_OUT_OF_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)
 
 
 class TrainingSession:
@@ -142,17 +145,16 @@ class TrainingSession:
         Raises:
             RunFailed: the loss or the gradient is not finite; no step was taken.
         """
-        training, data, datasets, group = self.recipe.training, self.recipe.data, self.datasets, self.group
+        train, group = self.datasets.train, self.group
         began = time.perf_counter()
         rows = self.batches.rows(self.state.step)
-        trained_tokens = sum(datasets.train[i].trained_tokens for i in rows)
+        trained_tokens = sum(train[i].trained_tokens for i in rows)
         passes = self.batches.passes(rows, group.rank, group.world_size)
         losses, input_tokens = [], 0
         for number, micro in enumerate(passes, start=1):
             # a rank without rows runs a dummy pass so that collectives stay in sync
-            examples = [datasets.train[i] for i in micro or rows[:1]]
-            batch = evaluate.make_batch(self.model, examples, datasets.pad_id, data.prefix_once, data.packing)
-            nll, _ = evaluate.batch_nll(self.model, batch, training.loss_chunk_tokens, self.engine.decoder)
+            examples = [train[i] for i in micro or rows[:1]]
+            nll, _ = self._nll(examples, self.engine.decoder)
             # divided by the tokens of the whole global batch, so that neither accumulation nor ranks change the mean
             self.engine.backward(nll / trained_tokens if micro else nll * 0.0, last=number == len(passes))
             if micro:
@@ -179,56 +181,6 @@ class TrainingSession:
             "memory_bytes": memory.memory_bytes(self.device),
             "peak_bytes": self.watch.peak_bytes,
         }
-
-    def held_out_loss(self) -> dict[str, Any]:
-        """Loss and perplexity of all held-out rows, the very same values on all ranks."""
-        training, datasets = self.recipe.training, self.datasets
-        result = evaluate.held_out_loss(
-            self.model,
-            datasets.eval,
-            pad_id=datasets.pad_id,
-            batch_size=training.per_device_eval_batch_size,
-            chunk_tokens=training.loss_chunk_tokens,
-            group=self.group,
-        )
-        return self.group.broadcast(result)
-
-    def score(self, label: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Held-out loss and, where the recipe asks for it, exact match of greedy answers.
-
-        The ranks share the held-out rows. Rank 0 alone answers prompts, unless ZeRO-3 has sharded the weights: then all
-        ranks walk through the layers together and rank 0's answers count.
-
-        Returns:
-            The scores, and the answers to show as samples.
-        """
-        training, rows = self.recipe.training, self.datasets.eval
-        answers: list[dict[str, Any]] = []
-        with status_line(self.console, f"{label}: held-out loss") as update, evaluate.scoring(self.model):
-            result = self.held_out_loss()
-            asked = (i for i, row in enumerate(rows) if len(row.prompt_ids))
-            with_reference = (i for i, row in enumerate(rows) if len(row.prompt_ids) and row.reference is not None)
-            sample_rows = list(itertools.islice(asked, training.sample_count))
-            match_rows = list(itertools.islice(with_reference, training.exact_match_rows))
-            indices = list(dict.fromkeys(match_rows + sample_rows))  # each is answered once
-            if self.group.first or any_sharded(self.model):
-                answers = evaluate.answer_rows(
-                    self.model,
-                    self.base.tokenizer,
-                    [rows[i] for i in indices],
-                    max_new_tokens=training.sample_max_new_tokens,
-                    batch_size=training.answer_batch_size,
-                    progress=lambda done: update(f"{label}: {done} of {len(indices)} answers"),
-                )
-            answers = self.group.broadcast(answers)
-        by_row = dict(zip(indices, answers, strict=True))
-        text = f"{label}: held-out loss {result['loss']:.4f}"
-        if match_rows:
-            result["exact_match"] = sum(bool(by_row[i]["exact"]) for i in match_rows) / len(match_rows)
-            result["exact_match_rows"] = len(match_rows)
-            text += f", exact match {result['exact_match']:.1%} of {len(match_rows)} rows"
-        self.console.print(text)
-        return result, [by_row[i] for i in sample_rows]
 
     def _read_rows(self, preview: bool) -> Datasets:
         recipe, console = self.recipe, self.console
@@ -269,13 +221,12 @@ class TrainingSession:
         """
         recipe, group, console = self.recipe, self.group, self.console
         sharing = Sharing.of(self.zero, *count_nodes(group), group.world_size)
-        machine = this_machine(recipe.model, self.device)
         try:
-            plan = make_plan(recipe, machine, self.datasets.train, sharing)
+            plan = make_plan(recipe, self.device, self.datasets.train, sharing)
         except NotPlannable as error:
             console.print(f"[yellow]No plan: {error}", highlight=False)
             return None
-        if not plan.fits and machine.on_gpu and group.world_size == 1:
+        if not plan.fits and plan.machine.on_gpu and group.world_size == 1:
             raise InputError("\n".join(run_lines(plan)))
         for line in run_lines(plan):
             console.print(line if plan.fits else f"[yellow]{line}", highlight=False, soft_wrap=True)
@@ -287,7 +238,61 @@ class TrainingSession:
     def _try_longest_batch(self) -> None:
         if self.state.step == 0 and self.steps and self.recipe.training.try_longest_batch:
             with status_line(self.console, "Trying the longest batch"):
-                memory_check.run_longest_batch(self.model, self.recipe, self.datasets, self.plan, self.steps)
+                self.run_longest_batch()
+
+    def run_longest_batch(self) -> None:
+        """Forward and backward over the longest batch of the run, without a trace.
+
+        The gradients are computed and dropped, so that neither the vectors nor DeepSpeed's buckets hold them, and
+        random state and mode are restored: a run gives the same bits without it. Under ZeRO-3 all ranks call this
+        together, once the engine's hooks gather the weights; each of them takes the same batch.
+
+        Raises:
+            InputError: memory ran out; names the rows and what would make them fit.
+        """
+        recipe, model, on_gpu = self.recipe, self.model, self.device.type == "cuda"
+        joinable = recipe.data.prefix_once and takes_prefix_once(model)
+        examples = [self.datasets.train[i] for i in longest_rows(recipe, self.datasets.train, joinable, self.steps)]
+        was_training = model.training
+        try:
+            with torch.random.fork_rng(devices=[self.device] if on_gpu else []):
+                model.train()
+                nll, trained = self._nll(examples)
+                vectors = list(trained_vectors(model).values())
+                torch.autograd.grad(nll / trained, vectors, allow_unused=True)
+        except (RuntimeError, MemoryError) as error:  # torch's CPU allocator raises a plain RuntimeError
+            if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not _OUT_OF_MEMORY.search(str(error)):
+                raise
+            raise self._does_not_fit(examples) from None
+        finally:
+            model.train(was_training)
+            for module in model.modules():
+                if isinstance(module, SharedProjection):
+                    module.inputs.forget()
+            if on_gpu:
+                torch.cuda.empty_cache()
+
+    def _does_not_fit(self, examples: list[Example]) -> InputError:
+        recipe, plan = self.recipe, self.plan
+        longest = max(len(example.input_ids) for example in examples)
+        rows = ", ".join([*(example.source for example in examples[:4]), *(["..."] if len(examples) > 4 else [])])
+        text = (
+            f"{recipe.data.path}: the longest batch of this run ({len(examples)} rows, the longest of {longest:,} "
+            f"tokens: {rows}) does not fit into memory. "
+        )
+        if plan is not None and plan.changes:
+            return InputError(text + "\n".join(change_lines(plan)))
+        if plan is not None:  # by the plan it fits
+            text += f"The plan came to {size(plan.memory.total_bytes)}, so other processes hold memory too. "
+        if not recipe.training.gradient_checkpointing:
+            text += "Set training.gradient_checkpointing=true. "
+        return InputError(f"{text}Lower training.per_device_train_batch_size or data.max_length.")
+
+    def _nll(self, rows: list[Example], decoder: Callable[..., torch.Tensor] | None = None) -> tuple[torch.Tensor, int]:
+        """Summed negative log likelihood of the rows' trained tokens, and how many there are."""
+        data, chunk = self.recipe.data, self.recipe.training.loss_chunk_tokens
+        batch = evaluate.make_batch(self.model, rows, self.datasets.pad_id, data.prefix_once, data.packing)
+        return evaluate.batch_nll(self.model, batch, chunk, decoder)
 
     def _not_finite(self, losses: list[float], norm: float, rows: list[int], passes: list[list[int]]) -> RunFailed:
         """The error of a loss or gradient that is not finite, with the rows that it came from on all ranks."""

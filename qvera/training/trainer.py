@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from qvera.adapters.save_load import adapter_facts, load_vectors, named_vectors,
 from qvera.config.schema import Recipe
 from qvera.distributed.group import Group, for_all
 from qvera.distributed.init import in_group, restarted
-from qvera.training import checkpoint, memory_check
+from qvera.distributed.zero_params import any_sharded
+from qvera.evaluation import evaluate
+from qvera.training import checkpoint
 from qvera.training.checkpoint import TrainState
 from qvera.training.engine import trained_vectors
-from qvera.training.logging import MetricsLog, ProgressBar, Trackers
+from qvera.training.logging import MetricsLog, ProgressBar, Trackers, status_line
 from qvera.training.optim import build_schedule, optimizer_bytes
 from qvera.training.plan import planned_steps
 from qvera.training.rank_checks import signal_on_any_rank
@@ -212,6 +215,56 @@ class Trainer(TrainingSession):
             )
         self.log({"kind": "eval", "step": state.step, **result})
 
+    def held_out_loss(self) -> dict[str, Any]:
+        """Loss and perplexity of all held-out rows, the very same values on all ranks."""
+        training, datasets = self.recipe.training, self.datasets
+        result = evaluate.held_out_loss(
+            self.model,
+            datasets.eval,
+            pad_id=datasets.pad_id,
+            batch_size=training.per_device_eval_batch_size,
+            chunk_tokens=training.loss_chunk_tokens,
+            group=self.group,
+        )
+        return self.group.broadcast(result)
+
+    def score(self, label: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Held-out loss and, where the recipe asks for it, exact match of greedy answers.
+
+        The ranks share the held-out rows. Rank 0 alone answers prompts, unless ZeRO-3 has sharded the weights: then all
+        ranks walk through the layers together and rank 0's answers count.
+
+        Returns:
+            The scores, and the answers to show as samples.
+        """
+        training, rows = self.recipe.training, self.datasets.eval
+        answers: list[dict[str, Any]] = []
+        with status_line(self.console, f"{label}: held-out loss") as update, evaluate.scoring(self.model):
+            result = self.held_out_loss()
+            asked = (i for i, row in enumerate(rows) if len(row.prompt_ids))
+            with_reference = (i for i, row in enumerate(rows) if len(row.prompt_ids) and row.reference is not None)
+            sample_rows = list(itertools.islice(asked, training.sample_count))
+            match_rows = list(itertools.islice(with_reference, training.exact_match_rows))
+            indices = list(dict.fromkeys(match_rows + sample_rows))  # each is answered once
+            if self.group.first or any_sharded(self.model):
+                answers = evaluate.answer_rows(
+                    self.model,
+                    self.base.tokenizer,
+                    [rows[i] for i in indices],
+                    max_new_tokens=training.sample_max_new_tokens,
+                    batch_size=training.answer_batch_size,
+                    progress=lambda done: update(f"{label}: {done} of {len(indices)} answers"),
+                )
+            answers = self.group.broadcast(answers)
+        by_row = dict(zip(indices, answers, strict=True))
+        text = f"{label}: held-out loss {result['loss']:.4f}"
+        if match_rows:
+            result["exact_match"] = sum(bool(by_row[i]["exact"]) for i in match_rows) / len(match_rows)
+            result["exact_match_rows"] = len(match_rows)
+            text += f", exact match {result['exact_match']:.1%} of {len(match_rows)} rows"
+        self.console.print(text)
+        return result, [by_row[i] for i in sample_rows]
+
     def save_checkpoint(self) -> None:
         """Save everything that a later step depends on, and delete checkpoints beyond the recipe's limit."""
         vectors, optimizer = self.engine.unsharded()
@@ -281,6 +334,7 @@ class Trainer(TrainingSession):
         The ranks wait for it: a launcher that sees one leave with 75 ends the others.
         """
         state, watch = self.state, self.watch
+        mapped_bytes = 0 if self.device.type == "cuda" else memory.mapped_weights_bytes()
         processes = self.group.gather({"host": self.group.host, "peak_bytes": watch.peak_bytes})
         self.run["status"] = status
         self.run["processes"]["ranks"] = processes
@@ -297,10 +351,10 @@ class Trainer(TrainingSession):
             "seconds": state.train_seconds,
             "tokens_per_second": state.input_tokens / state.train_seconds if state.train_seconds else None,
             "peak_bytes": watch.peak_bytes,
-            "mapped_bytes": 0 if self.device.type == "cuda" else memory.mapped_weights_bytes(),
+            "mapped_bytes": mapped_bytes,
         }
-        if self.run.get("plan"):
-            self.run["plan"]["measured"] = memory_check.measured(self.run["plan"], watch)
+        if self.plan is not None:
+            self.run["plan"]["measured"] = self.plan.measured(watch.peak_bytes, mapped_bytes)
         self.run["samples"] = [
             {"prompt": a["prompt"], "reference": a["reference"], "before": b["answer"], "after": a["answer"]}
             for b, a in zip(state.samples_before, samples, strict=False)

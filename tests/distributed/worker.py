@@ -25,7 +25,7 @@ from qvera.distributed.group import Group
 from qvera.distributed.init import in_group
 from qvera.models import quantization
 from qvera.models.loader import causal_model
-from qvera.training import memory_check, trainer
+from qvera.training import trainer
 from qvera.training.optim import optimizer_bytes
 from qvera.training.trainer import Trainer
 from qvera.utils.errors import QveraError
@@ -48,14 +48,14 @@ class Watch:
         gc.collect()
         before = set(live_storages())
         self.kept = Trainer.make_engine, Trainer.train_step, Batches.passes
-        self.run_longest_batch = memory_check.run_longest_batch
+        run_longest_batch = self.run_longest_batch = Trainer.run_longest_batch
         build, step, passes = self.kept
 
-        def watched(*args: Any) -> None:
+        def watched(trainer: Trainer) -> None:
             self.longest_batch_tries += 1
-            self.run_longest_batch(*args)
+            run_longest_batch(trainer)
 
-        memory_check.run_longest_batch = watched  # type: ignore[assignment]
+        Trainer.run_longest_batch = watched  # type: ignore
 
         def watched_build(trainer: Trainer) -> Any:
             self.engine, self.model = build(trainer), trainer.model
@@ -97,7 +97,7 @@ class Watch:
 
     def __exit__(self, *_: Any) -> None:
         Trainer.make_engine, Trainer.train_step, Batches.passes = self.kept  # type: ignore[method-assign]
-        memory_check.run_longest_batch = self.run_longest_batch
+        Trainer.run_longest_batch = self.run_longest_batch  # type: ignore[method-assign]
 
     def found(self) -> dict[str, Any]:
         engine = self.engine

@@ -63,6 +63,21 @@ class Plan(PlannedRun):
         """How many parameters are trained."""
         return sum(vector_sizes(self.shape, self.recipe, trained_only=True))
 
+    def measured(self, private_bytes: int, mapped_bytes: int) -> dict[str, Any]:
+        """A run's measured peak and mapped pages as JSON, and the plan's error relative to them.
+
+        On a CPU private memory is sampled; on CUDA it is what torch allocated, without the CUDA context.
+        """
+        context = sum(c.bytes for c in self.memory.peak if c.kind == "runtime") if self.machine.on_gpu else 0
+        predicted, total = self.memory.total_bytes - context, private_bytes + mapped_bytes
+        return {
+            "private_bytes": private_bytes,
+            "mapped_bytes": mapped_bytes,
+            "total_bytes": total,
+            "predicted_bytes": predicted,
+            "relative_error": predicted / total - 1 if total else None,
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON: the output of ``qvera plan --json`` and the ``plan`` object of run.json."""
         sharing = self.sharing

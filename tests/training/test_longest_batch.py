@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from qvera.evaluation.report import write_report
-from qvera.training import memory_check
+from qvera.training.session import TrainingSession
 from qvera.training.trainer import train
 from tests.training.test_trainer import losses, same, vectors
 
@@ -24,11 +24,11 @@ def test_the_longest_batch_leaves_no_trace(make_recipe: Any, tmp_path: Path, mon
     """With dropout, so that the random state counts too."""
     recipe = make_recipe(adapter={"dropout": 0.2}, training={"max_steps": 5})
     ran = []
-    real = memory_check.run_longest_batch
-    monkeypatch.setattr(memory_check, "run_longest_batch", lambda *a: (ran.append(1), real(*a)))
+    real = TrainingSession.run_longest_batch
+    monkeypatch.setattr(TrainingSession, "run_longest_batch", lambda session: (ran.append(1), real(session)))
     train(recipe, tmp_path / "with")
     assert ran
-    monkeypatch.setattr(memory_check, "run_longest_batch", lambda *a: None)
+    monkeypatch.setattr(TrainingSession, "run_longest_batch", lambda session: None)
     train(recipe, tmp_path / "without")
     assert losses(tmp_path / "with") == losses(tmp_path / "without")
     assert same(vectors(tmp_path / "with"), vectors(tmp_path / "without"))
@@ -62,15 +62,15 @@ def test_a_run_ends_with_predicted_and_measured_memory(make_recipe: Any, tmp_pat
 _LIMITED = """
 import resource, sys
 import torch
-from qvera.training import memory_check
+from qvera.training.session import TrainingSession
 from qvera.cli.main import main
 torch.set_num_threads(1)
-real = memory_check.run_longest_batch
-def limited(*arguments):
+real = TrainingSession.run_longest_batch
+def limited(session):
     now = int(open("/proc/self/statm").read().split()[0]) * 4096
     resource.setrlimit(resource.RLIMIT_AS, (now + 30_000_000, now + 30_000_000))
-    real(*arguments)
-memory_check.run_longest_batch = limited
+    real(session)
+TrainingSession.run_longest_batch = limited
 sys.exit(main(sys.argv[1:]))
 """
 
