@@ -223,7 +223,8 @@ class Way:
 
 def plan_ways(run: PlannedRun, nodes: int, per_node: int) -> list[Way]:
     """Every way of sharing that this base can be trained in, the simplest first."""
-    on_gpu, available = run.machine.on_gpu, run.machine.available_bytes
+    on_gpu = run.machine.on_gpu
+    available = run.machine.available_bytes // (1 if on_gpu else per_node)
     stages: list[tuple[int, str | None]] = [(0, None), (1, None), (2, None)]
     if run.recipe.model.quantization in ("nf4", "fp4"):
         # on a CPU the device is the RAM that a share would be offloaded to
@@ -231,18 +232,10 @@ def plan_ways(run: PlannedRun, nodes: int, per_node: int) -> list[Way]:
     found = []
     for stage, offload in stages:
         sharing = Sharing(stage, offload, nodes, per_node)
-        memory = plan_rank(run, sharing)
+        memory, received = plan_rank(run, sharing), traffic(run, sharing)
         beside = _offloaded(spread_of(run.shape), sharing) if offload is not None and on_gpu else []
-        found.append(
-            Way(
-                sharing,
-                memory,
-                memory.needed_bytes(run.machine),
-                available if on_gpu else available // per_node,
-                per_node * sum(c.bytes for c in beside),
-                traffic(run, sharing),
-            )
-        )
+        host = per_node * sum(c.bytes for c in beside)
+        found.append(Way(sharing, memory, memory.needed_bytes(run.machine), available, host, received))
     return found
 
 

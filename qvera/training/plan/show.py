@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from qvera.training.plan import Plan
 from qvera.training.plan.sharding import ETHERNET_BYTES_PER_SECOND, right_way
@@ -18,10 +18,9 @@ def print_plan(plan: Plan, console: Console) -> None:
         f"{plan.shape.model_type}, {count(plan.shape.parameters)} parameters; {plan.trained_parameters:,} trained; "
         f"computes in {str(plan.machine.dtype).removeprefix('torch.')}; planned for {plan.batch.source}"
     )
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("At the peak")
-    table.add_column("where")
-    table.add_column("bytes", justify="right")
+    table = Table(
+        "At the peak", "where", Column("bytes", justify="right"), box=None, pad_edge=False, header_style="bold"
+    )
     for part in plan.memory.peak:
         where = "GPU" if plan.machine.on_gpu else "mapped file" if part.mapped else "private"
         table.add_row(part.name, where, size(part.bytes))
@@ -55,10 +54,9 @@ def _print_ways(plan: Plan, console: Console) -> None:
     console.print(
         f"\n{sharing.world_size} ranks, {sharing.per_node} on each of {nodes}. What one rank holds at its peak:"
     )
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("deepspeed")
-    for title in ("base", "vectors, optimizer", "activations", "others", "total", "received a step", "at 1 Gbit/s"):
-        table.add_column(title, justify="right")
+    titles = ("base", "vectors, optimizer", "activations", "others", "total", "received a step", "at 1 Gbit/s")
+    columns = [Column(title, justify="right") for title in titles]
+    table = Table("deepspeed", *columns, box=None, pad_edge=False, header_style="bold")
     for way in plan.ways:
         parts = {"base": 0, "vectors": 0, "activations": 0, "others": 0}
         for part in way.memory.peak:
