@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
 
 from qvera.config.schema import RangeTest, TrainingSection
 from qvera.models import quantization
@@ -56,18 +57,9 @@ def build_schedule(section: TrainingSection, optimizer: torch.optim.Optimizer, s
     step i (from 0) has the share (i + 1) / (w + 1) of ``learning_rate``. Step w has all of it in both.
     """
     warmup = section.warmup_steps or math.ceil(section.warmup_ratio * steps)
-    left = max(1, steps - warmup)
-
-    def share(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        if section.lr_scheduler_type == "linear":
-            return max(0.0, (steps - step) / left)
-        if section.lr_scheduler_type == "cosine":
-            return 0.5 * (1.0 + math.cos(math.pi * ((step - warmup) / left)))
-        return 1.0
-
-    return LambdaLR(optimizer, share)
+    name = "constant_with_warmup" if section.lr_scheduler_type == "constant" else section.lr_scheduler_type
+    share = get_scheduler(name, optimizer, warmup, steps).lr_lambdas[0]
+    return LambdaLR(optimizer, lambda step: (step + 1) / (warmup + 1) if step < warmup else share(step))
 
 
 def build_range_test(section: TrainingSection, optimizer: torch.optim.Optimizer, ramp: RangeTest) -> LambdaLR:

@@ -1,4 +1,4 @@
-"""What all ranks of a run must agree on: versions, recipe, base model, data, free memory and disk, and when to stop."""
+"""What all ranks of a run must agree on: versions, recipe, base model, data, free memory and disk."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from qvera.training.plan.show import change_lines
 from qvera.utils import memory
 from qvera.utils.errors import InputError
 from qvera.utils.formatting import size
-from qvera.utils.signals import StopRequests
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -138,14 +137,3 @@ def _require_same(mine: dict[str, str], group: Group, fix: str) -> list[str]:
     if wrong:
         raise for_all(InputError(f"the processes of this run differ: {'; '.join(wrong)}. {fix}"))
     return [there for there, _ in found]
-
-
-def signal_on_any_rank(signals: StopRequests, group: Group) -> str | None:
-    """The signal that asks this run to stop, whichever rank got it; the same on all ranks, so all stop at one step."""
-    if not group.sum([float(signals.asked is not None)])[0]:
-        return None
-    if group.world_size == 1:
-        return signals.asked
-    found = group.gather([signals.asked, group.host])
-    rank, (name, host) = next((rank, one) for rank, one in enumerate(found) if one[0])
-    return f"{name} at rank {rank} on {host}"

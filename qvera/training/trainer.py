@@ -28,7 +28,6 @@ from qvera.training.engine import trained_vectors
 from qvera.training.logging import MetricsLog, ProgressBar, Trackers, status_line
 from qvera.training.optim import build_schedule, optimizer_bytes
 from qvera.training.plan import planned_steps
-from qvera.training.rank_checks import signal_on_any_rank
 from qvera.training.run_dir import check_run_dir, newest_checkpoint, plain_json, run_lock, write_run
 from qvera.training.session import TrainingSession
 from qvera.utils import memory
@@ -184,7 +183,11 @@ class Trainer(TrainingSession):
 
     def stop_requested(self) -> bool:
         """Whether a signal asks this run to stop, whichever rank got it; all ranks stop at the same step."""
-        self.stopped_by = signal_on_any_rank(self.signals, self.group)
+        asked, group = self.signals.asked, self.group
+        if group.sum([float(asked is not None)])[0]:
+            found = group.gather([asked, group.host])
+            rank, (name, host) = next((rank, one) for rank, one in enumerate(found) if one[0])
+            self.stopped_by = name if group.world_size == 1 else f"{name} at rank {rank} on {host}"
         return self.stopped_by is not None
 
     def log(self, record: dict[str, Any]) -> None:

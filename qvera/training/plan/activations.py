@@ -122,12 +122,9 @@ def transient_bytes(run: PlannedRun) -> int:
     heads, kv = T * s.heads * s.head_dim * size, T * s.kv_heads * s.head_dim * size
     flowing = {
         "down_proj": stream + wide,
-        "gate_proj": 2 * stream + 2 * wide,
-        "up_proj": 2 * stream + 2 * wide,
         "o_proj": 2 * stream + heads,
-        "q_proj": 2 * stream + heads + 2 * kv,
-        "k_proj": 2 * stream + heads + 2 * kv,
-        "v_proj": 2 * stream + heads + 2 * kv,
+        **dict.fromkeys(("gate_proj", "up_proj"), 2 * stream + 2 * wide),
+        **dict.fromkeys(("q_proj", "k_proj", "v_proj"), 2 * stream + heads + 2 * kv),
     }
     # what the MLP kept is gone once its elementwise part is through; down_proj comes before that
     moments = [

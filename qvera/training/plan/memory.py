@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import numpy as np
-from safetensors.numpy import save
-
-from qvera.adapters import config
 from qvera.config.schema import Recipe
 from qvera.data.padding import KERNEL_CACHE_SIZE, LENGTHS_PER_OCTAVE, round_up_length, rounds_lengths
 from qvera.models.loss import BLOCK_ELEMENTS
 from qvera.training.plan.activations import kept_bytes, norm_bytes, product_shapes, transient_bytes
 from qvera.training.plan.run import Machine, PlannedRun
-from qvera.training.plan.shapes import Linear, Shape
+from qvera.training.plan.shapes import Linear
 
 Kind = Literal["base", "projections", "vectors", "checkpoints", "transient", "loss", "answers", "runtime"]
 
@@ -24,11 +18,7 @@ KEPT_HEAP_BYTES = 64 * 2**20
 """glibc returns the top of its heap when more than this is free (mallopt(3), M_TRIM_THRESHOLD after it has adapted)."""
 
 _SMALL_8BIT = 4096  # numbers; bitsandbytes keeps fp32 state for smaller tensors
-_RANDOM_STATE_BYTES = 5056  # of torch's CPU generator, which each checkpointed layer remembers
-
-_PEFT_PREFIX = "base_model.model."
-_CONFIG_BYTES = 800  # adapter_config.json
-_STATE_BYTES = 1_500  # state.json without the recipe and the steps' own results, and manifest.json
+RANDOM_STATE_BYTES = 5056  # of torch's CPU generator, which each checkpointed layer remembers
 
 
 @dataclass(frozen=True)
@@ -110,22 +100,6 @@ def weight_storage_bytes(x: Linear, recipe: Recipe, itemsize: int) -> int:
     return numbers + 4 * x.m if how == "int8" else four_bit_bytes(numbers, recipe.model.double_quant)
 
 
-def vector_shapes(shape: Shape, recipe: Recipe, trained_only: bool = False) -> dict[str, tuple[int, ...]]:
-    """Keys of the adapter file and the shape of each vector; ``trained_only``: of those that the recipe trains."""
-    section = recipe.adapter
-    return {
-        f"{_PEFT_PREFIX}{x.name}.{kind}": size
-        for x in shape.adapted(section.targets)
-        for kind, size in config.vector_shapes(section, x.n, x.m).items()
-        if section.train_d or kind != "qvera_d" or not trained_only
-    }
-
-
-def vector_sizes(shape: Shape, recipe: Recipe, trained_only: bool = False) -> list[int]:
-    """How many parameters each vector of `vector_shapes` has."""
-    return [math.prod(size) for size in vector_shapes(shape, recipe, trained_only).values()]
-
-
 def optimizer_state_bytes(sizes: list[int], optim: str) -> int:
     """AdamW's two moments: fp32, or 8-bit with an fp32 scale for each 256 where a tensor is big enough."""
     if optim in ("adamw", "paged_adamw"):
@@ -143,7 +117,7 @@ def plan_memory(run: PlannedRun) -> Memory:
     moving = Component("gradients and one layer's weights", "transient", transient_bytes(run))
     backward: tuple[Component, ...]
     if run.recipe.training.gradient_checkpointing:
-        per_layer = T * hidden * size + _RANDOM_STATE_BYTES
+        per_layer = T * hidden * size + RANDOM_STATE_BYTES
         kept = Component("layer inputs", "checkpoints", shape.layers * per_layer + once)
         # the first norm keeps the very input that is checkpointed
         backward = (kept, Component("recomputed layer", "transient", layer - T * hidden * size), moving)
@@ -170,7 +144,7 @@ def _standing(run: PlannedRun) -> tuple[Component, ...]:
     tables = shape.vocabulary * shape.hidden * (1 if shape.tied else 2) if shape.grown_rows else 0
     dense = (shape.dense_numbers - tables) * (2 if machine.mapped_base else size)
     widest = max(x.n for x in run.adapted) + max(x.m for x in run.adapted)
-    every, trained = vector_sizes(shape, recipe), vector_sizes(shape, recipe, trained_only=True)
+    every, trained = run.vector_sizes(), run.vector_sizes(trained_only=True)
     found = [
         Component("interpreter, libraries, rows", "runtime", machine.runtime_bytes),
         Component("CUDA context", "runtime", machine.context_bytes),
@@ -232,22 +206,3 @@ def _answers(run: PlannedRun) -> tuple[Component, ...]:
     if not machine.on_gpu and size * sum(weights) <= machine.available_bytes // 4:
         found.append(Component("dense weights for answers", "answers", sum(weights) * size + 2 * max(weights) * 4))
     return tuple(found)
-
-
-def adapter_bytes(shape: Shape, recipe: Recipe) -> int:
-    """The adapter directory: vectors in fp32 and their config."""
-    return _file_bytes(vector_shapes(shape, recipe), {"format": "pt"}) + _CONFIG_BYTES
-
-
-def checkpoint_bytes(shape: Shape, recipe: Recipe) -> int:
-    """One checkpoint directory: vectors, AdamW's state of those that are trained, random state, position, recipe."""
-    state: dict[str, tuple[int, ...]] = {}
-    for name, size in vector_shapes(shape, recipe, trained_only=True).items():
-        state |= {f"{name}/exp_avg": size, f"{name}/exp_avg_sq": size, f"{name}/step": ()}
-    tensors = _file_bytes(vector_shapes(shape, recipe)) + _file_bytes(state)
-    return tensors + _RANDOM_STATE_BYTES + len(json.dumps({"recipe": recipe.to_dict()}, indent=1)) + _STATE_BYTES
-
-
-def _file_bytes(shapes: dict[str, tuple[int, ...]], metadata: dict[str, str] | None = None) -> int:
-    """The size of a safetensors file of a few MB with these fp32 tensors."""
-    return len(save({name: np.zeros(shape, dtype=np.float32) for name, shape in shapes.items()}, metadata))

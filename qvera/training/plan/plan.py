@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.numpy import save
 
 from qvera.config.schema import Recipe
 from qvera.data import Example, Rows, batches_of, collate_prefix_once, steps_per_epoch
@@ -18,12 +20,14 @@ from qvera.models.loader import takes_prefix_once
 from qvera.models.model_config import empty_model
 from qvera.models.tokenizer import ids_of, load_tokenizer
 from qvera.training.plan.alternatives import BatchOf, Change, nearest_changes
-from qvera.training.plan.memory import Memory, adapter_bytes, checkpoint_bytes, vector_sizes
+from qvera.training.plan.memory import RANDOM_STATE_BYTES, Memory
 from qvera.training.plan.run import Batch, Machine, PlannedRun, this_machine
 from qvera.training.plan.shapes import Shape, shape_of
 from qvera.training.plan.sharding import ALONE, Sharing, Way, plan_rank, plan_ways, right_way
 from qvera.utils.errors import InputError
 
+_CONFIG_BYTES = 800  # adapter_config.json
+_STATE_BYTES = 1_500  # state.json without the recipe and the steps' own results, and manifest.json
 _CANDIDATES = 200
 """How many of the longest forward passes are looked at closely."""
 
@@ -48,20 +52,24 @@ class Plan(PlannedRun):
         """Whether the machine has the memory."""
         return self.needed_bytes <= self.machine.available_bytes
 
-    @cached_property
-    def adapter_bytes(self) -> int:
-        """The adapter directory."""
-        return adapter_bytes(self.shape, self.recipe)
-
-    @cached_property
-    def checkpoint_bytes(self) -> int:
-        """One checkpoint."""
-        return checkpoint_bytes(self.shape, self.recipe)
-
     @property
     def trained_parameters(self) -> int:
         """How many parameters are trained."""
-        return sum(vector_sizes(self.shape, self.recipe, trained_only=True))
+        return sum(self.vector_sizes(trained_only=True))
+
+    @cached_property
+    def adapter_bytes(self) -> int:
+        """The adapter directory: vectors in fp32 and their config."""
+        return _file_bytes(self.vector_shapes(), {"format": "pt"}) + _CONFIG_BYTES
+
+    @cached_property
+    def checkpoint_bytes(self) -> int:
+        """A checkpoint: vectors, AdamW's state of those that are trained, random state, position, recipe."""
+        state: dict[str, tuple[int, ...]] = {}
+        for name, size in self.vector_shapes(trained_only=True).items():
+            state |= {f"{name}/exp_avg": size, f"{name}/exp_avg_sq": size, f"{name}/step": ()}
+        written = len(json.dumps({"recipe": self.recipe.to_dict()}, indent=1)) + _STATE_BYTES + RANDOM_STATE_BYTES
+        return _file_bytes(self.vector_shapes()) + _file_bytes(state) + written
 
     def measured(self, private_bytes: int, mapped_bytes: int) -> dict[str, Any]:
         """A run's measured peak and mapped pages as JSON, and the plan's error relative to them.
@@ -103,6 +111,11 @@ class Plan(PlannedRun):
             found["ways"] = [one.to_dict() for one in self.ways]
             found["right_way"] = {"deepspeed": None if way is None else way.sharing.word, "why": why}
         return found
+
+
+def _file_bytes(shapes: dict[str, tuple[int, ...]], metadata: dict[str, str] | None = None) -> int:
+    """The size of a safetensors file of a few MB with these fp32 tensors."""
+    return len(save({name: np.zeros(shape, dtype=np.float32) for name, shape in shapes.items()}, metadata))
 
 
 def make_plan(

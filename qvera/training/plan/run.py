@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from qvera.adapters import fused
+from qvera.adapters import config, fused
 from qvera.config.schema import ModelSection, Recipe
 from qvera.models.linear import BLOCK_WEIGHTS, backward_by_blocks
 from qvera.models.loader import pick_compute_dtype
@@ -16,6 +17,7 @@ from qvera.training.plan.shapes import Linear, Shape
 from qvera.utils import memory
 from qvera.utils.errors import InputError
 
+_PEFT_PREFIX = "base_model.model."
 CUDA_CONTEXT_BYTES = 500_000_000
 """Device memory of a CUDA context with the kernels of torch and bitsandbytes: assumed where none can be measured."""
 
@@ -120,6 +122,20 @@ class PlannedRun:
         present = sorted({x.layer for x in self.shape.linears if x.layer is not None})
         number = present[min(1, len(present) - 1)]
         return [x for x in self.shape.linears if x.layer == number]
+
+    def vector_shapes(self, trained_only: bool = False) -> dict[str, tuple[int, ...]]:
+        """Keys of the adapter file and the shape of each vector; ``trained_only``: of those that the recipe trains."""
+        section = self.recipe.adapter
+        return {
+            f"{_PEFT_PREFIX}{x.name}.{kind}": size
+            for x in self.adapted
+            for kind, size in config.vector_shapes(section, x.n, x.m).items()
+            if section.train_d or kind != "qvera_d" or not trained_only
+        }
+
+    def vector_sizes(self, trained_only: bool = False) -> list[int]:
+        """How many parameters each of these vectors has."""
+        return [math.prod(size) for size in self.vector_shapes(trained_only).values()]
 
     @property
     def itemsize(self) -> int:

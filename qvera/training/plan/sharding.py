@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from qvera.config.schema import Recipe
 from qvera.distributed.zero_config import IN_RAM_BELOW_BYTES, ZeroConfig, nvme_buffers
-from qvera.training.plan.memory import Component, Memory, plan_memory, vector_sizes
+from qvera.training.plan.memory import Component, Memory, plan_memory
 from qvera.training.plan.run import Machine, PlannedRun
 from qvera.training.plan.shapes import Shape
 from qvera.utils.formatting import duration, size
@@ -107,8 +107,8 @@ def plan_rank(run: PlannedRun, sharing: Sharing = ALONE) -> Memory:
 
 def _optimizer(parts: tuple[Component, ...], run: PlannedRun, sharing: Sharing) -> tuple[Component, ...]:
     """The optimizer's part. DeepSpeed keeps fp32 copies of what it steps, so two ranks save nothing by dividing it."""
-    every, world = sum(vector_sizes(run.shape, run.recipe)), sharing.world_size
-    trained = sum(vector_sizes(run.shape, run.recipe, trained_only=True))
+    every, world = sum(run.vector_sizes()), sharing.world_size
+    trained = sum(run.vector_sizes(trained_only=True))
     copies = 2 * 4 * _share(trained, world) + (4 * _share(every, world) if sharing.stage == 3 else 0)
     found = [replace(c, bytes=_share(c.bytes, world)) if c.zero_stage == 1 else c for c in parts]
     return (*found, Component("a share of vectors and gradients", "vectors", copies, zero_stage=1))
@@ -172,7 +172,7 @@ def traffic(run: PlannedRun, sharing: Sharing) -> Traffic:
     world = sharing.world_size
     if world == 1:
         return Traffic(0, 0)
-    trained = sum(vector_sizes(run.shape, run.recipe, trained_only=True))
+    trained = sum(run.vector_sizes(trained_only=True))
     # an all-reduce is a reduction and a gather; the optimizers of stages 1 and 2 do one, and gather the stepped vectors
     # after it
     times = 3 if sharing.stage in (1, 2) else 2

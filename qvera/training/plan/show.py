@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -9,6 +11,7 @@ from qvera.training.plan import Plan
 from qvera.training.plan.sharding import ETHERNET_BYTES_PER_SECOND, right_way
 from qvera.utils.formatting import count, duration, size
 
+_STYLE: dict[str, Any] = {"box": None, "pad_edge": False, "header_style": "bold"}
 _MOMENTS = {"backward": "backward pass", "loss": "loss", "answers": "answers"}
 
 
@@ -18,9 +21,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         f"{plan.shape.model_type}, {count(plan.shape.parameters)} parameters; {plan.trained_parameters:,} trained; "
         f"computes in {str(plan.machine.dtype).removeprefix('torch.')}; planned for {plan.batch.source}"
     )
-    table = Table(
-        "At the peak", "where", Column("bytes", justify="right"), box=None, pad_edge=False, header_style="bold"
-    )
+    table = Table("At the peak", "where", Column("bytes", justify="right"), **_STYLE)
     for part in plan.memory.peak:
         where = "GPU" if plan.machine.on_gpu else "mapped file" if part.mapped else "private"
         table.add_row(part.name, where, size(part.bytes))
@@ -56,7 +57,7 @@ def _print_ways(plan: Plan, console: Console) -> None:
     )
     titles = ("base", "vectors, optimizer", "activations", "others", "total", "received a step", "at 1 Gbit/s")
     columns = [Column(title, justify="right") for title in titles]
-    table = Table("deepspeed", *columns, box=None, pad_edge=False, header_style="bold")
+    table = Table("deepspeed", *columns, **_STYLE)
     for way in plan.ways:
         parts = {"base": 0, "vectors": 0, "activations": 0, "others": 0}
         for part in way.memory.peak:
