@@ -1,19 +1,38 @@
-"""Backward, clip and step with plain torch, on one process or on several that sum their gradients."""
+"""Backward, clip and step: with plain torch, or with DeepSpeed in a run with a ``deepspeed`` key.
+
+DeepSpeed's own optimizer of the stage steps the vectors. Stages 1 and 2 get a module that holds the vectors and nothing
+else: DeepSpeed sends every parameter it is given from rank 0 to the others when it starts, and a mapped base would
+become private memory on each of them. Stage 3 gets the decoder, whose weights `BaseSharder` has sharded already; its
+hooks gather a module's weights around its forward and backward.
+
+Our checkpoints hold vectors and optimizer state as one process has them, so they go through DeepSpeed's public
+``safe_get_*`` and ``safe_set_*`` functions, and a run goes on under another stage and another number of processes.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from qvera.adapters.save_load import named_vectors
+from qvera.config.schema import Recipe
+from qvera.distributed import zero_params
+from qvera.distributed.deepspeed_import import deepspeed_module
 from qvera.distributed.group import Group
+from qvera.distributed.zero_config import Sizes, ZeroConfig
+from qvera.models.loader import causal_model
 
 if TYPE_CHECKING:
-    from torch import nn
     from torch.optim.lr_scheduler import LRScheduler
+
+_STATE = ("exp_avg", "exp_avg_sq")
 
 
 def trained_vectors(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -22,7 +41,7 @@ def trained_vectors(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class LocalEngine:
-    """Takes an optimizer step with plain torch; `zero_engine.ZeroEngine` does it with DeepSpeed.
+    """Takes an optimizer step with plain torch; `ZeroEngine` does it with DeepSpeed.
 
     Every rank holds whole vectors; their gradients are summed as one bucket of a few MB a step. All ranks call each
     method together.
@@ -72,3 +91,161 @@ class LocalEngine:
 
     def gather_vectors(self) -> None:
         """Make the model's vectors whole on every rank, before they are written as an adapter."""
+
+
+class _VectorsOnly(nn.Module):
+    """What DeepSpeed sees in stages 1 and 2. Calling it with the loss is how it learns that a backward pass comes."""
+
+    def __init__(self, vectors: list[nn.Parameter]) -> None:
+        super().__init__()
+        self.vectors = nn.ParameterList(vectors)
+
+    def forward(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss
+
+
+class ZeroEngine(LocalEngine):
+    """Backward, clip and step by DeepSpeed; in place of `LocalEngine`.
+
+    Args:
+        model: base and adapter. Its trained vectors are whole and have the values that the run starts from.
+        optimizer: a torch AdamW over them. What state it has (of a checkpoint) is taken over.
+        scratch: a directory for what DeepSpeed offloads.
+    """
+
+    def __init__(
+        self,
+        config: ZeroConfig,
+        recipe: Recipe,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: LRScheduler,
+        group: Group,
+        scratch: Path,
+    ) -> None:
+        vectors = trained_vectors(model)
+        super().__init__(vectors, optimizer, schedule, recipe.training.max_grad_norm, group)
+        self.config = config
+        before = {name: dict(optimizer.state[p]) for name, p in vectors.items() if p in optimizer.state}
+        optimizer.state.clear()
+        decoder = causal_model(model).get_decoder()
+        module = decoder if config.shards_base else _VectorsOnly(list(vectors.values()))
+        sizes = _sizes(decoder, vectors) if config.shards_base else Sizes()
+        sizes = dataclasses.replace(sizes, trained=sum(vector.numel() for vector in vectors.values()))
+        tree = config.complete(recipe, group.world_size, sizes, scratch)
+        with _embedding_hidden(decoder) if config.shards_base else contextlib.nullcontext():
+            self.deepspeed: Any = deepspeed_module().initialize(model=module, optimizer=optimizer, config=tree)[0]
+        self.decoder = self.deepspeed if config.shards_base else None
+        if config.shards_base:
+            self._gather_unsharded()
+            for end in (causal_model(model).get_input_embeddings(), causal_model(model).get_output_embeddings()):
+                zero_params.gather_at_call(end)
+        if before:
+            self._take_over(before)
+
+    def _gather_unsharded(self) -> None:
+        """Gather the parameters that stay whole on every rank: vectors and norms."""
+        whole = [p for p in self.deepspeed.module.parameters() if p.ds_persist]
+        missing = [p for p in whole if p.ds_status.name != "AVAILABLE"]
+        if missing:
+            missing[0].all_gather(param_list=missing)
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """See `LocalEngine.backward`."""
+        engine = self.deepspeed
+        engine.set_gradient_accumulation_boundary(last)
+        # DeepSpeed takes the mean over ranks, and the loss is divided by the trained tokens of all of them already
+        loss = loss * self.group.world_size
+        engine.backward(loss if self.config.shards_base else engine(loss), scale_wrt_gas=False)
+
+    def step(self) -> tuple[float, float]:
+        """See `LocalEngine.step`."""
+        rate = float(self.schedule.get_last_lr()[0])
+        self.deepspeed.step()
+        norm = float(self.deepspeed.get_global_grad_norm())
+        if math.isfinite(norm):
+            self.schedule.step()
+        return norm, rate
+
+    @property
+    def _flats(self) -> list[torch.Tensor]:
+        """This rank's fp32 partitions of the vectors, which are the basic optimizer's parameters."""
+        zero = self.deepspeed.optimizer
+        return zero.fp32_partitioned_groups_flat if self.config.stage == 3 else zero.single_partition_of_fp32_groups
+
+    def unsharded(self) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
+        """See `LocalEngine.unsharded`: copies, gathered from the partitions."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        vectors = {name: nn.Parameter(safe_get_full_fp32_param(p).detach().clone()) for name, p in self.vectors.items()}
+        optimizer = torch.optim.AdamW(vectors.values())
+        steps = [self.optimizer.state[flat]["step"] for flat in self._flats if flat in self.optimizer.state]
+        for name, parameter in self.vectors.items() if steps else ():
+            state: dict[str, Any] = {key: safe_get_full_optimizer_state(parameter, key).clone() for key in _STATE}
+            optimizer.state[vectors[name]] = {"step": steps[0].detach().clone(), **state}
+        return vectors, optimizer
+
+    def gather_vectors(self) -> None:
+        """See `LocalEngine.gather_vectors`."""
+        if self.config.shards_base:
+            self._gather_unsharded()
+
+    def _take_over(self, before: dict[str, dict[str, Any]]) -> None:
+        """Put the optimizer state of whole vectors into the partitions."""
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        steps = next(iter(before.values()))["step"]
+        zero = self.deepspeed.optimizer
+        for flat in self._flats:
+            empty = {key: torch.zeros_like(flat) for key in _STATE}
+            self.optimizer.state[flat] = {"step": steps.clone(), **empty}
+        if self.config.stage < 3:
+            from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+            for params, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+                lazy_init_hp_params_optimizer_state(params, flat, self.optimizer.state)
+        for name, parameter in self.vectors.items():
+            for key in _STATE:
+                value = before[name][key]
+                if self.config.stage < 3:
+                    safe_set_full_optimizer_state(parameter, value, key)
+                else:
+                    # DeepSpeed's function for the whole fails in stage 3 where the ranks do not divide the length
+                    size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+                    part = value.reshape(-1)[self.group.rank * size : (self.group.rank + 1) * size]
+                    share = torch.nn.functional.pad(part, (0, size - part.numel()))
+                    safe_set_local_optimizer_state(parameter, share, key)
+
+
+@contextlib.contextmanager
+def _embedding_hidden(decoder: nn.Module) -> Iterator[None]:
+    """Hide the embedding from DeepSpeed while it puts its hooks on the decoder.
+
+    Our hooks gather the embedding for the look-up alone; DeepSpeed's would gather it again in backward, for a gradient
+    that nobody reads. The embedding of a tied head was left whole, and is a buffer afterwards: DeepSpeed takes every
+    parameter that it meets for one of its own. The head keeps the parameter.
+    """
+    found = [(name, m) for name, m in decoder.named_modules() if isinstance(m, nn.Embedding)]
+    for name, _ in found:
+        decoder.set_submodule(name, nn.Identity())
+    try:
+        yield
+    finally:
+        for name, module in found:
+            decoder.set_submodule(name, module)
+            if not zero_params.is_sharded(module.weight):
+                weight = module.weight.detach()
+                del module.weight
+                module.register_buffer("weight", weight, persistent=False)
+
+
+def _sizes(decoder: nn.Module, vectors: dict[str, nn.Parameter]) -> Sizes:
+    """Of a decoder whose weights are spread already."""
+    layers = [list(layer.parameters()) for layer in zero_params.decoder_layers(decoder)]
+    # a table is whole where the head is tied to it
+    tables = {id(m.weight) for m in decoder.modules() if isinstance(m, nn.Embedding)}
+    small = [p.numel() for p in decoder.parameters() if not zero_params.is_sharded(p) and id(p) not in tables]
+    return Sizes(
+        largest_layer=max(sum(map(zero_params.whole_numel, layer)) for layer in layers),
+        unsharded=max([*small, *(p.numel() for p in vectors.values())]),
+    )

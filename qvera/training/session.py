@@ -29,7 +29,7 @@ from qvera.evaluation import evaluate
 from qvera.models.loader import Base, enable_checkpointing, load_base, pick_device, require_packing, takes_prefix_once
 from qvera.models.tokenizer import load_tokenizer
 from qvera.training.checkpoint import TrainState
-from qvera.training.engine import LocalEngine, trained_vectors
+from qvera.training.engine import LocalEngine, ZeroEngine, trained_vectors
 from qvera.training.logging import status_line
 from qvera.training.optim import build_optimizer
 from qvera.training.plan import Plan, Sharing, longest_rows, make_plan
@@ -131,8 +131,6 @@ class TrainingSession:
         if self.zero is None:
             limit = self.recipe.training.max_grad_norm
             return LocalEngine(trained_vectors(self.model), self.optimizer, self.schedule, limit, self.group)
-        from qvera.training.zero_engine import ZeroEngine
-
         parts = self.model, self.optimizer, self.schedule, self.group
         return ZeroEngine(self.zero, self.recipe, *parts, self.run_dir / "offload")
 
