@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from difflib import SequenceMatcher
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from qvera.evaluation.metrics import exact_match
+
+Sample = dict[str, Any]
+"""A prompt with its answers, each cut where it differs from the nearest reference, and its references."""
 
 _TOKENS = re.compile(r"\w+|\s+|[^\w\s]")
 _MAX_TOKENS = 2_000
@@ -25,27 +28,8 @@ class DiffSpan(NamedTuple):
     missing: str = ""
 
 
-class Answer(NamedTuple):
-    """An answer as a page shows it: cut where it differs from the nearest reference, with the comparison in words."""
-
-    name: str
-    spans: list[DiffSpan]
-    equal: bool
-    verdict: str
-    note: str
-
-
-class Sample(NamedTuple):
-    """A prompt, its answers and its references."""
-
-    title: str
-    prompt: str
-    answers: list[Answer]
-    references: Sequence[str]
-
-
 def make_sample(title: str, prompt: str, answers: Sequence[tuple[str, str, str]], references: Sequence[str]) -> Sample:
-    """Compare the answers to one prompt.
+    """Compare the answers to one prompt, for the macro `sample` of templates/parts.html.
 
     Args:
         title: Heading.
@@ -59,8 +43,9 @@ def make_sample(title: str, prompt: str, answers: Sequence[tuple[str, str, str]]
         equal = [reference for reference in references if exact_match(answer, reference)]
         other = _nearest(answer, references) if references else answers[0][1]
         spans = [DiffSpan(answer)] if equal else word_diff(answer, other)
-        shown.append(Answer(name, spans, bool(equal), _verdict(answer, references, equal), note))
-    return Sample(title, prompt, shown, references)
+        verdict = _verdict(answer, references, equal)
+        shown.append({"name": name, "spans": spans, "equal": bool(equal), "verdict": verdict, "note": note})
+    return {"title": title, "prompt": prompt, "answers": shown, "references": references}
 
 
 def word_diff(answer: str, other: str) -> list[DiffSpan]:

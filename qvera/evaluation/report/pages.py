@@ -29,7 +29,7 @@ from qvera.evaluation.report.compare import (
     tokens_by_step,
     yaml_text,
 )
-from qvera.evaluation.report.read import score_key, series
+from qvera.evaluation.report.read import get, get_number, get_text, score_key, series
 from qvera.evaluation.report.smoothing import loss_curves
 from qvera.utils.formatting import count, duration, moment, percent, significant, size, text_or_dash
 
@@ -54,6 +54,7 @@ def environment() -> Environment:
         lstrip_blocks=True,
     )
     script = (_HERE / "script.js").read_text(encoding="utf-8")
+    found.globals |= {function.__name__: function for function in (get, get_number, get_text)}
     found.globals |= {
         "newline": "\n",  # browsers drop the first one of a <pre>, which else would be the text's own
         "style": Markup((_HERE / "style.css").read_text(encoding="utf-8")),

@@ -26,9 +26,9 @@ from qvera.evaluation.report.answer_diff import DiffSpan, make_sample, word_diff
     ],
 )
 def test_the_verdict_is_that_of_the_exact_match_score(answer: str, reference: str, verdict: str) -> None:
-    (shown,) = make_sample("Prompt", "?", [("Adapter", answer, "")], [reference]).answers
-    assert shown.verdict == verdict
-    assert shown.equal is exact_match(answer, reference)
+    (shown,) = make_sample("Prompt", "?", [("Adapter", answer, "")], [reference])["answers"]
+    assert shown["verdict"] == verdict
+    assert shown["equal"] is exact_match(answer, reference)
 
 
 def test_mark_names_what_is_wrong_and_what_is_missing() -> None:
