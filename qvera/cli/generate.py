@@ -10,6 +10,7 @@ import typer
 
 from qvera.cli.chat import prompt_ids, template_and_encoder
 from qvera.cli.common import RunPath, Seed, Temperature, TopP, progress, quiet_libraries, require_new_file
+from qvera.utils.atomic import replace_text
 
 
 def generate(
@@ -37,13 +38,12 @@ def generate(
     from qvera.config.schema import DataSection
     from qvera.data import read_prompts
     from qvera.evaluation.generate import generate as generate_texts
-    from qvera.evaluation.load import find_adapter, open_run
+    from qvera.evaluation.load import find_target, open_target
 
-    recipe, _, _ = find_adapter(run)
-    data = recipe.data if recipe is not None else DataSection(path=str(prompts))
-    rows = read_prompts(prompts, data)
+    target = find_target(run)
+    rows = read_prompts(prompts, target.recipe.data if target.recipe is not None else DataSection(path=str(prompts)))
     with progress(f"Loading {run}"):
-        opened = open_run(run, adapter=not base)
+        opened = open_target(target, adapter=not base)
     template, encoder = template_and_encoder(opened)
     encoded = [prompt_ids(template, encoder, row.turns, row.tools) for row in rows]
     with progress("Answering") as show:
@@ -58,10 +58,9 @@ def generate(
             seed=seed,
             progress=lambda done: show(f"Answering: {done} of {len(encoded)}"),
         )
-    partial = out.with_name(f".{out.name}.partial")
-    with open(partial, "w", encoding="utf-8") as handle:
-        for row, answer in zip(rows, answers, strict=True):
-            line = {"source": row.source, "prompt": row.turns[-1].content, "answer": answer}
-            handle.write(json.dumps(line, ensure_ascii=False) + "\n")
-    partial.replace(out)
+    answered = [
+        {"source": row.source, "prompt": row.turns[-1].content, "answer": answer}
+        for row, answer in zip(rows, answers, strict=True)
+    ]
+    replace_text(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in answered))
     print(f"{len(answers)} answers in {out}")

@@ -60,10 +60,10 @@ def harness(
         opened,
         manager,
         names,
+        batch_size,
         limit=limit,
-        few_shot=few_shot,
-        batch_size=batch_size,
-        chat=chat,
+        num_fewshot=few_shot,
+        apply_chat_template=chat,
         log_samples=json_file is not None,
     )
     if json_file is not None:

@@ -1,8 +1,6 @@
-"""Run lm-evaluation-harness on a run, an adapter or an export.
+"""Run lm-evaluation-harness (the package lm-eval, extra ``harness``) on a run, an adapter or an export.
 
-The harness (the package lm-eval, extra ``harness``) makes prompts and scores; the model it asks is what
-`qvera.evaluation.load` opens, so a run is measured on the quantized base it was trained on, without an export. For a
-merged export ``lm_eval --model hf`` does the same by itself.
+The model that it asks is what `qvera.evaluation.load` opens: a run on the quantized base it was trained on.
 """
 
 from __future__ import annotations
@@ -57,24 +55,13 @@ def find_tasks(names: Sequence[str], include: Path | None) -> TaskManager:
 
 
 def run_harness(
-    opened: OpenRun,
-    manager: TaskManager,
-    names: Sequence[str],
-    *,
-    limit: int | None = None,
-    few_shot: int | None = None,
-    batch_size: int = 8,
-    chat: bool = False,
-    log_samples: bool = False,
+    opened: OpenRun, manager: TaskManager, names: Sequence[str], batch_size: int, **options: object
 ) -> dict[str, Any]:
     """Evaluate an opened model on tasks of lm-eval.
 
     Args:
         manager: from `find_tasks`.
-        limit: documents of each task; None: all.
-        few_shot: examples before each question, where the task leaves it open.
-        chat: prompts go through the tokenizer's chat template.
-        log_samples: keep every document with the model's answers.
+        options: of lm-eval's ``simple_evaluate``, such as ``limit`` and ``num_fewshot``.
 
     Returns:
         lm-eval's results: ``results`` has a mapping of metrics for each task.
@@ -85,18 +72,14 @@ def run_harness(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    tasks = manager.match_tasks(list(names))
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with evaluate.scoring(opened.model):
         try:
             found = simple_evaluate(
                 model=HFLM(pretrained=opened.model, tokenizer=opened.base.tokenizer, batch_size=batch_size),
-                tasks=tasks,
+                tasks=manager.match_tasks(list(names)),
                 task_manager=manager,
-                num_fewshot=few_shot,
-                limit=limit,
-                apply_chat_template=chat,
-                log_samples=log_samples,
+                **options,
             )
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"--tasks {','.join(names)}: lm-eval could not run it: {first_line(error)}") from error
