@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import itertools
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,12 +15,93 @@ from qvera.data.chat_template import OWN, ChatTemplate, resolve_template
 from qvera.data.encoding import Encoder
 from qvera.data.rows import Rows, concatenated
 from qvera.data.sampler import philox_key
-from qvera.data.stats import DataStats, SourceStats
+from qvera.data.tokenization import RowCounts
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class SourceStats:
+    """One source of a mixture: its training rows, its share of an epoch, and what the rows look like."""
+
+    path: str
+    weight: float
+    rows: int
+    taken: int
+    format: str
+    template: str
+
+    @property
+    def template_text(self) -> str:
+        """The template as a person reads it."""
+        return "the tokenizer's own" if self.template == OWN else self.template
+
+    @property
+    def layout(self) -> str:
+        """Format and template in a few words."""
+        return self.format + ("" if self.format == "text" else f", template: {self.template_text}")
+
+
+@dataclass(slots=True)
+class DataStats(RowCounts):
+    """What happened to the rows, train and eval, besides `RowCounts`.
+
+    Token counts are of the training rows, after truncation.
+
+    Attributes:
+        repeated_rows: eval rows that are, token for token, also training rows (by a 64-bit hash of their tokens).
+        pads_with_eos: the tokenizer has no pad token.
+        default_templates: named templates that were chosen where neither the tokenizer nor the recipe has one.
+        cache_entries: names of the cache's entries that rows came from; other sources were tokenized now.
+        histogram_edges, histogram_counts: training rows by length in tokens; counts[i] is of
+            edges[i] <= T < edges[i + 1].
+    """
+
+    sources: list[SourceStats] = field(default_factory=list)
+    unused_columns: list[str] = field(default_factory=list)
+    train_rows: int = 0
+    eval_rows: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    longest_tokens: int = 0
+    repeated_rows: int = 0
+    pads_with_eos: bool = False
+    default_templates: list[str] = field(default_factory=list)
+    cache_entries: list[str] = field(default_factory=list)
+    histogram_edges: list[int] = field(default_factory=list)
+    histogram_counts: list[int] = field(default_factory=list)
+
+    @property
+    def format(self) -> str:
+        """Of the rows; of a mixture each one once, by commas, the first source's first."""
+        return ", ".join(dict.fromkeys(source.format for source in self.sources))
+
+    @property
+    def template(self) -> str:
+        """As `format`."""
+        return ", ".join(dict.fromkeys(source.template for source in self.sources))
+
+    @property
+    def dropped_rows(self) -> int:
+        """Rows that are left out, for whatever reason."""
+        return sum(map(len, self.dropped.values()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The ``data`` object of run.json."""
+        counts = ["train_rows", "eval_rows", "tokens", "trained_tokens", "longest_tokens", "truncated_rows"]
+        counts += ["truncated_tokens", "split_rows", "split_parts", "dropped_rows"]
+        return {
+            **{name: getattr(self, name) for name in counts},
+            "dropped": {reason: len(sources) for reason, sources in self.dropped.items()},
+            "repeated_rows": self.repeated_rows,
+            "sources": [asdict(source) for source in self.sources],
+            "format": self.format,
+            "template": self.template,
+            "length_histogram": {"edges": self.histogram_edges, "counts": self.histogram_counts},
+        }
 
 
 @dataclass(slots=True)
@@ -29,8 +111,7 @@ class Datasets:
     Attributes:
         train, eval: rows in file order, one source after the other; ``eval`` is empty where the recipe holds none out.
         stats: counts for the preview and run.json.
-        template: the template that was used (for the first source of a mixture), for generation and the adapter's
-        directory.
+        template: the template that was used (for the first source of a mixture).
         pad_id: for `collate`.
     """
 
@@ -95,13 +176,23 @@ def build_datasets(
         if about.weight != 1:
             source.train = source.train.take(weighted(rows, about.weight, section.seed, number))
         looks = source.format, source.template
-        stats.add_source(SourceStats(about.path, about.weight, rows, len(source.train), *looks), source)
+        stats.sources.append(SourceStats(about.path, about.weight, rows, len(source.train), *looks))
+        stats.add(source.counts)
+        stats.unused_columns += [name for name in source.unused_columns if name not in stats.unused_columns]
+        if source.cache_entry:
+            stats.cache_entries.append(source.cache_entry)
         if about.template == "auto" and source.format != "text" and source.template != OWN:
             stats.default_templates.append(source.template)
-    template = resolve_template(section.template, tokenizer, sources[0].format)
     train = concatenated([source.train for source in sources])
     held_out = concatenated([source.eval for source in sources])
-    stats.count(train, held_out)
+    stats.train_rows, stats.eval_rows = len(train), len(held_out)
+    stats.tokens = int(train.lengths.sum(dtype=np.int64))
+    stats.trained_tokens = int(train.trained_tokens.sum(dtype=np.int64))
+    stats.longest_tokens = int(train.lengths.max())
+    # by sorting: hashes are no table's indices, and numpy 2.0 overflows where it tries 64 unsigned bits as such
+    stats.repeated_rows = int(np.isin(held_out.ids_hash, train.ids_hash, kind="sort").sum())
+    stats.histogram_edges, stats.histogram_counts = length_histogram(train.lengths)
+    template = resolve_template(section.template, tokenizer, sources[0].format)
     return Datasets(train, held_out, stats, template, encoder.pad_id)
 
 
@@ -132,3 +223,19 @@ def weighted(count: int, weight: float, seed: int, number: int) -> np.ndarray:
     words = np.random.Philox(key=philox_key(seed, 2**63 + number)).random_raw(count)
     chosen = np.sort(np.argsort(words, kind="stable")[:more])
     return np.concatenate([np.tile(np.arange(count), passes), chosen])
+
+
+def length_histogram(lengths: np.ndarray, bins: int = 10) -> tuple[list[int], list[int]]:
+    """At most ``bins`` intervals of equal, round width that cover ``lengths``.
+
+    Returns:
+        edges [k + 1] and counts [k]; all intervals but the last are open on the right.
+    """
+    low, high = int(lengths.min()), int(lengths.max())
+    round_widths = (factor * 10**power for power in itertools.count() for factor in (1, 2, 5))
+    width = next(w for w in round_widths if low // w * w + bins * w > high)
+    edges = [low // width * width]
+    while edges[-1] <= high:
+        edges.append(edges[-1] + width)
+    counts, _ = np.histogram(lengths, bins=edges)
+    return edges, counts.tolist()

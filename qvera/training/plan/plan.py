@@ -15,7 +15,7 @@ from safetensors.numpy import save
 
 from qvera.config.schema import Recipe
 from qvera.data import Example, Rows, batches_of, collate_prefix_once, steps_per_epoch
-from qvera.data.padding import round_up_length, rounds_lengths
+from qvera.data.collate import round_up_length, rounds_lengths
 from qvera.models.loader import takes_prefix_once
 from qvera.models.model_config import empty_model
 from qvera.models.tokenizer import ids_of, load_tokenizer
@@ -235,7 +235,7 @@ def longest_rows(recipe: Recipe, rows: Sequence[Example], joinable: bool, steps:
 def token_counts(recipe: Recipe, rows: Sequence[Example], steps: int, rounded: bool) -> int:
     """How many different token counts the forward passes of ``steps`` steps have. Joined rows count as padded ones.
 
-    ``rounded``: their lengths are rounded up (`qvera.data.padding`).
+    ``rounded``: their lengths are rounded up (`qvera.data.collate`).
     """
     found: set[tuple[int, int]] = set()
     for passes, row_tokens in _epochs(recipe, rows, steps):

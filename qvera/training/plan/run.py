@@ -33,7 +33,7 @@ class Machine:
     available_bytes: int  # device memory, or the RAM that is free for this process and what it holds already
     runtime_bytes: int = 0  # held before the model is loaded (interpreter, libraries, rows), measured; 0 on a GPU
     context_bytes: int = 0  # the CUDA context
-    kernel_bytes: int = 0  # what each new shape of a product leaves behind (`qvera.data.padding`), measured
+    kernel_bytes: int = 0  # what each new shape of a product leaves behind (`qvera.data.collate`), measured
 
     @property
     def on_gpu(self) -> bool:
