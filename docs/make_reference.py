@@ -49,6 +49,8 @@ _TYPES = {
     "object": "mapping of names to names",
     "null": "`null`",
 }
+_ONLY_BY_MISTAKE = (2**31, 2**50, 3e38, -3e38, 1e6)
+"""Bounds that nobody meets; the reference does not name them."""
 
 
 def reference() -> str:
@@ -85,7 +87,7 @@ def _type(key: dict, schema: dict) -> str:
         return "list of mappings" if "$ref" in items else f"list of {_TYPES[items['type']]}s".replace("texts", "names")
     words = _TYPES[key["type"]]
     signs = (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<"))
-    bounds = [f"{sign} {_bound(key[name])}" for name, sign in signs if name in key]
+    bounds = [f"{sign} {_bound(key[name])}" for name, sign in signs if key.get(name) not in (None, *_ONLY_BY_MISTAKE)]
     return " ".join([words, " and ".join(bounds)]).strip()
 
 

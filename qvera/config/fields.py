@@ -6,31 +6,11 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    Strict,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from qvera.config.problems import describe
 from qvera.utils.errors import InputError
-
-
-def at_most(maximum: float, reason: str) -> AfterValidator:
-    """Return a check that refuses numbers of a larger magnitude, and gives the reason."""
-
-    def check(value: float) -> float:
-        if abs(value) > maximum:
-            raise ValueError(f"should be at most {maximum:,}: {reason}")
-        return value
-
-    return AfterValidator(check)
 
 
 def _number(value: object) -> object:
@@ -41,18 +21,16 @@ def _number(value: object) -> object:
 
 
 # Strict, because pydantic would otherwise take True for 1, 1 for True, and "yes" for True. Bounds come first: pydantic
-# leaves those that follow a function out of the JSON schema.
-Counted = at_most(2**31 - 1, "counts are 32-bit integers")
-Number = (Strict(), BeforeValidator(_number), at_most(3e38, "fp32 has no larger number"))
+# leaves those that follow a function out of the JSON schema. Counts are 32-bit integers, and fp32 ends at 3.4e38.
+Number = (Strict(), BeforeValidator(_number))
 Bool = Annotated[bool, Strict()]
-Positive = Annotated[int, Strict(), Field(ge=1), Counted]
-NonNegative = Annotated[int, Strict(), Field(ge=0), Counted]
-Rank = Annotated[int, Strict(), Field(ge=1), at_most(65_536, "the shared projections A and B would fill any memory")]
+Positive = Annotated[int, Strict(), Field(ge=1, lt=2**31)]
+NonNegative = Annotated[int, Strict(), Field(ge=0, lt=2**31)]
 Seed = Annotated[int, Strict(), Field(ge=0, lt=2**64)]  # what torch's and numpy's generators take
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0), *Number]
-PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False), *Number]
-NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False), *Number]
-Multiple = Annotated[PositiveFloat, at_most(1_000_000, "no run passes over its rows so often")]
+PositiveFloat = Annotated[float, Field(gt=0.0, le=3e38, allow_inf_nan=False), *Number]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, le=3e38, allow_inf_nan=False), *Number]
+Passes = Annotated[float, Field(gt=0.0, le=1e6, allow_inf_nan=False), *Number]
 NonEmpty = Annotated[str, Field(min_length=1)]
 
 

@@ -15,20 +15,17 @@ from pydantic import AfterValidator, BeforeValidator, Field, Strict, ValidationE
 
 from qvera.config.fields import (
     Bool,
-    Counted,
     Fraction,
-    Multiple,
     NonEmpty,
     NonNegative,
     NonNegativeFloat,
     Number,
+    Passes,
     Positive,
     PositiveFloat,
-    Rank,
     Section,
     Seed,
-    at_most,
-)  # fmt: skip
+)
 from qvera.config.problems import describe, move_renamed_keys
 from qvera.utils.errors import InputError
 
@@ -78,8 +75,8 @@ class ModelSection(Section):
 class AdapterSection(Section):
     """The VeRA adapter (arXiv 2310.11454): vectors d [rank] and b [out_features] for each adapted linear layer."""
 
-    rank: Rank = 256
-    """Rows of the shared projection A, and elements of each vector d. At most 65,536."""
+    rank: Annotated[int, Strict(), Field(ge=1, le=65_536)] = 256
+    """Rows of the shared projection A, and elements of each vector d."""
     b_groups: Positive = 1
     """Split the rank into this many equal groups, each with its own vector b: more trained parameters for the same
     products, as RandLoRA sums several random bases (arXiv 2502.00987). 1 is VeRA. Must divide ``rank``."""
@@ -89,7 +86,7 @@ class AdapterSection(Section):
     input_scale: Bool = False
     """Train a third vector [in_features] that scales the input of A (RandLoRA's Γ). It starts at 1. Layers that read
     the same input then can't share the product with A."""
-    d_initial: Annotated[float, Field(allow_inf_nan=False), *Number] = 0.1
+    d_initial: Annotated[float, Field(ge=-3e38, le=3e38, allow_inf_nan=False), *Number] = 0.1
     """The initial value of every element of d. Scaling it by c acts like using c·lr as the learning rate of b and lr/c
     as that of d (AdamW without weight decay), so there are no separate learning rates."""
     dropout: Fraction = 0.0
@@ -115,7 +112,7 @@ class DataSource(Section):
 
     path: NonEmpty
     """A .jsonl, .json, .csv, .tsv or .parquet file, a directory of such files, or a hub dataset id."""
-    weight: Multiple = 1.0
+    weight: Passes = 1.0
     """How often each row is seen in an epoch: 2 is twice, 0.5 is every other row (chosen by ``data.seed``, the same
     rows in every epoch). To give a small source half of an epoch, weigh it by rows: 1,000 rows beside 10,000 need a
     weight of 10."""
@@ -153,7 +150,7 @@ class DataSection(DataSource):
     """The share of each source that is held out for evaluation. 0: none."""
     train_on: Literal["assistant", "last", "all"] = "assistant"
     """Which tokens the loss covers: every assistant turn, only the last one, or all tokens."""
-    max_length: Annotated[int, Strict(), Field(ge=8), Counted] = 1024
+    max_length: Annotated[int, Strict(), Field(ge=8, lt=2**31)] = 1024
     """The most tokens of a row. ``too_long`` sets what happens to longer rows; they are counted and reported."""
     too_long: Literal["cut-end", "cut-start", "split", "drop"] = "cut-end"
     """What happens to a longer row: cut at the end, cut at the start (after the BOS token), split into several rows, or
@@ -198,9 +195,9 @@ class TrainingSection(Section):
     output_dir: Annotated[NonEmpty, AfterValidator(os.path.normpath)] | None = None
     """The directory of the run. Default: ``runs/`` and the recipe's file name. A ``..`` in it is resolved:
     ``runs/../x`` is ``x``."""
-    num_train_epochs: Multiple = 1.0
+    num_train_epochs: Passes = 1.0
     """Passes over the training rows. A part of an epoch, such as 0.5, is allowed."""
-    max_steps: Annotated[int, Strict(), Field(ge=-1), Counted] = -1
+    max_steps: Annotated[int, Strict(), Field(ge=-1, lt=2**31)] = -1
     """Optimizer steps. -1: what ``num_train_epochs`` amounts to."""
     global_batch_size: Positive = 16
     """Rows per optimizer step, over all processes."""
@@ -288,9 +285,7 @@ class ExportSection(Section):
     base: Literal["original", "dequantized"] = "dequantized"
     """Merge into the dequantized weights that the vectors were trained with, so that the export answers as the run
     does, or into the original 16-bit ones."""
-    max_shard_size_bytes: Annotated[int, Strict(), Field(ge=1), at_most(2**50, "no file system takes more")] = (
-        5_000_000_000
-    )
+    max_shard_size_bytes: Annotated[int, Strict(), Field(ge=1, le=2**50)] = 5_000_000_000
     """The largest safetensors file, in bytes."""
     certificate_rows: NonNegative = 16
     """Held-out rows on which the trained and the exported model are compared."""
