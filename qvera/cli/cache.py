@@ -56,9 +56,7 @@ def ls(as_json: Json = False) -> None:
     print(f"{len(rows)} in {cache_root()}, {formatting.size(total)}")
 
 
-Names = Annotated[
-    list[str] | None, typer.Argument(metavar="NAME", show_default=False, help="As ls shows them, or their beginning.")
-]
+Names = Annotated[list[str] | None, typer.Argument(metavar="NAME", help="As ls shows them, or their beginning.")]
 
 
 def rm(

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -32,14 +32,11 @@ Overrides = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
+Dtype = Literal["float16", "bfloat16", "float32"]
+
 # What `qvera launch` passes on to `qvera train`. The default rates are those of qvera.config.schema.RangeTest.
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest intact checkpoint.")]
-FindLr = Annotated[
-    bool,
-    typer.Option(
-        "--find-lr", help="Learning-rate range test instead of a run: raise the rate each step, draw the loss, suggest."
-    ),
-]
+FindLr = Annotated[bool, typer.Option("--find-lr", help="Test a range of learning rates; suggest one.")]
 LrFrom = Annotated[float | None, typer.Option(metavar="R", help="With --find-lr: the first rate (default: 1e-05).")]
 LrTo = Annotated[float | None, typer.Option(metavar="R", help="With --find-lr: the last rate (default: 1).")]
 LrSteps = Annotated[int | None, typer.Option(metavar="N", help="With --find-lr: steps (default: 100).")]

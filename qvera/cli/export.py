@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from qvera.cli.common import RunPath, console, progress, quiet_libraries
+from qvera.cli.common import Dtype, RunPath, console, progress, quiet_libraries
 from qvera.utils import formatting
 from qvera.utils.atomic import replace_text
 from qvera.utils.errors import InputError
@@ -26,31 +26,21 @@ def export(
     run: RunPath,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new or empty directory, or this export unfinished.")],
     to: Annotated[Literal["merged", "lora", "peft"], typer.Option(help="What to write.")] = "merged",
-    rank: Annotated[
-        int | None, typer.Option(metavar="K", help="With --to lora: keep the best K directions of each layer.")
-    ] = None,
-    dtype: Annotated[
-        Literal["float16", "bfloat16", "float32"] | None, typer.Option(help="Default: the recipe's, float16.")
-    ] = None,
-    base: Annotated[
-        Literal["original", "dequantized"] | None, typer.Option(help="Default: the recipe's, dequantized.")
-    ] = None,
+    rank: Annotated[int | None, typer.Option(metavar="K", help="With --to lora: keep the best K directions.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Default: the recipe's, float16.")] = None,
+    base: Annotated[Literal["original", "dequantized"] | None, typer.Option(help="Default: the recipe's.")] = None,
     no_compare: Annotated[bool, typer.Option("--no-compare", help="Do not measure the difference.")] = False,
-    compare_only: Annotated[
-        bool, typer.Option("--compare-only", help="Measure the difference of the export in OUT, write nothing else.")
-    ] = False,
+    compare_only: Annotated[bool, typer.Option("--compare-only", help="Only measure the export in OUT.")] = False,
 ) -> None:
     """Write a checkpoint that other tools load.
 
-    --to merged: W + dW for every adapted weight in 16 bits; transformers loads it. The run trained on a quantized base;
-    --base dequantized merges into the weights that training used, so that the export answers as the run does; --base
-    original merges into the original 16-bit weights. The difference between the trained and the exported model is
-    measured and written to OUT/qvera_export.json. If it is stopped, the same command continues from the finished
-    shards.
+    --to merged: W + dW in 16 bits; transformers loads it. --base dequantized merges into the weights that training
+    used, so that the export answers as the run does; --base original into the original 16-bit ones. The difference
+    between the trained and the exported model is measured and written to OUT/qvera_export.json. If it is stopped, the
+    same command continues from the finished shards.
 
-    --to lora: the same change of the weights as a LoRA for PEFT: at the adapter's own rank (exact with --dtype
-    float32), or cut to the best --rank K, with its error. --to peft: an adapter of PEFT's own VeRA, projections in the
-    file.
+    --to lora: the same change as a LoRA for PEFT, exact with --dtype float32, or cut to the best --rank K, with its
+    error. --to peft: an adapter of PEFT's own VeRA, projections in the file.
 
     Example:
         qvera export runs/quickstart out/ --to merged
@@ -71,8 +61,7 @@ def export(
 
     recipe, section, adapter_dir = find_adapter(run)
     options = recipe.export if recipe is not None else ExportSection()
-    changes = {name: value for name, value in (("dtype", dtype), ("base", base)) if value is not None}
-    options = options.replace(**changes)
+    options = options.replace(dtype=dtype or options.dtype, base=base or options.base)
     if to != "merged":
         require_base(read_config(adapter_dir), adapter_dir, section.path, fingerprint_of(section))
         _export_adapter(to, section, adapter_dir, out, getattr(torch, options.dtype), rank)

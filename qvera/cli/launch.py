@@ -16,19 +16,12 @@ from qvera.cli.train import range_test
 def launch(
     recipe: RecipePath,
     overrides: Overrides,
-    gpus: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Processes on each machine (default: the GPUs).")
-    ] = None,
-    hostfile: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A line `HOST slots=N` for each machine.")
-    ] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, metavar="N", help="Processes per machine (default: GPUs).")] = None,
+    hostfile: Annotated[Path | None, typer.Option(metavar="FILE", help="A line `HOST slots=N` a machine.")] = None,
     node_rank: Annotated[int | None, typer.Option(metavar="K", help="This machine's number, from 0.")] = None,
     nnodes: Annotated[int | None, typer.Option(metavar="N", help="Number of machines.")] = None,
     rdzv: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where machine 0 is reached.")] = None,
-    max_restarts: Annotated[
-        int,
-        typer.Option(min=0, metavar="N", help="Start again from the last checkpoint, up to N times."),
-    ] = 0,
+    max_restarts: Annotated[int, typer.Option(min=0, metavar="N", help="Restarts from the last checkpoint.")] = 0,
     resume: Resume = False,
     find_lr: FindLr = False,
     lr_from: LrFrom = None,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from typer.core import TyperCommand
 
-from qvera.cli.common import quiet_libraries
+from qvera.cli.common import Dtype, quiet_libraries
 from qvera.cli.export import require_no_added_tokens, write_lora
 from qvera.utils.errors import InputError
 from qvera.utils.safetensors_io import same_base
@@ -34,17 +34,10 @@ class Weights(TyperCommand):
 def merge_adapters(
     adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER", help="Run or adapter directories.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new or empty directory.")],
-    weights: Annotated[
-        list[float] | None, typer.Option(metavar="W...", help="One for each adapter (default: their average).")
-    ] = None,
-    to: Annotated[
-        Literal["qvera", "lora"] | None,
-        typer.Option(help="What to write. Default: qvera where that is exact, else lora."),
-    ] = None,
-    rank: Annotated[
-        int | None, typer.Option(metavar="K", help="With --to lora: keep the best K directions of each layer.")
-    ] = None,
-    dtype: Annotated[Literal["float16", "bfloat16", "float32"], typer.Option(help="Of a LoRA.")] = "float32",
+    weights: Annotated[list[float] | None, typer.Option(metavar="W...", help="One each (default: average).")] = None,
+    to: Annotated[Literal["qvera", "lora"] | None, typer.Option(help="Default: qvera if exact, else lora.")] = None,
+    rank: Annotated[int | None, typer.Option(metavar="K", help="With --to lora: keep the best K directions.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of a LoRA.")] = "float32",
 ) -> None:
     """Scale, add or interpolate adapters of one base.
 

@@ -20,22 +20,17 @@ if TYPE_CHECKING:
 
 def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A directory with safetensors, or a hub id.")],
-    out: Annotated[
-        Path | None, typer.Argument(metavar="OUT", help="A new or empty directory (default: the cache).")
-    ] = None,
-    quantization: Annotated[Literal["nf4", "fp4"] | None, typer.Option(help="Default: the recipe's, nf4.")] = None,
+    out: Annotated[Path | None, typer.Argument(metavar="OUT", help="New or empty (default: the cache).")] = None,
+    quantization: Annotated[Literal["nf4", "fp4"] | None, typer.Option(help="Default: nf4.")] = None,
     no_double_quant: Annotated[bool, typer.Option("--no-double-quant", help="Keep the scales in fp32.")] = False,
     quant_storage: Annotated[
-        Literal["uint8", "bfloat16", "float16", "float32"] | None,
-        typer.Option(help="Default: the recipe's, bfloat16."),
+        Literal["uint8", "bfloat16", "float16", "float32"] | None, typer.Option(help="Default: bfloat16.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+        bool, typer.Option("--trust-remote-code", help="Run the model's Python code.")
     ] = False,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Hash source and copy again, instead of trusting sizes and times.")
-    ] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Hash all files again, not only sizes and times.")] = False,
 ) -> None:
     """Write the 4-bit copy of a 16-bit model.
 

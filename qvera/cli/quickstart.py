@@ -18,9 +18,7 @@ from qvera.utils.paths import cache_root
 
 def quickstart(
     overrides: Overrides,
-    fetch_only: Annotated[
-        bool, typer.Option("--fetch-only", help="Fetch base model and data, print where they are, and stop.")
-    ] = False,
+    fetch_only: Annotated[bool, typer.Option("--fetch-only", help="Fetch base model and data, then stop.")] = False,
     output_dir: Annotated[str, typer.Option(metavar="RUN", help="Where the run goes.")] = "runs/quickstart",
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted quickstart.")] = False,
 ) -> None:

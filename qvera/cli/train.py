@@ -19,9 +19,7 @@ def train(
     recipe: RecipePath,
     overrides: Overrides,
     resume: Resume = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything and show the data; train and write nothing.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and show the data, then stop.")] = False,
     find_lr: FindLr = False,
     lr_from: LrFrom = None,
     lr_to: LrTo = None,

@@ -31,14 +31,9 @@ class InputError(QveraError):
 class RunFailed(QveraError):
     """A run that had started could not go on (a NaN loss, a full disk); what was saved before is kept. Exit code 1."""
 
-    exit_code = EXIT_FAILED
-
 
 class Interrupted(QveraError):
-    """Ctrl-C, SIGTERM or SIGHUP: the state was saved and the same command with ``--resume`` goes on from it.
-
-    Exit code 75.
-    """
+    """Ctrl-C, SIGTERM or SIGHUP: the state was saved, and ``--resume`` goes on from it. Exit code 75."""
 
     exit_code = EXIT_INTERRUPTED
 

@@ -57,8 +57,6 @@ def try_read_json(path: Path) -> dict[str, Any] | None:
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with open(path, "rb") as handle:
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
