@@ -17,8 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qvera.config.schema import Recipe, parse_recipe
 from qvera.training.plan.memory import Kind, plan_memory
-from qvera.training.plan.run import CUDA_CONTEXT_BYTES, Batch, Machine, PlannedRun
-from qvera.training.plan.shapes import Shape, shape_of
+from qvera.training.plan.run import CUDA_CONTEXT_BYTES, Batch, Machine, PlannedRun, Shape, shape_of
 from qvera.utils.formatting import count, size
 
 CARDS_GB = (6, 8, 12, 16, 24, 48, 80)

@@ -33,7 +33,7 @@ from qvera.training.engine import LocalEngine, ZeroEngine, trained_vectors
 from qvera.training.logging import status_line
 from qvera.training.optim import build_optimizer
 from qvera.training.plan import Plan, Sharing, longest_rows, make_plan
-from qvera.training.plan.shapes import NotPlannable
+from qvera.training.plan.run import NotPlannable
 from qvera.training.plan.sharding import spread_of
 from qvera.training.plan.show import change_lines, run_lines
 from qvera.training.rank_checks import (

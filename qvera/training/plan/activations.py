@@ -12,8 +12,7 @@ import torch
 
 from qvera.adapters.functional import BLOCK_ELEMENTS, few_tokens
 from qvera.models.linear import BLOCK_WEIGHTS
-from qvera.training.plan.run import PlannedRun
-from qvera.training.plan.shapes import Linear
+from qvera.training.plan.run import Linear, PlannedRun
 
 _INPUTS = {
     "q_proj": "norm1", "k_proj": "norm1", "v_proj": "norm1", "o_proj": "attention",

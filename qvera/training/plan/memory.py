@@ -9,8 +9,7 @@ from qvera.config.schema import Recipe
 from qvera.data.collate import KERNEL_CACHE_SIZE, LENGTHS_PER_OCTAVE, round_up_length, rounds_lengths
 from qvera.models.loss import BLOCK_ELEMENTS
 from qvera.training.plan.activations import kept_bytes, norm_bytes, product_shapes, transient_bytes
-from qvera.training.plan.run import Machine, PlannedRun
-from qvera.training.plan.shapes import Linear
+from qvera.training.plan.run import Linear, Machine, PlannedRun
 
 Kind = Literal["base", "projections", "vectors", "checkpoints", "transient", "loss", "answers", "runtime"]
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+import shlex
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -19,17 +20,33 @@ from qvera.data.collate import round_up_length, rounds_lengths
 from qvera.models.loader import takes_prefix_once
 from qvera.models.model_config import empty_model
 from qvera.models.tokenizer import ids_of, load_tokenizer
-from qvera.training.plan.alternatives import BatchOf, Change, nearest_changes
 from qvera.training.plan.memory import RANDOM_STATE_BYTES, Memory
-from qvera.training.plan.run import Batch, Machine, PlannedRun, this_machine
-from qvera.training.plan.shapes import Shape, shape_of
+from qvera.training.plan.run import Batch, Machine, PlannedRun, Shape, shape_of, this_machine
 from qvera.training.plan.sharding import ALONE, Sharing, Way, plan_rank, plan_ways, right_way
 from qvera.utils.errors import InputError
 
 _CONFIG_BYTES = 800  # adapter_config.json
 _STATE_BYTES = 1_500  # state.json without the recipe and the steps' own results, and manifest.json
+_SHORTEST_TOKENS, _SMALLEST_RANK, _SMALLEST_CHUNK = 64, 8, 32
 _CANDIDATES = 200
 """How many of the longest forward passes are looked at closely."""
+
+
+BatchOf = Callable[[Recipe], Batch]
+"""The longest batch of a (changed) recipe."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """Keys of the recipe with their new values, and what the plan then comes to."""
+
+    settings: dict[str, Any]
+    total_bytes: int
+    fits: bool
+
+    def __str__(self) -> str:
+        """As the command line takes them, quoted for a shell. JSON is YAML."""
+        return " ".join("--set " + shlex.quote(f"{key}={json.dumps(value)}") for key, value in self.settings.items())
 
 
 @dataclass(frozen=True)
@@ -151,6 +168,72 @@ def make_plan(
     changes = [] if fits else nearest_changes(run, batch_of, sharing)
     ways = tuple(plan_ways(run, sharing.nodes, sharing.per_node)) if every_way else ()
     return Plan(shape, recipe, run.batch, machine, memory, changes, sharing, ways)
+
+
+def changed(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
+    """The recipe with ``section.key`` values replaced."""
+    for key, value in settings.items():
+        section, _, name = key.partition(".")
+        part = getattr(recipe, section).replace(**{name: value})
+        recipe = recipe.replace(**{section: part})
+    return recipe
+
+
+def nearest_changes(run: PlannedRun, batch_of: BatchOf, sharing: Sharing = ALONE) -> list[Change]:
+    """Single changes that make the recipe fit, the mildest value of each; where no single one does, they are added up.
+
+    The last resort, all changes at their extreme, is given even where it does not fit.
+    """
+
+    def tried(settings: dict[str, Any]) -> Change:
+        other = changed(run.recipe, settings)
+        memory = plan_rank(replace(run, recipe=other, batch=batch_of(other)), sharing)
+        return Change(settings, memory.total_bytes, memory.needed_bytes(run.machine) <= run.machine.available_bytes)
+
+    steps = list(_steps(run))
+    found = [next((change for value in values if (change := tried({key: value})).fits), None) for key, values in steps]
+    if any(found):
+        return [change for change in found if change is not None]
+    last: list[Change] = []
+    together: dict[str, Any] = {}
+    for key, values in steps:
+        for value in values:
+            together[key] = value
+            last = [tried(dict(together))]
+            if last[0].fits:
+                return last
+    return last
+
+
+def _steps(run: PlannedRun) -> Iterator[tuple[str, list[Any]]]:
+    """Each key that saves memory, with ever smaller values; in the order of what it costs the result of a run."""
+    training, data, adapter = run.recipe.training, run.recipe.data, run.recipe.adapter
+    rows = training.per_device_train_batch_size
+    longest = data.max_length if run.batch.joined else min(data.max_length, run.batch.tokens)
+    few = [name for name in ("q_proj", "v_proj") if any(x.role == name for x in run.shape.linears)]
+    steps: dict[str, list[Any]] = {
+        "training.gradient_checkpointing": [] if training.gradient_checkpointing else [True],
+        "training.per_device_train_batch_size": [
+            n for n in range(rows - 1, 0, -1) if training.global_batch_size % n == 0
+        ],
+        "training.loss_chunk_tokens": _halved(training.loss_chunk_tokens, _SMALLEST_CHUNK),
+        "data.max_length": [n for n in _eighths(longest) if n >= _SHORTEST_TOKENS],
+        "adapter.rank": [r for r in _halved(adapter.rank, _SMALLEST_RANK) if r % adapter.b_groups == 0],
+        "adapter.targets": [few] if len(few) == 2 and adapter.targets != few else [],
+    }
+    return ((key, values) for key, values in steps.items() if values)
+
+
+def _halved(value: int, least: int) -> list[int]:
+    return [value >> times for times in range(1, value.bit_length()) if value >> times >= least]
+
+
+def _eighths(length: int) -> list[int]:
+    """Down in steps of an eighth, rounded to 8 tokens."""
+    found = [length]
+    while found[-1] > 8:
+        found.append(min(int(found[-1] * 7 / 8) // 8 * 8, found[-1] - 8))
+    return found[1:]
 
 
 def _grown(shape: Shape, recipe: Recipe) -> Shape:

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 from qvera.config.schema import Recipe
 from qvera.distributed.zero_config import IN_RAM_BELOW_BYTES, ZeroConfig, nvme_buffers
 from qvera.training.plan.memory import Component, Memory, plan_memory
-from qvera.training.plan.run import Machine, PlannedRun
-from qvera.training.plan.shapes import Shape
+from qvera.training.plan.run import Machine, PlannedRun, Shape
 from qvera.utils.formatting import duration, size
 
 ETHERNET_BYTES_PER_SECOND = 117_000_000

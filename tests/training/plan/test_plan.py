@@ -16,8 +16,7 @@ from qvera.config.schema import parse_recipe
 from qvera.data import batches_of, build_datasets
 from qvera.models.tokenizer import load_tokenizer
 from qvera.training.plan import Machine, make_plan, parse_size
-from qvera.training.plan.alternatives import changed
-from qvera.training.plan.plan import batch_of, longest_rows
+from qvera.training.plan.plan import batch_of, changed, longest_rows
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 
