@@ -214,10 +214,6 @@ def score_model(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Held-out loss over ``examples``, and greedy answers to ``prompts`` (which may be empty) with their scores.
 
-    Args:
-        settings: says how many rows go at a time.
-        progress: gets a sentence now and then.
-
     Returns:
         Scores: those of `held_out_loss`, and, where answers have references, a score for each metric (``exact_match``
         for ``exact``), ``scored_rows`` and ``references`` (how many). Then a row for each prompt: ``source``,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -122,15 +123,11 @@ def generate(
     together = any_sharded(model)
     answers: dict[int, str] = {}
     by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    # sampling must not move the training run's random state
     forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-    with (
-        generating(model, base_only=adapters is not None),
-        forked,  # sampling must not move the training run's random state
-    ):
+    with generating(model, base_only=adapters is not None), forked:
         torch.manual_seed(seed)
         prefix = _common_prefix(prompts) if takes_prefix_once(model) and streamer is None and adapters is None else 0
-        if prefix < _WORTH_TOKENS:
-            prefix = 0
         cache = _prefix_cache(model, prompts[0][:prefix], device) if prefix else None
         for start in range(0, len(by_length), batch_size):
             rows = by_length[start : start + batch_size]
@@ -154,8 +151,9 @@ def generate(
                 synced_gpus=together,
                 **sampling,
             )
-            for row, i in enumerate(rows):
-                answers[i] = tokenizer.decode(out[row, ids.shape[1] :], skip_special_tokens=True)
+            answers.update(
+                zip(rows, tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True), strict=True)
+            )
             if progress is not None:
                 progress(len(answers))
     return [answers[i] for i in range(len(prompts))]
@@ -178,12 +176,12 @@ def _padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
 
 
 def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """Tokens that all of at least two prompts begin with; each keeps one token after them."""
+    """Tokens that all of at least two prompts begin with, each keeping one after them; 0 for a few tokens."""
     if len(prompts) < 2:
         return 0
-    low, high = min(map(list, prompts)), max(map(list, prompts))  # the two that differ first
-    shared = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
-    return max(0, min(shared, min(map(len, prompts)) - 1))
+    same = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False))
+    shared = min(sum(1 for _ in same), min(map(len, prompts)) - 1)
+    return shared if shared >= _WORTH_TOKENS else 0
 
 
 def _prefix_cache(model: nn.Module, prefix: Sequence[int], device: torch.device) -> DynamicCache:

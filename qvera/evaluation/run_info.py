@@ -77,8 +77,6 @@ def _run(path: Path) -> dict[str, Any]:
 
 def _adapter(directory: Path) -> dict[str, Any]:
     weights = directory / ADAPTER_WEIGHTS
-    if not weights.is_file():
-        raise InputError(f"{directory}: has no {ADAPTER_WEIGHTS}, so it is not an adapter directory.")
     config = read_json(directory / ADAPTER_CONFIG, "the config of a PEFT adapter", keys=("peft_type",))
     parameters = _parameters(weights)
     trained = {name: count for name, count in parameters.items() if not name.endswith(_PROJECTIONS)}

@@ -32,11 +32,8 @@ def make_sample(title: str, prompt: str, answers: Sequence[tuple[str, str, str]]
     """Compare the answers to one prompt, for the macro `sample` of templates/parts.html.
 
     Args:
-        title: Heading.
-        prompt: The prompt's text.
-        answers: Who gave it, the answer, and a note below it.
-        references: An answer is compared with the one that it shares the most words with; without any, with the first
-            answer.
+        answers: Who gave it, the answer, and a note below it. It is compared with the reference that it shares the most
+            words with; without any, with the first answer.
     """
     shown = []
     for name, answer, note in answers:

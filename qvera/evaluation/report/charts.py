@@ -24,13 +24,9 @@ _ROW_HEIGHT = 46
 
 
 def nice_ticks(low: float, high: float, about: int = 5, whole: bool = False) -> list[float]:
-    """Round ticks (steps of 1, 2 or 5 × 10^k) whose first is <= ``low`` and whose last is >= ``high``.
+    """About that many round ticks (steps of 1, 2 or 5 × 10^k), the first <= ``low``, the last >= ``high``.
 
-    Args:
-        low: Smallest value, finite. Where it equals ``high`` but for rounding, room is made on both sides.
-        high: Largest value, finite.
-        about: How many intervals are wanted.
-        whole: Ticks are integers.
+    Where both ends are equal but for rounding, room is made on both sides. ``whole``: ticks are integers.
     """
     if high - low <= 1e-9 * max(abs(low), abs(high)):
         room = abs(low) * 0.5 or 1.0
@@ -95,7 +91,6 @@ class Line:
     """One curve.
 
     Attributes:
-        label: Its name in legend and tooltip.
         points: With rising x.
         style: ``faint`` (raw values), ``main``, ``held-out`` (accent colour, a dot at each point) or ``dashed``.
         format: How a value is written in tooltips.
@@ -168,13 +163,11 @@ def line_chart(
     """A chart of values over optimizer steps, tokens or learning rates; None where no line has a value.
 
     Args:
-        title: Heading of the figure.
         lines: Drawn in order, the last on top.
         note: Text beside the heading.
         legend: CSS class and text of each entry.
         kind: Kind of the y axis, as in `axis_labels`.
         height: Of the plot, in CSS pixels.
-        from_zero: The y axis starts at 0.
         may_be_log: Use a logarithmic y axis where the values span more than a factor of 30.
         best: An x to mark with a vertical line, and with a ring on the held-out curve.
         x_name: ``step``, ``token`` or ``learning rate`` (on a logarithmic axis). Charts with the same one show their
@@ -266,9 +259,7 @@ def stacked_bars(
     """Bars of bytes, one below the other, over a common axis from 0; None where nothing has a size.
 
     Args:
-        title: Heading of the figure.
         rows: Label of each bar, and its parts from the left: CSS class of the colour, name, bytes.
-        legend: CSS class and text of each entry.
         mark_bytes: Where a line crosses all bars.
     """
     totals = {label: sum(part_bytes for _, _, part_bytes in parts) for label, parts in rows.items()}

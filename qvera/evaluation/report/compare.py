@@ -153,11 +153,11 @@ def run_figures(run: Run) -> Figures:
         "exact_match": run.number("result", "eval_after", "exact_match"),
         "trainable_parameters": run.number("adapter", "trainable_parameters"),
         "adapter_bytes": run.adapter_bytes,
-        "peak_bytes": run.peak_bytes,
+        "peak_bytes": run.totals["peak_bytes"],
         "seconds_a_step": statistics.median(step_seconds) if step_seconds else None,
-        "steps": run.steps,
+        "steps": run.totals["steps"],
         "tokens": tokens_by_step(run)[-1][1] if run.train else None,
-        "seconds": run.seconds,
+        "seconds": run.totals["seconds"],
     }
 
 

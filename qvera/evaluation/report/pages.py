@@ -172,9 +172,7 @@ def preview_page(
     Args:
         title: The recipe's name.
         source: Where the data comes from.
-        stats: Counts of the data set.
         warnings: What a person should know about the data, a sentence each.
-        rows: Shown as the model reads them.
         decode: Token ids → text, special tokens included.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -65,13 +66,8 @@ def _measured(value: float | None) -> float | None:
 class Evaluation:
     """Scores of a run's answers, as ``qvera eval RUN --json RUN/eval.json`` writes them; "" for what it does not say.
 
-    Attributes:
-        scores: Score of all answers by metric, under the keys of the file's ``scores``.
-        labels: Names of the same metrics for people.
-        signatures: How each score was computed.
-        data: Where the rows are from.
-        inputs_sha256: As `inputs_sha256` gives it.
-        column: What was evaluated: Adapter, Export or Model.
+    Scores, labels (for people) and signatures (how each was computed) are by metric, under the keys of the file's
+    ``scores``. ``data`` says where the rows are from, ``column`` what was evaluated: Adapter, Export or Model.
     """
 
     scores: dict[str, float]
@@ -129,36 +125,25 @@ class Run:
         """The finite values of every training step."""
         return [value for _, value in series(self.train, key) if value is not None]
 
-    # Totals: from run.json's result, or from metrics.jsonl where that has none (a killed run).
+    @functools.cached_property
+    def totals(self) -> dict[str, float | None]:
+        """Steps, seconds in them, input tokens per second, and peak memory (on a CPU, that private to the process).
 
-    def _result(self, key: str, otherwise: float | None) -> float | None:
-        value = self.number("result", key)
-        return otherwise if value is None else value
-
-    @property
-    def steps(self) -> float | None:
-        """Optimizer steps."""
-        return self._result("steps", float(self.train[-1]["step"]) if self.train else None)
-
-    @property
-    def seconds(self) -> float | None:
-        """Time in training steps."""
-        return self._result("seconds", sum(self.values("step_seconds")) or None)
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Input tokens over the time in training steps."""
+        From run.json's result, or from metrics.jsonl where that has none (a killed run).
+        """
         seconds, tokens = sum(self.values("step_seconds")), sum(self.values("input_tokens"))
-        return self._result("tokens_per_second", tokens / seconds if tokens and seconds else None)
-
-    @property
-    def peak_bytes(self) -> float | None:
-        """Peak memory: private to the process on a CPU, tensors on a GPU."""
-        return self._result("peak_bytes", max(self.values("peak_bytes"), default=None))
+        measured = {
+            "steps": float(self.train[-1]["step"]) if self.train else None,
+            "seconds": seconds or None,
+            "tokens_per_second": tokens / seconds if tokens and seconds else None,
+            "peak_bytes": max(self.values("peak_bytes"), default=None),
+        }
+        results = {key: self.number("result", key) for key in measured}
+        return measured | {key: value for key, value in results.items() if value is not None}
 
     @property
     def mapped_bytes(self) -> float:
-        """Memory-mapped weights, which come on top of `peak_bytes` on a CPU."""
+        """Memory-mapped weights, which come on top of the peak on a CPU."""
         return self.number("result", "mapped_bytes") or self.number("plan", "measured", "mapped_bytes") or 0.0
 
     @property
@@ -228,11 +213,7 @@ def inputs_sha256(answers: Sequence[object]) -> str:
 
 
 def read_run(run_dir: str | Path, *, evaluation: bool = False) -> Run:
-    """Read what a run has written so far.
-
-    Args:
-        run_dir: The directory that ``qvera train`` wrote.
-        evaluation: Read eval.json too, which can be large.
+    """Read what ``qvera train`` has written so far; eval.json, which can be large, only where asked for.
 
     Raises:
         InputError: There is no such directory, or no run has written to it.

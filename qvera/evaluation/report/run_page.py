@@ -28,7 +28,8 @@ def run_page(run: Run) -> str:
     """The page as HTML, sections in the order that a reader wants."""
     # the peak of the tile and the mapped weights, which the plan counts too: the page has one measured peak only
     planned = run.number("plan", "measured", "total_bytes") is not None
-    measured_bytes = run.peak_bytes + run.mapped_bytes if run.peak_bytes and planned else None
+    peak_bytes = run.totals["peak_bytes"]
+    measured_bytes = peak_bytes + run.mapped_bytes if peak_bytes and planned else None
     edges, counts = (_numbers(get(run.info, "data", "length_histogram", key)) for key in ("edges", "counts"))
     targets, versions = get(run.info, "adapter", "targets"), get(run.info, "versions")
     return render(
@@ -74,7 +75,7 @@ def _score(run: Run) -> tuple[str, str, str] | None:
     first = run.number("result", "train_loss_first") or (losses[0] if losses else None)
     last = run.number("result", "train_loss_last") or (losses[-1] if losses else None)
     if last is not None:
-        several = run.steps != 1
+        several = run.totals["steps"] != 1
         steps = "first and last step" if several else "one step"
         before_text = significant(first) if first is not None and several else ""
         return f"Training loss, {steps} (no held-out score)", before_text, significant(last)
