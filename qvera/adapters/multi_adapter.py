@@ -64,8 +64,8 @@ class RowPlan:
     rows: int
     banked: list[tuple[SeedBank, torch.Tensor | None, torch.Tensor]]
     """For each bank: the rows of the batch (None: all of them), and the adapter of each of those."""
-    live: list[tuple[tuple[str, ...], torch.Tensor | None]]
-    """Adapters that are ordinary parameters: the names of some rows, and those rows."""
+    live: list[tuple[str, torch.Tensor | None]]
+    """For each adapter that is ordinary parameters: its name, and its rows (None: all of them)."""
 
     def forward(self, layer: QveraLinear, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """base(x), and for each row of x [rows, ..., n] the low-rank path of its own adapter.
@@ -85,7 +85,7 @@ class RowPlan:
             return result
         dtype = linear.compute_dtype(layer.base_layer, x)
         middle = (1,) * (x.dim() - 2)
-        for rows, pair, d, b, a in self._parts(layer, x.device):
+        for rows, pair, d, b, a in self._parts(layer):
             rank = d.shape[1]
             own = x if rows is None else x[rows]
             if a is not None:
@@ -97,24 +97,17 @@ class RowPlan:
             result = result + change if rows is None else result.index_add(0, rows, change)
         return result
 
-    def _parts(self, layer: QveraLinear, device: torch.device) -> Iterator[_Part]:
+    def _parts(self, layer: QveraLinear) -> Iterator[_Part]:
         for bank, rows, adapters in self.banked:
             d, b, a = bank.layers[layer.full_name]
             pair = next(p for p in layer.qvera_projection.values() if p.seed == bank.seed)
             yield _Part(rows, pair, d[adapters], b[adapters], None if a is None else a[adapters])
-        for names, rows in self.live:
-            for name in dict.fromkeys(n for n in names if layer.carries(n)):
-                chosen = [i for i, other in enumerate(names) if other == name]
-                picked = torch.tensor(chosen, device=device)
+        for name, rows in self.live:
+            if layer.carries(name):
                 _, _, d, b, scale, a = layer.parts(name)
-                count = len(chosen)
-                yield _Part(
-                    picked if rows is None else rows[picked],
-                    layer.qvera_projection[name],
-                    (d * scale).expand(count, -1),
-                    functional.grouped(b).expand(count, -1, -1),
-                    None if a is None else a.expand(count, -1),
-                )
+                count = self.rows if rows is None else len(rows)
+                vectors = (d * scale).expand(count, -1), functional.grouped(b).expand(count, -1, -1)
+                yield _Part(rows, layer.qvera_projection[name], *vectors, None if a is None else a.expand(count, -1))
 
 
 def plan_rows(names: Sequence[str], banks: Sequence[SeedBank], device: torch.device) -> RowPlan:
@@ -131,8 +124,8 @@ def plan_rows(names: Sequence[str], banks: Sequence[SeedBank], device: torch.dev
             adapters = torch.tensor([bank.names[names[i]] for i in mine], device=device)
             plan.banked.append((bank, where(mine), adapters))
         left = [i for i in left if names[i] not in bank.names]
-    if left:
-        plan.live.append((tuple(names[i] for i in left), where(left)))
+    for name in dict.fromkeys(names[i] for i in left):
+        plan.live.append((name, where([i for i in left if names[i] == name])))
     return plan
 
 

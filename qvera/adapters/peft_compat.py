@@ -18,7 +18,7 @@ from peft.tuners.vera.layer import VeraLayer
 from torch import nn
 
 from qvera.adapters.functional import Factors, at_least_fp32
-from qvera.adapters.low_rank import LowRankPath
+from qvera.adapters.layer import LowRankPath
 from qvera.adapters.projection import SharedInput
 from qvera.models import linear
 

@@ -86,14 +86,11 @@ class SharedInput:
         z = functional.project(x.to(dtype), A.to(dtype))
         self._recent = (weakref.ref(x, self._forget), full_key, z)
         if z.requires_grad:  # once backward has come through, z's graph is spent: the next forward needs a new one
-            z.register_hook(self._forget_after_backward)
+            z.register_hook(self.forget)
         return z
 
-    def forget(self) -> None:
+    def forget(self, *_: object) -> None:
         """Let go of the last z."""
-        self._recent = None
-
-    def _forget_after_backward(self, _: torch.Tensor) -> None:
         self._recent = None
 
     def _forget(self, dead: weakref.ref[torch.Tensor]) -> None:

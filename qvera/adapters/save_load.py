@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from qvera.adapters.config import KINDS, PEFT_TYPE, QveraConfig
+from qvera.adapters.config import PEFT_TYPE, QveraConfig
 from qvera.adapters.layer import QveraLinear
 from qvera.adapters.peft_compat import accelerated_peft
 from qvera.config.schema import AdapterSection, ModelSection
@@ -120,10 +120,8 @@ def named_vectors(model: nn.Module, adapter: str = "default") -> dict[str, nn.Pa
     """
     vectors: dict[str, nn.Parameter] = {}
     for name, module in model.named_modules():
-        if isinstance(module, QveraLinear) and adapter in module.qvera_d:
-            for kind in KINDS:
-                if adapter in getattr(module, kind):
-                    vectors[f"{name}.{kind}"] = getattr(module, kind)[adapter]
+        if isinstance(module, QveraLinear):
+            vectors |= {f"{name}.{kind}": vector for kind, vector in module.vectors(adapter).items()}
     return vectors
 
 

@@ -11,7 +11,7 @@ from peft import mapping
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from torch import nn
 
-from qvera.adapters.config import KINDS, PEFT_TYPE, QveraConfig
+from qvera.adapters.config import PEFT_TYPE, QveraConfig
 from qvera.adapters.layer import QveraLinear, layer_shape
 from qvera.adapters.multi_adapter import BASE, SeedBank, plan_rows
 from qvera.adapters.projection import SharedProjection, projection_sha256
@@ -56,7 +56,7 @@ class QveraModel(BaseTuner):
         unknown = sorted(set(adapter_names) - known)
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-        layers = [module for module in self.modules() if isinstance(module, QveraLinear)]
+        layers = _adapted_layers(self)
         rows = [name for name in adapter_names for _ in range(num_beams or 1)]
         plan = plan_rows(rows, banks, layers[0].base_layer.weight.device)
         try:
@@ -93,18 +93,12 @@ class QveraModel(BaseTuner):
         They are fp32 otherwise, and compute in fp32 in either case (`functional.at_least_fp32`).
         """
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        if autocast_adapter_dtype:
-            return
-        for layer in self.modules():
-            if isinstance(layer, QveraLinear) and layer.carries(adapter_name):
-                _, dtype = _home(layer.base_layer, self.model)
-                for vectors in (getattr(layer, kind) for kind in KINDS):
-                    if adapter_name in vectors:
-                        vectors[adapter_name].data = vectors[adapter_name].data.to(dtype)
+        for layer in () if autocast_adapter_dtype else _adapted_layers(self):
+            _, dtype = _home(layer.base_layer, self.model)
+            for vector in layer.vectors(adapter_name).values():
+                vector.data = vector.data.to(dtype)
 
     def _prepare_projection(self, model: nn.Module, config: QveraConfig) -> None:
-        if getattr(model, "dtype", None) is None and not any(True for _ in model.parameters()):
-            raise InputError("the model has no parameters: there is nothing to adapt.")
         linear.freeze_linears(model)
         matched = self._match_targets(model, config)
         shapes = [shape for _, base in matched if (shape := layer_shape(base)) is not None]
@@ -198,11 +192,12 @@ class QveraModel(BaseTuner):
 _LIMITS = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
 
 
-def _short_names(targets: str | set[str] | list[str], matched: list[str], model: nn.Module) -> str | list[str]:
-    """Last names (``q_proj``) in place of full ones where they mean the same modules.
+def _adapted_layers(model: nn.Module) -> list[QveraLinear]:
+    return [module for module in model.modules() if isinstance(module, QveraLinear)]
 
-    Sorted, so files are reproducible.
-    """
+
+def _short_names(targets: str | set[str] | list[str], matched: list[str], model: nn.Module) -> str | list[str]:
+    """Last names (``q_proj``) in place of full ones where they mean the same modules; sorted."""
     if isinstance(targets, str):
         return targets
     last_names = {key.rpartition(".")[2] for key in matched}

@@ -160,12 +160,7 @@ def end_process(message: str, exit_code: int) -> None:
     os._exit(exit_code)
 
 
-def own_store(timeout_seconds: float = 30.0) -> dist.TCPStore:
+def own_store() -> dist.TCPStore:
     """Return a new connection to the store that the launcher (or rank 0) serves at MASTER_ADDR:MASTER_PORT."""
-    return dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=False,
-        wait_for_workers=False,
-        timeout=datetime.timedelta(seconds=timeout_seconds),
-    )
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(host, port, wait_for_workers=False, timeout=datetime.timedelta(seconds=30))

@@ -19,29 +19,12 @@ from qvera.distributed.group import Group
 from qvera.distributed.heartbeat import Heartbeat, own_store
 from qvera.utils.errors import InputError, RunFailed, first_line
 
-_VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _LOST = re.compile(r"gloo|NCCL|connection (was )?(closed|reset|refused)|socket|broken pipe", re.IGNORECASE)
 """The messages of torch's collectives when a peer is gone. They do not say which one."""
 JOIN_TIMEOUT = datetime.timedelta(minutes=5)
 """How long the processes of a run wait for the last of them to be started."""
 COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)
 """How far apart ranks may be, such as while one of them writes. A dead rank is noticed by `heartbeat`."""
-
-
-def launched_ranks() -> int:
-    """Return how many processes the launcher started for this run; 1 without a launcher.
-
-    Raises:
-        InputError: WORLD_SIZE is not a number of processes.
-    """
-    text = os.environ.get("WORLD_SIZE", "1")
-    try:
-        count = int(text)
-    except ValueError:
-        count = 0
-    if count < 1:
-        raise InputError(f"WORLD_SIZE: is {text!r} in the environment; a launcher sets it to the number of processes.")
-    return count
 
 
 @contextlib.contextmanager
@@ -51,18 +34,21 @@ def in_group() -> Iterator[Group]:
     If the calling program has set up torch.distributed already, its process group is used and left alone.
 
     Raises:
-        InputError: some of the launcher's environment variables are missing.
+        InputError: one of the launcher's environment variables is missing or wrong.
         RunFailed: the other processes did not come.
     """
     if dist.is_initialized():
         yield Group(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)))
         return
-    count = launched_ranks()
+    text = os.environ.get("WORLD_SIZE", "1")
+    count = int(text) if text.isdigit() else 0
+    if count < 1:
+        raise InputError(f"WORLD_SIZE: is {text!r} in the environment; a launcher sets it to the number of processes.")
     if count == 1:
         by_torchrun = all(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT"))
         yield Group(store=own_store() if by_torchrun else None)
         return
-    missing = [name for name in _VARIABLES if name not in os.environ]
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise InputError(
             f"WORLD_SIZE is {count} in the environment, but {', '.join(missing)} is not set. Start several processes "

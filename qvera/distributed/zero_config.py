@@ -69,23 +69,18 @@ use."""
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What DeepSpeed's limits and buffers are derived from, in elements of the tensors as they are stored.
-
-    0: not known.
-
-    Attributes:
-        largest_layer: elements of the largest decoder layer.
-        largest_weight: elements of the largest weight in the layers.
-        weights_per_layer: how many weights the layer with the most of them has.
-        unsharded: elements of the longest vector or norm, which stay whole on every rank.
-        trained: trained parameters in all.
-    """
+    """What DeepSpeed's limits and buffers are derived from, in elements of tensors as they are stored. 0: not known."""
 
     largest_layer: int = 0
+    """The largest decoder layer."""
     largest_weight: int = 0
+    """The largest weight in the layers."""
     weights_per_layer: int = 0
+    """How many weights the layer with the most of them has."""
     unsharded: int = 0
+    """The longest vector or norm, which stay whole on every rank."""
     trained: int = 0
+    """Trained parameters in all."""
 
 
 def nvme_buffers(largest_weight: int, weights_per_layer: int, world_size: int) -> tuple[int, int]:
@@ -153,16 +148,14 @@ class ZeroConfig(_DeepSpeedKeys):
         offload = self.zero_optimization.offload_param
         return None if offload is None or offload.device == "none" else offload.device
 
-    def nvme_folder(self, scratch: Path | None) -> Path | None:
+    def nvme_folder(self, scratch: Path) -> Path | None:
         """Return where a base on NVMe goes: the folder that the file names, else ``scratch``; else None."""
         offload = self.zero_optimization.offload_param
         if offload is None or offload.device != "nvme":
             return None
         return scratch if offload.nvme_path is None else Path(offload.nvme_path)
 
-    def complete(
-        self, recipe: Recipe, world_size: int, sizes: Sizes | None = None, scratch: Path | None = None
-    ) -> dict[str, dict]:
+    def complete(self, recipe: Recipe, world_size: int, sizes: Sizes, scratch: Path) -> dict[str, dict]:
         """Return DeepSpeed's whole configuration: this file, and what the recipe says.
 
         Args:
@@ -171,7 +164,6 @@ class ZeroConfig(_DeepSpeedKeys):
             sizes: of the base and of what is trained.
             scratch: a directory for parameters offloaded to NVMe, if the file names none.
         """
-        sizes = sizes or Sizes()
         tree = self.model_dump(exclude_unset=True) | {
             "train_micro_batch_size_per_gpu": recipe.training.per_device_train_batch_size,
             # our loop counts passes itself: the last batch of an epoch has fewer, and the mean is over tokens
@@ -193,9 +185,8 @@ class ZeroConfig(_DeepSpeedKeys):
             # fetching ahead takes two layers, a buffer of another and, with gloo, a copy of that: as much as the model
             zero.setdefault("stage3_prefetch_bucket_size", 0)
             # vectors are read by name and not by calling the module that owns them, so no hook would gather them
-            zero["stage3_param_persistence_threshold"] = max(
-                sizes.unsharded, int(zero.get("stage3_param_persistence_threshold", 0))
-            )
+            key = "stage3_param_persistence_threshold"
+            zero[key] = max(sizes.unsharded, int(zero.get(key, 0)))
         if self.offload_device is not None:
             offload = zero["offload_param"]
             offload.setdefault("pin_memory", torch.cuda.is_available())
@@ -217,8 +208,12 @@ def load_zero_config(key: str | None) -> ZeroConfig | None:
     """
     if key is None:
         return None
-    path = _shipped_file(key) if key in STAGES else Path(key).expanduser()
-    if path is None or not path.is_file():
+    places = [Path(key).expanduser()]
+    if key in STAGES:  # in the installed package, or in the checkout
+        package = Path(__file__).resolve().parents[1]
+        places = [folder / "ds_configs" / f"{key}.json" for folder in (package, package.parent)]
+    path = next(filter(Path.is_file, places), None)
+    if path is None:
         near = difflib.get_close_matches(key, STAGES, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise InputError(f"deepspeed: takes one of {', '.join(STAGES)}, or a JSON file; {key!r} is neither.{hint}")
@@ -240,10 +235,3 @@ def load_zero_config(key: str | None) -> ZeroConfig | None:
             "(Debian and Ubuntu: libaio-dev) with a C++ compiler and ninja, or use zero3 or zero3-offload-cpu."
         )
     return config
-
-
-def _shipped_file(word: str) -> Path | None:
-    """Return a file of ds_configs/, in the installed package or in the checkout."""
-    package = Path(__file__).resolve().parent.parent
-    found = (folder / "ds_configs" / f"{word}.json" for folder in (package, package.parent))
-    return next((path for path in found if path.is_file()), None)
