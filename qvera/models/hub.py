@@ -19,10 +19,9 @@ def base_directory(section: ModelSection) -> Path:
         InputError: there is none, or it can't be downloaded.
     """
     name = resolve_path(section.path)
+    require_model_files(name)
     if Path(name).is_dir():
         return Path(name)
-    if name.startswith((".", "/", "~")):
-        raise InputError(f"model.path: {name!r} is not a directory. Expected one with config.json and *.safetensors.")
     patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
     patterns += ["*.py"] if section.trust_remote_code else []
     try:
@@ -41,11 +40,7 @@ def base_directory(section: ModelSection) -> Path:
 
 
 def require_model_files(name: str) -> None:
-    """Refuse a local path that is no directory with a config and safetensors weights; hub ids pass.
-
-    Raises:
-        InputError: it is not.
-    """
+    """Raises InputError for a local path that is no directory with a config and safetensors weights."""
     path = Path(name)
     looks_local = name.startswith((".", "/", "~")) or path.exists()
     if looks_local and not path.is_dir():

@@ -130,6 +130,10 @@ def load_base(
     return Base(model, tokenizer, facts)
 
 
+def _attention(section: ModelSection) -> str | None:
+    return None if section.attn_implementation == "auto" else section.attn_implementation
+
+
 def _is_quantized(config: PretrainedConfig) -> bool:
     return getattr(config, "quantization_config", None) is not None
 
@@ -158,8 +162,7 @@ def _load_mapped(
         else:
             directory = quantized_cache.cached_base(section, device=device, progress=progress)
             config = AutoConfig.from_pretrained(directory, trust_remote_code=section.trust_remote_code)
-        attention = None if section.attn_implementation == "auto" else section.attn_implementation
-        return load_mapped(directory, config, dtype, device, attention, section.trust_remote_code, sharder)
+        return load_mapped(directory, config, dtype, device, _attention(section), section.trust_remote_code, sharder)
     except (NotPlain, NotMappable):
         return None
 
@@ -172,12 +175,7 @@ def _load_by_transformers(
     Raises:
         InputError: the checkpoint lacks weights, which transformers would draw at random.
     """
-    settings: dict[str, object] = {}
-    if section.attn_implementation != "auto":
-        settings["attn_implementation"] = section.attn_implementation
     wanted = None if _is_quantized(config) else quantization.quantization_config(section, dtype)
-    if wanted is not None:
-        settings["quantization_config"] = wanted
     name = resolve_path(section.path)
     model, loading = AutoModelForCausalLM.from_pretrained(
         name,
@@ -187,7 +185,8 @@ def _load_by_transformers(
         revision=section.revision,
         trust_remote_code=section.trust_remote_code,
         output_loading_info=True,
-        **settings,
+        attn_implementation=_attention(section),
+        **({} if wanted is None else {"quantization_config": wanted}),
     )
     missing = sorted(loading["missing_keys"])
     if missing and not _is_quantized(config):

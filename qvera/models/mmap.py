@@ -75,8 +75,9 @@ def load_mapped(
     """
     entries = {entry.name: entry for entry in checkpoint_tensors(directory)}
     with init_empty_weights(include_buffers=False):
-        attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code, **attention)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation=attn_implementation
+        )
     packed, plain = _sorted_by_kind(entries)
     _check_names(model, packed, plain)
     dense = set() if sharder is None else _weights_to_shard(model, config, plain)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
@@ -27,15 +28,10 @@ _LARGEST = {
 }  # fmt: skip
 """Far above any model there is, and far below what would end in a traceback or fill the memory."""
 _LAYER = re.compile(r"(.*?\b(?:layers|h|blocks)\.)(\d+)\.")
-_SAMPLES, _SAMPLE_BYTES = 16, 4096
 
 
 def load_config(section: ModelSection, source: Path | str | None = None) -> PretrainedConfig:
-    """The transformers config of the base.
-
-    Args:
-        section: the recipe's model section.
-        source: a directory or hub id to be read in place of ``section.path``.
+    """The transformers config of the base, or of a directory or hub id ``source`` in place of ``section.path``.
 
     Raises:
         OSError: there is none, or it is not JSON; the message is transformers'.
@@ -95,12 +91,7 @@ def require_own_weights(directory: Path, entries: list[TensorEntry], model: PreT
     """Compare the tensors of a checkpoint with the model that its config.json describes.
 
     Only tensors with the names of the model's parameters are compared: transformers may rename the others while
-    loading.
-
-    Args:
-        directory: the checkpoint.
-        entries: its tensors.
-        model: `empty_model` of it.
+    loading. ``entries`` are the checkpoint's tensors, ``model`` is `empty_model` of it.
 
     Raises:
         InputError: the weights have more or fewer layers than the config, no output head where the config ties none,
@@ -177,16 +168,7 @@ def _require_head(directory: Path, stored: Mapping[str, TensorEntry], model: Pre
 
 
 def _same_tensor(one: TensorEntry, other: TensorEntry) -> bool:
-    """Whether two tensors are equal, by samples of their bytes: two heads that were trained apart differ everywhere."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    last = max(0, one.size_bytes - _SAMPLE_BYTES)
-    with open(one.file, "rb") as first, open(other.file, "rb") as second:
-        for number in range(_SAMPLES):
-            offset = last * number // (_SAMPLES - 1)
-            first.seek(one.start + offset)
-            second.seek(other.start + offset)
-            size = min(_SAMPLE_BYTES, one.size_bytes)
-            if first.read(size) != second.read(size):
-                return False
-    return True
+    with safe_open(one.file, framework="pt") as first, safe_open(other.file, framework="pt") as second:
+        return torch.equal(first.get_tensor(one.name), second.get_tensor(other.name))

@@ -8,7 +8,6 @@ Storage formats: 4-bit NF4/FP4 with optional double quantization (QLoRA, arXiv 2
 from __future__ import annotations
 
 import copy
-import functools
 import json
 import math
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from transformers.quantizers import AutoHfQuantizer
 from qvera.config.schema import ModelSection
 from qvera.distributed.zero_params import whole_numel
 from qvera.models.bitsandbytes_import import bitsandbytes as bnb
+from qvera.utils.safetensors_io import TensorSpec
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -65,57 +65,50 @@ _FLOAT_CHARACTERS = 24
 """The longest that JSON writes a float: -1.2345678901234567e-123."""
 
 
-def serialized_layout(
-    name: str, shape: tuple[int, ...], dtype: torch.dtype, section: ModelSection
-) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-    """Name, dtype and shape of each tensor that bitsandbytes stores for a 4-bit weight ``name`` of this shape.
+def serialized_layout(weight: TensorSpec, section: ModelSection) -> list[TensorSpec]:
+    """The tensors that bitsandbytes stores for a 4-bit weight: the packed one first, then its statistics.
 
     Tensors of wide dtypes come first. The JSON at the end is padded with blanks: its length does not depend on the
     numbers in it, and what follows starts at a multiple of 64 bytes if this did.
     """
-    count, storage = math.prod(shape), getattr(torch, section.quant_storage)
-    blocks = -(-count // 64)
-    layout: list[tuple[str, torch.dtype, tuple[int, ...]]] = [(name, storage, (-(-count // 2) // storage.itemsize, 1))]
+    name, storage = weight.name, getattr(torch, section.quant_storage)
+    blocks = -(-weight.numel // 64)
+    layout = [TensorSpec(name, storage, (-(-weight.numel // 2) // storage.itemsize, 1))]
     if section.double_quant:
         layout += [
-            (f"{name}.nested_absmax", torch.float32, (-(-blocks // _NESTED_BLOCK),)),
-            (f"{name}.nested_quant_map", torch.float32, (256,)),
+            TensorSpec(f"{name}.nested_absmax", torch.float32, (-(-blocks // _NESTED_BLOCK),)),
+            TensorSpec(f"{name}.nested_quant_map", torch.float32, (256,)),
         ]
     else:
-        layout.append((f"{name}.absmax", torch.float32, (blocks,)))
-    layout.append((f"{name}.quant_map", torch.float32, (16,)))
+        layout.append(TensorSpec(f"{name}.absmax", torch.float32, (blocks,)))
+    layout.append(TensorSpec(f"{name}.quant_map", torch.float32, (16,)))
     if section.double_quant:
-        layout.append((f"{name}.absmax", torch.uint8, (blocks,)))
-    state: dict[str, object] = {"quant_type": "nf4", "blocksize": 64, "dtype": _dtype_name(dtype), "shape": shape}
+        layout.append(TensorSpec(f"{name}.absmax", torch.uint8, (blocks,)))
+    dtype = str(weight.dtype).removeprefix("torch.")
+    state: dict[str, object] = {"quant_type": "nf4", "blocksize": 64, "dtype": dtype, "shape": weight.shape}
     if section.double_quant:
         state |= {"nested_blocksize": _NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": 0.0}
     length = len(json.dumps(state)) + _FLOAT_CHARACTERS
-    size = sum(math.prod(s) * d.itemsize for _, d, s in layout)
-    length += -(size + length) % 64
-    return [*layout, (f"{name}.{STATE_KEY}{section.quantization}", torch.uint8, (length,))]
+    length += -(sum(spec.size_bytes for spec in layout) + length) % 64
+    return [*layout, TensorSpec(f"{name}.{STATE_KEY}{section.quantization}", torch.uint8, (length,))]
 
 
-def serialized_statistics(
-    name: str, absmax: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, section: ModelSection
-) -> dict[str, torch.Tensor]:
+def serialized_statistics(weight: TensorSpec, absmax: torch.Tensor, section: ModelSection) -> dict[str, torch.Tensor]:
     """The tensors of `serialized_layout` but the first, from the absmax fp32 [blocks] of a whole weight."""
     code = bnb_functional.get_4bit_type(section.quantization, device=absmax.device)
-    make = functools.partial(
-        bnb_functional.QuantState, shape=shape, dtype=dtype, blocksize=64, code=code, quant_type=section.quantization
-    )
+    state = bnb_functional.QuantState(absmax, weight.shape, code, 64, section.quantization, weight.dtype)
     if section.double_quant:
-        offset = absmax.mean()
-        small, nested = bnb_functional.quantize_blockwise(absmax - offset, blocksize=_NESTED_BLOCK)
-        return serialized_state(name, make(absmax=small, offset=offset, state2=nested), section)
-    return serialized_state(name, make(absmax=absmax), section)
+        state.nested, state.offset = True, absmax.mean()
+        state.absmax, state.state2 = bnb_functional.quantize_blockwise(absmax - state.offset, blocksize=_NESTED_BLOCK)
+    return serialized_state(weight.name, state, section)
 
 
 def serialized_state(name: str, state: QuantState, section: ModelSection) -> dict[str, torch.Tensor]:
     """A `QuantState` as the tensors of `serialized_layout` but the first, on the CPU."""
     tensors = {f"{name}.{key}": tensor.cpu() for key, tensor in state.as_dict(packed=True).items()}
-    key, _, (length,) = serialized_layout(name, tuple(state.shape), state.dtype, section)[-1]
-    text = tensors[key].numpy().tobytes().ljust(length)
-    tensors[key] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    packed = serialized_layout(TensorSpec(name, state.dtype, tuple(state.shape)), section)[-1]
+    text = tensors[packed.name].numpy().tobytes().ljust(packed.numel)
+    tensors[packed.name] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     return tensors
 
 
@@ -131,10 +124,6 @@ def quantized_on_device(
         quant_storage=getattr(torch, section.quant_storage),
     )
     return packed.cpu(), serialized_state(name, state, section)
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def dequantized_weight(module: nn.Linear, dtype: torch.dtype) -> torch.Tensor:

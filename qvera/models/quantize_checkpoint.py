@@ -10,11 +10,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from qvera.models.safetensors_stream import Block, CheckpointReader, in_order, w
 from qvera.utils import memory
 from qvera.utils.atomic import OutputDirectory, disk_errors, flush, replace_text, require_space
 from qvera.utils.errors import InputError, RunFailed
-from qvera.utils.files import read_json
+from qvera.utils.files import file_sha256, read_json
 from qvera.utils.safetensors_io import (
     TensorEntry,
     TensorSpec,
@@ -46,6 +45,7 @@ _NOT_COPIED = (
     ".safetensors", ".bin", ".pt", ".pkl", ".pickle", ".pth",
     ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".index.json",
 )  # fmt: skip
+_NOT_AHEAD = "Such a checkpoint can't be quantized ahead; it is quantized each time it is loaded."
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 Shards = list[tuple[str, list[TensorSpec]]]
@@ -107,20 +107,33 @@ def read_source(section: ModelSection, directory: Path) -> SourceCheckpoint:
     names = model.state_dict().keys()
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     require_own_weights(directory, entries, model)
-    _require_names(directory, names, tied, stored)
+    absent = [n for n in names if n not in stored and tied.get(n) not in stored and n not in tied.values()]
+    if absent:
+        raise NotPlain(
+            f"{directory}: has no tensor {min(absent)}, which the model of its config.json has: transformers renames "
+            f"or fuses tensors while loading. {_NOT_AHEAD}"
+        )
     transposed = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
     linears = quantization.four_bit_linears(model, section)
     if transposed & linears:
         raise NotPlain(
             f"{directory}: stores {min(transposed & linears)} transposed (a Conv1D), and transformers turns it while "
-            "loading. Such a checkpoint can't be quantized ahead; it is quantized each time it is loaded."
+            f"loading. {_NOT_AHEAD}"
         )
-    quantized = {f"{name}.weight" for name in linears}
+    quantized = {f"{name}.weight" for name in linears} & stored
+    for entry in entries:
+        if entry.name in quantized and entry.dtype not in _FLOATS:
+            raise InputError(
+                f"{entry.file}: {entry.name} is {entry.dtype}, expected a bfloat16, float16 or float32 weight."
+            )
+        if entry.name in quantized and entry.numel % (2 * getattr(torch, section.quant_storage).itemsize):
+            raise NotPlain(
+                f"{entry.file}: {entry.name} has {entry.numel} weights, which do not fill whole elements of "
+                f"{section.quant_storage}. Set model.quant_storage: uint8."
+            )
     tensors = [entry for entry in entries if entry.name in names]
-    for entry in tensors:
-        _require_dtype(entry, section, entry.name in quantized)
-    digest = hashlib.sha256((directory / "config.json").read_bytes()).hexdigest()
-    return SourceCheckpoint(directory, config, digest, entries, file_stamps(entries), tensors, quantized & stored)
+    digest = file_sha256(directory / "config.json")
+    return SourceCheckpoint(directory, config, digest, entries, file_stamps(entries), tensors, quantized)
 
 
 def quantize_checkpoint(
@@ -222,14 +235,9 @@ def _shards(source: SourceCheckpoint, section: ModelSection, shard_bytes: int) -
 
     def units() -> Iterator[list[TensorSpec]]:
         for entry in source.tensors:
-            yield _layout(entry, section) if entry.name in source.quantized else [entry]
+            yield quantization.serialized_layout(entry, section) if entry.name in source.quantized else [entry]
 
     return grouped_by_bytes(units(), lambda spec: spec.size_bytes, shard_bytes)
-
-
-def _layout(entry: TensorEntry, section: ModelSection) -> list[TensorSpec]:
-    """The tensors that a quantized weight becomes: the packed weight first, then its statistics."""
-    return [TensorSpec(*item) for item in quantization.serialized_layout(entry.name, entry.shape, entry.dtype, section)]
 
 
 def _pack(section: ModelSection, source: SourceCheckpoint, device: torch.device, block: Block) -> Packed:
@@ -265,8 +273,8 @@ def _tensors(
             packed, statistics = quantization.quantized_on_device(entry.name, whole, section)
             yield packed
         else:
-            statistics = quantization.serialized_statistics(entry.name, whole, entry.shape, entry.dtype, section)
-        for spec in _layout(entry, section)[1:]:
+            statistics = quantization.serialized_statistics(entry, whole, section)
+        for spec in quantization.serialized_layout(entry, section)[1:]:
             yield statistics[spec.name]
 
 
@@ -300,26 +308,3 @@ def _write_small_files(
     if "dtype" not in config and "torch_dtype" not in config:
         config["dtype"] = str(dtype).removeprefix("torch.")
     replace_text(out / "config.json", json.dumps(config, indent=2) + "\n")
-
-
-def _require_names(directory: Path, expected: Collection[str], tied: Mapping[str, str], found: Collection[str]) -> None:
-    absent = [n for n in expected if n not in found and tied.get(n) not in found and n not in tied.values()]
-    if absent:
-        others = sorted(set(found) - set(expected))
-        raise NotPlain(
-            f"{directory}: has no tensor {min(absent)}, which the model of its config.json has"
-            + (f"; it has {others[0]} instead, which transformers renames or fuses while loading" if others else "")
-            + ". Such a checkpoint can't be quantized ahead; it is quantized each time it is loaded."
-        )
-
-
-def _require_dtype(entry: TensorEntry, section: ModelSection, quantized: bool) -> None:
-    if quantized and entry.dtype not in _FLOATS:
-        raise InputError(
-            f"{entry.file}: {entry.name} is {entry.dtype}, expected a bfloat16, float16 or float32 weight."
-        )
-    if quantized and entry.numel % (2 * getattr(torch, section.quant_storage).itemsize):
-        raise NotPlain(
-            f"{entry.file}: {entry.name} has {entry.numel} weights, which do not fill whole elements of "
-            f"{section.quant_storage}. Set model.quant_storage: uint8."
-        )

@@ -73,20 +73,17 @@ def cached_base(
             if target.exists() and problem_of(target, verify=verify) is None:
                 return target
         BASES.clear_removed()
-        record = _complete(unfinished)  # killed between its last byte and its name
+        record = None
+        if not any(unfinished.glob(".qvera_*.json")) and problem_of(unfinished, verify=True) is None:
+            record = read_record(unfinished)  # killed between its last byte and its name
         if record is None and unfinished.is_dir() and not any(unfinished.glob(".qvera_*")):
             discard(unfinished)  # it was complete once, and was damaged since: nothing to go on from
-        if record is None:
-            record = _quantize(section, source, unfinished, known, device, progress)
-        _remember(hashes, source, record)
+        record = _quantized(section, source, unfinished, known, hashes, device, progress, record)
         return _publish(unfinished, root / _name(section, record["identity"]))
 
 
 def find_base(section: ModelSection, directory: Path | None = None) -> Path | None:
-    """The finished copy for this section if there is one and the source's hashes are known.
-
-    Nothing is made or hashed.
-    """
+    """The finished copy for this section, if there is one and the source's hashes are known; nothing is hashed."""
     directory = directory or base_directory(section)
     root = bases_root()
     if not (root / "hashes.json").is_file():
@@ -126,27 +123,28 @@ def quantized_copy(
         if (problem := problem_of(out, verify=verify)) is not None:
             raise InputError(f"{problem}. Delete {out} and run again.")
         return record
-    record = _quantize(section, source, out, known, device, progress)
-    _remember(hashes, source, record)
-    return record
+    return _quantized(section, source, out, known, hashes, device, progress)
 
 
-def _remember(hashes: HashIndex, source: SourceCheckpoint, record: dict[str, Any]) -> None:
-    """The hashes that came out of quantizing; `quantize_checkpoint` has made sure that the files had not changed."""
-    recorded = record["source"]["files"]
-    hashes.add({file: (source.stamps[file.name], recorded[file.name]["sha256"]) for file in source.files})
-
-
-def _quantize(
+def _quantized(
     section: ModelSection,
     source: SourceCheckpoint,
     out: Path,
     known: dict[Path, str],
+    hashes: HashIndex,
     device: torch.device | None,
     progress: StageProgress | None,
+    record: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    report = None if progress is None else functools.partial(progress, "quantizing")
-    return quantize_checkpoint.quantize_checkpoint(section, source, out, known=known, device=device, progress=report)
+    """The record of the copy in ``out``, quantized now unless it is given; the source's hashes are remembered."""
+    if record is None:
+        report = None if progress is None else functools.partial(progress, "quantizing")
+        record = quantize_checkpoint.quantize_checkpoint(
+            section, source, out, known=known, device=device, progress=report
+        )
+    recorded = record["source"]["files"]
+    hashes.add({file: (source.stamps[file.name], recorded[file.name]["sha256"]) for file in source.files})
+    return record
 
 
 def _identity(config_sha256: str, section: ModelSection, known: dict[Path, str]) -> str:
@@ -175,13 +173,6 @@ def _similar(source: SourceCheckpoint, section: ModelSection) -> bool:
         and {name: value["bytes"] for name, value in record["source"]["files"].items()} == sizes
         for record in records
     )
-
-
-def _complete(unfinished: Path) -> dict[str, Any] | None:
-    """The record of a copy that is whole but for its place, or None."""
-    if problem_of(unfinished, verify=True) is not None or any(unfinished.glob(".qvera_*.json")):
-        return None
-    return read_record(unfinished)
 
 
 def _publish(made: Path, target: Path) -> Path:

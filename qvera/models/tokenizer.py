@@ -39,8 +39,6 @@ table."""
 PLACED = "qvera_added_tokens"
 """The attribute of a model with the tokens that have been given rows: token → id."""
 _BLOCK_ROWS = 4096
-
-
 _TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json")
 
 
@@ -103,13 +101,8 @@ def add_tokens(
             continue
         if named not in vocabulary:
             raise InputError(
-                f"model.{key}: {named!r} is no token of this model. Name one that it has, or write it into "
-                f"model.added_tokens too"
-                + (
-                    "; without the key, padding takes what the model has, and needs no new row."
-                    if key == "pad_token"
-                    else "."
-                )
+                f"model.{key}: {named!r} is no token of this model. Name one that it has, write it into "
+                "model.added_tokens too, or leave the key out to use the model's own."
             )
         # special, so that decoding an answer leaves it out, which a token that is only named eos or pad would not be
         tokenizer.add_special_tokens({key: AddedToken(named, special=True, normalized=False)})
@@ -134,15 +127,14 @@ def place_token_rows(model: PreTrainedModel, ids: dict[str, int]) -> int:
     Raises:
         InputError: its embedding or head is of a kind that can't be given rows.
     """
-    embedding, head = _ends(model)
-    first = min(ids.values())
-    if not 2 <= first <= embedding.weight.shape[0]:
+    tables = _tables(model)
+    first, known = min(ids.values()), tables[0].weight.shape[0]
+    if not 2 <= first <= known:
         raise InputError(
             f"model.added_tokens: the tokenizer would give {next(iter(ids))!r} the id {first}, but the model has rows "
-            f"for {embedding.weight.shape[0]} tokens: the two do not belong together. Name the model's own tokenizer."
+            f"for {known} tokens: the two do not belong together. Name the model's own tokenizer."
         )
-    rows = [_drawn(module.weight, ids, first) for module in _different(embedding, head)]
-    return _put(model, ids, rows)
+    return _put(model, ids, [_drawn(module.weight, ids, first) for module in tables])
 
 
 def put_token_rows(model: PreTrainedModel, ids: dict[str, int], rows: dict[str, torch.Tensor], source: Path) -> None:
@@ -151,10 +143,10 @@ def put_token_rows(model: PreTrainedModel, ids: dict[str, int], rows: dict[str, 
     Raises:
         InputError: they have not the model's width.
     """
-    embedding, head = _ends(model)
-    names = ["embedding", "head"][: len(_different(embedding, head))]
+    tables = _tables(model)
+    names = ["embedding", "head"][: len(tables)]
+    expected = (len(ids), tables[0].weight.shape[1])
     for name in names:
-        expected = (len(ids), embedding.weight.shape[1])
         if name not in rows or tuple(rows[name].shape) != expected:
             found = list(rows[name].shape) if name in rows else "nothing"
             raise InputError(
@@ -166,10 +158,9 @@ def put_token_rows(model: PreTrainedModel, ids: dict[str, int], rows: dict[str, 
 def save_token_rows(model: PreTrainedModel, ids: dict[str, int], directory: Path) -> None:
     """Write the added tokens' rows, as they are in the model, beside an adapter."""
     places = list(ids.values())
-    modules = _different(*_ends(model))
     tensors = {
         name: module.weight.detach()[places].cpu().contiguous()
-        for name, module in zip(("embedding", "head"), modules, strict=False)
+        for name, module in zip(("embedding", "head"), _tables(model), strict=False)
     }
     save_file(tensors, directory / ADDED_ROWS)
 
@@ -193,7 +184,8 @@ def read_token_rows(directory: Path) -> dict[str, torch.Tensor]:
     return rows
 
 
-def _ends(model: PreTrainedModel) -> tuple[nn.Embedding, nn.Linear]:
+def _tables(model: PreTrainedModel) -> list[nn.Embedding | nn.Linear]:
+    """Embedding and head, or one of them where they are one table."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     dense = isinstance(embedding, nn.Embedding) and isinstance(head, nn.Linear) and head.weight.is_floating_point()
     if not dense or embedding.weight.shape != head.weight.shape or getattr(head, "bias", None) is not None:
@@ -202,11 +194,6 @@ def _ends(model: PreTrainedModel) -> tuple[nn.Embedding, nn.Linear]:
             "this model can't be given more rows: both have to be dense, of one shape, and without a bias. Use tokens "
             "that the model has."
         )
-    return embedding, head
-
-
-def _different(embedding: nn.Embedding, head: nn.Linear) -> list[nn.Embedding | nn.Linear]:
-    """Embedding and head, or one of them where they are one table."""
     return [embedding] if head.weight.data_ptr() == embedding.weight.data_ptr() else [embedding, head]
 
 
@@ -230,22 +217,20 @@ def _drawn(weight: torch.Tensor, ids: dict[str, int], known: int) -> torch.Tenso
 
 
 def _put(model: PreTrainedModel, ids: dict[str, int], rows: list[torch.Tensor]) -> int:
-    embedding, head = _ends(model)
-    modules = _different(embedding, head)
+    tables = _tables(model)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     places, needed = list(ids.values()), max(ids.values()) + 1
     grown = max(0, needed - embedding.weight.shape[0])
-    for module, new in zip(modules, rows, strict=True):
+    for module, new in zip(tables, rows, strict=True):
         weight = module.weight.detach()
         if grown:
             # what lies between is ids that no token has; zeros, so that they mean nothing
             weight = torch.cat([weight, weight.new_zeros(grown, weight.shape[1])])
-        weight[places] = new.to(
-            device=weight.device, dtype=weight.dtype
-        )  # a mapping is private: the file is not written to
+        weight[places] = new.to(weight)  # a mapping is private: the file is not written to
         if grown:
             module.weight = nn.Parameter(weight, requires_grad=False)
     if grown:
-        if len(modules) == 1:
+        if len(tables) == 1:
             head.weight = embedding.weight
         embedding.num_embeddings = head.out_features = needed
         for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():

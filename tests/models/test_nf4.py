@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from qvera.config.schema import ModelSection
 from qvera.models import nf4, quantization
+from qvera.utils.safetensors_io import TensorSpec
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 TYPES = ["nf4", "fp4"]
@@ -142,7 +143,7 @@ def test_what_is_not_finite_shows_in_its_blocks_scale_and_nowhere_else(dtype: to
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_statistics_are_bitsandbytes_own_at_the_same_thread_count(threads: int, double_quant: bool) -> None:
     weight = normal(700 * 320, torch.bfloat16).view(700, 320)
-    section = ModelSection(path="x", double_quant=double_quant)
+    section, spec = ModelSection(path="x", double_quant=double_quant), TensorSpec("w", torch.bfloat16, (700, 320))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -151,7 +152,7 @@ def test_statistics_are_bitsandbytes_own_at_the_same_thread_count(threads: int, 
         )
         expected = state.as_dict(packed=True)
         _, absmax = nf4.pack(weight, "nf4")
-        found = quantization.serialized_statistics("w", absmax, (700, 320), torch.bfloat16, section)
+        found = quantization.serialized_statistics(spec, absmax, section)
     finally:
         torch.set_num_threads(before)
     assert found.keys() == {f"w.{key}" for key in expected}
@@ -161,8 +162,8 @@ def test_statistics_are_bitsandbytes_own_at_the_same_thread_count(threads: int, 
             assert bytes(mine.tolist()).rstrip() == bytes(tensor.tolist())
         else:
             assert torch.equal(mine, tensor)
-    layout = quantization.serialized_layout("w", (700, 320), torch.bfloat16, section)
-    assert {name: (dtype, shape) for name, dtype, shape in layout[1:]} == {
+    layout = quantization.serialized_layout(spec, section)
+    assert {each.name: (each.dtype, each.shape) for each in layout[1:]} == {
         name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in found.items()
     }
 
@@ -176,6 +177,6 @@ def test_bitsandbytes_own_kernels_give_the_same_tensors(quant_type: str) -> None
     ours, absmax = nf4.pack(weight, quant_type)
     assert torch.equal(packed.flatten().view(torch.uint8), ours)
     assert packed.dtype is torch.bfloat16
-    expected = quantization.serialized_statistics("w", absmax, (700, 320), torch.bfloat16, section)
+    expected = quantization.serialized_statistics(TensorSpec("w", torch.bfloat16, (700, 320)), absmax, section)
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[name], expected[name]) for name in expected)
