@@ -266,15 +266,19 @@ def _load_other_adapter(base_model: nn.Module, directory: Path, _: loader.Base) 
 def _load_merged_base(target: EvalTarget) -> loader.Base:
     require_base(target)
     assert target.merged is not None
-    named, trained = target.merged["base"], target.merged.get("trained_on") or {}
-    section = ModelSection(path=named["path"], revision=named.get("revision"), quantization="none")
-    if named["weights"] == "original":
+    section, trained = _base_of_export(target.merged), target.merged.get("trained_on") or {}
+    if target.merged["base"]["weights"] == "original":
         return _load_stored(base_directory(section))
     changes = {key: trained[key] for key in ("quantization", "double_quant") if key in trained}
     if loader.pick_device().type == "cpu":
         # as load_exported computes there, so that the change of the weights is all that differs
         changes["compute_dtype"] = "float32"
     return loader.load_base(section.replace(**changes))
+
+
+def _base_of_export(certificate: dict[str, Any]) -> ModelSection:
+    base = certificate["base"]
+    return ModelSection(path=base["path"], revision=base.get("revision"), quantization="none")
 
 
 def require_base(target: EvalTarget) -> None:
@@ -296,9 +300,8 @@ def require_base(target: EvalTarget) -> None:
             f"{target.path}: has rows for {', '.join(tokens)}, which the base it was merged into has not, so it can't "
             "be asked the same. Evaluate the run itself, whose base is given them."
         )
-    named = target.merged["base"]
     try:
-        base_directory(ModelSection(path=named["path"], revision=named.get("revision")))
+        base_directory(_base_of_export(target.merged))
     except InputError as error:
         raise InputError(f"{target.path / CERTIFICATE}: names a base that is not there any more. {error}") from None
 

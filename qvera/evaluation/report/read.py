@@ -320,21 +320,21 @@ def _read_metrics(path: Path, notes: list[str]) -> tuple[list[dict[str, Any]], l
     unreadable: list[int] = []
     # A resumed run may write a step again. The later line is the one that led to the adapter.
     kinds: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "eval": {}}
-    for index, line in enumerate(lines, start=1):
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
             row = None
-            if index == len(lines):
-                notes.append("The last line of metrics.jsonl is cut off (the run was killed while writing): ignored.")
-                continue
         step = get_number(row, "step")
         if step is None or not 0 <= step < _MAX_STEP:
-            unreadable.append(index)
+            unreadable.append(number)
         elif get_text(row, "kind") in kinds:
             kinds[get_text(row, "kind")][int(step)] = row
+    if unreadable and unreadable[-1] == len(lines):
+        unreadable.pop()
+        notes.append("The last line of metrics.jsonl is cut off (the run was killed while writing): ignored.")
     if unreadable:
         shown = ", ".join(map(str, unreadable[:5])) + (", ..." if len(unreadable) > 5 else "")
         notes.append(f"metrics.jsonl: {len(unreadable)} lines can't be read and are left out (line {shown}).")
