@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qvera.utils import formatting
 from qvera.utils.atomic import disk_errors, require_space
@@ -175,10 +175,6 @@ def _convert(gguf: Path, made: Path) -> None:
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     tokenizer.model_max_length = CONTEXT_TOKENS
-    model.config.architectures = [type(model).__name__]
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
     _verify(model, tokenizer)
     model.save_pretrained(made)
     tokenizer.save_pretrained(made)

@@ -33,7 +33,6 @@ from qvera.utils.atomic import disk_errors, flush, replace_text
 from qvera.utils.cache_dir import UNFINISHED, DiskCache, HashIndex, discard
 from qvera.utils.errors import InputError
 from qvera.utils.files import file_sha256, file_stamp, try_read_json
-from qvera.utils.paths import cache_root
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,11 +50,6 @@ Any other key, a new one too, makes another entry.
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")
 
 
-def rows_root() -> Path:
-    """Where the entries are."""
-    return cache_root() / "rows"
-
-
 def tokenized(section: DataSection, encoder: Encoder, console: Console | None) -> TokenizedSource:
     """The rows of one source: from the cache, or tokenized now (and cached, where that is worth it and possible).
 
@@ -63,8 +57,8 @@ def tokenized(section: DataSection, encoder: Encoder, console: Console | None) -
         InputError: as `tokenize_source`; or a file of the source changed while it was read.
         RunFailed: the cache's disk is full.
     """
-    root = rows_root()
-    hashes = HashIndex(root / "hashes.json")
+    root = ROWS.root
+    hashes = ROWS.hashes
     key = _key_of(section, encoder.tokenizer, hashes)
     if key is None:
         return _without_entry(section, encoder, console)
@@ -236,4 +230,4 @@ def _warn(console: Console | None, text: str) -> None:
     (console or Console(stderr=True)).print(text, style="yellow", markup=False)
 
 
-ROWS = DiskCache("set of cached rows", rows_root, lambda entry: try_read_json(entry / RECORD), problem_of, PREFIX)
+ROWS = DiskCache("set of cached rows", "rows", lambda entry: try_read_json(entry / RECORD), problem_of, PREFIX)

@@ -15,7 +15,7 @@ from qvera.config.schema import ModelSection
 from qvera.models import quantize_checkpoint
 from qvera.models.hub import base_directory
 from qvera.models.quantize_checkpoint import SourceCheckpoint, read_source
-from qvera.models.quantized_record import BASES, bases_root, content_identity, problem_of, read_record, settings_of
+from qvera.models.quantized_record import BASES, content_identity, problem_of, read_record, settings_of
 from qvera.utils.atomic import flush
 from qvera.utils.cache_dir import UNFINISHED, HashIndex, StageProgress, discard, size_bytes
 from qvera.utils.errors import InputError
@@ -48,8 +48,8 @@ def cached_base(
     if not verify and (found := find_base(section, directory)) is not None:
         return found  # without a look at the model
     source = read_source(section, directory)
-    root = bases_root()
-    hashes = HashIndex(root / "hashes.json")
+    root = BASES.root
+    hashes = BASES.hashes
     key = _key(source, section, device)
     unfinished = root / f"{UNFINISHED}{key}"
     try:
@@ -85,11 +85,11 @@ def cached_base(
 def find_base(section: ModelSection, directory: Path | None = None) -> Path | None:
     """The finished copy for this section, if there is one and the source's hashes are known; nothing is hashed."""
     directory = directory or base_directory(section)
-    root = bases_root()
+    root = BASES.root
     if not (root / "hashes.json").is_file():
         return None
     files = shard_files(directory)
-    known = HashIndex(root / "hashes.json").known(files)
+    known = BASES.hashes.known(files)
     if not files or len(known) < len(files) or not (directory / "config.json").is_file():
         return None
     config = hashlib.sha256((directory / "config.json").read_bytes()).hexdigest()
@@ -111,7 +111,7 @@ def quantized_copy(
         InputError: ``out`` holds something else; else as `cached_base`.
     """
     source = read_source(section, base_directory(section))
-    hashes = HashIndex(bases_root() / "hashes.json")
+    hashes = BASES.hashes
     known = {} if verify else hashes.known(source.files)
     record = read_record(out)
     if record is not None:

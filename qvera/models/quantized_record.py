@@ -15,7 +15,6 @@ from typing import Any
 from qvera.config.schema import ModelSection
 from qvera.utils.cache_dir import DiskCache
 from qvera.utils.files import file_sha256, try_read_json
-from qvera.utils.paths import cache_root
 
 RECORD = "qvera_quantized.json"
 """Beside the weights: what they were made from, and their hashes."""
@@ -62,13 +61,8 @@ def problem_of(directory: Path, *, verify: bool = False) -> str | None:
     return None
 
 
-def bases_root() -> Path:
-    """Where the quantized copies are."""
-    return cache_root() / "bases"
-
-
 def _problem(directory: Path) -> str | None:
     return problem_of(directory, verify=True)
 
 
-BASES = DiskCache("quantized base", bases_root, read_record, _problem)
+BASES = DiskCache("quantized base", "bases", read_record, _problem)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from filelock import FileLock, Timeout
 from qvera.utils.atomic import replace_text
 from qvera.utils.errors import InputError
 from qvera.utils.files import file_sha256, file_stamp, try_read_json
+from qvera.utils.paths import cache_root
 
 StageProgress = Callable[[str, int, int, str], None]
 """Called with (stage, bytes done, bytes in all, what); the stage is hashing, quantizing or waiting."""
@@ -38,21 +38,31 @@ class DiskCache:
 
     Attributes:
         what: what messages call one of them.
-        root: where they are; a function, since QVERA_CACHE may change.
+        folder: its folder in `cache_root`.
         record_of: the record in such a directory; None where there is none that can be read.
         problem_of: reads all bytes of a finished one and returns what is wrong with it; None: nothing.
         prefix: the beginning of a finished one's name, where the rest is the KEY that it was made under.
     """
 
     what: str
-    root: Callable[[], Path]
+    folder: str
     record_of: Callable[[Path], dict[str, Any] | None]
     problem_of: Callable[[Path], str | None]
     prefix: str | None = None
 
+    @property
+    def root(self) -> Path:
+        """Where they are now: QVERA_CACHE may change."""
+        return cache_root() / self.folder
+
+    @property
+    def hashes(self) -> HashIndex:
+        """The hashes of the files that they were made from."""
+        return HashIndex(self.root / "hashes.json")
+
     def listed(self) -> list[CacheEntry]:
         """All entries, finished or not, by name."""
-        root = self.root()
+        root = self.root
         return [
             CacheEntry(path.name, path, size_bytes(path), self.record_of(path), self)
             for path in (sorted(root.iterdir()) if root.is_dir() else [])
@@ -67,19 +77,17 @@ class DiskCache:
         Raises:
             InputError: there is none, or more than one, or it is being made right now.
         """
-        if re.search(r"[/\\]", name):
-            raise InputError(f"{name!r}: is not a name. `qvera cache ls` shows the names.")
         entries = self.listed()
         found = [e for e in entries if e.name == name] or [e for e in entries if name and e.name.startswith(name)]
         if len(found) != 1:
             what = f"{'more than one' if found else 'no'} {self.what} of that name"
-            raise InputError(f"{name}: {what} in {self.root()}. `qvera cache ls` shows the names.")
+            raise InputError(f"{name!r}: {what} in {self.root}. `qvera cache ls` shows the names.")
         (entry,) = found
         self.clear_removed()
         lock: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
         if self.prefix is not None or entry.name.startswith(UNFINISHED):  # else no lock is of its name
             key = entry.name.removeprefix(UNFINISHED).removeprefix(self.prefix or "")
-            lock = FileLock(self.root() / f".{key}.lock", timeout=0)
+            lock = FileLock(self.root / f".{key}.lock", timeout=0)
         try:
             with lock:
                 discard(entry.directory)
@@ -90,7 +98,7 @@ class DiskCache:
     @contextlib.contextmanager
     def locked(self, key: str, waiting: Callable[[], None] | None = None) -> Iterator[None]:
         """Hold the lock of what is made under ``key``; call ``waiting`` now and then while another process has it."""
-        lock = FileLock(self.root() / f".{key}.lock")
+        lock = FileLock(self.root / f".{key}.lock")
         while not lock.is_locked:
             try:
                 lock.acquire(timeout=WAIT_SECONDS)
@@ -104,7 +112,7 @@ class DiskCache:
 
     def clear_removed(self) -> None:
         """Finish removals that were killed."""
-        for leftover in self.root().glob(".removed-*"):
+        for leftover in self.root.glob(".removed-*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -151,12 +159,9 @@ class HashIndex:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def _read(self) -> dict[str, Any]:
-        return try_read_json(self._path) or {}  # a damaged index loses nothing but time
-
     def known(self, files: Iterable[Path]) -> dict[Path, str]:
         """File → SHA-256, of those that are known."""
-        document = self._read()
+        document = try_read_json(self._path) or {}  # a damaged index loses nothing but time
         found: dict[Path, str] = {}
         for file in files:
             entry = document.get(str(file.resolve()))
@@ -169,7 +174,8 @@ class HashIndex:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(self._path.with_suffix(".lock")):
-                document = {name: entry for name, entry in self._read().items() if Path(name).is_file()}
+                known = try_read_json(self._path) or {}
+                document = {name: entry for name, entry in known.items() if Path(name).is_file()}
                 document |= {str(f.resolve()): {"stat": stat, "sha256": sha} for f, (stat, sha) in entries.items()}
                 replace_text(self._path, json.dumps(document, indent=1))
         except OSError:

@@ -311,7 +311,7 @@ def test_ls_verify_and_rm(section: DataSection, capsys: pytest.CaptureFixture[st
 def test_what_a_process_is_opening_stays_and_a_removal_that_was_killed_is_finished(section: DataSection) -> None:
     build_datasets(section, byte_tokenizer())
     (name,) = entries()
-    root = cache.rows_root()
+    root = cache.ROWS.root
     left = root / ".removed-rows-of-a-killed-rm"
     left.mkdir()
     with FileLock(root / f".{name.removeprefix('rows-')}.lock"):

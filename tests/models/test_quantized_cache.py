@@ -19,7 +19,7 @@ from qvera.config.schema import ModelSection
 from qvera.models import quantize_checkpoint, quantized_cache
 from qvera.models.quantize_checkpoint import NotPlain
 from qvera.models.quantized_cache import cached_base, find_base
-from qvera.models.quantized_record import BASES, bases_root, problem_of, read_record
+from qvera.models.quantized_record import BASES, problem_of, read_record
 from qvera.utils.errors import InputError
 from tests.helpers import start_process, wait_until
 
@@ -129,7 +129,7 @@ def make(section: ModelSection, directory: Path, name: str) -> None:
     def progress(stage: str, done: int, total: int, what: str) -> None:
         with open(directory / name, "a") as handle:
             handle.write(stage + "\n")
-        while stage == "quantizing" and len(unfinished_shards(bases_root())) >= 3 and not (directory / "go").exists():
+        while stage == "quantizing" and len(unfinished_shards(BASES.root)) >= 3 and not (directory / "go").exists():
             time.sleep(0.02)
 
     (directory / f"{name}.path").write_text(str(cached_base(section, progress=progress)))
