@@ -129,23 +129,7 @@ class ChatTemplate:
         return out
 
     def render(self, messages: list[Message], tools: Tools = None, prompt: bool = False) -> str:
-        """The text of ``messages``.
-
-        Args:
-            messages: role and content.
-            tools: JSON schemas that the model may call.
-            prompt: end with what opens an assistant turn.
-
-        Raises:
-            InputError: the template refuses these messages (a role that it does not know, an order it does not take).
-        """
-        try:
-            return self.attempt(messages, tools, prompt)
-        except TemplateError as error:
-            raise InputError(f"The chat template ({self.name}) refuses the messages: {error}.") from None
-
-    def attempt(self, messages: list[Message], tools: Tools = None, prompt: bool = False) -> str:
-        """`render`, for those who know what to do where the template refuses.
+        """The text of ``messages``; ``prompt``: it ends with what opens an assistant turn.
 
         Raises:
             TemplateError: the template refuses these messages; it says why, and nothing else.
@@ -160,10 +144,6 @@ class ChatTemplate:
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
             raise TemplateError(" ".join(str(error).split()).rstrip(".") or type(error).__name__) from None
-
-    def has_special_token(self, text: str) -> bool:
-        """Whether a row's text contains a special token's spelling, which the tokenizer will read as that token."""
-        return self.special.search(text) is not None
 
     def marker_end(self, text: str, start: int, stop: int, last: bool = False) -> int | None:
         """Where the end-of-turn marker ends that template text [start, stop) holds: its first special token."""
@@ -190,7 +170,11 @@ class ChatTemplate:
         try:
             rendered = self.lay_out(conversation, [len(turns)])
         except InputError:  # a template may take the question and refuse or rewrite such an answer
-            return self.render(self.messages(turns), tools, prompt=True), []
+            try:
+                return self.render(self.messages(turns), tools, prompt=True), []
+            except TemplateError as error:
+                text = f"The chat template ({self.name}) refuses the messages: {error}."
+                raise InputError(text) from None
         *earlier, last = rendered.answers
         return rendered.text[: last.start], [answer.start for answer in earlier]
 
@@ -207,7 +191,7 @@ class ChatTemplate:
         turns = conversation.turns
         messages = self.messages(turns)
         try:
-            text = self.attempt(messages, conversation.tools)
+            text = self.render(messages, conversation.tools)
             answers = answer_spans(self, self._layouts, text, messages, conversation)
         except TemplateError as error:
             raise InputError(

@@ -85,11 +85,9 @@ def answer_spans(
     """The answers' places in ``text``; an answer that can't be placed is left out.
 
     Args:
-        template: the template.
-        layouts: its layouts of earlier rows; this row's is added.
-        text: what it renders for the conversation.
+        layouts: the template's layouts of earlier rows; this row's is added.
+        text: what the template renders for the conversation.
         messages: the conversation's turns, from `ChatTemplate.messages`.
-        conversation: the row.
 
     Raises:
         TemplateError: the template takes the row, and refuses a part of it.
@@ -167,8 +165,8 @@ def _answer_start(
         earliest: an earlier start is none.
     """
     try:
-        prompt = template.attempt(before, tools, prompt=True) if before else ""
-        bare = template.attempt(before, tools) if before else ""
+        prompt = template.render(before, tools, prompt=True) if before else ""
+        bare = template.render(before, tools) if before else ""
     except TemplateError:
         return content, content
     # A template that knows no generation prompt writes a heading, which is still not the model's to write.
@@ -216,7 +214,7 @@ def _learn_layout(template: ChatTemplate, messages: list[Message], tools: Tools)
                 copy[name] = f"\t{mark}\t"  # a tab that is gone afterwards: the template strips
         slotted.append(copy)
     try:
-        text = template.attempt(slotted, tools)
+        text = template.render(slotted, tools)
     except TemplateError:
         return None
     *parts, closing = re.split(r"(\t?)(QveraSlot\d{4}Zq7)(\t?)", text)
@@ -246,7 +244,7 @@ def _slotted_end(
     # puts behind an answer (a line break, say) is all there is to learn from.
     close = latest if turn + 1 == len(slotted) else end
     with contextlib.suppress(TemplateError):
-        alone = template.attempt(slotted[: turn + 1], tools)
+        alone = template.render(slotted[: turn + 1], tools)
         if text.startswith(alone) and end <= len(alone) <= latest:
             close = latest = len(alone)
     marker_end = template.marker_end(text, end, latest)
@@ -262,7 +260,7 @@ def _prefix_spans(
     for turn, item in enumerate(conversation.turns):
         if item.role != "assistant":
             continue
-        through = template.attempt(messages[: turn + 1], tools)
+        through = template.render(messages[: turn + 1], tools)
         place = _content_place(template, messages[: turn + 1], tools, through) if text.startswith(through) else None
         if place is None:
             continue  # rewritten beyond recognition: a marker inside of it could be mistaken for its end
@@ -291,11 +289,11 @@ def _content_place(
     while mark in repr(messages) + repr(tools):
         mark += "Z"
     try:
-        slotted = template.attempt([*earlier, {**last, "content": mark}], tools)
+        slotted = template.render([*earlier, {**last, "content": mark}], tools)
     except TemplateError:
         return None
     if slotted == through:
-        prompt = template.attempt(earlier, tools, prompt=True) if earlier else ""
+        prompt = template.render(earlier, tools, prompt=True) if earlier else ""
         return (len(prompt), len(prompt)) if through.startswith(prompt) else None
     before, _, behind = slotted.partition(mark)
     if slotted != before + mark + behind or mark in behind:

@@ -17,8 +17,6 @@ from qvera.utils.cache_dir import HashIndex
 from qvera.utils.errors import InputError
 
 TRAIN, EVAL = "train", "eval"
-CHUNK_ROWS = 256
-"""Raw rows that are tokenized together."""
 
 
 def source_bytes(section: DataSection) -> int | None:
@@ -64,11 +62,6 @@ def raw_rows(section: DataSection, path: str) -> Iterator[RawRow]:
     return itertools.islice(rows, section.limit if path == section.path else None)
 
 
-def count_rows(section: DataSection, path: str) -> int:
-    """How many rows `raw_rows` gives; the whole source is read for that."""
-    return sum(1 for _ in raw_rows(section, path))
-
-
 def hold_out(count: int, fraction: float, seed: int) -> np.ndarray:
     """Which rows are held out: bool [count], at least one of each kind where any are.
 
@@ -93,12 +86,6 @@ def chosen_rows(section: DataSection, part: str, count: int) -> Iterator[RawRow]
     held = hold_out(count, section.eval_fraction, section.seed)
     wanted = held if part == EVAL else ~held
     return itertools.islice(itertools.compress(raw_rows(section, section.path), wanted), limit)
-
-
-def chunks_of(rows: Iterator[RawRow]) -> Iterator[list[RawRow]]:
-    """The rows in lists of `CHUNK_ROWS`."""
-    while chunk := list(itertools.islice(rows, CHUNK_ROWS)):
-        yield chunk
 
 
 def read_prompts(path: Path, section: DataSection) -> list[Conversation]:

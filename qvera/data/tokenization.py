@@ -41,14 +41,12 @@ class TokenizedChunk:
     """What became of some consecutive raw rows.
 
     Attributes:
-        rows: raw rows.
         batch: their examples, as an Arrow record batch. Not made where there are empty rows or an error.
         counts: what they lost.
         empty_rows: sources of rows without a token to train on.
         error: what is wrong with the first bad row, or empty.
     """
 
-    rows: int
     batch: pa.RecordBatch | None = None
     counts: RowCounts = field(default_factory=RowCounts)
     empty_rows: list[str] = field(default_factory=list)
@@ -56,12 +54,7 @@ class TokenizedChunk:
 
 
 class RowTokenizer:
-    """Raw rows of one format → examples.
-
-    Args:
-        section: the source's part of the recipe.
-        row_format: what its rows look like.
-    """
+    """Raw rows of one format → examples, for one source's part of the recipe."""
 
     def __init__(self, section: DataSection, encoder: Encoder, template: ChatTemplate, row_format: RowFormat) -> None:
         self.section, self.encoder, self.template, self.row_format = section, encoder, template, row_format
@@ -69,7 +62,7 @@ class RowTokenizer:
 
     def tokenize_chunk(self, rows: Sequence[RawRow]) -> TokenizedChunk:
         """Check and tokenize consecutive rows."""
-        chunk = TokenizedChunk(len(rows))
+        chunk = TokenizedChunk()
         try:
             parsed = [parse_row(row, self.row_format, self.section.system, self.section.label_names) for row in rows]
             chunk.empty_rows = [row.source for row in parsed if self._is_empty(row)]
@@ -128,7 +121,7 @@ class RowTokenizer:
 
     def _has_special_token(self, row: Conversation | Text) -> bool:
         texts = [row.text] if isinstance(row, Text) else [t.content + (t.context or "") for t in row.turns]
-        return any(self.template.has_special_token(text) for text in texts)
+        return any(self.template.special.search(text) for text in texts)
 
     def _example(
         self, row: Conversation | Text, rendered: Rendered, ids: list[int], bounds: list[Bounds]

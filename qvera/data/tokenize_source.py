@@ -27,13 +27,15 @@ from qvera.data.chat_template import resolve_template
 from qvera.data.encoding import Encoder, tokenizer_sha256
 from qvera.data.formats import detect_format
 from qvera.data.rows import Rows, write_table
-from qvera.data.sources import CHUNK_ROWS, EVAL, TRAIN, chosen_rows, chunks_of, count_rows, hold_out, raw_rows
+from qvera.data.sources import EVAL, TRAIN, chosen_rows, hold_out, raw_rows
 from qvera.data.tokenization import RowCounts, RowTokenizer, TokenizedChunk
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+CHUNK_ROWS = 256
+"""Raw rows that are tokenized together."""
 _PROGRESS_ROWS = 2000
 """More rows than this get a progress bar."""
 _MEASURED_SECONDS = 1.0
@@ -88,8 +90,9 @@ class Part:
 
     def chunks(self, first: int, step: int = 1) -> Iterator[TokenizedChunk]:
         """The chunks ``first``, ``first + step``, ... in order, tokenized by this process."""
-        raw = chunks_of(chosen_rows(self.tokenizer.section, self.name, self.source_rows))
-        return map(self.tokenizer.tokenize_chunk, itertools.islice(raw, first, None, step))
+        rows = chosen_rows(self.tokenizer.section, self.name, self.source_rows)
+        chunks = iter(lambda: list(itertools.islice(rows, CHUNK_ROWS)), [])  # up to an empty one
+        return map(self.tokenizer.tokenize_chunk, itertools.islice(chunks, first, None, step))
 
 
 def tokenize_source(
@@ -104,7 +107,7 @@ def tokenize_source(
     Raises:
         InputError: anything wrong with the recipe's ``data``, a file or a row.
     """
-    count = count_rows(section, section.path)
+    count = sum(1 for _ in raw_rows(section, section.path))
     first = next(raw_rows(section, section.path))
     train_format = eval_format = detect_format(first, section.format, section.columns)
     if section.eval_path is not None:
@@ -113,7 +116,7 @@ def tokenize_source(
                 f"data.eval_path: {section.path} is data.path too, so nothing would be held out. Name another file, or "
                 "set data.eval_fraction instead."
             )
-        train, held = count, count_rows(section, section.eval_path)
+        train, held = count, sum(1 for _ in raw_rows(section, section.eval_path))
         eval_format = detect_format(next(raw_rows(section, section.eval_path)), section.format, section.columns)
     else:
         if section.eval_fraction > 0 and count < 2:
