@@ -7,11 +7,10 @@ from qvera.data.chat_template import NAMED_TEMPLATES, ChatTemplate, resolve_temp
 from qvera.data.collate import IGNORED, collate, collate_prefix_once
 from qvera.data.dataset import Datasets, DataStats, build_datasets, data_sha256
 from qvera.data.encoding import Encoder, decode
-from qvera.data.formats import Conversation, Text, Turn
+from qvera.data.formats import Conversation, Text, Turn, read_prompts
 from qvera.data.preview import data_warnings, print_preflight
 from qvera.data.rows import Example, Rows, lengths_of
 from qvera.data.sampler import Batches, batches_of, microbatches, steps_per_epoch
-from qvera.data.sources import read_prompts
 
 __all__ = [
     "IGNORED",

@@ -1,9 +1,8 @@
 """Tokenized rows on disk: a second run of the same recipe maps them instead of reading, rendering and tokenizing again.
 
-They are entries (`qvera.utils.cache_dir`) of $QVERA_CACHE/rows. A name is rows-KEY, the hash of everything that the
-rows are a function of; in it are train.arrow, eval.arrow and, last, record.json. The ranks of a node wait for the first
-of them. What that one found wrong with the rows is in .KEY.failed, for those that have waited. hashes.json has the
-sources and the tables.
+An entry (`qvera.utils.cache_dir`) is $QVERA_CACHE/rows/rows-KEY, where KEY is the hash of everything that the rows are
+a function of, with train.arrow, eval.arrow and, last, record.json. The ranks of a node wait for the first of them. What
+that one found wrong with the rows is in .KEY.failed, for those that have waited.
 
 `datasets.Dataset.from_generator` was tried in place of this: it writes rows nine times slower (a Python list each),
 forks the trainer's threads, and does not notice a damaged file.
@@ -26,9 +25,8 @@ from typing import TYPE_CHECKING, Any
 from qvera.config.schema import DataSection
 from qvera.data.encoding import Encoder, tokenizer_sha256
 from qvera.data.rows import Rows
-from qvera.data.sources import EVAL, TRAIN, source_bytes, source_content
 from qvera.data.tokenization import RowCounts
-from qvera.data.tokenize_source import TokenizedSource, tokenize_source
+from qvera.data.tokenize_source import EVAL, TRAIN, TokenizedSource, source_bytes, source_content, tokenize_source
 from qvera.utils.atomic import disk_errors, flush, replace_text
 from qvera.utils.cache_dir import UNFINISHED, DiskCache, HashIndex, discard
 from qvera.utils.errors import InputError
@@ -131,11 +129,7 @@ def _make_entry(
 
 
 def _key_of(section: DataSection, tokenizer: PreTrainedTokenizerBase, hashes: HashIndex) -> dict[str, Any] | None:
-    """Everything that a source's rows are a function of, as JSON; None where they are not cached.
-
-    That is the content (and the names, which messages show) of its files, the tokenizer's whole state, its template,
-    the keys of the recipe, the code that tokenizes, and the day for templates that write it.
-    """
+    """Everything that a source's rows are a function of, as JSON; None where they are not cached."""
     size_bytes = source_bytes(section)
     if size_bytes is not None and size_bytes < _WORTH_BYTES:
         return None
@@ -148,12 +142,12 @@ def _key_of(section: DataSection, tokenizer: PreTrainedTokenizerBase, hashes: Ha
     dated = "strftime_now" in json.dumps(tokenizer.chat_template)
     return {
         "format": 1,
-        "content": content,
+        "content": content,  # and the names of files, which messages show
         "tokenizer": [type(tokenizer).__name__, tokenizer_hash],
         "keys": keys,
         "code": _code_sha256(),
         "libraries": {name: metadata.version(name) for name in _LIBRARIES},
-        "day": datetime.date.today().isoformat() if dated else None,
+        "day": datetime.date.today().isoformat() if dated else None,  # for templates that write it
     }
 
 
@@ -205,11 +199,7 @@ def _open_entry(directory: Path, hashes: HashIndex, console: Console | None) -> 
 
 
 def problem_of(directory: Path, hashes: HashIndex | None = None) -> str | None:
-    """What is wrong with an entry, or None.
-
-    Args:
-        hashes: the hashes of files that have not changed; None: all files are read again.
-    """
+    """What is wrong with an entry, or None; without ``hashes`` of unchanged files all of them are read again."""
     record = try_read_json(directory / RECORD)
     if record is None:
         return f"{directory / RECORD}: is missing or damaged"

@@ -35,8 +35,7 @@ def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase, format: str 
         name: ``auto``, ``tokenizer`` (the tokenizer's own, or fail) or one of `NAMED_TEMPLATES`. ``auto`` is the
             tokenizer's own where it has one; else ``plain`` for prompt-completion and text rows, which say everything
             themselves, and ``alpaca`` for the others.
-        tokenizer: a transformers tokenizer.
-        format: the format of the rows.
+        format: of the rows.
 
     Raises:
         InputError: an unknown name, or a template whose markers the tokenizer does not have.
@@ -99,7 +98,6 @@ class ChatTemplate:
     Attributes:
         name: ``tokenizer`` or a named template; `resolve_template` takes it back.
         jinja: its source, for ``tokenizer.chat_template`` beside an adapter.
-        tokenizer: the tokenizer that it is for.
         special: finds the tokenizer's special tokens in a text.
     """
 
@@ -182,7 +180,6 @@ class ChatTemplate:
         """Render a row and say where its answers are.
 
         Args:
-            conversation: the row.
             needed: the turns that are going to be trained; other answers may stay without a place.
 
         Raises:

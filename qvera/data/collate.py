@@ -41,14 +41,11 @@ def collate(examples: Sequence[Example], pad_id: int, device: torch.device | str
     Args:
         examples: B rows, at least one.
         pad_id: the token put where a row has ended; it is masked out of attention and loss.
-        device: where the tensors go.
 
     Returns:
         ``input_ids`` int64 [B, T]; ``attention_mask`` int64 [B, T], 1 on real tokens; ``labels`` int64 [B, T], the
         token itself where it is trained and `IGNORED` elsewhere. Aligned with ``input_ids``: the loss shifts.
     """
-    if not examples:
-        raise ValueError("collate needs at least one row")
     length = max(len(example.input_ids) for example in examples)
     input_ids = np.full((len(examples), length), pad_id, dtype=np.int64)
     attention_mask = np.zeros((len(examples), length), dtype=np.int64)
@@ -70,7 +67,7 @@ def _tensors(arrays: dict[str, np.ndarray], device: torch.device | str) -> dict[
 def common_prefix(examples: Sequence[Example]) -> int:
     """Tokens that all rows begin with. None of them is trained, and the one after them is not either.
 
-    The token after the prefix must not be a target: what stands before it in the joined sequence is another row's end.
+    What stands before that one in the joined sequence is another row's end.
     """
     first = examples[0].input_ids
     length = min(int(np.argmax(e.trained)) - 1 for e in examples)

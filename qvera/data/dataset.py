@@ -124,8 +124,7 @@ class Datasets:
     def first_rows(self, count: int) -> Rows:
         """``count`` training rows to look at: the first of each source in turn, then the second of each, and so on.
 
-        A mask goes wrong by format and template, so a source is seen as soon as there is a row for each. Rows that a
-        weight repeats come last.
+        Rows that a weight repeats come last.
 
         Raises:
             InputError: ``count`` is negative.
@@ -141,10 +140,7 @@ class Datasets:
 
 
 def data_sha256(datasets: Datasets) -> str:
-    """SHA-256 over the tokens and masks of all rows in order: equal where two machines read the same data the same way.
-
-    It is taken over the hashes of each row's tokens and mask, which lie beside the rows, so no row is read.
-    """
+    """SHA-256 over all rows' tokens and masks: equal where two machines read the same data the same way."""
     digest = hashlib.sha256()
     for rows in (datasets.train, datasets.eval):
         for column in (rows.lengths, rows.ids_hash, rows.mask_hash):
@@ -156,8 +152,6 @@ def build_datasets(
     section: DataSection, tokenizer: PreTrainedTokenizerBase, console: Console | None = None
 ) -> Datasets:
     """Read, check, render and tokenize the rows that a recipe names, or find them in the cache.
-
-    Nothing is shuffled here.
 
     Args:
         section: the recipe's ``data``.
@@ -213,7 +207,7 @@ def weighted(count: int, weight: float, seed: int, number: int) -> np.ndarray:
         number: the source's place in the mixture; each draws for itself.
 
     Returns:
-        int64: the numbers of rows, pass after pass.
+        The numbers of rows, pass after pass, int64.
     """
     passes = int(weight)
     more = round((weight - passes) * count)

@@ -70,12 +70,7 @@ class Encoder:
         return self.bos_id is not None and len(ids) > 0 and int(ids[0]) == self.bos_id
 
     def encode_prompt(self, text: str, starts: Sequence[int] = ()) -> list[int]:
-        """The ids of a prompt, as in training: markers become their tokens, one BOS where the model wants one.
-
-        Args:
-            text: the prompt, from `ChatTemplate.prompt`.
-            starts: where earlier answers start in it, from the same place.
-        """
+        """The ids of a prompt as in training; ``text`` and ``starts`` are what `ChatTemplate.prompt` returns."""
         ((ids, _),) = self.encode([text], [[(at, at, at) for at in starts]])
         return self.with_bos(ids)
 

@@ -1,14 +1,16 @@
-"""Raw rows → conversations: which of the known formats a data set has, and each row of it checked."""
+"""Raw rows → conversations: which of the known formats a data set has, and each row of it checked; prompts too."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from qvera.data.readers import RawRow, describe
+from qvera.config.schema import DataSection
+from qvera.data.readers import RawRow, describe, read_file, read_lines, read_rows
 from qvera.utils.errors import InputError, did_you_mean
 
 # The fields of each format: those that every row must have, then those it may have. Detection tries them in this order.
@@ -89,7 +91,6 @@ def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | N
     """Decide from the first row what the rows are.
 
     Args:
-        row: the first row.
         format: ``data.format``; ``auto`` goes by the column names.
         columns: ``data.columns``, our field name → the column's name in the file.
 
@@ -142,7 +143,6 @@ def parse_row(
     """Check one row and turn it into a conversation (or text).
 
     Args:
-        row: the row.
         format: what `detect_format` found in the first row.
         system: the system prompt for rows that bring none.
         label_names: where answers are integer labels, the name of each label, from 0.
@@ -305,3 +305,38 @@ def _trained(item: dict[str, Any], role: str, where: str) -> bool | None:
             raise InputError(f"{where}.{key}: only assistant turns can be trained; this is a {role} turn. Set it to 0.")
         return bool(value)
     return None
+
+
+def read_prompts(path: Path, section: DataSection) -> list[Conversation]:
+    """Read the prompts of a file; an answer at the end of a row is left out, the last turn is what is asked.
+
+    Args:
+        path: .txt (one prompt a line), or a data file with the columns of a training file, of which the answer's may be
+            missing.
+        section: says how columns are named, and the system prompt.
+
+    Raises:
+        InputError: no such file, no prompts in it, or a row that asks nothing; names file and line.
+    """
+    is_text = path.suffix.lower() == ".txt"
+    format, columns = ("prompt-completion", {}) if is_text else (section.format, section.columns)
+    conversations = []
+    for row in read_file(path, read_lines) if is_text else read_rows(str(path)):
+        fields = dict(row.fields)
+        for question, answer in (("prompt", "completion"), ("instruction", "output")):
+            asked, answered = (columns.get(name, name) for name in (question, answer))
+            if asked in fields and not fields.get(answered):
+                fields[answered] = "-"  # a row without its answer is read like a training row
+        filled = replace(row, fields=fields)
+        parsed = parse_row(filled, detect_format(filled, format, columns), section.system)
+        if isinstance(parsed, Text):
+            raise InputError(
+                f"{row.source}: is plain text, which asks nothing. Expected prompts, instructions or messages."
+            )
+        turns = list(parsed.turns)
+        while turns and turns[-1].role == "assistant":
+            turns.pop()
+        if not turns or turns[-1].role == "system":
+            raise InputError(f"{row.source}: has no user turn to answer.")
+        conversations.append(replace(parsed, turns=turns))
+    return conversations

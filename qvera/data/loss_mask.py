@@ -277,12 +277,8 @@ def _content_place(
 ) -> tuple[int, int] | None:
     """Where in ``through`` the last message's content starts and ends.
 
-    A slot is put in its place: what the template writes before and behind the slot stands around the content too. A
-    template that leaves the content of such a message out (as some do with tool calls) has it nowhere: both ends are
-    where the turn starts to differ from its prompt.
-
-    Returns:
-        None where the template does something else with this content.
+    A slot is put in its place: what the template writes before and behind the slot stands around the content too. None
+    where the template does something else with this content.
     """
     *earlier, last = messages
     mark = "QveraSlot"
@@ -292,7 +288,7 @@ def _content_place(
         slotted = template.render([*earlier, {**last, "content": mark}], tools)
     except TemplateError:
         return None
-    if slotted == through:
+    if slotted == through:  # the content is left out, as some templates do with tool calls
         prompt = template.render(earlier, tools, prompt=True) if earlier else ""
         return (len(prompt), len(prompt)) if through.startswith(prompt) else None
     before, _, behind = slotted.partition(mark)

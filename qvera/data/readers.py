@@ -62,14 +62,7 @@ def read_rows(
 
 
 def read_file(file: Path, reader: Callable[[Path], Iterator[RawRow]] | None = None) -> Iterator[RawRow]:
-    """Yield the rows of one file.
-
-    Args:
-        reader: how to read it; None: as its name says.
-
-    Raises:
-        InputError: as `read_rows`.
-    """
+    """Yield the rows of one file by ``reader`` (None: the one for its extension); raises as `read_rows`."""
     readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
     readers |= {".csv": _read_csv, ".tsv": _read_csv}
     reader = reader or readers.get(file.suffix.lower())

@@ -129,11 +129,7 @@ class Rows(Sequence[Example]):
 
     @classmethod
     def open(cls, path: Path) -> Rows:
-        """Map the file that `write_table` wrote.
-
-        Raises:
-            pyarrow.ArrowException, OSError: it is not such a file.
-        """
+        """Map the file that `write_table` wrote."""
         return cls(pa.ipc.open_file(pa.memory_map(str(path))).read_all())
 
     def __len__(self) -> int:

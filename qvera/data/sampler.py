@@ -1,7 +1,4 @@
-"""Which rows a step trains on, and how they are cut into forward passes.
-
-The order is a function of the step: nothing to save.
-"""
+"""Which rows a step trains on, and how they are cut into forward passes: functions of the step, nothing to save."""
 
 from __future__ import annotations
 
@@ -74,10 +71,7 @@ def grouped(chosen: np.ndarray, lengths: np.ndarray, size: int, seed: int, epoch
 
 @dataclass(slots=True)
 class Batches:
-    """Which rows every optimizer step trains on, and how they are cut into forward passes.
-
-    Both are functions of the step and of what is given here, so there is nothing to save and every rank knows all of
-    it.
+    """Which rows every optimizer step trains on, and how they are cut into forward passes; every rank knows all of it.
 
     Attributes:
         lengths: int [n]; tokens of row i, at least one row.

@@ -38,18 +38,12 @@ class RowCounts:
 
 @dataclass(slots=True)
 class TokenizedChunk:
-    """What became of some consecutive raw rows.
-
-    Attributes:
-        batch: their examples, as an Arrow record batch. Not made where there are empty rows or an error.
-        counts: what they lost.
-        empty_rows: sources of rows without a token to train on.
-        error: what is wrong with the first bad row, or empty.
-    """
+    """What became of some consecutive raw rows. There is no ``batch`` where there are empty rows or an error."""
 
     batch: pa.RecordBatch | None = None
     counts: RowCounts = field(default_factory=RowCounts)
     empty_rows: list[str] = field(default_factory=list)
+    """Sources of rows without a token to train on."""
     error: str = ""
 
 

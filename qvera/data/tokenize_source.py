@@ -1,4 +1,4 @@
-"""One source of a recipe, from its files to tables of tokenized rows.
+"""One source of a recipe: what identifies its content, which rows are held out, and tables of its tokenized rows.
 
 It is read twice (to count, to tokenize), never held as a whole. Several processes may tokenize: each reads the source
 itself and takes every n-th chunk of its rows. They are programs of their own, not forks or spawns: a fork would not
@@ -20,20 +20,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
 
 from qvera.config.schema import DataSection
 from qvera.data.chat_template import resolve_template
 from qvera.data.encoding import Encoder, tokenizer_sha256
 from qvera.data.formats import detect_format
+from qvera.data.readers import RawRow, load_hub, local_files, read_rows
 from qvera.data.rows import Rows, write_table
-from qvera.data.sources import EVAL, TRAIN, chosen_rows, hold_out, raw_rows
+from qvera.data.sampler import philox_key
 from qvera.data.tokenization import RowCounts, RowTokenizer, TokenizedChunk
+from qvera.utils.cache_dir import HashIndex
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+TRAIN, EVAL = "train", "eval"
 CHUNK_ROWS = 256
 """Raw rows that are tokenized together."""
 _PROGRESS_ROWS = 2000
@@ -49,6 +53,67 @@ _PROGRAM = (
 )
 _ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "USE_TORCH": "0"}
 """A process's: one core each, and transformers without torch, whose import takes ten times as long as all the rest."""
+
+
+def source_bytes(section: DataSection) -> int | None:
+    """Bytes of the local files that a source is read from; None where some of it is a hub dataset."""
+    files = [local_files(path) for path in (section.path, section.eval_path) if path]
+    return None if None in files else sum(file.stat().st_size for found in files for file in found or [])
+
+
+def source_content(section: DataSection, hashes: HashIndex) -> list[list[str]] | None:
+    """What identifies a source's content: names and SHA-256 of its files, or the fingerprint of a hub dataset.
+
+    None where nothing tells one content from another.
+    """
+    content: list[list[str]] = []
+    for path in filter(None, (section.path, section.eval_path)):
+        files = local_files(path)
+        if files is not None:
+            sha256_of = hashes.hashed(files, hashes.known(files), None)
+            content += [[str(file), sha256_of[file]] for file in files]
+            continue
+        dataset = load_hub(path, section.split, section.config_name, section.revision)
+        fingerprint = getattr(dataset, "_fingerprint", None)
+        if fingerprint is None:
+            return None
+        content.append([path, str(fingerprint)])
+    return content
+
+
+def raw_rows(section: DataSection, path: str) -> Iterator[RawRow]:
+    """The raw rows of ``data.path`` or ``data.eval_path``, one at a time."""
+    if path == section.path or not Path(path).expanduser().exists():
+        rows = read_rows(path, split=section.split, config_name=section.config_name, revision=section.revision)
+    else:  # a local eval file beside a hub dataset: the hub's keys are not about it
+        rows = read_rows(path)
+    return itertools.islice(rows, section.limit if path == section.path else None)
+
+
+def hold_out(count: int, fraction: float, seed: int) -> np.ndarray:
+    """Which rows are held out: bool [count], at least one of each kind where any are.
+
+    Args:
+        fraction: of them to hold out, 0 <= fraction < 1; 0 holds out none. Above 0 there must be two rows.
+        seed: decides which.
+    """
+    held = np.zeros(count, dtype=bool)
+    if fraction > 0:
+        chosen = min(max(1, round(count * fraction)), count - 1)
+        # The second key word keeps this stream apart from the epochs' (`sampler.order` counts them up from 0).
+        words = np.random.Philox(key=philox_key(seed, -1)).random_raw(count)
+        held[np.argsort(words, kind="stable")[:chosen]] = True
+    return held
+
+
+def chosen_rows(section: DataSection, part: str, count: int) -> Iterator[RawRow]:
+    """The raw rows of the training or of the held-out part, in file order; ``count``: rows of ``data.path``."""
+    limit = section.eval_limit if part == EVAL else None
+    if section.eval_path is not None:
+        return itertools.islice(raw_rows(section, section.path if part == TRAIN else section.eval_path), limit)
+    held = hold_out(count, section.eval_fraction, section.seed)
+    wanted = held if part == EVAL else ~held
+    return itertools.islice(itertools.compress(raw_rows(section, section.path), wanted), limit)
 
 
 @dataclass(slots=True)
