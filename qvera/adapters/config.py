@@ -70,8 +70,7 @@ class QveraConfig(PeftConfig):
         projection_sha256: the hash of A and B.
         format_version: version of this file's meaning.
         base_fingerprint: `qvera.utils.safetensors_io.base_fingerprint` of the base model that it was trained on.
-        added_tokens: token → id of the tokens that its recipe added (`qvera.models.tokenizer`), whose rows lie beside
-            the vectors.
+        added_tokens: token → id of the tokens that its recipe added, whose rows lie beside the vectors.
         pad_token: the recipe's padding token.
         eos_token: the recipe's end-of-sequence token.
         magnitude: reserved for later formats; refused when set, like ``seed_chain``.

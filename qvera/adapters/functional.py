@@ -102,7 +102,7 @@ class _ScaleInput(torch.autograd.Function):
 
 
 def scale_input(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-    """A ⊙ x: [..., n] and [n] give [..., n] in x's dtype; differentiable once in both."""
+    """diag(a) x: [..., n] and [n] give [..., n] in x's dtype; differentiable once in both."""
     return _ScaleInput.apply(x, a)
 
 

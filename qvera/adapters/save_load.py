@@ -47,8 +47,8 @@ def attach(
     Args:
         model: the base model.
         section: the adapter section of a recipe.
-        base_name: path or hub id of the base, for the adapter's config (`portable_name`).
-        base_fingerprint: the base's fingerprint, for the adapter's config.
+        base_name: path or hub id of the base, for the adapter's config, like its fingerprint.
+        base_fingerprint: see `qvera.utils.safetensors_io.base_fingerprint`.
         added_tokens: token → id of the tokens that the recipe adds, whose rows the model has.
         tokens: what the recipe says of padding and end-of-sequence tokens.
 
@@ -114,10 +114,7 @@ def portable_name(name: str) -> str:
 
 
 def named_vectors(model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
-    """The vectors of every adapted layer by name: ``layer.qvera_b``, ``layer.qvera_d`` and maybe ``layer.qvera_a``.
-
-    The keys are those of the adapter file.
-    """
+    """The vectors of every adapted layer by their keys in the adapter file: ``layer.qvera_b``, ``layer.qvera_d``."""
     vectors: dict[str, nn.Parameter] = {}
     for name, module in model.named_modules():
         if isinstance(module, QveraLinear):
@@ -125,19 +122,19 @@ def named_vectors(model: nn.Module, adapter: str = "default") -> dict[str, nn.Pa
     return vectors
 
 
-def adapter_facts(model: PeftModel, adapter: str = "default") -> dict[str, Any]:
+def adapter_facts(model: PeftModel) -> dict[str, Any]:
     """Counts read from the live adapter (the ``adapter`` object of run.json, less the file size)."""
-    layers = [m for m in model.modules() if isinstance(m, QveraLinear) and adapter in m.qvera_d]
-    config = model.peft_config[adapter]
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, QveraLinear) and m.carries("default")}
+    config = model.peft_config["default"]
     return {
         "rank": config.rank,
         "b_groups": config.b_groups,
         "input_scale": config.input_scale,
-        "targets": sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, QveraLinear)}),
+        "targets": sorted({name.rpartition(".")[2] for name in layers}),
         "adapted_modules": len(layers),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "seed": config.projection_seed,
-        "lora_r64_parameters": sum(64 * (m.in_features + m.out_features) for m in layers),
+        "lora_r64_parameters": sum(64 * (m.in_features + m.out_features) for m in layers.values()),
     }
 
 
@@ -342,16 +339,10 @@ def require_tokens(config: QveraConfig | VeraConfig, adapter: Path | str, ids: d
 
 
 def require_base(config: QveraConfig | VeraConfig, adapter: Path | str, name: str, fingerprint: str | None) -> None:
-    """Compare a base model with the one that an adapter was trained on, by content.
-
-    Args:
-        config: the adapter's.
-        adapter: the adapter's directory, for the message.
-        name: path or hub id of the base.
-        fingerprint: that of the base, None where unknown.
+    """Compare the base model of that name and fingerprint with the one that an adapter was trained on.
 
     Raises:
-        InputError: it is another base. An adapter without a fingerprint (PEFT's own) passes.
+        InputError: it is another base. One without a fingerprint passes, like an adapter without (PEFT's own).
     """
     expected = getattr(config, "base_fingerprint", None)
     if not same_base(expected, fingerprint):

@@ -170,8 +170,6 @@ class QveraModel(BaseTuner):
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
         **_: object,
     ) -> None:
         base: nn.Module = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target

@@ -56,7 +56,8 @@ class Heartbeat:
         self._beat_seconds, self._silent_seconds = beat_seconds, silent_seconds
         self._done = threading.Event()
         self._reached = time.monotonic()
-        self._seen: dict[int, tuple[str, float, str]] = {}  # rank → its key's last value, when that was new, its node
+        self._me = f"rank {group.rank} on {group.host}"
+        self._seen: dict[int, tuple[str, float]] = {}  # rank → its key's last value, and when that was new
         self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Heartbeat:
@@ -71,22 +72,19 @@ class Heartbeat:
         self._done.set()
         if isinstance(error, QveraError) and error.shared:
             error = None  # the others have it too
-        left: dict[str, object] = {"left": True}
+        reason: dict[str, object] = {}
         if error is not None:
-            left |= {"error": f"{type(error).__name__}: {error}", "exit_code": getattr(error, "exit_code", EXIT_FAILED)}
+            code = getattr(error, "exit_code", EXIT_FAILED)
+            reason = {"error": f"{type(error).__name__}: {error}", "exit_code": code}
         for thread in self._threads:
             thread.join(timeout=self._beat_seconds)
         if not any(thread.is_alive() for thread in self._threads):  # else the store hangs, and so would we
             with contextlib.suppress(RuntimeError):
-                self._write(**left)
+                self._write(left=True, **reason)
 
     def find_the_dead(self) -> None:
-        """Wait until the beats show which rank is gone, which ends this process.
-
-        For the main thread, when a collective failed.
-        """
-        me = f"rank {self.group.rank} on {self.group.host}"
-        print(f"qvera: {me} lost a peer in the middle of a step; finding out which.", file=sys.stderr, flush=True)
+        """When a collective failed: wait until the beats show which rank is gone, which ends this process."""
+        print(f"qvera: {self._me} lost a peer in the middle of a step; finding out which.", file=sys.stderr, flush=True)
         self._done.wait(self._silent_seconds + GRACE_SECONDS + 2 * self._beat_seconds)
 
     def _write(self, **state: object) -> None:
@@ -113,18 +111,17 @@ class Heartbeat:
         reason = f"the launcher that had started it was killed. {_GO_ON}"
         with contextlib.suppress(RuntimeError):  # it may have served the store
             self._write(left=True, error=reason, exit_code=EXIT_FAILED)
-        self._give_up(f"rank {self.group.rank} on {self.group.host} ends: {reason}", EXIT_FAILED)
+        self._give_up(f"{self._me} ends: {reason}", EXIT_FAILED)
 
     def _look_at(self, rank: int) -> bool:
         """Whether this rank is gone and we have given up."""
         key, now = _key(rank), time.monotonic()
-        value = self.store.get(key).decode() if self.store.check([key]) else ""
+        value = self.store.get(key).decode() if self.store.check([key]) else "{}"
         self._reached = now
-        before = self._seen.get(rank, ("", now, "an unknown node"))
-        host = json.loads(value)["host"] if value else before[2]
-        if value != before[0] or rank not in self._seen:
-            self._seen[rank] = value, now, host
-        state = json.loads(value) if value else {}
+        if rank not in self._seen or value != self._seen[rank][0]:
+            self._seen[rank] = value, now
+        state = json.loads(value)
+        host = state.get("host", "an unknown node")
         if "error" in state:
             if not self._done.wait(GRACE_SECONDS):
                 self._give_up(f"rank {rank} on {host} failed: {state['error']}", state["exit_code"])
@@ -143,8 +140,8 @@ class Heartbeat:
             if time.monotonic() - self._reached > self._silent_seconds:
                 where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
                 self._give_up(
-                    f"rank {self.group.rank} on {self.group.host} has not reached the run's key-value store at {where} "
-                    f"for {self._silent_seconds:.0f} s: that node is down, or the network to it is cut. {_GO_ON}",
+                    f"{self._me} has not reached the run's key-value store at {where} for {self._silent_seconds:.0f} "
+                    f"s: that node is down, or the network to it is cut. {_GO_ON}",
                     EXIT_FAILED,
                 )
                 return
