@@ -356,7 +356,7 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "seed": (lambda d: edit_config(d, projection_seed=1), "SHA-256"),
     "shapes": (lambda d: edit_config(d, projection_shapes={"A": [8, 64], "B": [64, 8]}), "another base model"),
     "rank": (lambda d: edit_config(d, rank=9), "rank is 9, but base_model.model.model.layers.0.mlp.down_proj.qvera_d"),
-    "a huge rank": (lambda d: edit_config(d, rank=10**9), "rank: should be at most 65,536"),
+    "a huge rank": (lambda d: edit_config(d, rank=10**9), "rank: should be less than or equal to 65536"),
     "whole numbers": (
         lambda d: edit_weights(d, lambda t: t.update({k: v.int() for k, v in t.items()})),
         "stored as torch.int32",

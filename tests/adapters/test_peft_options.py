@@ -236,14 +236,14 @@ def test_what_has_no_place_for_saved_modules_says_so(tiny_model_dir: Path, tmp_p
 
 
 def test_a_rank_beyond_memory_is_refused_before_it_is_drawn(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="rank: should be at most 65,536: .* got 1000000000"):
+    with pytest.raises(InputError, match="rank: should be less than or equal to 65536, got 1000000000"):
         QveraConfig(rank=10**9, target_modules=["lin0"])
     save_adapter(get_peft_model(small_llama(), QveraConfig(rank=8)), tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "rank": 10**9, "projection_shapes": None}))
-    with pytest.raises(InputError, match="rank: should be at most"):
+    with pytest.raises(InputError, match="rank: should be less than or equal to 65536"):
         PeftModel.from_pretrained(small_llama(), tmp_path / "adapter")
-    with pytest.raises(InputError, match="rank: should be at most"):
+    with pytest.raises(InputError, match="rank: should be less than or equal to 65536"):
         read_deltas(tmp_path / "adapter", small_llama())
     get_peft_model(small_llama(), VeraConfig(r=8, target_modules=["q_proj"])).save_pretrained(tmp_path / "vera")
     file = tmp_path / "vera" / "adapter_config.json"
