@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import re
@@ -16,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from rich.console import Console
-from rich.text import Text
 
 from qvera.adapters.projection import SharedProjection
 from qvera.adapters.save_load import attach
@@ -76,6 +76,10 @@ class TrainingSession:
 
     def __exit__(self, *error: object) -> None:
         self.resources.close()
+
+    def warn(self, text: str) -> None:
+        """Print a sentence in yellow."""
+        self.console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     def load_data(self, preview: bool = False) -> None:
         """Read and tokenize the rows, before the model: a wrong row is found before minutes go into loading one.
@@ -197,7 +201,7 @@ class TrainingSession:
             soft_wrap=True,
         )
         for line in data_warnings(stats):
-            console.print(Text(line, style="yellow"), soft_wrap=True)
+            self.warn(line)
         return datasets
 
     def _load_base(self) -> Base:
@@ -207,9 +211,7 @@ class TrainingSession:
             def progress(stage: str, done: int, total: int, _: str) -> None:
                 update(f"{stage.capitalize()} {section.path}: {done / max(total, 1):.0%} of {size(total)}")
 
-            def read() -> Base:
-                return load_base(section, self.device, progress, self.sharder)
-
+            read = functools.partial(load_base, section, self.device, progress, self.sharder)
             return self.group.agree(read) if self.sharder is None else read()  # ranks meet while they shard it
 
     def _plan_memory(self) -> Plan | None:
@@ -222,12 +224,12 @@ class TrainingSession:
         try:
             plan = make_plan(recipe, self.device, self.datasets.train, sharing)
         except NotPlannable as error:
-            console.print(f"[yellow]No plan: {error}", highlight=False)
+            self.warn(f"No plan: {error}")
             return None
         if not plan.fits and plan.machine.on_gpu and group.world_size == 1:
             raise InputError("\n".join(run_lines(plan)))
         for line in run_lines(plan):
-            console.print(line if plan.fits else f"[yellow]{line}", highlight=False, soft_wrap=True)
+            console.print(line, style=None if plan.fits else "yellow", markup=False, highlight=False, soft_wrap=True)
         check_memory(plan, group, console)
         if self.sharder is not None and self.sharder.folder is not None:
             check_disk_space(self.sharder.folder, -(-spread_of(plan.shape).packed // group.world_size), group)

@@ -296,7 +296,7 @@ class Trainer(TrainingSession):
             InputError: the run has saved checkpoints, and none of them can be used.
         """
         found: list[checkpoint.Checkpoint | None] = []
-        self.group.on_first(lambda: found.append(newest_checkpoint(self.run_dir, self.recipe, self._warn)))
+        self.group.on_first(lambda: found.append(newest_checkpoint(self.run_dir, self.recipe, self.warn)))
         one = checkpoint.shared(found[0] if found else None, self.group)
         if one is None:
             self.console.print(f"No checkpoint was saved in {self.run_dir} yet: starting from step 0.", soft_wrap=True)
@@ -315,7 +315,7 @@ class Trainer(TrainingSession):
             try:
                 best = checkpoint.load(self.run_dir / "checkpoints" / f"step-{self.state.best_step:08d}")
             except InputError as error:  # a run that has come so far is not given up for it
-                self._warn(f"{error} The adapter gets the last step's vectors, not the best.")
+                self.warn(f"{error} The adapter gets the last step's vectors, not the best.")
         best = checkpoint.shared(best, self.group)
         if best is not None:
             load_vectors(self.model, best.vectors, str(best.path))
@@ -363,9 +363,6 @@ class Trainer(TrainingSession):
             for b, a in zip(state.samples_before, samples, strict=False)
         ]
         self.group.on_first(lambda: write_run(self.run_dir, self.run, self.console))
-
-    def _warn(self, text: str) -> None:
-        self.console.print(text, style="yellow", markup=False, soft_wrap=True)
 
     def _open_files(self) -> None:
         """On rank 0, open metrics.jsonl without the steps that are run again, then write recipe.yaml."""

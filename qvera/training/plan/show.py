@@ -44,7 +44,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     if plan.ways:
         _print_ways(plan, console)
     for line in change_lines(plan):
-        console.print(line)
+        console.print(line, markup=False)
     console.print(verdict(plan), style="bold")
 
 
@@ -78,13 +78,7 @@ def _print_ways(plan: Plan, console: Console) -> None:
     console.print(right_way(plan.ways, machine)[1], style="bold")
 
 
-_COLUMN = {
-    "base": "base",
-    "vectors": "vectors",
-    "checkpoints": "activations",
-    "transient": "activations",
-    "loss": "activations",
-}
+_COLUMN = {"base": "base", "vectors": "vectors", **dict.fromkeys(("checkpoints", "transient", "loss"), "activations")}
 """Kind of a component → its column; projections, answers and the runtime are the others."""
 
 
