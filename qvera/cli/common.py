@@ -59,11 +59,7 @@ LOG_SECONDS = 30
 
 @contextlib.contextmanager
 def progress(text: str) -> Iterator[Callable[[str], None]]:
-    """Show what a command is doing: a spinner on a terminal, else a line now and then.
-
-    Yields:
-        A function that takes the new text.
-    """
+    """Show what a command is doing: a spinner on a terminal, else a line now and then. Yields what takes a new text."""
     if console.is_terminal:
         with console.status(text) as status:
             yield status.update
@@ -100,17 +96,11 @@ def _quiet_imports() -> None:
 
 
 def require_new_file(path: Path) -> None:
-    """Refuse an output file that can't be made, before any work goes into it.
-
-    Raises:
-        InputError: the file exists, or its directory does not exist or can't be written.
-    """
+    """Refuse an output file that exists or can't be made (InputError), before any work goes into it."""
     if path.exists():
         raise InputError(f"{path}: exists; nothing is overwritten, name another file.")
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"{path}: its directory does not exist.")
     if not os.access(path.absolute().parent, os.W_OK):
-        raise InputError(f"{path}: no permission to write into its directory.")
+        raise InputError(f"{path}: its directory does not exist or can't be written.")
 
 
 def with_exit_code(

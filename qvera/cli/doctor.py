@@ -97,12 +97,7 @@ def compiler() -> Finding:
 
 
 def free_disk(what: str, directory: Path, stops: bool, setting: str) -> Finding:
-    """Free space where a run would write.
-
-    Args:
-        stops: a run would fail where the directory can't be written.
-        setting: names another directory.
-    """
+    """Free space where a run would write; ``stops`` where it must be writable, and the setting that moves it."""
     existing = next(path for path in (directory, *directory.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         return Finding(what, f"{directory} can't be written", stops, f"Set {setting} to a directory that can be.")

@@ -106,11 +106,7 @@ def _merge(
 
 
 def _finished_certificate(recipe: Recipe | None, run: Path, adapter_dir: Path, out: Path) -> dict[str, Any]:
-    """The certificate of the export in OUT, for --compare-only.
-
-    Raises:
-        InputError: OUT holds no finished export of this run's adapter, or there are no rows to compare on.
-    """
+    """The certificate of the export in OUT, which has to be of this run's adapter, for --compare-only."""
     certificate = read_json(out / CERTIFICATE, "the certificate of a finished merged export", ("adapter", "base"))
     if recipe is None:
         raise InputError(f"{run}: --compare-only takes a run; an adapter alone has no rows to compare on.")
@@ -165,11 +161,7 @@ def write_lora(
 
 
 def require_no_added_tokens(config: object, adapter_dir: Path, what: str) -> None:
-    """Refuse an adapter that has rows of embedding and head, for formats that hold only factors of ΔW.
-
-    Raises:
-        InputError: the adapter adds tokens.
-    """
+    """Refuse an adapter that adds tokens, for formats that hold only factors of ΔW."""
     tokens = getattr(config, "added_tokens", None)
     if tokens:
         raise InputError(

@@ -92,12 +92,7 @@ def _inspect(section: DataSection, tokenizer: PreTrainedTokenizerBase) -> tuple[
 
 
 def recipe_text(model: str, data: DataSection, stats: DataStats) -> str:
-    """The recipe, with the schema's defaults as comments.
-
-    Args:
-        data: the data section that ``stats`` was made with.
-        stats: of all rows; none held out.
-    """
+    """The recipe, with the schema's defaults as comments; ``stats`` are of all rows of ``data``, none held out."""
     from qvera.config import schema
 
     adapter, training = schema.AdapterSection(), schema.TrainingSection()

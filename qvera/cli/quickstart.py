@@ -95,8 +95,7 @@ def prepare(cache_dir: Path | None = None, report: Callable[[str], None] = print
         report: takes each progress line.
 
     Raises:
-        InputError: something has to be installed, or the cache can't be written.
-        RunFailed: the download, its check, or the conversion failed.
+        QveraError: as `fetch_quickstart_base`.
     """
     from qvera.cli.quickstart_base import fetch_quickstart_base
 

@@ -54,10 +54,7 @@ def train(
 def range_test(
     find_lr: bool, lr_from: float | None, lr_to: float | None, lr_steps: int | None, **of_a_run: bool
 ) -> RangeTest | None:
-    """The range test that --find-lr asks for; None: a run.
-
-    Args:
-        of_a_run: options that a range test can't have, and whether they were given.
+    """The range test that --find-lr asks for; None: a run. It can't have the options ``of_a_run``.
 
     Raises:
         InputError: options contradict each other, or the rates do not rise.
@@ -98,11 +95,7 @@ def _find_lr(recipe: Recipe, run_dir: Path, ramp: RangeTest) -> None:
 
 
 def print_result(run_dir: Path, run: dict[str, Any]) -> None:
-    """Print the end of a run: scores, sizes, speed, where things are.
-
-    Args:
-        run: the content of run.json.
-    """
+    """Print the end of a run, from its run.json: scores, sizes, speed, where things are."""
     result, adapter = run["result"], run["adapter"]
     before, after = result.get("eval_before"), result.get("eval_after")
     if before and after:

@@ -60,11 +60,7 @@ class Section(BaseModel):
         return self
 
     def replace(self, **changes: object) -> Self:
-        """Return a copy with some keys changed, checked like a recipe that is read from a file.
-
-        Raises:
-            InputError: a new value is not valid.
-        """
+        """Return a copy with some keys changed, checked like a recipe that is read from a file (InputError)."""
         return type(self)(**{**dict(self), **changes})
 
     def to_dict(self) -> dict[str, object]:

@@ -34,7 +34,7 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
-class OutputDirectory:
+class OutputDirectory(contextlib.AbstractContextManager["OutputDirectory"]):
     """A directory that is being filled, and the lock on it. Made by `open`.
 
     Attributes:
@@ -109,9 +109,6 @@ class OutputDirectory:
             Path(self._lock.lock_file).unlink(missing_ok=True)
             self._lock.release()
 
-    def __enter__(self) -> OutputDirectory:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
@@ -153,15 +150,8 @@ def place_files(out: Path, save: Callable[[Path], Any]) -> None:
 
 
 def require_space(out: Path, needed_bytes: int, what: str) -> None:
-    """Refuse before any work is done where the disk has no room for it.
-
-    Raises:
-        InputError: less than ``needed_bytes`` are free where ``out`` is or will be.
-    """
-    place = out
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    """Refuse (InputError) where less than ``needed_bytes`` are free, before any work is done."""
+    free = shutil.disk_usage(next(place for place in (out, *out.absolute().parents) if place.exists())).free
     if free < needed_bytes:
         raise InputError(
             f"{out}: {what} needs {formatting.size(needed_bytes)}, and {formatting.size(free)} are free on this disk. "
@@ -171,9 +161,7 @@ def require_space(out: Path, needed_bytes: int, what: str) -> None:
 
 @contextlib.contextmanager
 def disk_errors(what: str, kept: str) -> Iterator[None]:
-    """Turn a full disk (or quota), or one that can't be written any more, into a clear message.
-
-    The system makes a disk with errors read-only in the middle of a run.
+    """Turn a full disk (or quota), or one that became read-only, into a clear message.
 
     Args:
         what: what is being written.

@@ -17,11 +17,8 @@ from types import ModuleType
 def around_import(name: str, around: Callable[[], AbstractContextManager[object]]) -> None:
     """Run the code of the package ``name`` inside ``around()`` once it is imported.
 
-    If it has been imported already, ``around()`` is entered and left now.
-
-    Args:
-        name: a top-level package. It need not be installed.
-        around: runs in the importing thread. What it raises, the import raises.
+    If it has been imported already, ``around()`` is entered and left now. ``name`` is a top-level package that need not
+    be installed. What ``around()`` raises, the import raises.
     """
     if name not in sys.modules:
         sys.meta_path.insert(0, _Finder(name, around))
