@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--lora-rates", type=float, nargs="*", default=[1e-3, 5e-4])
     args = parser.parse_args()
     opened = open_run(args.run)
-    recipe = opened.recipe
+    recipe = opened.target.recipe
     assert recipe is not None
     recipe = recipe.replace(data=recipe.data.replace(eval_limit=args.rows))
     datasets = build_datasets(recipe.data, opened.base.tokenizer)

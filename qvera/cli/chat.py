@@ -41,8 +41,8 @@ def chat(
     with progress(f"Loading {run}"):
         opened = open_run(run, adapter=not base)
     template, encoder = template_and_encoder(opened)
-    if system is None and opened.recipe is not None:
-        system = opened.recipe.data.system
+    if system is None and opened.target.recipe is not None:
+        system = opened.target.recipe.data.system
     first = [Turn("system", system)] if system else []
     turns: list[Turn] = []
     console.print("Type a message; /reset forgets the conversation, /quit ends it.")
@@ -87,7 +87,7 @@ def template_and_encoder(opened: OpenRun) -> tuple[ChatTemplate, Encoder]:
     from qvera.data import Encoder, resolve_template
     from qvera.evaluation.load import template_of
 
-    name = template_of(opened.recipe, opened.target.run) if opened.recipe is not None else "auto"
+    name = template_of(opened.target.recipe, opened.target.run) if opened.target.recipe is not None else "auto"
     return resolve_template(name, opened.base.tokenizer), Encoder(opened.base.tokenizer)
 
 

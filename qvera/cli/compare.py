@@ -75,12 +75,10 @@ def _print_runs(found: Comparison) -> None:
 
 
 def _run_table(titles: list[str], rows: list[tuple[str, list[str]]]) -> Table:
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table(box=None, pad_edge=False)
-    table.add_column("run", overflow="fold")
-    for title in titles:
-        table.add_column(title, justify="right")
+    columns = [Column(title, justify="right") for title in titles]
+    table = Table(Column("run", overflow="fold"), *columns, box=None, pad_edge=False)
     for label, cells in rows:
         table.add_row(label, *cells)
     return table

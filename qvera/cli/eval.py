@@ -180,8 +180,7 @@ def _data_section(run: Path, data: str | None, rows: int | None, target: EvalTar
         if recipe is None:
             raise InputError(
                 f"{run}: {target.what} has no recipe that names held-out rows. Name a file with --data FILE, or the "
-                f"run "
-                "(or recipe) that it belongs to with --recipe."
+                "run (or recipe) that it belongs to with --recipe."
             )
         if not (recipe.data.eval_path or recipe.data.eval_fraction):
             raise InputError(f"{run}: its recipe holds out no rows; name a file with --data.")
@@ -218,14 +217,13 @@ def _subject(target: EvalTarget, section: DataSection, *, base_alone: bool, data
 def _print_scores(document: dict[str, Any]) -> None:
     """The scores, in two columns if the base was evaluated too."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    scores, base = document["scores"], document["base_scores"]
-    table = Table(box=None, pad_edge=False, show_header=base is not None)
-    table.add_column("")
-    for title in ([] if base is None else ["base"]) + [document["subject"]["column"].lower()]:
-        table.add_column(title, justify="right")
-    for name, value in scores.items():
-        cells = ([] if base is None else [base[name]]) + [value]
+    sides = {"base": document["base_scores"], document["subject"]["column"].lower(): document["scores"]}
+    sides = {title: scores for title, scores in sides.items() if scores is not None}
+    columns = [Column(title, justify="right") for title in sides]
+    table = Table("", *columns, box=None, pad_edge=False, show_header=len(sides) > 1)
+    for name in document["scores"]:
+        cells = [scores[name] for scores in sides.values()]
         table.add_row(name, *(f"{cell:.4f}" if isinstance(cell, float) else f"{cell:,}" for cell in cells))
     Console().print(table)

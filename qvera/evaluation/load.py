@@ -55,16 +55,11 @@ class EvalTarget:
 
 @dataclasses.dataclass
 class OpenRun:
-    """A model ready for scores and answers, and what was opened: its recipe, where there is one, and the base."""
+    """A model ready for scores and answers, its base, and what was opened (``target.recipe`` is its recipe, if any)."""
 
     target: EvalTarget
     base: loader.Base
     model: Any
-
-    @property
-    def recipe(self) -> Recipe | None:
-        """The recipe that says how rows are read; None for an adapter directory that stands alone."""
-        return self.target.recipe
 
 
 def find_adapter(path: Path) -> tuple[Recipe | None, ModelSection, Path]:

@@ -214,9 +214,9 @@ def test_the_exported_weights_are_those_the_run_answers_with(write_recipe: Any, 
     recipe = write_recipe(training={"output_dir": str(tmp_path / "run"), "max_steps": 4})
     assert main(["train", str(recipe)]) == 0
     opened = open_run(tmp_path / "run")
-    assert opened.recipe is not None
+    assert opened.target.recipe is not None
     options = ExportSection(dtype="float32", base="dequantized")
-    export_merged(tmp_path / "run" / "adapter", opened.recipe.model, tmp_path / "out", options)
+    export_merged(tmp_path / "run" / "adapter", opened.target.recipe.model, tmp_path / "out", options)
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     for name, module in opened.model.named_modules():
         if isinstance(module, QveraLinear):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,15 +33,11 @@ def get(tree: object, *keys: str) -> object:
 
 
 def get_number(tree: object, *keys: str) -> float | None:
-    """The finite number at ``keys``, or None (missing, NaN, infinite, text, a bool)."""
+    """The number at ``keys``, or None: missing, text, a bool, NaN, or beyond 1e100 (an axis would overflow)."""
     value = get(tree, *keys)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    try:
-        value = float(value)
-    except OverflowError:
-        return None
-    return value if math.isfinite(value) else None
+    return float(value) if abs(value) < 1e100 else None  # False for NaN
 
 
 def get_text(tree: object, *keys: str) -> str:
@@ -52,14 +47,8 @@ def get_text(tree: object, *keys: str) -> str:
 
 
 def series(rows: Sequence[dict[str, Any]], key: str) -> list[Point]:
-    """(step, value) of every row that has ``key``. A value that is not finite or beyond 1e100 is a gap."""
-    points = [(float(row["step"]), get_number(row, key)) for row in rows if key in row]
-    return [(step, _measured(value)) for step, value in points]
-
-
-def _measured(value: float | None) -> float | None:
-    """Nothing measured is beyond 1e100; an axis up to 1e308 would overflow."""
-    return value if value is not None and abs(value) < 1e100 else None
+    """(step, value) of every row that has ``key``; a gap where `get_number` finds none."""
+    return [(float(row["step"]), get_number(row, key)) for row in rows if key in row]
 
 
 @dataclass(frozen=True)
@@ -155,8 +144,7 @@ class Run:
     def held_out_losses(self) -> list[Point]:
         """Held-out loss by step, from metrics.jsonl and, before and after training, from run.json."""
         points = dict(series(self.evals, "loss"))
-        before = _measured(self.number("result", "eval_before", "loss"))
-        after = _measured(self.number("result", "eval_after", "loss"))
+        before, after = (self.number("result", when, "loss") for when in ("eval_before", "eval_after"))
         if before is not None:
             points.setdefault(0.0, before)
         # after training the last vectors are evaluated, or the best ones where the recipe asks for those
