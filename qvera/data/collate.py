@@ -54,8 +54,12 @@ def collate(examples: Sequence[Example], pad_id: int, device: torch.device | str
         end = len(example.input_ids)
         input_ids[row, :end] = example.input_ids
         attention_mask[row, :end] = 1
-        labels[row, :end] = np.where(example.trained, example.input_ids, IGNORED)
+        labels[row, :end] = _labels(example)
     return _tensors({"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}, device)
+
+
+def _labels(example: Example) -> np.ndarray:
+    return np.where(example.trained, example.input_ids, IGNORED)
 
 
 def _tensors(arrays: dict[str, np.ndarray], device: torch.device | str) -> dict[str, torch.Tensor]:
@@ -100,24 +104,14 @@ def collate_prefix_once(
     # one long row of attention must not cost more than the many short ones did, beyond what the linears save
     if not packing and (total > _WORTH * padded or total * total > 4 * padded * max(lengths)):
         return None
-    ids = np.empty((1, total), dtype=np.int64)
-    positions = np.empty((1, total), dtype=np.int64)
-    labels = np.full((1, total), IGNORED, dtype=np.int64)
-    sees = np.zeros((total, total) if masked else (0, 0), dtype=bool)
-    sees[:, :prefix] = True
-    ids[0, :prefix], positions[0, :prefix] = examples[0].input_ids[:prefix], np.arange(prefix)
-    start = prefix
-    for example, length in zip(examples, lengths, strict=True):
-        end = start + length - prefix
-        ids[0, start:end] = example.input_ids[prefix:]
-        positions[0, start:end] = np.arange(prefix, length)
-        labels[0, start:end] = np.where(example.trained[prefix:], example.input_ids[prefix:], IGNORED)
-        if masked:
-            sees[start:end, start:end] = True
-        start = end
-    arrays = {"input_ids": ids, "position_ids": positions, "labels": labels}
+    ids = [examples[0].input_ids[:prefix], *(e.input_ids[prefix:] for e in examples)]
+    labels = [np.full(prefix, IGNORED), *(_labels(e)[prefix:] for e in examples)]
+    positions = [np.arange(prefix), *(np.arange(prefix, length) for length in lengths)]
+    parts = {"input_ids": ids, "position_ids": positions, "labels": labels}
+    arrays = {name: np.concatenate(part)[None].astype(np.int64) for name, part in parts.items()}
     if masked:
-        arrays["attention_mask"] = (sees & np.tri(total, dtype=bool))[None, None]
+        row = np.repeat(np.arange(len(ids)), [len(part) for part in ids])  # of each token; the prefix is row 0
+        arrays["attention_mask"] = (((row[:, None] == row) | (row == 0)) & np.tri(total, dtype=bool))[None, None]
     return _tensors(arrays, device)
 
 

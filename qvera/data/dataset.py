@@ -14,7 +14,7 @@ from qvera.data.cache import tokenized
 from qvera.data.chat_template import OWN, ChatTemplate, resolve_template
 from qvera.data.encoding import Encoder
 from qvera.data.rows import Rows, concatenated
-from qvera.data.sampler import philox_key
+from qvera.data.sampler import random_order
 from qvera.data.tokenization import RowCounts
 from qvera.utils.errors import InputError
 
@@ -213,9 +213,7 @@ def weighted(count: int, weight: float, seed: int, number: int) -> np.ndarray:
     more = round((weight - passes) * count)
     if passes == 0:
         more = max(more, 1)
-    # far from the streams of the epochs (from 0 up) and of hold_out and group_by_length (from -1 down)
-    words = np.random.Philox(key=philox_key(seed, 2**63 + number)).random_raw(count)
-    chosen = np.sort(np.argsort(words, kind="stable")[:more])
+    chosen = np.sort(random_order(count, seed, 2**63 + number)[:more])
     return np.concatenate([np.tile(np.arange(count), passes), chosen])
 
 

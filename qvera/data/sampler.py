@@ -16,28 +16,21 @@ if TYPE_CHECKING:
     from qvera.data.rows import Example
 
 
-def philox_key(seed: int, stream: int) -> np.ndarray:
-    """A key for numpy's Philox from two integers; uint64 by hand, because numpy makes floats of large mixed lists."""
-    return np.array([seed % 2**64, stream % 2**64], dtype=np.uint64)
+def random_order(n: int, seed: int, stream: int) -> np.ndarray:
+    """0..n-1 in an order that ``seed`` and ``stream`` decide, int64 [n].
+
+    It sorts raw 64-bit words of numpy's Philox: numpy promises the bit stream of a bit generator across versions, not
+    what a Generator makes of it. The streams: epochs count up from 0, held-out rows have -1, the batches of epochs that
+    are grouped by length count down from -2, and the sources of a mixture count up from 2^63.
+    """
+    # uint64 by hand: numpy makes floats of large mixed lists
+    key = np.array([seed % 2**64, stream % 2**64], dtype=np.uint64)
+    return np.argsort(np.random.Philox(key=key).random_raw(n), kind="stable")
 
 
 def order(epoch: int, n: int, seed: int, shuffle: bool) -> np.ndarray:
-    """The rows of one epoch in the order they are trained.
-
-    Args:
-        epoch: from 0.
-        n: rows.
-        seed: ``data.seed``; with the epoch it keys the generator (numpy Philox), so every epoch has its own order.
-        shuffle: False: file order.
-
-    Returns:
-        int64 [n], each of 0..n-1 once.
-    """
-    if not shuffle:
-        return np.arange(n)
-    # argsort of raw 64-bit words, not Generator.permutation: numpy promises the bit stream of a bit generator across
-    # versions, not what a Generator makes of it.
-    return np.argsort(np.random.Philox(key=philox_key(seed, epoch)).random_raw(n), kind="stable")
+    """The rows of one epoch (from 0) in the order they are trained, int64 [n]: file order without ``shuffle``."""
+    return random_order(n, seed, epoch) if shuffle else np.arange(n)
 
 
 def steps_per_epoch(n: int, global_batch_size: int) -> int:
@@ -64,8 +57,7 @@ def grouped(chosen: np.ndarray, lengths: np.ndarray, size: int, seed: int, epoch
     stretches = [chosen[i : i + size * _GROUPED_BATCHES] for i in range(0, len(chosen), size * _GROUPED_BATCHES)]
     by_length = np.concatenate([part[np.argsort(-lengths[part], kind="stable")] for part in stretches])
     full = len(by_length) // size
-    # the key's last stream is hold_out's; this one counts down from the one before it
-    turns = np.argsort(np.random.Philox(key=philox_key(seed, -2 - epoch)).random_raw(full), kind="stable")
+    turns = random_order(full, seed, -2 - epoch)
     return np.concatenate([by_length[: full * size].reshape(full, size)[turns].ravel(), by_length[full * size :]])
 
 

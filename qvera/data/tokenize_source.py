@@ -29,7 +29,7 @@ from qvera.data.encoding import Encoder, tokenizer_sha256
 from qvera.data.formats import detect_format
 from qvera.data.readers import RawRow, load_hub, local_files, read_rows
 from qvera.data.rows import Rows, write_table
-from qvera.data.sampler import philox_key
+from qvera.data.sampler import random_order
 from qvera.data.tokenization import RowCounts, RowTokenizer, TokenizedChunk
 from qvera.utils.cache_dir import HashIndex
 from qvera.utils.errors import InputError
@@ -100,9 +100,7 @@ def hold_out(count: int, fraction: float, seed: int) -> np.ndarray:
     held = np.zeros(count, dtype=bool)
     if fraction > 0:
         chosen = min(max(1, round(count * fraction)), count - 1)
-        # The second key word keeps this stream apart from the epochs' (`sampler.order` counts them up from 0).
-        words = np.random.Philox(key=philox_key(seed, -1)).random_raw(count)
-        held[np.argsort(words, kind="stable")[:chosen]] = True
+        held[random_order(count, seed, -1)[:chosen]] = True
     return held
 
 
