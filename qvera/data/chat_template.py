@@ -76,21 +76,6 @@ def _own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
         raise InputError(f"data.template: the tokenizer's chat template can't be chosen: {error} Name one.") from None
 
 
-@dataclass(frozen=True, slots=True)
-class Rendered:
-    """A conversation as text.
-
-    Attributes:
-        text: what the template writes.
-        answers: the assistant turns in order.
-        append_eos: the last answer ends the text and has no end-of-turn token of its own: one eos has to follow.
-    """
-
-    text: str
-    answers: list[AnswerSpan]
-    append_eos: bool
-
-
 @dataclass(slots=True)
 class ChatTemplate:
     """A chat template bound to a tokenizer.
@@ -166,18 +151,16 @@ class ChatTemplate:
         """
         conversation = Conversation([*turns, Turn("assistant", "x")], "The conversation", tools)
         try:
-            rendered = self.lay_out(conversation, [len(turns)])
+            text, (*earlier, last) = self.lay_out(conversation, [len(turns)])
         except InputError:  # a template may take the question and refuse or rewrite such an answer
             try:
                 return self.render(self.messages(turns), tools, prompt=True), []
             except TemplateError as error:
-                text = f"The chat template ({self.name}) refuses the messages: {error}."
-                raise InputError(text) from None
-        *earlier, last = rendered.answers
-        return rendered.text[: last.start], [answer.start for answer in earlier]
+                raise InputError(f"The chat template ({self.name}) refuses the messages: {error}.") from None
+        return text[: last.start], [answer.start for answer in earlier]
 
-    def lay_out(self, conversation: Conversation, needed: list[int]) -> Rendered:
-        """Render a row and say where its answers are.
+    def lay_out(self, conversation: Conversation, needed: list[int]) -> tuple[str, list[AnswerSpan]]:
+        """Render a row: its text, and the places of its answers in order.
 
         Args:
             needed: the turns that are going to be trained; other answers may stay without a place.
@@ -202,8 +185,7 @@ class ChatTemplate:
                 "told which tokens are the answer. Set data.train_on: last, keep only the final answer in the row, or "
                 f"name another data.template ({', '.join(NAMED_TEMPLATES)})."
             )
-        append_eos = bool(answers) and answers[-1].turn == len(turns) - 1 and not answers[-1].marked
-        return Rendered(text, answers, append_eos)
+        return text, answers
 
 
 def _any_of(tokens: list[str]) -> re.Pattern[str]:

@@ -9,9 +9,10 @@ import numpy as np
 import pyarrow as pa
 
 from qvera.config.schema import DataSection
-from qvera.data.chat_template import ChatTemplate, Rendered
+from qvera.data.chat_template import ChatTemplate
 from qvera.data.encoding import Bounds, Encoder
 from qvera.data.formats import Conversation, RowFormat, Text, parse_row
+from qvera.data.loss_mask import AnswerSpan
 from qvera.data.readers import RawRow
 from qvera.data.rows import Example, record_batch
 from qvera.utils.errors import InputError
@@ -74,19 +75,19 @@ class RowTokenizer:
             InputError: the template refuses a row, or rewrites its answers.
         """
         self._counts = RowCounts()
-        rendered = []
+        rendered: list[tuple[str, list[AnswerSpan]]] = []
         for row in rows:
             self._counts.special_token_rows += self._has_special_token(row)
             if isinstance(row, Text):
-                rendered.append(Rendered(row.text, [], append_eos=True))
+                rendered.append((row.text, []))
             else:
                 needed = [] if self.section.train_on == "all" else self._trained_turns(row)
                 rendered.append(self.template.lay_out(row, needed))
-        answers = [[(span.header, span.start, span.end) for span in each.answers] for each in rendered]
-        encoded = self.encoder.encode([each.text for each in rendered], answers)
+        places = [[(span.header, span.start, span.end) for span in answers] for _, answers in rendered]
+        encoded = self.encoder.encode([text for text, _ in rendered], places)
         examples = []
-        for row, each, (ids, bounds) in zip(rows, rendered, encoded, strict=True):
-            examples += self._example(row, each, ids, bounds)
+        for row, (text, answers), (ids, bounds) in zip(rows, rendered, encoded, strict=True):
+            examples += self._example(row, text, answers, ids, bounds)
         return examples, self._counts
 
     def empty_rows_message(self, sources: Sequence[str]) -> str:
@@ -118,7 +119,7 @@ class RowTokenizer:
         return any(self.template.special.search(text) for text in texts)
 
     def _example(
-        self, row: Conversation | Text, rendered: Rendered, ids: list[int], bounds: list[Bounds]
+        self, row: Conversation | Text, text: str, answers: list[AnswerSpan], ids: list[int], bounds: list[Bounds]
     ) -> list[Example]:
         input_ids = self.encoder.with_bos(ids)
         shift = len(input_ids) - len(ids)
@@ -131,14 +132,15 @@ class RowTokenizer:
             train_all, wanted, last = self.section.train_on == "all", self._trained_turns(row), len(row.turns) - 1
             trained = np.full(len(input_ids), train_all)
             # behind an answer that is not trained an eos would teach nothing
-            append_eos = rendered.append_eos and (train_all or last in wanted)
-            for answer, answer_bounds in zip(rendered.answers, bounds, strict=True):
+            is_open = bool(answers) and answers[-1].turn == last and not answers[-1].marked
+            append_eos = is_open and (train_all or last in wanted)
+            for answer, answer_bounds in zip(answers, bounds, strict=True):
                 opening, start, end = (token + shift for token in answer_bounds)
                 if answer.turn in wanted:
                     header = header if trained.any() else start - opening
                     trained[start:end] = True
                 if answer.turn == last:
-                    prompt_ids, prompt_text = input_ids[:start], rendered.text[: answer.start]
+                    prompt_ids, prompt_text = input_ids[:start], text[: answer.start]
                     reference = row.turns[last].content
         if append_eos:
             input_ids = [*input_ids, self.encoder.eos_id]
