@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from peft import PeftConfig
 
@@ -23,15 +23,9 @@ KINDS = ("qvera_b", "qvera_d", "qvera_a")
 BIASES = ("none", "all", "qvera_only")
 
 
-class VectorSizes(Protocol):
-    """What decides the shapes of the vectors: a `QveraConfig`, or the adapter section of a recipe."""
-
-    rank: int
-    b_groups: int
-    input_scale: bool
-
-
-def vector_shapes(adapter: VectorSizes, in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
+def vector_shapes(
+    adapter: QveraConfig | AdapterSection, in_features: int, out_features: int
+) -> dict[str, tuple[int, ...]]:
     """The vectors that an adapter has for one linear: which of `KINDS`, in that order, and their shapes."""
     groups = adapter.b_groups
     shapes: dict[str, tuple[int, ...]] = {"qvera_b": (out_features,) if groups == 1 else (groups, out_features)}

@@ -35,17 +35,12 @@ from torch.autograd.function import once_differentiable
 class Factors(NamedTuple):
     """What one adapter adds to one layer: ΔW = s diag(b) B diag(d) A diag(a)."""
 
-    A: torch.Tensor
-    """[r, n], frozen"""
-    B: torch.Tensor
-    """[m, r], frozen"""
-    d: torch.Tensor
-    """[r], fp32 or wider"""
-    b: torch.Tensor
-    """[m], or [G, m] with ``b_groups``"""
+    A: torch.Tensor  # [r, n], frozen
+    B: torch.Tensor  # [m, r], frozen
+    d: torch.Tensor  # [r], fp32 or wider
+    b: torch.Tensor  # [m], or [G, m] with b_groups
     scale: float
-    a: torch.Tensor | None = None
-    """[n] with ``input_scale``, else None"""
+    a: torch.Tensor | None = None  # [n] with input_scale
 
 
 class AutogradContext(Protocol):

@@ -46,15 +46,11 @@ class SeedBank:
 class _Part(NamedTuple):
     """The rows of a batch that go through one pair A, B, with the vectors of each row."""
 
-    rows: torch.Tensor | None
-    """None: all of them"""
+    rows: torch.Tensor | None  # None: all of them
     pair: SharedProjection
-    d: torch.Tensor
-    """[rows, r], with the scale in it"""
-    b: torch.Tensor
-    """[rows, groups, m]"""
-    a: torch.Tensor | None
-    """[rows, n]"""
+    d: torch.Tensor  # [rows, r], with the scale in it
+    b: torch.Tensor  # [rows, groups, m]
+    a: torch.Tensor | None  # [rows, n]
 
 
 @dataclasses.dataclass

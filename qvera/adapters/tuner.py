@@ -123,16 +123,12 @@ class QveraModel(BaseTuner):
         targets = config.target_modules
         names = {targets} if isinstance(targets, str) else set(targets)
         matched: list[tuple[str, nn.Module]] = []
-        unmatched, wrong_kind = set(names), []
+        unmatched = set(names)
         for key, module in model.named_modules():
             unmatched -= {name for name in names if key == name or key.endswith(f".{name}")}
-            if not self._check_target_module_exists(config, key):
-                continue
-            base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-            if layer_shape(base) is None:
-                wrong_kind.append(f"{key} ({type(base).__name__})")
-            else:
-                matched.append((key, base))
+            if self._check_target_module_exists(config, key):
+                matched.append((key, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module))
+        wrong_kind = [f"{key} ({type(base).__name__})" for key, base in matched if layer_shape(base) is None]
         if wrong_kind:
             raise InputError(
                 f"targets: QVERA adapts linear layers only, but these are none: {', '.join(wrong_kind[:5])}."

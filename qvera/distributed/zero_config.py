@@ -71,16 +71,11 @@ use."""
 class Sizes:
     """What DeepSpeed's limits and buffers are derived from, in elements of tensors as they are stored. 0: not known."""
 
-    largest_layer: int = 0
-    """The largest decoder layer."""
-    largest_weight: int = 0
-    """The largest weight in the layers."""
-    weights_per_layer: int = 0
-    """How many weights the layer with the most of them has."""
-    unsharded: int = 0
-    """The longest vector or norm, which stay whole on every rank."""
-    trained: int = 0
-    """Trained parameters in all."""
+    largest_layer: int = 0  # the largest decoder layer
+    largest_weight: int = 0  # the largest weight in the layers
+    weights_per_layer: int = 0  # how many weights the layer with the most of them has
+    unsharded: int = 0  # the longest vector or norm: they stay whole on every rank
+    trained: int = 0  # trained parameters in all
 
 
 def nvme_buffers(largest_weight: int, weights_per_layer: int, world_size: int) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import torch
 
 from qvera.adapters import functional
 from qvera.adapters.functional import combined, delta_weight, expand, few_tokens, project, scale_input
+from tests.adapters.helpers import relative
 
 DIMENSIONS = [(3, 5, 7), (33, 17, 9), (1, 1, 1), (64, 129, 31)]  # n, m, r
 GROUPED = [*((*size, 1) for size in DIMENSIONS), (33, 17, 9, 3), (64, 129, 32, 2), (6, 5, 8, 8)]  # and b_groups
@@ -56,10 +57,6 @@ def rounded(p: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.T
     """Operands as a layer of this dtype sees them, back in fp64: x, W, A and B rounded; the vectors in fp32 or wider."""
     vector = torch.promote_types(dtype, torch.float32)
     return {k: v.to(vector if k in "dba" else dtype).double() for k, v in p.items()}
-
-
-def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((actual.double() - expected).norm() / expected.norm()).item()
 
 
 @pytest.mark.parametrize(("n", "m", "r", "groups"), GROUPED)
