@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import cast
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 class _RMSNormFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: torch.Tensor, module: _RMSNorm) -> torch.Tensor:
+    def forward(ctx: FunctionCtx, x: torch.Tensor, module: LlamaRMSNorm) -> torch.Tensor:
         wide = x.to(torch.float32)
         factor = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
         ctx.save_for_backward(x, factor)
@@ -56,37 +56,16 @@ class _GatedFunction(torch.autograd.Function):
         return torch.ops.aten.silu_backward(g * c, a), F.silu(a).mul_(g)
 
 
-class _LowMemory(nn.Module):
-    """Mixed before a transformers module, in a class made for the pair; unpickling makes that class again."""
-
-    def __reduce__(self) -> tuple[object, ...]:
-        ours, theirs = type(self).__bases__
-        return _new_instance, (ours, theirs), self.__dict__
+def _norm_forward(module: LlamaRMSNorm, hidden_states: torch.Tensor) -> torch.Tensor:
+    if not torch.is_grad_enabled() or module.weight.requires_grad:  # generation, or somebody trains norms
+        return type(module).forward(module, hidden_states)
+    return _RMSNormFunction.apply(hidden_states, module)
 
 
-class _RMSNorm(_LowMemory):
-    """Mixed before a transformers RMS norm."""
-
-    weight: nn.Parameter
-    variance_epsilon: float
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if not torch.is_grad_enabled() or self.weight.requires_grad:  # generation, or somebody trains norms
-            return super().forward(hidden_states)  # type: ignore[misc]  # the transformers class behind this one
-        return _RMSNormFunction.apply(hidden_states, self)
-
-
-class _GatedMLP(_LowMemory):
-    """Mixed before a transformers gated MLP."""
-
-    gate_proj: nn.Module
-    up_proj: nn.Module
-    down_proj: nn.Module
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.is_grad_enabled():
-            return super().forward(x)  # type: ignore[misc]
-        return self.down_proj(_GatedFunction.apply(self.gate_proj(x), self.up_proj(x)))
+def _gated_forward(module: LlamaMLP, x: torch.Tensor) -> torch.Tensor:
+    if not torch.is_grad_enabled():
+        return type(module).forward(module, x)
+    return module.down_proj(_GatedFunction.apply(module.gate_proj(x), module.up_proj(x)))
 
 
 @functools.cache
@@ -98,31 +77,22 @@ def _same_forward(one: type, other: type) -> bool:
         return False
 
 
-@functools.cache
-def _mixed(ours: type, theirs: type) -> type:
-    return type(f"LowMemory{theirs.__name__}", (ours, theirs), {"__module__": __name__})
-
-
-def _new_instance(ours: type, theirs: type) -> nn.Module:
-    mixed = _mixed(ours, theirs)
-    return cast(nn.Module, object.__new__(mixed))
-
-
 def reduce_saved_activations(model: nn.Module) -> int:
     """Make the RMS norms and SiLU-gated MLPs of this model save less for backward; returns how many there are.
 
-    Changes these module objects only (their class). Modules that compute anything else than Llama's are left alone, and
-    doing it twice is harmless.
+    Changes the forward of these module objects only. Modules that compute anything else than Llama's are left alone,
+    and doing it twice is harmless.
     """
     count = 0
     for module in model.modules():
-        theirs: type = type(module)
-        ours: type | None = None
-        if _same_forward(theirs, LlamaRMSNorm):
-            ours = _RMSNorm
-        elif _same_forward(theirs, LlamaMLP) and isinstance(module.act_fn, type(ACT2FN["silu"])):
-            ours = _GatedMLP
-        if ours is not None:
-            module.__class__ = _mixed(ours, theirs)
-        count += isinstance(module, _LowMemory)
+        forward: Callable[..., torch.Tensor]
+        kind: type = type(module)
+        if _same_forward(kind, LlamaRMSNorm):
+            forward = _norm_forward
+        elif _same_forward(kind, LlamaMLP) and isinstance(module.act_fn, type(ACT2FN["silu"])):
+            forward = _gated_forward
+        else:
+            continue
+        module.forward = functools.partial(forward, module)  # a partial, since copies and pickles keep it
+        count += 1
     return count

@@ -141,12 +141,13 @@ def test_a_norm_that_is_trained_is_left_to_autograd() -> None:
 def test_attaching_an_adapter_does_it_and_a_copy_still_runs() -> None:
     plain, model = small_llama(), attach(small_llama().requires_grad_(False), AdapterSection(rank=4))
     inner = model.get_base_model()
-    kinds = {type(m).__name__ for m in inner.modules()}
-    assert {"LowMemoryLlamaRMSNorm", "LowMemoryLlamaMLP"} <= kinds
-    assert not kinds & {"LlamaRMSNorm", "LlamaMLP"}
+    changed = [name for name, module in inner.named_modules() if "forward" in vars(module)]
+    assert sum(name.endswith(("norm", "mlp")) for name in changed) == len(changed) == 7
     ids = torch.arange(3, 20).unsqueeze(0)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert {type(m).__name__ for m in copied.get_base_model().modules()} == kinds
+        others = {name: module for name, module in copied.get_base_model().named_modules() if "forward" in vars(module)}
+        assert list(others) == changed
+        assert all(module.forward.args == (module,) for module in others.values())
         with torch.no_grad():
             assert torch.equal(copied(ids).logits, plain(ids).logits)
     assert model(ids).logits.requires_grad
@@ -162,5 +163,5 @@ def test_copies_of_llama_s_modules_are_known_and_others_left_alone() -> None:
     assert norm_mlp.reduce_saved_activations(MistralForCausalLM(MistralConfig(**SMALL))) == 4
     gemma = GemmaForCausalLM(GemmaConfig(**SMALL))  # (1 + w) h, and GELU
     assert norm_mlp.reduce_saved_activations(gemma) == 0
-    assert not any("LowMemory" in type(m).__name__ for m in gemma.modules())
+    assert not any("forward" in vars(module) for module in gemma.modules())
     assert norm_mlp.reduce_saved_activations(small_llama(hidden_act="gelu")) == 5  # norms only
