@@ -7,7 +7,7 @@ two are different models, and this measures by how much.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +54,7 @@ def _logits(model: nn.Module, rows: list[Example], pad_id: int) -> tuple[torch.T
 
 
 def too_little_memory(exported_dir: Path, trained_bytes: int) -> str | None:
-    """Why the two models can't be compared in the memory there is, or None.
-
-    Args:
-        exported_dir: the exported checkpoint.
-        trained_bytes: what the trained model's base takes (`run.json` has it, measured).
-    """
+    """Why the two models can't be compared in the memory there is; None where ``trained_bytes`` and the export fit."""
     device = pick_device()
     needed, available = trained_bytes + exported_bytes(exported_dir, device), memory.available_bytes(device)
     if needed <= available:
@@ -73,18 +68,10 @@ def measure_difference(
     exported_dir: Path,
     examples: Sequence[Example],
     pad_id: int,
-    load: Callable[[Path, torch.device], nn.Module] = load_exported,
 ) -> dict[str, Any]:
     """Compare the trained model with the exported checkpoint on the trained tokens of ``examples``.
 
     The trained model's logits wait in a temporary file, so only one batch's are in memory at a time.
-
-    Args:
-        trained: the trained model.
-        exported_dir: the exported checkpoint.
-        examples: rows of the data.
-        pad_id: the padding token.
-        load: directory and device → the exported model.
 
     Returns:
         Mean loss of both (nats per token), KL(trained || exported) mean and max per token, the largest difference of a
@@ -106,7 +93,7 @@ def measure_difference(
             kept[start : start + len(logits)] = logits.numpy()
             loss_trained -= torch.log_softmax(logits, dim=-1).gather(1, targets.unsqueeze(1)).sum().item()
             start += len(logits)
-        exported = load(exported_dir, device)
+        exported = load_exported(exported_dir, device)
         start = 0
         for rows in _batches(examples):
             logits, targets = _logits(exported, rows, pad_id)
@@ -135,12 +122,7 @@ def measure_difference(
 
 
 def difference_text(difference: dict[str, Any], base: str) -> str:
-    """A certificate's ``difference`` in a sentence or two.
-
-    Args:
-        difference: what `measure_difference` gave, or ``not_measured`` with the reason.
-        base: what the export merged onto, ``original`` or ``dequantized``.
-    """
+    """What `measure_difference` gave (or ``not_measured`` and why) in a sentence or two, for ``base`` of the export."""
     if "not_measured" in difference:
         return f"not measured: {difference['not_measured']}"
     rows, agree = difference["rows"], difference["answers_agree"]

@@ -105,10 +105,10 @@ def read_deltas(adapter_dir: Path, base: torch.nn.Module) -> AdapterDeltas:
             f"{config.bias}), which an export of ΔW would lose. Use PEFT's merge_and_unload() on the loaded model "
             f"instead."
         )
-    own = config if isinstance(config, QveraConfig) else None
-    A, B = _stock_pair(config, tensors, base) if own is None else _own_pair(own)
-    rank = A.shape[0]
     modules = dict(base.named_modules())
+    own = config if isinstance(config, QveraConfig) else None
+    A, B = _stock_pair(config, tensors, modules) if own is None else _own_pair(own)
+    rank = A.shape[0]
     found: dict[str, dict[str, torch.Tensor]] = {}
     for key in sorted(k for k in tensors if k.startswith(PREFIX)):
         name, _, kind = key.removeprefix(PREFIX).rpartition(".")
@@ -147,12 +147,11 @@ def _own_pair(config: QveraConfig) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _stock_pair(
-    config: VeraConfig, tensors: dict[str, torch.Tensor], base: torch.nn.Module
+    config: VeraConfig, tensors: dict[str, torch.Tensor], modules: dict[str, torch.nn.Module]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """PEFT's pair: from the file, else drawn by PEFT's own function in PEFT's order (first A, then B)."""
     if "base_model.vera_A" in tensors:
         return tensors["base_model.vera_A"].float(), tensors["base_model.vera_B"].float()
-    modules = dict(base.named_modules())
     names = {k.removeprefix(PREFIX).rpartition(".")[0] for k in tensors}
     shapes = [shape for name in names if name in modules and (shape := layer_shape(modules[name])) is not None]
     if not shapes:
@@ -170,13 +169,7 @@ class TokenTable:
     shape: tuple[int, ...]
 
     def put(self, weight: torch.Tensor, first: int, last: bool) -> torch.Tensor:
-        """Rows of the table from row ``first`` on, with those of added tokens in their places.
-
-        Args:
-            weight: the base's rows.
-            first: the number of the first one.
-            last: the base's table ends here, so the rows that it grows by are put behind.
-        """
+        """The base's rows from row ``first`` on, those of added tokens replaced; after the ``last`` come new rows."""
         stop = self.shape[0] if last else first + len(weight)
         out = weight.new_zeros(stop - first, *weight.shape[1:])
         out[: len(weight)] = weight
@@ -195,19 +188,19 @@ def token_tables(
         InputError: the rows in the adapter directory have another shape.
     """
     rows = read_token_rows(adapter_dir)
-    ends = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
+    names = {module: f"{name}.weight" for name, module in model.named_modules()}
     shapes = {e.name: e.shape for e in entries}
     tables = {}
-    for name, module in model.named_modules():
-        for end, found in ends.items():
-            shape = shapes.get(f"{name}.weight")
-            if module is found and shape is not None:  # a tied head is in few files
-                new = rows.get(end, rows["embedding"])
-                if tuple(new.shape) != (len(ids), *shape[1:]):
-                    raise InputError(
-                        f"{adapter_dir / ADDED_ROWS}: holds rows of shape {list(new.shape)}, expected "
-                        f"{[len(ids), *shape[1:]]} for {name}.weight. It is another model's."
-                    )
-                placed = dict(zip(ids.values(), new, strict=True))
-                tables[f"{name}.weight"] = TokenTable(placed, (max(shape[0], *(i + 1 for i in placed)), *shape[1:]))
+    for end, module in (("embedding", model.get_input_embeddings()), ("head", model.get_output_embeddings())):
+        name = names[module]
+        if name not in shapes:  # a tied head is in few files
+            continue
+        new, shape = rows.get(end, rows["embedding"]), shapes[name]
+        if tuple(new.shape) != (len(ids), *shape[1:]):
+            raise InputError(
+                f"{adapter_dir / ADDED_ROWS}: holds rows of shape {list(new.shape)}, expected "
+                f"{[len(ids), *shape[1:]]} for {name}. It is another model's."
+            )
+        placed = dict(zip(ids.values(), new, strict=True))
+        tables[name] = TokenTable(placed, (max(shape[0], *(i + 1 for i in placed)), *shape[1:]))
     return tables

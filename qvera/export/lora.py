@@ -26,13 +26,7 @@ from qvera.utils.safetensors_io import TensorSpec
 
 
 def truncation_text(errors: Mapping[str, float], own: int, rank: int) -> str:
-    """What a truncation to ``rank`` of ``own`` directions loses: the layers' errors in one line, and a conclusion.
-
-    Args:
-        errors: layer name → its error (`truncate`).
-        own: the rank before.
-        rank: the rank after.
-    """
+    """What a truncation from rank ``own`` to ``rank`` loses: the layers' errors (`truncate`), and a conclusion."""
     ordered = sorted(errors, key=errors.__getitem__)
     low, middle, high = ordered[0], ordered[len(ordered) // 2], ordered[-1]
     typical = errors[middle]
@@ -107,11 +101,8 @@ def export_lora(
 ) -> int:
     """Write the LoRA to ``out``, layer by layer, for stock PEFT; returns its bytes.
 
-    Args:
-        adapter: names, shapes and config.
-        out: new or empty.
-        dtype: of the factors in the file.
-        factors: layer name → A' and B' (`truncate_all`, `merge_adapters.stacked_factors`); None: the adapter's own.
+    ``factors`` are A' [r, n] and B' [m, r] by layer name (`truncate_all`, `merge_adapters.stacked_factors`), by default
+    the adapter's own.
 
     Raises:
         InputError: ``out`` is not empty, a layer is a Conv1D, or a factor does not fit into ``dtype``.

@@ -47,9 +47,6 @@ def same_directions(adapters: Sequence[AdapterDeltas]) -> str | None:
 def weighted_sum(adapters: Sequence[AdapterDeltas], weights: Sequence[float]) -> dict[str, torch.Tensor]:
     """The vectors of Σ w ΔW as a VeRA adapter: scaling, negation, averages and interpolation are all this.
 
-    Returns:
-        Keys and fp32 tensors of a QVERA adapter file.
-
     Raises:
         InputError: the sum is no VeRA adapter (`same_directions`), or there is not one weight for each.
     """

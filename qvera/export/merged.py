@@ -1,10 +1,7 @@
 """The merged checkpoint: W + ΔW for every adapted weight, in 16 bits, some rows at a time.
 
-Each file of the base is read once, from start to end: one thread reads and hashes, one a core computes, one writes and
-hashes.
-
-Everything is written into the output directory under temporary names; ``config.json``, without which nothing takes a
-directory for a model, comes last. A run that was interrupted goes on from the shards that are whole.
+Each file of the base is read once, from start to end, as `qvera.models.safetensors_stream` does it. ``config.json``,
+without which nothing takes a directory for a model, is written last. An interrupted export goes on from whole shards.
 """
 
 from __future__ import annotations

@@ -33,15 +33,9 @@ def absolute_maxima(rows: torch.Tensor) -> torch.Tensor:
 
 
 class TrainedBaseReader(CheckpointReader):
-    """Reads a checkpoint, and gives its rows as the quantized base of the training run had them.
+    """Reads a checkpoint, and gives its rows as the base of the run had them: quantized as in ``section``.
 
-    Args:
-        entries: as for `CheckpointReader`, like ``stamps`` and ``known``.
-        stamps: of the files.
-        known: hashes.
-        section: how the base was quantized.
-        compute: the dtype it computed in.
-        model: the base without weights.
+    ``compute`` is the dtype it computed in, ``model`` the base without weights; the rest is `CheckpointReader`'s.
     """
 
     def __init__(

@@ -1,13 +1,9 @@
 """Run the frozen linear layers of a base model, forward and backward, whatever their weights are stored in.
 
 The autograd function keeps the *module* for backward and reads its weight again there. So ZeRO-3 can release a gathered
-layer after forward, the pages of a memory-mapped file can be dropped, and only one layer is dequantized at a time. It
-also never lets bitsandbytes repack a weight in place, which an evaluation pass of stock `Linear4bit` does on CPUs with
-AVX512-BF16 and which silently ruins every later gradient.
-
-On a CPU large weights are dequantized in blocks of rows. A whole dequantized weight is 90 MB in a 7B model and 470 MB
-in a 70B; the system hands out and clears memory of that size anew for every product, which takes six times as long as
-dequantizing (bench/log.md). A block of 8 MB is used again and again.
+layer after forward, the pages of a memory-mapped file can be dropped, and only one layer is dequantized at a time. On a
+CPU large weights are dequantized in blocks of rows of 8 MB: the system would clear a whole one (90 MB in a 7B) anew for
+every product, which takes six times as long as dequantizing (bench/log.md).
 """
 
 from __future__ import annotations
@@ -36,13 +32,8 @@ _MAX_SUMMED_ELEMENTS = 3 * 2**20
 class WeightBlocks:
     """The weight [m, n] of a linear layer in ``dtype``, as blocks of rows that are dequantized or cast when iterated.
 
-    A weight that already has that dtype is one block, and so is a quantized one on anything but a CPU.
-
-    Args:
-        module: a linear layer: dense, 4-bit or int8.
-        dtype: of the blocks.
-        elements: most weights of a block.
-        reused: the blocks are iterated more than once, so a quantized weight is dequantized once, as one block.
+    A block has at most ``elements`` weights. A weight that already has that dtype is one block, and so is a quantized
+    one that is iterated more than once (``reused``), or is on anything but a CPU.
     """
 
     def __init__(self, module: nn.Linear, dtype: torch.dtype, elements: int, reused: bool = False) -> None:
@@ -242,9 +233,8 @@ def freeze_linears(model: nn.Module) -> int:
 def inference_layout(model: nn.Module, skip: Collection[nn.Module] = ()) -> Iterator[None]:
     """Within the block, generation runs at bitsandbytes' speed while the training weights stay as they are.
 
-    4-bit layers (but those in ``skip``) get a second copy of their weight, packed for the fused CPU kernel; the output
-    head gets one in its compute dtype where it is stored in another. The copies cost the packed weights' size again
-    until the block ends. Nothing happens where there is no such kernel (CUDA has its own, on the plain layout).
+    4-bit layers (but those in ``skip``) get a second copy of their weight, packed for the fused CPU kernel, where there
+    is one; the output head gets one in its compute dtype where it is stored in another.
     """
     packed: list[FrozenLinear4bit] = []
     get_head = getattr(model, "get_output_embeddings", None)

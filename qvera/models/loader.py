@@ -79,11 +79,8 @@ def load_base(
     file is mapped. A checkpoint in bitsandbytes' 4-bit format is mapped as it is (`qvera.models.mmap`). transformers
     loads int8, dense and unusual checkpoints. `qvera.models.linear` then runs every quantized linear.
 
-    Args:
-        section: the recipe's model section.
-        device: where the model goes (default: `pick_device`).
-        progress: called while the base is quantized for the first time.
-        sharder: keeps only a share of each weight, see `load_mapped`; for a 4-bit base only.
+    ``progress`` is called while the base is quantized for the first time. A ``sharder`` keeps only a share of each
+    weight of a 4-bit base (`load_mapped`).
 
     Raises:
         InputError: there is no causal language model at that path, its weights are not those of its config, or what was
@@ -146,10 +143,7 @@ def _load_mapped(
     progress: StageProgress | None,
     sharder: WeightSharder | None,
 ) -> PreTrainedModel | None:
-    """The model from its mapped 4-bit file, which is made now if there is none yet.
-
-    None where transformers has to load it.
-    """
+    """The model from its mapped 4-bit file, written now if there is none yet; None: transformers has to load it."""
     if _is_quantized(config):
         settings = config.quantization_config
         if not (settings if isinstance(settings, dict) else settings.to_dict()).get("load_in_4bit"):
@@ -222,29 +216,24 @@ def read_back(
     """
     four_bit = [m for m in model.modules() if isinstance(m, quantization.Linear4bit)]
     eight_bit = [m for m in model.modules() if isinstance(m, quantization.Linear8bit)]
-    wanted, found = section.quantization, "none"
-    problems = []
-    storage = None
+    if prequantized:
+        for module in four_bit:
+            module.compute_dtype = dtype
+    found: dict[str, object] = {"quantization": "int8" if eight_bit else "none"}
+    storage, problems = None, []
     if four_bit:
         facts = {quantization.four_bit_facts(m) for m in four_bit}
         if len(facts) > 1:
             problems.append(f"its 4-bit layers differ among themselves: {sorted(map(str, facts))}")
         fact = next(iter(facts))
-        found, storage = fact.quant_type, str(fact.storage_dtype).removeprefix("torch.")
-        if fact.double_quant != section.double_quant:
-            problems.append(f"double_quant is {fact.double_quant}, the recipe says {section.double_quant}")
-        if storage != section.quant_storage and not prequantized:
-            problems.append(f"quant_storage is {storage}, the recipe says {section.quant_storage}")
-        if fact.compute_dtype != dtype:
-            if prequantized:
-                for module in four_bit:
-                    module.compute_dtype = dtype
-            else:
-                problems.append(f"the compute dtype is {fact.compute_dtype}, the recipe says {dtype}")
-    elif eight_bit:
-        found = "int8"
-    if found != wanted:
-        problems.append(f"quantization is {found}, the recipe says {wanted}")
+        storage = str(fact.storage_dtype).removeprefix("torch.")
+        found = {"quantization": fact.quant_type, "double_quant": fact.double_quant}
+        if not prequantized:
+            found |= {"quant_storage": storage, "compute_dtype": str(fact.compute_dtype).removeprefix("torch.")}
+    wanted = section.to_dict() | {"compute_dtype": str(dtype).removeprefix("torch.")}
+    problems += [
+        f"{key} is {value}, the recipe says {wanted[key]}" for key, value in found.items() if value != wanted[key]
+    ]
     if problems:
         raise InputError(
             f"model: what was loaded from {section.path!r} is not what the recipe says: {'; '.join(problems)}."
@@ -258,7 +247,7 @@ def read_back(
         "path": section.path,
         "architecture": type(model).__name__,
         "parameters": parameters,
-        "quantization": found,
+        "quantization": found["quantization"],
         "double_quant": section.double_quant if four_bit else None,
         "compute_dtype": str(dtype).removeprefix("torch."),
         "quant_storage": storage,
@@ -328,10 +317,7 @@ def load_exported(directory: Path, device: torch.device) -> PreTrainedModel:
 
 
 def exported_bytes(directory: Path, device: torch.device) -> int:
-    """Memory that `load_exported` takes on ``device``, from the checkpoint's headers.
-
-    Mapped, one cast weight at a time.
-    """
+    """Memory that `load_exported` takes on ``device``, from the headers; mapped, one cast weight at a time."""
     entries = checkpoint_tensors(directory)
     if device.type == "cuda":
         return sum(file.stat().st_size for file in {e.file for e in entries})

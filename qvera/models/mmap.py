@@ -61,7 +61,7 @@ def load_mapped(
 
     Args:
         directory: the checkpoint.
-        config: its transformers config.
+        config: its config.
         dtype: what its layers compute in; small tensors (norms, biases) are cast to it.
         device: on anything but a CPU the tensors are copied there.
         attn_implementation: None for transformers' own choice.

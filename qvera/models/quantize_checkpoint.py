@@ -148,14 +148,8 @@ def quantize_checkpoint(
 ) -> dict[str, Any]:
     """Write the 4-bit checkpoint to ``out``, or go on with it; returns its record (also written there).
 
-    Args:
-        section: quantization, double_quant and quant_storage.
-        source: the 16-bit checkpoint.
-        out: a directory that is new, empty, or was left by the same call when it was killed.
-        known: source file → SHA-256, of files that need not be hashed again.
-        device: where to quantize; CUDA uses bitsandbytes' own kernels.
-        progress: called on the calling thread; may raise, to stop.
-        shard_bytes: most bytes of a shard (default `SHARD_BYTES`).
+    ``out`` is new, empty, or was left by the same call when it was killed. ``known`` has the SHA-256 of source files
+    that need not be hashed again. A CUDA ``device`` uses bitsandbytes' own kernels. ``progress`` may raise, to stop.
 
     Raises:
         InputError: ``out`` holds something else, or its disk has no room.

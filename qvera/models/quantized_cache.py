@@ -33,11 +33,8 @@ def cached_base(
 
     Of several processes that want the same copy, one makes it and the others wait. A damaged copy is made again.
 
-    Args:
-        section: the recipe's model section, with ``quantization`` nf4 or fp4.
-        device: where to quantize (default CPU).
-        verify: hash source and copy again, instead of trusting sizes and times.
-        progress: called with the stage and bytes.
+    ``device`` is where to quantize (default CPU). With ``verify``, source and copy are hashed again: sizes and times
+    are not trusted.
 
     Raises:
         NotPlain: transformers renames or fuses this checkpoint's tensors while loading.

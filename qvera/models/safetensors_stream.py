@@ -53,15 +53,10 @@ def rows_per_block(columns: int) -> int:
 
 
 class CheckpointReader:
-    """Reads the tensors of a checkpoint in order.
+    """Reads the tensors of a checkpoint in order: ``entries`` are all of them, as they lie on disk.
 
-    Args:
-        entries: all of them, in the order they lie on disk.
-        stamps: file name → `file_stamp` of the files as they have to stay.
-        known: file name → SHA-256, of files that need not be hashed again.
-
-    Attributes:
-        sha256: file name → SHA-256, of ``known`` and of every file that has been read whole.
+    ``stamps`` has the `file_stamp` of each file name, as it has to stay. ``sha256`` has the SHA-256 of the files whose
+    hash is ``known``, and of every file that has been read whole.
     """
 
     def __init__(self, entries: list[TensorEntry], stamps: dict[str, list[int]], known: dict[str, str]) -> None:
@@ -126,11 +121,7 @@ def in_order(
     An error of ``items`` or of ``compute`` is raised where its result would come. Closing the iterator stops the
     threads.
 
-    Args:
-        items: drawn in one thread.
-        compute: called in the workers.
-        workers: how many threads compute.
-        waiting: how many items may be drawn and not yet consumed. What bounds memory.
+    At most ``waiting`` items are drawn and not yet consumed, which bounds memory.
     """
     results: queue.Queue[Future[Out] | None] = queue.Queue()
     places = threading.Semaphore(waiting)
@@ -170,11 +161,8 @@ def in_order(
 def write_shard(path: Path, specs: list[TensorSpec], tensors: Iterator[torch.Tensor]) -> str:
     """Write one safetensors file, under a temporary name until it is whole and on the disk; returns its SHA-256.
 
-    Args:
-        path: the file.
-        specs: the tensors in the order of the file.
-        tensors: their values in that order; one may come in parts along its first dimension. No more are taken than
-            ``specs`` need, so one iterator can serve several files.
+    ``tensors`` are the values of ``specs`` in their order; one may come in parts along its first dimension. No more are
+    taken than ``specs`` need, so one iterator can serve several files.
 
     Raises:
         OSError: the disk is full or gone; nothing is left behind.

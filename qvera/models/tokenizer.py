@@ -3,8 +3,7 @@
 VeRA trains no row of the embedding or the head, so a new token keeps the row it gets here; the adapter's vectors learn
 what it is for. Each new row is drawn at random around the rows of the existing tokens: their mean plus their standard
 deviation, column by column, times a number from a generator keyed by the token's text. Not the mean itself, as is usual
-where rows are trained: a head row within the others' convex hull never has the highest logit (Σ wᵢ ⟨rowᵢ, h⟩ <= max
-⟨rowᵢ, h⟩), so a frozen model could never generate the token.
+where rows are trained: a head row within the others' convex hull never has the highest logit.
 """
 
 from __future__ import annotations
@@ -46,8 +45,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     """The tokenizer of a model section.
 
     Raises:
-        InputError: there is none at that path, it has no end-of-sequence token, or it has a token that the section
-            adds.
+        InputError: there is none, it has no end-of-sequence token, or it has a token that the section adds.
     """
     require_model_files(resolve_path(section.path))
     if Path(resolve_path(section.path)).is_dir():
@@ -120,12 +118,10 @@ def place_token_rows(model: PreTrainedModel, ids: dict[str, int]) -> int:
     Rows that the checkpoint has beyond its tokens (Qwen pads its vocabulary) are taken first, in the pages they lie in.
     Where there are too few, embedding and head become private copies with more rows.
 
-    Args:
-        model: a causal language model whose embedding and head are dense.
-        ids: from `ids_of`; all at or beyond the ids that the model was trained with.
+    ``ids`` are at or beyond those that the model was trained with (`ids_of`).
 
     Raises:
-        InputError: its embedding or head is of a kind that can't be given rows.
+        InputError: its embedding or head can't be given rows.
     """
     tables = _tables(model)
     first, known = min(ids.values()), tables[0].weight.shape[0]

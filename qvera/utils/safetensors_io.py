@@ -191,13 +191,7 @@ def _indexed(wanted: dict[str, str], directory: Path) -> list[Path]:
 def grouped_by_bytes(
     units: Iterable[list[T]], size_bytes: Callable[[T], int], max_bytes: int
 ) -> list[tuple[str, list[T]]]:
-    """File name and contents of each shard, in the order given.
-
-    A shard is above ``max_bytes`` only if one unit alone is.
-
-    Args:
-        units: what has to lie in one file together.
-    """
+    """File name and contents of each shard, in the order given; above ``max_bytes`` only where one unit alone is."""
     groups: list[list[T]] = [[]]
     filled = 0
     for unit in units:
