@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import platform
 import threading
@@ -40,21 +39,12 @@ def private_bytes() -> int:
     return 1024 * sum(int(line.split()[1]) for line in text.splitlines() if line.startswith(wanted))
 
 
-class _Mallinfo(ctypes.Structure):
-    """Glibc's ``struct mallinfo2``: ten sizes; number 4 is hblkhd (mapped), number 7 is uordblks (in arenas)."""
-
-    _fields_ = [("sizes", ctypes.c_size_t * 10)]
-
-
 def allocated_bytes() -> int | None:
-    """Bytes of malloc's memory in use by this process (mallinfo2(3), all arenas); None without glibc 2.33 or newer."""
-    try:
-        read = ctypes.CDLL(None).mallinfo2
-    except (OSError, AttributeError, TypeError):
+    """Bytes of malloc's memory in use by this process; None without glibc 2.33 or newer."""
+    if not hasattr(psutil, "heap_info"):
         return None
-    read.restype = _Mallinfo
-    sizes = read().sizes
-    return int(sizes[4] + sizes[7])
+    heap = psutil.heap_info()
+    return int(heap.heap_used + heap.mmap_used)
 
 
 @functools.cache
