@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from qvera.evaluation.report import write_report
+from qvera.evaluation.report.run_page import write_report
 from qvera.training.session import TrainingSession
 from qvera.training.trainer import train
 from tests.training.test_trainer import losses, same, vectors

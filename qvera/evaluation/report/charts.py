@@ -204,7 +204,9 @@ def line_chart(
         "height": height,
         "legend": legend,
         "y_ticks": _ticks(y_scale.from_top, y_ticks, axis_labels(y_ticks, "log" if log else kind)),
-        "x_ticks": _ticks(x_scale.percent, x_ticks, [_x_label(tick, x_log) for tick in x_ticks]),
+        "x_ticks": _ticks(
+            x_scale.percent, x_ticks, [f"{tick:g}".replace("e-0", "e-") if x_log else count(tick) for tick in x_ticks]
+        ),
         "x_name": {"token": "tokens", "learning rate": "rate"}.get(x_name, x_name),  # there is room for a short word
         "paths": [(line.css, _path(line.points, x_scale, y_scale)) for line in lines],
         "dots": [dot for line in lines for dot in _dots(line, x_scale, y_scale, best, x_name)],
@@ -290,10 +292,6 @@ def stacked_bars(
 
 def _ticks(position: Callable[[float], str], ticks: Sequence[float], labels: Sequence[str]) -> list[tuple[str, str]]:
     return [(position(tick), label) for tick, label in zip(ticks, labels, strict=True)]
-
-
-def _x_label(tick: float, log: bool) -> str:
-    return f"{tick:g}".replace("e-0", "e-") if log else count(tick)
 
 
 def _x_text(x: float, x_name: str) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from qvera.evaluation.report.answer_diff import Sample, make_sample
 from qvera.evaluation.report.charts import Chart, Line, length_histogram, line_chart, stacked_bars
 from qvera.evaluation.report.pages import render
-from qvera.evaluation.report.read import Run, changed_settings, get, get_number, get_text, series
+from qvera.evaluation.report.read import Run, changed_settings, get, get_number, get_text, read_run, series
 from qvera.evaluation.report.smoothing import MAX_POINTS, loss_curves, thin
+from qvera.utils.atomic import disk_errors, replace_text
 from qvera.utils.formatting import count, percent, significant, size
 
 _MEMORY_KINDS = (
@@ -22,6 +23,22 @@ _MEMORY_KINDS = (
     ("p7", "answers", ("answers",)),
 )
 _MOMENTS = {"backward": "Backward pass", "loss": "Loss", "answers": "Answers"}
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write ``report.html`` into a run directory and return its path.
+
+    Reads recipe.yaml, metrics.jsonl and run.json. Each may be missing or cut off: a killed run has a report too, which
+    says what could not be read. The page replaces an older one in one rename.
+
+    Raises:
+        InputError: The directory does not exist, or holds none of the three files.
+        RunFailed: The page could not be written (a full disk, no permission). The run's own files are untouched.
+    """
+    page, target = run_page(read_run(run_dir)), Path(run_dir) / "report.html"
+    with disk_errors(str(target), "The run's own files are untouched; mend that and write the report again."):
+        replace_text(target, page)
+    return target
 
 
 def run_page(run: Run) -> str:

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from qvera.config.schema import RangeTest, parse_recipe
-from qvera.evaluation.report import write_report
 from qvera.evaluation.report.compare import compare_runs
 from qvera.evaluation.report.pages import answers_page, compare_page
+from qvera.evaluation.report.run_page import write_report
 from qvera.training.lr_finder import RangeTestResult, range_page
 from tests.evaluation.report.conftest import RECIPE, evaluation, plan, run_info, train_rows
 

@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
-from qvera.evaluation.report import read_run, write_report
-from qvera.evaluation.report.read import changed_settings
-from qvera.evaluation.report.run_page import run_page
+from qvera.evaluation.report.read import changed_settings, read_run
+from qvera.evaluation.report.run_page import run_page, write_report
 from qvera.utils.errors import InputError, RunFailed
 from tests.evaluation.report.conftest import RECIPE, eval_rows, plan, run_info, train_rows
 
