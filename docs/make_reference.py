@@ -38,8 +38,7 @@ all at once, each with its line.
 
 **YAML.** The file is UTF-8, with or without a byte order mark, with Unix or Windows line ends. Anchors, aliases and merge keys
 (`<<: *name`) work. There is no extra key for shared values: put the anchor on the first key that uses one. A key that is
-written twice is an error. So are `010` and `1:30`, because YAML 1.1 reads them as 8 and 90: write a decimal number, or quotes
-around a text.
+written twice is an error. `010` and `1:30`, which YAML 1.1 reads as 8 and 90, are text: a key that takes a number refuses them.
 """
 _TYPES = {
     "string": "text",

@@ -1,7 +1,7 @@
 """Read a recipe from a YAML file, and apply ``--set`` overrides.
 
-YAML is read as PyYAML's safe loader does, with fewer surprises: a key that is written twice, a number such as ``010``
-(8 in YAML 1.1) and aliases that expand to more than a recipe can hold are errors.
+YAML is read as PyYAML's safe loader does, with fewer surprises: ``010`` is no number (8 in YAML 1.1), and a key that is
+written twice and aliases that expand to more than a recipe can hold are errors.
 """
 
 from __future__ import annotations
@@ -20,19 +20,12 @@ _MOST_NODES = 100_000
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, without its octal and base-60 numbers."""
+    """PyYAML's safe loader; octal and base-60 numbers are texts, which no key that takes a number accepts."""
 
-    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> str:
-        value = super().construct_scalar(node)
-        number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
-        if number and re.fullmatch(r"[-+]?(0[0-9_]+|[0-9_]+:.*)", value):
-            raise yaml.constructor.ConstructorError(
-                None,
-                None,
-                f"{value} is octal or base 60 in YAML 1.1; write a decimal number, or quotes around a text",
-                node.start_mark,
-            )
-        return value
+    def resolve(self, kind: type[yaml.Node], value: str, implicit: tuple[bool, bool]) -> str:
+        tag = super().resolve(kind, value, implicit)
+        number = tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+        return "tag:yaml.org,2002:str" if number and re.fullmatch(r"[-+]?(0[0-9_]+|[0-9_]+:.*)", value) else tag
 
 
 def read_yaml(text: str, source: str) -> tuple[object, dict[tuple[str, ...], int]]:

@@ -88,15 +88,8 @@ def axis_labels(ticks: Sequence[float], kind: str = "number") -> list[str]:
     if kind == "log":
         return [f"{tick:g}" for tick in ticks]
     top = max((abs(tick) for tick in ticks), default=0.0)
-    factor, unit = 1.0, ""
-    if kind in ("count", "bytes"):
-        units = _BYTE_UNITS if kind == "bytes" else _COUNT_UNITS
-        unit = " B" if kind == "bytes" else ""
-        threshold = 1.0 if kind == "bytes" else 10.0
-        for candidate, name in units:
-            if top >= candidate * threshold or (top >= candidate and candidate > 1e3):
-                factor, unit = candidate, name
-                break
+    units = {"bytes": (*_BYTE_UNITS, (1.0, " B")), "count": _COUNT_UNITS}.get(kind, ())
+    factor, unit = next((one for one in units if top >= (10_000 if one[1] == " k" else one[0])), (1.0, ""))
     scaled = [tick / factor for tick in ticks]
     if len(scaled) > 1 and 0 < top / factor < 1e-3:
         return [significant(tick, 1) if tick else "0" for tick in scaled]
@@ -106,10 +99,8 @@ def axis_labels(ticks: Sequence[float], kind: str = "number") -> list[str]:
 
 def _decimals(value: float) -> int:
     """Decimals that ``value``, a round number, needs."""
-    for places in range(10):
-        if math.isclose(round(value, places), value, rel_tol=1e-6, abs_tol=1e-12):
-            return places
-    return 10
+    enough = (n for n in range(10) if math.isclose(round(value, n), value, rel_tol=1e-6, abs_tol=1e-12))
+    return next(enough, 10)
 
 
 def first_of(names: Sequence[object]) -> str:
