@@ -81,7 +81,8 @@ def tokenized(section: DataSection, encoder: Encoder, console: Console | None) -
         try:
             return _make_entry(section, encoder, key, target, hashes, console)
         except InputError as error:
-            replace_text(failed, str(error))
+            with contextlib.suppress(OSError):  # the error that is raised is the one above
+                replace_text(failed, str(error))
             raise
 
 
