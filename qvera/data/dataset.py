@@ -226,8 +226,6 @@ def length_histogram(lengths: np.ndarray, bins: int = 10) -> tuple[list[int], li
     low, high = int(lengths.min()), int(lengths.max())
     round_widths = (factor * 10**power for power in itertools.count() for factor in (1, 2, 5))
     width = next(w for w in round_widths if low // w * w + bins * w > high)
-    edges = [low // width * width]
-    while edges[-1] <= high:
-        edges.append(edges[-1] + width)
+    edges = list(range(low // width * width, (high // width + 2) * width, width))
     counts, _ = np.histogram(lengths, bins=edges)
     return edges, counts.tolist()
