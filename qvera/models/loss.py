@@ -42,10 +42,9 @@ class Head(NamedTuple):
         if module is None:
             raise RuntimeError(f"{type(model).__name__} has no output embeddings, so it is no causal language model")
         config = model.config
-        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
-            getattr(config, "logits_scaling", None) or 1.0
-        )
-        return cls(module, getattr(config, "final_logit_softcapping", None), scale)
+        scale = getattr(config, "logit_scale", None) or 1.0
+        scale /= getattr(config, "logits_scaling", None) or 1.0
+        return cls(module, getattr(config, "final_logit_softcapping", None), float(scale))
 
     def logits(self, product: torch.Tensor) -> torch.Tensor:
         """Logits from h Wᵀ + bias; the same tensor where the model neither scales nor caps them."""
@@ -62,9 +61,8 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         bias = getattr(head.module, "bias", None)
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         tokens = len(labels)
-        if rounds_lengths(
-            hidden.dtype, hidden.device.type
-        ):  # pad the last chunk with rows that neither count nor get a gradient
+        if rounds_lengths(hidden.dtype, hidden.device.type):
+            # pad the last chunk with rows that neither count nor get a gradient
             last = tokens % chunk_tokens
             hidden = F.pad(hidden, (0, 0, 0, min(round_up_length(last), chunk_tokens) - last if last else 0))
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # type: ignore[attr-defined]

@@ -27,6 +27,7 @@ from qvera.models.quantized_record import RECORD, content_identity, settings_of
 from qvera.models.safetensors_stream import Block, CheckpointReader, in_order, write_index, write_shard
 from qvera.utils import memory
 from qvera.utils.atomic import OutputDirectory, disk_errors, flush, replace_text, require_space
+from qvera.utils.cache_dir import StageProgress
 from qvera.utils.errors import InputError, RunFailed
 from qvera.utils.files import file_sha256, read_json
 from qvera.utils.safetensors_io import (
@@ -50,8 +51,6 @@ _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 Shards = list[tuple[str, list[TensorSpec]]]
 """File name and tensors of each shard."""
-Progress = Callable[[int, int, str], None]
-"""Called with (source bytes done, source bytes in all, tensor name)."""
 Packed = tuple[Block, torch.Tensor, torch.Tensor | None]
 """A block, its packed weights, and the absmax of each 64 of them; where it is not packed, its rows and None."""
 
@@ -140,10 +139,9 @@ def quantize_checkpoint(
     section: ModelSection,
     source: SourceCheckpoint,
     out: Path,
-    *,
     known: Mapping[Path, str] | None = None,
     device: torch.device | None = None,
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
     shard_bytes: int | None = None,
 ) -> dict[str, Any]:
     """Write the 4-bit checkpoint to ``out``, or go on with it; returns its record (also written there).
@@ -184,7 +182,7 @@ def quantize_checkpoint(
         def report(block: Block) -> None:
             nonlocal done
             if progress is not None:
-                progress(done, source.size_bytes, block.entry.name)
+                progress("quantizing", done, source.size_bytes, block.entry.name)
             done += block.rows.nbytes
 
         with contextlib.closing(in_order(blocks, pack, workers, 2 * workers + 2)) as packed:
@@ -196,7 +194,7 @@ def quantize_checkpoint(
             for _ in tensors:  # the rest of the source is hashed
                 raise RuntimeError("more tensors were made than planned")
         if progress is not None:
-            progress(source.size_bytes, source.size_bytes, "")
+            progress("quantizing", source.size_bytes, source.size_bytes, "")
         record = {
             "format": 1,
             "source": {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import shutil
@@ -19,6 +18,7 @@ from qvera.models.quantized_record import BASES, content_identity, problem_of, r
 from qvera.utils.atomic import flush
 from qvera.utils.cache_dir import UNFINISHED, HashIndex, StageProgress, discard, size_bytes
 from qvera.utils.errors import InputError
+from qvera.utils.files import file_sha256
 from qvera.utils.safetensors_io import shard_files
 
 
@@ -45,8 +45,7 @@ def cached_base(
     if not verify and (found := find_base(section, directory)) is not None:
         return found  # without a look at the model
     source = read_source(section, directory)
-    root = BASES.root
-    hashes = BASES.hashes
+    root, hashes = BASES.root, BASES.hashes
     key = _key(source, section, device)
     unfinished = root / f"{UNFINISHED}{key}"
     try:
@@ -75,22 +74,21 @@ def cached_base(
             record = read_record(unfinished)  # killed between its last byte and its name
         if record is None and unfinished.is_dir() and not any(unfinished.glob(".qvera_*")):
             discard(unfinished)  # it was complete once, and was damaged since: nothing to go on from
-        record = _quantized(section, source, unfinished, known, hashes, device, progress, record)
+        if record is None:
+            record = quantize_checkpoint.quantize_checkpoint(section, source, unfinished, known, device, progress)
+        _remember(hashes, source, record)
         return _publish(unfinished, root / _name(section, record["identity"]))
 
 
 def find_base(section: ModelSection, directory: Path | None = None) -> Path | None:
     """The finished copy for this section, if there is one and the source's hashes are known; nothing is hashed."""
     directory = directory or base_directory(section)
-    root = BASES.root
-    if not (root / "hashes.json").is_file():
-        return None
     files = shard_files(directory)
     known = BASES.hashes.known(files)
     if not files or len(known) < len(files) or not (directory / "config.json").is_file():
         return None
-    config = hashlib.sha256((directory / "config.json").read_bytes()).hexdigest()
-    target = root / _name(section, _identity(config, section, known))
+    config = file_sha256(directory / "config.json")
+    target = BASES.root / _name(section, _identity(config, section, known))
     return target if problem_of(target) is None else None
 
 
@@ -120,28 +118,14 @@ def quantized_copy(
         if (problem := problem_of(out, verify=verify)) is not None:
             raise InputError(f"{problem}. Delete {out} and run again.")
         return record
-    return _quantized(section, source, out, known, hashes, device, progress)
+    record = quantize_checkpoint.quantize_checkpoint(section, source, out, known, device, progress)
+    _remember(hashes, source, record)
+    return record
 
 
-def _quantized(
-    section: ModelSection,
-    source: SourceCheckpoint,
-    out: Path,
-    known: dict[Path, str],
-    hashes: HashIndex,
-    device: torch.device | None,
-    progress: StageProgress | None,
-    record: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """The record of the copy in ``out``, quantized now unless it is given; the source's hashes are remembered."""
-    if record is None:
-        report = None if progress is None else functools.partial(progress, "quantizing")
-        record = quantize_checkpoint.quantize_checkpoint(
-            section, source, out, known=known, device=device, progress=report
-        )
+def _remember(hashes: HashIndex, source: SourceCheckpoint, record: dict[str, Any]) -> None:
     recorded = record["source"]["files"]
     hashes.add({file: (source.stamps[file.name], recorded[file.name]["sha256"]) for file in source.files})
-    return record
 
 
 def _identity(config_sha256: str, section: ModelSection, known: dict[Path, str]) -> str:

@@ -161,7 +161,7 @@ def test_threads_and_chunk_sizes_change_no_byte(tiny_model_dir: Path, tmp_path: 
 def quantize_and_die(source: Path, out: Path, shards: int) -> None:
     section = ModelSection(path=str(source))
 
-    def progress(done: int, total: int, name: str) -> None:
+    def progress(stage: str, done: int, total: int, name: str) -> None:
         if len(list(out.glob("*.safetensors"))) >= shards:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -317,7 +317,7 @@ def test_nan_is_refused_by_tensor_name_and_finished_shards_stay(source: Path, tm
 def test_a_source_that_changes_meanwhile_is_noticed(source: Path, tmp_path: Path) -> None:
     section = ModelSection(path=str(source))
 
-    def touch(done: int, total: int, name: str) -> None:
+    def touch(stage: str, done: int, total: int, name: str) -> None:
         os.utime(shards(source)[-1])
 
     with pytest.raises(RunFailed, match="changed while it was read"):
@@ -349,7 +349,7 @@ def test_a_disk_that_fills_up_is_named_and_finished_shards_are_used(
     section, filler = ModelSection(path=str(tiny_model_dir)), small_disk / "filler"
     out = small_disk / "out"
 
-    def fill(done: int, total: int, name: str) -> None:
+    def fill(stage: str, done: int, total: int, name: str) -> None:
         if len(list(out.glob("*.safetensors"))) == 2 and not filler.exists():
             free = shutil.disk_usage(small_disk).free
             filler.write_bytes(bytes(free - 8192))
