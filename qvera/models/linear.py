@@ -214,19 +214,13 @@ def embedding_dtype(module: nn.Module) -> torch.dtype:
     return module.output_dtype if isinstance(module, FrozenEmbedding) else cast(nn.Embedding, module).weight.dtype
 
 
-def freeze_linears(model: nn.Module) -> int:
-    """Make every bitsandbytes linear of this model run through `frozen_linear`; returns how many there are.
-
-    Changes these module objects only (their class), not bitsandbytes. Doing it twice is harmless.
-    """
-    count = 0
+def freeze_linears(model: nn.Module) -> None:
+    """Make every bitsandbytes linear of this model run through `frozen_linear`, by the class of these objects only."""
     for module in model.modules():
-        for stock, ours in ((Linear4bit, FrozenLinear4bit), (Linear8bit, FrozenLinear8bit)):
-            if isinstance(module, stock):
-                if type(module) is stock:
-                    module.__class__ = ours
-                count += 1
-    return count
+        if type(module) is Linear4bit:
+            module.__class__ = FrozenLinear4bit
+        elif type(module) is Linear8bit:
+            module.__class__ = FrozenLinear8bit
 
 
 @contextlib.contextmanager
@@ -237,8 +231,7 @@ def inference_layout(model: nn.Module, skip: Collection[nn.Module] = ()) -> Iter
     is one; the output head gets one in its compute dtype where it is stored in another.
     """
     packed: list[FrozenLinear4bit] = []
-    get_head = getattr(model, "get_output_embeddings", None)
-    output = get_head() if get_head is not None else None
+    output = getattr(model, "get_output_embeddings", lambda: None)()
     hook = output.register_forward_pre_hook(_contiguous) if isinstance(output, nn.Module) else None
     head = output if isinstance(output, FrozenLinear) and output._inference_weight is None else None
     if head is not None and (head.weight.device.type != "cpu" or is_sharded(head.weight)):

@@ -22,12 +22,8 @@ RECORD = "qvera_quantized.json"
 
 def settings_of(section: ModelSection) -> dict[str, Any]:
     """What a quantized copy depends on besides the source."""
-    return {
-        "quantization": section.quantization,
-        "double_quant": section.double_quant,
-        "quant_storage": section.quant_storage,
-        "blocksize": 64,
-    }
+    keys = ("quantization", "double_quant", "quant_storage")
+    return {key: getattr(section, key) for key in keys} | {"blocksize": 64}
 
 
 def content_identity(config_sha256: str, files: Mapping[str, str], settings: Mapping[str, Any]) -> str:

@@ -158,6 +158,20 @@ def test_threads_and_chunk_sizes_change_no_byte(tiny_model_dir: Path, tmp_path: 
     assert one.read_bytes() == two.read_bytes()
 
 
+def test_whole_weights_quantized_on_a_device_give_the_same_file(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The path of a GPU, with the CPU as the device that gets whole weights."""
+    quantized(tiny_model_dir, tmp_path / "one")
+    monkeypatch.setattr(safetensors_stream, "BLOCK_ELEMENTS", 64 * 3)
+    monkeypatch.setattr(
+        quantize_checkpoint, "_pack", lambda _section, _source, _device, block: (block, block.rows, None)
+    )
+    quantized(tiny_model_dir, tmp_path / "two")
+    one, two = (p / "model.safetensors" for p in (tmp_path / "one", tmp_path / "two"))
+    assert one.read_bytes() == two.read_bytes()
+
+
 def quantize_and_die(source: Path, out: Path, shards: int) -> None:
     section = ModelSection(path=str(source))
 
