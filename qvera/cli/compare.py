@@ -53,21 +53,21 @@ def _print_runs(found: Comparison) -> None:
     """A row for each run, its scores by `qvera eval`, the keys that differ, and what can't be compared."""
     from rich.console import Console
 
-    from qvera.evaluation.report.compare import COSTS, SCORES, score_columns, yaml_text
+    from qvera.evaluation.report.compare import COSTS, SCORES, score_columns, table, yaml_text
 
     # a pipe has no width, and its reader can cut columns better than we could
     out = Console(width=None if sys.stdout.isatty() else 250, highlight=False, markup=False)
     columns = [column._replace(title=column.title.lower()) for column in (*SCORES, *COSTS)]
-    out.print(_run_table(*found.table(columns, found.figures)))
+    out.print(_run_table(*table(columns, found.figures)))
     # named as qvera eval prints them
     scored = [column._replace(title=column.key) for column in score_columns(found.runs)]
     if scored:
         out.print("\nScores by qvera eval")
-        out.print(_run_table(*found.table(scored, found.score_figures)))
+        out.print(_run_table(*table(scored, found.score_figures)))
         out.print()
     for key, values in found.differing.items():
         who: dict[str, list[str]] = {}
-        for label, value in zip(found.labels, values, strict=True):
+        for label, value in zip(found.runs, values, strict=True):
             who.setdefault(yaml_text(value), []).append(label)
         out.print(f"{key}: " + "; ".join(f"{text} ({', '.join(labels)})" for text, labels in who.items()))
     for gap in found.gaps:

@@ -61,44 +61,45 @@ COSTS = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """Several runs side by side.
+    """Several runs side by side, each under a short name, all different, in the order in which they were named.
 
     Attributes:
-        runs: In the order in which they were named.
-        labels: A short name for each, all different.
         figures: For each run the keys of `SCORES` and `COSTS`.
         differing: Setting → its value in each run (None also where a recipe lacks it); only settings that differ.
         gaps: Sentences on what is missing or can't be compared.
     """
 
-    runs: list[Run]
-    labels: list[str]
-    figures: list[Figures]
+    runs: dict[str, Run]
+    figures: dict[str, Figures]
     differing: dict[str, list[object]]
     gaps: list[str]
 
-    def table(
-        self, columns: Sequence[Column], figures: Sequence[Figures]
-    ) -> tuple[list[str], list[tuple[str, list[str]]]]:
-        """Titles of the columns in which any run has a value, and for each run its label and its cells."""
-        shown = [column for column in columns if any(row.get(column.key) is not None for row in figures)]
-        rows = [[text_or_dash(row.get(column.key), column.format) for column in shown] for row in figures]
-        return [column.title for column in shown], list(zip(self.labels, rows, strict=True))
-
     @property
-    def score_figures(self) -> list[Figures]:
+    def score_figures(self) -> dict[str, Figures]:
         """For each run the values of `score_columns`."""
-        evaluations = [run.evaluation for run in self.runs]
-        return [{**each.scores, "scored_rows": each.scored_rows} if each else {} for each in evaluations]
+        return {
+            label: {**run.evaluation.scores, "scored_rows": run.evaluation.scored_rows} if run.evaluation else {}
+            for label, run in self.runs.items()
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         runs = [
-            {"run": label, "status": run.text("status") or None, **figures}
-            | {"evaluation": None if run.evaluation is None else asdict(run.evaluation)}
-            for run, label, figures in zip(self.runs, self.labels, self.figures, strict=True)
+            {"run": label, "status": run.text("status") or None, **self.figures[label]}
+            | {"evaluation": asdict(run.evaluation) if run.evaluation else None}
+            for label, run in self.runs.items()
         ]
         return {"runs": runs, "differing": self.differing, "gaps": self.gaps}
+
+
+def table(columns: Sequence[Column], figures: dict[str, Figures]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Titles of the columns in which any run has a value, and for each run its label and its cells."""
+    shown = [column for column in columns if any(row.get(column.key) is not None for row in figures.values())]
+    rows = [
+        (label, [text_or_dash(row.get(column.key), column.format) for column in shown])
+        for label, row in figures.items()
+    ]
+    return [column.title for column in shown], rows
 
 
 def compare_runs(paths: Sequence[Path]) -> Comparison:
@@ -118,14 +119,11 @@ def compare_runs(paths: Sequence[Path]) -> Comparison:
     runs = {label: read_run(path, evaluation=True) for label, path in zip(_labels(places), paths, strict=True)}
     figures = {label: run_figures(run) for label, run in runs.items()}
     gaps = [gap for label, run in runs.items() for gap in _gaps_in_files(run, label, figures[label])]
-    differences = {
-        sentence: _differs({label: ask(run) for label, run in runs.items()}) for sentence, ask in _QUESTIONS.items()
-    }
-    gaps += [sentence.format(difference) for sentence, difference in differences.items() if difference]
+    for sentence, ask in _QUESTIONS.items():
+        difference = _differs({label: ask(run) for label, run in runs.items()})
+        gaps += [sentence.format(difference)] if difference else []
     gaps += _gaps_between_scores(runs)
-    return Comparison(
-        list(runs.values()), list(runs), list(figures.values()), differing_settings(list(runs.values())), gaps
-    )
+    return Comparison(runs, figures, _differing_settings(runs), gaps)
 
 
 def _labels(places: Sequence[Path]) -> list[str]:
@@ -167,12 +165,12 @@ def tokens_by_step(run: Run) -> list[tuple[float, float]]:
     return [(float(row["step"]), tokens) for row, tokens in zip(run.train, seen, strict=True)]
 
 
-def differing_settings(runs: Sequence[Run]) -> dict[str, list[object]]:
+def _differing_settings(runs: dict[str, Run]) -> dict[str, list[object]]:
     """Setting → each run's value, for the settings in which the recipes differ.
 
     A run without a recipe has None everywhere.
     """
-    trees = [run.settings for run in runs]
+    trees = [run.settings for run in runs.values()]
     known = [tree for tree in trees if tree]
     return {
         key: [tree.get(key) for tree in trees]
@@ -181,10 +179,10 @@ def differing_settings(runs: Sequence[Run]) -> dict[str, list[object]]:
     }
 
 
-def score_columns(runs: Sequence[Run]) -> list[Column]:
+def score_columns(runs: dict[str, Run]) -> list[Column]:
     """The number of rows and each metric by which ``qvera eval`` scored any run; [] where it scored none."""
     labels: dict[str, str] = {}
-    for run in runs:
+    for run in runs.values():
         labels |= run.evaluation.labels if run.evaluation else {}
     metrics = [Column(key, label, score_format(key)) for key, label in labels.items()]
     return [Column("scored_rows", "Rows", count), *metrics] if metrics else []
@@ -262,7 +260,7 @@ def _gaps_between_scores(runs: dict[str, Run]) -> list[str]:
         "did not ask the same kind of model": {label: each.column for label, each in known.items()},
         "did not let answers have the same length": lengths,
     }
-    for column in score_columns(list(runs.values()))[1:]:
+    for column in score_columns(runs)[1:]:
         ways[f"did not measure {column.title} in the same way"] = {
             label: each.signatures[column.key] or "does not say"
             for label, each in known.items()

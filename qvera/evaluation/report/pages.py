@@ -26,6 +26,7 @@ from qvera.evaluation.report.compare import (
     Comparison,
     score_columns,
     score_format,
+    table,
     tokens_by_step,
     yaml_text,
 )
@@ -135,9 +136,9 @@ def _changes(evaluation: dict[str, Any]) -> list[tuple[str, list[str]]]:
 def compare_page(comparison: Comparison) -> str:
     """The page of ``qvera compare``: tables and curves of several runs."""
     tables = {
-        "Scores on held-out rows": comparison.table(SCORES, comparison.figures),
-        "Scores by qvera eval": comparison.table(score_columns(comparison.runs), comparison.score_figures),
-        "Cost": comparison.table(COSTS, comparison.figures),
+        "Scores on held-out rows": table(SCORES, comparison.figures),
+        "Scores by qvera eval": table(score_columns(comparison.runs), comparison.score_figures),
+        "Cost": table(COSTS, comparison.figures),
     }
     charts = [_loss_chart(comparison, held_out, unit) for unit in ("step", "token") for held_out in (True, False)]
     return render("compare.html", comparison=comparison, tables=tables, charts=charts)
@@ -146,7 +147,7 @@ def compare_page(comparison: Comparison) -> str:
 def _loss_chart(comparison: Comparison, held_out: bool, unit: str) -> Chart | None:
     """Losses of all runs over steps, or over the tokens that each had seen by then."""
     lines = []
-    for colour, (run, label) in enumerate(zip(comparison.runs, comparison.labels, strict=True), start=1):
+    for colour, (label, run) in enumerate(comparison.runs.items(), start=1):
         points = run.held_out_losses if held_out else loss_curves(series(run.train, "loss"))[1]
         if unit == "token":  # without steps that metrics.jsonl does not know
             seen = {0.0: 0.0, **dict(tokens_by_step(run))}

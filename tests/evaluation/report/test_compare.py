@@ -46,10 +46,10 @@ def test_every_figure_is_the_runs_own(build_run: Build) -> None:
         build_run(name="two", info=info(adapter__trainable_parameters=7, result__peak_bytes=5)),
     ]
     found = compare_runs(places)
-    assert found.labels == ["one", "two"]
+    assert list(found.runs) == ["one", "two"]
     assert found.gaps == []
     assert found.differing == {}
-    one, two = found.figures
+    one, two = found.figures.values()
     rows = train_rows()
     assert one == {
         "loss_before": 2.412,
@@ -124,9 +124,9 @@ def test_what_is_missing_is_named_and_the_rest_is_shown(build_run: Build) -> Non
     assert "good:" not in output
     assert "bare: recipe.yaml: can't be read (No such file" in output
     assert "bare: metrics.jsonl: can't be read (No such file" in output
-    assert found.figures[1]["steps"] == 30
-    assert found.figures[1]["peak_bytes"] == max(r["peak_bytes"] for r in train_rows(30))
-    assert set(found.figures[2].values()) == {None}
+    assert found.figures["killed"]["steps"] == 30
+    assert found.figures["killed"]["peak_bytes"] == max(r["peak_bytes"] for r in train_rows(30))
+    assert set(found.figures["bare"].values()) == {None}
     html = unescape(compare_page(found))
     assert all(gap in html for gap in found.gaps)
     assert "–" in html
@@ -163,7 +163,7 @@ def test_runs_of_the_same_name_are_told_apart(build_run: Build, tmp_path: Path) 
     for parent in ("first", "second"):
         (tmp_path / parent).mkdir()
         places.append(build_run(name=f"{parent}/quickstart"))
-    assert compare_runs(places).labels == ["first/quickstart", "second/quickstart"]
+    assert list(compare_runs(places).runs) == ["first/quickstart", "second/quickstart"]
     with pytest.raises(InputError, match="takes two runs or more, got 1"):
         compare_runs(places[:1])
     with pytest.raises(InputError, match="is named twice"):
@@ -287,7 +287,7 @@ def test_scores_that_are_not_of_one_kind_are_reported(
     found = compare_runs(places)
     assert len(found.gaps) == (sentence is not None)
     assert sentence is None or sentence in found.gaps[0]
-    assert all(run.evaluation is not None for run in found.runs)
+    assert all(run.evaluation is not None for run in found.runs.values())
     page = unescape(compare_page(found).replace("<code>", "`").replace("</code>", "`"))
     assert all(gap in page for gap in found.gaps)
 
@@ -336,7 +336,7 @@ def test_a_file_that_is_no_evaluation_becomes_a_note(build_scored: Build, text: 
     (gap,) = found.gaps
     assert gap.startswith("two: ")
     assert sentence in gap
-    assert found.runs[1].evaluation is None
+    assert found.runs["two"].evaluation is None
     assert "82.10" in compare_page(found)
 
 
