@@ -1,7 +1,5 @@
 """What every command does the same way: its options, its console, its progress, and how its errors end."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import inspect

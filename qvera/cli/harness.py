@@ -1,7 +1,5 @@
 """`qvera harness`."""
 
-from __future__ import annotations
-
 import json
 import math
 import sys

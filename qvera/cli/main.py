@@ -4,8 +4,6 @@ The command files import at their top only what is light; an action imports what
 that read small files start in a moment.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable

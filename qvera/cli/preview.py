@@ -1,7 +1,5 @@
 """`qvera preview`."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """`qvera quickstart`: a small real Llama, a task with held-out rows, and the recipe that joins them."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

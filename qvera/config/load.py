@@ -4,8 +4,6 @@ YAML is read as PyYAML's safe loader does, with fewer surprises: ``010`` is no n
 written twice and aliases that expand to more than a recipe can hold are errors.
 """
 
-from __future__ import annotations
-
 import difflib
 import re
 from pathlib import Path

@@ -3,8 +3,6 @@
 The text below each field is its description in the JSON schema (`json_schema`) and in docs/recipe.md.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from collections.abc import Iterator

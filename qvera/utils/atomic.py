@@ -11,8 +11,6 @@ A hidden state file lists the finished shards. Its ``identity`` is everything th
 identity is refused. One process at a time may work in a directory (the kernel drops the lock of one that was killed).
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json
@@ -21,7 +19,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -48,7 +46,7 @@ class OutputDirectory(contextlib.AbstractContextManager["OutputDirectory"]):
         self.facts: dict[str, Any] = document["facts"]
 
     @classmethod
-    def open(cls, out: Path, identity: dict[str, Any], what: str) -> OutputDirectory:
+    def open(cls, out: Path, identity: dict[str, Any], what: str) -> Self:
         """Take a directory that is new or empty, or was left by a killed process with the same ``identity``.
 
         Args:

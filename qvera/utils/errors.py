@@ -1,7 +1,5 @@
 """The errors that a person sees, and the exit code that a script sees for each."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 

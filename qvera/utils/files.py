@@ -1,7 +1,5 @@
 """Read files whose content can't be trusted to be right: JSON documents, hashes, byte ranges. Imports no torch."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

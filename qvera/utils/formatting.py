@@ -1,7 +1,5 @@
 """Numbers as people read them. Sizes are decimal (1 kB = 1000 bytes), as on a disk's label."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from datetime import datetime

@@ -1,7 +1,5 @@
 """Where things are: the cache, paths as a recipe gives them, and names of files."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

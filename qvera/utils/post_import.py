@@ -4,8 +4,6 @@ Python finds a module through the finders of `sys.meta_path`. The finder here st
 asks the others, and wraps what they found. All other names pass through.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Ctrl-C, SIGTERM and a closed terminal (SIGHUP) as a request that is looked at where stopping loses nothing."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys
