@@ -4,14 +4,13 @@ YAML is read as PyYAML's safe loader does, with fewer surprises: ``010`` is no n
 written twice and aliases that expand to more than a recipe can hold are errors.
 """
 
-import difflib
 import re
 from pathlib import Path
 
 import yaml
 
 from qvera.config.schema import Recipe, parse_recipe
-from qvera.utils.errors import InputError
+from qvera.utils.errors import InputError, did_you_mean
 
 _MOST_NODES = 100_000
 """Values in a recipe after its aliases are expanded. A recipe has a hundred."""
@@ -88,9 +87,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-        hint = f" Did you mean {path.parent / near[0]}?" if near else ""
-        raise InputError(f"{path}: no such recipe file.{hint}") from None
+        near = did_you_mean(path.name, [other.name for other in path.parent.glob("*.yaml")])
+        raise InputError(f"{path}: no such recipe file{near}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: can't be read as a recipe (UTF-8 YAML): {error}") from None
     tree, lines = read_yaml(text, str(path))

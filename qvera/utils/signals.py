@@ -1,9 +1,9 @@
 """Ctrl-C, SIGTERM and a closed terminal (SIGHUP) as a request that is looked at where stopping loses nothing."""
 
+import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable
 from types import FrameType
 from typing import Self, TextIO
 
@@ -19,7 +19,7 @@ class StopRequests:
     def __init__(self) -> None:
         self.asked: str | None = None
         self._terminals: list[TextIO] = []  # found at the start: one that is gone no longer says that it is one
-        self._previous: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
+        self._restore = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
         self._terminals = [s for s in (sys.__stdout__, sys.__stderr__) if s is not None and s.isatty()]
@@ -27,7 +27,7 @@ class StopRequests:
             if number != signal.SIGINT and signal.getsignal(number) is signal.SIG_IGN:
                 continue
             try:
-                self._previous[number] = signal.signal(number, self._ask)
+                self._restore.callback(signal.signal, number, signal.signal(number, self._ask))
             except ValueError:  # not the main thread (a notebook's worker): leave signals alone
                 break
         return self
@@ -40,8 +40,7 @@ class StopRequests:
             self._leave_terminal()
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        self._restore.close()
 
     def _leave_terminal(self) -> None:
         """Send to nowhere what would still be printed on a terminal that is gone: such a write fails."""
