@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qvera.cli.common import RunPath, Seed, Temperature, TopP, console, progress, quiet_libraries
+from qvera.cli.common import EvalPath, Seed, Temperature, TopP, console, progress, quiet_libraries
 
 if TYPE_CHECKING:
     from qvera.data import ChatTemplate, Encoder, Turn
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def chat(
-    run: RunPath,
+    run: EvalPath,
     system: Annotated[str | None, typer.Option(help="A system prompt (default: the recipe's).")] = None,
     base: Annotated[bool, typer.Option("--base", help="Talk to the base model without the adapter.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer, in tokens.")] = 512,

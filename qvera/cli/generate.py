@@ -7,12 +7,12 @@ from typing import Annotated
 import typer
 
 from qvera.cli.chat import prompt_ids, template_and_encoder
-from qvera.cli.common import RunPath, Seed, Temperature, TopP, progress, quiet_libraries, require_new_file
+from qvera.cli.common import EvalPath, Seed, Temperature, TopP, progress, quiet_libraries, require_new_file
 from qvera.utils.atomic import replace_text
 
 
 def generate(
-    run: RunPath,
+    run: EvalPath,
     prompts: Annotated[Path, typer.Argument(metavar="PROMPTS", help="A file of rows, or .txt: one prompt a line.")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="JSONL file to write; must not exist.")],
     base: Annotated[bool, typer.Option("--base", help="Answer with the base model, without the adapter.")] = False,

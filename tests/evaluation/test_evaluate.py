@@ -86,6 +86,10 @@ def test_a_run_its_adapter_and_what_it_exports_to(run: Path) -> None:
 def test_a_merged_export_finds_its_run_and_its_base(run: Path, tiny_model_dir: Path, weights: str) -> None:
     out = run.parent / "merged"
     assert main(["export", str(run), str(out), "--dtype", "float32", "--base", weights, "--no-compare"]) == 0
+    (run.parent / "prompts.txt").write_text("say red 1\n")
+    asked = [str(out), str(run.parent / "prompts.txt"), "--out", str(run.parent / "answers.jsonl")]
+    assert main(["generate", *asked, "--max-new-tokens", "2"]) == 0
+    assert json.loads((run.parent / "answers.jsonl").read_text())["prompt"] == "say red 1"
     found = evaluate(out, "--with-base", "--max-new-tokens", "6")
     assert found["scores"]["loss"] == pytest.approx(loss_in_stock_transformers(out, run), rel=1e-5)
     if weights == "original":

@@ -124,13 +124,13 @@ def _sample(row: dict[str, Any], evaluation: dict[str, Any]) -> Sample:
 def _changes(evaluation: dict[str, Any]) -> list[tuple[str, list[str]]]:
     """How many rows each metric finds better than the base's answer, the same, and worse."""
     pairs = [(row["base_scores"], row["scores"]) for row in evaluation["answers"] if row.get("base_scores")]
-    table = []
+    changes = []
     for metric in evaluation["metrics"] if pairs else ():
         name, sign = metric["name"], -1 if metric["lower_is_better"] else 1
         gains = [sign * (after[name] - before[name]) for before, after in pairs]
         better, worse = sum(gain > 1e-9 for gain in gains), sum(gain < -1e-9 for gain in gains)
-        table.append((metric["label"], [count(number) for number in (better, len(gains) - better - worse, worse)]))
-    return table
+        changes.append((metric["label"], [count(number) for number in (better, len(gains) - better - worse, worse)]))
+    return changes
 
 
 def compare_page(comparison: Comparison) -> str:
