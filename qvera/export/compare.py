@@ -6,12 +6,10 @@ two are different models, and this measures by how much.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
@@ -21,7 +19,6 @@ from qvera.evaluation.evaluate import hidden_states
 from qvera.models.loader import causal_model, exported_bytes, load_exported, pick_device
 from qvera.models.loss import Head
 from qvera.utils import formatting, memory
-from qvera.utils.atomic import require_space
 
 BATCH_TOKENS = 2048
 """Tokens of a batch, padding included: each batch dequantizes (or casts) all weights once, so single rows would take
@@ -71,42 +68,27 @@ def measure_difference(
 ) -> dict[str, Any]:
     """Compare the trained model with the exported checkpoint on the trained tokens of ``examples``.
 
-    The trained model's logits wait in a temporary file, so only one batch's are in memory at a time.
-
     Returns:
         Mean loss of both (nats per token), KL(trained || exported) mean and max per token, the largest difference of a
         logit and of a log probability, the share of tokens whose most likely token agrees, the number of answers (rows)
         in which it agrees at every token, rows and tokens.
     """
-    device = next(trained.parameters()).device
-    vocabulary = trained.get_base_model().get_output_embeddings().weight.shape[0]
-    tokens = sum(e.trained_tokens for e in examples)
-    # a sparse file: a full disk would kill the process (SIGBUS)
-    require_space(exported_dir.parent, 4 * tokens * vocabulary, "the comparison")
+    exported = load_exported(exported_dir, next(trained.parameters()).device)
     loss_trained = loss_exported = kl_sum = kl_max = largest = largest_logit = 0.0
     agree: list[torch.Tensor] = []
-    with tempfile.TemporaryDirectory(dir=exported_dir.parent) as scratch:
-        kept = np.memmap(Path(scratch) / "trained.f32", dtype=np.float32, mode="w+", shape=(tokens, vocabulary))
-        start = 0
-        for rows in _batches(examples):
-            logits, targets = _logits(trained, rows, pad_id)
-            kept[start : start + len(logits)] = logits.numpy()
-            loss_trained -= torch.log_softmax(logits, dim=-1).gather(1, targets.unsqueeze(1)).sum().item()
-            start += len(logits)
-        exported = load_exported(exported_dir, device)
-        start = 0
-        for rows in _batches(examples):
-            logits, targets = _logits(exported, rows, pad_id)
-            trained_logits = torch.from_numpy(np.array(kept[start : start + len(logits)]))
-            start += len(logits)
-            largest_logit = max(largest_logit, (trained_logits - logits).abs().max().item())
-            ours, theirs = torch.log_softmax(trained_logits, dim=-1), torch.log_softmax(logits, dim=-1)
-            kl = (ours.exp() * (ours - theirs)).sum(dim=1)
-            kl_sum, kl_max = kl_sum + kl.sum().item(), max(kl_max, kl.max().item())
-            largest = max(largest, (ours - theirs).abs().max().item())
-            same = ours.argmax(dim=1) == theirs.argmax(dim=1)
-            agree += same.split([e.trained_tokens for e in rows])
-            loss_exported -= theirs.gather(1, targets.unsqueeze(1)).sum().item()
+    for rows in _batches(examples):
+        trained_logits, targets = _logits(trained, rows, pad_id)
+        logits, _ = _logits(exported, rows, pad_id)
+        largest_logit = max(largest_logit, (trained_logits - logits).abs().max().item())
+        ours, theirs = torch.log_softmax(trained_logits, dim=-1), torch.log_softmax(logits, dim=-1)
+        kl = (ours.exp() * (ours - theirs)).sum(dim=1)
+        kl_sum, kl_max = kl_sum + kl.sum().item(), max(kl_max, kl.max().item())
+        largest = max(largest, (ours - theirs).abs().max().item())
+        same = ours.argmax(dim=1) == theirs.argmax(dim=1)
+        agree += same.split([e.trained_tokens for e in rows])
+        loss_trained -= ours.gather(1, targets.unsqueeze(1)).sum().item()
+        loss_exported -= theirs.gather(1, targets.unsqueeze(1)).sum().item()
+    tokens = sum(e.trained_tokens for e in examples)
     return {
         "rows": len(examples),
         "tokens": tokens,
