@@ -63,7 +63,7 @@ def gemm_seconds(base: Path, adapter: Path) -> tuple[float, int]:
     deltas = read_deltas(adapter, empty_model(ModelSection(path=str(base))))
     began, weights = time.perf_counter(), 0
     for number, delta in enumerate(deltas.layers.values()):
-        weights += delta.weight().numel()
+        weights += delta.rows().numel()
         print(f"GEMMs: {number + 1} of {len(deltas.layers)}", end="\r", file=sys.stderr)
     return time.perf_counter() - began, weights
 

@@ -53,18 +53,13 @@ class Delta:
         right = (self.d * self.scale).unsqueeze(1) * self.A
         return right if self.a is None else right.mul_(self.a), times_b(self.B, self.b)
 
-    def rows(self, first: int, count: int) -> torch.Tensor:
-        """Rows [first, first + count) of `weight`."""
-        part = slice(first, first + count)
+    def rows(self, first: int = 0, count: int | None = None) -> torch.Tensor:
+        """Rows [first, first + count) of ΔW [out, in] fp32, or [in, out] for a Conv1D; by default all."""
+        part = slice(first, None if count is None else first + count)
         if self.transposed:
             a = None if self.a is None else self.a[part]
             return delta_weight(self.A[:, part], self.B, self.d, self.b, self.scale, a).t().contiguous()
         return delta_weight(self.A, self.B[part], self.d, self.b[..., part], self.scale, self.a)
-
-    def weight(self) -> torch.Tensor:
-        """ΔW [out, in] fp32, or [in, out] for a Conv1D."""
-        delta = delta_weight(self.A, self.B, self.d, self.b, self.scale, self.a)
-        return delta.t() if self.transposed else delta
 
 
 @dataclasses.dataclass
@@ -142,8 +137,8 @@ def _own_pair(config: QveraConfig) -> tuple[torch.Tensor, torch.Tensor]:
     largest = config.projection_shapes
     if not largest:
         raise InputError("the adapter's config has no projection_shapes: it was not written by qvera's save.")
-    pair = uniform_pair(config.rank, largest["A"][1], largest["B"][0], config.projection_seed)
-    return torch.from_numpy(pair[0]), torch.from_numpy(pair[1])
+    A, B = uniform_pair(config.rank, largest["A"][1], largest["B"][0], config.projection_seed)
+    return torch.from_numpy(A), torch.from_numpy(B)
 
 
 def _stock_pair(

@@ -24,15 +24,9 @@ def base_directory(section: ModelSection) -> Path:
         return Path(name)
     patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
     patterns += ["*.py"] if section.trust_remote_code else []
+    again = ["original/*", "consolidated*.safetensors"]  # the same weights in another format
     try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=section.revision,
-                allow_patterns=patterns,
-                ignore_patterns=["original/*", "consolidated*.safetensors"],  # the same weights again
-            )
-        )
+        return Path(snapshot_download(name, revision=section.revision, allow_patterns=patterns, ignore_patterns=again))
     except Exception as error:  # huggingface_hub raises httpx's, OSError's and its own
         raise InputError(
             f"model.path: the base {name!r} can't be downloaded from the hub ({type(error).__name__}: {error})."

@@ -107,10 +107,8 @@ def load_mapped(
     missing = [name for name, p in model.named_parameters() if p.is_meta]
     if missing:
         raise NotMappable(f"{directory} has no {first_of(missing)}")
-    for buffers in (m._buffers for m in model.modules()):
-        for key, buffer in buffers.items():
-            if buffer is not None:
-                buffers[key] = buffer.to(device)
+    for buffer in model.buffers():
+        buffer.data = buffer.to(device)
     linear.compute_in(model, dtype)
     with contextlib.suppress(OSError):  # not every model has one
         model.generation_config = GenerationConfig.from_pretrained(directory)

@@ -132,8 +132,8 @@ def _require_layers(directory: Path, stored: Iterable[str], model: PreTrainedMod
         if prefix in found and found[prefix] != expected:
             raise InputError(
                 f"{directory}: config.json describes a model of {len(expected)} layers (num_hidden_layers), and the "
-                f"weights hold "
-                f"{len(found[prefix])} ({prefix}*). Copy config.json and all weight files of one checkpoint again."
+                f"weights hold {len(found[prefix])} ({prefix}*). Copy config.json and all weight files of one "
+                "checkpoint again."
             )
 
 
@@ -162,8 +162,8 @@ def _require_head(directory: Path, stored: Mapping[str, TensorEntry], model: Pre
     if output is not None and tied and not _same_tensor(table, output):
         raise InputError(
             f"{directory}: config.json ties the output head to the embedding, but {names[head]} differs from "
-            f"{table.name}. Set "
-            "tie_word_embeddings: false in config.json to use this head, or take it out of the weights."
+            f"{table.name}. Set tie_word_embeddings: false in config.json to use this head, or take it out of the "
+            "weights."
         )
 
 

@@ -192,7 +192,7 @@ def without_d(request: Any, make_recipe: Any, tmp_path_factory: pytest.TempPathF
 
 
 def changes(directory: Path, model_dir: Path) -> dict[str, torch.Tensor]:
-    return {n: d.weight() for n, d in deltas(directory, model_dir).layers.items()}
+    return {n: d.rows() for n, d in deltas(directory, model_dir).layers.items()}
 
 
 def deltas(directory: Path, model_dir: Path) -> AdapterDeltas:
