@@ -7,7 +7,7 @@ from qvera.data.chat_template import NAMED_TEMPLATES, ChatTemplate, resolve_temp
 from qvera.data.collate import IGNORED, collate, collate_prefix_once
 from qvera.data.dataset import Datasets, DataStats, build_datasets, data_sha256
 from qvera.data.encoding import Encoder, decode
-from qvera.data.formats import Conversation, Text, Turn, read_prompts
+from qvera.data.formats import Turn, read_prompts
 from qvera.data.preview import data_warnings, print_preflight
 from qvera.data.rows import Example, Rows, lengths_of
 from qvera.data.sampler import Batches, batches_of, microbatches, steps_per_epoch
@@ -17,13 +17,11 @@ __all__ = [
     "NAMED_TEMPLATES",
     "Batches",
     "ChatTemplate",
-    "Conversation",
     "DataStats",
     "Datasets",
     "Encoder",
     "Example",
     "Rows",
-    "Text",
     "Turn",
     "batches_of",
     "build_datasets",
