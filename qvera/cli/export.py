@@ -67,7 +67,11 @@ def export(
         _export_adapter(to, section, adapter_dir, out, getattr(torch, options.dtype), rank)
         return
     if compare_only:
-        certificate = _finished_certificate(recipe, run, adapter_dir, out)
+        certificate = read_json(out / CERTIFICATE, "the certificate of a finished merged export", ("adapter", "base"))
+        if recipe is None:
+            raise InputError(f"{run}: --compare-only takes a run; an adapter alone has no rows to compare on.")
+        if certificate["adapter"].get("sha256") != file_sha256(adapter_dir / ADAPTER_WEIGHTS):
+            raise InputError(f"{out / CERTIFICATE}: is of another adapter than that of {run} (adapter.sha256).")
     else:
         certificate = _merge(recipe, run, section, adapter_dir, out, options)
     certificate["difference"] = None
@@ -105,16 +109,6 @@ def _merge(
     return certificate
 
 
-def _finished_certificate(recipe: Recipe | None, run: Path, adapter_dir: Path, out: Path) -> dict[str, Any]:
-    """The certificate of the export in OUT, which has to be of this run's adapter, for --compare-only."""
-    certificate = read_json(out / CERTIFICATE, "the certificate of a finished merged export", ("adapter", "base"))
-    if recipe is None:
-        raise InputError(f"{run}: --compare-only takes a run; an adapter alone has no rows to compare on.")
-    if certificate["adapter"].get("sha256") != file_sha256(adapter_dir / ADAPTER_WEIGHTS):
-        raise InputError(f"{out}: is the export of another adapter than that of {run} ({CERTIFICATE}, adapter.sha256).")
-    return certificate
-
-
 def _export_adapter(
     to: str, section: ModelSection, adapter_dir: Path, out: Path, dtype: torch.dtype, rank: int | None
 ) -> None:
@@ -141,12 +135,9 @@ def write_lora(
     rank: int | None,
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]] | None,
 ) -> None:
-    """Print errors, rank and size, then write a LoRA.
+    """Print errors, rank and size, and write a LoRA: of ``own_rank``, where it is exact, or cut to ``rank``.
 
-    Args:
-        own_rank: the rank at which it is exact.
-        rank: cut to this rank; None: not cut.
-        factors: layer → (B, A) of ΔW = B A; None: those of ``adapter``.
+    ``factors`` are those of ΔW = B A by layer, as `export_lora` takes them; None: those of ``adapter``.
     """
     from qvera.export import lora
 
@@ -162,8 +153,7 @@ def write_lora(
 
 def require_no_added_tokens(config: object, adapter_dir: Path, what: str) -> None:
     """Refuse an adapter that adds tokens, for formats that hold only factors of ΔW."""
-    tokens = getattr(config, "added_tokens", None)
-    if tokens:
+    if tokens := getattr(config, "added_tokens", None):
         raise InputError(
             f"{adapter_dir}: adds the tokens {', '.join(tokens)}, whose rows of embedding and head have no place in "
             f"what {what} writes. Export it with --to merged, whose checkpoint and tokenizer have them."
@@ -181,8 +171,7 @@ def _difference(recipe: Recipe, run: Path, out: Path, options: ExportSection) ->
     again = f"`qvera export {run} {out} --compare-only` measures it later, or on a larger machine."
     try:
         trained = (try_read_json(run / "run.json") or {}).get("model", {})
-        reason = too_little_memory(out, trained.get("base_bytes", 0))
-        if reason is not None:
+        if (reason := too_little_memory(out, trained.get("base_bytes", 0))) is not None:
             return {"not_measured": f"{reason}. {again}"}
         with progress(f"Loading {run}"):
             opened = open_run(run)
