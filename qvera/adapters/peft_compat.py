@@ -23,11 +23,11 @@ from qvera.adapters.projection import SharedInput
 from qvera.models import linear
 
 
-class _Pair:
+class _Pair(SharedInput):
     """PEFT's A and B of one model: cast once for each dtype, and z shared between layers that read the same x."""
 
     def __init__(self) -> None:
-        self.inputs = SharedInput()
+        super().__init__()
         self._casts: dict[tuple[str, str, torch.dtype, torch.device], tuple[Any, int, torch.Tensor]] = {}
 
     def cast(self, name: str, adapter: str, held: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -43,7 +43,7 @@ class _Pair:
         return copy
 
     def __getstate__(self) -> dict[str, object]:
-        return {"inputs": self.inputs, "_casts": {}}  # a weak reference can't be copied to another process
+        return {**super().__getstate__(), "_casts": {}}
 
 
 class _AcceleratedLayer(LowRankPath):
@@ -70,11 +70,9 @@ class _AcceleratedLayer(LowRankPath):
         return self.vera_dropout[adapter]
 
     def shared_z(self, adapter: str, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        held = self.vera_A[adapter]
-        if held.device != x.device:
-            held = held.to(x.device)
+        held = self.vera_A[adapter].to(x.device)
         A = self._pair.cast("A", adapter, held, dtype)[:, : self.in_features]
-        return self._pair.inputs.project(x, A, dtype, (adapter, A.data_ptr(), held._version))
+        return self._pair.project(x, A, dtype, (adapter, A.data_ptr(), held._version))
 
     def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         return super().forward(x, *args, **kwargs).to(x.dtype)

@@ -97,7 +97,7 @@ class SharedInput:
         if self._recent is not None and self._recent[0] is dead:
             self._recent = None
 
-    def __getstate__(self) -> dict[str, None]:
+    def __getstate__(self) -> dict[str, object]:
         return {"_recent": None}  # a weak reference can't be copied to another process
 
 

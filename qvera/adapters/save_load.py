@@ -297,16 +297,16 @@ def load_adapter(model: nn.Module, directory: Path, base: Base | None = None) ->
     require_tokens(config, directory, facts.get("added_tokens"))
     if ids := getattr(config, "added_tokens", None):
         put_token_rows(model, ids, read_token_rows(directory), directory / ADDED_ROWS)
-    if not isinstance(config, QveraConfig):
-        return _load_stock_adapter(model, directory)
-    try:
-        peft_model = _put_on(model, config)
-    except InputError as error:
-        raise InputError(f"{directory}: {error}") from None
-    load_vectors(peft_model, vectors, str(directory / ADAPTER_WEIGHTS))
+    if isinstance(config, QveraConfig):
+        try:
+            peft_model = _put_on(model, config)
+        except InputError as error:
+            raise InputError(f"{directory}: {error}") from None
+        load_vectors(peft_model, vectors, str(directory / ADAPTER_WEIGHTS))
+    else:
+        peft_model = _load_stock_adapter(model, directory)
     peft_model.requires_grad_(False)
-    peft_model.eval()
-    return peft_model
+    return peft_model.eval()
 
 
 def _load_stock_adapter(model: nn.Module, directory: Path) -> PeftModel:
@@ -320,8 +320,7 @@ def _load_stock_adapter(model: nn.Module, directory: Path) -> PeftModel:
     missing = [name for name, p in peft_model.named_parameters() if "vera_lambda" in name and p.is_meta]
     if missing:
         raise InputError(f"{directory}: has no values for {first_of(missing)}.")
-    peft_model.requires_grad_(False)
-    return peft_model.eval()
+    return peft_model
 
 
 def require_tokens(config: QveraConfig | VeraConfig, adapter: Path | str, ids: dict[str, int] | None) -> None:
