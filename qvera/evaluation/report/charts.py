@@ -269,14 +269,6 @@ def stacked_bars(
         return None
     ticks = nice_ticks(0.0, max([*totals.values(), mark_bytes or 0.0]), 5)
     scale = Scale(ticks[0], ticks[-1])
-    bars = []
-    for row, (label, parts) in enumerate(rows.items()):
-        left, y = 0.0, str(_ROW_HEIGHT * row + 18)
-        for css, name, part_bytes in parts:
-            if part_bytes > 0:
-                text = f"{label}: {name} {size(part_bytes)}"
-                bars.append((f"bar {css}", scale.percent(left), scale.percent(part_bytes), y, "20", text))
-                left += part_bytes
     return {
         "title": title,
         "description": f"{title}. {'; '.join(f'{label}: {size(total)}' for label, total in totals.items())}.",
@@ -284,8 +276,9 @@ def stacked_bars(
         "legend": legend,
         "x_ticks": _ticks(scale.percent, ticks, axis_labels(ticks, "bytes")),
         "x_grid": True,
-        "row_labels": [(_ROW_HEIGHT * row + 13, label) for row, label in enumerate(rows)],
-        "bars": bars,
+        "rows": rows,
+        "row_height": _ROW_HEIGHT,
+        "scale": scale,
         "best": "" if mark_bytes is None else scale.percent(mark_bytes),
     }
 
