@@ -11,12 +11,13 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import re
 import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
+
+from safetensors import SafetensorError, safe_open
 
 from qvera.utils.errors import InputError
 from qvera.utils.files import file_stamp, read_json
@@ -77,35 +78,22 @@ def read_header(file: Path) -> list[TensorEntry]:
         InputError: the header is damaged, names an unknown dtype, or does not fit the file's size.
     """
     try:
+        with safe_open(file, framework="numpy"):
+            pass  # the library checks that dtypes, shapes and offsets fit the file
         with open(file, "rb") as handle:
             (length,) = struct.unpack("<Q", handle.read(8))
-            size = os.fstat(handle.fileno()).st_size
-            if length > size - 8:
-                raise ValueError(f"its header would be {length} bytes long, the file is {size}")
             document = json.loads(handle.read(length))
         document.pop("__metadata__", None)
         entries = []
         for name, value in document.items():
             start, stop = (8 + length + int(offset) for offset in value["data_offsets"])
             entries.append(TensorEntry(name, torch_dtypes()[value["dtype"]], tuple(value["shape"]), file, start, stop))
-    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(
             f"{file}: not a readable safetensors file, or cut short ({type(error).__name__}: {error}). Copy or "
-            f"download it again."
+            "download it again."
         ) from None
-    entries.sort(key=lambda entry: entry.start)
-    position = 8 + length
-    for entry in entries:
-        if entry.start != position or entry.stop - entry.start != entry.size_bytes:
-            raise InputError(
-                f"{file}: the header does not say where the bytes of {entry.name} are. Copy or download it again."
-            )
-        position = entry.stop
-    if position != size:
-        raise InputError(
-            f"{file}: is {size} bytes long, its header says {position}: cut short. Copy or download it again."
-        )
-    return entries
+    return sorted(entries, key=lambda entry: entry.start)
 
 
 def checkpoint_tensors(directory: Path) -> list[TensorEntry]:

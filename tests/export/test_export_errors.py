@@ -186,7 +186,7 @@ def _other_content(base: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_shorter, r"model-00002-of-.*: cut short"),
+        (_shorter, r"model-00002-of-.*, or cut short"),
         (_bad_header, r"model-00002-of-.*: not a readable safetensors file"),
         (_missing, r"model-00002-of-.*: this shard is named in .* but is missing"),
         (_missing_without_index, r"model-000\d\d-of-.*: this shard of \d+ is missing"),
