@@ -117,7 +117,7 @@ def _parameters(weights: Path) -> dict[str, int]:
             for name in tensors.keys():  # noqa: SIM118  # not a dict
                 part = tensors.get_slice(name)
                 counts[name] = int(np.prod(part.get_shape(), dtype=np.int64))
-                if part.get_dtype() in ("F32", "F16") and not np.isfinite(part[...]).all():
+                if part.get_dtype() in ("F32", "F16") and not np.isfinite(tensors.get_tensor(name)).all():
                     raise InputError(f"{weights}: {name} has NaN or Inf in it.")
     except (SafetensorError, OSError) as error:
         raise InputError(f"{weights}: not a readable safetensors file, or cut short ({error}).") from None

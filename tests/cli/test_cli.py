@@ -216,7 +216,7 @@ def test_a_mistyped_line_is_wrong_input_and_answered_in_one_paragraph(line: str,
 def test_weights_take_several_numbers_after_one_option() -> None:
     name, options = parse(["merge-adapters", "a", "b", "out", "--weights", "1", "-0.5", "--to", "lora"])
     assert name == "merge-adapters"
-    assert (options["weights"], list(map(str, options["adapters"])), str(options["out"])) == (
+    assert (list(options["weights"]), list(map(str, options["adapters"])), str(options["out"])) == (
         [1, -0.5],
         ["a", "b"],
         "out",

@@ -176,7 +176,7 @@ def test_tasks_that_are_not_there(run: Path, tasks: Path, capsys: Any) -> None:
         ),
         (["--tasks", "qvera_colours", "--include", str(tasks / "none")], "no such directory"),
         (["--tasks", ","], "names no task"),
-        (["--tasks", "qvera_colours", "--limit", "0"], "'--limit': Input should be greater than or equal to 1"),
+        (["--tasks", "qvera_colours", "--limit", "0"], "Invalid value for '--limit'"),
     ):
         assert main(["harness", str(run), *arguments]) == 2
         assert expected in capsys.readouterr().err
