@@ -134,8 +134,8 @@ def load_adapters(
     with ``adapters``. They are for answers, not for training.
 
     Args:
-        model: the base model.
-        directories: name → adapter directory.
+        model: the loaded base model.
+        directories: adapter name → directory.
         progress: called with the number of adapters read.
 
     Raises:

@@ -282,10 +282,8 @@ def _put_on(model: nn.Module, config: QveraConfig) -> PeftModel:
 def load_adapter(model: nn.Module, directory: Path, base: Base | None = None) -> PeftModel:
     """Put the adapter in ``directory`` on a loaded base model, checked: projections, names, shapes, finite values.
 
-    Args:
-        model: the base model.
-        directory: an adapter of ours, or of PEFT's own VeRA.
-        base: what `load_base` gave for ``model``: the adapter must have been trained on the same, by content.
+    The adapter is one of ours, or of PEFT's own VeRA. ``base`` is what `load_base` gave for ``model``: the adapter must
+    have been trained on the same, by content.
 
     Raises:
         InputError: it is no adapter, or not one for this model.

@@ -34,11 +34,10 @@ class Heartbeat:
     """Sends heartbeats during a with-block. An exception that leaves the block is reported to the other ranks.
 
     Args:
-        group: the ranks of the run.
+        group: the ranks that are watched.
         store: a connection to the launcher's store that nothing else uses, because its calls block.
         give_up: called from a thread with a message and an exit code when a peer is gone. Default: `end_process`.
-        beat_seconds: the time between two beats.
-        silent_seconds: the time without a beat after which a peer counts as gone.
+        beat_seconds: see `BEAT_SECONDS`, also for ``silent_seconds``.
         launcher: the process id of the parent. When it is gone, this process ends too. None: not checked.
     """
 

@@ -35,17 +35,10 @@ def launch_command(
     max_restarts: int = 0,
     train_arguments: list[str] | None = None,
 ) -> list[str]:
-    """Return the command of torchrun or DeepSpeed's launcher.
+    """Return the command of torchrun, or with a host file that of DeepSpeed's launcher.
 
-    Args:
-        recipe: the recipe file.
-        gpus: processes on each machine. Default: one for each GPU, or one.
-        hostfile: DeepSpeed's host file, with a line ``HOST slots=N`` for each machine. The others are reached by ssh.
-        node_rank: this machine's number, from 0.
-        nnodes: how many machines there are.
-        rdzv: ``HOST:PORT`` of machine 0.
-        max_restarts: how often torchrun may restart the processes after one has failed, from the last checkpoint.
-        train_arguments: what goes to `qvera train` after the recipe.
+    The arguments are the options of `qvera launch`; ``train_arguments`` goes to `qvera train` after the recipe. Without
+    ``gpus`` there is a process for each GPU, or one.
 
     Raises:
         InputError: the arguments do not fit together, or there are several hosts and no pdsh.

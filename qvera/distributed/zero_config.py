@@ -151,13 +151,9 @@ class ZeroConfig(_DeepSpeedKeys):
         return scratch if offload.nvme_path is None else Path(offload.nvme_path)
 
     def complete(self, recipe: Recipe, world_size: int, sizes: Sizes, scratch: Path) -> dict[str, dict]:
-        """Return DeepSpeed's whole configuration: this file, and what the recipe says.
+        """Return DeepSpeed's whole configuration: this file, and the recipe's batch size and clipping.
 
-        Args:
-            recipe: gives batch size and clipping.
-            world_size: the number of ranks.
-            sizes: of the base and of what is trained.
-            scratch: a directory for parameters offloaded to NVMe, if the file names none.
+        ``scratch`` is a directory for parameters offloaded to NVMe, if the file names none.
         """
         tree = self.model_dump(exclude_unset=True) | {
             "train_micro_batch_size_per_gpu": recipe.training.per_device_train_batch_size,

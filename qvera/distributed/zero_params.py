@@ -74,12 +74,7 @@ class BaseSharder:
     A rank never holds more of the base than its shard and one whole tensor. Rank 0's bytes are the ones that are
     sharded: DeepSpeed sends them to the other ranks, whose own copies only give the size.
 
-    Args:
-        config: the ZeRO settings.
-        recipe: the run's recipe.
-        rank: this process.
-        world_size: the number of ranks.
-        scratch: a directory of this run, for a base that is offloaded to NVMe.
+    ``scratch`` is a directory of this run, for a base that is offloaded to NVMe.
     """
 
     def __init__(self, config: ZeroConfig, recipe: Recipe, rank: int, world_size: int, scratch: Path) -> None:
