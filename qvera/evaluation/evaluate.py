@@ -37,7 +37,7 @@ def make_batch(
 
     Args:
         prefix_once: what the rows begin with is computed once for all of them, where that pays.
-        packing: one sequence without padding, whether it pays or not (`takes_packing`).
+        packing: one sequence without padding, whether it pays or not (`require_packing`).
     """
     device = next(model.parameters()).device
     if packing and not takes_prefix_once(model):

@@ -97,8 +97,7 @@ def read_deltas(adapter_dir: Path, base: torch.nn.Module) -> AdapterDeltas:
     if config.modules_to_save or config.bias != "none":
         raise InputError(
             f"{adapter_dir}: has trained parameters beside its vectors (modules_to_save {config.modules_to_save}, bias "
-            f"{config.bias}), which an export of ΔW would lose. Use PEFT's merge_and_unload() on the loaded model "
-            f"instead."
+            f"{config.bias}), which an export of ΔW would lose. Use PEFT's merge_and_unload() on the loaded model."
         )
     modules = dict(base.named_modules())
     own = config if isinstance(config, QveraConfig) else None

@@ -102,9 +102,8 @@ def load_base(
         model = _load_mapped(section, config, dtype, device, progress, sharder)
         if model is None and sharder is not None:
             raise InputError(
-                f"deepspeed: ZeRO-3 spreads a base in 4 bits over the ranks while it reads it, and {name!r} with "
-                f"model.quantization {section.quantization} can't be read that way. Use nf4 or fp4, or zero1 or zero2, "
-                f"or none."
+                f"deepspeed: ZeRO-3 spreads a 4-bit base over the ranks while it reads it, and {name!r} with "
+                f"model.quantization {section.quantization} can't be read so. Use nf4, fp4, zero1, zero2 or none."
             )
         if model is None:
             model = _load_by_transformers(section, config, dtype, device)
@@ -279,21 +278,15 @@ def takes_prefix_once(model: PreTrainedModel | PeftModel) -> bool:
     return _plain_attention(model) and causal_model(model).config._attn_implementation in ("sdpa", "eager")
 
 
-def takes_packing(model: PreTrainedModel | PeftModel) -> bool:
-    """Whether several rows can stand in one sequence (``data.packing``): by a mask, or as flash attention does it."""
-    flash = causal_model(model).config._attn_implementation.startswith("flash_attention")
-    return takes_prefix_once(model) or (flash and _plain_attention(model))
-
-
 def require_packing(model: PreTrainedModel | PeftModel) -> None:
-    """Raises InputError where `takes_packing` says no."""
-    if not takes_packing(model):
-        config = causal_model(model).config
+    """Raises InputError where several rows can't stand in one sequence, by a mask or as flash attention does it."""
+    config = causal_model(model).config
+    flash = config._attn_implementation.startswith("flash_attention")
+    if not (takes_prefix_once(model) or (flash and _plain_attention(model))):
         raise InputError(
             f"data.packing: rows of one sequence would see each other in this model ({config.model_type}, "
             f"{config._attn_implementation} attention). It takes one of {', '.join(_PREFIX_ONCE)} without a sliding "
-            f"window, and "
-            "sdpa, eager or flash attention. Set data.group_by_length instead, which wastes little on padding."
+            "window, and sdpa, eager or flash attention. Set data.group_by_length instead."
         )
 
 

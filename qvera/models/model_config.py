@@ -162,8 +162,7 @@ def _require_head(directory: Path, stored: Mapping[str, TensorEntry], model: Pre
     if output is not None and tied and not _same_tensor(table, output):
         raise InputError(
             f"{directory}: config.json ties the output head to the embedding, but {names[head]} differs from "
-            f"{table.name}. Set tie_word_embeddings: false in config.json to use this head, or take it out of the "
-            "weights."
+            f"{table.name}. Set tie_word_embeddings: false in config.json, or take the head out of the weights."
         )
 
 

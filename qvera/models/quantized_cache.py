@@ -138,9 +138,8 @@ def _name(section: ModelSection, identity: str) -> str:
 
 
 def _key(source: SourceCheckpoint, section: ModelSection, device: torch.device | None) -> str:
-    where = device.type if device is not None else "cpu"
-    shard_bytes = quantize_checkpoint.SHARD_BYTES
-    parts = [str(source.directory.resolve()), source.stamps, source.config_sha256, where, shard_bytes]
+    where = [device.type if device is not None else "cpu", quantize_checkpoint.SHARD_BYTES]
+    parts = [str(source.directory.resolve()), source.stamps, source.config_sha256, *where]
     text = json.dumps([parts, settings_of(section)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -148,12 +147,11 @@ def _key(source: SourceCheckpoint, section: ModelSection, device: torch.device |
 def _similar(source: SourceCheckpoint, section: ModelSection) -> bool:
     """Whether a finished copy was made from files of these names and sizes: then it pays to hash before quantizing."""
     sizes = {name: stamp[0] for name, stamp in source.stamps.items()}
-    records = [entry.record for entry in BASES.listed() if entry.record is not None]
-    return any(
-        record["settings"] == settings_of(section)
-        and {name: value["bytes"] for name, value in record["source"]["files"].items()} == sizes
-        for record in records
-    )
+    for record in (entry.record for entry in BASES.listed() if entry.record is not None):
+        recorded = {name: value["bytes"] for name, value in record["source"]["files"].items()}
+        if record["settings"] == settings_of(section) and recorded == sizes:
+            return True
+    return False
 
 
 def _publish(made: Path, target: Path) -> Path:

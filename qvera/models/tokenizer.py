@@ -85,8 +85,7 @@ def add_tokens(
     for number, token in enumerate(tokens):
         if token in vocabulary:
             raise InputError(
-                f"model.added_tokens: {token!r} is a token of this model already (id {vocabulary[token]}). Take it off "
-                f"the list."
+                f"model.added_tokens: {token!r} is a token of this model already (id {vocabulary[token]}). Remove it."
             )
         if token in tokens[:number] or not token.strip():
             raise InputError(f"model.added_tokens: {token!r} is blank, or twice in the list. Write each token once.")
