@@ -72,8 +72,6 @@ class DiskCache:
     def remove(self, name: str) -> int:
         """Delete one entry by its name (or the unique beginning of it); returns its bytes.
 
-        A process that has it mapped keeps its pages.
-
         Raises:
             InputError: there is none, or more than one, or it is being made right now.
         """
@@ -136,11 +134,9 @@ class CacheEntry:
 def size_bytes(directory: Path) -> int:
     """Bytes of the files in a directory, which another process may be changing."""
     size = 0
-    for file in directory.glob("*") if directory.is_dir() else ():
-        try:
+    for file in directory.glob("*"):
+        with contextlib.suppress(OSError):  # renamed meanwhile
             size += file.stat().st_size
-        except OSError:
-            continue  # renamed meanwhile
     return size
 
 
