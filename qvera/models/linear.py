@@ -230,16 +230,22 @@ def inference_layout(model: nn.Module, skip: Collection[nn.Module] = ()) -> Iter
     4-bit layers (but those in ``skip``) get a second copy of their weight, packed for the fused CPU kernel, where there
     is one; the output head gets one in its compute dtype where it is stored in another.
     """
-    packed: list[FrozenLinear4bit] = []
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    hook = output.register_forward_pre_hook(_contiguous) if isinstance(output, nn.Module) else None
-    head = output if isinstance(output, FrozenLinear) and output._inference_weight is None else None
-    if head is not None and (head.weight.device.type != "cpu" or is_sharded(head.weight)):
-        head = None
-    try:
-        if head is not None:
+    with contextlib.ExitStack() as stack:
+        if isinstance(output, nn.Module):
+            # The head reads the last position of each row, a strided tensor [rows, 1, n]. Where the weight needs no
+            # gradient, `torch.matmul` makes a batched product of that and copies the weight once for each row.
+            hook = output.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+            stack.callback(hook.remove)
+        if (
+            isinstance(output, FrozenLinear)
+            and output._inference_weight is None
+            and output.weight.is_cpu
+            and not is_sharded(output.weight)
+        ):
             dtype = embedding_dtype(model.get_input_embeddings())  # type: ignore[operator]
-            head._inference_weight = head.weight.to(dtype)
+            output._inference_weight = output.weight.to(dtype)
+            stack.callback(setattr, output, "_inference_weight", None)
         skipped = set(map(id, skip))
         layers = [m for m in model.modules() if isinstance(m, FrozenLinear4bit) and id(m) not in skipped]
         layers = [m for m in layers if not is_sharded(m.weight)]
@@ -251,18 +257,5 @@ def inference_layout(model: nn.Module, skip: Collection[nn.Module] = ()) -> Iter
             # bfloat16 is all that the kernel computes in
             if layer.compute_dtype == torch.bfloat16 and not hasattr(layer, "_inference_pack"):
                 layer._inference_pack = quantization.inference_pack(layer)
-                packed.append(layer)
+                stack.callback(delattr, layer, "_inference_pack")
         yield
-    finally:
-        if hook is not None:
-            hook.remove()
-        if head is not None:
-            head._inference_weight = None
-        for layer in packed:
-            del layer._inference_pack
-
-
-def _contiguous(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    # The head reads the last position of each row, a strided tensor [rows, 1, n]. Where the weight needs no gradient,
-    # `torch.matmul` makes a batched product of that and copies the weight once for each row.
-    return (args[0].contiguous(), *args[1:])
