@@ -24,8 +24,6 @@ Two options go beyond the paper:
 The vectors are fp32 or wider here; layers that hold them in 16 bits convert them first (`at_least_fp32`).
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple, Protocol
 
 import torch

@@ -17,8 +17,6 @@ what it adds to each output; measured end to end against fp32 neither is further
 (bench/summed.py). That holds where it was measured, on CPUs: on CUDA 16-bit layers take the low-rank path (`pays`).
 """
 
-from __future__ import annotations
-
 from typing import Protocol
 
 import torch

@@ -6,8 +6,6 @@ of a larger one), so a batch costs one low-rank product for each bank in it: for
 where there are several (``b_groups``, ``input_scale``).
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path

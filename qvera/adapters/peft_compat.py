@@ -5,8 +5,6 @@ low-rank path runs in the base layer's compute dtype and keeps only z, 4-bit and
 `qvera.models.linear`.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """The PEFT side: which modules are adapted, the shared projections, and the names under which PEFT finds all this."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Raw rows → conversations: which of the known formats a data set has, and each row of it checked; prompts too."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence

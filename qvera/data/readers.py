@@ -1,7 +1,5 @@
 """Files, directories and hub datasets → raw rows, each with the place it came from."""
 
-from __future__ import annotations
-
 import csv
 import difflib
 import json

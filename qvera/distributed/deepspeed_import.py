@@ -4,8 +4,6 @@ This is the only module that changes settings of another library: DeepSpeed's lo
 malloc returns memory on a CPU under ZeRO-3. None of them has an option that could be passed instead.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import logging

@@ -4,8 +4,6 @@ torch's own object collectives pickle; these send JSON as bytes. Like any collec
 same order. With one process nothing is sent, and torch.distributed need not be set up.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import socket

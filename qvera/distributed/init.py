@@ -1,7 +1,5 @@
 """Join the processes of a run, as the environment of a launcher says, and leave them."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import hashlib

@@ -1,7 +1,5 @@
 """`qvera launch`: start torchrun or DeepSpeed's launcher, on one machine, from a host file or under a scheduler."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import shutil

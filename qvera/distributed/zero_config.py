@@ -4,8 +4,6 @@ A file says how ZeRO works and nothing that the recipe also says: batch size, pr
 schedule and optimizer come from the recipe, and a file that sets one of them is refused.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import importlib.util

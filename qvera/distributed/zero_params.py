@@ -3,8 +3,6 @@
 Nothing here imports DeepSpeed, or does anything, without ZeRO-3.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

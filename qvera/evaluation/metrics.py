@@ -5,8 +5,6 @@ chrF and TER, rouge-score for ROUGE (Lin, 2004). Each keeps its library's scale:
 others from 0 to 1.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 from collections.abc import Callable, Sequence

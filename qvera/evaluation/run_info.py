@@ -3,8 +3,6 @@
 Reads files; imports neither torch nor PEFT.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

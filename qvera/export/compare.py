@@ -4,8 +4,6 @@ The trained model runs on a quantized base; the export is merged into 16-bit wei
 two are different models, and this measures by how much.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any

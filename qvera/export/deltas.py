@@ -3,8 +3,6 @@
 Reads QVERA adapters and those of PEFT's own VeRA (with their projections in the file, or only their seed).
 """
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

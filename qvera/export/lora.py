@@ -6,8 +6,6 @@ to the file's dtype (`rounding_text`). An adapter with ``b_groups`` or ``input_s
 (`deltas.Delta`); PEFT's VeRA has no place for these.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

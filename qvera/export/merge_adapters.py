@@ -1,7 +1,5 @@
 """Arithmetic on adapters: weighted sums, as an adapter of ours where that is exact, else as a LoRA."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path

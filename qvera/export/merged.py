@@ -4,8 +4,6 @@ Each file of the base is read once, from start to end, as `qvera.models.safetens
 without which nothing takes a directory for a model, is written last. An interrupted export goes on from whole shards.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

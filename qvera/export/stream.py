@@ -5,8 +5,6 @@ are quantized themselves, around their mean over the whole weight (QLoRA, arXiv 
 of the whole weight come first, then rows.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The directory behind a recipe's ``model.path``: a local one, or a snapshot from the hub."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from huggingface_hub import snapshot_download

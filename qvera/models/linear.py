@@ -6,8 +6,6 @@ CPU large weights are dequantized in blocks of rows of 8 MB: the system would cl
 every product, which takes six times as long as dequantizing (bench/log.md).
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Collection, Iterator
 from typing import cast

@@ -11,8 +11,6 @@ another in vector instructions. numpy, not torch, because its loops stay on the 
 spread blocks over threads without touching a setting of the process.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import NamedTuple
 

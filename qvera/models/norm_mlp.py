@@ -10,8 +10,6 @@ norm's input and one factor a token, and the two branches of the MLP:
 Forward gives the same values as transformers, bit for bit.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 from collections.abc import Callable

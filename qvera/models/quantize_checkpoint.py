@@ -5,8 +5,6 @@ reads and hashes, one a core quantizes, the calling one writes. Memory is a few 
 shards survive a kill. ``config.json`` is written last: without it nothing takes a directory for a model.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

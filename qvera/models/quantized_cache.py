@@ -1,7 +1,5 @@
 """Quantized bases in $QVERA_CACHE/bases: made once, and found again by content (`qvera.models.quantized_record`)."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

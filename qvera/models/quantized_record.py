@@ -4,8 +4,6 @@ A copy in the cache has the name nf4-IDENTITY, of config, shards and settings (`
 is being made (`qvera.utils.cache_dir`) is of source path, sizes, times, settings and device.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

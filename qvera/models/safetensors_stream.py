@@ -4,8 +4,6 @@ Each file is read or written once, in the order of its bytes, and hashed on the 
 the size of a tensor.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

@@ -11,8 +11,6 @@ Layout of ``checkpoints/step-00000100/``::
 Everything is written under a temporary name, flushed, and renamed. Nothing is pickled.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

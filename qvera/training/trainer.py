@@ -5,8 +5,6 @@ tokens of the whole global batch, and a checkpoint holds everything else that a 
 the same bits as an uninterrupted one.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import datetime
 import itertools

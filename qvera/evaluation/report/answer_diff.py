@@ -1,7 +1,5 @@
 """Answers beside their references: whether one equals a reference, and which words differ."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from difflib import SequenceMatcher

@@ -4,8 +4,6 @@ A chart fills the width of its place while its text keeps its size: curves are i
 (``preserveAspectRatio="none"``, strokes that do not scale); ticks and dots are in the outer one, at percentages.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Compare runs: their figures, the settings in which they differ, and what of them can't be compared."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """The page of one run: report.html in its directory."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 

@@ -1,7 +1,5 @@
 """Curves with fewer points, and smoother ones."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Sequence

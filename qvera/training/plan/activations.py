@@ -6,8 +6,6 @@ tests/training/plan/test_activations.py counts the same with ``torch.autograd.gr
 tokens of the batch in all, S tokens a row.
 """
 
-from __future__ import annotations
-
 import torch
 
 from qvera.adapters.functional import BLOCK_ELEMENTS, few_tokens

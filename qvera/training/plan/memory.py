@@ -1,7 +1,5 @@
 """Bytes of a run: what it holds throughout, what each moment of a step adds, its peak, and the sizes of its files."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """The plan of a run: longest batch, memory, files and time, computed from the model's config and the recipe."""
 
-from __future__ import annotations
-
 import json
 import math
 import shlex

@@ -1,7 +1,5 @@
 """What a plan is made for: the shapes of a model (read without its weights), a recipe, a batch, and the machine."""
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass

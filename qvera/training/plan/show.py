@@ -1,7 +1,5 @@
 """A plan as text: the table of `qvera plan`, and the lines before a run."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from rich.console import Console

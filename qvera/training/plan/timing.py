@@ -1,7 +1,5 @@
 """Seconds of a step: a few matrix products are timed on this machine, then all products of the step are counted."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
