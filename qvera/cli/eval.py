@@ -53,9 +53,8 @@ def evaluate(
     """Compute held-out loss, answers and their scores.
 
     RUN: a run; an adapter directory whose config names its base (QVERA, or what PEFT can load, such as the LoRA of
-    `qvera export
-    --to lora`); or a checkpoint that `qvera export --to merged` wrote. A merged export whose run still exists is
-    evaluated on that run's held-out rows; otherwise give --recipe or --data.
+    `qvera export --to lora`); or a checkpoint that `qvera export --to merged` wrote. A merged export whose run still
+    exists is evaluated on that run's held-out rows; otherwise give --recipe or --data.
 
     Metrics: exact; with `pip install 'qvera[metrics]'` also bleu, bleu-lowercase, chrf, chrf++, ter (sacrebleu) and
     rouge1, rouge2, rougeL (rouge-score). BLEU, chrF and TER go from 0 to 100, the others from 0 to 1.

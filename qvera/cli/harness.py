@@ -34,8 +34,7 @@ def harness(
 
     Needs `pip install 'qvera[harness]'` (lm-eval). A run is evaluated on its quantized base, as it was trained.
     --include adds task files (YAML) of your own, which need no network. lm-eval itself can load a merged export:
-    `lm_eval run --model hf
-    --model_args pretrained=DIR --tasks ...`.
+    `lm_eval run --model hf --model_args pretrained=DIR --tasks ...`.
 
     Example:
         qvera harness runs/quickstart --tasks arc_easy --limit 100
