@@ -114,6 +114,10 @@ class ZeroConfig(_DeepSpeedKeys):
             elif name in _UNSUPPORTED:
                 yield name, "is not supported by this training loop. Remove it."
         zero, others = self.zero_optimization, self.zero_optimization.model_extra or {}
+        for name in others:
+            if others[name] == "auto":
+                text = "is 'auto', which transformers' Trainer would fill in. Remove it: qvera computes what it needs."
+                yield f"zero_optimization.{name}", text
         if others.get("offload_optimizer") is not None:
             text = "the optimizer's state of VeRA's vectors is a few MB and stays on the device. Remove it."
             yield "zero_optimization.offload_optimizer", text

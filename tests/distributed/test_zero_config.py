@@ -131,6 +131,10 @@ def test_no_config_is_unknown_to_these_tests() -> None:
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer"),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offloads parameters in stage 2"),
         (
+            {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": "auto"}},
+            "zero_optimization.stage3_param_persistence_threshold: is 'auto', .* Remove it",
+        ),
+        (
             {"zero_optimization": {"stage": 3, "offload_param": {"device": "disk"}}},
             "offload_param.device: should be 'cpu', 'nvme' or 'none', got 'disk'",
         ),

@@ -256,7 +256,8 @@ def _read_evaluation(path: Path, weights: Path, notes: list[str]) -> Evaluation 
     if get_text(about, "column") == "Base":
         notes.append(f"{path.name} is of the base alone (`qvera eval --base`): it is left out.")
         return None
-    by_key = {score_key(get_text(metric, "name")): metric for metric in metrics if isinstance(metrics, list)}
+    listed = metrics if isinstance(metrics, list) else []
+    by_key = {score_key(get_text(metric, "name")): metric for metric in listed}
     found = {key: get_number(tree, "scores", key) for key in by_key}
     scores = {key: value for key, value in found.items() if value is not None}
     if not scores:

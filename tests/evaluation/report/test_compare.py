@@ -322,6 +322,7 @@ def test_without_a_hash_the_files_times_say_it(build_scored: Build) -> None:
         ("{}", "eval.json: has no key 'subject'; expected what `qvera eval --json` writes"),
         ('{"results": {"arc_easy": {}}}', "expected what `qvera eval --json` writes"),
         ('{"subject": {}, "scores": 3, "metrics": [4, null, {"name": []}]}', "has no scores of answers"),
+        ('{"subject": {}, "scores": {"bleu": 1}, "metrics": null}', "has no scores of answers"),
         ('{"subject": {}, "scores": {"bleu": NaN}, "metrics": [{"name": "bleu"}]}', "has no scores of answers"),
         ('{"subject": {"column": "Base"}, "scores": {"bleu": 1}, "metrics": [{"name": "bleu"}]}', "the base alone"),
         (None, "eval.json: can't be read (Is a directory)"),
