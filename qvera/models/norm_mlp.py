@@ -12,7 +12,6 @@ Forward gives the same values as transformers, bit for bit.
 
 import functools
 import inspect
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 class _RMSNormFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: torch.Tensor, module: LlamaRMSNorm) -> torch.Tensor:
+    def forward(ctx: FunctionCtx, x: torch.Tensor, module: _RMSNorm) -> torch.Tensor:
         wide = x.to(torch.float32)
         factor = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
         ctx.save_for_backward(x, factor)
@@ -54,16 +53,37 @@ class _GatedFunction(torch.autograd.Function):
         return torch.ops.aten.silu_backward(g * c, a), F.silu(a).mul_(g)
 
 
-def _norm_forward(module: LlamaRMSNorm, hidden_states: torch.Tensor) -> torch.Tensor:
-    if not torch.is_grad_enabled() or module.weight.requires_grad:  # generation, or somebody trains norms
-        return type(module).forward(module, hidden_states)
-    return _RMSNormFunction.apply(hidden_states, module)
+class _LowMemory(nn.Module):
+    """Mixed before a transformers module, in a class made for the pair; unpickling makes that class again."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        ours, theirs = type(self).__bases__
+        return _new_instance, (ours, theirs), self.__dict__
 
 
-def _gated_forward(module: LlamaMLP, x: torch.Tensor) -> torch.Tensor:
-    if not torch.is_grad_enabled():
-        return type(module).forward(module, x)
-    return module.down_proj(_GatedFunction.apply(module.gate_proj(x), module.up_proj(x)))
+class _RMSNorm(_LowMemory):
+    """Mixed before a transformers RMS norm."""
+
+    weight: nn.Parameter
+    variance_epsilon: float
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled() or self.weight.requires_grad:  # generation, or somebody trains norms
+            return super().forward(hidden_states)  # type: ignore[misc]  # the transformers class behind this one
+        return _RMSNormFunction.apply(hidden_states, self)
+
+
+class _GatedMLP(_LowMemory):
+    """Mixed before a transformers gated MLP."""
+
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return super().forward(x)  # type: ignore[misc]
+        return self.down_proj(_GatedFunction.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 @functools.cache
@@ -75,22 +95,28 @@ def _same_forward(one: type, other: type) -> bool:
         return False
 
 
+@functools.cache
+def _mixed(ours: type, theirs: type) -> type:
+    return type(f"LowMemory{theirs.__name__}", (ours, theirs), {"__module__": __name__})
+
+
+def _new_instance(ours: type, theirs: type) -> nn.Module:
+    return object.__new__(_mixed(ours, theirs))
+
+
 def reduce_saved_activations(model: nn.Module) -> int:
     """Make the RMS norms and SiLU-gated MLPs of this model save less for backward; returns how many there are.
 
-    Changes the forward of these module objects only. Modules that compute anything else than Llama's are left alone,
+    Changes the class of these module objects only. A ``forward`` set on an object, as accelerate's hooks do, would keep
+    the module alive in a cycle, and displace the hook. Modules that compute anything else than Llama's are left alone,
     and doing it twice is harmless.
     """
     count = 0
     for module in model.modules():
-        forward: Callable[..., torch.Tensor]
-        kind: type = type(module)
-        if _same_forward(kind, LlamaRMSNorm):
-            forward = _norm_forward
-        elif _same_forward(kind, LlamaMLP) and isinstance(module.act_fn, type(ACT2FN["silu"])):
-            forward = _gated_forward
-        else:
-            continue
-        module.forward = functools.partial(forward, module)  # a partial, since copies and pickles keep it
-        count += 1
+        theirs: type = type(module)
+        if _same_forward(theirs, LlamaRMSNorm):
+            module.__class__ = _mixed(_RMSNorm, theirs)
+        elif _same_forward(theirs, LlamaMLP) and isinstance(module.act_fn, type(ACT2FN["silu"])):
+            module.__class__ = _mixed(_GatedMLP, theirs)
+        count += isinstance(module, _LowMemory)
     return count
