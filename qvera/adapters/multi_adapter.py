@@ -93,6 +93,8 @@ class RowPlan:
 
     def _parts(self, layer: QveraLinear) -> Iterator[_Part]:
         for bank, rows, adapters in self.banked:
+            if layer.full_name not in bank.layers:  # made by an adapter that was put on later
+                continue
             d, b, a = bank.layers[layer.full_name]
             pair = next(p for p in layer.qvera_projection.values() if p.seed == bank.seed)
             yield _Part(rows, pair, d[adapters], b[adapters], None if a is None else a[adapters])

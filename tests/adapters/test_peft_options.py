@@ -265,3 +265,20 @@ def test_the_model_section_has_a_home_directory_as_an_absolute_path(
         assert model.peft_config["default"].base_model_name_or_path == str(tiny_model_dir)
     model = attach(small_llama(), AdapterSection(rank=8), "some-owner/some-model")
     assert model.peft_config["default"].base_model_name_or_path == "some-owner/some-model"
+
+
+def test_an_adapter_put_on_beside_many_may_change_further_layers(tmp_path: Path) -> None:
+    banked = get_peft_model(small_llama(), QveraConfig(rank=8, target_modules=["q_proj"]))
+    perturb(banked)
+    save_adapter(banked, tmp_path / "adapter")
+    wider = QveraConfig(rank=8, target_modules=["q_proj", "v_proj"])
+    model = load_adapters(small_llama(), {"banked": tmp_path / "adapter"})
+    model.add_adapter("live", wider)
+    alone = get_peft_model(small_llama(), wider, adapter_name="live")
+    for changed in (model, alone):
+        perturb(changed, adapter="live")
+    rows = torch.tensor([[5, 9, 200, 31], [7, 150, 42, 3]])
+    with torch.no_grad():
+        logits = model.eval()(rows, adapter_names=["banked", "live"]).logits
+        torch.testing.assert_close(logits[:1], banked.eval()(rows[:1]).logits)
+        torch.testing.assert_close(logits[1:], alone.eval()(rows[1:]).logits)
