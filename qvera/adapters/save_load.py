@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 import shutil
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from peft import PeftModel, VeraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError
@@ -157,8 +160,8 @@ def save_adapter(model: PeftModel, directory: Path, tokenizer: PreTrainedTokeniz
 
 
 def _write_adapter(model: PeftModel, directory: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    partial, old = (directory.with_name(f".{directory.name}.{what}") for what in ("partial", "old"))
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    partial, old = (directory.with_name(f".{directory.name}.{what}-{os.getpid()}") for what in ("partial", "old"))
+    _discard(partial)
     try:
         # save_embedding_layers=False: PEFT would otherwise look the base up on the hub
         model.save_pretrained(str(partial), save_embedding_layers=False)
@@ -174,11 +177,22 @@ def _write_adapter(model: PeftModel, directory: Path, tokenizer: PreTrainedToken
         shutil.rmtree(partial, ignore_errors=True)
         raise
     if directory.exists():
-        shutil.rmtree(old, ignore_errors=True)
+        _discard(old)
         directory.rename(old)
     partial.rename(directory)
     flush(directory.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    _discard(old)
+    for leftover in directory.parent.iterdir():  # of a process that was killed in here
+        found = re.fullmatch(rf"\.{re.escape(directory.name)}\.(?:partial|old)-(\d+)", leftover.name)
+        if found and not psutil.pid_exists(int(found[1])):
+            _discard(leftover)
+
+
+def _discard(path: Path) -> None:
+    if path.is_symlink():  # to an adapter elsewhere, which stays
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def read_adapter(directory: Path) -> tuple[QveraConfig | VeraConfig, dict[str, torch.Tensor]]:

@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import qvera
-from qvera.adapters import QveraConfig, QveraLinear
+from qvera.adapters import QveraConfig, QveraLinear, save_load
 from qvera.adapters.save_load import load_adapter, load_vectors, named_vectors, read_adapter, save_adapter
 from qvera.config.schema import ModelSection
 from qvera.models.loader import load_base
+from qvera.utils.atomic import flush
 from qvera.utils.errors import InputError
 from tests.adapters.helpers import perturb
 from tests.conftest import small_llama
@@ -150,6 +151,42 @@ def test_saving_twice_gives_the_same_bytes_and_leaves_no_temporary_files(tmp_pat
     save_adapter(model, tmp_path / "adapter")
     assert {f.name: f.read_bytes() for f in (tmp_path / "adapter").iterdir()} == first
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_another_process_that_saves_here_meanwhile_is_left_alone_and_a_dead_one_is_cleared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead, alive = 2**22 + 1, os.getppid()
+    leftovers = [tmp_path / f".adapter.{what}-{pid}" for what in ("partial", "old") for pid in (dead, alive)]
+    for leftover in leftovers:
+        leftover.mkdir()
+        (leftover / "adapter_config.json").write_text("{}")
+    save_adapter(adapted(), tmp_path / "adapter")
+    assert [leftover.exists() for leftover in leftovers] == [False, True, False, True]
+
+    def other_process(file: Path) -> None:
+        monkeypatch.setattr(save_load, "flush", flush)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getpid", lambda: alive)
+            save_adapter(adapted(d_initial=0.7), tmp_path / "adapter")
+        flush(file)
+
+    monkeypatch.setattr(save_load, "flush", other_process)
+    save_adapter(adapted(d_initial=0.3), tmp_path / "adapter")
+    assert read_adapter(tmp_path / "adapter")[0].d_initial == 0.3
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_an_adapter_behind_a_link_is_replaced_and_what_the_link_names_stays(tmp_path: Path) -> None:
+    save_adapter(adapted(d_initial=0.3), tmp_path / "elsewhere")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "adapter").symlink_to(tmp_path / "elsewhere")
+    for _ in range(2):
+        save_adapter(adapted(d_initial=0.7), run / "adapter")
+        assert read_adapter(run / "adapter")[0].d_initial == 0.7
+        assert [path.name for path in run.iterdir()] == ["adapter"]
+    assert read_adapter(tmp_path / "elsewhere")[0].d_initial == 0.3
 
 
 def storages(model: nn.Module) -> tuple[int, int]:
