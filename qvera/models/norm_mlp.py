@@ -10,6 +10,8 @@ norm's input and one factor a token, and the two branches of the MLP:
 Forward gives the same values as transformers, bit for bit.
 """
 
+from __future__ import annotations
+
 import functools
 import inspect
 
