@@ -118,6 +118,9 @@ class _MergedExport:
         self.fingerprint = base_fingerprint(self.source_dir)
         require_base(self.adapter.config, adapter_dir, section.path, self.fingerprint)
         require_own_weights(self.source_dir, self.entries, self.model)
+        for entry in self.entries:  # whole numbers would be rounded
+            if not entry.dtype.is_floating_point:
+                raise InputError(f"{entry.file}: {entry.name} is {entry.dtype}, expected a floating-point weight.")
         self.tokenizer = load_tokenizer(section)
         if chat_template is not None and not self.tokenizer.chat_template:
             self.tokenizer.chat_template = chat_template

@@ -178,6 +178,16 @@ def _wrong_shape(base: Path) -> None:
             save_file(tensors, file, metadata={"format": "pt"})
 
 
+def _whole_numbers(base: Path) -> None:
+    """A tensor that the model does not know, which a merged checkpoint would have rounded to bfloat16."""
+    index = base / "model.safetensors.index.json"
+    file = sorted(base.glob("*.safetensors"))[1]
+    save_file({**load_file(file), "model.steps": torch.tensor([1_000_003])}, file, metadata={"format": "pt"})
+    document = json.loads(index.read_text())
+    document["weight_map"]["model.steps"] = file.name
+    index.write_text(json.dumps(document))
+
+
 def _other_content(base: Path) -> None:
     """The same name, shapes and config, other weights."""
     small_llama(seed=5).to(torch.bfloat16).save_pretrained(base, max_shard_size="60KB")
@@ -192,6 +202,7 @@ def _other_content(base: Path) -> None:
         (_missing_without_index, r"model-000\d\d-of-.*: this shard of \d+ is missing"),
         (_missing_by_the_config, r"hold no model\.layers\.1\.input_layernorm\.weight.*which config\.json asks for"),
         (_wrong_shape, r"model\.norm\.weight has shape \[63\], the model of config\.json needs \[64\]"),
+        (_whole_numbers, r"model-00002-of-.*: model\.steps is torch\.int64, expected a floating-point weight"),
         (
             _other_content,
             r"trained on another base model than .*Expected the base .* with fingerprint [0-9a-f]{16}",
@@ -203,7 +214,7 @@ def test_a_damaged_or_other_base_is_refused_by_name(
 ) -> None:
     section, directory = adapter
     damage(base)
-    if damage in (_missing_by_the_config, _wrong_shape):  # told from the trained one already by content
+    if damage in (_missing_by_the_config, _wrong_shape, _whole_numbers):  # told from the trained one already by content
         config = json.loads((directory / "adapter_config.json").read_text())
         config["base_fingerprint"] = None
         (directory / "adapter_config.json").write_text(json.dumps(config))
