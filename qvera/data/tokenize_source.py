@@ -306,7 +306,8 @@ def _chunks_by_processes(part: Part, first: int, processes: int) -> Iterator[Tok
                 outputs.append(process.stdout)
             for number in range(-(-part.rows // CHUNK_ROWS) - first):
                 yield pickle.load(outputs[number % processes])
-        except (OSError, EOFError, pickle.PickleError, TypeError, AttributeError) as error:
+        # the last two: Python's own start (a sitecustomize) printed something in front of the chunks
+        except (OSError, EOFError, pickle.PickleError, TypeError, AttributeError, ValueError, LookupError) as error:
             raise _ProcessFailed(str(error)) from error
 
 

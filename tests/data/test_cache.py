@@ -575,7 +575,7 @@ def test_processes_take_over_where_one_has_begun(
     assert started == [1]
 
 
-@pytest.mark.parametrize("fails", ["at the start", "at the second chunk"])
+@pytest.mark.parametrize("fails", ["at the start", "at the second chunk", "by a banner"])
 def test_one_process_goes_on_where_others_fail(
     fails: str, long_section: DataSection, monkeypatch: pytest.MonkeyPatch, root: Path, threads: None
 ) -> None:
@@ -584,7 +584,9 @@ def test_one_process_goes_on_where_others_fail(
     real = tokenize_source.work
 
     def work(job: str, number: int, out: Any) -> None:
-        if fails == "at the start" or number == 1:
+        if fails == "by a banner":
+            out.write(b"I am printed by a sitecustomize\n")
+        elif fails == "at the start" or number == 1:
             raise OSError("killed")
         real(job, number, out)
 
