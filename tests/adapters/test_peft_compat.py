@@ -293,7 +293,9 @@ def test_outputs_can_be_changed_in_place_as_those_of_peft(tokens: int) -> None:
 def test_conv1d_bases(accelerated: None) -> None:
     def gpt2() -> Any:
         torch.manual_seed(0)
-        settings = GPT2Config(n_embd=32, n_head=4, n_layer=2, vocab_size=304, resid_pdrop=0, attn_pdrop=0, embd_pdrop=0)
+        settings = GPT2Config(
+            n_embd=32, n_head=4, n_layer=2, vocab_size=304, resid_pdrop=0.0, attn_pdrop=0.0, embd_pdrop=0.0
+        )
         return GPT2LMHeadModel(settings)
 
     ours = perturbed(get_peft_model(gpt2(), config(target_modules=["c_attn"], fan_in_fan_out=True)))
