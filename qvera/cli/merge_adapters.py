@@ -25,7 +25,7 @@ class Weights(TyperCommand):
         """Repeat the option before each number that follows it."""
         found: list[str] = []
         for arg in args:
-            if found[-2:-1] == ["--weights"] and re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", arg):
+            if found[-2:-1] == ["--weights"] and re.fullmatch(r"[-+]?[\d.]+([eE][-+]?\d+)?", arg):
                 found.append("--weights")
             found.append(arg)
         return super().parse_args(ctx, found)

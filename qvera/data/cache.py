@@ -202,7 +202,7 @@ def _open_entry(directory: Path, hashes: HashIndex, console: Console | None) -> 
 def problem_of(directory: Path, hashes: HashIndex | None = None) -> str | None:
     """What is wrong with an entry, or None; without ``hashes`` of unchanged files all of them are read again."""
     record = try_read_json(directory / RECORD)
-    if record is None:
+    if record is None or not record.keys() >= {"files", "rows", "format", "unused", "template", "counts"}:
         return f"{directory / RECORD}: is missing or damaged"
     files = {directory / name: entry["sha256"] for name, entry in record["files"].items()}
     if missing := [file for file in files if not file.is_file()]:

@@ -251,7 +251,7 @@ def test_an_entry_is_on_disk_before_it_has_its_name(
     assert order == ["eval.arrow", "train.arrow", "record.json", *entries(), root.name]
 
 
-@pytest.mark.parametrize("damage", ["a byte", "cut short", "missing", "record", "no record"])
+@pytest.mark.parametrize("damage", ["a byte", "cut short", "missing", "record", "an empty record", "no record"])
 def test_a_damaged_entry_is_made_again(damage: str, section: DataSection, root: Path) -> None:
     first = build_datasets(section, byte_tokenizer())
     whole = [row.input_ids.tolist() for row in first.train]
@@ -270,6 +270,8 @@ def test_a_damaged_entry_is_made_again(damage: str, section: DataSection, root: 
         table.unlink()
     elif damage == "record":
         record.write_text(record.read_text()[:-40])
+    elif damage == "an empty record":
+        record.write_text("{}")
     else:
         record.unlink()
     assert main(["cache", "verify"]) == (0 if damage in ("record", "no record") else 1)
