@@ -137,9 +137,10 @@ def _held_and_mapped(pids: list[int]) -> tuple[int, int]:
     a process with 3 GB calls is no second 3 GB. (A worker that a process forks to keep is not told from that; there are
     none here.)
     """
+    commands = {pid: _command_line(pid) for pid in pids}  # first: a child that calls exec meanwhile counts as a fork
     found = {pid: _status(pid) for pid in pids}
     for pid, one in list(found.items()):
-        if one.parent in found and one.held > 2**24 and _command_line(pid) == _command_line(one.parent):
+        if one.parent in found and one.held > 2**24 and commands[pid] == commands[one.parent]:
             del found[pid]
     return sum(one.held for one in found.values()), sum(one.mapped for one in found.values())
 

@@ -42,7 +42,7 @@ from qvera.training.rank_checks import (
     check_same_data,
     check_same_setup,
     count_nodes,
-)  # fmt: skip
+)
 from qvera.training.run_dir import plain_json
 from qvera.utils import memory
 from qvera.utils.errors import InputError, RunFailed
