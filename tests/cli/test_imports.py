@@ -65,6 +65,13 @@ assert type(peft.__spec__.loader).__name__ == "SourceFileLoader"
     run_python(f"{code}{KNOWS_QVERA}")
 
 
+def test_training_imports_without_setuptools() -> None:
+    """It is no dependency, and in a process that has imported distutils its import fails."""
+    run_python(
+        "import sys; sys.modules['setuptools'] = None; import qvera.training.trainer, qvera.training.plan.timing"
+    )
+
+
 def test_light_commands_import_no_torch(trained_run: Path, tmp_path: Path) -> None:
     """One process runs them all; compare reads two finished runs."""
     other = shutil.copytree(trained_run, tmp_path / "other")

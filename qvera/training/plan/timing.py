@@ -1,9 +1,9 @@
 """Seconds of a step: a few matrix products are timed on this machine, then all products of the step are counted."""
 
+import time
 from collections.abc import Callable
 
 import torch
-from torch.utils.benchmark import Timer
 
 from qvera.adapters.functional import few_tokens
 from qvera.adapters.fused import gradient_cost
@@ -63,8 +63,17 @@ def _rates(run: PlannedRun, device: torch.device) -> dict[str, float]:
 
 
 def _seconds(run: Callable[[], object]) -> float:
-    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
-    return timer.blocked_autorange(min_run_time=_BUDGET_SECONDS).median
+    """The fastest of a few runs; `torch.utils.benchmark` would do, but its import needs setuptools."""
+    run()
+    best, spent = float("inf"), 0.0
+    while spent < _BUDGET_SECONDS:
+        began = time.perf_counter()
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+        best, spent = min(best, seconds), spent + seconds
+    return best
 
 
 def _work(run: PlannedRun) -> dict[str, tuple[str, float]]:
