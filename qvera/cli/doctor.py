@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from qvera.cli.common import quiet_libraries
 from qvera.utils import formatting
 from qvera.utils.errors import EXIT_DONE, EXIT_FAILED
+from qvera.utils.files import existing_parent
 from qvera.utils.paths import cache_root
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def compiler() -> Finding:
 
 def free_disk(what: str, directory: Path, stops: bool, setting: str) -> Finding:
     """Free space where a run would write; ``stops`` where it must be writable, and the setting that moves it."""
-    existing = next(path for path in (directory, *directory.parents) if path.exists())
+    existing = existing_parent(directory)
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         return Finding(what, f"{directory} can't be written", stops, f"Set {setting} to a directory that can be.")
     free = shutil.disk_usage(existing).free

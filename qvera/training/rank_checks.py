@@ -16,6 +16,7 @@ from qvera.training.plan import Plan
 from qvera.training.plan.show import change_lines
 from qvera.utils import memory
 from qvera.utils.errors import InputError
+from qvera.utils.files import existing_parent
 from qvera.utils.formatting import size
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def check_disk_space(folder: Path, share_bytes: int, group: Group) -> None:
     Raises:
         InputError: a node's disk has less.
     """
-    free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
+    free = shutil.disk_usage(existing_parent(folder)).free
     found = group.gather([group.host, free])
     for host in dict.fromkeys(host for host, _ in found):
         there = [one[1] for one in found if one[0] == host]

@@ -21,7 +21,7 @@ from qvera.training import checkpoint
 from qvera.training.logging import read_records
 from qvera.utils.atomic import disk_errors, replace_text
 from qvera.utils.errors import InputError, QveraError
-from qvera.utils.files import try_read_json
+from qvera.utils.files import existing_parent, try_read_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -105,9 +105,7 @@ def require_writable(run_dir: Path) -> None:
     """Raises InputError where nothing could be written into this directory, which need not exist yet."""
     if run_dir.exists() and not run_dir.is_dir():
         raise InputError(f"{run_dir}: is a file; a run needs a directory (training.output_dir).")
-    parent = run_dir
-    while not parent.exists():
-        parent = parent.parent
+    parent = existing_parent(run_dir)
     try:  # by doing it: permission bits say yes to root even where nothing can be made
         os.rmdir(tempfile.mkdtemp(prefix=".qvera-", dir=parent))
     except OSError as error:

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 
 from qvera.utils import formatting
 from qvera.utils.errors import InputError, RunFailed
-from qvera.utils.files import file_sha256, try_read_json
+from qvera.utils.files import existing_parent, file_sha256, try_read_json
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
@@ -149,7 +149,7 @@ def place_files(out: Path, save: Callable[[Path], Any]) -> None:
 
 def require_space(out: Path, needed_bytes: int, what: str) -> None:
     """Refuse (InputError) where less than ``needed_bytes`` are free, before any work is done."""
-    free = shutil.disk_usage(next(place for place in (out, *out.absolute().parents) if place.exists())).free
+    free = shutil.disk_usage(existing_parent(out)).free
     if free < needed_bytes:
         raise InputError(
             f"{out}: {what} needs {formatting.size(needed_bytes)}, and {formatting.size(free)} are free on this disk. "

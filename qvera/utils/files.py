@@ -10,6 +10,11 @@ from typing import Any
 from qvera.utils.errors import InputError
 
 
+def existing_parent(path: Path) -> Path:
+    """The path itself, or the nearest directory above it that exists: where it would be made."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
+
+
 def read_json(path: Path, what: str, keys: Collection[str] = (), fix: str = "") -> dict[str, Any]:
     """Read a JSON file that has to hold an object.
 
