@@ -13,7 +13,8 @@ from pathlib import Path
 from qvera.utils.errors import EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED, InputError
 
 FORWARDED = (
-    "CUDA_", "GLOO_", "HF_", "NCCL_", "OMP_", "PYTHON", "QVERA_", "TOKENIZERS_", "TORCH_", "TRANSFORMERS_", "XDG_",
+    "CUDA_", "GLOO_", "HF_", "NCCL_", "OMP_", "PYTHON", "PYTORCH_", "QVERA_", "TOKENIZERS_", "TORCH_", "TRANSFORMERS_",
+    "XDG_",
 )  # fmt: skip
 """Prefixes of the environment variables that are passed on to remote processes. ssh forwards none by itself."""
 EXIT_CODES = "QVERA_EXIT_CODES"

@@ -86,3 +86,22 @@ def test_light_commands_import_no_torch(trained_run: Path, tmp_path: Path) -> No
     ]
     code = f"from qvera.cli.main import main\nassert [main(line) for line in {lines}] == [0] * {len(lines)}"
     assert set(heavy_modules_after(code)) <= {"numpy"}
+
+
+def test_the_allocator_is_set_before_torch_unless_the_user_has_set_it() -> None:
+    code = """
+import os, sys
+from qvera.cli.main import main
+def after(**given):
+    for name in [name for name in os.environ if name.endswith("ALLOC_CONF")]:
+        del os.environ[name]
+    os.environ.update(given)
+    assert main(["--version"]) == 0 and "torch" not in sys.modules
+    return {name: value for name, value in os.environ.items() if name.endswith("ALLOC_CONF")}
+for own in ({"PYTORCH_ALLOC_CONF": ""}, {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}):
+    assert after(**own) == own
+assert after() == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+import torch
+torch.zeros(3) + 1  # a CPU takes no notice
+"""
+    run_python(code)

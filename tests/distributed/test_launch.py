@@ -50,6 +50,17 @@ def test_a_host_file(tmp_path: Path) -> None:
     assert command[3:] == ["--hostfile", str(hosts), "--module", "qvera", "train", "r.yaml"]
 
 
+def test_settings_of_torch_go_to_the_other_machines(tmp_path: Path, monkeypatch: Any) -> None:
+    """By the file that DeepSpeed's launcher reads, which stands in for it here."""
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    monkeypatch.setenv("SECRET", "not for them")
+    read = "import os, shutil, sys; shutil.copy(os.environ['DS_ENV_FILE'], sys.argv[2])"
+    assert launch.run([sys.executable, "-c", read, "deepspeed.launcher.runner", str(tmp_path / "sent")]) == 0
+    sent = (tmp_path / "sent").read_text().splitlines()
+    assert "PYTORCH_ALLOC_CONF=expandable_segments:True" in sent
+    assert not [line for line in sent if line.startswith("SECRET")]
+
+
 def test_several_hosts_without_pdsh_are_refused_with_what_to_do(tmp_path: Path, monkeypatch: Any) -> None:
     hosts = tmp_path / "hosts"
     hosts.write_text("node0 slots=2  # the first\n# node2 slots=2\nnode1 slots=2\n")
