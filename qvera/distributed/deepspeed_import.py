@@ -17,6 +17,8 @@ from types import ModuleType
 import torch
 import torch.distributed as dist
 
+from qvera.utils.errors import InputError, first_line
+
 _M_MMAP_THRESHOLD = -3  # of malloc.h
 _LONGEST_BUILD_SECONDS = 1800  # async_io took 4 minutes of one core, 8 on a busy machine
 
@@ -32,6 +34,31 @@ def deepspeed_module() -> ModuleType:
     if not deepspeed.comm.is_initialized():  # else its configuration counts one process, whatever torch says
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     return deepspeed
+
+
+def require_deepspeed(word: str) -> None:
+    """Import DeepSpeed before anything is loaded for it.
+
+    ``word`` is the recipe's ``deepspeed`` key.
+
+    Raises:
+        InputError: it is not installed, or it can't be imported here.
+    """
+    try:
+        _imported()
+    except Exception as error:  # it probes compilers and CUDA when it is imported, and what fails there is up to them
+        advice = (
+            "Install it with `pip install deepspeed`"
+            if isinstance(error, ModuleNotFoundError)
+            else (
+                "DeepSpeed before 0.19.5 needs CUDA's compiler nvcc where there is a GPU: install a newer one, or set "
+                "CUDA_HOME to a CUDA toolkit"
+            )
+        )
+        raise InputError(
+            f"deepspeed: {word} needs DeepSpeed, which can't be imported: {first_line(error)} {advice}, or leave the "
+            "key out: without it several processes share the gradients only."
+        ) from None
 
 
 def _imported() -> ModuleType:

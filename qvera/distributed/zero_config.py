@@ -6,7 +6,6 @@ schedule and optimizer come from the recipe, and a file that sets one of them is
 
 import dataclasses
 import difflib
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,7 +16,7 @@ from pydantic import ConfigDict, Field, Strict, ValidationError
 from qvera.config.fields import Section
 from qvera.config.problems import describe
 from qvera.config.schema import Recipe
-from qvera.distributed.deepspeed_import import nvme_problem
+from qvera.distributed.deepspeed_import import nvme_problem, require_deepspeed
 from qvera.utils.errors import InputError
 from qvera.utils.files import read_json
 
@@ -217,12 +216,12 @@ def load_zero_config(key: str | None) -> ZeroConfig | None:
         found = " ".join(f"{name}: {sentence}" for name, sentence in describe(error, ZeroConfig))
         hint = "Without ZeRO leave the recipe's deepspeed key out." if "zero_optimization.stage" in found else ""
         raise InputError(f"deepspeed: {path}: {found} {hint}".rstrip()) from None
-    if importlib.util.find_spec("deepspeed") is None:
-        raise InputError(
-            f"deepspeed: {key} needs DeepSpeed, which is not installed (it is a dependency on Linux only). "
-            "pip install deepspeed, or leave the key out."
-        )
-    if config.offload_device == "nvme" and (problem := nvme_problem()) is not None:
+    if config.offload_device == "nvme":
+        require_deepspeed(key)
+        problem = nvme_problem()
+    else:
+        problem = None
+    if problem is not None:
         raise InputError(
             f"deepspeed: {key} keeps parameters on NVMe, which needs DeepSpeed's async_io: {problem}. Install libaio "
             "(Debian and Ubuntu: libaio-dev) with a C++ compiler and ninja, or use zero3 or zero3-offload-cpu."

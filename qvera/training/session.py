@@ -22,6 +22,7 @@ from qvera.adapters.projection import SharedProjection
 from qvera.adapters.save_load import attach
 from qvera.config.schema import Recipe
 from qvera.data import Datasets, Example, batches_of, build_datasets, data_warnings, print_preflight
+from qvera.distributed.deepspeed_import import require_deepspeed
 from qvera.distributed.group import Group, for_all
 from qvera.distributed.zero_config import load_zero_config
 from qvera.distributed.zero_params import BaseSharder
@@ -64,6 +65,8 @@ class TrainingSession:
         self.resources = contextlib.ExitStack()
         self.state = TrainState()
         self.zero = group.agree(lambda: load_zero_config(recipe.deepspeed))
+        if (word := recipe.deepspeed) is not None:
+            group.agree(lambda: require_deepspeed(word))
         check_same_setup(recipe, group, self.console)
         self.device = pick_device()
         torch.manual_seed((recipe.training.seed + group.rank) % 2**64)  # ranks drop out different elements

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,27 @@ def test_a_build_that_was_killed_is_named_and_not_waited_for(tmp_path: Path, mon
     os.utime(lock, (0, 0))
     assert abandoned_build("async_io") == lock
     assert abandoned_build("another") is None
+
+
+@pytest.mark.process
+def test_a_deepspeed_that_fails_to_import_stops_only_the_runs_that_need_it(tmp_path: Path, write_recipe: Any) -> None:
+    (tmp_path / "broken" / "deepspeed").mkdir(parents=True)
+    (tmp_path / "broken" / "deepspeed" / "__init__.py").write_text("raise RuntimeError('CUDA_HOME does not exist')")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "broken")}
+    recipes = {word: write_recipe(f"{word}.yaml", training={"max_steps": 1}) for word in ("plain", "zero1")}
+    recipes["zero1"].write_text(recipes["zero1"].read_text().replace("deepspeed: null", "deepspeed: zero1"))
+    done = {
+        word: subprocess.run(
+            [sys.executable, "-m", "qvera", "train", str(path)],
+            env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        )
+        for word, path in recipes.items()
+    }  # fmt: skip
+    assert done["plain"].returncode == 0, done["plain"].stderr[-2000:]
+    assert done["zero1"].returncode == 2
+    message = " ".join(done["zero1"].stderr.split())
+    assert "deepspeed: zero1 needs DeepSpeed, which can't be imported: CUDA_HOME does not exist. DeepSpeed" in message
+    assert "or leave the key out" in message
 
 
 def test_a_disk_without_room_for_the_base_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

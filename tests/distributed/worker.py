@@ -109,7 +109,6 @@ class Watch:
             "optimizer_bytes": optimizer_bytes(engine.optimizer),
             "packed_held_bytes": sum(getattr(p, "ds_tensor", p).nbytes for p in self.big),
             "packed_whole_bytes": sum(zero_params.whole_numel(p) * p.element_size() for p in self.big),
-            "largest_packed_bytes": max(zero_params.whole_numel(p) * p.element_size() for p in self.big),
             "packed_live_bytes": self.live_bytes,
             "packed_modules": len(self.big),
             "states_kept": sum(p.quant_state is not None for p in self.big),

@@ -148,7 +148,7 @@ def _gathered(moment: str, spread: Spread, run: PlannedRun, sharing: Sharing) ->
     """Weights that are whole on a rank while they are used, and what gathering them takes."""
     whole = largest = spread.table if moment == "loss" else spread.largest
     if moment == "backward" and run.recipe.training.gradient_checkpointing:
-        # DeepSpeed (after 0.19.1) keeps those of a recomputed layer until its backward pass has begun
+        # DeepSpeed keeps those of a recomputed layer until its backward pass has begun
         whole = spread.layer
     gathering = 0 if run.machine.on_gpu or sharing.world_size == 1 else largest  # gloo gathers into a copy of its own
     found = (Component("gathered weights", "base", whole), Component("gloo's copy of one", "base", gathering))
