@@ -20,9 +20,10 @@ from bench.common import header, interleaved, perturb, smollm2, write_result
 from qvera.adapters.save_load import attach
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.evaluation.generate import generating
-from qvera.models.loader import load_base, pick_compute_dtype, pick_device
+from qvera.models.loader import load_base, pick_compute_dtype
+from qvera.utils import accelerator
 
-DTYPE = pick_compute_dtype("auto", pick_device())
+DTYPE = pick_compute_dtype("auto", accelerator.current_device())
 """For stock and for ours: bfloat16 where the machine multiplies it fast, else float32 on a CPU."""
 
 

@@ -53,11 +53,12 @@ def doctor() -> int:
 
 def examine() -> Iterator[Finding]:
     """Look at versions, device, kernels, compiler, disk and cache."""
-    from qvera.models.loader import pick_compute_dtype, pick_device
+    from qvera.models.loader import pick_compute_dtype
+    from qvera.utils import accelerator
     from qvera.utils.memory import available_bytes, device_name, versions
 
     yield Finding("versions", ", ".join(f"{name} {version}" for name, version in versions().items()))
-    device = pick_device()
+    device = accelerator.current_device()
     yield Finding("device", device_name(device))
     yield Finding("free memory", formatting.size(available_bytes(device)))
     dtype = str(pick_compute_dtype("auto", device)).removeprefix("torch.")

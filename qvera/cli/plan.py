@@ -41,13 +41,13 @@ def plan(
 
     from qvera.config.load import load_recipe
     from qvera.distributed.zero_config import load_zero_config
-    from qvera.models.loader import pick_device
     from qvera.training.plan import Sharing, gpu_machine, make_plan, parse_size, time_step
     from qvera.training.plan.show import print_plan
+    from qvera.utils import accelerator
 
     quiet_libraries()
     loaded = load_recipe(recipe, overrides)
-    device = pick_device()
+    device = accelerator.current_device()
     machine = None if gpu is None else gpu_machine(loaded.model, parse_size(gpu))
     several = nodes is not None or gpus is not None
     sharing = Sharing.of(load_zero_config(loaded.deepspeed), nodes or 1, gpus or 1)

@@ -44,9 +44,9 @@ def quantize(
     quiet_libraries()
 
     from qvera.config.schema import ModelSection
-    from qvera.models.loader import pick_device
     from qvera.models.quantized_cache import cached_base, quantized_copy
     from qvera.models.quantized_record import read_record
+    from qvera.utils import accelerator
     from qvera.utils.signals import StopRequests
 
     given = {
@@ -66,7 +66,7 @@ def quantize(
             if stop.asked:
                 raise Interrupted(f"{stop.asked}: stopped. The same command goes on from the finished shards.")
 
-        options: dict[str, Any] = {"device": pick_device(), "verify": verify, "progress": report}
+        options: dict[str, Any] = {"device": accelerator.current_device(), "verify": verify, "progress": report}
         if out is None:
             target = cached_base(section, **options)
             record = read_record(target)

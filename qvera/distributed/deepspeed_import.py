@@ -14,9 +14,9 @@ import warnings
 from pathlib import Path
 from types import ModuleType
 
-import torch
 import torch.distributed as dist
 
+from qvera.utils import accelerator
 from qvera.utils.errors import InputError, first_line
 
 _M_MMAP_THRESHOLD = -3  # of malloc.h
@@ -28,8 +28,7 @@ def deepspeed_module() -> ModuleType:
     os.environ.setdefault("LOCAL_RANK", "0")  # zero.Init reads it, and a process on its own may have none
     if not dist.is_initialized():
         # It stays: DeepSpeed keeps its groups for as long as the process lives, and a second run must find them.
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(accelerator.collective_backend(), store=dist.HashStore(), rank=0, world_size=1)
     deepspeed = _imported()
     if not deepspeed.comm.is_initialized():  # else its configuration counts one process, whatever torch says
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)

@@ -10,11 +10,11 @@ import time
 import uuid
 from collections.abc import Iterator
 
-import torch
 import torch.distributed as dist
 
 from qvera.distributed.group import Group
 from qvera.distributed.heartbeat import Heartbeat, own_store
+from qvera.utils import accelerator
 from qvera.utils.errors import InputError, RunFailed, first_line
 
 _LOST = re.compile(r"gloo|NCCL|connection (was )?(closed|reset|refused)|socket|broken pipe", re.IGNORECASE)
@@ -53,8 +53,7 @@ def in_group() -> Iterator[Group]:
             "with `qvera launch`, torchrun or deepspeed; for a single one unset WORLD_SIZE."
         )
     local_rank = int(os.environ["LOCAL_RANK"])
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
+    accelerator.use_device(local_rank)
     with _clear_errors(count):
         store, rank, _ = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
         store.set_timeout(JOIN_TIMEOUT)
@@ -66,7 +65,7 @@ def in_group() -> Iterator[Group]:
         with Heartbeat(group, dist.PrefixStore(attempt, own_store()), launcher=launcher) as heartbeat:
             try:
                 with _clear_errors(count):  # a peer may go while the processes connect, too
-                    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+                    backend = accelerator.collective_backend()
                     own = dist.PrefixStore(attempt, store)
                     dist.init_process_group(backend, store=own, rank=rank, world_size=count, timeout=COLLECTIVE_TIMEOUT)
                 yield group

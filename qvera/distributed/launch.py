@@ -10,6 +10,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from qvera.utils import accelerator
 from qvera.utils.errors import EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED, InputError
 
 FORWARDED = (
@@ -63,9 +64,7 @@ def launch_command(
         runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile), *per_node]
         return [*runner, "--module", *inner]
     if gpus is None:
-        import torch
-
-        gpus = max(torch.cuda.device_count(), 1)
+        gpus = max(accelerator.device_count(), 1)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(gpus)]
     if max_restarts:
         command += ["--max-restarts", str(max_restarts)]

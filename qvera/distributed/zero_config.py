@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 from pydantic import ConfigDict, Field, Strict, ValidationError
 
 from qvera.config.fields import Section
 from qvera.config.problems import describe
 from qvera.config.schema import Recipe
 from qvera.distributed.deepspeed_import import nvme_problem, require_deepspeed
+from qvera.utils import accelerator
 from qvera.utils.errors import InputError
 from qvera.utils.files import read_json
 
@@ -181,7 +181,7 @@ class ZeroConfig(_DeepSpeedKeys):
             zero[key] = max(sizes.unsharded, int(zero.get(key, 0)))
         if self.offload_device is not None:
             offload = zero["offload_param"]
-            offload.setdefault("pin_memory", torch.cuda.is_available())
+            offload.setdefault("pin_memory", accelerator.is_available())
             if self.offload_device == "nvme":
                 offload["nvme_path"] = str(self.nvme_folder(scratch))
                 # DeepSpeed's own are of 1e8 elements, 200 MB each, and are locked into RAM whether they are used or not

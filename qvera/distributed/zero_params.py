@@ -15,6 +15,7 @@ from torch import nn
 from qvera.config.schema import Recipe
 from qvera.distributed.deepspeed_import import deepspeed_module, return_buffers_at_once
 from qvera.distributed.zero_config import Sizes, ZeroConfig
+from qvera.utils import accelerator
 from qvera.utils.errors import InputError
 
 
@@ -82,7 +83,7 @@ class BaseSharder:
         self._first: dict[bool, nn.Parameter] = {}
         self.folder = config.nvme_folder(self.scratch)  # None: not on NVMe
         self.discard()  # the files of a run that was killed
-        if not torch.cuda.is_available():
+        if not accelerator.is_available():
             return_buffers_at_once()
 
     def expect(self, largest_weight: int, weights_per_layer: int) -> None:

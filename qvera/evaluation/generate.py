@@ -18,7 +18,7 @@ from qvera.adapters import LowRankPath
 from qvera.distributed.zero_params import any_sharded, is_sharded
 from qvera.models import linear
 from qvera.models.loader import causal_model, takes_prefix_once
-from qvera.utils import memory
+from qvera.utils import accelerator, memory
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def generate(
     answers: dict[int, str] = {}
     by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     # sampling must not move the training run's random state
-    forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    forked = accelerator.forked_random_state()
     with generating(model, base_only=adapters is not None), forked:
         torch.manual_seed(seed)
         prefix = _common_prefix(prompts) if takes_prefix_once(model) and streamer is None and adapters is None else 0

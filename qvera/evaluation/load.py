@@ -19,6 +19,7 @@ from qvera.data import NAMED_TEMPLATES
 from qvera.evaluation.run_info import load_run_recipe, read_certificate
 from qvera.models import loader
 from qvera.models.hub import base_directory
+from qvera.utils import accelerator
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.files import file_sha256, read_json, try_read_json
 from qvera.utils.formatting import first_of
@@ -265,7 +266,7 @@ def _load_merged_base(target: EvalTarget) -> loader.Base:
     if target.merged["base"]["weights"] == "original":
         return _load_stored(base_directory(section))
     changes = {key: trained[key] for key in ("quantization", "double_quant") if key in trained}
-    if loader.pick_device().type == "cpu":
+    if not accelerator.is_available():
         # as load_exported computes there, so that the change of the weights is all that differs
         changes["compute_dtype"] = "float32"
     return loader.load_base(section.replace(**changes))
@@ -310,7 +311,7 @@ def _load_stored(directory: Path) -> loader.Base:
             "writes. A run or an adapter on this base can be evaluated."
         )
     try:
-        loaded = loader.load_exported(directory, loader.pick_device())
+        loaded = loader.load_exported(directory, accelerator.current_device())
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(
             f"{directory}: can't be loaded as a causal language model: {first_line(error)} Expected a finished export."

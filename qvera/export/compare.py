@@ -14,9 +14,9 @@ from torch import nn
 
 from qvera.data import IGNORED, Example, collate
 from qvera.evaluation.evaluate import hidden_states
-from qvera.models.loader import causal_model, exported_bytes, load_exported, pick_device
+from qvera.models.loader import causal_model, exported_bytes, load_exported
 from qvera.models.loss import Head
-from qvera.utils import formatting, memory
+from qvera.utils import accelerator, formatting, memory
 
 BATCH_TOKENS = 2048
 """Tokens of a batch, padding included: each batch dequantizes (or casts) all weights once, so single rows would take
@@ -50,7 +50,7 @@ def _logits(model: nn.Module, rows: list[Example], pad_id: int) -> tuple[torch.T
 
 def too_little_memory(exported_dir: Path, trained_bytes: int) -> str | None:
     """Why the two models can't be compared in the memory there is; None where ``trained_bytes`` and the export fit."""
-    device = pick_device()
+    device = accelerator.current_device()
     needed, available = trained_bytes + exported_bytes(exported_dir, device), memory.available_bytes(device)
     if needed <= available:
         return None

@@ -19,11 +19,11 @@ from qvera.config.schema import ExportSection, ModelSection
 from qvera.export.deltas import TokenTable, read_deltas, token_tables
 from qvera.export.stream import TrainedBaseReader, one_thread_each
 from qvera.models.hub import base_directory
-from qvera.models.loader import pick_compute_dtype, pick_device
+from qvera.models.loader import pick_compute_dtype
 from qvera.models.model_config import empty_model, require_own_weights
 from qvera.models.safetensors_stream import Block, CheckpointReader, in_order, write_index, write_shard
 from qvera.models.tokenizer import ADDED_ROWS, ids_of, load_tokenizer
-from qvera.utils import memory
+from qvera.utils import accelerator, memory
 from qvera.utils.atomic import OutputDirectory, disk_errors, place_files, replace_text, require_space
 from qvera.utils.errors import InputError, Interrupted, RunFailed
 from qvera.utils.files import file_sha256
@@ -104,7 +104,7 @@ class _MergedExport:
         read_adapter(adapter_dir)  # a broken adapter is found before a base is downloaded
         self.source_dir = base_directory(section)
         self.dtype: torch.dtype = getattr(torch, options.dtype)
-        self.compute_dtype = pick_compute_dtype(section.compute_dtype, pick_device())
+        self.compute_dtype = pick_compute_dtype(section.compute_dtype, accelerator.current_device())
         self.entries = checkpoint_tensors(self.source_dir)
         self.stamps = file_stamps(self.entries)
         self.config = AutoConfig.from_pretrained(self.source_dir, trust_remote_code=section.trust_remote_code)

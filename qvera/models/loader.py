@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from qvera.models.mmap import NotMappable, WeightSharder, load_mapped
 from qvera.models.model_config import empty_model, load_config, require_own_weights
 from qvera.models.quantize_checkpoint import NotPlain
 from qvera.models.tokenizer import ids_of, load_tokenizer, place_token_rows
+from qvera.utils import accelerator
 from qvera.utils.cache_dir import StageProgress
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.formatting import first_of
@@ -43,22 +43,15 @@ class Base:
     """What was read back from the loaded modules (`read_back`)."""
 
 
-def pick_device() -> torch.device:
-    """CUDA when there is one, else CPU. Under a launcher each process takes the card of its LOCAL_RANK."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cpu")
-
-
 def pick_compute_dtype(name: str, device: torch.device) -> torch.dtype:
     """The torch dtype of a recipe's ``compute_dtype``; ``auto`` asks the device what it multiplies fast.
 
-    ``auto`` gives bfloat16 where the hardware has it, else float16 on CUDA and float32 on a CPU.
+    ``auto`` gives bfloat16 where the hardware has it, else float16 on an accelerator and float32 on a CPU.
     """
     if name != "auto":
         return getattr(torch, name)
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if accelerator.is_accelerator(device):
+        return torch.bfloat16 if accelerator.multiplies_bfloat16(device) else torch.float16
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     if capabilities:
         fast = any(capabilities.get(k) for k in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
@@ -86,7 +79,7 @@ def load_base(
         InputError: there is no causal language model at that path, its weights are not those of its config, or what was
             loaded is not what the recipe says.
     """
-    device = device or pick_device()
+    device = device or accelerator.current_device()
     dtype = pick_compute_dtype(section.compute_dtype, device)
     name = resolve_path(section.path)
     tokenizer = load_tokenizer(section)
@@ -297,11 +290,11 @@ def _plain_attention(model: PreTrainedModel | PeftModel) -> bool:
 
 
 def load_exported(directory: Path, device: torch.device) -> PreTrainedModel:
-    """The checkpoint in evaluation mode: as plain transformers loads it on CUDA, mapped and computing in fp32 on a CPU.
+    """The checkpoint in evaluation mode: mapped, in fp32, on a CPU; as plain transformers loads it on an accelerator.
 
     fp16 products are slow or missing on CPUs; fp32 holds every value of the file exactly.
     """
-    if device.type == "cuda":
+    if accelerator.is_accelerator(device):
         return AutoModelForCausalLM.from_pretrained(directory, dtype="auto", device_map={"": device}).eval()
     try:
         return load_mapped(directory, AutoConfig.from_pretrained(directory), torch.float32, device)
@@ -312,6 +305,6 @@ def load_exported(directory: Path, device: torch.device) -> PreTrainedModel:
 def exported_bytes(directory: Path, device: torch.device) -> int:
     """Memory that `load_exported` takes on ``device``, from the headers; mapped, one cast weight at a time."""
     entries = checkpoint_tensors(directory)
-    if device.type == "cuda":
+    if accelerator.is_accelerator(device):
         return sum(file.stat().st_size for file in {e.file for e in entries})
     return 4 * max(math.prod(e.shape) for e in entries)

@@ -5,7 +5,7 @@ Layout of ``checkpoints/step-00000100/``::
     vectors.safetensors     name → fp32 vector, the names of the adapter file
     optimizer.safetensors   "name/key" → tensor of the optimizer's state for that vector
     state.json              step, recipe, schedule, scalars of the optimizer, early-stopping state, earlier results
-    random.safetensors      torch's generator states (uint8): "cpu", "cuda"; of rank k above 0 "cpu.k", "cuda.k"
+    random.safetensors      torch's generator states (uint8) by device type: "cpu", "cuda"; of rank k > 0 "cpu.k", ..
     manifest.json           SHA-256 and size of each file; written last
 
 Everything is written under a temporary name, flushed, and renamed. Nothing is pickled.
@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qvera.distributed.group import Group
+from qvera.utils import accelerator
 from qvera.utils.atomic import disk_errors, flush
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.files import file_sha256
@@ -229,10 +230,10 @@ def restore(
     for name in states.keys() & vectors.keys():
         optimizer.state[vectors[name]] = states[name]
     suffix = f".{rank}" if rank else ""
-    if f"cpu{suffix}" in checkpoint.random:
-        torch.set_rng_state(checkpoint.random[f"cpu{suffix}"])
-    if f"cuda{suffix}" in checkpoint.random and torch.cuda.is_available():
-        torch.cuda.set_rng_state(checkpoint.random[f"cuda{suffix}"])
+    own = {name.removesuffix(suffix): state for name, state in checkpoint.random.items() if name.endswith(suffix)}
+    if "cpu" in own:
+        torch.set_rng_state(own["cpu"])
+    accelerator.set_random_state(own)
 
 
 def prune(directory: Path, keep: int, also: set[int]) -> None:
@@ -262,5 +263,5 @@ def _optimizer_state(
 def random_state(rank: int = 0) -> dict[str, torch.Tensor]:
     """This process's generator states under the names that a checkpoint gives those of ``rank``."""
     suffix = f".{rank}" if rank else ""
-    cuda = {f"cuda{suffix}": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
-    return {f"cpu{suffix}": torch.get_rng_state(), **cuda}
+    states = {"cpu": torch.get_rng_state(), **accelerator.random_state()}
+    return {f"{name}{suffix}": state for name, state in states.items()}

@@ -11,6 +11,7 @@ from transformers import get_scheduler
 
 from qvera.config.schema import RangeTest, TrainingSection
 from qvera.models import quantization
+from qvera.utils import accelerator
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def build_optimizer(section: TrainingSection, vectors: dict[str, nn.Parameter]) 
     groups: list[dict[str, Any]] = [{"params": list(vectors.values())}]
     if section.optim == "adamw":
         return torch.optim.AdamW(groups, **settings)
-    if section.optim.startswith("paged") and not torch.cuda.is_available():
+    if section.optim.startswith("paged") and not accelerator.pages_optimizer_state():
         raise InputError(
             f"training.optim: {section.optim} pages its state through CUDA, and there is no GPU here; use adamw."
         )

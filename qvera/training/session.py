@@ -27,7 +27,7 @@ from qvera.distributed.group import Group, for_all
 from qvera.distributed.zero_config import load_zero_config
 from qvera.distributed.zero_params import BaseSharder
 from qvera.evaluation import evaluate
-from qvera.models.loader import Base, enable_checkpointing, load_base, pick_device, require_packing, takes_prefix_once
+from qvera.models.loader import Base, enable_checkpointing, load_base, require_packing, takes_prefix_once
 from qvera.models.tokenizer import load_tokenizer
 from qvera.training.checkpoint import TrainState
 from qvera.training.engine import LocalEngine, ZeroEngine, trained_vectors
@@ -45,7 +45,7 @@ from qvera.training.rank_checks import (
     count_nodes,
 )
 from qvera.training.run_dir import plain_json
-from qvera.utils import memory
+from qvera.utils import accelerator, memory
 from qvera.utils.errors import InputError, RunFailed
 from qvera.utils.formatting import size
 
@@ -68,7 +68,7 @@ class TrainingSession:
         if (word := recipe.deepspeed) is not None:
             group.agree(lambda: require_deepspeed(word))
         check_same_setup(recipe, group, self.console)
-        self.device = pick_device()
+        self.device = accelerator.current_device()
         torch.manual_seed((recipe.training.seed + group.rank) % 2**64)  # ranks drop out different elements
         if recipe.training.full_determinism:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -253,12 +253,12 @@ class TrainingSession:
         Raises:
             InputError: memory ran out; names the rows and what would make them fit.
         """
-        recipe, model, on_gpu = self.recipe, self.model, self.device.type == "cuda"
+        recipe, model = self.recipe, self.model
         joinable = recipe.data.prefix_once and takes_prefix_once(model)
         examples = [self.datasets.train[i] for i in longest_rows(recipe, self.datasets.train, joinable, self.steps)]
         was_training = model.training
         try:
-            with torch.random.fork_rng(devices=[self.device] if on_gpu else []):
+            with accelerator.forked_random_state():
                 model.train()
                 nll, trained = self._nll(examples)
                 vectors = list(trained_vectors(model).values())
@@ -272,8 +272,7 @@ class TrainingSession:
             for module in model.modules():
                 if isinstance(module, SharedProjection):
                     module.inputs.forget()
-            if on_gpu:
-                torch.cuda.empty_cache()
+            accelerator.empty_cache()
 
     def _does_not_fit(self, examples: list[Example]) -> InputError:
         recipe, plan = self.recipe, self.plan

@@ -28,7 +28,7 @@ from qvera.training.optim import build_schedule, optimizer_bytes
 from qvera.training.plan import planned_steps
 from qvera.training.run_dir import check_run_dir, newest_checkpoint, plain_json, run_lock, write_run
 from qvera.training.session import TrainingSession
-from qvera.utils import memory
+from qvera.utils import accelerator, memory
 from qvera.utils.atomic import disk_errors, replace_text
 from qvera.utils.errors import InputError, Interrupted, RunFailed
 from qvera.utils.signals import StopRequests
@@ -335,7 +335,7 @@ class Trainer(TrainingSession):
         The ranks wait for it: a launcher that sees one leave with 75 ends the others.
         """
         state, watch = self.state, self.watch
-        mapped_bytes = 0 if self.device.type == "cuda" else memory.mapped_weights_bytes()
+        mapped_bytes = 0 if accelerator.is_accelerator(self.device) else memory.mapped_weights_bytes()
         processes = self.group.gather({"host": self.group.host, "peak_bytes": watch.peak_bytes})
         self.run["status"] = status
         self.run["processes"]["ranks"] = processes

@@ -13,17 +13,16 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from qvera.utils import accelerator
+
 if TYPE_CHECKING:
     import torch
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Memory held now: tensors on the CUDA device, or `private_bytes` of this process."""
-    if device.type != "cuda":
-        return private_bytes()
-    import torch
-
-    return torch.cuda.memory_allocated(device)
+    """Memory held now: tensors on the accelerator, or `private_bytes` of this process."""
+    allocated = accelerator.allocated_bytes(device)
+    return private_bytes() if allocated is None else allocated
 
 
 def private_bytes() -> int:
@@ -74,38 +73,33 @@ def mapped_weights_bytes() -> int:
 
 
 class PeakWatch:
-    """Record the peak memory of a with-block: sampled every 20 ms on a CPU, counted by torch on CUDA."""
+    """Record the peak memory of a with-block: counted by the accelerator's allocator, else sampled every 20 ms."""
 
     INTERVAL_SECONDS = 0.02
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._highest_bytes = 0
+        self._counted = False
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> PeakWatch:
-        if self.device.type == "cuda":
-            import torch
-
-            torch.cuda.reset_peak_memory_stats(self.device)
-        else:
+        self._counted = accelerator.reset_peak(self.device)
+        if not self._counted:
             self._thread = threading.Thread(target=self._sample, daemon=True)
             self._thread.start()
         return self
 
     def _sample(self) -> None:
         while not self._done.wait(self.INTERVAL_SECONDS):
-            self._highest_bytes = max(self._highest_bytes, private_bytes())
+            self._highest_bytes = max(self._highest_bytes, memory_bytes(self.device))
 
     @property
     def peak_bytes(self) -> int:
-        """Private bytes of the process (CPU), or bytes of tensors on the device (CUDA): the maximum so far."""
-        if self.device.type == "cuda":
-            import torch
-
-            return torch.cuda.max_memory_allocated(self.device)
-        return max(self._highest_bytes, private_bytes())
+        """Private bytes of the process (CPU), or bytes of tensors on the accelerator: the maximum so far."""
+        counted = accelerator.peak_bytes(self.device) if self._counted else None
+        return max(self._highest_bytes, memory_bytes(self.device)) if counted is None else counted
 
     def __exit__(self, *_: object) -> None:
         if self._thread is not None:
@@ -114,11 +108,9 @@ class PeakWatch:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that can still be allocated: on the CUDA device, or in RAM within the limit of the process's cgroup."""
-    if device.type == "cuda":
-        import torch
-
-        return torch.cuda.mem_get_info(device)[0]
+    """Memory that can still be allocated: on the accelerator, or in RAM within the limit of the process's cgroup."""
+    if (known := accelerator.free_and_total_bytes(device)) is not None:
+        return known[0]
     return min([psutil.virtual_memory().available, *_cgroup_available()])
 
 
@@ -151,8 +143,8 @@ def device_name(device: torch.device) -> str:
     """The device in words, with what a timing depends on: the model of the card or processor, and torch's threads."""
     import torch
 
-    if device.type == "cuda":
-        return f"cuda: {torch.cuda.get_device_name(device)}"
+    if accelerator.is_accelerator(device):
+        return accelerator.device_name(device)
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo", encoding="utf-8") as handle:
         name = next(line.split(":", 1)[1].strip() for line in handle if line.startswith("model name"))

@@ -15,7 +15,7 @@ from qvera.adapters.save_load import adapter_facts, attach, named_vectors, save_
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.models import linear as frozen
 from qvera.models import quantization as quantize
-from qvera.models.loader import enable_checkpointing, load_base, pick_compute_dtype, pick_device
+from qvera.models.loader import enable_checkpointing, load_base, pick_compute_dtype
 from qvera.models.tokenizer import load_tokenizer
 from qvera.utils.errors import InputError, RunFailed
 from qvera.utils.safetensors_io import base_fingerprint
@@ -264,14 +264,6 @@ def test_compute_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     for supported, dtype in ((True, torch.bfloat16), (False, torch.float16)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True, s=supported: s)
         assert pick_compute_dtype("auto", torch.device("cuda")) == dtype
-
-
-def test_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert pick_device() == CPU
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    assert pick_device() == torch.device("cuda", 3)
 
 
 # Attaching an adapter.

@@ -15,7 +15,7 @@ from qvera.adapters.layer import layer_shape
 from qvera.config.schema import ModelSection, Recipe
 from qvera.models.linear import BLOCK_WEIGHTS, backward_by_blocks
 from qvera.models.loader import pick_compute_dtype
-from qvera.utils import memory
+from qvera.utils import accelerator, memory
 from qvera.utils.errors import InputError
 
 _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
@@ -147,7 +147,7 @@ class Machine:
     """Where the run takes place, and how much memory there is."""
 
     name: str
-    device_type: str  # cpu or cuda
+    device_type: str  # cpu, cuda, xpu, ..
     dtype: torch.dtype  # the compute dtype
     mapped_base: bool  # base, embeddings and head lie in a mapped file: pages that can be dropped and shared
     available_bytes: int  # device memory, or the RAM that is free for this process and what it holds already
@@ -157,8 +157,8 @@ class Machine:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether it is a GPU."""
-        return self.device_type == "cuda"
+        """Whether it is an accelerator."""
+        return accelerator.is_accelerator(self.device_type)
 
 
 def parse_size(text: str) -> int:
@@ -187,10 +187,14 @@ def this_machine(section: ModelSection, device: torch.device) -> Machine:
     """The machine that this process runs on, with what the process holds right now."""
     dtype = pick_compute_dtype(section.compute_dtype, device)
     name = memory.device_name(device)
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        context = max(total - free - torch.cuda.memory_reserved(device), CUDA_CONTEXT_BYTES)
-        return Machine(name, "cuda", dtype, False, total, context_bytes=context)
+    if accelerator.is_accelerator(device):
+        known = accelerator.free_and_total_bytes(device)
+        if known is None:  # it shares the RAM
+            available = memory.available_bytes(device)
+            return Machine(name, device.type, dtype, False, available, context_bytes=CUDA_CONTEXT_BYTES)
+        free, total = known
+        context = max(total - free - (accelerator.reserved_bytes(device) or 0), CUDA_CONTEXT_BYTES)
+        return Machine(name, device.type, dtype, False, total, context_bytes=context)
     runtime = memory.private_bytes()
     mapped = section.quantization in ("nf4", "fp4")  # `qvera.models.mmap`; unusual checkpoints are held instead
     available = memory.available_bytes(device) + runtime

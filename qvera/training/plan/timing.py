@@ -11,6 +11,7 @@ from qvera.models import quantization
 from qvera.training.plan.plan import Plan
 from qvera.training.plan.run import PlannedRun
 from qvera.training.plan.sharding import passes_of
+from qvera.utils import accelerator
 
 _WEIGHTS_PROBED = 2**20
 _TOKENS_PROBED = 1024
@@ -69,8 +70,7 @@ def _seconds(run: Callable[[], object]) -> float:
     while spent < _BUDGET_SECONDS:
         began = time.perf_counter()
         run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        accelerator.synchronize()
         seconds = time.perf_counter() - began
         best, spent = min(best, seconds), spent + seconds
     return best

@@ -1,0 +1,191 @@
+"""The accelerator: the one file that asks torch which device there is, what it can do, and how much memory it has.
+
+A device is a CPU or an accelerator (CUDA, ROCm, XPU, MPS, or a backend that registered itself), and everything else in
+the package asks no further. `torch.accelerator` names the device; its module (`torch.get_device_module`) answers the
+rest, which torch 2.9 and all later versions do for every backend. What a backend does not count (MPS has no peak) is
+None here, and the caller falls back to the memory of the process.
+
+CUDA-only, and marked so below: whether 16-bit products are emulated, and memory that pages itself.
+
+Imports torch only where a function needs it. Run so far on a CPU and on the fake accelerator of the tests (tests/gpu);
+on none of the real ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+def is_available() -> bool:
+    """Whether this machine has an accelerator that torch can use."""
+    import torch
+
+    return torch.accelerator.is_available()
+
+
+def device_count() -> int:
+    """How many accelerators this process sees; 0 on a machine without one."""
+    import torch
+
+    return torch.accelerator.device_count() if is_available() else 0
+
+
+def current_device() -> torch.device:
+    """The accelerator of this process, else the CPU. Under a launcher each process takes the one of its LOCAL_RANK."""
+    import torch
+
+    found = torch.accelerator.current_accelerator() if is_available() else None
+    if found is None:
+        return torch.device("cpu")
+    return torch.device(found.type, int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def use_device(index: int) -> None:
+    """Make the accelerator of this number the one that torch takes where none is named; nothing on a CPU."""
+    import torch
+
+    if is_available():
+        torch.accelerator.set_device_index(index)
+
+
+def is_accelerator(device: torch.device | str) -> bool:
+    """Whether a device, or a device type such as ``cuda``, is an accelerator: not a CPU, and not ``meta``."""
+    return str(device).partition(":")[0] not in ("cpu", "meta")
+
+
+def synchronize() -> None:
+    """Wait until the accelerator has done what it was given; nothing on a CPU."""
+    import torch
+
+    if is_available():
+        torch.accelerator.synchronize()
+
+
+def empty_cache() -> None:
+    """Give memory that the accelerator's allocator keeps, and no tensor uses, back to the system."""
+    if is_available() and (empty := _function(current_device(), "empty_cache")) is not None:
+        empty()
+
+
+def free_and_total_bytes(device: torch.device) -> tuple[int, int] | None:
+    """Memory of an accelerator that no process holds, and all it has; None where that is not known (MPS)."""
+    ask = _function(device, "mem_get_info")
+    return None if ask is None else ask(device)
+
+
+def allocated_bytes(device: torch.device) -> int | None:
+    """Bytes of tensors on an accelerator now; None where it does not count them."""
+    return _bytes(device, "memory_allocated", of_mps="current_allocated_memory")
+
+
+def reserved_bytes(device: torch.device) -> int | None:
+    """Bytes that the allocator of this process holds on an accelerator; None where it does not count them."""
+    return _bytes(device, "memory_reserved", of_mps="driver_allocated_memory")
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """The most bytes of tensors at one time since `reset_peak`; None where the accelerator keeps no peak (MPS)."""
+    return _bytes(device, "max_memory_allocated")
+
+
+def peak_reserved_bytes(device: torch.device) -> int | None:
+    """The most bytes that the allocator held since `reset_peak`; None where the accelerator keeps no peak (MPS)."""
+    return _bytes(device, "max_memory_reserved")
+
+
+def reset_peak(device: torch.device) -> bool:
+    """Start the peak of `peak_bytes` anew; False where the accelerator keeps none."""
+    reset = _function(device, "reset_peak_memory_stats")
+    if reset is not None:
+        reset(device)
+    return reset is not None
+
+
+def device_name(device: torch.device) -> str:
+    """The type and, where the accelerator says it, the model of a card, such as ``cuda: NVIDIA H100``."""
+    ask = _function(device, "get_device_name")
+    return device.type if ask is None else f"{device.type}: {ask(device)}"
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether an accelerator has products in bfloat16, in hardware."""
+    import torch
+
+    ask = _function(device, "is_bf16_supported")
+    if ask is None:  # a backend that registered itself names the dtypes that autocast may take
+        dtypes = _function(device, "get_amp_supported_dtype")
+        return dtypes is not None and torch.bfloat16 in dtypes()
+    # CUDA only: cards before Ampere emulate these products, which takes longer than fp32
+    return ask(including_emulation=False) if device.type == "cuda" else ask()
+
+
+def pages_optimizer_state() -> bool:
+    """Whether there is memory that moves between card and RAM by itself, as bitsandbytes' paged optimizers need it.
+
+    CUDA only (`cudaMallocManaged`).
+    """
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def collective_backend() -> str:
+    """What `torch.distributed.init_process_group` takes: gloo for control, the accelerator's own for its tensors."""
+    import torch
+
+    if not is_available():
+        return "gloo"
+    kind = current_device().type
+    try:
+        return f"cpu:gloo,{kind}:{torch.distributed.get_default_backend_for_device(kind)}"
+    except ValueError:  # torch knows none for it
+        return "gloo"
+
+
+def random_state() -> dict[str, torch.Tensor]:
+    """The generator state (uint8) of the accelerator by its type, such as ``cuda``; empty where there is none."""
+    device = current_device()
+    ask = _function(device, "get_rng_state")
+    return {} if ask is None else {device.type: ask()}
+
+
+def set_random_state(states: dict[str, torch.Tensor]) -> None:
+    """Take over what `random_state` gave. The state of another type of device is left alone."""
+    device = current_device()
+    give = _function(device, "set_rng_state")
+    if give is not None and device.type in states:
+        give(states[device.type])
+
+
+@contextlib.contextmanager
+def forked_random_state() -> Iterator[None]:
+    """A context that leaves the generators of CPU and accelerator as they were before it."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):  # it can't fork MPS, whose functions take no device
+        before = random_state()
+        try:
+            yield
+        finally:
+            set_random_state(before)
+
+
+def _function(device: torch.device, name: str) -> Callable[..., Any] | None:
+    """A function of an accelerator's module by its name; None where it has none, and on a CPU."""
+    import torch
+
+    return getattr(torch.get_device_module(device), name, None) if is_accelerator(device) else None
+
+
+def _bytes(device: torch.device, name: str, of_mps: str = "") -> int | None:
+    """What the function of that name says of the device; MPS has other names, and one device."""
+    if (ask := _function(device, name)) is not None:
+        return ask(device)
+    ask = _function(device, of_mps)
+    return None if ask is None else ask()

@@ -1,0 +1,104 @@
+"""One file asks torch about the accelerator, and copes with backends that answer less than CUDA does."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import qvera
+from qvera.utils import accelerator, memory
+
+CUDA = torch.device("cuda", 0)
+MPS = torch.device("mps", 0)
+
+
+def with_device(monkeypatch: pytest.MonkeyPatch, device: torch.device, **functions: Any) -> None:
+    """Let torch say that it has this accelerator, whose module has these functions and no others."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: device)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "get_device_module", lambda _: SimpleNamespace(**functions))
+
+
+def test_no_other_file_asks_whether_it_is_cuda() -> None:
+    package = Path(qvera.__file__).parent
+    asks = re.compile(r"torch\.(cuda|xpu|mps|accelerator)\b|[!=]= *[\"']cuda[\"']|is_cuda\b")
+    found = {str(file.relative_to(package)) for file in package.rglob("*.py") if asks.search(file.read_text("utf-8"))}
+    assert found == {"utils/accelerator.py"}
+
+
+def test_the_device_is_the_accelerator_of_the_local_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert accelerator.current_device() == torch.device("cpu")
+    assert accelerator.device_count() == 0 and accelerator.collective_backend() == "gloo"
+    with_device(monkeypatch, torch.device("xpu"))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert accelerator.current_device() == torch.device("xpu", 1)
+    assert accelerator.device_count() == 2 and accelerator.collective_backend() == "cpu:gloo,xpu:xccl"
+    with_device(monkeypatch, torch.device("cuda"))
+    assert accelerator.collective_backend() == "cpu:gloo,cuda:nccl"
+
+
+def test_which_devices_are_accelerators() -> None:
+    assert [accelerator.is_accelerator(kind) for kind in ("cpu", "meta", "cuda", "xpu", "mps")] == [False] * 2 + [
+        True
+    ] * 3
+
+
+def test_memory_as_cuda_counts_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[torch.device] = []
+    with_device(
+        monkeypatch,
+        CUDA,
+        mem_get_info=lambda device: (3, 10),
+        memory_allocated=lambda device: 4,
+        max_memory_allocated=lambda device: 6,
+        memory_reserved=lambda device: 5,
+        max_memory_reserved=lambda device: 7,
+        reset_peak_memory_stats=calls.append,
+        get_device_name=lambda device: "a card",
+    )
+    assert accelerator.free_and_total_bytes(CUDA) == (3, 10) and memory.available_bytes(CUDA) == 3
+    assert (accelerator.reserved_bytes(CUDA), accelerator.peak_reserved_bytes(CUDA)) == (5, 7)
+    assert memory.memory_bytes(CUDA) == 4 and memory.device_name(CUDA) == "cuda: a card"
+    with memory.PeakWatch(CUDA) as watch:
+        assert watch.peak_bytes == 6
+    assert calls == [CUDA]
+
+
+def test_memory_where_no_peak_and_no_free_bytes_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As MPS, which shares the machine's RAM."""
+    held = [5]
+    with_device(monkeypatch, MPS, current_allocated_memory=lambda: held[0], driver_allocated_memory=lambda: 8)
+    assert accelerator.free_and_total_bytes(MPS) is None and accelerator.peak_bytes(MPS) is None
+    assert memory.available_bytes(MPS) > 10**6  # of the RAM
+    assert accelerator.reserved_bytes(MPS) == 8 and accelerator.device_name(MPS) == "mps"
+    with memory.PeakWatch(MPS) as watch:
+        held[0] = 9
+        assert watch.peak_bytes == 9
+
+
+@pytest.mark.parametrize("hardware", [True, False])
+def test_bfloat16_must_be_in_hardware(monkeypatch: pytest.MonkeyPatch, hardware: bool) -> None:
+    with_device(monkeypatch, CUDA, is_bf16_supported=lambda including_emulation=True: including_emulation or hardware)
+    assert accelerator.multiplies_bfloat16(CUDA) is hardware
+    with_device(monkeypatch, MPS)
+    assert accelerator.multiplies_bfloat16(MPS) is False
+
+
+def test_random_state_of_cpu_and_accelerator_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = torch.zeros(8, dtype=torch.uint8)
+    with_device(monkeypatch, CUDA, get_rng_state=state.clone, set_rng_state=state.copy_)
+    before = torch.get_rng_state()
+    with accelerator.forked_random_state():
+        torch.rand(3)
+        state.fill_(7)
+    assert torch.equal(torch.get_rng_state(), before) and not state.any()
+    accelerator.set_random_state({"xpu": torch.ones(8, dtype=torch.uint8)})  # of a checkpoint made elsewhere
+    assert not state.any()
+    accelerator.set_random_state({"cpu": before, "cuda": torch.ones(8, dtype=torch.uint8)})
+    assert state.all()
