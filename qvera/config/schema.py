@@ -59,7 +59,7 @@ class ModelSection(Section):
     export carry the rows and ids. Not supported under ZeRO-3."""
     pad_token: str | None = None
     """The token that pads batches: one of the model's or of ``added_tokens``. Default: the tokenizer's own, else its
-    eos token. Padding is masked, so it may be a token that is used elsewhere."""
+    eos token. No row looks at padding, so it may be a token that is used elsewhere."""
     eos_token: str | None = None
     """The token that ends an answer, in place of the tokenizer's (ChatML's ``<|im_end|>``, say): one of the model's or
     of ``added_tokens``."""

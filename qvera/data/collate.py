@@ -35,12 +35,15 @@ LENGTHS_PER_OCTAVE = 8
 """Lengths from each power of two to the next."""
 
 
-def collate(examples: Sequence[Example], pad_id: int, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+def collate(
+    examples: Sequence[Example], pad_id: int, device: torch.device | str = "cpu", masked: bool = True
+) -> dict[str, torch.Tensor]:
     """Rows of different lengths → one batch, padded on the right to the longest.
 
     Args:
         examples: B rows, at least one.
-        pad_id: the token put where a row has ended; it is masked out of attention and loss.
+        pad_id: the token put where a row has ended; no token of the row sees it, and the loss leaves it out.
+        masked: False: no mask, for a causal decoder (`qvera.models.attention.needs_padding_mask`).
 
     Returns:
         ``input_ids`` int64 [B, T]; ``attention_mask`` int64 [B, T], 1 on real tokens; ``labels`` int64 [B, T], the
@@ -48,14 +51,16 @@ def collate(examples: Sequence[Example], pad_id: int, device: torch.device | str
     """
     length = max(len(example.input_ids) for example in examples)
     input_ids = np.full((len(examples), length), pad_id, dtype=np.int64)
-    attention_mask = np.zeros((len(examples), length), dtype=np.int64)
     labels = np.full((len(examples), length), IGNORED, dtype=np.int64)
     for row, example in enumerate(examples):
         end = len(example.input_ids)
         input_ids[row, :end] = example.input_ids
-        attention_mask[row, :end] = 1
         labels[row, :end] = _labels(example)
-    return _tensors({"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}, device)
+    arrays = {"input_ids": input_ids, "labels": labels}
+    if masked:
+        ends = np.array([len(example.input_ids) for example in examples])
+        arrays["attention_mask"] = (np.arange(length) < ends[:, None]).astype(np.int64)
+    return _tensors(arrays, device)
 
 
 def _labels(example: Example) -> np.ndarray:

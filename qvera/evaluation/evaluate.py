@@ -19,6 +19,7 @@ from qvera.distributed.zero_params import any_sharded, gathered
 from qvera.evaluation.generate import generate, generating
 from qvera.evaluation.metrics import TextMetric, exact_match, row_scores, scores_of
 from qvera.models import linear
+from qvera.models.attention import needs_padding_mask
 from qvera.models.loader import causal_model, takes_prefix_once
 from qvera.models.loss import Head, fused_linear_cross_entropy
 
@@ -39,18 +40,20 @@ def make_batch(
         prefix_once: what the rows begin with is computed once for all of them, where that pays.
         packing: one sequence without padding, whether it pays or not (`require_packing`).
     """
-    device = next(model.parameters()).device
+    device, inner = next(model.parameters()).device, causal_model(model)
+    batch = None
     if packing and not takes_prefix_once(model):
-        return collate_prefix_once(examples, device, True, masked=False) or collate(examples, pad_id, device)
-    joins = packing or (prefix_once and takes_prefix_once(model))
-    batch = (collate_prefix_once(examples, device, packing) if joins else None) or collate(examples, pad_id, device)
-    dtype = linear.embedding_dtype(causal_model(model).get_input_embeddings())
+        batch = collate_prefix_once(examples, device, True, masked=False)
+    elif packing or (prefix_once and takes_prefix_once(model)):
+        batch = collate_prefix_once(examples, device, packing)
+    batch = batch or collate(examples, pad_id, device, masked=needs_padding_mask(inner))
+    dtype = linear.embedding_dtype(inner.get_input_embeddings())
     if rounds_lengths(dtype, device.type):
         tokens = batch["input_ids"].shape[1]
-        positions = getattr(causal_model(model).config, "max_position_embeddings", None) or round_up_length(tokens)
+        positions = getattr(inner.config, "max_position_embeddings", None) or round_up_length(tokens)
         batch = pad_batch(batch, max(tokens, min(round_up_length(tokens), positions)), pad_id)
-    sees = batch["attention_mask"]
-    if sees.dim() == 4:  # additive, which both attention implementations take
+    sees = batch.get("attention_mask")
+    if sees is not None and sees.dim() == 4:  # additive, which both attention implementations take
         hidden = torch.full(sees.shape, torch.finfo(dtype).min, dtype=dtype, device=device)
         batch["attention_mask"] = hidden.masked_fill_(sees, 0.0)
     return batch

@@ -15,6 +15,7 @@ from safetensors.numpy import save
 from qvera.config.schema import Recipe
 from qvera.data import Example, Rows, batches_of, collate_prefix_once, steps_per_epoch
 from qvera.data.collate import round_up_length, rounds_lengths
+from qvera.models.attention import needs_padding_mask
 from qvera.models.loader import takes_prefix_once
 from qvera.models.model_config import empty_model
 from qvera.models.tokenizer import ids_of, load_tokenizer
@@ -156,10 +157,11 @@ def make_plan(
     shape = _grown(shape_of(model), recipe)
     attention = recipe.model.attn_implementation
     joinable = recipe.data.prefix_once and attention != "flash_attention_2" and takes_prefix_once(model)
+    masked = needs_padding_mask(model)
     del model
     if isinstance(machine, torch.device):
         machine = this_machine(recipe.model, machine)
-    batch_of = _longest_batch(rows, joinable, rounds_lengths(machine.dtype, machine.device_type))
+    batch_of = _longest_batch(rows, joinable, rounds_lengths(machine.dtype, machine.device_type), masked)
     run = PlannedRun(shape, recipe, batch_of(recipe), machine)
     memory = plan_rank(run, sharing)
     fits = memory.needed_bytes(machine) <= machine.available_bytes
@@ -253,7 +255,7 @@ def _grown(shape: Shape, recipe: Recipe) -> Shape:
     )
 
 
-def _longest_batch(rows: Rows | None, joinable: bool, rounded: bool) -> BatchOf:
+def _longest_batch(rows: Rows | None, joinable: bool, rounded: bool, masked: bool) -> BatchOf:
     """The longest batch over these rows, remembered by what it depends on."""
     if rows is None:
         return assumed_batch
@@ -266,7 +268,7 @@ def _longest_batch(rows: Rows | None, joinable: bool, rounded: bool) -> BatchOf:
             cut = rows if int(rows.lengths.max()) <= key[0] else rows.cut(key[0])
             steps = max(1, planned_steps(recipe, len(cut)))
             chosen = longest_rows(recipe, cut, joinable, steps)
-            batch = batch_of([cut[i] for i in chosen], joinable, recipe.data.packing, rounded)
+            batch = batch_of([cut[i] for i in chosen], joinable, recipe.data.packing, rounded, masked)
             found[key] = replace(batch, token_counts=token_counts(recipe, cut, steps, rounded))
         return found[key]
 
@@ -344,8 +346,10 @@ def _epochs(recipe: Recipe, rows: Sequence[Example], steps: int) -> Iterator[tup
             break
 
 
-def batch_of(examples: Sequence[Example], joinable: bool, packing: bool = False, rounded: bool = False) -> Batch:
-    """These rows as one forward pass, ``rounded`` as in `token_counts`."""
+def batch_of(
+    examples: Sequence[Example], joinable: bool, packing: bool = False, rounded: bool = False, masked: bool = False
+) -> Batch:
+    """These rows as one forward pass, ``rounded`` as in `token_counts`, ``masked`` where padding needs a mask."""
     lengths = [len(e.input_ids) for e in examples]
     trained, rows, longest = sum(e.trained_tokens for e in examples), len(lengths), max(lengths)
     if (joinable or packing) and (joined := collate_prefix_once(examples, packing=packing)) is not None:
@@ -355,4 +359,4 @@ def batch_of(examples: Sequence[Example], joinable: bool, packing: bool = False,
         return Batch(1, tokens, trained, False, True, source, longest, rows if packing else 0)
     tokens = round_up_length(longest) if rounded else longest
     source = f"the longest batch of the data: {rows} x {tokens:,} tokens"
-    return Batch(rows, tokens, trained, min(lengths) < longest, False, source, longest)
+    return Batch(rows, tokens, trained, masked and min(lengths) < longest, False, source, longest)

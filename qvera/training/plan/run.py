@@ -208,7 +208,7 @@ class Batch:
     rows: int  # B
     tokens: int  # S, of each row, padding included; of the one sequence where the rows are joined
     trained_tokens: int  # in all rows; only these reach the head
-    padded: bool  # rows differ in length, so that attention gets a mask
+    padded: bool  # rows differ in length and the model needs a mask for it (`qvera.models.attention`)
     joined: bool  # the rows stand in one sequence (`qvera.data.collate`), with a mask of its own
     source: str  # where it comes from, in words
     longest_row: int  # tokens of the longest row of all, for answers
