@@ -85,6 +85,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
                     logits *= head.scale
                 padded[len(y) :] = 0.0
                 blocked_input_grad(padded, blocks, out=grad[start : start + chunk_tokens])
+            del padded, logits, slope  # or the next chunk would be made beside this one
         if grad is not None:
             ctx.save_for_backward(grad[:tokens])
         return total

@@ -13,6 +13,7 @@ from qvera.data import Datasets, data_sha256
 from qvera.distributed.group import Group, for_all
 from qvera.models.loader import fingerprint_of
 from qvera.training.plan import Plan
+from qvera.training.plan.plan import REFUSED_ABOVE
 from qvera.training.plan.show import change_lines
 from qvera.utils import memory
 from qvera.utils.errors import InputError
@@ -82,9 +83,10 @@ def check_disk_space(folder: Path, share_bytes: int, group: Group) -> None:
 def check_memory(plan: Plan, group: Group, console: Console) -> None:
     """Check that the plan fits on every node. A GPU is one rank's; the RAM of a node is shared by its ranks.
 
+    What does not fit is a warning on CPUs, and on GPUs up to `REFUSED_ABOVE`, as for one process.
+
     Raises:
-        InputError: a GPU has less than its rank needs; says which rank and node. On CPUs that is a warning, as for one
-            process.
+        InputError: a GPU has far less than its rank needs; says which rank and node.
     """
     if group.world_size == 1:
         return
@@ -93,9 +95,10 @@ def check_memory(plan: Plan, group: Group, console: Console) -> None:
     held = 0 if on_gpu else plan.machine.runtime_bytes
     found = group.gather([group.host, plan.needed_bytes - held, plan.machine.available_bytes - held])
     by_host = {host: [rank for rank, one in enumerate(found) if one[0] == host] for host, *_ in found}
-    short = []
+    short, refused = [], False
     for ranks in [[rank] for rank in range(len(found))] if on_gpu else by_host.values():
         needed, free = sum(found[rank][1] for rank in ranks), min(found[rank][2] for rank in ranks)
+        refused = refused or (on_gpu and needed > REFUSED_ABOVE * free)
         if needed > free:
             named = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} on {found[ranks[0]][0]}"
             short.append(
@@ -106,7 +109,7 @@ def check_memory(plan: Plan, group: Group, console: Console) -> None:
     if not short:
         return
     text = f"the plan does not fit everywhere: {'; '.join(short)}."
-    if on_gpu:
+    if refused:
         nodes, per_node = plan.sharing.nodes, plan.sharing.per_node
         hint = f"`qvera plan RECIPE --nodes {nodes} --gpus {per_node}` says what each ZeRO stage would take."
         raise for_all(InputError("\n".join([f"{text} {hint}", *change_lines(plan)])))

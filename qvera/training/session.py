@@ -220,7 +220,8 @@ class TrainingSession:
     def _plan_memory(self) -> Plan | None:
         """The memory plan of one rank, printed in a few lines, and refused where a GPU or a disk lacks the room.
 
-        On a CPU a plan that does not fit is a warning: swap, or other processes that end, may make room.
+        A plan that does not fit is a warning on a CPU, where swap may make room, and where it is near what a GPU has
+        (`Plan.is_refused`).
         """
         recipe, group, console = self.recipe, self.group, self.console
         sharing = Sharing.of(self.zero, *count_nodes(group), group.world_size)
@@ -229,10 +230,11 @@ class TrainingSession:
         except NotPlannable as error:
             self.warn(f"No plan: {error}")
             return None
-        if not plan.fits and plan.machine.on_gpu and group.world_size == 1:
+        if plan.is_refused and group.world_size == 1:
             raise InputError("\n".join(run_lines(plan)))
+        style = None if plan.fits and not plan.is_tight else "yellow"
         for line in run_lines(plan):
-            console.print(line, style=None if plan.fits else "yellow", markup=False, highlight=False, soft_wrap=True)
+            console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
         check_memory(plan, group, console)
         if self.sharder is not None and self.sharder.folder is not None:
             check_disk_space(self.sharder.folder, -(-spread_of(plan.shape).packed // group.world_size), group)
@@ -272,7 +274,6 @@ class TrainingSession:
             for module in model.modules():
                 if isinstance(module, SharedProjection):
                     module.inputs.forget()
-            accelerator.empty_cache()
 
     def _does_not_fit(self, examples: list[Example]) -> InputError:
         recipe, plan = self.recipe, self.plan

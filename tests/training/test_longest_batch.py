@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import subprocess
@@ -10,11 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from qvera.evaluation.report.run_page import write_report
+from qvera.training import session
+from qvera.training.plan import Machine, make_plan
 from qvera.training.session import TrainingSession
 from qvera.training.trainer import train
+from qvera.utils.errors import InputError
 from tests.training.test_trainer import losses, same, vectors
 
 pytestmark = pytest.mark.process
@@ -57,6 +62,25 @@ def test_a_run_ends_with_predicted_and_measured_memory(make_recipe: Any, tmp_pat
         without = write_report(tmp_path / "run").read_text(encoding="utf-8")
         assert "<h2>Memory</h2>" not in without
         assert without.count("<svg") < page.count("<svg")  # the chart of the plan is not there either
+
+
+def test_only_a_plan_that_is_far_too_large_for_a_gpu_is_refused(
+    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(training={"max_steps": 1})
+    card = Machine("a GPU", "cuda", torch.float32, False, 10**10)
+    needed = make_plan(recipe, card).needed_bytes
+    for share, said in ((1.05, "Fits, barely"), (0.9, "Does not fit by the plan")):
+        machine = dataclasses.replace(card, available_bytes=int(needed * share))
+        monkeypatch.setattr(session, "make_plan", lambda recipe, device, *_: make_plan(recipe, machine))  # noqa: B023
+        console = Console(file=io.StringIO(), width=300)
+        train(recipe, tmp_path / str(share), console=console)
+        assert said in console.file.getvalue()  # type: ignore[attr-defined]
+        assert "tries the longest batch" in console.file.getvalue()  # type: ignore[attr-defined]
+    machine = dataclasses.replace(card, available_bytes=int(needed * 0.8))
+    with pytest.raises(InputError, match="Does not fit: needs"):
+        train(recipe, tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
 
 
 _LIMITED = """

@@ -125,6 +125,13 @@ def test_a_gpu_without_room_is_refused_by_rank_and_node(make_recipe: Any) -> Non
     assert caught.value.shared
 
 
+def test_a_gpu_that_is_a_little_too_small_is_a_warning(make_recipe: Any) -> None:
+    plan = planned(make_recipe, Machine("a GPU", "cuda", torch.bfloat16, False, 10**10, 0, 0))
+    console = Console(file=io.StringIO(), width=300)
+    rank_checks.check_memory(plan, Four(others=short_on(3, int(plan.needed_bytes / 1.1))), console)
+    assert "rank 3 on node1 needs " in text_of(console)
+
+
 def test_ranks_of_a_node_share_its_ram_and_too_little_is_a_warning(make_recipe: Any) -> None:
     machine = Machine("a CPU", "cpu", torch.float32, True, 10**10, 10**6, 0)
     plan = planned(make_recipe, machine)

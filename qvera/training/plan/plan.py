@@ -34,6 +34,10 @@ _CANDIDATES = 200
 BatchOf = Callable[[Recipe], Batch]
 """The longest batch of a (changed) recipe."""
 
+REFUSED_ABOVE, TIGHT_ABOVE = 1.15, 0.92
+"""Shares of a GPU's memory. A plan above the first is refused. Between the two the trial of the longest batch decides:
+what the allocator loses to fragmentation is in no plan, and neither is what other processes give back."""
+
 
 @dataclass(frozen=True)
 class Change:
@@ -67,6 +71,17 @@ class Plan(PlannedRun):
     def fits(self) -> bool:
         """Whether the machine has the memory."""
         return self.needed_bytes <= self.machine.available_bytes
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether a run must not start: a GPU is too small by more than a plan can be wrong. RAM has swap behind it."""
+        return self.machine.on_gpu and self.needed_bytes > REFUSED_ABOVE * self.machine.available_bytes
+
+    @property
+    def is_tight(self) -> bool:
+        """Whether the run may or may not fit on the GPU, as far as a plan can tell."""
+        limit = TIGHT_ABOVE * self.machine.available_bytes
+        return self.machine.on_gpu and self.needed_bytes > limit and not self.is_refused
 
     @property
     def trained_parameters(self) -> int:

@@ -85,6 +85,12 @@ def verdict(plan: Plan) -> str:
     memory, machine = plan.memory, plan.machine
     needed = plan.needed_bytes
     have = f"{size(machine.available_bytes)} of {'memory' if machine.on_gpu else 'free RAM'}"
+    if plan.is_tight:
+        word = "Fits, barely" if plan.fits else "Does not fit by the plan"
+        return (
+            f"{word}: needs {size(needed)}, and {machine.name} has {have}. That is too near to tell: "
+            "`qvera train` tries the longest batch before the first step."
+        )
     if not plan.fits:
         return f"Does not fit: needs {size(needed)}, and {machine.name} has {have}."
     if memory.total_bytes > machine.available_bytes:
