@@ -29,7 +29,8 @@ from bench.limits import measured, parse_bytes
 from bench.synthesise import SHAPES, synthesise
 from qvera.config.schema import ModelSection, TrainingSection
 from qvera.evaluation.evaluate import hidden_states
-from qvera.models.loader import enable_checkpointing, load_base
+from qvera.models.checkpointing import enable_checkpointing
+from qvera.models.loader import load_base
 from qvera.models.loss import Head, fused_linear_cross_entropy
 
 

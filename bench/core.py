@@ -34,8 +34,9 @@ from qvera.adapters import QveraLinear
 from qvera.adapters.save_load import attach
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.evaluation.evaluate import batch_nll
+from qvera.models.checkpointing import enable_checkpointing
 from qvera.models.linear import freeze_linears
-from qvera.models.loader import enable_checkpointing, load_base
+from qvera.models.loader import load_base
 from qvera.models.norm_mlp import reduce_saved_activations
 
 BEYOND = "ours r=96, 2 b, a"

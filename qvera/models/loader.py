@@ -254,14 +254,6 @@ def causal_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def enable_checkpointing(model: PreTrainedModel | PeftModel) -> None:
-    """Recompute each decoder layer in backward instead of keeping its activations (non-reentrant)."""
-    base = causal_model(model)
-    # transformers renamed the method in 5.x and warns about the old name
-    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-
-
 _PREFIX_ONCE = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose attention takes positions and a mask [1, 1, T, T] as given; each is tested."""
 

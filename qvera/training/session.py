@@ -27,7 +27,8 @@ from qvera.distributed.group import Group, for_all
 from qvera.distributed.zero_config import load_zero_config
 from qvera.distributed.zero_params import BaseSharder
 from qvera.evaluation import evaluate
-from qvera.models.loader import Base, enable_checkpointing, load_base, require_packing, takes_prefix_once
+from qvera.models.checkpointing import enable_checkpointing
+from qvera.models.loader import Base, load_base, require_packing, takes_prefix_once
 from qvera.models.tokenizer import load_tokenizer
 from qvera.training.checkpoint import TrainState
 from qvera.training.engine import LocalEngine, ZeroEngine, trained_vectors

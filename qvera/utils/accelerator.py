@@ -59,6 +59,18 @@ def is_accelerator(device: torch.device | str) -> bool:
     return str(device).partition(":")[0] not in ("cpu", "meta")
 
 
+def has_own_memory(device: torch.device | str) -> bool:
+    """Whether a device's memory is apart from RAM, so that moving a tensor to RAM frees any; not on a CPU and MPS."""
+    return is_accelerator(device) and str(device).partition(":")[0] != "mps"
+
+
+def computing_stream(device: torch.device) -> torch.Stream:
+    """The stream that kernels of this thread are launched in."""
+    import torch
+
+    return torch.accelerator.current_stream(device)
+
+
 def synchronize() -> None:
     """Wait until the accelerator has done what it was given; nothing on a CPU."""
     import torch

@@ -26,7 +26,8 @@ from qvera.config.schema import AdapterSection, ExportSection, ModelSection
 from qvera.export import export_merged
 from qvera.export.deltas import read_deltas
 from qvera.export.lora import export_lora
-from qvera.models.loader import enable_checkpointing, load_base
+from qvera.models.checkpointing import enable_checkpointing
+from qvera.models.loader import load_base
 from qvera.models.model_config import empty_model
 from tests.adapters.helpers import perturb
 from tests.conftest import small_tokenizer

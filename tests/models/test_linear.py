@@ -15,7 +15,8 @@ from qvera.config.schema import AdapterSection, ModelSection
 from qvera.evaluation.generate import generate, generating
 from qvera.models import linear
 from qvera.models import quantization as quantize
-from qvera.models.loader import enable_checkpointing, load_base
+from qvera.models.checkpointing import enable_checkpointing
+from qvera.models.loader import load_base
 from tests.adapters.helpers import FOUR_BIT, IN, OUT, base_layer, dense_weight, perturb, relative, weight_bytes
 
 QUANTIZED = ("int8", *FOUR_BIT)

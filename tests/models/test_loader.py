@@ -15,7 +15,8 @@ from qvera.adapters.save_load import adapter_facts, attach, named_vectors, save_
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.models import linear as frozen
 from qvera.models import quantization as quantize
-from qvera.models.loader import enable_checkpointing, load_base, pick_compute_dtype
+from qvera.models.checkpointing import enable_checkpointing
+from qvera.models.loader import load_base, pick_compute_dtype
 from qvera.models.tokenizer import load_tokenizer
 from qvera.utils.errors import InputError, RunFailed
 from qvera.utils.safetensors_io import base_fingerprint

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from qvera.adapters.save_load import attach
 from qvera.config.schema import Recipe
-from qvera.models.loader import enable_checkpointing
+from qvera.models.checkpointing import enable_checkpointing
 from qvera.models.loss import Head, fused_linear_cross_entropy
 from tests.conftest import small_llama
 

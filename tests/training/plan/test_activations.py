@@ -11,7 +11,8 @@ import torch
 from qvera.adapters.save_load import attach
 from qvera.config.schema import Recipe, parse_recipe
 from qvera.models import quantization
-from qvera.models.loader import enable_checkpointing, load_base
+from qvera.models.checkpointing import enable_checkpointing
+from qvera.models.loader import load_base
 from qvera.models.model_config import empty_model
 from qvera.training.plan import Batch, Machine, PlannedRun, plan_memory, shape_of
 from qvera.training.plan.memory import four_bit_bytes, optimizer_state_bytes, weight_storage_bytes

@@ -1,0 +1,148 @@
+"""Recompute each decoder layer in backward, and keep only its input: on the device, or in RAM (``offload``).
+
+Offloaded inputs leave the device in a stream of their own while the layers compute, and come back one layer ahead of
+their use:
+
+    forward     layer i runs while its input is copied out; before layer i + 1, what computes waits for that copy, and
+                the device's copy is let go of
+    backward    as layer i is recomputed, the input of layer i - 1 is copied in
+
+So two inputs are on the device at a time, and the rest in page-locked RAM. The copies change no bit. No accelerator has
+run this yet; the tests run it with a thread in the place of the stream.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from qvera.utils import accelerator
+from qvera.utils.copy_stream import CopyStream, PinnedChunks, pairs
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+Mode = bool | Literal["offload"]
+"""What a recipe's ``training.gradient_checkpointing`` comes to."""
+
+INPUTS_ON_DEVICE = 2
+"""Layer inputs that are on the device at a time when they are offloaded: the one in use, and one under way."""
+
+
+class _KeptInput:
+    """The input of one checkpointed layer, wherever it is: what autograd holds in its place."""
+
+    def __init__(self, tensor: torch.Tensor, streams: CopyStream, pool: PinnedChunks, before: _KeptInput | None):
+        self._streams, self._pool = streams, pool
+        self._event: Any = None
+        self._chunks: list[torch.Tensor] = []
+        self._shape, self._dtype, self._device = tensor.shape, tensor.dtype, tensor.device
+        self.before = None if before is None else weakref.ref(before)
+        self.used = False
+        self._tensor: torch.Tensor | None = tensor.detach().contiguous()
+        self._chunks = pool.take(tensor.numel() * tensor.element_size())
+        self._event = streams.copy((chunk, part) for part, chunk in pairs(self._tensor, self._chunks))
+
+    def fetch(self) -> None:
+        """Start to copy it back, unless it is on the device."""
+        if self._tensor is None:
+            self._tensor = torch.empty(self._shape, dtype=self._dtype, device=self._device)
+            self._event = self._streams.copy(pairs(self._tensor, self._chunks))
+
+    def let_go(self) -> torch.Tensor | None:
+        """Give up the tensor on the device; what computes waits first for the copy that it takes part in."""
+        if self._event is not None:
+            self._streams.wait(self._event)
+        tensor, self._tensor, self._event = self._tensor, None, None
+        return tensor
+
+    def __del__(self) -> None:
+        self.let_go()  # of a graph that was dropped its memory must not be used again before the copy is through
+        self._pool.give(self._chunks)
+
+
+class OffloadedInputs:
+    """Packs the inputs that checkpoints save into RAM, and unpacks them, the next one ahead of its use."""
+
+    def __init__(self, streams: CopyStream, pool: PinnedChunks) -> None:
+        self._streams, self._pool = streams, pool
+        self._leaving: _KeptInput | None = None  # its tensor is still on the device
+        self._last: weakref.ref[_KeptInput] | None = None
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor | _KeptInput:
+        """Start to copy a layer's input out. The input before it leaves the device now."""
+        if tensor.device != self._streams.device or not tensor.numel():
+            return tensor
+        if self._leaving is not None:
+            self._leaving.let_go()
+        kept = _KeptInput(tensor, self._streams, self._pool, None if self._last is None else self._last())
+        self._leaving, self._last = kept, weakref.ref(kept)
+        return kept
+
+    def unpack(self, kept: torch.Tensor | _KeptInput) -> torch.Tensor:
+        """The input on the device again. The copy of the one before it is started."""
+        if isinstance(kept, torch.Tensor):
+            return kept
+        self._leaving = None
+        kept.fetch()
+        tensor = kept.let_go()
+        kept.used = True
+        before = None if kept.before is None else kept.before()
+        if before is not None and not before.used:
+            before.fetch()
+        assert tensor is not None
+        return tensor
+
+    def checkpoint(self, function: Callable[..., Any], *args: Any, **settings: Any) -> Any:
+        """`torch.utils.checkpoint.checkpoint`, with the tensors among ``args`` offloaded."""
+        with saved_tensors_hooks(self.pack, self.unpack):
+            return checkpoint(function, *args, **settings)
+
+
+def draws_random_numbers(model: nn.Module) -> bool:
+    """Whether a forward pass in training mode drops elements or adds noise, so that recomputing must draw the same."""
+    config = getattr(model, "config", None)
+    named = config.to_dict().items() if config is not None else ()
+    words = ("drop", "jitter", "noise")
+    by_config = any(isinstance(v, float) and v > 0 and any(word in k for word in words) for k, v in named)
+    return by_config or any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules())
+
+
+def enable_checkpointing(model: PreTrainedModel | PeftModel, mode: Mode = True) -> None:
+    """Recompute each decoder layer in backward instead of keeping its activations (non-reentrant).
+
+    Args:
+        mode: False: keep activations; True: keep a layer's input; ``offload``: keep it in RAM, on a device that has
+            memory of its own (elsewhere this is the same as True).
+    """
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if mode is False:
+        return
+    settings = {"use_reentrant": False, "preserve_rng_state": draws_random_numbers(model)}
+    # transformers renamed the method in 5.x and warns about the old name
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable(settings)
+    device = next(base.parameters()).device
+    if mode == "offload" and accelerator.has_own_memory(device):
+        offload_inputs(base, CopyStream(device), PinnedChunks(), **settings)
+
+
+def offload_inputs(base: nn.Module, streams: CopyStream, chunks: PinnedChunks, **settings: Any) -> None:
+    """Offload the inputs of all layers of ``base`` that are checkpointed."""
+    # transformers makes a leaf of the embeddings, which would stay on the device; only reentrant checkpoints need that
+    base.disable_input_require_grads()  # type: ignore[operator]
+    inputs = OffloadedInputs(streams, chunks)
+    for module in base.modules():
+        if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func"):
+            # transformers' own way of choosing it is a private method
+            module._gradient_checkpointing_func = functools.partial(  # type: ignore[assignment]
+                inputs.checkpoint, **settings
+            )
