@@ -11,7 +11,7 @@ from qvera.data import Example, batches_of, collate, collate_prefix_once
 from qvera.data.collate import LENGTHS_PER_OCTAVE, pad_batch, round_up_length, rounds_lengths
 from qvera.evaluation import evaluate
 from qvera.models.loss import Head, fused_linear_cross_entropy
-from qvera.training.plan.plan import token_counts
+from qvera.training.plan.longest import token_counts
 from qvera.utils import memory
 from tests.conftest import small_llama
 

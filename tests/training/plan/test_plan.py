@@ -16,7 +16,8 @@ from qvera.config.schema import parse_recipe
 from qvera.data import batches_of, build_datasets
 from qvera.models.tokenizer import load_tokenizer
 from qvera.training.plan import Machine, make_plan, parse_size
-from qvera.training.plan.plan import batch_of, changed, longest_rows
+from qvera.training.plan.changes import changed
+from qvera.training.plan.longest import batch_of, longest_rows
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 

@@ -1,0 +1,93 @@
+"""Changes to a recipe that make a run fit: one key with its mildest value, or several keys together."""
+
+import json
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qvera.config.schema import Recipe
+from qvera.training.plan.longest import BatchOf
+from qvera.training.plan.run import PlannedRun
+from qvera.training.plan.sharding import ALONE, Sharing, plan_rank
+
+_SHORTEST_TOKENS, _SMALLEST_RANK, _SMALLEST_CHUNK = 64, 8, 32
+
+
+@dataclass(frozen=True)
+class Change:
+    """Keys of the recipe with their new values, and what the plan then comes to."""
+
+    settings: dict[str, Any]
+    total_bytes: int
+    fits: bool
+
+    def __str__(self) -> str:
+        """As the command line takes them, quoted for a shell. JSON is YAML."""
+        return " ".join("--set " + shlex.quote(f"{key}={json.dumps(value)}") for key, value in self.settings.items())
+
+
+def changed(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
+    """The recipe with ``section.key`` values replaced."""
+    for key, value in settings.items():
+        section, _, name = key.partition(".")
+        part = getattr(recipe, section).replace(**{name: value})
+        recipe = recipe.replace(**{section: part})
+    return recipe
+
+
+def nearest_changes(run: PlannedRun, batch_of: BatchOf, sharing: Sharing = ALONE) -> list[Change]:
+    """Single changes that make the recipe fit, the mildest value of each; where no single one does, they are added up.
+
+    The last resort, all changes at their extreme, is given even where it does not fit.
+    """
+
+    def tried(settings: dict[str, Any]) -> Change:
+        other = changed(run.recipe, settings)
+        memory = plan_rank(replace(run, recipe=other, batch=batch_of(other)), sharing)
+        return Change(settings, memory.total_bytes, memory.needed_bytes(run.machine) <= run.machine.available_bytes)
+
+    steps = list(_steps(run))
+    found = [next((change for value in values if (change := tried({key: value})).fits), None) for key, values in steps]
+    if any(found):
+        return [change for change in found if change is not None]
+    last: list[Change] = []
+    together: dict[str, Any] = {}
+    for key, values in steps:
+        for value in values:
+            together[key] = value
+            last = [tried(dict(together))]
+            if last[0].fits:
+                return last
+    return last
+
+
+def _steps(run: PlannedRun) -> Iterator[tuple[str, list[Any]]]:
+    """Each key that saves memory, with ever smaller values; in the order of what it costs the result of a run."""
+    training, data, adapter = run.recipe.training, run.recipe.data, run.recipe.adapter
+    rows = training.per_device_train_batch_size
+    longest = data.max_length if run.batch.joined else min(data.max_length, run.batch.tokens)
+    few = [name for name in ("q_proj", "v_proj") if any(x.role == name for x in run.shape.linears)]
+    steps: dict[str, list[Any]] = {
+        "training.gradient_checkpointing": [] if training.gradient_checkpointing else [True],
+        "training.per_device_train_batch_size": [
+            n for n in range(rows - 1, 0, -1) if training.global_batch_size % n == 0
+        ],
+        "training.loss_chunk_tokens": _halved(training.loss_chunk_tokens, _SMALLEST_CHUNK),
+        "data.max_length": [n for n in _eighths(longest) if n >= _SHORTEST_TOKENS],
+        "adapter.rank": [r for r in _halved(adapter.rank, _SMALLEST_RANK) if r % adapter.b_groups == 0],
+        "adapter.targets": [few] if len(few) == 2 and adapter.targets != few else [],
+    }
+    return ((key, values) for key, values in steps.items() if values)
+
+
+def _halved(value: int, least: int) -> list[int]:
+    return [value >> times for times in range(1, value.bit_length()) if value >> times >= least]
+
+
+def _eighths(length: int) -> list[int]:
+    """Down in steps of an eighth, rounded to 8 tokens."""
+    found = [length]
+    while found[-1] > 8:
+        found.append(min(int(found[-1] * 7 / 8) // 8 * 8, found[-1] - 8))
+    return found[1:]

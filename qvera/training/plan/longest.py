@@ -1,0 +1,125 @@
+"""The longest forward pass of a run: of its rows where they are here, else what the recipe allows."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from qvera.config.schema import Recipe
+from qvera.data import Example, Rows, batches_of, collate_prefix_once, steps_per_epoch
+from qvera.data.collate import round_up_length
+from qvera.training.plan.run import Batch
+
+BatchOf = Callable[[Recipe], Batch]
+"""The longest batch of a (changed) recipe."""
+
+_CANDIDATES = 200
+"""How many of the longest forward passes are looked at closely."""
+
+
+def longest_batch(rows: Rows | None, joinable: bool, rounded: bool, masked: bool) -> BatchOf:
+    """The longest batch over these rows, remembered by what it depends on."""
+    if rows is None:
+        return assumed_batch
+
+    found: dict[tuple[int, int], Batch] = {}
+
+    def longest(recipe: Recipe) -> Batch:
+        key = recipe.data.max_length, recipe.training.per_device_train_batch_size
+        if key not in found:
+            cut = rows if int(rows.lengths.max()) <= key[0] else rows.cut(key[0])
+            steps = max(1, planned_steps(recipe, len(cut)))
+            chosen = longest_rows(recipe, cut, joinable, steps)
+            batch = batch_of([cut[i] for i in chosen], joinable, recipe.data.packing, rounded, masked)
+            found[key] = replace(batch, token_counts=token_counts(recipe, cut, steps, rounded))
+        return found[key]
+
+    return longest
+
+
+def planned_steps(recipe: Recipe, rows: int) -> int:
+    """Optimizer steps of a run over that many training rows."""
+    training = recipe.training
+    per_epoch = steps_per_epoch(rows, training.global_batch_size)
+    return training.max_steps if training.max_steps >= 0 else math.ceil(training.num_train_epochs * per_epoch)
+
+
+def assumed_batch(recipe: Recipe) -> Batch:
+    """Every row at ``data.max_length``, none padded, all of it trained but what ``data.max_target_length`` excludes."""
+    data, rows, tokens = recipe.data, recipe.training.per_device_train_batch_size, recipe.data.max_length
+    source = f"data.max_length: {rows} x {tokens:,} tokens"
+    targets = rows
+    if data.packing:  # one full sequence; two rows in it, so that attention has a mask of its own
+        source, rows, targets = f"data.max_length: packed into {tokens:,} tokens", 1, 2
+    trained = rows * tokens
+    if data.train_on != "all" and data.max_target_length:
+        trained = min(targets * min(data.max_target_length, tokens), trained)
+    return Batch(rows, tokens, trained, False, data.packing, source, tokens, 1 if data.packing else 0)
+
+
+def longest_rows(recipe: Recipe, rows: Sequence[Example], joinable: bool, steps: int) -> list[int]:
+    """The rows of the forward pass with the most tokens (padding included) among the first ``steps`` steps.
+
+    ``joinable``: rows of a batch may be joined behind their common prefix (`qvera.data.collate`).
+    """
+    candidates: dict[tuple[int, ...], int] = {}
+    for passes, row_tokens in _epochs(recipe, rows, steps):
+        sizes = row_tokens * np.array([1 if recipe.data.packing else len(p) for p in passes], dtype=np.int64)
+        for i in np.argsort(-sizes, kind="stable")[:_CANDIDATES]:
+            candidates[tuple(passes[i])] = int(sizes[i])
+    best, best_tokens = [], -1
+    for members, padded in sorted(candidates.items(), key=lambda item: -item[1])[:_CANDIDATES]:
+        if padded <= best_tokens:
+            break  # joining only makes it less
+        tokens = batch_of([rows[i] for i in members], joinable, recipe.data.packing).all_tokens
+        if tokens > best_tokens:
+            best, best_tokens = list(members), tokens
+    return best
+
+
+def token_counts(recipe: Recipe, rows: Sequence[Example], steps: int, rounded: bool) -> int:
+    """How many different token counts the forward passes of ``steps`` steps have. Joined rows count as padded ones.
+
+    ``rounded``: their lengths are rounded up (`qvera.data.collate`).
+    """
+    found: set[tuple[int, int]] = set()
+    for passes, row_tokens in _epochs(recipe, rows, steps):
+        tokens = [round_up_length(int(n)) for n in row_tokens] if rounded else row_tokens.tolist()
+        found |= set(zip((1 if recipe.data.packing else len(p) for p in passes), tokens, strict=True))
+    return max(1, len(found))
+
+
+def _epochs(recipe: Recipe, rows: Sequence[Example], steps: int) -> Iterator[tuple[list[list[int]], np.ndarray]]:
+    """The forward passes of the first ``steps`` steps, epoch by epoch, with the tokens of a row in each.
+
+    With packing it is the tokens of the whole pass, and no pass has rows of two global batches.
+    """
+    data, batches = recipe.data, batches_of(recipe, rows)
+    size = batches.global_batch_size
+    for epoch in range(-(-steps // batches.per_epoch)):
+        chosen = batches.epoch_order(epoch)[: (steps - epoch * batches.per_epoch) * size]
+        # without packing a global batch is a multiple of a forward pass, so an epoch can be cut as a whole
+        whole = size if data.packing else len(chosen)
+        passes = [p for at in range(0, len(chosen), whole) for p in batches.cut(chosen[at : at + whole].tolist())]
+        counts = np.array([len(p) for p in passes], dtype=np.int64)
+        tokens = np.add if data.packing else np.maximum
+        yield passes, tokens.reduceat(batches.lengths[chosen], np.cumsum(counts) - counts)
+        if data.shuffle is False:
+            break
+
+
+def batch_of(
+    examples: Sequence[Example], joinable: bool, packing: bool = False, rounded: bool = False, masked: bool = False
+) -> Batch:
+    """These rows as one forward pass, ``rounded`` as in `token_counts`, ``masked`` where padding needs a mask."""
+    lengths = [len(e.input_ids) for e in examples]
+    trained, rows, longest = sum(e.trained_tokens for e in examples), len(lengths), max(lengths)
+    if (joinable or packing) and (joined := collate_prefix_once(examples, packing=packing)) is not None:
+        joined_tokens = joined["input_ids"].shape[1]
+        tokens = round_up_length(joined_tokens) if rounded else joined_tokens
+        source = f"the longest batch of the data: {rows} rows joined into {tokens:,} tokens"
+        return Batch(1, tokens, trained, False, True, source, longest, rows if packing else 0)
+    tokens = round_up_length(longest) if rounded else longest
+    source = f"the longest batch of the data: {rows} x {tokens:,} tokens"
+    return Batch(rows, tokens, trained, masked and min(lengths) < longest, False, source, longest)
