@@ -46,6 +46,10 @@ class ModelSection(Section):
     quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] = "bfloat16"
     """The dtype that the packed 4-bit weights are declared as; their bytes are the same. bfloat16 lets ZeRO-3 shard
     them."""
+    stream: Literal["auto"] | Bool = "auto"
+    """Keep the 4-bit decoder layers in RAM and bring each to the GPU right before it is used, so that only two of them
+    take memory there. For a base that is larger than the GPU; the results are the same. Slower where a batch computes
+    for less time than its layers travel. ``auto``: where the base does not fit otherwise. Not with ZeRO-3."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """The attention code of transformers. ``auto``: what transformers picks, usually ``sdpa``. ``flash_attention_2``
     needs the flash-attn package."""
@@ -68,6 +72,8 @@ class ModelSection(Section):
         """Yield keys that contradict each other."""
         if self.quantization == "int8" and self.compute_dtype == "float32":
             yield "compute_dtype", "int8 linears compute in 16 bits; use auto, bfloat16 or float16."
+        if self.stream is True and self.quantization not in ("nf4", "fp4"):
+            yield "stream", f"only 4-bit layers are streamed, and model.quantization is {self.quantization}."
 
 
 class AdapterSection(Section):
@@ -324,6 +330,8 @@ class Recipe(Section):
         elif not self.training.eval_steps:
             for name in used:
                 yield f"training.{name}", "needs training.eval_steps above 0."
+        if self.model.stream is True and self.deepspeed is not None and self.deepspeed.startswith("zero3"):
+            yield "model.stream", "ZeRO-3 brings the layers to the GPU itself; remove one of the two."
         if self.deepspeed is not None and (optim := self.training.optim) != "adamw":
             yield (
                 "training.optim",

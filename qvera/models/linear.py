@@ -8,7 +8,7 @@ every product, which takes six times as long as dequantizing (bench/log.md).
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -161,6 +161,10 @@ class _FrozenForward:
             if tensor is not weight:
                 return fn(tensor)
             probe = fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device))
+            if probe.device != tensor.device and getattr(weight, "streamed", None) is not None:
+                raise RuntimeError(
+                    f"this base is streamed to {tensor.device} (model.stream) and can't be moved to {probe.device}"
+                )
             return fn(tensor) if probe.dtype == tensor.dtype else tensor.to(probe.device)
 
         return super()._apply(guarded, recurse)  # type: ignore[misc]
@@ -168,6 +172,15 @@ class _FrozenForward:
 
 class FrozenLinear4bit(_FrozenForward, Linear4bit):
     """`bitsandbytes.nn.Linear4bit` run by `frozen_linear`."""
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if (
+            streamed := getattr(self.weight, "streamed", None)
+        ) is not None:  # the device holds another layer's bytes now
+            destination[f"{prefix}weight"] = streamed.packed
+            for key, tensor in streamed.state.as_dict(packed=True).items():
+                destination[f"{prefix}weight.{key}"] = tensor
 
 
 class FrozenLinear8bit(_FrozenForward, Linear8bit):

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from qvera.config.schema import ModelSection
 from qvera.distributed.zero_params import whole_numel
-from qvera.models import linear, quantization, quantized_cache
+from qvera.models import linear, quantization, quantized_cache, stream
 from qvera.models.hub import base_directory
 from qvera.models.mmap import NotMappable, WeightSharder, load_mapped
 from qvera.models.model_config import empty_model, load_config, require_own_weights
@@ -83,6 +83,11 @@ def load_base(
     dtype = pick_compute_dtype(section.compute_dtype, device)
     name = resolve_path(section.path)
     tokenizer = load_tokenizer(section)
+    if section.stream is True and sharder is not None:
+        raise InputError(
+            "model.stream: ZeRO-3 divides the base among the ranks, and brings its layers to the device itself. Leave "
+            "model.stream out, or use deepspeed: zero1, zero2 or none."
+        )
     if section.added_tokens and sharder is not None:
         raise InputError(
             "model.added_tokens: ZeRO-3 divides the embedding among the ranks while it is read, and can't give it "
@@ -97,6 +102,11 @@ def load_base(
             raise InputError(
                 f"deepspeed: ZeRO-3 spreads a 4-bit base over the ranks while it reads it, and {name!r} with "
                 f"model.quantization {section.quantization} can't be read so. Use nf4, fp4, zero1, zero2 or none."
+            )
+        if model is None and section.stream is True:
+            raise InputError(
+                f"model.stream: only a base whose layers are 4-bit tensors of a file can be streamed, and {name!r} "
+                f"with model.quantization {section.quantization} can't be read so. Leave model.stream out."
             )
         if model is None:
             model = _load_by_transformers(section, config, dtype, device)
@@ -115,6 +125,8 @@ def load_base(
     facts = read_back(model, section, dtype, prequantized=_is_quantized(config))
     if ids:
         facts["added_tokens"] = ids
+    if (streamed := stream.facts_of(model)) is not None:
+        facts["streamed"] = streamed
     facts["fingerprint"] = fingerprint_of(section)
     return Base(model, tokenizer, facts)
 
@@ -148,7 +160,16 @@ def _load_mapped(
         else:
             directory = quantized_cache.cached_base(section, device=device, progress=progress)
             config = AutoConfig.from_pretrained(directory, trust_remote_code=section.trust_remote_code)
-        return load_mapped(directory, config, dtype, device, _attention(section), section.trust_remote_code, sharder)
+        streamed = section.stream is True
+        if section.stream == "auto" and sharder is None:
+            stored = sum(entry.size_bytes for entry in checkpoint_tensors(directory))
+            streamed = stream.streams_by_itself(stored, device)
+        model = load_mapped(
+            directory, config, dtype, device, _attention(section), section.trust_remote_code, sharder, streamed
+        )
+        if streamed:
+            stream.stream_layers(model, device)
+        return model
     except (NotPlain, NotMappable):
         return None
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -56,6 +57,7 @@ def load_mapped(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     sharder: WeightSharder | None = None,
+    layers_in_ram: bool = False,
 ) -> PreTrainedModel:
     """The causal language model of a checkpoint directory, frozen, in evaluation mode, its big tensors mapped.
 
@@ -68,6 +70,8 @@ def load_mapped(
         trust_remote_code: whether code in the checkpoint may run.
         sharder: takes each packed weight, embedding and head when it is read. These are then private copies, one at a
             time. A head that is the embedding stays whole and mapped: its two users would release it under each other.
+        layers_in_ram: leave the packed weights of the decoder layers in the mapped file, whatever the device is
+            (`qvera.models.stream`).
 
     Raises:
         InputError: a shard is missing or cut short, or a tensor has not the shape that the config says.
@@ -81,6 +85,7 @@ def load_mapped(
     packed, plain = _sorted_by_kind(entries)
     _check_names(model, packed, plain)
     dense = set() if sharder is None else _weights_to_shard(model, config, plain)
+    kept = _names_in_layers(model, packed) if layers_in_ram else set()
     if sharder is not None:
         _announce(sharder, model, [entries[name] for name in (*(f"{name}.weight" for name in packed), *dense)])
         tables = [model.get_input_embeddings(), model.get_output_embeddings()]
@@ -92,7 +97,8 @@ def load_mapped(
             tensors = {entry.name: files[entry.file].get_tensor(entry.name) for entry in statistics}
             if sharder is not None:  # never into the pages of a mapping, which outlive the weight
                 tensors[f"{name}.weight"] = tensors[f"{name}.weight"].clone()
-            _put_four_bit(model, name, tensors, dtype, device, entries[f"{name}.weight"].file)
+            home = torch.device("cpu") if name in kept else device
+            _put_four_bit(model, name, tensors, dtype, home, entries[f"{name}.weight"].file)
             if sharder is not None:
                 del tensors
                 sharder(model.get_submodule(name).weight, table=False)
@@ -113,6 +119,13 @@ def load_mapped(
     with contextlib.suppress(OSError):  # not every model has one
         model.generation_config = GenerationConfig.from_pretrained(directory)
     return model.requires_grad_(False).eval()
+
+
+def _names_in_layers(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
+    """Those of the modules that lie in a decoder layer."""
+    layers = set(decoder_layers(model.get_decoder()))
+    prefixes = tuple(f"{name}." for name, module in model.named_modules() if module in layers)
+    return {name for name in names if name.startswith(prefixes)}
 
 
 def _weights_to_shard(model: PreTrainedModel, config: PretrainedConfig, plain: list[str]) -> set[str]:

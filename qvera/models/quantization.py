@@ -135,6 +135,7 @@ def dequantized_weight(module: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
         RuntimeError: the 4-bit weight has no quantization state, or another library repacked it in place.
     """
     if isinstance(module, Linear4bit):
+        bring(module)
         state = _require_state(module)
         if getattr(state, "packing_format_for_cpu", False):
             raise RuntimeError(
@@ -145,6 +146,39 @@ def dequantized_weight(module: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
     if isinstance(module, Linear8bit):
         return _dequantized_rows(*int8_rows(module)).to(dtype)
     return module.weight.to(dtype)
+
+
+def bring(module: nn.Linear) -> None:
+    """Have the bytes of a streamed linear on its device (`qvera.models.stream`). Call it before each read of a weight.
+
+    Weight and statistics of a streamed linear always point to the device, but to a buffer that other layers use too.
+    """
+    if (streamed := getattr(module.weight, "streamed", None)) is not None:
+        streamed.bring()
+
+
+def stored_tensors(module: Linear4bit) -> list[torch.Tensor]:
+    """Everything of a 4-bit linear that grows with it: the packed weight, its scales, and the scales of those."""
+    state = _require_state(module)
+    return [module.weight.data, state.absmax, *([state.state2.absmax] if state.nested else [])]
+
+
+def replace_tensors(module: Linear4bit, tensors: list[torch.Tensor], device: torch.device) -> None:
+    """Let a 4-bit linear use other tensors in place of its `stored_tensors`; its few constants go to ``device``."""
+    before = module.weight
+    state = copy.copy(_require_state(module))
+    packed, state.absmax = tensors[:2]
+    state.code = state.code.to(device)
+    if state.nested:
+        state.state2, state.offset = copy.copy(state.state2), state.offset.to(device)
+        state.state2.absmax, state.state2.code = tensors[2], state.state2.code.to(device)
+    if isinstance(before, bnb.nn.Params4bit):
+        weight = torch.Tensor._make_subclass(type(before), packed, False)
+    else:  # a tensor that bitsandbytes can't wrap, such as a fake one
+        weight = nn.Parameter(packed, requires_grad=False)
+    weight.__dict__.update(before.__dict__)
+    weight.quant_state = module.quant_state = state
+    module.weight = weight
 
 
 def _state(module: Linear4bit) -> QuantState | None:
@@ -183,6 +217,7 @@ def _dequantized(packed: torch.Tensor, state: QuantState) -> torch.Tensor:
 
 def dequantized_rows(module: nn.Linear, dtype: torch.dtype, rows: int) -> Iterator[tuple[slice, torch.Tensor]]:
     """`dequantized_weight` of a 4-bit layer on a CPU, ``rows`` rows at a time, where its `ends_with_rows`."""
+    bring(module)
     weight, (m, n) = module.weight, (module.out_features, module.in_features)
     state = copy.copy(_require_state(module))
     scales = state.absmax
@@ -327,6 +362,7 @@ def inference_pack(module: nn.Linear) -> tuple[torch.Tensor, QuantState] | None:
     available = getattr(bnb_functional, "has_avx512bf16", None)
     if pack is None or available is None or module.weight.device.type != "cpu" or not available():
         return None
+    bring(module)
     state = _require_state(module)
     rows, columns = state.shape
     if rows % 32 or columns % state.blocksize or columns % 2:
@@ -341,6 +377,7 @@ def fused_matmul(
     if pack is not None:
         return bnb_functional.gemv_4bit(x, pack[0], state=pack[1])
     if x.device.type != "cpu":
+        bring(module)
         return bnb.matmul_4bit(x, module.weight.t(), quant_state=_state(module))
     return None
 

@@ -115,6 +115,7 @@ def require_writable(run_dir: Path) -> None:
 
 
 _FREE = {
+    "model": ("stream",),  # the numbers are the same
     "data": ("tokenize_processes",),  # the rows are the same
     "training": ("output_dir", "save_steps", "save_total_limit", "report_to"),
 }

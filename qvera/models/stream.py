@@ -1,0 +1,237 @@
+"""A 4-bit base larger than the accelerator's memory: its decoder layers stay in RAM, and two are on the device.
+
+The device has two buffers. Layer i uses buffer i mod 2: the packed weights and statistics of its linears point into it
+for good. Whoever reads them calls `LayerStream.use` first (`qvera.models.quantization` does), which waits for the
+layer's bytes and starts the copy of the layer that is likely to be next into the other buffer. So copies run one layer
+ahead of the computation, upwards in forward and downwards in backward. A checkpoint's recomputation of a layer comes
+right before its backward, so one copy serves both: a training pass over L layers copies 2 L - 4 of them.
+
+The computing stream waits for the copy of what it reads. A copy waits for everything that the computing stream was
+given before: the readers of the layer that it overwrites are among it, because they came before the layer that is used
+now. The numbers are those of a base that is on the device, to the bit.
+
+The bytes lie in page-locked RAM. Where there is too little RAM they stay in the mapped file, and a thread reads each
+layer into page-locked RAM shortly before it is copied.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from qvera.distributed.zero_params import decoder_layers
+from qvera.models import quantization
+from qvera.models.quantization import Linear4bit
+from qvera.utils import memory
+from qvera.utils.side_stream import CopyStream, pinned_bytes
+
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
+    from transformers import PreTrainedModel
+
+_ALIGNMENT_BYTES = 512  # of the device's own allocations
+_RESIDENT_SHARE = 0.85
+"""A base that takes more than this share of the free memory leaves too little for activations and answers."""
+_PINNED_SHARE = 0.8
+"""Page-locked RAM can't be swapped out, so the system keeps at least a fifth of what is free."""
+
+
+def streams_by_itself(base_bytes: int, device: torch.device) -> bool:
+    """What ``model.stream: auto`` means where there is no plan: whether the base is too large to be on the device."""
+    return device.type != "cpu" and base_bytes > _RESIDENT_SHARE * memory.available_bytes(device)
+
+
+def stream_layers(model: PreTrainedModel, device: torch.device) -> None:
+    """Stream the 4-bit linears of a model's decoder layers, which are in RAM, to ``device``.
+
+    Everything else of the model has to be on the device already.
+    """
+    layers = [
+        [m for m in layer.modules() if isinstance(m, Linear4bit)] for layer in decoder_layers(model.get_decoder())
+    ]
+    LayerStream([layer for layer in layers if layer], device)
+
+
+def facts_of(model: nn.Module) -> dict[str, Any] | None:
+    """What run.json says of a streamed model: ``layers``, ``layer_bytes`` (of the largest), ``bytes``, and ``held_in``.
+
+    ``held_in`` is ``pinned RAM`` or ``mapped file``. None: the model is not streamed.
+    """
+    found = (getattr(weight, "streamed", None) for weight in model.parameters())
+    return next((streamed.stream.facts for streamed in found if streamed is not None), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamedLinear:
+    """What the weight of a streamed linear knows of itself (its attribute ``streamed``)."""
+
+    stream: LayerStream
+    layer: int
+    packed: torch.Tensor
+    """The packed weight in the file, on the CPU."""
+    state: QuantState
+    """Its statistics in the file, on the CPU."""
+
+    def bring(self) -> None:
+        """Have the layer's bytes where the linear's weight points to; called before each read."""
+        self.stream.use(self.layer)
+
+
+class LayerStream:
+    """Decoder layers in RAM, two of which are on the device or on the way there.
+
+    Not for several threads that compute at the same time.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Sequence[Linear4bit]],
+        device: torch.device,
+        pinned: bool | None = None,
+        copies: CopyStream | None = None,
+    ) -> None:
+        """Take over the 4-bit linears of each layer: from now on they read from the buffers on ``device``.
+
+        Args:
+            layers: the linears of each decoder layer, with their weights on the CPU.
+            device: where they are used.
+            pinned: whether all bytes are copied into page-locked RAM; None: where they fit.
+            copies: the stream of the copies.
+        """
+        self._copies = copies or CopyStream(device)
+        self._device = device
+        self._sources = [_laid_out([t for m in linears for t in quantization.stored_tensors(m)]) for linears in layers]
+        sizes = [source[-1][0] + len(source[-1][1]) for source in self._sources]
+        self._buffers = [torch.empty(max(sizes), dtype=torch.uint8, device=device) for _ in range(2)]
+        self._copies.keep(*self._buffers)
+        self._held: list[int | None] = [None, None]
+        self._arrived: list[Any] = [None, None]
+        self._current: int | None = None
+        self._starts_over = False
+        self._pinned = self._pin(sizes) if self._pins(sum(sizes), pinned) else None
+        self._staging: list[list[torch.Tensor]] = []
+        if self._pinned is None and self._copies.asynchronous:
+            self._staging = [pinned_bytes(max(sizes), device) for _ in range(2)]
+            self._reader = ThreadPoolExecutor(1, "qvera-stream")
+        held_in = "mapped file" if self._pinned is None else "pinned RAM"
+        self.facts = {"layers": len(layers), "layer_bytes": max(sizes), "bytes": sum(sizes), "held_in": held_in}
+        for number, linears in enumerate(layers):
+            self._redirect(number, linears)
+
+    def use(self, layer: int) -> None:
+        """Let the computing stream wait for a layer's bytes, and start the copy of the layer likely to be next."""
+        if layer == self._current:
+            return
+        self._fetch(layer)
+        arrived = self._arrived[layer % 2]
+        self._copies.wait(arrived.result() if isinstance(arrived, Future) else arrived)
+        if self._current == len(self._sources) - 1:
+            self._starts_over = layer == 0
+        following = self._following(layer)
+        self._current = layer
+        self._fetch(following)
+
+    def _following(self, layer: int) -> int:
+        """The layer likely to be used after this one. A wrong guess costs a copy, and nothing else."""
+        last = len(self._sources) - 1
+        if layer == last:
+            # answers and evaluations begin again at the first layer, training turns round
+            return 0 if self._starts_over and last % 2 else max(last - 1, 0)
+        upwards = layer == 0 or (self._current is not None and self._current < layer)
+        return layer + 1 if upwards else layer - 1
+
+    def _fetch(self, layer: int) -> None:
+        """Start the copy of a layer into its buffer, if the buffer does not have it."""
+        slot = layer % 2
+        if self._held[slot] == layer:
+            return
+        self._held[slot] = layer
+        after = self._copies.mark()
+        if self._staging:
+            self._arrived[slot] = self._reader.submit(self._read_and_copy, layer, self._arrived[slot], after)
+        else:
+            self._arrived[slot] = self._copies.copy(self._pairs(layer), after)
+
+    def _pairs(self, layer: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(part of the buffer, its bytes in RAM) of a layer."""
+        buffer = self._buffers[layer % 2]
+        if self._pinned is None:
+            return [(buffer[at : at + len(part)], part) for at, part in self._sources[layer]]
+        return _cut(buffer, self._pinned[layer])
+
+    def _read_and_copy(self, layer: int, before: Future[Any] | None, after: Any) -> Any:
+        """In the reading thread: a layer from its file into page-locked RAM, then the copy; returns its event."""
+        slot = layer % 2
+        if before is not None and (event := before.result()) is not None:
+            event.synchronize()  # the copy from the same page-locked RAM
+        _fill(self._staging[slot], self._sources[layer])
+        return self._copies.copy(_cut(self._buffers[slot], self._staging[slot]), after)
+
+    def _pins(self, size_bytes: int, wanted: bool | None) -> bool:
+        if wanted is not None:
+            return wanted
+        if not self._copies.asynchronous:
+            return False  # nothing would run beside the computation
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return processes * size_bytes <= _PINNED_SHARE * memory.available_bytes(torch.device("cpu"))
+
+    def _pin(self, sizes: list[int]) -> list[list[torch.Tensor]] | None:
+        """All layers in page-locked RAM; None where the system does not lock so much."""
+        found = []
+        try:
+            for size, source in zip(sizes, self._sources, strict=True):
+                found.append(pinned_bytes(size, self._device))
+                _fill(found[-1], source)
+        except RuntimeError:
+            return None
+        return found
+
+    def _redirect(self, layer: int, linears: Sequence[Linear4bit]) -> None:
+        """Let the linears of a layer read from its buffer, and tell them whom to call before."""
+        buffer, places = self._buffers[layer % 2], iter(self._sources[layer])
+        for linear in linears:
+            stored = quantization.stored_tensors(linear)
+            state = linear.weight.quant_state
+            on_device = []
+            for tensor in stored:
+                at, part = next(places)
+                on_device.append(buffer[at : at + len(part)].view(tensor.dtype).view(tensor.shape))
+            quantization.replace_tensors(linear, on_device, self._device)
+            linear.weight.streamed = StreamedLinear(self, layer, stored[0], state)
+
+
+_LaidOut = list[tuple[int, torch.Tensor]]
+"""(where it begins in its layer's bytes, a tensor of the file as uint8 [bytes])."""
+
+
+def _laid_out(tensors: Sequence[torch.Tensor]) -> _LaidOut:
+    found, at = [], 0
+    for tensor in tensors:
+        part = tensor.reshape(-1).view(torch.uint8)
+        found.append((at, part))
+        at += -(-len(part) // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+    return found
+
+
+def _fill(pieces: Sequence[torch.Tensor], source: _LaidOut) -> None:
+    """Write a layer's bytes into ``pieces``, which stand for one row of bytes."""
+    start = 0
+    for piece in pieces:
+        end = start + len(piece)
+        for at, part in source:
+            low, high = max(start, at), min(end, at + len(part))
+            if low < high:
+                piece[low - start : high - start].copy_(part[low - at : high - at])
+        start = end
+
+
+def _cut(buffer: torch.Tensor, pieces: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Each piece with its part of the buffer, one behind the other."""
+    sizes = [len(piece) for piece in pieces]
+    return list(zip(buffer[: sum(sizes)].split(sizes), pieces, strict=True))

@@ -1,0 +1,134 @@
+"""Layers streamed from RAM: the same bytes as resident ones, in whatever order they are used, and no buffer too early."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+
+from qvera.models import quantization
+from qvera.models.stream import LayerStream
+from tests.two_threads import ThreadStream, TwoThreads
+
+CPU = torch.device("cpu")
+
+
+def four_bit_layers(count: int) -> list[list[Linear4bit]]:
+    """Layers of two 4-bit linears, one with nested scales and one without; the layers differ in size."""
+    torch.manual_seed(0)
+    return [
+        [
+            Linear4bit(64, 96 + 32 * (number % 3), bias=False, compress_statistics=nested, quant_type="nf4").to("cpu")
+            for nested in (True, False)
+        ]
+        for number in range(count)
+    ]
+
+
+def dense(layer: list[Linear4bit]) -> list[torch.Tensor]:
+    """The weights of a layer."""
+    return [quantization.dequantized_weight(linear, torch.float32) for linear in layer]
+
+
+def orders(count: int) -> list[int]:
+    """Two training passes, three evaluations, another training pass, and any order."""
+    up, down = list(range(count)), list(range(count))[::-1]
+    anything = random.Random(0).choices(up, k=30)
+    return [*up, *down, *up, *down, *up, *up, *up, *up, *down, *anything]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("pinned", [True, False])
+def test_a_streamed_layer_has_its_own_weights_in_every_order(count: int, pinned: bool) -> None:
+    layers = four_bit_layers(count)
+    wanted = [dense(layer) for layer in layers]
+    LayerStream(layers, CPU, pinned)
+    for number in orders(count):
+        for found, want in zip(dense(layers[number]), wanted[number], strict=True):
+            assert torch.equal(found, want)
+
+
+def on_two_threads(
+    copies: TwoThreads, pinned: bool, gate: str | None = None, slow: float = 0.0
+) -> tuple[list[int], list[bool]]:
+    """Use layers in many orders; returns the order, and whether the computing thread read the right bytes each time.
+
+    ``gate``: the thread (``computing`` or ``copying``) that starts only when the host has given all its work.
+    """
+    layers = four_bit_layers(5)
+    wanted = [[t.clone() for m in layer for t in quantization.stored_tensors(m)] for layer in layers]
+    stream = LayerStream(layers, CPU, pinned, copies)
+    computing, opened, right = copies.computing, threading.Event(), []
+    assert isinstance(computing, ThreadStream)
+
+    def compute(number: int) -> Callable[[], object]:
+        reads = [t for m in layers[number] for t in quantization.stored_tensors(m)]
+
+        def read() -> None:
+            time.sleep(slow)
+            right.append(
+                all(
+                    torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+                    for a, b in zip(reads, wanted[number], strict=True)
+                )
+            )
+
+        return read
+
+    if gate:
+        getattr(copies, gate).give(lambda: opened.wait(20))
+    order = orders(5)
+    for number in order:
+        stream.use(number)
+        computing.give(compute(number))
+    if gate == "copying":  # where nothing waits for the copies, all is read before the first of them
+        time.sleep(0.05)
+    opened.set()
+    copies.copying.drain()
+    computing.drain()
+    return order, right
+
+
+@pytest.mark.parametrize("gate", ["computing", "copying"])
+def test_no_buffer_is_overwritten_or_read_too_early(gate: str) -> None:
+    order, right = on_two_threads(TwoThreads(ThreadStream()), pinned=True, gate=gate)
+    assert len(right) == len(order) and all(right)
+
+
+def test_layers_read_from_the_file_by_a_thread_come_whole() -> None:
+    order, right = on_two_threads(TwoThreads(ThreadStream()), pinned=False, slow=0.001)
+    assert len(right) == len(order) and all(right)
+
+
+class _CopiesAtOnce(TwoThreads):
+    def copy(self, pairs: Any, after: Any) -> Any:
+        after = type(after)()
+        after.set()
+        return super().copy(pairs, after)
+
+
+class _ReadsAtOnce(TwoThreads):
+    def wait(self, event: Any) -> None:
+        """Forget it."""
+
+
+class _ForgetsTheSource(TwoThreads):
+    def copy(self, pairs: Any, after: Any) -> Any:
+        event = super().copy(pairs, after)
+        event.synchronize = lambda: None
+        return event
+
+
+@pytest.mark.parametrize(
+    ("mutant", "pinned", "gate"),
+    [(_CopiesAtOnce, True, "computing"), (_ReadsAtOnce, True, "copying"), (_ForgetsTheSource, False, "copying")],
+)
+def test_without_one_of_the_waits_the_bytes_are_wrong(mutant: type[TwoThreads], pinned: bool, gate: str) -> None:
+    _, right = on_two_threads(mutant(ThreadStream()), pinned, gate)
+    assert not all(right)
