@@ -28,7 +28,7 @@ from torch import nn
 from qvera.distributed.zero_params import decoder_layers
 from qvera.models import quantization
 from qvera.models.quantization import Linear4bit
-from qvera.utils import memory
+from qvera.utils import accelerator, memory
 from qvera.utils.side_stream import CopyStream, pinned_bytes
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ _PINNED_SHARE = 0.8
 
 def streams_by_itself(base_bytes: int, device: torch.device) -> bool:
     """What ``model.stream: auto`` means where there is no plan: whether the base is too large to be on the device."""
-    return device.type != "cpu" and base_bytes > _RESIDENT_SHARE * memory.available_bytes(device)
+    return accelerator.is_accelerator(device) and base_bytes > _RESIDENT_SHARE * memory.available_bytes(device)
 
 
 def stream_layers(model: PreTrainedModel, device: torch.device) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from qvera.utils import accelerator
+
 _LARGEST_PIECE_BYTES = 2**28
 _SMALLEST_PIECE_BYTES = 2**20
 
@@ -36,7 +38,7 @@ class CopyStream:
 
     def new_stream(self) -> Any:
         """Return a new stream of the device; None where it has none."""
-        if self.device.type == "cpu":
+        if not accelerator.is_accelerator(self.device):
             return None
         try:
             return torch.Stream(device=self.device)
@@ -96,5 +98,5 @@ def pinned_bytes(size_bytes: int, device: torch.device) -> list[torch.Tensor]:
         sizes.append(min(_LARGEST_PIECE_BYTES, 1 << (left.bit_length() - 1)))
         left -= sizes[-1]
     sizes += [left] if left else []
-    pin = device.type != "cpu"
+    pin = accelerator.is_accelerator(device)
     return [torch.empty(size, dtype=torch.uint8, pin_memory=pin) for size in sizes]
