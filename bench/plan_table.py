@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qvera.config.schema import Recipe, parse_recipe
 from qvera.training.plan.memory import Kind, plan_memory
-from qvera.training.plan.run import CUDA_CONTEXT_BYTES, Batch, Machine, PlannedRun, Shape, shape_of
+from qvera.training.plan.run import Batch, Machine, PlannedRun, Shape, gpu_machine, shape_of
 from qvera.utils.formatting import count, size
 
 CARDS_GB = (6, 8, 12, 16, 24, 48, 80)
@@ -65,7 +65,7 @@ def recipe_of(rank: int) -> Recipe:
 
 
 def _gpu(card_bytes: int) -> Machine:
-    return Machine("GPU", "cuda", torch.bfloat16, False, card_bytes, 0, CUDA_CONTEXT_BYTES)
+    return gpu_machine(recipe_of(256).model, card_bytes)
 
 
 def total_bytes(name: str, tokens: int, rank: int = 256) -> int:

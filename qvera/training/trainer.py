@@ -355,7 +355,8 @@ class Trainer(TrainingSession):
             "mapped_bytes": mapped_bytes,
         }
         if self.plan is not None:
-            self.run["plan"]["measured"] = self.plan.measured(watch.peak_bytes, mapped_bytes)
+            peaks = watch.peak_bytes, mapped_bytes, watch.peak_tensor_bytes
+            self.run["plan"]["measured"] = self.plan.measured(*peaks)
         self.run["samples"] = [
             {"prompt": a["prompt"], "reference": a["reference"], "before": b["answer"], "after": a["answer"]}
             for b, a in zip(state.samples_before, samples, strict=False)

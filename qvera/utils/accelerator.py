@@ -5,7 +5,7 @@ the package asks no further. `torch.accelerator` names the device; its module (`
 rest, which torch 2.9 and all later versions do for every backend. What a backend does not count (MPS has no peak) is
 None here, and the caller falls back to the memory of the process.
 
-CUDA-only, and marked so below: whether 16-bit products are emulated, and memory that pages itself.
+CUDA-only, and marked so below: whether 16-bit products are emulated, memory that pages itself, and cuBLAS' workspaces.
 
 Imports torch only where a function needs it. Run so far on a CPU and on the fake accelerator of the tests (tests/gpu);
 on none of the real ones.
@@ -145,6 +145,16 @@ def pages_optimizer_state() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def product_workspace_bytes(device: torch.device) -> int:
+    """What torch allocates for cuBLAS: a workspace for the thread of forward and one for that of backward.
+
+    CUDA only: 0 elsewhere. 8.1 MiB each, 32 on Hopper and later (torch's ATen/cuda/CublasHandlePool.cpp).
+    """
+    if device.type != "cuda" or (ask := _function(device, "get_device_capability")) is None:
+        return 0
+    return 2 * (32 * 2**20 if ask(device)[0] >= 9 else (2 * 4096 + 8 * 16) * 2**10)
 
 
 def collective_backend() -> str:

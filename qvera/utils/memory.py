@@ -97,9 +97,18 @@ class PeakWatch:
 
     @property
     def peak_bytes(self) -> int:
-        """Private bytes of the process (CPU), or bytes of tensors on the accelerator: the maximum so far."""
-        counted = accelerator.peak_bytes(self.device) if self._counted else None
+        """The maximum so far: private bytes of the process (CPU), or what the accelerator's allocator held.
+
+        That is what the card must have beside its context: tensors and the gaps between them. It may be more than the
+        run needs, since the allocator keeps what was free while it asked for more.
+        """
+        counted = accelerator.peak_reserved_bytes(self.device) if self._counted else None
         return max(self._highest_bytes, memory_bytes(self.device)) if counted is None else counted
+
+    @property
+    def peak_tensor_bytes(self) -> int | None:
+        """Of `peak_bytes`, the most that tensors took at one time; None where the device does not count them."""
+        return accelerator.peak_bytes(self.device) if self._counted else None
 
     def __exit__(self, *_: object) -> None:
         if self._thread is not None:

@@ -49,6 +49,7 @@ def test_a_run_ends_with_predicted_and_measured_memory(make_recipe: Any, tmp_pat
     assert measured["predicted_bytes"] == plan["memory"]["total_bytes"]
     assert measured["private_bytes"] > 50e6  # an interpreter with torch
     assert measured["relative_error"] == pytest.approx(measured["predicted_bytes"] / measured["total_bytes"] - 1)
+    assert measured["tensor_bytes"] is None  # a CPU counts none
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "<h2>Memory</h2>" in page
     assert "Predicted peak" in page

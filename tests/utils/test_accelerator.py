@@ -66,7 +66,7 @@ def test_memory_as_cuda_counts_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (accelerator.reserved_bytes(CUDA), accelerator.peak_reserved_bytes(CUDA)) == (5, 7)
     assert memory.memory_bytes(CUDA) == 4 and memory.device_name(CUDA) == "cuda: a card"
     with memory.PeakWatch(CUDA) as watch:
-        assert watch.peak_bytes == 6
+        assert (watch.peak_bytes, watch.peak_tensor_bytes) == (7, 6)
     assert calls == [CUDA]
 
 
@@ -79,7 +79,14 @@ def test_memory_where_no_peak_and_no_free_bytes_are_counted(monkeypatch: pytest.
     assert accelerator.reserved_bytes(MPS) == 8 and accelerator.device_name(MPS) == "mps"
     with memory.PeakWatch(MPS) as watch:
         held[0] = 9
-        assert watch.peak_bytes == 9
+        assert (watch.peak_bytes, watch.peak_tensor_bytes) == (9, None)
+
+
+def test_workspaces_of_products_are_those_that_torch_allocates(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capability, mebibytes in (((8, 9), 2 * 8.125), ((9, 0), 2 * 32)):
+        with_device(monkeypatch, CUDA, get_device_capability=lambda device, found=capability: found)
+        assert accelerator.product_workspace_bytes(CUDA) == mebibytes * 2**20
+    assert accelerator.product_workspace_bytes(MPS) == 0
 
 
 @pytest.mark.parametrize("hardware", [True, False])

@@ -145,6 +145,7 @@ def _standing(run: PlannedRun) -> tuple[Component, ...]:
     found = [
         Component("interpreter, libraries, rows", "runtime", machine.runtime_bytes),
         Component("CUDA context", "runtime", machine.context_bytes),
+        Component("workspaces of matrix products", "runtime", machine.workspace_bytes),
         Component(stored, "base", linears, machine.mapped_base, 3),
         Component("embeddings, head, norms", "base", dense, machine.mapped_base, 3),
         Component("embedding and head with more rows", "base", tables * (2 if machine.mapped_base else size)),

@@ -81,19 +81,22 @@ class Plan(PlannedRun):
         written = len(json.dumps({"recipe": self.recipe.to_dict()}, indent=1)) + _STATE_BYTES + RANDOM_STATE_BYTES
         return _file_bytes(self.vector_shapes()) + _file_bytes(state) + written
 
-    def measured(self, private_bytes: int, mapped_bytes: int) -> dict[str, Any]:
-        """A run's measured peak and mapped pages as JSON, and the plan's error relative to them.
+    def measured(self, peak_bytes: int, mapped_bytes: int, tensor_bytes: int | None = None) -> dict[str, Any]:
+        """A run's measured peak as JSON (`memory.PeakWatch`), and the plan's error relative to it.
 
-        On a CPU private memory is sampled; on CUDA it is what torch allocated, without the CUDA context.
+        On a CPU the plan is of private memory and mapped pages. On a GPU it is of tensors, and the context is left out;
+        what the allocator held beyond ``tensor_bytes`` is fragmentation, which no plan knows.
         """
-        context = sum(c.bytes for c in self.memory.peak if c.kind == "runtime") if self.machine.on_gpu else 0
-        predicted, total = self.memory.total_bytes - context, private_bytes + mapped_bytes
+        predicted = self.memory.total_bytes - self.machine.context_bytes
+        total = peak_bytes + mapped_bytes
         return {
-            "private_bytes": private_bytes,
+            "private_bytes": peak_bytes,
             "mapped_bytes": mapped_bytes,
             "total_bytes": total,
+            "tensor_bytes": tensor_bytes,
             "predicted_bytes": predicted,
             "relative_error": predicted / total - 1 if total else None,
+            "relative_error_of_tensors": predicted / tensor_bytes - 1 if tensor_bytes else None,
         }
 
     def to_dict(self) -> dict[str, Any]:

@@ -23,6 +23,8 @@ _SKIPPED_BY_CONFIG = ("llm_int8_skip_modules", "modules_to_not_convert")
 _PEFT_PREFIX = "base_model.model."
 CUDA_CONTEXT_BYTES = 500_000_000
 """Device memory of a CUDA context with the kernels of torch and bitsandbytes: assumed where none can be measured."""
+CUBLAS_WORKSPACE_BYTES = 2 * 8_519_680
+"""`accelerator.product_workspace_bytes` of a card before Hopper."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,7 @@ class Machine:
     available_bytes: int  # device memory, or the RAM that is free for this process and what it holds already
     runtime_bytes: int = 0  # held before the model is loaded (interpreter, libraries, rows), measured; 0 on a GPU
     context_bytes: int = 0  # the CUDA context
+    workspace_bytes: int = 0  # what the library of products keeps for itself on a GPU
     kernel_bytes: int = 0  # what each new shape of a product leaves behind (`qvera.data.collate`), measured
 
     @property
@@ -180,7 +183,8 @@ def gpu_machine(section: ModelSection, size_bytes: int) -> Machine:
     """A GPU of that size that need not be here: 16-bit compute, an assumed CUDA context."""
     dtype = torch.bfloat16 if section.compute_dtype == "auto" else getattr(torch, section.compute_dtype)
     name = f"a GPU with {size_bytes / 1e9:g} GB"
-    return Machine(name, "cuda", dtype, False, size_bytes, context_bytes=CUDA_CONTEXT_BYTES)
+    held = {"context_bytes": CUDA_CONTEXT_BYTES, "workspace_bytes": CUBLAS_WORKSPACE_BYTES}
+    return Machine(name, "cuda", dtype, False, size_bytes, **held)
 
 
 def this_machine(section: ModelSection, device: torch.device) -> Machine:
@@ -194,7 +198,8 @@ def this_machine(section: ModelSection, device: torch.device) -> Machine:
             return Machine(name, device.type, dtype, False, available, context_bytes=CUDA_CONTEXT_BYTES)
         free, total = known
         context = max(total - free - (accelerator.reserved_bytes(device) or 0), CUDA_CONTEXT_BYTES)
-        return Machine(name, device.type, dtype, False, total, context_bytes=context)
+        held = {"context_bytes": context, "workspace_bytes": accelerator.product_workspace_bytes(device)}
+        return Machine(name, device.type, dtype, False, total, **held)
     runtime = memory.private_bytes()
     mapped = section.quantization in ("nf4", "fp4")  # `qvera.models.mmap`; unusual checkpoints are held instead
     available = memory.available_bytes(device) + runtime

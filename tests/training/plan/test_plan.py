@@ -72,6 +72,14 @@ def test_from_the_config_alone(config_only: Path) -> None:
     assert plan.fits
 
 
+def test_what_a_gpu_held_is_compared_without_its_context_and_beside_its_tensors(config_only: Path) -> None:
+    plan = make_plan(parse_recipe({"model": str(config_only), "data": {"path": "some/hub-data"}}, "t"), gpu(10**9))
+    tensors = plan.memory.total_bytes - plan.machine.context_bytes
+    found = plan.measured(2 * tensors, 0, tensors)
+    assert found["predicted_bytes"] == found["tensor_bytes"] == tensors
+    assert (found["relative_error"], found["relative_error_of_tensors"]) == (-0.5, 0)
+
+
 def test_changes_make_it_fit(config_only: Path) -> None:
     tree = {
         "model": str(config_only),
