@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qvera.utils.side_stream import CopyStream
+from qvera.utils.copy_stream import CopyStream
 
 
 class _Event(threading.Event):
@@ -90,24 +90,25 @@ class TwoThreads(CopyStream):
     """`CopyStream` over a thread that copies and ``computing``, which is another thread or the host."""
 
     def __init__(self, computing: ThreadStream | HostStream) -> None:
-        self.copying = ThreadStream()
-        self.computing = computing
+        self.device = torch.device("cpu")
+        self._stream: Any = ThreadStream()
+        self._computing = computing
         self.copied_bytes = 0
-        super().__init__(torch.device("cpu"))
 
-    def new_stream(self) -> ThreadStream:
+    @property
+    def copying(self) -> ThreadStream:
         """The thread of the copies."""
-        return self.copying
+        return self._stream
 
-    def computing_stream(self) -> ThreadStream | HostStream:
+    def computing(self) -> Any:
         """The thread that computes, or the host."""
-        return self.computing
+        return self._computing
 
-    def copy(self, pairs: Any, after: Any) -> Any:
+    def copy(self, pairs: Any, after: Any = None) -> Any:
         """Count the bytes too."""
         pairs = list(pairs)
         self.copied_bytes += sum(source.numel() * source.element_size() for _, source in pairs)
         return super().copy(pairs, after)
 
-    def keep(self, *tensors: torch.Tensor) -> None:
+    def keep(self, tensor: torch.Tensor) -> None:
         """CPU tensors are not reused by a stream."""

@@ -17,6 +17,7 @@ layer into page-locked RAM shortly before it is copied.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,7 +30,7 @@ from qvera.distributed.zero_params import decoder_layers
 from qvera.models import quantization
 from qvera.models.quantization import Linear4bit
 from qvera.utils import accelerator, memory
-from qvera.utils.side_stream import CopyStream, pinned_bytes
+from qvera.utils.copy_stream import CopyStream, PinnedChunks, pairs
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -44,7 +45,7 @@ _PINNED_SHARE = 0.8
 
 def streams_by_itself(base_bytes: int, device: torch.device) -> bool:
     """What ``model.stream: auto`` means where there is no plan: whether the base is too large to be on the device."""
-    return accelerator.is_accelerator(device) and base_bytes > _RESIDENT_SHARE * memory.available_bytes(device)
+    return accelerator.has_own_memory(device) and base_bytes > _RESIDENT_SHARE * memory.available_bytes(device)
 
 
 def stream_layers(model: PreTrainedModel, device: torch.device) -> None:
@@ -102,25 +103,29 @@ class LayerStream:
             layers: the linears of each decoder layer, with their weights on the CPU.
             device: where they are used.
             pinned: whether all bytes are copied into page-locked RAM; None: where they fit.
-            copies: the stream of the copies.
+            copies: the stream of the copies. A device without memory of its own needs none.
         """
-        self._copies = copies or CopyStream(device)
+        self._copies = copies or (CopyStream(device) if accelerator.has_own_memory(device) else None)
         self._device = device
+        self._chunks = PinnedChunks(pin_memory=accelerator.has_own_memory(device))
         self._sources = [_laid_out([t for m in linears for t in quantization.stored_tensors(m)]) for linears in layers]
-        sizes = [source[-1][0] + len(source[-1][1]) for source in self._sources]
-        self._buffers = [torch.empty(max(sizes), dtype=torch.uint8, device=device) for _ in range(2)]
-        self._copies.keep(*self._buffers)
+        self._sizes = [source[-1][0] + len(source[-1][1]) for source in self._sources]
+        largest, total = max(self._sizes), sum(self._sizes)
+        self._buffers = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(2)]
         self._held: list[int | None] = [None, None]
         self._arrived: list[Any] = [None, None]
         self._current: int | None = None
         self._starts_over = False
-        self._pinned = self._pin(sizes) if self._pins(sum(sizes), pinned) else None
+        self._pinned = self._pin() if (self._has_room_to_pin(total) if pinned is None else pinned) else None
         self._staging: list[list[torch.Tensor]] = []
-        if self._pinned is None and self._copies.asynchronous:
-            self._staging = [pinned_bytes(max(sizes), device) for _ in range(2)]
-            self._reader = ThreadPoolExecutor(1, "qvera-stream")
+        if self._copies is not None:
+            for buffer in self._buffers:
+                self._copies.keep(buffer)
+            if self._pinned is None:
+                self._staging = [self._chunks.take(largest) for _ in range(2)]
+                self._reader = ThreadPoolExecutor(1, "qvera-stream")
         held_in = "mapped file" if self._pinned is None else "pinned RAM"
-        self.facts = {"layers": len(layers), "layer_bytes": max(sizes), "bytes": sum(sizes), "held_in": held_in}
+        self.facts = {"layers": len(layers), "layer_bytes": largest, "bytes": total, "held_in": held_in}
         for number, linears in enumerate(layers):
             self._redirect(number, linears)
 
@@ -129,13 +134,15 @@ class LayerStream:
         if layer == self._current:
             return
         self._fetch(layer)
-        arrived = self._arrived[layer % 2]
-        self._copies.wait(arrived.result() if isinstance(arrived, Future) else arrived)
+        if self._copies is not None:
+            arrived = self._arrived[layer % 2]
+            self._copies.wait(arrived.result() if isinstance(arrived, Future) else arrived)
         if self._current == len(self._sources) - 1:
             self._starts_over = layer == 0
         following = self._following(layer)
         self._current = layer
-        self._fetch(following)
+        if self._copies is not None:
+            self._fetch(following)
 
     def _following(self, layer: int) -> int:
         """The layer likely to be used after this one. A wrong guess costs a copy, and nothing else."""
@@ -152,41 +159,40 @@ class LayerStream:
         if self._held[slot] == layer:
             return
         self._held[slot] = layer
-        after = self._copies.mark()
-        if self._staging:
-            self._arrived[slot] = self._reader.submit(self._read_and_copy, layer, self._arrived[slot], after)
+        if self._copies is None:
+            for at, part in self._sources[layer]:
+                self._buffers[slot][at : at + len(part)].copy_(part)
+        elif self._pinned is not None:
+            self._arrived[slot] = self._copies.copy(self._pairs(layer, self._pinned[layer]))
         else:
-            self._arrived[slot] = self._copies.copy(self._pairs(layer), after)
+            read = functools.partial(self._read_and_copy, layer, self._arrived[slot], self._copies.mark(), self._copies)
+            self._arrived[slot] = self._reader.submit(read)
 
-    def _pairs(self, layer: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(part of the buffer, its bytes in RAM) of a layer."""
-        buffer = self._buffers[layer % 2]
-        if self._pinned is None:
-            return [(buffer[at : at + len(part)], part) for at, part in self._sources[layer]]
-        return _cut(buffer, self._pinned[layer])
+    def _pairs(self, layer: int, chunks: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(part of the layer's buffer, its bytes in RAM)."""
+        return pairs(self._buffers[layer % 2][: self._sizes[layer]], chunks)
 
-    def _read_and_copy(self, layer: int, before: Future[Any] | None, after: Any) -> Any:
+    def _read_and_copy(self, layer: int, before: Future[Any] | None, after: Any, copies: CopyStream) -> Any:
         """In the reading thread: a layer from its file into page-locked RAM, then the copy; returns its event."""
-        slot = layer % 2
-        if before is not None and (event := before.result()) is not None:
-            event.synchronize()  # the copy from the same page-locked RAM
-        _fill(self._staging[slot], self._sources[layer])
-        return self._copies.copy(_cut(self._buffers[slot], self._staging[slot]), after)
+        staging = self._staging[layer % 2]
+        if before is not None:
+            before.result().synchronize()  # the copy from the same page-locked RAM
+        _fill(staging, self._sources[layer])
+        used = -(-self._sizes[layer] // self._chunks.chunk_bytes)
+        return copies.copy(self._pairs(layer, staging[:used]), after)
 
-    def _pins(self, size_bytes: int, wanted: bool | None) -> bool:
-        if wanted is not None:
-            return wanted
-        if not self._copies.asynchronous:
+    def _has_room_to_pin(self, size_bytes: int) -> bool:
+        if self._copies is None:
             return False  # nothing would run beside the computation
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         return processes * size_bytes <= _PINNED_SHARE * memory.available_bytes(torch.device("cpu"))
 
-    def _pin(self, sizes: list[int]) -> list[list[torch.Tensor]] | None:
+    def _pin(self) -> list[list[torch.Tensor]] | None:
         """All layers in page-locked RAM; None where the system does not lock so much."""
         found = []
         try:
-            for size, source in zip(sizes, self._sources, strict=True):
-                found.append(pinned_bytes(size, self._device))
+            for size, source in zip(self._sizes, self._sources, strict=True):
+                found.append(self._chunks.take(size))
                 _fill(found[-1], source)
         except RuntimeError:
             return None
@@ -219,19 +225,13 @@ def _laid_out(tensors: Sequence[torch.Tensor]) -> _LaidOut:
     return found
 
 
-def _fill(pieces: Sequence[torch.Tensor], source: _LaidOut) -> None:
-    """Write a layer's bytes into ``pieces``, which stand for one row of bytes."""
+def _fill(chunks: Sequence[torch.Tensor], source: _LaidOut) -> None:
+    """Write a layer's bytes into ``chunks``, one behind the other."""
     start = 0
-    for piece in pieces:
-        end = start + len(piece)
+    for chunk in chunks:
+        end = start + len(chunk)
         for at, part in source:
             low, high = max(start, at), min(end, at + len(part))
             if low < high:
-                piece[low - start : high - start].copy_(part[low - at : high - at])
+                chunk[low - start : high - start].copy_(part[low - at : high - at])
         start = end
-
-
-def _cut(buffer: torch.Tensor, pieces: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Each piece with its part of the buffer, one behind the other."""
-    sizes = [len(piece) for piece in pieces]
-    return list(zip(buffer[: sum(sizes)].split(sizes), pieces, strict=True))

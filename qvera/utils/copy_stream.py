@@ -38,9 +38,20 @@ class CopyStream:
         self.device = device
         self._stream = torch.Stream(device)
 
-    def copy(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Any:
-        """Copy each (destination, source) once all kernels launched so far have run; returns their event at once."""
-        self._stream.wait_stream(accelerator.computing_stream(self.device))
+    def computing(self) -> Any:
+        """The stream that computes; it is the calling thread's."""
+        return accelerator.computing_stream(self.device)
+
+    def mark(self) -> Any:
+        """The event that all kernels launched so far have run."""
+        return self.computing().record_event()
+
+    def copy(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], after: Any = None) -> Any:
+        """Copy each (destination, source) once all kernels launched so far have run; returns their event at once.
+
+        ``after``: an earlier `mark` to wait for instead. A thread that does not compute needs one.
+        """
+        self._stream.wait_event(self.mark() if after is None else after)
         with self._stream:
             for destination, source in pairs:
                 destination.copy_(source, non_blocking=True)
@@ -48,7 +59,11 @@ class CopyStream:
 
     def wait(self, event: Any) -> None:
         """Let kernels that are launched from now on run after that event. The program itself goes on at once."""
-        accelerator.computing_stream(self.device).wait_event(event)
+        self.computing().wait_event(event)
+
+    def keep(self, tensor: torch.Tensor) -> None:
+        """Let the allocator reuse a tensor's memory only when the copies are through that run when it is let go of."""
+        tensor.record_stream(self._stream)
 
 
 class PinnedChunks:

@@ -14,7 +14,7 @@ from bitsandbytes.nn import Linear4bit
 
 from qvera.models import quantization
 from qvera.models.stream import LayerStream
-from tests.two_threads import ThreadStream, TwoThreads
+from tests.two_threads import HostStream, ThreadStream, TwoThreads
 
 CPU = torch.device("cpu")
 
@@ -64,8 +64,8 @@ def on_two_threads(
     layers = four_bit_layers(5)
     wanted = [[t.clone() for m in layer for t in quantization.stored_tensors(m)] for layer in layers]
     stream = LayerStream(layers, CPU, pinned, copies)
-    computing, opened, right = copies.computing, threading.Event(), []
-    assert isinstance(computing, ThreadStream)
+    computing, opened, right = copies.computing(), threading.Event(), []
+    threads = {"computing": computing, "copying": copies.copying}
 
     def compute(number: int) -> Callable[[], object]:
         reads = [t for m in layers[number] for t in quantization.stored_tensors(m)]
@@ -82,7 +82,7 @@ def on_two_threads(
         return read
 
     if gate:
-        getattr(copies, gate).give(lambda: opened.wait(20))
+        threads[gate].give(lambda: opened.wait(20))
     order = orders(5)
     for number in order:
         stream.use(number)
@@ -107,10 +107,9 @@ def test_layers_read_from_the_file_by_a_thread_come_whole() -> None:
 
 
 class _CopiesAtOnce(TwoThreads):
-    def copy(self, pairs: Any, after: Any) -> Any:
-        after = type(after)()
-        after.set()
-        return super().copy(pairs, after)
+    def mark(self) -> Any:
+        """Nothing to wait for."""
+        return HostStream().record_event()
 
 
 class _ReadsAtOnce(TwoThreads):
@@ -119,7 +118,7 @@ class _ReadsAtOnce(TwoThreads):
 
 
 class _ForgetsTheSource(TwoThreads):
-    def copy(self, pairs: Any, after: Any) -> Any:
+    def copy(self, pairs: Any, after: Any = None) -> Any:
         event = super().copy(pairs, after)
         event.synchronize = lambda: None
         return event

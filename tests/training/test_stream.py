@@ -38,7 +38,8 @@ def test_a_run_on_a_streamed_base_equals_one_on_a_resident_base(
     make_recipe: Any, five_layers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
 ) -> None:
     # copies run in a thread, so that a layer that is used before it has come gives other numbers
-    monkeypatch.setattr(stream, "CopyStream", lambda device: TwoThreads(HostStream()))
+    plain: Any = stream.LayerStream
+    monkeypatch.setattr(stream, "LayerStream", lambda *args: plain(*args, copies=TwoThreads(HostStream())))
 
     def run(streamed: bool, resume: bool = False) -> tuple[Any, ...]:
         recipe = make_recipe(
