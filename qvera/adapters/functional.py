@@ -12,6 +12,9 @@ and for the upstream gradient g [T, m]:
 
 Only z is kept for backward: A is frozen, so x is not needed, and C is cheaper to build again than to keep.
 
+In fp16 C is diag(b) B diag(d) and s, which may be 0.003, is left to the products, y = base + s z Cᵀ and ∂z = s (g C):
+elements of C below 6e-5 have fewer bits there, and none below 3e-8 (`split_scale`).
+
 Two options go beyond the paper:
 
 - b [G, m] cuts the rank into G equal groups of columns, each with its own row of b: a sum of G adapters of rank r / G,
@@ -28,6 +31,9 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch.autograd.function import once_differentiable
+
+from qvera.kernels.choice import use_kernels
+from qvera.kernels.low_rank import combined, gradients_and_combined, grouped, row_blocks, vector_gradients, wide_product
 
 
 class Factors(NamedTuple):
@@ -55,6 +61,11 @@ class AutogradContext(Protocol):
 def at_least_fp32(vector: torch.Tensor) -> torch.Tensor:
     """A vector that TRL or PEFT cast to 16 bits, in fp32, which is how a saved one is loaded; others as they are."""
     return vector.float() if vector.dtype.itemsize < 4 else vector
+
+
+def split_scale(scale: float, dtype: torch.dtype) -> tuple[float, float]:
+    """s as the factor that goes into C, and the factor that products with C of this dtype are multiplied with."""
+    return (1.0, scale) if dtype == torch.float16 else (scale, 1.0)
 
 
 def as_output(flat: torch.Tensor, shape: torch.Size) -> torch.Tensor:
@@ -99,33 +110,6 @@ def scale_input(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     return _ScaleInput.apply(x, a)
 
 
-def combined(B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
-    """C = diag(b) B diag(s d) [m, r] in ``dtype``.
-
-    The product is taken in the vectors' dtype and rounded once: fewer roundings than scaling z and the output, and
-    the two elementwise passes over [T, r] and [T, m] become one over [m, r].
-    """
-    scaled = d * scale
-    blocks = row_blocks(B)
-    if len(blocks) == 1:
-        return (times_b(B, b) * scaled).to(dtype)
-    C = B.new_empty(B.shape, dtype=dtype)
-    for rows in blocks:
-        C[rows] = times_b(B[rows], b[..., rows]) * scaled
-    return C
-
-
-def grouped(b: torch.Tensor) -> torch.Tensor:
-    """One adapter's b as [G, m], also where it is held as [m]."""
-    return b.unsqueeze(0) if b.dim() == 1 else b
-
-
-def times_b(B: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """diag(b) B [m, r], each group of B's columns with its own b."""  # the formula
-    b = grouped(b)
-    return (b.t().unsqueeze(2) * B.unflatten(1, (len(b), -1))).flatten(1)
-
-
 def outward(inner: torch.Tensor, B: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """B ⊙ (inner Bᵀ), group by group: [T, r] to [T, m] in inner's dtype, without C.
 
@@ -146,18 +130,6 @@ def inward(g: torch.Tensor, B: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.cat([(g * own) @ columns for own, columns in zip(each, B.chunk(len(each), dim=1), strict=True)], dim=1)
 
 
-BLOCK_ELEMENTS = 2**19
-"""What elementwise passes over [m, r] take at a time on a CPU: 2 MB in fp32 stay in its cache. At 11008 x 1024 that is
-a tenth of the time, since temporaries of 45 MB are fresh pages for every product."""
-
-
-def row_blocks(B: torch.Tensor) -> list[slice]:
-    """The rows of B [m, r] in blocks of `BLOCK_ELEMENTS` on a CPU, in one elsewhere."""
-    out_features, rank = B.shape
-    step = max(1, BLOCK_ELEMENTS // rank) if B.device.type == "cpu" else out_features
-    return [slice(start, min(start + step, out_features)) for start in range(0, out_features, step)]
-
-
 def few_tokens(tokens: int, B: torch.Tensor, groups: int = 1) -> bool:
     """Whether scaling z and the outputs, T (r + 2 G m) elements, touches fewer elements than building C [m, r]."""
     out_features, rank = B.shape
@@ -176,37 +148,32 @@ def delta_weight(
 
 
 def _expand(
-    base: torch.Tensor, z: torch.Tensor, d: torch.Tensor, b: torch.Tensor, B: torch.Tensor, scale: float
+    base: torch.Tensor,
+    z: torch.Tensor,
+    d: torch.Tensor,
+    b: torch.Tensor,
+    B: torch.Tensor,
+    scale: float,
+    overwrite: bool,
 ) -> torch.Tensor:
     flat = z.reshape(-1, z.shape[-1])
     if few_tokens(flat.shape[0], B, len(grouped(b))):  # a decoding step: C would cost more than the whole product
         delta = outward(flat * (d * scale).to(z.dtype), B, b)
         return base + delta.view(base.shape).to(base.dtype)
-    C = combined(B, d, b, scale, z.dtype)
+    in_c, after = split_scale(scale, z.dtype)
+    C = combined(B, d, b, in_c, z.dtype)
     if base.dtype == z.dtype:
-        return as_output(torch.addmm(base.reshape(-1, base.shape[-1]), flat, C.t()), base.shape)
-    return base + (flat @ C.t()).view(base.shape).to(base.dtype)
+        rows = base.reshape(-1, base.shape[-1])
+        add = rows.addmm_ if overwrite else rows.addmm
+        return as_output(add(flat, C.t(), alpha=after), base.shape)
+    return base + _times(flat, C.t(), after).view(base.shape).to(base.dtype)
 
 
-def vector_gradients(
-    M: torch.Tensor, B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float, need_d: bool, need_b: bool
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """∂d [r] and ∂b, of b's shape, from M = gᵀ z [m, r], in the vectors' dtype; None for one that is not needed."""
-    b_groups = grouped(b)
-    d_groups = d.view(len(b_groups), -1)
-    grad_d = torch.zeros_like(d_groups) if need_d else None
-    grad_b = torch.empty_like(b_groups) if need_b else None
-    for rows in row_blocks(B):
-        weighted = M[rows].to(d.dtype) * B[rows]
-        for g, part in enumerate(weighted.chunk(len(b_groups), dim=1)):
-            if grad_b is not None:
-                grad_b[g, rows] = part @ d_groups[g]
-            if grad_d is not None:
-                grad_d[g] += b_groups[g, rows] @ part
-    return (
-        None if grad_d is None else grad_d.mul_(scale).view_as(d),
-        None if grad_b is None else grad_b.mul_(scale).view_as(b),
-    )
+def _times(left: torch.Tensor, right: torch.Tensor, factor: float) -> torch.Tensor:
+    """factor left @ right, the factor applied before the result is rounded."""
+    if factor == 1.0:
+        return left @ right
+    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=factor)  # beta 0: the first one is not read
 
 
 class _Expand(torch.autograd.Function):
@@ -219,10 +186,11 @@ class _Expand(torch.autograd.Function):
         b: torch.Tensor,
         B: torch.Tensor,
         scale: float,
+        overwrite: bool,
     ) -> torch.Tensor:
         ctx.save_for_backward(z, d, b, B)
         ctx.scale = scale
-        return _expand(base, z, d, b, B, scale)
+        return _expand(base, z, d, b, B, scale, overwrite)
 
     @staticmethod
     @once_differentiable
@@ -231,20 +199,33 @@ class _Expand(torch.autograd.Function):
         need_base, need_z, need_d, need_b = ctx.needs_input_grad[:4]
         g_flat = g.reshape(-1, g.shape[-1]).to(z.dtype)
         z_flat = z.reshape(-1, z.shape[-1])
-        grad_z = grad_d = grad_b = None
+        in_c, after = split_scale(ctx.scale, z.dtype)
+        grad_z = grad_d = grad_b = C = None
         if need_d or need_b:
-            grad_d, grad_b = vector_gradients(g_flat.t() @ z_flat, B, d, b, ctx.scale, need_d, need_b)
+            M = wide_product(g_flat.t(), z_flat)
+            if need_z and use_kernels(M, B, d, b):  # the pass over M and B writes C on its way
+                grad_d, grad_b, C = gradients_and_combined(M, B, d, b, ctx.scale, in_c, z.dtype)
+            else:
+                grad_d, grad_b = vector_gradients(M, B, d, b, ctx.scale, need_d, need_b)
         if need_z:
-            if few_tokens(z_flat.shape[0], B, len(grouped(b))):
+            # in fp16 g ⊙ b would lose what C does not
+            few = z.dtype != torch.float16 and few_tokens(z_flat.shape[0], B, len(grouped(b)))
+            if C is None and few:
                 grad_z = inward(g_flat, B, b) * (d * ctx.scale).to(z.dtype)
             else:
-                grad_z = g_flat @ combined(B, d, b, ctx.scale, z.dtype)
+                grad_z = _times(g_flat, combined(B, d, b, in_c, z.dtype) if C is None else C, after)
             grad_z = grad_z.view(z.shape)
-        return (g if need_base else None), grad_z, grad_d, grad_b, None, None
+        return (g if need_base else None), grad_z, grad_d, grad_b, None, None, None
 
 
 def expand(
-    base: torch.Tensor, z: torch.Tensor, d: torch.Tensor, b: torch.Tensor, B: torch.Tensor, scale: float
+    base: torch.Tensor,
+    z: torch.Tensor,
+    d: torch.Tensor,
+    b: torch.Tensor,
+    B: torch.Tensor,
+    scale: float,
+    overwrite: bool = False,
 ) -> torch.Tensor:
     """y = base + b ⊙ ((s d ⊙ z) Bᵀ).
 
@@ -255,10 +236,12 @@ def expand(
         b: vector [m], or [G, m], like d.
         B: [m, r] in any dtype; frozen.
         scale: see `projection.vera_scale`.
+        overwrite: y may take base's memory. For a base that nobody else reads, in backward neither: else adding to it
+            is a copy of [..., m] more.
 
     Returns:
         [..., m] in base's dtype. Differentiable once in base, z, d and b; may be changed in place.
     """
     if not torch.is_grad_enabled():  # a decoding step is short enough for the bookkeeping of autograd to show
-        return _expand(base, z, d, b, B, scale)
-    return _Expand.apply(base, z, d, b, B, scale)
+        return _expand(base, z, d, b, B, scale, overwrite)
+    return _Expand.apply(base, z, d, b, B, scale, overwrite)

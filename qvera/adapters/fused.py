@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from qvera.adapters.functional import AutogradContext, Factors, as_output, combined, vector_gradients
+from qvera.adapters.functional import AutogradContext, Factors, as_output, split_scale
+from qvera.kernels.low_rank import combined, vector_gradients, wide_product
 from qvera.models import quantization
 
 
@@ -66,9 +67,10 @@ def summed_weight(module: torch.nn.Linear, factors: Factors, dtype: torch.dtype)
     """W + ΔW [m, n] in ``dtype``, a new tensor."""
     weight = quantization.dequantized_weight(module, dtype)
     is_dense = weight.untyped_storage().data_ptr() == module.weight.untyped_storage().data_ptr()
-    C = combined(factors.B, factors.d, factors.b, factors.scale, dtype)
+    in_c, after = split_scale(factors.scale, dtype)
+    C = combined(factors.B, factors.d, factors.b, in_c, dtype)
     A = _scaled(factors.A, factors.a, dtype).to(dtype)
-    return torch.addmm(weight, C, A) if is_dense else weight.addmm_(C, A)
+    return torch.addmm(weight, C, A, alpha=after) if is_dense else weight.addmm_(C, A, alpha=after)
 
 
 class _SummedContext(AutogradContext, Protocol):
@@ -110,14 +112,15 @@ class _Summed(torch.autograd.Function):
         whole = rows.t() @ kept if by_weight else None  # gᵀ x
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
             if whole is not None:
-                M = whole @ scaled.to(g.dtype).t()
+                M = wide_product(whole, scaled.to(g.dtype).t())
             else:
-                M = rows.t() @ (kept @ scaled.t() if ctx.keeps_input else kept)
+                M = wide_product(rows.t(), kept @ scaled.t() if ctx.keeps_input else kept)
             grad_d, grad_b = vector_gradients(M, B, d, b, ctx.scale, *ctx.needs_input_grad[2:4])
         if a is not None and ctx.needs_input_grad[8]:
-            C = combined(B, d, b, ctx.scale, g.dtype)
+            in_c, after = split_scale(ctx.scale, g.dtype)
+            C = combined(B, d, b, in_c, g.dtype)
             N = C.t() @ whole if whole is not None else (rows @ C).t() @ kept
-            grad_a = (A.to(a.dtype) * N).sum(0)
+            grad_a = (A.to(a.dtype) * N).sum(0).mul_(after)
         return grad_x, None, grad_d, grad_b, None, None, None, None, grad_a
 
 

@@ -76,11 +76,24 @@ class LowRankPath:
         if (y := self._fast_forward(x, *args, **kwargs)) is not None:
             return y
         y = self.base_layer(x, *args, **kwargs)  # W x
+        overwrite = self._owns_output(y)
         for adapter in self._adapters_in_use():
             factors = self.parts(adapter)
             z = self._project(x, adapter, factors)  # A x
-            y = functional.expand(y, z, factors.d, factors.b, factors.B, factors.scale)  # y + s diag(b) B diag(d) z
+            # y + s diag(b) B diag(d) z
+            y = functional.expand(y, z, factors.d, factors.b, factors.B, factors.scale, overwrite)
         return y
+
+    def _owns_output(self, y: torch.Tensor) -> bool:
+        """Whether nobody but this layer reads the base layer's output, so that the adapter may be added in its memory.
+
+        True on accelerators, where adding it elsewhere is a launch more, for linears without hooks. None of them keeps
+        its output for backward.
+        """
+        base = self.base_layer
+        if y.device.type == "cpu" or torch.compiler.is_compiling():
+            return False
+        return isinstance(base, (nn.Linear, Conv1D)) and not base._forward_hooks
 
     def active_names(self) -> list[str]:
         """The active adapters that this layer carries."""

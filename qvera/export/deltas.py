@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qvera.adapters.config import QveraConfig, vector_shapes
-from qvera.adapters.functional import delta_weight, times_b
+from qvera.adapters.functional import delta_weight
 from qvera.adapters.layer import layer_shape
 from qvera.adapters.projection import uniform_pair, vera_scale
 from qvera.adapters.save_load import read_adapter
+from qvera.kernels.low_rank import times_b
 from qvera.models.tokenizer import ADDED_ROWS, read_token_rows
 from qvera.utils.errors import InputError
 from qvera.utils.safetensors_io import TensorEntry

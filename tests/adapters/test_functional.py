@@ -7,8 +7,9 @@ import copy
 import pytest
 import torch
 
-from qvera.adapters import functional
-from qvera.adapters.functional import combined, delta_weight, expand, few_tokens, project, scale_input
+from qvera.adapters.functional import delta_weight, expand, few_tokens, project, scale_input
+from qvera.kernels import low_rank
+from qvera.kernels.low_rank import combined
 from tests.adapters.helpers import relative
 
 DIMENSIONS = [(3, 5, 7), (33, 17, 9), (1, 1, 1), (64, 129, 31)]  # n, m, r
@@ -111,7 +112,7 @@ def test_a_scaled_input_and_every_gradient(T: int, dtype: torch.dtype, n: int, m
 
 
 def test_gradcheck_of_a_scaled_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functional, "BLOCK_ELEMENTS", 12)  # three rows at a time: the last block is short
+    monkeypatch.setattr(low_rank, "BLOCK_ELEMENTS", 12)  # three rows at a time: the last block is short
     p = parts(11, 4, 5, 3, scaled=True)
     assert torch.autograd.gradcheck(scale_input, (p["x"].requires_grad_(), p["a"].requires_grad_()))
 
@@ -253,13 +254,13 @@ def test_by_blocks_of_rows_the_numbers_are_the_same(
     z, B, d, b = p["x"] @ p["A"].t(), p["B"].to(dtype), p["d"].to(vector), p["b"].to(vector)
     base, upstream = torch.zeros(40, 19, dtype=dtype), torch.randn(40, 19, dtype=torch.float64).to(dtype)
     found = []
-    for elements in (functional.BLOCK_ELEMENTS, 24):
-        monkeypatch.setattr(functional, "BLOCK_ELEMENTS", elements)
+    for elements in (low_rank.BLOCK_ELEMENTS, 24):
+        monkeypatch.setattr(low_rank, "BLOCK_ELEMENTS", elements)
         leaves = [t.clone().requires_grad_() for t in (z.to(dtype), d, b)]
         y = expand(base, leaves[0], leaves[1], leaves[2], B, 0.3)
         y.backward(upstream)
         found.append([y.detach(), *(leaf.grad for leaf in leaves)])
-    assert len(functional.row_blocks(B)) == 5
+    assert len(low_rank.row_blocks(B)) == 5
     one, other = found
     assert torch.equal(one[0], other[0])
     assert torch.equal(one[1], other[1])

@@ -12,7 +12,7 @@ import pytest
 
 pytestmark = pytest.mark.process
 
-HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "deepspeed", "numpy")
+HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "deepspeed", "numpy", "triton")
 
 
 def run_python(code: str) -> str:

@@ -8,7 +8,8 @@ tokens of the batch in all, S tokens a row.
 
 import torch
 
-from qvera.adapters.functional import BLOCK_ELEMENTS, few_tokens
+from qvera.adapters.functional import few_tokens
+from qvera.kernels.low_rank import BLOCK_ELEMENTS
 from qvera.models.linear import BLOCK_WEIGHTS
 from qvera.training.plan.run import Linear, PlannedRun
 
@@ -92,7 +93,7 @@ def product_bytes(run: PlannedRun, x: Linear) -> int:
     if x.name not in run.adapted_names:
         return read
     pair = x.m * run.rank
-    # combining d, B and b, and taking their gradients from M, goes by blocks of rows in fp32 (`functional.row_blocks`)
+    # combining d, B and b, and taking their gradients from M, goes by blocks of rows in fp32 (`low_rank.row_blocks`)
     block = pair * 4 if run.machine.on_gpu else min(pair, BLOCK_ELEMENTS) * 4
     combining = 2 * block + (pair * size if block < pair * 4 else 0)
     if run.is_summed(x):

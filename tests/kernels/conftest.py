@@ -1,0 +1,42 @@
+"""Kernels on CPU tensors, in Triton's interpreter, by the same way that an accelerator takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qvera.kernels import choice
+
+pytest.importorskip("triton")
+
+
+class Calls(TorchDispatchMode):
+    """Names of the operators that ran, views and allocations left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        name = func.name().partition(".")[0]
+        if not func.is_view and name not in ("aten::empty", "aten::new_empty", "aten::_unsafe_view", "aten::detach"):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
+    """A context in which CPU tensors take the kernels."""
+
+    @contextmanager
+    def kernels() -> Iterator[None]:
+        with monkeypatch.context() as patch:
+            patch.setattr(choice, "PLAIN_DEVICES", ("meta",))
+            patch.setenv(choice.SWITCH, "on")
+            yield
+
+    return kernels

@@ -1,0 +1,36 @@
+"""Which code runs where, and the switch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qvera.kernels import choice
+from qvera.kernels.choice import use_kernels
+from qvera.utils.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("switch", "device", "dtype", "taken"),
+    [
+        ("on", "accelerator", torch.bfloat16, True),
+        ("on", "accelerator", torch.float64, False),
+        ("off", "accelerator", torch.bfloat16, False),
+        ("auto", "accelerator", torch.bfloat16, False),  # triton can't run on this one
+        ("on", "cpu", torch.bfloat16, False),
+    ],
+)
+def test_kernels_are_for_accelerators_and_obey_the_switch(
+    switch: str, device: str, dtype: torch.dtype, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QVERA_KERNELS", switch)
+    if device == "accelerator":
+        monkeypatch.setattr(choice, "PLAIN_DEVICES", ("meta",))
+    assert use_kernels(torch.empty(2), torch.empty(2, dtype=dtype)) is taken
+
+
+def test_a_wrong_switch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "PLAIN_DEVICES", ("meta",))
+    monkeypatch.setenv("QVERA_KERNELS", "0")
+    with pytest.raises(InputError, match="QVERA_KERNELS: is '0'; it takes auto, on or off"):
+        use_kernels(torch.empty(2))

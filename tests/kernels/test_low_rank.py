@@ -1,0 +1,132 @@
+"""The adapter's kernels in Triton's interpreter against the textbook formula in fp64; and fp16 with small vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+
+from qvera.adapters.functional import expand, few_tokens, project
+from qvera.adapters.projection import uniform_pair, vera_scale
+from qvera.kernels import low_rank
+from qvera.kernels.operators import LAUNCHES
+from tests.adapters.helpers import relative
+from tests.adapters.test_functional import TOLERANCE, parts, rounded, textbook
+from tests.kernels.conftest import Calls
+
+SETTINGS = [  # tokens, n, m, r, groups, dtype, base's dtype
+    (257, 5, 17, 9, 1, torch.bfloat16, None), (257, 6, 37, 300, 3, torch.bfloat16, torch.float32),
+    (64, 33, 129, 31, 1, torch.float16, None), (2, 9, 45, 32, 2, torch.float16, torch.bfloat16),
+    (257, 3, 5, 7, 1, torch.float32, None), (40, 6, 5, 8, 8, torch.float32, torch.bfloat16), (1, 1, 1, 1, 1, torch.float32, None),
+]  # fmt: skip
+
+
+def through(p: dict[str, torch.Tensor], dtype: torch.dtype, base_dtype: torch.dtype, g: torch.Tensor) -> dict[str, Any]:
+    """y and every gradient, with B a view of a larger one, as the shared pair's is."""
+    x = p["x"].to(dtype).requires_grad_()
+    base = (x.double() @ p["W"].t()).to(base_dtype)
+    d, b = (p[k].float().requires_grad_() for k in "db")
+    m, r = p["B"].shape
+    B = torch.nn.functional.pad(p["B"].to(dtype), (0, 3, 0, 2))[:m, :r]
+    y = expand(base, project(x, p["A"].to(dtype)), d, b, B, 0.37)
+    y.backward(g.to(base_dtype))
+    return {"y": y.detach(), "x": x.grad, "d": d.grad, "b": b.grad}
+
+
+@pytest.mark.parametrize(("T", "n", "m", "r", "groups", "dtype", "base_dtype"), SETTINGS)
+def test_forward_and_every_gradient(
+    T: int, n: int, m: int, r: int, groups: int, dtype: torch.dtype, base_dtype: torch.dtype | None,
+    as_on_an_accelerator: Callable[[], Any],
+) -> None:  # fmt: skip
+    base_dtype = base_dtype or dtype
+    exact = rounded(parts(T, n, m, r, groups=groups), dtype)
+    g = torch.randn(T, m, generator=torch.Generator().manual_seed(1)).to(base_dtype)
+    expected = textbook(exact, 0.37, g.double())
+    with as_on_an_accelerator(), Calls() as calls:
+        found = through(exact, dtype, base_dtype, g)
+    assert "qvera::vector_gradients" in calls.names
+    plain = through(exact, dtype, base_dtype, g)
+    # the interpreter cuts fp32 to bf16 where a card rounds: one bit of C worse
+    tolerance = max(TOLERANCE[dtype], TOLERANCE[base_dtype])
+    for name, one in found.items():
+        assert (one.dtype, one.shape) == (plain[name].dtype, plain[name].shape)
+        assert relative(one, expected[name]) < tolerance, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_launches_of_one_linear(dtype: torch.dtype, as_on_an_accelerator: Callable[[], Any]) -> None:
+    x, A, B = (parts(64, 9, 45, 16)[k].to(dtype) for k in "xAB")
+    base = torch.zeros(64, 45, dtype=dtype)
+    x, d, b = (t.requires_grad_() for t in (x, torch.randn(16), torch.randn(45)))
+    with as_on_an_accelerator(), Calls() as forward:
+        y = expand(base, project(x, A), d, b, B, 0.5, overwrite=True)
+    assert forward.names == ["aten::mm", "qvera::combined", "aten::addmm_"]
+    upstream = torch.ones_like(y)
+    with as_on_an_accelerator(), Calls() as backward:
+        torch.autograd.grad(y, (x, d, b), upstream)
+    # no launch for s, for casts of the vectors, or to clear a sum
+    product = "aten::addmm" if dtype == torch.float16 else "aten::mm"
+    assert backward.names == ["qvera::wide_product", "qvera::vector_gradients", product, "aten::mm"]
+    assert LAUNCHES["qvera::vector_gradients"] == 2
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_the_output_may_take_the_memory_of_the_base(overwrite: bool) -> None:
+    p = parts(40, 5, 6, 3)
+    results = []
+    for own in (overwrite, False):
+        x, d, b = (p[k].clone().requires_grad_() for k in "xdb")
+        base = x @ p["W"].t()
+        before = base.detach().clone()
+        y = expand(base, project(x, p["A"]), d, b, p["B"], 0.5, overwrite=own)
+        assert torch.equal(base.detach(), before) is not own
+        y.mul_(2)  # it can be changed in place
+        y.square().sum().backward()
+        results.append([y.detach(), x.grad, d.grad, b.grad])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("tokens", [8, 64])
+def test_fp16_keeps_what_small_vectors_change(
+    tokens: int, kernels: bool, as_on_an_accelerator: Callable[[], Any]
+) -> None:
+    """ΔW x and every gradient at r=1024, n=4096, d=0.1 and |b| = 1e-4. With s in C, ΔW x was lost."""
+    n, m, r = 4096, 64, 1024
+    A, B = (torch.from_numpy(t).half() for t in uniform_pair(r, n, m, 0))
+    generator = torch.Generator().manual_seed(0)
+    x, g, W = (torch.randn(size, generator=generator).half() for size in ((tokens, n), (tokens, m), (m, n)))
+    d, b = torch.full((r,), 0.1), 1e-4 * torch.randn(m, generator=generator).sign()
+    assert few_tokens(tokens, B) is (tokens == 8)
+
+    def run(dtype: torch.dtype, vector: torch.dtype) -> list[torch.Tensor]:
+        own_x, own_d, own_b = (
+            t.requires_grad_() for t in (x.clone().to(dtype), d.clone().to(vector), b.clone().to(vector))
+        )
+        z = project(own_x, A.to(dtype))
+        change = expand(torch.zeros(tokens, m, dtype=dtype), z, own_d, own_b, B.to(dtype), vera_scale(r, n))
+        y = change + own_x @ W.to(dtype).t()
+        return [change, *torch.autograd.grad(y, (own_x, own_d, own_b), g.to(dtype))]
+
+    with as_on_an_accelerator() if kernels else nullcontext():
+        found = run(torch.float16, torch.float32)
+    for name, one, other in zip(("ΔW x", "x", "d", "b"), found, run(torch.float64, torch.float64), strict=True):
+        assert relative(one, other) < 0.01, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_operators_fit_their_fakes(dtype: torch.dtype) -> None:
+    p = parts(9, 4, 21, 12, groups=3)
+    B, d, b, M = p["B"].to(dtype), p["d"].float(), p["b"].float(), torch.randn(21, 12)
+    checks = ("test_schema", "test_faketensor")
+    for call, arguments in (
+        (low_rank._combined, (B, d, b, 0.5, dtype)),
+        (low_rank._gradients, (M, B, d, b, 0.5, 1.0, dtype)),
+        (low_rank._gradients, (M, B, d, b, 0.5, 1.0, None)),
+        (low_rank._wide_product, (B.t(), B)),
+    ):
+        torch.library.opcheck(call, arguments, test_utils=checks)
