@@ -233,6 +233,11 @@ class TrainingSection(Section):
     """AdamW's ε."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Clip the gradient of all vectors together to this norm. 0: no clipping."""
+    initial_scale_power: Annotated[int, Strict(), Field(ge=0, le=24)] = 16
+    """The first loss scale of a run that computes in float16: 2 to this power. A step whose gradient overflows is taken
+    again with half the scale. 0: begin without scaling."""
+    loss_scale_window: Positive = 2000
+    """Steps in a row without an overflow after which the loss scale of a float16 run is doubled."""
     gradient_checkpointing: Bool = True
     """Recompute activations in the backward pass. Less memory, about a third more time."""
     try_longest_batch: Bool = True

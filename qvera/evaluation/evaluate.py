@@ -83,12 +83,19 @@ def hidden_states(
 
 
 def batch_nll(
-    model: nn.Module, batch: dict[str, torch.Tensor], chunk_tokens: int, decoder: Callable[..., Any] | None = None
+    model: nn.Module,
+    batch: dict[str, torch.Tensor],
+    chunk_tokens: int,
+    decoder: Callable[..., Any] | None = None,
+    expected_grad: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, int]:
-    """Summed negative log likelihood (scalar) of a batch's trained tokens, and how many there are."""
+    """Summed negative log likelihood (scalar) of a batch's trained tokens, and how many there are.
+
+    ``expected_grad``: see `fused_linear_cross_entropy`.
+    """
     hidden, head = hidden_states(model, batch, decoder), Head.of(causal_model(model))
     with gathered(head.module.parameters(recurse=False)):
-        return fused_linear_cross_entropy(hidden, batch["labels"], head, chunk_tokens)
+        return fused_linear_cross_entropy(hidden, batch["labels"], head, chunk_tokens, expected_grad=expected_grad)
 
 
 @torch.no_grad()

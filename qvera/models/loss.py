@@ -55,7 +55,12 @@ class Head(NamedTuple):
 class _FusedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, hidden: torch.Tensor, labels: torch.Tensor, head: Head, chunk_tokens: int
+        ctx: FunctionCtx,
+        hidden: torch.Tensor,
+        labels: torch.Tensor,
+        head: Head,
+        chunk_tokens: int,
+        expected_grad: torch.Tensor | None,
     ) -> torch.Tensor:
         blocks = WeightBlocks(head.module, hidden.dtype, BLOCK_ELEMENTS, reused=True)
         bias = getattr(head.module, "bias", None)
@@ -83,22 +88,32 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
                     logits *= slope
                 if head.scale != 1.0:
                     logits *= head.scale
+                if expected_grad is not None:
+                    logits *= expected_grad
                 padded[len(y) :] = 0.0
                 blocked_input_grad(padded, blocks, out=grad[start : start + chunk_tokens])
             del padded, logits, slope  # or the next chunk would be made beside this one
         if grad is not None:
             ctx.save_for_backward(grad[:tokens])
+            ctx.expected_grad = expected_grad  # type: ignore[attr-defined]
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, g: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: FunctionCtx, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return grad * g.to(grad.dtype), None, None, None
+        expected = ctx.expected_grad  # type: ignore[attr-defined]
+        factor = g if expected is None else g / expected
+        return grad * factor.to(grad.dtype), None, None, None, None, None
 
 
 def fused_linear_cross_entropy(
-    hidden: torch.Tensor, labels: torch.Tensor, head: Head, chunk_tokens: int, ignore_index: int = IGNORED
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    head: Head,
+    chunk_tokens: int,
+    ignore_index: int = IGNORED,
+    expected_grad: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, int]:
     """Summed cross entropy of the trained tokens, without their logits in memory.
 
@@ -108,6 +123,9 @@ def fused_linear_cross_entropy(
         head: the frozen head.
         chunk_tokens: tokens whose logits exist at one time.
         ignore_index: the label of tokens that are not trained; they never reach the head.
+        expected_grad: the gradient (scalar, fp32) that backward will bring, where that is known. It is then multiplied
+            in before the gradient in hidden is rounded to 16 bits: with a loss scale, small ones stay above the
+            smallest number of float16. Backward may bring another one; only the rounding is chosen for this.
 
     Returns:
         The sum (scalar, fp32 or wider, differentiable once in hidden) and the number of trained tokens.
@@ -115,5 +133,5 @@ def fused_linear_cross_entropy(
     targets = labels[:, 1:].reshape(-1)
     trained = torch.nonzero(targets != ignore_index).squeeze(1)
     rows = hidden[:, :-1].reshape(-1, hidden.shape[-1]).index_select(0, trained)
-    total = _FusedLinearCrossEntropy.apply(rows, targets.index_select(0, trained), head, chunk_tokens)
+    total = _FusedLinearCrossEntropy.apply(rows, targets.index_select(0, trained), head, chunk_tokens, expected_grad)
     return total, int(trained.numel())

@@ -4,7 +4,8 @@ Layout of ``checkpoints/step-00000100/``::
 
     vectors.safetensors     name → fp32 vector, the names of the adapter file
     optimizer.safetensors   "name/key" → tensor of the optimizer's state for that vector
-    state.json              step, recipe, schedule, scalars of the optimizer, early-stopping state, earlier results
+    state.json              step, recipe, schedule, scalars of the optimizer, early-stopping state, earlier results,
+                            loss scale
     random.safetensors      torch's generator states (uint8) by device type: "cpu", "cuda"; of rank k > 0 "cpu.k", ..
     manifest.json           SHA-256 and size of each file; written last
 
@@ -49,6 +50,7 @@ class TrainState:
     train_loss_last: float | None = None
     train_seconds: float = 0.0
     input_tokens: int = 0
+    skipped_steps: int = 0  # whose gradient overflowed in float16, and that were taken again
     before: dict[str, Any] | None = None
     samples_before: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
@@ -59,6 +61,11 @@ class TrainState:
         self.train_loss_last = loss
         self.train_seconds += seconds
         self.input_tokens += input_tokens
+
+    def add_skipped_step(self, seconds: float) -> None:
+        """Count an attempt at a step that was not taken."""
+        self.skipped_steps += 1
+        self.train_seconds += seconds
 
     def add_evaluation(self, loss: float, patience: int) -> None:
         """Compare a held-out loss with the best so far.

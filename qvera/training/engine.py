@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.amp import GradScaler
 
 from qvera.adapters.save_load import named_vectors
 from qvera.config.schema import Recipe
@@ -57,13 +58,21 @@ class LocalEngine:
         schedule: LRScheduler,
         max_grad_norm: float,
         group: Group,
+        scaler: GradScaler | None = None,
     ) -> None:
         self.vectors, self.optimizer, self.schedule = vectors, optimizer, schedule
-        self.max_grad_norm, self.group = max_grad_norm, group
+        self.max_grad_norm, self.group, self.scaler = max_grad_norm, group, scaler
+        self.loss_scale = 1.0
+        """The scale of the latest `step`."""
+
+    def loss_gradient(self) -> torch.Tensor:
+        """The gradient (scalar, fp32) that `backward` puts into its loss: the loss scale."""
+        one = torch.ones((), device=next(iter(self.vectors.values())).device)
+        return one if self.scaler is None else self.scaler.scale(one)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Accumulate the gradient of this rank's part of the loss; ``last``: this is the step's last pass."""
-        loss.backward()
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         if last and self.group.world_size > 1:
             for vector in self.vectors.values():
                 if vector.grad is None:
@@ -71,19 +80,29 @@ class LocalEngine:
             self.group.all_reduce([vector.grad for vector in self.vectors.values() if vector.grad is not None])
 
     def step(self) -> tuple[float, float]:
-        """Clip and step. A gradient that is not finite takes no step.
+        """Clip and step. A gradient that is not finite takes no step; with loss scaling, it lowers the scale.
 
         Returns:
             The gradient norm before clipping, and the learning rate.
         """
         limit = self.max_grad_norm if self.max_grad_norm > 0 else math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(list(self.vectors.values()), limit))
+        scale = self.loss_gradient()
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        total = torch.nn.utils.clip_grad_norm_(list(self.vectors.values()), limit)
+        norm, self.loss_scale = torch.stack([total, scale]).tolist()  # one wait for the device
         rate = float(self.schedule.get_last_lr()[0])
         if math.isfinite(norm):
             self.optimizer.step()
             self.schedule.step()
+        if self.scaler is not None:
+            self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return norm, rate
+
+    def can_step_again(self) -> bool:
+        """Whether a step whose gradient was not finite may be taken again: its scale was above 1 and is lower now."""
+        return self.scaler is not None and self.loss_scale > 1.0 and self.scaler.get_scale() < self.loss_scale
 
     def unsharded(self) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
         """Trained vectors and optimizer as one process holds them, for a checkpoint."""
@@ -122,9 +141,10 @@ class ZeroEngine(LocalEngine):
         schedule: LRScheduler,
         group: Group,
         scratch: Path,
+        scaler: GradScaler | None = None,
     ) -> None:
         vectors = trained_vectors(model)
-        super().__init__(vectors, optimizer, schedule, recipe.training.max_grad_norm, group)
+        super().__init__(vectors, optimizer, schedule, recipe.training.max_grad_norm, group, scaler)
         self.config = config
         before = {name: dict(optimizer.state[p]) for name, p in vectors.items() if p in optimizer.state}
         optimizer.state.clear()
@@ -150,9 +170,16 @@ class ZeroEngine(LocalEngine):
         if missing:
             missing[0].all_gather(param_list=missing)
 
+    def loss_gradient(self) -> torch.Tensor:
+        """See `LocalEngine.loss_gradient`; times the ranks, as in `backward`."""
+        return super().loss_gradient() * self.group.world_size
+
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """See `LocalEngine.backward`."""
         engine = self.deepspeed
+        if self.scaler is not None:
+            self.loss_scale = self.scaler.get_scale()
+            engine.optimizer.override_loss_scale(self.loss_scale)
         engine.set_gradient_accumulation_boundary(last)
         # DeepSpeed takes the mean over ranks, and the loss is divided by the trained tokens of all of them already
         loss = loss * self.group.world_size
@@ -165,6 +192,14 @@ class ZeroEngine(LocalEngine):
         norm = float(self.deepspeed.get_global_grad_norm())
         if math.isfinite(norm):
             self.schedule.step()
+        elif self.config.shards_base:
+            self._gather_unsharded()  # DeepSpeed does so after a step, but not after one that it skips
+        if self.scaler is not None:
+            # DeepSpeed has divided the gradients by the scale; the scaler looks at their norm in place of them
+            probe = nn.Parameter(torch.zeros(()))
+            probe.grad = torch.tensor(norm)
+            self.scaler.unscale_(torch.optim.SGD([probe]))
+            self.scaler.update()
         return norm, rate
 
     @property

@@ -108,6 +108,8 @@ def _take_steps(session: TrainingSession, ramp: RangeTest) -> tuple[list[dict[st
                     raise
                 points.append({"step": session.state.step + 1, "learning_rate": rate, "loss": None})
                 return points, rate
+            if record["kind"] == "skipped":
+                continue
             points.append({key: record.get(key) for key in _RECORD_KEYS})
             progress.show(record)
             if has_diverged([point["loss"] for point in points], ramp.steps):  # the same on all ranks, as the loss is

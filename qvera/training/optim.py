@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.amp import GradScaler
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
@@ -38,6 +39,19 @@ def build_optimizer(section: TrainingSection, vectors: dict[str, nn.Parameter]) 
             f"training.optim: {section.optim} pages its state through CUDA, and there is no GPU here; use adamw."
         )
     return quantization.bitsandbytes_optimizer(section.optim, groups, **settings)
+
+
+def build_scaler(section: TrainingSection, dtype: torch.dtype, device: torch.device) -> GradScaler | None:
+    """Dynamic loss scaling for a run that computes in float16 (Micikevicius et al., arXiv 1710.03740); None for others.
+
+    Gradients below 6e-8 are zero in float16. The scale lifts them above that in the backward pass, and the gradients
+    of the fp32 vectors are divided by it again.
+    """
+    if dtype != torch.float16:
+        return None
+    return GradScaler(
+        device.type, init_scale=2.0**section.initial_scale_power, growth_interval=section.loss_scale_window
+    )
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -22,18 +22,18 @@ from qvera.adapters.projection import SharedProjection
 from qvera.adapters.save_load import attach
 from qvera.config.schema import Recipe
 from qvera.data import Datasets, Example, batches_of, build_datasets, data_warnings, print_preflight
-from qvera.distributed.deepspeed_import import require_deepspeed
+from qvera.distributed.deepspeed_import import require_deepspeed, require_overflow_check
 from qvera.distributed.group import Group, for_all
 from qvera.distributed.zero_config import load_zero_config
 from qvera.distributed.zero_params import BaseSharder
 from qvera.evaluation import evaluate
 from qvera.models.checkpointing import enable_checkpointing
-from qvera.models.loader import Base, load_base, require_packing, takes_prefix_once
+from qvera.models.loader import Base, load_base, pick_compute_dtype, require_packing, takes_prefix_once
 from qvera.models.tokenizer import load_tokenizer
 from qvera.training.checkpoint import TrainState
 from qvera.training.engine import LocalEngine, ZeroEngine, trained_vectors
 from qvera.training.logging import status_line
-from qvera.training.optim import build_optimizer
+from qvera.training.optim import build_optimizer, build_scaler
 from qvera.training.plan import Plan, Sharing, longest_rows, make_plan
 from qvera.training.plan.run import NotPlannable
 from qvera.training.plan.sharding import spread_of
@@ -104,6 +104,10 @@ class TrainingSession:
             InputError: it does not fit, or the base or the adapter are wrong.
         """
         recipe, group = self.recipe, self.group
+        dtype = pick_compute_dtype(recipe.model.compute_dtype, self.device)
+        self.scaler = build_scaler(recipe.training, dtype, self.device)
+        if self.scaler is not None and self.zero is not None:
+            group.agree(require_overflow_check)
         self.watch = self.resources.enter_context(memory.PeakWatch(self.device))
         self.sharder: BaseSharder | None = None
         if self.zero is not None and self.zero.shards_base:
@@ -138,15 +142,21 @@ class TrainingSession:
         """Plain torch, or DeepSpeed where the recipe asks for it."""
         if self.zero is None:
             limit = self.recipe.training.max_grad_norm
-            return LocalEngine(trained_vectors(self.model), self.optimizer, self.schedule, limit, self.group)
+            return LocalEngine(
+                trained_vectors(self.model), self.optimizer, self.schedule, limit, self.group, self.scaler
+            )
         parts = self.model, self.optimizer, self.schedule, self.group
-        return ZeroEngine(self.zero, self.recipe, *parts, self.run_dir / "offload")
+        return ZeroEngine(self.zero, self.recipe, *parts, self.run_dir / "offload", self.scaler)
 
     def train_step(self) -> dict[str, Any]:
         """One optimizer step on the mean loss over the global batch's trained tokens: accumulate gradients, clip, step.
 
+        With loss scaling, a gradient that overflows takes no step; the next call takes the same step again with a
+        lower scale.
+
         Returns:
-            The record for metrics.jsonl. ``learning_rate`` is the one the step was taken with.
+            The record for metrics.jsonl, of kind ``train``, or ``skipped`` where no step was taken. ``learning_rate``
+            and ``loss_scale`` are those the step was taken with.
 
         Raises:
             RunFailed: the loss or the gradient is not finite; no step was taken.
@@ -157,10 +167,11 @@ class TrainingSession:
         trained_tokens = sum(train[i].trained_tokens for i in rows)
         passes = self.batches.passes(rows, group.rank, group.world_size)
         losses, input_tokens = [], 0
+        expected_grad = None if self.scaler is None else self.engine.loss_gradient() / trained_tokens
         for number, micro in enumerate(passes, start=1):
             # a rank without rows runs a dummy pass so that collectives stay in sync
             examples = [train[i] for i in micro or rows[:1]]
-            nll, _ = self._nll(examples, self.engine.decoder)
+            nll, _ = self._nll(examples, self.engine.decoder, expected_grad)
             # divided by the tokens of the whole global batch, so that neither accumulation nor ranks change the mean
             self.engine.backward(nll / trained_tokens if micro else nll * 0.0, last=number == len(passes))
             if micro:
@@ -169,9 +180,19 @@ class TrainingSession:
         sums = torch.stack(losses).tolist() if losses else []
         total, inputs = group.sum([sum(sums), input_tokens])
         norm, rate = self.engine.step() if math.isfinite(total) else (math.nan, 0.0)
-        if not math.isfinite(norm):
-            raise self._not_finite(sums, norm, rows, [micro for micro in passes if micro])
         seconds, loss = time.perf_counter() - began, total / trained_tokens
+        scaling = {} if self.scaler is None else {"loss_scale": self.engine.loss_scale}
+        if not math.isfinite(norm):
+            if math.isfinite(total) and self.engine.can_step_again():
+                self.state.add_skipped_step(seconds)
+                return {
+                    "kind": "skipped",
+                    "step": self.state.step + 1,
+                    "loss": loss,
+                    "step_seconds": seconds,
+                    **scaling,
+                }
+            raise self._not_finite(sums, norm, rows, [micro for micro in passes if micro])
         self.state.add_step(loss, seconds, int(inputs))
         return {
             "kind": "train",
@@ -180,6 +201,7 @@ class TrainingSession:
             "loss": loss,
             "learning_rate": rate,
             "grad_norm": norm,
+            **scaling,
             "trained_tokens": trained_tokens,
             "input_tokens": int(inputs),
             "step_seconds": seconds,
@@ -292,11 +314,16 @@ class TrainingSession:
             text += "Set training.gradient_checkpointing=true. "
         return InputError(f"{text}Lower training.per_device_train_batch_size or data.max_length.")
 
-    def _nll(self, rows: list[Example], decoder: Callable[..., torch.Tensor] | None = None) -> tuple[torch.Tensor, int]:
+    def _nll(
+        self,
+        rows: list[Example],
+        decoder: Callable[..., torch.Tensor] | None = None,
+        expected_grad: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, int]:
         """Summed negative log likelihood of the rows' trained tokens, and how many there are."""
         data, chunk = self.recipe.data, self.recipe.training.loss_chunk_tokens
         batch = evaluate.make_batch(self.model, rows, self.datasets.pad_id, data.prefix_once, data.packing)
-        return evaluate.batch_nll(self.model, batch, chunk, decoder)
+        return evaluate.batch_nll(self.model, batch, chunk, decoder, expected_grad)
 
     def _not_finite(self, losses: list[float], norm: float, rows: list[int], passes: list[list[int]]) -> RunFailed:
         """The error of a loss or gradient that is not finite, with the rows that it came from on all ranks."""

@@ -159,6 +159,8 @@ class Trainer(TrainingSession):
                         self.finish("failed")
                         raise
                     self.log(record)
+                    if record["kind"] == "skipped":
+                        continue
                     best_step = state.best_step
                     if self.datasets.eval and training.eval_steps and state.step % training.eval_steps == 0:
                         self.evaluate()
@@ -193,6 +195,12 @@ class Trainer(TrainingSession):
         if self.log_file is not None:
             self.log_file.write(record)
         self.trackers.log(record)
+        if record["kind"] == "skipped":
+            self.console.print(
+                f"step {record['step']}: the gradient overflowed in float16 at a loss scale of "
+                f"{record['loss_scale']:,.0f}. It is taken again with half of it.",
+                highlight=False,
+            )
         if record["kind"] == "train":
             self.progress.show(record)
             if record["step"] == 1 and self.recipe.training.optim != "adamw":
@@ -274,6 +282,7 @@ class Trainer(TrainingSession):
         state = {
             "recipe": self.recipe.to_dict(),
             "schedule": self.schedule.state_dict(),
+            "loss_scale": None if self.scaler is None else self.scaler.state_dict(),
             "progressed": dataclasses.asdict(self.state),
         }
 
@@ -303,6 +312,8 @@ class Trainer(TrainingSession):
         self.schedule.load_state_dict(one.state["schedule"])
         for parameters, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
             parameters["lr"] = rate
+        if self.scaler is not None and one.state.get("loss_scale"):
+            self.scaler.load_state_dict(one.state["loss_scale"])
         self.state = TrainState(**one.state["progressed"])
         self.console.print(f"Going on from step {self.state.step} of {self.steps} ({one.path}).", soft_wrap=True)
 
@@ -349,6 +360,7 @@ class Trainer(TrainingSession):
             "eval_after": after,
             "best_step": state.best_step,
             "stopped_early": state.stopped_early,
+            "skipped_steps": state.skipped_steps,
             "seconds": state.train_seconds,
             "tokens_per_second": state.input_tokens / state.train_seconds if state.train_seconds else None,
             "peak_bytes": watch.peak_bytes,

@@ -67,6 +67,12 @@ class Place:
             "deepspeed": stage,
         }
 
+    def float16(self, stage: str | None = None) -> dict[str, Any]:
+        """In float16, with a loss scale that overflows at first."""
+        recipe = self.recipe(stage, **FLOAT16)
+        recipe["model"]["compute_dtype"] = "float16"
+        return recipe
+
     def task(self, name: str, stage: str | None, more: dict[str, Any] | None = None, **training: Any) -> dict[str, Any]:
         """A task of `tests.distributed.worker`: a run of this recipe in the directory of its name, or of another one's."""
         run_dir = self.root / (more or {}).get("of", name)
@@ -80,6 +86,7 @@ class Place:
 
 BARE = {"eval_steps": 0, "sample_count": 0, "exact_match_rows": 0}
 UNEVEN = {"global_batch_size": 7, "per_device_train_batch_size": 7, **BARE}
+FLOAT16 = {"max_steps": 3, "initial_scale_power": 19, **BARE}
 ONE_ROW = {"global_batch_size": 1, "per_device_train_batch_size": 1, **BARE}
 
 
@@ -91,6 +98,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> Place:
     place.alone("alone")
     place.alone("alone-uneven", **UNEVEN)
     place.alone("alone-one-row", **ONE_ROW)
+    train(parse_recipe(place.float16(), "alone-float16"), root / "alone-float16")
     place.alone("grown", max_steps=STEPS, save_steps=CUT)  # cut back to its step 4 below
     shutil.rmtree(root / "grown" / "checkpoints" / f"step-{STEPS:08d}")
     tied = Place(root / "tied", tiny_rows, tie_word_embeddings=True)
@@ -105,6 +113,8 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> Place:
         tasks.append(place.task(word, word[:5], **UNEVEN))
     for word, stage in (("none-one-row", None), ("zero3-one-row", "zero3")):
         tasks.append(place.task(word, stage, **ONE_ROW))
+    for stage in QUICK:
+        tasks.append(place.task(f"{name_of(stage)}-float16", stage, {"recipe": place.float16(stage)}))
     tasks.append(place.task("grown-on", "zero3", {"of": "grown", "resume": True}, save_steps=CUT))
     tasks.append(place.task("shrunk", "zero3", {"stop_after": CUT}, **BARE))
     tasks.append(place.task("tied-on-two", "zero3", {"recipe": tied.recipe("zero3"), "of": "tied/zero3"}))
@@ -160,6 +170,15 @@ def test_two_processes_give_the_numbers_of_one(place: Place, stage: str | None) 
     assert len(losses(run)) == STEPS
     close(run, place.root / "alone")
     assert losses(run, "eval") == pytest.approx(losses(place.root / "alone", "eval"), rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", QUICK, ids=name_of)
+def test_all_ranks_skip_a_step_whose_gradient_overflows(place: Place, stage: str | None) -> None:
+    """And then take it: the numbers of one process in float16."""
+    run = place.root / f"{name_of(stage)}-float16"
+    assert json.loads((run / "run.json").read_text())["result"]["skipped_steps"] >= 1
+    assert len(losses(run)) == 3
+    close(run, place.root / "alone-float16", rtol=1e-3)
 
 
 def test_scores_and_answers_are_those_of_one(place: Place, stage: str | None) -> None:

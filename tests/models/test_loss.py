@@ -92,6 +92,25 @@ def test_value_and_gradient_16_bits(dtype: torch.dtype, settings: dict[str, Any]
     assert relative(hidden.grad, grad) < 1.5e-2
 
 
+def test_a_gradient_below_the_smallest_float16_is_kept_where_its_factor_is_known() -> None:
+    """As of a token among 10 million, at a loss scale of 2^20."""
+    hidden, labels = batch(2, 65, torch.float16)
+    factor = torch.tensor(1e-7)
+
+    def grad(expected: torch.Tensor | None, brought: torch.Tensor) -> torch.Tensor:
+        leaf = hidden.clone().requires_grad_()
+        loss, _ = fused_linear_cross_entropy(leaf, labels, head(torch.float16), 16, expected_grad=expected)
+        loss.backward(brought)
+        assert leaf.grad is not None
+        return leaf.grad.double()
+
+    _, wanted = plain(hidden, labels, head(torch.float16))
+    scaled = factor * 2.0**20
+    assert relative(grad(scaled, scaled), wanted * scaled) < 1.5e-2
+    assert relative(grad(None, factor), wanted * factor) > 0.1
+    assert relative(grad(scaled, 2 * scaled), 2 * wanted * scaled) < 1.5e-2  # another one than was expected
+
+
 def test_gradcheck_in_double_precision() -> None:
     hidden, labels = batch(1, 5, torch.float64)
     hidden.requires_grad_()
