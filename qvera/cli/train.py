@@ -12,7 +12,8 @@ from qvera.utils import formatting
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
-    from qvera.config.schema import RangeTest, Recipe
+    from qvera.config.range_test import RangeTest
+    from qvera.config.schema import Recipe
 
 
 def train(
@@ -59,7 +60,7 @@ def range_test(
     Raises:
         InputError: options contradict each other, or the rates do not rise.
     """
-    from qvera.config.schema import RangeTest
+    from qvera.config.range_test import RangeTest
 
     values = {"start": lr_from, "end": lr_to, "steps": lr_steps}
     given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}

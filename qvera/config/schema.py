@@ -3,7 +3,6 @@
 The text below each field is its description in the JSON schema (`json_schema`) and in docs/recipe.md.
 """
 
-import dataclasses
 import os
 from collections.abc import Iterator
 from typing import Annotated, Literal
@@ -349,29 +348,6 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """Return the recipe as YAML, every key written out."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RangeTest:
-    """The learning rates of ``--find-lr``, a range test (Smith, arXiv 1506.01186, section 3.3). Not a part of a recipe.
-
-    Raises:
-        InputError: the rates are not 0 < start < end, or there are fewer than 10 steps.
-    """
-
-    start: float = 1e-5
-    """``--lr-from``: the learning rate of the first step, too low to change anything."""
-    end: float = 1.0
-    """``--lr-to``: the learning rate of the last step, which should be too high."""
-    steps: int = 100
-    """``--lr-steps``: optimizer steps. The rate grows by the same factor in each."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.start < self.end < float("inf"):
-            rates = f"--lr-from {self.start:g}, --lr-to {self.end:g}"
-            raise InputError(f"{rates}: expected two rates, 0 < from < to, such as 1e-5 and 1.")
-        if self.steps < 10:
-            raise InputError(f"--lr-steps: takes a whole number >= 10 (a curve needs points), got {self.steps}.")
 
 
 def json_schema() -> dict[str, object]:

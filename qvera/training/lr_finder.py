@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qvera.config.schema import RangeTest, Recipe
+from qvera.config.range_test import RangeTest
+from qvera.config.schema import Recipe
 from qvera.distributed.init import in_group
 from qvera.evaluation.report.charts import Chart, Line, line_chart
 from qvera.evaluation.report.pages import render

@@ -10,7 +10,8 @@ from torch.amp import GradScaler
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
-from qvera.config.schema import RangeTest, TrainingSection
+from qvera.config.range_test import RangeTest
+from qvera.config.schema import TrainingSection
 from qvera.models import quantization
 from qvera.utils import accelerator
 from qvera.utils.errors import InputError

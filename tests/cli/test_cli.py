@@ -224,7 +224,7 @@ def test_weights_take_several_numbers_after_one_option() -> None:
 
 
 def test_the_help_of_the_range_test_names_its_defaults() -> None:
-    from qvera.config.schema import RangeTest
+    from qvera.config.range_test import RangeTest
 
     helps = [get_args(option)[1].help for option in (common.LrFrom, common.LrTo, common.LrSteps)]
     ramp = RangeTest()

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from qvera.adapters.save_load import attach, named_vectors
-from qvera.config.schema import AdapterSection, ModelSection, RangeTest
+from qvera.config.range_test import RangeTest
+from qvera.config.schema import AdapterSection, ModelSection
 from qvera.evaluation import evaluate
 from qvera.models.loader import load_base
 from qvera.training.lr_finder import find_lr

@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from qvera.cli.main import main
-from qvera.config.schema import RangeTest, parse_recipe
+from qvera.config.range_test import RangeTest
+from qvera.config.schema import parse_recipe
 from qvera.training.lr_finder import (
     PAGE,
     POINTS,

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from qvera.config.schema import RangeTest, parse_recipe
+from qvera.config.range_test import RangeTest
+from qvera.config.schema import parse_recipe
 from qvera.evaluation.report.compare import compare_runs
 from qvera.evaluation.report.pages import answers_page, compare_page
 from qvera.evaluation.report.run_page import write_report
