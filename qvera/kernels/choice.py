@@ -5,13 +5,13 @@ import os
 
 import torch
 
+from qvera.utils import accelerator
 from qvera.utils.errors import InputError
 
 SWITCH = "QVERA_KERNELS"
 """The environment variable: ``off`` for plain torch code everywhere, ``on`` for kernels on every accelerator without
 asking triton for one (the tests' fake accelerator), ``auto`` (as when unset) for kernels where triton can run them."""
 
-PLAIN_DEVICES = ("cpu", "meta")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -22,7 +22,7 @@ def use_kernels(*tensors: torch.Tensor) -> bool:
         InputError: QVERA_KERNELS is set to anything but auto, on or off.
     """
     device_type = tensors[0].device.type
-    if device_type in PLAIN_DEVICES:
+    if not accelerator.is_accelerator(device_type):
         return False
     return all(tensor.dtype in _DTYPES for tensor in tensors) and _switched_on(device_type)
 
@@ -44,5 +44,4 @@ def _triton_runs_on(device_type: str) -> bool:
         from torch.utils._triton import has_triton
     except ImportError:  # it is torch's own helper, and may move
         return False
-    current = torch.accelerator.current_accelerator()
-    return current is not None and current.type == device_type and has_triton()
+    return accelerator.current_device().type == device_type and has_triton()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 LAUNCHES: dict[str, int] = {}
-"""Operator name, such as ``qvera::combined``, → how many kernels it launches."""
+"""Operator name, such as ``qvera.combined``, → how many kernels it launches."""
 
 _library = torch.library.Library("qvera", "FRAGMENT")
 
@@ -37,5 +37,5 @@ def register(
     _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, launch, "CompositeExplicitAutograd")
     torch.library.register_fake(f"qvera::{name}", fake, lib=_library)
-    LAUNCHES[f"qvera::{name}"] = launches
+    LAUNCHES[f"qvera.{name}"] = launches
     return getattr(torch.ops.qvera, name).default

@@ -19,7 +19,7 @@ The backend can't be unregistered, so it has to be used in a process of its own.
 
 Kernels of one layer: forward is `qvera.evaluation.evaluate.batch_nll`, backward ``session.engine.backward``; what one
 layer takes is the difference between a model of two layers and one of one (`per_layer`). A custom operator counts as one
-launch, unless `LAUNCHES` says otherwise. Bytes against a plan: ``seen.timeline`` and ``seen.peak_bytes`` of a whole model
+launch, unless `qvera.kernels.operators.LAUNCHES` says otherwise. Bytes against a plan: ``seen.timeline`` and ``seen.peak_bytes`` of a whole model
 (a 70B takes some 20 s), or of few layers where a figure is linear; ``session.base_bytes`` is what is alive once the base
 and the adapter are loaded. For anything but a training step, call the real functions with ``session.model``, or with
 `FakeAccelerator.model` (a base without an adapter), inside `record`.
@@ -35,6 +35,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import sys
 import tempfile
 import weakref
@@ -59,6 +60,8 @@ import qvera
 from qvera.config.schema import Recipe, parse_recipe
 from qvera.data import Example
 from qvera.distributed.group import ALONE
+from qvera.kernels import choice
+from qvera.kernels.operators import LAUNCHES
 from qvera.models import linear
 from qvera.models.loader import Base
 from qvera.training.optim import build_schedule
@@ -78,9 +81,6 @@ SHAPES: dict[str, dict[str, int]] = {
             "num_key_value_heads": 8},
 }  # fmt: skip
 """Llama 2 7B, 13B and 70B, Llama 3 8B, Code Llama 34B."""
-
-LAUNCHES: dict[str, int] = {}
-"""Custom operators behind which there is another number of launches than one, by name, such as ``qvera.combine``."""
 
 _NO_KERNEL = {
     "aten.empty", "aten.empty_like", "aten.empty_strided", "aten.new_empty", "aten.new_empty_strided", "aten.detach",
@@ -290,6 +290,7 @@ class FakeAccelerator:
         self.device = torch.device(TYPE, 0)
         module: Any = torch.get_device_module(TYPE)
         module.get_amp_supported_dtype = lambda: [torch.float16, torch.bfloat16]
+        self._stack.enter_context(mock.patch.dict(os.environ, {choice.SWITCH: "on"}))  # triton finds no card here
         self._stack.enter_context(FakeTensorMode(allow_non_fake_inputs=False))
         self._recorder = self._stack.enter_context(_Recorder())
         self._stack.enter_context(mock.patch.object(nn.functional, "scaled_dot_product_attention", _attention))

@@ -25,12 +25,12 @@ def test_kernels_are_for_accelerators_and_obey_the_switch(
 ) -> None:
     monkeypatch.setenv("QVERA_KERNELS", switch)
     if device == "accelerator":
-        monkeypatch.setattr(choice, "PLAIN_DEVICES", ("meta",))
+        monkeypatch.setattr(choice.accelerator, "is_accelerator", lambda device: True)
     assert use_kernels(torch.empty(2), torch.empty(2, dtype=dtype)) is taken
 
 
 def test_a_wrong_switch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "PLAIN_DEVICES", ("meta",))
+    monkeypatch.setattr(choice.accelerator, "is_accelerator", lambda device: True)
     monkeypatch.setenv("QVERA_KERNELS", "0")
     with pytest.raises(InputError, match="QVERA_KERNELS: is '0'; it takes auto, on or off"):
         use_kernels(torch.empty(2))

@@ -70,7 +70,7 @@ def test_the_launches_of_one_linear(dtype: torch.dtype, as_on_an_accelerator: Ca
     # no launch for s, for casts of the vectors, or to clear a sum
     product = "aten::addmm" if dtype == torch.float16 else "aten::mm"
     assert backward.names == ["qvera::wide_product", "qvera::vector_gradients", product, "aten::mm"]
-    assert LAUNCHES["qvera::vector_gradients"] == 2
+    assert LAUNCHES["qvera.vector_gradients"] == 2
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
