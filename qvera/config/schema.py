@@ -237,8 +237,11 @@ class TrainingSection(Section):
     again with half the scale. 0: begin without scaling."""
     loss_scale_window: Positive = 2000
     """Steps in a row without an overflow after which the loss scale of a float16 run is doubled."""
-    gradient_checkpointing: Bool = True
-    """Recompute activations in the backward pass. Less memory, about a third more time."""
+    gradient_checkpointing: Bool | Literal["auto", "offload"] = "auto"
+    """Recompute the activations of a layer in the backward pass, and keep only its input: much less memory, about a
+    third more time. ``offload`` keeps these inputs in pinned RAM instead of on the accelerator (on a CPU it is the same
+    as ``true``). ``auto``: ``false`` where the plan says that the run fits so with a good margin, else ``true``, else
+    ``offload``. `qvera plan` shows what it comes to, and a resumed run keeps it."""
     try_longest_batch: Bool = True
     """Run the longest batch once before the first step, so that a run that does not fit into memory fails at once."""
     loss_chunk_tokens: Positive = 512

@@ -27,7 +27,7 @@ from qvera.distributed.group import Group, for_all
 from qvera.distributed.zero_config import load_zero_config
 from qvera.distributed.zero_params import BaseSharder
 from qvera.evaluation import evaluate
-from qvera.models.checkpointing import enable_checkpointing
+from qvera.models.checkpointing import Mode, enable_checkpointing
 from qvera.models.loader import Base, load_base, pick_compute_dtype, require_packing, takes_prefix_once
 from qvera.models.tokenizer import load_tokenizer
 from qvera.training.checkpoint import TrainState
@@ -35,6 +35,7 @@ from qvera.training.engine import LocalEngine, ZeroEngine, trained_vectors
 from qvera.training.logging import status_line
 from qvera.training.optim import build_optimizer, build_scaler
 from qvera.training.plan import Plan, Sharing, longest_rows, make_plan
+from qvera.training.plan.checkpointing import mode_word, with_mode
 from qvera.training.plan.run import NotPlannable
 from qvera.training.plan.sharding import spread_of
 from qvera.training.plan.show import change_lines, run_lines
@@ -110,6 +111,7 @@ class TrainingSession:
             group.agree(require_overflow_check)
         self.watch = self.resources.enter_context(memory.PeakWatch(self.device))
         self.sharder: BaseSharder | None = None
+        self.checkpointing: Mode
         if self.zero is not None and self.zero.shards_base:
             self.sharder = BaseSharder(self.zero, recipe, group.rank, group.world_size, self.run_dir / "offload")
             self.resources.callback(self.sharder.discard)
@@ -120,8 +122,6 @@ class TrainingSession:
         self.model = attach(self.base.model, recipe.adapter, recipe.model.path, *identity, recipe.model)
         if recipe.data.packing:
             require_packing(self.model)
-        if recipe.training.gradient_checkpointing:
-            enable_checkpointing(self.model)
         self.batches = batches_of(recipe, self.datasets.train)
         self.optimizer = build_optimizer(recipe.training, trained_vectors(self.model))
 
@@ -132,6 +132,7 @@ class TrainingSession:
             InputError: the longest batch does not fit into memory.
         """
         self.schedule, self.steps = schedule, steps
+        enable_checkpointing(self.model, self.checkpointing)
         if self.sharder is None:
             self.group.agree(self._try_longest_batch)
         self.engine = self.make_engine()
@@ -252,7 +253,13 @@ class TrainingSession:
             plan = make_plan(recipe, self.device, self.datasets.train, sharing)
         except NotPlannable as error:
             self.warn(f"No plan: {error}")
+            asked = recipe.training.gradient_checkpointing
+            self.checkpointing = True if asked == "auto" else asked
             return None
+        # ranks with less memory decide for all
+        self.checkpointing = max(group.gather(plan.checkpointing), key=[False, True, "offload"].index)
+        if self.checkpointing != plan.checkpointing:
+            plan = make_plan(with_mode(recipe, self.checkpointing), self.device, self.datasets.train, sharing)
         if plan.is_refused and group.world_size == 1:
             raise InputError("\n".join(run_lines(plan)))
         style = None if plan.fits and not plan.is_tight else "yellow"
@@ -262,6 +269,22 @@ class TrainingSession:
         if self.sharder is not None and self.sharder.folder is not None:
             check_disk_space(self.sharder.folder, -(-spread_of(plan.shape).packed // group.world_size), group)
         return plan
+
+    def keep_checkpointing(self, recorded: Mode) -> None:
+        """Take over what `gradient_checkpointing: auto` came to in the run that goes on, where that still fits.
+
+        The MLPs of recomputed layers go by tiles where there are many tokens, so another choice may give other bits.
+        """
+        if self.recipe.training.gradient_checkpointing != "auto" or recorded == self.checkpointing:
+            return
+        if all(self.group.gather(self.plan is None or self.plan.decided.fits(recorded))):
+            self.checkpointing = recorded
+            self.console.print(f"Gradient checkpointing stays {mode_word(recorded)}, as the run began.")
+        else:
+            self.warn(
+                f"Gradient checkpointing was {mode_word(recorded)} when the run began, which does not fit into memory "
+                f"now; it goes on with {mode_word(self.checkpointing)}, and its numbers may differ in the last bits."
+            )
 
     def _try_longest_batch(self) -> None:
         if self.state.step == 0 and self.steps and self.recipe.training.try_longest_batch:
@@ -310,7 +333,7 @@ class TrainingSession:
             return InputError(text + "\n".join(change_lines(plan)))
         if plan is not None:  # by the plan it fits
             text += f"The plan came to {size(plan.memory.total_bytes)}, so other processes hold memory too. "
-        if not recipe.training.gradient_checkpointing:
+        if not self.checkpointing:
             text += "Set training.gradient_checkpointing=true. "
         return InputError(f"{text}Lower training.per_device_train_batch_size or data.max_length.")
 

@@ -128,6 +128,7 @@ class Trainer(TrainingSession):
             "versions": memory.versions(),
             "device": memory.device_name(self.device),
             "plan": None if self.plan is None else self.plan.to_dict(),
+            "gradient_checkpointing": self.checkpointing,
             "processes": {"count": self.group.world_size, "deepspeed": self.recipe.deepspeed},
         }
         facts, others = self.run["adapter"], self.group.world_size - 1
@@ -283,6 +284,7 @@ class Trainer(TrainingSession):
             "recipe": self.recipe.to_dict(),
             "schedule": self.schedule.state_dict(),
             "loss_scale": None if self.scaler is None else self.scaler.state_dict(),
+            "gradient_checkpointing": self.checkpointing,
             "progressed": dataclasses.asdict(self.state),
         }
 
@@ -315,6 +317,7 @@ class Trainer(TrainingSession):
         if self.scaler is not None and one.state.get("loss_scale"):
             self.scaler.load_state_dict(one.state["loss_scale"])
         self.state = TrainState(**one.state["progressed"])
+        self.keep_checkpointing(one.state.get("gradient_checkpointing", self.checkpointing))
         self.console.print(f"Going on from step {self.state.step} of {self.steps} ({one.path}).", soft_wrap=True)
 
     def load_best_vectors(self) -> None:

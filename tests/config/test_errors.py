@@ -37,7 +37,7 @@ def test_the_minimal_recipe_has_every_default() -> None:
     recipe = parse_recipe(MINIMAL, "my.yaml")
     assert (recipe.model.quantization, recipe.model.double_quant, recipe.adapter.rank) == ("nf4", True, 256)
     assert (recipe.adapter.d_initial, recipe.adapter.targets) == (0.1, "all-linear")
-    assert recipe.training.gradient_checkpointing is True
+    assert recipe.training.gradient_checkpointing == "auto"
 
 
 def test_a_string_is_short_for_the_models_path() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import queue
 import random
 import threading
-import time
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -41,19 +40,21 @@ class Piece:
 
 
 class ThreadStream:
-    """A `CopyStream` over CPU tensors: a thread copies, late by a random time, and keeps no tensor alive.
+    """A `CopyStream` over CPU tensors: a thread copies, as late as possible, and keeps no tensor alive.
 
-    What is copied in holds NaN until the copy runs. A tensor that was let go of before its copy ran is counted.
+    A copy runs when somebody waits for it or for a later one, or (``longest_seconds``) after a random time. What is
+    copied in holds NaN until then. A tensor that was let go of before its copy ran is counted.
     """
 
     device = torch.device("cpu")
 
-    def __init__(self, longest_seconds: float = 0.004) -> None:
+    def __init__(self, longest_seconds: float = 0.0) -> None:
         self.copies = self.dead = 0
         self.inputs_at_copies: list[int] = []
         self._inputs: weakref.WeakSet[Any] = weakref.WeakSet()
         self._random, self._longest_seconds = random.Random(0), longest_seconds
         self._tasks: queue.Queue[tuple[threading.Event, list[tuple[Piece, Piece]]] | None] = queue.Queue()
+        self._needed = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -71,11 +72,14 @@ class ThreadStream:
         return done
 
     def wait(self, event: threading.Event) -> None:
+        self._needed.set()
         assert event.wait(60)
+        if not self._longest_seconds:
+            self._needed.clear()
 
     def _run(self) -> None:
         while (task := self._tasks.get()) is not None:
-            time.sleep(self._random.random() * self._longest_seconds)
+            self._needed.wait(self._random.random() * self._longest_seconds if self._longest_seconds else None)
             for destination, source in task[1]:
                 self._copy_now(destination.tensor(), source.tensor())
             task[0].set()
@@ -89,6 +93,7 @@ class ThreadStream:
 
     def close(self) -> None:
         self._tasks.put(None)
+        self._needed.set()
         self._thread.join()
 
 
@@ -123,18 +128,21 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(one[name], gradient) for name, gradient in other.items())
 
 
-def offloaded(streams: list[ThreadStream], kind: type[ThreadStream] = ThreadStream) -> tuple[Any, PinnedChunks]:
+def offloaded(streams: list[ThreadStream], stream: ThreadStream | None = None) -> tuple[Any, PinnedChunks]:
     model, chunks = adapted(), PinnedChunks(CHUNK_BYTES, pin_memory=False)
     enable_checkpointing(model)
-    streams.append(kind())
+    streams.append(stream or ThreadStream())
     offload_inputs(model.get_base_model(), streams[-1], chunks, use_reentrant=False)  # type: ignore[arg-type]
     return model, chunks
 
 
-def test_offloaded_inputs_give_the_same_gradients_to_the_bit(streams: list[ThreadStream]) -> None:
+@pytest.mark.parametrize("longest_seconds", [0.0, 0.004], ids=["late", "some-time"])
+def test_offloaded_inputs_give_the_same_gradients_to_the_bit(
+    streams: list[ThreadStream], longest_seconds: float
+) -> None:
     plain = adapted()
     enable_checkpointing(plain)
-    model, chunks = offloaded(streams)
+    model, chunks = offloaded(streams, ThreadStream(longest_seconds))
     for ids in (IDS, IDS[:1, :9], IDS, IDS):  # chunks are used again, by inputs of other sizes too
         assert equal(gradients(model, ids), gradients(plain, ids))
     (stream,) = streams
@@ -148,8 +156,11 @@ def test_offloaded_inputs_give_the_same_gradients_to_the_bit(streams: list[Threa
 def test_a_stream_that_nobody_waits_for_would_be_noticed(streams: list[ThreadStream]) -> None:
     plain = adapted()
     enable_checkpointing(plain)
-    model, _ = offloaded(streams, CarelessStream)
-    assert not equal(gradients(model), gradients(plain)) or streams[0].dead
+    model, _ = offloaded(streams, CarelessStream())
+    found = gradients(model)
+    assert not equal(found, gradients(plain))
+    streams[0].close()  # now the copies run
+    assert streams[0].dead
 
 
 def test_a_graph_that_is_dropped_gives_its_memory_back(streams: list[ThreadStream]) -> None:

@@ -68,7 +68,7 @@ def test_a_run_ends_with_predicted_and_measured_memory(make_recipe: Any, tmp_pat
 def test_only_a_plan_that_is_far_too_large_for_a_gpu_is_refused(
     make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = make_recipe(training={"max_steps": 1})
+    recipe = make_recipe(training={"max_steps": 1, "gradient_checkpointing": True})
     card = Machine("a GPU", "cuda", torch.float32, False, 10**10)
     needed = make_plan(recipe, card).needed_bytes
     for share, said in ((1.05, "Fits, barely"), (0.9, "Does not fit by the plan")):

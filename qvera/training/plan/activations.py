@@ -10,8 +10,12 @@ import torch
 
 from qvera.adapters.functional import few_tokens
 from qvera.kernels.low_rank import BLOCK_ELEMENTS
+from qvera.models.checkpointing import INPUTS_ON_DEVICE
 from qvera.models.linear import BLOCK_WEIGHTS
 from qvera.training.plan.run import Linear, PlannedRun
+from qvera.utils.copy_stream import CHUNK_BYTES
+
+RANDOM_STATE_BYTES = 5056  # of torch's CPU generator
 
 _INPUTS = {
     "q_proj": "norm1", "k_proj": "norm1", "v_proj": "norm1", "o_proj": "attention",
@@ -23,6 +27,23 @@ def kept_bytes(run: PlannedRun) -> int:
     """What one decoder layer keeps from forward for backward, its input included: the first norm keeps that."""
     s, T, size = run.shape, run.batch.all_tokens, run.itemsize
     return norm_bytes(run) * 2 + _attention_bytes(run) + 2 * T * s.ff * size + _adapter_bytes(run)
+
+
+def input_bytes(run: PlannedRun) -> int:
+    """What checkpointed layers keep on the device: their inputs, and random state where they drop elements."""
+    layers = run.shape.layers
+    inputs = INPUTS_ON_DEVICE if run.checkpointing == "offload" else layers
+    # a dropout in the model's config counts as well, but a shape does not hold it
+    random = layers * RANDOM_STATE_BYTES if run.recipe.adapter.dropout else 0
+    return min(inputs, layers) * run.batch.all_tokens * run.shape.hidden * run.itemsize + random
+
+
+def offloaded_bytes(run: PlannedRun) -> int:
+    """Pinned RAM that the inputs of checkpointed layers take where they are offloaded (`qvera.utils.copy_stream`)."""
+    if run.checkpointing != "offload":
+        return 0
+    one = run.batch.all_tokens * run.shape.hidden * run.itemsize
+    return run.shape.layers * -(-one // CHUNK_BYTES) * CHUNK_BYTES
 
 
 def product_shapes(run: PlannedRun) -> int:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qvera.config.schema import Recipe
+from qvera.models.checkpointing import Mode
+from qvera.training.plan.checkpointing import modes_of
 from qvera.training.plan.longest import BatchOf
 from qvera.training.plan.run import PlannedRun
 from qvera.training.plan.sharding import ALONE, Sharing, plan_rank
@@ -69,7 +71,7 @@ def _steps(run: PlannedRun) -> Iterator[tuple[str, list[Any]]]:
     longest = data.max_length if run.batch.joined else min(data.max_length, run.batch.tokens)
     few = [name for name in ("q_proj", "v_proj") if any(x.role == name for x in run.shape.linears)]
     steps: dict[str, list[Any]] = {
-        "training.gradient_checkpointing": [] if training.gradient_checkpointing else [True],
+        "training.gradient_checkpointing": _slower_modes(run),
         "training.per_device_train_batch_size": [
             n for n in range(rows - 1, 0, -1) if training.global_batch_size % n == 0
         ],
@@ -79,6 +81,11 @@ def _steps(run: PlannedRun) -> Iterator[tuple[str, list[Any]]]:
         "adapter.targets": [few] if len(few) == 2 and adapter.targets != few else [],
     }
     return ((key, values) for key, values in steps.items() if values)
+
+
+def _slower_modes(run: PlannedRun) -> list[Mode]:
+    modes = list(modes_of(run.machine))
+    return modes[modes.index(run.checkpointing) + 1 :]
 
 
 def _halved(value: int, least: int) -> list[int]:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from qvera.config.schema import Recipe
 from qvera.data.collate import KERNEL_CACHE_SIZE, LENGTHS_PER_OCTAVE, round_up_length, rounds_lengths
 from qvera.models.loss import BLOCK_ELEMENTS
-from qvera.training.plan.activations import kept_bytes, norm_bytes, product_shapes, transient_bytes
+from qvera.training.plan.activations import input_bytes, kept_bytes, norm_bytes, product_shapes, transient_bytes
 from qvera.training.plan.run import Linear, Machine, PlannedRun
 
 Kind = Literal["base", "projections", "vectors", "checkpoints", "transient", "loss", "answers", "runtime"]
@@ -15,7 +15,6 @@ KEPT_HEAP_BYTES = 64 * 2**20
 """glibc returns the top of its heap when more than this is free (mallopt(3), M_TRIM_THRESHOLD after it has adapted)."""
 
 _SMALL_8BIT = 4096  # numbers; bitsandbytes keeps fp32 state for smaller tensors
-RANDOM_STATE_BYTES = 5056  # of torch's CPU generator, which each checkpointed layer remembers
 
 
 @dataclass(frozen=True)
@@ -113,9 +112,8 @@ def plan_memory(run: PlannedRun) -> Memory:
     layer = kept_bytes(run)
     moving = Component("gradients and one layer's weights", "transient", transient_bytes(run))
     backward: tuple[Component, ...]
-    if run.recipe.training.gradient_checkpointing:
-        per_layer = T * hidden * size + RANDOM_STATE_BYTES
-        kept = Component("layer inputs", "checkpoints", shape.layers * per_layer + once)
+    if run.checkpointing:
+        kept = Component("layer inputs", "checkpoints", input_bytes(run) + once)
         # the first norm keeps the very input that is checkpointed
         backward = (kept, Component("recomputed layer", "transient", layer - T * hidden * size), moving)
     else:

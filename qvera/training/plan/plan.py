@@ -16,9 +16,11 @@ from qvera.models.attention import needs_padding_mask
 from qvera.models.loader import takes_prefix_once
 from qvera.models.model_config import empty_model
 from qvera.models.tokenizer import ids_of, load_tokenizer
+from qvera.training.plan.activations import RANDOM_STATE_BYTES, offloaded_bytes
 from qvera.training.plan.changes import Change, nearest_changes
+from qvera.training.plan.checkpointing import Checkpointing, decide, with_mode
 from qvera.training.plan.longest import longest_batch
-from qvera.training.plan.memory import RANDOM_STATE_BYTES, Memory
+from qvera.training.plan.memory import Memory
 from qvera.training.plan.run import Machine, PlannedRun, Shape, shape_of, this_machine
 from qvera.training.plan.sharding import ALONE, Sharing, Way, plan_rank, plan_ways, right_way
 from qvera.utils.errors import InputError
@@ -37,6 +39,7 @@ class Plan(PlannedRun):
 
     memory: Memory  # of one rank
     changes: list[Change]  # empty where the run fits
+    decided: Checkpointing  # `recipe` has its mode written out
     sharing: Sharing = ALONE
     ways: tuple[Way, ...] = ()  # every way of sharing the model, where that was asked for
     seconds: dict[str, float] | None = None  # parts of an optimizer step; None where nothing was timed
@@ -109,6 +112,8 @@ class Plan(PlannedRun):
             "available_bytes": self.machine.available_bytes,
             "fits": self.fits,
             "batch": {"rows": self.batch.rows, "tokens": self.batch.tokens, "source": self.batch.source},
+            "gradient_checkpointing": self.decided.to_dict(),
+            "pinned_bytes": offloaded_bytes(self),
             "parameters": self.shape.parameters,
             "trained_numbers": self.trained_parameters,
             "memory": self.memory.to_dict(),
@@ -160,11 +165,13 @@ def make_plan(
         machine = this_machine(recipe.model, machine)
     batch_of = longest_batch(rows, joinable, rounds_lengths(machine.dtype, machine.device_type), masked)
     run = PlannedRun(shape, recipe, batch_of(recipe), machine)
+    decided = decide(run, sharing)
+    run = replace(run, recipe=with_mode(recipe, decided.mode))
     memory = plan_rank(run, sharing)
     fits = memory.needed_bytes(machine) <= machine.available_bytes
     changes = [] if fits else nearest_changes(run, batch_of, sharing)
     ways = tuple(plan_ways(run, sharing.nodes, sharing.per_node)) if every_way else ()
-    return Plan(shape, recipe, run.batch, machine, memory, changes, sharing, ways)
+    return Plan(shape, run.recipe, run.batch, machine, memory, changes, decided, sharing, ways)
 
 
 def _grown(shape: Shape, recipe: Recipe) -> Shape:

@@ -13,6 +13,7 @@ from torch import nn
 from qvera.adapters import config, fused
 from qvera.adapters.layer import layer_shape
 from qvera.config.schema import ModelSection, Recipe
+from qvera.models.checkpointing import Mode
 from qvera.models.linear import BLOCK_WEIGHTS, backward_by_blocks
 from qvera.models.loader import pick_compute_dtype
 from qvera.utils import accelerator, memory
@@ -156,6 +157,7 @@ class Machine:
     runtime_bytes: int = 0  # held before the model is loaded (interpreter, libraries, rows), measured; 0 on a GPU
     context_bytes: int = 0  # the CUDA context
     workspace_bytes: int = 0  # what the library of products keeps for itself on a GPU
+    host_bytes: int | None = None  # free RAM beside an accelerator, where that is known
     kernel_bytes: int = 0  # what each new shape of a product leaves behind (`qvera.data.collate`), measured
 
     @property
@@ -199,7 +201,8 @@ def this_machine(section: ModelSection, device: torch.device) -> Machine:
         free, total = known
         context = max(total - free - (accelerator.reserved_bytes(device) or 0), CUDA_CONTEXT_BYTES)
         held = {"context_bytes": context, "workspace_bytes": accelerator.product_workspace_bytes(device)}
-        return Machine(name, device.type, dtype, False, total, **held)
+        host = memory.available_bytes(torch.device("cpu"))
+        return Machine(name, device.type, dtype, False, total, host_bytes=host, **held)
     runtime = memory.private_bytes()
     mapped = section.quantization in ("nf4", "fp4")  # `qvera.models.mmap`; unusual checkpoints are held instead
     available = memory.available_bytes(device) + runtime
@@ -265,6 +268,14 @@ class PlannedRun:
     def vector_sizes(self, trained_only: bool = False) -> list[int]:
         """How many parameters each of these vectors has."""
         return [math.prod(size) for size in self.vector_shapes(trained_only).values()]
+
+    @property
+    def checkpointing(self) -> Mode:
+        """What keeps activations for backward; ``auto`` is True until it is decided (`plan.checkpointing`)."""
+        asked = self.recipe.training.gradient_checkpointing
+        if asked == "auto" or (asked == "offload" and not accelerator.has_own_memory(self.machine.device_type)):
+            return True
+        return asked
 
     @property
     def itemsize(self) -> int:

@@ -147,7 +147,7 @@ def _offloaded(spread: Spread, sharing: Sharing) -> list[Component]:
 def _gathered(moment: str, spread: Spread, run: PlannedRun, sharing: Sharing) -> tuple[Component, ...]:
     """Weights that are whole on a rank while they are used, and what gathering them takes."""
     whole = largest = spread.table if moment == "loss" else spread.largest
-    if moment == "backward" and run.recipe.training.gradient_checkpointing:
+    if moment == "backward" and run.checkpointing:
         # DeepSpeed keeps those of a recomputed layer until its backward pass has begun
         whole = spread.layer
     gathering = 0 if run.machine.on_gpu or sharing.world_size == 1 else largest  # gloo gathers into a copy of its own
@@ -178,7 +178,7 @@ def traffic(run: PlannedRun, sharing: Sharing) -> Traffic:
     gradients = times * 4 * trained * (world - 1) // world
     if sharing.stage < 3:
         return Traffic(gradients, 0)
-    spread, checkpointing = spread_of(run.shape), run.recipe.training.gradient_checkpointing
+    spread, checkpointing = spread_of(run.shape), run.checkpointing
     uses = 3 if checkpointing else 2  # forward, recomputation, backward
     a_pass = uses * (spread.packed + spread.dense) - (spread.last if checkpointing else 0) + 2 * spread.table
     times = passes_of(run.recipe, world, run.batch.packed_rows)

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from qvera.training.plan import Plan
+from qvera.training.plan.activations import offloaded_bytes
 from qvera.training.plan.sharding import ETHERNET_BYTES_PER_SECOND, right_way
 from qvera.utils.formatting import count, duration, size
 
@@ -31,6 +32,9 @@ def print_plan(plan: Plan, console: Console) -> None:
         if name != plan.memory.peak_moment
     ]
     console.print(f"The peak is in the {_MOMENTS[plan.memory.peak_moment]}; {', '.join(others)}.")
+    console.print(str(plan.decided), markup=False)
+    if pinned := offloaded_bytes(plan):
+        console.print(f"Layer inputs take {size(pinned)} of pinned RAM.")
     console.print(f"Files: adapter {size(plan.adapter_bytes)}, a checkpoint {size(plan.checkpoint_bytes)}.")
     if plan.seconds is not None:
         parts = ", ".join(f"{name} {duration(s)}" for name, s in plan.seconds.items() if s > 0)
@@ -117,9 +121,14 @@ def change_lines(plan: Plan) -> list[str]:
 
 
 def run_lines(plan: Plan) -> list[str]:
-    """The plan before a run, in two or three lines."""
+    """The plan before a run, in two to four lines."""
     memory = plan.memory
     mapped = f" + {size(memory.mapped_bytes)} of mapped weights" if memory.mapped_bytes else ""
     rank = f" of each of {plan.sharing.world_size} ranks" if plan.sharing.world_size > 1 else ""
     peak = f"{size(memory.private_bytes)}{mapped}, in the {_MOMENTS[memory.peak_moment]}"
-    return [f"Plan: peak{rank} {peak}; {plan.batch.source}.", verdict(plan), *change_lines(plan)]
+    return [
+        f"Plan: peak{rank} {peak}; {plan.batch.source}.",
+        *([str(plan.decided)] if plan.decided.asked != plan.decided.mode else []),
+        verdict(plan),
+        *change_lines(plan),
+    ]

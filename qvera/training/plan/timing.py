@@ -78,7 +78,7 @@ def _seconds(run: Callable[[], object]) -> float:
 
 def _work(run: PlannedRun) -> dict[str, tuple[str, float]]:
     """Parts of one forward and backward pass: the rate of `_rates` that each goes by, and how much there is of it."""
-    passes = 3 if run.recipe.training.gradient_checkpointing else 2  # forward, recompute, backward
+    passes = 3 if run.checkpointing else 2  # forward, recompute, backward
     flops, low_rank, weights, passed = 0.0, 0.0, 0.0, 0.0
     T, size, section = run.batch.all_tokens, run.itemsize, run.recipe.adapter
     for x in run.layer:

@@ -106,7 +106,10 @@ def test_changes_make_it_fit(config_only: Path) -> None:
 
 
 def test_more_of_anything_takes_more(config_only: Path) -> None:
-    tree = {"model": str(config_only), "data": {"path": "some/hub-data", "max_length": 128}}
+    tree = {
+        "model": str(config_only), "data": {"path": "some/hub-data", "max_length": 128},
+        "training": {"gradient_checkpointing": True},
+    }  # fmt: skip
     recipe = parse_recipe(tree, "t")
     total = make_plan(recipe, gpu(10**9)).memory.total_bytes
     for settings in (

@@ -148,7 +148,7 @@ def test_the_command_for_many_ranks(write_recipe: Any, capsys: Any) -> None:
 
 
 def test_a_plan_that_needs_another_stage_says_which(tmp_path: Path, write_recipe: Any, capsys: Any) -> None:
-    recipe = str(write_recipe())
+    recipe = str(write_recipe(training={"gradient_checkpointing": True}))
     assert main(["plan", recipe, "--gpu", "8GB", "--gpus", "2", "--json"]) == 0
     ways = {way["deepspeed"]: way for way in json.loads(capsys.readouterr().out)["ways"]}
     between = (ways["none"]["needed_bytes"] + ways["zero3"]["needed_bytes"]) / 2 / 1e9
