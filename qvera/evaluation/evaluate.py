@@ -22,6 +22,7 @@ from qvera.models import linear
 from qvera.models.attention import needs_padding_mask
 from qvera.models.loader import causal_model, takes_prefix_once
 from qvera.models.loss import Head, fused_linear_cross_entropy
+from qvera.utils.out_of_memory import each_in_halves
 
 if TYPE_CHECKING:
     from torch import nn
@@ -111,6 +112,8 @@ def held_out_loss(
 ) -> dict[str, Any]:
     """Mean negative log likelihood over all trained tokens of ``examples``, and its exponential.
 
+    Where memory runs out, batches are halved.
+
     Args:
         group: the ranks that share the batches among them; all have to call this.
 
@@ -127,12 +130,24 @@ def held_out_loss(
         batches = list(microbatches(by_length, batch_size))
         mine = batches[group.rank :: group.world_size]
         # a rank that has a batch less runs one for nothing where the others need its share of the weights
-        idle = -(-len(batches) // group.world_size) - len(mine) if any_sharded(model) else 0
-        for rows in mine + batches[:1] * idle:
+        together = any_sharded(model)
+        idle = -(-len(batches) // group.world_size) - len(mine) if together else 0
+
+        def loss_of(rows: list[int]) -> tuple[float, int]:
             nll, count = batch_nll(model, make_batch(model, [examples[i] for i in rows], pad_id), chunk_tokens)
+            return float(nll), count
+
+        device = next(model.parameters()).device
+        advice = "Lower data.max_length or training.loss_chunk_tokens."
+        each = (
+            ((rows, loss_of(rows)) for rows in mine + batches[:1] * idle)
+            if together
+            else each_in_halves(mine, loss_of, device, "held-out rows", advice)
+        )
+        for rows, (nll, count) in each:
             if rows is batches[0] and group.rank:
                 continue
-            total += float(nll)
+            total += nll
             tokens += count
             done += len(rows)
             if progress is not None:

@@ -15,11 +15,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationMixin
 
 from qvera.adapters import LowRankPath
+from qvera.data import microbatches
 from qvera.distributed.zero_params import any_sharded, is_sharded
 from qvera.models import linear
 from qvera.models.loader import causal_model, takes_prefix_once
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import InputError
+from qvera.utils.out_of_memory import each_in_halves
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -94,6 +96,8 @@ def generate(
 ) -> list[str]:
     """Complete each prompt, in batches of similar length, and return the texts in the order of the prompts.
 
+    Where memory runs out, batches are halved. Greedy answers do not depend on it, up to rounding; sampled ones do.
+
     Args:
         prompts: token ids, BOS included where the model wants one.
         max_new_tokens: tokens at most per answer; an end-of-turn token ends it earlier.
@@ -108,6 +112,7 @@ def generate(
 
     Raises:
         InputError: one of the settings is out of its range.
+        RunFailed: memory ran out with a single prompt.
         ValueError: ``adapters`` does not name one adapter for each prompt.
     """
     _check_settings(max_new_tokens, batch_size, temperature, top_p)
@@ -129,18 +134,19 @@ def generate(
         torch.manual_seed(seed)
         prefix = _common_prefix(prompts) if takes_prefix_once(model) and streamer is None and adapters is None else 0
         cache = _prefix_cache(model, prompts[0][:prefix], device) if prefix else None
-        for start in range(0, len(by_length), batch_size):
-            rows = by_length[start : start + batch_size]
+
+        def answer(rows: list[int]) -> list[str]:
             # padded on the left, so that every answer starts in the same column, and behind what all prompts share
             ids = _padded([prompts[i][prefix:] for i in rows], pad)
             mask = _padded([[1] * (len(prompts[i]) - prefix) for i in rows], 0)
+            settings = dict(sampling)
             if cache is not None:
                 shared = torch.tensor([prompts[0][:prefix]]).expand(len(rows), -1)
                 ids, mask = torch.cat([shared, ids], 1), torch.cat([torch.ones_like(shared), mask], 1)
-                sampling[_CACHE_ARGUMENT] = copy.deepcopy(cache)
-                sampling[_CACHE_ARGUMENT].batch_repeat_interleave(len(rows))
+                settings[_CACHE_ARGUMENT] = copy.deepcopy(cache)
+                settings[_CACHE_ARGUMENT].batch_repeat_interleave(len(rows))
             if adapters is not None:
-                sampling["adapter_names"] = [adapters[i] for i in rows]
+                settings["adapter_names"] = [adapters[i] for i in rows]
             out = model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
@@ -149,11 +155,19 @@ def generate(
                 eos_token_id=ends,
                 streamer=streamer,
                 synced_gpus=together,
-                **sampling,
+                **settings,
             )
-            answers.update(
-                zip(rows, tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True), strict=True)
-            )
+            return tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+
+        batches = microbatches(by_length, batch_size)
+        advice = "Lower the number of new tokens, or shorten the prompt."
+        each = (
+            ((rows, answer(rows)) for rows in batches)  # the ranks walk through the layers together
+            if together
+            else each_in_halves(batches, answer, device, "prompts", advice)
+        )
+        for rows, texts in each:
+            answers.update(zip(rows, texts, strict=True))
             if progress is not None:
                 progress(len(answers))
     return [answers[i] for i in range(len(prompts))]

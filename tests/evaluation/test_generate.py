@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,11 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qvera.adapters import LowRankPath, QveraLinear
 from qvera.adapters.save_load import attach
 from qvera.config.schema import AdapterSection, ModelSection
+from qvera.data import Example
 from qvera.evaluation import evaluate
 from qvera.evaluation import generate as generation
 from qvera.evaluation.generate import generate, generating
 from qvera.evaluation.metrics import exact_match
-from qvera.models.loader import load_base
+from qvera.models.loader import causal_model, load_base
 from qvera.utils.errors import InputError
 from tests.adapters.helpers import perturb, weight_bytes
 
@@ -55,6 +57,28 @@ def test_greedy_answers_in_a_batch_are_those_by_hand(tiny_model_dir: Path, quant
     assert answers == [by_hand(model, tokenizer, p, 12, {2}) for p in PROMPTS]
     assert len(set(answers)) > 2
     assert all(answers)
+
+
+def test_answers_and_held_out_loss_go_on_with_fewer_rows_where_memory_runs_out(dense: tuple[Any, Any]) -> None:
+    model, tokenizer = dense
+    none = np.array([], dtype=np.int32)
+    trained = [np.arange(len(p)) > 0 for p in PROMPTS]
+    rows = [Example(np.array(p, dtype=np.int32), t, "", none, "", None) for p, t in zip(PROMPTS, trained, strict=True)]
+    settings: dict[str, Any] = {"pad_id": 0, "batch_size": 4, "chunk_tokens": 8}
+    answers = generate(model, tokenizer, PROMPTS, max_new_tokens=6)
+    loss = evaluate.held_out_loss(model, rows, **settings)
+
+    def two_rows_fit(module: Any, given: Any, keywords: dict[str, Any]) -> None:
+        if len(keywords["input_ids"]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with causal_model(model).get_decoder().register_forward_pre_hook(two_rows_fit, with_kwargs=True):
+        with pytest.warns(UserWarning, match="5 prompts at a time .* going on with 2"):
+            assert generate(model, tokenizer, PROMPTS, max_new_tokens=6) == answers
+        with pytest.warns(UserWarning, match="4 held-out rows at a time .* going on with 2"):
+            again = evaluate.held_out_loss(model, rows, **settings)
+    assert again["loss"] == pytest.approx(loss["loss"], rel=1e-6)
+    assert again["trained_tokens"] == loss["trained_tokens"]
 
 
 def test_prompts_with_the_pad_or_end_token_inside_are_read_as_they_are(dense: tuple[Any, Any]) -> None:

@@ -1,0 +1,89 @@
+"""Out of memory is told from other errors, says what was asked for, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from qvera.utils.errors import RunFailed
+from qvera.utils.out_of_memory import Shortage, asked_bytes, each_in_halves, is_out_of_memory, or_shortage
+
+CPU = torch.device("cpu")
+CUDA = (
+    "CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of 23.65 GiB of which 1.03 GiB is free."
+)
+
+
+def too_much() -> torch.Tensor:
+    return torch.empty(2**58, dtype=torch.uint8)
+
+
+def test_what_a_real_allocation_of_too_much_raises_is_known() -> None:
+    found = or_shortage(too_much, CPU)
+    assert isinstance(found, Shortage)
+    assert found.asked_bytes == 2**58
+    assert 0 < found.free_bytes < 2**58
+    assert isinstance(or_shortage(lambda: np.empty(2**58, dtype=np.uint8), CPU), Shortage)
+
+
+def test_messages_of_accelerators_are_known() -> None:
+    assert is_out_of_memory(torch.OutOfMemoryError(CUDA))
+    assert asked_bytes(torch.OutOfMemoryError(CUDA)) == 1.5 * 2**30
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"))
+    assert asked_bytes(MemoryError()) is None
+
+
+def test_other_errors_are_not_taken_for_it() -> None:
+    assert not is_out_of_memory(ValueError("out of memory"))
+    with pytest.raises(RuntimeError, match="shapes"):
+        or_shortage(lambda: torch.ones(2) @ torch.ones(3, 4), CPU)
+
+
+def test_the_tensors_of_the_failed_call_are_free_again() -> None:
+    seen: list[weakref.ref[torch.Tensor]] = []
+
+    def do() -> None:
+        held = torch.ones(10)
+        seen.append(weakref.ref(held))
+        too_much()
+
+    assert isinstance(or_shortage(do, CPU), Shortage)
+    assert seen[0]() is None
+
+
+def fits(most: int) -> Any:
+    def do(rows: list[int]) -> int:
+        if len(rows) > most:
+            raise torch.OutOfMemoryError(CUDA)
+        return sum(rows)
+
+    return do
+
+
+def test_batches_are_halved_until_they_fit_and_stay_so() -> None:
+    batches = [list(range(9)), list(range(9, 18)), [18]]
+    with pytest.warns(
+        UserWarning, match=r"with 9 prompts at a time \(1\.61 GB were asked for, .* were free\); going on with 4"
+    ):
+        found = list(each_in_halves(batches, fits(2), CPU, "prompts", ""))
+    assert [part for part, _ in found] == [
+        [0, 1],
+        [2, 3],
+        [4, 5],
+        [6, 7],
+        [8],
+        [9, 10],
+        [11, 12],
+        [13, 14],
+        [15, 16],
+        [17],
+        [18],
+    ]
+    assert [total for _, total in found] == [sum(part) for part, _ in found]
+    assert [part for part, _ in each_in_halves(batches, fits(9), CPU, "prompts", "")] == batches
+    with pytest.raises(RunFailed, match=r"one of the prompts at a time: 1\.61 GB .* Shorten it\."):
+        list(each_in_halves([[1]], fits(0), CPU, "prompts", "Shorten it."))
