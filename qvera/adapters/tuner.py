@@ -13,7 +13,7 @@ from qvera.adapters.config import PEFT_TYPE, QveraConfig
 from qvera.adapters.layer import QveraLinear, layer_shape
 from qvera.adapters.multi_adapter import BASE, SeedBank, plan_rows
 from qvera.adapters.projection import SharedProjection, projection_sha256
-from qvera.models import linear, norm_mlp
+from qvera.models import linear, norm_mlp, rope
 from qvera.models.tokenizer import PLACED
 from qvera.utils.errors import InputError
 
@@ -83,6 +83,7 @@ class QveraModel(BaseTuner):
             )
         self._prepare_projection(model, config)
         norm_mlp.reduce_saved_activations(model)
+        rope.fuse_rotation(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:

@@ -20,6 +20,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 from qvera.config.schema import ModelSection
 from qvera.distributed.zero_params import whole_numel
+from qvera.kernels import dequantize
 from qvera.models.bitsandbytes_import import bitsandbytes as bnb
 from qvera.utils.safetensors_io import TensorSpec
 
@@ -206,6 +207,8 @@ def _dequantized(packed: torch.Tensor, state: QuantState) -> torch.Tensor:
     whose blocks lie across rows is passed to it in rows of one block, or as a single row where its last block is short.
     """
     shape = state.shape
+    if (weight := dequantize.dequantize_4bit(packed, state)) is not None:
+        return weight
     if packed.device.type != "cpu" or shape[-1] % state.blocksize == 0:
         return bnb_functional.dequantize_4bit(packed, state)
     count = math.prod(shape)

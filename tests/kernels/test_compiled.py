@@ -36,7 +36,70 @@ def low_rank(dtype: str) -> list[dict[str, Any]]:
     ]
 
 
-KERNELS = [{"module": "qvera.kernels.triton_low_rank", **kernel} for d in ("bf16", "fp16") for kernel in low_rank(d)]
+def elementwise(dtype: str) -> list[dict[str, Any]]:
+    """At the width of a 7B and at that of a 70B."""
+    kind, factor = f"*{dtype}", {"factor": "*fp32"}
+    norms = [
+        {
+            "name": f"{kernel} of {width}, {dtype}",
+            "kernel": f"{kernel}_kernel",
+            "signature": signature | {"width": "i32"} | more,
+            "constexprs": {"BLOCK": width},
+            "num_warps": width // 512,
+        }
+        for width in (4096, 8192)
+        for kernel, signature, more in (
+            ("rms_norm", {"x": kind, "weight": kind, "y": kind, **factor}, {"eps": "fp32"}),
+            ("rms_norm_backward", {"g": kind, "x": kind, **factor, "weight": kind, "grad": kind}, {}),
+        )
+    ]
+    swiglus = [
+        {
+            "name": f"{kernel}, {dtype}",
+            "kernel": f"{kernel}_kernel",
+            "signature": dict.fromkeys(tensors, kind) | {"count": "i32"},
+            "constexprs": {"BLOCK": 1024},
+        }
+        for kernel, tensors in (("swiglu", "acy"), ("swiglu_backward", ("g", "a", "c", "grad_a", "grad_c")))
+    ]
+    tensors = ("q", "k", "cos", "sin", "q_out", "k_out")
+    strides = [f"{name}_{axis}" for name in "qk" for axis in ("batch", "head", "token")]
+    strides += [f"{name}_{axis}" for name in "cs" for axis in ("batch", "token")]
+    sizes = ("tokens", "q_heads", "k_heads", "half", *strides)
+    ropes = [
+        {
+            "name": f"rope, {dtype}, backward: {backward}",
+            "kernel": "rope_kernel",
+            "signature": dict.fromkeys(tensors, kind) | dict.fromkeys(sizes, "i32"),
+            "constexprs": {"BACKWARD": backward, "BLOCK_HEADS": 8, "BLOCK_HALF": 64},
+        }
+        for backward in (False, True)
+    ]
+    return norms + swiglus + ropes
+
+
+def dequantize(dtype: str) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": f"dequantize, {dtype}, double: {nested > 0}",
+            "kernel": "dequantize_4bit_kernel",
+            "signature": {
+                "packed": "*u8", "absmax": "*u8" if nested else "*fp32", "code": "*fp32", "nested_absmax": "*fp32",
+                "nested_code": "*fp32", "offset": "*fp32", "weight": f"*{dtype}",
+                "count": "i32", "bytes": "i32", "blocks": "i32",
+            },
+            "constexprs": {"NESTED_BLOCK": nested, "HALF": 32, "BLOCKS": 64},
+        }
+        for nested in (0, 256)
+    ]  # fmt: skip
+
+
+KERNELS = [
+    {"module": f"qvera.kernels.triton_{kernels.__name__}", **kernel}
+    for kernels in (low_rank, elementwise, dequantize)
+    for dtype in ("bf16", "fp16")
+    for kernel in kernels(dtype)
+]
 
 
 @pytest.mark.parametrize("capability", [80, 89, 90])

@@ -1,0 +1,182 @@
+"""RMS norm, SwiGLU and rotary position embedding of a frozen base: what each computes, and its kernel.
+
+    norm     h = x f      y = w h           ∂x = f (u - h mean(h u))        f = 1 / rms(x), u = w ∂y, in fp32
+    SwiGLU   y = silu(a) c                  ∂c = ∂y silu(a)                 ∂a = silu'(a) c ∂y
+    RoPE     y = x cos + R x sin            ∂x = ∂y cos - R (∂y sin)        R (x1, x2) = (-x2, x1), so Rᵀ = -R
+
+Each function is one launch where kernels are used, and plain torch code elsewhere. They have no derivative: call them
+inside a `torch.autograd.Function`, or without gradients.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from qvera.kernels.choice import use_kernels
+from qvera.kernels.operators import register
+
+
+def plain_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rms_norm` in torch operations: transformers' own, in their order."""
+    wide = x.to(torch.float32)
+    factor = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * (wide * factor).to(x.dtype), factor
+
+
+def plain_rms_norm_backward(
+    g: torch.Tensor, x: torch.Tensor, factor: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    """`rms_norm_backward` in torch operations."""
+    u = (g * weight).to(torch.float32)
+    h = x.to(torch.float32) * factor
+    along = (h * u).mean(-1, keepdim=True)
+    return torch.addcmul(u, h, along, value=-1).mul_(factor).to(x.dtype)
+
+
+def plain_swiglu(a: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """`swiglu` in torch operations."""
+    return F.silu(a).mul_(c)
+
+
+def plain_swiglu_backward(g: torch.Tensor, a: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`swiglu_backward` in torch operations."""
+    return torch.ops.aten.silu_backward(g * c, a), F.silu(a).mul_(g)
+
+
+def plain_rope(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backward: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rope` in torch operations: forward is transformers' `apply_rotary_pos_emb`."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+
+    def rotated(x: torch.Tensor) -> torch.Tensor:
+        one, two = x.chunk(2, dim=-1)
+        return torch.cat((-two, one), dim=-1)
+
+    if backward:
+        return q * cos - rotated(q * sin), k * cos - rotated(k * sin)
+    return q * cos + rotated(q) * sin, k * cos + rotated(k) * sin
+
+
+def _empty_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+
+
+def _launch_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    from qvera.kernels import triton_elementwise
+
+    y, factor = _empty_rms_norm(x, weight, eps)
+    triton_elementwise.launch_rms_norm(x.contiguous(), weight, y, factor, eps)
+    return y, factor
+
+
+def _empty_rms_norm_backward(
+    g: torch.Tensor, x: torch.Tensor, factor: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+def _launch_rms_norm_backward(
+    g: torch.Tensor, x: torch.Tensor, factor: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    from qvera.kernels import triton_elementwise
+
+    grad = _empty_rms_norm_backward(g, x, factor, weight)
+    triton_elementwise.launch_rms_norm_backward(g.contiguous(), x.contiguous(), factor, weight, grad)
+    return grad
+
+
+def _empty_swiglu(a: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    return a.new_empty(a.shape)
+
+
+def _launch_swiglu(a: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    from qvera.kernels import triton_elementwise
+
+    y = _empty_swiglu(a, c)
+    triton_elementwise.launch_swiglu(a.contiguous(), c.contiguous(), y)
+    return y
+
+
+def _empty_swiglu_backward(g: torch.Tensor, a: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return a.new_empty(a.shape), c.new_empty(c.shape)
+
+
+def _launch_swiglu_backward(g: torch.Tensor, a: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    from qvera.kernels import triton_elementwise
+
+    grad_a, grad_c = _empty_swiglu_backward(g, a, c)
+    triton_elementwise.launch_swiglu_backward(g.contiguous(), a.contiguous(), c.contiguous(), grad_a, grad_c)
+    return grad_a, grad_c
+
+
+def _empty_rope(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backward: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    q_out, k_out = (t.new_empty(t.transpose(1, 2).shape).transpose(1, 2) for t in (q, k))
+    return q_out, k_out
+
+
+def _launch_rope(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backward: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from qvera.kernels import triton_elementwise
+
+    q_out, k_out = _empty_rope(q, k, cos, sin, backward)
+    triton_elementwise.launch_rope(q, k, cos, sin, q_out, k_out, backward)
+    return q_out, k_out
+
+
+_rms_norm = register("rms_norm", _launch_rms_norm, _empty_rms_norm)
+_rms_norm_backward = register("rms_norm_backward", _launch_rms_norm_backward, _empty_rms_norm_backward)
+_swiglu = register("swiglu", _launch_swiglu, _empty_swiglu)
+_swiglu_backward = register("swiglu_backward", _launch_swiglu_backward, _empty_swiglu_backward)
+_rope = register("rope", _launch_rope, _empty_rope)
+
+
+def _one_dtype(*tensors: torch.Tensor) -> bool:
+    """Whether the kernels take these tensors; they have one dtype for all that they read and write."""
+    return all(t.dtype == tensors[0].dtype for t in tensors) and use_kernels(*tensors)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Y = w x f [..., n] in x's dtype, and f = 1 / rms(x) [..., 1] in fp32, which backward needs.
+
+    Source: transformers' ``LlamaRMSNorm``.
+    """
+    return _rms_norm(x, weight, eps) if _one_dtype(x, weight) else plain_rms_norm(x, weight, eps)
+
+
+def rms_norm_backward(g: torch.Tensor, x: torch.Tensor, factor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """∂x [..., n] in x's dtype from g = ∂y, x and ``factor`` of `rms_norm`; the weight gets none."""
+    if _one_dtype(g, x, weight):
+        return _rms_norm_backward(g, x, factor, weight)
+    return plain_rms_norm_backward(g, x, factor, weight)
+
+
+def swiglu(a: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """silu(a) c, all of one shape."""
+    return _swiglu(a, c) if _one_dtype(a, c) else plain_swiglu(a, c)
+
+
+def swiglu_backward(g: torch.Tensor, a: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """∂a and ∂c from g = ∂y."""
+    return _swiglu_backward(g, a, c) if _one_dtype(g, a, c) else plain_swiglu_backward(g, a, c)
+
+
+def rope(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backward: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate q [B, H, T, D] and k [B, K, T, D] by the angles of cos and sin [B or 1, T, D]; D is even.
+
+    Args:
+        q: queries; backward, their gradient.
+        k: keys, of the same dtype; backward, their gradient.
+        cos: of each position's angles, the first half of D and again the second.
+        sin: likewise.
+        backward: give the gradients of forward's inputs from those of its outputs.
+
+    Returns:
+        Both rotated, in their shapes. From the kernel they lie in memory as [B, T, H, D], as the products that made
+        them want their gradients. Source: transformers' ``apply_rotary_pos_emb``.
+    """
+    return _rope(q, k, cos, sin, backward) if _one_dtype(q, k, cos, sin) else plain_rope(q, k, cos, sin, backward)
