@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qvera.data.rows import Example
+from qvera.utils import accelerator
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +49,7 @@ def collate(
     Returns:
         ``input_ids`` int64 [B, T]; ``attention_mask`` int64 [B, T], 1 on real tokens; ``labels`` int64 [B, T], the
         token itself where it is trained and `IGNORED` elsewhere. Aligned with ``input_ids``: the loss shifts.
+        ``trained`` int64 [n], see `_tensors`.
     """
     length = max(len(example.input_ids) for example in examples)
     input_ids = np.full((len(examples), length), pad_id, dtype=np.int64)
@@ -68,9 +70,14 @@ def _labels(example: Example) -> np.ndarray:
 
 
 def _tensors(arrays: dict[str, np.ndarray], device: torch.device | str) -> dict[str, torch.Tensor]:
-    import torch  # here, so that commands that only read rows do not wait for it
+    """The arrays of a batch on the device, with the places of its trained tokens, which the host knows without asking.
 
-    return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+    ``trained`` int64 [n]: the places in the flattened batch [B T] whose hidden states predict a trained token.
+    """
+    labels = arrays["labels"].ravel()
+    trained = np.flatnonzero(labels != IGNORED)
+    trained = trained[trained % arrays["labels"].shape[1] > 0] - 1  # nothing stands before a row's first token
+    return accelerator.tensors_on(device, {**arrays, "trained": trained.astype(np.int64)})
 
 
 def common_prefix(examples: Sequence[Example]) -> int:
@@ -149,7 +156,9 @@ def pad_batch(batch: dict[str, torch.Tensor], tokens: int, pad_id: int) -> dict[
     values = {"input_ids": pad_id, "labels": IGNORED, "attention_mask": 1}
     padded = {}
     for name, tensor in batch.items():
-        if tensor.dim() == 2:
+        if name == "trained":
+            padded[name] = tensor + tensor // (tokens - more) * more
+        elif tensor.dim() == 2:
             padded[name] = F.pad(tensor, (0, more), value=values.get(name, 0))
         else:
             padded[name] = F.pad(tensor, (0, more, 0, more))

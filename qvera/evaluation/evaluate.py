@@ -79,7 +79,7 @@ def hidden_states(
 
     ``decoder``: what to call in its place, such as a DeepSpeed engine around it.
     """
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "trained")}
     return (decoder or causal_model(model).get_decoder())(**inputs, use_cache=False).last_hidden_state
 
 
@@ -96,7 +96,14 @@ def batch_nll(
     """
     hidden, head = hidden_states(model, batch, decoder), Head.of(causal_model(model))
     with gathered(head.module.parameters(recurse=False)):
-        return fused_linear_cross_entropy(hidden, batch["labels"], head, chunk_tokens, expected_grad=expected_grad)
+        return fused_linear_cross_entropy(
+            hidden,
+            batch["labels"],
+            head,
+            chunk_tokens,
+            expected_grad=expected_grad,
+            trained=batch.get("trained"),
+        )
 
 
 @torch.no_grad()
@@ -123,7 +130,8 @@ def held_out_loss(
     started = time.perf_counter()
     was_training = model.training
     model.eval()
-    total, tokens = 0.0, 0
+    losses: list[torch.Tensor] = []
+    tokens = 0
     try:
         by_length = np.argsort(lengths_of(examples), kind="stable").tolist()
         done = 0
@@ -133,9 +141,8 @@ def held_out_loss(
         together = any_sharded(model)
         idle = -(-len(batches) // group.world_size) - len(mine) if together else 0
 
-        def loss_of(rows: list[int]) -> tuple[float, int]:
-            nll, count = batch_nll(model, make_batch(model, [examples[i] for i in rows], pad_id), chunk_tokens)
-            return float(nll), count
+        def loss_of(rows: list[int]) -> tuple[torch.Tensor, int]:
+            return batch_nll(model, make_batch(model, [examples[i] for i in rows], pad_id), chunk_tokens)
 
         device = next(model.parameters()).device
         advice = "Lower data.max_length or training.loss_chunk_tokens."
@@ -147,14 +154,15 @@ def held_out_loss(
         for rows, (nll, count) in each:
             if rows is batches[0] and group.rank:
                 continue
-            total += nll
+            losses.append(nll)
             tokens += count
             done += len(rows)
             if progress is not None:
                 progress(done)
     finally:
         model.train(was_training)
-    total, counted = group.sum([total, tokens])
+    # read once, at the end: a device is not waited for batch by batch
+    total, counted = group.sum([sum(torch.stack(losses).tolist()) if losses else 0.0, tokens])
     tokens = int(counted)
     loss = total / tokens if tokens else math.nan
     return {

@@ -114,6 +114,7 @@ def fused_linear_cross_entropy(
     chunk_tokens: int,
     ignore_index: int = IGNORED,
     expected_grad: torch.Tensor | None = None,
+    trained: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, int]:
     """Summed cross entropy of the trained tokens, without their logits in memory.
 
@@ -126,12 +127,16 @@ def fused_linear_cross_entropy(
         expected_grad: the gradient (scalar, fp32) that backward will bring, where that is known. It is then multiplied
             in before the gradient in hidden is rounded to 16 bits: with a loss scale, small ones stay above the
             smallest number of float16. Backward may bring another one; only the rounding is chosen for this.
+        trained: int64 [n], the places in the flattened hidden states that predict a trained token (`qvera.data.collate`
+            makes them on the host); None: they are looked for in the labels, for which the host waits for the device.
 
     Returns:
         The sum (scalar, fp32 or wider, differentiable once in hidden) and the number of trained tokens.
     """
-    targets = labels[:, 1:].reshape(-1)
-    trained = torch.nonzero(targets != ignore_index).squeeze(1)
-    rows = hidden[:, :-1].reshape(-1, hidden.shape[-1]).index_select(0, trained)
-    total = _FusedLinearCrossEntropy.apply(rows, targets.index_select(0, trained), head, chunk_tokens, expected_grad)
+    if trained is None:
+        row, place = torch.nonzero(labels[:, 1:] != ignore_index, as_tuple=True)
+        trained = row * labels.shape[1] + place
+    rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, trained)
+    targets = labels.reshape(-1).index_select(0, trained + 1)
+    total = _FusedLinearCrossEntropy.apply(rows, targets, head, chunk_tokens, expected_grad)
     return total, int(trained.numel())

@@ -19,7 +19,11 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+
+_ALIGNED_BYTES = 16
+"""Where a tensor of `tensors_on` may begin."""
 
 
 def is_available() -> bool:
@@ -155,6 +159,29 @@ def product_workspace_bytes(device: torch.device) -> int:
     if device.type != "cuda" or (ask := _function(device, "get_device_capability")) is None:
         return 0
     return 2 * (32 * 2**20 if ask(device)[0] >= 9 else (2 * 4096 + 8 * 16) * 2**10)
+
+
+def tensors_on(device: torch.device | str, arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """Numpy arrays as tensors on a device. On a CPU they share the arrays' memory.
+
+    An accelerator gets all of them in one copy from pinned memory, for which the host does not wait.
+    """
+    import numpy as np
+    import torch
+
+    if not is_accelerator(device):
+        return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+    starts = np.cumsum([0, *(-(-array.nbytes // _ALIGNED_BYTES) * _ALIGNED_BYTES for array in arrays.values())])
+    packed = np.zeros(starts[-1], dtype=np.uint8)
+    for start, array in zip(starts, arrays.values(), strict=False):
+        packed[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    host = torch.from_numpy(packed)
+    sent = (host.pin_memory() if has_own_memory(device) else host).to(device, non_blocking=True)
+    tensors = {}
+    for start, (name, array) in zip(starts.tolist(), arrays.items(), strict=False):
+        dtype = torch.from_numpy(np.empty(0, dtype=array.dtype)).dtype
+        tensors[name] = sent[start : start + array.nbytes].view(dtype).view(array.shape)
+    return tensors
 
 
 def collective_backend() -> str:

@@ -151,6 +151,11 @@ def _attention(
     return found[0]
 
 
+def _is_not_fake(_: object) -> bool:
+    """In the place of transformers' own: a MagicMock would remember tensors, and keep them alive."""
+    return False
+
+
 class _Recorder(TorchDispatchMode):
     """Sees every operator before the fake mode does."""
 
@@ -160,7 +165,7 @@ class _Recorder(TorchDispatchMode):
         self.seen: Seen | None = None
         self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._pinned: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
-        self._list_frame: FrameType | None = None
+        self._last_list: tuple[int, int] | None = None
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -224,7 +229,7 @@ class _Recorder(TorchDispatchMode):
     def _number(self, tensor: torch.Tensor) -> Any:
         """The one number of a tensor: on the CPU as far as it is known, on the device a sync and any number."""
         if tensor.device.type == TYPE:
-            self._sync("number")
+            self._sync("number", tensor)
         constant = getattr(tensor, "constant", None)
         if constant is not None:
             with torch._C._DisableTorchDispatch():
@@ -233,7 +238,7 @@ class _Recorder(TorchDispatchMode):
             return True
         return 1.0 if tensor.dtype.is_floating_point else 1
 
-    def _sync(self, what: str) -> None:
+    def _sync(self, what: str, tensor: torch.Tensor | None = None) -> None:
         if self.seen is None:
             return
         frame: FrameType | None = sys._getframe(1)
@@ -244,11 +249,12 @@ class _Recorder(TorchDispatchMode):
             if str(_PACKAGE) in frame.f_code.co_filename:
                 named = frame
             frame = frame.f_back
-        if asks is not None:
-            if asks is self._list_frame:  # one list is one copy, however many numbers
+        found = None
+        if asks is not None and tensor is not None:  # no frame is kept: it would keep tensors alive
+            what, found = "list", (id(asks), tensor.untyped_storage()._cdata)
+            if found == self._last_list:  # one list is one copy, however many numbers
                 return
-            what = "list"
-        self._list_frame = asks
+        self._last_list = found
         if named is None:
             self.seen.syncs[f"outside of qvera: {what}"] += 1
             return
@@ -295,7 +301,7 @@ class FakeAccelerator:
         self._recorder = self._stack.enter_context(_Recorder())
         self._stack.enter_context(mock.patch.object(nn.functional, "scaled_dot_product_attention", _attention))
         # else transformers takes another path, as when it exports a model
-        self._stack.enter_context(mock.patch("transformers.utils.import_utils.is_fake_tensor", return_value=False))
+        self._stack.enter_context(mock.patch("transformers.utils.import_utils.is_fake_tensor", _is_not_fake))
         self.scratch = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
         return self
 

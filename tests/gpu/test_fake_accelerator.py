@@ -15,11 +15,10 @@ SHAPES = ("7b", "8b", "13b", "70b")
 
 STEP_SYNCS = {
     "training.session.train_step: list": 1,  # the losses of all passes, once they are all under way
+    "evaluation.evaluate.hidden_states: number": 1,  # transformers looks for packed rows where it gets no mask
     "training.engine.step: number": 1,  # the gradient norm: a step that is not finite must not be taken
 }
 """Where the host waits for the device in an optimizer step, however many layers and passes it has, and how often."""
-TODO_SYNCS = {"data.collate.<dictcomp>: copy to device": 3, "models.loss.fused_linear_cross_entropy: nonzero": 1,
-              "evaluation.evaluate.hidden_states: number": 1}  # fmt: skip
 
 
 def training_steps(fake: FakeAccelerator) -> dict[str, Any]:
@@ -54,4 +53,5 @@ def test_a_training_step_leaves_nothing_on_the_cpu(steps: dict[str, Any], shape:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_training_step_waits_for_the_device_only_where_it_is_listed(steps: dict[str, Any], shape: str) -> None:
-    assert steps[shape]["syncs"] == STEP_SYNCS | TODO_SYNCS
+    assert steps[shape]["syncs"] == STEP_SYNCS
+    assert steps[shape]["copies"] == {"to device": 1}

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qvera.data import IGNORED
+from qvera.data import IGNORED, Example, collate, collate_prefix_once
+from qvera.data.collate import pad_batch
 from qvera.models.loss import Head, fused_linear_cross_entropy
 from tests.adapters.helpers import base_layer, dense_weight, relative
 from tests.conftest import small_llama
@@ -324,3 +326,27 @@ def test_prompts_cost_nothing_at_the_head() -> None:
         patch.setattr("qvera.models.linear.F.linear", counted)
         fused_linear_cross_entropy(hidden, labels, h, 4)
     assert seen == [4, 4, 2]
+
+
+# The places of the trained tokens, which `qvera.data.collate` knows.
+
+
+@pytest.mark.parametrize("kind", ["padded", "padded further", "joined"])
+def test_places_from_the_host_give_the_loss_of_looking_for_them(kind: str) -> None:
+    rows = []
+    for seed, tokens, prompt in ((0, 9, 4), (1, 5, 1), (2, 12, 11)):
+        ids = np.random.default_rng(seed).integers(3, VOCABULARY, tokens).astype(np.int32)
+        rows.append(Example(ids, np.arange(tokens) >= prompt, "a row", ids[:prompt], "", None))
+    made = collate_prefix_once(rows, packing=True) if kind == "joined" else collate(rows, pad_id=0)
+    assert made is not None
+    if kind == "padded further":
+        made = pad_batch(made, 17, 0)
+    hidden = torch.randn(*made["labels"].shape, HIDDEN)
+    found = []
+    for trained in (made["trained"], None):
+        leaf = hidden.clone().requires_grad_()
+        loss, count = fused_linear_cross_entropy(leaf, made["labels"], head(), 4, trained=trained)
+        loss.backward()
+        found.append((loss.detach(), leaf.grad))
+        assert count == 5 + 4 + 1
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -109,3 +110,20 @@ def test_random_state_of_cpu_and_accelerator_are_put_back(monkeypatch: pytest.Mo
     assert not state.any()
     accelerator.set_random_state({"cpu": before, "cuda": torch.ones(8, dtype=torch.uint8)})
     assert state.all()
+
+
+def test_arrays_go_to_an_accelerator_in_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays = {
+        "ids": np.arange(6, dtype=np.int64).reshape(2, 3).T,  # not contiguous
+        "sees": np.eye(3, dtype=bool)[None],
+        "ends": np.array([0, 5], dtype=np.int32),
+        "none": np.zeros(0, dtype=np.int64),
+    }
+    plain = accelerator.tensors_on("cpu", arrays)
+    monkeypatch.setattr(accelerator, "is_accelerator", lambda _: True)
+    monkeypatch.setattr(accelerator, "has_own_memory", lambda _: False)  # nothing to pin memory for here
+    sent = accelerator.tensors_on("cpu", arrays)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in sent.values()}) == 1
+    for name, array in arrays.items():
+        torch.testing.assert_close(sent[name], plain[name], rtol=0, atol=0)
+        assert sent[name].tolist() == array.tolist()
