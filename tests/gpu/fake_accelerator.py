@@ -15,7 +15,8 @@ The backend can't be unregistered, so it has to be used in a process of its own.
     seen.kernels        # name → launches: views, empty tensors and questions about a tensor do not count
     seen.syncs          # "training.engine.step: float" → how often the host waited
     seen.peak_bytes     # of tensors on the device at one time, with all that was there before
-    seen.timeline       # (kernel, bytes alive once it has run), in order
+    seen.timeline       # every `Moment`, in order
+    seen.peaks          # the `Moment` with the most bytes in each part of a step
 
 Kernels of one layer: forward is `qvera.evaluation.evaluate.batch_nll`, backward ``session.engine.backward``; what one
 layer takes is the difference between a model of two layers and one of one (`per_layer`). A custom operator counts as one
@@ -24,7 +25,8 @@ launch, unless `qvera.kernels.operators.LAUNCHES` says otherwise. Bytes against 
 and the adapter are loaded. For anything but a training step, call the real functions with ``session.model``, or with
 `FakeAccelerator.model` (a base without an adapter), inside `record`.
 
-What it can't show: the allocator's rounding and fragmentation, memory that a kernel takes for itself, values, and time.
+What it can't show: the allocator's rounding and fragmentation, memory that a kernel takes for itself (but for those in
+tests/live_bytes.py), values, and time.
 Every number that the host reads is 1, and True. Attention is the one that CUDA would choose: flash where there is no
 mask, else the memory-efficient one. The optimizer's and clipping's passes over all vectors are launched vector by vector
 here, in groups on a card.
@@ -43,7 +45,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType, SimpleNamespace
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 from unittest import mock
 
 import bitsandbytes as bnb
@@ -57,15 +59,18 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qvera
+from qvera.adapters import projection
 from qvera.config.schema import Recipe, parse_recipe
 from qvera.data import Example
 from qvera.distributed.group import ALONE
+from qvera.evaluation import evaluate
 from qvera.kernels import choice
 from qvera.kernels.operators import LAUNCHES
-from qvera.models import linear
+from qvera.models import linear, loss
 from qvera.models.loader import Base
 from qvera.training.optim import build_schedule
 from qvera.training.session import TrainingSession
+from tests.live_bytes import LiveBytes
 
 TYPE = "fakegpu"
 aten = torch.ops.aten
@@ -88,6 +93,14 @@ _NO_KERNEL = {
 }  # fmt: skip
 
 
+class Moment(NamedTuple):
+    """A kernel, and the bytes of tensors on the device while it runs."""
+
+    kernel: str
+    alive_bytes: int
+    part: str  # forward, loss or backward
+
+
 @dataclasses.dataclass
 class Seen:
     """What happened on the device within a `FakeAccelerator.record`."""
@@ -96,14 +109,23 @@ class Seen:
     copies: Counter[str] = dataclasses.field(default_factory=Counter)
     """``to device`` and ``to host`` → how often."""
     syncs: Counter[str] = dataclasses.field(default_factory=Counter)
-    timeline: list[tuple[str, int]] = dataclasses.field(default_factory=list)
+    timeline: list[Moment] = dataclasses.field(default_factory=list)
     start_bytes: int = 0
     end_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
         """The most bytes of tensors at one time."""
-        return max((alive_bytes for _, alive_bytes in self.timeline), default=self.start_bytes)
+        return max((moment.alive_bytes for moment in self.timeline), default=self.start_bytes)
+
+    @property
+    def peaks(self) -> dict[str, Moment]:
+        """The moment with the most bytes in each part of the step."""
+        found: dict[str, Moment] = {}
+        for moment in self.timeline:
+            if moment.part not in found or moment.alive_bytes > found[moment.part].alive_bytes:
+                found[moment.part] = moment
+        return found
 
     @property
     def launches(self) -> int:
@@ -119,6 +141,10 @@ class Seen:
 def per_layer(two: Seen, one: Seen) -> Counter[str]:
     """Kernels that one layer adds: those of a model of two layers less those of one layer."""
     return two.kernels - one.kernels
+
+
+def _no_values(rows: int, columns: int, seed: int, stream: int) -> np.ndarray:
+    return np.zeros((rows, columns), dtype=np.float32)
 
 
 _torch_attention = nn.functional.scaled_dot_product_attention
@@ -161,11 +187,11 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.alive_bytes = 0
+        self.alive = LiveBytes()
         self.seen: Seen | None = None
-        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._pinned: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
         self._last_list: tuple[int, int] | None = None
+        self.in_loss = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -185,24 +211,30 @@ class _Recorder(TorchDispatchMode):
         if name == "aten.nonzero":
             self._sync("nonzero")
             out = torch.empty(args[0].numel(), args[0].dim(), dtype=torch.int64, device=args[0].device)
-            self._count(name)
+            self._count(name, self.alive.now)
             return out
         moved = self._moves(name, func, args, kwargs)
         out = func(*args, **kwargs)
         outputs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
         for tensor in outputs:
-            self._track(tensor)
+            if tensor.device.type == TYPE:
+                self.alive.add(tensor)
         on_device = any(t.device.type == TYPE for t in outputs) or any(
             isinstance(t, torch.Tensor) and t.device.type == TYPE for t in tree_leaves((args, kwargs))
         )
         if on_device and moved is None and name not in _NO_KERNEL and not func.is_view:
-            self._count(name)
+            self._count(name, self.alive.while_running(func, args, out))
         return out
 
-    def _count(self, name: str) -> None:
+    def _count(self, name: str, alive_bytes: int) -> None:
         if self.seen is not None:
             self.seen.kernels[name] += LAUNCHES.get(name, 1)
-            self.seen.timeline.append((name, self.alive_bytes))
+            self.seen.timeline.append(Moment(name, alive_bytes, self._part()))
+
+    def _part(self) -> str:
+        if torch._C._current_graph_task_id() != -1:
+            return "backward"
+        return "loss" if self.in_loss else "forward"
 
     def _moves(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """``to device``, ``to host`` or None; a copy that the host waits for is a sync."""
@@ -261,24 +293,6 @@ class _Recorder(TorchDispatchMode):
         module = ".".join(Path(named.f_code.co_filename).relative_to(_PACKAGE).with_suffix("").parts)
         self.seen.syncs[f"{module}.{named.f_code.co_name}: {what}"] += 1
 
-    def _track(self, tensor: torch.Tensor) -> None:
-        if tensor.device.type != TYPE:
-            return
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        known = self._storages.get(key)
-        if known is not None and known() is storage:
-            return
-        size_bytes = storage.nbytes()
-        self.alive_bytes += size_bytes
-
-        def freed(reference: weakref.ref[torch.UntypedStorage]) -> None:
-            self.alive_bytes -= size_bytes
-            if self._storages.get(key) is reference:
-                del self._storages[key]
-
-        self._storages[key] = weakref.ref(storage, freed)
-
 
 _PACKAGE = Path(qvera.__file__).parent
 
@@ -293,6 +307,9 @@ class FakeAccelerator:
         from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
         _setup_privateuseone_for_python_backend(TYPE)
+        # left alone torch takes this operator apart on a backend it does not know; it never runs
+        self._kernels = torch.library.Library("aten", "IMPL")
+        self._kernels.impl("silu_backward", lambda grad, x: torch.empty_like(x), "PrivateUse1")
         self.device = torch.device(TYPE, 0)
         module: Any = torch.get_device_module(TYPE)
         module.get_amp_supported_dtype = lambda: [torch.float16, torch.bfloat16]
@@ -300,6 +317,9 @@ class FakeAccelerator:
         self._stack.enter_context(FakeTensorMode(allow_non_fake_inputs=False))
         self._recorder = self._stack.enter_context(_Recorder())
         self._stack.enter_context(mock.patch.object(nn.functional, "scaled_dot_product_attention", _attention))
+        self._stack.enter_context(mock.patch.object(evaluate, "fused_linear_cross_entropy", self._loss))
+        # A and B have no values here, and drawing them takes seconds
+        self._stack.enter_context(mock.patch.object(projection, "uniform_matrix", _no_values))
         # else transformers takes another path, as when it exports a model
         self._stack.enter_context(mock.patch("transformers.utils.import_utils.is_fake_tensor", _is_not_fake))
         self.scratch = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
@@ -308,10 +328,17 @@ class FakeAccelerator:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
+    def _loss(self, *arguments: Any) -> Any:
+        self._recorder.in_loss = True
+        try:
+            return loss.fused_linear_cross_entropy(*arguments)
+        finally:
+            self._recorder.in_loss = False
+
     @property
     def alive_bytes(self) -> int:
         """Bytes of all tensors on the device now."""
-        return self._recorder.alive_bytes
+        return self._recorder.alive.now
 
     @contextlib.contextmanager
     def record(self) -> Iterator[Seen]:

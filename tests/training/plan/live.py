@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from qvera.config.schema import Recipe
 from qvera.models.checkpointing import enable_checkpointing
 from qvera.models.loss import Head, fused_linear_cross_entropy
 from tests.conftest import small_llama
+from tests.live_bytes import LiveBytes
 
 
 def tiny(recipe: Recipe, dtype: torch.dtype, **changes: Any) -> Any:
@@ -47,32 +47,21 @@ def kept_bytes(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> int:
     return sum(kept.values())
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages made inside, while they live."""
+class _Peak(TorchDispatchMode):
+    """The most bytes of tensors made inside that were alive at one time."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
-        self._seen: set[int] = set()
+        self.peak, self._alive = 0, LiveBytes()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inputs = {id_of(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and id_of(tensor) not in inputs | self._seen:
-                self._begin(tensor.untyped_storage())
+            if isinstance(tensor, torch.Tensor) and id_of(tensor) not in inputs:
+                self._alive.add(tensor)
+        self.peak = max(self.peak, self._alive.while_running(func, args, out))
         return out
-
-    def _begin(self, storage: Any) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        self._seen.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._end, key, size)
-
-    def _end(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self.now -= size
 
 
 def id_of(tensor: torch.Tensor) -> int:
@@ -85,7 +74,7 @@ def step_peak_bytes(model: Any, ids: torch.Tensor, mask: torch.Tensor, labels: t
     trained = [p for p in model.parameters() if p.requires_grad]
     for p in trained:
         p.grad = torch.zeros_like(p)
-    with LiveBytes() as live:
+    with _Peak() as live:
         hidden = base.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         nll, _ = fused_linear_cross_entropy(hidden, labels, Head.of(base), chunk)
         del hidden
