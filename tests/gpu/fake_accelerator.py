@@ -328,10 +328,10 @@ class FakeAccelerator:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def _loss(self, *arguments: Any) -> Any:
+    def _loss(self, *arguments: Any, **named: Any) -> Any:
         self._recorder.in_loss = True
         try:
-            return loss.fused_linear_cross_entropy(*arguments)
+            return loss.fused_linear_cross_entropy(*arguments, **named)
         finally:
             self._recorder.in_loss = False
 
