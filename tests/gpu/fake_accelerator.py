@@ -476,4 +476,5 @@ class FakeSession(TrainingSession):
         return Base(self._fake.model(*self._wanted), tokenizer, {})
 
     def _plan_memory(self) -> None:
-        return None
+        asked = self.recipe.training.gradient_checkpointing
+        self.checkpointing = True if asked == "auto" else asked
