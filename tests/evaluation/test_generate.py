@@ -68,15 +68,17 @@ def test_answers_and_held_out_loss_go_on_with_fewer_rows_where_memory_runs_out(d
     answers = generate(model, tokenizer, PROMPTS, max_new_tokens=6)
     loss = evaluate.held_out_loss(model, rows, **settings)
 
-    def two_rows_fit(module: Any, given: Any, keywords: dict[str, Any]) -> None:
-        if len(keywords["input_ids"]) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    def fail_once(*_: Any) -> None:
+        hook.remove()
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    with causal_model(model).get_decoder().register_forward_pre_hook(two_rows_fit, with_kwargs=True):
-        with pytest.warns(UserWarning, match="5 prompts at a time .* going on with 2"):
-            assert generate(model, tokenizer, PROMPTS, max_new_tokens=6) == answers
-        with pytest.warns(UserWarning, match="4 held-out rows at a time .* going on with 2"):
-            again = evaluate.held_out_loss(model, rows, **settings)
+    decoder = causal_model(model).get_decoder()
+    hook = decoder.register_forward_pre_hook(fail_once)
+    with pytest.warns(UserWarning, match="5 prompts at a time .* going on with 2"):
+        assert generate(model, tokenizer, PROMPTS, max_new_tokens=6) == answers
+    hook = decoder.register_forward_pre_hook(fail_once)
+    with pytest.warns(UserWarning, match="4 held-out rows at a time .* going on with 2"):
+        again = evaluate.held_out_loss(model, rows, **settings)
     assert again["loss"] == pytest.approx(loss["loss"], rel=1e-6)
     assert again["trained_tokens"] == loss["trained_tokens"]
 
