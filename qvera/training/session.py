@@ -111,7 +111,8 @@ class TrainingSession:
             group.agree(require_overflow_check)
         self.watch = self.resources.enter_context(memory.PeakWatch(self.device))
         self.sharder: BaseSharder | None = None
-        self.checkpointing: Mode
+        asked = recipe.training.gradient_checkpointing
+        self.checkpointing: Mode = True if asked == "auto" else asked  # where no plan can be made
         if self.zero is not None and self.zero.shards_base:
             self.sharder = BaseSharder(self.zero, recipe, group.rank, group.world_size, self.run_dir / "offload")
             self.resources.callback(self.sharder.discard)
@@ -253,8 +254,6 @@ class TrainingSession:
             plan = make_plan(recipe, self.device, self.datasets.train, sharing)
         except NotPlannable as error:
             self.warn(f"No plan: {error}")
-            asked = recipe.training.gradient_checkpointing
-            self.checkpointing = True if asked == "auto" else asked
             return None
         # ranks with less memory decide for all
         self.checkpointing = max(group.gather(plan.checkpointing), key=[False, True, "offload"].index)
