@@ -48,7 +48,7 @@ def steps() -> dict[str, Any]:
 def test_a_training_step_leaves_nothing_on_the_cpu(steps: dict[str, Any], shape: str) -> None:
     step = steps[shape]
     assert step["devices"] == step["state_devices"] == ["fakegpu:0"]
-    assert step["tokens"] == 1012 and step["kernels"]["bitsandbytes.dequantize_4bit"] >= 2 * 7
+    assert step["tokens"] == 1012 and step["kernels"]["qvera.dequantize_4bit"] >= 2 * 7
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -1,0 +1,93 @@
+"""Kernels that one layer launches, forward and backward, by name: ours, stock PEFT's adapters, and the frozen base alone.
+
+`python bench/kernel_counts.py` makes the table of docs/benchmarks.md of it; a test holds ours to a ceiling.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import bitsandbytes as bnb
+import torch
+from peft import LoraConfig, VeraConfig, get_peft_model
+from torch import nn
+
+from qvera.adapters.save_load import attach
+from qvera.config.schema import AdapterSection
+from qvera.models.checkpointing import enable_checkpointing
+from qvera.models.linear import FrozenLinear4bit
+from tests.gpu.fake_accelerator import FakeAccelerator, Seen, per_layer
+
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def _stock(model: Any) -> Any:
+    """The base as transformers and bitsandbytes run it."""
+    for module in model.modules():
+        if type(module) is FrozenLinear4bit:
+            module.__class__ = bnb.nn.Linear4bit
+    return model
+
+
+def ours(rank: int) -> Callable[[Any], Any]:
+    """Put qvera's adapter on a model."""
+    return lambda model: attach(model, AdapterSection(rank=rank))
+
+
+def _peft(config: Any) -> Callable[[Any], Any]:
+    def prepare(model: Any) -> Any:
+        # PEFT makes its adapters on the CPU; a module of fake tensors can't be moved, but its tensors can
+        with mock.patch.object(nn.Module, "to", lambda module, *args, **kwargs: module):
+            model = get_peft_model(_stock(model), config)
+        device = model.get_input_embeddings().weight.device
+        for module in model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if parameter.device != device:
+                    moved = nn.Parameter(parameter.detach().to(device), requires_grad=parameter.requires_grad)
+                    module.register_parameter(name, moved)
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                if buffer.device != device:
+                    module.register_buffer(name, buffer.to(device))
+        return model
+
+    return prepare
+
+
+CASES: dict[str, Callable[[Any], Any]] = {
+    "frozen base, stock": _stock,
+    "PEFT LoRA, r=16": _peft(LoraConfig(r=16, target_modules=LINEARS)),
+    "PEFT VeRA, r=256": _peft(VeraConfig(r=256, target_modules=LINEARS)),
+    "qvera, r=256": ours(256),
+    "qvera, r=1024": ours(1024),
+}
+
+
+def layer_kernels(
+    fake: FakeAccelerator, prepare: Callable[[Any], Any], *, shape: str = "7b", tokens: int = 2048, checkpointing: bool
+) -> Counter[str]:
+    """Name → launches of one decoder layer, forward and backward, on a batch of one row of ``tokens``.
+
+    With ``checkpointing`` the layer's recomputation is counted too.
+    """
+    passes = []
+    for layers in (1, 2):
+        model = prepare(fake.model(shape, layers))
+        decoder = model.get_decoder()
+        # else nothing needs a gradient in the frozen base
+        decoder.embed_tokens.register_forward_hook(lambda module, args, output: output.requires_grad_())
+        if checkpointing:
+            enable_checkpointing(model)
+        model.train()
+        passes.append(_one_pass(fake, decoder, tokens))
+    return per_layer(passes[1], passes[0])
+
+
+def _one_pass(fake: FakeAccelerator, decoder: nn.Module, tokens: int) -> Seen:
+    ids = torch.empty(1, tokens, dtype=torch.int64, device=fake.device)
+    with fake.record() as seen:
+        hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
+        hidden.backward(torch.empty_like(hidden))
+    return seen

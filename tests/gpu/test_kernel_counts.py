@@ -1,0 +1,39 @@
+"""How many kernels a layer launches: on a fast card, and with short batches, a step waits for the host that launches them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.gpu.fake_accelerator import FakeAccelerator
+from tests.gpu.kernel_counts import CASES, layer_kernels
+from tests.gpu.own_process import measured
+
+pytestmark = pytest.mark.process
+
+CEILING, CEILING_WITH_CHECKPOINT = 102, 140
+"""Kernels of a 7B layer, forward and backward, and with the recomputation. The frozen base alone takes 125 and 160 as
+transformers and bitsandbytes run it (bench/results/kernel_counts.json)."""
+
+
+def counts(fake: FakeAccelerator) -> dict[str, Any]:
+    return {
+        name: [dict(layer_kernels(fake, CASES[name], checkpointing=checkpointing)) for checkpointing in (False, True)]
+        for name in ("qvera, r=256", "qvera, r=1024")
+    }
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    return measured(counts)
+
+
+@pytest.mark.parametrize("rank", [256, 1024])
+def test_an_adapted_layer_launches_no_more_than_its_ceiling(found: dict[str, Any], rank: int) -> None:
+    plain, with_checkpoint = found[f"qvera, r={rank}"]
+    assert sum(plain.values()) <= CEILING, plain
+    assert sum(with_checkpoint.values()) <= CEILING_WITH_CHECKPOINT, with_checkpoint
+    # each frozen weight is dequantized once a pass, and nothing is copied or cast
+    assert (plain["qvera.dequantize_4bit"], with_checkpoint["qvera.dequantize_4bit"]) == (14, 21)
+    assert not {"aten._to_copy", "aten.copy_", "aten.clone", "aten.mul", "aten.cat"} & set(with_checkpoint)
