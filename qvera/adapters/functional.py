@@ -33,6 +33,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from qvera.kernels.choice import use_kernels
+from qvera.kernels.columns import scaled_columns
 from qvera.kernels.low_rank import combined, gradients_and_combined, grouped, row_blocks, vector_gradients, wide_product
 
 
@@ -89,13 +90,13 @@ class _ScaleInput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: AutogradContext, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x, a)
-        return x * a.to(x.dtype)
+        return scaled_columns(x, a)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: AutogradContext, h: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, a = ctx.saved_tensors
-        grad_x = h * a.to(h.dtype) if ctx.needs_input_grad[0] else None
+        grad_x = scaled_columns(h, a) if ctx.needs_input_grad[0] else None
         grad_a = None
         if ctx.needs_input_grad[1]:
             grad_a = torch.zeros_like(a)
@@ -110,18 +111,17 @@ def scale_input(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     return _ScaleInput.apply(x, a)
 
 
-def outward(inner: torch.Tensor, B: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """B ⊙ (inner Bᵀ), group by group: [T, r] to [T, m] in inner's dtype, without C.
+def outward(inner: torch.Tensor, B: torch.Tensor, b: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:
+    """base + b ⊙ (inner Bᵀ), group by group, without C: [..., r] to [..., m] in base's dtype, else in inner's.
 
-    b may have a row of its own for each row of ``inner``: [T, 1, m] or [T, G, m], for mixed batches.
+    b may have a row of its own for each first index of ``inner``: [T, ..., G, m], for mixed batches.
     """
-    each, B = grouped(b).to(inner.dtype).unbind(-2), B.to(inner.dtype)
-    parts = zip(inner.chunk(len(each), dim=-1), B.chunk(len(each), dim=1), each, strict=True)
-    z, columns, own = next(parts)
-    out = (z @ columns.t()).mul_(own)
-    for z, columns, own in parts:
-        out.add_((z @ columns.t()).mul_(own))
-    return out
+    each, B = grouped(b).unbind(-2), B.to(inner.dtype)
+    total = base if len(each) == 1 else None
+    for z, columns, own in zip(inner.chunk(len(each), dim=-1), B.chunk(len(each), dim=1), each, strict=True):
+        total = scaled_columns(z @ columns.t(), own, base=total)
+    assert total is not None
+    return total if base is None or len(each) == 1 else base + total.to(base.dtype)
 
 
 def inward(g: torch.Tensor, B: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -158,8 +158,8 @@ def _expand(
 ) -> torch.Tensor:
     flat = z.reshape(-1, z.shape[-1])
     if few_tokens(flat.shape[0], B, len(grouped(b))):  # a decoding step: C would cost more than the whole product
-        delta = outward(flat * (d * scale).to(z.dtype), B, b)
-        return base + delta.view(base.shape).to(base.dtype)
+        rows = base.reshape(-1, base.shape[-1])
+        return as_output(outward(scaled_columns(flat, d, scale), B, b, rows), base.shape)
     in_c, after = split_scale(scale, z.dtype)
     C = combined(B, d, b, in_c, z.dtype)
     if base.dtype == z.dtype:
@@ -211,7 +211,7 @@ class _Expand(torch.autograd.Function):
             # in fp16 g ⊙ b would lose what C does not
             few = z.dtype != torch.float16 and few_tokens(z_flat.shape[0], B, len(grouped(b)))
             if C is None and few:
-                grad_z = inward(g_flat, B, b) * (d * ctx.scale).to(z.dtype)
+                grad_z = scaled_columns(inward(g_flat, B, b), d, ctx.scale)
             else:
                 grad_z = _times(g_flat, combined(B, d, b, in_c, z.dtype) if C is None else C, after)
             grad_z = grad_z.view(z.shape)

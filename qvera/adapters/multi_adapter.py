@@ -20,6 +20,7 @@ from qvera.adapters.config import KINDS, PEFT_TYPE, QveraConfig, vector_shapes
 from qvera.adapters.layer import QveraLinear
 from qvera.adapters.projection import SharedProjection, vera_scale
 from qvera.adapters.save_load import read_adapter, read_config, require_tokens
+from qvera.kernels.columns import scaled_columns
 from qvera.models import linear
 from qvera.utils.errors import InputError
 
@@ -83,12 +84,15 @@ class RowPlan:
             rank = d.shape[1]
             own = x if rows is None else x[rows]
             if a is not None:
-                own = own.to(dtype) * a.to(dtype).view(len(a), *middle, -1)
+                own = scaled_columns(own.to(dtype), a.view(len(a), *middle, -1))
             z = pair.project(own, rank, dtype)  # shared by q, k and v where all rows take part and none has an a
             B = pair.B[: layer.out_features, :rank]
-            z = z * d.to(dtype).view(len(d), *middle, -1)
-            change = functional.outward(z, B, b.view(len(b), *middle, *b.shape[1:])).to(result.dtype)
-            result = result + change if rows is None else result.index_add(0, rows, change)
+            z = scaled_columns(z, d.view(len(d), *middle, -1))
+            b = b.view(len(b), *middle, *b.shape[1:])
+            if rows is None:
+                result = functional.outward(z, B, b, result)
+            else:
+                result = result.index_add(0, rows, functional.outward(z, B, b).to(result.dtype))
         return result
 
     def _parts(self, layer: QveraLinear) -> Iterator[_Part]:

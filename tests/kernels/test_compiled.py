@@ -94,9 +94,23 @@ def dequantize(dtype: str) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def columns(dtype: str) -> list[dict[str, Any]]:
+    strides = ("columns", "x_stride", "base_stride", "vector_stride", "rows_a_vector")
+    signature = {"x": f"*{dtype}", "vectors": "*fp32", "base": f"*{dtype}", "out": f"*{dtype}", "scale": "fp32"}
+    return [
+        {
+            "name": f"scaled columns {dtype}, added: {add}",
+            "kernel": "scaled_columns_kernel",
+            "signature": signature | dict.fromkeys(strides, "i32"),
+            "constexprs": {"ADD": add, "BLOCK_COLUMNS": 1024},
+        }
+        for add in (False, True)
+    ]
+
+
 KERNELS = [
     {"module": f"qvera.kernels.triton_{kernels.__name__}", **kernel}
-    for kernels in (low_rank, elementwise, dequantize)
+    for kernels in (low_rank, columns, elementwise, dequantize)
     for dtype in ("bf16", "fp16")
     for kernel in kernels(dtype)
 ]

@@ -11,7 +11,7 @@ import torch
 
 from qvera.adapters.functional import expand, few_tokens, project
 from qvera.adapters.projection import uniform_pair, vera_scale
-from qvera.kernels import low_rank
+from qvera.kernels import columns, low_rank
 from qvera.kernels.operators import LAUNCHES
 from tests.adapters.helpers import relative
 from tests.adapters.test_functional import TOLERANCE, parts, rounded, textbook
@@ -73,6 +73,19 @@ def test_the_launches_of_one_linear(dtype: torch.dtype, as_on_an_accelerator: Ca
     assert LAUNCHES["qvera.vector_gradients"] == 2
 
 
+def test_the_launches_of_one_linear_for_few_tokens(as_on_an_accelerator: Callable[[], Any]) -> None:
+    """C would cost more: z is scaled, and the product scaled and added to the base; backward writes C on its way."""
+    x, A, B = (parts(2, 9, 45, 16)[k].bfloat16() for k in "xAB")
+    base, upstream = torch.zeros(2, 45).bfloat16(), torch.ones(2, 45).bfloat16()
+    x, d, b = (t.requires_grad_() for t in (x, torch.randn(16), torch.randn(45)))
+    with as_on_an_accelerator(), Calls() as forward:
+        y = expand(base, project(x, A), d, b, B, 0.5)
+    assert forward.names == ["aten::mm", "qvera::scaled_columns", "aten::mm", "qvera::scaled_columns"]
+    with as_on_an_accelerator(), Calls() as backward:
+        torch.autograd.grad(y, (x, d, b), upstream)
+    assert backward.names == ["qvera::wide_product", "qvera::vector_gradients", "aten::mm", "aten::mm"]
+
+
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_the_output_may_take_the_memory_of_the_base(overwrite: bool) -> None:
     p = parts(40, 5, 6, 3)
@@ -128,5 +141,6 @@ def test_operators_fit_their_fakes(dtype: torch.dtype) -> None:
         (low_rank._gradients, (M, B, d, b, 0.5, 1.0, dtype)),
         (low_rank._gradients, (M, B, d, b, 0.5, 1.0, None)),
         (low_rank._wide_product, (B.t(), B)),
+        (columns._scaled_columns, (B, torch.randn(3, 12), torch.randn(21, 12), 0.5)),
     ):
         torch.library.opcheck(call, arguments, test_utils=checks)

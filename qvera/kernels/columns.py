@@ -1,0 +1,50 @@
+"""The columns of a matrix [..., k] times a vector: what the low-rank path does where building C would cost more.
+
+Plain code casts the vector to the matrix' dtype and multiplies: three launches on an accelerator, and a fourth to add
+the result to something. The kernel is one, computes in fp32, and rounds once.
+"""
+
+import torch
+
+from qvera.kernels import operators
+from qvera.kernels.choice import use_kernels
+
+
+def scaled_columns(
+    x: torch.Tensor, vector: torch.Tensor, scale: float = 1.0, base: torch.Tensor | None = None
+) -> torch.Tensor:
+    """scale x ⊙ vector, or base + scale x ⊙ vector, in x's dtype (base's, if there is one).
+
+    Args:
+        x: [..., k].
+        vector: [k], or one for each first index of x: [x.shape[0], 1, ..., 1, k].
+        scale: multiplied onto the vector.
+        base: [..., k], of x's shape; it is not changed.
+    """
+    tensors = (x, vector) if base is None else (x, vector, base)
+    if use_kernels(*tensors):
+        found = _scaled_columns(_rows(x), _rows(vector), None if base is None else _rows(base), scale)
+        return found.view(x.shape)
+    product = x * (vector if scale == 1.0 else vector * scale).to(x.dtype)
+    return product if base is None else base + product.to(base.dtype)
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    """[..., k] as a matrix whose rows are dense."""
+    flat = tensor.reshape(-1, tensor.shape[-1])
+    return flat if flat.stride(1) == 1 else flat.contiguous()
+
+
+def _launch(x: torch.Tensor, vectors: torch.Tensor, base: torch.Tensor | None, scale: float) -> torch.Tensor:
+    from qvera.kernels import triton_columns
+
+    out = _fake(x, vectors, base, scale)
+    triton_columns.launch_scaled_columns(x, vectors, base, out, scale)
+    return out
+
+
+def _fake(x: torch.Tensor, vectors: torch.Tensor, base: torch.Tensor | None, scale: float) -> torch.Tensor:
+    return torch.empty(x.shape, dtype=(x if base is None else base).dtype, device=x.device)
+
+
+_scaled_columns = operators.register("scaled_columns", _launch, _fake)

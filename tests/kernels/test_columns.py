@@ -1,0 +1,38 @@
+"""Columns times a vector: the kernel in Triton's interpreter against plain code in fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from qvera.kernels.columns import scaled_columns
+from tests.adapters.helpers import relative
+
+SETTINGS = [  # shape, shape of the vectors, dtype, the base's dtype: odd widths, several blocks of columns, mixed batches
+    ((3, 7, 45), (45,), torch.bfloat16, torch.bfloat16), ((2, 1500), (1500,), torch.float16, None),
+    ((3, 4, 1030), (3, 1, 1030), torch.float16, torch.float32), ((5, 9), (5, 9), torch.float32, torch.bfloat16),
+    ((1, 1), (1,), torch.float32, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("shape", "vector_shape", "dtype", "base_dtype"), SETTINGS)
+@pytest.mark.parametrize("strided", [False, True])
+def test_against_plain_code(
+    shape: tuple[int, ...], vector_shape: tuple[int, ...], dtype: torch.dtype, base_dtype: torch.dtype | None,
+    strided: bool, as_on_an_accelerator: Callable[[], Any],
+) -> None:  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(*shape[:-1], shape[-1] + 2 * strided, generator=generator).to(dtype)[..., : shape[-1]]
+    vector = torch.randn(vector_shape, generator=generator)
+    base = None if base_dtype is None else torch.randn(shape, generator=generator).to(base_dtype)
+    expected = 0.3 * x.double() * vector.double() + (0 if base is None else base.double())
+    with as_on_an_accelerator():
+        found = scaled_columns(x, vector, 0.3, base)
+    assert found.dtype == (base_dtype or dtype) and found.shape == x.shape
+    # the interpreter cuts fp32 to bf16 where a card rounds
+    tolerance = {torch.bfloat16: 6e-3, torch.float16: 5e-4, torch.float32: 1e-6}
+    assert relative(found, expected) < tolerance[found.dtype]
+    assert relative(scaled_columns(x, vector, 0.3, base), expected) < 2 * tolerance[dtype] + tolerance[found.dtype]
