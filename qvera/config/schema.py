@@ -50,8 +50,9 @@ class ModelSection(Section):
     take memory there. For a base that is larger than the GPU; the results are the same. Slower where a batch computes
     for less time than its layers travel. ``auto``: where the base does not fit otherwise. Not with ZeRO-3."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """The attention code of transformers. ``auto``: what transformers picks, usually ``sdpa``. ``flash_attention_2``
-    needs the flash-attn package."""
+    """The attention code. ``auto``: what transformers picks, usually ``sdpa``. On an accelerator ``sdpa`` also takes
+    torch's variable-length attention where that runs (``docs/memory.md``). ``flash_attention_2`` needs the flash-attn
+    package."""
     trust_remote_code: Bool = False
     """Run Python code that comes with the model. Only for a model whose authors you trust."""
     tokenizer: str | None = None
@@ -164,11 +165,12 @@ class DataSection(DataSource):
     """The most tokens from the first trained token on (VeRA's instruction runs: 256). Default: no limit."""
     prefix_once: Bool = True
     """Compute the common beginning of a batch's rows (a system prompt, an instruction) once for all of them, where that
-    is faster. The results are the same. Only for Llama-like models with sdpa or eager attention."""
+    is faster. The results are the same. Only for Llama-like models with sdpa or eager attention. Attention then tells
+    rows apart by a mask, or by their offsets on a GPU that runs torch's variable-length attention."""
     packing: Bool = False
     """Put as many rows as fit into one sequence of ``max_length`` tokens, without padding. Each row attends only to
-    itself, and losses and gradients are those of padded rows (tested with sdpa and eager attention, not with flash
-    attention). Replaces ``training.per_device_train_batch_size``."""
+    itself, and losses and gradients are those of padded rows (tested with sdpa and eager attention and with offsets,
+    not on a GPU and not with flash-attn). Replaces ``training.per_device_train_batch_size``."""
     group_by_length: Bool = False
     """Put rows of similar length into one optimizer step. Less padding, but the order is less random."""
     tokenize_processes: Positive | None = None

@@ -7,6 +7,12 @@ batch (tests/data/test_collate.py), with (B - 1) P fewer tokens and no padding.
 
 With ``data.packing`` every forward pass is such a sequence, as long as ``data.max_length`` allows, prefix or not.
 
+Attention tells the rows of a sequence of T tokens apart in one of three ways (`Joined`). A dense mask [T, T] works
+everywhere. It costs attention T² instead of the sum of the rows' squares, and on an accelerator the flash kernel too.
+Where variable-length attention runs (`qvera.models.attention`), offsets say where rows begin and end. Behind a common
+prefix, row i attends with its r_i own queries to P + r_i keys: each layer copies the prefix's keys and values, which it
+computes once, to the front of each row's own. That makes as many keys as the padded batch has without its padding.
+
 On a CPU each new shape of a 16-bit matrix product costs memory and time: oneDNN and torch each cache a part of a
 compiled kernel, together 0.6 MB, so batches of ever new lengths made SmolLM2 grow by 10 MB a step. Lengths are
 therefore rounded up to one of eight an octave: 4 % more tokens in the mean. Smaller caches are no way out: the
@@ -15,8 +21,9 @@ variables are read when torch is loaded, and a size of 0 crashed it.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -94,37 +101,91 @@ def common_prefix(examples: Sequence[Example]) -> int:
     return max(length, 0)
 
 
+class Joined(enum.Enum):
+    """How attention tells rows apart that stand in one sequence."""
+
+    MASK = "mask"
+    """A dense mask; the common prefix stands in front once."""
+    OFFSETS = "offsets"
+    """Offsets of variable-length attention; the common prefix stands in front once, and its keys are copied."""
+    ROWS = "rows"
+    """Offsets of variable-length attention; each row is whole, its prefix included (flash-attn by transformers)."""
+
+
 def collate_prefix_once(
-    examples: Sequence[Example], device: torch.device | str = "cpu", packing: bool = False, masked: bool = True
-) -> dict[str, torch.Tensor] | None:
+    examples: Sequence[Example],
+    device: torch.device | str = "cpu",
+    packing: bool = False,
+    joined: Joined = Joined.MASK,
+) -> dict[str, Any] | None:
     """The rows as one sequence of T = P + Σ (length - P) tokens, or None where that is not worth it.
+
+    A dense mask is worth it where it saves tokens and its one long row of attention costs no more than the many short
+    ones did, beyond what the linears save. Offsets make attention no dearer than the padded batch's: they are worth it
+    where they save tokens. On a 7B a token costs each layer 404 MFLOP in the frozen linears; copying the prefix's keys
+    and values costs it 33 kB of traffic in place of that.
 
     Args:
         packing: worth it whenever there are two rows or more.
-        masked: False: no mask, for flash attention, which tells rows apart by positions that start again; then P is 0.
+        joined: how rows are told apart. With `Joined.ROWS` P is 0.
 
     Returns:
-        ``input_ids``, ``position_ids``, ``labels`` int64 [1, T]; ``attention_mask`` bool [1, 1, T, T], True where the
-        token of the row may look at that of the column.
+        ``input_ids``, ``position_ids``, ``labels`` int64 [1, T], and what tells rows apart: ``attention_mask`` bool
+        [1, 1, T, T], True where the token of the row may look at that of the column; or what `_offsets` gives.
     """
-    prefix = common_prefix(examples) if masked else 0
+    prefix = 0 if joined is Joined.ROWS else common_prefix(examples)
     lengths = [len(e.input_ids) for e in examples]
     total = prefix + sum(length - prefix for length in lengths)
     padded = len(examples) * max(lengths)
-    if len(examples) < 2:
+    if len(examples) < 2 and joined is not Joined.ROWS:
         return None
-    # one long row of attention must not cost more than the many short ones did, beyond what the linears save
-    if not packing and (total > _WORTH * padded or total * total > 4 * padded * max(lengths)):
+    dear = joined is Joined.MASK and total * total > 4 * padded * max(lengths)
+    if not packing and (total > _WORTH * padded or dear):
         return None
     ids = [examples[0].input_ids[:prefix], *(e.input_ids[prefix:] for e in examples)]
     labels = [np.full(prefix, IGNORED), *(_labels(e)[prefix:] for e in examples)]
+    for part in labels[1:]:
+        part[0] = IGNORED  # before it stands another row's end, which does not predict it
     positions = [np.arange(prefix), *(np.arange(prefix, length) for length in lengths)]
     parts = {"input_ids": ids, "position_ids": positions, "labels": labels}
     arrays = {name: np.concatenate(part)[None].astype(np.int64) for name, part in parts.items()}
-    if masked:
+    if joined is Joined.MASK:
         row = np.repeat(np.arange(len(ids)), [len(part) for part in ids])  # of each token; the prefix is row 0
         arrays["attention_mask"] = (((row[:, None] == row) | (row == 0)) & np.tri(total, dtype=bool))[None, None]
-    return _tensors(arrays, device)
+        return _tensors(arrays, device)
+    numbers, offsets = _offsets(prefix, np.array([length - prefix for length in lengths]))
+    return {**_tensors({**arrays, **offsets}, device), **numbers}
+
+
+def _offsets(prefix: int, own: np.ndarray) -> tuple[dict[str, int], dict[str, np.ndarray]]:
+    """Where the queries and keys of N rows begin and end, for variable-length attention; the prefix is a row too.
+
+    Made here, from numbers that the host knows, so that no layer has to wait for the device to tell them. The names are
+    those that transformers' flash attention takes.
+
+    Args:
+        prefix: P, tokens of the common prefix; 0 for none.
+        own: int [B], how many tokens each row has beyond it.
+
+    Returns:
+        Numbers: ``max_length_q``, ``max_length_k``, the most queries and keys of a row. Arrays: ``cu_seq_lens_q``,
+        ``cu_seq_lens_k`` int32 [N + 1]. With a prefix of P tokens: ``prefix_length`` P; ``key_index`` int64 [K], the
+        token that each key of each row comes from; ``key_order`` int64 [K], which of these keys are copies of the
+        prefix (row by row), then those that are the tokens P, P + 1, ... themselves.
+    """
+    queries = np.append(prefix, own) if prefix else own
+    keys = np.append(prefix, prefix + own) if prefix else own
+    ends_q, ends_k = (np.append(0, np.cumsum(lengths)).astype(np.int32) for lengths in (queries, keys))
+    numbers = {"max_length_q": int(queries.max()), "max_length_k": int(keys.max())}
+    arrays = {"cu_seq_lens_q": ends_q, "cu_seq_lens_k": ends_k}
+    if prefix:
+        at = np.arange(ends_k[-1]) - np.repeat(ends_k[:-1], keys)  # of each key within its row
+        first_own = np.repeat(ends_q[:-1], keys) - prefix  # the key at P is the row's first own token
+        copied = at < prefix
+        arrays["key_index"] = np.where(copied, at, first_own + at).astype(np.int64)
+        arrays["key_order"] = np.append(np.flatnonzero(copied), np.flatnonzero(~copied)).astype(np.int64)
+        numbers["prefix_length"] = prefix
+    return numbers, arrays
 
 
 def rounds_lengths(dtype: torch.dtype, device_type: str) -> bool:

@@ -19,8 +19,8 @@ from qvera.distributed.zero_params import any_sharded, gathered
 from qvera.evaluation.generate import generate, generating
 from qvera.evaluation.metrics import TextMetric, exact_match, row_scores, scores_of
 from qvera.models import linear
-from qvera.models.attention import needs_padding_mask
-from qvera.models.loader import causal_model, takes_prefix_once
+from qvera.models.attention import needs_padding_mask, open_mask, takes_open_mask
+from qvera.models.loader import causal_model, rows_joined
 from qvera.models.loss import Head, fused_linear_cross_entropy
 from qvera.utils.out_of_memory import each_in_halves
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 def make_batch(
     model: nn.Module, examples: Sequence[Example], pad_id: int, prefix_once: bool = True, packing: bool = False
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Any]:
     """Collate rows into a batch on the model's device.
 
     The rows become one sequence where that is asked for or cheaper, and where the model supports it. On a CPU in 16
@@ -42,14 +42,14 @@ def make_batch(
         packing: one sequence without padding, whether it pays or not (`require_packing`).
     """
     device, inner = next(model.parameters()).device, causal_model(model)
-    batch = None
-    if packing and not takes_prefix_once(model):
-        batch = collate_prefix_once(examples, device, True, masked=False)
-    elif packing or (prefix_once and takes_prefix_once(model)):
-        batch = collate_prefix_once(examples, device, packing)
+    implementation = inner.config._attn_implementation or ""
+    # flash-attn takes offsets for one row too: transformers would look for rows in its positions in every layer
+    offsets = packing or (len(examples) == 1 and implementation.startswith("flash_attention"))
+    joined = rows_joined(inner, prefix_once, offsets)
+    batch = None if joined is None else collate_prefix_once(examples, device, offsets, joined)
     batch = batch or collate(examples, pad_id, device, masked=needs_padding_mask(inner))
     dtype = linear.embedding_dtype(inner.get_input_embeddings())
-    if rounds_lengths(dtype, device.type):
+    if rounds_lengths(dtype, device.type) and "cu_seq_lens_q" not in batch:
         tokens = batch["input_ids"].shape[1]
         positions = getattr(inner.config, "max_position_embeddings", None) or round_up_length(tokens)
         batch = pad_batch(batch, max(tokens, min(round_up_length(tokens), positions)), pad_id)
@@ -57,6 +57,8 @@ def make_batch(
     if sees is not None and sees.dim() == 4:  # additive, which both attention implementations take
         hidden = torch.full(sees.shape, torch.finfo(dtype).min, dtype=dtype, device=device)
         batch["attention_mask"] = hidden.masked_fill_(sees, 0.0)
+    elif sees is None and takes_open_mask(implementation):
+        batch["attention_mask"] = open_mask(batch["input_ids"])
     return batch
 
 
@@ -72,9 +74,7 @@ def scoring(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def hidden_states(
-    model: nn.Module, batch: dict[str, torch.Tensor], decoder: Callable[..., Any] | None = None
-) -> torch.Tensor:
+def hidden_states(model: nn.Module, batch: dict[str, Any], decoder: Callable[..., Any] | None = None) -> torch.Tensor:
     """The decoder's last hidden states [B, T, hidden] (after its final norm) of a batch, without the head.
 
     ``decoder``: what to call in its place, such as a DeepSpeed engine around it.
@@ -85,7 +85,7 @@ def hidden_states(
 
 def batch_nll(
     model: nn.Module,
-    batch: dict[str, torch.Tensor],
+    batch: dict[str, Any],
     chunk_tokens: int,
     decoder: Callable[..., Any] | None = None,
     expected_grad: torch.Tensor | None = None,

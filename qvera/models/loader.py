@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from qvera.config.schema import ModelSection
 from qvera.distributed.zero_params import whole_numel
-from qvera.models import linear, quantization, quantized_cache, stream
+from qvera.models import attention, linear, quantization, quantized_cache, stream
 from qvera.models.hub import base_directory
 from qvera.models.mmap import NotMappable, WeightSharder, load_mapped
 from qvera.models.model_config import empty_model, load_config, require_own_weights
@@ -31,6 +31,8 @@ from qvera.utils.safetensors_io import base_fingerprint, checkpoint_tensors
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from qvera.data.collate import Joined
 
 
 @dataclasses.dataclass
@@ -122,6 +124,7 @@ def load_base(
     if ids:
         place_token_rows(model, ids)
     linear.freeze_linears(model)
+    attention.choose_implementation(model, device, dtype)
     facts = read_back(model, section, dtype, prequantized=_is_quantized(config))
     if ids:
         facts["added_tokens"] = ids
@@ -275,31 +278,26 @@ def causal_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-_PREFIX_ONCE = ("llama", "mistral", "qwen2", "qwen3")
-"""Model types whose attention takes positions and a mask [1, 1, T, T] as given; each is tested."""
-
-
 def takes_prefix_once(model: PreTrainedModel | PeftModel) -> bool:
-    """Whether this model can be given a batch from `collate_prefix_once`."""
-    return _plain_attention(model) and causal_model(model).config._attn_implementation in ("sdpa", "eager")
+    """Whether rows of this model's batches may share what they begin with (`qvera.data.collate_prefix_once`)."""
+    return rows_joined(model, prefix_once=True, packing=False) is not None
+
+
+def rows_joined(model: PreTrainedModel | PeftModel, prefix_once: bool, packing: bool) -> Joined | None:
+    """How this model takes rows in one sequence; see `qvera.models.attention.joining_of`."""
+    config = causal_model(model).config
+    return attention.joining_of(config, config._attn_implementation, prefix_once, packing)
 
 
 def require_packing(model: PreTrainedModel | PeftModel) -> None:
-    """Raises InputError where several rows can't stand in one sequence, by a mask or as flash attention does it."""
+    """Raises InputError where several rows can't stand in one sequence, by a mask or by offsets."""
     config = causal_model(model).config
-    flash = config._attn_implementation.startswith("flash_attention")
-    if not (takes_prefix_once(model) or (flash and _plain_attention(model))):
+    if rows_joined(model, prefix_once=False, packing=True) is None:
         raise InputError(
             f"data.packing: rows of one sequence would see each other in this model ({config.model_type}, "
-            f"{config._attn_implementation} attention). It takes one of {', '.join(_PREFIX_ONCE)} without a sliding "
-            "window, and sdpa, eager or flash attention. Set data.group_by_length instead."
+            f"{config._attn_implementation} attention). It takes one of {', '.join(attention.JOINABLE_TYPES)} without "
+            "a sliding window, and sdpa, eager or flash attention. Set data.group_by_length instead."
         )
-
-
-def _plain_attention(model: PreTrainedModel | PeftModel) -> bool:
-    config = causal_model(model).config
-    full_attention = not getattr(config, "sliding_window", None) or getattr(config, "use_sliding_window", None) is False
-    return config.model_type in _PREFIX_ONCE and full_attention
 
 
 def load_exported(directory: Path, device: torch.device) -> PreTrainedModel:

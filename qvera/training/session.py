@@ -28,7 +28,7 @@ from qvera.distributed.zero_config import load_zero_config
 from qvera.distributed.zero_params import BaseSharder
 from qvera.evaluation import evaluate
 from qvera.models.checkpointing import Mode, enable_checkpointing
-from qvera.models.loader import Base, load_base, pick_compute_dtype, require_packing, takes_prefix_once
+from qvera.models.loader import Base, load_base, pick_compute_dtype, require_packing, rows_joined
 from qvera.models.tokenizer import load_tokenizer
 from qvera.training.checkpoint import TrainState
 from qvera.training.engine import LocalEngine, ZeroEngine, trained_vectors
@@ -301,8 +301,8 @@ class TrainingSession:
             InputError: memory ran out; names the rows and what would make them fit.
         """
         recipe, model = self.recipe, self.model
-        joinable = recipe.data.prefix_once and takes_prefix_once(model)
-        examples = [self.datasets.train[i] for i in longest_rows(recipe, self.datasets.train, joinable, self.steps)]
+        joined = rows_joined(model, recipe.data.prefix_once, recipe.data.packing)
+        examples = [self.datasets.train[i] for i in longest_rows(recipe, self.datasets.train, joined, self.steps)]
         was_training = model.training
         try:
             with accelerator.forked_random_state():

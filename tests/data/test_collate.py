@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config, Qwen3
 
 from qvera.adapters import QveraConfig
 from qvera.data import Example, collate, collate_prefix_once
-from qvera.data.collate import common_prefix
+from qvera.data.collate import Joined, common_prefix
 from qvera.evaluation import evaluate
+from qvera.models.attention import VARLEN
 from qvera.models.loader import causal_model, takes_prefix_once
 from qvera.models.loss import Head, fused_linear_cross_entropy
 from tests.conftest import small_llama
@@ -57,8 +58,9 @@ def test_collate_is_exact() -> None:
 
 
 # Each kind of model and each kind of attention; the other half of the grid is slow.
-_FAST = [("llama", "sdpa"), ("mistral", "eager"), ("qwen2", "sdpa"), ("qwen3", "eager")]
-_REST = [("llama", "eager"), ("mistral", "sdpa"), ("qwen2", "eager"), ("qwen3", "sdpa")]
+_FAST = [("llama", "sdpa"), ("mistral", "eager"), ("qwen2", VARLEN), ("qwen3", "eager"), ("llama", VARLEN)]
+_REST = [("llama", "eager"), ("mistral", "sdpa"), ("qwen2", "sdpa"), ("qwen3", "sdpa"), ("mistral", VARLEN)]
+_REST += [("qwen2", "eager"), ("qwen3", VARLEN)]
 MODELS = pytest.mark.parametrize(
     ("kind", "attention"), [*_FAST, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in _REST)]
 )
@@ -128,12 +130,42 @@ def test_packed_rows_give_the_loss_of_each_alone_and_its_gradients(kind: str, at
         torch.testing.assert_close(together, apart, rtol=1e-3, atol=1e-5)
 
 
-def test_flash_attention_tells_rows_apart_by_their_positions(rows: list[Example]) -> None:
-    batch = collate_prefix_once(rows, packing=True, masked=False)
+def test_flash_attn_takes_whole_rows_and_where_each_ends(rows: list[Example]) -> None:
+    batch = collate_prefix_once(rows, packing=True, joined=Joined.ROWS)
     assert batch is not None
     assert "attention_mask" not in batch
     assert batch["input_ids"][0].tolist() == [token for r in rows for token in r.input_ids.tolist()]
     assert batch["position_ids"][0].tolist() == [i for r in rows for i in range(len(r.input_ids))]
+    ends = np.cumsum([0, *(len(r.input_ids) for r in rows)]).tolist()
+    assert batch["cu_seq_lens_q"].tolist() == batch["cu_seq_lens_k"].tolist() == ends
+    assert batch["max_length_q"] == batch["max_length_k"] == max(len(r.input_ids) for r in rows)
+    assert batch["cu_seq_lens_q"].dtype == torch.int32
+
+
+def test_each_row_has_the_prefix_s_keys_in_front_of_its_own() -> None:
+    rows = [example([1, 2, 3, 4, 5], 3), example([1, 2, 9], 2), example([1, 2, 6, 7], 3)]
+    batch = collate_prefix_once(rows, packing=True, joined=Joined.OFFSETS)
+    assert batch is not None
+    assert batch["prefix_length"] == 1
+    ids = batch["input_ids"][0]
+    assert ids.tolist() == [1, 2, 3, 4, 5, 2, 9, 2, 6, 7]
+    assert ids[batch["key_index"]].tolist() == [1, 1, 2, 3, 4, 5, 1, 2, 9, 1, 2, 6, 7]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 1, 5, 7, 10]
+    assert batch["cu_seq_lens_k"].tolist() == [0, 1, 6, 9, 13]
+    assert (batch["max_length_q"], batch["max_length_k"]) == (4, 5)
+    assert batch["key_order"].tolist() == [0, 1, 6, 9, 2, 3, 4, 5, 7, 8, 10, 11, 12]
+
+
+def test_packed_one_token_rows_and_rows_trained_from_the_start_count_what_padded_ones_do() -> None:
+    rows = [example([5], 0), example([7, 8, 9], 0), example([4], 0), example([6, 3], 1)]
+    for implementation in ("sdpa", VARLEN):
+        model = small_llama(attn_implementation=implementation)
+        packed, padded = (evaluate.make_batch(model, rows, 0, packing=packing) for packing in (True, False))
+        assert packed["input_ids"].shape == (1, 7)
+        nll, count = evaluate.batch_nll(model, packed, 8)
+        wanted, wanted_count = evaluate.batch_nll(model, padded, 8)
+        assert count == wanted_count == 3
+        torch.testing.assert_close(nll, wanted, rtol=1e-5, atol=0)
 
 
 def test_rows_do_not_see_each_other(rows: list[Example]) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
+from qvera.data import collate_prefix_once
+from qvera.data.collate import Joined
 from qvera.evaluation import evaluate
 from qvera.models import attention
-from qvera.models.attention import needs_padding_mask
+from qvera.models.attention import CAUSAL, VARLEN, implementation_on, needs_padding_mask
+from qvera.models.checkpointing import enable_checkpointing
+from qvera.utils import accelerator
 from tests.data.test_padding import rows_of
 
 SHAPE: dict[str, Any] = {
@@ -37,7 +42,7 @@ def loss_and_gradients(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor,
 
 
 WINDOWS = {"mistral": {"sliding_window": 8}, "gemma3_text": {"sliding_window": 8}}
-CASES: list[tuple[str, str | None, dict[str, Any]]] = [(kind, None, {}) for kind in attention._CAUSAL]
+CASES: list[tuple[str, str | None, dict[str, Any]]] = [(kind, None, {}) for kind in attention._CAUSAL_TYPES]
 CASES += [(kind, None, window) for kind, window in WINDOWS.items()]
 CASES += [(kind, "eager", {}) for kind in ("llama", "gemma2", "gpt2")]
 
@@ -77,3 +82,99 @@ def test_unknown_models_keep_their_mask() -> None:
     assert needs_padding_mask(OwnModel(model.config))
     model.config.model_type = "mixtral"
     assert needs_padding_mask(model)
+
+
+def test_a_key_s_gradient_is_the_sum_over_its_copies() -> None:
+    batch = collate_prefix_once(rows_of(9, 6, 13, prefix=4), packing=True, joined=Joined.OFFSETS)
+    assert batch is not None
+    assert batch["prefix_length"] > 0
+    index, order, prefix = batch["key_index"], batch["key_order"], batch["prefix_length"]
+    torch.manual_seed(0)
+    keys = torch.randn(batch["input_ids"].shape[1], 2, 4, dtype=torch.float64, requires_grad=True)
+    copied = attention._KeysOfRows.apply(keys, index, order, prefix)
+    assert torch.equal(copied, keys[index])
+    weights = torch.randn(copied.shape, dtype=torch.float64)
+    (found,) = torch.autograd.grad((copied * weights).sum(), keys)
+    (wanted,) = torch.autograd.grad((keys[index] * weights).sum(), keys)
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("prefix", [0, 8])
+def test_offsets_go_through_a_checkpoint(prefix: int) -> None:
+    rows, found = rows_of(31, 17, 12, prefix=prefix), []
+    for checkpointing in (False, True):
+        model = model_of("llama", VARLEN)
+        if checkpointing:
+            enable_checkpointing(model)
+            model.enable_input_require_grads()
+        batch = evaluate.make_batch(model, rows, 0, packing=True)
+        assert batch.get("prefix_length", 0) == prefix
+        found.append(loss_and_gradients(model, batch))
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(torch.equal(gradient, found[1][1][name]) for name, gradient in found[0][1].items())
+
+
+@pytest.mark.parametrize("implementation", [CAUSAL, VARLEN])
+def test_padded_batches_and_masks_are_taken_as_sdpa_takes_them(implementation: str, tmp_path: Path) -> None:
+    model, rows = model_of("llama", "sdpa"), rows_of(31, 17, 9)
+    ids = torch.randint(3, 300, (2, 9))
+    left = torch.ones_like(ids)
+    left[0, :4] = 0
+    wanted = loss_and_gradients(model, evaluate.make_batch(model, rows, 0, prefix_once=False))
+    answers = model.eval().generate(ids, attention_mask=left, max_new_tokens=4, do_sample=False)
+    model.train().set_attn_implementation(implementation)
+    batch = evaluate.make_batch(model, rows, 0, prefix_once=False)
+    assert batch["attention_mask"].stride() == (0, 0)
+    nll, gradients = loss_and_gradients(model, batch)
+    assert torch.equal(nll, wanted[0])
+    assert all(torch.equal(gradient, wanted[1][name]) for name, gradient in gradients.items())
+    found = model.eval().generate(ids, attention_mask=left, max_new_tokens=4, do_sample=False)
+    assert torch.equal(found, answers)
+    model.save_pretrained(tmp_path)
+    assert implementation not in (tmp_path / "config.json").read_text()
+
+
+def test_nothing_about_rows_is_read_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device a tensor has no values to read; the kernel of torch says what it would give."""
+    if attention.varlen_kernel() is None:
+        pytest.skip("torch before 2.12")
+    monkeypatch.setattr(accelerator, "is_accelerator", lambda device: True)
+    model = model_of("llama", VARLEN).to("meta")
+    for rows in (rows_of(31, 17, 12), rows_of(31, 17, 12, prefix=8)):
+        for packing in (False, True):
+            batch = evaluate.make_batch(model, rows, 0, packing=packing)
+            hidden = evaluate.hidden_states(model, batch)
+            assert hidden.shape[:2] == batch["input_ids"].shape
+            hidden.sum().backward()
+            assert model.model.layers[0].self_attn.k_proj.weight.grad.shape == (32, 64)
+
+
+def test_which_implementation_stands_in_for_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
+    card, half = torch.device("cuda", 0), torch.bfloat16
+    config = model_of("llama", "sdpa").config
+    assert implementation_on(torch.device("cpu"), config, half) == "sdpa"
+    assert implementation_on(None, config, torch.float32) == CAUSAL
+    monkeypatch.setattr(attention, "varlen_kernel", lambda: None)
+    assert implementation_on(None, config, half) == CAUSAL
+    monkeypatch.setattr(attention, "varlen_kernel", lambda: attention.attend_row_by_row)
+    assert implementation_on(None, config, half) == VARLEN
+    for works, name in ((False, CAUSAL), (True, VARLEN)):
+        monkeypatch.setattr(attention, "varlen_runs", lambda *_, works=works: works)
+        assert implementation_on(card, config, half) == name
+    config.sliding_window = 8
+    assert implementation_on(card, config, half) == "sdpa"
+
+
+def test_a_kernel_that_fails_or_errs_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not attention.varlen_runs(torch.device("meta"), torch.bfloat16, 2, 16)
+    assert attention.varlen_runs(torch.device("cpu"), torch.bfloat16, 2, 16)
+    plain = attention.attend_row_by_row
+
+    def errs(q: Any, k: Any, v: Any, ends_q: Any, ends_k: Any, scale: float) -> torch.Tensor:
+        """In 16 bits the rows begin one key late."""
+        return plain(q, k, v, ends_q, ends_k if q.dtype == torch.float32 else ends_k.clamp(min=1), scale)
+
+    monkeypatch.setattr(attention, "attend_row_by_row", errs)
+    attention.varlen_runs.cache_clear()
+    assert not attention.varlen_runs(torch.device("cpu"), torch.bfloat16, 2, 16)
+    attention.varlen_runs.cache_clear()

@@ -67,8 +67,9 @@ def _attention_bytes(run: PlannedRun) -> int:
     if run.attention == "eager":
         squares = b.rows * s.heads * b.tokens**2
         return 3 * q * size + squares * 4 + (squares * size if size < 4 else 0) + normed
-    masked = b.padded or b.joined
+    masked = b.padded or (b.joined and not b.offsets)
     keys = q if masked and run.attention == "sdpa" else kv  # with a mask sdpa repeats grouped keys and values
+    keys = b.keys * s.kv_heads * s.head_dim if b.keys else keys  # the common prefix's are copied for each row
     # sdpa turns a padding mask into an additive one in every layer; a joined sequence's is additive and shared
     mask = b.rows * b.tokens**2 * size if b.padded and not b.joined and run.attention == "sdpa" else 0
     return (2 * q + 2 * keys) * size + T * s.heads * 4 + mask + normed
@@ -151,6 +152,9 @@ def transient_bytes(run: PlannedRun) -> int:
         for x in run.layer
     ]
     moments.append(stream + 3 * wide)
+    if run.batch.keys:  # each row's gradients of keys and values, one of them sorted, and the tokens' own
+        copied = run.batch.keys * s.kv_heads * s.head_dim * size
+        moments.append(2 * stream + 2 * heads + 3 * copied + kv - 2 * wide)
     if run.attention == "eager":
         squares = run.batch.rows * s.heads * run.batch.tokens**2 * 4
         moments.append(2 * stream + 2 * heads + 2 * squares - 2 * wide)

@@ -8,7 +8,7 @@ import numpy as np
 
 from qvera.config.schema import Recipe
 from qvera.data import Example, Rows, batches_of, collate_prefix_once, steps_per_epoch
-from qvera.data.collate import round_up_length
+from qvera.data.collate import Joined, round_up_length
 from qvera.training.plan.run import Batch
 
 BatchOf = Callable[[Recipe], Batch]
@@ -18,10 +18,10 @@ _CANDIDATES = 200
 """How many of the longest forward passes are looked at closely."""
 
 
-def longest_batch(rows: Rows | None, joinable: bool, rounded: bool, masked: bool) -> BatchOf:
+def longest_batch(rows: Rows | None, joined: Joined | None, rounded: bool, masked: bool) -> BatchOf:
     """The longest batch over these rows, remembered by what it depends on."""
     if rows is None:
-        return assumed_batch
+        return lambda recipe: assumed_batch(recipe, joined)
 
     found: dict[tuple[int, int], Batch] = {}
 
@@ -30,8 +30,8 @@ def longest_batch(rows: Rows | None, joinable: bool, rounded: bool, masked: bool
         if key not in found:
             cut = rows if int(rows.lengths.max()) <= key[0] else rows.cut(key[0])
             steps = max(1, planned_steps(recipe, len(cut)))
-            chosen = longest_rows(recipe, cut, joinable, steps)
-            batch = batch_of([cut[i] for i in chosen], joinable, recipe.data.packing, rounded, masked)
+            chosen = longest_rows(recipe, cut, joined, steps)
+            batch = batch_of([cut[i] for i in chosen], joined, recipe.data.packing, rounded, masked)
             found[key] = replace(batch, token_counts=token_counts(recipe, cut, steps, rounded))
         return found[key]
 
@@ -45,23 +45,24 @@ def planned_steps(recipe: Recipe, rows: int) -> int:
     return training.max_steps if training.max_steps >= 0 else math.ceil(training.num_train_epochs * per_epoch)
 
 
-def assumed_batch(recipe: Recipe) -> Batch:
+def assumed_batch(recipe: Recipe, joined: Joined | None = None) -> Batch:
     """Every row at ``data.max_length``, none padded, all of it trained but what ``data.max_target_length`` excludes."""
     data, rows, tokens = recipe.data, recipe.training.per_device_train_batch_size, recipe.data.max_length
     source = f"data.max_length: {rows} x {tokens:,} tokens"
     targets = rows
-    if data.packing:  # one full sequence; two rows in it, so that attention has a mask of its own
+    if data.packing:  # one full sequence; two rows in it, so that attention has to tell them apart
         source, rows, targets = f"data.max_length: packed into {tokens:,} tokens", 1, 2
     trained = rows * tokens
     if data.train_on != "all" and data.max_target_length:
         trained = min(targets * min(data.max_target_length, tokens), trained)
-    return Batch(rows, tokens, trained, False, data.packing, source, tokens, 1 if data.packing else 0)
+    offsets = data.packing and joined not in (None, Joined.MASK)
+    return Batch(rows, tokens, trained, False, data.packing, source, tokens, int(data.packing), offsets=offsets)
 
 
-def longest_rows(recipe: Recipe, rows: Sequence[Example], joinable: bool, steps: int) -> list[int]:
+def longest_rows(recipe: Recipe, rows: Sequence[Example], joined: Joined | None, steps: int) -> list[int]:
     """The rows of the forward pass with the most tokens (padding included) among the first ``steps`` steps.
 
-    ``joinable``: rows of a batch may be joined behind their common prefix (`qvera.data.collate`).
+    ``joined``: how rows of a batch may be put into one sequence (`qvera.data.collate`).
     """
     candidates: dict[tuple[int, ...], int] = {}
     for passes, row_tokens in _epochs(recipe, rows, steps):
@@ -72,7 +73,7 @@ def longest_rows(recipe: Recipe, rows: Sequence[Example], joinable: bool, steps:
     for members, padded in sorted(candidates.items(), key=lambda item: -item[1])[:_CANDIDATES]:
         if padded <= best_tokens:
             break  # joining only makes it less
-        tokens = batch_of([rows[i] for i in members], joinable, recipe.data.packing).all_tokens
+        tokens = batch_of([rows[i] for i in members], joined, recipe.data.packing).all_tokens
         if tokens > best_tokens:
             best, best_tokens = list(members), tokens
     return best
@@ -110,16 +111,30 @@ def _epochs(recipe: Recipe, rows: Sequence[Example], steps: int) -> Iterator[tup
 
 
 def batch_of(
-    examples: Sequence[Example], joinable: bool, packing: bool = False, rounded: bool = False, masked: bool = False
+    examples: Sequence[Example],
+    joined: Joined | None,
+    packing: bool = False,
+    rounded: bool = False,
+    masked: bool = False,
 ) -> Batch:
-    """These rows as one forward pass, ``rounded`` as in `token_counts`, ``masked`` where padding needs a mask."""
+    """These rows as one forward pass.
+
+    Args:
+        joined: how they may be put into one sequence; ``packing``: whether that pays or not.
+        rounded: as in `token_counts`.
+        masked: rows of different lengths need a mask.
+    """
     lengths = [len(e.input_ids) for e in examples]
     trained, rows, longest = sum(e.trained_tokens for e in examples), len(lengths), max(lengths)
-    if (joinable or packing) and (joined := collate_prefix_once(examples, packing=packing)) is not None:
-        joined_tokens = joined["input_ids"].shape[1]
-        tokens = round_up_length(joined_tokens) if rounded else joined_tokens
+    batch = None if joined is None else collate_prefix_once(examples, packing=packing, joined=joined)
+    if batch is not None:
+        tokens = batch["input_ids"].shape[1]
+        tokens = round_up_length(tokens) if rounded else tokens
         source = f"the longest batch of the data: {rows} rows joined into {tokens:,} tokens"
-        return Batch(1, tokens, trained, False, True, source, longest, rows if packing else 0)
+        copied = len(batch["key_index"]) if "key_index" in batch else 0
+        offsets = "cu_seq_lens_q" in batch
+        packed_rows = rows if packing else 0
+        return Batch(1, tokens, trained, False, True, source, longest, packed_rows, offsets=offsets, keys=copied)
     tokens = round_up_length(longest) if rounded else longest
     source = f"the longest batch of the data: {rows} x {tokens:,} tokens"
     return Batch(rows, tokens, trained, masked and min(lengths) < longest, False, source, longest)

@@ -107,7 +107,7 @@ def plan_memory(run: PlannedRun) -> Memory:
     """What a process on its own holds, with the run's batch as its longest."""
     shape, batch, machine = run.shape, run.batch, run.machine
     T, size, hidden = batch.all_tokens, run.itemsize, shape.hidden
-    mask = batch.tokens**2 * size if batch.joined else 0
+    mask = batch.tokens**2 * size if batch.joined and not batch.offsets else 0
     once = 2 * batch.tokens * shape.head_dim * size + mask + 3 * T * 8 + norm_bytes(run)
     layer = kept_bytes(run)
     moving = Component("gradients and one layer's weights", "transient", transient_bytes(run))

@@ -12,8 +12,7 @@ from safetensors.numpy import save
 from qvera.config.schema import Recipe
 from qvera.data import Rows
 from qvera.data.collate import rounds_lengths
-from qvera.models.attention import needs_padding_mask
-from qvera.models.loader import takes_prefix_once
+from qvera.models.attention import implementation_on, joining_of, needs_padding_mask
 from qvera.models.model_config import empty_model
 from qvera.models.tokenizer import ids_of, load_tokenizer
 from qvera.training.plan.activations import RANDOM_STATE_BYTES, offloaded_bytes
@@ -157,13 +156,16 @@ def make_plan(
     with torch.random.fork_rng(devices=[]):
         model = empty_model(recipe.model)
     shape = _grown(shape_of(model), recipe)
-    attention = recipe.model.attn_implementation
-    joinable = recipe.data.prefix_once and attention != "flash_attention_2" and takes_prefix_once(model)
-    masked = needs_padding_mask(model)
+    masked, config = needs_padding_mask(model), model.config
     del model
+    device = machine if isinstance(machine, torch.device) else None
     if isinstance(machine, torch.device):
         machine = this_machine(recipe.model, machine)
-    batch_of = longest_batch(rows, joinable, rounds_lengths(machine.dtype, machine.device_type), masked)
+    name = recipe.model.attn_implementation.replace("auto", shape.attention)
+    if name == "sdpa" and machine.on_gpu:
+        name = implementation_on(device, config, machine.dtype)
+    joined = joining_of(config, name, recipe.data.prefix_once, recipe.data.packing)
+    batch_of = longest_batch(rows, joined, rounds_lengths(machine.dtype, machine.device_type), masked)
     run = PlannedRun(shape, recipe, batch_of(recipe), machine)
     decided = decide(run, sharing)
     run = replace(run, recipe=with_mode(recipe, decided.mode))

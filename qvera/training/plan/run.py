@@ -217,11 +217,13 @@ class Batch:
     tokens: int  # S, of each row, padding included; of the one sequence where the rows are joined
     trained_tokens: int  # in all rows; only these reach the head
     padded: bool  # rows differ in length and the model needs a mask for it (`qvera.models.attention`)
-    joined: bool  # the rows stand in one sequence (`qvera.data.collate`), with a mask of its own
+    joined: bool  # the rows stand in one sequence (`qvera.data.collate`)
     source: str  # where it comes from, in words
     longest_row: int  # tokens of the longest row of all, for answers
     packed_rows: int = 0  # rows of the data in it where they are packed (data.packing)
     token_counts: int = 1  # how many different numbers of tokens the run's forward passes have
+    offsets: bool = False  # offsets tell joined rows apart, and not a dense mask
+    keys: int = 0  # of all rows together, where each has its own copy of the common prefix's; else 0
 
     @property
     def all_tokens(self) -> int:

@@ -14,6 +14,7 @@ from bench import plan_table as table
 from qvera.cli.main import main
 from qvera.config.schema import parse_recipe
 from qvera.data import batches_of, build_datasets
+from qvera.data.collate import Joined
 from qvera.models.tokenizer import load_tokenizer
 from qvera.training.plan import Machine, make_plan, parse_size
 from qvera.training.plan.changes import changed
@@ -56,11 +57,11 @@ def test_the_longest_batch_is_one_that_training_takes(make_recipe: Any) -> None:
     rows = build_datasets(recipe.data, load_tokenizer(recipe.model)).train
     batches = batches_of(recipe, rows)
     taken = [micro for step in range(7) for micro in batches.passes(batches.rows(step))]
-    for joinable in (False, True):
-        chosen = longest_rows(recipe, rows, joinable, 7)
+    for joined in (None, Joined.MASK, Joined.OFFSETS):
+        chosen = longest_rows(recipe, rows, joined, 7)
         assert chosen in taken
-        tokens = [batch_of([rows[i] for i in micro], joinable).all_tokens for micro in taken]
-        assert batch_of([rows[i] for i in chosen], joinable).all_tokens == max(tokens)
+        tokens = [batch_of([rows[i] for i in micro], joined).all_tokens for micro in taken]
+        assert batch_of([rows[i] for i in chosen], joined).all_tokens == max(tokens)
 
 
 def test_from_the_config_alone(config_only: Path) -> None:
