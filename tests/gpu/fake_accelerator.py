@@ -66,7 +66,7 @@ from qvera.distributed.group import ALONE
 from qvera.evaluation import evaluate
 from qvera.kernels import choice
 from qvera.kernels.operators import LAUNCHES
-from qvera.models import linear, loss
+from qvera.models import attention, linear, loss
 from qvera.models.loader import Base
 from qvera.training.optim import build_schedule
 from qvera.training.session import TrainingSession
@@ -377,6 +377,7 @@ class FakeAccelerator:
                 setattr(module, name, moved)
         model.eval()
         linear.freeze_linears(model)
+        model.set_attn_implementation(attention.VARLEN)  # the loader tries the kernel first, which needs values
         return model
 
     def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

@@ -15,7 +15,6 @@ SHAPES = ("7b", "8b", "13b", "70b")
 
 STEP_SYNCS = {
     "training.session.train_step: list": 1,  # the losses of all passes, once they are all under way
-    "evaluation.evaluate.hidden_states: number": 1,  # transformers looks for packed rows where it gets no mask
     "training.engine.step: list": 1,  # the gradient norm: a step that is not finite must not be taken
 }
 """Where the host waits for the device in an optimizer step, however many layers and passes it has, and how often."""
