@@ -58,6 +58,13 @@ def use_device(index: int) -> None:
         torch.accelerator.set_device_index(index)
 
 
+def in_use(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """A context in which an accelerator is the one that kernels are launched on; nothing on a CPU."""
+    import torch
+
+    return torch.accelerator.device_index(device.index) if is_accelerator(device) else contextlib.nullcontext()
+
+
 def is_accelerator(device: torch.device | str) -> bool:
     """Whether a device, or a device type such as ``cuda``, is an accelerator: not a CPU, and not ``meta``."""
     return str(device).partition(":")[0] not in ("cpu", "meta")

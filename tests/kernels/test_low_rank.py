@@ -11,7 +11,7 @@ import torch
 
 from qvera.adapters.functional import expand, few_tokens, project
 from qvera.adapters.projection import uniform_pair, vera_scale
-from qvera.kernels import columns, low_rank
+from qvera.kernels import columns, low_rank, operators
 from qvera.kernels.operators import LAUNCHES
 from tests.adapters.helpers import relative
 from tests.adapters.test_functional import TOLERANCE, parts, rounded, textbook
@@ -129,6 +129,16 @@ def test_fp16_keeps_what_small_vectors_change(
         found = run(torch.float16, torch.float32)
     for name, one, other in zip(("ΔW x", "x", "d", "b"), found, run(torch.float64, torch.float64), strict=True):
         assert relative(one, other) < 0.01, name
+
+
+def test_a_kernel_is_launched_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device, and a model may be divided over several cards."""
+    used: list[torch.device] = []
+    monkeypatch.setattr(operators.accelerator, "in_use", lambda device: used.append(device) or nullcontext())
+    B = torch.randn(5, 4)
+    C = low_rank._combined(B, torch.ones(4), torch.ones(1, 5), 2.0, torch.float32)
+    assert torch.equal(C, 2 * B)
+    assert used == [B.device]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
