@@ -23,6 +23,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from qvera.models.norm_mlp import tile_mlps
 from qvera.utils import accelerator
 from qvera.utils.copy_stream import CopyStream, PinnedChunks, pairs
 
@@ -130,6 +131,7 @@ def enable_checkpointing(model: PreTrainedModel | PeftModel, mode: Mode = True) 
     # transformers renamed the method in 5.x and warns about the old name
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     enable(settings)
+    tile_mlps(base)
     device = next(base.parameters()).device
     if mode == "offload" and accelerator.has_own_memory(device):
         offload_inputs(base, CopyStream(device), PinnedChunks(), **settings)

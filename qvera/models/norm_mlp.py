@@ -17,6 +17,7 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from qvera.kernels import elementwise
+from qvera.models import tiled_mlp
 from qvera.models.mixed_class import Mixin, mixed, same_text
 
 
@@ -67,10 +68,23 @@ class _GatedMLP(Mixin):
     gate_proj: nn.Module
     up_proj: nn.Module
     down_proj: nn.Module
+    by_tiles: bool = False  # of a checkpointed layer; `qvera.models.tiled_mlp`
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.by_tiles and torch.is_grad_enabled() and self.training and tiled_mlp.can_tile(self, x):
+            return tiled_mlp.tiled(self, self._whole, x)
+        return self._whole(x)
+
+    def _whole(self, x: torch.Tensor) -> torch.Tensor:
         gated = _GatedFunction.apply if torch.is_grad_enabled() else elementwise.swiglu
         return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
+
+
+def tile_mlps(model: nn.Module) -> None:
+    """Let the gated MLPs of layers that are recomputed go by tiles of tokens where there are many."""
+    for module in model.modules():
+        if isinstance(module, _GatedMLP):
+            module.by_tiles = True
 
 
 def reduce_saved_activations(model: nn.Module) -> int:

@@ -6,15 +6,20 @@ tests/training/plan/test_activations.py counts the same with ``torch.autograd.gr
 tokens of the batch in all, S tokens a row.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 
 from qvera.adapters.functional import few_tokens
 from qvera.kernels.low_rank import BLOCK_ELEMENTS
 from qvera.models.checkpointing import INPUTS_ON_DEVICE
 from qvera.models.linear import BLOCK_WEIGHTS
+from qvera.models.tiled_mlp import TILED_ABOVE_TOKENS, tile_tokens
 from qvera.training.plan.run import Linear, PlannedRun
 from qvera.utils.copy_stream import CHUNK_BYTES
 
+_MLP = ("gate_proj", "up_proj", "down_proj")
 RANDOM_STATE_BYTES = 5056  # of torch's CPU generator
 
 _INPUTS = {
@@ -25,8 +30,24 @@ _INPUTS = {
 
 def kept_bytes(run: PlannedRun) -> int:
     """What one decoder layer keeps from forward for backward, its input included: the first norm keeps that."""
-    s, T, size = run.shape, run.batch.all_tokens, run.itemsize
-    return norm_bytes(run) * 2 + _attention_bytes(run) + 2 * T * s.ff * size + _adapter_bytes(run)
+    T, size = run.batch.all_tokens, run.itemsize
+    if goes_by_tiles(run):  # the MLP keeps its input
+        inside, outside = T * run.shape.hidden * size, [x for x in run.layer if x.role not in _MLP]
+    else:
+        inside, outside = 2 * T * run.shape.ff * size, run.layer
+    return norm_bytes(run) * 2 + _attention_bytes(run) + inside + _adapter_bytes(run, outside)
+
+
+def goes_by_tiles(run: PlannedRun) -> bool:
+    """Whether MLPs take some tokens at a time (`qvera.models.tiled_mlp`)."""
+    if not run.checkpointing or run.recipe.adapter.dropout or (run.recipe.deepspeed or "").startswith("zero3"):
+        return False
+    return run.batch.all_tokens > TILED_ABOVE_TOKENS and {x.role for x in run.layer} >= set(_MLP)
+
+
+def _one_tile(run: PlannedRun) -> PlannedRun:
+    tokens = tile_tokens(run.batch.all_tokens)
+    return replace(run, batch=replace(run.batch, rows=1, tokens=tokens, keys=0))
 
 
 def input_bytes(run: PlannedRun) -> int:
@@ -75,12 +96,12 @@ def _attention_bytes(run: PlannedRun) -> int:
     return (2 * q + 2 * keys) * size + T * s.heads * 4 + mask + normed
 
 
-def _adapter_bytes(run: PlannedRun) -> int:
+def _adapter_bytes(run: PlannedRun, linears: Sequence[Linear]) -> int:
     """Z of each input that low-rank paths read (shared by its readers), x where `summed.keeps_input`."""
     T, size, rank, section = run.batch.all_tokens, run.itemsize, run.rank, run.recipe.adapter
     attention_keeps = run.attention != "eager"  # its output, which o_proj reads
     held: dict[tuple[str, str], int] = {}
-    for x in run.layer:
+    for x in linears:
         if x.name not in run.adapted_names:
             continue
         source = _INPUTS.get(x.role, x.name)
@@ -137,6 +158,19 @@ def product_bytes(run: PlannedRun, x: Linear) -> int:
 
 def transient_bytes(run: PlannedRun) -> int:
     """The most that exists beside what is kept while backward goes through one layer: gradients and weights."""
+    if not goes_by_tiles(run):
+        return _moving_bytes(run, run.layer, 2 * run.batch.all_tokens * run.shape.ff * run.itemsize)
+    stream = run.batch.all_tokens * run.shape.hidden * run.itemsize
+    attention, mlp = ([x for x in run.layer if (x.role in _MLP) is inside] for inside in (False, True))
+    tile = _one_tile(run)
+    wide = 2 * tile.batch.all_tokens * run.shape.ff * run.itemsize
+    # the gradients of the MLP's output and input, and a tile: what it keeps, and the most beside that
+    in_a_tile = 2 * stream + wide + _adapter_bytes(tile, mlp) + _moving_bytes(tile, mlp, wide)
+    return max(in_a_tile, _moving_bytes(run, attention, stream))
+
+
+def _moving_bytes(run: PlannedRun, linears: Sequence[Linear], mlp_bytes: int) -> int:
+    """The most beside what is kept while backward goes through these linears. ``mlp_bytes``: what the MLP had kept."""
     s, T, size = run.shape, run.batch.all_tokens, run.itemsize
     stream, wide = T * s.hidden * size, T * s.ff * size
     heads, kv = T * s.heads * s.head_dim * size, T * s.kv_heads * s.head_dim * size
@@ -148,14 +182,16 @@ def transient_bytes(run: PlannedRun) -> int:
     }
     # what the MLP kept is gone once its elementwise part is through; down_proj comes before that
     moments = [
-        product_bytes(run, x) + flowing.get(x.role, 2 * stream) - (0 if x.role == "down_proj" else 2 * wide)
-        for x in run.layer
+        product_bytes(run, x) + flowing.get(x.role, 2 * stream) - (0 if x.role == "down_proj" else mlp_bytes)
+        for x in linears
     ]
-    moments.append(stream + 3 * wide)
-    if run.batch.keys:  # each row's gradients of keys and values, one of them sorted, and the tokens' own
+    attends = any(x.role not in _MLP for x in linears)
+    if any(x.role in _MLP for x in linears) or linears == run.layer:
+        moments.append(stream + 3 * wide)
+    if attends and run.batch.keys:  # each row's gradients of keys and values, one of them sorted, and the tokens' own
         copied = run.batch.keys * s.kv_heads * s.head_dim * size
-        moments.append(2 * stream + 2 * heads + 3 * copied + kv - 2 * wide)
-    if run.attention == "eager":
+        moments.append(2 * stream + 2 * heads + 3 * copied + kv - mlp_bytes)
+    if attends and run.attention == "eager":
         squares = run.batch.rows * s.heads * run.batch.tokens**2 * 4
-        moments.append(2 * stream + 2 * heads + 2 * squares - 2 * wide)
+        moments.append(2 * stream + 2 * heads + 2 * squares - mlp_bytes)
     return max(moments)

@@ -15,6 +15,7 @@ from qvera.models.checkpointing import enable_checkpointing
 from qvera.models.loader import load_base
 from qvera.models.model_config import empty_model
 from qvera.training.plan import Batch, Machine, PlannedRun, plan_memory, shape_of
+from qvera.training.plan.activations import goes_by_tiles
 from qvera.training.plan.memory import four_bit_bytes, optimizer_state_bytes, weight_storage_bytes
 from tests.conftest import small_llama
 from tests.training.plan import live
@@ -101,6 +102,21 @@ def test_the_peak_of_a_step_is_the_plan_s(
     # temporaries inside one kernel (logsumexp's) are not counted live, and gradients are freed a little earlier than
     # planned
     assert -0.02 < step / counted - 1 < 0.09
+
+
+def test_the_peak_with_mlps_by_tiles() -> None:
+    """Tiles of 1,088 tokens; the inside of the MLP is 8 times as wide as the stream."""
+    wide = {
+        **BIG, "hidden_size": 64, "intermediate_size": 512, "num_hidden_layers": 2, "max_position_embeddings": 8192,
+    }  # fmt: skip
+    made = recipe(16, "sdpa", True)
+    ids, mask, labels, of = batch(1, 4200, False)
+    assert goes_by_tiles(PlannedRun(shape_of(small_llama(**wide)), made, of, Machine("t", "cpu", F32, False, 10**12)))
+    memory = planned(made, of, F32, wide)
+    counted = live.step_peak_bytes(live.tiny(made, F32, **wide), ids, mask, labels, made.training.loss_chunk_tokens)
+    step = sum(c.bytes for c in memory.moments[memory.peak_moment])
+    assert -0.05 < step / counted - 1 < 0.09
+    assert counted < 5 * 4200 * 512 * 4  # what a whole MLP alone has at a time
 
 
 def test_the_peak_over_a_4_bit_base_counts_the_weights_that_are_read(tmp_path: Path) -> None:
