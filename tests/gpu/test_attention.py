@@ -1,0 +1,79 @@
+"""Rows in one sequence on the fake accelerator: no dense mask, no repeated keys, and the bytes that the plan counts."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from qvera.data import Example
+from qvera.data.collate import Joined
+from qvera.evaluation import evaluate
+from qvera.training.plan import Machine, PlannedRun, shape_of
+from qvera.training.plan.activations import kept_bytes
+from qvera.training.plan.longest import batch_of
+from tests.gpu.fake_accelerator import FakeAccelerator, make_rows
+from tests.gpu.own_process import measured
+
+pytestmark = pytest.mark.process
+
+LENGTHS = (517, 300, 77, 64)
+KINDS = {"padded": (False, 0), "packed": (True, 0), "packed behind a prefix": (True, 40), "joined": (False, 40)}
+"""Whether the rows are packed, and how many tokens they begin with in common."""
+
+
+def rows_with(prefix: int) -> list[Example]:
+    """Rows of `LENGTHS` whose first ``prefix`` tokens are the same and whose tokens from 41 on are trained."""
+    rows = make_rows(LENGTHS, prompt_tokens=41)
+    for row in rows:
+        row.input_ids[:prefix] = rows[0].input_ids[:prefix]
+        row.input_ids[prefix] = row.input_ids[-1]
+    return rows
+
+
+def forward_and_backward(fake: FakeAccelerator) -> dict[str, Any]:
+    """Bytes that one layer of an 8B keeps for backward, beside the plan's, and attention's kernels in two layers."""
+    shape = dataclasses.replace(shape_of(fake.model("8b", layers=1)), attention="sdpa")
+    found: dict[str, Any] = {kind: {"alive_bytes": []} for kind in KINDS}
+    for layers in (1, 2):
+        session = fake.session("8b", rows=LENGTHS, rank=64, layers=layers, gradient_checkpointing=False)
+        for kind, (packing, prefix) in KINDS.items():
+            rows, about = rows_with(prefix), found[kind]
+            with fake.record() as seen:
+                batch = evaluate.make_batch(session.model, rows, 0, prefix > 0, packing)
+                nll, _ = evaluate.batch_nll(session.model, batch, 512)
+                about["alive_bytes"].append(fake.alive_bytes - seen.start_bytes)
+                nll.backward()
+            del nll
+            planned = batch_of(rows, Joined.OFFSETS if packing or prefix else None, packing)
+            run = PlannedRun(shape, session.recipe, planned, Machine("fake", "cuda", torch.bfloat16, False, 10**12))
+            about |= {"planned_bytes": kept_bytes(run), "syncs": seen.syncs, "tokens": batch["input_ids"].numel(),
+                      "planned_tokens": planned.all_tokens, "gathers": seen.kernels["aten.index_select"],
+                      "kernels": sorted(name for name in seen.kernels if "atten" in name or "attn" in name)}  # fmt: skip
+    return found
+
+
+@pytest.fixture(scope="module")
+def passes() -> dict[str, Any]:
+    return measured(forward_and_backward)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_layer_keeps_is_the_plan_s(passes: dict[str, Any], kind: str) -> None:
+    one, two = passes[kind]["alive_bytes"]
+    assert two - one == pytest.approx(passes[kind]["planned_bytes"], rel=0.01)
+    assert passes[kind]["tokens"] == passes[kind]["planned_tokens"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_takes_no_mask_and_waits_for_nothing(passes: dict[str, Any], kind: str) -> None:
+    name = "aten._scaled_dot_product_flash_attention" if kind == "padded" else "torch_attn._varlen_attn"
+    assert passes[kind]["kernels"] == [name, f"{name}_backward"]
+    assert passes[kind]["syncs"] == {}
+
+
+def test_keys_and_values_behind_a_prefix_take_a_gather_each_and_another_in_backward(passes: dict[str, Any]) -> None:
+    assert passes["packed behind a prefix"]["gathers"] - passes["packed"]["gathers"] == 2 * 4
+    assert passes["joined"]["tokens"] == sum(LENGTHS) - 3 * 40
