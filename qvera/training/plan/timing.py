@@ -99,7 +99,8 @@ def _work(run: PlannedRun) -> dict[str, tuple[str, float]]:
                 passed += passes * 2 * x.m * run.rank * 4 * 2
             passed += 2 * x.m * run.rank * 4 * 2
     s, b = run.shape, run.batch
-    attention = (passes - 1 + 2.5) * 4 * b.rows * b.tokens**2 * s.heads * s.head_dim
+    seen = b.longest_row if b.offsets else b.tokens  # by a token at most: offsets keep it within its row
+    attention = (passes - 1 + 2.5) * 4 * b.rows * b.tokens * seen * s.heads * s.head_dim
     # some 12 passes over the stream, 5 over the MLP's inside, 6 over q and k; the same again in each pass
     passed += passes * size * T * (24 * s.hidden + 10 * s.ff + 12 * s.heads * s.head_dim)
     head = 4 * min(b.trained_tokens, T) * s.vocabulary * s.hidden
