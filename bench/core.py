@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from bench.common import header, interleaved, perturb, smollm2, write_result
 from bench.generation import DTYPE, stock
-from bench.gpu.run import SHAPES, stock_linears, synthetic
+from bench.gpu.common import base_on_device
 from bench.trials import MORE
 from qvera.adapters import QveraLinear
 from qvera.adapters.save_load import attach
@@ -130,7 +130,6 @@ def over_frozen(times: dict[str, dict[str, float]]) -> dict[str, Any]:
 
 def layer_of_7b(rounds: int, tokens: int = 512) -> dict[str, Any]:
     """One decoder layer of 7B shape, forward and backward to its input."""
-    SHAPES["one 7B layer"] = {**SHAPES["7B"], "num_hidden_layers": 1}
     models: dict[str, Any] = {}
     for name in (
         "frozen, stock Linear4bit",
@@ -140,7 +139,7 @@ def layer_of_7b(rounds: int, tokens: int = 512) -> dict[str, Any]:
         BEYOND,
         "stock PEFT VeRA r=256",
     ):
-        model = synthetic("one 7B layer", torch.device("cpu"), DTYPE).train()
+        model = base_on_device("7b", 1, torch.device("cpu"), DTYPE).train()
         if name == "frozen, ours":
             freeze_linears(model)
         elif name == BEYOND:
@@ -149,11 +148,11 @@ def layer_of_7b(rounds: int, tokens: int = 512) -> dict[str, Any]:
             model = attach(model, AdapterSection(rank=int(name.partition("=")[2])))
         elif "VeRA" in name:
             config = VeraConfig(r=256, target_modules="all-linear", save_projection=False)
-            model = get_peft_model(stock_linears(model), config)
+            model = get_peft_model(model, config)
         if "frozen" not in name:
             perturb(model)
         models[name] = model
-    x = torch.randn(1, tokens, SHAPES["7B"]["hidden_size"], dtype=DTYPE)
+    x = torch.randn(1, tokens, 4096, dtype=DTYPE)
 
     def run(model: Any) -> None:
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model

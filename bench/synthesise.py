@@ -182,13 +182,18 @@ def write(out: Path, specs: list[Spec], shapes: dict[str, tuple[int, ...]]) -> N
     (out / "model.safetensors.index.json").write_text(json.dumps(index_file))
 
 
-def synthesise(shape: str, out: Path, *, nf4: bool = False, dtype: torch.dtype = torch.bfloat16) -> Path:
+def synthesise(
+    shape: str, out: Path, *, nf4: bool = False, dtype: torch.dtype = torch.bfloat16, layers: int | None = None
+) -> Path:
     """Write the checkpoint into ``out``, which must not exist; refuses where the disk has no room.
+
+    ``layers``: decoder layers, where not those of the shape.
 
     Raises:
         SystemExit: not enough free disk.
     """
     config = config_of(shape)
+    config.num_hidden_layers = layers or config.num_hidden_layers
     specs = specs_nf4(config) if nf4 else specs_16bit(config, dtype)
     size = sum(int(np.prod(s)) * d.itemsize for _, d, s in specs)
     free = shutil.disk_usage(out.parent).free
