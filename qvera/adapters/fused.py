@@ -66,11 +66,12 @@ def _by_weight(tokens: int, n: int, m: int, rank: int, input_scale: bool) -> boo
 def summed_weight(module: torch.nn.Linear, factors: Factors, dtype: torch.dtype) -> torch.Tensor:
     """W + ΔW [m, n] in ``dtype``, a new tensor."""
     weight = quantization.dequantized_weight(module, dtype)
-    is_dense = weight.untyped_storage().data_ptr() == module.weight.untyped_storage().data_ptr()
+    quantized = isinstance(module, (quantization.Linear4bit, quantization.Linear8bit))
+    is_copy = quantized or weight.dtype != module.weight.dtype
     in_c, after = split_scale(factors.scale, dtype)
     C = combined(factors.B, factors.d, factors.b, in_c, dtype)
     A = _scaled(factors.A, factors.a, dtype).to(dtype)
-    return torch.addmm(weight, C, A, alpha=after) if is_dense else weight.addmm_(C, A, alpha=after)
+    return weight.addmm_(C, A, alpha=after) if is_copy else torch.addmm(weight, C, A, alpha=after)
 
 
 class _SummedContext(AutogradContext, Protocol):
