@@ -244,6 +244,9 @@ class TrainingSection(Section):
     third more time. ``offload`` keeps these inputs in pinned RAM instead of on the accelerator (on a CPU it is the same
     as ``true``). ``auto``: ``false`` where the plan says that the run fits so with a good margin, else ``true``, else
     ``offload``. `qvera plan` shows what it comes to, and a resumed run keeps it."""
+    torch_compile: Bool = False
+    """Compile the decoder layers with torch.compile. The first step then takes minutes, and later ones may be faster;
+    tested on CPUs only. Not with ZeRO-3 or a streamed base."""
     try_longest_batch: Bool = True
     """Run the longest batch once before the first step, so that a run that does not fit into memory fails at once."""
     loss_chunk_tokens: Positive = 512
@@ -341,6 +344,8 @@ class Recipe(Section):
                 yield f"training.{name}", "needs training.eval_steps above 0."
         if self.model.stream is True and self.deepspeed is not None and self.deepspeed.startswith("zero3"):
             yield "model.stream", "ZeRO-3 brings the layers to the GPU itself; remove one of the two."
+        if self.training.torch_compile and self.deepspeed is not None and self.deepspeed.startswith("zero3"):
+            yield "training.torch_compile", "ZeRO-3 gathers weights between a layer's parts; remove one of the two."
         if self.deepspeed is not None and (optim := self.training.optim) != "adamw":
             yield (
                 "training.optim",

@@ -28,6 +28,7 @@ from qvera.distributed.zero_config import load_zero_config
 from qvera.distributed.zero_params import BaseSharder
 from qvera.evaluation import evaluate
 from qvera.models.checkpointing import Mode, enable_checkpointing
+from qvera.models.compile import compile_layers
 from qvera.models.loader import Base, load_base, pick_compute_dtype, require_packing, rows_joined
 from qvera.models.tokenizer import load_tokenizer
 from qvera.training.checkpoint import TrainState
@@ -134,6 +135,8 @@ class TrainingSession:
         """
         self.schedule, self.steps = schedule, steps
         enable_checkpointing(self.model, self.checkpointing)
+        if self.recipe.training.torch_compile:
+            compile_layers(self.model)
         if self.sharder is None:
             self.group.agree(self._try_longest_batch)
         self.engine = self.make_engine()

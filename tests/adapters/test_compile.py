@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from qvera.config.schema import parse_recipe
+from qvera.models import compile
+from qvera.training import session
+from qvera.training.trainer import train
+from qvera.utils.errors import InputError
 from tests.adapters.helpers import IN, OUT, relative
 from tests.adapters.test_layer import adapted, run
 
@@ -39,3 +47,29 @@ def test_no_graph_break(kind: str, more: dict[str, Any]) -> None:
     torch._dynamo.reset()
     found = torch._dynamo.explain(adapted(kind, **more))(torch.randn(2, 9, IN, requires_grad=True))
     assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
+
+
+@pytest.mark.slow
+def test_a_training_step_through_compiled_layers(
+    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    eager = functools.partial(compile.compile_layers, backend="aot_eager")  # inductor would need a minute
+    monkeypatch.setattr(session, "compile_layers", eager)
+    found = {}
+    for compiled in (False, True):
+        training = {"max_steps": 2, "torch_compile": compiled, "gradient_checkpointing": True, "sample_count": 0}
+        run = tmp_path / str(compiled)
+        train(make_recipe(training={**training, "output_dir": str(run)}), run)
+        found[compiled] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
+    assert not counters["graph_break"]
+    for one, other in zip(found[False], found[True], strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+def test_compiling_is_refused_where_layers_come_and_go(make_recipe: Any) -> None:
+    with pytest.raises(InputError, match="training.torch_compile: ZeRO-3 gathers"):
+        parse_recipe({**make_recipe(training={"torch_compile": True}).to_dict(), "deepspeed": "zero3"}, "recipe")
