@@ -171,11 +171,13 @@ class ZeroConfig(_DeepSpeedKeys):
             # each stage makes its bucket of that size, whatever there is to reduce: DeepSpeed's 5e8 are 2 GB on a GPU
             zero.setdefault("reduce_bucket_size", sizes.trained)
         if self.shards_base:
+            # An accelerator gathers the next layer while one computes. On a CPU that hides nothing, and takes two
+            # layers, a buffer of another and gloo's copy of that: as much as a small model.
+            ahead = accelerator.is_available() and self.offload_device != "nvme"
+            zero.setdefault("stage3_prefetch_bucket_size", sizes.largest_layer if ahead else 0)
             # DeepSpeed's own limits (1e9 elements) keep a small model whole and two thirds of a 7B in 4 bits
-            zero.setdefault("stage3_max_live_parameters", max(2 * sizes.largest_layer, 1))
+            zero.setdefault("stage3_max_live_parameters", max((3 if ahead else 2) * sizes.largest_layer, 1))
             zero.setdefault("stage3_max_reuse_distance", 0)
-            # fetching ahead takes two layers, a buffer of another and, with gloo, a copy of that: as much as the model
-            zero.setdefault("stage3_prefetch_bucket_size", 0)
             # vectors are read by name and not by calling the module that owns them, so no hook would gather them
             key = "stage3_param_persistence_threshold"
             zero[key] = max(sizes.unsharded, int(zero.get(key, 0)))

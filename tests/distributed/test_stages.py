@@ -128,6 +128,10 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> Place:
 def slow_stages(place: Place) -> None:
     """The same of the other stages, in a second spawn, added to what ``place`` has."""
     tasks = [task for stage in SLOW for task in stage_tasks(place, stage)]
+    ahead = place.root / "ahead.json"  # as on a GPU
+    zero = {"stage": 3, "stage3_prefetch_bucket_size": 10**6, "stage3_max_live_parameters": 10**6}
+    ahead.write_text(json.dumps({"zero_optimization": zero}))
+    tasks.append(place.task("zero3-ahead", str(ahead)))
     for mine, more in zip(place.found, run_worker(tasks, 2, place.root / "slow", limit_seconds=600), strict=True):
         mine.update(more)
 
@@ -297,6 +301,12 @@ def test_every_row_is_trained_once_an_epoch_by_one_rank(place: Place) -> None:
     for stage in map(name_of, RESUMED):  # and across a resume: the cut run's steps, then the resumed one's
         for rank in place.found:
             assert rank[f"{stage}-cut"]["rows"] + rank[f"{stage}-resumed"]["rows"] == rank[stage]["rows"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("slow_stages")
+def test_layers_gathered_ahead_change_nothing(place: Place) -> None:
+    close(place.root / "zero3-ahead", place.root / "alone")
 
 
 @pytest.mark.parametrize("word", ["zero2-uneven", "zero3-uneven", "none-one-row", "zero3-one-row"])

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from qvera.data import Batches
+from qvera.distributed import zero_config
 from qvera.distributed.zero_config import STAGES, load_zero_config
 from qvera.utils.errors import InputError
 
@@ -192,3 +193,15 @@ def test_other_mistakes_are_said(tmp_path: Path, make_recipe: Any) -> None:
         make_recipe(training={"optim": "adamw_8bit"}).replace(deepspeed="zero1")
     recipe = make_recipe().replace(deepspeed="zero1")
     assert yaml.safe_load(recipe.to_yaml())["deepspeed"] == "zero1"
+
+
+@pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])
+def test_zero3_gathers_one_layer_ahead_on_a_gpu_and_none_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, make_recipe: Any, tmp_path: Path, gpu: bool
+) -> None:
+    monkeypatch.setattr(zero_config.accelerator, "is_available", lambda: gpu)
+    config = load_zero_config("zero3")
+    assert config is not None
+    tree = config.complete(make_recipe(), 2, zero_config.Sizes(largest_layer=1000), tmp_path)["zero_optimization"]
+    assert tree["stage3_prefetch_bucket_size"] == (1000 if gpu else 0)
+    assert tree["stage3_max_live_parameters"] == (3000 if gpu else 2000)

@@ -151,7 +151,13 @@ def _gathered(moment: str, spread: Spread, run: PlannedRun, sharing: Sharing) ->
         # DeepSpeed keeps those of a recomputed layer until its backward pass has begun
         whole = spread.layer
     gathering = 0 if run.machine.on_gpu or sharing.world_size == 1 else largest  # gloo gathers into a copy of its own
-    found = (Component("gathered weights", "base", whole), Component("gloo's copy of one", "base", gathering))
+    # on an accelerator the next layer is gathered while one computes (`ZeroConfig.complete`)
+    ahead = spread.layer if run.machine.on_gpu and sharing.offload != "nvme" and moment != "loss" else 0
+    found = (
+        Component("gathered weights", "base", whole),
+        Component("the next layer's", "base", ahead),
+        Component("gloo's copy of one", "base", gathering),
+    )
     return tuple(c for c in found if c.bytes)
 
 
