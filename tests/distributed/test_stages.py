@@ -62,6 +62,7 @@ class Place:
                 "sample_max_new_tokens": 3,
                 "exact_match_rows": 2,
                 "report_to": [],
+                "gradient_checkpointing": True,  # by itself it would be off where there is room
                 **training,
             },
             "deepspeed": stage,

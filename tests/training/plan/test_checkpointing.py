@@ -109,3 +109,7 @@ def test_a_resumed_run_keeps_what_was_decided_where_that_still_fits(
         assert again is not None
         assert again.run["gradient_checkpointing"] is kept
         assert said in console.file.getvalue()  # type: ignore[attr-defined]
+    asked = recipe.replace(training=recipe.training.replace(gradient_checkpointing=True))
+    again = train(asked, cut_off(whole, tmp_path / "asked", after=1), resume=True)
+    assert again is not None
+    assert again.run["gradient_checkpointing"] is True  # a recipe may say another one when a run goes on
