@@ -13,7 +13,7 @@ from qvera.adapters import QveraConfig
 from qvera.data import Example, collate, collate_prefix_once
 from qvera.data.collate import Joined, common_prefix
 from qvera.evaluation import evaluate
-from qvera.models.attention import VARLEN
+from qvera.models.attention import CAUSAL, VARLEN
 from qvera.models.loader import causal_model, takes_prefix_once
 from qvera.models.loss import Head, fused_linear_cross_entropy
 from tests.conftest import small_llama
@@ -60,7 +60,7 @@ def test_collate_is_exact() -> None:
 # Each kind of model and each kind of attention; the other half of the grid is slow.
 _FAST = [("llama", "sdpa"), ("mistral", "eager"), ("qwen2", VARLEN), ("qwen3", "eager"), ("llama", VARLEN)]
 _REST = [("llama", "eager"), ("mistral", "sdpa"), ("qwen2", "sdpa"), ("qwen3", "sdpa"), ("mistral", VARLEN)]
-_REST += [("qwen2", "eager"), ("qwen3", VARLEN)]
+_REST += [("qwen2", "eager"), ("qwen3", VARLEN), ("llama", CAUSAL)]
 MODELS = pytest.mark.parametrize(
     ("kind", "attention"), [*_FAST, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in _REST)]
 )

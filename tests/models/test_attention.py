@@ -176,3 +176,17 @@ def test_a_kernel_that_fails_or_errs_is_not_taken(monkeypatch: pytest.MonkeyPatc
     attention.varlen_runs.cache_clear()
     assert not attention.varlen_runs(torch.device("cpu"), torch.bfloat16, 2, 16)
     attention.varlen_runs.cache_clear()
+
+
+def test_flash_attn_gets_offsets_for_packed_rows_and_for_a_single_row() -> None:
+    """Without them transformers looks for packed rows in every layer, which makes the host wait."""
+    model = model_of("llama", "sdpa")
+    model.config._attn_implementation_internal = "flash_attention_2"  # flash-attn is not installed here
+    rows = rows_of(31, 17, 12, prefix=8)
+    packed = evaluate.make_batch(model, rows, 0, packing=True)
+    assert packed["cu_seq_lens_q"].tolist() == [0, 31, 48, 60]
+    single = evaluate.make_batch(model, rows[:1], 0)
+    assert single["cu_seq_lens_k"].tolist() == [0, 31]
+    padded = evaluate.make_batch(model, rows, 0)
+    assert padded["input_ids"].shape == (3, 31)
+    assert all("key_index" not in batch and "attention_mask" not in batch for batch in (packed, single, padded))
