@@ -33,8 +33,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from qvera.kernels.choice import use_kernels
-from qvera.kernels.columns import scaled_columns
-from qvera.kernels.low_rank import combined, gradients_and_combined, grouped, row_blocks, vector_gradients, wide_product
+from qvera.kernels.columns import scaled_columns, scaled_columns_backward
+from qvera.kernels.low_rank import combined, gradients_and_combined, grouped, vector_gradients, wide_product
 
 
 class Factors(NamedTuple):
@@ -96,14 +96,7 @@ class _ScaleInput(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: AutogradContext, h: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, a = ctx.saved_tensors
-        grad_x = scaled_columns(h, a) if ctx.needs_input_grad[0] else None
-        grad_a = None
-        if ctx.needs_input_grad[1]:
-            grad_a = torch.zeros_like(a)
-            rows, other = (t.reshape(-1, t.shape[-1]) for t in (h, x))
-            for part in row_blocks(rows):
-                grad_a += (rows[part] * other[part]).sum(0, dtype=a.dtype)
-        return grad_x, grad_a
+        return scaled_columns_backward(h, x, a) if ctx.needs_input_grad[1] else (scaled_columns(h, a), None)
 
 
 def scale_input(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch
 
 from qvera.kernels import operators
 from qvera.kernels.choice import use_kernels
+from qvera.kernels.low_rank import row_blocks
 
 
 def scaled_columns(
@@ -29,6 +30,20 @@ def scaled_columns(
     return product if base is None else base + product.to(base.dtype)
 
 
+def scaled_columns_backward(
+    g: torch.Tensor, x: torch.Tensor, vector: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """g ⊙ vector [..., k], and Σ g ⊙ x over all but the last dimension [k] in the vector's dtype: ∂x and ∂vector."""
+    if use_kernels(g, x, vector):
+        grad_x, grad_vector = _backward(_rows(g), _rows(x), vector)
+        return grad_x.view(g.shape), grad_vector.to(vector.dtype)
+    total = torch.zeros_like(vector)
+    rows, other = _rows(g), _rows(x)
+    for part in row_blocks(rows):
+        total += (rows[part] * other[part]).sum(0, dtype=vector.dtype)
+    return scaled_columns(g, vector), total
+
+
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
     """[..., k] as a matrix whose rows are dense."""
     flat = tensor.reshape(-1, tensor.shape[-1])
@@ -43,8 +58,20 @@ def _launch(x: torch.Tensor, vectors: torch.Tensor, base: torch.Tensor | None, s
     return out
 
 
+def _launch_backward(g: torch.Tensor, x: torch.Tensor, vector: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    from qvera.kernels import triton_columns
+
+    grad_x = torch.empty(g.shape, dtype=g.dtype, device=g.device)
+    return grad_x, triton_columns.launch_scaled_columns_backward(g, x, vector, grad_x)
+
+
+def _fake_backward(g: torch.Tensor, x: torch.Tensor, vector: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty(g.shape, dtype=g.dtype, device=g.device), vector.new_empty(vector.shape, dtype=torch.float32)
+
+
 def _fake(x: torch.Tensor, vectors: torch.Tensor, base: torch.Tensor | None, scale: float) -> torch.Tensor:
     return torch.empty(x.shape, dtype=(x if base is None else base).dtype, device=x.device)
 
 
 _scaled_columns = operators.register("scaled_columns", _launch, _fake)
+_backward = operators.register("scaled_columns_backward", _launch_backward, _fake_backward, launches=2)

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from qvera.adapters.functional import scale_input
 from qvera.kernels.columns import scaled_columns
 from tests.adapters.helpers import relative
+from tests.kernels.conftest import Calls
 
 SETTINGS = [  # shape, shape of the vectors, dtype, the base's dtype: odd widths, several blocks of columns, mixed batches
     ((3, 7, 45), (45,), torch.bfloat16, torch.bfloat16), ((2, 1500), (1500,), torch.float16, None),
@@ -36,3 +38,22 @@ def test_against_plain_code(
     tolerance = {torch.bfloat16: 6e-3, torch.float16: 5e-4, torch.float32: 1e-6}
     assert relative(found, expected) < tolerance[found.dtype]
     assert relative(scaled_columns(x, vector, 0.3, base), expected) < 2 * tolerance[dtype] + tolerance[found.dtype]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((3, 45), torch.float32), ((2, 65, 130), torch.bfloat16), ((150, 257), torch.float16)]
+)
+def test_gradients_of_a_scaled_input(
+    shape: tuple[int, ...], dtype: torch.dtype, as_on_an_accelerator: Callable[[], Any]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, g = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    a = torch.randn(shape[-1], generator=generator)
+    own_x, own_a = x.clone().requires_grad_(), a.clone().requires_grad_()
+    with as_on_an_accelerator(), Calls() as calls:
+        torch.autograd.backward(scale_input(own_x, own_a), g)
+    assert calls.names == ["qvera::scaled_columns", "qvera::scaled_columns_backward"]
+    assert own_x.grad is not None and own_a.grad is not None and own_a.grad.dtype == torch.float32
+    tolerance = {torch.bfloat16: 6e-3, torch.float16: 5e-4, torch.float32: 1e-6}[dtype]
+    assert relative(own_x.grad, g.double() * a.double()) < tolerance
+    assert relative(own_a.grad, (g.double() * x.double()).reshape(-1, shape[-1]).sum(0)) < 1e-6

@@ -105,6 +105,20 @@ def columns(dtype: str) -> list[dict[str, Any]]:
             "constexprs": {"ADD": add, "BLOCK_COLUMNS": 1024},
         }
         for add in (False, True)
+    ] + [
+        {
+            "name": f"scaled columns backward {dtype}",
+            "kernel": "scaled_columns_backward_kernel",
+            "signature": {
+                "g": f"*{dtype}",
+                "x": f"*{dtype}",
+                "vector": "*fp32",
+                "grad_x": f"*{dtype}",
+                "grad_vector_parts": "*fp32",
+                **dict.fromkeys(("rows", "columns", "g_stride", "x_stride"), "i32"),
+            },
+            "constexprs": {"ROWS": 64, "BLOCK_ROWS": 16, "BLOCK_COLUMNS": 128},
+        }
     ]
 
 
