@@ -154,3 +154,10 @@ class SharedProjection(nn.Module):
     def extra_repr(self) -> str:
         """Seed, shapes and dtype, for `print(model)`."""
         return f"seed={self.seed}, A={tuple(self.A.shape)}, B={tuple(self.B.shape)}, dtype={self.A.dtype}"
+
+
+def forget_inputs(model: nn.Module) -> None:
+    """Let go of the products that a forward pass left behind, such as one that ended in an error."""
+    for module in model.modules():
+        if isinstance(module, SharedProjection):
+            module.inputs.forget()

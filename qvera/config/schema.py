@@ -249,6 +249,10 @@ class TrainingSection(Section):
     tested on CPUs only. Not with ZeRO-3 or a streamed base."""
     try_longest_batch: Bool = True
     """Run the longest batch once before the first step, so that a run that does not fit into memory fails at once."""
+    on_oom: Literal["save", "halve"] = "save"
+    """What to do when memory runs out in a step. The step is undone; then ``save`` saves a checkpoint and ends the run,
+    and ``halve`` goes on with half as many rows in a pass and the same global batch. Without dropout the numbers are
+    the same up to rounding. Not with a ``deepspeed`` key."""
     loss_chunk_tokens: Positive = 512
     """Tokens whose logits are in memory at the same time in the loss."""
     seed: Seed = 0
@@ -354,6 +358,9 @@ class Recipe(Section):
                     "processes. With a deepspeed key use adamw; VeRA's whole optimizer state is a few MB."
                 ),
             )
+
+        if self.deepspeed is not None and self.training.on_oom == "halve":
+            yield "training.on_oom", "halve: DeepSpeed can't undo a step that its ranks have begun; use save."
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML, every key written out."""

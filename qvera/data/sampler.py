@@ -107,6 +107,13 @@ class Batches:
         start = position * self.global_batch_size
         return self.epoch_order(epoch)[start : start + self.global_batch_size].tolist()
 
+    def limit(self, most: int) -> None:
+        """Cut no pass with more rows than this from now on; of packed rows, with more tokens."""
+        if self.pack_tokens is None:
+            self.pass_rows = min(self.pass_rows, most)
+        else:
+            self.pack_tokens = min(self.pack_tokens, most)
+
     def cut(self, rows: Sequence[int]) -> list[list[int]]:
         """One rank's rows as forward passes, in order."""
         if self.pack_tokens is None:

@@ -51,6 +51,7 @@ class TrainState:
     train_seconds: float = 0.0
     input_tokens: int = 0
     skipped_steps: int = 0  # whose gradient overflowed in float16, and that were taken again
+    halvings: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # out of memory: step, rows or tokens left
     before: dict[str, Any] | None = None
     samples_before: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
@@ -61,6 +62,11 @@ class TrainState:
         self.train_loss_last = loss
         self.train_seconds += seconds
         self.input_tokens += input_tokens
+
+    def add_halving(self, step: int, limit: dict[str, int], seconds: float) -> None:
+        """Note an attempt at a step that memory did not suffice for, and what a pass may have since."""
+        self.halvings = [*self.halvings, {"step": step, **limit}]
+        self.train_seconds += seconds
 
     def add_skipped_step(self, seconds: float) -> None:
         """Count an attempt at a step that was not taken."""
@@ -236,11 +242,7 @@ def restore(
         states.setdefault(name, {})[part] = tensor.to(device)
     for name in states.keys() & vectors.keys():
         optimizer.state[vectors[name]] = states[name]
-    suffix = f".{rank}" if rank else ""
-    own = {name.removesuffix(suffix): state for name, state in checkpoint.random.items() if name.endswith(suffix)}
-    if "cpu" in own:
-        torch.set_rng_state(own["cpu"])
-    accelerator.set_random_state(own)
+    set_random_state(checkpoint.random, rank)
 
 
 def prune(directory: Path, keep: int, also: set[int]) -> None:
@@ -272,3 +274,12 @@ def random_state(rank: int = 0) -> dict[str, torch.Tensor]:
     suffix = f".{rank}" if rank else ""
     states = {"cpu": torch.get_rng_state(), **accelerator.random_state()}
     return {f"{name}{suffix}": state for name, state in states.items()}
+
+
+def set_random_state(states: dict[str, torch.Tensor], rank: int = 0) -> None:
+    """Take over the generator states of ``rank`` from what `random_state` gave, of one rank or of all."""
+    suffix = f".{rank}" if rank else ""
+    own = {name.removesuffix(suffix): state for name, state in states.items() if name.endswith(suffix)}
+    if "cpu" in own:
+        torch.set_rng_state(own["cpu"])
+    accelerator.set_random_state(own)

@@ -73,7 +73,14 @@ class LocalEngine:
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Accumulate the gradient of this rank's part of the loss; ``last``: this is the step's last pass."""
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-        if last and self.group.world_size > 1:
+
+    def undo(self) -> None:
+        """Drop the gradients of a step that could not be taken."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _sum_gradients(self) -> None:
+        """Over all ranks, once each of them has come through its passes."""
+        if self.group.world_size > 1:
             for vector in self.vectors.values():
                 if vector.grad is None:
                     vector.grad = torch.zeros_like(vector)
@@ -85,6 +92,7 @@ class LocalEngine:
         Returns:
             The gradient norm before clipping, and the learning rate.
         """
+        self._sum_gradients()
         limit = self.max_grad_norm if self.max_grad_norm > 0 else math.inf
         scale = self.loss_gradient()
         if self.scaler is not None:

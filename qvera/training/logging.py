@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from qvera.utils.atomic import disk_errors, flush, replace_text
 from qvera.utils.errors import InputError
 from qvera.utils.formatting import size
+from qvera.utils.out_of_memory import Shortage
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -64,6 +65,24 @@ class MetricsLog:
 
     def _disk_full(self) -> AbstractContextManager[None]:
         return disk_errors(str(self.path), "Checkpoints are kept; mend that and go on with --resume.")
+
+
+def repeat_line(record: dict[str, Any]) -> str | None:
+    """What the console says of a step that was not taken and is taken again; None for another record."""
+    if record["kind"] == "skipped":
+        scale = f"{record['loss_scale']:,.0f}"
+        return (
+            f"step {record['step']}: the gradient overflowed in float16 at a loss scale of {scale}. It is taken again "
+            "with half of it."
+        )
+    if record["kind"] == "out_of_memory":
+        shortage = Shortage(record["asked_bytes"], record["free_bytes"])
+        unit = "rows" if "pass_rows" in record else "tokens"
+        return (
+            f"step {record['step']}: memory ran out ({shortage}). It is taken again with at most "
+            f"{record[f'pass_{unit}']:,} {unit} in a pass, and so are later ones."
+        )
+    return None
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from qvera.training.optim import build_range_test
 from qvera.training.run_dir import plain_json, require_writable
 from qvera.training.session import TrainingSession
 from qvera.utils.atomic import replace_text
-from qvera.utils.errors import InputError, RunFailed
+from qvera.utils.errors import InputError, OutOfMemory, RunFailed
 from qvera.utils.formatting import duration
 
 if TYPE_CHECKING:
@@ -104,12 +104,14 @@ def _take_steps(session: TrainingSession, ramp: RangeTest) -> tuple[list[dict[st
             rate = float(session.schedule.get_last_lr()[0])
             try:
                 record = session.train_step()
+            except OutOfMemory:
+                raise
             except RunFailed:  # a loss that is not finite ends the test, unless no step has been taken yet
                 if not points:
                     raise
                 points.append({"step": session.state.step + 1, "learning_rate": rate, "loss": None})
                 return points, rate
-            if record["kind"] == "skipped":
+            if record["kind"] != "train":
                 continue
             points.append({key: record.get(key) for key in _RECORD_KEYS})
             progress.show(record)

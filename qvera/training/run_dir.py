@@ -118,7 +118,7 @@ _FREE = {
     "model": ("stream",),  # the numbers are the same
     "data": ("tokenize_processes",),  # the rows are the same
     # gradient_checkpointing: but for rounding in long batches (docs/memory.md), and it may be what a run needs to go on
-    "training": ("output_dir", "save_steps", "save_total_limit", "report_to", "gradient_checkpointing"),
+    "training": ("output_dir", "save_steps", "save_total_limit", "report_to", "gradient_checkpointing", "on_oom"),
 }
 _FREE_SECTIONS = ("export", "deepspeed")  # a checkpoint goes on under any ZeRO stage, and without one
 

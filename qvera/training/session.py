@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 import os
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from rich.console import Console
 
-from qvera.adapters.projection import SharedProjection
+from qvera.adapters.projection import forget_inputs
 from qvera.adapters.save_load import attach
 from qvera.config.schema import Recipe
 from qvera.data import Datasets, Example, batches_of, build_datasets, data_warnings, print_preflight
 from qvera.distributed.deepspeed_import import require_deepspeed, require_overflow_check
-from qvera.distributed.group import Group, for_all
+from qvera.distributed.group import Group
 from qvera.distributed.zero_config import load_zero_config
 from qvera.distributed.zero_params import BaseSharder
 from qvera.evaluation import evaluate
@@ -31,15 +31,16 @@ from qvera.models.checkpointing import Mode, enable_checkpointing
 from qvera.models.compile import compile_layers
 from qvera.models.loader import Base, load_base, pick_compute_dtype, require_packing, rows_joined
 from qvera.models.tokenizer import load_tokenizer
-from qvera.training.checkpoint import TrainState
+from qvera.training.checkpoint import TrainState, random_state, set_random_state
 from qvera.training.engine import LocalEngine, ZeroEngine, trained_vectors
+from qvera.training.failures import lone_error, longest_batch_error, not_finite_error, step_error, worst
 from qvera.training.logging import status_line
 from qvera.training.optim import build_optimizer, build_scaler
 from qvera.training.plan import Plan, Sharing, longest_rows, make_plan
 from qvera.training.plan.checkpointing import mode_word, with_mode
 from qvera.training.plan.run import NotPlannable
 from qvera.training.plan.sharding import spread_of
-from qvera.training.plan.show import change_lines, run_lines
+from qvera.training.plan.show import run_lines
 from qvera.training.rank_checks import (
     check_disk_space,
     check_memory,
@@ -47,15 +48,13 @@ from qvera.training.rank_checks import (
     check_same_setup,
     count_nodes,
 )
-from qvera.training.run_dir import plain_json
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import InputError, RunFailed
 from qvera.utils.formatting import size
+from qvera.utils.out_of_memory import Shortage, is_out_of_memory, or_shortage
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
-
-_OUT_OF_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)
 
 
 class TrainingSession:
@@ -156,48 +155,45 @@ class TrainingSession:
     def train_step(self) -> dict[str, Any]:
         """One optimizer step on the mean loss over the global batch's trained tokens: accumulate gradients, clip, step.
 
-        With loss scaling, a gradient that overflows takes no step; the next call takes the same step again with a
-        lower scale.
+        With loss scaling, a gradient that overflows takes no step, and neither does one that memory does not suffice
+        for: the next call takes the same step again, with a lower scale or with fewer rows a pass.
 
         Returns:
-            The record for metrics.jsonl, of kind ``train``, or ``skipped`` where no step was taken. ``learning_rate``
-            and ``loss_scale`` are those the step was taken with.
+            The record for metrics.jsonl: of kind ``train``, or ``skipped`` or ``out_of_memory`` where no step was
+            taken. ``learning_rate`` and ``loss_scale`` are those the step was taken with.
 
         Raises:
             RunFailed: the loss or the gradient is not finite; no step was taken.
+            OutOfMemory: memory ran out, and ``training.on_oom`` is ``save``, or a pass has a single row. The step was
+            undone; on all ranks, unless the error is not `shared`.
         """
         train, group = self.datasets.train, self.group
-        began = time.perf_counter()
+        began, random = time.perf_counter(), random_state(self.group.rank)
         rows = self.batches.rows(self.state.step)
         trained_tokens = sum(train[i].trained_tokens for i in rows)
         passes = self.batches.passes(rows, group.rank, group.world_size)
-        losses, input_tokens = [], 0
-        expected_grad = None if self.scaler is None else self.engine.loss_gradient() / trained_tokens
-        for number, micro in enumerate(passes, start=1):
-            # a rank without rows runs a dummy pass so that collectives stay in sync
-            examples = [train[i] for i in micro or rows[:1]]
-            nll, _ = self._nll(examples, self.engine.decoder, expected_grad)
-            # divided by the tokens of the whole global batch, so that neither accumulation nor ranks change the mean
-            self.engine.backward(nll / trained_tokens if micro else nll * 0.0, last=number == len(passes))
-            if micro:
-                losses.append(nll.detach())
-                input_tokens += sum(len(example.input_ids) for example in examples)
-        sums = torch.stack(losses).tolist() if losses else []
-        total, inputs = group.sum([sum(sums), input_tokens])
-        norm, rate = self.engine.step() if math.isfinite(total) else (math.nan, 0.0)
+        begun: list[list[Example]] = []
+        sums = or_shortage(lambda: self._accumulate(passes, rows[:1], trained_tokens, begun), self.device)
+        if isinstance(sums, Shortage):
+            return self._undo_step(sums, begun[-1], random, time.perf_counter() - began)
+        input_tokens = sum(len(train[i].input_ids) for micro in passes for i in micro)
+        total, inputs, failed = group.sum([sum(sums), input_tokens, 0.0])
+        if failed:
+            return self._undo_step(None, [], random, time.perf_counter() - began)
+        taken = or_shortage(self.engine.step, self.device) if math.isfinite(total) else (math.nan, 0.0)
+        if isinstance(taken, Shortage):
+            raise RunFailed(f"Memory ran out in the optimizer's step: {taken}. Earlier checkpoints are kept.")
+        norm, rate = taken
         seconds, loss = time.perf_counter() - began, total / trained_tokens
         scaling = {} if self.scaler is None else {"loss_scale": self.engine.loss_scale}
         if not math.isfinite(norm):
             if math.isfinite(total) and self.engine.can_step_again():
                 self.state.add_skipped_step(seconds)
-                return {
-                    "kind": "skipped",
-                    "step": self.state.step + 1,
-                    "loss": loss,
-                    "step_seconds": seconds,
-                    **scaling,
-                }
-            raise self._not_finite(sums, norm, rows, [micro for micro in passes if micro])
+                step = self.state.step + 1
+                return {"kind": "skipped", "step": step, "loss": loss, "step_seconds": seconds, **scaling}
+            sources = [[train[i].source for i in micro] for micro in passes if micro]
+            step_rows = [train[i].source for i in rows]
+            raise not_finite_error(self.state.step + 1, sums, norm, sources, step_rows, group)
         self.state.add_step(loss, seconds, int(inputs))
         return {
             "kind": "train",
@@ -213,6 +209,66 @@ class TrainingSession:
             "tokens_per_second": inputs / seconds,
             "memory_bytes": memory.memory_bytes(self.device),
             "peak_bytes": self.watch.peak_bytes,
+        }
+
+    def _accumulate(
+        self, passes: list[list[int]], dummy: list[int], trained_tokens: int, begun: list[list[Example]]
+    ) -> list[float]:
+        """Forward and backward of each pass; the summed loss of each. ``begun`` gets the rows of each as it begins."""
+        losses = []
+        expected_grad = None if self.scaler is None else self.engine.loss_gradient() / trained_tokens
+        for number, micro in enumerate(passes, start=1):
+            # a rank without rows runs a dummy pass so that collectives stay in sync
+            begun.append([self.datasets.train[i] for i in micro or dummy])
+            nll, _ = self._nll(begun[-1], self.engine.decoder, expected_grad)
+            # divided by the tokens of the whole global batch, so that neither accumulation nor ranks change the mean
+            self.engine.backward(nll / trained_tokens if micro else nll * 0.0, last=number == len(passes))
+            if micro:
+                losses.append(nll.detach())
+        return torch.stack(losses).tolist() if losses else []
+
+    def _undo_step(
+        self, shortage: Shortage | None, examples: list[Example], random: dict[str, torch.Tensor], seconds: float
+    ) -> dict[str, Any]:
+        """Undo a step that memory did not suffice for, on every rank, and halve the passes where the recipe says so.
+
+        Args:
+            shortage: that of this rank; None: only others ran out of memory.
+            examples: the rows of the pass that failed on this rank.
+            random: the random state of before the step.
+
+        Returns:
+            The record, where the step can be taken again.
+
+        Raises:
+            OutOfMemory: it can't.
+        """
+        group, train, step = self.group, self.datasets.train, self.state.step + 1
+        self.engine.undo()
+        forget_inputs(self.model)
+        set_random_state(random, group.rank)
+        if shortage is not None:
+            if self.zero is not None and group.world_size > 1:
+                raise lone_error(step, shortage, examples, self.plan, train, group)
+            group.sum([0.0, 0.0, 1.0])  # the others meet this rank where they add up their losses
+        packed = self.recipe.data.packing
+        half = sum(len(example.input_ids) for example in examples) if packed else len(examples)
+        half = half // 2 if len(examples) > 1 else 0
+        found = group.gather(None if shortage is None else [shortage.asked_bytes, shortage.free_bytes, half])
+        failed = [one for one in found if one is not None]
+        shortage = worst([Shortage(*one[:2]) for one in failed])
+        most = min(one[2] for one in failed)
+        if self.recipe.training.on_oom == "save" or most == 0:
+            raise step_error(step, shortage, examples, self.plan, train, group)
+        self.batches.limit(most)
+        limit = {"pass_tokens" if packed else "pass_rows": most}
+        self.state.add_halving(step, limit, seconds)
+        return {
+            "kind": "out_of_memory",
+            "step": step,
+            **dataclasses.asdict(shortage),
+            **limit,
+            "step_seconds": seconds,
         }
 
     def _read_rows(self, preview: bool) -> Datasets:
@@ -313,31 +369,13 @@ class TrainingSession:
                 nll, trained = self._nll(examples)
                 vectors = list(trained_vectors(model).values())
                 torch.autograd.grad(nll / trained, vectors, allow_unused=True)
-        except (RuntimeError, MemoryError) as error:  # torch's CPU allocator raises a plain RuntimeError
-            if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not _OUT_OF_MEMORY.search(str(error)):
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
                 raise
-            raise self._does_not_fit(examples) from None
+            raise longest_batch_error(recipe, self.plan, bool(self.checkpointing), examples) from None
         finally:
             model.train(was_training)
-            for module in model.modules():
-                if isinstance(module, SharedProjection):
-                    module.inputs.forget()
-
-    def _does_not_fit(self, examples: list[Example]) -> InputError:
-        recipe, plan = self.recipe, self.plan
-        longest = max(len(example.input_ids) for example in examples)
-        rows = ", ".join([*(example.source for example in examples[:4]), *(["..."] if len(examples) > 4 else [])])
-        text = (
-            f"{recipe.data.path}: the longest batch of this run ({len(examples)} rows, the longest of {longest:,} "
-            f"tokens: {rows}) does not fit into memory. "
-        )
-        if plan is not None and plan.changes:
-            return InputError(text + "\n".join(change_lines(plan)))
-        if plan is not None:  # by the plan it fits
-            text += f"The plan came to {size(plan.memory.total_bytes)}, so other processes hold memory too. "
-        if not self.checkpointing:
-            text += "Set training.gradient_checkpointing=true. "
-        return InputError(f"{text}Lower training.per_device_train_batch_size or data.max_length.")
+            forget_inputs(model)
 
     def _nll(
         self,
@@ -349,21 +387,3 @@ class TrainingSession:
         data, chunk = self.recipe.data, self.recipe.training.loss_chunk_tokens
         batch = evaluate.make_batch(self.model, rows, self.datasets.pad_id, data.prefix_once, data.packing)
         return evaluate.batch_nll(self.model, batch, chunk, decoder, expected_grad)
-
-    def _not_finite(self, losses: list[float], norm: float, rows: list[int], passes: list[list[int]]) -> RunFailed:
-        """The error of a loss or gradient that is not finite, with the rows that it came from on all ranks."""
-        train = self.datasets.train
-        bad = [micro for micro, loss in zip(passes, losses, strict=True) if not math.isfinite(loss)]
-        found = self.group.gather(
-            {"losses": plain_json(losses), "rows": [train[i].source for micro in bad for i in micro]}
-        )
-        where = ", ".join(source for one in found for source in one["rows"])
-        where = where or "the gradient only; rows " + ", ".join(train[i].source for i in rows)
-        shown = ", ".join("not finite" if loss is None else f"{loss:g}" for one in found for loss in one["losses"])
-        return for_all(
-            RunFailed(
-                f"Step {self.state.step + 1}: the loss or its gradient is not finite (losses {shown}; gradient norm "
-                f"{norm}); rows: {where}. No step was taken and earlier checkpoints are kept. Lower "
-                "training.learning_rate, or look at these rows."
-            )
-        )

@@ -23,14 +23,14 @@ from qvera.evaluation import evaluate
 from qvera.training import checkpoint
 from qvera.training.checkpoint import TrainState
 from qvera.training.engine import trained_vectors
-from qvera.training.logging import MetricsLog, ProgressBar, Trackers, status_line
+from qvera.training.logging import MetricsLog, ProgressBar, Trackers, repeat_line, status_line
 from qvera.training.optim import build_schedule, optimizer_bytes
 from qvera.training.plan import planned_steps
 from qvera.training.run_dir import check_run_dir, newest_checkpoint, plain_json, run_lock, write_run
 from qvera.training.session import TrainingSession
 from qvera.utils import accelerator, memory
 from qvera.utils.atomic import disk_errors, replace_text
-from qvera.utils.errors import InputError, Interrupted, RunFailed
+from qvera.utils.errors import InputError, Interrupted, OutOfMemory, RunFailed
 from qvera.utils.signals import StopRequests
 
 RESTART_WAIT_SECONDS = 60.0
@@ -156,11 +156,10 @@ class Trainer(TrainingSession):
                 while state.step < self.steps and not state.stopped_early and not self.stop_requested():
                     try:
                         record = self.train_step()
-                    except RunFailed:
-                        self.finish("failed")
-                        raise
+                    except RunFailed as error:
+                        raise self.end(error) from None
                     self.log(record)
-                    if record["kind"] == "skipped":
+                    if record["kind"] != "train":
                         continue
                     best_step = state.best_step
                     if self.datasets.eval and training.eval_steps and state.step % training.eval_steps == 0:
@@ -182,6 +181,21 @@ class Trainer(TrainingSession):
         self.finish("done", after, samples)
         return RunResult(self.run_dir, self.run) if self.group.first else None
 
+    def end(self, error: RunFailed) -> RunFailed:
+        """Save the step before one that memory did not suffice for, and write run.json; returns the error to raise."""
+        if self.group.world_size > 1 and not error.shared:
+            return error  # the other ranks are elsewhere
+        if isinstance(error, OutOfMemory) and self.state.step:
+            if self.state.step != self.saved_step:
+                self.save_checkpoint()
+            error = for_all(
+                OutOfMemory(
+                    f"{error}\nStep {self.state.step} is saved: the same command with --resume goes on from it."
+                )
+            )
+        self.finish("failed")
+        return error
+
     def stop_requested(self) -> bool:
         """Whether a signal asks this run to stop, whichever rank got it; all ranks stop at the same step."""
         asked, group = self.signals.asked, self.group
@@ -196,12 +210,8 @@ class Trainer(TrainingSession):
         if self.log_file is not None:
             self.log_file.write(record)
         self.trackers.log(record)
-        if record["kind"] == "skipped":
-            self.console.print(
-                f"step {record['step']}: the gradient overflowed in float16 at a loss scale of "
-                f"{record['loss_scale']:,.0f}. It is taken again with half of it.",
-                highlight=False,
-            )
+        if (line := repeat_line(record)) is not None:
+            self.console.print(line, style="yellow", highlight=False, soft_wrap=True)
         if record["kind"] == "train":
             self.progress.show(record)
             if record["step"] == 1 and self.recipe.training.optim != "adamw":
@@ -317,6 +327,8 @@ class Trainer(TrainingSession):
         if self.scaler is not None and one.state.get("loss_scale"):
             self.scaler.load_state_dict(one.state["loss_scale"])
         self.state = TrainState(**one.state["progressed"])
+        for halving in self.state.halvings:
+            self.batches.limit(halving.get("pass_rows") or halving["pass_tokens"])
         self.keep_checkpointing(one.state.get("gradient_checkpointing", self.checkpointing))
         self.console.print(f"Going on from step {self.state.step} of {self.steps} ({one.path}).", soft_wrap=True)
 
@@ -364,6 +376,7 @@ class Trainer(TrainingSession):
             "best_step": state.best_step,
             "stopped_early": state.stopped_early,
             "skipped_steps": state.skipped_steps,
+            "halvings": state.halvings,
             "seconds": state.train_seconds,
             "tokens_per_second": state.input_tokens / state.train_seconds if state.train_seconds else None,
             "peak_bytes": watch.peak_bytes,

@@ -30,6 +30,10 @@ class RunFailed(QveraError):
     """A run that had started could not go on (a NaN loss, a full disk); what was saved before is kept. Exit code 1."""
 
 
+class OutOfMemory(RunFailed):
+    """Memory ran out in a step; the step was undone."""
+
+
 class Interrupted(QveraError):
     """Ctrl-C, SIGTERM or SIGHUP: the state was saved, and ``--resume`` goes on from it. Exit code 75."""
 

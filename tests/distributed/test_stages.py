@@ -114,6 +114,9 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> Place:
         tasks.append(place.task(word, word[:5], **UNEVEN))
     for word, stage in (("none-one-row", None), ("zero3-one-row", "zero3")):
         tasks.append(place.task(word, stage, **ONE_ROW))
+    short = {"out_of_memory": {"rank": 1, "step": 2, "rows": 1}}
+    tasks.append(place.task("halved", None, short, on_oom="halve", **BARE))
+    tasks.append(place.task("short", None, {**short, "fails": True}, **BARE))
     for stage in QUICK:
         tasks.append(place.task(f"{name_of(stage)}-float16", stage, {"recipe": place.float16(stage)}))
     tasks.append(place.task("grown-on", "zero3", {"of": "grown", "resume": True}, save_steps=CUT))
@@ -175,6 +178,20 @@ def test_two_processes_give_the_numbers_of_one(place: Place, stage: str | None) 
     assert len(losses(run)) == STEPS
     close(run, place.root / "alone")
     assert losses(run, "eval") == pytest.approx(losses(place.root / "alone", "eval"), rel=1e-5)
+
+
+def test_memory_that_runs_out_on_one_rank_halves_the_passes_of_all(place: Place) -> None:
+    close(place.root / "halved", place.root / "alone")
+    result = json.loads((place.root / "halved" / "run.json").read_text())["result"]
+    assert result["halvings"] == [{"step": 2, "pass_rows": 1}]
+
+
+def test_memory_that_runs_out_on_one_rank_saves_and_ends_all(place: Place) -> None:
+    for found in place.found:
+        assert found["short"]["error"] == "OutOfMemory"
+        assert "Step 2: memory ran out in a forward and backward pass (rank 1, 2 rows," in found["short"]["text"]
+        assert "Step 1 is saved" in found["short"]["text"]
+    assert (place.root / "short" / "checkpoints" / "step-00000001").is_dir()
 
 
 @pytest.mark.parametrize("stage", QUICK, ids=name_of)

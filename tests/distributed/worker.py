@@ -34,7 +34,7 @@ from qvera.utils.errors import QveraError
 class Watch:
     """Wrapped around the loop's own functions for one run: which rows this rank trained on, and its engine and model."""
 
-    def __init__(self, stop_after: int | None) -> None:
+    def __init__(self, stop_after: int | None, out_of_memory: dict[str, int] | None = None) -> None:
         self.engine: Any = None
         self.model: Any = None
         self.rows: list[list[int]] = []
@@ -43,6 +43,7 @@ class Watch:
         self.private: dict[str, int] = {}
         self.longest_batch_tries = 0
         self.stop_after = stop_after
+        self.out_of_memory = out_of_memory  # a rank, a step, and the rows that fit in a pass there
 
     def __enter__(self) -> Watch:
         gc.collect()
@@ -50,6 +51,16 @@ class Watch:
         self.kept = Trainer.make_engine, Trainer.train_step, Batches.passes
         run_longest_batch = self.run_longest_batch = Trainer.run_longest_batch
         build, step, passes = self.kept
+        nll = self.nll = Trainer._nll
+
+        def watched_nll(trainer: Trainer, rows: Any, *rest: Any) -> Any:
+            short = self.out_of_memory
+            here = short is not None and (short["rank"], short["step"]) == (trainer.group.rank, trainer.state.step + 1)
+            if short is not None and here and rest and len(rows) > short["rows"]:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return nll(trainer, rows, *rest)
+
+        Trainer._nll = watched_nll  # type: ignore
 
         def watched(trainer: Trainer) -> None:
             self.longest_batch_tries += 1
@@ -98,6 +109,7 @@ class Watch:
     def __exit__(self, *_: Any) -> None:
         Trainer.make_engine, Trainer.train_step, Batches.passes = self.kept  # type: ignore[method-assign]
         Trainer.run_longest_batch = self.run_longest_batch  # type: ignore[method-assign]
+        Trainer._nll = self.nll  # type: ignore[method-assign]
 
     def found(self) -> dict[str, Any]:
         engine = self.engine
@@ -169,7 +181,7 @@ def _in_a_safetensors_file(address: int) -> bool:
 def run(task: dict[str, Any], group: Group) -> dict[str, Any]:
     began, busy = time.perf_counter(), time.process_time()
     outcome: dict[str, Any] = {"error": None}
-    with Watch(task.get("stop_after")) as watch:
+    with Watch(task.get("stop_after"), task.get("out_of_memory")) as watch:
         try:
             recipe = parse_recipe(task["recipe"], task["name"])
             if group.rank and "other_recipe" in task:

@@ -1,0 +1,125 @@
+"""What a run says where a step can't be taken: the rows, the shortage of memory, and what to change."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from qvera.distributed.group import Group, for_all
+from qvera.training.plan import Plan, make_plan
+from qvera.training.plan.show import change_lines
+from qvera.training.run_dir import plain_json
+from qvera.utils.errors import InputError, OutOfMemory, RunFailed
+from qvera.utils.formatting import size
+from qvera.utils.out_of_memory import Shortage
+
+if TYPE_CHECKING:
+    from qvera.config.schema import Recipe
+    from qvera.data import Example, Rows
+
+_CHANGES = 3
+_LEAST_SHARE = 0.05
+"""A change has to take at least this share less than was planned, since the plan was too low."""
+
+
+def longest_batch_error(
+    recipe: Recipe, plan: Plan | None, checkpointing: bool, examples: Sequence[Example]
+) -> InputError:
+    """The error of a run whose longest batch does not fit, which is found before its first step."""
+    rows = ", ".join([*(example.source for example in examples[:4]), *(["..."] if len(examples) > 4 else [])])
+    text = f"{recipe.data.path}: the longest batch of this run ({_batch(examples)}: {rows}) does not fit into memory. "
+    if plan is not None and plan.changes:
+        return InputError(text + "\n".join(change_lines(plan)))
+    if plan is not None:  # by the plan it fits
+        text += f"The plan came to {size(plan.memory.total_bytes)}, so other processes hold memory too. "
+    if not checkpointing:
+        text += "Set training.gradient_checkpointing=true. "
+    return InputError(f"{text}Lower training.per_device_train_batch_size or data.max_length.")
+
+
+def not_finite_error(
+    step: int, losses: list[float], norm: float, passes: list[list[str]], rows: list[str], group: Group
+) -> RunFailed:
+    """The error of a loss or gradient that is not finite, with the rows that it came from on all ranks.
+
+    Args:
+        step: from 1.
+        losses: of this rank's passes.
+        norm: of the gradient.
+        passes: the sources of the rows of each pass of this rank.
+        rows: the sources of all rows of the step.
+    """
+    bad = [sources for sources, loss in zip(passes, losses, strict=True) if not math.isfinite(loss)]
+    found = group.gather({"losses": plain_json(losses), "rows": [source for sources in bad for source in sources]})
+    where = ", ".join(source for one in found for source in one["rows"])
+    where = where or "the gradient only; rows " + ", ".join(rows)
+    shown = ", ".join("not finite" if loss is None else f"{loss:g}" for one in found for loss in one["losses"])
+    return for_all(
+        RunFailed(
+            f"Step {step}: the loss or its gradient is not finite (losses {shown}; gradient norm {norm}); rows: "
+            f"{where}. No step was taken and earlier checkpoints are kept. Lower training.learning_rate, or look at "
+            "these rows."
+        )
+    )
+
+
+def step_error(
+    step: int, shortage: Shortage, examples: Sequence[Example], plan: Plan | None, rows: Rows | None, group: Group
+) -> OutOfMemory:
+    """The error of a step that memory does not suffice for and that every rank has undone; all of them call this.
+
+    Args:
+        step: from 1.
+        shortage: the `worst` of all ranks.
+        examples: those of the pass that failed on this rank; none where it did not.
+        plan: of this run; None where none could be made.
+        rows: the training rows, to plan the changes with; None: `make_plan` assumes some.
+    """
+    passes = group.gather(_batch(examples) if examples else None)
+    rank, failed = next((rank, one) for rank, one in enumerate(passes) if one is not None)
+    where = f"rank {rank}, {failed}" if group.world_size > 1 else failed
+    return for_all(
+        OutOfMemory(
+            f"Step {step}: memory ran out in a forward and backward pass ({where}): {shortage}. The step was undone.\n"
+            f"{_advice(plan, rows, shortage)}"
+        )
+    )
+
+
+def lone_error(
+    step: int, shortage: Shortage, examples: Sequence[Example], plan: Plan | None, rows: Rows | None, group: Group
+) -> OutOfMemory:
+    """The error of one rank under ZeRO, which can't tell the others: they wait in the middle of DeepSpeed's passes."""
+    return OutOfMemory(
+        f"Step {step}: memory ran out in a forward and backward pass (rank {group.rank} on {group.host}, "
+        f"{_batch(examples)}): {shortage}. Under ZeRO a step that one rank can't take ends the run; earlier "
+        f"checkpoints are kept, and training.save_steps says how many there are.\n{_advice(plan, rows, shortage)}"
+    )
+
+
+def worst(shortages: Sequence[Shortage]) -> Shortage:
+    """The largest allocation that failed on some rank, and the least that was free on one of them."""
+    asked = [one.asked_bytes for one in shortages if one.asked_bytes is not None]
+    return Shortage(max(asked, default=None), min(one.free_bytes for one in shortages))
+
+
+def _advice(plan: Plan | None, rows: Rows | None, shortage: Shortage) -> str:
+    lines = [] if plan is None else _changes_that_fit(plan, rows, shortage)
+    if plan is not None and plan.recipe.deepspeed is None and plan.recipe.training.on_oom == "save":
+        lines.append("Or set training.on_oom=halve, which goes on with half as many rows in a pass.")
+    return "\n".join(lines) or "Lower training.per_device_train_batch_size or data.max_length."
+
+
+def _changes_that_fit(plan: Plan, rows: Rows | None, shortage: Shortage) -> list[str]:
+    """The mildest changes by which the plan takes as much less as was missing."""
+    missing = max((shortage.asked_bytes or 0) - shortage.free_bytes, int(_LEAST_SHARE * plan.needed_bytes))
+    fitting = min(plan.needed_bytes, plan.machine.available_bytes) - missing
+    machine = dataclasses.replace(plan.machine, available_bytes=max(fitting, 0))
+    return change_lines(make_plan(plan.recipe, machine, rows, plan.sharing))[: 1 + _CHANGES]
+
+
+def _batch(examples: Sequence[Example]) -> str:
+    rows = "1 row" if len(examples) == 1 else f"{len(examples)} rows"
+    return f"{rows}, the longest of {max(len(example.input_ids) for example in examples):,} tokens"
