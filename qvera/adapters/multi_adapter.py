@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
@@ -22,6 +23,7 @@ from qvera.adapters.projection import SharedProjection, vera_scale
 from qvera.adapters.save_load import read_adapter, read_config, require_tokens
 from qvera.kernels.columns import scaled_columns
 from qvera.models import linear
+from qvera.utils import accelerator
 from qvera.utils.errors import InputError
 
 BASE = "__base__"
@@ -113,19 +115,20 @@ class RowPlan:
 def plan_rows(names: Sequence[str], banks: Sequence[SeedBank], device: torch.device) -> RowPlan:
     """The plan of a batch whose rows use ``names``; a name that no bank has is taken for an ordinary adapter's."""
 
-    def where(rows: list[int]) -> torch.Tensor | None:
-        return None if len(rows) == len(names) else torch.tensor(rows, device=device)
+    def placed(rows: list[int], adapters: Sequence[int] = ()) -> tuple[torch.Tensor | None, torch.Tensor]:
+        arrays = {"rows": np.array(rows, dtype=np.int64), "adapters": np.array(adapters, dtype=np.int64)}
+        sent = accelerator.tensors_on(device, arrays)
+        return None if len(rows) == len(names) else sent["rows"], sent["adapters"]
 
     plan = RowPlan(len(names), [], [])
     left = [i for i, name in enumerate(names) if name != BASE]
     for bank in banks:
         mine = [i for i in left if names[i] in bank.names]
         if mine:
-            adapters = torch.tensor([bank.names[names[i]] for i in mine], device=device)
-            plan.banked.append((bank, where(mine), adapters))
+            plan.banked.append((bank, *placed(mine, [bank.names[names[i]] for i in mine])))
         left = [i for i in left if names[i] not in bank.names]
     for name in dict.fromkeys(names[i] for i in left):
-        plan.live.append((name, where([i for i in left if names[i] == name])))
+        plan.live.append((name, placed([i for i in left if names[i] == name])[0]))
     return plan
 
 

@@ -3,6 +3,8 @@
 Reads QVERA adapters and those of PEFT's own VeRA (with their projections in the file, or only their seed).
 """
 
+from __future__ import annotations
+
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,18 @@ class AdapterDeltas:
     A: torch.Tensor
     B: torch.Tensor
     layers: dict[str, Delta]
+
+    def on(self, device: torch.device) -> AdapterDeltas:
+        """The same with its factors on a device, the pair once for all layers; itself on a CPU."""
+        if device.type == "cpu":
+            return self
+        A, B = self.A.to(device), self.B.to(device)
+        layers = {}
+        for name, delta in self.layers.items():
+            (m, n), a = delta.shape, None if delta.a is None else delta.a.to(device)
+            d, b = delta.d.to(device), delta.b.to(device)
+            layers[name] = dataclasses.replace(delta, A=A[:, :n], B=B[:m], d=d, b=b, a=a)
+        return dataclasses.replace(self, A=A, B=B, layers=layers)
 
     @property
     def seed(self) -> int | None:

@@ -78,6 +78,8 @@ def export_merged(
 
 _KEPT = "{done} of {total} shards are finished and kept. Make room and run the same command again; it resumes there."
 _INTERRUPTED = "Stopped by {why} with {done} of {total} shards finished in {out}. The same command goes on from there."
+_MERGING_BYTES = 2 * 10**9
+"""What an accelerator must have free: the pair of a 70B at rank 1024 in fp32 is 230 MB, and blocks are in work."""
 Merged = tuple[Block, torch.Tensor, tuple[float, float] | None]
 """Rows in the output's dtype, and the largest and the sum of |ΔW| in them where the weight is adapted."""
 
@@ -129,7 +131,8 @@ class _MergedExport:
         self.tables: dict[str, TokenTable] = {}
         if self.added_tokens:
             self.tables = token_tables(self.model, self.added_tokens, adapter_dir, self.entries)
-        self.deltas = {f"{name}.weight": delta for name, delta in self.adapter.layers.items()}
+        self.device = _merging_device()
+        self.deltas = {f"{name}.weight": delta for name, delta in self.adapter.on(self.device).layers.items()}
         absent = sorted(self.deltas.keys() - {entry.name for entry in self.entries})
         if absent:
             raise InputError(f"{self.source_dir}: has no {first_of(absent)}, which the adapter changes.")
@@ -153,6 +156,7 @@ class _MergedExport:
             "tokens": file_sha256(token_rows) if token_rows.is_file() else None,
             "base": [str(self.source_dir.resolve()), self.stamps],
             "options": self.options.to_dict(),
+            "device": self.device.type,  # another one may round otherwise
             "quantization": [section.quantization, section.double_quant, str(self.compute_dtype)],
         }
 
@@ -207,10 +211,13 @@ class _MergedExport:
     def _merge(self, block: Block) -> Merged:
         """W + ΔW in fp32, rounded once to the output's dtype; a tensor that is not adapted is only cast.
 
+        On an accelerator where there is one. The host waits for it twice a block: for the numbers and for the rows.
+
         Raises:
             RunFailed: the result has NaN or Inf in it.
         """
         name, weight, found = block.entry.name, block.rows, None
+        numbers: list[torch.Tensor] = []
         delta = self.deltas.get(name)
         if name in self.tables:
             weight = self.tables[name].put(weight, block.first, block.last)
@@ -220,14 +227,16 @@ class _MergedExport:
             exact = weight if self.dtype == weight.dtype else weight.to(torch.float32)
         else:
             exact = delta.rows(block.first, len(weight))
-            low, high = torch.aminmax(exact)
-            found = (max(-low.item(), high.item()), exact.abs().sum().item())
-            exact.add_(weight)  # in fp32, like weight.float() + ΔW
+            numbers += [*torch.aminmax(exact), exact.abs().sum()]
+            exact.add_(weight.to(exact.device))  # in fp32, like weight.float() + ΔW
         result = exact.to(self.dtype).contiguous()
-        low, high = torch.aminmax(result)  # both are NaN where one element is
-        if not (math.isfinite(low.item()) and math.isfinite(high.item())):
+        numbers += torch.aminmax(result)  # both are NaN where one element is
+        *of_delta, low, high = torch.stack([number.float() for number in numbers]).tolist()
+        if of_delta:
+            found = (max(-of_delta[0], of_delta[1]), of_delta[2])
+        if not (math.isfinite(low) and math.isfinite(high)):
             raise RunFailed(_not_finite(block, exact, self.dtype, delta is not None))
-        return block, result, found
+        return block, result.cpu(), found
 
     def certificate(self, work: OutputDirectory, delta: dict[str, Any]) -> dict[str, Any]:
         """What was merged onto what."""
@@ -279,6 +288,12 @@ class _MergedExport:
             config.pad_token_id = tokenizer.pad_token_id
         config.architectures = config.architectures or [type(self.model).__name__]
         place_files(out, config.save_pretrained)
+
+
+def _merging_device() -> torch.device:
+    """The accelerator, unless something else has filled it; else the CPU."""
+    device = accelerator.current_device()
+    return device if memory.available_bytes(device) >= _MERGING_BYTES else torch.device("cpu")
 
 
 def _not_finite(block: Block, exact: torch.Tensor, dtype: torch.dtype, adapted: bool) -> str:

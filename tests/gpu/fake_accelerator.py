@@ -27,7 +27,7 @@ and the adapter are loaded. For anything but a training step, call the real func
 
 What it can't show: the allocator's rounding and fragmentation, memory that a kernel takes for itself (but for those in
 tests/live_bytes.py), values, and time.
-Every number that the host reads is 1, and True. Attention is the one that CUDA would choose: flash where there is no
+Every number that the host reads is 1, and True (`FakeAccelerator.answer`). Attention is the one that CUDA would choose: flash where there is no
 mask, else the memory-efficient one. The optimizer's and clipping's passes over all vectors are launched vector by vector
 here, in groups on a card.
 """
@@ -42,7 +42,7 @@ import sys
 import tempfile
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any, NamedTuple, Self
@@ -50,6 +50,7 @@ from unittest import mock
 
 import bitsandbytes as bnb
 import numpy as np
+import safetensors.numpy
 import torch
 from rich.console import Console
 from torch import nn
@@ -59,7 +60,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qvera
-from qvera.adapters import projection
+from qvera.adapters import projection, save_load
 from qvera.config.schema import Recipe, parse_recipe
 from qvera.data import Example
 from qvera.distributed.group import ALONE
@@ -177,6 +178,22 @@ def _attention(
     return found[0]
 
 
+def _load_file(path: Path) -> dict[str, torch.Tensor]:
+    """As safetensors', which builds tensors in a way that the fake mode does not know."""
+    return {name: torch.from_numpy(array) for name, array in safetensors.numpy.load_file(path).items()}
+
+
+def _on_device(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`torch.tensor` and its like for a device that has no memory: made on the CPU, then copied, as elsewhere."""
+
+    def made(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
+        if device is None or torch.device(device).type != TYPE:
+            return make(data, *args, device=device, **kwargs)
+        return make(data, *args, **kwargs).to(device)
+
+    return made
+
+
 def _is_not_fake(_: object) -> bool:
     """In the place of transformers' own: a MagicMock would remember tensors, and keep them alive."""
     return False
@@ -192,6 +209,7 @@ class _Recorder(TorchDispatchMode):
         self._pinned: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
         self._last_list: tuple[int, int] | None = None
         self.in_loss = False
+        self.answers: list[bool] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -250,6 +268,8 @@ class _Recorder(TorchDispatchMode):
             return None
         direction = "to device" if target.type == TYPE else "to host"
         source.constant = None  # else the fake mode computes with what it knows of small tensors
+        if not source.numel():  # nothing to copy
+            return direction
         if direction == "to device" and source.untyped_storage() not in self._pinned:
             waits = True  # pageable memory is copied while the host waits
         if self.seen is not None:
@@ -267,7 +287,7 @@ class _Recorder(TorchDispatchMode):
             with torch._C._DisableTorchDispatch():
                 return constant.item()
         if tensor.dtype == torch.bool:
-            return True
+            return self.answers.pop(0) if self.answers else True
         return 1.0 if tensor.dtype.is_floating_point else 1
 
     def _sync(self, what: str, tensor: torch.Tensor | None = None) -> None:
@@ -320,6 +340,9 @@ class FakeAccelerator:
         self._stack.enter_context(mock.patch.object(evaluate, "fused_linear_cross_entropy", self._loss))
         # A and B have no values here, and drawing them takes seconds
         self._stack.enter_context(mock.patch.object(projection, "uniform_matrix", _no_values))
+        self._stack.enter_context(mock.patch.object(save_load, "load_file", _load_file))
+        for name in ("tensor", "as_tensor"):
+            self._stack.enter_context(mock.patch.object(torch, name, _on_device(getattr(torch, name))))
         # else transformers takes another path, as when it exports a model
         self._stack.enter_context(mock.patch("transformers.utils.import_utils.is_fake_tensor", _is_not_fake))
         self.scratch = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
@@ -334,6 +357,10 @@ class FakeAccelerator:
             return loss.fused_linear_cross_entropy(*arguments, **named)
         finally:
             self._recorder.in_loss = False
+
+    def answer(self, *answers: bool) -> None:
+        """Let the device give these answers to the next questions of yes or no; to all others it says yes."""
+        self._recorder.answers = list(answers)
 
     @property
     def alive_bytes(self) -> int:
@@ -477,5 +504,6 @@ class FakeSession(TrainingSession):
         return Base(self._fake.model(*self._wanted), tokenizer, {})
 
     def _plan_memory(self) -> None:
+        """No plan: memory has no end here, and ``gradient_checkpointing: auto`` is true."""
         asked = self.recipe.training.gradient_checkpointing
         self.checkpointing = True if asked == "auto" else asked

@@ -1,56 +1,167 @@
-"""The real code at the shapes of 7B to 70B models on the fake accelerator: nothing stays on the CPU, and nothing waits for it."""
+"""The real code at the shapes of 7B to 70B models on the fake accelerator: nothing stays on the CPU, and nothing waits for it.
+
+A tensor that was left on the CPU ends the measurement with an error.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from safetensors.numpy import save_file
+from transformers import LlamaForCausalLM
 
-from tests.gpu.fake_accelerator import FakeAccelerator
+from qvera.adapters.config import QveraConfig
+from qvera.adapters.multi_adapter import load_adapters
+from qvera.adapters.save_load import named_vectors
+from qvera.evaluation import evaluate
+from qvera.evaluation.generate import generate
+from qvera.export.deltas import read_deltas
+from qvera.export.merged import _MergedExport
+from qvera.models.safetensors_stream import Block
+from tests.gpu.fake_accelerator import FakeAccelerator, FakeSession
 from tests.gpu.own_process import measured
 
 pytestmark = pytest.mark.process
 
 SHAPES = ("7b", "8b", "13b", "70b")
+RANK = 64
+
+# Every place where the host waits for the device.
 
 STEP_SYNCS = {
     "training.session.train_step: list": 1,  # the losses of all passes, once they are all under way
     "training.engine.step: list": 1,  # the gradient norm: a step that is not finite must not be taken
 }
-"""Where the host waits for the device in an optimizer step, however many layers and passes it has, and how often."""
+"""In an optimizer step, however many layers and passes it has."""
+EVALUATION_SYNCS = {"evaluation.evaluate.held_out_loss: list": 1}
+"""In the loss of all held-out rows."""
+TOKEN_SYNCS = {
+    "evaluation.generate.answer: number": 1,  # transformers asks whether all answers have ended
+    "models.attention._mask: number": 1,  # and whether a prompt is padded
+}
+"""For each token of the answers of a batch."""
+BATCH_SYNCS = {"evaluation.generate.answer: copy to device", "evaluation.generate.answer: list"}
+"""For each batch of answers: its prompts and transformers' special tokens go over, its answers come back."""
+MERGE_SYNCS = {
+    "export.merged._merge: copy to device": 1,
+    "export.merged._merge: list": 1,  # the largest change, and whether all is finite
+    "export.merged._merge: copy to host": 1,
+}
+"""For each block of rows of a merged export."""
 
 
-def training_steps(fake: FakeAccelerator) -> dict[str, Any]:
-    """The second step of a model of two layers, for each shape."""
-    found = {}
+def everything(fake: FakeAccelerator) -> dict[str, Any]:
+    """What each part of the work takes on models of two layers, for each shape."""
+    found: dict[str, Any] = {}
     for shape in SHAPES:
-        session = fake.session(shape, rows=[512, 500], rank=64, layers=2, prompt_tokens=100)
+        session = fake.session(
+            shape, rows=[512, 500], rank=RANK, layers=2, prompt_tokens=100, try_longest_batch=shape == "8b"
+        )
+        found[shape] = {"devices": devices_of(session.model), "base_bytes": session.base_bytes}
         session.train_step()
         with fake.record() as seen:
-            record = session.train_step()
-        devices = sorted(
-            {str(p.device) for p in session.model.parameters()} | {str(b.device) for b in session.model.buffers()}
-        )
+            session.train_step()
         states = [value for state in session.optimizer.state.values() for key, value in state.items() if key != "step"]
-        found[shape] = {**seen.to_dict(), "devices": devices, "tokens": record["input_tokens"],
-                        "state_devices": sorted({str(value.device) for value in states}),
-                        "base_bytes": session.base_bytes}  # fmt: skip
+        found[shape]["states"] = sorted({str(value.device) for value in states})
+        found[shape]["step"] = seen.to_dict()
+        with fake.record() as seen, evaluate.scoring(session.model):
+            evaluate.held_out_loss(session.model, session.datasets.eval, pad_id=0, batch_size=1, chunk_tokens=512)
+        found[shape]["evaluation"] = seen.to_dict()
+        found[shape]["answers"] = [answers(fake, session, questions) for questions in (8, 10)]
+        base, adapter = fake.model(shape, layers=2), written_adapter(fake, session)
+        found[shape]["merge"] = merge(fake, base, adapter)
+        found[shape]["many"] = many_adapters(fake, base, adapter)
     return found
 
 
+def devices_of(model: torch.nn.Module) -> list[str]:
+    return sorted({str(tensor.device) for tensor in [*model.parameters(), *model.buffers()]})
+
+
+def answers(fake: FakeAccelerator, session: FakeSession, questions: int) -> dict[str, Any]:
+    """Two prompts of different length, answered until the device has been asked so often whether all have ended."""
+    fake.answer(*[False] * questions)
+    with fake.record() as seen:
+        generate(session.model, session.base.tokenizer, [[5] * 7, [6] * 9], max_new_tokens=64)
+    return seen.to_dict()
+
+
+def written_adapter(fake: FakeAccelerator, session: FakeSession) -> Path:
+    """The adapter's directory, without torch: its tensors have no values here."""
+    directory = fake.scratch / "adapter"
+    config = session.model.peft_config["default"]
+    assert isinstance(config, QveraConfig)
+    config.save_pretrained(str(directory))
+    vectors = named_vectors(session.model)
+    arrays = {name: np.zeros(tuple(vector.shape), dtype=np.float32) for name, vector in vectors.items()}
+    save_file(arrays, directory / "adapter_model.safetensors")
+    return directory
+
+
+def merge(fake: FakeAccelerator, base: LlamaForCausalLM, adapter: Path) -> dict[str, Any]:
+    """One block of rows of the widest weight, merged."""
+    name = "model.layers.1.mlp.down_proj"
+    deltas = read_deltas(adapter, base).on(fake.device)
+    rows = torch.empty(256, deltas.layers[name].shape[1], dtype=torch.bfloat16)
+    entry: Any = SimpleNamespace(name=f"{name}.weight")
+    export = _MergedExport.__new__(_MergedExport)
+    export.deltas, export.tables, export.dtype = {entry.name: deltas.layers[name]}, {}, torch.float16
+    export.reader = None  # type: ignore[assignment]
+    with fake.record() as seen:
+        _, merged, changed = export._merge(Block(entry, 512, rows, False))
+    return {**seen.to_dict(), "merged": [str(merged.device), str(merged.dtype)], "changed": changed}
+
+
+def many_adapters(fake: FakeAccelerator, base: LlamaForCausalLM, adapter: Path) -> dict[str, Any]:
+    """A batch of three rows with two adapters and none."""
+    model = load_adapters(base, {"one": adapter, "two": adapter})
+    ids = torch.zeros(3, 20, dtype=torch.int64, device=fake.device)
+    with fake.record() as seen, torch.no_grad():
+        out = model(input_ids=ids, adapter_names=["one", "__base__", "two"])
+    return {**seen.to_dict(), "devices": devices_of(model), "logits": list(out.logits.shape)}
+
+
 @pytest.fixture(scope="module")
-def steps() -> dict[str, Any]:
-    return measured(training_steps)
+def found() -> dict[str, Any]:
+    return measured(everything)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_training_step_leaves_nothing_on_the_cpu(steps: dict[str, Any], shape: str) -> None:
-    step = steps[shape]
-    assert step["devices"] == step["state_devices"] == ["fakegpu:0"]
-    assert step["tokens"] == 1012 and step["kernels"]["qvera.dequantize_4bit"] >= 2 * 7
+def test_a_training_step(found: dict[str, Any], shape: str) -> None:
+    assert found[shape]["devices"] == found[shape]["states"] == ["fakegpu:0"]
+    step = found[shape]["step"]
+    assert step["syncs"] == STEP_SYNCS
+    assert step["copies"] == {"to device": 1}
+    assert step["kernels"]["qvera.dequantize_4bit"] >= 2 * 7
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_training_step_waits_for_the_device_only_where_it_is_listed(steps: dict[str, Any], shape: str) -> None:
-    assert steps[shape]["syncs"] == STEP_SYNCS
-    assert steps[shape]["copies"] == {"to device": 1}
+def test_held_out_loss(found: dict[str, Any], shape: str) -> None:
+    assert found[shape]["evaluation"]["syncs"] == EVALUATION_SYNCS
+    assert found[shape]["evaluation"]["copies"] == {"to device": 2}  # one a batch
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_answers(found: dict[str, Any], shape: str) -> None:
+    fewer, more = (run["syncs"] for run in found[shape]["answers"])
+    assert {name: more[name] - fewer[name] for name in more if more[name] != fewer[name]} == TOKEN_SYNCS
+    assert set(more) == TOKEN_SYNCS.keys() | BATCH_SYNCS
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_block_of_a_merged_export(found: dict[str, Any], shape: str) -> None:
+    merge = found[shape]["merge"]
+    assert merge["merged"] == ["cpu", "torch.float16"] and merge["kernels"]["aten.mm"] == 1
+    assert merge["syncs"] == MERGE_SYNCS
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_with_different_adapters(found: dict[str, Any], shape: str) -> None:
+    many = found[shape]["many"]
+    assert many["devices"] == ["fakegpu:0"] and many["logits"][:2] == [3, 20]
+    assert many["syncs"] == {} and many["copies"] == {"to device": 1}
