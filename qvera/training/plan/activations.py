@@ -157,41 +157,79 @@ def product_bytes(run: PlannedRun, x: Linear) -> int:
 
 
 def transient_bytes(run: PlannedRun) -> int:
-    """The most that exists beside what is kept while backward goes through one layer: gradients and weights."""
-    if not goes_by_tiles(run):
-        return _moving_bytes(run, run.layer, 2 * run.batch.all_tokens * run.shape.ff * run.itemsize)
-    stream = run.batch.all_tokens * run.shape.hidden * run.itemsize
-    attention, mlp = ([x for x in run.layer if (x.role in _MLP) is inside] for inside in (False, True))
-    tile = _one_tile(run)
-    wide = 2 * tile.batch.all_tokens * run.shape.ff * run.itemsize
-    # the gradients of the MLP's output and input, and a tile: what it keeps, and the most beside that
-    in_a_tile = 2 * stream + wide + _adapter_bytes(tile, mlp) + _moving_bytes(tile, mlp, wide)
-    return max(in_a_tile, _moving_bytes(run, attention, stream))
+    """The most that exists beside what is kept while backward goes through one layer: gradients and weights.
+
+    Every moment is that of one kernel, with all that is alive then. tests/gpu/test_plan.py compares them with the real
+    code on a fake accelerator.
+    """
+    T, size = run.batch.all_tokens, run.itemsize
+    g, wide = T * run.shape.hidden * size, T * run.shape.ff * size
+    if goes_by_tiles(run):
+        tile, mlp = _one_tile(run), [x for x in run.layer if x.role in _MLP]
+        kept = 2 * tile.batch.all_tokens * run.shape.ff * size + _adapter_bytes(tile, mlp)  # by a tile's own graph
+        # beside a tile are the gradients of the MLP's output and input; what it kept is its input
+        in_mlp, of_mlp = 2 * g + kept + max(_mlp_moments(tile)), g
+    else:
+        z = _z_bytes(run)
+        in_mlp = max(_mlp_moments(run))
+        of_mlp = 2 * wide + z.get("down_proj", 0) + max(z.get("gate_proj", 0), z.get("up_proj", 0))
+    in_attention = max(_attention_moments(run)) - of_mlp - norm_bytes(run)  # the MLP and its norm are through
+    return max(in_mlp, in_attention) - norm_bytes(run)  # so is the final norm, since before the layers
 
 
-def _moving_bytes(run: PlannedRun, linears: Sequence[Linear], mlp_bytes: int) -> int:
-    """The most beside what is kept while backward goes through these linears. ``mlp_bytes``: what the MLP had kept."""
-    s, T, size = run.shape, run.batch.all_tokens, run.itemsize
-    stream, wide = T * s.hidden * size, T * s.ff * size
-    heads, kv = T * s.heads * s.head_dim * size, T * s.kv_heads * s.head_dim * size
+def _mlp_moments(run: PlannedRun) -> list[int]:
+    """Bytes while backward goes through the MLP. ``g`` is the gradient of the residual stream."""
+    T, size, z = run.batch.all_tokens, run.itemsize, _z_bytes(run)
+    g, wide = T * run.shape.hidden * size, T * run.shape.ff * size
+    down = z.get("down_proj", 0)
     flowing = {
-        "down_proj": stream + wide,
-        "o_proj": 2 * stream + heads,
-        **dict.fromkeys(("gate_proj", "up_proj"), 2 * stream + 2 * wide),
-        **dict.fromkeys(("q_proj", "k_proj", "v_proj"), 2 * stream + heads + 2 * kv),
+        "down_proj": g + _input_gradients(run, "down_proj") * wide - down,
+        # the gradients of gate and up have taken the place of what the MLP kept
+        **dict.fromkeys(("gate_proj", "up_proj"), 2 * g - down),
     }
-    # what the MLP kept is gone once its elementwise part is through; down_proj comes before that
-    moments = [
-        product_bytes(run, x) + flowing.get(x.role, 2 * stream) - (0 if x.role == "down_proj" else mlp_bytes)
-        for x in linears
-    ]
-    attends = any(x.role not in _MLP for x in linears)
-    if any(x.role in _MLP for x in linears) or linears == run.layer:
-        moments.append(stream + 3 * wide)
-    if attends and run.batch.keys:  # each row's gradients of keys and values, one of them sorted, and the tokens' own
+    inside = [x for x in run.layer if x.role in _MLP]
+    return [g + 3 * wide - down, *(product_bytes(run, x) + flowing[x.role] for x in inside)]
+
+
+def _attention_moments(run: PlannedRun) -> list[int]:
+    """Bytes while backward goes through the attention (and all that is not the MLP)."""
+    s, T, size = run.shape, run.batch.all_tokens, run.itemsize
+    g = T * s.hidden * size
+    heads, kv = T * s.heads * s.head_dim * size, T * s.kv_heads * s.head_dim * size
+    gone = _z_bytes(run).get("o_proj", 0)
+    flowing = {
+        "o_proj": g + _input_gradients(run, "o_proj") * heads,
+        **dict.fromkeys(("q_proj", "k_proj", "v_proj"), 3 * g + heads + 2 * kv - gone),
+    }
+    moments = [product_bytes(run, x) + flowing.get(x.role, 2 * g) for x in run.layer if x.role not in _MLP]
+    if run.batch.keys:  # each row's gradients of keys and values, one of them sorted, and the tokens' own
         copied = run.batch.keys * s.kv_heads * s.head_dim * size
-        moments.append(2 * stream + 2 * heads + 3 * copied + kv - mlp_bytes)
-    if attends and run.attention == "eager":
-        squares = run.batch.rows * s.heads * run.batch.tokens**2 * 4
-        moments.append(2 * stream + 2 * heads + 2 * squares - mlp_bytes)
-    return max(moments)
+        moments.append(2 * g + 2 * heads + 3 * copied + kv)
+    if run.attention == "eager":
+        moments.append(2 * g + 2 * heads + 2 * run.batch.rows * s.heads * run.batch.tokens**2 * 4)
+    else:
+        moments.append(g + 2 * heads + 2 * kv + _attention_workspace(run) - gone)
+    return moments
+
+
+def _z_bytes(run: PlannedRun) -> dict[str, int]:
+    """Bytes of the z that each linear keeps, by its role; linears with one input share theirs."""
+    kept = [x for x in run.layer if x.name in run.adapted_names and not run.keeps_input(x)]
+    return {x.role: run.batch.all_tokens * run.rank * run.itemsize for x in kept}
+
+
+def _input_gradients(run: PlannedRun, role: str) -> int:
+    """How many gradients of one linear's input there are at a time: of W, and of A where it has a path of its own."""
+    return 1 + any(x.role == role and x.name in run.adapted_names and not run.is_summed(x) for x in run.layer)
+
+
+def _attention_workspace(run: PlannedRun) -> int:
+    """What flash attention's backward allocates on a GPU: ∂q in fp32, and with grouped keys ∂k and ∂v of every head.
+
+    Read in torch's source (``mha_bwd`` in flash_api.cpp).
+    """
+    s, T = run.shape, run.batch.all_tokens
+    if not run.machine.on_gpu:
+        return 0
+    heads = T * s.heads * s.head_dim
+    return 4 * heads + 4 * T * s.heads + (2 * heads * run.itemsize if s.kv_heads < s.heads else 0)
