@@ -1,4 +1,6 @@
-"""What fits on which card: prints the table of the README, and draws its picture.
+"""What fits on which card: prints the tables of the README and of docs/memory.md, and draws the picture.
+
+tests/gpu/test_plan.py compares the plan behind them with the real code on a fake accelerator.
 
 python bench/plan_table.py docs/plan.svg
 """
@@ -16,6 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qvera.config.schema import Recipe, parse_recipe
+from qvera.training.plan.activations import offloaded_bytes
 from qvera.training.plan.memory import Kind, plan_memory
 from qvera.training.plan.run import Batch, Machine, PlannedRun, Shape, gpu_machine, shape_of
 from qvera.utils.formatting import count, size
@@ -23,6 +26,9 @@ from qvera.utils.formatting import count, size
 CARDS_GB = (6, 8, 12, 16, 24, 48, 80)
 COMMAND = "python bench/plan_table.py docs/plan.svg"
 PICTURE_TOKENS = 2048
+CONTEXT_MODEL = "Llama-3 8B"
+UNSLOTH_8B_TOKENS = {8: 2_972, 12: 21_848, 16: 40_724, 24: 78_475}
+"""Card in GB → the longest context that unsloth publishes for an 8B at batch 1."""
 _LEAST_TOKENS = 64
 
 # hidden, ff, layers, heads, kv heads, vocabulary, longest: the config.json of Llama-2, Llama-3 and CodeLlama
@@ -58,9 +64,12 @@ def shapes() -> dict[str, Shape]:
     return found
 
 
-def recipe_of(rank: int) -> Recipe:
-    """A recipe with every default but the rank."""
-    tree: dict[str, Any] = {"model": {"path": "-"}, "data": {"path": "-"}, "adapter": {"rank": rank}}
+def recipe_of(rank: int, checkpointing: bool | str = True) -> Recipe:
+    """A recipe with every default but the rank and the way of keeping activations."""
+    tree: dict[str, Any] = {
+        "model": {"path": "-"}, "data": {"path": "-"}, "adapter": {"rank": rank},
+        "training": {"gradient_checkpointing": checkpointing},
+    }  # fmt: skip
     return parse_recipe(tree, "the table")
 
 
@@ -68,10 +77,14 @@ def _gpu(card_bytes: int) -> Machine:
     return gpu_machine(recipe_of(256).model, card_bytes)
 
 
+def _run(name: str, tokens: int, rank: int, checkpointing: bool | str = True) -> PlannedRun:
+    batch = Batch(1, tokens, tokens, False, False, "", tokens)
+    return PlannedRun(shapes()[name], recipe_of(rank, checkpointing), batch, _gpu(0))
+
+
 def total_bytes(name: str, tokens: int, rank: int = 256) -> int:
     """Device memory of training that model on one row of so many tokens."""
-    batch = Batch(1, tokens, tokens, False, False, "", tokens)
-    return plan_memory(PlannedRun(shapes()[name], recipe_of(rank), batch, _gpu(0))).total_bytes
+    return plan_memory(_run(name, tokens, rank)).total_bytes
 
 
 def longest_tokens(name: str, card_bytes: int, rank: int = 256) -> int:
@@ -80,6 +93,33 @@ def longest_tokens(name: str, card_bytes: int, rank: int = 256) -> int:
     while tokens <= shapes()[name].longest_tokens and total_bytes(name, tokens, rank) <= card_bytes:
         found, tokens = tokens, tokens * 2
     return found
+
+
+def longest_context(name: str, card_bytes: int, checkpointing: bool | str) -> int:
+    """The longest single row, in steps of 64 tokens, whatever length the model was made for; 0: none."""
+    low, high = 0, 2**14  # in 64 tokens
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = plan_memory(_run(name, 64 * middle, 256, checkpointing)).total_bytes <= card_bytes
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return 64 * low
+
+
+def contexts() -> str:
+    """The table of docs/memory.md: how long a row of Llama-3 8B may be, beside what unsloth publishes."""
+    lines = [
+        f"Made by `{COMMAND}`: the longest row of Llama-3 8B at batch 1, VeRA r=256 on all linears, in the recipe's two modes.",
+        "unsloth's figures are its own, for LoRA r=32 on cards of that name (unsloth.ai/docs/basics/unsloth-benchmarks). Ours are",
+        "**computed, not measured**, for decimal GB with 0.5 GB for the CUDA context.",
+        "",
+        "| card | layer inputs on the card | `gradient_checkpointing: offload` | pinned RAM for that | unsloth |",
+        "|---|---|---|---|---|",
+    ]
+    for gb, published in UNSLOTH_8B_TOKENS.items():
+        there, offloaded = (longest_context(CONTEXT_MODEL, gb * 10**9, mode) for mode in (True, "offload"))
+        pinned = offloaded_bytes(_run(CONTEXT_MODEL, offloaded, 256, "offload")) if offloaded else 0
+        lines.append(f"| {gb} GB | {there:,} | {offloaded:,} | {size(pinned)} | {published:,} |")
+    return "\n".join(lines) + "\n"
 
 
 def markdown() -> str:
@@ -163,7 +203,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("svg", nargs="?", type=Path, help="write the picture there")
     args = parser.parse_args()
-    print(markdown(), end="")
+    print(markdown())
+    print(contexts(), end="")
     if args.svg is not None:
         args.svg.write_text(picture(), encoding="utf-8")
 

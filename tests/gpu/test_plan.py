@@ -42,7 +42,7 @@ SAMPLE = [
     Case("8b", [512], 1024, False, False),
     Case("13b", [700, 300], 256, "offload", True),
     Case("34b", [400, 600], 1024, True, True),
-    Case("70b", [1024], 256, "offload", False),
+    Case("70b", [4500], 256, "offload", False),  # its MLPs go by tiles
 ]
 PRODUCT = [
     Case(shape, [1500, 548], rank, checkpointing, packed, 3)

@@ -174,6 +174,11 @@ def test_the_readme_s_table_and_picture_are_current() -> None:
     assert table.COMMAND in inside
 
 
+def test_the_table_of_contexts_is_current() -> None:
+    text = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    assert table.contexts() in text.partition("<!-- context:begin -->")[2].partition("<!-- context:end -->")[0]
+
+
 def test_the_table_agrees_with_itself() -> None:
     for name, card in (("Llama-2 7B", 6), ("CodeLlama 34B", 24), ("Llama-2 70B", 48)):
         longest = table.longest_tokens(name, card * 10**9)
