@@ -4,6 +4,9 @@
     c = outer code[p] C + offset    with double quantization: p is 8 bits of each block, C a number for each 256 blocks
 
 Source: QLoRA (arXiv 2305.14314), sections 3.1 and 3.2. On a CPU bitsandbytes does it.
+
+No buffer is kept for the result. It is freed after its product, one is in memory at a time
+(tests/gpu/test_kernel_counts.py), and torch's allocator gives its memory to the next.
 """
 
 from __future__ import annotations

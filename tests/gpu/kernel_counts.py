@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, VeraConfig, get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qvera.adapters.save_load import attach
 from qvera.config.schema import AdapterSection
@@ -76,25 +78,47 @@ def layer_kernels(
 
     With ``checkpointing`` the layer's recomputation is counted too.
     """
-    passes = []
-    for layers in (1, 2):
-        model = prepare(fake.model(shape, layers))
-        decoder = model.get_decoder()
-        # else nothing needs a gradient in the frozen base
-        decoder.embed_tokens.register_forward_hook(lambda module, args, output: output.requires_grad_())
-        if checkpointing:
-            enable_checkpointing(model)
-        model.train()
-        passes.append(_one_pass(fake, decoder, tokens))
+    passes = [_one_pass(fake, prepare(fake.model(shape, layers)), tokens, checkpointing) for layers in (1, 2)]
     counts = per_layer(passes[1], passes[0])
     if "bitsandbytes.gemm_4bit" in counts:
         counts["bitsandbytes.gemm_4bit"] *= GEMM_4BIT_LAUNCHES
     return counts
 
 
-def _one_pass(fake: FakeAccelerator, decoder: nn.Module, tokens: int) -> Seen:
+def _one_pass(fake: FakeAccelerator, model: Any, tokens: int, checkpointing: bool) -> Seen:
+    decoder = model.get_decoder()
+    # else nothing needs a gradient in the frozen base
+    decoder.embed_tokens.register_forward_hook(lambda module, args, output: output.requires_grad_())
+    if checkpointing:
+        enable_checkpointing(model)
+    model.train()
     ids = torch.empty(1, tokens, dtype=torch.int64, device=fake.device)
     with fake.record() as seen:
         hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
         hidden.backward(torch.empty_like(hidden))
     return seen
+
+
+class _DequantizedWeights(TorchDispatchMode):
+    """How many dequantized weights are in memory at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: list[weakref.ref[torch.UntypedStorage]] = []
+        self.most = self.launched = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.qvera.dequantize_4bit.default:
+            alive = [storage for storage in self.storages if storage() is not None]
+            self.storages = [*alive, weakref.ref(out.untyped_storage())]
+            self.most, self.launched = max(self.most, len(self.storages)), self.launched + 1
+        return out
+
+
+def dequantized_weights(fake: FakeAccelerator) -> tuple[int, int]:
+    """The most dequantized weights in memory at one time in forward and backward of a 7B layer, and how many in all."""
+    model = CASES["qvera, r=256"](fake.model("7b", 1))
+    with _DequantizedWeights() as weights:
+        _one_pass(fake, model, 2048, checkpointing=True)
+    return weights.most, weights.launched

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.gpu.fake_accelerator import FakeAccelerator
-from tests.gpu.kernel_counts import CASES, layer_kernels
+from tests.gpu.kernel_counts import CASES, dequantized_weights, layer_kernels
 from tests.gpu.own_process import measured
 
 pytestmark = pytest.mark.process
@@ -18,10 +18,11 @@ transformers and bitsandbytes run it (bench/results/kernel_counts.json)."""
 
 
 def counts(fake: FakeAccelerator) -> dict[str, Any]:
-    return {
+    passes = {
         name: [dict(layer_kernels(fake, CASES[name], checkpointing=checkpointing)) for checkpointing in (False, True)]
         for name in ("qvera, r=256", "qvera, r=1024")
     }
+    return passes | {"dequantized weights": dequantized_weights(fake)}
 
 
 @pytest.fixture(scope="module")
@@ -37,3 +38,8 @@ def test_an_adapted_layer_launches_no_more_than_its_ceiling(found: dict[str, Any
     # each frozen weight is dequantized once a pass, and nothing is copied or cast
     assert (plain["qvera.dequantize_4bit"], with_checkpoint["qvera.dequantize_4bit"]) == (14, 21)
     assert not {"aten._to_copy", "aten.copy_", "aten.clone", "aten.mul", "aten.cat"} & set(with_checkpoint)
+
+
+def test_one_dequantized_weight_is_in_memory_at_a_time(found: dict[str, Any]) -> None:
+    """So the allocator gives each the memory of the last, and a buffer kept for them would save nothing."""
+    assert found["dequantized weights"] == [1, 21]
