@@ -226,6 +226,10 @@ class _Recorder(TorchDispatchMode):
             self._pinned.add(pinned.untyped_storage())
             return pinned
         name = str(func.overloadpacket)
+        if name == "aten.empty" and kwargs.get("pin_memory"):
+            pinned = func(*args, **{**kwargs, "pin_memory": False})
+            self._pinned.add(pinned.untyped_storage())
+            return pinned
         if name == "aten.nonzero":
             self._sync("nonzero")
             out = torch.empty(args[0].numel(), args[0].dim(), dtype=torch.int64, device=args[0].device)
