@@ -53,6 +53,8 @@ def doctor() -> int:
 
 def examine() -> Iterator[Finding]:
     """Look at versions, device, kernels, compiler, disk and cache."""
+    import torch
+
     from qvera.models.loader import pick_compute_dtype
     from qvera.utils import accelerator
     from qvera.utils.memory import available_bytes, device_name, versions
@@ -61,6 +63,9 @@ def examine() -> Iterator[Finding]:
     device = accelerator.current_device()
     yield Finding("device", device_name(device))
     yield Finding("free memory", formatting.size(available_bytes(device)))
+    if accelerator.has_own_memory(device):
+        ram = formatting.size(available_bytes(torch.device("cpu")))
+        yield Finding("free RAM", f"{ram}, for layers of a base larger than the device (model.stream)")
     dtype = str(pick_compute_dtype("auto", device)).removeprefix("torch.")
     slow = dtype == "float32"
     yield Finding("compute dtype", dtype + (" (this CPU has no fast 16-bit instructions)" if slow else ""))

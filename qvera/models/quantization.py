@@ -177,7 +177,8 @@ def replace_tensors(module: Linear4bit, tensors: list[torch.Tensor], device: tor
         weight = torch.Tensor._make_subclass(type(before), packed, False)
     else:  # a tensor that bitsandbytes can't wrap, such as a fake one
         weight = nn.Parameter(packed, requires_grad=False)
-    weight.__dict__.update(before.__dict__)
+    for name in ("blocksize", "compress_statistics", "quant_type", "quant_storage", "bnb_quantized", "module"):
+        setattr(weight, name, getattr(before, name, None))
     weight.quant_state = module.quant_state = state
     module.weight = weight
 

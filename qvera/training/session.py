@@ -293,6 +293,8 @@ class TrainingSession:
 
     def _load_base(self) -> Base:
         section = self.recipe.model
+        if self.plan is not None:
+            section = section.replace(stream=self.plan.streaming.streams)
         with status_line(self.console, f"Loading {section.path}") as update:
 
             def progress(stage: str, done: int, total: int, _: str) -> None:

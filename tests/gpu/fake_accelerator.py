@@ -241,6 +241,8 @@ class _Recorder(TorchDispatchMode):
         for tensor in outputs:
             if tensor.device.type == TYPE:
                 self.alive.add(tensor)
+        if kwargs.get("pin_memory"):
+            self._pinned.update(t.untyped_storage() for t in outputs)
         on_device = any(t.device.type == TYPE for t in outputs) or any(
             isinstance(t, torch.Tensor) and t.device.type == TYPE for t in tree_leaves((args, kwargs))
         )

@@ -1,8 +1,8 @@
 """Memory, time and file sizes of a run, computed before it starts from the model's config alone.
 
 Order of reading: `run` (what a plan is made for), `activations` (one decoder layer), `memory` (a whole run), `sharding`
-(one rank of several), `checkpointing` (whether layers are recomputed), `longest` (the longest batch), `changes` (that
-make a run fit), `plan`, `timing`, `show`.
+(one rank of several), `checkpointing` (whether layers are recomputed), `streaming` (whether they stay in RAM),
+`longest` (the longest batch), `changes` (that make a run fit), `plan`, `timing`, `show`.
 """
 
 from qvera.training.plan.longest import longest_rows, planned_steps

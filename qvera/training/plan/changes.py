@@ -72,6 +72,7 @@ def _steps(run: PlannedRun) -> Iterator[tuple[str, list[Any]]]:
     few = [name for name in ("q_proj", "v_proj") if any(x.role == name for x in run.shape.linears)]
     steps: dict[str, list[Any]] = {
         "training.gradient_checkpointing": _slower_modes(run),
+        "model.stream": [True] if run.can_stream and not run.streams else [],
         "training.per_device_train_batch_size": [
             n for n in range(rows - 1, 0, -1) if training.global_batch_size % n == 0
         ],

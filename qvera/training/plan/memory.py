@@ -96,6 +96,15 @@ def weight_storage_bytes(x: Linear, recipe: Recipe, itemsize: int) -> int:
     return numbers + 4 * x.m if how == "int8" else four_bit_bytes(numbers, recipe.model.double_quant)
 
 
+def layer_bytes(run: PlannedRun) -> list[int]:
+    """Of each decoder layer, its linears as they are stored."""
+    layers: dict[int, int] = {}
+    for x in run.shape.linears:
+        if x.quantizable and x.layer is not None:
+            layers[x.layer] = layers.get(x.layer, 0) + weight_storage_bytes(x, run.recipe, run.itemsize)
+    return list(layers.values())
+
+
 def optimizer_state_bytes(sizes: list[int], optim: str) -> int:
     """AdamW's two moments: fp32, or 8-bit with an fp32 scale for each 256 where a tensor is big enough."""
     if optim in ("adamw", "paged_adamw"):
@@ -140,11 +149,15 @@ def _standing(run: PlannedRun) -> tuple[Component, ...]:
     dense = (shape.dense_numbers - tables) * (2 if machine.mapped_base else size)
     widest = max(x.n for x in run.adapted) + max(x.m for x in run.adapted)
     every, trained = run.vector_sizes(), run.vector_sizes(trained_only=True)
+    buffers = 2 * max(layer_bytes(run), default=0) if run.streams else 0
+    if run.streams and machine.on_gpu:
+        linears -= sum(layer_bytes(run))
     found = [
         Component("interpreter, libraries, rows", "runtime", machine.runtime_bytes),
         Component("CUDA context", "runtime", machine.context_bytes),
         Component("workspaces of matrix products", "runtime", machine.workspace_bytes),
         Component(stored, "base", linears, machine.mapped_base, 3),
+        Component("two streamed layers", "base", buffers),
         Component("embeddings, head, norms", "base", dense, machine.mapped_base, 3),
         Component("embedding and head with more rows", "base", tables * (2 if machine.mapped_base else size)),
         Component("projections A, B", "projections", run.rank * widest * size),

@@ -17,11 +17,12 @@ from qvera.models.model_config import empty_model
 from qvera.models.tokenizer import ids_of, load_tokenizer
 from qvera.training.plan.activations import RANDOM_STATE_BYTES, offloaded_bytes
 from qvera.training.plan.changes import Change, nearest_changes
-from qvera.training.plan.checkpointing import Checkpointing, decide, with_mode
+from qvera.training.plan.checkpointing import Checkpointing
 from qvera.training.plan.longest import longest_batch
 from qvera.training.plan.memory import Memory
 from qvera.training.plan.run import Machine, PlannedRun, Shape, shape_of, this_machine
 from qvera.training.plan.sharding import ALONE, Sharing, Way, plan_rank, plan_ways, right_way
+from qvera.training.plan.streaming import Streaming, decide_both
 from qvera.utils.errors import InputError
 
 _CONFIG_BYTES = 800  # adapter_config.json
@@ -39,6 +40,7 @@ class Plan(PlannedRun):
     memory: Memory  # of one rank
     changes: list[Change]  # empty where the run fits
     decided: Checkpointing  # `recipe` has its mode written out
+    streaming: Streaming  # likewise
     sharing: Sharing = ALONE
     ways: tuple[Way, ...] = ()  # every way of sharing the model, where that was asked for
     seconds: dict[str, float] | None = None  # parts of an optimizer step; None where nothing was timed
@@ -112,6 +114,7 @@ class Plan(PlannedRun):
             "fits": self.fits,
             "batch": {"rows": self.batch.rows, "tokens": self.batch.tokens, "source": self.batch.source},
             "gradient_checkpointing": self.decided.to_dict(),
+            "stream": self.streaming.to_dict(),
             "pinned_bytes": offloaded_bytes(self),
             "parameters": self.shape.parameters,
             "trained_numbers": self.trained_parameters,
@@ -167,13 +170,12 @@ def make_plan(
     joined = joining_of(config, name, recipe.data.prefix_once, recipe.data.packing)
     batch_of = longest_batch(rows, joined, rounds_lengths(machine.dtype, machine.device_type), masked)
     run = PlannedRun(shape, recipe, batch_of(recipe), machine)
-    decided = decide(run, sharing)
-    run = replace(run, recipe=with_mode(recipe, decided.mode))
+    run, decided, streaming = decide_both(run, sharing)
     memory = plan_rank(run, sharing)
     fits = memory.needed_bytes(machine) <= machine.available_bytes
     changes = [] if fits else nearest_changes(run, batch_of, sharing)
     ways = tuple(plan_ways(run, sharing.nodes, sharing.per_node)) if every_way else ()
-    return Plan(shape, run.recipe, run.batch, machine, memory, changes, decided, sharing, ways)
+    return Plan(shape, run.recipe, run.batch, machine, memory, changes, decided, streaming, sharing, ways)
 
 
 def _grown(shape: Shape, recipe: Recipe) -> Shape:

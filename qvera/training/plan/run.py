@@ -1,8 +1,10 @@
 """What a plan is made for: the shapes of a model (read without its weights), a recipe, a batch, and the machine."""
 
+from __future__ import annotations
+
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -278,6 +280,26 @@ class PlannedRun:
         if asked == "auto" or (asked == "offload" and not accelerator.has_own_memory(self.machine.device_type)):
             return True
         return asked
+
+    @property
+    def streams(self) -> bool:
+        """Whether the 4-bit layers stay in RAM; ``auto`` is False until it is decided (`plan.streaming`)."""
+        return self.recipe.model.stream is True
+
+    @property
+    def can_stream(self) -> bool:
+        """Whether streaming would free memory of the device."""
+        four_bit = self.recipe.model.quantization in ("nf4", "fp4")
+        by_zero3 = (self.recipe.deepspeed or "").startswith("zero3")
+        return four_bit and not by_zero3 and accelerator.has_own_memory(self.machine.device_type)
+
+    def with_recipe(self, recipe: Recipe) -> PlannedRun:
+        """The same run of another recipe, whose batches are the same."""
+        return replace(self, recipe=recipe)
+
+    def with_stream(self, streams: bool) -> PlannedRun:
+        """The run with ``model.stream`` written out."""
+        return self.with_recipe(self.recipe.replace(model=self.recipe.model.replace(stream=streams)))
 
     @property
     def itemsize(self) -> int:

@@ -93,6 +93,8 @@ def spread_of(shape: Shape) -> Spread:
 
 def plan_rank(run: PlannedRun, sharing: Sharing = ALONE) -> Memory:
     """What one rank holds; `plan_memory` for a process on its own."""
+    if sharing.stage == 3:  # which brings the layers to the device itself
+        run = run.with_stream(False)
     whole = plan_memory(run)
     if sharing.stage == 0:
         return whole

@@ -33,6 +33,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     ]
     console.print(f"The peak is in the {_MOMENTS[plan.memory.peak_moment]}; {', '.join(others)}.")
     console.print(str(plan.decided), markup=False)
+    if plan.streams:
+        console.print(str(plan.streaming), markup=False)
     if pinned := offloaded_bytes(plan):
         console.print(f"Layer inputs take {size(pinned)} of pinned RAM.")
     console.print(f"Files: adapter {size(plan.adapter_bytes)}, a checkpoint {size(plan.checkpoint_bytes)}.")
@@ -129,6 +131,7 @@ def run_lines(plan: Plan) -> list[str]:
     return [
         f"Plan: peak{rank} {peak}; {plan.batch.source}.",
         *([str(plan.decided)] if plan.decided.asked != plan.decided.mode else []),
+        *([str(plan.streaming)] if plan.streams else []),
         verdict(plan),
         *change_lines(plan),
     ]

@@ -11,7 +11,9 @@ from qvera.models import quantization
 from qvera.training.plan.plan import Plan
 from qvera.training.plan.run import PlannedRun
 from qvera.training.plan.sharding import passes_of
+from qvera.training.plan.streaming import pass_bytes
 from qvera.utils import accelerator
+from qvera.utils.copy_stream import CHUNK_BYTES
 
 _WEIGHTS_PROBED = 2**20
 _TOKENS_PROBED = 1024
@@ -27,7 +29,19 @@ def time_step(plan: Plan, device: torch.device) -> dict[str, float]:
     """
     times = passes_of(plan.recipe, plan.sharing.world_size, plan.batch.packed_rows)
     work, rates = _work(plan), _rates(plan, device)
-    return {part: times * amount / rates[kind] for part, (kind, amount) in work.items()}
+    seconds = {part: times * amount / rates[kind] for part, (kind, amount) in work.items()}
+    if plan.streams and accelerator.has_own_memory(device):
+        copying = times * pass_bytes(plan) / _copied_per_second(device)
+        computing = sum(seconds.values()) - seconds["head and loss"]
+        seconds["waiting for streamed layers"] = max(0.0, copying - computing)
+    return seconds
+
+
+def _copied_per_second(device: torch.device) -> float:
+    """Bytes from page-locked RAM to ``device``."""
+    source = torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty_like(source, device=device)
+    return CHUNK_BYTES / _seconds(lambda: target.copy_(source, non_blocking=True))
 
 
 def _rates(run: PlannedRun, device: torch.device) -> dict[str, float]:
