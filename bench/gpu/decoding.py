@@ -28,6 +28,7 @@ def main() -> None:
     adapted = {r: attach(load_base(section, device).model, AdapterSection(rank=r), base) for r in (256, 1024)}
     for model in adapted.values():
         perturb(model)
+        model.requires_grad_(False)  # as `qvera generate` has it; a model in training keeps its memory for the steps
     from transformers import AutoModelForCausalLM
 
     stock = AutoModelForCausalLM.from_pretrained(base, dtype="auto", device_map={"": device}).eval()

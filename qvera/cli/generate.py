@@ -21,6 +21,10 @@ def generate(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
+    static_cache: Annotated[
+        bool,
+        typer.Option("--static-cache", help="Compile a step and record it as a CUDA graph: for many long answers."),
+    ] = False,
 ) -> None:
     """Answer the prompts of a file in batches.
 
@@ -54,6 +58,7 @@ def generate(
             temperature=temperature,
             top_p=top_p,
             seed=seed,
+            static_cache=static_cache,
             progress=lambda done: show(f"Answering: {done} of {len(encoded)}"),
         )
     answered = [

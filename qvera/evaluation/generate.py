@@ -17,7 +17,7 @@ from transformers import DynamicCache, GenerationMixin
 from qvera.adapters import LowRankPath
 from qvera.data import microbatches
 from qvera.distributed.zero_params import any_sharded, is_sharded
-from qvera.models import linear
+from qvera.models import linear, quantization
 from qvera.models.loader import causal_model, takes_prefix_once
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import InputError
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 def generating(model: nn.Module, base_only: bool = False) -> Iterator[None]:
     """For the time of the block: evaluation mode, the KV cache on, linears in their fastest layout for answers.
 
-    On a CPU with memory to spare, adapted layers hold W + ΔW in the compute dtype; 4-bit layers without it hold a copy
-    in the layout of bitsandbytes' fused kernel. Everything is put back afterwards; weights and later gradients are
-    bit-unchanged. Blocks may be nested: the inner ones change nothing. ``base_only``: layers hold W alone, for batches
-    whose rows use different adapters.
+    Where there is memory to spare, adapted layers hold W + ΔW in the compute dtype. On a CPU, 4-bit layers without it
+    hold a copy in the layout of bitsandbytes' fused kernel. Everything is put back afterwards; weights and later
+    gradients are bit-unchanged. Blocks may be nested: the inner ones change nothing. ``base_only``: layers hold W
+    alone, for batches whose rows use different adapters.
     """
     inner = causal_model(model)
     was_training, used_cache = model.training, inner.config.use_cache
@@ -61,11 +61,21 @@ def generating(model: nn.Module, base_only: bool = False) -> Iterator[None]:
 
 
 def _dense_fits(layers: list[Any]) -> bool:
-    """Whether dense copies of these layers' weights take at most a quarter of the memory that is free on this CPU."""
-    if not layers or any(parameter.device.type != "cpu" for parameter in layers[0].parameters()):
+    """Whether dense copies of these layers' weights leave most of the memory that is free: to keys, values, and others.
+
+    They may take a quarter of a CPU's, and half of an accelerator's. There a layer and token then takes 16 kernels in
+    place of 41 (tests/gpu/test_decoding.py). An accelerator on which a model is trained keeps its memory for the steps,
+    and one that streams its base has none to spare.
+    """
+    if not layers:
         return False
+    device = layers[0].base_layer.weight.device
+    if on_accelerator := accelerator.is_accelerator(device):
+        trains = any(parameter.requires_grad for layer in layers for parameter in layer.parameters())
+        if trains or any(quantization.is_streamed(layer.base_layer) for layer in layers):
+            return False
     size_bytes = sum(layer.in_features * layer.out_features * layer.held_dtype().itemsize for layer in layers)
-    return size_bytes <= memory.available_bytes(torch.device("cpu")) // 4
+    return size_bytes <= memory.available_bytes(device) // (2 if on_accelerator else 4)
 
 
 def _check_settings(max_new_tokens: int, batch_size: int, temperature: float, top_p: float) -> None:
@@ -91,6 +101,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     adapters: Sequence[str] | None = None,
+    static_cache: bool = False,
     streamer: BaseStreamer | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
@@ -104,6 +115,8 @@ def generate(
         temperature: 0: greedy, else sampled with ``top_p`` from a generator seeded with ``seed``.
         adapters: which adapter answers each prompt, where the model has several (`qvera.adapters.multi_adapter`);
         ``__base__`` for none.
+        static_cache: keys and values in tensors of a fixed size, with which transformers compiles a step and records
+        it as a CUDA graph. That takes a minute for each new size of a batch, so it is for many long answers.
         streamer: a transformers streamer, for one prompt.
         progress: called with the number of prompts finished after each batch.
 
@@ -132,7 +145,8 @@ def generate(
     forked = accelerator.forked_random_state()
     with generating(model, base_only=adapters is not None), forked:
         torch.manual_seed(seed)
-        prefix = _common_prefix(prompts) if takes_prefix_once(model) and streamer is None and adapters is None else 0
+        joins = takes_prefix_once(model) and streamer is None and adapters is None and not static_cache
+        prefix = _common_prefix(prompts) if joins else 0
         cache = _prefix_cache(model, prompts[0][:prefix], device) if prefix else None
 
         def answer(rows: list[int]) -> list[str]:
@@ -145,6 +159,8 @@ def generate(
                 ids, mask = torch.cat([shared, ids], 1), torch.cat([torch.ones_like(shared), mask], 1)
                 settings[_CACHE_ARGUMENT] = copy.deepcopy(cache)
                 settings[_CACHE_ARGUMENT].batch_repeat_interleave(len(rows))
+            if static_cache:
+                settings["cache_implementation"] = "static"
             if adapters is not None:
                 settings["adapter_names"] = [adapters[i] for i in rows]
             out = model.generate(

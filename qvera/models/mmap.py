@@ -203,6 +203,9 @@ def _put_plain(
         raise InputError(
             f"{file}: {name} is {tensor.dtype}, expected a floating-point weight. Save the checkpoint again."
         )
-    stays = type(module) in _BIG and key == "weight" and tensor.dtype.itemsize <= dtype.itemsize
+    # On a CPU it stays in the file as it is, and is cast for each product. An accelerator has it in the compute dtype,
+    # unless that would take more room than the file's.
+    narrower, as_wide = tensor.dtype.itemsize < dtype.itemsize, tensor.dtype.itemsize == dtype.itemsize
+    stays = type(module) in _BIG and key == "weight" and (narrower or (as_wide and device.type == "cpu"))
     value = tensor.to(device=device, dtype=tensor.dtype if stays else dtype)
     setattr(module, key, nn.Parameter(value, requires_grad=False))

@@ -149,6 +149,11 @@ def dequantized_weight(module: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
     return module.weight.to(dtype)
 
 
+def is_streamed(module: nn.Linear) -> bool:
+    """Whether the bytes of this linear are brought to the device for each use (`qvera.models.stream`)."""
+    return getattr(module.weight, "streamed", None) is not None
+
+
 def bring(module: nn.Linear) -> None:
     """Have the bytes of a streamed linear on its device (`qvera.models.stream`). Call it before each read of a weight.
 

@@ -59,6 +59,12 @@ def test_greedy_answers_in_a_batch_are_those_by_hand(tiny_model_dir: Path, quant
     assert all(answers)
 
 
+def test_a_static_cache_changes_no_answer(dense: tuple[Any, Any]) -> None:
+    model, tokenizer = dense
+    answers = generate(model, tokenizer, PROMPTS, max_new_tokens=12, batch_size=3, static_cache=True)
+    assert answers == generate(model, tokenizer, PROMPTS, max_new_tokens=12, batch_size=3)
+
+
 def test_answers_and_held_out_loss_go_on_with_fewer_rows_where_memory_runs_out(dense: tuple[Any, Any]) -> None:
     model, tokenizer = dense
     none = np.array([], dtype=np.int32)

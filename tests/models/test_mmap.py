@@ -18,7 +18,7 @@ from qvera.adapters.save_load import attach, load_adapter, named_vectors, save_a
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.data import IGNORED
 from qvera.evaluation.generate import generate, generating
-from qvera.models import linear, quantization
+from qvera.models import linear, mmap, quantization
 from qvera.models import loss as loss_module
 from qvera.models.linear import WeightBlocks
 from qvera.models.loader import load_base
@@ -131,6 +131,20 @@ def test_tied_embeddings_are_one_tensor(tmp_path: Path) -> None:
     assert lies_in(model.lm_head.weight, packed)
     with torch.no_grad():
         assert model(IDS).logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("device", "computes_in", "held_in"),
+    [("cpu", "float16", "bfloat16"), ("meta", "float16", "float16"), ("meta", "float32", "bfloat16")],  # meta: a GPU's
+)
+def test_on_an_accelerator_the_head_is_cast_once_where_that_takes_no_more_room(
+    device: str, computes_in: str, held_in: str
+) -> None:
+    model, weight = nn.ModuleDict({"lm_head": nn.Linear(4, 6, bias=False)}), torch.zeros(6, 4, dtype=torch.bfloat16)
+    mmap._put_plain(
+        model, "lm_head.weight", weight, getattr(torch, computes_in), torch.device(device), Path("model.safetensors")
+    )
+    assert model["lm_head"].weight.dtype == getattr(torch, held_in)
 
 
 def test_a_16_bit_checkpoint_can_be_mapped_too(tiny_model_dir: Path) -> None:
