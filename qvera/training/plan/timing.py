@@ -52,8 +52,13 @@ def _rates(run: PlannedRun, device: torch.device) -> dict[str, float]:
     ``elementwise``: bytes read and written.
     """
     shape, model, dtype = run.shape, run.recipe.model, run.machine.dtype
-    tokens = min(run.batch.all_tokens, _TOKENS_PROBED)
-    widest = min(shape.ff, max(64, int(_FLOPS_PROBED / (2 * _TOKENS_PROBED * shape.hidden))))
+    # on a GPU anything less than a whole weight and all tokens would time the launch of a kernel
+    tokens = run.batch.all_tokens if run.machine.on_gpu else min(run.batch.all_tokens, _TOKENS_PROBED)
+    widest = (
+        shape.ff
+        if run.machine.on_gpu
+        else min(shape.ff, max(64, int(_FLOPS_PROBED / (2 * _TOKENS_PROBED * shape.hidden))))
+    )
     generator = torch.Generator(device="cpu").manual_seed(0)
 
     def drawn(rows: int, columns: int) -> torch.Tensor:
@@ -63,7 +68,7 @@ def _rates(run: PlannedRun, device: torch.device) -> dict[str, float]:
     wide = drawn(tokens, shape.ff)
     dequantized = float("inf")
     if model.quantization in ("nf4", "fp4"):
-        side = max(64, min(_WEIGHTS_PROBED // shape.hidden, widest))
+        side = shape.ff if run.machine.on_gpu else max(64, min(_WEIGHTS_PROBED // shape.hidden, widest))
         layer = quantization.Linear4bit(
             shape.hidden, side, bias=False, compute_dtype=dtype, quant_type=model.quantization,
             compress_statistics=model.double_quant,
@@ -80,6 +85,7 @@ def _rates(run: PlannedRun, device: torch.device) -> dict[str, float]:
 def _seconds(run: Callable[[], object]) -> float:
     """The fastest of a few runs; `torch.utils.benchmark` would do, but its import needs setuptools."""
     run()
+    accelerator.synchronize()
     best, spent = float("inf"), 0.0
     while spent < _BUDGET_SECONDS:
         began = time.perf_counter()

@@ -16,7 +16,7 @@ from qvera.config.schema import parse_recipe
 from qvera.data import batches_of, build_datasets
 from qvera.data.collate import Joined
 from qvera.models.tokenizer import load_tokenizer
-from qvera.training.plan import Machine, make_plan, parse_size
+from qvera.training.plan import Machine, make_plan, parse_size, timing
 from qvera.training.plan.changes import changed
 from qvera.training.plan.longest import batch_of, longest_rows
 from qvera.training.trainer import train
@@ -131,6 +131,20 @@ def test_sizes(text: str, size: int) -> None:
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="--gpu: takes a size such as 24GB"):
         parse_size(text)
+
+
+def test_seconds_on_a_gpu_come_from_a_whole_weight(config_only: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = parse_recipe({"model": str(config_only), "data": {"path": "some/hub-data", "max_length": 64}}, "t")
+    plan = make_plan(recipe, gpu(10**9))
+    read: list[tuple[int, int]] = []
+    real = timing.quantization.dequantized_weight
+    monkeypatch.setattr(timing, "_BUDGET_SECONDS", 0.01)
+    monkeypatch.setattr(
+        timing.quantization, "dequantized_weight",
+        lambda layer, dtype: (read.append((layer.out_features, layer.in_features)), real(layer, dtype))[1],
+    )  # fmt: skip
+    assert sum(timing.time_step(plan, torch.device("cpu")).values()) > 0
+    assert set(read) == {(plan.shape.ff, plan.shape.hidden)}
 
 
 def test_the_command(write_recipe: Any, capsys: Any) -> None:
