@@ -21,7 +21,7 @@ The backend can't be unregistered, so it has to be used in a process of its own.
 Kernels of one layer: forward is `qvera.evaluation.evaluate.batch_nll`, backward ``session.engine.backward``; what one
 layer takes is the difference between a model of two layers and one of one (`per_layer`). A custom operator counts as one
 launch, unless `qvera.kernels.operators.LAUNCHES` says otherwise. Bytes against a plan: ``seen.timeline`` and ``seen.peak_bytes`` of a whole model
-(a 70B takes some 20 s), or of few layers where a figure is linear; ``session.base_bytes`` is what is alive once the base
+(a 70B takes some 20 s of one core), or of few layers where a figure is linear; ``session.base_bytes`` is what is alive once the base
 and the adapter are loaded. For anything but a training step, call the real functions with ``session.model``, or with
 `FakeAccelerator.model` (a base without an adapter), inside `record`.
 
@@ -504,6 +504,7 @@ class FakeSession(TrainingSession):
         self.base_bytes = fake.alive_bytes
         schedule = build_schedule(recipe.training, self.optimizer, recipe.training.max_steps)
         self.build_engine(schedule, recipe.training.max_steps)
+        self.model.train()  # as the trainer does; layers recompute only in this mode
 
     def _load_base(self) -> Base:
         tokenizer: Any = FakeTokenizer()
