@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qvera.config.schema import Recipe, parse_recipe
 from qvera.training.plan.activations import offloaded_bytes
-from qvera.training.plan.memory import Kind, plan_memory
+from qvera.training.plan.memory import Kind, layer_bytes, plan_memory
 from qvera.training.plan.run import Batch, Machine, PlannedRun, Shape, gpu_machine, shape_of
 from qvera.utils.formatting import count, size
 
@@ -29,7 +29,10 @@ PICTURE_TOKENS = 2048
 CONTEXT_MODEL = "Llama-3 8B"
 UNSLOTH_8B_TOKENS = {8: 2_972, 12: 21_848, 16: 40_724, 24: 78_475}
 """Card in GB → the longest context that unsloth publishes for an 8B at batch 1."""
-_LEAST_TOKENS = 64
+UNSLOTH_LEAST_GB = {"Llama-2 7B": 5, "Llama-3 8B": 6, "Qwen2.5 14B": 8.5, "Qwen2.5 32B": 26, "Llama-2 70B": 41}
+"""Model → the least memory that unsloth publishes for QLoRA of that size."""
+LEAST_TOKENS = 512
+_SHORTEST_TOKENS = 64
 
 # hidden, ff, layers, heads, kv heads, vocabulary, longest: the config.json of Llama-2, Llama-3 and CodeLlama
 _MODELS = {
@@ -38,6 +41,11 @@ _MODELS = {
     "Llama-2 13B": (5120, 13824, 40, 40, 40, 32000, 4096),
     "CodeLlama 34B": (8192, 22016, 48, 64, 8, 32000, 16384),
     "Llama-2 70B": (8192, 28672, 80, 64, 8, 32000, 4096),
+}
+# only in the table of the least memory, for the sizes that others publish
+_MORE_MODELS = {
+    "Qwen2.5 14B": (5120, 13824, 48, 40, 8, 152064, 32768),
+    "Qwen2.5 32B": (5120, 27648, 64, 40, 8, 152064, 32768),
 }
 
 _COLOURS: dict[Kind, tuple[str, str, str]] = {
@@ -53,22 +61,25 @@ _COLOURS: dict[Kind, tuple[str, str, str]] = {
 @cache
 def shapes() -> dict[str, Shape]:
     """The shapes of the models of the table, by name."""
-    found = {}
-    for name, (hidden, ff, layers, heads, kv, vocabulary, longest) in _MODELS.items():
-        config = LlamaConfig(
-            hidden_size=hidden, intermediate_size=ff, num_hidden_layers=layers, num_attention_heads=heads,
-            num_key_value_heads=kv, vocab_size=vocabulary, max_position_embeddings=longest, tie_word_embeddings=False,
-        )  # fmt: skip
-        with torch.device("meta"):
-            found[name] = shape_of(AutoModelForCausalLM.from_config(config))
-    return found
+    return {name: _shape(name) for name in _MODELS}
 
 
-def recipe_of(rank: int, checkpointing: bool | str = True) -> Recipe:
-    """A recipe with every default but the rank and the way of keeping activations."""
+@cache
+def _shape(name: str) -> Shape:
+    hidden, ff, layers, heads, kv, vocabulary, longest = {**_MODELS, **_MORE_MODELS}[name]
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=ff, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv, vocab_size=vocabulary, max_position_embeddings=longest, tie_word_embeddings=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        return shape_of(AutoModelForCausalLM.from_config(config))
+
+
+def recipe_of(rank: int, checkpointing: bool | str = True, stream: bool = False, **training: Any) -> Recipe:
+    """A recipe with every default but the rank, where base and activations are kept, and keys of ``training``."""
     tree: dict[str, Any] = {
-        "model": {"path": "-"}, "data": {"path": "-"}, "adapter": {"rank": rank},
-        "training": {"gradient_checkpointing": checkpointing},
+        "model": {"path": "-", "stream": stream}, "data": {"path": "-"}, "adapter": {"rank": rank},
+        "training": {"gradient_checkpointing": checkpointing, **training},
     }  # fmt: skip
     return parse_recipe(tree, "the table")
 
@@ -77,22 +88,30 @@ def _gpu(card_bytes: int) -> Machine:
     return gpu_machine(recipe_of(256).model, card_bytes)
 
 
-def _run(name: str, tokens: int, rank: int, checkpointing: bool | str = True) -> PlannedRun:
+def _run(name: str, tokens: int, checkpointing: bool | str = True, stream: bool = False, **training: Any) -> PlannedRun:
     batch = Batch(1, tokens, tokens, False, False, "", tokens)
-    return PlannedRun(shapes()[name], recipe_of(rank, checkpointing), batch, _gpu(0))
+    return PlannedRun(_shape(name), recipe_of(256, checkpointing, stream, **training), batch, _gpu(0))
 
 
-def total_bytes(name: str, tokens: int, rank: int = 256) -> int:
-    """Device memory of training that model on one row of so many tokens."""
-    return plan_memory(_run(name, tokens, rank)).total_bytes
+def total_bytes(name: str, tokens: int, stream: bool = False, **training: Any) -> int:
+    """Device memory of training that model at r=256 on one row of so many tokens."""
+    return plan_memory(_run(name, tokens, stream=stream, **training)).total_bytes
 
 
-def longest_tokens(name: str, card_bytes: int, rank: int = 256) -> int:
+def longest_tokens(name: str, card_bytes: int, stream: bool = False) -> int:
     """The longest single row, in powers of two up to what the model was made for, that fits; 0: none of 64 tokens."""
-    tokens, found = _LEAST_TOKENS, 0
-    while tokens <= shapes()[name].longest_tokens and total_bytes(name, tokens, rank) <= card_bytes:
+    tokens, found = _SHORTEST_TOKENS, 0
+    while tokens <= _shape(name).longest_tokens and total_bytes(name, tokens, stream) <= card_bytes:
         found, tokens = tokens, tokens * 2
     return found
+
+
+def _cell(name: str, card_bytes: int) -> str:
+    """The longest row on a card; with an asterisk where it takes a streamed base."""
+    resident, streamed = longest_tokens(name, card_bytes), longest_tokens(name, card_bytes, stream=True)
+    if streamed > resident:
+        return f"{streamed:,}*"
+    return f"{resident:,}" if resident else "–"
 
 
 def longest_context(name: str, card_bytes: int, checkpointing: bool | str) -> int:
@@ -100,7 +119,7 @@ def longest_context(name: str, card_bytes: int, checkpointing: bool | str) -> in
     low, high = 0, 2**14  # in 64 tokens
     while low < high:
         middle = (low + high + 1) // 2
-        fits = plan_memory(_run(name, 64 * middle, 256, checkpointing)).total_bytes <= card_bytes
+        fits = plan_memory(_run(name, 64 * middle, checkpointing)).total_bytes <= card_bytes
         low, high = (middle, high) if fits else (low, middle - 1)
     return 64 * low
 
@@ -117,8 +136,26 @@ def contexts() -> str:
     ]
     for gb, published in UNSLOTH_8B_TOKENS.items():
         there, offloaded = (longest_context(CONTEXT_MODEL, gb * 10**9, mode) for mode in (True, "offload"))
-        pinned = offloaded_bytes(_run(CONTEXT_MODEL, offloaded, 256, "offload")) if offloaded else 0
+        pinned = offloaded_bytes(_run(CONTEXT_MODEL, offloaded, "offload")) if offloaded else 0
         lines.append(f"| {gb} GB | {there:,} | {offloaded:,} | {size(pinned)} | {published:,} |")
+    return "\n".join(lines) + "\n"
+
+
+def least() -> str:
+    """The table of docs/memory.md: the least memory for each size of model, beside what unsloth publishes."""
+    lines = [
+        f"The least memory for one row of {LEAST_TOKENS} tokens (the same command and settings, `training.loss_chunk_tokens: 128`),",
+        "**computed, not measured**:",
+        "",
+        "| | base on the card | `model.stream: true` | RAM for that | unsloth QLoRA |",
+        "|---|---|---|---|---|",
+    ]
+    for name, published in UNSLOTH_LEAST_GB.items():
+        resident, streamed = (
+            total_bytes(name, LEAST_TOKENS, stream, loss_chunk_tokens=128) for stream in (False, True)
+        )
+        layers = sum(layer_bytes(_run(name, LEAST_TOKENS, stream=True)))
+        lines.append(f"| {name} | {size(resident)} | {size(streamed)} | {size(layers)} | {published} GB |")
     return "\n".join(lines) + "\n"
 
 
@@ -130,14 +167,14 @@ def markdown() -> str:
         f"linears,",
         "bf16 and gradient checkpointing, up to the model's own context length. Decimal GB, with 0.5 GB for the CUDA "
         "context.",
-        "**Computed from shapes, not measured: no GPU has run these.**",
+        "\\*: with the base streamed from RAM, layer by layer (`model.stream`). **Computed from shapes, not measured: no GPU "
+        "has run these.**",
         "",
         "| | memory at 512 tokens | " + " | ".join(head) + " |",
         "|---|---|" + "---|" * len(head),
     ]
     for name in _MODELS:
-        cells = [longest_tokens(name, gb * 10**9) for gb in CARDS_GB]
-        shown = [f"{tokens:,}" if tokens else "–" for tokens in cells]
+        shown = [_cell(name, gb * 10**9) for gb in CARDS_GB]
         lines.append(f"| {name} | {size(total_bytes(name, 512))} | " + " | ".join(shown) + " |")
     return "\n".join(lines) + "\n"
 
@@ -204,7 +241,8 @@ def main() -> None:
     parser.add_argument("svg", nargs="?", type=Path, help="write the picture there")
     args = parser.parse_args()
     print(markdown())
-    print(contexts(), end="")
+    print(contexts())
+    print(least(), end="")
     if args.svg is not None:
         args.svg.write_text(picture(), encoding="utf-8")
 

@@ -188,15 +188,17 @@ def test_the_readme_s_table_and_picture_are_current() -> None:
     assert table.COMMAND in inside
 
 
-def test_the_table_of_contexts_is_current() -> None:
+def test_the_tables_of_contexts_and_of_the_least_memory_are_current() -> None:
     text = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
-    assert table.contexts() in text.partition("<!-- context:begin -->")[2].partition("<!-- context:end -->")[0]
+    inside = text.partition("<!-- context:begin -->")[2].partition("<!-- context:end -->")[0]
+    assert table.contexts() in inside
+    assert table.least() in inside
 
 
 def test_the_table_agrees_with_itself() -> None:
     for name, card in (("Llama-2 7B", 6), ("CodeLlama 34B", 24), ("Llama-2 70B", 48)):
         longest = table.longest_tokens(name, card * 10**9)
-        assert table.total_bytes(name, longest) <= card * 10**9
+        assert 0 < table.total_bytes(name, longest) <= card * 10**9
     assert table.longest_tokens("Llama-2 70B", 24 * 10**9) == 0
 
 
