@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from qvera.utils import accelerator
 from qvera.utils.errors import InputError, Interrupted, QveraError, RunFailed
 
 JSON = Any
@@ -107,15 +108,20 @@ class Group:
             tensor.copy_(part.view_as(tensor))
 
     def measure_network(self) -> tuple[float, float]:
-        """Return the seconds of an all-reduce of one number, and the bytes a second of one of 4 MB: medians of five."""
+        """Return the seconds of an all-reduce of one number, and the bytes a second of one of 4 MB: medians of five.
+
+        The numbers lie where gradients do, so on GPUs it is NCCL that is timed.
+        """
+        device = accelerator.current_device()
 
         def seconds(numel: int) -> float:
             taken = []
             for _ in range(5):
-                tensor = torch.zeros(numel)
+                tensor = torch.zeros(numel, device=device)
                 dist.barrier()
                 began = time.perf_counter()
                 dist.all_reduce(tensor)
+                accelerator.synchronize()
                 taken.append(time.perf_counter() - began)
             return sorted(taken)[2]
 

@@ -138,7 +138,8 @@ def run(command: list[str]) -> int:
         threads = 1
         if "--nproc-per-node" in command:  # torchrun would give each worker one thread, whatever the cores
             workers = int(command[command.index("--nproc-per-node") + 1])
-            threads = max(len(os.sched_getaffinity(0)) // workers, 1)
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            threads = max(cores // workers, 1)
         environment.setdefault("OMP_NUM_THREADS", str(threads))
         if "deepspeed.launcher.runner" in command:
             file = Path(scratch) / "environment"
