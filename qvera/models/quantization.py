@@ -389,13 +389,3 @@ def fused_matmul(
         bring(module)
         return bnb.matmul_4bit(x, module.weight.t(), quant_state=_state(module))
     return None
-
-
-def bitsandbytes_optimizer(name: str, groups: list[dict[str, object]], **settings: object) -> torch.optim.Optimizer:
-    """An AdamW of bitsandbytes by its recipe name: ``adamw_8bit``, ``paged_adamw`` or ``paged_adamw_8bit``."""
-    classes = {
-        "adamw_8bit": bnb.optim.AdamW8bit,
-        "paged_adamw": bnb.optim.PagedAdamW,
-        "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
-    }
-    return classes[name](groups, **settings)

@@ -12,7 +12,7 @@ from transformers import get_scheduler
 
 from qvera.config.range_test import RangeTest
 from qvera.config.schema import TrainingSection
-from qvera.models import quantization
+from qvera.models.bitsandbytes_import import bitsandbytes
 from qvera.utils import accelerator
 from qvera.utils.errors import InputError
 
@@ -39,7 +39,12 @@ def build_optimizer(section: TrainingSection, vectors: dict[str, nn.Parameter]) 
         raise InputError(
             f"training.optim: {section.optim} pages its state through CUDA, and there is no GPU here; use adamw."
         )
-    return quantization.bitsandbytes_optimizer(section.optim, groups, **settings)
+    classes = {
+        "adamw_8bit": bitsandbytes.optim.AdamW8bit,
+        "paged_adamw": bitsandbytes.optim.PagedAdamW,
+        "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
+    }
+    return classes[section.optim](groups, **settings)
 
 
 def build_scaler(section: TrainingSection, dtype: torch.dtype, device: torch.device) -> GradScaler | None:
