@@ -8,7 +8,9 @@ linear; ratios are against the faster. ``lean base`` is that with the norms and 
 as an adapted model has: for scale. ``floor`` is VeRA's products alone: z for each distinct input, the expansion, M, ∂z
 and ∂x, at the same shapes in the same dtype. ``kept`` is what autograd keeps for backward, counted twice: unique
 storages seen by saved_tensors_hooks, and storages made during forward that are alive at its end (a dispatch-mode
-census), parameters and buffers excluded from both. ``7B layer`` is one decoder layer of 4096/11008 with 32 heads,
+census), parameters and buffers excluded from both. ``held`` keeps W + ΔW until the vectors change, as `qvera train` does where
+memory allows (`adapters.fused.HeldWeight`). After each backward every trained number is changed, as an optimizer would,
+so W + ΔW is made anew once a pass: a step with several passes is faster than that. ``7B layer`` is one decoder layer of 4096/11008 with 32 heads,
 random weights in NF4, 512 tokens; ``checkpointed`` a whole step with our loss under gradient checkpointing.
 """
 
@@ -30,7 +32,7 @@ from bench.common import header, interleaved, perturb, smollm2, write_result
 from bench.generation import DTYPE, stock
 from bench.gpu.common import base_on_device
 from bench.trials import MORE
-from qvera.adapters import QveraLinear
+from qvera.adapters import QveraLinear, hold_training_weights
 from qvera.adapters.save_load import attach
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.evaluation.evaluate import batch_nll
@@ -190,8 +192,12 @@ def checkpointed(path: str, ids: torch.Tensor, rounds: int) -> dict[str, Any]:
     return over_frozen(interleaved({n: functools.partial(whole_step, m) for n, m in models.items()}, rounds))
 
 
-def backward(forward: Callable[[], Any]) -> None:
+def backward(forward: Callable[[], Any], model: Any) -> None:
     forward().backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.0001)
 
 
 def main() -> None:
@@ -210,6 +216,8 @@ def main() -> None:
     reduce_saved_activations(models["lean base"])
     for rank in (256, 1024):
         models[f"ours r={rank}"] = attach(load_base(section).model, AdapterSection(rank=rank), path)
+        models[f"ours r={rank}, held"] = attach(load_base(section).model, AdapterSection(rank=rank), path)
+        hold_training_weights(models[f"ours r={rank}, held"])
         vera = VeraConfig(r=rank, target_modules="all-linear", save_projection=False)
         models[f"stock PEFT VeRA r={rank}"] = get_peft_model(stock(path), vera)
     models[BEYOND] = attach(load_base(section).model, AdapterSection(**MORE), path)
@@ -232,7 +240,7 @@ def main() -> None:
 
         forwards[name] = forward
 
-    cases: dict[str, Callable[[], Any]] = {name: functools.partial(backward, f) for name, f in forwards.items()}
+    cases: dict[str, Callable[[], Any]] = {n: functools.partial(backward, f, models[n]) for n, f in forwards.items()}
     for rank in (256, 1024):
         if f"ours r={rank}" in models:
             cases[f"floor r={rank}"] = floor(models[f"ours r={rank}"], args.rows * args.length)
@@ -258,10 +266,10 @@ def main() -> None:
         ours, theirs = times.get(f"ours r={rank}"), times.get(f"stock PEFT VeRA r={rank}")
         if ours and theirs:
             result["ratios"][f"ours over stock PEFT VeRA r={rank}"] = ours["median"] / theirs["median"]
-    if "ours r=256" in times and "stock PEFT LoRA r=16" in times:
-        result["ratios"]["ours r=256 over stock PEFT LoRA r=16"] = (
-            times["ours r=256"]["median"] / times["stock PEFT LoRA r=16"]["median"]
-        )
+    if lora := times.get("stock PEFT LoRA r=16"):
+        for name in ("ours r=256", "ours r=256, held"):
+            if name in times:
+                result["ratios"][f"{name} over stock PEFT LoRA r=16"] = times[name]["median"] / lora["median"]
     if "ours r=256" in models:
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
         whole = lambda: batch_nll(models["ours r=256"], batch, 512)[0]  # noqa: E731

@@ -4,7 +4,7 @@ Importing it registers ``QVERA`` with PEFT.
 """
 
 from qvera.adapters.config import QveraConfig
-from qvera.adapters.layer import LowRankPath, QveraLinear
+from qvera.adapters.layer import LowRankPath, QveraLinear, hold_training_weights
 from qvera.adapters.peft_compat import accelerate_peft, accelerated_peft, restore_peft
 from qvera.adapters.projection import SharedProjection
 from qvera.adapters.tuner import QveraModel, register
@@ -17,6 +17,7 @@ __all__ = [
     "SharedProjection",
     "accelerate_peft",
     "accelerated_peft",
+    "hold_training_weights",
     "register",
     "restore_peft",
 ]

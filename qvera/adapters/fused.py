@@ -15,9 +15,12 @@ m n (T + 2 r).
 W' is rounded to the compute dtype. In fp32 that loses nothing. In 16 bits it rounds ΔW, where the low-rank path rounds
 what it adds to each output; measured end to end against fp32 neither is further off, and both train the same
 (bench/summed.py). That holds where it was measured, on CPUs: on CUDA 16-bit layers take the low-rank path (`pays`).
+
+W' changes once an optimizer step. Where memory allows it is held between forward and backward, and from one micro-batch
+to the next (`HeldWeight`): m n r multiply-adds and one dequantized weight a step, in place of as many a pass.
 """
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -74,8 +77,67 @@ def summed_weight(module: torch.nn.Linear, factors: Factors, dtype: torch.dtype)
     return weight.addmm_(C, A, alpha=after) if is_copy else torch.addmm(weight, C, A, alpha=after)
 
 
+class _Source(NamedTuple):
+    """A frozen tensor that a weight was made of. Its memory can't be given to another one while this is held."""
+
+    tensor: torch.Tensor
+    version: int
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> "_Source":
+        return cls(tensor, 0 if tensor.is_inference() else tensor._version)
+
+    def is_still(self, tensor: torch.Tensor) -> bool:
+        """Whether ``tensor`` is the same memory, unchanged."""
+        same_memory = tensor.data_ptr() == self.tensor.data_ptr() and tensor.shape == self.tensor.shape
+        return same_memory and self.version == _Source.of(tensor).version
+
+
+class HeldWeight:
+    """W + ΔW of one layer [m, n], held until what it was made of changes.
+
+    The frozen tensors (W, A, B) are compared by address and version, the vectors by their numbers: an optimizer, a
+    checkpoint or a user may have changed them in any way.
+    """
+
+    def __init__(self) -> None:
+        self.drop()
+
+    def drop(self) -> None:
+        """Let go of the weight; the next `get` makes it again."""
+        self._weight: torch.Tensor | None = None
+        self._sources: tuple[_Source, ...] = ()
+        self._vectors: tuple[torch.Tensor | None, ...] = ()
+        self._kind: tuple[float, torch.dtype] | None = None
+
+    def get(self, module: torch.nn.Linear, factors: Factors, dtype: torch.dtype) -> torch.Tensor:
+        """`summed_weight` of these, which must not be changed in place."""
+        frozen, vectors = (module.weight, factors.A, factors.B), (factors.d, factors.b, factors.a)
+        if self._weight is None or not self._is_of(frozen, vectors, (factors.scale, dtype)):
+            self.drop()  # first, so that no two are in memory
+            self._weight = summed_weight(module, factors, dtype)
+            self._sources = tuple(map(_Source.of, frozen))
+            self._vectors = tuple(None if v is None else v.detach().clone() for v in vectors)
+            self._kind = factors.scale, dtype
+        return self._weight
+
+    def _is_of(
+        self,
+        frozen: tuple[torch.Tensor, ...],
+        vectors: tuple[torch.Tensor | None, ...],
+        kind: tuple[float, torch.dtype],
+    ) -> bool:
+        if self._kind != kind or not all(s.is_still(t) for s, t in zip(self._sources, frozen, strict=True)):
+            return False
+        return all(
+            one is other or (one is not None and other is not None and torch.equal(one, other))
+            for one, other in zip(self._vectors, vectors, strict=True)
+        )
+
+
 class _SummedContext(AutogradContext, Protocol):
     module: torch.nn.Linear
+    held: HeldWeight | None
     keeps_input: bool
 
 
@@ -92,11 +154,13 @@ class _Summed(torch.autograd.Function):
         scale: float,
         module: torch.nn.Linear,
         a: torch.Tensor | None,
+        held: HeldWeight | None,
     ) -> torch.Tensor:
         ctx.save_for_backward(x if z is None else z, d, b, A, B, a)
         ctx.scale, ctx.module, ctx.keeps_input = scale, module, z is None
+        ctx.held = held
         bias = None if module.bias is None else module.bias.to(x.dtype)
-        weight = summed_weight(module, Factors(A, B, d, b, scale, a), x.dtype)
+        weight = (summed_weight if held is None else held.get)(module, Factors(A, B, d, b, scale, a), x.dtype)
         y = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
         return as_output(y, torch.Size((*x.shape[:-1], y.shape[-1])))
 
@@ -106,7 +170,9 @@ class _Summed(torch.autograd.Function):
         kept, d, b, A, B, a = ctx.saved_tensors
         grad_x = grad_d = grad_b = grad_a = None
         scaled = _scaled(A, a, g.dtype)
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0] and ctx.held is not None:
+            grad_x = g @ ctx.held.get(ctx.module, Factors(A, B, d, b, ctx.scale, a), g.dtype)
+        elif ctx.needs_input_grad[0]:
             grad_x = g @ summed_weight(ctx.module, Factors(scaled, B, d, b, ctx.scale), g.dtype)
         rows, kept = g.reshape(-1, g.shape[-1]), kept.reshape(-1, kept.shape[-1])
         by_weight = ctx.keeps_input and (a is None or _by_weight(len(rows), A.shape[1], len(B), len(A), True))
@@ -122,7 +188,7 @@ class _Summed(torch.autograd.Function):
             C = combined(B, d, b, in_c, g.dtype)
             N = C.t() @ whole if whole is not None else (rows @ C).t() @ kept
             grad_a = (A.to(a.dtype) * N).sum(0).mul_(after)
-        return grad_x, None, grad_d, grad_b, None, None, None, None, grad_a
+        return grad_x, None, grad_d, grad_b, None, None, None, None, grad_a, None
 
 
 def _scaled(A: torch.Tensor, a: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
@@ -130,7 +196,13 @@ def _scaled(A: torch.Tensor, a: torch.Tensor | None, dtype: torch.dtype) -> torc
     return A if a is None else (A * a).to(dtype)
 
 
-def summed_linear(module: torch.nn.Linear, x: torch.Tensor, z: torch.Tensor | None, factors: Factors) -> torch.Tensor:
+def summed_linear(
+    module: torch.nn.Linear,
+    x: torch.Tensor,
+    z: torch.Tensor | None,
+    factors: Factors,
+    held: HeldWeight | None = None,
+) -> torch.Tensor:
     """y = x (W + ΔW)ᵀ + bias for the frozen linear ``module``.
 
     Args:
@@ -139,9 +211,10 @@ def summed_linear(module: torch.nn.Linear, x: torch.Tensor, z: torch.Tensor | No
         z: x Aᵀ [..., r], without a graph, or None: x is kept in its place (`keeps_input`), as it must be where there is
             an a.
         factors: of the adapter, in this layer.
+        held: where the layer holds W + ΔW; None: made anew, forward and backward.
 
     Returns:
         [..., m] in x's dtype. Differentiable once in x, d, b and a; may be changed in place.
     """
     A, B, d, b, scale, a = factors
-    return _Summed.apply(x, z, d, b, A, B, scale, module, a)
+    return _Summed.apply(x, z, d, b, A, B, scale, module, a, held)

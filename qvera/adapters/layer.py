@@ -47,6 +47,7 @@ class LowRankPath:
     _get_available_adapters: Callable[[], set[str]]
     _inference_weight: torch.Tensor | None = None
     _inference_adapters: tuple[str, ...] = ()
+    _training_weight: fused.HeldWeight | None = None
     _row_forward: Callable[..., torch.Tensor] | None = None
     """The forward pass of a batch whose rows use different adapters, while there is one (`multi_adapter.RowPlan`)."""
 
@@ -146,7 +147,8 @@ class LowRankPath:
         if torch.is_grad_enabled() and not fused.keeps_input(*sizes, scaled):
             with torch.no_grad():
                 z = self.shared_z(adapter, x, dtype)
-        return fused.summed_linear(base, x.to(dtype), z, factors).to(x.dtype)
+        held = None if torch.compiler.is_compiling() else self._training_weight
+        return fused.summed_linear(base, x.to(dtype), z, factors, held).to(x.dtype)
 
     def delta_weight_fp32(self, adapter: str) -> torch.Tensor:
         """ΔW of one adapter in fp32, oriented as the base layer's weight: [out, in], or [in, out] for a Conv1D."""
@@ -166,12 +168,18 @@ class LowRankPath:
             base_only: hold W alone, for batches whose rows use different adapters.
         """
         self._inference_weight = None
+        if self._training_weight is not None:
+            self._training_weight.drop()
         names = [] if base_only else self.active_names()
         if hold and (names or base_only) and not self.merged and not isinstance(self.base_layer, Conv1D):
             weight = quantization.dequantized_weight(self.base_layer, torch.float32).detach()
             for name in names:
                 weight = weight + self.delta_weight_fp32(name)
             self._inference_weight, self._inference_adapters = weight.to(self.held_dtype()), tuple(names)
+
+    def hold_training_weight(self, hold: bool) -> None:
+        """Where the layer goes through W + ΔW (`fused`), hold it [m, n] until a vector changes; False lets go."""
+        self._training_weight = fused.HeldWeight() if hold else None
 
     def held_dtype(self) -> torch.dtype:
         """The dtype of `hold_inference_weight`."""
@@ -190,6 +198,17 @@ class LowRankPath:
     def holds_inference_weight(self) -> bool:
         """Whether the layer holds W + ΔW (or W alone) now."""
         return self._inference_weight is not None
+
+
+def hold_training_weights(model: nn.Module, hold: bool = True) -> None:
+    """Hold W + ΔW of every adapted layer between optimizer steps (`LowRankPath.hold_training_weight`).
+
+    The numbers are the same. Beside the model it takes all adapted weights in the compute dtype; worth it on a CPU
+    with that much memory to spare. `qvera train` does it by itself where the plan says that it fits.
+    """
+    for module in model.modules():
+        if isinstance(module, LowRankPath):
+            module.hold_training_weight(hold)
 
 
 class VectorDict(nn.ParameterDict):

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from rich.console import Console
 
+from qvera.adapters import hold_training_weights
 from qvera.adapters.projection import forget_inputs
 from qvera.adapters.save_load import attach
 from qvera.config.schema import Recipe
@@ -138,6 +139,8 @@ class TrainingSession:
         enable_checkpointing(self.model, self.checkpointing)
         if self.recipe.training.torch_compile:
             compile_layers(self.model)
+        if self.plan is not None and self.plan.holds_weights:
+            hold_training_weights(self.model)
         if self.sharder is None:
             self.group.agree(self._try_longest_batch)
         self.engine = self.make_engine()

@@ -180,3 +180,46 @@ def test_layers_that_read_the_same_input_share_z(monkeypatch: pytest.MonkeyPatch
     y.sum().backward()
     assert x.grad is not None
     assert torch.count_nonzero(x.grad) > 0
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("kind", LINEARS)
+def test_a_held_weight_gives_the_same_numbers_and_is_made_once_a_step(
+    kind: str, scaled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, plain = (adapted(kind, rank=WAYS["keeps z"], scaled=scaled) for _ in range(2))
+    layer.hold_training_weight(True)
+    x, upstream = torch.randn(2, TOKENS // 2, IN), torch.randn(2, TOKENS // 2, OUT)
+    calls = []
+    product = fused.summed_weight
+    for step, vector in enumerate(("qvera_b", "qvera_d"), start=1):
+        for each in (layer, plain):
+            getattr(each, vector)["default"].data.mul_(1.5)  # no version tells of it
+        expected = run(plain, x, upstream)
+        with monkeypatch.context() as patch:
+            patch.setattr(fused, "summed_weight", lambda *a: calls.append(1) or product(*a))
+            for _ in range(2):  # micro-batches
+                for one, other in zip(run(layer, x, upstream), expected, strict=True):
+                    assert torch.equal(one, other)
+        assert len(calls) == step
+
+
+def test_a_held_weight_notices_another_base_weight_and_another_pair() -> None:
+    layer = adapted("linear", rank=WAYS["keeps z"])
+    x, upstream = torch.randn(1, TOKENS, IN), torch.randn(1, TOKENS, OUT)
+    layer.hold_training_weight(True)
+    run(layer, x, upstream)
+    changes = (
+        lambda: layer.base_layer.weight.mul_(2),
+        lambda: layer.qvera_projection["default"].A.mul_(2),
+        lambda: setattr(layer.base_layer, "weight", nn.Parameter(torch.randn(OUT, IN), requires_grad=False)),
+    )
+    for change in changes:
+        with torch.no_grad():
+            change()
+        held = run(layer, x, upstream)
+        layer.hold_training_weight(False)
+        for one, other in zip(held, run(layer, x, upstream), strict=True):
+            assert torch.equal(one, other)
+        layer.hold_training_weight(True)
+        run(layer, x, upstream)

@@ -14,6 +14,9 @@ Kind = Literal["base", "projections", "vectors", "checkpoints", "transient", "lo
 KEPT_HEAP_BYTES = 64 * 2**20
 """glibc returns the top of its heap when more than this is free (mallopt(3), M_TRIM_THRESHOLD after it has adapted)."""
 
+HELD_WEIGHTS = "adapted weights between steps"
+"""The name of the component of `held_weights`."""
+
 _SMALL_8BIT = 4096  # numbers; bitsandbytes keeps fp32 state for smaller tensors
 
 
@@ -67,6 +70,10 @@ class Memory:
     def needed_bytes(self, machine: Machine) -> int:
         """What has to fit: on a GPU everything, on a CPU what is private. Mapped pages are dropped and read again."""
         return self.total_bytes if machine.on_gpu else self.private_bytes
+
+    def with_standing(self, component: Component) -> "Memory":
+        """The memory of a process that holds one thing more throughout."""
+        return Memory((*self.standing, component), self.moments)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON: every component of every moment."""
@@ -166,6 +173,19 @@ def _standing(run: PlannedRun) -> tuple[Component, ...]:
         Component("optimizer state", "vectors", optimizer_state_bytes(trained, recipe.training.optim), zero_stage=1),
     ]
     return tuple(c for c in found if c.bytes)
+
+
+def held_weights(run: PlannedRun, memory: Memory) -> Component | None:
+    """W + ΔW of the layers that go through it (`adapters.fused.HeldWeight`), where a process alone can hold them.
+
+    That is on a CPU, where they take at most a quarter of the free memory and the run still fits.
+    """
+    size_bytes = run.itemsize * sum(x.n * x.m for x in run.adapted if run.is_summed(x))
+    free = run.machine.available_bytes
+    fits = size_bytes <= free // 4 and memory.needed_bytes(run.machine) + size_bytes <= free
+    if run.machine.on_gpu or run.recipe.training.torch_compile or not size_bytes or not fits:
+        return None
+    return Component(HELD_WEIGHTS, "base", size_bytes)
 
 
 def _kernels(run: PlannedRun) -> int:

@@ -19,7 +19,7 @@ from qvera.training.plan.activations import RANDOM_STATE_BYTES, offloaded_bytes
 from qvera.training.plan.changes import Change, nearest_changes
 from qvera.training.plan.checkpointing import Checkpointing
 from qvera.training.plan.longest import longest_batch
-from qvera.training.plan.memory import Memory
+from qvera.training.plan.memory import HELD_WEIGHTS, Memory, held_weights
 from qvera.training.plan.run import Machine, PlannedRun, Shape, shape_of, this_machine
 from qvera.training.plan.sharding import ALONE, Sharing, Way, plan_rank, plan_ways, right_way
 from qvera.training.plan.streaming import Streaming, decide_both
@@ -54,6 +54,11 @@ class Plan(PlannedRun):
     def fits(self) -> bool:
         """Whether the machine has the memory."""
         return self.needed_bytes <= self.machine.available_bytes
+
+    @property
+    def holds_weights(self) -> bool:
+        """Whether adapted layers hold W + ΔW between optimizer steps (`memory.held_weights`)."""
+        return any(c.name == HELD_WEIGHTS for c in self.memory.standing)
 
     @property
     def is_refused(self) -> bool:
@@ -172,6 +177,8 @@ def make_plan(
     run = PlannedRun(shape, recipe, batch_of(recipe), machine)
     run, decided, streaming = decide_both(run, sharing)
     memory = plan_rank(run, sharing)
+    if sharing.world_size == 1 and sharing.stage < 3 and (held := held_weights(run, memory)) is not None:
+        memory = memory.with_standing(held)
     fits = memory.needed_bytes(machine) <= machine.available_bytes
     changes = [] if fits else nearest_changes(run, batch_of, sharing)
     ways = tuple(plan_ways(run, sharing.nodes, sharing.per_node)) if every_way else ()

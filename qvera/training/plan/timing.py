@@ -96,19 +96,22 @@ def _seconds(run: Callable[[], object]) -> float:
     return best
 
 
-def _work(run: PlannedRun) -> dict[str, tuple[str, float]]:
+def _work(run: Plan) -> dict[str, tuple[str, float]]:
     """Parts of one forward and backward pass: the rate of `_rates` that each goes by, and how much there is of it."""
     passes = 3 if run.checkpointing else 2  # forward, recompute, backward
+    # how often W + ΔW is made; where it is held, once an optimizer step
+    made = 1 / passes_of(run.recipe, run.sharing.world_size, run.batch.packed_rows) if run.holds_weights else passes
     flops, low_rank, weights, passed = 0.0, 0.0, 0.0, 0.0
     T, size, section = run.batch.all_tokens, run.itemsize, run.recipe.adapter
     for x in run.layer:
         flops += passes * 2 * T * x.n * x.m
-        weights += passes * x.n * x.m if run.is_quantized(x) else 0
+        read = made if run.is_summed(x) else passes
+        weights += read * x.n * x.m if run.is_quantized(x) else 0
         if x.name not in run.adapted_names:
             continue
         if run.is_summed(x):
-            low_rank += passes * 2 * x.n * x.m * run.rank
-            passed += passes * (2 * x.m * run.rank * 4 + x.n * x.m * size) * 2
+            low_rank += made * 2 * x.n * x.m * run.rank
+            passed += made * (2 * x.m * run.rank * 4 + x.n * x.m * size) * 2
             low_rank += 2 * gradient_cost(T, x.n, x.m, run.rank, section.input_scale)
         else:
             # z is made, and its gradient spent, once for all readers of the same input

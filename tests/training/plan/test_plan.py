@@ -16,7 +16,7 @@ from qvera.config.schema import parse_recipe
 from qvera.data import batches_of, build_datasets
 from qvera.data.collate import Joined
 from qvera.models.tokenizer import load_tokenizer
-from qvera.training.plan import Machine, make_plan, parse_size, timing
+from qvera.training.plan import Machine, Plan, Sharing, make_plan, parse_size, timing
 from qvera.training.plan.changes import changed
 from qvera.training.plan.longest import batch_of, longest_rows
 from qvera.training.trainer import train
@@ -79,6 +79,28 @@ def test_what_a_gpu_held_is_compared_without_its_context_and_beside_its_tensors(
     found = plan.measured(2 * tensors, 0, tensors)
     assert found["predicted_bytes"] == found["tensor_bytes"] == tensors
     assert (found["relative_error"], found["relative_error_of_tensors"]) == (-0.5, 0)
+
+
+def test_adapted_weights_are_held_between_steps_where_a_cpu_has_the_memory(config_only: Path) -> None:
+    tree = {
+        "model": str(config_only),
+        "data": {"path": "some/hub-data"},
+        "adapter": {"rank": 32},
+        "training": {"gradient_checkpointing": False},
+    }
+    recipe = parse_recipe(tree, "t")
+
+    def on_cpu(available_bytes: int, **more: Any) -> Plan:
+        return make_plan(recipe, Machine("t", "cpu", torch.float32, False, available_bytes, 0), **more)
+
+    roomy, tight = on_cpu(10**10), on_cpu(1)
+    assert roomy.holds_weights
+    assert not tight.holds_weights
+    held = 4 * sum(x.n * x.m for x in roomy.adapted if roomy.is_summed(x))
+    assert roomy.memory.total_bytes - tight.memory.total_bytes == held > 0
+    assert not on_cpu(tight.needed_bytes + held - 1).holds_weights
+    assert not on_cpu(10**10, sharing=Sharing(per_node=2)).holds_weights
+    assert not make_plan(recipe, gpu(10**10)).holds_weights
 
 
 def test_changes_make_it_fit(config_only: Path) -> None:
