@@ -167,7 +167,8 @@ class LowRankPath:
             hold: False lets go.
             base_only: hold W alone, for batches whose rows use different adapters.
         """
-        self._inference_weight = None
+        # the class' None takes its place: code compiled before would be compiled again for a None of its own
+        self.__dict__.pop("_inference_weight", None)
         if self._training_weight is not None:
             self._training_weight.drop()
         names = [] if base_only else self.active_names()

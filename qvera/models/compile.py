@@ -3,8 +3,16 @@
 Each layer is compiled for itself: a model's layers are alike, so the first one's code serves all of them, and gradient
 checkpointing stays around a layer. Lengths are symbolic, so a batch of another length needs no new code. Measured on
 CPUs only.
+
+Only training passes run compiled. torch keeps at most 8 versions of one function's code, and runs it plainly from then
+on: the masks, caches and dense weights of evaluations and answers would use them up before the first step.
 """
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from torch import nn
 
 from qvera.distributed.zero_params import decoder_layers
@@ -13,8 +21,8 @@ from qvera.models.loader import causal_model
 from qvera.utils.errors import InputError
 
 
-def compile_layers(model: nn.Module, backend: str = "inductor") -> int:
-    """Let the decoder layers of this model run compiled from their next call on. Returns how many there are.
+def compile_layers(model: nn.Module, backend: str | Callable[..., Any] = "inductor") -> int:
+    """Let the decoder layers of this model run compiled in training from now on. Returns how many there are.
 
     Raises:
         InputError: the layers are streamed, and compiled code would read weights that are not there yet.
@@ -27,5 +35,16 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> int:
         )
     layers = decoder_layers(inner.get_decoder())
     for layer in layers:
-        layer.compile(backend=backend, dynamic=True)
+        layer.forward = _compiled_in_training(layer, backend)
     return len(layers)
+
+
+def _compiled_in_training(layer: nn.Module, backend: str | Callable[..., Any]) -> Callable[..., Any]:
+    plain = layer.forward
+    compiled = torch.compile(plain, backend=backend, dynamic=True)
+
+    @functools.wraps(plain)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return (compiled if layer.training and torch.is_grad_enabled() else plain)(*args, **kwargs)
+
+    return forward

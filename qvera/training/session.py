@@ -68,6 +68,10 @@ class TrainingSession:
         self.resources = contextlib.ExitStack()
         self.state = TrainState()
         self.zero = group.agree(lambda: load_zero_config(recipe.deepspeed))
+        if recipe.training.torch_compile and self.zero is not None and self.zero.shards_base:  # by a file of its own
+            raise InputError(
+                "training.torch_compile: ZeRO-3 gathers weights between a layer's parts; remove one of the two."
+            )
         if (word := recipe.deepspeed) is not None:
             group.agree(lambda: require_deepspeed(word))
         check_same_setup(recipe, group, self.console)

@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from qvera.config.schema import parse_recipe
+from qvera.distributed.group import Group
 from qvera.models import compile
 from qvera.training import session
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 from tests.adapters.helpers import IN, OUT, relative
 from tests.adapters.test_layer import adapted, run
+from tests.conftest import small_llama
 
 pytestmark = pytest.mark.process
 
@@ -70,6 +72,48 @@ def test_a_training_step_through_compiled_layers(
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
 
 
+def test_only_training_passes_run_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch keeps a few versions of a layer's code; evaluations and answers must not use them up."""
+    calls: list[bool] = []
+
+    def compiling(plain: Any, **_: Any) -> Any:
+        return lambda *args, **kwargs: (calls.append(True), plain(*args, **kwargs))[1]
+
+    monkeypatch.setattr(torch, "compile", compiling)
+    model = small_llama()
+    ids = torch.arange(3, 20)[None]
+    wanted = model(ids).logits
+    count = compile.compile_layers(model)
+    model.train()
+    assert torch.equal(model(ids).logits, wanted)
+    assert len(calls) == count == 2
+    with torch.no_grad():
+        model(ids)
+    model.eval()
+    assert torch.equal(model(ids).logits, wanted)
+    model.generate(ids, max_new_tokens=2, do_sample=False)  # type: ignore[operator]
+    assert len(calls) == count
+
+
+def test_a_layer_after_answers_is_the_one_that_was_compiled() -> None:
+    layer = adapted("linear")
+    before = set(vars(layer))
+    layer.hold_inference_weight(True)
+    layer.hold_inference_weight(False)
+    assert not layer.holds_inference_weight
+    assert "_inference_weight" not in set(vars(layer)) - before
+
+
 def test_compiling_is_refused_where_layers_come_and_go(make_recipe: Any) -> None:
     with pytest.raises(InputError, match="training.torch_compile: ZeRO-3 gathers"):
         parse_recipe({**make_recipe(training={"torch_compile": True}).to_dict(), "deepspeed": "zero3"}, "recipe")
+    with pytest.raises(InputError, match="training.torch_compile: compiled code does not wait for streamed layers"):
+        make_recipe(training={"torch_compile": True}, model={"stream": True})
+
+
+def test_compiling_is_refused_under_a_deepspeed_file_of_stage_3(make_recipe: Any, tmp_path: Path) -> None:
+    config = tmp_path / "ds.json"
+    config.write_text('{"zero_optimization": {"stage": 3}}')
+    recipe = make_recipe(training={"torch_compile": True}).replace(deepspeed=str(config))
+    with pytest.raises(InputError, match="training.torch_compile: ZeRO-3 gathers"):
+        session.TrainingSession(recipe, tmp_path, Group())

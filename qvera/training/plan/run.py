@@ -288,7 +288,9 @@ class PlannedRun:
 
     @property
     def can_stream(self) -> bool:
-        """Whether streaming would free memory of the device."""
+        """Whether streaming would free memory of the device, and goes with the rest of the recipe."""
+        if self.recipe.training.torch_compile:
+            return False
         four_bit = self.recipe.model.quantization in ("nf4", "fp4")
         by_zero3 = (self.recipe.deepspeed or "").startswith("zero3")
         return four_bit and not by_zero3 and accelerator.has_own_memory(self.machine.device_type)

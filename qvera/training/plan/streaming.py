@@ -78,8 +78,9 @@ def decide_both(run: PlannedRun, sharing: Sharing = ALONE) -> tuple[PlannedRun, 
     found, mode, needed = planned(streams)
     why = "as the recipe says"
     if asked == "auto":
-        why = "auto: the base fits on the device"
-        if needed > machine.available_bytes and sharing.stage < 3 and run.can_stream:
+        fits = needed <= machine.available_bytes
+        why = "auto: the run fits without it" if fits else "auto: this run's layers can't be streamed"
+        if not fits and sharing.stage < 3 and run.can_stream:
             other, its_mode, less = planned(True)
             why = "auto: the run does not fit with it either"
             if less <= machine.available_bytes:

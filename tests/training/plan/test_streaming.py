@@ -34,7 +34,7 @@ def planned(tmp_path: Path) -> Any:
         tree = {
             "model": {"path": str(tmp_path), **changes.pop("model", {})},
             "data": {"path": "some/hub-data", "max_length": changes.pop("max_length", 1024)},
-            "training": {"per_device_train_batch_size": 1},
+            "training": {"per_device_train_batch_size": 1, **changes.pop("training", {})},
         }
         recipe = parse_recipe(tree, "t")
         machine = dataclasses.replace(gpu_machine(recipe.model, int(card_gb * 1e9)), **changes)
@@ -110,3 +110,12 @@ def test_neither_zero3_nor_int8_nor_a_cpu_streams_by_itself(planned: Any, make_r
     assert not make_plan(recipe, cpu).streams
     forced = make_plan(recipe.replace(model=recipe.model.replace(stream=True)), cpu)
     assert forced.streams and "only adds copies" in str(forced.streaming)
+
+
+def test_auto_does_not_stream_what_is_compiled_or_not_in_four_bits(planned: Any) -> None:
+    for changes in ({"training": {"torch_compile": True}}, {"model": {"quantization": "none"}}):
+        plan = planned("Llama-2 70B", 24, **changes)
+        assert not plan.streams
+        assert not plan.fits
+        assert plan.streaming.why == "auto: this run's layers can't be streamed"
+        assert not any("model.stream" in change.settings for change in plan.changes)
