@@ -23,9 +23,9 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from qvera.models.copy_stream import CopyStream, PinnedChunks, pairs
 from qvera.models.norm_mlp import tile_mlps
 from qvera.utils import accelerator
-from qvera.utils.copy_stream import CopyStream, PinnedChunks, pairs
 
 if TYPE_CHECKING:
     from peft import PeftModel

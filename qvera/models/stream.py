@@ -28,9 +28,9 @@ from torch import nn
 
 from qvera.distributed.zero_params import decoder_layers
 from qvera.models import quantization
+from qvera.models.copy_stream import CopyStream, PinnedChunks, pairs
 from qvera.models.quantization import Linear4bit
 from qvera.utils import accelerator, memory
-from qvera.utils.copy_stream import CopyStream, PinnedChunks, pairs
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState

@@ -15,7 +15,7 @@ import torch
 from qvera.adapters.save_load import attach, named_vectors
 from qvera.config.schema import AdapterSection
 from qvera.models.checkpointing import INPUTS_ON_DEVICE, draws_random_numbers, enable_checkpointing, offload_inputs
-from qvera.utils.copy_stream import PinnedChunks
+from qvera.models.copy_stream import PinnedChunks
 from tests.adapters.helpers import perturb
 from tests.conftest import small_llama
 

@@ -14,10 +14,10 @@ import torch
 from qvera.adapters.functional import few_tokens
 from qvera.kernels.low_rank import BLOCK_ELEMENTS
 from qvera.models.checkpointing import INPUTS_ON_DEVICE
+from qvera.models.copy_stream import CHUNK_BYTES
 from qvera.models.linear import BLOCK_WEIGHTS
 from qvera.models.tiled_mlp import TILED_ABOVE_TOKENS, tile_tokens
 from qvera.training.plan.run import Linear, PlannedRun
-from qvera.utils.copy_stream import CHUNK_BYTES
 
 _MLP = ("gate_proj", "up_proj", "down_proj")
 RANDOM_STATE_BYTES = 5056  # of torch's CPU generator
@@ -60,7 +60,7 @@ def input_bytes(run: PlannedRun) -> int:
 
 
 def offloaded_bytes(run: PlannedRun) -> int:
-    """Pinned RAM that the inputs of checkpointed layers take where they are offloaded (`qvera.utils.copy_stream`)."""
+    """Pinned RAM that the inputs of checkpointed layers take where they are offloaded (`qvera.models.copy_stream`)."""
     if run.checkpointing != "offload":
         return 0
     one = run.batch.all_tokens * run.shape.hidden * run.itemsize

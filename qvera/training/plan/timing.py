@@ -8,12 +8,12 @@ import torch
 from qvera.adapters.functional import few_tokens
 from qvera.adapters.fused import gradient_cost
 from qvera.models import quantization
+from qvera.models.copy_stream import CHUNK_BYTES
 from qvera.training.plan.plan import Plan
 from qvera.training.plan.run import PlannedRun
 from qvera.training.plan.sharding import passes_of
 from qvera.training.plan.streaming import pass_bytes
 from qvera.utils import accelerator
-from qvera.utils.copy_stream import CHUNK_BYTES
 
 _WEIGHTS_PROBED = 2**20
 _TOKENS_PROBED = 1024

@@ -101,7 +101,7 @@ def test_the_peak_of_a_step_is_the_plan_s(
     counted = live.step_peak_bytes(model, ids, mask, labels, made.training.loss_chunk_tokens)
     # temporaries inside one kernel (logsumexp's) are not counted live, and gradients are freed a little earlier than
     # planned
-    assert -0.02 < step / counted - 1 < 0.09
+    assert -0.02 < step / counted - 1 < 0.1
 
 
 def test_the_peak_with_mlps_by_tiles() -> None:
