@@ -35,7 +35,7 @@ def scaled_columns_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """g ⊙ vector [..., k], and Σ g ⊙ x over all but the last dimension [k] in the vector's dtype: ∂x and ∂vector."""
     if use_kernels(g, x, vector):
-        grad_x, grad_vector = _backward(_rows(g), _rows(x), vector)
+        grad_x, grad_vector = _backward(_rows(g), _rows(x), vector.contiguous())
         return grad_x.view(g.shape), grad_vector.to(vector.dtype)
     total = torch.zeros_like(vector)
     rows, other = _rows(g), _rows(x)

@@ -38,7 +38,7 @@ def times_b(B: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def combined(B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
     """C = diag(b) B diag(scale d) [m, r] in ``dtype``, computed in the vectors' dtype and rounded once."""
     if use_kernels(B, d, b) and dtype.itemsize < 8:
-        return _combined(_with_dense_rows(B), d, grouped(b), scale, dtype)
+        return _combined(_with_dense_rows(B), d.contiguous(), grouped(b).contiguous(), scale, dtype)
     scaled = d * scale
     blocks = row_blocks(B)
     if len(blocks) == 1:
@@ -104,7 +104,8 @@ def _by_kernel(
     c_scale: float,
     dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    grad_d, grad_b, C = _gradients(M.contiguous(), _with_dense_rows(B), d, grouped(b), scale, c_scale, dtype)
+    vectors = d.contiguous(), grouped(b).contiguous()
+    grad_d, grad_b, C = _gradients(M.contiguous(), _with_dense_rows(B), *vectors, scale, c_scale, dtype)
     return grad_d.to(d.dtype), grad_b.to(b.dtype).view_as(b), C
 
 

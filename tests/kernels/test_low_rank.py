@@ -141,6 +141,20 @@ def test_a_kernel_is_launched_on_the_device_of_its_tensors(monkeypatch: pytest.M
     assert used == [B.device]
 
 
+def test_vectors_that_are_every_second_element_of_another(as_on_an_accelerator: Callable[[], Any]) -> None:
+    p = parts(9, 4, 21, 12, groups=3)
+    B, d, b, M = p["B"].float(), p["d"].float(), p["b"].float(), torch.randn(21, 12)
+    sparse_d, sparse_b = (torch.stack((v, -v), -1)[..., 0] for v in (d, b))
+
+    def found(d: torch.Tensor, b: torch.Tensor) -> list[torch.Tensor | None]:
+        gradients = low_rank.gradients_and_combined(M, B, d, b, 0.5, 1.0, torch.float32)
+        return [*gradients, low_rank.combined(B, d, b, 0.5, torch.float32), columns.scaled_columns_backward(M, M, d)[0]]
+
+    with as_on_an_accelerator():
+        for one, other in zip(found(sparse_d, sparse_b), found(d, b), strict=True):
+            assert one is not None and other is not None and torch.equal(one, other)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_operators_fit_their_fakes(dtype: torch.dtype) -> None:
     p = parts(9, 4, 21, 12, groups=3)
