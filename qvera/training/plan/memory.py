@@ -71,9 +71,10 @@ class Memory:
         """What has to fit: on a GPU everything, on a CPU what is private. Mapped pages are dropped and read again."""
         return self.total_bytes if machine.on_gpu else self.private_bytes
 
-    def with_standing(self, component: Component) -> "Memory":
-        """The memory of a process that holds one thing more throughout."""
-        return Memory((*self.standing, component), self.moments)
+    def with_held(self, component: Component) -> "Memory":
+        """The memory of a process that holds one thing more, but while it answers."""
+        moments = {name: parts if name == "answers" else (*parts, component) for name, parts in self.moments.items()}
+        return Memory(self.standing, moments)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON: every component of every moment."""

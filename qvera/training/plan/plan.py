@@ -58,7 +58,7 @@ class Plan(PlannedRun):
     @property
     def holds_weights(self) -> bool:
         """Whether adapted layers hold W + ΔW between optimizer steps (`memory.held_weights`)."""
-        return any(c.name == HELD_WEIGHTS for c in self.memory.standing)
+        return any(c.name == HELD_WEIGHTS for c in self.memory.at("backward"))
 
     @property
     def is_refused(self) -> bool:
@@ -178,7 +178,7 @@ def make_plan(
     run, decided, streaming = decide_both(run, sharing)
     memory = plan_rank(run, sharing)
     if sharing.world_size == 1 and sharing.stage < 3 and (held := held_weights(run, memory)) is not None:
-        memory = memory.with_standing(held)
+        memory = memory.with_held(held)
     fits = memory.needed_bytes(machine) <= machine.available_bytes
     changes = [] if fits else nearest_changes(run, batch_of, sharing)
     ways = tuple(plan_ways(run, sharing.nodes, sharing.per_node)) if every_way else ()
