@@ -50,7 +50,7 @@ from qvera.training.rank_checks import (
     count_nodes,
 )
 from qvera.utils import accelerator, memory
-from qvera.utils.errors import InputError, RunFailed
+from qvera.utils.errors import InputError, RunFailed, first_line
 from qvera.utils.formatting import size
 from qvera.utils.out_of_memory import Shortage, is_out_of_memory, or_shortage
 
@@ -368,7 +368,8 @@ class TrainingSession:
         together, once the engine's hooks gather the weights; each of them takes the same batch.
 
         Raises:
-            InputError: memory ran out; names the rows and what would make them fit.
+            InputError: memory ran out; names the rows and what would make them fit. With ``training.on_oom: halve`` and
+                several rows it is a warning.
         """
         recipe, model = self.recipe, self.model
         joined = rows_joined(model, recipe.data.prefix_once, recipe.data.packing)
@@ -383,7 +384,9 @@ class TrainingSession:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise longest_batch_error(recipe, self.plan, bool(self.checkpointing), examples) from None
+            if recipe.training.on_oom == "save" or len(examples) == 1:
+                raise longest_batch_error(recipe, self.plan, bool(self.checkpointing), examples) from None
+            self.warn(f"The longest batch does not fit into memory ({first_line(error)}). A step with it is halved.")
         finally:
             model.train(was_training)
             forget_inputs(model)

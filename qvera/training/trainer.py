@@ -163,7 +163,10 @@ class Trainer(TrainingSession):
                         continue
                     best_step = state.best_step
                     if self.datasets.eval and training.eval_steps and state.step % training.eval_steps == 0:
-                        self.evaluate()
+                        try:
+                            self.evaluate()
+                        except OutOfMemory as error:
+                            raise self.end(error) from None
                     # the best vectors are on disk, whatever comes
                     if state.step % training.save_steps == 0 or state.best_step != best_step:
                         self.save_checkpoint()

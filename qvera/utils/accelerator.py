@@ -183,7 +183,8 @@ def tensors_on(device: torch.device | str, arrays: dict[str, np.ndarray]) -> dic
     for start, array in zip(starts, arrays.values(), strict=False):
         packed[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     host = torch.from_numpy(packed)
-    sent = (host.pin_memory() if has_own_memory(device) else host).to(device, non_blocking=True)
+    apart = has_own_memory(device)  # elsewhere nothing keeps the host's tensor alive until it is copied
+    sent = (host.pin_memory() if apart else host).to(device, non_blocking=apart)
     tensors = {}
     for start, (name, array) in zip(starts.tolist(), arrays.items(), strict=False):
         dtype = torch.from_numpy(np.empty(0, dtype=array.dtype)).dtype

@@ -31,7 +31,7 @@ class RunFailed(QveraError):
 
 
 class OutOfMemory(RunFailed):
-    """Memory ran out in a step; the step was undone."""
+    """Memory ran out: in a step, which was undone, or with a single row to answer or to score."""
 
 
 class Interrupted(QveraError):

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 
 from qvera.utils import accelerator, memory
-from qvera.utils.errors import RunFailed
+from qvera.utils.errors import OutOfMemory
 from qvera.utils.formatting import size
 
 _MESSAGE = re.compile(r"can't allocate memory|not enough memory|out of memory|ALLOC_FAILED", re.IGNORECASE)
@@ -78,7 +78,7 @@ def each_in_halves(
         advice: a sentence for a single one that does not fit.
 
     Raises:
-        RunFailed: memory ran out with a single one.
+        OutOfMemory: memory ran out with a single one.
     """
     most: int | None = None
     for batch in batches:
@@ -93,7 +93,7 @@ def each_in_halves(
                 yield part, result
                 continue
             if len(part) == 1:
-                raise RunFailed(f"Memory ran out with one of the {rows} at a time: {result}. {advice}")
+                raise OutOfMemory(f"Memory ran out with one of the {rows} at a time: {result}. {advice}")
             most = len(part) // 2
             waiting.appendleft(part)
             warnings.warn(

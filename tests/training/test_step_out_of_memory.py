@@ -22,12 +22,13 @@ from qvera.config.range_test import RangeTest
 from qvera.config.schema import Recipe
 from qvera.data import Example
 from qvera.distributed.group import Group
+from qvera.evaluation import evaluate
 from qvera.training.failures import step_error
 from qvera.training.lr_finder import find_lr
 from qvera.training.plan import Machine, make_plan
 from qvera.training.plan.changes import changed
 from qvera.training.session import TrainingSession
-from qvera.training.trainer import train
+from qvera.training.trainer import Trainer, train
 from qvera.utils.errors import InputError, OutOfMemory
 from qvera.utils.out_of_memory import Shortage
 from tests.training.test_trainer import cut_off, losses, records, same, vectors
@@ -148,6 +149,56 @@ def test_halved_passes_give_the_same_numbers_and_a_resumed_run_keeps_them(
     train(recipe, cut_off(tmp_path / "halved", tmp_path / "cut", after=4), resume=True)
     assert losses(tmp_path / "cut") == losses(tmp_path / "halved")
     assert same(vectors(tmp_path / "cut"), vectors(tmp_path / "halved"))
+
+
+def test_with_halve_a_longest_batch_that_does_not_fit_is_a_warning(
+    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path
+) -> None:
+    real = TrainingSession._nll
+
+    def nll(session: TrainingSession, examples: Any, *rest: Any) -> Any:
+        if len(examples) > 2:
+            raise torch.OutOfMemoryError(MESSAGE)
+        return real(session, examples, *rest)
+
+    monkeypatch.setattr(TrainingSession, "_nll", nll)
+    console = Console(file=io.StringIO(), width=1000)
+    training = {"max_steps": 6, "save_steps": 2, "save_total_limit": 9}
+    train(make_recipe(training={**training, "on_oom": "halve"}), tmp_path / "halved", console=console)
+    assert "The longest batch does not fit into memory" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert [(r["step"], r["pass_rows"]) for r in records(tmp_path / "halved", "out_of_memory")] == [(1, 2)]
+    assert losses(tmp_path / "halved") == pytest.approx(losses(whole), rel=1e-5)
+    with pytest.raises(InputError, match="the longest batch of this run"):
+        train(make_recipe(training=training), tmp_path / "save")
+
+
+def test_an_evaluation_that_does_not_fit_leaves_the_steps_before_it(
+    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(training={"max_steps": 4, "eval_steps": 3, "save_steps": 4})
+    train(recipe, tmp_path / "whole")
+    real, held_out_loss = evaluate.batch_nll, Trainer.held_out_loss
+
+    def too_much(*args: Any) -> Any:
+        if not torch.is_grad_enabled():
+            raise torch.OutOfMemoryError(MESSAGE)
+        return real(*args)
+
+    def later(trainer: Trainer) -> Any:
+        monkeypatch.setattr(evaluate, "batch_nll", too_much if trainer.state.step else real)
+        return held_out_loss(trainer)
+
+    monkeypatch.setattr(Trainer, "held_out_loss", later)
+    with (
+        pytest.warns(UserWarning, match="Memory ran out with"),
+        pytest.raises(OutOfMemory, match="Step 3 is saved: the same command with --resume goes on from it"),
+    ):
+        train(recipe, tmp_path / "cut")
+    assert json.loads((tmp_path / "cut" / "run.json").read_text())["status"] == "failed"
+    monkeypatch.undo()
+    train(recipe, tmp_path / "cut", resume=True)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert same(vectors(tmp_path / "cut"), vectors(tmp_path / "whole"))
 
 
 def test_packed_rows_are_halved_by_tokens(make_recipe: Any, tmp_path: Path, fail: Any) -> None:

@@ -122,7 +122,13 @@ def test_arrays_go_to_an_accelerator_in_one_copy(monkeypatch: pytest.MonkeyPatch
     plain = accelerator.tensors_on("cpu", arrays)
     monkeypatch.setattr(accelerator, "is_accelerator", lambda _: True)
     monkeypatch.setattr(accelerator, "has_own_memory", lambda _: False)  # nothing to pin memory for here
+    waits: list[bool] = []
+    to = torch.Tensor.to
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda t, *args, non_blocking: (waits.append(not non_blocking), to(t, *args))[1]
+    )
     sent = accelerator.tensors_on("cpu", arrays)
+    assert waits == [True]  # of memory that is not pinned, which is let go of at once
     assert len({tensor.untyped_storage().data_ptr() for tensor in sent.values()}) == 1
     for name, array in arrays.items():
         torch.testing.assert_close(sent[name], plain[name], rtol=0, atol=0)
