@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from qvera.distributed.group import Group, for_all
 from qvera.training.plan import Plan, make_plan
+from qvera.training.plan.changes import changed
 from qvera.training.plan.show import change_lines
 from qvera.training.run_dir import plain_json
 from qvera.utils.errors import InputError, OutOfMemory, RunFailed
@@ -106,6 +107,9 @@ def worst(shortages: Sequence[Shortage]) -> Shortage:
 
 
 def _advice(plan: Plan | None, rows: Rows | None, shortage: Shortage) -> str:
+    if plan is not None and plan.recipe.training.on_oom == "halve":  # down to one row, which another key must help
+        recipe = changed(plan.recipe, {"training.per_device_train_batch_size": 1})
+        plan = make_plan(recipe, plan.machine, rows, plan.sharing)
     lines = [] if plan is None else _changes_that_fit(plan, rows, shortage)
     if plan is not None and plan.recipe.deepspeed is None and plan.recipe.training.on_oom == "save":
         lines.append("Or set training.on_oom=halve, which goes on with half as many rows in a pass.")

@@ -120,6 +120,11 @@ def test_the_message_has_the_three_mildest_changes_that_save_what_was_missing(ma
     assert header == "Any one of these makes it fit:"
     assert len(changes) == 3
     assert halve == "Or set training.on_oom=halve, which goes on with half as many rows in a pass."
+    halving = changed(recipe, {"training.on_oom": "halve"})
+    text = str(step_error(7, Shortage(100, 0), [row], make_plan(halving, plan.machine), None, Group()))
+    assert "on_oom" not in text
+    assert "per_device_train_batch_size" not in text  # a pass has one row already
+    assert "--set" in text
     for line in changes:
         (setting,) = re.findall(r"--set '?([^' ]+)'?", line)
         key, _, value = setting.partition("=")
