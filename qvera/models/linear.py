@@ -173,11 +173,15 @@ class _FrozenForward:
 class FrozenLinear4bit(_FrozenForward, Linear4bit):
     """`bitsandbytes.nn.Linear4bit` run by `frozen_linear`."""
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if quantization.is_streamed(self):  # a copy would read what another layer left in the buffer
+            raise RuntimeError("this base is streamed (model.stream), and can't be copied or pickled; load it again")
+        return super().__reduce_ex__(protocol)
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if (
-            streamed := getattr(self.weight, "streamed", None)
-        ) is not None:  # the device holds another layer's bytes now
+        # the device may hold another layer's bytes now
+        if (streamed := getattr(self.weight, "streamed", None)) is not None:
             destination[f"{prefix}weight"] = streamed.packed
             for key, tensor in streamed.state.as_dict(packed=True).items():
                 destination[f"{prefix}weight.{key}"] = tensor

@@ -133,24 +133,25 @@ class LayerStream:
         """Let the computing stream wait for a layer's bytes, and start the copy of the layer likely to be next."""
         if layer == self._current:
             return
+        before, self._current = self._current, None  # an error leaves it so, and the next use looks again
         self._fetch(layer)
         if self._copies is not None:
             arrived = self._arrived[layer % 2]
             self._copies.wait(arrived.result() if isinstance(arrived, Future) else arrived)
-        if self._current == len(self._sources) - 1:
+        if before == len(self._sources) - 1:
             self._starts_over = layer == 0
-        following = self._following(layer)
+        following = self._following(layer, before)
         self._current = layer
         if self._copies is not None:
             self._fetch(following)
 
-    def _following(self, layer: int) -> int:
+    def _following(self, layer: int, before: int | None) -> int:
         """The layer likely to be used after this one. A wrong guess costs a copy, and nothing else."""
         last = len(self._sources) - 1
         if layer == last:
             # answers and evaluations begin again at the first layer, training turns round
             return 0 if self._starts_over and last % 2 else max(last - 1, 0)
-        upwards = layer == 0 or (self._current is not None and self._current < layer)
+        upwards = layer == 0 or (before is not None and before < layer)
         return layer + 1 if upwards else layer - 1
 
     def _fetch(self, layer: int) -> None:
@@ -158,7 +159,7 @@ class LayerStream:
         slot = layer % 2
         if self._held[slot] == layer:
             return
-        self._held[slot] = layer
+        self._held[slot] = None  # until all of it is copied
         if self._copies is None:
             for at, part in self._sources[layer]:
                 self._buffers[slot][at : at + len(part)].copy_(part)
@@ -167,6 +168,7 @@ class LayerStream:
         else:
             read = functools.partial(self._read_and_copy, layer, self._arrived[slot], self._copies.mark(), self._copies)
             self._arrived[slot] = self._reader.submit(read)
+        self._held[slot] = layer
 
     def _pairs(self, layer: int, chunks: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(part of the layer's buffer, its bytes in RAM)."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import random
 import threading
 import time
@@ -11,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from torch import nn
 
 from qvera.models import quantization
+from qvera.models.linear import freeze_linears
 from qvera.models.stream import LayerStream
 from tests.two_threads import HostStream, ThreadStream, TwoThreads
 
@@ -52,6 +56,36 @@ def test_a_streamed_layer_has_its_own_weights_in_every_order(count: int, pinned:
     for number in orders(count):
         for found, want in zip(dense(layers[number]), wanted[number], strict=True):
             assert torch.equal(found, want)
+
+
+@pytest.mark.parametrize("failing", [1, 3, 6])
+def test_a_copy_that_fails_leaves_no_buffer_that_seems_full(failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = four_bit_layers(4)
+    wanted = [dense(layer) for layer in layers]
+    LayerStream(layers, CPU)
+    dense(layers[1])
+    plain_copy, calls = torch.Tensor.copy_, itertools.count(1)
+
+    def copy_or_fail(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if next(calls) == failing:
+            raise RuntimeError("out of memory")
+        return plain_copy(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
+        patch.setattr(torch.Tensor, "copy_", copy_or_fail)
+        for number in (3, 2, 1):
+            dense(layers[number])
+    for number in (1, 3, 2):
+        for found, want in zip(dense(layers[number]), wanted[number], strict=True):
+            assert torch.equal(found, want)
+
+
+def test_a_streamed_layer_is_not_copied() -> None:
+    layers = nn.ModuleList([nn.Sequential(*layer) for layer in four_bit_layers(2)])
+    freeze_linears(layers)
+    LayerStream([list(layer) for layer in layers], CPU)  # type: ignore[arg-type, call-overload]
+    with pytest.raises(RuntimeError, match="streamed"):
+        copy.deepcopy(layers)
 
 
 def on_two_threads(
