@@ -28,6 +28,8 @@ def main() -> None:
     tokens = args.tokens[len(args.tokens) // 2]
     rows = write_rows(args.scratch / f"rows-{tokens}.jsonl", 64, tokens)
     for name, changes in MODES.items():
+        if name == "compiled" and args.device == "cpu":
+            continue  # inductor's C++ takes minutes to build; tests/adapters/test_compile.py has what a CPU can show
         run = args.scratch / f"mode-{name.replace(' ', '-')}"
         tree: dict[str, dict[str, object]] = {
             "model": {"path": str(base)},
