@@ -3,19 +3,22 @@
 torch raises `torch.OutOfMemoryError` on an accelerator and a plain RuntimeError on a CPU; Python raises MemoryError.
 """
 
+from __future__ import annotations
+
 import gc
 import re
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
-
-import torch
+from typing import TYPE_CHECKING, TypeVar
 
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import OutOfMemory
 from qvera.utils.formatting import size
+
+if TYPE_CHECKING:
+    import torch
 
 _MESSAGE = re.compile(r"can't allocate memory|not enough memory|out of memory|ALLOC_FAILED", re.IGNORECASE)
 _ASKED = re.compile(r"tried to allocate ([\d.]+) ?(bytes|KiB|MiB|GiB)", re.IGNORECASE)
@@ -40,6 +43,8 @@ class Shortage:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on an accelerator or in RAM."""
+    import torch  # here, since commands that compute nothing do not wait for it
+
     known = (MemoryError, torch.OutOfMemoryError)
     return isinstance(error, known) or (isinstance(error, RuntimeError) and _MESSAGE.search(str(error)) is not None)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import pty
@@ -326,13 +327,19 @@ def test_nan_stops_the_run_and_names_step_and_rows(make_recipe: Any, tmp_path: P
     assert [r["step"] for r in records(tmp_path / "run")] == [1, 2, 3, 4]
 
 
-def test_early_stopping_keeps_the_best_vectors(make_recipe: Any, tmp_path: Path) -> None:
+def test_early_stopping_keeps_the_best_vectors(
+    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = make_recipe(
-        training={  # a rate that spoils it
-            "max_steps": 30, "eval_steps": 1, "early_stopping_patience": 2, "load_best_model_at_end": True,
-            "learning_rate": 60.0, "warmup_ratio": 0.0, "lr_scheduler_type": "constant", "max_grad_norm": 0,
-        }
-    )  # fmt: skip
+        training={"max_steps": 30, "eval_steps": 1, "early_stopping_patience": 2, "load_best_model_at_end": True}
+    )
+    real, calls = trainer.Trainer.held_out_loss, itertools.count()
+
+    def worse_after_step_3(run: trainer.Trainer) -> dict[str, Any]:
+        found = real(run)  # the first call is before training
+        return {**found, "loss": found["loss"] + 10} if next(calls) in (4, 5) else found
+
+    monkeypatch.setattr(trainer.Trainer, "held_out_loss", worse_after_step_3)
     run_dir = tmp_path / "run"
     result = train(recipe, run_dir)
     assert result is not None
