@@ -21,15 +21,29 @@ pytestmark = pytest.mark.process
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.slow
-def test_every_part_of_the_gpu_bench_runs_in_cpu_mode(tmp_path: Path) -> None:
-    out = tmp_path / "gpu.jsonl"
-    sizes = ["--shape", "tiny", "--tokens", "16", "32", "64", "--steps", "2", "--limit-seconds", "3000"]
-    command = [sys.executable, "bench/gpu/run.py", "--device", "cpu", *sizes, "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=2400)
+def gpu_bench(out: Path, *parts: str) -> list[dict[str, Any]]:
+    """The rows that the parts of the GPU bench write in CPU mode; no part: all of them."""
+    sizes = ["--shape", "tiny", "--tokens", "16", "32", "64", "--steps", "2", "--limit-seconds", "6000"]
+    chosen = ["--parts", *parts] if parts else []
+    command = [sys.executable, "bench/gpu/run.py", "--device", "cpu", *sizes, *chosen, "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=6000)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert not [row for row in rows if "error" in row]
+    return rows
+
+
+@pytest.mark.slow
+def test_the_gpu_bench_writes_rows_as_it_goes(tmp_path: Path) -> None:
+    header, *rows, end = gpu_bench(tmp_path / "gpu.jsonl", "profile_step")
+    assert header["part"] == "header" and header["versions"]["torch"]
+    assert rows[-1]["launches"] >= sum(row["launches"] for row in rows[:-1])
+    assert end["part"] == "profile_step" and end["seconds"] > 0
+
+
+@pytest.mark.matrix
+def test_every_part_of_the_gpu_bench_runs_in_cpu_mode(tmp_path: Path) -> None:
+    rows = gpu_bench(tmp_path / "gpu.jsonl")
     by_part = {
         part: [r for r in rows if r["part"] == part and "options" not in r] for part in {r["part"] for r in rows}
     }
