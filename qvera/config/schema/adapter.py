@@ -1,0 +1,43 @@
+"""The section ``adapter`` of a recipe."""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field, Strict
+
+from qvera.config.fields import Bool, Fraction, NonEmpty, Number, Positive, Section, Seed
+
+
+class AdapterSection(Section):
+    """The VeRA adapter (arXiv 2310.11454): vectors d [rank] and b [out_features] for each adapted linear layer."""
+
+    rank: Annotated[int, Strict(), Field(ge=1, le=65_536)] = 256
+    """Rows of the shared projection A, and elements of each vector d."""
+    b_groups: Positive = 1
+    """Split the rank into this many equal groups, each with its own vector b: more trained parameters for the same
+    products, as RandLoRA sums several random bases (arXiv 2502.00987). 1 is VeRA. Must divide ``rank``."""
+    targets: Literal["all-linear"] | Annotated[list[NonEmpty], Field(min_length=1)] = "all-linear"
+    """The layers to adapt: ``all-linear`` (every linear layer but the head), or names such as ``[q_proj, v_proj]``.
+    Each name must match a layer."""
+    input_scale: Bool = False
+    """Train a third vector [in_features] that scales the input of A (RandLoRA's Γ). It starts at 1. Layers that read
+    the same input then can't share the product with A."""
+    d_initial: Annotated[float, Field(ge=-3e38, le=3e38, allow_inf_nan=False), *Number] = 0.1
+    """The initial value of every element of d. Scaling it by c acts like using c·lr as the learning rate of b and lr/c
+    as that of d (AdamW without weight decay), so there are no separate learning rates."""
+    dropout: Fraction = 0.0
+    """The probability of dropping an input of the adapter during training."""
+    seed: Seed = 0
+    """The seed of the shared projections A and B. The same seed gives the same projections on every machine."""
+    train_d: Bool = True
+    """Train d as well as b. ``false``: adapters of the same seed can be added, averaged and interpolated exactly."""
+    init_from: str | None = None
+    """An adapter directory whose vectors to start from. It must have the same rank, b_groups, input_scale, targets and
+    seed."""
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Yield keys that contradict each other."""
+        if self.rank % self.b_groups:
+            yield "b_groups", f"{self.b_groups} does not divide adapter.rank ({self.rank})."
+        if self.input_scale and not self.train_d:
+            yield "input_scale", "is a vector to train, and adapter.train_d is false; remove one of the two."

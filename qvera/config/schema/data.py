@@ -1,0 +1,91 @@
+"""The section ``data`` of a recipe."""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field, Strict
+
+from qvera.config.fields import Bool, Fraction, NonEmpty, Passes, Positive, Section, Seed
+
+
+class DataSource(Section):
+    """Rows of one kind, and how they become text."""
+
+    path: NonEmpty
+    """A .jsonl, .json, .csv, .tsv or .parquet file, a directory of such files, or a hub dataset id."""
+    weight: Passes = 1.0
+    """How often each row is seen in an epoch: 2 is twice, 0.5 is every other row (chosen by ``data.seed``, the same
+    rows in every epoch). To give a small source half of an epoch, weigh it by rows: 1,000 rows beside 10,000 need a
+    weight of 10."""
+    split: NonEmpty = "train"
+    """The split of a hub dataset."""
+    config_name: str | None = None
+    """The configuration of a hub dataset."""
+    revision: str | None = None
+    """The branch, tag or commit of a hub dataset."""
+    format: Literal["auto", "alpaca", "messages", "sharegpt", "prompt-completion", "text"] = "auto"
+    """The layout of a row. ``auto`` looks at the column names of the first row and reports what it found."""
+    columns: dict[str, str] = {}
+    """The names of your columns where they differ from the format's: ``{prompt: question, completion: answer}``."""
+    template: NonEmpty = "auto"
+    """The chat template. ``auto``: the tokenizer's own; if it has none, ``plain`` for prompt-completion and text rows,
+    else ``alpaca``. Or a named one: alpaca, chatml, llama-2, llama-3, mistral, zephyr, plain."""
+    label_names: list[NonEmpty] = []
+    """The names of integer labels, from 0, where the answers are such labels: ``[negative, positive]``. Without it a
+    number is trained as text."""
+    system: str | None = None
+    """The system prompt of rows that have none of their own. ``qvera generate`` and ``qvera chat`` use it too."""
+    limit: Positive | None = None
+    """Use only the first rows of ``path``. Default: all."""
+
+
+class DataSection(DataSource):
+    """Where rows come from, how they become text, and which tokens are trained."""
+
+    mixture: list[DataSource] = []
+    """More sources, mixed with ``path``. Each is a mapping of the keys above, with its own format, template and
+    weight."""
+    eval_path: str | None = None
+    """A file of held-out rows. Default: ``eval_fraction`` of each source is held out, chosen by ``seed``."""
+    eval_fraction: Fraction = 0.0
+    """The share of each source that is held out for evaluation. 0: none."""
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    """Which tokens the loss covers: every assistant turn, only the last one, or all tokens."""
+    max_length: Annotated[int, Strict(), Field(ge=8, lt=2**31)] = 1024
+    """The most tokens of a row. ``too_long`` sets what happens to longer rows; they are counted and reported."""
+    too_long: Literal["cut-end", "cut-start", "split", "drop"] = "cut-end"
+    """What happens to a longer row: cut at the end, cut at the start (after the BOS token), split into several rows, or
+    dropped."""
+    max_source_length: Positive | None = None
+    """The most tokens before the first trained token (VeRA's instruction runs: 768). Default: no limit."""
+    max_target_length: Positive | None = None
+    """The most tokens from the first trained token on (VeRA's instruction runs: 256). Default: no limit."""
+    prefix_once: Bool = True
+    """Compute the common beginning of a batch's rows (a system prompt, an instruction) once for all of them, where that
+    is faster. The results are the same. Only for Llama-like models with sdpa or eager attention. Attention then tells
+    rows apart by a mask, or by their offsets on a GPU that runs torch's variable-length attention."""
+    packing: Bool = False
+    """Put as many rows as fit into one sequence of ``max_length`` tokens, without padding. Each row attends only to
+    itself, and losses and gradients are those of padded rows (tested with sdpa and eager attention and with offsets,
+    not on a GPU and not with flash-attn). Replaces ``training.per_device_train_batch_size``."""
+    group_by_length: Bool = False
+    """Put rows of similar length into one optimizer step. Less padding, but the order is less random."""
+    tokenize_processes: Positive | None = None
+    """Processes that tokenize. Default: one, and one per core when the rest would take one process another minute. The
+    rows are the same. Tokenized rows are kept in a cache (``qvera cache ls``)."""
+    eval_limit: Positive | None = None
+    """Use only the first held-out rows of each source. Default: all."""
+    shuffle: Bool = True
+    """Shuffle the rows anew in each epoch. ``false``: the order of the file."""
+    seed: Seed = 0
+    """The seed of the order of rows, and of the choice of held-out rows."""
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Yield keys that contradict each other."""
+        if self.eval_path is not None and self.eval_fraction > 0:
+            yield "eval_fraction", "held-out rows already come from data.eval_path; remove one of the two."
+
+    @property
+    def has_held_out_rows(self) -> bool:
+        """Whether the recipe names rows to evaluate on."""
+        return self.eval_path is not None or self.eval_fraction > 0

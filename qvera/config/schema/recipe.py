@@ -1,0 +1,105 @@
+"""The recipe as a whole: its sections, the keys beside them, and how it is read from a parsed YAML file."""
+
+from collections.abc import Iterator
+from typing import Annotated
+
+import yaml
+from pydantic import BeforeValidator, Field, ValidationError
+
+from qvera.config.fields import NonEmpty, Section
+from qvera.config.problems import describe, move_renamed_keys
+from qvera.config.schema.adapter import AdapterSection
+from qvera.config.schema.data import DataSection
+from qvera.config.schema.export import ExportSection
+from qvera.config.schema.model import ModelSection
+from qvera.config.schema.training import TrainingSection
+from qvera.utils.errors import InputError
+
+
+def _path_alone(value: object) -> object:
+    return {"path": value} if isinstance(value, str) else value
+
+
+class Recipe(Section):
+    """A whole run. The sections say what each key means."""
+
+    model: Annotated[ModelSection, BeforeValidator(_path_alone, json_schema_input_type=str | ModelSection)]
+    """The frozen base model: a mapping, or its path alone."""
+    data: DataSection
+    """Where rows come from, how they become text, and which tokens are trained."""
+    adapter: AdapterSection = Field(default_factory=AdapterSection)
+    """The VeRA adapter."""
+    training: TrainingSection = Field(default_factory=TrainingSection)
+    """The training loop."""
+    export: ExportSection = Field(default_factory=ExportSection)
+    """The defaults of ``qvera export``."""
+    deepspeed: NonEmpty | None = None
+    """How several processes share the work. Null: they sum their gradients and share nothing else; right for almost
+    every run. ``zero3``: each process holds only a shard of the frozen 4-bit base, for a base that does not fit on one
+    device. ``zero3-offload-cpu`` and ``zero3-offload-nvme``: the shards are kept in RAM or on disk. ``zero1`` and
+    ``zero2``: the optimizer's state is sharded, which saves a few MB. Or the path of a DeepSpeed configuration file,
+    such as a copy of one in ds_configs/. It must not set what the recipe sets (batch size, precision, clipping,
+    schedule)."""
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Yield keys of different sections that contradict each other."""
+        names = ("eval_steps", "load_best_model_at_end", "early_stopping_patience")
+        used = [name for name in names if getattr(self.training, name)]
+        if not self.data.has_held_out_rows:
+            for name in used:
+                yield f"training.{name}", "needs held-out rows; set data.eval_path or data.eval_fraction."
+        elif not self.training.eval_steps:
+            for name in used:
+                yield f"training.{name}", "needs training.eval_steps above 0."
+        if self.model.stream is True and self.deepspeed is not None and self.deepspeed.startswith("zero3"):
+            yield "model.stream", "ZeRO-3 brings the layers to the GPU itself; remove one of the two."
+        if self.model.stream is True and self.training.torch_compile:
+            yield "training.torch_compile", "compiled code does not wait for streamed layers; remove one of the two."
+        if self.training.torch_compile and self.deepspeed is not None and self.deepspeed.startswith("zero3"):
+            yield "training.torch_compile", "ZeRO-3 gathers weights between a layer's parts; remove one of the two."
+        if self.deepspeed is not None and (optim := self.training.optim) != "adamw":
+            yield (
+                "training.optim",
+                (
+                    f"{optim} keeps its state in blocks that ZeRO would cut elsewhere with every other number of "
+                    "processes. With a deepspeed key use adamw; VeRA's whole optimizer state is a few MB."
+                ),
+            )
+
+        if self.deepspeed is not None and self.training.on_oom == "halve":
+            yield "training.on_oom", "halve: DeepSpeed can't undo a step that its ranks have begun; use save."
+
+    def to_yaml(self) -> str:
+        """Return the recipe as YAML, every key written out."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+def json_schema() -> dict[str, object]:
+    """Return the JSON schema of a recipe, with titles, descriptions and defaults, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+
+
+def parse_recipe(tree: object, source: str, lines: dict[tuple[str, ...], int] | None = None) -> Recipe:
+    """Turn a parsed YAML tree into a `Recipe`.
+
+    Args:
+        tree: what a YAML reader returned.
+        source: the file's name, for messages.
+        lines: the line of each key by its path, such as ``("adapter", "rank")``, for messages.
+
+    Raises:
+        InputError: with every problem of the recipe, one a line.
+    """
+    if not isinstance(tree, dict):
+        got = "an empty file" if tree is None else type(tree).__name__
+        raise InputError(f"{source}: a recipe is a mapping with at least `model` and `data`, got {got}.")
+    try:
+        return Recipe.model_validate(move_renamed_keys(tree, source))
+    except ValidationError as error:
+        found = describe(error, Recipe)
+    count = len(found)
+    listed = ""
+    for key, sentence in found:
+        line = (lines or {}).get(tuple(key.split(".")))
+        listed += "\n  " + ("" if line is None else f"line {line}, ") + f"{key}: {sentence}"
+    raise InputError(f"{source}: {count} problem{'s' if count > 1 else ''} in the recipe:{listed}")

@@ -1,0 +1,123 @@
+"""The section ``training`` of a recipe."""
+
+import os
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, Strict, model_validator
+
+from qvera.config.fields import (
+    Bool,
+    Fraction,
+    NonEmpty,
+    NonNegative,
+    NonNegativeFloat,
+    Passes,
+    Positive,
+    PositiveFloat,
+    Section,
+    Seed,
+)
+
+
+class TrainingSection(Section):
+    """The training loop. Keys are named as in transformers' TrainingArguments where the meaning is the same."""
+
+    output_dir: Annotated[NonEmpty, AfterValidator(os.path.normpath)] | None = None
+    """The directory of the run. Default: ``runs/`` and the recipe's file name. A ``..`` in it is resolved:
+    ``runs/../x`` is ``x``."""
+    num_train_epochs: Passes = 1.0
+    """Passes over the training rows. A part of an epoch, such as 0.5, is allowed."""
+    max_steps: Annotated[int, Strict(), Field(ge=-1, lt=2**31)] = -1
+    """Optimizer steps. -1: what ``num_train_epochs`` amounts to."""
+    global_batch_size: Positive = 16
+    """Rows per optimizer step, over all processes."""
+    per_device_train_batch_size: Positive = 4
+    """Rows per forward pass on one device. Must divide ``global_batch_size``; gradients are accumulated over
+    global_batch_size / (per_device_train_batch_size x processes) passes. Default: 4, or the largest number below it
+    that divides ``global_batch_size``."""
+    per_device_eval_batch_size: Positive = 4
+    """Rows per forward pass of an evaluation."""
+    learning_rate: PositiveFloat = 4e-3
+    """The highest learning rate, after the warmup. The default is the paper's for 7B models. Small models need more:
+    3e-2 for 135M parameters. ``qvera train RECIPE --find-lr`` suggests one."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "linear"
+    """The learning rate after the warmup: a decay to zero along a cosine or a line, or constant. The line did better
+    than the cosine wherever both were tried (docs/evaluation.md)."""
+    warmup_ratio: Fraction = 0.1
+    """The share of all steps in which the learning rate rises to its highest."""
+    warmup_steps: NonNegative = 0
+    """The number of warmup steps. Above 0 it overrides ``warmup_ratio``."""
+    optim: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
+    """The optimizer. The 8-bit and paged ones come from bitsandbytes. Under ZeRO only ``adamw``."""
+    weight_decay: NonNegativeFloat = 0.0
+    """AdamW's weight decay."""
+    adam_beta1: Fraction = 0.9
+    """AdamW's β1."""
+    adam_beta2: Fraction = 0.999
+    """AdamW's β2."""
+    adam_epsilon: PositiveFloat = 1e-8
+    """AdamW's ε."""
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Clip the gradient of all vectors together to this norm. 0: no clipping."""
+    initial_scale_power: Annotated[int, Strict(), Field(ge=0, le=24)] = 16
+    """The first loss scale of a run that computes in float16: 2 to this power. A step whose gradient overflows is taken
+    again with half the scale. 0: begin without scaling."""
+    loss_scale_window: Positive = 2000
+    """Steps in a row without an overflow after which the loss scale of a float16 run is doubled."""
+    gradient_checkpointing: Bool | Literal["auto", "offload"] = "auto"
+    """Recompute the activations of a layer in the backward pass, and keep only its input: much less memory, about a
+    third more time. ``offload`` keeps these inputs in pinned RAM instead of on the accelerator (on a CPU it is the same
+    as ``true``). ``auto``: ``false`` where the plan says that the run fits so with a good margin, else ``true``, else
+    ``offload``. `qvera plan` shows what it comes to, and a resumed run keeps it."""
+    torch_compile: Bool = False
+    """Compile the decoder layers with torch.compile. The first step then takes minutes, and later ones may be faster;
+    tested on CPUs only. Not with ZeRO-3 or a streamed base."""
+    try_longest_batch: Bool = True
+    """Run the longest batch once before the first step, so that a run that does not fit into memory fails at once."""
+    on_oom: Literal["save", "halve"] = "save"
+    """What to do when memory runs out in a step. The step is undone; then ``save`` saves a checkpoint and ends the run,
+    and ``halve`` goes on with half as many rows in a pass and the same global batch. Without dropout the numbers are
+    the same up to rounding. Not with a ``deepspeed`` key."""
+    loss_chunk_tokens: Positive = 512
+    """Tokens whose logits are in memory at the same time in the loss."""
+    seed: Seed = 0
+    """The seed of everything random in the loop, such as dropout."""
+    full_determinism: Bool = False
+    """Use deterministic CUDA kernels. Slower, but a resumed run then equals an uninterrupted one to the bit on a GPU
+    too."""
+    eval_steps: NonNegative = 0
+    """Evaluate every this many steps. 0: only at the end, if there are held-out rows."""
+    save_steps: Positive = 100
+    """Save a checkpoint every this many steps."""
+    save_total_limit: Positive = 2
+    """How many of the latest checkpoints to keep. The best one is kept besides."""
+    load_best_model_at_end: Bool = False
+    """Write the vectors with the lowest held-out loss into ``adapter/`` instead of the last ones."""
+    early_stopping_patience: NonNegative = 0
+    """Stop after this many evaluations without a lower held-out loss. 0: never."""
+    report_to: list[NonEmpty] = ["auto"]
+    """``tensorboard``, ``wandb`` and others by their usual names. ``auto``: TensorBoard where it is installed.
+    metrics.jsonl and report.html are always written."""
+    sample_count: NonNegative = 3
+    """Held-out prompts that are answered before and after training, for the report."""
+    answer_batch_size: Positive = 16
+    """Prompts that are answered at the same time, for the samples and the exact match."""
+    sample_max_new_tokens: Positive = 160
+    """The most tokens of an answer."""
+    exact_match_rows: NonNegative = 0
+    """Held-out rows that are answered greedily before and after training and compared with their reference. 0: none."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fit_batch_size(cls, keys: object) -> object:
+        name = "per_device_train_batch_size"
+        if isinstance(keys, dict) and name not in keys and isinstance(rows := keys.get("global_batch_size"), int):
+            return {**keys, name: max(size for size in (1, 2, 3, 4) if rows % size == 0)}
+        return keys
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Yield keys that contradict each other."""
+        if self.global_batch_size % self.per_device_train_batch_size:
+            size = f"training.per_device_train_batch_size ({self.per_device_train_batch_size})"
+            yield "global_batch_size", f"{self.global_batch_size} is not a multiple of {size}."
