@@ -93,6 +93,7 @@ def _inspect(section: DataSection, tokenizer: PreTrainedTokenizerBase) -> tuple[
 
 def recipe_text(model: str, data: DataSection, stats: DataStats) -> str:
     """The recipe, with the schema's defaults as comments; ``stats`` are of all rows of ``data``, none held out."""
+    from qvera import config
     from qvera.config import schema
 
     adapter, training = schema.AdapterSection(), schema.TrainingSection()
@@ -106,7 +107,7 @@ def recipe_text(model: str, data: DataSection, stats: DataStats) -> str:
         if value := getattr(data, key):
             rows += f"\n  {key}: {json.dumps(value)}"
     return f"""\
-# yaml-language-server: $schema={Path(schema.__file__).with_name("recipe.schema.json")}
+# yaml-language-server: $schema={Path(config.__file__).with_name("recipe.schema.json")}
 # Written by `qvera init`. docs/recipe.md describes every key. Relative paths start in the directory
 # where you run qvera. A line that begins with # shows a default.
 
