@@ -159,10 +159,10 @@ def _expand(
         rows = base.reshape(-1, base.shape[-1])
         add = rows.addmm_ if overwrite else rows.addmm
         return as_output(add(flat, C.t(), alpha=after), base.shape)
-    return base + _times(flat, C.t(), after).view(base.shape).to(base.dtype)
+    return base + times(flat, C.t(), after).view(base.shape).to(base.dtype)
 
 
-def _times(left: torch.Tensor, right: torch.Tensor, factor: float) -> torch.Tensor:
+def times(left: torch.Tensor, right: torch.Tensor, factor: float) -> torch.Tensor:
     """factor left @ right, the factor applied before the result is rounded."""
     if factor == 1.0:
         return left @ right
@@ -206,7 +206,7 @@ class _Expand(torch.autograd.Function):
             if C is None and few:
                 grad_z = scaled_columns(inward(g_flat, B, b), d, ctx.scale)
             else:
-                grad_z = _times(g_flat, combined(B, d, b, in_c, z.dtype) if C is None else C, after)
+                grad_z = times(g_flat, combined(B, d, b, in_c, z.dtype) if C is None else C, after)
             grad_z = grad_z.view(z.shape)
         return (g if need_base else None), grad_z, grad_d, grad_b, None, None, None
 

@@ -96,24 +96,33 @@ def backward_by_blocks(tokens: int, in_features: int) -> bool:
     return tokens * in_features <= _MAX_SUMMED_ELEMENTS
 
 
+def frozen_product(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """x Wᵀ + bias in x's dtype, a new tensor; without a derivative. A bias that is trained is left out."""
+    bias = None if module.bias is None or module.bias.requires_grad else module.bias.to(x.dtype)
+    return blocked_linear(x, WeightBlocks(module, x.dtype, BLOCK_WEIGHTS), bias)
+
+
+def frozen_input_grad(module: nn.Linear, g: torch.Tensor) -> torch.Tensor:
+    """G W, the gradient of `frozen_product` in x: g [..., m] gives [..., n] in g's dtype, a new tensor."""
+    tokens, n = g.numel() // g.shape[-1], module.in_features
+    if not backward_by_blocks(tokens, n):
+        return g @ quantization.dequantized_weight(module, g.dtype)
+    grad = g.new_empty(*g.shape[:-1], n)
+    blocks = WeightBlocks(module, g.dtype, BLOCK_WEIGHTS)
+    blocked_input_grad(g.reshape(tokens, -1), blocks, out=grad.view(tokens, n))
+    return grad
+
+
 class _FrozenLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: torch.Tensor, module: nn.Linear) -> torch.Tensor:
         ctx.module = module  # type: ignore[attr-defined]
-        bias = None if module.bias is None or module.bias.requires_grad else module.bias.to(x.dtype)
-        return blocked_linear(x, WeightBlocks(module, x.dtype, BLOCK_WEIGHTS), bias)
+        return frozen_product(module, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, g: torch.Tensor) -> tuple[torch.Tensor, None]:
-        module: nn.Linear = ctx.module  # type: ignore[attr-defined]
-        tokens, n = g.numel() // g.shape[-1], module.in_features
-        if not backward_by_blocks(tokens, n):
-            return g @ quantization.dequantized_weight(module, g.dtype), None
-        grad = g.new_empty(*g.shape[:-1], n)
-        blocks = WeightBlocks(module, g.dtype, BLOCK_WEIGHTS)
-        blocked_input_grad(g.reshape(tokens, -1), blocks, out=grad.view(tokens, n))
-        return grad, None
+        return frozen_input_grad(ctx.module, g), None  # type: ignore[attr-defined]
 
 
 def frozen_linear(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:

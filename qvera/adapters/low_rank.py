@@ -1,0 +1,130 @@
+"""LoRA's path, whose A and B are both trained (arXiv 2106.09685): y = base + s (x Aᵀ) Bᵀ as one autograd node.
+
+    x [T, n] input      A [r, n], B [m, r] parameters      s scalar      g [T, m] upstream gradient
+    z = x Aᵀ            y = base + s z Bᵀ
+    h = g B             ∂x = s h A          ∂A = s hᵀ x          ∂B = s gᵀ z
+
+A and B are parameters in fp32 that are cast to x's dtype; their gradients are summed, and returned, in fp32. For
+backward the node keeps z, the casts, and x, which is a reference to what the layer was given. x is kept only where A is
+trained, and z only where B is.
+
+`trained_linear` has the frozen product in the same node: ∂x = g W + s h A is then summed by the second product, where
+two nodes leave an addition of [T, n] to autograd.
+
+s goes into z and h, each rounded once. In fp16, where a small s would push them below 6e-5 and cost them bits, it goes
+into the products after them (`functional.split_scale`).
+"""
+
+from typing import Protocol
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from qvera.adapters.functional import AutogradContext, as_output, split_scale, times
+from qvera.kernels.choice import use_kernels
+from qvera.kernels.low_rank import wide_product
+from qvera.models import linear
+
+
+class _Context(AutogradContext, Protocol):
+    module: torch.nn.Linear | None
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]  # of x, A, B
+
+
+def _product(
+    x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float, y: torch.Tensor, overwrite: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y + s (x Aᵀ) Bᵀ in y's dtype and shape, and z [T, r]; A and B in x's dtype."""
+    inner, after = split_scale(scale, x.dtype)
+    z = times(x.reshape(-1, x.shape[-1]), A.t(), inner)
+    if y.dtype != x.dtype:
+        return y + times(z, B.t(), after).view(y.shape).to(y.dtype), z
+    rows = y.reshape(-1, y.shape[-1])
+    return as_output((rows.addmm_ if overwrite else rows.addmm)(z, B.t(), alpha=after), y.shape), z
+
+
+class _TrainedPair(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: _Context,
+        x: torch.Tensor,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        scale: float,
+        base: torch.Tensor | None,
+        module: torch.nn.Linear | None,
+        overwrite: bool,
+    ) -> torch.Tensor:
+        ctx.scale, ctx.module, ctx.dtypes = scale, module, (x.dtype, A.dtype, B.dtype)
+        A, B = A.to(x.dtype), B.to(x.dtype)
+        if base is None:
+            assert module is not None
+            base, overwrite = linear.frozen_product(module, x), True
+        y, z = _product(x, A, B, scale, base, overwrite)
+        needs_x, needs_A, needs_B = ctx.needs_input_grad[:3]
+        ctx.save_for_backward(
+            x if needs_A else None, z if needs_B else None, A if needs_x else None, B if needs_x or needs_A else None
+        )
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _Context, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, z, A, B = ctx.saved_tensors
+        needs_x, needs_A, needs_B, _, needs_base = ctx.needs_input_grad[:5]
+        dtype, *parameter_dtypes = ctx.dtypes
+        cast = g.to(dtype)
+        rows, (inner, after) = cast.reshape(-1, g.shape[-1]), split_scale(ctx.scale, dtype)
+        grad_x = grad_A = grad_B = None
+        if needs_B:
+            grad_B = _parameter_gradient(rows, z, after, parameter_dtypes[1])
+        if needs_x or needs_A:
+            h = times(rows, B, inner)
+            if needs_A:
+                grad_A = _parameter_gradient(h, x.reshape(-1, x.shape[-1]), after, parameter_dtypes[0])
+            if needs_x and ctx.module is None:
+                grad_x = times(h, A, after).view(*g.shape[:-1], -1)
+            elif needs_x:
+                assert ctx.module is not None
+                grad_x = linear.frozen_input_grad(ctx.module, cast)
+                grad_x.view(-1, A.shape[1]).addmm_(h, A, alpha=after)
+        return grad_x, grad_A, grad_B, None, g if needs_base else None, None, None
+
+
+def _parameter_gradient(left: torch.Tensor, right: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """scale leftᵀ right, summed over the tokens, in the parameter's dtype; in 16 bits between only without kernels."""
+    if not use_kernels(left, right):
+        return times(left.t(), right, scale).to(dtype)
+    found = wide_product(left.t(), right)
+    return (found if scale == 1.0 else found.mul_(scale)).to(dtype)
+
+
+def trained_path(
+    base: torch.Tensor, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float, overwrite: bool = False
+) -> torch.Tensor:
+    """y = base + s (x Aᵀ) Bᵀ.
+
+    Args:
+        base: the frozen layer's output [..., m].
+        x: its input [..., n], in the compute dtype.
+        A: [r, n], fp32 or wider; its gradient comes in the same dtype.
+        B: [m, r], like A.
+        scale: s, alpha / r or alpha / √r.
+        overwrite: y may take base's memory, as in `functional.expand`.
+
+    Returns:
+        [..., m] in base's dtype. Differentiable once in base, x, A and B; may be changed in place.
+    """
+    if not torch.is_grad_enabled():
+        return _product(x, A.to(x.dtype), B.to(x.dtype), scale, base, overwrite)[0]
+    return _TrainedPair.apply(x, A, B, scale, base, None, overwrite)
+
+
+def trained_linear(
+    module: torch.nn.Linear, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """y = x Wᵀ + bias + s (x Aᵀ) Bᵀ for the frozen linear ``module``, whose weight and bias get no gradient.
+
+    x, A, B and ``scale`` are those of `trained_path`. Returns [..., m] in x's dtype, likewise.
+    """
+    return _TrainedPair.apply(x, A, B, scale, None, module, True)
