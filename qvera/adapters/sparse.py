@@ -1,0 +1,202 @@
+"""The mathematics of a sparse ΔW: k values of a weight [m, n], and nothing of the weight's own size (SpIEL).
+
+SpIEL (arXiv 2401.16405, section 3) adds a sparse δ to a frozen weight:
+
+    y_ti = (W x_t)_i + Σ v_e x_t,j over the values e of row i         ∂v_e = Σ_t g_ti x_tj         ∂x_t = (W + ΔW)ᵀ g_t
+
+with i and j the row and column of value e. An index is a place in the flattened weight, i n + j, int32, and all of a
+weight's are sorted: row by row. Sums over the values of a row are embedding bags, one bag a row, over xᵀ: no product is
+kept for each value and token. ∂x takes the same values column by column. Tokens go by blocks, in fp32 or wider, so that
+beside x and y only a few MB are held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from qvera.adapters.functional import AutogradContext, as_output
+
+Watch = Callable[[torch.Tensor, torch.Tensor], None]
+"""Is given the output's gradient [T, m] and the input [T, n] of a layer in its backward pass."""
+
+_BLOCK_ELEMENTS = 2**21
+"""Elements of a transposed block of tokens, or of a block of rows of gᵀ x: 8 MB in fp32."""
+
+
+def _token_blocks(*tensors: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The same tokens of each tensor [T, features], as [features, block] in ``dtype``, block by block."""
+    step = max(1, _BLOCK_ELEMENTS // max(tensor.shape[1] for tensor in tensors))
+    for blocks in zip(*(tensor.split(step) for tensor in tensors), strict=True):
+        yield tuple(block.to(dtype).t().contiguous() for block in blocks)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def row_starts(indices: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """Where each row's values begin among sorted ``indices`` [k], and where the last row's end: int32 [rows + 1]."""
+    firsts = torch.arange(rows + 1, device=indices.device, dtype=torch.int64) * columns
+    return torch.searchsorted(indices.long(), firsts, out_int32=True)
+
+
+def _add_rows(out: torch.Tensor, x: torch.Tensor, columns: torch.Tensor, starts: torch.Tensor, v: torch.Tensor) -> None:
+    """Add Σ_e v_e x[:, columns_e] over the values of row i to out[:, i]; out [T, m], x [T, n]."""
+    first = 0
+    for (block,) in _token_blocks(x, dtype=_wide(x.dtype)):
+        sums = F.embedding_bag(
+            columns, block, starts, mode="sum", per_sample_weights=v.to(block.dtype), include_last_offset=True
+        )
+        out[first : first + block.shape[1]] += sums.t().to(out.dtype)
+        first += block.shape[1]
+
+
+def sampled_product(g: torch.Tensor, x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """(gᵀ x) at the given places: Σ_t g_t[i_e] x_t[j_e].
+
+    Args:
+        g: [T, m].
+        x: [T, n].
+        indices: i n + j of each place, int32 [k], in any order.
+
+    Returns:
+        [k] in fp32 or wider.
+    """
+    n = x.shape[1]
+    rows, columns = indices // n, indices % n
+    # the operator asks for offsets and looks at their dtype alone
+    offsets = rows.new_zeros(1)
+    total = torch.zeros(len(indices), dtype=_wide(x.dtype), device=x.device)
+    for of_g, of_x in _token_blocks(g, x, dtype=total.dtype):
+        total += torch.ops.aten._embedding_bag_per_sample_weights_backward(of_g, of_x, columns, offsets, rows, 0)
+    return total
+
+
+def largest_places(
+    blocks: Iterator[torch.Tensor], count: int, skip: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ``count`` largest |values| of a matrix that comes as blocks of rows, one block held at a time.
+
+    Args:
+        blocks: [rows, n] each, from the first row on.
+        skip: sorted flat indices that do not count.
+
+    Returns:
+        Flat indices, int32, sorted; and the values there. Fewer than ``count`` where there are no more.
+    """
+    best: tuple[torch.Tensor, torch.Tensor] | None = None
+    first = 0
+    for block in blocks:
+        flat = block.reshape(-1)
+        size = flat.abs()
+        if skip is not None:
+            inside = torch.searchsorted(skip.long(), torch.tensor([first, first + len(flat)], device=skip.device))
+            size[skip[inside[0] : inside[1]].long() - first] = -1.0
+        places = size.topk(min(count, len(flat)), sorted=False).indices
+        places = places[size[places] >= 0]
+        found = (places + first).int(), flat[places]
+        if best is not None:
+            found = torch.cat([best[0], found[0]]), torch.cat([best[1], found[1]])
+            kept = found[1].abs().topk(min(count, len(found[1])), sorted=False).indices
+            found = found[0][kept], found[1][kept]
+        best = found
+        first += len(flat)
+    assert best is not None
+    order = best[0].argsort()
+    return best[0][order], best[1][order]
+
+
+def largest_products(g: torch.Tensor, x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ``count`` places where |gᵀ x| is largest, and gᵀ x there; see `largest_places`."""
+    step = max(1, _BLOCK_ELEMENTS // x.shape[1])
+    wide = _wide(x.dtype)
+    return largest_places((rows.t().to(wide) @ x.to(wide) for rows in g.split(step, dim=1)), count)
+
+
+def dense_rows(indices: torch.Tensor, values: torch.Tensor, columns: int, first: int, count: int) -> torch.Tensor:
+    """Rows [first, first + count) of ΔW [count, columns], in the values' dtype."""
+    low, high = (int(torch.searchsorted(indices.long(), row * columns)) for row in (first, first + count))
+    out = torch.zeros(count * columns, dtype=values.dtype, device=values.device)
+    out[indices[low:high].long() - first * columns] = values[low:high]
+    return out.view(count, columns)
+
+
+class _SparseContext(AutogradContext, Protocol):
+    watch: Watch | None
+
+
+class _AddSparse(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: _SparseContext,
+        base: torch.Tensor,
+        x: torch.Tensor,
+        values: torch.Tensor,
+        indices: torch.Tensor,
+        overwrite: bool,
+        watch: Watch | None,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, values, indices)
+        ctx.watch = watch
+        return _add_sparse(base, x, values, indices, overwrite)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _SparseContext, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, values, indices = ctx.saved_tensors
+        need_base, need_x, need_values = ctx.needs_input_grad[:3]
+        rows, inputs = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
+        n, grad_x, grad_values = inputs.shape[1], None, None
+        if need_values:
+            grad_values = sampled_product(rows, inputs, indices).to(values.dtype)
+        if need_x:
+            by_column = (indices % n).long() * g.shape[-1] + indices // n  # their indices in ΔWᵀ [n, m]
+            by_column, order = by_column.sort()
+            starts = row_starts(by_column, n, g.shape[-1])
+            grad = torch.zeros_like(inputs)
+            _add_rows(grad, rows, (by_column % g.shape[-1]).int(), starts, values[order])
+            grad_x = grad.view(x.shape)
+        if ctx.watch is not None:
+            ctx.watch(rows, inputs)
+        return (g if need_base else None), grad_x, grad_values, None, None, None
+
+
+def _add_sparse(
+    base: torch.Tensor, x: torch.Tensor, values: torch.Tensor, indices: torch.Tensor, overwrite: bool
+) -> torch.Tensor:
+    m, n = base.shape[-1], x.shape[-1]
+    y = base if overwrite and base.is_contiguous() else base.clone(memory_format=torch.contiguous_format)
+    starts = row_starts(indices, m, n)
+    _add_rows(y.view(-1, m), x.reshape(-1, n), indices % n, starts, values)
+    return as_output(y, base.shape)
+
+
+def add_sparse(
+    base: torch.Tensor,
+    x: torch.Tensor,
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    overwrite: bool = False,
+    watch: Watch | None = None,
+) -> torch.Tensor:
+    """y = base + x ΔWᵀ, where ΔW [m, n] has ``values`` at ``indices`` and is zero elsewhere.
+
+    Args:
+        base: the frozen layer's output [..., m].
+        x: [..., n] in any dtype; kept for backward.
+        values: [k] in fp32 or wider; the gradient comes in the same dtype.
+        indices: i n + j of each value, int32 [k], sorted and all different.
+        overwrite: y may take base's memory. For a base that nobody else reads, in backward neither.
+        watch: called in backward with the gradient of y [T, m] and x [T, n], after the gradients were computed.
+
+    Returns:
+        [..., m] in base's dtype. Differentiable once in base, x and values; may be changed in place.
+    """
+    if not torch.is_grad_enabled():
+        return _add_sparse(base, x, values, indices, overwrite)
+    return _AddSparse.apply(base, x, values, indices, overwrite, watch)
