@@ -127,10 +127,11 @@ def quantized_on_device(
     return packed.cpu(), serialized_state(name, state, section)
 
 
-def dequantized_weight(module: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
+def dequantized_weight(module: nn.Linear, dtype: torch.dtype, exact: bool = False) -> torch.Tensor:
     """The weight [out_features, in_features] of a linear layer in ``dtype``, dequantized if it is quantized.
 
-    A dense layer's weight comes back as it is where the dtype already fits (not a copy).
+    A dense layer's weight comes back as it is where the dtype already fits (not a copy). With ``exact`` a 4-bit weight
+    comes from fp32, else from the dtype that the layer computes in.
 
     Raises:
         RuntimeError: the 4-bit weight has no quantization state, or another library repacked it in place.
@@ -143,7 +144,7 @@ def dequantized_weight(module: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
                 "this 4-bit weight was repacked by a bitsandbytes evaluation pass before qvera got it; such a weight "
                 "has no correct gradient. Load the base model again and attach the adapter before running it"
             )
-        return _dequantized(module.weight.data.view(-1, 1), state).to(dtype)
+        return _dequantized(module.weight.data.view(-1, 1), _in_fp32(state) if exact else state).to(dtype)
     if isinstance(module, Linear8bit):
         return _dequantized_rows(*int8_rows(module)).to(dtype)
     return module.weight.to(dtype)
@@ -224,11 +225,19 @@ def _dequantized(packed: torch.Tensor, state: QuantState) -> torch.Tensor:
     return bnb_functional.dequantize_4bit(packed, rows).view(shape)
 
 
-def dequantized_rows(module: nn.Linear, dtype: torch.dtype, rows: int) -> Iterator[tuple[slice, torch.Tensor]]:
-    """`dequantized_weight` of a 4-bit layer on a CPU, ``rows`` rows at a time, where its `ends_with_rows`."""
+def _in_fp32(state: QuantState) -> QuantState:
+    state = copy.copy(state)
+    state.dtype = torch.float32
+    return state
+
+
+def dequantized_rows(
+    module: nn.Linear, dtype: torch.dtype, rows: int, exact: bool = False
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """`dequantized_weight` of a 4-bit layer, ``rows`` rows at a time, where its `ends_with_rows`."""
     bring(module)
     weight, (m, n) = module.weight, (module.out_features, module.in_features)
-    state = copy.copy(_require_state(module))
+    state = _in_fp32(_require_state(module)) if exact else copy.copy(_require_state(module))
     scales = state.absmax
     if state.nested:
         scales = bnb_functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
