@@ -29,6 +29,7 @@ from qvera.distributed.deepspeed_import import deepspeed_module
 from qvera.distributed.group import Group
 from qvera.distributed.zero_config import Sizes, ZeroConfig
 from qvera.models.loader import causal_model
+from qvera.training.optim import current_rate
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
@@ -99,7 +100,7 @@ class LocalEngine:
             self.scaler.unscale_(self.optimizer)
         total = torch.nn.utils.clip_grad_norm_(list(self.vectors.values()), limit)
         norm, self.loss_scale = torch.stack([total, scale]).tolist()  # one wait for the device
-        rate = float(self.schedule.get_last_lr()[0])
+        rate = current_rate(self.schedule)
         if math.isfinite(norm):
             self.optimizer.step()
             self.schedule.step()
@@ -195,7 +196,7 @@ class ZeroEngine(LocalEngine):
 
     def step(self) -> tuple[float, float]:
         """See `LocalEngine.step`."""
-        rate = float(self.schedule.get_last_lr()[0])
+        rate = current_rate(self.schedule)
         self.deepspeed.step()
         norm = float(self.deepspeed.get_global_grad_norm())
         if math.isfinite(norm):

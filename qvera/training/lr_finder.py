@@ -23,7 +23,7 @@ from qvera.evaluation.report.pages import render
 from qvera.evaluation.report.read import Point, get_number
 from qvera.evaluation.report.smoothing import smooth
 from qvera.training.logging import ProgressBar
-from qvera.training.optim import build_range_test
+from qvera.training.optim import build_range_test, current_rate
 from qvera.training.run_dir import plain_json, require_writable
 from qvera.training.session import TrainingSession
 from qvera.utils.atomic import replace_text
@@ -101,7 +101,7 @@ def _take_steps(session: TrainingSession, ramp: RangeTest) -> tuple[list[dict[st
     session.model.train()
     with ProgressBar(session.console, ramp.steps, 0) as progress:
         while session.state.step < ramp.steps:
-            rate = float(session.schedule.get_last_lr()[0])
+            rate = current_rate(session.schedule)
             try:
                 record = session.train_step()
             except OutOfMemory:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,10 +19,16 @@ from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.optim.lr_scheduler import LRScheduler
 
 
-def build_optimizer(section: TrainingSection, vectors: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+def build_optimizer(
+    section: TrainingSection, vectors: dict[str, nn.Parameter], rate_factors: Mapping[str, float] | None = None
+) -> torch.optim.Optimizer:
     """AdamW over the vectors, torch's own or one of bitsandbytes' by its recipe name.
+
+    ``rate_factors``: vector name → its learning rate relative to ``training.learning_rate``; without an entry 1. Each
+    factor is a parameter group, that of 1 the first, and says so as ``rate_factor``.
 
     Raises:
         InputError: a paged optimizer was asked for without CUDA.
@@ -32,7 +39,13 @@ def build_optimizer(section: TrainingSection, vectors: dict[str, nn.Parameter]) 
         "eps": section.adam_epsilon,
         "weight_decay": section.weight_decay,
     }
-    groups: list[dict[str, Any]] = [{"params": list(vectors.values())}]
+    by_factor: dict[float, list[nn.Parameter]] = {}
+    for name, vector in vectors.items():
+        by_factor.setdefault((rate_factors or {}).get(name, 1.0), []).append(vector)
+    groups: list[dict[str, Any]] = [
+        {"params": by_factor[factor], "lr": section.learning_rate * factor, "rate_factor": factor}
+        for factor in sorted(by_factor, key=lambda factor: (factor != 1.0, factor))
+    ]
     if section.optim == "adamw":
         return torch.optim.AdamW(groups, **settings)
     if section.optim.startswith("paged") and not accelerator.pages_optimizer_state():
@@ -58,6 +71,11 @@ def build_scaler(section: TrainingSection, dtype: torch.dtype, device: torch.dev
     return GradScaler(
         device.type, init_scale=2.0**section.initial_scale_power, growth_interval=section.loss_scale_window
     )
+
+
+def current_rate(schedule: LRScheduler) -> float:
+    """What ``training.learning_rate`` is now by its schedule: the rate of a parameter group whose factor is 1."""
+    return float(schedule.get_last_lr()[0]) / schedule.optimizer.param_groups[0].get("rate_factor", 1.0)
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
