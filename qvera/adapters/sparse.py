@@ -39,6 +39,11 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def row_blocks(rows: torch.Tensor, columns: int) -> tuple[torch.Tensor, ...]:
+    """``rows`` [m, ...] cut so that a block times ``columns`` numbers is no more than a few MB."""
+    return rows.split(max(1, _BLOCK_ELEMENTS // columns))
+
+
 def row_starts(indices: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """Where each row's values begin among sorted ``indices`` [k], and where the last row's end: int32 [rows + 1]."""
     firsts = torch.arange(rows + 1, device=indices.device, dtype=torch.int64) * columns
@@ -113,9 +118,8 @@ def largest_places(
 
 def largest_products(g: torch.Tensor, x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The ``count`` places where |gᵀ x| is largest, and gᵀ x there; see `largest_places`."""
-    step = max(1, _BLOCK_ELEMENTS // x.shape[1])
     wide = _wide(x.dtype)
-    return largest_places((rows.t().to(wide) @ x.to(wide) for rows in g.split(step, dim=1)), count)
+    return largest_places((rows.to(wide) @ x.to(wide) for rows in row_blocks(g.t(), x.shape[1])), count)
 
 
 def dense_rows(indices: torch.Tensor, values: torch.Tensor, columns: int, first: int, count: int) -> torch.Tensor:
