@@ -1,4 +1,4 @@
-"""List, remove, verify 4-bit copies and tokenized rows."""
+"""List, remove, verify 4-bit copies, tokenized rows and decomposed weights."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from qvera.utils.cache_dir import CacheEntry, DiskCache
 
 
-def _kinds() -> tuple[DiskCache, DiskCache]:
-    """The two kinds of entries: quantized bases, tokenized rows."""
+def _kinds() -> tuple[DiskCache, DiskCache, DiskCache]:
+    """The kinds of entries: quantized bases, tokenized rows, decomposed weights."""
     from qvera.data.cache import ROWS
+    from qvera.models.factor_record import FACTORS
     from qvera.models.quantized_record import BASES
 
-    return BASES, ROWS
+    return BASES, ROWS, FACTORS
 
 
 def _entries() -> list[CacheEntry]:
@@ -34,7 +35,7 @@ def ls(as_json: Json = False) -> None:
     Example:
         qvera cache ls
     """
-    bases, _ = _kinds()
+    bases, rows_cache, _ = _kinds()
     rows: list[dict[str, Any]] = []
     for entry in _entries():
         record = entry.record or {}
@@ -45,7 +46,9 @@ def ls(as_json: Json = False) -> None:
             row |= {"source": source.get("path"), "revision": source.get("revision")}
             row["settings"] = record.get("settings", {})
         else:
-            row |= {"source": record.get("source"), "rows": record.get("rows")}
+            row["source"] = record.get("source")
+            if entry.kind is rows_cache:
+                row["rows"] = record.get("rows")
         rows.append(row)
     if as_json:
         print(json.dumps(rows, indent=1))

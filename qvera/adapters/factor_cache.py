@@ -1,0 +1,138 @@
+"""A and B from a base's weights, decomposed once and kept on disk (`qvera.models.factor_record`).
+
+They belong to a base by its fingerprint, to a linear by its name and by how it is stored, and to a rank. A base without
+a fingerprint, and a cache that can't be written, only cost time: then they are computed each time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import nn
+
+from qvera.adapters import svd
+from qvera.models import quantization
+from qvera.models.factor_record import FACTORS, PREFIX, RECORD, SHA256, data_sha256, is_whole
+from qvera.utils.atomic import flush, replace_text
+
+_WAY = ["block krylov", 1, svd.BLOCKS, svd.OVERSAMPLING]
+"""How weights are decomposed. With another number here nothing of what is cached is found."""
+_SAMPLE = "sample"
+"""The first row of the weight: a model that was changed in memory has another one than its fingerprint says."""
+
+
+@dataclass(frozen=True)
+class FactorCache:
+    """The decompositions of one base's weights.
+
+    Attributes:
+        fingerprint: the base's (`qvera.utils.safetensors_io.base_fingerprint`); None: nothing is cached.
+        source: what `qvera cache ls` calls the base.
+        progress: called with the name of each linear that is decomposed now.
+    """
+
+    fingerprint: str | None
+    source: str | None = None
+    progress: Callable[[str], None] | None = None
+
+    def pair(self, name: str, layer: nn.Module, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A = Σ Vᵀ [rank, n] and B = U [m, rank] of a linear, fp32, on the layer's device or the CPU.
+
+        Raises:
+            ValueError: the rank is above the smaller side of the weight.
+        """
+
+        def compute() -> dict[str, torch.Tensor]:
+            A, B = svd.truncated_svd(svd.rows_of(layer), rank).pair()
+            return {"A": A.float(), "B": B.float()}
+
+        found = self._cached(name, layer, f"rank{rank}", compute)
+        return found["A"], found["B"]
+
+    def singular_values(self, name: str, layer: nn.Module) -> torch.Tensor:
+        """All singular values of a linear's weight, fp64, from the largest down."""
+        values = self._cached(name, layer, "values", lambda: {"S": svd.singular_values(svd.rows_of(layer))})
+        return values["S"]
+
+    def _cached(
+        self, name: str, layer: nn.Module, what: str, compute: Callable[[], dict[str, torch.Tensor]]
+    ) -> dict[str, torch.Tensor]:
+        def made() -> dict[str, torch.Tensor]:
+            if self.progress is not None:
+                self.progress(name)
+            return compute()
+
+        with contextlib.ExitStack() as stack:
+            directory = None if self.fingerprint is None or not name else self._open(stack)
+            if directory is None:
+                return made()
+            file = directory / f"{name}.{_storage(layer)}.{what}.safetensors"
+            sample = _sample(layer)
+            found = _read(file)
+            if found is None:
+                found = made()
+                with contextlib.suppress(OSError):
+                    _write(file, found | {_SAMPLE: sample})
+            elif not torch.allclose(found[_SAMPLE], sample, rtol=1e-4, atol=1e-6):
+                return made()
+            return found
+
+    def _open(self, stack: contextlib.ExitStack) -> Path | None:
+        """The directory of this base, locked until the stack is closed; None where it can't be written."""
+        key = hashlib.sha256(json.dumps([_WAY, self.fingerprint]).encode()).hexdigest()[:24]
+        directory = FACTORS.root / f"{PREFIX}{key}"
+        try:
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FACTORS.locked(key))
+            directory.mkdir(exist_ok=True)
+            if not (directory / RECORD).is_file():
+                record = {"source": self.source, "fingerprint": self.fingerprint, "way": _WAY}
+                replace_text(directory / RECORD, json.dumps(record, indent=1))
+        except OSError:
+            return None
+        return directory
+
+
+def _storage(layer: nn.Module) -> str:
+    """How a layer's weight is stored, as far as its values depend on it."""
+    if isinstance(layer, quantization.Linear4bit):
+        facts = quantization.four_bit_facts(layer)
+        return f"{facts.quant_type}{'-double' if facts.double_quant else ''}-{facts.blocksize}"
+    if isinstance(layer, quantization.Linear8bit):
+        return "int8"
+    assert isinstance(layer.weight, torch.Tensor)
+    return str(layer.weight.dtype).removeprefix("torch.")
+
+
+def _sample(layer: nn.Module) -> torch.Tensor:
+    return next(iter(svd.rows_of(layer, step=1).read()))[0].float().cpu()
+
+
+def _read(file: Path) -> dict[str, torch.Tensor] | None:
+    if not file.is_file() or not is_whole(file):
+        return None
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError):
+        return None
+
+
+def _write(file: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a file as a whole, with the hash of its data in its header."""
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    content = save(tensors, {SHA256: data_sha256(save(tensors))})
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        partial.write_bytes(content)
+        flush(partial)
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)

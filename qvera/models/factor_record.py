@@ -1,0 +1,48 @@
+"""The cache of decomposed weights: what it holds, without torch (`qvera.adapters.factor_cache` makes and reads it).
+
+An entry is $QVERA_CACHE/factors/factors-KEY, where KEY is the hash of a base's fingerprint and of the way to decompose.
+In it are record.json, and a safetensors file for each linear and rank, whose header has the SHA-256 of its data. It
+grows with the linears and ranks that are asked for.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from qvera.utils.cache_dir import DiskCache
+from qvera.utils.files import try_read_json
+
+RECORD = "record.json"
+PREFIX = "factors-"
+SHA256 = "sha256"
+"""The key of the hash in a file's metadata."""
+
+
+def data_sha256(content: bytes | memoryview) -> str:
+    """SHA-256 of what follows the header in the bytes of a safetensors file."""
+    return hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+
+
+def is_whole(file: Path) -> bool:
+    """Whether the data of a file are those that were written."""
+    try:
+        content = file.read_bytes()
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        return bool(header["__metadata__"][SHA256] == data_sha256(content))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _record_of(directory: Path) -> dict[str, Any] | None:
+    return try_read_json(directory / RECORD)
+
+
+def _problem_of(directory: Path) -> str | None:
+    if _record_of(directory) is None:
+        return f"{directory / RECORD} is missing or damaged"
+    broken = [file for file in sorted(directory.glob("*.safetensors")) if not is_whole(file)]
+    return f"{broken[0]} has other data than were written" if broken else None
+
+
+FACTORS = DiskCache("set of decomposed weights", "factors", _record_of, _problem_of, PREFIX)
