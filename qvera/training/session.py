@@ -6,11 +6,8 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
-import math
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -32,27 +29,21 @@ from qvera.models.checkpointing import Mode, enable_checkpointing
 from qvera.models.compile import compile_layers
 from qvera.models.loader import Base, load_base, pick_compute_dtype, require_packing, rows_joined
 from qvera.models.tokenizer import load_tokenizer
-from qvera.training.checkpoint import TrainState, random_state, set_random_state
+from qvera.training.checkpoint import TrainState
 from qvera.training.engine import LocalEngine, ZeroEngine, trained_vectors
-from qvera.training.failures import lone_error, longest_batch_error, not_finite_error, step_error, worst
+from qvera.training.failures import longest_batch_error
 from qvera.training.logging import status_line
 from qvera.training.optim import build_optimizer, build_scaler
-from qvera.training.plan import Plan, Sharing, longest_rows, make_plan
-from qvera.training.plan.checkpointing import mode_word, with_mode
+from qvera.training.plan import Plan, Sharing, longest_rows
 from qvera.training.plan.run import NotPlannable
 from qvera.training.plan.sharding import spread_of
-from qvera.training.plan.show import run_lines
-from qvera.training.rank_checks import (
-    check_disk_space,
-    check_memory,
-    check_same_data,
-    check_same_setup,
-    count_nodes,
-)
+from qvera.training.planning import plan_run, resumed_mode
+from qvera.training.rank_checks import check_disk_space, check_same_data, check_same_setup, count_nodes
+from qvera.training.step import StepAttempt
 from qvera.utils import accelerator, memory
-from qvera.utils.errors import InputError, RunFailed, first_line
+from qvera.utils.errors import InputError, first_line
 from qvera.utils.formatting import size
-from qvera.utils.out_of_memory import Shortage, is_out_of_memory, or_shortage
+from qvera.utils.out_of_memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
@@ -176,109 +167,7 @@ class TrainingSession:
             OutOfMemory: memory ran out, and ``training.on_oom`` is ``save``, or a pass has a single row. The step was
             undone; on all ranks, unless the error is not `shared`.
         """
-        train, group = self.datasets.train, self.group
-        began, random = time.perf_counter(), random_state(self.group.rank)
-        rows = self.batches.rows(self.state.step)
-        trained_tokens = sum(train[i].trained_tokens for i in rows)
-        passes = self.batches.passes(rows, group.rank, group.world_size)
-        begun: list[list[Example]] = []
-        sums = or_shortage(lambda: self._accumulate(passes, rows[:1], trained_tokens, begun), self.device)
-        if isinstance(sums, Shortage):
-            return self._undo_step(sums, begun[-1], random, time.perf_counter() - began)
-        input_tokens = sum(len(train[i].input_ids) for micro in passes for i in micro)
-        total, inputs, failed = group.sum([sum(sums), input_tokens, 0.0])
-        if failed:
-            return self._undo_step(None, [], random, time.perf_counter() - began)
-        taken = or_shortage(self.engine.step, self.device) if math.isfinite(total) else (math.nan, 0.0)
-        if isinstance(taken, Shortage):
-            raise RunFailed(f"Memory ran out in the optimizer's step: {taken}. Earlier checkpoints are kept.")
-        norm, rate = taken
-        seconds, loss = time.perf_counter() - began, total / trained_tokens
-        scaling = {} if self.scaler is None else {"loss_scale": self.engine.loss_scale}
-        if not math.isfinite(norm):
-            if math.isfinite(total) and self.engine.can_step_again():
-                self.state.add_skipped_step(seconds)
-                step = self.state.step + 1
-                return {"kind": "skipped", "step": step, "loss": loss, "step_seconds": seconds, **scaling}
-            sources = [[train[i].source for i in micro] for micro in passes if micro]
-            step_rows = [train[i].source for i in rows]
-            raise not_finite_error(self.state.step + 1, sums, norm, sources, step_rows, group)
-        self.state.add_step(loss, seconds, int(inputs))
-        return {
-            "kind": "train",
-            "step": self.state.step,
-            "epoch": round(self.state.step / self.batches.per_epoch, 4),
-            "loss": loss,
-            "learning_rate": rate,
-            "grad_norm": norm,
-            **scaling,
-            "trained_tokens": trained_tokens,
-            "input_tokens": int(inputs),
-            "step_seconds": seconds,
-            "tokens_per_second": inputs / seconds,
-            "memory_bytes": memory.memory_bytes(self.device),
-            "peak_bytes": self.watch.peak_bytes,
-        }
-
-    def _accumulate(
-        self, passes: list[list[int]], dummy: list[int], trained_tokens: int, begun: list[list[Example]]
-    ) -> list[float]:
-        """Forward and backward of each pass; the summed loss of each. ``begun`` gets the rows of each as it begins."""
-        losses = []
-        expected_grad = None if self.scaler is None else self.engine.loss_gradient() / trained_tokens
-        for number, micro in enumerate(passes, start=1):
-            # a rank without rows runs a dummy pass so that collectives stay in sync
-            begun.append([self.datasets.train[i] for i in micro or dummy])
-            nll, _ = self._nll(begun[-1], self.engine.decoder, expected_grad)
-            # divided by the tokens of the whole global batch, so that neither accumulation nor ranks change the mean
-            self.engine.backward(nll / trained_tokens if micro else nll * 0.0, last=number == len(passes))
-            if micro:
-                losses.append(nll.detach())
-        return torch.stack(losses).tolist() if losses else []
-
-    def _undo_step(
-        self, shortage: Shortage | None, examples: list[Example], random: dict[str, torch.Tensor], seconds: float
-    ) -> dict[str, Any]:
-        """Undo a step that memory did not suffice for, on every rank, and halve the passes where the recipe says so.
-
-        Args:
-            shortage: that of this rank; None: only others ran out of memory.
-            examples: the rows of the pass that failed on this rank.
-            random: the random state of before the step.
-
-        Returns:
-            The record, where the step can be taken again.
-
-        Raises:
-            OutOfMemory: it can't.
-        """
-        group, train, step = self.group, self.datasets.train, self.state.step + 1
-        self.engine.undo()
-        forget_inputs(self.model)
-        set_random_state(random, group.rank)
-        if shortage is not None:
-            if self.zero is not None and group.world_size > 1:
-                raise lone_error(step, shortage, examples, self.plan, train, group)
-            group.sum([0.0, 0.0, 1.0])  # the others meet this rank where they add up their losses
-        packed = self.recipe.data.packing
-        half = sum(len(example.input_ids) for example in examples) if packed else len(examples)
-        half = half // 2 if len(examples) > 1 else 0
-        found = group.gather(None if shortage is None else [shortage.asked_bytes, shortage.free_bytes, half])
-        failed = [one for one in found if one is not None]
-        shortage = worst([Shortage(*one[:2]) for one in failed])
-        most = min(one[2] for one in failed)
-        if self.recipe.training.on_oom == "save" or most == 0:
-            raise step_error(step, shortage, examples, self.plan, train, group)
-        self.batches.limit(most)
-        limit = {"pass_tokens" if packed else "pass_rows": most}
-        self.state.add_halving(step, limit, seconds)
-        return {
-            "kind": "out_of_memory",
-            "step": step,
-            **dataclasses.asdict(shortage),
-            **limit,
-            "step_seconds": seconds,
-        }
+        return StepAttempt(self).take()
 
     def _read_rows(self, preview: bool) -> Datasets:
         recipe, console = self.recipe, self.console
@@ -313,47 +202,22 @@ class TrainingSession:
             return self.group.agree(read) if self.sharder is None else read()  # ranks meet while they shard it
 
     def _plan_memory(self) -> Plan | None:
-        """The memory plan of one rank, printed in a few lines, and refused where a GPU or a disk lacks the room.
-
-        A plan that does not fit is a warning on a CPU, where swap may make room, and where it is near what a GPU has
-        (`Plan.is_refused`).
-        """
-        recipe, group, console = self.recipe, self.group, self.console
+        """The plan of this rank; None where none can be made. Sets ``checkpointing``, which all ranks share."""
+        recipe, group = self.recipe, self.group
         sharing = Sharing.of(self.zero, *count_nodes(group), group.world_size)
         try:
-            plan = make_plan(recipe, self.device, self.datasets.train, sharing)
+            plan, self.checkpointing = plan_run(recipe, self.device, self.datasets.train, sharing, group, self.console)
         except NotPlannable as error:
             self.warn(f"No plan: {error}")
             return None
-        # ranks with less memory decide for all
-        self.checkpointing = max(group.gather(plan.checkpointing), key=[False, True, "offload"].index)
-        if self.checkpointing != plan.checkpointing:
-            plan = make_plan(with_mode(recipe, self.checkpointing), self.device, self.datasets.train, sharing)
-        if plan.is_refused and group.world_size == 1:
-            raise InputError("\n".join(run_lines(plan)))
-        style = None if plan.fits and not plan.is_tight else "yellow"
-        for line in run_lines(plan):
-            console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
-        check_memory(plan, group, console)
         if self.sharder is not None and self.sharder.folder is not None:
             check_disk_space(self.sharder.folder, -(-spread_of(plan.shape).packed // group.world_size), group)
         return plan
 
     def keep_checkpointing(self, recorded: Mode) -> None:
-        """Take over what `gradient_checkpointing: auto` came to in the run that goes on, where that still fits.
-
-        The MLPs of recomputed layers go by tiles where there are many tokens, so another choice may give other bits.
-        """
-        if self.recipe.training.gradient_checkpointing != "auto" or recorded == self.checkpointing:
-            return
-        if all(self.group.gather(self.plan is None or self.plan.decided.fits(recorded))):
-            self.checkpointing = recorded
-            self.console.print(f"Gradient checkpointing stays {mode_word(recorded)}, as the run began.")
-        else:
-            self.warn(
-                f"Gradient checkpointing was {mode_word(recorded)} when the run began, which does not fit into memory "
-                f"now; it goes on with {mode_word(self.checkpointing)}, and its numbers may differ in the last bits."
-            )
+        """Take over what `gradient_checkpointing: auto` came to in the run that goes on, where that still fits."""
+        if self.recipe.training.gradient_checkpointing == "auto":
+            self.checkpointing = resumed_mode(recorded, self.checkpointing, self.plan, self.group, self.console)
 
     def _try_longest_batch(self) -> None:
         if self.state.step == 0 and self.steps and self.recipe.training.try_longest_batch:
@@ -378,7 +242,7 @@ class TrainingSession:
         try:
             with accelerator.forked_random_state():
                 model.train()
-                nll, trained = self._nll(examples)
+                nll, trained = self.nll(examples)
                 vectors = list(trained_vectors(model).values())
                 torch.autograd.grad(nll / trained, vectors, allow_unused=True)
         except (RuntimeError, MemoryError) as error:
@@ -391,7 +255,7 @@ class TrainingSession:
             model.train(was_training)
             forget_inputs(model)
 
-    def _nll(
+    def nll(
         self,
         rows: list[Example],
         decoder: Callable[..., torch.Tensor] | None = None,

@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from qvera.adapters.save_load import adapter_facts, load_vectors, named_vectors, save_adapter
+from qvera.adapters.save_load import load_vectors, named_vectors, save_adapter
 from qvera.config.schema import Recipe
 from qvera.distributed.group import Group, for_all
 from qvera.distributed.init import in_group, restarted
@@ -27,8 +27,8 @@ from qvera.training.logging import MetricsLog, ProgressBar, Trackers, repeat_lin
 from qvera.training.optim import build_schedule, optimizer_bytes
 from qvera.training.plan import planned_steps
 from qvera.training.run_dir import check_run_dir, newest_checkpoint, plain_json, run_lock, write_run
+from qvera.training.run_json import add_result, begun_run
 from qvera.training.session import TrainingSession
-from qvera.utils import accelerator, memory
 from qvera.utils.atomic import disk_errors, replace_text
 from qvera.utils.errors import InputError, Interrupted, OutOfMemory, RunFailed
 from qvera.utils.signals import StopRequests
@@ -118,19 +118,7 @@ class Trainer(TrainingSession):
         if self.group.first:
             self.group.set_flag(f"begun {self.run_dir}")
         self.group.on_first(self._open_files)
-        self.run: dict[str, Any] = {
-            "format": 1,
-            "status": "running",
-            "started": self.started,
-            "model": self.base.facts,
-            "adapter": {**adapter_facts(self.model), "file_bytes": None},
-            "data": self.datasets.stats.to_dict(),
-            "versions": memory.versions(),
-            "device": memory.device_name(self.device),
-            "plan": None if self.plan is None else self.plan.to_dict(),
-            "gradient_checkpointing": self.checkpointing,
-            "processes": {"count": self.group.world_size, "deepspeed": self.recipe.deepspeed},
-        }
+        self.run = begun_run(self, self.started)
         facts, others = self.run["adapter"], self.group.world_size - 1
         self.console.print(
             f"Training {facts['trainable_parameters']:,} parameters in {facts['adapted_modules']} linear layers (LoRA "
@@ -363,35 +351,7 @@ class Trainer(TrainingSession):
 
         The ranks wait for it: a launcher that sees one leave with 75 ends the others.
         """
-        state, watch = self.state, self.watch
-        mapped_bytes = 0 if accelerator.is_accelerator(self.device) else memory.mapped_weights_bytes()
-        processes = self.group.gather({"host": self.group.host, "peak_bytes": watch.peak_bytes})
-        self.run["status"] = status
-        self.run["processes"]["ranks"] = processes
-        self.run["result"] = {
-            "steps": state.step,
-            "planned_steps": self.steps,
-            "epochs": state.step / self.batches.per_epoch,
-            "train_loss_first": state.train_loss_first,
-            "train_loss_last": state.train_loss_last,
-            "eval_before": state.before,
-            "eval_after": after,
-            "best_step": state.best_step,
-            "stopped_early": state.stopped_early,
-            "skipped_steps": state.skipped_steps,
-            "halvings": state.halvings,
-            "seconds": state.train_seconds,
-            "tokens_per_second": state.input_tokens / state.train_seconds if state.train_seconds else None,
-            "peak_bytes": watch.peak_bytes,
-            "mapped_bytes": mapped_bytes,
-        }
-        if self.plan is not None:
-            peaks = watch.peak_bytes, mapped_bytes, watch.peak_tensor_bytes
-            self.run["plan"]["measured"] = self.plan.measured(*peaks)
-        self.run["samples"] = [
-            {"prompt": a["prompt"], "reference": a["reference"], "before": b["answer"], "after": a["answer"]}
-            for b, a in zip(state.samples_before, samples, strict=False)
-        ]
+        add_result(self.run, self, status, after, samples)
         self.group.on_first(lambda: write_run(self.run_dir, self.run, self.console))
 
     def _open_files(self) -> None:

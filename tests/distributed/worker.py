@@ -51,7 +51,7 @@ class Watch:
         self.kept = Trainer.make_engine, Trainer.train_step, Batches.passes
         run_longest_batch = self.run_longest_batch = Trainer.run_longest_batch
         build, step, passes = self.kept
-        nll = self.nll = Trainer._nll
+        nll = self.nll = Trainer.nll
 
         def watched_nll(trainer: Trainer, rows: Any, *rest: Any) -> Any:
             short = self.out_of_memory
@@ -60,7 +60,7 @@ class Watch:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
             return nll(trainer, rows, *rest)
 
-        Trainer._nll = watched_nll  # type: ignore
+        Trainer.nll = watched_nll  # type: ignore
 
         def watched(trainer: Trainer) -> None:
             self.longest_batch_tries += 1
@@ -109,7 +109,7 @@ class Watch:
     def __exit__(self, *_: Any) -> None:
         Trainer.make_engine, Trainer.train_step, Batches.passes = self.kept  # type: ignore[method-assign]
         Trainer.run_longest_batch = self.run_longest_batch  # type: ignore[method-assign]
-        Trainer._nll = self.nll  # type: ignore[method-assign]
+        Trainer.nll = self.nll  # type: ignore[method-assign]
 
     def found(self) -> dict[str, Any]:
         engine = self.engine

@@ -43,7 +43,7 @@ MESSAGE = (
 @pytest.fixture
 def fail(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Let passes of step ``step`` and later with more than ``rows`` rows run out of memory, in forward or in backward."""
-    real = TrainingSession._nll
+    real = TrainingSession.nll
 
     def arrange(step: int, rows: int, where: str = "forward", first_pass: int = 1) -> None:
         passes: dict[int, int] = {}
@@ -66,7 +66,7 @@ def fail(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                 hooks.append(first.register_hook(out_of_memory))
             return found, count
 
-        monkeypatch.setattr(TrainingSession, "_nll", nll)
+        monkeypatch.setattr(TrainingSession, "nll", nll)
 
     return arrange
 
@@ -159,14 +159,14 @@ def test_halved_passes_give_the_same_numbers_and_a_resumed_run_keeps_them(
 def test_with_halve_a_longest_batch_that_does_not_fit_is_a_warning(
     make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path
 ) -> None:
-    real = TrainingSession._nll
+    real = TrainingSession.nll
 
     def nll(session: TrainingSession, examples: Any, *rest: Any) -> Any:
         if len(examples) > 2:
             raise torch.OutOfMemoryError(MESSAGE)
         return real(session, examples, *rest)
 
-    monkeypatch.setattr(TrainingSession, "_nll", nll)
+    monkeypatch.setattr(TrainingSession, "nll", nll)
     console = Console(file=io.StringIO(), width=1000)
     training = {"max_steps": 6, "save_steps": 2, "save_total_limit": 9}
     train(make_recipe(training={**training, "on_oom": "halve"}), tmp_path / "halved", console=console)

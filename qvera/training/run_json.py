@@ -1,0 +1,75 @@
+"""What run.json says of a run: what it was made of when it began, and what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from qvera.adapters.save_load import adapter_facts
+from qvera.utils import accelerator, memory
+
+if TYPE_CHECKING:
+    from qvera.training.session import TrainingSession
+
+
+def begun_run(session: TrainingSession, started: str) -> dict[str, Any]:
+    """The contents of run.json before the first step; ``started``: when, in ISO format."""
+    return {
+        "format": 1,
+        "status": "running",
+        "started": started,
+        "model": session.base.facts,
+        "adapter": {**adapter_facts(session.model), "file_bytes": None},
+        "data": session.datasets.stats.to_dict(),
+        "versions": memory.versions(),
+        "device": memory.device_name(session.device),
+        "plan": None if session.plan is None else session.plan.to_dict(),
+        "gradient_checkpointing": session.checkpointing,
+        "processes": {"count": session.group.world_size, "deepspeed": session.recipe.deepspeed},
+    }
+
+
+def add_result(
+    run: dict[str, Any],
+    session: TrainingSession,
+    status: str,
+    after: dict[str, Any] | None,
+    samples: Sequence[dict[str, Any]],
+) -> None:
+    """Add what came out of a run to its run.json. All ranks call this together.
+
+    Args:
+        run: what `begun_run` returned.
+        status: ``done``, ``interrupted`` or ``failed``.
+        after: the scores after training, as `Trainer.score` returns them.
+        samples: the answers after training.
+    """
+    state, watch = session.state, session.watch
+    mapped_bytes = 0 if accelerator.is_accelerator(session.device) else memory.mapped_weights_bytes()
+    processes = session.group.gather({"host": session.group.host, "peak_bytes": watch.peak_bytes})
+    run["status"] = status
+    run["processes"]["ranks"] = processes
+    run["result"] = {
+        "steps": state.step,
+        "planned_steps": session.steps,
+        "epochs": state.step / session.batches.per_epoch,
+        "train_loss_first": state.train_loss_first,
+        "train_loss_last": state.train_loss_last,
+        "eval_before": state.before,
+        "eval_after": after,
+        "best_step": state.best_step,
+        "stopped_early": state.stopped_early,
+        "skipped_steps": state.skipped_steps,
+        "halvings": state.halvings,
+        "seconds": state.train_seconds,
+        "tokens_per_second": state.input_tokens / state.train_seconds if state.train_seconds else None,
+        "peak_bytes": watch.peak_bytes,
+        "mapped_bytes": mapped_bytes,
+    }
+    if session.plan is not None:
+        peaks = watch.peak_bytes, mapped_bytes, watch.peak_tensor_bytes
+        run["plan"]["measured"] = session.plan.measured(*peaks)
+    run["samples"] = [
+        {"prompt": a["prompt"], "reference": a["reference"], "before": b["answer"], "after": a["answer"]}
+        for b, a in zip(state.samples_before, samples, strict=False)
+    ]
