@@ -7,6 +7,8 @@ Layout of ``checkpoints/step-00000100/``::
     state.json              step, recipe, schedule, scalars of the optimizer, early-stopping state, earlier results,
                             loss scale
     random.safetensors      torch's generator states (uint8) by device type: "cpu", "cuda"; of rank k > 0 "cpu.k", ..
+    hooks.safetensors       "hook/name" → tensor of a step hook's state; only where a hook has one. Its other values are
+                            in state.json
     manifest.json           SHA-256 and size of each file; written last
 
 Everything is written under a temporary name, flushed, and renamed. Nothing is pickled.
@@ -34,6 +36,7 @@ from qvera.utils.files import file_sha256
 
 FORMAT = 1
 _FILES = ("vectors.safetensors", "optimizer.safetensors", "state.json", "random.safetensors")
+_HOOKS = "hooks.safetensors"
 _NAME = re.compile(r"step-(\d{8})$")
 
 
@@ -95,6 +98,12 @@ class Checkpoint:
     vectors: dict[str, torch.Tensor]
     optimizer: dict[str, torch.Tensor]
     random: dict[str, torch.Tensor]
+    hooks: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+
+    @property
+    def hook_state(self) -> dict[str, Any]:
+        """What the step hooks saved: tensors and JSON values by ``hook/name``."""
+        return {**self.state.get("hooks", {}), **self.hooks}
 
 
 def save(
@@ -104,6 +113,7 @@ def save(
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     random: dict[str, torch.Tensor] | None = None,
+    hooks: dict[str, Any] | None = None,
 ) -> Path:
     """Write ``directory/step-XXXXXXXX``; it appears under this name only when it is complete and on disk.
 
@@ -112,6 +122,7 @@ def save(
         vectors: by their names in the adapter file.
         state: JSON values for state.json.
         random: generator states of all ranks (`random_state`); default: this process's.
+        hooks: the state of the step hooks, tensors and JSON values (`qvera.adapters.step_hook.StepHooks.state_dict`).
 
     Raises:
         RunFailed: the disk is full or read-only; earlier checkpoints are kept.
@@ -128,7 +139,10 @@ def save(
         save_file({n: p.detach().cpu().contiguous() for n, p in vectors.items()}, partial / "vectors.safetensors")
         save_file(tensors, partial / "optimizer.safetensors")
         save_file(random_state() if random is None else random, partial / "random.safetensors")
-        document = {"format": FORMAT, "step": step, "optimizer_scalars": scalars, **state}
+        values = dict(hooks or {})
+        if held := {n: values.pop(n) for n in list(values) if isinstance(values[n], torch.Tensor)}:
+            save_file({n: t.detach().cpu().contiguous().clone() for n, t in held.items()}, partial / _HOOKS)
+        document = {"format": FORMAT, "step": step, "optimizer_scalars": scalars, "hooks": values, **state}
         (partial / "state.json").write_text(json.dumps(document, indent=1))
         manifest = {}
         for file in sorted(partial.iterdir()):
@@ -180,7 +194,8 @@ def load(path: Path) -> Checkpoint:
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         version = manifest["format"]
-        files = {} if version != FORMAT else {n: manifest["files"][n] for n in _FILES}
+        names = [*_FILES, _HOOKS] if version == FORMAT and _HOOKS in manifest["files"] else list(_FILES)
+        files = {} if version != FORMAT else {n: manifest["files"][n] for n in names}
         expected = {name: (facts["bytes"], facts["sha256"]) for name, facts in files.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
@@ -199,9 +214,7 @@ def load(path: Path) -> Checkpoint:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         if state["step"] != int(path.name[-8:]):
             raise ValueError(f"it is of step {state['step']}")
-        parts = [
-            load_file(path / name) for name in ("vectors.safetensors", "optimizer.safetensors", "random.safetensors")
-        ]
+        parts = [load_file(path / name) for name in names if name.endswith(".safetensors")]
         return Checkpoint(path, state["step"], state, *parts)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(
@@ -216,7 +229,8 @@ def shared(found: Checkpoint | None, group: Group) -> Checkpoint | None:
     )
     if head is None or group.world_size == 1:
         return found
-    parts = [group.broadcast_tensors(getattr(found, name, None)) for name in ("vectors", "optimizer", "random")]
+    names = ("vectors", "optimizer", "random", "hooks")
+    parts = [group.broadcast_tensors(getattr(found, name, None)) for name in names]
     return Checkpoint(Path(head["path"]), head["step"], head["state"], *parts)
 
 

@@ -40,6 +40,7 @@ from qvera.training.plan.sharding import spread_of
 from qvera.training.planning import plan_run, resumed_mode
 from qvera.training.rank_checks import check_disk_space, check_same_data, check_same_setup, count_nodes
 from qvera.training.step import StepAttempt
+from qvera.training.step_hooks import build_hooks
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.formatting import size
@@ -123,6 +124,7 @@ class TrainingSession:
             require_packing(self.model)
         self.batches = batches_of(recipe, self.datasets.train)
         self.optimizer = build_optimizer(recipe.training, trained_vectors(self.model))
+        self.hooks = build_hooks(recipe, self.model, self.optimizer)
 
     def build_engine(self, schedule: LRScheduler, steps: int) -> None:
         """Build what steps the vectors, and try the longest batch of ``steps`` steps once, before the first of them.

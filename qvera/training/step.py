@@ -42,6 +42,7 @@ class StepAttempt:
             self.session.group,
             self.session.engine,
         )
+        session.hooks.before_step(self.number)
         sums = or_shortage(self._accumulate, session.device)
         if isinstance(sums, Shortage):
             return self._undo(sums)
@@ -53,6 +54,8 @@ class StepAttempt:
         if isinstance(taken, Shortage):
             raise RunFailed(f"Memory ran out in the optimizer's step: {taken}. Earlier checkpoints are kept.")
         norm, rate = taken
+        if math.isfinite(norm):
+            session.hooks.after_step(self.number)
         seconds, loss = self._seconds(), total / self.trained_tokens
         scaling = {} if session.scaler is None else {"loss_scale": engine.loss_scale}
         if not math.isfinite(norm):

@@ -281,6 +281,7 @@ class Trainer(TrainingSession):
         vectors, optimizer = self.engine.unsharded()
         vectors = {**named_vectors(self.model), **vectors}
         random = self.group.gather_bytes(checkpoint.random_state(self.group.rank))
+        hooks = self.hooks.state_dict()
         state = {
             "recipe": self.recipe.to_dict(),
             "schedule": self.schedule.state_dict(),
@@ -293,7 +294,7 @@ class Trainer(TrainingSession):
             if self.log_file is not None:
                 self.log_file.flush()
             directory, best = self.run_dir / "checkpoints", self.state.best_step
-            checkpoint.save(directory, self.state.step, vectors, optimizer, plain_json(state), random)
+            checkpoint.save(directory, self.state.step, vectors, optimizer, plain_json(state), random, hooks)
             checkpoint.prune(directory, self.recipe.training.save_total_limit, set() if best is None else {best})
 
         self.group.on_first(write)
@@ -311,6 +312,7 @@ class Trainer(TrainingSession):
         if one is None:
             self.console.print(f"No checkpoint was saved in {self.run_dir} yet: starting from step 0.", soft_wrap=True)
             return
+        self.hooks.load_state_dict(one.hook_state)
         checkpoint.restore(one, named_vectors(self.model), self.optimizer, self.group.rank)
         self.schedule.load_state_dict(one.state["schedule"])
         for parameters, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
@@ -333,6 +335,7 @@ class Trainer(TrainingSession):
                 self.warn(f"{error} The adapter gets the last step's vectors, not the best.")
         best = checkpoint.shared(best, self.group)
         if best is not None:
+            self.hooks.load_state_dict(best.hook_state)
             load_vectors(self.model, best.vectors, str(best.path))
 
     def save_adapter(self) -> None:

@@ -203,6 +203,22 @@ def test_all_ranks_skip_a_step_whose_gradient_overflows(place: Place, stage: str
     close(run, place.root / "alone-float16", rtol=5e-3)  # rounding in float16, which AdamW's first steps magnify
 
 
+@pytest.mark.parametrize("stage", QUICK, ids=name_of)
+def test_step_hooks_are_called_around_each_step_that_is_taken(place: Place, stage: str | None) -> None:
+    """On every rank alike; before a step again where its gradient overflowed."""
+    word = f"{name_of(stage)}-float16"
+    skipped = json.loads((place.root / word / "run.json").read_text())["result"]["skipped_steps"]
+    for found in place.found:
+        assert found[word]["hook_calls"] == place.found[0][word]["hook_calls"]
+        assert [step for name, step in found[word]["hook_calls"] if name == "after"] == [1, 2, 3]
+        assert len([step for name, step in found[word]["hook_calls"] if name == "before"]) == 3 + skipped
+    plain = [[name, step] for step in range(1, STEPS + 1) for name in ("before", "after")]
+    assert [found[name_of(stage)]["hook_calls"] for found in place.found] == [plain, plain]
+    if stage in RESUMED:
+        loaded = [["loaded", CUT], *plain[2 * CUT :]]
+        assert [found[f"{name_of(stage)}-resumed"]["hook_calls"] for found in place.found] == [loaded, loaded]
+
+
 def test_scores_and_answers_are_those_of_one(place: Place, stage: str | None) -> None:
     mine, alone = (json.loads((place.root / d / "run.json").read_text()) for d in (name_of(stage), "alone"))
     for when in ("eval_before", "eval_after"):

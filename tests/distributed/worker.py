@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from qvera.adapters.step_hook import StepHook, StepHooks
 from qvera.config.schema import parse_recipe
 from qvera.data import Batches
 from qvera.distributed import zero_params
@@ -25,10 +26,34 @@ from qvera.distributed.group import Group
 from qvera.distributed.init import in_group
 from qvera.models import quantization
 from qvera.models.loader import causal_model
-from qvera.training import trainer
+from qvera.training import session, trainer
 from qvera.training.optim import optimizer_bytes
 from qvera.training.trainer import Trainer
 from qvera.utils.errors import QveraError
+
+
+class Recorder(StepHook):
+    """Notes every call, and in its state, as a number and as a tensor, the last step that was taken."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, int]] = []
+        self.step = torch.zeros(1, dtype=torch.int64)
+
+    def before_step(self, step: int) -> None:
+        self.calls.append(("before", step))
+
+    def after_step(self, step: int) -> None:
+        self.calls.append(("after", step))
+        self.step += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"number": self.step.item(), "tensor": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:  # else of a run without this hook
+            assert state["tensor"].item() == state["number"]
+            self.step = state["tensor"].clone()
+            self.calls.append(("loaded", state["number"]))
 
 
 class Watch:
@@ -42,6 +67,7 @@ class Watch:
         self.big: list[Any] = []
         self.private: dict[str, int] = {}
         self.longest_batch_tries = 0
+        self.recorder = Recorder()
         self.stop_after = stop_after
         self.out_of_memory = out_of_memory  # a rank, a step, and the rows that fit in a pass there
 
@@ -51,6 +77,8 @@ class Watch:
         self.kept = Trainer.make_engine, Trainer.train_step, Batches.passes
         run_longest_batch = self.run_longest_batch = Trainer.run_longest_batch
         build, step, passes = self.kept
+        self.build_hooks = session.build_hooks
+        session.build_hooks = lambda *_: StepHooks({"recorder": self.recorder})  # type: ignore[assignment]
         nll = self.nll = Trainer.nll
 
         def watched_nll(trainer: Trainer, rows: Any, *rest: Any) -> Any:
@@ -109,6 +137,7 @@ class Watch:
     def __exit__(self, *_: Any) -> None:
         Trainer.make_engine, Trainer.train_step, Batches.passes = self.kept  # type: ignore[method-assign]
         Trainer.run_longest_batch = self.run_longest_batch  # type: ignore[method-assign]
+        session.build_hooks = self.build_hooks  # type: ignore[assignment]
         Trainer.nll = self.nll  # type: ignore[method-assign]
 
     def found(self) -> dict[str, Any]:
@@ -127,6 +156,7 @@ class Watch:
             "private": self.private,
             "longest_batch_tries": self.longest_batch_tries,
             "rows": self.rows,
+            "hook_calls": self.recorder.calls,
             "embedding": _embedding(causal_model(self.model)),
         }
 

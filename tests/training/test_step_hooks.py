@@ -1,0 +1,108 @@
+"""What a hook does between steps is part of the run: a resumed run is the uninterrupted one to the bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qvera.adapters.save_load import named_vectors
+from qvera.adapters.step_hook import StepHook, StepHooks
+from qvera.training import session
+from qvera.training.session import TrainingSession
+from qvera.training.trainer import train
+from tests.training.test_trainer import cut_off, losses, same, vectors
+
+pytestmark = pytest.mark.process
+
+
+class Pull(StepHook):
+    """Pulls every b towards its mean over the steps, which it keeps, and counts the steps."""
+
+    def __init__(self, model: Any) -> None:
+        self.vectors = {name: v for name, v in named_vectors(model).items() if name.endswith("_b")}
+        self.means = {name: torch.zeros_like(vector) for name, vector in self.vectors.items()}
+        self.steps = 0
+        self.begun: list[int] = []
+
+    def before_step(self, step: int) -> None:
+        self.begun.append(step)
+
+    def after_step(self, step: int) -> None:
+        self.steps += 1
+        assert self.steps == step
+        with torch.no_grad():
+            for name, vector in self.vectors.items():
+                self.means[name] += (vector - self.means[name]) / step
+                vector.lerp_(self.means[name], 0.5)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps, **self.means}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = state["steps"]
+        self.means = {name: state[name].clone() for name in self.means}
+
+
+@pytest.fixture
+def hooks(monkeypatch: pytest.MonkeyPatch) -> list[Pull]:
+    """Every run of the test gets a `Pull`; they are collected here."""
+    made: list[Pull] = []
+
+    def build(recipe: Any, model: Any, *_: Any) -> StepHooks:
+        made.append(Pull(model))
+        return StepHooks({"pull": made[-1]})
+
+    monkeypatch.setattr(session, "build_hooks", build)
+    return made
+
+
+def test_a_run_with_a_hook_is_resumed_to_the_bit(make_recipe: Any, tmp_path: Path, hooks: list[Pull]) -> None:
+    recipe = make_recipe(training={"save_total_limit": 9})
+    train(recipe, tmp_path / "whole")
+    again = cut_off(tmp_path / "whole", tmp_path / "again", after=3)
+    train(recipe, again, resume=True)
+    assert losses(again) == losses(tmp_path / "whole")
+    assert same(vectors(again), vectors(tmp_path / "whole"))
+    assert hooks[1].begun == [4, 5, 6]
+    assert (again / "checkpoints" / "step-00000006" / "hooks.safetensors").is_file()
+
+
+def test_an_attempt_that_memory_did_not_suffice_for_is_begun_again(
+    make_recipe: Any, tmp_path: Path, hooks: list[Pull], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = TrainingSession.nll
+
+    def nll(self: TrainingSession, rows: Any, *rest: Any) -> Any:
+        if rest and self.state.step == 1 and len(rows) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return real(self, rows, *rest)
+
+    monkeypatch.setattr(TrainingSession, "nll", nll)
+    train(make_recipe(training={"max_steps": 3, "on_oom": "halve"}), tmp_path / "run")
+    assert hooks[0].begun == [1, 2, 2, 3]
+    assert hooks[0].steps == 3
+
+
+def test_hooks_keep_their_states_apart() -> None:
+    class Counter(StepHook):
+        count = 0
+
+        def after_step(self, step: int) -> None:
+            self.count += step
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"count": self.count}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.count = state.get("count", -1)
+
+    first, second = Counter(), Counter()
+    StepHooks({"first": first}).after_step(3)
+    saved = StepHooks({"first": first, "second": second}).state_dict()
+    assert saved == {"first/count": 3, "second/count": 0}
+    loaded = Counter(), Counter()
+    StepHooks(dict(zip(("second", "third"), loaded, strict=True))).load_state_dict(saved)
+    assert [one.count for one in loaded] == [0, -1]
