@@ -12,27 +12,15 @@ from qvera.config.schema import AdapterSection
 from qvera.utils.errors import InputError
 
 PEFT_TYPE = "QVERA"
-FORMAT_VERSION = 2
-"""The newest format that is read. 1: one b and one d for each linear; 2: ``b_groups``, ``input_scale``.
+PREFIX = "base_model.model."
+"""What PEFT puts before a module's name in an adapter file."""
+
+FORMAT_VERSION = 3
+"""The newest format that is read. 1: one b and one d for each linear; 2: ``b_groups``, ``input_scale``; 3: ``method``.
 
 An adapter names the oldest format that has all it needs."""
 
-KINDS = ("qvera_b", "qvera_d", "qvera_a")
-"""The vectors of a linear by their names in an adapter file. The last one is there with ``input_scale`` only."""
-
 BIASES = ("none", "all", "qvera_only")
-
-
-def vector_shapes(
-    adapter: QveraConfig | AdapterSection, in_features: int, out_features: int
-) -> dict[str, tuple[int, ...]]:
-    """The vectors that an adapter has for one linear: which of `KINDS`, in that order, and their shapes."""
-    groups = adapter.b_groups
-    shapes: dict[str, tuple[int, ...]] = {"qvera_b": (out_features,) if groups == 1 else (groups, out_features)}
-    shapes["qvera_d"] = (adapter.rank,)
-    if adapter.input_scale:
-        shapes["qvera_a"] = (in_features,)
-    return shapes
 
 
 _DEFAULTS = AdapterSection()
@@ -43,6 +31,7 @@ class QveraConfig(PeftConfig):
     """A VeRA adapter over a (quantized) base model. Defaults are those of a recipe's adapter section.
 
     Args:
+        method: the method of adaptation (`qvera.adapters.methods`).
         rank: length of d and number of rows of A.
         target_modules: ``"all-linear"`` (every linear but the head), a regular expression, or names; each name must
             match something.
@@ -73,6 +62,7 @@ class QveraConfig(PeftConfig):
         InputError: a value is out of range, or the config was written by a newer format or another generator.
     """
 
+    method: str = _DEFAULTS.method
     rank: int = _DEFAULTS.rank
     target_modules: str | list[str] | set[str] | None = "all-linear"
     exclude_modules: str | list[str] | set[str] | None = None
@@ -116,6 +106,8 @@ class QveraConfig(PeftConfig):
         self._check_values()
         if self.b_groups > 1 or self.input_scale:
             self.format_version = max(self.format_version, 2)
+        if self.method != _DEFAULTS.method:
+            self.format_version = max(self.format_version, 3)
         if self.added_tokens:  # PEFT writes its JSON with sorted keys; ids say in which order tokens were added
             self.added_tokens = dict(sorted(self.added_tokens.items(), key=lambda pair: pair[1]))
 

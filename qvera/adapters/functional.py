@@ -27,7 +27,7 @@ Two options go beyond the paper:
 The vectors are fp32 or wider here; layers that hold them in 16 bits convert them first (`at_least_fp32`).
 """
 
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -35,17 +35,6 @@ from torch.autograd.function import once_differentiable
 from qvera.kernels.choice import use_kernels
 from qvera.kernels.columns import scaled_columns, scaled_columns_backward
 from qvera.kernels.low_rank import combined, gradients_and_combined, grouped, vector_gradients, wide_product
-
-
-class Factors(NamedTuple):
-    """What one adapter adds to one layer: ΔW = s diag(b) B diag(d) A diag(a)."""
-
-    A: torch.Tensor  # [r, n], frozen
-    B: torch.Tensor  # [m, r], frozen
-    d: torch.Tensor  # [r], fp32 or wider
-    b: torch.Tensor  # [m], or [G, m] with b_groups
-    scale: float
-    a: torch.Tensor | None = None  # [n] with input_scale
 
 
 class AutogradContext(Protocol):
@@ -102,6 +91,45 @@ class _ScaleInput(torch.autograd.Function):
 def scale_input(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     """diag(a) x: [..., n] and [n] give [..., n] in x's dtype; differentiable once in both."""
     return _ScaleInput.apply(x, a)
+
+
+class _Core(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: AutogradContext, z: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(z, R)
+        return z @ R.to(z.dtype).t()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: AutogradContext, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        z, R = ctx.saved_tensors
+        grad_z = g @ R.to(g.dtype) if ctx.needs_input_grad[0] else None
+        grad_R = None
+        if ctx.needs_input_grad[1]:
+            grad_R = wide_product(g.reshape(-1, g.shape[-1]).t(), z.reshape(-1, z.shape[-1])).to(R.dtype)
+        return grad_z, grad_R
+
+
+def core(z: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
+    """R z: [..., r] and a dense [r, r], fp32 or wider, give [..., r] in z's dtype; differentiable once in both.
+
+    z is kept for backward. ∂R = gᵀ z is added up in fp32.
+    """
+    return _Core.apply(z, R)
+
+
+def add_product(
+    base: torch.Tensor, inner: torch.Tensor, B: torch.Tensor, scale: float, overwrite: bool = False
+) -> torch.Tensor:
+    """base + s inner Bᵀ: [..., m] and [..., r] give [..., m] in base's dtype. Differentiable in base, inner and B.
+
+    A frozen B keeps nothing for backward. ``overwrite`` as in `expand`.
+    """
+    rows, flat = base.reshape(-1, base.shape[-1]), inner.reshape(-1, inner.shape[-1])
+    if base.dtype != inner.dtype:
+        return base + times(flat, B.to(inner.dtype).t(), scale).view(base.shape).to(base.dtype)
+    add = rows.addmm_ if overwrite else rows.addmm
+    return as_output(add(flat, B.to(inner.dtype).t(), alpha=scale), base.shape)
 
 
 def outward(inner: torch.Tensor, B: torch.Tensor, b: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:

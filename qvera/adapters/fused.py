@@ -26,7 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from qvera.adapters.functional import AutogradContext, Factors, as_output, split_scale
+from qvera.adapters.factors import Factors
+from qvera.adapters.functional import AutogradContext, as_output, split_scale
 from qvera.kernels.low_rank import combined, vector_gradients, wide_product
 from qvera.models import quantization
 
@@ -72,7 +73,7 @@ def summed_weight(module: torch.nn.Linear, factors: Factors, dtype: torch.dtype)
     quantized = isinstance(module, (quantization.Linear4bit, quantization.Linear8bit))
     is_copy = quantized or weight.dtype != module.weight.dtype
     in_c, after = split_scale(factors.scale, dtype)
-    C = combined(factors.B, factors.d, factors.b, in_c, dtype)
+    C = combined(factors.B, *_vectors(factors), in_c, dtype)
     A = _scaled(factors.A, factors.a, dtype).to(dtype)
     return weight.addmm_(C, A, alpha=after) if is_copy else torch.addmm(weight, C, A, alpha=after)
 
@@ -191,6 +192,12 @@ class _Summed(torch.autograd.Function):
         return grad_x, None, grad_d, grad_b, None, None, None, None, grad_a, None
 
 
+def _vectors(factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
+    """d and b, which this path is for."""
+    assert factors.vectors is not None
+    return factors.vectors
+
+
 def _scaled(A: torch.Tensor, a: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """A diag(a) [r, n] in ``dtype``; A itself without an a."""
     return A if a is None else (A * a).to(dtype)
@@ -216,5 +223,4 @@ def summed_linear(
     Returns:
         [..., m] in x's dtype. Differentiable once in x, d, b and a; may be changed in place.
     """
-    A, B, d, b, scale, a = factors
-    return _Summed.apply(x, z, d, b, A, B, scale, module, a, held)
+    return _Summed.apply(x, z, *_vectors(factors), factors.A, factors.B, factors.scale, module, factors.a, held)

@@ -1,7 +1,7 @@
-"""The adapted linear: a frozen base layer plus VeRA's low-rank path, for every adapter that it carries.
+"""The adapted linear: a frozen base layer plus a low-rank path, for every adapter that it carries.
 
-`LowRankPath` is the forward pass, of qvera's own layers and of PEFT's VeRA layers after `accelerate_peft`. A kind of
-adapter says where A, B and the vectors are, as `QveraLinear` does.
+`LowRankPath` is the forward pass, of qvera's own layers and of PEFT's VeRA layers after `accelerate_peft`. Its
+subclasses say what the factors are: `QveraLinear` asks the adapter's method (`qvera.adapters.methods`).
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from qvera.adapters import functional, fused
-from qvera.adapters.config import KINDS, QveraConfig, vector_shapes
-from qvera.adapters.functional import Factors, at_least_fp32
-from qvera.adapters.projection import SharedProjection, vera_scale
+from qvera.adapters.config import QveraConfig
+from qvera.adapters.factors import Factors
+from qvera.adapters.methods import Method, Place, method_of
+from qvera.adapters.projection import OwnProjection, SharedProjection
 from qvera.distributed.zero_params import is_sharded
 from qvera.models import linear, quantization
 
@@ -68,7 +69,7 @@ class LowRankPath:
         """z = A x in ``dtype``, shared with the layers that read the same x."""
 
     def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        """y = W x + s diag(b) B diag(d) A x, summed over the active adapters (VeRA, arXiv 2310.11454, equation 2).
+        """y = W x + ΔW x, summed over the active adapters; with VeRA ΔW = s diag(b) B diag(d) A (equation 2).
 
         x [..., in_features] gives y [..., out_features] in the base layer's output dtype.
         """
@@ -79,11 +80,18 @@ class LowRankPath:
         y = self.base_layer(x, *args, **kwargs)  # W x
         overwrite = self._owns_output(y)
         for adapter in self._adapters_in_use():
-            factors = self.parts(adapter)
-            z = self._project(x, adapter, factors)  # A x
-            # y + s diag(b) B diag(d) z
-            y = functional.expand(y, z, factors.d, factors.b, factors.B, factors.scale, overwrite)
+            y = self.add_adapter(adapter, x, y, overwrite)
         return y
+
+    def add_adapter(self, adapter: str, x: torch.Tensor, y: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
+        """The output with one adapter more: y is without it."""
+        return self.add_low_rank(adapter, x, y, overwrite)
+
+    def add_low_rank(self, adapter: str, x: torch.Tensor, y: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
+        """y + s diag(b) B M A diag(a) x, the path of all methods whose change is `Factors`."""
+        factors = self.parts(adapter)
+        z = self._project(x, adapter, factors)  # A x
+        return factors.expand(y, z, overwrite)  # y + s diag(b) B M z
 
     def _owns_output(self, y: torch.Tensor) -> bool:
         """Whether nobody but this layer reads the base layer's output, so that the adapter may be added in its memory.
@@ -139,8 +147,10 @@ class LowRankPath:
         if trains_bias or not isinstance(self.dropout_of(adapter), nn.Identity):
             return None
         factors = self.parts(adapter)
+        if factors.vectors is None or not self.is_low_rank(adapter):
+            return None
         dtype, scaled = linear.compute_dtype(base, x), factors.a is not None
-        sizes = x.numel() // self.in_features, self.in_features, self.out_features, factors.d.numel()
+        sizes = x.numel() // self.in_features, self.in_features, self.out_features, factors.rank
         if not fused.pays(*sizes, dtype, x.device.type, scaled):
             return None
         z = None
@@ -152,10 +162,16 @@ class LowRankPath:
 
     def delta_weight_fp32(self, adapter: str) -> torch.Tensor:
         """ΔW of one adapter in fp32, oriented as the base layer's weight: [out, in], or [in, out] for a Conv1D."""
-        A, B, d, b, scale, a = self.parts(adapter)
-        a = None if a is None else a.detach().float()
-        delta = functional.delta_weight(A.float(), B.float(), d.detach().float(), b.detach().float(), scale, a)
+        delta = self.delta(adapter)
         return delta.t() if isinstance(self.base_layer, Conv1D) else delta
+
+    def delta(self, adapter: str) -> torch.Tensor:
+        """ΔW [m, n] of one adapter in fp32, without a graph."""
+        return self.parts(adapter).delta()
+
+    def is_low_rank(self, adapter: str) -> bool:
+        """Whether the adapter adds ΔW x with the ΔW of `parts`, and does nothing else."""
+        return True
 
     def hold_inference_weight(self, hold: bool, base_only: bool = False) -> None:
         """Hold W + ΔW of the active adapters [m, n] in the compute dtype, or let go of it.
@@ -227,21 +243,26 @@ class VectorDict(nn.ParameterDict):
 
 
 class QveraLinear(LowRankPath, nn.Module, BaseTunerLayer):
-    """y = base(x) + s diag(b) B diag(d) A diag(a) x over `Linear4bit`, `Linear8bitLt`, `Linear` or `Conv1D`.
+    """y = base(x) + ΔW x over `Linear4bit`, `Linear8bitLt`, `Linear` or `Conv1D`.
 
-    Per adapter d [rank] and b [out_features] (with ``b_groups`` above 1: [b_groups, out_features]), fp32, trained, and
-    a [in_features] with ``input_scale`` (else it is not there, and 1). `LowRankPath.forward` has the formula; it runs
-    in the base layer's compute dtype.
+    The tensors of an adapter, fp32, lie under the names that its method gives them (`Method.tensors`): VeRA's are
+    ``qvera_d`` [rank] and ``qvera_b`` [out_features]. `LowRankPath.forward` has the formula; it runs in the base
+    layer's compute dtype.
     """
 
-    adapter_layer_names: tuple[str, ...] = KINDS
-    other_param_names: tuple[str, ...] = ("qvera_rank", "qvera_dropout", "qvera_projection")
+    adapter_layer_names: tuple[str, ...] = ()  # grows with the adapters
+    other_param_names: tuple[str, ...] = ("qvera_settings", "qvera_dropout", "qvera_projection")
     # PEFT's, which a type checker can't see
     set_adapter: Any
     enable_adapters: Any
 
     def __init__(
-        self, base_layer: nn.Module, adapter_name: str, projection: SharedProjection, config: QveraConfig
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        projection: SharedProjection | OwnProjection | None,
+        config: QveraConfig,
+        full_name: str = "",
     ) -> None:
         super().__init__()
         shape = layer_shape(base_layer)
@@ -249,36 +270,35 @@ class QveraLinear(LowRankPath, nn.Module, BaseTunerLayer):
             raise TypeError(f"QVERA adapts linear layers, not {type(base_layer).__name__}")
         self.base_layer = base_layer
         self.in_features, self.out_features = shape
-        self.qvera_b = VectorDict()
-        self.qvera_d = VectorDict()
-        self.qvera_a = VectorDict()
         self.qvera_dropout: Any = nn.ModuleDict()
         # every layer names the same module, so that moving any part of the model moves the one pair with it
         self.qvera_projection: Any = nn.ModuleDict()
-        self.qvera_rank: dict[str, int] = {}
-        self.full_name = ""
-        """The layer's name in its model, for adapters whose vectors lie in a bank (`multi_adapter`)."""
+        self.qvera_settings: dict[str, tuple[Method, QveraConfig]] = {}
+        self.place = Place(full_name, self.in_features, self.out_features)
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._unmerged_weight: nn.Parameter | None = None
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, projection, config)
 
-    def update_layer(self, adapter_name: str, projection: SharedProjection, config: QveraConfig) -> None:
-        """Add the vectors of one more adapter: b = 0, d = d_initial and a = 1, so that the model starts unchanged.
-
-        With ``init_weights`` False, as in PEFT's VeRA, b is 1 and d random.
-        """
-        device = self.base_layer.weight.device
-        self.qvera_rank[adapter_name] = config.rank
-        self.qvera_projection[adapter_name] = projection
+    def update_layer(
+        self, adapter_name: str, projection: SharedProjection | OwnProjection | None, config: QveraConfig
+    ) -> None:
+        """Add the tensors of one more adapter, with the initial values of its method."""
+        device, method = self.base_layer.weight.device, method_of(config)
+        self.qvera_settings[adapter_name] = method, config
+        if projection is not None:
+            self.qvera_projection[adapter_name] = projection
         self.qvera_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
-        starts = {"qvera_b": 0.0 if config.init_weights else 1.0, "qvera_d": config.d_initial, "qvera_a": 1.0}
-        for kind, shape in vector_shapes(config, self.in_features, self.out_features).items():
-            start = torch.full(shape, starts[kind], device=device, dtype=torch.float32)
-            if kind == "qvera_d" and not config.init_weights:
-                start.normal_()
-            getattr(self, kind)[adapter_name] = nn.Parameter(start)
+        for name, shape in method.tensors(config, self.place).items():
+            if name not in self.adapter_layer_names:
+                self.adapter_layer_names = (*self.adapter_layer_names, name)
+                setattr(self, name, VectorDict())
+            if device.type == "meta":
+                start = torch.empty(shape, device=device)
+            else:
+                start = method.start(name, shape, config, self.place).to(device)
+            getattr(self, name)[adapter_name] = nn.Parameter(start)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -295,19 +315,38 @@ class QveraLinear(LowRankPath, nn.Module, BaseTunerLayer):
 
     def carries(self, adapter: str) -> bool:
         """Whether this layer has vectors of that adapter."""
-        return adapter in self.qvera_d
+        return adapter in self.qvera_settings
 
     def vectors(self, adapter: str) -> dict[str, nn.Parameter]:
-        """One adapter's vectors in this layer, by their names in an adapter file."""
-        return {kind: getattr(self, kind)[adapter] for kind in KINDS if adapter in getattr(self, kind)}
+        """One adapter's tensors in this layer, by their names in an adapter file."""
+        return {
+            name: getattr(self, name)[adapter] for name in self.adapter_layer_names if adapter in getattr(self, name)
+        }
+
+    def method(self, adapter: str) -> Method:
+        """The method of one adapter."""
+        return self.qvera_settings[adapter][0]
 
     def parts(self, adapter: str) -> Factors:
-        """The factors of one adapter in this layer; A and B are views of the shared pair."""
-        rank = self.qvera_rank[adapter]
-        A, B = self.qvera_projection[adapter].slices(rank, self.in_features, self.out_features)
-        d, b = at_least_fp32(self.qvera_d[adapter]), at_least_fp32(self.qvera_b[adapter])
-        a = at_least_fp32(self.qvera_a[adapter]) if adapter in self.qvera_a else None
-        return Factors(A, B, d, b, vera_scale(rank, self.in_features), a)
+        """The factors of one adapter in this layer; a shared A and B are views of the pair."""
+        method, config = self.qvera_settings[adapter]
+        pair = None
+        if adapter in self.qvera_projection:
+            rank = method.rank_at(config, self.place)
+            pair = self.qvera_projection[adapter].slices(rank, self.in_features, self.out_features)
+        return method.factors(config, self.place, self.vectors(adapter), pair)
+
+    def add_adapter(self, adapter: str, x: torch.Tensor, y: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
+        """The output with one adapter more, as its method computes it."""
+        return self.method(adapter).add(self, adapter, x, y, overwrite)
+
+    def delta(self, adapter: str) -> torch.Tensor:
+        """ΔW [m, n] of one adapter in fp32, without a graph."""
+        return self.method(adapter).delta(self, adapter)
+
+    def is_low_rank(self, adapter: str) -> bool:
+        """Whether the adapter adds ΔW x with the ΔW of `parts`, and does nothing else."""
+        return self.method(adapter).is_low_rank
 
     def dropout_of(self, adapter: str) -> nn.Module:
         """The dropout on the adapter's input; an Identity where there is none."""
@@ -315,7 +354,8 @@ class QveraLinear(LowRankPath, nn.Module, BaseTunerLayer):
 
     def shared_z(self, adapter: str, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """z = A x in ``dtype``, shared with the layers that read the same x."""
-        return self.qvera_projection[adapter].project(x, self.qvera_rank[adapter], dtype)
+        method, config = self.qvera_settings[adapter]
+        return self.qvera_projection[adapter].project(x, method.rank_at(config, self.place), dtype)
 
     get_delta_weight = LowRankPath.delta_weight_fp32  # PEFT's name for it
 
@@ -327,7 +367,7 @@ class QveraLinear(LowRankPath, nn.Module, BaseTunerLayer):
         Raises:
             ValueError: ``safe_merge`` and the merged weight has NaN or Inf; the layer is left as it was.
         """
-        adapter_names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.qvera_d]
+        adapter_names = [n for n in check_adapters_to_merge(self, adapter_names) if self.carries(n)]
         if not adapter_names:
             return
         base = self.base_layer
@@ -374,4 +414,4 @@ class QveraLinear(LowRankPath, nn.Module, BaseTunerLayer):
 
     def extra_repr(self) -> str:
         """Adapters and their ranks, for `print(model)`."""
-        return ", ".join(f"{name}: rank={rank}" for name, rank in self.qvera_rank.items())
+        return ", ".join(f"{name}: {m.name}, rank={c.rank}" for name, (m, c) in self.qvera_settings.items())

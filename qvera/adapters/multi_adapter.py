@@ -17,10 +17,11 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from qvera.adapters import functional
-from qvera.adapters.config import KINDS, PEFT_TYPE, QveraConfig, vector_shapes
+from qvera.adapters.config import PEFT_TYPE, PREFIX, QveraConfig
 from qvera.adapters.layer import QveraLinear
+from qvera.adapters.methods import method_of
 from qvera.adapters.projection import SharedProjection, vera_scale
-from qvera.adapters.save_load import read_adapter, read_config, require_tokens
+from qvera.adapters.save_load import load_vectors, read_adapter, read_config, require_tokens
 from qvera.kernels.columns import scaled_columns
 from qvera.models import linear
 from qvera.utils import accelerator
@@ -82,7 +83,7 @@ class RowPlan:
             return result
         dtype = linear.compute_dtype(layer.base_layer, x)
         middle = (1,) * (x.dim() - 2)
-        for rows, pair, d, b, a in self._parts(layer):
+        for rows, pair, d, b, a in self._banked_parts(layer):
             rank = d.shape[1]
             own = x if rows is None else x[rows]
             if a is not None:
@@ -95,21 +96,24 @@ class RowPlan:
                 result = functional.outward(z, B, b, result)
             else:
                 result = result.index_add(0, rows, functional.outward(z, B, b).to(result.dtype))
+        for name, rows in self.live:
+            if not layer.carries(name):
+                continue
+            if rows is None:
+                result = layer.add_adapter(name, x, result)
+            else:
+                result = result.index_copy(0, rows, layer.add_adapter(name, x[rows], result[rows]))
         return result
 
-    def _parts(self, layer: QveraLinear) -> Iterator[_Part]:
+    def _banked_parts(self, layer: QveraLinear) -> Iterator[_Part]:
         for bank, rows, adapters in self.banked:
-            if layer.full_name not in bank.layers:  # made by an adapter that was put on later
+            if layer.place.name not in bank.layers:  # made by an adapter that was put on later
                 continue
-            d, b, a = bank.layers[layer.full_name]
-            pair = next(p for p in layer.qvera_projection.values() if p.seed == bank.seed)
+            d, b, a = bank.layers[layer.place.name]
+            pair = next(
+                p for p in layer.qvera_projection.values() if isinstance(p, SharedProjection) and p.seed == bank.seed
+            )
             yield _Part(rows, pair, d[adapters], b[adapters], None if a is None else a[adapters])
-        for name, rows in self.live:
-            if layer.carries(name):
-                _, _, d, b, scale, a = layer.parts(name)
-                count = self.rows if rows is None else len(rows)
-                vectors = (d * scale).expand(count, -1), functional.grouped(b).expand(count, -1, -1)
-                yield _Part(rows, layer.qvera_projection[name], *vectors, None if a is None else a.expand(count, -1))
 
 
 def plan_rows(names: Sequence[str], banks: Sequence[SeedBank], device: torch.device) -> RowPlan:
@@ -151,12 +155,22 @@ def load_adapters(
     if not directories:
         raise InputError("load_adapters: takes at least one adapter directory.")
     configs = {name: _read_config(Path(directory)) for name, directory in directories.items()}
-    peft_model, layers = _put_on_seeds(model, configs)
+    alone = {name: config for name, config in configs.items() if not method_of(config).is_banked}
+    banked = {name: config for name, config in configs.items() if name not in alone}
+    peft_model = _put_on_seeds(model, banked) if banked else None
+    done = 0
+    for name, config in alone.items():
+        peft_model = _put_on_alone(model, peft_model, name, config, Path(directories[name]))
+        done += 1
+        if progress is not None:
+            progress(done)
+    assert peft_model is not None
+    layers = {m.place.name: m for m in peft_model.modules() if isinstance(m, QveraLinear)}
     kinds: dict[tuple[int, int, bool, int], dict[str, QveraConfig]] = {}
-    for name, config in configs.items():
+    for name, config in banked.items():
         key = config.projection_seed, config.b_groups, config.input_scale, config.rank if config.b_groups > 1 else 0
         kinds.setdefault(key, {})[name] = config
-    banks, done = [_empty_bank(kind, layers) for kind in kinds.values()], 0
+    banks = [_empty_bank(kind, layers) for kind in kinds.values()]
     for bank in banks:
         for name in bank.names:
             _fill(bank, name, configs[name], Path(directories[name]), layers)
@@ -181,7 +195,7 @@ def _read_config(directory: Path) -> QveraConfig:
     return config
 
 
-def _put_on_seeds(model: nn.Module, configs: Mapping[str, QveraConfig]) -> tuple[PeftModel, dict[str, QveraLinear]]:
+def _put_on_seeds(model: nn.Module, configs: Mapping[str, QveraConfig]) -> PeftModel:
     """One ordinary, unchanged adapter for each seed. It draws the pair and makes the layers, by their names."""
     targets = {target for config in configs.values() for target in config.target_modules or ()}
     ranks: dict[int, int] = {}
@@ -196,11 +210,20 @@ def _put_on_seeds(model: nn.Module, configs: Mapping[str, QveraConfig]) -> tuple
     for name in others:
         peft_model.add_adapter(name, fresh[name])
     peft_model.requires_grad_(False)
-    peft_model.eval()
-    layers = {n: m for n, m in peft_model.named_modules() if isinstance(m, QveraLinear)}
-    for name, layer in layers.items():
-        layer.full_name = name
-    return peft_model, layers
+    return peft_model.eval()
+
+
+def _put_on_alone(
+    model: nn.Module, peft_model: PeftModel | None, name: str, config: QveraConfig, directory: Path
+) -> PeftModel:
+    """One adapter as ordinary parameters, on the model or beside those that are on it."""
+    if peft_model is None:
+        peft_model = get_peft_model(model, config, adapter_name=name)  # type: ignore[arg-type]
+    else:
+        peft_model.add_adapter(name, config)
+    load_vectors(peft_model, read_adapter(directory)[1], str(directory), name)
+    peft_model.requires_grad_(False)
+    return peft_model.eval()
 
 
 def _empty_bank(configs: Mapping[str, QveraConfig], layers: Mapping[str, QveraLinear]) -> SeedBank:
@@ -219,17 +242,18 @@ def _fill(
     bank: SeedBank, adapter: str, config: QveraConfig, directory: Path, layers: Mapping[str, QveraLinear]
 ) -> None:
     """Copy one adapter's vectors into its row of a bank, the layer's scale multiplied into d."""
-    row, vectors = bank.names[adapter], read_adapter(directory)[1]
-    for name in {key.rpartition(".")[0] for key in vectors}:
-        layer = layers.get(name)
+    row, found = bank.names[adapter], dict[str, dict[str, torch.Tensor]]()
+    for key, vector in read_adapter(directory)[1].items():
+        found.setdefault(key.rpartition(".")[0], {})[key.rpartition(".")[2]] = vector
+    for name, own in found.items():
+        layer = layers.get(name.removeprefix(PREFIX))
         if layer is None:
             raise InputError(f"{directory}: its vectors of {name} do not fit this model.")
-        expected = vector_shapes(config, layer.in_features, layer.out_features)
-        own = {kind: vectors[f"{name}.{kind}"] for kind in KINDS if f"{name}.{kind}" in vectors}
+        expected = method_of(config).tensors(config, layer.place)
         given = {kind: tuple(vector.shape) for kind, vector in own.items()}
         if given != expected:
             raise InputError(f"{directory}: {name} has the vectors {given}, this model and its config need {expected}.")
-        d, b, a = bank.layers[name]
+        d, b, a = bank.layers[layer.place.name]
         d[row, : config.rank] = own["qvera_d"] * vera_scale(config.rank, layer.in_features)
         b[row] = own["qvera_b"]
         if a is not None:

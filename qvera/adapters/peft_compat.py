@@ -15,7 +15,8 @@ from peft import PeftType, VeraConfig, VeraModel, mapping
 from peft.tuners.vera.layer import VeraLayer
 from torch import nn
 
-from qvera.adapters.functional import Factors, at_least_fp32
+from qvera.adapters.factors import Factors
+from qvera.adapters.functional import at_least_fp32
 from qvera.adapters.layer import LowRankPath
 from qvera.adapters.projection import SharedInput
 from qvera.models import linear

@@ -27,6 +27,9 @@ GENERATOR = "philox4x64-10/u24"
 
 _STREAM_A, _STREAM_B = 0, 1
 
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""A [r, n] and B [m, r] of one linear."""
+
 
 def uniform_matrix(rows: int, columns: int, seed: int, stream: int) -> np.ndarray:
     """The [rows, columns] fp32 matrix of a seed, uniform on [-1, 1).
@@ -154,6 +157,30 @@ class SharedProjection(nn.Module):
     def extra_repr(self) -> str:
         """Seed, shapes and dtype, for `print(model)`."""
         return f"seed={self.seed}, A={tuple(self.A.shape)}, B={tuple(self.B.shape)}, dtype={self.A.dtype}"
+
+
+class OwnProjection(nn.Module):
+    """A frozen pair of one linear's own, in the compute dtype, as non-persistent buffers."""
+
+    A: torch.Tensor
+    B: torch.Tensor
+
+    def __init__(self, A: torch.Tensor, B: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("A", A, persistent=False)
+        self.register_buffer("B", B, persistent=False)
+
+    def slices(self, rank: int, in_features: int, out_features: int) -> Pair:
+        """A [rank, in_features] and B [out_features, rank]."""
+        return self.A[:rank, :in_features], self.B[:out_features, :rank]
+
+    def project(self, x: torch.Tensor, rank: int, dtype: torch.dtype) -> torch.Tensor:
+        """z = x Aᵀ [..., rank] in ``dtype``."""
+        return functional.project(x.to(dtype), self.A[:rank].to(dtype))
+
+    def extra_repr(self) -> str:
+        """Shapes and dtype, for `print(model)`."""
+        return f"A={tuple(self.A.shape)}, B={tuple(self.B.shape)}, dtype={self.A.dtype}"
 
 
 def forget_inputs(model: nn.Module) -> None:

@@ -19,6 +19,7 @@ from torch import nn
 
 from qvera.adapters.config import PEFT_TYPE, QveraConfig
 from qvera.adapters.layer import QveraLinear
+from qvera.adapters.methods import method_of
 from qvera.adapters.peft_compat import accelerated_peft
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.models.tokenizer import ADDED_ROWS, put_token_rows, read_token_rows, save_token_rows
@@ -59,6 +60,7 @@ def attach(
         InputError: a target matches nothing, or ``init_from`` does not fit.
     """
     config = QveraConfig(
+        method=section.method,
         rank=section.rank,
         b_groups=section.b_groups,
         input_scale=section.input_scale,
@@ -76,9 +78,10 @@ def attach(
     peft_model = _put_on(model, config)
     if section.init_from is not None:
         _start_from(peft_model, config, section.init_from)
-    if not section.train_d:
-        for name, vector in named_vectors(peft_model).items():
-            vector.requires_grad_(not name.endswith(".qvera_d"))
+    method = method_of(section)
+    for name, vector in named_vectors(peft_model).items():
+        if not method.is_trained(name.rpartition(".")[2], section):
+            vector.requires_grad_(False)
     return peft_model
 
 
@@ -92,6 +95,7 @@ def _start_from(peft_model: PeftModel, config: QveraConfig, init_from: str) -> N
             "seed as ours are. Train it further with PEFT after qvera.adapters.accelerate_peft(), or start anew."
         )
     for field, key in (
+        ("method", "method"),
         ("rank", "rank"),
         ("b_groups", "b_groups"),
         ("input_scale", "input_scale"),
@@ -117,7 +121,7 @@ def portable_name(name: str) -> str:
 
 
 def named_vectors(model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
-    """The vectors of every adapted layer by their keys in the adapter file: ``layer.qvera_b``, ``layer.qvera_d``."""
+    """The tensors of an adapter by their keys in the adapter file: with VeRA ``layer.qvera_b``, ``layer.qvera_d``."""
     vectors: dict[str, nn.Parameter] = {}
     for name, module in model.named_modules():
         if isinstance(module, QveraLinear):
@@ -125,11 +129,18 @@ def named_vectors(model: nn.Module, adapter: str = "default") -> dict[str, nn.Pa
     return vectors
 
 
+def rate_factors(model: PeftModel, section: AdapterSection) -> dict[str, float]:
+    """Keys of `named_vectors` → learning rate relative to ``training.learning_rate``, as the method says."""
+    method = method_of(section)
+    return {name: method.rate_factor(name.rpartition(".")[2], section) for name in named_vectors(model)}
+
+
 def adapter_facts(model: PeftModel) -> dict[str, Any]:
     """Counts read from the live adapter (the ``adapter`` object of run.json, less the file size)."""
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QveraLinear) and m.carries("default")}
     config = model.peft_config["default"]
     return {
+        "method": config.method,
         "rank": config.rank,
         "b_groups": config.b_groups,
         "input_scale": config.input_scale,

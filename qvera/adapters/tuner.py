@@ -11,15 +11,16 @@ from torch import nn
 
 from qvera.adapters.config import PEFT_TYPE, QveraConfig
 from qvera.adapters.layer import QveraLinear, layer_shape
+from qvera.adapters.methods import Place, Source, method_of
 from qvera.adapters.multi_adapter import BASE, SeedBank, plan_rows
-from qvera.adapters.projection import SharedProjection, projection_sha256
+from qvera.adapters.projection import OwnProjection, SharedProjection, projection_sha256
 from qvera.models import linear, norm_mlp, rope
 from qvera.models.tokenizer import PLACED
 from qvera.utils.errors import InputError
 
 
 class QveraModel(BaseTuner):
-    """Adapts the linears of a model with VeRA; one pair A, B serves all layers and all adapters of a seed."""
+    """Adapts the linears of a model; one pair A, B of a seed serves all layers and all adapters that draw theirs."""
 
     uses_shared_state: bool = True
     prefix: str = "qvera_"
@@ -100,6 +101,8 @@ class QveraModel(BaseTuner):
     def _prepare_projection(self, model: nn.Module, config: QveraConfig) -> None:
         linear.freeze_linears(model)
         matched = self._match_targets(model, config)
+        if method_of(config).source is not Source.SEEDED:
+            return
         shapes = [shape for _, base in matched if (shape := layer_shape(base)) is not None]
         largest_in, largest_out = (max(sizes) for sizes in zip(*shapes, strict=True))
         homes = dict.fromkeys(_home(base, model) for _, base in matched)
@@ -165,17 +168,30 @@ class QveraModel(BaseTuner):
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
+        current_key: str = "",
         **_: object,
     ) -> None:
         base: nn.Module = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        projection = self._projection(peft_config.projection_seed, *_home(base, self.model))
+        projection = self._layer_projection(peft_config, current_key, base)
         if isinstance(target, QveraLinear):
             target.update_layer(adapter_name, projection, peft_config)
             return
-        layer = QveraLinear(target, adapter_name, projection, peft_config)
+        layer = QveraLinear(target, adapter_name, projection, peft_config, current_key)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter is not trained until it is made active
         self._replace_module(parent, target_name, layer, target)
+
+    def _layer_projection(
+        self, config: QveraConfig, name: str, base: nn.Module
+    ) -> SharedProjection | OwnProjection | None:
+        """The frozen pair of one linear: the shared one of the seed, its own, or none."""
+        method, home, shape = method_of(config), _home(base, self.model), layer_shape(base)
+        if method.source is Source.SEEDED:
+            return self._projection(config.projection_seed, *home)
+        if shape is None or (pair := method.own_pair(config, Place(name, *shape), base)) is None:
+            return None
+        A, B = (factor.to(*home) for factor in pair)
+        return OwnProjection(A, B)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own would move and cast the new module; ours is already where and what it should be

@@ -122,9 +122,9 @@ def _export_adapter(
     adapter = read_deltas(adapter_dir, empty_model(section))
     if to == "peft":
         size = export_stock_vera(adapter, out)
-        print(f"{formatting.size(size)} in {out}: PEFT's VeRA of rank {adapter.A.shape[0]}, projections included")
+        print(f"{formatting.size(size)} in {out}: PEFT's VeRA of rank {adapter.rank}, projections included")
         return
-    write_lora(adapter, out, dtype, adapter.A.shape[0], rank, None)
+    write_lora(adapter, out, dtype, adapter.rank, rank, None)
 
 
 def write_lora(

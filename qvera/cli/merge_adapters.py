@@ -66,7 +66,7 @@ def merge_adapters(
     model = empty_model(found[0][1])
     deltas = [read_deltas(directory, model) for _, _, directory in found]
     factors = weights or [1.0 / len(deltas)] * len(deltas)
-    own_rank = sum(adapter.A.shape[0] for adapter in deltas)
+    own_rank = sum(adapter.rank for adapter in deltas)
     if to is None:
         why = same_directions(deltas)
         to = "qvera" if why is None and rank is None else "lora"

@@ -85,6 +85,7 @@ def _adapter(directory: Path) -> dict[str, Any]:
     return {
         "base": config.get("base_model_name_or_path"),
         "base_revision": config.get("revision"),
+        "method": config.get("method", "vera"),
         "rank": config.get("rank", config.get("r")),
         "b_groups": config.get("b_groups", 1),
         "input_scale": config.get("input_scale", False),

@@ -15,74 +15,78 @@ from peft.tuners.vera.model import _kaiming_init
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qvera.adapters.config import QveraConfig, vector_shapes
-from qvera.adapters.functional import delta_weight
+from qvera.adapters.config import PREFIX, QveraConfig
+from qvera.adapters.factors import Factors
 from qvera.adapters.layer import layer_shape
-from qvera.adapters.projection import uniform_pair, vera_scale
+from qvera.adapters.methods import Place, Source, method_of
+from qvera.adapters.projection import Pair, uniform_pair
 from qvera.adapters.save_load import read_adapter
-from qvera.kernels.low_rank import times_b
 from qvera.models.tokenizer import ADDED_ROWS, read_token_rows
 from qvera.utils.errors import InputError
 from qvera.utils.safetensors_io import TensorEntry
 
-PREFIX = "base_model.model."
-"""What PEFT puts before a module's name in an adapter file."""
-
 
 @dataclasses.dataclass
 class Delta:
-    """ΔW = diag(b) B diag(s d) A diag(a) of one adapted weight, in factors; A and B are views of the shared pair.
+    """ΔW of one adapted weight, in factors; A and B may be views of a shared pair."""
 
-    b [m], or [groups, m]; a [n], or None for ones (`qvera.adapters.functional`).
-    """
-
-    A: torch.Tensor
-    B: torch.Tensor
-    d: torch.Tensor
-    b: torch.Tensor
-    scale: float
-    transposed: bool
-    a: torch.Tensor | None = None
+    factors: Factors
+    transposed: bool  # a Conv1D's
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
-        return self.B.shape[0], self.A.shape[1]
+        return self.factors.shape
 
     def lora(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A' = diag(s d) A diag(a) [r, n] and B' = diag(b) B [m, r] in fp32: ΔW = B' A'."""
-        right = (self.d * self.scale).unsqueeze(1) * self.A
-        return right if self.a is None else right.mul_(self.a), times_b(self.B, self.b)
+        """A' [r, n] and B' [m, r] in fp32: ΔW = B' A'."""
+        return self.factors.lora()
 
     def rows(self, first: int = 0, count: int | None = None) -> torch.Tensor:
         """Rows [first, first + count) of ΔW [out, in] fp32, or [in, out] for a Conv1D; by default all."""
         part = slice(first, None if count is None else first + count)
         if self.transposed:
-            a = None if self.a is None else self.a[part]
-            return delta_weight(self.A[:, part], self.B, self.d, self.b, self.scale, a).t().contiguous()
-        return delta_weight(self.A, self.B[part], self.d, self.b[..., part], self.scale, self.a)
+            return self.factors.inputs(part).delta().t().contiguous()
+        return self.factors.outputs(part).delta()
 
 
 @dataclasses.dataclass
 class AdapterDeltas:
-    """All of an adapter: its config, the pair at full size, and module name → `Delta`."""
+    """All of an adapter: its config, the shared pair at full size where it has one, and module name → `Delta`."""
 
     config: Any
-    A: torch.Tensor
-    B: torch.Tensor
+    pair: Pair | None
     layers: dict[str, Delta]
 
     def on(self, device: torch.device) -> AdapterDeltas:
-        """The same with its factors on a device, the pair once for all layers; itself on a CPU."""
+        """The same with its factors on a device, what layers share once; itself on a CPU."""
         if device.type == "cpu":
             return self
-        A, B = self.A.to(device), self.B.to(device)
-        layers = {}
-        for name, delta in self.layers.items():
-            (m, n), a = delta.shape, None if delta.a is None else delta.a.to(device)
-            d, b = delta.d.to(device), delta.b.to(device)
-            layers[name] = dataclasses.replace(delta, A=A[:, :n], B=B[:m], d=d, b=b, a=a)
-        return dataclasses.replace(self, A=A, B=B, layers=layers)
+        moved: dict[int, torch.Tensor] = {}
+
+        def move(part: Any) -> Any:
+            if not isinstance(part, torch.Tensor):
+                return part
+            whole = part if part._base is None else part._base
+            there = moved.setdefault(id(whole), whole.to(device))
+            return there.as_strided(part.shape, part.stride(), part.storage_offset())
+
+        layers = {
+            name: dataclasses.replace(delta, factors=Factors(*map(move, delta.factors)))
+            for name, delta in self.layers.items()
+        }
+        pair = None if self.pair is None else (move(self.pair[0]), move(self.pair[1]))
+        return dataclasses.replace(self, pair=pair, layers=layers)
+
+    @property
+    def rank(self) -> int:
+        """The rank, the largest where layers differ."""
+        return max(delta.factors.rank for delta in self.layers.values())
+
+    @property
+    def method(self) -> str:
+        """The method's name; that of PEFT's own VeRA is ours."""
+        return getattr(self.config, "method", "vera")
 
     @property
     def seed(self) -> int | None:
@@ -114,8 +118,7 @@ def read_deltas(adapter_dir: Path, base: torch.nn.Module) -> AdapterDeltas:
         )
     modules = dict(base.named_modules())
     own = config if isinstance(config, QveraConfig) else None
-    A, B = _stock_pair(config, tensors, modules) if own is None else _own_pair(own)
-    rank = A.shape[0]
+    pair = _stock_pair(config, tensors, modules) if own is None else _own_pair(own)
     found: dict[str, dict[str, torch.Tensor]] = {}
     for key in sorted(k for k in tensors if k.startswith(PREFIX)):
         name, _, kind = key.removeprefix(PREFIX).rpartition(".")
@@ -128,24 +131,39 @@ def read_deltas(adapter_dir: Path, base: torch.nn.Module) -> AdapterDeltas:
                 f"{adapter_dir}: changes {name}, which the base model does not have as a linear layer: it is another "
                 "model's adapter."
             )
+        place = Place(name, *shape)
         n, m = shape
-        expected = {"vera_lambda_b": (m,), "vera_lambda_d": (rank,)} if own is None else vector_shapes(own, n, m)
+        if own is None:
+            rank = config.r
+            expected: dict[str, tuple[int, ...]] = {"vera_lambda_b": (m,), "vera_lambda_d": (rank,)}
+        else:
+            rank = method_of(own).rank_at(own, place)
+            expected = method_of(own).tensors(own, place)
         given = {kind: tuple(vector.shape) for kind, vector in vectors.items()}
-        if given != expected or n > A.shape[1] or m > B.shape[0]:
+        largest = None if pair is None else (pair[0].shape[1], pair[1].shape[0])
+        if given != expected or (largest is not None and (n > largest[0] or m > largest[1])):
+            held = "" if pair is None else f" and a pair of {list(pair[0].shape)} and {list(pair[1].shape)}"
             raise InputError(
                 f"{adapter_dir}: {name} has shape {[m, n]} in the base, which with its config asks for the vectors "
-                f"{expected}, but the adapter has {given} for it and a pair of {list(A.shape)} and {list(B.shape)}: "
-                "the file is damaged, or another model's adapter."
+                f"{expected}, but the adapter has {given} for it{held}: the file is damaged, or another model's "
+                "adapter."
             )
-        b, d, *more = (vectors[kind].float() for kind in expected)
-        scale = 1.0 if own is None else vera_scale(rank, n)
-        layers[name] = Delta(A[:, :n], B[:m], d, b, scale, isinstance(modules[name], Conv1D), *more)
+        views = None if pair is None else (pair[0][:rank, :n], pair[1][:m, :rank])
+        vectors = {kind: vector.float() for kind, vector in vectors.items()}
+        if own is None:
+            assert views is not None
+            factors = Factors(*views, vectors["vera_lambda_d"], vectors["vera_lambda_b"])
+        else:
+            factors = method_of(own).factors(own, place, vectors, views)
+        layers[name] = Delta(factors, isinstance(modules[name], Conv1D))
     if not layers:
         raise InputError(f"{adapter_dir}: has no vectors in it.")
-    return AdapterDeltas(config, A, B, layers)
+    return AdapterDeltas(config, pair, layers)
 
 
-def _own_pair(config: QveraConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def _own_pair(config: QveraConfig) -> Pair | None:
+    if method_of(config).source is not Source.SEEDED:
+        return None
     largest = config.projection_shapes
     if not largest:
         raise InputError("the adapter's config has no projection_shapes: it was not written by qvera's save.")

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from peft import LoraConfig, VeraConfig
 
+from qvera.adapters.config import PREFIX
 from qvera.adapters.save_load import ADAPTER_CONFIG, ADAPTER_WEIGHTS, portable_name
-from qvera.export.deltas import PREFIX, AdapterDeltas
+from qvera.export.deltas import AdapterDeltas
 from qvera.models.safetensors_stream import write_shard
 from qvera.utils.errors import InputError
 from qvera.utils.safetensors_io import TensorSpec
@@ -105,7 +106,7 @@ def export_lora(
     Raises:
         InputError: ``out`` is not empty, a layer is a Conv1D, or a factor does not fit into ``dtype``.
     """
-    rank = adapter.A.shape[0] if factors is None else next(iter(factors.values()))[0].shape[0]
+    rank = adapter.rank if factors is None else next(iter(factors.values()))[0].shape[0]
     specs = []
     for name, delta in adapter.layers.items():
         m, n = delta.shape
@@ -140,15 +141,22 @@ def export_stock_vera(adapter: AdapterDeltas, out: Path) -> int:
             f"this adapter has {' and '.join(has)} (adapter.b_groups, adapter.input_scale), and PEFT's VeRA has one b "
             "and one d. Export it with --to lora (exact) or --to merged."
         )
+    if adapter.method != "vera" or adapter.pair is None:
+        raise InputError(
+            f"this adapter's method is {adapter.method}, which PEFT's VeRA is not. Export it with --to lora or --to "
+            "merged."
+        )
     specs, values = [], []
     for name, delta in adapter.layers.items():
-        for suffix, vector in (("vera_lambda_b", delta.b), ("vera_lambda_d", delta.d * delta.scale)):
+        assert delta.factors.vectors is not None
+        d, b = delta.factors.vectors
+        for suffix, vector in (("vera_lambda_b", b), ("vera_lambda_d", d * delta.factors.scale)):
             specs.append(TensorSpec(f"{PREFIX}{name}.{suffix}", torch.float32, tuple(vector.shape)))
             values.append(vector)
-    for suffix, matrix in (("vera_A", adapter.A), ("vera_B", adapter.B)):
+    for suffix, matrix in zip(("vera_A", "vera_B"), adapter.pair, strict=True):
         specs.append(TensorSpec(f"base_model.{suffix}", torch.float32, tuple(matrix.shape)))
         values.append(matrix)
-    config = VeraConfig(r=adapter.A.shape[0], save_projection=True, **_common(adapter))
+    config = VeraConfig(r=adapter.rank, save_projection=True, **_common(adapter))
     return write_adapter(out, config.to_dict(), specs, (value.float() for value in values))
 
 

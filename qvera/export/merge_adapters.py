@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
+from qvera.adapters.config import PREFIX
 from qvera.adapters.save_load import ADAPTER_CONFIG
-from qvera.export.deltas import PREFIX, AdapterDeltas, Delta
+from qvera.export.deltas import AdapterDeltas, Delta
 from qvera.export.lora import write_adapter
 from qvera.utils.errors import InputError
 from qvera.utils.files import read_json
@@ -20,26 +21,33 @@ def same_directions(adapters: Sequence[AdapterDeltas]) -> str | None:
     Then Σ w diag(b) B diag(d) A = diag(Σ w b) B diag(d) A. Training with ``adapter.train_d: false`` makes it so.
     """
     first = adapters[0]
+    if first.pair is None or any(delta.factors.vectors is None for delta in first.layers.values()):
+        return f"the method {first.method} has no vectors d and b"
     for other in adapters[1:]:
         for what, ours, theirs in (
             ("kind", first.config.peft_type, other.config.peft_type),
+            ("method", first.method, other.method),
             ("seed", first.seed, other.seed),
-            ("rank", first.A.shape[0], other.A.shape[0]),
+            ("rank", first.rank, other.rank),
             ("b_groups", first.groups, other.groups),
             ("input_scale", first.input_scale, other.input_scale),
             ("set of layers", first.layers.keys(), other.layers.keys()),
         ):
             if ours != theirs:
                 return f"they differ in {what}"
-        if not (torch.equal(first.A, other.A) and torch.equal(first.B, other.B)):
+        if other.pair is None or not all(map(torch.equal, first.pair, other.pair)):
             return "they differ in their projections"
         for name, delta in first.layers.items():
-            if not torch.equal(delta.d, other.layers[name].d):
+            theirs = other.layers[name].factors
+            if not _equal(delta.factors.d, theirs.d):
                 return f"they differ in d (first at {name}); adapters trained with adapter.train_d: false do not"
-            a = other.layers[name].a
-            if delta.a is not None and a is not None and not torch.equal(delta.a, a):
+            if not _equal(delta.factors.a, theirs.a):
                 return f"they differ in a (first at {name}); adapters trained without adapter.input_scale have none"
     return None
+
+
+def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    return one is other if one is None or other is None else torch.equal(one, other)
 
 
 def weighted_sum(adapters: Sequence[AdapterDeltas], weights: Sequence[float]) -> dict[str, torch.Tensor]:
@@ -53,15 +61,22 @@ def weighted_sum(adapters: Sequence[AdapterDeltas], weights: Sequence[float]) ->
     if why is not None:
         raise InputError(
             f"the sum of these adapters is not a VeRA adapter: {why}. With --to lora it is written exactly, as a LoRA "
-            f"of rank {sum(a.A.shape[0] for a in adapters)}."
+            f"of rank {sum(a.rank for a in adapters)}."
         )
     vectors = {}
     for name, delta in adapters[0].layers.items():
-        b = sum(w * a.layers[name].b.double() for w, a in zip(weights, adapters, strict=True))
-        vectors[f"{PREFIX}{name}.qvera_b"] = torch.as_tensor(b).float()
-        vectors[f"{PREFIX}{name}.qvera_d"] = delta.d.clone()
-        if delta.a is not None:
-            vectors[f"{PREFIX}{name}.qvera_a"] = delta.a.clone()
+        _, _, d, b, _, a, _ = delta.factors
+        assert d is not None
+        assert b is not None
+        total = torch.zeros_like(b, dtype=torch.float64)
+        for weight, adapter in zip(weights, adapters, strict=True):
+            theirs = adapter.layers[name].factors.b
+            assert theirs is not None
+            total += weight * theirs.double()
+        vectors[f"{PREFIX}{name}.qvera_b"] = total.float()
+        vectors[f"{PREFIX}{name}.qvera_d"] = d.clone()
+        if a is not None:
+            vectors[f"{PREFIX}{name}.qvera_a"] = a.clone()
     return vectors
 
 
@@ -83,7 +98,7 @@ def stacked_factors(
         m, n = delta.shape
         As, Bs = [], []
         for weight, adapter in zip(weights, adapters, strict=True):
-            rank = adapter.A.shape[0]
+            rank = adapter.rank
             here = adapter.layers.get(name)
             A, B = here.lora() if here is not None else (torch.zeros(rank, n), torch.zeros(m, rank))
             As.append(A)
@@ -114,4 +129,4 @@ def union(adapters: Sequence[AdapterDeltas]) -> AdapterDeltas:
     names = [a.config.target_modules for a in adapters]
     if all(not isinstance(targets, str) for targets in names):
         config = dataclasses.replace(config, target_modules=sorted({t for targets in names for t in targets}))
-    return AdapterDeltas(config, adapters[0].A, adapters[0].B, layers)
+    return AdapterDeltas(config, adapters[0].pair, layers)

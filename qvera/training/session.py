@@ -16,8 +16,9 @@ import torch
 from rich.console import Console
 
 from qvera.adapters import hold_training_weights
+from qvera.adapters.methods import check_recipe
 from qvera.adapters.projection import forget_inputs
-from qvera.adapters.save_load import attach
+from qvera.adapters.save_load import attach, rate_factors
 from qvera.config.schema import Recipe
 from qvera.data import Datasets, Example, batches_of, build_datasets, data_warnings, print_preflight
 from qvera.distributed.deepspeed_import import require_deepspeed, require_overflow_check
@@ -66,6 +67,7 @@ class TrainingSession:
             )
         if (word := recipe.deepspeed) is not None:
             group.agree(lambda: require_deepspeed(word))
+        group.agree(lambda: check_recipe(recipe))
         check_same_setup(recipe, group, self.console)
         self.device = accelerator.current_device()
         torch.manual_seed((recipe.training.seed + group.rank) % 2**64)  # ranks drop out different elements
@@ -123,7 +125,8 @@ class TrainingSession:
         if recipe.data.packing:
             require_packing(self.model)
         self.batches = batches_of(recipe, self.datasets.train)
-        self.optimizer = build_optimizer(recipe.training, trained_vectors(self.model))
+        factors = rate_factors(self.model, recipe.adapter)
+        self.optimizer = build_optimizer(recipe.training, trained_vectors(self.model), factors)
         self.hooks = build_hooks(recipe, self.model, self.optimizer)
 
     def build_engine(self, schedule: LRScheduler, steps: int) -> None:

@@ -36,7 +36,7 @@ def test_compiled_output_and_gradients(kind: str, more: dict[str, Any]) -> None:
     inner = x.clone().requires_grad_()
     y = compiled(inner)
     y.backward(upstream)
-    vectors = [v["default"].grad for v in (layer.qvera_b, layer.qvera_d, layer.qvera_a) if v]
+    vectors = [v.grad for v in layer.vectors("default").values()]
     actual = [y.detach(), inner.grad, *vectors]
     for one, other in zip(actual, expected, strict=True):
         assert one is not None

@@ -102,8 +102,8 @@ def fill(model: PeftModel) -> None:
     generator = torch.Generator().manual_seed(0)
     for layer in model.modules():
         if isinstance(layer, QveraLinear):
-            for vectors in (layer.qvera_b, layer.qvera_d):
-                vectors["default"] = nn.Parameter(torch.randn(vectors["default"].shape, generator=generator))
+            for name, vector in layer.vectors("default").items():
+                getattr(layer, name)["default"] = nn.Parameter(torch.randn(vector.shape, generator=generator))
 
 
 @pytest.mark.parametrize(

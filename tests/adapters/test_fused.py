@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from qvera.adapters import fused
-from qvera.adapters.functional import Factors
+from qvera.adapters.factors import Factors
 from tests.adapters.helpers import IN, KINDS, OUT, relative
 from tests.adapters.test_functional import parts, textbook
 from tests.adapters.test_layer import adapted, reference, run
@@ -137,8 +137,7 @@ def test_where_it_would_be_wrong_or_lose_precision_it_is_not_taken(
     layer = adapted("conv1d" if reason == "conv1d" else "linear", dropout=0.1 if reason == "dropout" else 0.0)
     if reason == "two adapters":
         other = adapted("linear")
-        layer.qvera_rank["other"] = other.qvera_rank["default"]
-        for name in ("qvera_d", "qvera_b", "qvera_dropout", "qvera_projection"):
+        for name in ("qvera_d", "qvera_b", *layer.other_param_names):
             getattr(layer, name)["other"] = getattr(other, name)["default"]
         layer.set_adapter(["default", "other"])
     if reason == "ZeRO-3":

@@ -43,12 +43,16 @@ def adapted(
 
 def expected_delta(layer: QveraLinear, adapter: str = "default", dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """diag(b) B_k diag(d) A_k in fp64, where A_k and B_k carry their own Kaiming bounds (VeRA, section 3.2)."""
-    rank = layer.qvera_rank[adapter]
+    rank = layer.parts(adapter).rank
     a, b = (torch.from_numpy(m).to(dtype).double() for m in uniform_pair(rank, IN, OUT, 3))
     a, b = a * (6 / IN) ** 0.5, b * (6 / rank) ** 0.5
-    if adapter in layer.qvera_a:
-        a = a @ torch.diag(layer.qvera_a[adapter].double())
-    return _times_b(b, layer.qvera_b[adapter].double()) @ torch.diag(layer.qvera_d[adapter].double()) @ a
+    if "qvera_a" in layer.vectors(adapter):
+        a = a @ torch.diag(layer.vectors(adapter)["qvera_a"].double())
+    return (
+        _times_b(b, layer.vectors(adapter)["qvera_b"].double())
+        @ torch.diag(layer.vectors(adapter)["qvera_d"].double())
+        @ a
+    )
 
 
 def _times_b(B: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -61,13 +65,13 @@ def _times_b(B: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def reference(layer: QveraLinear, x: torch.Tensor, upstream: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
     base: Any = layer.base_layer
     x = x.detach().double().requires_grad_()
-    rank = layer.qvera_rank["default"]
+    rank = layer.parts("default").rank
     a, b_matrix = (torch.from_numpy(m).to(dtype).double() for m in uniform_pair(rank, IN, OUT, 3))
-    b = layer.qvera_b["default"].detach().double().requires_grad_()
-    d = layer.qvera_d["default"].detach().double().requires_grad_()
+    b = layer.vectors("default")["qvera_b"].detach().double().requires_grad_()
+    d = layer.vectors("default")["qvera_d"].detach().double().requires_grad_()
     vectors = [b, d]
-    if "default" in layer.qvera_a:
-        vectors.append(layer.qvera_a["default"].detach().double().requires_grad_())
+    if "qvera_a" in layer.vectors("default"):
+        vectors.append(layer.vectors("default")["qvera_a"].detach().double().requires_grad_())
         a = a @ torch.diag(vectors[2])
     scale = (6 / IN) ** 0.5 * (6 / rank) ** 0.5
     y = x @ (dense_weight(base) + scale * _times_b(b_matrix, b) @ torch.diag(d) @ a).t()
@@ -82,7 +86,7 @@ def run(layer: QveraLinear, x: torch.Tensor, upstream: torch.Tensor) -> list[tor
     x = x.detach().requires_grad_()
     y = layer(x)
     y.backward(upstream)
-    grads = [x.grad, *(vectors["default"].grad for vectors in (layer.qvera_b, layer.qvera_d, layer.qvera_a) if vectors)]
+    grads = [x.grad, *(vector.grad for vector in layer.vectors("default").values())]
     assert all(g is not None for g in grads)
     return [y.detach(), *(g.clone() for g in grads if g is not None)]
 
@@ -97,7 +101,7 @@ def test_output_and_gradients_equal_the_dense_layer(
 ) -> None:
     tolerance = 3e-6 if dtype == torch.float32 else 2e-2
     layer = adapted(kind, dtype, groups=groups, scaled=scaled)
-    assert layer.qvera_b["default"].shape == ((OUT,) if groups == 1 else (groups, OUT))
+    assert layer.vectors("default")["qvera_b"].shape == ((OUT,) if groups == 1 else (groups, OUT))
     torch.manual_seed(5)
     x, upstream = torch.randn(2, tokens, IN, dtype=dtype), torch.randn(2, tokens, OUT, dtype=dtype)
     actual = run(layer, x, upstream)
@@ -118,7 +122,7 @@ def test_the_adapter_matters_here() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fresh_adapter_changes_nothing(kind: str) -> None:
     layer = adapted(kind)
-    nn.init.zeros_(layer.qvera_b["default"])
+    nn.init.zeros_(layer.vectors("default")["qvera_b"])
     x = torch.randn(3, IN)
     assert torch.equal(layer(x), layer.base_layer(x))
 
@@ -127,8 +131,8 @@ def test_initial_values_and_what_is_trained() -> None:
     layer = QveraLinear(
         base_layer("linear"), "default", adapted("linear").qvera_projection["default"], QveraConfig(rank=5)
     )
-    assert torch.equal(layer.qvera_b["default"], torch.zeros(OUT))
-    assert torch.equal(layer.qvera_d["default"], torch.full((5,), 0.1))
+    assert torch.equal(layer.vectors("default")["qvera_b"], torch.zeros(OUT))
+    assert torch.equal(layer.vectors("default")["qvera_d"], torch.full((5,), 0.1))
     trained = [name for name, p in layer.named_parameters() if p.requires_grad]
     assert trained == ["qvera_b.default", "qvera_d.default"]
 
@@ -209,7 +213,7 @@ def test_safe_merge_refuses_nan_and_leaves_the_layer_alone(kind: str) -> None:
     layer = adapted(kind)
     before = weight_bytes(layer.base_layer)
     with torch.no_grad():
-        layer.qvera_b["default"][3] = float("nan")
+        layer.vectors("default")["qvera_b"][3] = float("nan")
     with pytest.raises(ValueError, match="NaN or Inf"):
         layer.merge(safe_merge=True)
     assert weight_bytes(layer.base_layer) == before

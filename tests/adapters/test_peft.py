@@ -191,7 +191,7 @@ def test_an_adapter_behind_a_link_is_replaced_and_what_the_link_names_stays(tmp_
 
 def storages(model: nn.Module) -> tuple[int, int]:
     """How many different A and B all layers and adapters together read."""
-    pairs = [layer.parts(name)[:2] for layer in layers(model) for name in layer.qvera_d]
+    pairs = [layer.parts(name)[:2] for layer in layers(model) for name in layer.qvera_settings]
     a, b = ({t.untyped_storage().data_ptr() for t in side} for side in zip(*pairs, strict=True))
     return len(a), len(b)
 
@@ -402,7 +402,7 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "rank as text": (lambda d: edit_config(d, rank="8"), "rank: should be a whole number, got '8'"),
     "negative dropout": (lambda d: edit_config(d, dropout=-0.5), "dropout: should be greater"),
     "dropout as text": (lambda d: edit_config(d, dropout="a"), "dropout: should be a valid number"),
-    "newer format": (lambda d: edit_config(d, format_version=3), "update qvera"),
+    "newer format": (lambda d: edit_config(d, format_version=99), "update qvera"),
     "magnitude": (lambda d: edit_config(d, magnitude=True), "update qvera"),
     "seed chain": (lambda d: edit_config(d, seed_chain=[1, 2]), "update qvera"),
     "generator": (lambda d: edit_config(d, projection_generator="mt19937"), "mt19937"),

@@ -60,8 +60,10 @@ def ours_and_stock(quantized: bool, directory: Path, copy_from: str, targets: An
         projection.A.copy_(stock_a), projection.B.copy_(stock_b)
     with torch.no_grad():
         for name, layer in layers.items():
-            theirs[name].vera_lambda_b["default"].copy_(layer.qvera_b["default"])
-            theirs[name].vera_lambda_d["default"].copy_(layer.qvera_d["default"] * vera_scale(RANK, layer.in_features))
+            theirs[name].vera_lambda_b["default"].copy_(layer.vectors("default")["qvera_b"])
+            theirs[name].vera_lambda_d["default"].copy_(
+                layer.vectors("default")["qvera_d"] * vera_scale(RANK, layer.in_features)
+            )
     return ours.train(), stock.train()
 
 
@@ -87,7 +89,7 @@ def test_same_logits_and_gradients(quantized: bool, copy_from: str, targets: Any
     compared = 0
     for name, layer in ours.named_modules():
         if isinstance(layer, QveraLinear):
-            b, d = layer.qvera_b["default"].grad, layer.qvera_d["default"].grad
+            b, d = layer.vectors("default")["qvera_b"].grad, layer.vectors("default")["qvera_d"].grad
             stock_b, stock_d = theirs[name].vera_lambda_b["default"].grad, theirs[name].vera_lambda_d["default"].grad
             assert b is not None
             assert d is not None

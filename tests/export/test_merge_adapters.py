@@ -102,7 +102,7 @@ def test_the_vectors_are_banked_and_the_pair_is_one_a_seed(section: ModelSection
         (0, ["halves"]),
         (0, ["scaled"]),
     ]
-    sizes = {(name, module.out_features) for name, module in model.named_modules() if isinstance(module, QveraLinear)}
+    sizes = {(m.place.name, m.out_features) for m in model.modules() if isinstance(m, QveraLinear)}
     assert {(name, b.shape[2]) for name, (d, b, a) in banks[0].layers.items() if d.shape == (4, 8)} == sizes
     assert sum("qvera" in name for name, _ in model.named_parameters()) == 2 * 2 * 14  # one unchanged adapter a seed
     pairs = {id(p) for m in model.modules() if isinstance(m, QveraLinear) for p in m.qvera_projection.values()}

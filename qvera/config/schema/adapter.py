@@ -9,10 +9,13 @@ from qvera.config.fields import Bool, Fraction, NonEmpty, Number, Positive, Sect
 
 
 class AdapterSection(Section):
-    """The VeRA adapter (arXiv 2310.11454): vectors d [rank] and b [out_features] for each adapted linear layer."""
+    """The adapter: by default VeRA (arXiv 2310.11454), vectors d [rank] and b [out_features] for each linear layer."""
 
+    method: NonEmpty = "vera"
+    """The method of adaptation: ``vera`` or ``shared-core``. With another one than ``vera`` the rank and the learning
+    rate have no default."""
     rank: Annotated[int, Strict(), Field(ge=1, le=65_536)] = 256
-    """Rows of the shared projection A, and elements of each vector d."""
+    """Rows of the projection A. VeRA's vector d has as many elements."""
     b_groups: Positive = 1
     """Split the rank into this many equal groups, each with its own vector b: more trained parameters for the same
     products, as RandLoRA sums several random bases (arXiv 2502.00987). 1 is VeRA. Must divide ``rank``."""

@@ -6,12 +6,14 @@ tests/training/plan/test_activations.py counts the same with ``torch.autograd.gr
 tokens of the batch in all, S tokens a row.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
 from qvera.adapters.functional import few_tokens
+from qvera.adapters.methods import Source
 from qvera.kernels.low_rank import BLOCK_ELEMENTS
 from qvera.models.checkpointing import INPUTS_ON_DEVICE
 from qvera.models.copy_stream import CHUNK_BYTES
@@ -105,7 +107,7 @@ def _adapter_bytes(run: PlannedRun, linears: Sequence[Linear]) -> int:
         if x.name not in run.adapted_names:
             continue
         source = _INPUTS.get(x.role, x.name)
-        reads_x = run.keeps_input(x) or (section.input_scale and not section.dropout)
+        reads_x = run.keeps_input(x) or run.method.keeps_input or (section.input_scale and not section.dropout)
         if reads_x and not (source == "attention" and attention_keeps):
             held[source, "x"] = T * x.n * size
         if section.dropout:  # every layer drops other elements: its own z, which elements, and its own x to scale
@@ -115,7 +117,8 @@ def _adapter_bytes(run: PlannedRun, linears: Sequence[Linear]) -> int:
         elif run.is_summed(x):
             held[source, "z without a graph"] = T * rank * size
         else:
-            held[x.name if section.input_scale else source, "z"] = T * rank * size
+            shared = run.method.source is Source.SEEDED and not section.input_scale
+            held[source if shared else x.name, "z"] = T * run.rank_at(x) * size
     return sum(held.values())
 
 
@@ -135,7 +138,9 @@ def product_bytes(run: PlannedRun, x: Linear) -> int:
     read, size, section = weight_bytes(run, x), run.itemsize, run.recipe.adapter
     if x.name not in run.adapted_names:
         return read
-    pair = x.m * run.rank
+    pair = x.m * run.rank_at(x)
+    if not run.method.has_vectors:  # B in the compute dtype, and what a trained matrix's gradient takes in fp32
+        return read + pair * size + 4 * max(math.prod(s) for s in run.method.tensors(section, x.place).values())
     # combining d, B and b, and taking their gradients from M, goes by blocks of rows in fp32 (`low_rank.row_blocks`)
     block = pair * 4 if run.machine.on_gpu else min(pair, BLOCK_ELEMENTS) * 4
     combining = 2 * block + (pair * size if block < pair * 4 else 0)

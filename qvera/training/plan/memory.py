@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from qvera.adapters.methods import Source
 from qvera.config.schema import Recipe
 from qvera.data.collate import KERNEL_CACHE_SIZE, LENGTHS_PER_OCTAVE, round_up_length, rounds_lengths
 from qvera.models.loss import BLOCK_ELEMENTS
@@ -155,7 +156,6 @@ def _standing(run: PlannedRun) -> tuple[Component, ...]:
     stored = {"none": "dense linears", "int8": "int8 linears"}.get(recipe.model.quantization, "4-bit linears")
     tables = shape.vocabulary * shape.hidden * (1 if shape.tied else 2) if shape.grown_rows else 0
     dense = (shape.dense_numbers - tables) * (2 if machine.mapped_base else size)
-    widest = max(x.n for x in run.adapted) + max(x.m for x in run.adapted)
     every, trained = run.vector_sizes(), run.vector_sizes(trained_only=True)
     buffers = 2 * max(layer_bytes(run), default=0) if run.streams else 0
     if run.streams and machine.on_gpu:
@@ -168,12 +168,19 @@ def _standing(run: PlannedRun) -> tuple[Component, ...]:
         Component("two streamed layers", "base", buffers),
         Component("embeddings, head, norms", "base", dense, machine.mapped_base, 3),
         Component("embedding and head with more rows", "base", tables * (2 if machine.mapped_base else size)),
-        Component("projections A, B", "projections", run.rank * widest * size),
+        Component("projections A, B", "projections", _projection_numbers(run) * size),
         Component("vectors", "vectors", 4 * sum(every)),  # whole on every rank in each stage: they are read by name
         Component("their gradients", "vectors", 4 * sum(trained)),  # likewise: one bucket, as large as all of them
         Component("optimizer state", "vectors", optimizer_state_bytes(trained, recipe.training.optim), zero_stage=1),
     ]
     return tuple(c for c in found if c.bytes)
+
+
+def _projection_numbers(run: PlannedRun) -> int:
+    """Numbers of the frozen A and B: one pair for all linears, or one for each."""
+    if run.method.source is Source.SEEDED:
+        return run.rank * (max(x.n for x in run.adapted) + max(x.m for x in run.adapted))
+    return sum(run.rank_at(x) * (x.n + x.m) for x in run.adapted) if run.method.source is Source.OWN else 0
 
 
 def held_weights(run: PlannedRun, memory: Memory) -> Component | None:

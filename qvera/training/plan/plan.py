@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from safetensors.numpy import save
 
+from qvera.adapters.methods import check_recipe
 from qvera.config.schema import Recipe
 from qvera.data import Rows
 from qvera.data.collate import rounds_lengths
@@ -159,8 +160,10 @@ def make_plan(
         every_way: plan the other ways of sharing on as many ranks too.
 
     Raises:
-        InputError: the config can't be read, it is no decoder of linears, or a target matches nothing.
+        InputError: the config can't be read, it is no decoder of linears, a target matches nothing, or the adapter's
+            keys do not suit its method.
     """
+    check_recipe(recipe)
     with torch.random.fork_rng(devices=[]):
         model = empty_model(recipe.model)
     shape = _grown(shape_of(model), recipe)

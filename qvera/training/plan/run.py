@@ -12,8 +12,10 @@ import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
 from torch import nn
 
-from qvera.adapters import config, fused
+from qvera.adapters import fused
+from qvera.adapters.config import PREFIX
 from qvera.adapters.layer import layer_shape
+from qvera.adapters.methods import Method, Place, method_of
 from qvera.config.schema import ModelSection, Recipe
 from qvera.models.checkpointing import Mode
 from qvera.models.linear import BLOCK_WEIGHTS, backward_by_blocks
@@ -23,7 +25,6 @@ from qvera.utils.errors import InputError
 
 _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 _SKIPPED_BY_CONFIG = ("llm_int8_skip_modules", "modules_to_not_convert")
-_PEFT_PREFIX = "base_model.model."
 CUDA_CONTEXT_BYTES = 500_000_000
 """Device memory of a CUDA context with the kernels of torch and bitsandbytes: assumed where none can be measured."""
 CUBLAS_WORKSPACE_BYTES = 2 * 8_519_680
@@ -44,6 +45,11 @@ class Linear:
     def role(self) -> str:
         """The last part of the name, such as ``q_proj``."""
         return self.name.rpartition(".")[2]
+
+    @property
+    def place(self) -> Place:
+        """The linear as an adapter's method sees it."""
+        return Place(self.name, self.n, self.m)
 
 
 @dataclass(frozen=True)
@@ -261,12 +267,12 @@ class PlannedRun:
 
     def vector_shapes(self, trained_only: bool = False) -> dict[str, tuple[int, ...]]:
         """Keys of the adapter file and the shape of each vector; ``trained_only``: of those that the recipe trains."""
-        section = self.recipe.adapter
+        section, method = self.recipe.adapter, self.method
         return {
-            f"{_PEFT_PREFIX}{x.name}.{kind}": size
+            f"{PREFIX}{x.name}.{kind}": size
             for x in self.adapted
-            for kind, size in config.vector_shapes(section, x.n, x.m).items()
-            if section.train_d or kind != "qvera_d" or not trained_only
+            for kind, size in method.tensors(section, x.place).items()
+            if not trained_only or method.is_trained(kind, section)
         }
 
     def vector_sizes(self, trained_only: bool = False) -> list[int]:
@@ -309,9 +315,18 @@ class PlannedRun:
         return self.machine.dtype.itemsize
 
     @property
+    def method(self) -> Method:
+        """The adapter's method."""
+        return method_of(self.recipe.adapter)
+
+    @property
     def rank(self) -> int:
         """The adapter's rank."""
         return self.recipe.adapter.rank
+
+    def rank_at(self, x: Linear) -> int:
+        """The adapter's rank at one linear."""
+        return self.method.rank_at(self.recipe.adapter, x.place)
 
     @property
     def attention(self) -> str:
@@ -333,7 +348,8 @@ class PlannedRun:
         """Whether the layer goes through W + ΔW (`qvera.adapters.fused`)."""
         section, machine = self.recipe.adapter, self.machine
         sizes = self.batch.all_tokens, x.n, x.m, section.rank
-        may = x.name in self.adapted_names and not section.dropout
+        method = self.method
+        may = x.name in self.adapted_names and not section.dropout and method.has_vectors and method.is_low_rank
         return may and fused.pays(*sizes, machine.dtype, machine.device_type, section.input_scale)
 
     def keeps_input(self, x: Linear) -> bool:

@@ -1,0 +1,87 @@
+"""What one adapter adds to one layer, in factors: the low-rank path that all methods share.
+
+    ΔW = s diag(b) B M A diag(a)        A [r, n]   B [m, r]   M = diag(d) or a dense core R [r, r]   b [m]   a [n]
+
+VeRA has d and b, LoRA-XS a core between frozen A and B, LoRA nothing but A and B. What is not there counts as 1.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from qvera.adapters import functional
+from qvera.kernels.low_rank import times_b
+
+
+class Factors(NamedTuple):
+    """ΔW [m, n] of one adapter in one layer, in factors."""
+
+    A: torch.Tensor  # [r, n]
+    B: torch.Tensor  # [m, r]
+    d: torch.Tensor | None = None  # [r], fp32 or wider
+    b: torch.Tensor | None = None  # [m], or [G, m] with b_groups; only with d
+    scale: float = 1.0
+    a: torch.Tensor | None = None  # [n]
+    R: torch.Tensor | None = None  # [r, r], without d and b
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.B.shape[0], self.A.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """Rows of A."""
+        return self.A.shape[0]
+
+    @property
+    def vectors(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """d and b, where both are there: then the path is VeRA's, with its own backward and its own kernels."""
+        return None if self.d is None or self.b is None else (self.d, self.b)
+
+    def expand(self, base: torch.Tensor, z: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
+        """y = base + s diag(b) B M z.
+
+        Args:
+            base: the frozen layer's output [..., m].
+            z: A diag(a) x [..., r] in the compute dtype.
+            overwrite: y may take base's memory (`functional.expand`).
+
+        Returns:
+            [..., m] in base's dtype.
+        """
+        if (vectors := self.vectors) is not None:
+            return functional.expand(base, z, *vectors, self.B, self.scale, overwrite)
+        inner = z if self.R is None else functional.core(z, self.R)
+        inner = inner if self.d is None else functional.scale_input(inner, self.d)
+        return functional.add_product(base, inner, self.B, self.scale, overwrite)
+
+    def lora(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A' = s M A diag(a) [r, n] and B' = diag(b) B [m, r] in fp32, without a graph: ΔW = B' A'."""
+        A, B, d, b, scale, a, R = self.detached()
+        right = A if R is None else R @ A
+        right = right * scale if d is None else (d * scale).unsqueeze(1) * right
+        return right if a is None else right.mul_(a), B if b is None else times_b(B, b)
+
+    def delta(self) -> torch.Tensor:
+        """ΔW [m, n] in fp32, without a graph."""
+        A, B, d, b, scale, a, _ = self.detached()
+        if d is not None and b is not None:
+            return functional.delta_weight(A, B, d, b, scale, a)
+        right, left = self.lora()
+        return left @ right
+
+    def outputs(self, part: slice) -> Factors:
+        """The factors of these rows of ΔW."""
+        return self._replace(B=self.B[part], b=None if self.b is None else self.b[..., part])
+
+    def inputs(self, part: slice) -> Factors:
+        """The factors of these columns of ΔW."""
+        return self._replace(A=self.A[:, part], a=None if self.a is None else self.a[part])
+
+    def detached(self) -> Factors:
+        """The same in fp32 and without a graph."""
+        parts = (p.detach().float() if isinstance(p, torch.Tensor) else p for p in self)
+        return Factors(*parts)  # type: ignore[arg-type]

@@ -1,0 +1,78 @@
+"""The methods of adaptation, by their names in a recipe."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING
+
+from qvera.adapters.methods.base import Method, Place, Source, StepHook
+from qvera.adapters.methods.shared_core import SharedCore
+from qvera.adapters.methods.vera import Vera
+from qvera.config.schema import AdapterSection, Recipe
+from qvera.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from qvera.adapters.methods.base import AdapterSettings
+
+__all__ = ["Method", "Place", "Source", "StepHook", "check_recipe", "method_of", "names", "register"]
+
+_METHODS: dict[str, Method] = {}
+
+
+def register(method: Method) -> None:
+    """Make a method known under its name; one of the same name is replaced."""
+    _METHODS[method.name] = method
+
+
+for _method in (Vera(), SharedCore()):
+    register(_method)
+
+
+def names() -> list[str]:
+    """The names of all methods."""
+    return sorted(_METHODS)
+
+
+def method_of(adapter: AdapterSettings) -> Method:
+    """The method of an adapter's config or of a recipe's adapter section.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    method = _METHODS.get(adapter.method)
+    if method is None:
+        close = difflib.get_close_matches(adapter.method, _METHODS, n=1)
+        meant = f" Did you mean {close[0]!r}?" if close else ""
+        raise InputError(f"adapter.method: takes one of {', '.join(names())}, got {adapter.method!r}.{meant}")
+    return method.variant(adapter)
+
+
+_EVERY_METHOD = frozenset({"method", "rank", "targets", "dropout", "seed", "init_from"})
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Check that a recipe's adapter section suits its method.
+
+    Raises:
+        InputError: there is no such method, a key is set that it does not read, or one is missing whose default is
+            VeRA's.
+    """
+    section = recipe.adapter
+    method = method_of(section)
+    for key in sorted(section.model_fields_set - _EVERY_METHOD - method.keys):
+        if getattr(section, key) != AdapterSection.model_fields[key].get_default(call_default_factory=True):
+            readers = [name for name, other in _METHODS.items() if key in other.keys]
+            raise InputError(
+                f"adapter.{key}: is read by {', '.join(readers)} only, and adapter.method is {section.method}. Remove "
+                "one of the two."
+            )
+    if section.method != Vera.name:
+        given = {"adapter": section.model_fields_set, "training": recipe.training.model_fields_set}
+        for key, value in method.usual.items():
+            part, _, name = key.partition(".")
+            if name not in given[part]:
+                raise InputError(
+                    f"{key}: has no default for adapter.method {section.method}, since it depends on the model. "
+                    f"{value:g} is a usual value."
+                )
+    method.check(section)

@@ -1,0 +1,169 @@
+"""What a method of adaptation declares: its tensors, where they start, and the factors of ΔW that they make.
+
+A method is one file in this package. The layer, the adapter file, the exports and the plan ask it and know no method by
+name. docs/methods/index.md shows how to add one.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from qvera.adapters.config import QveraConfig
+    from qvera.adapters.factors import Factors
+    from qvera.adapters.layer import LowRankPath
+    from qvera.adapters.projection import Pair
+    from qvera.config.schema import AdapterSection, Recipe
+
+    AdapterSettings: TypeAlias = QveraConfig | AdapterSection
+    """What a method reads its settings from; both have the same names for them."""
+
+
+class Source(Enum):
+    """Where the A [r, n] and B [m, r] of a linear come from."""
+
+    SEEDED = "seeded"
+    """Frozen prefixes of one random pair of a seed, which all linears share."""
+    OWN = "own"
+    """Frozen, each linear's own (`Method.own_pair`)."""
+    TRAINED = "trained"
+    """Trained: they are among `Method.tensors`, or there is no pair."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """One adapted linear of a model."""
+
+    name: str
+    """Its name in the base model, such as ``model.layers.3.self_attn.q_proj``; empty where it is not known."""
+    in_features: int
+    out_features: int
+
+    @property
+    def role(self) -> str:
+        """The last part of the name: ``q_proj``."""
+        return self.name.rpartition(".")[2]
+
+    @property
+    def layer(self) -> int | None:
+        """The number of its decoder layer; None outside of these."""
+        found = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", f".{self.name}")
+        return int(found[1]) if found else None
+
+
+class StepHook(Protocol):
+    """What a method does between optimizer steps. Its state is part of a checkpoint."""
+
+    def before_step(self, step: int) -> None:
+        """Called before the forward passes of optimizer step ``step`` (from 1)."""
+
+    def after_step(self, step: int) -> None:
+        """Called after optimizer step ``step`` was taken; not for a step that was skipped."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """All that later steps depend on."""
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Put back what `state_dict` gave."""
+
+
+class Method(ABC):
+    """One method of adaptation. Stateless: one instance serves all adapters and layers."""
+
+    name: ClassVar[str]
+    """``adapter.method`` in a recipe, and ``method`` in adapter_config.json."""
+    keys: ClassVar[frozenset[str]] = frozenset()
+    """The keys of the adapter section that it reads beside those that every method has."""
+    usual: ClassVar[Mapping[str, Any]] = {}
+    """Usual values by the recipe's keys, for the error that asks for them."""
+    source: ClassVar[Source] = Source.SEEDED
+    keeps_input: ClassVar[bool] = False
+    """Whether backward needs the layer's input x [T, n], as it does where A is trained, and not only z [T, r]."""
+    starts_at_base: ClassVar[bool] = True
+    """Whether a fresh adapter leaves the base model's outputs as they are."""
+    is_low_rank: ClassVar[bool] = True
+    """Whether what it adds is ΔW x with the ΔW of `factors`: then it exports as an exact LoRA."""
+
+    has_vectors: ClassVar[bool] = False
+    """Whether its factors have d and b: VeRA's backward and the product with W + ΔW (`fused`) are for these."""
+    is_banked: ClassVar[bool] = False
+    """Whether `qvera.adapters.multi_adapter` can hold many of them as rows of stacked tensors."""
+
+    def variant(self, adapter: AdapterSettings) -> Method:
+        """The method for these settings: itself, or another one that an option turns it into."""
+        return self
+
+    @abstractmethod
+    def tensors(self, adapter: AdapterSettings, place: Place) -> dict[str, tuple[int, ...]]:
+        """The tensors that an adapter file has for one linear: name → shape. Names begin with ``qvera_``."""
+
+    @abstractmethod
+    def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, place: Place) -> torch.Tensor:
+        """The initial value of one of these tensors, in fp32 on the CPU."""
+
+    @abstractmethod
+    def factors(
+        self, adapter: AdapterSettings, place: Place, tensors: Mapping[str, torch.Tensor], pair: Pair | None
+    ) -> Factors:
+        """ΔW of one linear in factors.
+
+        Args:
+            adapter: the adapter's settings.
+            place: the linear.
+            tensors: its tensors by name.
+            pair: its frozen A [r, n] and B [m, r], where `source` has one.
+        """
+
+    def is_trained(self, name: str, adapter: AdapterSettings) -> bool:
+        """Whether the tensor of that name is trained."""
+        return True
+
+    def rate_factor(self, name: str, adapter: AdapterSettings) -> float:
+        """The tensor's learning rate as a multiple of ``training.learning_rate``."""
+        return 1.0
+
+    def rank_at(self, adapter: AdapterSettings, place: Place) -> int:
+        """The rank at one linear."""
+        return adapter.rank
+
+    def own_pair(self, adapter: AdapterSettings, place: Place, base_layer: nn.Module) -> Pair | None:
+        """The frozen pair of one linear where `source` is OWN, made from its base layer."""
+        return None
+
+    def add(
+        self, layer: LowRankPath, adapter_name: str, x: torch.Tensor, y: torch.Tensor, overwrite: bool
+    ) -> torch.Tensor:
+        """The layer's output with the adapter: y [..., m] is W x, the result is (W + ΔW) x.
+
+        Args:
+            layer: the adapted linear.
+            adapter_name: which of its adapters.
+            x: its input [..., n].
+            y: the base layer's output.
+            overwrite: the result may take y's memory.
+        """
+        return layer.add_low_rank(adapter_name, x, y, overwrite)
+
+    def delta(self, layer: LowRankPath, adapter_name: str) -> torch.Tensor:
+        """ΔW [m, n] in fp32, without a graph."""
+        return layer.parts(adapter_name).delta()
+
+    def step_hook(self, model: nn.Module, recipe: Recipe, optimizer: torch.optim.Optimizer) -> StepHook | None:
+        """What is done between optimizer steps; None: nothing."""
+        return None
+
+    def check(self, adapter: AdapterSection) -> None:  # noqa: B027  # optional
+        """Check the values of a recipe beyond what its schema does.
+
+        Raises:
+            InputError: a value does not suit the method.
+        """

@@ -1,0 +1,40 @@
+"""A dense core between VeRA's shared pair: ΔW = s B R A with R [rank, rank] trained, A and B random, frozen and shared.
+
+LoRA-XS (arXiv 2405.17604) puts R between factors of each weight; here the pair is VeRA's, so that a file holds nothing
+but R and linears that read the same input share z.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from qvera.adapters.factors import Factors
+from qvera.adapters.functional import at_least_fp32
+from qvera.adapters.methods.base import Method, Place
+from qvera.adapters.projection import Pair, vera_scale
+
+if TYPE_CHECKING:
+    from qvera.adapters.methods.base import AdapterSettings
+
+
+class SharedCore(Method):
+    """R [rank, rank] for each linear, from 0."""
+
+    name = "shared-core"
+    usual = {"adapter.rank": 64, "training.learning_rate": 4e-3}
+
+    def tensors(self, adapter: AdapterSettings, place: Place) -> dict[str, tuple[int, ...]]:
+        return {"qvera_R": (adapter.rank, adapter.rank)}
+
+    def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, place: Place) -> torch.Tensor:
+        return torch.zeros(shape) if getattr(adapter, "init_weights", True) else torch.randn(shape)
+
+    def factors(
+        self, adapter: AdapterSettings, place: Place, tensors: Mapping[str, torch.Tensor], pair: Pair | None
+    ) -> Factors:
+        assert pair is not None
+        scale = vera_scale(adapter.rank, place.in_features)
+        return Factors(*pair, scale=scale, R=at_least_fp32(tensors["qvera_R"]))
