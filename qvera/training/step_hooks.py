@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from qvera.adapters.methods import method_of
 from qvera.adapters.step_hook import StepHook, StepHooks
 
 if TYPE_CHECKING:
@@ -21,4 +22,6 @@ def build_hooks(recipe: Recipe, model: PeftModel, optimizer: torch.optim.Optimiz
         optimizer: over the adapter's trained vectors; under ZeRO DeepSpeed steps copies of these.
     """
     hooks: dict[str, StepHook] = {}
+    if (own := method_of(recipe.adapter).step_hook(model, recipe, optimizer)) is not None:
+        hooks[recipe.adapter.method] = own
     return StepHooks(hooks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import TYPE_CHECKING
 
-from qvera.adapters.methods.base import Method, Place, Source, StepHook
+from qvera.adapters.methods.base import Method, Place, Source
 from qvera.adapters.methods.shared_core import SharedCore
 from qvera.adapters.methods.vera import Vera
 from qvera.config.schema import AdapterSection, Recipe
@@ -14,7 +14,7 @@ from qvera.utils.errors import InputError
 if TYPE_CHECKING:
     from qvera.adapters.methods.base import AdapterSettings
 
-__all__ = ["Method", "Place", "Source", "StepHook", "check_recipe", "method_of", "names", "register"]
+__all__ = ["Method", "Place", "Source", "check_recipe", "method_of", "names", "register"]
 
 _METHODS: dict[str, Method] = {}
 

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from qvera.adapters.factors import Factors
     from qvera.adapters.layer import LowRankPath
     from qvera.adapters.projection import Pair
+    from qvera.adapters.step_hook import StepHook
     from qvera.config.schema import AdapterSection, Recipe
 
     AdapterSettings: TypeAlias = QveraConfig | AdapterSection
@@ -58,22 +59,6 @@ class Place:
         """The number of its decoder layer; None outside of these."""
         found = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", f".{self.name}")
         return int(found[1]) if found else None
-
-
-class StepHook(Protocol):
-    """What a method does between optimizer steps. Its state is part of a checkpoint."""
-
-    def before_step(self, step: int) -> None:
-        """Called before the forward passes of optimizer step ``step`` (from 1)."""
-
-    def after_step(self, step: int) -> None:
-        """Called after optimizer step ``step`` was taken; not for a step that was skipped."""
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """All that later steps depend on."""
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Put back what `state_dict` gave."""
 
 
 class Method(ABC):
