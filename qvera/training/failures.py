@@ -67,24 +67,28 @@ def not_finite_error(
 
 
 def step_error(
-    step: int, shortage: Shortage, examples: Sequence[Example], plan: Plan | None, rows: Rows | None, group: Group
+    step: int,
+    shortage: Shortage,
+    examples: Sequence[Example] | None,
+    plan: Plan | None,
+    rows: Rows | None,
+    group: Group,
 ) -> OutOfMemory:
     """The error of a step that memory does not suffice for and that every rank has undone; all of them call this.
 
     Args:
         step: from 1.
         shortage: the `worst` of all ranks.
-        examples: those of the pass that failed on this rank; none where it did not.
+        examples: those of the pass that failed on this rank; empty where it failed before its first pass, None where
+            it did not fail.
         plan: of this run; None where none could be made.
         rows: the training rows, to plan the changes with; None: `make_plan` assumes some.
     """
-    passes = group.gather(_batch(examples) if examples else None)
-    rank, failed = next((rank, one) for rank, one in enumerate(passes) if one is not None)
-    where = f"rank {rank}, {failed}" if group.world_size > 1 else failed
+    rank = f"rank {group.rank}" if group.world_size > 1 else None
+    moment = next(one for one in group.gather(None if examples is None else _moment(examples, rank)) if one is not None)
     return for_all(
         OutOfMemory(
-            f"Step {step}: memory ran out in a forward and backward pass ({where}): {shortage}. The step was undone.\n"
-            f"{_advice(plan, rows, shortage)}"
+            f"Step {step}: memory ran out {moment}: {shortage}. The step was undone.\n{_advice(plan, rows, shortage)}"
         )
     )
 
@@ -93,10 +97,11 @@ def lone_error(
     step: int, shortage: Shortage, examples: Sequence[Example], plan: Plan | None, rows: Rows | None, group: Group
 ) -> OutOfMemory:
     """The error of one rank under ZeRO, which can't tell the others: they wait in the middle of DeepSpeed's passes."""
+    moment = _moment(examples, f"rank {group.rank} on {group.host}")
     return OutOfMemory(
-        f"Step {step}: memory ran out in a forward and backward pass (rank {group.rank} on {group.host}, "
-        f"{_batch(examples)}): {shortage}. Under ZeRO a step that one rank can't take ends the run; earlier "
-        f"checkpoints are kept, and training.save_steps says how many there are.\n{_advice(plan, rows, shortage)}"
+        f"Step {step}: memory ran out {moment}: {shortage}. Under ZeRO a step that one rank can't take ends the run; "
+        "earlier checkpoints are kept, and training.save_steps says how many there are.\n"
+        f"{_advice(plan, rows, shortage)}"
     )
 
 
@@ -122,6 +127,12 @@ def _changes_that_fit(plan: Plan, rows: Rows | None, shortage: Shortage) -> list
     fitting = min(plan.needed_bytes, plan.machine.available_bytes) - missing
     machine = dataclasses.replace(plan.machine, available_bytes=max(fitting, 0))
     return change_lines(make_plan(plan.recipe, machine, rows, plan.sharing))[: 1 + _CHANGES]
+
+
+def _moment(examples: Sequence[Example], rank: str | None) -> str:
+    where = [one for one in (rank, _batch(examples) if examples else None) if one is not None]
+    moment = "in a forward and backward pass" if examples else "before the first forward and backward pass"
+    return f"{moment} ({', '.join(where)})" if where else moment
 
 
 def _batch(examples: Sequence[Example]) -> str:

@@ -31,7 +31,7 @@ class StepAttempt:
         self.number = session.state.step + 1
         self.rows = session.batches.rows(session.state.step)
         self.passes = session.batches.passes(self.rows, group.rank, group.world_size)
-        self.trained_tokens = sum(session.datasets.train[i].trained_tokens for i in self.rows)
+        self.trained_tokens = 0  # of all rows, once they are read
         self.examples: list[Example] = []  # those of the pass that this rank is in or was in last
 
     def take(self) -> dict[str, Any]:
@@ -85,6 +85,7 @@ class StepAttempt:
     def _accumulate(self) -> list[float]:
         """Forward and backward of each pass; the summed loss of each."""
         session, engine, losses = self.session, self.session.engine, []
+        self.trained_tokens = sum(session.datasets.train[i].trained_tokens for i in self.rows)
         expected_grad = None if session.scaler is None else engine.loss_gradient() / self.trained_tokens
         for number, micro in enumerate(self.passes, start=1):
             # a rank without rows runs a dummy pass so that collectives stay in sync
@@ -112,14 +113,14 @@ class StepAttempt:
         session.engine.undo()
         forget_inputs(session.model)
         set_random_state(self.random, group.rank)
-        examples = [] if shortage is None else self.examples
+        examples = None if shortage is None else self.examples
         if shortage is not None:
             if session.zero is not None and group.world_size > 1:
-                raise lone_error(self.number, shortage, examples, session.plan, train, group)
+                raise lone_error(self.number, shortage, self.examples, session.plan, train, group)
             group.sum([0.0, 0.0, 1.0])  # the others meet this rank where they add up their losses
         packed = session.recipe.data.packing
-        half = sum(len(example.input_ids) for example in examples) if packed else len(examples)
-        half = half // 2 if len(examples) > 1 else 0
+        size = sum(len(example.input_ids) for example in self.examples) if packed else len(self.examples)
+        half = size // 2 if len(self.examples) > 1 else 0  # 0, too, where no pass had begun
         found = group.gather(None if shortage is None else [shortage.asked_bytes, shortage.free_bytes, half])
         failed = [one for one in found if one is not None]
         shortage = worst([Shortage(*one[:2]) for one in failed])

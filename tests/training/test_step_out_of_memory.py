@@ -21,6 +21,7 @@ from qvera.cli.main import main
 from qvera.config.range_test import RangeTest
 from qvera.config.schema import Recipe
 from qvera.data import Example
+from qvera.data.rows import Rows
 from qvera.distributed.group import Group
 from qvera.evaluation import evaluate
 from qvera.training.failures import step_error
@@ -28,6 +29,7 @@ from qvera.training.lr_finder import find_lr
 from qvera.training.plan import Machine, make_plan
 from qvera.training.plan.changes import changed
 from qvera.training.session import TrainingSession
+from qvera.training.step import StepAttempt
 from qvera.training.trainer import Trainer, train
 from qvera.utils.errors import InputError, OutOfMemory
 from qvera.utils.out_of_memory import Shortage
@@ -226,6 +228,35 @@ def test_a_single_row_that_does_not_fit_ends_the_run(write_recipe: Any, tmp_path
     assert "on_oom" not in said.partition("Step 1: memory ran out in a forward")[2]
     assert "is saved" not in said
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("on_oom", ["save", "halve"])
+def test_memory_that_runs_out_before_the_first_pass_ends_the_run_too(
+    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_oom: str
+) -> None:
+    """While the rows of step 3 are read: fewer rows a pass would not help."""
+    recipe = make_recipe(training={"max_steps": 4, "save_steps": 4, "on_oom": on_oom})
+    train(recipe, tmp_path / "whole")
+    real, take = Rows.__getitem__, StepAttempt.take
+
+    def too_much(rows: Rows, index: Any) -> Any:
+        monkeypatch.setattr(Rows, "__getitem__", real)  # the message is planned with the rows
+        raise MemoryError
+
+    def third(attempt: StepAttempt) -> Any:
+        monkeypatch.setattr(Rows, "__getitem__", too_much if attempt.number == 3 else real)
+        return take(attempt)
+
+    monkeypatch.setattr(StepAttempt, "take", third)
+    with pytest.raises(
+        OutOfMemory, match="Step 3: memory ran out before the first forward and backward pass: "
+    ) as caught:
+        train(recipe, tmp_path / "cut")
+    assert "Step 2 is saved: the same command with --resume goes on from it." in str(caught.value)
+    monkeypatch.undo()
+    train(recipe, tmp_path / "cut", resume=True)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert same(vectors(tmp_path / "cut"), vectors(tmp_path / "whole"))
 
 
 def test_a_range_test_does_not_take_it_for_divergence(make_recipe: Any, tmp_path: Path, fail: Any) -> None:
