@@ -8,20 +8,24 @@ from qvera.data.collate import IGNORED, collate, collate_prefix_once
 from qvera.data.dataset import Datasets, DataStats, build_datasets, data_sha256
 from qvera.data.encoding import Encoder, decode
 from qvera.data.formats import Turn, read_prompts
+from qvera.data.parts import BilevelBatches, TaskBatches
 from qvera.data.preview import data_warnings, print_preflight
+from qvera.data.recipe_batches import batches_of, planned_steps
 from qvera.data.rows import Example, Rows, lengths_of
-from qvera.data.sampler import Batches, batches_of, microbatches, steps_per_epoch
+from qvera.data.sampler import Batches, microbatches, steps_per_epoch
 
 __all__ = [
     "IGNORED",
     "NAMED_TEMPLATES",
     "Batches",
+    "BilevelBatches",
     "ChatTemplate",
     "DataStats",
     "Datasets",
     "Encoder",
     "Example",
     "Rows",
+    "TaskBatches",
     "Turn",
     "batches_of",
     "build_datasets",
@@ -32,6 +36,7 @@ __all__ = [
     "decode",
     "lengths_of",
     "microbatches",
+    "planned_steps",
     "print_preflight",
     "read_prompts",
     "resolve_template",

@@ -15,6 +15,7 @@ from qvera.data.chat_template import OWN, ChatTemplate, resolve_template
 from qvera.data.encoding import Encoder
 from qvera.data.rows import Rows, concatenated
 from qvera.data.sampler import random_order
+from qvera.data.tasks import Tasks, take_tasks
 from qvera.data.tokenization import RowCounts
 from qvera.utils.errors import InputError
 
@@ -113,6 +114,8 @@ class Datasets:
         stats: counts for the preview and run.json.
         template: the template that was used (for the first source of a mixture).
         pad_id: for `collate`.
+        task_names: with ``data.sampling: task``, the names that ``train.task_of`` has the numbers of.
+        held_out_tasks: the rows of each task that is not trained, by its name.
     """
 
     train: Rows
@@ -120,6 +123,8 @@ class Datasets:
     stats: DataStats
     template: ChatTemplate
     pad_id: int
+    task_names: list[str] = field(default_factory=list)
+    held_out_tasks: dict[str, Rows] = field(default_factory=dict)
 
     def first_rows(self, count: int) -> Rows:
         """``count`` training rows to look at: the first of each source in turn, then the second of each, and so on.
@@ -142,7 +147,7 @@ class Datasets:
 def data_sha256(datasets: Datasets) -> str:
     """SHA-256 over all rows' tokens and masks: equal where two machines read the same data the same way."""
     digest = hashlib.sha256()
-    for rows in (datasets.train, datasets.eval):
+    for rows in (datasets.train, datasets.eval, *datasets.held_out_tasks.values()):
         for column in (rows.lengths, rows.ids_hash, rows.mask_hash):
             digest.update(len(column).to_bytes(8, "little") + np.ascontiguousarray(column).tobytes())
     return digest.hexdigest()
@@ -165,6 +170,7 @@ def build_datasets(
     stats = DataStats(pads_with_eos=encoder.pads_with_eos)
     sections = _sources(section)
     sources = [tokenized(each, encoder, console) for each in sections]
+    tasks = take_tasks(section, sections, sources) if section.sampling == "task" else Tasks()
     for number, (about, source) in enumerate(zip(sections, sources, strict=True)):
         rows = len(source.train)
         if about.weight != 1:
@@ -179,6 +185,8 @@ def build_datasets(
             stats.default_templates.append(source.template)
     train = concatenated([source.train for source in sources])
     held_out = concatenated([source.eval for source in sources])
+    if tasks.names:
+        train.task_of = np.concatenate(tasks.numbers)
     stats.train_rows, stats.eval_rows = len(train), len(held_out)
     stats.tokens = int(train.lengths.sum(dtype=np.int64))
     stats.trained_tokens = int(train.trained_tokens.sum(dtype=np.int64))
@@ -187,15 +195,16 @@ def build_datasets(
     stats.repeated_rows = int(np.isin(held_out.ids_hash, train.ids_hash, kind="sort").sum())
     stats.histogram_edges, stats.histogram_counts = length_histogram(train.lengths)
     template = resolve_template(section.template, tokenizer, sources[0].format)
-    return Datasets(train, held_out, stats, template, encoder.pad_id)
+    return Datasets(train, held_out, stats, template, encoder.pad_id, tasks.names, tasks.held_out)
 
 
 def _sources(section: DataSection) -> list[DataSection]:
     """``path`` and each part of the mixture as a section of its own; ``eval_path`` belongs to the first."""
-    sources = [section.replace(mixture=[])]
+    sources = [section.model_copy(update={"mixture": []})]
     for part in section.mixture:
         fraction = section.eval_fraction if section.eval_path is None else 0.0
-        sources.append(section.replace(mixture=[], eval_path=None, eval_fraction=fraction, **dict(part)))
+        own = {"mixture": [], "eval_path": None, "eval_fraction": fraction, **dict(part)}
+        sources.append(section.model_copy(update=own))
     return sources
 
 

@@ -28,6 +28,7 @@ SCHEMA = pa.schema(
         ("trained_tokens", pa.int32()),
         ("ids_hash", pa.uint64()),
         ("mask_hash", pa.uint64()),
+        ("task", pa.string()),
     ]
 )
 _BATCH_ROWS = 4096
@@ -47,6 +48,7 @@ class Example:
             for rows that do not end with an assistant turn.
         prompt_text: the same as text (without a BOS that the tokenizer itself would add).
         reference: the content of that last assistant turn, or None.
+        task: the row's value of ``data.task_column``, or None.
     """
 
     input_ids: np.ndarray
@@ -55,6 +57,7 @@ class Example:
     prompt_ids: np.ndarray
     prompt_text: str
     reference: str | None
+    task: str | None = None
 
     @property
     def trained_tokens(self) -> int:
@@ -107,6 +110,7 @@ class Rows(Sequence[Example]):
         table: of `SCHEMA`.
         chosen: int64 [n]; the numbers of the rows that are taken. None: all of them.
         max_tokens: give each row as it would be with at most so many tokens and without a prompt.
+        task_of: int64 [n]; the number of each row's task, where the run has tasks (`qvera.data.tasks`).
 
     Attributes:
         lengths: int32 [n]; tokens of each row.
@@ -115,10 +119,14 @@ class Rows(Sequence[Example]):
     """
 
     def __init__(
-        self, table: pa.Table | None = None, chosen: np.ndarray | None = None, max_tokens: int | None = None
+        self,
+        table: pa.Table | None = None,
+        chosen: np.ndarray | None = None,
+        max_tokens: int | None = None,
+        task_of: np.ndarray | None = None,
     ) -> None:
         self.table = SCHEMA.empty_table() if table is None else table
-        self.chosen, self._max_tokens = chosen, max_tokens
+        self.chosen, self._max_tokens, self.task_of = chosen, max_tokens, task_of
         self.lengths = np.minimum(self._column(pc.list_value_length(self.table["input_ids"])), max_tokens or 2**31 - 1)
         self.trained_tokens = self._column(self.table["trained_tokens"])
         self.ids_hash = self._column(self.table["ids_hash"])
@@ -149,20 +157,26 @@ class Rows(Sequence[Example]):
             self.table[name][number].values.to_numpy()[: self._max_tokens]
             for name in ("input_ids", "trained", "prompt_ids")
         )
-        source, prompt_text, reference = (
-            self.table[name][number].as_py() for name in ("source", "prompt_text", "reference")
+        source, prompt_text, reference, task = (
+            self.table[name][number].as_py() for name in ("source", "prompt_text", "reference", "task")
         )
         if self._max_tokens is not None:
             prompt_ids, prompt_text, reference = prompt_ids[:0], "", None
-        return Example(ids, trained.view(bool), source, prompt_ids, prompt_text, reference)
+        return Example(ids, trained.view(bool), source, prompt_ids, prompt_text, reference, task)
 
     def take(self, rows: np.ndarray) -> Rows:
         """The rows of these numbers, in this order."""
-        return Rows(self.table, rows if self.chosen is None else self.chosen[rows], self._max_tokens)
+        task_of = None if self.task_of is None else self.task_of[rows]
+        return Rows(self.table, rows if self.chosen is None else self.chosen[rows], self._max_tokens, task_of)
 
     def cut(self, max_tokens: int) -> Rows:
         """All rows as they would be with at most ``max_tokens`` tokens and without prompts, for a plan."""
-        return Rows(self.table, self.chosen, max_tokens)
+        return Rows(self.table, self.chosen, max_tokens, self.task_of)
+
+    def task_values(self) -> list[str]:
+        """The value of ``data.task_column`` of each row."""
+        values = self.table["task"].to_pylist()
+        return values if self.chosen is None else [values[number] for number in self.chosen.tolist()]
 
 
 def concatenated(parts: Sequence[Rows]) -> Rows:

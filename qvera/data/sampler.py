@@ -5,15 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
-
-from qvera.data.rows import lengths_of
-
-if TYPE_CHECKING:
-    from qvera.config.schema import Recipe
-    from qvera.data.rows import Example
 
 
 def random_order(n: int, seed: int, stream: int) -> np.ndarray:
@@ -21,7 +14,8 @@ def random_order(n: int, seed: int, stream: int) -> np.ndarray:
 
     It sorts raw 64-bit words of numpy's Philox: numpy promises the bit stream of a bit generator across versions, not
     what a Generator makes of it. The streams: epochs count up from 0, held-out rows have -1, the batches of epochs that
-    are grouped by length count down from -2, and the sources of a mixture count up from 2^63.
+    are grouped by length count down from -2, and the sources of a mixture count up from 2^63. Epoch e of part p of the
+    rows (a task, a level of `qvera.data.parts`) has (p + 1) 2^32 + e.
     """
     # uint64 by hand: numpy makes floats of large mixed lists
     key = np.array([seed % 2**64, stream % 2**64], dtype=np.uint64)
@@ -107,6 +101,19 @@ class Batches:
         start = position * self.global_batch_size
         return self.epoch_order(epoch)[start : start + self.global_batch_size].tolist()
 
+    def stretches(self, steps: int) -> Iterator[Sequence[Sequence[int]]]:
+        """The rows of the first ``steps`` steps, in stretches; each is a list of rows that `cut` may take as a whole.
+
+        Orders that repeat come once.
+        """
+        size = self.global_batch_size
+        for epoch in range(-(-steps // self.per_epoch)):
+            chosen = self.epoch_order(epoch)[: (steps - epoch * self.per_epoch) * size].tolist()
+            # without packing a global batch is a multiple of a forward pass, so an epoch can be cut as a whole
+            yield [chosen] if self.pack_tokens is None else list(microbatches(chosen, size))
+            if not self.shuffle:
+                break
+
     def limit(self, most: int) -> None:
         """Cut no pass with more rows than this from now on; of packed rows, with more tokens."""
         if self.pack_tokens is None:
@@ -140,20 +147,6 @@ class Batches:
         starts = [each * share + min(each, more) for each in range(world_size + 1)]
         shares = [self.cut(rows[low:high]) for low, high in itertools.pairwise(starts)]
         return shares[rank] + [[] for _ in range(max(map(len, shares)) - len(shares[rank]))]
-
-
-def batches_of(recipe: Recipe, rows: Sequence[Example]) -> Batches:
-    """The batches of a run over its training rows."""
-    data, training = recipe.data, recipe.training
-    return Batches(
-        lengths_of(rows),
-        training.global_batch_size,
-        training.per_device_train_batch_size,
-        pack_tokens=data.max_length if data.packing else None,
-        seed=data.seed,
-        shuffle=data.shuffle,
-        by_length=data.group_by_length,
-    )
 
 
 def microbatches(indices: Sequence[int], size: int) -> Iterator[list[int]]:

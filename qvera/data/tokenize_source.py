@@ -190,7 +190,8 @@ def tokenize_source(
         held = int(hold_out(count, section.eval_fraction, section.seed).sum())
         train = count - held
     template = resolve_template(section.template, encoder.tokenizer, train_format.name)  # of the held-out rows too
-    source = TokenizedSource(train_format.name, train_format.unused, template.name, RowCounts(), Rows(), Rows())
+    unused = [name for name in train_format.unused if name != section.task_column]
+    source = TokenizedSource(train_format.name, unused, template.name, RowCounts(), Rows(), Rows())
     source.train = _tokenize(
         Part(RowTokenizer(section, encoder, template, train_format), TRAIN, count, train), directory, source, console
     )

@@ -35,6 +35,7 @@ def add_result(
     status: str,
     after: dict[str, Any] | None,
     samples: Sequence[dict[str, Any]],
+    adaptation: Sequence[dict[str, Any]] = (),
 ) -> None:
     """Add what came out of a run to its run.json. All ranks call this together.
 
@@ -43,6 +44,7 @@ def add_result(
         status: ``done``, ``interrupted`` or ``failed``.
         after: the scores after training, as `Trainer.score` returns them.
         samples: the answers after training.
+        adaptation: what `adapt.adapt_to_held_out_tasks` found.
     """
     state, watch = session.state, session.watch
     mapped_bytes = 0 if accelerator.is_accelerator(session.device) else memory.mapped_weights_bytes()
@@ -65,6 +67,7 @@ def add_result(
         "tokens_per_second": state.input_tokens / state.train_seconds if state.train_seconds else None,
         "peak_bytes": watch.peak_bytes,
         "mapped_bytes": mapped_bytes,
+        **({"adaptation": list(adaptation)} if adaptation else {}),
     }
     if session.plan is not None:
         peaks = watch.peak_bytes, mapped_bytes, watch.peak_tensor_bytes

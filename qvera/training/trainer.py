@@ -21,6 +21,7 @@ from qvera.distributed.init import in_group, restarted
 from qvera.distributed.zero_params import any_sharded
 from qvera.evaluation import evaluate
 from qvera.training import checkpoint
+from qvera.training.adapt import adapt_to_held_out_tasks
 from qvera.training.checkpoint import TrainState
 from qvera.training.engine import trained_vectors
 from qvera.training.logging import MetricsLog, ProgressBar, Trackers, repeat_line, status_line
@@ -136,6 +137,7 @@ class Trainer(TrainingSession):
         training, state = self.recipe.training, self.state
         after: dict[str, Any] | None = None
         samples: list[dict[str, Any]] = []
+        adaptation: list[dict[str, Any]] = []
         with self.signals, self.trackers:
             if state.before is None and self.datasets.eval:
                 state.before, state.samples_before = self.score("Before training")
@@ -169,7 +171,9 @@ class Trainer(TrainingSession):
             self.save_adapter()
             if self.datasets.eval:
                 after, samples = self.score("After training")
-        self.finish("done", after, samples)
+            if training.adapt_steps:
+                adaptation = adapt_to_held_out_tasks(self)
+        self.finish("done", after, samples, adaptation)
         return RunResult(self.run_dir, self.run) if self.group.first else None
 
     def end(self, error: RunFailed) -> RunFailed:
@@ -349,12 +353,18 @@ class Trainer(TrainingSession):
 
         self.run["adapter"]["file_bytes"] = self.group.on_first(save)
 
-    def finish(self, status: str, after: dict[str, Any] | None = None, samples: Sequence[dict[str, Any]] = ()) -> None:
+    def finish(
+        self,
+        status: str,
+        after: dict[str, Any] | None = None,
+        samples: Sequence[dict[str, Any]] = (),
+        adaptation: Sequence[dict[str, Any]] = (),
+    ) -> None:
         """Write run.json and the report.
 
         The ranks wait for it: a launcher that sees one leave with 75 ends the others.
         """
-        add_result(self.run, self, status, after, samples)
+        add_result(self.run, self, status, after, samples, adaptation)
         self.group.on_first(lambda: write_run(self.run_dir, self.run, self.console))
 
     def _open_files(self) -> None:

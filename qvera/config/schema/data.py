@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Strict
 
-from qvera.config.fields import Bool, Fraction, NonEmpty, Passes, Positive, Section, Seed
+from qvera.config.fields import Bool, Fraction, NonEmpty, NonNegative, Passes, Positive, Section, Seed
 
 
 class DataSource(Section):
@@ -75,6 +75,23 @@ class DataSection(DataSource):
     rows are the same. Tokenized rows are kept in a cache (``qvera cache ls``)."""
     eval_limit: Positive | None = None
     """Use only the first held-out rows of each source. Default: all."""
+    sampling: Literal["rows", "task"] = "rows"
+    """How a step's rows are drawn. ``rows``: each row once an epoch. ``task``: a step has rows of one task, and all
+    tasks have equally many steps, however many rows they have (multitask fine-tuning, arXiv 2203.04904). A task is a
+    source (``path``, or a part of ``mixture``), or a value of ``task_column``."""
+    task_column: NonEmpty | None = None
+    """The column whose values are the tasks, in every source. Default: each source is a task."""
+    task_labels: Positive | None = None
+    """With ``task_column``: a task is this many of its values, drawn at random (the paper: 5). The same value may be in
+    several tasks. Default: each value is a task."""
+    task_count: Positive | None = None
+    """With ``task_labels``: how many tasks are drawn."""
+    task_steps: Positive = 1
+    """Optimizer steps on a task before the next one has its turn. The paper trains one task after the other, which is a
+    large number here."""
+    held_out_tasks: NonNegative | list[NonEmpty] = 0
+    """Tasks that are not trained: their names (paths, or values of ``task_column``), or how many are chosen by
+    ``seed``. ``training.adapt_steps`` adapts to each of them after training."""
     shuffle: Bool = True
     """Shuffle the rows anew in each epoch. ``false``: the order of the file."""
     seed: Seed = 0
@@ -84,6 +101,27 @@ class DataSection(DataSource):
         """Yield keys that contradict each other."""
         if self.eval_path is not None and self.eval_fraction > 0:
             yield "eval_fraction", "held-out rows already come from data.eval_path; remove one of the two."
+        yield from self._task_contradictions()
+
+    def _task_contradictions(self) -> Iterator[tuple[str, str]]:
+        names = ("task_column", "task_labels", "task_count", "held_out_tasks")
+        if self.sampling == "rows":
+            for name in (*(name for name in names if getattr(self, name)), *["task_steps"] * (self.task_steps > 1)):
+                yield name, "is about tasks; set data.sampling: task, or remove it."
+            return
+        if self.task_column is None and not self.mixture:
+            yield "sampling", "task needs several tasks; set data.task_column, or add sources to data.mixture."
+        if any(source.weight != 1 for source in (self, *self.mixture)):
+            yield "weight", "data.sampling: task gives every task equally many steps; remove the weights."
+        if self.group_by_length:
+            yield "group_by_length", "a step's rows are those of its task (data.sampling); remove one of the two."
+        if (self.task_labels is None) != (self.task_count is None):
+            yield "task_labels", "and data.task_count go together; set both."
+        elif self.task_labels is not None:
+            if self.task_column is None:
+                yield "task_labels", "counts values of data.task_column, which is not set."
+            if self.held_out_tasks:
+                yield "held_out_tasks", "a value may be in many tasks of data.task_labels; remove one of the two."
 
     @property
     def has_held_out_rows(self) -> bool:

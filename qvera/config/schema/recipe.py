@@ -65,7 +65,10 @@ class Recipe(Section):
                     "processes. With a deepspeed key use adamw; VeRA's whole optimizer state is a few MB."
                 ),
             )
-
+        if self.training.adapt_steps and not self.data.held_out_tasks:
+            yield "training.adapt_steps", "adapts to data.held_out_tasks, and there are none; set them, or remove it."
+        if self.training.adapt_steps and self.deepspeed is not None:
+            yield "training.adapt_steps", "steps with another optimizer than DeepSpeed's; remove one of the two."
         if self.deepspeed is not None and self.training.on_oom == "halve":
             yield "training.on_oom", "halve: DeepSpeed can't undo a step that its ranks have begun; use save."
 

@@ -107,6 +107,14 @@ class TrainingSection(Section):
     """The most tokens of an answer."""
     exact_match_rows: NonNegative = 0
     """Held-out rows that are answered greedily before and after training and compared with their reference. 0: none."""
+    adapt_steps: NonNegative = 0
+    """After training, optimizer steps on each of ``data.held_out_tasks``, from the trained vectors, with a constant
+    rate. The report has the loss of the task's other rows before and after. The saved adapter is not changed. 0:
+    none."""
+    adapt_rows: Positive = 16
+    """Rows of a held-out task that ``adapt_steps`` trains on, at most half of them; the others are scored."""
+    adapt_learning_rate: PositiveFloat | None = None
+    """The rate of ``adapt_steps``. Default: ``learning_rate``."""
 
     @model_validator(mode="before")
     @classmethod

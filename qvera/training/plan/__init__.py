@@ -5,7 +5,8 @@ Order of reading: `run` (what a plan is made for), `activations` (one decoder la
 `longest` (the longest batch), `changes` (that make a run fit), `plan`, `timing`, `show`.
 """
 
-from qvera.training.plan.longest import longest_rows, planned_steps
+from qvera.data import planned_steps
+from qvera.training.plan.longest import longest_rows
 from qvera.training.plan.memory import plan_memory
 from qvera.training.plan.plan import Plan, make_plan
 from qvera.training.plan.run import Batch, Machine, PlannedRun, gpu_machine, parse_size, shape_of, this_machine

@@ -1,13 +1,12 @@
 """The longest forward pass of a run: of its rows where they are here, else what the recipe allows."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from qvera.config.schema import Recipe
-from qvera.data import Example, Rows, batches_of, collate_prefix_once, steps_per_epoch
+from qvera.data import Example, Rows, batches_of, collate_prefix_once, planned_steps
 from qvera.data.collate import Joined, round_up_length
 from qvera.training.plan.run import Batch
 
@@ -38,13 +37,6 @@ def longest_batch(rows: Rows | None, joined: Joined | None, rounded: bool, maske
     return longest
 
 
-def planned_steps(recipe: Recipe, rows: int) -> int:
-    """Optimizer steps of a run over that many training rows."""
-    training = recipe.training
-    per_epoch = steps_per_epoch(rows, training.global_batch_size)
-    return training.max_steps if training.max_steps >= 0 else math.ceil(training.num_train_epochs * per_epoch)
-
-
 def assumed_batch(recipe: Recipe, joined: Joined | None = None) -> Batch:
     """Every row at ``data.max_length``, none padded, all of it trained but what ``data.max_target_length`` excludes."""
     data, rows, tokens = recipe.data, recipe.training.per_device_train_batch_size, recipe.data.max_length
@@ -65,7 +57,7 @@ def longest_rows(recipe: Recipe, rows: Sequence[Example], joined: Joined | None,
     ``joined``: how rows of a batch may be put into one sequence (`qvera.data.collate`).
     """
     candidates: dict[tuple[int, ...], int] = {}
-    for passes, row_tokens in _epochs(recipe, rows, steps):
+    for passes, row_tokens in _stretches(recipe, rows, steps):
         sizes = row_tokens * np.array([1 if recipe.data.packing else len(p) for p in passes], dtype=np.int64)
         for i in np.argsort(-sizes, kind="stable")[:_CANDIDATES]:
             candidates[tuple(passes[i])] = int(sizes[i])
@@ -85,29 +77,24 @@ def token_counts(recipe: Recipe, rows: Sequence[Example], steps: int, rounded: b
     ``rounded``: their lengths are rounded up (`qvera.data.collate`).
     """
     found: set[tuple[int, int]] = set()
-    for passes, row_tokens in _epochs(recipe, rows, steps):
+    for passes, row_tokens in _stretches(recipe, rows, steps):
         tokens = [round_up_length(int(n)) for n in row_tokens] if rounded else row_tokens.tolist()
         found |= set(zip((1 if recipe.data.packing else len(p) for p in passes), tokens, strict=True))
     return max(1, len(found))
 
 
-def _epochs(recipe: Recipe, rows: Sequence[Example], steps: int) -> Iterator[tuple[list[list[int]], np.ndarray]]:
-    """The forward passes of the first ``steps`` steps, epoch by epoch, with the tokens of a row in each.
+def _stretches(recipe: Recipe, rows: Sequence[Example], steps: int) -> Iterator[tuple[list[list[int]], np.ndarray]]:
+    """The forward passes of the first ``steps`` steps, stretch by stretch, with the tokens of a row in each.
 
     With packing it is the tokens of the whole pass, and no pass has rows of two global batches.
     """
-    data, batches = recipe.data, batches_of(recipe, rows)
-    size = batches.global_batch_size
-    for epoch in range(-(-steps // batches.per_epoch)):
-        chosen = batches.epoch_order(epoch)[: (steps - epoch * batches.per_epoch) * size]
-        # without packing a global batch is a multiple of a forward pass, so an epoch can be cut as a whole
-        whole = size if data.packing else len(chosen)
-        passes = [p for at in range(0, len(chosen), whole) for p in batches.cut(chosen[at : at + whole].tolist())]
+    batches = batches_of(recipe, rows)
+    join = np.add if recipe.data.packing else np.maximum
+    for stretch in batches.stretches(steps):
+        passes = [one for part in stretch for one in batches.cut(part)]
         counts = np.array([len(p) for p in passes], dtype=np.int64)
-        tokens = np.add if data.packing else np.maximum
-        yield passes, tokens.reduceat(batches.lengths[chosen], np.cumsum(counts) - counts)
-        if data.shuffle is False:
-            break
+        chosen = np.concatenate([np.asarray(part, dtype=np.int64) for part in stretch])
+        yield passes, join.reduceat(batches.lengths[chosen], np.cumsum(counts) - counts)
 
 
 def batch_of(

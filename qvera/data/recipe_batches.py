@@ -1,0 +1,38 @@
+"""The batches of a recipe: which rows its steps train on, and how many steps there are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from qvera.data.parts import TaskBatches
+from qvera.data.rows import lengths_of
+from qvera.data.sampler import Batches, steps_per_epoch
+from qvera.data.tasks import task_rows
+
+if TYPE_CHECKING:
+    from qvera.config.schema import Recipe
+    from qvera.data.rows import Example
+
+
+def batches_of(recipe: Recipe, rows: Sequence[Example]) -> Batches:
+    """The batches of a run over its training rows."""
+    data, training = recipe.data, recipe.training
+    sizes = lengths_of(rows), training.global_batch_size, training.per_device_train_batch_size
+    common: dict[str, Any] = {
+        "pack_tokens": data.max_length if data.packing else None,
+        "seed": data.seed,
+        "shuffle": data.shuffle,
+    }
+    task_of = getattr(rows, "task_of", None)
+    if task_of is not None:
+        return TaskBatches(*sizes, **common, tasks=task_rows(data, task_of), steps_each=data.task_steps)
+    return Batches(*sizes, **common, by_length=data.group_by_length)
+
+
+def planned_steps(recipe: Recipe, rows: int) -> int:
+    """Optimizer steps of a run over that many training rows."""
+    training = recipe.training
+    per_epoch = steps_per_epoch(rows, training.global_batch_size)
+    return training.max_steps if training.max_steps >= 0 else math.ceil(training.num_train_epochs * per_epoch)

@@ -1,0 +1,81 @@
+"""After training on many tasks: a few steps on each task that was held out, and what they gain."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from qvera.adapters.save_load import rate_factors
+from qvera.adapters.step_hook import StepHooks
+from qvera.data import Batches, Rows, lengths_of
+from qvera.data.sampler import random_order
+from qvera.evaluation import evaluate
+from qvera.training.checkpoint import TrainState
+from qvera.training.engine import trained_vectors
+from qvera.training.optim import build_optimizer
+
+if TYPE_CHECKING:
+    from qvera.training.trainer import Trainer
+
+
+def adapt_to_held_out_tasks(trainer: Trainer) -> list[dict[str, Any]]:
+    """Adapt to each held-out task from the trained vectors, which the model has again afterwards.
+
+    A task's rows are divided by ``data.seed`` into support rows, on which ``training.adapt_steps`` steps are taken
+    with a fresh optimizer and a constant rate, and query rows, which are only scored. All ranks call this together.
+
+    Returns:
+        For each task ``task``, ``support_rows``, ``query_rows``, and of the query rows ``loss_before`` (the trained
+        vectors as they are) and ``loss_after``.
+    """
+    return [_adapted(trainer, name, rows) for name, rows in trainer.datasets.held_out_tasks.items()]
+
+
+def _adapted(trainer: Trainer, name: str, rows: Rows) -> dict[str, Any]:
+    recipe, vectors = trainer.recipe, trained_vectors(trainer.model)
+    training, data = recipe.training, recipe.data
+    support, query = split_rows(rows, training.adapt_rows, data.seed)
+    query = query[: data.eval_limit]
+    rate = training.adapt_learning_rate or training.learning_rate
+    trained = {name: vector.detach().clone() for name, vector in vectors.items()}
+    inner = copy.copy(trainer)  # the same model, stepped on other rows
+    inner.datasets = dataclasses.replace(trainer.datasets, train=support, eval=query)
+    inner.state, inner.hooks = TrainState(), StepHooks()
+    size = min(training.global_batch_size, len(support))
+    pass_rows = min(training.per_device_train_batch_size, trainer.batches.pass_rows)
+    pack_tokens = trainer.batches.pack_tokens
+    inner.batches = Batches(lengths_of(support), size, pass_rows, pack_tokens=pack_tokens, seed=data.seed)
+    factors = rate_factors(trainer.model, recipe.adapter)
+    inner.optimizer = build_optimizer(training.replace(learning_rate=rate), vectors, factors)
+    inner.schedule, inner.steps = LambdaLR(inner.optimizer, lambda _: 1.0), training.adapt_steps
+    inner.engine = inner.make_engine()
+    try:
+        before = _query_loss(inner)
+        trainer.model.train()
+        while inner.state.step < training.adapt_steps:
+            inner.train_step()
+        after = _query_loss(inner)
+    finally:
+        with torch.no_grad():
+            for key, vector in vectors.items():
+                vector.copy_(trained[key])
+    trainer.console.print(f"Held-out task {name}: loss {before:.4f}, after {training.adapt_steps} steps {after:.4f}")
+    sizes = {"support_rows": len(support), "query_rows": len(query)}
+    return {"task": name, **sizes, "loss_before": before, "loss_after": after}
+
+
+def split_rows(rows: Rows, support_rows: int, seed: int) -> tuple[Rows, Rows]:
+    """Support and query rows of a task, drawn by ``seed``: at most half of the rows are support rows."""
+    drawn = random_order(len(rows), seed, -1)
+    count = max(1, min(support_rows, len(rows) // 2))
+    return rows.take(np.sort(drawn[:count])), rows.take(np.sort(drawn[count:]))
+
+
+def _query_loss(trainer: Trainer) -> float:
+    with evaluate.scoring(trainer.model):
+        return trainer.held_out_loss()["loss"]

@@ -1,0 +1,195 @@
+"""Steps drawn over tasks and over two levels: functions of the step; held-out tasks are in no step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from qvera.config.schema import DataSection, DataSource, parse_recipe
+from qvera.data import batches_of, build_datasets
+from qvera.data.parts import BilevelBatches, TaskBatches
+from qvera.data.tasks import label_tasks
+from qvera.utils.errors import InputError
+
+Write = Callable[..., str]
+AUTHORS = Path(__file__).parent / "reference" / "mamf_tasks.npz"
+
+
+@pytest.mark.parametrize("seed", [312, 313])
+@pytest.mark.parametrize(("name", "sets"), [("one", "a"), ("two", "ab")])
+def test_tasks_of_labels_are_the_authors(name: str, sets: str, seed: int) -> None:
+    stored = np.load(AUTHORS)
+    labels = [[str(label) for label in stored[f"{name}_label_order_{each}"]] for each in sets]
+    count, size = int(stored["K"]), int(stored["N"])
+    expected = [
+        [str(label) for each in sets for label in stored[f"{name}_seed{seed}_train_tasks_{each}"][k]]
+        for k in range(count)
+    ]
+    assert label_tasks(labels, count, size, seed) == expected
+
+
+def task_batches(sizes: list[int], size: int, **options: Any) -> TaskBatches:
+    starts = np.cumsum([0, *sizes])
+    tasks = [np.arange(low, high) for low, high in zip(starts[:-1], starts[1:], strict=True)]
+    return TaskBatches(np.full(sum(sizes), 5), size, tasks=tasks, **options)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    sizes=st.lists(st.integers(1, 8), min_size=1, max_size=4),
+    size=st.integers(1, 5),
+    seed=st.integers(0, 2**65),
+    each=st.integers(1, 2),
+    shuffle=st.booleans(),
+)
+def test_every_task_has_equally_many_steps_and_each_of_its_rows_once_an_epoch(
+    sizes: list[int], size: int, seed: int, each: int, shuffle: bool
+) -> None:
+    found = task_batches(sizes, size, seed=seed, shuffle=shuffle, steps_each=each)
+    visits = 8 * each  # of every task: a full epoch of the largest in batches of one row
+    steps = visits * len(sizes)
+    rows_of: dict[int, list[list[int]]] = {}
+    for step in range(steps):
+        task, before = found.turn(step)
+        assert before == len(rows_of.setdefault(task, []))
+        rows_of[task].append(found.rows(step))
+    for task, batches in rows_of.items():
+        assert len(batches) == visits
+        per_epoch = -(-sizes[task] // size)
+        assert sorted(row for batch in batches[:per_epoch] for row in batch) == found.tasks[task].tolist()
+    stretches = [list(rows) for stretch in found.stretches(steps) for rows in stretch]
+    assert stretches == [found.rows(step) for step in reversed(range(steps))][::-1]
+
+
+def test_a_task_keeps_its_turn() -> None:
+    found = task_batches([4, 4, 4], 2, steps_each=3)
+    turns = [found.turn(step)[0] for step in range(9)]
+    assert turns == [task for task in turns[::3] for _ in range(3)]
+    assert sorted(turns[::3]) == [0, 1, 2]
+
+
+@settings(deadline=None, max_examples=40)
+@given(n=st.integers(2, 40), share=st.floats(0, 0.99), lower=st.integers(1, 3), upper=st.integers(1, 3))
+def test_the_levels_never_share_a_row(n: int, share: float, lower: int, upper: int) -> None:
+    found = BilevelBatches(np.full(n, 5), 3, seed=4, upper_share=share, lower_steps=lower, upper_steps=upper)
+    seen: dict[bool, set[int]] = {False: set(), True: set()}
+    for step in range(40 * (lower + upper)):
+        seen[found.is_upper(step)] |= set(found.rows(step))
+    assert not seen[False] & seen[True]
+    assert seen[False] | seen[True] == set(range(n))
+    assert len(seen[True]) == min(max(round(n * share), 1), n - 1)
+
+
+def test_retraining_takes_all_rows_for_the_lower_level() -> None:
+    found = BilevelBatches(np.full(10, 5), 5, upper_share=0.3, retrain_from=4)
+    assert [found.is_upper(step) for step in range(7)] == [False, True, False, True, False, False, False]
+    assert sorted(found.rows(4) + found.rows(5)) == list(range(10))
+
+
+@pytest.fixture
+def three_sources(write: Write) -> DataSection:
+    """Sources of 12, 5 and 3 rows."""
+    paths = [
+        write([{"prompt": f"{name} {i}", "completion": f" {name}"} for i in range(count)], f"{name}.jsonl")
+        for name, count in (("add", 12), ("say", 5), ("ask", 3))
+    ]
+    more = [DataSource(path=path) for path in paths[1:]]
+    return DataSection(path=paths[0], mixture=more, sampling="task")
+
+
+def recipe_of(data: DataSection, **training: Any) -> Any:
+    training = {"global_batch_size": 4, "per_device_train_batch_size": 2, **training}
+    return parse_recipe({"model": "m", "data": data.to_dict(), "training": training}, "test")
+
+
+def test_each_source_is_a_task(three_sources: DataSection, base_tokenizer: PreTrainedTokenizerFast) -> None:
+    data = build_datasets(three_sources, base_tokenizer)
+    batches = batches_of(recipe_of(three_sources), data.train)
+    files = [{data.train[row].source.rpartition(":")[0] for row in batches.rows(step)} for step in range(9)]
+    assert Counter(name for names in files for name in names) == dict.fromkeys(data.task_names, 3)
+
+
+@pytest.mark.parametrize("held_out", [1, ["say"]])
+def test_held_out_tasks_are_in_no_step_and_in_no_evaluation(
+    write: Write, base_tokenizer: PreTrainedTokenizerFast, held_out: Any
+) -> None:
+    rows = [{"prompt": f"{i}", "completion": "x", "skill": ("add", "say", "ask")[i % 3]} for i in range(30)]
+    section = DataSection(
+        path=write(rows), sampling="task", task_column="skill", held_out_tasks=held_out, eval_fraction=0.3
+    )
+    data = build_datasets(section, base_tokenizer)
+    [(name, kept)] = data.held_out_tasks.items()
+    assert name not in data.task_names
+    assert (len(data.task_names), len(kept)) == (2, 10)
+    assert {row.task for row in kept} == {name}
+    assert name not in {row.task for rows in (data.train, data.eval) for row in rows}
+    assert [data.task_names[number] for number in data.train.task_of] == [row.task for row in data.train]
+    assert data.stats.unused_columns == []
+    assert data.stats.train_rows == len(data.train) == data.stats.sources[0].taken
+
+
+def test_a_task_may_be_several_labels(write: Write, base_tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [{"prompt": f"{i}", "completion": "x", "label": i % 6} for i in range(24)]
+    section = DataSection(path=write(rows), sampling="task", task_column="label", task_labels=2, task_count=5, seed=9)
+    data = build_datasets(section, base_tokenizer)
+    batches = batches_of(recipe_of(section), data.train)
+    assert isinstance(batches, TaskBatches)
+    found = [sorted({data.train[row].task for row in task}) for task in batches.tasks]
+    assert found == [sorted(task) for task in label_tasks([data.task_names], 5, 2, 9)]
+
+
+def test_the_tasks_of_a_cut_selection_stay(three_sources: DataSection, base_tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = build_datasets(three_sources, base_tokenizer).train
+    assert rows.cut(8).task_of.tolist() == rows.task_of.tolist()
+    assert rows.take(np.array([19, 0])).task_of.tolist() == [2, 0]
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"task_column": "skill"}, "task_column: is about tasks; set data.sampling: task"),
+        ({"sampling": "task"}, "sampling: task needs several tasks; set data.task_column"),
+        ({"sampling": "task", "task_column": "skill", "weight": 2.0}, "weight: data.sampling: task gives every task"),
+        ({"sampling": "task", "task_column": "skill", "group_by_length": True}, "group_by_length: a step's rows"),
+        (
+            {"sampling": "task", "task_column": "skill", "task_labels": 2},
+            "task_labels: and data.task_count go together",
+        ),
+        (
+            {"sampling": "task", "task_column": "s", "task_labels": 2, "task_count": 2, "held_out_tasks": 1},
+            "held_out_tasks: a value may be in many tasks",
+        ),
+    ],
+)
+def test_keys_that_do_not_go_together_are_refused(keys: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        DataSection(path="rows.jsonl", **keys)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        (
+            {"task_column": "skil"},
+            "rows.jsonl:1: the column 'skil' .* got nothing. Columns found: prompt, completion, skill",
+        ),
+        ({"task_column": "prompt", "held_out_tasks": ["nine"]}, "no task is named 'nine'"),
+        ({"task_column": "skill"}, "all rows are of 'add'"),
+        ({"task_column": "prompt", "held_out_tasks": 4}, "holds out all 4 tasks"),
+        ({"task_column": "prompt", "task_labels": 5, "task_count": 1}, "5 values of the column 'prompt', which has 4"),
+    ],
+)
+def test_tasks_that_are_not_there_are_refused(
+    write: Write, base_tokenizer: PreTrainedTokenizerFast, keys: dict[str, Any], words: str
+) -> None:
+    path = write([{"prompt": f"q{i}", "completion": "x", "skill": "add"} for i in range(4)], "rows.jsonl")
+    with pytest.raises(InputError, match=words):
+        build_datasets(DataSection(path=path, sampling="task", **keys), base_tokenizer)
