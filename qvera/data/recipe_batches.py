@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from qvera.data.parts import TaskBatches
+from qvera.data.parts import BilevelBatches, TaskBatches
 from qvera.data.rows import lengths_of
 from qvera.data.sampler import Batches, steps_per_epoch
 from qvera.data.tasks import task_rows
@@ -28,6 +28,17 @@ def batches_of(recipe: Recipe, rows: Sequence[Example]) -> Batches:
     task_of = getattr(rows, "task_of", None)
     if task_of is not None:
         return TaskBatches(*sizes, **common, tasks=task_rows(data, task_of), steps_each=data.task_steps)
+    if training.bilevel:
+        steps = planned_steps(recipe, len(rows))
+        retraining = round(steps * training.bilevel_retrain)
+        return BilevelBatches(
+            *sizes,
+            **common,
+            upper_share=training.bilevel_share,
+            lower_steps=training.bilevel_lower_steps,
+            upper_steps=training.bilevel_upper_steps,
+            retrain_from=steps - retraining if retraining else None,
+        )
     return Batches(*sizes, **common, by_length=data.group_by_length)
 
 

@@ -83,7 +83,7 @@ class LocalEngine:
         """Over all ranks, once each of them has come through its passes."""
         if self.group.world_size > 1:
             for vector in self.vectors.values():
-                if vector.grad is None:
+                if vector.grad is None and vector.requires_grad:
                     vector.grad = torch.zeros_like(vector)
             self.group.all_reduce([vector.grad for vector in self.vectors.values() if vector.grad is not None])
 

@@ -127,7 +127,7 @@ class TrainingSession:
         self.batches = batches_of(recipe, self.datasets.train)
         factors = rate_factors(self.model, recipe.adapter)
         self.optimizer = build_optimizer(recipe.training, trained_vectors(self.model), factors)
-        self.hooks = build_hooks(recipe, self.model, self.optimizer)
+        self.hooks = build_hooks(recipe, self.model, self.optimizer, self.batches)
 
     def build_engine(self, schedule: LRScheduler, steps: int) -> None:
         """Build what steps the vectors, and try the longest batch of ``steps`` steps once, before the first of them.

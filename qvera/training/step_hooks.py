@@ -6,22 +6,33 @@ from typing import TYPE_CHECKING
 
 from qvera.adapters.methods import method_of
 from qvera.adapters.step_hook import StepHook, StepHooks
+from qvera.data import BilevelBatches
+from qvera.training.bilevel import BilevelHook
+from qvera.training.engine import trained_vectors
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
 
     from qvera.config.schema import Recipe
+    from qvera.data import Batches
 
 
-def build_hooks(recipe: Recipe, model: PeftModel, optimizer: torch.optim.Optimizer) -> StepHooks:
+def build_hooks(recipe: Recipe, model: PeftModel, optimizer: torch.optim.Optimizer, batches: Batches) -> StepHooks:
     """What a run does between its optimizer steps.
 
     Args:
         model: base and adapter.
         optimizer: over the adapter's trained vectors; under ZeRO DeepSpeed steps copies of these.
+        batches: the rows of each step.
+
+    Raises:
+        InputError: what the recipe asks for does not fit the adapter's method.
     """
     hooks: dict[str, StepHook] = {}
-    if (own := method_of(recipe.adapter).step_hook(model, recipe, optimizer)) is not None:
+    method = method_of(recipe.adapter)
+    if (own := method.step_hook(model, recipe, optimizer)) is not None:
         hooks[recipe.adapter.method] = own
+    if isinstance(batches, BilevelBatches):
+        hooks["bilevel"] = BilevelHook(batches, trained_vectors(model), method)
     return StepHooks(hooks)

@@ -78,6 +78,8 @@ class Method(ABC):
     is_low_rank: ClassVar[bool] = True
     """Whether what it adds is ΔW x with the ΔW of `factors`: then it exports as an exact LoRA."""
 
+    upper_kinds: ClassVar[frozenset[str]] = frozenset()
+    """The tensors that ``training.bilevel`` trains at the upper level, by name; empty where it does not fit."""
     has_vectors: ClassVar[bool] = False
     """Whether its factors have d and b: VeRA's backward and the product with W + ΔW (`fused`) are for these."""
     is_banked: ClassVar[bool] = False

@@ -28,6 +28,7 @@ class Vera(Method):
     name = "vera"
     keys = frozenset({"b_groups", "input_scale", "d_initial", "train_d"})
     usual = {"adapter.rank": 256, "training.learning_rate": 4e-3}
+    upper_kinds = frozenset({"qvera_d"})  # where BiLoRA's P Λ Q has Λ
     has_vectors = True
     is_banked = True
 

@@ -69,6 +69,19 @@ class Recipe(Section):
             yield "training.adapt_steps", "adapts to data.held_out_tasks, and there are none; set them, or remove it."
         if self.training.adapt_steps and self.deepspeed is not None:
             yield "training.adapt_steps", "steps with another optimizer than DeepSpeed's; remove one of the two."
+        if self.training.bilevel:
+            if self.deepspeed is not None:
+                yield (
+                    "training.bilevel",
+                    "DeepSpeed expects a gradient of every vector in every step; remove one of the two.",
+                )
+            if self.data.sampling == "task":
+                yield (
+                    "training.bilevel",
+                    "cuts the rows into two parts, not into tasks (data.sampling); remove one of the two.",
+                )
+            if self.data.group_by_length:
+                yield "training.bilevel", "has an order of rows of its own; remove data.group_by_length."
         if self.deepspeed is not None and self.training.on_oom == "halve":
             yield "training.on_oom", "halve: DeepSpeed can't undo a step that its ranks have begun; use save."
 

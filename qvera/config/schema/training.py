@@ -107,6 +107,19 @@ class TrainingSection(Section):
     """The most tokens of an answer."""
     exact_match_rows: NonNegative = 0
     """Held-out rows that are answered greedily before and after training and compared with their reference. 0: none."""
+    bilevel: Bool = False
+    """Train two groups of parameters on two disjoint parts of the rows in turn, so that neither fits both (BiLoRA,
+    arXiv 2403.13037, first order). VeRA: b on the lower level's rows, d on the upper level's. For small data sets."""
+    bilevel_share: Fraction = 0.2
+    """With ``bilevel``: the share of the rows that the upper level trains on, chosen by ``data.seed``."""
+    bilevel_lower_steps: Positive = 4
+    """With ``bilevel``: optimizer steps of the lower level before the upper one has its turn. The defaults give every
+    row one pass an epoch."""
+    bilevel_upper_steps: Positive = 1
+    """With ``bilevel``: optimizer steps of the upper level before the lower one has its turn again."""
+    bilevel_retrain: Fraction = 0.0
+    """With ``bilevel``: the last share of the steps, in which the lower level trains on all rows and the upper level is
+    frozen, as BiDoRA does at the end."""
     adapt_steps: NonNegative = 0
     """After training, optimizer steps on each of ``data.held_out_tasks``, from the trained vectors, with a constant
     rate. The report has the loss of the task's other rows before and after. The saved adapter is not changed. 0:

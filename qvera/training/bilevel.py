@@ -1,0 +1,55 @@
+"""Two groups of parameters, trained on two disjoint parts of the rows in turn (BiLoRA, arXiv 2403.13037)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from qvera.adapters.step_hook import StepHook
+from qvera.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from qvera.adapters.methods import Method
+    from qvera.data import BilevelBatches
+
+
+class BilevelHook(StepHook):
+    """Lets the vectors of the step's level alone get gradients; an optimizer leaves those without one as they are.
+
+    First order: a step of one level takes the other's vectors as constants, so it costs what any step costs, less the
+    gradients that it does not need. Which level a step has is a function of the step (`BilevelBatches.is_upper`).
+    """
+
+    def __init__(self, batches: BilevelBatches, vectors: dict[str, nn.Parameter], method: Method) -> None:
+        """``vectors`` are those that are trained, by their keys in the adapter file.
+
+        Raises:
+            InputError: one of the levels has nothing to train.
+        """
+        self.batches = batches
+        self.upper = [v for name, v in vectors.items() if name.rpartition(".")[2] in method.upper_kinds]
+        self.lower = [v for name, v in vectors.items() if name.rpartition(".")[2] not in method.upper_kinds]
+        if not self.upper or not self.lower:
+            kinds = ", ".join(sorted({name.rpartition(".")[2] for name in vectors}))
+            what = "Remove it, or train d as well (adapter.train_d)." if method.upper_kinds else "Remove it."
+            raise InputError(
+                f"training.bilevel: needs two groups of trained parameters, and this adapter ({method.name}) trains "
+                f"{kinds} only. {what}"
+            )
+
+    def before_step(self, step: int) -> None:
+        """See `StepHook.before_step`."""
+        upper = self.batches.is_upper(step - 1)
+        _set_trained(self.upper, upper)
+        _set_trained(self.lower, not upper)
+
+    def after_step(self, step: int) -> None:
+        """See `StepHook.after_step`."""
+        _set_trained([*self.upper, *self.lower], True)
+
+
+def _set_trained(vectors: Iterable[nn.Parameter], trained: bool) -> None:
+    for vector in vectors:
+        vector.requires_grad_(trained)
