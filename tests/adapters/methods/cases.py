@@ -1,0 +1,68 @@
+"""The methods of adaptation and what each is measured by: one `Case` each, for tests/adapters/methods/test_methods.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A method with settings for small models, and its formulas.
+
+    Attributes:
+        adapter: the adapter section.
+        weight: W' [m, n] in float64 from W, the adapter's tensors by name, and the frozen pair A [r, n], B [m, r] of the
+            linear (None where there is none): the method's equation, written out densely.
+        trained_on_7b: how many numbers it trains on a LLaMA-7B with `on_7b` as its adapter section.
+        on_7b: settings for that count.
+        learning_rate: with which the tiny model learns.
+        as_lora: whether it exports as an exact LoRA.
+    """
+
+    adapter: dict[str, Any]
+    weight: Callable[[torch.Tensor, Tensors, torch.Tensor | None, torch.Tensor | None], torch.Tensor]
+    on_7b: dict[str, Any]
+    trained_on_7b: int
+    learning_rate: float = 5e-2
+    as_lora: bool = True
+
+
+def _scale(A: torch.Tensor) -> float:
+    rank, n = A.shape
+    return math.sqrt(6 / n) * math.sqrt(6 / rank)
+
+
+def _vera(W: torch.Tensor, t: Tensors, A: torch.Tensor | None, B: torch.Tensor | None) -> torch.Tensor:
+    assert A is not None
+    assert B is not None
+    b = t["qvera_b"] if t["qvera_b"].dim() == 2 else t["qvera_b"].unsqueeze(0)
+    spread = b.t().repeat_interleave(A.shape[0] // len(b), dim=1)
+    delta = _scale(A) * (spread * B) @ torch.diag(t["qvera_d"]) @ A
+    return W + (delta @ torch.diag(t["qvera_a"]) if "qvera_a" in t else delta)
+
+
+def _shared_core(W: torch.Tensor, t: Tensors, A: torch.Tensor | None, B: torch.Tensor | None) -> torch.Tensor:
+    assert A is not None
+    assert B is not None
+    return W + _scale(A) * B @ t["qvera_R"] @ A
+
+
+CASES: dict[str, Case] = {
+    "vera": Case({"rank": 8}, _vera, {"rank": 256}, 1_417_216),
+    "vera, two b and an a": Case(
+        {"rank": 8, "b_groups": 2, "input_scale": True},
+        _vera,
+        {"rank": 256, "b_groups": 2, "input_scale": True},
+        32 * (7 * 256 + 2 * (5 * 4096 + 2 * 11008) + 6 * 4096 + 11008),
+    ),
+    "shared-core": Case(
+        {"method": "shared-core", "rank": 6}, _shared_core, {"method": "shared-core", "rank": 80}, 224 * 80**2
+    ),
+}

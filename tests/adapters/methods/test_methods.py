@@ -1,0 +1,227 @@
+"""What holds for every method of adaptation (`cases.CASES`): its start, counts, gradients, files, resume and exports."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from qvera.adapters import QveraLinear
+from qvera.adapters.methods import method_of
+from qvera.adapters.multi_adapter import load_adapters
+from qvera.adapters.save_load import attach, load_adapter, named_vectors, save_adapter
+from qvera.cli.main import main
+from qvera.config.load import load_recipe
+from qvera.config.schema import AdapterSection, Recipe, parse_recipe
+from qvera.export.deltas import read_deltas
+from qvera.models.loader import load_base
+from qvera.models.model_config import empty_model
+from qvera.training.trainer import train
+from tests.adapters.helpers import dense_weight, relative
+from tests.adapters.methods.cases import CASES, Case
+from tests.adapters.test_counts import one_layer, trainable
+
+IDS = torch.tensor([[5, 9, 200, 31, 7, 150, 42, 3], [8, 8, 30, 1, 99, 4, 250, 6]])
+TOLERANCE = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 4e-2}
+
+
+def recipe_of(case: Case, model_dir: Path, rows: Path, output_dir: Path, **training: Any) -> Recipe:
+    tree = {
+        "model": {"path": str(model_dir), "compute_dtype": "float32"},
+        "data": {"path": str(rows), "eval_fraction": 0.2, "max_length": 64},
+        "adapter": case.adapter,
+        "training": {
+            "output_dir": str(output_dir), "max_steps": 12, "global_batch_size": 8, "save_steps": 6, "sample_count": 0,
+            "learning_rate": case.learning_rate, "report_to": [], **training,
+        },
+    }  # fmt: skip
+    return parse_recipe(tree, "a test")
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
+
+
+@pytest.fixture(scope="module")
+def run_dir(case: Case, tiny_model_dir: Path, tiny_rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of twelve steps over the tiny model in NF4."""
+    run = tmp_path_factory.mktemp("method") / "run"
+    train(recipe_of(case, tiny_model_dir, tiny_rows, run), run)
+    return run
+
+
+def base_of(run: Path) -> Any:
+    return load_base(load_recipe(run / "recipe.yaml").model)
+
+
+def logits(model: Any, **kwargs: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS, **kwargs).logits
+
+
+def moved(model: Any, seed: int = 1) -> Any:
+    """The model with every tensor of its adapter at random."""
+    generator = torch.Generator().manual_seed(seed)
+    for vector in named_vectors(model).values():
+        if vector.is_floating_point():
+            vector.data.add_(torch.randn(vector.shape, generator=generator), alpha=0.3)
+    return model
+
+
+def fresh(case: Case, model_dir: Path, **model: Any) -> PeftModel:
+    section = parse_recipe({"model": {"path": str(model_dir), **model}, "data": {"path": "x"}}, "a test").model
+    return attach(load_base(section).model, AdapterSection(**case.adapter))
+
+
+def test_a_fresh_adapter_leaves_the_logits_as_they_are(case: Case, tiny_model_dir: Path) -> None:
+    model = fresh(case, tiny_model_dir, compute_dtype="float32")
+    with model.disable_adapter():
+        without = logits(model)
+    if method_of(AdapterSection(**case.adapter)).starts_at_base:
+        assert torch.equal(logits(model), without)
+    assert not torch.equal(logits(moved(model)), without)
+
+
+def test_the_count_on_a_7b_is_the_formulas(case: Case) -> None:
+    model, layers = one_layer("LLaMA-7B")
+    assert layers * trainable(attach(model, AdapterSection(**case.on_7b))) == case.trained_on_7b
+
+
+@pytest.mark.parametrize(
+    ("quantization", "dtype"),
+    [("nf4", "float32"), ("none", "float32"), ("int8", "bfloat16"), ("fp4", "bfloat16"), ("none", "float16")],
+)
+def test_outputs_and_gradients_are_those_of_the_dense_equation(
+    case: Case, quantization: str, dtype: str, tiny_model_dir: Path
+) -> None:
+    model = moved(fresh(case, tiny_model_dir, quantization=quantization, compute_dtype=dtype))
+    section, compute = AdapterSection(**case.adapter), getattr(torch, dtype)
+    layers = {m.place.name: m for m in model.modules() if isinstance(m, QveraLinear)}
+    for name in ("model.layers.1.self_attn.k_proj", "model.layers.0.mlp.down_proj"):  # grouped keys; wide and narrow
+        layer = layers[name].train()
+        torch.manual_seed(3)
+        x = torch.randn(2, 5, layer.in_features).to(compute).requires_grad_()
+        upstream = torch.randn(2, 5, layer.out_features).to(compute)
+        y = layer(x)
+        y.backward(upstream)
+        own = {
+            n: v.detach().double().requires_grad_(v.is_floating_point()) for n, v in layer.vectors("default").items()
+        }
+        pair: tuple[Any, Any] = (None, None)
+        if "default" in layer.qvera_projection:
+            rank = method_of(section).rank_at(section, layer.place)
+            pair = layer.qvera_projection["default"].slices(rank, layer.in_features, layer.out_features)
+            pair = (pair[0].double(), pair[1].double())
+        wide = x.detach().double().requires_grad_()
+        weight = case.weight(dense_weight(layer.base_layer), own, *pair)
+        reference = wide @ weight.t()
+        if layer.base_layer.bias is not None:
+            reference = reference + layer.base_layer.bias.double()
+        reference.backward(upstream.double())
+        limit = TOLERANCE[dtype]
+        assert relative(y, reference) < limit, name
+        assert relative(x.grad, wide.grad) < limit, name
+        for kind, vector in layer.vectors("default").items():
+            assert relative(vector.grad, own[kind].grad) < limit, (name, kind)
+
+
+def test_checkpointed_gradients_are_the_same(case: Case, tiny_model_dir: Path) -> None:
+    found = []
+    for checkpointing in (False, True):
+        model = moved(fresh(case, tiny_model_dir, compute_dtype="float32")).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        found.append({name: vector.grad for name, vector in named_vectors(model).items()})
+    for name, grad in found[0].items():
+        torch.testing.assert_close(found[1][name], grad, rtol=1e-4, atol=1e-6)
+
+
+def test_it_learns_and_says_its_name(case: Case, run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = json.loads((run_dir / "run.json").read_text())
+    assert run["result"]["eval_after"]["loss"] < run["result"]["eval_before"]["loss"]
+    name = case.adapter.get("method", "vera")
+    assert run["adapter"]["method"] == name
+    assert main(["info", str(run_dir), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["method"] == name
+
+
+def test_the_file_holds_the_tensors_and_nothing_else(run_dir: Path) -> None:
+    run = json.loads((run_dir / "run.json").read_text())
+    tensors = load_file(run_dir / "adapter" / "adapter_model.safetensors")
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    assert run["adapter"]["file_bytes"] == pytest.approx(4 * numbers, rel=0.02, abs=120 * len(tensors) + 1500)
+    assert run["plan"]["adapter_bytes"] == pytest.approx(run["adapter"]["file_bytes"], abs=400)
+    assert run["plan"]["trained_numbers"] == run["adapter"]["trainable_parameters"]
+
+
+def test_what_is_saved_is_loaded_to_the_bit(run_dir: Path, tmp_path: Path) -> None:
+    model = load_adapter(base_of(run_dir).model, run_dir / "adapter")
+    save_adapter(model, tmp_path / "again")
+    one, other = (load_file(d / "adapter_model.safetensors") for d in (run_dir / "adapter", tmp_path / "again"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_resumed_run_is_the_same_to_the_bit(
+    case: Case, run_dir: Path, tiny_model_dir: Path, tiny_rows: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(run_dir, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    shutil.rmtree(next((tmp_path / "run" / "checkpoints").glob("*12")))
+    train(recipe_of(case, tiny_model_dir, tiny_rows, run_dir), tmp_path / "run", resume=True)
+    one, other = (load_file(d / "adapter" / "adapter_model.safetensors") for d in (run_dir, tmp_path / "run"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_merged_export_has_the_runs_logits(run_dir: Path, tmp_path: Path) -> None:
+    expected = logits(load_adapter(base_of(run_dir).model, run_dir / "adapter"))
+    assert main(["export", str(run_dir), str(tmp_path / "merged"), "--dtype", "float32", "--base", "dequantized"]) == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_lora_export_is_exact_or_refused(
+    case: Case, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = main(["export", str(run_dir), str(tmp_path / "lora"), "--to", "lora", "--dtype", "float32"])
+    if not case.as_lora:
+        assert done == 2
+        assert "--to merged" in capsys.readouterr().err
+        return
+    assert done == 0
+    expected = logits(load_adapter(base_of(run_dir).model, run_dir / "adapter"))
+    lora = PeftModel.from_pretrained(base_of(run_dir).model, tmp_path / "lora")
+    torch.testing.assert_close(logits(lora), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_of_a_batch_take_their_own_adapters(case: Case, run_dir: Path, tmp_path: Path) -> None:
+    one = load_adapter(base_of(run_dir).model, run_dir / "adapter")
+    with one.disable_adapter():
+        base = logits(one)[1]
+    expected = logits(one)[0]
+    other = moved(load_adapter(base_of(run_dir).model, run_dir / "adapter"))
+    save_adapter(other, tmp_path / "other")
+    both = load_adapters(base_of(run_dir).model, {"one": run_dir / "adapter", "other": tmp_path / "other"})
+    torch.testing.assert_close(logits(both, adapter_names=["one", "__base__"]), torch.stack([expected, base]))
+    mixed = logits(both, adapter_names=["other", "one"])
+    torch.testing.assert_close(mixed, torch.stack([logits(other)[0], logits(one)[1]]))
+
+
+def test_the_factors_of_a_file_are_those_of_the_layer(run_dir: Path) -> None:
+    model = load_adapter(base_of(run_dir).model, run_dir / "adapter")
+    section = load_recipe(run_dir / "recipe.yaml").model
+    deltas = read_deltas(run_dir / "adapter", empty_model(section)).layers
+    layers = {m.place.name: m for m in model.modules() if isinstance(m, QveraLinear)}
+    assert deltas.keys() == layers.keys()
+    for name, delta in deltas.items():
+        torch.testing.assert_close(delta.rows(), layers[name].delta_weight_fp32("default"))
+        torch.testing.assert_close(delta.rows(3, 5), delta.rows()[3:8])
