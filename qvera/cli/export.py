@@ -106,6 +106,8 @@ def _merge(
     files, changed = certificate["files"], len(certificate["delta"])
     size = sum((out / name).stat().st_size for name in files)
     print(f"{formatting.size(size)} in {len(files)} file(s) in {out}, {changed} weights changed")
+    if certificate["base"]["stored_in_4_bits"]:
+        print(f"merged into the dequantized weights of {section.path}, which is stored in 4 bits")
     return certificate
 
 

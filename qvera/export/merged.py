@@ -17,10 +17,11 @@ from transformers import AutoConfig, GenerationConfig
 from qvera.adapters.save_load import ADAPTER_WEIGHTS, read_adapter, require_base, require_tokens
 from qvera.config.schema import ExportSection, ModelSection
 from qvera.export.deltas import TokenTable, read_deltas, token_tables
-from qvera.export.stream import TrainedBaseReader, one_thread_each
+from qvera.export.stream import PackedBaseReader, TrainedBaseReader, one_thread_each
 from qvera.models.hub import base_directory
 from qvera.models.loader import pick_compute_dtype
 from qvera.models.model_config import empty_model, require_own_weights
+from qvera.models.packed_weights import packed_weights, without_statistics
 from qvera.models.safetensors_stream import Block, CheckpointReader, in_order, write_index, write_shard
 from qvera.models.tokenizer import ADDED_ROWS, ids_of, load_tokenizer
 from qvera.utils import accelerator, memory
@@ -107,19 +108,17 @@ class _MergedExport:
         self.source_dir = base_directory(section)
         self.dtype: torch.dtype = getattr(torch, options.dtype)
         self.compute_dtype = pick_compute_dtype(section.compute_dtype, accelerator.current_device())
-        self.entries = checkpoint_tensors(self.source_dir)
-        self.stamps = file_stamps(self.entries)
+        self.stored = checkpoint_tensors(self.source_dir)
+        self.stamps = file_stamps(self.stored)
         self.config = AutoConfig.from_pretrained(self.source_dir, trust_remote_code=section.trust_remote_code)
-        if getattr(self.config, "quantization_config", None) is not None:
-            raise InputError(
-                f"{self.source_dir}: the base is stored quantized, so there are no 16-bit weights to merge into. Point "
-                "model.path at the 16-bit checkpoint it was made from."
-            )
         self.model = empty_model(section, self.source_dir)
+        self.packed = packed_weights(self.stored, self.model)
+        self.entries = without_statistics(self.stored, self.packed)
+        self._check_stored_quantization()
         self.adapter = read_deltas(adapter_dir, self.model)
         self.fingerprint = base_fingerprint(self.source_dir)
         require_base(self.adapter.config, adapter_dir, section.path, self.fingerprint)
-        require_own_weights(self.source_dir, self.entries, self.model)
+        require_own_weights(self.source_dir, self.stored, self.model)
         for entry in self.entries:  # whole numbers would be rounded
             if not entry.dtype.is_floating_point:
                 raise InputError(f"{entry.file}: {entry.name} is {entry.dtype}, expected a floating-point weight.")
@@ -144,6 +143,27 @@ class _MergedExport:
         self.layers: dict[str, dict[str, float]] = {}
         """Adapted weight → max and mean |ΔW|."""
 
+    def _check_stored_quantization(self) -> None:
+        """Leave the quantization out of the export's config.
+
+        Raises:
+            InputError: the base is not stored in bitsandbytes' 4 bits, or the original weights are wanted of one that
+                is.
+        """
+        if getattr(self.config, "quantization_config", None) is None:
+            return
+        if not self.packed:
+            raise InputError(
+                f"{self.source_dir}: the base is stored quantized, and not in bitsandbytes' 4 bits, so its weights "
+                "can't be read here. Point model.path at the 16-bit checkpoint it was made from."
+            )
+        if self.options.base == "original":
+            raise InputError(
+                f"--base original: {self.source_dir} is stored in 4 bits, so the original weights are not there. Use "
+                "--base dequantized, or point model.path at the 16-bit checkpoint it was made from."
+            )
+        del self.config.quantization_config
+
     def identity(self) -> dict[str, Any]:
         """What an export is a function of: an interrupted one is continued only where all of this is equal.
 
@@ -165,8 +185,10 @@ class _MergedExport:
         finished = {name for name, _ in self.shards if work.has(name)}
         skip = {spec.name for name, group in self.shards if name in finished for spec in group}
         self.layers = {name: found for name, found in work.facts.get("layers", {}).items() if name in skip}
-        files = self.entries, self.stamps, work.facts.get("base", {})
-        if self.options.base == "dequantized":
+        files = self.stored, self.stamps, work.facts.get("base", {})
+        if self.packed:
+            self.reader = PackedBaseReader(*files, self.packed, self.compute_dtype)
+        elif self.options.base == "dequantized":
             self.reader = TrainedBaseReader(*files, self.section, self.compute_dtype, self.model)
         else:
             self.reader = CheckpointReader(*files)
@@ -221,7 +243,7 @@ class _MergedExport:
         delta = self.deltas.get(name)
         if name in self.tables:
             weight = self.tables[name].put(weight, block.first, block.last)
-        if isinstance(self.reader, TrainedBaseReader):
+        if isinstance(self.reader, (TrainedBaseReader, PackedBaseReader)):
             weight = self.reader.as_trained(block, weight)
         if delta is None:
             exact = weight if self.dtype == weight.dtype else weight.to(torch.float32)
@@ -241,6 +263,9 @@ class _MergedExport:
     def certificate(self, work: OutputDirectory, delta: dict[str, Any]) -> dict[str, Any]:
         """What was merged onto what."""
         section, config = self.section, self.adapter.config
+        trained_on: dict[str, Any] = {"quantization": section.quantization, "double_quant": section.double_quant}
+        for weight in self.packed.values():  # what is in the file, whatever the recipe says
+            trained_on = {"quantization": weight.quant_type, "double_quant": weight.double_quant}
         return {
             "format": 1,
             "kind": "merged",
@@ -248,6 +273,7 @@ class _MergedExport:
                 "path": section.path,
                 "revision": section.revision,
                 "weights": self.options.base,
+                "stored_in_4_bits": bool(self.packed),
                 "fingerprint": self.fingerprint,
                 "sha256": work.facts["base"],
             },
@@ -261,7 +287,7 @@ class _MergedExport:
                 "input_scale": self.adapter.input_scale,
                 "seed": self.adapter.seed,
             },
-            "trained_on": {"quantization": section.quantization, "double_quant": section.double_quant},
+            "trained_on": trained_on,
             "added_tokens": self.added_tokens,
             "dtype": self.options.dtype,
             "files": work.shards,

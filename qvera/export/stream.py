@@ -1,4 +1,4 @@
-"""The base as the adapter was trained on it: each weight quantized and dequantized again, some rows at a time.
+"""The base as the adapter was trained on it, some rows at a time: quantized and dequantized again, or stored in 4 bits.
 
 4-bit blocks are 64 consecutive elements of the flattened weight. With double quantization the blocks' absolute maxima
 are quantized themselves, around their mean over the whole weight (QLoRA, arXiv 2305.14314, section 3.2): so the maxima
@@ -7,7 +7,7 @@ of the whole weight come first, then rows.
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from transformers import PreTrainedModel
@@ -16,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 from qvera.config.schema import ModelSection
 from qvera.models import quantization
 from qvera.models.nf4 import BLOCK
-from qvera.models.safetensors_stream import Block, CheckpointReader
+from qvera.models.packed_weights import PackedWeight
+from qvera.models.safetensors_stream import Block, CheckpointReader, read_bytes, rows_per_block
 from qvera.utils.safetensors_io import TensorEntry
 
 
@@ -88,6 +89,49 @@ class TrainedBaseReader(CheckpointReader):
         at = block.first * weight.shape[1] // BLOCK
         absmax = block.absmax[at : at + -(-weight.numel() // BLOCK)]
         return quantization.quantize_dequantize_blocks(weight, absmax, self.section.quantization, self.compute)
+
+
+class PackedBaseReader(CheckpointReader):
+    """Reads a checkpoint that is stored in 4 bits, and gives its rows dequantized, as training used them.
+
+    ``packed`` are its `packed_weights`, ``compute`` is the dtype the run computed in; the rest is `CheckpointReader`'s.
+    The blocks of a packed weight hold bytes, and count the rows of the weight that it stands for.
+    """
+
+    def __init__(
+        self,
+        entries: list[TensorEntry],
+        stamps: dict[str, list[int]],
+        known: dict[str, str],
+        packed: dict[str, PackedWeight],
+        compute: torch.dtype,
+    ) -> None:
+        super().__init__(entries, stamps, known)
+        self.packed, self.compute = packed, compute
+        self.statistics = {entry.name for weight in packed.values() for entry in weight.statistics.values()}
+
+    def blocks(self, skip: Collection[str]) -> Iterator[Block]:
+        """The tensors without statistics; these are only hashed, like those in ``skip``."""
+        return super().blocks(self.statistics.union(skip))
+
+    def blocks_of(self, descriptor: int, entry: TensorEntry) -> Iterator[Block]:
+        """The blocks of a tensor; those of a packed weight with the scales of the whole."""
+        weight = self.packed.get(entry.name)
+        if weight is None:
+            yield from self.read(descriptor, entry)
+            return
+        absmax, (m, n) = weight.absmax(), weight.dense.shape
+        step = rows_per_block(n, weight.blocksize)
+        for first in range(0, m, step):
+            start, stop = first * n // 2, min(first + step, m) * n // 2
+            data = read_bytes(descriptor, entry, start, stop - start)
+            yield Block(weight.dense, first, data, first + step >= m, absmax)
+
+    def as_trained(self, block: Block, rows: torch.Tensor) -> torch.Tensor:
+        """``rows`` of a block as training used them, in its compute dtype."""
+        if block.absmax is None:
+            return rows.to(self.compute)
+        return self.packed[block.entry.name].dequantized(rows, block.absmax, block.first, self.compute)
 
 
 @contextlib.contextmanager

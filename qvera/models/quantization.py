@@ -144,7 +144,7 @@ def dequantized_weight(module: nn.Linear, dtype: torch.dtype, exact: bool = Fals
                 "this 4-bit weight was repacked by a bitsandbytes evaluation pass before qvera got it; such a weight "
                 "has no correct gradient. Load the base model again and attach the adapter before running it"
             )
-        return _dequantized(module.weight.data.view(-1, 1), _in_fp32(state) if exact else state).to(dtype)
+        return dequantized_packed(module.weight.data.view(-1, 1), _in_fp32(state) if exact else state).to(dtype)
     if isinstance(module, Linear8bit):
         return _dequantized_rows(*int8_rows(module)).to(dtype)
     return module.weight.to(dtype)
@@ -206,7 +206,7 @@ def _dequantized_rows(rows: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return rows.to(torch.float32) * (scales.to(torch.float32) / 127.0).unsqueeze(1)
 
 
-def _dequantized(packed: torch.Tensor, state: QuantState) -> torch.Tensor:
+def dequantized_packed(packed: torch.Tensor, state: QuantState) -> torch.Tensor:
     """A 4-bit weight in its state's dtype, whatever its width.
 
     Blocks are consecutive elements of the flattened weight. bitsandbytes' AVX-512 kernel (0.50.0 and 0.50.2) assumes
@@ -352,7 +352,7 @@ def quantize_dequantize(weight: torch.Tensor, section: ModelSection) -> torch.Te
     packed, state = bnb_functional.quantize_4bit(
         weight, blocksize=64, compress_statistics=section.double_quant, quant_type=section.quantization
     )
-    return _dequantized(packed, state)
+    return dequantized_packed(packed, state)
 
 
 def double_quantized_absmax(absmax: torch.Tensor) -> torch.Tensor:
@@ -368,7 +368,7 @@ def quantize_dequantize_blocks(
     """`quantize_dequantize` of whole blocks of 64 elements to ``dtype``, with one ``absmax`` for each block."""
     packed, state = bnb_functional.quantize_4bit(weight, blocksize=64, compress_statistics=False, quant_type=quant_type)
     state.absmax, state.dtype = absmax.contiguous(), dtype
-    return _dequantized(packed, state)
+    return dequantized_packed(packed, state)
 
 
 def inference_pack(module: nn.Linear) -> tuple[torch.Tensor, QuantState] | None:

@@ -44,9 +44,9 @@ class Block(NamedTuple):
     """Quantization scales of the whole tensor, from a reader that computes them first."""
 
 
-def rows_per_block(columns: int) -> int:
-    """Rows of ``columns`` elements in a block: a multiple of 64 elements, so that it cuts no quantization block."""
-    unit = 64 // math.gcd(64, columns)
+def rows_per_block(columns: int, blocksize: int = 64) -> int:
+    """Rows of ``columns`` elements in a block: whole quantization blocks of ``blocksize`` elements."""
+    unit = blocksize // math.gcd(blocksize, columns)
     return max(1, BLOCK_ELEMENTS // columns // unit) * unit
 
 
@@ -104,11 +104,21 @@ class CheckpointReader:
         row_bytes = entry.size_bytes // count
         for first in range(0, count, step):
             size = min(step, count - first)
-            data = torch.empty(size * row_bytes, dtype=torch.uint8)
-            if not read_at(descriptor, data.numpy().data, entry.start + first * row_bytes):
-                raise RunFailed(f"{entry.file}: {entry.name} ended while it was read. Run again when it is whole.")
+            data = read_bytes(descriptor, entry, first * row_bytes, size * row_bytes)
             rows = data.view(entry.dtype).view((size, *entry.shape[1:]) if entry.shape else ())
             yield Block(entry, first, rows, first + size == count)
+
+
+def read_bytes(descriptor: int, entry: TensorEntry, first: int, count: int) -> torch.Tensor:
+    """Bytes [first, first + count) of a tensor in a file, uint8.
+
+    Raises:
+        RunFailed: the file ended before.
+    """
+    data = torch.empty(count, dtype=torch.uint8)
+    if not read_at(descriptor, data.numpy().data, entry.start + first):
+        raise RunFailed(f"{entry.file}: {entry.name} ended while it was read. Run again when it is whole.")
+    return data
 
 
 def in_order(
