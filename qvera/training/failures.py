@@ -85,11 +85,11 @@ def step_error(
         rows: the training rows, to plan the changes with; None: `make_plan` assumes some.
     """
     rank = f"rank {group.rank}" if group.world_size > 1 else None
-    moment = next(one for one in group.gather(None if examples is None else _moment(examples, rank)) if one is not None)
+    what = next(
+        one for one in group.gather(None if examples is None else _what_failed(examples, rank)) if one is not None
+    )
     return for_all(
-        OutOfMemory(
-            f"Step {step}: memory ran out {moment}: {shortage}. The step was undone.\n{_advice(plan, rows, shortage)}"
-        )
+        OutOfMemory(f"Step {step}: {what}: {shortage}. The step was undone.\n{_advice(plan, rows, shortage)}")
     )
 
 
@@ -97,9 +97,9 @@ def lone_error(
     step: int, shortage: Shortage, examples: Sequence[Example], plan: Plan | None, rows: Rows | None, group: Group
 ) -> OutOfMemory:
     """The error of one rank under ZeRO, which can't tell the others: they wait in the middle of DeepSpeed's passes."""
-    moment = _moment(examples, f"rank {group.rank} on {group.host}")
+    what = _what_failed(examples, f"rank {group.rank} on {group.host}")
     return OutOfMemory(
-        f"Step {step}: memory ran out {moment}: {shortage}. Under ZeRO a step that one rank can't take ends the run; "
+        f"Step {step}: {what}: {shortage}. Under ZeRO a step that one rank can't take ends the run; "
         "earlier checkpoints are kept, and training.save_steps says how many there are.\n"
         f"{_advice(plan, rows, shortage)}"
     )
@@ -129,10 +129,13 @@ def _changes_that_fit(plan: Plan, rows: Rows | None, shortage: Shortage) -> list
     return change_lines(make_plan(plan.recipe, machine, rows, plan.sharing))[: 1 + _CHANGES]
 
 
-def _moment(examples: Sequence[Example], rank: str | None) -> str:
+def _what_failed(examples: Sequence[Example], rank: str | None) -> str:
     where = [one for one in (rank, _batch(examples) if examples else None) if one is not None]
-    moment = "in a forward and backward pass" if examples else "before the first forward and backward pass"
-    return f"{moment} ({', '.join(where)})" if where else moment
+    if examples:
+        what = "memory ran out in a forward and backward pass"
+    else:
+        what = "memory ran out before the first forward and backward pass"
+    return f"{what} ({', '.join(where)})" if where else what
 
 
 def _batch(examples: Sequence[Example]) -> str:
