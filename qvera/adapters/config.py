@@ -7,7 +7,7 @@ from typing import Any
 
 from peft import PeftConfig
 
-from qvera.adapters.projection import GENERATOR
+from qvera.adapters.projection import GENERATOR, Seeds
 from qvera.config.schema import AdapterSection
 from qvera.utils.errors import InputError
 
@@ -16,7 +16,8 @@ PREFIX = "base_model.model."
 """What PEFT puts before a module's name in an adapter file."""
 
 FORMAT_VERSION = 3
-"""The newest format that is read. 1: one b and one d for each linear; 2: ``b_groups``, ``input_scale``; 3: ``method``.
+"""The newest format that is read. 1: one b and one d for each linear; 2: ``b_groups``, ``input_scale``; 3: ``method``,
+``seed_chain``.
 
 An adapter names the oldest format that has all it needs."""
 
@@ -56,7 +57,10 @@ class QveraConfig(PeftConfig):
         added_tokens: token → id of the tokens that its recipe added, whose rows lie beside the vectors.
         pad_token: the recipe's padding token.
         eos_token: the recipe's end-of-sequence token.
-        magnitude: reserved for later formats; refused when set, like ``seed_chain``.
+        seed_chain: the seeds of the phases of a run that resampled its projections, ``projection_seed`` first. The rank
+            is that of all phases together, and each has one of ``b_groups`` vectors b
+            (`qvera.adapters.methods.vera.VeraPhases`).
+        magnitude: reserved for later formats; refused when set.
 
     Raises:
         InputError: a value is out of range, or the config was written by a newer format or another generator.
@@ -90,7 +94,7 @@ class QveraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type: Any = PEFT_TYPE  # a string: PEFT's enum stays as it is
-        if self.format_version > FORMAT_VERSION or self.magnitude or self.seed_chain:
+        if self.format_version > FORMAT_VERSION or self.magnitude:
             raise InputError(
                 f"this QVERA adapter has format version {self.format_version} and optional parts this qvera does not "
                 f"know (it reads version {FORMAT_VERSION}): update qvera."
@@ -108,10 +112,31 @@ class QveraConfig(PeftConfig):
             self.format_version = max(self.format_version, 2)
         if self.method != _DEFAULTS.method:
             self.format_version = max(self.format_version, 3)
+        if self.seed_chain:
+            self.format_version = max(self.format_version, 3)
+        self.current_phase: int | None = None
+        """The phase of ``seed_chain`` that is trained now; None outside of training. Not part of the file."""
         if self.added_tokens:  # PEFT writes its JSON with sorted keys; ids say in which order tokens were added
             self.added_tokens = dict(sorted(self.added_tokens.items(), key=lambda pair: pair[1]))
 
+    @property
+    def seeds(self) -> Seeds:
+        """The seed of A and B, or those of its phases."""
+        return tuple(self.seed_chain) if self.seed_chain else self.projection_seed
+
+    def _check_seed_chain(self) -> None:
+        chain = self.seed_chain
+        if not chain:
+            return
+        whole = isinstance(chain, list) and all(type(seed) is int and 0 <= seed < 2**64 for seed in chain)
+        if not whole or chain[0] != self.projection_seed or len(chain) != self.b_groups:
+            raise InputError(
+                f"seed_chain: takes the seeds of {self.b_groups} phases (b_groups), the first of them "
+                f"{self.projection_seed} (projection_seed), got {chain!r}."
+            )
+
     def _check_values(self) -> None:
+        self._check_seed_chain()
         names = ("rank", "b_groups", "input_scale", "d_initial", "dropout")
         _DEFAULTS.replace(**{name: getattr(self, name) for name in names})
         try:

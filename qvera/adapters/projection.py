@@ -15,6 +15,7 @@ import hashlib
 import math
 import weakref
 from collections.abc import Callable
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -24,6 +25,9 @@ from qvera.adapters import functional
 
 GENERATOR = "philox4x64-10/u24"
 """Name of the rule above, written into every adapter file. Another rule needs another name."""
+
+Seeds: TypeAlias = int | tuple[int, ...]
+"""One seed, or those of several phases (`qvera.adapters.methods.vera.VeraPhases`)."""
 
 _STREAM_A, _STREAM_B = 0, 1
 
@@ -52,12 +56,18 @@ def vera_scale(rank: int, in_features: int) -> float:
     return math.sqrt(6.0 / in_features) * math.sqrt(6.0 / rank)
 
 
-def uniform_pair(rank: int, in_features: int, out_features: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """A [rank, in_features] and B [out_features, rank] of a seed, fp32."""
-    return uniform_matrix(rank, in_features, seed, _STREAM_A), uniform_matrix(out_features, rank, seed, _STREAM_B)
+def uniform_pair(rank: int, in_features: int, out_features: int, seeds: Seeds) -> tuple[np.ndarray, np.ndarray]:
+    """A [rank, in_features] and B [out_features, rank] of a seed, fp32.
+
+    Of several seeds: the pairs of each, of rank / len(seeds), one after the other along the rank.
+    """
+    chain = (seeds,) if isinstance(seeds, int) else tuple(seeds)
+    each = rank // len(chain)
+    A = np.concatenate([uniform_matrix(each, in_features, seed, _STREAM_A) for seed in chain])
+    return A, np.concatenate([uniform_matrix(out_features, each, seed, _STREAM_B) for seed in chain], axis=1)
 
 
-def projection_sha256(rank: int, in_features: int, out_features: int, seed: int) -> str:
+def projection_sha256(rank: int, in_features: int, out_features: int, seed: Seeds) -> str:
     """SHA-256 over the little-endian fp32 bytes of A [rank, in_features] and then B [out_features, rank]."""
     digest = hashlib.sha256()
     for matrix in uniform_pair(rank, in_features, out_features, seed):
@@ -115,7 +125,7 @@ class SharedProjection(nn.Module):
     A: torch.Tensor
     B: torch.Tensor
 
-    def __init__(self, seed: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, seed: Seeds, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         self.seed = seed
         self.inputs = SharedInput()
@@ -131,12 +141,12 @@ class SharedProjection(nn.Module):
 
     def _draw(self, rank: int, in_features: int, out_features: int, device: torch.device, dtype: torch.dtype) -> None:
         self.inputs.forget()
-        for name, shape, stream in (("A", (rank, in_features), _STREAM_A), ("B", (out_features, rank), _STREAM_B)):
-            if device.type == "meta":
-                drawn = torch.empty(shape, device=device, dtype=dtype)
-            else:
-                drawn = torch.from_numpy(uniform_matrix(*shape, self.seed, stream)).to(device=device, dtype=dtype)
-            setattr(self, name, drawn)
+        if device.type == "meta":
+            self.A = torch.empty(rank, in_features, device=device, dtype=dtype)
+            self.B = torch.empty(out_features, rank, device=device, dtype=dtype)
+            return
+        pair = uniform_pair(rank, in_features, out_features, self.seed)
+        self.A, self.B = (torch.from_numpy(matrix).to(device=device, dtype=dtype) for matrix in pair)
 
     def slices(self, rank: int, in_features: int, out_features: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views A [rank, in_features] and B [out_features, rank] for one layer; nothing is copied."""

@@ -43,6 +43,7 @@ def attach(
     base_fingerprint: str | None = None,
     added_tokens: dict[str, int] | None = None,
     tokens: ModelSection | None = None,
+    phases: int = 1,
 ) -> PeftModel:
     """Put a fresh adapter (or, with ``init_from``, the vectors of an existing one) on a loaded base model.
 
@@ -55,14 +56,16 @@ def attach(
         base_fingerprint: see `qvera.utils.safetensors_io.base_fingerprint`.
         added_tokens: token → id of the tokens that the recipe adds, whose rows the model has.
         tokens: what the recipe says of padding and end-of-sequence tokens.
+        phases: how many pairs the run draws one after the other, of as many seeds from ``section.seed`` on.
 
     Raises:
         InputError: a target matches nothing, or ``init_from`` does not fit.
     """
     config = QveraConfig(
         method=section.method,
-        rank=section.rank,
-        b_groups=section.b_groups,
+        rank=section.rank * phases,
+        b_groups=section.b_groups * phases,
+        seed_chain=[(section.seed + phase) % 2**64 for phase in range(phases)] if phases > 1 else None,
         input_scale=section.input_scale,
         target_modules=section.targets if isinstance(section.targets, str) else list(section.targets),
         d_initial=section.d_initial,
@@ -100,6 +103,7 @@ def _start_from(peft_model: PeftModel, config: QveraConfig, init_from: str) -> N
         ("b_groups", "b_groups"),
         ("input_scale", "input_scale"),
         ("projection_seed", "seed"),
+        ("seed_chain", "seeds of phases"),
         ("projection_shapes", "projections (by its targets and base) of shapes"),
         ("projection_sha256", "projections' SHA-256"),
     ):
@@ -148,6 +152,7 @@ def adapter_facts(model: PeftModel) -> dict[str, Any]:
         "adapted_modules": len(layers),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "seed": config.projection_seed,
+        **({"seed_chain": config.seed_chain} if config.seed_chain else {}),
         "lora_r64_parameters": sum(64 * (m.in_features + m.out_features) for m in layers.values()),
     }
 

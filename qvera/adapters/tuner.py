@@ -27,13 +27,19 @@ class QveraModel(BaseTuner):
     tuner_layer_cls = QveraLinear
     target_module_mapping: dict[str, list[str]] = {}
 
-    def _projection(self, seed: int, device: torch.device, dtype: torch.dtype) -> SharedProjection:
-        """The pair of this seed on this device (a model spread over devices has one on each)."""
+    def _projection(self, config: QveraConfig, device: torch.device, dtype: torch.dtype) -> SharedProjection:
+        """The pair of this adapter's seed on this device (a model spread over devices has one on each)."""
         pool = self.__dict__.setdefault("_projection_pool", [])
         for projection in pool:
-            if (projection.seed, projection.A.device, projection.A.dtype) == (seed, device, dtype):
+            # of several seeds no pair is a prefix of a larger one
+            same_size = isinstance(config.seeds, int) or len(projection.A) in (0, config.rank)
+            if (projection.seed, projection.A.device, projection.A.dtype) == (
+                config.seeds,
+                device,
+                dtype,
+            ) and same_size:
                 return projection
-        pool.append(SharedProjection(seed, device, dtype))
+        pool.append(SharedProjection(config.seeds, device, dtype))
         return pool[-1]
 
     @contextlib.contextmanager
@@ -108,7 +114,7 @@ class QveraModel(BaseTuner):
         homes = dict.fromkeys(_home(base, model) for _, base in matched)
         self._check_projection(config, largest_in, largest_out)
         for home in homes:
-            self._projection(config.projection_seed, *home).ensure(config.rank, largest_in, largest_out)
+            self._projection(config, *home).ensure(config.rank, largest_in, largest_out)
 
     def _match_targets(self, model: nn.Module, config: QveraConfig) -> list[tuple[str, nn.Module]]:
         """Names and base layers of what the config adapts; writes short target names into the config.
@@ -153,10 +159,10 @@ class QveraModel(BaseTuner):
                 f"this adapter was trained with projections of shapes {config.projection_shapes}, but this model and "
                 f"its targets need {shapes}: it belongs to another base model."
             )
-        digest = projection_sha256(config.rank, largest_in, largest_out, config.projection_seed)
+        digest = projection_sha256(config.rank, largest_in, largest_out, config.seeds)
         if config.projection_sha256 is not None and config.projection_sha256 != digest:
             raise InputError(
-                f"the projections of seed {config.projection_seed} have SHA-256 {digest[:16]}… here and "
+                f"the projections of seed {config.seeds} have SHA-256 {digest[:16]}… here and "
                 f"{config.projection_sha256[:16]}… in the adapter: the file was changed, or made by another generator."
             )
         config.projection_shapes, config.projection_sha256 = shapes, digest
@@ -187,7 +193,7 @@ class QveraModel(BaseTuner):
         """The frozen pair of one linear: the shared one of the seed, its own, or none."""
         method, home, shape = method_of(config), _home(base, self.model), layer_shape(base)
         if method.source is Source.SEEDED:
-            return self._projection(config.projection_seed, *home)
+            return self._projection(config, *home)
         if shape is None or (pair := method.own_pair(config, Place(name, *shape), base)) is None:
             return None
         A, B = (factor.to(*home) for factor in pair)

@@ -94,6 +94,7 @@ def _adapter(directory: Path) -> dict[str, Any]:
         "trained_parameters": sum(trained.values()),
         "adapter_file_bytes": weights.stat().st_size,
         "projection_seed": config.get("projection_seed", config.get("projection_prng_key")),
+        **({"seed_chain": config["seed_chain"]} if config.get("seed_chain") else {}),
         "projection_generator": config.get("projection_generator"),
         "projection_sha256": config.get("projection_sha256"),
         "adapter_sha256": file_sha256(weights),

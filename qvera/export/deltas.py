@@ -167,7 +167,7 @@ def _own_pair(config: QveraConfig) -> Pair | None:
     largest = config.projection_shapes
     if not largest:
         raise InputError("the adapter's config has no projection_shapes: it was not written by qvera's save.")
-    A, B = uniform_pair(config.rank, largest["A"][1], largest["B"][0], config.projection_seed)
+    A, B = uniform_pair(config.rank, largest["A"][1], largest["B"][0], config.seeds)
     return torch.from_numpy(A), torch.from_numpy(B)
 
 

@@ -40,6 +40,7 @@ from qvera.training.plan.run import NotPlannable
 from qvera.training.plan.sharding import spread_of
 from qvera.training.planning import plan_run, resumed_mode
 from qvera.training.rank_checks import check_disk_space, check_same_data, check_same_setup, count_nodes
+from qvera.training.resample import phase_count
 from qvera.training.step import StepAttempt
 from qvera.training.step_hooks import build_hooks
 from qvera.utils import accelerator, memory
@@ -121,7 +122,8 @@ class TrainingSession:
         self.base = self._load_base()
         facts = self.base.facts
         identity = facts.get("fingerprint"), facts.get("added_tokens")
-        self.model = attach(self.base.model, recipe.adapter, recipe.model.path, *identity, recipe.model)
+        phases = phase_count(recipe, len(self.datasets.train))
+        self.model = attach(self.base.model, recipe.adapter, recipe.model.path, *identity, recipe.model, phases)
         if recipe.data.packing:
             require_packing(self.model)
         self.batches = batches_of(recipe, self.datasets.train)

@@ -9,6 +9,7 @@ from qvera.adapters.step_hook import StepHook, StepHooks
 from qvera.data import BilevelBatches
 from qvera.training.bilevel import BilevelHook
 from qvera.training.engine import trained_vectors
+from qvera.training.resample import ResampleHook
 
 if TYPE_CHECKING:
     import torch
@@ -35,4 +36,8 @@ def build_hooks(recipe: Recipe, model: PeftModel, optimizer: torch.optim.Optimiz
         hooks[recipe.adapter.method] = own
     if isinstance(batches, BilevelBatches):
         hooks["bilevel"] = BilevelHook(batches, trained_vectors(model), method)
+    config = model.peft_config["default"]
+    if config.seed_chain:
+        vectors, every = trained_vectors(model), recipe.training.resample_every
+        hooks["resample"] = ResampleHook(config, vectors, optimizer, every)
     return StepHooks(hooks)

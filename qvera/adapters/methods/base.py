@@ -80,6 +80,8 @@ class Method(ABC):
 
     upper_kinds: ClassVar[frozenset[str]] = frozenset()
     """The tensors that ``training.bilevel`` trains at the upper level, by name; empty where it does not fit."""
+    can_resample: ClassVar[bool] = False
+    """Whether ``training.resample_every`` fits: its tensors of several phases are those of one seed chain."""
     has_vectors: ClassVar[bool] = False
     """Whether its factors have d and b: VeRA's backward and the product with W + ΔW (`fused`) are for these."""
     is_banked: ClassVar[bool] = False

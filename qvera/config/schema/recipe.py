@@ -82,8 +82,23 @@ class Recipe(Section):
                 )
             if self.data.group_by_length:
                 yield "training.bilevel", "has an order of rows of its own; remove data.group_by_length."
+        if self.training.resample_every:
+            yield from self._resample_contradictions()
         if self.deepspeed is not None and self.training.on_oom == "halve":
             yield "training.on_oom", "halve: DeepSpeed can't undo a step that its ranks have begun; use save."
+
+    def _resample_contradictions(self) -> Iterator[tuple[str, str]]:
+        key = "training.resample_every"
+        if self.deepspeed is not None:
+            yield key, "clears optimizer state, of which DeepSpeed has its own copies; remove one of the two."
+        if self.training.weight_decay:
+            yield key, "weight decay would go on to pull at the frozen phases; set training.weight_decay: 0."
+        if self.adapter.b_groups > 1 or self.adapter.input_scale:
+            yield key, "each phase has one b and one d; remove adapter.b_groups and adapter.input_scale."
+        if self.adapter.init_from is not None:
+            yield key, "begins with fresh vectors; remove adapter.init_from."
+        if self.training.bilevel:
+            yield key, "and training.bilevel are two schedules for the same vectors; remove one of the two."
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML, every key written out."""

@@ -120,6 +120,10 @@ class TrainingSection(Section):
     bilevel_retrain: Fraction = 0.0
     """With ``bilevel``: the last share of the steps, in which the lower level trains on all rows and the upper level is
     frozen, as BiDoRA does at the end."""
+    resample_every: NonNegative = 0
+    """Freeze the trained vectors every this many optimizer steps, and go on with a new pair of projections of the next
+    seed and fresh vectors, as ReLoRA and Flora do. The adapter is the sum of all phases, of ``adapter.rank`` each. For
+    VeRA, on long runs. 0: never."""
     adapt_steps: NonNegative = 0
     """After training, optimizer steps on each of ``data.held_out_tasks``, from the trained vectors, with a constant
     rate. The report has the loss of the task's other rows before and after. The saved adapter is not changed. 0:

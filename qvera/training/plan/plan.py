@@ -24,6 +24,7 @@ from qvera.training.plan.memory import HELD_WEIGHTS, Memory, held_weights
 from qvera.training.plan.run import Machine, PlannedRun, Shape, shape_of, this_machine
 from qvera.training.plan.sharding import ALONE, Sharing, Way, plan_rank, plan_ways, right_way
 from qvera.training.plan.streaming import Streaming, decide_both
+from qvera.training.resample import phase_count, with_phases
 from qvera.utils.errors import InputError
 
 _CONFIG_BYTES = 800  # adapter_config.json
@@ -164,6 +165,8 @@ def make_plan(
             keys do not suit its method.
     """
     check_recipe(recipe)
+    phases = phase_count(recipe, 0 if rows is None else len(rows))
+    recipe = with_phases(recipe, phases)
     with torch.random.fork_rng(devices=[]):
         model = empty_model(recipe.model)
     shape = _grown(shape_of(model), recipe)
@@ -184,6 +187,8 @@ def make_plan(
         memory = memory.with_held(held)
     fits = memory.needed_bytes(machine) <= machine.available_bytes
     changes = [] if fits else nearest_changes(run, batch_of, sharing)
+    if phases > 1:  # the rank of the plan is that of all phases, not the recipe's
+        changes = [change for change in changes if "adapter.rank" not in change.settings]
     ways = tuple(plan_ways(run, sharing.nodes, sharing.per_node)) if every_way else ()
     return Plan(shape, run.recipe, run.batch, machine, memory, changes, decided, streaming, sharing, ways)
 

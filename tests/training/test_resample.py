@@ -1,0 +1,175 @@
+"""Phases: every some steps the vectors are frozen and a new random pair goes on; the sum is an exact LoRA."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from qvera.adapters.config import QveraConfig
+from qvera.adapters.projection import uniform_pair
+from qvera.adapters.save_load import attach, load_adapter, named_vectors
+from qvera.cli.main import main
+from qvera.config.schema import AdapterSection
+from qvera.evaluation.run_info import directory_facts
+from qvera.training.plan import make_plan
+from qvera.training.resample import phase_count, with_phases
+from qvera.training.trainer import train
+from qvera.utils.errors import InputError
+from tests.adapters.helpers import perturb, relative
+from tests.conftest import small_llama
+from tests.training.test_trainer import cut_off, losses, same, vectors
+
+pytestmark = pytest.mark.process
+
+RANK, PHASES = 4, 3
+
+
+@pytest.fixture(scope="module")
+def run(make_recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """Eight steps in phases of three, three and two, in fp32 over an unquantized base."""
+    training = {"resample_every": 3, "max_steps": 8, "save_steps": 1, "save_total_limit": 9}
+    recipe = make_recipe(model={"quantization": "none"}, adapter={"rank": RANK, "seed": 5}, training=training)
+    run_dir = tmp_path_factory.mktemp("phases") / "run"
+    train(recipe, run_dir)
+    return recipe, run_dir
+
+
+def test_a_step_moves_its_phase_alone_and_a_new_phase_begins_at_zero(run: tuple[Any, Path]) -> None:
+    steps = [load_file(run[1] / "checkpoints" / f"step-{k:08d}" / "vectors.safetensors") for k in range(1, 9)]
+    for number, (before, after) in enumerate(zip(steps[:-1], steps[1:], strict=True), start=1):
+        phase = number // 3
+        for name, value in after.items():
+            groups = PHASES if name.endswith("_b") else PHASES * RANK
+            moved = (value != before[name]).reshape(PHASES, -1).any(dim=1)
+            assert len(value) == groups
+            still = name.endswith("_d") and number % 3 == 0  # while b is 0, d has no gradient
+            assert moved.tolist() == [p == phase and not still for p in range(PHASES)], (name, number)
+            if name.endswith("_b") and phase + 1 < PHASES:
+                assert not value[phase + 1 :].any()
+
+
+def test_optimizer_state_begins_anew_with_a_phase(run: tuple[Any, Path]) -> None:
+    for step, counted in ((2, 2), (3, None), (4, 1), (8, 2)):
+        state = load_file(run[1] / "checkpoints" / f"step-{step:08d}" / "optimizer.safetensors")
+        assert {int(value) for name, value in state.items() if name.endswith("/step")} == (
+            {counted} if counted else set()
+        )
+
+
+def test_a_run_in_phases_is_resumed_to_the_bit(run: tuple[Any, Path], tmp_path: Path) -> None:
+    recipe, whole = run
+    for after in (3, 4):  # between two phases, and within one
+        again = cut_off(whole, tmp_path / f"again{after}", after=after)
+        train(recipe, again, resume=True)
+        assert losses(again) == losses(whole)
+        assert same(vectors(again), vectors(whole))
+
+
+def dense_phases(tensors: dict[str, torch.Tensor], name: str, seeds: list[int], n: int, m: int) -> torch.Tensor:
+    """ΔW as the sum of plain VeRA adapters of the phases' seeds, in float64."""
+    d, b = tensors[f"{name}.qvera_d"].double(), tensors[f"{name}.qvera_b"].double()
+    scale = (6 / n) ** 0.5 * (6 / RANK) ** 0.5
+    total = torch.zeros(m, n, dtype=torch.float64)
+    for phase, seed in enumerate(seeds):
+        A, B = (torch.from_numpy(matrix).double() for matrix in uniform_pair(RANK, n, m, seed))
+        own = d[phase * RANK : (phase + 1) * RANK]
+        total += scale * (b[phase].unsqueeze(1) * B * own) @ A
+    return total
+
+
+def test_the_saved_adapter_is_the_sum_of_its_phases(run: tuple[Any, Path]) -> None:
+    tensors, seeds = vectors(run[1]), [5, 6, 7]
+    config = json.loads((run[1] / "adapter" / "adapter_config.json").read_text())
+    assert (config["rank"], config["b_groups"], config["seed_chain"]) == (PHASES * RANK, PHASES, seeds)
+    model = load_adapter(small_llama(), run[1] / "adapter")
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.down_proj")
+    wanted = dense_phases(tensors, "base_model.model.model.layers.0.mlp.down_proj", seeds, 192, 64)
+    assert wanted.norm() > 0
+    assert relative(layer.delta_weight_fp32("default"), wanted) < 1e-5
+    assert directory_facts(run[1] / "adapter")["seed_chain"] == seeds
+
+
+def test_the_gradients_of_a_phase_are_those_of_its_own_vera(tiny_model_dir: Path) -> None:
+    """With earlier phases as part of a dense base, in every gradient."""
+    model = attach(small_llama(), AdapterSection(rank=RANK, seed=5), phases=PHASES)
+    perturb(model)
+    model.peft_config["default"].current_phase = 1
+    name, layer = next((n, m) for n, m in model.named_modules() if n.endswith("0.mlp.up_proj"))
+    x = torch.randn(40, 64, requires_grad=True)
+    d, b = (getattr(layer, kind)["default"] for kind in ("qvera_d", "qvera_b"))
+    g = torch.randn(40, 192)
+    (layer(x) * g).sum().backward()
+    dense_x, dense_d, dense_b = (one.detach().double().requires_grad_() for one in (x, d, b))
+    scale = (6 / 64) ** 0.5 * (6 / RANK) ** 0.5
+    weight = layer.base_layer.weight.detach().double()
+    for phase in range(2):  # the third has not begun
+        A, B = (torch.from_numpy(matrix).double() for matrix in uniform_pair(RANK, 64, 192, 5 + phase))
+        own_d, own_b = dense_d[phase * RANK : (phase + 1) * RANK], dense_b[phase]
+        if phase == 0:
+            own_d, own_b = own_d.detach(), own_b.detach()
+        weight = weight + scale * (own_b.unsqueeze(1) * B * own_d) @ A
+    ((dense_x @ weight.t()) * g.double()).sum().backward()
+    for mine, wanted in ((x, dense_x), (d, dense_d), (b, dense_b)):
+        assert wanted.grad.norm() > 0
+        assert relative(mine.grad, wanted.grad) < 1e-4
+    assert not d.grad[:RANK].any()
+    assert not b.grad[0].any()
+
+
+def test_phases_export_to_an_exact_lora(run: tuple[Any, Path], tmp_path: Path, tiny_model_dir: Path) -> None:
+    out = tmp_path / "lora"
+    assert main(["export", str(run[1]), str(out), "--to", "lora", "--dtype", "float32"]) == 0
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    ids = torch.arange(3, 43).view(2, 20)
+    lora = PeftModel.from_pretrained(base, str(out))
+    with torch.no_grad():
+        theirs = lora(ids).logits
+        lora.unload()
+        ours = load_adapter(
+            AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32), run[1] / "adapter"
+        )
+        mine = ours(ids).logits
+        with ours.disable_adapter():
+            plain = ours(ids).logits
+    assert json.loads((out / "adapter_config.json").read_text())["r"] == PHASES * RANK
+    assert (mine - plain).abs().max() > 1e-3
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_plan_is_that_of_the_last_phase(run: tuple[Any, Path]) -> None:
+    recipe, run_dir = run
+    assert phase_count(recipe, 32) == PHASES
+    assert with_phases(recipe, PHASES).adapter.rank == PHASES * RANK
+    plan = make_plan(recipe, torch.device("cpu"))
+    live = sum(tensor.numel() for tensor in vectors(run_dir).values())
+    assert plan.trained_parameters == live
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"training": {"weight_decay": 0.1}}, "weight decay would go on to pull at the frozen phases"),
+        ({"adapter": {"b_groups": 2}}, "each phase has one b and one d"),
+        ({"training": {"bilevel": True}}, "two schedules for the same vectors"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    make_recipe: Any, sections: dict[str, dict[str, Any]], words: str
+) -> None:
+    sections = {**sections, "training": {"resample_every": 3, **sections.get("training", {})}}
+    with pytest.raises(InputError, match=words):
+        make_recipe(**sections)
+
+
+def test_a_seed_chain_that_does_not_fit_is_refused() -> None:
+    for chain in ([1, 2], [0, 1, 2], [0, -1]):
+        with pytest.raises(InputError, match="seed_chain: takes the seeds of 2 phases"):
+            QveraConfig(rank=8, b_groups=2, seed_chain=chain)
+    assert named_vectors(attach(small_llama(), AdapterSection(rank=2), phases=2))
