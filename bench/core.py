@@ -1,6 +1,6 @@
 """Time and memory of one forward + backward: frozen base, ours, stock PEFT VeRA and LoRA, side by side.
 
-    python bench/core.py [--rounds 5] [--rows 4] [--length 256]
+    python bench/core.py [--rounds 5] [--rows 4] [--length 256] [--passes 1] [--dtype auto]
 
 SmolLM2-135M (real weights) in NF4, all seven linears, no gradient checkpointing, vectors off zero. ``frozen`` is the
 model without an adapter and with gradients flowing to the input embeddings, with stock Linear4bit and with our frozen
@@ -9,8 +9,8 @@ as an adapted model has: for scale. ``floor`` is VeRA's products alone: z for ea
 and ∂x, at the same shapes in the same dtype. ``kept`` is what autograd keeps for backward, counted twice: unique
 storages seen by saved_tensors_hooks, and storages made during forward that are alive at its end (a dispatch-mode
 census), parameters and buffers excluded from both. ``held`` keeps W + ΔW until the vectors change, as `qvera train` does where
-memory allows (`adapters.fused.HeldWeight`). After each backward every trained number is changed, as an optimizer would,
-so W + ΔW is made anew once a pass: a step with several passes is faster than that. ``7B layer`` is one decoder layer of 4096/11008 with 32 heads,
+memory allows (`adapters.fused.HeldWeight`). After ``--passes`` of forward and backward every trained number is changed,
+as an optimizer would, so W + ΔW is made anew once in that many. ``7B layer`` is one decoder layer of 4096/11008 with 32 heads,
 random weights in NF4, 512 tokens; ``checkpointed`` a whole step with our loss under gradient checkpointing.
 """
 
@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench.common import header, interleaved, perturb, smollm2, write_result
-from bench.generation import DTYPE, stock
+from bench.generation import stock
 from bench.gpu.common import base_on_device
 from bench.trials import MORE
 from qvera.adapters import QveraLinear, hold_training_weights
@@ -38,8 +38,9 @@ from qvera.config.schema import AdapterSection, ModelSection
 from qvera.evaluation.evaluate import batch_nll
 from qvera.models.checkpointing import enable_checkpointing
 from qvera.models.linear import freeze_linears
-from qvera.models.loader import load_base
+from qvera.models.loader import load_base, pick_compute_dtype
 from qvera.models.norm_mlp import reduce_saved_activations
+from qvera.utils import accelerator
 
 BEYOND = "ours r=96, 2 b, a"
 """With `trials.MORE`."""
@@ -130,7 +131,7 @@ def over_frozen(times: dict[str, dict[str, float]]) -> dict[str, Any]:
     return {name: {"seconds": t, "over_frozen": t["median"] / fastest} for name, t in times.items()}
 
 
-def layer_of_7b(rounds: int, tokens: int = 512) -> dict[str, Any]:
+def layer_of_7b(rounds: int, dtype: torch.dtype, tokens: int = 512) -> dict[str, Any]:
     """One decoder layer of 7B shape, forward and backward to its input."""
     models: dict[str, Any] = {}
     for name in (
@@ -141,7 +142,7 @@ def layer_of_7b(rounds: int, tokens: int = 512) -> dict[str, Any]:
         BEYOND,
         "stock PEFT VeRA r=256",
     ):
-        model = base_on_device("7b", 1, torch.device("cpu"), DTYPE).train()
+        model = base_on_device("7b", 1, torch.device("cpu"), dtype).train()
         if name == "frozen, ours":
             freeze_linears(model)
         elif name == BEYOND:
@@ -154,7 +155,7 @@ def layer_of_7b(rounds: int, tokens: int = 512) -> dict[str, Any]:
         if "frozen" not in name:
             perturb(model)
         models[name] = model
-    x = torch.randn(1, tokens, 4096, dtype=DTYPE)
+    x = torch.randn(1, tokens, 4096, dtype=dtype)
 
     def run(model: Any) -> None:
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -169,10 +170,9 @@ def layer_of_7b(rounds: int, tokens: int = 512) -> dict[str, Any]:
     return over_frozen(interleaved(cases, rounds))
 
 
-def checkpointed(path: str, ids: torch.Tensor, rounds: int) -> dict[str, Any]:
+def checkpointed(section: ModelSection, ids: torch.Tensor, rounds: int) -> dict[str, Any]:
     """A whole step with our loss under gradient checkpointing."""
-    section = ModelSection(path=path)
-    base = load_base(section).model
+    path, base = section.path, load_base(section).model
     base.gradient_checkpointing_enable({"use_reentrant": False})
     models: dict[str, Any] = {"frozen, ours": base}
     for rank in (256, 1024):
@@ -192,8 +192,10 @@ def checkpointed(path: str, ids: torch.Tensor, rounds: int) -> dict[str, Any]:
     return over_frozen(interleaved({n: functools.partial(whole_step, m) for n, m in models.items()}, rounds))
 
 
-def backward(forward: Callable[[], Any], model: Any) -> None:
-    forward().backward()
+def step(forward: Callable[[], Any], model: Any, passes: int) -> None:
+    """Passes of forward and backward, then a change of every trained number."""
+    for _ in range(passes):
+        forward().backward()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -205,13 +207,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--passes", type=int, default=1, help="of forward and backward between changes of the vectors")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
     parser.add_argument("--only", nargs="*", help="substrings of case names")
     args = parser.parse_args()
     path = smollm2()
-    section = ModelSection(path=path)
+    section = ModelSection(path=path, compute_dtype=args.dtype)
+    dtype = pick_compute_dtype(args.dtype, accelerator.current_device())
     ids = torch.randint(10, 40_000, (args.rows, args.length), generator=torch.Generator().manual_seed(0))
 
-    models: dict[str, Any] = {"frozen, stock Linear4bit": stock(path), "frozen, ours": load_base(section).model}
+    models: dict[str, Any] = {"frozen, stock Linear4bit": stock(path, dtype), "frozen, ours": load_base(section).model}
     models["lean base"] = load_base(section).model
     reduce_saved_activations(models["lean base"])
     for rank in (256, 1024):
@@ -219,9 +224,9 @@ def main() -> None:
         models[f"ours r={rank}, held"] = attach(load_base(section).model, AdapterSection(rank=rank), path)
         hold_training_weights(models[f"ours r={rank}, held"])
         vera = VeraConfig(r=rank, target_modules="all-linear", save_projection=False)
-        models[f"stock PEFT VeRA r={rank}"] = get_peft_model(stock(path), vera)
+        models[f"stock PEFT VeRA r={rank}"] = get_peft_model(stock(path, dtype), vera)
     models[BEYOND] = attach(load_base(section).model, AdapterSection(**MORE), path)
-    models["stock PEFT LoRA r=16"] = get_peft_model(stock(path), LoraConfig(r=16, target_modules="all-linear"))
+    models["stock PEFT LoRA r=16"] = get_peft_model(stock(path, dtype), LoraConfig(r=16, target_modules="all-linear"))
     if args.only:
         models = {n: m for n, m in models.items() if any(part in n for part in args.only)}
     forwards: dict[str, Any] = {}
@@ -240,7 +245,9 @@ def main() -> None:
 
         forwards[name] = forward
 
-    cases: dict[str, Callable[[], Any]] = {n: functools.partial(backward, f, models[n]) for n, f in forwards.items()}
+    cases: dict[str, Callable[[], Any]] = {
+        n: functools.partial(step, f, models[n], args.passes) for n, f in forwards.items()
+    }
     for rank in (256, 1024):
         if f"ours r={rank}" in models:
             cases[f"floor r={rank}"] = floor(models[f"ours r={rank}"], args.rows * args.length)
@@ -257,8 +264,9 @@ def main() -> None:
             rows[name]["alive_bytes"] = alive[name]
     result: dict[str, Any] = {
         **header(),
-        "dtype": str(DTYPE),
+        "dtype": str(dtype),
         "tokens": args.rows * args.length,
+        "passes": args.passes,
         "cases": rows,
         "ratios": {},
     }
@@ -285,8 +293,8 @@ def main() -> None:
     if not args.only:
         del models, forwards, cases
         gc.collect()
-        result["7B layer"] = layer_of_7b(args.rounds)
-        result["checkpointed"] = checkpointed(path, ids, args.rounds)
+        result["7B layer"] = layer_of_7b(args.rounds, dtype)
+        result["checkpointed"] = checkpointed(section, ids, args.rounds)
     print(write_result("core", result))
 
 

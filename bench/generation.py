@@ -27,14 +27,14 @@ DTYPE = pick_compute_dtype("auto", accelerator.current_device())
 """For stock and for ours: bfloat16 where the machine multiplies it fast, else float32 on a CPU."""
 
 
-def stock(path: str) -> Any:
+def stock(path: str, dtype: torch.dtype = DTYPE) -> Any:
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=DTYPE,
+        bnb_4bit_compute_dtype=dtype,
     )
-    return AutoModelForCausalLM.from_pretrained(path, dtype=DTYPE, quantization_config=config).eval()
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, quantization_config=config).eval()
 
 
 def main() -> None:
