@@ -22,6 +22,7 @@ from qvera.adapters.config import QveraConfig
 from qvera.adapters.factors import Factors
 from qvera.adapters.methods import Method, Place, method_of
 from qvera.adapters.projection import OwnProjection, SharedProjection
+from qvera.adapters.sparse import Watch
 from qvera.distributed.zero_params import is_sharded
 from qvera.models import linear, quantization
 
@@ -49,6 +50,8 @@ class LowRankPath:
     _inference_weight: torch.Tensor | None = None
     _inference_adapters: tuple[str, ...] = ()
     _training_weight: fused.HeldWeight | None = None
+    gradient_watch: Watch | None = None
+    """Called in backward with the output's gradient and the input, for methods that choose places by it."""
     _row_forward: Callable[..., torch.Tensor] | None = None
     """The forward pass of a batch whose rows use different adapters, while there is one (`multi_adapter.RowPlan`)."""
 
@@ -203,7 +206,7 @@ class LowRankPath:
         base = self.base_layer
         dtype = getattr(base, "compute_dtype", None) or base.weight.dtype
         # int8: A and B are held in the dtype that their layers compute in
-        return dtype if dtype.is_floating_point else self.parts(min(self._get_available_adapters())).A.dtype
+        return dtype if dtype.is_floating_point else self.parts(min(self._get_available_adapters()))[0].dtype
 
     def inference_product(self, x: torch.Tensor) -> torch.Tensor:
         """y by one product with the held weight."""
@@ -251,6 +254,7 @@ class QveraLinear(LowRankPath, nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names: tuple[str, ...] = ()  # grows with the adapters
+    tensor_names: tuple[str, ...] = ()  # likewise: all of them
     other_param_names: tuple[str, ...] = ("qvera_settings", "qvera_dropout", "qvera_projection")
     # PEFT's, which a type checker can't see
     set_adapter: Any
@@ -291,14 +295,19 @@ class QveraLinear(LowRankPath, nn.Module, BaseTunerLayer):
             self.qvera_projection[adapter_name] = projection
         self.qvera_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         for name, shape in method.tensors(config, self.place).items():
-            if name not in self.adapter_layer_names:
-                self.adapter_layer_names = (*self.adapter_layer_names, name)
+            holds_places = name in method.place_names
+            if not hasattr(self, name):
                 setattr(self, name, VectorDict())
+                if holds_places:  # PEFT asks every tensor of the other list for gradients
+                    self.other_param_names = (*self.other_param_names, name)
+                else:
+                    self.adapter_layer_names = (*self.adapter_layer_names, name)
+                self.tensor_names = (*self.tensor_names, name)
             if device.type == "meta":
-                start = torch.empty(shape, device=device)
+                start = torch.empty(shape, device=device, dtype=torch.int32 if holds_places else torch.float32)
             else:
                 start = method.start(name, shape, config, self.place).to(device)
-            getattr(self, name)[adapter_name] = nn.Parameter(start)
+            getattr(self, name)[adapter_name] = nn.Parameter(start, requires_grad=not holds_places)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -319,9 +328,7 @@ class QveraLinear(LowRankPath, nn.Module, BaseTunerLayer):
 
     def vectors(self, adapter: str) -> dict[str, nn.Parameter]:
         """One adapter's tensors in this layer, by their names in an adapter file."""
-        return {
-            name: getattr(self, name)[adapter] for name in self.adapter_layer_names if adapter in getattr(self, name)
-        }
+        return {name: getattr(self, name)[adapter] for name in self.tensor_names if adapter in getattr(self, name)}
 
     def method(self, adapter: str) -> Method:
         """The method of one adapter."""

@@ -228,9 +228,12 @@ def read_adapter(directory: Path) -> tuple[QveraConfig | VeraConfig, dict[str, t
         raise InputError(f"{weights_file}: not a readable safetensors file, or cut short ({error}).") from None
     ours = isinstance(config, QveraConfig)
     rank, key, suffix = (config.rank, "rank", ".qvera_d") if ours else (config.r, "r", ".vera_lambda_d")
+    place_names = method_of(config).place_names if isinstance(config, QveraConfig) else frozenset()
     for name, tensor in sorted(tensors.items()):
-        if not tensor.dtype.is_floating_point:
-            raise InputError(f"{weights_file}: {name} is stored as {tensor.dtype}, expected a floating-point dtype.")
+        holds_places = name.rpartition(".")[2] in place_names
+        if tensor.dtype != torch.int32 if holds_places else not tensor.dtype.is_floating_point:
+            expected = "torch.int32" if holds_places else "a floating-point dtype"
+            raise InputError(f"{weights_file}: {name} is stored as {tensor.dtype}, expected {expected}.")
         if name.endswith(suffix) and tensor.numel() != rank:
             raise InputError(
                 f"{directory / ADAPTER_CONFIG}: {key} is {rank}, but {name} in {ADAPTER_WEIGHTS} has {tensor.numel()} "
@@ -287,6 +290,13 @@ def load_vectors(model: nn.Module, vectors: dict[str, torch.Tensor], source: str
             raise InputError(
                 f"{source}: {name} has shape {list(vectors[name].shape)}, this model needs {list(tensor.shape)}."
             )
+    for name, module in model.named_modules():
+        if isinstance(module, QveraLinear) and module.carries(adapter):
+            own = {kind: vectors[f"{name}.{kind}"] for kind in module.vectors(adapter)}
+            try:
+                module.method(adapter).check_tensors(module.place, own)
+            except InputError as error:
+                raise InputError(f"{source}: {error}") from None
     with torch.no_grad():
         for name, tensor in ours.items():
             tensor.copy_(vectors[name])

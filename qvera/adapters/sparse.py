@@ -13,13 +13,14 @@ beside x and y only a few MB are held.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from qvera.adapters.functional import AutogradContext, as_output
+from qvera.utils.errors import InputError
 
 Watch = Callable[[torch.Tensor, torch.Tensor], None]
 """Is given the output's gradient [T, m] and the input [T, n] of a layer in its backward pass."""
@@ -118,16 +119,75 @@ def largest_places(
 
 def largest_products(g: torch.Tensor, x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The ``count`` places where |gᵀ x| is largest, and gᵀ x there; see `largest_places`."""
-    wide = _wide(x.dtype)
-    return largest_places((rows.to(wide) @ x.to(wide) for rows in row_blocks(g.t(), x.shape[1])), count)
+    wide = x.to(_wide(x.dtype))  # products in 16 bits would often be equal
+    return largest_places((rows.to(wide.dtype) @ wide for rows in row_blocks(g.t(), x.shape[1])), count)
 
 
-def dense_rows(indices: torch.Tensor, values: torch.Tensor, columns: int, first: int, count: int) -> torch.Tensor:
-    """Rows [first, first + count) of ΔW [count, columns], in the values' dtype."""
-    low, high = (int(torch.searchsorted(indices.long(), row * columns)) for row in (first, first + count))
-    out = torch.zeros(count * columns, dtype=values.dtype, device=values.device)
-    out[indices[low:high].long() - first * columns] = values[low:high]
-    return out.view(count, columns)
+def working_bytes(tokens: int, rows: int, columns: int, count: int) -> int:
+    """The most that forward and backward of `add_sparse` take for the moment, without the gradient of x.
+
+    Two blocks of tokens, each with its copy before it is transposed; indices and values in another order, and x in fp32
+    with a block of gᵀ x while candidates are looked for.
+    """
+    block = min(tokens * max(rows, columns), _BLOCK_ELEMENTS)
+    searching = tokens * columns + 3 * min(_BLOCK_ELEMENTS, rows * columns)
+    return 4 * max(4 * block, searching) + 36 * count
+
+
+class SparseChange(NamedTuple):
+    """A sparse ΔW [rows, columns]. It answers what exports ask of `qvera.adapters.factors.Factors`."""
+
+    values: torch.Tensor  # [k]
+    places: torch.Tensor  # int32 [k], i columns + j, sorted
+    rows: int
+    columns: int
+
+    @property
+    def vectors(self) -> None:
+        """None: it is no low-rank path."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.rows, self.columns
+
+    @property
+    def rank(self) -> int:
+        """The rank of the LoRA that trains as many numbers."""
+        return len(self.values) // (self.rows + self.columns)
+
+    def lora(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Refuse: there are no factors.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(
+            "this adapter's method is spiel: its ΔW has single elements all over the weight, so its rank is near the "
+            "weight's own and no LoRA is the same. Export it with --to merged, which is exact."
+        )
+
+    def delta(self) -> torch.Tensor:
+        """ΔW as a dense tensor in fp32 or wider, without a graph."""
+        values = self.values.detach().to(_wide(self.values.dtype))
+        dense = values.new_zeros(self.rows * self.columns)
+        dense[self.places.long()] = values
+        return dense.view(self.rows, self.columns)
+
+    def outputs(self, part: slice) -> SparseChange:
+        """These rows of ΔW, one after another."""
+        start, stop, _ = part.indices(self.rows)
+        low, high = (int(torch.searchsorted(self.places.long(), row * self.columns)) for row in (start, stop))
+        places = self.places[low:high] - start * self.columns
+        return SparseChange(self.values[low:high], places, stop - start, self.columns)
+
+    def inputs(self, part: slice) -> SparseChange:
+        """These columns of ΔW, one after another."""
+        start, stop, _ = part.indices(self.columns)
+        i, j = self.places // self.columns, self.places % self.columns
+        kept = (j >= start) & (j < stop)
+        places = i[kept] * (stop - start) + j[kept] - start
+        return SparseChange(self.values[kept], places, self.rows, stop - start)
 
 
 class _SparseContext(AutogradContext, Protocol):

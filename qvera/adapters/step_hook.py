@@ -19,8 +19,11 @@ class StepHook:
         that ran out): what was gathered during that attempt is to be dropped then.
         """
 
-    def after_step(self, step: int) -> None:
-        """After the vectors were stepped. Never for an attempt that took no step."""
+    def after_step(self, step: int, loss_scale: float = 1.0) -> None:
+        """After the vectors were stepped. Never for an attempt that took no step.
+
+        ``loss_scale``: what the gradients in this step's backward passes were multiplied with.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """What a later step depends on, for the checkpoint of the step just taken: tensors and JSON values by name."""
@@ -41,10 +44,10 @@ class StepHooks(StepHook):
         for hook in self.hooks.values():
             hook.before_step(step)
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int, loss_scale: float = 1.0) -> None:
         """See `StepHook.after_step`."""
         for hook in self.hooks.values():
-            hook.after_step(step)
+            hook.after_step(step, loss_scale)
 
     def state_dict(self) -> dict[str, Any]:
         """The states of all hooks, as ``hook/name``."""

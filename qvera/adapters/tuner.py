@@ -102,7 +102,8 @@ class QveraModel(BaseTuner):
         for layer in () if autocast_adapter_dtype else _adapted_layers(self):
             _, dtype = _home(layer.base_layer, self.model)
             for vector in layer.vectors(adapter_name).values():
-                vector.data = vector.data.to(dtype)
+                if vector.is_floating_point():
+                    vector.data = vector.data.to(dtype)
 
     def _prepare_projection(self, model: nn.Module, config: QveraConfig) -> None:
         linear.freeze_linears(model)

@@ -72,7 +72,7 @@ class AdapterDeltas:
             return there.as_strided(part.shape, part.stride(), part.storage_offset())
 
         layers = {
-            name: dataclasses.replace(delta, factors=Factors(*map(move, delta.factors)))
+            name: dataclasses.replace(delta, factors=type(delta.factors)(*map(move, delta.factors)))
             for name, delta in self.layers.items()
         }
         pair = None if self.pair is None else (move(self.pair[0]), move(self.pair[1]))
@@ -149,11 +149,15 @@ def read_deltas(adapter_dir: Path, base: torch.nn.Module) -> AdapterDeltas:
                 "adapter."
             )
         views = None if pair is None else (pair[0][:rank, :n], pair[1][:m, :rank])
-        vectors = {kind: vector.float() for kind, vector in vectors.items()}
+        vectors = {kind: v.float() if v.is_floating_point() else v for kind, v in vectors.items()}
         if own is None:
             assert views is not None
             factors = Factors(*views, vectors["vera_lambda_d"], vectors["vera_lambda_b"])
         else:
+            try:
+                method_of(own).check_tensors(place, vectors)
+            except InputError as error:
+                raise InputError(f"{adapter_dir}: {error}") from None
             factors = method_of(own).factors(own, place, vectors, views)
         layers[name] = Delta(factors, isinstance(modules[name], Conv1D))
     if not layers:

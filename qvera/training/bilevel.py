@@ -45,7 +45,7 @@ class BilevelHook(StepHook):
         _set_trained(self.upper, upper)
         _set_trained(self.lower, not upper)
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int, loss_scale: float = 1.0) -> None:
         """See `StepHook.after_step`."""
         _set_trained([*self.upper, *self.lower], True)
 

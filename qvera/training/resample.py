@@ -64,7 +64,7 @@ class ResampleHook(StepHook):
         """See `StepHook.before_step`."""
         self._enter((step - 1) // self.every)
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int, loss_scale: float = 1.0) -> None:
         """See `StepHook.after_step`."""
         if step % self.every == 0 and self.config.current_phase != step // self.every:
             self._enter(step // self.every)

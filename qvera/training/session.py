@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from qvera.adapters import hold_training_weights
-from qvera.adapters.methods import check_recipe
+from qvera.adapters.methods import check_recipe, method_of
 from qvera.adapters.projection import forget_inputs
 from qvera.adapters.save_load import attach, rate_factors
 from qvera.config.schema import Recipe
@@ -35,7 +35,7 @@ from qvera.training.engine import LocalEngine, ZeroEngine, trained_vectors
 from qvera.training.failures import longest_batch_error
 from qvera.training.logging import status_line
 from qvera.training.optim import build_optimizer, build_scaler
-from qvera.training.plan import Plan, Sharing, longest_rows
+from qvera.training.plan import Plan, Sharing, longest_rows, planned_steps
 from qvera.training.plan.run import NotPlannable
 from qvera.training.plan.sharding import spread_of
 from qvera.training.planning import plan_run, resumed_mode
@@ -127,9 +127,11 @@ class TrainingSession:
         if recipe.data.packing:
             require_packing(self.model)
         self.batches = batches_of(recipe, self.datasets.train)
-        factors = rate_factors(self.model, recipe.adapter)
-        self.optimizer = build_optimizer(recipe.training, trained_vectors(self.model), factors)
-        self.hooks = build_hooks(recipe, self.model, self.optimizer, self.batches)
+        self.optimizer = method_of(recipe.adapter).optimizer(self.model, recipe) or build_optimizer(
+            recipe.training, trained_vectors(self.model), rate_factors(self.model, recipe.adapter)
+        )
+        steps = planned_steps(recipe, len(self.datasets.train))
+        self.hooks = build_hooks(recipe, self.model, self.optimizer, self.batches, steps, group)
 
     def build_engine(self, schedule: LRScheduler, steps: int) -> None:
         """Build what steps the vectors, and try the longest batch of ``steps`` steps once, before the first of them.

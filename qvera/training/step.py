@@ -55,7 +55,7 @@ class StepAttempt:
             raise RunFailed(f"Memory ran out in the optimizer's step: {taken}. Earlier checkpoints are kept.")
         norm, rate = taken
         if math.isfinite(norm):
-            session.hooks.after_step(self.number)
+            session.hooks.after_step(self.number, engine.loss_scale)
         seconds, loss = self._seconds(), total / self.trained_tokens
         scaling = {} if session.scaler is None else {"loss_scale": engine.loss_scale}
         if not math.isfinite(norm):

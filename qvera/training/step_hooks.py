@@ -17,22 +17,27 @@ if TYPE_CHECKING:
 
     from qvera.config.schema import Recipe
     from qvera.data import Batches
+    from qvera.distributed.group import Group
 
 
-def build_hooks(recipe: Recipe, model: PeftModel, optimizer: torch.optim.Optimizer, batches: Batches) -> StepHooks:
+def build_hooks(
+    recipe: Recipe, model: PeftModel, optimizer: torch.optim.Optimizer, batches: Batches, steps: int, group: Group
+) -> StepHooks:
     """What a run does between its optimizer steps.
 
     Args:
         model: base and adapter.
         optimizer: over the adapter's trained vectors; under ZeRO DeepSpeed steps copies of these.
         batches: the rows of each step.
+        steps: how many the run has.
+        group: its processes.
 
     Raises:
         InputError: what the recipe asks for does not fit the adapter's method.
     """
     hooks: dict[str, StepHook] = {}
     method = method_of(recipe.adapter)
-    if (own := method.step_hook(model, recipe, optimizer)) is not None:
+    if (own := method.step_hook(model, recipe, optimizer, steps, group)) is not None:
         hooks[recipe.adapter.method] = own
     if isinstance(batches, BilevelBatches):
         hooks["bilevel"] = BilevelHook(batches, trained_vectors(model), method)

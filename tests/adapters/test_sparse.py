@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qvera.adapters import sparse
-from qvera.adapters.sparse import add_sparse, dense_rows, largest_places, largest_products, sampled_product
+from qvera.adapters.sparse import SparseChange, add_sparse, largest_places, largest_products, sampled_product
 from tests.adapters.helpers import relative
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -93,7 +93,7 @@ def test_like_the_authors_layer() -> None:
     indices = numbers["indices"][order]
     y = add_sparse(x @ numbers["W"].t() + bias, x, values[order], indices)
     y.backward(numbers["g"])
-    dense = dense_rows(indices, values.detach()[order], numbers["W"].shape[1], 0, len(numbers["W"]))
+    dense = SparseChange(values[order], indices, *numbers["W"].shape).delta()
     found = {
         "y": y,
         "grad_values": values.grad,
@@ -125,11 +125,15 @@ def test_places_that_do_not_count_are_skipped() -> None:
     assert len(largest_places(iter(matrix.split(4)), 50, skip)[0]) == 26
 
 
-def test_rows_of_the_dense_weight() -> None:
+def test_rows_and_columns_of_the_dense_weight() -> None:
     p = parts(1, 33, 17, 100)
-    dense = torch.zeros(17 * 33, dtype=torch.float64).index_put((p["indices"].long(),), p["values"]).view(17, 33)
-    assert torch.equal(dense_rows(p["indices"], p["values"], 33, 5, 7), dense[5:12])
-    assert torch.equal(dense_rows(p["indices"], p["values"], 33, 0, 17), dense)
+    p["values"] = p["values"].float()
+    dense = torch.zeros(17 * 33).index_put((p["indices"].long(),), p["values"]).view(17, 33)
+    change = SparseChange(p["values"], p["indices"], 17, 33)
+    assert torch.equal(change.delta(), dense)
+    for part in (slice(5, 12), slice(0, 17), slice(30, None), slice(4, 4)):
+        assert torch.equal(change.outputs(part).delta(), dense[part])
+        assert torch.equal(change.inputs(part).delta(), dense[:, part])
 
 
 class _Sizes(TorchDispatchMode):

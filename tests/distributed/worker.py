@@ -42,7 +42,7 @@ class Recorder(StepHook):
     def before_step(self, step: int) -> None:
         self.calls.append(("before", step))
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int, loss_scale: float = 1.0) -> None:
         self.calls.append(("after", step))
         self.step += 1
 

@@ -30,7 +30,7 @@ class Pull(StepHook):
     def before_step(self, step: int) -> None:
         self.begun.append(step)
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int, loss_scale: float = 1.0) -> None:
         self.steps += 1
         assert self.steps == step
         with torch.no_grad():
@@ -90,7 +90,7 @@ def test_hooks_keep_their_states_apart() -> None:
     class Counter(StepHook):
         count = 0
 
-        def after_step(self, step: int) -> None:
+        def after_step(self, step: int, loss_scale: float = 1.0) -> None:
             self.count += step
 
         def state_dict(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from qvera.adapters.methods.base import Method, Place, Source
 from qvera.adapters.methods.shared_core import SharedCore
+from qvera.adapters.methods.spiel import Spiel
 from qvera.adapters.methods.vera import Vera
 from qvera.config.schema import AdapterSection, Recipe
 from qvera.utils.errors import InputError
@@ -24,7 +25,7 @@ def register(method: Method) -> None:
     _METHODS[method.name] = method
 
 
-for _method in (Vera(), SharedCore()):
+for _method in (Vera(), SharedCore(), Spiel()):
     register(_method)
 
 

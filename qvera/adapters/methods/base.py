@@ -6,6 +6,7 @@ name. docs/methods/index.md shows how to add one.
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from qvera.adapters.projection import Pair
     from qvera.adapters.step_hook import StepHook
     from qvera.config.schema import AdapterSection, Recipe
+    from qvera.distributed.group import Group
 
     AdapterSettings: TypeAlias = QveraConfig | AdapterSection
     """What a method reads its settings from; both have the same names for them."""
@@ -82,6 +84,8 @@ class Method(ABC):
     """The tensors that ``training.bilevel`` trains at the upper level, by name; empty where it does not fit."""
     can_resample: ClassVar[bool] = False
     """Whether ``training.resample_every`` fits: its tensors of several phases are those of one seed chain."""
+    place_names: ClassVar[frozenset[str]] = frozenset()
+    """Those of its tensors that hold places in a weight: int32, never trained by gradients."""
     has_vectors: ClassVar[bool] = False
     """Whether its factors have d and b: VeRA's backward and the product with W + ΔW (`fused`) are for these."""
     is_banked: ClassVar[bool] = False
@@ -97,7 +101,7 @@ class Method(ABC):
 
     @abstractmethod
     def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, place: Place) -> torch.Tensor:
-        """The initial value of one of these tensors, in fp32 on the CPU."""
+        """The initial value of one of these tensors, in fp32 (int32 where it holds places) on the CPU."""
 
     @abstractmethod
     def factors(
@@ -116,6 +120,13 @@ class Method(ABC):
         """Whether the tensor of that name is trained."""
         return True
 
+    def check_tensors(self, place: Place, tensors: Mapping[str, torch.Tensor]) -> None:  # noqa: B027  # optional
+        """Check what an adapter file has for one linear, beyond names and shapes.
+
+        Raises:
+            InputError: a tensor has values that no training gives it.
+        """
+
     def rate_factor(self, name: str, adapter: AdapterSettings) -> float:
         """The tensor's learning rate as a multiple of ``training.learning_rate``."""
         return 1.0
@@ -126,6 +137,15 @@ class Method(ABC):
 
     def own_pair(self, adapter: AdapterSettings, place: Place, base_layer: nn.Module) -> Pair | None:
         """The frozen pair of one linear where `source` is OWN, made from its base layer."""
+        return None
+
+    def working_bytes(self, adapter: AdapterSettings, place: Place, tokens: int, itemsize: int) -> int:
+        """The most bytes that the products at one linear take for the moment, beside W and the gradient of x."""
+        largest = max(math.prod(shape) for shape in self.tensors(adapter, place).values())
+        return place.out_features * self.rank_at(adapter, place) * itemsize + 4 * largest
+
+    def state_bytes(self, adapter: AdapterSection, place: Place) -> int | None:
+        """Bytes that the method's own `optimizer` and `step_hook` hold for one linear; None: it has none of its own."""
         return None
 
     def add(
@@ -146,8 +166,26 @@ class Method(ABC):
         """ΔW [m, n] in fp32, without a graph."""
         return layer.parts(adapter_name).delta()
 
-    def step_hook(self, model: nn.Module, recipe: Recipe, optimizer: torch.optim.Optimizer) -> StepHook | None:
-        """What is done between optimizer steps; None: nothing."""
+    def optimizer(self, model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer | None:
+        """An optimizer of the method's own over its trained tensors; None: the one that the recipe names.
+
+        Raises:
+            InputError: the recipe asks for one that does not suit the method.
+        """
+        return None
+
+    def step_hook(
+        self, model: nn.Module, recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int, group: Group
+    ) -> StepHook | None:
+        """What is done between optimizer steps; None: nothing.
+
+        Args:
+            model: base and adapter.
+            recipe: the run's.
+            optimizer: over the trained tensors.
+            steps: how many the run has.
+            group: its processes.
+        """
         return None
 
     def check(self, adapter: AdapterSection) -> None:  # noqa: B027  # optional

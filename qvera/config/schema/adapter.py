@@ -12,10 +12,11 @@ class AdapterSection(Section):
     """The adapter: by default VeRA (arXiv 2310.11454), vectors d [rank] and b [out_features] for each linear layer."""
 
     method: NonEmpty = "vera"
-    """The method of adaptation: ``vera`` or ``shared-core``. With another one than ``vera`` the rank and the learning
-    rate have no default."""
+    """The method of adaptation: ``vera``, ``shared-core`` or ``spiel``. With another one than ``vera`` the rank and the
+    learning rate have no default."""
     rank: Annotated[int, Strict(), Field(ge=1, le=65_536)] = 256
-    """Rows of the projection A. VeRA's vector d has as many elements."""
+    """Rows of the projection A. VeRA's vector d has as many elements. With spiel a linear gets as many values as a LoRA
+    of this rank has numbers."""
     b_groups: Positive = 1
     """Split the rank into this many equal groups, each with its own vector b: more trained parameters for the same
     products, as RandLoRA sums several random bases (arXiv 2502.00987). 1 is VeRA. Must divide ``rank``."""
@@ -34,6 +35,17 @@ class AdapterSection(Section):
     """The seed of the shared projections A and B. The same seed gives the same projections on every machine."""
     train_d: Bool = True
     """Train d as well as b. ``false``: adapters of the same seed can be added, averaged and interpolated exactly."""
+    growth: Literal["accumulated-gradient", "momentum"] = "accumulated-gradient"
+    """With spiel, which places of a weight get a value: those with the largest gradient over ``accumulate_steps``
+    steps, with AdamW, or with the largest product of SM3's row and column accumulators, with SM3, which needs half the
+    optimizer's memory."""
+    reselect_every: Positive = 20
+    """With spiel, the steps from one change of places to the next. The first one comes after ``accumulate_steps``."""
+    accumulate_steps: Positive = 5
+    """With spiel, the optimizer steps over which the gradient at new places is summed before each change."""
+    drop_share: Fraction = 0.2
+    """With spiel, the share of the values that get a new place each time: those of smallest size. It falls to zero
+    along a line until the last step. The first change moves all values, whose places were random."""
     init_from: str | None = None
     """An adapter directory whose vectors to start from. It must have the same rank, b_groups, input_scale, targets and
     seed."""
@@ -42,5 +54,7 @@ class AdapterSection(Section):
         """Yield keys that contradict each other."""
         if self.rank % self.b_groups:
             yield "b_groups", f"{self.b_groups} does not divide adapter.rank ({self.rank})."
+        if self.accumulate_steps > self.reselect_every:
+            yield "accumulate_steps", f"{self.accumulate_steps} is more than adapter.reselect_every."
         if self.input_scale and not self.train_d:
             yield "input_scale", "is a vector to train, and adapter.train_d is false; remove one of the two."

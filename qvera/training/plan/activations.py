@@ -6,7 +6,6 @@ tests/training/plan/test_activations.py counts the same with ``torch.autograd.gr
 tokens of the batch in all, S tokens a row.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -139,8 +138,8 @@ def product_bytes(run: PlannedRun, x: Linear) -> int:
     if x.name not in run.adapted_names:
         return read
     pair = x.m * run.rank_at(x)
-    if not run.method.has_vectors:  # B in the compute dtype, and what a trained matrix's gradient takes in fp32
-        return read + pair * size + 4 * max(math.prod(s) for s in run.method.tensors(section, x.place).values())
+    if not run.method.has_vectors:
+        return read + run.method.working_bytes(section, x.place, run.batch.all_tokens, size)
     # combining d, B and b, and taking their gradients from M, goes by blocks of rows in fp32 (`low_rank.row_blocks`)
     block = pair * 4 if run.machine.on_gpu else min(pair, BLOCK_ELEMENTS) * 4
     combining = 2 * block + (pair * size if block < pair * 4 else 0)

@@ -171,9 +171,17 @@ def _standing(run: PlannedRun) -> tuple[Component, ...]:
         Component("projections A, B", "projections", _projection_numbers(run) * size),
         Component("vectors", "vectors", 4 * sum(every)),  # whole on every rank in each stage: they are read by name
         Component("their gradients", "vectors", 4 * sum(trained)),  # likewise: one bucket, as large as all of them
-        Component("optimizer state", "vectors", optimizer_state_bytes(trained, recipe.training.optim), zero_stage=1),
+        Component("optimizer state", "vectors", _optimizer_bytes(run, trained), zero_stage=1),
     ]
     return tuple(c for c in found if c.bytes)
+
+
+def _optimizer_bytes(run: PlannedRun, trained: list[int]) -> int:
+    """Bytes of the optimizer's state: the method's own, or of that which the recipe names."""
+    own = [run.method.state_bytes(run.recipe.adapter, x.place) for x in run.adapted]
+    if None in own:
+        return optimizer_state_bytes(trained, run.recipe.training.optim)
+    return sum(size for size in own if size is not None)
 
 
 def _projection_numbers(run: PlannedRun) -> int:

@@ -1,0 +1,154 @@
+"""SpIEL (arXiv 2401.16405): ΔW has k trained values at k places of the weight, and the places change in training.
+
+k is what a LoRA of the same rank trains, rank (in_features + out_features). The authors give every weight the same
+share of its elements instead.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from qvera.adapters.functional import at_least_fp32
+from qvera.adapters.methods.base import Method, Place, Source
+from qvera.adapters.projection import Pair
+from qvera.adapters.reselection import Reselection, SparseLayer
+from qvera.adapters.sparse import SparseChange, add_sparse, working_bytes
+from qvera.adapters.sparse_optim import AgedAdamW, SparseSM3
+from qvera.adapters.step_hook import StepHook
+from qvera.config.schema import AdapterSection
+from qvera.distributed.group import Group
+from qvera.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from qvera.adapters.layer import LowRankPath
+    from qvera.adapters.methods.base import AdapterSettings
+    from qvera.config.schema import Recipe
+
+VALUES, PLACES = "qvera_values", "qvera_places"
+
+
+class Spiel(Method):
+    """Values [k] from 0, and their places, int32 [k]: sorted indices into the flattened weight."""
+
+    name = "spiel"
+    keys = frozenset({"growth", "reselect_every", "accumulate_steps", "drop_share"})
+    usual = {"adapter.rank": 8, "training.learning_rate": 4e-4}
+    source = Source.TRAINED
+    keeps_input = True
+    is_low_rank = False
+    place_names = frozenset({PLACES})
+
+    def tensors(self, adapter: AdapterSettings, place: Place) -> dict[str, tuple[int, ...]]:
+        n, m = place.in_features, place.out_features
+        count = adapter.rank * (n + m)
+        if 2 * count > n * m:
+            raise InputError(
+                f"adapter.rank: {adapter.rank} gives {place.name or 'a linear'} {count} values, more than half of its "
+                f"{n * m} weights. With adapter.method spiel it can be at most {n * m // (2 * (n + m))} here."
+            )
+        return {VALUES: (count,), PLACES: (count,)}
+
+    def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, place: Place) -> torch.Tensor:
+        if name == PLACES:
+            seed = adapter.seed if isinstance(adapter, AdapterSection) else adapter.projection_seed
+            return random_places(shape[0], place.in_features * place.out_features, seed, place.name)
+        return torch.zeros(shape) if getattr(adapter, "init_weights", True) else torch.randn(shape)
+
+    def is_trained(self, name: str, adapter: AdapterSettings) -> bool:
+        return name == VALUES
+
+    def check_tensors(self, place: Place, tensors: Mapping[str, torch.Tensor]) -> None:
+        places, size = tensors[PLACES], place.in_features * place.out_features
+        if places[0] < 0 or places[-1] >= size or (places.diff() <= 0).any():
+            raise InputError(
+                f"{PLACES} of {place.name} has to be rising numbers from 0 to {size - 1}, and is not: the file is "
+                "damaged, or another model's adapter."
+            )
+
+    def rank_at(self, adapter: AdapterSettings, place: Place) -> int:
+        return 0
+
+    def factors(  # type: ignore[override]  # no factors, but what the exports need of them
+        self, adapter: AdapterSettings, place: Place, tensors: Mapping[str, torch.Tensor], pair: Pair | None
+    ) -> SparseChange:
+        return SparseChange(tensors[VALUES], tensors[PLACES], place.out_features, place.in_features)
+
+    def working_bytes(self, adapter: AdapterSettings, place: Place, tokens: int, itemsize: int) -> int:
+        (count,) = self.tensors(adapter, place)[VALUES]
+        return working_bytes(tokens, place.out_features, place.in_features, count)
+
+    def state_bytes(self, adapter: AdapterSection, place: Place) -> int:
+        (count,) = self.tensors(adapter, place)[VALUES]
+        if adapter.growth == "momentum":
+            return 4 * (count + place.out_features + place.in_features)
+        return 4 * (
+            3 * count + 4 * count
+        )  # age and two averages; a candidate's place, two sums and the step's gradient
+
+    def add(
+        self, layer: LowRankPath, adapter_name: str, x: torch.Tensor, y: torch.Tensor, overwrite: bool
+    ) -> torch.Tensor:
+        values, places, *_ = layer.parts(adapter_name)
+        x = layer.dropout_of(adapter_name)(x)
+        return add_sparse(y, x, at_least_fp32(values), places, overwrite, layer.gradient_watch)
+
+    def optimizer(self, model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+        training = recipe.training
+        for key, given, taken in (
+            ("training.optim", training.optim, "adamw"),
+            ("deepspeed", recipe.deepspeed, None),
+            ("training.torch_compile", training.torch_compile, False),
+        ):
+            if given != taken:
+                raise InputError(
+                    f"{key}: is {given}, and adapter.method spiel, whose values change their places between steps, has "
+                    f"optimizers of its own that run in plain torch. Remove {key}, or choose another method."
+                )
+        values = _sparse_layers(model)
+        shared: dict[str, Any] = {
+            "lr": training.learning_rate,
+            "eps": training.adam_epsilon,
+            "weight_decay": training.weight_decay,
+        }
+        if recipe.adapter.growth == "momentum":
+            places = [(one.places, (one.layer.out_features, one.layer.in_features)) for one in values.values()]
+            return SparseSM3([one.values for one in values.values()], places, momentum=training.adam_beta1, **shared)
+        betas = training.adam_beta1, training.adam_beta2
+        return AgedAdamW([one.values for one in values.values()], betas=betas, **shared)
+
+    def step_hook(
+        self, model: nn.Module, recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int, group: Group
+    ) -> StepHook:
+        assert isinstance(optimizer, AgedAdamW | SparseSM3)
+        section = recipe.adapter
+        settings = section.reselect_every, section.accumulate_steps, section.drop_share
+        return Reselection(_sparse_layers(model), optimizer, *settings, steps, group)
+
+
+def _sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
+    """The linears with an adapter "default", by their names in the base model."""
+    from qvera.adapters.layer import QveraLinear  # which imports the methods
+
+    found = {}
+    for module in model.modules():
+        if isinstance(module, QveraLinear) and module.carries("default"):
+            tensors = module.vectors("default")
+            found[module.place.name] = SparseLayer(module, tensors[VALUES], tensors[PLACES])
+    return found
+
+
+def random_places(count: int, among: int, seed: int, name: str) -> torch.Tensor:
+    """``count`` different numbers below ``among``, int32, sorted; of this seed and linear always the same."""
+    words = np.random.Philox(key=np.array([seed, zlib.crc32(name.encode())], dtype=np.uint64))
+    found = np.empty(0, dtype=np.int64)
+    while len(found) < count:  # drawn one after another until there are enough, so that every choice is as likely
+        drawn = (words.random_raw(count - len(found)) >> np.uint64(32)).astype(np.int64) * among >> 32
+        found = np.union1d(found, drawn)
+    return torch.from_numpy(found.astype(np.int32))
