@@ -1,0 +1,293 @@
+"""Every method of `adapter.method` at an equal budget on SmolLM2-135M in NF4: the table of docs/methods/table.md.
+
+    python bench/family.py run ../shared/data       # goes on where it stopped; --only e2e, --only lora for a part
+    python bench/family.py table                    # what is there, as Markdown
+
+`run` takes the trials in the order of `plan`: for each method four learning rates around its own (`RATES`), 50 steps of 8
+rows on E2E NLG and TREC, chosen by the loss on held-out rows of the training part; then 150 steps with three seeds on
+the same two, scored on the test sets; then RTE and Alpaca for both LoRAs and the four best others. Each trial is
+`qvera train` itself with a recipe; a line in results/family.jsonl has the recipe's parts, the scores and the header.
+A trial that stands there is not repeated. Losses and scores do not depend on what else the machine does; seconds do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import json
+import random
+import statistics
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bench.common import RESULTS, header, smollm2
+from qvera.adapters import methods
+from qvera.adapters.save_load import load_adapter
+from qvera.config.schema import Recipe, parse_recipe
+from qvera.data import build_datasets
+from qvera.evaluation import evaluate
+from qvera.evaluation.metrics import scores_of, text_metrics
+from qvera.models.loader import load_base
+from qvera.training.trainer import train
+
+LINES = RESULTS / "family.jsonl"
+SEEDS = (0, 1, 2)
+RATES = tuple(10**power for power in (-0.75, -0.25, 0.25, 0.75))
+"""What a method's own rate is multiplied with."""
+
+METHODS: dict[str, tuple[dict[str, Any], float]] = {
+    "lora r=16": ({"method": "lora", "rank": 16}, 4e-3),
+    "vera": ({"rank": 256}, 0.1),
+    "lora r=1": ({"method": "lora", "rank": 1}, 1.6e-2),
+    "shared-core": ({"method": "shared-core", "rank": 32}, 2e-2),
+    "lora-xs": ({"method": "lora-xs", "rank": 32}, 4e-3),
+    "vera, two b and an a": ({"rank": 96, "b_groups": 2, "input_scale": True}, 0.1),
+    "dvora": ({"rank": 256, "magnitude": True}, 3e-2),
+    "lora-sb": ({"method": "lora-sb", "rank": 32}, 1e-3),
+    "spiel": ({"method": "spiel"}, 4e-3),
+    "lorta": ({"method": "lorta"}, 1e-2),
+    "sara": ({"method": "sara"}, 0.1),
+}
+"""Label → adapter section with about 0.2 million trained numbers (the recommended preset: 0.48; LoRA r=16: 4.9), and a
+learning rate to search around. Most telling first."""
+
+TASKS = ("e2e", "trec", "rte", "alpaca")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One training. ``final`` ones are scored on the test rows."""
+
+    method: str
+    task: str
+    learning_rate: float
+    steps: int
+    seed: int = 0
+    final: bool = False
+
+
+def _rows(path: Path, rows: list[dict[str, str]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def _labelled(file: Path, *columns: str) -> list[dict[str, str]]:
+    """Rows of a classification as a prompt of these columns and the label as its completion."""
+    found = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    prompt = lambda row: row[columns[0]] if len(columns) == 1 else "\n".join(f"{c}: {row[c]}" for c in columns)  # noqa: E731
+    return [{"prompt": prompt(row), "completion": row["label"]} for row in found]
+
+
+def prepare(task: str, data: Path, to: Path) -> dict[str, Any]:
+    """Write a task's rows to ``to``: the data section of a recipe, and ``test``, the rows that score.
+
+    A tenth of the training rows (of E2E: of its inputs; of Alpaca: 100 rows) is held out to choose with.
+    """
+    shuffle = random.Random(f"qvera family {task}")
+    if task == "e2e":
+        inputs: dict[str, list[str]] = {}
+        test: dict[str, list[str]] = {}
+        for name, found in (("devset.csv", inputs), ("testset_w_refs.csv", test)):
+            with (data / "e2e" / name).open(encoding="utf-8", newline="") as file:
+                for row in csv.DictReader(file):
+                    found.setdefault(row["mr"], []).append(row["ref"])
+        held = set(shuffle.sample(sorted(inputs), len(inputs) // 10))
+        flat = lambda chosen: [{"prompt": mr, "completion": ref} for mr, refs in chosen for ref in refs]  # noqa: E731
+        return {
+            "path": _rows(to / "train.jsonl", flat((m, r) for m, r in inputs.items() if m not in held)),
+            "eval_path": _rows(to / "held.jsonl", flat((m, r) for m, r in inputs.items() if m in held)),
+            "test": _rows(to / "test.jsonl", flat((m, r[:1]) for m, r in test.items())),
+            "references": list(test.values()),
+            "system": "Say what the list says in one or two sentences.",
+            "max_length": 256,
+        }
+    if task == "alpaca":
+        dealt = json.loads((data / "alpaca_en_demo.json").read_text())
+        shuffle.shuffle(dealt)
+        parts = {"held": dealt[:100], "test": dealt[100:200], "train": dealt[200:]}
+        files = {name: to / f"{name}.json" for name in parts}
+        for name, part in parts.items():
+            files[name].write_text(json.dumps(part))
+        return {
+            "path": str(files["train"]),
+            "eval_path": str(files["held"]),
+            "test": str(files["test"]),
+            "max_length": 512,
+        }
+    columns = ("question",) if task == "trec" else ("premise", "hypothesis")
+    directory = data / "text_classification"
+    rows = _labelled(directory / f"{task}_train.jsonl", *columns)
+    test_rows = _labelled(directory / ("trec_test.jsonl" if task == "trec" else "rte_dev.jsonl"), *columns)
+    shuffle.shuffle(rows)
+    cut = min(250, len(rows) // 10)
+    return {
+        "path": _rows(to / "train.jsonl", rows[cut:]),
+        "eval_path": _rows(to / "held.jsonl", rows[:cut]),
+        "test": _rows(to / "test.jsonl", test_rows),
+        "system": "Answer with the label alone.",
+        "max_length": 256,
+    }
+
+
+def recipe_of(trial: Trial, data: dict[str, Any], run: Path) -> Recipe:
+    keys = {key: value for key, value in data.items() if key not in ("test", "references")}
+    adapter = {**METHODS[trial.method][0], "seed": trial.seed}
+    training = {
+        "output_dir": str(run), "max_steps": trial.steps, "global_batch_size": 8, "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 16, "learning_rate": trial.learning_rate, "seed": trial.seed, "sample_count": 0,
+        "gradient_checkpointing": False, "save_steps": 1000, "report_to": [],
+    }  # fmt: skip
+    tree = {"model": smollm2(), "data": {**keys, "seed": trial.seed}, "adapter": adapter, "training": training}
+    return parse_recipe(tree, "bench/family.py")
+
+
+def scores(trial: Trial, recipe: Recipe, data: dict[str, Any]) -> dict[str, float]:
+    """What the trained adapter scores on the test rows."""
+    base = load_base(recipe.model)
+    model = load_adapter(base.model, Path(str(recipe.training.output_dir)) / "adapter", base)
+    rows = build_datasets(recipe.data.replace(eval_path=data["test"]), base.tokenizer)
+    if trial.task == "alpaca":
+        found = evaluate.held_out_loss(model, rows.eval, pad_id=rows.pad_id, batch_size=4, chunk_tokens=512)
+        return {"loss": found["loss"]}
+    tokens = 80 if trial.task == "e2e" else 8
+    answers = evaluate.answer_rows(model, base.tokenizer, rows.eval, max_new_tokens=tokens, batch_size=42)
+    if trial.task != "e2e":
+        return {"accuracy": 100 * statistics.mean(bool(row["exact"]) for row in answers)}
+    said = [" ".join(row["answer"].split()) for row in answers]
+    return scores_of(text_metrics(["bleu-lowercase", "rougeL", "chrf", "ter"]), said, data["references"])
+
+
+def lines() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in LINES.read_text().splitlines()] if LINES.exists() else []
+
+
+def best_rate(method: str, task: str) -> float | None:
+    """The rate with the lowest held-out loss, where all four were tried. RTE takes TREC's, Alpaca that of E2E."""
+    task = {"rte": "trec", "alpaca": "e2e"}.get(task, task)
+    tried = [x for x in lines() if (x["method"], x["task"], x["final"]) == (method, task, False)]
+    if len(tried) < len(RATES):
+        return None
+    return float(min(tried, key=lambda x: x["held_out_loss"])["learning_rate"])
+
+
+def plan() -> Iterator[Trial]:
+    """All trials, the most telling first. A final one follows from the rates tried before it."""
+    known = [name for name, (adapter, _) in METHODS.items() if adapter.get("method", "vera") in methods.names()]
+    for task in TASKS[:2]:
+        for method in known:
+            for factor in RATES:
+                yield Trial(method, task, float(f"{METHODS[method][1] * factor:.2g}"), 50)
+            if (rate := best_rate(method, task)) is not None:
+                yield Trial(method, task, rate, 150, 0, True)
+    for seed in SEEDS[1:]:
+        for task in TASKS[:2]:
+            for method in known:
+                if (rate := best_rate(method, task)) is not None:
+                    yield Trial(method, task, rate, 150, seed, True)
+    chosen = [m for m in known if m.startswith("lora r=")] + best_four(known)
+    for task in TASKS[2:]:
+        for seed in SEEDS:
+            for method in chosen:
+                if (rate := best_rate(method, task)) is not None:
+                    yield Trial(method, task, rate, 150, seed, True)
+
+
+def best_four(known: list[str]) -> list[str]:
+    """Those with the lowest mean of their ranks on E2E and TREC, the LoRAs apart."""
+    ranks: dict[str, list[int]] = {}
+    for task, score in (("e2e", "bleu-lowercase"), ("trec", "accuracy")):
+        found = final_scores(task, score)
+        ordered = sorted((m for m in found if not m.startswith("lora r=")), key=lambda m: -statistics.mean(found[m]))
+        for place, method in enumerate(ordered):
+            ranks.setdefault(method, []).append(place)
+    whole = {m: statistics.mean(r) for m, r in ranks.items() if len(r) == 2 and m in known}
+    return sorted(whole, key=lambda m: whole[m])[:4]
+
+
+def final_scores(task: str, score: str) -> dict[str, list[float]]:
+    """Method → the score of each seed."""
+    found: dict[str, list[float]] = {}
+    for line in lines():
+        if line["task"] == task and line["final"]:
+            found.setdefault(line["method"], []).append(line["scores"][score])
+    return found
+
+
+def do(trial: Trial, data_dir: Path, facts: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        to = Path(directory)
+        data = prepare(trial.task, data_dir, to)
+        recipe = recipe_of(trial, data, to / "run")
+        result = train(recipe, to / "run", console=Console(quiet=True))
+        assert result is not None
+        run = result.run
+        line = {
+            **dataclasses.asdict(trial),
+            "adapter": METHODS[trial.method][0],
+            "trained": run["adapter"]["trainable_parameters"],
+            "file_bytes": run["adapter"]["file_bytes"],
+            "seconds": run["result"]["seconds"],
+            "peak_bytes": run["result"]["peak_bytes"],
+            "train_loss": run["result"]["train_loss_last"],
+            "held_out_loss": run["result"]["eval_after"]["loss"],
+            "scores": scores(trial, recipe, data) if trial.final else None,
+            **facts,
+        }
+    with LINES.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    shown = line["scores"] or {"held-out loss": line["held_out_loss"]}
+    print(f"{trial}: {shown}", flush=True)
+
+
+def table() -> str:
+    """The finals as Markdown: mean over the seeds, lowest and highest."""
+    columns = {"e2e": ("bleu-lowercase", "E2E, BLEU"), "trec": ("accuracy", "TREC, %"), "rte": ("accuracy", "RTE, %"),
+               "alpaca": ("loss", "Alpaca, loss")}  # fmt: skip
+    found = {task: final_scores(task, score) for task, (score, _) in columns.items()}
+    facts = {line["method"]: line for line in lines() if line["final"]}
+    rows = [f"| method | trained | file, kB | {' | '.join(label for _, label in columns.values())} |",
+            "|" + "---|" * (3 + len(columns))]  # fmt: skip
+    for method, line in facts.items():
+        cells = [method, f"{line['trained']:,}", f"{line['file_bytes'] / 1000:,.0f}"]
+        for task in columns:
+            seeds = found[task].get(method, [])
+            digits = 3 if task == "alpaca" else 1
+            spread = f" ({min(seeds):.{digits}f} to {max(seeds):.{digits}f})" if len(seeds) > 1 else ""
+            cells.append(f"{statistics.mean(seeds):.{digits}f}{spread}" if seeds else "")
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what", choices=["run", "table"])
+    parser.add_argument(
+        "data", type=Path, nargs="?", help="directory with e2e, text_classification and alpaca_en_demo.json"
+    )
+    parser.add_argument("--only", nargs="*", default=[], help="tasks or methods")
+    parser.add_argument("--trials", type=int, help="stop after as many")
+    args = parser.parse_args()
+    if args.what == "table":
+        print(table())
+        return
+    if args.data is None:
+        parser.error("data: name the directory with the rows")
+    facts = {k: v for k, v in header().items() if k in ("command", "date", "commit", "device", "threads", "versions")}
+    done = 0
+    while True:
+        stands = {tuple(line[f.name] for f in dataclasses.fields(Trial)) for line in lines()}
+        left = (t for t in plan() if dataclasses.astuple(t) not in stands)
+        trial = next((t for t in left if not args.only or t.method in args.only or t.task in args.only), None)
+        if trial is None or done == args.trials:
+            return
+        do(trial, args.data, facts)
+        done += 1
+
+
+if __name__ == "__main__":
+    main()
