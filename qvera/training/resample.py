@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
+from qvera.adapters.factors import Factors
+from qvera.adapters.layer import QveraLinear
 from qvera.adapters.methods import method_of
 from qvera.adapters.step_hook import StepHook
 from qvera.data import planned_steps
+from qvera.training.momentum import carried_share
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
+    from peft import PeftModel
 
     from qvera.adapters.config import QveraConfig
-    from qvera.config.schema import Recipe
+    from qvera.config.schema import Recipe, TrainingSection
 
 
 def phase_count(recipe: Recipe, rows: int) -> int:
@@ -45,16 +49,14 @@ def with_phases(recipe: Recipe, phases: int) -> Recipe:
 class ResampleHook(StepHook):
     """Begins a phase every ``every`` steps; which one a step is in is a function of the step.
 
-    A new phase begins with b = 0, d = d_initial and no optimizer state. Flora moves the momentum from the old subspace
-    to the new one. For VeRA next to nothing would come over: the gradient of b_i is that of row i of W along one
-    direction, s Aᵀ (d ⊙ B_i), and two such directions of n elements have a cosine of about 1 / √n. The gradient of the
-    new d is 0 while its b is.
+    A new phase begins with b = 0 and d = d_initial, and without optimizer state, or with what `move_state` makes of it.
     """
 
-    def __init__(
-        self, config: QveraConfig, vectors: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, every: int
-    ) -> None:
-        self.config, self.vectors, self.optimizer, self.every = config, vectors, optimizer, every
+    def __init__(self, model: PeftModel, optimizer: torch.optim.Optimizer, training: TrainingSection) -> None:
+        self.config: QveraConfig = model.peft_config["default"]
+        self.layers = [m for m in model.modules() if isinstance(m, QveraLinear) and m.carries("default")]
+        self.optimizer, self.every = optimizer, training.resample_every
+        self.moves = training.resample_momentum == "move"
         self._enter(0)
 
     def _enter(self, phase: int) -> None:
@@ -66,7 +68,39 @@ class ResampleHook(StepHook):
 
     def after_step(self, step: int, loss_scale: float = 1.0) -> None:
         """See `StepHook.after_step`."""
-        if step % self.every == 0 and self.config.current_phase != step // self.every:
-            self._enter(step // self.every)
-            for vector in self.vectors.values():
-                self.optimizer.state.pop(vector, None)
+        before = self.config.current_phase
+        self._enter(step // self.every)
+        if self.config.current_phase == before:
+            return
+        for layer in self.layers:
+            if self.moves:
+                move_state(layer, self.config, self.optimizer)
+            else:
+                for vector in layer.vectors("default").values():
+                    self.optimizer.state.pop(vector, None)
+
+
+@torch.no_grad()
+def move_state(layer: QveraLinear, config: QveraConfig, optimizer: torch.optim.Optimizer) -> None:
+    """AdamW's state of a linear for the phase that has just begun, made of that of the phase before.
+
+    The momentum of b goes over as far as the new subspace has it (`momentum.carried_share`). d has no gradient while
+    the new b is 0, so its momentum begins at 0. The second moments stay: they are sizes, and the new directions are as
+    long as the old ones.
+    """
+    phase, rank = config.current_phase, config.rank // config.b_groups
+    assert phase
+    both = layer.parts("default")
+    assert both.d is not None
+    parts = [
+        Factors(both.A[at : at + rank], both.B[:, at : at + rank], both.d[at : at + rank], scale=both.scale)
+        for at in ((phase - 1) * rank, phase * rank)
+    ]
+    share = carried_share(*parts)
+    for name, vector in layer.vectors("default").items():
+        if not (state := optimizer.state.get(vector)):
+            continue
+        momentum, squares = (state[key].view(config.b_groups, -1) for key in ("exp_avg", "exp_avg_sq"))
+        momentum[phase] = share.to(momentum.dtype) * momentum[phase - 1] if name == "qvera_b" else 0.0
+        momentum[phase - 1] = 0.0
+        squares[phase] = squares[phase - 1]

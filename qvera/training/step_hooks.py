@@ -41,8 +41,6 @@ def build_hooks(
         hooks[recipe.adapter.method] = own
     if isinstance(batches, BilevelBatches):
         hooks["bilevel"] = BilevelHook(batches, trained_vectors(model), method)
-    config = model.peft_config["default"]
-    if config.seed_chain:
-        vectors, every = trained_vectors(model), recipe.training.resample_every
-        hooks["resample"] = ResampleHook(config, vectors, optimizer, every)
+    if model.peft_config["default"].seed_chain:
+        hooks["resample"] = ResampleHook(model, optimizer, recipe.training)
     return StepHooks(hooks)

@@ -63,6 +63,31 @@ def test_optimizer_state_begins_anew_with_a_phase(run: tuple[Any, Path]) -> None
         )
 
 
+def test_momentum_may_be_moved_and_moves_no_frozen_phase(run: tuple[Any, Path], tmp_path: Path) -> None:
+    recipe, cleared = run
+    training = recipe.training.replace(resample_momentum="move", max_steps=5, resample_every=3)
+    moved = tmp_path / "moved"
+    train(recipe.replace(training=training), moved)
+    before, after, later = (
+        load_file(moved / "checkpoints" / f"step-{k:08d}" / "optimizer.safetensors") for k in (2, 3, 4)
+    )
+    vectors_then, vectors_later = (
+        load_file(moved / "checkpoints" / f"step-{k:08d}" / "vectors.safetensors") for k in (3, 5)
+    )
+    for name, momentum in after.items():
+        if name.endswith("exp_avg"):
+            groups = momentum.view(2, -1)
+            assert not groups[0].any()
+            carried = groups[1].norm() / before[name].view(2, -1)[0].norm()
+            assert (0 < carried < 1) if "qvera_b" in name else carried == 0
+        if name.endswith("exp_avg_sq"):
+            assert torch.equal(*momentum.view(2, -1))
+    assert {int(value) for name, value in later.items() if name.endswith("/step")} == {4}
+    for name, value in vectors_later.items():
+        assert torch.equal(value.view(2, -1)[0], vectors_then[name].view(2, -1)[0])
+        assert not torch.equal(value, vectors_then[name])
+
+
 def test_a_run_in_phases_is_resumed_to_the_bit(run: tuple[Any, Path], tmp_path: Path) -> None:
     recipe, whole = run
     for after in (3, 4):  # between two phases, and within one

@@ -97,6 +97,8 @@ class Recipe(Section):
             yield key, "each phase has one b and one d; remove adapter.b_groups and adapter.input_scale."
         if self.adapter.init_from is not None:
             yield key, "begins with fresh vectors; remove adapter.init_from."
+        if self.training.resample_momentum == "move" and self.training.optim != "adamw":
+            yield key, f"{self.training.optim} holds its state in blocks; set training.resample_momentum: clear."
         if self.training.bilevel:
             yield key, "and training.bilevel are two schedules for the same vectors; remove one of the two."
 

@@ -124,6 +124,10 @@ class TrainingSection(Section):
     """Freeze the trained vectors every this many optimizer steps, and go on with a new pair of projections of the next
     seed and fresh vectors, as ReLoRA and Flora do. The adapter is the sum of all phases, of ``adapter.rank`` each. For
     VeRA, on long runs. 0: never."""
+    resample_momentum: Literal["clear", "move"] = "clear"
+    """With ``resample_every``: whether a new phase begins without optimizer state, or with the old momentum of b as far
+    as the new subspace has it (Flora; about 1/√in_features of it) and the old second moments. ``move`` is for
+    ``optim: adamw``."""
     adapt_steps: NonNegative = 0
     """After training, optimizer steps on each of ``data.held_out_tasks``, from the trained vectors, with a constant
     rate. The report has the loss of the task's other rows before and after. The saved adapter is not changed. 0:
