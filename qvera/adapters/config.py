@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from peft import PeftConfig
@@ -46,6 +46,11 @@ class QveraConfig(PeftConfig):
         b_groups: into how many equal groups the rank is cut, each with a b of its own (`qvera.adapters.functional`).
         input_scale: train a third vector a [in_features] for each linear, right of A, from 1.
         d_initial: initial value of every element of d (0.1, VeRA section 3.2).
+        alpha: LoRA's α; None: the rank.
+        use_rslora: the rank-stabilised scale of a LoRA.
+        init_lora_weights: where a LoRA's A and B start.
+        rank_pattern: name or regular expression of linears → their rank, in an adapter that PEFT's LoRA has trained.
+        alpha_pattern: likewise their α.
         dropout: dropout probability on the adapter's input.
         projection_seed: the seed of A and B, see `qvera.adapters.projection`.
         projection_generator: the rule by which A and B are drawn from the seed.
@@ -78,6 +83,11 @@ class QveraConfig(PeftConfig):
     b_groups: int = _DEFAULTS.b_groups
     input_scale: bool = _DEFAULTS.input_scale
     d_initial: float = _DEFAULTS.d_initial
+    alpha: float | None = _DEFAULTS.alpha
+    use_rslora: bool = _DEFAULTS.use_rslora
+    init_lora_weights: str = _DEFAULTS.init_lora_weights
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
     dropout: float = _DEFAULTS.dropout
     projection_seed: int = _DEFAULTS.seed
     projection_generator: str = GENERATOR
@@ -137,8 +147,7 @@ class QveraConfig(PeftConfig):
 
     def _check_values(self) -> None:
         self._check_seed_chain()
-        names = ("rank", "b_groups", "input_scale", "d_initial", "dropout")
-        _DEFAULTS.replace(**{name: getattr(self, name) for name in names})
+        _DEFAULTS.replace(**{name: getattr(self, name) for name in _SHARED})
         try:
             _DEFAULTS.replace(seed=self.projection_seed)
         except InputError as error:
@@ -152,3 +161,14 @@ class QveraConfig(PeftConfig):
         tokens = self.added_tokens or {}
         if not isinstance(tokens, dict) or not all(type(i) is int and i >= 0 for i in tokens.values()):
             raise InputError(f"added_tokens: takes token → id (whole numbers >= 0), got {tokens!r}.")
+
+    @classmethod
+    def of_section(cls, section: AdapterSection, **others: Any) -> QveraConfig:
+        """The config of a recipe's adapter section; ``others`` have precedence."""
+        targets = section.targets if isinstance(section.targets, str) else list(section.targets)
+        shared = {name: getattr(section, name) for name in _SHARED}
+        return cls(**{**shared, "target_modules": targets, "projection_seed": section.seed, **others})
+
+
+_SHARED = sorted({one.name for one in fields(QveraConfig)} & set(AdapterSection.model_fields))
+"""The keys that a recipe's adapter section and an adapter's config have under the same name."""

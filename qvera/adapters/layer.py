@@ -138,17 +138,26 @@ class LowRankPath:
         held = self._inference_weight is not None and tuple(names) == self._inference_adapters
         if held and names and not torch.is_grad_enabled():
             return self.inference_product(x)
-        return self._summed_forward(x, names[0]) if len(names) == 1 else None
+        return self._forward_with_base(x, names[0]) if len(names) == 1 else None
 
-    def _summed_forward(self, x: torch.Tensor, adapter: str) -> torch.Tensor | None:
-        """y by one product with W + ΔW where that is cheaper and loses nothing (`fused.pays`), else None."""
+    def _forward_with_base(self, x: torch.Tensor, adapter: str) -> torch.Tensor | None:
+        """y by a node that has the frozen product in it, where there is one for the adapter and the base allows it."""
         base = self.base_layer
         # ZeRO-3 gathers a weight when its module is called, and here it is not
-        if isinstance(base, Conv1D) or is_sharded(base.weight):
+        if isinstance(base, Conv1D) or is_sharded(base.weight) or x.device != base.weight.device:
             return None
         trains_bias = base.bias is not None and base.bias.requires_grad
         if trains_bias or not isinstance(self.dropout_of(adapter), nn.Identity):
             return None
+        return self.with_base(adapter, x)
+
+    def with_base(self, adapter: str, x: torch.Tensor) -> torch.Tensor | None:
+        """(W + ΔW) x in one node, else None; asked where `Method.with_base` says."""
+        return self._summed_forward(x, adapter)
+
+    def _summed_forward(self, x: torch.Tensor, adapter: str) -> torch.Tensor | None:
+        """y by one product with W + ΔW where that is cheaper and loses nothing (`fused.pays`), else None."""
+        base = self.base_layer
         factors = self.parts(adapter)
         if factors.vectors is None or not self.is_low_rank(adapter):
             return None
@@ -346,6 +355,11 @@ class QveraLinear(LowRankPath, nn.Module, BaseTunerLayer):
     def add_adapter(self, adapter: str, x: torch.Tensor, y: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
         """The output with one adapter more, as its method computes it."""
         return self.method(adapter).add(self, adapter, x, y, overwrite)
+
+    def with_base(self, adapter: str, x: torch.Tensor) -> torch.Tensor | None:
+        """(W + ΔW) x in one node, as the adapter's method has it, or by W + ΔW."""
+        y = self.method(adapter).with_base(self, adapter, x)
+        return super().with_base(adapter, x) if y is None else y
 
     def delta(self, adapter: str) -> torch.Tensor:
         """ΔW [m, n] of one adapter in fp32, without a graph."""

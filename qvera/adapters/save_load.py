@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-from peft import PeftModel, VeraConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from qvera.adapters import lora_file
 from qvera.adapters.config import PEFT_TYPE, QveraConfig
 from qvera.adapters.layer import QveraLinear
-from qvera.adapters.methods import method_of
+from qvera.adapters.methods import Source, method_of
 from qvera.adapters.peft_compat import accelerated_peft
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.models.tokenizer import ADDED_ROWS, put_token_rows, read_token_rows, save_token_rows
@@ -61,16 +62,11 @@ def attach(
     Raises:
         InputError: a target matches nothing, or ``init_from`` does not fit.
     """
-    config = QveraConfig(
-        method=section.method,
+    config = QveraConfig.of_section(
+        section,
         rank=section.rank * phases,
         b_groups=section.b_groups * phases,
         seed_chain=[(section.seed + phase) % 2**64 for phase in range(phases)] if phases > 1 else None,
-        input_scale=section.input_scale,
-        target_modules=section.targets if isinstance(section.targets, str) else list(section.targets),
-        d_initial=section.d_initial,
-        dropout=section.dropout,
-        projection_seed=section.seed,
         task_type="CAUSAL_LM",
         base_model_name_or_path=None if base_name is None else portable_name(base_name),
         base_fingerprint=base_fingerprint,
@@ -97,19 +93,21 @@ def _start_from(peft_model: PeftModel, config: QveraConfig, init_from: str) -> N
             f"adapter.init_from: {init_from} is an adapter of PEFT's own VeRA, whose projections are not drawn from a "
             "seed as ours are. Train it further with PEFT after qvera.adapters.accelerate_peft(), or start anew."
         )
-    for field, key in (
-        ("method", "method"),
-        ("rank", "rank"),
-        ("b_groups", "b_groups"),
-        ("input_scale", "input_scale"),
-        ("projection_seed", "seed"),
-        ("seed_chain", "seeds of phases"),
-        ("projection_shapes", "projections (by its targets and base) of shapes"),
-        ("projection_sha256", "projections' SHA-256"),
-    ):
-        if getattr(config, field) != getattr(theirs, field):
-            given, wanted = getattr(theirs, field), getattr(config, field)
-            raise InputError(f"adapter.init_from: {init_from} has {key} {given}, the recipe {wanted}.")
+    fields = {key: key for key in ("method", "rank", "b_groups", "input_scale")}
+    if method_of(config).source is not Source.TRAINED:
+        fields |= {
+            "projection_seed": "seed",
+            "seed_chain": "seeds of phases",
+            "projection_shapes": "projections (by its targets and base) of shapes",
+            "projection_sha256": "projections' SHA-256",
+        }
+    has = {key: (getattr(theirs, field), getattr(config, field)) for field, key in fields.items()}
+    if theirs.method == config.method:
+        given = method_of(theirs).conditions(theirs)
+        has |= {key: (given[key], wanted) for key, wanted in method_of(config).conditions(config).items()}
+    for key, (given_value, wanted) in has.items():
+        if given_value != wanted:
+            raise InputError(f"adapter.init_from: {init_from} has {key} {given_value}, the recipe {wanted}.")
     require_base(theirs, init_from, str(config.base_model_name_or_path), config.base_fingerprint)
     require_tokens(theirs, init_from, config.added_tokens)
     if config.added_tokens:
@@ -179,10 +177,15 @@ def _write_adapter(model: PeftModel, directory: Path, tokenizer: PreTrainedToken
     partial, old = (directory.with_name(f".{directory.name}.{what}-{os.getpid()}") for what in ("partial", "old"))
     _discard(partial)
     try:
+        config = model.peft_config["default"]
         # save_embedding_layers=False: PEFT would otherwise look the base up on the hub
-        model.save_pretrained(str(partial), save_embedding_layers=False)
-        (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-        ids = getattr(model.peft_config["default"], "added_tokens", None)
+        if isinstance(config, QveraConfig) and method_of(config).writes_lora:
+            partial.mkdir()
+            lora_file.write(partial, config, get_peft_model_state_dict(model, save_embedding_layers=False))
+        else:
+            model.save_pretrained(str(partial), save_embedding_layers=False)
+            (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+        ids = getattr(config, "added_tokens", None)
         if ids:
             save_token_rows(model.get_base_model(), ids, partial)
             if tokenizer is not None:
@@ -226,6 +229,8 @@ def read_adapter(directory: Path) -> tuple[QveraConfig | VeraConfig, dict[str, t
         tensors = load_file(weights_file)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{weights_file}: not a readable safetensors file, or cut short ({error}).") from None
+    if isinstance(config, QveraConfig) and method_of(config).writes_lora:
+        tensors = {lora_file.to_ours(key): tensor for key, tensor in tensors.items()}
     ours = isinstance(config, QveraConfig)
     rank, key, suffix = (config.rank, "rank", ".qvera_d") if ours else (config.r, "r", ".vera_lambda_d")
     place_names = method_of(config).place_names if isinstance(config, QveraConfig) else frozenset()
@@ -258,19 +263,30 @@ def read_config(directory: Path) -> QveraConfig | VeraConfig:
         if not file.is_file():
             raise InputError(f"{directory}: has no {file.name}, so it is not an adapter directory.")
     raw = read_json(config_file, "a PEFT adapter config", keys=["peft_type"])
-    kind = {PEFT_TYPE: QveraConfig, "VERA": VeraConfig}.get(str(raw["peft_type"]))
+    kind = {PEFT_TYPE: QveraConfig, "VERA": VeraConfig, lora_file.PEFT_TYPE: LoraConfig}.get(str(raw["peft_type"]))
     if kind is None:
-        raise InputError(f"{config_file}: peft_type is {raw['peft_type']}, expected {PEFT_TYPE} (or PEFT's own VERA).")
+        raise InputError(
+            f"{config_file}: peft_type is {raw['peft_type']}, expected {PEFT_TYPE} (or PEFT's own VERA or LORA)."
+        )
     known = {f.name for f in dataclasses.fields(kind)}
     try:
         with warnings.catch_warnings():
             # PEFT warns of projections that are not in the file; here they are drawn and used
             warnings.simplefilter("ignore", UserWarning)
+            if kind is LoraConfig:
+                return lora_file.config_of(raw, directory)
             return kind(**{k: v for k, v in raw.items() if k in known})
     except InputError as error:
         raise InputError(f"{config_file}: {error}") from None
     except (TypeError, ValueError) as error:
         raise InputError(f"{config_file}: a value has the wrong type, or is out of range ({error}).") from None
+
+
+def runs_on_our_layers(raw: dict[str, Any]) -> bool:
+    """Whether an adapter with this adapter_config.json runs on qvera's layers. PEFT loads every other one."""
+    if raw["peft_type"] == lora_file.PEFT_TYPE:
+        return lora_file.refusal(raw) is None
+    return raw["peft_type"] in (PEFT_TYPE, "VERA")
 
 
 def load_vectors(model: nn.Module, vectors: dict[str, torch.Tensor], source: str, adapter: str = "default") -> None:

@@ -28,9 +28,6 @@ from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CERTIFICATE, RECI
 if TYPE_CHECKING:
     from torch import nn
 
-OUR_ADAPTERS = ("QVERA", "VERA")
-"""Adapter types that run on qvera's layers. PEFT loads every other type."""
-
 
 @dataclasses.dataclass(frozen=True)
 class EvalTarget:
@@ -145,7 +142,7 @@ def _config(adapter: Path) -> dict[str, Any]:
 def _base_of_adapter(adapter: Path) -> ModelSection:
     """The base model that an adapter's config names."""
     tree = _config(adapter)
-    if tree["peft_type"] in OUR_ADAPTERS:
+    if save_load.runs_on_our_layers(tree):
         tree = dict(vars(save_load.read_config(adapter)))
     name = tree.get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
@@ -203,7 +200,7 @@ def open_target(target: EvalTarget, *, adapter: bool = True) -> OpenRun:
     if target.adapter is None:
         base = _load_stored(target.path) if adapter else _load_merged_base(target)
         return OpenRun(target, base, base.model)
-    ours = _config(target.adapter)["peft_type"] in OUR_ADAPTERS
+    ours = save_load.runs_on_our_layers(_config(target.adapter))
     if adapter and ours:
         save_load.read_adapter(target.adapter)  # a broken adapter is found before a big model is loaded
     elif adapter:

@@ -14,6 +14,7 @@ from qvera.config.schema import Recipe
 from qvera.utils.errors import InputError
 from qvera.utils.files import file_sha256, read_json
 from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CERTIFICATE, RECIPE_FILE
+from qvera.utils.safetensors_io import own_facts
 
 _PROJECTIONS = ("vera_A", "vera_B")
 """Ends of the names of tensors that PEFT's own VeRA stores and does not train."""
@@ -78,6 +79,8 @@ def _adapter(directory: Path) -> dict[str, Any]:
     config = read_json(directory / ADAPTER_CONFIG, "the config of a PEFT adapter", keys=("peft_type",))
     parameters = _parameters(weights)
     trained = {name: count for name, count in parameters.items() if not name.endswith(_PROJECTIONS)}
+    is_lora = config["peft_type"] == "LORA"
+    config |= own_facts(weights) if is_lora else {}
     targets = config.get("target_modules")
     tokens = config.get("added_tokens")
     if isinstance(tokens, dict):  # PEFT writes its JSON with sorted keys; ids say in which order tokens were added
@@ -85,7 +88,7 @@ def _adapter(directory: Path) -> dict[str, Any]:
     return {
         "base": config.get("base_model_name_or_path"),
         "base_revision": config.get("revision"),
-        "method": config.get("method", "vera"),
+        "method": "lora" if is_lora else config.get("method", "vera"),
         "rank": config.get("rank", config.get("r")),
         "b_groups": config.get("b_groups", 1),
         "input_scale": config.get("input_scale", False),

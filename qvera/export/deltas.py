@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import VeraConfig
+from peft import LoraConfig, VeraConfig
 from peft.tuners.vera.model import _kaiming_init
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from qvera.adapters import lora_file
 from qvera.adapters.config import PREFIX, QveraConfig
 from qvera.adapters.factors import Factors
 from qvera.adapters.layer import layer_shape
@@ -87,6 +88,13 @@ class AdapterDeltas:
     def method(self) -> str:
         """The method's name; that of PEFT's own VeRA is ours."""
         return getattr(self.config, "method", "vera")
+
+    @property
+    def lora_config(self) -> LoraConfig | None:
+        """Of an adapter that is a LoRA: stock PEFT's config for its own A and B."""
+        if isinstance(self.config, QveraConfig) and method_of(self.config).writes_lora:
+            return lora_file.lora_config(self.config)
+        return None
 
     @property
     def seed(self) -> int | None:

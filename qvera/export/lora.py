@@ -100,32 +100,44 @@ def export_lora(
 ) -> int:
     """Write the LoRA to ``out``, layer by layer, for stock PEFT; returns its bytes.
 
+    A LoRA's own A and B are copied, with its alpha. Linears may differ in rank.
+
     ``factors`` are A' [r, n] and B' [m, r] by layer name (`truncate_all`, `merge_adapters.stacked_factors`), by default
     the adapter's own.
 
     Raises:
         InputError: ``out`` is not empty, a layer is a Conv1D, or a factor does not fit into ``dtype``.
     """
-    rank = adapter.rank if factors is None else next(iter(factors.values()))[0].shape[0]
+    own = adapter.lora_config if factors is None else None
+
+    def pair(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        delta = adapter.layers[name]
+        if factors is not None:
+            return factors[name]
+        return delta.lora() if own is None else (delta.factors.A, delta.factors.B)
+
+    ranks = {n: d.factors.rank if factors is None else len(factors[n][0]) for n, d in adapter.layers.items()}
     specs = []
     for name, delta in adapter.layers.items():
         m, n = delta.shape
         specs += [
-            TensorSpec(f"{PREFIX}{name}.lora_A.weight", dtype, (rank, n)),
-            TensorSpec(f"{PREFIX}{name}.lora_B.weight", dtype, (m, rank)),
+            TensorSpec(f"{PREFIX}{name}.lora_A.weight", dtype, (ranks[name], n)),
+            TensorSpec(f"{PREFIX}{name}.lora_B.weight", dtype, (m, ranks[name])),
         ]
 
     def tensors() -> Iterator[torch.Tensor]:
-        for name, delta in adapter.layers.items():
-            pair = delta.lora() if factors is None else factors[name]
-            for factor in pair:
+        for name in adapter.layers:
+            for factor in pair(name):
                 rounded = factor.to(dtype)
                 if not torch.isfinite(rounded).all():
                     raise InputError(f"{name}: a factor does not fit into {dtype}. Export with --dtype bfloat16.")
                 yield rounded
 
-    config = LoraConfig(r=rank, lora_alpha=rank, **_common(adapter))  # PEFT multiplies by alpha / r
-    return write_adapter(out, config.to_dict(), specs, tensors())
+    rank = max(ranks.values())
+    others = {name: one for name, one in ranks.items() if one != rank}
+    # PEFT multiplies by alpha / r
+    config = own or LoraConfig(r=rank, lora_alpha=rank, rank_pattern=others, alpha_pattern=others)
+    return write_adapter(out, {**config.to_dict(), **_common(adapter)}, specs, tensors())
 
 
 def export_stock_vera(adapter: AdapterDeltas, out: Path) -> int:

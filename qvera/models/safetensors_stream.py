@@ -12,9 +12,10 @@ import os
 import queue
 import struct
 import threading
-from collections.abc import Callable, Collection, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -166,17 +167,23 @@ def in_order(
             pool.shutdown(cancel_futures=True)
 
 
-def write_shard(path: Path, specs: list[TensorSpec], tensors: Iterator[torch.Tensor]) -> str:
+def write_shard(
+    path: Path,
+    specs: list[TensorSpec],
+    tensors: Iterator[torch.Tensor],
+    metadata: Mapping[str, str] = MappingProxyType({}),
+) -> str:
     """Write one safetensors file, under a temporary name until it is whole and on the disk; returns its SHA-256.
 
     ``tensors`` are the values of ``specs`` in their order; one may come in parts along its first dimension. No more are
-    taken than ``specs`` need, so one iterator can serve several files.
+    taken than ``specs`` need, so one iterator can serve several files. ``metadata`` goes into the header beside the
+    format.
 
     Raises:
         OSError: the disk is full or gone; nothing is left behind.
     """
     names = {dtype: name for name, dtype in torch_dtypes().items()}
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     offset = 0
     for spec in specs:
         offsets = [offset, offset + spec.size_bytes]

@@ -15,7 +15,7 @@ import re
 import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
@@ -30,6 +30,9 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SOURCE_FILE = "qvera_source.json"
 """In a directory quantized from another: ``{"fingerprint": ...}`` of what it was made from."""
+
+FACTS = "qvera"
+"""The key of a header's ``__metadata__`` with a JSON object of ours, in files whose format is another tool's."""
 
 _NUMBERED = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors$")
 _QUANTIZED, _SAMPLE_BYTES = "quantized:", 4096
@@ -94,6 +97,24 @@ def read_header(file: Path) -> list[TensorEntry]:
             "download it again."
         ) from None
     return sorted(entries, key=lambda entry: entry.start)
+
+
+def own_facts(weights: Path) -> dict[str, Any]:
+    """What qvera wrote into the header of a safetensors file (`FACTS`); empty where it did not.
+
+    Raises:
+        InputError: the file is damaged, or these facts are.
+    """
+    try:
+        with safe_open(weights, framework="numpy") as file:
+            found = json.loads((file.metadata() or {}).get(FACTS, "{}"))
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{weights}: not a readable safetensors file, or cut short ({error}).") from None
+    except ValueError as error:
+        raise InputError(f"{weights}: the entry {FACTS!r} of its header is not JSON ({error}).") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{weights}: the entry {FACTS!r} of its header is no JSON object.")
+    return found
 
 
 def checkpoint_tensors(directory: Path) -> list[TensorEntry]:

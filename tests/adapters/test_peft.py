@@ -387,7 +387,7 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "cut config": (lambda d: truncate(d / CONFIG, 30), "expected a PEFT adapter config"),
     "config is a list": (lambda d: (d / CONFIG).write_text("[1]"), "expected a PEFT adapter config"),
     "config not text": (lambda d: (d / CONFIG).write_bytes(b"\xff\xfe\x00"), "expected a PEFT adapter config"),
-    "a LoRA": (lambda d: edit_config(d, peft_type="LORA"), "peft_type is LORA, expected QVERA"),
+    "a LoHa": (lambda d: edit_config(d, peft_type="LOHA"), "peft_type is LOHA, expected QVERA"),
     "QVERA called VERA": (lambda d: edit_config(d, peft_type="VERA"), "does not fit this base model"),
     "hash": (lambda d: edit_config(d, projection_sha256="0" * 64), "SHA-256"),
     "seed": (lambda d: edit_config(d, projection_seed=1), "SHA-256"),

@@ -38,9 +38,9 @@ def _stock(model: Any) -> Any:
     return model
 
 
-def ours(rank: int) -> Callable[[Any], Any]:
+def ours(rank: int, method: str = "vera") -> Callable[[Any], Any]:
     """Put qvera's adapter on a model."""
-    return lambda model: attach(model, AdapterSection(rank=rank))
+    return lambda model: attach(model, AdapterSection(rank=rank, method=method))
 
 
 def _peft(config: Any) -> Callable[[Any], Any]:
@@ -68,6 +68,7 @@ CASES: dict[str, Callable[[Any], Any]] = {
     "PEFT VeRA, r=256": _peft(VeraConfig(r=256, target_modules=LINEARS)),
     "qvera, r=256": ours(256),
     "qvera, r=1024": ours(1024),
+    "qvera LoRA, r=16": ours(16, "lora"),
 }
 
 
@@ -97,6 +98,29 @@ def _one_pass(fake: FakeAccelerator, model: Any, tokens: int, checkpointing: boo
         hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
         hidden.backward(torch.empty_like(hidden))
     return seen
+
+
+def layer_kept_bytes(fake: FakeAccelerator, prepare: Callable[[Any], Any], *, tokens: int = 2048) -> int:
+    """What autograd keeps of one 7B decoder layer from forward to backward, but for parameters; shared memory once."""
+    return _kept(prepare(fake.model("7b", 2)), tokens) - _kept(prepare(fake.model("7b", 1)), tokens)
+
+
+def _kept(model: Any, tokens: int) -> int:
+    decoder, kept = model.get_decoder(), {}
+    decoder.embed_tokens.register_forward_hook(lambda module, args, output: output.requires_grad_())
+    fixed = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in fixed:
+            kept[storage._cdata] = storage
+        return tensor
+
+    ids = torch.empty(1, tokens, dtype=torch.int64, device=model.get_input_embeddings().weight.device)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
+    del hidden
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 class _DequantizedWeights(TorchDispatchMode):

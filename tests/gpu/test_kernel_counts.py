@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.gpu.fake_accelerator import FakeAccelerator
-from tests.gpu.kernel_counts import CASES, dequantized_weights, layer_kernels
+from tests.gpu.kernel_counts import CASES, dequantized_weights, layer_kept_bytes, layer_kernels
 from tests.gpu.own_process import measured
 
 pytestmark = pytest.mark.process
@@ -16,13 +16,17 @@ CEILING, CEILING_WITH_CHECKPOINT = 102, 140
 """Kernels of a 7B layer, forward and backward, and with the recomputation. The frozen base alone takes 140 and 193 as
 transformers and bitsandbytes run it (bench/results/kernel_counts.json)."""
 
+LORA_CEILING, LORA_CEILING_WITH_CHECKPOINT, LORA_KEPT_BYTES = 101, 149, 272_800_000
+"""Of LoRA at rank 16: the same, and what one layer keeps for backward. Stock PEFT's takes 245, 341 and 562 MB."""
+
 
 def counts(fake: FakeAccelerator) -> dict[str, Any]:
     passes = {
         name: [dict(layer_kernels(fake, CASES[name], checkpointing=checkpointing)) for checkpointing in (False, True)]
-        for name in ("qvera, r=256", "qvera, r=1024")
+        for name in ("qvera, r=256", "qvera, r=1024", "qvera LoRA, r=16", "PEFT LoRA, r=16")
     }
-    return passes | {"dequantized weights": dequantized_weights(fake)}
+    kept = {name: layer_kept_bytes(fake, CASES[name]) for name in ("qvera LoRA, r=16", "PEFT LoRA, r=16")}
+    return passes | {"dequantized weights": dequantized_weights(fake), "kept": kept}
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +42,19 @@ def test_an_adapted_layer_launches_no_more_than_its_ceiling(found: dict[str, Any
     # each frozen weight is dequantized once a pass, and nothing is copied or cast
     assert (plain["qvera.dequantize_4bit"], with_checkpoint["qvera.dequantize_4bit"]) == (14, 21)
     assert not {"aten._to_copy", "aten.copy_", "aten.clone", "aten.mul", "aten.cat"} & set(with_checkpoint)
+
+
+def test_lora_launches_and_keeps_less_than_half_of_stock_peft_s(found: dict[str, Any]) -> None:
+    ours, theirs = (
+        [sum(one.values()) for one in found[name]] + [found["kept"][name]]
+        for name in ("qvera LoRA, r=16", "PEFT LoRA, r=16")
+    )
+    for ceiling, own, stock in zip(
+        (LORA_CEILING, LORA_CEILING_WITH_CHECKPOINT, LORA_KEPT_BYTES), ours, theirs, strict=True
+    ):
+        assert own <= ceiling
+        assert own < stock / 2
+    assert not {"aten.copy_", "aten.clone", "aten.mul", "aten.mul_", "aten.cat"} & set(found["qvera LoRA, r=16"][1])
 
 
 def test_one_dequantized_weight_is_in_memory_at_a_time(found: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import difflib
 from typing import TYPE_CHECKING
 
 from qvera.adapters.methods.base import Method, Place, Source
+from qvera.adapters.methods.lora import Lora
 from qvera.adapters.methods.shared_core import SharedCore
 from qvera.adapters.methods.spiel import Spiel
 from qvera.adapters.methods.vera import Vera
@@ -25,7 +26,7 @@ def register(method: Method) -> None:
     _METHODS[method.name] = method
 
 
-for _method in (Vera(), SharedCore(), Spiel()):
+for _method in (Vera(), Lora(), SharedCore(), Spiel()):
     register(_method)
 
 

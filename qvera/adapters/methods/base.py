@@ -88,6 +88,8 @@ class Method(ABC):
     """Those of its tensors that hold places in a weight: int32, never trained by gradients."""
     has_vectors: ClassVar[bool] = False
     """Whether its factors have d and b: VeRA's backward and the product with W + ΔW (`fused`) are for these."""
+    writes_lora: ClassVar[bool] = False
+    """Whether its tensors are ``qvera_A`` and ``qvera_B`` of a LoRA: adapters are then files of PEFT's LoRA."""
     is_banked: ClassVar[bool] = False
     """Whether `qvera.adapters.multi_adapter` can hold many of them as rows of stacked tensors."""
 
@@ -127,6 +129,10 @@ class Method(ABC):
             InputError: a tensor has values that no training gives it.
         """
 
+    def conditions(self, config: QveraConfig) -> dict[str, object]:
+        """What its tensors mean nothing without, beside the rank: ``init_from`` takes an adapter with the same."""
+        return {}
+
     def rate_factor(self, name: str, adapter: AdapterSettings) -> float:
         """The tensor's learning rate as a multiple of ``training.learning_rate``."""
         return 1.0
@@ -161,6 +167,14 @@ class Method(ABC):
             overwrite: the result may take y's memory.
         """
         return layer.add_low_rank(adapter_name, x, y, overwrite)
+
+    def with_base(self, layer: LowRankPath, adapter_name: str, x: torch.Tensor) -> torch.Tensor | None:
+        """(W + ΔW) x by one node with the frozen product in it, or None: `add` is then called with W x.
+
+        Asked only where the layer has one adapter, without dropout, over a linear with a whole and frozen weight and
+        bias.
+        """
+        return None
 
     def delta(self, layer: LowRankPath, adapter_name: str) -> torch.Tensor:
         """ΔW [m, n] in fp32, without a graph."""

@@ -5,15 +5,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Strict
 
-from qvera.config.fields import Bool, Fraction, NonEmpty, Number, Positive, Section, Seed
+from qvera.config.fields import Bool, Fraction, NonEmpty, Number, Positive, PositiveFloat, Section, Seed
 
 
 class AdapterSection(Section):
     """The adapter: by default VeRA (arXiv 2310.11454), vectors d [rank] and b [out_features] for each linear layer."""
 
     method: NonEmpty = "vera"
-    """The method of adaptation: ``vera``, ``shared-core`` or ``spiel``. With another one than ``vera`` the rank and the
-    learning rate have no default."""
+    """The method of adaptation: ``vera``, ``lora``, ``shared-core`` or ``spiel``. With another one than ``vera`` the
+    rank and the learning rate have no default."""
     rank: Annotated[int, Strict(), Field(ge=1, le=65_536)] = 256
     """Rows of the projection A. VeRA's vector d has as many elements. With spiel a linear gets as many values as a LoRA
     of this rank has numbers."""
@@ -46,6 +46,16 @@ class AdapterSection(Section):
     drop_share: Fraction = 0.2
     """With spiel, the share of the values that get a new place each time: those of smallest size. It falls to zero
     along a line until the last step. The first change moves all values, whose places were random."""
+    alpha: PositiveFloat | None = None
+    """LoRA's α: ΔW = (α / rank) B A. Default: the rank, so that the scale is 1."""
+    use_rslora: Bool = False
+    """Use the rank-stabilised scale α / √rank (arXiv 2312.03732)."""
+    init_lora_weights: Literal["default", "gaussian", "orthogonal"] = "default"
+    """Where LoRA's A and B start, as PEFT's ``LoraConfig`` has it. ``default``: A uniform in ±1/√in_features, B zero.
+    ``gaussian``: A normal with standard deviation 1 / rank, B zero. ``orthogonal``: both random, with B A = 0."""
+    loraplus_lr_ratio: PositiveFloat = 1.0
+    """LoRA+ (arXiv 2402.12354): the learning rate of B as a multiple of ``training.learning_rate``, which is that of A.
+    The paper uses 16."""
     init_from: str | None = None
     """An adapter directory whose vectors to start from. It must have the same rank, b_groups, input_scale, targets and
     seed."""

@@ -118,6 +118,8 @@ def _adapter_bytes(run: PlannedRun, linears: Sequence[Linear]) -> int:
         else:
             shared = run.method.source is Source.SEEDED and not section.input_scale
             held[source if shared else x.name, "z"] = T * run.rank_at(x) * size
+        if run.method.keeps_input and size < 4:  # the trained A and B, cast
+            held[x.name, "A, B"] = run.rank_at(x) * (x.n + x.m) * size
     return sum(held.values())
 
 
@@ -224,7 +226,8 @@ def _z_bytes(run: PlannedRun) -> dict[str, int]:
 
 def _input_gradients(run: PlannedRun, role: str) -> int:
     """How many gradients of one linear's input there are at a time: of W, and of A where it has a path of its own."""
-    return 1 + any(x.role == role and x.name in run.adapted_names and not run.is_summed(x) for x in run.layer)
+    own = (x for x in run.layer if x.role == role and x.name in run.adapted_names)
+    return 1 + any(not run.is_summed(x) and not run.is_one_node for x in own)
 
 
 def _attention_workspace(run: PlannedRun) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from safetensors.numpy import save
 
+from qvera.adapters.lora_file import to_peft
 from qvera.adapters.methods import check_recipe
 from qvera.config.schema import Recipe
 from qvera.data import Rows
@@ -28,6 +29,7 @@ from qvera.training.resample import phase_count, with_phases
 from qvera.utils.errors import InputError
 
 _CONFIG_BYTES = 800  # adapter_config.json
+_LORA_BYTES = 1_500  # that of PEFT's LoRA, and what is in the header beside the tensors
 _STATE_BYTES = 1_500  # state.json without the recipe and the steps' own results, and manifest.json
 
 REFUSED_ABOVE, TIGHT_ABOVE = 1.15, 0.92
@@ -81,7 +83,9 @@ class Plan(PlannedRun):
     @cached_property
     def adapter_bytes(self) -> int:
         """The adapter directory: vectors in fp32 and their config."""
-        return _file_bytes(self.vector_shapes(), {"format": "pt"}) + _CONFIG_BYTES
+        shapes, is_lora = self.vector_shapes(), self.method.writes_lora
+        shapes = {to_peft(key): shape for key, shape in shapes.items()} if is_lora else shapes
+        return _file_bytes(shapes, {"format": "pt"}) + (_LORA_BYTES if is_lora else _CONFIG_BYTES)
 
     @cached_property
     def checkpoint_bytes(self) -> int:

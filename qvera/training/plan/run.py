@@ -320,6 +320,12 @@ class PlannedRun:
         return method_of(self.recipe.adapter)
 
     @property
+    def is_one_node(self) -> bool:
+        """Whether the frozen product is in the adapter's own node (`Method.with_base`)."""
+        has_one = type(self.method).with_base is not Method.with_base
+        return has_one and not self.recipe.adapter.dropout and not (self.recipe.deepspeed or "").startswith("zero3")
+
+    @property
     def rank(self) -> int:
         """The adapter's rank."""
         return self.recipe.adapter.rank

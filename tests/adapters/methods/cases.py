@@ -54,6 +54,10 @@ def _shared_core(W: torch.Tensor, t: Tensors, A: torch.Tensor | None, B: torch.T
     return W + _scale(A) * B @ t["qvera_R"] @ A
 
 
+def _lora(W: torch.Tensor, t: Tensors, A: torch.Tensor | None, B: torch.Tensor | None) -> torch.Tensor:
+    return W + 10 / math.sqrt(len(t["qvera_A"])) * t["qvera_B"] @ t["qvera_A"]
+
+
 CASES: dict[str, Case] = {
     "vera": Case({"rank": 8}, _vera, {"rank": 256}, 1_417_216),
     "vera, two b and an a": Case(
@@ -61,6 +65,13 @@ CASES: dict[str, Case] = {
         _vera,
         {"rank": 256, "b_groups": 2, "input_scale": True},
         32 * (7 * 256 + 2 * (5 * 4096 + 2 * 11008) + 6 * 4096 + 11008),
+    ),
+    "lora": Case(
+        {"method": "lora", "rank": 4, "alpha": 10, "use_rslora": True, "loraplus_lr_ratio": 4},
+        _lora,
+        {"method": "lora", "rank": 16},
+        16 * 2_498_560,
+        learning_rate=1e-2,
     ),
     "shared-core": Case(
         {"method": "shared-core", "rank": 6}, _shared_core, {"method": "shared-core", "rank": 80}, 224 * 80**2

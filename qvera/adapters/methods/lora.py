@@ -1,0 +1,125 @@
+"""LoRA (arXiv 2106.09685): ΔW = s B A with A [r, n] and B [m, r] trained; s = alpha / r, rank-stabilised alpha / √r.
+
+The rank-stabilised scale is that of arXiv 2312.03732, the learning rate of B that of LoRA+ (arXiv 2402.12354). Adapters
+are files of PEFT's LoRA (`qvera.adapters.lora_file`), and the options have PEFT's names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from qvera.adapters.factors import Factors
+from qvera.adapters.functional import at_least_fp32
+from qvera.adapters.low_rank import trained_linear, trained_path
+from qvera.adapters.methods.base import Method, Place, Source
+from qvera.models import linear
+from qvera.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from qvera.adapters.config import QveraConfig
+    from qvera.adapters.layer import LowRankPath
+    from qvera.adapters.methods.base import AdapterSettings
+    from qvera.adapters.projection import Pair
+    from qvera.config.schema import AdapterSection
+
+
+class Lora(Method):
+    """A and B for each linear; ``init_lora_weights`` says where they start."""
+
+    name = "lora"
+    keys = frozenset({"alpha", "use_rslora", "init_lora_weights", "loraplus_lr_ratio"})
+    usual = {"adapter.rank": 16, "training.learning_rate": 2e-4}
+    source = Source.TRAINED
+    keeps_input = True
+    writes_lora = True
+
+    def tensors(self, adapter: AdapterSettings, place: Place) -> dict[str, tuple[int, ...]]:
+        rank = self.rank_at(adapter, place)
+        return {"qvera_A": (rank, place.in_features), "qvera_B": (place.out_features, rank)}
+
+    def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, place: Place) -> torch.Tensor:
+        rank, n = self.tensors(adapter, place)["qvera_A"]
+        seed = getattr(adapter, "projection_seed", None) or getattr(adapter, "seed", 0)
+        key = f"{seed}/{place.name}".encode()
+        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "little"))
+        if adapter.init_lora_weights == "orthogonal":
+            A, B = orthogonal_pair(rank, n, place.out_features, generator)
+            return A if name == "qvera_A" else B
+        bound = math.sqrt(1 / n)  # Kaiming's with a = √5
+        if name == "qvera_A" and adapter.init_lora_weights == "gaussian":
+            return torch.randn(shape, generator=generator) / rank
+        if name == "qvera_A":
+            return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+        if getattr(adapter, "init_weights", True):
+            return torch.zeros(shape)
+        return torch.empty(shape).uniform_(-math.sqrt(1 / rank), math.sqrt(1 / rank), generator=generator)
+
+    def factors(
+        self, adapter: AdapterSettings, place: Place, tensors: Mapping[str, torch.Tensor], pair: Pair | None
+    ) -> Factors:
+        A, B = at_least_fp32(tensors["qvera_A"]), at_least_fp32(tensors["qvera_B"])
+        rank = A.shape[0]
+        scale = alpha_at(adapter, place) / (math.sqrt(rank) if adapter.use_rslora else rank)
+        return Factors(A, B, scale=scale)
+
+    def conditions(self, config: QveraConfig) -> dict[str, object]:
+        alpha = config.rank if config.alpha is None else config.alpha
+        patterns = {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
+        return {"alpha": alpha, "use_rslora": config.use_rslora, **patterns}
+
+    def rate_factor(self, name: str, adapter: AdapterSettings) -> float:
+        return getattr(adapter, "loraplus_lr_ratio", 1.0) if name == "qvera_B" else 1.0
+
+    def rank_at(self, adapter: AdapterSettings, place: Place) -> int:
+        return int(_of_pattern(getattr(adapter, "rank_pattern", None), place, adapter.rank))
+
+    def add(
+        self, layer: LowRankPath, adapter_name: str, x: torch.Tensor, y: torch.Tensor, overwrite: bool
+    ) -> torch.Tensor:
+        factors = layer.parts(adapter_name)
+        inner = layer.dropout_of(adapter_name)(x).to(linear.compute_dtype(layer.base_layer, x))
+        return trained_path(y, inner, factors.A, factors.B, factors.scale, overwrite)
+
+    def with_base(self, layer: LowRankPath, adapter_name: str, x: torch.Tensor) -> torch.Tensor | None:
+        base: nn.Linear = layer.base_layer
+        if not torch.is_grad_enabled() or base._forward_hooks or base._forward_pre_hooks:
+            return None
+        factors = layer.parts(adapter_name)
+        inner = x.to(linear.compute_dtype(base, x))
+        return trained_linear(base, inner, factors.A, factors.B, factors.scale).to(x.dtype)
+
+    def check(self, adapter: AdapterSection) -> None:
+        if adapter.init_lora_weights == "orthogonal" and adapter.rank % 2:
+            raise InputError(f"adapter.init_lora_weights: orthogonal takes an even adapter.rank, got {adapter.rank}.")
+
+
+def alpha_at(adapter: AdapterSettings, place: Place) -> float:
+    """alpha of one linear: of a PEFT adapter's ``alpha_pattern``, else the adapter's, else its rank."""
+    alpha = adapter.rank if adapter.alpha is None else adapter.alpha
+    return _of_pattern(getattr(adapter, "alpha_pattern", None), place, alpha)
+
+
+def _of_pattern(pattern: Mapping[str, float] | None, place: Place, default: float) -> float:
+    """The value of the first name or regular expression in PEFT's ``rank_pattern`` that fits, as PEFT looks it up."""
+    return default if not pattern else pattern.get(get_pattern_key(list(pattern), place.name), default)
+
+
+def orthogonal_pair(
+    rank: int, in_features: int, out_features: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [r, n] and B [m, r] with orthogonal rows and columns between them, so that B A = 0 up to rounding.
+
+    Each is a random matrix times half of the rows of one orthogonal matrix [r, r], over 10, as in PEFT's
+    ``LoraLayer.orthogonal_init``.
+    """
+    Q, _ = torch.linalg.qr(torch.randn(rank, rank, generator=generator))
+    A = torch.randn(in_features, rank // 2, generator=generator) @ Q[0::2] / 10
+    B = torch.randn(out_features, rank // 2, generator=generator) @ Q[1::2] / 10
+    return A.t().contiguous(), B
