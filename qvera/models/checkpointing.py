@@ -45,10 +45,11 @@ class _KeptInput:
         self._streams, self._pool = streams, pool
         self._event: Any = None
         self._chunks: list[torch.Tensor] = []
+        self._tensor: torch.Tensor | None = None  # what `__del__` needs is there before memory can run out
         self._shape, self._dtype, self._device = tensor.shape, tensor.dtype, tensor.device
         self.before = None if before is None else weakref.ref(before)
         self.used = False
-        self._tensor: torch.Tensor | None = tensor.detach().contiguous()
+        self._tensor = tensor.detach().contiguous()
         self._chunks = pool.take(tensor.numel() * tensor.element_size())
         self._event = streams.copy((chunk, part) for part, chunk in pairs(self._tensor, self._chunks))
 

@@ -136,14 +136,24 @@ class LayerStream:
         before, self._current = self._current, None  # an error leaves it so, and the next use looks again
         self._fetch(layer)
         if self._copies is not None:
-            arrived = self._arrived[layer % 2]
-            self._copies.wait(arrived.result() if isinstance(arrived, Future) else arrived)
+            self._copies.wait(self._arrival(layer % 2))
         if before == len(self._sources) - 1:
             self._starts_over = layer == 0
         following = self._following(layer, before)
         self._current = layer
         if self._copies is not None:
             self._fetch(following)
+
+    def _arrival(self, slot: int) -> Any:
+        """The event that the copy into a buffer is through. An error of the reading thread is raised here."""
+        arrived = self._arrived[slot]
+        if not isinstance(arrived, Future):
+            return arrived
+        try:
+            return arrived.result()
+        except BaseException:
+            self._held[slot] = self._arrived[slot] = None  # the next use reads the layer again
+            raise
 
     def _following(self, layer: int, before: int | None) -> int:
         """The layer likely to be used after this one. A wrong guess costs a copy, and nothing else."""

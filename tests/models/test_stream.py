@@ -15,7 +15,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 
-from qvera.models import quantization
+from qvera.models import quantization, stream
 from qvera.models.linear import freeze_linears
 from qvera.models.stream import LayerStream
 from tests.two_threads import HostStream, ThreadStream, TwoThreads
@@ -76,6 +76,26 @@ def test_a_copy_that_fails_leaves_no_buffer_that_seems_full(failing: int, monkey
         for number in (3, 2, 1):
             dense(layers[number])
     for number in (1, 3, 2):
+        for found, want in zip(dense(layers[number]), wanted[number], strict=True):
+            assert torch.equal(found, want)
+
+
+def test_a_thread_that_fails_to_read_a_layer_reads_it_at_its_next_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = four_bit_layers(4)
+    wanted = [dense(layer) for layer in layers]
+    LayerStream(layers, CPU, pinned=False, copies=TwoThreads(HostStream()))
+    fill, calls = stream._fill, itertools.count(1)
+
+    def fill_or_fail(*args: Any) -> None:
+        if next(calls) == 3:
+            raise RuntimeError("out of memory")
+        fill(*args)
+
+    monkeypatch.setattr(stream, "_fill", fill_or_fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        for number in (0, 1, 2, 3):
+            dense(layers[number])
+    for number in (0, 2, 1, 3):
         for found, want in zip(dense(layers[number]), wanted[number], strict=True):
             assert torch.equal(found, want)
 

@@ -1,0 +1,155 @@
+"""A step that runs out of memory among layers that are streamed, or whose inputs are offloaded: undone like any other.
+
+The errors are injected, and a thread stands in for the copy stream, so that bytes that a failed pass left behind would
+be read by the next one. No accelerator has run this.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qvera.distributed.zero_params import decoder_layers
+from qvera.models import stream
+from qvera.models.checkpointing import enable_checkpointing, offload_inputs
+from qvera.models.copy_stream import PinnedChunks
+from qvera.models.loader import causal_model
+from qvera.training import session
+from qvera.training.session import TrainingSession
+from qvera.training.trainer import train
+from qvera.utils.errors import OutOfMemory
+from tests.models.test_checkpointing import CHUNK_BYTES, ThreadStream
+from tests.training.test_step_out_of_memory import MESSAGE
+from tests.training.test_stream import five_layers  # noqa: F401 (a fixture)
+from tests.training.test_trainer import losses, records, same, vectors
+from tests.two_threads import HostStream, TwoThreads
+
+pytestmark = pytest.mark.process
+
+STEP = 3
+WAYS = ["streamed", "streamed from the file", "offloaded"]
+MOMENTS = ["forward", "backward", "copy"]
+
+
+class Failure:
+    """Raises once, in the second pass of step `STEP`: as a layer begins, as it is recomputed, or in a copy."""
+
+    def __init__(self, moment: str) -> None:
+        self.moment, self.calls = moment, itertools.count(1)
+        self.session: TrainingSession | None = None
+        self.raised = False
+
+    def watch(self, session: TrainingSession) -> None:
+        """Count the uses of the third layer: one in forward and one in backward of each pass."""
+        self.session = session
+        layer = decoder_layers(causal_model(session.model).get_decoder())[2]  # type: ignore[operator]
+        wanted = {"forward": 3, "backward": 4}.get(self.moment)
+        layer.input_layernorm.register_forward_pre_hook(lambda *_: self.raise_at(wanted))
+
+    def raise_at(self, wanted: int | None) -> None:
+        """Raise at that call of step `STEP`."""
+        here = self.session is not None and self.session.state.step + 1 == STEP
+        if here and wanted is not None and not self.raised and next(self.calls) == wanted:
+            self.raised = True
+            raise torch.OutOfMemoryError(MESSAGE)
+
+    def copying(self, copy: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that copies, failing at its fourth call in the step."""
+
+        def copy_or_fail(*args: Any, **kwargs: Any) -> Any:
+            self.raise_at(4 if self.moment == "copy" else None)
+            return copy(*args, **kwargs)
+
+        return copy_or_fail
+
+
+@pytest.fixture
+def arrange(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], Failure]]:
+    """Let layers be streamed or their inputs offloaded, by a thread, and a step fail."""
+    made: list[ThreadStream] = []
+
+    def arranged(way: str, moment: str) -> Failure:
+        failure = Failure(moment)
+        build = TrainingSession.build_engine
+
+        def watched(session: TrainingSession, *args: Any) -> None:
+            build(session, *args)
+            failure.watch(session)
+
+        monkeypatch.setattr(TrainingSession, "build_engine", watched)
+        plain: Any = stream.LayerStream
+        pinned = way == "streamed"
+        monkeypatch.setattr(
+            stream, "LayerStream", lambda *args: plain(*args, pinned=pinned, copies=TwoThreads(HostStream()))
+        )
+        monkeypatch.setattr(TwoThreads, "copy", failure.copying(TwoThreads.copy))
+        monkeypatch.setattr(ThreadStream, "copy", failure.copying(ThreadStream.copy))
+
+        def offload(model: Any, mode: Any) -> None:
+            enable_checkpointing(model)
+            made.append(ThreadStream(longest_seconds=0.002))
+            chunks = PinnedChunks(CHUNK_BYTES, pin_memory=False)
+            copies: Any = made[-1]
+            offload_inputs(model.get_base_model(), copies, chunks, use_reentrant=False)
+
+        if way == "offloaded":
+            monkeypatch.setattr(session, "enable_checkpointing", offload)
+        return failure
+
+    yield arranged
+    for one in made:
+        assert not one.dead
+        one.close()
+
+
+@pytest.fixture(scope="module")
+def recipe(make_recipe: Any, five_layers: Path) -> Callable[..., Any]:  # noqa: F811
+    def make(way: str | None = None, **training: Any) -> Any:
+        return make_recipe(
+            model={"path": str(five_layers), "stream": way is not None and way != "offloaded"},
+            data={"eval_fraction": 0.0, "limit": 32},
+            training={"max_steps": 4, "save_steps": 9, "gradient_checkpointing": True, **training},
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def whole(recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nothing disturbs, on a resident base."""
+    run_dir = tmp_path_factory.mktemp("layers") / "whole"
+    train(recipe(), run_dir)
+    return run_dir
+
+
+@pytest.mark.parametrize(
+    ("way", "moment"),
+    [(way, moment) for way in WAYS for moment in MOMENTS if way != "streamed from the file" or moment == "copy"],
+)
+def test_the_step_is_taken_again_with_half_the_rows(
+    recipe: Any, tmp_path: Path, arrange: Any, whole: Path, way: str, moment: str
+) -> None:
+    failure = arrange(way, moment)
+    train(recipe(way, on_oom="halve"), tmp_path / "halved")
+    assert failure.raised
+    assert [(r["step"], r["pass_rows"]) for r in records(tmp_path / "halved", "out_of_memory")] == [(STEP, 2)]
+    assert losses(tmp_path / "halved") == pytest.approx(losses(whole), rel=1e-5)
+    for name, tensor in vectors(whole).items():
+        torch.testing.assert_close(vectors(tmp_path / "halved")[name], tensor, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_run_is_saved_and_goes_on_to_the_bit(
+    recipe: Any, tmp_path: Path, arrange: Any, whole: Path, way: str
+) -> None:
+    arrange(way, "backward")
+    with pytest.raises(OutOfMemory, match=f"Step {STEP - 1} is saved"):
+        train(recipe(way), tmp_path / "cut")
+    train(recipe(way), tmp_path / "cut", resume=True)
+    assert losses(tmp_path / "cut") == losses(whole)
+    assert same(vectors(tmp_path / "cut"), vectors(whole))
