@@ -58,6 +58,11 @@ def _lora(W: torch.Tensor, t: Tensors, A: torch.Tensor | None, B: torch.Tensor |
     return W + 10 / math.sqrt(len(t["qvera_A"])) * t["qvera_B"] @ t["qvera_A"]
 
 
+def _spiel(W: torch.Tensor, t: Tensors, A: torch.Tensor | None, B: torch.Tensor | None) -> torch.Tensor:
+    places = t["qvera_places"].long()
+    return W + torch.zeros(W.numel(), dtype=W.dtype).index_put((places,), t["qvera_values"]).view(W.shape)
+
+
 CASES: dict[str, Case] = {
     "vera": Case({"rank": 8}, _vera, {"rank": 256}, 1_417_216),
     "vera, two b and an a": Case(
@@ -75,5 +80,12 @@ CASES: dict[str, Case] = {
     ),
     "shared-core": Case(
         {"method": "shared-core", "rank": 6}, _shared_core, {"method": "shared-core", "rank": 80}, 224 * 80**2
+    ),
+    "spiel": Case(
+        {"method": "spiel", "rank": 2, "accumulate_steps": 2, "reselect_every": 4},
+        _spiel,
+        {"method": "spiel", "rank": 8},
+        2_498_560 * 8,  # a LoRA's of rank 8
+        as_lora=False,
     ),
 }

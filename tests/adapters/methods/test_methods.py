@@ -130,6 +130,8 @@ def test_outputs_and_gradients_are_those_of_the_dense_equation(
         assert relative(y, reference) < limit, name
         assert relative(x.grad, wide.grad) < limit, name
         for kind, vector in layer.vectors("default").items():
+            if not vector.is_floating_point():
+                continue
             assert relative(vector.grad, own[kind].grad) < limit, (name, kind)
 
 

@@ -79,12 +79,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(run_dir: Path, mak
         assert torch.equal(tensor, expected[name]), name
 
 
-@pytest.mark.parametrize("growth", GROWTHS)
-def test_checkpointing_changes_no_bit(growth: str, make_recipe: Any, tmp_path: Path) -> None:
+def test_checkpointing_changes_no_bit(make_recipe: Any, tmp_path: Path) -> None:
     found = []
     for checkpointing in (False, True):
         directory = tmp_path / str(checkpointing)
-        keys = settings(growth, directory, max_steps=3, gradient_checkpointing=checkpointing)
+        keys = settings(GROWTHS[0], directory, max_steps=3, gradient_checkpointing=checkpointing)
         train(make_recipe(**keys), directory)
         found.append(load_file(directory / "adapter" / "adapter_model.safetensors"))
     for name, tensor in found[0].items():
