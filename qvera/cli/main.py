@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from qvera.cli import (
+    analyze,
     cache,
     chat,
     compare,
@@ -37,7 +38,7 @@ from qvera.utils.errors import EXIT_DONE, EXIT_FAILED
 
 PANELS: dict[str, tuple[Callable[..., int | None], ...]] = {
     "Train": (quickstart.quickstart, init.init, preview.preview, plan.plan, train.train, launch.launch),
-    "Look": (eval.evaluate, compare.compare, harness.harness, info.info),
+    "Look": (eval.evaluate, compare.compare, harness.harness, analyze.analyze, info.info),
     "Use": (chat.chat, generate.generate),
     "Share": (export.export, merge_adapters.merge_adapters),
     "Setup": (doctor.doctor, schema.schema),

@@ -87,16 +87,14 @@ def _exact_cosines(weight: torch.Tensor, vectors: torch.Tensor) -> Cosines:
     return Cosines(values, torch.ones_like(values, dtype=torch.bool))
 
 
-def mitigated_factors(
-    A: torch.Tensor, B: torch.Tensor, intruders: Intruders, keep: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """ΔW = B A with λ = ``keep`` of each intruder kept: A' [r + k, n] and B' [m, r + k], for k intruders.
+def mitigation_factors(intruders: Intruders, keep: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """What takes each of k intruders down to λ = ``keep`` of itself, in factors: A [k, n] and B [m, k].
 
-    W + ΔW + (λ − 1) Σ_i σ_i u_i v_iᵀ (the paper, section 5), exactly: the sum is appended to the factors, and no rank
-    is cut off.
+    B A = (λ − 1) Σ_i σ_i u_i v_iᵀ (the paper, section 5). Appended to the factors of ΔW this is exact: no rank is cut
+    off.
     """
-    U, S, V = (part[..., intruders.found].to(A) for part in intruders.top)
-    return torch.cat([A, V.t()]), torch.cat([B, (keep - 1) * S * U], dim=1)
+    U, S, V = (part[..., intruders.found] for part in intruders.top)
+    return V.t().contiguous(), (keep - 1) * S * U
 
 
 def delta_singular_values(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:

@@ -96,7 +96,7 @@ def export_lora(
     adapter: AdapterDeltas,
     out: Path,
     dtype: torch.dtype,
-    factors: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None,
+    factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]] | None = None,
 ) -> int:
     """Write the LoRA to ``out``, layer by layer, for stock PEFT; returns its bytes.
 
@@ -186,6 +186,14 @@ def _common(adapter: AdapterDeltas) -> dict[str, Any]:
     }
 
 
+def require_empty(out: Path) -> None:
+    """Refuse an output directory that holds something (InputError)."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(
+            f"{out}: is not an empty directory. Nothing is overwritten; name a directory that is new or empty."
+        )
+
+
 def write_adapter(
     out: Path, config: Mapping[str, object], specs: list[TensorSpec], tensors: Iterator[torch.Tensor]
 ) -> int:
@@ -194,10 +202,7 @@ def write_adapter(
     Raises:
         InputError: ``out`` holds something, or can't be written.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(
-            f"{out}: is not an empty directory. Nothing is overwritten; name a directory that is new or empty."
-        )
+    require_empty(out)
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)

@@ -12,29 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 
-from qvera.adapters.save_load import ADAPTER_WEIGHTS, read_adapter, require_base, require_tokens
+from qvera.adapters.save_load import ADAPTER_WEIGHTS, require_tokens
 from qvera.config.schema import ExportSection, ModelSection
-from qvera.export.deltas import TokenTable, read_deltas, token_tables
+from qvera.export.base import open_adapter_on_base
+from qvera.export.deltas import TokenTable, token_tables
 from qvera.export.stream import PackedBaseReader, TrainedBaseReader, one_thread_each
-from qvera.models.hub import base_directory
-from qvera.models.loader import pick_compute_dtype
-from qvera.models.model_config import empty_model, require_own_weights
-from qvera.models.packed_weights import packed_weights, without_statistics
 from qvera.models.safetensors_stream import Block, CheckpointReader, in_order, write_index, write_shard
 from qvera.models.tokenizer import ADDED_ROWS, ids_of, load_tokenizer
 from qvera.utils import accelerator, memory
 from qvera.utils.atomic import OutputDirectory, disk_errors, place_files, replace_text, require_space
 from qvera.utils.errors import InputError, Interrupted, RunFailed
 from qvera.utils.files import file_sha256
-from qvera.utils.formatting import first_of
 from qvera.utils.paths import CERTIFICATE
 from qvera.utils.safetensors_io import (
     TensorSpec,
-    base_fingerprint,
-    checkpoint_tensors,
-    file_stamps,
     grouped_by_bytes,
 )
 from qvera.utils.signals import StopRequests
@@ -104,24 +97,10 @@ class _MergedExport:
         progress: Callable[[int, int, str], None] | None,
     ) -> None:
         self.adapter_dir, self.section, self.options, self.progress = adapter_dir, section, options, progress
-        read_adapter(adapter_dir)  # a broken adapter is found before a base is downloaded
-        self.source_dir = base_directory(section)
+        self.base = open_adapter_on_base(adapter_dir, section)
+        self.adapter, self.entries, self.stamps = self.base.adapter, self.base.entries, self.base.stamps
         self.dtype: torch.dtype = getattr(torch, options.dtype)
-        self.compute_dtype = pick_compute_dtype(section.compute_dtype, accelerator.current_device())
-        self.stored = checkpoint_tensors(self.source_dir)
-        self.stamps = file_stamps(self.stored)
-        self.config = AutoConfig.from_pretrained(self.source_dir, trust_remote_code=section.trust_remote_code)
-        self.model = empty_model(section, self.source_dir)
-        self.packed = packed_weights(self.stored, self.model)
-        self.entries = without_statistics(self.stored, self.packed)
         self._check_stored_quantization()
-        self.adapter = read_deltas(adapter_dir, self.model)
-        self.fingerprint = base_fingerprint(self.source_dir)
-        require_base(self.adapter.config, adapter_dir, section.path, self.fingerprint)
-        require_own_weights(self.source_dir, self.stored, self.model)
-        for entry in self.entries:  # whole numbers would be rounded
-            if not entry.dtype.is_floating_point:
-                raise InputError(f"{entry.file}: {entry.name} is {entry.dtype}, expected a floating-point weight.")
         self.tokenizer = load_tokenizer(section)
         if chat_template is not None and not self.tokenizer.chat_template:
             self.tokenizer.chat_template = chat_template
@@ -129,12 +108,9 @@ class _MergedExport:
         require_tokens(self.adapter.config, adapter_dir, self.added_tokens)
         self.tables: dict[str, TokenTable] = {}
         if self.added_tokens:
-            self.tables = token_tables(self.model, self.added_tokens, adapter_dir, self.entries)
+            self.tables = token_tables(self.base.model, self.added_tokens, adapter_dir, self.entries)
         self.device = _merging_device()
         self.deltas = {f"{name}.weight": delta for name, delta in self.adapter.on(self.device).layers.items()}
-        absent = sorted(self.deltas.keys() - {entry.name for entry in self.entries})
-        if absent:
-            raise InputError(f"{self.source_dir}: has no {first_of(absent)}, which the adapter changes.")
         specs = [
             TensorSpec(e.name, self.dtype, self.tables[e.name].shape if e.name in self.tables else e.shape)
             for e in self.entries
@@ -147,22 +123,16 @@ class _MergedExport:
         """Leave the quantization out of the export's config.
 
         Raises:
-            InputError: the base is not stored in bitsandbytes' 4 bits, or the original weights are wanted of one that
-                is.
+            InputError: the original weights are wanted of a base that is stored in 4 bits.
         """
-        if getattr(self.config, "quantization_config", None) is None:
+        if getattr(self.base.config, "quantization_config", None) is None:
             return
-        if not self.packed:
-            raise InputError(
-                f"{self.source_dir}: the base is stored quantized, and not in bitsandbytes' 4 bits, so its weights "
-                "can't be read here. Point model.path at the 16-bit checkpoint it was made from."
-            )
         if self.options.base == "original":
             raise InputError(
-                f"--base original: {self.source_dir} is stored in 4 bits, so the original weights are not there. Use "
-                "--base dequantized, or point model.path at the 16-bit checkpoint it was made from."
+                f"--base original: {self.base.directory} is stored in 4 bits, so the original weights are not there. "
+                "Use --base dequantized, or point model.path at the 16-bit checkpoint it was made from."
             )
-        del self.config.quantization_config
+        del self.base.config.quantization_config
 
     def identity(self) -> dict[str, Any]:
         """What an export is a function of: an interrupted one is continued only where all of this is equal.
@@ -174,10 +144,10 @@ class _MergedExport:
         return {
             "adapter": file_sha256(self.adapter_dir / ADAPTER_WEIGHTS),
             "tokens": file_sha256(token_rows) if token_rows.is_file() else None,
-            "base": [str(self.source_dir.resolve()), self.stamps],
+            "base": [str(self.base.directory.resolve()), self.stamps],
             "options": self.options.to_dict(),
             "device": self.device.type,  # another one may round otherwise
-            "quantization": [section.quantization, section.double_quant, str(self.compute_dtype)],
+            "quantization": [section.quantization, section.double_quant, str(self.base.compute)],
         }
 
     def write_shards(self, work: OutputDirectory) -> dict[str, dict[str, float]]:
@@ -185,13 +155,11 @@ class _MergedExport:
         finished = {name for name, _ in self.shards if work.has(name)}
         skip = {spec.name for name, group in self.shards if name in finished for spec in group}
         self.layers = {name: found for name, found in work.facts.get("layers", {}).items() if name in skip}
-        files = self.stored, self.stamps, work.facts.get("base", {})
-        if self.packed:
-            self.reader = PackedBaseReader(*files, self.packed, self.compute_dtype)
-        elif self.options.base == "dequantized":
-            self.reader = TrainedBaseReader(*files, self.section, self.compute_dtype, self.model)
+        known = work.facts.get("base", {})
+        if self.base.packed or self.options.base == "dequantized":
+            self.reader = self.base.reader(self.section, known)
         else:
-            self.reader = CheckpointReader(*files)
+            self.reader = CheckpointReader(self.base.stored, self.stamps, known)
         needed = sum(e.numel for e in self.entries if e.name not in skip) * self.dtype.itemsize
         require_space(work.out, needed, "the rest of the export" if skip else "the export")
         with (
@@ -264,7 +232,7 @@ class _MergedExport:
         """What was merged onto what."""
         section, config = self.section, self.adapter.config
         trained_on: dict[str, Any] = {"quantization": section.quantization, "double_quant": section.double_quant}
-        for weight in self.packed.values():  # what is in the file, whatever the recipe says
+        for weight in self.base.packed.values():  # what is in the file, whatever the recipe says
             trained_on = {"quantization": weight.quant_type, "double_quant": weight.double_quant}
         return {
             "format": 1,
@@ -273,8 +241,8 @@ class _MergedExport:
                 "path": section.path,
                 "revision": section.revision,
                 "weights": self.options.base,
-                "stored_in_4_bits": bool(self.packed),
-                "fingerprint": self.fingerprint,
+                "stored_in_4_bits": bool(self.base.packed),
+                "fingerprint": self.base.fingerprint,
                 "sha256": work.facts["base"],
             },
             "adapter": {
@@ -297,11 +265,11 @@ class _MergedExport:
 
     def write_small_files(self, out: Path, certificate: dict[str, Any]) -> None:
         """Index, tokenizer, generation config, certificate, and config.json last: with it the directory is a model."""
-        tokenizer, section, config = self.tokenizer, self.section, self.config
+        tokenizer, section, config = self.tokenizer, self.section, self.base.config
         write_index(out, self.shards)
         place_files(out, tokenizer.save_pretrained)
-        if (self.source_dir / "generation_config.json").is_file():
-            generation = GenerationConfig.from_pretrained(self.source_dir)
+        if (self.base.directory / "generation_config.json").is_file():
+            generation = GenerationConfig.from_pretrained(self.base.directory)
             if section.eos_token is not None:
                 generation.eos_token_id = tokenizer.eos_token_id
             place_files(out, generation.save_pretrained)
@@ -313,7 +281,7 @@ class _MergedExport:
             config.eos_token_id = tokenizer.eos_token_id
         if section.pad_token is not None:
             config.pad_token_id = tokenizer.pad_token_id
-        config.architectures = config.architectures or [type(self.model).__name__]
+        config.architectures = config.architectures or [type(self.base.model).__name__]
         place_files(out, config.save_pretrained)
 
 

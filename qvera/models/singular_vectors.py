@@ -116,22 +116,22 @@ def largest_share_bounds(weight: torch.Tensor, vectors: torch.Tensor, steps: int
         Bounds [j] in fp64, rising to ‖x‖² where nothing is known.
     """
     norms = vectors.norm(dim=0)
-    alone = torch.finfo(weight.dtype).eps * weight.norm() ** 2  # beyond it a remainder is rounding
-    found = [vectors / norms.clamp_min(torch.finfo(norms.dtype).tiny)]
+    alone = torch.finfo(weight.dtype).eps * weight.norm() ** 2  # a shorter remainder is rounding
+    space = vectors.new_zeros(steps, *vectors.shape)
+    space[0] = vectors / norms.clamp_min(torch.finfo(norms.dtype).tiny)
     diagonal, beside = [], []
     for step in range(steps):
-        last = found[-1]
-        product = weight @ (weight.t() @ last)
-        diagonal.append((last.double() * product.double()).sum(dim=0))
+        product = weight @ (weight.t() @ space[step])
+        diagonal.append((space[step].double() * product.double()).sum(dim=0))
         if step == steps - 1:
             break
-        space = torch.stack(found)  # [step + 1, m, j]
+        known = space[: step + 1]
         for _ in range(2):
-            product = product - torch.einsum("smj,sj->mj", space, torch.einsum("smj,mj->sj", space, product))
+            product = product - torch.einsum("smj,sj->mj", known, torch.einsum("smj,mj->sj", known, product))
         length = product.norm(dim=0)
-        length = torch.where(length > alone, length, 0)  # 0: the space holds all of x's measure
-        found.append(torch.where(length > 0, product / length.clamp_min(torch.finfo(length.dtype).tiny), 0))
-        beside.append(length.double())
+        goes_on = length > alone  # else the space holds all of x's measure
+        space[step + 1] = torch.where(goes_on, product / length.clamp_min(alone), 0)
+        beside.append(torch.where(goes_on, length, 0).double())
     matrix = torch.diag_embed(torch.stack(diagonal, dim=1))
     off = torch.stack(beside, dim=1) if beside else matrix.new_zeros(len(matrix), 0)
     matrix += torch.diag_embed(off, offset=1) + torch.diag_embed(off, offset=-1)

@@ -211,7 +211,7 @@ def line_chart(
         "best": "" if best is None else x_scale.percent(best),
         "log": log,
         "sync": f"{x_name}s",
-        "tooltips": _tooltips(x_scale, sorted(texts.items())),
+        "tooltips": tooltips_json(x_scale, sorted(texts.items())),
     }
 
 
@@ -245,7 +245,7 @@ def length_histogram(edges: Sequence[float], counts: Sequence[float]) -> Chart |
         "y_ticks": _ticks(y_scale.from_top, y_ticks, axis_labels(y_ticks, "count")),
         "x_ticks": _ticks(x_scale.percent, x_ticks, [count(tick) for tick in x_ticks]),
         "bars": bars,
-        "tooltips": _tooltips(x_scale, tips),
+        "tooltips": tooltips_json(x_scale, tips),
     }
 
 
@@ -292,7 +292,7 @@ def _x_text(x: float, x_name: str) -> str:
     return f"{x_name} {x:,.0f}" if x_name == "step" else f"{x_name} {x:.3g}"
 
 
-def _tooltips(scale: Scale, texts: Sequence[tuple[float, list[str]]]) -> str:
+def tooltips_json(scale: Scale, texts: Sequence[tuple[float, list[str]]]) -> str:
     """JSON of the x of each tooltip, its position, and its lines of text."""
     places = [x for x, _ in texts]
     tree = {"at": [round(scale.fraction(x), 4) for x in places], "x": places, "text": [lines for _, lines in texts]}

@@ -1,0 +1,228 @@
+"""`qvera analyze`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qvera.cli.common import Json, RunPath, console, progress, quiet_libraries, require_new_file
+from qvera.cli.export import require_no_added_tokens
+from qvera.utils import formatting
+from qvera.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from qvera.config.schema import DataSection
+    from qvera.evaluation.load import EvalTarget
+    from qvera.export.analyze import Analysis
+
+
+def analyze(
+    run: RunPath,
+    top_k: Annotated[int, typer.Option(min=1, metavar="K", help="Singular vectors of each W + dW to look at.")] = 10,
+    epsilon: Annotated[
+        float, typer.Option(min=0.0, max=1.0, metavar="E", help="Cosine below which one is an intruder.")
+    ] = 0.5,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Other text (rows, or .txt): loss with and without the adapter.")
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Use only the first N rows of each text.")
+    ] = None,
+    reduce: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, metavar="L", help="Keep this share of each intruder; needs --out.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="With --reduce: where the LoRA is written.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with the picture there.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what training changed: intruder dimensions, norms.
+
+    An intruder dimension is a left singular vector of W + dW, among the first K, whose cosine with every one of W is
+    below E (arXiv 2410.21228). W is the base as it was trained on, read one linear at a time. The effective rank of dW
+    is exp of the entropy of its singular values.
+
+    --text FILE measures forgetting: the loss on rows of other text, in any format that data.path takes, or on the
+    paragraphs of a .txt file. The held-out rows of the run, if it has any, are measured beside it.
+
+    --reduce 0.75 --out DIR writes the adapter as a LoRA for PEFT in which each intruder dimension is at three quarters
+    of its size. It is exact: its rank is that of the adapter and the most intruders of a linear.
+
+    Example:
+        qvera analyze runs/quickstart --html page.html
+    """
+    if reduce is not None and out is None:
+        raise InputError("--reduce: needs --out DIR, where the LoRA is written.")
+    if out is not None and reduce is None:
+        raise InputError("--out: goes with --reduce only.")
+    if html is not None:
+        require_new_file(html)
+    if text is not None and not text.is_file():
+        raise InputError(f"--text: {text}: no such file. Expected rows (.jsonl, .json, .csv, .tsv, .parquet) or .txt.")
+    quiet_libraries()
+
+    from qvera.adapters.save_load import read_config
+    from qvera.evaluation.load import adapter_sha256, find_adapter, find_target
+    from qvera.export.analyze import analyze_adapter
+    from qvera.export.lora import require_empty
+    from qvera.utils import memory
+
+    _, section, adapter_dir = find_adapter(run)
+    target = find_target(run)
+    sha256 = adapter_sha256(target)  # now: the run may go on meanwhile
+    if out is not None:
+        require_empty(out)
+        require_no_added_tokens(read_config(adapter_dir), adapter_dir, "--reduce")
+    with progress("Analyzing") as show:
+        analysis = analyze_adapter(
+            adapter_dir,
+            section,
+            top_k=top_k,
+            epsilon=epsilon,
+            keep=reduce,
+            progress=lambda done, total, name: show(f"Analyzing: {done} of {total} linears ({name})"),
+        )
+    rank, config = analysis.rank, analysis.adapter.config
+    document: dict[str, Any] = {
+        "subject": {
+            "path": str(run),
+            "adapter": str(getattr(config.peft_type, "value", config.peft_type)),
+            "rank": rank,
+            "adapter_sha256": sha256,
+            "base": section.path,
+            "quantization": section.quantization,
+        },
+        "top_k": top_k,
+        "epsilon": epsilon,
+        "linears": [
+            dataclasses.asdict(linear) | {"role": linear.role, "relative_norm": linear.relative_norm}
+            for linear in analysis.linears
+        ],
+        "reduced": None,
+        "losses": [],
+        "versions": memory.versions(),
+    }
+    if reduce is not None and out is not None:
+        document["reduced"] = _reduce(analysis, out, reduce)
+    if text is not None:
+        document["losses"] = _losses(target, text, rows, out)
+    if html is not None:
+        from qvera.evaluation.report.analysis import analysis_page
+        from qvera.utils.atomic import replace_text
+
+        replace_text(html, analysis_page(document))
+    if as_json:
+        print(json.dumps(document, indent=1, ensure_ascii=False))
+        return
+    _print_analysis(document)
+    if html is not None:
+        print(f"{html}: the same, layer by layer")
+
+
+def _reduce(analysis: Analysis, out: Path, keep: float) -> dict[str, Any]:
+    """Write the adapter with its intruders reduced; returns what was written."""
+    import torch
+
+    from qvera.export.lora import export_lora
+
+    factors = analysis.mitigated()
+    written_bytes = export_lora(analysis.adapter, out, torch.float32, factors)
+    rank = analysis.rank + factors.added_rank
+    return {"keep": keep, "path": str(out), "rank": rank, "bytes": written_bytes}
+
+
+def _losses(target: EvalTarget, text: Path, limit: int | None, reduced: Path | None) -> list[dict[str, Any]]:
+    """The loss of base, adapter and reduced adapter on ``text`` and on the run's held-out rows, if it has any."""
+    from qvera.config.schema import DataSection, TrainingSection
+    from qvera.data import build_datasets
+    from qvera.evaluation.evaluate import held_out_loss, scoring
+    from qvera.evaluation.load import base_of, open_target, template_of
+
+    recipe = target.recipe
+    settings = recipe.training if recipe is not None else TrainingSection()
+    with progress("Loading the model"):
+        opened = open_target(target)
+    tokenizer = opened.base.tokenizer
+    with _rows_file(text) as path:
+        about: dict[str, Any] = {"path": str(path), "limit": limit}
+        if recipe is not None:
+            about |= {"template": template_of(recipe, target.run), "max_length": recipe.data.max_length}
+        found = [(str(text), build_datasets(DataSection(**about), tokenizer, console))]
+    examples = [(label, datasets.train, datasets.pad_id) for label, datasets in found]
+    if recipe is not None and recipe.data.has_held_out_rows:
+        section: DataSection = recipe.data.replace(template=template_of(recipe, target.run))
+        datasets = build_datasets(section, tokenizer, console)
+        examples.append(("held-out rows of the run", datasets.eval, datasets.pad_id))
+    tables: list[dict[str, Any]] = [
+        {"text": label, "rows": len(some[:limit]), "base": None, "adapter": None, "reduced": None}
+        for label, some, _ in examples
+    ]
+
+    def measure(model: Any, column: str) -> None:
+        with progress(f"Loss ({column})") as show, scoring(model):
+            for table, (label, some, pad_id) in zip(tables, examples, strict=True):
+                show(f"Loss ({column}): {label}, {table['rows']} rows")
+                table[column] = held_out_loss(
+                    model,
+                    some[:limit],
+                    pad_id=pad_id,
+                    batch_size=settings.per_device_eval_batch_size,
+                    chunk_tokens=settings.loss_chunk_tokens,
+                )["loss"]
+
+    measure(opened.model, "adapter")
+    with base_of(opened) as base:
+        measure(base, "base")
+    if reduced is not None:
+        opened.model = opened.base.model = None  # both need not be held
+        measure(open_target(dataclasses.replace(target, path=reduced, adapter=reduced)).model, "reduced")
+    return tables
+
+
+@contextlib.contextmanager
+def _rows_file(text: Path) -> Iterator[Path]:
+    """The file itself, or for plain text a file with a row for each paragraph (between empty lines)."""
+    if text.suffix.lower() != ".txt":
+        yield text
+        return
+    try:
+        paragraphs = [part.strip() for part in text.read_text(encoding="utf-8").split("\n\n")]
+    except UnicodeDecodeError:
+        raise InputError(f"--text: {text}: is not UTF-8. Convert the file.") from None
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "text.jsonl"
+        path.write_text("".join(json.dumps({"text": part}) + "\n" for part in paragraphs if part), encoding="utf-8")
+        yield path
+
+
+def _print_analysis(document: dict[str, Any]) -> None:
+    """Tables by kind of linear and of losses, and a sentence on intruders."""
+    from qvera.evaluation.report.analysis import ROLE_TITLES, loss_rows, loss_titles, role_rows, summary
+
+    _print_table(["", *(title.lower().replace("δw", "ΔW") for title in ROLE_TITLES)], role_rows(document))
+    print(f"\n{summary(document)}")
+    losses = loss_rows(document)
+    if losses:
+        print()
+        _print_table(["loss", *(title.lower() for title in loss_titles(document))], losses)
+    else:
+        print("Forgetting: not measured; --text FILE compares the loss on other text with that of the base.")
+    if reduced := document["reduced"]:
+        size = formatting.size(reduced["bytes"])
+        print(f"{size} in {reduced['path']}: LoRA of rank {reduced['rank']}, exact, intruders at {reduced['keep']:g}")
+
+
+def _print_table(titles: list[str], rows: list[tuple[str, list[str]]]) -> None:
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    table = Table(titles[0], *(Column(title, justify="right") for title in titles[1:]), box=None, pad_edge=False)
+    for name, cells in rows:
+        table.add_row(name, *cells)
+    Console(highlight=False, markup=False).print(table)

@@ -1,0 +1,183 @@
+"""What training did to each weight: intruder dimensions, and the size and effective rank of ΔW.
+
+One linear is in memory at a time: W as the adapter was trained on it and W + ΔW, both in fp32, and where that does not
+decide, a decomposition of W. Computed on the CPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from qvera.config.schema import ModelSection
+from qvera.export.base import open_adapter_on_base, read_trained_weight
+from qvera.export.deltas import AdapterDeltas, Delta
+from qvera.export.intruders import delta_singular_values, effective_rank, find_intruders, mitigation_factors
+from qvera.models.safetensors_stream import rows_per_block
+from qvera.utils.errors import RunFailed
+
+Factors = tuple[torch.Tensor, torch.Tensor]
+"""A [r, n] and B [m, r] of a change B A."""
+_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearAnalysis:
+    """One adapted linear.
+
+    Attributes:
+        name: of its module.
+        layer: the number in its name; None where it has none.
+        shape: (out_features, in_features).
+        weight_norm, delta_norm: ‖W‖ and ‖ΔW‖, Frobenius.
+        effective_rank: of ΔW (`qvera.export.intruders.effective_rank`).
+        singular_values: the first k of W + ΔW.
+        cosines: of their left vectors, each the largest with any left singular vector of W.
+        exact: whether a cosine is exact; else it is a bound on the same side of ε (`qvera.export.intruders.Cosines`).
+        intruders: which of the k are intruder dimensions, from 0.
+    """
+
+    name: str
+    layer: int | None
+    shape: tuple[int, int]
+    weight_norm: float
+    delta_norm: float
+    effective_rank: float
+    singular_values: list[float]
+    cosines: list[float]
+    exact: list[bool]
+    intruders: list[int]
+
+    @property
+    def role(self) -> str:
+        """The last part of the name: q_proj."""
+        return self.name.rpartition(".")[2]
+
+    @property
+    def relative_norm(self) -> float:
+        """‖ΔW‖ / ‖W‖; 0 for a weight of zeros."""
+        return self.delta_norm / self.weight_norm if self.weight_norm else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Analysis:
+    """All adapted linears in the order of the model, and what mitigates their intruders.
+
+    Attributes:
+        adapter: the factors of ΔW.
+        linears: what was found.
+        mitigations: where a ``keep`` was given, name → `mitigation_factors`.
+    """
+
+    adapter: AdapterDeltas
+    linears: list[LinearAnalysis]
+    mitigations: dict[str, Factors]
+
+    @property
+    def rank(self) -> int:
+        """The rank of ΔW's factors."""
+        return len(next(iter(self.adapter.layers.values())).lora()[0])
+
+    def mitigated(self) -> MitigatedFactors:
+        """The adapter with its intruders taken down, as factors for `qvera.export.lora.export_lora`."""
+        return MitigatedFactors(self.adapter, self.mitigations)
+
+
+class MitigatedFactors(Mapping[str, Factors]):
+    """Name → A' [r + k, n] and B' [m, r + k] of the mitigated ΔW, exact, made when they are asked for.
+
+    k is the largest number of intruders of a linear; linears with fewer get zeros.
+    """
+
+    def __init__(self, adapter: AdapterDeltas, mitigations: Mapping[str, Factors]) -> None:
+        self._adapter, self._mitigations = adapter, mitigations
+        self.added_rank = max((len(A) for A, _ in mitigations.values()), default=0)
+
+    def __getitem__(self, name: str) -> Factors:
+        (A, B), (more_A, more_B) = self._adapter.layers[name].lora(), self._mitigations[name]
+        rank = len(A) + self.added_rank
+        padded_A, padded_B = A.new_zeros(rank, A.shape[1]), B.new_zeros(len(B), rank)
+        for start, part_A, part_B in ((0, A, B), (len(A), more_A, more_B)):
+            padded_A[start : start + len(part_A)] = part_A
+            padded_B[:, start : start + len(part_A)] = part_B
+        return padded_A, padded_B
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._mitigations)
+
+    def __len__(self) -> int:
+        return len(self._mitigations)
+
+
+def analyze_adapter(
+    adapter_dir: Path,
+    section: ModelSection,
+    *,
+    top_k: int,
+    epsilon: float,
+    keep: float | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Analysis:
+    """Analyze every linear that an adapter changes.
+
+    Args:
+        adapter_dir: the adapter.
+        section: the base it was trained on.
+        top_k: how many singular vectors of each W + ΔW are looked at.
+        epsilon: an intruder's cosines are below it.
+        keep: λ, the share that mitigation keeps of an intruder. None: no mitigation is computed.
+        progress: called with (linears done, linears in all, name of the next one).
+
+    Raises:
+        InputError: adapter and base do not fit, or the base is stored quantized, and not in bitsandbytes' 4 bits.
+        RunFailed: a weight has NaN or Inf in it, or a file changed while it was read.
+    """
+    base = open_adapter_on_base(adapter_dir, section)
+    reader, layers = base.reader(section, {}), base.adapter.layers
+    entries = {entry.name: entry for entry in base.entries}
+    names = [name for name, _ in base.model.named_modules() if name in layers]
+    linears, mitigations = [], {}
+    for done, name in enumerate(names):
+        if progress is not None:
+            progress(done, len(names), name)
+        weight = read_trained_weight(reader, entries[f"{name}.weight"])
+        linear, mitigation = _analyze(name, weight, layers[name], top_k, epsilon, keep)
+        linears.append(linear)
+        if mitigation is not None:
+            mitigations[name] = mitigation
+    return Analysis(base.adapter, linears, mitigations)
+
+
+@torch.no_grad()
+def _analyze(
+    name: str, weight: torch.Tensor, delta: Delta, top_k: int, epsilon: float, keep: float | None
+) -> tuple[LinearAnalysis, Factors | None]:
+    """One linear; ``weight`` is as the checkpoint has it, [in, out] for a Conv1D."""
+    tuned, step = weight.clone(), rows_per_block(weight.shape[1])
+    for first in range(0, len(tuned), step):
+        part = tuned[first : first + step]
+        part += delta.rows(first, len(part))
+    if not torch.isfinite(tuned).all():
+        raise RunFailed(f"{name}: W + ΔW has NaN or Inf in it, so it has no singular vectors. Look at this adapter.")
+    if delta.transposed:
+        weight, tuned = weight.t(), tuned.t()
+    values = delta_singular_values(*delta.lora())
+    found = find_intruders(weight, tuned, top_k, epsilon)
+    layer = _LAYER.search(name)
+    linear = LinearAnalysis(
+        name=name,
+        layer=int(layer[1]) if layer else None,
+        shape=delta.shape,
+        weight_norm=weight.norm().item(),
+        delta_norm=values.norm().item(),
+        effective_rank=effective_rank(values),
+        singular_values=found.top.S.tolist(),
+        cosines=found.cosines.values.tolist(),
+        exact=found.cosines.exact.tolist(),
+        intruders=found.found.nonzero().flatten().tolist(),
+    )
+    return linear, None if keep is None else mitigation_factors(found, keep)

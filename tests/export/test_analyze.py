@@ -1,0 +1,212 @@
+"""What `qvera analyze` finds is what dense matrices say, and the reduced adapter is exact."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qvera.adapters import QveraLinear
+from qvera.adapters.save_load import attach, save_adapter
+from qvera.cli.main import main
+from qvera.config.schema import AdapterSection, ModelSection
+from qvera.export import analyze, intruders
+from qvera.export.analyze import analyze_adapter
+from qvera.export.deltas import Delta
+from qvera.export.lora import export_lora
+from qvera.models.loader import load_base
+from qvera.models.quantization import dequantized_weight
+from qvera.utils.errors import RunFailed
+from tests.adapters.helpers import perturb
+from tests.conftest import small_llama, small_tokenizer
+from tests.export.test_lora import stock_base
+from tests.live_bytes import LiveBytes
+
+pytestmark = pytest.mark.process
+PREFIX = "base_model.model."
+
+
+def saved_adapter(section: ModelSection, directory: Path, **settings: Any) -> Any:
+    """A perturbed adapter on the base of ``section``, and the same in ``directory``."""
+    model = attach(load_base(section).model, AdapterSection(rank=8, **settings), section.path)
+    perturb(model)
+    save_adapter(model, directory)
+    return model
+
+
+def dense_pairs(model: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Name → W and ΔW of each adapted linear, fp64."""
+    return {
+        name.removeprefix(PREFIX): (
+            dequantized_weight(module.base_layer, torch.float32).double(),
+            module.get_delta_weight("default").detach().double(),
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, QveraLinear)
+    }
+
+
+@pytest.mark.parametrize("more", [{}, {"b_groups": 2, "input_scale": True}], ids=["vera", "more-vectors"])
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_the_weights_of_the_trained_base_and_dense_decompositions_say_the_same(
+    quantization: str, more: dict[str, Any], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    section = ModelSection(path=str(tiny_model_dir), compute_dtype="float32", quantization=quantization)
+    pairs = dense_pairs(saved_adapter(section, tmp_path / "adapter", **more))
+    found = analyze_adapter(tmp_path / "adapter", section, top_k=6, epsilon=0.5, keep=0.25)
+    assert [linear.name for linear in found.linears] == list(pairs)
+    factors = found.mitigated()
+    total = 0
+    for linear in found.linears:
+        W, delta = pairs[linear.name]
+        assert linear.shape == tuple(W.shape)
+        assert linear.weight_norm == pytest.approx(W.norm().item(), rel=1e-5)
+        assert linear.delta_norm == pytest.approx(delta.norm().item(), rel=1e-5)
+        values = torch.linalg.svdvals(delta)
+        shares = values / values.sum()
+        assert linear.effective_rank == pytest.approx(torch.special.entr(shares).sum().exp().item(), rel=1e-4)
+        U, S, Vh = torch.linalg.svd(W + delta, full_matrices=False)
+        cosines = (torch.linalg.svd(W, full_matrices=False).U.t() @ U[:, :6]).abs().amax(dim=0)
+        torch.testing.assert_close(torch.tensor(linear.singular_values).double(), S[:6], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(torch.tensor(linear.cosines).double(), cosines, rtol=0, atol=1e-3)
+        assert linear.intruders == [i for i in range(6) if cosines[i] < 0.5]
+        total += len(linear.intruders)
+        mine = linear.intruders
+        expected = delta - 0.75 * (U[:, mine] * S[mine]) @ Vh[mine]
+        A, B = factors[linear.name]
+        assert len(A) == found.rank + factors.added_rank
+        torch.testing.assert_close(B.double() @ A.double(), expected, rtol=0, atol=2e-4 * expected.abs().max().item())
+    assert total > 4, "the perturbed adapter has intruders, else this compares nothing"
+    assert [linear.layer for linear in found.linears] == [0] * 7 + [1] * 7
+    assert found.linears[6].role == "down_proj"
+
+
+def test_the_reduced_adapter_in_stock_peft_is_delta_less_its_intruders(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Exact to fp32 rounding against the vectors that were found; PEFT's own helper cuts the rank back and is not."""
+    section = ModelSection(path=str(tiny_model_dir), compute_dtype="float32")
+    pairs = dense_pairs(saved_adapter(section, tmp_path / "adapter"))
+    found = analyze_adapter(tmp_path / "adapter", section, top_k=4, epsilon=0.5, keep=0.6)
+    factors = found.mitigated()
+    export_lora(found.adapter, tmp_path / "reduced", torch.float32, factors)
+    stock = PeftModel.from_pretrained(stock_base(tiny_model_dir, "nf4"), tmp_path / "reduced")
+    assert stock.peft_config["default"].r == 8 + factors.added_rank > 8
+    seen = 0
+    for name, module in stock.named_modules():
+        if isinstance(module, LoraLayer):
+            seen += 1
+            W, delta = pairs[name.removeprefix(PREFIX)]
+            (more_A, more_B) = found.mitigations[name.removeprefix(PREFIX)]
+            expected = delta + more_B.double() @ more_A.double()
+            got = module.get_delta_weight("default").double()
+            assert ((got - expected).norm() / expected.norm()).item() < 1e-6
+            if len(more_A):  # along each intruder, λ of W + ΔW is left
+                along = more_A.double() @ (W + got).t()
+                torch.testing.assert_close(
+                    along.norm(dim=1), more_B.norm(dim=0).double() * 0.6 / 0.4, rtol=1e-3, atol=1e-6
+                )
+    assert seen == 14
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most bytes of tensors alive at once, of those that operators returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live, self.peak = LiveBytes(), 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
+                self.live.add(tensor)
+        self.peak = max(self.peak, self.live.now)
+        return out
+
+
+def test_one_linear_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intruders, "DENSE_SIDE", 0)  # as a large weight is treated
+    peaks = {}
+    for layers in (1, 2):
+        base = tmp_path / f"{layers}-layers"
+        model = small_llama(num_hidden_layers=layers, hidden_size=160, intermediate_size=320).to(torch.bfloat16)
+        model.save_pretrained(base)
+        small_tokenizer().save_pretrained(base)
+        section = ModelSection(path=str(base), compute_dtype="float32")
+        saved_adapter(section, base / "adapter", targets=["q_proj", "up_proj"])
+        with PeakBytes() as counted:
+            analyze_adapter(base / "adapter", section, top_k=2, epsilon=0.5)
+        peaks[layers] = counted.peak
+    largest_bytes = 160 * 320 * 4
+    assert peaks[2] < peaks[1] + largest_bytes, "the peak does not grow with the number of layers"
+    assert peaks[2] < 10 * largest_bytes
+
+
+def test_a_conv1d_is_analyzed_as_the_linear_it_is() -> None:
+    draw = torch.Generator().manual_seed(0)
+    W, A, B = (torch.randn(*shape, generator=draw) for shape in ((20, 12), (3, 12), (20, 3)))
+    d, b = torch.randn(3, generator=draw), torch.randn(20, generator=draw)
+    plain, turned = (
+        analyze._analyze("h.3.mlp.c_fc", weight, Delta(A, B, d, b, 0.5, transposed), 5, 0.5, 0.5)
+        for weight, transposed in ((W, False), (W.t().contiguous(), True))
+    )
+    assert plain[0].layer == 3
+    assert plain[0].intruders == turned[0].intruders
+    assert plain[0].cosines == pytest.approx(turned[0].cosines, abs=1e-5)
+    for one, other in zip(plain[1], turned[1], strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+
+
+def test_a_weight_that_is_not_finite_is_named() -> None:
+    delta = Delta(torch.ones(2, 4), torch.ones(3, 2), torch.full((2,), torch.inf), torch.ones(3), 1.0, False)
+    with pytest.raises(RunFailed, match=r"q_proj: W \+ ΔW has NaN or Inf"):
+        analyze._analyze("q_proj", torch.ones(3, 4), delta, 2, 0.5, None)
+
+
+def test_the_command_shows_intruders_and_losses_and_writes_page_and_reduced_adapter(
+    trained_run: Path, tiny_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("the sea is grey\n\n\na word\nand one more\n\n", encoding="utf-8")
+    reduced, page = tmp_path / "reduced", tmp_path / "page.html"
+    line = ["analyze", str(trained_run), "--top-k", "4", "--epsilon", "1.0", "--text", str(other), "--html", str(page)]
+    assert main([*line, "--reduce", "0.5", "--out", str(reduced), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert len(document["linears"]) == 14
+    assert {len(linear["intruders"]) for linear in document["linears"]} == {4}, "no cosine is 1 after training"
+    assert document["reduced"]["rank"] == 12 == json.loads((reduced / "adapter_config.json").read_text())["r"]
+    text, held_out = document["losses"]
+    assert (text["rows"], held_out["rows"]) == (2, 8)
+    run = json.loads((trained_run / "run.json").read_text())["result"]
+    assert held_out["adapter"] == pytest.approx(run["eval_after"]["loss"], rel=1e-5)
+    assert held_out["base"] == pytest.approx(run["eval_before"]["loss"], rel=1e-5)
+    assert held_out["reduced"] != held_out["adapter"]
+    assert "Every intruder dimension" in page.read_text()
+    assert "Reduced to 0.5" in page.read_text()
+
+    assert main(["analyze", str(trained_run / "adapter"), "--top-k", "4"]) == 0
+    said = capsys.readouterr().out
+    assert "in 14 linears (k = 4, ε = 0.5)" in said or "of 14 linears (k = 4, ε = 0.5)" in said
+    assert "Forgetting: not measured; --text FILE" in said
+
+
+def test_wrong_options_of_the_command_are_refused_before_any_work(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(trained_run)
+    for options, said in (
+        (["--reduce", "0.5"], "--reduce: needs --out DIR"),
+        (["--out", str(tmp_path / "x")], "--out: goes with --reduce only"),
+        (["--reduce", "0.5", "--out", run], "not an empty directory"),
+        (["--reduce", "1.5", "--out", str(tmp_path / "x")], "less than or equal to 1"),
+        (["--text", str(tmp_path / "none.jsonl")], "none.jsonl: no such file"),
+    ):
+        assert main(["analyze", run, *options]) == 2
+        assert said in capsys.readouterr().err
+    assert main(["analyze", str(tmp_path)]) == 2
+    assert "is neither a run" in capsys.readouterr().err
