@@ -88,12 +88,11 @@ def analyze(
             keep=reduce,
             progress=lambda done, total, name: show(f"Analyzing: {done} of {total} linears ({name})"),
         )
-    rank, config = analysis.rank, analysis.adapter.config
     document: dict[str, Any] = {
         "subject": {
             "path": str(run),
-            "adapter": str(getattr(config.peft_type, "value", config.peft_type)),
-            "rank": rank,
+            "method": analysis.adapter.method,
+            "rank": analysis.rank,
             "adapter_sha256": sha256,
             "base": section.path,
             "quantization": section.quantization,
@@ -133,8 +132,7 @@ def _reduce(analysis: Analysis, out: Path, keep: float) -> dict[str, Any]:
 
     factors = analysis.mitigated()
     written_bytes = export_lora(analysis.adapter, out, torch.float32, factors)
-    rank = analysis.rank + factors.added_rank
-    return {"keep": keep, "path": str(out), "rank": rank, "bytes": written_bytes}
+    return {"keep": keep, "path": str(out), "rank": factors.rank, "bytes": written_bytes}
 
 
 def _losses(target: EvalTarget, text: Path, limit: int | None, reduced: Path | None) -> list[dict[str, Any]]:

@@ -33,6 +33,7 @@ class LinearAnalysis:
         name: of its module.
         layer: the number in its name; None where it has none.
         shape: (out_features, in_features).
+        rank: of the factors of ΔW.
         weight_norm, delta_norm: ‖W‖ and ‖ΔW‖, Frobenius.
         effective_rank: of ΔW (`qvera.export.intruders.effective_rank`).
         singular_values: the first k of W + ΔW.
@@ -44,6 +45,7 @@ class LinearAnalysis:
     name: str
     layer: int | None
     shape: tuple[int, int]
+    rank: int
     weight_norm: float
     delta_norm: float
     effective_rank: float
@@ -79,32 +81,31 @@ class Analysis:
 
     @property
     def rank(self) -> int:
-        """The rank of ΔW's factors."""
-        return len(next(iter(self.adapter.layers.values())).lora()[0])
+        """The largest rank of ΔW's factors."""
+        return max(linear.rank for linear in self.linears)
 
     def mitigated(self) -> MitigatedFactors:
         """The adapter with its intruders taken down, as factors for `qvera.export.lora.export_lora`."""
-        return MitigatedFactors(self.adapter, self.mitigations)
+        ranks = {linear.name: linear.rank + len(linear.intruders) for linear in self.linears}
+        return MitigatedFactors(self.adapter, self.mitigations, max(ranks.values()))
 
 
 class MitigatedFactors(Mapping[str, Factors]):
-    """Name → A' [r + k, n] and B' [m, r + k] of the mitigated ΔW, exact, made when they are asked for.
+    """Name → A' [rank, n] and B' [m, rank] of the mitigated ΔW, exact, made when they are asked for.
 
-    k is the largest number of intruders of a linear; linears with fewer get zeros.
+    ``rank`` is the largest that a linear needs, its own and one more for each of its intruders; the others get zeros.
     """
 
-    def __init__(self, adapter: AdapterDeltas, mitigations: Mapping[str, Factors]) -> None:
-        self._adapter, self._mitigations = adapter, mitigations
-        self.added_rank = max((len(A) for A, _ in mitigations.values()), default=0)
+    def __init__(self, adapter: AdapterDeltas, mitigations: Mapping[str, Factors], rank: int) -> None:
+        self._adapter, self._mitigations, self.rank = adapter, mitigations, rank
 
     def __getitem__(self, name: str) -> Factors:
         (A, B), (more_A, more_B) = self._adapter.layers[name].lora(), self._mitigations[name]
-        rank = len(A) + self.added_rank
-        padded_A, padded_B = A.new_zeros(rank, A.shape[1]), B.new_zeros(len(B), rank)
-        for start, part_A, part_B in ((0, A, B), (len(A), more_A, more_B)):
-            padded_A[start : start + len(part_A)] = part_A
-            padded_B[:, start : start + len(part_A)] = part_B
-        return padded_A, padded_B
+        zeros = self.rank - len(A) - len(more_A)
+        return (
+            torch.cat([A, more_A, A.new_zeros(zeros, A.shape[1])]),
+            torch.cat([B, more_B, B.new_zeros(len(B), zeros)], dim=1),
+        )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._mitigations)
@@ -165,13 +166,15 @@ def _analyze(
         raise RunFailed(f"{name}: W + ΔW has NaN or Inf in it, so it has no singular vectors. Look at this adapter.")
     if delta.transposed:
         weight, tuned = weight.t(), tuned.t()
-    values = delta_singular_values(*delta.lora())
+    A, B = delta.lora()
+    values = delta_singular_values(A, B)
     found = find_intruders(weight, tuned, top_k, epsilon)
     layer = _LAYER.search(name)
     linear = LinearAnalysis(
         name=name,
         layer=int(layer[1]) if layer else None,
         shape=delta.shape,
+        rank=len(A),
         weight_norm=weight.norm().item(),
         delta_norm=values.norm().item(),
         effective_rank=effective_rank(values),

@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qvera.adapters import QveraLinear
+from qvera.adapters.factors import Factors
 from qvera.adapters.save_load import attach, save_adapter
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection, ModelSection
@@ -80,7 +81,7 @@ def test_the_weights_of_the_trained_base_and_dense_decompositions_say_the_same(
         mine = linear.intruders
         expected = delta - 0.75 * (U[:, mine] * S[mine]) @ Vh[mine]
         A, B = factors[linear.name]
-        assert len(A) == found.rank + factors.added_rank
+        assert len(A) == factors.rank > found.rank == 8
         torch.testing.assert_close(B.double() @ A.double(), expected, rtol=0, atol=2e-4 * expected.abs().max().item())
     assert total > 4, "the perturbed adapter has intruders, else this compares nothing"
     assert [linear.layer for linear in found.linears] == [0] * 7 + [1] * 7
@@ -95,7 +96,7 @@ def test_the_reduced_adapter_in_stock_peft_is_delta_less_its_intruders(tiny_mode
     factors = found.mitigated()
     export_lora(found.adapter, tmp_path / "reduced", torch.float32, factors)
     stock = PeftModel.from_pretrained(stock_base(tiny_model_dir, "nf4"), tmp_path / "reduced")
-    assert stock.peft_config["default"].r == 8 + factors.added_rank > 8
+    assert stock.peft_config["default"].r == factors.rank > 8
     seen = 0
     for name, module in stock.named_modules():
         if isinstance(module, LoraLayer):
@@ -152,7 +153,7 @@ def test_a_conv1d_is_analyzed_as_the_linear_it_is() -> None:
     W, A, B = (torch.randn(*shape, generator=draw) for shape in ((20, 12), (3, 12), (20, 3)))
     d, b = torch.randn(3, generator=draw), torch.randn(20, generator=draw)
     plain, turned = (
-        analyze._analyze("h.3.mlp.c_fc", weight, Delta(A, B, d, b, 0.5, transposed), 5, 0.5, 0.5)
+        analyze._analyze("h.3.mlp.c_fc", weight, Delta(Factors(A, B, d, b, 0.5), transposed), 5, 0.5, 0.5)
         for weight, transposed in ((W, False), (W.t().contiguous(), True))
     )
     assert plain[0].layer == 3
@@ -163,7 +164,7 @@ def test_a_conv1d_is_analyzed_as_the_linear_it_is() -> None:
 
 
 def test_a_weight_that_is_not_finite_is_named() -> None:
-    delta = Delta(torch.ones(2, 4), torch.ones(3, 2), torch.full((2,), torch.inf), torch.ones(3), 1.0, False)
+    delta = Delta(Factors(torch.ones(2, 4), torch.ones(3, 2), torch.full((2,), torch.inf), torch.ones(3)), False)
     with pytest.raises(RunFailed, match=r"q_proj: W \+ ΔW has NaN or Inf"):
         analyze._analyze("q_proj", torch.ones(3, 4), delta, 2, 0.5, None)
 

@@ -256,3 +256,48 @@ def build_run(tmp_path: Path) -> Build:
         return root
 
     return build
+
+
+def analysis(layers: int = 30) -> dict[str, Any]:
+    """What `qvera analyze --json` prints, of a model with as many layers; the later ones have more intruders."""
+    roles = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    linears = []
+    for layer in range(layers):
+        for number, role in enumerate(roles):
+            intruders = list(range(max(0, (layer + number) // 5 - 3)))[:10]
+            linears.append(
+                {
+                    "name": f"model.layers.{layer}.{'mlp' if number > 3 else 'self_attn'}.{role}",
+                    "role": role,
+                    "layer": layer,
+                    "shape": [576, 576],
+                    "rank": 16,
+                    "weight_norm": 25.0,
+                    "delta_norm": 0.5 + 0.03 * layer * (number + 1),
+                    "relative_norm": (0.5 + 0.03 * layer * (number + 1)) / 25,
+                    "effective_rank": 14.0 - number,
+                    "singular_values": [12.0 - 0.4 * i for i in range(10)],
+                    "cosines": [0.2 + 0.01 * i if i in intruders else 0.98 for i in range(10)],
+                    "exact": [i % 2 == 0 for i in range(10)],
+                    "intruders": intruders,
+                }
+            )
+    return {
+        "subject": {
+            "path": "runs/orders",
+            "method": "lora",
+            "rank": 16,
+            "adapter_sha256": "0" * 64,
+            "base": "SmolLM2-135M-Instruct",
+            "quantization": "nf4",
+        },
+        "top_k": 10,
+        "epsilon": 0.5,
+        "linears": linears,
+        "reduced": {"keep": 0.75, "path": "reduced", "rank": 24, "bytes": 30_000_000},
+        "losses": [
+            {"text": "other.txt", "rows": 64, "base": 2.9, "adapter": 3.214, "reduced": 3.01},
+            {"text": "held-out rows of the run", "rows": 48, "base": 1.65, "adapter": 0.0321, "reduced": 0.0334},
+        ],
+        "versions": {},
+    }

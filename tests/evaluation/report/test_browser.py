@@ -13,11 +13,12 @@ import pytest
 
 from qvera.config.range_test import RangeTest
 from qvera.config.schema import parse_recipe
+from qvera.evaluation.report.analysis import analysis_page
 from qvera.evaluation.report.compare import compare_runs
 from qvera.evaluation.report.pages import answers_page, compare_page
 from qvera.evaluation.report.run_page import write_report
 from qvera.training.lr_finder import RangeTestResult, range_page
-from tests.evaluation.report.conftest import RECIPE, evaluation, plan, run_info, train_rows
+from tests.evaluation.report.conftest import RECIPE, analysis, evaluation, plan, run_info, train_rows
 
 Build = Callable[..., Path]
 
@@ -133,6 +134,12 @@ def answers(build_run: Build, root: Path) -> Path:
     return root / "answers.html"
 
 
+def analyzed(build_run: Build, root: Path) -> Path:
+    """The layers of a 70B."""
+    (root / "analysis.html").write_text(analysis_page(analysis(80)))
+    return root / "analysis.html"
+
+
 def runs(build_run: Build, root: Path) -> Path:
     """Eight runs, one of them broken off, with names and values as long as they get."""
     places = []
@@ -172,6 +179,7 @@ PAGES: dict[str, Callable[[Build, Path], Path]] = {
     "eval": answers,
     "compare": runs,
     "find-lr": ramp,
+    "analyze": analyzed,
 }
 
 
