@@ -8,6 +8,7 @@ from typing import Any
 from peft import PeftConfig
 
 from qvera.adapters.projection import GENERATOR, Seeds
+from qvera.adapters.token_sampling import TokenSampler
 from qvera.config.schema import AdapterSection
 from qvera.utils.errors import InputError
 
@@ -126,6 +127,8 @@ class QveraConfig(PeftConfig):
             self.format_version = max(self.format_version, 3)
         self.current_phase: int | None = None
         """The phase of ``seed_chain`` that is trained now; None outside of training. Not part of the file."""
+        self.token_sampler: TokenSampler | None = None
+        """What draws the tokens that backward keeps (``training.sample_tokens``); likewise."""
         if self.added_tokens:  # PEFT writes its JSON with sorted keys; ids say in which order tokens were added
             self.added_tokens = dict(sorted(self.added_tokens.items(), key=lambda pair: pair[1]))
 

@@ -23,6 +23,7 @@ from qvera.adapters.factors import Factors
 from qvera.adapters.methods import Method, Place, method_of
 from qvera.adapters.projection import OwnProjection, SharedProjection
 from qvera.adapters.sparse import Watch
+from qvera.adapters.token_sampling import TokenSampler
 from qvera.distributed.zero_params import is_sharded
 from qvera.models import linear, quantization
 
@@ -66,6 +67,10 @@ class LowRankPath:
     @abstractmethod
     def dropout_of(self, adapter: str) -> nn.Module:
         """The dropout on the adapter's input; an Identity where there is none."""
+
+    def token_sampler(self, adapter: str) -> TokenSampler | None:
+        """What draws the tokens of x that backward keeps; None: it keeps all, where it needs x."""
+        return None
 
     @abstractmethod
     def shared_z(self, adapter: str, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -342,6 +347,10 @@ class QveraLinear(LowRankPath, nn.Module, BaseTunerLayer):
     def method(self, adapter: str) -> Method:
         """The method of one adapter."""
         return self.qvera_settings[adapter][0]
+
+    def token_sampler(self, adapter: str) -> TokenSampler | None:
+        """See `LowRankPath.token_sampler`."""
+        return self.qvera_settings[adapter][1].token_sampler
 
     def parts(self, adapter: str) -> Factors:
         """The factors of one adapter in this layer; a shared A and B are views of the pair."""

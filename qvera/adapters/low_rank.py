@@ -21,6 +21,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from qvera.adapters.functional import AutogradContext, as_output, split_scale, times
+from qvera.adapters.token_sampling import TokenSampler
 from qvera.kernels.choice import use_kernels
 from qvera.kernels.low_rank import wide_product
 from qvera.models import linear
@@ -54,6 +55,9 @@ class _TrainedPair(torch.autograd.Function):
         base: torch.Tensor | None,
         module: torch.nn.Linear | None,
         overwrite: bool,
+        kept: torch.Tensor | None,
+        tokens: torch.Tensor | None,
+        weight: torch.Tensor | None,
     ) -> torch.Tensor:
         ctx.scale, ctx.module, ctx.dtypes = scale, module, (x.dtype, A.dtype, B.dtype)
         A, B = A.to(x.dtype), B.to(x.dtype)
@@ -63,14 +67,19 @@ class _TrainedPair(torch.autograd.Function):
         y, z = _product(x, A, B, scale, base, overwrite)
         needs_x, needs_A, needs_B = ctx.needs_input_grad[:3]
         ctx.save_for_backward(
-            x if needs_A else None, z if needs_B else None, A if needs_x else None, B if needs_x or needs_A else None
+            (x if kept is None else kept) if needs_A else None,
+            z if needs_B else None,
+            A if needs_x else None,
+            B if needs_x or needs_A else None,
+            tokens,
+            weight,
         )
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: _Context, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, z, A, B = ctx.saved_tensors
+        x, z, A, B, tokens, weight = ctx.saved_tensors
         needs_x, needs_A, needs_B, _, needs_base = ctx.needs_input_grad[:5]
         dtype, *parameter_dtypes = ctx.dtypes
         cast = g.to(dtype)
@@ -81,14 +90,15 @@ class _TrainedPair(torch.autograd.Function):
         if needs_x or needs_A:
             h = times(rows, B, inner)
             if needs_A:
-                grad_A = _parameter_gradient(h, x.reshape(-1, x.shape[-1]), after, parameter_dtypes[0])
+                own = h if tokens is None else h[tokens] * weight.unsqueeze(1).to(h.dtype)
+                grad_A = _parameter_gradient(own, x.reshape(-1, x.shape[-1]), after, parameter_dtypes[0])
             if needs_x and ctx.module is None:
                 grad_x = times(h, A, after).view(*g.shape[:-1], -1)
             elif needs_x:
                 assert ctx.module is not None
                 grad_x = linear.frozen_input_grad(ctx.module, cast)
                 grad_x.view(-1, A.shape[1]).addmm_(h, A, alpha=after)
-        return grad_x, grad_A, grad_B, None, g if needs_base else None, None, None
+        return grad_x, grad_A, grad_B, None, g if needs_base else None, None, None, None, None, None
 
 
 def _parameter_gradient(left: torch.Tensor, right: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
@@ -100,7 +110,13 @@ def _parameter_gradient(left: torch.Tensor, right: torch.Tensor, scale: float, d
 
 
 def trained_path(
-    base: torch.Tensor, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float, overwrite: bool = False
+    base: torch.Tensor,
+    x: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    scale: float,
+    overwrite: bool = False,
+    sampler: TokenSampler | None = None,
 ) -> torch.Tensor:
     """y = base + s (x Aᵀ) Bᵀ.
 
@@ -111,20 +127,34 @@ def trained_path(
         B: [m, r], like A.
         scale: s, alpha / r or alpha / √r.
         overwrite: y may take base's memory, as in `functional.expand`.
+        sampler: keeps some rows of x for backward; ∂A is then right in expectation. None: all of x is kept.
 
     Returns:
         [..., m] in base's dtype. Differentiable once in base, x, A and B; may be changed in place.
     """
     if not torch.is_grad_enabled():
         return _product(x, A.to(x.dtype), B.to(x.dtype), scale, base, overwrite)[0]
-    return _TrainedPair.apply(x, A, B, scale, base, None, overwrite)
+    return _TrainedPair.apply(x, A, B, scale, base, None, overwrite, *_sampled(sampler, x, A))
+
+
+def _sampled(sampler: TokenSampler | None, x: torch.Tensor, A: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """The rows of x that are kept, which they are, and their weights; None each where all are."""
+    if sampler is None or not A.requires_grad:
+        return None, None, None
+    kept, sample = sampler.draw(x)
+    return kept, *sample
 
 
 def trained_linear(
-    module: torch.nn.Linear, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float
+    module: torch.nn.Linear,
+    x: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    scale: float,
+    sampler: TokenSampler | None = None,
 ) -> torch.Tensor:
     """y = x Wᵀ + bias + s (x Aᵀ) Bᵀ for the frozen linear ``module``, whose weight and bias get no gradient.
 
-    x, A, B and ``scale`` are those of `trained_path`. Returns [..., m] in x's dtype, likewise.
+    x, A, B, ``scale`` and ``sampler`` are those of `trained_path`. Returns [..., m] in x's dtype, likewise.
     """
-    return _TrainedPair.apply(x, A, B, scale, None, module, True)
+    return _TrainedPair.apply(x, A, B, scale, None, module, True, *_sampled(sampler, x, A))

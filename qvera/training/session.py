@@ -41,6 +41,7 @@ from qvera.training.plan.sharding import spread_of
 from qvera.training.planning import plan_run, resumed_mode
 from qvera.training.rank_checks import check_disk_space, check_same_data, check_same_setup, count_nodes
 from qvera.training.resample import phase_count
+from qvera.training.sampling import token_sampler
 from qvera.training.step import StepAttempt
 from qvera.training.step_hooks import build_hooks
 from qvera.utils import accelerator, memory
@@ -124,6 +125,7 @@ class TrainingSession:
         identity = facts.get("fingerprint"), facts.get("added_tokens")
         phases = phase_count(recipe, len(self.datasets.train))
         self.model = attach(self.base.model, recipe.adapter, recipe.model.path, *identity, recipe.model, phases)
+        self.model.peft_config["default"].token_sampler = token_sampler(recipe)
         if recipe.data.packing:
             require_packing(self.model)
         self.batches = batches_of(recipe, self.datasets.train)

@@ -82,6 +82,8 @@ class Method(ABC):
 
     upper_kinds: ClassVar[frozenset[str]] = frozenset()
     """The tensors that ``training.bilevel`` trains at the upper level, by name; empty where it does not fit."""
+    samples_tokens: ClassVar[bool] = False
+    """Whether its path takes the ``token_sampler`` of the adapter's config (``training.sample_tokens``)."""
     can_resample: ClassVar[bool] = False
     """Whether ``training.resample_every`` fits: its tensors of several phases are those of one seed chain."""
     place_names: ClassVar[frozenset[str]] = frozenset()

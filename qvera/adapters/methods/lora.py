@@ -38,6 +38,7 @@ class Lora(Method):
     usual = {"adapter.rank": 16, "training.learning_rate": 2e-4}
     source = Source.TRAINED
     keeps_input = True
+    samples_tokens = True
     writes_lora = True
 
     def tensors(self, adapter: AdapterSettings, place: Place) -> dict[str, tuple[int, ...]]:
@@ -85,15 +86,15 @@ class Lora(Method):
     ) -> torch.Tensor:
         factors = layer.parts(adapter_name)
         inner = layer.dropout_of(adapter_name)(x).to(linear.compute_dtype(layer.base_layer, x))
-        return trained_path(y, inner, factors.A, factors.B, factors.scale, overwrite)
+        return trained_path(y, inner, factors.A, factors.B, factors.scale, overwrite, layer.token_sampler(adapter_name))
 
     def with_base(self, layer: LowRankPath, adapter_name: str, x: torch.Tensor) -> torch.Tensor | None:
         base: nn.Linear = layer.base_layer
         if not torch.is_grad_enabled() or base._forward_hooks or base._forward_pre_hooks:
             return None
-        factors = layer.parts(adapter_name)
+        factors, sampler = layer.parts(adapter_name), layer.token_sampler(adapter_name)
         inner = x.to(linear.compute_dtype(base, x))
-        return trained_linear(base, inner, factors.A, factors.B, factors.scale).to(x.dtype)
+        return trained_linear(base, inner, factors.A, factors.B, factors.scale, sampler).to(x.dtype)
 
     def check(self, adapter: AdapterSection) -> None:
         if adapter.init_lora_weights == "orthogonal" and adapter.rank % 2:

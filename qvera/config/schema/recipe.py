@@ -82,6 +82,11 @@ class Recipe(Section):
                 )
             if self.data.group_by_length:
                 yield "training.bilevel", "has an order of rows of its own; remove data.group_by_length."
+        if self.training.sample_tokens and self.training.torch_compile:
+            yield (
+                "training.sample_tokens",
+                "draws by the data's own sizes, which is not compiled; remove one of the two.",
+            )
         if self.training.resample_every:
             yield from self._resample_contradictions()
         if self.deepspeed is not None and self.training.on_oom == "halve":

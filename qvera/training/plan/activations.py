@@ -107,7 +107,9 @@ def _adapter_bytes(run: PlannedRun, linears: Sequence[Linear]) -> int:
             continue
         source = _INPUTS.get(x.role, x.name)
         reads_x = run.keeps_input(x) or run.method.keeps_input or (section.input_scale and not section.dropout)
-        if reads_x and not (source == "attention" and attention_keeps):
+        if run.sampled_tokens is not None:  # rows of its own, with a number and a weight each
+            held[x.name if section.dropout else source, "x"] = run.sampled_tokens * (x.n * size + 8 + 4)
+        elif reads_x and not (source == "attention" and attention_keeps):
             held[source, "x"] = T * x.n * size
         if section.dropout:  # every layer drops other elements: its own z, which elements, and its own x to scale
             held[x.name, "z"] = T * rank * size + T * x.n + (T * x.n * size if section.input_scale else 0)

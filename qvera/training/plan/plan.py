@@ -26,6 +26,7 @@ from qvera.training.plan.run import Machine, PlannedRun, Shape, shape_of, this_m
 from qvera.training.plan.sharding import ALONE, Sharing, Way, plan_rank, plan_ways, right_way
 from qvera.training.plan.streaming import Streaming, decide_both
 from qvera.training.resample import phase_count, with_phases
+from qvera.training.sampling import token_sampler
 from qvera.utils.errors import InputError
 
 _CONFIG_BYTES = 800  # adapter_config.json
@@ -169,6 +170,7 @@ def make_plan(
             keys do not suit its method.
     """
     check_recipe(recipe)
+    token_sampler(recipe)
     phases = phase_count(recipe, 0 if rows is None else len(rows))
     recipe = with_phases(recipe, phases)
     with torch.random.fork_rng(devices=[]):

@@ -326,6 +326,12 @@ class PlannedRun:
         return has_one and not self.recipe.adapter.dropout and not (self.recipe.deepspeed or "").startswith("zero3")
 
     @property
+    def sampled_tokens(self) -> int | None:
+        """The tokens of each input that backward keeps (``training.sample_tokens``); None: all, where it keeps any."""
+        share = self.recipe.training.sample_tokens
+        return max(1, math.ceil(share * self.batch.all_tokens)) if share and self.method.samples_tokens else None
+
+    @property
     def rank(self) -> int:
         """The adapter's rank."""
         return self.recipe.adapter.rank

@@ -1,0 +1,105 @@
+"""The weight gradient of a linear from some of its tokens: WTA-CRS (arXiv 2305.15265), winner-take-all and sampling.
+
+A trained factor with the input x [T, n] and the upstream gradient g [T, m] has the gradient gᵀ x = Σ_t g_t x_tᵀ, for
+which backward needs all of x. With probabilities p_t > 0, the k tokens of a sample are
+
+- C, the tokens of the largest p_t, each once with weight 1;
+- k - |C| draws from the others, with replacement and p_t as their odds, each with weight (1 - p_C) / (p_t (k - |C|)),
+  where p_C = Σ_{t in C} p_t.
+
+|C| is the size that makes (1 - p_C) / (k - |C|) smallest (the paper's theorem 2). Σ w_t g_t x_tᵀ over the sample is
+gᵀ x in expectation for any p; its variance is least for p_t ∝ ‖x_t‖ ‖g_t‖. The paper's code takes ‖g_t‖ from the epoch
+before and has a biased first epoch; here what is not known is left out of p, which costs variance and no bias.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from typing import NamedTuple
+
+import torch
+
+
+class TokenSample(NamedTuple):
+    """Tokens to keep and their weights; a token that was drawn twice is there twice."""
+
+    tokens: torch.Tensor  # int64 [k]
+    weight: torch.Tensor  # [k], of the dtype of the probabilities
+
+
+def token_probabilities(x: torch.Tensor, g_norms: torch.Tensor | None = None) -> torch.Tensor:
+    """p [T] ∝ ‖x_t‖ ‖g_t‖, fp32 or wider, every element above 0.
+
+    Args:
+        x: [T, n].
+        g_norms: ‖g_t‖ [T] where it is known; None: the same for all tokens.
+    """
+    norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
+    odds = norms if g_norms is None else norms * g_norms.to(norms.dtype)
+    # as the paper's code does: no probability is 0
+    odds = odds + torch.finfo(odds.dtype).eps * odds.mean().clamp_min(torch.finfo(odds.dtype).tiny)
+    return odds / odds.sum()
+
+
+def kept_count(p: torch.Tensor, k: int) -> int:
+    """|C|, the tokens of the largest p [T] that a sample of ``k`` < T tokens keeps for certain; less than k."""
+    highest = torch.cat([p.new_zeros(1), p.topk(k - 1).values.cumsum(0)])
+    slots = k - torch.arange(k, device=p.device)
+    return int(((1 - highest) / slots).argmin())
+
+
+def sample_tokens(p: torch.Tensor, k: int, generator: torch.Generator | None = None) -> TokenSample:
+    """Draw a sample of ``k`` of T tokens, 0 < k; all of them, each with weight 1, where k >= T."""
+    if k >= len(p):
+        return TokenSample(torch.arange(len(p), device=p.device), torch.ones_like(p))
+    kept = p.topk(kept_count(p, k)).indices
+    rest = p.clone()
+    rest[kept] = 0.0
+    drawn = torch.multinomial(rest, k - len(kept), replacement=True, generator=generator)
+    return TokenSample(torch.cat([kept, drawn]), torch.cat([torch.ones_like(p[kept]), drawn_weights(p, kept, drawn)]))
+
+
+def drawn_weights(p: torch.Tensor, kept: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+    """(1 - p_C) / (p_t (k - |C|)) of the drawn tokens [k - |C|]; ``kept`` int64 [|C|] are the tokens of C."""
+    return (1 - p[kept].sum()) / (p[drawn] * len(drawn))
+
+
+def sampled_product(g: torch.Tensor, x_rows: torch.Tensor, sample: TokenSample) -> torch.Tensor:
+    """Σ w_t g_t x_tᵀ over the sample: [m, n], gᵀ x in expectation.
+
+    Args:
+        g: [T, m], of all tokens.
+        x_rows: [k, n], the rows of x that the sample names, which is all of x that backward needs.
+    """
+    return (g[sample.tokens] * sample.weight.unsqueeze(1).to(g.dtype)).t() @ x_rows.to(g.dtype)
+
+
+class TokenSampler:
+    """Draws the sample that backward keeps of each input x; layers that read the same x share one.
+
+    ``training.sample_tokens`` asks for it. ‖g_t‖ is not known in forward, so p_t ∝ ‖x_t‖. Draws come from torch's
+    default generator of x's device.
+    """
+
+    def __init__(self, share: float) -> None:
+        """``share``: of the tokens of an input, rounded up, that a sample has; 0 < share < 1."""
+        self.share = share
+        self._recent: tuple[weakref.ref[torch.Tensor], tuple[int, int], torch.Tensor, TokenSample] | None = None
+
+    def draw(self, x: torch.Tensor) -> tuple[torch.Tensor, TokenSample]:
+        """The rows of x [..., n] that are kept, [k, n], and the sample."""
+        # of the backward pass we are in, as in `projection.SharedInput`: a recomputation has its own
+        key = x._version, torch._C._current_graph_task_id()
+        recent = self._recent
+        if recent is not None and recent[0]() is x and recent[1] == key:
+            return recent[2:]
+        rows = x.detach().reshape(-1, x.shape[-1])
+        sample = sample_tokens(token_probabilities(rows), max(1, math.ceil(self.share * len(rows))))
+        kept = rows[sample.tokens]
+        self._recent = weakref.ref(x, self._forget), key, kept, sample
+        return kept, sample
+
+    def _forget(self, dead: weakref.ref[torch.Tensor]) -> None:
+        if self._recent is not None and self._recent[0] is dead:
+            self._recent = None

@@ -1,0 +1,121 @@
+"""The weight gradient from a sample of tokens: the authors' numbers, and no bias."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from qvera.adapters.low_rank import trained_linear, trained_path
+from qvera.adapters.token_sampling import (
+    TokenSample,
+    TokenSampler,
+    drawn_weights,
+    kept_count,
+    sample_tokens,
+    sampled_product,
+    token_probabilities,
+)
+
+AUTHORS = np.load(Path(__file__).parent / "reference" / "wtacrs_linear.npz")
+CASES = ["peaked", "flat", "ratio50"]
+
+
+def stored(case: str, name: str) -> torch.Tensor:
+    value = torch.from_numpy(AUTHORS[f"{case}_{name}"])
+    return value.flatten(0, 1) if name in ("h", "dz") else value  # [batch, length, ·] → [tokens, ·]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_probabilities_and_estimates_are_the_authors_given_their_draws(case: str) -> None:
+    x, g = stored(case, "h"), stored(case, "dz")
+    p = token_probabilities(x, g.norm(dim=1))
+    torch.testing.assert_close(p, stored(case, "prob"), rtol=0, atol=1e-8)  # theirs add up to slightly more than 1
+    p, kept = stored(case, "prob"), stored(case, "deter_indices")
+    assert kept_count(p, int(stored(case, "k"))) == int(stored(case, "deter_k"))
+    for drawn, estimate in zip(stored(case, "draws"), stored(case, "grad_W_estimates"), strict=True):
+        weight = torch.cat([p.new_ones(len(kept)), drawn_weights(p, kept, drawn)])
+        sample = TokenSample(torch.cat([kept, drawn]), weight)
+        torch.testing.assert_close(sampled_product(g, x[sample.tokens], sample), estimate, rtol=0, atol=1e-11)
+    torch.testing.assert_close(weight[len(kept) :], stored(case, "weights_of_last_draw"), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_estimate_has_no_bias_also_where_gradients_are_unknown(case: str) -> None:
+    x, g, k = stored(case, "h"), stored(case, "dz"), int(stored(case, "k"))
+    for p in (stored(case, "prob"), token_probabilities(x)):
+        generator = torch.Generator().manual_seed(5)
+        found = torch.stack(
+            [sampled_product(g, x[s.tokens], s) for s in (sample_tokens(p, k, generator) for _ in range(2000))]
+        )
+        error = found.mean(0) - g.t() @ x
+        z = error / (found.std(0) / len(found) ** 0.5)
+        assert z.abs().max() < 4.5  # of 96 entries
+        assert z.square().mean() < 2.5  # the entries depend on one another
+
+
+def test_kept_tokens_lower_the_variance() -> None:
+    x, g, k = stored("peaked", "h"), stored("peaked", "dz"), int(stored("peaked", "k"))
+    p, exact = stored("peaked", "prob"), g.t() @ x
+    generator = torch.Generator().manual_seed(5)
+
+    def squared_error(sample: TokenSample) -> float:
+        return (sampled_product(g, x[sample.tokens], sample) - exact).square().sum().item()
+
+    nothing = torch.empty(0, dtype=torch.int64)
+    plain = [torch.multinomial(p, k, replacement=True, generator=generator) for _ in range(500)]
+    without = [squared_error(TokenSample(drawn, drawn_weights(p, nothing, drawn))) for drawn in plain]
+    with_kept = [squared_error(sample_tokens(p, k, generator)) for _ in range(500)]
+    assert sum(with_kept) < 0.8 * sum(without)
+
+
+def test_all_tokens_are_the_exact_gradient_and_zero_rows_are_no_trouble() -> None:
+    x, g = torch.randn(6, 3), torch.randn(6, 2)
+    sample = sample_tokens(token_probabilities(x), 6)
+    torch.testing.assert_close(sampled_product(g, x[sample.tokens], sample), g.t() @ x)
+    p = token_probabilities(torch.zeros(5, 3))
+    torch.testing.assert_close(p, torch.full((5,), 0.2))
+    assert torch.isfinite(sample_tokens(p, 3).weight).all()
+
+
+def lora_parts(tokens: int = 60, n: int = 24, m: int = 20, r: int = 4) -> tuple[torch.Tensor, ...]:
+    x, base, g = torch.randn(2, tokens // 2, n), torch.randn(2, tokens // 2, m), torch.randn(2, tokens // 2, m)
+    x = (x * torch.rand(2, tokens // 2, 1).pow(3)).requires_grad_()
+    return x, base, g, torch.randn(r, n).requires_grad_(), torch.randn(m, r).requires_grad_()
+
+
+@pytest.mark.parametrize("one_node", [False, True])
+def test_a_sampled_lora_has_exact_gradients_except_for_a_whose_mean_is_right(one_node: bool) -> None:
+    torch.manual_seed(3)
+    x, base, g, A, B = lora_parts()
+    module = torch.nn.Linear(24, 20).requires_grad_(False)
+
+    def gradients(sampler: TokenSampler | None) -> tuple[torch.Tensor, ...]:
+        if one_node:
+            y = trained_linear(module, x, A, B, 0.5, sampler)
+        else:
+            y = trained_path(base, x, A, B, 0.5, sampler=sampler)
+        return torch.autograd.grad((y * g).sum(), (x, A, B))
+
+    exact = gradients(None)
+    found = [gradients(TokenSampler(0.3)) for _ in range(600)]
+    for mine, theirs in ((found[0][0], exact[0]), (found[0][2], exact[2])):
+        torch.testing.assert_close(mine, theirs)
+    estimates = torch.stack([one[1] for one in found])
+    z = (estimates.mean(0) - exact[1]) / (estimates.std(0) / len(found) ** 0.5)
+    assert z.abs().max() < 4.5
+    assert (estimates[0] - exact[1]).norm() > 1e-3 * exact[1].norm()
+
+
+def test_layers_that_read_the_same_input_keep_one_sample_of_it() -> None:
+    x, base, g, A, B = lora_parts()
+    sampler, kept = TokenSampler(0.25), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        outputs = [trained_path(base, x, A, B, 0.5, sampler=sampler) for _ in range(3)]
+    inputs = {t.data_ptr(): t.numel() for t in kept if t.is_floating_point() and t.shape[-1] == 24 and len(t) != 4}
+    assert list(inputs.values()) == [15 * 24]  # of 60 tokens
+    torch.autograd.grad(sum((y * g).sum() for y in outputs), (x, A, B))
+    other = x.detach().clone()
+    assert sampler.draw(other)[0].data_ptr() not in inputs
