@@ -164,7 +164,8 @@ class SparseChange(NamedTuple):
         """
         raise InputError(
             "this adapter's method is spiel: its ΔW has single elements all over the weight, so its rank is near the "
-            "weight's own and no LoRA is the same. Export it with --to merged, which is exact."
+            "weight's own. No LoRA is the same, and --to lora, qvera analyze and sums of adapters need one. Export it "
+            "with --to merged, which is exact."
         )
 
     def delta(self) -> torch.Tensor:

@@ -39,7 +39,7 @@ class Spiel(Method):
 
     name = "spiel"
     keys = frozenset({"growth", "reselect_every", "accumulate_steps", "drop_share"})
-    usual = {"adapter.rank": 8, "training.learning_rate": 4e-4}
+    usual = {"adapter.rank": 8, "training.learning_rate": 1e-3}
     source = Source.TRAINED
     keeps_input = True
     is_low_rank = False
@@ -53,6 +53,8 @@ class Spiel(Method):
                 f"adapter.rank: {adapter.rank} gives {place.name or 'a linear'} {count} values, more than half of its "
                 f"{n * m} weights. With adapter.method spiel it can be at most {n * m // (2 * (n + m))} here."
             )
+        if n * m >= 2**31:
+            raise InputError(f"targets: {place.name or 'a linear'} has {n * m} weights, and places are 32-bit numbers.")
         return {VALUES: (count,), PLACES: (count,)}
 
     def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, place: Place) -> torch.Tensor:
@@ -88,9 +90,8 @@ class Spiel(Method):
         (count,) = self.tensors(adapter, place)[VALUES]
         if adapter.growth == "momentum":
             return 4 * (count + place.out_features + place.in_features)
-        return 4 * (
-            3 * count + 4 * count
-        )  # age and two averages; a candidate's place, two sums and the step's gradient
+        # age and two averages of each value; place, two sums and the step's gradient of each candidate
+        return 4 * (3 + 4) * count
 
     def add(
         self, layer: LowRankPath, adapter_name: str, x: torch.Tensor, y: torch.Tensor, overwrite: bool

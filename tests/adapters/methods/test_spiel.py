@@ -162,7 +162,7 @@ def test_exports(run_dir: Path, make_recipe: Any, tmp_path: Path, capsys: pytest
         expected.view(-1)[places] += vectors[f"{PREFIX}{name}.{VALUES}"]
         assert torch.equal(found[f"{name}.weight"], expected), name
     assert main(["export", str(run_dir), str(tmp_path / "lora"), "--to", "lora"]) == 2
-    assert "no LoRA is the same" in capsys.readouterr().err
+    assert "No LoRA is the same" in capsys.readouterr().err
     assert main(["export", str(run_dir), str(tmp_path / "peft"), "--to", "peft"]) == 2
     assert not (tmp_path / "lora").exists()
     # over the weights that it was trained on, the merged model answers as the adapter does
