@@ -203,7 +203,7 @@ def _print_analysis(document: dict[str, Any]) -> None:
     """Tables by kind of linear and of losses, and a sentence on intruders."""
     from qvera.evaluation.report.analysis import ROLE_TITLES, loss_rows, loss_titles, role_rows, summary
 
-    _print_table(["", *(title.lower().replace("δw", "ΔW") for title in ROLE_TITLES)], role_rows(document))
+    _print_table(["", *ROLE_TITLES], role_rows(document))
     print(f"\n{summary(document)}")
     losses = loss_rows(document)
     if losses:

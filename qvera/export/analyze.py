@@ -18,7 +18,7 @@ from qvera.export.base import open_adapter_on_base, read_trained_weight
 from qvera.export.deltas import AdapterDeltas, Delta
 from qvera.export.intruders import delta_singular_values, effective_rank, find_intruders, mitigation_factors
 from qvera.models.safetensors_stream import rows_per_block
-from qvera.utils.errors import RunFailed
+from qvera.utils.errors import InputError, RunFailed
 
 Factors = tuple[torch.Tensor, torch.Tensor]
 """A [r, n] and B [m, r] of a change B A."""
@@ -33,7 +33,7 @@ class LinearAnalysis:
         name: of its module.
         layer: the number in its name; None where it has none.
         shape: (out_features, in_features).
-        rank: of the factors of ΔW.
+        rank: of the factors of ΔW; 0 for a sparse one, which has none.
         weight_norm, delta_norm: ‖W‖ and ‖ΔW‖, Frobenius.
         effective_rank: of ΔW (`qvera.export.intruders.effective_rank`).
         singular_values: the first k of W + ΔW.
@@ -134,10 +134,16 @@ def analyze_adapter(
         progress: called with (linears done, linears in all, name of the next one).
 
     Raises:
-        InputError: adapter and base do not fit, or the base is stored quantized, and not in bitsandbytes' 4 bits.
+        InputError: adapter and base do not fit; ``keep`` is given for an adapter that is no LoRA; or the base is
+            stored quantized, and not in bitsandbytes' 4 bits.
         RunFailed: a weight has NaN or Inf in it, or a file changed while it was read.
     """
     base = open_adapter_on_base(adapter_dir, section)
+    if keep is not None and not base.adapter.is_low_rank:
+        raise InputError(
+            f"--reduce: {adapter_dir} is of adapter.method {base.adapter.method}, whose change is of no low rank, so "
+            "no LoRA is that change with smaller intruders. Leave out --reduce, or analyze another adapter."
+        )
     reader, layers = base.reader(section, {}), base.adapter.layers
     entries = {entry.name: entry for entry in base.entries}
     names = [name for name, _ in base.model.named_modules() if name in layers]
@@ -146,7 +152,8 @@ def analyze_adapter(
         if progress is not None:
             progress(done, len(names), name)
         weight = read_trained_weight(reader, entries[f"{name}.weight"])
-        linear, mitigation = _analyze(name, weight, layers[name], top_k, epsilon, keep)
+        factors = layers[name].lora() if base.adapter.is_low_rank else None
+        linear, mitigation = _analyze(name, weight, layers[name], factors, top_k, epsilon, keep)
         linears.append(linear)
         if mitigation is not None:
             mitigations[name] = mitigation
@@ -155,26 +162,31 @@ def analyze_adapter(
 
 @torch.no_grad()
 def _analyze(
-    name: str, weight: torch.Tensor, delta: Delta, top_k: int, epsilon: float, keep: float | None
+    name: str,
+    weight: torch.Tensor,
+    delta: Delta,
+    factors: Factors | None,
+    top_k: int,
+    epsilon: float,
+    keep: float | None,
 ) -> tuple[LinearAnalysis, Factors | None]:
-    """One linear; ``weight`` is as the checkpoint has it, [in, out] for a Conv1D."""
+    """One linear; ``weight`` is as the checkpoint has it, [in, out] for a Conv1D, ``factors`` are those of ΔW."""
     tuned, step = weight.clone(), rows_per_block(weight.shape[1])
     for first in range(0, len(tuned), step):
         part = tuned[first : first + step]
         part += delta.rows(first, len(part))
     if not torch.isfinite(tuned).all():
         raise RunFailed(f"{name}: W + ΔW has NaN or Inf in it, so it has no singular vectors. Look at this adapter.")
+    values = torch.linalg.svdvals(delta.rows()) if factors is None else delta_singular_values(*factors)
     if delta.transposed:
         weight, tuned = weight.t(), tuned.t()
-    A, B = delta.lora()
-    values = delta_singular_values(A, B)
     found = find_intruders(weight, tuned, top_k, epsilon)
     layer = _LAYER.search(name)
     linear = LinearAnalysis(
         name=name,
         layer=int(layer[1]) if layer else None,
         shape=delta.shape,
-        rank=len(A),
+        rank=0 if factors is None else len(factors[0]),
         weight_norm=weight.norm().item(),
         delta_norm=values.norm().item(),
         effective_rank=effective_rank(values),

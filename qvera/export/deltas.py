@@ -90,6 +90,11 @@ class AdapterDeltas:
         return getattr(self.config, "method", "vera")
 
     @property
+    def is_low_rank(self) -> bool:
+        """Whether ΔW has factors of low rank (`Delta.lora`)."""
+        return not isinstance(self.config, QveraConfig) or method_of(self.config).is_low_rank
+
+    @property
     def lora_config(self) -> LoraConfig | None:
         """Of an adapter that is a LoRA: stock PEFT's config for its own A and B."""
         if isinstance(self.config, QveraConfig) and method_of(self.config).writes_lora:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qvera.adapters import QveraLinear
 from qvera.adapters.factors import Factors
-from qvera.adapters.save_load import attach, save_adapter
+from qvera.adapters.save_load import attach, named_vectors, save_adapter
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.export import analyze, intruders
@@ -23,8 +23,7 @@ from qvera.export.deltas import Delta
 from qvera.export.lora import export_lora
 from qvera.models.loader import load_base
 from qvera.models.quantization import dequantized_weight
-from qvera.utils.errors import RunFailed
-from tests.adapters.helpers import perturb
+from qvera.utils.errors import InputError, RunFailed
 from tests.conftest import small_llama, small_tokenizer
 from tests.export.test_lora import stock_base
 from tests.live_bytes import LiveBytes
@@ -35,8 +34,11 @@ PREFIX = "base_model.model."
 
 def saved_adapter(section: ModelSection, directory: Path, **settings: Any) -> Any:
     """A perturbed adapter on the base of ``section``, and the same in ``directory``."""
-    model = attach(load_base(section).model, AdapterSection(rank=8, **settings), section.path)
-    perturb(model)
+    model = attach(load_base(section).model, AdapterSection(**{"rank": 8, **settings}), section.path)
+    draw = torch.Generator().manual_seed(1)
+    for part in named_vectors(model).values():
+        if part.is_floating_point():  # not SpIEL's places
+            part.data.add_(torch.randn(part.shape, generator=draw), alpha=0.3)
     save_adapter(model, directory)
     return model
 
@@ -53,16 +55,27 @@ def dense_pairs(model: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     }
 
 
-@pytest.mark.parametrize("more", [{}, {"b_groups": 2, "input_scale": True}], ids=["vera", "more-vectors"])
-@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize(
+    ("quantization", "settings"),
+    [
+        ("nf4", {}),
+        ("none", {}),
+        ("nf4", {"b_groups": 2, "input_scale": True}),
+        ("nf4", {"method": "lora", "alpha": 10}),
+        ("none", {"method": "spiel"}),
+    ],
+    ids=["nf4", "none", "more vectors", "lora", "spiel"],
+)
 def test_the_weights_of_the_trained_base_and_dense_decompositions_say_the_same(
-    quantization: str, more: dict[str, Any], tiny_model_dir: Path, tmp_path: Path
+    quantization: str, settings: dict[str, Any], tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     section = ModelSection(path=str(tiny_model_dir), compute_dtype="float32", quantization=quantization)
-    pairs = dense_pairs(saved_adapter(section, tmp_path / "adapter", **more))
-    found = analyze_adapter(tmp_path / "adapter", section, top_k=6, epsilon=0.5, keep=0.25)
+    pairs = dense_pairs(saved_adapter(section, tmp_path / "adapter", **settings))
+    sparse = settings.get("method") == "spiel"
+    keep = None if sparse else 0.25
+    found = analyze_adapter(tmp_path / "adapter", section, top_k=6, epsilon=0.5, keep=keep)
     assert [linear.name for linear in found.linears] == list(pairs)
-    factors = found.mitigated()
+    factors = None if sparse else found.mitigated()
     total = 0
     for linear in found.linears:
         W, delta = pairs[linear.name]
@@ -78,14 +91,20 @@ def test_the_weights_of_the_trained_base_and_dense_decompositions_say_the_same(
         torch.testing.assert_close(torch.tensor(linear.cosines).double(), cosines, rtol=0, atol=1e-3)
         assert linear.intruders == [i for i in range(6) if cosines[i] < 0.5]
         total += len(linear.intruders)
+        if factors is None:
+            assert linear.rank == 0
+            continue
         mine = linear.intruders
         expected = delta - 0.75 * (U[:, mine] * S[mine]) @ Vh[mine]
         A, B = factors[linear.name]
         assert len(A) == factors.rank > found.rank == 8
         torch.testing.assert_close(B.double() @ A.double(), expected, rtol=0, atol=2e-4 * expected.abs().max().item())
-    assert total > 4, "the perturbed adapter has intruders, else this compares nothing"
+    assert total > 4 or sparse, "the perturbed adapter has intruders, else this compares nothing"
     assert [linear.layer for linear in found.linears] == [0] * 7 + [1] * 7
     assert found.linears[6].role == "down_proj"
+    if sparse:
+        with pytest.raises(InputError, match="--reduce: .* spiel"):
+            analyze_adapter(tmp_path / "adapter", section, top_k=6, epsilon=0.5, keep=0.25)
 
 
 def test_the_reduced_adapter_in_stock_peft_is_delta_less_its_intruders(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -153,8 +172,11 @@ def test_a_conv1d_is_analyzed_as_the_linear_it_is() -> None:
     W, A, B = (torch.randn(*shape, generator=draw) for shape in ((20, 12), (3, 12), (20, 3)))
     d, b = torch.randn(3, generator=draw), torch.randn(20, generator=draw)
     plain, turned = (
-        analyze._analyze("h.3.mlp.c_fc", weight, Delta(Factors(A, B, d, b, 0.5), transposed), 5, 0.5, 0.5)
-        for weight, transposed in ((W, False), (W.t().contiguous(), True))
+        analyze._analyze("h.3.mlp.c_fc", weight, delta, delta.lora(), 5, 0.5, 0.5)
+        for weight, delta in (
+            (W, Delta(Factors(A, B, d, b, 0.5), False)),
+            (W.t().contiguous(), Delta(Factors(A, B, d, b, 0.5), True)),
+        )
     )
     assert plain[0].layer == 3
     assert plain[0].intruders == turned[0].intruders
@@ -166,7 +188,7 @@ def test_a_conv1d_is_analyzed_as_the_linear_it_is() -> None:
 def test_a_weight_that_is_not_finite_is_named() -> None:
     delta = Delta(Factors(torch.ones(2, 4), torch.ones(3, 2), torch.full((2,), torch.inf), torch.ones(3)), False)
     with pytest.raises(RunFailed, match=r"q_proj: W \+ ΔW has NaN or Inf"):
-        analyze._analyze("q_proj", torch.ones(3, 4), delta, 2, 0.5, None)
+        analyze._analyze("q_proj", torch.ones(3, 4), delta, None, 2, 0.5, None)
 
 
 def test_the_command_shows_intruders_and_losses_and_writes_page_and_reduced_adapter(

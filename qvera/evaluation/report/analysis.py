@@ -13,7 +13,7 @@ from qvera.utils.formatting import count, percent, significant
 
 Document = dict[str, Any]
 """What ``qvera analyze --json`` prints."""
-ROLE_TITLES = ["Linears", "Intruder dimensions", "‖ΔW‖ / ‖W‖", "Effective rank of ΔW"]
+ROLE_TITLES = ["linears", "intruder dimensions", "‖ΔW‖ / ‖W‖", "effective rank of ΔW"]
 
 
 def role_rows(document: Document) -> list[tuple[str, list[str]]]:
@@ -91,7 +91,7 @@ def analysis_page(document: Document) -> str:
         summary=summary(document),
         charts=charts,
         roles=role_rows(document),
-        role_titles=ROLE_TITLES,
+        role_titles=[title[0].upper() + title[1:] for title in ROLE_TITLES],
         losses=loss_rows(document),
         loss_titles=loss_titles(document),
         intruders=intruders,
