@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -58,6 +59,11 @@ class QveraConfig(PeftConfig):
         projection_shapes: the shapes of A and B. This and their hash are filled in when the adapter is put on a model,
             and checked when it is loaded, so that it never runs on other projections than it was trained with.
         projection_sha256: the hash of A and B.
+        pair_numbers: linear → `qvera.adapters.projection.pair_number` of its own A and B, where it has such.
+        singular_share: SARA's share of the sum of a weight's singular values, by which its rank is chosen.
+        frozen_pair: where SARA's A and B come from.
+        experts: SARA's sets of values that a router mixes.
+        ranks: linear → the rank that SARA's rule gave.
         format_version: version of this file's meaning.
         base_fingerprint: `qvera.utils.safetensors_io.base_fingerprint` of the base model that it was trained on.
         added_tokens: token → id of the tokens that its recipe added, whose rows lie beside the vectors.
@@ -94,6 +100,11 @@ class QveraConfig(PeftConfig):
     projection_generator: str = GENERATOR
     projection_shapes: dict[str, list[int]] | None = None
     projection_sha256: str | None = None
+    pair_numbers: dict[str, float] | None = None
+    singular_share: float = _DEFAULTS.singular_share
+    frozen_pair: str = _DEFAULTS.frozen_pair
+    experts: int = _DEFAULTS.experts
+    ranks: dict[str, int] | None = None
     format_version: int = 1
     base_fingerprint: str | None = None
     added_tokens: dict[str, int] | None = None
@@ -105,6 +116,8 @@ class QveraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type: Any = PEFT_TYPE  # a string: PEFT's enum stays as it is
+        self.progress: Callable[[str], None] | None = None
+        """Called with what is being made from the base's weights; not saved."""
         if self.format_version > FORMAT_VERSION or self.magnitude:
             raise InputError(
                 f"this QVERA adapter has format version {self.format_version} and optional parts this qvera does not "

@@ -7,11 +7,13 @@ a fingerprint, and a cache that can't be written, only cost time: then they are 
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -19,9 +21,13 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from qvera.adapters import svd
+from qvera.adapters.projection import Pair, pair_number, same_pair
 from qvera.models import quantization
 from qvera.models.factor_record import FACTORS, PREFIX, RECORD, SHA256, data_sha256, is_whole
 from qvera.utils.atomic import flush, replace_text
+
+if TYPE_CHECKING:
+    from qvera.adapters.config import QveraConfig
 
 _WAY = ["block krylov", 1, svd.BLOCKS, svd.OVERSAMPLING]
 """How weights are decomposed. With another number here nothing of what is cached is found."""
@@ -43,7 +49,18 @@ class FactorCache:
     source: str | None = None
     progress: Callable[[str], None] | None = None
 
-    def pair(self, name: str, layer: nn.Module, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    @classmethod
+    def of(cls, adapter: QveraConfig) -> FactorCache:
+        """That of the base that an adapter is for."""
+        return cls(adapter.base_fingerprint, adapter.base_model_name_or_path, adapter.progress)
+
+    @property
+    def directory(self) -> Path:
+        """Where this base's are."""
+        key = hashlib.sha256(json.dumps([_WAY, self.fingerprint]).encode()).hexdigest()[:24]
+        return FACTORS.root / f"{PREFIX}{key}"
+
+    def pair(self, name: str, layer: nn.Module, rank: int) -> Pair:
         """A = Σ Vᵀ [rank, n] and B = U [m, rank] of a linear, fp32, on the layer's device or the CPU.
 
         Raises:
@@ -56,6 +73,16 @@ class FactorCache:
 
         found = self._cached(name, layer, f"rank{rank}", compute)
         return found["A"], found["B"]
+
+    def find(self, name: str, rank: int, number: float | None) -> Pair | None:
+        """A and B of a linear by their `pair_number`, without its weight; None where they are not in the cache."""
+        if self.fingerprint is None or number is None:
+            return None
+        for file in sorted(self.directory.glob(f"{glob.escape(name)}.*.rank{rank}.safetensors")):
+            found = _read(file)
+            if found is not None and same_pair(pair_number(found["B"]), number):
+                return found["A"], found["B"]
+        return None
 
     def singular_values(self, name: str, layer: nn.Module) -> torch.Tensor:
         """All singular values of a linear's weight, fp64, from the largest down."""
@@ -87,11 +114,10 @@ class FactorCache:
 
     def _open(self, stack: contextlib.ExitStack) -> Path | None:
         """The directory of this base, locked until the stack is closed; None where it can't be written."""
-        key = hashlib.sha256(json.dumps([_WAY, self.fingerprint]).encode()).hexdigest()[:24]
-        directory = FACTORS.root / f"{PREFIX}{key}"
+        directory = self.directory
         try:
             directory.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FACTORS.locked(key))
+            stack.enter_context(FACTORS.locked(directory.name.removeprefix(PREFIX)))
             directory.mkdir(exist_ok=True)
             if not (directory / RECORD).is_file():
                 record = {"source": self.source, "fingerprint": self.fingerprint, "way": _WAY}

@@ -21,7 +21,7 @@ from qvera.adapters import functional, fused
 from qvera.adapters.config import QveraConfig
 from qvera.adapters.factors import Factors
 from qvera.adapters.methods import Method, Place, method_of
-from qvera.adapters.projection import OwnProjection, SharedProjection
+from qvera.adapters.projection import OwnProjection, Pair, SharedProjection
 from qvera.adapters.sparse import Watch
 from qvera.adapters.token_sampling import TokenSampler
 from qvera.distributed.zero_params import is_sharded
@@ -73,8 +73,8 @@ class LowRankPath:
         return None
 
     @abstractmethod
-    def shared_z(self, adapter: str, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """z = A x in ``dtype``, shared with the layers that read the same x."""
+    def shared_z(self, adapter: str, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+        """z = A x in ``dtype``, shared with the layers that read the same x; None where the adapter has A itself."""
 
     def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """y = W x + ΔW x, summed over the active adapters; with VeRA ΔW = s diag(b) B diag(d) A (equation 2).
@@ -98,7 +98,7 @@ class LowRankPath:
     def add_low_rank(self, adapter: str, x: torch.Tensor, y: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
         """y + s diag(b) B M A diag(a) x, the path of all methods whose change is `Factors`."""
         factors = self.parts(adapter)
-        z = self._project(x, adapter, factors)  # A x
+        z = self.project(x, adapter, factors.A, factors.a)  # A x
         return factors.expand(y, z, overwrite)  # y + s diag(b) B M z
 
     def _owns_output(self, y: torch.Tensor) -> bool:
@@ -119,17 +119,17 @@ class LowRankPath:
     def _adapters_in_use(self) -> list[str]:
         return [] if self.disable_adapters or self.merged else self.active_names()
 
-    def _project(self, x: torch.Tensor, adapter: str, factors: Factors) -> torch.Tensor:
+    def project(self, x: torch.Tensor, adapter: str, A: torch.Tensor, a: torch.Tensor | None = None) -> torch.Tensor:
         """z = A diag(a) dropout(x) in the compute dtype."""
         dtype = linear.compute_dtype(self.base_layer, x)
         dropout = self.dropout_of(adapter)
-        if isinstance(dropout, nn.Identity) and factors.a is None:
-            return self.shared_z(adapter, x, dtype)
+        if isinstance(dropout, nn.Identity) and a is None and (z := self.shared_z(adapter, x, dtype)) is not None:
+            return z
         # every layer drops other elements and has its own a, so there is nothing to share
         inner = dropout(x).to(dtype)
-        if factors.a is not None:
-            inner = functional.scale_input(inner, factors.a)
-        return functional.project(inner, factors.A.to(dtype))
+        if a is not None:
+            inner = functional.scale_input(inner, a)
+        return functional.project(inner, A.to(dtype))
 
     def _fast_forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor | None:
         """The same y in a cheaper way, or with another adapter for each row.
@@ -162,9 +162,10 @@ class LowRankPath:
 
     def _summed_forward(self, x: torch.Tensor, adapter: str) -> torch.Tensor | None:
         """y by one product with W + ΔW where that is cheaper and loses nothing (`fused.pays`), else None."""
-        base = self.base_layer
-        factors = self.parts(adapter)
-        if factors.vectors is None or not self.is_low_rank(adapter):
+        if not self.is_low_rank(adapter):
+            return None
+        base, factors = self.base_layer, self.parts(adapter)
+        if factors.vectors is None:
             return None
         dtype, scaled = linear.compute_dtype(base, x), factors.a is not None
         sizes = x.numel() // self.in_features, self.in_features, self.out_features, factors.rank
@@ -190,6 +191,10 @@ class LowRankPath:
         """Whether the adapter adds ΔW x with the ΔW of `parts`, and does nothing else."""
         return True
 
+    def has_delta(self, adapter: str) -> bool:
+        """Whether the adapter adds one ΔW x, the same ΔW for all tokens."""
+        return True
+
     def hold_inference_weight(self, hold: bool, base_only: bool = False) -> None:
         """Hold W + ΔW of the active adapters [m, n] in the compute dtype, or let go of it.
 
@@ -205,7 +210,8 @@ class LowRankPath:
         if self._training_weight is not None:
             self._training_weight.drop()
         names = [] if base_only else self.active_names()
-        if hold and (names or base_only) and not self.merged and not isinstance(self.base_layer, Conv1D):
+        may = not self.merged and not isinstance(self.base_layer, Conv1D) and all(map(self.has_delta, names))
+        if hold and may and (names or base_only):
             weight = quantization.dequantized_weight(self.base_layer, torch.float32).detach()
             for name in names:
                 weight = weight + self.delta_weight_fp32(name)
@@ -271,7 +277,6 @@ class QveraLinear(LowRankPath, nn.Module, BaseTunerLayer):
     tensor_names: tuple[str, ...] = ()  # likewise: all of them
     other_param_names: tuple[str, ...] = ("qvera_settings", "qvera_dropout", "qvera_projection")
     # PEFT's, which a type checker can't see
-    set_adapter: Any
     enable_adapters: Any
 
     def __init__(
@@ -324,6 +329,14 @@ class QveraLinear(LowRankPath, nn.Module, BaseTunerLayer):
             getattr(self, name)[adapter_name] = nn.Parameter(start, requires_grad=not holds_places)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make these adapters active, and train them, but for what their methods keep frozen; PEFT calls it."""
+        super().set_adapter(adapter_names, inference_mode)  # type: ignore[misc]
+        for name, (method, config) in self.qvera_settings.items():
+            for kind, vector in self.vectors(name).items():
+                if not method.is_trained(kind, config):
+                    vector.requires_grad_(False)
+
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own also casts to the dtype of the base weight, which rounds fp32 vectors over a 16-bit base, and which
         # for packed weights is not even the dtype that the layer computes in
@@ -355,11 +368,15 @@ class QveraLinear(LowRankPath, nn.Module, BaseTunerLayer):
     def parts(self, adapter: str) -> Factors:
         """The factors of one adapter in this layer; a shared A and B are views of the pair."""
         method, config = self.qvera_settings[adapter]
-        pair = None
-        if adapter in self.qvera_projection:
-            rank = method.rank_at(config, self.place)
-            pair = self.qvera_projection[adapter].slices(rank, self.in_features, self.out_features)
-        return method.factors(config, self.place, self.vectors(adapter), pair)
+        return method.factors(config, self.place, self.vectors(adapter), self.pair(adapter))
+
+    def pair(self, adapter: str) -> Pair | None:
+        """The frozen A and B of one adapter in this layer; None where its method has none."""
+        if adapter not in self.qvera_projection:
+            return None
+        method, config = self.qvera_settings[adapter]
+        rank = method.rank_at(config, self.place)
+        return self.qvera_projection[adapter].slices(rank, self.in_features, self.out_features)
 
     def add_adapter(self, adapter: str, x: torch.Tensor, y: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
         """The output with one adapter more, as its method computes it."""
@@ -378,12 +395,18 @@ class QveraLinear(LowRankPath, nn.Module, BaseTunerLayer):
         """Whether the adapter adds ΔW x with the ΔW of `parts`, and does nothing else."""
         return self.method(adapter).is_low_rank
 
+    def has_delta(self, adapter: str) -> bool:
+        """Whether the adapter adds one ΔW x, the same ΔW for all tokens."""
+        return self.method(adapter).has_delta
+
     def dropout_of(self, adapter: str) -> nn.Module:
         """The dropout on the adapter's input; an Identity where there is none."""
         return self.qvera_dropout[adapter]
 
-    def shared_z(self, adapter: str, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """z = A x in ``dtype``, shared with the layers that read the same x."""
+    def shared_z(self, adapter: str, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+        """z = A x in ``dtype``, shared with the layers that read the same x; None where the adapter has A itself."""
+        if adapter not in self.qvera_projection:
+            return None
         method, config = self.qvera_settings[adapter]
         return self.qvera_projection[adapter].project(x, method.rank_at(config, self.place), dtype)
 

@@ -15,13 +15,17 @@ import hashlib
 import math
 import weakref
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
 from torch import nn
 
 from qvera.adapters import functional
+from qvera.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from qvera.adapters.config import QveraConfig
 
 GENERATOR = "philox4x64-10/u24"
 """Name of the rule above, written into every adapter file. Another rule needs another name."""
@@ -30,6 +34,7 @@ Seeds: TypeAlias = int | tuple[int, ...]
 """One seed, or those of several phases (`qvera.adapters.methods.vera.VeraPhases`)."""
 
 _STREAM_A, _STREAM_B = 0, 1
+_STREAM_CHECKS = 4  # 2 and 3 are in `svd`
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """A [r, n] and B [m, r] of one linear."""
@@ -191,6 +196,40 @@ class OwnProjection(nn.Module):
     def extra_repr(self) -> str:
         """Shapes and dtype, for `print(model)`."""
         return f"A={tuple(self.A.shape)}, B={tuple(self.B.shape)}, dtype={self.A.dtype}"
+
+
+def pair_number(B: torch.Tensor) -> float:
+    """A number that tells a linear's own pair from another one, by B [m, r]; rounding changes it by less than 0.01.
+
+    It is p·B q with fixed random p and q. With the sign of one column changed it is another one.
+    """
+    m, rank = B.shape
+    left, right = (torch.from_numpy(uniform_matrix(1, size, 0, _STREAM_CHECKS))[0].double() for size in (m, rank))
+    return round(float(left @ B.cpu().double() @ right), 6)
+
+
+def same_pair(one: float, other: float) -> bool:
+    """Whether two of `pair_number` are of the same pair, made on machines that round differently."""
+    return abs(one - other) < 0.02
+
+
+def check_pair(config: QveraConfig, name: str, pair: Pair) -> None:
+    """Compare the own pair of a linear with the one that an adapter was trained with, or note it in a fresh one.
+
+    Raises:
+        InputError: it is another pair.
+    """
+    if pair[1].is_meta:
+        return
+    found, known = pair_number(pair[1]), config.pair_numbers
+    if known is None:
+        known = config.pair_numbers = {}
+    if not same_pair(found, known.setdefault(name, found)):
+        raise InputError(
+            f"{name}: the A and B of this base's weight are not those that the adapter was trained with (their number "
+            f"is {found:.4f}, and was {known[name]:.4f}). Load the base as in training: the same weights, and the same "
+            "model.quantization and model.double_quant."
+        )
 
 
 def forget_inputs(model: nn.Module) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from qvera.adapters import lora_file
-from qvera.adapters.config import PEFT_TYPE, QveraConfig
+from qvera.adapters.config import PEFT_TYPE, PREFIX, QveraConfig
 from qvera.adapters.layer import QveraLinear
-from qvera.adapters.methods import Source, method_of
+from qvera.adapters.methods import Place, Source, method_of
 from qvera.adapters.peft_compat import accelerated_peft
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.models.tokenizer import ADDED_ROWS, put_token_rows, read_token_rows, save_token_rows
@@ -45,6 +46,7 @@ def attach(
     added_tokens: dict[str, int] | None = None,
     tokens: ModelSection | None = None,
     phases: int = 1,
+    progress: Callable[[str], None] | None = None,
 ) -> PeftModel:
     """Put a fresh adapter (or, with ``init_from``, the vectors of an existing one) on a loaded base model.
 
@@ -58,6 +60,7 @@ def attach(
         added_tokens: token → id of the tokens that the recipe adds, whose rows the model has.
         tokens: what the recipe says of padding and end-of-sequence tokens.
         phases: how many pairs the run draws one after the other, of as many seeds from ``section.seed`` on.
+        progress: called with the name of each weight that is decomposed, for methods that do so.
 
     Raises:
         InputError: a target matches nothing, or ``init_from`` does not fit.
@@ -74,6 +77,7 @@ def attach(
         pad_token=None if tokens is None else tokens.pad_token,
         eos_token=None if tokens is None else tokens.eos_token,
     )
+    config.progress = progress
     peft_model = _put_on(model, config)
     if section.init_from is not None:
         _start_from(peft_model, config, section.init_from)
@@ -231,15 +235,14 @@ def read_adapter(directory: Path) -> tuple[QveraConfig | VeraConfig, dict[str, t
         raise InputError(f"{weights_file}: not a readable safetensors file, or cut short ({error}).") from None
     if isinstance(config, QveraConfig) and method_of(config).writes_lora:
         tensors = {lora_file.to_ours(key): tensor for key, tensor in tensors.items()}
-    ours = isinstance(config, QveraConfig)
-    rank, key, suffix = (config.rank, "rank", ".qvera_d") if ours else (config.r, "r", ".vera_lambda_d")
+    key, suffix = ("rank", ".qvera_d") if isinstance(config, QveraConfig) else ("r", ".vera_lambda_d")
     place_names = method_of(config).place_names if isinstance(config, QveraConfig) else frozenset()
     for name, tensor in sorted(tensors.items()):
         holds_places = name.rpartition(".")[2] in place_names
         if tensor.dtype != torch.int32 if holds_places else not tensor.dtype.is_floating_point:
             expected = "torch.int32" if holds_places else "a floating-point dtype"
             raise InputError(f"{weights_file}: {name} is stored as {tensor.dtype}, expected {expected}.")
-        if name.endswith(suffix) and tensor.numel() != rank:
+        if name.endswith(suffix) and tensor.shape[-1:] != (rank := _rank_of(config, name),):
             raise InputError(
                 f"{directory / ADAPTER_CONFIG}: {key} is {rank}, but {name} in {ADAPTER_WEIGHTS} has {tensor.numel()} "
                 "values: the two files do not belong together, or one was changed."
@@ -248,6 +251,14 @@ def read_adapter(directory: Path) -> tuple[QveraConfig | VeraConfig, dict[str, t
     if broken:
         raise InputError(f"{weights_file}: {first_of(broken)} has NaN or Inf in it.")
     return config, tensors
+
+
+def _rank_of(config: QveraConfig | VeraConfig, key: str) -> int:
+    """The rank that an adapter's config says for the linear of a key in its file."""
+    if not isinstance(config, QveraConfig):
+        return config.r
+    name = key.removeprefix(PREFIX).rpartition(".")[0]
+    return method_of(config).rank_at(config, Place(name, config.rank, config.rank))
 
 
 def read_config(directory: Path) -> QveraConfig | VeraConfig:

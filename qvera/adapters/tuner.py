@@ -13,7 +13,7 @@ from qvera.adapters.config import PEFT_TYPE, QveraConfig
 from qvera.adapters.layer import QveraLinear, layer_shape
 from qvera.adapters.methods import Place, Source, method_of
 from qvera.adapters.multi_adapter import BASE, SeedBank, plan_rows
-from qvera.adapters.projection import OwnProjection, SharedProjection, projection_sha256
+from qvera.adapters.projection import OwnProjection, SharedProjection, check_pair, projection_sha256
 from qvera.models import linear, norm_mlp, rope
 from qvera.models.tokenizer import PLACED
 from qvera.utils.errors import InputError
@@ -96,9 +96,9 @@ class QveraModel(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """PEFT's ``autocast_adapter_dtype``: False gives the vectors the dtype that their layers compute in.
 
-        They are fp32 otherwise, and compute in fp32 in either case (`functional.at_least_fp32`).
+        They have their method's dtype otherwise, fp32 as a rule, and compute in fp32 in either case
+        (`functional.at_least_fp32`). PEFT's own would make fp32 of all, and train what it casts.
         """
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for layer in () if autocast_adapter_dtype else _adapted_layers(self):
             _, dtype = _home(layer.base_layer, self.model)
             for vector in layer.vectors(adapter_name).values():
@@ -108,9 +108,11 @@ class QveraModel(BaseTuner):
     def _prepare_projection(self, model: nn.Module, config: QveraConfig) -> None:
         linear.freeze_linears(model)
         matched = self._match_targets(model, config)
+        found = [(Place(name, *shape), base) for name, base in matched if (shape := layer_shape(base)) is not None]
+        method_of(config).prepare(config, found)
         if method_of(config).source is not Source.SEEDED:
             return
-        shapes = [shape for _, base in matched if (shape := layer_shape(base)) is not None]
+        shapes = [(place.in_features, place.out_features) for place, _ in found]
         largest_in, largest_out = (max(sizes) for sizes in zip(*shapes, strict=True))
         homes = dict.fromkeys(_home(base, model) for _, base in matched)
         self._check_projection(config, largest_in, largest_out)
@@ -197,6 +199,7 @@ class QveraModel(BaseTuner):
             return self._projection(config, *home)
         if shape is None or (pair := method.own_pair(config, Place(name, *shape), base)) is None:
             return None
+        check_pair(config, name, pair)
         A, B = (factor.to(*home) for factor in pair)
         return OwnProjection(A, B)
 

@@ -121,7 +121,7 @@ def _export_adapter(
     from qvera.models.model_config import empty_model
 
     require_no_added_tokens(read_config(adapter_dir), adapter_dir, f"--to {to}")
-    adapter = read_deltas(adapter_dir, empty_model(section))
+    adapter = read_deltas(adapter_dir, empty_model(section), section)
     if to == "peft":
         size = export_stock_vera(adapter, out)
         print(f"{formatting.size(size)} in {out}: PEFT's VeRA of rank {adapter.rank}, projections included")

@@ -64,7 +64,7 @@ def merge_adapters(
     for _, _, directory in found:
         require_no_added_tokens(read_config(directory), directory, "merge-adapters")
     model = empty_model(found[0][1])
-    deltas = [read_deltas(directory, model) for _, _, directory in found]
+    deltas = [read_deltas(directory, model, section) for _, section, directory in found]
     factors = weights or [1.0 / len(deltas)] * len(deltas)
     own_rank = sum(adapter.rank for adapter in deltas)
     if to is None:

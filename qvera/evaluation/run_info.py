@@ -16,7 +16,7 @@ from qvera.utils.files import file_sha256, read_json
 from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CERTIFICATE, RECIPE_FILE
 from qvera.utils.safetensors_io import own_facts
 
-_PROJECTIONS = ("vera_A", "vera_B")
+_PROJECTIONS = ("vera_A", "vera_B", "qvera_frozen_A", "qvera_frozen_B")
 """Ends of the names of tensors that PEFT's own VeRA stores and does not train."""
 
 

@@ -77,7 +77,7 @@ def open_adapter_on_base(adapter_dir: Path, section: ModelSection) -> AdapterOnB
             "here. Point model.path at the 16-bit checkpoint it was made from."
         )
     entries = without_statistics(stored, packed)
-    adapter = read_deltas(adapter_dir, model)
+    adapter = read_deltas(adapter_dir, model, section)
     fingerprint = base_fingerprint(directory)
     require_base(adapter.config, adapter_dir, section.path, fingerprint)
     require_own_weights(directory, stored, model)

@@ -6,6 +6,7 @@ Reads QVERA adapters and those of PEFT's own VeRA (with their projections in the
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from transformers.pytorch_utils import Conv1D
 
 from qvera.adapters import lora_file
 from qvera.adapters.config import PREFIX, QveraConfig
+from qvera.adapters.factor_cache import FactorCache
 from qvera.adapters.factors import Factors
 from qvera.adapters.layer import layer_shape
 from qvera.adapters.methods import Place, Source, method_of
-from qvera.adapters.projection import Pair, uniform_pair
+from qvera.adapters.projection import Pair, check_pair, uniform_pair
 from qvera.adapters.save_load import read_adapter
+from qvera.config.schema import ModelSection
+from qvera.models.loader import load_base
 from qvera.models.tokenizer import ADDED_ROWS, read_token_rows
 from qvera.utils.errors import InputError
 from qvera.utils.safetensors_io import TensorEntry
@@ -117,8 +121,11 @@ class AdapterDeltas:
         return getattr(self.config, "input_scale", False)
 
 
-def read_deltas(adapter_dir: Path, base: torch.nn.Module) -> AdapterDeltas:
+def read_deltas(adapter_dir: Path, base: torch.nn.Module, section: ModelSection | None = None) -> AdapterDeltas:
     """Read an adapter for the model that ``base`` is (it may be empty, without weights), with every shape checked.
+
+    ``section`` says how to load the base, for an adapter whose A and B are made from its weights and are not in the
+    cache.
 
     Raises:
         InputError: it is no VeRA adapter, or another model's.
@@ -136,6 +143,7 @@ def read_deltas(adapter_dir: Path, base: torch.nn.Module) -> AdapterDeltas:
     for key in sorted(k for k in tensors if k.startswith(PREFIX)):
         name, _, kind = key.removeprefix(PREFIX).rpartition(".")
         found.setdefault(name, {})[kind] = tensors[key]
+    own_pairs = {} if own is None else _pairs_of_weights(own, found.keys(), modules, section)
     layers: dict[str, Delta] = {}
     for name, vectors in found.items():
         shape = layer_shape(modules[name]) if name in modules else None
@@ -161,7 +169,7 @@ def read_deltas(adapter_dir: Path, base: torch.nn.Module) -> AdapterDeltas:
                 f"{expected}, but the adapter has {given} for it{held}: the file is damaged, or another model's "
                 "adapter."
             )
-        views = None if pair is None else (pair[0][:rank, :n], pair[1][:m, :rank])
+        views = own_pairs.get(name) if pair is None else (pair[0][:rank, :n], pair[1][:m, :rank])
         vectors = {kind: v.float() if v.is_floating_point() else v for kind, v in vectors.items()}
         if own is None:
             assert views is not None
@@ -176,6 +184,38 @@ def read_deltas(adapter_dir: Path, base: torch.nn.Module) -> AdapterDeltas:
     if not layers:
         raise InputError(f"{adapter_dir}: has no vectors in it.")
     return AdapterDeltas(config, pair, layers)
+
+
+def _pairs_of_weights(
+    config: QveraConfig,
+    names: Iterable[str],
+    modules: Mapping[str, torch.nn.Module],
+    section: ModelSection | None,
+) -> dict[str, Pair]:
+    """A and B of each linear where they are its own: from the cache, else from the weights of the base."""
+    method = method_of(config)
+    if method.source is not Source.OWN:
+        return {}
+    shapes = {name: shape for name in names if name in modules and (shape := layer_shape(modules[name])) is not None}
+    places = [Place(name, *shape) for name, shape in shapes.items()]
+    cache, numbers = FactorCache.of(config), config.pair_numbers or {}
+    pairs = {p.name: cache.find(p.name, method.rank_at(config, p), numbers.get(p.name)) for p in places}
+    model = None
+    for place in places:
+        if pairs[place.name] is not None:
+            continue
+        if model is None:
+            if section is None:
+                raise InputError(
+                    f"{place.name}: A and B are not in the cache. Open the run once, as with qvera eval, on this "
+                    "machine; then they are."
+                )
+            model = load_base(section, torch.device("cpu")).model
+        made = method.own_pair(config, place, model.get_submodule(place.name))
+        assert made is not None
+        check_pair(config, place.name, made)
+        pairs[place.name] = made
+    return {name: pair for name, pair in pairs.items() if pair is not None}
 
 
 def _own_pair(config: QveraConfig) -> Pair | None:

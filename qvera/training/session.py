@@ -33,6 +33,7 @@ from qvera.models.tokenizer import load_tokenizer
 from qvera.training.checkpoint import TrainState
 from qvera.training.engine import LocalEngine, ZeroEngine, trained_vectors
 from qvera.training.failures import longest_batch_error
+from qvera.training.first_gradient import start_from_gradient
 from qvera.training.logging import status_line
 from qvera.training.optim import build_optimizer, build_scaler
 from qvera.training.plan import Plan, Sharing, longest_rows, planned_steps
@@ -124,7 +125,16 @@ class TrainingSession:
         facts = self.base.facts
         identity = facts.get("fingerprint"), facts.get("added_tokens")
         phases = phase_count(recipe, len(self.datasets.train))
-        self.model = attach(self.base.model, recipe.adapter, recipe.model.path, *identity, recipe.model, phases)
+        with status_line(self.console, "Putting the adapter on") as update:
+            self.model = attach(
+                self.base.model,
+                recipe.adapter,
+                recipe.model.path,
+                *identity,
+                recipe.model,
+                phases,
+                progress=lambda name: update(f"Decomposing weights: {name}"),
+            )
         self.model.peft_config["default"].token_sampler = token_sampler(recipe)
         if recipe.data.packing:
             require_packing(self.model)
@@ -143,6 +153,8 @@ class TrainingSession:
         """
         self.schedule, self.steps = schedule, steps
         enable_checkpointing(self.model, self.checkpointing)
+        if self._starts_from_gradient():
+            start_from_gradient(self)
         if self.recipe.training.torch_compile:
             compile_layers(self.model)
         if self.plan is not None and self.plan.holds_weights:
@@ -152,6 +164,10 @@ class TrainingSession:
         self.engine = self.make_engine()
         if self.sharder is not None:  # the engine's hooks gather the weights; a rank that fails in one tells the others
             self._try_longest_batch()
+
+    def _starts_from_gradient(self) -> bool:
+        section = self.recipe.adapter
+        return method_of(section).starts_from_gradient and self.state.step == 0 and section.init_from is None
 
     def make_engine(self) -> LocalEngine:
         """Plain torch, or DeepSpeed where the recipe asks for it."""

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 
 from qvera.adapters.methods.base import Method, Place, Source
 from qvera.adapters.methods.lora import Lora
+from qvera.adapters.methods.lora_sb import LoraSb
+from qvera.adapters.methods.lora_xs import LoraXs
+from qvera.adapters.methods.sara import Sara
 from qvera.adapters.methods.shared_core import SharedCore
 from qvera.adapters.methods.spiel import Spiel
 from qvera.adapters.methods.vera import Vera
@@ -26,7 +29,7 @@ def register(method: Method) -> None:
     _METHODS[method.name] = method
 
 
-for _method in (Vera(), Lora(), SharedCore(), Spiel()):
+for _method in (Vera(), Lora(), SharedCore(), Spiel(), LoraXs(), LoraSb(), Sara()):
     register(_method)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
@@ -88,6 +88,11 @@ class Method(ABC):
     """Whether ``training.resample_every`` fits: its tensors of several phases are those of one seed chain."""
     place_names: ClassVar[frozenset[str]] = frozenset()
     """Those of its tensors that hold places in a weight: int32, never trained by gradients."""
+    has_delta: ClassVar[bool] = True
+    """Whether it adds one ΔW x, the same ΔW for all tokens: then it can be merged, and W + ΔW held."""
+    starts_from_gradient: ClassVar[bool] = False
+    """Whether `from_gradient` makes its start, before the first step."""
+
     has_vectors: ClassVar[bool] = False
     """Whether its factors have d and b: VeRA's backward and the product with W + ΔW (`fused`) are for these."""
     writes_lora: ClassVar[bool] = False
@@ -105,7 +110,7 @@ class Method(ABC):
 
     @abstractmethod
     def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, place: Place) -> torch.Tensor:
-        """The initial value of one of these tensors, in fp32 (int32 where it holds places) on the CPU."""
+        """The initial value of one of these tensors, in its `dtype` (int32 where it holds places) on the CPU."""
 
     @abstractmethod
     def factors(
@@ -119,6 +124,26 @@ class Method(ABC):
             tensors: its tensors by name.
             pair: its frozen A [r, n] and B [m, r], where `source` has one.
         """
+
+    def prepare(self, adapter: QveraConfig, linears: Sequence[tuple[Place, nn.Module]]) -> None:  # noqa: B027
+        """Called before the adapter is put on these linears: what its shapes depend on is written into its config."""
+
+    def from_gradient(
+        self, adapter: AdapterSettings, place: Place, gradient: torch.Tensor, rate: float
+    ) -> dict[str, torch.Tensor]:
+        """The tensors of one linear at the first step, where `starts_from_gradient`.
+
+        Args:
+            adapter: the adapter's settings.
+            place: the linear.
+            gradient: of its frozen weight, over the first rows, [m, n] fp32.
+            rate: the learning rate of the first step.
+        """
+        raise NotImplementedError
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype that a tensor is held and saved in."""
+        return torch.float32
 
     def is_trained(self, name: str, adapter: AdapterSettings) -> bool:
         """Whether the tensor of that name is trained."""
@@ -143,7 +168,7 @@ class Method(ABC):
         """The rank at one linear."""
         return adapter.rank
 
-    def own_pair(self, adapter: AdapterSettings, place: Place, base_layer: nn.Module) -> Pair | None:
+    def own_pair(self, adapter: QveraConfig, place: Place, base_layer: nn.Module) -> Pair | None:
         """The frozen pair of one linear where `source` is OWN, made from its base layer."""
         return None
 

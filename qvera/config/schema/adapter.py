@@ -12,8 +12,8 @@ class AdapterSection(Section):
     """The adapter: by default VeRA (arXiv 2310.11454), vectors d [rank] and b [out_features] for each linear layer."""
 
     method: NonEmpty = "vera"
-    """The method of adaptation: ``vera``, ``lora``, ``shared-core`` or ``spiel``. With another one than ``vera`` the
-    rank and the learning rate have no default."""
+    """The method of adaptation: ``vera``, ``lora``, ``lora-xs``, ``lora-sb``, ``shared-core``, ``sara`` or ``spiel``.
+    With another one than ``vera`` the rank and the learning rate have no default."""
     rank: Annotated[int, Strict(), Field(ge=1, le=65_536)] = 256
     """Rows of the projection A. VeRA's vector d has as many elements. With spiel a linear gets as many values as a LoRA
     of this rank has numbers."""
@@ -56,6 +56,16 @@ class AdapterSection(Section):
     loraplus_lr_ratio: PositiveFloat = 1.0
     """LoRA+ (arXiv 2402.12354): the learning rate of B as a multiple of ``training.learning_rate``, which is that of A.
     The paper uses 16."""
+    singular_share: Annotated[float, Field(gt=0, le=1), *Number] = 0.1
+    """Read by ``sara``: a layer's rank is the number of its weight's leading singular values whose sum is this share of
+    the sum of all, and at most ``rank``."""
+    frozen_pair: Literal["seeded", "svd"] = "seeded"
+    """Read by ``sara``: A and B are VeRA's shared random pair, or each layer's own from the SVD of its weight."""
+    experts: Positive = 1
+    """Read by ``sara``: vectors d that a trained router mixes for each token (Mo-SARA). Above 1 the adapter can't be
+    merged or exported as a LoRA."""
+    gradient_rows: Positive = 50
+    """Read by ``lora-sb``: the first rows of the training, from whose gradient A, B and R are made."""
     init_from: str | None = None
     """An adapter directory whose vectors to start from. It must have the same rank, b_groups, input_scale, targets and
     seed."""

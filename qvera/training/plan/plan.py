@@ -1,16 +1,16 @@
 """The plan of a run: longest batch, memory, files and time, computed from the model's config and the recipe."""
 
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors.numpy import save
 
 from qvera.adapters.lora_file import to_peft
-from qvera.adapters.methods import check_recipe
+from qvera.adapters.methods import Source, check_recipe
 from qvera.config.schema import Recipe
 from qvera.data import Rows
 from qvera.data.collate import rounds_lengths
@@ -29,8 +29,10 @@ from qvera.training.resample import phase_count, with_phases
 from qvera.training.sampling import token_sampler
 from qvera.utils.errors import InputError
 
-_CONFIG_BYTES = 800  # adapter_config.json
+_CONFIG_BYTES = 1_250  # adapter_config.json
 _LORA_BYTES = 1_500  # that of PEFT's LoRA, and what is in the header beside the tensors
+_PAIR_NUMBER_BYTES = 21  # a line of its pair_numbers, without the name
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int32: "I32"}
 _STATE_BYTES = 1_500  # state.json without the recipe and the steps' own results, and manifest.json
 
 REFUSED_ABOVE, TIGHT_ABOVE = 1.15, 0.92
@@ -83,19 +85,26 @@ class Plan(PlannedRun):
 
     @cached_property
     def adapter_bytes(self) -> int:
-        """The adapter directory: vectors in fp32 and their config."""
-        shapes, is_lora = self.vector_shapes(), self.method.writes_lora
-        shapes = {to_peft(key): shape for key, shape in shapes.items()} if is_lora else shapes
-        return _file_bytes(shapes, {"format": "pt"}) + (_LORA_BYTES if is_lora else _CONFIG_BYTES)
+        """The adapter directory: vectors and their config, with a line for each pair of A and B that is made."""
+        tensors, is_lora = self._tensors(), self.method.writes_lora
+        tensors = {to_peft(key): tensor for key, tensor in tensors.items()} if is_lora else tensors
+        numbered = self.adapted if self.method.source is Source.OWN else []
+        lines = sum(len(x.name) + _PAIR_NUMBER_BYTES for x in numbered)
+        return _file_bytes(tensors, {"format": "pt"}) + (_LORA_BYTES if is_lora else _CONFIG_BYTES) + lines
 
     @cached_property
     def checkpoint_bytes(self) -> int:
         """A checkpoint: vectors, AdamW's state of those that are trained, random state, position, recipe."""
-        state: dict[str, tuple[int, ...]] = {}
+        state: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         for name, size in self.vector_shapes(trained_only=True).items():
-            state |= {f"{name}/exp_avg": size, f"{name}/exp_avg_sq": size, f"{name}/step": ()}
+            for kind, shape in (("exp_avg", size), ("exp_avg_sq", size), ("step", ())):
+                state[f"{name}/{kind}"] = shape, torch.float32
         written = len(json.dumps({"recipe": self.recipe.to_dict()}, indent=1)) + _STATE_BYTES + RANDOM_STATE_BYTES
-        return _file_bytes(self.vector_shapes()) + _file_bytes(state) + written
+        return _file_bytes(self._tensors()) + _file_bytes(state) + written
+
+    def _tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Keys of the adapter file → shape and dtype."""
+        return {key: (shape, self.vector_dtype(key)) for key, shape in self.vector_shapes().items()}
 
     def measured(self, peak_bytes: int, mapped_bytes: int, tensor_bytes: int | None = None) -> dict[str, Any]:
         """A run's measured peak as JSON (`memory.PeakWatch`), and the plan's error relative to it.
@@ -145,9 +154,17 @@ class Plan(PlannedRun):
         return found
 
 
-def _file_bytes(shapes: dict[str, tuple[int, ...]], metadata: dict[str, str] | None = None) -> int:
-    """The size of a safetensors file of a few MB with these fp32 tensors."""
-    return len(save({name: np.zeros(shape, dtype=np.float32) for name, shape in shapes.items()}, metadata))
+def _file_bytes(
+    tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]], metadata: Mapping[str, str] | None = None
+) -> int:
+    """The size of a safetensors file with these tensors, of which none is made: its header has their offsets."""
+    header: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    end = 0
+    for name, (shape, dtype) in sorted(tensors.items(), key=lambda item: (-item[1][1].itemsize, item[0])):
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = len(json.dumps(header, separators=(",", ":")).encode())
+    return 8 + -(-text // 8) * 8 + end
 
 
 def make_plan(

@@ -275,6 +275,15 @@ class PlannedRun:
             if not trained_only or method.is_trained(kind, section)
         }
 
+    @property
+    def vector_bytes(self) -> int:
+        """Bytes of all vectors as they are held."""
+        return sum(math.prod(shape) * self.vector_dtype(key).itemsize for key, shape in self.vector_shapes().items())
+
+    def vector_dtype(self, key: str) -> torch.dtype:
+        """The dtype of the vector with this key in the adapter file."""
+        return self.method.dtype(key.rpartition(".")[2])
+
     def vector_sizes(self, trained_only: bool = False) -> list[int]:
         """How many parameters each of these vectors has."""
         return [math.prod(size) for size in self.vector_shapes(trained_only).values()]
@@ -359,7 +368,7 @@ class PlannedRun:
     def is_summed(self, x: Linear) -> bool:
         """Whether the layer goes through W + ΔW (`qvera.adapters.fused`)."""
         section, machine = self.recipe.adapter, self.machine
-        sizes = self.batch.all_tokens, x.n, x.m, section.rank
+        sizes = self.batch.all_tokens, x.n, x.m, self.rank_at(x)
         method = self.method
         may = x.name in self.adapted_names and not section.dropout and method.has_vectors and method.is_low_rank
         return may and fused.pays(*sizes, machine.dtype, machine.device_type, section.input_scale)
@@ -367,5 +376,5 @@ class PlannedRun:
     def keeps_input(self, x: Linear) -> bool:
         """Whether the backward pass needs the layer's input (`qvera.adapters.fused`)."""
         section = self.recipe.adapter
-        kept = fused.keeps_input(self.batch.all_tokens, x.n, x.m, section.rank, section.input_scale)
+        kept = fused.keeps_input(self.batch.all_tokens, x.n, x.m, self.rank_at(x), section.input_scale)
         return self.is_summed(x) and kept

@@ -24,6 +24,7 @@ class Case:
         on_7b: settings for that count.
         learning_rate: with which the tiny model learns.
         as_lora: whether it exports as an exact LoRA.
+        planned_exactly: whether its counts depend on the recipe alone; else the plan has an upper bound.
     """
 
     adapter: dict[str, Any]
@@ -32,6 +33,7 @@ class Case:
     trained_on_7b: int
     learning_rate: float = 5e-2
     as_lora: bool = True
+    planned_exactly: bool = True
 
 
 def _scale(A: torch.Tensor) -> float:
@@ -63,6 +65,29 @@ def _spiel(W: torch.Tensor, t: Tensors, A: torch.Tensor | None, B: torch.Tensor 
     return W + torch.zeros(W.numel(), dtype=W.dtype).index_put((places,), t["qvera_values"]).view(W.shape)
 
 
+def _lora_xs(W: torch.Tensor, t: Tensors, A: torch.Tensor | None, B: torch.Tensor | None) -> torch.Tensor:
+    assert A is not None
+    assert B is not None
+    return W + B @ t["qvera_R"] @ A
+
+
+def _lora_sb(W: torch.Tensor, t: Tensors, A: torch.Tensor | None, B: torch.Tensor | None) -> torch.Tensor:
+    return W + t["qvera_frozen_B"] @ t["qvera_R"] @ t["qvera_frozen_A"]
+
+
+def _sara(W: torch.Tensor, t: Tensors, A: torch.Tensor | None, B: torch.Tensor | None) -> torch.Tensor:
+    assert A is not None
+    assert B is not None
+    scale = math.sqrt(6 / A.shape[1]) * math.sqrt(6 / 16)  # by the highest rank, not by the linear's own
+    return W + scale * torch.diag(t["qvera_b"]) @ B @ torch.diag(t["qvera_d"]) @ A
+
+
+def _sara_svd(W: torch.Tensor, t: Tensors, A: torch.Tensor | None, B: torch.Tensor | None) -> torch.Tensor:
+    assert A is not None
+    assert B is not None
+    return W + torch.diag(t["qvera_b"]) @ B @ torch.diag(t["qvera_d"]) @ A
+
+
 CASES: dict[str, Case] = {
     "vera": Case({"rank": 8}, _vera, {"rank": 256}, 1_417_216),
     "vera, two b and an a": Case(
@@ -87,5 +112,27 @@ CASES: dict[str, Case] = {
         {"method": "spiel", "rank": 8},
         2_498_560 * 8,  # a LoRA's of rank 8
         as_lora=False,
+    ),
+    "lora-xs": Case({"method": "lora-xs", "rank": 6}, _lora_xs, {"method": "lora-xs", "rank": 64}, 917_504),
+    "lora-sb": Case(
+        {"method": "lora-sb", "rank": 6, "gradient_rows": 10},
+        _lora_sb,
+        {"method": "lora-sb", "rank": 96},
+        2_064_384,
+        learning_rate=1e-2,
+    ),
+    "sara": Case(
+        {"method": "sara", "rank": 16, "singular_share": 0.3},
+        _sara,
+        {"method": "sara", "rank": 256},
+        1_417_216,
+        planned_exactly=False,
+    ),
+    "sara of the weights": Case(
+        {"method": "sara", "rank": 16, "singular_share": 0.3, "frozen_pair": "svd"},
+        _sara_svd,
+        {"method": "sara", "rank": 256, "frozen_pair": "svd"},
+        1_417_216,
+        planned_exactly=False,
     ),
 }

@@ -1,0 +1,65 @@
+"""LoRA-SB (arXiv 2411.19557): ΔW = B R A with R [rank, rank] trained between the truncated SVD of a first sign step.
+
+With G the gradient of the frozen weight over the first rows and η the first learning rate, −η sign(G) ≈ U S Vᵀ; then
+B = U, R = S and A = Vᵀ. So the run starts from the best rank-r approximation of that step, and not from the base. A and
+B depend on the rows, so the adapter's file has them, in bfloat16 as the authors' code has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from qvera.adapters.factors import Factors
+from qvera.adapters.functional import at_least_fp32
+from qvera.adapters.methods.base import Method, Place, Source
+from qvera.adapters.methods.lora_xs import require_rank
+from qvera.adapters.projection import Pair
+from qvera.adapters.svd import rows_of_tensor, truncated_svd
+from qvera.adapters.weight_gradients import sign_step
+
+if TYPE_CHECKING:
+    from qvera.adapters.methods.base import AdapterSettings
+
+
+class LoraSb(Method):
+    """R [rank, rank] is trained, A [rank, in_features] and B [out_features, rank] are not.
+
+    All are 0 until `from_gradient`.
+    """
+
+    name = "lora-sb"
+    keys = frozenset({"gradient_rows"})
+    usual = {"adapter.rank": 96, "training.learning_rate": 1e-4}
+    source = Source.TRAINED
+    starts_at_base = False
+    starts_from_gradient = True
+
+    def tensors(self, adapter: AdapterSettings, place: Place) -> dict[str, tuple[int, ...]]:
+        require_rank(adapter.rank, place)
+        r = adapter.rank
+        return {"qvera_frozen_A": (r, place.in_features), "qvera_frozen_B": (place.out_features, r), "qvera_R": (r, r)}
+
+    def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, place: Place) -> torch.Tensor:
+        if getattr(adapter, "init_weights", True):
+            return torch.zeros(shape, dtype=self.dtype(name))
+        return torch.randn(shape).to(self.dtype(name))
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32 if name == "qvera_R" else torch.bfloat16
+
+    def is_trained(self, name: str, adapter: AdapterSettings) -> bool:
+        return name == "qvera_R"
+
+    def from_gradient(
+        self, adapter: AdapterSettings, place: Place, gradient: torch.Tensor, rate: float
+    ) -> dict[str, torch.Tensor]:
+        found = truncated_svd(rows_of_tensor(sign_step(gradient, rate)), adapter.rank)
+        return {"qvera_frozen_A": found.V.t(), "qvera_frozen_B": found.U, "qvera_R": torch.diag(found.S)}
+
+    def factors(
+        self, adapter: AdapterSettings, place: Place, tensors: Mapping[str, torch.Tensor], pair: Pair | None
+    ) -> Factors:
+        return Factors(tensors["qvera_frozen_A"], tensors["qvera_frozen_B"], R=at_least_fp32(tensors["qvera_R"]))

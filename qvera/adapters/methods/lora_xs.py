@@ -1,0 +1,70 @@
+"""LoRA-XS (arXiv 2405.17604): ΔW = B R A with R [rank, rank] trained between the truncated SVD of the frozen weight.
+
+A = Σ Vᵀ and B = U of the weight as the base holds it, quantized or not (`qvera.adapters.svd`). They are kept in the
+cache and never in the adapter's file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from qvera.adapters.factor_cache import FactorCache
+from qvera.adapters.factors import Factors
+from qvera.adapters.functional import at_least_fp32
+from qvera.adapters.methods.base import Method, Place, Source
+from qvera.adapters.projection import Pair
+from qvera.distributed.zero_params import gathered
+from qvera.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from qvera.adapters.config import QveraConfig
+    from qvera.adapters.methods.base import AdapterSettings
+
+
+def require_rank(rank: int, place: Place) -> None:
+    """Raise InputError where a linear has fewer singular values than the rank asks for."""
+    most = min(place.in_features, place.out_features)
+    if rank > most:
+        raise InputError(
+            f"adapter.rank: {place.name} [{place.out_features}, {place.in_features}] has {most} singular values, and "
+            f"the rank is {rank}. Lower the rank, or name other layers in adapter.targets."
+        )
+
+
+def svd_pair(adapter: QveraConfig, place: Place, base_layer: nn.Module, rank: int) -> Pair:
+    """A and B of a linear from the SVD of its weight, fp32: from the cache, or made now and put there."""
+    require_rank(rank, place)
+    weight = base_layer.weight
+    assert isinstance(weight, nn.Parameter)
+    if weight.is_meta:
+        return weight.new_empty(rank, place.in_features), weight.new_empty(place.out_features, rank)
+    cache = FactorCache.of(adapter)
+    with gathered([weight]):
+        return cache.pair(place.name, base_layer, rank)
+
+
+class LoraXs(Method):
+    """R [rank, rank] for each linear, from 0. The authors start it at random numbers of size 1e-5."""
+
+    name = "lora-xs"
+    usual = {"adapter.rank": 64, "training.learning_rate": 4e-3}
+    source = Source.OWN
+
+    def tensors(self, adapter: AdapterSettings, place: Place) -> dict[str, tuple[int, ...]]:
+        return {"qvera_R": (adapter.rank, adapter.rank)}
+
+    def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, place: Place) -> torch.Tensor:
+        return torch.zeros(shape) if getattr(adapter, "init_weights", True) else torch.randn(shape)
+
+    def own_pair(self, adapter: QveraConfig, place: Place, base_layer: nn.Module) -> Pair | None:
+        return svd_pair(adapter, place, base_layer, adapter.rank)
+
+    def factors(
+        self, adapter: AdapterSettings, place: Place, tensors: Mapping[str, torch.Tensor], pair: Pair | None
+    ) -> Factors:
+        assert pair is not None
+        return Factors(*pair, R=at_least_fp32(tensors["qvera_R"]))

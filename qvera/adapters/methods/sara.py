@@ -1,0 +1,156 @@
+"""SARA (arXiv 2408.03290): VeRA's vectors with a rank for each linear, from the singular values of its weight.
+
+The rank of a linear is the smallest number of leading singular values whose sum is ``singular_share`` of the sum of
+all, and at most ``rank``. A and B are prefixes of VeRA's shared random pair, or with ``frozen_pair: svd`` the linear's
+own Σ Vᵀ and U. No code of the authors is public: what is theirs here is the rule for the rank, the form U Λ V, and the
+router; a vector b [out_features] from 0 makes the start exact, as a third party's code has it.
+
+With ``experts`` above 1 it is Mo-SARA: several vectors d, mixed for each token by softmax(w_out (w_in · z)), z = A x.
+Its change is another one for each token, so it can't be merged, nor be a LoRA.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from qvera.adapters import functional
+from qvera.adapters.factor_cache import FactorCache
+from qvera.adapters.factors import Factors
+from qvera.adapters.functional import at_least_fp32
+from qvera.adapters.methods.base import Method, Place, Source
+from qvera.adapters.methods.lora_xs import svd_pair
+from qvera.adapters.projection import Pair, vera_scale
+from qvera.adapters.svd import rank_of_share
+from qvera.distributed.zero_params import gathered
+from qvera.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from qvera.adapters.config import QveraConfig
+    from qvera.adapters.methods.base import AdapterSettings
+
+
+class Sara(Method):
+    """d [k] and b [out_features] for each linear, k its rank; VeRA's starts."""
+
+    name = "sara"
+    keys = frozenset({"singular_share", "frozen_pair", "experts", "d_initial", "train_d"})
+    usual = {"adapter.rank": 256, "training.learning_rate": 4e-3}
+    has_vectors = True
+
+    def variant(self, adapter: AdapterSettings) -> Method:
+        return _VARIANTS[adapter.frozen_pair == "svd", adapter.experts > 1]
+
+    def prepare(self, adapter: QveraConfig, linears: Sequence[tuple[Place, nn.Module]]) -> None:
+        """Write the ranks into the config, where it is a fresh one."""
+        if adapter.ranks is not None:
+            return
+        ranks, cache = {}, FactorCache.of(adapter)
+        for place, base_layer in linears:
+            weight = base_layer.weight
+            assert isinstance(weight, nn.Parameter)
+            if weight.is_meta:
+                continue
+            with gathered([weight]):
+                values = cache.singular_values(place.name, base_layer)
+            ranks[place.name] = min(adapter.rank, rank_of_share(values, adapter.singular_share))
+        adapter.ranks = ranks or None
+
+    def rank_at(self, adapter: AdapterSettings, place: Place) -> int:
+        """The linear's rank; of a recipe, which knows no weights, the highest that it may have."""
+        ranks = getattr(adapter, "ranks", None) or {}
+        most = min(adapter.rank, place.in_features, place.out_features)
+        return int(ranks.get(place.name, most))
+
+    def tensors(self, adapter: AdapterSettings, place: Place) -> dict[str, tuple[int, ...]]:
+        return {"qvera_b": (place.out_features,), "qvera_d": (self.rank_at(adapter, place),)}
+
+    def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, place: Place) -> torch.Tensor:
+        if not getattr(adapter, "init_weights", True):
+            return torch.randn(shape)
+        return torch.full(shape, 0.0 if name == "qvera_b" else adapter.d_initial)
+
+    def is_trained(self, name: str, adapter: AdapterSettings) -> bool:
+        return name != "qvera_d" or getattr(adapter, "train_d", True)
+
+    def scale(self, adapter: AdapterSettings, place: Place) -> float:
+        """VeRA's, by the highest rank for all linears: the step of a linear does not depend on its own rank."""
+        return vera_scale(adapter.rank, place.in_features)
+
+    def factors(
+        self, adapter: AdapterSettings, place: Place, tensors: Mapping[str, torch.Tensor], pair: Pair | None
+    ) -> Factors:
+        assert pair is not None
+        d, b = at_least_fp32(tensors["qvera_d"]), at_least_fp32(tensors["qvera_b"])
+        return Factors(*pair, d, b, self.scale(adapter, place))
+
+
+class _Svd(Sara):
+    source = Source.OWN
+
+    def own_pair(self, adapter: QveraConfig, place: Place, base_layer: nn.Module) -> Pair | None:
+        return svd_pair(adapter, place, base_layer, self.rank_at(adapter, place))
+
+    def scale(self, adapter: AdapterSettings, place: Place) -> float:
+        return 1.0
+
+
+class _Mixture(Sara):
+    """d [experts, k], b [out_features], and the router's w_in [k] and w_out [experts]."""
+
+    has_vectors = False
+    is_low_rank = False
+    has_delta = False
+
+    def tensors(self, adapter: AdapterSettings, place: Place) -> dict[str, tuple[int, ...]]:
+        k, experts = self.rank_at(adapter, place), adapter.experts
+        vectors: dict[str, tuple[int, ...]] = {"qvera_b": (place.out_features,), "qvera_d": (experts, k)}
+        return {**vectors, "qvera_router_in": (k,), "qvera_router_out": (experts,)}
+
+    def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, place: Place) -> torch.Tensor:
+        """b as SARA's; d around d_initial and the router at random, so that the experts are not all the same."""
+        if name == "qvera_b" or not getattr(adapter, "init_weights", True):
+            return super().start(name, shape, adapter, place)
+        seed = getattr(adapter, "projection_seed", getattr(adapter, "seed", 0))
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {place.name} {name}".encode()))
+        drawn = torch.randn(shape, generator=generator)
+        return adapter.d_initial * (1 + drawn / 2) if name == "qvera_d" else drawn / shape[0] ** 0.5
+
+    def factors(
+        self, adapter: AdapterSettings, place: Place, tensors: Mapping[str, torch.Tensor], pair: Pair | None
+    ) -> Factors:
+        raise InputError(
+            f"adapter.experts: the router mixes {adapter.experts} sets of values for each token, so there is no one ΔW "
+            "to merge or to write as a LoRA. Answer with the run itself, or train with experts: 1."
+        )
+
+    def add(self, layer: Any, adapter_name: str, x: torch.Tensor, y: torch.Tensor, overwrite: bool) -> torch.Tensor:
+        """y + s b ⊙ B (d ⊙ z), where d = Σₑ gₑ dₑ and g = softmax(w_out (w_in · z / rms(z)))."""
+        vectors, pair = layer.vectors(adapter_name), layer.pair(adapter_name)
+        assert pair is not None
+        A, B = pair
+        z = layer.project(x, adapter_name, A)
+        wide = at_least_fp32(z)
+        score = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-12)) @ vectors["qvera_router_in"]
+        gates = torch.softmax(score.unsqueeze(-1) * vectors["qvera_router_out"], dim=-1)  # [..., experts]
+        mixed = z * (gates @ vectors["qvera_d"]).to(z.dtype)
+        scale = self.scale(layer.qvera_settings[adapter_name][1], layer.place)
+        one = torch.ones(B.shape[1], device=z.device)
+        return functional.expand(y, mixed, one, at_least_fp32(vectors["qvera_b"]), B, scale, overwrite)
+
+
+class _SvdMixture(_Mixture, _Svd):
+    pass
+
+
+_VARIANTS: dict[tuple[bool, bool], Method] = {
+    (False, False): Sara(),
+    (True, False): _Svd(),
+    (False, True): _Mixture(),
+    (True, True): _SvdMixture(),
+}
+"""By whether the pair is the weight's own, and whether there are several experts."""
