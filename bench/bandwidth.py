@@ -11,6 +11,7 @@ Bytes that came over the cable in a step are counted by the kernel and compared 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -85,7 +86,7 @@ def run_case(
     }
     planned = load_recipe(file, [])
     plan = make_plan(planned, Machine("", "cpu", torch.bfloat16, True, 0))
-    brought = traffic(plan, Sharing(int(stage[4]), None, 2, 1))
+    brought = traffic(dataclasses.replace(plan, sharing=Sharing(int(stage[4]), None, 2, 1)))
     found["planned_bytes_per_step"] = brought._asdict()
     if between:
         found["planned_over_received"] = sum(brought) / statistics.median(between)

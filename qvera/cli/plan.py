@@ -40,7 +40,7 @@ def plan(
     from rich.console import Console
 
     from qvera.config.load import load_recipe
-    from qvera.distributed.zero_config import load_zero_config
+    from qvera.distributed.zero_config import zero_config_of
     from qvera.training.plan import Sharing, gpu_machine, make_plan, parse_size, time_step
     from qvera.training.plan.show import print_plan
     from qvera.utils import accelerator
@@ -50,7 +50,7 @@ def plan(
     device = accelerator.current_device()
     machine = None if gpu is None else gpu_machine(loaded.model, parse_size(gpu))
     several = nodes is not None or gpus is not None
-    sharing = Sharing.of(load_zero_config(loaded.deepspeed), nodes or 1, gpus or 1)
+    sharing = Sharing.of(zero_config_of(loaded), nodes or 1, gpus or 1)
     made = make_plan(loaded, machine or device, _local_rows(loaded), sharing, every_way=several)
     if machine is None and not no_timing:
         with progress("Timing this machine"):

@@ -193,15 +193,30 @@ class ZeroConfig(_DeepSpeedKeys):
         return tree
 
 
-def load_zero_config(key: str | None) -> ZeroConfig | None:
-    """Return the settings that ``deepspeed: KEY`` stands for; None for None.
+def zero_config_of(recipe: Recipe) -> ZeroConfig | None:
+    """Return the settings that a recipe's ``deepspeed`` key stands for; None where it has none.
+
+    Raises:
+        InputError: as `load_zero_config`, or the base is sharded, and the recipe asks for what that excludes.
+    """
+    config = None if recipe.deepspeed is None else load_zero_config(recipe.deepspeed)
+    if config is not None and config.shards_base:
+        if recipe.model.stream is True:
+            raise InputError("model.stream: ZeRO-3 brings the layers to the GPU itself; remove one of the two.")
+        if recipe.training.torch_compile:
+            raise InputError(
+                "training.torch_compile: ZeRO-3 gathers weights between a layer's parts; remove one of the two."
+            )
+    return config
+
+
+def load_zero_config(key: str) -> ZeroConfig:
+    """Return the settings that ``deepspeed: KEY`` stands for.
 
     Raises:
         InputError: no such word or file, not JSON, a key that the recipe has too, or something it needs is not
             installed.
     """
-    if key is None:
-        return None
     places = [Path(key).expanduser()]
     if key in STAGES:  # in the installed package, or in the checkout
         package = Path(__file__).resolve().parents[1]

@@ -23,7 +23,7 @@ from qvera.config.schema import Recipe
 from qvera.data import Datasets, Example, batches_of, build_datasets, data_warnings, print_preflight
 from qvera.distributed.deepspeed_import import require_deepspeed, require_overflow_check
 from qvera.distributed.group import Group
-from qvera.distributed.zero_config import load_zero_config
+from qvera.distributed.zero_config import zero_config_of
 from qvera.distributed.zero_params import BaseSharder
 from qvera.evaluation import evaluate
 from qvera.models.checkpointing import Mode, enable_checkpointing
@@ -63,11 +63,7 @@ class TrainingSession:
         self.console = (console or Console(stderr=True)) if group.first else Console(quiet=True)
         self.resources = contextlib.ExitStack()
         self.state = TrainState()
-        self.zero = group.agree(lambda: load_zero_config(recipe.deepspeed))
-        if recipe.training.torch_compile and self.zero is not None and self.zero.shards_base:  # by a file of its own
-            raise InputError(
-                "training.torch_compile: ZeRO-3 gathers weights between a layer's parts; remove one of the two."
-            )
+        self.zero = group.agree(lambda: zero_config_of(recipe))
         if (word := recipe.deepspeed) is not None:
             group.agree(lambda: require_deepspeed(word))
         group.agree(lambda: check_recipe(recipe))

@@ -11,11 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from qvera.cli.main import main
 from qvera.data import Batches
 from qvera.distributed import zero_config
-from qvera.distributed.zero_config import STAGES, load_zero_config
+from qvera.distributed.group import Group
+from qvera.distributed.zero_config import STAGES, load_zero_config, zero_config_of
+from qvera.training.plan import Machine, Sharing, make_plan
+from qvera.training.plan.activations import goes_by_tiles
+from qvera.training.session import TrainingSession
 from qvera.utils.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,7 +93,6 @@ def test_a_deepspeed_that_fails_to_import_stops_only_the_runs_that_need_it(tmp_p
 
 
 def test_a_disk_without_room_for_the_base_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qvera.distributed.group import Group
     from qvera.training import rank_checks
 
     class Four(Group):
@@ -193,6 +198,48 @@ def test_other_mistakes_are_said(tmp_path: Path, make_recipe: Any) -> None:
         make_recipe(training={"optim": "adamw_8bit"}).replace(deepspeed="zero1")
     recipe = make_recipe().replace(deepspeed="zero1")
     assert yaml.safe_load(recipe.to_yaml())["deepspeed"] == "zero1"
+
+
+@pytest.fixture(params=["zero3", "a file of its own"])
+def stage_three(request: Any, tmp_path: Path) -> str:
+    """Two values of the recipe's key that both shard the base."""
+    if request.param == "zero3":
+        return request.param
+    (tmp_path / "mine.json").write_text('{"zero_optimization": {"stage": 3}}')
+    return str(tmp_path / "mine.json")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "words"),
+    [
+        ("model", "stream", "model.stream: ZeRO-3 brings the layers"),
+        ("training", "torch_compile", "training.torch_compile: ZeRO-3 gathers"),
+    ],
+)
+def test_what_does_not_go_with_a_sharded_base_is_refused_by_run_and_plan(
+    stage_three: str, section: str, key: str, words: str, make_recipe: Any, tmp_path: Path, capsys: Any
+) -> None:
+    recipe = make_recipe(**{section: {key: True}})
+    assert zero_config_of(recipe) is None
+    assert zero_config_of(recipe.replace(deepspeed="zero2")) is not None
+    recipe = recipe.replace(deepspeed=stage_three)
+    with pytest.raises(InputError, match=words):
+        TrainingSession(recipe, tmp_path, Group())
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    assert main(["plan", str(tmp_path / "recipe.yaml"), "--no-timing"]) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_plan_neither_streams_nor_tiles_a_sharded_base(stage_three: str, make_recipe: Any) -> None:
+    recipe = make_recipe(training={"gradient_checkpointing": True, "loss_chunk_tokens": 8}, data={"max_length": 4096})
+    recipe = recipe.replace(deepspeed=stage_three)
+    sharing, card = Sharing.of(zero_config_of(recipe)), Machine("a GPU", "cuda", torch.bfloat16, False, 1000)
+    sharded, alone = make_plan(recipe, card, sharing=sharing), make_plan(recipe.replace(deepspeed=None), card)
+    assert alone.batch.all_tokens > 4096 and goes_by_tiles(alone)
+    assert alone.can_stream and any("model.stream" in change.settings for change in alone.changes)
+    assert sharing.stage == 3
+    assert not goes_by_tiles(sharded) and not sharded.can_stream
+    assert not any("model.stream" in change.settings for change in sharded.changes)
 
 
 @pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])

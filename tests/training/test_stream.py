@@ -92,5 +92,3 @@ def test_what_can_not_be_streamed_is_refused(make_recipe: Any, five_layers: Path
     for quantization in ("int8", "none"):
         with pytest.raises(InputError, match=r"model\.stream: only 4-bit layers"):
             make_recipe(model={"stream": True, "quantization": quantization, "compute_dtype": "auto"})
-    with pytest.raises(InputError, match=r"model\.stream: ZeRO-3"):
-        make_recipe(model={"stream": True}).replace(deepspeed="zero3")

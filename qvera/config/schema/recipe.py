@@ -51,12 +51,8 @@ class Recipe(Section):
         elif not self.training.eval_steps:
             for name in used:
                 yield f"training.{name}", "needs training.eval_steps above 0."
-        if self.model.stream is True and self.deepspeed is not None and self.deepspeed.startswith("zero3"):
-            yield "model.stream", "ZeRO-3 brings the layers to the GPU itself; remove one of the two."
         if self.model.stream is True and self.training.torch_compile:
             yield "training.torch_compile", "compiled code does not wait for streamed layers; remove one of the two."
-        if self.training.torch_compile and self.deepspeed is not None and self.deepspeed.startswith("zero3"):
-            yield "training.torch_compile", "ZeRO-3 gathers weights between a layer's parts; remove one of the two."
         if self.deepspeed is not None and (optim := self.training.optim) != "adamw":
             yield (
                 "training.optim",

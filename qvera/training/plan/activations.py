@@ -41,7 +41,7 @@ def kept_bytes(run: PlannedRun) -> int:
 
 def goes_by_tiles(run: PlannedRun) -> bool:
     """Whether MLPs take some tokens at a time (`qvera.models.tiled_mlp`)."""
-    if not run.checkpointing or run.recipe.adapter.dropout or (run.recipe.deepspeed or "").startswith("zero3"):
+    if not run.checkpointing or run.recipe.adapter.dropout or run.sharing.stage == 3:
         return False
     return run.batch.all_tokens > TILED_ABOVE_TOKENS and {x.role for x in run.layer} >= set(_MLP)
 

@@ -11,7 +11,7 @@ from qvera.models.checkpointing import Mode
 from qvera.training.plan.checkpointing import modes_of
 from qvera.training.plan.longest import BatchOf
 from qvera.training.plan.run import PlannedRun
-from qvera.training.plan.sharding import ALONE, Sharing, plan_rank
+from qvera.training.plan.sharding import plan_rank
 
 _SHORTEST_TOKENS, _SMALLEST_RANK, _SMALLEST_CHUNK = 64, 8, 32
 
@@ -38,7 +38,7 @@ def changed(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
     return recipe
 
 
-def nearest_changes(run: PlannedRun, batch_of: BatchOf, sharing: Sharing = ALONE) -> list[Change]:
+def nearest_changes(run: PlannedRun, batch_of: BatchOf) -> list[Change]:
     """Single changes that make the recipe fit, the mildest value of each; where no single one does, they are added up.
 
     The last resort, all changes at their extreme, is given even where it does not fit.
@@ -46,7 +46,7 @@ def nearest_changes(run: PlannedRun, batch_of: BatchOf, sharing: Sharing = ALONE
 
     def tried(settings: dict[str, Any]) -> Change:
         other = changed(run.recipe, settings)
-        memory = plan_rank(replace(run, recipe=other, batch=batch_of(other)), sharing)
+        memory = plan_rank(replace(run, recipe=other, batch=batch_of(other)))
         return Change(settings, memory.total_bytes, memory.needed_bytes(run.machine) <= run.machine.available_bytes)
 
     steps = list(_steps(run))

@@ -14,7 +14,7 @@ from qvera.config.schema import Recipe
 from qvera.models.checkpointing import Mode
 from qvera.training.plan.activations import offloaded_bytes
 from qvera.training.plan.run import Machine, PlannedRun
-from qvera.training.plan.sharding import ALONE, Sharing, plan_rank
+from qvera.training.plan.sharding import plan_rank
 from qvera.utils import accelerator
 from qvera.utils.formatting import size
 
@@ -60,16 +60,16 @@ def with_mode(recipe: Recipe, mode: Mode) -> Recipe:
     return recipe.replace(training=recipe.training.replace(gradient_checkpointing=mode))
 
 
-def decide(run: PlannedRun, sharing: Sharing = ALONE) -> Checkpointing:
+def decide(run: PlannedRun) -> Checkpointing:
     """The mode of a run, and why. Without ``auto``, what the recipe says."""
-    asked, machine = run.recipe.training.gradient_checkpointing, run.machine
+    asked, machine, sharing = run.recipe.training.gradient_checkpointing, run.machine, run.sharing
     if asked != "auto":
         shared = asked == "offload" and run.checkpointing is True
         why = "as the recipe says" + (": the device has no memory of its own to offload from" if shared else "")
         return Checkpointing(run.checkpointing, why, asked)
     available = machine.available_bytes // (1 if machine.on_gpu else sharing.per_node)  # ranks divide a machine's RAM
     runs = {mode: replace(run, recipe=with_mode(run.recipe, mode)) for mode in modes_of(machine)}
-    needed = {mode: plan_rank(one, sharing).total_bytes for mode, one in runs.items()}
+    needed = {mode: plan_rank(one).total_bytes for mode, one in runs.items()}
     takes, of = {mode: size(count) for mode, count in needed.items()}, f"of {size(available)}"
     mode: Mode = True
     why = f"without it the run would take {takes[False]} {of}"

@@ -22,8 +22,9 @@ from qvera.training.plan.changes import Change, nearest_changes
 from qvera.training.plan.checkpointing import Checkpointing
 from qvera.training.plan.longest import longest_batch
 from qvera.training.plan.memory import HELD_WEIGHTS, Memory, held_weights
+from qvera.training.plan.ranks import ALONE, Sharing
 from qvera.training.plan.run import Machine, PlannedRun, Shape, shape_of, this_machine
-from qvera.training.plan.sharding import ALONE, Sharing, Way, plan_rank, plan_ways, right_way
+from qvera.training.plan.sharding import Way, plan_rank, plan_ways, right_way
 from qvera.training.plan.streaming import Streaming, decide_both
 from qvera.training.resample import phase_count, with_phases
 from qvera.training.sampling import token_sampler
@@ -48,7 +49,6 @@ class Plan(PlannedRun):
     changes: list[Change]  # empty where the run fits
     decided: Checkpointing  # `recipe` has its mode written out
     streaming: Streaming  # likewise
-    sharing: Sharing = ALONE
     ways: tuple[Way, ...] = ()  # every way of sharing the model, where that was asked for
     seconds: dict[str, float] | None = None  # parts of an optimizer step; None where nothing was timed
 
@@ -203,17 +203,16 @@ def make_plan(
         name = implementation_on(device, config, machine.dtype)
     joined = joining_of(config, name, recipe.data.prefix_once, recipe.data.packing)
     batch_of = longest_batch(rows, joined, rounds_lengths(machine.dtype, machine.device_type), masked)
-    run = PlannedRun(shape, recipe, batch_of(recipe), machine)
-    run, decided, streaming = decide_both(run, sharing)
-    memory = plan_rank(run, sharing)
+    run, decided, streaming = decide_both(PlannedRun(shape, recipe, batch_of(recipe), machine, sharing=sharing))
+    memory = plan_rank(run)
     if sharing.world_size == 1 and sharing.stage < 3 and (held := held_weights(run, memory)) is not None:
         memory = memory.with_held(held)
     fits = memory.needed_bytes(machine) <= machine.available_bytes
-    changes = [] if fits else nearest_changes(run, batch_of, sharing)
+    changes = [] if fits else nearest_changes(run, batch_of)
     if phases > 1:  # the rank of the plan is that of all phases, not the recipe's
         changes = [change for change in changes if "adapter.rank" not in change.settings]
     ways = tuple(plan_ways(run, sharing.nodes, sharing.per_node)) if every_way else ()
-    return Plan(shape, run.recipe, run.batch, machine, memory, changes, decided, streaming, sharing, ways)
+    return Plan(shape, run.recipe, run.batch, machine, memory, changes, decided, streaming, ways, sharing=sharing)
 
 
 def _grown(shape: Shape, recipe: Recipe) -> Shape:

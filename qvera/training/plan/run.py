@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +20,7 @@ from qvera.config.schema import ModelSection, Recipe
 from qvera.models.checkpointing import Mode
 from qvera.models.linear import BLOCK_WEIGHTS, backward_by_blocks
 from qvera.models.loader import pick_compute_dtype
+from qvera.training.plan.ranks import ALONE, Sharing, share
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import InputError
 
@@ -247,6 +248,7 @@ class PlannedRun:
     recipe: Recipe
     batch: Batch
     machine: Machine
+    sharing: Sharing = field(default=ALONE, kw_only=True)  # the plan is that of one of its ranks
 
     @cached_property
     def adapted(self) -> tuple[Linear, ...]:
@@ -307,8 +309,15 @@ class PlannedRun:
         if self.recipe.training.torch_compile:
             return False
         four_bit = self.recipe.model.quantization in ("nf4", "fp4")
-        by_zero3 = (self.recipe.deepspeed or "").startswith("zero3")
+        by_zero3 = self.sharing.stage == 3  # which brings the layers to the device itself
         return four_bit and not by_zero3 and accelerator.has_own_memory(self.machine.device_type)
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of a rank in an optimizer step (`data.Batches.passes`)."""
+        training = self.recipe.training
+        rows = self.batch.packed_rows or training.per_device_train_batch_size
+        return share(share(training.global_batch_size, self.sharing.world_size), rows)
 
     def with_recipe(self, recipe: Recipe) -> PlannedRun:
         """The same run of another recipe, whose batches are the same."""

@@ -12,45 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from qvera.config.schema import Recipe
-from qvera.distributed.zero_config import IN_RAM_BELOW_BYTES, ZeroConfig, nvme_buffers
+from qvera.distributed.zero_config import IN_RAM_BELOW_BYTES, nvme_buffers
 from qvera.training.plan.memory import Component, Memory, plan_memory
+from qvera.training.plan.ranks import Sharing, share
 from qvera.training.plan.run import Machine, PlannedRun, Shape
 from qvera.utils.formatting import duration, size
 
 ETHERNET_BYTES_PER_SECOND = 117_000_000
 """What 1 Gbit/s carries of TCP's payload; to say what bytes mean in seconds."""
-
-
-@dataclass(frozen=True)
-class Sharing:
-    """How the ranks of a run share its model."""
-
-    stage: int = 0  # of ZeRO; 0: each rank has all of it, and gradients are added up
-    offload: str | None = None  # where a rank's share of the base lies in stage 3: None (the device), cpu or nvme
-    nodes: int = 1
-    per_node: int = 1  # ranks on each node (the most on one of them)
-    ranks: int | None = None  # in all, where not every node has as many
-
-    @classmethod
-    def of(cls, zero: ZeroConfig | None, nodes: int = 1, per_node: int = 1, ranks: int | None = None) -> Sharing:
-        """What a recipe's ``deepspeed`` key means on that many machines."""
-        stage, offload = (0, None) if zero is None else (zero.stage, zero.offload_device)
-        return cls(stage, offload, nodes, per_node, ranks)
-
-    @property
-    def world_size(self) -> int:
-        """Processes in all."""
-        return self.ranks or self.nodes * self.per_node
-
-    @property
-    def word(self) -> str:
-        """As the recipe's ``deepspeed`` key takes it; ``none`` where that is left out."""
-        return f"zero{self.stage}{f'-offload-{self.offload}' if self.offload else ''}" if self.stage else "none"
-
-
-ALONE = Sharing()
-"""One process."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +60,9 @@ def spread_of(shape: Shape) -> Spread:
     )
 
 
-def plan_rank(run: PlannedRun, sharing: Sharing = ALONE) -> Memory:
+def plan_rank(run: PlannedRun) -> Memory:
     """What one rank holds; `plan_memory` for a process on its own."""
+    sharing = run.sharing
     if sharing.stage == 3:  # which brings the layers to the device itself
         run = run.with_stream(False)
     whole = plan_memory(run)
@@ -110,8 +80,8 @@ def _optimizer(parts: tuple[Component, ...], run: PlannedRun, sharing: Sharing) 
     """The optimizer's part. DeepSpeed keeps fp32 copies of what it steps, so two ranks save nothing by dividing it."""
     every, world = sum(run.vector_sizes()), sharing.world_size
     trained = sum(run.vector_sizes(trained_only=True))
-    copies = 2 * 4 * _share(trained, world) + (4 * _share(every, world) if sharing.stage == 3 else 0)
-    found = [replace(c, bytes=_share(c.bytes, world)) if c.zero_stage == 1 else c for c in parts]
+    copies = 2 * 4 * share(trained, world) + (4 * share(every, world) if sharing.stage == 3 else 0)
+    found = [replace(c, bytes=share(c.bytes, world)) if c.zero_stage == 1 else c for c in parts]
     return (*found, Component("a share of vectors and gradients", "vectors", copies, zero_stage=1))
 
 
@@ -119,7 +89,7 @@ def _base(parts: tuple[Component, ...], spread: Spread, run: PlannedRun, sharing
     """Shares are private; statistics stay in the mapped file, and so does an embedding that is the head."""
     machine = run.machine
     if sharing.offload is None:
-        shares = [Component("a share of the base", "base", _share(spread.all, sharing.world_size), zero_stage=3)]
+        shares = [Component("a share of the base", "base", share(spread.all, sharing.world_size), zero_stage=3)]
     else:  # on a CPU the device is the RAM that it goes to
         shares = [] if machine.on_gpu else _offloaded(spread, sharing)
     left = sum(c.bytes for c in parts if c.kind == "base") - spread.all
@@ -134,13 +104,13 @@ def _offloaded(spread: Spread, sharing: Sharing) -> list[Component]:
     """RAM of a rank's share of an offloaded base (`qvera.distributed.zero_params`)."""
     world = sharing.world_size
     if sharing.offload == "cpu":
-        return [Component("a share of the base", "base", _share(spread.all, world), zero_stage=3)]
-    shares = [[_share(weight, world) for weight in layer] for layer in spread.weights]
+        return [Component("a share of the base", "base", share(spread.all, world), zero_stage=3)]
+    shares = [[share(weight, world) for weight in layer] for layer in spread.weights]
     largest = max((weight for layer in spread.weights for weight in layer), default=0)
     numel, count = nvme_buffers(largest // 2, max(map(len, shares), default=0), world)
     small = sum(one for layer in shares for one in layer if one < IN_RAM_BELOW_BYTES)
     return [
-        Component("its share of embedding and head", "base", _share(2 * spread.table, world), zero_stage=3),
+        Component("its share of embedding and head", "base", share(2 * spread.table, world), zero_stage=3),
         Component("shares too small for NVMe", "base", small, zero_stage=3),
         Component("buffers between NVMe and RAM", "base", 2 * numel * count),
     ]
@@ -163,10 +133,6 @@ def _gathered(moment: str, spread: Spread, run: PlannedRun, sharing: Sharing) ->
     return tuple(c for c in found if c.bytes)
 
 
-def _share(whole: int, world_size: int) -> int:
-    return -(-whole // world_size)
-
-
 class Traffic(NamedTuple):
     """Bytes that reach one rank in an optimizer step; their sum is all of them."""
 
@@ -174,9 +140,9 @@ class Traffic(NamedTuple):
     base: int  # weights gathered in stage 3
 
 
-def traffic(run: PlannedRun, sharing: Sharing) -> Traffic:
+def traffic(run: PlannedRun) -> Traffic:
     """What a step of the recipe's global batch brings to each rank."""
-    world = sharing.world_size
+    sharing, world = run.sharing, run.sharing.world_size
     if world == 1:
         return Traffic(0, 0)
     trained = sum(run.vector_sizes(trained_only=True))
@@ -189,14 +155,7 @@ def traffic(run: PlannedRun, sharing: Sharing) -> Traffic:
     spread, checkpointing = spread_of(run.shape), run.checkpointing
     uses = 3 if checkpointing else 2  # forward, recomputation, backward
     a_pass = uses * (spread.packed + spread.dense) - (spread.last if checkpointing else 0) + 2 * spread.table
-    times = passes_of(run.recipe, world, run.batch.packed_rows)
-    return Traffic(gradients, times * a_pass * (world - 1) // world)
-
-
-def passes_of(recipe: Recipe, world_size: int, packed_rows: int = 0) -> int:
-    """Forward passes of a rank in an optimizer step (`data.Batches.passes`); ``packed_rows`` as in `Batch`."""
-    training = recipe.training
-    return -(-_share(training.global_batch_size, world_size) // (packed_rows or training.per_device_train_batch_size))
+    return Traffic(gradients, run.passes * a_pass * (world - 1) // world)
 
 
 @dataclass(frozen=True)
@@ -239,7 +198,8 @@ def plan_ways(run: PlannedRun, nodes: int, per_node: int) -> list[Way]:
     found = []
     for stage, offload in stages:
         sharing = Sharing(stage, offload, nodes, per_node)
-        memory, received = plan_rank(run, sharing), traffic(run, sharing)
+        one = replace(run, sharing=sharing)
+        memory, received = plan_rank(one), traffic(one)
         beside = _offloaded(spread_of(run.shape), sharing) if offload is not None and on_gpu else []
         host = per_node * sum(c.bytes for c in beside)
         found.append(Way(sharing, memory, memory.needed_bytes(run.machine), available, host, received))

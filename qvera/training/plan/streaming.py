@@ -12,7 +12,7 @@ from typing import Any
 from qvera.training.plan.checkpointing import Checkpointing, decide, with_mode
 from qvera.training.plan.memory import layer_bytes
 from qvera.training.plan.run import PlannedRun
-from qvera.training.plan.sharding import ALONE, Sharing, plan_rank
+from qvera.training.plan.sharding import plan_rank
 from qvera.utils import accelerator
 from qvera.utils.formatting import duration, size
 
@@ -64,15 +64,15 @@ def pass_bytes(run: PlannedRun) -> int:
     return 2 * sum(layers) * max(0, len(layers) - 2) // max(1, len(layers))
 
 
-def decide_both(run: PlannedRun, sharing: Sharing = ALONE) -> tuple[PlannedRun, Checkpointing, Streaming]:
+def decide_both(run: PlannedRun) -> tuple[PlannedRun, Checkpointing, Streaming]:
     """The run with both `model.stream` and `training.gradient_checkpointing` written out, and why."""
     asked, machine = run.recipe.model.stream, run.machine
 
     def planned(streams: bool) -> tuple[PlannedRun, Checkpointing, int]:
         one = run.with_stream(streams)
-        mode = decide(one, sharing)
+        mode = decide(one)
         one = one.with_recipe(with_mode(one.recipe, mode.mode))
-        return one, mode, plan_rank(one, sharing).needed_bytes(machine)
+        return one, mode, plan_rank(one).needed_bytes(machine)
 
     streams = asked is True
     found, mode, needed = planned(streams)
@@ -80,7 +80,7 @@ def decide_both(run: PlannedRun, sharing: Sharing = ALONE) -> tuple[PlannedRun, 
     if asked == "auto":
         fits = needed <= machine.available_bytes
         why = "auto: the run fits without it" if fits else "auto: this run's layers can't be streamed"
-        if not fits and sharing.stage < 3 and run.can_stream:
+        if not fits and run.can_stream:
             other, its_mode, less = planned(True)
             why = "auto: the run does not fit with it either"
             if less <= machine.available_bytes:
@@ -94,5 +94,5 @@ def decide_both(run: PlannedRun, sharing: Sharing = ALONE) -> tuple[PlannedRun, 
         why += "; here it only adds copies: the mapped file is in RAM anyway"
         return found, mode, Streaming(True, why, asked)
     ram_bytes, free = sum(layer_bytes(found)), machine.host_bytes
-    short = free is not None and ram_bytes * sharing.per_node > 0.8 * free
+    short = free is not None and ram_bytes * run.sharing.per_node > 0.8 * free
     return found, mode, Streaming(True, why, asked, ram_bytes, pass_bytes(found), short)

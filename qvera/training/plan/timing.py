@@ -11,7 +11,6 @@ from qvera.models import quantization
 from qvera.models.copy_stream import CHUNK_BYTES
 from qvera.training.plan.plan import Plan
 from qvera.training.plan.run import PlannedRun
-from qvera.training.plan.sharding import passes_of
 from qvera.training.plan.streaming import pass_bytes
 from qvera.utils import accelerator
 
@@ -27,7 +26,7 @@ def time_step(plan: Plan, device: torch.device) -> dict[str, float]:
     With several ranks: of one on a device like this one for each, without what the network takes. Every forward pass of
     the step is taken to be as long as the plan's batch.
     """
-    times = passes_of(plan.recipe, plan.sharing.world_size, plan.batch.packed_rows)
+    times = plan.passes
     work, rates = _work(plan), _rates(plan, device)
     seconds = {part: times * amount / rates[kind] for part, (kind, amount) in work.items()}
     if plan.streams and accelerator.has_own_memory(device):
@@ -100,7 +99,7 @@ def _work(run: Plan) -> dict[str, tuple[str, float]]:
     """Parts of one forward and backward pass: the rate of `_rates` that each goes by, and how much there is of it."""
     passes = 3 if run.checkpointing else 2  # forward, recompute, backward
     # how often W + ΔW is made; where it is held, once an optimizer step
-    made = 1 / passes_of(run.recipe, run.sharing.world_size, run.batch.packed_rows) if run.holds_weights else passes
+    made = 1 / run.passes if run.holds_weights else passes
     flops, low_rank, weights, passed = 0.0, 0.0, 0.0, 0.0
     T, size, section = run.batch.all_tokens, run.itemsize, run.recipe.adapter
     for x in run.layer:

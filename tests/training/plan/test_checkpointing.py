@@ -68,7 +68,7 @@ def test_on_a_cpu_auto_leaves_half_of_the_free_memory_and_ranks_share_it(shape: 
     needed = plan_memory(planned(shape, False, machine)).total_bytes
     enough = dataclasses.replace(machine, available_bytes=int(needed / 0.49))
     assert decide(PlannedRun(shape, auto, LONG, enough)).mode is False
-    assert decide(PlannedRun(shape, auto, LONG, enough), Sharing(per_node=2)).mode is True
+    assert decide(PlannedRun(shape, auto, LONG, enough, sharing=Sharing(per_node=2))).mode is True
     little = dataclasses.replace(machine, available_bytes=needed)
     assert decide(PlannedRun(shape, auto, LONG, little)).mode is True
     asked = planned(shape, "offload", machine)

@@ -12,7 +12,7 @@ import torch
 from bench.plan_table import recipe_of, shapes
 from qvera.cli.main import main
 from qvera.config.schema import Recipe
-from qvera.training.plan import Batch, Machine, PlannedRun, Sharing, plan_memory, plan_ways, right_way
+from qvera.training.plan import ALONE, Batch, Machine, PlannedRun, Sharing, plan_memory, plan_ways, right_way
 from qvera.training.plan.sharding import plan_rank, spread_of, traffic
 
 SEVEN = "Llama-2 7B"
@@ -30,8 +30,8 @@ def cpu(free_bytes: int) -> Machine:
     return Machine("a CPU", "cpu", torch.bfloat16, True, free_bytes, 0, 0)
 
 
-def seven(machine: Machine, recipe: Recipe | None = None) -> PlannedRun:
-    return PlannedRun(shapes()[SEVEN], recipe or recipe_of(256), BATCH, machine)
+def seven(machine: Machine, recipe: Recipe | None = None, sharing: Sharing = ALONE) -> PlannedRun:
+    return PlannedRun(shapes()[SEVEN], recipe or recipe_of(256), BATCH, machine, sharing=sharing)
 
 
 def part(memory: Any, name: str) -> int:
@@ -43,7 +43,7 @@ def part(memory: Any, name: str) -> int:
 def test_zero3_divides_packed_weights_embedding_and_head_and_nothing_is_lost(machine: Machine, world_size: int) -> None:
     run = seven(machine)
     whole = plan_memory(run)
-    spread = plan_rank(run, Sharing(3, None, world_size))
+    spread = plan_rank(seven(machine, sharing=Sharing(3, None, world_size)))
     tables = 2 * 2 * 32000 * 4096
     assert spread_of(run.shape).all == PACKED + tables
     share = part(spread, "a share of the base")
@@ -59,12 +59,11 @@ def test_zero3_divides_packed_weights_embedding_and_head_and_nothing_is_lost(mac
 
 
 def test_zero1_and_zero2_save_nothing_with_two_ranks_and_a_few_mb_with_many() -> None:
-    run = seven(gpu(0))
     trained = 1_417_216
-    plain = plan_rank(run).total_bytes
+    plain = plan_rank(seven(gpu(0))).total_bytes
     for stage in (1, 2):
-        two = plan_rank(run, Sharing(stage, None, 1, 2)).total_bytes
-        many = plan_rank(run, Sharing(stage, None, 16, 8)).total_bytes
+        two = plan_rank(seven(gpu(0), sharing=Sharing(stage, None, 1, 2))).total_bytes
+        many = plan_rank(seven(gpu(0), sharing=Sharing(stage, None, 16, 8))).total_bytes
         assert two == plain
         assert plain - many == pytest.approx(8 * trained, rel=0.02)  # 11 of 4,700 MB
 
@@ -72,20 +71,20 @@ def test_zero1_and_zero2_save_nothing_with_two_ranks_and_a_few_mb_with_many() ->
 def test_what_travels_in_a_step() -> None:
     recipe = recipe_of(256)
     recipe = recipe.replace(training=recipe.training.replace(global_batch_size=2, per_device_train_batch_size=1))
-    plain = traffic(seven(gpu(0), recipe), Sharing(0, None, 2))
+    plain = traffic(seven(gpu(0), recipe, Sharing(0, None, 2)))
     assert (plain.gradients, plain.base) == (4 * 1_417_216, 0)  # 5.7 MB
     assert (
-        sum(traffic(seven(gpu(0), recipe), Sharing(1, None, 2))) == 6 * 1_417_216
+        sum(traffic(seven(gpu(0), recipe, Sharing(1, None, 2)))) == 6 * 1_417_216
     )  # bench/bandwidth.py received 1.004 times that of a 1.1B
-    spread = traffic(seven(gpu(0), recipe), Sharing(3, None, 2))
+    spread = traffic(seven(gpu(0), recipe, Sharing(3, None, 2)))
     down = 32 * 4096 * 11008 // 2
     assert spread.base == (3 * PACKED - down + 2 * 2 * 32000 * 4096) // 2
     assert spread.gradients == plain.gradients
     recipe = recipe.replace(training=recipe.training.replace(global_batch_size=8))  # four passes on each of two ranks
-    assert traffic(seven(gpu(0), recipe), Sharing(3, None, 2)).base == 4 * spread.base
-    assert sum(traffic(seven(gpu(0), recipe), Sharing(3))) == 0
+    assert traffic(seven(gpu(0), recipe, Sharing(3, None, 2))).base == 4 * spread.base
+    assert sum(traffic(seven(gpu(0), recipe, Sharing(3)))) == 0
     recipe = recipe.replace(training=recipe.training.replace(gradient_checkpointing=False))
-    assert traffic(seven(gpu(0), recipe), Sharing(3, None, 2)).base == 2 * (2 * PACKED + 2 * 2 * 32000 * 4096)
+    assert traffic(seven(gpu(0), recipe, Sharing(3, None, 2))).base == 2 * (2 * PACKED + 2 * 2 * 32000 * 4096)
 
 
 @pytest.mark.parametrize(
