@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 _ALIGNMENT_BYTES = 512  # of the device's own allocations
 _RESIDENT_SHARE = 0.85
 """A base that takes more than this share of the free memory leaves too little for activations and answers."""
-_PINNED_SHARE = 0.8
+PINNED_SHARE = 0.8
 """Page-locked RAM can't be swapped out, so the system keeps at least a fifth of what is free."""
 
 
@@ -197,7 +197,7 @@ class LayerStream:
         if self._copies is None:
             return False  # nothing would run beside the computation
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        return processes * size_bytes <= _PINNED_SHARE * memory.available_bytes(torch.device("cpu"))
+        return processes * size_bytes <= PINNED_SHARE * memory.available_bytes(torch.device("cpu"))
 
     def _pin(self) -> list[list[torch.Tensor]] | None:
         """All layers in page-locked RAM; None where the system does not lock so much."""

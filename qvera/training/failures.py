@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _CHANGES = 3
 _LEAST_SHARE = 0.05
 """A change has to take at least this share less than was planned, since the plan was too low."""
+_ANY_RUN = "Lower data.max_length, or training.per_device_train_batch_size where rows are not packed."
 
 
 def longest_batch_error(
@@ -37,7 +38,7 @@ def longest_batch_error(
         text += f"The plan came to {size(plan.memory.total_bytes)}, so other processes hold memory too. "
     if not checkpointing:
         text += "Set training.gradient_checkpointing=true. "
-    return InputError(f"{text}Lower training.per_device_train_batch_size or data.max_length.")
+    return InputError(text + _ANY_RUN)
 
 
 def not_finite_error(
@@ -118,7 +119,7 @@ def _advice(plan: Plan | None, rows: Rows | None, shortage: Shortage) -> str:
     lines = [] if plan is None else _changes_that_fit(plan, rows, shortage)
     if plan is not None and plan.recipe.deepspeed is None and plan.recipe.training.on_oom == "save":
         lines.append("Or set training.on_oom=halve, which goes on with half as many rows in a pass.")
-    return "\n".join(lines) or "Lower training.per_device_train_batch_size or data.max_length."
+    return "\n".join(lines) or _ANY_RUN
 
 
 def _changes_that_fit(plan: Plan, rows: Rows | None, shortage: Shortage) -> list[str]:

@@ -68,14 +68,13 @@ def _steps(run: PlannedRun) -> Iterator[tuple[str, list[Any]]]:
     """Each key that saves memory, with ever smaller values; in the order of what it costs the result of a run."""
     training, data, adapter = run.recipe.training, run.recipe.data, run.recipe.adapter
     rows = training.per_device_train_batch_size
+    fewer_rows = [n for n in range(rows - 1, 0, -1) if training.global_batch_size % n == 0]
     longest = data.max_length if run.batch.joined else min(data.max_length, run.batch.tokens)
     few = [name for name in ("q_proj", "v_proj") if any(x.role == name for x in run.shape.linears)]
     steps: dict[str, list[Any]] = {
         "training.gradient_checkpointing": _slower_modes(run),
         "model.stream": [True] if run.can_stream and not run.streams else [],
-        "training.per_device_train_batch_size": [
-            n for n in range(rows - 1, 0, -1) if training.global_batch_size % n == 0
-        ],
+        "training.per_device_train_batch_size": [] if data.packing else fewer_rows,
         "training.loss_chunk_tokens": _halved(training.loss_chunk_tokens, _SMALLEST_CHUNK),
         "data.max_length": [n for n in _eighths(longest) if n >= _SHORTEST_TOKENS],
         "adapter.rank": [r for r in _halved(adapter.rank, _SMALLEST_RANK) if r % adapter.b_groups == 0],

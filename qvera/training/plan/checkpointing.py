@@ -13,6 +13,7 @@ from typing import Any
 from qvera.config.schema import Recipe
 from qvera.models.checkpointing import Mode
 from qvera.training.plan.activations import offloaded_bytes
+from qvera.training.plan.memory import pinned_layer_bytes
 from qvera.training.plan.run import Machine, PlannedRun
 from qvera.training.plan.sharding import plan_rank
 from qvera.utils import accelerator
@@ -76,11 +77,13 @@ def decide(run: PlannedRun) -> Checkpointing:
     if needed[False] <= available * (OFF_SHARE_ACCELERATOR if machine.on_gpu else OFF_SHARE_CPU):
         mode, why = False, f"without it the run takes {takes[False]} {of}"
     elif "offload" in runs and needed[True] > available * ON_SHARE_ACCELERATOR and needed["offload"] < needed[True]:
-        host_bytes, free_bytes = offloaded_bytes(runs["offload"]), machine.host_bytes
-        if free_bytes is None or host_bytes <= free_bytes // sharing.per_node:
+        host_bytes, free_bytes = offloaded_bytes(runs["offload"]) * sharing.per_node, machine.host_bytes
+        layers_bytes = pinned_layer_bytes(run)  # which are locked first
+        if free_bytes is None or host_bytes <= free_bytes - layers_bytes:
             mode, why = "offload", f"{why}, and with all layer inputs on the device {takes[True]}"
         else:
-            why += f", and {size(host_bytes)} of RAM to offload layer inputs to are not free"
+            beside = " beside the streamed layers" if layers_bytes else ""
+            why += f", and {size(host_bytes)} of RAM to offload layer inputs to are not free{beside}"
     return Checkpointing(mode, f"auto: {why}", asked, needed, available)
 
 

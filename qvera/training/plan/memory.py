@@ -7,8 +7,10 @@ from qvera.adapters.methods import Source
 from qvera.config.schema import Recipe
 from qvera.data.collate import KERNEL_CACHE_SIZE, LENGTHS_PER_OCTAVE, round_up_length, rounds_lengths
 from qvera.models.loss import BLOCK_ELEMENTS
+from qvera.models.stream import PINNED_SHARE
 from qvera.training.plan.activations import input_bytes, kept_bytes, norm_bytes, product_shapes, transient_bytes
 from qvera.training.plan.run import Linear, Machine, PlannedRun
+from qvera.utils import accelerator
 
 Kind = Literal["base", "projections", "vectors", "checkpoints", "transient", "loss", "answers", "runtime"]
 
@@ -112,6 +114,17 @@ def layer_bytes(run: PlannedRun) -> list[int]:
         if x.quantizable and x.layer is not None:
             layers[x.layer] = layers.get(x.layer, 0) + weight_storage_bytes(x, run.recipe, run.itemsize)
     return list(layers.values())
+
+
+def pinned_layer_bytes(run: PlannedRun) -> int:
+    """RAM that the layers of a streamed base are locked in on this node, by all of its ranks.
+
+    0 where they are read from the mapped file, since so much RAM is not free (`qvera.models.stream`).
+    """
+    if not run.streams or not accelerator.has_own_memory(run.machine.device_type):
+        return 0
+    size_bytes, free_bytes = sum(layer_bytes(run)) * run.sharing.per_node, run.machine.host_bytes
+    return size_bytes if free_bytes is None or size_bytes <= PINNED_SHARE * free_bytes else 0
 
 
 def optimizer_state_bytes(sizes: list[int], optim: str) -> int:

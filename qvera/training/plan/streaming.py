@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qvera.training.plan.checkpointing import Checkpointing, decide, with_mode
-from qvera.training.plan.memory import layer_bytes
+from qvera.training.plan.memory import layer_bytes, pinned_layer_bytes
 from qvera.training.plan.run import PlannedRun
 from qvera.training.plan.sharding import plan_rank
 from qvera.utils import accelerator
@@ -93,6 +93,5 @@ def decide_both(run: PlannedRun) -> tuple[PlannedRun, Checkpointing, Streaming]:
     if not accelerator.has_own_memory(machine.device_type):
         why += "; here it only adds copies: the mapped file is in RAM anyway"
         return found, mode, Streaming(True, why, asked)
-    ram_bytes, free = sum(layer_bytes(found)), machine.host_bytes
-    short = free is not None and ram_bytes * run.sharing.per_node > 0.8 * free
-    return found, mode, Streaming(True, why, asked, ram_bytes, pass_bytes(found), short)
+    short = not pinned_layer_bytes(found)
+    return found, mode, Streaming(True, why, asked, sum(layer_bytes(found)), pass_bytes(found), short)

@@ -19,6 +19,7 @@ from qvera.training import planning
 from qvera.training.plan import Batch, Machine, PlannedRun, Sharing, make_plan, plan_memory, shape_of
 from qvera.training.plan.activations import offloaded_bytes
 from qvera.training.plan.checkpointing import decide, with_mode
+from qvera.training.plan.memory import layer_bytes, pinned_layer_bytes
 from qvera.training.plan.run import Shape
 from qvera.training.trainer import train
 from tests.conftest import small_llama
@@ -60,6 +61,23 @@ def test_auto_is_the_fastest_that_fits_with_a_margin(shape: Shape) -> None:
         assert decided.needed_bytes == needed
         assert "auto" in str(decided)
     assert decide(planned(shape, "offload", card(1e12))).mode == "offload"  # as the recipe says
+
+
+def test_a_streamed_base_is_locked_in_ram_before_layer_inputs(shape: Shape) -> None:
+    offload = planned(shape, "offload", card(1e9)).with_stream(True)
+    layers, inputs = sum(layer_bytes(offload)), offloaded_bytes(offload)
+    needed = plan_memory(planned(shape, True, card(1e9)).with_stream(True)).total_bytes / 0.93
+    auto = parse_recipe({**TREE, "model": {"path": "-", "stream": True}}, "t")
+    for free, mode in ((inputs + layers, "offload"), (inputs + layers - 1, True)):
+        decided = decide(PlannedRun(shape, auto, LONG, card(needed, free)))
+        assert decided.mode == mode
+        assert ("beside the streamed layers" in decided.why) is (mode is True)
+    two = Sharing(per_node=2)  # each of which locks its own
+    assert decide(PlannedRun(shape, auto, LONG, card(needed, inputs + layers), sharing=two)).mode is True
+    assert decide(PlannedRun(shape, auto, LONG, card(needed, 2 * (inputs + layers)), sharing=two)).mode == "offload"
+    # too little RAM to lock the layers: they stay in the file
+    huge = dataclasses.replace(offload, machine=card(needed, layers))
+    assert pinned_layer_bytes(huge) == 0
 
 
 def test_on_a_cpu_auto_leaves_half_of_the_free_memory_and_ranks_share_it(shape: Shape) -> None:

@@ -131,6 +131,19 @@ def test_changes_make_it_fit(config_only: Path) -> None:
     assert len(last.settings) > 4
 
 
+def test_rows_a_pass_are_no_change_where_rows_are_packed(config_only: Path) -> None:
+    """Packing replaces training.per_device_train_batch_size."""
+    tree: dict[str, Any] = {"model": str(config_only), "training": {"gradient_checkpointing": True}}
+    for packing in (False, True):
+        data = {"path": "some/hub-data", "max_length": 256, "packing": packing}
+        recipe = parse_recipe({**tree, "data": data}, "t")
+        needed = make_plan(recipe, gpu(10**9)).memory.total_bytes
+        for size in (needed - 1, 1000):  # one change each, and all together
+            keys = {key for change in make_plan(recipe, gpu(size)).changes for key in change.settings}
+            assert "data.max_length" in keys
+            assert ("training.per_device_train_batch_size" in keys) is not packing
+
+
 def test_more_of_anything_takes_more(config_only: Path) -> None:
     tree = {
         "model": str(config_only), "data": {"path": "some/hub-data", "max_length": 128},
@@ -158,18 +171,23 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         parse_size(text)
 
 
-def test_seconds_on_a_gpu_come_from_a_whole_weight(config_only: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = parse_recipe({"model": str(config_only), "data": {"path": "some/hub-data", "max_length": 64}}, "t")
-    plan = make_plan(recipe, gpu(10**9))
-    read: list[tuple[int, int]] = []
-    real = timing.quantization.dequantized_weight
-    monkeypatch.setattr(timing, "_BUDGET_SECONDS", 0.01)
-    monkeypatch.setattr(
-        timing.quantization, "dequantized_weight",
-        lambda layer, dtype: (read.append((layer.out_features, layer.in_features)), real(layer, dtype))[1],
-    )  # fmt: skip
-    assert sum(timing.time_step(plan, torch.device("cpu")).values()) > 0
-    assert set(read) == {(plan.shape.ff, plan.shape.hidden)}
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_a_step_has_seconds_and_random_numbers_go_on_as_before(
+    config_only: Path, monkeypatch: pytest.MonkeyPatch, quantization: str, on_gpu: bool
+) -> None:
+    tree = {
+        "model": {"path": str(config_only), "quantization": quantization},
+        "data": {"path": "some/hub-data", "max_length": 64},
+    }
+    cpu = Machine("a CPU", "cpu", torch.float32, True, 10**10)
+    plan = make_plan(parse_recipe(tree, "t"), gpu(10**9) if on_gpu else cpu)
+    monkeypatch.setattr(timing, "_BUDGET_SECONDS", 1e-3)
+    before = torch.random.get_rng_state()
+    seconds = timing.time_step(plan, torch.device("cpu"))
+    assert all(0 < part < 10 for name, part in seconds.items() if name != "dequantization")
+    assert (seconds["dequantization"] > 0) is (quantization != "none")
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_the_command(write_recipe: Any, capsys: Any) -> None:
