@@ -14,9 +14,9 @@ from qvera.training.plan.run import PlannedRun
 from qvera.training.plan.streaming import pass_bytes
 from qvera.utils import accelerator
 
-_WEIGHTS_PROBED = 2**20
-_TOKENS_PROBED = 1024
-_FLOPS_PROBED = 30e9
+_TOKENS_OF_LAYER = 4096
+"""Enough for an accelerator's full rate, and a bound on the memory that the timing takes."""
+_WEIGHTS_OF_PIECE, _TOKENS_OF_PIECE, _FLOPS_OF_PIECE = 2**20, 1024, 30e9
 _BUDGET_SECONDS = 0.5
 
 
@@ -46,39 +46,78 @@ def _copied_per_second(device: torch.device) -> float:
 def _rates(run: PlannedRun, device: torch.device) -> dict[str, float]:
     """What ``device`` does in a second.
 
-    ``products``: FLOPs of x Wᵀ at the recipe's tokens and the layers' shapes, in the compute dtype; ``low rank``: of
-    x Aᵀ, whose inner or outer side is the rank; ``dequantization``: 4-bit weights made into the compute dtype;
-    ``elementwise``: bytes read and written.
+    ``products``: FLOPs of x Wᵀ and g W at the recipe's tokens and the layers' shapes, in the compute dtype; ``low
+    rank``: of products one side of which is the rank; ``dequantization``: 4-bit weights made into the compute dtype;
+    ``elementwise``: bytes read and written. On an accelerator each is that of a whole decoder layer: less would time
+    the launch of a kernel.
     """
-    shape, model, dtype = run.shape, run.recipe.model, run.machine.dtype
-    # on a GPU anything less than a whole weight and all tokens would time the launch of a kernel
-    tokens = run.batch.all_tokens if run.machine.on_gpu else min(run.batch.all_tokens, _TOKENS_PROBED)
-    widest = (
-        shape.ff
-        if run.machine.on_gpu
-        else min(shape.ff, max(64, int(_FLOPS_PROBED / (2 * _TOKENS_PROBED * shape.hidden))))
-    )
-    generator = torch.Generator(device="cpu").manual_seed(0)
+    with accelerator.forked_random_state():
+        return (_rates_of_layer if run.machine.on_gpu else _rates_of_piece)(run, device)
 
-    def drawn(rows: int, columns: int) -> torch.Tensor:
-        return torch.randn(rows, columns, generator=generator).to(device=device, dtype=dtype)
 
-    x, weight, narrow = drawn(tokens, shape.hidden), drawn(widest, shape.hidden), drawn(run.rank, shape.hidden)
-    wide = drawn(tokens, shape.ff)
-    dequantized = float("inf")
-    if model.quantization in ("nf4", "fp4"):
-        side = shape.ff if run.machine.on_gpu else max(64, min(_WEIGHTS_PROBED // shape.hidden, widest))
-        layer = quantization.Linear4bit(
-            shape.hidden, side, bias=False, compute_dtype=dtype, quant_type=model.quantization,
-            compress_statistics=model.double_quant,
-        ).to(device)  # fmt: skip
-        dequantized = shape.hidden * side / _seconds(lambda: quantization.dequantized_weight(layer, dtype))
+def _rates_of_layer(run: PlannedRun, device: torch.device) -> dict[str, float]:
+    """All linears of a layer, forward and backward. They share one weight and one input, drawn on the device."""
+    layer, dtype, tokens = run.layer, run.machine.dtype, min(run.batch.all_tokens, _TOKENS_OF_LAYER)
+    sides = {x.n for x in layer} | {x.m for x in layer}
+    weights = torch.randn(max(x.n * x.m for x in layer), dtype=dtype, device=device)
+    inputs = torch.randn(tokens * max(sides), dtype=dtype, device=device)
+    narrow = torch.randn(max(tokens, *sides) * run.rank, dtype=dtype, device=device)
+
+    def first(numbers: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+        return numbers[: rows * columns].view(rows, columns)
+
+    def products() -> None:
+        for x in layer:
+            weight = first(weights, x.m, x.n)
+            torch.mm(first(inputs, tokens, x.n), weight.t())
+            torch.mm(first(inputs, tokens, x.m), weight)
+
+    def low_rank() -> None:
+        for x in layer:
+            torch.mm(first(inputs, tokens, x.n), first(narrow, run.rank, x.n).t())  # z = x Aᵀ
+            torch.mm(first(narrow, tokens, run.rank), first(narrow, x.m, run.rank).t())  # z Cᵀ
+
+    quantized = [x for x in layer if run.is_quantized(x)]
+    readers = [quantization.quantized_reader(first(weights, x.m, x.n), run.recipe.model) for x in quantized]
+
+    def dequantize() -> None:
+        for read in readers:
+            read()
+
+    numbers, wide = sum(x.n * x.m for x in layer), first(inputs, tokens, max(sides))
     return {
-        "products": 2 * tokens * shape.hidden * widest / _seconds(lambda: x @ weight.t()),
-        "low rank": 2 * tokens * shape.hidden * run.rank / _seconds(lambda: x @ narrow.t()),
-        "dequantization": dequantized,
-        "elementwise": 2 * wide.numel() * wide.element_size() / _seconds(lambda: torch.nn.functional.silu(wide)),
+        "products": _rate(4 * tokens * numbers, products),
+        "low rank": _rate(2 * tokens * run.rank * sum(x.n + x.m for x in layer), low_rank),
+        "dequantization": _rate(sum(x.n * x.m for x in quantized), dequantize),
+        "elementwise": _elementwise_rate(wide),
     }
+
+
+def _rates_of_piece(run: PlannedRun, device: torch.device) -> dict[str, float]:
+    """On a CPU: some rows of one weight, with at most so many tokens, which is long enough there."""
+    hidden, dtype, tokens = run.shape.hidden, run.machine.dtype, min(run.batch.all_tokens, _TOKENS_OF_PIECE)
+    widest = min(run.shape.ff, max(64, int(_FLOPS_OF_PIECE / (2 * _TOKENS_OF_PIECE * hidden))))
+    x, weight, narrow, wide = (
+        torch.randn(*size, device=device).to(dtype)
+        for size in ((tokens, hidden), (widest, hidden), (run.rank, hidden), (tokens, run.shape.ff))
+    )
+    rows = max(64, min(_WEIGHTS_OF_PIECE // hidden, widest))
+    read = quantization.quantized_reader(torch.randn(rows, hidden, device=device).to(dtype), run.recipe.model)
+    return {
+        "products": _rate(2 * tokens * hidden * widest, lambda: x @ weight.t()),
+        "low rank": _rate(2 * tokens * hidden * run.rank, lambda: x @ narrow.t()),
+        "dequantization": _rate(0 if run.recipe.model.quantization == "none" else rows * hidden, read),
+        "elementwise": _elementwise_rate(wide),
+    }
+
+
+def _elementwise_rate(numbers: torch.Tensor) -> float:
+    return _rate(2 * numbers.numel() * numbers.element_size(), lambda: torch.nn.functional.silu(numbers))
+
+
+def _rate(amount: float, run: Callable[[], object]) -> float:
+    """``amount`` that ``run`` does, by the second; infinite for nothing, which takes no time."""
+    return amount / _seconds(run) if amount else float("inf")
 
 
 def _seconds(run: Callable[[], object]) -> float:
