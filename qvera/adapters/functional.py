@@ -152,9 +152,12 @@ def inward(g: torch.Tensor, B: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def few_tokens(tokens: int, B: torch.Tensor, groups: int = 1) -> bool:
-    """Whether scaling z and the outputs, T (r + 2 G m) elements, touches fewer elements than building C [m, r]."""
+    """Whether scaling z and the outputs, T (r + 2 G m) elements, touches fewer elements than building C [m, r].
+
+    False in compiled code, which has one path for all numbers of tokens (`qvera.models.compile`).
+    """
     out_features, rank = B.shape
-    return tokens * (rank + 2 * groups * out_features) < out_features * rank
+    return not torch.compiler.is_compiling() and tokens * (rank + 2 * groups * out_features) < out_features * rank
 
 
 def delta_weight(

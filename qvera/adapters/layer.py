@@ -167,6 +167,8 @@ class LowRankPath:
         base, factors = self.base_layer, self.parts(adapter)
         if factors.vectors is None:
             return None
+        if torch.compiler.is_compiling():  # one path for all numbers of tokens (`qvera.models.compile`)
+            return None
         dtype, scaled = linear.compute_dtype(base, x), factors.a is not None
         sizes = x.numel() // self.in_features, self.in_features, self.out_features, factors.rank
         if not fused.pays(*sizes, dtype, x.device.type, scaled):
@@ -175,8 +177,7 @@ class LowRankPath:
         if torch.is_grad_enabled() and not fused.keeps_input(*sizes, scaled):
             with torch.no_grad():
                 z = self.shared_z(adapter, x, dtype)
-        held = None if torch.compiler.is_compiling() else self._training_weight
-        return fused.summed_linear(base, x.to(dtype), z, factors, held).to(x.dtype)
+        return fused.summed_linear(base, x.to(dtype), z, factors, self._training_weight).to(x.dtype)
 
     def delta_weight_fp32(self, adapter: str) -> torch.Tensor:
         """ΔW of one adapter in fp32, oriented as the base layer's weight: [out, in], or [in, out] for a Conv1D."""

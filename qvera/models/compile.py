@@ -1,8 +1,11 @@
 """Compile the decoder layers of a model with torch.compile.
 
 Each layer is compiled for itself: a model's layers are alike, so the first one's code serves all of them, and gradient
-checkpointing stays around a layer. Lengths are symbolic, so a batch of another length needs no new code. Measured on
+checkpointing stays around a layer. Lengths are symbolic, so a batch of another length needs no new code. Tested on
 CPUs only.
+
+What depends on the number of tokens would need a version of the code for each side of every threshold: compiled layers
+take the low-rank path, with C, and whole weights.
 
 Only training passes run compiled. torch keeps at most 8 versions of one function's code, and runs it plainly from then
 on: the masks, caches and dense weights of evaluations and answers would use them up before the first step.

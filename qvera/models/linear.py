@@ -92,8 +92,8 @@ def blocked_input_grad(g: torch.Tensor, blocks: WeightBlocks, out: torch.Tensor)
 
 
 def backward_by_blocks(tokens: int, in_features: int) -> bool:
-    """Whether g W is computed by blocks."""
-    return tokens * in_features <= _MAX_SUMMED_ELEMENTS
+    """Whether g W is computed by blocks; not in compiled code, which has one path for all numbers of tokens."""
+    return not torch.compiler.is_compiling() and tokens * in_features <= _MAX_SUMMED_ELEMENTS
 
 
 def frozen_product(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:

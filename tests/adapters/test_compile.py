@@ -7,10 +7,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from qvera.adapters.save_load import attach
+from qvera.config.schema import AdapterSection
+from qvera.data import Example
+from qvera.evaluation.evaluate import batch_nll, make_batch
 from qvera.models import compile
+from qvera.models.checkpointing import enable_checkpointing
 from qvera.training import session
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
@@ -91,6 +97,36 @@ def test_only_training_passes_run_compiled(monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.equal(model(ids).logits, wanted)
     model.generate(ids, max_new_tokens=2, do_sample=False)  # type: ignore[operator]
     assert len(calls) == count
+
+
+@pytest.mark.slow
+def test_the_number_of_tokens_needs_no_version_of_its_own() -> None:
+    """torch compiles 8 versions of a layer at most; packed passes without checkpointing have any number of tokens."""
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    model: Any = attach(small_llama(num_hidden_layers=1), AdapterSection(rank=64))
+    enable_checkpointing(model, False)
+    expected: list[torch.Tensor] = []
+    lengths = ([40, 30, 20], [5, 4], [64], [300, 200], [7] * 9, [12])  # many rows in a pass, or one
+    for compiled in (False, True):
+        if compiled:
+            compile.compile_layers(model, backend="eager")
+        model.train()
+        before = graphs["unique_graphs"]
+        for each in lengths:
+            batch = make_batch(model, [packable(n) for n in each], 0, packing=True)
+            loss = batch_nll(model, batch, 512)[0]
+            loss.backward()
+            expected.append(loss.detach())
+        made = graphs["unique_graphs"] - before
+        assert made == (2 if compiled else 0)  # with a mask that tells rows apart, and without one
+    for one, other in zip(expected[: len(lengths)], expected[len(lengths) :], strict=True):
+        assert relative(one, other) < 1e-5
+
+
+def packable(tokens: int) -> Example:
+    ids = np.arange(tokens, dtype=np.int32) % 50 + 3
+    return Example(ids, np.arange(tokens) > 0, "a row", ids[:0], "", None)
 
 
 def test_a_layer_after_answers_is_the_one_that_was_compiled() -> None:

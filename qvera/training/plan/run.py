@@ -380,6 +380,7 @@ class PlannedRun:
         sizes = self.batch.all_tokens, x.n, x.m, self.rank_at(x)
         method = self.method
         may = x.name in self.adapted_names and not section.dropout and method.has_vectors and method.is_low_rank
+        may = may and not self.recipe.training.torch_compile
         return may and fused.pays(*sizes, machine.dtype, machine.device_type, section.input_scale)
 
     def keeps_input(self, x: Linear) -> bool:
