@@ -9,6 +9,7 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qvera.adapters.save_load import attach, named_vectors
 from qvera.config.schema import AdapterSection, ModelSection
@@ -367,3 +368,21 @@ def test_whole_model_casts_leave_packed_bytes_alone(tiny_model_dir: Path) -> Non
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     assert relative(model(IDS).logits, plain) < 3e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_int8_weight_is_dequantized_without_a_copy_in_fp32(dtype: torch.dtype) -> None:
+    layer = base_layer("int8")
+    rows, scales = quantize.int8_rows(layer)
+    made: list[torch.Tensor] = []
+
+    class Made(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            made.append(out)
+            return out
+
+    with Made():
+        weight = quantize.dequantized_weight(layer, dtype)
+    assert torch.equal(weight, (rows.float() * (scales.float() / 127)[:, None]).to(dtype))
+    assert {tensor.dtype for tensor in made if tensor.shape == rows.shape} == {dtype}
