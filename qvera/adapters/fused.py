@@ -17,7 +17,8 @@ what it adds to each output; measured end to end against fp32 neither is further
 (bench/summed.py). That holds where it was measured, on CPUs: on CUDA 16-bit layers take the low-rank path (`pays`).
 
 W' changes once an optimizer step. Where memory allows it is held between forward and backward, and from one micro-batch
-to the next (`HeldWeight`): m n r multiply-adds and one dequantized weight a step, in place of as many a pass.
+to the next (`HeldWeight`): m n r multiply-adds and one dequantized weight a step, in place of two a pass. So it pays
+from a half as many tokens a pass on, and from fewer with every further pass of a step (`pays`).
 """
 
 from typing import NamedTuple, Protocol
@@ -31,6 +32,9 @@ from qvera.adapters.functional import AutogradContext, as_output, split_scale
 from qvera.kernels.low_rank import combined, vector_gradients, wide_product
 from qvera.models import quantization
 
+BUILDS_UNHELD = 2.0
+"""How often W + ΔW is made in a pass where it is not held: forward and backward."""
+
 
 def pays(
     tokens: int,
@@ -40,11 +44,15 @@ def pays(
     dtype: torch.dtype,
     device_type: str = "cpu",
     input_scale: bool = False,
+    builds: float = BUILDS_UNHELD,
 ) -> bool:
-    """Whether `summed_linear` is as exact here as the low-rank path and takes fewer multiply-adds."""
+    """Whether `summed_linear` is as exact here as the low-rank path and takes fewer multiply-adds.
+
+    ``builds``: how often W + ΔW is made in a forward and backward pass; where it is held, once in all passes of a step.
+    """
     n, m = in_features, out_features
     low_rank = tokens * rank * (2 * n + 3 * m)
-    cheaper = 2 * m * n * rank + gradient_cost(tokens, n, m, rank, input_scale) < low_rank
+    cheaper = builds * m * n * rank + gradient_cost(tokens, n, m, rank, input_scale) < low_rank
     return cheaper and (dtype.itemsize >= 4 or device_type == "cpu")
 
 

@@ -51,6 +51,7 @@ class LowRankPath:
     _inference_weight: torch.Tensor | None = None
     _inference_adapters: tuple[str, ...] = ()
     _training_weight: fused.HeldWeight | None = None
+    _builds_per_pass: float = fused.BUILDS_UNHELD
     gradient_watch: Watch | None = None
     """Called in backward with the output's gradient and the input, for methods that choose places by it."""
     _row_forward: Callable[..., torch.Tensor] | None = None
@@ -171,7 +172,9 @@ class LowRankPath:
             return None
         dtype, scaled = linear.compute_dtype(base, x), factors.a is not None
         sizes = x.numel() // self.in_features, self.in_features, self.out_features, factors.rank
-        if not fused.pays(*sizes, dtype, x.device.type, scaled):
+        # evaluations go one way whether W + ΔW is held or not, and so give the same loss in every process
+        builds = self._builds_per_pass if torch.is_grad_enabled() else fused.BUILDS_UNHELD
+        if not fused.pays(*sizes, dtype, x.device.type, scaled, builds):
             return None
         z = None
         if torch.is_grad_enabled() and not fused.keeps_input(*sizes, scaled):
@@ -218,9 +221,13 @@ class LowRankPath:
                 weight = weight + self.delta_weight_fp32(name)
             self._inference_weight, self._inference_adapters = weight.to(self.held_dtype()), tuple(names)
 
-    def hold_training_weight(self, hold: bool) -> None:
-        """Where the layer goes through W + ΔW (`fused`), hold it [m, n] until a vector changes; False lets go."""
+    def hold_training_weight(self, hold: bool, builds: float | None = None) -> None:
+        """Where the layer goes through W + ΔW (`fused`), hold it [m, n] until a vector changes; False lets go.
+
+        ``builds``: see `hold_training_weights`.
+        """
         self._training_weight = fused.HeldWeight() if hold else None
+        self._builds_per_pass = (1.0 if hold else fused.BUILDS_UNHELD) if builds is None else builds
 
     def held_dtype(self) -> torch.dtype:
         """The dtype of `hold_inference_weight`."""
@@ -241,15 +248,22 @@ class LowRankPath:
         return self._inference_weight is not None
 
 
-def hold_training_weights(model: nn.Module, hold: bool = True) -> None:
+def hold_training_weights(model: nn.Module, hold: bool = True, builds: float | None = None) -> None:
     """Hold W + ΔW of every adapted layer between optimizer steps (`LowRankPath.hold_training_weight`).
 
-    The numbers are the same. Beside the model it takes all adapted weights in the compute dtype; worth it on a CPU
-    with that much memory to spare. `qvera train` does it by itself where the plan says that it fits.
+    Beside the model it takes all adapted weights in the compute dtype; worth it on a CPU with that much memory to
+    spare. `qvera train` does it by itself where the plan says that it fits. Layers that take another path for it
+    (`fused.pays`) give other last bits.
+
+    Args:
+        model: with an adapter.
+        hold: False lets go.
+        builds: how often W + ΔW is made in a forward and backward pass, by which a layer in training chooses its path:
+            1/4 where it is held over the four passes of a step. None: once where it is held, else twice.
     """
     for module in model.modules():
         if isinstance(module, LowRankPath):
-            module.hold_training_weight(hold)
+            module.hold_training_weight(hold, builds)
 
 
 class VectorDict(nn.ParameterDict):

@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 from qvera.adapters import hold_training_weights
+from qvera.adapters.fused import BUILDS_UNHELD
 from qvera.adapters.methods import check_recipe, method_of
 from qvera.adapters.projection import forget_inputs
 from qvera.adapters.save_load import attach, rate_factors
@@ -117,6 +118,8 @@ class TrainingSession:
             self.sharder = BaseSharder(self.zero, recipe, group.rank, group.world_size, self.run_dir / "offload")
             self.resources.callback(self.sharder.discard)
         self.plan = self._plan_memory()
+        # of W + ΔW. Layers choose their path by it, so a run that goes on keeps it, whatever memory allows now
+        self.builds_per_pass = BUILDS_UNHELD if self.plan is None else self.plan.builds_per_pass
         self.base = self._load_base()
         facts = self.base.facts
         identity = facts.get("fingerprint"), facts.get("added_tokens")
@@ -153,8 +156,7 @@ class TrainingSession:
             start_from_gradient(self)
         if self.recipe.training.torch_compile:
             compile_layers(self.model)
-        if self.plan is not None and self.plan.holds_weights:
-            hold_training_weights(self.model)
+        hold_training_weights(self.model, self.plan is not None and self.plan.holds_weights, self.builds_per_pass)
         if self.sharder is None:
             self.group.agree(self._try_longest_batch)
         self.engine = self.make_engine()

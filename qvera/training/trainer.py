@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from qvera.adapters.fused import BUILDS_UNHELD
 from qvera.adapters.save_load import load_vectors, named_vectors, save_adapter
 from qvera.config.schema import Recipe
 from qvera.distributed.group import Group, for_all
@@ -291,6 +292,7 @@ class Trainer(TrainingSession):
             "schedule": self.schedule.state_dict(),
             "loss_scale": None if self.scaler is None else self.scaler.state_dict(),
             "gradient_checkpointing": self.checkpointing,
+            "builds_per_pass": self.builds_per_pass,
             "progressed": dataclasses.asdict(self.state),
         }
 
@@ -327,6 +329,7 @@ class Trainer(TrainingSession):
         for halving in self.state.halvings:
             self.batches.limit(halving.get("pass_rows") or halving["pass_tokens"])
         self.keep_checkpointing(one.state.get("gradient_checkpointing", self.checkpointing))
+        self.builds_per_pass = one.state.get("builds_per_pass", BUILDS_UNHELD)
         self.console.print(f"Going on from step {self.state.step} of {self.steps} ({one.path}).", soft_wrap=True)
 
     def load_best_vectors(self) -> None:

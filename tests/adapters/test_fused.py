@@ -126,6 +126,41 @@ def test_few_tokens_and_sixteen_bits_on_cuda_take_the_low_rank_path() -> None:
         assert not fused.pays(512, 4096, 4096, 256, dtype)
 
 
+@pytest.mark.parametrize("rank", [64, 256, 1024])
+@pytest.mark.parametrize("passes", [1, 2, 4])
+def test_a_held_weight_pays_from_fewer_tokens_on(passes: int, rank: int) -> None:
+    n, m = 4096, 11008
+
+    def least(builds: float) -> int:
+        return next(t for t in range(20, 10**5, 20) if fused.pays(t, n, m, rank, torch.float32, builds=builds))
+
+    # M and z cost as much either way: what is saved is T r (n + 2 m), and what it takes is m n r a build
+    assert least(1 / passes) == pytest.approx(m * n / (n + 2 * m) / passes, abs=20)
+    assert least(fused.BUILDS_UNHELD) == pytest.approx(2 * m * n / (n + 2 * m), abs=20)
+
+
+def test_a_layer_that_holds_its_weight_takes_it_where_that_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, tokens = adapted("nf4+dq-bfloat16"), 2 * (IN * OUT // (IN + 2 * OUT) // 2 + 1)
+    x, upstream = torch.randn(2, tokens // 2, IN), torch.randn(2, tokens // 2, OUT)
+    calls: list[int] = []
+    original = fused.summed_linear
+    monkeypatch.setattr(fused, "summed_linear", lambda *a: calls.append(1) or original(*a))
+    low_rank = run(layer, x, upstream)
+    assert not calls
+    layer.hold_training_weight(True)
+    held = run(layer, x, upstream)
+    assert len(calls) == 1
+    for name, one, other in zip(NAMES, held, low_rank, strict=True):
+        assert relative(one, other) < 3e-6, name
+    with torch.no_grad():  # an evaluation goes the same way in every process
+        layer(x)
+    assert len(calls) == 1
+    layer.hold_training_weight(False, builds=1.0)  # the path of a run that began with more memory
+    for one, other in zip(held, run(layer, x, upstream), strict=True):
+        assert torch.equal(one, other)
+    assert len(calls) == 2
+
+
 def no_product(*_: Any) -> None:
     raise AssertionError("took the product with W + ΔW")
 

@@ -1,6 +1,6 @@
 """Bytes of a run: what it holds throughout, what each moment of a step adds, its peak, and the sizes of its files."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from qvera.adapters.methods import Source
@@ -16,9 +16,6 @@ Kind = Literal["base", "projections", "vectors", "checkpoints", "transient", "lo
 
 KEPT_HEAP_BYTES = 64 * 2**20
 """glibc returns the top of its heap when more than this is free (mallopt(3), M_TRIM_THRESHOLD after it has adapted)."""
-
-HELD_WEIGHTS = "adapted weights between steps"
-"""The name of the component of `held_weights`."""
 
 _SMALL_8BIT = 4096  # numbers; bitsandbytes keeps fp32 state for smaller tensors
 
@@ -73,11 +70,6 @@ class Memory:
     def needed_bytes(self, machine: Machine) -> int:
         """What has to fit: on a GPU everything, on a CPU what is private. Mapped pages are dropped and read again."""
         return self.total_bytes if machine.on_gpu else self.private_bytes
-
-    def with_held(self, component: Component) -> "Memory":
-        """The memory of a process that holds one thing more, but while it answers."""
-        moments = {name: parts if name == "answers" else (*parts, component) for name, parts in self.moments.items()}
-        return Memory(self.standing, moments)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON: every component of every moment."""
@@ -160,6 +152,9 @@ def plan_memory(run: PlannedRun) -> Memory:
     if not machine.on_gpu:
         largest = max(sum(c.bytes for c in parts) for parts in moments.values())
         standing += (Component("free heap that malloc keeps", "runtime", min(KEPT_HEAP_BYTES, largest)),)
+    if run.holds_weights:  # answers let go of them
+        held = Component("adapted weights between steps", "base", _held_bytes(run))
+        moments = {name: parts if name == "answers" else (*parts, held) for name, parts in moments.items()}
     return Memory(standing, moments)
 
 
@@ -204,17 +199,22 @@ def _projection_numbers(run: PlannedRun) -> int:
     return sum(run.rank_at(x) * (x.n + x.m) for x in run.adapted) if run.method.source is Source.OWN else 0
 
 
-def held_weights(run: PlannedRun, memory: Memory) -> Component | None:
-    """W + ΔW of the layers that go through it (`adapters.fused.HeldWeight`), where a process alone can hold them.
+def _held_bytes(run: PlannedRun) -> int:
+    """W + ΔW of the layers that go through it (`adapters.fused.HeldWeight`)."""
+    return run.itemsize * sum(x.n * x.m for x in run.adapted if run.is_summed(x))
+
+
+def hold_weights(run: PlannedRun) -> PlannedRun:
+    """The run with W + ΔW held between optimizer steps, where a process alone can hold them; else as it is.
 
     That is on a CPU, where they take at most a quarter of the free memory and the run still fits.
     """
-    size_bytes = run.itemsize * sum(x.n * x.m for x in run.adapted if run.is_summed(x))
-    free = run.machine.available_bytes
-    fits = size_bytes <= free // 4 and memory.needed_bytes(run.machine) + size_bytes <= free
-    if run.machine.on_gpu or run.recipe.training.torch_compile or not size_bytes or not fits:
-        return None
-    return Component(HELD_WEIGHTS, "base", size_bytes)
+    if run.machine.on_gpu or run.sharing.world_size > 1 or run.sharing.stage == 3:
+        return run
+    held, free_bytes = replace(run, holds_weights=True), run.machine.available_bytes
+    size_bytes = _held_bytes(held)
+    fits = size_bytes <= free_bytes // 4 and plan_memory(held).needed_bytes(run.machine) <= free_bytes
+    return held if size_bytes and fits else run
 
 
 def _kernels(run: PlannedRun) -> int:

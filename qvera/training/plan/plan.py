@@ -21,7 +21,7 @@ from qvera.training.plan.activations import RANDOM_STATE_BYTES, offloaded_bytes
 from qvera.training.plan.changes import Change, nearest_changes
 from qvera.training.plan.checkpointing import Checkpointing
 from qvera.training.plan.longest import longest_batch
-from qvera.training.plan.memory import HELD_WEIGHTS, Memory, held_weights
+from qvera.training.plan.memory import Memory, hold_weights
 from qvera.training.plan.ranks import ALONE, Sharing
 from qvera.training.plan.run import Machine, PlannedRun, Shape, shape_of, this_machine
 from qvera.training.plan.sharding import Way, plan_rank, plan_ways, right_way
@@ -61,11 +61,6 @@ class Plan(PlannedRun):
     def fits(self) -> bool:
         """Whether the machine has the memory."""
         return self.needed_bytes <= self.machine.available_bytes
-
-    @property
-    def holds_weights(self) -> bool:
-        """Whether adapted layers hold W + ΔW between optimizer steps (`memory.held_weights`)."""
-        return any(c.name == HELD_WEIGHTS for c in self.memory.at("backward"))
 
     @property
     def is_refused(self) -> bool:
@@ -204,15 +199,15 @@ def make_plan(
     joined = joining_of(config, name, recipe.data.prefix_once, recipe.data.packing)
     batch_of = longest_batch(rows, joined, rounds_lengths(machine.dtype, machine.device_type), masked)
     run, decided, streaming = decide_both(PlannedRun(shape, recipe, batch_of(recipe), machine, sharing=sharing))
+    run = hold_weights(run)
     memory = plan_rank(run)
-    if sharing.world_size == 1 and sharing.stage < 3 and (held := held_weights(run, memory)) is not None:
-        memory = memory.with_held(held)
     fits = memory.needed_bytes(machine) <= machine.available_bytes
     changes = [] if fits else nearest_changes(run, batch_of)
     if phases > 1:  # the rank of the plan is that of all phases, not the recipe's
         changes = [change for change in changes if "adapter.rank" not in change.settings]
-    ways = tuple(plan_ways(run, sharing.nodes, sharing.per_node)) if every_way else ()
-    return Plan(shape, run.recipe, run.batch, machine, memory, changes, decided, streaming, ways, sharing=sharing)
+    ways = tuple(plan_ways(replace(run, holds_weights=False), sharing.nodes, sharing.per_node)) if every_way else ()
+    found = memory, changes, decided, streaming, ways
+    return Plan(shape, run.recipe, run.batch, machine, *found, sharing=sharing, holds_weights=run.holds_weights)
 
 
 def _grown(shape: Shape, recipe: Recipe) -> Shape:

@@ -249,6 +249,7 @@ class PlannedRun:
     batch: Batch
     machine: Machine
     sharing: Sharing = field(default=ALONE, kw_only=True)  # the plan is that of one of its ranks
+    holds_weights: bool = field(default=False, kw_only=True)  # W + ΔW, between optimizer steps (`adapters.fused`)
 
     @cached_property
     def adapted(self) -> tuple[Linear, ...]:
@@ -381,7 +382,12 @@ class PlannedRun:
         method = self.method
         may = x.name in self.adapted_names and not section.dropout and method.has_vectors and method.is_low_rank
         may = may and not self.recipe.training.torch_compile
-        return may and fused.pays(*sizes, machine.dtype, machine.device_type, section.input_scale)
+        return may and fused.pays(*sizes, machine.dtype, machine.device_type, section.input_scale, self.builds_per_pass)
+
+    @property
+    def builds_per_pass(self) -> float:
+        """How often a layer that goes through W + ΔW makes it in a pass (recomputation left out)."""
+        return 1 / self.passes if self.holds_weights else fused.BUILDS_UNHELD
 
     def keeps_input(self, x: Linear) -> bool:
         """Whether the backward pass needs the layer's input (`qvera.adapters.fused`)."""

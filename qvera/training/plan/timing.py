@@ -137,8 +137,7 @@ def _seconds(run: Callable[[], object]) -> float:
 def _work(run: Plan) -> dict[str, tuple[str, float]]:
     """Parts of one forward and backward pass: the rate of `_rates` that each goes by, and how much there is of it."""
     passes = 3 if run.checkpointing else 2  # forward, recompute, backward
-    # how often W + ΔW is made; where it is held, once an optimizer step
-    made = 1 / run.passes if run.holds_weights else passes
+    made = run.builds_per_pass if run.holds_weights else passes  # how often W + ΔW is made
     flops, low_rank, weights, passed = 0.0, 0.0, 0.0, 0.0
     T, size, section = run.batch.all_tokens, run.itemsize, run.recipe.adapter
     for x in run.layer:
