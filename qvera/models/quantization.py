@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -146,7 +146,7 @@ def dequantized_weight(module: nn.Linear, dtype: torch.dtype, exact: bool = Fals
             )
         return dequantized_packed(module.weight.data.view(-1, 1), _in_fp32(state) if exact else state).to(dtype)
     if isinstance(module, Linear8bit):
-        return _dequantized_rows(*int8_rows(module), dtype)
+        return dequantized_int8(*int8_rows(module), dtype)
     return module.weight.to(dtype)
 
 
@@ -201,7 +201,7 @@ def _require_state(module: Linear4bit) -> QuantState:
     return state
 
 
-def _dequantized_rows(rows: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def dequantized_int8(rows: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """int8 rows [m, n] and their absolute maxima [m] → [m, n] in ``dtype``, rounded once from fp32."""
     # a kernel that converts on its way reads 1 byte and writes 2, not 19 by way of fp32
     weight = torch.empty(rows.shape, dtype=dtype, device=rows.device)
@@ -342,41 +342,6 @@ def requantized(module: nn.Linear, weight: torch.Tensor) -> nn.Parameter:
         )
     rows, scales, _ = bnb_functional.int8_vectorwise_quant(weight.to(device=module.weight.device, dtype=torch.float16))
     return bnb.nn.Int8Params(rows, requires_grad=False, has_fp16_weights=False, CB=rows, SCB=scales)
-
-
-def quantize_dequantize(weight: torch.Tensor, section: ModelSection) -> torch.Tensor:
-    """A 16-bit weight [m, n] as the quantized base holds it: quantized as the recipe says, and dequantized again."""
-    return quantized_reader(weight, section)()
-
-
-def quantized_reader(weight: torch.Tensor, section: ModelSection) -> Callable[[], torch.Tensor]:
-    """Quantize a weight [m, n] as the recipe says; each call of what is returned dequantizes it to its dtype."""
-    dtype = weight.dtype
-    if section.quantization == "none":
-        return lambda: weight
-    if section.quantization == "int8":
-        rows, scales, _ = bnb_functional.int8_vectorwise_quant(weight.to(torch.float16))
-        return lambda: _dequantized_rows(rows, scales, dtype)
-    packed, state = bnb_functional.quantize_4bit(
-        weight, blocksize=64, compress_statistics=section.double_quant, quant_type=section.quantization
-    )
-    return lambda: dequantized_packed(packed, state)
-
-
-def double_quantized_absmax(absmax: torch.Tensor) -> torch.Tensor:
-    """The absolute maxima of a whole weight's blocks, fp32 [blocks], double quantized and dequantized again."""
-    offset = absmax.mean()
-    packed, state = bnb_functional.quantize_blockwise(absmax - offset, blocksize=256)
-    return bnb_functional.dequantize_blockwise(packed, state) + offset
-
-
-def quantize_dequantize_blocks(
-    weight: torch.Tensor, absmax: torch.Tensor, quant_type: str, dtype: torch.dtype
-) -> torch.Tensor:
-    """`quantize_dequantize` of whole blocks of 64 elements to ``dtype``, with one ``absmax`` for each block."""
-    packed, state = bnb_functional.quantize_4bit(weight, blocksize=64, compress_statistics=False, quant_type=quant_type)
-    state.absmax, state.dtype = absmax.contiguous(), dtype
-    return dequantized_packed(packed, state)
 
 
 def inference_pack(module: nn.Linear) -> tuple[torch.Tensor, QuantState] | None:

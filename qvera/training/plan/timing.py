@@ -7,8 +7,8 @@ import torch
 
 from qvera.adapters.functional import few_tokens
 from qvera.adapters.fused import gradient_cost
-from qvera.models import quantization
 from qvera.models.copy_stream import CHUNK_BYTES
+from qvera.models.quantized_values import quantized_reader
 from qvera.training.plan.plan import Plan
 from qvera.training.plan.run import PlannedRun
 from qvera.training.plan.streaming import pass_bytes
@@ -78,7 +78,7 @@ def _rates_of_layer(run: PlannedRun, device: torch.device) -> dict[str, float]:
             torch.mm(first(narrow, tokens, run.rank), first(narrow, x.m, run.rank).t())  # z Cᵀ
 
     quantized = [x for x in layer if run.is_quantized(x)]
-    readers = [quantization.quantized_reader(first(weights, x.m, x.n), run.recipe.model) for x in quantized]
+    readers = [quantized_reader(first(weights, x.m, x.n), run.recipe.model) for x in quantized]
 
     def dequantize() -> None:
         for read in readers:
@@ -102,7 +102,7 @@ def _rates_of_piece(run: PlannedRun, device: torch.device) -> dict[str, float]:
         for size in ((tokens, hidden), (widest, hidden), (run.rank, hidden), (tokens, run.shape.ff))
     )
     rows = max(64, min(_WEIGHTS_OF_PIECE // hidden, widest))
-    read = quantization.quantized_reader(torch.randn(rows, hidden, device=device).to(dtype), run.recipe.model)
+    read = quantized_reader(torch.randn(rows, hidden, device=device).to(dtype), run.recipe.model)
     return {
         "products": _rate(2 * tokens * hidden * widest, lambda: x @ weight.t()),
         "low rank": _rate(2 * tokens * hidden * run.rank, lambda: x @ narrow.t()),
