@@ -224,6 +224,8 @@ class ZeroEngine(LocalEngine):
         vectors = {name: nn.Parameter(safe_get_full_fp32_param(p).detach().clone()) for name, p in self.vectors.items()}
         optimizer = torch.optim.AdamW(vectors.values())
         steps = [self.optimizer.state[flat]["step"] for flat in self._flats if flat in self.optimizer.state]
+        if steps:
+            self._link_states()
         for name, parameter in self.vectors.items() if steps else ():
             state: dict[str, Any] = {key: safe_get_full_optimizer_state(parameter, key).clone() for key in _STATE}
             optimizer.state[vectors[name]] = {"step": steps[0].detach().clone(), **state}
@@ -234,20 +236,27 @@ class ZeroEngine(LocalEngine):
         if self.config.shards_base:
             self._gather_unsharded()
 
+    def _link_states(self) -> None:
+        """Tell DeepSpeed's ``safe_*`` functions of stages 1 and 2 where the optimizer's state of each vector is.
+
+        DeepSpeed does it once, after the first parameter group's first step, when the other groups have no state yet.
+        """
+        if self.config.stage < 3:
+            from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+            zero = self.deepspeed.optimizer
+            for params, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+                lazy_init_hp_params_optimizer_state(params, flat, self.optimizer.state)
+
     def _take_over(self, before: dict[str, dict[str, Any]]) -> None:
         """Put the optimizer state of whole vectors into the partitions."""
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         steps = next(iter(before.values()))["step"]
-        zero = self.deepspeed.optimizer
         for flat in self._flats:
             empty = {key: torch.zeros_like(flat) for key in _STATE}
             self.optimizer.state[flat] = {"step": steps.clone(), **empty}
-        if self.config.stage < 3:
-            from deepspeed.utils import lazy_init_hp_params_optimizer_state
-
-            for params, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
-                lazy_init_hp_params_optimizer_state(params, flat, self.optimizer.state)
+        self._link_states()
         for name, parameter in self.vectors.items():
             for key in _STATE:
                 value = before[name][key]
