@@ -135,6 +135,8 @@ def varlen_runs(device: torch.device, dtype: torch.dtype, groups: int, head_dim:
 
     A card before Ampere, a torch built without the kernel, and a head that is too wide raise an error there.
     """
+    if device.type != "cpu" and varlen_kernel() is None:
+        return False
     lengths_q, lengths_k = [3, 5, 9], [3, 8, 12]
     generator = torch.Generator().manual_seed(0)
     sizes = [(sum(lengths_q), groups), (sum(lengths_k), 1), (sum(lengths_k), 1)]

@@ -275,6 +275,7 @@ def test_attach_counts_and_names() -> None:
         small_llama().requires_grad_(False), AdapterSection(rank=8, targets=["q_proj", "down_proj"]), "some/base"
     )
     assert adapter_facts(model) == {
+        "method": "vera",
         "rank": 8,
         "b_groups": 1,
         "input_scale": False,
