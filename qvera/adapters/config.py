@@ -19,7 +19,7 @@ PREFIX = "base_model.model."
 
 FORMAT_VERSION = 3
 """The newest format that is read. 1: one b and one d for each linear; 2: ``b_groups``, ``input_scale``; 3: ``method``,
-``seed_chain``.
+``seed_chain``, ``magnitude``.
 
 An adapter names the oldest format that has all it needs."""
 
@@ -47,6 +47,7 @@ class QveraConfig(PeftConfig):
         init_weights: False starts b and d at random, so that a fresh adapter changes the model (for tests).
         b_groups: into how many equal groups the rank is cut, each with a b of its own (`qvera.adapters.functional`).
         input_scale: train a third vector a [in_features] for each linear, right of A, from 1.
+        magnitude: train the norms of the weight's rows (DVoRA).
         d_initial: initial value of every element of d (0.1, VeRA section 3.2).
         alpha: LoRA's α; None: the rank.
         use_rslora: the rank-stabilised scale of a LoRA.
@@ -72,7 +73,6 @@ class QveraConfig(PeftConfig):
         seed_chain: the seeds of the phases of a run that resampled its projections, ``projection_seed`` first. The rank
             is that of all phases together, and each has one of ``b_groups`` vectors b
             (`qvera.adapters.methods.vera.VeraPhases`).
-        magnitude: reserved for later formats; refused when set.
 
     Raises:
         InputError: a value is out of range, or the config was written by a newer format or another generator.
@@ -89,6 +89,7 @@ class QveraConfig(PeftConfig):
     init_weights: bool = True
     b_groups: int = _DEFAULTS.b_groups
     input_scale: bool = _DEFAULTS.input_scale
+    magnitude: bool | None = _DEFAULTS.magnitude
     d_initial: float = _DEFAULTS.d_initial
     alpha: float | None = _DEFAULTS.alpha
     use_rslora: bool = _DEFAULTS.use_rslora
@@ -110,7 +111,6 @@ class QveraConfig(PeftConfig):
     added_tokens: dict[str, int] | None = None
     pad_token: str | None = None
     eos_token: str | None = None
-    magnitude: bool | None = None
     seed_chain: list[int] | None = None
 
     def __post_init__(self) -> None:
@@ -118,7 +118,7 @@ class QveraConfig(PeftConfig):
         self.peft_type: Any = PEFT_TYPE  # a string: PEFT's enum stays as it is
         self.progress: Callable[[str], None] | None = None
         """Called with what is being made from the base's weights; not saved."""
-        if self.format_version > FORMAT_VERSION or self.magnitude:
+        if self.format_version > FORMAT_VERSION:
             raise InputError(
                 f"this QVERA adapter has format version {self.format_version} and optional parts this qvera does not "
                 f"know (it reads version {FORMAT_VERSION}): update qvera."
@@ -131,10 +131,12 @@ class QveraConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(names := getattr(self, name), list):
                 setattr(self, name, set(names))
+        if self.magnitude is None:  # as files had it before there was one
+            self.magnitude = False
         self._check_values()
         if self.b_groups > 1 or self.input_scale:
             self.format_version = max(self.format_version, 2)
-        if self.method != _DEFAULTS.method:
+        if self.method != _DEFAULTS.method or self.magnitude:
             self.format_version = max(self.format_version, 3)
         if self.seed_chain:
             self.format_version = max(self.format_version, 3)

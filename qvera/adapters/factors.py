@@ -3,6 +3,7 @@
     ΔW = s diag(b) B M A diag(a)        A [r, n]   B [m, r]   M = diag(d) or a dense core R [r, r]   b [m]   a [n]
 
 VeRA has d and b, LoRA-XS a core between frozen A and B, LoRA nothing but A and B. What is not there counts as 1.
+With a magnitude m [m], as in DoRA (arXiv 2402.09353), the weight is not W + ΔW but that with rows of the norms m.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ class Factors(NamedTuple):
     scale: float = 1.0
     a: torch.Tensor | None = None  # [n]
     R: torch.Tensor | None = None  # [r, r], without d and b
+    magnitude: torch.Tensor | None = None  # [m]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -60,22 +62,40 @@ class Factors(NamedTuple):
 
     def lora(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A' = s M A diag(a) [r, n] and B' = diag(b) B [m, r] in fp32, without a graph: ΔW = B' A'."""
-        A, B, d, b, scale, a, R = self.detached()
+        A, B, d, b, scale, a, R, _ = self.detached()
         right = A if R is None else R @ A
         right = right * scale if d is None else (d * scale).unsqueeze(1) * right
         return right if a is None else right.mul_(a), B if b is None else times_b(B, b)
 
     def delta(self) -> torch.Tensor:
         """ΔW [m, n] in fp32, without a graph."""
-        A, B, d, b, scale, a, _ = self.detached()
+        A, B, d, b, scale, a, *_ = self.detached()
         if d is not None and b is not None:
             return functional.delta_weight(A, B, d, b, scale, a)
         right, left = self.lora()
         return left @ right
 
+    def change(self, weight: torch.Tensor) -> torch.Tensor:
+        """What W [m, n] changes by: ΔW, or with a magnitude diag(m / ‖W + ΔW‖) (W + ΔW) - W. In fp32, without a graph.
+
+        The norms are those of the rows.
+        """
+        delta = self.delta()
+        if self.magnitude is None:
+            return delta
+        weight = weight.detach().to(delta)
+        summed = delta.add_(weight)
+        factor = self.magnitude.detach().float() / torch.linalg.vector_norm(summed, dim=1)
+        return summed.mul_(factor.unsqueeze(1)).sub_(weight)
+
     def outputs(self, part: slice) -> Factors:
         """The factors of these rows of ΔW."""
-        return self._replace(B=self.B[part], b=None if self.b is None else self.b[..., part])
+        b, magnitude = self.b, self.magnitude
+        return self._replace(
+            B=self.B[part],
+            b=None if b is None else b[..., part],
+            magnitude=None if magnitude is None else magnitude[part],
+        )
 
     def inputs(self, part: slice) -> Factors:
         """The factors of these columns of ΔW."""

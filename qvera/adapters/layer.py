@@ -290,7 +290,7 @@ class QveraLinear(LowRankPath, nn.Module, BaseTunerLayer):
 
     adapter_layer_names: tuple[str, ...] = ()  # grows with the adapters
     tensor_names: tuple[str, ...] = ()  # likewise: all of them
-    other_param_names: tuple[str, ...] = ("qvera_settings", "qvera_dropout", "qvera_projection")
+    other_param_names: tuple[str, ...] = ("qvera_settings", "qvera_dropout", "qvera_projection", "qvera_frozen")
     # PEFT's, which a type checker can't see
     enable_adapters: Any
 
@@ -311,6 +311,8 @@ class QveraLinear(LowRankPath, nn.Module, BaseTunerLayer):
         self.qvera_dropout: Any = nn.ModuleDict()
         # every layer names the same module, so that moving any part of the model moves the one pair with it
         self.qvera_projection: Any = nn.ModuleDict()
+        self.qvera_frozen: Any = nn.ModuleDict()
+        """Adapter → what its method made from the weight (`Method.put_on`)."""
         self.qvera_settings: dict[str, tuple[Method, QveraConfig]] = {}
         self.place = Place(full_name, self.in_features, self.out_features)
         self._disable_adapters = False
@@ -342,6 +344,7 @@ class QveraLinear(LowRankPath, nn.Module, BaseTunerLayer):
             else:
                 start = method.start(name, shape, config, self.place).to(device)
             getattr(self, name)[adapter_name] = nn.Parameter(start, requires_grad=not holds_places)
+        method.put_on(self, adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -361,8 +364,9 @@ class QveraLinear(LowRankPath, nn.Module, BaseTunerLayer):
         for vector in self.vectors(adapter_name).values():
             if not vector.is_meta:
                 vector.data = vector.data.to(device)
-        if adapter_name in self.qvera_projection:
-            self.qvera_projection[adapter_name].to(device)
+        for modules in (self.qvera_projection, self.qvera_frozen):
+            if adapter_name in modules:
+                modules[adapter_name].to(device)
 
     def carries(self, adapter: str) -> bool:
         """Whether this layer has vectors of that adapter."""

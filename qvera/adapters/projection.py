@@ -134,6 +134,7 @@ class SharedProjection(nn.Module):
         super().__init__()
         self.seed = seed
         self.inputs = SharedInput()
+        self._grams: dict[tuple[int, int], torch.Tensor] = {}
         self.register_buffer("A", torch.empty(0, 0, device=device, dtype=dtype), persistent=False)
         self.register_buffer("B", torch.empty(0, 0, device=device, dtype=dtype), persistent=False)
 
@@ -146,6 +147,7 @@ class SharedProjection(nn.Module):
 
     def _draw(self, rank: int, in_features: int, out_features: int, device: torch.device, dtype: torch.dtype) -> None:
         self.inputs.forget()
+        self._grams.clear()
         if device.type == "meta":
             self.A = torch.empty(rank, in_features, device=device, dtype=dtype)
             self.B = torch.empty(out_features, rank, device=device, dtype=dtype)
@@ -161,8 +163,17 @@ class SharedProjection(nn.Module):
         """z = x Aᵀ [..., rank] in ``dtype``, shared between the layers that read the same x."""
         return self.inputs.project(x, self.A[:rank, : x.shape[-1]], dtype)
 
+    def gram(self, rank: int, in_features: int) -> torch.Tensor:
+        """A Aᵀ [rank, rank] in fp32 or wider, of the A for layers of this size; made once."""
+        key = rank, in_features
+        if key not in self._grams:
+            A = functional.at_least_fp32(self.A[:rank, :in_features])
+            self._grams[key] = A @ A.t()
+        return self._grams[key]
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SharedProjection:
         before = self.A.dtype, self.A.device.type
+        self._grams.clear()
         super()._apply(fn, recurse)
         after = self.A.dtype, self.A.device.type
         if after != before and (after[0] != before[0] or before[1] == "meta"):

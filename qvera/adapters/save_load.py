@@ -97,7 +97,7 @@ def _start_from(peft_model: PeftModel, config: QveraConfig, init_from: str) -> N
             f"adapter.init_from: {init_from} is an adapter of PEFT's own VeRA, whose projections are not drawn from a "
             "seed as ours are. Train it further with PEFT after qvera.adapters.accelerate_peft(), or start anew."
         )
-    fields = {key: key for key in ("method", "rank", "b_groups", "input_scale")}
+    fields = {key: key for key in ("method", "rank", "b_groups", "input_scale", "magnitude")}
     if method_of(config).source is not Source.TRAINED:
         fields |= {
             "projection_seed": "seed",
@@ -150,6 +150,7 @@ def adapter_facts(model: PeftModel) -> dict[str, Any]:
         "rank": config.rank,
         "b_groups": config.b_groups,
         "input_scale": config.input_scale,
+        "magnitude": config.magnitude,
         "targets": sorted({name.rpartition(".")[2] for name in layers}),
         "adapted_modules": len(layers),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),

@@ -143,14 +143,15 @@ def write_lora(
     """
     from qvera.export import lora
 
+    kind = "DoRA" if adapter.magnitude else "LoRA"
     if rank is not None:
         whole = factors.items() if factors else ((name, delta.lora()) for name, delta in adapter.layers.items())
         factors, errors = lora.truncate_all(whole, own_rank, rank, dtype)
         print(lora.truncation_text(errors, own_rank, rank))
     else:
-        print(f"LoRA of rank {own_rank}: {lora.rounding_text(dtype)}")
+        print(f"{kind} of rank {own_rank}: {lora.rounding_text(dtype)}")
     size = formatting.size(lora.export_lora(adapter, out, dtype, factors))
-    print(f"{size} in {out}: LoRA of rank {rank or own_rank} on {len(adapter.layers)} linears, for stock PEFT")
+    print(f"{size} in {out}: {kind} of rank {rank or own_rank} on {len(adapter.layers)} linears, for stock PEFT")
 
 
 def require_no_added_tokens(config: object, adapter_dir: Path, what: str) -> None:

@@ -92,6 +92,7 @@ def _adapter(directory: Path) -> dict[str, Any]:
         "rank": config.get("rank", config.get("r")),
         "b_groups": config.get("b_groups", 1),
         "input_scale": config.get("input_scale", False),
+        "magnitude": bool(config.get("magnitude")),
         "targets": sorted(targets) if isinstance(targets, list) else targets,
         "adapted_modules": len({name.removesuffix(".weight").rpartition(".")[0] for name in trained}),
         "trained_parameters": sum(trained.values()),

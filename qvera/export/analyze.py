@@ -139,6 +139,11 @@ def analyze_adapter(
         RunFailed: a weight has NaN or Inf in it, or a file changed while it was read.
     """
     base = open_adapter_on_base(adapter_dir, section)
+    if base.adapter.magnitude:
+        raise InputError(
+            f"{adapter_dir}: was trained with adapter.magnitude, which scales rows of W + ΔW. qvera analyze reads "
+            "adapters that only add a ΔW."
+        )
     if keep is not None and not base.adapter.is_low_rank:
         raise InputError(
             f"--reduce: {adapter_dir} is of adapter.method {base.adapter.method}, whose change is of no low rank, so "

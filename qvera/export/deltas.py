@@ -43,13 +43,31 @@ class Delta:
         """(out_features, in_features)."""
         return self.factors.shape
 
+    @property
+    def magnitude(self) -> torch.Tensor | None:
+        """The norms [m] that the rows of W + ΔW are scaled to, where there are such."""
+        return getattr(self.factors, "magnitude", None)
+
     def lora(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A' [r, n] and B' [m, r] in fp32: ΔW = B' A'."""
         return self.factors.lora()
 
-    def rows(self, first: int = 0, count: int | None = None) -> torch.Tensor:
-        """Rows [first, first + count) of ΔW [out, in] fp32, or [in, out] for a Conv1D; by default all."""
+    def rows(self, first: int = 0, count: int | None = None, weight: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows [first, first + count) of what W [out, in] changes by, fp32, or [in, out] for a Conv1D; by default all.
+
+        ``weight`` are these rows of W, which a magnitude needs.
+
+        Raises:
+            InputError: there is a magnitude, and the rows are a Conv1D's.
+        """
         part = slice(first, None if count is None else first + count)
+        if self.magnitude is not None:
+            if self.transposed or weight is None:
+                raise InputError(
+                    "adapter.magnitude: the rows of a Conv1D are merged by PEFT only: load the adapter and call "
+                    "merge_and_unload()."
+                )
+            return self.factors.outputs(part).change(weight)
         if self.transposed:
             return self.factors.inputs(part).delta().t().contiguous()
         return self.factors.outputs(part).delta()
@@ -104,6 +122,11 @@ class AdapterDeltas:
         if isinstance(self.config, QveraConfig) and method_of(self.config).writes_lora:
             return lora_file.lora_config(self.config)
         return None
+
+    @property
+    def magnitude(self) -> bool:
+        """Whether rows of W + ΔW are scaled to trained norms."""
+        return any(delta.magnitude is not None for delta in self.layers.values())
 
     @property
     def seed(self) -> int | None:

@@ -3,7 +3,7 @@
 A VeRA adapter is a LoRA of rank r with A' = diag(s d) A and B' = diag(b) B (VeRA, arXiv 2310.11454, equation 2). The
 LoRA takes r (m + n) values for each layer where the adapter has r + m. It is exact but for the rounding of its factors
 to the file's dtype (`rounding_text`). An adapter with ``b_groups`` or ``input_scale`` is such a LoRA too
-(`deltas.Delta`); PEFT's VeRA has no place for these.
+(`deltas.Delta`); PEFT's VeRA has no place for these. One with ``magnitude`` is PEFT's DoRA.
 """
 
 import json
@@ -98,7 +98,7 @@ def export_lora(
     dtype: torch.dtype,
     factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]] | None = None,
 ) -> int:
-    """Write the LoRA to ``out``, layer by layer, for stock PEFT; returns its bytes.
+    """Write the LoRA to ``out``, layer by layer, for stock PEFT; returns its bytes. With a magnitude it is PEFT's DoRA.
 
     A LoRA's own A and B are copied, with its alpha. Linears may differ in rank.
 
@@ -124,19 +124,24 @@ def export_lora(
             TensorSpec(f"{PREFIX}{name}.lora_A.weight", dtype, (ranks[name], n)),
             TensorSpec(f"{PREFIX}{name}.lora_B.weight", dtype, (m, ranks[name])),
         ]
+        if delta.magnitude is not None:  # a rounded one would round whole rows of W
+            specs.append(TensorSpec(f"{PREFIX}{name}.lora_magnitude_vector", torch.float32, (m,)))
 
     def tensors() -> Iterator[torch.Tensor]:
-        for name in adapter.layers:
+        for name, delta in adapter.layers.items():
             for factor in pair(name):
                 rounded = factor.to(dtype)
                 if not torch.isfinite(rounded).all():
                     raise InputError(f"{name}: a factor does not fit into {dtype}. Export with --dtype bfloat16.")
                 yield rounded
+            if delta.magnitude is not None:
+                yield delta.magnitude.float()
 
     rank = max(ranks.values())
     others = {name: one for name, one in ranks.items() if one != rank}
     # PEFT multiplies by alpha / r
-    config = own or LoraConfig(r=rank, lora_alpha=rank, rank_pattern=others, alpha_pattern=others)
+    patterns = {"rank_pattern": others, "alpha_pattern": others}
+    config = own or LoraConfig(r=rank, lora_alpha=rank, use_dora=adapter.magnitude, **patterns)
     return write_adapter(out, {**config.to_dict(), **_common(adapter)}, specs, tensors())
 
 
@@ -146,12 +151,13 @@ def export_stock_vera(adapter: AdapterDeltas, out: Path) -> int:
     Raises:
         InputError: ``out`` is not empty, or the adapter has vectors that PEFT's VeRA has no place for.
     """
-    if adapter.groups > 1 or adapter.input_scale:
+    if adapter.groups > 1 or adapter.input_scale or adapter.magnitude:
         has = [f"{adapter.groups} vectors b for each linear"] if adapter.groups > 1 else []
         has += ["a vector a for each linear"] if adapter.input_scale else []
+        has += ["a magnitude for each linear"] if adapter.magnitude else []
         raise InputError(
-            f"this adapter has {' and '.join(has)} (adapter.b_groups, adapter.input_scale), and PEFT's VeRA has one b "
-            "and one d. Export it with --to lora (exact) or --to merged."
+            f"this adapter has {' and '.join(has)} (adapter.b_groups, adapter.input_scale, adapter.magnitude), and "
+            "PEFT's VeRA has one b and one d. Export it with --to lora (exact) or --to merged."
         )
     if adapter.method != "vera" or adapter.pair is None:
         raise InputError(

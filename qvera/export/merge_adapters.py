@@ -20,6 +20,7 @@ def same_directions(adapters: Sequence[AdapterDeltas]) -> str | None:
 
     Then Σ w diag(b) B diag(d) A = diag(Σ w b) B diag(d) A. Training with ``adapter.train_d: false`` makes it so.
     """
+    require_additive(adapters)
     first = adapters[0]
     if first.pair is None or any(delta.factors.vectors is None for delta in first.layers.values()):
         return f"the method {first.method} has no vectors d and b"
@@ -46,6 +47,15 @@ def same_directions(adapters: Sequence[AdapterDeltas]) -> str | None:
     return None
 
 
+def require_additive(adapters: Sequence[AdapterDeltas]) -> None:
+    """Raise InputError where an adapter does more than add its ΔW, so that no sum of factors is the sum of adapters."""
+    if any(adapter.magnitude for adapter in adapters):
+        raise InputError(
+            "adapter.magnitude: an adapter that scales the rows of W + ΔW can't be added to another one or scaled. "
+            "Export it with --to lora or --to merged."
+        )
+
+
 def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
     return one is other if one is None or other is None else torch.equal(one, other)
 
@@ -65,7 +75,7 @@ def weighted_sum(adapters: Sequence[AdapterDeltas], weights: Sequence[float]) ->
         )
     vectors = {}
     for name, delta in adapters[0].layers.items():
-        _, _, d, b, _, a, _ = delta.factors
+        _, _, d, b, _, a, *_ = delta.factors
         assert d is not None
         assert b is not None
         total = torch.zeros_like(b, dtype=torch.float64)
@@ -108,6 +118,7 @@ def stacked_factors(
 
 
 def _check_weights(adapters: Sequence[AdapterDeltas], weights: Sequence[float]) -> None:
+    require_additive(adapters)
     if not adapters or len(adapters) != len(weights):
         raise InputError(f"--weights: got {len(weights)} for {len(adapters)} adapters; give one for each.")
 

@@ -216,7 +216,7 @@ class _MergedExport:
         if delta is None:
             exact = weight if self.dtype == weight.dtype else weight.to(torch.float32)
         else:
-            exact = delta.rows(block.first, len(weight))
+            exact = delta.rows(block.first, len(weight), weight)
             numbers += [*torch.aminmax(exact), exact.abs().sum()]
             exact.add_(weight.to(exact.device))  # in fp32, like weight.float() + ΔW
         result = exact.to(self.dtype).contiguous()
@@ -253,6 +253,7 @@ class _MergedExport:
                 "rank": self.adapter.rank,
                 "b_groups": self.adapter.groups,
                 "input_scale": self.adapter.input_scale,
+                "magnitude": self.adapter.magnitude,
                 "seed": self.adapter.seed,
             },
             "trained_on": trained_on,

@@ -32,8 +32,8 @@ def phase_count(recipe: Recipe, rows: int) -> int:
         return 1
     if not method_of(recipe.adapter).can_resample:
         raise InputError(
-            f"training.resample_every: draws new projections of a seed, and adapter.method {recipe.adapter.method} "
-            "has none to draw. Remove one of the two."
+            f"training.resample_every: draws new projections of a seed, which adapter.method {recipe.adapter.method} "
+            "does not have, or not together with adapter.magnitude. Remove one of the two."
         )
     return max(1, -(-planned_steps(recipe, rows) // every))
 

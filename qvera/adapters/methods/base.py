@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from qvera.adapters.config import QveraConfig
     from qvera.adapters.factors import Factors
-    from qvera.adapters.layer import LowRankPath
+    from qvera.adapters.layer import LowRankPath, QveraLinear
     from qvera.adapters.projection import Pair
     from qvera.adapters.step_hook import StepHook
     from qvera.config.schema import AdapterSection, Recipe
@@ -80,6 +80,8 @@ class Method(ABC):
     is_low_rank: ClassVar[bool] = True
     """Whether what it adds is ΔW x with the ΔW of `factors`: then it exports as an exact LoRA."""
 
+    keeps_output: ClassVar[bool] = False
+    """Whether backward needs W x + ΔW x [T, m]."""
     upper_kinds: ClassVar[frozenset[str]] = frozenset()
     """The tensors that ``training.bilevel`` trains at the upper level, by name; empty where it does not fit."""
     samples_tokens: ClassVar[bool] = False
@@ -180,6 +182,16 @@ class Method(ABC):
     def state_bytes(self, adapter: AdapterSection, place: Place) -> int | None:
         """Bytes that the method's own `optimizer` and `step_hook` hold for one linear; None: it has none of its own."""
         return None
+
+    def put_on(self, layer: QveraLinear, adapter_name: str) -> None:  # noqa: B027  # optional
+        """Make what is made from the weight of a linear, once it has the adapter's tensors with their initial values.
+
+        What has to be held is a module in ``layer.qvera_frozen``. Under ZeRO-3 all ranks come here together.
+        """
+
+    def held_bytes(self, adapter: AdapterSettings, places: Sequence[Place], itemsize: int) -> int:
+        """Bytes that `put_on` makes the linears hold; ``itemsize`` is that of the compute dtype."""
+        return 0
 
     def add(
         self, layer: LowRankPath, adapter_name: str, x: torch.Tensor, y: torch.Tensor, overwrite: bool

@@ -1,21 +1,27 @@
 """VeRA (arXiv 2310.11454): ΔW = s diag(b) B diag(d) A diag(a), A and B random, frozen and shared by all linears.
 
-b_groups and input_scale go beyond the paper (`qvera.adapters.functional`), and so do phases (`VeraPhases`).
+b_groups and input_scale go beyond the paper (`qvera.adapters.functional`), and so do phases (`VeraPhases`). With
+``magnitude`` it is DVoRA, which the authors of DoRA (arXiv 2402.09353) made of it (`qvera.adapters.magnitude`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
+from qvera.adapters import functional
 from qvera.adapters.factors import Factors
 from qvera.adapters.functional import at_least_fp32
+from qvera.adapters.magnitude import RowNorms
 from qvera.adapters.methods.base import Method, Place
 from qvera.adapters.projection import Pair, vera_scale
+from qvera.models import quantization
 
 if TYPE_CHECKING:
+    from qvera.adapters.layer import LowRankPath, QveraLinear
     from qvera.adapters.methods.base import AdapterSettings
 
 
@@ -26,7 +32,7 @@ class Vera(Method):
     """
 
     name = "vera"
-    keys = frozenset({"b_groups", "input_scale", "d_initial", "train_d"})
+    keys = frozenset({"b_groups", "input_scale", "magnitude", "d_initial", "train_d"})
     usual = {"adapter.rank": 256, "training.learning_rate": 4e-3}
     upper_kinds = frozenset({"qvera_d"})  # where BiLoRA's P Λ Q has Λ
     can_resample = True
@@ -34,7 +40,9 @@ class Vera(Method):
     is_banked = True
 
     def variant(self, adapter: AdapterSettings) -> Method:
-        return _PHASES if getattr(adapter, "seed_chain", None) else self
+        if getattr(adapter, "seed_chain", None):
+            return _PHASES
+        return _WITH_MAGNITUDE if adapter.magnitude else self
 
     def tensors(self, adapter: AdapterSettings, place: Place) -> dict[str, tuple[int, ...]]:
         m, groups = place.out_features, adapter.b_groups
@@ -106,3 +114,67 @@ def _phases(adapter: Any) -> tuple[int, int]:
 
 
 _PHASES = VeraPhases()
+
+
+class _WithMagnitude(Vera):
+    """m [out_features] beside d and b: the norms of the rows of W + ΔW, from those of W."""
+
+    is_low_rank = False
+    is_banked = False
+    can_resample = False
+    keeps_output = True
+
+    def tensors(self, adapter: AdapterSettings, place: Place) -> dict[str, tuple[int, ...]]:
+        return {**super().tensors(adapter, place), "qvera_m": (place.out_features,)}
+
+    def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, place: Place) -> torch.Tensor:
+        return torch.ones(shape) if name == "qvera_m" else super().start(name, shape, adapter, place)
+
+    def put_on(self, layer: QveraLinear, adapter_name: str) -> None:
+        pair = layer.qvera_projection[adapter_name]
+        A, rank = layer.parts(adapter_name).A, layer.parts(adapter_name).rank
+        held = next(
+            (
+                norms
+                for other, norms in layer.qvera_frozen.items()
+                if layer.qvera_projection[other] is pair and norms.products.shape[1] >= rank
+            ),
+            None,
+        )
+        norms = RowNorms(layer.base_layer, A, layer.out_features) if held is None else held
+        layer.qvera_frozen[adapter_name] = norms
+        magnitude = layer.vectors(adapter_name)["qvera_m"]
+        if not magnitude.is_meta:
+            magnitude.data.copy_(norms.of_weight())
+
+    def held_bytes(self, adapter: AdapterSettings, places: Sequence[Place], itemsize: int) -> int:
+        """W Aᵀ and ‖w_i‖² for each linear, and A Aᵀ for each in_features."""
+        rows = sum(place.out_features for place in places)
+        sizes = {place.in_features for place in places}
+        return rows * (adapter.rank * itemsize + 4) + 4 * adapter.rank**2 * len(sizes)
+
+    def factors(
+        self, adapter: AdapterSettings, place: Place, tensors: Mapping[str, torch.Tensor], pair: Pair | None
+    ) -> Factors:
+        factors = super().factors(adapter, place, tensors, pair)
+        return factors._replace(magnitude=at_least_fp32(tensors["qvera_m"]))
+
+    def add(self, layer: Any, adapter_name: str, x: torch.Tensor, y: torch.Tensor, overwrite: bool) -> torch.Tensor:
+        """bias + f ⊙ (W x + ΔW x) with f = m / ‖W + ΔW‖, which is 1 for a fresh adapter."""
+        if layer._row_forward is None and len(layer.active_names()) > 1:
+            raise ValueError(f"{adapter_name} scales the rows of W + ΔW and can't be active together with others.")
+        factors = layer.parts(adapter_name)
+        assert factors.magnitude is not None
+        gram = layer.qvera_projection[adapter_name].gram(factors.rank, layer.in_features)
+        factor = factors.magnitude / layer.qvera_frozen[adapter_name].of_sum(factors, gram)
+        scaled = functional.scale_input(layer.add_low_rank(adapter_name, x, y, overwrite), factor)
+        bias = layer.base_layer.bias
+        return scaled if bias is None else scaled + (bias - bias * factor).to(scaled.dtype)
+
+    def delta(self, layer: LowRankPath, adapter_name: str) -> torch.Tensor:
+        """W' - W [m, n] in fp32, without a graph."""
+        weight = quantization.dequantized_weight(layer.base_layer, torch.float32)
+        return layer.parts(adapter_name).change(weight.t() if isinstance(layer.base_layer, Conv1D) else weight)
+
+
+_WITH_MAGNITUDE = _WithMagnitude()

@@ -26,6 +26,9 @@ class AdapterSection(Section):
     input_scale: Bool = False
     """Train a third vector [in_features] that scales the input of A (RandLoRA's Γ). It starts at 1. Layers that read
     the same input then can't share the product with A."""
+    magnitude: Bool = False
+    """Train the norm of each row of the weight too, as DoRA does (arXiv 2402.09353, DVoRA there): out_features more
+    numbers for each linear, which start at the norms of W. Backward then keeps the output of every adapted linear."""
     d_initial: Annotated[float, Field(ge=-3e38, le=3e38, allow_inf_nan=False), *Number] = 0.1
     """The initial value of every element of d. Scaling it by c acts like using c·lr as the learning rate of b and lr/c
     as that of d (AdamW without weight decay), so there are no separate learning rates."""
@@ -76,5 +79,7 @@ class AdapterSection(Section):
             yield "b_groups", f"{self.b_groups} does not divide adapter.rank ({self.rank})."
         if self.accumulate_steps > self.reselect_every:
             yield "accumulate_steps", f"{self.accumulate_steps} is more than adapter.reselect_every."
+        if self.magnitude and self.input_scale:
+            yield "magnitude", "can't be combined with adapter.input_scale; remove one of the two."
         if self.input_scale and not self.train_d:
             yield "input_scale", "is a vector to train, and adapter.train_d is false; remove one of the two."

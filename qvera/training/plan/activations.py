@@ -111,6 +111,8 @@ def _adapter_bytes(run: PlannedRun, linears: Sequence[Linear]) -> int:
             held[x.name if section.dropout else source, "x"] = run.sampled_tokens * (x.n * size + 8 + 4)
         elif reads_x and not (source == "attention" and attention_keeps):
             held[source, "x"] = T * x.n * size
+        if run.method.keeps_output:
+            held[x.name, "y"] = T * x.m * size + 8 * x.m  # what its rows are scaled with in fp32, and their norms
         if section.dropout:  # every layer drops other elements: its own z, which elements, and its own x to scale
             held[x.name, "z"] = T * rank * size + T * x.n + (T * x.n * size if section.input_scale else 0)
         elif run.keeps_input(x):
@@ -161,7 +163,9 @@ def product_bytes(run: PlannedRun, x: Linear) -> int:
     gradient = pair * size + block + (block if size < 4 else 0)
     if few_tokens(run.batch.all_tokens, torch.empty(x.m, run.rank, device="meta"), section.b_groups):
         combining = run.batch.all_tokens * (x.m * min(section.b_groups, 2) + run.rank) * size
-    return max(read, gradient, combining)
+    # where rows are scaled: beside the gradient of the output, that of what is scaled
+    flowing = run.batch.all_tokens * x.m * size if run.method.keeps_output else 0
+    return max(read, gradient, combining) + flowing
 
 
 def transient_bytes(run: PlannedRun) -> int:

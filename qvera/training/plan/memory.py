@@ -165,6 +165,7 @@ def _standing(run: PlannedRun) -> tuple[Component, ...]:
     tables = shape.vocabulary * shape.hidden * (1 if shape.tied else 2) if shape.grown_rows else 0
     dense = (shape.dense_numbers - tables) * (2 if machine.mapped_base else size)
     trained = run.vector_sizes(trained_only=True)
+    method, places = run.method, [x.place for x in run.adapted]
     buffers = 2 * max(layer_bytes(run), default=0) if run.streams else 0
     if run.streams and machine.on_gpu:
         linears -= sum(layer_bytes(run))
@@ -177,6 +178,7 @@ def _standing(run: PlannedRun) -> tuple[Component, ...]:
         Component("embeddings, head, norms", "base", dense, machine.mapped_base, 3),
         Component("embedding and head with more rows", "base", tables * (2 if machine.mapped_base else size)),
         Component("projections A, B", "projections", _projection_numbers(run) * size),
+        Component("made from the weights", "projections", method.held_bytes(recipe.adapter, places, size)),
         Component("vectors", "vectors", run.vector_bytes),  # whole on every rank in each stage: they are read by name
         Component("their gradients", "vectors", 4 * sum(trained)),  # likewise: one bucket, as large as all of them
         Component("optimizer state", "vectors", _optimizer_bytes(run, trained), zero_stage=1),

@@ -50,6 +50,11 @@ def _vera(W: torch.Tensor, t: Tensors, A: torch.Tensor | None, B: torch.Tensor |
     return W + (delta @ torch.diag(t["qvera_a"]) if "qvera_a" in t else delta)
 
 
+def _dvora(W: torch.Tensor, t: Tensors, A: torch.Tensor | None, B: torch.Tensor | None) -> torch.Tensor:
+    summed = _vera(W, t, A, B)
+    return (t["qvera_m"] / summed.detach().norm(dim=1)).unsqueeze(1) * summed
+
+
 def _shared_core(W: torch.Tensor, t: Tensors, A: torch.Tensor | None, B: torch.Tensor | None) -> torch.Tensor:
     assert A is not None
     assert B is not None
@@ -95,6 +100,12 @@ CASES: dict[str, Case] = {
         _vera,
         {"rank": 256, "b_groups": 2, "input_scale": True},
         32 * (7 * 256 + 2 * (5 * 4096 + 2 * 11008) + 6 * 4096 + 11008),
+    ),
+    "vera, with a magnitude": Case(
+        {"rank": 8, "b_groups": 2, "magnitude": True},
+        _dvora,
+        {"rank": 256, "magnitude": True},
+        1_417_216 + 32 * (5 * 4096 + 2 * 11008),
     ),
     "lora": Case(
         {"method": "lora", "rank": 4, "alpha": 10, "use_rslora": True, "loraplus_lr_ratio": 4},

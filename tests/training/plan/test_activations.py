@@ -29,13 +29,18 @@ BIG = {
 F32, BF16 = torch.float32, torch.bfloat16
 
 
+MORE: dict[str, dict[str, Any]] = {
+    "vera": {}, "groups-and-a": {"b_groups": 4, "input_scale": True}, "magnitude": {"magnitude": True},
+}  # fmt: skip
+
+
 def recipe(
-    rank: int, attention: str, checkpointing: bool, more: bool = False, method: str = "vera", **model: Any
+    rank: int, attention: str, checkpointing: bool, more: str = "vera", method: str = "vera", **model: Any
 ) -> Recipe:
     tree = {
         "model": {"path": "-", "quantization": "none", "attn_implementation": attention, **model},
         "data": {"path": "-"},
-        "adapter": {"method": method, "rank": rank, "b_groups": 4 if more else 1, "input_scale": more},
+        "adapter": {"method": method, "rank": rank, **MORE[more]},
         "training": {"gradient_checkpointing": checkpointing, "loss_chunk_tokens": 64},
     }
     return parse_recipe(tree, "a test")
@@ -72,11 +77,11 @@ def planned(made: Recipe, of: Batch, dtype: torch.dtype, changes: dict[str, Any]
     return plan_memory(PlannedRun(shape_of(small_llama(**changes)), made, of, machine))
 
 
-@pytest.mark.parametrize("more", [False, True], ids=["vera", "groups-and-a"])
+@pytest.mark.parametrize("more", MORE)
 @pytest.mark.parametrize(("rows", "tokens", "dtype", "rank", "attention", "padded", "changes"), CASES)
 def test_kept_for_backward_is_what_autograd_keeps(
     rows: int, tokens: int, dtype: torch.dtype, rank: int, attention: str, padded: bool, changes: dict[str, Any],
-    more: bool,
+    more: str,
 ) -> None:  # fmt: skip
     made = recipe(rank, attention, False, more)
     ids, mask, _, of = batch(rows, tokens, padded)
@@ -86,14 +91,14 @@ def test_kept_for_backward_is_what_autograd_keeps(
     assert kept.bytes - 3 * 8 * rows * tokens == live.kept_bytes(model, ids, mask)
 
 
-@pytest.mark.parametrize("more", [False, True], ids=["vera", "groups-and-a"])
+@pytest.mark.parametrize("more", MORE)
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
     ("rows", "tokens", "dtype", "rank", "attention", "padded", "changes"), [c for c in CASES if c[6]]
 )
 def test_the_peak_of_a_step_is_the_plan_s(
     rows: int, tokens: int, dtype: torch.dtype, rank: int, attention: str, padded: bool, changes: dict[str, Any],
-    checkpointing: bool, more: bool,
+    checkpointing: bool, more: str,
 ) -> None:  # fmt: skip
     made = recipe(rank, attention, checkpointing, more)
     ids, mask, labels, of = batch(rows, tokens, padded)

@@ -1,0 +1,49 @@
+"""Methods that hold more than vectors of one linear, in two processes under ZeRO: the numbers of one process, and resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qvera.config.schema import parse_recipe
+from qvera.training.trainer import train
+from tests.distributed.ranks import run_worker
+from tests.distributed.test_stages import BARE, CUT, STEPS, Place, close, losses, vectors
+
+pytestmark = [pytest.mark.process, pytest.mark.slow]
+
+METHODS: dict[str, dict[str, Any]] = {"magnitude": {"rank": 8, "magnitude": True}}
+STAGES = ("zero1", "zero2", "zero3")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> Place:
+    place = Place(tmp_path_factory.mktemp("methods"), tiny_rows)
+    tasks: list[dict[str, Any]] = []
+    for name, adapter in METHODS.items():
+        train(parse_recipe({**place.recipe(**BARE), "adapter": adapter}, name), place.root / f"alone-{name}")
+        for stage in STAGES:
+            recipe = {**place.recipe(stage, **BARE), "adapter": adapter}
+            tasks.append(place.task(f"{name}-{stage}", stage, {"recipe": recipe}))
+            cut = f"{name}-{stage}-cut"
+            tasks.append(place.task(cut, stage, {"recipe": recipe, "stop_after": CUT}))
+            tasks.append(place.task(f"{cut}-on", stage, {"recipe": recipe, "of": cut, "resume": True}))
+    place.found = run_worker(tasks, 2, place.root / "spawn", limit_seconds=600)
+    return place
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", METHODS)
+def test_two_processes_give_the_numbers_of_one(place: Place, name: str, stage: str) -> None:
+    assert len(losses(place.root / f"{name}-{stage}")) == STEPS
+    close(place.root / f"{name}-{stage}", place.root / f"alone-{name}")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(place: Place, name: str, stage: str) -> None:
+    mine, theirs = vectors(place.root / f"{name}-{stage}-cut"), vectors(place.root / f"{name}-{stage}")
+    assert all(torch.equal(mine[key], tensor) for key, tensor in theirs.items())
