@@ -17,7 +17,7 @@ from torch import nn
 
 from qvera.adapters.factors import Factors
 from qvera.adapters.functional import at_least_fp32
-from qvera.adapters.layer import LowRankPath
+from qvera.adapters.low_rank_path import LowRankPath
 from qvera.adapters.projection import SharedInput
 from qvera.models import linear
 

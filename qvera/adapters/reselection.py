@@ -24,7 +24,7 @@ from qvera.distributed.group import Group
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
-    from qvera.adapters.layer import LowRankPath
+    from qvera.adapters.low_rank_path import LowRankPath
 
 
 class Candidates:

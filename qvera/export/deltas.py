@@ -20,7 +20,7 @@ from qvera.adapters import lora_file
 from qvera.adapters.config import PREFIX, QveraConfig
 from qvera.adapters.factor_cache import FactorCache
 from qvera.adapters.factors import Factors
-from qvera.adapters.layer import layer_shape
+from qvera.adapters.low_rank_path import layer_shape
 from qvera.adapters.methods import Place, Source, method_of
 from qvera.adapters.projection import Pair, check_pair, uniform_pair
 from qvera.adapters.save_load import read_adapter

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     from qvera.adapters.config import QveraConfig
     from qvera.adapters.factors import Factors
-    from qvera.adapters.layer import LowRankPath, QveraLinear
+    from qvera.adapters.layer import QveraLinear
+    from qvera.adapters.low_rank_path import LowRankPath
     from qvera.adapters.projection import Pair
     from qvera.adapters.step_hook import StepHook
     from qvera.config.schema import AdapterSection, Recipe

@@ -24,7 +24,7 @@ from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
     from qvera.adapters.config import QveraConfig
-    from qvera.adapters.layer import LowRankPath
+    from qvera.adapters.low_rank_path import LowRankPath
     from qvera.adapters.methods.base import AdapterSettings
     from qvera.adapters.projection import Pair
     from qvera.config.schema import AdapterSection

@@ -27,7 +27,7 @@ from qvera.utils.errors import InputError
 if TYPE_CHECKING:
     from torch import nn
 
-    from qvera.adapters.layer import LowRankPath
+    from qvera.adapters.low_rank_path import LowRankPath
     from qvera.adapters.methods.base import AdapterSettings
     from qvera.config.schema import Recipe
 

@@ -21,7 +21,8 @@ from qvera.adapters.projection import Pair, vera_scale
 from qvera.models import quantization
 
 if TYPE_CHECKING:
-    from qvera.adapters.layer import LowRankPath, QveraLinear
+    from qvera.adapters.layer import QveraLinear
+    from qvera.adapters.low_rank_path import LowRankPath
     from qvera.adapters.methods.base import AdapterSettings
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from qvera.adapters import fused
 from qvera.adapters.config import PREFIX
-from qvera.adapters.layer import layer_shape
+from qvera.adapters.low_rank_path import layer_shape
 from qvera.adapters.methods import Method, Place, method_of
 from qvera.config.schema import ModelSection, Recipe
 from qvera.models.checkpointing import Mode
