@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import shutil
@@ -13,24 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model, get_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
 from qvera.adapters import lora_file
-from qvera.adapters.config import PEFT_TYPE, PREFIX, QveraConfig
+from qvera.adapters.adapter_file import read_adapter, require_base, require_tokens
+from qvera.adapters.config import QveraConfig
 from qvera.adapters.layer import QveraLinear
-from qvera.adapters.methods import Place, Source, method_of
+from qvera.adapters.methods import Source, method_of
 from qvera.adapters.peft_compat import accelerated_peft
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.models.tokenizer import ADDED_ROWS, put_token_rows, read_token_rows, save_token_rows
 from qvera.utils.atomic import disk_errors, flush
 from qvera.utils.errors import InputError, first_line
-from qvera.utils.files import read_json
 from qvera.utils.formatting import first_of
 from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, resolve_path
-from qvera.utils.safetensors_io import same_base
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -219,88 +215,6 @@ def _discard(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def read_adapter(directory: Path) -> tuple[QveraConfig | VeraConfig, dict[str, torch.Tensor]]:
-    """Read an adapter directory without a model: one of ours, or one of PEFT's own VeRA.
-
-    Returns:
-        The config (`QveraConfig`, or PEFT's `VeraConfig`) and the tensors of the adapter file by their keys.
-
-    Raises:
-        InputError: it is not an adapter directory, not a VeRA adapter, truncated, has NaN, Inf or whole numbers in it,
-            or vectors of another rank than its config says.
-    """
-    config, weights_file = read_config(directory), directory / ADAPTER_WEIGHTS
-    try:
-        tensors = load_file(weights_file)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{weights_file}: not a readable safetensors file, or cut short ({error}).") from None
-    if isinstance(config, QveraConfig) and method_of(config).writes_lora:
-        tensors = {lora_file.to_ours(key): tensor for key, tensor in tensors.items()}
-    key, suffix = ("rank", ".qvera_d") if isinstance(config, QveraConfig) else ("r", ".vera_lambda_d")
-    place_names = method_of(config).place_names if isinstance(config, QveraConfig) else frozenset()
-    for name, tensor in sorted(tensors.items()):
-        holds_places = name.rpartition(".")[2] in place_names
-        if tensor.dtype != torch.int32 if holds_places else not tensor.dtype.is_floating_point:
-            expected = "torch.int32" if holds_places else "a floating-point dtype"
-            raise InputError(f"{weights_file}: {name} is stored as {tensor.dtype}, expected {expected}.")
-        if name.endswith(suffix) and tensor.shape[-1:] != (rank := _rank_of(config, name),):
-            raise InputError(
-                f"{directory / ADAPTER_CONFIG}: {key} is {rank}, but {name} in {ADAPTER_WEIGHTS} has {tensor.numel()} "
-                "values: the two files do not belong together, or one was changed."
-            )
-    broken = sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all())
-    if broken:
-        raise InputError(f"{weights_file}: {first_of(broken)} has NaN or Inf in it.")
-    return config, tensors
-
-
-def _rank_of(config: QveraConfig | VeraConfig, key: str) -> int:
-    """The rank that an adapter's config says for the linear of a key in its file."""
-    if not isinstance(config, QveraConfig):
-        return config.r
-    name = key.removeprefix(PREFIX).rpartition(".")[0]
-    return method_of(config).rank_at(config, Place(name, config.rank, config.rank))
-
-
-def read_config(directory: Path) -> QveraConfig | VeraConfig:
-    """The config of an adapter directory: ours, or that of PEFT's own VeRA.
-
-    Raises:
-        InputError: it is not an adapter directory, or not a VeRA adapter.
-    """
-    config_file, weights_file = directory / ADAPTER_CONFIG, directory / ADAPTER_WEIGHTS
-    if not directory.is_dir():
-        raise InputError(f"{directory}: no such adapter directory.")
-    for file in (config_file, weights_file):
-        if not file.is_file():
-            raise InputError(f"{directory}: has no {file.name}, so it is not an adapter directory.")
-    raw = read_json(config_file, "a PEFT adapter config", keys=["peft_type"])
-    kind = {PEFT_TYPE: QveraConfig, "VERA": VeraConfig, lora_file.PEFT_TYPE: LoraConfig}.get(str(raw["peft_type"]))
-    if kind is None:
-        raise InputError(
-            f"{config_file}: peft_type is {raw['peft_type']}, expected {PEFT_TYPE} (or PEFT's own VERA or LORA)."
-        )
-    known = {f.name for f in dataclasses.fields(kind)}
-    try:
-        with warnings.catch_warnings():
-            # PEFT warns of projections that are not in the file; here they are drawn and used
-            warnings.simplefilter("ignore", UserWarning)
-            if kind is LoraConfig:
-                return lora_file.config_of(raw, directory)
-            return kind(**{k: v for k, v in raw.items() if k in known})
-    except InputError as error:
-        raise InputError(f"{config_file}: {error}") from None
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{config_file}: a value has the wrong type, or is out of range ({error}).") from None
-
-
-def runs_on_our_layers(raw: dict[str, Any]) -> bool:
-    """Whether an adapter with this adapter_config.json runs on qvera's layers. PEFT loads every other one."""
-    if raw["peft_type"] == lora_file.PEFT_TYPE:
-        return lora_file.refusal(raw) is None
-    return raw["peft_type"] in (PEFT_TYPE, "VERA")
-
-
 def load_vectors(model: nn.Module, vectors: dict[str, torch.Tensor], source: str, adapter: str = "default") -> None:
     """Copy what was read from an adapter file into a model; names and shapes must be exactly those that the model has.
 
@@ -387,32 +301,3 @@ def _load_stock_adapter(model: nn.Module, directory: Path) -> PeftModel:
     if missing:
         raise InputError(f"{directory}: has no values for {first_of(missing)}.")
     return peft_model
-
-
-def require_tokens(config: QveraConfig | VeraConfig, adapter: Path | str, ids: dict[str, int] | None) -> None:
-    """Compare the tokens that an adapter's recipe added with those of the loaded base (token → id, or None for none).
-
-    Raises:
-        InputError: they are not the same.
-    """
-    expected = getattr(config, "added_tokens", None) or {}
-    if expected != (ids or {}):
-        raise InputError(
-            f"{adapter}: was trained with the added tokens {expected or 'none'}, and the loaded base has "
-            f"{ids or 'none'}. Set model.added_tokens: [{', '.join(map(repr, expected))}] for the same model."
-        )
-
-
-def require_base(config: QveraConfig | VeraConfig, adapter: Path | str, name: str, fingerprint: str | None) -> None:
-    """Compare the base model of that name and fingerprint with the one that an adapter was trained on.
-
-    Raises:
-        InputError: it is another base. One without a fingerprint passes, like an adapter without (PEFT's own).
-    """
-    expected = getattr(config, "base_fingerprint", None)
-    if not same_base(expected, fingerprint):
-        raise InputError(
-            f"{adapter}: was trained on another base model than {name!r}. Expected the base "
-            f"{config.base_model_name_or_path!r} with fingerprint {str(expected)[:16]}; {name!r} has "
-            f"{str(fingerprint)[:16]}. Point model.path at the base it was trained on."
-        )

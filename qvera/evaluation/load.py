@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
-from qvera.adapters import save_load
+from qvera.adapters import adapter_file, save_load
 from qvera.config.load import load_recipe
 from qvera.config.schema import ModelSection, Recipe
 from qvera.data import NAMED_TEMPLATES
@@ -142,8 +142,8 @@ def _config(adapter: Path) -> dict[str, Any]:
 def _base_of_adapter(adapter: Path) -> ModelSection:
     """The base model that an adapter's config names."""
     tree = _config(adapter)
-    if save_load.runs_on_our_layers(tree):
-        tree = dict(vars(save_load.read_config(adapter)))
+    if adapter_file.runs_on_our_layers(tree):
+        tree = dict(vars(adapter_file.read_config(adapter)))
     name = tree.get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise InputError(
@@ -200,9 +200,9 @@ def open_target(target: EvalTarget, *, adapter: bool = True) -> OpenRun:
     if target.adapter is None:
         base = _load_stored(target.path) if adapter else _load_merged_base(target)
         return OpenRun(target, base, base.model)
-    ours = save_load.runs_on_our_layers(_config(target.adapter))
+    ours = adapter_file.runs_on_our_layers(_config(target.adapter))
     if adapter and ours:
-        save_load.read_adapter(target.adapter)  # a broken adapter is found before a big model is loaded
+        adapter_file.read_adapter(target.adapter)  # a broken adapter is found before a big model is loaded
     elif adapter:
         _require_loadable(target.adapter)
     base = loader.load_base(target.section)

@@ -17,13 +17,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qvera.adapters import lora_file
+from qvera.adapters.adapter_file import read_adapter
 from qvera.adapters.config import PREFIX, QveraConfig
 from qvera.adapters.factor_cache import FactorCache
 from qvera.adapters.factors import Factors
 from qvera.adapters.low_rank_path import layer_shape
 from qvera.adapters.methods import Place, Source, method_of
 from qvera.adapters.projection import Pair, check_pair, uniform_pair
-from qvera.adapters.save_load import read_adapter
 from qvera.config.schema import ModelSection
 from qvera.models.loader import load_base
 from qvera.models.tokenizer import ADDED_ROWS, read_token_rows

@@ -159,7 +159,7 @@ def export_stock_vera(adapter: AdapterDeltas, out: Path) -> int:
             f"this adapter has {' and '.join(has)} (adapter.b_groups, adapter.input_scale, adapter.magnitude), and "
             "PEFT's VeRA has one b and one d. Export it with --to lora (exact) or --to merged."
         )
-    if adapter.method != "vera" or adapter.pair is None:
+    if adapter.pair is None or any(delta.factors.vectors is None for delta in adapter.layers.values()):
         raise InputError(
             f"this adapter's method is {adapter.method}, which PEFT's VeRA is not. Export it with --to lora or --to "
             "merged."

@@ -18,7 +18,8 @@ from torch import nn
 
 import qvera
 from qvera.adapters import QveraConfig, QveraLinear, save_load
-from qvera.adapters.save_load import load_adapter, load_vectors, named_vectors, read_adapter, save_adapter
+from qvera.adapters.adapter_file import read_adapter
+from qvera.adapters.save_load import load_adapter, load_vectors, named_vectors, save_adapter
 from qvera.config.schema import ModelSection
 from qvera.models.loader import load_base
 from qvera.utils.atomic import flush

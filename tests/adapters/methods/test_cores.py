@@ -258,8 +258,8 @@ def test_lora_sb_starts_from_the_sign_of_the_gradient(make_recipe: Any, tmp_path
 
 
 def _adapter_of(directory: Path) -> tuple[QveraConfig, dict[str, dict[str, torch.Tensor]]]:
+    from qvera.adapters.adapter_file import read_adapter
     from qvera.adapters.config import PREFIX
-    from qvera.adapters.save_load import read_adapter
 
     config, tensors = read_adapter(directory / "adapter")
     assert isinstance(config, QveraConfig)
