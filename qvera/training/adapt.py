@@ -18,6 +18,7 @@ from qvera.evaluation import evaluate
 from qvera.training.checkpoint import TrainState
 from qvera.training.engine import trained_vectors
 from qvera.training.optim import build_optimizer
+from qvera.utils.errors import OutOfMemory, RunFailed
 
 if TYPE_CHECKING:
     from qvera.training.trainer import Trainer
@@ -31,7 +32,10 @@ def adapt_to_held_out_tasks(trainer: Trainer) -> list[dict[str, Any]]:
 
     Returns:
         For each task ``task``, ``support_rows``, ``query_rows``, and of the query rows ``loss_before`` (the trained
-        vectors as they are) and ``loss_after``.
+        vectors as they are) and ``loss_after``, which is None where a loss on the way was not finite.
+
+    Raises:
+        OutOfMemory: as `TrainingSession.train_step`.
     """
     return [_adapted(trainer, name, rows) for name, rows in trainer.datasets.held_out_tasks.items()]
 
@@ -54,17 +58,25 @@ def _adapted(trainer: Trainer, name: str, rows: Rows) -> dict[str, Any]:
     inner.optimizer = build_optimizer(training.replace(learning_rate=rate), vectors, factors)
     inner.schedule, inner.steps = LambdaLR(inner.optimizer, lambda _: 1.0), training.adapt_steps
     inner.engine = inner.make_engine()
+    after: float | None = None
     try:
         before = _query_loss(inner)
         trainer.model.train()
         while inner.state.step < training.adapt_steps:
             inner.train_step()
         after = _query_loss(inner)
+    except OutOfMemory:
+        raise
+    except RunFailed as error:  # the run itself is whole, and its adapter is written
+        trainer.warn(f"Held-out task {name}: {error} It has no loss afterwards. Lower training.adapt_learning_rate.")
     finally:
+        inner.engine.undo()  # a step whose loss was not finite leaves its gradients
         with torch.no_grad():
             for key, vector in vectors.items():
                 vector.copy_(trained[key])
-    trainer.console.print(f"Held-out task {name}: loss {before:.4f}, after {training.adapt_steps} steps {after:.4f}")
+    if after is not None:
+        steps = training.adapt_steps
+        trainer.console.print(f"Held-out task {name}: loss {before:.4f}, after {steps} steps {after:.4f}")
     sizes = {"support_rows": len(support), "query_rows": len(query)}
     return {"task": name, **sizes, "loss_before": before, "loss_after": after}
 

@@ -173,7 +173,10 @@ class Trainer(TrainingSession):
             if self.datasets.eval:
                 after, samples = self.score("After training")
             if training.adapt_steps:
-                adaptation = adapt_to_held_out_tasks(self)
+                try:
+                    adaptation = adapt_to_held_out_tasks(self)
+                except OutOfMemory as error:
+                    raise self.end(error) from None
         self.finish("done", after, samples, adaptation)
         return RunResult(self.run_dir, self.run) if self.group.first else None
 

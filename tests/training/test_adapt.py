@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qvera.training.trainer import train
-from qvera.utils.errors import InputError
+from qvera.utils.errors import InputError, OutOfMemory
 from tests.training.test_trainer import cut_off, losses, same, vectors
 
 pytestmark = pytest.mark.process
@@ -75,6 +75,29 @@ def test_a_run_over_tasks_is_resumed_to_the_bit(adapted: Path, over_tasks: Any, 
     assert same(vectors(again), vectors(adapted))
     mine, first = (json.loads((run / "run.json").read_text())["result"]["adaptation"] for run in (again, adapted))
     assert mine == first
+
+
+def test_a_task_whose_loss_is_not_finite_leaves_the_run_whole(
+    adapted: Path, over_tasks: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(over_tasks(adapt_steps=3, adapt_learning_rate=1e30), tmp_path / "run")
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["status"] == "done"
+    assert [task["loss_after"] for task in run["result"]["adaptation"]] == [None]
+    assert "Lower training.adapt_learning_rate" in " ".join(capsys.readouterr().err.split())
+    assert same(vectors(tmp_path / "run"), vectors(adapted))
+
+
+def test_a_task_that_memory_does_not_suffice_for_ends_the_run(
+    over_tasks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def adapt(trainer: Any) -> Any:
+        raise OutOfMemory("Step 1: memory ran out.")
+
+    monkeypatch.setattr("qvera.training.trainer.adapt_to_held_out_tasks", adapt)
+    with pytest.raises(OutOfMemory, match="Step 6 is saved: the same command with --resume goes on"):
+        train(over_tasks(adapt_steps=3), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
 
 
 def test_adapting_needs_held_out_tasks_and_plain_torch(make_recipe: Any, over_tasks: Any) -> None:

@@ -342,7 +342,7 @@ class PlannedRun:
     def is_one_node(self) -> bool:
         """Whether the frozen product is in the adapter's own node (`Method.with_base`)."""
         has_one = type(self.method).with_base is not Method.with_base
-        return has_one and not self.recipe.adapter.dropout and not (self.recipe.deepspeed or "").startswith("zero3")
+        return has_one and not self.recipe.adapter.dropout and self.sharing.stage < 3
 
     @property
     def sampled_tokens(self) -> int | None:
