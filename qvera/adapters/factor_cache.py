@@ -20,9 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
-from qvera.adapters import svd
 from qvera.adapters.projection import Pair, pair_number, same_pair
-from qvera.models import quantization
+from qvera.models import quantization, svd
 from qvera.models.factor_record import FACTORS, PREFIX, RECORD, SHA256, data_sha256, is_whole
 from qvera.utils.atomic import flush, replace_text
 

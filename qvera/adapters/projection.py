@@ -1,9 +1,7 @@
 """Seed → A, B: the frozen random pair that all layers of a model share (VeRA, arXiv 2310.11454, section 3.1).
 
-The values come from numpy's Philox 4x64-10, a counter-based generator whose integer stream numpy promises to keep.
-Element (i, j) of A (key ``[seed, 0]``) or of B (key ``[seed, 1]``) is word ``j mod 4`` of the block with counter
-``[j // 4 + 1, i, 0, 0]``, mapped to [-1, 1) by ``u = (w >> 40) * 2**-23 - 1``, which is exact in fp32. Hence a seed
-gives the same values on every machine, and a pair for a smaller rank or a smaller layer is a prefix of a larger one.
+A is stream 0 and B is stream 1 of `qvera.utils.uniform`. Hence a seed gives the same values on every machine, and a
+pair for a smaller rank or a smaller layer is a prefix of a larger one.
 
 The Kaiming bounds of the paper, sqrt(6 / in_features) for A and sqrt(6 / rank) for B, are not in these values: each
 layer multiplies them into its d (`vera_scale`), so that one pair serves layers of every shape.
@@ -23,6 +21,7 @@ from torch import nn
 
 from qvera.adapters import functional
 from qvera.utils.errors import InputError
+from qvera.utils.uniform import uniform_matrix
 
 if TYPE_CHECKING:
     from qvera.adapters.config import QveraConfig
@@ -34,26 +33,10 @@ Seeds: TypeAlias = int | tuple[int, ...]
 """One seed, or those of several phases (`qvera.adapters.methods.vera.VeraPhases`)."""
 
 _STREAM_A, _STREAM_B = 0, 1
-_STREAM_CHECKS = 4  # 2 and 3 are in `svd`
+_STREAM_CHECKS = 4  # 2 and 3 are in `qvera.models.svd`
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """A [r, n] and B [m, r] of one linear."""
-
-
-def uniform_matrix(rows: int, columns: int, seed: int, stream: int) -> np.ndarray:
-    """The [rows, columns] fp32 matrix of a seed, uniform on [-1, 1).
-
-    Args:
-        stream: 0 for A (rank x in_features), 1 for B (out_features x rank).
-    """
-    out = np.empty((rows, columns), dtype=np.float32)
-    # as uint64, since numpy would make float64 of a list in which one number needs the 64th bit, and round the seed
-    key = np.array([seed, stream], dtype=np.uint64)
-    for i in range(rows):
-        words = np.random.Philox(counter=np.array([0, i, 0, 0], dtype=np.uint64), key=key).random_raw(columns)
-        # 24 bits times 2**-23 minus 1 is exact in fp32, so no rounding mode can change a value
-        out[i] = (words >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-23) - np.float32(1.0)
-    return out
 
 
 def vera_scale(rank: int, in_features: int) -> float:

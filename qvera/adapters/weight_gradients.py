@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from qvera.adapters import svd
 from qvera.adapters.functional import AutogradContext
+from qvera.models import svd
 
 
 class _AddUp(torch.autograd.Function):

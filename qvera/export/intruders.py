@@ -8,12 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from qvera.models.singular_vectors import (
-    SingularVectors,
-    largest_share_bounds,
-    leading_singular_vectors,
-    singular_vectors,
-)
+from qvera.models.svd import TruncatedSvd, leading_singular_vectors, singular_vectors
 
 DENSE_SIDE = 1024
 """A base weight with a side of at most this many is decomposed fully, so all of its cosines are exact."""
@@ -32,7 +27,7 @@ class Cosines(NamedTuple):
 class Intruders(NamedTuple):
     """The ``top`` k singular vectors of W + ΔW, the cosines of the left ones, and which of them are intruders [k]."""
 
-    top: SingularVectors
+    top: TruncatedSvd
     cosines: Cosines
     found: torch.Tensor
 
@@ -85,6 +80,47 @@ def largest_cosines(weight: torch.Tensor, vectors: torch.Tensor, epsilon: float)
 def _exact_cosines(weight: torch.Tensor, vectors: torch.Tensor) -> Cosines:
     values = (singular_vectors(weight).U.t() @ vectors).abs().amax(dim=0).double()
     return Cosines(values, torch.ones_like(values, dtype=torch.bool))
+
+
+def largest_share_bounds(weight: torch.Tensor, vectors: torch.Tensor, steps: int) -> torch.Tensor:
+    """For each vector x, an upper bound on the largest (u_iᵀ x)² of all left singular vectors u_i of a weight [m, n].
+
+    The Lanczos process on W Wᵀ, begun at x, gives the nodes and weights of the Gauss quadrature of x's spectral measure
+    Σ (u_iᵀ x)² δ(σ_i²). By the inequalities of Chebyshev, Markov and Stieltjes no point has more of the measure than
+    two neighbouring weights together (Golub and Meurant, "Matrices, Moments and Quadrature with Applications", 2010,
+    chapters 4 and 6). So a vector that is spread over many singular vectors is known to be, before any of them is.
+
+    Args:
+        weight: [m, n] with m <= n: a part of x outside the span of W would count as one more vector.
+        vectors: [m, j].
+        steps: products with W Wᵀ.
+
+    Returns:
+        Bounds [j] in fp64, rising to ‖x‖² where nothing is known.
+    """
+    norms = vectors.norm(dim=0)
+    alone = torch.finfo(weight.dtype).eps * weight.norm() ** 2  # a shorter remainder is rounding
+    space = vectors.new_zeros(steps, *vectors.shape)
+    space[0] = vectors / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+    diagonal, beside = [], []
+    for step in range(steps):
+        product = weight @ (weight.t() @ space[step])
+        diagonal.append((space[step].double() * product.double()).sum(dim=0))
+        if step == steps - 1:
+            break
+        known = space[: step + 1]
+        for _ in range(2):
+            product = product - torch.einsum("smj,sj->mj", known, torch.einsum("smj,mj->sj", known, product))
+        length = product.norm(dim=0)
+        goes_on = length > alone  # else the space holds all of x's measure
+        space[step + 1] = torch.where(goes_on, product / length.clamp_min(alone), 0)
+        beside.append(torch.where(goes_on, length, 0).double())
+    matrix = torch.diag_embed(torch.stack(diagonal, dim=1))
+    off = torch.stack(beside, dim=1) if beside else matrix.new_zeros(len(matrix), 0)
+    matrix += torch.diag_embed(off, offset=1) + torch.diag_embed(off, offset=-1)
+    weights = torch.linalg.eigh(matrix).eigenvectors[:, 0] ** 2  # [j, steps], nodes rising
+    pairs = weights[:, 1:] + weights[:, :-1] if steps > 1 else weights
+    return pairs.max(dim=1).values * norms.double() ** 2
 
 
 def mitigation_factors(intruders: Intruders, keep: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qvera.adapters import QveraConfig, SharedProjection
-from qvera.adapters.projection import projection_sha256, uniform_matrix, uniform_pair, vera_scale
+from qvera.adapters.projection import projection_sha256, uniform_pair, vera_scale
 from qvera.utils.errors import InputError
+from qvera.utils.uniform import uniform_matrix
 
 CPU = torch.device("cpu")
 MASK = 2**64 - 1

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from qvera.adapters import svd
-from qvera.adapters.svd import TruncatedSvd, rank_of_share, rows_of, rows_of_tensor, singular_values, truncated_svd
+from qvera.models import svd
+from qvera.models.svd import TruncatedSvd, rank_of_share, rows_of, rows_of_tensor, singular_values, truncated_svd
 from tests.adapters.helpers import FOUR_BIT, IN, KINDS, OUT, base_layer, dense_weight
 
 REFERENCE = Path(__file__).parent / "reference"

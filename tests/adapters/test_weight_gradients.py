@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from qvera.adapters.svd import rows_of_tensor, truncated_svd
 from qvera.adapters.weight_gradients import collected, sign_step
 from qvera.models import linear
 from qvera.models.checkpointing import enable_checkpointing
+from qvera.models.svd import rows_of_tensor, truncated_svd
 from tests.adapters.helpers import base_layer, dense_weight, relative
 from tests.conftest import small_llama
 

@@ -15,9 +15,10 @@ from qvera.export.intruders import (
     effective_rank,
     find_intruders,
     largest_cosines,
+    largest_share_bounds,
     mitigation_factors,
 )
-from qvera.models.singular_vectors import largest_share_bounds, leading_singular_vectors, singular_vectors
+from qvera.models.svd import leading_singular_vectors, singular_vectors
 
 SHAPES = ("tall", "wide", "square")
 REFERENCE = Path(__file__).parent / "reference"

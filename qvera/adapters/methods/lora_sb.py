@@ -17,8 +17,8 @@ from qvera.adapters.functional import at_least_fp32
 from qvera.adapters.methods.base import Method, Place, Source
 from qvera.adapters.methods.lora_xs import require_rank
 from qvera.adapters.projection import Pair
-from qvera.adapters.svd import rows_of_tensor, truncated_svd
 from qvera.adapters.weight_gradients import sign_step
+from qvera.models.svd import rows_of_tensor, truncated_svd
 
 if TYPE_CHECKING:
     from qvera.adapters.methods.base import AdapterSettings

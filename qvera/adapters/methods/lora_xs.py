@@ -1,6 +1,6 @@
 """LoRA-XS (arXiv 2405.17604): ΔW = B R A with R [rank, rank] trained between the truncated SVD of the frozen weight.
 
-A = Σ Vᵀ and B = U of the weight as the base holds it, quantized or not (`qvera.adapters.svd`). They are kept in the
+A = Σ Vᵀ and B = U of the weight as the base holds it, quantized or not (`qvera.models.svd`). They are kept in the
 cache and never in the adapter's file.
 """
 

@@ -25,8 +25,8 @@ from qvera.adapters.functional import at_least_fp32
 from qvera.adapters.methods.base import Method, Place, Source
 from qvera.adapters.methods.lora_xs import svd_pair
 from qvera.adapters.projection import Pair, vera_scale
-from qvera.adapters.svd import rank_of_share
 from qvera.distributed.zero_params import gathered
+from qvera.models.svd import rank_of_share
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:

@@ -1,16 +1,18 @@
-"""The truncated singular value decomposition of a frozen weight, of which some adapters take their A and B.
+"""Singular values and vectors of a weight: the largest ones, all of them, and how many make up a share of their sum.
 
-    W [m, n] ≈ U Σ Vᵀ,  r singular values      A = Σ Vᵀ [r, n]      B = U [m, r]      (LoRA-XS, arXiv 2405.17604)
-
-It is found by block Krylov iteration (Musco and Musco, arXiv 1504.05477, algorithm 2), from a sketch Q₁ [n, r + 10]
+The largest are found by block Krylov iteration (Musco and Musco, arXiv 1504.05477, algorithm 2), from a sketch Q [n, b]
 that is always the same:
 
-    K = [Q₁, Q₂, …, Q_`BLOCKS`]      Q_{i+1} = Wᵀ (W Q_i), made orthonormal to those before it
-    W K = U Σ Ṽᵀ                     V = K Ṽ
+    K = [K₁, K₂, …]      K₁ = Wᵀ (W Q)      K_{i+1} = Wᵀ (W K_i), made orthonormal to those before it
+    W K = U Σ Ṽᵀ         V = K Ṽ
 
-W is read once for each block and once at the end, some rows at a time, so no whole weight is dequantized.
+W [m, n] is read once for each block and once at the end, some rows at a time. There are two users:
 
-The core that an adapter trains is tied to these very vectors, so they have to come out the same wherever the adapter is
+- `truncated_svd` takes a fixed number of blocks. Its factors are the frozen A = Σ Vᵀ and B = U of some adapters
+  (LoRA-XS, arXiv 2405.17604).
+- `leading_singular_vectors` takes blocks until each vector has converged, as `qvera analyze` needs them.
+
+The core that an adapter trains is tied to its very vectors, so they have to come out the same wherever the adapter is
 opened. Hence three rules:
 
 - W is what its stored numbers say, in fp32: a 4-bit weight is not rounded to the compute dtype, which differs from
@@ -26,7 +28,9 @@ The same machine gives the same bits. Another one gives the same to rounding.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -34,16 +38,20 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from qvera.adapters.projection import uniform_matrix
 from qvera.models import quantization
+from qvera.utils.uniform import uniform_matrix
 
 BLOCKS = 8
-"""Blocks of the Krylov space. With 8 the captured energy of SmolLM2-135M's weights is within 3e-6 of the best possible
-for ranks 8 to 128; as many passes of plain subspace iteration leave up to 1e-2."""
+"""Blocks of the Krylov space of `truncated_svd`. With 8 the captured energy of SmolLM2-135M's weights is within 3e-6 of
+the best possible for ranks 8 to 128; as many passes of plain subspace iteration leave up to 1e-2."""
 OVERSAMPLING = 10
 """Columns of the sketch beyond the rank (Halko, Martinsson and Tropp, section 4.3)."""
+SMALL_SIDE = 128
+"""`leading_singular_vectors` decomposes a weight with a side of at most this many fully: that is quicker there."""
+_CHECKS = (4, 8, 16, 28, 40)
+"""After how many blocks it looks at what has converged: each look costs as much as half of these blocks."""
 _SEED, _SKETCH, _SIGNS = 0, 2, 3
-"""The seed and the streams of the sketch and of p (`qvera.adapters.projection`); streams 0 and 1 are A and B."""
+"""The seed and the streams of the sketch and of p (`qvera.utils.uniform`); streams 0 and 1 are A and B."""
 _CHUNK_ELEMENTS = 1 << 22
 """Elements in fp64 at a time: 32 MB."""
 
@@ -62,12 +70,12 @@ class WeightRows:
     device: torch.device
     read: Callable[[], Iterator[torch.Tensor]]
 
-    def blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """The rows in fp64, with their place; 32 MB at a time."""
+    def blocks(self, dtype: torch.dtype = torch.float64) -> Iterator[tuple[slice, torch.Tensor]]:
+        """The rows, with their place; 32 MB in fp64 at a time."""
         step, first = max(1, _CHUNK_ELEMENTS // self.shape[1]), 0
         for rows in self.read():
             for part in rows.split(step):
-                yield slice(first, first + len(part)), part.double()
+                yield slice(first, first + len(part)), part.to(dtype)
                 first += len(part)
 
 
@@ -104,19 +112,19 @@ def rows_of_tensor(weight: torch.Tensor, step: int | None = None) -> WeightRows:
 
 
 class TruncatedSvd(NamedTuple):
-    """W ≈ U diag(S) Vᵀ, fp64, on the device of W."""
+    """W V = U diag(S), on the device of W."""
 
     U: torch.Tensor  # [m, r], orthonormal columns
     S: torch.Tensor  # [r], from the largest down
     V: torch.Tensor  # [n, r], orthonormal columns
 
     def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """LoRA-XS's frozen A = Σ Vᵀ [r, n] and B = U [m, r], fp64."""
+        """LoRA-XS's frozen A = Σ Vᵀ [r, n] and B = U [m, r]."""
         return self.S.unsqueeze(1) * self.V.t(), self.U
 
 
 def truncated_svd(weight: WeightRows, rank: int) -> TruncatedSvd:
-    """The ``rank`` largest singular values of a weight and their vectors.
+    """The ``rank`` largest singular values of a weight and their vectors, fp64.
 
     Raises:
         ValueError: the rank is not between 1 and the smaller side of the weight.
@@ -124,26 +132,80 @@ def truncated_svd(weight: WeightRows, rank: int) -> TruncatedSvd:
     m, n = weight.shape
     if not 1 <= rank <= min(m, n):
         raise ValueError(f"a weight [{m}, {n}] has 1 to {min(m, n)} singular values, and {rank} were asked for")
+    spaces = itertools.islice(_krylov_spaces(weight, rank, torch.float64), BLOCKS)
+    space = collections.deque(spaces, maxlen=1).pop()
+    return _with_fixed_signs(_svd_on(weight, space, rank))
+
+
+def leading_singular_vectors(weight: torch.Tensor, count: int, at_least: int | None = None) -> TruncatedSvd:
+    """The ``count`` leading singular vectors of a weight [m, n], in its dtype, each of them converged.
+
+    Converged is one with ‖Wᵀu − σv‖ at the level of rounding. Memory beside the weight: at most 40 (count + 10) vectors
+    on either side, twice while they are made orthonormal. Has run on CPUs only.
+
+    Args:
+        weight: W.
+        count: how many.
+        at_least: where the last ones take more than 40 blocks, fewer come back, but not fewer than this. Default: then
+            the whole weight is decomposed.
+    """
+    needed = count if at_least is None else at_least
+    if weight.shape[0] < weight.shape[1]:  # the Krylov space is of the smaller side
+        U, S, V = _converged(weight.t(), count, needed)
+        return _with_fixed_signs(TruncatedSvd(V, S, U))
+    return _with_fixed_signs(_converged(weight, count, needed))
+
+
+def singular_vectors(weight: torch.Tensor) -> TruncatedSvd:
+    """All min(m, n) singular vectors of a weight [m, n], in its dtype."""
+    U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+    return _with_fixed_signs(TruncatedSvd(U, S, Vh.t()))
+
+
+def _krylov_spaces(weight: WeightRows, rank: int, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """Orthonormal K [n, …] with one block, with two, and so on until it has min(m, n) columns."""
+    m, n = weight.shape
     columns, side = min(rank + OVERSAMPLING, m, n), min(m, n)
-    block = torch.from_numpy(uniform_matrix(columns, n, _SEED, _SKETCH)).to(weight.device).double().t()
+    block = torch.from_numpy(uniform_matrix(columns, n, _SEED, _SKETCH)).to(weight.device).to(dtype).t()
     space = block.new_empty(n, 0)
-    for _ in range(BLOCKS):
-        image = torch.zeros(n, columns, dtype=torch.float64, device=weight.device)
-        for _, rows in weight.blocks():
+    while space.shape[1] < side:
+        image = torch.zeros(n, columns, dtype=dtype, device=weight.device)
+        for _, rows in weight.blocks(dtype):
             image.addmm_(rows.t(), rows @ block)
         # Householder's, so the columns are orthonormal even where W has fewer dimensions than the space
         space = torch.linalg.qr(torch.cat([space, image], dim=1)).Q[:, :side]
-        if space.shape[1] == side:
-            break
+        yield space
         block = space[:, -columns:]
-    product = torch.cat([rows @ space for _, rows in weight.blocks()])  # W K [m, ...]
+
+
+def _svd_on(weight: WeightRows, space: torch.Tensor, rank: int) -> TruncatedSvd:
+    """The ``rank`` largest singular values of W K and their vectors, with any signs."""
+    product = torch.cat([rows @ space for _, rows in weight.blocks(space.dtype)])  # W K [m, ...]
     outer, inner = torch.linalg.qr(product)
     # a small square: accelerators have several algorithms for it, a CPU one
-    left, S, right = (part.to(weight.device) for part in torch.linalg.svd(inner.cpu()))
-    U, V = outer @ left[:, :rank], space @ right[:rank].t()
-    signs = torch.from_numpy(uniform_matrix(1, m, _SEED, _SIGNS)).to(weight.device).double() @ U
-    flip = torch.where(signs < 0, -1.0, 1.0).to(U.dtype)
-    return TruncatedSvd(U * flip, S[:rank], V * flip)
+    left, S, right = (part.to(outer) for part in torch.linalg.svd(inner.cpu().double()))
+    return TruncatedSvd(outer @ left[:, :rank], S[:rank], space @ right[:rank].t())
+
+
+def _converged(weight: torch.Tensor, count: int, needed: int) -> TruncatedSvd:
+    """`leading_singular_vectors` for m >= n, with any signs."""
+    n, rows = weight.shape[1], rows_of_tensor(weight)
+    last = 0 if n <= SMALL_SIDE else min(n // (2 * (count + OVERSAMPLING)), _CHECKS[-1])
+    for number, space in enumerate(itertools.islice(_krylov_spaces(rows, count, weight.dtype), last), start=1):
+        if number == last or number in _CHECKS:
+            found = _svd_on(rows, space, count)
+            remainders = (weight.t() @ found.U - found.V * found.S).norm(dim=0)
+            good = remainders <= 50 * torch.finfo(weight.dtype).eps * found.S[0]
+            converged = int(good.cumprod(dim=0).sum())
+            if converged == count or (number == last and converged >= needed):
+                return TruncatedSvd(*(part[..., :converged] for part in found))
+    return TruncatedSvd(*(part[..., :count] for part in singular_vectors(weight)))
+
+
+def _with_fixed_signs(found: TruncatedSvd) -> TruncatedSvd:
+    signs = torch.from_numpy(uniform_matrix(1, len(found.U), _SEED, _SIGNS)).to(found.U) @ found.U
+    flip = torch.where(signs < 0, -1.0, 1.0).to(found.U.dtype)
+    return TruncatedSvd(found.U * flip, found.S, found.V * flip)
 
 
 def singular_values(weight: WeightRows) -> torch.Tensor:
