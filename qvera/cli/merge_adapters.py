@@ -67,19 +67,20 @@ def merge_adapters(
     deltas = [read_deltas(directory, model, section) for _, section, directory in found]
     factors = weights or [1.0 / len(deltas)] * len(deltas)
     own_rank = sum(adapter.rank for adapter in deltas)
+    why = same_directions(deltas) if to is None else None
     if to is None:
-        why = same_directions(deltas)
         to = "qvera" if why is None and rank is None else "lora"
-        if why is not None:
-            lora = f"a LoRA of rank {rank or own_rank}"
-            print(f"No QVERA adapter is the exact sum of these: {why}. So this writes {lora}.")
     if to == "qvera":
         if rank is not None:
             raise InputError("--rank: goes with --to lora only.")
         write_vectors(found[0][2], weighted_sum(deltas, factors), out)
         print(f"{len(deltas)} adapters, weights {', '.join(f'{w:g}' for w in factors)}: exact, in {out}")
         return
-    write_lora(union(deltas), out, getattr(torch, dtype), own_rank, rank, stacked_factors(deltas, factors))
+    stacked = stacked_factors(deltas, factors)
+    if why is not None:
+        lora = f"a LoRA of rank {rank or own_rank}"
+        print(f"No QVERA adapter is the exact sum of these: {why}. So this writes {lora}.")
+    write_lora(union(deltas), out, getattr(torch, dtype), own_rank, rank, stacked)
 
 
 def _require_one_base(found: list[tuple[Recipe | None, ModelSection, Path]]) -> None:

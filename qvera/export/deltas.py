@@ -91,8 +91,9 @@ class AdapterDeltas:
             if not isinstance(part, torch.Tensor):
                 return part
             whole = part if part._base is None else part._base
-            there = moved.setdefault(id(whole), whole.to(device))
-            return there.as_strided(part.shape, part.stride(), part.storage_offset())
+            if id(whole) not in moved:
+                moved[id(whole)] = whole.to(device)
+            return moved[id(whole)].as_strided(part.shape, part.stride(), part.storage_offset())
 
         layers = {
             name: dataclasses.replace(delta, factors=type(delta.factors)(*map(move, delta.factors)))

@@ -23,6 +23,10 @@ from qvera.models.safetensors_stream import write_shard
 from qvera.utils.errors import InputError
 from qvera.utils.safetensors_io import TensorSpec
 
+LIMITS = ("exclude_modules", "layers_to_transform")
+"""Settings by which an adapter leaves out linears that its targets name. A config that is written here names the others
+in full instead."""
+
 
 def truncation_text(errors: Mapping[str, float], own: int, rank: int) -> str:
     """What a truncation from rank ``own`` to ``rank`` loses: the layers' errors (`truncate`), and a conclusion."""
@@ -182,6 +186,8 @@ def _common(adapter: AdapterDeltas) -> dict[str, Any]:
     """Settings that the configs of both exports share."""
     config = adapter.config
     targets = config.target_modules
+    if any(getattr(config, limit, None) is not None for limit in LIMITS):
+        targets = list(adapter.layers)
     base = config.base_model_name_or_path
     return {
         "fan_in_fan_out": all(delta.transposed for delta in adapter.layers.values()),

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from qvera.adapters.config import PREFIX
+from qvera.adapters.config import PREFIX, QveraConfig
 from qvera.adapters.save_load import ADAPTER_CONFIG
 from qvera.export.deltas import AdapterDeltas, Delta
-from qvera.export.lora import write_adapter
+from qvera.export.lora import LIMITS, write_adapter
 from qvera.utils.errors import InputError
 from qvera.utils.files import read_json
 from qvera.utils.safetensors_io import TensorSpec
@@ -22,11 +22,12 @@ def same_directions(adapters: Sequence[AdapterDeltas]) -> str | None:
     """
     require_additive(adapters)
     first = adapters[0]
+    if not all(isinstance(adapter.config, QveraConfig) for adapter in adapters):
+        return "one of them is an adapter of PEFT's own VeRA"
     if first.pair is None or any(delta.factors.vectors is None for delta in first.layers.values()):
         return f"the method {first.method} has no vectors d and b"
     for other in adapters[1:]:
         for what, ours, theirs in (
-            ("kind", first.config.peft_type, other.config.peft_type),
             ("method", first.method, other.method),
             ("seed", first.seed, other.seed),
             ("rank", first.rank, other.rank),
@@ -39,10 +40,10 @@ def same_directions(adapters: Sequence[AdapterDeltas]) -> str | None:
         if other.pair is None or not all(map(torch.equal, first.pair, other.pair)):
             return "they differ in their projections"
         for name, delta in first.layers.items():
-            theirs = other.layers[name].factors
-            if not _equal(delta.factors.d, theirs.d):
+            factors = other.layers[name].factors
+            if not _equal(delta.factors.d, factors.d):
                 return f"they differ in d (first at {name}); adapters trained with adapter.train_d: false do not"
-            if not _equal(delta.factors.a, theirs.a):
+            if not _equal(delta.factors.a, factors.a):
                 return f"they differ in a (first at {name}); adapters trained without adapter.input_scale have none"
     return None
 
@@ -137,7 +138,10 @@ def union(adapters: Sequence[AdapterDeltas]) -> AdapterDeltas:
     """The first adapter with the layers and targets of all, for `export_lora` with `stacked_factors`."""
     layers = {name: delta for adapter in reversed(adapters) for name, delta in adapter.layers.items()}
     config = adapters[0].config
-    names = [a.config.target_modules for a in adapters]
-    if all(not isinstance(targets, str) for targets in names):
-        config = dataclasses.replace(config, target_modules=sorted({t for targets in names for t in targets}))
+    configs = [adapter.config for adapter in adapters]
+    limited = any(getattr(one, limit, None) is not None for one in configs for limit in LIMITS)
+    if limited or any(isinstance(one.target_modules, str) for one in configs):
+        config = dataclasses.replace(config, target_modules=sorted(layers))
+    else:
+        config = dataclasses.replace(config, target_modules=sorted({t for one in configs for t in one.target_modules}))
     return AdapterDeltas(config, adapters[0].pair, layers)

@@ -8,17 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, VeraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from qvera.adapters import QveraLinear
+from qvera.adapters.config import QveraConfig
 from qvera.adapters.multi_adapter import load_adapters
 from qvera.adapters.save_load import attach, load_adapter, save_adapter
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.evaluation.generate import generate, generating
 from qvera.export.deltas import AdapterDeltas, read_deltas
-from qvera.export.merge_adapters import same_directions
+from qvera.export.lora import export_lora
+from qvera.export.merge_adapters import same_directions, stacked_factors, union
 from qvera.models.loader import load_base
 from qvera.models.model_config import empty_model
 from qvera.training.trainer import train
@@ -286,3 +288,45 @@ def test_refusals_name_the_difference(
     (tmp_path / "full" / "file").write_text("x")
     assert main(["merge-adapters", str(directories["a"]), str(tmp_path / "full")]) == 2
     assert (tmp_path / "full" / "file").read_text() == "x"
+
+
+def test_adapters_of_pefts_own_vera_add_up_to_a_lora(section: ModelSection, tmp_path: Path) -> None:
+    stock = get_peft_model(small_llama(), VeraConfig(r=4, target_modules=["q_proj"], init_weights=False))
+    stock.peft_config["default"].base_model_name_or_path = section.path
+    stock.save_pretrained(str(tmp_path / "stock"))
+    out = tmp_path / "sum"
+    command = ["merge-adapters", str(tmp_path / "stock"), str(tmp_path / "stock"), str(out), "--weights", "1", "1"]
+    assert main([*command, "--to", "qvera"]) == 2
+    assert main(command) == 0
+    base = empty_model(section)
+    one, total = read_deltas(tmp_path / "stock", base), read_deltas(out, base)
+    for name, delta in total.layers.items():
+        torch.testing.assert_close(delta.rows(), 2 * one.layers[name].rows(), rtol=1e-5, atol=1e-6)
+
+
+LIMITED: list[dict[str, Any]] = [
+    {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1]},
+    {"target_modules": ["q_proj", "down_proj"], "exclude_modules": ["model.layers.0.mlp.down_proj"]},
+    {"target_modules": r".*layers\.1.*q_proj"},
+]
+
+
+@pytest.mark.parametrize("limits", LIMITED, ids=["layers", "all but one", "a pattern"])
+def test_a_lora_is_on_the_linears_that_limits_left(limits: dict[str, Any], tmp_path: Path) -> None:
+    made = {"limited": get_peft_model(small_llama(), QveraConfig(rank=6, **limits, task_type="CAUSAL_LM"))}  # type: ignore[arg-type]
+    made["others"] = attach(small_llama(), AdapterSection(rank=4, targets=["v_proj"]))
+    for seed, (name, model) in enumerate(made.items()):
+        perturb(model, seed)
+        save_adapter(model, tmp_path / name)
+    deltas = [read_deltas(tmp_path / name, small_llama()) for name in made]
+    export_lora(deltas[0], tmp_path / "lora", torch.float32)
+    export_lora(union(deltas), tmp_path / "sum", torch.float32, stacked_factors(deltas, [1.0, 0.5]))
+    for name, expected in (("lora", deltas[:1]), ("sum", deltas)):
+        loaded = load_adapter(small_llama(), tmp_path / name)  # refuses linears without values
+        layers = {m.place.name: m for m in loaded.modules() if isinstance(m, QveraLinear)}
+        assert layers.keys() == {layer for one in expected for layer in one.layers}
+        for layer, module in layers.items():
+            total = sum(
+                w * d.layers[layer].rows() for w, d in zip((1, 0.5), expected, strict=False) if layer in d.layers
+            )
+            torch.testing.assert_close(module.delta("default"), total, rtol=1e-4, atol=1e-6)
