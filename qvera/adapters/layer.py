@@ -47,6 +47,8 @@ class QveraLinear(LowRankPath, nn.Module, BaseTunerLayer):
     adapter_layer_names: tuple[str, ...] = ()  # grows with the adapters
     tensor_names: tuple[str, ...] = ()  # likewise: all of them
     other_param_names: tuple[str, ...] = ("qvera_settings", "qvera_dropout", "qvera_projection", "qvera_frozen")
+    made_in: torch.dtype = torch.float32
+    """The dtype that the layer computed in when it was made; a trained pair says nothing of it."""
     # PEFT's, which a type checker can't see
     enable_adapters: Any
 
@@ -184,6 +186,10 @@ class QveraLinear(LowRankPath, nn.Module, BaseTunerLayer):
             return None
         method, config = self.qvera_settings[adapter]
         return self.qvera_projection[adapter].project(x, method.rank_at(config, self.place), dtype)
+
+    def int8_dtype(self) -> torch.dtype:
+        """The dtype that the layer computes in over an int8 base: that of a frozen pair, or as the model was made."""
+        return next((pair.A.dtype for pair in self.qvera_projection.values()), self.made_in)
 
     get_delta_weight = LowRankPath.delta_weight_fp32  # PEFT's name for it
 

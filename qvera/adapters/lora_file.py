@@ -88,8 +88,9 @@ def lora_config(config: QveraConfig) -> LoraConfig:
         init_lora_weights=start,
         **{key: value for key in _SAME if (value := getattr(config, key)) is not None},
     )
-    if isinstance(stock.target_modules, set):  # so that the same adapter is the same file
-        stock.target_modules = sorted(stock.target_modules)
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(names := getattr(stock, key), set):  # so that the same adapter is the same file
+            setattr(stock, key, sorted(names))
     return stock
 
 

@@ -147,8 +147,8 @@ class LowRankPath:
         # ZeRO-3 gathers a weight when its module is called, and here it is not
         if isinstance(base, Conv1D) or is_sharded(base.weight) or x.device != base.weight.device:
             return None
-        trains_bias = base.bias is not None and base.bias.requires_grad
-        if trains_bias or not isinstance(self.dropout_of(adapter), nn.Identity):
+        is_frozen = not any(p is not None and p.requires_grad for p in (base.weight, base.bias))
+        if not is_frozen or not isinstance(self.dropout_of(adapter), nn.Identity):
             return None
         return self.with_base(adapter, x)
 
@@ -228,8 +228,11 @@ class LowRankPath:
         """The dtype of `hold_inference_weight`."""
         base = self.base_layer
         dtype = getattr(base, "compute_dtype", None) or base.weight.dtype
-        # int8: A and B are held in the dtype that their layers compute in
-        return dtype if dtype.is_floating_point else self.parts(min(self._get_available_adapters()))[0].dtype
+        return dtype if dtype.is_floating_point else self.int8_dtype()
+
+    def int8_dtype(self) -> torch.dtype:
+        """The dtype that the layer computes in over an int8 base, whose weight does not say: that of A and B."""
+        return self.parts(min(self._get_available_adapters()))[0].dtype
 
     def inference_product(self, x: torch.Tensor) -> torch.Tensor:
         """y by one product with the held weight."""

@@ -203,7 +203,7 @@ def _put_on_seeds(model: nn.Module, configs: Mapping[str, QveraConfig]) -> PeftM
     for config in configs.values():
         ranks[config.projection_seed] = max(config.rank, ranks.get(config.projection_seed, 0))
     fresh = {
-        f"seed-{seed}": QveraConfig(rank=rank, target_modules=targets, projection_seed=seed, task_type="CAUSAL_LM")
+        f"__seed_{seed}__": QveraConfig(rank=rank, target_modules=targets, projection_seed=seed, task_type="CAUSAL_LM")
         for seed, rank in ranks.items()
     }
     first, *others = fresh

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -207,6 +207,21 @@ def same_pair(one: float, other: float) -> bool:
     return abs(one - other) < 0.02
 
 
+def require_same_pairs(found: Mapping[str, float], known: Mapping[str, float]) -> None:
+    """Compare `pair_number` of linears with those of an adapter; a linear that only one of them has is passed over.
+
+    Raises:
+        InputError: one is of another pair.
+    """
+    for name in sorted(found.keys() & known.keys()):
+        if not same_pair(found[name], known[name]):
+            raise InputError(
+                f"{name}: the A and B of this base's weight are not those that the adapter was trained with (their "
+                f"number is {found[name]:.4f}, and was {known[name]:.4f}). Load the base as in training: the same "
+                "weights, and the same model.quantization and model.double_quant."
+            )
+
+
 def check_pair(config: QveraConfig, name: str, pair: Pair) -> None:
     """Compare the own pair of a linear with the one that an adapter was trained with, or note it in a fresh one.
 
@@ -218,12 +233,8 @@ def check_pair(config: QveraConfig, name: str, pair: Pair) -> None:
     found, known = pair_number(pair[1]), config.pair_numbers
     if known is None:
         known = config.pair_numbers = {}
-    if not same_pair(found, known.setdefault(name, found)):
-        raise InputError(
-            f"{name}: the A and B of this base's weight are not those that the adapter was trained with (their number "
-            f"is {found:.4f}, and was {known[name]:.4f}). Load the base as in training: the same weights, and the same "
-            "model.quantization and model.double_quant."
-        )
+    known.setdefault(name, found)
+    require_same_pairs({name: found}, known)
 
 
 def forget_inputs(model: nn.Module) -> None:

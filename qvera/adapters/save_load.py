@@ -21,6 +21,7 @@ from qvera.adapters.config import QveraConfig
 from qvera.adapters.layer import QveraLinear
 from qvera.adapters.methods import Source, method_of
 from qvera.adapters.peft_compat import accelerated_peft
+from qvera.adapters.projection import require_same_pairs
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.models.tokenizer import ADDED_ROWS, put_token_rows, read_token_rows, save_token_rows
 from qvera.utils.atomic import disk_errors, flush
@@ -74,7 +75,10 @@ def attach(
         eos_token=None if tokens is None else tokens.eos_token,
     )
     config.progress = progress
-    peft_model = _put_on(model, config)
+    try:
+        peft_model = _put_on(model, config)
+    finally:
+        config.progress = None  # it may hold a terminal's progress bar, which can't be copied or pickled
     if section.init_from is not None:
         _start_from(peft_model, config, section.init_from)
     method = method_of(section)
@@ -109,6 +113,10 @@ def _start_from(peft_model: PeftModel, config: QveraConfig, init_from: str) -> N
         if given_value != wanted:
             raise InputError(f"adapter.init_from: {init_from} has {key} {given_value}, the recipe {wanted}.")
     require_base(theirs, init_from, str(config.base_model_name_or_path), config.base_fingerprint)
+    try:
+        require_same_pairs(config.pair_numbers or {}, theirs.pair_numbers or {})
+    except InputError as error:
+        raise InputError(f"adapter.init_from: {init_from}: {error}") from None
     require_tokens(theirs, init_from, config.added_tokens)
     if config.added_tokens:
         rows = read_token_rows(directory)

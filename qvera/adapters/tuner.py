@@ -187,6 +187,7 @@ class QveraModel(BaseTuner):
             target.update_layer(adapter_name, projection, peft_config)
             return
         layer = QveraLinear(target, adapter_name, projection, peft_config, current_key)
+        layer.made_in = _home(base, self.model)[1]
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter is not trained until it is made active
         self._replace_module(parent, target_name, layer, target)
