@@ -10,6 +10,7 @@ from qvera.data.parts import BilevelBatches, TaskBatches
 from qvera.data.rows import lengths_of
 from qvera.data.sampler import Batches, steps_per_epoch
 from qvera.data.tasks import task_rows
+from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
     from qvera.config.schema import Recipe
@@ -17,7 +18,11 @@ if TYPE_CHECKING:
 
 
 def batches_of(recipe: Recipe, rows: Sequence[Example]) -> Batches:
-    """The batches of a run over its training rows."""
+    """The batches of a run over its training rows.
+
+    Raises:
+        InputError: there are too few rows for ``training.bilevel``.
+    """
     data, training = recipe.data, recipe.training
     sizes = lengths_of(rows), training.global_batch_size, training.per_device_train_batch_size
     common: dict[str, Any] = {
@@ -29,6 +34,8 @@ def batches_of(recipe: Recipe, rows: Sequence[Example]) -> Batches:
     if task_of is not None:
         return TaskBatches(*sizes, **common, tasks=task_rows(data, task_of), steps_each=data.task_steps)
     if training.bilevel:
+        if len(rows) < 2:
+            raise InputError("training.bilevel: cuts the rows into two parts, and there is one row. Remove it.")
         steps = planned_steps(recipe, len(rows))
         retraining = round(steps * training.bilevel_retrain)
         return BilevelBatches(

@@ -38,7 +38,8 @@ def take_tasks(section: DataSection, sections: Sequence[DataSection], sources: S
         sections: of each source.
 
     Raises:
-        InputError: there is one task alone, fewer labels than a task has, or ``data.held_out_tasks`` does not fit.
+        InputError: there is one task alone, fewer labels than a task has, or ``data.held_out_tasks`` does not fit or
+        has a task of a single row.
     """
     of_train, of_eval = (
         [
@@ -70,7 +71,13 @@ def take_tasks(section: DataSection, sections: Sequence[DataSection], sources: S
         source.train = _without(source.train, train_names, found)
         source.eval = _without(source.eval, eval_names, found)
     numbers = [np.array([number_of[n] for n in values if n in number_of], dtype=np.int64) for values in of_train]
-    return Tasks(trained, numbers, {name: concatenated(parts) for name, parts in found.items()})
+    held_out = {name: concatenated(parts) for name, parts in found.items()}
+    if single := [name for name, rows in held_out.items() if len(rows) < 2]:
+        raise InputError(
+            f"data.held_out_tasks: {_listed(single)}: a single row, of which none would be left to score after "
+            "adapting to it. Hold out tasks with at least two rows."
+        )
+    return Tasks(trained, numbers, held_out)
 
 
 def _without(rows: Rows, values: np.ndarray, names: dict[str, list[Rows]]) -> Rows:

@@ -10,6 +10,7 @@ from qvera.adapters.factors import Factors
 from qvera.adapters.layer import QveraLinear
 from qvera.adapters.methods import method_of
 from qvera.adapters.step_hook import StepHook
+from qvera.config.schema.adapter import MOST_RANK
 from qvera.data import planned_steps
 from qvera.training.momentum import carried_share
 from qvera.utils.errors import InputError
@@ -25,7 +26,7 @@ def phase_count(recipe: Recipe, rows: int) -> int:
     """How many phases a run over that many training rows has; 1 without ``training.resample_every``.
 
     Raises:
-        InputError: the adapter's method has no phases.
+        InputError: the adapter's method has no phases, or they come to a larger rank than an adapter may have.
     """
     every = recipe.training.resample_every
     if not every:
@@ -35,7 +36,13 @@ def phase_count(recipe: Recipe, rows: int) -> int:
             f"training.resample_every: draws new projections of a seed, which adapter.method {recipe.adapter.method} "
             "does not have, or not together with adapter.magnitude. Remove one of the two."
         )
-    return max(1, -(-planned_steps(recipe, rows) // every))
+    phases = max(1, -(-planned_steps(recipe, rows) // every))
+    if phases * recipe.adapter.rank > MOST_RANK:
+        raise InputError(
+            f"training.resample_every: {phases} phases of rank {recipe.adapter.rank:,} are one adapter of rank "
+            f"{phases * recipe.adapter.rank:,}, and {MOST_RANK:,} is the most. Raise it, or lower adapter.rank."
+        )
+    return phases
 
 
 def with_phases(recipe: Recipe, phases: int) -> Recipe:

@@ -184,6 +184,7 @@ def test_keys_that_do_not_go_together_are_refused(keys: dict[str, Any], words: s
         ({"task_column": "prompt", "held_out_tasks": ["nine"]}, "no task is named 'nine'"),
         ({"task_column": "skill"}, "all rows are of 'add'"),
         ({"task_column": "prompt", "held_out_tasks": 4}, "holds out all 4 tasks"),
+        ({"task_column": "prompt", "held_out_tasks": ["q1"]}, "q1: a single row, of which none would be left to score"),
         ({"task_column": "prompt", "task_labels": 5, "task_count": 1}, "5 values of the column 'prompt', which has 4"),
     ],
 )

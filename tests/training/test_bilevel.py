@@ -81,6 +81,10 @@ def test_several_ranks_step_no_vector_of_the_other_level() -> None:
         ({"data": {"group_by_length": True}}, "training.bilevel: has an order of rows of its own"),
         ({"data": {"sampling": "task", "task_column": "kind"}}, "training.bilevel: cuts the rows into two parts"),
         (
+            {"data": {"limit": 1, "eval_fraction": 0.0}},
+            "training.bilevel: cuts the rows into two parts, and there is one",
+        ),
+        (
             {"adapter": {"train_d": False}},
             "needs two groups of trained parameters, and this adapter .vera. trains qvera_b only",
         ),

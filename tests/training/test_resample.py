@@ -193,6 +193,12 @@ def test_what_does_not_go_together_is_refused(
         make_recipe(**sections)
 
 
+def test_more_phases_than_an_adapter_has_room_for_are_refused(make_recipe: Any) -> None:
+    recipe = make_recipe(adapter={"rank": 8192}, training={"resample_every": 1, "max_steps": 9})
+    with pytest.raises(InputError, match="resample_every: 9 phases of rank 8,192 are one adapter of rank 73,728"):
+        phase_count(recipe, 32)
+
+
 def test_a_seed_chain_that_does_not_fit_is_refused() -> None:
     for chain in ([1, 2], [0, 1, 2], [0, -1]):
         with pytest.raises(InputError, match="seed_chain: takes the seeds of 2 phases"):

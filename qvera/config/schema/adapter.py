@@ -7,6 +7,8 @@ from pydantic import Field, Strict
 
 from qvera.config.fields import Bool, Fraction, NonEmpty, Number, Positive, PositiveFloat, Section, Seed
 
+MOST_RANK = 65_536
+
 
 class AdapterSection(Section):
     """The adapter: by default VeRA (arXiv 2310.11454), vectors d [rank] and b [out_features] for each linear layer."""
@@ -14,7 +16,7 @@ class AdapterSection(Section):
     method: NonEmpty = "vera"
     """The method of adaptation: ``vera``, ``lora``, ``lora-xs``, ``lora-sb``, ``shared-core``, ``sara`` or ``spiel``.
     With another one than ``vera`` the rank and the learning rate have no default."""
-    rank: Annotated[int, Strict(), Field(ge=1, le=65_536)] = 256
+    rank: Annotated[int, Strict(), Field(ge=1, le=MOST_RANK)] = 256
     """Rows of the projection A. VeRA's vector d has as many elements. With spiel a linear gets as many values as a LoRA
     of this rank has numbers."""
     b_groups: Positive = 1
