@@ -173,8 +173,9 @@ class QveraLinear(LowRankPath, nn.Module, BaseTunerLayer):
         return self.method(adapter).is_low_rank
 
     def has_delta(self, adapter: str) -> bool:
-        """Whether the adapter adds one ΔW x, the same ΔW for all tokens."""
-        return self.method(adapter).has_delta
+        """Whether the adapter adds one ΔW x, the same ΔW for all tokens, whatever adapters are active beside it."""
+        method = self.method(adapter)
+        return method.has_delta and not (method.stands_alone and len(self.active_names()) > 1)
 
     def dropout_of(self, adapter: str) -> nn.Module:
         """The dropout on the adapter's input; an Identity where there is none."""
@@ -199,11 +200,15 @@ class QveraLinear(LowRankPath, nn.Module, BaseTunerLayer):
         A quantized weight is quantized again; a warning gives the measured error of that.
 
         Raises:
-            ValueError: ``safe_merge`` and the merged weight has NaN or Inf; the layer is left as it was.
+            ValueError: ``safe_merge`` and the merged weight has NaN or Inf, or one of several adapters has to stand
+                alone; the layer is left as it was.
         """
         adapter_names = [n for n in check_adapters_to_merge(self, adapter_names) if self.carries(n)]
         if not adapter_names:
             return
+        together = {*self.merged_adapters, *adapter_names}
+        if len(together) > 1 and (alone := [name for name in sorted(together) if self.method(name).stands_alone]):
+            raise ValueError(f"{alone[0]} scales the rows of W + ΔW and can't be merged together with others.")
         base = self.base_layer
         merged = quantization.dequantized_weight(base, torch.float32)
         merged = merged + sum(self.get_delta_weight(name) for name in adapter_names)

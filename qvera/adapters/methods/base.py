@@ -93,6 +93,8 @@ class Method(ABC):
     """Those of its tensors that hold places in a weight: int32, never trained by gradients."""
     has_delta: ClassVar[bool] = True
     """Whether it adds one ΔW x, the same ΔW for all tokens: then it can be merged, and W + ΔW held."""
+    stands_alone: ClassVar[bool] = False
+    """Whether no other adapter may be active, or merged, with it, since it scales what they add."""
     starts_from_gradient: ClassVar[bool] = False
     """Whether `from_gradient` makes its start, before the first step."""
 

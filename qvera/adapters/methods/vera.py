@@ -121,6 +121,7 @@ class _WithMagnitude(Vera):
     """m [out_features] beside d and b: the norms of the rows of W + ΔW, from those of W."""
 
     is_low_rank = False
+    stands_alone = True
     is_banked = False
     can_resample = False
     keeps_output = True

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from qvera.adapters import QveraLinear
+from qvera.adapters.config import QveraConfig
 from qvera.adapters.multi_adapter import load_adapters
 from qvera.adapters.save_load import attach, load_adapter, save_adapter
 from qvera.config.schema import AdapterSection, parse_recipe
@@ -88,3 +89,22 @@ def test_a_base_weight_that_somebody_trains_gets_its_gradient(adapter: dict[str,
     grad = layer.base_layer.weight.grad
     torch.testing.assert_close(grad, x.sum(0).expand_as(grad), rtol=1e-4, atol=1e-4)
     assert all(vector.grad is not None for vector in layer.vectors("default").values())
+
+
+def test_an_adapter_that_scales_rows_is_not_merged_or_held_with_others() -> None:
+    model = attach(small_llama(), AdapterSection(rank=8, magnitude=True))
+    model.add_adapter("other", QveraConfig(rank=4, task_type="CAUSAL_LM"))
+    moved(model)
+    expected = logits(model)
+    with pytest.raises(ValueError, match="default scales the rows"):
+        model.merge_adapter(["default", "other"])
+    for first, then in (("default", "other"), ("other", "default")):
+        model.merge_adapter([first])
+        with pytest.raises(ValueError, match="default scales the rows"):
+            model.merge_adapter([then])
+        model.unmerge_adapter()
+    model.base_model.set_adapter(["default", "other"])
+    with generating(model), pytest.raises(ValueError, match="default scales the rows"):
+        logits(model)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), expected)
