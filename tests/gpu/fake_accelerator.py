@@ -60,7 +60,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qvera
-from qvera.adapters import projection, save_load
+from qvera.adapters import adapter_file, projection
 from qvera.config.schema import Recipe, parse_recipe
 from qvera.data import Example
 from qvera.distributed.group import ALONE
@@ -346,7 +346,7 @@ class FakeAccelerator:
         self._stack.enter_context(mock.patch.object(evaluate, "fused_linear_cross_entropy", self._loss))
         # A and B have no values here, and drawing them takes seconds
         self._stack.enter_context(mock.patch.object(projection, "uniform_matrix", _no_values))
-        self._stack.enter_context(mock.patch.object(save_load, "load_file", _load_file))
+        self._stack.enter_context(mock.patch.object(adapter_file, "load_file", _load_file))
         for name in ("tensor", "as_tensor"):
             self._stack.enter_context(mock.patch.object(torch, name, _on_device(getattr(torch, name))))
         # else transformers takes another path, as when it exports a model
