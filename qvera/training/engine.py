@@ -75,6 +75,9 @@ class LocalEngine:
         """Accumulate the gradient of this rank's part of the loss; ``last``: this is the step's last pass."""
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
+    def forget_module_order(self) -> None:
+        """Take the next pass for the first one, where an engine learns from it what comes when."""
+
     def undo(self) -> None:
         """Drop the gradients of a step that could not be taken."""
         self.optimizer.zero_grad(set_to_none=True)
@@ -247,6 +250,17 @@ class ZeroEngine(LocalEngine):
             zero = self.deepspeed.optimizer
             for params, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
                 lazy_init_hp_params_optimizer_state(params, flat, self.optimizer.state)
+
+    def forget_module_order(self) -> None:
+        """Let ZeRO-3 record anew in which order modules need their weights.
+
+        It takes the first pass for the order of all. A pass that computed gradients without adding them up may walk
+        through q, k and v in another order than a step does.
+        """
+        offload = getattr(self.deepspeed.optimizer, "parameter_offload", None)
+        coordinator = None if offload is None else offload.get_param_coordinator()
+        if coordinator is not None and not coordinator.is_invalid_trace():
+            coordinator._invalidate_trace()  # as DeepSpeed's parameter_offload.py does when its hooks change
 
     def _take_over(self, before: dict[str, dict[str, Any]]) -> None:
         """Put the optimizer state of whole vectors into the partitions."""

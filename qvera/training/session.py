@@ -162,6 +162,7 @@ class TrainingSession:
         self.engine = self.make_engine()
         if self.sharder is not None:  # the engine's hooks gather the weights; a rank that fails in one tells the others
             self._try_longest_batch()
+            self.engine.forget_module_order()
 
     def _starts_from_gradient(self) -> bool:
         section = self.recipe.adapter
