@@ -74,6 +74,8 @@ def read_config(directory: Path) -> QveraConfig | VeraConfig:
     config_file, weights_file = directory / ADAPTER_CONFIG, directory / ADAPTER_WEIGHTS
     if not directory.is_dir():
         raise InputError(f"{directory}: no such adapter directory.")
+    if not weights_file.is_file() and (directory / "adapter_model.bin").is_file():
+        raise InputError(f"{directory}: has no {weights_file.name}; pickled adapters are not read.")
     for file in (config_file, weights_file):
         if not file.is_file():
             raise InputError(f"{directory}: has no {file.name}, so it is not an adapter directory.")

@@ -1,4 +1,4 @@
-"""List, remove, verify 4-bit copies, tokenized rows and decomposed weights."""
+"""List, verify and remove 4-bit copies, tokenized rows, decompositions."""
 
 from __future__ import annotations
 

@@ -65,8 +65,7 @@ class CommandsByPanel(TyperGroup):
 
 
 _EPILOG = """\
---version, --traceback (of an error), --install-completion, --show-completion
-Options and an example: qvera COMMAND --help
+--version, --traceback, --install-completion; an example: qvera COMMAND --help
 Exit codes: 0 done, 1 failed, 2 wrong input, 75 interrupted and saved (--resume)"""
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from qvera.cli.main import main
 from qvera.training.trainer import train
@@ -208,6 +210,7 @@ def broken_certificate(place: Place) -> list[str]:
 def adapter_without_base(place: Place) -> list[str]:
     (place.root / "lora").mkdir()
     (place.root / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    save_file({"nothing": torch.zeros(1)}, place.root / "lora" / "adapter_model.safetensors")
     return ["eval", str(place.root / "lora"), "--data", str(place.root / "rows.jsonl")]
 
 
@@ -280,7 +283,7 @@ TABLE: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     "neither run nor adapter": (lambda p: ["info", str(p.root / "model")], "is neither a run"),
     "run without adapter": (run_without_adapter, "has no adapter/ yet"),
     "adapter cut short": (adapter_cut_short, "cut short"),
-    "adapter of another kind": (adapter_edited("peft_type", "LORA", "chat"), "does not fit its base"),
+    "adapter of another kind": (adapter_edited("peft_type", "LORA", "chat"), "PEFT can't put this adapter on its base"),
     "adapter of a newer format": (adapter_edited("format_version", 99, "chat"), "format version 99"),
     "adapter with other projections": (adapter_edited("projection_sha256", "0" * 64, "eval"), "SHA-256"),
     "adapter for another model": (adapter_for_another_model, "another base model"),

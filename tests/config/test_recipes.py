@@ -11,7 +11,14 @@ from qvera.config.load import load_recipe, read_yaml
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 SCHEMA = RECIPES.parent / "qvera" / "config" / "recipe.schema.json"
-NAMES = ["e2e/smollm2-135m", "instruct/llama2-13b", "instruct/llama2-7b", "instruct/smollm2-135m", "quickstart"]
+NAMES = [
+    "e2e/smollm2-135m",
+    "e2e/smollm2-135m-lora",
+    "instruct/llama2-13b",
+    "instruct/llama2-7b",
+    "instruct/smollm2-135m",
+    "quickstart",
+]
 
 
 def test_no_recipe_is_unknown_to_this_test() -> None:

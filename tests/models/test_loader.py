@@ -279,6 +279,7 @@ def test_attach_counts_and_names() -> None:
         "rank": 8,
         "b_groups": 1,
         "input_scale": False,
+        "magnitude": False,
         "targets": ["down_proj", "q_proj"],
         "adapted_modules": 4,
         "trainable_parameters": 4 * (64 + 8),
