@@ -1,4 +1,4 @@
-"""List, verify and remove 4-bit copies, tokenized rows, decompositions."""
+"""List, verify and remove what qvera keeps in its cache."""
 
 from __future__ import annotations
 
