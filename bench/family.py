@@ -19,7 +19,7 @@ import json
 import random
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +79,16 @@ def _rows(path: Path, rows: list[dict[str, str]]) -> str:
 def _labelled(file: Path, *columns: str) -> list[dict[str, str]]:
     """Rows of a classification as a prompt of these columns and the label as its completion."""
     found = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    prompt = lambda row: row[columns[0]] if len(columns) == 1 else "\n".join(f"{c}: {row[c]}" for c in columns)  # noqa: E731
+
+    def prompt(row: dict[str, str]) -> str:
+        return row[columns[0]] if len(columns) == 1 else "\n".join(f"{c}: {row[c]}" for c in columns)
+
     return [{"prompt": prompt(row), "completion": row["label"]} for row in found]
+
+
+def _flat(inputs: Iterable[tuple[str, list[str]]]) -> list[dict[str, str]]:
+    """A row for each reference of an input."""
+    return [{"prompt": mr, "completion": ref} for mr, refs in inputs for ref in refs]
 
 
 def prepare(task: str, data: Path, to: Path) -> dict[str, Any]:
@@ -97,11 +105,10 @@ def prepare(task: str, data: Path, to: Path) -> dict[str, Any]:
                 for row in csv.DictReader(file):
                     found.setdefault(row["mr"], []).append(row["ref"])
         held = set(shuffle.sample(sorted(inputs), len(inputs) // 10))
-        flat = lambda chosen: [{"prompt": mr, "completion": ref} for mr, refs in chosen for ref in refs]  # noqa: E731
         return {
-            "path": _rows(to / "train.jsonl", flat((m, r) for m, r in inputs.items() if m not in held)),
-            "eval_path": _rows(to / "held.jsonl", flat((m, r) for m, r in inputs.items() if m in held)),
-            "test": _rows(to / "test.jsonl", flat((m, r[:1]) for m, r in test.items())),
+            "path": _rows(to / "train.jsonl", _flat((m, r) for m, r in inputs.items() if m not in held)),
+            "eval_path": _rows(to / "held.jsonl", _flat((m, r) for m, r in inputs.items() if m in held)),
+            "test": _rows(to / "test.jsonl", _flat((m, r[:1]) for m, r in test.items())),
             "references": list(test.values()),
             "system": "Say what the list says in one or two sentences.",
             "max_length": 256,

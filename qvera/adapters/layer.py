@@ -98,7 +98,7 @@ class QveraLinear(LowRankPath, nn.Module, BaseTunerLayer):
                     self.adapter_layer_names = (*self.adapter_layer_names, name)
                 self.tensor_names = (*self.tensor_names, name)
             if device.type == "meta":
-                start = torch.empty(shape, device=device, dtype=torch.int32 if holds_places else torch.float32)
+                start = torch.empty(shape, device=device, dtype=method.dtype(name))
             else:
                 start = method.start(name, shape, config, self.place).to(device)
             getattr(self, name)[adapter_name] = nn.Parameter(start, requires_grad=not holds_places)

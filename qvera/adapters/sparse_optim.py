@@ -22,6 +22,14 @@ class Seeds(NamedTuple):
     """How many optimizer steps' gradients these are the means of."""
 
 
+def _loss_of(closure: Callable[[], float] | None) -> float | None:
+    """What an optimizer's ``closure`` gives, as torch's own optimizers call it; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
 class AgedAdamW(torch.optim.Optimizer):
     """AdamW (arXiv 1711.05101) in torch's form, with the bias correction of each value's own age (SpIEL, 2401.16405).
 
@@ -42,10 +50,7 @@ class AgedAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step for every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _loss_of(closure)
         for group in self.param_groups:
             rate, (beta1, beta2) = group["lr"], group["betas"]
             for parameter in group["params"]:
@@ -120,10 +125,7 @@ class SparseSM3(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step for every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _loss_of(closure)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if (grad := parameter.grad) is None:

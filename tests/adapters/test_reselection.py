@@ -142,7 +142,7 @@ def test_without_new_places_it_is_adamw(dtype: torch.dtype, rtol: float) -> None
 
 
 def test_a_grown_value_steps_like_one_that_was_always_there() -> None:
-    """Its places' gradients were all alike, so its averages are those of an Adam that saw each of them."""
+    """The gradients at its place were equal in all steps. Then its averages equal those of an Adam that saw every step."""
     grown, always = (nn.Parameter(torch.zeros(3, dtype=torch.float64)) for _ in range(2))
     optimizers = AgedAdamW([grown], 0.1), AgedAdamW([always], 0.1)
     gradient = torch.tensor([0.3, -2.0, 1e-4], dtype=torch.float64)

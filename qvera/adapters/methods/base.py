@@ -7,7 +7,6 @@ name. docs/methods/index.md shows how to add one.
 from __future__ import annotations
 
 import math
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -51,17 +50,6 @@ class Place:
     """Its name in the base model, such as ``model.layers.3.self_attn.q_proj``; empty where it is not known."""
     in_features: int
     out_features: int
-
-    @property
-    def role(self) -> str:
-        """The last part of the name: ``q_proj``."""
-        return self.name.rpartition(".")[2]
-
-    @property
-    def layer(self) -> int | None:
-        """The number of its decoder layer; None outside of these."""
-        found = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", f".{self.name}")
-        return int(found[1]) if found else None
 
 
 class Method(ABC):
@@ -115,7 +103,7 @@ class Method(ABC):
 
     @abstractmethod
     def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, place: Place) -> torch.Tensor:
-        """The initial value of one of these tensors, in its `dtype` (int32 where it holds places) on the CPU."""
+        """The initial value of one of these tensors, in its `dtype` on the CPU."""
 
     @abstractmethod
     def factors(
@@ -148,7 +136,7 @@ class Method(ABC):
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype that a tensor is held and saved in."""
-        return torch.float32
+        return torch.int32 if name in self.place_names else torch.float32
 
     def is_trained(self, name: str, adapter: AdapterSettings) -> bool:
         """Whether the tensor of that name is trained."""
