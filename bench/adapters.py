@@ -24,8 +24,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bench.common import header, interleaved, smollm2, write_result
+from qvera.adapters.files.save_load import attach, load_adapter, save_adapter
 from qvera.adapters.multi_adapter import load_adapters
-from qvera.adapters.save_load import attach, load_adapter, save_adapter
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.evaluation.generate import generate
 from qvera.models.loader import load_base

@@ -33,7 +33,7 @@ from bench.generation import stock
 from bench.gpu.common import base_on_device
 from bench.trials import MORE
 from qvera.adapters import QveraLinear, hold_training_weights
-from qvera.adapters.save_load import attach
+from qvera.adapters.files.save_load import attach
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.evaluation.evaluate import batch_nll
 from qvera.models.checkpointing import enable_checkpointing

@@ -24,7 +24,7 @@ import torch
 
 from bench.common import header, write_result
 from bench.limits import measured, parse_bytes
-from qvera.adapters.save_load import attach, named_vectors, save_adapter
+from qvera.adapters.files.save_load import attach, named_vectors, save_adapter
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.export.deltas import read_deltas
 from qvera.models.model_config import empty_model

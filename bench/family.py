@@ -27,7 +27,7 @@ from rich.console import Console
 
 from bench.common import RESULTS, header, smollm2
 from qvera.adapters import methods
-from qvera.adapters.save_load import load_adapter
+from qvera.adapters.files.save_load import load_adapter
 from qvera.config.schema import Recipe, parse_recipe
 from qvera.data import build_datasets
 from qvera.evaluation import evaluate

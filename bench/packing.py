@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.common import header, interleaved, perturb, smollm2, write_result
-from qvera.adapters.save_load import attach
+from qvera.adapters.files.save_load import attach
 from qvera.config.schema import AdapterSection, ModelSection, parse_recipe
 from qvera.data import batches_of, build_datasets
 from qvera.evaluation import evaluate

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from bench.common import header, perturb, smollm2, write_result
-from qvera.adapters import fused
-from qvera.adapters.save_load import attach, named_vectors
+from qvera.adapters.files.save_load import attach, named_vectors
+from qvera.adapters.products import fused
 from qvera.cli.quickstart import recipe_path
 from qvera.config.load import load_recipe
 from qvera.config.schema import AdapterSection, ModelSection, Recipe

@@ -64,7 +64,7 @@ def test_dpo_with_trl(tiny_model_dir: Path, tmp_path: Path, monkeypatch: Any, ca
 
 def assert_qvera_opens(adapter: Path) -> None:
     """The trained adapter is one that qvera's own commands take, and its vectors have moved."""
-    from qvera.adapters.save_load import named_vectors
+    from qvera.adapters.files.save_load import named_vectors
     from qvera.evaluation.load import open_run
 
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))

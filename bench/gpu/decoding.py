@@ -10,7 +10,7 @@ import torch
 
 from bench.common import interleaved, perturb
 from bench.gpu.common import Results, base_on_disk, options
-from qvera.adapters.save_load import attach
+from qvera.adapters.files.save_load import attach
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.evaluation.generate import generate
 from qvera.models.loader import load_base

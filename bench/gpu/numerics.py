@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from bench.common import perturb
 from bench.gpu.common import Results, base_on_disk, options, qvera, write_rows
-from qvera.adapters.save_load import attach
+from qvera.adapters.files.save_load import attach
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.data import Example
 from qvera.evaluation.evaluate import batch_nll, make_batch

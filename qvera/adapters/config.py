@@ -8,8 +8,8 @@ from typing import Any
 
 from peft import PeftConfig
 
+from qvera.adapters.products.token_sampling import TokenSampler
 from qvera.adapters.projection import GENERATOR, Seeds
-from qvera.adapters.token_sampling import TokenSampler
 from qvera.config.schema import AdapterSection
 from qvera.utils.errors import InputError
 
@@ -45,7 +45,8 @@ class QveraConfig(PeftConfig):
             the task types SEQ_CLS and TOKEN_CLS PEFT adds the head by itself.
         bias: which biases are trained and saved too: ``none``, ``all``, or ``qvera_only`` (those of adapted linears).
         init_weights: False starts b and d at random, so that a fresh adapter changes the model (for tests).
-        b_groups: into how many equal groups the rank is cut, each with a b of its own (`qvera.adapters.functional`).
+        b_groups: into how many equal groups the rank is cut, each with a b of its own
+            (`qvera.adapters.products.functional`).
         input_scale: train a third vector a [in_features] for each linear, right of A, from 1.
         magnitude: train the norms of the weight's rows (DVoRA).
         d_initial: initial value of every element of d (0.1, VeRA section 3.2).

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from qvera.adapters import functional
+from qvera.adapters.products import functional
 from qvera.kernels.low_rank import times_b
 
 

@@ -17,8 +17,8 @@ from qvera.adapters.config import QveraConfig
 from qvera.adapters.factors import Factors
 from qvera.adapters.low_rank_path import LowRankPath, layer_shape
 from qvera.adapters.methods import Method, Place, method_of
+from qvera.adapters.products.token_sampling import TokenSampler
 from qvera.adapters.projection import OwnProjection, Pair, SharedProjection
-from qvera.adapters.token_sampling import TokenSampler
 from qvera.models import quantization
 
 

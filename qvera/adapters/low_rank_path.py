@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from qvera.adapters import functional, fused
 from qvera.adapters.factors import Factors
-from qvera.adapters.sparse import Watch
-from qvera.adapters.token_sampling import TokenSampler
+from qvera.adapters.products import functional, fused
+from qvera.adapters.products.sparse import Watch
+from qvera.adapters.products.token_sampling import TokenSampler
 from qvera.distributed.zero_params import is_sharded
 from qvera.models import linear, quantization
 

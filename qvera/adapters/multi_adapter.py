@@ -16,13 +16,13 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from qvera.adapters import functional
-from qvera.adapters.adapter_file import read_adapter, read_config, require_tokens
 from qvera.adapters.config import PEFT_TYPE, PREFIX, QveraConfig
+from qvera.adapters.files.adapter_file import read_adapter, read_config, require_tokens
+from qvera.adapters.files.save_load import load_vectors
 from qvera.adapters.layer import QveraLinear
 from qvera.adapters.methods import method_of
+from qvera.adapters.products import functional
 from qvera.adapters.projection import SharedProjection, vera_scale
-from qvera.adapters.save_load import load_vectors
 from qvera.kernels.columns import scaled_columns
 from qvera.models import linear
 from qvera.utils import accelerator

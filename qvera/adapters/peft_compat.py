@@ -16,8 +16,8 @@ from peft.tuners.vera.layer import VeraLayer
 from torch import nn
 
 from qvera.adapters.factors import Factors
-from qvera.adapters.functional import at_least_fp32
 from qvera.adapters.low_rank_path import LowRankPath
+from qvera.adapters.products.functional import at_least_fp32
 from qvera.adapters.projection import SharedInput
 from qvera.models import linear
 

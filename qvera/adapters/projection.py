@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from qvera.adapters import functional
+from qvera.adapters.products import functional
 from qvera.utils.errors import InputError
 from qvera.utils.uniform import uniform_matrix
 

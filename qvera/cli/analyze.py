@@ -67,7 +67,7 @@ def analyze(
         raise InputError(f"--text: {text}: no such file. Expected rows (.jsonl, .json, .csv, .tsv, .parquet) or .txt.")
     quiet_libraries()
 
-    from qvera.adapters.adapter_file import read_config
+    from qvera.adapters.files.adapter_file import read_config
     from qvera.evaluation.load import adapter_sha256, find_adapter, find_target
     from qvera.export.analyze import analyze_adapter
     from qvera.export.lora import require_empty

@@ -53,7 +53,7 @@ def export(
 
     import torch
 
-    from qvera.adapters.adapter_file import read_config, require_base
+    from qvera.adapters.files.adapter_file import read_config, require_base
     from qvera.config.schema import ExportSection
     from qvera.evaluation.load import find_adapter
     from qvera.export.compare import difference_text
@@ -115,7 +115,7 @@ def _export_adapter(
     to: str, section: ModelSection, adapter_dir: Path, out: Path, dtype: torch.dtype, rank: int | None
 ) -> None:
     """--to lora and --to peft."""
-    from qvera.adapters.adapter_file import read_config
+    from qvera.adapters.files.adapter_file import read_config
     from qvera.export.deltas import read_deltas
     from qvera.export.lora import export_stock_vera
     from qvera.models.model_config import empty_model

@@ -53,7 +53,7 @@ def merge_adapters(
 
     import torch
 
-    from qvera.adapters.adapter_file import read_config
+    from qvera.adapters.files.adapter_file import read_config
     from qvera.evaluation.load import find_adapter
     from qvera.export.deltas import read_deltas
     from qvera.export.merge_adapters import same_directions, stacked_factors, union, weighted_sum, write_vectors
@@ -85,7 +85,7 @@ def merge_adapters(
 
 def _require_one_base(found: list[tuple[Recipe | None, ModelSection, Path]]) -> None:
     """All adapters must have one base: by content if all say it, else by name."""
-    from qvera.adapters.adapter_file import read_config
+    from qvera.adapters.files.adapter_file import read_config
 
     names = [section.path for _, section, _ in found]
     prints = [getattr(read_config(path), "base_fingerprint", None) for _, _, path in found]

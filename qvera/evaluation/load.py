@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
-from qvera.adapters import adapter_file, save_load
+from qvera.adapters.files import adapter_file, save_load
 from qvera.config.load import load_recipe
 from qvera.config.schema import ModelSection, Recipe
 from qvera.data import NAMED_TEMPLATES

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from qvera.adapters.adapter_file import read_adapter, require_base
+from qvera.adapters.files.adapter_file import read_adapter, require_base
 from qvera.config.schema import ModelSection
 from qvera.export.deltas import AdapterDeltas, read_deltas
 from qvera.export.stream import PackedBaseReader, TrainedBaseReader

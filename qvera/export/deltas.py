@@ -16,11 +16,11 @@ from peft.tuners.vera.model import _kaiming_init
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qvera.adapters import lora_file
-from qvera.adapters.adapter_file import read_adapter
 from qvera.adapters.config import PREFIX, QveraConfig
-from qvera.adapters.factor_cache import FactorCache
 from qvera.adapters.factors import Factors
+from qvera.adapters.files import lora_file
+from qvera.adapters.files.adapter_file import read_adapter
+from qvera.adapters.files.factor_cache import FactorCache
 from qvera.adapters.low_rank_path import layer_shape
 from qvera.adapters.methods import Place, Source, method_of
 from qvera.adapters.projection import Pair, check_pair, uniform_pair

@@ -17,7 +17,7 @@ import torch
 from peft import LoraConfig, VeraConfig
 
 from qvera.adapters.config import PREFIX
-from qvera.adapters.save_load import ADAPTER_CONFIG, ADAPTER_WEIGHTS, portable_name
+from qvera.adapters.files.save_load import ADAPTER_CONFIG, ADAPTER_WEIGHTS, portable_name
 from qvera.export.deltas import AdapterDeltas
 from qvera.models.safetensors_stream import write_shard
 from qvera.utils.errors import InputError

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from qvera.adapters.config import PREFIX, QveraConfig
-from qvera.adapters.save_load import ADAPTER_CONFIG
+from qvera.adapters.files.save_load import ADAPTER_CONFIG
 from qvera.export.deltas import AdapterDeltas, Delta
 from qvera.export.lora import LIMITS, write_adapter
 from qvera.utils.errors import InputError

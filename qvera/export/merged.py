@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from qvera.adapters.adapter_file import require_tokens
-from qvera.adapters.save_load import ADAPTER_WEIGHTS
+from qvera.adapters.files.adapter_file import require_tokens
+from qvera.adapters.files.save_load import ADAPTER_WEIGHTS
 from qvera.config.schema import ExportSection, ModelSection
 from qvera.export.base import open_adapter_on_base
 from qvera.export.deltas import TokenTable, token_tables

@@ -1,4 +1,4 @@
-"""The passes over B [m, r] of `qvera.adapters.functional`: C = diag(b) B diag(d), and ∂b and ∂d from M = gᵀ z.
+"""The passes over B [m, r] of `qvera.adapters.products.functional`: C = diag(b) B diag(d), and ∂b and ∂d from M = gᵀ z.
 
 b is [m], or [G, m]: then each of G equal groups of B's columns has its own row of b.
 

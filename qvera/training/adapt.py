@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from qvera.adapters.save_load import rate_factors
-from qvera.adapters.step_hook import StepHooks
+from qvera.adapters.files.save_load import rate_factors
+from qvera.adapters.stepping.step_hook import StepHooks
 from qvera.data import Batches, Rows, lengths_of
 from qvera.data.sampler import random_order
 from qvera.evaluation import evaluate

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from qvera.adapters.step_hook import StepHook
+from qvera.adapters.stepping.step_hook import StepHook
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:

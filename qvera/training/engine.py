@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.amp import GradScaler
 
-from qvera.adapters.save_load import named_vectors
+from qvera.adapters.files.save_load import named_vectors
 from qvera.config.schema import Recipe
 from qvera.distributed import zero_params
 from qvera.distributed.deepspeed_import import deepspeed_module

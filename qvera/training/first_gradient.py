@@ -16,8 +16,8 @@ from torch import nn
 
 from qvera.adapters.layer import QveraLinear
 from qvera.adapters.methods import method_of
+from qvera.adapters.products.weight_gradients import collected
 from qvera.adapters.projection import forget_inputs
-from qvera.adapters.weight_gradients import collected
 from qvera.models.loader import causal_model
 from qvera.training.logging import status_line
 from qvera.training.optim import current_rate

@@ -9,7 +9,7 @@ import torch
 from qvera.adapters.factors import Factors
 from qvera.adapters.layer import QveraLinear
 from qvera.adapters.methods import method_of
-from qvera.adapters.step_hook import StepHook
+from qvera.adapters.stepping.step_hook import StepHook
 from qvera.config.schema.adapter import MOST_RANK
 from qvera.data import planned_steps
 from qvera.training.momentum import carried_share

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from qvera.adapters.save_load import adapter_facts
+from qvera.adapters.files.save_load import adapter_facts
 from qvera.utils import accelerator, memory
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qvera.adapters.methods import method_of
-from qvera.adapters.token_sampling import TokenSampler
+from qvera.adapters.products.token_sampling import TokenSampler
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:

@@ -16,10 +16,10 @@ import torch
 from rich.console import Console
 
 from qvera.adapters import hold_training_weights
-from qvera.adapters.fused import BUILDS_UNHELD
+from qvera.adapters.files.save_load import attach, rate_factors
 from qvera.adapters.methods import check_recipe, method_of
+from qvera.adapters.products.fused import BUILDS_UNHELD
 from qvera.adapters.projection import forget_inputs
-from qvera.adapters.save_load import attach, rate_factors
 from qvera.config.schema import Recipe
 from qvera.data import Datasets, Example, batches_of, build_datasets, data_warnings, print_preflight
 from qvera.distributed.deepspeed_import import require_deepspeed, require_overflow_check

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qvera.adapters.methods import method_of
-from qvera.adapters.step_hook import StepHook, StepHooks
+from qvera.adapters.stepping.step_hook import StepHook, StepHooks
 from qvera.data import BilevelBatches
 from qvera.training.bilevel import BilevelHook
 from qvera.training.engine import trained_vectors

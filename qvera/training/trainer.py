@@ -14,8 +14,8 @@ from typing import Any
 
 from rich.console import Console
 
-from qvera.adapters.fused import BUILDS_UNHELD
-from qvera.adapters.save_load import load_vectors, named_vectors, save_adapter
+from qvera.adapters.files.save_load import load_vectors, named_vectors, save_adapter
+from qvera.adapters.products.fused import BUILDS_UNHELD
 from qvera.config.schema import Recipe
 from qvera.distributed.group import Group, for_all
 from qvera.distributed.init import in_group, restarted

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from qvera.adapters.save_load import named_vectors
+from qvera.adapters.files.save_load import named_vectors
 from qvera.models import linear
 
 IN, OUT = 64, 96

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from qvera.adapters import QveraLinear
-from qvera.adapters.save_load import attach, load_adapter, named_vectors, save_adapter
+from qvera.adapters.files.save_load import attach, load_adapter, named_vectors, save_adapter
 from qvera.config.schema import AdapterSection, ExportSection, ModelSection
 from qvera.export import export_merged
 from qvera.export.deltas import read_deltas

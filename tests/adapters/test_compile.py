@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from qvera.adapters.save_load import attach
+from qvera.adapters.files.save_load import attach
 from qvera.config.schema import AdapterSection
 from qvera.data import Example
 from qvera.evaluation.evaluate import batch_nll, make_batch

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qvera.adapters import QveraLinear
-from qvera.adapters.save_load import adapter_facts, attach, named_vectors, save_adapter
+from qvera.adapters.files.save_load import adapter_facts, attach, named_vectors, save_adapter
 from qvera.config.schema import AdapterSection
 
 SHAPES: dict[str, dict[str, Any]] = {

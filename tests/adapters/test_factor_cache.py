@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from qvera.adapters.factor_cache import FactorCache
+from qvera.adapters.files.factor_cache import FactorCache
 from qvera.cli.main import main
 from qvera.models.factor_record import FACTORS
 from tests.adapters.helpers import base_layer

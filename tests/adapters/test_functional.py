@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from qvera.adapters.functional import delta_weight, expand, few_tokens, project, scale_input
+from qvera.adapters.products.functional import delta_weight, expand, few_tokens, project, scale_input
 from qvera.kernels import low_rank
 from qvera.kernels.low_rank import combined
 from tests.adapters.helpers import relative
@@ -132,7 +132,7 @@ def test_both_branches_agree(groups: int, monkeypatch: pytest.MonkeyPatch) -> No
     p = parts(5, 6, 7, 8, groups=groups)
     results = []
     for few in (True, False):
-        monkeypatch.setattr("qvera.adapters.functional.few_tokens", lambda *_, few=few: few)
+        monkeypatch.setattr("qvera.adapters.products.functional.few_tokens", lambda *_, few=few: few)
         leaves = {k: p[k].clone().requires_grad_() for k in ("x", "d", "b")}
         y = expand(leaves["x"] @ p["W"].t(), project(leaves["x"], p["A"]), leaves["d"], leaves["b"], p["B"], 0.5)
         y.square().sum().backward()

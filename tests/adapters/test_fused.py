@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from qvera.adapters import fused
 from qvera.adapters.factors import Factors
+from qvera.adapters.products import fused
 from tests.adapters.helpers import IN, KINDS, OUT, relative
 from tests.adapters.test_functional import parts, textbook
 from tests.adapters.test_layer import adapted, reference, run

@@ -12,11 +12,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from qvera.adapters import QveraConfig, QveraLinear, low_rank
-from qvera.adapters.adapter_file import read_adapter
+from qvera.adapters import QveraConfig, QveraLinear
+from qvera.adapters.files.adapter_file import read_adapter
+from qvera.adapters.files.save_load import attach, load_adapter, save_adapter
 from qvera.adapters.methods import Place, method_of
 from qvera.adapters.multi_adapter import load_adapters
-from qvera.adapters.save_load import attach, load_adapter, save_adapter
+from qvera.adapters.products import low_rank
 from qvera.config.schema import AdapterSection
 from qvera.evaluation.run_info import directory_facts
 from qvera.export.deltas import read_deltas

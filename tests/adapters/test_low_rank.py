@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from qvera.adapters.low_rank import trained_linear, trained_path
+from qvera.adapters.products.low_rank import trained_linear, trained_path
 from tests.adapters.helpers import FOUR_BIT, base_layer, dense_weight, relative
 
 REFERENCE = Path(__file__).parent / "reference"

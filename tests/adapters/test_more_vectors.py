@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qvera.adapters import QveraConfig, QveraLinear, register
+from qvera.adapters.files.save_load import attach, load_adapter, named_vectors
 from qvera.adapters.multi_adapter import load_adapters
-from qvera.adapters.save_load import attach, load_adapter, named_vectors
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection, parse_recipe
 from qvera.export.deltas import read_deltas

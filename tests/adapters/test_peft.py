@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import qvera
-from qvera.adapters import QveraConfig, QveraLinear, save_load
-from qvera.adapters.adapter_file import read_adapter
-from qvera.adapters.save_load import load_adapter, load_vectors, named_vectors, save_adapter
+from qvera.adapters import QveraConfig, QveraLinear
+from qvera.adapters.files import save_load
+from qvera.adapters.files.adapter_file import read_adapter
+from qvera.adapters.files.save_load import load_adapter, load_vectors, named_vectors, save_adapter
 from qvera.config.schema import ModelSection
 from qvera.models.loader import load_base
 from qvera.utils.atomic import flush

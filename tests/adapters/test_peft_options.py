@@ -17,8 +17,8 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
 from qvera.adapters import QveraConfig, QveraLinear
+from qvera.adapters.files.save_load import load_adapter, named_vectors, save_adapter
 from qvera.adapters.multi_adapter import load_adapters
-from qvera.adapters.save_load import load_adapter, named_vectors, save_adapter
 from qvera.config.schema import ModelSection
 from qvera.export.deltas import read_deltas
 from qvera.models import linear
@@ -255,7 +255,7 @@ def test_a_rank_beyond_memory_is_refused_before_it_is_drawn(tmp_path: Path) -> N
 def test_the_model_section_has_a_home_directory_as_an_absolute_path(
     tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qvera.adapters.save_load import attach
+    from qvera.adapters.files.save_load import attach
     from qvera.config.schema import AdapterSection
 
     monkeypatch.setenv("HOME", str(tiny_model_dir.parent))

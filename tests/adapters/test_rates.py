@@ -10,7 +10,7 @@ from peft import get_peft_model
 from torch import nn
 
 from qvera.adapters import QveraConfig
-from qvera.adapters.save_load import named_vectors
+from qvera.adapters.files.save_load import named_vectors
 
 IN, OUT, RANK, STEPS = 24, 40, 8, 6
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from qvera.adapters import sparse
-from qvera.adapters.reselection import Candidates, by_accumulated_gradient, by_momentum, replace
-from qvera.adapters.sparse import sampled_product
-from qvera.adapters.sparse_optim import AgedAdamW, Seeds, SparseSM3
+from qvera.adapters.products import sparse
+from qvera.adapters.products.sparse import sampled_product
+from qvera.adapters.stepping.reselection import Candidates, by_accumulated_gradient, by_momentum, replace
+from qvera.adapters.stepping.sparse_optim import AgedAdamW, Seeds, SparseSM3
 
 REFERENCE = Path(__file__).parent / "reference"
 

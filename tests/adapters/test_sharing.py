@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from qvera.adapters import functional
+from qvera.adapters.products import functional
 from qvera.adapters.projection import SharedProjection
 
 

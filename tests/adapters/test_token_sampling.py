@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from qvera.adapters.low_rank import trained_linear, trained_path
-from qvera.adapters.token_sampling import (
+from qvera.adapters.products.low_rank import trained_linear, trained_path
+from qvera.adapters.products.token_sampling import (
     TokenSample,
     TokenSampler,
     drawn_weights,

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from qvera.adapters.adapter_file import read_adapter
-from qvera.adapters.save_load import load_adapter
+from qvera.adapters.files.adapter_file import read_adapter
+from qvera.adapters.files.save_load import load_adapter
 from qvera.cli.main import main
 from qvera.config.schema import ModelSection, parse_recipe
 from qvera.models.loader import load_base

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
+from qvera.adapters.files.save_load import attach, named_vectors
 from qvera.adapters.methods import method_of
-from qvera.adapters.save_load import attach, named_vectors
 from qvera.config.schema import parse_recipe
 from qvera.distributed.init import in_group
 from tests.conftest import small_llama

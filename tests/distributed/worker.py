@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from qvera.adapters.step_hook import StepHook, StepHooks
+from qvera.adapters.stepping.step_hook import StepHook, StepHooks
 from qvera.config.schema import parse_recipe
 from qvera.data import Batches
 from qvera.distributed import zero_params

@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from qvera.adapters.save_load import load_adapter, save_adapter
+from qvera.adapters.files.save_load import load_adapter, save_adapter
 from qvera.cli.main import main
 from qvera.config.load import load_recipe
 from qvera.config.schema import ModelSection

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qvera.adapters import LowRankPath, QveraLinear
-from qvera.adapters.save_load import attach
+from qvera.adapters.files.save_load import attach
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.data import Example
 from qvera.evaluation import evaluate

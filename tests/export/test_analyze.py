@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qvera.adapters import QveraLinear
 from qvera.adapters.factors import Factors
-from qvera.adapters.save_load import attach, named_vectors, save_adapter
+from qvera.adapters.files.save_load import attach, named_vectors, save_adapter
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.export import analyze, intruders

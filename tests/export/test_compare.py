@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qvera.adapters.save_load import attach, save_adapter
+from qvera.adapters.files.save_load import attach, save_adapter
 from qvera.config.schema import AdapterSection, ExportSection, ModelSection
 from qvera.data import Example
 from qvera.export import compare, export_merged

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qvera.adapters.save_load import attach, load_adapter, save_adapter
+from qvera.adapters.files.save_load import attach, load_adapter, save_adapter
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection, ExportSection, ModelSection
 from qvera.export import export_merged, merge_adapters

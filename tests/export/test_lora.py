@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qvera.adapters import QveraLinear
-from qvera.adapters.save_load import attach, load_adapter, save_adapter
+from qvera.adapters.files.save_load import attach, load_adapter, save_adapter
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.export.deltas import read_deltas

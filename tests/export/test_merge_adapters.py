@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from qvera.adapters import QveraLinear
 from qvera.adapters.config import QveraConfig
+from qvera.adapters.files.save_load import attach, load_adapter, save_adapter
 from qvera.adapters.multi_adapter import load_adapters
-from qvera.adapters.save_load import attach, load_adapter, save_adapter
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.evaluation.generate import generate, generating

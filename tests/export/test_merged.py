@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qvera.adapters import QveraLinear
-from qvera.adapters.save_load import attach, named_vectors, save_adapter
+from qvera.adapters.files.save_load import attach, named_vectors, save_adapter
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection, ExportSection, ModelSection
 from qvera.evaluation.load import open_run

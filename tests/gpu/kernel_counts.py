@@ -17,7 +17,7 @@ from peft import LoraConfig, VeraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qvera.adapters.save_load import attach
+from qvera.adapters.files.save_load import attach
 from qvera.config.schema import AdapterSection
 from qvera.models.checkpointing import enable_checkpointing
 from qvera.models.linear import FrozenLinear4bit

@@ -16,8 +16,8 @@ from safetensors.numpy import save_file
 from transformers import LlamaForCausalLM
 
 from qvera.adapters.config import QveraConfig
+from qvera.adapters.files.save_load import named_vectors
 from qvera.adapters.multi_adapter import load_adapters
-from qvera.adapters.save_load import named_vectors
 from qvera.evaluation import evaluate
 from qvera.evaluation.generate import generate
 from qvera.export.deltas import read_deltas

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from qvera.adapters.functional import scale_input
+from qvera.adapters.products.functional import scale_input
 from qvera.kernels.columns import scaled_columns
 from tests.adapters.helpers import relative
 from tests.kernels.conftest import Calls

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from qvera.adapters.functional import expand, few_tokens, project
+from qvera.adapters.products.functional import expand, few_tokens, project
 from qvera.adapters.projection import uniform_pair, vera_scale
 from qvera.kernels import columns, low_rank, operators
 from qvera.kernels.operators import LAUNCHES

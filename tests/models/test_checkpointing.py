@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from qvera.adapters.save_load import attach, named_vectors
+from qvera.adapters.files.save_load import attach, named_vectors
 from qvera.config.schema import AdapterSection
 from qvera.models.checkpointing import INPUTS_ON_DEVICE, draws_random_numbers, enable_checkpointing, offload_inputs
 from qvera.models.copy_stream import PinnedChunks

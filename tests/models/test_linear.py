@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qvera.adapters.save_load import attach, named_vectors
+from qvera.adapters.files.save_load import attach, named_vectors
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.evaluation.generate import generate, generating
 from qvera.models import linear

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qvera.adapters.save_load import adapter_facts, attach, named_vectors, save_adapter
+from qvera.adapters.files.save_load import adapter_facts, attach, named_vectors, save_adapter
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.models import linear as frozen
 from qvera.models import quantization as quantize
@@ -337,7 +337,7 @@ def test_a_failed_save_leaves_the_old_adapter(saved: Path, monkeypatch: pytest.M
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("qvera.adapters.save_load.flush", full)
+    monkeypatch.setattr("qvera.adapters.files.save_load.flush", full)
     with pytest.raises(RunFailed, match="adapter: the disk is full"):
         save_adapter(model, saved)
     assert {f.name: f.read_bytes() for f in saved.iterdir()} == before

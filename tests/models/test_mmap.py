@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qvera.adapters.save_load import attach, load_adapter, named_vectors, save_adapter
+from qvera.adapters.files.save_load import attach, load_adapter, named_vectors, save_adapter
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.data import IGNORED
 from qvera.evaluation.generate import generate, generating

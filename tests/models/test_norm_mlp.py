@@ -15,7 +15,7 @@ from torch import nn
 from transformers import GemmaConfig, GemmaForCausalLM, MistralConfig, MistralForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from qvera.adapters.save_load import attach
+from qvera.adapters.files.save_load import attach
 from qvera.config.schema import AdapterSection
 from qvera.models import norm_mlp
 from tests.adapters.helpers import relative

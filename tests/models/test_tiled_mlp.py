@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from qvera.adapters.save_load import attach, named_vectors
+from qvera.adapters.files.save_load import attach, named_vectors
 from qvera.config.schema import AdapterSection
 from qvera.models import tiled_mlp
 from qvera.models.checkpointing import enable_checkpointing

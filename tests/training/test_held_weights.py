@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from qvera.adapters import fused, hold_training_weights
-from qvera.adapters.save_load import attach
+from qvera.adapters import hold_training_weights
+from qvera.adapters.files.save_load import attach
+from qvera.adapters.products import fused
 from qvera.config.schema import parse_recipe
 from qvera.training import planning
 from qvera.training.plan import Batch, Machine, PlannedRun, make_plan, shape_of

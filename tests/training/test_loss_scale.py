@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from qvera.adapters.save_load import attach, named_vectors
+from qvera.adapters.files.save_load import attach, named_vectors
 from qvera.config.range_test import RangeTest
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.evaluation import evaluate

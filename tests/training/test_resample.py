@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from qvera.adapters.config import QveraConfig
+from qvera.adapters.files.save_load import attach, load_adapter, named_vectors
 from qvera.adapters.projection import uniform_pair
-from qvera.adapters.save_load import attach, load_adapter, named_vectors
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection
 from qvera.evaluation.run_info import directory_facts

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from qvera.adapters.save_load import attach
-from qvera.adapters.token_sampling import TokenSampler
+from qvera.adapters.files.save_load import attach
+from qvera.adapters.products.token_sampling import TokenSampler
 from qvera.config.schema import AdapterSection
 from qvera.models.checkpointing import enable_checkpointing
 from qvera.training.plan import make_plan

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from qvera.adapters.save_load import named_vectors
-from qvera.adapters.step_hook import StepHook, StepHooks
+from qvera.adapters.files.save_load import named_vectors
+from qvera.adapters.stepping.step_hook import StepHook, StepHooks
 from qvera.training import session
 from qvera.training.session import TrainingSession
 from qvera.training.trainer import train

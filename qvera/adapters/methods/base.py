@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from qvera.adapters.layer import QveraLinear
     from qvera.adapters.low_rank_path import LowRankPath
     from qvera.adapters.projection import Pair
-    from qvera.adapters.step_hook import StepHook
+    from qvera.adapters.stepping.step_hook import StepHook
     from qvera.config.schema import AdapterSection, Recipe
     from qvera.distributed.group import Group
 

@@ -1,7 +1,7 @@
 """LoRA (arXiv 2106.09685): ΔW = s B A with A [r, n] and B [m, r] trained; s = alpha / r, rank-stabilised alpha / √r.
 
 The rank-stabilised scale is that of arXiv 2312.03732, the learning rate of B that of LoRA+ (arXiv 2402.12354). Adapters
-are files of PEFT's LoRA (`qvera.adapters.lora_file`), and the options have PEFT's names.
+are files of PEFT's LoRA (`qvera.adapters.files.lora_file`), and the options have PEFT's names.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from qvera.adapters.factors import Factors
-from qvera.adapters.functional import at_least_fp32
-from qvera.adapters.low_rank import trained_linear, trained_path
 from qvera.adapters.methods.base import Method, Place, Source
+from qvera.adapters.products.functional import at_least_fp32
+from qvera.adapters.products.low_rank import trained_linear, trained_path
 from qvera.models import linear
 from qvera.utils.errors import InputError
 

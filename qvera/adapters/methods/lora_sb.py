@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from qvera.adapters.factors import Factors
-from qvera.adapters.functional import at_least_fp32
 from qvera.adapters.methods.base import Method, Place, Source
 from qvera.adapters.methods.lora_xs import require_rank
+from qvera.adapters.products.functional import at_least_fp32
+from qvera.adapters.products.weight_gradients import sign_step
 from qvera.adapters.projection import Pair
-from qvera.adapters.weight_gradients import sign_step
 from qvera.models.svd import rows_of_tensor, truncated_svd
 
 if TYPE_CHECKING:

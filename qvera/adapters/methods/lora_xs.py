@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from qvera.adapters.factor_cache import FactorCache
 from qvera.adapters.factors import Factors
-from qvera.adapters.functional import at_least_fp32
+from qvera.adapters.files.factor_cache import FactorCache
 from qvera.adapters.methods.base import Method, Place, Source
+from qvera.adapters.products.functional import at_least_fp32
 from qvera.adapters.projection import Pair
 from qvera.distributed.zero_params import gathered
 from qvera.utils.errors import InputError

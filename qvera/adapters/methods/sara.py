@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from qvera.adapters import functional
-from qvera.adapters.factor_cache import FactorCache
 from qvera.adapters.factors import Factors
-from qvera.adapters.functional import at_least_fp32
+from qvera.adapters.files.factor_cache import FactorCache
 from qvera.adapters.methods.base import Method, Place, Source
 from qvera.adapters.methods.lora_xs import svd_pair
+from qvera.adapters.products import functional
+from qvera.adapters.products.functional import at_least_fp32
 from qvera.adapters.projection import Pair, vera_scale
 from qvera.distributed.zero_params import gathered
 from qvera.models.svd import rank_of_share

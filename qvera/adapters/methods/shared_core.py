@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from qvera.adapters.factors import Factors
-from qvera.adapters.functional import at_least_fp32
 from qvera.adapters.methods.base import Method, Place
+from qvera.adapters.products.functional import at_least_fp32
 from qvera.adapters.projection import Pair, vera_scale
 
 if TYPE_CHECKING:

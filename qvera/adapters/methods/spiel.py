@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from qvera.adapters.functional import at_least_fp32
 from qvera.adapters.methods.base import Method, Place, Source
+from qvera.adapters.products.functional import at_least_fp32
+from qvera.adapters.products.sparse import SparseChange, add_sparse, working_bytes
 from qvera.adapters.projection import Pair
-from qvera.adapters.reselection import Reselection, SparseLayer
-from qvera.adapters.sparse import SparseChange, add_sparse, working_bytes
-from qvera.adapters.sparse_optim import AgedAdamW, SparseSM3
-from qvera.adapters.step_hook import StepHook
+from qvera.adapters.stepping.reselection import Reselection, SparseLayer
+from qvera.adapters.stepping.sparse_optim import AgedAdamW, SparseSM3
+from qvera.adapters.stepping.step_hook import StepHook
 from qvera.config.schema import AdapterSection
 from qvera.distributed.group import Group
 from qvera.utils.errors import InputError

@@ -1,7 +1,8 @@
 """VeRA (arXiv 2310.11454): ΔW = s diag(b) B diag(d) A diag(a), A and B random, frozen and shared by all linears.
 
-b_groups and input_scale go beyond the paper (`qvera.adapters.functional`), and so do phases (`VeraPhases`). With
-``magnitude`` it is DVoRA, which the authors of DoRA (arXiv 2402.09353) made of it (`qvera.adapters.magnitude`).
+b_groups and input_scale go beyond the paper (`qvera.adapters.products.functional`), and so do phases (`VeraPhases`).
+With ``magnitude`` it is DVoRA, which the authors of DoRA (arXiv 2402.09353) made of it
+(`qvera.adapters.products.magnitude`).
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from qvera.adapters import functional
 from qvera.adapters.factors import Factors
-from qvera.adapters.functional import at_least_fp32
-from qvera.adapters.magnitude import RowNorms
 from qvera.adapters.methods.base import Method, Place
+from qvera.adapters.products import functional
+from qvera.adapters.products.functional import at_least_fp32
+from qvera.adapters.products.magnitude import RowNorms
 from qvera.adapters.projection import Pair, vera_scale
 from qvera.models import quantization
 

@@ -1,7 +1,8 @@
 """What autograd keeps of one decoder layer, and the most that exists beside it while its backward runs. Bytes.
 
-Read off the code that runs: `qvera.models.linear` (keeps the module and nothing else), `qvera.adapters.functional`
-(keeps z), `qvera.adapters.fused` (keeps z or x), `qvera.models.norm_mlp`, and transformers' Llama layer.
+Read off the code that runs: `qvera.models.linear` (keeps the module and nothing else),
+`qvera.adapters.products.functional` (keeps z), `qvera.adapters.products.fused` (keeps z or x),
+`qvera.models.norm_mlp`, and transformers' Llama layer.
 tests/training/plan/test_activations.py counts the same with ``torch.autograd.graph.saved_tensors_hooks``. Notation: T
 tokens of the batch in all, S tokens a row.
 """
@@ -11,8 +12,8 @@ from dataclasses import replace
 
 import torch
 
-from qvera.adapters.functional import few_tokens
 from qvera.adapters.methods import Source
+from qvera.adapters.products.functional import few_tokens
 from qvera.kernels.low_rank import BLOCK_ELEMENTS
 from qvera.models.checkpointing import INPUTS_ON_DEVICE
 from qvera.models.copy_stream import CHUNK_BYTES

@@ -12,10 +12,10 @@ import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
 from torch import nn
 
-from qvera.adapters import fused
 from qvera.adapters.config import PREFIX
 from qvera.adapters.low_rank_path import layer_shape
 from qvera.adapters.methods import Method, Place, method_of
+from qvera.adapters.products import fused
 from qvera.config.schema import ModelSection, Recipe
 from qvera.models.checkpointing import Mode
 from qvera.models.linear import BLOCK_WEIGHTS, backward_by_blocks
@@ -376,7 +376,7 @@ class PlannedRun:
         return four_bit and large and not self.is_summed(x) and backward_by_blocks(self.batch.all_tokens, x.n)
 
     def is_summed(self, x: Linear) -> bool:
-        """Whether the layer goes through W + ΔW (`qvera.adapters.fused`)."""
+        """Whether the layer goes through W + ΔW (`qvera.adapters.products.fused`)."""
         section, machine = self.recipe.adapter, self.machine
         sizes = self.batch.all_tokens, x.n, x.m, self.rank_at(x)
         method = self.method
@@ -390,7 +390,7 @@ class PlannedRun:
         return 1 / self.passes if self.holds_weights else fused.BUILDS_UNHELD
 
     def keeps_input(self, x: Linear) -> bool:
-        """Whether the backward pass needs the layer's input (`qvera.adapters.fused`)."""
+        """Whether the backward pass needs the layer's input (`qvera.adapters.products.fused`)."""
         section = self.recipe.adapter
         kept = fused.keeps_input(self.batch.all_tokens, x.n, x.m, self.rank_at(x), section.input_scale)
         return self.is_summed(x) and kept

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import torch
 
-from qvera.adapters.functional import few_tokens
-from qvera.adapters.fused import gradient_cost
+from qvera.adapters.products.functional import few_tokens
+from qvera.adapters.products.fused import gradient_cost
 from qvera.models.copy_stream import CHUNK_BYTES
 from qvera.models.quantized_values import quantized_reader
 from qvera.training.plan.plan import Plan

@@ -14,8 +14,8 @@ from torch import nn
 
 from qvera.adapters import QveraConfig, QveraLinear
 from qvera.adapters.factors import Factors
-from qvera.adapters.functional import project
-from qvera.adapters.save_load import attach, load_adapter, named_vectors
+from qvera.adapters.files.save_load import attach, load_adapter, named_vectors
+from qvera.adapters.products.functional import project
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection
 from qvera.evaluation.load import open_run
@@ -258,8 +258,8 @@ def test_lora_sb_starts_from_the_sign_of_the_gradient(make_recipe: Any, tmp_path
 
 
 def _adapter_of(directory: Path) -> tuple[QveraConfig, dict[str, dict[str, torch.Tensor]]]:
-    from qvera.adapters.adapter_file import read_adapter
     from qvera.adapters.config import PREFIX
+    from qvera.adapters.files.adapter_file import read_adapter
 
     config, tensors = read_adapter(directory / "adapter")
     assert isinstance(config, QveraConfig)

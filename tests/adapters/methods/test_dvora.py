@@ -14,9 +14,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from qvera.adapters import QveraConfig, QveraLinear, SharedProjection
+from qvera.adapters.files.save_load import attach, load_adapter, save_adapter
 from qvera.adapters.methods import Place, method_of
 from qvera.adapters.projection import vera_scale
-from qvera.adapters.save_load import attach, load_adapter, save_adapter
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection, ModelSection, parse_recipe
 from qvera.export.deltas import read_deltas

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from qvera.adapters import QveraLinear
+from qvera.adapters.files.save_load import attach, load_adapter, named_vectors, save_adapter
 from qvera.adapters.methods import method_of
 from qvera.adapters.multi_adapter import load_adapters
-from qvera.adapters.save_load import attach, load_adapter, named_vectors, save_adapter
 from qvera.cli.main import main
 from qvera.config.load import load_recipe
 from qvera.config.schema import AdapterSection, Recipe, parse_recipe

@@ -11,8 +11,8 @@ import torch
 
 from qvera.adapters import QveraLinear, methods
 from qvera.adapters.factors import Factors
+from qvera.adapters.files.save_load import attach, load_adapter, save_adapter
 from qvera.adapters.methods import Method, Place, Source, check_recipe
-from qvera.adapters.save_load import attach, load_adapter, save_adapter
 from qvera.config.schema import AdapterSection, ModelSection, parse_recipe
 from qvera.models.loader import load_base
 from qvera.utils.errors import InputError

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qvera.adapters.config import PREFIX
+from qvera.adapters.files.save_load import attach, load_adapter, named_vectors, save_adapter
 from qvera.adapters.methods import method_of
 from qvera.adapters.methods.spiel import PLACES, VALUES
-from qvera.adapters.save_load import attach, load_adapter, named_vectors, save_adapter
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection
 from qvera.distributed.group import Group

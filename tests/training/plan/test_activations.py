@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from qvera.adapters.save_load import attach
+from qvera.adapters.files.save_load import attach
 from qvera.config.schema import Recipe, parse_recipe
 from qvera.models import quantization
 from qvera.models.checkpointing import enable_checkpointing

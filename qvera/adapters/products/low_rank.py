@@ -20,8 +20,8 @@ from typing import Protocol
 import torch
 from torch.autograd.function import once_differentiable
 
-from qvera.adapters.functional import AutogradContext, as_output, split_scale, times
-from qvera.adapters.token_sampling import TokenSampler
+from qvera.adapters.products.functional import AutogradContext, as_output, split_scale, times
+from qvera.adapters.products.token_sampling import TokenSampler
 from qvera.kernels.choice import use_kernels
 from qvera.kernels.low_rank import wide_product
 from qvera.models import linear

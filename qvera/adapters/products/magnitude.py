@@ -18,7 +18,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from qvera.adapters.factors import Factors
-from qvera.adapters.functional import at_least_fp32
+from qvera.adapters.products.functional import at_least_fp32
 from qvera.distributed.zero_params import gathered
 from qvera.kernels.low_rank import row_blocks, times_b
 from qvera.models.linear import BLOCK_WEIGHTS, WeightBlocks

@@ -12,8 +12,8 @@ from peft import LoraConfig, VeraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from qvera.adapters import lora_file
 from qvera.adapters.config import PEFT_TYPE, PREFIX, QveraConfig
+from qvera.adapters.files import lora_file
 from qvera.adapters.methods import Place, method_of
 from qvera.utils.errors import InputError
 from qvera.utils.files import read_json

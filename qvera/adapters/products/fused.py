@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from qvera.adapters.factors import Factors
-from qvera.adapters.functional import AutogradContext, as_output, split_scale
+from qvera.adapters.products.functional import AutogradContext, as_output, split_scale
 from qvera.kernels.low_rank import combined, vector_gradients, wide_product
 from qvera.models import quantization
 

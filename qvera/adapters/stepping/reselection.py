@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from qvera.adapters.sparse import largest_places, largest_products, row_blocks, sampled_product
-from qvera.adapters.sparse_optim import AgedAdamW, Seeds, SparseSM3
-from qvera.adapters.step_hook import StepHook
+from qvera.adapters.products.sparse import largest_places, largest_products, row_blocks, sampled_product
+from qvera.adapters.stepping.sparse_optim import AgedAdamW, Seeds, SparseSM3
+from qvera.adapters.stepping.step_hook import StepHook
 from qvera.distributed.group import Group
 from qvera.utils.errors import InputError
 

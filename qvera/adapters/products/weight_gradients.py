@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from qvera.adapters.functional import AutogradContext
+from qvera.adapters.products.functional import AutogradContext
 from qvera.models import svd
 
 

@@ -15,9 +15,9 @@ import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
-from qvera.adapters import lora_file
-from qvera.adapters.adapter_file import read_adapter, require_base, require_tokens
 from qvera.adapters.config import QveraConfig
+from qvera.adapters.files import lora_file
+from qvera.adapters.files.adapter_file import read_adapter, require_base, require_tokens
 from qvera.adapters.layer import QveraLinear
 from qvera.adapters.methods import Source, method_of
 from qvera.adapters.peft_compat import accelerated_peft

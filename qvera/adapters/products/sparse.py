@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from qvera.adapters.functional import AutogradContext, as_output
+from qvera.adapters.products.functional import AutogradContext, as_output
 from qvera.utils.errors import InputError
 
 Watch = Callable[[torch.Tensor, torch.Tensor], None]
