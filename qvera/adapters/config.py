@@ -50,6 +50,7 @@ class QveraConfig(PeftConfig):
         input_scale: train a third vector a [in_features] for each linear, right of A, from 1.
         magnitude: train the norms of the weight's rows (DVoRA).
         d_initial: initial value of every element of d (0.1, VeRA section 3.2).
+        train_d: whether d is trained.
         alpha: LoRA's α; None: the rank.
         use_rslora: the rank-stabilised scale of a LoRA.
         init_lora_weights: where a LoRA's A and B start.
@@ -92,6 +93,7 @@ class QveraConfig(PeftConfig):
     input_scale: bool = _DEFAULTS.input_scale
     magnitude: bool | None = _DEFAULTS.magnitude
     d_initial: float = _DEFAULTS.d_initial
+    train_d: bool = _DEFAULTS.train_d
     alpha: float | None = _DEFAULTS.alpha
     use_rslora: bool = _DEFAULTS.use_rslora
     init_lora_weights: str = _DEFAULTS.init_lora_weights

@@ -219,8 +219,7 @@ def _require_loadable(directory: Path) -> None:
         InputError: no safetensors; a kind that PEFT does not know; one that changes the prompt instead of layers, which
             our losses and answers would pass by; or a config that names a Python module for PEFT to import.
     """
-    if not (directory / ADAPTER_WEIGHTS).is_file():
-        raise InputError(f"{directory}: has no {ADAPTER_WEIGHTS}; pickled adapters are not read.")
+    adapter_file.require_files(directory)
     file, tree = directory / ADAPTER_CONFIG, _config(directory)
     if tree.get("megatron_config"):
         raise InputError(f"{file}: is for Megatron (megatron_config), whose modules are not imported here.")

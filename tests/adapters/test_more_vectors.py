@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qvera.adapters import QveraConfig, QveraLinear, register
-from qvera.adapters.files.save_load import attach, load_adapter, named_vectors
+from qvera.adapters.files.save_load import attach, load_adapter, named_vectors, save_adapter
 from qvera.adapters.multi_adapter import load_adapters
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection, parse_recipe
@@ -211,6 +211,17 @@ def test_vectors_cast_to_sixteen_bits_train(tiny_model_dir: Path) -> None:
         assert (
             exact is not None and found[1][name].dtype == torch.bfloat16 and relative(found[1][name], exact) < 0.05
         ), name
+
+
+def test_a_frozen_d_stays_frozen_in_a_file_and_when_the_adapter_is_chosen_again(tmp_path: Path) -> None:
+    model = attach(small_llama(), AdapterSection(rank=4, train_d=False))
+    model.set_adapter("default")
+    save_adapter(model, tmp_path / "a")
+    register()
+    read = PeftModel.from_pretrained(small_llama(), str(tmp_path / "a"), is_trainable=True)
+    for one in (model, read):
+        trained = {name.rpartition(".")[2] for name, vector in named_vectors(one).items() if vector.requires_grad}
+        assert trained == {"qvera_b"}
 
 
 @pytest.mark.parametrize("damage", ["no a", "short a", "flat b"])

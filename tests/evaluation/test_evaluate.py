@@ -193,6 +193,9 @@ def test_a_lora_that_peft_trained(run: Path, tiny_model_dir: Path, capsys: Any) 
     (out / "adapter_model.safetensors").rename(out / "adapter_model.bin")
     assert main(["eval", str(out), "--recipe", str(run)]) == 2
     assert "pickled adapters are not read" in capsys.readouterr().err
+    (out / "adapter_model.bin").unlink()
+    assert main(["eval", str(out), "--recipe", str(run)]) == 2
+    assert "has no adapter_model.safetensors, so it is not an adapter directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -71,14 +71,10 @@ def read_config(directory: Path) -> QveraConfig | VeraConfig:
     Raises:
         InputError: it is not an adapter directory, or not a VeRA adapter.
     """
-    config_file, weights_file = directory / ADAPTER_CONFIG, directory / ADAPTER_WEIGHTS
+    config_file = directory / ADAPTER_CONFIG
     if not directory.is_dir():
         raise InputError(f"{directory}: no such adapter directory.")
-    if not weights_file.is_file() and (directory / "adapter_model.bin").is_file():
-        raise InputError(f"{directory}: has no {weights_file.name}; pickled adapters are not read.")
-    for file in (config_file, weights_file):
-        if not file.is_file():
-            raise InputError(f"{directory}: has no {file.name}, so it is not an adapter directory.")
+    require_files(directory)
     raw = read_json(config_file, "a PEFT adapter config", keys=["peft_type"])
     kind = {PEFT_TYPE: QveraConfig, "VERA": VeraConfig, lora_file.PEFT_TYPE: LoraConfig}.get(str(raw["peft_type"]))
     if kind is None:
@@ -97,6 +93,19 @@ def read_config(directory: Path) -> QveraConfig | VeraConfig:
         raise InputError(f"{config_file}: {error}") from None
     except (TypeError, ValueError) as error:
         raise InputError(f"{config_file}: a value has the wrong type, or is out of range ({error}).") from None
+
+
+def require_files(directory: Path) -> None:
+    """Look for the two files of an adapter directory.
+
+    Raises:
+        InputError: one is missing. Weights in a pickle do not count: opening one can run code.
+    """
+    if not (directory / ADAPTER_WEIGHTS).is_file() and (directory / "adapter_model.bin").is_file():
+        raise InputError(f"{directory}: has no {ADAPTER_WEIGHTS}; pickled adapters are not read.")
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (directory / name).is_file():
+            raise InputError(f"{directory}: has no {name}, so it is not an adapter directory.")
 
 
 def runs_on_our_layers(raw: dict[str, Any]) -> bool:

@@ -81,10 +81,6 @@ def attach(
         config.progress = None  # it may hold a terminal's progress bar, which can't be copied or pickled
     if section.init_from is not None:
         _start_from(peft_model, config, section.init_from)
-    method = method_of(section)
-    for name, vector in named_vectors(peft_model).items():
-        if not method.is_trained(name.rpartition(".")[2], section):
-            vector.requires_grad_(False)
     return peft_model
 
 

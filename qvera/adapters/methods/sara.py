@@ -75,7 +75,7 @@ class Sara(Method):
         return torch.full(shape, 0.0 if name == "qvera_b" else adapter.d_initial)
 
     def is_trained(self, name: str, adapter: AdapterSettings) -> bool:
-        return name != "qvera_d" or getattr(adapter, "train_d", True)
+        return name != "qvera_d" or adapter.train_d
 
     def scale(self, adapter: AdapterSettings, place: Place) -> float:
         """VeRA's, by the highest rank for all linears: the step of a linear does not depend on its own rank."""

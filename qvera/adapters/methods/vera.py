@@ -70,7 +70,7 @@ class Vera(Method):
         return Factors(*pair, d, b, vera_scale(adapter.rank, place.in_features), a)
 
     def is_trained(self, name: str, adapter: AdapterSettings) -> bool:
-        return name != "qvera_d" or getattr(adapter, "train_d", True)
+        return name != "qvera_d" or adapter.train_d
 
 
 class VeraPhases(Vera):
