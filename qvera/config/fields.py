@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Self
+from dataclasses import dataclass
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -30,6 +31,31 @@ PositiveFloat = Annotated[float, Field(gt=0.0, le=3e38, allow_inf_nan=False), *N
 NonNegativeFloat = Annotated[float, Field(ge=0.0, le=3e38, allow_inf_nan=False), *Number]
 Passes = Annotated[float, Field(gt=0.0, le=1e6, allow_inf_nan=False), *Number]
 NonEmpty = Annotated[str, Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class OnlyWith:
+    """Marks a key that means something only where another key of the recipe switches it on.
+
+    Args:
+        switches: keys as ``section.key``, switched on by any value but false, zero or an empty one; or
+            ``section.key: value``, by that value. One of them is enough.
+    """
+
+    switches: tuple[str, ...]
+
+    def __init__(self, *switches: str) -> None:
+        object.__setattr__(self, "switches", switches)
+
+    def is_on(self, recipe: Any) -> bool:
+        """Whether a recipe has one of the switches on."""
+        for switch in self.switches:
+            path, _, value = switch.partition(": ")
+            section, _, key = path.partition(".")
+            found = getattr(getattr(recipe, section), key)
+            if found == value if value else found:
+                return True
+        return False
 
 
 class Section(BaseModel):

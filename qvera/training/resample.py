@@ -47,10 +47,12 @@ def phase_count(recipe: Recipe, rows: int) -> int:
 
 def with_phases(recipe: Recipe, phases: int) -> Recipe:
     """The recipe of a run that takes as much as this one does in its last phase: all phases as groups of one rank."""
-    if phases == 1:
+    if not recipe.training.resample_every:
         return recipe
     adapter = recipe.adapter.replace(rank=recipe.adapter.rank * phases, b_groups=phases)
-    return recipe.replace(adapter=adapter, training=recipe.training.replace(resample_every=0))
+    return recipe.replace(
+        adapter=adapter, training=recipe.training.replace(resample_every=0, resample_momentum="clear")
+    )
 
 
 class ResampleHook(StepHook):

@@ -319,6 +319,58 @@ def test_keys_that_contradict_each_other(changes: dict[str, Any], key: str) -> N
     assert key in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "key", "switch", "on"),
+    [
+        ({"training.bilevel_share": 0.3}, "training.bilevel_share", "training.bilevel", {"training.bilevel": True}),
+        ({"training.bilevel_retrain": 0.1}, "training.bilevel_retrain", "training.bilevel", {"training.bilevel": True}),
+        (
+            {"training.resample_momentum": "move"},
+            "training.resample_momentum",
+            "training.resample_every",
+            {"training.resample_every": 5},
+        ),
+        (
+            {"training.adapt_rows": 4, "data.sampling": "task", "data.task_column": "t", "data.held_out_tasks": 1},
+            "training.adapt_rows",
+            "training.adapt_steps",
+            {"training.adapt_steps": 3},
+        ),
+        ({"data.held_out_tasks": ["a"]}, "data.held_out_tasks", "data.sampling: task", {}),
+        ({"data.task_steps": 2}, "data.task_steps", "data.sampling: task", {}),
+        ({"data.eval_limit": 9}, "data.eval_limit", "data.eval_path or data.eval_fraction", {"data.eval_path": "b"}),
+        ({"training.exact_match_rows": 9}, "training.exact_match_rows", "data.eval_path", {"data.eval_fraction": 0.1}),
+        (
+            {"training.loss_scale_window": 9, "model.compute_dtype": "bfloat16"},
+            "training.loss_scale_window",
+            "model.compute_dtype: float16",
+            {"model.compute_dtype": "float16"},
+        ),
+        (
+            {"model.quant_storage": "uint8", "model.quantization": "none"},
+            "model.quant_storage",
+            "model.quantization: nf4",
+            {"model.quantization": "fp4"},
+        ),
+    ],
+)
+def test_a_key_whose_switch_is_off_is_refused(
+    changes: dict[str, Any], key: str, switch: str, on: dict[str, Any]
+) -> None:
+    def recipe(changes: dict[str, Any]) -> Any:
+        tree: dict[str, Any] = {"model": {"path": "a"}, "data": {"path": "a"}}
+        for path, value in changes.items():
+            section, _, name = path.partition(".")
+            tree.setdefault(section, {})[name] = value
+        return parse_recipe(tree, "my.yaml")
+
+    with pytest.raises(InputError) as caught:
+        recipe(changes)
+    assert f"1 problem in the recipe:\n  {key}: has no effect without {switch}" in str(caught.value)
+    if on:
+        recipe({**changes, **on})
+
+
 def test_defaults_are_not_shared_between_recipes() -> None:
     one, other = parse_recipe(MINIMAL, "x"), parse_recipe(MINIMAL, "x")
     one.training.report_to.append("wandb")

@@ -93,8 +93,8 @@ def test_octal_and_base_60_numbers_are_refused(tmp_path: Path, written: str) -> 
 
 
 def test_other_numbers_are_read_as_written(tmp_path: Path) -> None:
-    data = load(tmp_path, f"{BODY}  limit: 1_000\n  eval_limit: 0x10\n  seed: 0\n  system: '010'\n").data
-    assert (data.limit, data.eval_limit, data.seed, data.system) == (1000, 16, 0, "010")
+    data = load(tmp_path, f"{BODY}  limit: 1_000\n  max_source_length: 0x10\n  seed: 0\n  system: '010'\n").data
+    assert (data.limit, data.max_source_length, data.seed, data.system) == (1000, 16, 0, "010")
 
 
 def test_keys_that_are_no_text_are_unknown_keys(tmp_path: Path) -> None:

@@ -155,7 +155,6 @@ def test_the_tasks_of_a_cut_selection_stay(three_sources: DataSection, base_toke
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"task_column": "skill"}, "task_column: is about tasks; set data.sampling: task"),
         ({"sampling": "task"}, "sampling: task needs several tasks; set data.task_column"),
         ({"sampling": "task", "task_column": "skill", "weight": 2.0}, "weight: data.sampling: task gives every task"),
         ({"sampling": "task", "task_column": "skill", "group_by_length": True}, "group_by_length: a step's rows"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -19,6 +21,7 @@ from qvera.cli.main import main
 from qvera.config.schema import AdapterSection
 from qvera.evaluation.run_info import directory_facts
 from qvera.training.plan import make_plan
+from qvera.training.plan.show import print_plan
 from qvera.training.resample import phase_count, with_phases
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
@@ -175,6 +178,19 @@ def test_a_plan_is_that_of_the_last_phase(run: tuple[Any, Path]) -> None:
     plan = make_plan(recipe, torch.device("cpu"))
     live = sum(tensor.numel() for tensor in vectors(run_dir).values())
     assert plan.trained_parameters == live
+    assert not plan.has_first_phase_only
+
+
+def test_a_plan_that_can_not_count_the_phases_says_so(make_recipe: Any) -> None:
+    recipe = make_recipe(adapter={"rank": RANK}, training={"resample_every": 3, "max_steps": -1})
+    plan, text = make_plan(recipe, torch.device("cpu")), io.StringIO()
+    assert (
+        plan.trained_parameters
+        == make_plan(make_recipe(adapter={"rank": RANK}), torch.device("cpu")).trained_parameters
+    )
+    assert plan.to_dict()["first_phase_only"]
+    print_plan(plan, Console(file=text, width=200))
+    assert "This is the first phase alone" in text.getvalue()
 
 
 @pytest.mark.parametrize(

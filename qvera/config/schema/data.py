@@ -5,7 +5,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Strict
 
-from qvera.config.fields import Bool, Fraction, NonEmpty, NonNegative, Passes, Positive, Section, Seed
+from qvera.config.fields import Bool, Fraction, NonEmpty, NonNegative, OnlyWith, Passes, Positive, Section, Seed
+
+_BY_TASK = OnlyWith("data.sampling: task")
+_EVALUATED = OnlyWith("data.eval_path", "data.eval_fraction", "data.held_out_tasks")
 
 
 class DataSource(Section):
@@ -73,23 +76,23 @@ class DataSection(DataSource):
     tokenize_processes: Positive | None = None
     """Processes that tokenize. Default: one, and one per core when the rest would take one process another minute. The
     rows are the same. Tokenized rows are kept in a cache (``qvera cache ls``)."""
-    eval_limit: Positive | None = None
+    eval_limit: Annotated[Positive | None, _EVALUATED] = None
     """Use only the first held-out rows of each source. Default: all."""
     sampling: Literal["rows", "task"] = "rows"
     """How a step's rows are drawn. ``rows``: each row once an epoch. ``task``: a step has rows of one task, and all
     tasks have equally many steps, however many rows they have (multitask fine-tuning, arXiv 2203.04904). A task is a
     source (``path``, or a part of ``mixture``), or a value of ``task_column``."""
-    task_column: NonEmpty | None = None
+    task_column: Annotated[NonEmpty | None, _BY_TASK] = None
     """The column whose values are the tasks, in every source. Default: each source is a task."""
-    task_labels: Positive | None = None
+    task_labels: Annotated[Positive | None, _BY_TASK] = None
     """With ``task_column``: a task is this many of its values, drawn at random (the paper: 5). The same value may be in
     several tasks. Default: each value is a task."""
-    task_count: Positive | None = None
+    task_count: Annotated[Positive | None, _BY_TASK] = None
     """With ``task_labels``: how many tasks are drawn."""
-    task_steps: Positive = 1
+    task_steps: Annotated[Positive, _BY_TASK] = 1
     """Optimizer steps on a task before the next one has its turn. The paper trains one task after the other, which is a
     large number here."""
-    held_out_tasks: NonNegative | list[NonEmpty] = 0
+    held_out_tasks: Annotated[NonNegative | list[NonEmpty], _BY_TASK] = 0
     """Tasks that are not trained: their names (paths, or values of ``task_column``), or how many are chosen by
     ``seed``. ``training.adapt_steps`` adapts to each of them after training."""
     shuffle: Bool = True
@@ -104,10 +107,7 @@ class DataSection(DataSource):
         yield from self._task_contradictions()
 
     def _task_contradictions(self) -> Iterator[tuple[str, str]]:
-        names = ("task_column", "task_labels", "task_count", "held_out_tasks")
         if self.sampling == "rows":
-            for name in (*(name for name in names if getattr(self, name)), *["task_steps"] * (self.task_steps > 1)):
-                yield name, "is about tasks; set data.sampling: task, or remove it."
             return
         if self.task_column is None and not self.mixture:
             yield "sampling", "task needs several tasks; set data.task_column, or add sources to data.mixture."

@@ -1,9 +1,9 @@
 """The section ``model`` of a recipe."""
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
-from qvera.config.fields import Bool, NonEmpty, Section
+from qvera.config.fields import Bool, NonEmpty, OnlyWith, Section
 
 
 class ModelSection(Section):
@@ -21,7 +21,10 @@ class ModelSection(Section):
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """The dtype of matrix products and activations. ``auto``: bfloat16 where the device supports it, else float16 on a
     GPU and float32 on a CPU."""
-    quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] = "bfloat16"
+    quant_storage: Annotated[
+        Literal["uint8", "bfloat16", "float16", "float32"],
+        OnlyWith("model.quantization: nf4", "model.quantization: fp4"),
+    ] = "bfloat16"
     """The dtype that the packed 4-bit weights are declared as; their bytes are the same. bfloat16 lets ZeRO-3 shard
     them."""
     stream: Literal["auto"] | Bool = "auto"

@@ -6,7 +6,7 @@ from typing import Annotated
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError
 
-from qvera.config.fields import NonEmpty, Section
+from qvera.config.fields import NonEmpty, OnlyWith, Section
 from qvera.config.problems import describe, move_renamed_keys
 from qvera.config.schema.adapter import AdapterSection
 from qvera.config.schema.data import DataSection
@@ -41,8 +41,19 @@ class Recipe(Section):
     such as a copy of one in ds_configs/. It must not set what the recipe sets (batch size, precision, clipping,
     schedule)."""
 
+    def _keys_without_effect(self) -> Iterator[tuple[str, str]]:
+        """Yield keys that are set while what they are about is switched off (`OnlyWith`)."""
+        for name, section in self:
+            for key, field in type(section).model_fields.items() if isinstance(section, Section) else ():
+                changed = getattr(section, key) != field.get_default(call_default_factory=True)
+                for mark in field.metadata:
+                    if changed and isinstance(mark, OnlyWith) and not mark.is_on(self):
+                        switches = " or ".join(mark.switches)
+                        yield f"{name}.{key}", f"has no effect without {switches}. Set that, or remove this key."
+
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Yield keys of different sections that contradict each other."""
+        yield from self._keys_without_effect()
         names = ("eval_steps", "load_best_model_at_end", "early_stopping_patience")
         used = [name for name in names if getattr(self.training, name)]
         if not self.data.has_held_out_rows:
@@ -61,8 +72,6 @@ class Recipe(Section):
                     "processes. With a deepspeed key use adamw; VeRA's whole optimizer state is a few MB."
                 ),
             )
-        if self.training.adapt_steps and not self.data.held_out_tasks:
-            yield "training.adapt_steps", "adapts to data.held_out_tasks, and there are none; set them, or remove it."
         if self.training.adapt_steps and self.deepspeed is not None:
             yield "training.adapt_steps", "steps with another optimizer than DeepSpeed's; remove one of the two."
         if self.training.bilevel:

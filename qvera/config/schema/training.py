@@ -12,12 +12,15 @@ from qvera.config.fields import (
     NonEmpty,
     NonNegative,
     NonNegativeFloat,
+    OnlyWith,
     Passes,
     Positive,
     PositiveFloat,
     Section,
     Seed,
 )
+
+_SCALED = OnlyWith("model.compute_dtype: float16", "model.compute_dtype: auto")
 
 
 class TrainingSection(Section):
@@ -60,10 +63,10 @@ class TrainingSection(Section):
     """AdamW's ε."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Clip the gradient of all vectors together to this norm. 0: no clipping."""
-    initial_scale_power: Annotated[int, Strict(), Field(ge=0, le=24)] = 16
+    initial_scale_power: Annotated[int, Strict(), Field(ge=0, le=24), _SCALED] = 16
     """The first loss scale of a run that computes in float16: 2 to this power. A step whose gradient overflows is taken
     again with half the scale. 0: begin without scaling."""
-    loss_scale_window: Positive = 2000
+    loss_scale_window: Annotated[Positive, _SCALED] = 2000
     """Steps in a row without an overflow after which the loss scale of a float16 run is doubled."""
     gradient_checkpointing: Bool | Literal["auto", "offload"] = "auto"
     """Recompute the activations of a layer in the backward pass, and keep only its input: much less memory, about a
@@ -105,39 +108,39 @@ class TrainingSection(Section):
     """Prompts that are answered at the same time, for the samples and the exact match."""
     sample_max_new_tokens: Positive = 160
     """The most tokens of an answer."""
-    exact_match_rows: NonNegative = 0
+    exact_match_rows: Annotated[NonNegative, OnlyWith("data.eval_path", "data.eval_fraction")] = 0
     """Held-out rows that are answered greedily before and after training and compared with their reference. 0: none."""
     bilevel: Bool = False
     """Train two groups of parameters on two disjoint parts of the rows in turn, so that neither fits both (BiLoRA,
     arXiv 2403.13037, first order). VeRA: b on the lower level's rows, d on the upper level's. For small data sets."""
-    bilevel_share: Fraction = 0.2
+    bilevel_share: Annotated[Fraction, OnlyWith("training.bilevel")] = 0.2
     """With ``bilevel``: the share of the rows that the upper level trains on, chosen by ``data.seed``."""
-    bilevel_lower_steps: Positive = 4
+    bilevel_lower_steps: Annotated[Positive, OnlyWith("training.bilevel")] = 4
     """With ``bilevel``: optimizer steps of the lower level before the upper one has its turn. The defaults give every
     row one pass an epoch."""
-    bilevel_upper_steps: Positive = 1
+    bilevel_upper_steps: Annotated[Positive, OnlyWith("training.bilevel")] = 1
     """With ``bilevel``: optimizer steps of the upper level before the lower one has its turn again."""
-    bilevel_retrain: Fraction = 0.0
+    bilevel_retrain: Annotated[Fraction, OnlyWith("training.bilevel")] = 0.0
     """With ``bilevel``: the last share of the steps, in which the lower level trains on all rows and the upper level is
     frozen, as BiDoRA does at the end."""
     resample_every: NonNegative = 0
     """Freeze the trained vectors every this many optimizer steps, and go on with a new pair of projections of the next
     seed and fresh vectors, as ReLoRA and Flora do. The adapter is the sum of all phases, of ``adapter.rank`` each. For
     VeRA, on long runs. 0: never."""
-    resample_momentum: Literal["clear", "move"] = "clear"
+    resample_momentum: Annotated[Literal["clear", "move"], OnlyWith("training.resample_every")] = "clear"
     """With ``resample_every``: whether a new phase begins without optimizer state, or with the old momentum of b as far
     as the new subspace has it (Flora; about 1/√in_features of it) and the old second moments. ``move`` is for
     ``optim: adamw``."""
     sample_tokens: Fraction = 0.0
     """For methods that train A (``lora``): the share of each input's tokens that backward keeps for the gradient of A,
     drawn so that it is right in expectation (WTA-CRS, arXiv 2305.15265). Less memory, noisier steps. 0: all."""
-    adapt_steps: NonNegative = 0
+    adapt_steps: Annotated[NonNegative, OnlyWith("data.held_out_tasks")] = 0
     """After training, optimizer steps on each of ``data.held_out_tasks``, from the trained vectors, with a constant
     rate. The report has the loss of the task's other rows before and after. The saved adapter is not changed. 0:
     none."""
-    adapt_rows: Positive = 16
+    adapt_rows: Annotated[Positive, OnlyWith("training.adapt_steps")] = 16
     """Rows of a held-out task that ``adapt_steps`` trains on, at most half of them; the others are scored."""
-    adapt_learning_rate: PositiveFloat | None = None
+    adapt_learning_rate: Annotated[PositiveFloat | None, OnlyWith("training.adapt_steps")] = None
     """The rate of ``adapt_steps``. Default: ``learning_rate``."""
 
     @model_validator(mode="before")

@@ -74,6 +74,11 @@ class Plan(PlannedRun):
         return self.machine.on_gpu and self.needed_bytes > limit and not self.is_refused
 
     @property
+    def has_first_phase_only(self) -> bool:
+        """Whether the run resamples its projections, and without its rows nobody knows how often."""
+        return self.recipe.training.resample_every > 0
+
+    @property
     def trained_parameters(self) -> int:
         """How many parameters are trained."""
         return sum(self.vector_sizes(trained_only=True))
@@ -134,6 +139,7 @@ class Plan(PlannedRun):
             "pinned_bytes": offloaded_bytes(self),
             "parameters": self.shape.parameters,
             "trained_numbers": self.trained_parameters,
+            "first_phase_only": self.has_first_phase_only,
             "memory": self.memory.to_dict(),
             "adapter_bytes": self.adapter_bytes,
             "checkpoint_bytes": self.checkpoint_bytes,
@@ -173,7 +179,8 @@ def make_plan(
 
     Args:
         machine: what to plan for; a device: this process's own machine, with what it holds now.
-        rows: the training rows. Without them every row is assumed to be ``data.max_length`` long.
+        rows: the training rows. Without them every row is assumed to be ``data.max_length`` long, and where they are
+            also needed to count the phases of ``training.resample_every``, the plan is that of the first one.
         sharing: how many ranks there are and what each holds; the plan is that of one of them.
         every_way: plan the other ways of sharing on as many ranks too.
 
@@ -184,7 +191,8 @@ def make_plan(
     check_recipe(recipe)
     token_sampler(recipe)
     phases = phase_count(recipe, 0 if rows is None else len(rows))
-    recipe = with_phases(recipe, phases)
+    if rows is not None or recipe.training.max_steps >= 0:
+        recipe = with_phases(recipe, phases)
     with torch.random.fork_rng(devices=[]):
         model = empty_model(recipe.model)
     shape = _grown(shape_of(model), recipe)

@@ -37,6 +37,11 @@ def print_plan(plan: Plan, console: Console) -> None:
         console.print(str(plan.streaming), markup=False)
     if pinned := offloaded_bytes(plan):
         console.print(f"Layer inputs take {size(pinned)} of pinned RAM.")
+    if plan.has_first_phase_only:
+        console.print(
+            "This is the first phase alone: without the rows nobody knows how many training.resample_every makes. Set "
+            "training.max_steps to plan all of them."
+        )
     console.print(f"Files: adapter {size(plan.adapter_bytes)}, a checkpoint {size(plan.checkpoint_bytes)}.")
     if plan.seconds is not None:
         parts = ", ".join(f"{name} {duration(s)}" for name, s in plan.seconds.items() if s > 0)
