@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -55,19 +56,31 @@ def interleaved(cases: Mapping[str, Callable[[], Any]], rounds: int, warmup: int
     """Time the cases in turn, round after round, so that a slow moment of the machine hits them all.
 
     Returns:
-        For each case ``median``, ``min`` and ``max`` in seconds over ``rounds``.
+        For each case ``median``, ``min`` and ``max`` in seconds over ``rounds``, and ``user_median`` and ``user_min`` of
+        this process's user CPU seconds, which other work on the machine lengthens less.
     """
     times: dict[str, list[float]] = {name: [] for name in cases}
+    user: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(warmup + rounds):
         for name, run in cases.items():
-            began = time.perf_counter()
+            began, user_began = time.perf_counter(), os.times().user
             run()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if turn >= warmup:
                 times[name].append(time.perf_counter() - began)
+                user[name].append(os.times().user - user_began)
         print(f"round {turn + 1} of {warmup + rounds}", file=sys.stderr)
-    return {n: {"median": statistics.median(t), "min": min(t), "max": max(t)} for n, t in times.items()}
+    return {
+        name: {
+            "median": statistics.median(t),
+            "min": min(t),
+            "max": max(t),
+            "user_median": statistics.median(user[name]),
+            "user_min": min(user[name]),
+        }
+        for name, t in times.items()
+    }
 
 
 def smollm2() -> str:

@@ -1,6 +1,6 @@
 """Time and memory of one forward + backward: frozen base, ours, stock PEFT VeRA and LoRA, side by side.
 
-    python bench/core.py [--rounds 5] [--rows 4] [--length 256] [--passes 1] [--dtype auto]
+    python bench/core.py [--rounds 5] [--rows 4] [--length 256] [--passes 1] [--dtype auto] [--only CASE ..] [--result NAME]
 
 SmolLM2-135M (real weights) in NF4, all seven linears, no gradient checkpointing, vectors off zero. ``frozen`` is the
 model without an adapter and with gradients flowing to the input embeddings, with stock Linear4bit and with our frozen
@@ -210,6 +210,7 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=1, help="of forward and backward between changes of the vectors")
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
     parser.add_argument("--only", nargs="*", help="substrings of case names")
+    parser.add_argument("--result", default="core", help="the name of the file in bench/results")
     args = parser.parse_args()
     path = smollm2()
     section = ModelSection(path=path, compute_dtype=args.dtype)
@@ -226,6 +227,7 @@ def main() -> None:
         vera = VeraConfig(r=rank, target_modules="all-linear", save_projection=False)
         models[f"stock PEFT VeRA r={rank}"] = get_peft_model(stock(path, dtype), vera)
     models[BEYOND] = attach(load_base(section).model, AdapterSection(**MORE), path)
+    models["ours LoRA r=16"] = attach(load_base(section).model, AdapterSection(method="lora", rank=16), path)
     models["stock PEFT LoRA r=16"] = get_peft_model(stock(path, dtype), LoraConfig(r=16, target_modules="all-linear"))
     if args.only:
         models = {n: m for n, m in models.items() if any(part in n for part in args.only)}
@@ -275,9 +277,11 @@ def main() -> None:
         if ours and theirs:
             result["ratios"][f"ours over stock PEFT VeRA r={rank}"] = ours["median"] / theirs["median"]
     if lora := times.get("stock PEFT LoRA r=16"):
-        for name in ("ours r=256", "ours r=256, held"):
+        for name in ("ours r=256", "ours r=256, held", "ours LoRA r=16"):
             if name in times:
                 result["ratios"][f"{name} over stock PEFT LoRA r=16"] = times[name]["median"] / lora["median"]
+                user = times[name]["user_median"] / lora["user_median"]
+                result["ratios"][f"{name} over stock PEFT LoRA r=16, user CPU"] = user
     if "ours r=256" in models:
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
         whole = lambda: batch_nll(models["ours r=256"], batch, 512)[0]  # noqa: E731
@@ -295,7 +299,7 @@ def main() -> None:
         gc.collect()
         result["7B layer"] = layer_of_7b(args.rounds, dtype)
         result["checkpointed"] = checkpointed(section, ids, args.rounds)
-    print(write_result("core", result))
+    print(write_result(args.result, result))
 
 
 if __name__ == "__main__":

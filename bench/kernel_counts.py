@@ -15,31 +15,35 @@ from unittest import mock
 from bench.common import header, write_result
 from qvera.kernels.choice import SWITCH
 from tests.gpu.fake_accelerator import FakeAccelerator
-from tests.gpu.kernel_counts import CASES, layer_kernels
+from tests.gpu.kernel_counts import CASES, layer_kept_bytes, layer_kernels
 
 SHAPES = {"7b": "7B", "8b": "8B (grouped queries)"}
 
 
 def measure(fake: FakeAccelerator, name: str, shape: str, kernels: str) -> dict[str, Any]:
-    """One row of the table: without a checkpoint, with one, and both by name."""
-    found = {}
+    """One row of the table: launches without a checkpoint and with one, both by name, and bytes kept for backward."""
+    found: dict[str, Any] = {}
     with mock.patch.dict(os.environ, {SWITCH: kernels}):
         for key, checkpointing in (("plain", False), ("checkpointed", True)):
             counts = layer_kernels(fake, CASES[name], shape=shape, checkpointing=checkpointing)
             found[key] = {"launches": counts.total(), "by_name": dict(counts.most_common())}
+        found["kept_bytes"] = layer_kept_bytes(fake, CASES[name], shape=shape)
     return {"case": name, "shape": shape, "QVERA_KERNELS": kernels, "tokens": 2048, **found}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The table in Markdown, one line a case."""
     lines = [
-        "| one layer, 2,048 tokens | " + " | ".join(f"{name} | with a checkpoint" for name in SHAPES.values()) + " |",
-        "|---|" + "--:|" * 2 * len(SHAPES),
+        "| one layer, 2,048 tokens | "
+        + " | ".join(f"{name} | with a checkpoint | kept" for name in SHAPES.values())
+        + " |",
+        "|---|" + "--:|" * 3 * len(SHAPES),
     ]
     for case, kernels in dict.fromkeys((row["case"], row["QVERA_KERNELS"]) for row in rows):
         cells = [case + (", QVERA_KERNELS=off" if case.startswith("qvera") and kernels == "off" else "")]
         for row in (r for r in rows if (r["case"], r["QVERA_KERNELS"]) == (case, kernels)):
-            cells += [str(row["plain"]["launches"]), str(row["checkpointed"]["launches"])]
+            cells += [str(row[key]["launches"]) for key in ("plain", "checkpointed")]
+            cells.append(f"{row['kept_bytes'] / 1e6:.0f} MB")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

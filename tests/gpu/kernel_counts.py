@@ -100,9 +100,11 @@ def _one_pass(fake: FakeAccelerator, model: Any, tokens: int, checkpointing: boo
     return seen
 
 
-def layer_kept_bytes(fake: FakeAccelerator, prepare: Callable[[Any], Any], *, tokens: int = 2048) -> int:
-    """What autograd keeps of one 7B decoder layer from forward to backward, but for parameters; shared memory once."""
-    return _kept(prepare(fake.model("7b", 2)), tokens) - _kept(prepare(fake.model("7b", 1)), tokens)
+def layer_kept_bytes(
+    fake: FakeAccelerator, prepare: Callable[[Any], Any], *, shape: str = "7b", tokens: int = 2048
+) -> int:
+    """What autograd keeps of one decoder layer from forward to backward, but for parameters; shared memory once."""
+    return _kept(prepare(fake.model(shape, 2)), tokens) - _kept(prepare(fake.model(shape, 1)), tokens)
 
 
 def _kept(model: Any, tokens: int) -> int:
