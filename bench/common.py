@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import os
@@ -9,9 +10,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
 import torch
@@ -19,16 +20,26 @@ import torch
 from qvera.cli.quickstart_base import fetch_quickstart_base
 from qvera.utils import memory
 
-RESULTS = Path(__file__).resolve().parent / "results"
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    from qvera.config.schema import Recipe
+    from qvera.models.loader import Base
+
+    TrialT = TypeVar("TrialT", bound=DataclassInstance)
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
 
 
 def header() -> dict[str, Any]:
     """Command, commit, machine and versions: what a figure is worth nothing without."""
-    root = Path(__file__).resolve().parent.parent
-    git = lambda *a: subprocess.run(["git", *a], cwd=root, capture_output=True, text=True).stdout.strip()  # noqa: E731
+    git = lambda *a: subprocess.run(["git", *a], cwd=ROOT, capture_output=True, text=True).stdout.strip()  # noqa: E731
+    script = Path(sys.argv[0]).resolve()
+    shown = script.relative_to(ROOT) if script.is_relative_to(ROOT) else Path("bench") / script.name
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
-        "command": "python " + " ".join([str(Path("bench") / Path(sys.argv[0]).name), *sys.argv[1:]]),
+        "command": " ".join(["python", str(shown), *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "qvera") else ""),
         "device": memory.device_name(device),
@@ -44,6 +55,98 @@ def write_result(name: str, document: dict[str, Any]) -> Path:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> str:
+    """Write one JSON object a line; returns the path as a recipe has it."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSON Lines file; none where it does not exist."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def do_missing(
+    path: Path,
+    kind: type[TrialT],
+    plan: Callable[[], Iterable[TrialT]],
+    do: Callable[[TrialT], dict[str, Any]],
+    limit: int | None = None,
+) -> None:
+    """Do the trials of ``plan`` that have no line in ``path`` yet, and write a line for each.
+
+    Args:
+        path: of the lines. A line has the trial's fields, what ``do`` found, and the header.
+        kind: the class of the trials.
+        plan: is asked anew after each trial, since later trials follow from the lines of earlier ones.
+        do: does one trial, and returns what `train_facts` does and ``scores``, which may be None.
+        limit: stop after as many trials.
+    """
+    now = header()
+    facts = {key: now[key] for key in ("command", "date", "commit", "device", "threads", "versions")}
+    names, done = [field.name for field in dataclasses.fields(kind)], 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while done != limit:
+        stands = {tuple(line[name] for name in names) for line in read_lines(path)}
+        trial = next((trial for trial in plan() if dataclasses.astuple(trial) not in stands), None)
+        if trial is None:
+            return
+        line = {**dataclasses.asdict(trial), **do(trial), **facts}
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        shown = line["scores"] or {"held-out loss": line["held_out_loss"]}
+        print(f"{trial}: {shown}", flush=True)
+        done += 1
+
+
+def best_rate(lines: Iterable[Mapping[str, Any]], rates: int) -> float | None:
+    """The learning rate with the lowest held-out loss, or None where fewer than ``rates`` were tried."""
+    tried = list(lines)
+    return float(min(tried, key=lambda line: line["held_out_loss"])["learning_rate"]) if len(tried) >= rates else None
+
+
+def train_facts(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
+    """Train a recipe in this process, or go on with what ``run_dir`` has of it.
+
+    Returns:
+        What a trial's line says of any run: ``trained`` numbers, ``file_bytes``, ``seconds``, ``peak_bytes``, and the
+        losses ``train_loss`` and ``held_out_loss``.
+    """
+    from rich.console import Console  # here: benches that measure memory do not train in their process
+
+    from qvera.training.trainer import train
+
+    record = run_dir / "run.json"
+    run = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+    if run.get("status") != "done":
+        result = train(recipe, run_dir, resume=(run_dir / "recipe.yaml").exists(), console=Console(quiet=True))
+        assert result is not None
+        run = result.run
+    return {
+        "trained": run["adapter"]["trainable_parameters"],
+        "file_bytes": run["adapter"]["file_bytes"],
+        "seconds": run["result"]["seconds"],
+        "peak_bytes": run["result"]["peak_bytes"],
+        "train_loss": run["result"]["train_loss_last"],
+        "held_out_loss": run["result"]["eval_after"]["loss"],
+    }
+
+
+def load_trained(recipe: Recipe) -> tuple[Base, Any]:
+    """The recipe's base, and it with the adapter of the recipe's finished run."""
+    from qvera.adapters.files.save_load import load_adapter
+    from qvera.models.loader import load_base
+
+    base = load_base(recipe.model)
+    return base, load_adapter(base.model, Path(str(recipe.training.output_dir)) / "adapter", base)
+
+
+def markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    lines = [" | ".join(titles), "|".join("---" for _ in titles), *(" | ".join(row) for row in rows)]
+    return "\n".join(f"| {line} |" for line in lines)
 
 
 def train_records(run_dir: Path) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import functools
 import json
 import random
 import statistics
@@ -23,17 +24,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from bench.common import RESULTS, header, smollm2
+from bench import common
+from bench.common import RESULTS, do_missing, load_trained, markdown, read_lines, smollm2
+from bench.common import write_rows as _rows
 from qvera.adapters import methods
-from qvera.adapters.files.save_load import load_adapter
 from qvera.config.schema import Recipe, parse_recipe
 from qvera.data import build_datasets
 from qvera.evaluation import evaluate
 from qvera.evaluation.metrics import scores_of, text_metrics
-from qvera.models.loader import load_base
-from qvera.training.trainer import train
 
 LINES = RESULTS / "family.jsonl"
 SEEDS = (0, 1, 2)
@@ -69,11 +67,6 @@ class Trial:
     steps: int
     seed: int = 0
     final: bool = False
-
-
-def _rows(path: Path, rows: list[dict[str, str]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
 
 
 def _labelled(file: Path, *columns: str) -> list[dict[str, str]]:
@@ -155,8 +148,7 @@ def recipe_of(trial: Trial, data: dict[str, Any], run: Path) -> Recipe:
 
 def scores(trial: Trial, recipe: Recipe, data: dict[str, Any]) -> dict[str, float]:
     """What the trained adapter scores on the test rows."""
-    base = load_base(recipe.model)
-    model = load_adapter(base.model, Path(str(recipe.training.output_dir)) / "adapter", base)
+    base, model = load_trained(recipe)
     rows = build_datasets(recipe.data.replace(eval_path=data["test"]), base.tokenizer)
     if trial.task == "alpaca":
         found = evaluate.held_out_loss(model, rows.eval, pad_id=rows.pad_id, batch_size=4, chunk_tokens=512)
@@ -170,16 +162,14 @@ def scores(trial: Trial, recipe: Recipe, data: dict[str, Any]) -> dict[str, floa
 
 
 def lines() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in LINES.read_text().splitlines()] if LINES.exists() else []
+    return read_lines(LINES)
 
 
 def best_rate(method: str, task: str) -> float | None:
     """The rate with the lowest held-out loss, where all four were tried. RTE takes TREC's, Alpaca that of E2E."""
     task = {"rte": "trec", "alpaca": "e2e"}.get(task, task)
-    tried = [x for x in lines() if (x["method"], x["task"], x["final"]) == (method, task, False)]
-    if len(tried) < len(RATES):
-        return None
-    return float(min(tried, key=lambda x: x["held_out_loss"])["learning_rate"])
+    tried = (x for x in lines() if (x["method"], x["task"], x["final"]) == (method, task, False))
+    return common.best_rate(tried, len(RATES))
 
 
 def plan() -> Iterator[Trial]:
@@ -225,30 +215,16 @@ def final_scores(task: str, score: str) -> dict[str, list[float]]:
     return found
 
 
-def do(trial: Trial, data_dir: Path, facts: dict[str, Any]) -> None:
+def do(trial: Trial, data_dir: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         to = Path(directory)
         data = prepare(trial.task, data_dir, to)
         recipe = recipe_of(trial, data, to / "run")
-        result = train(recipe, to / "run", console=Console(quiet=True))
-        assert result is not None
-        run = result.run
-        line = {
-            **dataclasses.asdict(trial),
+        return {
             "adapter": METHODS[trial.method][0],
-            "trained": run["adapter"]["trainable_parameters"],
-            "file_bytes": run["adapter"]["file_bytes"],
-            "seconds": run["result"]["seconds"],
-            "peak_bytes": run["result"]["peak_bytes"],
-            "train_loss": run["result"]["train_loss_last"],
-            "held_out_loss": run["result"]["eval_after"]["loss"],
+            **common.train_facts(recipe, to / "run"),
             "scores": scores(trial, recipe, data) if trial.final else None,
-            **facts,
         }
-    with LINES.open("a") as file:
-        file.write(json.dumps(line) + "\n")
-    shown = line["scores"] or {"held-out loss": line["held_out_loss"]}
-    print(f"{trial}: {shown}", flush=True)
 
 
 def table() -> str:
@@ -257,8 +233,7 @@ def table() -> str:
                "alpaca": ("loss", "Alpaca, loss")}  # fmt: skip
     found = {task: final_scores(task, score) for task, (score, _) in columns.items()}
     facts = {line["method"]: line for line in lines() if line["final"]}
-    rows = [f"| method | trained | file, kB | {' | '.join(label for _, label in columns.values())} |",
-            "|" + "---|" * (3 + len(columns))]  # fmt: skip
+    rows = []
     for method, line in facts.items():
         cells = [method, f"{line['trained']:,}", f"{line['file_bytes'] / 1000:,.0f}"]
         for task in columns:
@@ -266,8 +241,8 @@ def table() -> str:
             digits = 3 if task == "alpaca" else 1
             spread = f" ({min(seeds):.{digits}f} to {max(seeds):.{digits}f})" if len(seeds) > 1 else ""
             cells.append(f"{statistics.mean(seeds):.{digits}f}{spread}" if seeds else "")
-        rows.append("| " + " | ".join(cells) + " |")
-    return "\n".join(rows)
+        rows.append(cells)
+    return markdown(["method", "trained", "file, kB", *(label for _, label in columns.values())], rows)
 
 
 def main() -> None:
@@ -284,16 +259,11 @@ def main() -> None:
         return
     if args.data is None:
         parser.error("data: name the directory with the rows")
-    facts = {k: v for k, v in header().items() if k in ("command", "date", "commit", "device", "threads", "versions")}
-    done = 0
-    while True:
-        stands = {tuple(line[f.name] for f in dataclasses.fields(Trial)) for line in lines()}
-        left = (t for t in plan() if dataclasses.astuple(t) not in stands)
-        trial = next((t for t in left if not args.only or t.method in args.only or t.task in args.only), None)
-        if trial is None or done == args.trials:
-            return
-        do(trial, args.data, facts)
-        done += 1
+
+    def chosen() -> Iterator[Trial]:
+        return (t for t in plan() if not args.only or t.method in args.only or t.task in args.only)
+
+    do_missing(LINES, Trial, chosen, functools.partial(do, data_dir=args.data), args.trials)
 
 
 if __name__ == "__main__":
