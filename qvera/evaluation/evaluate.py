@@ -21,7 +21,7 @@ from qvera.evaluation.metrics import TextMetric, exact_match, row_scores, scores
 from qvera.models import linear
 from qvera.models.attention import needs_padding_mask, open_mask, takes_open_mask
 from qvera.models.loader import causal_model, rows_joined
-from qvera.models.loss import Head, fused_linear_cross_entropy
+from qvera.models.loss import Head, fused_linear_cross_entropy, row_cross_entropy
 from qvera.utils.out_of_memory import each_in_halves
 
 if TYPE_CHECKING:
@@ -104,6 +104,21 @@ def batch_nll(
             expected_grad=expected_grad,
             trained=batch.get("trained"),
         )
+
+
+def row_nll(
+    model: nn.Module, batch: dict[str, Any], chunk_tokens: int, row_weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weighted sum (scalar, differentiable) of the rows' negative log likelihoods, and each row's own [B].
+
+    Args:
+        model, batch, chunk_tokens: see `batch_nll`; the batch is padded, a sequence for each row.
+        row_weights: fp32 [B].
+    """
+    hidden = hidden_states(model, batch)
+    return row_cross_entropy(
+        hidden, batch["labels"], Head.of(causal_model(model)), chunk_tokens, batch["trained"], row_weights
+    )
 
 
 @torch.no_grad()

@@ -61,11 +61,13 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         head: Head,
         chunk_tokens: int,
         expected_grad: torch.Tensor | None,
-    ) -> torch.Tensor:
+        weights: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         blocks = WeightBlocks(head.module, hidden.dtype, BLOCK_ELEMENTS, reused=True)
         bias = getattr(head.module, "bias", None)
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         tokens = len(labels)
+        nll = total.new_empty(tokens)
         if rounds_lengths(hidden.dtype, hidden.device.type):
             # pad the last chunk with rows that neither count nor get a gradient
             last = tokens % chunk_tokens
@@ -79,7 +81,9 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             if head.softcap is not None and grad is not None:
                 slope = 1.0 - (logits / head.softcap).square()
             normalizer = torch.logsumexp(logits, dim=1, keepdim=True)
-            total += (normalizer - logits.gather(1, y)).sum()
+            own = torch.sub(normalizer, logits.gather(1, y), out=nll[start : start + chunk_tokens].unsqueeze(1))
+            weight = None if weights is None else weights[start : start + chunk_tokens].unsqueeze(1)
+            total += (own if weight is None else own * weight).sum()
             if grad is not None:
                 # ∂nll/∂logits = softmax(logits) - onehot(label), written over the logits
                 logits.sub_(normalizer).exp_()
@@ -90,21 +94,24 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
                     logits *= head.scale
                 if expected_grad is not None:
                     logits *= expected_grad
+                if weight is not None:
+                    logits *= weight
                 padded[len(y) :] = 0.0
                 blocked_input_grad(padded, blocks, out=grad[start : start + chunk_tokens])
             del padded, logits, slope  # or the next chunk would be made beside this one
         if grad is not None:
             ctx.save_for_backward(grad[:tokens])
             ctx.expected_grad = expected_grad  # type: ignore[attr-defined]
-        return total
+        ctx.mark_non_differentiable(nll)
+        return total, nll
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, g: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = ctx.saved_tensors  # type: ignore[attr-defined]
         expected = ctx.expected_grad  # type: ignore[attr-defined]
         factor = g if expected is None else g / expected
-        return grad * factor.to(grad.dtype), None, None, None, None, None
+        return grad * factor.to(grad.dtype), None, None, None, None, None, None
 
 
 def fused_linear_cross_entropy(
@@ -138,5 +145,33 @@ def fused_linear_cross_entropy(
         trained = row * labels.shape[1] + place
     rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, trained)
     targets = labels.reshape(-1).index_select(0, trained + 1)
-    total = _FusedLinearCrossEntropy.apply(rows, targets, head, chunk_tokens, expected_grad)
+    total, _ = _FusedLinearCrossEntropy.apply(rows, targets, head, chunk_tokens, expected_grad, None)
     return total, int(trained.numel())
+
+
+def row_cross_entropy(
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    head: Head,
+    chunk_tokens: int,
+    trained: torch.Tensor,
+    row_weights: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross entropy of a batch whose rows count differently, as those of different adapters do.
+
+    Args:
+        hidden, labels, head, chunk_tokens: see `fused_linear_cross_entropy`.
+        trained: int64 [n], see there.
+        row_weights: fp32 [B].
+
+    Returns:
+        Σ over rows of weight · summed cross entropy of the row's trained tokens (scalar, fp32 or wider, differentiable
+        once in hidden), and the summed cross entropy of each row [B], without a graph. A row that is not finite leaves
+        the gradients of the others as they are.
+    """
+    of_row = trained // labels.shape[1]
+    rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, trained)
+    targets = labels.reshape(-1).index_select(0, trained + 1)
+    weights = row_weights.index_select(0, of_row)
+    total, nll = _FusedLinearCrossEntropy.apply(rows, targets, head, chunk_tokens, None, weights)
+    return total, nll.new_zeros(len(labels)).index_add_(0, of_row, nll)

@@ -1,0 +1,170 @@
+"""Many adapters in training: their vectors as rows of one tensor, and batches whose rows name their adapters.
+
+`multi_adapter` has the same for answers. Here an adapter is a row of ``vectors`` [slots, numbers], and its gradient a
+row of ``gradients``: clipping and the optimizer's step are then operations on rows, whatever the number of layers. What
+a layer uses are views of columns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from qvera.adapters.files.save_load import named_vectors
+from qvera.adapters.layer import QveraLinear
+from qvera.adapters.multi_adapter import base_output
+from qvera.adapters.products.row_vectors import expand_rows, scale_rows
+from qvera.adapters.projection import vera_scale
+from qvera.models import linear
+from qvera.utils import accelerator
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+class _Columns(NamedTuple):
+    """Where one tensor of an adapter lies in its row."""
+
+    start: int
+    shape: tuple[int, ...]
+
+    @property
+    def all(self) -> slice:
+        return slice(self.start, self.start + math.prod(self.shape))
+
+
+class _TakeRows(torch.autograd.Function):
+    """Rows of a bank's view. Backward adds to the bank's gradients; autograd would first make one of all slots."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, view: torch.Tensor, gradients: torch.Tensor | None, index: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.gradients, ctx.index = gradients, index  # type: ignore[attr-defined]
+        return view.index_select(0, index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, g: torch.Tensor) -> tuple[None, None, None]:
+        ctx.gradients.index_add_(0, ctx.index, g)  # type: ignore[attr-defined]
+        return None, None, None
+
+
+class TrainingBank:
+    """The vectors of the adapters that are trained together, all of one method, rank and seed.
+
+    Attributes:
+        slots: how many adapters there is room for.
+        numbers, trained_numbers: how many numbers an adapter has, and how many of them are trained.
+        vectors: fp32 [slots, numbers], those that are trained first.
+        gradients: fp32 [slots, trained_numbers]; backward adds to them.
+        initial: fp32 [numbers], what an adapter starts from.
+    """
+
+    def __init__(self, model: PeftModel, slots: int, adapter: str = "default") -> None:
+        """Make room for ``slots`` adapters.
+
+        Args:
+            model: with one ordinary VeRA adapter, whose vectors are what every adapter starts from. It is not trained
+                afterwards.
+            slots: at least one.
+            adapter: its name.
+        """
+        self.slots, self.adapter = slots, adapter
+        named = named_vectors(model, adapter)
+        trained = [key for key, vector in named.items() if vector.requires_grad]
+        frozen = [key for key in named if key not in set(trained)]
+        self._columns: dict[str, _Columns] = {}
+        self.numbers = 0
+        for key in (*trained, *frozen):
+            self._columns[key] = _Columns(self.numbers, tuple(named[key].shape))
+            self.numbers += named[key].numel()
+        self.trained_numbers = sum(named[key].numel() for key in trained)
+        self.device = next(iter(named.values())).device
+        self.initial = torch.cat([named[key].detach().reshape(-1) for key in self._columns])
+        self.vectors = self.initial.repeat(slots, 1)
+        self.gradients = torch.zeros(slots, self.trained_numbers, device=self.device)
+        for vector in named.values():
+            vector.requires_grad_(False)
+        self._layers: list[QveraLinear] = []
+        self._of_layer: dict[str, dict[str, nn.Parameter]] = {}
+        for name, module in model.named_modules():
+            if isinstance(module, QveraLinear) and module.carries(adapter):
+                self._layers.append(module)
+                kinds = module.vectors(adapter)
+                self._of_layer[module.place.name] = {kind: self._view(f"{name}.{kind}") for kind in kinds}
+
+    def _view(self, key: str) -> nn.Parameter:
+        """One tensor of all adapters [slots, ...], which shares memory with `vectors` and its gradient with theirs."""
+        columns = self._columns[key]
+        shape = (self.slots, *columns.shape)
+        is_trained = columns.start < self.trained_numbers
+        view = nn.Parameter(self.vectors[:, columns.all].view(shape), requires_grad=is_trained)
+        if is_trained:
+            view.grad = self.gradients[:, columns.all].view(shape)
+        return view
+
+    def start(self, slot: int) -> None:
+        """Begin a new adapter in a slot: the initial vectors and no gradient."""
+        self.vectors[slot].copy_(self.initial)
+        self.gradients[slot].zero_()
+
+    def put(self, slot: int, vectors: Mapping[str, torch.Tensor]) -> None:
+        """Put an adapter's vectors into a slot, by their keys in an adapter file, without a gradient.
+
+        Raises:
+            ValueError: a key is missing or unknown, or a shape is another one.
+        """
+        if set(vectors) != set(self._columns):
+            wrong = sorted(set(vectors) ^ set(self._columns))
+            raise ValueError(f"these vectors are not those of an adapter of this model: {', '.join(wrong[:3])}")
+        for key, columns in self._columns.items():
+            if tuple(vectors[key].shape) != columns.shape:
+                raise ValueError(f"{key} has the shape {tuple(vectors[key].shape)}, not {columns.shape}")
+            self.vectors[slot, columns.all] = vectors[key].detach().reshape(-1).to(self.vectors)
+        self.gradients[slot].zero_()
+
+    def take(self, slot: int) -> dict[str, torch.Tensor]:
+        """A copy of an adapter's vectors, by their keys in an adapter file."""
+        row = self.vectors[slot]
+        return {key: row[columns.all].view(columns.shape).clone() for key, columns in self._columns.items()}
+
+    @contextlib.contextmanager
+    def rows(self, slots: Sequence[int]) -> Iterator[None]:
+        """A context in which row i of a batch uses the adapter in ``slots[i]``.
+
+        The forward pass and its backward have to run within it: a checkpointed layer computes its forward pass again.
+        """
+        index = accelerator.tensors_on(self.device, {"slots": np.array(slots, dtype=np.int64)})["slots"]
+
+        def forward(layer: QveraLinear, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+            return self._forward(layer, index, x, *args, **kwargs)
+
+        try:
+            for layer in self._layers:
+                layer._row_forward = forward
+            yield
+        finally:
+            for layer in self._layers:
+                layer._row_forward = None
+
+    def _forward(
+        self, layer: QveraLinear, index: torch.Tensor, x: torch.Tensor, *args: object, **kwargs: object
+    ) -> torch.Tensor:
+        result = base_output(layer, len(index), x, *args, **kwargs)
+        if layer.disable_adapters:
+            return result
+        own = {kind: _TakeRows.apply(view, view.grad, index) for kind, view in self._of_layer[layer.place.name].items()}
+        dtype, pair = linear.compute_dtype(layer.base_layer, x), layer.qvera_projection[self.adapter]
+        rank = own["qvera_d"].shape[-1]
+        inner = scale_rows(x.to(dtype), own["qvera_a"]) if "qvera_a" in own else x
+        z = pair.project(inner, rank, dtype)  # shared by q, k and v where there is no a
+        scale = vera_scale(rank, layer.in_features)
+        return expand_rows(result, z, own["qvera_d"], own["qvera_b"], pair.B[: layer.out_features, :rank], scale)

@@ -1,0 +1,1 @@
+"""Many adapters trained together, in one pass over one base model."""

@@ -1,0 +1,183 @@
+"""Adapters that are trained together: each gets the gradients and the steps that it would get alone."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from peft import PeftModel
+
+from qvera.adapters.files.save_load import attach, named_vectors
+from qvera.adapters.products import functional
+from qvera.adapters.products.row_vectors import expand_rows, scale_rows
+from qvera.adapters.training_bank import TrainingBank
+from qvera.config.schema import AdapterSection, TrainingSection
+from qvera.data import Example
+from qvera.evaluation.evaluate import batch_nll, make_batch, row_nll
+from qvera.models.checkpointing import enable_checkpointing
+from qvera.training.many.optimizer import BankAdamW
+from tests.conftest import small_llama
+
+LENGTHS = (7, 4, 9, 1, 5)
+SLOTS = (2, 0, 2, 1, 0)
+
+
+def _rows() -> list[Example]:
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for i, length in enumerate(LENGTHS):
+        ids = torch.randint(3, 60, (length + 2,), generator=generator, dtype=torch.int32).numpy()
+        trained = (torch.arange(length + 2) > 1).numpy()
+        rows.append(Example(ids, trained, f"row {i}", ids[:0], "", None))
+    return rows
+
+
+def _model(**settings: object) -> PeftModel:
+    section = AdapterSection.model_validate({"rank": 6, "targets": "all-linear", **settings})
+    return attach(small_llama(), section)
+
+
+def _vectors(model: PeftModel, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {k: v + 0.3 * torch.randn(v.shape, generator=generator) for k, v in named_vectors(model).items()}
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_every_row_gets_the_product_of_its_own_vectors(groups: int) -> None:
+    torch.manual_seed(0)
+    R, T, m, r = 4, 5, 11, 6
+    base, z, B = torch.randn(R, T, m), torch.randn(R, T, r), torch.randn(m, r)
+    d, b = torch.randn(R, r), torch.randn(R, groups, m)
+    found = expand_rows(base, z, d, b, B, 0.7)
+    for i in range(R):
+        expected = functional.expand(base[i], z[i], d[i], b[i], B, 0.7)
+        torch.testing.assert_close(found[i], expected)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_gradients_of_the_row_product_in_float64(groups: int) -> None:
+    torch.manual_seed(0)
+    shapes = {"base": (3, 2, 5), "z": (3, 2, 4), "d": (3, 4), "b": (3, groups, 5)}
+    inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes.values()]
+    B = torch.randn(5, 4, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda base, z, d, b: expand_rows(base, z, d, b, B, 1.3), inputs)
+    assert torch.autograd.gradcheck(scale_rows, (inputs[1], inputs[2]))
+
+
+def test_the_row_product_in_bfloat16_over_an_fp32_base() -> None:
+    torch.manual_seed(0)
+    base, z = torch.randn(3, 4, 9), torch.randn(3, 4, 6).bfloat16().requires_grad_()
+    d, b, B = torch.randn(3, 6, requires_grad=True), torch.randn(3, 9, requires_grad=True), torch.randn(9, 6)
+    found = expand_rows(base, z, d, b, B, 0.5)
+    exact = [t.detach().double().requires_grad_() for t in (z, d, b)]
+    expected = expand_rows(base.double(), exact[0], exact[1], exact[2], B.double(), 0.5)
+    torch.testing.assert_close(found.double(), expected, rtol=2e-2, atol=5e-2)
+    found.sum().backward()
+    expected.sum().backward()
+    for one, other in zip((z, d, b), exact, strict=True):
+        assert one.grad is not None and other.grad is not None
+        torch.testing.assert_close(one.grad.double(), other.grad, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("settings", [{}, {"b_groups": 2, "input_scale": True}, {"train_d": False}], ids=str)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_each_adapter_gets_its_own_gradient(settings: dict[str, object], checkpointing: bool) -> None:
+    """As if the rows of the other adapters were not there."""
+    model = _model(**settings)
+    vectors = [_vectors(model, seed) for seed in range(3)]
+    rows = _rows()
+    alone: list[dict[str, torch.Tensor]] = []
+    losses = torch.zeros(len(rows))
+    trained = {k for k, v in named_vectors(model).items() if v.requires_grad}
+    for slot in range(3):
+        for key, vector in named_vectors(model).items():
+            vector.data.copy_(vectors[slot][key])
+        mine = [i for i, s in enumerate(SLOTS) if s == slot]
+        model.zero_grad()
+        nll, tokens = batch_nll(model, make_batch(model, [rows[i] for i in mine], 0, prefix_once=False), 4)
+        (nll / tokens).backward()
+        alone.append({k: v.grad.clone() for k, v in named_vectors(model).items() if v.grad is not None})
+        for i in mine:
+            losses[i] = batch_nll(model, make_batch(model, [rows[i]], 0), 4)[0].detach()
+    bank = TrainingBank(model, 3)
+    for slot in range(3):
+        bank.put(slot, vectors[slot])
+    enable_checkpointing(model, checkpointing)
+    model.train()
+    counts = [sum(LENGTHS[i] for i, s in enumerate(SLOTS) if s == slot) for slot in range(3)]
+    weights = torch.tensor([1 / counts[slot] for slot in SLOTS])
+    with bank.rows(SLOTS):
+        total, nll_of_rows = row_nll(model, make_batch(model, rows, 0, prefix_once=False), 4, weights)
+        total.backward()
+    torch.testing.assert_close(nll_of_rows, losses, rtol=1e-5, atol=1e-5)
+    assert bank.trained_numbers == sum(vectors[0][key].numel() for key in trained)
+    for slot in range(3):
+        row = bank.gradients[slot]
+        for key in trained:
+            columns = bank._columns[key]
+            torch.testing.assert_close(row[columns.all].view(columns.shape), alone[slot][key], rtol=1e-4, atol=1e-6)
+
+
+def test_an_adapter_that_is_not_finite_leaves_the_others_as_they_are() -> None:
+    model = _model()
+    vectors = [_vectors(model, seed) for seed in range(3)]
+    bank = TrainingBank(model, 3)
+    weights = torch.full((len(SLOTS),), 0.1)
+    found = []
+    for broken in (False, True):
+        for slot in range(3):
+            bank.put(slot, vectors[slot])
+        if broken:
+            bank.put(2, {k: torch.full_like(v, math.nan) for k, v in vectors[2].items()})
+        with bank.rows(SLOTS):
+            total, nll = row_nll(model, make_batch(model, _rows(), 0, prefix_once=False), 4, weights)
+            total.backward()
+        found.append((nll.clone(), bank.gradients.clone()))
+    (whole, gradients), (broken_nll, broken_gradients) = found
+    assert broken_nll[[0, 2]].isnan().all() and torch.equal(broken_nll[[1, 3, 4]], whole[[1, 3, 4]])
+    assert torch.equal(broken_gradients[:2], gradients[:2])
+
+
+def test_the_optimizer_of_a_bank_is_torchs_adamw_for_each_adapter() -> None:
+    """Adapters begin at different steps, have different rates, and one of them is broken once."""
+    model = _model()
+    bank = TrainingBank(model, 3)
+    section = TrainingSection.model_validate({"output_dir": "x", "weight_decay": 0.03, "max_grad_norm": 0.5})
+    optimizer = BankAdamW(bank, section)
+    alone = [torch.nn.Parameter(bank.initial.clone()) for _ in range(3)]
+    others = [
+        torch.optim.AdamW([v], 1.0, (section.adam_beta1, section.adam_beta2), section.adam_epsilon, 0.03) for v in alone
+    ]
+    generator = torch.Generator().manual_seed(3)
+    for step in range(6):
+        slots = [slot for slot in (2, 0, 1) if step >= slot]
+        rates = [0.01 * (1 + slot + step) for slot in slots]
+        for slot, rate in zip(slots, rates, strict=True):
+            gradient = torch.randn(bank.numbers, generator=generator) * (0.001 if slot else 1.0)
+            bank.gradients[slot] = gradient
+            if (step, slot) == (3, 1):
+                bank.gradients[slot, 5] = math.nan
+                continue
+            alone[slot].grad = gradient.clone()
+            torch.nn.utils.clip_grad_norm_([alone[slot]], 0.5)
+            others[slot].param_groups[0]["lr"] = rate
+            others[slot].step()
+        norms = optimizer.step(slots, rates)
+        assert [math.isfinite(norm) for norm in norms] == [(step, slot) != (3, 1) for slot in slots]
+        assert not bank.gradients[slots].any()
+    for slot in range(3):
+        torch.testing.assert_close(bank.vectors[slot], alone[slot].detach(), rtol=1e-6, atol=1e-7)
+    assert optimizer.steps == [6, 4, 4]
+
+
+def test_what_is_put_into_a_slot_comes_out_again() -> None:
+    model = _model()
+    vectors = _vectors(model, 4)
+    bank = TrainingBank(model, 2)
+    bank.put(1, vectors)
+    assert all(torch.equal(tensor, vectors[key]) for key, tensor in bank.take(1).items())
+    bank.start(1)
+    assert torch.equal(bank.vectors[0], bank.vectors[1])
+    with pytest.raises(ValueError, match="not those of an adapter"):
+        bank.put(0, {"x": torch.zeros(1)})
