@@ -3,6 +3,7 @@
 `build_datasets` reads the rows of a recipe, `Batches` puts them in order. Imports no torch.
 """
 
+from qvera.data.adapter_rows import AdapterRows
 from qvera.data.chat_template import NAMED_TEMPLATES, ChatTemplate, resolve_template
 from qvera.data.collate import IGNORED, collate, collate_prefix_once
 from qvera.data.dataset import Datasets, DataStats, build_datasets, data_sha256
@@ -10,13 +11,14 @@ from qvera.data.encoding import Encoder, decode
 from qvera.data.formats import Turn, read_prompts
 from qvera.data.parts import BilevelBatches, TaskBatches
 from qvera.data.preview import data_warnings, print_preflight
-from qvera.data.recipe_batches import batches_of, planned_steps
+from qvera.data.recipe_batches import adapter_batches, batches_of, planned_steps
 from qvera.data.rows import Example, Rows, lengths_of
 from qvera.data.sampler import Batches, microbatches, steps_per_epoch
 
 __all__ = [
     "IGNORED",
     "NAMED_TEMPLATES",
+    "AdapterRows",
     "Batches",
     "BilevelBatches",
     "ChatTemplate",
@@ -27,6 +29,7 @@ __all__ = [
     "Rows",
     "TaskBatches",
     "Turn",
+    "adapter_batches",
     "batches_of",
     "build_datasets",
     "collate",

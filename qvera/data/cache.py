@@ -179,6 +179,7 @@ def _write_record(
         "unused": source.unused_columns,
         "template": source.template,
         "counts": dataclasses.asdict(source.counts),
+        "adapters": source.adapters,
         "files": {name: {"bytes": (directory / name).stat().st_size, "sha256": sha} for name, sha in sha256_of.items()},
     }
     replace_text(directory / RECORD, json.dumps(record, indent=1))
@@ -199,13 +200,13 @@ def _open_entry(directory: Path, hashes: HashIndex, console: Console | None) -> 
         Rows.open(directory / f"{part}.arrow") if record["rows"][part] else Rows() for part in (TRAIN, EVAL)
     )
     looks = record["format"], record["unused"], record["template"], RowCounts(**record["counts"])
-    return TokenizedSource(*looks, train, held_out, directory.name)
+    return TokenizedSource(*looks, train, held_out, record["adapters"], directory.name)
 
 
 def problem_of(directory: Path, hashes: HashIndex | None = None) -> str | None:
     """What is wrong with an entry, or None; without ``hashes`` of unchanged files all of them are read again."""
     record = try_read_json(directory / RECORD)
-    if record is None or not record.keys() >= {"files", "rows", "format", "unused", "template", "counts"}:
+    if record is None or not record.keys() >= {"files", "rows", "format", "unused", "template", "counts", "adapters"}:
         return f"{directory / RECORD}: is missing or damaged"
     files = {directory / name: entry["sha256"] for name, entry in record["files"].items()}
     if missing := [file for file in files if not file.is_file()]:

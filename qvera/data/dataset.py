@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qvera.config.schema import DataSection
+from qvera.data.adapter_rows import AdapterRows, Adapters, take_adapters
 from qvera.data.cache import tokenized
 from qvera.data.chat_template import OWN, ChatTemplate, resolve_template
 from qvera.data.encoding import Encoder
@@ -116,6 +117,8 @@ class Datasets:
         pad_id: for `collate`.
         task_names: with ``data.sampling: task``, the names that ``train.task_of`` has the numbers of.
         held_out_tasks: the rows of each task that is not trained, by its name.
+        adapters: the rows of each of many adapters, in order of first appearance; empty where the recipe has none.
+        adapters_without_rows: names of those whose rows were all dropped or cut away; they are not trained.
     """
 
     train: Rows
@@ -125,6 +128,8 @@ class Datasets:
     pad_id: int
     task_names: list[str] = field(default_factory=list)
     held_out_tasks: dict[str, Rows] = field(default_factory=dict)
+    adapters: list[AdapterRows] = field(default_factory=list)
+    adapters_without_rows: list[str] = field(default_factory=list)
 
     def first_rows(self, count: int) -> Rows:
         """``count`` training rows to look at: the first of each source in turn, then the second of each, and so on.
@@ -150,6 +155,9 @@ def data_sha256(datasets: Datasets) -> str:
     for rows in (datasets.train, datasets.eval, *datasets.held_out_tasks.values()):
         for column in (rows.lengths, rows.ids_hash, rows.mask_hash):
             digest.update(len(column).to_bytes(8, "little") + np.ascontiguousarray(column).tobytes())
+    for adapter in datasets.adapters:
+        for part in (adapter.name.encode(), adapter.train.tobytes(), adapter.eval.tobytes()):
+            digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()
 
 
@@ -191,11 +199,22 @@ def build_datasets(
     stats.tokens = int(train.lengths.sum(dtype=np.int64))
     stats.trained_tokens = int(train.trained_tokens.sum(dtype=np.int64))
     stats.longest_tokens = int(train.lengths.max())
+    adapters = take_adapters(sources[0].adapters, train, held_out) if section.has_adapters else Adapters()
     # by sorting: hashes are no table's indices, and numpy 2.0 overflows where it tries 64 unsigned bits as such
     stats.repeated_rows = int(np.isin(held_out.ids_hash, train.ids_hash, kind="sort").sum())
     stats.histogram_edges, stats.histogram_counts = length_histogram(train.lengths)
     template = resolve_template(section.template, tokenizer, sources[0].format)
-    return Datasets(train, held_out, stats, template, encoder.pad_id, tasks.names, tasks.held_out)
+    return Datasets(
+        train,
+        held_out,
+        stats,
+        template,
+        encoder.pad_id,
+        tasks.names,
+        tasks.held_out,
+        adapters.trained,
+        adapters.without_rows,
+    )
 
 
 def _sources(section: DataSection) -> list[DataSection]:

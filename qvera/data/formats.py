@@ -56,7 +56,7 @@ class Conversation:
     turns: list[Turn]
     source: str
     tools: list[dict[str, Any]] | None = None
-    task: str | None = None
+    owner: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class Text:
 
     text: str
     source: str
-    task: str | None = None
+    owner: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,10 +26,12 @@ class RawRow:
         fields: column name → value.
         source: ``train.jsonl:17`` (line number, from 1) for JSONL and CSV; ``train.json row 17`` (row number, from 1)
             where lines mean nothing: JSON, Parquet and hub datasets.
+        owner: the task or adapter that it belongs to, where the recipe has any.
     """
 
     fields: dict[str, Any]
     source: str
+    owner: str | None = None
 
 
 def read_rows(
@@ -120,6 +122,22 @@ def _data_files(directory: Path) -> list[Path]:
             f"directory are read. Set data.path to {directory / train[0]} and data.eval_path to the other."
         )
     return files
+
+
+def adapter_files(path: str) -> list[Path]:
+    """The files of a directory that has one for each adapter, in name order.
+
+    Raises:
+        InputError: no such directory, a file in it that holds no rows, or two files of one name.
+    """
+    directory = Path(path).expanduser()
+    if not directory.is_dir():
+        found = "is a file" if directory.exists() else "there is no such directory"
+        raise InputError(
+            f"{path}: data.adapter_files takes a directory with a file for each adapter, and this {found}. Name the "
+            "directory, or use data.adapter_column, a column with the adapters' names."
+        )
+    return _data_files(directory)
 
 
 def _missing(path: str, local: Path) -> InputError:

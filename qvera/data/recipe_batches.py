@@ -14,6 +14,8 @@ from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
     from qvera.config.schema import Recipe
+    from qvera.data.adapter_rows import AdapterRows
+    from qvera.data.dataset import Datasets
     from qvera.data.rows import Example
 
 
@@ -47,6 +49,17 @@ def batches_of(recipe: Recipe, rows: Sequence[Example]) -> Batches:
             retrain_from=steps - retraining if retraining else None,
         )
     return Batches(*sizes, **common, by_length=data.group_by_length)
+
+
+def adapter_batches(recipe: Recipe, datasets: Datasets, adapter: AdapterRows) -> Batches:
+    """The batches of one of many adapters: what a recipe of its rows alone would have.
+
+    Row i of a batch is row ``adapter.train[i]`` of ``datasets.train``.
+    """
+    data, training = recipe.data, recipe.training
+    lengths = datasets.train.lengths[adapter.train]
+    sizes = training.global_batch_size, training.per_device_train_batch_size
+    return Batches(lengths, *sizes, seed=data.seed, shuffle=data.shuffle, by_length=data.group_by_length)
 
 
 def planned_steps(recipe: Recipe, rows: int) -> int:

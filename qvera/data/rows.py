@@ -28,7 +28,7 @@ SCHEMA = pa.schema(
         ("trained_tokens", pa.int32()),
         ("ids_hash", pa.uint64()),
         ("mask_hash", pa.uint64()),
-        ("task", pa.string()),
+        ("owner", pa.string()),
     ]
 )
 _BATCH_ROWS = 4096
@@ -48,7 +48,8 @@ class Example:
             for rows that do not end with an assistant turn.
         prompt_text: the same as text (without a BOS that the tokenizer itself would add).
         reference: the content of that last assistant turn, or None.
-        task: the row's value of ``data.task_column``, or None.
+        owner: the task or adapter that the row belongs to (its value of ``data.task_column`` or
+            ``data.adapter_column``), or None.
     """
 
     input_ids: np.ndarray
@@ -57,7 +58,7 @@ class Example:
     prompt_ids: np.ndarray
     prompt_text: str
     reference: str | None
-    task: str | None = None
+    owner: str | None = None
 
     @property
     def trained_tokens(self) -> int:
@@ -157,12 +158,12 @@ class Rows(Sequence[Example]):
             self.table[name][number].values.to_numpy()[: self._max_tokens]
             for name in ("input_ids", "trained", "prompt_ids")
         )
-        source, prompt_text, reference, task = (
-            self.table[name][number].as_py() for name in ("source", "prompt_text", "reference", "task")
+        source, prompt_text, reference, owner = (
+            self.table[name][number].as_py() for name in ("source", "prompt_text", "reference", "owner")
         )
         if self._max_tokens is not None:
             prompt_ids, prompt_text, reference = prompt_ids[:0], "", None
-        return Example(ids, trained.view(bool), source, prompt_ids, prompt_text, reference, task)
+        return Example(ids, trained.view(bool), source, prompt_ids, prompt_text, reference, owner)
 
     def take(self, rows: np.ndarray) -> Rows:
         """The rows of these numbers, in this order."""
@@ -173,10 +174,16 @@ class Rows(Sequence[Example]):
         """All rows as they would be with at most ``max_tokens`` tokens and without prompts, for a plan."""
         return Rows(self.table, self.chosen, max_tokens, self.task_of)
 
-    def task_values(self) -> list[str]:
-        """The value of ``data.task_column`` of each row."""
-        values = self.table["task"].to_pylist()
+    def owners(self) -> list[str]:
+        """The task or adapter of each row."""
+        values = self.table["owner"].to_pylist()
         return values if self.chosen is None else [values[number] for number in self.chosen.tolist()]
+
+    def distinct_owners(self) -> tuple[list[str], np.ndarray]:
+        """The tasks or adapters of the table, each once, and the place of each row's in that list, int64 [n]."""
+        encoded = pc.dictionary_encode(self.table["owner"]).unify_dictionaries().combine_chunks()
+        places = encoded.indices.to_numpy().astype(np.int64)
+        return encoded.dictionary.to_pylist(), places if self.chosen is None else places[self.chosen]
 
 
 def concatenated(parts: Sequence[Rows]) -> Rows:

@@ -43,7 +43,7 @@ def take_tasks(section: DataSection, sections: Sequence[DataSection], sources: S
     """
     of_train, of_eval = (
         [
-            np.array(rows.task_values() if section.task_column else [about.path] * len(rows), dtype=object)
+            np.array(rows.owners() if section.task_column else [about.path] * len(rows), dtype=object)
             for about, rows in zip(sections, parts, strict=True)
         ]
         for parts in ([s.train for s in sources], [s.eval for s in sources])

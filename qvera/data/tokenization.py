@@ -69,19 +69,8 @@ class RowTokenizer:
         return chunk
 
     def _parse(self, row: RawRow) -> Conversation | Text:
-        column = self.section.task_column
         parsed = parse_row(row, self.row_format, self.section.system, self.section.label_names)
-        if column is None:
-            return parsed
-        value = row.fields.get(column)
-        if not isinstance(value, (str, int)) or value == "":
-            got = "nothing" if value in (None, "") else type(value).__name__
-            hint = "" if column in row.fields else f" Columns found: {', '.join(map(str, row.fields))}."
-            raise InputError(
-                f"{row.source}: the column {column!r} (data.task_column) names the row's task by a text or a whole "
-                f"number, got {got}.{hint}"
-            )
-        return replace(parsed, task=str(value))
+        return parsed if row.owner is None else replace(parsed, owner=row.owner)
 
     def encode(self, rows: Sequence[Conversation | Text]) -> tuple[list[Example], RowCounts]:
         """Their examples in order, and what was cut, split and dropped on the way.
@@ -164,7 +153,7 @@ class RowTokenizer:
         if not trained.any():
             raise InputError(f"{row.source}: no token to train on: the row is a single token. Remove it.")
         whole, prompt = np.asarray(input_ids, np.int32), np.asarray(prompt_ids, np.int32)
-        return self._fitted(Example(whole, trained, row.source, prompt, prompt_text, reference, row.task), header)
+        return self._fitted(Example(whole, trained, row.source, prompt, prompt_text, reference, row.owner), header)
 
     def _fitted(self, whole: Example, header: int) -> list[Example]:
         """A tokenized row at the lengths that the recipe allows: itself, shorter, in several parts, or nothing.
@@ -233,7 +222,7 @@ class RowTokenizer:
             trained = whole.trained[part].copy()
             trained[:1] = False
             if trained.any():
-                found.append(Example(whole.input_ids[part], trained, whole.source, nothing, "", None, whole.task))
+                found.append(Example(whole.input_ids[part], trained, whole.source, nothing, "", None, whole.owner))
         self._counts.split_rows += 1
         self._counts.split_parts += len(found)
         return found

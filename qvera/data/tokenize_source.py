@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -27,9 +27,9 @@ from qvera.config.schema import DataSection
 from qvera.data.chat_template import resolve_template
 from qvera.data.encoding import Encoder, tokenizer_sha256
 from qvera.data.formats import detect_format
-from qvera.data.readers import RawRow, load_hub, local_files, read_rows
+from qvera.data.readers import load_hub
 from qvera.data.rows import Rows, write_table
-from qvera.data.sampler import random_order
+from qvera.data.source_rows import choose_rows, raw_rows, source_files, survey
 from qvera.data.tokenization import RowCounts, RowTokenizer, TokenizedChunk
 from qvera.utils.cache_dir import HashIndex
 from qvera.utils.errors import InputError
@@ -57,7 +57,7 @@ _ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "USE_
 
 def source_bytes(section: DataSection) -> int | None:
     """Bytes of the local files that a source is read from; None where some of it is a hub dataset."""
-    files = [local_files(path) for path in (section.path, section.eval_path) if path]
+    files = [source_files(section, path) for path in (section.path, section.eval_path) if path]
     return None if None in files else sum(file.stat().st_size for found in files for file in found or [])
 
 
@@ -68,7 +68,7 @@ def source_content(section: DataSection, hashes: HashIndex) -> list[list[str]] |
     """
     content: list[list[str]] = []
     for path in filter(None, (section.path, section.eval_path)):
-        files = local_files(path)
+        files = source_files(section, path)
         if files is not None:
             sha256_of = hashes.hashed(files, hashes.known(files), None)
             content += [[str(file), sha256_of[file]] for file in files]
@@ -81,39 +81,6 @@ def source_content(section: DataSection, hashes: HashIndex) -> list[list[str]] |
     return content
 
 
-def raw_rows(section: DataSection, path: str) -> Iterator[RawRow]:
-    """The raw rows of ``data.path`` or ``data.eval_path``, one at a time."""
-    if path == section.path or not Path(path).expanduser().exists():
-        rows = read_rows(path, split=section.split, config_name=section.config_name, revision=section.revision)
-    else:  # a local eval file beside a hub dataset: the hub's keys are not about it
-        rows = read_rows(path)
-    return itertools.islice(rows, section.limit if path == section.path else None)
-
-
-def hold_out(count: int, fraction: float, seed: int) -> np.ndarray:
-    """Which rows are held out: bool [count], at least one of each kind where any are.
-
-    Args:
-        fraction: of them to hold out, 0 <= fraction < 1; 0 holds out none. Above 0 there must be two rows.
-        seed: decides which.
-    """
-    held = np.zeros(count, dtype=bool)
-    if fraction > 0:
-        chosen = min(max(1, round(count * fraction)), count - 1)
-        held[random_order(count, seed, -1)[:chosen]] = True
-    return held
-
-
-def chosen_rows(section: DataSection, part: str, count: int) -> Iterator[RawRow]:
-    """The raw rows of the training or of the held-out part, in file order; ``count``: rows of ``data.path``."""
-    limit = section.eval_limit if part == EVAL else None
-    if section.eval_path is not None:
-        return itertools.islice(raw_rows(section, section.path if part == TRAIN else section.eval_path), limit)
-    held = hold_out(count, section.eval_fraction, section.seed)
-    wanted = held if part == EVAL else ~held
-    return itertools.islice(itertools.compress(raw_rows(section, section.path), wanted), limit)
-
-
 @dataclass(slots=True)
 class TokenizedSource:
     """A source's tokenized rows.
@@ -123,6 +90,8 @@ class TokenizedSource:
         template: the name of the template that was used.
         counts: what its rows lost.
         train, eval: the rows; ``eval`` is empty where none are held out.
+        adapters: names of adapters in order of first appearance, those without a row that is left too; empty where rows
+            name none.
         cache_entry: the name of the cache's entry that they were found in; None: they were tokenized now.
     """
 
@@ -132,6 +101,7 @@ class TokenizedSource:
     counts: RowCounts
     train: Rows
     eval: Rows
+    adapters: list[str] = field(default_factory=list)
     cache_entry: str | None = None
 
 
@@ -142,18 +112,23 @@ class Part:
     Attributes:
         tokenizer: tokenizes them.
         name: `TRAIN` or `EVAL`.
-        source_rows: rows of ``data.path``, see `chosen_rows`.
-        rows: of them, those of this part.
+        path: where they are read from.
+        chosen: bool [raw rows of ``path``]; which of them are of this part.
     """
 
     tokenizer: RowTokenizer
     name: str
-    source_rows: int
-    rows: int
+    path: str
+    chosen: np.ndarray
+
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+        return int(self.chosen.sum())
 
     def chunks(self, first: int, step: int = 1) -> Iterator[TokenizedChunk]:
         """The chunks ``first``, ``first + step``, ... in order, tokenized by this process."""
-        rows = chosen_rows(self.tokenizer.section, self.name, self.source_rows)
+        rows = itertools.compress(raw_rows(self.tokenizer.section, self.path), self.chosen)
         chunks = iter(lambda: list(itertools.islice(rows, CHUNK_ROWS)), [])  # up to an empty one
         return map(self.tokenizer.tokenize_chunk, itertools.islice(chunks, first, None, step))
 
@@ -170,34 +145,31 @@ def tokenize_source(
     Raises:
         InputError: anything wrong with the recipe's ``data``, a file or a row.
     """
-    count = sum(1 for _ in raw_rows(section, section.path))
-    first = next(raw_rows(section, section.path))
-    train_format = eval_format = detect_format(first, section.format, section.columns)
+    rows, eval_rows = survey(section, section.path), None
+    train_format = eval_format = detect_format(rows.first, section.format, section.columns)
     if section.eval_path is not None:
         if section.eval_path == section.path:
             raise InputError(
                 f"data.eval_path: {section.path} is data.path too, so nothing would be held out. Name another file, or "
                 "set data.eval_fraction instead."
             )
-        train, held = count, sum(1 for _ in raw_rows(section, section.eval_path))
-        eval_format = detect_format(next(raw_rows(section, section.eval_path)), section.format, section.columns)
-    else:
-        if section.eval_fraction > 0 and count < 2:
-            raise InputError(
-                f"data.eval_fraction: {first.source} is the only row, so none can be held out. Add rows, or set "
-                "data.eval_path, or remove data.eval_fraction."
-            )
-        held = int(hold_out(count, section.eval_fraction, section.seed).sum())
-        train = count - held
+        eval_rows = survey(section, section.eval_path)
+        eval_format = detect_format(eval_rows.first, section.format, section.columns)
+    elif section.eval_fraction > 0 and rows.count < 2:
+        raise InputError(
+            f"data.eval_fraction: {rows.first.source} is the only row, so none can be held out. Add rows, or set "
+            "data.eval_path, or remove data.eval_fraction."
+        )
     template = resolve_template(section.template, encoder.tokenizer, train_format.name)  # of the held-out rows too
-    unused = [name for name in train_format.unused if name != section.task_column]
-    source = TokenizedSource(train_format.name, unused, template.name, RowCounts(), Rows(), Rows())
-    source.train = _tokenize(
-        Part(RowTokenizer(section, encoder, template, train_format), TRAIN, count, train), directory, source, console
-    )
-    if held:
-        held = min(held, section.eval_limit or held)
-        part = Part(RowTokenizer(section, encoder, template, eval_format), EVAL, count, held)
+    unused = [name for name in train_format.unused if name not in (section.task_column, section.adapter_column)]
+    source = TokenizedSource(train_format.name, unused, template.name, RowCounts(), Rows(), Rows(), rows.names)
+    train, held = choose_rows(section, rows, eval_rows)
+    part = Part(RowTokenizer(section, encoder, template, train_format), TRAIN, section.path, train)
+    source.train = _tokenize(part, directory, source, console)
+    if held.any():
+        part = Part(
+            RowTokenizer(section, encoder, template, eval_format), EVAL, section.eval_path or section.path, held
+        )
         source.eval = _tokenize(part, directory, source, console)
     return source
 
@@ -223,13 +195,13 @@ def _tokenize(part: Part, directory: Path, source: TokenizedSource, console: Con
     from rich.progress import Progress
 
     section = part.tokenizer.section
-    path = section.eval_path if part.name == EVAL and section.eval_path else section.path
+    path, count = part.path, part.rows
     empty_rows: list[str] = []
     console = console or Console(stderr=True)
-    progress = Progress(console=console, transient=True, disable=part.rows <= _PROGRESS_ROWS)
+    progress = Progress(console=console, transient=True, disable=count <= _PROGRESS_ROWS)
 
     def batches() -> Iterator[pa.RecordBatch]:
-        total = -(-part.rows // CHUNK_ROWS)
+        total = -(-count // CHUNK_ROWS)
         with progress, contextlib.closing(_chunks(part, console)) as chunks:
             for chunk in progress.track(chunks, total, description=f"Tokenizing {path}"):
                 if chunk.error:
@@ -244,7 +216,7 @@ def _tokenize(part: Part, directory: Path, source: TokenizedSource, console: Con
     rows = write_table(batches(), directory / f"{part.name}.arrow")
     if not len(rows):
         purpose = "held-out" if part.name == EVAL else "training"
-        raise InputError(f"{path}: no {purpose} row is left: {_why_none(section, part.rows)}")
+        raise InputError(f"{path}: no {purpose} row is left: {_why_none(section, count)}")
     return rows
 
 
@@ -252,14 +224,15 @@ def _chunks(part: Part, console: Console) -> Generator[TokenizedChunk]:
     """All chunks in order, from this process or (where the recipe says so or it is worth it) from several."""
     cores = len(os.sched_getaffinity(0))
     asked = part.tokenizer.section.tokenize_processes
-    processes = min(asked or cores, -(-part.rows // CHUNK_ROWS))
+    rows = part.rows
+    processes = min(asked or cores, -(-rows // CHUNK_ROWS))
     done, begun = 0, time.perf_counter()
     if asked is None:
         for chunk in part.chunks(0):
             yield chunk
             done += 1
             seconds = time.perf_counter() - begun
-            rest = seconds * (part.rows / (done * CHUNK_ROWS) - 1)
+            rest = seconds * (rows / (done * CHUNK_ROWS) - 1)
             if processes > 1 and seconds > _MEASURED_SECONDS and rest > _WORTH_SECONDS:
                 break
         else:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from qvera.config.schema import DataSection
 from qvera.data import Datasets, build_datasets, print_preflight
 from qvera.data.dataset import length_histogram
-from qvera.data.tokenize_source import hold_out
+from qvera.data.source_rows import hold_out
 from qvera.utils.errors import InputError
 from tests.data.conftest import MakeTokenizer
 

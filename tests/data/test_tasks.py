@@ -129,9 +129,9 @@ def test_held_out_tasks_are_in_no_step_and_in_no_evaluation(
     [(name, kept)] = data.held_out_tasks.items()
     assert name not in data.task_names
     assert (len(data.task_names), len(kept)) == (2, 10)
-    assert {row.task for row in kept} == {name}
-    assert name not in {row.task for rows in (data.train, data.eval) for row in rows}
-    assert [data.task_names[number] for number in data.train.task_of] == [row.task for row in data.train]
+    assert {row.owner for row in kept} == {name}
+    assert name not in {row.owner for rows in (data.train, data.eval) for row in rows}
+    assert [data.task_names[number] for number in data.train.task_of] == [row.owner for row in data.train]
     assert data.stats.unused_columns == []
     assert data.stats.train_rows == len(data.train) == data.stats.sources[0].taken
 
@@ -142,7 +142,7 @@ def test_a_task_may_be_several_labels(write: Write, base_tokenizer: PreTrainedTo
     data = build_datasets(section, base_tokenizer)
     batches = batches_of(recipe_of(section), data.train)
     assert isinstance(batches, TaskBatches)
-    found = [sorted({data.train[row].task for row in task}) for task in batches.tasks]
+    found = [sorted({data.train[row].owner for row in task}) for task in batches.tasks]
     assert found == [sorted(task) for task in label_tasks([data.task_names], 5, 2, 9)]
 
 

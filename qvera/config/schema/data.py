@@ -95,6 +95,12 @@ class DataSection(DataSource):
     held_out_tasks: Annotated[NonNegative | list[NonEmpty], _BY_TASK] = 0
     """Tasks that are not trained: their names (paths, or values of ``task_column``), or how many are chosen by
     ``seed``. ``training.adapt_steps`` adapts to each of them after training."""
+    adapter_column: NonEmpty | None = None
+    """The column that names the adapter each row trains: many VeRA adapters in one run, each with rows, order, steps,
+    schedule and held-out rows of its own. A name is a text or a whole number; 1 and "1" are the same."""
+    adapter_files: Bool = False
+    """As ``adapter_column``, where ``path`` is a directory: each of its files has the rows of one adapter, which is
+    called as the file is without its suffix."""
     shuffle: Bool = True
     """Shuffle the rows anew in each epoch. ``false``: the order of the file."""
     seed: Seed = 0
@@ -105,6 +111,29 @@ class DataSection(DataSource):
         if self.eval_path is not None and self.eval_fraction > 0:
             yield "eval_fraction", "held-out rows already come from data.eval_path; remove one of the two."
         yield from self._task_contradictions()
+        if self.has_adapters:
+            yield from self._adapter_contradictions()
+
+    def _adapter_contradictions(self) -> Iterator[tuple[str, str]]:
+        key = "adapter_files" if self.adapter_files else "adapter_column"
+        if self.adapter_column is not None and self.adapter_files:
+            yield "adapter_files", "and data.adapter_column both name the rows' adapters; remove one of the two."
+        if self.packing:
+            yield (
+                "packing",
+                f"would put rows of several adapters (data.{key}) into one sequence, where one that diverges spoils "
+                "the others; remove it.",
+            )
+        if self.mixture:
+            yield "mixture", f"data.{key} takes all rows from data.path; put them into one file or directory."
+        if self.weight != 1:
+            yield "weight", f"each adapter (data.{key}) has rows of its own; set training.num_train_epochs instead."
+        if self.sampling == "task":
+            yield (
+                "sampling",
+                f"task draws steps over tasks, and each adapter (data.{key}) has steps of its own; remove one of the "
+                "two.",
+            )
 
     def _task_contradictions(self) -> Iterator[tuple[str, str]]:
         if self.sampling == "rows":
@@ -122,6 +151,11 @@ class DataSection(DataSource):
                 yield "task_labels", "counts values of data.task_column, which is not set."
             if self.held_out_tasks:
                 yield "held_out_tasks", "a value may be in many tasks of data.task_labels; remove one of the two."
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether each row names the adapter that it trains, so that the run trains many."""
+        return self.adapter_column is not None or self.adapter_files
 
     @property
     def has_held_out_rows(self) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Annotated
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from qvera.config.fields import NonEmpty, OnlyWith, Section
 from qvera.config.problems import describe, move_renamed_keys
@@ -18,6 +18,10 @@ from qvera.utils.errors import InputError
 
 def _path_alone(value: object) -> object:
     return {"path": value} if isinstance(value, str) else value
+
+
+_SHARED_PASS_ROWS = 16
+"""The default of ``training.per_device_train_batch_size`` where many adapters share a forward pass."""
 
 
 class Recipe(Section):
@@ -51,9 +55,26 @@ class Recipe(Section):
                         switches = " or ".join(mark.switches)
                         yield f"{name}.{key}", f"has no effect without {switches}. Set that, or remove this key."
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fit_shared_pass(cls, tree: object) -> object:
+        name = "per_device_train_batch_size"
+        data, training = (tree.get("data"), tree.get("training", {})) if isinstance(tree, dict) else (None, None)
+        keys = data if isinstance(data, dict) else dict(data) if isinstance(data, DataSection) else {}
+        if (keys.get("adapter_column") or keys.get("adapter_files")) and isinstance(training, dict):
+            return {**tree, "training": {name: _SHARED_PASS_ROWS, **training}} if isinstance(tree, dict) else tree
+        return tree
+
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Yield keys of different sections that contradict each other."""
         yield from self._keys_without_effect()
+        if self.data.has_adapters:
+            yield from self._many_adapters_contradictions()
+        else:
+            rows, pass_rows = self.training.global_batch_size, self.training.per_device_train_batch_size
+            if rows % pass_rows:
+                size = f"training.per_device_train_batch_size ({pass_rows})"
+                yield "training.global_batch_size", f"{rows} is not a multiple of {size}."
         names = ("eval_steps", "load_best_model_at_end", "early_stopping_patience")
         used = [name for name in names if getattr(self.training, name)]
         if not self.data.has_held_out_rows:
@@ -96,6 +117,41 @@ class Recipe(Section):
             yield from self._resample_contradictions()
         if self.deepspeed is not None and self.training.on_oom == "halve":
             yield "training.on_oom", "halve: DeepSpeed can't undo a step that its ranks have begun; use save."
+
+    def _many_adapters_contradictions(self) -> Iterator[tuple[str, str]]:
+        names = f"data.{'adapter_files' if self.data.adapter_files else 'adapter_column'}"
+        adapter, training = self.adapter, self.training
+        if adapter.method != "vera":
+            yield (
+                "adapter.method",
+                f"only vera trains many adapters ({names}) in one run, and this is {adapter.method}.",
+            )
+        if adapter.dropout:
+            yield (
+                "adapter.dropout",
+                f"each adapter ({names}) equals the same one trained alone, but for random drops; set it to 0.",
+            )
+        if adapter.magnitude:
+            yield "adapter.magnitude", f"its norms are not kept for many adapters ({names}); remove one of the two."
+        if self.model.added_tokens:
+            yield "model.added_tokens", f"are not built for many adapters ({names}); remove one of the two."
+        if self.model.compute_dtype == "float16":
+            yield (
+                "model.compute_dtype",
+                f"float16 needs a loss scale, which many adapters ({names}) would share; use bfloat16 or float32.",
+            )
+        if self.deepspeed is not None:
+            yield (
+                "deepspeed",
+                f"processes share out the adapters ({names}), and each trains its own without DeepSpeed; remove it.",
+            )
+        if training.optim != "adamw":
+            yield "training.optim", f"many adapters ({names}) are stepped together by adamw; use that."
+        for key in ("bilevel", "resample_every", "sample_tokens"):
+            if getattr(training, key):
+                yield f"training.{key}", f"is not built for many adapters ({names}); remove one of the two."
+        if training.on_oom == "halve":
+            yield "training.on_oom", f"halve is not built for many adapters ({names}); use save."
 
     def _resample_contradictions(self) -> Iterator[tuple[str, str]]:
         key = "training.resample_every"

@@ -1,7 +1,6 @@
 """The section ``training`` of a recipe."""
 
 import os
-from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, Strict, model_validator
@@ -34,11 +33,18 @@ class TrainingSection(Section):
     max_steps: Annotated[int, Strict(), Field(ge=-1, lt=2**31)] = -1
     """Optimizer steps. -1: what ``num_train_epochs`` amounts to."""
     global_batch_size: Positive = 16
-    """Rows per optimizer step, over all processes."""
+    """Rows per optimizer step, over all processes. With ``data.adapter_column`` or ``data.adapter_files``: of one
+    adapter's step."""
     per_device_train_batch_size: Positive = 4
     """Rows per forward pass on one device. Must divide ``global_batch_size``; gradients are accumulated over
     global_batch_size / (per_device_train_batch_size x processes) passes. Default: 4, or the largest number below it
-    that divides ``global_batch_size``."""
+    that divides ``global_batch_size``. With ``data.adapter_column`` or ``data.adapter_files`` a pass has rows of many
+    adapters, whatever ``global_batch_size`` is, and the default is 16."""
+    adapters_at_once: Annotated[Literal["auto"] | Positive, OnlyWith("data.adapter_column", "data.adapter_files")] = (
+        "auto"
+    )
+    """With ``data.adapter_column`` or ``data.adapter_files``: how many adapters are trained at the same time. ``auto``:
+    as many as it takes to fill a forward pass, as far as memory allows."""
     per_device_eval_batch_size: Positive = 4
     """Rows per forward pass of an evaluation."""
     learning_rate: PositiveFloat = 4e-3
@@ -150,9 +156,3 @@ class TrainingSection(Section):
         if isinstance(keys, dict) and name not in keys and isinstance(rows := keys.get("global_batch_size"), int):
             return {**keys, name: max(size for size in (1, 2, 3, 4) if rows % size == 0)}
         return keys
-
-    def contradictions(self) -> Iterator[tuple[str, str]]:
-        """Yield keys that contradict each other."""
-        if self.global_batch_size % self.per_device_train_batch_size:
-            size = f"training.per_device_train_batch_size ({self.per_device_train_batch_size})"
-            yield "global_batch_size", f"{self.global_batch_size} is not a multiple of {size}."

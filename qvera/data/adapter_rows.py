@@ -1,0 +1,75 @@
+"""Which rows train which of many adapters (``data.adapter_column``, ``data.adapter_files``)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from qvera.data.rows import Rows
+from qvera.data.source_rows import members_of
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRows:
+    """The rows of one adapter, in the order of the data.
+
+    Attributes:
+        name: as in the data.
+        train: int64 [n], n >= 1; numbers of rows in ``Datasets.train``.
+        eval: int64 [k]; numbers of rows in ``Datasets.eval``.
+        repeated_rows: held-out rows that are, token for token, also training rows of this adapter.
+    """
+
+    name: str
+    train: np.ndarray
+    eval: np.ndarray
+    repeated_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Adapters:
+    """The adapters of a run.
+
+    Attributes:
+        trained: those with training rows, in order of first appearance.
+        without_rows: names of those whose training rows were all dropped or cut away; they are not trained.
+        only_held_out: names of those that have held-out rows alone, in ``data.eval_path``; nothing reads these rows.
+    """
+
+    trained: list[AdapterRows] = field(default_factory=list)
+    without_rows: list[str] = field(default_factory=list)
+    only_held_out: list[str] = field(default_factory=list)
+
+
+def take_adapters(names: Sequence[str], train: Rows, held_out: Rows) -> Adapters:
+    """The adapters of a run's rows.
+
+    Args:
+        names: of all adapters that the training rows named, those whose rows are all gone too.
+    """
+    number_of = {name: number for number, name in enumerate(names)}
+    of_train, of_eval = (_numbers(rows, number_of) for rows in (train, held_out))
+    only_held_out = list(number_of)[len(names) :]
+    rows_of = members_of(of_train, len(number_of))
+    eval_of = members_of(of_eval, len(number_of))
+    repeated = _repeated(of_train, train, of_eval, held_out, len(number_of))
+    every = zip(names, rows_of, eval_of, repeated.tolist(), strict=False)  # those with held-out rows alone come last
+    found = [AdapterRows(*each) for each in every]
+    trained = [each for each in found if len(each.train)]
+    return Adapters(trained, [each.name for each in found if not len(each.train)], only_held_out)
+
+
+def _numbers(rows: Rows, number_of: dict[str, int]) -> np.ndarray:
+    """Each row's adapter, int64 [n]; a name that is new gets the next number."""
+    names, places = rows.distinct_owners()
+    return np.array([number_of.setdefault(name, len(number_of)) for name in names], dtype=np.int64)[places]
+
+
+def _repeated(of_train: np.ndarray, train: Rows, of_eval: np.ndarray, held_out: Rows, adapters: int) -> np.ndarray:
+    """For each adapter its held-out rows that are also its training rows, int64 [adapters]."""
+    hashes, kind = np.unique(np.concatenate([train.ids_hash, held_out.ids_hash]), return_inverse=True)
+    pair = np.concatenate([of_train, of_eval]) * len(hashes) + kind  # one number for each adapter and row
+    is_repeated = np.isin(pair[len(train) :], pair[: len(train)], kind="sort")
+    return np.bincount(of_eval[is_repeated], minlength=adapters)

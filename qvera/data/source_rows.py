@@ -1,0 +1,162 @@
+"""The raw rows of one source: its files, which task or adapter a row belongs to, and which rows are held out."""
+
+from __future__ import annotations
+
+import itertools
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from qvera.config.schema import DataSection
+from qvera.data.readers import RawRow, adapter_files, local_files, read_file, read_rows
+from qvera.data.sampler import random_order
+from qvera.utils.adapter_names import escape_name
+from qvera.utils.errors import InputError
+
+
+def source_files(section: DataSection, path: str) -> list[Path] | None:
+    """The files of ``data.path`` or ``data.eval_path``; None for a hub dataset.
+
+    Raises:
+        InputError: nothing of that name, or a directory whose files can't be read as the recipe says.
+    """
+    return adapter_files(path) if section.adapter_files else local_files(path)
+
+
+def raw_rows(section: DataSection, path: str) -> Iterator[RawRow]:
+    """The raw rows of ``data.path`` or ``data.eval_path``, one at a time, each with its task or adapter as ``owner``.
+
+    Raises:
+        InputError: a file or a row can't be read, or does not name its task or adapter.
+    """
+    rows: Iterator[RawRow]
+    if section.adapter_files:
+        rows = (replace(row, owner=file.stem) for file in adapter_files(path) for row in read_file(file))
+    elif path == section.path or not Path(path).expanduser().exists():
+        rows = read_rows(path, split=section.split, config_name=section.config_name, revision=section.revision)
+    else:  # a local eval file beside a hub dataset: the hub's keys are not about it
+        rows = read_rows(path)
+    if section.task_column is not None:
+        rows = _with_owners(rows, section.task_column, "task")
+    elif section.adapter_column is not None:
+        rows = _with_owners(rows, section.adapter_column, "adapter")
+    limit = section.limit if path == section.path else None
+    return _first_of_each(rows, limit) if section.has_adapters and limit else itertools.islice(rows, limit)
+
+
+def _with_owners(rows: Iterator[RawRow], column: str, kind: str) -> Iterator[RawRow]:
+    for row in rows:
+        value = row.fields.get(column)
+        if not isinstance(value, (str, int)) or value == "":
+            got = "nothing" if value in (None, "") else type(value).__name__
+            hint = "" if column in row.fields else f" Columns found: {', '.join(map(str, row.fields))}."
+            raise InputError(
+                f"{row.source}: the column {column!r} (data.{kind}_column) names the row's {kind} by a text or a whole "
+                f"number, got {got}.{hint}"
+            )
+        yield replace(row, owner=str(value))
+
+
+def _first_of_each(rows: Iterator[RawRow], limit: int) -> Iterator[RawRow]:
+    """The first ``limit`` rows of each owner."""
+    seen: Counter[str | None] = Counter()
+    for row in rows:
+        seen[row.owner] += 1
+        if seen[row.owner] <= limit:
+            yield row
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What one pass over the raw rows of a path finds.
+
+    Attributes:
+        first: the first row.
+        count: how many there are.
+        names: the adapters in order of first appearance; empty where the rows name none.
+        members: for each adapter, the numbers of its rows, int64; without adapters all rows as one.
+    """
+
+    first: RawRow
+    count: int
+    names: list[str]
+    members: list[np.ndarray]
+
+
+def survey(section: DataSection, path: str) -> Survey:
+    """Read all rows of ``data.path`` or ``data.eval_path`` once.
+
+    Raises:
+        InputError: as `raw_rows`; or the name of an adapter can't be a directory's (`escape_name`).
+    """
+    first, count = None, 0
+    numbers: dict[str, int] = {}
+    owner_of = array("q")
+    for row in raw_rows(section, path):
+        first = first or row
+        count += 1
+        if section.has_adapters:
+            name = row.owner or ""
+            if name not in numbers:
+                try:
+                    escape_name(name)
+                except InputError as error:
+                    raise InputError(f"{row.source}: {error}") from None
+            owner_of.append(numbers.setdefault(name, len(numbers)))
+    assert first is not None  # readers refuse what holds no rows
+    members = [np.arange(count)]
+    if numbers:
+        members = members_of(np.frombuffer(owner_of, dtype=np.int64), len(numbers))
+    return Survey(first, count, list(numbers), members)
+
+
+def members_of(numbers: np.ndarray, count: int) -> list[np.ndarray]:
+    """The rows of each of ``count`` owners, in order: int64 arrays.
+
+    Args:
+        numbers: int64 [rows]; the owner's number of each row.
+    """
+    by_owner = np.argsort(numbers, kind="stable")
+    return np.split(by_owner, np.cumsum(np.bincount(numbers, minlength=count))[:-1])
+
+
+def choose_rows(section: DataSection, rows: Survey, eval_rows: Survey | None) -> tuple[np.ndarray, np.ndarray]:
+    """Which raw rows are trained on and which are held out; of many adapters, each by itself.
+
+    Args:
+        rows: of ``data.path``.
+        eval_rows: of ``data.eval_path``; None: the held-out rows are drawn from ``rows``.
+
+    Returns:
+        bool [raw rows of ``data.path``] and bool [raw rows that held-out rows come from].
+    """
+    if eval_rows is not None:
+        trained, held = np.ones(rows.count, dtype=bool), np.zeros(eval_rows.count, dtype=bool)
+        for members in eval_rows.members:
+            held[members[: section.eval_limit]] = True
+        return trained, held
+    held = np.zeros(rows.count, dtype=bool)
+    trained = np.ones(rows.count, dtype=bool)
+    for members in rows.members:
+        chosen = members[hold_out(len(members), section.eval_fraction, section.seed)]
+        trained[chosen] = False
+        held[chosen[: section.eval_limit]] = True
+    return trained, held
+
+
+def hold_out(count: int, fraction: float, seed: int) -> np.ndarray:
+    """Which rows are held out: bool [count], at least one of each kind where any are; of a single row none.
+
+    Args:
+        fraction: of them to hold out, 0 <= fraction < 1; 0 holds out none.
+        seed: decides which.
+    """
+    held = np.zeros(count, dtype=bool)
+    if fraction > 0:
+        chosen = min(max(1, round(count * fraction)), count - 1)
+        held[random_order(count, seed, -1)[:chosen]] = True
+    return held

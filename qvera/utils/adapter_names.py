@@ -1,0 +1,102 @@
+"""Names of adapters ↔ names of their directories: reversible, and good on Linux, macOS and Windows."""
+
+import re
+import unicodedata
+from collections.abc import Iterable
+from urllib.parse import unquote_to_bytes
+
+from qvera.utils.errors import InputError
+
+MOST_BYTES = 200
+"""Of a directory's name. File systems take 255; a suffix such as ``.html`` and the mark of an unfinished file need
+room."""
+_GOOD = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_-])?")
+_RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³]|conin\$|conout\$)(\..*)?", re.IGNORECASE | re.DOTALL)
+"""What Windows opens as a device, with any suffix."""
+_ESCAPED = re.compile(r"(?:=[0-9A-F]{2})+")
+
+
+def escape_name(name: str) -> str:
+    """A directory's name for an adapter's name; `unescape_name` gives the name back.
+
+    Letters, digits, ``-``, ``_`` and dots stay, those of other alphabets too. Anything else becomes its UTF-8 bytes as
+    ``=XX``, which needs no quotes in a shell and none in a URL. So do a dot or ``-`` at the beginning, a dot at the
+    end, the first letter of a name that Windows reserves, and what file systems of macOS would compose.
+
+    Raises:
+        InputError: the name is empty or blank, holds half a character, or would be longer than `MOST_BYTES`.
+    """
+    return _directory(name, ascii_only=False, lower_only=False)
+
+
+def unescape_name(directory: str) -> str:
+    """The adapter's name that `escape_name` or `directory_names` made ``directory`` of.
+
+    A directory that was named by hand gives its own name.
+    """
+    composed = unicodedata.normalize("NFC", directory)  # a copy by way of an older macOS has decomposed names
+    try:
+        return _ESCAPED.sub(lambda found: unquote_to_bytes(found[0].replace("=", "%")).decode(), composed)
+    except UnicodeDecodeError:
+        return composed
+
+
+def directory_names(names: Iterable[str]) -> dict[str, str]:
+    """The directory of each name, in their order.
+
+    In names that `alike_names` finds alike, capitals and other alphabets are escaped too, so that their directories
+    differ on every file system.
+
+    Raises:
+        InputError: as `escape_name`.
+    """
+    listed = list(names)
+    alike = {name for group in alike_names(listed) for name in group}
+    return {name: _directory(name, *[name in alike] * 2) for name in listed}
+
+
+def alike_names(names: Iterable[str]) -> list[list[str]]:
+    """Groups of different names that differ only by case, by spaces, or by how their characters are composed."""
+    groups: dict[str, list[str]] = {}
+    for name in dict.fromkeys(names):
+        folded = unicodedata.normalize("NFD", unicodedata.normalize("NFD", name).casefold())
+        groups.setdefault("".join(folded.split()), []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _directory(name: str, ascii_only: bool, lower_only: bool) -> str:
+    if not name.strip():
+        raise InputError(f"an adapter's name is {'blank' if name else 'empty'}; expected a text to call it by.")
+    reserved = _RESERVED.fullmatch(name)
+    if _GOOD.fullmatch(name) and not reserved and not (lower_only and name != name.lower()):
+        directory = name
+    else:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"the adapter's name {name!a} holds half a character, {name[error.start]!a}.") from None
+        stays = [_stays(character, ascii_only, lower_only) for character in name]
+        stays[0] &= name[0] not in ".-" and not reserved
+        stays[-1] &= name[-1] != "."
+        directory = "".join(c if stay else _escaped(c) for c, stay in zip(name, stays, strict=True))
+        if not unicodedata.is_normalized("NFC", directory):
+            return _directory(name, ascii_only=True, lower_only=lower_only)
+    if (size := len(directory.encode())) > MOST_BYTES:
+        shown = f"{name[:40]}…"
+        raise InputError(
+            f"the adapter's name {shown!r} is too long: as a directory it has {size} bytes, and {MOST_BYTES} are "
+            "allowed. Use a shorter one."
+        )
+    return directory
+
+
+def _stays(character: str, ascii_only: bool, lower_only: bool) -> bool:
+    if lower_only and character != character.lower():
+        return False
+    if character.isascii():
+        return character.isalnum() or character in "-_."
+    return not ascii_only and character.isalnum() and unicodedata.is_normalized("NFC", character)
+
+
+def _escaped(character: str) -> str:
+    return "".join(f"={byte:02X}" for byte in character.encode())
