@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from qvera.data.rows import Rows
 from qvera.data.source_rows import members_of
+from qvera.utils.adapter_names import alike_names, directory_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,19 +38,74 @@ class Adapters:
         trained: those with training rows, in order of first appearance.
         without_rows: names of those whose training rows were all dropped or cut away; they are not trained.
         only_held_out: names of those that have held-out rows alone, in ``data.eval_path``; nothing reads these rows.
+        without_held_out: names of those that are trained without a held-out row, where the recipe holds rows out.
+        alike: groups of names that differ only by case, spaces or composed characters.
     """
 
     trained: list[AdapterRows] = field(default_factory=list)
     without_rows: list[str] = field(default_factory=list)
     only_held_out: list[str] = field(default_factory=list)
+    without_held_out: list[str] = field(default_factory=list)
+    alike: list[list[str]] = field(default_factory=list)
+
+    @property
+    def by_rows(self) -> list[AdapterRows]:
+        """Those that are trained, the one with the fewest training rows first."""
+        return sorted(self.trained, key=lambda adapter: len(adapter.train))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What run.json's ``data`` has of them; each adapter's own facts are under ``adapters``."""
+        return {
+            "trained": len(self.trained),
+            "without_rows": self.without_rows,
+            "only_held_out": self.only_held_out,
+            "alike": self.alike,
+        }
+
+    def warnings(self) -> list[str]:
+        """What a person should know about them before the first step, a sentence or two each."""
+        lines = []
+        if self.without_rows:
+            lines.append(
+                f"Adapters without a row after cutting, which are not trained: {_listed(self.without_rows)}. Raise "
+                "data.max_length, or change data.too_long."
+            )
+        if self.without_held_out:
+            lines.append(
+                f"Adapters without held-out rows, which are trained but not scored: {_listed(self.without_held_out)}."
+            )
+        if self.only_held_out:
+            lines.append(
+                f"Adapters with held-out rows alone, which nothing trains or scores: {_listed(self.only_held_out)}. "
+                "Are these names the same in data.path?"
+            )
+        if self.alike:
+            groups = [" and ".join(map(repr, group)) for group in self.alike[:_SHOWN]]
+            more = f", and {len(self.alike) - _SHOWN:,} more groups" if len(self.alike) > _SHOWN else ""
+            lines.append(f"Names that are nearly the same, of different adapters: {'; '.join(groups)}{more}.")
+        return lines
 
 
-def take_adapters(names: Sequence[str], train: Rows, held_out: Rows) -> Adapters:
+_SHOWN = 5
+"""Names that a sentence shows."""
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
+    return ", ".join(map(repr, names[:_SHOWN])) + more
+
+
+def take_adapters(names: Sequence[str], train: Rows, held_out: Rows, holds_out: bool = False) -> Adapters:
     """The adapters of a run's rows.
 
     Args:
         names: of all adapters that the training rows named, those whose rows are all gone too.
+        holds_out: whether the recipe holds rows out.
+
+    Raises:
+        InputError: a name is too long for a directory beside one that differs from it only by case.
     """
+    directory_names(names)
     number_of = {name: number for number, name in enumerate(names)}
     of_train, of_eval = (_numbers(rows, number_of) for rows in (train, held_out))
     only_held_out = list(number_of)[len(names) :]
@@ -58,7 +115,9 @@ def take_adapters(names: Sequence[str], train: Rows, held_out: Rows) -> Adapters
     every = zip(names, rows_of, eval_of, repeated.tolist(), strict=False)  # those with held-out rows alone come last
     found = [AdapterRows(*each) for each in every]
     trained = [each for each in found if len(each.train)]
-    return Adapters(trained, [each.name for each in found if not len(each.train)], only_held_out)
+    without_rows = [each.name for each in found if not len(each.train)]
+    without_held_out = [each.name for each in trained if not len(each.eval)] if holds_out else []
+    return Adapters(trained, without_rows, only_held_out, without_held_out, alike_names(names))
 
 
 def _numbers(rows: Rows, number_of: dict[str, int]) -> np.ndarray:
@@ -69,6 +128,8 @@ def _numbers(rows: Rows, number_of: dict[str, int]) -> np.ndarray:
 
 def _repeated(of_train: np.ndarray, train: Rows, of_eval: np.ndarray, held_out: Rows, adapters: int) -> np.ndarray:
     """For each adapter its held-out rows that are also its training rows, int64 [adapters]."""
+    if not len(held_out):
+        return np.zeros(adapters, dtype=np.int64)
     hashes, kind = np.unique(np.concatenate([train.ids_hash, held_out.ids_hash]), return_inverse=True)
     pair = np.concatenate([of_train, of_eval]) * len(hashes) + kind  # one number for each adapter and row
     is_repeated = np.isin(pair[len(train) :], pair[: len(train)], kind="sort")

@@ -57,6 +57,7 @@ class DataStats(RowCounts):
         repeated_rows: eval rows that are, token for token, also training rows (by a 64-bit hash of their tokens).
         pads_with_eos: the tokenizer has no pad token.
         default_templates: named templates that were chosen where neither the tokenizer nor the recipe has one.
+        adapters: of a run that trains many.
         cache_entries: names of the cache's entries that rows came from; other sources were tokenized now.
         histogram_edges, histogram_counts: training rows by length in tokens; counts[i] is of
             edges[i] <= T < edges[i + 1].
@@ -75,6 +76,7 @@ class DataStats(RowCounts):
     cache_entries: list[str] = field(default_factory=list)
     histogram_edges: list[int] = field(default_factory=list)
     histogram_counts: list[int] = field(default_factory=list)
+    adapters: Adapters | None = None
 
     @property
     def format(self) -> str:
@@ -95,6 +97,7 @@ class DataStats(RowCounts):
         """The ``data`` object of run.json."""
         counts = ["train_rows", "eval_rows", "tokens", "trained_tokens", "longest_tokens", "truncated_rows"]
         counts += ["truncated_tokens", "split_rows", "split_parts", "dropped_rows"]
+        adapters = {} if self.adapters is None else {"adapters": self.adapters.to_dict()}
         return {
             **{name: getattr(self, name) for name in counts},
             "dropped": {reason: len(sources) for reason, sources in self.dropped.items()},
@@ -103,6 +106,7 @@ class DataStats(RowCounts):
             "format": self.format,
             "template": self.template,
             "length_histogram": {"edges": self.histogram_edges, "counts": self.histogram_counts},
+            **adapters,
         }
 
 
@@ -117,8 +121,6 @@ class Datasets:
         pad_id: for `collate`.
         task_names: with ``data.sampling: task``, the names that ``train.task_of`` has the numbers of.
         held_out_tasks: the rows of each task that is not trained, by its name.
-        adapters: the rows of each of many adapters, in order of first appearance; empty where the recipe has none.
-        adapters_without_rows: names of those whose rows were all dropped or cut away; they are not trained.
     """
 
     train: Rows
@@ -128,13 +130,21 @@ class Datasets:
     pad_id: int
     task_names: list[str] = field(default_factory=list)
     held_out_tasks: dict[str, Rows] = field(default_factory=dict)
-    adapters: list[AdapterRows] = field(default_factory=list)
-    adapters_without_rows: list[str] = field(default_factory=list)
+
+    @property
+    def adapters(self) -> list[AdapterRows]:
+        """The rows of each of many adapters, in order of first appearance; empty where the recipe has none."""
+        return [] if self.stats.adapters is None else self.stats.adapters.trained
+
+    @property
+    def adapters_without_rows(self) -> list[str]:
+        """Names of adapters whose rows were all dropped or cut away; they are not trained."""
+        return [] if self.stats.adapters is None else self.stats.adapters.without_rows
 
     def first_rows(self, count: int) -> Rows:
         """``count`` training rows to look at: the first of each source in turn, then the second of each, and so on.
 
-        Rows that a weight repeats come last.
+        Rows that a weight repeats come last. Of many adapters: the first row of each, then the second.
 
         Raises:
             InputError: ``count`` is negative.
@@ -142,8 +152,10 @@ class Datasets:
         if count < 0:
             raise InputError(f"--rows {count}: takes a whole number of rows to show, such as 3.")
         turns: list[tuple[int, int, int]] = []  # (pass over the source, place within it, place among all rows)
+        for number, adapter in enumerate(self.adapters[:count]):
+            turns += [(place, number, row) for place, row in enumerate(adapter.train[:count].tolist())]
         start = 0
-        for source in self.stats.sources:
+        for source in self.stats.sources if not turns else ():
             turns += [(at // source.rows, at, start + at) for at in range(min(count, source.taken))]
             start += source.taken
         return self.train.take(np.array([row for *_, row in sorted(turns)[:count]], dtype=np.int64))
@@ -199,22 +211,15 @@ def build_datasets(
     stats.tokens = int(train.lengths.sum(dtype=np.int64))
     stats.trained_tokens = int(train.trained_tokens.sum(dtype=np.int64))
     stats.longest_tokens = int(train.lengths.max())
-    adapters = take_adapters(sources[0].adapters, train, held_out) if section.has_adapters else Adapters()
-    # by sorting: hashes are no table's indices, and numpy 2.0 overflows where it tries 64 unsigned bits as such
-    stats.repeated_rows = int(np.isin(held_out.ids_hash, train.ids_hash, kind="sort").sum())
+    if section.has_adapters:
+        stats.adapters = take_adapters(sources[0].adapters, train, held_out, section.has_held_out_rows)
+        stats.repeated_rows = sum(adapter.repeated_rows for adapter in stats.adapters.trained)
+    else:
+        # by sorting: hashes are no table's indices, and numpy 2.0 overflows where it tries 64 unsigned bits as such
+        stats.repeated_rows = int(np.isin(held_out.ids_hash, train.ids_hash, kind="sort").sum())
     stats.histogram_edges, stats.histogram_counts = length_histogram(train.lengths)
     template = resolve_template(section.template, tokenizer, sources[0].format)
-    return Datasets(
-        train,
-        held_out,
-        stats,
-        template,
-        encoder.pad_id,
-        tasks.names,
-        tasks.held_out,
-        adapters.trained,
-        adapters.without_rows,
-    )
+    return Datasets(train, held_out, stats, template, encoder.pad_id, tasks.names, tasks.held_out)
 
 
 def _sources(section: DataSection) -> list[DataSection]:

@@ -127,7 +127,8 @@ def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | N
             f"Columns found: {found}. Name yours in data.columns ({{{missing[0]}: YOUR_COLUMN}}) or set another "
             "data.format."
         )
-    read = {name: columns.get(name, name) for name in required + optional if name in present}
+    # optional columns are read wherever a row has them, though the first row may not
+    read = {name: columns.get(name, name) for name in required + optional}
     for ours in columns:
         if ours not in read:
             raise InputError(

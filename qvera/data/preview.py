@@ -8,6 +8,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from qvera.data.adapter_rows import Adapters
 from qvera.data.chat_template import NAMED_TEMPLATES
 from qvera.data.dataset import Datasets, DataStats
 from qvera.data.encoding import decode
@@ -55,6 +56,8 @@ def _summary(stats: DataStats) -> Table:
     if stats.eval_rows:
         rows += f", {stats.eval_rows:,} held out"
     table.add_row("Rows", rows)
+    if stats.adapters is not None:
+        table.add_row("Adapters", Text(_adapters(stats.adapters)))
     if len(stats.sources) == 1:
         table.add_row("Format", stats.sources[0].layout)
     else:
@@ -74,6 +77,23 @@ def _summary(stats: DataStats) -> Table:
     return table
 
 
+_NAMED_ADAPTERS = 12
+"""All of so many adapters are named with their rows; of more only those with the fewest and the most."""
+
+
+def _adapters(adapters: Adapters) -> str:
+    """How many there are, and how many rows they have."""
+    ranked = adapters.by_rows
+    count = f"{len(ranked):,}"
+    if len(ranked) <= _NAMED_ADAPTERS:
+        return f"{count}: " + ", ".join(f"{each.name} ({len(each.train):,})" for each in adapters.trained)
+    fewest, most = (
+        ", ".join(f"{each.name} ({len(each.train):,})" for each in some) for some in (ranked[:3], ranked[:-4:-1])
+    )
+    median = len(ranked[len(ranked) // 2].train)
+    return f"{count}. Rows to train on: fewest {fewest}; median {median:,}; most {most}"
+
+
 def data_warnings(stats: DataStats) -> list[str]:
     """What a person should know about the rows, a sentence each."""
     lines = []
@@ -86,9 +106,12 @@ def data_warnings(stats: DataStats) -> list[str]:
     for reason, sources in stats.dropped.items():
         shown = ", ".join(sources[:3]) + (", ..." if len(sources) > 3 else "")
         lines.append(f"Dropped, {reason}: {shown}")
+    if stats.adapters is not None:
+        lines += stats.adapters.warnings()
     if stats.repeated_rows:
+        whose = " of the same adapter" if stats.adapters is not None else ""
         lines.append(
-            f"Held-out rows that are also training rows: {stats.repeated_rows:,}. Held-out scores will flatter."
+            f"Held-out rows that are also training rows{whose}: {stats.repeated_rows:,}. Held-out scores will flatter."
         )
     if stats.special_token_rows:
         lines.append(

@@ -132,12 +132,28 @@ def adapter_files(path: str) -> list[Path]:
     """
     directory = Path(path).expanduser()
     if not directory.is_dir():
-        found = "is a file" if directory.exists() else "there is no such directory"
+        found = "is a file" if directory.exists() else "is no directory here"
         raise InputError(
             f"{path}: data.adapter_files takes a directory with a file for each adapter, and this {found}. Name the "
-            "directory, or use data.adapter_column, a column with the adapters' names."
+            "directory, or use data.adapter_column, a column of the adapters' names."
         )
-    return _data_files(directory)
+    files: dict[str, Path] = {}
+    for file in sorted(p for p in directory.iterdir() if not p.name.startswith(".")):
+        if not file.is_file() or file.suffix.lower() not in EXTENSIONS:
+            what = "a directory" if file.is_dir() else "no data file"
+            raise InputError(
+                f"{file}: is {what}, and data.adapter_files reads every entry of {directory} as the rows of one "
+                f"adapter. Expected {_ACCEPTED}; move it elsewhere."
+            )
+        if file.stem in files:
+            raise InputError(
+                f"{file}: {files[file.stem].name} already has the rows of the adapter {file.stem!r} "
+                "(data.adapter_files). Put them into one file, or rename one of the two."
+            )
+        files[file.stem] = file
+    if not files:
+        raise InputError(f"{directory}: is empty. Expected {_ACCEPTED} in it, a file for each adapter.")
+    return list(files.values())
 
 
 def _missing(path: str, local: Path) -> InputError:

@@ -6,6 +6,7 @@ lengths, counts and hashes of all rows are held, 24 bytes a row.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -167,8 +168,12 @@ class Rows(Sequence[Example]):
 
     def take(self, rows: np.ndarray) -> Rows:
         """The rows of these numbers, in this order."""
-        task_of = None if self.task_of is None else self.task_of[rows]
-        return Rows(self.table, rows if self.chosen is None else self.chosen[rows], self._max_tokens, task_of)
+        taken = copy.copy(self)  # without a look at the whole table
+        taken.chosen = rows if self.chosen is None else self.chosen[rows]
+        taken.task_of = None if self.task_of is None else self.task_of[rows]
+        taken.lengths, taken.trained_tokens = self.lengths[rows], self.trained_tokens[rows]
+        taken.ids_hash, taken.mask_hash = self.ids_hash[rows], self.mask_hash[rows]
+        return taken
 
     def cut(self, max_tokens: int) -> Rows:
         """All rows as they would be with at most ``max_tokens`` tokens and without prompts, for a plan."""

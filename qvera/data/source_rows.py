@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from qvera.config.schema import DataSection
-from qvera.data.readers import RawRow, adapter_files, local_files, read_file, read_rows
+from qvera.data.formats import RowFormat, detect_format
+from qvera.data.readers import RawRow, adapter_files, describe, local_files, read_file, read_rows
 from qvera.data.sampler import random_order
 from qvera.utils.adapter_names import escape_name
-from qvera.utils.errors import InputError
+from qvera.utils.errors import InputError, did_you_mean
 
 
 def source_files(section: DataSection, path: str) -> list[Path] | None:
@@ -50,13 +51,17 @@ def raw_rows(section: DataSection, path: str) -> Iterator[RawRow]:
 
 def _with_owners(rows: Iterator[RawRow], column: str, kind: str) -> Iterator[RawRow]:
     for row in rows:
-        value = row.fields.get(column)
-        if not isinstance(value, (str, int)) or value == "":
-            got = "nothing" if value in (None, "") else type(value).__name__
-            hint = "" if column in row.fields else f" Columns found: {', '.join(map(str, row.fields))}."
+        if column not in row.fields:
+            raise InputError(
+                f"{row.source}: no column {column!r} (data.{kind}_column){did_you_mean(column, row.fields)} Columns "
+                f"found: {', '.join(map(str, row.fields)) or 'none'}. Each row names its {kind}."
+            )
+        value = row.fields[column]
+        if isinstance(value, bool) or not isinstance(value, (str, int)) or not str(value).strip():
+            is_missing = value is None or value != value or value == ""  # a missing number is a NaN
             raise InputError(
                 f"{row.source}: the column {column!r} (data.{kind}_column) names the row's {kind} by a text or a whole "
-                f"number, got {got}.{hint}"
+                f"number, got {'nothing' if is_missing else describe(value)}. Fill it in, or remove the row."
             )
         yield replace(row, owner=str(value))
 
@@ -76,12 +81,14 @@ class Survey:
 
     Attributes:
         first: the first row.
+        format: what the rows look like.
         count: how many there are.
         names: the adapters in order of first appearance; empty where the rows name none.
-        members: for each adapter, the numbers of its rows, int64; without adapters all rows as one.
+        members: for each adapter, the numbers of its rows, int64.
     """
 
     first: RawRow
+    format: RowFormat
     count: int
     names: list[str]
     members: list[np.ndarray]
@@ -91,27 +98,34 @@ def survey(section: DataSection, path: str) -> Survey:
     """Read all rows of ``data.path`` or ``data.eval_path`` once.
 
     Raises:
-        InputError: as `raw_rows`; or the name of an adapter can't be a directory's (`escape_name`).
+        InputError: as `raw_rows` and `detect_format`; the name of an adapter can't be a directory's (`escape_name`); or
+            the first rows of two adapters are of different formats.
     """
-    first, count = None, 0
-    numbers: dict[str, int] = {}
-    owner_of = array("q")
+    firsts: dict[frozenset[str], RawRow] = {}  # by their columns: the first row of all, and of each adapter
+    count, numbers, owner_of = 0, dict[str, int](), array("q")
     for row in raw_rows(section, path):
-        first = first or row
         count += 1
+        if not firsts:
+            firsts[frozenset(row.fields)] = row
         if section.has_adapters:
             name = row.owner or ""
             if name not in numbers:
+                firsts.setdefault(frozenset(row.fields), row)
                 try:
                     escape_name(name)
                 except InputError as error:
                     raise InputError(f"{row.source}: {error}") from None
             owner_of.append(numbers.setdefault(name, len(numbers)))
-    assert first is not None  # readers refuse what holds no rows
-    members = [np.arange(count)]
-    if numbers:
-        members = members_of(np.frombuffer(owner_of, dtype=np.int64), len(numbers))
-    return Survey(first, count, list(numbers), members)
+    first, *others = firsts.values()  # readers refuse what holds no rows
+    format = detect_format(first, section.format, section.columns)
+    for other in others:
+        if (name := detect_format(other, section.format, section.columns).name) != format.name:
+            raise InputError(
+                f"{other.source}: the row looks like {name}, and {first.source} like {format.name}. All adapters of a "
+                "run have rows of one format: convert them, or set data.format if both can be read as one."
+            )
+    members = members_of(np.frombuffer(owner_of, dtype=np.int64), len(numbers)) if numbers else []
+    return Survey(first, format, count, list(numbers), members)
 
 
 def members_of(numbers: np.ndarray, count: int) -> list[np.ndarray]:
@@ -135,13 +149,12 @@ def choose_rows(section: DataSection, rows: Survey, eval_rows: Survey | None) ->
         bool [raw rows of ``data.path``] and bool [raw rows that held-out rows come from].
     """
     if eval_rows is not None:
-        trained, held = np.ones(rows.count, dtype=bool), np.zeros(eval_rows.count, dtype=bool)
-        for members in eval_rows.members:
+        held = np.zeros(eval_rows.count, dtype=bool)
+        for members in eval_rows.members or [np.arange(eval_rows.count)]:
             held[members[: section.eval_limit]] = True
-        return trained, held
-    held = np.zeros(rows.count, dtype=bool)
-    trained = np.ones(rows.count, dtype=bool)
-    for members in rows.members:
+        return np.ones(rows.count, dtype=bool), held
+    trained, held = np.ones(rows.count, dtype=bool), np.zeros(rows.count, dtype=bool)
+    for members in (rows.members or [np.arange(rows.count)]) if section.eval_fraction > 0 else ():
         chosen = members[hold_out(len(members), section.eval_fraction, section.seed)]
         trained[chosen] = False
         held[chosen[: section.eval_limit]] = True

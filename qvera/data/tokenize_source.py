@@ -26,7 +26,6 @@ import pyarrow as pa
 from qvera.config.schema import DataSection
 from qvera.data.chat_template import resolve_template
 from qvera.data.encoding import Encoder, tokenizer_sha256
-from qvera.data.formats import detect_format
 from qvera.data.readers import load_hub
 from qvera.data.rows import Rows, write_table
 from qvera.data.source_rows import choose_rows, raw_rows, source_files, survey
@@ -146,7 +145,6 @@ def tokenize_source(
         InputError: anything wrong with the recipe's ``data``, a file or a row.
     """
     rows, eval_rows = survey(section, section.path), None
-    train_format = eval_format = detect_format(rows.first, section.format, section.columns)
     if section.eval_path is not None:
         if section.eval_path == section.path:
             raise InputError(
@@ -154,22 +152,20 @@ def tokenize_source(
                 "set data.eval_fraction instead."
             )
         eval_rows = survey(section, section.eval_path)
-        eval_format = detect_format(eval_rows.first, section.format, section.columns)
-    elif section.eval_fraction > 0 and rows.count < 2:
+    elif section.eval_fraction > 0 and rows.count < 2 and not section.has_adapters:
         raise InputError(
             f"data.eval_fraction: {rows.first.source} is the only row, so none can be held out. Add rows, or set "
             "data.eval_path, or remove data.eval_fraction."
         )
-    template = resolve_template(section.template, encoder.tokenizer, train_format.name)  # of the held-out rows too
-    unused = [name for name in train_format.unused if name not in (section.task_column, section.adapter_column)]
-    source = TokenizedSource(train_format.name, unused, template.name, RowCounts(), Rows(), Rows(), rows.names)
+    template = resolve_template(section.template, encoder.tokenizer, rows.format.name)  # of the held-out rows too
+    unused = [name for name in rows.format.unused if name not in (section.task_column, section.adapter_column)]
+    source = TokenizedSource(rows.format.name, unused, template.name, RowCounts(), Rows(), Rows(), rows.names)
     train, held = choose_rows(section, rows, eval_rows)
-    part = Part(RowTokenizer(section, encoder, template, train_format), TRAIN, section.path, train)
+    part = Part(RowTokenizer(section, encoder, template, rows.format), TRAIN, section.path, train)
     source.train = _tokenize(part, directory, source, console)
     if held.any():
-        part = Part(
-            RowTokenizer(section, encoder, template, eval_format), EVAL, section.eval_path or section.path, held
-        )
+        tokenizer = RowTokenizer(section, encoder, template, (eval_rows or rows).format)
+        part = Part(tokenizer, EVAL, section.eval_path or section.path, held)
         source.eval = _tokenize(part, directory, source, console)
     return source
 

@@ -178,7 +178,7 @@ def test_keys_that_do_not_go_together_are_refused(keys: dict[str, Any], words: s
     [
         (
             {"task_column": "skil"},
-            "rows.jsonl:1: the column 'skil' .* got nothing. Columns found: prompt, completion, skill",
+            "rows.jsonl:1: no column 'skil' .*did you mean 'skill'. Columns found: prompt, completion, skill",
         ),
         ({"task_column": "prompt", "held_out_tasks": ["nine"]}, "no task is named 'nine'"),
         ({"task_column": "skill"}, "all rows are of 'add'"),

@@ -39,7 +39,7 @@ class DataSource(Section):
     system: str | None = None
     """The system prompt of rows that have none of their own. ``qvera generate`` and ``qvera chat`` use it too."""
     limit: Positive | None = None
-    """Use only the first rows of ``path``. Default: all."""
+    """Use only the first rows of ``path``; of many adapters, of each. Default: all."""
 
 
 class DataSection(DataSource):
@@ -49,9 +49,10 @@ class DataSection(DataSource):
     """More sources, mixed with ``path``. Each is a mapping of the keys above, with its own format, template and
     weight."""
     eval_path: str | None = None
-    """A file of held-out rows. Default: ``eval_fraction`` of each source is held out, chosen by ``seed``."""
+    """A file of held-out rows; with ``adapter_files`` a directory of files with the same names. Default:
+    ``eval_fraction`` of each source is held out, chosen by ``seed``."""
     eval_fraction: Fraction = 0.0
-    """The share of each source that is held out for evaluation. 0: none."""
+    """The share of each source that is held out for evaluation; of many adapters, of each. 0: none."""
     train_on: Literal["assistant", "last", "all"] = "assistant"
     """Which tokens the loss covers: every assistant turn, only the last one, or all tokens."""
     max_length: Annotated[int, Strict(), Field(ge=8, lt=2**31)] = 1024
@@ -77,7 +78,7 @@ class DataSection(DataSource):
     """Processes that tokenize. Default: one, and one per core when the rest would take one process another minute. The
     rows are the same. Tokenized rows are kept in a cache (``qvera cache ls``)."""
     eval_limit: Annotated[Positive | None, _EVALUATED] = None
-    """Use only the first held-out rows of each source. Default: all."""
+    """Use only the first held-out rows of each source; of many adapters, of each. Default: all."""
     sampling: Literal["rows", "task"] = "rows"
     """How a step's rows are drawn. ``rows``: each row once an epoch. ``task``: a step has rows of one task, and all
     tasks have equally many steps, however many rows they have (multitask fine-tuning, arXiv 2203.04904). A task is a
