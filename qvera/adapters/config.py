@@ -16,6 +16,8 @@ from qvera.utils.errors import InputError
 PEFT_TYPE = "QVERA"
 PREFIX = "base_model.model."
 """What PEFT puts before a module's name in an adapter file."""
+SHARED_PREFIX = "base_model.shared."
+"""What stands before the name of a tensor that all linears share."""
 
 FORMAT_VERSION = 3
 """The newest format that is read. 1: one b and one d for each linear; 2: ``b_groups``, ``input_scale``; 3: ``method``,
@@ -67,6 +69,8 @@ class QveraConfig(PeftConfig):
         frozen_pair: where SARA's A and B come from.
         experts: SARA's sets of values that a router mixes.
         ranks: linear → the rank that SARA's rule gave.
+        lorta_convention: on which side of a weight LoRTA's A is.
+        shared_by: how many linears share the adapter's tensors; None where each has its own.
         format_version: version of this file's meaning.
         base_fingerprint: `qvera.utils.safetensors_io.base_fingerprint` of the base model that it was trained on.
         added_tokens: token → id of the tokens that its recipe added, whose rows lie beside the vectors.
@@ -109,6 +113,8 @@ class QveraConfig(PeftConfig):
     frozen_pair: str = _DEFAULTS.frozen_pair
     experts: int = _DEFAULTS.experts
     ranks: dict[str, int] | None = None
+    lorta_convention: str = _DEFAULTS.lorta_convention
+    shared_by: int | None = None
     format_version: int = 1
     base_fingerprint: str | None = None
     added_tokens: dict[str, int] | None = None

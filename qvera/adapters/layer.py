@@ -36,6 +36,18 @@ class VectorDict(nn.ParameterDict):
         return super()._apply(keep_precision, recurse)
 
 
+class SharedTensors(nn.ModuleDict):
+    """Adapter → the tensors that all of its linears share (`Method.shared_tensors`), a `VectorDict` of them by name.
+
+    The one of a model is its tuner's ``shared``; layers refer to the entries.
+    """
+
+    def vectors(self, adapter: str) -> dict[str, nn.Parameter]:
+        """One adapter's tensors, by their names in an adapter file."""
+        tensors: Any = self[adapter] if adapter in self else {}
+        return dict(tensors.items())
+
+
 class QveraLinear(LowRankPath, nn.Module, BaseTunerLayer):
     """y = base(x) + ΔW x over `Linear4bit`, `Linear8bitLt`, `Linear` or `Conv1D`.
 
@@ -44,7 +56,7 @@ class QveraLinear(LowRankPath, nn.Module, BaseTunerLayer):
     layer's compute dtype.
     """
 
-    adapter_layer_names: tuple[str, ...] = ()  # grows with the adapters
+    adapter_layer_names: tuple[str, ...] = ("qvera_shared",)  # grows with the adapters
     tensor_names: tuple[str, ...] = ()  # likewise: all of them
     other_param_names: tuple[str, ...] = ("qvera_settings", "qvera_dropout", "qvera_projection", "qvera_frozen")
     made_in: torch.dtype = torch.float32
@@ -59,6 +71,7 @@ class QveraLinear(LowRankPath, nn.Module, BaseTunerLayer):
         projection: SharedProjection | OwnProjection | None,
         config: QveraConfig,
         full_name: str = "",
+        shared: VectorDict | None = None,
     ) -> None:
         super().__init__()
         shape = layer_shape(base_layer)
@@ -71,22 +84,30 @@ class QveraLinear(LowRankPath, nn.Module, BaseTunerLayer):
         self.qvera_projection: Any = nn.ModuleDict()
         self.qvera_frozen: Any = nn.ModuleDict()
         """Adapter → what its method made from the weight (`Method.put_on`)."""
+        self.qvera_shared: dict[str, VectorDict] = {}
+        """Adapter → tensors that belong to the whole model (`SharedTensors`); not a part of this module."""
         self.qvera_settings: dict[str, tuple[Method, QveraConfig]] = {}
         self.place = Place(full_name, self.in_features, self.out_features)
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._unmerged_weight: nn.Parameter | None = None
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, projection, config)
+        self.update_layer(adapter_name, projection, config, shared)
 
     def update_layer(
-        self, adapter_name: str, projection: SharedProjection | OwnProjection | None, config: QveraConfig
+        self,
+        adapter_name: str,
+        projection: SharedProjection | OwnProjection | None,
+        config: QveraConfig,
+        shared: VectorDict | None = None,
     ) -> None:
         """Add the tensors of one more adapter, with the initial values of its method."""
         device, method = self.base_layer.weight.device, method_of(config)
         self.qvera_settings[adapter_name] = method, config
         if projection is not None:
             self.qvera_projection[adapter_name] = projection
+        if shared is not None:
+            self.qvera_shared[adapter_name] = shared
         self.qvera_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         for name, shape in method.tensors(config, self.place).items():
             holds_places = name in method.place_names
@@ -109,7 +130,7 @@ class QveraLinear(LowRankPath, nn.Module, BaseTunerLayer):
         """Make these adapters active, and train them, but for what their methods keep frozen; PEFT calls it."""
         super().set_adapter(adapter_names, inference_mode)  # type: ignore[misc]
         for name, (method, config) in self.qvera_settings.items():
-            for kind, vector in self.vectors(name).items():
+            for kind, vector in self.tensors(name).items():
                 if not method.is_trained(kind, config):
                     vector.requires_grad_(False)
 
@@ -119,7 +140,7 @@ class QveraLinear(LowRankPath, nn.Module, BaseTunerLayer):
         device = device or self.base_layer.weight.device
         if device.type == "meta":
             return
-        for vector in self.vectors(adapter_name).values():
+        for vector in self.tensors(adapter_name).values():
             if not vector.is_meta:
                 vector.data = vector.data.to(device)
         for modules in (self.qvera_projection, self.qvera_frozen):
@@ -131,8 +152,12 @@ class QveraLinear(LowRankPath, nn.Module, BaseTunerLayer):
         return adapter in self.qvera_settings
 
     def vectors(self, adapter: str) -> dict[str, nn.Parameter]:
-        """One adapter's tensors in this layer, by their names in an adapter file."""
+        """One adapter's own tensors in this layer, by their names in an adapter file."""
         return {name: getattr(self, name)[adapter] for name in self.tensor_names if adapter in getattr(self, name)}
+
+    def tensors(self, adapter: str) -> dict[str, nn.Parameter]:
+        """These, and those that the layer shares."""
+        return {**self.vectors(adapter), **self.qvera_shared.get(adapter, {})}
 
     def method(self, adapter: str) -> Method:
         """The method of one adapter."""
@@ -145,7 +170,7 @@ class QveraLinear(LowRankPath, nn.Module, BaseTunerLayer):
     def parts(self, adapter: str) -> Factors:
         """The factors of one adapter in this layer; a shared A and B are views of the pair."""
         method, config = self.qvera_settings[adapter]
-        return method.factors(config, self.place, self.vectors(adapter), self.pair(adapter))
+        return method.factors(config, self.place, self.tensors(adapter), self.pair(adapter))
 
     def pair(self, adapter: str) -> Pair | None:
         """The frozen A and B of one adapter in this layer; None where its method has none."""

@@ -10,12 +10,13 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_a
 from torch import nn
 
 from qvera.adapters.config import PEFT_TYPE, QveraConfig
-from qvera.adapters.layer import QveraLinear
+from qvera.adapters.layer import QveraLinear, SharedTensors, VectorDict
 from qvera.adapters.low_rank_path import layer_shape
 from qvera.adapters.methods import Place, Source, method_of
 from qvera.adapters.multi_adapter import BASE, SeedBank, plan_rows
 from qvera.adapters.projection import OwnProjection, SharedProjection, check_pair, projection_sha256
 from qvera.models import linear, norm_mlp, rope
+from qvera.models.model_config import head_size
 from qvera.models.tokenizer import PLACED
 from qvera.utils.errors import InputError
 
@@ -89,7 +90,7 @@ class QveraModel(BaseTuner):
                 "PEFT does not read. Open it with qvera.evaluation.load.open_run, or load the base with them "
                 "(ModelSection.added_tokens) and put the adapter on with qvera.adapters.files.save_load.load_adapter."
             )
-        self._prepare_projection(model, config)
+        self._prepare_projection(model, config, adapter_name)
         norm_mlp.reduce_saved_activations(model)
         rope.fuse_rotation(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -102,15 +103,51 @@ class QveraModel(BaseTuner):
         """
         for layer in () if autocast_adapter_dtype else _adapted_layers(self):
             _, dtype = _home(layer.base_layer, self.model)
-            for vector in layer.vectors(adapter_name).values():
+            for vector in layer.tensors(adapter_name).values():
                 if vector.is_floating_point():
                     vector.data = vector.data.to(dtype)
 
-    def _prepare_projection(self, model: nn.Module, config: QveraConfig) -> None:
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, the tensors that its linears share included.
+
+        Raises:
+            ValueError: there is none of that name, or it is merged.
+        """
+        super().delete_adapter(adapter_name)
+        if self._shared_of(adapter_name) is not None:
+            del self.shared[adapter_name]
+
+    def _shared_of(self, adapter_name: str) -> Any:
+        """The tensors that the linears of an adapter share (`VectorDict`); None where there are none."""
+        shared: Any = self._modules.get("shared", {})
+        return shared[adapter_name] if adapter_name in shared else None  # noqa: SIM401  # a ModuleDict has no get
+
+    def _share_tensors(
+        self, model: nn.Module, config: QveraConfig, adapter_name: str, linears: Sequence[tuple[Place, nn.Module]]
+    ) -> None:
+        """Make the tensors that the linears of an adapter share, where its method has such."""
+        method = method_of(config)
+        shapes = method.shared_tensors(config, [place for place, _ in linears], head_size(model))
+        if not shapes:
+            return
+        config.shared_by = len(linears)
+        if "shared" not in self._modules:
+            self.shared = SharedTensors()
+        device, tensors = linears[0][1].weight.device, VectorDict()
+        for name, shape in shapes.items():
+            if device.type == "meta":
+                start = torch.empty(shape, device=device, dtype=method.dtype(name))
+            else:
+                start = method.start_shared(name, shape, config).to(device)  # type: ignore[arg-type]
+            tensors[name] = nn.Parameter(start, requires_grad=adapter_name in self.active_adapters)
+        self.shared[adapter_name] = tensors
+
+    def _prepare_projection(self, model: nn.Module, config: QveraConfig, adapter_name: str) -> None:
         linear.freeze_linears(model)
         matched = self._match_targets(model, config)
         found = [(Place(name, *shape), base) for name, base in matched if (shape := layer_shape(base)) is not None]
         method_of(config).prepare(config, found)
+        self._share_tensors(model, config, adapter_name, found)
         if method_of(config).source is not Source.SEEDED:
             return
         shapes = [(place.in_features, place.out_features) for place, _ in found]
@@ -183,13 +220,17 @@ class QveraModel(BaseTuner):
     ) -> None:
         base: nn.Module = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         projection = self._layer_projection(peft_config, current_key, base)
+        shared = self._shared_of(adapter_name)
         if isinstance(target, QveraLinear):
-            target.update_layer(adapter_name, projection, peft_config)
+            target.update_layer(adapter_name, projection, peft_config, shared)
             return
-        layer = QveraLinear(target, adapter_name, projection, peft_config, current_key)
+        layer = QveraLinear(target, adapter_name, projection, peft_config, current_key, shared)
         layer.made_in = _home(base, self.model)[1]
         if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)  # a further adapter is not trained until it is made active
+            # a further adapter is not trained until it is made active
+            layer.requires_grad_(False)
+            if shared is not None:
+                shared.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
     def _layer_projection(

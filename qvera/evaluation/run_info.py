@@ -94,7 +94,8 @@ def _adapter(directory: Path) -> dict[str, Any]:
         "input_scale": config.get("input_scale", False),
         "magnitude": bool(config.get("magnitude")),
         "targets": sorted(targets) if isinstance(targets, list) else targets,
-        "adapted_modules": len({name.removesuffix(".weight").rpartition(".")[0] for name in trained}),
+        "adapted_modules": config.get("shared_by")
+        or len({name.removesuffix(".weight").rpartition(".")[0] for name in trained}),
         "trained_parameters": sum(trained.values()),
         "adapter_file_bytes": weights.stat().st_size,
         "projection_seed": config.get("projection_seed", config.get("projection_prng_key")),

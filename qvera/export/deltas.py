@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, VeraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.tuners.vera.model import _kaiming_init
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qvera.adapters.config import PREFIX, QveraConfig
+from qvera.adapters.config import PREFIX, SHARED_PREFIX, QveraConfig
 from qvera.adapters.factors import Factors
 from qvera.adapters.files import lora_file
 from qvera.adapters.files.adapter_file import read_adapter
@@ -26,6 +27,7 @@ from qvera.adapters.methods import Place, Source, method_of
 from qvera.adapters.projection import Pair, check_pair, uniform_pair
 from qvera.config.schema import ModelSection
 from qvera.models.loader import load_base
+from qvera.models.model_config import head_size
 from qvera.models.tokenizer import ADDED_ROWS, read_token_rows
 from qvera.utils.errors import InputError
 from qvera.utils.safetensors_io import TensorEntry
@@ -167,6 +169,7 @@ def read_deltas(adapter_dir: Path, base: torch.nn.Module, section: ModelSection 
     for key in sorted(k for k in tensors if k.startswith(PREFIX)):
         name, _, kind = key.removeprefix(PREFIX).rpartition(".")
         found.setdefault(name, {})[kind] = tensors[key]
+    shared = {} if own is None else _shared_tensors(adapter_dir, own, tensors, base, found)
     own_pairs = {} if own is None else _pairs_of_weights(own, found.keys(), modules, section)
     layers: dict[str, Delta] = {}
     for name, vectors in found.items():
@@ -203,11 +206,34 @@ def read_deltas(adapter_dir: Path, base: torch.nn.Module, section: ModelSection 
                 method_of(own).check_tensors(place, vectors)
             except InputError as error:
                 raise InputError(f"{adapter_dir}: {error}") from None
-            factors = method_of(own).factors(own, place, vectors, views)
+            factors = method_of(own).factors(own, place, {**shared, **vectors}, views)
         layers[name] = Delta(factors, isinstance(modules[name], Conv1D))
     if not layers:
         raise InputError(f"{adapter_dir}: has no vectors in it.")
     return AdapterDeltas(config, pair, layers)
+
+
+def _shared_tensors(
+    adapter_dir: Path,
+    config: QveraConfig,
+    tensors: Mapping[str, torch.Tensor],
+    base: torch.nn.Module,
+    found: dict[str, dict[str, torch.Tensor]],
+) -> dict[str, torch.Tensor]:
+    """The tensors that all linears share, in fp32; linears without tensors of their own are added to ``found``."""
+    given = {key.removeprefix(SHARED_PREFIX): t.float() for key, t in tensors.items() if key.startswith(SHARED_PREFIX)}
+    if not given:
+        return {}
+    shapes = {name: shape for name, module in base.named_modules() if (shape := layer_shape(module)) is not None}
+    places = [Place(name, *shape) for name, shape in shapes.items() if check_target_module_exists(config, name)]
+    found.update({place.name: found.get(place.name, {}) for place in places})
+    expected = method_of(config).shared_tensors(config, places, head_size(base)) if places else {}
+    if (has := {name: tuple(tensor.shape) for name, tensor in given.items()}) != expected:
+        raise InputError(
+            f"{adapter_dir}: the base with its config asks for the shared tensors {expected}, but the adapter has "
+            f"{has}: the file is damaged, or another model's adapter."
+        )
+    return given
 
 
 def _pairs_of_weights(

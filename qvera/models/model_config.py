@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -85,6 +85,16 @@ def empty_model(section: ModelSection, source: Path | str | None = None) -> PreT
             f"model.path: no model can be made from the config of {name!r}; it can't be loaded as a causal language "
             f"model: {first_line(error)}"
         ) from None
+
+
+def head_size(model: torch.nn.Module) -> int | None:
+    """The size of the attention heads of a model, as its config has it; None where it names none."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    size, hidden, heads = (getattr(config, key, None) for key in ("head_dim", "hidden_size", "num_attention_heads"))
+    if isinstance(size, int):
+        return size
+    return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) else None
 
 
 def require_own_weights(directory: Path, entries: list[TensorEntry], model: PreTrainedModel) -> None:

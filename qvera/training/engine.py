@@ -165,6 +165,8 @@ class ZeroEngine(LocalEngine):
         sizes = _sizes(decoder, vectors) if config.shards_base else Sizes()
         sizes = dataclasses.replace(sizes, trained=sum(vector.numel() for vector in vectors.values()))
         tree = config.complete(recipe, group.world_size, sizes, scratch)
+        if config.shards_base:
+            _show_shared(decoder, vectors)
         with _embedding_hidden(decoder) if config.shards_base else contextlib.nullcontext():
             self.deepspeed: Any = deepspeed_module().initialize(model=module, optimizer=optimizer, config=tree)[0]
         self.decoder = self.deepspeed if config.shards_base else None
@@ -304,6 +306,17 @@ def _embedding_hidden(decoder: nn.Module) -> Iterator[None]:
                 weight = module.weight.detach()
                 del module.weight
                 module.register_buffer("weight", weight, persistent=False)
+
+
+def _show_shared(decoder: nn.Module, vectors: dict[str, nn.Parameter]) -> None:
+    """Make the vectors that all layers share, which lie outside the decoder, a part of it too, for DeepSpeed.
+
+    Like the others they are whole on every rank while layers read them, and DeepSpeed gathers them after each step.
+    """
+    own = {id(p) for p in decoder.parameters()}
+    shared = [vector for vector in vectors.values() if id(vector) not in own]
+    if shared:
+        decoder.qvera_shared = nn.ParameterList(shared)
 
 
 def _sizes(decoder: nn.Module, vectors: dict[str, nn.Parameter]) -> Sizes:

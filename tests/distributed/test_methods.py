@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.process, pytest.mark.slow]
 
 METHODS: dict[str, dict[str, Any]] = {"magnitude": {"rank": 8, "magnitude": True}}
 STAGES = ("zero1", "zero2", "zero3")
-SHORT_METHODS = ("lora", "lora-xs", "shared-core")
+SHORT_METHODS = ("lora", "lora-xs", "shared-core", "lorta")
 SHORT_STAGES = ("zero3", "zero2")  # ZeRO-3 first: its ranks decompose gathered weights, and nothing is cached for them
 SHORT = {"max_steps": 3, **BARE}
 KEPT = "lora-zero3-kept"

@@ -18,7 +18,7 @@ from torch import nn
 from qvera.adapters.config import QveraConfig
 from qvera.adapters.files import lora_file
 from qvera.adapters.files.adapter_file import read_adapter, require_base, require_tokens
-from qvera.adapters.layer import QveraLinear
+from qvera.adapters.layer import QveraLinear, SharedTensors
 from qvera.adapters.methods import Source, method_of
 from qvera.adapters.peft_compat import accelerated_peft
 from qvera.adapters.projection import require_same_pairs
@@ -127,10 +127,10 @@ def portable_name(name: str) -> str:
 
 
 def named_vectors(model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
-    """The tensors of an adapter by their keys in the adapter file: with VeRA ``layer.qvera_b``, ``layer.qvera_d``."""
+    """The tensors of an adapter, shared ones too, by their keys in its file: with VeRA ``layer.qvera_b`` and so on."""
     vectors: dict[str, nn.Parameter] = {}
     for name, module in model.named_modules():
-        if isinstance(module, QveraLinear):
+        if isinstance(module, (QveraLinear, SharedTensors)):
             vectors |= {f"{name}.{kind}": vector for kind, vector in module.vectors(adapter).items()}
     return vectors
 

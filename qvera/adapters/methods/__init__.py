@@ -9,6 +9,7 @@ from qvera.adapters.methods.base import Method, Place, Source
 from qvera.adapters.methods.lora import Lora
 from qvera.adapters.methods.lora_sb import LoraSb
 from qvera.adapters.methods.lora_xs import LoraXs
+from qvera.adapters.methods.lorta import Lorta
 from qvera.adapters.methods.sara import Sara
 from qvera.adapters.methods.shared_core import SharedCore
 from qvera.adapters.methods.spiel import Spiel
@@ -29,7 +30,7 @@ def register(method: Method) -> None:
     _METHODS[method.name] = method
 
 
-for _method in (Vera(), Lora(), SharedCore(), Spiel(), LoraXs(), LoraSb(), Sara()):
+for _method in (Vera(), Lora(), SharedCore(), Spiel(), LoraXs(), LoraSb(), Lorta(), Sara()):
     register(_method)
 
 

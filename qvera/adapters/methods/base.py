@@ -101,9 +101,28 @@ class Method(ABC):
     def tensors(self, adapter: AdapterSettings, place: Place) -> dict[str, tuple[int, ...]]:
         """The tensors that an adapter file has for one linear: name → shape. Names begin with ``qvera_``."""
 
+    def shared_tensors(
+        self, adapter: AdapterSettings, places: Sequence[Place], head_size: int | None
+    ) -> dict[str, tuple[int, ...]]:
+        """The tensors that all adapted linears share, held once: name → shape. Names begin with ``qvera_``.
+
+        Args:
+            adapter: the adapter's settings.
+            places: all linears that it adapts.
+            head_size: the size of the model's attention heads; None where it has none.
+
+        Raises:
+            InputError: the linears can't share them.
+        """
+        return {}
+
     @abstractmethod
     def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, place: Place) -> torch.Tensor:
         """The initial value of one of these tensors, in its `dtype` on the CPU."""
+
+    def start_shared(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings) -> torch.Tensor:
+        """The initial value of one of `shared_tensors`, likewise."""
+        raise NotImplementedError
 
     @abstractmethod
     def factors(
@@ -114,7 +133,7 @@ class Method(ABC):
         Args:
             adapter: the adapter's settings.
             place: the linear.
-            tensors: its tensors by name.
+            tensors: its tensors by name, and those that it shares.
             pair: its frozen A [r, n] and B [m, r], where `source` has one.
         """
 
@@ -169,6 +188,11 @@ class Method(ABC):
         """The most bytes that the products at one linear take for the moment, beside W and the gradient of x."""
         largest = max(math.prod(shape) for shape in self.tensors(adapter, place).values())
         return place.out_features * self.rank_at(adapter, place) * itemsize + 4 * largest
+
+    def cast_bytes(self, adapter: AdapterSettings, place: Place, itemsize: int) -> int:
+        """Bytes of A and B in the compute dtype that one linear keeps for backward, beside its tensors."""
+        numbers = self.rank_at(adapter, place) * (place.in_features + place.out_features)
+        return numbers * itemsize if self.keeps_input and itemsize < 4 else 0
 
     def state_bytes(self, adapter: AdapterSection, place: Place) -> int | None:
         """Bytes that the method's own `optimizer` and `step_hook` hold for one linear; None: it has none of its own."""

@@ -6,39 +6,32 @@ are files of PEFT's LoRA (`qvera.adapters.files.lora_file`), and the options hav
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from peft.utils.other import get_pattern_key
-from torch import nn
 
 from qvera.adapters.factors import Factors
-from qvera.adapters.methods.base import Method, Place, Source
+from qvera.adapters.methods.base import Place
+from qvera.adapters.methods.trained_pair import TrainedPair, start_generator, uniform
 from qvera.adapters.products.functional import at_least_fp32
-from qvera.adapters.products.low_rank import trained_linear, trained_path
-from qvera.models import linear
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
     from qvera.adapters.config import QveraConfig
-    from qvera.adapters.low_rank_path import LowRankPath
     from qvera.adapters.methods.base import AdapterSettings
     from qvera.adapters.projection import Pair
     from qvera.config.schema import AdapterSection
 
 
-class Lora(Method):
+class Lora(TrainedPair):
     """A and B for each linear; ``init_lora_weights`` says where they start."""
 
     name = "lora"
     keys = frozenset({"alpha", "use_rslora", "init_lora_weights", "loraplus_lr_ratio"})
     usual = {"adapter.rank": 16, "training.learning_rate": 2e-4}
-    source = Source.TRAINED
-    keeps_input = True
-    samples_tokens = True
     writes_lora = True
 
     def tensors(self, adapter: AdapterSettings, place: Place) -> dict[str, tuple[int, ...]]:
@@ -47,9 +40,7 @@ class Lora(Method):
 
     def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, place: Place) -> torch.Tensor:
         rank, n = self.tensors(adapter, place)["qvera_A"]
-        seed = getattr(adapter, "projection_seed", None) or getattr(adapter, "seed", 0)
-        key = f"{seed}/{place.name}".encode()
-        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "little"))
+        generator = start_generator(adapter, place.name)
         if adapter.init_lora_weights == "orthogonal":
             A, B = orthogonal_pair(rank, n, place.out_features, generator)
             return A if name == "qvera_A" else B
@@ -57,10 +48,10 @@ class Lora(Method):
         if name == "qvera_A" and adapter.init_lora_weights == "gaussian":
             return torch.randn(shape, generator=generator) / rank
         if name == "qvera_A":
-            return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+            return uniform(shape, bound, generator)
         if getattr(adapter, "init_weights", True):
             return torch.zeros(shape)
-        return torch.empty(shape).uniform_(-math.sqrt(1 / rank), math.sqrt(1 / rank), generator=generator)
+        return uniform(shape, math.sqrt(1 / rank), generator)
 
     def factors(
         self, adapter: AdapterSettings, place: Place, tensors: Mapping[str, torch.Tensor], pair: Pair | None
@@ -80,21 +71,6 @@ class Lora(Method):
 
     def rank_at(self, adapter: AdapterSettings, place: Place) -> int:
         return int(_of_pattern(getattr(adapter, "rank_pattern", None), place, adapter.rank))
-
-    def add(
-        self, layer: LowRankPath, adapter_name: str, x: torch.Tensor, y: torch.Tensor, overwrite: bool
-    ) -> torch.Tensor:
-        factors = layer.parts(adapter_name)
-        inner = layer.dropout_of(adapter_name)(x).to(linear.compute_dtype(layer.base_layer, x))
-        return trained_path(y, inner, factors.A, factors.B, factors.scale, overwrite, layer.token_sampler(adapter_name))
-
-    def with_base(self, layer: LowRankPath, adapter_name: str, x: torch.Tensor) -> torch.Tensor | None:
-        base: nn.Linear = layer.base_layer
-        if not torch.is_grad_enabled() or base._forward_hooks or base._forward_pre_hooks:
-            return None
-        factors, sampler = layer.parts(adapter_name), layer.token_sampler(adapter_name)
-        inner = x.to(linear.compute_dtype(base, x))
-        return trained_linear(base, inner, factors.A, factors.B, factors.scale, sampler).to(x.dtype)
 
     def check(self, adapter: AdapterSection) -> None:
         if adapter.init_lora_weights == "orthogonal" and adapter.rank % 2:

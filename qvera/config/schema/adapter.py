@@ -14,8 +14,8 @@ class AdapterSection(Section):
     """The adapter: by default VeRA (arXiv 2310.11454), vectors d [rank] and b [out_features] for each linear layer."""
 
     method: NonEmpty = "vera"
-    """The method of adaptation: ``vera``, ``lora``, ``lora-xs``, ``lora-sb``, ``shared-core``, ``sara`` or ``spiel``.
-    With another one than ``vera`` the rank and the learning rate have no default."""
+    """The method of adaptation: ``vera``, ``lora``, ``lora-xs``, ``lora-sb``, ``lorta``, ``shared-core``, ``sara`` or
+    ``spiel``. With another one than ``vera`` the rank and the learning rate have no default."""
     rank: Annotated[int, Strict(), Field(ge=1, le=MOST_RANK)] = 256
     """Rows of the projection A. VeRA's vector d has as many elements. With spiel a linear gets as many values as a LoRA
     of this rank has numbers."""
@@ -52,7 +52,7 @@ class AdapterSection(Section):
     """With spiel, the share of the values that get a new place each time: those of smallest size. It falls to zero
     along a line until the last step. The first change moves all values, whose places were random."""
     alpha: PositiveFloat | None = None
-    """LoRA's α: ΔW = (α / rank) B A. Default: the rank, so that the scale is 1."""
+    """α of LoRA and LoRTA: ΔW = (α / rank) B A. Default: the rank, so that the scale is 1."""
     use_rslora: Bool = False
     """Use the rank-stabilised scale α / √rank (arXiv 2312.03732)."""
     init_lora_weights: Literal["default", "gaussian", "orthogonal"] = "default"
@@ -69,6 +69,9 @@ class AdapterSection(Section):
     experts: Positive = 1
     """Read by ``sara``: vectors d that a trained router mixes for each token (Mo-SARA). Above 1 the adapter can't be
     merged or exported as a LoRA."""
+    lorta_convention: Literal["input-first", "output-first"] = "input-first"
+    """Read by ``lorta``: the side of each weight that the shared A is on; the other side is cut into heads. The
+    authors' language-model code is input-first, their fork of PEFT output-first."""
     gradient_rows: Positive = 50
     """Read by ``lora-sb``: the first rows of the training, from whose gradient A, B and R are made."""
     init_from: str | None = None

@@ -123,8 +123,7 @@ def _adapter_bytes(run: PlannedRun, linears: Sequence[Linear]) -> int:
         else:
             shared = run.method.source is Source.SEEDED and not section.input_scale
             held[source if shared else x.name, "z"] = T * run.rank_at(x) * size
-        if run.method.keeps_input and size < 4:  # the trained A and B, cast
-            held[x.name, "A, B"] = run.rank_at(x) * (x.n + x.m) * size
+        held[x.name, "A, B"] = run.method.cast_bytes(section, x.place, size)
     return sum(held.values())
 
 

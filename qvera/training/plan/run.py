@@ -12,7 +12,7 @@ import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
 from torch import nn
 
-from qvera.adapters.config import PREFIX
+from qvera.adapters.config import PREFIX, SHARED_PREFIX
 from qvera.adapters.low_rank_path import layer_shape
 from qvera.adapters.methods import Method, Place, method_of
 from qvera.adapters.products import fused
@@ -20,6 +20,7 @@ from qvera.config.schema import ModelSection, Recipe
 from qvera.models.checkpointing import Mode
 from qvera.models.linear import BLOCK_WEIGHTS, backward_by_blocks
 from qvera.models.loader import pick_compute_dtype
+from qvera.models.model_config import head_size
 from qvera.training.plan.ranks import ALONE, Sharing, share
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import InputError
@@ -143,7 +144,7 @@ def shape_of(model: nn.Module) -> Shape:
         layers=len(layers),
         heads=heads,
         kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
-        head_dim=int(getattr(config, "head_dim", None) or hidden // heads),
+        head_dim=head_size(model) or hidden // heads,
         vocabulary=int(head.weight.shape[0]),
         longest_tokens=int(getattr(config, "max_position_embeddings", None) or 2**31),
         tied=tied,
@@ -270,13 +271,17 @@ class PlannedRun:
 
     def vector_shapes(self, trained_only: bool = False) -> dict[str, tuple[int, ...]]:
         """Keys of the adapter file and the shape of each vector; ``trained_only``: of those that the recipe trains."""
-        section, method = self.recipe.adapter, self.method
-        return {
-            f"{PREFIX}{x.name}.{kind}": size
-            for x in self.adapted
-            for kind, size in method.tensors(section, x.place).items()
-            if not trained_only or method.is_trained(kind, section)
+        section, method, places = self.recipe.adapter, self.method, [x.place for x in self.adapted]
+        found = {
+            f"{PREFIX}{place.name}.{kind}": size
+            for place in places
+            for kind, size in method.tensors(section, place).items()
         }
+        shared = method.shared_tensors(section, places, self.shape.head_dim)
+        found |= {f"{SHARED_PREFIX}{kind}": size for kind, size in shared.items()}
+        if not trained_only:
+            return found
+        return {key: size for key, size in found.items() if method.is_trained(key.rpartition(".")[2], section)}
 
     @property
     def vector_bytes(self) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 Tensors = Mapping[str, torch.Tensor]
+Factor = torch.Tensor | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,8 +19,8 @@ class Case:
 
     Attributes:
         adapter: the adapter section.
-        weight: W' [m, n] in float64 from W, the adapter's tensors by name, and the frozen pair A [r, n], B [m, r] of the
-            linear (None where there is none): the method's equation, written out densely.
+        weight: W' [m, n] in float64 from W, the adapter's tensors by name, the frozen pair A [r, n], B [m, r] of the
+            linear (None where there is none), and its name: the method's equation, written out densely.
         trained_on_7b: how many numbers it trains on a LLaMA-7B with `on_7b` as its adapter section.
         on_7b: settings for that count.
         learning_rate: with which the tiny model learns.
@@ -28,7 +29,7 @@ class Case:
     """
 
     adapter: dict[str, Any]
-    weight: Callable[[torch.Tensor, Tensors, torch.Tensor | None, torch.Tensor | None], torch.Tensor]
+    weight: Callable[[torch.Tensor, Tensors, Factor, Factor, str], torch.Tensor]
     on_7b: dict[str, Any]
     trained_on_7b: int
     learning_rate: float = 5e-2
@@ -41,7 +42,7 @@ def _scale(A: torch.Tensor) -> float:
     return math.sqrt(6 / n) * math.sqrt(6 / rank)
 
 
-def _vera(W: torch.Tensor, t: Tensors, A: torch.Tensor | None, B: torch.Tensor | None) -> torch.Tensor:
+def _vera(W: torch.Tensor, t: Tensors, A: Factor, B: Factor, name: str) -> torch.Tensor:
     assert A is not None
     assert B is not None
     b = t["qvera_b"] if t["qvera_b"].dim() == 2 else t["qvera_b"].unsqueeze(0)
@@ -50,47 +51,64 @@ def _vera(W: torch.Tensor, t: Tensors, A: torch.Tensor | None, B: torch.Tensor |
     return W + (delta @ torch.diag(t["qvera_a"]) if "qvera_a" in t else delta)
 
 
-def _dvora(W: torch.Tensor, t: Tensors, A: torch.Tensor | None, B: torch.Tensor | None) -> torch.Tensor:
-    summed = _vera(W, t, A, B)
+def _dvora(W: torch.Tensor, t: Tensors, A: Factor, B: Factor, name: str) -> torch.Tensor:
+    summed = _vera(W, t, A, B, name)
     return (t["qvera_m"] / summed.detach().norm(dim=1)).unsqueeze(1) * summed
 
 
-def _shared_core(W: torch.Tensor, t: Tensors, A: torch.Tensor | None, B: torch.Tensor | None) -> torch.Tensor:
+def _shared_core(W: torch.Tensor, t: Tensors, A: Factor, B: Factor, name: str) -> torch.Tensor:
     assert A is not None
     assert B is not None
     return W + _scale(A) * B @ t["qvera_R"] @ A
 
 
-def _lora(W: torch.Tensor, t: Tensors, A: torch.Tensor | None, B: torch.Tensor | None) -> torch.Tensor:
+def _lora(W: torch.Tensor, t: Tensors, A: Factor, B: Factor, name: str) -> torch.Tensor:
     return W + 10 / math.sqrt(len(t["qvera_A"])) * t["qvera_B"] @ t["qvera_A"]
 
 
-def _spiel(W: torch.Tensor, t: Tensors, A: torch.Tensor | None, B: torch.Tensor | None) -> torch.Tensor:
+def _spiel(W: torch.Tensor, t: Tensors, A: Factor, B: Factor, name: str) -> torch.Tensor:
     places = t["qvera_places"].long()
     return W + torch.zeros(W.numel(), dtype=W.dtype).index_put((places,), t["qvera_values"]).view(W.shape)
 
 
-def _lora_xs(W: torch.Tensor, t: Tensors, A: torch.Tensor | None, B: torch.Tensor | None) -> torch.Tensor:
+def _lora_xs(W: torch.Tensor, t: Tensors, A: Factor, B: Factor, name: str) -> torch.Tensor:
     assert A is not None
     assert B is not None
     return W + B @ t["qvera_R"] @ A
 
 
-def _lora_sb(W: torch.Tensor, t: Tensors, A: torch.Tensor | None, B: torch.Tensor | None) -> torch.Tensor:
+def _lora_sb(W: torch.Tensor, t: Tensors, A: Factor, B: Factor, name: str) -> torch.Tensor:
     return W + t["qvera_frozen_B"] @ t["qvera_R"] @ t["qvera_frozen_A"]
 
 
-def _sara(W: torch.Tensor, t: Tensors, A: torch.Tensor | None, B: torch.Tensor | None) -> torch.Tensor:
+def _sara(W: torch.Tensor, t: Tensors, A: Factor, B: Factor, name: str) -> torch.Tensor:
     assert A is not None
     assert B is not None
     scale = math.sqrt(6 / A.shape[1]) * math.sqrt(6 / 16)  # by the highest rank, not by the linear's own
     return W + scale * torch.diag(t["qvera_b"]) @ B @ torch.diag(t["qvera_d"]) @ A
 
 
-def _sara_svd(W: torch.Tensor, t: Tensors, A: torch.Tensor | None, B: torch.Tensor | None) -> torch.Tensor:
+def _sara_svd(W: torch.Tensor, t: Tensors, A: Factor, B: Factor, name: str) -> torch.Tensor:
     assert A is not None
     assert B is not None
     return W + torch.diag(t["qvera_b"]) @ B @ torch.diag(t["qvera_d"]) @ A
+
+
+def lorta_delta(t: Tensors, name: str, alpha: float, in_features: int, input_first: bool = True) -> torch.Tensor:
+    """LoRTA's equation with every block s · A · diag(C_h[h] ⊙ C_m ⊙ C_l) · B as a dense matrix, for all heads."""
+    *_, layer, part, module = name.split(".")
+    A, B, C_h = (t[f"qvera_{kind}_{part}_{in_features}"] for kind in ("A", "B", "heads"))
+    C = t["qvera_layers"][int(layer)] * t[f"qvera_module_{part}_{module}"]
+    blocks = torch.cat([A @ torch.diag(row * C) @ B for row in C_h], dim=1)
+    return alpha / len(C) * (blocks.t() if input_first else blocks)
+
+
+def _lorta(W: torch.Tensor, t: Tensors, A: Factor, B: Factor, name: str) -> torch.Tensor:
+    return W + lorta_delta(t, name, 10, W.shape[1])[: len(W)]
+
+
+def _lorta_output_first(W: torch.Tensor, t: Tensors, A: Factor, B: Factor, name: str) -> torch.Tensor:
+    return W + lorta_delta(t, name, 10, W.shape[1], input_first=False)[: len(W)]
 
 
 CASES: dict[str, Case] = {
@@ -145,5 +163,17 @@ CASES: dict[str, Case] = {
         {"method": "sara", "rank": 256, "frozen_pair": "svd"},
         1_417_216,
         planned_exactly=False,
+    ),
+    "lorta": Case(
+        {"method": "lorta", "rank": 5, "alpha": 10},
+        _lorta,
+        {"method": "lorta", "rank": 8, "targets": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+        34_336,
+    ),
+    "lorta, output-first": Case(
+        {"method": "lorta", "rank": 5, "alpha": 10, "lorta_convention": "output-first"},
+        _lorta_output_first,
+        {"method": "lorta", "rank": 64, "lorta_convention": "output-first"},
+        64 * ((4096 + 128 + 32) + (11008 + 128 + 32) + (4096 + 128 + 86) + 32 + 7),
     ),
 }

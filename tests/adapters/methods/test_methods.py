@@ -26,7 +26,7 @@ from qvera.models.model_config import empty_model
 from qvera.training.trainer import train
 from tests.adapters.helpers import dense_weight, relative
 from tests.adapters.methods.cases import CASES, Case
-from tests.adapters.test_counts import one_layer, trainable
+from tests.adapters.test_counts import SHAPES, on_meta, trainable
 
 IDS = torch.tensor([[5, 9, 200, 31, 7, 150, 42, 3], [8, 8, 30, 1, 99, 4, 250, 6]])
 TOLERANCE = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 4e-2}
@@ -97,8 +97,11 @@ def test_a_fresh_adapter_leaves_the_logits_as_they_are(case: Case, tiny_model_di
 
 
 def test_the_count_on_a_7b_is_the_formulas(case: Case) -> None:
-    model, layers = one_layer("LLaMA-7B")
-    assert layers * trainable(attach(model, AdapterSection(**case.on_7b))) == case.trained_on_7b
+    one, two = (
+        trainable(attach(on_meta("LLaMA-7B", num_hidden_layers=layers), AdapterSection(**case.on_7b)))
+        for layers in (1, 2)
+    )
+    assert one + (SHAPES["LLaMA-7B"]["num_hidden_layers"] - 1) * (two - one) == case.trained_on_7b
 
 
 @pytest.mark.parametrize(
@@ -119,18 +122,19 @@ def test_outputs_and_gradients_are_those_of_the_dense_equation(
     layers = {m.place.name: m for m in model.modules() if isinstance(m, QveraLinear)}
     for name in ("model.layers.1.self_attn.k_proj", "model.layers.0.mlp.down_proj"):  # grouped keys; wide and narrow
         layer = layers[name].train()
+        model.zero_grad()
         torch.manual_seed(3)
         x = torch.randn(2, 5, layer.in_features).to(compute).requires_grad_()
         upstream = torch.randn(2, 5, layer.out_features).to(compute)
         y = layer(x)
         y.backward(upstream)
         own = {
-            n: v.detach().double().requires_grad_(v.is_floating_point()) for n, v in layer.vectors("default").items()
+            n: v.detach().double().requires_grad_(v.is_floating_point()) for n, v in layer.tensors("default").items()
         }
         held = layer.pair("default")
         pair: tuple[Any, Any] = (None, None) if held is None else (held[0].double(), held[1].double())
         wide = x.detach().double().requires_grad_()
-        weight = case.weight(dense_weight(layer.base_layer), own, *pair)
+        weight = case.weight(dense_weight(layer.base_layer), own, *pair, name)
         reference = wide @ weight.t()
         if layer.base_layer.bias is not None:
             reference = reference + layer.base_layer.bias.double()
@@ -138,8 +142,8 @@ def test_outputs_and_gradients_are_those_of_the_dense_equation(
         limit = TOLERANCE[dtype]
         assert relative(y, reference) < limit, name
         assert relative(x.grad, wide.grad) < limit, name
-        for kind, vector in layer.vectors("default").items():
-            if vector.requires_grad:
+        for kind, vector in layer.tensors("default").items():
+            if vector.requires_grad and own[kind].grad is not None:
                 assert relative(vector.grad, own[kind].grad) < limit, (name, kind)
             else:
                 assert vector.grad is None
@@ -163,7 +167,9 @@ def test_it_learns_and_says_its_name(case: Case, run_dir: Path, capsys: pytest.C
     name = case.adapter.get("method", "vera")
     assert run["adapter"]["method"] == name
     assert main(["info", str(run_dir), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["method"] == name
+    info = json.loads(capsys.readouterr().out)
+    assert info["method"] == name
+    assert info["adapted_modules"] == run["adapter"]["adapted_modules"]
 
 
 def test_the_file_holds_the_tensors_and_nothing_else(case: Case, run_dir: Path) -> None:

@@ -1,0 +1,131 @@
+"""LoRTA (arXiv 2410.04060): one tensor for all linears, in canonical polyadic form; every factor is trained and shared.
+
+    ΔW = s B' A'        A' = Aᵀ        B' = the blocks B ⊙ C_h[h] ⊙ C_l[layer] ⊙ C_m[module], one below the other
+
+    A [n, r]      B [r, head size]      C_h [heads, r]      C_l [layers, r]      C_m [modules, r]      s = alpha / r
+
+That is input-first, as in the authors' language-model code (github.com/ihounie/lorta, instruction_tuning/lit_gpt). In
+their fork of PEFT it is the other way round, output-first: A [m, r] is on the output's side, and the columns of ΔW are
+cut into heads. Both have attention only, with as many key heads as query heads, and one width. The rest is ours:
+
+- k and v with fewer heads take the first rows of C_h (output-first: of A).
+- There is an A, B and C_h for each part of a layer and each in_features in it (`_group`), so that the MLP can be
+  adapted too: for a Llama one for q, k, v and o, one for gate and up, one for down. Where heads do not divide a width,
+  the last block is cut off. All linears share C_l, and each kind of them has a row of C_m.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from qvera.adapters.factors import Factors
+from qvera.adapters.methods.base import Place
+from qvera.adapters.methods.trained_pair import TrainedPair, start_generator, uniform
+from qvera.adapters.products.functional import at_least_fp32
+from qvera.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from qvera.adapters.config import QveraConfig
+    from qvera.adapters.methods.base import AdapterSettings
+    from qvera.adapters.projection import Pair
+
+LAYERS = "qvera_layers"
+"""C_l. Its row i is layer i's."""
+
+
+class Lorta(TrainedPair):
+    """Shared by all linears: A, B and C_h of each group, C_l as ``qvera_layers``, rows of C_m as ``qvera_module_…``."""
+
+    name = "lorta"
+    keys = frozenset({"alpha", "lorta_convention"})
+    usual = {"adapter.rank": 64, "training.learning_rate": 1e-2}
+
+    def tensors(self, adapter: AdapterSettings, place: Place) -> dict[str, tuple[int, ...]]:
+        return {}
+
+    def shared_tensors(
+        self, adapter: AdapterSettings, places: Sequence[Place], head_size: int | None
+    ) -> dict[str, tuple[int, ...]]:
+        if head_size is None:
+            raise InputError("adapter.method: lorta cuts weights into attention heads, and this model has none.")
+        rank, shapes = adapter.rank, dict[str, tuple[int, ...]]()
+        groups: dict[str, list[Place]] = {}
+        for place in places:
+            groups.setdefault(_group(place), []).append(place)
+        for group, members in groups.items():
+            sides = members[0].in_features, max(place.out_features for place in members)
+            whole, cut = sides if _is_input_first(adapter) else sides[::-1]
+            shapes[f"qvera_A_{group}"] = whole, rank
+            shapes[f"qvera_B_{group}"] = rank, head_size
+            shapes[f"qvera_heads_{group}"] = math.ceil(cut / head_size), rank
+        shapes[LAYERS] = 1 + max(_layer_and_module(place)[0] for place in places), rank
+        return shapes | {_module_row(place): (rank,) for place in places}
+
+    def start(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings, place: Place) -> torch.Tensor:
+        raise NotImplementedError
+
+    def start_shared(self, name: str, shape: tuple[int, ...], adapter: AdapterSettings) -> torch.Tensor:
+        """B = 0 and the others uniform, within the bounds of the code whose convention it is."""
+        if name.startswith("qvera_B_") and getattr(adapter, "init_weights", True):
+            return torch.zeros(shape)
+        is_wide = not _is_input_first(adapter) and not name.startswith("qvera_A_")
+        bound = math.sqrt((6 if is_wide else 1) / adapter.rank)
+        return uniform(shape, bound, start_generator(adapter, name))
+
+    def factors(
+        self, adapter: AdapterSettings, place: Place, tensors: Mapping[str, torch.Tensor], pair: Pair | None
+    ) -> Factors:
+        group, (layer, _) = _group(place), _layer_and_module(place)
+        A, B, heads = (at_least_fp32(tensors[f"qvera_{kind}_{group}"]) for kind in ("A", "B", "heads"))
+        d = at_least_fp32(tensors[LAYERS])[layer] * at_least_fp32(tensors[_module_row(place)])
+        cut = place.out_features if _is_input_first(adapter) else place.in_features
+        heads = heads[: math.ceil(cut / B.shape[1])] * d
+        blocks = (heads.unsqueeze(1) * B.t()).flatten(0, 1)[:cut]  # [cut, r]
+        scale = (adapter.rank if adapter.alpha is None else adapter.alpha) / adapter.rank
+        if _is_input_first(adapter):
+            return Factors(A.t(), blocks, scale=scale)
+        return Factors(blocks.t(), A[: place.out_features], scale=scale)
+
+    def conditions(self, config: QveraConfig) -> dict[str, object]:
+        alpha = config.rank if config.alpha is None else config.alpha
+        return {"alpha": alpha, "lorta_convention": config.lorta_convention}
+
+    def working_bytes(self, adapter: AdapterSettings, place: Place, tokens: int, itemsize: int) -> int:
+        """The blocks, their gradient and that of A, in fp32."""
+        return 4 * adapter.rank * (2 * place.out_features + place.in_features)
+
+    def cast_bytes(self, adapter: AdapterSettings, place: Place, itemsize: int) -> int:
+        """The blocks, which are made for each linear, and A where it is cast."""
+        cut = place.out_features if _is_input_first(adapter) else place.in_features
+        return max(super().cast_bytes(adapter, place, itemsize), adapter.rank * cut * itemsize)
+
+
+def _is_input_first(adapter: AdapterSettings) -> bool:
+    return adapter.lorta_convention == "input-first"
+
+
+def _layer_and_module(place: Place) -> tuple[int, str]:
+    """``model.layers.3.self_attn.q_proj`` → 3 and ``self_attn.q_proj``."""
+    parts = place.name.split(".")
+    for index, part in enumerate(parts[:-1]):
+        if part.isdigit():
+            return int(part), ".".join(parts[index + 1 :])
+    raise InputError(
+        f"adapter.targets: {place.name or 'a linear'} is in no numbered layer, and lorta has a factor for the layers. "
+        "Name linears of the model's layers only, or use another adapter.method."
+    )
+
+
+def _group(place: Place) -> str:
+    """What shares A, B and C_h: linears of one part of a layer and one in_features, such as ``self_attn_4096``."""
+    *part, _ = _layer_and_module(place)[1].split(".")
+    return "_".join([*part, str(place.in_features)])
+
+
+def _module_row(place: Place) -> str:
+    """The tensor that is this linear's row of C_m."""
+    return "qvera_module_" + _layer_and_module(place)[1].replace(".", "_")
