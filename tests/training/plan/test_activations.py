@@ -113,17 +113,20 @@ def test_the_peak_of_a_step_is_the_plan_s(
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("case", [3, 5, 8], ids=["eager", "fp32", "bf16"])
-def test_lora_keeps_x_and_its_peak_is_the_plan_s(case: int, checkpointing: bool) -> None:
+@pytest.mark.parametrize("method", ["lora", "lorta"])
+def test_a_trained_pair_keeps_x_and_its_peak_is_the_plan_s(method: str, case: int, checkpointing: bool) -> None:
     rows, tokens, dtype, rank, attention, padded, changes = CASES[case]
-    made = recipe(max(rank // 8, 4), attention, checkpointing, method="lora")
+    made = recipe(max(rank // 8, 4), attention, checkpointing, method=method)
     ids, mask, labels, of = batch(rows, tokens, padded)
     memory = planned(made, of, dtype, changes)
     model = live.tiny(made, dtype, attn_implementation=attention, **changes)
     if not checkpointing:
         (kept,) = [c for c in memory.moments["backward"] if c.kind == "checkpoints"]
         counted = live.kept_bytes(model, ids, mask)
-        # the first layer's input needs no gradient, so the A of its q, k and v are not kept in 16 bits
-        assert 0 <= kept.bytes - 3 * 8 * rows * tokens - counted < (0.002 * counted if dtype == BF16 else 1)
+        # the first layer's input needs no gradient, so the A of its q, k and v are not kept in 16 bits; of lorta's
+        # small factors, products with one another are not in the plan
+        excess = kept.bytes - 3 * 8 * rows * tokens - counted
+        assert (0 if method == "lora" else -0.002 * counted) <= excess < (0.002 * counted if dtype == BF16 else 1)
     step = sum(c.bytes for c in memory.moments[memory.peak_moment])
     counted = live.step_peak_bytes(model, ids, mask, labels, made.training.loss_chunk_tokens)
     assert -0.02 < step / counted - 1 < 0.1
