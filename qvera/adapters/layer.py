@@ -44,7 +44,7 @@ class SharedTensors(nn.ModuleDict):
 
     def vectors(self, adapter: str) -> dict[str, nn.Parameter]:
         """One adapter's tensors, by their names in an adapter file."""
-        tensors: Any = self[adapter] if adapter in self else {}
+        tensors: Any = dict(self.items()).get(adapter, {})
         return dict(tensors.items())
 
 
