@@ -68,7 +68,7 @@ def recipe_of(data: DataSection, **training: Any) -> Recipe:
         {"eval_fraction": 0.4, "eval_limit": 1, "group_by_length": True},
         {"limit": 3, "shuffle": False},
         {"max_length": 24, "too_long": "split"},
-        {"max_length": 32, "too_long": "drop", "eval_fraction": 0.2},
+        {"max_length": 97, "too_long": "drop", "eval_fraction": 0.4, "seed": 2},
         {"eval_path": True, "eval_limit": 2},
     ],
 )
