@@ -16,7 +16,9 @@ import pytest
 import yaml
 
 from qvera.cli.main import main
+from qvera.config.schema import parse_recipe
 from tests.cli.helpers import parse
+from tests.many_adapters import write_customers, write_run
 
 pytestmark = pytest.mark.process
 
@@ -69,7 +71,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, ti
     lines = ["prompt,completion", *(f"{row['prompt']},{row['completion']}" for row in rows)]
     (here / "rows.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (here / "prompts.txt").write_text("say red 1\nsay blue 2\n", encoding="utf-8")
-    recipe = {
+    recipe: dict[str, Any] = {
         "model": {"path": str(tiny_model_dir), "compute_dtype": "float32"},
         "data": {"path": "rows.csv", "eval_fraction": 0.1, "max_length": 64},
         "adapter": {"rank": 8},
@@ -90,6 +92,11 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, ti
         assert main(["export", "runs/my", "lora", "--to", "lora"]) == 0
         assert main(["eval", "runs/my", "--json", "runs/my/eval.json"]) == 0
         shutil.copytree("runs/my", "runs/other")
+        many = {**recipe, "data": {**recipe["data"], "path": "customers.csv", "adapter_column": "customer"}}
+        names = ["anna", "ben"]
+        write_customers(here / "customers.csv", names)
+        write_run(here / "runs" / "customers", parse_recipe({**many, "training": {}}, "customers"), names)
+    (here / "questions.csv").write_text("customer,prompt\nben,say red 1\nanna,say blue 2\n", encoding="utf-8")
     return here
 
 
@@ -102,7 +109,7 @@ def outputs_of(words: list[str]) -> list[str]:
     if words[0] == "export" and "--compare-only" not in words:
         found.append(positional[1])
     if words[0] == "merge-adapters":
-        found.append(positional[2])
+        found.append("out" if "--adapter" in words else positional[2])
     if words[0] == "quantize" and len(positional) > 1:
         found.append(positional[1])
     if words[0] == "init":
@@ -150,8 +157,19 @@ def test_commands_that_are_not_run_parse(page: str) -> None:
             assert words[0] in ("cd", "pre-commit") or reason_not_run(command), f"{page}: {command}"
 
 
+def python_blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_example_of_many_adapters_runs(workspace: Path) -> None:
+    (block,) = python_blocks("docs/many-adapters.md")
+    names: dict[str, Any] = {"Path": Path, "RUN": workspace / "runs" / "customers"}
+    exec(compile(block, "docs/many-adapters.md", "exec"), names)
+    assert len(set(names["answers"])) == 2
+
+
 def test_the_api_examples_run(tiny_model_dir: Path, tiny_rows: Path, tmp_path: Path) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.DOTALL)
+    blocks = python_blocks("docs/api.md")
     assert len(blocks) == 4
     names = {"MODEL": str(tiny_model_dir), "ROWS": str(tiny_rows), "WHERE": str(tmp_path)}
     for block in blocks:
@@ -161,8 +179,6 @@ def test_the_api_examples_run(tiny_model_dir: Path, tiny_rows: Path, tmp_path: P
 
 
 def test_the_recipes_on_the_pages_are_accepted(tmp_path: Path, tiny_model_dir: Path) -> None:
-    from qvera.config.schema import parse_recipe
-
     found = 0
     for page in PAGES:
         for block in re.findall(r"```yaml\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL):

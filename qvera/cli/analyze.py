@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qvera.cli.common import Json, RunPath, console, progress, quiet_libraries, require_new_file
+from qvera.cli.common import AdapterName, Json, RunPath, console, progress, quiet_libraries, require_new_file
 from qvera.cli.export import require_no_added_tokens
 from qvera.utils import formatting
 from qvera.utils.errors import InputError
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 def analyze(
     run: RunPath,
+    adapter: AdapterName = None,
     top_k: Annotated[int, typer.Option(min=1, metavar="K", help="Singular vectors of each W + dW to look at.")] = 10,
     epsilon: Annotated[
         float, typer.Option(min=0.0, max=1.0, metavar="E", help="Cosine below which one is an intruder.")
@@ -73,8 +74,8 @@ def analyze(
     from qvera.export.lora import require_empty
     from qvera.utils import memory
 
-    _, section, adapter_dir = find_adapter(run)
-    target = find_target(run)
+    _, section, adapter_dir = find_adapter(run, adapter)
+    target = find_target(run, name=adapter)
     sha256 = adapter_sha256(target)  # now: the run may go on meanwhile
     if out is not None:
         require_empty(out)
@@ -141,6 +142,7 @@ def _losses(target: EvalTarget, text: Path, limit: int | None, reduced: Path | N
     from qvera.data import build_datasets
     from qvera.evaluation.evaluate import held_out_loss, scoring
     from qvera.evaluation.load import base_of, open_target, template_of
+    from qvera.evaluation.named_adapters import held_out_rows
 
     recipe = target.recipe
     settings = recipe.training if recipe is not None else TrainingSection()
@@ -156,7 +158,8 @@ def _losses(target: EvalTarget, text: Path, limit: int | None, reduced: Path | N
     if recipe is not None and recipe.data.has_held_out_rows:
         section: DataSection = recipe.data.replace(template=template_of(recipe, target.run))
         datasets = build_datasets(section, tokenizer, console)
-        examples.append(("held-out rows of the run", datasets.eval, datasets.pad_id))
+        held_out = held_out_rows(datasets, target.name)
+        examples.append(("held-out rows of the run", held_out, datasets.pad_id))
     tables: list[dict[str, Any]] = [
         {"text": label, "rows": len(some[:limit]), "base": None, "adapter": None, "reduced": None}
         for label, some, _ in examples

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qvera.cli.common import EvalPath, Seed, Temperature, TopP, console, progress, quiet_libraries
+from qvera.cli.common import AdapterName, EvalPath, Seed, Temperature, TopP, console, progress, quiet_libraries
 
 if TYPE_CHECKING:
     from qvera.data import ChatTemplate, Encoder, Turn
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 def chat(
     run: EvalPath,
+    adapter: AdapterName = None,
     system: Annotated[str | None, typer.Option(help="A system prompt (default: the recipe's).")] = None,
     base: Annotated[bool, typer.Option("--base", help="Talk to the base model without the adapter.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer, in tokens.")] = 512,
@@ -39,7 +40,7 @@ def chat(
     from qvera.evaluation.load import open_run
 
     with progress(f"Loading {run}"):
-        opened = open_run(run, adapter=not base)
+        opened = open_run(run, adapter=not base, name=adapter)
     template, encoder = template_and_encoder(opened)
     if system is None and opened.target.recipe is not None:
         system = opened.target.recipe.data.system

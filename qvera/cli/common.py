@@ -6,7 +6,7 @@ import inspect
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,6 +26,19 @@ Overrides = Annotated[
         default_factory=list,
         show_default=False,
         help="Override one key of the recipe (repeatable), e.g. --set training.max_steps=100.",
+    ),
+]
+AdapterName = Annotated[
+    str | None, typer.Option("--adapter", metavar="NAME", help="Which adapter, of a run that trained many.")
+]
+AdapterNames = Annotated[
+    list[str],
+    typer.Option(
+        "--adapter",
+        metavar="NAME",
+        default_factory=list,
+        show_default=False,
+        help="Which adapter, of a run that trained many (repeatable).",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -71,6 +84,17 @@ def progress(text: str) -> Iterator[Callable[[str], None]]:
             console.print(text, markup=False, highlight=False)
 
     yield log
+
+
+def print_table(titles: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> None:
+    """Print rows of (name, cells) below their titles. A pipe has no width, and its reader can cut columns better."""
+    from rich.table import Column, Table
+
+    columns = [Column(title, justify="right") for title in titles[1:]]
+    table = Table(Column(titles[0], overflow="fold"), *columns, box=None, pad_edge=False)
+    for name, cells in rows:
+        table.add_row(name, *cells)
+    Console(width=None if sys.stdout.isatty() else 250, highlight=False, markup=False).print(table)
 
 
 def quiet_libraries() -> None:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qvera.cli.common import Json, require_new_file
+from qvera.cli.common import AdapterNames, Json, print_table, require_new_file
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from qvera.evaluation.report.compare import Comparison
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Two to eight run directories.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run directories, two to eight in all.")],
+    adapters: AdapterNames,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with the curves there.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -28,6 +26,9 @@ def compare(
     wrote one; no model. It names what is missing and what can't be compared (another base, other held-out rows, another
     machine).
 
+    --adapter NAME, once for each, compares adapters of runs that trained many, within a run or between runs. Their
+    scores are read from an eval.json in the adapter's directory.
+
     Example:
         qvera compare runs/quickstart runs/other --html page.html
     """
@@ -35,7 +36,7 @@ def compare(
 
     if html is not None:
         require_new_file(html)
-    found = compare_runs(runs)
+    found = compare_runs(runs, adapters)
     if html is not None:
         from qvera.evaluation.report.pages import compare_page
         from qvera.utils.atomic import replace_text
@@ -51,34 +52,21 @@ def compare(
 
 def _print_runs(found: Comparison) -> None:
     """A row for each run, its scores by `qvera eval`, the keys that differ, and what can't be compared."""
-    from rich.console import Console
-
     from qvera.evaluation.report.compare import COSTS, SCORES, score_columns, table, yaml_text
 
-    # a pipe has no width, and its reader can cut columns better than we could
-    out = Console(width=None if sys.stdout.isatty() else 250, highlight=False, markup=False)
-    columns = [column._replace(title=column.title.lower()) for column in (*SCORES, *COSTS)]
-    out.print(_run_table(*table(columns, found.figures)))
+    titles, rows = table([*SCORES, *COSTS], found.figures)
+    print_table(["run", *(title.lower() for title in titles)], rows)
     # named as qvera eval prints them
     scored = [column._replace(title=column.key) for column in score_columns(found.runs)]
     if scored:
-        out.print("\nScores by qvera eval")
-        out.print(_run_table(*table(scored, found.score_figures)))
-        out.print()
+        titles, rows = table(scored, found.score_figures)
+        print("\nScores by qvera eval")
+        print_table(["run", *titles], rows)
+        print()
     for key, values in found.differing.items():
         who: dict[str, list[str]] = {}
         for label, value in zip(found.runs, values, strict=True):
             who.setdefault(yaml_text(value), []).append(label)
-        out.print(f"{key}: " + "; ".join(f"{text} ({', '.join(labels)})" for text, labels in who.items()))
+        print(f"{key}: " + "; ".join(f"{text} ({', '.join(labels)})" for text, labels in who.items()))
     for gap in found.gaps:
-        out.print(f"! {gap}")
-
-
-def _run_table(titles: list[str], rows: list[tuple[str, list[str]]]) -> Table:
-    from rich.table import Column, Table
-
-    columns = [Column(title, justify="right") for title in titles]
-    table = Table(Column("run", overflow="fold"), *columns, box=None, pad_edge=False)
-    for label, cells in rows:
-        table.add_row(label, *cells)
-    return table
+        print(f"! {gap}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qvera.cli.common import EvalPath, console, progress, quiet_libraries, require_new_file
+from qvera.cli.common import AdapterName, EvalPath, console, progress, quiet_libraries, require_new_file
 from qvera.utils.atomic import replace_text
 from qvera.utils.errors import InputError
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 def evaluate(
     run: EvalPath,
+    adapter: AdapterName = None,
     recipe: Annotated[
         Path | None, typer.Option(metavar="PATH", help="A recipe, or a run, whose rows and settings are used.")
     ] = None,
@@ -59,6 +60,8 @@ def evaluate(
     Metrics: exact; with `pip install 'qvera[metrics]'` also bleu, bleu-lowercase, chrf, chrf++, ter (sacrebleu) and
     rouge1, rouge2, rougeL (rouge-score). BLEU, chrF and TER go from 0 to 100, the others from 0 to 1.
 
+    A run that trained many adapters is evaluated one adapter at a time (--adapter), on that adapter's held-out rows.
+
     `--json RUN/eval.json` puts the scores where `qvera compare` finds them.
 
     Example:
@@ -75,11 +78,12 @@ def evaluate(
     from qvera.data import build_datasets
     from qvera.evaluation.evaluate import prompts_of, score_model
     from qvera.evaluation.load import adapter_sha256, base_of, find_target, open_target, require_base
+    from qvera.evaluation.named_adapters import held_out_rows
     from qvera.evaluation.report.pages import answers_page
     from qvera.evaluation.report.read import inputs_sha256
     from qvera.utils import memory
 
-    target = find_target(run, recipe)
+    target = find_target(run, recipe, name=adapter, needs_name=not base)
     if base or with_base:
         require_base(target)
     elif html is not None:  # the page has a column for the base, if there is one
@@ -90,11 +94,11 @@ def evaluate(
             if target.merged is not None:
                 console.print(f"The page will have no base beside the answers. {error}", style="yellow", markup=False)
     section = _data_section(run, data, rows, target)
-    adapter = None if base else adapter_sha256(target)  # now: the run may go on while we score
+    sha256 = None if base else adapter_sha256(target)  # now: the run may go on while we score
     with progress(f"Loading {run}"):
         opened = open_target(target, adapter=not base)
     datasets = build_datasets(section, opened.base.tokenizer, console)
-    examples = (datasets.train if data is not None else datasets.eval)[:rows]
+    examples = (datasets.train if data is not None else held_out_rows(datasets, target.name))[:rows]
     prompts = [] if no_generation else prompts_of(examples, group_prompts)
     settings = target.recipe.training if target.recipe is not None else TrainingSection()
     answer_tokens = max_new_tokens or settings.sample_max_new_tokens
@@ -127,7 +131,7 @@ def evaluate(
             for row, of_base in zip(answers, base_rows, strict=True)
         ]
     about = _subject(target, section, base_alone=base, data=data)
-    about |= {"inputs_sha256": inputs_sha256(answers), "max_new_tokens": answer_tokens, "adapter_sha256": adapter}
+    about |= {"inputs_sha256": inputs_sha256(answers), "max_new_tokens": answer_tokens, "adapter_sha256": sha256}
     document = {
         "subject": about,
         "scores": scores,
@@ -191,6 +195,8 @@ def _data_section(run: Path, data: str | None, rows: int | None, target: EvalTar
         config_name=None,  # of the recipe's own source, like its revision
         revision=None,
         template=template_of(recipe, target.run),
+        adapter_column=None,
+        adapter_files=False,
         mixture=[],
         weight=1.0,
         eval_path=None,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from qvera.cli.common import Dtype, RunPath, console, progress, quiet_libraries
+from qvera.cli.common import AdapterName, Dtype, RunPath, console, progress, quiet_libraries
 from qvera.utils import formatting
 from qvera.utils.atomic import replace_text
 from qvera.utils.errors import InputError
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 def export(
     run: RunPath,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new or empty directory, or this export unfinished.")],
+    adapter: AdapterName = None,
     to: Annotated[Literal["merged", "lora", "peft"], typer.Option(help="What to write.")] = "merged",
     rank: Annotated[int | None, typer.Option(metavar="K", help="With --to lora: keep the best K directions.")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Default: the recipe's, float16.")] = None,
@@ -59,7 +61,7 @@ def export(
     from qvera.export.compare import difference_text
     from qvera.models.loader import fingerprint_of
 
-    recipe, section, adapter_dir = find_adapter(run)
+    recipe, section, adapter_dir = find_adapter(run, adapter)
     options = recipe.export if recipe is not None else ExportSection()
     options = options.replace(dtype=dtype or options.dtype, base=base or options.base)
     if to != "merged":
@@ -76,7 +78,7 @@ def export(
         certificate = _merge(recipe, run, section, adapter_dir, out, options)
     certificate["difference"] = None
     if recipe is not None and (compare_only or (not no_compare and options.certificate_rows)):
-        certificate["difference"] = _difference(recipe, run, out, options)
+        certificate["difference"] = _difference(recipe, run, adapter, out, options)
     replace_text(out / CERTIFICATE, json.dumps(certificate, indent=1))
     if certificate["difference"] is not None:
         print(difference_text(certificate["difference"], certificate["base"]["weights"]))
@@ -163,23 +165,25 @@ def require_no_added_tokens(config: object, adapter_dir: Path, what: str) -> Non
         )
 
 
-def _difference(recipe: Recipe, run: Path, out: Path, options: ExportSection) -> dict[str, Any]:
+def _difference(recipe: Recipe, run: Path, adapter: str | None, out: Path, options: ExportSection) -> dict[str, Any]:
     """The measured part of the certificate. If data is gone or memory is short, it says so and the export stands."""
     import torch
 
     from qvera.data import build_datasets
     from qvera.evaluation.load import open_run
+    from qvera.evaluation.named_adapters import held_out_rows
     from qvera.export.compare import measure_difference, too_little_memory
 
-    again = f"`qvera export {run} {out} --compare-only` measures it later, or on a larger machine."
+    option = "" if adapter is None else f" --adapter {shlex.quote(adapter)}"
+    again = f"`qvera export {run} {out}{option} --compare-only` measures it later, or on a larger machine."
     try:
         trained = (try_read_json(run / "run.json") or {}).get("model", {})
         if (reason := too_little_memory(out, trained.get("base_bytes", 0))) is not None:
             return {"not_measured": f"{reason}. {again}"}
         with progress(f"Loading {run}"):
-            opened = open_run(run)
+            opened = open_run(run, name=adapter)
         datasets = build_datasets(recipe.data, opened.base.tokenizer, console)
-        rows = (datasets.eval or datasets.train)[: options.certificate_rows]
+        rows = (held_out_rows(datasets, adapter) or datasets.train)[: options.certificate_rows]
         with progress("Comparing the trained with the exported model"):
             return measure_difference(opened.model, out, rows, datasets.pad_id)
     except (InputError, OSError, ValueError) as error:

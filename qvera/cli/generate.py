@@ -1,20 +1,45 @@
 """`qvera generate`."""
 
+from __future__ import annotations
+
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qvera.cli.chat import prompt_ids, template_and_encoder
-from qvera.cli.common import EvalPath, Seed, Temperature, TopP, progress, quiet_libraries, require_new_file
+from qvera.cli.common import (
+    AdapterNames,
+    EvalPath,
+    Seed,
+    Temperature,
+    TopP,
+    progress,
+    quiet_libraries,
+    require_new_file,
+)
 from qvera.utils.atomic import replace_text
+from qvera.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from qvera.data.formats import Conversation
+    from qvera.evaluation.load import EvalTarget
 
 
 def generate(
     run: EvalPath,
-    prompts: Annotated[Path, typer.Argument(metavar="PROMPTS", help="A file of rows, or .txt: one prompt a line.")],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="JSONL file to write; must not exist.")],
+    adapters: AdapterNames,
+    prompts: Annotated[
+        Path | None, typer.Argument(metavar="PROMPTS", help="A file of rows, or .txt: one prompt a line.")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="A prompt, in place of a file (repeatable).")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="JSONL file to write; must not exist. Default: print.")
+    ] = None,
     base: Annotated[bool, typer.Option("--base", help="Answer with the base model, without the adapter.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts at a time.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer, in tokens.")] = 256,
@@ -31,23 +56,39 @@ def generate(
     PROMPTS: .jsonl, .json, .csv or .parquet rows as for training (a last assistant turn is ignored), or .txt. Each
     output line has source, prompt, answer.
 
+    A run that trained many adapters answers with several in one batch. Each row names its adapter in the column that
+    trained them (data.adapter_column), or in a column called adapter. Or --adapter, once for each, answers every prompt
+    with each of them. The output lines then have adapter too.
+
     Example:
         qvera generate runs/quickstart prompts.txt --out answers.jsonl
     """
+    if out is not None:
+        require_new_file(out)
+    if (prompts is None) == (not prompt):
+        raise InputError("generate: takes a file PROMPTS, or --prompt TEXT; give one of them.")
     quiet_libraries()
-    require_new_file(out)
 
-    from qvera.config.schema import DataSection
-    from qvera.data import read_prompts
     from qvera.evaluation.generate import generate as generate_texts
     from qvera.evaluation.load import find_target, open_target
+    from qvera.evaluation.load_many import open_adapters
+    from qvera.evaluation.named_adapters import adapters_root, require_all_named
 
-    target = find_target(run)
-    rows = read_prompts(prompts, target.recipe.data if target.recipe is not None else DataSection(path=str(prompts)))
-    with progress(f"Loading {run}"):
-        opened = open_target(target, adapter=not base)
+    many = not base and adapters_root(run) is not None
+    target = find_target(run, name=adapters[0] if adapters else None, needs_name=False)
+    questions = _questions(target, prompts, prompt or [], adapters, many)
+    names = list(dict.fromkeys(name for _, name in questions if name is not None))
+    keys: dict[str, str] = {}
+    if many:
+        require_all_named(run, names)  # before a big model is loaded
+    with progress(f"Loading {run}") as show:
+        if len(names) > 1:
+            several = open_adapters(run, names, lambda done: show(f"Loading {run}: {done} of {len(names)} adapters"))
+            opened, keys = several.opened, several.keys
+        else:
+            opened = open_target(find_target(run, name=names[0]) if names else target, adapter=not base)
     template, encoder = template_and_encoder(opened)
-    encoded = [prompt_ids(template, encoder, row.turns, row.tools) for row in rows]
+    encoded = [prompt_ids(template, encoder, row.turns, row.tools) for row, _ in questions]
     with progress("Answering") as show:
         answers = generate_texts(
             opened.model,
@@ -58,12 +99,62 @@ def generate(
             temperature=temperature,
             top_p=top_p,
             seed=seed,
+            adapters=[keys[name] for _, name in questions if name is not None] if keys else None,
             static_cache=static_cache,
             progress=lambda done: show(f"Answering: {done} of {len(encoded)}"),
         )
-    answered = [
-        {"source": row.source, "prompt": row.turns[-1].content, "answer": answer}
-        for row, answer in zip(rows, answers, strict=True)
+    answered: list[dict[str, str]] = [
+        {"source": row.source, **({"adapter": name} if name else {}), "prompt": row.turns[-1].content, "answer": answer}
+        for (row, name), answer in zip(questions, answers, strict=True)
     ]
+    if out is None:
+        _print_answers(answered)
+        return
     replace_text(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in answered))
     print(f"{len(answers)} answers in {out}")
+
+
+def _questions(
+    target: EvalTarget, file: Path | None, texts: Sequence[str], names: Sequence[str], many: bool
+) -> list[tuple[Conversation, str | None]]:
+    """What is asked, and which adapter answers it; None where there is one only.
+
+    Args:
+        names: those of --adapter; each answers every prompt.
+        many: the rows name their adapters, where ``names`` does not.
+    """
+    from qvera.config.schema import DataSection
+    from qvera.data import Turn, read_prompts
+    from qvera.data.formats import Conversation
+    from qvera.evaluation.named_adapters import require_named
+
+    if many and not names and (file is None or file.suffix.lower() == ".txt"):
+        require_named(target.path, None)  # raises: nothing there names an adapter
+    section = target.recipe.data if target.recipe is not None else DataSection(path=str(file))
+    columns = [name for name in (section.adapter_column, "adapter") if name is not None]
+    if file is not None:
+        rows = read_prompts(file, section, columns if many and not names else ())
+    else:
+        system = [Turn("system", section.system)] if section.system else []
+        rows = [Conversation([*system, Turn("user", text)], f"--prompt {n}") for n, text in enumerate(texts, start=1)]
+    if not many:
+        return [(row, None) for row in rows]
+    if names:
+        return [(row, name) for row in rows for name in dict.fromkeys(names)]
+    for row in rows:
+        if row.owner is None:
+            raise InputError(
+                f"{row.source}: names no adapter. Expected one in its column {' or '.join(map(repr, columns))}, or "
+                "--adapter NAME for all rows."
+            )
+    return [(row, row.owner) for row in rows]
+
+
+def _print_answers(answered: Sequence[dict[str, str]]) -> None:
+    """Every answer after its adapter's name, if it has one; prompts too where there are several."""
+    several, last = len({(line["source"], line["prompt"]) for line in answered}) > 1, None
+    for line in answered:
+        if several and (line["source"], line["prompt"]) != last:
+            last = line["source"], line["prompt"]
+            print(f"> {line['prompt']}")
+        print(f"{line['adapter']}: {line['answer']}" if "adapter" in line else line["answer"])

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qvera.cli.common import EvalPath, progress, quiet_libraries, require_new_file
+from qvera.cli.common import AdapterName, EvalPath, progress, quiet_libraries, require_new_file
 from qvera.utils.atomic import replace_text
 
 
@@ -19,6 +19,7 @@ def harness(
     recipe: Annotated[
         Path | None, typer.Option(metavar="PATH", help="A recipe or run that says how an adapter's base is loaded.")
     ] = None,
+    adapter: AdapterName = None,
     base: Annotated[bool, typer.Option("--base", help="The base model without the adapter.")] = False,
     limit: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Documents of each task (default: all).")
@@ -48,7 +49,7 @@ def harness(
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     manager = find_tasks(names, include)
-    target = find_target(run, recipe)
+    target = find_target(run, recipe, name=adapter, needs_name=not base)
     if base:
         require_base(target)
     with progress(f"Loading {run}"):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from typer.core import TyperCommand
 
-from qvera.cli.common import Dtype, quiet_libraries
+from qvera.cli.common import AdapterNames, Dtype, quiet_libraries
 from qvera.cli.export import require_no_added_tokens, write_lora
 from qvera.utils.errors import InputError
 from qvera.utils.safetensors_io import same_base
@@ -34,6 +34,7 @@ class Weights(TyperCommand):
 def merge_adapters(
     adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER", help="Run or adapter directories.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new or empty directory.")],
+    names: AdapterNames,
     weights: Annotated[list[float] | None, typer.Option(metavar="W...", help="One each (default: average).")] = None,
     to: Annotated[Literal["qvera", "lora"] | None, typer.Option(help="Default: qvera if exact, else lora.")] = None,
     rank: Annotated[int | None, typer.Option(metavar="K", help="With --to lora: keep the best K directions.")] = None,
@@ -45,6 +46,8 @@ def merge_adapters(
     0.5 is scaled. If seed, rank, b_groups, targets, d and a agree (adapter.train_d: false), the result is again a QVERA
     adapter, exactly. Any others add up exactly to a LoRA of their ranks' sum, which --rank K cuts. Without --to, the
     first is written if it is possible.
+
+    --adapter NAME, once for each, takes the adapters of one run that trained many.
 
     Example:
         qvera merge-adapters runs/one runs/two out/ --to lora --weights 0.3 0.7
@@ -59,7 +62,9 @@ def merge_adapters(
     from qvera.export.merge_adapters import same_directions, stacked_factors, union, weighted_sum, write_vectors
     from qvera.models.model_config import empty_model
 
-    found = [find_adapter(path) for path in adapters]
+    if names and len(adapters) != 1:
+        raise InputError("--adapter: takes the adapters of one run; name one directory and OUT.")
+    found = [find_adapter(adapters[0], name) for name in names] or [find_adapter(path) for path in adapters]
     _require_one_base(found)
     for _, _, directory in found:
         require_no_added_tokens(read_config(directory), directory, "merge-adapters")

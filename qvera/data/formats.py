@@ -308,13 +308,14 @@ def _trained(item: dict[str, Any], role: str, where: str) -> bool | None:
     return None
 
 
-def read_prompts(path: Path, section: DataSection) -> list[Conversation]:
+def read_prompts(path: Path, section: DataSection, owner_columns: Sequence[str] = ()) -> list[Conversation]:
     """Read the prompts of a file; an answer at the end of a row is left out, the last turn is what is asked.
 
     Args:
         path: .txt (one prompt a line), or a data file with the columns of a training file, of which the answer's may be
             missing.
         section: says how columns are named, and the system prompt.
+        owner_columns: the first of them that a row has is its ``owner``, as text; an empty one is none.
 
     Raises:
         InputError: no such file, no prompts in it, or a row that asks nothing; names file and line.
@@ -339,5 +340,6 @@ def read_prompts(path: Path, section: DataSection) -> list[Conversation]:
             turns.pop()
         if not turns or turns[-1].role == "system":
             raise InputError(f"{row.source}: has no user turn to answer.")
-        conversations.append(replace(parsed, turns=turns))
+        owner = next((row.fields[name] for name in owner_columns if row.fields.get(name) not in (None, "")), None)
+        conversations.append(replace(parsed, turns=turns, owner=None if owner is None else str(owner)))
     return conversations

@@ -16,6 +16,14 @@ from qvera.adapters.files import adapter_file, save_load
 from qvera.config.load import load_recipe
 from qvera.config.schema import ModelSection, Recipe
 from qvera.data import NAMED_TEMPLATES
+from qvera.evaluation.named_adapters import (
+    adapters_root,
+    name_of,
+    named_directories,
+    refuse_name,
+    require_named,
+    run_of,
+)
 from qvera.evaluation.run_info import load_run_recipe, read_certificate
 from qvera.models import loader
 from qvera.models.hub import base_directory
@@ -37,6 +45,7 @@ class EvalTarget:
         what: for people: a run, an adapter (LORA), a merged export, a checkpoint.
         section: the base model of a run or adapter; a checkpoint itself.
         adapter: the adapter's directory; None for a checkpoint.
+        name: of one of the adapters that a run trained together, as its data has it; None for any other.
         recipe: the recipe that says how rows are read; None where none is known.
         run: the run directory that the recipe is from; None where there is none.
         merged: certificate of a merged export (qvera_export.json); None for other checkpoints.
@@ -48,6 +57,7 @@ class EvalTarget:
     adapter: Path | None = None
     recipe: Recipe | None = None
     run: Path | None = None
+    name: str | None = None
     merged: dict[str, Any] | None = None
 
 
@@ -60,53 +70,68 @@ class OpenRun:
     model: Any
 
 
-def find_adapter(path: Path) -> tuple[Recipe | None, ModelSection, Path]:
+def find_adapter(path: Path, name: str | None = None) -> tuple[Recipe | None, ModelSection, Path]:
     """Recipe, model section and adapter directory of a run or adapter directory, without loading anything big.
 
+    Args:
+        name: which adapter, where there are many.
+
     Raises:
-        InputError: it is neither, or the run has no adapter yet.
+        InputError: it is neither, the run has no adapter yet, or none of this name.
     """
-    if (path / RECIPE_FILE).is_file():
-        recipe = load_run_recipe(path)
-        return recipe, recipe.model, path / "adapter"
-    if (path / ADAPTER_CONFIG).is_file():
-        return None, _base_of_adapter(path), path
+    recipe = load_run_recipe(path) if (path / RECIPE_FILE).is_file() else None
+    if adapters_root(path) is not None:
+        directory = require_named(path, name)
+    else:
+        refuse_name(path, name)
+        directory = path if recipe is None else path / "adapter"
+    if recipe is not None:
+        return recipe, recipe.model, directory
+    if (directory / ADAPTER_CONFIG).is_file():
+        return None, _base_of_adapter(directory), directory
     raise InputError(f"{path}: is neither a run (with {RECIPE_FILE}) nor an adapter directory (with {ADAPTER_CONFIG}).")
 
 
-def open_run(path: str | Path, *, adapter: bool = True) -> OpenRun:
+def open_run(path: str | Path, *, adapter: bool = True, name: str | None = None) -> OpenRun:
     """Load base and adapter of a run, an adapter directory or a merged export, ready for answers.
 
     Args:
         adapter: False: the base model alone (for a comparison).
+        name: which adapter, of a run that trained many or a directory of adapters.
     """
-    return open_target(find_target(Path(path)), adapter=adapter)
+    return open_target(find_target(Path(path), name=name, needs_name=adapter), adapter=adapter)
 
 
-def find_target(path: Path, recipe: Path | None = None) -> EvalTarget:
+def find_target(
+    path: Path, recipe: Path | None = None, *, name: str | None = None, needs_name: bool = True
+) -> EvalTarget:
     """Find out what a directory is.
 
     Args:
         recipe: a recipe file, or a run's directory, whose rows, lengths and template are used. Without it they are
             those of the run itself, of the run that an ``adapter/`` lies in, or of the run that a merged export names,
             where it is still there. An adapter's base is then read as that recipe's ``model`` section says.
+        name: which adapter, of a run that trained many or a directory of adapters.
+        needs_name: False: only the base is asked for, which any of many adapters tells.
 
     Raises:
-        InputError: it is none of the three, or the recipe can't be read.
+        InputError: it is none of these, there is no adapter of this name, or the recipe can't be read.
     """
     if not path.is_dir():
         raise InputError(f"{path}: no such directory. Expected a run, an adapter directory or an exported checkpoint.")
     given = None if recipe is None else _recipe_of(recipe)
     run = recipe if recipe is not None and recipe.is_dir() else None
+    if (root := adapters_root(path)) is not None:
+        known = named_directories(root)
+        if name is None and not needs_name and known:
+            return dataclasses.replace(_adapter_target(next(iter(known.values())), given, run), path=path, name=None)
+        return dataclasses.replace(_adapter_target(require_named(path, name), given, run, name), path=path)
+    refuse_name(path, name)
     if (path / RECIPE_FILE).is_file():
         own = load_run_recipe(path)
         return EvalTarget(path, "a run", own.model, path / "adapter", given or own, run if given else path)
     if (path / ADAPTER_CONFIG).is_file():
-        beside = path.resolve().parent
-        if given is None and path.resolve().name == "adapter" and (beside / RECIPE_FILE).is_file():
-            given, run = load_recipe(beside / RECIPE_FILE), beside
-        section = _base_of_adapter(path) if given is None else given.model
-        return EvalTarget(path, f"an adapter ({_config(path)['peft_type']})", section, path, given, run)
+        return _adapter_target(path, given, run)
     if not (path / "config.json").is_file():
         raise InputError(
             f"{path}: is neither a run (it has no {RECIPE_FILE}) nor an adapter directory (no {ADAPTER_CONFIG}) nor an "
@@ -116,10 +141,22 @@ def find_target(path: Path, recipe: Path | None = None) -> EvalTarget:
     if not (path / CERTIFICATE).is_file():
         return EvalTarget(path, "a checkpoint", section, None, given, run)
     certificate = read_certificate(path)
-    exported = Path(certificate["adapter"]["path"])
+    exported, name = Path(certificate["adapter"]["path"]), None
     if given is None and _has_adapter(exported, certificate["adapter"]["sha256"]):
-        given, run = load_recipe(exported.parent / RECIPE_FILE), exported.parent
-    return EvalTarget(path, "a merged export", section, None, given, run, certificate)
+        run, name = run_of(exported), name_of(exported)
+        assert run is not None
+        given = load_recipe(run / RECIPE_FILE)
+    return EvalTarget(path, "a merged export", section, None, given, run, name, certificate)
+
+
+def _adapter_target(adapter: Path, given: Recipe | None, run: Path | None, name: str | None = None) -> EvalTarget:
+    """The target of an adapter directory; without a recipe with that of the run that it lies in."""
+    beside, name = run_of(adapter), name or name_of(adapter)
+    if given is None and beside is not None:
+        given, run = load_recipe(beside / RECIPE_FILE), beside
+    section = _base_of_adapter(adapter) if given is None else given.model
+    what = f"an adapter ({_config(adapter)['peft_type']})" if name is None else f"adapter {name!r}"
+    return EvalTarget(adapter, what, section, adapter, given, run, name)
 
 
 def _recipe_of(path: Path) -> Recipe:
@@ -132,7 +169,7 @@ def _recipe_of(path: Path) -> Recipe:
 def _has_adapter(adapter: Path, sha256: str) -> bool:
     """Whether the run that a merged export names is still there, and still has the same adapter."""
     weights = adapter / ADAPTER_WEIGHTS
-    return (adapter.parent / RECIPE_FILE).is_file() and weights.is_file() and file_sha256(weights) == sha256
+    return run_of(adapter) is not None and weights.is_file() and file_sha256(weights) == sha256
 
 
 def _config(adapter: Path) -> dict[str, Any]:

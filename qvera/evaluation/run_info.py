@@ -11,9 +11,10 @@ from safetensors import SafetensorError, safe_open
 
 from qvera.config.load import load_recipe
 from qvera.config.schema import Recipe
+from qvera.evaluation.named_adapters import adapters_root, named_directories, refuse_name, require_named
 from qvera.utils.errors import InputError
 from qvera.utils.files import file_sha256, read_json
-from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CERTIFICATE, RECIPE_FILE
+from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTERS, CERTIFICATE, RECIPE_FILE
 from qvera.utils.safetensors_io import own_facts
 
 _PROJECTIONS = ("vera_A", "vera_B", "qvera_frozen_A", "qvera_frozen_B")
@@ -24,21 +25,25 @@ _CERTIFICATE_TEXTS = {"base": ("path", "weights"), "adapter": ("path", "sha256")
 """Sections of a merged export's certificate, and the texts that each must have."""
 
 
-def directory_facts(path: str | Path) -> dict[str, Any]:
+def directory_facts(path: str | Path, name: str | None = None) -> dict[str, Any]:
     """Facts of a directory: base, adapter, counts, hashes, versions.
 
     Args:
-        path: a run, an adapter directory (QVERA, or any other of PEFT's types, such as an exported LoRA), or a merged
-            export.
+        path: a run, an adapter directory (QVERA, or any other of PEFT's types, such as an exported LoRA), a merged
+            export, a run that trained many adapters, or a directory of adapters. Of these two ``adapters`` lists all.
+        name: show this one of many adapters.
 
     Raises:
-        InputError: it is none of these, or a file in it is damaged.
+        InputError: it is none of these, it has no adapter of this name, or a file in it is damaged.
     """
     path = Path(path)
     if not path.is_dir():
         raise InputError(
             f"{path}: no such directory. Expected a run, an adapter directory or a merged export of qvera."
         )
+    if (root := adapters_root(path)) is not None:
+        return _many(path, root) if name is None else _one_of_many(path, name)
+    refuse_name(path, name)
     if (path / RECIPE_FILE).is_file():
         return _run(path)
     if (path / ADAPTER_CONFIG).is_file():
@@ -58,7 +63,7 @@ def load_run_recipe(path: Path) -> Recipe:
         InputError: the recipe can't be read, or there is no adapter yet.
     """
     recipe = load_recipe(path / RECIPE_FILE)
-    if not (path / "adapter").is_dir():
+    if not (path / "adapter").is_dir() and not (path / ADAPTERS).is_dir():
         raise InputError(f"{path}: this run has no adapter/ yet; finish it with `qvera train ... --resume`.")
     return recipe
 
@@ -67,11 +72,50 @@ def _run(path: Path) -> dict[str, Any]:
     recipe = load_run_recipe(path)
     facts: dict[str, Any] = {"kind": "run", "path": str(path), "quantization": recipe.model.quantization}
     facts |= _adapter(path / "adapter") | {"base": recipe.model.path, "base_revision": recipe.model.revision}
-    if (path / "run.json").is_file():
-        run = read_json(path / "run.json", "the summary of a run")
-        facts |= {"status": run.get("status"), "versions": run.get("versions")}
-        facts["result"] = {k: v for k, v in (run.get("result") or {}).items() if not isinstance(v, dict)}
-    return facts
+    return facts | _outcome(_summary(path))
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    """run.json of a run; {} where there is none yet."""
+    return read_json(path / "run.json", "the summary of a run") if (path / "run.json").is_file() else {}
+
+
+def _outcome(run: dict[str, Any]) -> dict[str, Any]:
+    """What came of a run, as its run.json says."""
+    if not run:
+        return {}
+    result = {key: value for key, value in (run.get("result") or {}).items() if not isinstance(value, dict)}
+    return {"status": run.get("status"), "versions": run.get("versions"), "result": result}
+
+
+def _many(path: Path, root: Path) -> dict[str, Any]:
+    """Facts of many adapters, without reading one."""
+    found = named_directories(root)
+    run = _summary(path)
+    listed = run["adapters"] if isinstance(run.get("adapters"), list) else []
+    known = {entry.get("name") for entry in listed if isinstance(entry, dict)}
+    others = [{"name": name, "directory": directory.name} for name, directory in found.items() if name not in known]
+    facts: dict[str, Any] = {"kind": "directory of adapters", "path": str(path)}
+    if (path / RECIPE_FILE).is_file():
+        recipe = load_run_recipe(path)
+        facts |= {
+            "kind": "run of many adapters",
+            "quantization": recipe.model.quantization,
+            "base": recipe.model.path,
+            "base_revision": recipe.model.revision,
+            "method": recipe.adapter.method,
+            "rank": recipe.adapter.rank,
+            **_outcome(run),
+        }
+    return facts | {"saved_adapters": len(found), "adapters": [*listed, *others]}
+
+
+def _one_of_many(path: Path, name: str) -> dict[str, Any]:
+    directory = require_named(path, name)
+    entries = _summary(path).get("adapters")
+    own = next((one for one in entries or () if isinstance(one, dict) and one.get("name") == name), {})
+    facts = {"kind": "adapter", "path": str(directory), "name": name, **_adapter(directory)}
+    return facts | {key: value for key, value in own.items() if key not in ("name", "directory")}
 
 
 def _adapter(directory: Path) -> dict[str, Any]:

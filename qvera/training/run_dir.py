@@ -16,7 +16,7 @@ from pydantic_core import to_jsonable_python
 
 from qvera.config.load import load_recipe
 from qvera.config.schema import Recipe
-from qvera.evaluation.report.run_page import write_report
+from qvera.evaluation.report.write import write_report
 from qvera.training import checkpoint
 from qvera.training.logging import read_records
 from qvera.utils.atomic import disk_errors, replace_text

@@ -5,6 +5,8 @@ from pathlib import Path
 
 RECIPE_FILE = "recipe.yaml"
 """The recipe in a run's directory."""
+ADAPTERS = "adapters"
+"""The directory of a run that trained many adapters, with one directory for each."""
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 CERTIFICATE = "qvera_export.json"

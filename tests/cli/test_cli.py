@@ -258,7 +258,7 @@ def test_ctrl_c_saves_and_exits_75(write_recipe: Any, tmp_path: Path) -> None:
 def test_an_unexpected_error_is_exit_1(trained_run: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from qvera.evaluation import run_info
 
-    def full(_: Any) -> None:
+    def full(*_: Any) -> None:
         raise OSError(28, "No space left on device", "/data/out")
 
     monkeypatch.setattr(run_info, "directory_facts", full)

@@ -168,8 +168,8 @@ def line_chart(
         height: Of the plot, in CSS pixels.
         may_be_log: Use a logarithmic y axis where the values span more than a factor of 30.
         best: An x to mark with a vertical line, and with a ring on the held-out curve.
-        x_name: ``step``, ``token`` or ``learning rate`` (on a logarithmic axis). Charts with the same one show their
-            tooltips together.
+        x_name: ``step``, ``round``, ``adapter``, ``token`` or ``learning rate`` (on a logarithmic axis). Charts with
+            the same one show their tooltips together.
         top: Values above leave the picture.
     """
     extent = values_range(lines)
@@ -289,7 +289,7 @@ def _x_text(x: float, x_name: str) -> str:
     """A place on the x axis in words: step 80; 12,400 tokens; learning rate 0.0123."""
     if x_name == "token":
         return f"{x:,.0f} tokens"
-    return f"{x_name} {x:,.0f}" if x_name == "step" else f"{x_name} {x:.3g}"
+    return f"{x_name} {x:.3g}" if x_name == "learning rate" else f"{x_name} {x:,.0f}"
 
 
 def tooltips_json(scale: Scale, texts: Sequence[tuple[float, list[str]]]) -> str:

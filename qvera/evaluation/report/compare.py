@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from qvera.evaluation.report.read import Evaluation, Run, get, get_number, read_run
+from qvera.evaluation.report.read_many import read_adapter, trained_many
 from qvera.utils.errors import InputError
 from qvera.utils.formatting import count, duration, percent, significant, size, text_or_dash
 
@@ -100,21 +101,34 @@ def table(columns: Sequence[Column], figures: dict[str, Figures]) -> tuple[list[
     return [column.title for column in shown], rows
 
 
-def compare_runs(paths: Sequence[Path]) -> Comparison:
+def compare_runs(paths: Sequence[Path], adapters: Sequence[str] = ()) -> Comparison:
     """Read several runs and compare them.
 
+    Args:
+        adapters: where the runs trained many: these adapters of each of them are compared.
+
     Raises:
-        InputError: Fewer than two, too many, the same one twice, or a directory that holds no run.
+        InputError: Fewer than two, too many, the same one twice, a directory that holds no run, or one that trained
+            many adapters of which none is named.
     """
-    if len(paths) < 2:
-        raise InputError(f"compare takes two runs or more, got {len(paths)}.")
-    if len(paths) > MAX_RUNS:
-        raise InputError(f"compare takes at most {MAX_RUNS} runs, got {len(paths)}. Compare the best of each part.")
+    number = len(paths) * max(1, len(adapters))
+    if number < 2:
+        raise InputError(f"compare takes two runs or more, got {number}.")
+    if number > MAX_RUNS:
+        raise InputError(f"compare takes at most {MAX_RUNS} runs, got {number}. Compare the best of each part.")
     places = [path.resolve() for path in paths]
-    twice = next((path for i, path in enumerate(places) if path in places[:i]), None)
-    if twice is not None:
-        raise InputError(f"{twice}: is named twice; name each run once.")
-    runs = {label: read_run(path, evaluation=True) for label, path in zip(_labels(places), paths, strict=True)}
+    for named in (places, list(adapters)):
+        twice = next((one for i, one in enumerate(named) if one in named[:i]), None)
+        if twice is not None:
+            raise InputError(f"{twice}: is named twice; name each once.")
+    runs: dict[str, Run] = {}
+    for label, path in zip(_labels(places), paths, strict=True):
+        for name in adapters:
+            runs[_label(label, name, len(paths), len(adapters))] = read_adapter(path, name)
+        if not adapters:
+            runs[label] = read_run(path, evaluation=True)
+            if trained_many(runs[label].info, runs[label].recipe):
+                raise InputError(f"{path}: trained many adapters; name those to compare with --adapter NAME.")
     figures = {label: run_figures(run) for label, run in runs.items()}
     gaps = [gap for label, run in runs.items() for gap in _gaps_in_files(run, label, figures[label])]
     for sentence, ask in _QUESTIONS.items():
@@ -122,6 +136,13 @@ def compare_runs(paths: Sequence[Path]) -> Comparison:
         gaps += [sentence.format(difference)] if difference else []
     gaps += _gaps_between_scores(runs)
     return Comparison(runs, figures, _differing_settings(runs), gaps)
+
+
+def _label(run: str, adapter: str, runs: int, adapters: int) -> str:
+    """What tells one adapter of one run from the others."""
+    if runs == 1:
+        return adapter
+    return run if adapters == 1 else f"{run}: {adapter}"
 
 
 def _labels(places: Sequence[Path]) -> list[str]:

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -198,8 +198,11 @@ def inputs_sha256(answers: Sequence[object]) -> str:
     return hashlib.sha256("\n".join(inputs).encode()).hexdigest()[:16]
 
 
-def read_run(run_dir: str | Path, *, evaluation: bool = False) -> Run:
+def read_run(run_dir: str | Path, *, evaluation: bool = False, metrics: bool = True) -> Run:
     """Read what ``qvera train`` has written so far; eval.json, which can be large, only where asked for.
+
+    Args:
+        metrics: read metrics.jsonl too.
 
     Raises:
         InputError: There is no such directory, or no run has written to it.
@@ -215,7 +218,7 @@ def read_run(run_dir: str | Path, *, evaluation: bool = False) -> Run:
     notes: list[str] = []
     info = _read_object(root / "run.json", "the summary of a run", notes)
     recipe_text, recipe = _read_recipe(root / "recipe.yaml", notes)
-    train, evals = _read_metrics(root / "metrics.jsonl", notes)
+    train, evals = _read_metrics(root / "metrics.jsonl", notes) if metrics else ([], [])
     weights = root / "adapter" / "adapter_model.safetensors"
     return Run(
         name=root.resolve().name,
@@ -225,7 +228,7 @@ def read_run(run_dir: str | Path, *, evaluation: bool = False) -> Run:
         train=train,
         evals=evals,
         adapter_file_bytes=weights.stat().st_size if weights.is_file() else None,
-        evaluation=_read_evaluation(root / "eval.json", weights, notes) if evaluation else None,
+        evaluation=read_evaluation(root / "eval.json", weights, notes) if evaluation else None,
         notes=notes,
     )
 
@@ -246,7 +249,8 @@ def _read_object(path: Path, what: str, notes: list[str], keys: Sequence[str] = 
         return {}
 
 
-def _read_evaluation(path: Path, weights: Path, notes: list[str]) -> Evaluation | None:
+def read_evaluation(path: Path, weights: Path, notes: list[str]) -> Evaluation | None:
+    """The scores in ``path``, of the adapter file ``weights``; None where it has none. ``notes`` gets what is wrong."""
     if not path.exists():  # most runs have none, and lack nothing
         return None
     tree = _read_object(path, "what `qvera eval --json` writes", notes, keys=("subject", "metrics"))
@@ -302,29 +306,42 @@ def _read_recipe(path: Path, notes: list[str]) -> tuple[str, dict[str, Any]]:
     return text, tree if isinstance(tree, dict) else {}
 
 
-def _read_metrics(path: Path, notes: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    lines = _read_text(path, notes).split("\n")
+def read_rows(path: Path, places: Sequence[str], notes: list[str]) -> Iterator[dict[str, Any]]:
+    """The lines of metrics.jsonl that say in one of ``places`` (``step``, say) where they belong, one after the other.
+
+    Then ``notes`` says what could not be read.
+    """
     unreadable: list[int] = []
-    # A resumed run may write a step again. The later line is the one that led to the adapter.
-    kinds: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "eval": {}}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        step = get_number(row, "step")
-        if step is None or not 0 <= step < _MAX_STEP:
-            unreadable.append(number)
-        elif get_text(row, "kind") in kinds:
-            kinds[get_text(row, "kind")][int(step)] = row
-    if unreadable and unreadable[-1] == len(lines):
+    number, line = 0, "\n"
+    try:
+        with open(path, encoding="utf-8", errors="replace") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError):
+                    row = None
+                if any(0 <= place < _MAX_STEP for key in places if (place := get_number(row, key)) is not None):
+                    yield row
+                else:
+                    unreadable.append(number)
+    except OSError as error:
+        notes.append(f"{path.name}: can't be read ({error.strerror}).")
+    if unreadable and unreadable[-1] == number and not line.endswith("\n"):
         unreadable.pop()
         notes.append("The last line of metrics.jsonl is cut off (the run was killed while writing): ignored.")
     if unreadable:
         shown = ", ".join(map(str, unreadable[:5])) + (", ..." if len(unreadable) > 5 else "")
         notes.append(f"metrics.jsonl: {len(unreadable)} lines can't be read and are left out (line {shown}).")
+
+
+def _read_metrics(path: Path, notes: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    # A resumed run may write a step again. The later line is the one that led to the adapter.
+    kinds: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "eval": {}}
+    for row in read_rows(path, ("step",), notes):
+        if get_text(row, "kind") in kinds:
+            kinds[get_text(row, "kind")][int(row["step"])] = row
     train, evals = ([steps[key] for key in sorted(steps)] for steps in kinds.values())
     broken = [row["step"] for row in train if "loss" in row and get_number(row, "loss") is None]
     if broken:

@@ -1,14 +1,14 @@
 """The page of one run: report.html in its directory."""
 
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any
 
 from qvera.evaluation.report.answer_diff import Sample, make_sample
 from qvera.evaluation.report.charts import Chart, Line, length_histogram, line_chart, stacked_bars
 from qvera.evaluation.report.pages import render
-from qvera.evaluation.report.read import Run, changed_settings, get, get_number, get_text, read_run, series
+from qvera.evaluation.report.read import Run, changed_settings, get, get_number, get_text, series
 from qvera.evaluation.report.smoothing import MAX_POINTS, loss_curves, thin
-from qvera.utils.atomic import disk_errors, replace_text
 from qvera.utils.formatting import count, percent, significant, size
 
 _MEMORY_KINDS = (
@@ -23,45 +23,32 @@ _MEMORY_KINDS = (
 _MOMENTS = {"backward": "Backward pass", "loss": "Loss", "answers": "Answers"}
 
 
-def write_report(run_dir: str | Path) -> Path:
-    """Write ``report.html`` into a run directory and return its path.
-
-    Reads recipe.yaml, metrics.jsonl and run.json. Each may be missing or cut off: a killed run has a report too, which
-    says what could not be read. The page replaces an older one in one rename.
-
-    Raises:
-        InputError: The directory does not exist, or holds none of the three files.
-        RunFailed: The page could not be written (a full disk, no permission). The run's own files are untouched.
-    """
-    page, target = run_page(read_run(run_dir)), Path(run_dir) / "report.html"
-    with disk_errors(str(target), "The run's own files are untouched; mend that and write the report again."):
-        replace_text(target, page)
-    return target
-
-
 def run_page(run: Run) -> str:
     """The page as HTML, sections in the order that a reader wants."""
+    return render(
+        "run.html", score=_score(run), loss_chart=loss_chart(run), charts=_small_charts(run), **run_context(run)
+    )
+
+
+def run_context(run: Run) -> dict[str, Any]:
+    """What the page of any run shows beside its scores and curves."""
     # the peak of the tile and the mapped weights, which the plan counts too: the page has one measured peak only
     planned = run.number("plan", "measured", "total_bytes") is not None
     peak_bytes = run.totals["peak_bytes"]
     measured_bytes = peak_bytes + run.mapped_bytes if peak_bytes and planned else None
     edges, counts = (_numbers(get(run.info, "data", "length_histogram", key)) for key in ("edges", "counts"))
     targets, versions = get(run.info, "adapter", "targets"), get(run.info, "versions")
-    return render(
-        "run.html",
-        run=run,
-        model=_model_name(run),
-        score=_score(run),
-        loss_chart=_loss_chart(run),
-        charts=_small_charts(run),
-        memory_chart=_memory_chart(run, measured_bytes),
-        measured_bytes=measured_bytes,
-        samples=_samples(run),
-        targets=", ".join(map(str, targets)) if isinstance(targets, list) else run.text("adapter", "targets"),
-        lengths=length_histogram(edges, counts),
-        settings=changed_settings(run.recipe).items(),
-        versions=list(versions.items()) if isinstance(versions, dict) else [],
-    )
+    return {
+        "run": run,
+        "model": _model_name(run),
+        "memory_chart": _memory_chart(run, measured_bytes),
+        "measured_bytes": measured_bytes,
+        "samples": _samples(run),
+        "targets": ", ".join(map(str, targets)) if isinstance(targets, list) else run.text("adapter", "targets"),
+        "lengths": length_histogram(edges, counts),
+        "settings": changed_settings(run.recipe).items(),
+        "versions": list(versions.items()) if isinstance(versions, dict) else [],
+    }
 
 
 def _model_name(run: Run) -> str:
@@ -97,7 +84,7 @@ def _score(run: Run) -> tuple[str, str, str] | None:
     return ("Held-out loss before training", "", significant(points[0][1])) if points else None
 
 
-def _loss_chart(run: Run) -> Chart | None:
+def loss_chart(run: Run) -> Chart | None:
     """Training loss, every step faint and smoothed, with held-out loss on it."""
     raw, smoothed = loss_curves(series(run.train, "loss"))
     lines = [Line("training loss" + _thinned(run), raw, "main" if smoothed is raw else "faint")]
@@ -119,19 +106,24 @@ def _thinned(run: Run) -> str:
     return f", means of {steps} steps" if steps > 1 else ""
 
 
+def small_chart(run: Run, title: str, label: str, key: str, note: str = "") -> Chart | None:
+    """One number of every step, from zero up."""
+    return line_chart(title, [_line(run, label, key)], note=note, from_zero=True)
+
+
+def _line(run: Run, label: str, key: str, text: Callable[[float], str] = significant) -> Line:
+    return Line(label + _thinned(run), thin(series(run.train, key)), format=text)
+
+
 def _small_charts(run: Run) -> list[Chart]:
     """Learning rate, gradient norm, throughput and memory, as far as the run recorded them."""
-
-    def line(label: str, key: str, text: Callable[[float], str] = significant) -> Line:
-        return Line(label + _thinned(run), thin(series(run.train, key)), format=text)
-
     peak = Line("peak", thin(series(run.train, "peak_bytes")), "dashed", size)
-    memory = [each for each in (line("in use", "memory_bytes", size), peak) if each.values]
+    memory = [each for each in (_line(run, "in use", "memory_bytes", size), peak) if each.values]
     legend = [(each.style, each.label) for each in memory]
-    norm, speed = line("gradient norm", "grad_norm"), line("tokens/s", "tokens_per_second", count)
+    speed = _line(run, "tokens/s", "tokens_per_second", count)
     charts = [
-        line_chart("Learning rate", [line("learning rate", "learning_rate")], from_zero=True),
-        line_chart("Gradient norm", [norm], note="before clipping", from_zero=True),
+        small_chart(run, "Learning rate", "learning rate", "learning_rate"),
+        small_chart(run, "Gradient norm", "gradient norm", "grad_norm", "before clipping"),
         line_chart("Throughput", [speed], note="tokens a second", kind="count", from_zero=True),
         line_chart("Memory", memory, legend=legend, kind="bytes", from_zero=True),
     ]

@@ -55,6 +55,51 @@
       point(chart, Math.min(Math.max(start + move, 0), chart.data.at.length - 1));
     });
   }
+  // Tables of many rows: sorted by the title that is clicked, filtered by name, and the first 200 shown.
+  for (const table of document.querySelectorAll('table.many')) {
+    const body = table.tBodies[0], controls = table.closest('section').querySelector('.controls');
+    const [text, flagged] = controls.querySelectorAll('input'), shown = controls.querySelector('.shown');
+    const all = controls.querySelector('button'), titles = [...table.tHead.rows[table.tHead.rows.length - 1].cells];
+    const rows = [...body.rows].map(row => ({row, name: row.cells[0].textContent.toLowerCase()}));
+    let most = 200;
+    const show = () => {
+      const wanted = text.value.trim().toLowerCase();
+      let found = 0;
+      for (const {row, name} of rows) {
+        const fits = name.includes(wanted) && (!flagged.checked || row.className === 'flagged');
+        found += fits;
+        row.hidden = !fits || found > most;
+      }
+      const count = number => number.toLocaleString('en');
+      shown.textContent = `${count(Math.min(found, most))} of ${count(found)}`;
+      all.hidden = found <= most;
+    };
+    controls.addEventListener('input', show);
+    all.addEventListener('click', () => { most = Infinity; show(); });
+    controls.hidden = false;
+    show();
+    const { compare } = new Intl.Collator('en', {numeric: true});
+    titles.forEach((title, column) => {
+      const button = document.createElement('button'), words = column === 0 || column === titles.length - 1;
+      button.type = 'button';
+      button.append(...title.childNodes);
+      title.append(button);
+      button.addEventListener('click', () => {
+        const sign = title.getAttribute('aria-sort') === 'ascending' ? -1 : 1;
+        for (const other of titles) other.removeAttribute('aria-sort');
+        title.setAttribute('aria-sort', sign > 0 ? 'ascending' : 'descending');
+        for (const one of rows) {
+          const value = one.row.cells[column].textContent;
+          one.key = words ? value : parseFloat(value.replaceAll(',', ''));
+        }
+        rows.sort(({key: a}, {key: b}) => words
+          ? sign * compare(a, b)
+          : Number.isNaN(a) - Number.isNaN(b) || sign * (a - b) || 0);  // a dash is last, whatever the order
+        show();
+        for (const {row} of rows) body.append(row);
+      });
+    });
+  }
   for (const title of document.querySelectorAll('.plot title')) title.remove();
   addEventListener('beforeprint', () => document.querySelectorAll('details').forEach(d => { d.open = true; }));
   document.documentElement.classList.add('js');

@@ -154,6 +154,57 @@ def run_info() -> dict[str, Any]:
     }
 
 
+def adapter_entry(name: str, directory: str | None, **changes: Any) -> dict[str, Any]:
+    """What run.json says of an adapter that was trained."""
+    score = {"perplexity": 3.0, "rows": 3, "trained_tokens": 12}
+    facts: dict[str, Any] = {
+        "name": name,
+        "directory": directory,
+        "status": "done",
+        "rows": 7,
+        "eval_rows": 3,
+        "steps": 6,
+        "best_step": 4,
+        "train_loss_first": 2.5,
+        "train_loss_last": 1.25,
+        "eval_before": {"loss": 2.4, **score},
+        "eval_after": {"loss": 1.5, **score},
+        "flags": [],
+    }
+    return facts | changes
+
+
+def many_info() -> dict[str, Any]:
+    """run.json of a run that trained four adapters: one done, one that got worse, one that diverged, one without rows."""
+    worse = {"eval_after": {"loss": 2.6}, "flags": ["got worse", "too few rows"], "rows": 2}
+    lost = {"status": "not_finite", "eval_after": None, "reason": "step 3: the loss is NaN."}
+    entries = [
+        adapter_entry("Anna's Bakery", "Anna=27s=20Bakery", rows=1240),
+        adapter_entry("ben <b>", "ben", status="stopped_early", **worse),
+        adapter_entry("chloe", "chloe", **lost),
+        adapter_entry("dan", None, status="no_rows", rows=0, eval_rows=0, steps=0, eval_before=None, eval_after=None)
+        | {"train_loss_first": None, "train_loss_last": None, "best_step": None},
+    ]
+    info = run_info()
+    del info["samples"]
+    result = {"rounds": 40, "steps": 1234, "seconds": 120.0, "tokens_per_second": 812.0, "peak_bytes": 1.1e9}
+    return info | {"adapters": entries, "result": result}
+
+
+def many_rows() -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl of a run of many adapters: steps and evaluations of two, and rounds."""
+    rows: list[dict[str, Any]] = []
+    for number in range(1, 13):
+        for place, name in enumerate(("Anna's Bakery", "chloe")):
+            loss = math.nan if name == "chloe" and number == 12 else 2.5 / number + place
+            rows.append({"kind": "train", "adapter": name, "round": number, "step": number, "loss": loss})
+            rows[-1] |= {"learning_rate": 0.01 / number, "grad_norm": 1.0 + place}
+        rows.append({"kind": "round", "round": number, "adapters": 2, "rows": 8, "step_seconds": 0.5})
+        rows[-1] |= {"tokens_per_second": 800.0, "memory_bytes": 9e8, "peak_bytes": 1.0e9}
+    evaluated = {"kind": "eval", "adapter": "Anna's Bakery", "round": 6, "step": 6, "loss": 1.4, "rows": 3}
+    return [*rows, evaluated, {"kind": "round", "round": 3, "rank": 1, "adapters": 90}]
+
+
 def plan(private_bytes: float) -> dict[str, Any]:
     """The plan of run.json, whose measured side was read at another moment than the result."""
     parts = [{"kind": "runtime", "bytes": 6e8}, {"kind": "base", "bytes": 2e8}, {"kind": "checkpoints", "bytes": 5e8}]

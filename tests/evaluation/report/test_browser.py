@@ -16,9 +16,19 @@ from qvera.config.schema import parse_recipe
 from qvera.evaluation.report.analysis import analysis_page
 from qvera.evaluation.report.compare import compare_runs
 from qvera.evaluation.report.pages import answers_page, compare_page
-from qvera.evaluation.report.run_page import write_report
+from qvera.evaluation.report.write import write_report
 from qvera.training.lr_finder import RangeTestResult, range_page
-from tests.evaluation.report.conftest import RECIPE, analysis, evaluation, plan, run_info, train_rows
+from tests.evaluation.report.conftest import (
+    RECIPE,
+    adapter_entry,
+    analysis,
+    evaluation,
+    many_info,
+    many_rows,
+    plan,
+    run_info,
+    train_rows,
+)
 
 Build = Callable[..., Path]
 
@@ -129,6 +139,41 @@ def test_pointing_at_a_chart_shows_the_step_in_all_of_them(build_run: Build, tmp
     assert (left, keyed) == ("0", "step 96")
 
 
+def test_the_table_of_adapters_is_sorted_filtered_and_cut(build_run: Build, tmp_path: Path) -> None:
+    script = """
+      const table = document.querySelector('table.many'), [text, flagged] = document.querySelectorAll('.controls input');
+      const titles = [...table.tHead.rows[1].cells].map(cell => cell.querySelector('button'));
+      const names = () => [...table.tBodies[0].rows].filter(row => !row.hidden).map(row => row.cells[0].textContent);
+      const said = () => document.querySelector('.shown').textContent;
+      const out = [names().length, said()];
+      titles[1].click();
+      out.push(names()[0], titles[1].parentElement.getAttribute('aria-sort'));
+      titles[1].click();
+      out.push(names()[0], titles[1].parentElement.getAttribute('aria-sort'));
+      titles[5].click();
+      out.push(names()[0]);
+      document.querySelector('.controls button').click();
+      out.push(names().length, names().slice(-2).sort().join(', '), said());
+      text.value = 'BAKER';
+      text.dispatchEvent(new Event('input', {bubbles: true}));
+      out.push(names().join(', '), said());
+      text.value = '';
+      flagged.click();
+      out.push(names().sort().join(', '));
+      document.title = out.join('|');
+    """
+    info = many_info()
+    after = {"loss": 1.75}
+    info["adapters"] += [adapter_entry(f"customer {n}", f"c{n}", rows=5 + n, eval_after=after) for n in range(300)]
+    report = write_report(build_run(info=info, train=many_rows(), evals=None))
+    dom, console = dump_dom(with_script(report, script), tmp_path / "profile")
+    assert console == []
+    assert html.unescape(re.findall(r"<title>(.*?)</title>", dom)[0]).split("|") == [
+        *("200", "200 of 304", "dan", "ascending", "Anna's Bakery", "descending", "Anna's Bakery"),
+        *("304", "chloe, dan", "304 of 304", "Anna's Bakery", "1 of 1", "ben <b>, chloe, dan"),
+    ]
+
+
 def answers(build_run: Build, root: Path) -> Path:
     (root / "answers.html").write_text(answers_page(evaluation()))
     return root / "answers.html"
@@ -174,12 +219,23 @@ def ramp(build_run: Build, root: Path) -> Path:
     return root / "lr-range.html"
 
 
+def many(build_run: Build, root: Path) -> Path:
+    """Four adapters, with names as long as they get."""
+    info = many_info()
+    info["adapters"][0]["name"] = "a very long name " * 12
+    info["adapters"][1]["name"] = "x" * 200
+    info["adapters"] += [adapter_entry(f"customer {number}", f"c{number}") for number in range(9)]
+    return write_report(build_run(info=info, train=many_rows(), evals=None, name=f"many-{root.name}"))
+
+
 PAGES: dict[str, Callable[[Build, Path], Path]] = {
     "report": lambda build_run, root: write_report(build_run(info=run_info() | {"plan": plan(1.0e9)})),
     "eval": answers,
     "compare": runs,
     "find-lr": ramp,
     "analyze": analyzed,
+    "many": many,
+    "adapter": lambda build_run, root: many(build_run, root).parent / "report" / "ben.html",
 }
 
 

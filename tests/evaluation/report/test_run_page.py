@@ -16,13 +16,14 @@ import pytest
 import yaml
 
 from qvera.evaluation.report.read import changed_settings, read_run
-from qvera.evaluation.report.run_page import run_page, write_report
+from qvera.evaluation.report.run_page import run_page
+from qvera.evaluation.report.write import write_report
 from qvera.utils.errors import InputError, RunFailed
 from tests.evaluation.report.conftest import RECIPE, eval_rows, plan, run_info, train_rows
 
 Build = Callable[..., Path]
 
-VOID = {"meta", "link", "br", "img"}
+VOID = {"meta", "link", "br", "img", "input"}
 
 
 class Page(HTMLParser):

@@ -1,0 +1,146 @@
+"""The adapters of a run that trained many, or of a directory of adapters: found by name, without reading any.
+
+A name is that of the data; its directory is the same name as files can have it (`qvera.utils.adapter_names`).
+Imports neither torch nor PEFT.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qvera.utils.adapter_names import unescape_name
+from qvera.utils.errors import InputError, did_you_mean
+from qvera.utils.files import try_read_json
+from qvera.utils.paths import ADAPTER_CONFIG, ADAPTERS, RECIPE_FILE
+
+if TYPE_CHECKING:
+    from qvera.data import Datasets
+    from qvera.data.rows import Rows
+
+_SHOWN_NAMES = 8
+"""An error lists at most this many names."""
+
+_NOT_SAVED = {
+    "not_finite": "its loss or gradient was not finite, so its vectors were not saved",
+    "no_rows": "it had no rows left to train on",
+}
+"""Statuses of run.json whose adapters have no directory."""
+
+
+def adapters_root(path: Path) -> Path | None:
+    """The directory that holds the adapters of a run or of a plain directory of adapters; None for anything else."""
+    if (path / RECIPE_FILE).is_file():
+        return path / ADAPTERS if (path / ADAPTERS).is_dir() else None
+    if (path / ADAPTER_CONFIG).is_file() or (path / "config.json").is_file() or not path.is_dir():
+        return None
+    with os.scandir(path) as entries:
+        # where all hold adapters, the first one says so
+        return path if any((Path(entry.path) / ADAPTER_CONFIG).is_file() for entry in entries) else None
+
+
+def named_directories(root: Path) -> dict[str, Path]:
+    """Name → directory of every adapter under ``root``, by name; nothing in them is read."""
+    with os.scandir(root) as entries:
+        # a save that was cut off has a hidden name
+        found = [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
+    return dict(sorted((unescape_name(name), root / name) for name in found))
+
+
+def run_of(adapter: Path) -> Path | None:
+    """The run that an adapter directory lies in: RUN/adapter, or RUN/adapters/NAME; None where it lies in none."""
+    adapter = adapter.resolve()
+    beside = adapter.parent
+    run = beside.parent if beside.name == ADAPTERS else beside
+    inside = beside.name == ADAPTERS or adapter.name == "adapter"
+    return run if inside and (run / RECIPE_FILE).is_file() else None
+
+
+def name_of(adapter: Path) -> str | None:
+    """The name of an adapter directory RUN/adapters/NAME, as the data has it; None for any other adapter."""
+    adapter = adapter.resolve()
+    return unescape_name(adapter.name) if adapter.parent.name == ADAPTERS and run_of(adapter) is not None else None
+
+
+def require_named(path: Path, name: str | None) -> Path:
+    """The directory of the adapter ``name``, as `require_all_named`; None: nobody named one.
+
+    Raises:
+        InputError: there is none of that name, or none was named.
+    """
+    if name is not None:
+        return require_all_named(path, [name])[name]
+    known = _known(path)
+    raise InputError(f"{path}: has {len(known):,} adapters; name one with --adapter NAME. {_list(path, known)}")
+
+
+def require_all_named(path: Path, names: Iterable[str]) -> dict[str, Path]:
+    """Name → directory of some adapters of a run or of a directory of adapters. Nothing in any of them is read.
+
+    Args:
+        path: what `adapters_root` knows.
+        names: as the data has them.
+
+    Raises:
+        InputError: there is none of one of these names.
+    """
+    known, found = _known(path), {}
+    for name in names:
+        if name not in known:
+            why = _why_not_saved(path, name)
+            end = did_you_mean(name, known) if why is None else f": {why}."
+            raise InputError(f"--adapter {name}: {path} has no adapter of this name{end} {_list(path, known)}")
+        found[name] = known[name]
+    return found
+
+
+def _known(path: Path) -> dict[str, Path]:
+    root = adapters_root(path)
+    assert root is not None
+    known = named_directories(root)
+    if not known:
+        raise InputError(f"{path}: has no finished adapter yet; go on with `qvera train ... --resume`.")
+    return known
+
+
+def _list(path: Path, known: dict[str, Path]) -> str:
+    names = ", ".join(list(known)[:_SHOWN_NAMES])
+    more = f" and {len(known) - _SHOWN_NAMES:,} more; `qvera info {path}` lists them" * (len(known) > _SHOWN_NAMES)
+    return f"There are: {names}{more}."
+
+
+def refuse_name(path: Path, name: str | None) -> None:
+    """Refuse ``--adapter`` for what is one adapter or one checkpoint.
+
+    Raises:
+        InputError: a name was given.
+    """
+    if name is not None:
+        raise InputError(
+            f"--adapter {name}: is for a run that trained many adapters, or a directory of adapters; {path} is neither."
+        )
+
+
+def held_out_rows(datasets: Datasets, name: str | None) -> Rows:
+    """The held-out rows of one adapter; all of them where ``name`` is None, or where the data has rows of one only.
+
+    Raises:
+        InputError: the data has no rows of this adapter any more.
+    """
+    if name is None or not datasets.adapters:
+        return datasets.eval
+    for adapter in datasets.adapters:
+        if adapter.name == name:
+            return datasets.eval.take(adapter.eval)
+    raise InputError(f"--adapter {name}: the recipe's data has no rows of this adapter; name a file with --data.")
+
+
+def _why_not_saved(path: Path, name: str) -> str | None:
+    """Why an adapter that run.json knows has no directory; None where it does not know it."""
+    listed = (try_read_json(path / "run.json") or {}).get("adapters")
+    for entry in listed if isinstance(listed, list) else ():
+        if isinstance(entry, dict) and entry.get("name") == name:
+            return _NOT_SAVED.get(str(entry.get("status")), "it has not finished")
+    return None

@@ -1,0 +1,205 @@
+"""Runs that trained many adapters, and directories of adapters: opened by name, several in one batch."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qvera.adapters.files.adapter_file import read_adapter
+from qvera.cli.main import main
+from qvera.data import build_datasets
+from qvera.evaluation.load import find_target, open_run
+from qvera.evaluation.named_adapters import held_out_rows, require_named
+from qvera.utils.adapter_names import escape_name
+from qvera.utils.errors import InputError
+from tests.many_adapters import NAMES, write_customers, write_run
+
+pytestmark = pytest.mark.process
+
+
+@pytest.fixture(scope="module")
+def run(make_recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("many")
+    rows = write_customers(root / "rows.csv")
+    recipe = make_recipe(data={"path": str(rows), "adapter_column": "customer", "eval_fraction": 0.3})
+    return write_run(root / "run", recipe)
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("say 3 red\nsay 14 blue\n", encoding="utf-8")
+    return path
+
+
+def lines_of(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def answers_of_one(run: Path, name: str, prompts: Path, out: Path) -> list[str]:
+    directory = require_named(run, name)
+    assert main(["generate", str(directory), str(prompts), "--out", str(out), "--max-new-tokens", "8"]) == 0
+    return [line["answer"] for line in lines_of(out)]
+
+
+def test_several_answer_in_one_batch_as_each_does_alone(run: Path, prompts: Path, tmp_path: Path) -> None:
+    options = [part for name in NAMES[:3] for part in ("--adapter", name)]
+    out = tmp_path / "all.jsonl"
+    assert main(["generate", str(run), str(prompts), "--out", str(out), "--max-new-tokens", "8", *options]) == 0
+    lines = lines_of(out)
+    assert [line["adapter"] for line in lines] == [*NAMES[:3], *NAMES[:3]]
+    assert [line["prompt"] for line in lines] == ["say 3 red"] * 3 + ["say 14 blue"] * 3
+    for number, name in enumerate(NAMES[:3]):
+        alone = answers_of_one(run, name, prompts, tmp_path / f"{number}.jsonl")
+        assert [line["answer"] for line in lines if line["adapter"] == name] == alone
+    assert len({line["answer"] for line in lines[:3]}) == 3, "the adapters differ"
+
+
+@pytest.mark.parametrize("column", ["customer", "adapter"])
+def test_rows_name_their_adapters(run: Path, tmp_path: Path, column: str) -> None:
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    asked = [{column: name, "prompt": "say 3 red"} for name in ("dan", "anna", "dan", "../chloe")]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in asked), encoding="utf-8")
+    assert main(["generate", str(run), str(rows), "--out", str(out), "--max-new-tokens", "8"]) == 0
+    lines = lines_of(out)
+    assert [line["adapter"] for line in lines] == ["dan", "anna", "dan", "../chloe"]
+    assert lines[0]["answer"] == lines[2]["answer"] != lines[1]["answer"]
+
+
+def test_answers_are_printed_after_their_names(run: Path, capsys: Any) -> None:
+    line = ["generate", str(run), "--prompt", "say 3 red", "--adapter", "dan", "--adapter", "Ben & Söhne"]
+    assert main([*line, "--max-new-tokens", "3"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("dan: ")
+    assert "\nBen & Söhne: " in said
+    assert ">" not in said.partition(":")[0]
+    assert main(["generate", str(run), "--base", "--prompt", "one", "--prompt", "two", "--max-new-tokens", "3"]) == 0
+    assert [part.partition("\n")[0] for part in capsys.readouterr().out.split("> ")[1:]] == ["one", "two"]
+
+
+def test_a_name_opens_its_own_adapter_and_reads_no_other(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "copy")
+    for name in NAMES:
+        if name != "Anna":
+            (require_named(copy, name) / "adapter_model.safetensors").write_bytes(b"broken")
+    opened = open_run(copy, name="Anna")
+    expected = read_adapter(require_named(run, "Anna"))[1]
+    found = {key: value for key, value in opened.model.named_parameters() if "qvera_d" in key}
+    assert len(found) == 14
+    for key, value in found.items():
+        assert value.equal(expected[key.replace(".default", "")]), key
+
+
+def test_the_first_of_ten_thousand_is_found_at_once(run: Path, tmp_path: Path) -> None:
+    for number in range(10_000):
+        (tmp_path / "adapters" / f"customer{number}").mkdir(parents=True)
+    shutil.copy(run / "recipe.yaml", tmp_path)
+    shutil.copytree(require_named(run, "dan"), tmp_path / "adapters" / "dan")
+    began = time.process_time()
+    target = find_target(tmp_path, name="dan")
+    assert time.process_time() - began < 1.0
+    assert target.adapter == tmp_path / "adapters" / "dan"
+    with pytest.raises(InputError, match=r"did you mean 'customer4711'\?.*and 9,993 more"):
+        find_target(tmp_path, name="custommer4711")
+
+
+def test_a_directory_of_adapters_needs_no_run(run: Path, prompts: Path, tmp_path: Path, capsys: Any) -> None:
+    shutil.copytree(run / "adapters", tmp_path / "shelf")
+    line = ["generate", str(tmp_path / "shelf"), str(prompts), "--adapter", "dan", "--adapter", "anna"]
+    assert main([*line, "--out", str(tmp_path / "out.jsonl"), "--max-new-tokens", "8"]) == 0
+    alone = answers_of_one(run, "dan", prompts, tmp_path / "dan.jsonl")
+    assert [line["answer"] for line in lines_of(tmp_path / "out.jsonl")][::2] == alone
+    capsys.readouterr()
+    assert main(["info", str(tmp_path / "shelf"), "--json"]) == 0
+    assert {one["name"] for one in json.loads(capsys.readouterr().out)["adapters"]} == set(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("chat RUN --adapter ana", "--adapter ana: RUN has no adapter of this name; did you mean 'anna'?"),
+        ("chat RUN", "RUN: has 5 adapters; name one with --adapter NAME. There are: "),
+        ("chat RUN --adapter nan", "its loss or gradient was not finite, so its vectors were not saved."),
+        ("eval RUN", "has 5 adapters"),
+        ("export RUN OUT", "has 5 adapters"),
+        ("info RUN --adapter Dan", "did you mean 'dan'?"),
+        ("generate RUN PROMPTS", "has 5 adapters"),
+        ("generate RUN PROMPTS --adapter dan --adapter bem", "--adapter bem: RUN has no adapter of this name"),
+        ("generate RUN", "or --prompt TEXT; give one of them."),
+        ("generate RUN PROMPTS --prompt x", "or --prompt TEXT; give one of them."),
+        ("generate RUN ROWS", "rows.jsonl:2: names no adapter. Expected one in its column 'customer' or 'adapter'"),
+        ("merge-adapters RUN RUN OUT --adapter dan", "--adapter: takes the adapters of one run"),
+        ("compare RUN RUN2", "RUN: trained many adapters; name those to compare with --adapter NAME."),
+        ("compare RUN --adapter dan", "compare takes two runs or more, got 1."),
+        ("compare RUN --adapter dan --adapter bem", "--adapter bem: RUN has no adapter of this name"),
+        ("compare RUN --adapter dan --adapter dan", "dan: is named twice"),
+        ("info RUN/adapters/dan --adapter dan", "is for a run that trained many adapters"),
+    ],
+)
+def test_wrong_lines_are_answered_before_anything_is_loaded(
+    run: Path, prompts: Path, tmp_path: Path, capsys: Any, monkeypatch: Any, line: str, said: str
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"customer": "dan", "prompt": "x"}\n{"prompt": "x"}\n')
+    places = {"RUN2": shutil.copytree(run, tmp_path / "two"), "RUN": run, "PROMPTS": prompts}
+    places |= {"OUT": tmp_path / "out", "ROWS": tmp_path / "rows.jsonl"}
+    for word, path in places.items():
+        line, said = line.replace(word, str(path)), said.replace(word, str(path))
+    monkeypatch.setattr("qvera.models.loader.load_base", lambda *_: pytest.fail("a model was loaded"))
+    assert main(line.split()) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_eval_scores_the_rows_of_one_adapter(run: Path, tmp_path: Path, capsys: Any) -> None:
+    scores = tmp_path / "scores.json"
+    line = ["eval", str(run), "--adapter", "dan", "--no-generation", "--json", str(scores)]
+    assert main(line) == 0
+    document = json.loads(scores.read_text())
+    assert document["scores"]["rows"] == 3
+    assert document["subject"]["what"] == "Adapter 'dan'"
+    opened = open_run(run, name="dan")
+    assert opened.target.recipe is not None
+    rows = held_out_rows(build_datasets(opened.target.recipe.data, opened.base.tokenizer), "dan")
+    assert all("say" in row.prompt_text for row in rows)
+    # its own directory says the same
+    line[1:4] = [str(require_named(run, "dan"))]
+    assert main([*line[:-1], str(tmp_path / "again.json")]) == 0
+    assert json.loads((tmp_path / "again.json").read_text())["scores"]["loss"] == document["scores"]["loss"]
+    # the base alone has all rows, and no adapter has to be named
+    assert main(["eval", str(run), "--base", "--no-generation"]) == 0
+    assert "15" in capsys.readouterr().out
+
+
+def test_export_merge_and_chat_take_one_by_name(run: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    merged = tmp_path / "merged"
+    assert main(["export", str(run), str(merged), "--adapter", "../chloe", "--dtype", "float32"]) == 0
+    difference = json.loads((merged / "qvera_export.json").read_text())["difference"]
+    assert difference["rows"] == 3
+    target = find_target(merged)
+    assert (target.name, target.run) == ("../chloe", run)
+    line = ["merge-adapters", str(run), str(tmp_path / "sum"), "--to", "lora"]
+    assert main([*line, "--adapter", "dan", "--adapter", "anna", "--weights", "1", "-1"]) == 0
+    assert (tmp_path / "sum" / "adapter_config.json").is_file()
+    monkeypatch.setattr("sys.stdin", io.StringIO("say 3 red\n/quit\n"))
+    assert main(["chat", str(run), "--adapter", "dan", "--max-new-tokens", "3"]) == 0
+    capsys.readouterr()
+
+
+def test_info_shows_a_table_and_one_of_them(run: Path, capsys: Any) -> None:
+    assert main(["info", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert "saved_adapters        5" in said
+    (row,) = (line for line in said.splitlines() if line.startswith("Ben & Söhne"))
+    assert row.split()[3:] == ["7", "3", "6", "2.4000", "1.5000", "2.5000", "1.2500", "done"]
+    (row,) = (line for line in said.splitlines() if line.startswith("nan"))
+    assert row.split()[-2:] == ["not", "finite"]
+    assert main(["info", str(run), "--adapter", "Anna", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["name"], facts["rank"], facts["steps"]) == ("Anna", 8, 6)
+    assert facts["path"].endswith(f"adapters/{require_named(run, 'Anna').name}")
+    assert main(["info", str(run / "adapters" / escape_name("dan"))]) == 0
