@@ -17,8 +17,17 @@ pytestmark = [pytest.mark.process, pytest.mark.slow]
 
 METHODS: dict[str, dict[str, Any]] = {"magnitude": {"rank": 8, "magnitude": True}}
 STAGES = ("zero1", "zero2", "zero3")
-SHORT_METHODS = ("lora", "lora-xs", "shared-core", "lorta")
+SARA: dict[str, Any] = {"method": "sara", "rank": 16, "singular_share": 0.3}
+SHORT_METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"method": "lora", "rank": 4},
+    "lora-xs": {"method": "lora-xs", "rank": 4},
+    "shared-core": {"method": "shared-core", "rank": 4},
+    "lorta": {"method": "lorta", "rank": 4},
+    "sara": SARA,
+    "mo-sara of the svd": {**SARA, "frozen_pair": "svd", "experts": 3},
+}
 SHORT_STAGES = ("zero3", "zero2")  # ZeRO-3 first: its ranks decompose gathered weights, and nothing is cached for them
+LORA_SB: dict[str, Any] = {"method": "lora-sb", "rank": 4, "gradient_rows": 9}
 SHORT = {"max_steps": 3, **BARE}
 KEPT = "lora-zero3-kept"
 """A run that keeps its activations: its trial of the longest batch meets q, k and v in another order than a step does."""
@@ -37,14 +46,14 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_rows: Path) -> Place:
             cut = f"{name}-{stage}-cut"
             tasks.append(place.task(cut, stage, {"recipe": recipe, "stop_after": CUT}))
             tasks.append(place.task(f"{cut}-on", stage, {"recipe": recipe, "of": cut, "resume": True}))
-    for name in SHORT_METHODS:
-        adapter = {"method": name, "rank": 4}
+    for name, adapter in (*SHORT_METHODS.items(), ("lora-sb", LORA_SB)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("QVERA_CACHE", str(place.root / "cache-alone"))
             train(parse_recipe({**place.recipe(**SHORT), "adapter": adapter}, name), place.root / f"alone-{name}")
-        for stage in SHORT_STAGES:
+        for stage in SHORT_STAGES if name in SHORT_METHODS else STAGES:
             recipe = {**place.recipe(stage, **SHORT), "adapter": adapter}
-            tasks.append(place.task(f"{name}-{stage}", stage, {"recipe": recipe}))
+            refused = name == "lora-sb" and stage == "zero3"
+            tasks.append(place.task(f"{name}-{stage}", stage, {"recipe": recipe, "fails": refused}))
     kept = {**SHORT, "gradient_checkpointing": False}
     recipe = {**place.recipe("zero3", **kept), "adapter": {"method": "lora", "rank": 4}}
     tasks.append(place.task(KEPT, "zero3", {"recipe": recipe}))
@@ -76,3 +85,16 @@ def test_two_processes_train_other_methods_as_one_does(place: Place, name: str, 
     run, alone = place.root / f"{name}-{stage}", place.root / f"alone-{name}"
     assert len(losses(run)) == SHORT["max_steps"]
     close(run, alone, rtol=RTOL.get(name, 1e-5))
+
+
+@pytest.mark.parametrize("stage", ["zero1", "zero2"])
+def test_the_start_from_the_first_gradient_is_that_of_one_process(place: Place, stage: str) -> None:
+    run = place.root / f"lora-sb-{stage}"
+    assert len(losses(run)) == SHORT["max_steps"]
+    close(run, place.root / "alone-lora-sb", rtol=1e-4)
+
+
+def test_a_start_from_whole_gradients_is_refused_where_weights_are_sharded(place: Place) -> None:
+    for found in place.found:
+        assert found["lora-sb-zero3"]["error"] == "InputError"
+        assert "ZeRO-3 shards them. Use deepspeed: zero1, zero2 or none" in found["lora-sb-zero3"]["text"]

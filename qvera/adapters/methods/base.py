@@ -184,6 +184,10 @@ class Method(ABC):
         """The frozen pair of one linear where `source` is OWN, made from its base layer."""
         return None
 
+    def kept_bytes(self, adapter: AdapterSettings, place: Place, tokens: int, itemsize: int) -> int:
+        """Bytes that autograd keeps for one linear beside x, z and y; ``itemsize`` is that of the compute dtype."""
+        return 0
+
     def working_bytes(self, adapter: AdapterSettings, place: Place, tokens: int, itemsize: int) -> int:
         """The most bytes that the products at one linear take for the moment, beside W and the gradient of x."""
         largest = max(math.prod(shape) for shape in self.tensors(adapter, place).values())

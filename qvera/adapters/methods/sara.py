@@ -120,6 +120,19 @@ class _Mixture(Sara):
         drawn = torch.randn(shape, generator=generator)
         return adapter.d_initial * (1 + drawn / 2) if name == "qvera_d" else drawn / shape[0] ** 0.5
 
+    def kept_bytes(self, adapter: AdapterSettings, place: Place, tokens: int, itemsize: int) -> int:
+        """What `add` multiplies with: of each token z / rms(z), Σₑ gₑ dₑ, d ⊙ z, 1 / rms, the score and the weights.
+
+        z / rms(z) is in fp32; in 16 bits z is kept in fp32 for it too. Then there is the vector of ones.
+        """
+        k = self.rank_at(adapter, place)
+        wide = 4 if itemsize == 4 else 8
+        return tokens * (k * (wide + 2 * itemsize) + 4 * (2 + adapter.experts)) + 4 * k
+
+    def working_bytes(self, adapter: AdapterSettings, place: Place, tokens: int, itemsize: int) -> int:
+        k = self.rank_at(adapter, place)
+        return 4 * k * (2 * place.out_features + 3 * tokens)
+
     def factors(
         self, adapter: AdapterSettings, place: Place, tensors: Mapping[str, torch.Tensor], pair: Pair | None
     ) -> Factors:

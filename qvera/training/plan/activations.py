@@ -112,6 +112,8 @@ def _adapter_bytes(run: PlannedRun, linears: Sequence[Linear]) -> int:
             held[x.name if section.dropout else source, "x"] = run.sampled_tokens * (x.n * size + 8 + 4)
         elif reads_x and not (source == "attention" and attention_keeps):
             held[source, "x"] = T * x.n * size
+        if more := run.method.kept_bytes(section, x.place, T, size):
+            held[x.name, "of the method's own"] = more
         if run.method.keeps_output:
             held[x.name, "y"] = T * x.m * size + 8 * x.m  # what its rows are scaled with in fp32, and their norms
         if section.dropout:  # every layer drops other elements: its own z, which elements, and its own x to scale
@@ -122,7 +124,8 @@ def _adapter_bytes(run: PlannedRun, linears: Sequence[Linear]) -> int:
             held[source, "z without a graph"] = T * rank * size
         else:
             shared = run.method.source is Source.SEEDED and not section.input_scale
-            held[source if shared else x.name, "z"] = T * run.rank_at(x) * size
+            own_rank = run.rank_at(x)  # readers of other ranks have another z
+            held[source if shared else x.name, f"z of rank {own_rank}"] = T * own_rank * size
         held[x.name, "A, B"] = run.method.cast_bytes(section, x.place, size)
     return sum(held.values())
 

@@ -35,12 +35,17 @@ MORE: dict[str, dict[str, Any]] = {
 
 
 def recipe(
-    rank: int, attention: str, checkpointing: bool, more: str = "vera", method: str = "vera", **model: Any
+    rank: int,
+    attention: str,
+    checkpointing: bool,
+    more: str = "vera",
+    model: dict[str, Any] | None = None,
+    **adapter: Any,
 ) -> Recipe:
     tree = {
-        "model": {"path": "-", "quantization": "none", "attn_implementation": attention, **model},
+        "model": {"path": "-", "quantization": "none", "attn_implementation": attention, **(model or {})},
         "data": {"path": "-"},
-        "adapter": {"method": method, "rank": rank, **MORE[more]},
+        "adapter": {"rank": rank, **MORE[more], **adapter},
         "training": {"gradient_checkpointing": checkpointing, "loss_chunk_tokens": 64},
     }
     return parse_recipe(tree, "a test")
@@ -132,6 +137,28 @@ def test_a_trained_pair_keeps_x_and_its_peak_is_the_plan_s(method: str, case: in
     assert -0.02 < step / counted - 1 < 0.1
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("pair", ["seeded", "svd"])
+@pytest.mark.parametrize("case", [2, 5, 8], ids=["bf16", "fp32", "large bf16"])
+def test_what_a_router_keeps_is_the_plan_s(case: int, pair: str, checkpointing: bool) -> None:
+    rows, tokens, dtype, rank, attention, padded, changes = CASES[case]
+    keys = {"experts": 3, "frozen_pair": pair, "singular_share": 1.0}
+    made = recipe(rank // 2, attention, checkpointing, method="sara", **keys)
+    ids, mask, labels, of = batch(rows, tokens, padded)
+    memory = planned(made, of, dtype, changes)
+    model = live.tiny(made, dtype, attn_implementation=attention, **changes)
+    if not checkpointing:
+        (kept,) = [c for c in memory.moments["backward"] if c.kind == "checkpoints"]
+        # the input of the first layer's q, k and v needs no gradient: z, Σ g d and 1 / rms are not kept for one
+        first = model.get_base_model().model.layers[0].self_attn
+        ranks = [first.get_submodule(f"{name}_proj").qvera_d["default"].shape[1] for name in "qkv"]
+        without = rows * tokens * (sum(ranks) * (4 if dtype == F32 else 2 + 4) + 4 * 3)
+        assert kept.bytes - 3 * 8 * rows * tokens - without == live.kept_bytes(model, ids, mask)
+    step = sum(c.bytes for c in memory.moments[memory.peak_moment])
+    counted = live.step_peak_bytes(model, ids, mask, labels, made.training.loss_chunk_tokens)
+    assert -0.02 < step / counted - 1 < 0.1
+
+
 def test_the_peak_with_mlps_by_tiles() -> None:
     """Tiles of 1,088 tokens; the inside of the MLP is 8 times as wide as the stream."""
     wide = {
@@ -154,7 +181,8 @@ def test_the_peak_over_a_4_bit_base_counts_the_weights_that_are_read(tmp_path: P
     from tests.conftest import small_tokenizer
 
     small_tokenizer().save_pretrained(tmp_path / "base")
-    made = recipe(16, "sdpa", True, path=str(tmp_path / "base"), quantization="nf4", compute_dtype="float32")
+    stored = {"path": str(tmp_path / "base"), "quantization": "nf4", "compute_dtype": "float32"}
+    made = recipe(16, "sdpa", True, model=stored)
     base = load_base(made.model, torch.device("cpu"))
     model = attach(base.model, made.adapter)
     enable_checkpointing(model)
@@ -209,7 +237,7 @@ def test_the_8_bit_optimizer_s_state_is_bitsandbytes_own() -> None:
 
 
 def test_a_mapped_base_is_not_private() -> None:
-    made, of = recipe(16, "sdpa", True, quantization="nf4"), batch(1, 64, False)[3]
+    made, of = recipe(16, "sdpa", True, model={"quantization": "nf4"}), batch(1, 64, False)[3]
     shape = shape_of(small_llama(**BIG))
     machines = [Machine("t", "cpu", F32, mapped_base, 10**12) for mapped_base in (False, True)]
     whole, mapped = (plan_memory(PlannedRun(shape, made, of, machine)) for machine in machines)
