@@ -1,7 +1,7 @@
 """What training did to each weight: intruder dimensions, and the size and effective rank of ΔW.
 
-One linear is in memory at a time: W as the adapter was trained on it and W + ΔW, both in fp32, and where that does not
-decide, a decomposition of W. Computed on the CPU.
+One linear is in memory at a time: W as the adapter was trained on it and W + ΔW, both in fp32 (in fp64 where intruders
+are to be reduced), and where that does not decide, a decomposition of W. Computed on the CPU.
 """
 
 from __future__ import annotations
@@ -176,6 +176,8 @@ def _analyze(
     keep: float | None,
 ) -> tuple[LinearAnalysis, Factors | None]:
     """One linear; ``weight`` is as the checkpoint has it, [in, out] for a Conv1D, ``factors`` are those of ΔW."""
+    if keep is not None:  # fp32's singular vectors are 1e-5 off where values are near to each other
+        weight = weight.double()
     tuned, step = weight.clone(), rows_per_block(weight.shape[1])
     for first in range(0, len(tuned), step):
         part = tuned[first : first + step]

@@ -10,11 +10,12 @@ import pytest
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qvera.adapters import QveraLinear
 from qvera.adapters.factors import Factors
-from qvera.adapters.files.save_load import attach, named_vectors, save_adapter
+from qvera.adapters.files.save_load import attach, load_adapter, named_vectors, save_adapter
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.export import analyze, intruders
@@ -23,6 +24,7 @@ from qvera.export.deltas import Delta
 from qvera.export.lora import export_lora
 from qvera.models.loader import load_base
 from qvera.models.quantization import dequantized_weight
+from qvera.training.trainer import train
 from qvera.utils.errors import InputError, RunFailed
 from tests.conftest import small_llama, small_tokenizer
 from tests.export.test_lora import stock_base
@@ -131,6 +133,33 @@ def test_the_reduced_adapter_in_stock_peft_is_delta_less_its_intruders(tiny_mode
                     along.norm(dim=1), more_B.norm(dim=0).double() * 0.6 / 0.4, rtol=1e-3, atol=1e-6
                 )
     assert seen == 14
+
+
+def test_a_run_with_intruders_is_reduced_by_the_formula(
+    make_recipe: Any, tiny_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A LoRA trained at a high rate, the file that the command writes, and (λ - 1) Σ σ u vᵀ by dense SVDs in fp64."""
+    run, reduced, keep = tmp_path / "run", tmp_path / "reduced", 0.4
+    adapter = {"method": "lora", "rank": 8, "alpha": 16}
+    training = {"max_steps": 12, "learning_rate": 5e-2, "sample_count": 0, "output_dir": str(run)}
+    recipe = make_recipe(adapter=adapter, training=training)
+    train(recipe, run)
+    line = ["analyze", str(run), "--text", str(tiny_rows), "--rows", "8", "--reduce", str(keep), "--out", str(reduced)]
+    assert main([*line, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    intruders_of = {linear["name"]: linear["intruders"] for linear in document["linears"]}
+    written = load_file(reduced / "adapter_model.safetensors")
+    scale = json.loads((reduced / "adapter_config.json").read_text())
+    assert sum(map(len, intruders_of.values())) > 4
+    for name, (W, delta) in dense_pairs(load_adapter(load_base(recipe.model).model, run / "adapter")).items():
+        U, S, Vh = torch.linalg.svd(W + delta, full_matrices=False)
+        mine = intruders_of[name]
+        expected = delta - (1 - keep) * (U[:, mine] * S[mine]) @ Vh[mine]
+        A, B = (written[f"{PREFIX}{name}.lora_{side}.weight"].double() for side in "AB")
+        got = B @ A * scale["lora_alpha"] / scale["r"]
+        assert ((got - expected).norm() / expected.norm()).item() < 1e-6, name
+    for losses in document["losses"]:
+        assert losses["reduced"] != losses["adapter"] != losses["base"]
 
 
 class PeakBytes(TorchDispatchMode):
