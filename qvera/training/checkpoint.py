@@ -19,9 +19,9 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -35,9 +35,12 @@ from qvera.utils.errors import InputError, first_line
 from qvera.utils.files import file_sha256
 
 FORMAT = 1
-_FILES = ("vectors.safetensors", "optimizer.safetensors", "state.json", "random.safetensors")
+_FILES = ("vectors.safetensors", "optimizer.safetensors", "random.safetensors")
+_STATE = "state.json"
 _HOOKS = "hooks.safetensors"
-_NAME = re.compile(r"step-(\d{8})$")
+_NAME = re.compile(r"(step|round)-(\d{8})$")
+
+Found = TypeVar("Found")
 
 
 @dataclasses.dataclass
@@ -127,32 +130,53 @@ def save(
     Raises:
         RunFailed: the disk is full or read-only; earlier checkpoints are kept.
     """
-    final = directory / f"step-{step:08d}"
+    tensors, scalars = _optimizer_state(vectors, optimizer)
+    values = dict(hooks or {})
+    held = {n: values.pop(n).clone() for n in list(values) if isinstance(values[n], torch.Tensor)}
+    files = {
+        "vectors.safetensors": dict[str, torch.Tensor](vectors),
+        "optimizer.safetensors": tensors,
+        "random.safetensors": random_state() if random is None else random,
+        **({_HOOKS: held} if held else {}),
+    }
+    return write(directory, "step", step, files, {"optimizer_scalars": scalars, "hooks": values, **state})
+
+
+def write(
+    directory: Path, unit: str, number: int, files: Mapping[str, Mapping[str, torch.Tensor]], state: dict[str, Any]
+) -> Path:
+    """Write ``directory/UNIT-XXXXXXXX``; it appears under this name only when it is complete and on disk.
+
+    Args:
+        directory: of all checkpoints of the run.
+        unit: what ``number`` counts: ``step`` or ``round``.
+        files: file name → its tensors.
+        state: JSON values for state.json.
+
+    Raises:
+        RunFailed: the disk is full or read-only; earlier checkpoints are kept.
+    """
+    final = directory / f"{unit}-{number:08d}"
     partial = directory / f".partial-{final.name}"
     kept = "Earlier checkpoints are kept; mend that and go on with --resume."
-    with disk_errors(f"the checkpoint of step {step} in {directory}", kept), contextlib.ExitStack() as on_error:
+    with disk_errors(f"the checkpoint of {unit} {number} in {directory}", kept), contextlib.ExitStack() as on_error:
         on_error.callback(shutil.rmtree, partial, ignore_errors=True)
         directory.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        tensors, scalars = _optimizer_state(vectors, optimizer)
-        save_file({n: p.detach().cpu().contiguous() for n, p in vectors.items()}, partial / "vectors.safetensors")
-        save_file(tensors, partial / "optimizer.safetensors")
-        save_file(random_state() if random is None else random, partial / "random.safetensors")
-        values = dict(hooks or {})
-        if held := {n: values.pop(n) for n in list(values) if isinstance(values[n], torch.Tensor)}:
-            save_file({n: t.detach().cpu().contiguous().clone() for n, t in held.items()}, partial / _HOOKS)
-        document = {"format": FORMAT, "step": step, "optimizer_scalars": scalars, "hooks": values, **state}
-        (partial / "state.json").write_text(json.dumps(document, indent=1))
+        for name, tensors in files.items():
+            save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, partial / name)
+        document = {"format": FORMAT, unit: number, **state}
+        (partial / _STATE).write_text(json.dumps(document, indent=1))
         manifest = {}
         for file in sorted(partial.iterdir()):
             manifest[file.name] = {"sha256": file_sha256(file), "bytes": file.stat().st_size}
             flush(file)
-        document = {"format": FORMAT, "step": step, "files": manifest}
+        document = {"format": FORMAT, unit: number, "files": manifest}
         (partial / "manifest.json").write_text(json.dumps(document, indent=1))
         flush(partial / "manifest.json")
         if final.exists():
-            shutil.rmtree(final)  # the same step, saved by a run that was then resumed from before it
+            shutil.rmtree(final)  # the same number, saved by a run that was then resumed from before it
         partial.rename(final)
         flush(directory)
         on_error.pop_all()
@@ -175,11 +199,20 @@ def newest(
         warn: called with a sentence about each one passed over.
         check: a further check; raises InputError where the checkpoint can't be used.
     """
+
+    def use(path: Path) -> Checkpoint:
+        found = load(path)
+        check(found)
+        return found
+
+    return newest_of(directory, use, warn)
+
+
+def newest_of(directory: Path, use: Callable[[Path], Found], warn: Callable[[str], None]) -> Found | None:
+    """What ``use`` makes of the newest checkpoint in ``directory`` for which it raises no InputError, or None."""
     for path in reversed(directories(directory)):
         try:
-            found = load(path)
-            check(found)
-            return found
+            return use(path)
         except InputError as error:
             warn(f"{error} It is passed over.")
     return None
@@ -191,11 +224,27 @@ def load(path: Path) -> Checkpoint:
     Raises:
         InputError: a file is missing, cut short or changed, or the format is another one.
     """
+    state, files = read(path, _FILES, (_HOOKS,))
+    return Checkpoint(path, state["step"], state, *files.values())
+
+
+def read(
+    path: Path, names: Sequence[str], optional: Sequence[str] = ()
+) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
+    """Read and verify what `write` wrote: state.json, and file name → its tensors.
+
+    Args:
+        names: the files with tensors that it must have.
+        optional: those that it may have.
+
+    Raises:
+        InputError: a file is missing, cut short or changed, or the format is another one.
+    """
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         version = manifest["format"]
-        names = [*_FILES, _HOOKS] if version == FORMAT and _HOOKS in manifest["files"] else list(_FILES)
-        files = {} if version != FORMAT else {n: manifest["files"][n] for n in names}
+        wanted = [*names, *(name for name in optional if version == FORMAT and name in manifest["files"])]
+        files = {} if version != FORMAT else {n: manifest["files"][n] for n in (*wanted, _STATE)}
         expected = {name: (facts["bytes"], facts["sha256"]) for name, facts in files.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
@@ -211,11 +260,11 @@ def load(path: Path) -> Checkpoint:
             )
     # a manifest that fits proves no more than that one hand wrote all files
     try:
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        if state["step"] != int(path.name[-8:]):
-            raise ValueError(f"it is of step {state['step']}")
-        parts = [load_file(path / name) for name in names if name.endswith(".safetensors")]
-        return Checkpoint(path, state["step"], state, *parts)
+        state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        unit = path.name[:-9]
+        if state[unit] != int(path.name[-8:]):
+            raise ValueError(f"it is of {unit} {state[unit]}")
+        return state, {name: load_file(path / name) for name in wanted}
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(
             f"{path}: is no checkpoint of qvera's, though its manifest fits ({first_line(error)})"

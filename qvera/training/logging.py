@@ -26,8 +26,8 @@ LINE_SECONDS = 60.0
 """In a log that is no terminal, progress is a line at least this often while steps are taken."""
 
 
-def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a metrics.jsonl; lines that a killed run has left half-written are passed over."""
+def read_records(path: Path, unit: str = "step") -> Iterator[dict[str, Any]]:
+    """The records of a metrics.jsonl that say their ``unit``; lines that a killed run has left half are passed over."""
     if not path.exists():
         return
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -35,28 +35,31 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
             record = json.loads(line)
         except ValueError:
             continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
+        if isinstance(record, dict) and isinstance(record.get(unit), int):
             yield record
 
 
 class MetricsLog:
     """metrics.jsonl: one JSON object a line, each step once per kind, whatever was interrupted and resumed."""
 
-    def __init__(self, path: Path, last_step: int) -> None:
-        """Open for appending; records after ``last_step`` (of steps that will be run again) are dropped."""
+    def __init__(self, path: Path, last_step: int, unit: str = "step") -> None:
+        """Open for appending; records after ``last_step`` (of steps that will be run again) are dropped.
+
+        ``unit``: the key that numbers the records, ``step`` or ``round``.
+        """
         self.path = path
-        lines = [json.dumps(record) for record in read_records(path) if record["step"] <= last_step]
+        lines = [json.dumps(record) for record in read_records(path, unit) if record[unit] <= last_step]
         with self._disk_full():
             replace_text(path, "".join(f"{line}\n" for line in lines))
 
-    def write(self, record: dict[str, Any]) -> None:
-        """Append a record.
+    def write(self, *records: dict[str, Any]) -> None:
+        """Append records.
 
         Raises:
             RunFailed: the disk is full or read-only.
         """
         with self._disk_full(), open(self.path, "a", encoding="utf-8") as handle:
-            handle.write(json.dumps(record) + "\n")
+            handle.write("".join(json.dumps(record) + "\n" for record in records))
 
     def flush(self) -> None:
         """Before a checkpoint: no later power cut may take records of steps that will not be run again."""
@@ -127,14 +130,18 @@ class ProgressBar(Progress):
 
     def show(self, record: dict[str, Any]) -> None:
         """Show the record of a step."""
-        step, now = record["step"], time.monotonic()
         facts = (
             f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  {size(record['memory_bytes'])}"
         )
+        self.move(record["step"], facts)
+
+    def move(self, step: int, facts: str) -> None:
+        """Show that ``step`` steps are done, with ``facts`` beside the bar."""
+        before, now = self.tasks[self.task].completed, time.monotonic()
         self.update(self.task, completed=step, facts=facts)
         if self.console.is_terminal:
             return
-        if step % self.every_steps == 0 or step == self.steps or now >= self.next_line:
+        if step // self.every_steps > before // self.every_steps or step == self.steps or now >= self.next_line:
             self.next_line = now + LINE_SECONDS
             self.console.print(f"step {step}/{self.steps}  {facts}")
 

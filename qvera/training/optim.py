@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -95,10 +95,16 @@ def build_schedule(section: TrainingSection, optimizer: torch.optim.Optimizer, s
     The warm-up differs from transformers' in one thing. There the first of w steps has rate 0 and changes nothing; here
     step i (from 0) has the share (i + 1) / (w + 1) of ``learning_rate``. Step w has all of it in both.
     """
+    return LambdaLR(optimizer, rate_shares(section, steps))
+
+
+def rate_shares(section: TrainingSection, steps: int) -> Callable[[int], float]:
+    """What share of ``learning_rate`` each of ``steps`` optimizer steps (from 0) has, as `build_schedule` says."""
     warmup = section.warmup_steps or math.ceil(section.warmup_ratio * steps)
     name = "constant_with_warmup" if section.lr_scheduler_type == "constant" else section.lr_scheduler_type
-    share = get_scheduler(name, optimizer, warmup, steps).lr_lambdas[0]
-    return LambdaLR(optimizer, lambda step: (step + 1) / (warmup + 1) if step < warmup else share(step))
+    unused = torch.optim.SGD([torch.zeros(1)])  # transformers makes its functions for an optimizer only
+    share = get_scheduler(name, unused, warmup, steps).lr_lambdas[0]
+    return lambda step: (step + 1) / (warmup + 1) if step < warmup else share(step)
 
 
 def build_range_test(section: TrainingSection, optimizer: torch.optim.Optimizer, ramp: RangeTest) -> LambdaLR:
