@@ -137,6 +137,11 @@ class TrainingSession:
         self.model.peft_config["default"].token_sampler = token_sampler(recipe)
         if recipe.data.packing:
             require_packing(self.model)
+        self.make_optimizer()
+
+    def make_optimizer(self) -> None:
+        """Make the order of the rows, the optimizer and the step hooks, once the adapter is on the model."""
+        recipe, group = self.recipe, self.group
         self.batches = batches_of(recipe, self.datasets.train)
         self.optimizer = method_of(recipe.adapter).optimizer(self.model, recipe) or build_optimizer(
             recipe.training, trained_vectors(self.model), rate_factors(self.model, recipe.adapter)
@@ -151,18 +156,22 @@ class TrainingSession:
             InputError: the longest batch does not fit into memory.
         """
         self.schedule, self.steps = schedule, steps
-        enable_checkpointing(self.model, self.checkpointing)
-        if self._starts_from_gradient():
-            start_from_gradient(self)
-        if self.recipe.training.torch_compile:
-            compile_layers(self.model)
-        hold_training_weights(self.model, self.plan is not None and self.plan.holds_weights, self.builds_per_pass)
+        self.prepare_model()
         if self.sharder is None:
             self.group.agree(self._try_longest_batch)
         self.engine = self.make_engine()
         if self.sharder is not None:  # the engine's hooks gather the weights; a rank that fails in one tells the others
             self._try_longest_batch()
             self.engine.forget_module_order()
+
+    def prepare_model(self) -> None:
+        """Gradient checkpointing, compilation and held weights, as recipe and plan say, before the first pass."""
+        enable_checkpointing(self.model, self.checkpointing)
+        if self._starts_from_gradient():
+            start_from_gradient(self)
+        if self.recipe.training.torch_compile:
+            compile_layers(self.model)
+        hold_training_weights(self.model, self.plan is not None and self.plan.holds_weights, self.builds_per_pass)
 
     def _starts_from_gradient(self) -> bool:
         section = self.recipe.adapter

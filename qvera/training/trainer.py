@@ -6,7 +6,6 @@ the same bits as an uninterrupted one.
 """
 
 import dataclasses
-import datetime
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,34 +16,22 @@ from rich.console import Console
 from qvera.adapters.files.save_load import load_vectors, named_vectors, save_adapter
 from qvera.adapters.products.fused import BUILDS_UNHELD
 from qvera.config.schema import Recipe
-from qvera.distributed.group import Group, for_all
-from qvera.distributed.init import in_group, restarted
+from qvera.distributed.group import for_all
+from qvera.distributed.init import in_group
 from qvera.distributed.zero_params import any_sharded
 from qvera.evaluation import evaluate
 from qvera.training import checkpoint
 from qvera.training.adapt import adapt_to_held_out_tasks
 from qvera.training.checkpoint import TrainState
 from qvera.training.engine import trained_vectors
-from qvera.training.logging import MetricsLog, ProgressBar, Trackers, repeat_line, status_line
+from qvera.training.logging import ProgressBar, repeat_line, status_line
 from qvera.training.optim import build_schedule, optimizer_bytes
 from qvera.training.plan import planned_steps
-from qvera.training.run_dir import check_run_dir, newest_checkpoint, plain_json, run_lock, write_run
+from qvera.training.run import Run, RunResult
+from qvera.training.run_dir import newest_checkpoint, plain_json, write_run
 from qvera.training.run_json import add_result, begun_run
-from qvera.training.session import TrainingSession
-from qvera.utils.atomic import disk_errors, replace_text
+from qvera.utils.atomic import disk_errors
 from qvera.utils.errors import InputError, Interrupted, OutOfMemory, RunFailed
-from qvera.utils.signals import StopRequests
-
-RESTART_WAIT_SECONDS = 60.0
-"""How long a restarted run waits for the lock of the process whose place it takes."""
-
-
-@dataclasses.dataclass
-class RunResult:
-    """A finished run: its directory and the contents of its run.json."""
-
-    run_dir: Path
-    run: dict[str, Any]
 
 
 def train(
@@ -80,34 +67,8 @@ def train(
         return trainer.train()
 
 
-class Trainer(TrainingSession):
-    """A run: `open_run_dir`, `load_data`, `load_model`, `setup` and `train`, in this order."""
-
-    def __init__(self, recipe: Recipe, run_dir: Path, group: Group, console: Console | None = None) -> None:
-        """See `TrainingSession`; the recipe's trackers are checked too."""
-        super().__init__(recipe, run_dir, group, console)
-        self.started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        self.resume = False
-        self.signals = StopRequests()
-        self.stopped_by: str | None = None
-        self.log_file: MetricsLog | None = None
-        names = recipe.training.report_to if group.first else []
-        self.trackers = group.agree(lambda: Trackers(names, run_dir, recipe.to_dict()))
-
-    def open_run_dir(self, resume: bool) -> None:
-        """Lock the run directory and check that it fits. Of a restarted run, what this launch has begun is resumed."""
-        group, run_dir = self.group, self.run_dir
-        # on some node; the one that takes the place of a lost node does not know that it is a restart
-        again = bool(group.sum([float(restarted())])[0])
-
-        def open_it() -> bool:
-            begun = again and group.has_flag(f"begun {run_dir}") and (run_dir / "recipe.yaml").exists()
-            wait_seconds = RESTART_WAIT_SECONDS if again else 0.0
-            self.resources.enter_context(run_lock(run_dir, group.host, wait_seconds))
-            check_run_dir(run_dir, self.recipe, resume or begun)
-            return resume or begun
-
-        self.resume = group.on_first(open_it)
+class Trainer(Run):
+    """A run of one adapter: `open_run_dir`, `load_data`, `load_model`, `setup` and `train`, in this order."""
 
     def setup(self) -> None:
         """Build the schedule, load the checkpoint to resume from, build the engine and open the run's files."""
@@ -119,7 +80,7 @@ class Trainer(TrainingSession):
         self.build_engine(self.schedule, self.steps)
         if self.group.first:
             self.group.set_flag(f"begun {self.run_dir}")
-        self.group.on_first(self._open_files)
+        self.group.on_first(lambda: self.open_files(self.state.step))
         self.run = begun_run(self, self.started)
         facts, others = self.run["adapter"], self.group.world_size - 1
         self.console.print(
@@ -372,10 +333,3 @@ class Trainer(TrainingSession):
         """
         add_result(self.run, self, status, after, samples, adaptation)
         self.group.on_first(lambda: write_run(self.run_dir, self.run, self.console))
-
-    def _open_files(self) -> None:
-        """On rank 0, open metrics.jsonl without the steps that are run again, then write recipe.yaml."""
-        with disk_errors(str(self.run_dir), "No step was taken; mend that and start it again."):
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            self.log_file = MetricsLog(self.run_dir / "metrics.jsonl", last_step=self.state.step)
-            replace_text(self.run_dir / "recipe.yaml", self.recipe.to_yaml())

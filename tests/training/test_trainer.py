@@ -24,7 +24,7 @@ from qvera.cli.main import main
 from qvera.config.schema import Recipe
 from qvera.evaluation import evaluate
 from qvera.evaluation.load import open_run
-from qvera.training import checkpoint, trainer
+from qvera.training import checkpoint, run, trainer
 from qvera.training.run_dir import run_lock
 from qvera.training.trainer import Trainer, train
 from qvera.utils.errors import InputError, Interrupted, RunFailed
@@ -234,7 +234,7 @@ def test_a_disk_that_becomes_read_only_ends_the_run_and_resume_goes_on(
 
         monkeypatch.setattr(checkpoint, "save", failing)
         # an administrator can't make a disk read-only while a file on it is open, as the lock is; a failing disk can
-        monkeypatch.setattr(trainer, "run_lock", lambda *_: contextlib.nullcontext())
+        monkeypatch.setattr(run, "run_lock", lambda *_: contextlib.nullcontext())
         with pytest.raises(RunFailed, match="the checkpoint of step 4 in .* can't be written .Read-only file system"):
             train(recipe, disk / "run")
         monkeypatch.undo()
