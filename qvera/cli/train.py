@@ -26,9 +26,10 @@ def train(
     lr_to: LrTo = None,
     lr_steps: LrSteps = None,
 ) -> None:
-    """Train an adapter as a recipe describes.
+    """Train an adapter as a recipe describes, or many (data.adapter_column).
 
-    Writes adapter/, checkpoints/, recipe.yaml, metrics.jsonl, run.json and report.html into training.output_dir
+    Writes adapter/ (or adapters/), checkpoints/, recipe.yaml, metrics.jsonl, run.json and report.html into
+    training.output_dir
     (default: runs/RECIPE_NAME). Ctrl-C saves after the current step; --resume continues from there.
 
     Example:
@@ -98,16 +99,42 @@ def _find_lr(recipe: Recipe, run_dir: Path, ramp: RangeTest) -> None:
 def print_result(run_dir: Path, run: dict[str, Any]) -> None:
     """Print the end of a run, from its run.json: scores, sizes, speed, where things are."""
     result, adapter = run["result"], run["adapter"]
+    if "adapters" in run:
+        _print_adapters(run_dir, run["adapters"])
+        _print_measured(run_dir, result)
+        return
     before, after = result.get("eval_before"), result.get("eval_after")
     if before and after:
         print(f"held-out loss     {before['loss']:.4f} → {after['loss']:.4f}")
         if "exact_match" in after:
             share = f"{before['exact_match']:.1%} → {after['exact_match']:.1%}"
             print(f"exact match       {share} of {after['exact_match_rows']} held-out rows")
-    mapped = f", and {formatting.size(result['mapped_bytes'])} of mapped weights" if result["mapped_bytes"] else ""
     print(f"parameters        {adapter['trainable_parameters']:,} (LoRA r=64: {adapter['lora_r64_parameters']:,})")
     print(f"adapter           {formatting.size(adapter['file_bytes'])} in {run_dir / 'adapter'}")
+    _print_measured(run_dir, result)
+
+
+def _print_measured(run_dir: Path, result: dict[str, Any]) -> None:
+    mapped = f", and {formatting.size(result['mapped_bytes'])} of mapped weights" if result["mapped_bytes"] else ""
     print(f"peak memory       {formatting.size(result['peak_bytes'])}{mapped}")
     if result["tokens_per_second"]:
         print(f"speed             {result['tokens_per_second']:,.0f} tokens/s, {result['seconds']:.0f} s of training")
     print(f"report            {run_dir / 'report.html'}")
+
+
+def _print_adapters(run_dir: Path, entries: list[dict[str, Any]]) -> None:
+    """How many of the adapters are done or not, their mean held-out loss, and those to look at."""
+    words = {"done": "done", "stopped_early": "stopped early", "not_finite": "not finite", "no_rows": "without rows"}
+    named = {words[status]: [e["name"] for e in entries if e["status"] == status] for status in words}
+    counts = [f"{len(names):,} {word}" for word, names in named.items() if names]
+    print(f"adapters          {', '.join(counts)}, in {run_dir / 'adapters'}")
+    scored = [(e["eval_before"]["loss"], e["eval_after"]["loss"]) for e in entries if e["eval_after"]]
+    if scored:
+        before, after = (sum(losses) / len(scored) for losses in zip(*scored, strict=True))
+        print(f"held-out loss     {before:.4f} → {after:.4f} in the mean of {len(scored):,} adapters")
+    flags = dict.fromkeys(flag for entry in entries for flag in entry["flags"])
+    flagged = {flag: [entry["name"] for entry in entries if flag in entry["flags"]] for flag in flags}
+    for word in ("not finite", "without rows"):
+        flagged |= {word: named[word]} if named[word] else {}
+    for flag, names in flagged.items():
+        print(f"look at           {flag}: {formatting.first_of(names)}")

@@ -5,8 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from typing import TypeVar
 
 import numpy as np
+
+Row = TypeVar("Row")
 
 
 def random_order(n: int, seed: int, stream: int) -> np.ndarray:
@@ -149,7 +152,7 @@ class Batches:
         return shares[rank] + [[] for _ in range(max(map(len, shares)) - len(shares[rank]))]
 
 
-def microbatches(indices: Sequence[int], size: int) -> Iterator[list[int]]:
+def microbatches(indices: Sequence[Row], size: int) -> Iterator[list[Row]]:
     """Cut a batch into consecutive microbatches of at most ``size`` rows, in order."""
     for start in range(0, len(indices), size):
         yield list(indices[start : start + size])

@@ -178,14 +178,18 @@ def held_out_loss(
         model.train(was_training)
     # read once, at the end: a device is not waited for batch by batch
     total, counted = group.sum([sum(torch.stack(losses).tolist()) if losses else 0.0, tokens])
-    tokens = int(counted)
+    return loss_scores(total, int(counted), len(examples), time.perf_counter() - started)
+
+
+def loss_scores(total: float, tokens: int, rows: int, seconds: float) -> dict[str, Any]:
+    """What `held_out_loss` returns for a summed negative log likelihood ``total`` of so many tokens and rows."""
     loss = total / tokens if tokens else math.nan
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)) if tokens else math.nan,
-        "rows": len(examples),
+        "rows": rows,
         "trained_tokens": tokens,
-        "seconds": time.perf_counter() - started,
+        "seconds": seconds,
     }
 
 

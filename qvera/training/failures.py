@@ -57,18 +57,32 @@ def not_finite_error(
     found = group.gather({"losses": plain_json(losses), "rows": [source for sources in bad for source in sources]})
     where = ", ".join(source for one in found for source in one["rows"])
     where = where or "the gradient only; rows " + ", ".join(rows)
-    shown = ", ".join("not finite" if loss is None else f"{loss:g}" for one in found for loss in one["losses"])
+    text = _not_finite(f"Step {step}", [loss for one in found for loss in one["losses"]], norm, where)
     return for_all(
         RunFailed(
-            f"Step {step}: the loss or its gradient is not finite (losses {shown}; gradient norm {norm}); rows: "
-            f"{where}. No step was taken and earlier checkpoints are kept. Lower training.learning_rate, or look at "
+            f"{text} No step was taken and earlier checkpoints are kept. Lower training.learning_rate, or look at "
             "these rows."
         )
     )
 
 
+def not_finite_text(step: str, losses: Sequence[float], norm: float, rows: Sequence[str]) -> str:
+    """A sentence about a loss or gradient that is not finite, of one process.
+
+    Args:
+        step: which one it is, to begin the sentence with.
+        rows: the sources of its rows.
+    """
+    return _not_finite(step, plain_json(losses), norm, ", ".join(rows))
+
+
+def _not_finite(step: str, losses: Sequence[float | None], norm: float, rows: str) -> str:
+    shown = ", ".join("not finite" if loss is None else f"{loss:g}" for loss in losses)
+    return f"{step}: the loss or its gradient is not finite (losses {shown}; gradient norm {norm}); rows: {rows}."
+
+
 def step_error(
-    step: int,
+    step: str,
     shortage: Shortage,
     examples: Sequence[Example] | None,
     plan: Plan | None,
@@ -78,7 +92,7 @@ def step_error(
     """The error of a step that memory does not suffice for and that every rank has undone; all of them call this.
 
     Args:
-        step: from 1.
+        step: which one it is, to begin the message with.
         shortage: the `worst` of all ranks.
         examples: those of the pass that failed on this rank; empty where it failed before its first pass, None where
             it did not fail.
@@ -89,9 +103,7 @@ def step_error(
     what = next(
         one for one in group.gather(None if examples is None else _what_failed(examples, rank)) if one is not None
     )
-    return for_all(
-        OutOfMemory(f"Step {step}: {what}: {shortage}. The step was undone.\n{_advice(plan, rows, shortage)}")
-    )
+    return for_all(OutOfMemory(f"{step}: {what}: {shortage}. The step was undone.\n{_advice(plan, rows, shortage)}"))
 
 
 def lone_error(
@@ -113,11 +125,14 @@ def worst(shortages: Sequence[Shortage]) -> Shortage:
 
 
 def _advice(plan: Plan | None, rows: Rows | None, shortage: Shortage) -> str:
-    if plan is not None and plan.recipe.training.on_oom == "halve":  # down to one row, which another key must help
-        recipe = changed(plan.recipe, {"training.per_device_train_batch_size": 1})
-        plan = make_plan(recipe, plan.machine, rows, plan.sharing)
-    lines = [] if plan is None else _changes_that_fit(plan, rows, shortage)
-    if plan is not None and plan.recipe.deepspeed is None and plan.recipe.training.on_oom == "save":
+    if plan is None:
+        return _ANY_RUN
+    recipe = plan.recipe
+    if recipe.training.on_oom == "halve":  # down to one row, which another key must help
+        smaller = changed(recipe, {"training.per_device_train_batch_size": 1})
+        plan = make_plan(smaller, plan.machine, rows, plan.sharing)
+    lines = _changes_that_fit(plan, rows, shortage)
+    if recipe.training.on_oom == "save" and recipe.deepspeed is None and not recipe.data.has_adapters:
         lines.append("Or set training.on_oom=halve, which goes on with half as many rows in a pass.")
     return "\n".join(lines) or _ANY_RUN
 

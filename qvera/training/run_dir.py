@@ -151,15 +151,29 @@ def newest_checkpoint(run_dir: Path, recipe: Recipe, warn: Callable[[str], None]
     found = checkpoint.newest(directory, warn, check=lambda one: _check_same_run(one, recipe))
     if found is not None:
         return found
-    steps = max((record["step"] for record in read_records(run_dir / "metrics.jsonl")), default=0)
+    require_none_saved(run_dir, directory, run_dir / "metrics.jsonl", "step")
+    return None
+
+
+def require_none_saved(run_dir: Path, directory: Path, records: Path, unit: str) -> None:
+    """Refuse to begin a run again that has saved checkpoints; it has none that can be used.
+
+    Args:
+        directory: of its checkpoints.
+        records: its metrics.jsonl.
+        unit: what checkpoints and records are numbered by: ``step`` or ``round``.
+
+    Raises:
+        InputError: it has saved some.
+    """
+    taken = max((record[unit] for record in read_records(records, unit)), default=0)
     # the step that is saved is recorded first, so a run killed in its first save has recorded that many steps
-    saved = steps > load_recipe(run_dir / "recipe.yaml").training.save_steps
+    saved = taken > load_recipe(run_dir / "recipe.yaml").training.save_steps
     if saved or checkpoint.directories(directory):
         raise InputError(
-            f"{directory}: holds no checkpoint that can be used, and the run has taken {steps} steps. Put a whole "
-            f"checkpoint back. To begin again at step 0, delete {run_dir} or choose another training.output_dir."
+            f"{directory}: holds no checkpoint that can be used, and the run has taken {taken} {unit}s. Put a whole "
+            f"checkpoint back. To begin again at {unit} 0, delete {run_dir} or choose another training.output_dir."
         )
-    return None
 
 
 def _check_same_run(found: checkpoint.Checkpoint, recipe: Recipe) -> None:

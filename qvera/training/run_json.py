@@ -46,11 +46,8 @@ def add_result(
         samples: the answers after training.
         adaptation: what `adapt.adapt_to_held_out_tasks` found.
     """
-    state, watch = session.state, session.watch
-    mapped_bytes = 0 if accelerator.is_accelerator(session.device) else memory.mapped_weights_bytes()
-    processes = session.group.gather({"host": session.group.host, "peak_bytes": watch.peak_bytes})
+    state = session.state
     run["status"] = status
-    run["processes"]["ranks"] = processes
     run["result"] = {
         "steps": state.step,
         "planned_steps": session.steps,
@@ -65,14 +62,20 @@ def add_result(
         "halvings": state.halvings,
         "seconds": state.train_seconds,
         "tokens_per_second": state.input_tokens / state.train_seconds if state.train_seconds else None,
-        "peak_bytes": watch.peak_bytes,
-        "mapped_bytes": mapped_bytes,
+        **measurements(run, session),
         **({"adaptation": list(adaptation)} if adaptation else {}),
     }
-    if session.plan is not None:
-        peaks = watch.peak_bytes, mapped_bytes, watch.peak_tensor_bytes
-        run["plan"]["measured"] = session.plan.measured(*peaks)
     run["samples"] = [
         {"prompt": a["prompt"], "reference": a["reference"], "before": b["answer"], "after": a["answer"]}
         for b, a in zip(state.samples_before, samples, strict=False)
     ]
+
+
+def measurements(run: dict[str, Any], session: TrainingSession) -> dict[str, Any]:
+    """Peak memory, for the result in run.json; also added to its plan and processes. All ranks call this together."""
+    watch = session.watch
+    mapped_bytes = 0 if accelerator.is_accelerator(session.device) else memory.mapped_weights_bytes()
+    run["processes"]["ranks"] = session.group.gather({"host": session.group.host, "peak_bytes": watch.peak_bytes})
+    if session.plan is not None:
+        run["plan"]["measured"] = session.plan.measured(watch.peak_bytes, mapped_bytes, watch.peak_tensor_bytes)
+    return {"peak_bytes": watch.peak_bytes, "mapped_bytes": mapped_bytes}

@@ -271,15 +271,12 @@ class TrainingSession:
                 several rows it is a warning.
         """
         recipe, model = self.recipe, self.model
-        joined = rows_joined(model, recipe.data.prefix_once, recipe.data.packing)
-        examples = [self.datasets.train[i] for i in longest_rows(recipe, self.datasets.train, joined, self.steps)]
+        examples = self.longest_batch()
         was_training = model.training
         try:
             with accelerator.forked_random_state():
                 model.train()
-                nll, trained = self.nll(examples)
-                vectors = list(trained_vectors(model).values())
-                torch.autograd.grad(nll / trained, vectors, allow_unused=True)
+                self.try_batch(examples)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -289,6 +286,17 @@ class TrainingSession:
         finally:
             model.train(was_training)
             forget_inputs(model)
+
+    def longest_batch(self) -> list[Example]:
+        """The rows of the run's longest forward pass."""
+        recipe, rows = self.recipe, self.datasets.train
+        joined = rows_joined(self.model, recipe.data.prefix_once, recipe.data.packing)
+        return [rows[i] for i in longest_rows(recipe, rows, joined, self.steps)]
+
+    def try_batch(self, examples: list[Example]) -> None:
+        """Forward and backward over the rows; the gradients are dropped."""
+        nll, trained = self.nll(examples)
+        torch.autograd.grad(nll / trained, list(trained_vectors(self.model).values()), allow_unused=True)
 
     def nll(
         self,

@@ -126,7 +126,7 @@ class StepAttempt:
         shortage = worst([Shortage(*one[:2]) for one in failed])
         most = min(one[2] for one in failed)
         if session.recipe.training.on_oom == "save" or most == 0:
-            raise step_error(self.number, shortage, examples, session.plan, train, group)
+            raise step_error(f"Step {self.number}", shortage, examples, session.plan, train, group)
         session.batches.limit(most)
         limit = {"pass_tokens" if packed else "pass_rows": most}
         seconds = self._seconds()

@@ -25,6 +25,7 @@ from qvera.training.adapt import adapt_to_held_out_tasks
 from qvera.training.checkpoint import TrainState
 from qvera.training.engine import trained_vectors
 from qvera.training.logging import ProgressBar, repeat_line, status_line
+from qvera.training.many.trainer import ManyTrainer
 from qvera.training.optim import build_schedule, optimizer_bytes
 from qvera.training.plan import planned_steps
 from qvera.training.run import Run, RunResult
@@ -37,7 +38,7 @@ from qvera.utils.errors import InputError, Interrupted, OutOfMemory, RunFailed
 def train(
     recipe: Recipe, run_dir: Path, *, resume: bool = False, dry_run: bool = False, console: Console | None = None
 ) -> RunResult | None:
-    """Train an adapter as a recipe says, and write a run directory.
+    """Train an adapter, or many, as a recipe says, and write a run directory.
 
     Args:
         recipe: what to train, on what, and how.
@@ -56,7 +57,8 @@ def train(
         Interrupted: SIGINT, SIGTERM or SIGHUP came; a checkpoint was saved at the step boundary.
         RunFailed: the loss or the gradient became NaN or Inf, or the disk is full; the last checkpoint is kept.
     """
-    with in_group() as group, Trainer(recipe, run_dir, group, console) as trainer:
+    kind = ManyTrainer if recipe.data.has_adapters else Trainer
+    with in_group() as group, kind(recipe, run_dir, group, console) as trainer:
         if not dry_run:
             trainer.open_run_dir(resume)
         trainer.load_data(preview=dry_run)

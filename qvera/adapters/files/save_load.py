@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
 from torch import nn
 
 from qvera.adapters.config import QveraConfig
@@ -160,11 +162,22 @@ def adapter_facts(model: PeftModel) -> dict[str, Any]:
     }
 
 
-def save_adapter(model: PeftModel, directory: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> int:
+def save_adapter(
+    model: PeftModel,
+    directory: Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    vectors: dict[str, torch.Tensor] | None = None,
+) -> int:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` (fp32 vectors, no projections).
 
     Where tokens were added, their rows (`ADDED_ROWS`) and ``tokenizer`` go beside them. Written to a temporary name and
     renamed, so that a half-written adapter never stands under its final name.
+
+    Args:
+        model: with the adapter.
+        directory: where it goes.
+        tokenizer: the base model's.
+        vectors: what to write in place of the model's own vectors, by the same keys; the config stays the model's.
 
     Returns:
         The bytes of the files, without the tokenizer's.
@@ -173,12 +186,17 @@ def save_adapter(model: PeftModel, directory: Path, tokenizer: PreTrainedTokeniz
         RunFailed: the disk is full; an adapter that was there before is still there.
     """
     with disk_errors(str(directory), "The run's checkpoints are kept; make room and go on with --resume."):
-        _write_adapter(model, directory, tokenizer)
+        _write_adapter(model, directory, tokenizer, vectors)
     ours = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADDED_ROWS)
     return sum(f.stat().st_size for f in directory.iterdir() if f.name in ours)
 
 
-def _write_adapter(model: PeftModel, directory: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+def _write_adapter(
+    model: PeftModel,
+    directory: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    vectors: dict[str, torch.Tensor] | None,
+) -> None:
     partial, old = (directory.with_name(f".{directory.name}.{what}-{os.getpid()}") for what in ("partial", "old"))
     _discard(partial)
     try:
@@ -187,6 +205,13 @@ def _write_adapter(model: PeftModel, directory: Path, tokenizer: PreTrainedToken
         if isinstance(config, QveraConfig) and method_of(config).writes_lora:
             partial.mkdir()
             lora_file.write(partial, config, get_peft_model_state_dict(model, save_embedding_layers=False))
+        elif vectors is not None:
+            partial.mkdir(parents=True)
+            tensors = {name: vector.detach().cpu().contiguous() for name, vector in vectors.items()}
+            save_file(tensors, partial / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+            written = copy.copy(config)  # as PEFT writes it: for answers
+            written.inference_mode = True
+            written.save_pretrained(str(partial))
         else:
             model.save_pretrained(str(partial), save_embedding_layers=False)
             (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty model card

@@ -1,0 +1,149 @@
+"""Checkpoints of a run of many adapters: what every later round depends on.
+
+``checkpoints/round-00000100/`` has the files that `qvera.training.checkpoint.write` writes::
+
+    vectors.safetensors     "vectors": fp32 [slots, numbers], the bank
+    optimizer.safetensors   the moments and the counts of steps of each slot
+    best.safetensors        adapter's number → fp32 [numbers]; only with training.load_best_model_at_end
+    random.safetensors      torch's generator states
+    state.json              round, recipe, and of every adapter: status, slot, steps, losses, evaluations
+
+Of several processes each has its own adapters, so each has its own checkpoints: process k > 0 in
+``checkpoints/rank-0000k/``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qvera.training import checkpoint
+from qvera.training.checkpoint import TrainState
+from qvera.training.run_dir import changed_keys, plain_json, require_none_saved
+from qvera.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from qvera.training.many.roster import AdapterRun
+    from qvera.training.many.trainer import ManyTrainer
+
+_FILES = ("vectors.safetensors", "optimizer.safetensors", "random.safetensors")
+_BEST = "best.safetensors"
+
+
+@dataclasses.dataclass
+class ManyCheckpoint:
+    """A checkpoint that was read and verified."""
+
+    path: Path
+    state: dict[str, Any]
+    files: dict[str, dict[str, torch.Tensor]]
+
+
+def checkpoint_dir(run_dir: Path, rank: int) -> Path:
+    """Where a process has its checkpoints."""
+    return run_dir / "checkpoints" / (f"rank-{rank:05d}" if rank else "")
+
+
+def metrics_path(run_dir: Path, rank: int) -> Path:
+    """Where a process writes its records; at the end of a run all are in that of the first."""
+    return run_dir / (f"metrics.rank-{rank:05d}.jsonl" if rank else "metrics.jsonl")
+
+
+def save(trainer: ManyTrainer) -> None:
+    """Write a checkpoint of the round that was taken last, and delete those beyond the recipe's limit.
+
+    Raises:
+        RunFailed: the disk is full or read-only; earlier checkpoints are kept.
+    """
+    directory = checkpoint_dir(trainer.run_dir, trainer.group.rank)
+    best = {str(run.number): run.best for run in trainer.roster.in_flight if run.best is not None}
+    files: dict[str, dict[str, torch.Tensor]] = {
+        "vectors.safetensors": {"vectors": trainer.bank.vectors},
+        "optimizer.safetensors": trainer.adamw.state_dict(),
+        "random.safetensors": checkpoint.random_state(),
+        **({_BEST: best} if best else {}),
+    }
+    state = {
+        "recipe": trainer.recipe.to_dict(),
+        "processes": trainer.group.world_size,
+        "slots": trainer.bank.slots,
+        "gradient_checkpointing": trainer.checkpointing,
+        "totals": dataclasses.asdict(trainer.totals),
+        "adapters": [_entry(run) for run in trainer.runs],
+    }
+    checkpoint.write(directory, "round", trainer.round, files, plain_json(state))
+    checkpoint.prune(directory, trainer.recipe.training.save_total_limit, set())
+
+
+def newest(trainer: ManyTrainer, warn: Callable[[str], None]) -> ManyCheckpoint | None:
+    """The newest checkpoint of this process that verifies; None where the run ended before its first one.
+
+    Raises:
+        InputError: the run has saved checkpoints, and none of them can be used.
+    """
+    run_dir, rank = trainer.run_dir, trainer.group.rank
+    directory = checkpoint_dir(run_dir, rank)
+
+    def use(path: Path) -> ManyCheckpoint:
+        found = ManyCheckpoint(path, *checkpoint.read(path, _FILES, (_BEST,)))
+        _check(found, trainer)
+        return found
+
+    found = checkpoint.newest_of(directory, use, warn)
+    if found is None:
+        require_none_saved(run_dir, directory, metrics_path(run_dir, rank), "round")
+    return found
+
+
+def restore(trainer: ManyTrainer, found: ManyCheckpoint) -> None:
+    """Put a checkpoint into the trainer's bank, optimizer, adapters and torch's generators.
+
+    Raises:
+        InputError: the vectors have another shape than those of this run.
+    """
+    vectors = found.files["vectors.safetensors"]["vectors"]
+    if vectors.shape != trainer.bank.vectors.shape:
+        raise InputError(f"{found.path}: its vectors are not those of this recipe (other rank, targets or model).")
+    trainer.bank.vectors.copy_(vectors)
+    trainer.adamw.load_state_dict(found.files["optimizer.safetensors"])
+    best = found.files.get(_BEST, {})
+    for run, entry in zip(trainer.runs, found.state["adapters"], strict=True):
+        run.status, run.slot, run.after, run.reason = (entry[key] for key in ("status", "slot", "after", "reason"))
+        run.state = TrainState(**entry["state"])
+        run.best = best.get(str(run.number))
+    trainer.round = found.state["round"]
+    trainer.totals = type(trainer.totals)(**found.state["totals"])
+    checkpoint.set_random_state(found.files["random.safetensors"])
+
+
+def _entry(run: AdapterRun) -> dict[str, Any]:
+    fresh = dataclasses.asdict(TrainState())
+    state = {key: value for key, value in dataclasses.asdict(run.state).items() if value != fresh[key]}
+    kept = {key: getattr(run, key) for key in ("name", "status", "slot", "after", "reason")}
+    return {**kept, "state": state}
+
+
+def _check(found: ManyCheckpoint, trainer: ManyTrainer) -> None:
+    """Raises InputError for a checkpoint of another recipe, other data or another number of processes."""
+    state, path = found.state, found.path
+    if changed := changed_keys(state.get("recipe") or {}, trainer.recipe):
+        raise InputError(f"{path}: is of another run; {', '.join(changed)} differ from this recipe.")
+    try:
+        names = [entry["name"] for entry in state["adapters"]]
+        for entry in state["adapters"]:
+            TrainState(**entry["state"])
+        processes = state["processes"]
+        state["slots"], state["round"], state["totals"]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path}: was written by another version of qvera ({error}).") from None
+    if processes != trainer.group.world_size:
+        raise InputError(
+            f"{path}: was written by one of {processes} processes, which share out the adapters among them, and now "
+            f"there are {trainer.group.world_size}. Go on with as many."
+        )
+    if names != [run.name for run in trainer.runs]:
+        raise InputError(f"{path}: has other adapters than {trainer.recipe.data.path} names now. Put the rows back.")

@@ -1,0 +1,165 @@
+"""Which adapters of a run are trained when: a queue, and those in flight.
+
+The adapters with the most optimizer steps left come first, ties in the order of the data. So the long ones do not trail
+at the end, one after the other, in passes that nobody fills. An adapter that has begun is trained in every round until
+it leaves: none waits for others once it is in flight.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from qvera.data import planned_steps
+from qvera.training.checkpoint import TrainState
+from qvera.utils.adapter_names import directory_names
+
+if TYPE_CHECKING:
+    import torch
+
+    from qvera.config.schema import Recipe
+    from qvera.data import Batches, Datasets
+    from qvera.data.adapter_rows import AdapterRows
+
+Status = Literal["waiting", "in_flight", "done", "stopped_early", "not_finite"]
+LEFT: tuple[Status, ...] = ("done", "stopped_early", "not_finite")
+"""An adapter of this status is not trained any more."""
+
+
+@dataclasses.dataclass(eq=False)
+class AdapterRun:
+    """The training of one adapter among many.
+
+    Attributes:
+        number: its place in the order of the data.
+        rows: its rows.
+        directory: its directory's name under ``adapters/``.
+        steps: optimizer steps by its own rows and the recipe.
+        step_rows: rows of its optimizer step; the last step of an epoch may have fewer.
+        state: steps taken, losses, the best evaluation.
+        slot: its row of the bank while it is in flight.
+        best: fp32 [numbers], the vectors of its best step, where the recipe asks for them.
+        after: held-out loss of the vectors that were saved.
+        reason: why it was stopped, where its loss or gradient was not finite.
+    """
+
+    number: int
+    rows: AdapterRows
+    directory: str
+    steps: int
+    step_rows: int
+    status: Status = "waiting"
+    state: TrainState = dataclasses.field(default_factory=TrainState)
+    slot: int | None = None
+    batches: Batches | None = None
+    best: torch.Tensor | None = None
+    after: dict[str, Any] | None = None
+    reason: str | None = None
+
+    @property
+    def name(self) -> str:
+        """As in the data."""
+        return self.rows.name
+
+    @property
+    def has_left(self) -> bool:
+        """Whether it is not trained any more."""
+        return self.status in LEFT
+
+    @property
+    def steps_left(self) -> int:
+        """Optimizer steps that it has still to take."""
+        return 0 if self.has_left else self.steps - self.state.step
+
+    def next_rows(self) -> list[int]:
+        """Numbers of the training rows of its next step, as if it were trained alone."""
+        assert self.batches is not None
+        return [int(self.rows.train[row]) for row in self.batches.rows(self.state.step)]
+
+
+def adapter_runs(recipe: Recipe, datasets: Datasets) -> list[AdapterRun]:
+    """All adapters of a run in the order of the data, none of them begun.
+
+    Raises:
+        InputError: a name can't be a directory's.
+    """
+    directories = directory_names([*(rows.name for rows in datasets.adapters), *datasets.adapters_without_rows])
+    size = recipe.training.global_batch_size
+    return [
+        AdapterRun(
+            number, rows, directories[rows.name], planned_steps(recipe, len(rows.train)), min(size, len(rows.train))
+        )
+        for number, rows in enumerate(datasets.adapters)
+    ]
+
+
+def deal(steps: Sequence[int], ranks: int) -> list[list[int]]:
+    """The numbers of the adapters that each rank trains: the one with most steps goes to the rank with least work."""
+    load = [(0, rank) for rank in range(ranks)]
+    dealt: list[list[int]] = [[] for _ in range(ranks)]
+    for number in sorted(range(len(steps)), key=lambda number: -steps[number]):
+        work, rank = heapq.heappop(load)
+        dealt[rank].append(number)
+        heapq.heappush(load, (work + steps[number], rank))
+    return [sorted(numbers) for numbers in dealt]
+
+
+class Roster:
+    """The adapters of one process: the queue, and those in flight with their slots."""
+
+    def __init__(self, runs: Sequence[AdapterRun], slots: int, pass_rows: int | None) -> None:
+        """Queue all that have not left; those in flight keep their slots.
+
+        Args:
+            runs: in the order of the data.
+            slots: at most so many are in flight.
+            pass_rows: let adapters in as long as their steps together have at most so many rows (one may have more);
+                None: as long as there are slots.
+        """
+        self.runs, self.slots, self.pass_rows = list(runs), slots, pass_rows
+        waiting = [run for run in self.runs if run.status == "waiting"]
+        self.queue = deque(sorted(waiting, key=lambda run: -run.steps))
+        begun = [run for run in self.runs if run.status == "in_flight"]
+        self.in_flight = sorted(begun, key=lambda run: (-run.steps, run.number))
+        taken = {run.slot for run in begun}
+        self._free = [slot for slot in range(slots) if slot not in taken]
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all adapters have left."""
+        return not self.queue and not self.in_flight
+
+    def admit(self) -> list[AdapterRun]:
+        """Let the next of the queue in while there is room, and return them; each has a slot."""
+        admitted: list[AdapterRun] = []
+        while self.queue and self._free and self._has_room(self.queue[0]):
+            run = self.queue.popleft()
+            run.slot, run.status = heapq.heappop(self._free), "in_flight"
+            self.in_flight.append(run)
+            admitted.append(run)
+        return admitted
+
+    def _has_room(self, run: AdapterRun) -> bool:
+        if self.pass_rows is None or not self.in_flight:
+            return True
+        return sum(one.step_rows for one in self.in_flight) + run.step_rows <= self.pass_rows
+
+    def leave(self, run: AdapterRun, status: Status) -> None:
+        """Take an adapter out; its slot is free."""
+        assert run.slot is not None
+        self.in_flight.remove(run)
+        heapq.heappush(self._free, run.slot)
+        run.slot, run.status, run.batches, run.best = None, status, None, None
+
+
+def auto_slots(runs: Sequence[AdapterRun], pass_rows: int) -> int:
+    """How many of these adapters fill a pass of ``pass_rows`` rows at most; at least one."""
+    rows, count = 0, 0
+    for size in sorted(run.step_rows for run in runs):
+        rows, count = rows + size, count + 1
+        if rows > pass_rows:
+            return max(count - 1, 1)
+    return max(count, 1)

@@ -1,0 +1,395 @@
+"""The loop that trains many adapters on one base model, in forward passes that they share.
+
+An adapter is trained as if it were alone: rows, order, steps, learning rate, clipping, evaluations and early stopping
+are those of the same recipe over a file of its rows. What it shares is the pass through the frozen base. It leaves when
+its steps are taken, when it stops early, or when its loss or gradient is not finite, and the next of the queue takes
+its slot.
+
+Several processes share out the adapters. Each trains its own, with checkpoints of its own, and they meet only at the
+beginning and at the end; the run directory has to be one that all of them see.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from qvera.adapters.files.save_load import save_adapter
+from qvera.adapters.training_bank import TrainingBank
+from qvera.data import Example, adapter_batches
+from qvera.distributed.group import for_all
+from qvera.evaluation import evaluate
+from qvera.models.checkpointing import enable_checkpointing
+from qvera.training.logging import MetricsLog, ProgressBar, status_line
+from qvera.training.many import checkpoints
+from qvera.training.many.optimizer import BankAdamW
+from qvera.training.many.results import adapter_result, add_results, without_rows
+from qvera.training.many.roster import AdapterRun, Roster, Status, adapter_runs, auto_slots, deal
+from qvera.training.many.rounds import Round, held_out_losses
+from qvera.training.optim import rate_shares
+from qvera.training.run import Run, RunResult
+from qvera.training.run_dir import write_run
+from qvera.training.run_json import begun_run
+from qvera.utils.atomic import disk_errors, flush, replace_text
+from qvera.utils.errors import InputError, Interrupted, OutOfMemory, RunFailed
+from qvera.utils.formatting import first_of, size
+
+if TYPE_CHECKING:
+    from qvera.training.many.checkpoints import ManyCheckpoint
+
+_WAIT_SECONDS = 0.2
+"""How often a process that is done looks whether the others are."""
+
+
+@dataclasses.dataclass
+class Totals:
+    """What all rounds of a process took together."""
+
+    seconds: float = 0.0
+    input_tokens: int = 0
+
+
+class ManyTrainer(Run):
+    """A run of many adapters; its methods are called in the order of `Trainer`'s."""
+
+    def load_data(self, preview: bool = False) -> None:
+        """See `TrainingSession.load_data`; then the adapters of this process, as they begin."""
+        super().load_data(preview)
+        if preview:
+            return
+        every = self.group.agree(lambda: adapter_runs(self.recipe, self.datasets))
+        self.runs = [
+            every[number] for number in deal([run.steps for run in every], self.group.world_size)[self.group.rank]
+        ]
+        sizes = sorted(len(run.rows.train) for run in every)
+        self.console.print(
+            f"{len(every):,} adapters of {sizes[0]:,} to {sizes[-1]:,} rows (median {sizes[len(sizes) // 2]:,}), "
+            f"{sum(run.steps for run in every):,} optimizer steps together.",
+            highlight=False,
+            soft_wrap=True,
+        )
+        if lacking := self.datasets.adapters_without_rows:
+            self.warn(
+                f"{len(lacking):,} adapters have no row left to train on, and are not trained: {first_of(lacking)}."
+            )
+
+    def make_optimizer(self) -> None:
+        """Make the bank with its slots and optimizer; a run that goes on has as many slots as it began with."""
+        self.round, self.totals, self.saved_round = 0, Totals(), 0
+        self.pass_rows = self.recipe.training.per_device_train_batch_size
+        self.found: ManyCheckpoint | None = None
+        if self.resume:
+            self.found = self.group.agree(lambda: checkpoints.newest(self, self.warn))
+        self.bank = TrainingBank(self.model, self._slots() if self.found is None else self.found.state["slots"])
+        self.adamw = BankAdamW(self.bank, self.recipe.training)
+
+    def _slots(self) -> int:
+        asked = self.recipe.training.adapters_at_once
+        return max(1, min(len(self.runs), auto_slots(self.runs, self.pass_rows) if asked == "auto" else asked))
+
+    def setup(self) -> None:
+        """Go on from the checkpoint, if there is one; try the longest pass, and open the run's files."""
+        self.steps = sum(run.steps for run in self.runs)
+        if self.found is not None:
+            found = self.found
+            self.group.agree(lambda: checkpoints.restore(self, found))
+            self.keep_checkpointing(found.state["gradient_checkpointing"])
+            self.found, self.saved_round = None, self.round
+            self.console.print(f"Going on from round {self.round} ({found.path}).", soft_wrap=True)
+        elif self.resume:
+            self.console.print(f"No checkpoint was saved in {self.run_dir} yet: starting from round 0.", soft_wrap=True)
+        asked = self.recipe.training.adapters_at_once
+        self.roster = Roster(self.runs, self.bank.slots, self.pass_rows if asked == "auto" else None)
+        for run in self.roster.in_flight:
+            self._begin(run)
+        self.prepare_model()
+        if self.round == 0:
+            self.group.agree(self._try_longest_batch)
+        # names a meeting of this launch's processes
+        self.meeting = self.group.broadcast(uuid.uuid4().hex)
+        if self.group.first:
+            self.group.set_flag(f"begun {self.run_dir}")
+        self.group.on_first(lambda: self.open_files(self.round, "round"))
+        self.group.agree(self._open_own_files)
+        self.run = begun_run(self, self.started)
+        facts = self.run["adapter"]
+        self.console.print(
+            f"Training {self.bank.trained_numbers:,} parameters of each adapter in {facts['adapted_modules']} linear "
+            f"layers, at most {self.bank.slots:,} adapters at a time, on {self.run['device']}"
+            + (f" and {self.group.world_size - 1} more." if self.group.world_size > 1 else "."),
+            soft_wrap=True,
+        )
+
+    def prepare_model(self) -> None:
+        """Gradient checkpointing alone: no W + ΔW can be held that is the same for all rows."""
+        enable_checkpointing(self.model, self.checkpointing)
+
+    def longest_batch(self) -> list[Example]:
+        """The longest rows that a pass may have: of one adapter at most as many as its step has."""
+        lengths = self.datasets.train.lengths
+        rows: list[int] = []
+        for run in self.runs:
+            own = run.rows.train
+            rows += own[np.argsort(-lengths[own], kind="stable")[: run.step_rows]].tolist()
+        return [self.datasets.train[row] for row in sorted(rows, key=lambda row: -lengths[row])[: self.pass_rows]]
+
+    def try_batch(self, examples: list[Example]) -> None:
+        """Forward and backward over the rows, for one adapter; nothing is kept."""
+        try:
+            self.pass_nll([0] * len(examples), examples, [0.0] * len(examples))
+        finally:
+            self.bank.gradients.zero_()
+
+    def _open_own_files(self) -> None:
+        with disk_errors(str(self.run_dir), "No step was taken; mend that and start it again."):
+            if self.group.rank:
+                if not (self.run_dir / "recipe.yaml").exists():
+                    raise InputError(
+                        f"{self.run_dir}: is not the directory that rank 0 writes to. Processes that share out "
+                        "adapters write them into one; choose a training.output_dir on a disk that all nodes see."
+                    )
+                self.log_file = MetricsLog(checkpoints.metrics_path(self.run_dir, self.group.rank), self.round, "round")
+            (self.run_dir / "adapters").mkdir(exist_ok=True)
+
+    def _begin(self, run: AdapterRun) -> None:
+        """Make what an adapter in flight needs besides its slot."""
+        run.batches = adapter_batches(self.recipe, self.datasets, run.rows)
+
+    def slot(self, run: AdapterRun) -> int:
+        """The slot of an adapter in flight."""
+        assert run.slot is not None
+        return run.slot
+
+    def rate(self, run: AdapterRun) -> float:
+        """The learning rate of an adapter's next step."""
+        return self.recipe.training.learning_rate * self._shares(run.steps)(run.state.step)
+
+    @functools.cached_property
+    def _shares(self) -> Callable[[int], Callable[[int], float]]:
+        """The schedule of a number of steps; adapters with equally many steps share it."""
+        return functools.cache(functools.partial(rate_shares, self.recipe.training))
+
+    def pass_nll(
+        self, slots: Sequence[int], examples: Sequence[Example], weights: Sequence[float] | None = None
+    ) -> torch.Tensor:
+        """Negative log likelihood of each row of a pass [B], and its weighted sum's gradient into the bank.
+
+        Args:
+            slots: of each row's adapter.
+            weights: of each row; None: no gradient is computed.
+        """
+        batch = evaluate.make_batch(self.model, examples, self.datasets.pad_id, prefix_once=False)
+        row_weights = torch.tensor(weights or [1.0] * len(slots), dtype=torch.float32).to(self.device)
+        chunk = self.recipe.training.loss_chunk_tokens
+        with self.bank.rows(slots), torch.set_grad_enabled(weights is not None):
+            total, nll = evaluate.row_nll(self.model, batch, chunk, row_weights)
+            if weights is not None:
+                total.backward()
+        return nll
+
+    def train(self) -> RunResult | None:
+        """Train all adapters that are left, then write run.json.
+
+        Returns:
+            The result on rank 0, None on the others.
+        """
+        with self.signals, self.trackers:
+            if self.round == 0:
+                self._score_before()
+            self.model.train()
+            with ProgressBar(self.console, self.steps, self._steps_behind()) as self.progress:
+                while not self.roster.is_done and not self.stop_requested():
+                    try:
+                        self.take_round()
+                    except OutOfMemory as error:
+                        raise self._end(error) from None
+                    if self.round % self.recipe.training.save_steps == 0:
+                        self.save_checkpoint()
+            if self.round != self.saved_round:
+                self.save_checkpoint()
+            self._meet()
+            if self.stopped_by is not None:
+                self._finish("interrupted")
+                text = f"Stopped by {self.stopped_by} after round {self.round}, and saved. "
+                raise for_all(Interrupted(f"{text}The same command with --resume goes on."))
+        self._finish("done")
+        if all(entry["status"] in ("not_finite", "no_rows") for entry in self.run["adapters"]):
+            text = "No adapter's loss stayed finite, so none was saved. Lower training.learning_rate."
+            raise for_all(RunFailed(text))
+        return RunResult(self.run_dir, self.run) if self.group.first else None
+
+    def take_round(self) -> None:
+        """Let adapters in, take a step of each, evaluate those that are due, and let out those that are finished.
+
+        Raises:
+            OutOfMemory: memory ran out; no adapter took a step.
+            RunFailed: the disk is full.
+        """
+        for run in self.roster.admit():
+            self.bank.start(self.slot(run))
+            self.adamw.reset(self.slot(run))
+            self._begin(run)
+        stepping = [run for run in self.roster.in_flight if run.steps_left]
+        records = Round(self, stepping).take() if stepping else []
+        if stepping:
+            self.round += 1
+            self.totals.seconds += records[-1]["step_seconds"]
+            self.totals.input_tokens += records[-1]["input_tokens"]
+        self.log(records)
+        evaluated = self._evaluate([run for run in stepping if run.reason is None])
+        self._let_out(evaluated)
+        if records:
+            self._show(records[-1])
+
+    def _evaluate(self, runs: Sequence[AdapterRun]) -> dict[AdapterRun, dict[str, Any]]:
+        """Held-out loss of the adapters whose step says so; returns the results."""
+        training = self.recipe.training
+        due = [
+            run
+            for run in runs
+            if len(run.rows.eval) and training.eval_steps and run.state.step % training.eval_steps == 0
+        ]
+        found = {run: one for run, one in zip(due, self._held_out(due), strict=True) if one is not None}
+        for run, result in found.items():
+            run.state.add_evaluation(result["loss"], training.early_stopping_patience)
+            if training.load_best_model_at_end and run.state.best_step == run.state.step:
+                run.best = self.bank.vectors[self.slot(run)].to("cpu", copy=True)
+        kind = {"kind": "eval", "round": self.round}
+        self.log([{**kind, "adapter": run.name, "step": run.state.step, **one} for run, one in found.items()])
+        return found
+
+    def _held_out(self, runs: Sequence[AdapterRun]) -> list[dict[str, Any] | None]:
+        return held_out_losses(self, [self.slot(run) for run in runs], [run.rows.eval.tolist() for run in runs])
+
+    def _let_out(self, evaluated: dict[AdapterRun, dict[str, Any]]) -> None:
+        """Score and save the adapters that are finished, and free their slots."""
+        leaving: list[tuple[AdapterRun, Status]] = []
+        for run in self.roster.in_flight:
+            if run.reason is not None:
+                leaving.append((run, "not_finite"))
+            elif run.state.stopped_early:
+                leaving.append((run, "stopped_early"))
+            elif not run.steps_left:
+                leaving.append((run, "done"))
+        finished = [run for run, status in leaving if status != "not_finite"]
+        for run in finished:
+            if run.best is not None and run.state.best_step != run.state.step:
+                self.bank.vectors[self.slot(run)].copy_(run.best)
+            elif run in evaluated:
+                run.after = evaluated[run]  # of the very vectors that are saved
+        scored = [run for run in finished if run.after is None]
+        for run, result in zip(scored, self._held_out(scored), strict=True):
+            run.after = result
+        for run, status in leaving:
+            if status == "not_finite":
+                self.warn(f"Adapter {run.name}: {run.reason} It is stopped and not saved; the others go on.")
+            else:
+                self._save_adapter(run)
+            self.roster.leave(run, status)
+
+    def _save_adapter(self, run: AdapterRun) -> None:
+        directory = self.run_dir / "adapters" / run.directory
+        save_adapter(self.model, directory, vectors=self.bank.take(self.slot(run)))
+
+    def _score_before(self) -> None:
+        """The held-out loss of every adapter before training: all begin with the same vectors, so with full passes."""
+        runs = [run for run in self.runs if len(run.rows.eval)]
+        self.bank.start(0)
+        with status_line(self.console, "Before training: held-out loss"):
+            found = held_out_losses(self, [0] * len(runs), [run.rows.eval.tolist() for run in runs])
+        for run, result in zip(runs, found, strict=True):
+            run.state.before = result
+
+    def log(self, records: Sequence[dict[str, Any]]) -> None:  # type: ignore[override]
+        """Write records to metrics.jsonl; those of rounds go to the trackers too."""
+        if records and self.log_file is not None:
+            rank = {"rank": self.group.rank} if self.group.rank else {}
+            self.log_file.write(*({**record, **rank} for record in records))
+        for record in records:
+            if record["kind"] == "round":
+                self.trackers.log({**record, "step": record["round"]})
+
+    def _steps_behind(self) -> int:
+        """Steps that were taken, or that an adapter which has left does not take any more."""
+        return self.steps - sum(run.steps_left for run in self.runs)
+
+    def _show(self, record: dict[str, Any]) -> None:
+        done = sum(run.has_left for run in self.runs)
+        self.progress.move(
+            self._steps_behind(),
+            f"{done:,} of {len(self.runs):,} adapters done, {len(self.roster.in_flight):,} in flight  "
+            f"{record['adapters'] / record['step_seconds']:,.1f} steps/s  {record['tokens_per_second']:,.0f} tokens/s  "
+            f"{size(record['memory_bytes'])}",
+        )
+
+    def stop_requested(self) -> bool:
+        """Whether a signal asks this run to stop; the processes look at each other's, and each stops at its round."""
+        flag = f"stop {self.meeting}"
+        if self.signals.asked is not None:
+            self.stopped_by = self.signals.asked
+            self.group.set_flag(flag)
+        elif self.group.world_size > 1 and self.group.has_flag(flag):
+            self.stopped_by = "a signal to another process"
+        return self.stopped_by is not None
+
+    def _meet(self) -> None:
+        """Wait until every process is here. It may take hours, which no collective may."""
+        if self.group.world_size == 1 or self.group.store is None:
+            return
+        self.group.set_flag(f"here {self.meeting} {self.group.rank}")
+        missing = set(range(self.group.world_size))
+        while missing := {rank for rank in missing if not self.group.has_flag(f"here {self.meeting} {rank}")}:
+            time.sleep(_WAIT_SECONDS)
+        found = [stopped for stopped in self.group.gather(self.stopped_by) if stopped is not None]
+        self.stopped_by = found[0] if found else None
+
+    def save_checkpoint(self) -> None:
+        """Save everything that a later round depends on."""
+        if self.log_file is not None:
+            self.log_file.flush()
+        checkpoints.save(self)
+        self.saved_round = self.round
+
+    def _end(self, error: OutOfMemory) -> RunFailed:
+        """Save the round before one that memory did not suffice for, and write run.json; returns the error to raise."""
+        if self.group.world_size > 1:
+            return error  # the other ranks are elsewhere
+        if self.round:
+            if self.round != self.saved_round:
+                self.save_checkpoint()
+            error = OutOfMemory(
+                f"{error}\nRound {self.round} is saved: the same command with --resume goes on from it."
+            )
+        self._finish("failed")
+        return error
+
+    def _finish(self, status: str) -> None:
+        """Write run.json and the report, with the adapters of all processes; the ranks wait for it."""
+        mine = [[run.number, adapter_result(run, self.recipe)] for run in self.runs]
+        entries = [entry for _, entry in sorted(one for found in self.group.gather(mine) for one in found)]
+        lacking = self.datasets.adapters_without_rows
+        add_results(self.run, self, status, [*entries, *map(without_rows, lacking)])
+
+        def write() -> None:
+            if status == "done":
+                self._join_records()
+            write_run(self.run_dir, self.run, self.console)
+
+        self.group.on_first(write)
+
+    def _join_records(self) -> None:
+        """Put the records of all processes into metrics.jsonl."""
+        others = [checkpoints.metrics_path(self.run_dir, rank) for rank in range(1, self.group.world_size)]
+        for path in [path for path in others if path.exists()]:
+            with disk_errors(str(self.run_dir), "Checkpoints are kept; mend that and go on with --resume."):
+                own = self.run_dir / "metrics.jsonl"
+                replace_text(own, own.read_text(encoding="utf-8") + path.read_text(encoding="utf-8"))
+                path.unlink()
+                flush(self.run_dir)

@@ -1,0 +1,90 @@
+"""Rows of several adapters, recipes that train them together or alone, and what a run left."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from qvera.config.schema import Recipe
+from qvera.training.trainer import train
+
+COLUMN = "customer"
+
+
+def write_rows(path: Path, counts: Mapping[str, int], seed: int = 0) -> dict[str, list[dict[str, str]]]:
+    """A file with that many rows of each adapter, in mixed order; returns the rows of each.
+
+    Those whose name begins with ``noise`` have nothing to learn for rows that are held out.
+    """
+    chooser = random.Random(seed)
+    names = [name for name, count in counts.items() for _ in range(count)]
+    chooser.shuffle(names)
+    rows: dict[str, list[dict[str, str]]] = {name: [] for name in dict.fromkeys(names)}
+    with open(path, "w", encoding="utf-8") as handle:
+        for name in names:
+            word = chooser.choice(["red", "blue", "green", "grey", "gold"]) * chooser.randint(1, 4)
+            if name.startswith("noise"):
+                word = "".join(chooser.choices("abcdefghijklmnopqrstuvwxyz", k=12))
+            row = {"prompt": f"say {word} {chooser.randint(0, 99)}", "completion": f"{word} {chooser.randint(0, 9)}"}
+            rows[name].append(row)
+            handle.write(json.dumps({COLUMN: name, **row}) + "\n")
+    return rows
+
+
+def many_recipe(make_recipe: Any, path: Path, training: Mapping[str, Any] | None = None, **data: Any) -> Recipe:
+    """A recipe that trains the adapters of a file together: steps of four rows, passes of eight."""
+    sizes = {"global_batch_size": 4, "per_device_train_batch_size": 8, "max_steps": 6, "save_steps": 1000}
+    keys = {"path": str(path), "adapter_column": COLUMN, "eval_fraction": 0.0, **data}
+    return make_recipe(data=keys, training={**sizes, **(training or {})})
+
+
+def alone(recipe: Recipe, rows: list[dict[str, str]], path: Path) -> Recipe:
+    """The same recipe for one adapter, over a file of its rows."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = recipe.data.replace(path=str(path), adapter_column=None)
+    rows_a_pass = min(recipe.training.per_device_train_batch_size, recipe.training.global_batch_size)
+    training = recipe.training.replace(per_device_train_batch_size=rows_a_pass, adapters_at_once="auto")
+    return recipe.replace(data=data, training=training)
+
+
+def train_alone(recipe: Recipe, rows: list[dict[str, str]], directory: Path) -> dict[str, Any]:
+    """Train one adapter alone; its run.json."""
+    directory.mkdir(parents=True)
+    result = train(alone(recipe, rows, directory / "rows.jsonl"), directory / "run")
+    assert result is not None
+    return result.run
+
+
+def train_many(recipe: Recipe, run_dir: Path, **more: Any) -> dict[str, dict[str, Any]]:
+    """Train many; the entries of run.json by name."""
+    assert train(recipe, run_dir, **more) is not None
+    return entries(run_dir)
+
+
+def entries(run_dir: Path) -> dict[str, dict[str, Any]]:
+    run = json.loads((run_dir / "run.json").read_text())
+    return {entry["name"]: entry for entry in run["adapters"]}
+
+
+def records(run_dir: Path, kind: str = "train", adapter: str | None = None) -> list[dict[str, Any]]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    found = [record for record in map(json.loads, lines) if record["kind"] == kind]
+    return found if adapter is None else [record for record in found if record["adapter"] == adapter]
+
+
+def vectors(run_dir: Path, adapter: str | None = None) -> dict[str, torch.Tensor]:
+    directory = run_dir / "adapter"
+    if adapter is not None:
+        directory = run_dir / "adapters" / entries(run_dir)[adapter]["directory"]
+    return load_file(directory / "adapter_model.safetensors")
+
+
+def all_files(run_dir: Path) -> dict[str, bytes]:
+    """The adapters' files by their path."""
+    return {str(p.relative_to(run_dir)): p.read_bytes() for p in (run_dir / "adapters").rglob("*") if p.is_file()}

@@ -1,0 +1,116 @@
+"""An adapter trained among others is the one that is trained alone, whatever its neighbours do."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qvera.config.schema import Recipe
+from qvera.training.many.trainer import ManyTrainer
+from tests.training.many.runs import entries, many_recipe, records, train_alone, train_many, vectors, write_rows
+
+pytestmark = pytest.mark.process
+
+STEP = ("step", "epoch", "learning_rate", "trained_tokens", "input_tokens"), ("loss", "grad_norm")
+EVALUATION = ("step", "rows", "trained_tokens"), ("loss", "perplexity")
+SCORES = ("steps", "best_step"), ("train_loss_first", "train_loss_last")
+TRAINING = {
+    "max_steps": 20,
+    "eval_steps": 3,
+    "early_stopping_patience": 1,
+    "learning_rate": 0.1,
+    "per_device_train_batch_size": 16,
+}
+
+
+def assert_equal(ours: Mapping[str, Any], theirs: Mapping[str, Any], keys: tuple[tuple[str, ...], ...]) -> None:
+    exact, close = keys
+    assert [ours[key] for key in exact] == [theirs[key] for key in exact]
+    assert [ours[key] for key in close] == pytest.approx([theirs[key] for key in close], rel=1e-5)
+
+
+def assert_as_alone(together: Path, name: str, recipe: Recipe, rows: list[dict[str, str]], scratch: Path) -> None:
+    """Train ``name`` alone: rows, steps and learning rates are the very same, losses and vectors to rounding.
+
+    AdamW divides each gradient by its own size, so the rounding of a gradient that is nearly 0 becomes that of a whole
+    step: vectors are compared by their largest element.
+    """
+    entry = entries(together)[name]
+    if not entry["eval_rows"]:
+        recipe = recipe.replace(
+            data=recipe.data.replace(eval_fraction=0.0),
+            training=recipe.training.replace(eval_steps=0, early_stopping_patience=0, load_best_model_at_end=False),
+        )
+    result = train_alone(recipe, rows, scratch)["result"]
+    for kind, keys in (("train", STEP), ("eval", EVALUATION)):
+        ours, theirs = records(together, kind, name), records(scratch / "run", kind)
+        assert len(ours) == len(theirs)
+        for one, other in zip(ours, theirs, strict=True):
+            assert_equal(one, other, keys)
+    assert_equal(entry, result, SCORES)
+    assert (entry["status"] == "stopped_early") == result["stopped_early"]
+    for when in ("eval_before", "eval_after"):
+        assert (entry[when] is None) == (result[when] is None)
+        if entry[when] is not None:
+            assert_equal(entry[when], result[when], (("rows", "trained_tokens"), ("loss", "perplexity")))
+    trained, reference = vectors(together, name), vectors(scratch / "run")
+    assert trained.keys() == reference.keys()
+    for key, expected in reference.items():
+        torch.testing.assert_close(trained[key], expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    config = "adapter_config.json"
+    assert json.loads((together / "adapters" / entry["directory"] / config).read_text()) == json.loads(
+        (scratch / "run" / "adapter" / config).read_text()
+    )
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, name: str, step: int) -> None:
+    """Give an adapter a vector that is not finite before its step ``step`` (from 1)."""
+    real = ManyTrainer.take_round
+
+    def take_round(self: ManyTrainer) -> None:
+        for run in self.roster.in_flight:
+            if run.name == name and run.state.step == step - 1:
+                self.bank.vectors[self.slot(run), 0] = float("nan")
+        real(self)
+
+    monkeypatch.setattr(ManyTrainer, "take_round", take_round)
+
+
+def test_among_others_as_alone(make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uneven sizes, one that diverges, some that stop early."""
+    counts = {"one": 1, "noise of 4": 4, "diverges": 30, "eleven": 11, "sixty": 60, "noise of 6": 6, "forty": 40}
+    rows = write_rows(tmp_path / "rows.jsonl", counts)
+    recipe = many_recipe(make_recipe, tmp_path / "rows.jsonl", TRAINING, eval_fraction=0.2)
+    poison(monkeypatch, "diverges", step=3)
+    found = train_many(recipe, tmp_path / "run")
+    assert Counter(entry["status"] for entry in found.values())["stopped_early"] >= 2
+    assert (found["diverges"]["status"], found["diverges"]["steps"]) == ("not_finite", 2)
+    assert not (tmp_path / "run" / "adapters" / "diverges").exists()
+    for name in ("one", "noise of 6", "forty"):
+        assert_as_alone(tmp_path / "run", name, recipe, rows[name], tmp_path / name)
+
+
+@pytest.mark.slow
+def test_each_of_a_hundred_as_alone(make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1 to 60 rows, at least two that stop early, one that diverges."""
+    chooser = random.Random(1)
+    counts = {f"customer {number}": chooser.randint(1, 60) for number in range(95)}
+    counts |= {"least": 1, "most": 60} | {f"noise {number}": 4 + number for number in range(3)}
+    rows = write_rows(tmp_path / "rows.jsonl", counts)
+    recipe = many_recipe(make_recipe, tmp_path / "rows.jsonl", TRAINING, eval_fraction=0.2)
+    poison(monkeypatch, "customer 7", step=5)
+    found = train_many(recipe, tmp_path / "run")
+    statuses = Counter(entry["status"] for entry in found.values())
+    assert statuses["not_finite"] == 1
+    assert statuses["stopped_early"] >= 2
+    assert statuses["done"] >= 2
+    for name in found:
+        if name != "customer 7":
+            assert_as_alone(tmp_path / "run", name, recipe, rows[name], tmp_path / found[name]["directory"])

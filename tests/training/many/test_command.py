@@ -1,0 +1,49 @@
+"""`qvera train` with a recipe that names adapters: what it prints and leaves."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from qvera.cli.main import main
+from tests.training.many.runs import entries, many_recipe, records, write_rows
+
+pytestmark = pytest.mark.process
+
+
+def test_train_says_how_many_are_done_and_leaves_one_file_of_metrics(
+    make_recipe: Any, tmp_path: Path, capsys: Any
+) -> None:
+    run_dir = tmp_path / "run"
+    write_rows(tmp_path / "rows.jsonl", {"anna": 9, "Ärzte & Co.": 12, "ben": 2})
+    training = {"max_steps": 3, "eval_steps": 3, "adapters_at_once": 2, "output_dir": str(run_dir)}
+    recipe = many_recipe(make_recipe, tmp_path / "rows.jsonl", training, eval_fraction=0.3)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe.to_dict()), encoding="utf-8")
+    assert main(["train", str(path), "--dry-run"]) == 0
+    assert not run_dir.exists()
+    capsys.readouterr()
+    assert main(["train", str(path)]) == 0
+    shown = capsys.readouterr()
+    printed, progress = shown.out, " ".join(shown.err.split())
+    assert "3 adapters of 1 to 8 rows (median 6), 9 optimizer steps together" in progress
+    assert "at most 2 adapters at a time" in progress
+    assert "3 of 3 adapters done, 0 in flight" in progress
+    assert re.search(r"adapters +3 done, in .*/run/adapters", printed)
+    assert re.search(r"held-out loss +[\d.]+ → [\d.]+ in the mean of 3 adapters", printed)
+    assert re.search(r"look at +too few rows: ben", printed)
+    run = json.loads((run_dir / "run.json").read_text())
+    found = entries(run_dir)
+    assert list(found) == [name for name in found if (run_dir / "adapters" / found[name]["directory"]).is_dir()]
+    assert (run["status"], run["result"]["steps"], run["result"]["planned_steps"]) == ("done", 9, 9)
+    rounds = records(run_dir, "round")
+    assert [record["round"] for record in rounds] == list(range(1, 7))
+    assert {record["adapters"] for record in rounds} == {1, 2}
+    assert sum(record["rows"] for record in rounds) == sum(min(4, entry["rows"]) for entry in found.values()) * 3 - 2
+    assert {record["adapter"] for record in records(run_dir)} == found.keys()
+    assert (run_dir / "report.html").exists()

@@ -1,0 +1,148 @@
+"""Killed or stopped in the middle, with adapters joining and leaving, a run ends with the same bits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qvera.config.schema import Recipe
+from qvera.training import checkpoint
+from qvera.training.many.trainer import ManyTrainer
+from qvera.training.trainer import train
+from qvera.utils.errors import InputError, Interrupted, RunFailed
+from tests.disk import fill, small_disk
+from tests.training.many.runs import all_files, entries, many_recipe, train_many, write_rows
+
+pytestmark = pytest.mark.process
+
+COUNTS = {"anna": 21, "ben": 9, "cleo": 1, "dan": 14, "eve": 6, "Eve": 8}
+"""By two epochs of steps of four rows: 12, 6, 2, 8, 4 and 4 steps, of which two or three go into a pass."""
+TIMES = ("seconds", "step_seconds", "tokens_per_second", "memory_bytes", "peak_bytes")
+
+
+@pytest.fixture(scope="module")
+def whole(make_recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
+    """A recipe, and a finished run with a checkpoint of each of its last rounds. Copy it before you change it."""
+    directory = tmp_path_factory.mktemp("many")
+    write_rows(directory / "rows.jsonl", COUNTS)
+    training = {"max_steps": -1, "num_train_epochs": 2.0, "save_steps": 3, "save_total_limit": 100}
+    training |= {"eval_steps": 2, "load_best_model_at_end": True}
+    recipe = many_recipe(make_recipe, directory / "rows.jsonl", training, eval_fraction=0.2)
+    train_many(recipe, directory / "run")
+    return recipe, directory / "run"
+
+
+def untimed(tree: Any) -> Any:
+    """Records or results without what a clock or the machine says."""
+    if isinstance(tree, dict):
+        return {key: untimed(value) for key, value in tree.items() if key not in TIMES}
+    return [untimed(value) for value in tree] if isinstance(tree, list) else tree
+
+
+def metrics(run_dir: Path) -> list[Any]:
+    return [untimed(json.loads(line)) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same(run_dir: Path, whole: Path) -> None:
+    assert all_files(run_dir) == all_files(whole)
+    assert metrics(run_dir) == metrics(whole)
+    assert untimed(entries(run_dir)) == untimed(entries(whole))
+
+
+def killed(run_dir: Path, copy: Path, after: int) -> Path:
+    """A copy of a finished run, as a kill some rounds behind the checkpoint of round ``after`` leaves it."""
+    shutil.copytree(run_dir, copy)
+    (copy / "run.json").unlink()
+    for path in checkpoint.directories(copy / "checkpoints"):
+        if int(path.name[-8:]) > after:
+            shutil.rmtree(path)
+    return copy
+
+
+def test_the_run_has_adapters_that_join_and_leave_at_its_checkpoints(whole: tuple[Recipe, Path]) -> None:
+    _, run_dir = whole
+    found = []
+    for path in checkpoint.directories(run_dir / "checkpoints"):
+        state = json.loads((path / "state.json").read_text())
+        found.append([entry["status"] for entry in state["adapters"]])
+    assert any({"waiting", "in_flight", "done"} <= set(statuses) for statuses in found)
+    assert set(found[-1]) == {"done"}
+
+
+@pytest.mark.parametrize("after", [0, 3, 6])
+def test_a_killed_run_goes_on_to_the_same_bits(whole: tuple[Recipe, Path], tmp_path: Path, after: int) -> None:
+    recipe, run_dir = whole
+    cut = killed(run_dir, tmp_path / "cut", after)
+    if after == 0:  # killed before its first checkpoint
+        lines = (cut / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (cut / "metrics.jsonl").write_text("".join(lines[:7]) + '{"kind": "tra')
+        shutil.rmtree(cut / "adapters")
+    train(recipe, cut, resume=True)
+    assert_same(cut, run_dir)
+
+
+def test_a_stopped_run_is_saved_and_goes_on(
+    whole: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, run_dir = whole
+    real = ManyTrainer.take_round
+
+    def take_round(self: ManyTrainer) -> None:
+        real(self)
+        if self.round == 5:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ManyTrainer, "take_round", take_round)
+        with pytest.raises(Interrupted, match="Stopped by SIGTERM after round 5, and saved") as stopped:
+            train(recipe, tmp_path / "run")
+    assert stopped.value.exit_code == 75
+    statuses = {entry["status"] for entry in entries(tmp_path / "run").values()}
+    assert "unfinished" in statuses
+    with pytest.raises(InputError, match="already holds a run"):
+        train(recipe, tmp_path / "run")
+    train(recipe, tmp_path / "run", resume=True)
+    assert_same(tmp_path / "run", run_dir)
+
+
+def test_other_rows_or_damaged_checkpoints_are_refused(whole: tuple[Recipe, Path], tmp_path: Path) -> None:
+    recipe, run_dir = whole
+    cut = killed(run_dir, tmp_path / "cut", after=3)
+    write_rows(tmp_path / "other.jsonl", COUNTS | {"zoe": 5})
+    other = recipe.replace(data=recipe.data.replace(path=str(tmp_path / "other.jsonl")))
+    with pytest.raises(InputError, match=r"data\.path changed"):
+        train(other, cut, resume=True)
+    for path in checkpoint.directories(cut / "checkpoints"):
+        (path / "vectors.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match=r"no checkpoint that can be used, and the run has taken \d+ rounds"):
+        train(recipe, cut, resume=True)
+
+
+def test_a_disk_that_fills_up_while_one_is_saved_keeps_the_finished_ones(
+    whole: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, run_dir = whole
+    with small_disk(tmp_path / "disk", 8 << 20) as disk:
+        real = ManyTrainer._save_adapter
+        fillers: list[Path] = []
+
+        def save(self: ManyTrainer, run: Any) -> None:
+            if (disk / "run" / "adapters" / "ben").exists() and not fillers:
+                fillers.append(fill(disk, leave_bytes=2_000))
+            real(self, run)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ManyTrainer, "_save_adapter", save)
+            with pytest.raises(RunFailed, match=r"adapters/\w+: the disk is full.*--resume"):
+                train(recipe, disk / "run")
+        kept = all_files(disk / "run")
+        assert kept
+        assert kept.items() <= all_files(run_dir).items()
+        fillers[0].unlink()
+        train(recipe, disk / "run", resume=True)
+        assert_same(disk / "run", run_dir)

@@ -1,0 +1,91 @@
+"""Who is trained when: the order of the queue, room, slots, and the share of each process."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import numpy as np
+import pytest
+
+from qvera.data import AdapterRows
+from qvera.training.many.roster import AdapterRun, Roster, auto_slots, deal
+from qvera.training.many.rounds import RoundRow, cut_round
+
+
+def runs(*steps_and_rows: tuple[int, int]) -> list[AdapterRun]:
+    none = np.array([], dtype=np.int64)
+    return [
+        AdapterRun(number, AdapterRows(f"a{number}", none, none, 0), f"a{number}", steps, rows)
+        for number, (steps, rows) in enumerate(steps_and_rows)
+    ]
+
+
+def numbers(found: list[AdapterRun]) -> list[int]:
+    return [run.number for run in found]
+
+
+def test_those_with_most_steps_come_first_and_ties_in_the_order_of_the_data() -> None:
+    roster = Roster(runs((3, 1), (9, 1), (3, 1), (12, 1), (9, 1)), slots=2, pass_rows=None)
+    order = numbers(roster.admit())
+    while roster.in_flight:
+        roster.leave(roster.in_flight[0], "done")
+        order += numbers(roster.admit())
+    assert order == [3, 1, 4, 0, 2]
+    assert roster.is_done
+
+
+def test_whoever_is_in_flight_is_trained_until_it_leaves_and_its_slot_goes_to_the_next() -> None:
+    roster = Roster(runs((4, 2), (4, 2), (2, 2), (1, 2)), slots=3, pass_rows=4)
+    first, second = roster.admit()
+    assert (first.slot, second.slot) == (0, 1)
+    assert roster.admit() == []  # the pass is full
+    roster.leave(first, "stopped_early")
+    assert roster.in_flight == [second]
+    (third,) = roster.admit()
+    assert (third.number, third.slot) == (2, 0)
+    assert [run.status for run in roster.runs] == ["stopped_early", "in_flight", "in_flight", "waiting"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "pass_rows", "at_once"),
+    [([4] * 9, 16, 4), ([4] * 9, 15, 3), ([16, 16], 8, 1), ([1] * 30, 16, 16), ([4, 1, 1, 1, 1], 16, 5)],
+)
+def test_adapters_join_as_long_as_their_rows_go_into_the_pass(sizes: list[int], pass_rows: int, at_once: int) -> None:
+    found = runs(*((10 - number, rows) for number, rows in enumerate(sizes)))
+    roster = Roster(found, auto_slots(found, pass_rows), pass_rows)
+    assert len(roster.admit()) == at_once
+
+
+def test_a_number_of_adapters_at_once_is_kept_whatever_the_pass_has() -> None:
+    assert len(Roster(runs(*[(5, 4)] * 9), slots=6, pass_rows=None).admit()) == 6
+
+
+def test_a_round_is_cut_by_length_and_each_adapter_keeps_its_order() -> None:
+    one, other = runs((1, 3), (1, 3))
+    rows = [RoundRow(one, row) for row in (0, 1, 2)] + [RoundRow(other, row) for row in (3, 4, 5)]
+    passes = cut_round(rows, [5, 9, 5, 7, 5, 5], 4)
+    assert [[row for _, row in part] for part in passes] == [[0, 2, 4, 5], [3, 1]]
+
+
+def test_processes_share_out_the_steps_evenly_and_all_know_how() -> None:
+    steps = [int(steps) for steps in np.random.default_rng(0).integers(1, 60, 1000)]
+    shares = deal(steps, 3)
+    assert sorted(number for share in shares for number in share) == list(range(1000))
+    work = [sum(steps[number] for number in share) for share in shares]
+    assert max(work) - min(work) <= max(steps)
+    assert all(share == sorted(share) for share in shares)
+    assert deal([5], 3) == [[0], [], []]
+
+
+def test_a_roster_that_goes_on_keeps_slots_and_queue() -> None:
+    roster = Roster(runs((3, 1), (9, 1), (3, 1), (12, 1)), slots=2, pass_rows=None)
+    roster.admit()
+    roster.leave(roster.in_flight[0], "done")
+    roster.admit()
+    again = Roster(roster.runs, slots=2, pass_rows=None)
+    assert again.in_flight == roster.in_flight
+    assert list(again.queue) == list(roster.queue)
+    again.leave(again.in_flight[0], "done")
+    (last,) = again.admit()
+    assert cast(int, last.slot) in (0, 1)
+    assert len({run.slot for run in again.in_flight}) == 2
