@@ -42,13 +42,18 @@ def read_records(path: Path, unit: str = "step") -> Iterator[dict[str, Any]]:
 class MetricsLog:
     """metrics.jsonl: one JSON object a line, each step once per kind, whatever was interrupted and resumed."""
 
-    def __init__(self, path: Path, last_step: int, unit: str = "step") -> None:
+    def __init__(self, path: Path, last_step: int, unit: str = "step", rank: int = 0) -> None:
         """Open for appending; records after ``last_step`` (of steps that will be run again) are dropped.
 
-        ``unit``: the key that numbers the records, ``step`` or ``round``.
+        Args:
+            path: of the file.
+            last_step: the last one that is kept.
+            unit: the key that numbers the records, ``step`` or ``round``.
+            rank: of this process; what others have recorded (``rank`` in a record) is kept.
         """
         self.path = path
-        lines = [json.dumps(record) for record in read_records(path, unit) if record[unit] <= last_step]
+        kept = (r for r in read_records(path, unit) if r[unit] <= last_step or r.get("rank", 0) != rank)
+        lines = [json.dumps(record) for record in kept]
         with self._disk_full():
             replace_text(path, "".join(f"{line}\n" for line in lines))
 

@@ -155,7 +155,8 @@ class ManyTrainer(Run):
                         f"{self.run_dir}: is not the directory that rank 0 writes to. Processes that share out "
                         "adapters write them into one; choose a training.output_dir on a disk that all nodes see."
                     )
-                self.log_file = MetricsLog(checkpoints.metrics_path(self.run_dir, self.group.rank), self.round, "round")
+                path = checkpoints.metrics_path(self.run_dir, self.group.rank)
+                self.log_file = MetricsLog(path, self.round, "round", self.group.rank)
             (self.run_dir / "adapters").mkdir(exist_ok=True)
 
     def _begin(self, run: AdapterRun) -> None:
@@ -346,6 +347,7 @@ class ManyTrainer(Run):
         self.group.set_flag(f"here {self.meeting} {self.group.rank}")
         missing = set(range(self.group.world_size))
         while missing := {rank for rank in missing if not self.group.has_flag(f"here {self.meeting} {rank}")}:
+            self.stop_requested()
             time.sleep(_WAIT_SECONDS)
         found = [stopped for stopped in self.group.gather(self.stopped_by) if stopped is not None]
         self.stopped_by = found[0] if found else None
