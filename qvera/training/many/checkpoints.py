@@ -24,6 +24,7 @@ import torch
 from qvera.training import checkpoint
 from qvera.training.checkpoint import TrainState
 from qvera.training.run_dir import changed_keys, plain_json, require_none_saved
+from qvera.utils.atomic import disk_errors, replace_text
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -51,6 +52,19 @@ def checkpoint_dir(run_dir: Path, rank: int) -> Path:
 def metrics_path(run_dir: Path, rank: int) -> Path:
     """Where a process writes its records; at the end of a run all are in that of the first."""
     return run_dir / (f"metrics.rank-{rank:05d}.jsonl" if rank else "metrics.jsonl")
+
+
+def join_records(run_dir: Path, processes: int) -> None:
+    """Put the records of all processes into metrics.jsonl, those of each as they came.
+
+    Raises:
+        RunFailed: the disk is full or read-only; nothing is lost.
+    """
+    own, *others = [metrics_path(run_dir, rank) for rank in range(processes)]
+    with disk_errors(str(own), "Checkpoints are kept; mend that and go on with --resume."):
+        for path in [path for path in others if path.exists()]:
+            replace_text(own, own.read_text(encoding="utf-8") + path.read_text(encoding="utf-8"))
+            path.unlink()
 
 
 def save(trainer: ManyTrainer) -> None:

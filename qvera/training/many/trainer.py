@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from qvera.adapters.files.save_load import save_adapter
+from qvera.adapters.files.save_load import named_vectors, save_adapter
 from qvera.adapters.training_bank import TrainingBank
 from qvera.data import Example, adapter_batches
 from qvera.distributed.group import for_all
@@ -31,13 +31,13 @@ from qvera.training.logging import MetricsLog, ProgressBar, status_line
 from qvera.training.many import checkpoints
 from qvera.training.many.optimizer import BankAdamW
 from qvera.training.many.results import adapter_result, add_results, without_rows
-from qvera.training.many.roster import AdapterRun, Roster, Status, adapter_runs, auto_slots, deal
+from qvera.training.many.roster import AdapterRun, Roster, Status, adapter_runs, deal, slot_count
 from qvera.training.many.rounds import Round, held_out_losses
 from qvera.training.optim import rate_shares
 from qvera.training.run import Run, RunResult
 from qvera.training.run_dir import write_run
 from qvera.training.run_json import begun_run
-from qvera.utils.atomic import disk_errors, flush, replace_text
+from qvera.utils.atomic import disk_errors
 from qvera.utils.errors import InputError, Interrupted, OutOfMemory, RunFailed
 from qvera.utils.formatting import first_of, size
 
@@ -87,12 +87,13 @@ class ManyTrainer(Run):
         self.found: ManyCheckpoint | None = None
         if self.resume:
             self.found = self.group.agree(lambda: checkpoints.newest(self, self.warn))
-        self.bank = TrainingBank(self.model, self._slots() if self.found is None else self.found.state["slots"])
+        if self.found is None:
+            numbers = sum(vector.numel() for vector in named_vectors(self.model).values())
+            slots = slot_count(self.recipe.training, self.runs, self.plan, numbers)
+        else:
+            slots = self.found.state["slots"]
+        self.bank = TrainingBank(self.model, slots)
         self.adamw = BankAdamW(self.bank, self.recipe.training)
-
-    def _slots(self) -> int:
-        asked = self.recipe.training.adapters_at_once
-        return max(1, min(len(self.runs), auto_slots(self.runs, self.pass_rows) if asked == "auto" else asked))
 
     def setup(self) -> None:
         """Go on from the checkpoint, if there is one; try the longest pass, and open the run's files."""
@@ -381,17 +382,7 @@ class ManyTrainer(Run):
 
         def write() -> None:
             if status == "done":
-                self._join_records()
+                checkpoints.join_records(self.run_dir, self.group.world_size)
             write_run(self.run_dir, self.run, self.console)
 
         self.group.on_first(write)
-
-    def _join_records(self) -> None:
-        """Put the records of all processes into metrics.jsonl."""
-        others = [checkpoints.metrics_path(self.run_dir, rank) for rank in range(1, self.group.world_size)]
-        for path in [path for path in others if path.exists()]:
-            with disk_errors(str(self.run_dir), "Checkpoints are kept; mend that and go on with --resume."):
-                own = self.run_dir / "metrics.jsonl"
-                replace_text(own, own.read_text(encoding="utf-8") + path.read_text(encoding="utf-8"))
-                path.unlink()
-                flush(self.run_dir)

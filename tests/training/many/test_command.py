@@ -11,13 +11,14 @@ import pytest
 import yaml
 
 from qvera.cli.main import main
+from qvera.training.many.trainer import ManyTrainer
 from tests.training.many.runs import entries, many_recipe, records, write_rows
 
 pytestmark = pytest.mark.process
 
 
 def test_train_says_how_many_are_done_and_leaves_one_file_of_metrics(
-    make_recipe: Any, tmp_path: Path, capsys: Any
+    make_recipe: Any, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir = tmp_path / "run"
     write_rows(tmp_path / "rows.jsonl", {"anna": 9, "Ärzte & Co.": 12, "ben": 2})
@@ -28,6 +29,15 @@ def test_train_says_how_many_are_done_and_leaves_one_file_of_metrics(
     assert main(["train", str(path), "--dry-run"]) == 0
     assert not run_dir.exists()
     capsys.readouterr()
+    scored: list[int] = []
+    real = ManyTrainer.pass_nll
+
+    def pass_nll(self: ManyTrainer, slots: Any, examples: Any, weights: Any = None) -> Any:
+        if weights is None:
+            scored.append(len(slots))
+        return real(self, slots, examples, weights)
+
+    monkeypatch.setattr(ManyTrainer, "pass_nll", pass_nll)
     assert main(["train", str(path)]) == 0
     shown = capsys.readouterr()
     printed, progress = shown.out, " ".join(shown.err.split())
@@ -41,9 +51,17 @@ def test_train_says_how_many_are_done_and_leaves_one_file_of_metrics(
     found = entries(run_dir)
     assert list(found) == [name for name in found if (run_dir / "adapters" / found[name]["directory"]).is_dir()]
     assert (run["status"], run["result"]["steps"], run["result"]["planned_steps"]) == ("done", 9, 9)
+    assert [(name, entry["eval_rows"]) for name, entry in found.items()] == [
+        ("Ärzte & Co.", 4),
+        ("ben", 1),
+        ("anna", 3),
+    ]
+    # before training all share the passes, of at most four rows; the first two adapters leave in the same round, where
+    # their last evaluation is the one after training, and the third leaves alone
+    assert scored == [4, 4, 4, 1, 3]
     rounds = records(run_dir, "round")
     assert [record["round"] for record in rounds] == list(range(1, 7))
     assert {record["adapters"] for record in rounds} == {1, 2}
-    assert sum(record["rows"] for record in rounds) == sum(min(4, entry["rows"]) for entry in found.values()) * 3 - 2
+    assert [record["rows"] for record in rounds] == [5, 5, 5, 4, 2, 4]
     assert {record["adapter"] for record in records(run_dir)} == found.keys()
     assert (run_dir / "report.html").exists()

@@ -16,7 +16,7 @@ from qvera.training.many.trainer import ManyTrainer
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError, Interrupted, RunFailed
 from tests.disk import fill, small_disk
-from tests.training.many.runs import all_files, entries, many_recipe, train_many, write_rows
+from tests.training.many.runs import all_files, entries, many_recipe, records, train_many, write_rows
 
 pytestmark = pytest.mark.process
 
@@ -72,6 +72,9 @@ def test_the_run_has_adapters_that_join_and_leave_at_its_checkpoints(whole: tupl
         found.append([entry["status"] for entry in state["adapters"]])
     assert any({"waiting", "in_flight", "done"} <= set(statuses) for statuses in found)
     assert set(found[-1]) == {"done"}
+    for name in COUNTS:  # whoever has begun takes a step in every round
+        rounds = [record["round"] for record in records(run_dir, adapter=name)]
+        assert rounds == list(range(rounds[0], rounds[0] + len(rounds)))
 
 
 @pytest.mark.parametrize("after", [0, 3, 6])
