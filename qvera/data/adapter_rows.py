@@ -49,9 +49,17 @@ class Adapters:
     alike: list[list[str]] = field(default_factory=list)
 
     @property
-    def by_rows(self) -> list[AdapterRows]:
-        """Those that are trained, the one with the fewest training rows first."""
-        return sorted(self.trained, key=lambda adapter: len(adapter.train))
+    def counts(self) -> str:
+        """How many there are and how many training rows they have; of many, those with the fewest and the most."""
+
+        def listed(adapters: Sequence[AdapterRows]) -> str:
+            return ", ".join(f"{each.name} ({len(each.train):,})" for each in adapters)
+
+        if len(self.trained) <= _ALL_NAMED:
+            return f"{len(self.trained):,}: {listed(self.trained)}"
+        ranked = sorted(self.trained, key=lambda adapter: len(adapter.train))
+        fewest, median, most = listed(ranked[:3]), len(ranked[len(ranked) // 2].train), listed(ranked[:-4:-1])
+        return f"{len(ranked):,}. Rows to train on: fewest {fewest}; median {median:,}; most {most}"
 
     def to_dict(self) -> dict[str, Any]:
         """What run.json's ``data`` has of them; each adapter's own facts are under ``adapters``."""
@@ -86,6 +94,8 @@ class Adapters:
         return lines
 
 
+_ALL_NAMED = 12
+"""At most so many adapters are all named with their rows."""
 _SHOWN = 5
 """Names that a sentence shows."""
 

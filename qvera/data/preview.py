@@ -8,7 +8,6 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from qvera.data.adapter_rows import Adapters
 from qvera.data.chat_template import NAMED_TEMPLATES
 from qvera.data.dataset import Datasets, DataStats
 from qvera.data.encoding import decode
@@ -57,7 +56,7 @@ def _summary(stats: DataStats) -> Table:
         rows += f", {stats.eval_rows:,} held out"
     table.add_row("Rows", rows)
     if stats.adapters is not None:
-        table.add_row("Adapters", Text(_adapters(stats.adapters)))
+        table.add_row("Adapters", Text(stats.adapters.counts))
     if len(stats.sources) == 1:
         table.add_row("Format", stats.sources[0].layout)
     else:
@@ -75,23 +74,6 @@ def _summary(stats: DataStats) -> Table:
     if stats.unused_columns:
         table.add_row("Not read", Text("columns " + ", ".join(stats.unused_columns)))
     return table
-
-
-_NAMED_ADAPTERS = 12
-"""All of so many adapters are named with their rows; of more only those with the fewest and the most."""
-
-
-def _adapters(adapters: Adapters) -> str:
-    """How many there are, and how many rows they have."""
-    ranked = adapters.by_rows
-    count = f"{len(ranked):,}"
-    if len(ranked) <= _NAMED_ADAPTERS:
-        return f"{count}: " + ", ".join(f"{each.name} ({len(each.train):,})" for each in adapters.trained)
-    fewest, most = (
-        ", ".join(f"{each.name} ({len(each.train):,})" for each in some) for some in (ranked[:3], ranked[:-4:-1])
-    )
-    median = len(ranked[len(ranked) // 2].train)
-    return f"{count}. Rows to train on: fewest {fewest}; median {median:,}; most {most}"
 
 
 def data_warnings(stats: DataStats) -> list[str]:

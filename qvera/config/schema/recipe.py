@@ -58,12 +58,13 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _fit_shared_pass(cls, tree: object) -> object:
-        name = "per_device_train_batch_size"
-        data, training = (tree.get("data"), tree.get("training", {})) if isinstance(tree, dict) else (None, None)
+        if not isinstance(tree, dict) or not isinstance(training := tree.get("training", {}), dict):
+            return tree
+        data = tree.get("data")
         keys = data if isinstance(data, dict) else dict(data) if isinstance(data, DataSection) else {}
-        if (keys.get("adapter_column") or keys.get("adapter_files")) and isinstance(training, dict):
-            return {**tree, "training": {name: _SHARED_PASS_ROWS, **training}} if isinstance(tree, dict) else tree
-        return tree
+        if not (keys.get("adapter_column") or keys.get("adapter_files")):
+            return tree
+        return {**tree, "training": {"per_device_train_batch_size": _SHARED_PASS_ROWS, **training}}
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Yield keys of different sections that contradict each other."""
