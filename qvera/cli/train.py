@@ -26,7 +26,7 @@ def train(
     lr_to: LrTo = None,
     lr_steps: LrSteps = None,
 ) -> None:
-    """Train an adapter as a recipe describes, or many (data.adapter_column).
+    """Train an adapter as a recipe describes, or many.
 
     Writes adapter/ (or adapters/), checkpoints/, recipe.yaml, metrics.jsonl, run.json and report.html into
     training.output_dir

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from qvera.config.schema import Recipe
 from qvera.training import checkpoint
 from qvera.training.many.trainer import ManyTrainer
 from qvera.training.trainer import train
-from qvera.utils.errors import InputError, Interrupted, RunFailed
+from qvera.utils.errors import InputError, Interrupted, OutOfMemory, RunFailed
 from tests.disk import fill, small_disk
 from tests.training.many.runs import all_files, entries, many_recipe, records, train_many, write_rows
 
@@ -109,6 +110,28 @@ def test_a_stopped_run_is_saved_and_goes_on(
     assert "unfinished" in statuses
     with pytest.raises(InputError, match="already holds a run"):
         train(recipe, tmp_path / "run")
+    train(recipe, tmp_path / "run", resume=True)
+    assert_same(tmp_path / "run", run_dir)
+
+
+def test_a_round_that_runs_out_of_memory_is_undone_and_the_one_before_is_saved(
+    whole: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, run_dir = whole
+    real = ManyTrainer.pass_nll
+
+    def pass_nll(self: ManyTrainer, slots: Any, examples: Any, weights: Any = None) -> Any:
+        found = real(self, slots, examples, weights)
+        if self.round == 4 and weights is not None:  # after the gradients of the fifth round's first pass
+            raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ManyTrainer, "pass_nll", pass_nll)
+        message = r"Round 5: memory ran out .*2\.15 GB were asked for(.|\n)*Round 4 is saved.*--resume"
+        with pytest.raises(OutOfMemory, match=message):
+            train(recipe, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
     train(recipe, tmp_path / "run", resume=True)
     assert_same(tmp_path / "run", run_dir)
 
