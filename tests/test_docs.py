@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from qvera.adapters import methods
 from qvera.cli.main import main
 from qvera.config.schema import parse_recipe
 from tests.cli.helpers import parse
@@ -23,7 +24,11 @@ from tests.many_adapters import write_customers, write_run
 pytestmark = pytest.mark.process
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+METHOD_PAGES = sorted(
+    f"docs/methods/{p.name}" for p in (ROOT / "docs" / "methods").glob("*.md") if p.name != "index.md"
+)
+OTHER_PAGES = sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))
+PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", *OTHER_PAGES, "docs/methods/index.md", *METHOD_PAGES]
 
 # Commands that the pages show and no test here runs. The first words of the command → why.
 NOT_RUN = {
@@ -238,6 +243,16 @@ def test_error_messages_of_the_troubleshooting_page_exist() -> None:
 
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_bytes()) <= 8192
+
+
+def test_every_method_has_a_page_of_a_screen_with_its_equation_use_and_cost() -> None:
+    pages = {Path(page).stem: (ROOT / page).read_text(encoding="utf-8") for page in METHOD_PAGES}
+    assert set(methods.names()) <= pages.keys()
+    for name, text in pages.items():
+        assert len(text.splitlines()) <= 50, name
+        for part in ("=", "**Choose it**", "ost"):
+            assert part in text, f"{name}: {part}"
+        assert "arXiv" in text or "arxiv.org" in text, name
 
 
 def test_workflows_call_targets_of_the_makefile() -> None:

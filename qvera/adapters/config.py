@@ -9,7 +9,7 @@ from typing import Any
 from peft import PeftConfig
 
 from qvera.adapters.products.token_sampling import TokenSampler
-from qvera.adapters.projection import GENERATOR, Seeds
+from qvera.adapters.projection import GENERATOR, Pair, Seeds, pair_number, require_same_pairs
 from qvera.config.schema import AdapterSection
 from qvera.utils.errors import InputError
 
@@ -160,6 +160,20 @@ class QveraConfig(PeftConfig):
     def seeds(self) -> Seeds:
         """The seed of A and B, or those of its phases."""
         return tuple(self.seed_chain) if self.seed_chain else self.projection_seed
+
+    def check_pair(self, name: str, pair: Pair) -> None:
+        """Compare the own pair of a linear with the one that the adapter was trained with, or note it in a fresh one.
+
+        Raises:
+            InputError: it is another pair.
+        """
+        if pair[1].is_meta:
+            return
+        found = pair_number(pair[1])
+        if self.pair_numbers is None:
+            self.pair_numbers = {}
+        self.pair_numbers.setdefault(name, found)
+        require_same_pairs({name: found}, self.pair_numbers)
 
     def _check_seed_chain(self) -> None:
         chain = self.seed_chain

@@ -13,7 +13,7 @@ import hashlib
 import math
 import weakref
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -22,9 +22,6 @@ from torch import nn
 from qvera.adapters.products import functional
 from qvera.utils.errors import InputError
 from qvera.utils.uniform import uniform_matrix
-
-if TYPE_CHECKING:
-    from qvera.adapters.config import QveraConfig
 
 GENERATOR = "philox4x64-10/u24"
 """Name of the rule above, written into every adapter file. Another rule needs another name."""
@@ -220,21 +217,6 @@ def require_same_pairs(found: Mapping[str, float], known: Mapping[str, float]) -
                 f"number is {found[name]:.4f}, and was {known[name]:.4f}). Load the base as in training: the same "
                 "weights, and the same model.quantization and model.double_quant."
             )
-
-
-def check_pair(config: QveraConfig, name: str, pair: Pair) -> None:
-    """Compare the own pair of a linear with the one that an adapter was trained with, or note it in a fresh one.
-
-    Raises:
-        InputError: it is another pair.
-    """
-    if pair[1].is_meta:
-        return
-    found, known = pair_number(pair[1]), config.pair_numbers
-    if known is None:
-        known = config.pair_numbers = {}
-    known.setdefault(name, found)
-    require_same_pairs({name: found}, known)
 
 
 def forget_inputs(model: nn.Module) -> None:

@@ -14,7 +14,7 @@ from qvera.adapters.layer import QveraLinear, SharedTensors, VectorDict
 from qvera.adapters.low_rank_path import layer_shape
 from qvera.adapters.methods import Place, Source, method_of
 from qvera.adapters.multi_adapter import BASE, SeedBank, plan_rows
-from qvera.adapters.projection import OwnProjection, SharedProjection, check_pair, projection_sha256
+from qvera.adapters.projection import OwnProjection, SharedProjection, projection_sha256
 from qvera.models import linear, norm_mlp, rope
 from qvera.models.model_config import head_size
 from qvera.models.tokenizer import PLACED
@@ -242,7 +242,7 @@ class QveraModel(BaseTuner):
             return self._projection(config, *home)
         if shape is None or (pair := method.own_pair(config, Place(name, *shape), base)) is None:
             return None
-        check_pair(config, name, pair)
+        config.check_pair(name, pair)
         A, B = (factor.to(*home) for factor in pair)
         return OwnProjection(A, B)
 

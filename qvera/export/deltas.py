@@ -24,7 +24,7 @@ from qvera.adapters.files.adapter_file import read_adapter
 from qvera.adapters.files.factor_cache import FactorCache
 from qvera.adapters.low_rank_path import layer_shape
 from qvera.adapters.methods import Place, Source, method_of
-from qvera.adapters.projection import Pair, check_pair, uniform_pair
+from qvera.adapters.projection import Pair, uniform_pair
 from qvera.config.schema import ModelSection
 from qvera.models.loader import load_base
 from qvera.models.model_config import head_size
@@ -263,7 +263,7 @@ def _pairs_of_weights(
             model = load_base(section, torch.device("cpu")).model
         made = method.own_pair(config, place, model.get_submodule(place.name))
         assert made is not None
-        check_pair(config, place.name, made)
+        config.check_pair(place.name, made)
         pairs[place.name] = made
     return {name: pair for name, pair in pairs.items() if pair is not None}
 

@@ -21,10 +21,10 @@ from qvera.training.optim import build_optimizer
 from qvera.utils.errors import OutOfMemory, RunFailed
 
 if TYPE_CHECKING:
-    from qvera.training.trainer import Trainer
+    from qvera.training.session import TrainingSession
 
 
-def adapt_to_held_out_tasks(trainer: Trainer) -> list[dict[str, Any]]:
+def adapt_to_held_out_tasks(session: TrainingSession) -> list[dict[str, Any]]:
     """Adapt to each held-out task from the trained vectors, which the model has again afterwards.
 
     A task's rows are divided by ``data.seed`` into support rows, on which ``training.adapt_steps`` steps are taken
@@ -37,38 +37,38 @@ def adapt_to_held_out_tasks(trainer: Trainer) -> list[dict[str, Any]]:
     Raises:
         OutOfMemory: as `TrainingSession.train_step`.
     """
-    return [_adapted(trainer, name, rows) for name, rows in trainer.datasets.held_out_tasks.items()]
+    return [_adapted(session, name, rows) for name, rows in session.datasets.held_out_tasks.items()]
 
 
-def _adapted(trainer: Trainer, name: str, rows: Rows) -> dict[str, Any]:
-    recipe, vectors = trainer.recipe, trained_vectors(trainer.model)
+def _adapted(session: TrainingSession, name: str, rows: Rows) -> dict[str, Any]:
+    recipe, vectors = session.recipe, trained_vectors(session.model)
     training, data = recipe.training, recipe.data
     support, query = split_rows(rows, training.adapt_rows, data.seed)
     query = query[: data.eval_limit]
     rate = training.adapt_learning_rate or training.learning_rate
     trained = {name: vector.detach().clone() for name, vector in vectors.items()}
-    inner = copy.copy(trainer)  # the same model, stepped on other rows
-    inner.datasets = dataclasses.replace(trainer.datasets, train=support, eval=query)
+    inner = copy.copy(session)  # the same model, stepped on other rows
+    inner.datasets = dataclasses.replace(session.datasets, train=support, eval=query)
     inner.state, inner.hooks = TrainState(), StepHooks()
     size = min(training.global_batch_size, len(support))
-    pass_rows = min(training.per_device_train_batch_size, trainer.batches.pass_rows)
-    pack_tokens = trainer.batches.pack_tokens
+    pass_rows = min(training.per_device_train_batch_size, session.batches.pass_rows)
+    pack_tokens = session.batches.pack_tokens
     inner.batches = Batches(lengths_of(support), size, pass_rows, pack_tokens=pack_tokens, seed=data.seed)
-    factors = rate_factors(trainer.model, recipe.adapter)
+    factors = rate_factors(session.model, recipe.adapter)
     inner.optimizer = build_optimizer(training.replace(learning_rate=rate), vectors, factors)
     inner.schedule, inner.steps = LambdaLR(inner.optimizer, lambda _: 1.0), training.adapt_steps
     inner.engine = inner.make_engine()
     after: float | None = None
     try:
         before = _query_loss(inner)
-        trainer.model.train()
+        session.model.train()
         while inner.state.step < training.adapt_steps:
             inner.train_step()
         after = _query_loss(inner)
     except OutOfMemory:
         raise
     except RunFailed as error:  # the run itself is whole, and its adapter is written
-        trainer.warn(f"Held-out task {name}: {error} It has no loss afterwards. Lower training.adapt_learning_rate.")
+        session.warn(f"Held-out task {name}: {error} It has no loss afterwards. Lower training.adapt_learning_rate.")
     finally:
         inner.engine.undo()  # a step whose loss was not finite leaves its gradients
         with torch.no_grad():
@@ -76,7 +76,7 @@ def _adapted(trainer: Trainer, name: str, rows: Rows) -> dict[str, Any]:
                 vector.copy_(trained[key])
     if after is not None:
         steps = training.adapt_steps
-        trainer.console.print(f"Held-out task {name}: loss {before:.4f}, after {steps} steps {after:.4f}")
+        session.console.print(f"Held-out task {name}: loss {before:.4f}, after {steps} steps {after:.4f}")
     sizes = {"support_rows": len(support), "query_rows": len(query)}
     return {"task": name, **sizes, "loss_before": before, "loss_after": after}
 
@@ -88,6 +88,6 @@ def split_rows(rows: Rows, support_rows: int, seed: int) -> tuple[Rows, Rows]:
     return rows.take(np.sort(drawn[:count])), rows.take(np.sort(drawn[count:]))
 
 
-def _query_loss(trainer: Trainer) -> float:
-    with evaluate.scoring(trainer.model):
-        return trainer.held_out_loss()["loss"]
+def _query_loss(session: TrainingSession) -> float:
+    with evaluate.scoring(session.model):
+        return session.held_out_loss()["loss"]

@@ -308,3 +308,16 @@ class TrainingSession:
         data, chunk = self.recipe.data, self.recipe.training.loss_chunk_tokens
         batch = evaluate.make_batch(self.model, rows, self.datasets.pad_id, data.prefix_once, data.packing)
         return evaluate.batch_nll(self.model, batch, chunk, decoder, expected_grad)
+
+    def held_out_loss(self) -> dict[str, Any]:
+        """Loss and perplexity of all held-out rows, the very same values on all ranks."""
+        training, datasets = self.recipe.training, self.datasets
+        result = evaluate.held_out_loss(
+            self.model,
+            datasets.eval,
+            pad_id=datasets.pad_id,
+            batch_size=training.per_device_eval_batch_size,
+            chunk_tokens=training.loss_chunk_tokens,
+            group=self.group,
+        )
+        return self.group.broadcast(result)

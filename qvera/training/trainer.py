@@ -197,19 +197,6 @@ class Trainer(Run):
             )
         self.log({"kind": "eval", "step": state.step, **result})
 
-    def held_out_loss(self) -> dict[str, Any]:
-        """Loss and perplexity of all held-out rows, the very same values on all ranks."""
-        training, datasets = self.recipe.training, self.datasets
-        result = evaluate.held_out_loss(
-            self.model,
-            datasets.eval,
-            pad_id=datasets.pad_id,
-            batch_size=training.per_device_eval_batch_size,
-            chunk_tokens=training.loss_chunk_tokens,
-            group=self.group,
-        )
-        return self.group.broadcast(result)
-
     def score(self, label: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Held-out loss and, where the recipe asks for it, exact match of greedy answers.
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +14,8 @@ from qvera.adapters.products.functional import delta_weight, expand, few_tokens,
 from qvera.kernels import low_rank
 from qvera.kernels.low_rank import combined
 from tests.adapters.helpers import relative
+
+REFERENCE = Path(__file__).parent / "reference"
 
 DIMENSIONS = [(3, 5, 7), (33, 17, 9), (1, 1, 1), (64, 129, 31)]  # n, m, r
 GROUPED = [*((*size, 1) for size in DIMENSIONS), (33, 17, 9, 3), (64, 129, 32, 2), (6, 5, 8, 8)]  # and b_groups
@@ -109,6 +114,38 @@ def test_a_scaled_input_and_every_gradient(T: int, dtype: torch.dtype, n: int, m
     assert a.grad.dtype == vector
     for actual, name in ((y.detach(), "y"), (x.grad, "x"), (d.grad, "d"), (b.grad, "b"), (a.grad, "a")):
         assert actual is not None and relative(actual, expected[name]) < 1.5 * TOLERANCE[dtype], name
+
+
+def of_peft(number: int) -> tuple[dict[str, torch.Tensor], float]:
+    """A linear of PEFT's VeRA: it uses the leading columns of A and rows of B."""
+    stored = np.load(REFERENCE / "vera_peft.npz")
+    names = ("W", "bias", "d", "b", "x", "g", "y", "grad_x", "grad_d", "grad_b")
+    found = {name: torch.from_numpy(stored[f"{name}{number}"]) for name in names}
+    m, n = found["W"].shape
+    return {**found, "A": torch.from_numpy(stored["A"])[:, :n], "B": torch.from_numpy(stored["B"])[:m]}, 1.0
+
+
+def of_randlora() -> tuple[dict[str, torch.Tensor], float]:
+    """ConvVeRA of RandLoRA's authors, which is VeRA up to a scale."""
+    stored = {name: torch.from_numpy(value) for name, value in np.load(REFERENCE / "vera_randlora_repo.npz").items()}
+    names = {"bias": "bias", "d": "lambda", "b": "gamma", "x": "x", "g": "g", "y": "y", "grad_x": "grad_x"}
+    names |= {"grad_d": "grad_lambda", "grad_b": "grad_gamma"}
+    found = {ours: stored[f"conv_{theirs}"].squeeze(0) for ours, theirs in names.items()}
+    W = stored["conv_W_in_out"].t()
+    A, B = stored["basis_b"][0, : W.shape[1]].t(), stored["basis_a"][0, :, : len(W)].t()
+    return {**found, "W": W, "A": A, "B": B}, float(stored["conv_scaling"])
+
+
+@pytest.mark.parametrize(
+    "read", [lambda: of_peft(1), lambda: of_peft(2), of_randlora], ids=["peft", "wide", "randlora"]
+)
+def test_it_is_the_vera_of_other_peoples_code(read: Callable[[], tuple[dict[str, torch.Tensor], float]]) -> None:
+    p, scale = read()
+    x, d, b = (p[name].clone().requires_grad_() for name in ("x", "d", "b"))
+    y = expand(torch.nn.functional.linear(x, p["W"], p["bias"]), project(x, p["A"]), d, b, p["B"], scale)
+    y.backward(p["g"])
+    for found, name in ((y, "y"), (x.grad, "grad_x"), (d.grad, "grad_d"), (b.grad, "grad_b")):
+        torch.testing.assert_close(found, p[name], rtol=1e-12, atol=1e-12)
 
 
 def test_gradcheck_of_a_scaled_input(monkeypatch: pytest.MonkeyPatch) -> None:

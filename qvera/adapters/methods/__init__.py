@@ -81,4 +81,4 @@ def check_recipe(recipe: Recipe) -> None:
                     f"{key}: has no default for adapter.method {section.method}, since it depends on the model. "
                     f"{value:g} is a usual value."
                 )
-    method.check(section)
+    method.check(recipe)

@@ -260,7 +260,7 @@ class Method(ABC):
         """
         return None
 
-    def check(self, adapter: AdapterSection) -> None:  # noqa: B027  # optional
+    def check(self, recipe: Recipe) -> None:  # noqa: B027  # optional
         """Check the values of a recipe beyond what its schema does.
 
         Raises:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from qvera.adapters.config import QveraConfig
     from qvera.adapters.methods.base import AdapterSettings
     from qvera.adapters.projection import Pair
-    from qvera.config.schema import AdapterSection
+    from qvera.config.schema import Recipe
 
 
 class Lora(TrainedPair):
@@ -72,7 +72,8 @@ class Lora(TrainedPair):
     def rank_at(self, adapter: AdapterSettings, place: Place) -> int:
         return int(_of_pattern(getattr(adapter, "rank_pattern", None), place, adapter.rank))
 
-    def check(self, adapter: AdapterSection) -> None:
+    def check(self, recipe: Recipe) -> None:
+        adapter = recipe.adapter
         if adapter.init_lora_weights == "orthogonal" and adapter.rank % 2:
             raise InputError(f"adapter.init_lora_weights: orthogonal takes an even adapter.rank, got {adapter.rank}.")
 

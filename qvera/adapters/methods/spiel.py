@@ -100,7 +100,7 @@ class Spiel(Method):
         x = layer.dropout_of(adapter_name)(x)
         return add_sparse(y, x, at_least_fp32(values), places, overwrite, layer.gradient_watch)
 
-    def optimizer(self, model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    def check(self, recipe: Recipe) -> None:
         training = recipe.training
         for key, given, taken in (
             ("training.optim", training.optim, "adamw"),
@@ -112,6 +112,9 @@ class Spiel(Method):
                     f"{key}: is {given}, and adapter.method spiel, whose values change their places between steps, has "
                     f"optimizers of its own that run in plain torch. Remove {key}, or choose another method."
                 )
+
+    def optimizer(self, model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+        training = recipe.training
         values = _sparse_layers(model)
         shared: dict[str, Any] = {
             "lr": training.learning_rate,

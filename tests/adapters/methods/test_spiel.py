@@ -21,6 +21,7 @@ from qvera.distributed.group import Group
 from qvera.export.deltas import read_deltas
 from qvera.models.loader import load_base
 from qvera.models.model_config import empty_model
+from qvera.training.plan import make_plan
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 from tests.adapters.helpers import relative
@@ -212,14 +213,17 @@ def test_damaged_places_are_refused(damage: str, make_recipe: Any, tmp_path: Pat
     [
         ("training", {"optim": "adamw_8bit"}, "training.optim"),
         ("training", {"torch_compile": True}, "training.torch_compile"),
+        ("deepspeed", "zero2", "deepspeed: is zero2, .* Remove deepspeed, or choose another method"),
         ("adapter", {"rank": 30}, "adapter.rank"),
         ("adapter", {"accumulate_steps": 5}, "accumulate_steps"),
     ],
 )
 def test_what_does_not_go_together_is_refused_by_its_key(
-    section: str, keys: dict[str, Any], named: str, make_recipe: Any, tmp_path: Path
+    section: str, keys: Any, named: str, make_recipe: Any, tmp_path: Path
 ) -> None:
     tree = settings(GROWTHS[0], tmp_path / "run")
-    tree[section] |= keys
+    if isinstance(keys, dict):
+        tree[section] |= keys
     with pytest.raises(InputError, match=named):
-        train(make_recipe(**tree), tmp_path / "run")
+        recipe = make_recipe(**tree)
+        make_plan(recipe if isinstance(keys, dict) else recipe.replace(**{section: keys}), torch.device("cpu"))
