@@ -15,7 +15,7 @@ from qvera.utils.paths import resolve_path
 
 if TYPE_CHECKING:
     from qvera.config.schema import Recipe
-    from qvera.data import Rows
+    from qvera.data import Datasets
 
 
 def plan(
@@ -51,7 +51,9 @@ def plan(
     machine = None if gpu is None else gpu_machine(loaded.model, parse_size(gpu))
     several = nodes is not None or gpus is not None
     sharing = Sharing.of(zero_config_of(loaded), nodes or 1, gpus or 1)
-    made = make_plan(loaded, machine or device, _local_rows(loaded), sharing, every_way=several)
+    data = _local_data(loaded)
+    rows, adapter_rows = (None, []) if data is None else (data.train, [len(one.train) for one in data.adapters])
+    made = make_plan(loaded, machine or device, rows, sharing, every_way=several, adapter_rows=adapter_rows)
     if machine is None and not no_timing:
         with progress("Timing this machine"):
             made = dataclasses.replace(made, seconds=time_step(made, device))
@@ -61,8 +63,8 @@ def plan(
         print_plan(made, Console())
 
 
-def _local_rows(recipe: Recipe) -> Rows | None:
-    """The training rows, if they and the tokenizer are local; a plan must not wait for a download."""
+def _local_data(recipe: Recipe) -> Datasets | None:
+    """The rows, if they and the tokenizer are local; a plan must not wait for a download."""
     from qvera.data import build_datasets
     from qvera.models.tokenizer import load_tokenizer
 
@@ -72,4 +74,4 @@ def _local_rows(recipe: Recipe) -> Rows | None:
         tokenizer = load_tokenizer(recipe.model)
     except InputError:
         return None
-    return build_datasets(recipe.data, tokenizer, console).train
+    return build_datasets(recipe.data, tokenizer, console)

@@ -118,12 +118,14 @@ def draws_random_numbers(model: nn.Module) -> bool:
     return by_config or any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules())
 
 
-def enable_checkpointing(model: PreTrainedModel | PeftModel, mode: Mode = True) -> None:
+def enable_checkpointing(model: PreTrainedModel | PeftModel, mode: Mode = True, by_tiles: bool = True) -> None:
     """Recompute each decoder layer in backward instead of keeping its activations (non-reentrant).
 
     Args:
         mode: False: keep activations; True: keep a layer's input; ``offload``: keep it in RAM, on a device that has
             memory of its own (elsewhere this is the same as True).
+        by_tiles: take MLPs by tiles of tokens where there are many (`tiled_mlp`). Not where the rows of a batch use
+            different adapters: a tile does not know which rows its tokens are of.
     """
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     if mode is False:
@@ -132,7 +134,8 @@ def enable_checkpointing(model: PreTrainedModel | PeftModel, mode: Mode = True) 
     # transformers renamed the method in 5.x and warns about the old name
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     enable(settings)
-    tile_mlps(base)
+    if by_tiles:
+        tile_mlps(base)
     device = next(base.parameters()).device
     if mode == "offload" and accelerator.has_own_memory(device):
         offload_inputs(base, CopyStream(device), PinnedChunks(), **settings)

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-    from qvera.data import Rows
+    from qvera.data import Datasets
 
 
 def plan_run(
-    recipe: Recipe, device: torch.device, rows: Rows, sharing: Sharing, group: Group, console: Console
+    recipe: Recipe, device: torch.device, data: Datasets, sharing: Sharing, group: Group, console: Console
 ) -> tuple[Plan, Mode]:
     """The memory plan of this rank, and the gradient checkpointing of all; the plan is printed in a few lines.
 
@@ -32,11 +32,12 @@ def plan_run(
         InputError: it does not fit into the memory of a GPU.
         NotPlannable: no plan can be made of this model.
     """
-    plan = make_plan(recipe, device, rows, sharing)
+    rows, adapter_rows = data.train, [len(adapter.train) for adapter in data.adapters]
+    plan = make_plan(recipe, device, rows, sharing, adapter_rows=adapter_rows)
     # ranks with less memory decide for all
     mode: Mode = max(group.gather(plan.checkpointing), key=[False, True, "offload"].index)
     if mode != plan.checkpointing:
-        plan = make_plan(with_mode(recipe, mode), device, rows, sharing)
+        plan = make_plan(with_mode(recipe, mode), device, rows, sharing, adapter_rows=adapter_rows)
     if plan.is_refused and group.world_size == 1:
         raise InputError("\n".join(run_lines(plan)))
     style = None if plan.fits and not plan.is_tight else "yellow"

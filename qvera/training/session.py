@@ -241,7 +241,7 @@ class TrainingSession:
         recipe, group = self.recipe, self.group
         sharing = Sharing.of(self.zero, *count_nodes(group), group.world_size)
         try:
-            plan, self.checkpointing = plan_run(recipe, self.device, self.datasets.train, sharing, group, self.console)
+            plan, self.checkpointing = plan_run(recipe, self.device, self.datasets, sharing, group, self.console)
         except NotPlannable as error:
             self.warn(f"No plan: {error}")
             return None

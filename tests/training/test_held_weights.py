@@ -44,7 +44,9 @@ def test_a_run_that_goes_on_without_the_memory_gives_the_same_bits(
 
     def with_memory(available_bytes: int) -> None:
         machine = Machine("a CPU", "cpu", torch.float32, True, available_bytes)
-        monkeypatch.setattr(planning, "make_plan", lambda recipe, _, *rest: make_plan(recipe, machine, *rest))
+        monkeypatch.setattr(
+            planning, "make_plan", lambda recipe, _, *rest, **more: make_plan(recipe, machine, *rest, **more)
+        )
 
     with_memory(10**12)
     train(recipe, tmp_path / "roomy")

@@ -73,7 +73,7 @@ def test_only_a_plan_that_is_far_too_large_for_a_gpu_is_refused(
     needed = make_plan(recipe, card).needed_bytes
     for share, said in ((1.05, "Fits, barely"), (0.9, "Does not fit by the plan")):
         machine = dataclasses.replace(card, available_bytes=int(needed * share))
-        monkeypatch.setattr(planning, "make_plan", lambda recipe, device, *_: make_plan(recipe, machine))  # noqa: B023
+        monkeypatch.setattr(planning, "make_plan", lambda recipe, device, *_, **__: make_plan(recipe, machine))  # noqa: B023
         console = Console(file=io.StringIO(), width=300)
         train(recipe, tmp_path / str(share), console=console)
         assert said in console.file.getvalue()  # type: ignore[attr-defined]

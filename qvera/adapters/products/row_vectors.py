@@ -17,7 +17,8 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from qvera.adapters.products.functional import AutogradContext, outward
+from qvera.adapters.products.functional import AutogradContext
+from qvera.kernels.choice import use_kernels
 from qvera.kernels.columns import scaled_columns
 
 
@@ -29,6 +30,21 @@ def _spread(vectors: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def _row_sum(product: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """[R, ..., k] summed to [R, k]."""
     return product.reshape(len(product), -1, product.shape[-1]).sum(1, dtype=dtype)
+
+
+def _outward(inner: torch.Tensor, B: torch.Tensor, b: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """base + b_i ⊙ (inner_i Bᵀ), group by group: what is added is made in the memory of the product."""
+    groups, B = b.shape[1], B.to(inner.dtype)
+    total = base
+    for i, (part, columns) in enumerate(zip(inner.chunk(groups, -1), B.chunk(groups, 1), strict=True)):
+        u, own = part @ columns.t(), _spread(b[:, i], inner)
+        if use_kernels(u, own, total):
+            total = scaled_columns(u, own, base=total)
+        elif u.dtype == total.dtype:
+            total = u.mul_(own).add_(total)
+        else:
+            total = total + u.mul_(own)
+    return total
 
 
 class _ExpandRows(torch.autograd.Function):
@@ -44,7 +60,7 @@ class _ExpandRows(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(z, d, b, B)
         ctx.scale = scale
-        return outward(scaled_columns(z, _spread(d, z), scale), B, _spread(b, z), base)
+        return _outward(scaled_columns(z, _spread(d, z), scale), B, b, base)
 
     @staticmethod
     @once_differentiable

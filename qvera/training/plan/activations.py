@@ -19,6 +19,7 @@ from qvera.models.checkpointing import INPUTS_ON_DEVICE
 from qvera.models.copy_stream import CHUNK_BYTES
 from qvera.models.linear import BLOCK_WEIGHTS
 from qvera.models.tiled_mlp import TILED_ABOVE_TOKENS, tile_tokens
+from qvera.training.plan.bank import row_bytes, row_product_bytes
 from qvera.training.plan.run import Linear, PlannedRun
 
 _MLP = ("gate_proj", "up_proj", "down_proj")
@@ -42,7 +43,7 @@ def kept_bytes(run: PlannedRun) -> int:
 
 def goes_by_tiles(run: PlannedRun) -> bool:
     """Whether MLPs take some tokens at a time (`qvera.models.tiled_mlp`)."""
-    if not run.checkpointing or run.recipe.adapter.dropout or run.sharing.stage == 3:
+    if not run.checkpointing or run.recipe.adapter.dropout or run.sharing.stage == 3 or run.slots:
         return False
     return run.batch.all_tokens > TILED_ABOVE_TOKENS and {x.role for x in run.layer} >= set(_MLP)
 
@@ -107,6 +108,8 @@ def _adapter_bytes(run: PlannedRun, linears: Sequence[Linear]) -> int:
         if x.name not in run.adapted_names:
             continue
         source = _INPUTS.get(x.role, x.name)
+        if run.slots:
+            held[x.name, "vectors of each row"] = row_bytes(run, x)
         reads_x = run.keeps_input(x) or run.method.keeps_input or (section.input_scale and not section.dropout)
         if run.sampled_tokens is not None:  # rows of its own, with a number and a weight each
             held[x.name if section.dropout else source, "x"] = run.sampled_tokens * (x.n * size + 8 + 4)
@@ -146,6 +149,8 @@ def product_bytes(run: PlannedRun, x: Linear) -> int:
     read, size, section = weight_bytes(run, x), run.itemsize, run.recipe.adapter
     if x.name not in run.adapted_names:
         return read
+    if run.slots:
+        return read + row_product_bytes(run, x)
     pair = x.m * run.rank_at(x)
     if not run.method.has_vectors:
         return read + run.method.working_bytes(section, x.place, run.batch.all_tokens, size)

@@ -29,9 +29,11 @@ def longest_batch(rows: Rows | None, joined: Joined | None, rounded: bool, maske
         if key not in found:
             cut = rows if int(rows.lengths.max()) <= key[0] else rows.cut(key[0])
             steps = max(1, planned_steps(recipe, len(cut)))
-            chosen = longest_rows(recipe, cut, joined, steps)
+            many = recipe.data.has_adapters
+            chosen = longest_of_many(recipe, cut) if many else longest_rows(recipe, cut, joined, steps)
             batch = batch_of([cut[i] for i in chosen], joined, recipe.data.packing, rounded, masked)
-            found[key] = replace(batch, token_counts=token_counts(recipe, cut, steps, rounded))
+            counts = len(set(cut.lengths.tolist())) if many else token_counts(recipe, cut, steps, rounded)
+            found[key] = replace(batch, token_counts=counts)
         return found[key]
 
     return longest
@@ -49,6 +51,11 @@ def assumed_batch(recipe: Recipe, joined: Joined | None = None) -> Batch:
         trained = min(targets * min(data.max_target_length, tokens), trained)
     offsets = data.packing and joined not in (None, Joined.MASK)
     return Batch(rows, tokens, trained, False, data.packing, source, tokens, int(data.packing), offsets=offsets)
+
+
+def longest_of_many(recipe: Recipe, rows: Rows) -> list[int]:
+    """The longest rows that a pass of many adapters may have; how they meet depends on who leaves when."""
+    return np.argsort(-rows.lengths, kind="stable")[: recipe.training.per_device_train_batch_size].tolist()
 
 
 def longest_rows(recipe: Recipe, rows: Sequence[Example], joined: Joined | None, steps: int) -> list[int]:

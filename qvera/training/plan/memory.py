@@ -9,6 +9,7 @@ from qvera.data.collate import KERNEL_CACHE_SIZE, LENGTHS_PER_OCTAVE, round_up_l
 from qvera.models.loss import BLOCK_ELEMENTS
 from qvera.models.stream import PINNED_SHARE
 from qvera.training.plan.activations import input_bytes, kept_bytes, norm_bytes, product_shapes, transient_bytes
+from qvera.training.plan.bank import slot_bytes
 from qvera.training.plan.run import Linear, Machine, PlannedRun
 from qvera.utils import accelerator
 
@@ -179,11 +180,22 @@ def _standing(run: PlannedRun) -> tuple[Component, ...]:
         Component("embedding and head with more rows", "base", tables * (2 if machine.mapped_base else size)),
         Component("projections A, B", "projections", _projection_numbers(run) * size),
         Component("made from the weights", "projections", method.held_bytes(recipe.adapter, places, size)),
+        *_vectors(run, trained),
+    ]
+    return tuple(c for c in found if c.bytes)
+
+
+def _vectors(run: PlannedRun, trained: list[int]) -> tuple[Component, ...]:
+    """Vectors, gradients and optimizer state: of one adapter, or of those in flight together (`TrainingBank`)."""
+    if run.slots:
+        # and the ordinary adapter that the model has, and what every adapter begins with
+        bank = run.slots * slot_bytes(run) + 2 * run.vector_bytes
+        return (Component(f"{run.slots} adapters in training, AdamW's moments included", "vectors", bank),)
+    return (
         Component("vectors", "vectors", run.vector_bytes),  # whole on every rank in each stage: they are read by name
         Component("their gradients", "vectors", 4 * sum(trained)),  # likewise: one bucket, as large as all of them
         Component("optimizer state", "vectors", _optimizer_bytes(run, trained), zero_stage=1),
-    ]
-    return tuple(c for c in found if c.bytes)
+    )
 
 
 def _optimizer_bytes(run: PlannedRun, trained: list[int]) -> int:
@@ -211,7 +223,7 @@ def hold_weights(run: PlannedRun) -> PlannedRun:
 
     That is on a CPU, where they take at most a quarter of the free memory and the run still fits.
     """
-    if run.machine.on_gpu or run.sharing.world_size > 1 or run.sharing.stage == 3:
+    if run.machine.on_gpu or run.sharing.world_size > 1 or run.sharing.stage == 3 or run.slots:
         return run
     held, free_bytes = replace(run, holds_weights=True), run.machine.available_bytes
     size_bytes = _held_bytes(held)

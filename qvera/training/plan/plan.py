@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,7 @@ from qvera.models.attention import implementation_on, joining_of, needs_padding_
 from qvera.models.model_config import empty_model
 from qvera.models.tokenizer import ids_of, load_tokenizer
 from qvera.training.plan.activations import RANDOM_STATE_BYTES, offloaded_bytes
+from qvera.training.plan.bank import slot_bytes, wanted_slots, with_fitting_slots
 from qvera.training.plan.changes import Change, nearest_changes
 from qvera.training.plan.checkpointing import Checkpointing
 from qvera.training.plan.longest import longest_batch
@@ -94,12 +95,17 @@ class Plan(PlannedRun):
 
     @cached_property
     def checkpoint_bytes(self) -> int:
-        """A checkpoint: vectors, AdamW's state of those that are trained, random state, position, recipe."""
+        """A checkpoint: vectors, AdamW's state of those that are trained, random state, position, recipe.
+
+        Of many adapters it is that of all slots, without the results of each.
+        """
+        written = len(json.dumps({"recipe": self.recipe.to_dict()}, indent=1)) + _STATE_BYTES + RANDOM_STATE_BYTES
+        if self.slots:
+            return self.slots * (slot_bytes(self) - 4 * self.trained_parameters) + written
         state: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         for name, size in self.vector_shapes(trained_only=True).items():
             for kind, shape in (("exp_avg", size), ("exp_avg_sq", size), ("step", ())):
                 state[f"{name}/{kind}"] = shape, torch.float32
-        written = len(json.dumps({"recipe": self.recipe.to_dict()}, indent=1)) + _STATE_BYTES + RANDOM_STATE_BYTES
         return _file_bytes(self._tensors()) + _file_bytes(state) + written
 
     def _tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -139,6 +145,7 @@ class Plan(PlannedRun):
             "pinned_bytes": offloaded_bytes(self),
             "parameters": self.shape.parameters,
             "trained_numbers": self.trained_parameters,
+            "adapters_at_once": self.slots or None,
             "first_phase_only": self.has_first_phase_only,
             "memory": self.memory.to_dict(),
             "adapter_bytes": self.adapter_bytes,
@@ -174,6 +181,7 @@ def make_plan(
     rows: Rows | None = None,
     sharing: Sharing = ALONE,
     every_way: bool = False,
+    adapter_rows: Sequence[int] = (),
 ) -> Plan:
     """Plan a run from its recipe and the base model's config; no weights are read.
 
@@ -183,6 +191,7 @@ def make_plan(
             also needed to count the phases of ``training.resample_every``, the plan is that of the first one.
         sharing: how many ranks there are and what each holds; the plan is that of one of them.
         every_way: plan the other ways of sharing on as many ranks too.
+        adapter_rows: the training rows of each adapter, where the recipe trains many.
 
     Raises:
         InputError: the config can't be read, it is no decoder of linears, a target matches nothing, or the adapter's
@@ -204,10 +213,13 @@ def make_plan(
     name = recipe.model.attn_implementation.replace("auto", shape.attention)
     if name == "sdpa" and machine.on_gpu:
         name = implementation_on(device, config, machine.dtype)
-    joined = joining_of(config, name, recipe.data.prefix_once, recipe.data.packing)
+    slots = wanted_slots(recipe, adapter_rows)
+    joined = None if slots else joining_of(config, name, recipe.data.prefix_once, recipe.data.packing)
     batch_of = longest_batch(rows, joined, rounds_lengths(machine.dtype, machine.device_type), masked)
-    run, decided, streaming = decide_both(PlannedRun(shape, recipe, batch_of(recipe), machine, sharing=sharing))
-    run = hold_weights(run)
+    run, decided, streaming = decide_both(
+        PlannedRun(shape, recipe, batch_of(recipe), machine, sharing=sharing, slots=slots)
+    )
+    run = with_fitting_slots(hold_weights(run), plan_rank(run).needed_bytes(machine))
     memory = plan_rank(run)
     fits = memory.needed_bytes(machine) <= machine.available_bytes
     changes = [] if fits else nearest_changes(run, batch_of)
@@ -215,7 +227,8 @@ def make_plan(
         changes = [change for change in changes if "adapter.rank" not in change.settings]
     ways = tuple(plan_ways(replace(run, holds_weights=False), sharing.nodes, sharing.per_node)) if every_way else ()
     found = memory, changes, decided, streaming, ways
-    return Plan(shape, run.recipe, run.batch, machine, *found, sharing=sharing, holds_weights=run.holds_weights)
+    kept = {"holds_weights": run.holds_weights, "slots": run.slots}
+    return Plan(shape, run.recipe, run.batch, machine, *found, sharing=sharing, **kept)
 
 
 def _grown(shape: Shape, recipe: Recipe) -> Shape:

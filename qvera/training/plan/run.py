@@ -251,6 +251,7 @@ class PlannedRun:
     machine: Machine
     sharing: Sharing = field(default=ALONE, kw_only=True)  # the plan is that of one of its ranks
     holds_weights: bool = field(default=False, kw_only=True)  # W + ΔW, between optimizer steps (`adapters.fused`)
+    slots: int = field(default=0, kw_only=True)  # adapters in flight together; 0: the run trains one adapter
 
     @cached_property
     def adapted(self) -> tuple[Linear, ...]:
@@ -323,6 +324,8 @@ class PlannedRun:
         """Forward passes of a rank in an optimizer step (`data.Batches.passes`)."""
         training = self.recipe.training
         rows = self.batch.packed_rows or training.per_device_train_batch_size
+        if self.slots:  # of a round, in which every adapter takes a step
+            return share(self.slots * training.global_batch_size, rows)
         return share(share(training.global_batch_size, self.sharing.world_size), rows)
 
     def with_recipe(self, recipe: Recipe) -> PlannedRun:
@@ -386,7 +389,7 @@ class PlannedRun:
         sizes = self.batch.all_tokens, x.n, x.m, self.rank_at(x)
         method = self.method
         may = x.name in self.adapted_names and not section.dropout and method.has_vectors and method.is_low_rank
-        may = may and not self.recipe.training.torch_compile
+        may = may and not self.recipe.training.torch_compile and not self.slots
         return may and fused.pays(*sizes, machine.dtype, machine.device_type, section.input_scale, self.builds_per_pass)
 
     @property

@@ -7,6 +7,7 @@ from rich.table import Column, Table
 
 from qvera.training.plan import Plan
 from qvera.training.plan.activations import offloaded_bytes
+from qvera.training.plan.bank import slot_bytes
 from qvera.training.plan.sharding import ETHERNET_BYTES_PER_SECOND, right_way
 from qvera.utils.formatting import count, duration, size
 
@@ -37,6 +38,9 @@ def print_plan(plan: Plan, console: Console) -> None:
         console.print(str(plan.streaming), markup=False)
     if pinned := offloaded_bytes(plan):
         console.print(f"Layer inputs take {size(pinned)} of pinned RAM.")
+    if plan.slots:
+        each = f"each of them {size(slot_bytes(plan))}"
+        console.print(f"At most {plan.slots:,} adapters are trained at the same time, {each} with AdamW's moments.")
     if plan.has_first_phase_only:
         console.print(
             "This is the first phase alone: without the rows nobody knows how many training.resample_every makes. Set "
@@ -47,7 +51,8 @@ def print_plan(plan: Plan, console: Console) -> None:
         parts = ", ".join(f"{name} {duration(s)}" for name, s in plan.seconds.items() if s > 0)
         several = plan.sharing.world_size > 1
         ranks = f" for one of {plan.sharing.world_size} ranks, without the network" if several else ""
-        console.print(f"A step takes about {duration(sum(plan.seconds.values()))} here{ranks} ({parts}).")
+        step = "A round of steps, one of each adapter," if plan.slots else "A step"
+        console.print(f"{step} takes about {duration(sum(plan.seconds.values()))} here{ranks} ({parts}).")
     if plan.machine.on_gpu:
         console.print("GPU figures are computed from shapes; no GPU has confirmed them yet.")
     if plan.ways:

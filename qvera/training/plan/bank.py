@@ -1,0 +1,60 @@
+"""The bank of a run of many adapters: how many slots it has, and what they take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from qvera.config.schema import Recipe
+
+if TYPE_CHECKING:
+    from qvera.training.plan.run import Linear, PlannedRun
+
+
+def wanted_slots(recipe: Recipe, adapter_rows: Sequence[int] = ()) -> int:
+    """How many adapters are in flight at most: those that the recipe says, or as many as fill a pass.
+
+    Args:
+        recipe: 0 where it trains one adapter.
+        adapter_rows: the training rows of each adapter; where they are not known, each has enough for a whole step.
+    """
+    training = recipe.training
+    if not recipe.data.has_adapters:
+        return 0
+    if training.adapters_at_once != "auto":
+        return min(training.adapters_at_once, len(adapter_rows) or training.adapters_at_once)
+    size, room = training.global_batch_size, training.per_device_train_batch_size
+    if not adapter_rows:
+        return max(1, room // size)
+    slots = 0
+    for rows in sorted(adapter_rows):  # those of few rows may all be in flight together
+        room -= min(rows, size)
+        if room < 0:
+            break
+        slots += 1
+    return max(1, slots)
+
+
+def slot_bytes(run: PlannedRun) -> int:
+    """Bytes of one slot: vectors, and of those that are trained the gradient and AdamW's two moments, all fp32."""
+    return 4 * sum(run.vector_sizes()) + 12 * sum(run.vector_sizes(trained_only=True))
+
+
+def with_fitting_slots(run: PlannedRun, needed_bytes: int) -> PlannedRun:
+    """The run with as many of its slots as memory allows, at least one; as it is where the recipe says how many."""
+    excess = needed_bytes - run.machine.available_bytes
+    if excess <= 0 or not run.slots or run.recipe.training.adapters_at_once != "auto":
+        return run
+    return replace(run, slots=max(1, run.slots - -(-excess // slot_bytes(run))))
+
+
+def row_bytes(run: PlannedRun, x: Linear) -> int:
+    """What autograd keeps of one linear for the rows' own vectors, in fp32 (`qvera.adapters.products.row_vectors`)."""
+    numbers = run.rank + run.recipe.adapter.b_groups * x.m + (x.n if run.recipe.adapter.input_scale else 0)
+    return 4 * run.batch.rows * numbers
+
+
+def row_product_bytes(run: PlannedRun, x: Linear) -> int:
+    """The most that one linear's products take for the moment: z scaled, and one tensor of the output's size."""
+    return run.batch.all_tokens * (x.m + 2 * run.rank) * run.itemsize

@@ -1,0 +1,99 @@
+"""The plan of a run of many adapters: how many are in flight, and what they take."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from qvera.adapters.training_bank import TrainingBank
+from qvera.config.schema import Recipe, parse_recipe
+from qvera.models.checkpointing import enable_checkpointing
+from qvera.training.plan import Machine, PlannedRun, make_plan, plan_memory, shape_of
+from qvera.training.plan.bank import slot_bytes, wanted_slots
+from qvera.training.plan.show import print_plan
+from tests.conftest import small_llama
+from tests.training.plan import live
+from tests.training.plan.test_activations import CASES, batch
+from tests.training.plan.test_activations import recipe as planned_recipe
+
+
+@pytest.fixture
+def recipe(tiny_model_dir: Path, tmp_path: Path) -> Recipe:
+    rows = [{"customer": f"c{i % 5}", "text": "a few words " * (1 + i % 3)} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return parse_recipe(
+        {
+            "model": {"path": str(tiny_model_dir)},
+            "data": {"path": str(tmp_path / "rows.jsonl"), "adapter_column": "customer", "max_length": 64},
+            "adapter": {"rank": 8},
+            "training": {"global_batch_size": 4, "per_device_train_batch_size": 12, "output_dir": str(tmp_path / "o")},
+        },
+        "test",
+    )
+
+
+def changed(recipe: Recipe, **training: object) -> Recipe:
+    return recipe.replace(training=recipe.training.replace(**training))
+
+
+def test_as_many_adapters_are_in_flight_as_fill_a_pass(recipe: Recipe) -> None:
+    assert wanted_slots(recipe) == 3
+    assert wanted_slots(recipe, [50, 50, 50, 50]) == 3
+    assert wanted_slots(recipe, [1, 1, 2, 50, 3, 9]) == 5  # 1 + 1 + 2 + 3 + 4 rows
+    assert wanted_slots(changed(recipe, per_device_train_batch_size=2), [9, 9]) == 1
+    assert wanted_slots(changed(recipe, adapters_at_once=7), [9] * 4) == 4
+    assert wanted_slots(planned_recipe(8, "sdpa", False)) == 0
+
+
+def test_memory_limits_the_adapters_in_flight_only_where_auto_chose_them(recipe: Recipe) -> None:
+    def plan(recipe: Recipe, available_bytes: int) -> int:
+        return make_plan(recipe, Machine("t", "cuda", torch.float32, False, available_bytes)).slots
+
+    wide = changed(recipe, per_device_train_batch_size=40, gradient_checkpointing=True)
+    whole = make_plan(wide, Machine("t", "cuda", torch.float32, False, 10**10))
+    assert whole.slots == 10
+    assert plan(wide, whole.needed_bytes - 3 * slot_bytes(whole) + 5) == 7
+    assert plan(wide, 1000) == 1
+    assert plan(changed(wide, adapters_at_once=10), 1000) == 10
+
+
+def test_the_plan_counts_16_bytes_a_number_and_adapter(recipe: Recipe) -> None:
+    machine = Machine("t", "cuda", torch.float32, False, 10**10)
+    totals = [make_plan(changed(recipe, adapters_at_once=n), machine).memory.total_bytes for n in (2, 3)]
+    plan = make_plan(recipe, machine)
+    assert totals[1] - totals[0] == 16 * plan.trained_parameters == slot_bytes(plan)
+    frozen = make_plan(recipe.replace(adapter=recipe.adapter.replace(train_d=False)), machine)
+    assert slot_bytes(frozen) == 4 * plan.trained_parameters + 12 * frozen.trained_parameters
+
+
+def test_the_plan_says_how_many_are_trained_at_once(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    plan = make_plan(recipe, Machine("t", "cuda", torch.float32, False, 10**10))
+    print_plan(plan, Console(width=200))
+    assert "At most 3 adapters are trained at the same time" in capsys.readouterr().out
+    assert plan.to_dict()["adapters_at_once"] == 3
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("case", [0, 7, 8], ids=["small", "fp32", "bf16"])
+@pytest.mark.parametrize("more", ["vera", "groups-and-a"])
+def test_the_peak_of_a_pass_with_many_adapters_is_the_plan_s(more: str, case: int, checkpointing: bool) -> None:
+    rows, tokens, dtype, rank, attention, padded, changes = CASES[case]
+    made = planned_recipe(rank, attention, checkpointing, more)
+    ids, mask, labels, of = batch(rows, tokens, padded)
+    machine = Machine("test", "cpu", dtype, False, 10**12)
+    memory = plan_memory(PlannedRun(shape_of(small_llama(**changes)), made, of, machine, slots=2))
+    model = live.tiny(made.replace(training=made.training.replace(gradient_checkpointing=False)), dtype, **changes)
+    bank = TrainingBank(model, 2)
+    enable_checkpointing(model, checkpointing, by_tiles=False)
+    with bank.rows([i % 2 for i in range(rows)]):
+        if not checkpointing:
+            (kept,) = [c for c in memory.moments["backward"] if c.kind == "checkpoints"]
+            assert kept.bytes - 3 * 8 * rows * tokens == live.kept_bytes(model, ids, mask)
+        step = sum(c.bytes for c in memory.moments[memory.peak_moment])
+        counted = live.step_peak_bytes(model, ids, mask, labels, made.training.loss_chunk_tokens)
+    assert -0.02 < step / counted - 1 < 0.1
