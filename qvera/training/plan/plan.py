@@ -227,8 +227,10 @@ def make_plan(
         changes = [change for change in changes if "adapter.rank" not in change.settings]
     ways = tuple(plan_ways(replace(run, holds_weights=False), sharing.nodes, sharing.per_node)) if every_way else ()
     found = memory, changes, decided, streaming, ways
-    kept = {"holds_weights": run.holds_weights, "slots": run.slots}
-    return Plan(shape, run.recipe, run.batch, machine, *found, sharing=sharing, **kept)
+    return Plan(
+        shape, run.recipe, run.batch, machine, *found,
+        sharing=sharing, holds_weights=run.holds_weights, slots=run.slots,
+    )  # fmt: skip
 
 
 def _grown(shape: Shape, recipe: Recipe) -> Shape:
