@@ -20,17 +20,13 @@ from qvera.utils.adapter_names import directory_names
 if TYPE_CHECKING:
     import torch
 
-    from qvera.config.schema import Recipe, TrainingSection
+    from qvera.config.schema import Recipe
     from qvera.data import Batches, Datasets
     from qvera.data.adapter_rows import AdapterRows
-    from qvera.training.plan import Plan
 
 Status = Literal["waiting", "in_flight", "done", "stopped_early", "not_finite"]
 LEFT: tuple[Status, ...] = ("done", "stopped_early", "not_finite")
 """An adapter of this status is not trained any more."""
-
-SLOT_BYTES = 20
-"""Of each number of an adapter in flight: vector, gradient, AdamW's two moments, and the vector of the best step."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -157,31 +153,3 @@ class Roster:
         self.in_flight.remove(run)
         heapq.heappush(self._free, run.slot)
         run.slot, run.status, run.batches, run.best = None, status, None, None
-
-
-def slot_count(training: TrainingSection, runs: Sequence[AdapterRun], plan: Plan | None, numbers: int) -> int:
-    """How many adapters there is room for at the same time; at least one.
-
-    Args:
-        training: of the recipe.
-        runs: the adapters of this process.
-        plan: of the run, whose free memory ``auto`` may fill; None: there is none.
-        numbers: how many numbers an adapter has.
-    """
-    if training.adapters_at_once != "auto":
-        return max(1, min(len(runs), training.adapters_at_once))
-    slots = auto_slots(runs, training.per_device_train_batch_size)
-    if plan is None:
-        return slots
-    free_bytes = plan.machine.available_bytes - plan.needed_bytes
-    return max(1, min(slots, free_bytes // (SLOT_BYTES * numbers)))
-
-
-def auto_slots(runs: Sequence[AdapterRun], pass_rows: int) -> int:
-    """How many of these adapters fill a pass of ``pass_rows`` rows at most; at least one."""
-    rows, count = 0, 0
-    for size in sorted(run.step_rows for run in runs):
-        rows, count = rows + size, count + 1
-        if rows > pass_rows:
-            return max(count - 1, 1)
-    return max(count, 1)

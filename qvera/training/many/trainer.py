@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from qvera.adapters.files.save_load import named_vectors, save_adapter
+from qvera.adapters.files.save_load import save_adapter
 from qvera.adapters.training_bank import TrainingBank
 from qvera.data import Example, adapter_batches
 from qvera.distributed.group import for_all
@@ -31,9 +31,10 @@ from qvera.training.logging import MetricsLog, ProgressBar, status_line
 from qvera.training.many import checkpoints
 from qvera.training.many.optimizer import BankAdamW
 from qvera.training.many.results import adapter_result, add_results, without_rows
-from qvera.training.many.roster import AdapterRun, Roster, Status, adapter_runs, deal, slot_count
+from qvera.training.many.roster import AdapterRun, Roster, Status, adapter_runs, deal
 from qvera.training.many.rounds import Round, held_out_losses
 from qvera.training.optim import rate_shares
+from qvera.training.plan.bank import wanted_slots
 from qvera.training.run import Run, RunResult
 from qvera.training.run_dir import write_run
 from qvera.training.run_json import begun_run
@@ -88,8 +89,10 @@ class ManyTrainer(Run):
         if self.resume:
             self.found = self.group.agree(lambda: checkpoints.newest(self, self.warn))
         if self.found is None:
-            numbers = sum(vector.numel() for vector in named_vectors(self.model).values())
-            slots = slot_count(self.recipe.training, self.runs, self.plan, numbers)
+            rows = [len(run.rows.train) for run in self.runs]
+            slots = wanted_slots(self.recipe, rows)
+            if self.plan is not None:  # which knows what memory there is
+                slots = min(slots, self.plan.slots)
         else:
             slots = self.found.state["slots"]
         self.bank = TrainingBank(self.model, slots)
@@ -130,7 +133,7 @@ class ManyTrainer(Run):
 
     def prepare_model(self) -> None:
         """Gradient checkpointing alone: no W + ΔW can be held that is the same for all rows."""
-        enable_checkpointing(self.model, self.checkpointing)
+        enable_checkpointing(self.model, self.checkpointing, by_tiles=False)
 
     def longest_batch(self) -> list[Example]:
         """The longest rows that a pass may have: of one adapter at most as many as its step has."""

@@ -27,18 +27,30 @@ def wanted_slots(recipe: Recipe, adapter_rows: Sequence[int] = ()) -> int:
     size, room = training.global_batch_size, training.per_device_train_batch_size
     if not adapter_rows:
         return max(1, room // size)
+    return slots_to_fill([min(rows, size) for rows in adapter_rows], room)
+
+
+def slots_to_fill(step_rows: Sequence[int], pass_rows: int) -> int:
+    """How many adapters, whose steps have so many rows each, fill a pass of ``pass_rows`` rows at most; at least one.
+
+    Those of few rows may all be in flight together, so they count.
+    """
     slots = 0
-    for rows in sorted(adapter_rows):  # those of few rows may all be in flight together
-        room -= min(rows, size)
-        if room < 0:
+    for rows in sorted(step_rows):
+        pass_rows -= rows
+        if pass_rows < 0:
             break
         slots += 1
     return max(1, slots)
 
 
 def slot_bytes(run: PlannedRun) -> int:
-    """Bytes of one slot: vectors, and of those that are trained the gradient and AdamW's two moments, all fp32."""
-    return 4 * sum(run.vector_sizes()) + 12 * sum(run.vector_sizes(trained_only=True))
+    """Bytes of one slot: vectors, and of those that are trained the gradient and AdamW's two moments, all fp32.
+
+    The vectors of the best step (``training.load_best_model_at_end``) are kept in RAM.
+    """
+    best = run.recipe.training.load_best_model_at_end and not run.machine.on_gpu
+    return 4 * sum(run.vector_sizes()) * (2 if best else 1) + 12 * sum(run.vector_sizes(trained_only=True))
 
 
 def with_fitting_slots(run: PlannedRun, needed_bytes: int) -> PlannedRun:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from qvera.data import AdapterRows
-from qvera.training.many.roster import AdapterRun, Roster, auto_slots, deal
+from qvera.training.many.roster import AdapterRun, Roster, deal
 from qvera.training.many.rounds import RoundRow, cut_round
+from qvera.training.plan.bank import slots_to_fill
 
 
 def runs(*steps_and_rows: tuple[int, int]) -> list[AdapterRun]:
@@ -52,7 +53,7 @@ def test_whoever_is_in_flight_is_trained_until_it_leaves_and_its_slot_goes_to_th
 )
 def test_adapters_join_as_long_as_their_rows_go_into_the_pass(sizes: list[int], pass_rows: int, at_once: int) -> None:
     found = runs(*((10 - number, rows) for number, rows in enumerate(sizes)))
-    roster = Roster(found, auto_slots(found, pass_rows), pass_rows)
+    roster = Roster(found, slots_to_fill([run.step_rows for run in found], pass_rows), pass_rows)
     assert len(roster.admit()) == at_once
 
 
