@@ -128,7 +128,8 @@ def test_a_method_is_trained_with_the_best_rate_of_its_own_sweep(tmp_path: Path)
 
 
 def test_every_method_has_a_recipe_that_is_accepted(tmp_path: Path) -> None:
-    assert {run.METHODS[label][0].get("method", "vera") for label in run.known_methods()} == set(names())
+    compared = {run.METHODS[label][0].get("method", "vera") for label in run.known_methods()}
+    assert compared == set(names()) - {"bilora"}  # which is for two levels and small data
     for label in run.known_methods():
         trial = settings(tmp_path).trial(label, "nf4", 1e-3, seed=0)
         recipe = run.recipe_of(trial, {"path": "rows.jsonl", "format": "text"}, tmp_path)
@@ -190,8 +191,7 @@ def test_the_whole_command_on_a_tiny_model(
 
 @pytest.mark.slow
 def test_the_whole_command_on_smollm2(tmp_path: Path) -> None:
-    *sweep, vera, lora = sorted(whole_command(tmp_path, smollm2(), "vera r=256", "lora r=1"), key=lambda x: x["final"])
-    assert len(sweep) == 8
-    for final in (vera, lora):
-        first = [line["held_out_loss"] for line in sweep if line["method"] == final["method"]]
-        assert final["held_out_loss"] < min(first) and 0 <= final["scores"]["gsm8k"] <= 100
+    *sweep, final = whole_command(tmp_path, smollm2(), "vera r=256")
+    assert len(sweep) == 4
+    assert final["held_out_loss"] < min(line["held_out_loss"] for line in sweep)
+    assert 0 <= final["scores"]["gsm8k"] <= 100

@@ -33,10 +33,10 @@ class BilevelHook(StepHook):
         self.lower = [v for name, v in vectors.items() if name.rpartition(".")[2] not in method.upper_kinds]
         if not self.upper or not self.lower:
             kinds = ", ".join(sorted({name.rpartition(".")[2] for name in vectors}))
-            what = "Remove it, or train d as well (adapter.train_d)." if method.upper_kinds else "Remove it."
+            more = "train d as well (adapter.train_d)" if method.upper_kinds else "choose adapter.method bilora"
             raise InputError(
                 f"training.bilevel: needs two groups of trained parameters, and this adapter ({method.name}) trains "
-                f"{kinds} only. {what}"
+                f"{kinds} only. Remove it, or {more}."
             )
 
     def before_step(self, step: int) -> None:

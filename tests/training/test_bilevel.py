@@ -22,11 +22,14 @@ pytestmark = pytest.mark.process
 LEVELS = {"bilevel": True, "bilevel_share": 0.25, "bilevel_lower_steps": 2, "bilevel_retrain": 0.25}
 
 
-@pytest.fixture(scope="module")
-def run(make_recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+LOWER = {"vera": {"b"}, "bilora": {"A", "B"}}
+
+
+@pytest.fixture(scope="module", params=["vera", "bilora"])
+def run(request: Any, make_recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """Eight steps: lower, lower, upper, lower, lower, upper, and two of the lower level on all rows."""
     training = {**LEVELS, "max_steps": 8, "save_steps": 1, "save_total_limit": 9, "weight_decay": 0.1}
-    recipe = make_recipe(training=training)
+    recipe = make_recipe(training=training, adapter={"method": request.param, "rank": 4})
     run_dir = tmp_path_factory.mktemp("bilevel") / "run"
     train(recipe, run_dir)
     return recipe, run_dir
@@ -39,7 +42,8 @@ def test_a_step_moves_the_vectors_of_its_level_alone(run: tuple[Any, Path]) -> N
         {name.rpartition("_")[2] for name in after if not torch.equal(after[name], before[name])}
         for before, after in zip(steps[:-1], steps[1:], strict=True)
     ]
-    assert moved == [{"b"}, {"d"}, {"b"}, {"b"}, {"d"}, {"b"}, {"b"}]
+    lower = LOWER[run[0].adapter.method]
+    assert moved == [lower, {"d"}, lower, lower, {"d"}, lower, lower]
 
 
 def test_a_bilevel_run_is_resumed_to_the_bit(run: tuple[Any, Path], tmp_path: Path) -> None:
@@ -87,6 +91,10 @@ def test_several_ranks_step_no_vector_of_the_other_level() -> None:
         (
             {"adapter": {"train_d": False}},
             "needs two groups of trained parameters, and this adapter .vera. trains qvera_b only",
+        ),
+        (
+            {"adapter": {"method": "lora", "rank": 4}},
+            "this adapter .lora. trains qvera_A, qvera_B only. Remove it, or choose adapter.method bilora",
         ),
     ],
 )

@@ -6,6 +6,7 @@ import difflib
 from typing import TYPE_CHECKING
 
 from qvera.adapters.methods.base import Method, Place, Source
+from qvera.adapters.methods.bilora import Bilora
 from qvera.adapters.methods.lora import Lora
 from qvera.adapters.methods.lora_sb import LoraSb
 from qvera.adapters.methods.lora_xs import LoraXs
@@ -30,7 +31,7 @@ def register(method: Method) -> None:
     _METHODS[method.name] = method
 
 
-for _method in (Vera(), Lora(), SharedCore(), Spiel(), LoraXs(), LoraSb(), Lorta(), Sara()):
+for _method in (Vera(), Lora(), SharedCore(), Spiel(), LoraXs(), LoraSb(), Lorta(), Sara(), Bilora()):
     register(_method)
 
 

@@ -5,7 +5,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Strict
 
-from qvera.config.fields import Bool, Fraction, NonEmpty, Number, Positive, PositiveFloat, Section, Seed
+from qvera.config.fields import (
+    Bool,
+    Fraction,
+    NonEmpty,
+    NonNegativeFloat,
+    Number,
+    Positive,
+    PositiveFloat,
+    Section,
+    Seed,
+)
 
 MOST_RANK = 65_536
 
@@ -14,8 +24,8 @@ class AdapterSection(Section):
     """The adapter: by default VeRA (arXiv 2310.11454), vectors d [rank] and b [out_features] for each linear layer."""
 
     method: NonEmpty = "vera"
-    """The method of adaptation: ``vera``, ``lora``, ``lora-xs``, ``lora-sb``, ``lorta``, ``shared-core``, ``sara`` or
-    ``spiel``. With another one than ``vera`` the rank and the learning rate have no default."""
+    """The method of adaptation: ``vera``, ``lora``, ``lora-xs``, ``lora-sb``, ``lorta``, ``bilora``, ``shared-core``,
+    ``sara`` or ``spiel``. With another one than ``vera`` the rank and the learning rate have no default."""
     rank: Annotated[int, Strict(), Field(ge=1, le=MOST_RANK)] = 256
     """Rows of the projection A. VeRA's vector d has as many elements. With spiel a linear gets as many values as a LoRA
     of this rank has numbers."""
@@ -52,7 +62,8 @@ class AdapterSection(Section):
     """With spiel, the share of the values that get a new place each time: those of smallest size. It falls to zero
     along a line until the last step. The first change moves all values, whose places were random."""
     alpha: PositiveFloat | None = None
-    """α of LoRA and LoRTA: ΔW = (α / rank) B A. Default: the rank, so that the scale is 1."""
+    """α of LoRA and LoRTA: ΔW = (α / rank) B A, and of bilora: (α / rank) P Λ Q. Default: the rank, so that the scale is
+    1."""
     use_rslora: Bool = False
     """Use the rank-stabilised scale α / √rank (arXiv 2312.03732)."""
     init_lora_weights: Literal["default", "gaussian", "orthogonal"] = "default"
@@ -61,6 +72,8 @@ class AdapterSection(Section):
     loraplus_lr_ratio: PositiveFloat = 1.0
     """LoRA+ (arXiv 2402.12354): the learning rate of B as a multiple of ``training.learning_rate``, which is that of A.
     The paper uses 16."""
+    orthogonal_penalty: NonNegativeFloat = 0.1
+    """Read by ``bilora``: γ of γ (‖PᵀP - I‖² + ‖QQᵀ - I‖²), which is added to the loss for every linear. 0: none."""
     singular_share: Annotated[float, Field(gt=0, le=1), *Number] = 0.1
     """Read by ``sara``: a layer's rank is the number of its weight's leading singular values whose sum is this share of
     the sum of all, and at most ``rank``."""

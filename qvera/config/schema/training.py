@@ -118,7 +118,8 @@ class TrainingSection(Section):
     """Held-out rows that are answered greedily before and after training and compared with their reference. 0: none."""
     bilevel: Bool = False
     """Train two groups of parameters on two disjoint parts of the rows in turn, so that neither fits both (BiLoRA,
-    arXiv 2403.13037, first order). VeRA: b on the lower level's rows, d on the upper level's. For small data sets."""
+    arXiv 2403.13037, first order). VeRA: b on the lower level's rows, d on the upper level's; ``bilora``: P and Q, and
+    Λ. For small data sets."""
     bilevel_share: Annotated[Fraction, OnlyWith("training.bilevel")] = 0.2
     """With ``bilevel``: the share of the rows that the upper level trains on, chosen by ``data.seed``."""
     bilevel_lower_steps: Annotated[Positive, OnlyWith("training.bilevel")] = 4

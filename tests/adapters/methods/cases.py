@@ -66,6 +66,10 @@ def _lora(W: torch.Tensor, t: Tensors, A: Factor, B: Factor, name: str) -> torch
     return W + 10 / math.sqrt(len(t["qvera_A"])) * t["qvera_B"] @ t["qvera_A"]
 
 
+def _bilora(W: torch.Tensor, t: Tensors, A: Factor, B: Factor, name: str) -> torch.Tensor:
+    return W + 10 / 4 * t["qvera_B"] @ torch.diag(t["qvera_d"]) @ t["qvera_A"]
+
+
 def _spiel(W: torch.Tensor, t: Tensors, A: Factor, B: Factor, name: str) -> torch.Tensor:
     places = t["qvera_places"].long()
     return W + torch.zeros(W.numel(), dtype=W.dtype).index_put((places,), t["qvera_values"]).view(W.shape)
@@ -131,6 +135,13 @@ CASES: dict[str, Case] = {
         {"method": "lora", "rank": 16},
         16 * 2_498_560,
         learning_rate=1e-2,
+    ),
+    "bilora": Case(
+        {"method": "bilora", "rank": 4, "alpha": 10},
+        _bilora,
+        {"method": "bilora", "rank": 8},
+        8 * 2_498_560 + 224 * 8,
+        learning_rate=3e-2,
     ),
     "shared-core": Case(
         {"method": "shared-core", "rank": 6}, _shared_core, {"method": "shared-core", "rank": 80}, 224 * 80**2

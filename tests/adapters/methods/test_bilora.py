@@ -1,0 +1,88 @@
+"""BiLoRA's ΔW = P Λ Q: the penalty for factors that are not orthogonal, and what does not go with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qvera.adapters.methods.bilora import OrthogonalPenalty
+from qvera.training.trainer import train
+from qvera.utils.errors import InputError
+from tests.training.test_trainer import vectors
+
+
+def factors(rank: int = 3) -> torch.nn.ModuleDict:
+    """A linear with a Q [r, 7] and a P [5, r], and one with a Q that is not trained."""
+    torch.manual_seed(0)
+    shapes = {"qvera_A": (rank, 7), "qvera_B": (5, rank), "qvera_d": (rank,)}
+    one, other = (
+        torch.nn.ModuleDict(
+            {name: torch.nn.ParameterDict({"default": torch.randn(shape).double()}) for name, shape in shapes.items()}
+        )
+        for _ in range(2)
+    )
+    other["qvera_A"].requires_grad_(False)
+    return torch.nn.ModuleDict({"q_proj": one, "k_proj": other})
+
+
+def penalty_of(model: torch.nn.Module, gamma: float) -> torch.Tensor:
+    """The penalty as it is written, over what is trained."""
+    total = torch.zeros((), dtype=torch.float64)
+    for name, X in model.named_parameters():
+        if X.requires_grad and not name.endswith("qvera_d.default"):
+            M = X @ X.t() if name.endswith("qvera_A.default") else X.t() @ X
+            total = total + gamma * (M - torch.eye(len(M), dtype=torch.float64)).square().sum()
+    return total
+
+
+@pytest.mark.parametrize("rank", [3, 5, 6])  # 6: P has more columns than rows, and can't be orthogonal
+def test_the_penalty_adds_its_gradient_to_that_of_the_loss(rank: int) -> None:
+    model = factors(rank)
+    penalty_of(model, 0.3).backward()
+    expected = {n: 1 + (torch.zeros_like(p) if p.grad is None else p.grad) for n, p in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    OrthogonalPenalty(model, 0.3, optimizer)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p) if p.requires_grad else None
+    model["k_proj"]["qvera_B"]["default"].grad = None  # as where bilevel trains the other level
+    optimizer.step()
+    for name, p in model.named_parameters():
+        if name.startswith(("k_proj.qvera_A", "k_proj.qvera_B")):
+            assert p.grad is None
+        else:
+            torch.testing.assert_close(p.grad, expected[name], rtol=1e-12, atol=1e-12)
+
+
+def excess(run_dir: Path) -> float:
+    """The penalty (γ = 1) of a run's P and Q."""
+    return sum(
+        (M - torch.eye(len(M))).square().sum().item()
+        for name, X in vectors(run_dir).items()
+        if not name.endswith("qvera_d")
+        for M in [X @ X.t() if name.endswith("qvera_A") else X.t() @ X]
+    )
+
+
+def test_a_penalty_makes_the_factors_more_orthogonal(make_recipe: Any, tmp_path: Path) -> None:
+    found = {}
+    for penalty in (0.0, 10.0):
+        adapter = {"method": "bilora", "rank": 4, "orthogonal_penalty": penalty}
+        training = {"max_steps": 12, "learning_rate": 2e-2, "bilevel": True, "bilevel_share": 0.25}
+        run_dir = tmp_path / str(penalty)
+        train(make_recipe(adapter=adapter, training=training), run_dir)
+        found[penalty] = excess(run_dir)
+    assert vectors(tmp_path / "10.0").keys() == vectors(tmp_path / "0.0").keys()
+    assert found[10.0] < 0.5 * found[0.0]
+
+
+def test_what_does_not_go_with_bilora_is_refused(make_recipe: Any, tmp_path: Path) -> None:
+    adapter = {"method": "bilora", "rank": 4}
+    with pytest.raises(InputError, match="adapter.orthogonal_penalty: is added to gradients of which DeepSpeed has"):
+        train(make_recipe(adapter=adapter).replace(deepspeed="zero2"), tmp_path / "zero")
+    with pytest.raises(InputError, match="adapter.orthogonal_penalty: is read by bilora only"):
+        train(make_recipe(adapter={"method": "lora", "rank": 4, "orthogonal_penalty": 1.0}), tmp_path / "lora")
+    with pytest.raises(InputError, match="training.sample_tokens: adapter.method bilora keeps its inputs for more"):
+        train(make_recipe(adapter=adapter, training={"sample_tokens": 0.5}), tmp_path / "sampled")
