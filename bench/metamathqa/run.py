@@ -50,7 +50,7 @@ METHODS: dict[str, tuple[dict[str, Any], float]] = {
     "lora-sb r=64": ({"method": "lora-sb", "rank": 64}, 1e-4),
     "sara": ({"method": "sara", "rank": 256}, 1e-2),
     "spiel as r=1": ({"method": "spiel", "rank": 1}, 1e-3),
-    "lorta r=64": ({"method": "lorta", "rank": 64}, 4e-3),
+    "lorta r=64": ({"method": "lorta", "rank": 64}, 1e-2),
 }
 """Label → adapter section, and the learning rate in the middle of those that are tried. Most telling first. On
 Llama-3.2-3B vera r=256 trains 824,320 numbers, a core of rank 64 802,816, lora r=1 1,519,616."""
