@@ -14,7 +14,7 @@ from qvera.utils.errors import InputError
 from tests.training.test_trainer import vectors
 
 
-def factors(rank: int = 3) -> torch.nn.ModuleDict:
+def factors(rank: int = 3) -> Any:
     """A linear with a Q [r, 7] and a P [5, r], and one with a Q that is not trained."""
     torch.manual_seed(0)
     shapes = {"qvera_A": (rank, 7), "qvera_B": (5, rank), "qvera_d": (rank,)}
