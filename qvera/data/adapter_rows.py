@@ -10,7 +10,7 @@ import numpy as np
 
 from qvera.data.rows import Rows
 from qvera.data.source_rows import members_of
-from qvera.utils.adapter_names import alike_names, directory_names
+from qvera.utils.adapter_names import alike_names, directory_names, shown_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Adapters:
         """How many there are and how many training rows they have; of many, those with the fewest and the most."""
 
         def listed(adapters: Sequence[AdapterRows]) -> str:
-            return ", ".join(f"{each.name} ({len(each.train):,})" for each in adapters)
+            return ", ".join(f"{shown_name(each.name)} ({len(each.train):,})" for each in adapters)
 
         if len(self.trained) <= _ALL_NAMED:
             return f"{len(self.trained):,}: {listed(self.trained)}"

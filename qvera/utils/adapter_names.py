@@ -55,6 +55,11 @@ def directory_names(names: Iterable[str]) -> dict[str, str]:
     return {name: _directory(name, *[name in alike] * 2) for name in listed}
 
 
+def shown_name(name: str) -> str:
+    """A name as a line of a terminal can show it: as it is, or in quotes where it has line breaks or the like."""
+    return name if name.isprintable() else repr(name)
+
+
 def alike_names(names: Iterable[str]) -> list[list[str]]:
     """Groups of different names that differ only by case, by spaces, or by how their characters are composed."""
     groups: dict[str, list[str]] = {}

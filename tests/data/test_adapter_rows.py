@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -25,6 +27,8 @@ from qvera.data import (
     data_warnings,
     print_preflight,
 )
+from qvera.data.adapter_rows import take_adapters
+from qvera.data.rows import SCHEMA
 from qvera.utils.errors import InputError
 
 Write = Callable[..., str]
@@ -288,6 +292,38 @@ def test_the_preview_names_the_adapters_with_the_fewest_and_the_most_rows(
         "20. Rows to train on: fewest c00 (1), c01 (2), c02 (3); median 11; most c19 (20), c18 (19), c17 (18)" in text
     )
     assert [data.train[i].owner for i in (0, 1, 3)] == [each.owner for each in data.first_rows(3)]
+
+
+def test_a_name_with_control_characters_is_shown_in_quotes(
+    write: Write, base_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    adapters = build(write, base_tokenizer, ["a\nb", "c d", "c d"]).stats.adapters
+    assert adapters is not None and adapters.counts == "2: 'a\\nb' (1), c d (2)"
+
+
+def test_what_is_kept_of_a_name_is_small_and_does_not_grow_with_their_number(tmp_path: Path) -> None:
+    def kept_bytes(count: int) -> int:
+        names = [f"customer {number}" for number in range(count)]
+        numbers = np.arange(2 * count, dtype=np.uint64)
+        columns = {
+            "owner": pa.array(names * 2),
+            "input_ids": pa.array([[1]] * 2 * count, pa.list_(pa.int32())),
+            "trained_tokens": pa.array(np.ones(2 * count, np.int32)),
+            "ids_hash": pa.array(numbers),
+            "mask_hash": pa.array(numbers),
+        }
+        filled = [columns.get(field.name, pa.nulls(2 * count, field.type)) for field in SCHEMA]
+        rows = Rows(pa.Table.from_arrays(filled, schema=SCHEMA))
+        tracemalloc.start()
+        adapters = take_adapters(names, rows, rows)
+        kept, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert [a.train.tolist() for a in adapters.trained] == [[i, count + i] for i in range(count)]
+        return kept
+
+    small, large = kept_bytes(1000), kept_bytes(4000)
+    assert large < 4.2 * small
+    assert large < 4000 * 600
 
 
 def test_the_hash_of_the_data_knows_whose_rows_they_are(write: Write, base_tokenizer: PreTrainedTokenizerFast) -> None:
