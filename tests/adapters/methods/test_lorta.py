@@ -20,6 +20,7 @@ from qvera.adapters.factors import Factors
 from qvera.adapters.files.save_load import attach, load_adapter, named_vectors, save_adapter
 from qvera.adapters.methods import Place, method_of
 from qvera.adapters.products.low_rank import trained_path
+from qvera.adapters.products.token_sampling import TokenSampler
 from qvera.config.schema import AdapterSection
 from qvera.export.deltas import read_deltas
 from qvera.utils.errors import InputError
@@ -198,6 +199,26 @@ def test_peft_reads_and_writes_it(low_cpu_mem_usage: bool, tmp_path: Path) -> No
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys() == named_vectors(model).keys()
     assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_a_sample_of_the_tokens_gives_the_gradient_of_a_in_expectation() -> None:
+    model = moved(attach(small_llama(), AdapterSection(**LORTA))).train()
+    layer = next(m for m in model.modules() if isinstance(m, QveraLinear))
+    torch.manual_seed(0)
+    x, upstream = torch.randn(40, layer.in_features), torch.randn(40, layer.out_features)
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        layer(x.clone()).backward(upstream)
+        return {name: v.grad for name, v in layer.tensors("default").items() if v.grad is not None}
+
+    exact = gradients()
+    layer.qvera_settings["default"][1].token_sampler = TokenSampler(0.5)
+    draws = [gradients() for _ in range(400)]
+    for name, gradient in exact.items():
+        mean = torch.stack([draw[name] for draw in draws]).mean(0)
+        assert relative(mean, gradient) < (0.1 if "_A_" in name else 1e-4), name
+        assert ("_A_" in name) != torch.equal(draws[0][name], draws[1][name])
 
 
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
