@@ -49,7 +49,9 @@ def test_the_commands_train_twenty_adapters_and_three_answer_in_one_batch(
     smaller |= {"training.max_steps": 2}
     assert main([*train, *(part for key, value in smaller.items() for part in ("--set", f"{key}={value}"))]) == 0
     run = Path("runs/customers")
-    entries = json.loads((run / "run.json").read_text(encoding="utf-8"))["adapters"]
+    facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    assert facts["adapter"]["trainable_parameters"] == 2 * (64 + 32 + 32 + 64 + 192 + 192 + 64 + 7 * 8)
+    entries = facts["adapters"]
     shipped = Counter(one["customer"] for one in csv.DictReader(ROWS.open(encoding="utf-8")))
     assert {one["name"]: one["rows"] + one["eval_rows"] for one in entries} == shipped
     assert {(one["status"], one["steps"]) for one in entries} == {("done", 2)}

@@ -12,6 +12,7 @@ from qvera.config.load import load_recipe, read_yaml
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 SCHEMA = RECIPES.parent / "qvera" / "config" / "recipe.schema.json"
 NAMES = [
+    "customers",
     "e2e/smollm2-135m",
     "e2e/smollm2-135m-lora",
     "instruct/llama2-13b",

@@ -124,6 +124,7 @@ class ManyTrainer(Run):
         self.group.agree(self._open_own_files)
         self.run = begun_run(self, self.started)
         facts = self.run["adapter"]
+        facts["trainable_parameters"] = self.bank.trained_numbers  # of each adapter; the model's are frozen
         self.console.print(
             f"Training {self.bank.trained_numbers:,} parameters of each adapter in {facts['adapted_modules']} linear "
             f"layers, at most {self.bank.slots:,} adapters at a time, on {self.run['device']}"
