@@ -17,7 +17,7 @@ from qvera.utils.files import file_sha256, read_json
 from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTERS, CERTIFICATE, RECIPE_FILE
 from qvera.utils.safetensors_io import own_facts
 
-_PROJECTIONS = ("vera_A", "vera_B", "qvera_frozen_A", "qvera_frozen_B")
+_PROJECTIONS = frozenset({"vera_A", "vera_B", "qvera_frozen_A", "qvera_frozen_B"})
 """Ends of the names of tensors that PEFT's own VeRA stores and does not train."""
 
 
@@ -122,7 +122,7 @@ def _adapter(directory: Path) -> dict[str, Any]:
     weights = directory / ADAPTER_WEIGHTS
     config = read_json(directory / ADAPTER_CONFIG, "the config of a PEFT adapter", keys=("peft_type",))
     parameters = _parameters(weights)
-    trained = {name: count for name, count in parameters.items() if not name.endswith(_PROJECTIONS)}
+    trained = {name: count for name, count in parameters.items() if name.rpartition(".")[2] not in _PROJECTIONS}
     is_lora = config["peft_type"] == "LORA"
     config |= own_facts(weights) if is_lora else {}
     targets = config.get("target_modules")
