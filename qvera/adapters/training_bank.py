@@ -93,6 +93,7 @@ class TrainingBank:
         self.gradients = torch.zeros(slots, self.trained_numbers, device=self.device)
         for vector in named.values():
             vector.requires_grad_(False)
+        self._ordinary = named
         self._layers: list[QveraLinear] = []
         self._of_layer: dict[str, dict[str, nn.Parameter]] = {}
         for name, module in model.named_modules():
@@ -141,7 +142,12 @@ class TrainingBank:
         """A context in which row i of a batch uses the adapter in ``slots[i]``.
 
         The forward pass and its backward have to run within it: a checkpointed layer computes its forward pass again.
+        Where all rows are of one adapter, the layers take the path that they take for an adapter alone.
         """
+        if len(set(slots)) == 1:
+            with self._alone(slots[0]):
+                yield
+            return
         index = accelerator.tensors_on(self.device, {"slots": np.array(slots, dtype=np.int64)})["slots"]
 
         def forward(layer: QveraLinear, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
@@ -154,6 +160,24 @@ class TrainingBank:
         finally:
             for layer in self._layers:
                 layer._row_forward = None
+
+    @contextlib.contextmanager
+    def _alone(self, slot: int) -> Iterator[None]:
+        """The ordinary adapter's vectors are those of a slot, and backward adds to the slot's gradients."""
+        before = {key: parameter.data for key, parameter in self._ordinary.items()}
+        try:
+            for key, parameter in self._ordinary.items():
+                columns = self._columns[key]
+                parameter.data = self.vectors[slot, columns.all].view(columns.shape)
+                if columns.start < self.trained_numbers:
+                    parameter.requires_grad_(True)
+                    parameter.grad = self.gradients[slot, columns.all].view(columns.shape)
+            yield
+        finally:
+            for key, parameter in self._ordinary.items():
+                parameter.grad = None
+                parameter.requires_grad_(False)
+                parameter.data = before[key]
 
     def _forward(
         self, layer: QveraLinear, index: torch.Tensor, x: torch.Tensor, *args: object, **kwargs: object

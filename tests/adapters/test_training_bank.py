@@ -119,6 +119,31 @@ def test_each_adapter_gets_its_own_gradient(settings: dict[str, object], checkpo
             torch.testing.assert_close(row[columns.all].view(columns.shape), alone[slot][key], rtol=1e-4, atol=1e-6)
 
 
+def test_a_pass_of_one_adapter_goes_the_way_of_an_adapter_alone() -> None:
+    model = _model()
+    vectors = _vectors(model, 1)
+    rows = _rows()
+    ordinary = named_vectors(model)
+    for key, vector in ordinary.items():
+        vector.data.copy_(vectors[key])
+    nll, tokens = batch_nll(model, make_batch(model, rows, 0, prefix_once=False), 4)
+    (nll / tokens).backward()
+    expected = {key: vector.grad.clone() for key, vector in ordinary.items() if vector.grad is not None}
+    model.zero_grad()
+    bank = TrainingBank(model, 2)
+    bank.put(1, vectors)
+    weights = torch.full((len(rows),), 1 / tokens)
+    for times in (1, 2):  # gradients are added up
+        with bank.rows([1] * len(rows)):
+            total, _ = row_nll(model, make_batch(model, rows, 0, prefix_once=False), 4, weights)
+            total.backward()
+        for key, columns in bank._columns.items():
+            found = bank.gradients[1, columns.all].view(columns.shape)
+            torch.testing.assert_close(found, times * expected[key], rtol=1e-5, atol=1e-7)
+    assert not bank.gradients[0].any()
+    assert all(not v.requires_grad and v.grad is None for v in named_vectors(model).values())
+
+
 def test_an_adapter_that_is_not_finite_leaves_the_others_as_they_are() -> None:
     model = _model()
     vectors = [_vectors(model, seed) for seed in range(3)]
