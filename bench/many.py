@@ -132,7 +132,7 @@ def measure(rows: Path, to: Path, step_rows: int, rounds: int, rows_each: int) -
         "step_rows": step_rows,
         "adapters_in_flight": in_flight,
         "bank_bytes_per_number_and_adapter": bank_bytes / numbers / in_flight,
-        "plan_bytes": {name: side.session.plan.needed_bytes for name, side in sides.items()},
+        "plan_bytes": {n: None if (p := s.session.plan) is None else p.needed_bytes for n, s in sides.items()},
     }
     for unit in ("wall", "user"):
         seconds = {name: getattr(side, unit) for name, side in sides.items()}
