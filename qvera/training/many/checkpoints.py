@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 _FILES = ("vectors.safetensors", "optimizer.safetensors", "random.safetensors")
 _BEST = "best.safetensors"
+_FRESH = vars(TrainState())  # what is still as at the beginning is left out: there may be a hundred thousand adapters
 
 
 @dataclasses.dataclass
@@ -135,10 +136,8 @@ def restore(trainer: ManyTrainer, found: ManyCheckpoint) -> None:
 
 
 def _entry(run: AdapterRun) -> dict[str, Any]:
-    fresh = dataclasses.asdict(TrainState())
-    state = {key: value for key, value in dataclasses.asdict(run.state).items() if value != fresh[key]}
     kept = {key: getattr(run, key) for key in ("name", "status", "slot", "after", "reason")}
-    return {**kept, "state": state}
+    return {**kept, "state": {key: value for key, value in vars(run.state).items() if value != _FRESH[key]}}
 
 
 def _check(found: ManyCheckpoint, trainer: ManyTrainer) -> None:

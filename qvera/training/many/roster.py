@@ -108,7 +108,12 @@ def deal(steps: Sequence[int], ranks: int) -> list[list[int]]:
 
 
 class Roster:
-    """The adapters of one process: the queue, and those in flight with their slots."""
+    """The adapters of one process: the queue, and those in flight with their slots.
+
+    Attributes:
+        left: how many adapters are not trained any more.
+        steps_behind: optimizer steps that were taken, or that an adapter which has left does not take any more.
+    """
 
     def __init__(self, runs: Sequence[AdapterRun], slots: int, pass_rows: int | None) -> None:
         """Queue all that have not left; those in flight keep their slots.
@@ -126,6 +131,9 @@ class Roster:
         self.in_flight = sorted(begun, key=lambda run: (-run.steps, run.number))
         taken = {run.slot for run in begun}
         self._free = [slot for slot in range(slots) if slot not in taken]
+        # counted as they come, since there may be a hundred thousand adapters
+        self.left = sum(run.has_left for run in self.runs)
+        self.steps_behind = sum(run.steps - run.steps_left for run in self.runs)
 
     @property
     def is_done(self) -> bool:
@@ -152,4 +160,6 @@ class Roster:
         assert run.slot is not None
         self.in_flight.remove(run)
         heapq.heappush(self._free, run.slot)
+        self.left += 1
+        self.steps_behind += run.steps_left
         run.slot, run.status, run.batches, run.best = None, status, None, None

@@ -40,7 +40,7 @@ from qvera.training.run_dir import write_run
 from qvera.training.run_json import begun_run
 from qvera.utils.atomic import disk_errors
 from qvera.utils.errors import InputError, Interrupted, OutOfMemory, RunFailed
-from qvera.utils.formatting import first_of, size
+from qvera.utils.formatting import size
 
 if TYPE_CHECKING:
     from qvera.training.many.checkpoints import ManyCheckpoint
@@ -76,10 +76,6 @@ class ManyTrainer(Run):
             highlight=False,
             soft_wrap=True,
         )
-        if lacking := self.datasets.adapters_without_rows:
-            self.warn(
-                f"{len(lacking):,} adapters have no row left to train on, and are not trained: {first_of(lacking)}."
-            )
 
     def make_optimizer(self) -> None:
         """Make the bank with its slots and optimizer; a run that goes on has as many slots as it began with."""
@@ -210,7 +206,7 @@ class ManyTrainer(Run):
             if self.round == 0:
                 self._score_before()
             self.model.train()
-            with ProgressBar(self.console, self.steps, self._steps_behind()) as self.progress:
+            with ProgressBar(self.console, self.steps, self.roster.steps_behind) as self.progress:
                 while not self.roster.is_done and not self.stop_requested():
                     try:
                         self.take_round()
@@ -248,6 +244,7 @@ class ManyTrainer(Run):
             self.round += 1
             self.totals.seconds += records[-1]["step_seconds"]
             self.totals.input_tokens += records[-1]["input_tokens"]
+            self.roster.steps_behind += len(records) - 1
         self.log(records)
         evaluated = self._evaluate([run for run in stepping if run.reason is None])
         self._let_out(evaluated)
@@ -322,15 +319,10 @@ class ManyTrainer(Run):
             if record["kind"] == "round":
                 self.trackers.log({**record, "step": record["round"]})
 
-    def _steps_behind(self) -> int:
-        """Steps that were taken, or that an adapter which has left does not take any more."""
-        return self.steps - sum(run.steps_left for run in self.runs)
-
     def _show(self, record: dict[str, Any]) -> None:
-        done = sum(run.has_left for run in self.runs)
         self.progress.move(
-            self._steps_behind(),
-            f"{done:,} of {len(self.runs):,} adapters done, {len(self.roster.in_flight):,} in flight  "
+            self.roster.steps_behind,
+            f"{self.roster.left:,} of {len(self.runs):,} adapters done, {len(self.roster.in_flight):,} in flight  "
             f"{record['adapters'] / record['step_seconds']:,.1f} steps/s  {record['tokens_per_second']:,.0f} tokens/s  "
             f"{size(record['memory_bytes'])}",
         )
