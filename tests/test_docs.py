@@ -35,7 +35,7 @@ NOT_RUN = {
     "qvera quickstart": "downloads a model; `make quickstart` is run by hand before each release",
     "qvera train recipes/quickstart.yaml": "needs the quickstart's model",
     "qvera train recipes/customers.yaml": "tests/test_readme_customers.py runs it on a small model",
-    "qvera generate runs/customers --adapter anna --adapter chloe": "tests/test_readme_customers.py does",
+    "qvera generate runs/customers --adapter chloe --adapter gina": "tests/test_readme_customers.py does",
     "qvera launch": "starts other processes; tests/distributed does",
     "qvera harness": "needs lm-eval; tests/evaluation/test_lm_eval.py does",
     "qvera doctor": "tests/cli does; its exit code depends on the machine",
