@@ -367,6 +367,7 @@ KEYS = {"path": "rows.jsonl", "adapter_column": "customer"}
         ({"training": {"optim": "adamw_8bit"}}, "training.optim: many adapters"),
         ({"training": {"bilevel": True}}, "training.bilevel: is not built for many adapters"),
         ({"training": {"resample_every": 5}}, "training.resample_every: is not built"),
+        ({"training": {"torch_compile": True}}, "training.torch_compile: is not built"),
         ({"training": {"on_oom": "halve"}}, "training.on_oom: halve is not built"),
     ],
 )

@@ -148,7 +148,7 @@ class Recipe(Section):
             )
         if training.optim != "adamw":
             yield "training.optim", f"many adapters ({names}) are stepped together by adamw; use that."
-        for key in ("bilevel", "resample_every", "sample_tokens"):
+        for key in ("bilevel", "resample_every", "sample_tokens", "torch_compile", "exact_match_rows"):
             if getattr(training, key):
                 yield f"training.{key}", f"is not built for many adapters ({names}); remove one of the two."
         if training.on_oom == "halve":

@@ -79,6 +79,11 @@ class ManyTrainer(Run):
 
     def make_optimizer(self) -> None:
         """Make the bank with its slots and optimizer; a run that goes on has as many slots as it began with."""
+        if self.scaler is not None:
+            raise InputError(
+                "model.compute_dtype: this device has no bfloat16, so auto is float16, which needs a loss scale that "
+                "the adapters would share. Set float32."
+            )
         self.round, self.totals, self.saved_round = 0, Totals(), 0
         self.pass_rows = self.recipe.training.per_device_train_batch_size
         self.found: ManyCheckpoint | None = None

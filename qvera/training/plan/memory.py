@@ -266,7 +266,9 @@ def _answers(run: PlannedRun) -> tuple[Component, ...]:
     """
     shape, machine, size = run.shape, run.machine, run.itemsize
     training, data = run.recipe.training, run.recipe.data
-    if not (data.eval_path or data.eval_fraction) or not (training.sample_count or training.exact_match_rows):
+    if run.slots or not (data.eval_path or data.eval_fraction):
+        return ()
+    if not (training.sample_count or training.exact_match_rows):
         return ()
     tokens = run.batch.longest_row + training.sample_max_new_tokens
     rows = min(training.answer_batch_size, max(training.sample_count, training.exact_match_rows))

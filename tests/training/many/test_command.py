@@ -8,10 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from qvera.cli.main import main
+from qvera.config.range_test import RangeTest
+from qvera.training import session
+from qvera.training.lr_finder import find_lr
 from qvera.training.many.trainer import ManyTrainer
+from qvera.training.trainer import train
+from qvera.utils.errors import InputError
 from tests.training.many.runs import entries, many_recipe, records, write_rows
 
 pytestmark = pytest.mark.process
@@ -65,3 +71,22 @@ def test_train_says_how_many_are_done_and_leaves_one_file_of_metrics(
     assert [record["rows"] for record in rounds] == [5, 5, 5, 4, 2, 4]
     assert {record["adapter"] for record in records(run_dir)} == found.keys()
     assert (run_dir / "report.html").exists()
+
+
+def test_a_rate_can_be_looked_for_over_the_rows_of_all(make_recipe: Any, tmp_path: Path) -> None:
+    """The test of learning rates trains one adapter over all rows."""
+    write_rows(tmp_path / "rows.jsonl", {"anna": 9, "ben": 5})
+    recipe = many_recipe(make_recipe, tmp_path / "rows.jsonl", {"max_steps": 3})
+    found = find_lr(recipe, tmp_path / "rates", RangeTest(steps=12))
+    assert found is not None and (tmp_path / "rates" / "lr-range.jsonl").is_file()
+
+
+def test_float16_that_auto_came_to_is_refused(
+    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a card without bfloat16."""
+    write_rows(tmp_path / "rows.jsonl", {"anna": 9, "ben": 5})
+    recipe = many_recipe(make_recipe, tmp_path / "rows.jsonl", {"max_steps": 3})
+    monkeypatch.setattr(session, "build_scaler", lambda *_: torch.amp.GradScaler("cpu"))
+    with pytest.raises(InputError, match="model.compute_dtype: this device has no bfloat16"):
+        train(recipe, tmp_path / "run")
