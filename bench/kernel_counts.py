@@ -15,7 +15,7 @@ from unittest import mock
 from bench.common import header, write_result
 from qvera.kernels.choice import SWITCH
 from tests.gpu.fake_accelerator import FakeAccelerator
-from tests.gpu.kernel_counts import CASES, layer_kept_bytes, layer_kernels
+from tests.gpu.kernel_counts import ADAPTERS, CASES, layer_kept_bytes, layer_kernels
 
 SHAPES = {"7b": "7B", "8b": "8B (grouped queries)"}
 
@@ -25,9 +25,11 @@ def measure(fake: FakeAccelerator, name: str, shape: str, kernels: str) -> dict[
     found: dict[str, Any] = {}
     with mock.patch.dict(os.environ, {SWITCH: kernels}):
         for key, checkpointing in (("plain", False), ("checkpointed", True)):
-            counts = layer_kernels(fake, CASES[name], shape=shape, checkpointing=checkpointing)
+            counts = layer_kernels(
+                fake, CASES[name], shape=shape, checkpointing=checkpointing, adapters=ADAPTERS.get(name, 1)
+            )
             found[key] = {"launches": counts.total(), "by_name": dict(counts.most_common())}
-        found["kept_bytes"] = layer_kept_bytes(fake, CASES[name], shape=shape)
+        found["kept_bytes"] = layer_kept_bytes(fake, CASES[name], shape=shape, adapters=ADAPTERS.get(name, 1))
     return {"case": name, "shape": shape, "QVERA_KERNELS": kernels, "tokens": 2048, **found}
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qvera.adapters.files.save_load import attach
+from qvera.adapters.training_bank import TrainingBank
 from qvera.config.schema import AdapterSection
 from qvera.models.checkpointing import enable_checkpointing
 from qvera.models.linear import FrozenLinear4bit
@@ -69,45 +71,54 @@ CASES: dict[str, Callable[[Any], Any]] = {
     "qvera, r=256": ours(256),
     "qvera, r=1024": ours(1024),
     "qvera LoRA, r=16": ours(16, "lora"),
+    "qvera, r=256, 32 adapters": ours(256),
 }
+
+ADAPTERS = {"qvera, r=256, 32 adapters": 32}
+"""How many adapters share the pass; 1 in the other cases."""
 
 
 def layer_kernels(
-    fake: FakeAccelerator, prepare: Callable[[Any], Any], *, shape: str = "7b", tokens: int = 2048, checkpointing: bool
-) -> Counter[str]:
+    fake: FakeAccelerator, prepare: Callable[[Any], Any], *, shape: str = "7b", tokens: int = 2048,
+    checkpointing: bool, adapters: int = 1,
+) -> Counter[str]:  # fmt: skip
     """Name → launches of one decoder layer, forward and backward, on a batch of one row of ``tokens`` (above 1,536).
 
-    With ``checkpointing`` the layer's recomputation is counted too.
+    With ``checkpointing`` the layer's recomputation is counted too. With several ``adapters`` the tokens are those of
+    as many rows, each of an adapter of its own (`TrainingBank`).
     """
-    passes = [_one_pass(fake, prepare(fake.model(shape, layers)), tokens, checkpointing) for layers in (1, 2)]
+    passes = [_one_pass(fake, prepare(fake.model(shape, layers)), tokens, checkpointing, adapters) for layers in (1, 2)]
     counts = per_layer(passes[1], passes[0])
     if "bitsandbytes.gemm_4bit" in counts:
         counts["bitsandbytes.gemm_4bit"] *= GEMM_4BIT_LAUNCHES
     return counts
 
 
-def _one_pass(fake: FakeAccelerator, model: Any, tokens: int, checkpointing: bool) -> Seen:
+def _one_pass(fake: FakeAccelerator, model: Any, tokens: int, checkpointing: bool, adapters: int = 1) -> Seen:
     decoder = model.get_decoder()
     # else nothing needs a gradient in the frozen base
     decoder.embed_tokens.register_forward_hook(lambda module, args, output: output.requires_grad_())
+    bank = TrainingBank(model, adapters) if adapters > 1 else None
     if checkpointing:
-        enable_checkpointing(model)
+        enable_checkpointing(model, by_tiles=bank is None)
     model.train()
-    ids = torch.empty(1, tokens, dtype=torch.int64, device=fake.device)
-    with fake.record() as seen:
+    ids = torch.empty(adapters, tokens // adapters, dtype=torch.int64, device=fake.device)
+    rows = contextlib.nullcontext() if bank is None else bank.rows(range(adapters))
+    with rows, fake.record() as seen:
         hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
         hidden.backward(torch.empty_like(hidden))
     return seen
 
 
 def layer_kept_bytes(
-    fake: FakeAccelerator, prepare: Callable[[Any], Any], *, shape: str = "7b", tokens: int = 2048
+    fake: FakeAccelerator, prepare: Callable[[Any], Any], *, shape: str = "7b", tokens: int = 2048, adapters: int = 1
 ) -> int:
     """What autograd keeps of one decoder layer from forward to backward, but for parameters; shared memory once."""
-    return _kept(prepare(fake.model(shape, 2)), tokens) - _kept(prepare(fake.model(shape, 1)), tokens)
+    one, two = (_kept(prepare(fake.model(shape, layers)), tokens, adapters) for layers in (1, 2))
+    return two - one
 
 
-def _kept(model: Any, tokens: int) -> int:
+def _kept(model: Any, tokens: int, adapters: int) -> int:
     decoder, kept = model.get_decoder(), {}
     decoder.embed_tokens.register_forward_hook(lambda module, args, output: output.requires_grad_())
     fixed = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
@@ -118,8 +129,10 @@ def _kept(model: Any, tokens: int) -> int:
             kept[storage._cdata] = storage
         return tensor
 
-    ids = torch.empty(1, tokens, dtype=torch.int64, device=model.get_input_embeddings().weight.device)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    device = model.get_input_embeddings().weight.device
+    ids = torch.empty(adapters, tokens // adapters, dtype=torch.int64, device=device)
+    rows = TrainingBank(model, adapters).rows(range(adapters)) if adapters > 1 else contextlib.nullcontext()
+    with rows, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
     del hidden
     return sum(storage.nbytes() for storage in kept.values())

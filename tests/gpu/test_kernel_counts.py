@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.gpu.fake_accelerator import FakeAccelerator
-from tests.gpu.kernel_counts import CASES, dequantized_weights, layer_kept_bytes, layer_kernels
+from tests.gpu.kernel_counts import ADAPTERS, CASES, dequantized_weights, layer_kept_bytes, layer_kernels
 from tests.gpu.own_process import measured
 
 pytestmark = pytest.mark.process
@@ -16,14 +16,20 @@ CEILING, CEILING_WITH_CHECKPOINT = 102, 140
 """Kernels of a 7B layer, forward and backward, and with the recomputation. The frozen base alone takes 140 and 193 as
 transformers and bitsandbytes run it (bench/results/kernel_counts.json)."""
 
+MANY_CEILING, MANY_CEILING_WITH_CHECKPOINT = 179, 238
+"""Of a pass whose rows are of many adapters."""
+
 LORA_CEILING, LORA_CEILING_WITH_CHECKPOINT, LORA_KEPT_BYTES = 101, 149, 272_800_000
 """Of LoRA at rank 16: the same, and what one layer keeps for backward. Stock PEFT's takes 245, 341 and 562 MB."""
 
 
 def counts(fake: FakeAccelerator) -> dict[str, Any]:
     passes = {
-        name: [dict(layer_kernels(fake, CASES[name], checkpointing=checkpointing)) for checkpointing in (False, True)]
-        for name in ("qvera, r=256", "qvera, r=1024", "qvera LoRA, r=16", "PEFT LoRA, r=16")
+        name: [
+            dict(layer_kernels(fake, CASES[name], checkpointing=checkpointing, adapters=ADAPTERS.get(name, 1)))
+            for checkpointing in (False, True)
+        ]
+        for name in ("qvera, r=256", "qvera, r=1024", "qvera LoRA, r=16", "PEFT LoRA, r=16", *ADAPTERS)
     }
     kept = {name: layer_kept_bytes(fake, CASES[name]) for name in ("qvera LoRA, r=16", "PEFT LoRA, r=16")}
     return passes | {"dequantized weights": dequantized_weights(fake), "kept": kept}
@@ -42,6 +48,15 @@ def test_an_adapted_layer_launches_no_more_than_its_ceiling(found: dict[str, Any
     # each frozen weight is dequantized once a pass, and nothing is copied or cast
     assert (plain["qvera.dequantize_4bit"], with_checkpoint["qvera.dequantize_4bit"]) == (14, 21)
     assert not {"aten._to_copy", "aten.copy_", "aten.clone", "aten.mul", "aten.cat"} & set(with_checkpoint)
+
+
+def test_a_pass_of_many_adapters_launches_the_same_kernels_however_many_there_are(found: dict[str, Any]) -> None:
+    """32 of them; one after the other they would take 32 times those of one adapter."""
+    plain, with_checkpoint = found["qvera, r=256, 32 adapters"]
+    assert sum(plain.values()) <= MANY_CEILING, plain
+    assert sum(with_checkpoint.values()) <= MANY_CEILING_WITH_CHECKPOINT, with_checkpoint
+    assert (plain["qvera.dequantize_4bit"], with_checkpoint["qvera.dequantize_4bit"]) == (14, 21)
+    assert not {"aten._to_copy", "aten.copy_", "aten.clone", "aten.cat"} & set(with_checkpoint)
 
 
 def test_lora_launches_and_keeps_less_than_half_of_stock_peft_s(found: dict[str, Any]) -> None:

@@ -69,15 +69,16 @@ class _ExpandRows(torch.autograd.Function):
         need_base, need_z, need_d, need_b = ctx.needs_input_grad[:4]
         upstream, B, groups = g.to(z.dtype), B.to(z.dtype), b.shape[1]
         spread_d = _spread(d, z)
-        grad_b = torch.empty_like(b) if need_b else None
-        parts = []
+        sums, parts = [], []
         inner = scaled_columns(z, spread_d, ctx.scale) if need_b else z
         for i, (part, columns) in enumerate(zip(inner.chunk(groups, -1), B.chunk(groups, 1), strict=True)):
-            if grad_b is not None:
-                grad_b[:, i] = _row_sum((part @ columns.t()).mul_(upstream), b.dtype)
+            if need_b:
+                sums.append(_row_sum((part @ columns.t()).mul_(upstream), b.dtype).unsqueeze(1))
             if need_z or need_d:
                 parts.append(scaled_columns(upstream, _spread(b[:, i], z)) @ columns)
-        grad_z = grad_d = None
+        grad_z = grad_d = grad_b = None
+        if sums:
+            grad_b = sums[0] if groups == 1 else torch.cat(sums, 1)
         if parts:
             h = parts[0] if groups == 1 else torch.cat(parts, -1)
             grad_z = scaled_columns(h, spread_d, ctx.scale) if need_z else None
