@@ -87,6 +87,7 @@ def save(trainer: ManyTrainer) -> None:
         "processes": trainer.group.world_size,
         "slots": trainer.bank.slots,
         "gradient_checkpointing": trainer.checkpointing,
+        "builds_per_pass": trainer.builds_per_pass,
         "totals": dataclasses.asdict(trainer.totals),
         "adapters": [_entry(run) for run in trainer.runs],
     }
@@ -150,7 +151,7 @@ def _check(found: ManyCheckpoint, trainer: ManyTrainer) -> None:
         for entry in state["adapters"]:
             TrainState(**entry["state"])
         processes = state["processes"]
-        state["slots"], state["round"], state["totals"]
+        state["slots"], state["round"], state["totals"], state["builds_per_pass"]
     except (KeyError, TypeError) as error:
         raise InputError(f"{path}: was written by another version of qvera ({error}).") from None
     if processes != trainer.group.world_size:

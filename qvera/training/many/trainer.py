@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from qvera.adapters import hold_training_weights
 from qvera.adapters.files.save_load import save_adapter
 from qvera.adapters.training_bank import TrainingBank
 from qvera.data import Example, adapter_batches
@@ -106,6 +107,7 @@ class ManyTrainer(Run):
             found = self.found
             self.group.agree(lambda: checkpoints.restore(self, found))
             self.keep_checkpointing(found.state["gradient_checkpointing"])
+            self.builds_per_pass = found.state["builds_per_pass"]
             self.found, self.saved_round = None, self.round
             self.console.print(f"Going on from round {self.round} ({found.path}).", soft_wrap=True)
         elif self.resume:
@@ -134,8 +136,14 @@ class ManyTrainer(Run):
         )
 
     def prepare_model(self) -> None:
-        """Gradient checkpointing alone: no W + ΔW can be held that is the same for all rows."""
-        enable_checkpointing(self.model, self.checkpointing, by_tiles=False)
+        """Gradient checkpointing; and where every pass is of one adapter, what `TrainingSession` does for one.
+
+        No W + ΔW can be held, and no MLP be taken by tiles, where the rows of a pass are of different adapters.
+        """
+        alone = self.bank.slots == 1
+        enable_checkpointing(self.model, self.checkpointing, by_tiles=alone)
+        holds = alone and self.plan is not None and self.plan.holds_weights
+        hold_training_weights(self.model, holds, self.builds_per_pass if alone else None)
 
     def longest_batch(self) -> list[Example]:
         """The longest rows that a pass may have: of one adapter at most as many as its step has."""
@@ -147,9 +155,10 @@ class ManyTrainer(Run):
         return [self.datasets.train[row] for row in sorted(rows, key=lambda row: -lengths[row])[: self.pass_rows]]
 
     def try_batch(self, examples: list[Example]) -> None:
-        """Forward and backward over the rows, for one adapter; nothing is kept."""
+        """Forward and backward over the rows, for all slots in turn; nothing is kept."""
+        slots = [row % self.bank.slots for row in range(len(examples))]
         try:
-            self.pass_nll([0] * len(examples), examples, [0.0] * len(examples))
+            self.pass_nll(slots, examples, [0.0] * len(examples))
         finally:
             self.bank.gradients.zero_()
 

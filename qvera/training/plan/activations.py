@@ -43,7 +43,7 @@ def kept_bytes(run: PlannedRun) -> int:
 
 def goes_by_tiles(run: PlannedRun) -> bool:
     """Whether MLPs take some tokens at a time (`qvera.models.tiled_mlp`)."""
-    if not run.checkpointing or run.recipe.adapter.dropout or run.sharing.stage == 3 or run.slots:
+    if not run.checkpointing or run.recipe.adapter.dropout or run.sharing.stage == 3 or run.mixes_rows:
         return False
     return run.batch.all_tokens > TILED_ABOVE_TOKENS and {x.role for x in run.layer} >= set(_MLP)
 
@@ -108,7 +108,7 @@ def _adapter_bytes(run: PlannedRun, linears: Sequence[Linear]) -> int:
         if x.name not in run.adapted_names:
             continue
         source = _INPUTS.get(x.role, x.name)
-        if run.slots:
+        if run.mixes_rows:
             held[x.name, "vectors of each row"] = row_bytes(run, x)
         reads_x = run.keeps_input(x) or run.method.keeps_input or (section.input_scale and not section.dropout)
         if run.sampled_tokens is not None:  # rows of its own, with a number and a weight each
@@ -149,7 +149,7 @@ def product_bytes(run: PlannedRun, x: Linear) -> int:
     read, size, section = weight_bytes(run, x), run.itemsize, run.recipe.adapter
     if x.name not in run.adapted_names:
         return read
-    if run.slots:
+    if run.mixes_rows:
         return read + row_product_bytes(run, x)
     pair = x.m * run.rank_at(x)
     if not run.method.has_vectors:

@@ -223,7 +223,7 @@ def hold_weights(run: PlannedRun) -> PlannedRun:
 
     That is on a CPU, where they take at most a quarter of the free memory and the run still fits.
     """
-    if run.machine.on_gpu or run.sharing.world_size > 1 or run.sharing.stage == 3 or run.slots:
+    if run.machine.on_gpu or run.sharing.world_size > 1 or run.sharing.stage == 3 or run.mixes_rows:
         return run
     held, free_bytes = replace(run, holds_weights=True), run.machine.available_bytes
     size_bytes = _held_bytes(held)

@@ -389,8 +389,13 @@ class PlannedRun:
         sizes = self.batch.all_tokens, x.n, x.m, self.rank_at(x)
         method = self.method
         may = x.name in self.adapted_names and not section.dropout and method.has_vectors and method.is_low_rank
-        may = may and not self.recipe.training.torch_compile and not self.slots
+        may = may and not self.recipe.training.torch_compile and not self.mixes_rows
         return may and fused.pays(*sizes, machine.dtype, machine.device_type, section.input_scale, self.builds_per_pass)
+
+    @property
+    def mixes_rows(self) -> bool:
+        """Whether the rows of a pass may be of different adapters."""
+        return self.slots > 1
 
     @property
     def builds_per_pass(self) -> float:

@@ -69,6 +69,19 @@ def test_the_plan_counts_16_bytes_a_number_and_adapter(recipe: Recipe) -> None:
     assert slot_bytes(frozen) == 4 * plan.trained_parameters + 12 * frozen.trained_parameters
 
 
+def test_a_single_slot_is_planned_as_one_adapter(recipe: Recipe) -> None:
+    """Every pass is of one adapter then, and takes the path of an adapter alone."""
+    single = changed(recipe, per_device_train_batch_size=4)
+    one = single.replace(data=single.data.replace(adapter_column=None, prefix_once=False))
+    machine = Machine("t", "cpu", torch.float32, False, 10**12)
+    many, alone = (make_plan(each, machine) for each in (single, one))
+    assert many.holds_weights == alone.holds_weights
+    extra = 2 * many.vector_bytes  # the ordinary adapter's, and what each begins with
+    answers = [{name: m for name, m in plan.memory.moments.items() if name != "answers"} for plan in (many, alone)]
+    assert answers[0] == answers[1]
+    assert sum(c.bytes for c in many.memory.standing) - sum(c.bytes for c in alone.memory.standing) == extra
+
+
 def test_the_plan_says_how_many_are_trained_at_once(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     from rich.console import Console
 
