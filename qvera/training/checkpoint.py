@@ -17,6 +17,7 @@ Everything is written under a temporary name, flushed, and renamed. Nothing is p
 import contextlib
 import dataclasses
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -84,7 +85,7 @@ class TrainState:
 
         ``patience`` evaluations without a lower one stop the run (0: never).
         """
-        if self.best_loss is None or loss < self.best_loss:
+        if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
             self.best_loss, self.best_step, self.evaluations_without_gain = loss, self.step, 0
         else:
             self.evaluations_without_gain += 1

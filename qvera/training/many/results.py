@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ def adapter_result(run: AdapterRun, recipe: Recipe) -> dict[str, Any]:
     """An adapter's entry in run.json. ``unfinished`` is the status of one that is still to be trained."""
     state = run.state
     flags = []
-    if run.after is not None and state.before is not None and run.after["loss"] > state.before["loss"]:
+    if _got_worse(state.before, run.after):
         flags.append(GOT_WORSE)
     if len(run.rows.train) < recipe.training.global_batch_size:
         flags.append(TOO_FEW_ROWS)
@@ -46,6 +47,13 @@ def adapter_result(run: AdapterRun, recipe: Recipe) -> dict[str, Any]:
         "flags": flags,
         **({} if run.reason is None else {"reason": run.reason}),
     }
+
+
+def _got_worse(before: dict[str, Any] | None, after: dict[str, Any] | None) -> bool:
+    """A loss that is not finite is worse than any; a checkpoint gives it back as None."""
+    if before is None or after is None or before["loss"] is None or not math.isfinite(before["loss"]):
+        return False
+    return after["loss"] is None or not after["loss"] <= before["loss"]
 
 
 def without_rows(name: str) -> dict[str, Any]:

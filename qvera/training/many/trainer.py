@@ -85,7 +85,7 @@ class ManyTrainer(Run):
                 "model.compute_dtype: this device has no bfloat16, so auto is float16, which needs a loss scale that "
                 "the adapters would share. Set float32."
             )
-        self.round, self.totals, self.saved_round = 0, Totals(), 0
+        self.round, self.totals, self.saved_round, self.whole_round = 0, Totals(), 0, 0
         self.pass_rows = self.recipe.training.per_device_train_batch_size
         self.found: ManyCheckpoint | None = None
         if self.resume:
@@ -108,7 +108,7 @@ class ManyTrainer(Run):
             self.group.agree(lambda: checkpoints.restore(self, found))
             self.keep_checkpointing(found.state["gradient_checkpointing"])
             self.builds_per_pass = found.state["builds_per_pass"]
-            self.found, self.saved_round = None, self.round
+            self.found, self.saved_round, self.whole_round = None, self.round, self.round
             self.console.print(f"Going on from round {self.round} ({found.path}).", soft_wrap=True)
         elif self.resume:
             self.console.print(f"No checkpoint was saved in {self.run_dir} yet: starting from round 0.", soft_wrap=True)
@@ -152,7 +152,9 @@ class ManyTrainer(Run):
         for run in self.runs:
             own = run.rows.train
             rows += own[np.argsort(-lengths[own], kind="stable")[: run.step_rows]].tolist()
-        return [self.datasets.train[row] for row in sorted(rows, key=lambda row: -lengths[row])[: self.pass_rows]]
+        most = sum(sorted((run.step_rows for run in self.runs), reverse=True)[: self.bank.slots])
+        longest = sorted(rows, key=lambda row: -lengths[row])[: min(self.pass_rows, most)]
+        return [self.datasets.train[row] for row in longest]
 
     def try_batch(self, examples: list[Example]) -> None:
         """Forward and backward over the rows, for all slots in turn; nothing is kept."""
@@ -262,6 +264,7 @@ class ManyTrainer(Run):
         self.log(records)
         evaluated = self._evaluate([run for run in stepping if run.reason is None])
         self._let_out(evaluated)
+        self.whole_round = self.round  # evaluations and scores too: it may be saved
         if records:
             self._show(records[-1])
 
@@ -374,11 +377,11 @@ class ManyTrainer(Run):
         """Save the round before one that memory did not suffice for, and write run.json; returns the error to raise."""
         if self.group.world_size > 1:
             return error  # the other ranks are elsewhere
-        if self.round:
-            if self.round != self.saved_round:
-                self.save_checkpoint()
+        if self.round == self.whole_round != self.saved_round:
+            self.save_checkpoint()
+        if self.saved_round:
             error = OutOfMemory(
-                f"{error}\nRound {self.round} is saved: the same command with --resume goes on from it."
+                f"{error}\nRound {self.saved_round} is saved: the same command with --resume goes on from it."
             )
         self._finish("failed")
         return error

@@ -55,7 +55,11 @@ def assumed_batch(recipe: Recipe, joined: Joined | None = None) -> Batch:
 
 def longest_of_many(recipe: Recipe, rows: Rows) -> list[int]:
     """The longest rows that a pass of many adapters may have; how they meet depends on who leaves when."""
-    return np.argsort(-rows.lengths, kind="stable")[: recipe.training.per_device_train_batch_size].tolist()
+    training = recipe.training
+    most = training.per_device_train_batch_size
+    if training.adapters_at_once != "auto":
+        most = min(most, training.adapters_at_once * training.global_batch_size)
+    return np.argsort(-rows.lengths, kind="stable")[:most].tolist()
 
 
 def longest_rows(recipe: Recipe, rows: Sequence[Example], joined: Joined | None, steps: int) -> list[int]:
