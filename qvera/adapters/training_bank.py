@@ -35,9 +35,10 @@ class _Columns(NamedTuple):
     start: int
     shape: tuple[int, ...]
 
-    @property
-    def all(self) -> slice:
-        return slice(self.start, self.start + math.prod(self.shape))
+    def of(self, rows: torch.Tensor) -> torch.Tensor:
+        """The tensor in one row [numbers] of a bank, or in all of them [slots, numbers]: a view of this shape."""
+        part = rows[..., self.start : self.start + math.prod(self.shape)]
+        return part.view(*rows.shape[:-1], *self.shape)
 
 
 class _TakeRows(torch.autograd.Function):
@@ -105,11 +106,10 @@ class TrainingBank:
     def _view(self, key: str) -> nn.Parameter:
         """One tensor of all adapters [slots, ...], which shares memory with `vectors` and its gradient with theirs."""
         columns = self._columns[key]
-        shape = (self.slots, *columns.shape)
         is_trained = columns.start < self.trained_numbers
-        view = nn.Parameter(self.vectors[:, columns.all].view(shape), requires_grad=is_trained)
+        view = nn.Parameter(columns.of(self.vectors), requires_grad=is_trained)
         if is_trained:
-            view.grad = self.gradients[:, columns.all].view(shape)
+            view.grad = columns.of(self.gradients)
         return view
 
     def start(self, slot: int) -> None:
@@ -129,13 +129,12 @@ class TrainingBank:
         for key, columns in self._columns.items():
             if tuple(vectors[key].shape) != columns.shape:
                 raise ValueError(f"{key} has the shape {tuple(vectors[key].shape)}, not {columns.shape}")
-            self.vectors[slot, columns.all] = vectors[key].detach().reshape(-1).to(self.vectors)
+            columns.of(self.vectors[slot]).copy_(vectors[key].detach())
         self.gradients[slot].zero_()
 
     def take(self, slot: int) -> dict[str, torch.Tensor]:
         """A copy of an adapter's vectors, by their keys in an adapter file."""
-        row = self.vectors[slot]
-        return {key: row[columns.all].view(columns.shape).clone() for key, columns in self._columns.items()}
+        return {key: columns.of(self.vectors[slot]).clone() for key, columns in self._columns.items()}
 
     @contextlib.contextmanager
     def rows(self, slots: Sequence[int]) -> Iterator[None]:
@@ -168,10 +167,10 @@ class TrainingBank:
         try:
             for key, parameter in self._ordinary.items():
                 columns = self._columns[key]
-                parameter.data = self.vectors[slot, columns.all].view(columns.shape)
+                parameter.data = columns.of(self.vectors[slot])
                 if columns.start < self.trained_numbers:
                     parameter.requires_grad_(True)
-                    parameter.grad = self.gradients[slot, columns.all].view(columns.shape)
+                    parameter.grad = columns.of(self.gradients[slot])
             yield
         finally:
             for key, parameter in self._ordinary.items():

@@ -39,7 +39,7 @@ class Adapters:
         without_rows: names of those whose training rows were all dropped or cut away; they are not trained.
         only_held_out: names of those that have held-out rows alone, in ``data.eval_path``; nothing reads these rows.
         without_held_out: names of those that are trained without a held-out row, where the recipe holds rows out.
-        alike: groups of names that differ only by case, spaces or composed characters.
+        alike: groups of different names that look nearly the same (`qvera.utils.adapter_names.alike_names`).
     """
 
     trained: list[AdapterRows] = field(default_factory=list)

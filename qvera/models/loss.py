@@ -143,10 +143,17 @@ def fused_linear_cross_entropy(
     if trained is None:
         row, place = torch.nonzero(labels[:, 1:] != ignore_index, as_tuple=True)
         trained = row * labels.shape[1] + place
-    rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, trained)
-    targets = labels.reshape(-1).index_select(0, trained + 1)
+    rows, targets = _trained_tokens(hidden, labels, trained)
     total, _ = _FusedLinearCrossEntropy.apply(rows, targets, head, chunk_tokens, expected_grad, None)
     return total, int(trained.numel())
+
+
+def _trained_tokens(
+    hidden: torch.Tensor, labels: torch.Tensor, trained: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The hidden states [n, hidden] that predict a trained token, and those tokens [n]."""
+    states = hidden.reshape(-1, hidden.shape[-1]).index_select(0, trained)
+    return states, labels.reshape(-1).index_select(0, trained + 1)
 
 
 def row_cross_entropy(
@@ -170,8 +177,7 @@ def row_cross_entropy(
         the gradients of the others as they are.
     """
     of_row = trained // labels.shape[1]
-    rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, trained)
-    targets = labels.reshape(-1).index_select(0, trained + 1)
+    rows, targets = _trained_tokens(hidden, labels, trained)
     weights = row_weights.index_select(0, of_row)
     total, nll = _FusedLinearCrossEntropy.apply(rows, targets, head, chunk_tokens, None, weights)
     return total, nll.new_zeros(len(labels)).index_add_(0, of_row, nll)

@@ -115,8 +115,7 @@ def test_each_adapter_gets_its_own_gradient(settings: dict[str, object], checkpo
     for slot in range(3):
         row = bank.gradients[slot]
         for key in trained:
-            columns = bank._columns[key]
-            torch.testing.assert_close(row[columns.all].view(columns.shape), alone[slot][key], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(bank._columns[key].of(row), alone[slot][key], rtol=1e-4, atol=1e-6)
 
 
 def test_a_pass_of_one_adapter_goes_the_way_of_an_adapter_alone() -> None:
@@ -138,7 +137,7 @@ def test_a_pass_of_one_adapter_goes_the_way_of_an_adapter_alone() -> None:
             total, _ = row_nll(model, make_batch(model, rows, 0, prefix_once=False), 4, weights)
             total.backward()
         for key, columns in bank._columns.items():
-            found = bank.gradients[1, columns.all].view(columns.shape)
+            found = columns.of(bank.gradients[1])
             torch.testing.assert_close(found, times * expected[key], rtol=1e-5, atol=1e-7)
     assert not bank.gradients[0].any()
     assert all(not v.requires_grad and v.grad is None for v in named_vectors(model).values())

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from qvera.adapters.products.functional import AutogradContext
+from qvera.adapters.products.functional import AutogradContext, scale_input
 from qvera.kernels.choice import use_kernels
 from qvera.kernels.columns import scaled_columns
 
@@ -109,18 +109,4 @@ def expand_rows(
 
 def scale_rows(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     """diag(a_i) x_i for each row: [R, ..., n] and [R, n] give [R, ..., n] in x's dtype; differentiable once in both."""
-    return _ScaleRows.apply(x, a)
-
-
-class _ScaleRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: AutogradContext, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x, a)
-        return scaled_columns(x, _spread(a, x))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: AutogradContext, h: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, a = ctx.saved_tensors
-        grad_x = scaled_columns(h, _spread(a, h)) if ctx.needs_input_grad[0] else None
-        return grad_x, _row_sum(h * x, a.dtype) if ctx.needs_input_grad[1] else None
+    return scale_input(x, _spread(a, x))

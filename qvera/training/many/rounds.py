@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 
 from qvera.adapters.projection import forget_inputs
@@ -37,6 +38,23 @@ class RoundRow(NamedTuple):
 def cut_round(rows: Sequence[RoundRow], lengths: Sequence[int], pass_rows: int) -> list[list[RoundRow]]:
     """The forward passes of a round: rows of like length together, those of one adapter in the order of its step."""
     return list(microbatches(sorted(rows, key=lambda one: lengths[one.row]), pass_rows))
+
+
+def longest_pass(runs: Sequence[AdapterRun], lengths: np.ndarray, slots: int, pass_rows: int) -> list[int]:
+    """The longest rows that a pass may have: of one adapter at most as many as its step has, of at most ``slots``.
+
+    Args:
+        runs: the adapters.
+        lengths: int [n]; tokens of each training row.
+        slots: how many adapters are in flight at most.
+        pass_rows: rows of a pass at most.
+    """
+    rows: list[int] = []
+    for run in runs:
+        own = run.rows.train
+        rows += own[np.argsort(-lengths[own], kind="stable")[: run.step_rows]].tolist()
+    most = sum(sorted((run.step_rows for run in runs), reverse=True)[:slots])
+    return sorted(rows, key=lambda row: -lengths[row])[: min(pass_rows, most)]
 
 
 class Round:

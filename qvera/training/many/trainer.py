@@ -18,7 +18,6 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from qvera.adapters import hold_training_weights
@@ -33,7 +32,7 @@ from qvera.training.many import checkpoints
 from qvera.training.many.optimizer import BankAdamW
 from qvera.training.many.results import adapter_result, add_results, without_rows
 from qvera.training.many.roster import AdapterRun, Roster, Status, adapter_runs, deal
-from qvera.training.many.rounds import Round, held_out_losses
+from qvera.training.many.rounds import Round, held_out_losses, longest_pass
 from qvera.training.optim import rate_shares
 from qvera.training.plan.bank import wanted_slots
 from qvera.training.run import Run, RunResult
@@ -42,6 +41,7 @@ from qvera.training.run_json import begun_run
 from qvera.utils.atomic import disk_errors
 from qvera.utils.errors import InputError, Interrupted, OutOfMemory, RunFailed
 from qvera.utils.formatting import size
+from qvera.utils.paths import ADAPTERS
 
 if TYPE_CHECKING:
     from qvera.training.many.checkpoints import ManyCheckpoint
@@ -143,18 +143,13 @@ class ManyTrainer(Run):
         alone = self.bank.slots == 1
         enable_checkpointing(self.model, self.checkpointing, by_tiles=alone)
         holds = alone and self.plan is not None and self.plan.holds_weights
-        hold_training_weights(self.model, holds, self.builds_per_pass if alone else None)
+        hold_training_weights(self.model, holds, self.builds_per_pass)
 
     def longest_batch(self) -> list[Example]:
-        """The longest rows that a pass may have: of one adapter at most as many as its step has."""
-        lengths = self.datasets.train.lengths
-        rows: list[int] = []
-        for run in self.runs:
-            own = run.rows.train
-            rows += own[np.argsort(-lengths[own], kind="stable")[: run.step_rows]].tolist()
-        most = sum(sorted((run.step_rows for run in self.runs), reverse=True)[: self.bank.slots])
-        longest = sorted(rows, key=lambda row: -lengths[row])[: min(self.pass_rows, most)]
-        return [self.datasets.train[row] for row in longest]
+        """The longest rows that a pass may have."""
+        train = self.datasets.train
+        rows = longest_pass(self.runs, train.lengths, self.bank.slots, self.pass_rows)
+        return [train[row] for row in rows]
 
     def try_batch(self, examples: list[Example]) -> None:
         """Forward and backward over the rows, for all slots in turn; nothing is kept."""
@@ -174,7 +169,7 @@ class ManyTrainer(Run):
                     )
                 path = checkpoints.metrics_path(self.run_dir, self.group.rank)
                 self.log_file = MetricsLog(path, self.round, "round", self.group.rank)
-            (self.run_dir / "adapters").mkdir(exist_ok=True)
+            (self.run_dir / ADAPTERS).mkdir(exist_ok=True)
 
     def _begin(self, run: AdapterRun) -> None:
         """Make what an adapter in flight needs besides its slot."""
@@ -315,7 +310,7 @@ class ManyTrainer(Run):
             self.roster.leave(run, status)
 
     def _save_adapter(self, run: AdapterRun) -> None:
-        directory = self.run_dir / "adapters" / run.directory
+        directory = self.run_dir / ADAPTERS / run.directory
         save_adapter(self.model, directory, vectors=self.bank.take(self.slot(run)))
 
     def _score_before(self) -> None:
