@@ -38,7 +38,7 @@ from qvera.training.first_gradient import start_from_gradient
 from qvera.training.logging import status_line
 from qvera.training.optim import build_optimizer, build_scaler
 from qvera.training.plan import Plan, Sharing, longest_rows, planned_steps
-from qvera.training.plan.run import NotPlannable
+from qvera.training.plan.shape import NotPlannable
 from qvera.training.plan.sharding import spread_of
 from qvera.training.planning import plan_run, resumed_mode
 from qvera.training.rank_checks import check_disk_space, check_same_data, check_same_setup, count_nodes

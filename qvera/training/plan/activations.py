@@ -20,7 +20,8 @@ from qvera.models.copy_stream import CHUNK_BYTES
 from qvera.models.linear import BLOCK_WEIGHTS
 from qvera.models.tiled_mlp import TILED_ABOVE_TOKENS, tile_tokens
 from qvera.training.plan.bank import row_bytes, row_product_bytes
-from qvera.training.plan.run import Linear, PlannedRun
+from qvera.training.plan.run import PlannedRun
+from qvera.training.plan.shape import Linear
 
 _MLP = ("gate_proj", "up_proj", "down_proj")
 RANDOM_STATE_BYTES = 5056  # of torch's CPU generator

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from qvera.config.schema import Recipe
 
 if TYPE_CHECKING:
-    from qvera.training.plan.run import Linear, PlannedRun
+    from qvera.training.plan.run import PlannedRun
+    from qvera.training.plan.shape import Linear
 
 
 def wanted_slots(recipe: Recipe, adapter_rows: Sequence[int] = ()) -> int:

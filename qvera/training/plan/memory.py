@@ -10,7 +10,8 @@ from qvera.models.loss import BLOCK_ELEMENTS
 from qvera.models.stream import PINNED_SHARE
 from qvera.training.plan.activations import input_bytes, kept_bytes, norm_bytes, product_shapes, transient_bytes
 from qvera.training.plan.bank import slot_bytes
-from qvera.training.plan.run import Linear, Machine, PlannedRun
+from qvera.training.plan.run import Machine, PlannedRun
+from qvera.training.plan.shape import Linear
 from qvera.utils import accelerator
 
 Kind = Literal["base", "projections", "vectors", "checkpoints", "transient", "loss", "answers", "runtime"]

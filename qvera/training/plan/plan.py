@@ -24,7 +24,8 @@ from qvera.training.plan.checkpointing import Checkpointing
 from qvera.training.plan.longest import longest_batch
 from qvera.training.plan.memory import Memory, hold_weights
 from qvera.training.plan.ranks import ALONE, Sharing
-from qvera.training.plan.run import Machine, PlannedRun, Shape, shape_of, this_machine
+from qvera.training.plan.run import Machine, PlannedRun, this_machine
+from qvera.training.plan.shape import Shape, shape_of
 from qvera.training.plan.sharding import Way, plan_rank, plan_ways, right_way
 from qvera.training.plan.streaming import Streaming, decide_both
 from qvera.training.resample import phase_count, with_phases

@@ -3,156 +3,28 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
-from torch import nn
 
 from qvera.adapters.config import PREFIX, SHARED_PREFIX
-from qvera.adapters.low_rank_path import layer_shape
-from qvera.adapters.methods import Method, Place, method_of
+from qvera.adapters.methods import Method, method_of
 from qvera.adapters.products import fused
 from qvera.config.schema import ModelSection, Recipe
 from qvera.models.checkpointing import Mode
 from qvera.models.linear import BLOCK_WEIGHTS, backward_by_blocks
 from qvera.models.loader import pick_compute_dtype
-from qvera.models.model_config import head_size
 from qvera.training.plan.ranks import ALONE, Sharing, share
+from qvera.training.plan.shape import Linear, Shape
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import InputError
 
-_LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
-_SKIPPED_BY_CONFIG = ("llm_int8_skip_modules", "modules_to_not_convert")
 CUDA_CONTEXT_BYTES = 500_000_000
 """Device memory of a CUDA context with the kernels of torch and bitsandbytes: assumed where none can be measured."""
 CUBLAS_WORKSPACE_BYTES = 2 * 8_519_680
 """`accelerator.product_workspace_bytes` of a card before Hopper."""
-
-
-@dataclass(frozen=True)
-class Linear:
-    """One linear of the base: its full name, in_features n, out_features m, and the decoder layer that it is in."""
-
-    name: str
-    n: int
-    m: int
-    layer: int | None
-    quantizable: bool  # a quantized load converts it (every linear but the head)
-
-    @property
-    def role(self) -> str:
-        """The last part of the name, such as ``q_proj``."""
-        return self.name.rpartition(".")[2]
-
-    @property
-    def place(self) -> Place:
-        """The linear as an adapter's method sees it."""
-        return Place(self.name, self.n, self.m)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What of a causal language model memory and time depend on. Counts are numbers, not bytes."""
-
-    model_type: str
-    hidden: int
-    ff: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-    longest_tokens: int
-    tied: bool  # the head is the input embedding
-    head_norms: bool  # q and k are normalized per head (Qwen3)
-    linears: tuple[Linear, ...]
-    dense_numbers: int  # embeddings, head, norms, biases: all but quantizable weights; a tied head counts once
-    attention: str  # the implementation that the model picks by itself
-    grown_rows: int = 0  # that model.added_tokens need; embedding and head are then private copies, not mapped
-
-    @property
-    def parameters(self) -> int:
-        """How many parameters the base model has."""
-        return self.dense_numbers + sum(x.n * x.m for x in self.linears if x.quantizable)
-
-    def adapted(self, targets: str | list[str]) -> tuple[Linear, ...]:
-        """The linears that a recipe's ``adapter.targets`` name; ``all-linear`` is every one but the head.
-
-        Raises:
-            InputError: a name matches no linear.
-        """
-        if isinstance(targets, str):
-            return tuple(x for x in self.linears if x.quantizable)
-        found = {t: [x for x in self.linears if x.name == t or x.name.endswith(f".{t}")] for t in targets}
-        missing = sorted(t for t, hits in found.items() if not hits)
-        if missing:
-            known = ", ".join(sorted({x.role for x in self.linears}))
-            raise InputError(
-                f"targets: no module of this model is named {', '.join(missing)}. Its linears are named {known}."
-            )
-        chosen = {x.name for hits in found.values() for x in hits}
-        return tuple(x for x in self.linears if x.name in chosen)
-
-
-class NotPlannable(InputError):
-    """The plan's formulas do not know this kind of model. It can still be trained."""
-
-
-def shape_of(model: nn.Module) -> Shape:
-    """Read the shapes off a model; one without weights (`qvera.models.model_config`) will do.
-
-    Raises:
-        InputError: it has no decoder layers as this project knows them.
-    """
-    config: Any = model.config
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    stored = getattr(config, "quantization_config", None) or {}
-    stored = stored if isinstance(stored, dict) else stored.to_dict()
-    kept_dense = tuple(name for key in _SKIPPED_BY_CONFIG for name in stored.get(key) or ())
-    linears: list[Linear] = []
-    for name, module in model.named_modules():
-        size = layer_shape(module)
-        if size is None or module is head:
-            continue
-        layer = _LAYER.search(f".{name}.")
-        skipped = any(name == k or name.endswith(f".{k}") or f".{k}." in f".{name}." for k in kept_dense)
-        linears.append(Linear(name, *size, int(layer[1]) if layer else None, not skipped))
-    layers = {x.layer for x in linears} - {None}
-    if not layers or head is None:
-        raise NotPlannable(f"model.path: {type(model).__name__} has no decoder layers that a plan could be made for.")
-    for key in ("num_attention_heads", "hidden_size"):
-        if not isinstance(getattr(config, key, None), int):
-            raise NotPlannable(
-                f"model.path: the config of {type(model).__name__} has no whole number {key} to plan with."
-            )
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    tied = bool(getattr(config, "tie_word_embeddings", False)) or head.weight is embedding.weight
-    dense = sum(p.numel() for p in model.parameters()) - sum(x.n * x.m for x in linears if x.quantizable)
-    if tied and head.weight is not embedding.weight:  # a model on the meta device may not have tied its weights yet
-        dense -= head.weight.numel()
-    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    return Shape(
-        model_type=str(config.model_type),
-        hidden=hidden,
-        ff=int(getattr(config, "intermediate_size", None) or 4 * hidden),
-        layers=len(layers),
-        heads=heads,
-        kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
-        head_dim=head_size(model) or hidden // heads,
-        vocabulary=int(head.weight.shape[0]),
-        longest_tokens=int(getattr(config, "max_position_embeddings", None) or 2**31),
-        tied=tied,
-        head_norms="q_norm" in names and "k_norm" in names,
-        linears=tuple(linears),
-        dense_numbers=dense,
-        attention=str(getattr(config, "_attn_implementation", None) or "sdpa"),
-    )
 
 
 @dataclass(frozen=True)

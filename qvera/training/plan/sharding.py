@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from qvera.distributed.zero_config import IN_RAM_BELOW_BYTES, nvme_buffers
 from qvera.training.plan.memory import Component, Memory, plan_memory
 from qvera.training.plan.ranks import Sharing, share
-from qvera.training.plan.run import Machine, PlannedRun, Shape
+from qvera.training.plan.run import Machine, PlannedRun
+from qvera.training.plan.shape import Shape
 from qvera.utils.formatting import duration, size
 
 ETHERNET_BYTES_PER_SECOND = 117_000_000

@@ -20,7 +20,7 @@ from qvera.training.plan import Batch, Machine, PlannedRun, Sharing, make_plan, 
 from qvera.training.plan.activations import offloaded_bytes
 from qvera.training.plan.checkpointing import decide, with_mode
 from qvera.training.plan.memory import layer_bytes, pinned_layer_bytes
-from qvera.training.plan.run import Shape
+from qvera.training.plan.shape import Shape
 from qvera.training.trainer import train
 from tests.conftest import small_llama
 from tests.training.test_trainer import cut_off
