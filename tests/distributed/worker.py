@@ -109,6 +109,7 @@ class Watch:
 
             def watched() -> Any:  # between backward and the step: gradients are there, activations are gone
                 if next(steps) == 2:  # moments are there too; once, because looking at every object takes long
+                    time.sleep(0.5)  # gloo's thread holds the last reduced bucket until a moment after the reduction
                     self.private = private_bytes({at: one for at, one in live_storages().items() if at not in before})
                 return take()
 
