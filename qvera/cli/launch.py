@@ -40,7 +40,7 @@ def launch(
     from qvera.config.load import load_recipe
     from qvera.distributed import launch as launcher
 
-    load_recipe(recipe, overrides)  # an error in it is reported once, before anything starts
+    load_recipe(recipe, overrides, of_a_run=resume)  # an error in it is reported once, before anything starts
     range_test(find_lr, lr_from, lr_to, lr_steps, resume=resume)
     options = {"resume": resume, "find_lr": find_lr, "lr_from": lr_from, "lr_to": lr_to, "lr_steps": lr_steps}
     command = launcher.launch_command(

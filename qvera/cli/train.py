@@ -37,7 +37,7 @@ def train(
     """
     from qvera.config.load import load_recipe
 
-    loaded = load_recipe(recipe, overrides)
+    loaded = load_recipe(recipe, overrides, of_a_run=resume)
     ramp = range_test(find_lr, lr_from, lr_to, lr_steps, resume=resume, dry_run=dry_run)
     quiet_libraries()
 

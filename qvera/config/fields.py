@@ -1,9 +1,9 @@
 """The types of a recipe's fields, and the base class of its sections."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -47,12 +47,12 @@ class OnlyWith:
     def __init__(self, *switches: str) -> None:
         object.__setattr__(self, "switches", switches)
 
-    def is_on(self, recipe: Any) -> bool:
-        """Whether a recipe has one of the switches on."""
+    def is_on(self, value_of: Callable[[str, str], object]) -> bool:
+        """Whether one of the switches is on. ``value_of(section, key)`` returns what a recipe has there."""
         for switch in self.switches:
             path, _, value = switch.partition(": ")
             section, _, key = path.partition(".")
-            found = getattr(getattr(recipe, section), key)
+            found = value_of(section, key)
             if found == value if value else found:
                 return True
         return False

@@ -77,8 +77,14 @@ def _note_lines(
         _note_lines(value, place, lines, as_written)
 
 
-def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+def load_recipe(path: str | Path, overrides: list[str] | None = None, of_a_run: bool = False) -> Recipe:
     """Read a recipe file and apply ``section.key=value`` overrides, whose values are YAML.
+
+    Args:
+        path: the file.
+        overrides: of ``--set``.
+        of_a_run: the run has begun, maybe with an earlier version of qvera, which accepted keys that have no effect
+            without another one. They are ignored.
 
     Raises:
         InputError: the file can't be read, is not YAML, or is not a valid recipe.
@@ -95,7 +101,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     for override in overrides or []:
         tree = _override(tree, override)
         lines.pop(tuple(override.partition("=")[0].split(".")), None)
-    return parse_recipe(tree, str(path), lines)
+    return parse_recipe(tree, str(path), lines, drop_idle_keys=of_a_run)
 
 
 def _override(tree: object, override: str) -> dict[object, object]:

@@ -145,7 +145,7 @@ def find_target(
     if given is None and _has_adapter(exported, certificate["adapter"]["sha256"]):
         run, name = run_of(exported), name_of(exported)
         assert run is not None
-        given = load_recipe(run / RECIPE_FILE)
+        given = load_recipe(run / RECIPE_FILE, of_a_run=True)
     return EvalTarget(path, "a merged export", section, None, given, run, name, certificate)
 
 
@@ -153,7 +153,7 @@ def _adapter_target(adapter: Path, given: Recipe | None, run: Path | None, name:
     """The target of an adapter directory; without a recipe with that of the run that it lies in."""
     beside, name = run_of(adapter), name or name_of(adapter)
     if given is None and beside is not None:
-        given, run = load_recipe(beside / RECIPE_FILE), beside
+        given, run = load_recipe(beside / RECIPE_FILE, of_a_run=True), beside
     section = _base_of_adapter(adapter) if given is None else given.model
     what = f"an adapter ({_config(adapter)['peft_type']})" if name is None else f"adapter {name!r}"
     return EvalTarget(adapter, what, section, adapter, given, run, name)
@@ -163,7 +163,7 @@ def _recipe_of(path: Path) -> Recipe:
     file = path / RECIPE_FILE if path.is_dir() else path
     if not file.is_file():
         raise InputError(f"--recipe {path}: expected a recipe file, or a run directory with {RECIPE_FILE} in it.")
-    return load_recipe(file)
+    return load_recipe(file, of_a_run=path.is_dir())
 
 
 def _has_adapter(adapter: Path, sha256: str) -> bool:

@@ -62,7 +62,7 @@ def load_run_recipe(path: Path) -> Recipe:
     Raises:
         InputError: the recipe can't be read, or there is no adapter yet.
     """
-    recipe = load_recipe(path / RECIPE_FILE)
+    recipe = load_recipe(path / RECIPE_FILE, of_a_run=True)
     if not (path / "adapter").is_dir() and not (path / ADAPTERS).is_dir():
         raise InputError(f"{path}: this run has no adapter/ yet; finish it with `qvera train ... --resume`.")
     return recipe

@@ -94,7 +94,7 @@ def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool) -> None:
         )
     if resume and not existing.exists():
         raise InputError(f"{run_dir}: holds no run to resume (no recipe.yaml).")
-    if resume and (changed := changed_keys(load_recipe(existing).to_dict(), recipe)):
+    if resume and (changed := changed_keys(load_recipe(existing, of_a_run=True).to_dict(), recipe)):
         raise InputError(
             f"{run_dir}: was started with another recipe; {', '.join(changed)} changed. Undo that, or start a new run "
             "in another training.output_dir."
@@ -168,7 +168,7 @@ def require_none_saved(run_dir: Path, directory: Path, records: Path, unit: str)
     """
     taken = max((record[unit] for record in read_records(records, unit)), default=0)
     # the step that is saved is recorded first, so a run killed in its first save has recorded that many steps
-    saved = taken > load_recipe(run_dir / "recipe.yaml").training.save_steps
+    saved = taken > load_recipe(run_dir / "recipe.yaml", of_a_run=True).training.save_steps
     if saved or checkpoint.directories(directory):
         raise InputError(
             f"{directory}: holds no checkpoint that can be used, and the run has taken {taken} {unit}s. Put a whole "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import yaml
 from rich.console import Console
 
 from qvera.cli import common
@@ -147,6 +149,28 @@ def test_eval_agrees_with_the_run(trained_run: Path, tmp_path: Path, capsys: Any
     assert main(["eval", str(trained_run), "--base", "--no-generation"]) == 0
     before = json.loads((trained_run / "run.json").read_text())["result"]["eval_before"]
     assert f"{before['loss']:.4f}" in capsys.readouterr().out
+
+
+def test_a_run_is_read_although_its_recipe_has_keys_without_effect(
+    trained_run: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """Earlier versions accepted them. Every command that reads a run goes on doing so; a new run is refused."""
+    old = Path(shutil.copytree(trained_run, tmp_path / "old"))
+    recipe = old / "recipe.yaml"
+    keys = yaml.safe_load(recipe.read_text())
+    keys["training"] |= {"bilevel_share": 0.4, "loss_scale_window": 9, "output_dir": str(old)}
+    recipe.write_text(yaml.safe_dump(keys))
+    assert main(["train", str(recipe), "--set", f"training.output_dir={tmp_path / 'new'}"]) == 2
+    assert "training.bilevel_share: has no effect without training.bilevel" in capsys.readouterr().err
+    lines = (
+        ["info", str(old)],
+        ["eval", str(old), "--no-generation"],
+        ["eval", str(old / "adapter"), "--recipe", str(old), "--no-generation"],
+        ["export", str(old), str(tmp_path / "lora"), "--to", "lora"],
+        ["train", str(recipe), "--resume"],
+    )
+    for line in lines:
+        assert main(line) == 0, (line, capsys.readouterr().err)
 
 
 def test_generate_from_rows_and_lines(trained_run: Path, tiny_rows: Path, tmp_path: Path) -> None:

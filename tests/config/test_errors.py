@@ -357,18 +357,19 @@ def test_keys_that_contradict_each_other(changes: dict[str, Any], key: str) -> N
 def test_a_key_whose_switch_is_off_is_refused(
     changes: dict[str, Any], key: str, switch: str, on: dict[str, Any]
 ) -> None:
-    def recipe(changes: dict[str, Any]) -> Any:
+    def recipe(changes: dict[str, Any], drop_idle_keys: bool = False) -> Any:
         tree: dict[str, Any] = {"model": {"path": "a"}, "data": {"path": "a"}}
         for path, value in changes.items():
             section, _, name = path.partition(".")
             tree.setdefault(section, {})[name] = value
-        return parse_recipe(tree, "my.yaml")
+        return parse_recipe(tree, "my.yaml", drop_idle_keys=drop_idle_keys)
 
     with pytest.raises(InputError) as caught:
         recipe(changes)
     assert f"1 problem in the recipe:\n  {key}: has no effect without {switch}" in str(caught.value)
     if on:
         recipe({**changes, **on})
+    assert recipe(changes, drop_idle_keys=True) == recipe({k: v for k, v in changes.items() if k != key})
 
 
 def test_defaults_are_not_shared_between_recipes() -> None:

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from qvera.config.fields import NonEmpty, OnlyWith, Section
 from qvera.config.problems import describe, move_renamed_keys
@@ -51,9 +52,12 @@ class Recipe(Section):
             for key, field in type(section).model_fields.items() if isinstance(section, Section) else ():
                 changed = getattr(section, key) != field.get_default(call_default_factory=True)
                 for mark in field.metadata:
-                    if changed and isinstance(mark, OnlyWith) and not mark.is_on(self):
+                    if changed and isinstance(mark, OnlyWith) and not mark.is_on(self._value_of):
                         switches = " or ".join(mark.switches)
                         yield f"{name}.{key}", f"has no effect without {switches}. Set that, or remove this key."
+
+    def _value_of(self, section: str, key: str) -> object:
+        return getattr(getattr(self, section), key)
 
     @model_validator(mode="before")
     @classmethod
@@ -179,13 +183,47 @@ def json_schema() -> dict[str, object]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
 
 
-def parse_recipe(tree: object, source: str, lines: dict[tuple[str, ...], int] | None = None) -> Recipe:
+def _without_idle_keys(tree: dict[object, object]) -> dict[object, object]:
+    """Return the tree of a recipe less the keys of its sections whose switch is off (`OnlyWith`)."""
+    sections = {name: dict(keys) if isinstance(keys, dict) else keys for name, keys in tree.items()}
+    kinds = {
+        name: type_of for name, field in Recipe.model_fields.items() if (type_of := _section_of(field)) is not None
+    }
+
+    def value_of(section: str, key: str) -> object:
+        keys = sections.get(section)
+        if isinstance(keys, dict) and key in keys:
+            return keys[key]
+        return kinds[section].model_fields[key].get_default(call_default_factory=True)
+
+    def idle() -> Iterator[tuple[dict[object, object], str]]:
+        for name, kind in kinds.items():
+            for key, field in kind.model_fields.items():
+                marks = [mark for mark in field.metadata if isinstance(mark, OnlyWith)]
+                keys = sections.get(name)
+                if isinstance(keys, dict) and key in keys and not all(mark.is_on(value_of) for mark in marks):
+                    yield keys, key
+
+    while found := list(idle()):  # a key that is removed may have been the switch of another
+        for keys, key in found:
+            del keys[key]
+    return sections
+
+
+def _section_of(field: FieldInfo) -> type[Section] | None:
+    return field.annotation if isinstance(field.annotation, type) and issubclass(field.annotation, Section) else None
+
+
+def parse_recipe(
+    tree: object, source: str, lines: dict[tuple[str, ...], int] | None = None, drop_idle_keys: bool = False
+) -> Recipe:
     """Turn a parsed YAML tree into a `Recipe`.
 
     Args:
         tree: what a YAML reader returned.
         source: the file's name, for messages.
         lines: the line of each key by its path, such as ``("adapter", "rank")``, for messages.
+        drop_idle_keys: ignore keys that have no effect without another one, which otherwise is an error.
 
     Raises:
         InputError: with every problem of the recipe, one a line.
@@ -193,8 +231,9 @@ def parse_recipe(tree: object, source: str, lines: dict[tuple[str, ...], int] | 
     if not isinstance(tree, dict):
         got = "an empty file" if tree is None else type(tree).__name__
         raise InputError(f"{source}: a recipe is a mapping with at least `model` and `data`, got {got}.")
+    tree = move_renamed_keys(tree, source)
     try:
-        return Recipe.model_validate(move_renamed_keys(tree, source))
+        return Recipe.model_validate(_without_idle_keys(tree) if drop_idle_keys else tree)
     except ValidationError as error:
         found = describe(error, Recipe)
     count = len(found)
