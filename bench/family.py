@@ -87,7 +87,7 @@ def _flat(inputs: Iterable[tuple[str, list[str]]]) -> list[dict[str, str]]:
 def prepare(task: str, data: Path, to: Path) -> dict[str, Any]:
     """Write a task's rows to ``to``: the data section of a recipe, and ``test``, the rows that score.
 
-    A tenth of the training rows (of E2E: of its inputs; of Alpaca: 100 rows) is held out to choose with.
+    A tenth of the training rows (of E2E: of its inputs, two texts each; of Alpaca: 100 rows) is held out to choose with.
     """
     shuffle = random.Random(f"qvera family {task}")
     if task == "e2e":
@@ -100,7 +100,7 @@ def prepare(task: str, data: Path, to: Path) -> dict[str, Any]:
         held = set(shuffle.sample(sorted(inputs), len(inputs) // 10))
         return {
             "path": _rows(to / "train.jsonl", _flat((m, r) for m, r in inputs.items() if m not in held)),
-            "eval_path": _rows(to / "held.jsonl", _flat((m, r) for m, r in inputs.items() if m in held)),
+            "eval_path": _rows(to / "held.jsonl", _flat((m, r[:2]) for m, r in inputs.items() if m in held)),
             "test": _rows(to / "test.jsonl", _flat((m, r[:1]) for m, r in test.items())),
             "references": list(test.values()),
             "system": "Say what the list says in one or two sentences.",
@@ -142,7 +142,8 @@ def recipe_of(trial: Trial, data: dict[str, Any], run: Path) -> Recipe:
         "per_device_eval_batch_size": 16, "learning_rate": trial.learning_rate, "seed": trial.seed, "sample_count": 0,
         "gradient_checkpointing": False, "save_steps": 1000, "report_to": [],
     }  # fmt: skip
-    tree = {"model": smollm2(), "data": {**keys, "seed": trial.seed}, "adapter": adapter, "training": training}
+    model = {"path": smollm2(), "compute_dtype": "bfloat16"}  # auto would be another one on another CPU
+    tree = {"model": model, "data": {**keys, "seed": trial.seed}, "adapter": adapter, "training": training}
     return parse_recipe(tree, "bench/family.py")
 
 
