@@ -111,8 +111,9 @@ def train_facts(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
     """Train a recipe in this process, or go on with what ``run_dir`` has of it.
 
     Returns:
-        What a trial's line says of any run: ``trained`` numbers, ``file_bytes``, ``seconds``, ``peak_bytes``, and the
-        losses ``train_loss`` and ``held_out_loss``.
+        What a trial's line says of any run: ``trained`` numbers, ``file_bytes``, ``seconds``, ``peak_bytes``, the losses
+        ``train_loss`` and ``held_out_loss``, and ``cpu_seconds`` of this process for the run and its evaluations, which
+        other work on the machine changes little.
     """
     from rich.console import Console  # here: benches that measure memory do not train in their process
 
@@ -120,6 +121,7 @@ def train_facts(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
 
     record = run_dir / "run.json"
     run = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+    used = time.process_time()
     if run.get("status") != "done":
         result = train(recipe, run_dir, resume=(run_dir / "recipe.yaml").exists(), console=Console(quiet=True))
         assert result is not None
@@ -128,6 +130,7 @@ def train_facts(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
         "trained": run["adapter"]["trainable_parameters"],
         "file_bytes": run["adapter"]["file_bytes"],
         "seconds": run["result"]["seconds"],
+        "cpu_seconds": time.process_time() - used,
         "peak_bytes": run["result"]["peak_bytes"],
         "train_loss": run["result"]["train_loss_last"],
         "held_out_loss": run["result"]["eval_after"]["loss"],
