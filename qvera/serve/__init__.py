@@ -1,0 +1,1 @@
+"""Serving: one base and many adapters that answer requests as they come."""
