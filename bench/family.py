@@ -55,6 +55,13 @@ METHODS: dict[str, tuple[dict[str, Any], float]] = {
 learning rate to search around. Most telling first."""
 
 TASKS = ("e2e", "trec", "rte", "alpaca")
+COLUMNS = {
+    "e2e": ("bleu-lowercase", "E2E, BLEU", 1),
+    "trec": ("accuracy", "TREC, %", 1),
+    "rte": ("accuracy", "RTE, %", 1),
+    "alpaca": ("loss", "Alpaca, loss (less is better)", 3),
+}
+"""Task → its score in a line, its title, and the digits that are shown."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,22 +235,28 @@ def do(trial: Trial, data_dir: Path) -> dict[str, Any]:
         }
 
 
+def finals() -> dict[str, dict[str, Any]]:
+    """Method → a line of a final trial, the last one."""
+    return {line["method"]: line for line in lines() if line["final"]}
+
+
 def table() -> str:
-    """The finals as Markdown: mean over the seeds, lowest and highest."""
-    columns = {"e2e": ("bleu-lowercase", "E2E, BLEU"), "trec": ("accuracy", "TREC, %"), "rte": ("accuracy", "RTE, %"),
-               "alpaca": ("loss", "Alpaca, loss")}  # fmt: skip
-    found = {task: final_scores(task, score) for task, (score, _) in columns.items()}
-    facts = {line["method"]: line for line in lines() if line["final"]}
+    """The finals as Markdown: mean over the seeds, lowest and highest; CPU seconds and memory of those on E2E."""
+    found = {task: final_scores(task, score) for task, (score, _, _) in COLUMNS.items()}
     rows = []
-    for method, line in facts.items():
+    for method, line in sorted(finals().items(), key=lambda item: int(item[1]["trained"])):
         cells = [method, f"{line['trained']:,}", f"{line['file_bytes'] / 1000:,.0f}"]
-        for task in columns:
+        for task, (_, _, digits) in COLUMNS.items():
             seeds = found[task].get(method, [])
-            digits = 3 if task == "alpaca" else 1
             spread = f" ({min(seeds):.{digits}f} to {max(seeds):.{digits}f})" if len(seeds) > 1 else ""
             cells.append(f"{statistics.mean(seeds):.{digits}f}{spread}" if seeds else "")
+        costs = [x for x in lines() if (x["method"], x["task"], x["final"]) == (method, "e2e", True)]
+        for key, unit in (("cpu_seconds", 1), ("peak_bytes", 10**9)):
+            values = [x[key] / unit for x in costs if key in x]
+            cells.append(f"{statistics.median(values):.{0 if unit == 1 else 2}f}" if values else "")
         rows.append(cells)
-    return markdown(["method", "trained", "file, kB", *(label for _, label in columns.values())], rows)
+    labels = [label for _, label, _ in COLUMNS.values()]
+    return markdown(["method", "trained", "file, kB", *labels, "E2E run, CPU s", "memory, GB"], rows)
 
 
 def main() -> None:
