@@ -12,21 +12,34 @@ from qvera.kernels.low_rank import row_blocks
 
 
 def scaled_columns(
-    x: torch.Tensor, vector: torch.Tensor, scale: float = 1.0, base: torch.Tensor | None = None
+    x: torch.Tensor,
+    vector: torch.Tensor,
+    scale: float = 1.0,
+    base: torch.Tensor | None = None,
+    index: torch.Tensor | None = None,
+    overwrite: bool = False,
 ) -> torch.Tensor:
     """scale x ⊙ vector, or base + scale x ⊙ vector, in x's dtype (base's, if there is one).
 
     Args:
         x: [..., k].
-        vector: [k], or one for each first index of x: [x.shape[0], 1, ..., 1, k].
+        vector: [k], or one for each first index of x: [x.shape[0], 1, ..., 1, k]; with ``index`` [V, k].
         scale: multiplied onto the vector.
         base: [..., k], of x's shape; it is not changed.
+        index: int64 [T], which vector each of the T rows of x takes.
+        overwrite: plain code may take x's memory for the result.
     """
     tensors = (x, vector) if base is None else (x, vector, base)
     if use_kernels(*tensors):
-        found = _scaled_columns(_rows(x), _rows(vector), None if base is None else _rows(base), scale)
+        found = _scaled_columns(_rows(x), _rows(vector), None if base is None else _rows(base), index, scale)
         return found.view(x.shape)
-    product = x * (vector if scale == 1.0 else vector * scale).to(x.dtype)
+    # in x's dtype: torch takes several times as long for a product of two dtypes on a CPU
+    factor = (vector if scale == 1.0 else vector * scale).to(x.dtype)
+    if index is not None:
+        factor = factor.index_select(0, index).view(x.shape)
+    if base is not None and base.dtype == x.dtype:
+        return torch.addcmul(base, x, factor, out=x if overwrite else None)
+    product = torch.mul(x, factor, out=x if overwrite else None)
     return product if base is None else base + product.to(base.dtype)
 
 
@@ -50,11 +63,13 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
-def _launch(x: torch.Tensor, vectors: torch.Tensor, base: torch.Tensor | None, scale: float) -> torch.Tensor:
+def _launch(
+    x: torch.Tensor, vectors: torch.Tensor, base: torch.Tensor | None, index: torch.Tensor | None, scale: float
+) -> torch.Tensor:
     from qvera.kernels import triton_columns
 
-    out = _fake(x, vectors, base, scale)
-    triton_columns.launch_scaled_columns(x, vectors, base, out, scale)
+    out = _fake(x, vectors, base, index, scale)
+    triton_columns.launch_scaled_columns(x, vectors, base, out, index, scale)
     return out
 
 
@@ -69,7 +84,9 @@ def _fake_backward(g: torch.Tensor, x: torch.Tensor, vector: torch.Tensor) -> tu
     return torch.empty(g.shape, dtype=g.dtype, device=g.device), vector.new_empty(vector.shape, dtype=torch.float32)
 
 
-def _fake(x: torch.Tensor, vectors: torch.Tensor, base: torch.Tensor | None, scale: float) -> torch.Tensor:
+def _fake(
+    x: torch.Tensor, vectors: torch.Tensor, base: torch.Tensor | None, index: torch.Tensor | None, scale: float
+) -> torch.Tensor:
     return torch.empty(x.shape, dtype=(x if base is None else base).dtype, device=x.device)
 
 

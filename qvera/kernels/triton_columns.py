@@ -16,6 +16,7 @@ def scaled_columns_kernel(
     vectors,
     base,
     out,
+    index,
     scale,
     columns,
     x_stride,
@@ -23,16 +24,19 @@ def scaled_columns_kernel(
     vector_stride,
     rows_a_vector,
     ADD: tl.constexpr,
+    INDEXED: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
     """out [T, k] contiguous = scale x vectors, or base + scale x vectors if ADD; strides in elements, row to row.
 
-    Row t takes vector t // ``rows_a_vector``. One program has BLOCK_COLUMNS columns of one row.
+    Row t takes vector t // ``rows_a_vector``, or ``index`` [t] if INDEXED. One program has BLOCK_COLUMNS columns of one
+    row.
     """
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     mask = at < columns
-    vector = tl.load(vectors + row // rows_a_vector * vector_stride + at, mask=mask).to(tl.float32) * scale
+    own = tl.load(index + row) if INDEXED else row // rows_a_vector
+    vector = tl.load(vectors + own * vector_stride + at, mask=mask).to(tl.float32) * scale
     result = tl.load(x + row * x_stride + at, mask=mask).to(tl.float32) * vector
     if ADD:
         result += tl.load(base + row * base_stride + at, mask=mask).to(tl.float32)
@@ -98,9 +102,14 @@ def launch_scaled_columns_backward(
 
 
 def launch_scaled_columns(
-    x: torch.Tensor, vectors: torch.Tensor, base: torch.Tensor | None, out: torch.Tensor, scale: float
+    x: torch.Tensor,
+    vectors: torch.Tensor,
+    base: torch.Tensor | None,
+    out: torch.Tensor,
+    index: torch.Tensor | None,
+    scale: float,
 ) -> None:
-    """x, base and out [T, k] with dense rows, vectors [V, k], where V divides T."""
+    """x, base and out [T, k] with dense rows, vectors [V, k]; V divides T where there is no index int64 [T]."""
     rows, columns = x.shape
     added = x if base is None else base
     scaled_columns_kernel[(rows, -(-columns // BLOCK_COLUMNS))](
@@ -108,12 +117,14 @@ def launch_scaled_columns(
         vectors,
         added,
         out,
+        out if index is None else index,
         scale,
         columns,
         x.stride(0),
         added.stride(0),
         vectors.stride(0),
-        rows // vectors.shape[0],
+        1 if index is not None else rows // vectors.shape[0],
         ADD=base is not None,
+        INDEXED=index is not None,
         BLOCK_COLUMNS=BLOCK_COLUMNS,
     )

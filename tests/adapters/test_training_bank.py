@@ -9,8 +9,6 @@ import torch
 from peft import PeftModel
 
 from qvera.adapters.files.save_load import attach, named_vectors
-from qvera.adapters.products import functional
-from qvera.adapters.products.row_vectors import expand_rows, scale_rows
 from qvera.adapters.training_bank import TrainingBank
 from qvera.config.schema import AdapterSection, TrainingSection
 from qvera.data import Example
@@ -41,43 +39,6 @@ def _model(**settings: object) -> PeftModel:
 def _vectors(model: PeftModel, seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {k: v + 0.3 * torch.randn(v.shape, generator=generator) for k, v in named_vectors(model).items()}
-
-
-@pytest.mark.parametrize("groups", [1, 3])
-def test_every_row_gets_the_product_of_its_own_vectors(groups: int) -> None:
-    torch.manual_seed(0)
-    R, T, m, r = 4, 5, 11, 6
-    base, z, B = torch.randn(R, T, m), torch.randn(R, T, r), torch.randn(m, r)
-    d, b = torch.randn(R, r), torch.randn(R, groups, m)
-    found = expand_rows(base, z, d, b, B, 0.7)
-    for i in range(R):
-        expected = functional.expand(base[i], z[i], d[i], b[i], B, 0.7)
-        torch.testing.assert_close(found[i], expected)
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-def test_gradients_of_the_row_product_in_float64(groups: int) -> None:
-    torch.manual_seed(0)
-    shapes = {"base": (3, 2, 5), "z": (3, 2, 4), "d": (3, 4), "b": (3, groups, 5)}
-    inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes.values()]
-    B = torch.randn(5, 4, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda base, z, d, b: expand_rows(base, z, d, b, B, 1.3), inputs)
-    assert torch.autograd.gradcheck(scale_rows, (inputs[1], inputs[2]))
-
-
-def test_the_row_product_in_bfloat16_over_an_fp32_base() -> None:
-    torch.manual_seed(0)
-    base, z = torch.randn(3, 4, 9), torch.randn(3, 4, 6).bfloat16().requires_grad_()
-    d, b, B = torch.randn(3, 6, requires_grad=True), torch.randn(3, 9, requires_grad=True), torch.randn(9, 6)
-    found = expand_rows(base, z, d, b, B, 0.5)
-    exact = [t.detach().double().requires_grad_() for t in (z, d, b)]
-    expected = expand_rows(base.double(), exact[0], exact[1], exact[2], B.double(), 0.5)
-    torch.testing.assert_close(found.double(), expected, rtol=2e-2, atol=5e-2)
-    found.sum().backward()
-    expected.sum().backward()
-    for one, other in zip((z, d, b), exact, strict=True):
-        assert one.grad is not None and other.grad is not None
-        torch.testing.assert_close(one.grad.double(), other.grad, rtol=5e-2, atol=5e-2)
 
 
 @pytest.mark.parametrize("settings", [{}, {"b_groups": 2, "input_scale": True}, {"train_d": False}], ids=str)

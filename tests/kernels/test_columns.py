@@ -40,6 +40,21 @@ def test_against_plain_code(
     assert relative(scaled_columns(x, vector, 0.3, base), expected) < 2 * tolerance[dtype] + tolerance[found.dtype]
 
 
+@pytest.mark.parametrize("base_dtype", [None, torch.float32])
+def test_every_row_takes_the_vector_of_its_index(
+    base_dtype: torch.dtype | None, as_on_an_accelerator: Callable[[], Any]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    index = torch.tensor([2, 0, 2, 4, 1])
+    x, vectors = (torch.randn(5, 1030, generator=generator) for _ in range(2))
+    base = None if base_dtype is None else torch.randn(1, 5, 1030, generator=generator)
+    expected = 0.3 * x.double() * vectors.double()[index] + (0 if base is None else base.double())
+    with as_on_an_accelerator():
+        found = scaled_columns(x.view(1, 5, -1), vectors, 0.3, base, index)
+    assert relative(found, expected.view(1, 5, -1)) < 1e-6
+    assert relative(scaled_columns(x.view(1, 5, -1), vectors, 0.3, base, index), expected.view(1, 5, -1)) < 1e-6
+
+
 @pytest.mark.parametrize(
     ("shape", "dtype"), [((3, 45), torch.float32), ((2, 65, 130), torch.bfloat16), ((150, 257), torch.float16)]
 )

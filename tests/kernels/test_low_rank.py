@@ -166,6 +166,7 @@ def test_operators_fit_their_fakes(dtype: torch.dtype) -> None:
         (low_rank._gradients, (M, B, d, b, 0.5, 1.0, None)),
         (low_rank._wide_product, (B.t(), B)),
         (columns._backward, (B, B, torch.randn(12))),
-        (columns._scaled_columns, (B, torch.randn(3, 12), torch.randn(21, 12), 0.5)),
+        (columns._scaled_columns, (B, torch.randn(3, 12), torch.randn(21, 12), None, 0.5)),
+        (columns._scaled_columns, (B, torch.randn(3, 12), None, torch.arange(21) % 3, 0.5)),
     ):
         torch.library.opcheck(call, arguments, test_utils=checks)

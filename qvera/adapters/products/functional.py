@@ -85,20 +85,13 @@ class _ScaleInput(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: AutogradContext, h: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, a = ctx.saved_tensors
-        if a.dim() == 1 and ctx.needs_input_grad[1]:
-            return scaled_columns_backward(h, x, a)
-        grad_a = None
         if ctx.needs_input_grad[1]:
-            product = (h * x).reshape(len(x), -1, x.shape[-1])
-            grad_a = product.sum(1, dtype=a.dtype).view(a.shape)
-        return scaled_columns(h, a), grad_a
+            return scaled_columns_backward(h, x, a)
+        return scaled_columns(h, a), None
 
 
 def scale_input(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-    """diag(a) x: [..., n] and [n] give [..., n] in x's dtype; differentiable once in both.
-
-    ``a`` may have a row of its own for each first index of x: [x.shape[0], 1, ..., 1, n].
-    """
+    """diag(a) x: [..., n] and [n] give [..., n] in x's dtype; differentiable once in both."""
     return _ScaleInput.apply(x, a)
 
 

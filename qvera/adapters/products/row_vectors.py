@@ -1,49 +1,91 @@
 """The product of a batch whose rows use different adapters of one pair A, B, forward and backward.
 
-As in `functional`, with vectors of its own for each of the R rows of x [R, ..., n]:
+As in `functional`, with vectors of its own for each of R rows i:
 
     z = x Aᵀ            y_i = base_i + b_i ⊙ ((s d_i ⊙ z_i) Bᵀ)        d [R, r], b [R, m] or [R, G, m]
 
-and for the upstream gradient g [R, ..., m], summed over what lies between the first and the last dimension:
+and for the upstream gradient g, summed over the tokens of a row:
 
     u = (s d ⊙ z) Bᵀ    ∂b_i = Σ g_i ⊙ u_i        h = (g ⊙ b) B        ∂d_i = s Σ h_i ⊙ z_i        ∂z = s d ⊙ h
 
 These are the three dense products of one adapter over all rows, however many adapters there are. Building C or M, as
 one adapter does, would take [m, r] for each of them. Only z is kept; u is computed again.
+
+Rows are laid out in one of two ways. In a padded batch x is [R, ..., n], and the first index is the row. Else a
+`TokenRows` says which row's vectors each token takes: of rows that stand one behind the other in one sequence, or of
+tokens in any order.
 """
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from qvera.adapters.products.functional import AutogradContext, scale_input
-from qvera.kernels.choice import use_kernels
+from qvera.adapters.products.functional import AutogradContext
 from qvera.kernels.columns import scaled_columns
 
 
-def _spread(vectors: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Vectors [R, k] or [R, G, k] with dimensions of 1 for those that ``like`` [R, ..., n] has in the middle."""
-    return vectors.view(len(vectors), *(1,) * (like.dim() - 2), *vectors.shape[1:])
+@dataclass(frozen=True)
+class TokenRows:
+    """Which row's vectors each of T tokens takes. One row's tokens may stand anywhere, and it may have none.
+
+    Attributes:
+        index: int64 [T], each from 0 to ``rows`` - 1.
+        rows: R, how many rows of vectors there are.
+    """
+
+    index: torch.Tensor
+    rows: int
+
+    @functools.cached_property
+    def sorted(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens of row 0, then those of row 1, ... int64 [T], and where each row's begin among them, int64 [R].
+
+        Only backward needs it. A device is not waited for.
+        """
+        rows, order = torch.sort(self.index, stable=True)
+        return order, torch.searchsorted(rows, torch.arange(self.rows, device=rows.device))
+
+    def sum(self, product: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """[..., k] of T tokens → [R, k]: each row's tokens added up in ``dtype``, in a fixed order on every device."""
+        order, begins = self.sorted
+        flat = product.reshape(-1, product.shape[-1]).to(dtype)
+        return F.embedding_bag(order, flat, begins, mode="sum")
 
 
-def _row_sum(product: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """[R, ..., k] summed to [R, k]."""
+def _scaled(
+    x: torch.Tensor,
+    vectors: torch.Tensor,
+    tokens: TokenRows | None,
+    scale: float = 1.0,
+    base: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Scale v_i ⊙ x_i for each row, from vectors [R, k]; or base + that, which may take x's memory."""
+    if tokens is None:
+        vectors = vectors.view(len(vectors), *(1,) * (x.dim() - 2), vectors.shape[1])
+    index = None if tokens is None else tokens.index
+    return scaled_columns(x, vectors, scale, base, index, overwrite=base is not None)
+
+
+def _row_sum(product: torch.Tensor, dtype: torch.dtype, tokens: TokenRows | None) -> torch.Tensor:
+    """[..., k] summed to [R, k]."""
+    if tokens is not None:
+        return tokens.sum(product, dtype)
     return product.reshape(len(product), -1, product.shape[-1]).sum(1, dtype=dtype)
 
 
-def _outward(inner: torch.Tensor, B: torch.Tensor, b: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+def _outward(
+    inner: torch.Tensor, B: torch.Tensor, b: torch.Tensor, base: torch.Tensor, tokens: TokenRows | None
+) -> torch.Tensor:
     """base + b_i ⊙ (inner_i Bᵀ), group by group: what is added is made in the memory of the product."""
     groups, B = b.shape[1], B.to(inner.dtype)
     total = base
     for i, (part, columns) in enumerate(zip(inner.chunk(groups, -1), B.chunk(groups, 1), strict=True)):
-        u, own = part @ columns.t(), _spread(b[:, i], inner)
-        if use_kernels(u, own, total):
-            total = scaled_columns(u, own, base=total)
-        elif u.dtype == total.dtype:
-            total = u.mul_(own).add_(total)
-        else:
-            total = total + u.mul_(own)
+        total = _scaled(part @ columns.t(), b[:, i], tokens, base=total)
     return total
 
 
@@ -57,56 +99,84 @@ class _ExpandRows(torch.autograd.Function):
         b: torch.Tensor,
         B: torch.Tensor,
         scale: float,
+        tokens: TokenRows | None,
     ) -> torch.Tensor:
         ctx.save_for_backward(z, d, b, B)
-        ctx.scale = scale
-        return _outward(scaled_columns(z, _spread(d, z), scale), B, b, base)
+        ctx.scale, ctx.tokens = scale, tokens  # type: ignore[attr-defined]
+        return _outward(_scaled(z, d, tokens, scale), B, b, base, tokens)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: AutogradContext, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         z, d, b, B = ctx.saved_tensors
         need_base, need_z, need_d, need_b = ctx.needs_input_grad[:4]
+        tokens: TokenRows | None = ctx.tokens  # type: ignore[attr-defined]
         upstream, B, groups = g.to(z.dtype), B.to(z.dtype), b.shape[1]
-        spread_d = _spread(d, z)
         sums, parts = [], []
-        inner = scaled_columns(z, spread_d, ctx.scale) if need_b else z
+        inner = _scaled(z, d, tokens, ctx.scale) if need_b else z
         for i, (part, columns) in enumerate(zip(inner.chunk(groups, -1), B.chunk(groups, 1), strict=True)):
             if need_b:
-                sums.append(_row_sum((part @ columns.t()).mul_(upstream), b.dtype).unsqueeze(1))
+                sums.append(_row_sum((part @ columns.t()).mul_(upstream), b.dtype, tokens).unsqueeze(1))
             if need_z or need_d:
-                parts.append(scaled_columns(upstream, _spread(b[:, i], z)) @ columns)
+                parts.append(_scaled(upstream, b[:, i], tokens) @ columns)
         grad_z = grad_d = grad_b = None
         if sums:
             grad_b = sums[0] if groups == 1 else torch.cat(sums, 1)
         if parts:
             h = parts[0] if groups == 1 else torch.cat(parts, -1)
-            grad_z = scaled_columns(h, spread_d, ctx.scale) if need_z else None
-            grad_d = _row_sum(h.mul_(z), d.dtype).mul_(ctx.scale) if need_d else None
-        return (g if need_base else None), grad_z, grad_d, grad_b, None, None
+            grad_z = _scaled(h, d, tokens, ctx.scale) if need_z else None
+            grad_d = _row_sum(h.mul_(z), d.dtype, tokens).mul_(ctx.scale) if need_d else None
+        return (g if need_base else None), grad_z, grad_d, grad_b, None, None, None
 
 
 def expand_rows(
-    base: torch.Tensor, z: torch.Tensor, d: torch.Tensor, b: torch.Tensor, B: torch.Tensor, scale: float
+    base: torch.Tensor,
+    z: torch.Tensor,
+    d: torch.Tensor,
+    b: torch.Tensor,
+    B: torch.Tensor,
+    scale: float,
+    tokens: TokenRows | None = None,
 ) -> torch.Tensor:
     """y_i = base_i + b_i ⊙ ((s d_i ⊙ z_i) Bᵀ) for each row i of the batch.
 
     Args:
-        base: the frozen layer's output [R, ..., m].
-        z: x Aᵀ [R, ..., r] in the compute dtype.
+        base: the frozen layer's output [R, ..., m]; with ``tokens`` [..., m] of T tokens.
+        z: x Aᵀ [R, ..., r], or [..., r] of T tokens, in the compute dtype.
         d: [R, r], fp32 or wider; its gradient comes in the same dtype.
         b: [R, m], or [R, G, m] for G groups, like d.
         B: [m, r] in any dtype; frozen.
         scale: see `projection.vera_scale`.
+        tokens: the row of each token; None: the first index of base and z is the row.
 
     Returns:
-        [R, ..., m] in base's dtype. Differentiable once in base, z, d and b. A row that is not finite leaves all
-        others as they are, forward and backward.
+        In base's shape and dtype. Differentiable once in base, z, d and b. A row that is not finite leaves all others
+        as they are, forward and backward. Sums over tokens are taken in the dtype of the vectors.
     """
     grouped = b if b.dim() == 3 else b.unsqueeze(1)
-    return _ExpandRows.apply(base, z, d, grouped, B, scale)
+    return _ExpandRows.apply(base, z, d, grouped, B, scale, tokens)
 
 
-def scale_rows(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-    """diag(a_i) x_i for each row: [R, ..., n] and [R, n] give [R, ..., n] in x's dtype; differentiable once in both."""
-    return scale_input(x, _spread(a, x))
+class _ScaleRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: AutogradContext, x: torch.Tensor, a: torch.Tensor, tokens: TokenRows | None) -> torch.Tensor:
+        ctx.save_for_backward(x, a)
+        ctx.tokens = tokens  # type: ignore[attr-defined]
+        return _scaled(x, a, tokens)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: AutogradContext, h: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, a = ctx.saved_tensors
+        tokens: TokenRows | None = ctx.tokens  # type: ignore[attr-defined]
+        need_x, need_a = ctx.needs_input_grad[:2]
+        grad_a = _row_sum(h * x, a.dtype, tokens) if need_a else None
+        return _scaled(h, a, tokens) if need_x else None, grad_a, None
+
+
+def scale_rows(x: torch.Tensor, a: torch.Tensor, tokens: TokenRows | None = None) -> torch.Tensor:
+    """diag(a_i) x_i for each row: [R, ..., n] and [R, n] give [R, ..., n] in x's dtype; differentiable once in both.
+
+    ``tokens``: as in `expand_rows`, for x [..., n] of T tokens.
+    """
+    return _ScaleRows.apply(x, a, tokens)

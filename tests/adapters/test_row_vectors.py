@@ -1,0 +1,137 @@
+"""The product of rows that each have vectors of their own, against plain code: padded, joined, and in any order."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from qvera.adapters.products.row_vectors import TokenRows, expand_rows, scale_rows
+from tests.adapters.helpers import relative
+
+ROWS, IN, OUT, RANK = 4, 7, 11, 6
+LAYOUTS = {
+    "padded": None,
+    "joined": (0, 0, 0, 1, 3, 3, 3, 3, 3),  # no token is of row 2
+    "scattered": (3, 0, 1, 3, 3, 0, 2, 1, 0, 3, 3),
+}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+
+
+def _layout(name: str) -> tuple[TokenRows | None, torch.Tensor, tuple[int, ...]]:
+    """What the product takes, the row of each token, and the dimensions in front of the last one."""
+    given = LAYOUTS[name]
+    if given is None:
+        return None, torch.arange(ROWS).repeat_interleave(5), (ROWS, 5)
+    index = torch.tensor(given)
+    return TokenRows(index, ROWS), index, (1, len(given))
+
+
+def _plain(
+    base: torch.Tensor, z: torch.Tensor, d: torch.Tensor, b: torch.Tensor, B: torch.Tensor, scale: float,
+    index: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """The product token by token, in fp64."""
+    base, z, d, b, B = (t.double() for t in (base, z, d, b, B))
+    outputs = []
+    for t, row in enumerate(index.tolist()):
+        inner, own = scale * d[row] * z.reshape(-1, z.shape[-1])[t], b[row].reshape(-1, b.shape[-1])
+        groups = zip(own, inner.chunk(len(own)), B.chunk(len(own), 1), strict=True)
+        outputs.append(base.reshape(-1, base.shape[-1])[t] + sum(o * (columns @ part) for o, part, columns in groups))
+    return torch.stack(outputs).view(base.shape)
+
+
+def _drawn(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("groups", [0, 1, 3])
+@pytest.mark.parametrize(
+    ("dtype", "base_dtype"),
+    [*((t, t) for t in TOLERANCE), (torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)],
+)
+def test_every_token_gets_the_product_and_every_vector_the_gradient_of_its_row(
+    layout: str, groups: int, dtype: torch.dtype, base_dtype: torch.dtype
+) -> None:
+    tokens, index, front = _layout(layout)
+    vectors = torch.promote_types(dtype, torch.float32)
+    B = torch.randn(OUT, RANK, generator=torch.Generator().manual_seed(9))
+    inputs = [
+        _drawn((*front, OUT), base_dtype, 0),
+        _drawn((*front, RANK), dtype, 1),
+        _drawn((ROWS, RANK), vectors, 2),
+        _drawn((ROWS, *[groups][:groups], OUT), vectors, 3),
+    ]
+    base, z, d, b = inputs
+    found, expected = expand_rows(base, z, d, b, B, 0.7, tokens), _plain(base, z, d, b, B, 0.7, index)
+    g = torch.randn(found.shape, generator=torch.Generator().manual_seed(4)).to(base_dtype)
+    found_gradients = torch.autograd.grad(found, inputs, g)
+    tolerance = max(TOLERANCE[dtype], TOLERANCE[base_dtype])
+    assert found.dtype == base_dtype and relative(found, expected) < tolerance
+    expected_gradients = torch.autograd.grad(expected, inputs, g.double())
+    for one, other, of in zip(found_gradients, expected_gradients, inputs, strict=True):
+        assert one.dtype == of.dtype and relative(one, other) < tolerance
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_every_token_is_scaled_with_the_vector_of_its_row(layout: str, dtype: torch.dtype) -> None:
+    tokens, index, front = _layout(layout)
+    x, a = _drawn((*front, IN), dtype, 0), _drawn((ROWS, IN), torch.promote_types(dtype, torch.float32), 1)
+    found, expected = scale_rows(x, a, tokens), x.double() * a.double()[index].view(x.shape)
+    g = torch.randn(found.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    pairs = zip(
+        (found, *torch.autograd.grad(found, (x, a), g)),
+        (expected, *torch.autograd.grad(expected, (x, a), g.double())),
+        strict=True,
+    )
+    assert found.dtype == dtype and all(relative(one, other) < TOLERANCE[dtype] for one, other in pairs)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_gradients_of_the_row_product_in_float64(layout: str, groups: int) -> None:
+    tokens, _, front = _layout(layout)
+    shapes = ((*front, 5), (*front, 4), (ROWS, 4), (ROWS, groups, 5))
+    inputs = [_drawn(shape, torch.float64, seed) for seed, shape in enumerate(shapes)]
+    B = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    assert torch.autograd.gradcheck(lambda base, z, d, b: expand_rows(base, z, d, b, B, 1.3, tokens), inputs)
+    assert torch.autograd.gradcheck(lambda x, a: scale_rows(x, a, tokens), (inputs[1], inputs[2]))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("broken", ["tokens", "vectors"])
+def test_a_row_that_is_not_finite_leaves_the_others_as_they_are_to_the_bit(layout: str, broken: str) -> None:
+    tokens, index, front = _layout(layout)
+    B = torch.randn(OUT, RANK, generator=torch.Generator().manual_seed(9))
+    others, others_tokens = torch.arange(ROWS) != 3, (index != 3).view(front)
+    results = []
+    for value in (None, math.nan, math.inf):
+        shapes = ((*front, OUT), (*front, RANK), (ROWS, RANK), (ROWS, OUT))
+        inputs = [_drawn(shape, torch.float32, seed).detach() for seed, shape in enumerate(shapes)]
+        if value is not None:
+            if broken == "tokens":
+                inputs[0][~others_tokens] = inputs[1][~others_tokens] = value
+            else:
+                inputs[2][~others] = inputs[3][~others] = value
+        base, z, d, b = (t.requires_grad_() for t in inputs)
+        y = expand_rows(base, scale_rows(z, d, tokens), d, b, B, 0.7, tokens)
+        gradients = torch.autograd.grad(y.square().sum(), (base, z, d, b))
+        kept = (others_tokens, others_tokens, others, others)
+        results.append([y[others_tokens], *(g[keep] for g, keep in zip(gradients, kept, strict=True))])
+        assert value is None or not y[~others_tokens].isfinite().any()
+    for result in results[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(results[0], result, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["padded", "joined"])
+def test_many_tokens_are_added_up_in_fp32(layout: str) -> None:
+    """In bf16 a sum of ones would stop at 256."""
+    count = 3001
+    tokens = None if layout == "padded" else TokenRows(torch.zeros(count, dtype=torch.int64), 1)
+    z = torch.ones(1, count, 1, dtype=torch.bfloat16)
+    d, b = torch.ones(1, 1, requires_grad=True), torch.ones(1, 1, requires_grad=True)
+    y = expand_rows(torch.zeros_like(z), z, d, b, torch.ones(1, 1), 1.0, tokens)
+    assert [g.item() for g in torch.autograd.grad(y.sum(), (d, b))] == [count, count]
