@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, VeraConfig, get_peft_model
 from torch import nn
 
 from qvera.adapters.config import PEFT_TYPE, PREFIX, QveraConfig
@@ -191,9 +191,20 @@ def load_adapters(
 
 
 def _read_config(directory: Path) -> QveraConfig:
-    config = read_config(directory)
+    return require_shareable(read_config(directory), directory)
+
+
+def require_shareable(config: QveraConfig | VeraConfig, directory: Path) -> QveraConfig:
+    """The config of an adapter that can be one of many on a model.
+
+    Raises:
+        InputError: it is PEFT's own VeRA, or has more than vectors: rows of tokens, whole modules, biases; or its
+            targets are a pattern.
+    """
     if not isinstance(config, QveraConfig):
-        raise InputError(f"{directory}: is an adapter of PEFT's VeRA; load_adapters takes {PEFT_TYPE} adapters only.")
+        raise InputError(
+            f"{directory}: is an adapter of PEFT's VeRA; many on one model have to be {PEFT_TYPE} adapters."
+        )
     require_tokens(config, directory, None)  # many adapters would each want rows of their own
     if config.modules_to_save or config.bias != "none":
         raise InputError(

@@ -8,9 +8,8 @@ a layer uses are views of columns.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,23 +21,12 @@ from qvera.adapters.layer import QveraLinear
 from qvera.adapters.multi_adapter import base_output
 from qvera.adapters.products.row_vectors import expand_rows, scale_rows
 from qvera.adapters.projection import vera_scale
+from qvera.adapters.vector_layout import VectorLayout
 from qvera.models import linear
 from qvera.utils import accelerator
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-
-class _Columns(NamedTuple):
-    """Where one tensor of an adapter lies in its row."""
-
-    start: int
-    shape: tuple[int, ...]
-
-    def of(self, rows: torch.Tensor) -> torch.Tensor:
-        """The tensor in one row [numbers] of a bank, or in all of them [slots, numbers]: a view of this shape."""
-        part = rows[..., self.start : self.start + math.prod(self.shape)]
-        return part.view(*rows.shape[:-1], *self.shape)
 
 
 class _TakeRows(torch.autograd.Function):
@@ -64,6 +52,7 @@ class TrainingBank:
     Attributes:
         slots: how many adapters there is room for.
         numbers, trained_numbers: how many numbers an adapter has, and how many of them are trained.
+        layout: which columns of a row are which tensor.
         vectors: fp32 [slots, numbers], those that are trained first.
         gradients: fp32 [slots, trained_numbers]; backward adds to them.
         initial: fp32 [numbers], what an adapter starts from.
@@ -82,14 +71,11 @@ class TrainingBank:
         named = named_vectors(model, adapter)
         trained = [key for key, vector in named.items() if vector.requires_grad]
         frozen = [key for key in named if key not in set(trained)]
-        self._columns: dict[str, _Columns] = {}
-        self.numbers = 0
-        for key in (*trained, *frozen):
-            self._columns[key] = _Columns(self.numbers, tuple(named[key].shape))
-            self.numbers += named[key].numel()
+        self.layout = VectorLayout({key: tuple(named[key].shape) for key in (*trained, *frozen)})
+        self.numbers = self.layout.numbers
         self.trained_numbers = sum(named[key].numel() for key in trained)
         self.device = next(iter(named.values())).device
-        self.initial = torch.cat([named[key].detach().reshape(-1) for key in self._columns])
+        self.initial = torch.cat([named[key].detach().reshape(-1) for key in self.layout.columns])
         self.vectors = self.initial.repeat(slots, 1)
         self.gradients = torch.zeros(slots, self.trained_numbers, device=self.device)
         for vector in named.values():
@@ -105,7 +91,7 @@ class TrainingBank:
 
     def _view(self, key: str) -> nn.Parameter:
         """One tensor of all adapters [slots, ...], which shares memory with `vectors` and its gradient with theirs."""
-        columns = self._columns[key]
+        columns = self.layout.columns[key]
         is_trained = columns.start < self.trained_numbers
         view = nn.Parameter(columns.of(self.vectors), requires_grad=is_trained)
         if is_trained:
@@ -123,18 +109,12 @@ class TrainingBank:
         Raises:
             ValueError: a key is missing or unknown, or a shape is another one.
         """
-        if set(vectors) != set(self._columns):
-            wrong = sorted(set(vectors) ^ set(self._columns))
-            raise ValueError(f"these vectors are not those of an adapter of this model: {', '.join(wrong[:3])}")
-        for key, columns in self._columns.items():
-            if tuple(vectors[key].shape) != columns.shape:
-                raise ValueError(f"{key} has the shape {tuple(vectors[key].shape)}, not {columns.shape}")
-            columns.of(self.vectors[slot]).copy_(vectors[key].detach())
+        self.layout.put(self.vectors[slot], vectors)
         self.gradients[slot].zero_()
 
     def take(self, slot: int) -> dict[str, torch.Tensor]:
         """A copy of an adapter's vectors, by their keys in an adapter file."""
-        return {key: columns.of(self.vectors[slot]).clone() for key, columns in self._columns.items()}
+        return self.layout.take(self.vectors[slot])
 
     @contextlib.contextmanager
     def rows(self, slots: Sequence[int]) -> Iterator[None]:
@@ -166,7 +146,7 @@ class TrainingBank:
         before = {key: parameter.data for key, parameter in self._ordinary.items()}
         try:
             for key, parameter in self._ordinary.items():
-                columns = self._columns[key]
+                columns = self.layout.columns[key]
                 parameter.data = columns.of(self.vectors[slot])
                 if columns.start < self.trained_numbers:
                     parameter.requires_grad_(True)

@@ -76,7 +76,7 @@ def test_each_adapter_gets_its_own_gradient(settings: dict[str, object], checkpo
     for slot in range(3):
         row = bank.gradients[slot]
         for key in trained:
-            torch.testing.assert_close(bank._columns[key].of(row), alone[slot][key], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(bank.layout.columns[key].of(row), alone[slot][key], rtol=1e-4, atol=1e-6)
 
 
 def test_a_pass_of_one_adapter_goes_the_way_of_an_adapter_alone() -> None:

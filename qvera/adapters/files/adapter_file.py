@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, VeraConfig
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 
 from qvera.adapters.config import PEFT_TYPE, PREFIX, QveraConfig
 from qvera.adapters.files import lora_file
@@ -22,8 +22,15 @@ from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qvera.utils.safetensors_io import same_base
 
 
-def read_adapter(directory: Path) -> tuple[QveraConfig | VeraConfig, dict[str, torch.Tensor]]:
+def read_adapter(
+    directory: Path, content: bytes | None = None
+) -> tuple[QveraConfig | VeraConfig, dict[str, torch.Tensor]]:
     """Read an adapter directory without a model: one of ours, or one of PEFT's own VeRA.
+
+    Args:
+        directory: with the config and the vectors.
+        content: of the file of vectors, where it has been read already. The file is mapped otherwise, and another
+            process must not cut it short meanwhile.
 
     Returns:
         The config (`QveraConfig`, or PEFT's `VeraConfig`) and the tensors of the adapter file by their keys.
@@ -34,7 +41,7 @@ def read_adapter(directory: Path) -> tuple[QveraConfig | VeraConfig, dict[str, t
     """
     config, weights_file = read_config(directory), directory / ADAPTER_WEIGHTS
     try:
-        tensors = load_file(weights_file)
+        tensors = load_file(weights_file) if content is None else load(content)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{weights_file}: not a readable safetensors file, or cut short ({error}).") from None
     if isinstance(config, QveraConfig) and method_of(config).writes_lora:
