@@ -97,7 +97,7 @@ def test_a_pass_of_one_adapter_goes_the_way_of_an_adapter_alone() -> None:
         with bank.rows([1] * len(rows)):
             total, _ = row_nll(model, make_batch(model, rows, 0, prefix_once=False), 4, weights)
             total.backward()
-        for key, columns in bank._columns.items():
+        for key, columns in bank.layout.columns.items():
             found = columns.of(bank.gradients[1])
             torch.testing.assert_close(found, times * expected[key], rtol=1e-5, atol=1e-7)
     assert not bank.gradients[0].any()
