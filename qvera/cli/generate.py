@@ -20,6 +20,7 @@ from qvera.cli.common import (
     quiet_libraries,
     require_new_file,
 )
+from qvera.utils.adapter_names import shown_name
 from qvera.utils.atomic import replace_text
 from qvera.utils.errors import InputError
 
@@ -157,4 +158,4 @@ def _print_answers(answered: Sequence[dict[str, str]]) -> None:
         if several and (line["source"], line["prompt"]) != last:
             last = line["source"], line["prompt"]
             print(f"> {line['prompt']}")
-        print(f"{line['adapter']}: {line['answer']}" if "adapter" in line else line["answer"])
+        print(f"{shown_name(line['adapter'])}: {line['answer']}" if "adapter" in line else line["answer"])

@@ -8,6 +8,7 @@ import typer
 
 from qvera.cli.common import AdapterName, Json, print_table
 from qvera.utils import formatting
+from qvera.utils.adapter_names import shown_name
 
 MAX_ADAPTERS = 50
 """A run of more adapters shows as many of them, those that a person should look at first."""
@@ -55,7 +56,12 @@ def _print_adapters(path: Path, adapters: list[dict[str, Any]]) -> None:
         ]
         losses = (entry.loss_before, entry.loss_after, entry.train_loss_first, entry.train_loss_last)
         cells = [*counts, *(formatting.text_or_dash(loss, "{:.4f}".format) for loss in losses)]
-        rows.append((entry.name, [*cells, "; ".join([*([entry.status_text] if entry.status else []), *entry.flags])]))
+        rows.append(
+            (
+                shown_name(entry.name),
+                [*cells, "; ".join([*([entry.status_text] if entry.status else []), *entry.flags])],
+            )
+        )
     titles = ["adapter", "rows", "held out", "steps", "loss before", "loss after", "first", "last", "ended"]
     print()
     print_table(titles, rows)
@@ -69,6 +75,8 @@ def _text(name: str, value: object) -> str:
         return ", ".join(f"{key} {_text(key, inner)}" for key, inner in value.items())
     if isinstance(value, list):
         return ", ".join(_text(name, inner) for inner in value)
+    if name == "name":
+        return shown_name(str(value))
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return "yes" if value is True else "no" if value is False else "–" if value is None else str(value)
     if name.endswith("_bytes"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,6 +10,7 @@ import typer
 
 from qvera.cli.common import FindLr, LrFrom, LrSteps, LrTo, Overrides, RecipePath, Resume, console, quiet_libraries
 from qvera.utils import formatting
+from qvera.utils.adapter_names import shown_name
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -128,7 +130,9 @@ def _print_adapters(run_dir: Path, entries: list[dict[str, Any]]) -> None:
     named = {words[status]: [e["name"] for e in entries if e["status"] == status] for status in words}
     counts = [f"{len(names):,} {word}" for word, names in named.items() if names]
     print(f"adapters          {', '.join(counts)}, in {run_dir / 'adapters'}")
-    scored = [(e["eval_before"]["loss"], e["eval_after"]["loss"]) for e in entries if e["eval_after"]]
+    both = [(e["eval_before"]["loss"], e["eval_after"]["loss"]) for e in entries if e["eval_after"]]
+    # a loss that is not finite is null in run.json
+    scored = [losses for losses in both if all(loss is not None and math.isfinite(loss) for loss in losses)]
     if scored:
         before, after = (sum(losses) / len(scored) for losses in zip(*scored, strict=True))
         print(f"held-out loss     {before:.4f} → {after:.4f} in the mean of {len(scored):,} adapters")
@@ -137,4 +141,4 @@ def _print_adapters(run_dir: Path, entries: list[dict[str, Any]]) -> None:
     for word in ("not finite", "without rows"):
         flagged |= {word: named[word]} if named[word] else {}
     for flag, names in flagged.items():
-        print(f"look at           {flag}: {formatting.first_of(names)}")
+        print(f"look at           {flag}: {formatting.first_of([shown_name(name) for name in names])}")

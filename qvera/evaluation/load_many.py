@@ -37,7 +37,7 @@ def open_adapters(path: Path, names: Sequence[str], progress: Callable[[int], No
         InputError: there is none of one of these names, one is damaged, or not all have this base.
     """
     directories = require_all_named(path, dict.fromkeys(names))
-    configs = {name: adapter_file.read_adapter(directory)[0] for name, directory in directories.items()}
+    configs = {name: adapter_file.read_config(directory) for name, directory in directories.items()}
     opened = open_target(find_target(path, needs_name=False), adapter=False)
     facts = opened.base.facts
     for name, config in configs.items():

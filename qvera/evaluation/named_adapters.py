@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qvera.utils.adapter_names import unescape_name
+from qvera.utils.adapter_names import shown_name, unescape_name
 from qvera.utils.errors import InputError, did_you_mean
 from qvera.utils.files import try_read_json
 from qvera.utils.paths import ADAPTER_CONFIG, ADAPTERS, RECIPE_FILE
@@ -24,7 +24,7 @@ _SHOWN_NAMES = 8
 """An error lists at most this many names."""
 
 _NOT_SAVED = {
-    "not_finite": "its loss or gradient was not finite, so its vectors were not saved",
+    "not_finite": "its loss, gradient or held-out loss was not finite, so its vectors were not saved",
     "no_rows": "it had no rows left to train on",
 }
 """Statuses of run.json whose adapters have no directory."""
@@ -91,7 +91,9 @@ def require_all_named(path: Path, names: Iterable[str]) -> dict[str, Path]:
         if name not in known:
             why = _why_not_saved(path, name)
             end = did_you_mean(name, known) if why is None else f": {why}."
-            raise InputError(f"--adapter {name}: {path} has no adapter of this name{end} {_list(path, known)}")
+            raise InputError(
+                f"--adapter {shown_name(name)}: {path} has no adapter of this name{end} {_list(path, known)}"
+            )
         found[name] = known[name]
     return found
 
@@ -106,7 +108,7 @@ def _known(path: Path) -> dict[str, Path]:
 
 
 def _list(path: Path, known: dict[str, Path]) -> str:
-    names = ", ".join(list(known)[:_SHOWN_NAMES])
+    names = ", ".join(map(shown_name, list(known)[:_SHOWN_NAMES]))
     more = f" and {len(known) - _SHOWN_NAMES:,} more; `qvera info {path}` lists them" * (len(known) > _SHOWN_NAMES)
     return f"There are: {names}{more}."
 
@@ -119,7 +121,8 @@ def refuse_name(path: Path, name: str | None) -> None:
     """
     if name is not None:
         raise InputError(
-            f"--adapter {name}: is for a run that trained many adapters, or a directory of adapters; {path} is neither."
+            f"--adapter {shown_name(name)}: is for a run that trained many adapters, or a directory of adapters, and "
+            f"{path} is neither."
         )
 
 
@@ -134,7 +137,9 @@ def held_out_rows(datasets: Datasets, name: str | None) -> Rows:
     for adapter in datasets.adapters:
         if adapter.name == name:
             return datasets.eval.take(adapter.eval)
-    raise InputError(f"--adapter {name}: the recipe's data has no rows of this adapter; name a file with --data.")
+    raise InputError(
+        f"--adapter {shown_name(name)}: the recipe's data has no rows of this adapter; name a file with --data."
+    )
 
 
 def _why_not_saved(path: Path, name: str) -> str | None:

@@ -249,10 +249,13 @@ class TrainingSession:
             check_disk_space(self.sharder.folder, -(-spread_of(plan.shape).packed // group.world_size), group)
         return plan
 
-    def keep_checkpointing(self, recorded: Mode) -> None:
-        """Take over what `gradient_checkpointing: auto` came to in the run that goes on, where that still fits."""
+    def keep_checkpointing(self, recorded: Mode, group: Group) -> None:
+        """Take over what `gradient_checkpointing: auto` came to in the run that goes on, where that still fits.
+
+        ``group``: the ranks that decide it together; all of them call this.
+        """
         if self.recipe.training.gradient_checkpointing == "auto":
-            self.checkpointing = resumed_mode(recorded, self.checkpointing, self.plan, self.group, self.console)
+            self.checkpointing = resumed_mode(recorded, self.checkpointing, self.plan, group, self.console)
 
     def _try_longest_batch(self) -> None:
         if self.state.step == 0 and self.steps and self.recipe.training.try_longest_batch:

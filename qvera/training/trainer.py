@@ -281,7 +281,7 @@ class Trainer(Run):
         self.state = TrainState(**one.state["progressed"])
         for halving in self.state.halvings:
             self.batches.limit(halving.get("pass_rows") or halving["pass_tokens"])
-        self.keep_checkpointing(one.state.get("gradient_checkpointing", self.checkpointing))
+        self.keep_checkpointing(one.state.get("gradient_checkpointing", self.checkpointing), self.group)
         self.builds_per_pass = one.state.get("builds_per_pass", BUILDS_UNHELD)
         self.console.print(f"Going on from step {self.state.step} of {self.steps} ({one.path}).", soft_wrap=True)
 

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
+from qvera.adapters.files import adapter_file
 from qvera.adapters.files.adapter_file import read_adapter
 from qvera.cli.main import main
 from qvera.data import build_datasets
 from qvera.evaluation.load import find_target, open_run
+from qvera.evaluation.load_many import open_adapters
 from qvera.evaluation.named_adapters import held_out_rows, require_named
 from qvera.utils.adapter_names import escape_name
 from qvera.utils.errors import InputError
@@ -96,6 +98,14 @@ def test_a_name_opens_its_own_adapter_and_reads_no_other(run: Path, tmp_path: Pa
         assert value.equal(expected[key.replace(".default", "")]), key
 
 
+def test_the_vectors_of_each_are_read_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    real = adapter_file.load_file
+    monkeypatch.setattr(adapter_file, "load_file", lambda path: (read.append(path), real(path))[1])
+    open_adapters(run, ["dan", "Anna"])
+    assert read == [require_named(run, name) / "adapter_model.safetensors" for name in ("dan", "Anna")]
+
+
 def test_the_first_of_ten_thousand_is_found_at_once(run: Path, tmp_path: Path) -> None:
     for number in range(10_000):
         (tmp_path / "adapters" / f"customer{number}").mkdir(parents=True)
@@ -125,7 +135,10 @@ def test_a_directory_of_adapters_needs_no_run(run: Path, prompts: Path, tmp_path
     [
         ("chat RUN --adapter ana", "--adapter ana: RUN has no adapter of this name; did you mean 'anna'?"),
         ("chat RUN", "RUN: has 5 adapters; name one with --adapter NAME. There are: "),
-        ("chat RUN --adapter nan", "its loss or gradient was not finite, so its vectors were not saved."),
+        (
+            "chat RUN --adapter nan",
+            "its loss, gradient or held-out loss was not finite, so its vectors were not saved.",
+        ),
         ("eval RUN", "has 5 adapters"),
         ("export RUN OUT", "has 5 adapters"),
         ("info RUN --adapter Dan", "did you mean 'dan'?"),

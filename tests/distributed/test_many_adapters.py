@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from qvera.training import checkpoint
 from tests.distributed.ranks import Ranks
 from tests.helpers import wait_until
 from tests.training.many.runs import all_files, entries, many_recipe, records, train_many, vectors, write_rows
@@ -61,17 +63,43 @@ def test_two_processes_train_all_and_go_on_after_one_was_told_to_stop(
                 vectors(tmp_path / "two", name)[key], tensor, rtol=0, atol=1e-5 * float(tensor.abs().max())
             )
 
-    ranks = launch(recipe_file, tmp_path / "cut", tmp_path / "cut-logs")
-    log = tmp_path / "cut" / "metrics.rank-00001.jsonl"
-    wait_until(lambda: log.exists() and len(records_of(log)) > 12, LIMIT_SECONDS)
-    ranks.processes[1].send_signal(signal.SIGTERM)
-    assert ranks.wait(LIMIT_SECONDS) == [75, 75], ranks.text()
+    cut_off(recipe_file, tmp_path / "cut", tmp_path / "cut-logs")
     assert json.loads((tmp_path / "cut" / "run.json").read_text())["status"] == "interrupted"
     ranks = launch(recipe_file, tmp_path / "cut", tmp_path / "resume-logs", "--resume")
     assert ranks.wait(LIMIT_SECONDS) == [0, 0], ranks.text()
     assert all_files(tmp_path / "cut") == all_files(tmp_path / "two")
     for name in COUNTS:
         assert records(tmp_path / "cut", adapter=name) == records(tmp_path / "two", adapter=name)
+
+
+def test_a_process_that_had_saved_nothing_yet_begins_again_beside_one_that_goes_on(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    """The first one recomputed layers when it began, which a plan would not choose now."""
+    run_dir = tmp_path / "run"
+    cut_off(recipe_file, run_dir, tmp_path / "cut-logs")
+    shutil.rmtree(run_dir / "checkpoints" / "rank-00001")
+    (run_dir / "metrics.rank-00001.jsonl").unlink()
+    newest = checkpoint.directories(run_dir / "checkpoints")[-1]
+    state, files = checkpoint.read(newest, [path.name for path in newest.glob("*.safetensors")])
+    assert state["gradient_checkpointing"] is False
+    checkpoint.write(newest.parent, "round", state["round"], files, state | {"gradient_checkpointing": True})
+
+    ranks = launch(recipe_file, run_dir, tmp_path / "logs", "--resume")
+    assert ranks.wait(LIMIT_SECONDS) == [0, 0], ranks.text()
+    assert "Gradient checkpointing stays on" in ranks.text()
+    assert {name: entry["status"] for name, entry in entries(run_dir).items()} == dict.fromkeys(COUNTS, "done")
+    for name in COUNTS:
+        assert [record["step"] for record in records(run_dir, adapter=name)] == list(range(1, 41))
+
+
+def cut_off(recipe: Path, run_dir: Path, logs: Path) -> None:
+    """Start a run, and tell one of its processes to stop in the middle."""
+    ranks = launch(recipe, run_dir, logs)
+    log = run_dir / "metrics.rank-00001.jsonl"
+    wait_until(lambda: log.exists() and len(records_of(log)) > 12, LIMIT_SECONDS)
+    ranks.processes[1].send_signal(signal.SIGTERM)
+    assert ranks.wait(LIMIT_SECONDS) == [75, 75], ranks.text()
 
 
 def records_of(path: Path) -> list[str]:

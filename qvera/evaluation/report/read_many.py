@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qvera.evaluation.report.read import Run, get, get_number, get_text, read_evaluation, read_rows, read_run
+from qvera.utils.adapter_names import shown_name
 from qvera.utils.errors import InputError, did_you_mean
 from qvera.utils.paths import ADAPTER_WEIGHTS, ADAPTERS
 
@@ -224,7 +225,7 @@ def read_adapter(run_dir: Path, name: str) -> Run:
     if entry is None:
         known = [entry.name for entry in many.entries]
         what = "has no adapter of this name" if known else "did not train many adapters"
-        raise InputError(f"--adapter {name}: {run_dir} {what}{did_you_mean(name, known)}")
+        raise InputError(f"--adapter {shown_name(name)}: {run_dir} {what}{did_you_mean(name, known)}")
     run = many.adapter_run(entry)
     directory = run_dir / ADAPTERS / entry.directory
     evaluation = read_evaluation(directory / "eval.json", directory / ADAPTER_WEIGHTS, run.notes)

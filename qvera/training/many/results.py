@@ -50,10 +50,21 @@ def adapter_result(run: AdapterRun, recipe: Recipe) -> dict[str, Any]:
 
 
 def _got_worse(before: dict[str, Any] | None, after: dict[str, Any] | None) -> bool:
-    """A loss that is not finite is worse than any; a checkpoint gives it back as None."""
-    if before is None or after is None or before["loss"] is None or not math.isfinite(before["loss"]):
-        return False
-    return after["loss"] is None or not after["loss"] <= before["loss"]
+    return before is not None and after is not None and _is_finite(before) and after["loss"] > before["loss"]
+
+
+def _is_finite(scores: dict[str, Any]) -> bool:
+    """Whether a loss is finite; a checkpoint gives one that is not back as None."""
+    return scores["loss"] is not None and math.isfinite(scores["loss"])
+
+
+def held_out_not_finite(run: AdapterRun) -> str:
+    """Why an adapter is not saved that has taken its steps and whose held-out loss is not finite."""
+    if run.state.before is None or _is_finite(run.state.before):
+        advice = "Lower training.learning_rate."
+    else:
+        advice = "It was not finite before training either: look at the held-out rows."
+    return f"step {run.state.step}: its held-out loss is not finite. {advice}"
 
 
 def without_rows(name: str) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class AdapterRun:
         slot: its row of the bank while it is in flight.
         best: fp32 [numbers], the vectors of its best step, where the recipe asks for them.
         after: held-out loss of the vectors that were saved.
-        reason: why it was stopped, where its loss or gradient was not finite.
+        reason: why it was not saved, where its loss, its gradient or its held-out loss at the end was not finite.
     """
 
     number: int
@@ -68,6 +68,11 @@ class AdapterRun:
     def has_left(self) -> bool:
         """Whether it is not trained any more."""
         return self.status in LEFT
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it takes no further step, though it may still be in flight."""
+        return self.reason is not None or self.state.stopped_early or not self.steps_left
 
     @property
     def steps_left(self) -> int:

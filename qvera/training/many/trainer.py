@@ -3,7 +3,7 @@
 An adapter is trained as if it were alone: rows, order, steps, learning rate, clipping, evaluations and early stopping
 are those of the same recipe over a file of its rows. What it shares is the pass through the frozen base. It leaves when
 its steps are taken, when it stops early, or when its loss or gradient is not finite, and the next of the queue takes
-its slot.
+its slot. One whose held-out loss is not finite at its end is not saved.
 
 Several processes share out the adapters. Each trains its own, with checkpoints of its own, and they meet only at the
 beginning and at the end; the run directory has to be one that all of them see.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -24,20 +25,21 @@ from qvera.adapters import hold_training_weights
 from qvera.adapters.files.save_load import save_adapter
 from qvera.adapters.training_bank import TrainingBank
 from qvera.data import Example, adapter_batches
-from qvera.distributed.group import for_all
+from qvera.distributed.group import ALONE, for_all
 from qvera.evaluation import evaluate
 from qvera.models.checkpointing import enable_checkpointing
 from qvera.training.logging import MetricsLog, ProgressBar, status_line
 from qvera.training.many import checkpoints
 from qvera.training.many.optimizer import BankAdamW
-from qvera.training.many.results import adapter_result, add_results, without_rows
-from qvera.training.many.roster import AdapterRun, Roster, Status, adapter_runs, deal
+from qvera.training.many.results import adapter_result, add_results, held_out_not_finite, without_rows
+from qvera.training.many.roster import AdapterRun, Roster, adapter_runs, deal
 from qvera.training.many.rounds import Round, held_out_losses, longest_pass
 from qvera.training.optim import rate_shares
 from qvera.training.plan.bank import wanted_slots
 from qvera.training.run import Run, RunResult
 from qvera.training.run_dir import write_run
 from qvera.training.run_json import begun_run
+from qvera.utils.adapter_names import shown_name
 from qvera.utils.atomic import disk_errors
 from qvera.utils.errors import InputError, Interrupted, OutOfMemory, RunFailed
 from qvera.utils.formatting import size
@@ -103,13 +105,10 @@ class ManyTrainer(Run):
     def setup(self) -> None:
         """Go on from the checkpoint, if there is one; try the longest pass, and open the run's files."""
         self.steps = sum(run.steps for run in self.runs)
+        self.group.agree(self._go_on)
         if self.found is not None:
-            found = self.found
-            self.group.agree(lambda: checkpoints.restore(self, found))
-            self.keep_checkpointing(found.state["gradient_checkpointing"])
-            self.builds_per_pass = found.state["builds_per_pass"]
-            self.found, self.saved_round, self.whole_round = None, self.round, self.round
-            self.console.print(f"Going on from round {self.round} ({found.path}).", soft_wrap=True)
+            self.console.print(f"Going on from round {self.round} ({self.found.path}).", soft_wrap=True)
+            self.found = None  # its tensors take memory
         elif self.resume:
             self.console.print(f"No checkpoint was saved in {self.run_dir} yet: starting from round 0.", soft_wrap=True)
         asked = self.recipe.training.adapters_at_once
@@ -117,8 +116,7 @@ class ManyTrainer(Run):
         for run in self.roster.in_flight:
             self._begin(run)
         self.prepare_model()
-        if self.round == 0:
-            self.group.agree(self._try_longest_batch)
+        self.group.agree(lambda: self._try_longest_batch() if self.round == 0 else None)
         # names a meeting of this launch's processes
         self.meeting = self.group.broadcast(uuid.uuid4().hex)
         if self.group.first:
@@ -134,6 +132,14 @@ class ManyTrainer(Run):
             + (f" and {self.group.world_size - 1} more." if self.group.world_size > 1 else "."),
             soft_wrap=True,
         )
+
+    def _go_on(self) -> None:
+        """Take over the checkpoint of this process, where it has one: others may have none, so no rank waits here."""
+        if self.found is not None:
+            checkpoints.restore(self, self.found)
+            self.keep_checkpointing(self.found.state["gradient_checkpointing"], ALONE)
+            self.builds_per_pass = self.found.state["builds_per_pass"]
+            self.saved_round, self.whole_round = self.round, self.round
 
     def prepare_model(self) -> None:
         """Gradient checkpointing; and where every pass is of one adapter, what `TrainingSession` does for one.
@@ -285,15 +291,8 @@ class ManyTrainer(Run):
 
     def _let_out(self, evaluated: dict[AdapterRun, dict[str, Any]]) -> None:
         """Score and save the adapters that are finished, and free their slots."""
-        leaving: list[tuple[AdapterRun, Status]] = []
-        for run in self.roster.in_flight:
-            if run.reason is not None:
-                leaving.append((run, "not_finite"))
-            elif run.state.stopped_early:
-                leaving.append((run, "stopped_early"))
-            elif not run.steps_left:
-                leaving.append((run, "done"))
-        finished = [run for run, status in leaving if status != "not_finite"]
+        leaving = [run for run in self.roster.in_flight if run.has_ended]
+        finished = [run for run in leaving if run.reason is None]
         for run in finished:
             if run.best is not None and run.state.best_step != run.state.step:
                 self.bank.vectors[self.slot(run)].copy_(run.best)
@@ -302,12 +301,16 @@ class ManyTrainer(Run):
         scored = [run for run in finished if run.after is None]
         for run, result in zip(scored, self._held_out(scored), strict=True):
             run.after = result
-        for run, status in leaving:
-            if status == "not_finite":
-                self.warn(f"Adapter {run.name}: {run.reason} It is stopped and not saved; the others go on.")
-            else:
+        for run in leaving:
+            if run.after is not None and not math.isfinite(run.after["loss"]):
+                run.reason, run.after = held_out_not_finite(run), None
+            if run.reason is None:
                 self._save_adapter(run)
-            self.roster.leave(run, status)
+                self.roster.leave(run, "stopped_early" if run.state.stopped_early else "done")
+            else:
+                name = shown_name(run.name)
+                self.warn(f"Adapter {name}: {run.reason} It is stopped and not saved; the others go on.")
+                self.roster.leave(run, "not_finite")
 
     def _save_adapter(self, run: AdapterRun) -> None:
         directory = self.run_dir / ADAPTERS / run.directory

@@ -9,7 +9,7 @@ from typing import Any
 from qvera.config.schema import Recipe
 from qvera.models.checkpointing import Mode
 from qvera.training.plan.checkpointing import modes_of
-from qvera.training.plan.longest import BatchOf
+from qvera.training.plan.longest import BatchOf, pass_rows
 from qvera.training.plan.run import PlannedRun
 from qvera.training.plan.sharding import plan_rank
 
@@ -67,8 +67,9 @@ def nearest_changes(run: PlannedRun, batch_of: BatchOf) -> list[Change]:
 def _steps(run: PlannedRun) -> Iterator[tuple[str, list[Any]]]:
     """Each key that saves memory, with ever smaller values; in the order of what it costs the result of a run."""
     training, data, adapter = run.recipe.training, run.recipe.data, run.recipe.adapter
-    rows = training.per_device_train_batch_size
-    fewer_rows = [n for n in range(rows - 1, 0, -1) if training.global_batch_size % n == 0]
+    # rows of many adapters are cut into passes together, which need not divide a step of one
+    divided = 0 if data.has_adapters else training.global_batch_size
+    fewer_rows = [n for n in range(pass_rows(run.recipe) - 1, 0, -1) if divided % n == 0]
     longest = data.max_length if run.batch.joined else min(data.max_length, run.batch.tokens)
     few = [name for name in ("q_proj", "v_proj") if any(x.role == name for x in run.shape.linears)]
     steps: dict[str, list[Any]] = {

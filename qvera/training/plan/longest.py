@@ -41,7 +41,7 @@ def longest_batch(rows: Rows | None, joined: Joined | None, rounded: bool, maske
 
 def assumed_batch(recipe: Recipe, joined: Joined | None = None) -> Batch:
     """Every row at ``data.max_length``, none padded, all of it trained but what ``data.max_target_length`` excludes."""
-    data, rows, tokens = recipe.data, recipe.training.per_device_train_batch_size, recipe.data.max_length
+    data, rows, tokens = recipe.data, pass_rows(recipe), recipe.data.max_length
     source = f"data.max_length: {rows} x {tokens:,} tokens"
     targets = rows
     if data.packing:  # one full sequence; two rows in it, so that attention has to tell them apart
@@ -55,11 +55,15 @@ def assumed_batch(recipe: Recipe, joined: Joined | None = None) -> Batch:
 
 def longest_of_many(recipe: Recipe, rows: Rows) -> list[int]:
     """The longest rows that a pass of many adapters may have; how they meet depends on who leaves when."""
+    return np.argsort(-rows.lengths, kind="stable")[: pass_rows(recipe)].tolist()
+
+
+def pass_rows(recipe: Recipe) -> int:
+    """The most rows of a forward pass; of many adapters those in flight have no more than a step of each."""
     training = recipe.training
-    most = training.per_device_train_batch_size
-    if training.adapters_at_once != "auto":
-        most = min(most, training.adapters_at_once * training.global_batch_size)
-    return np.argsort(-rows.lengths, kind="stable")[:most].tolist()
+    if not recipe.data.has_adapters or training.adapters_at_once == "auto":
+        return training.per_device_train_batch_size
+    return min(training.per_device_train_batch_size, training.adapters_at_once * training.global_batch_size)
 
 
 def longest_rows(recipe: Recipe, rows: Sequence[Example], joined: Joined | None, steps: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import cast
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from qvera.data import AdapterRows
 from qvera.training.many.roster import AdapterRun, Roster, deal
-from qvera.training.many.rounds import RoundRow, cut_round
+from qvera.training.many.rounds import RoundRow, cut_round, longest_pass
 from qvera.training.plan.bank import slots_to_fill
 
 
@@ -66,6 +67,17 @@ def test_a_round_is_cut_by_length_and_each_adapter_keeps_its_order() -> None:
     rows = [RoundRow(one, row) for row in (0, 1, 2)] + [RoundRow(other, row) for row in (3, 4, 5)]
     passes = cut_round(rows, [5, 9, 5, 7, 5, 5], 4)
     assert [[row for _, row in part] for part in passes] == [[0, 2, 4, 5], [3, 1]]
+
+
+def test_the_trial_takes_the_longest_rows_that_a_pass_can_have() -> None:
+    """Of each adapter those of a step, of at most as many adapters as are in flight."""
+    found = runs((9, 2), (9, 3), (9, 3))
+    lengths = np.array([90, 80, 70, 60, 5, 6, 7, 8, 50, 1, 2, 3])
+    for run, rows in zip(found, ([0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]), strict=True):
+        run.rows = dataclasses.replace(run.rows, train=np.array(rows))
+    assert longest_pass(found, lengths, slots=3, pass_rows=16) == [0, 1, 8, 7, 6, 5, 11, 10]
+    assert longest_pass(found, lengths, slots=1, pass_rows=16) == [0, 1, 8]
+    assert longest_pass(found, lengths, slots=3, pass_rows=4) == [0, 1, 8, 7]
 
 
 def test_processes_share_out_the_steps_evenly_and_all_know_how() -> None:

@@ -10,7 +10,9 @@ import torch
 
 from qvera.adapters.training_bank import TrainingBank
 from qvera.config.schema import Recipe, parse_recipe
+from qvera.data import build_datasets
 from qvera.models.checkpointing import enable_checkpointing
+from qvera.models.tokenizer import load_tokenizer
 from qvera.training.plan import Machine, PlannedRun, make_plan, plan_memory, shape_of
 from qvera.training.plan.bank import slot_bytes, wanted_slots
 from qvera.training.plan.show import print_plan
@@ -60,12 +62,39 @@ def test_memory_limits_the_adapters_in_flight_only_where_auto_chose_them(recipe:
     assert plan(changed(wide, adapters_at_once=10), 1000) == 10
 
 
+@pytest.mark.parametrize("read", [True, False], ids=["rows", "no-rows"])
+def test_a_pass_is_planned_with_no_more_rows_than_the_adapters_in_flight_have(recipe: Recipe, read: bool) -> None:
+    """Whether the rows are known or not."""
+    rows = build_datasets(recipe.data, load_tokenizer(recipe.model)).train if read else None
+    machine = Machine("t", "cuda", torch.float32, False, 10**10)
+
+    def rows_of(adapters_at_once: int, pass_rows: int) -> int:
+        one = changed(recipe, adapters_at_once=adapters_at_once, per_device_train_batch_size=pass_rows)
+        return make_plan(one, machine, rows, adapter_rows=[8] * 5).batch.rows
+
+    assert rows_of(2, 12) == 8
+    assert rows_of(2, 7) == 7
+    assert rows_of(5, 12) == 12
+
+
+def test_fewer_rows_a_pass_need_not_divide_a_step_of_many_adapters(recipe: Recipe) -> None:
+    """Their rows are cut into passes together."""
+    sizes = {"global_batch_size": 8, "per_device_train_batch_size": 8, "adapters_at_once": 4}
+    wide = changed(recipe, **sizes, gradient_checkpointing=False)
+    whole = make_plan(wide, Machine("t", "cuda", torch.float32, False, 10**10))
+    five = make_plan(changed(wide, per_device_train_batch_size=5), whole.machine)
+    small = Machine("t", "cuda", torch.float32, False, five.needed_bytes)
+    found = [change.settings for change in make_plan(wide, small).changes]
+    assert {"training.per_device_train_batch_size": 5} in found
+
+
 def test_the_plan_counts_16_bytes_a_number_and_adapter(recipe: Recipe) -> None:
     machine = Machine("t", "cuda", torch.float32, False, 10**10)
-    totals = [make_plan(changed(recipe, adapters_at_once=n), machine).memory.total_bytes for n in (2, 3)]
-    plan = make_plan(recipe, machine)
+    full = changed(recipe, per_device_train_batch_size=8)  # rows of two adapters' steps
+    totals = [make_plan(changed(full, adapters_at_once=n), machine).memory.total_bytes for n in (2, 3)]
+    plan = make_plan(full, machine)
     assert totals[1] - totals[0] == 16 * plan.trained_parameters == slot_bytes(plan)
-    frozen = make_plan(recipe.replace(adapter=recipe.adapter.replace(train_d=False)), machine)
+    frozen = make_plan(full.replace(adapter=recipe.adapter.replace(train_d=False)), machine)
     assert slot_bytes(frozen) == 4 * plan.trained_parameters + 12 * frozen.trained_parameters
 
 
