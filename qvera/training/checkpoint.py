@@ -53,6 +53,7 @@ class TrainState:
     best_step: int | None = None
     evaluations_without_gain: int = 0
     stopped_early: bool = False
+    evaluation_due: bool = False  # after this step, and not done yet: memory ran out in it
     train_loss_first: float | None = None
     train_loss_last: float | None = None
     train_seconds: float = 0.0

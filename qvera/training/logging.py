@@ -42,7 +42,7 @@ def read_records(path: Path, unit: str = "step") -> Iterator[dict[str, Any]]:
 class MetricsLog:
     """metrics.jsonl: one JSON object a line, each step once per kind, whatever was interrupted and resumed."""
 
-    def __init__(self, path: Path, last_step: int, unit: str = "step", rank: int = 0) -> None:
+    def __init__(self, path: Path, last_step: int, unit: str = "step", rank: int = 0, again: str | None = None) -> None:
         """Open for appending; records after ``last_step`` (of steps that will be run again) are dropped.
 
         Args:
@@ -50,10 +50,15 @@ class MetricsLog:
             last_step: the last one that is kept.
             unit: the key that numbers the records, ``step`` or ``round``.
             rank: of this process; what others have recorded (``rank`` in a record) is kept.
+            again: the kind of record of ``last_step`` that is dropped too.
         """
         self.path = path
-        kept = (r for r in read_records(path, unit) if r[unit] <= last_step or r.get("rank", 0) != rank)
-        lines = [json.dumps(record) for record in kept]
+
+        def is_kept(record: dict[str, Any]) -> bool:
+            is_behind = record[unit] < last_step + (again is None or record.get("kind") != again)
+            return is_behind or record.get("rank", 0) != rank
+
+        lines = [json.dumps(record) for record in read_records(path, unit) if is_kept(record)]
         with self._disk_full():
             replace_text(path, "".join(f"{line}\n" for line in lines))
 

@@ -61,15 +61,18 @@ class Run(TrainingSession):
 
         self.resume = group.on_first(open_it)
 
-    def open_files(self, last: int, unit: str = "step") -> None:
+    def open_files(self, last: int, unit: str = "step", again: str | None = None) -> None:
         """Open metrics.jsonl without the records after ``last``, which are made again, then write recipe.yaml.
 
-        ``unit``: the key that numbers the records, ``step`` or ``round``.
+        Args:
+            last: step or round of the last records that are kept.
+            unit: the key that numbers the records, ``step`` or ``round``.
+            again: the kind of record of ``last`` that is made again too.
 
         Raises:
             RunFailed: the disk is full or read-only.
         """
         with disk_errors(str(self.run_dir), "No step was taken; mend that and start it again."):
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            self.log_file = MetricsLog(self.run_dir / "metrics.jsonl", last, unit)
+            self.log_file = MetricsLog(self.run_dir / "metrics.jsonl", last, unit, again=again)
             replace_text(self.run_dir / "recipe.yaml", self.recipe.to_yaml())

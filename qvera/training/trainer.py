@@ -82,7 +82,8 @@ class Trainer(Run):
         self.build_engine(self.schedule, self.steps)
         if self.group.first:
             self.group.set_flag(f"begun {self.run_dir}")
-        self.group.on_first(lambda: self.open_files(self.state.step))
+        due = "eval" if self.state.evaluation_due else None
+        self.group.on_first(lambda: self.open_files(self.state.step, again=due))
         self.run = begun_run(self, self.started)
         facts, others = self.run["adapter"], self.group.world_size - 1
         self.console.print(
@@ -107,6 +108,9 @@ class Trainer(Run):
                 state.before, state.samples_before = self.score("Before training")
             self.model.train()
             with ProgressBar(self.console, self.steps, state.step) as self.progress:
+                if state.evaluation_due:  # the run ran out of memory in it
+                    self.evaluate()
+                    self.save_checkpoint()
                 while state.step < self.steps and not state.stopped_early and not self.stop_requested():
                     try:
                         record = self.train_step()
@@ -117,10 +121,8 @@ class Trainer(Run):
                         continue
                     best_step = state.best_step
                     if self.datasets.eval and training.eval_steps and state.step % training.eval_steps == 0:
-                        try:
-                            self.evaluate()
-                        except OutOfMemory as error:
-                            raise self.end(error) from None
+                        state.evaluation_due = True
+                        self.evaluate()
                     # the best vectors are on disk, whatever comes
                     if state.step % training.save_steps == 0 or state.best_step != best_step:
                         self.save_checkpoint()
@@ -133,13 +135,13 @@ class Trainer(Run):
             if training.load_best_model_at_end and state.best_step not in (None, state.step):
                 self.load_best_vectors()
             self.save_adapter()
-            if self.datasets.eval:
-                after, samples = self.score("After training")
-            if training.adapt_steps:
-                try:
+            try:
+                if self.datasets.eval:
+                    after, samples = self.score("After training")
+                if training.adapt_steps:
                     adaptation = adapt_to_held_out_tasks(self)
-                except OutOfMemory as error:
-                    raise self.end(error) from None
+            except OutOfMemory as error:
+                raise self.end(error) from None
         self.finish("done", after, samples, adaptation)
         return RunResult(self.run_dir, self.run) if self.group.first else None
 
@@ -184,9 +186,17 @@ class Trainer(Run):
                 )
 
     def evaluate(self) -> None:
-        """Held-out loss in the middle of a run. Remembers the best step, and stops early where the recipe says so."""
+        """Held-out loss in the middle of a run. Remembers the best step, and stops early where the recipe says so.
+
+        Raises:
+            OutOfMemory: memory ran out, and the run ended; one that goes on begins with this evaluation.
+        """
         state, patience = self.state, self.recipe.training.early_stopping_patience
-        result = self.held_out_loss()
+        try:
+            result = self.held_out_loss()
+        except OutOfMemory as error:
+            raise self.end(error) from None
+        state.evaluation_due = False
         state.add_evaluation(result["loss"], patience)
         self.console.print(
             f"step {state.step}: held-out loss {result['loss']:.4f}, perplexity {result['perplexity']:.3f}"

@@ -179,10 +179,13 @@ def test_with_halve_a_longest_batch_that_does_not_fit_is_a_warning(
         train(make_recipe(training=training), tmp_path / "save")
 
 
-def test_an_evaluation_that_does_not_fit_leaves_the_steps_before_it(
-    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("max_steps", [4, 3], ids=["in-the-middle", "at-the-last-step"])
+def test_an_evaluation_that_does_not_fit_is_made_again_in_the_run_that_goes_on(
+    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_steps: int
 ) -> None:
-    recipe = make_recipe(training={"max_steps": 4, "eval_steps": 3, "save_steps": 4})
+    """A kill after its record was written and before the next checkpoint leaves no second one either."""
+    training = {"max_steps": max_steps, "eval_steps": 3, "save_steps": 4, "load_best_model_at_end": True}
+    recipe = make_recipe(training=training)
     train(recipe, tmp_path / "whole")
     real, held_out_loss = evaluate.batch_nll, Trainer.held_out_loss
 
@@ -203,9 +206,37 @@ def test_an_evaluation_that_does_not_fit_leaves_the_steps_before_it(
         train(recipe, tmp_path / "cut")
     assert json.loads((tmp_path / "cut" / "run.json").read_text())["status"] == "failed"
     monkeypatch.undo()
+    with open(tmp_path / "cut" / "metrics.jsonl", "a") as handle:
+        handle.write('{"kind": "eval", "step": 3, "loss": 9.0}\n')
     train(recipe, tmp_path / "cut", resume=True)
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     assert same(vectors(tmp_path / "cut"), vectors(tmp_path / "whole"))
+    (again,), (once,) = (records(tmp_path / name, "eval") for name in ("cut", "whole"))
+    assert again | {"seconds": once["seconds"]} == once
+    results = [json.loads((tmp_path / name / "run.json").read_text())["result"] for name in ("cut", "whole")]
+    assert results[0]["best_step"] == results[1]["best_step"] == 3
+
+
+def test_scores_after_training_that_do_not_fit_leave_a_run_that_can_go_on(
+    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(training={"max_steps": 2})
+    real = Trainer.score
+
+    def score(trainer: Trainer, label: str) -> Any:
+        if label == "After training":
+            raise OutOfMemory("Memory ran out with one of the held-out rows at a time.")
+        return real(trainer, label)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "score", score)
+        with pytest.raises(OutOfMemory, match="Step 2 is saved: the same command with --resume goes on from it"):
+            train(recipe, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+    train(recipe, tmp_path / "run", resume=True)
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["status"] == "done"
+    assert run["result"]["eval_after"]["loss"] > 0
 
 
 def test_packed_rows_are_halved_by_tokens(make_recipe: Any, tmp_path: Path, fail: Any) -> None:
