@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -18,6 +19,7 @@ import psutil
 import torch
 
 from qvera.cli.quickstart_base import fetch_quickstart_base
+from qvera.training.run_dir import plain_json
 from qvera.utils import memory
 
 if TYPE_CHECKING:
@@ -78,7 +80,8 @@ def do_missing(
     """Do the trials of ``plan`` that have no line in ``path`` yet, and write a line for each.
 
     Args:
-        path: of the lines. A line has the trial's fields, what ``do`` found, and the header.
+        path: of the lines. A line has the trial's fields, what ``do`` found, and the header; null for a number that
+            is not finite.
         kind: the class of the trials.
         plan: is asked anew after each trial, since later trials follow from the lines of earlier ones.
         do: does one trial, and returns what `train_facts` does and ``scores``, which may be None.
@@ -95,16 +98,31 @@ def do_missing(
             return
         line = {**dataclasses.asdict(trial), **do(trial), **facts}
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(plain_json(line)) + "\n")
         shown = line["scores"] or {"held-out loss": line["held_out_loss"]}
         print(f"{trial}: {shown}", flush=True)
         done += 1
 
 
 def best_rate(lines: Iterable[Mapping[str, Any]], rates: int) -> float | None:
-    """The learning rate with the lowest held-out loss, or None where fewer than ``rates`` were tried."""
+    """The learning rate with the lowest held-out loss, or None where fewer than ``rates`` were tried or all diverged."""
     tried = list(lines)
-    return float(min(tried, key=lambda line: line["held_out_loss"])["learning_rate"]) if len(tried) >= rates else None
+    losses = {float(line["learning_rate"]): line["held_out_loss"] for line in tried if not diverged(line)}
+    return min(losses, key=losses.__getitem__) if losses and len(tried) >= rates else None
+
+
+def diverged(line: Mapping[str, Any]) -> bool:
+    """Whether a trial's loss became NaN or infinite, which a line has as null."""
+    return line["held_out_loss"] is None or not math.isfinite(line["held_out_loss"])
+
+
+def mean_and_range(scores: Sequence[float], digits: int, diverged: int = 0) -> str:
+    """The mean of some seeds with the lowest and the highest, as a table shows it, and how many more diverged."""
+    if not scores:
+        return "diverged" if diverged else ""
+    more = [f"{min(scores):.{digits}f} to {max(scores):.{digits}f}"] if len(scores) > 1 else []
+    more += [f"{diverged} more diverged"] if diverged else []
+    return f"{statistics.mean(scores):.{digits}f}" + (f" ({', '.join(more)})" if more else "")
 
 
 def train_facts(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
@@ -113,27 +131,32 @@ def train_facts(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
     Returns:
         What a trial's line says of any run: ``trained`` numbers, ``file_bytes``, ``seconds``, ``peak_bytes``, the losses
         ``train_loss`` and ``held_out_loss``, and ``cpu_seconds`` of this process for the run and its evaluations, which
-        other work on the machine changes little.
+        other work on the machine changes little; None where a part of the run was there already. A run that diverged has a ``held_out_loss`` of infinity, and
+        ``file_bytes`` None.
     """
     from rich.console import Console  # here: benches that measure memory do not train in their process
 
     from qvera.training.trainer import train
+    from qvera.utils.errors import NotFinite
 
     record = run_dir / "run.json"
     run = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
-    used = time.process_time()
+    used, begun = time.process_time(), (run_dir / "recipe.yaml").exists()
     if run.get("status") != "done":
-        result = train(recipe, run_dir, resume=(run_dir / "recipe.yaml").exists(), console=Console(quiet=True))
-        assert result is not None
-        run = result.run
+        try:
+            train(recipe, run_dir, resume=begun, console=Console(quiet=True))
+        except NotFinite as error:
+            print(error, file=sys.stderr)
+        run = json.loads(record.read_text(encoding="utf-8"))
+    after = run["result"]["eval_after"]
     return {
         "trained": run["adapter"]["trainable_parameters"],
         "file_bytes": run["adapter"]["file_bytes"],
         "seconds": run["result"]["seconds"],
-        "cpu_seconds": time.process_time() - used,
+        "cpu_seconds": None if begun else time.process_time() - used,
         "peak_bytes": run["result"]["peak_bytes"],
         "train_loss": run["result"]["train_loss_last"],
-        "held_out_loss": run["result"]["eval_after"]["loss"],
+        "held_out_loss": math.inf if after is None or after["loss"] is None else after["loss"],
     }
 
 

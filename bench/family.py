@@ -215,10 +215,10 @@ def best_four(known: list[str]) -> list[str]:
 
 
 def final_scores(task: str, score: str) -> dict[str, list[float]]:
-    """Method → the score of each seed."""
+    """Method → the score of each seed whose trial did not diverge."""
     found: dict[str, list[float]] = {}
     for line in lines():
-        if line["task"] == task and line["final"]:
+        if line["task"] == task and line["final"] and line["scores"]:
             found.setdefault(line["method"], []).append(line["scores"][score])
     return found
 
@@ -228,16 +228,17 @@ def do(trial: Trial, data_dir: Path) -> dict[str, Any]:
         to = Path(directory)
         data = prepare(trial.task, data_dir, to)
         recipe = recipe_of(trial, data, to / "run")
+        facts = common.train_facts(recipe, to / "run")
         return {
             "adapter": METHODS[trial.method][0],
-            **common.train_facts(recipe, to / "run"),
-            "scores": scores(trial, recipe, data) if trial.final else None,
+            **facts,
+            "scores": scores(trial, recipe, data) if trial.final and not common.diverged(facts) else None,
         }
 
 
 def finals() -> dict[str, dict[str, Any]]:
-    """Method → a line of a final trial, the last one."""
-    return {line["method"]: line for line in lines() if line["final"]}
+    """Method → a line of a final trial: the last one, of those that did not diverge where there is one."""
+    return {line["method"]: line for line in sorted(lines(), key=lambda x: bool(x["scores"])) if line["final"]}
 
 
 def table() -> str:
@@ -245,14 +246,13 @@ def table() -> str:
     found = {task: final_scores(task, score) for task, (score, _, _) in COLUMNS.items()}
     rows = []
     for method, line in sorted(finals().items(), key=lambda item: int(item[1]["trained"])):
-        cells = [method, f"{line['trained']:,}", f"{line['file_bytes'] / 1000:,.0f}"]
+        cells = [method, f"{line['trained']:,}", f"{line['file_bytes'] / 1000:,.0f}" if line["file_bytes"] else ""]
         for task, (_, _, digits) in COLUMNS.items():
-            seeds = found[task].get(method, [])
-            spread = f" ({min(seeds):.{digits}f} to {max(seeds):.{digits}f})" if len(seeds) > 1 else ""
-            cells.append(f"{statistics.mean(seeds):.{digits}f}{spread}" if seeds else "")
+            ended = [x for x in lines() if (x["method"], x["task"], x["final"]) == (method, task, True)]
+            cells.append(common.mean_and_range(found[task].get(method, []), digits, sum(map(common.diverged, ended))))
         costs = [x for x in lines() if (x["method"], x["task"], x["final"]) == (method, "e2e", True)]
         for key, unit in (("cpu_seconds", 1), ("peak_bytes", 10**9)):
-            values = [x[key] / unit for x in costs if key in x]
+            values = [x[key] / unit for x in costs if x.get(key)]
             cells.append(f"{statistics.median(values):.{0 if unit == 1 else 2}f}" if values else "")
         rows.append(cells)
     labels = [label for _, label, _ in COLUMNS.values()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from bench import family
+from bench.common import do_missing, read_lines
 from bench.trials import Trial, run
 from qvera.training.trainer import train
 
@@ -138,3 +141,26 @@ def test_a_kept_trial_is_the_model_that_was_trained(make_recipe: Any, tmp_path: 
         assert torch.equal(trained(input_ids=ids).logits, again(input_ids=ids).logits)
     run(dataclasses.replace(trial, seed=1), recipe, tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
+
+
+def test_a_trial_of_the_table_of_methods_that_diverges_is_a_line_and_the_next_one_follows(
+    tmp_path: Path, tiny_model_dir: Path, make_recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = make_recipe().data.path
+    held_out = shutil.copy(rows, tmp_path / "held_out.jsonl")
+    data = {"path": rows, "eval_path": str(held_out), "test": str(held_out), "max_length": 64}
+    monkeypatch.setattr(family, "smollm2", lambda: str(tiny_model_dir))
+    monkeypatch.setattr(family, "prepare", lambda *_: data)
+    monkeypatch.setattr(family, "LINES", tmp_path / "family.jsonl")
+    trials = [
+        family.Trial("lora r=1", "trec", 1e33, 3),
+        family.Trial("lora r=1", "trec", 1e33, 3, 0, True),
+        family.Trial("lora r=1", "trec", 1e-3, 3, 1, True),
+    ]
+    do_missing(family.LINES, family.Trial, lambda: trials, lambda trial: family.do(trial, tmp_path))
+    swept, bad, good = read_lines(family.LINES)
+    assert [line["held_out_loss"] for line in (swept, bad)] == [None, None]
+    assert [line["scores"] for line in (swept, bad)] == [None, None]
+    assert good["held_out_loss"] > 0
+    assert family.final_scores("trec", "accuracy") == {"lora r=1": [good["scores"]["accuracy"]]}
+    assert f"{good['scores']['accuracy']:.1f} (1 more diverged)" in family.table()

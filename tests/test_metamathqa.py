@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench.common import read_lines, smollm2
+from bench.common import best_rate, read_lines, smollm2
 from bench.metamathqa import rows, run
 from bench.metamathqa.answers import accuracy, is_right, parse_answer, parse_number
 from bench.metamathqa.published import PUBLISHED
 from qvera.adapters.methods import Place, check_recipe, method_of, names
 from qvera.config.schema import AdapterSection
+from qvera.training.trainer import Trainer
 from tests.conftest import small_tokenizer
 
 
@@ -173,7 +176,7 @@ def test_the_whole_command_on_a_tiny_model(
     assert final["final"] and final["learning_rate"] == best["learning_rate"]
     assert final["held_out_loss"] < best["held_out_loss"], "ten steps are better than two"
     assert final["versions"]["torch"] and final["device"] and final["command"] and final["peak_bytes"] > 0
-    (answers,) = (tmp_path / "runs").glob("*/answers.jsonl")
+    (answers,) = (tmp_path / "runs").glob("*/*/answers.jsonl")
     texts = [row["text"] for row in read_lines(answers)]
     assert len(texts) == 3 and all(text.startswith("Question: Ida has") for text in texts)
     assert all(" Think step by step.\nAnswer:" in text for text in texts)
@@ -186,7 +189,44 @@ def test_the_whole_command_on_a_tiny_model(
     lines.write_text("".join(json.dumps(line) + "\n" for line in sweep))
     monkeypatch.setattr("qvera.training.trainer.Trainer.train_step", None)
     (again,) = whole_command(tmp_path, str(tiny_model_dir), "lora r=1")[4:]
-    assert {**again, "date": ""} == {**final, "date": ""}
+    assert {**again, "date": ""} == {**final, "date": "", "cpu_seconds": None}
+
+
+def test_another_model_of_the_same_name_is_trained_itself(
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "NEW_TOKENS", 1)
+    other = shutil.copytree(tiny_model_dir, tmp_path / "other" / tiny_model_dir.name)
+    steps: list[str] = []
+    real = Trainer.train_step
+    monkeypatch.setattr(Trainer, "train_step", lambda it: (steps.append(it.recipe.model.path), real(it))[1])
+    for model in (tiny_model_dir, other):
+        whole_command(tmp_path, str(model), "lora r=1")
+    assert steps == [str(tiny_model_dir)] * 18 + [str(other)] * 18
+    assert len(list((tmp_path / "runs").glob("*/rows-10/train.jsonl"))) == 2
+
+
+def test_a_rate_that_diverges_is_a_line_without_a_loss_and_the_sweep_goes_on(
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "NEW_TOKENS", 1)
+    monkeypatch.setattr(run, "RATES", (1e36, 1.0))
+    bad, good, final = whole_command(tmp_path, str(tiny_model_dir), "lora r=1")
+    assert (bad["held_out_loss"], bad["scores"], bad["learning_rate"]) == (None, None, 1e33)
+    assert bad["trained"] == good["trained"]
+    assert final["learning_rate"] == good["learning_rate"]
+    assert not {"NaN", "Infinity"} & set(re.findall(r"\w+", (tmp_path / "lines.jsonl").read_text()))
+    final_line = {**final, "scores": None, "held_out_loss": None, "seed": 1}
+    assert "(1 more diverged)" in run.table([final, final_line])
+    assert "| diverged |" in run.table([final_line])
+
+
+def test_the_best_rate_is_one_that_did_not_diverge() -> None:
+    losses = {0.1: math.nan, 0.2: 3.0, 0.3: 2.0, 0.4: math.inf, 0.5: None}
+    lines = [{"learning_rate": rate, "held_out_loss": loss} for rate, loss in losses.items()]
+    assert best_rate(lines, 5) == 0.3
+    assert best_rate(lines, 6) is None
+    assert best_rate([lines[0], *lines[3:]], 3) is None
 
 
 @pytest.mark.slow

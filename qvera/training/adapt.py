@@ -18,7 +18,7 @@ from qvera.evaluation import evaluate
 from qvera.training.checkpoint import TrainState
 from qvera.training.engine import trained_vectors
 from qvera.training.optim import build_optimizer
-from qvera.utils.errors import OutOfMemory, RunFailed
+from qvera.utils.errors import NotFinite
 
 if TYPE_CHECKING:
     from qvera.training.session import TrainingSession
@@ -65,9 +65,7 @@ def _adapted(session: TrainingSession, name: str, rows: Rows) -> dict[str, Any]:
         while inner.state.step < training.adapt_steps:
             inner.train_step()
         after = _query_loss(inner)
-    except OutOfMemory:
-        raise
-    except RunFailed as error:  # the run itself is whole, and its adapter is written
+    except NotFinite as error:  # the run itself is whole, and its adapter is written
         session.warn(f"Held-out task {name}: {error} It has no loss afterwards. Lower training.adapt_learning_rate.")
     finally:
         inner.engine.undo()  # a step whose loss was not finite leaves its gradients

@@ -12,7 +12,7 @@ from qvera.training.plan import Plan, make_plan
 from qvera.training.plan.changes import changed
 from qvera.training.plan.show import change_lines
 from qvera.training.run_dir import plain_json
-from qvera.utils.errors import InputError, OutOfMemory, RunFailed
+from qvera.utils.errors import InputError, NotFinite, OutOfMemory
 from qvera.utils.formatting import size
 from qvera.utils.out_of_memory import Shortage
 
@@ -43,7 +43,7 @@ def longest_batch_error(
 
 def not_finite_error(
     step: int, losses: list[float], norm: float, passes: list[list[str]], rows: list[str], group: Group
-) -> RunFailed:
+) -> NotFinite:
     """The error of a loss or gradient that is not finite, with the rows that it came from on all ranks.
 
     Args:
@@ -59,7 +59,7 @@ def not_finite_error(
     where = where or "the gradient only; rows " + ", ".join(rows)
     text = _not_finite(f"Step {step}", [loss for one in found for loss in one["losses"]], norm, where)
     return for_all(
-        RunFailed(
+        NotFinite(
             f"{text} No step was taken and earlier checkpoints are kept. Lower training.learning_rate, or look at "
             "these rows."
         )

@@ -27,7 +27,7 @@ from qvera.training.optim import build_range_test, current_rate
 from qvera.training.run_dir import plain_json, require_writable
 from qvera.training.session import TrainingSession
 from qvera.utils.atomic import replace_text
-from qvera.utils.errors import InputError, OutOfMemory, RunFailed
+from qvera.utils.errors import InputError, NotFinite
 from qvera.utils.formatting import duration
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def find_lr(
 
     Raises:
         InputError: as `trainer.train`.
-        RunFailed: the very first loss was not finite.
+        NotFinite: the very first loss was not finite.
     """
     ramp = ramp or RangeTest()
     with in_group() as group, TrainingSession(recipe, out, group, console) as session:
@@ -104,9 +104,7 @@ def _take_steps(session: TrainingSession, ramp: RangeTest) -> tuple[list[dict[st
             rate = current_rate(session.schedule)
             try:
                 record = session.train_step()
-            except OutOfMemory:
-                raise
-            except RunFailed:  # a loss that is not finite ends the test, unless no step has been taken yet
+            except NotFinite:  # it ends the test, unless no step has been taken yet
                 if not points:
                     raise
                 points.append({"step": session.state.step + 1, "learning_rate": rate, "loss": None})

@@ -30,6 +30,10 @@ class RunFailed(QveraError):
     """A run that had started could not go on (a NaN loss, a full disk); what was saved before is kept. Exit code 1."""
 
 
+class NotFinite(RunFailed):
+    """The loss or its gradient became NaN or infinite; no step was taken with it."""
+
+
 class OutOfMemory(RunFailed):
     """Memory ran out: in a step, which was undone, or with a single row to answer or to score."""
 

@@ -28,7 +28,7 @@ from qvera.training.lr_finder import (
 )  # fmt: skip
 from qvera.training.session import TrainingSession
 from qvera.training.trainer import train
-from qvera.utils.errors import RunFailed
+from qvera.utils.errors import NotFinite
 from tests.distributed.ranks import Ranks
 
 pytestmark = pytest.mark.process
@@ -136,7 +136,7 @@ def test_a_loss_that_is_not_a_number_ends_it_but_not_before_the_first_step(
     def failing(*args: Any) -> Any:
         calls.append(1)
         if len(calls) > after:
-            raise RunFailed("not finite")
+            raise NotFinite("not finite")
         return real(*args)
 
     monkeypatch.setattr(TrainingSession, "train_step", failing)
@@ -148,7 +148,7 @@ def test_a_loss_that_is_not_a_number_ends_it_but_not_before_the_first_step(
     assert points_of(tmp_path / "cut")[-1]["loss"] is None
     assert "NaN" not in (tmp_path / "cut" / POINTS).read_text()
     after, calls = 0, []
-    with pytest.raises(RunFailed):
+    with pytest.raises(NotFinite):
         find_lr(make_recipe(), tmp_path / "none", RangeTest(start=1e-4, end=1e-2, steps=20))
     assert not (tmp_path / "none").exists()
 

@@ -41,7 +41,7 @@ from qvera.training.run_dir import write_run
 from qvera.training.run_json import begun_run
 from qvera.utils.adapter_names import shown_name
 from qvera.utils.atomic import disk_errors
-from qvera.utils.errors import InputError, Interrupted, OutOfMemory, RunFailed
+from qvera.utils.errors import InputError, Interrupted, NotFinite, OutOfMemory, RunFailed
 from qvera.utils.formatting import size
 from qvera.utils.paths import ADAPTERS
 
@@ -241,7 +241,7 @@ class ManyTrainer(Run):
         self._finish("done")
         if all(entry["status"] in ("not_finite", "no_rows") for entry in self.run["adapters"]):
             text = "No adapter's loss stayed finite, so none was saved. Lower training.learning_rate."
-            raise for_all(RunFailed(text))
+            raise for_all(NotFinite(text))
         return RunResult(self.run_dir, self.run) if self.group.first else None
 
     def take_round(self) -> None:
