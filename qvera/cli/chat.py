@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from qvera.cli.common import AdapterName, EvalPath, Seed, Temperature, TopP, console, progress, quiet_libraries
-
-if TYPE_CHECKING:
-    from qvera.data import ChatTemplate, Encoder, Turn
-    from qvera.evaluation.load import OpenRun
 
 
 def chat(
@@ -38,12 +34,13 @@ def chat(
     from qvera.data import Turn
     from qvera.evaluation.generate import generate, generating
     from qvera.evaluation.load import open_run
+    from qvera.evaluation.prompts import PromptWriter
 
     with progress(f"Loading {run}"):
         opened = open_run(run, adapter=not base, name=adapter)
-    template, encoder = template_and_encoder(opened)
-    if system is None and opened.target.recipe is not None:
-        system = opened.target.recipe.data.system
+    prompts = PromptWriter.of(opened)
+    if system is None:
+        system = prompts.system
     first = [Turn("system", system)] if system else []
     turns: list[Turn] = []
     console.print("Type a message; /reset forgets the conversation, /quit ends it.")
@@ -59,7 +56,7 @@ def chat(
             (answer,) = generate(
                 opened.model,
                 opened.base.tokenizer,
-                [prompt_ids(template, encoder, first + turns)],
+                [prompts.ids(first + turns)],
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
                 top_p=top_p,
@@ -81,20 +78,3 @@ def _read_message() -> str | None:
             return None
         if text.strip():
             return text.strip() if text.strip().startswith("/") else text
-
-
-def template_and_encoder(opened: OpenRun) -> tuple[ChatTemplate, Encoder]:
-    """The chat template that a run was trained with, and its tokenizer's encoder. run.json resolves ``auto``."""
-    from qvera.data import Encoder, resolve_template
-    from qvera.evaluation.load import template_of
-
-    name = template_of(opened.target.recipe, opened.target.run) if opened.target.recipe is not None else "auto"
-    return resolve_template(name, opened.base.tokenizer), Encoder(opened.base.tokenizer)
-
-
-def prompt_ids(
-    template: ChatTemplate, encoder: Encoder, turns: list[Turn], tools: list[dict[str, Any]] | None = None
-) -> list[int]:
-    """Token ids of a conversation up to where the assistant's answer begins."""
-    text, starts = template.prompt(turns, tools)
-    return encoder.encode_prompt(text, starts)

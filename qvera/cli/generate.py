@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qvera.cli.chat import prompt_ids, template_and_encoder
 from qvera.cli.common import (
     AdapterNames,
     EvalPath,
@@ -74,6 +73,7 @@ def generate(
     from qvera.evaluation.load import find_target, open_target
     from qvera.evaluation.load_many import open_adapters
     from qvera.evaluation.named_adapters import adapters_root, require_all_named
+    from qvera.evaluation.prompts import PromptWriter
 
     many = not base and adapters_root(run) is not None
     target = find_target(run, name=adapters[0] if adapters else None, needs_name=False)
@@ -88,8 +88,8 @@ def generate(
             opened, keys = several.opened, several.keys
         else:
             opened = open_target(find_target(run, name=names[0]) if names else target, adapter=not base)
-    template, encoder = template_and_encoder(opened)
-    encoded = [prompt_ids(template, encoder, row.turns, row.tools) for row, _ in questions]
+    writer = PromptWriter.of(opened)
+    encoded = [writer.ids(row.turns, row.tools) for row, _ in questions]
     with progress("Answering") as show:
         answers = generate_texts(
             opened.model,

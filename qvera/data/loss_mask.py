@@ -77,6 +77,8 @@ Layout = tuple[list[_Slot], str]
 """What a template writes for conversations of one shape: slots with their literals, and the literal after the last."""
 Layouts = dict[object, Layout | None]
 """One template's layouts, by shape and tools; None: that shape has none."""
+MOST_LAYOUTS = 4096
+"""A server is sent conversations of any shape for months: the oldest layouts are forgotten."""
 
 
 def answer_spans(
@@ -184,9 +186,13 @@ def _layout_spans(
         return None
     shape = tuple((m["role"], "context" in m, not m["content"]) for m in messages)
     key = (shape, repr(conversation.tools) if conversation.tools else None)
-    if key not in layouts:
-        layouts[key] = _learn_layout(template, messages, conversation.tools)
-    layout = layouts[key]
+    if key in layouts:
+        layout = layouts[key]
+    else:
+        layout = _learn_layout(template, messages, conversation.tools)
+        if len(layouts) >= MOST_LAYOUTS:
+            layouts.pop(next(iter(layouts)), None)
+        layouts[key] = layout
     if layout is None:
         return None
     written = ""

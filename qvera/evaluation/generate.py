@@ -136,7 +136,7 @@ def generate(
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     device = next(model.parameters()).device
-    ends = _end_tokens(model, tokenizer)
+    ends = end_tokens(model, tokenizer)
     # Under ZeRO-3 a rank whose answers have ended goes on, because the others still need its shards.
     together = any_sharded(model)
     answers: dict[int, str] = {}
@@ -222,7 +222,7 @@ def _prefix_cache(model: nn.Module, prefix: Sequence[int], device: torch.device)
     return cache
 
 
-def _end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends an answer: the tokenizer's and those of the model's generation config."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = {tokenizer.eos_token_id}

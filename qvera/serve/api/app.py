@@ -1,0 +1,67 @@
+"""The FastAPI app over an engine."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+
+import qvera
+from qvera.serve.api import chat, completions, errors, health, models
+from qvera.serve.api.guard import Guard
+from qvera.serve.api.keys import KeyFile
+from qvera.serve.api.limits import DEFAULTS, Limits
+from qvera.serve.api.metrics import Metrics
+from qvera.serve.api.service import Adapters, Service
+
+if TYPE_CHECKING:
+    from qvera.evaluation.prompts import PromptWriter
+    from qvera.serve.engine import Engine
+
+
+def create_app(
+    engine: Engine,
+    store: Adapters,
+    prompts: PromptWriter,
+    stop_tokens: frozenset[int],
+    *,
+    base_name: str,
+    limits: Limits = DEFAULTS,
+    keys: KeyFile | None = None,
+) -> FastAPI:
+    """OpenAI's API over an engine; ``app.state.service`` is its state.
+
+    Args:
+        engine: runs already, and is ended by the caller.
+        prompts: how conversations are written, and the tokenizer.
+        stop_tokens: ids, each of which ends an answer.
+        base_name: how the base is listed; one of the store's ``base_names``.
+        keys: None: no key is asked for. Only for the loopback address.
+    """
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        app.state.service.close()
+
+    # The pages of FastAPI's documentation load scripts from other hosts.
+    app = FastAPI(title="qvera", version=qvera.__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    service = Service(
+        engine,
+        store,
+        prompts,
+        base_name,
+        stop_tokens,
+        vocabulary=len(prompts.encoder.tokenizer),
+        limits=limits,
+        keys=keys,
+        metrics=Metrics(engine.stats),
+    )
+    app.state.service = service
+    for room in (chat, completions, models, health):
+        app.include_router(room.router)
+    errors.add_handlers(app)
+    app.add_middleware(Guard, service=service)
+    return app

@@ -1,0 +1,110 @@
+"""Errors in OpenAI's form: ``{"error": {"message", "type", "param", "code"}}``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+
+from qvera.utils.errors import InputError
+
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
+
+
+class ApiError(Exception):
+    """A refused or failed call.
+
+    Args:
+        status: the HTTP status.
+        message: for the person who made the call.
+        param: the key of the body that it is about.
+        code: OpenAI's word for it, which clients look at.
+        retry_seconds: when to ask again; None: asking again does not help.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry_seconds: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = {} if retry_seconds is None else {"Retry-After": str(retry_seconds)}
+        if status == 401:
+            self.headers["WWW-Authenticate"] = "Bearer"
+
+    def body(self) -> dict[str, Any]:
+        """As OpenAI's clients read it."""
+        kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> Response:
+        """The HTTP response."""
+        text = json.dumps(self.body())  # ASCII: a message may quote half a character of a name
+        return Response(text, self.status, headers=self.headers, media_type="application/json")
+
+
+class ClientGone(Exception):
+    """The client has closed its connection; nobody reads an answer."""
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    """Status 400: what the body asks can't be done."""
+    return ApiError(400, message, param, code)
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Give every error that a route raises OpenAI's form."""
+
+    def own(_: Request, error: ApiError) -> Response:
+        return error.response()
+
+    def wrong_input(request: Request, error: InputError) -> Response:
+        root = request.app.state.service.store.root
+        text = str(error) if root is None else str(error).replace(f"{root}/", "")  # others need not know where it is
+        return bad_request(text).response()
+
+    def not_valid(_: Request, error: RequestValidationError) -> Response:
+        first: Mapping[str, Any] = error.errors()[0]
+        where = [str(part) for part in first["loc"][1:]]
+        if first["type"] == "json_invalid":
+            return bad_request(f"The body is not JSON: {first['ctx']['error']}.").response()
+        shown = ".".join(where)
+        return bad_request(f"{shown or 'The body'}: {first['msg']}.", where[0] if where else None).response()
+
+    def http(_: Request, error: HTTPException) -> Response:
+        if error.status_code == 404:
+            return ApiError(404, "There is no such path; this server has those of /openapi.json.").response()
+        response = ApiError(error.status_code, str(error.detail)).response()
+        response.headers.update(error.headers or {})
+        return response
+
+    def gone(_: Request, __: ClientGone) -> Response:
+        return ApiError(499, "The client has gone.").response()
+
+    def unexpected(_: Request, error: Exception) -> Response:
+        return ApiError(500, "The server failed; its log says why.").response()
+
+    handlers: dict[type[Exception], Any] = {
+        ApiError: own,
+        InputError: wrong_input,
+        RequestValidationError: not_valid,
+        HTTPException: http,
+        ClientGone: gone,
+        Exception: unexpected,
+    }
+    for kind, handler in handlers.items():
+        app.add_exception_handler(kind, handler)

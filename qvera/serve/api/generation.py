@@ -1,0 +1,315 @@
+"""One call's answers: its requests to the engine, and their tokens as text, with nothing that blocks the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+from qvera.serve.api.errors import ApiError, ClientGone, bad_request
+from qvera.serve.requests import (
+    AdapterChanged,
+    Busy,
+    EndEvent,
+    Event,
+    GenerationRequest,
+    ResolvedAdapter,
+    Sampling,
+    TokenEvent,
+)
+from qvera.serve.text import TextStream
+
+if TYPE_CHECKING:
+    from starlette.types import Receive
+
+    from qvera.serve.api.keys import Access
+    from qvera.serve.api.schemas import GenerationBody
+    from qvera.serve.api.service import Service
+
+T = TypeVar("T")
+_TRIES = 3
+"""An adapter that is replaced while it is asked for is resolved again, so many times."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredToken:
+    """A token of an answer, with where its text begins and, where asked for, log-probabilities."""
+
+    event: TokenEvent
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What is new of one answer.
+
+    Attributes:
+        index: which of the call's answers.
+        finish: why it has ended; its last piece has it.
+    """
+
+    index: int
+    text: str
+    tokens: Sequence[ScoredToken]
+    finish: Literal["stop", "length"] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a call asks: ``n`` answers to each prompt, in the order of the prompts.
+
+    Attributes:
+        continues: the answers go on the prompts' text (completions), and are not turns of their own (chat).
+    """
+
+    model: str
+    prompts: Sequence[Sequence[int]]
+    n: int
+    sampling: Sampling
+    stop: Sequence[str]
+    continues: bool
+    began: float
+
+
+def check_body(body: GenerationBody, service: Service) -> list[str]:
+    """Check what chat and completions have in common; returns the stop strings.
+
+    Raises:
+        ApiError: 400; names the key.
+    """
+    body.require_supported()
+    limits = service.limits
+    stop = [body.stop] if isinstance(body.stop, str) else list(body.stop or ())
+    if len(stop) > limits.stop_strings:
+        raise bad_request(f"stop: at most {limits.stop_strings} texts are taken, got {len(stop)}.", "stop")
+    if any(not text or len(text) > limits.stop_characters for text in stop):
+        raise bad_request(f"stop: expected texts of 1 to {limits.stop_characters} characters.", "stop")
+    if body.stream_options is not None and not body.stream:
+        raise bad_request("stream_options: is only for stream: true.", "stream_options")
+    return stop
+
+
+def sampling_of(
+    body: GenerationBody, service: Service, prompts: Sequence[Sequence[int]], wanted: int | None, top: int | None
+) -> Sampling:
+    """How the tokens of a call's answers are chosen; checks the prompts' lengths and the number of answers.
+
+    Args:
+        wanted: new tokens of an answer; None: as many as fit.
+        top: likely tokens to name, None: none and no log-probabilities either.
+
+    Raises:
+        ApiError: 400; names the key and the limit.
+    """
+    limits, longest = service.limits, max(map(len, prompts))
+    context = service.engine.longest_tokens
+    answers = len(prompts) * (body.n or 1)
+    if answers > limits.answers:
+        raise bad_request(f"n: a call has at most {limits.answers} answers, and this one asks {answers}.", "n")
+    if not min(map(len, prompts)):
+        raise bad_request("prompt: is empty; expected at least one token.", "prompt")
+    if longest > limits.prompt_tokens or longest + (wanted or 1) > context:
+        most = min(limits.prompt_tokens, context - (wanted or 1))
+        raise bad_request(
+            f"The prompt has {longest:,} tokens, and with {wanted or 1:,} new ones at most {max(most, 0):,} are taken. "
+            "Shorten it or ask for fewer new tokens.",
+            code="context_length_exceeded",
+        )
+    if wanted is not None and wanted > limits.new_tokens:
+        raise bad_request(f"max_tokens: at most {limits.new_tokens:,} are taken, got {wanted:,}.", "max_tokens")
+    if top is not None and top > limits.top_logprobs:
+        raise bad_request(f"top_logprobs: at most {limits.top_logprobs} are taken, got {top}.", "top_logprobs")
+    return Sampling(
+        max_tokens=wanted or min(limits.new_tokens, context - longest),
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        seed=body.seed,
+        top_logprobs=top,
+        stop_tokens=service.stop_tokens,
+    )
+
+
+class Answers:
+    """The answers to a call while they come: `start`, then `pieces`, and `close` however it ends.
+
+    Attributes:
+        fingerprint: of the model that answers: its base, or the content of its adapter.
+        prompt_tokens: of the call's prompts, each counted once.
+        new_tokens: of all answers so far.
+    """
+
+    def __init__(self, service: Service, call: Call, access: Access) -> None:
+        self._service, self._call, self._access = service, call, access
+        self.prompt_tokens, self.new_tokens = sum(map(len, call.prompts)), 0
+        self.fingerprint = "fp_base"
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._open: dict[int, str] = {}  # index of an answer → the id of its request
+        self._closed = False
+        self._loop = asyncio.get_running_loop()
+
+    async def start(self) -> None:
+        """Hand the call's requests to the engine.
+
+        Raises:
+            ApiError: the model is unknown, or the queue is full.
+            InputError: the adapter is damaged, or a prompt does not fit.
+        """
+        try:
+            await self._service.in_thread(self._submit)
+        except Busy:
+            self.close()
+            raise ApiError(
+                429,
+                "As many requests wait as may wait; ask again later.",
+                code="queue_full",
+                retry_seconds=self._service.limits.retry_seconds,
+            ) from None
+        except BaseException:
+            self.close()
+            raise
+
+    def _submit(self) -> None:
+        for tries in range(_TRIES):
+            adapter = self._service.resolve(self._call.model, self._access)
+            try:
+                for index in range(len(self._open), len(self._call.prompts) * self._call.n):
+                    self._submit_one(index, adapter)
+            except AdapterChanged:
+                if tries + 1 == _TRIES:
+                    raise
+                # all answers of a call come from one adapter
+                self._cancel_all()
+                self._events = asyncio.Queue()
+                continue
+            self.fingerprint = "fp_base" if adapter is None else f"fp_{adapter.identity[:16]}"
+            return
+
+    def _submit_one(self, index: int, adapter: ResolvedAdapter | None) -> None:
+        call, events, sampling = self._call, self._events, self._call.sampling
+        prompt, repetition = call.prompts[index // call.n], index % call.n
+        if sampling.seed is not None:  # several answers with one seed would all be the same
+            sampling = dataclasses.replace(sampling, seed=(sampling.seed + repetition + 2**63) % 2**64 - 2**63)
+        request = GenerationRequest(uuid.uuid4().hex, tuple(prompt), adapter, sampling)
+
+        def on_event(event: Event) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the server has stopped
+                self._loop.call_soon_threadsafe(events.put_nowait, (index, event))
+
+        self._open[index] = request.id
+        try:
+            self._service.engine.submit(request, on_event)
+        except BaseException:
+            self._open.pop(index, None)
+            raise
+        if self._closed:  # the client went away meanwhile; perhaps before the engine knew the request
+            self._service.engine.cancel(request.id)
+            raise ClientGone
+
+    def close(self) -> None:
+        """Cancel what has not ended. Waits for nothing."""
+        self._closed = True
+        self._cancel_all()
+
+    def _cancel_all(self) -> None:
+        for index in list(self._open):
+            self._cancel(index)
+
+    def _cancel(self, index: int) -> None:
+        """Free an answer's place, without waiting for the engine."""
+        identifier = self._open.pop(index, None)
+        if identifier is not None:
+            self._service.cancel_soon(identifier)
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """The answers' text and tokens as they come, mixed. Each answer's last piece says how it ended.
+
+        Raises:
+            ApiError: the engine failed, or the call took too long.
+        """
+        call = self._call
+        texts = [self._stream(prompt) for prompt in call.prompts for _ in range(call.n)]
+        waiting: list[list[ScoredToken]] = [[] for _ in texts]  # tokens whose text is still held back
+        left, first = len(texts), True
+        while left:
+            index, event = await self._next()
+            if index not in self._open:
+                continue  # ended by a stop string
+            stream = texts[index]
+            if isinstance(event, EndEvent):
+                del self._open[index]
+                left -= 1
+                text = stream.finish()
+                yield Piece(index, text, _within(waiting[index], stream), _finish(event, stream))
+                continue
+            if first:
+                first = False
+                self._service.metrics.first_token_seconds.observe(time.monotonic() - call.began)
+            self.new_tokens += 1
+            waiting[index].append(ScoredToken(event, stream.length))
+            text = stream.add(event.token)
+            if stream.stopped:
+                self._cancel(index)
+                left -= 1
+                yield Piece(index, text, _within(waiting[index], stream), "stop")
+            elif text:
+                tokens, waiting[index] = waiting[index], []
+                yield Piece(index, text, tokens)
+
+    async def _next(self) -> tuple[int, Event]:
+        seconds = self._service.limits.seconds
+        try:
+            async with asyncio.timeout(max(0.0, seconds - (time.monotonic() - self._call.began))):
+                return await self._events.get()
+        except TimeoutError:
+            raise ApiError(504, f"The answer took longer than {seconds:g} s.", code="timeout") from None
+
+    def _stream(self, prompt: Sequence[int]) -> TextStream:
+        context = prompt[-_CONTEXT_TOKENS:] if self._call.continues else ()
+        return TextStream(self._service.texts, self._call.stop, context)
+
+
+_CONTEXT_TOKENS = 5
+"""Of a prompt, to decode its continuation: enough for one character, and the word before it."""
+
+
+def _within(tokens: list[ScoredToken], stream: TextStream) -> list[ScoredToken]:
+    """Those whose text begins before a stop string; all where there is none."""
+    return [token for token in tokens if token.offset < stream.length] if stream.stopped else tokens
+
+
+def _finish(event: EndEvent, stream: TextStream) -> Literal["stop", "length"]:
+    if event.reason == "error":
+        raise ApiError(500, f"The engine failed: {event.message}", code="engine_error")
+    if event.reason == "cancelled":
+        raise ApiError(503, "The server is stopping.", code="cancelled")
+    return "stop" if stream.stopped else event.reason
+
+
+async def while_connected(receive: Receive, work: Awaitable[T]) -> T:
+    """The result of ``work``, which is cancelled where the client goes away.
+
+    Raises:
+        ClientGone: it has.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.create_task(wait_until_gone(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def wait_until_gone(receive: Receive) -> None:
+    """Return when the client has closed its connection. The whole body must have been received."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

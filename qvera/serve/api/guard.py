@@ -1,0 +1,148 @@
+"""What every call passes before a route sees it: draining, the sender's key, and the size of its body."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import time
+import uuid
+from typing import TYPE_CHECKING
+
+from starlette.datastructures import Headers, MutableHeaders
+
+from qvera.serve.api.errors import ApiError, ClientGone
+from qvera.serve.api.keys import LOCAL, Access
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from qvera.serve.api.service import Service
+
+_OPEN = ("/health",)
+"""Anyone may ask these, for a balancer has no key."""
+_KNOWN_PATHS = (
+    "/v1/models",
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/load_lora_adapter",
+    "/v1/unload_lora_adapter",
+    "/v1/load_adapter",
+    "/v1/unload_adapter",
+    "/health",
+    "/metrics",
+)
+"""Which a metric has a label for: what clients make up would be as many labels."""
+
+
+class Guard:
+    """ASGI middleware. Answers 503, 401, 403, 408 and 413 itself; reads the whole body before the app is called."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self.app, self.service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let one call through, or answer why not."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        metrics, began, status = self.service.metrics, time.monotonic(), 0
+        name = uuid.uuid4().hex
+
+        async def counted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = name
+            await send(message)
+
+        state = scope.setdefault("state", {})
+        state["began"] = began
+        self.service.running += 1
+        try:
+            try:
+                state["access"] = await self._access(scope)
+                replay = await self._with_body(scope, receive)
+            except ApiError as error:
+                return await error.response()(scope, receive, counted)
+            except ClientGone:
+                return
+            await self.app(scope, replay, counted)
+        finally:
+            self.service.running -= 1
+            metrics.calls.labels(_label(scope["path"]), str(status)).inc()
+            if scope["path"].endswith("/completions"):
+                metrics.call_seconds.observe(time.monotonic() - began)
+
+    async def _access(self, scope: Scope) -> Access:
+        headers, service = Headers(scope=scope), self.service
+        if scope["path"] in _OPEN:
+            return Access("nobody", frozenset(), frozenset())
+        if service.draining:
+            raise ApiError(
+                503, "The server is stopping and takes no new calls.", retry_seconds=service.limits.retry_seconds
+            )
+        if service.keys is None:
+            _require_own_host(headers.get("host", ""))
+            return LOCAL
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        access = None
+        if scheme.lower() == "bearer":
+            access = await service.in_thread(lambda: service.keys.find(key.strip()))  # type: ignore[union-attr]
+        if access is None:
+            raise ApiError(
+                401, "Send a key that this server knows as 'Authorization: Bearer KEY'.", code="invalid_api_key"
+            )
+        return access
+
+    async def _with_body(self, scope: Scope, receive: Receive) -> Receive:
+        """Read the body within its limits; returns what gives it to the app, and then waits for the client to go."""
+        limits, body = self.service.limits, bytearray()
+        too_large = ApiError(413, f"The body is larger than {limits.body_bytes:,} bytes, the most that is taken.")
+        length = Headers(scope=scope).get("content-length", "")
+        if length.isdecimal() and (len(length) > 18 or int(length) > limits.body_bytes):
+            raise too_large
+        try:
+            async with asyncio.timeout(limits.body_seconds):
+                more = True
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientGone
+                    body += message.get("body", b"")
+                    more = message.get("more_body", False)
+                    if len(body) > limits.body_bytes:
+                        raise too_large
+        except TimeoutError:
+            raise ApiError(408, f"The body did not arrive within {limits.body_seconds:g} s.") from None
+        whole: Message | None = {"type": "http.request", "body": bytes(body), "more_body": False}
+
+        async def replay() -> Message:
+            nonlocal whole
+            if whole is not None:
+                message, whole = whole, None
+                return message
+            return await receive()
+
+        return replay
+
+
+def _require_own_host(host: str) -> None:
+    """Refuse a page of another site that has its own name point to this machine (DNS rebinding).
+
+    Without keys the loopback address is all that protects a server, and a browser on this machine can reach that.
+    """
+    name = host.rsplit(":", 1)[0] if host.count(":") == 1 or "]:" in host else host
+    name = name.strip("[]")
+    try:
+        own = ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        own = name == "localhost"
+    if not own:
+        raise ApiError(
+            403, f"The host {host!r} is not this machine's own name. Use localhost, or start the server with --keys."
+        )
+
+
+def _label(path: str) -> str:
+    if path.startswith("/v1/models/"):
+        return "/v1/models"
+    return path if path in _KNOWN_PATHS else "other"

@@ -1,0 +1,34 @@
+"""What one request may take, and one place for the defaults."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Limits of a server. A request beyond one is refused with the number that it may have."""
+
+    body_bytes: int = 1 << 20
+    body_seconds: float = 30.0
+    """A body that takes longer to arrive is not waited for."""
+    messages: int = 256
+    prompt_tokens: int = 32_768
+    """Of one prompt; the engine's own limit may be lower."""
+    new_tokens: int = 4_096
+    """Of one answer."""
+    answers: int = 16
+    """Of one call: prompts times n."""
+    stop_strings: int = 4
+    stop_characters: int = 256
+    """Of one stop string."""
+    top_logprobs: int = 20
+    seconds: float = 600.0
+    """From a call's arrival to its last token."""
+    send_seconds: float = 60.0
+    """A client that takes nothing for so long is let go."""
+    drain_seconds: float = 30.0
+    """After SIGTERM: running requests may finish until then."""
+    retry_seconds: int = 1
+    """What a refused client is told to wait."""
+
+
+DEFAULTS = Limits()

@@ -1,0 +1,60 @@
+"""Numbers for Prometheus, in a registry of the app's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from qvera.serve.requests import EngineStats
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+
+class Metrics:
+    """What the HTTP side counts itself, and the engine's numbers at the moment they are asked for."""
+
+    def __init__(self, stats: Callable[[], EngineStats]) -> None:
+        self._registry = CollectorRegistry()
+        self.calls = Counter(
+            "qvera_calls", "HTTP calls that were answered.", ("path", "status"), registry=self._registry
+        )
+        self.first_token_seconds = Histogram(
+            "qvera_time_to_first_token_seconds",
+            "From a call's arrival to its first token.",
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self.call_seconds = Histogram(
+            "qvera_call_seconds", "From a call's arrival to its end.", buckets=_SECONDS, registry=self._registry
+        )
+        self._registry.register(_EngineCollector(stats))
+
+    def text(self) -> bytes:
+        """All numbers in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+
+class _EngineCollector(Collector):
+    def __init__(self, stats: Callable[[], EngineStats]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._stats()
+        for name, text, value in (
+            ("requests_running", "Requests that have a place in the batch.", stats.running),
+            ("requests_waiting", "Requests that wait for a place.", stats.waiting),
+            ("adapters_resident", "Adapters whose vectors are on the device.", stats.adapters_resident),
+            ("adapter_slots", "Adapters that have room on the device.", stats.adapter_slots),
+            ("adapter_bytes", "Bytes of all slots for adapters, used or not.", stats.bank_bytes),
+            ("engine_up", "1 while the engine takes requests.", int(stats.dead is None)),
+        ):
+            yield GaugeMetricFamily(f"qvera_{name}", text, value)
+        for name, text, value in (
+            ("prompt_tokens", "Tokens of prompts.", stats.prompt_tokens),
+            ("generated_tokens", "Tokens of answers.", stats.generated_tokens),
+            ("requests_finished", "Requests that have ended.", stats.finished),
+        ):
+            yield CounterMetricFamily(f"qvera_{name}", text, value)

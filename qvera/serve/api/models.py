@@ -1,0 +1,158 @@
+"""The models of a server: list, describe, load and unload. An adapter is a model whose parent is the base."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from qvera.serve.api.errors import ApiError, bad_request
+from qvera.serve.api.keys import Access
+from qvera.serve.api.schemas import AdapterBody, LoadLoraBody, UnloadLoraBody
+from qvera.serve.api.service import Service, require, service_of
+from qvera.utils.errors import InputError
+
+router = APIRouter()
+
+
+@router.get("/v1/models", response_model=None)
+async def list_models(request: Request) -> Response:
+    """The base, and every adapter that the sender may use."""
+    access, service = require(request, "use"), service_of(request)
+    names = await service.in_thread(lambda: service.names(access))
+    return JSONResponse({"object": "list", "data": [_card(service, name) for name in names]})
+
+
+@router.get("/v1/models/{name:path}", response_model=None)
+async def describe_model(request: Request, name: str) -> Response:
+    """One model; of an adapter with its rows, scores, size and base."""
+    access, service = require(request, "use"), service_of(request)
+
+    def card() -> dict[str, Any]:
+        service.require_model(name, access)
+        if name in service.store.base_names or service.store.parts_of(name) != [name]:
+            return _card(service, name)
+        facts = dataclasses.asdict(service.store.facts(name))
+        return {**_card(service, name), "created": int(facts.pop("changed")), "qvera": _public(facts)}
+
+    return JSONResponse(await service.in_thread(card))
+
+
+def _card(service: Service, name: str) -> dict[str, Any]:
+    base = service.base_name
+    return {
+        "id": name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "qvera",
+        "root": base,
+        "parent": None if name in service.store.base_names else base,
+    }
+
+
+def _public(facts: dict[str, Any]) -> dict[str, Any]:
+    """Facts of an adapter without places on the server's disk."""
+    base = facts.get("base")
+    if base is not None and Path(base).is_absolute():
+        facts["base"] = Path(base).name
+    return {key: value for key, value in facts.items() if not isinstance(value, Path)}
+
+
+@router.post("/v1/load_adapter", response_model=None)
+async def load_adapter(request: Request, body: AdapterBody) -> Response:
+    """Put an adapter's vectors on the device now, so that its first answer does not wait for that."""
+    await _load(request, body.name)
+    return JSONResponse({"name": body.name, "status": "loaded"})
+
+
+@router.post("/v1/unload_adapter", response_model=None)
+async def unload_adapter(request: Request, body: AdapterBody) -> Response:
+    """Free an adapter's place on the device. The next request for it loads it again."""
+    await _unload(request, body.name, forget=False)
+    return JSONResponse({"name": body.name, "status": "unloaded"})
+
+
+@router.post("/v1/load_lora_adapter", response_model=None)
+async def load_lora_adapter(request: Request, body: LoadLoraBody) -> Response:
+    """As vLLM's: give a directory of the server's directory of adapters a name, and load it."""
+    await _load(request, body.lora_name, body.lora_path, body.load_inplace)
+    return JSONResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+
+@router.post("/v1/unload_lora_adapter", response_model=None)
+async def unload_lora_adapter(request: Request, body: UnloadLoraBody) -> Response:
+    """As vLLM's: no new request finds the adapter; running ones finish."""
+    await _unload(request, body.lora_name, forget=True)
+    return JSONResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+async def _load(request: Request, name: str, directory: str | None = None, replace: bool = False) -> None:
+    access, service = require(request, "load"), service_of(request)
+
+    def load() -> None:
+        _require_adapter(service, name, access)
+        known = name in service.store.names()
+        if directory is not None:
+            if known and not replace:
+                raise bad_request(
+                    f"The adapter {name!r} is there already. Replace it with load_inplace: true.", "lora_name"
+                )
+            service.store.add(name, _inside(service.store.root, directory))
+        try:
+            adapter = service.resolve(name, access)
+            assert adapter is not None
+            service.engine.load(adapter)
+        except InputError:
+            if directory is not None and not known:
+                service.store.remove(name)  # as if it had never been named
+            raise
+
+    await service.in_thread(load)
+
+
+async def _unload(request: Request, name: str, forget: bool) -> None:
+    access, service = require(request, "load"), service_of(request)
+
+    def unload() -> None:
+        _require_adapter(service, name, access)
+        adapter = None
+        try:
+            adapter = service.resolve(name, access)
+        except InputError:
+            if not forget:
+                raise  # a damaged one can be forgotten all the same
+        if forget:
+            service.store.remove(name)
+        if adapter is not None:
+            service.engine.unload(adapter.identity)
+
+    await service.in_thread(unload)
+
+
+def _require_adapter(service: Service, name: str, access: Access) -> None:
+    """Refuse names that are not the sender's, and the base."""
+    if name in service.store.base_names:
+        raise bad_request(f"{name!r} is the base, which is always there.")
+    if not access.covers(name):
+        raise service.unknown(name, access)
+
+
+def _inside(root: Path | None, directory: str) -> Path:
+    """A directory of the server's own directory of adapters.
+
+    Raises:
+        ApiError: it lies elsewhere, whether it exists or not.
+    """
+    if root is None:
+        raise ApiError(403, "This server has no directory of adapters (--adapters DIR).", "lora_path")
+    try:
+        inside = (root / directory).resolve()
+        good = inside.parent == root.resolve() and inside.is_dir()
+    except (OSError, ValueError, RuntimeError):  # a name that no file can have
+        good = False
+    if not good:
+        raise ApiError(403, f"lora_path: expected the name of a directory in {root.name}/.", "lora_path")
+    return inside

@@ -1,0 +1,180 @@
+"""What all routes share: the engine, the adapters, who may use them, and what is counted."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from fastapi import Request
+
+from qvera.serve.api.errors import ApiError
+from qvera.serve.api.keys import Access, Action, KeyFile
+from qvera.serve.api.limits import Limits
+from qvera.serve.api.metrics import Metrics
+from qvera.serve.requests import EngineDead, ResolvedAdapter, UnknownAdapter
+from qvera.serve.text import TokenTexts
+from qvera.utils.errors import did_you_mean
+
+if TYPE_CHECKING:
+    from qvera.evaluation.prompts import PromptWriter
+    from qvera.serve.engine import Engine
+
+T = TypeVar("T")
+_THREADS = 4
+"""Prompts that are tokenized, and adapters that are read, at a time."""
+
+
+class Adapters(Protocol):
+    """What the HTTP side knows of `qvera.serve.store.AdapterStore`. All methods may be called from any thread.
+
+    Attributes:
+        base_names: what `resolve` takes for the base alone.
+        root: the directory of the adapters; None: there is none, and none can be added.
+    """
+
+    base_names: frozenset[str]
+
+    @property
+    def root(self) -> Path | None:
+        """See above."""
+
+    def names(self) -> list[str]:
+        """The adapters, by name."""
+
+    def parts_of(self, model: str) -> list[str]:
+        """The adapters that a name is made of: itself, or those of a blend. Raises `UnknownAdapter`, or InputError."""
+
+    def resolve(self, model: str) -> ResolvedAdapter | None:
+        """The adapter by its content now; None: the base. Raises `UnknownAdapter`, or InputError: it is damaged."""
+
+    def add(self, name: str, directory: Path) -> None:
+        """Give an adapter's directory a name. Raises InputError: it is none, or the name is no name."""
+
+    def remove(self, name: str) -> None:
+        """Forget a name. Raises `UnknownAdapter`."""
+
+    def facts(self, name: str) -> Any:
+        """A dataclass: rows, scores, size and base of an adapter. Raises `UnknownAdapter`, or InputError."""
+
+
+@dataclass
+class Service:
+    """A server's state; made by `qvera.serve.api.app.create_app`.
+
+    Attributes:
+        base_name: how the base is listed.
+        vocabulary: tokens that the tokenizer knows.
+        stop_tokens: each ends an answer.
+        keys: None: no key is asked for, and everybody may do everything.
+        draining: no new request is taken.
+        running: calls that are being answered.
+        created: when the server started, in seconds since 1970.
+    """
+
+    engine: Engine
+    store: Adapters
+    prompts: PromptWriter
+    base_name: str
+    stop_tokens: frozenset[int]
+    vocabulary: int
+    limits: Limits
+    keys: KeyFile | None
+    metrics: Metrics
+    texts: TokenTexts = field(init=False)
+    draining: bool = False
+    running: int = 0
+    created: int = field(default_factory=lambda: int(time.time()))
+    _threads: ThreadPoolExecutor = field(init=False)
+    _canceller: ThreadPoolExecutor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.texts = TokenTexts(self.prompts.encoder.tokenizer)
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="qvera-serve")
+        self._canceller = ThreadPoolExecutor(1, thread_name_prefix="qvera-cancel")  # never behind long prompts
+
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """Do what takes long apart from the event loop, so that other requests go on.
+
+        Raises:
+            ApiError: the engine has ended.
+        """
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        except EngineDead as error:
+            raise ApiError(503, f"The engine has ended: {error}") from None
+
+    def cancel_soon(self, request_id: str) -> None:
+        """Have the engine free a request's place; returns at once."""
+        try:
+            self._canceller.submit(self.engine.cancel, request_id)
+        except RuntimeError:  # the server is stopping, and nobody waits for its event loop any more
+            self.engine.cancel(request_id)
+
+    def close(self) -> None:
+        """End the threads."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._canceller.shutdown(wait=False)
+
+    def require_model(self, model: str, access: Access) -> None:
+        """Refuse a model that is not there or that the sender may not use.
+
+        Raises:
+            ApiError: 404, and the nearest name that the sender may use.
+            InputError: the name is a blend of adapters that can't be added.
+        """
+        try:
+            names = [self.base_name] if model in self.store.base_names else self.store.parts_of(model)
+        except UnknownAdapter:
+            raise self.unknown(model, access) from None
+        if not all(access.covers(name) for name in names):
+            raise self.unknown(model, access)
+
+    def resolve(self, model: str, access: Access) -> ResolvedAdapter | None:
+        """The adapter that a model's name means, by its content now; None: the base.
+
+        Raises:
+            ApiError: as `require_model`.
+            InputError: the adapter is damaged, or the name is a blend of adapters that can't be added.
+        """
+        self.require_model(model, access)
+        try:
+            return self.store.resolve(model)
+        except UnknownAdapter:
+            raise self.unknown(model, access) from None
+
+    def names(self, access: Access) -> list[str]:
+        """The models that the sender may use, the base first."""
+        return [name for name in (self.base_name, *self.store.names()) if access.covers(name)]
+
+    def unknown(self, model: str, access: Access) -> ApiError:
+        """404 with the nearest name that the sender may use. It does not tell what others have."""
+        hint = did_you_mean(model, self.names(access))
+        message = f"The model {model!r} does not exist, or this key may not use it{hint}"
+        return ApiError(404, message, "model", "model_not_found")
+
+
+def service_of(request: Request) -> Service:
+    """The service of a request's app."""
+    return request.app.state.service
+
+
+def access_of(request: Request) -> Access:
+    """What the sender may do; the guard has found it out."""
+    return request.state.access
+
+
+def require(request: Request, action: Action) -> Access:
+    """What the sender may do.
+
+    Raises:
+        ApiError: 403, it may not do this.
+    """
+    access = access_of(request)
+    if action not in access.may:
+        raise ApiError(403, f"The key {access.name!r} may not {action} models on this server.", code="forbidden")
+    return access

@@ -1,0 +1,150 @@
+"""Token ids → text as it comes: pieces that later tokens do not change, up to a stop string. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+"""A token of a SentencePiece vocabulary that is one byte."""
+_HALF = "\ufffd"
+"""What decoders write for bytes that are no whole character."""
+
+
+class TokenTexts:
+    """The texts and bytes of a vocabulary's tokens.
+
+    Attributes:
+        special: ids of tokens that are markers, and not text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self.special = frozenset(tokenizer.all_special_ids) | {
+            number for number, token in tokenizer.added_tokens_decoder.items() if token.special
+        }
+        decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
+        decoders = json.loads(decoder.__getstate__()) if decoder is not None else {}
+        self._byte_level = "ByteLevel" in json.dumps(decoders)
+        self._added = frozenset(tokenizer.added_tokens_decoder)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of these tokens, without special ones."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def is_byte(self, token: int) -> bool:
+        """Whether it is one byte of a SentencePiece vocabulary, which decoders read together with its neighbours."""
+        return not self._byte_level and _BYTE.fullmatch(self._name(token)) is not None
+
+    def bytes_of(self, token: int) -> bytes:
+        """The bytes that a token writes in the middle of a text; those of its name for a special one."""
+        name = self._name(token)
+        if token in self._added:
+            return name.encode()
+        if self._byte_level:
+            known = all(character in _BYTE_OF for character in name)
+            return bytes(_BYTE_OF[character] for character in name) if known else name.encode()
+        if (byte := _BYTE.fullmatch(name)) is not None:
+            return bytes.fromhex(byte[1])
+        return name.replace("▁", " ").encode()
+
+    def shown(self, token: int) -> str:
+        """A token as a text; bytes that are no whole character are escaped in hex, as OpenAI's API does."""
+        return self.bytes_of(token).decode("utf-8", "backslashreplace")
+
+    def _name(self, token: int) -> str:
+        name = self._tokenizer.convert_ids_to_tokens(token)
+        return name if isinstance(name, str) else ""  # a row of the head that the tokenizer has no token for
+
+
+def _bytes_of_characters() -> dict[str, int]:
+    """What byte-level BPE (GPT-2) writes for each byte: itself where it can be seen, else a letter above 255."""
+    seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    unseen = [byte for byte in range(256) if byte not in seen]
+    return {chr(byte): byte for byte in seen} | {chr(256 + n): byte for n, byte in enumerate(unseen)}
+
+
+_BYTE_OF = _bytes_of_characters()
+
+
+class TextStream:
+    """The text of one answer while its tokens come.
+
+    All pieces together are the decoded answer up to the first stop string, however the tokens divide it. The first one
+    is that which is complete first.
+
+    Attributes:
+        length: characters decoded so far, a stop string and what follows it left out.
+        stopped: a stop string was found; the pieces are complete.
+    """
+
+    def __init__(self, texts: TokenTexts, stop: Sequence[str] = (), context: Sequence[int] = ()) -> None:
+        """Start an answer.
+
+        Args:
+            stop: texts that end the answer and are not part of it.
+            context: the last tokens of a prompt that the answer goes on. Some tokenizers leave out the space in front
+                of a text's first word, which the first word of a continuation has.
+        """
+        self._texts, self._stop = texts, tuple(text for text in stop if text)
+        self._ids = [token for token in context if token not in texts.special]
+        self._shown = texts.decode(self._ids).rstrip(_HALF) if self._ids else ""
+        self._read = len(self._ids)  # tokens of the window whose text has come
+        self._held = ""  # decoded, and perhaps the beginning of a stop string
+        self.length, self.stopped = 0, False
+
+    def add(self, token: int) -> str:
+        """The piece of text that is certain now; often that of this token, or nothing."""
+        if self.stopped or token in self._texts.special:
+            return ""
+        self._ids.append(token)
+        if self._texts.is_byte(token):
+            return ""  # the character that it may begin, and a run of bytes that may be none, are not known yet
+        return self._take(self._decode(whole=False))
+
+    def finish(self) -> str:
+        """What was held back, once no token follows."""
+        if self.stopped:
+            return ""
+        piece = self._take(self._decode(whole=True))
+        if not self.stopped:
+            piece, self._held = piece + self._held, ""
+        return piece
+
+    def _decode(self, whole: bool) -> str:
+        """New text of the window; without what may be half a character, except where it is the whole answer."""
+        text = self._texts.decode(self._ids)
+        certain = text if whole or not text.endswith(_HALF) else text[:-1]
+        new = certain[len(self._shown) :]
+        if certain is text and new:
+            # the tokens of this piece are the context of the next one
+            self._ids = self._ids[self._read :]
+            self._read, self._shown = len(self._ids), self._texts.decode(self._ids)
+        elif new:
+            self._shown = certain
+        return new
+
+    def _take(self, text: str) -> str:
+        """Add decoded text to what is held; what can't be part of a stop string any more is released."""
+        self.length += len(text)
+        text = self._held + text
+        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
+        if found:
+            _, at = min(found)
+            self.length -= len(text) - at
+            self.stopped, self._held = True, ""
+            return text[:at]
+        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Characters at the end of ``text`` with which ``stop`` begins, less than all of it."""
+    longest = min(len(text), len(stop) - 1)
+    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)

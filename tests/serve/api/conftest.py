@@ -1,0 +1,111 @@
+"""A real server on the loopback address, over a scripted engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from qvera.data import Encoder, resolve_template
+from qvera.evaluation.prompts import PromptWriter
+from qvera.serve.api.app import create_app
+from qvera.serve.api.limits import DEFAULTS
+from qvera.serve.api.server import Server
+from qvera.serve.requests import GenerationRequest
+from tests.conftest import small_tokenizer
+from tests.helpers import wait_until
+from tests.serve.api.doubles import NamedStore, ScriptedEngine
+
+
+@dataclasses.dataclass
+class Served:
+    """A running server and its parts."""
+
+    url: str
+    port: int
+    engine: ScriptedEngine
+    store: NamedStore
+    prompts: PromptWriter
+    app: Any
+    server: Server
+    said: dict[str, str]
+    """What each model answers; `says` changes it."""
+
+    def client(self, **settings: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=30, **settings)
+
+    def post(self, path: str, body: Any, **settings: Any) -> httpx.Response:
+        with self.client() as client:
+            return client.post(path, json=body, **settings)
+
+    def chat(self, text: str = "hi", model: str = "tiny", **keys: Any) -> httpx.Response:
+        messages = [{"role": "user", "content": text}]
+        return self.post("/v1/chat/completions", {"model": model, "messages": messages, **keys})
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port))
+
+
+Start = Callable[..., Served]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Start servers; keyword arguments are limits."""
+    open_servers: list[tuple[Served, threading.Thread]] = []
+
+    def begin(
+        *,
+        keys: Any = None,
+        store: NamedStore | None = None,
+        places: int = 8,
+        queue: int = 4,
+        system: str | None = None,
+        **limits: Any,
+    ) -> Served:
+        tokenizer = small_tokenizer()
+        prompts = PromptWriter(resolve_template("auto", tokenizer), Encoder(tokenizer), system)
+        said = {"tiny": "the word is red", "anna": "anna says blue", "ben": "ben says green"}
+
+        def script(request: GenerationRequest) -> Iterator[int]:
+            text = said[request.adapter.name if request.adapter is not None else "tiny"]
+            yield from tokenizer(text)["input_ids"]
+            yield tokenizer.eos_token_id
+
+        engine = ScriptedEngine(script, places, queue)
+        store = store or NamedStore({"anna": b"1", "ben": b"2"})
+        app = create_app(
+            engine,
+            store,
+            prompts,
+            frozenset({tokenizer.eos_token_id}),
+            base_name="tiny",
+            limits=dataclasses.replace(DEFAULTS, **limits),
+            keys=keys,
+        )
+        server = Server(app, "127.0.0.1", 0)
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        wait_until(lambda: server.started)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        served = Served(f"http://127.0.0.1:{port}", port, engine, store, prompts, app, server, said)
+        open_servers.append((served, thread))
+        return served
+
+    yield begin
+    for served, thread in open_servers:
+        served.engine.hold.clear()
+        served.server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
+        served.engine.close()
+
+
+@pytest.fixture
+def served(start: Start) -> Served:
+    return start()

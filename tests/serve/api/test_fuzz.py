@@ -1,0 +1,59 @@
+"""Bodies made from the OpenAPI schema, right ones and wrong ones: never an error of the server's own."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import hypothesis
+import pytest
+import schemathesis
+
+from tests.serve.api.conftest import Start
+
+EXAMPLES = 40
+"""Of each operation; the whole takes some seconds."""
+SILENT = [
+    hypothesis.HealthCheck.too_slow,
+    hypothesis.HealthCheck.filter_too_much,
+    hypothesis.HealthCheck.data_too_large,
+]
+
+
+@pytest.mark.parametrize("mode", ["positive", "negative"])
+def test_no_body_makes_the_server_fail(start: Start, mode: str) -> None:
+    served = start(body_seconds=5, seconds=20)
+    schema = schemathesis.openapi.from_url(f"{served.url}/openapi.json")
+    statuses = {}
+    for result in schema.get_all_operations():
+        operation = result.ok()
+        statuses[operation.label] = statuses_of(operation, mode)
+    assert len(statuses) == 10
+    if mode == "positive":
+        for path in ("POST /v1/chat/completions", "POST /v1/completions"):
+            assert 200 in statuses[path], statuses  # some were answered
+    else:
+        assert statuses["POST /v1/completions"] <= {400, 404, 405, 408, 413, 415}, statuses
+    assert served.chat().status_code == 200
+
+
+def statuses_of(operation: Any, mode: str) -> set[int]:
+    """The statuses of calls of one operation."""
+    seen = set()
+
+    @hypothesis.settings(
+        max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=SILENT
+    )
+    @hypothesis.given(case=operation.as_strategy(generation_mode=schemathesis.GenerationMode(mode)))
+    def call(case: Any) -> None:
+        if mode == "positive" and isinstance(case.body, dict) and "model" in case.body:
+            case.body["model"] = "anna"  # past the first refusal
+        response = case.call()
+        seen.add(response.status_code)
+        assert response.status_code < 500, (case.as_curl_command(), response.text)
+        if response.status_code >= 400:
+            assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+    with contextlib.suppress(hypothesis.errors.Unsatisfiable):  # nothing is wrong with a call that takes nothing
+        call()
+    return seen

@@ -1,0 +1,310 @@
+"""A server that is out in the open: keys, limits, clients that are slow or go away, and an end that loses no answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from qvera.serve.api.keys import Access, KeyFile, new_key
+from qvera.utils.errors import InputError
+from tests.helpers import wait_until
+from tests.serve.api.conftest import Served, Start
+
+
+def raw_call(body: dict[str, Any], path: str = "/v1/chat/completions", host: str = "localhost") -> bytes:
+    text = json.dumps(body).encode()
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(text)}\r\n\r\n"
+    )
+    return head.encode() + text
+
+
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "stream": True}
+
+
+# Keys
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> tuple[Path, dict[str, dict[str, str]]]:
+    """A key file, and the headers of each of its keys."""
+    path = tmp_path / "keys.json"
+    made = {
+        "all": new_key(path, "all", ["*"], ["use", "load"]),
+        "anna": new_key(path, "anna", ["anna"], ["use"]),
+        "loads": new_key(path, "loads", ["anna"], ["load"]),
+    }
+    return path, {name: {"Authorization": f"Bearer {key}"} for name, key in made.items()}
+
+
+def test_a_key_opens_what_it_names_and_nothing_else(start: Start, keys: Any) -> None:
+    path, headers = keys
+    served = start(keys=KeyFile(path))
+    body = {**CHAT, "stream": False}
+
+    def status(model: str, who: str) -> int:
+        return served.post("/v1/chat/completions", {**body, "model": model}, headers=headers[who]).status_code
+
+    assert [status(model, "all") for model in ("tiny", "anna", "ben", "nobody")] == [200, 200, 200, 404]
+    assert [status(model, "anna") for model in ("tiny", "hub/tiny", "anna", "ben", "nobody")] == [
+        404,
+        404,
+        200,
+        404,
+        404,
+    ]
+    assert status("anna", "loads") == 403
+    assert status("anna*0.5+ben*0.5", "anna") == 404
+    hidden = served.post("/v1/chat/completions", {**body, "model": "be"}, headers=headers["anna"]).json()
+    assert "'ben'" not in hidden["error"]["message"]  # nor are others' names told
+    with served.client() as client:
+        listed = client.get("/v1/models", headers=headers["anna"]).json()["data"]
+        assert [model["id"] for model in listed] == ["anna"]
+        assert client.get("/v1/models/ben", headers=headers["anna"]).status_code == 404
+        for wrong in ({}, {"Authorization": "Bearer"}, {"Authorization": "Bearer no"}, {"Authorization": "Basic eA=="}):
+            refused = client.get("/v1/models", headers=wrong)
+            assert (refused.status_code, refused.headers["WWW-Authenticate"]) == (401, "Bearer")
+            assert refused.json()["error"]["code"] == "invalid_api_key"
+            assert client.get("/metrics", headers=wrong).status_code == 401
+            assert client.get("/health", headers=wrong).status_code == 200
+    load = {"name": "anna"}
+    assert served.post("/v1/load_adapter", load, headers=headers["anna"]).status_code == 403
+    assert served.post("/v1/load_adapter", load, headers=headers["loads"]).status_code == 200
+    assert served.post("/v1/load_adapter", {"name": "ben"}, headers=headers["loads"]).status_code == 404
+
+
+def test_a_key_that_is_taken_out_of_the_file_is_refused_at_once(start: Start, keys: Any) -> None:
+    path, headers = keys
+    served = start(keys=KeyFile(path))
+    assert served.post("/v1/load_adapter", {"name": "anna"}, headers=headers["all"]).status_code == 200
+    document = json.loads(path.read_text())
+    document["keys"] = [key for key in document["keys"] if key["name"] != "all"]
+    path.write_text(json.dumps(document))
+    assert served.post("/v1/load_adapter", {"name": "anna"}, headers=headers["all"]).status_code == 401
+    path.write_text("{")  # being edited: the keys that were read last stay
+    assert served.post("/v1/load_adapter", {"name": "anna"}, headers=headers["all"]).status_code == 401
+    assert served.post("/v1/load_adapter", {"name": "anna"}, headers=headers["loads"]).status_code == 200
+
+
+def test_the_file_holds_no_key(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    key = new_key(path, "anna", ["*"], ["use"])
+    assert len(key) > 40
+    assert key not in path.read_text()
+    assert key.partition("-")[2] not in path.read_text()
+    found = KeyFile(path).find(key)
+    assert found is not None
+    assert found == Access("anna", None, frozenset({"use"}))
+    assert KeyFile(path).find(key + "x") is None
+    with pytest.raises(InputError, match="'anna' already"):
+        new_key(path, "anna", ["*"], ["use"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ('{"keys": 3}', "expected a list"),
+        ('{"keys": [3]}', "key 1: expected an object"),
+        ('{"keys": [{"name": "a"}]}', "key 1 .a.: sha256: expected 64 hex"),
+        (
+            '{"keys": [{"name": "a", "sha256": "%s", "adapters": ["*"], "may": ["fly"]}]}' % ("0" * 64),
+            "'fly' is none of",
+        ),
+        (
+            '{"keys": [{"name": "a", "sha256": "%s", "adapters": "*", "may": []}]}' % ("0" * 64),
+            "adapters: expected a list",
+        ),
+        ('{"keys": [{"name": "a", "key": "secret"}]}', "unknown 'key'"),
+    ],
+)
+def test_a_bad_key_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "keys.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        KeyFile(path)
+
+
+def test_without_keys_only_this_machines_own_names_are_answered(served: Served) -> None:
+    """A page of another site may have its own name point to 127.0.0.1, and then call as from the same origin."""
+    with served.client() as client:
+        for host, status in (
+            ("localhost", 200),
+            (f"localhost:{served.port}", 200),
+            ("127.0.0.1:80", 200),
+            ("[::1]:8000", 200),
+            ("evil.example", 403),
+            ("localhost.evil.example:8000", 403),
+            ("10.0.0.1", 403),
+            ("", 403),
+        ):
+            assert client.get("/v1/models", headers={"Host": host}).status_code == status, host
+
+
+# Limits
+
+
+def test_a_body_is_read_up_to_its_limit(start: Start) -> None:
+    served = start(body_bytes=2000, body_seconds=0.5)
+    assert served.chat("x" * 1500).status_code != 413
+    for chunks in ([b"x" * 5000], [b"x" * 100] * 50):  # with a length, and without one
+        with served.client() as client:
+            content: Any = chunks[0] if len(chunks) == 1 else iter(chunks)
+            response = client.post("/v1/chat/completions", content=content)
+            assert response.status_code == 413
+            assert "2,000 bytes" in response.json()["error"]["message"]
+    with served.connect() as slow:
+        slow.sendall(raw_call(CHAT)[:-5])  # the rest never comes
+        slow.settimeout(20)
+        assert slow.recv(100).startswith(b"HTTP/1.1 408")
+
+
+def test_an_answer_that_takes_too_long_is_ended(start: Start) -> None:
+    served = start(seconds=0.4)
+    served.engine.hold.set()
+    assert served.chat().status_code == 504
+    streamed = served.chat(stream=True)
+    assert json.loads(streamed.text.strip().split("\n\n")[-1][6:])["error"]["code"] == "timeout"
+    wait_until(lambda: len(served.engine.cancelled) == 2)
+
+
+# Clients that go away, or are slow
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_frees_its_places(start: Start, stream: bool) -> None:
+    served = start()
+    served.engine.step_seconds, served.said["tiny"] = 0.02, "a" * 900
+    client = served.connect()
+    client.sendall(raw_call({**CHAT, "stream": stream, "n": 3, "max_tokens": 900}))
+    wait_until(lambda: served.engine.stats().running == 3)
+    if stream:
+        assert client.recv(100).startswith(b"HTTP/1.1 200")
+    client.close()
+    wait_until(lambda: len(served.engine.cancelled) == 3, 10)
+    wait_until(lambda: served.engine.stats().running == 0, 10)
+    assert served.app.state.service.running == 0
+
+
+def test_a_client_that_goes_away_while_its_requests_are_handed_over_leaves_none(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = start()
+    served.engine.hold.set()
+    entered, go_on = threading.Event(), threading.Event()
+    submit = served.engine.submit
+
+    def slow_submit(*arguments: Any) -> None:
+        entered.set()
+        go_on.wait(20)
+        submit(*arguments)
+
+    monkeypatch.setattr(served.engine, "submit", slow_submit)
+    client = served.connect()
+    client.sendall(raw_call(CHAT))
+    assert entered.wait(20)
+    client.close()
+    wait_until(lambda: served.app.state.service.running == 0)
+    go_on.set()
+    wait_until(lambda: len(served.engine.requests) == 1)
+    wait_until(lambda: served.engine.stats().running + served.engine.stats().waiting == 0)
+
+
+def test_clients_that_read_nothing_stop_nobody(start: Start) -> None:
+    served = start(places=40, send_seconds=1.0)
+    served.said["tiny"] = "word " * 180
+    stuck = []
+    for _ in range(30):
+        client = socket.socket()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        client.connect(("127.0.0.1", served.port))
+        # with twenty likely tokens for each token, more than the system's buffers take
+        client.sendall(raw_call({**CHAT, "n": 1, "logprobs": True, "top_logprobs": 20, "max_tokens": 900}))
+        stuck.append(client)
+    wait_until(lambda: served.app.state.service.running >= 25)
+    began = time.monotonic()
+    for _ in range(5):
+        answer = served.chat(max_tokens=900).json()
+        assert answer["choices"][0]["message"]["content"] == served.said["tiny"]
+    assert time.monotonic() - began < 30
+    wait_until(lambda: served.app.state.service.running == 0, 60)  # they were let go
+    for client in stuck:
+        client.close()
+
+
+def test_a_long_prompt_does_not_stop_the_event_loop(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = start()
+    entered, go_on = threading.Event(), threading.Event()
+    real = type(served.prompts).ids
+
+    def slow(self: Any, turns: Any, tools: Any = None) -> list[int]:
+        if "long" in turns[-1].content:
+            entered.set()
+            go_on.wait(20)
+        return real(self, turns, tools)
+
+    monkeypatch.setattr(type(served.prompts), "ids", slow)
+    waiting = threading.Thread(target=lambda: served.chat("long"))
+    waiting.start()
+    assert entered.wait(20)
+    assert served.chat("short").status_code == 200
+    go_on.set()
+    waiting.join(20)
+    assert not waiting.is_alive()
+
+
+# The end
+
+
+def test_sigterm_lets_running_answers_finish_and_takes_no_new_ones(start: Start) -> None:
+    served = start()
+    served.engine.hold.set()
+    got: list[httpx.Response] = []
+    calls = [
+        threading.Thread(target=lambda stream=stream: got.append(served.chat(stream=stream)))
+        for stream in (False, True)
+    ]
+    for call in calls:
+        call.start()
+    wait_until(lambda: served.engine.stats().running == 2)
+    served.server.handle_exit(15, None)
+    refused = served.chat()
+    assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
+    with served.client() as client:
+        health = client.get("/health")
+        assert (health.status_code, health.json()) == (503, {"status": "draining"})
+    served.engine.hold.clear()
+    for call in calls:
+        call.join(20)
+    assert [response.status_code for response in got] == [200, 200]
+    assert sorted(response.text.count('"finish_reason":"stop"') for response in got) == [1, 1]
+    wait_until(lambda: served.server.should_exit)
+
+
+def test_a_drain_ends_after_its_time(start: Start) -> None:
+    served = start(drain_seconds=0.3)
+    served.engine.hold.set()
+    client = served.connect()
+    client.sendall(raw_call(CHAT))
+    wait_until(lambda: served.engine.stats().running == 1)
+    served.server.handle_exit(15, None)
+    wait_until(lambda: len(served.engine.cancelled) == 1, 20)
+    client.close()
+
+
+def test_no_file_is_left_open(served: Served) -> None:
+    served.chat()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        client = served.connect()
+        client.sendall(raw_call(CHAT))
+        client.close()
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before + 2, 20)
