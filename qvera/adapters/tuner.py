@@ -125,11 +125,21 @@ class QveraModel(BaseTuner):
     def _share_tensors(
         self, model: nn.Module, config: QveraConfig, adapter_name: str, linears: Sequence[tuple[Place, nn.Module]]
     ) -> None:
-        """Make the tensors that the linears of an adapter share, where its method has such."""
+        """Make the tensors that the linears of an adapter share, where its method has such.
+
+        Raises:
+            InputError: the linears are on several devices.
+        """
         method = method_of(config)
         shapes = method.shared_tensors(config, [place for place, _ in linears], head_size(model))
         if not shapes:
             return
+        devices = sorted({str(base.weight.device) for _, base in linears})
+        if len(devices) > 1:
+            raise InputError(
+                f"adapter.method: {method.name} has tensors that all linears share, and these are on {len(devices)} "
+                f"devices: {', '.join(devices)}. Put the model on one, or use another adapter.method."
+            )
         config.shared_by = len(linears)
         if "shared" not in self._modules:
             self.shared = SharedTensors()

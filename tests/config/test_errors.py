@@ -347,6 +347,12 @@ def test_keys_that_contradict_each_other(changes: dict[str, Any], key: str) -> N
             {"model.compute_dtype": "float16"},
         ),
         (
+            {"training.adam_beta2": 0.99, "adapter.method": "spiel", "adapter.growth": "momentum"},
+            "training.adam_beta2",
+            "adapter.growth: accumulated-gradient",
+            {"adapter.growth": "accumulated-gradient"},
+        ),
+        (
             {"model.quant_storage": "uint8", "model.quantization": "none"},
             "model.quant_storage",
             "model.quantization: nf4",

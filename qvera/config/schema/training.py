@@ -62,9 +62,9 @@ class TrainingSection(Section):
     weight_decay: NonNegativeFloat = 0.0
     """AdamW's weight decay."""
     adam_beta1: Fraction = 0.9
-    """AdamW's β1."""
-    adam_beta2: Fraction = 0.999
-    """AdamW's β2."""
+    """AdamW's β1; with ``adapter.growth: momentum`` the momentum of SM3."""
+    adam_beta2: Annotated[Fraction, OnlyWith("adapter.growth: accumulated-gradient")] = 0.999
+    """AdamW's β2. SM3 (``adapter.growth: momentum``) adds squares up and has none."""
     adam_epsilon: PositiveFloat = 1e-8
     """AdamW's ε."""
     max_grad_norm: NonNegativeFloat = 1.0

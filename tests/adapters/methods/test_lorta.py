@@ -249,6 +249,19 @@ def test_what_it_can_not_share_is_refused() -> None:
         method_of(AdapterSection(**LORTA)).shared_tensors(AdapterSection(**LORTA), [Place("layers.0.q", 4, 4)], None)
 
 
+def test_a_model_on_several_devices_is_refused() -> None:
+    """Each layer would need the shared tensors on its own device."""
+    spread = small_llama()
+    spread.model.layers[1].to("meta")
+    with pytest.raises(
+        InputError, match="adapter.method: lorta has tensors that all linears share, .* devices: cpu, meta"
+    ):
+        attach(spread, AdapterSection(**LORTA))
+    other = small_llama()
+    other.model.layers[1].to("meta")
+    attach(other, AdapterSection(method="lora", rank=2))
+
+
 @pytest.mark.parametrize("adapter", [LORTA, OUTPUT_FIRST])
 def test_gradients_of_a_whole_model_are_those_of_dense_weights(adapter: dict[str, Any]) -> None:
     """Every linear adds to the same tensors."""
