@@ -151,14 +151,14 @@ def generate(
 
         def answer(rows: list[int]) -> list[str]:
             # padded on the left, so that every answer starts in the same column, and behind what all prompts share
-            ids = _padded([prompts[i][prefix:] for i in rows], pad)
-            mask = _padded([[1] * (len(prompts[i]) - prefix) for i in rows], 0)
+            ids = padded([prompts[i][prefix:] for i in rows], pad)
+            mask = padded([[1] * (len(prompts[i]) - prefix) for i in rows], 0)
             settings = dict(sampling)
             if cache is not None:
                 shared = torch.tensor([prompts[0][:prefix]]).expand(len(rows), -1)
                 ids, mask = torch.cat([shared, ids], 1), torch.cat([torch.ones_like(shared), mask], 1)
-                settings[_CACHE_ARGUMENT] = copy.deepcopy(cache)
-                settings[_CACHE_ARGUMENT].batch_repeat_interleave(len(rows))
+                settings[CACHE_ARGUMENT] = copy.deepcopy(cache)
+                settings[CACHE_ARGUMENT].batch_repeat_interleave(len(rows))
             if static_cache:
                 settings["cache_implementation"] = "static"
             if adapters is not None:
@@ -189,18 +189,19 @@ def generate(
     return [answers[i] for i in range(len(prompts))]
 
 
-_CACHE_ARGUMENT = (
+CACHE_ARGUMENT = (
     "cache"
     if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
     else "past_key_values"
 )
-"""What `generate` calls a given cache: transformers renames it in 5.x and warns about the old name."""
+"""What `generate` and a forward pass call a given cache: transformers renames it in 5.x and warns of the old name."""
 
 _WORTH_TOKENS = 16
 """A shorter common prefix is not computed apart: that takes a forward pass of its own."""
 
 
-def _padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+def padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+    """Rows of numbers as int64 [rows, longest], filled up with ``value`` on the left."""
     tensors = [torch.tensor(list(row), dtype=torch.long) for row in rows]
     return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side="left")
 
@@ -218,7 +219,7 @@ def _prefix_cache(model: nn.Module, prefix: Sequence[int], device: torch.device)
     """The KV cache of one row after ``prefix``, to be repeated for every batch."""
     cache = DynamicCache(config=causal_model(model).config)
     ids = torch.as_tensor([list(prefix)], dtype=torch.long, device=device)
-    causal_model(model).get_decoder()(input_ids=ids, use_cache=True, **{_CACHE_ARGUMENT: cache})
+    causal_model(model).get_decoder()(input_ids=ids, use_cache=True, **{CACHE_ARGUMENT: cache})
     return cache
 
 

@@ -100,6 +100,24 @@ Event = TokenEvent | EndEvent
 
 
 @dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """How much an engine takes on."""
+
+    max_running: int = 32
+    """Requests answered at a time."""
+    max_waiting: int = 256
+    """Requests beyond these are refused (`Busy`)."""
+    slots: int = 64
+    """Adapters of one kind whose vectors are on the device; fewer than ``max_running`` make requests wait."""
+    cache_tokens: int | None = None
+    """Tokens whose keys and values are kept, of all requests together; None: as many as a share of the memory holds."""
+    step_tokens: int = 512
+    """Tokens in one forward pass at most; longer prompts take several."""
+    share_prefixes: bool = True
+    """Whether requests of one adapter share the keys and values of what their prompts begin with."""
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """An engine at one moment; the last three count from its start."""
 

@@ -33,7 +33,7 @@ def one_token(fake: FakeAccelerator, model: Any, free_bytes: int) -> Seen:
         for tokens in (512, 1):
             ids = torch.empty(1, tokens, dtype=torch.int64, device=fake.device)
             with fake.record() as seen:
-                decoder(input_ids=ids, use_cache=True, **{generate._CACHE_ARGUMENT: cache})
+                decoder(input_ids=ids, use_cache=True, **{generate.CACHE_ARGUMENT: cache})
     return seen
 
 

@@ -1,0 +1,252 @@
+"""The directory of adapters: their names, what each name means now, and what is known of it. Imports no torch.
+
+An adapter is known by its content. A name is looked up again for each request, and its files are read again only where
+their size, time or inode has changed: a replaced file is another adapter under the same name.
+"""
+
+import hashlib
+import json
+import math
+import re
+import threading
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qvera.evaluation.named_adapters import named_directories, run_of
+from qvera.serve.content import read_content
+from qvera.serve.requests import AdapterPart, ResolvedAdapter, UnknownAdapter
+from qvera.utils.adapter_names import shown_name
+from qvera.utils.errors import InputError, did_you_mean
+from qvera.utils.files import file_stamp, read_json, try_read_json
+from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTERS, RECIPE_FILE
+
+_SETTLED_NS = 2_000_000_000
+"""A file that changed within this time before it was read is read again: it may have changed within one tick."""
+_MOST_PARTS = 8
+"""Of a blend."""
+_NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFacts:
+    """What is known of an adapter without its vectors."""
+
+    name: str
+    directory: Path
+    size_bytes: int
+    """Of its two files."""
+    base: str | None
+    """What its config calls the base that it was trained on."""
+    rank: int | None
+    changed: float
+    """When its vectors were written, in seconds since 1970."""
+    rows: int | None
+    """How many rows it was trained on; None where no run says so, like the next two."""
+    loss_before: float | None
+    """Held-out loss of the base."""
+    loss: float | None
+    """Held-out loss of the adapter."""
+
+
+class AdapterStore:
+    """The adapters that can be asked for by name. All methods may be called from any thread."""
+
+    def __init__(self, path: Path | None, base_names: Collection[str] = ()) -> None:
+        """``path``: a run that trained many adapters, or a directory of adapters, which may still be empty.
+
+        ``base_names``: what `resolve` takes for the base alone.
+        """
+        self._root = path
+        if path is not None and (path / RECIPE_FILE).is_file():
+            self._root = path / ADAPTERS
+        self.base_names = frozenset(base_names)
+        self._added: dict[str, Path] = {}
+        self._removed: dict[str, Path] = {}
+        self._listed: dict[str, Path] = {}
+        self._listed_at: tuple[list[int], int] | None = None
+        self._known: dict[Path, tuple[list[list[int]], str]] = {}
+        """Directory → stamps of its files and their SHA-256; only where the files had settled."""
+        self._visible: dict[str, Path] | None = None
+        """Those that are listed, less those removed, and those added; None: to be made again."""
+        self._scores: tuple[Path, list[int], dict[str, dict[str, Any]]] | None = None
+        self._lock = threading.RLock()
+
+    def names(self) -> list[str]:
+        """The names of all adapters, in order; nothing in them is read."""
+        return sorted(self._directories())
+
+    def resolve(self, model: str) -> ResolvedAdapter | None:
+        """What a name, or a blend such as ``support*0.7+legal*0.3``, means now. None: the base.
+
+        Raises:
+            UnknownAdapter: there is none of that name.
+            InputError: its files can't be read, or a blend has too many parts.
+        """
+        if model in self.base_names:
+            return None
+        directories = self._directories()
+        weights = {model: 1.0} if model in directories else self._parse_blend(model, directories)
+        parts = tuple(AdapterPart(w, directories[name], self._sha256(directories[name])) for name, w in weights.items())
+        return ResolvedAdapter(model, identity_of(parts), parts)
+
+    def add(self, name: str, directory: Path) -> None:
+        """Give an adapter directory a name.
+
+        Raises:
+            InputError: it is no adapter directory, or the name is taken by another one.
+        """
+        if name in self.base_names:
+            raise InputError(f"{shown_name(name)}: is the name of the base.")
+        if not name.strip():
+            raise InputError("an adapter's name is empty; expected a text to call it by.")
+        directory = directory.absolute()
+        read_json(directory / ADAPTER_CONFIG, "a PEFT adapter config", keys=["peft_type"])
+        if not (directory / ADAPTER_WEIGHTS).is_file():
+            raise InputError(f"{directory}: has no {ADAPTER_WEIGHTS}, so it is not an adapter directory.")
+        with self._lock:
+            other = self._directories().get(name)
+            if other is not None and other.absolute() != directory:
+                raise InputError(f"{shown_name(name)}: is the name of another adapter; unload that one first.")
+            if self._removed.get(name) == directory:
+                del self._removed[name]
+            elif other is None:
+                self._added[name] = directory
+            self._visible = None
+
+    def remove(self, name: str) -> None:
+        """Forget a name. Its files stay where they are; `add` brings it back.
+
+        Raises:
+            UnknownAdapter: there is none of that name.
+        """
+        with self._lock:
+            directory = self._directories().get(name)
+            if directory is None:
+                raise self._unknown(name)
+            if self._added.pop(name, None) is None:
+                self._removed[name] = directory
+            self._visible = None
+
+    def facts(self, name: str) -> AdapterFacts:
+        """What is known of an adapter, from its config and the run.json of its run.
+
+        Raises:
+            UnknownAdapter: there is none of that name.
+            InputError: its config can't be read.
+        """
+        directory = self._directories().get(name)
+        if directory is None:
+            raise self._unknown(name)
+        config = read_json(directory / ADAPTER_CONFIG, "a PEFT adapter config")
+        try:
+            sizes = [(directory / file).stat() for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
+        except OSError as error:
+            raise InputError(f"{directory}: can't be read ({error.strerror}).") from None
+        entry = self._run_entry(name, directory)
+        base, rank = config.get("base_model_name_or_path"), config.get("rank")
+        return AdapterFacts(
+            name=name,
+            directory=directory,
+            size_bytes=sum(size.st_size for size in sizes),
+            base=base if isinstance(base, str) else None,
+            rank=rank if isinstance(rank, int) else None,
+            changed=sizes[1].st_mtime,
+            rows=_number(entry.get("rows"), int),
+            loss_before=_number(_loss(entry, "eval_before"), float),
+            loss=_number(_loss(entry, "eval_after"), float),
+        )
+
+    def _directories(self) -> dict[str, Path]:
+        """Name → directory. The root is listed again only where it has changed."""
+        with self._lock:
+            if self._root is not None:
+                try:
+                    stamp = file_stamp(self._root.stat())
+                    if self._listed_at is None or self._listed_at[0] != stamp or not _settled(*self._listed_at):
+                        now = time.time_ns()
+                        self._listed = named_directories(self._root)
+                        self._listed_at, self._visible = (stamp, now), None
+                except OSError:
+                    self._listed, self._listed_at, self._visible = {}, None, None  # it may come, or come back
+            if self._visible is None:
+                removed = self._removed
+                self._visible = {name: path for name, path in self._listed.items() if removed.get(name) != path}
+                self._visible |= self._added
+            return self._visible
+
+    def _sha256(self, directory: Path) -> str:
+        files = [directory / file for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
+        try:
+            stamps = [file_stamp(file.stat()) for file in files]
+        except OSError as error:
+            raise InputError(f"{error.filename}: can't be read ({error.strerror}).") from None
+        with self._lock:
+            known = self._known.get(directory)
+        if known is not None and known[0] == stamps:
+            return known[1]
+        now = time.time_ns()
+        sha256 = read_content(directory).sha256
+        with self._lock:
+            if all(_settled(stamp, now) for stamp in stamps):
+                self._known[directory] = stamps, sha256
+            else:
+                self._known.pop(directory, None)
+        return sha256
+
+    def _parse_blend(self, model: str, directories: Collection[str]) -> dict[str, float]:
+        weights: dict[str, float] = {}
+        for term in model.split("+"):
+            name, star, number = term.strip().rpartition("*")
+            if not star or not _NUMBER.fullmatch(number) or not math.isfinite(float(number)):
+                raise self._unknown(model)
+            if name not in directories:
+                raise self._unknown(name)
+            weights[name] = weights.get(name, 0.0) + float(number)
+        if len(weights) > _MOST_PARTS:
+            raise InputError(f"model: a blend has at most {_MOST_PARTS} adapters, this one {len(weights)}.")
+        return weights
+
+    def _unknown(self, name: str) -> UnknownAdapter:
+        shown = shown_name(name if len(name) <= 100 else f"{name[:100]}…")
+        return UnknownAdapter(f"there is no adapter {shown}{did_you_mean(name[:100], self.names()[:1000])}")
+
+    def _run_entry(self, name: str, directory: Path) -> dict[str, Any]:
+        """What run.json says of an adapter of a run that trained many; empty where there is none."""
+        run = run_of(directory)
+        if run is None:
+            return {}
+        file = run / "run.json"
+        try:
+            stamp = file_stamp(file.stat())
+        except OSError:
+            return {}
+        with self._lock:
+            if self._scores is None or self._scores[:2] != (file, stamp):
+                listed = (try_read_json(file) or {}).get("adapters")
+                entries = [e for e in listed if isinstance(e, dict)] if isinstance(listed, list) else []
+                self._scores = file, stamp, {str(entry.get("name")): entry for entry in entries}
+            return self._scores[2].get(name, {})
+
+
+def identity_of(parts: Sequence[AdapterPart]) -> str:
+    """The identity of a weighted sum of adapters; that of one adapter is the SHA-256 of its content."""
+    if len(parts) == 1 and parts[0].weight == 1:
+        return parts[0].sha256
+    text = json.dumps(sorted((part.sha256, part.weight) for part in parts))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _settled(stamp: list[int], read_ns: int) -> bool:
+    return read_ns - stamp[1] > _SETTLED_NS
+
+
+def _loss(entry: dict[str, Any], key: str) -> object:
+    scores = entry.get(key)
+    return scores.get("loss") if isinstance(scores, dict) else None
+
+
+def _number(value: object, kind: Callable[[Any], Any]) -> Any:
+    return kind(value) if isinstance(value, (int, float)) and math.isfinite(value) else None

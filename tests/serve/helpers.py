@@ -1,0 +1,149 @@
+"""Adapters on the tiny model, an engine that answers by them, and what each request gets alone."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qvera.adapters.files.save_load import attach, load_adapter, save_adapter
+from qvera.config.schema import AdapterSection, ModelSection
+from qvera.models.loader import Base, load_base
+from qvera.serve.continuous import ContinuousEngine
+from qvera.serve.requests import (
+    EndEvent,
+    EngineSettings,
+    Event,
+    GenerationRequest,
+    ResolvedAdapter,
+    Sampling,
+    TokenEvent,
+)
+from qvera.serve.sampling import TokenChooser, choose_tokens
+from qvera.serve.static import StaticEngine
+from qvera.serve.threaded import ThreadedEngine
+from tests.adapters.helpers import perturb
+
+ENGINES: dict[str, type[ThreadedEngine]] = {"continuous": ContinuousEngine, "static": StaticEngine}
+SECONDS = 120.0
+_numbers = itertools.count()
+
+
+def tiny_base(model_dir: Path) -> Base:
+    """The tiny Llama in NF4, computing in fp32."""
+    return load_base(ModelSection(path=str(model_dir), compute_dtype="float32"))
+
+
+def write_adapters(root: Path, model_dir: Path, seeds: dict[str, int], **settings: Any) -> None:
+    """An adapter of other vectors for each directory name and seed."""
+    base = tiny_base(model_dir)
+    section = AdapterSection.model_validate({"rank": 8, "targets": "all-linear", **settings})
+    model = attach(base.model, section, str(model_dir), base.facts.get("fingerprint"))
+    for name, seed in seeds.items():
+        perturb(model, seed=seed)
+        save_adapter(model, root / name)
+
+
+class Answer:
+    """The events of one request."""
+
+    def __init__(self) -> None:
+        self.events: list[TokenEvent] = []
+        self.ends: list[EndEvent] = []
+        self._ended = threading.Event()
+        self._began = threading.Event()
+
+    def take(self, event: Event) -> None:
+        """What `Engine.submit` calls."""
+        if isinstance(event, TokenEvent):
+            assert not self.ends, "a token came after the end"
+            self.events.append(event)
+            self._began.set()
+        else:
+            self.ends.append(event)
+            self._ended.set()
+            self._began.set()
+
+    def wait_for_token(self) -> None:
+        """Until the first token is there."""
+        assert self._began.wait(SECONDS), "no token came"
+
+    def end(self) -> EndEvent:
+        """The only end."""
+        assert self._ended.wait(SECONDS), "no end came"
+        assert len(self.ends) == 1
+        return self.ends[0]
+
+    @property
+    def tokens(self) -> list[int]:
+        """Of the whole answer."""
+        self.end()
+        return [event.token for event in self.events]
+
+
+def request(
+    prompt: Sequence[int], adapter: ResolvedAdapter | None = None, max_tokens: int = 8, **sampling: Any
+) -> GenerationRequest:
+    """A greedy request of a new id, unless ``sampling`` says otherwise."""
+    settings = Sampling(max_tokens=max_tokens, **{"temperature": 0.0, **sampling})
+    return GenerationRequest(f"request {next(_numbers)}", tuple(prompt), adapter, settings)
+
+
+def submit(engine: ThreadedEngine, asked: GenerationRequest) -> Answer:
+    """Submit it and collect its events."""
+    answer = Answer()
+    engine.submit(asked, answer.take)
+    return answer
+
+
+@contextmanager
+def engine_of(model_dir: Path, kind: str = "continuous", **settings: Any) -> Iterator[ThreadedEngine]:
+    """A running engine on a base of its own."""
+    defaults: dict[str, Any] = {"cache_tokens": 2048, "step_tokens": 64}
+    engine = ENGINES[kind](tiny_base(model_dir), EngineSettings(**{**defaults, **settings}))
+    engine.start()
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+class Alone:
+    """What a request gets when nothing shares its batch: one adapter loaded alone, all tokens computed anew each time."""
+
+    def __init__(self, model_dir: Path, adapter: Path | None) -> None:
+        base = tiny_base(model_dir)
+        self._model: Any = base.model if adapter is None else load_adapter(base.model, adapter, base)
+
+    @torch.no_grad()
+    def answer(self, asked: GenerationRequest) -> list[TokenEvent]:
+        """The tokens of its answer."""
+        ids, events = list(asked.prompt), list[TokenEvent]()
+        chooser = TokenChooser(asked.sampling, torch.device("cpu"))
+        while len(events) < asked.sampling.max_tokens:
+            logits = self._model(input_ids=torch.tensor([ids])).logits[:, -1].float()
+            event = choose_tokens(logits, [chooser])[0]
+            assert event is not None
+            if event.token in asked.sampling.stop_tokens:
+                break
+            ids.append(event.token)
+            events.append(event)
+        return events
+
+
+def assert_same(found: Answer, expected: Sequence[TokenEvent]) -> None:
+    """The same tokens, and log-probabilities to 1e-4."""
+    assert found.tokens == [event.token for event in expected]
+    for one, other in zip(found.events, expected, strict=True):
+        if other.logprob is None:
+            assert one.logprob is None
+            continue
+        assert one.logprob is not None
+        assert abs(one.logprob - other.logprob) < 1e-4
+        assert [t for t, _ in one.top] == [t for t, _ in other.top]
+        assert all(abs(a - b) < 1e-4 for (_, a), (_, b) in zip(one.top, other.top, strict=True))
