@@ -67,9 +67,10 @@ def nearest_changes(run: PlannedRun, batch_of: BatchOf) -> list[Change]:
 def _steps(run: PlannedRun) -> Iterator[tuple[str, list[Any]]]:
     """Each key that saves memory, with ever smaller values; in the order of what it costs the result of a run."""
     training, data, adapter = run.recipe.training, run.recipe.data, run.recipe.adapter
-    # rows of many adapters are cut into passes together, which need not divide a step of one
-    divided = 0 if data.has_adapters else training.global_batch_size
-    fewer_rows = [n for n in range(pass_rows(run.recipe) - 1, 0, -1) if divided % n == 0]
+    rows = pass_rows(run.recipe)
+    fewer_rows = [n for n in range(rows - 1, 0, -1) if training.global_batch_size % n == 0]
+    if data.has_adapters:  # whose rows are cut into passes together, which need not divide a step of one
+        fewer_rows = _eighths(rows, 1)
     longest = data.max_length if run.batch.joined else min(data.max_length, run.batch.tokens)
     few = [name for name in ("q_proj", "v_proj") if any(x.role == name for x in run.shape.linears)]
     steps: dict[str, list[Any]] = {
@@ -77,7 +78,7 @@ def _steps(run: PlannedRun) -> Iterator[tuple[str, list[Any]]]:
         "model.stream": [True] if run.can_stream and not run.streams else [],
         "training.per_device_train_batch_size": [] if data.packing else fewer_rows,
         "training.loss_chunk_tokens": _halved(training.loss_chunk_tokens, _SMALLEST_CHUNK),
-        "data.max_length": [n for n in _eighths(longest) if n >= _SHORTEST_TOKENS],
+        "data.max_length": [n for n in _eighths(longest, 8) if n >= _SHORTEST_TOKENS],
         "adapter.rank": [r for r in _halved(adapter.rank, _SMALLEST_RANK) if r % adapter.b_groups == 0],
         "adapter.targets": [few] if len(few) == 2 and adapter.targets != few else [],
     }
@@ -93,9 +94,9 @@ def _halved(value: int, least: int) -> list[int]:
     return [value >> times for times in range(1, value.bit_length()) if value >> times >= least]
 
 
-def _eighths(length: int) -> list[int]:
-    """Down in steps of an eighth, rounded to 8 tokens."""
-    found = [length]
-    while found[-1] > 8:
-        found.append(min(int(found[-1] * 7 / 8) // 8 * 8, found[-1] - 8))
+def _eighths(value: int, multiple: int) -> list[int]:
+    """Down in steps of an eighth, rounded to a multiple."""
+    found = [value]
+    while found[-1] > multiple:
+        found.append(min(found[-1] * 7 // 8 // multiple * multiple, found[-1] - multiple))
     return found[1:]
