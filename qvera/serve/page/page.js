@@ -26,16 +26,31 @@ function bytes(number) {
   return `${unit ? number.toPrecision(3) : number} ${units[unit]}`;
 }
 
-function facts(model) {
-  const found = model.qvera ?? {};
+// What the server knows of a model beyond its name. It is asked for models that are seen, once each.
+const asked = new Map();
+async function facts(model) {
+  if (!model.parent) return "base model";
+  if (!asked.has(model.id)) {
+    const path = `v1/models/${model.id.split("/").map(encodeURIComponent).join("/")}`;
+    asked.set(model.id, ask(path).then((answer) => answer.json()).then((card) => card.qvera ?? {}, (error) => ({ error: error.message })));
+  }
+  const found = await asked.get(model.id);
+  if (found.error) return found.error;
   const parts = [];
-  if (!model.parent) parts.push("base model");
-  if (found.bytes) parts.push(bytes(found.bytes));
+  if (found.size_bytes) parts.push(bytes(found.size_bytes));
   if (found.rows) parts.push(`${found.rows.toLocaleString()} rows`);
-  const [before, after] = [found.held_out_loss_before, found.held_out_loss];
+  const [before, after] = [found.loss_before, found.loss];
   if (after != null) parts.push(before == null ? `loss ${after.toFixed(3)}` : `loss ${before.toFixed(3)} → ${after.toFixed(3)}`);
   return parts.join(" · ");
 }
+
+const seen = new IntersectionObserver((entries) => {
+  for (const { isIntersecting, target } of entries) {
+    if (!isIntersecting) continue;
+    seen.unobserve(target);
+    facts(models.find((model) => model.id === target.title)).then((text) => { target.lastElementChild.textContent = text; });
+  }
+});
 
 function drawList() {
   const wanted = at("filter").value.trim().toLowerCase();
@@ -48,8 +63,9 @@ function drawList() {
     box.disabled = !box.checked && panes.size >= MOST_PANES;
     box.addEventListener("change", () => choose(model, box.checked));
     name.textContent = model.id;
-    small.textContent = facts(model);
     label.append(box, name, small);
+    label.title = model.id;
+    seen.observe(label);
     row.append(label);
     return row;
   }));
@@ -65,7 +81,9 @@ function choose(model, on) {
   } else if (!panes.has(model.id)) {
     const element = at("pane").content.firstElementChild.cloneNode(true);
     element.querySelector("h2").textContent = model.id;
-    element.querySelector(".facts").textContent = facts(model) + (model.parent ? ` · on ${model.parent}` : "");
+    facts(model).then((text) => {
+      element.querySelector(".facts").textContent = [text, model.parent ? `on ${model.parent}` : ""].filter(Boolean).join(" · ");
+    });
     at("panes").append(element);
     panes.set(model.id, { element, talk: element.querySelector(".talk"), messages: [] });
   }
@@ -78,7 +96,7 @@ function choose(model, on) {
   }
   const focused = document.activeElement?.closest("li") ? model.id : null;
   drawList();
-  if (focused) [...at("list").querySelectorAll("label")].find((one) => one.children[1].textContent === focused)?.querySelector("input").focus();
+  if (focused) [...at("list").querySelectorAll("label")].find((one) => one.title === focused)?.querySelector("input").focus();
 }
 
 function say(pane, kind, text) {
