@@ -15,6 +15,7 @@ from qvera.serve.api.keys import KeyFile
 from qvera.serve.api.limits import DEFAULTS, Limits
 from qvera.serve.api.metrics import Metrics
 from qvera.serve.api.service import Adapters, Service
+from qvera.serve.page import add_page
 
 if TYPE_CHECKING:
     from qvera.evaluation.prompts import PromptWriter
@@ -62,6 +63,7 @@ def create_app(
     app.state.service = service
     for room in (chat, completions, models, health):
         app.include_router(room.router)
+    add_page(app)
     errors.add_handlers(app)
     app.add_middleware(Guard, service=service)
     return app

@@ -12,14 +12,15 @@ from starlette.datastructures import Headers, MutableHeaders
 
 from qvera.serve.api.errors import ApiError, ClientGone
 from qvera.serve.api.keys import LOCAL, Access
+from qvera.serve.page import PAGE_PATHS
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from qvera.serve.api.service import Service
 
-_OPEN = ("/health",)
-"""Anyone may ask these, for a balancer has no key."""
+_OPEN = ("/health", *PAGE_PATHS)
+"""Anyone may ask these: a balancer has no key, and the page asks its reader for one."""
 _KNOWN_PATHS = (
     "/v1/models",
     "/v1/completions",
@@ -30,6 +31,7 @@ _KNOWN_PATHS = (
     "/v1/unload_adapter",
     "/health",
     "/metrics",
+    *PAGE_PATHS,
 )
 """Which a metric has a label for: what clients make up would be as many labels."""
 
