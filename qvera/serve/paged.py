@@ -19,7 +19,9 @@ CUDA graphs, compiled steps and asynchronous batches are off: they need tokens d
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,8 +36,11 @@ from qvera.utils.errors import RunFailed
 
 try:
     from transformers import ContinuousBatchingConfig
-    from transformers.generation.continuous_batching import cache as cb_cache
-    from transformers.generation.continuous_batching import continuous_api, model_runner, requests, scheduler
+    from transformers.generation.continuous_batching.cache import PagedAttentionCache
+    from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor, OutputRouter
+    from transformers.generation.continuous_batching.model_runner import ModelRunner
+    from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState
+    from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 
     _imported = True
 except ImportError:
@@ -97,8 +102,6 @@ _ATTRIBUTES = {
 
 def missing_internals() -> list[str]:
     """What this module takes from transformers and the installed one lacks, or has otherwise; empty if all is there."""
-    import importlib
-
     root = "transformers.generation.continuous_batching"
     missing = []
 
@@ -120,7 +123,7 @@ def missing_internals() -> list[str]:
         try:
             owner = look_up(path)
             text = inspect.getsource(owner)
-            missing += [f"{path}.{field}" for field in fields.split() if field not in text]
+            missing += [f"{path}.{field}" for field in fields.split() if not re.search(rf"\b{field}\b", text)]
         except (ImportError, AttributeError):
             missing.append(path)
     return missing
@@ -223,7 +226,7 @@ class PagedModel:
             model_supports_logits_to_keep=model._supports_logits_to_keep(),
         )
         cache.adapter_of = adapter_of
-        processor = continuous_api.ContinuousBatchProcessor(
+        processor = ContinuousBatchProcessor(
             cache=cache,
             config=text_config,
             generation_config=manager.generation_config,
@@ -235,7 +238,7 @@ class PagedModel:
             background_thread_status=manager.background_thread_status,
             model_device=model.device,
             model_dtype=self._dtype,
-            scheduler=scheduler.FIFOScheduler(cache, config.safety_margin, config.max_requests_per_batch),
+            scheduler=FIFOScheduler(cache, config.safety_margin, config.max_requests_per_batch),
             distributed_helper=manager.distributed_helper,
         )
         runner = _Runner(
@@ -299,7 +302,7 @@ class PagedModel:
 
 if _imported:
 
-    class _Cache(cb_cache.PagedAttentionCache):
+    class _Cache(PagedAttentionCache):
         """Pages that are shared within one adapter.
 
         A block is found by a hash of its tokens and of its parent. The tokens that are hashed, and only those, are made
@@ -327,14 +330,14 @@ if _imported:
         def search_prefix_match(self, request_id: str, prompt_ids: list[int]) -> int:
             return super().search_prefix_match(request_id, self.own_tokens(request_id, prompt_ids))
 
-        def mark_complete_blocks(self, state: requests.RequestState, complete_blocks: dict[str, int]) -> None:
+        def mark_complete_blocks(self, state: RequestState, complete_blocks: dict[str, int]) -> None:
             if not complete_blocks:
                 return
             tokens = self.own_tokens(state.request_id, state.initial_tokens + state.generated_tokens)
-            shown = requests.RequestState(state.request_id, tokens, _status=state.status)
+            shown = RequestState(state.request_id, tokens, _status=state.status)
             super().mark_complete_blocks(shown, complete_blocks)
 
-    class _Runner(model_runner.ModelRunner):
+    class _Runner(ModelRunner):
         """Runs the model, and lets the engine choose the tokens."""
 
         choose: Callable[[torch.Tensor, Sequence[Scheduled]], Sequence[int] | None]
@@ -349,13 +352,13 @@ if _imported:
             elif tokens:
                 output_ids[0, : len(tokens)].copy_(torch.tensor(tokens, dtype=output_ids.dtype))
 
-    class _NoOutputs(continuous_api.OutputRouter):
+    class _NoOutputs(OutputRouter):
         """The engine sees tokens as they are chosen; only a request that transformers refuses speaks here."""
 
-        def deliver(self, output: requests.GenerationOutput) -> None:
+        def deliver(self, output: GenerationOutput) -> None:
             if output.error is not None:
                 raise RuntimeError(output.error)
 
-        def deliver_batch(self, outputs: list[requests.GenerationOutput]) -> None:
+        def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
             for output in outputs:
                 self.deliver(output)

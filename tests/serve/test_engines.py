@@ -197,8 +197,15 @@ def test_a_full_queue_is_busy_and_what_does_not_fit_is_refused(tiny_model_dir: P
 
 
 def test_a_cache_too_small_for_all_makes_some_begin_again_and_changes_no_answer(
-    tiny_model_dir: Path, adapters_dir: Path, alone: Any
+    tiny_model_dir: Path, adapters_dir: Path, alone: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from transformers.generation.continuous_batching.requests import RequestState
+
+    begun_again: list[RequestState] = []
+    begin_again = RequestState.create_equivalent_initial_request
+    monkeypatch.setattr(
+        RequestState, "create_equivalent_initial_request", lambda self: (begun_again.append(self), begin_again(self))[1]
+    )
     store = _store(adapters_dir)
     asked = [
         request([3 + i] * 20, store.resolve(NAMES[i]), 60, temperature=1.0, seed=i, top_logprobs=1) for i in range(6)
@@ -209,6 +216,7 @@ def test_a_cache_too_small_for_all_makes_some_begin_again_and_changes_no_answer(
         answers = [submit(engine, one) for one in asked]
         for answer, events in zip(answers, expected, strict=True):
             assert_same(answer, events)
+    assert begun_again
 
 
 def test_adapters_of_other_seeds_ranks_and_shapes_share_a_batch(

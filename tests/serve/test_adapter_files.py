@@ -1,0 +1,198 @@
+"""Adapter files that are replaced, damaged, foreign or blended while an engine answers from them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qvera.serve.requests import AdapterChanged, EndEvent, ResolvedAdapter
+from qvera.serve.store import AdapterStore
+from qvera.utils.errors import InputError
+from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from tests.conftest import small_llama, small_tokenizer
+from tests.serve.helpers import Alone, assert_same, engine_of, request, submit, write_adapters
+
+
+def _resolve(store: AdapterStore, name: str) -> ResolvedAdapter:
+    adapter = store.resolve(name)
+    assert adapter is not None
+    return adapter
+
+
+def _copy(adapters_dir: Path, root: Path, *names: str) -> None:
+    for name in names:
+        shutil.copytree(adapters_dir / name, root / name)
+
+
+def _replace(new: Path, old: Path) -> None:
+    """As `save_adapter` does it: the new one gets its place by its name."""
+    old.rename(old.with_name(".old"))
+    shutil.copytree(new, old)
+
+
+def test_a_replaced_file_answers_new_requests_while_those_that_run_finish_on_the_old_vectors(
+    tiny_model_dir: Path, adapters_dir: Path, tmp_path: Path, alone: Any
+) -> None:
+    _copy(adapters_dir, tmp_path, "a1")
+    store = AdapterStore(tmp_path)
+    old = request([3, 4, 5], _resolve(store, "a1"), 150, top_logprobs=0)
+    waits = request([3, 4, 5], _resolve(store, "a1"), 5, top_logprobs=0)
+    new_vectors = alone(adapters_dir / "a2").answer(request([3, 4, 5], None, 5, top_logprobs=0))
+    old_vectors = alone(adapters_dir / "a1").answer(old)
+    with engine_of(tiny_model_dir, max_running=1) as engine:
+        running, waiting = submit(engine, old), submit(engine, waits)
+        running.wait_for_token()
+        _replace(adapters_dir / "a2", tmp_path / "a1")
+        new = request([3, 4, 5], _resolve(store, "a1"), 5, top_logprobs=0)
+        assert new.adapter is not None
+        assert old.adapter is not None
+        assert new.adapter.identity != old.adapter.identity
+        after = submit(engine, new)
+        assert_same(running, old_vectors)
+        assert_same(waiting, old_vectors[:5])
+        assert_same(after, new_vectors)
+
+
+def test_a_file_replaced_between_resolve_and_submit_has_to_be_resolved_again(
+    tiny_model_dir: Path, adapters_dir: Path, tmp_path: Path
+) -> None:
+    _copy(adapters_dir, tmp_path, "a1")
+    store = AdapterStore(tmp_path)
+    stale = _resolve(store, "a1")
+    _replace(adapters_dir / "a2", tmp_path / "a1")
+    with engine_of(tiny_model_dir) as engine:
+        with pytest.raises(AdapterChanged, match="ask again"):
+            submit(engine, request([3], stale))
+        assert submit(engine, request([3], _resolve(store, "a1"))).end() == EndEvent("length")
+
+
+def _cut_short(directory: Path) -> None:
+    os.truncate(directory / ADAPTER_WEIGHTS, 1000)
+
+
+def _garbage(directory: Path) -> None:
+    (directory / ADAPTER_WEIGHTS).write_bytes(b"\xff" * 4096)
+
+
+def _nan(directory: Path) -> None:
+    vectors = load_file(directory / ADAPTER_WEIGHTS)
+    key = sorted(vectors)[0]
+    save_file({**vectors, key: vectors[key] * torch.nan}, directory / ADAPTER_WEIGHTS)
+
+
+def _lacks_a_vector(directory: Path) -> None:
+    vectors = load_file(directory / ADAPTER_WEIGHTS)
+    del vectors[sorted(vectors)[0]]
+    save_file(vectors, directory / ADAPTER_WEIGHTS)
+
+
+def _change_config(**changes: Any) -> Callable[[Path], None]:
+    def change(directory: Path) -> None:
+        file = directory / ADAPTER_CONFIG
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+    return change
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "cut short": (_cut_short, "cut short"),
+    "garbage": (_garbage, "not a readable safetensors file"),
+    "nan": (_nan, "NaN or Inf"),
+    "lacks a vector": (_lacks_a_vector, "has the shape None"),
+    "another base": (_change_config(base_fingerprint="0" * 64), "another base model"),
+    "another rank": (_change_config(rank=9), "rank is 9"),
+    "not ours": (_change_config(peft_type="IA3"), "peft_type is IA3"),
+    "config is a list": (lambda directory: _write(directory / ADAPTER_CONFIG, "[]"), "holds a list"),
+    "no vectors": (lambda directory: (directory / ADAPTER_WEIGHTS).unlink(), "can't be read"),
+}
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+def test_a_damaged_or_foreign_adapter_is_refused_by_name_and_the_others_go_on(
+    tiny_model_dir: Path, adapters_dir: Path, tmp_path: Path, alone: Any
+) -> None:
+    _copy(adapters_dir, tmp_path, "a1")
+    for name, (damage, _) in DAMAGES.items():
+        shutil.copytree(adapters_dir / "a2", tmp_path / name)
+        damage(tmp_path / name)
+    store = AdapterStore(tmp_path)
+    good = request([3, 4], _resolve(store, "a1"), 60)
+    expected = alone(adapters_dir / "a1").answer(good)
+    with engine_of(tiny_model_dir) as engine:
+        answer = submit(engine, good)
+        for name, (_, message) in DAMAGES.items():
+            with pytest.raises(InputError, match=message):
+                submit(engine, request([3], store.resolve(name)))
+            with pytest.raises(InputError, match=message):
+                engine.load(_resolve(store, name))
+        assert_same(answer, expected)
+        assert engine.stats().dead is None
+
+
+def test_an_adapter_of_a_model_of_other_shapes_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other model"
+    small_llama(hidden_size=32).to(torch.bfloat16).save_pretrained(other)
+    small_tokenizer().save_pretrained(other)
+    write_adapters(tmp_path / "adapters", other, {"foreign": 1})
+    _change_config(base_fingerprint=None)(tmp_path / "adapters" / "foreign")  # nothing but the shapes tells
+    store = AdapterStore(tmp_path / "adapters")
+    with (
+        engine_of(tiny_model_dir) as engine,
+        pytest.raises(InputError, match="this base and the adapter's config need"),
+    ):
+        submit(engine, request([3], store.resolve("foreign")))
+
+
+def test_methods_that_are_not_vectors_of_one_pair_are_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+    for name, settings in {"dvora": {"magnitude": True}, "lora": {"method": "lora", "alpha": 8.0}}.items():
+        write_adapters(tmp_path, tiny_model_dir, {name: 1}, **settings)
+    store = AdapterStore(tmp_path)
+    with engine_of(tiny_model_dir) as engine:
+        for name in store.names():
+            with pytest.raises(InputError, match="not served beside other adapters"):
+                submit(engine, request([3], store.resolve(name)))
+
+
+def test_a_blend_of_adapters_with_one_d_answers_by_the_weighted_sum_of_their_b(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    write_adapters(tmp_path, tiny_model_dir, {"legal": 1, "support": 2}, train_d=False)
+    first, second = (load_file(tmp_path / name / ADAPTER_WEIGHTS) for name in ("legal", "support"))
+    fixed = {key: vector for key, vector in first.items() if key.endswith("_d")}
+    save_file({**second, **fixed}, tmp_path / "support" / ADAPTER_WEIGHTS)
+    shutil.copytree(tmp_path / "legal", tmp_path.parent / "sum")
+    summed = {key: 0.7 * second[key] + 0.25 * vector if key.endswith("_b") else vector for key, vector in first.items()}
+    save_file(summed, tmp_path.parent / "sum" / ADAPTER_WEIGHTS)
+    store = AdapterStore(tmp_path)
+    blend = _resolve(store, "support*0.7+legal*0.25")
+    assert blend.identity == _resolve(store, "legal*0.25+support*0.7").identity
+    assert blend.identity != _resolve(store, "support*0.25+legal*0.7").identity
+    assert _resolve(store, "legal*1").identity == _resolve(store, "legal").identity
+    asked = request([7, 8, 9], blend, 12, top_logprobs=2)
+    expected = Alone(tiny_model_dir, tmp_path.parent / "sum").answer(asked)
+    with engine_of(tiny_model_dir) as engine:
+        assert_same(submit(engine, asked), expected)
+
+
+def test_a_blend_of_adapters_that_differ_in_more_than_b_is_refused_with_the_reason(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    write_adapters(tmp_path, tiny_model_dir, {"one": 1, "two": 2})
+    write_adapters(tmp_path, tiny_model_dir, {"seeded": 1}, seed=4)
+    store = AdapterStore(tmp_path)
+    with engine_of(tiny_model_dir) as engine:
+        with pytest.raises(InputError, match="one and two have different vectors d"):
+            submit(engine, request([3], store.resolve("one*0.5+two*0.5")))
+        with pytest.raises(InputError, match="one and seeded differ in seed"):
+            submit(engine, request([3], store.resolve("one*0.5+seeded*0.5")))
