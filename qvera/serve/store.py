@@ -74,6 +74,11 @@ class AdapterStore:
         self._scores: tuple[Path, list[int], dict[str, dict[str, Any]]] | None = None
         self._lock = threading.RLock()
 
+    @property
+    def root(self) -> Path | None:
+        """The directory that is listed; None: there is none."""
+        return self._root
+
     def names(self) -> list[str]:
         """The names of all adapters, in order; nothing in them is read."""
         return sorted(self._directories())
@@ -88,9 +93,18 @@ class AdapterStore:
         if model in self.base_names:
             return None
         directories = self._directories()
-        weights = {model: 1.0} if model in directories else self._parse_blend(model, directories)
+        weights = self._weights(model, directories)
         parts = tuple(AdapterPart(w, directories[name], self._sha256(directories[name])) for name, w in weights.items())
         return ResolvedAdapter(model, identity_of(parts), parts)
+
+    def parts_of(self, model: str) -> list[str]:
+        """The names of the adapters that a name or a blend is made of; nothing in them is read.
+
+        Raises:
+            UnknownAdapter: there is none of that name; the base has no parts.
+            InputError: a blend has too many parts.
+        """
+        return list(self._weights(model, self._directories()))
 
     def add(self, name: str, directory: Path) -> None:
         """Give an adapter directory a name.
@@ -196,7 +210,10 @@ class AdapterStore:
                 self._known.pop(directory, None)
         return sha256
 
-    def _parse_blend(self, model: str, directories: Collection[str]) -> dict[str, float]:
+    def _weights(self, model: str, directories: Collection[str]) -> dict[str, float]:
+        """Name → weight of the adapters in a name or a blend."""
+        if model in directories:
+            return {model: 1.0}
         weights: dict[str, float] = {}
         for term in model.split("+"):
             name, star, number = term.strip().rpartition("*")

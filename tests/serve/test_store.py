@@ -146,12 +146,16 @@ def test_a_name_is_taken_for_a_blend_only_where_no_adapter_has_it(tmp_path: Path
     named = store.resolve("a*0.5+b*0.5")
     assert named is not None
     assert len(named.parts) == 1
+    assert store.parts_of("a*0.5+b*0.5") == ["a*0.5+b*0.5"]
     blend = store.resolve("a*0.5+b*-1e-1")
     assert blend is not None
     assert [(part.weight, part.directory.name) for part in blend.parts] == [(0.5, "a"), (-0.1, "b")]
     for bad in ("a*", "a*x", "a*nan", "a*1e999", "*1", "a*0.5+", "a*0.5+c*0.5", "a+b"):
         with pytest.raises(UnknownAdapter):
             store.resolve(bad)
+        with pytest.raises(UnknownAdapter):
+            store.parts_of(bad)
+    assert store.parts_of("b*2+a*0.5+b*1") == ["b", "a"]
     with pytest.raises(InputError, match="at most 8"):
         for i in range(9):
             _write(tmp_path / f"n{i}")
