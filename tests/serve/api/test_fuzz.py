@@ -11,7 +11,7 @@ import schemathesis
 
 from tests.serve.api.conftest import Start
 
-EXAMPLES = 40
+EXAMPLES = 30
 """Of each operation; the whole takes some seconds."""
 SILENT = [
     hypothesis.HealthCheck.too_slow,
@@ -30,8 +30,8 @@ def test_no_body_makes_the_server_fail(start: Start, mode: str) -> None:
         statuses[operation.label] = statuses_of(operation, mode)
     assert len(statuses) == 10
     if mode == "positive":
-        for path in ("POST /v1/chat/completions", "POST /v1/completions"):
-            assert 200 in statuses[path], statuses  # some were answered
+        both = statuses["POST /v1/chat/completions"] | statuses["POST /v1/completions"]
+        assert 200 in both, statuses  # some were answered
     else:
         assert statuses["POST /v1/completions"] <= {400, 404, 405, 408, 413, 415}, statuses
     assert served.chat().status_code == 200
