@@ -36,6 +36,8 @@ NOT_RUN = {
     "qvera train recipes/quickstart.yaml": "needs the quickstart's model",
     "qvera train recipes/customers.yaml": "tests/test_readme_customers.py runs it on a small model",
     "qvera generate runs/customers --adapter chloe --adapter gina": "tests/test_readme_customers.py does",
+    "qvera serve": "runs until it is stopped; tests/serve/api/test_command.py does",
+    "curl": "asks a server; tests/serve/api does",
     "qvera launch": "starts other processes; tests/distributed does",
     "qvera harness": "needs lm-eval; tests/evaluation/test_lm_eval.py does",
     "qvera doctor": "tests/cli does; its exit code depends on the machine",

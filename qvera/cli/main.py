@@ -31,6 +31,7 @@ from qvera.cli import (
     quantize,
     quickstart,
     schema,
+    serve,
     train,
 )
 from qvera.cli.common import help_of, with_exit_code
@@ -39,7 +40,7 @@ from qvera.utils.errors import EXIT_DONE, EXIT_FAILED
 PANELS: dict[str, tuple[Callable[..., int | None], ...]] = {
     "Train": (quickstart.quickstart, init.init, preview.preview, plan.plan, train.train, launch.launch),
     "Look": (eval.evaluate, compare.compare, harness.harness, analyze.analyze, info.info),
-    "Use": (chat.chat, generate.generate),
+    "Use": (chat.chat, generate.generate, serve.serve),
     "Share": (export.export, merge_adapters.merge_adapters),
     "Setup": (doctor.doctor, schema.schema),
     "Bases": (quantize.quantize,),
@@ -61,7 +62,7 @@ class CommandsByPanel(TyperGroup):
             summary = (command.help or "").partition("\n")[0]
             lines.append(f"{panel if panel != last else '':<6} {name:<15} {summary}")
             last = panel
-        formatter.write("\n".join([*lines, "", _EPILOG]))
+        formatter.write("\n".join([*lines, _EPILOG]))
 
 
 _EPILOG = """\

@@ -136,18 +136,23 @@ def _read_key(where: str, entry: Any) -> tuple[str, tuple[str, Access]]:
         if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
             raise InputError(f"{where} ({name}): {part}: expected a list of texts.")
         lists[part] = values
-    if wrong := [value for value in lists["may"] if value not in ACTIONS]:
-        raise InputError(f"{where} ({name}): may: {wrong[0]!r} is none of {', '.join(ACTIONS)}.")
+    _require_actions(f"{where} ({name}): may", lists["may"])
     adapters = None if ALL in lists["adapters"] else frozenset(lists["adapters"])
     return name, (sha256, Access(name, adapters, frozenset(lists["may"])))
 
 
-def new_key(path: Path, name: str, adapters: Collection[str], may: Collection[Action]) -> str:
+def _require_actions(where: str, may: Collection[str]) -> None:
+    if wrong := [value for value in may if value not in ACTIONS]:
+        raise InputError(f"{where}: {wrong[0]!r} is none of {', '.join(ACTIONS)}.")
+
+
+def new_key(path: Path, name: str, adapters: Collection[str], may: Collection[str]) -> str:
     """Add a key to a file, which is made where it is missing; returns the key, which is kept nowhere.
 
     Raises:
-        InputError: the file is not one of keys, or has a key of this name.
+        InputError: the file is not one of keys, or has a key of this name, or ``may`` holds what nobody can do.
     """
+    _require_actions("--may", may)
     with FileLock(path.with_name(f".{path.name}.lock")):
         entries: list[dict[str, Any]] = []
         if path.exists():

@@ -141,7 +141,7 @@ def _require_adapter(service: Service, name: str, access: Access) -> None:
 
 
 def _inside(root: Path | None, directory: str) -> Path:
-    """A directory of the server's own directory of adapters.
+    """The place of a directory in the server's own directory of adapters.
 
     Raises:
         ApiError: it lies elsewhere, whether it exists or not.
@@ -155,4 +155,4 @@ def _inside(root: Path | None, directory: str) -> Path:
         good = False
     if not good:
         raise ApiError(403, f"lora_path: expected the name of a directory in {root.name}/.", "lora_path")
-    return inside
+    return root / inside.name

@@ -1,0 +1,191 @@
+"""`qvera serve`."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from qvera.cli.common import console, progress, quiet_libraries
+from qvera.serve.api.limits import DEFAULTS
+from qvera.serve.requests import EngineSettings
+from qvera.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from qvera.serve.engine import Engine
+    from qvera.serve.opening import Served
+
+_ENGINE = EngineSettings()
+_PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
+
+
+def serve(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="BASE_OR_RUN", help="A run, a directory of adapters, or a base: a directory or hub id."),
+    ] = None,
+    adapters: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A directory of adapters (default: the run's own).")
+    ] = None,
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Any but the loopback address needs --keys.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="0: a free one.")] = 8000,
+    keys: Annotated[Path | None, typer.Option(metavar="FILE", help="Who may use what; --new-key makes it.")] = None,
+    new_key: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Add a key to the file of --keys, print it, and end.")
+    ] = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MODEL", help="With --new-key: a model it may use (repeatable; default: all)."),
+    ] = None,
+    may: Annotated[
+        list[str] | None,
+        typer.Option(metavar="use|load|train", help="With --new-key: what it may do (repeatable; default: use)."),
+    ] = None,
+    engine: Annotated[
+        Literal["auto", "continuous", "static"],
+        typer.Option(help="How requests are batched; auto: continuous where this transformers was tested."),
+    ] = "auto",
+    running: Annotated[int, typer.Option(min=1, metavar="N", help="Requests answered at a time.")] = (
+        _ENGINE.max_running
+    ),
+    queue: Annotated[int, typer.Option(min=0, metavar="N", help="Requests that may wait; one more gets 429.")] = (
+        _ENGINE.max_waiting
+    ),
+    slots: Annotated[int, typer.Option(min=1, metavar="N", help="Adapters on the device at a time.")] = _ENGINE.slots,
+    cache_tokens: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Tokens of the KV cache (default: as memory allows).")
+    ] = None,
+    max_prompt_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Longest prompt.")] = (
+        DEFAULTS.prompt_tokens
+    ),
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer.")] = DEFAULTS.new_tokens,
+    max_answers: Annotated[int, typer.Option(min=1, metavar="N", help="Answers of one call: prompts times n.")] = (
+        DEFAULTS.answers
+    ),
+    max_body_bytes: Annotated[int, typer.Option(min=1, metavar="N", help="Largest body.")] = DEFAULTS.body_bytes,
+    max_seconds: Annotated[float, typer.Option(min=0.1, metavar="S", help="Longest time of one call.")] = (
+        DEFAULTS.seconds
+    ),
+    drain_seconds: Annotated[
+        float, typer.Option(min=0.0, metavar="S", help="After SIGTERM, running calls may finish for so long.")
+    ] = DEFAULTS.drain_seconds,
+    log_calls: Annotated[bool, typer.Option("--log-calls", help="Write a line for each call.")] = False,
+) -> None:
+    """Serve a base and its adapters by OpenAI's API.
+
+    An adapter is a model: name it as "model" of /v1/chat/completions or /v1/completions. SIGTERM or Ctrl-C lets
+    running calls finish.
+
+    Example:
+        qvera serve runs/customers --port 8000
+    """
+    if new_key is not None:
+        _add_key(keys, new_key, allow, may)
+        return
+    if allow or may:
+        raise InputError("--allow, --may: describe a new key; give --new-key NAME too.")
+    if model is None:
+        raise InputError("name what to serve: a run, a directory of adapters, or a base.")
+    _require_safe(host, keys)
+    _require_packages()
+    quiet_libraries()
+
+    import dataclasses
+
+    from qvera.evaluation.generate import end_tokens
+    from qvera.evaluation.prompts import PromptWriter
+    from qvera.serve.api.app import create_app
+    from qvera.serve.api.keys import KeyFile
+    from qvera.serve.api.server import Server
+    from qvera.serve.opening import open_served
+
+    key_file = KeyFile(keys) if keys is not None else None
+    with progress(f"Loading {model}"):
+        served = open_served(model, adapters)
+        running_engine = _start_engine(
+            engine,
+            served,
+            dataclasses.replace(
+                _ENGINE, max_running=running, max_waiting=queue, slots=slots, cache_tokens=cache_tokens
+            ),
+        )
+    try:
+        base = served.opened.base
+        app = create_app(
+            running_engine,
+            served.store,
+            PromptWriter.of(served.opened),
+            frozenset(end_tokens(base.model, base.tokenizer)),
+            base_name=served.base_name,
+            limits=dataclasses.replace(
+                DEFAULTS,
+                prompt_tokens=max_prompt_tokens,
+                new_tokens=max_new_tokens,
+                answers=max_answers,
+                body_bytes=max_body_bytes,
+                seconds=max_seconds,
+                drain_seconds=drain_seconds,
+            ),
+            keys=key_file,
+        )
+        server = Server(app, host, port, log_calls=log_calls)
+        with server.listening() as address:
+            count = len(served.store.names())
+            console.print(f"{served.base_name} and {count:,} adapters at {address}/v1", markup=False, highlight=False)
+            server.serve_until_stopped()
+    finally:
+        running_engine.close()
+
+
+def _add_key(keys: Path | None, name: str, allow: list[str] | None, may: list[str] | None) -> None:
+    from qvera.serve.api.keys import ALL, new_key
+
+    if keys is None:
+        raise InputError("--new-key: name the file that it goes into with --keys FILE; it is made where it is missing.")
+    key = new_key(keys, name, allow or [ALL], may or ["use"])
+    console.print(f"{name} is in {keys}, as a hash. The key itself is shown only now:", markup=False, highlight=False)
+    print(key)
+
+
+def _require_safe(host: str, keys: Path | None) -> None:
+    """Refuse an address that others can reach without keys."""
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = host == "localhost"
+    if not loopback and keys is None:
+        raise InputError(
+            f"--host {host}: others can reach this address, so it needs --keys FILE. Make a key with "
+            "`qvera serve --new-key NAME --keys FILE`, or leave --host out."
+        )
+
+
+def _require_packages() -> None:
+    from importlib.util import find_spec
+
+    missing = [name for name in _PACKAGES if find_spec(name) is None]
+    if missing:
+        raise InputError(f"needs {', '.join(missing)}, which are not installed. pip install 'qvera[serve]'")
+
+
+def _start_engine(name: Literal["auto", "continuous", "static"], served: Served, settings: EngineSettings) -> Engine:
+    from qvera.serve.continuous import ContinuousEngine
+    from qvera.serve.paged import missing_internals
+    from qvera.serve.static import StaticEngine
+
+    if name == "auto" and (missing := missing_internals()):
+        console.print(
+            f"Continuous batching does not know this version of transformers ({missing[0]}); answering in static "
+            "batches.",
+            markup=False,
+            highlight=False,
+        )
+        name = "static"
+    kind = StaticEngine if name == "static" else ContinuousEngine
+    engine = kind(served.opened.base, settings)
+    engine.start()
+    return engine

@@ -1,0 +1,72 @@
+"""What is served: a base from the command line, and the adapters on it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from qvera.config.schema import ModelSection
+from qvera.evaluation.load import EvalTarget, OpenRun, find_target, open_target
+from qvera.evaluation.named_adapters import adapters_root
+from qvera.models.loader import load_base
+from qvera.serve.store import AdapterStore
+from qvera.utils.errors import InputError
+from qvera.utils.paths import ADAPTER_CONFIG, CERTIFICATE, RECIPE_FILE, resolve_path
+
+
+@dataclasses.dataclass
+class Served:
+    """A base that is loaded, without adapters, and the adapters that may be asked for.
+
+    Attributes:
+        base_name: how the base is listed.
+    """
+
+    opened: OpenRun
+    store: AdapterStore
+    base_name: str
+
+
+def open_served(path: str, adapters: Path | None = None) -> Served:
+    """Load what `qvera serve` is given.
+
+    Args:
+        path: a run, an adapter directory, a directory of adapters, an exported checkpoint, or a base: a directory or
+            a hub id. A base is loaded as the run says that the adapters are of, else in 4 bits.
+        adapters: a directory of adapters, or a run that trained many. None: those of ``path``, if it has any.
+
+    Raises:
+        InputError: there is nothing to serve, or no such directory.
+    """
+    if adapters is not None and not adapters.is_dir():
+        raise InputError(f"--adapters {adapters}: is no directory. Make it, or name a run that trained many adapters.")
+    single, directory = None, Path(resolve_path(path))
+    has_adapters = any((directory / file).is_file() for file in (RECIPE_FILE, ADAPTER_CONFIG))
+    if has_adapters or adapters_root(directory) is not None:
+        target = find_target(directory, needs_name=False)
+        opened = open_target(target, adapter=False)
+        if adapters_root(directory) is not None:
+            adapters = adapters or directory
+        elif target.adapter is not None:
+            single = target.adapter
+    elif (directory / CERTIFICATE).is_file() and adapters is None:
+        opened = open_target(find_target(directory))
+    else:
+        opened = _open_base(path, adapters)
+    section = opened.target.section
+    name = Path(resolve_path(section.path)).name
+    store = AdapterStore(adapters, {name, section.path, path})
+    if single is not None:
+        store.add(directory.resolve().name, single)
+    return Served(opened, store, name)
+
+
+def _open_base(path: str, adapters: Path | None) -> OpenRun:
+    """A base as the recipe of the adapters has it: with their number format, dtype and tokens."""
+    target = None
+    if adapters is not None and adapters_root(adapters) is not None:
+        target = find_target(adapters, needs_name=False)
+    section = ModelSection(path=path) if target is None else target.section.replace(path=path)
+    base = load_base(section)
+    recipe, run = (None, None) if target is None else (target.recipe, target.run)
+    return OpenRun(EvalTarget(Path(path), "a base", section, recipe=recipe, run=run), base, base.model)
