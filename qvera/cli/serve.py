@@ -66,6 +66,9 @@ def serve(
     max_answers: Annotated[int, typer.Option(min=1, metavar="N", help="Answers of one call: prompts times n.")] = (
         DEFAULTS.answers
     ),
+    max_open_answers: Annotated[
+        int, typer.Option(min=1, metavar="N", help="With --keys: answers that one key may have open.")
+    ] = DEFAULTS.open_answers,
     max_body_bytes: Annotated[int, typer.Option(min=1, metavar="N", help="Largest body.")] = DEFAULTS.body_bytes,
     max_seconds: Annotated[float, typer.Option(min=0.1, metavar="S", help="Longest time of one call.")] = (
         DEFAULTS.seconds
@@ -126,6 +129,7 @@ def serve(
                 prompt_tokens=max_prompt_tokens,
                 new_tokens=max_new_tokens,
                 answers=max_answers,
+                open_answers=max_open_answers,
                 body_bytes=max_body_bytes,
                 seconds=max_seconds,
                 drain_seconds=drain_seconds,

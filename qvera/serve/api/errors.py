@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 
 from qvera.utils.errors import InputError
 
+_NAME_CHARACTERS = 200
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -61,6 +62,11 @@ class ClientGone(Exception):
     """The client has closed its connection; nobody reads an answer."""
 
 
+def shortened(name: str) -> str:
+    """A name that a client sent, for a message: what is longer than any real one is cut."""
+    return name if len(name) <= _NAME_CHARACTERS else f"{name[:_NAME_CHARACTERS]}…"
+
+
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """Status 400: what the body asks can't be done."""
     return ApiError(400, message, param, code)
@@ -79,7 +85,7 @@ def add_handlers(app: FastAPI) -> None:
 
     def not_valid(_: Request, error: RequestValidationError) -> Response:
         first: Mapping[str, Any] = error.errors()[0]
-        where = [str(part) for part in first["loc"][1:]]
+        where = [shortened(str(part)) for part in first["loc"][1:]]
         if first["type"] == "json_invalid":
             return bad_request(f"The body is not JSON: {first['ctx']['error']}.").response()
         shown = ".".join(where)

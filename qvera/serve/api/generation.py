@@ -149,7 +149,7 @@ class Answers:
         self.fingerprint = "fp_base"
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._open: dict[int, str] = {}  # index of an answer → the id of its request
-        self._closed = False
+        self._closed, self._counted = False, 0
         self._loop = asyncio.get_running_loop()
 
     async def start(self) -> None:
@@ -159,6 +159,9 @@ class Answers:
             ApiError: the model is unknown, or the queue is full.
             InputError: the adapter is damaged, or a prompt does not fit.
         """
+        count = len(self._call.prompts) * self._call.n
+        self._service.open_answers(self._access, count)
+        self._counted = count
         try:
             await self._service.in_thread(self._submit)
         except Busy:
@@ -214,6 +217,9 @@ class Answers:
         """Cancel what has not ended. Waits for nothing."""
         self._closed = True
         self._cancel_all()
+        if self._counted:
+            self._service.open_answers(self._access, -self._counted)
+            self._counted = 0
 
     def _cancel_all(self) -> None:
         for index in list(self._open):

@@ -83,12 +83,13 @@ class Guard:
                 503, "The server is stopping and takes no new calls.", retry_seconds=service.limits.retry_seconds
             )
         if service.keys is None:
-            _require_own_host(headers.get("host", ""))
+            _require_own_page(headers.get("host", ""), headers.get("origin"))
             return LOCAL
         scheme, _, key = headers.get("authorization", "").partition(" ")
         access = None
         if scheme.lower() == "bearer":
-            access = await service.in_thread(lambda: service.keys.find(key.strip()))  # type: ignore[union-attr]
+            keys = service.keys
+            access = await service.in_thread(lambda: keys.find(key.strip()), quick=True)
         if access is None:
             raise ApiError(
                 401, "Send a key that this server knows as 'Authorization: Bearer KEY'.", code="invalid_api_key"
@@ -127,10 +128,11 @@ class Guard:
         return replay
 
 
-def _require_own_host(host: str) -> None:
-    """Refuse a page of another site that has its own name point to this machine (DNS rebinding).
+def _require_own_page(host: str, origin: str | None) -> None:
+    """Refuse pages of other sites, which a browser on this machine would let call the loopback address.
 
-    Without keys the loopback address is all that protects a server, and a browser on this machine can reach that.
+    Without keys that address is all that protects a server. A page may have its own name point to this machine (DNS
+    rebinding): then the host is not this machine's. Or it may post here from its own name: then the origin is not ours.
     """
     name = host.rsplit(":", 1)[0] if host.count(":") == 1 or "]:" in host else host
     name = name.strip("[]")
@@ -142,6 +144,8 @@ def _require_own_host(host: str) -> None:
         raise ApiError(
             403, f"The host {host!r} is not this machine's own name. Use localhost, or start the server with --keys."
         )
+    if origin is not None and origin.partition("://")[2] != host:
+        raise ApiError(403, f"Pages of {origin!r} may not call this server. Start it with --keys.")
 
 
 def _label(path: str) -> str:

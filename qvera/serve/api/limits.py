@@ -17,6 +17,8 @@ class Limits:
     """Of one answer."""
     answers: int = 16
     """Of one call: prompts times n."""
+    open_answers: int = 128
+    """Of one key, running or waiting; so that others find room in the queue. Without keys there is no such limit."""
     stop_strings: int = 4
     stop_characters: int = 256
     """Of one stop string."""

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from qvera.serve.api.errors import bad_request
+from qvera.serve.api.errors import bad_request, shortened
 from qvera.utils.errors import did_you_mean
 
 _IGNORED = frozenset(
@@ -56,6 +56,8 @@ def _whole(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_whole)]
+Texts = Annotated[list[Text], Field(fail_fast=True)]
+"""A list ends at its first fault: a body of a megabyte has room for half a million of them."""
 
 
 class Body(BaseModel):
@@ -73,8 +75,8 @@ class Body(BaseModel):
             if key in _IGNORED or value is None:
                 continue
             if key not in _NEUTRAL:
-                hint = did_you_mean(key, type(self).model_fields)
-                raise bad_request(f"Unknown key {key!r}{hint}", key, "unknown_parameter")
+                hint = did_you_mean(shortened(key), type(self).model_fields)
+                raise bad_request(f"Unknown key {shortened(key)!r}{hint}", shortened(key), "unknown_parameter")
             if value not in _NEUTRAL[key]:
                 raise bad_request(
                     f"{key}: is not supported here, and would change the answer. Leave it out.",
@@ -95,11 +97,11 @@ class GenerationBody(Body):
     model: Text
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    stop: Text | list[Text] | None = None
+    stop: Text | Texts | None = None
     n: Annotated[int, Field(ge=1)] | None = 1
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = 1.0
     max_tokens: Annotated[int, Field(ge=1)] | None = None
 
 
@@ -114,7 +116,7 @@ class MessageBody(BaseModel):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    content: Text | Annotated[list[TextPart], Field(fail_fast=True)]
     name: Text | None = None
     tool_calls: None = None
     """Tools are not supported; left out in silence they would change the prompt."""
@@ -127,19 +129,19 @@ class MessageBody(BaseModel):
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[MessageBody], Field(min_length=1)]
+    messages: Annotated[list[MessageBody], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
 
 
-Token = Annotated[int, Field(ge=0)]
+Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
 
 
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
-    prompt: Text | list[Text] | list[Token] | list[list[Token]]
+    prompt: Text | Texts | Tokens | Annotated[list[Tokens], Field(fail_fast=True)]
     logprobs: Annotated[int, Field(ge=0)] | None = None
 
 

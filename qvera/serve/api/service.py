@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from fastapi import Request
 
-from qvera.serve.api.errors import ApiError
+from qvera.serve.api.errors import ApiError, shortened
 from qvera.serve.api.keys import Access, Action, KeyFile
 from qvera.serve.api.limits import Limits
 from qvera.serve.api.metrics import Metrics
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _THREADS = 4
 """Prompts that are tokenized, and adapters that are read, at a time."""
+_COMPARED_NAMES = 1000
+"""A wrong name is compared with this many: it takes some microseconds for each."""
 
 
 class Adapters(Protocol):
@@ -90,35 +93,64 @@ class Service:
     running: int = 0
     created: int = field(default_factory=lambda: int(time.time()))
     _threads: ThreadPoolExecutor = field(init=False)
-    _canceller: ThreadPoolExecutor = field(init=False)
+    _quick_threads: ThreadPoolExecutor = field(init=False)
+    _open_answers: dict[str, int] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         self.texts = TokenTexts(self.prompts.encoder.tokenizer)
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="qvera-serve")
-        self._canceller = ThreadPoolExecutor(1, thread_name_prefix="qvera-cancel")  # never behind long prompts
+        self._quick_threads = ThreadPoolExecutor(2, thread_name_prefix="qvera-quick")
 
-    async def in_thread(self, work: Callable[[], T]) -> T:
+    async def in_thread(self, work: Callable[[], T], *, quick: bool = False) -> T:
         """Do what takes long apart from the event loop, so that other requests go on.
+
+        Args:
+            quick: it only waits for a lock or a small file, and is not to wait behind long prompts.
 
         Raises:
             ApiError: the engine has ended.
         """
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+            threads = self._quick_threads if quick else self._threads
+            return await asyncio.get_running_loop().run_in_executor(threads, work)
         except EngineDead as error:
             raise ApiError(503, f"The engine has ended: {error}") from None
 
     def cancel_soon(self, request_id: str) -> None:
         """Have the engine free a request's place; returns at once."""
         try:
-            self._canceller.submit(self.engine.cancel, request_id)
+            self._quick_threads.submit(self.engine.cancel, request_id)
         except RuntimeError:  # the server is stopping, and nobody waits for its event loop any more
             self.engine.cancel(request_id)
+
+    def open_answers(self, access: Access, count: int) -> None:
+        """Count answers that a key has open: one key does not fill the queue for all others.
+
+        Args:
+            count: negative: they have ended.
+
+        Raises:
+            ApiError: 429, they are more than one key may have; they are not counted.
+        """
+        most = self.limits.open_answers
+        with self._lock:
+            total = self._open_answers.get(access.name, 0) + count
+            if count > 0 and self.keys is not None and total > most:
+                raise ApiError(
+                    429,
+                    f"The key {access.name!r} has {total - count} answers open, and may have {most}.",
+                    code="too_many_open",
+                    retry_seconds=self.limits.retry_seconds,
+                )
+            self._open_answers[access.name] = total
+            if not total:
+                del self._open_answers[access.name]
 
     def close(self) -> None:
         """End the threads."""
         self._threads.shutdown(wait=False, cancel_futures=True)
-        self._canceller.shutdown(wait=False)
+        self._quick_threads.shutdown(wait=False)
 
     def require_model(self, model: str, access: Access) -> None:
         """Refuse a model that is not there or that the sender may not use.
@@ -153,8 +185,9 @@ class Service:
 
     def unknown(self, model: str, access: Access) -> ApiError:
         """404 with the nearest name that the sender may use. It does not tell what others have."""
-        hint = did_you_mean(model, self.names(access))
-        message = f"The model {model!r} does not exist, or this key may not use it{hint}"
+        shown = shortened(model)
+        hint = did_you_mean(shown, self.names(access)[:_COMPARED_NAMES])
+        message = f"The model {shown!r} does not exist, or this key may not use it{hint}"
         return ApiError(404, message, "model", "model_not_found")
 
 

@@ -171,6 +171,9 @@ def test_a_blend_that_is_not_exact_is_refused_with_the_reason(served: Served) ->
 CASES: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"model": "ana"}, 404, "model", "did you mean 'anna'?"),
     ({"temperature": 3}, 400, "temperature", "less than or equal to 2"),
+    ({"temperature": float("nan")}, 400, "temperature", "finite"),
+    ({"model": "x" * 100_000}, 404, "model", "xxx…"),
+    ({"y" * 100_000: 1}, 400, "y" * 200 + "…", "Unknown key"),
     ({"top_p": 0}, 400, "top_p", "greater than 0"),
     ({"n": 0}, 400, "n", "greater than or equal to 1"),
     ({"n": 17}, 400, "n", "at most 16 answers"),
@@ -223,6 +226,7 @@ def test_other_bad_bodies(served: Served) -> None:
         (b"[]", "application/json", 400),
         (b"", "application/json", 400),
         (b'{"model": 1e999}', "application/json", 400),
+        (b'{"model": "tiny", "messages": [' + b"1," * 500_000 + b"1]}", "application/json", 400),
         (b'{"model": "tiny", "messages": []}', "text/plain", 400),
     ]
     with served.client() as client:

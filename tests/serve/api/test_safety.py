@@ -149,7 +149,39 @@ def test_without_keys_only_this_machines_own_names_are_answered(served: Served) 
             assert client.get("/v1/models", headers={"Host": host}).status_code == status, host
 
 
+def test_without_keys_pages_of_other_sites_are_refused(start: Start, keys: Any) -> None:
+    served = start()
+    own = f"http://127.0.0.1:{served.port}"
+    for origin, status in ((own, 200), ("https://evil.example", 403), ("null", 403), ("http://127.0.0.1:1", 403)):
+        assert served.post("/v1/load_adapter", {"name": "anna"}, headers={"Origin": origin}).status_code == status
+    path, headers = keys
+    keyed = start(keys=KeyFile(path))
+    from_a_page = {"Origin": "https://app.example", **headers["all"]}
+    assert keyed.post("/v1/load_adapter", {"name": "anna"}, headers=from_a_page).status_code == 200
+
+
 # Limits
+
+
+def test_one_key_does_not_fill_the_queue_for_others(start: Start, keys: Any) -> None:
+    path, headers = keys
+    served = start(keys=KeyFile(path), places=2, queue=20, open_answers=4)
+    served.engine.hold.set()
+    body = {"model": "anna", "prompt": "say", "stream": True}
+    with served.client() as client:
+        with client.stream("POST", "/v1/completions", json={**body, "n": 4}, headers=headers["all"]) as greedy:
+            refused = served.post("/v1/completions", body, headers=headers["all"])
+            assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
+            assert refused.json()["error"]["code"] == "too_many_open"
+            with (
+                served.client() as other,
+                other.stream("POST", "/v1/completions", json=body, headers=headers["anna"]) as taken,
+            ):
+                assert taken.status_code == 200
+                served.engine.hold.clear()
+                assert taken.read().endswith(b"data: [DONE]\n\n")
+            greedy.read()
+    assert served.post("/v1/completions", body, headers=headers["all"]).status_code == 200
 
 
 def test_a_body_is_read_up_to_its_limit(start: Start) -> None:
