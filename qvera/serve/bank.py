@@ -10,6 +10,7 @@ keeps files of evicted adapters in memory is the system's page cache.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
@@ -106,6 +107,7 @@ class ServingBank:
         }
         self._peft_model: PeftModel | None = None
         self._kinds: dict[Kind, _KindBank] = {}
+        self._numbers = itertools.count()  # of kinds that were begun
         self._parts: list[_Part] = []
         self._read: weakref.WeakValueDictionary[str, HostVectors] = weakref.WeakValueDictionary()
         self._resident: dict[str, HostVectors] = {}
@@ -254,7 +256,7 @@ class ServingBank:
 
     def _add_kind(self, kind: Kind) -> _KindBank:
         """Put an ordinary, unchanged adapter on the model, which draws the pair and makes the layers."""
-        name = f"__kind_{len(self._kinds)}__"
+        name = f"__kind_{next(self._numbers)}__"
         config = QveraConfig(
             rank=kind.rank, target_modules=set(kind.linears), projection_seed=kind.seed, task_type="CAUSAL_LM"
         )

@@ -27,7 +27,9 @@ class AdapterChanged(InputError):
 class Sampling:
     """How the tokens of one answer are chosen; several answers are several requests.
 
-    The numbers have been checked: ``max_tokens`` ≥ 1, ``temperature`` ≥ 0, 0 < ``top_p`` ≤ 1, ``top_logprobs`` ≥ 0.
+    Nothing else changes the model's probabilities: what a checkpoint's generation_config.json sets, such as a
+    repetition penalty, is not applied. The numbers have been checked: ``max_tokens`` ≥ 1, ``temperature`` ≥ 0,
+    0 < ``top_p`` ≤ 1, ``top_logprobs`` ≥ 0.
     """
 
     max_tokens: int

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from qvera.adapters.projection import forget_inputs
 from qvera.evaluation.generate import generating
 from qvera.serve.bank import HostVectors, ServingBank
 from qvera.serve.requests import (
@@ -303,6 +304,7 @@ class ThreadedEngine(ABC):
                 self._end(live, EndEvent("error", message))
             if self._failures >= _MOST_FAILURES:
                 raise
+            forget_inputs(self.model)
             self.recover()
             return
         self._failures = 0

@@ -45,9 +45,9 @@ def require_tested_transformers() -> None:
         pytest.skip(f"the continuous engine takes transformers {oldest} or newer (qvera[serve])")
 
 
-def tiny_base(model_dir: Path) -> Base:
-    """The tiny Llama in NF4, computing in fp32."""
-    return load_base(ModelSection(path=str(model_dir), compute_dtype="float32"))
+def tiny_base(model_dir: Path, **model: Any) -> Base:
+    """The tiny Llama in NF4, computing in fp32, unless ``model`` says otherwise."""
+    return load_base(ModelSection.model_validate({"path": str(model_dir), "compute_dtype": "float32", **model}))
 
 
 def write_adapters(root: Path, model_dir: Path, seeds: dict[str, int], **settings: Any) -> None:
@@ -113,12 +113,14 @@ def submit(engine: ThreadedEngine, asked: GenerationRequest) -> Answer:
 
 
 @contextmanager
-def engine_of(model_dir: Path, kind: str = "continuous", **settings: Any) -> Iterator[ThreadedEngine]:
+def engine_of(
+    model_dir: Path, kind: str = "continuous", model: dict[str, Any] | None = None, **settings: Any
+) -> Iterator[ThreadedEngine]:
     """A running engine on a base of its own."""
     if kind == "continuous":
         require_tested_transformers()
     defaults: dict[str, Any] = {"cache_tokens": 2048, "step_tokens": 64}
-    engine = ENGINES[kind](tiny_base(model_dir), EngineSettings(**{**defaults, **settings}))
+    engine = ENGINES[kind](tiny_base(model_dir, **(model or {})), EngineSettings(**{**defaults, **settings}))
     engine.start()
     try:
         yield engine
@@ -129,8 +131,8 @@ def engine_of(model_dir: Path, kind: str = "continuous", **settings: Any) -> Ite
 class Alone:
     """What a request gets when nothing shares its batch: one adapter loaded alone, all tokens computed anew each time."""
 
-    def __init__(self, model_dir: Path, adapter: Path | None) -> None:
-        base = tiny_base(model_dir)
+    def __init__(self, model_dir: Path, adapter: Path | None, **model: Any) -> None:
+        base = tiny_base(model_dir, **model)
         self._model: Any = base.model if adapter is None else load_adapter(base.model, adapter, base)
 
     @torch.no_grad()

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import random
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qvera.serve.requests import Busy, EndEvent, EngineDead, GenerationRequest, TokenEvent
 from qvera.serve.store import AdapterStore
 from qvera.utils.errors import InputError
 from tests.helpers import wait_until
-from tests.serve.helpers import ENGINES, assert_same, engine_of, request, submit
+from tests.serve.helpers import ENGINES, Alone, assert_same, engine_of, request, submit
 
 NAMES = [f"a{i}" for i in range(10)]
 BASE = "base"
@@ -68,6 +71,35 @@ def test_every_answer_of_a_mixed_batch_is_that_of_the_request_alone(
     assert stats.finished == 40
     assert stats.running == stats.waiting == 0
     assert stats.generated_tokens == sum(len(answer.events) for answer in answers)
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_many_clients_that_ask_and_go_away_at_any_time_each_get_one_end(
+    kind: str, tiny_model_dir: Path, adapters_dir: Path
+) -> None:
+    store = _store(adapters_dir)
+    with engine_of(tiny_model_dir, kind, slots=3, max_running=5, cache_tokens=256) as engine:
+
+        def client(number: int) -> list[str]:
+            chooser, ends = random.Random(number), []
+            for _ in range(15):
+                asked = request(
+                    [3] * chooser.choice([1, 30]), store.resolve(chooser.choice(NAMES)), chooser.choice([1, 30])
+                )
+                answer = submit(engine, asked)
+                if chooser.random() < 0.5:
+                    time.sleep(chooser.random() / 50)
+                    engine.cancel(asked.id)
+                ends.append(answer.end().reason)
+                if chooser.random() < 0.2:
+                    engine.unload(asked.adapter.identity)  # type: ignore[union-attr]
+            return ends
+
+        with ThreadPoolExecutor(6) as pool:
+            ends = [end for each in pool.map(client, range(6)) for end in each]
+        stats = engine.stats()
+    assert set(ends) == {"length", "cancelled"}
+    assert (stats.finished, stats.running, stats.waiting, stats.dead) == (90, 0, 0, None)
 
 
 @pytest.mark.parametrize("kind", ENGINES)
@@ -270,3 +302,74 @@ def test_loading_makes_an_adapter_resident_and_unloading_lets_those_that_run_fin
         engine.unload(adapter.identity)
         assert_same(answer, expected)
         wait_until(lambda: engine.stats().adapters_resident == 0)
+
+
+BASES: dict[str, tuple[dict[str, Any], float]] = {
+    "bf16 over nf4": ({"compute_dtype": "bfloat16"}, 0.1),
+    "fp16 over nf4": ({"compute_dtype": "float16"}, 0.02),
+    "dense": ({"quantization": "none"}, 1e-4),
+    "int8": ({"quantization": "int8", "compute_dtype": "auto"}, 0.1),
+}
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+@pytest.mark.parametrize("name", BASES)
+def test_over_other_bases_a_first_token_has_the_probabilities_of_the_request_alone(
+    name: str, kind: str, tiny_model_dir: Path, adapters_dir: Path
+) -> None:
+    """In 16 bits, to rounding."""
+    model, error = BASES[name]
+    store = _store(adapters_dir)
+    asked = [
+        request([3 + i] * 30, store.resolve(which), 2, top_logprobs=5) for i, which in enumerate((BASE, "a1", "a2"))
+    ]
+    alone = [
+        Alone(tiny_model_dir, None if one.adapter is None else adapters_dir / one.adapter.name, **model)
+        for one in asked
+    ]
+    expected = [dict(each.answer(one)[0].top) for each, one in zip(alone, asked, strict=True)]
+    with engine_of(tiny_model_dir, kind, model) as engine:
+        for answer, likely in zip([submit(engine, one) for one in asked], expected, strict=True):
+            assert answer.end() == EndEvent("length")
+            found = dict(answer.events[0].top)
+            shared = found.keys() & likely.keys()
+            assert len(shared) >= 3
+            assert all(abs(found[token] - likely[token]) < error for token in shared)
+
+
+def test_a_step_runs_the_same_operations_whatever_the_number_of_adapters_in_it(
+    tiny_model_dir: Path, adapters_dir: Path
+) -> None:
+    store = _store(adapters_dir)
+    counts = {}
+    with engine_of(tiny_model_dir, max_running=8, share_prefixes=False) as engine:
+        for adapters in (2, 8):
+            operations: list[int] = []
+            forward = engine.model.forward
+
+            def counted(*args: Any, forward: Any = forward, into: list[int] = operations, **kwargs: Any) -> Any:
+                with _Operations() as mode:
+                    result = forward(*args, **kwargs)
+                if kwargs["input_ids"].shape[1] == 8 and kwargs["max_length_q"] == 1:  # one token of each answer
+                    into.append(mode.count)
+                return result
+
+            engine.model.forward = counted  # type: ignore[method-assign]
+            answers = [submit(engine, request([3, 4], store.resolve(NAMES[i % adapters]), 20)) for i in range(8)]
+            assert {answer.end().reason for answer in answers} == {"length"}
+            engine.model.forward = forward  # type: ignore[method-assign]
+            counts[adapters] = set(operations)
+    assert counts[2] == counts[8]
+    assert len(counts[2]) == 1
+
+
+class _Operations(TorchDispatchMode):
+    """Counts what torch runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))

@@ -83,8 +83,9 @@ def test_even_an_error_that_python_does_not_expect_ends_every_request(tiny_model
         wait_until(lambda: engine.stats().dead)
 
 
+@pytest.mark.parametrize("kind", ENGINES)
 def test_an_adapter_of_numbers_beyond_all_bounds_ends_its_own_requests_alone(
-    tiny_model_dir: Path, adapters_dir: Path, tmp_path: Path, alone: Any
+    kind: str, tiny_model_dir: Path, adapters_dir: Path, tmp_path: Path, alone: Any
 ) -> None:
     """Its hidden states are not finite, and attention that only masks them would spoil the whole batch."""
     shutil.copytree(adapters_dir / "a2", tmp_path / "huge")
@@ -96,7 +97,7 @@ def test_an_adapter_of_numbers_beyond_all_bounds_ends_its_own_requests_alone(
     expected = [alone(adapters_dir / f"a{i}").answer(one) for i, one in enumerate(asked)]
     expected.append(alone(adapters_dir / "a5").answer(long_prompt))
     huge = AdapterStore(tmp_path).resolve("huge")
-    with engine_of(tiny_model_dir) as engine:
+    with engine_of(tiny_model_dir, kind) as engine:
         answers = [submit(engine, one) for one in asked]
         answers[0].wait_for_token()
         answers.append(submit(engine, long_prompt))
