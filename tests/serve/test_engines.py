@@ -81,7 +81,7 @@ def test_many_clients_that_ask_and_go_away_at_any_time_each_get_one_end(
     with engine_of(tiny_model_dir, kind, slots=3, max_running=5, cache_tokens=256) as engine:
 
         def client(number: int) -> list[str]:
-            chooser, ends = random.Random(number), []
+            chooser, ends = random.Random(number), list[str]()
             for _ in range(15):
                 asked = request(
                     [3] * chooser.choice([1, 30]), store.resolve(chooser.choice(NAMES)), chooser.choice([1, 30])
