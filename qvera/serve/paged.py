@@ -226,6 +226,7 @@ class PagedModel:
             model_supports_logits_to_keep=model._supports_logits_to_keep(),
         )
         cache.adapter_of = adapter_of
+        cache.vocabulary = max(text_config.vocab_size, model.get_input_embeddings().weight.shape[0])
         processor = ContinuousBatchProcessor(
             cache=cache,
             config=text_config,
@@ -300,32 +301,42 @@ class PagedModel:
             self._model.set_attn_implementation(self._manager._original_attn_impl)
 
 
+def marked(tokens: Sequence[int], number: int, vocabulary: int) -> list[int]:
+    """Tokens with a number in the first four of them, as digits above the vocabulary.
+
+    Two that differ in number or tokens differ afterwards too, and all stay 31-bit.
+    """
+    digits, found = 2**31 // vocabulary, list(tokens)
+    if not 0 <= number < digits**4:
+        raise ValueError(f"expected a number from 0 to {digits**4 - 1}, got {number}")
+    for place in range(min(4, len(found))):
+        number, digit = divmod(number, digits)
+        found[place] += digit * vocabulary
+    return found
+
+
 if _imported:
 
     class _Cache(PagedAttentionCache):
         """Pages that are shared within one adapter.
 
-        A block is found by a hash of its tokens and of its parent. The tokens that are hashed, and only those, are made
-        the adapter's own: its number is added to the first four as digits above the vocabulary. Different adapters or
-        tokens thus never give the same four numbers.
+        A block is found by a hash of its tokens and of its parent. What is hashed, and only that, has a mark of the
+        adapter.
         """
 
         adapter_of: Callable[[str], str]
         """Request → identity."""
+        vocabulary: int
+        """How many token ids there are."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self._numbers: dict[str, int] = {}
 
         def own_tokens(self, request_id: str, tokens: list[int]) -> list[int]:
-            """The tokens of a request as they are hashed."""
+            """The tokens of a request as they are hashed: with the number of its adapter."""
             number = self._numbers.setdefault(self.adapter_of(request_id), len(self._numbers))
-            vocabulary = self.config.vocab_size
-            digits, own = 2**31 // vocabulary, tokens[:]
-            for place in range(min(4, len(own))):
-                number, digit = divmod(number, digits)
-                own[place] += digit * vocabulary
-            return own
+            return marked(tokens, number, self.vocabulary)
 
         def search_prefix_match(self, request_id: str, prompt_ids: list[int]) -> int:
             return super().search_prefix_match(request_id, self.own_tokens(request_id, prompt_ids))

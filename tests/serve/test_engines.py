@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qvera.serve.paged import marked
 from qvera.serve.requests import Busy, EndEvent, EngineDead, GenerationRequest, TokenEvent
 from qvera.serve.store import AdapterStore
 from qvera.utils.errors import InputError
@@ -137,6 +139,16 @@ def test_prompts_that_begin_alike_are_answered_by_each_adapter_from_its_own_keys
             submit(engine, request([*prompt, 40], store.resolve(name), 6)).end()
     pages = len(prompt) // 16 * 16
     assert shared == sum(computed) - 5 * pages  # three of eight computed all of their prompt
+
+
+def test_the_mark_of_an_adapter_keeps_all_adapters_and_tokens_apart() -> None:
+    vocabulary = 2**30 - 7  # two digits, so that four tokens hold the numbers 0 to 15
+    prompts = itertools.product((0, 1, vocabulary - 1), repeat=4)
+    found = [tuple(marked([*prompt, 5], number, vocabulary)) for prompt in prompts for number in range(16)]
+    assert len(set(found)) == len(found) == 3**4 * 16
+    assert max(max(tokens) for tokens in found) < 2**31
+    with pytest.raises(ValueError, match="from 0 to 15"):
+        marked([1, 2, 3, 4], 16, vocabulary)
 
 
 def test_blocks_that_are_known_by_their_tokens_alone_would_answer_from_another_adapter(
