@@ -34,6 +34,8 @@ class Engine(Protocol):
     def load(self, adapter: ResolvedAdapter) -> None:
         """Read an adapter and put its vectors on the device, so that its first request does not wait for that.
 
+        Where requests use all slots, it is read and checked only.
+
         Raises:
             InputError: it is damaged, or not one of this base.
             AdapterChanged: as `submit`.

@@ -17,7 +17,7 @@ from qvera.serve.requests import Busy, EndEvent, EngineDead, GenerationRequest, 
 from qvera.serve.store import AdapterStore
 from qvera.utils.errors import InputError
 from tests.helpers import wait_until
-from tests.serve.helpers import ENGINES, Alone, assert_same, engine_of, request, submit
+from tests.serve.helpers import ENGINES, Alone, assert_same, engine_of, request, require_tested_transformers, submit
 
 NAMES = [f"a{i}" for i in range(10)]
 BASE = "base"
@@ -155,6 +155,7 @@ def test_blocks_that_are_known_by_their_tokens_alone_would_answer_from_another_a
     tiny_model_dir: Path, adapters_dir: Path, alone: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The trap that the test above looks for is there: transformers' own hash of a block knows no adapter."""
+    require_tested_transformers()
     monkeypatch.setattr("qvera.serve.paged._Cache.own_tokens", lambda self, request_id, tokens: tokens)
     store = _store(adapters_dir)
     asked = [request([9, 8, 7, 6] * 20 + [40], store.resolve(name), 6) for name in ("a1", "a2")]
@@ -243,6 +244,7 @@ def test_a_full_queue_is_busy_and_what_does_not_fit_is_refused(tiny_model_dir: P
 def test_a_cache_too_small_for_all_makes_some_begin_again_and_changes_no_answer(
     tiny_model_dir: Path, adapters_dir: Path, alone: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    require_tested_transformers()
     from transformers.generation.continuous_batching.requests import RequestState
 
     begun_again: list[RequestState] = []

@@ -117,6 +117,7 @@ def test_transformers_has_the_internals_that_the_continuous_engine_takes() -> No
 def test_another_continuous_batching_is_refused_by_the_name_of_what_has_moved(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    require_tested_transformers()
     from transformers.generation.continuous_batching.model_runner import ModelRunner
 
     monkeypatch.delattr(ModelRunner, "_sample")
