@@ -103,46 +103,39 @@ def serve(
     from qvera.evaluation.prompts import PromptWriter
     from qvera.serve.api.app import create_app
     from qvera.serve.api.keys import KeyFile
-    from qvera.serve.api.server import Server
+    from qvera.serve.api.server import Server, bound
     from qvera.serve.opening import open_served
 
     key_file = KeyFile(keys) if keys is not None else None
-    with progress(f"Loading {model}"):
-        served = open_served(model, adapters)
-        running_engine = _start_engine(
-            engine,
-            served,
-            dataclasses.replace(
-                _ENGINE, max_running=running, max_waiting=queue, slots=slots, cache_tokens=cache_tokens
-            ),
-        )
-    try:
-        base = served.opened.base
-        app = create_app(
-            running_engine,
-            served.store,
-            PromptWriter.of(served.opened),
-            frozenset(end_tokens(base.model, base.tokenizer)),
-            base_name=served.base_name,
-            limits=dataclasses.replace(
-                DEFAULTS,
-                prompt_tokens=max_prompt_tokens,
-                new_tokens=max_new_tokens,
-                answers=max_answers,
-                open_answers=max_open_answers,
-                body_bytes=max_body_bytes,
-                seconds=max_seconds,
-                drain_seconds=drain_seconds,
-            ),
-            keys=key_file,
-        )
-        server = Server(app, host, port, log_calls=log_calls)
-        with server.listening() as address:
-            count = len(served.store.names())
-            console.print(f"{served.base_name} and {count:,} adapters at {address}/v1", markup=False, highlight=False)
-            server.serve_until_stopped()
-    finally:
-        running_engine.close()
+    limits = dataclasses.replace(
+        DEFAULTS,
+        prompt_tokens=max_prompt_tokens,
+        new_tokens=max_new_tokens,
+        answers=max_answers,
+        open_answers=max_open_answers,
+        body_bytes=max_body_bytes,
+        seconds=max_seconds,
+        drain_seconds=drain_seconds,
+    )
+    settings = dataclasses.replace(
+        _ENGINE, max_running=running, max_waiting=queue, slots=slots, cache_tokens=cache_tokens
+    )
+    with bound(host, port) as (listener, url):
+        with progress(f"Loading {model}"):
+            served = open_served(model, adapters)
+            base, prompts = served.opened.base, PromptWriter.of(served.opened)
+            answering = _start_engine(engine, served, settings)
+        try:
+            ends = frozenset(end_tokens(base.model, base.tokenizer))
+            app = create_app(
+                answering, served.store, prompts, ends, base_name=served.base_name, limits=limits, keys=key_file
+            )
+            said = f"{served.base_name} and {len(served.store.names()):,} adapters at {url}/v1"
+            Server(app, log_calls=log_calls, on_start=lambda: console.print(said, markup=False, highlight=False)).run(
+                sockets=[listener]
+            )
+        finally:
+            answering.close()
 
 
 def _add_key(keys: Path | None, name: str, allow: list[str] | None, may: list[str] | None) -> None:
@@ -173,7 +166,9 @@ def _require_packages() -> None:
 
     missing = [name for name in _PACKAGES if find_spec(name) is None]
     if missing:
-        raise InputError(f"needs {', '.join(missing)}, which are not installed. pip install 'qvera[serve]'")
+        raise InputError(
+            f"needs the package {missing[0]}, which is not installed. Install it with: pip install 'qvera[serve]'"
+        )
 
 
 def _start_engine(name: Literal["auto", "continuous", "static"], served: Served, settings: EngineSettings) -> Engine:

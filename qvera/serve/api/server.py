@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -23,22 +23,41 @@ _CLOSE_SECONDS = 2
 """For connections that are still open when the drain ends."""
 
 
+@contextlib.contextmanager
+def bound(host: str, port: int) -> Iterator[tuple[socket.socket, str]]:
+    """Take an address, before anything big is loaded; yields its socket and its URL. It does not listen yet.
+
+    Raises:
+        InputError: it can't be taken.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            taken.bind((host, port))
+        except OSError as error:
+            raise InputError(f"--host {host} --port {port}: can't be taken ({error.strerror or error}).") from None
+        shown = f"[{host}]" if ":" in host else host
+        yield taken, f"http://{shown}:{taken.getsockname()[1]}"
+
+
 class Server(uvicorn.Server):
-    """Serves an app. SIGTERM or Ctrl-C: new calls get 503, running ones finish within a time; a second one ends them.
+    """Serves an app: ``run(sockets=[...])``.
+
+    SIGTERM or Ctrl-C: new calls get 503, running ones finish within a time; a second one ends them.
 
     Attributes:
         service: the app's.
         drained_at: when it stops at the latest (`time.monotonic`); None while it serves.
     """
 
-    def __init__(self, app: FastAPI, host: str, port: int, *, log_calls: bool = False) -> None:
+    def __init__(self, app: FastAPI, *, log_calls: bool = False, on_start: Callable[[], None] | None = None) -> None:
+        """``on_start``: called once calls are taken."""
+        self._on_start = on_start
         self.service: Service = app.state.service
         self.drained_at: float | None = None
         super().__init__(
             uvicorn.Config(
                 app,
-                host=host,
-                port=port,
                 log_level="info" if log_calls else "warning",
                 access_log=log_calls,
                 server_header=False,
@@ -47,29 +66,11 @@ class Server(uvicorn.Server):
             )
         )
 
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[str]:
-        """Take the address; yields its URL.
-
-        Raises:
-            InputError: it can't be taken.
-        """
-        config = self.config
-        try:
-            family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-            listener = socket.create_server((config.host, config.port), family=family, backlog=config.backlog)
-        except OSError as error:
-            raise InputError(
-                f"--host {config.host} --port {config.port}: can't be listened on ({error.strerror or error})."
-            ) from None
-        with listener:
-            self._listener = listener
-            host = f"[{config.host}]" if ":" in config.host else config.host
-            yield f"http://{host}:{listener.getsockname()[1]}"
-
-    def serve_until_stopped(self) -> None:
-        """Serve at the address of `listening`; returns when a signal has stopped it and running calls have ended."""
-        self.run(sockets=[self._listener])
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen."""
+        await super().startup(sockets)
+        if self._on_start is not None:
+            self._on_start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain; at the second signal, stop."""

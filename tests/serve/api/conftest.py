@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import socket
 import threading
@@ -15,7 +16,7 @@ from qvera.data import Encoder, resolve_template
 from qvera.evaluation.prompts import PromptWriter
 from qvera.serve.api.app import create_app
 from qvera.serve.api.limits import DEFAULTS
-from qvera.serve.api.server import Server
+from qvera.serve.api.server import Server, bound
 from qvera.serve.requests import GenerationRequest
 from tests.conftest import small_tokenizer
 from tests.helpers import wait_until
@@ -58,6 +59,7 @@ Start = Callable[..., Served]
 def start() -> Iterator[Start]:
     """Start servers; keyword arguments are limits."""
     open_servers: list[tuple[Served, threading.Thread]] = []
+    addresses = contextlib.ExitStack()
 
     def begin(
         *,
@@ -88,12 +90,12 @@ def start() -> Iterator[Start]:
             limits=dataclasses.replace(DEFAULTS, **limits),
             keys=keys,
         )
-        server = Server(app, "127.0.0.1", 0)
-        thread = threading.Thread(target=server.run, daemon=True)
+        server = Server(app)
+        listener, url = addresses.enter_context(bound("127.0.0.1", 0))
+        thread = threading.Thread(target=lambda: server.run(sockets=[listener]), daemon=True)
         thread.start()
         wait_until(lambda: server.started)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        served = Served(f"http://127.0.0.1:{port}", port, engine, store, prompts, app, server, said)
+        served = Served(url, listener.getsockname()[1], engine, store, prompts, app, server, said)
         open_servers.append((served, thread))
         return served
 
@@ -104,6 +106,7 @@ def start() -> Iterator[Start]:
         thread.join(20)
         assert not thread.is_alive()
         served.engine.close()
+    addresses.close()
 
 
 @pytest.fixture

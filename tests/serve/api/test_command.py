@@ -133,6 +133,12 @@ def test_the_example_of_the_documentation_runs(command: Command, capsys: Any) ->
     assert capsys.readouterr().out
 
 
+def test_a_taken_port_is_named_before_anything_is_loaded(command: Command, capsys: Any) -> None:
+    port = command.url.rsplit(":", 1)[1]
+    assert main(["serve", "a base that is not there", "--port", port]) == 2
+    assert f"--port {port}: can't be taken (Address already in use)" in capsys.readouterr().err
+
+
 def test_sigterm_ends_the_process_after_the_running_answer(command: Command) -> None:
     body = {"model": "anna", "prompt": "say", "max_tokens": 200, "temperature": 2, "seed": 1, "stream": True}
     with httpx.stream("POST", f"{command.url}/v1/completions", json=body, timeout=60) as stream:
