@@ -30,11 +30,13 @@ from qvera.serve.requests import (
 )
 from qvera.serve.sampling import TokenChooser, choose_tokens
 from qvera.serve.static import StaticEngine
+from qvera.serve.store import AdapterStore
 from qvera.serve.threaded import ThreadedEngine
 from tests.adapters.helpers import perturb
 
 ENGINES: dict[str, type[ThreadedEngine]] = {"continuous": ContinuousEngine, "static": StaticEngine}
 SECONDS = 120.0
+BASE = "base"
 _numbers = itertools.count()
 
 
@@ -162,3 +164,13 @@ def assert_same(found: Answer, expected: Sequence[TokenEvent]) -> None:
         assert abs(one.logprob - other.logprob) < 1e-4
         assert [t for t, _ in one.top] == [t for t, _ in other.top]
         assert all(abs(a - b) < 1e-4 for (_, a), (_, b) in zip(one.top, other.top, strict=True))
+
+
+def store_of(root: Path) -> AdapterStore:
+    """The adapters of a directory, and the base."""
+    return AdapterStore(root, base_names=[BASE])
+
+
+def expected_of(alone: Any, root: Path, asked: list[GenerationRequest]) -> list[list[TokenEvent]]:
+    """What each gets alone. Before an engine runs: transformers loads no model while another thread uses torch."""
+    return [alone(None if one.adapter is None else root / one.adapter.name).answer(one) for one in asked]

@@ -13,18 +13,23 @@ import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qvera.serve.paged import marked
-from qvera.serve.requests import Busy, EndEvent, EngineDead, GenerationRequest, TokenEvent
+from qvera.serve.requests import Busy, EndEvent, EngineDead, GenerationRequest
 from qvera.serve.store import AdapterStore
 from qvera.utils.errors import InputError
 from tests.helpers import wait_until
-from tests.serve.helpers import ENGINES, Alone, assert_same, engine_of, request, require_tested_transformers, submit
+from tests.serve.helpers import (
+    BASE,
+    ENGINES,
+    assert_same,
+    engine_of,
+    expected_of,
+    request,
+    require_tested_transformers,
+    store_of,
+    submit,
+)
 
 NAMES = [f"a{i}" for i in range(10)]
-BASE = "base"
-
-
-def _store(root: Path) -> AdapterStore:
-    return AdapterStore(root, base_names=[BASE])
 
 
 def _mixed(store: AdapterStore, count: int) -> list[GenerationRequest]:
@@ -41,18 +46,13 @@ def _mixed(store: AdapterStore, count: int) -> list[GenerationRequest]:
     return asked
 
 
-def _expected(alone: Any, root: Path, asked: list[GenerationRequest]) -> list[list[TokenEvent]]:
-    """What each gets alone. Before an engine runs: transformers loads no model while another thread uses torch."""
-    return [alone(None if one.adapter is None else root / one.adapter.name).answer(one) for one in asked]
-
-
 @pytest.mark.parametrize("kind", ENGINES)
 def test_every_answer_of_a_mixed_batch_is_that_of_the_request_alone(
     kind: str, tiny_model_dir: Path, adapters_dir: Path, alone: Any
 ) -> None:
     """They come one after the other while others run, and some are cancelled."""
-    asked = _mixed(_store(adapters_dir), 40)
-    expected = _expected(alone, adapters_dir, asked)
+    asked = _mixed(store_of(adapters_dir), 40)
+    expected = expected_of(alone, adapters_dir, asked)
     cancelled = {7, 18, 30}
     with engine_of(tiny_model_dir, kind, max_running=9, step_tokens=48) as engine:
         answers = []
@@ -79,7 +79,7 @@ def test_every_answer_of_a_mixed_batch_is_that_of_the_request_alone(
 def test_many_clients_that_ask_and_go_away_at_any_time_each_get_one_end(
     kind: str, tiny_model_dir: Path, adapters_dir: Path
 ) -> None:
-    store = _store(adapters_dir)
+    store = store_of(adapters_dir)
     with engine_of(tiny_model_dir, kind, slots=3, max_running=5, cache_tokens=256) as engine:
 
         def client(number: int) -> list[str]:
@@ -108,7 +108,7 @@ def test_many_clients_that_ask_and_go_away_at_any_time_each_get_one_end(
 def test_a_stop_token_ends_an_answer_and_is_not_part_of_it(
     kind: str, tiny_model_dir: Path, adapters_dir: Path, alone: Any
 ) -> None:
-    store = _store(adapters_dir)
+    store = store_of(adapters_dir)
     whole = alone(adapters_dir / "a1").answer(request([5, 6, 7], max_tokens=12))
     stop = whole[4].token
     first = [event.token for event in whole].index(stop)
@@ -121,13 +121,13 @@ def test_a_stop_token_ends_an_answer_and_is_not_part_of_it(
 def test_prompts_that_begin_alike_are_answered_by_each_adapter_from_its_own_keys_and_values(
     tiny_model_dir: Path, adapters_dir: Path, alone: Any
 ) -> None:
-    store, prompt = _store(adapters_dir), [9, 8, 7, 6] * 20
+    store, prompt = store_of(adapters_dir), [9, 8, 7, 6] * 20
     asked = [
         request([*prompt, 40 + i], store.resolve(name), 6, top_logprobs=0)
         for i in range(2)  # the second time all find their own pages
         for name in (BASE, "a1", "a2", "a1")
     ]
-    expected = _expected(alone, adapters_dir, asked)
+    expected = expected_of(alone, adapters_dir, asked)
     with engine_of(tiny_model_dir) as engine:
         computed = _count_tokens(engine)
         for one, events in zip(asked, expected, strict=True):
@@ -157,9 +157,9 @@ def test_blocks_that_are_known_by_their_tokens_alone_would_answer_from_another_a
     """The trap that the test above looks for is there: transformers' own hash of a block knows no adapter."""
     require_tested_transformers()
     monkeypatch.setattr("qvera.serve.paged._Cache.own_tokens", lambda self, request_id, tokens: tokens)
-    store = _store(adapters_dir)
+    store = store_of(adapters_dir)
     asked = [request([9, 8, 7, 6] * 20 + [40], store.resolve(name), 6) for name in ("a1", "a2")]
-    expected = [[event.token for event in events] for events in _expected(alone, adapters_dir, asked)]
+    expected = [[event.token for event in events] for events in expected_of(alone, adapters_dir, asked)]
     with engine_of(tiny_model_dir) as engine:
         found = [submit(engine, one).tokens for one in asked]
     assert found[0] == expected[0]
@@ -183,9 +183,9 @@ def _count_tokens(engine: Any) -> list[int]:
 def test_four_slots_serve_ten_adapters_and_none_that_answers_is_evicted(
     kind: str, tiny_model_dir: Path, adapters_dir: Path, alone: Any
 ) -> None:
-    store = _store(adapters_dir)
+    store = store_of(adapters_dir)
     asked = [request([3, 4 + i], store.resolve(NAMES[i % 10]), 5 + i % 7) for i in range(30)]
-    expected = _expected(alone, adapters_dir, asked)
+    expected = expected_of(alone, adapters_dir, asked)
     with engine_of(tiny_model_dir, kind, slots=4, max_running=8) as engine:
         answers = [submit(engine, one) for one in asked]
         for answer, events in zip(answers, expected, strict=True):
@@ -194,7 +194,7 @@ def test_four_slots_serve_ten_adapters_and_none_that_answers_is_evicted(
 
 
 def test_requests_wait_for_a_slot_and_go_on_when_one_is_free(tiny_model_dir: Path, adapters_dir: Path) -> None:
-    store = _store(adapters_dir)
+    store = store_of(adapters_dir)
     with engine_of(tiny_model_dir, slots=1) as engine:
         long = submit(engine, request([3], store.resolve("a0"), 200))
         long.wait_for_token()
@@ -252,43 +252,17 @@ def test_a_cache_too_small_for_all_makes_some_begin_again_and_changes_no_answer(
     monkeypatch.setattr(
         RequestState, "create_equivalent_initial_request", lambda self: (begun_again.append(self), begin_again(self))[1]
     )
-    store = _store(adapters_dir)
+    store = store_of(adapters_dir)
     asked = [
         request([3 + i] * 20, store.resolve(NAMES[i]), 60, temperature=1.0, seed=i, top_logprobs=1) for i in range(6)
     ]
-    expected = _expected(alone, adapters_dir, asked)
+    expected = expected_of(alone, adapters_dir, asked)
     with engine_of(tiny_model_dir, cache_tokens=192) as engine:
         assert engine.longest_tokens == 192
         answers = [submit(engine, one) for one in asked]
         for answer, events in zip(answers, expected, strict=True):
             assert_same(answer, events)
     assert begun_again
-
-
-def test_adapters_of_other_seeds_ranks_and_shapes_share_a_batch(
-    tiny_model_dir: Path, tmp_path: Path, alone: Any
-) -> None:
-    from tests.serve.helpers import write_adapters
-
-    kinds: dict[str, dict[str, Any]] = {
-        "rank": {"rank": 5},
-        "seed": {"seed": 3},
-        "groups": {"b_groups": 2},
-        "scaled": {"input_scale": True, "rank": 12},
-        "some": {"targets": ["q_proj", "down_proj"]},
-    }
-    for i, (name, settings) in enumerate(kinds.items()):
-        write_adapters(tmp_path, tiny_model_dir, {name: i, f"{name}2": i + 20}, **settings)
-    store = _store(tmp_path)
-    asked = [
-        request([4, 5, 6 + i], store.resolve(name), 10, top_logprobs=0)
-        for i, name in enumerate([BASE, *store.names(), *store.names()])
-    ]
-    expected = _expected(alone, tmp_path, asked)
-    with engine_of(tiny_model_dir) as engine:
-        answers = [submit(engine, one) for one in asked]
-        for answer, events in zip(answers, expected, strict=True):
-            assert_same(answer, events)
 
 
 def test_the_events_of_a_receiver_that_fails_end_its_own_request_only(tiny_model_dir: Path) -> None:
@@ -304,10 +278,10 @@ def test_the_events_of_a_receiver_that_fails_end_its_own_request_only(tiny_model
 def test_loading_makes_an_adapter_resident_and_unloading_lets_those_that_run_finish(
     tiny_model_dir: Path, adapters_dir: Path, alone: Any
 ) -> None:
-    adapter = _store(adapters_dir).resolve("a3")
+    adapter = store_of(adapters_dir).resolve("a3")
     assert adapter is not None
     asked = request([3, 9], adapter, 100)
-    [expected] = _expected(alone, adapters_dir, [asked])
+    [expected] = expected_of(alone, adapters_dir, [asked])
     with engine_of(tiny_model_dir) as engine:
         engine.load(adapter)
         assert engine.stats().adapters_resident == 1
@@ -318,43 +292,10 @@ def test_loading_makes_an_adapter_resident_and_unloading_lets_those_that_run_fin
         wait_until(lambda: engine.stats().adapters_resident == 0)
 
 
-BASES: dict[str, tuple[dict[str, Any], float]] = {
-    "bf16 over nf4": ({"compute_dtype": "bfloat16"}, 0.1),
-    "fp16 over nf4": ({"compute_dtype": "float16"}, 0.02),
-    "dense": ({"quantization": "none"}, 1e-4),
-    "int8": ({"quantization": "int8", "compute_dtype": "auto"}, 0.1),
-}
-
-
-@pytest.mark.parametrize("kind", ENGINES)
-@pytest.mark.parametrize("name", BASES)
-def test_over_other_bases_a_first_token_has_the_probabilities_of_the_request_alone(
-    name: str, kind: str, tiny_model_dir: Path, adapters_dir: Path
-) -> None:
-    """In 16 bits, to rounding."""
-    model, error = BASES[name]
-    store = _store(adapters_dir)
-    asked = [
-        request([3 + i] * 30, store.resolve(which), 2, top_logprobs=5) for i, which in enumerate((BASE, "a1", "a2"))
-    ]
-    alone = [
-        Alone(tiny_model_dir, None if one.adapter is None else adapters_dir / one.adapter.name, **model)
-        for one in asked
-    ]
-    expected = [dict(each.answer(one)[0].top) for each, one in zip(alone, asked, strict=True)]
-    with engine_of(tiny_model_dir, kind, model) as engine:
-        for answer, likely in zip([submit(engine, one) for one in asked], expected, strict=True):
-            assert answer.end() == EndEvent("length")
-            found = dict(answer.events[0].top)
-            shared = found.keys() & likely.keys()
-            assert len(shared) >= 3
-            assert all(abs(found[token] - likely[token]) < error for token in shared)
-
-
 def test_a_step_runs_the_same_operations_whatever_the_number_of_adapters_in_it(
     tiny_model_dir: Path, adapters_dir: Path
 ) -> None:
-    store = _store(adapters_dir)
+    store = store_of(adapters_dir)
     counts = {}
     with engine_of(tiny_model_dir, max_running=8, share_prefixes=False) as engine:
         for adapters in (2, 8):
