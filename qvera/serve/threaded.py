@@ -236,8 +236,10 @@ class ThreadedEngine(ABC):
             try:
                 task()
                 future.set_result(None)
-            except Exception as error:
+            except BaseException as error:
                 future.set_exception(error)
+                if not isinstance(error, Exception):
+                    raise
 
     def _take_cancelled(self) -> None:
         with self._wake:

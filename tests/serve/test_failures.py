@@ -83,6 +83,22 @@ def test_even_an_error_that_python_does_not_expect_ends_every_request(tiny_model
         wait_until(lambda: engine.stats().dead)
 
 
+def test_who_loads_an_adapter_into_an_engine_that_ends_is_told(tiny_model_dir: Path, adapters_dir: Path) -> None:
+    adapter = AdapterStore(adapters_dir).resolve("a1")
+    assert adapter is not None
+    with engine_of(tiny_model_dir) as engine:
+
+        def leave(_: object) -> None:
+            raise SystemExit(3)
+
+        engine.bank.acquire = leave  # type: ignore[method-assign, assignment]
+        with pytest.raises(SystemExit):
+            engine.load(adapter)
+        wait_until(lambda: engine.stats().dead)
+        with pytest.raises(EngineDead):
+            engine.load(adapter)
+
+
 @pytest.mark.parametrize("kind", ENGINES)
 def test_an_adapter_of_numbers_beyond_all_bounds_ends_its_own_requests_alone(
     kind: str, tiny_model_dir: Path, adapters_dir: Path, tmp_path: Path, alone: Any
