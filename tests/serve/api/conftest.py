@@ -68,6 +68,7 @@ def start() -> Iterator[Start]:
         places: int = 8,
         queue: int = 4,
         system: str | None = None,
+        send_buffer_bytes: int | None = None,
         **limits: Any,
     ) -> Served:
         tokenizer = small_tokenizer()
@@ -92,6 +93,8 @@ def start() -> Iterator[Start]:
         )
         server = Server(app)
         listener, url = addresses.enter_context(bound("127.0.0.1", 0))
+        if send_buffer_bytes is not None:  # of every connection
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
         thread = threading.Thread(target=lambda: server.run(sockets=[listener]), daemon=True)
         thread.start()
         wait_until(lambda: server.started)
