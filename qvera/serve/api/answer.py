@@ -53,8 +53,15 @@ async def answer(request: Request, body: GenerationBody, call: Call, form: Form)
     head = {"id": form.prefix + uuid.uuid4().hex, "created": int(time.time()), "model": body.model}
     answers = Answers(service, call, access_of(request))
     if not body.stream:
-        content = await while_connected(request.receive, _whole(answers, call, form))
-        return JSONResponse({**head, "object": form.whole, "system_fingerprint": answers.fingerprint, **content})
+        texts = await while_connected(request.receive, _whole(answers, call))
+
+        def response() -> Response:
+            choices = [form.choice(index, *parts) for index, parts in enumerate(texts)]
+            content = {"object": form.whole, "system_fingerprint": answers.fingerprint, "choices": choices}
+            return JSONResponse({**head, **content, "usage": _usage(answers)})
+
+        # the log-probabilities of many tokens are megabytes of JSON
+        return response() if call.sampling.top_logprobs is None else await service.in_thread(response)
     await while_connected(request.receive, answers.start())
     head |= {"object": form.chunk, "system_fingerprint": answers.fingerprint}
     with_usage = body.stream_options is not None and body.stream_options.include_usage
@@ -62,7 +69,8 @@ async def answer(request: Request, body: GenerationBody, call: Call, form: Form)
     return EventStream(chunks, answers.close, service.limits.send_seconds)
 
 
-async def _whole(answers: Answers, call: Call, form: Form) -> dict[str, Any]:
+async def _whole(answers: Answers, call: Call) -> list[tuple[str, list[ScoredToken], str]]:
+    """Text, tokens and end of each answer."""
     count = len(call.prompts) * call.n
     texts: list[list[str]] = [[] for _ in range(count)]
     tokens: list[list[ScoredToken]] = [[] for _ in range(count)]
@@ -75,8 +83,7 @@ async def _whole(answers: Answers, call: Call, form: Form) -> dict[str, Any]:
             ends[piece.index] = piece.finish or ""
     finally:
         answers.close()
-    choices = [form.choice(index, "".join(texts[index]), tokens[index], ends[index]) for index in range(count)]
-    return {"choices": choices, "usage": _usage(answers)}
+    return [("".join(texts[index]), tokens[index], ends[index]) for index in range(count)]
 
 
 async def _chunks(

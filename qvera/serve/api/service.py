@@ -37,14 +37,13 @@ class Adapters(Protocol):
 
     Attributes:
         base_names: what `resolve` takes for the base alone.
-        root: the directory of the adapters; None: there is none, and none can be added.
     """
 
     base_names: frozenset[str]
 
     @property
     def root(self) -> Path | None:
-        """See above."""
+        """The directory of the adapters; None: there is none, and none can be added."""
 
     def names(self) -> list[str]:
         """The adapters, by name."""
