@@ -6,16 +6,19 @@ import csv
 import json
 import shlex
 import shutil
+import subprocess
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 
 from bench.customer_rows import STYLES, row, write_rows
 from qvera.adapters import tuner
 from qvera.cli.main import main
 from qvera.evaluation.named_adapters import require_named
+from tests.serve.command import Command
 from tests.test_docs import ROOT, commands
 
 pytestmark = pytest.mark.process
@@ -37,7 +40,7 @@ def test_the_shipped_rows_are_those_of_the_script(tmp_path: Path) -> None:
 def test_the_commands_train_twenty_adapters_and_three_answer_in_one_batch(
     tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    train, answer = (shlex.split(line)[1:] for line in commands("README.md") if "customers" in line)
+    train, answer, serve = (shlex.split(line)[1:] for line in commands("README.md") if "customers" in line)
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     monkeypatch.chdir(tmp_path)
     smaller = {
@@ -72,3 +75,22 @@ def test_the_commands_train_twenty_adapters_and_three_answer_in_one_batch(
         assert main(["generate", str(require_named(run, name)), *answer[answer.index("--prompt") :], *short]) == 0
         alone += f"{name}: {capsys.readouterr().out}"
     assert together == alone
+
+    (curl,) = (line for line in commands("README.md") if line.startswith("curl "))
+    server = Command(*serve[1:])
+    try:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+        assert {model.id for model in client.models.list()} == {*shipped, "tiny-llama"}
+        said = {}
+        for name in ("chloe", "gina", "tara"):
+            line = (
+                curl.replace("127.0.0.1:8000", server.url).replace("gina", name).replace("40}", '40, "temperature": 0}')
+            )
+            found = subprocess.run(shlex.split(line), check=True, capture_output=True, text=True, timeout=120)
+            said[name] = json.loads(found.stdout)["choices"][0]["text"]
+            prompt = json.loads(shlex.split(line)[-1])["prompt"]
+            same = client.completions.create(model=name, prompt=prompt, max_tokens=40, temperature=0)
+            assert same.choices[0].text == said[name]
+        assert len(set(said.values())) > 1
+    finally:
+        assert server.stop() == 0
