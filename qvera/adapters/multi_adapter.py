@@ -72,7 +72,9 @@ class RowPlan:
         Raises:
             ValueError: adapters are merged into the base, or the batch has another number of rows.
         """
-        result = base_output(layer, self.rows, x, *args, **kwargs)
+        if x.shape[0] != self.rows:
+            raise ValueError(f"adapter_names: has {self.rows} names for a batch of {x.shape[0]} rows.")
+        result = base_output(layer, x, *args, **kwargs)
         if layer.disable_adapters:
             return result
         dtype = linear.compute_dtype(layer.base_layer, x)
@@ -110,16 +112,10 @@ class RowPlan:
             yield _Part(rows, pair, d[adapters], b[adapters], None if a is None else a[adapters])
 
 
-def base_output(layer: QveraLinear, rows: int, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-    """W x of a batch whose rows use different adapters.
-
-    Raises:
-        ValueError: adapters are merged into the base, or the batch has another number of rows.
-    """
+def base_output(layer: QveraLinear, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+    """W x of a batch whose rows use different adapters; ValueError where adapters are merged into the base."""
     if layer.merged:
         raise ValueError("adapter_names: adapters are merged into the base weights; unmerge them first.")
-    if x.shape[0] != rows:
-        raise ValueError(f"adapter_names: has {rows} names for a batch of {x.shape[0]} rows.")
     if layer.holds_inference_weight and not layer._inference_adapters and not torch.is_grad_enabled():
         return layer.inference_product(x)
     return layer.base_layer(x, *args, **kwargs)

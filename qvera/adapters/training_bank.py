@@ -19,7 +19,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from qvera.adapters.files.save_load import named_vectors
 from qvera.adapters.layer import QveraLinear
 from qvera.adapters.multi_adapter import base_output
-from qvera.adapters.products.row_vectors import expand_rows, scale_rows
+from qvera.adapters.products.row_vectors import TokenRows, expand_rows, scale_rows
 from qvera.adapters.projection import vera_scale
 from qvera.adapters.vector_layout import VectorLayout
 from qvera.models import linear
@@ -117,20 +117,27 @@ class TrainingBank:
         return self.layout.take(self.vectors[slot])
 
     @contextlib.contextmanager
-    def rows(self, slots: Sequence[int]) -> Iterator[None]:
+    def rows(self, slots: Sequence[int], tokens: Sequence[int]) -> Iterator[None]:
         """A context in which row i of a batch uses the adapter in ``slots[i]``.
 
         The forward pass and its backward have to run within it: a checkpointed layer computes its forward pass again.
         Where all rows are of one adapter, the layers take the path that they take for an adapter alone.
+
+        Args:
+            slots: of each row's adapter.
+            tokens: of each row, padding included. Rows stand in a padded batch, or one behind the other in a sequence.
         """
-        if len(set(slots)) == 1:
-            with self._alone(slots[0]):
+        taken = sorted(set(slots))
+        if len(taken) == 1:
+            with self._alone(taken[0]):
                 yield
             return
-        index = accelerator.tensors_on(self.device, {"slots": np.array(slots, dtype=np.int64)})["slots"]
+        arrays = {"slots": taken, "index": np.repeat(np.searchsorted(taken, slots), tokens)}
+        sent = accelerator.tensors_on(self.device, {k: np.asarray(v, dtype=np.int64) for k, v in arrays.items()})
+        of_tokens = TokenRows(sent["index"], len(taken))
 
         def forward(layer: QveraLinear, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-            return self._forward(layer, index, x, *args, **kwargs)
+            return self._forward(layer, sent["slots"], of_tokens, x, *args, **kwargs)
 
         try:
             for layer in self._layers:
@@ -159,15 +166,23 @@ class TrainingBank:
                 parameter.data = before[key]
 
     def _forward(
-        self, layer: QveraLinear, index: torch.Tensor, x: torch.Tensor, *args: object, **kwargs: object
+        self,
+        layer: QveraLinear,
+        slots: torch.Tensor,
+        tokens: TokenRows,
+        x: torch.Tensor,
+        *args: object,
+        **kwargs: object,
     ) -> torch.Tensor:
-        result = base_output(layer, len(index), x, *args, **kwargs)
+        if x.shape[:-1].numel() != len(tokens.index):
+            raise ValueError(f"a pass of {len(tokens.index)} tokens got {x.shape[:-1].numel()}")
+        result = base_output(layer, x, *args, **kwargs)
         if layer.disable_adapters:
             return result
-        own = {kind: _TakeRows.apply(view, view.grad, index) for kind, view in self._of_layer[layer.place.name].items()}
+        own = {kind: _TakeRows.apply(view, view.grad, slots) for kind, view in self._of_layer[layer.place.name].items()}
         dtype, pair = linear.compute_dtype(layer.base_layer, x), layer.qvera_projection[self.adapter]
         rank = own["qvera_d"].shape[-1]
-        inner = scale_rows(x.to(dtype), own["qvera_a"]) if "qvera_a" in own else x
+        inner = scale_rows(x.to(dtype), own["qvera_a"], tokens) if "qvera_a" in own else x
         z = pair.project(inner, rank, dtype)  # shared by q, k and v where there is no a
-        scale = vera_scale(rank, layer.in_features)
-        return expand_rows(result, z, own["qvera_d"], own["qvera_b"], pair.B[: layer.out_features, :rank], scale)
+        scale, B = vera_scale(rank, layer.in_features), pair.B[: layer.out_features, :rank]
+        return expand_rows(result, z, own["qvera_d"], own["qvera_b"], B, scale, tokens)

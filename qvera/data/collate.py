@@ -193,21 +193,26 @@ def rounds_lengths(dtype: torch.dtype, device_type: str) -> bool:
     return device_type == "cpu" and dtype.itemsize == 2
 
 
-def round_up_length(tokens: int) -> int:
-    """The smallest of 1, 2, .. 16, 18, .. 32, 36, .. 64, 72, .. that is not below ``tokens`` (at least 1)."""
-    step = max(1, (1 << (tokens.bit_length() - 1)) // LENGTHS_PER_OCTAVE)
+def round_up_length(tokens: int, per_octave: int = LENGTHS_PER_OCTAVE) -> int:
+    """The smallest of 1, 2, .. 16, 18, .. 32, 36, .. 64, 72, .. that is not below ``tokens`` (at least 1).
+
+    ``per_octave``: how many there are from each power of two to the next.
+    """
+    step = max(1, (1 << (tokens.bit_length() - 1)) // per_octave)
     return -(-tokens // step) * step
 
 
-def pad_batch(batch: dict[str, torch.Tensor], tokens: int, pad_id: int) -> dict[str, torch.Tensor]:
+def pad_batch(batch: dict[str, Any], tokens: int, pad_id: int) -> dict[str, Any]:
     """Pad a batch on the right to ``tokens`` tokens a row; the padding is not trained, and no token before it sees it.
 
     Args:
         batch: from `qvera.data.collate`, [B, T]; ``attention_mask`` [B, T], or bool [1, 1, T, T] of a joined sequence.
+            Joined rows that have offsets have no common prefix.
 
     Returns:
         The same tensors where T is ``tokens`` already. A mask [B, T] goes on with ones: the causal order hides the new
-        columns from every row's own tokens, and rows that were all equally long still need no mask.
+        columns from every row's own tokens, and rows that were all equally long still need no mask. Behind joined rows
+        that have offsets the padding is a row of its own.
     """
     import torch.nn.functional as F
 
@@ -215,9 +220,13 @@ def pad_batch(batch: dict[str, torch.Tensor], tokens: int, pad_id: int) -> dict[
     if more == 0:
         return batch
     values = {"input_ids": pad_id, "labels": IGNORED, "attention_mask": 1}
-    padded = {}
+    padded: dict[str, Any] = {}
     for name, tensor in batch.items():
-        if name == "trained":
+        if name.startswith("max_length"):
+            padded[name] = max(tensor, more)
+        elif name.startswith("cu_seq_lens"):
+            padded[name] = F.pad(tensor, (0, 1), value=tokens)
+        elif name == "trained":
             padded[name] = tensor + tensor // (tokens - more) * more
         elif tensor.dim() == 2:
             padded[name] = F.pad(tensor, (0, more), value=values.get(name, 0))

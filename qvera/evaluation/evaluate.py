@@ -30,7 +30,12 @@ if TYPE_CHECKING:
 
 
 def make_batch(
-    model: nn.Module, examples: Sequence[Example], pad_id: int, prefix_once: bool = True, packing: bool = False
+    model: nn.Module,
+    examples: Sequence[Example],
+    pad_id: int,
+    prefix_once: bool = True,
+    packing: bool = False,
+    whole_rows: bool = False,
 ) -> dict[str, Any]:
     """Collate rows into a batch on the model's device.
 
@@ -40,19 +45,23 @@ def make_batch(
     Args:
         prefix_once: what the rows begin with is computed once for all of them, where that pays.
         packing: one sequence without padding, whether it pays or not (`require_packing`).
+        whole_rows: in place of both, one sequence in which each row is whole, where attention takes offsets: what rows
+            have in common may not be computed once for all where their adapters differ.
     """
     device, inner = next(model.parameters()).device, causal_model(model)
     implementation = inner.config._attn_implementation or ""
     # flash-attn takes offsets for one row too: transformers would look for rows in its positions in every layer
-    offsets = packing or (len(examples) == 1 and implementation.startswith("flash_attention"))
-    joined = rows_joined(inner, prefix_once, offsets)
+    offsets = packing or whole_rows or (len(examples) == 1 and implementation.startswith("flash_attention"))
+    joined = rows_joined(inner, prefix_once, offsets, whole_rows)
     batch = None if joined is None else collate_prefix_once(examples, device, offsets, joined)
     batch = batch or collate(examples, pad_id, device, masked=needs_padding_mask(inner))
     dtype = linear.embedding_dtype(inner.get_input_embeddings())
-    if rounds_lengths(dtype, device.type) and "cu_seq_lens_q" not in batch:
+    if rounds_lengths(dtype, device.type) and "prefix_length" not in batch:
         tokens = batch["input_ids"].shape[1]
-        positions = getattr(inner.config, "max_position_embeddings", None) or round_up_length(tokens)
-        batch = pad_batch(batch, max(tokens, min(round_up_length(tokens), positions)), pad_id)
+        wanted = round_up_length(tokens)
+        if "cu_seq_lens_q" not in batch:
+            wanted = min(wanted, getattr(inner.config, "max_position_embeddings", None) or wanted)
+        batch = pad_batch(batch, max(tokens, wanted), pad_id)
     sees = batch.get("attention_mask")
     if sees is not None and sees.dim() == 4:  # additive, which both attention implementations take
         hidden = torch.full(sees.shape, torch.finfo(dtype).min, dtype=dtype, device=device)
@@ -60,6 +69,15 @@ def make_batch(
     elif sees is None and takes_open_mask(implementation):
         batch["attention_mask"] = open_mask(batch["input_ids"])
     return batch
+
+
+def row_tokens(batch: dict[str, Any], examples: Sequence[Example]) -> list[int]:
+    """How many tokens of a batch each row has, padding included; what fills up a sequence of rows is the last one's."""
+    rows, length = batch["input_ids"].shape
+    if "cu_seq_lens_q" not in batch:
+        return [length] * rows
+    tokens = [len(example.input_ids) for example in examples]
+    return [*tokens[:-1], length - sum(tokens[:-1])]
 
 
 @contextlib.contextmanager
@@ -112,13 +130,16 @@ def row_nll(
     """The weighted sum (scalar, differentiable) of the rows' negative log likelihoods, and each row's own [B].
 
     Args:
-        model, batch, chunk_tokens: see `batch_nll`; the batch is padded, a sequence for each row.
+        model, batch, chunk_tokens: see `batch_nll`; a row of the batch, or of its offsets, for each row.
         row_weights: fp32 [B].
     """
-    hidden = hidden_states(model, batch)
-    return row_cross_entropy(
-        hidden, batch["labels"], Head.of(causal_model(model)), chunk_tokens, batch["trained"], row_weights
-    )
+    hidden, trained = hidden_states(model, batch), batch["trained"]
+    if "cu_seq_lens_q" in batch:
+        of_trained = torch.searchsorted(batch["cu_seq_lens_q"], trained, right=True) - 1
+    else:
+        of_trained = trained // batch["labels"].shape[1]
+    head = Head.of(causal_model(model))
+    return row_cross_entropy(hidden, batch["labels"], head, chunk_tokens, trained, of_trained, row_weights)
 
 
 @torch.no_grad()

@@ -9,10 +9,10 @@ and values, and no layer waits for the device to look at the mask.
 `torch.nn.attention.varlen`, in 16 bits on a card that has torch's flash kernel. Elsewhere a dense mask does it.
 
 Both are attention implementations of transformers, registered under names of their own and set in the config of one
-model (`choose_implementation`). Only accelerators use them; a CPU keeps sdpa. Of a batch from
-`qvera.evaluation.evaluate.make_batch` they never read a value on the host. They take every other batch as sdpa does,
-masks included. So far they have run on a CPU, with `attend_row_by_row` in the kernel's place, and on the fake
-accelerator of the tests; on no GPU.
+model (`choose_implementation`). Accelerators use them. A CPU keeps sdpa, but for the passes of many adapters, whose
+joined rows it attends to in groups of like length. Of a batch from `qvera.evaluation.evaluate.make_batch` an
+accelerator never reads a value on the host. They take every other batch as sdpa does, masks included. So far they have
+run on a CPU and on the fake accelerator of the tests; on no GPU.
 """
 
 from __future__ import annotations
@@ -30,13 +30,17 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from qvera.data.collate import Joined
+from qvera.data.collate import Joined, round_up_length
 from qvera.utils import accelerator
 
 CAUSAL = "qvera_causal"
 """sdpa that needs no mask to know that a batch is padded on the right."""
 VARLEN = "qvera_varlen"
 """The same, and variable-length attention for rows in one sequence."""
+FP32_TOKENS = 128
+"""On a CPU, rows of joined sequences that are no longer than this are attended to in fp32: see `attend_in_groups`."""
+GROUPS_PER_OCTAVE = 2
+"""Rows of like length share a call of sdpa on a CPU: there are so many groups from each power of two to the next."""
 
 _CAUSAL_TYPES = (
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt2", "gpt_neox", "olmo2",
@@ -64,32 +68,40 @@ def is_joinable(config: PretrainedConfig) -> bool:
     return config.model_type in JOINABLE_TYPES and full_attention
 
 
-def joining_of(config: PretrainedConfig, implementation: str | None, prefix_once: bool, packing: bool) -> Joined | None:
+def joining_of(
+    config: PretrainedConfig, implementation: str | None, prefix_once: bool, packing: bool, whole_rows: bool = False
+) -> Joined | None:
     """How rows are put into one sequence for this attention implementation; None where each stays a row of the batch.
 
     Args:
         prefix_once: for the sake of a common prefix, where that pays.
         packing: always.
+        whole_rows: by offsets or not at all, and without a common prefix.
     """
     if not is_joinable(config) or implementation is None:
         return None
     if implementation.startswith("flash_attention"):
-        return Joined.ROWS if packing else None
+        return Joined.ROWS if packing or whole_rows else None
+    if whole_rows:
+        return Joined.ROWS if implementation == VARLEN else None
     found = {"sdpa": Joined.MASK, "eager": Joined.MASK, CAUSAL: Joined.MASK, VARLEN: Joined.OFFSETS}
     return found.get(implementation) if packing or prefix_once else None
 
 
-def implementation_on(device: torch.device | None, config: PretrainedConfig, dtype: torch.dtype) -> str:
+def implementation_on(
+    device: torch.device | None, config: PretrainedConfig, dtype: torch.dtype, whole_rows: bool = False
+) -> str:
     """What stands in for sdpa on a device in this compute dtype.
 
     Args:
         device: None: a card that is not here, which is taken to run what the installed torch offers.
+        whole_rows: rows are joined without a common prefix, which a CPU takes offsets for too.
     """
-    if device is not None and not accelerator.is_accelerator(device):
-        return "sdpa"
     if not is_joinable(config):
         return "sdpa"
     dropout = getattr(config, "attention_dropout", None)
+    if device is not None and not accelerator.is_accelerator(device):
+        return VARLEN if whole_rows and not dropout else "sdpa"
     if dtype.itemsize != 2 or dropout or varlen_kernel() is None:
         return CAUSAL
     heads = config.num_attention_heads
@@ -98,13 +110,13 @@ def implementation_on(device: torch.device | None, config: PretrainedConfig, dty
     return VARLEN if device is None or varlen_runs(device, dtype, heads // grouped, head_dim) else CAUSAL
 
 
-def choose_implementation(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
-    """Set the implementation of a loaded model that would use sdpa, by what its device runs."""
-    if (
-        model.config._attn_implementation == "sdpa"
-        and (name := implementation_on(device, model.config, dtype)) != "sdpa"
-    ):
-        model.set_attn_implementation(name)
+def choose_implementation(
+    model: PreTrainedModel, device: torch.device, dtype: torch.dtype, whole_rows: bool = False
+) -> None:
+    """Set the implementation of a loaded model that would use sdpa, by what its device runs (`implementation_on`)."""
+    name = model.config._attn_implementation
+    if name == "sdpa" and (better := implementation_on(device, model.config, dtype, whole_rows)) != "sdpa":
+        model.set_attn_implementation(better)
 
 
 def takes_open_mask(implementation: str | None) -> bool:
@@ -183,6 +195,8 @@ def varlen_attention(
         longest_q, longest_k: the most queries and keys of a row.
     """
     if query.device.type == "cpu":
+        if torch.equal(ends_q, ends_k):
+            return attend_in_groups(query, key, value, ends_q, scale)
         return attend_row_by_row(query, key, value, ends_q, ends_k, scale)
     kernel = varlen_kernel()
     assert kernel is not None  # `implementation_on` has asked
@@ -209,6 +223,50 @@ def attend_row_by_row(
         sees = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1])
         parts.append(F.scaled_dot_product_attention(q, k, v, attn_mask=sees, scale=scale, enable_gqa=True))
     return torch.cat(parts, 1).transpose(0, 1)
+
+
+def attend_in_groups(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """`varlen_attention` of rows that have as many keys as queries, on a CPU: one sdpa for rows of like length.
+
+    What fills a row up is its own last token, which causal order hides. So a row that is not finite stays alone.
+    """
+    there, back, sizes = groups_of(tuple(ends.tolist()))
+    padded = [x.index_select(0, there).split([rows * length for rows, length in sizes]) for x in (query, key, value)]
+    outputs = []
+    for (rows, length), *parts in zip(sizes, *padded, strict=True):
+        # torch's kernel takes twice as long for a short row in 16 bits, and keeps less of it
+        wide = query.dtype if query.dtype.itemsize > 2 or length > FP32_TOKENS else torch.float32
+        q, k, v = (x.view(rows, length, *x.shape[1:]).transpose(1, 2).to(wide) for x in parts)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        outputs.append(out.transpose(1, 2).flatten(0, 1).to(query.dtype))
+    return torch.cat(outputs).index_select(0, back)
+
+
+@functools.lru_cache(maxsize=2)  # of the pass that is computed: its layers have the same rows
+def groups_of(ends: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, int]]]:
+    """How rows that stand one behind the other are padded in groups of like length.
+
+    Returns:
+        The token that each place of the groups takes, int64 [Σ rows · length]; the place of each token, int64 [T]; and
+        of each group its rows and their length.
+    """
+    groups: dict[int, list[tuple[int, int]]] = {}
+    for begin, end in itertools.pairwise(ends):
+        groups.setdefault(round_up_length(end - begin, GROUPS_PER_OCTAVE), []).append((begin, end))
+    taken, sizes, placed = [], [], 0
+    back = torch.empty(ends[-1], dtype=torch.int64)
+    for rows in groups.values():
+        # of few lengths, as those of whole batches are
+        length = round_up_length(max(end - begin for begin, end in rows))
+        columns = torch.arange(length)
+        for begin, end in rows:
+            taken.append(torch.clamp(begin + columns, max=end - 1))
+            back[begin:end] = placed + columns[: end - begin]
+            placed += length
+        sizes.append((len(rows), length))
+    return torch.cat(taken), back, sizes
 
 
 class _KeysOfRows(torch.autograd.Function):

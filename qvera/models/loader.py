@@ -283,10 +283,12 @@ def takes_prefix_once(model: PreTrainedModel | PeftModel) -> bool:
     return rows_joined(model, prefix_once=True, packing=False) is not None
 
 
-def rows_joined(model: PreTrainedModel | PeftModel, prefix_once: bool, packing: bool) -> Joined | None:
+def rows_joined(
+    model: PreTrainedModel | PeftModel, prefix_once: bool, packing: bool, whole_rows: bool = False
+) -> Joined | None:
     """How this model takes rows in one sequence; see `qvera.models.attention.joining_of`."""
     config = causal_model(model).config
-    return attention.joining_of(config, config._attn_implementation, prefix_once, packing)
+    return attention.joining_of(config, config._attn_implementation, prefix_once, packing, whole_rows)
 
 
 def require_packing(model: PreTrainedModel | PeftModel) -> None:

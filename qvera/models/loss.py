@@ -162,6 +162,7 @@ def row_cross_entropy(
     head: Head,
     chunk_tokens: int,
     trained: torch.Tensor,
+    of_trained: torch.Tensor,
     row_weights: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross entropy of a batch whose rows count differently, as those of different adapters do.
@@ -169,15 +170,15 @@ def row_cross_entropy(
     Args:
         hidden, labels, head, chunk_tokens: see `fused_linear_cross_entropy`.
         trained: int64 [n], see there.
-        row_weights: fp32 [B].
+        of_trained: int64 [n], which row each of them is of.
+        row_weights: fp32 [R].
 
     Returns:
         Σ over rows of weight · summed cross entropy of the row's trained tokens (scalar, fp32 or wider, differentiable
-        once in hidden), and the summed cross entropy of each row [B], without a graph. A row that is not finite leaves
+        once in hidden), and the summed cross entropy of each row [R], without a graph. A row that is not finite leaves
         the gradients of the others as they are.
     """
-    of_row = trained // labels.shape[1]
     rows, targets = _trained_tokens(hidden, labels, trained)
-    weights = row_weights.index_select(0, of_row)
+    weights = row_weights.index_select(0, of_trained)
     total, nll = _FusedLinearCrossEntropy.apply(rows, targets, head, chunk_tokens, None, weights)
-    return total, nll.new_zeros(len(labels)).index_add_(0, of_row, nll)
+    return total, nll.new_zeros(len(row_weights)).index_add_(0, of_trained, nll)

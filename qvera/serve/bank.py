@@ -297,7 +297,7 @@ class ServingBank:
 
     def _forward(self, layer: QveraLinear, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """base(x), and for each token the low-rank path of its own adapter; x [rows, tokens, n]."""
-        result = base_output(layer, x.shape[0], x, *args, **kwargs)
+        result = base_output(layer, x, *args, **kwargs)
         dtype = linear.compute_dtype(layer.base_layer, x)
         for bank, slot, tokens in self._parts:
             own = bank.of_linear.get(layer.place.name)

@@ -27,6 +27,7 @@ from qvera.distributed.group import Group
 from qvera.distributed.zero_config import zero_config_of
 from qvera.distributed.zero_params import BaseSharder
 from qvera.evaluation import evaluate
+from qvera.models.attention import choose_implementation
 from qvera.models.checkpointing import Mode, enable_checkpointing
 from qvera.models.compile import compile_layers
 from qvera.models.loader import Base, load_base, pick_compute_dtype, require_packing, rows_joined
@@ -121,6 +122,8 @@ class TrainingSession:
         # of W + ΔW. Layers choose their path by it, so a run that goes on keeps it, whatever memory allows now
         self.builds_per_pass = BUILDS_UNHELD if self.plan is None else self.plan.builds_per_pass
         self.base = self._load_base()
+        if recipe.data.has_adapters:
+            choose_implementation(self.base.model, self.device, dtype, whole_rows=True)
         facts = self.base.facts
         identity = facts.get("fingerprint"), facts.get("added_tokens")
         phases = phase_count(recipe, len(self.datasets.train))

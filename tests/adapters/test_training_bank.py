@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +15,10 @@ from qvera.adapters.files.save_load import attach, named_vectors
 from qvera.adapters.training_bank import TrainingBank
 from qvera.config.schema import AdapterSection, TrainingSection
 from qvera.data import Example
-from qvera.evaluation.evaluate import batch_nll, make_batch, row_nll
+from qvera.evaluation.evaluate import batch_nll, make_batch, row_nll, row_tokens
+from qvera.models.attention import VARLEN
 from qvera.models.checkpointing import enable_checkpointing
+from qvera.models.loader import causal_model
 from qvera.training.many.optimizer import BankAdamW
 from tests.conftest import small_llama
 
@@ -31,6 +36,16 @@ def _rows() -> list[Example]:
     return rows
 
 
+@contextlib.contextmanager
+def _pass(model: PeftModel, bank: TrainingBank, slots: Sequence[int], joined: bool) -> Iterator[dict[str, Any]]:
+    """The rows as a batch, padded or as one sequence, within the bank's context."""
+    causal_model(model).set_attn_implementation(VARLEN if joined else "sdpa")
+    batch = make_batch(model, _rows(), 0, whole_rows=True, prefix_once=False)
+    assert len(batch["input_ids"]) == (1 if joined else len(LENGTHS))
+    with bank.rows(slots, row_tokens(batch, _rows())):
+        yield batch
+
+
 def _model(**settings: object) -> PeftModel:
     section = AdapterSection.model_validate({"rank": 6, "targets": "all-linear", **settings})
     return attach(small_llama(), section)
@@ -43,7 +58,8 @@ def _vectors(model: PeftModel, seed: int) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("settings", [{}, {"b_groups": 2, "input_scale": True}, {"train_d": False}], ids=str)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_each_adapter_gets_its_own_gradient(settings: dict[str, object], checkpointing: bool) -> None:
+@pytest.mark.parametrize("joined", [False, True])
+def test_each_adapter_gets_its_own_gradient(settings: dict[str, object], checkpointing: bool, joined: bool) -> None:
     """As if the rows of the other adapters were not there."""
     model = _model(**settings)
     vectors = [_vectors(model, seed) for seed in range(3)]
@@ -68,8 +84,8 @@ def test_each_adapter_gets_its_own_gradient(settings: dict[str, object], checkpo
     model.train()
     counts = [sum(LENGTHS[i] for i, s in enumerate(SLOTS) if s == slot) for slot in range(3)]
     weights = torch.tensor([1 / counts[slot] for slot in SLOTS])
-    with bank.rows(SLOTS):
-        total, nll_of_rows = row_nll(model, make_batch(model, rows, 0, prefix_once=False), 4, weights)
+    with _pass(model, bank, SLOTS, joined) as batch:
+        total, nll_of_rows = row_nll(model, batch, 4, weights)
         total.backward()
     torch.testing.assert_close(nll_of_rows, losses, rtol=1e-5, atol=1e-5)
     assert bank.trained_numbers == sum(vectors[0][key].numel() for key in trained)
@@ -94,8 +110,8 @@ def test_a_pass_of_one_adapter_goes_the_way_of_an_adapter_alone() -> None:
     bank.put(1, vectors)
     weights = torch.full((len(rows),), 1 / tokens)
     for times in (1, 2):  # gradients are added up
-        with bank.rows([1] * len(rows)):
-            total, _ = row_nll(model, make_batch(model, rows, 0, prefix_once=False), 4, weights)
+        with _pass(model, bank, [1] * len(rows), joined=times > 1) as batch:
+            total, _ = row_nll(model, batch, 4, weights)
             total.backward()
         for key, columns in bank.layout.columns.items():
             found = columns.of(bank.gradients[1])
@@ -104,7 +120,8 @@ def test_a_pass_of_one_adapter_goes_the_way_of_an_adapter_alone() -> None:
     assert all(not v.requires_grad and v.grad is None for v in named_vectors(model).values())
 
 
-def test_an_adapter_that_is_not_finite_leaves_the_others_as_they_are() -> None:
+@pytest.mark.parametrize("joined", [False, True])
+def test_an_adapter_that_is_not_finite_leaves_the_others_as_they_are(joined: bool) -> None:
     model = _model()
     vectors = [_vectors(model, seed) for seed in range(3)]
     bank = TrainingBank(model, 3)
@@ -115,8 +132,8 @@ def test_an_adapter_that_is_not_finite_leaves_the_others_as_they_are() -> None:
             bank.put(slot, vectors[slot])
         if broken:
             bank.put(2, {k: torch.full_like(v, math.nan) for k, v in vectors[2].items()})
-        with bank.rows(SLOTS):
-            total, nll = row_nll(model, make_batch(model, _rows(), 0, prefix_once=False), 4, weights)
+        with _pass(model, bank, SLOTS, joined) as batch:
+            total, nll = row_nll(model, batch, 4, weights)
             total.backward()
         found.append((nll.clone(), bank.gradients.clone()))
     (whole, gradients), (broken_nll, broken_gradients) = found

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qvera.adapters.files.save_load import attach
 from qvera.adapters.training_bank import TrainingBank
 from qvera.config.schema import AdapterSection
+from qvera.models.attention import open_mask
 from qvera.models.checkpointing import enable_checkpointing
 from qvera.models.linear import FrozenLinear4bit
 from tests.gpu.fake_accelerator import FakeAccelerator, Seen, per_layer
@@ -85,7 +86,7 @@ def layer_kernels(
     """Name → launches of one decoder layer, forward and backward, on a batch of one row of ``tokens`` (above 1,536).
 
     With ``checkpointing`` the layer's recomputation is counted too. With several ``adapters`` the tokens are those of
-    as many rows, each of an adapter of its own (`TrainingBank`).
+    as many rows in one sequence, each of an adapter of its own (`TrainingBank`).
     """
     passes = [_one_pass(fake, prepare(fake.model(shape, layers)), tokens, checkpointing, adapters) for layers in (1, 2)]
     counts = per_layer(passes[1], passes[0])
@@ -94,18 +95,34 @@ def layer_kernels(
     return counts
 
 
+@contextlib.contextmanager
+def _inputs(model: Any, tokens: int, adapters: int) -> Iterator[dict[str, Any]]:
+    """What the decoder is called with, in the context in which rows use their adapters."""
+    ids = torch.empty(1, tokens, dtype=torch.int64, device=model.get_input_embeddings().weight.device)
+    if adapters == 1:
+        yield {"input_ids": ids}
+        return
+    ends = torch.empty(adapters + 1, dtype=torch.int32, device=ids.device)
+    lengths = [tokens // adapters] * adapters
+    with TrainingBank(model, adapters).rows(range(adapters), lengths):
+        yield {
+            "input_ids": ids,
+            "position_ids": ids,
+            "attention_mask": open_mask(ids),
+            **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), ends),
+            **dict.fromkeys(("max_length_q", "max_length_k"), lengths[0]),
+        }
+
+
 def _one_pass(fake: FakeAccelerator, model: Any, tokens: int, checkpointing: bool, adapters: int = 1) -> Seen:
     decoder = model.get_decoder()
     # else nothing needs a gradient in the frozen base
     decoder.embed_tokens.register_forward_hook(lambda module, args, output: output.requires_grad_())
-    bank = TrainingBank(model, adapters) if adapters > 1 else None
     if checkpointing:
-        enable_checkpointing(model, by_tiles=bank is None)
+        enable_checkpointing(model, by_tiles=adapters == 1)
     model.train()
-    ids = torch.empty(adapters, tokens // adapters, dtype=torch.int64, device=fake.device)
-    rows = contextlib.nullcontext() if bank is None else bank.rows(range(adapters))
-    with rows, fake.record() as seen:
-        hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
+    with _inputs(model, tokens, adapters) as inputs, fake.record() as seen:
+        hidden = decoder(**inputs, use_cache=False).last_hidden_state
         hidden.backward(torch.empty_like(hidden))
     return seen
 
@@ -129,11 +146,9 @@ def _kept(model: Any, tokens: int, adapters: int) -> int:
             kept[storage._cdata] = storage
         return tensor
 
-    device = model.get_input_embeddings().weight.device
-    ids = torch.empty(adapters, tokens // adapters, dtype=torch.int64, device=device)
-    rows = TrainingBank(model, adapters).rows(range(adapters)) if adapters > 1 else contextlib.nullcontext()
-    with rows, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
+    with _inputs(model, tokens, adapters) as inputs:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            hidden = decoder(**inputs, use_cache=False).last_hidden_state
     del hidden
     return sum(storage.nbytes() for storage in kept.values())
 

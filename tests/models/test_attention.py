@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,16 @@ from qvera.data import collate_prefix_once
 from qvera.data.collate import Joined
 from qvera.evaluation import evaluate
 from qvera.models import attention
-from qvera.models.attention import CAUSAL, VARLEN, implementation_on, needs_padding_mask
+from qvera.models.attention import (
+    CAUSAL,
+    VARLEN,
+    attend_in_groups,
+    attend_row_by_row,
+    implementation_on,
+    needs_padding_mask,
+)
 from qvera.models.checkpointing import enable_checkpointing
+from tests.adapters.helpers import relative
 from tests.data.test_padding import rows_of
 
 SHAPE: dict[str, Any] = {
@@ -75,6 +85,55 @@ def test_a_model_that_sees_later_tokens_keeps_its_mask() -> None:
     nll, _ = loss_and_gradients(model, batch)
     del batch["attention_mask"]
     assert abs(nll - loss_and_gradients(model, batch)[0]) > 1e-2
+
+
+LENGTHS = (5, 1, 140, 33, 48, 7, 6)  # two are padded to one length, one is beyond what goes to fp32
+
+
+def _joined_rows(dtype: torch.dtype) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Where rows begin and end, and their queries, keys and values, of which two heads share one."""
+    generator = torch.Generator().manual_seed(0)
+    ends = torch.tensor([0, *itertools.accumulate(LENGTHS)], dtype=torch.int32)
+    drawn = (torch.randn(int(ends[-1]), heads, 16, generator=generator) for heads in (4, 2, 2))
+    return ends, [x.to(dtype).requires_grad_() for x in drawn]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 6e-3), (torch.float16, 8e-4)],
+)
+def test_rows_in_groups_of_like_length_attend_as_row_by_row(dtype: torch.dtype, tolerance: float) -> None:
+    ends, inputs = _joined_rows(dtype)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    (q, k, v), (exact_q, exact_k, exact_v) = inputs, exact
+    found = attend_in_groups(q, k, v, ends, 0.2)
+    wanted = attend_row_by_row(exact_q, exact_k, exact_v, ends, ends, 0.2)
+    g = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    pairs = zip(
+        (found, *torch.autograd.grad(found, inputs, g)),
+        (wanted, *torch.autograd.grad(wanted, exact, g.double())),
+        strict=True,
+    )
+    for one, other in pairs:
+        assert one.dtype == dtype and relative(one, other) < tolerance
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_joined_row_that_is_not_finite_leaves_the_others_as_they_are_to_the_bit(broken: float) -> None:
+    results = []
+    for value in (None, broken):
+        ends, inputs = _joined_rows(torch.float32)
+        others = torch.ones(int(ends[-1]), dtype=torch.bool)
+        others[ends[4] : ends[5]] = False  # in a group with another row
+        if value is not None:
+            for x in inputs:
+                x.data[~others] = value
+        q, k, v = inputs
+        out = attend_in_groups(q, k, v, ends, 0.2)
+        gradients = torch.autograd.grad(out.square().sum(), inputs)
+        results.append([x[others] for x in (out, *gradients)])
+        assert out[others].isfinite().all() and (value is None or not out[~others].isfinite().all())
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 class OwnModel(LlamaForCausalLM):
@@ -165,8 +224,10 @@ def test_which_implementation_stands_in_for_sdpa(monkeypatch: pytest.MonkeyPatch
     for works, name in ((False, CAUSAL), (True, VARLEN)):
         monkeypatch.setattr(attention, "varlen_runs", lambda *_, works=works: works)
         assert implementation_on(card, config, half) == name
+    assert implementation_on(torch.device("cpu"), config, half, whole_rows=True) == VARLEN
     config.sliding_window = 8
     assert implementation_on(card, config, half) == "sdpa"
+    assert implementation_on(torch.device("cpu"), config, half, whole_rows=True) == "sdpa"
 
 
 def test_a_kernel_that_fails_or_errs_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:

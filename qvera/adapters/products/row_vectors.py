@@ -11,9 +11,8 @@ and for the upstream gradient g, summed over the tokens of a row:
 These are the three dense products of one adapter over all rows, however many adapters there are. Building C or M, as
 one adapter does, would take [m, r] for each of them. Only z is kept; u is computed again.
 
-Rows are laid out in one of two ways. In a padded batch x is [R, ..., n], and the first index is the row. Else a
-`TokenRows` says which row's vectors each token takes: of rows that stand one behind the other in one sequence, or of
-tokens in any order.
+A `TokenRows` says which row's vectors each token takes: in a padded batch, in rows that stand one behind the other in
+one sequence, or in any order. No token is multiplied with another row's vectors, not even with a zero in between.
 """
 
 from __future__ import annotations
@@ -50,12 +49,6 @@ class TokenRows:
         rows, order = torch.sort(self.index, stable=True)
         return order, torch.searchsorted(rows, torch.arange(self.rows, device=rows.device))
 
-    def sum(self, product: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """[..., k] of T tokens → [R, k]: each row's tokens added up in ``dtype``, in a fixed order on every device."""
-        order, begins = self.sorted
-        flat = product.reshape(-1, product.shape[-1]).to(dtype)
-        return F.embedding_bag(order, flat, begins, mode="sum")
-
 
 def _scaled(
     x: torch.Tensor,
@@ -65,17 +58,17 @@ def _scaled(
     base: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Scale v_i ⊙ x_i for each row, from vectors [R, k]; or base + that, which may take x's memory."""
-    if tokens is None:
-        vectors = vectors.view(len(vectors), *(1,) * (x.dim() - 2), vectors.shape[1])
     index = None if tokens is None else tokens.index
-    return scaled_columns(x, vectors, scale, base, index, overwrite=base is not None)
+    return scaled_columns(x, vectors if index is not None else vectors[0], scale, base, index, base is not None)
 
 
-def _row_sum(product: torch.Tensor, dtype: torch.dtype, tokens: TokenRows | None) -> torch.Tensor:
-    """[..., k] summed to [R, k]."""
-    if tokens is not None:
-        return tokens.sum(product, dtype)
-    return product.reshape(len(product), -1, product.shape[-1]).sum(1, dtype=dtype)
+def _sum(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype, tokens: TokenRows | None) -> torch.Tensor:
+    """Σ left ⊙ right of each row's tokens, [..., k] twice → [R, k]: in ``dtype``, in a fixed order everywhere."""
+    if tokens is None:
+        return (left * right).reshape(-1, left.shape[-1]).sum(0, keepdim=True, dtype=dtype)
+    order, begins = tokens.sorted
+    product = torch.mul(left, right, out=torch.empty(left.shape, dtype=dtype, device=left.device))
+    return F.embedding_bag(order, product.view(-1, product.shape[-1]), begins, mode="sum")
 
 
 def _outward(
@@ -116,7 +109,7 @@ class _ExpandRows(torch.autograd.Function):
         inner = _scaled(z, d, tokens, ctx.scale) if need_b else z
         for i, (part, columns) in enumerate(zip(inner.chunk(groups, -1), B.chunk(groups, 1), strict=True)):
             if need_b:
-                sums.append(_row_sum((part @ columns.t()).mul_(upstream), b.dtype, tokens).unsqueeze(1))
+                sums.append(_sum(part @ columns.t(), upstream, b.dtype, tokens).unsqueeze(1))
             if need_z or need_d:
                 parts.append(_scaled(upstream, b[:, i], tokens) @ columns)
         grad_z = grad_d = grad_b = None
@@ -125,7 +118,7 @@ class _ExpandRows(torch.autograd.Function):
         if parts:
             h = parts[0] if groups == 1 else torch.cat(parts, -1)
             grad_z = _scaled(h, d, tokens, ctx.scale) if need_z else None
-            grad_d = _row_sum(h.mul_(z), d.dtype, tokens).mul_(ctx.scale) if need_d else None
+            grad_d = _sum(h, z, d.dtype, tokens).mul_(ctx.scale) if need_d else None
         return (g if need_base else None), grad_z, grad_d, grad_b, None, None, None
 
 
@@ -136,18 +129,18 @@ def expand_rows(
     b: torch.Tensor,
     B: torch.Tensor,
     scale: float,
-    tokens: TokenRows | None = None,
+    tokens: TokenRows | None,
 ) -> torch.Tensor:
     """y_i = base_i + b_i ⊙ ((s d_i ⊙ z_i) Bᵀ) for each row i of the batch.
 
     Args:
-        base: the frozen layer's output [R, ..., m]; with ``tokens`` [..., m] of T tokens.
-        z: x Aᵀ [R, ..., r], or [..., r] of T tokens, in the compute dtype.
+        base: the frozen layer's output [..., m] of T tokens.
+        z: x Aᵀ [..., r] in the compute dtype.
         d: [R, r], fp32 or wider; its gradient comes in the same dtype.
         b: [R, m], or [R, G, m] for G groups, like d.
         B: [m, r] in any dtype; frozen.
         scale: see `projection.vera_scale`.
-        tokens: the row of each token; None: the first index of base and z is the row.
+        tokens: the row of each token; None: there is one row, of which all tokens are.
 
     Returns:
         In base's shape and dtype. Differentiable once in base, z, d and b. A row that is not finite leaves all others
@@ -170,13 +163,13 @@ class _ScaleRows(torch.autograd.Function):
         x, a = ctx.saved_tensors
         tokens: TokenRows | None = ctx.tokens  # type: ignore[attr-defined]
         need_x, need_a = ctx.needs_input_grad[:2]
-        grad_a = _row_sum(h * x, a.dtype, tokens) if need_a else None
+        grad_a = _sum(h, x, a.dtype, tokens) if need_a else None
         return _scaled(h, a, tokens) if need_x else None, grad_a, None
 
 
-def scale_rows(x: torch.Tensor, a: torch.Tensor, tokens: TokenRows | None = None) -> torch.Tensor:
-    """diag(a_i) x_i for each row: [R, ..., n] and [R, n] give [R, ..., n] in x's dtype; differentiable once in both.
+def scale_rows(x: torch.Tensor, a: torch.Tensor, tokens: TokenRows | None) -> torch.Tensor:
+    """diag(a_i) x_i for each row: [..., n] of T tokens and [R, n] give [..., n] in x's dtype.
 
-    ``tokens``: as in `expand_rows`, for x [..., n] of T tokens.
+    Differentiable once in both. ``tokens``: see `expand_rows`.
     """
     return _ScaleRows.apply(x, a, tokens)

@@ -204,10 +204,10 @@ class ManyTrainer(Run):
             slots: of each row's adapter.
             weights: of each row; None: no gradient is computed.
         """
-        batch = evaluate.make_batch(self.model, examples, self.datasets.pad_id, prefix_once=False)
+        batch = evaluate.make_batch(self.model, examples, self.datasets.pad_id, prefix_once=False, whole_rows=True)
         row_weights = torch.tensor(weights or [1.0] * len(slots), dtype=torch.float32).to(self.device)
         chunk = self.recipe.training.loss_chunk_tokens
-        with self.bank.rows(slots), torch.set_grad_enabled(weights is not None):
+        with self.bank.rows(slots, evaluate.row_tokens(batch, examples)), torch.set_grad_enabled(weights is not None):
             total, nll = evaluate.row_nll(self.model, batch, chunk, row_weights)
             if weights is not None:
                 total.backward()

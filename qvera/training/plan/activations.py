@@ -15,6 +15,7 @@ import torch
 from qvera.adapters.methods import Source
 from qvera.adapters.products.functional import few_tokens
 from qvera.kernels.low_rank import BLOCK_ELEMENTS
+from qvera.models.attention import FP32_TOKENS
 from qvera.models.checkpointing import INPUTS_ON_DEVICE
 from qvera.models.copy_stream import CHUNK_BYTES
 from qvera.models.linear import BLOCK_WEIGHTS
@@ -92,6 +93,8 @@ def _attention_bytes(run: PlannedRun) -> int:
     if run.attention == "eager":
         squares = b.rows * s.heads * b.tokens**2
         return 3 * q * size + squares * 4 + (squares * size if size < 4 else 0) + normed
+    if _by_groups(run):
+        return _group_kept_bytes(run) + normed
     masked = b.padded or (b.joined and not b.offsets)
     keys = q if masked and run.attention == "sdpa" else kv  # with a mask sdpa repeats grouped keys and values
     keys = b.keys * s.kv_heads * s.head_dim if b.keys else keys  # the common prefix's are copied for each row
@@ -100,10 +103,39 @@ def _attention_bytes(run: PlannedRun) -> int:
     return (2 * q + 2 * keys) * size + T * s.heads * 4 + mask + normed
 
 
+def _by_groups(run: PlannedRun) -> bool:
+    """Whether a CPU attends to joined rows in groups of like length (`qvera.models.attention.attend_in_groups`)."""
+    return bool(run.batch.groups) and not run.machine.on_gpu
+
+
+def _group_sizes(run: PlannedRun) -> list[tuple[int, int]]:
+    """Of each group its places, padding included, and the bytes of a number in it."""
+    wide = max(run.itemsize, 4)
+    return [(rows * length, wide if length <= FP32_TOKENS else run.itemsize) for rows, length in run.batch.groups]
+
+
+def _group_kept_bytes(run: PlannedRun) -> int:
+    """The padded queries, keys and values, each group's own where it goes to fp32; the output and a number for each."""
+    s, sizes = run.shape, _group_sizes(run)
+    qkv = (s.heads + 2 * s.kv_heads) * s.head_dim
+    gathered = sum(places for places, _ in sizes) * qkv * run.itemsize
+    own = sum(places * qkv * size for places, size in sizes if size > run.itemsize)
+    kept = own + (gathered if any(size == run.itemsize for _, size in sizes) else 0)
+    return kept + sum(places * s.heads * (s.head_dim * size + 4) for places, size in sizes)
+
+
+def _group_moment_bytes(run: PlannedRun) -> int:
+    """Backward through the groups: the padded gradients of all, twice, and of one group in its own dtype."""
+    s, sizes = run.shape, _group_sizes(run)
+    heads, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
+    places = sum(places for places, _ in sizes)
+    return places * (heads + 2 * (heads + 2 * kv)) * run.itemsize + max(p * 2 * (heads + kv) * n for p, n in sizes)
+
+
 def _adapter_bytes(run: PlannedRun, linears: Sequence[Linear]) -> int:
     """Z of each input that low-rank paths read (shared by its readers), x where `summed.keeps_input`."""
     T, size, rank, section = run.batch.all_tokens, run.itemsize, run.rank, run.recipe.adapter
-    attention_keeps = run.attention != "eager"  # its output, which o_proj reads
+    attention_keeps = run.attention != "eager" and not _by_groups(run)  # its output, which o_proj reads
     held: dict[tuple[str, str], int] = {}
     for x in linears:
         if x.name not in run.adapted_names:
@@ -229,7 +261,8 @@ def _attention_moments(run: PlannedRun) -> list[int]:
     if run.attention == "eager":
         moments.append(2 * g + 2 * heads + 2 * run.batch.rows * s.heads * run.batch.tokens**2 * 4)
     else:
-        moments.append(g + 2 * heads + 2 * kv + _attention_workspace(run) - gone)
+        workspace = _group_moment_bytes(run) if _by_groups(run) else _attention_workspace(run)
+        moments.append(g + 2 * heads + 2 * kv + workspace - gone)
     return moments
 
 

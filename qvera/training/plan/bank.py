@@ -63,11 +63,11 @@ def with_fitting_slots(run: PlannedRun, needed_bytes: int) -> PlannedRun:
 
 
 def row_bytes(run: PlannedRun, x: Linear) -> int:
-    """What autograd keeps of one linear for the rows' own vectors, in fp32 (`qvera.adapters.products.row_vectors`)."""
+    """What autograd keeps of one linear for the adapters of a pass, in fp32 (`qvera.adapters.products.row_vectors`)."""
     numbers = run.rank + run.recipe.adapter.b_groups * x.m + (x.n if run.recipe.adapter.input_scale else 0)
-    return 4 * run.batch.rows * numbers
+    return 4 * min(run.slots, run.recipe.training.per_device_train_batch_size) * numbers
 
 
 def row_product_bytes(run: PlannedRun, x: Linear) -> int:
-    """The most that one linear's products take for the moment: z scaled, and one tensor of the output's size."""
-    return run.batch.all_tokens * (x.m + 2 * run.rank) * run.itemsize
+    """The most that one linear's products take for the moment: z scaled, u, and in fp32 what is added up."""
+    return run.batch.all_tokens * (x.m * (run.itemsize + 4) + 2 * run.rank * run.itemsize)

@@ -1,5 +1,6 @@
 """The longest forward pass of a run: of its rows where they are here, else what the recipe allows."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ import numpy as np
 from qvera.config.schema import Recipe
 from qvera.data import Example, Rows, batches_of, collate_prefix_once, planned_steps
 from qvera.data.collate import Joined, round_up_length
+from qvera.models.attention import groups_of
 from qvera.training.plan.run import Batch
 
 BatchOf = Callable[[Recipe], Batch]
@@ -31,8 +33,8 @@ def longest_batch(rows: Rows | None, joined: Joined | None, rounded: bool, maske
             steps = max(1, planned_steps(recipe, len(cut)))
             many = recipe.data.has_adapters
             chosen = longest_of_many(recipe, cut) if many else longest_rows(recipe, cut, joined, steps)
-            batch = batch_of([cut[i] for i in chosen], joined, recipe.data.packing, rounded, masked)
-            counts = len(set(cut.lengths.tolist())) if many else token_counts(recipe, cut, steps, rounded)
+            batch = batch_of([cut[i] for i in chosen], joined, recipe.data.packing, rounded, masked, whole_rows=many)
+            counts = token_counts_of_many(cut, batch) if many else token_counts(recipe, cut, steps, rounded)
             found[key] = replace(batch, token_counts=counts)
         return found[key]
 
@@ -49,8 +51,12 @@ def assumed_batch(recipe: Recipe, joined: Joined | None = None) -> Batch:
     trained = rows * tokens
     if data.train_on != "all" and data.max_target_length:
         trained = min(targets * min(data.max_target_length, tokens), trained)
-    offsets = data.packing and joined not in (None, Joined.MASK)
-    return Batch(rows, tokens, trained, False, data.packing, source, tokens, int(data.packing), offsets=offsets)
+    together = data.packing or (data.has_adapters and joined is not None)
+    offsets = together and joined is not Joined.MASK
+    groups = ((targets, tokens),) if data.has_adapters and offsets else ()
+    rows, all_tokens = (1, rows * tokens) if together else (rows, tokens)
+    packed = int(data.packing)
+    return Batch(rows, all_tokens, trained, False, together, source, tokens, packed, offsets=offsets, groups=groups)
 
 
 def longest_of_many(recipe: Recipe, rows: Rows) -> list[int]:
@@ -64,6 +70,19 @@ def pass_rows(recipe: Recipe) -> int:
     if not recipe.data.has_adapters or training.adapters_at_once == "auto":
         return training.per_device_train_batch_size
     return min(training.per_device_train_batch_size, training.adapters_at_once * training.global_batch_size)
+
+
+def token_counts_of_many(rows: Rows, longest: Batch) -> int:
+    """How many different token counts the passes of many adapters may have: of padded rows as many as their lengths.
+
+    Joined rows have any number up to that of the longest pass; where it matters it is rounded up.
+    """
+    if not longest.joined:
+        return len(set(rows.lengths.tolist()))
+    counts, tokens = 0, int(rows.lengths.min())
+    while tokens <= longest.tokens:
+        counts, tokens = counts + 1, round_up_length(tokens) + 1
+    return counts
 
 
 def longest_rows(recipe: Recipe, rows: Sequence[Example], joined: Joined | None, steps: int) -> list[int]:
@@ -118,25 +137,32 @@ def batch_of(
     packing: bool = False,
     rounded: bool = False,
     masked: bool = False,
+    whole_rows: bool = False,
 ) -> Batch:
     """These rows as one forward pass.
 
     Args:
-        joined: how they may be put into one sequence; ``packing``: whether that pays or not.
+        joined: how they may be put into one sequence; ``packing`` or ``whole_rows``: whether that pays or not.
         rounded: as in `token_counts`.
         masked: rows of different lengths need a mask.
     """
     lengths = [len(e.input_ids) for e in examples]
     trained, rows, longest = sum(e.trained_tokens for e in examples), len(lengths), max(lengths)
-    batch = None if joined is None else collate_prefix_once(examples, packing=packing, joined=joined)
+    batch = None if joined is None else collate_prefix_once(examples, packing=packing or whole_rows, joined=joined)
     if batch is not None:
         tokens = batch["input_ids"].shape[1]
         tokens = round_up_length(tokens) if rounded else tokens
         source = f"the longest batch of the data: {rows} rows joined into {tokens:,} tokens"
         copied = len(batch["key_index"]) if "key_index" in batch else 0
         offsets = "cu_seq_lens_q" in batch
-        packed_rows = rows if packing else 0
-        return Batch(1, tokens, trained, False, True, source, longest, packed_rows, offsets=offsets, keys=copied)
+        groups: tuple[tuple[int, int], ...] = ()
+        if offsets and not copied:
+            filled = [tokens - sum(lengths)] if tokens > sum(lengths) else []
+            groups = tuple(groups_of(tuple(itertools.accumulate(lengths + filled, initial=0)))[2])
+        packed = rows if packing else 0
+        return Batch(
+            1, tokens, trained, False, True, source, longest, packed, offsets=offsets, keys=copied, groups=groups
+        )
     tokens = round_up_length(longest) if rounded else longest
     source = f"the longest batch of the data: {rows} x {tokens:,} tokens"
     return Batch(rows, tokens, trained, masked and min(lengths) < longest, False, source, longest)

@@ -212,13 +212,14 @@ def make_plan(
     if isinstance(machine, torch.device):
         machine = this_machine(recipe.model, machine)
     name = recipe.model.attn_implementation.replace("auto", shape.attention)
-    if name == "sdpa" and machine.on_gpu:
-        name = implementation_on(device, config, machine.dtype)
-    slots = wanted_slots(recipe, adapter_rows)
-    joined = None if slots else joining_of(config, name, recipe.data.prefix_once, recipe.data.packing)
+    many = recipe.data.has_adapters
+    if name == "sdpa":
+        device = device if machine.on_gpu else torch.device("cpu")
+        name = implementation_on(device, config, machine.dtype, whole_rows=many)
+    joined = joining_of(config, name, recipe.data.prefix_once, recipe.data.packing, whole_rows=many)
     batch_of = longest_batch(rows, joined, rounds_lengths(machine.dtype, machine.device_type), masked)
     run, decided, streaming = decide_both(
-        PlannedRun(shape, recipe, batch_of(recipe), machine, sharing=sharing, slots=slots)
+        PlannedRun(shape, recipe, batch_of(recipe), machine, sharing=sharing, slots=wanted_slots(recipe, adapter_rows))
     )
     run = with_fitting_slots(hold_weights(run), plan_rank(run).needed_bytes(machine))
     memory = plan_rank(run)

@@ -106,6 +106,7 @@ class Batch:
     token_counts: int = 1  # how many different numbers of tokens the run's forward passes have
     offsets: bool = False  # offsets tell joined rows apart, and not a dense mask
     keys: int = 0  # of all rows together, where each has its own copy of the common prefix's; else 0
+    groups: tuple[tuple[int, int], ...] = ()  # rows and length of each group that a CPU attends to (`models.attention`)
 
     @property
     def all_tokens(self) -> int:

@@ -32,7 +32,7 @@ def fixed_storages(model: Any) -> set[int]:
     return {t.untyped_storage().data_ptr() for t in tensors}
 
 
-def kept_bytes(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> int:
+def kept_bytes(model: Any, ids: torch.Tensor, mask: torch.Tensor, **others: Any) -> int:
     """Bytes of the different storages that a forward pass through the decoder keeps for backward."""
     fixed, kept = fixed_storages(model), {}
 
@@ -43,7 +43,7 @@ def kept_bytes(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model.get_base_model().get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)
+        model.get_base_model().get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False, **others)
     return sum(kept.values())
 
 
@@ -68,14 +68,16 @@ def id_of(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def step_peak_bytes(model: Any, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor, chunk: int) -> int:
+def step_peak_bytes(
+    model: Any, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor, chunk: int, **others: Any
+) -> int:
     """The most bytes of tensors that one forward and backward makes and holds at a time, gradients of vectors left out."""
     base = model.get_base_model()
     trained = [p for p in model.parameters() if p.requires_grad]
     for p in trained:
         p.grad = torch.zeros_like(p)
     with _Peak() as live:
-        hidden = base.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        hidden = base.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False, **others).last_hidden_state
         nll, _ = fused_linear_cross_entropy(hidden, labels, Head.of(base), chunk)
         del hidden
         nll.backward()

@@ -10,15 +10,20 @@ import torch
 
 from qvera.adapters.training_bank import TrainingBank
 from qvera.config.schema import Recipe, parse_recipe
-from qvera.data import build_datasets
+from qvera.data import build_datasets, collate_prefix_once
+from qvera.data.collate import Joined, pad_batch
+from qvera.evaluation.evaluate import row_tokens
+from qvera.models.attention import VARLEN, open_mask
 from qvera.models.checkpointing import enable_checkpointing
 from qvera.models.tokenizer import load_tokenizer
 from qvera.training.plan import Machine, PlannedRun, make_plan, plan_memory, shape_of
 from qvera.training.plan.bank import slot_bytes, wanted_slots
+from qvera.training.plan.longest import batch_of
 from qvera.training.plan.show import print_plan
 from tests.conftest import small_llama
+from tests.data.test_padding import rows_of
 from tests.training.plan import live
-from tests.training.plan.test_activations import CASES, batch
+from tests.training.plan.test_activations import BIG, CASES, batch
 from tests.training.plan.test_activations import recipe as planned_recipe
 
 
@@ -90,8 +95,8 @@ def test_fewer_rows_a_pass_need_not_divide_a_step_of_many_adapters(recipe: Recip
 
 def test_the_plan_counts_16_bytes_a_number_and_adapter(recipe: Recipe) -> None:
     machine = Machine("t", "cuda", torch.float32, False, 10**10)
-    full = changed(recipe, per_device_train_batch_size=8)  # rows of two adapters' steps
-    totals = [make_plan(changed(full, adapters_at_once=n), machine).memory.total_bytes for n in (2, 3)]
+    full = changed(recipe, per_device_train_batch_size=8)  # so many adapters may be in it
+    totals = [make_plan(changed(full, adapters_at_once=n), machine).memory.total_bytes for n in (8, 9)]
     plan = make_plan(full, machine)
     assert totals[1] - totals[0] == 16 * plan.trained_parameters == slot_bytes(plan)
     frozen = make_plan(full.replace(adapter=recipe.adapter.replace(train_d=False)), machine)
@@ -102,7 +107,7 @@ def test_a_single_slot_is_planned_as_one_adapter(recipe: Recipe) -> None:
     """Every pass is of one adapter then, and takes the path of an adapter alone."""
     single = changed(recipe, per_device_train_batch_size=4)
     one = single.replace(data=single.data.replace(adapter_column=None, prefix_once=False))
-    machine = Machine("t", "cpu", torch.float32, False, 10**12)
+    machine = Machine("t", "cuda", torch.float32, False, 10**12)
     many, alone = (make_plan(each, machine) for each in (single, one))
     assert many.holds_weights == alone.holds_weights
     extra = 2 * many.vector_bytes  # the ordinary adapter's, and what each begins with
@@ -132,10 +137,42 @@ def test_the_peak_of_a_pass_with_many_adapters_is_the_plan_s(more: str, case: in
     model = live.tiny(made.replace(training=made.training.replace(gradient_checkpointing=False)), dtype, **changes)
     bank = TrainingBank(model, 2)
     enable_checkpointing(model, checkpointing, by_tiles=False)
-    with bank.rows([i % 2 for i in range(rows)]):
+    with bank.rows([i % 2 for i in range(rows)], [tokens] * rows):
         if not checkpointing:
             (kept,) = [c for c in memory.moments["backward"] if c.kind == "checkpoints"]
             assert kept.bytes - 3 * 8 * rows * tokens == live.kept_bytes(model, ids, mask)
         step = sum(c.bytes for c in memory.moments[memory.peak_moment])
         counted = live.step_peak_bytes(model, ids, mask, labels, made.training.loss_chunk_tokens)
+    assert -0.02 < step / counted - 1 < 0.1
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("more", ["vera", "groups-and-a"])
+def test_the_peak_of_a_joined_pass_is_the_plan_s(more: str, dtype: torch.dtype, checkpointing: bool) -> None:
+    """Some rows are attended to in fp32 and some not; what fills the sequence up is a row too."""
+    made = planned_recipe(64, "sdpa", checkpointing, more)
+    rows = rows_of(140, 9, 33, 40, 70, 31)
+    of = batch_of(rows, Joined.ROWS, rounded=True, whole_rows=True)
+    assert (of.rows, of.tokens, of.joined, of.offsets, len(of.groups)) == (1, 352, True, True, 5)
+    machine = Machine("test", "cpu", dtype, False, 10**12)
+    memory = plan_memory(PlannedRun(shape_of(small_llama(**BIG)), made, of, machine, slots=2))
+    plain = made.replace(training=made.training.replace(gradient_checkpointing=False))
+    model = live.tiny(plain, dtype, attn_implementation=VARLEN, **BIG)
+    bank = TrainingBank(model, 2)
+    enable_checkpointing(model, checkpointing, by_tiles=False)
+    inputs = collate_prefix_once(rows, packing=True, joined=Joined.ROWS)
+    assert inputs is not None
+    inputs = pad_batch(inputs, of.tokens, 0)
+    ids, labels, trained = (inputs.pop(name) for name in ("input_ids", "labels", "trained"))
+    with bank.rows([i % 2 for i in range(len(rows))], row_tokens({"input_ids": ids, **inputs}, rows)):
+        if not checkpointing:
+            (kept,) = [c for c in memory.moments["backward"] if c.kind == "checkpoints"]
+            places = sum(count * length for count, length in of.groups) + of.tokens  # that all layers share
+            found = live.kept_bytes(model, ids, open_mask(ids), **inputs)
+            assert kept.bytes - 3 * 8 * of.tokens + 8 * places == found
+        step = sum(c.bytes for c in memory.moments[memory.peak_moment])
+        chunk = made.training.loss_chunk_tokens
+        counted = live.step_peak_bytes(model, ids, open_mask(ids), labels, chunk, **inputs)
+    assert len(trained) == of.trained_tokens
     assert -0.02 < step / counted - 1 < 0.1
