@@ -1,6 +1,6 @@
-"""The picture of docs/methods/table.md: the scores of every method on every task, ordered by trained numbers.
+"""docs/methods/table.md: its table, and the picture of the scores of every method on every task.
 
-    python bench/family_picture.py docs/methods/table.svg
+    python bench/family_picture.py docs/methods
 
 A row is a method and a column a task. A dot is the mean of the seeds, and a line goes from the lowest to the highest.
 It reads results/family.jsonl, the lines of bench/family.py.
@@ -13,10 +13,11 @@ import statistics
 from html import escape
 from pathlib import Path
 
-from bench.family import COLUMNS, final_scores, finals
+from bench.family import COLUMNS, final_scores, finals, table
 from qvera.evaluation.report.charts import nice_ticks
 
 _LEFT, _TOP, _ROW, _WIDTH, _GAP = 250, 58, 26, 190, 34
+_LEAST_WIDTH = 620  # of the last line
 _STYLE = (
     "text{font:13px system-ui,sans-serif;fill:#1a1d20}.soft{fill:#555d66;font-size:12px}.grid{stroke:#d8dde0}"
     ".dot{fill:#00696f}.span{stroke:#00696f;stroke-width:2}.lora .dot{fill:#8a949b}.lora .span{stroke:#8a949b}"
@@ -31,7 +32,7 @@ def picture() -> str:
     methods = sorted(facts, key=lambda method: facts[method]["trained"])
     tasks = {task: final_scores(task, score) for task, (score, _, _) in COLUMNS.items()}
     shown = [task for task, found in tasks.items() if found]
-    width = _LEFT + (_WIDTH + _GAP) * len(shown)
+    width = max(_LEFT + (_WIDTH + _GAP) * len(shown), _LEAST_WIDTH)
     height = _TOP + _ROW * len(methods) + 40
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
@@ -80,11 +81,21 @@ def _panel(task: str, found: dict[str, list[float]], methods: list[str], left: i
     return parts
 
 
+def page(text: str) -> str:
+    """The text of table.md with the table of now."""
+    begin, end = "<!-- table:begin -->\n", "<!-- table:end -->"
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}{table()}\n{end}{rest.partition(end)[2]}"
+
+
 def main() -> None:
-    """Write the picture."""
+    """Write the picture, and the table into the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("svg", type=Path)
-    parser.parse_args().svg.write_text(picture(), encoding="utf-8")
+    parser.add_argument("directory", type=Path, help="of table.md")
+    directory: Path = parser.parse_args().directory
+    (directory / "table.svg").write_text(picture(), encoding="utf-8")
+    written = directory / "table.md"
+    written.write_text(page(written.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import family
+from bench import family, family_picture
 from bench.common import do_missing, read_lines
 from bench.trials import Trial, run
 from qvera.training.trainer import train
@@ -164,3 +164,9 @@ def test_a_trial_of_the_table_of_methods_that_diverges_is_a_line_and_the_next_on
     assert good["held_out_loss"] > 0
     assert family.final_scores("trec", "accuracy") == {"lora r=1": [good["scores"]["accuracy"]]}
     assert f"{good['scores']['accuracy']:.1f} (1 more diverged)" in family.table()
+
+
+def test_the_page_of_methods_shows_the_committed_trials() -> None:
+    page = ROOT / "docs" / "methods" / "table.md"
+    assert page.read_text(encoding="utf-8") == family_picture.page(page.read_text(encoding="utf-8"))
+    assert (page.parent / "table.svg").read_text(encoding="utf-8") == family_picture.picture()
