@@ -53,7 +53,9 @@ def targets(rows: list[Example]) -> list[int]:
 
 def steps(rows: list[Example]) -> list[tuple[int, int]]:
     """Each trained token after the token that it is read from."""
-    return [(int(row.input_ids[i - 1]), int(row.input_ids[i])) for row in rows for i in np.flatnonzero(row.trained)]
+    return [
+        (int(row.input_ids[i - 1]), int(row.input_ids[i])) for row in rows for i in np.flatnonzero(row.trained).tolist()
+    ]
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
