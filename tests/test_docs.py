@@ -24,11 +24,10 @@ from tests.many_adapters import write_customers, write_run
 pytestmark = pytest.mark.process
 
 ROOT = Path(__file__).resolve().parent.parent
-METHOD_PAGES = sorted(
-    f"docs/methods/{p.name}" for p in (ROOT / "docs" / "methods").glob("*.md") if p.name != "index.md"
-)
+OF_ALL_METHODS = ["docs/methods/index.md", "docs/methods/table.md"]
+METHOD_PAGES = sorted({f"docs/methods/{p.name}" for p in (ROOT / "docs" / "methods").glob("*.md")} - {*OF_ALL_METHODS})
 OTHER_PAGES = sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))
-PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", *OTHER_PAGES, "docs/methods/index.md", *METHOD_PAGES]
+PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", *OTHER_PAGES, *OF_ALL_METHODS, *METHOD_PAGES]
 
 # Commands that the pages show and no test here runs. The first words of the command → why.
 NOT_RUN = {
@@ -38,6 +37,8 @@ NOT_RUN = {
     "qvera generate runs/customers --adapter chloe --adapter gina": "tests/test_readme_customers.py does",
     "qvera serve": "runs until it is stopped; tests/serve/api/test_command.py does",
     "curl": "asks a server; tests/serve/api does",
+    "qvera chat http://127.0.0.1:8000": "asks a server; tests/serve/api/test_client.py does",
+    "qvera generate http://127.0.0.1:8000": "asks a server; tests/serve/api/test_client.py does",
     "qvera launch": "starts other processes; tests/distributed does",
     "qvera harness": "needs lm-eval; tests/evaluation/test_lm_eval.py does",
     "qvera doctor": "tests/cli does; its exit code depends on the machine",

@@ -17,6 +17,12 @@ from qvera.utils.errors import EXIT_DONE, EXIT_FAILED, InputError, QveraError
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file; see recipes/ and docs/recipe.md.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory or an adapter directory.")]
+RunOrServer = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN", help="A run, an adapter directory, an exported checkpoint, or the http:// address of a server."
+    ),
+]
 EvalPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run, an adapter directory or an exported checkpoint.")]
 Overrides = Annotated[
     list[str],

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qvera.cli.common import (
     AdapterNames,
-    EvalPath,
+    RunOrServer,
     Seed,
     Temperature,
     TopP,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def generate(
-    run: EvalPath,
+    run: RunOrServer,
     adapters: AdapterNames,
     prompts: Annotated[
         Path | None, typer.Argument(metavar="PROMPTS", help="A file of rows, or .txt: one prompt a line.")
@@ -60,6 +61,9 @@ def generate(
     trained them (data.adapter_column), or in a column called adapter. Or --adapter, once for each, answers every prompt
     with each of them. The output lines then have adapter too.
 
+    With the http:// address of a server in place of a run, the server answers, --batch-size prompts at a time. Its key
+    is taken from QVERA_API_KEY.
+
     Example:
         qvera generate runs/quickstart prompts.txt --out answers.jsonl
     """
@@ -67,6 +71,18 @@ def generate(
         require_new_file(out)
     if (prompts is None) == (not prompt):
         raise InputError("generate: takes a file PROMPTS, or --prompt TEXT; give one of them.")
+
+    from qvera.serve.client import server_url
+
+    url = server_url(run)
+    if url is not None:
+        if static_cache:
+            raise InputError("--static-cache: is for a run; a server decides that itself.")
+        asked = _questions(None, prompts, prompt or [], adapters, many=not base)
+        settings = {"max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+        questions, answers = _ask_server(url, asked, base, batch_size, settings)
+        _write(questions, answers, out)
+        return
     quiet_libraries()
 
     from qvera.evaluation.generate import generate as generate_texts
@@ -104,6 +120,11 @@ def generate(
             static_cache=static_cache,
             progress=lambda done: show(f"Answering: {done} of {len(encoded)}"),
         )
+    _write(questions, answers, out)
+
+
+def _write(questions: Sequence[tuple[Conversation, str | None]], answers: Sequence[str], out: Path | None) -> None:
+    """Write a line for each answer, or print them."""
     answered: list[dict[str, str]] = [
         {"source": row.source, **({"adapter": name} if name else {}), "prompt": row.turns[-1].content, "answer": answer}
         for (row, name), answer in zip(questions, answers, strict=True)
@@ -115,12 +136,44 @@ def generate(
     print(f"{len(answers)} answers in {out}")
 
 
+def _ask_server(
+    url: str, asked: Sequence[tuple[Conversation, str | None]], base: bool, at_a_time: int, settings: dict[str, Any]
+) -> tuple[list[tuple[Conversation, str | None]], list[str]]:
+    """The questions with the models that a server answers them with, and its answers.
+
+    The first request that fails ends the others.
+    """
+    from qvera.serve.client import ServerClient
+
+    client = ServerClient.at(url)
+    models = {name: client.pick_model(name, base) for name in dict.fromkeys(name for _, name in asked)}
+
+    def answer(question: tuple[Conversation, str | None]) -> str:
+        row, name = question
+        if row.tools:
+            raise InputError(f"{row.source}: names tools, which a server does not take.")
+        messages = [{"role": turn.role, "content": turn.content} for turn in row.turns]
+        return client.chat(models[name], messages, **settings)
+
+    with progress("Answering") as show, ThreadPoolExecutor(at_a_time) as threads:
+        waiting = [threads.submit(answer, question) for question in asked]
+        try:
+            for done, ended in enumerate(as_completed(waiting), start=1):
+                ended.result()  # raises what it raised
+                show(f"Answering: {done} of {len(asked)}")
+        except BaseException:
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [(row, None if base else models[name]) for row, name in asked], [each.result() for each in waiting]
+
+
 def _questions(
-    target: EvalTarget, file: Path | None, texts: Sequence[str], names: Sequence[str], many: bool
+    target: EvalTarget | None, file: Path | None, texts: Sequence[str], names: Sequence[str], many: bool
 ) -> list[tuple[Conversation, str | None]]:
     """What is asked, and which adapter answers it; None where there is one only.
 
     Args:
+        target: None: a server, of which no recipe is known.
         names: those of --adapter; each answers every prompt.
         many: the rows name their adapters, where ``names`` does not.
     """
@@ -129,9 +182,10 @@ def _questions(
     from qvera.data.formats import Conversation
     from qvera.evaluation.named_adapters import require_named
 
-    if many and not names and (file is None or file.suffix.lower() == ".txt"):
+    if target is not None and many and not names and (file is None or file.suffix.lower() == ".txt"):
         require_named(target.path, None)  # raises: nothing there names an adapter
-    section = target.recipe.data if target.recipe is not None else DataSection(path=str(file))
+    recipe = None if target is None else target.recipe
+    section = DataSection(path=str(file)) if recipe is None else recipe.data
     columns = [name for name in (section.adapter_column, "adapter") if name is not None]
     if file is not None:
         rows = read_prompts(file, section, columns if many and not names else ())
@@ -143,7 +197,7 @@ def _questions(
     if names:
         return [(row, name) for row in rows for name in dict.fromkeys(names)]
     for row in rows:
-        if row.owner is None:
+        if row.owner is None and target is not None:
             raise InputError(
                 f"{row.source}: names no adapter. Expected one in its column {' or '.join(map(repr, columns))}, or "
                 "--adapter NAME for all rows."

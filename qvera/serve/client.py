@@ -1,0 +1,157 @@
+"""What `qvera chat` and `qvera generate` ask a server of OpenAI's API. Needs the standard library alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import json
+import os
+import re
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from http.client import HTTPException, HTTPResponse
+from pathlib import Path
+from typing import Any
+
+from qvera.utils.errors import InputError, RunFailed, did_you_mean
+
+KEY_VARIABLE = "QVERA_API_KEY"
+"""The environment variable with the key of the server: on a command line other users of the machine could read it."""
+_BUSY = (429, 503)
+_TRIES = 20
+_SECONDS = 600
+
+
+def server_url(path: Path) -> str | None:
+    """The address of a server that stands where a run may stand; None: it is a run.
+
+    A `Path` has made one slash of the two behind ``http:``.
+    """
+    found = re.match(r"(https?):/+(.+)", str(path))
+    return None if found is None else f"{found[1]}://{found[2].removesuffix('/v1')}"
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerClient:
+    """A server, and the key to it."""
+
+    url: str
+    key: str | None
+
+    @classmethod
+    def at(cls, url: str) -> ServerClient:
+        """With the key of the environment."""
+        return cls(url, os.environ.get(KEY_VARIABLE))
+
+    def pick_model(self, name: str | None, base: bool) -> str:
+        """The model that is asked: ``name``, the base, or the server's only adapter.
+
+        Raises:
+            InputError: the server has no such model, or several and none is named.
+        """
+        with self._call("/v1/models") as answer:
+            models = {model["id"]: model.get("parent") for model in json.load(answer)["data"]}
+        adapters = [model for model, parent in models.items() if parent is not None]
+        bases = [model for model, parent in models.items() if parent is None]
+        if base and bases:
+            return bases[0]
+        if name is not None:
+            if name not in models and "*" not in name:  # a blend is not listed
+                raise InputError(f"--adapter {name}: {self.url} has no model of this name{did_you_mean(name, models)}")
+            return name
+        if len(adapters) == 1 or not adapters:
+            return (adapters or bases)[0]
+        shown = ", ".join(adapters[:8]) + (f" and {len(adapters) - 8:,} more" if len(adapters) > 8 else "")
+        raise InputError(f"{self.url}: has several adapters. Name one with --adapter NAME: {shown}.")
+
+    def chat(
+        self,
+        model: str,
+        messages: Sequence[Mapping[str, str]],
+        on_text: Callable[[str], None] | None = None,
+        **settings: Any,
+    ) -> str:
+        """The answer to a conversation.
+
+        Args:
+            on_text: called with each piece of the answer as it comes.
+            settings: ``max_tokens``, ``temperature``, ``top_p``, ``seed``.
+
+        Raises:
+            InputError: the server refuses the request, or this key.
+            RunFailed: it can't be reached, stays busy, or fails.
+        """
+        body = {"model": model, "messages": list(messages), "stream": True, **settings}
+        text = ""
+        with self._call("/v1/chat/completions", body) as answer:
+            for event in self._events(answer):
+                if "error" in event:
+                    raise RunFailed(f"{self.url}: {event['error']['message']}")
+                for choice in event.get("choices", []):
+                    if piece := choice.get("delta", {}).get("content"):
+                        text += piece
+                        if on_text is not None:
+                            on_text(piece)
+        return text
+
+    def _events(self, answer: HTTPResponse) -> Iterator[dict[str, Any]]:
+        try:
+            for line in answer:
+                data = line.decode("utf-8").removeprefix("data:").strip()
+                if data == "[DONE]":
+                    return
+                if line.startswith(b"data:"):
+                    yield json.loads(data)
+        except (OSError, HTTPException, ValueError) as error:
+            raise RunFailed(f"{self.url}: the connection broke in the middle of an answer: {error}") from None
+        raise RunFailed(f"{self.url}: the connection ended in the middle of an answer.")
+
+    def _call(self, path: str, body: Mapping[str, Any] | None = None) -> HTTPResponse:
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
+        data = None if body is None else json.dumps(body).encode()
+        for tries_left in reversed(range(_TRIES)):
+            request = urllib.request.Request(self.url + path, data, headers)
+            try:
+                return self._opener().open(request, timeout=_SECONDS)  # type: ignore[no-any-return]
+            except urllib.error.HTTPError as error:
+                if error.code in _BUSY and tries_left:
+                    time.sleep(_wait_seconds(error))
+                    continue
+                raise self._problem(error) from None
+            except (OSError, HTTPException, ValueError) as error:
+                reason = getattr(error, "reason", error)
+                raise RunFailed(f"{self.url}: can't be reached: {reason}. Is `qvera serve` running there?") from None
+        raise AssertionError("the last try raises")
+
+    def _opener(self) -> urllib.request.OpenerDirector:
+        """Without the environment's proxy for this machine's own addresses."""
+        host = urllib.parse.urlsplit(self.url).hostname or ""
+        own = urllib.request.ProxyHandler({}) if _is_loopback(host) else urllib.request.ProxyHandler()
+        return urllib.request.build_opener(own)
+
+    def _problem(self, error: urllib.error.HTTPError) -> InputError | RunFailed:
+        try:
+            message = json.load(error)["error"]["message"]
+        except (ValueError, KeyError, TypeError, OSError):
+            message = f"answered {error.code} {error.reason}"
+        if error.code in (401, 403) and self.key is None:
+            message += f" Set {KEY_VARIABLE} to a key of this server."
+        kind = RunFailed if error.code >= 500 or error.code in _BUSY else InputError
+        return kind(f"{self.url}: {message}")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _wait_seconds(error: urllib.error.HTTPError) -> float:
+    try:
+        return min(max(float(error.headers.get("Retry-After", 1)), 0.1), 30)
+    except ValueError:
+        return 1
