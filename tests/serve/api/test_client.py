@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from qvera.serve.client import KEY_VARIABLE, server_url
 
 from qvera.cli.main import main
 from qvera.serve.api.keys import KeyFile, new_key
+from qvera.serve.client import KEY_VARIABLE, server_url
 from tests.helpers import wait_until
 from tests.serve.api.conftest import Start
 
