@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qvera.evaluation.named_adapters import named_directories, run_of
+from qvera.evaluation.named_adapters import name_of, named_directories, run_of
 from qvera.serve.content import read_content
 from qvera.serve.requests import AdapterPart, ResolvedAdapter, UnknownAdapter
 from qvera.utils.adapter_names import shown_name
@@ -27,6 +27,8 @@ _SETTLED_NS = 2_000_000_000
 """A file that changed within this time before it was read is read again: it may have changed within one tick."""
 _MOST_PARTS = 8
 """Of a blend."""
+_ONLY = ""
+"""Stands for the name of the adapter of a run that trained one."""
 _NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
@@ -159,7 +161,7 @@ class AdapterStore:
             sizes = [(directory / file).stat() for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
         except OSError as error:
             raise InputError(f"{directory}: can't be read ({error.strerror}).") from None
-        entry = self._run_entry(name, directory)
+        entry = self._run_entry(directory)
         base, rank = config.get("base_model_name_or_path"), config.get("rank")
         return AdapterFacts(
             name=name,
@@ -230,8 +232,8 @@ class AdapterStore:
         shown = shown_name(name if len(name) <= 100 else f"{name[:100]}…")
         return UnknownAdapter(f"there is no adapter {shown}{did_you_mean(name[:100], self.names()[:1000])}")
 
-    def _run_entry(self, name: str, directory: Path) -> dict[str, Any]:
-        """What run.json says of an adapter of a run that trained many; empty where there is none."""
+    def _run_entry(self, directory: Path) -> dict[str, Any]:
+        """What run.json says of an adapter, as of one of many; empty where there is none."""
         run = run_of(directory)
         if run is None:
             return {}
@@ -242,10 +244,9 @@ class AdapterStore:
             return {}
         with self._lock:
             if self._scores is None or self._scores[:2] != (file, stamp):
-                listed = (try_read_json(file) or {}).get("adapters")
-                entries = [e for e in listed if isinstance(e, dict)] if isinstance(listed, list) else []
-                self._scores = file, stamp, {str(entry.get("name")): entry for entry in entries}
-            return self._scores[2].get(name, {})
+                self._scores = file, stamp, _entries(try_read_json(file) or {})
+            entries = self._scores[2]
+            return entries.get(name_of(directory) or _ONLY, {})
 
 
 def identity_of(parts: Sequence[AdapterPart]) -> str:
@@ -256,13 +257,25 @@ def identity_of(parts: Sequence[AdapterPart]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _entries(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Name → rows and scores of each adapter of a run.json; of a run of one adapter they stand under `_ONLY`."""
+    listed = run.get("adapters")
+    if isinstance(listed, list):
+        return {str(entry.get("name")): entry for entry in listed if isinstance(entry, dict)}
+    return {_ONLY: {**_mapping(run, "result"), "rows": _mapping(run, "data").get("train_rows")}}
+
+
+def _mapping(document: dict[str, Any], key: str) -> dict[str, Any]:
+    found = document.get(key)
+    return found if isinstance(found, dict) else {}
+
+
 def _settled(stamp: list[int], read_ns: int) -> bool:
     return read_ns - stamp[1] > _SETTLED_NS
 
 
 def _loss(entry: dict[str, Any], key: str) -> object:
-    scores = entry.get(key)
-    return scores.get("loss") if isinstance(scores, dict) else None
+    return _mapping(entry, key).get("loss")
 
 
 def _number(value: object, kind: Callable[[Any], Any]) -> Any:

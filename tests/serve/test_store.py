@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -64,6 +65,16 @@ def test_facts_are_those_of_the_files_and_of_the_run(run_dir: Path) -> None:
     assert facts.base.endswith("tiny-llama")
     with pytest.raises(UnknownAdapter):
         AdapterStore(run_dir).facts("nan")  # run.json has it, but it was not saved
+
+
+def test_facts_of_a_run_of_one_adapter(trained_run: Path) -> None:
+    store = AdapterStore(None)
+    store.add("mine", trained_run / "adapter")
+    facts, run = store.facts("mine"), json.loads((trained_run / "run.json").read_text())
+    assert facts.rows == run["data"]["train_rows"]
+    assert (facts.loss_before, facts.loss) == tuple(
+        run["result"][when]["loss"] for when in ("eval_before", "eval_after")
+    )
 
 
 def test_one_of_ten_thousand_is_found_by_four_looks_and_two_files(
