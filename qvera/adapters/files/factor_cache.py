@@ -68,7 +68,8 @@ class FactorCache:
 
         def compute() -> dict[str, torch.Tensor]:
             A, B = svd.truncated_svd(svd.rows_of(layer), rank).pair()
-            return {"A": A.float(), "B": B.float()}
+            # laid out as a file gives them back: products with a transposed matrix round otherwise on some CPUs
+            return {"A": A.float().contiguous(), "B": B.float().contiguous()}
 
         found = self._cached(name, layer, f"rank{rank}", compute)
         return found["A"], found["B"]
