@@ -238,6 +238,10 @@ def main(directory: Path) -> None:
     with in_group() as group:
         found = {task["name"]: run(task, group) for task in tasks}
         (directory / f"found{group.rank}.json").write_text(json.dumps(found))
+    sys.stderr.flush()
+    # A thread of torch's or DeepSpeed's once aborted a process that was done, while the interpreter ended on a busy
+    # machine ("terminate called without an active exception"). How a command ends is tested in test_launch.py.
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -96,15 +96,16 @@ def dequantize(dtype: str) -> list[dict[str, Any]]:
 
 def columns(dtype: str) -> list[dict[str, Any]]:
     strides = ("columns", "x_stride", "base_stride", "vector_stride", "rows_a_vector")
-    signature = {"x": f"*{dtype}", "vectors": "*fp32", "base": f"*{dtype}", "out": f"*{dtype}", "scale": "fp32"}
+    tensors = {"x": f"*{dtype}", "vectors": "*fp32", "base": f"*{dtype}", "out": f"*{dtype}", "index": "*i64"}
     return [
         {
-            "name": f"scaled columns {dtype}, added: {add}",
+            "name": f"scaled columns {dtype}, added: {add}, indexed: {indexed}",
             "kernel": "scaled_columns_kernel",
-            "signature": signature | dict.fromkeys(strides, "i32"),
-            "constexprs": {"ADD": add, "BLOCK_COLUMNS": 1024},
+            "signature": {**tensors, "scale": "fp32", **dict.fromkeys(strides, "i32")},
+            "constexprs": {"ADD": add, "INDEXED": indexed, "BLOCK_COLUMNS": 1024},
         }
         for add in (False, True)
+        for indexed in (False, True)
     ] + [
         {
             "name": f"scaled columns backward {dtype}",
