@@ -43,8 +43,7 @@ def chat(
     url = server_url(run)
     if url is not None:
         first = [Turn("system", system)] if system else []
-        with _server_answers(url, adapter, base, {**sampling, "max_tokens": max_new_tokens}) as answer:
-            _talk(first, seed, answer)
+        _talk(first, seed, _server_answers(url, adapter, base, {**sampling, "max_tokens": max_new_tokens}))
         return
     with _local_answers(run, adapter, base, system, {**sampling, "max_new_tokens": max_new_tokens}) as (first, answer):
         _talk(first, seed, answer)
@@ -79,13 +78,12 @@ def _local_answers(
         yield [Turn("system", system)] if system else [], answer
 
 
-@contextlib.contextmanager
-def _server_answers(url: str, adapter: str | None, base: bool, settings: dict[str, Any]) -> Iterator[Answer]:
+def _server_answers(url: str, adapter: str | None, base: bool, settings: dict[str, Any]) -> Answer:
     """A function that has a server answer a conversation and prints the answer as it comes."""
     from qvera.serve.client import ServerClient
 
     client = ServerClient.at(url)
-    model = client.pick_model(adapter, base)
+    model = client.pick_models([adapter], base)[adapter]
 
     def answer(turns: list[Turn], seed: int) -> str:
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
@@ -93,7 +91,7 @@ def _server_answers(url: str, adapter: str | None, base: bool, settings: dict[st
         print()
         return text
 
-    yield answer
+    return answer
 
 
 def _talk(first: list[Turn], seed: int, answer: Answer) -> None:

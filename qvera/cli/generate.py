@@ -146,7 +146,7 @@ def _ask_server(
     from qvera.serve.client import ServerClient
 
     client = ServerClient.at(url)
-    models = {name: client.pick_model(name, base) for name in dict.fromkeys(name for _, name in asked)}
+    models = client.pick_models(dict.fromkeys(name for _, name in asked), base)
 
     def answer(question: tuple[Conversation, str | None]) -> str:
         row, name = question

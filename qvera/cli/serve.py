@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from qvera.cli.common import console, progress, quiet_libraries
+from qvera.serve.address import is_loopback
 from qvera.serve.api.limits import DEFAULTS
 from qvera.serve.requests import EngineSettings
 from qvera.utils.errors import InputError
@@ -150,11 +150,7 @@ def _add_key(keys: Path | None, name: str, allow: list[str] | None, may: list[st
 
 def _require_safe(host: str, keys: Path | None) -> None:
     """Refuse an address that others can reach without keys."""
-    try:
-        loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = host == "localhost"
-    if not loopback and keys is None:
+    if not is_loopback(host) and keys is None:
         raise InputError(
             f"--host {host}: others can reach this address, so it needs --keys FILE. Make a key with "
             "`qvera serve --new-key NAME --keys FILE`, or leave --host out."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import ipaddress
 import json
 import os
 import re
@@ -11,11 +10,12 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import Any
 
+from qvera.serve.address import is_loopback
 from qvera.utils.errors import InputError, RunFailed, did_you_mean
 
 KEY_VARIABLE = "QVERA_API_KEY"
@@ -46,14 +46,17 @@ class ServerClient:
         """With the key of the environment."""
         return cls(url, os.environ.get(KEY_VARIABLE))
 
-    def pick_model(self, name: str | None, base: bool) -> str:
-        """The model that is asked: ``name``, the base, or the server's only adapter.
+    def pick_models(self, names: Collection[str | None], base: bool) -> dict[str | None, str]:
+        """Name → the model that is asked: the same, the base, or for None the server's only adapter.
 
         Raises:
             InputError: the server has no such model, or several and none is named.
         """
         with self._call("/v1/models") as answer:
             models = {model["id"]: model.get("parent") for model in json.load(answer)["data"]}
+        return {name: self._pick_model(models, name, base) for name in names}
+
+    def _pick_model(self, models: Mapping[str, str | None], name: str | None, base: bool) -> str:
         adapters = [model for model, parent in models.items() if parent is not None]
         bases = [model for model, parent in models.items() if parent is None]
         if base and bases:
@@ -129,7 +132,7 @@ class ServerClient:
     def _opener(self) -> urllib.request.OpenerDirector:
         """Without the environment's proxy for this machine's own addresses."""
         host = urllib.parse.urlsplit(self.url).hostname or ""
-        own = urllib.request.ProxyHandler({}) if _is_loopback(host) else urllib.request.ProxyHandler()
+        own = urllib.request.ProxyHandler({}) if is_loopback(host) else urllib.request.ProxyHandler()
         return urllib.request.build_opener(own)
 
     def _problem(self, error: urllib.error.HTTPError) -> InputError | RunFailed:
@@ -141,13 +144,6 @@ class ServerClient:
             message += f" Set {KEY_VARIABLE} to a key of this server."
         kind = RunFailed if error.code >= 500 or error.code in _BUSY else InputError
         return kind(f"{self.url}: {message}")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _wait_seconds(error: urllib.error.HTTPError) -> float:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import time
 import uuid
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
 
+from qvera.serve.address import is_loopback
 from qvera.serve.api.errors import ApiError, ClientGone
 from qvera.serve.api.keys import LOCAL, Access
 from qvera.serve.page import PAGE_PATHS
@@ -135,12 +135,7 @@ def _require_own_page(host: str, origin: str | None) -> None:
     rebinding): then the host is not this machine's. Or it may post here from its own name: then the origin is not ours.
     """
     name = host.rsplit(":", 1)[0] if host.count(":") == 1 or "]:" in host else host
-    name = name.strip("[]")
-    try:
-        own = ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        own = name == "localhost"
-    if not own:
+    if not is_loopback(name.strip("[]")):
         raise ApiError(
             403, f"The host {host!r} is not this machine's own name. Use localhost, or start the server with --keys."
         )
