@@ -146,7 +146,9 @@ def main(arguments: list[str] | None = None) -> int:
     except typer.Abort:
         code = EXIT_FAILED
     if "RANK" in os.environ:  # one of several processes
+        from qvera.distributed.heartbeat import end_if_stuck
         from qvera.distributed.launch import leave_exit_code
 
         leave_exit_code(code)
+        end_if_stuck(code)
     return code

@@ -28,6 +28,7 @@ SILENT_SECONDS = 15.0
 GRACE_SECONDS = 3.0
 """How long a process may take to end by itself, with its own message, after a peer left with an error."""
 _GO_ON = "Checkpoints are kept; go on with --resume."
+_THREAD = "qvera-heartbeat"
 
 
 class Heartbeat:
@@ -62,7 +63,7 @@ class Heartbeat:
     def __enter__(self) -> Heartbeat:
         self._write(count=0)  # before any collective, so that the others know our node
         for target in (self._beat_on, self._watch_store):
-            thread = threading.Thread(target=target, daemon=True, name=f"qvera-{target.__name__}")
+            thread = threading.Thread(target=target, daemon=True, name=f"{_THREAD}{target.__name__}")
             thread.start()
             self._threads.append(thread)
         return self
@@ -75,8 +76,8 @@ class Heartbeat:
         if error is not None:
             code = getattr(error, "exit_code", EXIT_FAILED)
             reason = {"error": f"{type(error).__name__}: {error}", "exit_code": code}
-        for thread in self._threads:
-            thread.join(timeout=self._beat_seconds)
+        for thread in self._threads:  # a call of the store may be slow on a busy machine
+            thread.join(timeout=self._silent_seconds)
         if not any(thread.is_alive() for thread in self._threads):  # else the store hangs, and so would we
             with contextlib.suppress(RuntimeError):
                 self._write(left=True, **reason)
@@ -154,6 +155,18 @@ def end_process(message: str, exit_code: int) -> None:
     """Print the message and end this process at once: its main thread is in a collective that may never return."""
     print(f"qvera: {message}", file=sys.stderr, flush=True)
     os._exit(exit_code)
+
+
+def end_if_stuck(exit_code: int) -> None:
+    """End this process at once, where a heartbeat's thread still hangs in a call of the store; else return.
+
+    Such a thread does not keep the interpreter from ending, but when its call returns meanwhile, Python unwinds it in
+    the middle of C++ code, which aborts the process ("terminate called without an active exception").
+    """
+    if any(thread.name.startswith(_THREAD) for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
 
 
 def own_store() -> dist.TCPStore:

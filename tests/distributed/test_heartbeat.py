@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from qvera.distributed.group import Group
-from qvera.distributed.heartbeat import Heartbeat
+from qvera.distributed.heartbeat import Heartbeat, end_if_stuck
 from qvera.distributed.init import agreed_attempt, in_group
 from qvera.utils.errors import EXIT_FAILED, InputError, RunFailed
 from tests.distributed.ranks import Ranks, free_port
@@ -275,3 +275,40 @@ def test_a_stopped_or_killed_process_is_noticed_within_30_seconds(tmp_path: Path
     # rank 0 serves the store here: without it rank 1 can only say that the store is gone
     wanted = "rank 1 on " if victim == 1 else "key-value store"
     assert wanted in text, text
+
+
+class SlowStore(Store):
+    """A call of it returns when ``answers`` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked, self.answers = threading.Event(), threading.Event()
+
+    def check(self, keys: list[str]) -> bool:
+        self.asked.set()
+        self.answers.wait(60)
+        return super().check(keys)
+
+
+def _is_beating() -> bool:
+    return any(thread.name.startswith("qvera-heartbeat") for thread in threading.enumerate())
+
+
+def test_a_process_that_leaves_waits_for_a_slow_call_of_the_store() -> None:
+    store = SlowStore()
+    with beat(store, 0, Told(), silent_seconds=30):
+        assert store.asked.wait(5)
+        threading.Timer(1.0, store.answers.set).start()  # many beats later
+    assert not _is_beating()
+
+
+def test_a_process_whose_heartbeat_hangs_ends_at_once_with_its_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    store = SlowStore()
+    end_if_stuck(3)
+    with beat(store, 0, Told(), silent_seconds=0.2):
+        assert store.asked.wait(5)
+    end_if_stuck(3)  # Python would abort it, if the call returned while the interpreter ends
+    store.answers.set()
+    assert ended == [3]

@@ -23,6 +23,7 @@ from qvera.config.schema import parse_recipe
 from qvera.data import Batches
 from qvera.distributed import zero_params
 from qvera.distributed.group import Group
+from qvera.distributed.heartbeat import end_if_stuck
 from qvera.distributed.init import in_group
 from qvera.models import quantization
 from qvera.models.loader import causal_model
@@ -238,10 +239,7 @@ def main(directory: Path) -> None:
     with in_group() as group:
         found = {task["name"]: run(task, group) for task in tasks}
         (directory / f"found{group.rank}.json").write_text(json.dumps(found))
-    sys.stderr.flush()
-    # A thread of torch's or DeepSpeed's once aborted a process that was done, while the interpreter ended on a busy
-    # machine ("terminate called without an active exception"). How a command ends is tested in test_launch.py.
-    os._exit(0)
+    end_if_stuck(0)  # as a command does
 
 
 if __name__ == "__main__":
