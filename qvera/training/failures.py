@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qvera.distributed.group import Group, for_all
 from qvera.training.plan import Plan, make_plan
 from qvera.training.plan.changes import changed
 from qvera.training.plan.show import change_lines
-from qvera.training.run_dir import plain_json
 from qvera.utils.errors import InputError, NotFinite, OutOfMemory
+from qvera.utils.files import plain_json
 from qvera.utils.formatting import size
 from qvera.utils.out_of_memory import Shortage
 
@@ -79,6 +79,24 @@ def not_finite_text(step: str, losses: Sequence[float], norm: float, rows: Seque
 def _not_finite(step: str, losses: Sequence[float | None], norm: float, rows: str) -> str:
     shown = ", ".join("not finite" if loss is None else f"{loss:g}" for loss in losses)
     return f"{step}: the loss or its gradient is not finite (losses {shown}; gradient norm {norm}); rows: {rows}."
+
+
+def has_finite_loss(scores: dict[str, Any]) -> bool:
+    """Whether a held-out loss is finite; a checkpoint gives one that is not back as None."""
+    return scores["loss"] is not None and math.isfinite(scores["loss"])
+
+
+def held_out_not_finite(step: int, before: dict[str, Any] | None) -> str:
+    """Why an adapter is not saved that has taken its steps and whose held-out loss is not finite.
+
+    Args:
+        before: the scores before training; None where there are none.
+    """
+    if before is None or has_finite_loss(before):
+        advice = "Lower training.learning_rate."
+    else:
+        advice = "It was not finite before training either: look at the held-out rows."
+    return f"step {step}: its held-out loss is not finite. {advice}"
 
 
 def step_error(

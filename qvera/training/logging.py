@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from qvera.utils.atomic import disk_errors, flush, replace_text
 from qvera.utils.errors import InputError
+from qvera.utils.files import plain_json
 from qvera.utils.formatting import size
 from qvera.utils.out_of_memory import Shortage
 
@@ -69,7 +70,7 @@ class MetricsLog:
             RunFailed: the disk is full or read-only.
         """
         with self._disk_full(), open(self.path, "a", encoding="utf-8") as handle:
-            handle.write("".join(json.dumps(record) + "\n" for record in records))
+            handle.write("".join(json.dumps(plain_json(record)) + "\n" for record in records))
 
     def flush(self) -> None:
         """Before a checkpoint: no later power cut may take records of steps that will not be run again."""

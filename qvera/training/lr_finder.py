@@ -24,10 +24,11 @@ from qvera.evaluation.report.read import Point, get_number
 from qvera.evaluation.report.smoothing import smooth
 from qvera.training.logging import ProgressBar
 from qvera.training.optim import build_range_test, current_rate
-from qvera.training.run_dir import plain_json, require_writable
+from qvera.training.run_dir import require_writable
 from qvera.training.session import TrainingSession
 from qvera.utils.atomic import replace_text
 from qvera.utils.errors import InputError, NotFinite
+from qvera.utils.files import plain_json
 from qvera.utils.formatting import duration
 
 if TYPE_CHECKING:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
-from pydantic_core import to_jsonable_python
 
 from qvera.config.load import load_recipe
 from qvera.config.schema import Recipe
@@ -21,7 +20,7 @@ from qvera.training import checkpoint
 from qvera.training.logging import read_records
 from qvera.utils.atomic import disk_errors, replace_text
 from qvera.utils.errors import InputError, QveraError
-from qvera.utils.files import existing_parent, try_read_json
+from qvera.utils.files import existing_parent, plain_json, try_read_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -201,8 +200,3 @@ def write_run(run_dir: Path, run: dict[str, Any], console: Console) -> None:
             write_report(run_dir)
         except QveraError as error:  # the page can be made again; the run is what counts
             console.print(f"[yellow]No report was written: {error}")
-
-
-def plain_json(value: Any) -> Any:
-    """A JSON value without NaN or Inf (which other parsers refuse): they become null."""
-    return to_jsonable_python(value, inf_nan_mode="null")

@@ -7,6 +7,7 @@ the same bits as an uninterrupted one.
 
 import dataclasses
 import itertools
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,15 +25,17 @@ from qvera.training import checkpoint
 from qvera.training.adapt import adapt_to_held_out_tasks
 from qvera.training.checkpoint import TrainState
 from qvera.training.engine import trained_vectors
+from qvera.training.failures import has_finite_loss, held_out_not_finite
 from qvera.training.logging import ProgressBar, repeat_line, status_line
 from qvera.training.many.trainer import ManyTrainer
 from qvera.training.optim import build_schedule, optimizer_bytes
 from qvera.training.plan import planned_steps
 from qvera.training.run import Run, RunResult
-from qvera.training.run_dir import newest_checkpoint, plain_json, write_run
+from qvera.training.run_dir import newest_checkpoint, write_run
 from qvera.training.run_json import add_result, begun_run
 from qvera.utils.atomic import disk_errors
-from qvera.utils.errors import InputError, Interrupted, OutOfMemory, RunFailed
+from qvera.utils.errors import InputError, Interrupted, NotFinite, OutOfMemory, RunFailed
+from qvera.utils.files import plain_json
 
 
 def train(
@@ -55,7 +58,8 @@ def train(
         InputError: recipe, data, model or run directory are wrong, or another process trains there; nothing was
         written.
         Interrupted: SIGINT, SIGTERM or SIGHUP came; a checkpoint was saved at the step boundary.
-        RunFailed: the loss or the gradient became NaN or Inf, or the disk is full; the last checkpoint is kept.
+        RunFailed: the loss, the gradient or the held-out loss at the end became NaN or Inf, or the disk is full; the
+            last checkpoint is kept.
     """
     kind = ManyTrainer if recipe.data.has_adapters else Trainer
     with in_group() as group, kind(recipe, run_dir, group, console) as trainer:
@@ -142,8 +146,25 @@ class Trainer(Run):
                     adaptation = adapt_to_held_out_tasks(self)
             except OutOfMemory as error:
                 raise self.end(error) from None
+            if after is not None and not has_finite_loss(after):
+                self._refuse_adapter(after)
         self.finish("done", after, samples, adaptation)
         return RunResult(self.run_dir, self.run) if self.group.first else None
+
+    def _refuse_adapter(self, after: dict[str, Any]) -> None:
+        """Take back an adapter whose held-out loss is not finite, where that of the base was.
+
+        Raises:
+            NotFinite: it was taken back; checkpoints are kept.
+        """
+        state = self.state
+        text = held_out_not_finite(state.step, state.before).replace("step", "Step", 1)
+        if state.before is not None and not has_finite_loss(state.before):
+            self.warn(text)
+            return
+        self.group.on_first(lambda: shutil.rmtree(self.run_dir / "adapter"))
+        self.finish("failed", after)
+        raise for_all(NotFinite(f"{text} The adapter is not saved; checkpoints are kept."))
 
     def end(self, error: RunFailed) -> RunFailed:
         """Save the step before one that memory did not suffice for, and write run.json; returns the error to raise."""

@@ -7,6 +7,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import to_jsonable_python
+
 from qvera.utils.errors import InputError
 
 
@@ -77,3 +79,8 @@ def read_at(descriptor: int, into: memoryview, offset: int) -> bool:
             return False
         done += got
     return True
+
+
+def plain_json(value: Any) -> Any:
+    """A JSON value without NaN or Inf (which other parsers refuse): they become null."""
+    return to_jsonable_python(value, inf_nan_mode="null")

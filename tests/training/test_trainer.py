@@ -6,6 +6,7 @@ import contextlib
 import io
 import itertools
 import json
+import math
 import os
 import pty
 import re
@@ -27,7 +28,7 @@ from qvera.evaluation.load import open_run
 from qvera.training import checkpoint, run, trainer
 from qvera.training.run_dir import run_lock
 from qvera.training.trainer import Trainer, train
-from qvera.utils.errors import InputError, Interrupted, RunFailed
+from qvera.utils.errors import InputError, Interrupted, NotFinite, RunFailed
 from tests.disk import fill, read_only, small_disk
 from tests.training.test_checkpoint import vouch_for
 
@@ -325,6 +326,38 @@ def test_nan_stops_the_run_and_names_step_and_rows(make_recipe: Any, tmp_path: P
         evaluate.batch_nll = original
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
     assert [r["step"] for r in records(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_an_adapter_whose_held_out_loss_is_not_finite_is_not_saved(
+    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = trainer.Trainer.held_out_loss, itertools.count()
+
+    def spoilt_after_training(run: trainer.Trainer) -> dict[str, Any]:
+        return {**real(run), "loss": math.nan} if next(calls) else real(run)
+
+    monkeypatch.setattr(trainer.Trainer, "held_out_loss", spoilt_after_training)
+    run_dir = tmp_path / "run"
+    with pytest.raises(NotFinite, match=r"Step 2: its held-out loss is not finite\. Lower training\.learning_rate\."):
+        train(make_recipe(training={"max_steps": 2}), run_dir)
+    assert not (run_dir / "adapter").exists()
+    assert json.loads((run_dir / "run.json").read_text())["status"] == "failed"
+    found = checkpoint.newest(run_dir / "checkpoints")
+    assert found is not None
+    assert found.step == 2
+
+
+def test_metrics_are_json_that_every_parser_reads_whatever_the_loss(
+    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = trainer.Trainer.held_out_loss
+    monkeypatch.setattr(trainer.Trainer, "held_out_loss", lambda run: {**real(run), "loss": math.nan})  # the base's too
+    train(make_recipe(training={"max_steps": 2, "eval_steps": 1}), tmp_path / "run")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    evals = [line for line in lines if json.loads(line)["kind"] == "eval"]
+    assert len(evals) == 2
+    assert all('"loss": null' in line for line in evals)
+    assert (tmp_path / "run" / "adapter").exists()
 
 
 def test_early_stopping_keeps_the_best_vectors(

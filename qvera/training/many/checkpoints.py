@@ -23,9 +23,10 @@ import torch
 
 from qvera.training import checkpoint
 from qvera.training.checkpoint import TrainState
-from qvera.training.run_dir import changed_keys, plain_json, require_none_saved
+from qvera.training.run_dir import changed_keys, require_none_saved
 from qvera.utils.atomic import disk_errors, replace_text
 from qvera.utils.errors import InputError
+from qvera.utils.files import plain_json
 
 if TYPE_CHECKING:
     from qvera.training.many.roster import AdapterRun

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from qvera.training.failures import has_finite_loss
 from qvera.training.run_json import measurements
 
 if TYPE_CHECKING:
@@ -50,21 +50,7 @@ def adapter_result(run: AdapterRun, recipe: Recipe) -> dict[str, Any]:
 
 
 def _got_worse(before: dict[str, Any] | None, after: dict[str, Any] | None) -> bool:
-    return before is not None and after is not None and _is_finite(before) and after["loss"] > before["loss"]
-
-
-def _is_finite(scores: dict[str, Any]) -> bool:
-    """Whether a loss is finite; a checkpoint gives one that is not back as None."""
-    return scores["loss"] is not None and math.isfinite(scores["loss"])
-
-
-def held_out_not_finite(run: AdapterRun) -> str:
-    """Why an adapter is not saved that has taken its steps and whose held-out loss is not finite."""
-    if run.state.before is None or _is_finite(run.state.before):
-        advice = "Lower training.learning_rate."
-    else:
-        advice = "It was not finite before training either: look at the held-out rows."
-    return f"step {run.state.step}: its held-out loss is not finite. {advice}"
+    return before is not None and after is not None and has_finite_loss(before) and after["loss"] > before["loss"]
 
 
 def without_rows(name: str) -> dict[str, Any]:

@@ -28,10 +28,11 @@ from qvera.data import Example, adapter_batches
 from qvera.distributed.group import ALONE, for_all
 from qvera.evaluation import evaluate
 from qvera.models.checkpointing import enable_checkpointing
+from qvera.training.failures import held_out_not_finite
 from qvera.training.logging import MetricsLog, ProgressBar, status_line
 from qvera.training.many import checkpoints
 from qvera.training.many.optimizer import BankAdamW
-from qvera.training.many.results import adapter_result, add_results, held_out_not_finite, without_rows
+from qvera.training.many.results import adapter_result, add_results, without_rows
 from qvera.training.many.roster import AdapterRun, Roster, adapter_runs, deal
 from qvera.training.many.rounds import Round, held_out_losses, longest_pass
 from qvera.training.optim import rate_shares
@@ -303,7 +304,7 @@ class ManyTrainer(Run):
             run.after = result
         for run in leaving:
             if run.after is not None and not math.isfinite(run.after["loss"]):
-                run.reason, run.after = held_out_not_finite(run), None
+                run.reason, run.after = held_out_not_finite(run.state.step, run.state.before), None
             if run.reason is None:
                 self._save_adapter(run)
                 self.roster.leave(run, "stopped_early" if run.state.stopped_early else "done")
