@@ -47,9 +47,9 @@ METHODS: dict[str, tuple[dict[str, Any], float]] = {
     "vera, two b and an a": ({"rank": 96, "b_groups": 2, "input_scale": True}, 0.1),
     "dvora": ({"rank": 256, "magnitude": True}, 3e-2),
     "lora-sb": ({"method": "lora-sb", "rank": 32}, 1e-3),
-    "spiel": ({"method": "spiel"}, 4e-3),
+    "spiel": ({"method": "spiel", "rank": 1}, 4e-3),
     "lorta": ({"method": "lorta", "rank": 70}, 1e-2),
-    "sara": ({"method": "sara"}, 0.1),
+    "sara": ({"method": "sara", "rank": 256}, 0.1),
 }
 """Label → adapter section with about 0.2 million trained numbers (the recommended preset: 0.48; LoRA r=16: 4.9), and a
 learning rate to search around. Most telling first."""

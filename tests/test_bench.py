@@ -17,6 +17,7 @@ import torch
 from bench import family, family_picture
 from bench.common import do_missing, read_lines
 from bench.trials import Trial, run
+from qvera.adapters.methods import check_recipe
 from qvera.training.trainer import train
 
 pytestmark = pytest.mark.process
@@ -164,6 +165,14 @@ def test_a_trial_of_the_table_of_methods_that_diverges_is_a_line_and_the_next_on
     assert good["held_out_loss"] > 0
     assert family.final_scores("trec", "accuracy") == {"lora r=1": [good["scores"]["accuracy"]]}
     assert f"{good['scores']['accuracy']:.1f} (1 more diverged)" in family.table()
+
+
+@pytest.mark.parametrize("method", family.METHODS)
+def test_each_method_of_the_table_is_a_whole_recipe(
+    method: str, tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(family, "smollm2", lambda: str(tiny_model_dir))
+    check_recipe(family.recipe_of(family.Trial(method, "trec", 1e-3, 50), {"path": "rows.jsonl"}, tmp_path))
 
 
 def test_the_page_of_methods_shows_the_committed_trials() -> None:
