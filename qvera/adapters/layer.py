@@ -279,3 +279,8 @@ class QveraLinear(LowRankPath, nn.Module, BaseTunerLayer):
     def extra_repr(self) -> str:
         """Adapters and their ranks, for `print(model)`."""
         return ", ".join(f"{name}: {m.name}, rank={c.rank}" for name, (m, c) in self.qvera_settings.items())
+
+
+def adapted_layers(model: nn.Module) -> list[QveraLinear]:
+    """All adapted linears of a model."""
+    return [module for module in model.modules() if isinstance(module, QveraLinear)]

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_a
 from torch import nn
 
 from qvera.adapters.config import PEFT_TYPE, QveraConfig
-from qvera.adapters.layer import QveraLinear, SharedTensors, VectorDict
+from qvera.adapters.layer import QveraLinear, SharedTensors, VectorDict, adapted_layers
 from qvera.adapters.low_rank_path import layer_shape
 from qvera.adapters.methods import Place, Source, method_of
 from qvera.adapters.multi_adapter import BASE, SeedBank, plan_rows
@@ -63,7 +63,7 @@ class QveraModel(BaseTuner):
         unknown = sorted(set(adapter_names) - known)
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-        layers = _adapted_layers(self)
+        layers = adapted_layers(self)
         rows = [name for name in adapter_names for _ in range(num_beams or 1)]
         plan = plan_rows(rows, banks, layers[0].base_layer.weight.device)
         try:
@@ -101,7 +101,7 @@ class QveraModel(BaseTuner):
         They have their method's dtype otherwise, fp32 as a rule, and compute in fp32 in either case
         (`functional.at_least_fp32`). PEFT's own would make fp32 of all, and train what it casts.
         """
-        for layer in () if autocast_adapter_dtype else _adapted_layers(self):
+        for layer in () if autocast_adapter_dtype else adapted_layers(self):
             _, dtype = _home(layer.base_layer, self.model)
             for vector in layer.tensors(adapter_name).values():
                 if vector.is_floating_point():
@@ -262,10 +262,6 @@ class QveraModel(BaseTuner):
 
 
 _LIMITS = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
-
-
-def _adapted_layers(model: nn.Module) -> list[QveraLinear]:
-    return [module for module in model.modules() if isinstance(module, QveraLinear)]
 
 
 def _short_names(targets: str | set[str] | list[str], matched: list[str], model: nn.Module) -> str | list[str]:

@@ -43,6 +43,8 @@ class Base:
     tokenizer: PreTrainedTokenizerBase
     facts: dict[str, Any]
     """What was read back from the loaded modules (`read_back`)."""
+    adapted: PeftModel | None = None
+    """The model with the adapters that `qvera.adapters.shared_model.add_adapter` has put on it."""
 
 
 def pick_compute_dtype(name: str, device: torch.device) -> torch.dtype:

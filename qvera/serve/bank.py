@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from peft import PeftModel, get_peft_model
 
 from qvera.adapters.config import PREFIX, QveraConfig
 from qvera.adapters.files.adapter_file import read_adapter, require_base
@@ -29,6 +28,7 @@ from qvera.adapters.methods import Place, method_of
 from qvera.adapters.multi_adapter import base_output, require_shareable
 from qvera.adapters.products.row_vectors import TokenRows, expand_rows, scale_rows
 from qvera.adapters.projection import SharedProjection, vera_scale
+from qvera.adapters.shared_model import add_adapter, give_to_answers
 from qvera.adapters.vector_layout import VectorLayout
 from qvera.models import linear
 from qvera.serve.content import read_content, read_file
@@ -98,14 +98,13 @@ class ServingBank:
     def __init__(self, base: Base, slots: int) -> None:
         """``slots``: how many adapters of a kind there is room for."""
         self.slots = slots
-        self._model, self._facts = base.model, base.facts
+        self._base = base
         self.device = next(base.model.parameters()).device
         self._places = {
             name: Place(name, *shape)
             for name, module in base.model.named_modules()
             if (shape := layer_shape(module)) is not None
         }
-        self._peft_model: PeftModel | None = None
         self._kinds: dict[Kind, _KindBank] = {}
         self._numbers = itertools.count()  # of kinds that were begun
         self._parts: list[_Part] = []
@@ -169,7 +168,7 @@ class ServingBank:
         if content.sha256 != part.sha256 or read_file(part.directory / ADAPTER_CONFIG) != content.config:
             raise AdapterChanged(f"{part.directory}: was replaced while it was read; ask again.")
         config = require_shareable(found, part.directory)
-        require_base(config, part.directory, str(self._facts.get("path")), self._facts.get("fingerprint"))
+        require_base(config, part.directory, str(self._base.facts.get("path")), self._base.facts.get("fingerprint"))
         if not method_of(config).is_banked:
             raise InputError(
                 f"{part.directory}: the method {method_of(config).name} with these options is not served beside other "
@@ -260,15 +259,10 @@ class ServingBank:
         config = QveraConfig(
             rank=kind.rank, target_modules=set(kind.linears), projection_seed=kind.seed, task_type="CAUSAL_LM"
         )
-        if self._peft_model is None:
-            self._peft_model = get_peft_model(self._model, config, adapter_name=name)  # type: ignore[arg-type]
-        else:
-            self._peft_model.add_adapter(name, config)
-        self._peft_model.requires_grad_(False).eval()
-        layers = [m for m in self._model.modules() if isinstance(m, QveraLinear)]
+        layers = give_to_answers(add_adapter(self._base, name, config), name)
         for layer in layers:
             layer._row_forward = self._forward
-        pair = next(layer.qvera_projection[name] for layer in layers if layer.carries(name))
+        pair = layers[0].qvera_projection[name]
         bank = _KindBank(kind, self._layout(kind), pair, self.slots, self.device)
         self._kinds[kind] = bank
         return bank

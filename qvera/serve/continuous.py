@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qvera.serve.live import Live
 from qvera.serve.paged import PagedModel, Scheduled
 from qvera.serve.requests import EngineSettings, TokenEvent
 from qvera.serve.sampling import choose_tokens
-from qvera.serve.threaded import Live, ThreadedEngine
+from qvera.serve.threaded import ThreadedEngine
 
 if TYPE_CHECKING:
     from qvera.models.loader import Base

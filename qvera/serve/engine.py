@@ -6,6 +6,23 @@ from typing import Protocol
 from qvera.serve.requests import EngineStats, Event, GenerationRequest, ResolvedAdapter
 
 
+class BackgroundWork(Protocol):
+    """What an engine does with the model where answers leave time, part by part."""
+
+    def has_work(self) -> bool:
+        """Whether there is a part to do. Called in the engine's thread between two steps, so it has to be quick.
+
+        Where it has become true, `Engine.wake` tells the engine.
+        """
+
+    def do_part(self) -> None:
+        """Do one part; called in the engine's thread. It has to be short, since no request gets a token meanwhile.
+
+        It may change the model for the time of the call. An error does not end the engine: it is logged, and nothing
+        more is done until `Engine.wake` is called.
+        """
+
+
 class Engine(Protocol):
     """Answers requests, many at a time. All methods may be called from any thread."""
 
@@ -44,6 +61,12 @@ class Engine(Protocol):
 
     def unload(self, identity: str) -> None:
         """Free an adapter's slot as soon as no request uses it; requests that were submitted finish on it."""
+
+    def set_background(self, work: BackgroundWork | None) -> None:
+        """Do this work where answers leave time (`EngineSettings.training_share`); None: no more."""
+
+    def wake(self) -> None:
+        """The background work has something to do, or is to be tried again after an error."""
 
     def stats(self) -> EngineStats:
         """The engine at this moment."""

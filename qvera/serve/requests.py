@@ -117,11 +117,13 @@ class EngineSettings:
     """Tokens in one forward pass at most; longer prompts take several."""
     share_prefixes: bool = True
     """Whether requests of one adapter share the keys and values of what their prompts begin with."""
+    training_share: float = 0.1
+    """Of the time while requests run or wait: what background work may take. While none does, it takes all."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """An engine at one moment; the last three count from its start."""
+    """An engine at one moment; ``prompt_tokens`` and what follows it count from its start."""
 
     running: int
     """Requests that have a place in the batch."""
@@ -137,3 +139,8 @@ class EngineStats:
     generated_tokens: int
     finished: int
     """Requests that have ended, for whatever reason."""
+    background_seconds: float = 0.0
+    """What background work took (`qvera.serve.engine.BackgroundWork`)."""
+    background_parts: int = 0
+    background_failure: str | None = None
+    """Why background work is parked; None while it is not."""

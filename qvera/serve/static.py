@@ -13,9 +13,10 @@ import torch
 from transformers import DynamicCache
 
 from qvera.evaluation.generate import CACHE_ARGUMENT, padded
+from qvera.serve.live import Live
 from qvera.serve.requests import EngineSettings, TokenEvent
 from qvera.serve.sampling import choose_tokens
-from qvera.serve.threaded import Live, ThreadedEngine
+from qvera.serve.threaded import ThreadedEngine
 
 if TYPE_CHECKING:
     from qvera.models.loader import Base

@@ -20,7 +20,9 @@ import torch
 
 from qvera.adapters.projection import forget_inputs
 from qvera.evaluation.generate import generating
+from qvera.serve.background import Background
 from qvera.serve.bank import HostVectors, ServingBank
+from qvera.serve.live import Live
 from qvera.serve.requests import (
     Busy,
     EndEvent,
@@ -37,35 +39,13 @@ from qvera.utils.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from qvera.models.loader import Base
+    from qvera.serve.engine import BackgroundWork
 
 _logger = logging.getLogger(__name__)
 _MOST_FAILURES = 3
 """Steps that fail one after the other, without a good one between them, end the engine."""
 _POLL_SECONDS = 0.05
 NOT_FINITE = "the model's output was not finite, so no token can be drawn from it"
-
-
-class Live:
-    """A request that has not ended."""
-
-    def __init__(
-        self, request: GenerationRequest, on_event: Callable[[Event], None], vectors: HostVectors | None
-    ) -> None:
-        self.request, self.vectors = request, vectors
-        self.slot = 0
-        self.chooser: TokenChooser | None = None
-        self.answer: list[int] = []
-        self.ended = False
-        self._on_event = on_event
-
-    def send(self, event: Event) -> bool:
-        """Pass an event on; False where the receiver failed, which ends nobody else's request."""
-        try:
-            self._on_event(event)
-        except Exception:
-            _logger.exception("the receiver of request %s failed", self.request.id)
-            return False
-        return True
 
 
 class ThreadedEngine(ABC):
@@ -83,6 +63,8 @@ class ThreadedEngine(ABC):
         self._closing = False
         self._dead: str | None = None
         self._failures = self._prompt_tokens = self._generated = self._finished = 0
+        self.background = Background(settings.training_share)
+        self._woken = False
         self._wake = threading.Condition()
         self._layout = contextlib.ExitStack()
         self._thread = threading.Thread(target=self._run, name="qvera-engine", daemon=True)
@@ -131,6 +113,18 @@ class ThreadedEngine(ABC):
         with contextlib.suppress(EngineDead):
             self._in_thread(lambda: self.bank.unload(identity))
 
+    def set_background(self, work: BackgroundWork | None) -> None:
+        """See `Engine.set_background`."""
+        self.background.set(work)
+        self.wake()
+
+    def wake(self) -> None:
+        """See `Engine.wake`."""
+        self.background.resume()
+        with self._wake:
+            self._woken = True
+            self._wake.notify()
+
     def stats(self) -> EngineStats:
         """See `Engine.stats`."""
         with self._wake:
@@ -144,6 +138,9 @@ class ThreadedEngine(ABC):
                 prompt_tokens=self._prompt_tokens,
                 generated_tokens=self._generated,
                 finished=self._finished,
+                background_seconds=self.background.seconds,
+                background_parts=self.background.parts,
+                background_failure=self.background.failure,
             )
 
     def close(self) -> None:
@@ -214,6 +211,7 @@ class ThreadedEngine(ABC):
                     self._take_cancelled()
                     self._admit()
                     self._try_step()
+                    self._try_part()
         except BaseException as error:  # whatever it is, nobody may wait for this thread for ever
             _logger.exception("the engine's thread ended")
             dead = f"{type(error).__name__}: {first_line(error)}"
@@ -222,10 +220,21 @@ class ThreadedEngine(ABC):
 
     def _wait_for_work(self) -> bool:
         """Wait until there is something to do; False: the engine is to end."""
-        with self._wake:
-            while not (self._closing or self._waiting or self._tasks or self._cancelled or self.running):
-                self._wake.wait()
-            return not self._closing
+        while True:
+            with self._wake:
+                self._woken = False
+                if self._is_asked():
+                    return not self._closing
+            # without the lock, which the work may wait for; one that has something to do from here on sets the flag
+            if self.background.has_part(answering=False):
+                return True
+            with self._wake:
+                while not (self._woken or self._is_asked()):
+                    self._wake.wait()
+
+    def _is_asked(self) -> bool:
+        """Whether there is something to do but background work; with the lock."""
+        return bool(self._closing or self._waiting or self._tasks or self._cancelled or self.running)
 
     def _do_tasks(self) -> None:
         while True:
@@ -315,6 +324,15 @@ class ThreadedEngine(ABC):
         if not got:
             with self._wake:
                 self._wake.wait(_POLL_SECONDS)
+
+    def _try_part(self) -> None:
+        """Do a part of the background work, if it is its turn."""
+        with self._wake:
+            if self._closing:
+                return
+            answering = bool(self.running or self._waiting)
+        if self.background.has_part(answering) and not self.background.do_part():
+            forget_inputs(self.model)
 
     def _pass_on(self, live: Live, event: TokenEvent | None) -> None:
         if event is None:

@@ -116,13 +116,18 @@ def submit(engine: ThreadedEngine, asked: GenerationRequest) -> Answer:
 
 @contextmanager
 def engine_of(
-    model_dir: Path, kind: str = "continuous", model: dict[str, Any] | None = None, **settings: Any
+    model_dir: Path,
+    kind: str = "continuous",
+    model: dict[str, Any] | None = None,
+    base: Base | None = None,
+    **settings: Any,
 ) -> Iterator[ThreadedEngine]:
-    """A running engine on a base of its own."""
+    """A running engine on a base of its own, or on this one."""
     if kind == "continuous":
         require_tested_transformers()
     defaults: dict[str, Any] = {"cache_tokens": 2048, "step_tokens": 64}
-    engine = ENGINES[kind](tiny_base(model_dir, **(model or {})), EngineSettings(**{**defaults, **settings}))
+    base = base or tiny_base(model_dir, **(model or {}))
+    engine = ENGINES[kind](base, EngineSettings(**{**defaults, **settings}))
     engine.start()
     try:
         yield engine

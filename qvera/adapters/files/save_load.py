@@ -64,7 +64,27 @@ def attach(
     Raises:
         InputError: a target matches nothing, or ``init_from`` does not fit.
     """
-    config = QveraConfig.of_section(
+    config = new_config(section, base_name, base_fingerprint, added_tokens, tokens, phases)
+    config.progress = progress
+    try:
+        peft_model = put_on(model, config)
+    finally:
+        config.progress = None  # it may hold a terminal's progress bar, which can't be copied or pickled
+    if section.init_from is not None:
+        start_from(peft_model, config, section.init_from)
+    return peft_model
+
+
+def new_config(
+    section: AdapterSection,
+    base_name: str | None = None,
+    base_fingerprint: str | None = None,
+    added_tokens: dict[str, int] | None = None,
+    tokens: ModelSection | None = None,
+    phases: int = 1,
+) -> QveraConfig:
+    """The config of a fresh adapter; see `attach`."""
+    return QveraConfig.of_section(
         section,
         rank=section.rank * phases,
         b_groups=section.b_groups * phases,
@@ -76,18 +96,14 @@ def attach(
         pad_token=None if tokens is None else tokens.pad_token,
         eos_token=None if tokens is None else tokens.eos_token,
     )
-    config.progress = progress
-    try:
-        peft_model = _put_on(model, config)
-    finally:
-        config.progress = None  # it may hold a terminal's progress bar, which can't be copied or pickled
-    if section.init_from is not None:
-        _start_from(peft_model, config, section.init_from)
-    return peft_model
 
 
-def _start_from(peft_model: PeftModel, config: QveraConfig, init_from: str) -> None:
-    """Copy the vectors of the adapter directory ``init_from`` into a fresh adapter of that config."""
+def start_from(peft_model: PeftModel, config: QveraConfig, init_from: str, adapter: str = "default") -> None:
+    """Copy the vectors of the adapter directory ``init_from`` into a fresh adapter of that config.
+
+    Raises:
+        InputError: it does not fit.
+    """
     directory = Path(resolve_path(init_from))
     theirs, vectors = read_adapter(directory)
     if not isinstance(theirs, QveraConfig):
@@ -119,7 +135,7 @@ def _start_from(peft_model: PeftModel, config: QveraConfig, init_from: str) -> N
     if config.added_tokens:
         rows = read_token_rows(directory)
         put_token_rows(peft_model.get_base_model(), config.added_tokens, rows, directory / ADDED_ROWS)
-    load_vectors(peft_model, vectors, init_from)
+    load_vectors(peft_model, vectors, init_from, adapter)
 
 
 def portable_name(name: str) -> str:
@@ -167,6 +183,7 @@ def save_adapter(
     directory: Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
     vectors: dict[str, torch.Tensor] | None = None,
+    adapter: str = "default",
 ) -> int:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` (fp32 vectors, no projections).
 
@@ -178,6 +195,7 @@ def save_adapter(
         directory: where it goes.
         tokenizer: the base model's.
         vectors: what to write in place of the model's own vectors, by the same keys; the config stays the model's.
+        adapter: whose config it is; a name of its own goes with ``vectors``.
 
     Returns:
         The bytes of the files, without the tokenizer's.
@@ -186,7 +204,7 @@ def save_adapter(
         RunFailed: the disk is full; an adapter that was there before is still there.
     """
     with disk_errors(str(directory), "The run's checkpoints are kept; make room and go on with --resume."):
-        _write_adapter(model, directory, tokenizer, vectors)
+        _write_adapter(model, directory, tokenizer, vectors, adapter)
     ours = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADDED_ROWS)
     return sum(f.stat().st_size for f in directory.iterdir() if f.name in ours)
 
@@ -196,11 +214,12 @@ def _write_adapter(
     directory: Path,
     tokenizer: PreTrainedTokenizerBase | None,
     vectors: dict[str, torch.Tensor] | None,
+    adapter: str,
 ) -> None:
     partial, old = (directory.with_name(f".{directory.name}.{what}-{os.getpid()}") for what in ("partial", "old"))
     _discard(partial)
     try:
-        config = model.peft_config["default"]
+        config = model.peft_config[adapter]
         # save_embedding_layers=False: PEFT would otherwise look the base up on the hub
         if isinstance(config, QveraConfig) and method_of(config).writes_lora:
             partial.mkdir()
@@ -281,10 +300,10 @@ def _saved_tensors(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
     return dict(named_vectors(model, adapter))
 
 
-def _put_on(model: nn.Module, config: QveraConfig) -> PeftModel:
+def put_on(model: nn.Module, config: QveraConfig, adapter: str = "default") -> PeftModel:
     """`get_peft_model`, with the base named as the config names it, where PEFT would put the loaded model's name."""
     name, config.base_model_name_or_path = config.base_model_name_or_path, None
-    peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
+    peft_model = get_peft_model(model, config, adapter_name=adapter)  # type: ignore[arg-type]
     if name is not None:
         config.base_model_name_or_path = name
     return peft_model
@@ -308,7 +327,7 @@ def load_adapter(model: nn.Module, directory: Path, base: Base | None = None) ->
         put_token_rows(model, ids, read_token_rows(directory), directory / ADDED_ROWS)
     if isinstance(config, QveraConfig):
         try:
-            peft_model = _put_on(model, config)
+            peft_model = put_on(model, config)
         except InputError as error:
             raise InputError(f"{directory}: {error}") from None
         load_vectors(peft_model, vectors, str(directory / ADAPTER_WEIGHTS))

@@ -74,7 +74,9 @@ class Recipe(Section):
         """Yield keys of different sections that contradict each other."""
         yield from self._keys_without_effect()
         if self.data.has_adapters:
-            yield from self._many_adapters_contradictions()
+            yield from self.many_adapters_contradictions(
+                f"data.{'adapter_files' if self.data.adapter_files else 'adapter_column'}"
+            )
         else:
             rows, pass_rows = self.training.global_batch_size, self.training.per_device_train_batch_size
             if rows % pass_rows:
@@ -123,8 +125,8 @@ class Recipe(Section):
         if self.deepspeed is not None and self.training.on_oom == "halve":
             yield "training.on_oom", "halve: DeepSpeed can't undo a step that its ranks have begun; use save."
 
-    def _many_adapters_contradictions(self) -> Iterator[tuple[str, str]]:
-        names = f"data.{'adapter_files' if self.data.adapter_files else 'adapter_column'}"
+    def many_adapters_contradictions(self, names: str) -> Iterator[tuple[str, str]]:
+        """Yield keys with which no adapters can be trained together. ``names``: what asks for many of them."""
         adapter, training = self.adapter, self.training
         if adapter.method != "vera":
             yield (

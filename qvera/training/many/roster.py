@@ -10,10 +10,10 @@ from __future__ import annotations
 import dataclasses
 import heapq
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from qvera.data import planned_steps
+from qvera.data import adapter_batches, planned_steps
 from qvera.training.checkpoint import TrainState
 from qvera.utils.adapter_names import directory_names
 
@@ -39,8 +39,11 @@ class AdapterRun:
         directory: its directory's name under ``adapters/``.
         steps: optimizer steps by its own rows and the recipe.
         step_rows: rows of its optimizer step; the last step of an epoch may have fewer.
+        recipe: what says its steps, order, learning rate and evaluations. Those of a run share one.
+        datasets: where its rows are. Those of a run share one.
         state: steps taken, losses, the best evaluation.
         slot: its row of the bank while it is in flight.
+        batches, shares: its rows and its share of the learning rate by step, while it is in flight.
         best: fp32 [numbers], the vectors of its best step, where the recipe asks for them.
         after: held-out loss of the vectors that were saved.
         reason: why it was not saved, where its loss, its gradient or its held-out loss at the end was not finite.
@@ -51,10 +54,13 @@ class AdapterRun:
     directory: str
     steps: int
     step_rows: int
+    recipe: Recipe
+    datasets: Datasets
     status: Status = "waiting"
     state: TrainState = dataclasses.field(default_factory=TrainState)
     slot: int | None = None
     batches: Batches | None = None
+    shares: Callable[[int], float] | None = None
     best: torch.Tensor | None = None
     after: dict[str, Any] | None = None
     reason: str | None = None
@@ -79,10 +85,49 @@ class AdapterRun:
         """Optimizer steps that it has still to take."""
         return 0 if self.has_left else self.steps - self.state.step
 
+    @property
+    def held_slot(self) -> int:
+        """Its slot; it is in flight."""
+        assert self.slot is not None
+        return self.slot
+
+    def begin(self, shares: Callable[[int], float]) -> None:
+        """Make what it needs in flight besides its slot.
+
+        ``shares``: `qvera.training.optim.rate_shares` of its steps.
+        """
+        self.batches, self.shares = adapter_batches(self.recipe, self.datasets, self.rows), shares
+
     def next_rows(self) -> list[int]:
         """Numbers of the training rows of its next step, as if it were trained alone."""
         assert self.batches is not None
         return [int(self.rows.train[row]) for row in self.batches.rows(self.state.step)]
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of its next step."""
+        assert self.shares is not None
+        return self.recipe.training.learning_rate * self.shares(self.state.step)
+
+    @property
+    def evaluation_is_due(self) -> bool:
+        """Whether its recipe asks for its held-out loss after the step that it took last."""
+        every = self.recipe.training.eval_steps
+        return bool(len(self.rows.eval)) and every > 0 and self.state.step % every == 0
+
+    def add_evaluation(self, loss: float, vectors: torch.Tensor) -> None:
+        """Note a held-out loss, and keep the vectors [numbers] that gave it where the recipe wants the best ones."""
+        training = self.recipe.training
+        self.state.add_evaluation(loss, training.early_stopping_patience)
+        if training.load_best_model_at_end and self.state.best_step == self.state.step:
+            self.best = vectors.to("cpu", copy=True)
+
+    def put_best_back(self, vectors: torch.Tensor) -> bool:
+        """Write the vectors of its best step over ``vectors`` [numbers]; False where those are what it has."""
+        if self.best is None or self.state.best_step == self.state.step:
+            return False
+        vectors.copy_(self.best)
+        return True
 
 
 def adapter_runs(recipe: Recipe, datasets: Datasets) -> list[AdapterRun]:
@@ -95,7 +140,13 @@ def adapter_runs(recipe: Recipe, datasets: Datasets) -> list[AdapterRun]:
     size = recipe.training.global_batch_size
     return [
         AdapterRun(
-            number, rows, directories[rows.name], planned_steps(recipe, len(rows.train)), min(size, len(rows.train))
+            number,
+            rows,
+            directories[rows.name],
+            planned_steps(recipe, len(rows.train)),
+            min(size, len(rows.train)),
+            recipe,
+            datasets,
         )
         for number, rows in enumerate(datasets.adapters)
     ]
@@ -167,4 +218,4 @@ class Roster:
         heapq.heappush(self._free, run.slot)
         self.left += 1
         self.steps_behind += run.steps_left
-        run.slot, run.status, run.batches, run.best = None, status, None, None
+        run.slot, run.status, run.batches, run.shares, run.best = None, status, None, None, None

@@ -24,22 +24,22 @@ import torch
 from qvera.adapters import hold_training_weights
 from qvera.adapters.files.save_load import save_adapter
 from qvera.adapters.training_bank import TrainingBank
-from qvera.data import Example, adapter_batches
+from qvera.data import Example
 from qvera.distributed.group import ALONE, for_all
-from qvera.evaluation import evaluate
 from qvera.models.checkpointing import enable_checkpointing
-from qvera.training.failures import held_out_not_finite
+from qvera.training.failures import held_out_not_finite, step_error
 from qvera.training.logging import MetricsLog, ProgressBar, status_line
 from qvera.training.many import checkpoints
 from qvera.training.many.optimizer import BankAdamW
 from qvera.training.many.results import adapter_result, add_results, without_rows
 from qvera.training.many.roster import AdapterRun, Roster, adapter_runs, deal
-from qvera.training.many.rounds import Round, held_out_losses, longest_pass
+from qvera.training.many.rounds import HeldOutRows, Round, bank_nll, held_out_losses, longest_pass
 from qvera.training.optim import rate_shares
 from qvera.training.plan.bank import wanted_slots
 from qvera.training.run import Run, RunResult
 from qvera.training.run_dir import write_run
 from qvera.training.run_json import begun_run
+from qvera.utils import memory
 from qvera.utils.adapter_names import shown_name
 from qvera.utils.atomic import disk_errors
 from qvera.utils.errors import InputError, Interrupted, NotFinite, OutOfMemory, RunFailed
@@ -180,16 +180,7 @@ class ManyTrainer(Run):
 
     def _begin(self, run: AdapterRun) -> None:
         """Make what an adapter in flight needs besides its slot."""
-        run.batches = adapter_batches(self.recipe, self.datasets, run.rows)
-
-    def slot(self, run: AdapterRun) -> int:
-        """The slot of an adapter in flight."""
-        assert run.slot is not None
-        return run.slot
-
-    def rate(self, run: AdapterRun) -> float:
-        """The learning rate of an adapter's next step."""
-        return self.recipe.training.learning_rate * self._shares(run.steps)(run.state.step)
+        run.begin(self._shares(run.steps))
 
     @functools.cached_property
     def _shares(self) -> Callable[[int], Callable[[int], float]]:
@@ -199,20 +190,8 @@ class ManyTrainer(Run):
     def pass_nll(
         self, slots: Sequence[int], examples: Sequence[Example], weights: Sequence[float] | None = None
     ) -> torch.Tensor:
-        """Negative log likelihood of each row of a pass [B], and its weighted sum's gradient into the bank.
-
-        Args:
-            slots: of each row's adapter.
-            weights: of each row; None: no gradient is computed.
-        """
-        batch = evaluate.make_batch(self.model, examples, self.datasets.pad_id, prefix_once=False, whole_rows=True)
-        row_weights = torch.tensor(weights or [1.0] * len(slots), dtype=torch.float32).to(self.device)
-        chunk = self.recipe.training.loss_chunk_tokens
-        with self.bank.rows(slots, evaluate.row_tokens(batch, examples)), torch.set_grad_enabled(weights is not None):
-            total, nll = evaluate.row_nll(self.model, batch, chunk, row_weights)
-            if weights is not None:
-                total.backward()
-        return nll
+        """See `bank_nll`."""
+        return bank_nll(self, self.recipe.training, self.datasets.pad_id, slots, examples, weights)
 
     def train(self) -> RunResult | None:
         """Train all adapters that are left, then write run.json.
@@ -253,11 +232,11 @@ class ManyTrainer(Run):
             RunFailed: the disk is full.
         """
         for run in self.roster.admit():
-            self.bank.start(self.slot(run))
-            self.adamw.reset(self.slot(run))
+            self.bank.start(run.held_slot)
+            self.adamw.reset(run.held_slot)
             self._begin(run)
         stepping = [run for run in self.roster.in_flight if run.steps_left]
-        records = Round(self, stepping).take() if stepping else []
+        records = self._take_steps(stepping) if stepping else []
         if stepping:
             self.round += 1
             self.totals.seconds += records[-1]["step_seconds"]
@@ -270,34 +249,52 @@ class ManyTrainer(Run):
         if records:
             self._show(records[-1])
 
+    def _take_steps(self, runs: Sequence[AdapterRun]) -> list[dict[str, Any]]:
+        """A record of kind ``train`` for each adapter that took its step, and one of kind ``round``."""
+        taken = Round(self, runs, self.round + 1, self.pass_rows)
+        while not taken.is_accumulated:
+            if (shortage := taken.do_pass()) is not None:
+                rows = self.datasets.train
+                raise step_error(f"Round {taken.number}", shortage, taken.examples, self.plan, rows, ALONE)
+        records, inputs = taken.step(), sum(taken.input_tokens.values())
+        about = {
+            "kind": "round",
+            "round": taken.number,
+            "adapters": len(runs),
+            "rows": len(taken.rows),
+            "passes": len(taken.passes),
+            "input_tokens": inputs,
+            "step_seconds": taken.seconds,
+            "tokens_per_second": inputs / taken.seconds,
+            "memory_bytes": memory.memory_bytes(self.device),
+            "peak_bytes": self.watch.peak_bytes,
+        }
+        return [*records, about]
+
     def _evaluate(self, runs: Sequence[AdapterRun]) -> dict[AdapterRun, dict[str, Any]]:
         """Held-out loss of the adapters whose step says so; returns the results."""
-        training = self.recipe.training
-        due = [
-            run
-            for run in runs
-            if len(run.rows.eval) and training.eval_steps and run.state.step % training.eval_steps == 0
-        ]
+        due = [run for run in runs if run.evaluation_is_due]
         found = {run: one for run, one in zip(due, self._held_out(due), strict=True) if one is not None}
         for run, result in found.items():
-            run.state.add_evaluation(result["loss"], training.early_stopping_patience)
-            if training.load_best_model_at_end and run.state.best_step == run.state.step:
-                run.best = self.bank.vectors[self.slot(run)].to("cpu", copy=True)
+            run.add_evaluation(result["loss"], self.bank.vectors[run.held_slot])
         kind = {"kind": "eval", "round": self.round}
         self.log([{**kind, "adapter": run.name, "step": run.state.step, **one} for run, one in found.items()])
         return found
 
-    def _held_out(self, runs: Sequence[AdapterRun]) -> list[dict[str, Any] | None]:
-        return held_out_losses(self, [self.slot(run) for run in runs], [run.rows.eval.tolist() for run in runs])
+    def _held_out(self, runs: Sequence[AdapterRun], slot: int | None = None) -> list[dict[str, Any] | None]:
+        """Held-out losses; ``slot``: of the vectors there, in place of each adapter's own."""
+        wanted = [
+            HeldOutRows(run.held_slot if slot is None else slot, self.datasets.eval, run.rows.eval.tolist())
+            for run in runs
+        ]
+        return held_out_losses(self, wanted, self.recipe.training.per_device_eval_batch_size)
 
     def _let_out(self, evaluated: dict[AdapterRun, dict[str, Any]]) -> None:
         """Score and save the adapters that are finished, and free their slots."""
         leaving = [run for run in self.roster.in_flight if run.has_ended]
         finished = [run for run in leaving if run.reason is None]
         for run in finished:
-            if run.best is not None and run.state.best_step != run.state.step:
-                self.bank.vectors[self.slot(run)].copy_(run.best)
-            elif run in evaluated:
+            if not run.put_best_back(self.bank.vectors[run.held_slot]) and run in evaluated:
                 run.after = evaluated[run]  # of the very vectors that are saved
         scored = [run for run in finished if run.after is None]
         for run, result in zip(scored, self._held_out(scored), strict=True):
@@ -315,14 +312,14 @@ class ManyTrainer(Run):
 
     def _save_adapter(self, run: AdapterRun) -> None:
         directory = self.run_dir / ADAPTERS / run.directory
-        save_adapter(self.model, directory, vectors=self.bank.take(self.slot(run)))
+        save_adapter(self.model, directory, vectors=self.bank.take(run.held_slot))
 
     def _score_before(self) -> None:
         """The held-out loss of every adapter before training: all begin with the same vectors, so with full passes."""
         runs = [run for run in self.runs if len(run.rows.eval)]
         self.bank.start(0)
         with status_line(self.console, "Before training: held-out loss"):
-            found = held_out_losses(self, [0] * len(runs), [run.rows.eval.tolist() for run in runs])
+            found = self._held_out(runs, slot=0)
         for run, result in zip(runs, found, strict=True):
             run.state.before = result
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from qvera.serve.engine import BackgroundWork
 from qvera.serve.requests import (
     AdapterPart,
     Busy,
@@ -79,6 +80,12 @@ class ScriptedEngine:
 
     def unload(self, identity: str) -> None:
         self.unloaded.append(identity)
+
+    def set_background(self, work: BackgroundWork | None) -> None:
+        """It has no time of its own to give."""
+
+    def wake(self) -> None:
+        """Nothing waits."""
 
     def stats(self) -> EngineStats:
         with self._lock:

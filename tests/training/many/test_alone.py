@@ -93,7 +93,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, name: str, step: int) -> None:
     def take_round(self: ManyTrainer) -> None:
         for run in self.roster.in_flight:
             if run.name == name and run.state.step == step - 1:
-                self.bank.vectors[self.slot(run), 0] = float("nan")
+                self.bank.vectors[run.held_slot, 0] = float("nan")
         real(self)
 
     monkeypatch.setattr(ManyTrainer, "take_round", take_round)

@@ -37,7 +37,7 @@ def spoil_held_out(monkeypatch: pytest.MonkeyPatch, name: str, steps: Collection
     real = ManyTrainer.pass_nll
 
     def is_bad(trainer: ManyTrainer, run: AdapterRun) -> bool:
-        at_best = run.best is not None and torch.equal(trainer.bank.vectors[trainer.slot(run)], run.best)
+        at_best = run.best is not None and torch.equal(trainer.bank.vectors[run.held_slot], run.best)
         return run.name == name and run.state.step in steps and not at_best
 
     def pass_nll(self: ManyTrainer, slots: Any, examples: Any, weights: Any = None) -> torch.Tensor:

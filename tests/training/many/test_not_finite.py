@@ -49,7 +49,7 @@ def test_a_nan_does_not_reach_the_others(make_recipe: Any, tmp_path: Path, monke
     take = ManyTrainer.take_round
 
     def take_round(self: ManyTrainer) -> None:
-        bad[:] = [self.slot(run) for run in self.roster.in_flight if run.name == "ben" and run.state.step == 2]
+        bad[:] = [run.held_slot for run in self.roster.in_flight if run.name == "ben" and run.state.step == 2]
         take(self)
 
     monkeypatch.setattr(BankAdamW, "step", refuse)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,9 +15,9 @@ from qvera.training.plan.bank import slots_to_fill
 
 
 def runs(*steps_and_rows: tuple[int, int]) -> list[AdapterRun]:
-    none = np.array([], dtype=np.int64)
+    none, unread = np.array([], dtype=np.int64), cast(Any, None)
     return [
-        AdapterRun(number, AdapterRows(f"a{number}", none, none, 0), f"a{number}", steps, rows)
+        AdapterRun(number, AdapterRows(f"a{number}", none, none, 0), f"a{number}", steps, rows, unread, unread)
         for number, (steps, rows) in enumerate(steps_and_rows)
     ]
 

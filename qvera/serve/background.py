@@ -1,0 +1,79 @@
+"""Work that an engine does between the steps of answers: when the next part of it may begin."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from qvera.utils.errors import first_line
+
+if TYPE_CHECKING:
+    from qvera.serve.engine import BackgroundWork
+
+_logger = logging.getLogger(__name__)
+
+
+class Background:
+    """An engine's background work and its share of the time.
+
+    A part begins at once where nobody waits for an answer. Else a part that took t seconds is followed by at least
+    t · (1 - share) / share seconds of answers. Work that raises an error is parked until somebody calls `resume`.
+
+    Attributes:
+        seconds, parts: what it has taken since the engine's start.
+        failure: the error of the last part; None where it went well.
+    """
+
+    def __init__(self, share: float, clock: Callable[[], float] = time.perf_counter) -> None:
+        """``share``: of the time while answers run, 0 (none) to 1."""
+        self.clock = clock
+        self.seconds, self.parts = 0.0, 0
+        self.failure: str | None = None
+        self._pause = math.inf if share <= 0 else (1 - share) / share
+        self._next_at = -math.inf
+        self._work: BackgroundWork | None = None
+
+    def set(self, work: BackgroundWork | None) -> None:
+        """Take on this work in place of the one before."""
+        self._work, self.failure = work, None
+
+    def resume(self) -> None:
+        """Try work again that was parked."""
+        self.failure = None
+
+    def has_part(self, answering: bool) -> bool:
+        """Whether a part may begin now. ``answering``: requests run or wait."""
+        work = self._work
+        if work is None or self.failure is not None or (answering and self.clock() < self._next_at):
+            return False
+        try:
+            return work.has_work()
+        except Exception as error:
+            self._park(work, error)
+            return False
+
+    def do_part(self) -> bool:
+        """Do the part that `has_part` found; False: it failed, and whatever it left in the model is to be forgotten."""
+        work, began = self._work, self.clock()
+        if work is None:  # taken away since
+            return True
+        try:
+            work.do_part()
+        except Exception as error:
+            self._park(work, error)
+            went_well = False
+        else:
+            went_well = True
+        ended = self.clock()
+        self.seconds, self.parts = self.seconds + ended - began, self.parts + 1
+        # the pause is infinite where training gets no time beside answers, and a part may take no time at all
+        self._next_at = ended + (self._pause * (ended - began) if ended > began else 0.0)
+        return went_well
+
+    def _park(self, work: BackgroundWork, error: Exception) -> None:
+        _logger.exception("background work failed; it is parked until it is woken")
+        if work is self._work:  # and not another one that was set meanwhile
+            self.failure = f"{type(error).__name__}: {first_line(error)}"

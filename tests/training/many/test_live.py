@@ -1,0 +1,318 @@
+"""Adapters that begin, end and go on at any time beside others become what they become alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qvera.data import Example
+from qvera.models.loader import load_base
+from qvera.training.many.live import LiveTrainer
+from qvera.training.many.live_run import LiveRun
+from qvera.training.trainer import train
+from qvera.utils.errors import InputError
+from tests.training.many.live_jobs import (
+    Jobs,
+    datasets_of,
+    difference,
+    job_recipe,
+    server_recipe,
+    write_job_rows,
+)
+from tests.training.many.runs import records
+
+pytestmark = pytest.mark.process
+
+
+def test_jobs_with_recipes_of_their_own_become_what_they_are_alone(make_recipe: Any, tmp_path: Path) -> None:
+    """One stops early, one keeps its best vectors, one has no held-out rows; rates, sizes and orders differ."""
+    held = {"eval_fraction": 0.3}
+    recipes = {
+        "stops": (11, held, {"max_steps": 20, "learning_rate": 0.05, "eval_steps": 2, "early_stopping_patience": 1}),
+        "best": (30, {**held, "seed": 7}, {"max_steps": 8, "eval_steps": 3, "load_best_model_at_end": True}),
+        "plain": (9, {"shuffle": False}, {"max_steps": -1, "num_train_epochs": 3.0, "learning_rate": 0.01}),
+        "large": (20, held, {"global_batch_size": 12, "max_steps": 3, "lr_scheduler_type": "cosine"}),
+    }
+    own = {
+        name: job_recipe(
+            make_recipe,
+            write_job_rows(tmp_path / f"{name}.jsonl", count, len(name), noise=name == "stops"),
+            data,
+            **training,
+        )
+        for name, (count, data, training) in recipes.items()
+    }
+    for name, recipe in own.items():
+        train(recipe, tmp_path / name)
+    jobs = Jobs(server_recipe(make_recipe))
+    runs = [jobs.begin(name, own[name]) for name in ("stops", "best")]
+    jobs.do_parts(lambda: runs[0].state.step == 1)  # the others come later
+    runs += [jobs.begin(name, own[name]) for name in ("plain", "large")]
+    jobs.do_parts(lambda: False)
+    assert runs[0].state.stopped_early
+    for run in runs:
+        assert run.has_ended
+        assert run.reason is None
+        expected = json.loads((tmp_path / run.id / "run.json").read_text())["result"]
+        for kind in ("train", "eval"):
+            ours = [record for record in jobs.of(run.id, kind) if record["step"]]
+            theirs = records(tmp_path / run.id, kind)
+            for one, other in zip(ours, theirs, strict=kind == "train"):
+                for key in other.keys() & {"step", "epoch", "learning_rate", "trained_tokens", "input_tokens", "rows"}:
+                    assert one[key] == other[key]
+                assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert run.state.best_step == expected["best_step"]
+        for scores, when in ((run.state.before, "eval_before"), (run.after, "eval_after")):
+            assert (scores is None) == (expected[when] is None)
+            if scores is not None:
+                assert scores["loss"] == pytest.approx(expected[when]["loss"], rel=1e-5)
+        jobs.trainer.save_adapter(run, tmp_path / "out" / run.id)
+        trained, alone = (
+            load_file(path / "adapter_model.safetensors")
+            for path in (tmp_path / "out" / run.id, tmp_path / run.id / "adapter")
+        )
+        assert trained.keys() == alone.keys()
+        flat = [torch.cat([tensors[key].flatten() for key in sorted(alone)]) for tensors in (trained, alone)]
+        assert difference(*flat) <= 1e-5
+        config = "adapter_config.json"
+        assert json.loads((tmp_path / "out" / run.id / config).read_text()) == json.loads(
+            (tmp_path / run.id / "adapter" / config).read_text()
+        )
+
+
+@pytest.fixture
+def own(make_recipe: Any, tmp_path: Path) -> dict[str, Any]:
+    """Three jobs of ten rows, with rows held out."""
+    return {
+        name: job_recipe(
+            make_recipe,
+            write_job_rows(tmp_path / f"{name}.jsonl", 14, seed),
+            {"eval_fraction": 0.3},
+            eval_steps=2,
+            load_best_model_at_end=True,
+        )
+        for seed, name in enumerate(("anna", "ben", "cleo"))
+    }
+
+
+def test_a_job_that_ends_within_a_round_leaves_no_trace_on_others_or_on_the_next_in_its_slot(
+    make_recipe: Any, own: dict[str, Any]
+) -> None:
+    recipe = server_recipe(make_recipe, training={"per_device_train_batch_size": 2})
+    expected: dict[str, torch.Tensor] = {}
+    for name in ("anna", "cleo"):
+        alone = Jobs(recipe)
+        expected |= alone.finish([alone.begin(name, own[name])])
+    jobs = Jobs(recipe, slots=2)
+    anna, ben = (jobs.begin(name, own[name]) for name in ("anna", "ben"))
+    jobs.do_parts(lambda: ben.state.step == 1)
+    gradient = jobs.trainer.bank.gradients[ben.held_slot]
+    jobs.do_parts(lambda: gradient.any())  # in the middle of the second round
+    assert anna.state.step == 1
+    slot = ben.held_slot
+    jobs.trainer.end(ben)
+    assert not gradient.any()
+    cleo = jobs.begin("cleo", own["cleo"])
+    assert (cleo.slot, jobs.trainer.free_slots) == (slot, 0)
+    found = jobs.finish([anna, cleo])
+    assert not jobs.of("ben", "train")[1:]
+    for name in ("anna", "cleo"):
+        assert difference(found[name], expected[name]) <= 1e-5
+
+
+def test_a_saved_job_goes_on_to_the_bit_from_any_part(make_recipe: Any, own: dict[str, Any], tmp_path: Path) -> None:
+    """From before its first step, the middle of a round, an evaluation that is due, and after its end."""
+    recipe = server_recipe(make_recipe, training={"per_device_train_batch_size": 2})
+    whole = Jobs(recipe)
+    run = whole.begin("anna", own["anna"])
+    files: list[Path] = []
+    while whole.trainer.has_work:
+        whole.records += whole.trainer.do_part()
+        files.append(tmp_path / f"{len(files)}.safetensors")
+        whole.trainer.save(run, files[-1])
+    steps = [json.dumps(one["loss"]) for one in whole.of("anna", "train")]
+    for file in [files[0], *files[3::7], files[-1]]:
+        again = Jobs(recipe)
+        found = again.begin("anna", own["anna"], file)
+        begun_at = found.state.step
+        again.do_parts(lambda: False)
+        assert torch.equal(again.vectors(found), whole.vectors(run))
+        assert [json.dumps(one["loss"]) for one in again.of("anna", "train")] == steps[begun_at:]
+        assert (found.state.best_step, found.state.best_loss) == (run.state.best_step, run.state.best_loss)
+        assert found.after is not None
+        assert run.after is not None
+        assert found.after["loss"] == run.after["loss"]
+
+
+def test_a_saved_job_goes_on_beside_others(make_recipe: Any, own: dict[str, Any], tmp_path: Path) -> None:
+    recipe = server_recipe(make_recipe)
+    alone = Jobs(recipe)
+    expected = alone.finish([alone.begin("anna", own["anna"])])
+    first = Jobs(recipe)
+    run = first.begin("anna", own["anna"])
+    first.begin("ben", own["ben"])
+    first.do_parts(lambda: run.state.step == 3)
+    first.trainer.save(run, tmp_path / "anna")
+    second = Jobs(recipe)
+    second.begin("cleo", own["cleo"])
+    again = second.begin("anna", own["anna"], tmp_path / "anna")
+    found = second.finish([again])
+    assert difference(found["anna"], expected["anna"]) <= 1e-5
+
+
+def test_a_damaged_file_or_that_of_another_job_is_refused_and_takes_no_slot(
+    make_recipe: Any, own: dict[str, Any], tmp_path: Path
+) -> None:
+    jobs = Jobs(server_recipe(make_recipe), slots=2)
+    run = jobs.begin("anna", own["anna"])
+    jobs.trainer.save(run, tmp_path / "anna")
+    whole = (tmp_path / "anna").read_bytes()
+    (tmp_path / "flipped").write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
+    (tmp_path / "short").write_bytes(whole[:1000])
+    other_rate = own["anna"].replace(training=own["anna"].training.replace(learning_rate=0.5))
+    for name, recipe, file, message in (
+        ("ben", own["ben"], "anna", r"data\.path"),
+        ("another", own["anna"], "anna", "has another job than another"),
+        ("anna", other_rate, "anna", r"training\.learning_rate differ"),
+        ("anna", own["anna"], "flipped", "SHA-256"),
+        ("anna", own["anna"], "short", "damaged"),
+        ("anna", own["anna"], "missing", "damaged"),
+    ):
+        with pytest.raises(InputError, match=message):
+            jobs.begin(name, recipe, tmp_path / file)
+    assert jobs.trainer.free_slots == 1
+
+
+def short_of_memory(monkeypatch: pytest.MonkeyPatch, fits: Any) -> list[int]:
+    """Let passes fail after their backward for which ``fits(rows)`` is false; the rows of those that did not fail."""
+    real, sizes = LiveTrainer.pass_nll, list[int]()
+
+    def pass_nll(self: LiveTrainer, slots: Any, examples: Sequence[Example], weights: Any = None) -> torch.Tensor:
+        found = real(self, slots, examples, weights)
+        if not fits(examples):
+            raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+        if weights is not None:
+            sizes.append(len(examples))
+        return found
+
+    monkeypatch.setattr(LiveTrainer, "pass_nll", pass_nll)
+    return sizes
+
+
+@pytest.mark.filterwarnings("ignore:Memory ran out:UserWarning")
+def test_where_memory_runs_out_passes_have_half_the_rows_and_adapters_are_the_same(
+    make_recipe: Any, own: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("anna", "ben")
+    whole = Jobs(server_recipe(make_recipe))
+    expected = whole.finish([whole.begin(name, own[name]) for name in names])
+    sizes = short_of_memory(monkeypatch, lambda rows: len(rows) <= 3)
+    jobs = Jobs(server_recipe(make_recipe))
+    found = jobs.finish([jobs.begin(name, own[name]) for name in names])
+    assert max(sizes) == jobs.trainer.pass_rows == 2
+    for name in names:
+        assert difference(found[name], expected[name]) <= 1e-5
+        assert len(jobs.of(name, "train")) == 5
+
+
+@pytest.mark.filterwarnings("ignore:Memory ran out:UserWarning")
+@pytest.mark.parametrize("where", ["train", "eval"])
+def test_a_job_with_a_row_that_does_not_fit_ends_and_says_so(
+    where: str, make_recipe: Any, own: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = datasets_of(own["ben"])
+    rows = datasets.train if where == "train" else datasets.eval
+    longest = int(rows.lengths.argmax())
+    bad = rows[longest].input_ids.tobytes()
+    alone = Jobs(server_recipe(make_recipe))
+    expected = alone.finish([alone.begin("anna", own["anna"])])
+    short_of_memory(monkeypatch, lambda rows: all(row.input_ids.tobytes() != bad for row in rows))
+    jobs = Jobs(server_recipe(make_recipe))
+    runs = [jobs.begin(name, own[name]) for name in ("anna", "ben")]
+    jobs.do_parts(lambda: False)
+    assert runs[0].reason is None
+    assert difference(jobs.vectors(runs[0]), expected["anna"]) <= 1e-5
+    assert runs[1].has_ended
+    assert runs[1].reason is not None
+    assert "2.15 GB were asked for" in runs[1].reason
+    assert ("ben.jsonl" in runs[1].reason) == (where == "train")
+
+
+def test_a_job_whose_loss_is_not_finite_ends_and_the_others_are_as_without_it(
+    make_recipe: Any, own: dict[str, Any]
+) -> None:
+    def until_two(jobs: Jobs) -> list[LiveRun]:
+        runs = [jobs.begin(name, own[name]) for name in own]
+        jobs.do_parts(lambda: runs[1].state.step == 2)
+        return runs
+
+    ended = Jobs(server_recipe(make_recipe, training={"per_device_train_batch_size": 16, "global_batch_size": 16}))
+    runs = until_two(ended)
+    ended.trainer.end(runs[1])
+    expected = ended.finish([runs[0], runs[2]])
+    jobs = Jobs(server_recipe(make_recipe, training={"per_device_train_batch_size": 16, "global_batch_size": 16}))
+    runs = until_two(jobs)
+    jobs.trainer.bank.vectors[runs[1].held_slot, 0] = float("nan")
+    found = jobs.finish([runs[0], runs[2]])
+    assert runs[1].reason is not None
+    assert runs[1].reason.startswith("step 3: the loss or its gradient is not finite")
+    assert "ben.jsonl" in runs[1].reason
+    for name, vectors in found.items():
+        assert difference(vectors, expected[name]) <= 1e-5
+
+
+def test_an_error_in_a_part_spoils_nothing(
+    make_recipe: Any, own: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = server_recipe(make_recipe, training={"per_device_train_batch_size": 2})
+    whole = Jobs(recipe)
+    expected = whole.finish([whole.begin("anna", own["anna"])])
+    jobs = Jobs(recipe)
+    run = jobs.begin("anna", own["anna"])
+    jobs.do_parts(lambda: run.state.step == 1)
+    jobs.do_parts(lambda: jobs.trainer.bank.gradients.any())
+    with monkeypatch.context() as patch:
+        patch.setattr(LiveTrainer, "pass_nll", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            jobs.trainer.do_part()
+    assert torch.equal(jobs.finish([run])["anna"], expected["anna"])
+
+
+def test_what_can_not_be_trained_beside_answers_is_refused_by_its_key(make_recipe: Any, own: dict[str, Any]) -> None:
+    base = load_base(make_recipe().model)
+    for sections, message in (
+        ({"adapter": {"method": "lora", "rank": 4}}, "adapter.method: only vera"),
+        ({"adapter": {"magnitude": True}}, "adapter.magnitude"),
+        ({"training": {"optim": "adamw_8bit"}}, "training.optim"),
+    ):
+        with pytest.raises(InputError, match=message):
+            LiveTrainer(base, server_recipe(make_recipe, **sections), 2)
+    half = load_base(make_recipe(model={"compute_dtype": "float16"}).model)
+    with pytest.raises(InputError, match="float16, which needs a loss scale"):
+        LiveTrainer(half, server_recipe(make_recipe), 2)
+    trainer = LiveTrainer(base, server_recipe(make_recipe), 2)
+    other = own["anna"].replace(adapter=own["anna"].adapter.replace(rank=4))
+    with pytest.raises(InputError, match=r"anna: adapter\.rank differ from the server's recipe"):
+        trainer.prepare("anna", other, datasets_of(own["anna"]))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [{"quantization": "none"}, {"quantization": "int8", "compute_dtype": "auto"}, {"compute_dtype": "bfloat16"}],
+    ids=["dense", "int8", "bf16 over nf4"],
+)
+def test_jobs_learn_on_other_bases(model: dict[str, Any], make_recipe: Any, own: dict[str, Any]) -> None:
+    jobs = Jobs(server_recipe(make_recipe, model=model))
+    runs = [jobs.begin(name, recipe.replace(model=recipe.model.replace(**model))) for name, recipe in own.items()]
+    jobs.do_parts(lambda: False)
+    for run in runs:
+        assert run.reason is None
+        assert run.after is not None
+        assert run.state.before is not None
+        assert run.after["loss"] < run.state.before["loss"]
