@@ -30,6 +30,7 @@ import transformers
 from transformers import DynamicCache, GenerationConfig
 
 from qvera.evaluation.generate import CACHE_ARGUMENT
+from qvera.models.attention import takes_open_mask
 from qvera.serve.requests import EngineSettings
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import RunFailed
@@ -91,7 +92,7 @@ _FIELDS = {
 _ATTRIBUTES = {
     "continuous_api.ContinuousBatchingManager": (
         "continuous_batching_config logit_processor distributed_helper background_thread_status input_queue "
-        "cancel_queue _original_attn_impl"
+        "cancel_queue"
     ),
     "continuous_api.ContinuousBatchProcessor": "model_runner inputs_and_outputs scheduler",
     "input_outputs.ContinuousBatchingIOs": "requests_in_batch",
@@ -195,6 +196,9 @@ class PagedModel:
                 "Install a tested version, or use the static engine."
             )
         self._model, self._dtype = model, key_dtype(model)
+        self._attention = model.config._attn_implementation
+        if takes_open_mask(self._attention):  # ours, of an accelerator: transformers pages its own only
+            model.set_attn_implementation("sdpa")
         # the seed that a processor draws is torch's global one, which belongs to whoever called us
         with accelerator.forked_random_state():
             self._manager: Any = model.init_continuous_batching(
@@ -297,8 +301,7 @@ class PagedModel:
 
     def close(self) -> None:
         """Give the model its attention back."""
-        if self._manager._original_attn_impl is not None:
-            self._model.set_attn_implementation(self._manager._original_attn_impl)
+        self._model.set_attn_implementation(self._attention)
 
 
 def marked(tokens: Sequence[int], number: int, vocabulary: int) -> list[int]:

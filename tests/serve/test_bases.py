@@ -18,6 +18,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from qvera.models.attention import CAUSAL, VARLEN
 from qvera.serve.requests import EndEvent
 from tests.conftest import small_llama, small_tokenizer
 from tests.serve.helpers import (
@@ -30,6 +31,7 @@ from tests.serve.helpers import (
     request,
     store_of,
     submit,
+    tiny_base,
     write_adapters,
 )
 
@@ -132,3 +134,17 @@ def test_adapters_of_other_seeds_ranks_and_shapes_share_a_batch(
         answers = [submit(engine, one) for one in asked]
         for answer, events in zip(answers, expected, strict=True):
             assert_same(answer, events)
+
+
+def test_the_attention_of_an_accelerator_makes_way_for_a_paged_one_and_comes_back(
+    tiny_model_dir: Path, adapters_dir: Path, alone: Any
+) -> None:
+    asked = request([3, 4, 5], store_of(adapters_dir).resolve("a1"), 10)
+    [expected] = expected_of(alone, adapters_dir, [asked])
+    base = tiny_base(tiny_model_dir)
+    for implementation in (CAUSAL, VARLEN, "eager"):
+        base.model.set_attn_implementation(implementation)
+        with engine_of(tiny_model_dir, base=base) as engine:
+            assert_same(submit(engine, request(asked.prompt, asked.adapter, 10)), expected)
+        assert base.model.config._attn_implementation == implementation
+        base = tiny_base(tiny_model_dir)
