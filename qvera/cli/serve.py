@@ -69,6 +69,9 @@ def serve(
     max_open_answers: Annotated[
         int, typer.Option(min=1, metavar="N", help="With --keys: answers that one key may have open.")
     ] = DEFAULTS.open_answers,
+    max_connections: Annotated[int, typer.Option(min=1, metavar="N", help="Connections open at a time.")] = (
+        DEFAULTS.connections
+    ),
     max_body_bytes: Annotated[int, typer.Option(min=1, metavar="N", help="Largest body.")] = DEFAULTS.body_bytes,
     max_seconds: Annotated[float, typer.Option(min=0.1, metavar="S", help="Longest time of one call.")] = (
         DEFAULTS.seconds
@@ -113,6 +116,7 @@ def serve(
         new_tokens=max_new_tokens,
         answers=max_answers,
         open_answers=max_open_answers,
+        connections=max_connections,
         body_bytes=max_body_bytes,
         seconds=max_seconds,
         drain_seconds=drain_seconds,

@@ -66,7 +66,7 @@ async def answer(request: Request, body: GenerationBody, call: Call, form: Form)
     head |= {"object": form.chunk, "system_fingerprint": answers.fingerprint}
     with_usage = body.stream_options is not None and body.stream_options.include_usage
     chunks = _chunks(answers, call, form, head, with_usage)
-    return EventStream(chunks, answers.close, service.limits.send_seconds)
+    return EventStream(chunks, answers.close)
 
 
 async def _whole(answers: Answers, call: Call) -> list[tuple[str, list[ScoredToken], str]]:

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 class Limits:
     """Limits of a server. A request beyond one is refused with the number that it may have."""
 
+    connections: int = 512
+    """Open at a time. Beyond that, the one that has waited longest for a whole request gives way."""
+    head_seconds: float = 15.0
+    """A connection on which no request's head arrives for so long is closed."""
     body_bytes: int = 1 << 20
     body_seconds: float = 30.0
     """A body that takes longer to arrive is not waited for."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
+from qvera.serve.api.connections import Connection, end_silent, end_those_that_do_not_read
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
 
     from qvera.serve.api.service import Service
 
-_KEEP_ALIVE_SECONDS = 15
 _CLOSE_SECONDS = 2
 """For connections that are still open when the drain ends."""
 
@@ -61,13 +62,17 @@ class Server(uvicorn.Server):
                 log_level="info" if log_calls else "warning",
                 access_log=log_calls,
                 server_header=False,
-                timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+                http=Connection,
+                ws="none",
+                timeout_keep_alive=math.ceil(self.service.limits.head_seconds),
                 timeout_graceful_shutdown=_CLOSE_SECONDS,
             )
         )
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen."""
+        for listener in sockets or ():
+            end_those_that_do_not_read(listener, self.service.limits.send_seconds)
         await super().startup(sockets)
         if self._on_start is not None:
             self._on_start()
@@ -83,6 +88,8 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second; True: stop."""
+        if counter % 10 == 0:
+            end_silent(self.server_state.connections)
         if self.drained_at is not None and (not self.service.running or time.monotonic() >= self.drained_at):
             self.should_exit = True
         return await super().on_tick(counter)

@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 class EventStream(Response):
     """A response of JSON chunks, ended by ``data: [DONE]``, or by a chunk with an error.
 
-    A client that closes its connection, or takes nothing for ``send_seconds``, ends it.
+    A client that closes its connection ends it, and so does the end of one that takes nothing (`Limits.send_seconds`).
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: AsyncIterator[dict[str, Any]], close: Callable[[], None], send_seconds: float) -> None:
+    def __init__(self, chunks: AsyncIterator[dict[str, Any]], close: Callable[[], None]) -> None:
         """Take over ``chunks``; ``close`` is called at the end, however it comes."""
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._chunks, self._close, self._send_seconds = chunks, close, send_seconds
+        self._chunks, self._close = chunks, close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send all chunks, or as many as the client takes."""
@@ -46,21 +46,17 @@ class EventStream(Response):
 
     async def _write(self, send: Send) -> None:
         async def write(data: bytes, more: bool = True) -> None:
-            async with asyncio.timeout(self._send_seconds):
-                await send({"type": "http.response.body", "body": data, "more_body": more})
+            await send({"type": "http.response.body", "body": data, "more_body": more})
 
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        last = b"data: [DONE]\n\n"
         try:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            last = b"data: [DONE]\n\n"
-            try:
-                async for chunk in self._chunks:
-                    await write(_event(chunk))
-            except ApiError as error:
-                last = _event(error.body())
-            await write(last)
-            await write(b"", more=False)
-        except TimeoutError:
-            pass  # it takes nothing; what it was sent so far is all it gets
+            async for chunk in self._chunks:
+                await write(_event(chunk))
+        except ApiError as error:
+            last = _event(error.body())
+        await write(last)
+        await write(b"", more=False)
 
 
 def _event(chunk: dict[str, Any]) -> bytes:

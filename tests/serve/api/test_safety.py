@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -268,9 +269,85 @@ def test_clients_that_read_nothing_stop_nobody(start: Start) -> None:
         assert answer["choices"][0]["message"]["content"] == served.said["tiny"]
     assert time.monotonic() - began < 30
     wait_until(lambda: served.app.state.service.running == 0, 60)
-    for client in stuck:  # they were let go: what the system's buffers took is all they get
-        with client, client.makefile("rb") as rest:
-            assert b"[DONE]" not in rest.read()
+    assert all(b"[DONE]" not in rest_of(client) for client in stuck)  # what the system's buffers took is all they get
+
+
+def test_who_asks_on_without_reading_is_let_go(start: Start) -> None:
+    """Answers that are no streams wait for their reader too."""
+    served = start(send_seconds=1.0, send_buffer_bytes=4096)
+    client = served.connect()
+    client.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000)
+    wait_until(lambda: served.app.state.service.running == 1)
+    wait_until(lambda: not open_connections(served), 30)
+    assert served.app.state.service.running == 0
+    assert rest_of(client).count(b"HTTP/1.1 200") < 1000
+
+
+def test_a_connection_without_a_request_is_closed(start: Start) -> None:
+    served = start(head_seconds=1.0)
+    said_before = [b"", b"POST /v1/chat/completions HTTP/1.1\r\nHost: loc", raw_call({"model": "nobody"})]
+    clients = [served.connect() for _ in said_before]
+    for client, text in zip(clients, said_before, strict=True):
+        client.sendall(text)
+
+    def drip() -> bool:
+        """A byte of a head now and then is no request either."""
+        for client in clients[1:]:
+            with contextlib.suppress(OSError):
+                client.sendall(b"x")
+        return not open_connections(served)
+
+    wait_until(drip, 20)
+    assert [rest_of(client)[:12] for client in clients] == [b"", b"", b"HTTP/1.1 400"]
+    served.engine.hold.set()
+    with served.connect() as waits:  # for its answer, and not for a request
+        waits.sendall(raw_call(CHAT))
+        time.sleep(2.5)
+        served.engine.hold.clear()
+        waits.settimeout(20)
+        assert waits.recv(100).startswith(b"HTTP/1.1 200")
+
+
+def test_peers_that_ask_nothing_take_nobodys_place(start: Start) -> None:
+    served = start(connections=4)
+    idle = [served.connect() for _ in range(4)]
+    wait_until(lambda: len(open_connections(served)) == 4)
+    slow = served.connect()
+    slow.sendall(raw_call(CHAT)[:-5])  # the rest never comes
+    assert rest_of(idle[0]) == b""  # the first has waited longest
+    assert [served.chat().status_code for _ in range(4)] == [200] * 4
+    served.engine.hold.set()
+    busy = [served.connect() for _ in range(4)]
+    for client in busy:
+        client.sendall(raw_call(CHAT))
+    wait_until(lambda: served.engine.stats().running == 4)
+    with served.connect() as refused:
+        assert refused.makefile("rb").read().startswith(b"HTTP/1.1 503")
+    served.engine.hold.clear()
+    for client in busy:  # who waits for an answer gets it
+        assert b"[DONE]" in read_until(client, b"[DONE]")
+
+
+def open_connections(served: Served) -> list[Any]:
+    return list(served.server.server_state.connections)
+
+
+def rest_of(client: socket.socket) -> bytes:
+    """All that is still to come on a connection that the server has ended, in whatever way."""
+    client.settimeout(20)
+    got = b""
+    with client, contextlib.suppress(ConnectionResetError):
+        while part := client.recv(65536):
+            got += part
+    return got
+
+
+def read_until(client: socket.socket, end: bytes) -> bytes:
+    client.settimeout(20)
+    got = b""
+    while end not in got and (part := client.recv(65536)):
+        got += part
+    return got
 
 
 def test_a_long_prompt_does_not_stop_the_event_loop(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
