@@ -31,7 +31,8 @@ from qvera.evaluation.generate import generate
 from qvera.models.loader import load_base
 
 
-def write_adapters(root: Path, section: ModelSection, count: int) -> dict[str, Path]:
+def write_adapters(root: Path, section: ModelSection, count: int, size: float = 0.02) -> dict[str, Path]:
+    """Adapters of different vectors, by name; ``size``: the deviation of the noise in each of them."""
     save_adapter(attach(load_base(section).model, AdapterSection(rank=256), section.path), root / "first")
     vectors = load_file(root / "first" / "adapter_model.safetensors")
     directories = {}
@@ -40,7 +41,7 @@ def write_adapters(root: Path, section: ModelSection, count: int) -> dict[str, P
         target = root / f"user-{number:04d}"
         target.mkdir()
         shutil.copy(root / "first" / "adapter_config.json", target)
-        moved = {k: v + 0.02 * torch.randn(v.shape, generator=generator) for k, v in vectors.items()}
+        moved = {k: v + size * torch.randn(v.shape, generator=generator) for k, v in vectors.items()}
         save_file(moved, target / "adapter_model.safetensors", metadata={"format": "pt"})
         directories[target.name] = target
     return directories

@@ -19,16 +19,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import random
-import re
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,50 +30,11 @@ import httpx
 
 from bench.adapters import write_adapters
 from bench.common import header, smollm2, write_result
+from bench.serving import Answer, ServerProcess, ask, model_name, percentiles, requests_of
 from qvera.config.schema import ModelSection
 
 CLIENTS = 32
-NEW_TOKENS = 32
 BASE = "base"
-
-
-class Answer:
-    """When a request was sent, and when each piece of its answer came, in seconds of one clock."""
-
-    def __init__(self) -> None:
-        self.sent = time.perf_counter()
-        self.pieces: list[float] = []
-        self.tokens = 0
-
-
-async def ask(client: httpx.AsyncClient, model: str, prompt: list[int]) -> Answer:
-    body = {
-        "model": model, "prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0, "stream": True,
-        "stream_options": {"include_usage": True},
-    }  # fmt: skip
-    answer = Answer()
-    async with client.stream("POST", "/v1/completions", json=body) as response:
-        if response.status_code != 200:
-            raise RuntimeError(f"{response.status_code}: {(await response.aread()).decode()}")
-        async for line in response.aiter_lines():
-            if not line.startswith("data: {"):
-                continue
-            event = json.loads(line.removeprefix("data: "))
-            if "error" in event:
-                raise RuntimeError(event["error"]["message"])
-            if event.get("usage"):
-                answer.tokens = event["usage"]["completion_tokens"]
-            if event["choices"]:
-                answer.pieces.append(time.perf_counter())
-    return answer
-
-
-def requests_of(names: list[str], seed: int) -> Iterator[tuple[str, list[int]]]:
-    """Model and prompt of one request after the other; the prompts depend on the seed alone."""
-    prompts, models = random.Random(seed), random.Random(f"models {seed}")
-    while True:
-        prompt = [prompts.randrange(10, 40_000) for _ in range(prompts.randint(16, 48))]
-        yield models.choice(names), prompt
 
 
 async def saturate(url: str, names: list[str], seconds: float, seed: int) -> dict[str, float]:
@@ -114,33 +69,18 @@ async def arrive(url: str, names: list[str], seconds: float, per_second: float, 
 
 def latencies(answers: list[Answer]) -> dict[str, dict[str, float]]:
     """p50, p95 and p99 of the seconds to the first token, and of those between tokens."""
-    first = [answer.pieces[0] - answer.sent for answer in answers if answer.pieces]
+    first = [answer.first_token_seconds for answer in answers if answer.pieces]
     between = [late - soon for a in answers for soon, late in zip(a.pieces, a.pieces[1:], strict=False)]
-    found = {}
-    for name, values in (("first_token_seconds", first), ("between_tokens_seconds", between)):
-        cuts = statistics.quantiles(values, n=100, method="inclusive")
-        found[name] = {"p50": cuts[49], "p95": cuts[94], "p99": cuts[98]}
-    return found
+    return {
+        "first_token_seconds": percentiles(first, 50, 95, 99),
+        "between_tokens_seconds": percentiles(between, 50, 95, 99),
+    }
 
 
-@contextmanager
-def server(base: str, adapters: Path) -> Iterator[str]:
-    """The address of a running `qvera serve`."""
-    line = [sys.executable, "-m", "qvera", "serve", base, "--adapters", str(adapters), "--port", "0"]
-    line += ["--running", str(CLIENTS), "--queue", "10000", "--max-seconds", "3600"]
-    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    said = ""
-    while (found := re.search(r"at (http://\S+)/v1", said)) is None:
-        text = process.stderr.readline()
-        if not text:
-            raise RuntimeError(f"the server did not start:\n{said}")
-        said += text
-    try:
-        yield found[1]
-    finally:
-        process.terminate()
-        process.communicate(timeout=120)
+def server(base: str, adapters: Path) -> ServerProcess:
+    """A `qvera serve` that refuses none of the requests."""
+    limits = ["--running", str(CLIENTS), "--queue", "10000", "--max-seconds", "3600", "--max-connections", "20000"]
+    return ServerProcess(base, "--adapters", str(adapters), *limits)
 
 
 def first_requests(url: str, names: list[str]) -> dict[str, float]:
@@ -151,7 +91,7 @@ def first_requests(url: str, names: list[str]) -> dict[str, float]:
         async with httpx.AsyncClient(base_url=url, timeout=600) as client:
             for name in names:
                 first, second = [await ask(client, name, [100, 200, 300]) for _ in range(2)]
-                found.append((first.pieces[0] - first.sent, second.pieces[0] - second.sent))
+                found.append((first.first_token_seconds, second.first_token_seconds))
         return found
 
     pairs = asyncio.run(both())
@@ -174,9 +114,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         section, spare = ModelSection(path=smollm2()), 8
         names = list(write_adapters(Path(directory), section, max(args.distinct) + spare))
-        base_name = Path(section.path).name
+        base_name = model_name(section.path)
         cases = {BASE: [base_name], **{f"{count} adapters": names[:count] for count in args.distinct}}
-        with server(section.path, Path(directory)) as url:
+        with server(section.path, Path(directory)) as running:
+            url = running.url
             document["first_request"] = first_requests(url, names[-spare:])
             print(document["first_request"], flush=True)
             saturated: dict[str, list[dict[str, float]]] = {case: [] for case in cases}
@@ -200,10 +141,9 @@ def main() -> None:
                     answers += asyncio.run(arrive(url, models, args.seconds, rate, turn))
                 document["open"][case] = latencies(answers)
                 print(f"open, {case}: {document['open'][case]}", flush=True)
-            metrics = httpx.get(f"{url}/metrics").text
+            found = running.metrics()
             document["metrics"] = {
-                name: float(value)
-                for name, value in re.findall(r"^(qvera_adapter\S+|qvera_bank\S+) (\S+)$", metrics, re.M)
+                name: found[name] for name in found if name.startswith(("qvera_adapter", "qvera_bank"))
             }
     print(write_result(args.result, document))
 
