@@ -12,6 +12,7 @@ identity is refused. One process at a time may work in a directory (the kernel d
 """
 
 import contextlib
+import ctypes
 import errno
 import json
 import os
@@ -118,6 +119,20 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Let two files or directories take each other's name in one step, so that at no moment a name has none.
+
+    Returns:
+        Whether it was done; False where the system or the file system can't.
+    """
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2  # Linux
+    except (AttributeError, OSError):
+        return False
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(renameat2(here, os.fsencode(one), here, os.fsencode(other), swap) == 0)
 
 
 def replace_text(path: Path, text: str) -> None:

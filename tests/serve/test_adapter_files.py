@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qvera.adapters.files import save_load
+from qvera.adapters.files.save_load import attach
+from qvera.config.schema import AdapterSection
 from qvera.serve.requests import AdapterChanged, EndEvent, ResolvedAdapter
 from qvera.serve.store import AdapterStore
 from qvera.utils.errors import InputError
 from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from tests.adapters.helpers import perturb
 from tests.conftest import small_llama, small_tokenizer
-from tests.serve.helpers import Alone, assert_same, engine_of, request, submit, write_adapters
+from tests.serve.helpers import Alone, assert_same, engine_of, request, submit, tiny_base, write_adapters
 
 
 def _resolve(store: AdapterStore, name: str) -> ResolvedAdapter:
@@ -72,6 +78,42 @@ def test_a_file_replaced_between_resolve_and_submit_has_to_be_resolved_again(
         with pytest.raises(AdapterChanged, match="ask again"):
             submit(engine, request([3], stale))
         assert submit(engine, request([3], _resolve(store, "a1"))).end() == EndEvent("length")
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_an_adapter_that_is_saved_anew_is_whole_and_never_missing(
+    tiny_model_dir: Path, tmp_path: Path, can_exchange: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_base(tiny_model_dir)
+    model = attach(base.model, AdapterSection(rank=8), str(tiny_model_dir), base.facts.get("fingerprint"))
+    if not can_exchange:
+        monkeypatch.setattr(save_load, "exchange", lambda *paths: False)
+    save_load.save_adapter(model, tmp_path / "anna")
+    elsewhere = tmp_path / "elsewhere"
+    (tmp_path / "anna").rename(elsewhere)
+    (tmp_path / "anna").symlink_to(elsewhere)  # replaced as a name, and what it leads to stays
+    store, missing, done = AdapterStore(tmp_path), [0], threading.Event()
+
+    def keep_asking() -> None:
+        while not done.is_set():
+            try:
+                store.resolve("anna")
+            except InputError:
+                missing[0] += 1
+
+    asking = threading.Thread(target=keep_asking)
+    asking.start()
+    for seed in range(30):
+        perturb(model, seed=seed)
+        save_load.save_adapter(model, tmp_path / "anna")
+        saved = load_file(tmp_path / "anna" / ADAPTER_WEIGHTS)
+        assert all(torch.equal(saved[key], vector) for key, vector in save_load.named_vectors(model).items())
+    done.set()
+    asking.join()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["anna", "elsewhere"]
+    assert (elsewhere / ADAPTER_WEIGHTS).is_file()
+    if can_exchange and sys.platform == "linux":
+        assert not missing[0]
 
 
 def _cut_short(directory: Path) -> None:

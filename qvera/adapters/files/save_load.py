@@ -26,7 +26,7 @@ from qvera.adapters.peft_compat import accelerated_peft
 from qvera.adapters.projection import require_same_pairs
 from qvera.config.schema import AdapterSection, ModelSection
 from qvera.models.tokenizer import ADDED_ROWS, put_token_rows, read_token_rows, save_token_rows
-from qvera.utils.atomic import disk_errors, flush
+from qvera.utils.atomic import disk_errors, exchange, flush
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.formatting import first_of
 from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, resolve_path
@@ -244,12 +244,14 @@ def _write_adapter(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    if directory.exists():
-        _discard(old)
-        directory.rename(old)
-    partial.rename(directory)
+    if not (directory.exists() and exchange(partial, directory)):  # else a server would find none for a moment
+        if directory.exists():
+            _discard(old)
+            directory.rename(old)
+        partial.rename(directory)
     flush(directory.parent)
-    _discard(old)
+    for replaced in (partial, old):
+        _discard(replaced)
     for leftover in directory.parent.iterdir():  # of a process that was killed in here
         found = re.fullmatch(rf"\.{re.escape(directory.name)}\.(?:partial|old)-(\d+)", leftover.name)
         if found and not psutil.pid_exists(int(found[1])):
