@@ -62,7 +62,7 @@ def tokenized(section: DataSection, encoder: Encoder, console: Console | None) -
     hashes = ROWS.hashes
     key = _key_of(section, encoder.tokenizer, hashes)
     if key is None:
-        return _without_entry(section, encoder, console)
+        return tokenized_uncached(section, encoder, console)
     sha256 = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     failed = root / f".{sha256}.failed"
     waiting = f"{section.path}: waiting, another process tokenizes these rows."
@@ -74,7 +74,7 @@ def tokenized(section: DataSection, encoder: Encoder, console: Console | None) -
         except OSError as error:
             reason = f"{root}: tokenized rows can't be cached there ({error.strerror or error})"
             _warn(console, f"{reason}; the next run tokenizes them again.")
-            return _without_entry(section, encoder, console)
+            return tokenized_uncached(section, encoder, console)
         target = root / f"{PREFIX}{sha256}"
         found = _open_entry(target, hashes, console)
         if found is not None:
@@ -93,8 +93,13 @@ def _stamp(file: Path) -> list[int] | None:
     return file_stamp(file.stat()) if file.exists() else None
 
 
-def _without_entry(section: DataSection, encoder: Encoder, console: Console | None) -> TokenizedSource:
-    """Rows without an entry, mapped from a file whose name is gone once it is mapped."""
+def tokenized_uncached(section: DataSection, encoder: Encoder, console: Console | None) -> TokenizedSource:
+    """Rows that leave nothing on disk: mapped from a file whose name is gone once it is mapped.
+
+    Raises:
+        InputError: as `tokenize_source`.
+        RunFailed: the disk for temporary files is full.
+    """
     with (
         tempfile.TemporaryDirectory(prefix="qvera-rows-", ignore_cleanup_errors=True) as directory,
         disk_errors(directory, "Make room, or set TMPDIR to a directory on another disk."),

@@ -11,7 +11,7 @@ import numpy as np
 
 from qvera.config.schema import DataSection
 from qvera.data.adapter_rows import AdapterRows, Adapters, take_adapters
-from qvera.data.cache import tokenized
+from qvera.data.cache import tokenized, tokenized_uncached
 from qvera.data.chat_template import OWN, ChatTemplate, resolve_template
 from qvera.data.encoding import Encoder
 from qvera.data.rows import Rows, concatenated
@@ -174,7 +174,7 @@ def data_sha256(datasets: Datasets) -> str:
 
 
 def build_datasets(
-    section: DataSection, tokenizer: PreTrainedTokenizerBase, console: Console | None = None
+    section: DataSection, tokenizer: PreTrainedTokenizerBase, console: Console | None = None, cached: bool = True
 ) -> Datasets:
     """Read, check, render and tokenize the rows that a recipe names, or find them in the cache.
 
@@ -182,6 +182,7 @@ def build_datasets(
         section: the recipe's ``data``.
         tokenizer: the base model's.
         console: where warnings and the progress bar of a long run go (default: stderr).
+        cached: False: no copy of the rows stays on disk, for rows that are somebody else's.
 
     Raises:
         InputError: anything wrong with the recipe's ``data``, a file, a row or the tokenizer.
@@ -189,7 +190,8 @@ def build_datasets(
     encoder = Encoder(tokenizer)
     stats = DataStats(pads_with_eos=encoder.pads_with_eos)
     sections = _sources(section)
-    sources = [tokenized(each, encoder, console) for each in sections]
+    read = tokenized if cached else tokenized_uncached
+    sources = [read(each, encoder, console) for each in sections]
     tasks = take_tasks(section, sections, sources) if section.sampling == "task" else Tasks()
     for number, (about, source) in enumerate(zip(sections, sources, strict=True)):
         rows = len(source.train)

@@ -129,6 +129,17 @@ def test_without_a_place_for_the_cache_the_rows_are_the_same(
         assert found and all(line.endswith("(deleted)") for line in found), "and yet is mapped, not held"
 
 
+def test_rows_that_are_somebody_else_s_leave_no_copy(
+    section: DataSection, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = sorted(tmp_path.rglob("*"))
+    unkept = build_datasets(section, byte_tokenizer(), cached=False)
+    assert not root.exists() or not entries()
+    assert sorted(tmp_path.rglob("*")) == before
+    assert same(unkept, build_datasets(section, byte_tokenizer()))
+
+
 def _other_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["question"])
