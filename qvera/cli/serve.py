@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -14,11 +15,16 @@ from qvera.serve.requests import EngineSettings
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from qvera.serve.engine import Engine
+    from qvera.serve.fine_tuning.directory import TrainingDirectory
+    from qvera.serve.fine_tuning.jobs import Jobs
     from qvera.serve.opening import Served
 
 _ENGINE = EngineSettings()
 _PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
+_TRAINING_PACKAGE = "python_multipart"  # it reads uploaded files
 
 
 def serve(
@@ -79,6 +85,18 @@ def serve(
     drain_seconds: Annotated[
         float, typer.Option(min=0.0, metavar="S", help="After SIGTERM, running calls may finish for so long.")
     ] = DEFAULTS.drain_seconds,
+    training_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Take files and fine-tuning jobs, and keep them there.")
+    ] = None,
+    train_at_once: Annotated[
+        int, typer.Option(min=1, metavar="N", help="With --training-dir: jobs that are trained together.")
+    ] = DEFAULTS.jobs_at_once,
+    training_share: Annotated[
+        float, typer.Option(min=0.0, max=1.0, metavar="X", help="Of the time, while there are answers to give.")
+    ] = _ENGINE.training_share,
+    max_file_bytes: Annotated[int, typer.Option(min=1, metavar="N", help="Largest uploaded file.")] = (
+        DEFAULTS.file_bytes
+    ),
     log_calls: Annotated[bool, typer.Option("--log-calls", help="Write a line for each call.")] = False,
 ) -> None:
     """Serve a base and its adapters by OpenAI's API.
@@ -97,7 +115,7 @@ def serve(
     if model is None:
         raise InputError("name what to serve: a run, a directory of adapters, or a base.")
     _require_safe(host, keys)
-    _require_packages()
+    _require_packages(*_PACKAGES, *([] if training_dir is None else [_TRAINING_PACKAGE]))
     quiet_libraries()
 
     import dataclasses
@@ -118,28 +136,63 @@ def serve(
         open_answers=max_open_answers,
         connections=max_connections,
         body_bytes=max_body_bytes,
+        file_bytes=max_file_bytes,
         seconds=max_seconds,
         drain_seconds=drain_seconds,
     )
     settings = dataclasses.replace(
-        _ENGINE, max_running=running, max_waiting=queue, slots=slots, cache_tokens=cache_tokens
+        _ENGINE,
+        max_running=running,
+        max_waiting=queue,
+        slots=slots,
+        cache_tokens=cache_tokens,
+        training_share=training_share,
     )
-    with bound(host, port) as (listener, url):
+    with bound(host, port) as (listener, url), _opened(training_dir) as directory:
         with progress(f"Loading {model}"):
             served = open_served(model, adapters)
             base, prompts = served.opened.base, PromptWriter.of(served.opened)
             answering = _start_engine(engine, served, settings)
-        try:
+        with contextlib.ExitStack() as ending:
+            ending.callback(answering.close)
+            jobs = _open_jobs(directory, served, answering, train_at_once)
             ends = frozenset(end_tokens(base.model, base.tokenizer))
             app = create_app(
-                answering, served.store, prompts, ends, base_name=served.base_name, limits=limits, keys=key_file
+                answering,
+                served.store,
+                prompts,
+                ends,
+                base_name=served.base_name,
+                limits=limits,
+                keys=key_file,
+                jobs=jobs,
             )
+            if jobs is not None:
+                ending.enter_context(jobs)
+                ending.callback(answering.close)  # first: no thread trains while the jobs are saved
             said = f"{served.base_name} and {len(served.store.names()):,} adapters at {url}/v1"
             Server(app, log_calls=log_calls, on_start=lambda: console.print(said, markup=False, highlight=False)).run(
                 sockets=[listener]
             )
-        finally:
-            answering.close()
+
+
+@contextlib.contextmanager
+def _opened(training_dir: Path | None) -> Iterator[TrainingDirectory | None]:
+    if training_dir is None:
+        yield None
+        return
+    from qvera.serve.fine_tuning.directory import TrainingDirectory
+
+    with TrainingDirectory.open(training_dir) as directory:
+        yield directory
+
+
+def _open_jobs(directory: TrainingDirectory | None, served: Served, engine: Engine, at_once: int) -> Jobs | None:
+    if directory is None:
+        return None
+    from qvera.serve.fine_tuning.start import open_jobs
+
+    return open_jobs(directory, served, engine, at_once)
 
 
 def _add_key(keys: Path | None, name: str, allow: list[str] | None, may: list[str] | None) -> None:
@@ -161,10 +214,10 @@ def _require_safe(host: str, keys: Path | None) -> None:
         )
 
 
-def _require_packages() -> None:
+def _require_packages(*names: str) -> None:
     from importlib.util import find_spec
 
-    missing = [name for name in _PACKAGES if find_spec(name) is None]
+    missing = [name for name in names if find_spec(name) is None]
     if missing:
         raise InputError(
             f"needs the package {missing[0]}, which is not installed. Install it with: pip install 'qvera[serve]'"

@@ -18,10 +18,10 @@ from typing import Any
 from qvera.evaluation.named_adapters import name_of, named_directories, run_of
 from qvera.serve.content import read_content
 from qvera.serve.requests import AdapterPart, ResolvedAdapter, UnknownAdapter
-from qvera.utils.adapter_names import shown_name
+from qvera.utils.adapter_names import directory_names, shown_name
 from qvera.utils.errors import InputError, did_you_mean
 from qvera.utils.files import file_stamp, read_json, try_read_json
-from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTERS, RECIPE_FILE
+from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTERS, RECIPE_FILE, TRAINING_FACTS
 
 _SETTLED_NS = 2_000_000_000
 """A file that changed within this time before it was read is read again: it may have changed within one tick."""
@@ -46,7 +46,7 @@ class AdapterFacts:
     changed: float
     """When its vectors were written, in seconds since 1970."""
     rows: int | None
-    """How many rows it was trained on; None where no run says so, like the next two."""
+    """How many rows it was trained on; None where no run or job says so, like the next two."""
     loss_before: float | None
     """Held-out loss of the base."""
     loss: float | None
@@ -146,8 +146,21 @@ class AdapterStore:
                 self._removed[name] = directory
             self._visible = None
 
+    def directory_for(self, name: str) -> Path:
+        """Where an adapter of this name lies, or would lie if there were one.
+
+        Raises:
+            InputError: the name is no name, or that of the base, or there is no directory of adapters.
+        """
+        if name in self.base_names:
+            raise InputError(f"{shown_name(name)}: is the name of the base.")
+        if self._root is None:
+            raise InputError("there is no directory of adapters; start the server with --adapters DIR.")
+        known = self._directories()
+        return known.get(name) or self._root / directory_names([*known, name])[name]
+
     def facts(self, name: str) -> AdapterFacts:
-        """What is known of an adapter, from its config and the run.json of its run.
+        """What is known of an adapter, from its config and what its run or its job has written.
 
         Raises:
             UnknownAdapter: there is none of that name.
@@ -161,7 +174,7 @@ class AdapterStore:
             sizes = [(directory / file).stat() for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
         except OSError as error:
             raise InputError(f"{directory}: can't be read ({error.strerror}).") from None
-        entry = self._run_entry(directory)
+        entry = self._job_entry(directory) or self._run_entry(directory)
         base, rank = config.get("base_model_name_or_path"), config.get("rank")
         return AdapterFacts(
             name=name,
@@ -231,6 +244,11 @@ class AdapterStore:
     def _unknown(self, name: str) -> UnknownAdapter:
         shown = shown_name(name if len(name) <= 100 else f"{name[:100]}…")
         return UnknownAdapter(f"there is no adapter {shown}{did_you_mean(name[:100], self.names()[:1000])}")
+
+    def _job_entry(self, directory: Path) -> dict[str, Any]:
+        """What the fine-tuning job that made an adapter says of it; empty where other vectors lie there now."""
+        entry = try_read_json(directory / TRAINING_FACTS) or {}
+        return entry if entry and entry.get("adapter_sha256") == self._sha256(directory) else {}
 
     def _run_entry(self, directory: Path) -> dict[str, Any]:
         """What run.json says of an adapter, as of one of many; empty where there is none."""

@@ -36,8 +36,8 @@ def run_directory(recipe: Recipe, recipe_path: Path | None) -> Path:
 
 
 @contextlib.contextmanager
-def run_lock(run_dir: Path, host: str, wait_seconds: float = 0.0) -> Iterator[None]:
-    """Hold the run directory for this process, so that no second training writes into it.
+def run_lock(run_dir: Path, host: str, wait_seconds: float = 0.0, what: str = "training.output_dir") -> Iterator[None]:
+    """Hold a directory that trainings are written into for this process, so that no second one does.
 
     The system releases the lock of a process that died. A network file system whose locks are local to each host
     (Lustre with ``localflock``) keeps only processes of one host apart. Directories made for the lock are removed where
@@ -46,11 +46,12 @@ def run_lock(run_dir: Path, host: str, wait_seconds: float = 0.0) -> Iterator[No
     Args:
         host: this machine's name, for the message that another process gets.
         wait_seconds: how long to wait for a process that is about to end.
+        what: the key or option that names the directory, for messages.
 
     Raises:
         InputError: another process trains there, or nothing can be written there.
     """
-    require_writable(run_dir)
+    require_writable(run_dir, what)
     made = [place for place in (run_dir, *run_dir.parents) if not place.exists()]
     owner, lock = run_dir / _OWNER, FileLock(run_dir / _LOCK, timeout=wait_seconds)
     try:
@@ -63,7 +64,7 @@ def run_lock(run_dir: Path, host: str, wait_seconds: float = 0.0) -> Iterator[No
         who = f"process {found.get('pid')} on {found.get('host')} (since {found.get('started')})"
         raise InputError(
             f"{run_dir}: {who if found else 'another process'} trains in this directory. Wait for it or stop it, or "
-            "choose another training.output_dir."
+            f"choose another {what}."
         ) from None
     except OSError as error:
         lock.release()
@@ -100,16 +101,16 @@ def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool) -> None:
         )
 
 
-def require_writable(run_dir: Path) -> None:
+def require_writable(run_dir: Path, what: str = "training.output_dir") -> None:
     """Raises InputError where nothing could be written into this directory, which need not exist yet."""
     if run_dir.exists() and not run_dir.is_dir():
-        raise InputError(f"{run_dir}: is a file; a run needs a directory (training.output_dir).")
+        raise InputError(f"{run_dir}: is a file; a run needs a directory ({what}).")
     parent = existing_parent(run_dir)
     try:  # by doing it: permission bits say yes to root even where nothing can be made
         os.rmdir(tempfile.mkdtemp(prefix=".qvera-", dir=parent))
     except OSError as error:
         raise InputError(
-            f"{run_dir}: nothing can be written in {parent} ({error.strerror}). Choose another training.output_dir."
+            f"{run_dir}: nothing can be written in {parent} ({error.strerror}). Choose another {what}."
         ) from None
 
 

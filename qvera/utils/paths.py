@@ -9,6 +9,8 @@ ADAPTERS = "adapters"
 """The directory of a run that trained many adapters, with one directory for each."""
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+TRAINING_FACTS = "qvera_training.json"
+"""The file beside an adapter's vectors in which a fine-tuning job says what it was trained on."""
 CERTIFICATE = "qvera_export.json"
 """The file beside an exported checkpoint that says what was merged onto what."""
 

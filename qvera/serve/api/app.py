@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 
 import qvera
-from qvera.serve.api import chat, completions, errors, health, models
+from qvera.serve.api import chat, completions, errors, files, fine_tuning, health, models
 from qvera.serve.api.guard import Guard
 from qvera.serve.api.keys import KeyFile
 from qvera.serve.api.limits import DEFAULTS, Limits
@@ -20,6 +20,7 @@ from qvera.serve.page import add_page
 if TYPE_CHECKING:
     from qvera.evaluation.prompts import PromptWriter
     from qvera.serve.engine import Engine
+    from qvera.serve.fine_tuning.jobs import Jobs
 
 
 def create_app(
@@ -31,6 +32,7 @@ def create_app(
     base_name: str,
     limits: Limits = DEFAULTS,
     keys: KeyFile | None = None,
+    jobs: Jobs | None = None,
 ) -> FastAPI:
     """OpenAI's API over an engine; ``app.state.service`` is its state.
 
@@ -40,6 +42,7 @@ def create_app(
         stop_tokens: ids, each of which ends an answer.
         base_name: how the base is listed; one of the store's ``base_names``.
         keys: None: no key is asked for. Only for the loopback address.
+        jobs: fine-tuning; None: its routes say that this server trains nothing.
     """
 
     @contextlib.asynccontextmanager
@@ -58,10 +61,11 @@ def create_app(
         vocabulary=len(prompts.encoder.tokenizer),
         limits=limits,
         keys=keys,
-        metrics=Metrics(engine.stats),
+        metrics=Metrics(engine.stats, jobs),
+        jobs=jobs,
     )
     app.state.service = service
-    for room in (chat, completions, models, health):
+    for room in (chat, completions, models, files, fine_tuning, health):
         app.include_router(room.router)
     add_page(app)
     errors.add_handlers(app)

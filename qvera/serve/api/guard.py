@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _OPEN = ("/health", *PAGE_PATHS)
 """Anyone may ask these: a balancer has no key, and the page asks its reader for one."""
+_UPLOAD_PATH = "/v1/files"
 _KNOWN_PATHS = (
     "/v1/models",
     "/v1/completions",
@@ -29,6 +30,8 @@ _KNOWN_PATHS = (
     "/v1/unload_lora_adapter",
     "/v1/load_adapter",
     "/v1/unload_adapter",
+    "/v1/files",
+    "/v1/fine_tuning/jobs",
     "/health",
     "/metrics",
     *PAGE_PATHS,
@@ -37,7 +40,10 @@ _KNOWN_PATHS = (
 
 
 class Guard:
-    """ASGI middleware. Answers 503, 401, 403, 408 and 413 itself; reads the whole body before the app is called."""
+    """ASGI middleware. Answers 503, 401, 403, 408 and 413 itself; reads the whole body before the app is called.
+
+    The route of uploads reads its body itself, piece by piece and with limits of its own.
+    """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app, self.service = app, service
@@ -62,7 +68,8 @@ class Guard:
         try:
             try:
                 state["access"] = await self._access(scope)
-                replay = await self._with_body(scope, receive)
+                is_upload = scope["method"] == "POST" and scope["path"] == _UPLOAD_PATH
+                replay = receive if is_upload else await self._with_body(scope, receive)
             except ApiError as error:
                 return await error.response()(scope, receive, counted)
             except ClientGone:
@@ -144,6 +151,7 @@ def _require_own_page(host: str, origin: str | None) -> None:
 
 
 def _label(path: str) -> str:
-    if path.startswith("/v1/models/"):
-        return "/v1/models"
+    for known in ("/v1/models", "/v1/files", "/v1/fine_tuning/jobs"):
+        if path.startswith(f"{known}/"):
+            return known
     return path if path in _KNOWN_PATHS else "other"

@@ -23,6 +23,14 @@ class Limits:
     """Of one call: prompts times n."""
     open_answers: int = 128
     """Of one key, running or waiting; so that others find room in the queue. Without keys there is no such limit."""
+    file_bytes: int = 512 << 20
+    """Of one uploaded file; 256 KiB of it must arrive within ``body_seconds``."""
+    files: int = 100
+    """Uploaded files of one key; without keys there is no such limit, nor the next one."""
+    open_jobs: int = 16
+    """Fine-tuning jobs of one key that have not ended."""
+    jobs_at_once: int = 8
+    """Fine-tuning jobs that are trained together."""
     stop_strings: int = 4
     stop_characters: int = 256
     """Of one stop string."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -10,13 +11,16 @@ from prometheus_client.registry import Collector
 
 from qvera.serve.requests import EngineStats
 
+if TYPE_CHECKING:
+    from qvera.serve.fine_tuning.jobs import Jobs
+
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
 class Metrics:
     """What the HTTP side counts itself, and the engine's numbers at the moment they are asked for."""
 
-    def __init__(self, stats: Callable[[], EngineStats]) -> None:
+    def __init__(self, stats: Callable[[], EngineStats], jobs: Jobs | None = None) -> None:
         self._registry = CollectorRegistry()
         self.calls = Counter(
             "qvera_calls", "HTTP calls that were answered.", ("path", "status"), registry=self._registry
@@ -31,6 +35,8 @@ class Metrics:
             "qvera_call_seconds", "From a call's arrival to its end.", buckets=_SECONDS, registry=self._registry
         )
         self._registry.register(_EngineCollector(stats))
+        if jobs is not None:
+            self._registry.register(_JobCollector(jobs))
 
     def text(self) -> bytes:
         """All numbers in Prometheus' text format."""
@@ -52,9 +58,26 @@ class _EngineCollector(Collector):
             ("engine_up", "1 while the engine takes requests.", int(stats.dead is None)),
         ):
             yield GaugeMetricFamily(f"qvera_{name}", text, value)
-        for name, text, value in (
+        counters: tuple[tuple[str, str, float], ...] = (
             ("prompt_tokens", "Tokens of prompts.", stats.prompt_tokens),
             ("generated_tokens", "Tokens of answers.", stats.generated_tokens),
             ("requests_finished", "Requests that have ended.", stats.finished),
-        ):
-            yield CounterMetricFamily(f"qvera_{name}", text, value)
+            ("training_seconds", "Time that fine-tuning jobs took.", stats.background_seconds),
+        )
+        for name, text, count in counters:
+            yield CounterMetricFamily(f"qvera_{name}", text, count)
+
+
+class _JobCollector(Collector):
+    def __init__(self, jobs: Jobs) -> None:
+        self._jobs = jobs
+
+    def collect(self) -> Iterator[Metric]:
+        gauge = GaugeMetricFamily("qvera_fine_tuning_jobs", "Fine-tuning jobs.", labels=["status"])
+        counts = self._jobs.database.counts()
+        counts["running"] = counts.get("running", 0) + counts.pop("finishing", 0)
+        for status, count in counts.items():
+            gauge.add_metric([status], count)
+        yield gauge
+        tokens = self._jobs.worker.tokens
+        yield CounterMetricFamily("qvera_training_tokens", "Tokens of rows that were trained on.", tokens)

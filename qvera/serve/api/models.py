@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from qvera.serve.api.errors import ApiError, bad_request
 from qvera.serve.api.keys import Access
 from qvera.serve.api.schemas import AdapterBody, LoadLoraBody, UnloadLoraBody
 from qvera.serve.api.service import Service, require, service_of
+from qvera.serve.api.training import answered, training_of
+from qvera.serve.fine_tuning.errors import NotMade
 from qvera.utils.errors import InputError
 
 router = APIRouter()
@@ -42,6 +45,30 @@ async def describe_model(request: Request, name: str) -> Response:
         return {**_card(service, name), "created": int(facts.pop("changed")), "qvera": _public(facts)}
 
     return JSONResponse(await service.in_thread(card))
+
+
+@router.delete("/v1/models/{name:path}", response_model=None)
+async def delete_model(request: Request, name: str) -> Response:
+    """Delete a model that a fine-tuning job of the sender has made; answers that are running finish on it."""
+    access, service, jobs = training_of(request)
+
+    def delete() -> None:
+        service.require_model(name, access)
+        not_made = ApiError(403, f"No fine-tuning job of this key has made {name!r}, so it can't delete it.", "model")
+        if name in service.store.base_names or service.store.parts_of(name) != [name]:
+            raise not_made
+        adapter = None
+        with contextlib.suppress(InputError):  # a damaged one can be deleted all the same
+            adapter = service.store.resolve(name)
+        try:
+            jobs.delete_model(name, access.name)
+        except NotMade:
+            raise not_made from None
+        if adapter is not None:
+            service.engine.unload(adapter.identity)
+
+    await answered(service, delete)
+    return JSONResponse({"id": name, "object": "model", "deleted": True})
 
 
 def _card(service: Service, name: str) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -61,28 +62,43 @@ Texts = Annotated[list[Text], Field(fail_fast=True)]
 
 
 class Body(BaseModel):
-    """A body whose unknown keys are judged by `require_supported`; the schema tells clients not to send any."""
+    """A body whose unknown keys are judged by `require_supported`; the schema tells clients not to send any.
 
+    Attributes:
+        ignored: keys of OpenAI's that change nothing here.
+        neutral: keys that would change ``outcome`` and are not supported, with the values that ask for nothing.
+    """
+
+    ignored: ClassVar[frozenset[str]] = frozenset()
+    neutral: ClassVar[Mapping[str, tuple[object, ...]]] = {}
+    outcome: ClassVar[str] = "answer"
     model_config = ConfigDict(extra="allow", json_schema_extra={"additionalProperties": False})
 
-    def require_supported(self) -> None:
-        """Refuse keys that would change the answer and are not supported, and those that nobody knows.
+    def require_supported(self, inside: str = "") -> None:
+        """Refuse keys that would change the outcome and are not supported, and those that nobody knows.
+
+        Args:
+            inside: where in the whole body this part is, such as ``method.``.
 
         Raises:
             ApiError: 400; names the key.
         """
         for key, value in (self.model_extra or {}).items():
-            if key in _IGNORED or value is None:
+            if key in self.ignored or value is None:
                 continue
-            if key not in _NEUTRAL:
+            where = inside + shortened(key)
+            if key not in self.neutral:
                 hint = did_you_mean(shortened(key), type(self).model_fields)
-                raise bad_request(f"Unknown key {shortened(key)!r}{hint}", shortened(key), "unknown_parameter")
-            if value not in _NEUTRAL[key]:
+                raise bad_request(f"Unknown key {where!r}{hint}", where, "unknown_parameter")
+            if value not in self.neutral[key]:
                 raise bad_request(
-                    f"{key}: is not supported here, and would change the answer. Leave it out.",
-                    key,
+                    f"{where}: is not supported here, and would change the {self.outcome}. Leave it out.",
+                    where,
                     "unsupported_parameter",
                 )
+        for name in type(self).model_fields:
+            if isinstance(part := getattr(self, name), Body):
+                part.require_supported(f"{inside}{name}.")
 
 
 class StreamOptions(BaseModel):
@@ -94,6 +110,8 @@ class StreamOptions(BaseModel):
 class GenerationBody(Body):
     """What chat and completions have in common."""
 
+    ignored = _IGNORED
+    neutral = _NEUTRAL
     model: Text
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -165,3 +183,62 @@ class AdapterBody(BaseModel):
     """POST /v1/load_adapter and /v1/unload_adapter."""
 
     name: Text
+
+
+class HyperparametersBody(Body):
+    """How a job trains; ``auto``: as the recipe of the server says."""
+
+    outcome = "training"
+    n_epochs: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False, strict=True)] | Literal["auto"] = "auto"
+    batch_size: Annotated[int, Field(ge=1, lt=2**31, strict=True)] | Literal["auto"] = "auto"
+    learning_rate_multiplier: (
+        Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False, strict=True)] | Literal["auto"]
+    ) = "auto"
+
+
+class SupervisedBody(Body):
+    """The only method there is."""
+
+    outcome = "training"
+    hyperparameters: HyperparametersBody | None = None
+
+
+class MethodBody(Body):
+    """How OpenAI's newer clients send hyperparameters."""
+
+    outcome = "training"
+    neutral = {"dpo": (), "reinforcement": ()}
+    type: Literal["supervised"]
+    supervised: SupervisedBody | None = None
+
+
+MetadataKey = Annotated[Text, Field(max_length=64)]
+MetadataValue = Annotated[Text, Field(max_length=512)]
+
+
+class JobBody(Body):
+    """POST /v1/fine_tuning/jobs."""
+
+    outcome = "training"
+    neutral = {"integrations": ([],)}
+    model: Text
+    """The base."""
+    training_file: Text
+    validation_file: Text | None = None
+    suffix: Annotated[Text, Field(min_length=1, max_length=64)] | None = None
+    """The name of the model that comes out."""
+    seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] | None = None
+    hyperparameters: HyperparametersBody | None = None
+    method: MethodBody | None = None
+    metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] | None = None
+    replace: bool = False
+    """Not OpenAI's: whether a model of this name is replaced when the job succeeds."""
+
+    def asked(self) -> dict[str, Any]:
+        """The hyperparameters, wherever they stand."""
+        of_method = None if self.method is None or self.method.supervised is None else self.method.supervised
+        inside = None if of_method is None else of_method.hyperparameters
+        if inside is not None and self.hyperparameters is not None:
+            raise bad_request("hyperparameters: stand in method too; give them once.", "hyperparameters")
+        found = inside or self.hyperparameters or HyperparametersBody()
+        return found.model_dump()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from qvera.utils.errors import did_you_mean
 if TYPE_CHECKING:
     from qvera.evaluation.prompts import PromptWriter
     from qvera.serve.engine import Engine
+    from qvera.serve.fine_tuning.jobs import Jobs
 
 T = TypeVar("T")
 _THREADS = 4
@@ -73,6 +75,7 @@ class Service:
         vocabulary: tokens that the tokenizer knows.
         stop_tokens: each ends an answer.
         keys: None: no key is asked for, and everybody may do everything.
+        jobs: fine-tuning; None: this server trains nothing.
         draining: no new request is taken.
         running: calls that are being answered.
         created: when the server started, in seconds since 1970.
@@ -87,6 +90,7 @@ class Service:
     limits: Limits
     keys: KeyFile | None
     metrics: Metrics
+    jobs: Jobs | None = None
     texts: TokenTexts = field(init=False)
     draining: bool = False
     running: int = 0
@@ -94,6 +98,7 @@ class Service:
     _threads: ThreadPoolExecutor = field(init=False)
     _quick_threads: ThreadPoolExecutor = field(init=False)
     _open_answers: dict[str, int] = field(default_factory=dict)
+    _open_uploads: dict[str, int] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
@@ -145,6 +150,18 @@ class Service:
             self._open_answers[access.name] = total
             if not total:
                 del self._open_answers[access.name]
+
+    @contextlib.contextmanager
+    def uploading(self, access: Access) -> Iterator[int]:
+        """Count a file that is arriving; yields how many a key has open, this one too. Only on the event loop."""
+        open_uploads = self._open_uploads
+        open_uploads[access.name] = open_uploads.get(access.name, 0) + 1
+        try:
+            yield open_uploads[access.name]
+        finally:
+            open_uploads[access.name] -= 1
+            if not open_uploads[access.name]:
+                del open_uploads[access.name]
 
     def close(self) -> None:
         """End the threads."""

@@ -7,6 +7,7 @@ import dataclasses
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,10 +18,25 @@ from qvera.evaluation.prompts import PromptWriter
 from qvera.serve.api.app import create_app
 from qvera.serve.api.limits import DEFAULTS
 from qvera.serve.api.server import Server, bound
+from qvera.serve.fine_tuning.directory import TrainingDirectory
+from qvera.serve.fine_tuning.jobs import Jobs
 from qvera.serve.requests import GenerationRequest
+from qvera.serve.store import AdapterStore
 from tests.conftest import small_tokenizer
 from tests.helpers import wait_until
 from tests.serve.api.doubles import NamedStore, ScriptedEngine
+from tests.serve.scripted_training import Driver, ScriptedTrainer, jobs_of
+
+
+@dataclasses.dataclass
+class Training:
+    """The fine-tuning of a server, over a scripted trainer."""
+
+    directory: TrainingDirectory
+    root: Path
+    trainer: ScriptedTrainer
+    driver: Driver
+    jobs: Jobs
 
 
 @dataclasses.dataclass
@@ -30,12 +46,18 @@ class Served:
     url: str
     port: int
     engine: ScriptedEngine
-    store: NamedStore
+    store: Any
     prompts: PromptWriter
     app: Any
     server: Server
     said: dict[str, str]
     """What each model answers; `says` changes it."""
+    training: Training | None = None
+
+    @property
+    def trained(self) -> Training:
+        assert self.training is not None
+        return self.training
 
     def client(self, **settings: Any) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=30, **settings)
@@ -69,6 +91,8 @@ def start() -> Iterator[Start]:
         queue: int = 4,
         system: str | None = None,
         send_buffer_bytes: int | None = None,
+        training_dir: Path | None = None,
+        training_slots: int = 2,
         **limits: Any,
     ) -> Served:
         tokenizer = small_tokenizer()
@@ -76,20 +100,26 @@ def start() -> Iterator[Start]:
         said = {"tiny": "the word is red", "anna": "anna says blue", "ben": "ben says green"}
 
         def script(request: GenerationRequest) -> Iterator[int]:
-            text = said[request.adapter.name if request.adapter is not None else "tiny"]
+            name = request.adapter.name if request.adapter is not None else "tiny"
+            text = said.get(name, "the word is blue")
             yield from tokenizer(text)["input_ids"]
             yield tokenizer.eos_token_id
 
         engine = ScriptedEngine(script, places, queue)
-        store = store or NamedStore({"anna": b"1", "ben": b"2"})
+        adapters: Any = store or NamedStore({"anna": b"1", "ben": b"2"})
+        training = None
+        if training_dir is not None:
+            training = addresses.enter_context(_training(training_dir, training_slots))
+            adapters = AdapterStore(training.root, base_names=["tiny", "hub/tiny"])
         app = create_app(
             engine,
-            store,
+            adapters,
             prompts,
             frozenset({tokenizer.eos_token_id}),
             base_name="tiny",
             limits=dataclasses.replace(DEFAULTS, **limits),
             keys=keys,
+            jobs=None if training is None else training.jobs,
         )
         server = Server(app)
         listener, url = addresses.enter_context(bound("127.0.0.1", 0))
@@ -98,7 +128,7 @@ def start() -> Iterator[Start]:
         thread = threading.Thread(target=lambda: server.run(sockets=[listener]), daemon=True)
         thread.start()
         wait_until(lambda: server.started)
-        served = Served(url, listener.getsockname()[1], engine, store, prompts, app, server, said)
+        served = Served(url, listener.getsockname()[1], engine, adapters, prompts, app, server, said, training)
         open_servers.append((served, thread))
         return served
 
@@ -110,6 +140,20 @@ def start() -> Iterator[Start]:
         assert not thread.is_alive()
         served.engine.close()
     addresses.close()
+
+
+@contextlib.contextmanager
+def _training(path: Path, slots: int) -> Iterator[Training]:
+    """Jobs in ``path``, whose adapters go into ``adapters`` beside it."""
+    root = path.with_name("adapters")
+    root.mkdir(exist_ok=True)
+    trainer, driver = ScriptedTrainer(slots), Driver()
+    with TrainingDirectory.open(path) as directory:
+        driver.jobs = jobs = jobs_of(directory, root, trainer, driver.wake)
+        driver.start()
+        with jobs:
+            yield Training(directory, root, trainer, driver, jobs)
+            driver.close()
 
 
 @pytest.fixture

@@ -1,0 +1,161 @@
+"""/v1/files: the rows that jobs train on, and the results that jobs write. A file is its key's own."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import JSONResponse, Response
+
+from qvera.serve.api.errors import ApiError
+from qvera.serve.api.training import answered, listed, no_room, too_many, training_of
+from qvera.serve.api.upload import receive_file
+from qvera.utils.errors import RunFailed
+
+if TYPE_CHECKING:
+    from starlette.types import Receive, Scope, Send
+
+    from qvera.serve.api.service import Service
+    from qvera.serve.fine_tuning.records import StoredFile
+
+router = APIRouter()
+_UNKNOWN = "There is no file"
+_FORM = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["purpose", "file"],
+                    "additionalProperties": False,
+                    "properties": {
+                        "purpose": {"type": "string", "enum": ["fine-tune"]},
+                        "file": {"type": "string", "format": "binary"},
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+@router.post("/v1/files", response_model=None, openapi_extra=_FORM)
+async def upload(request: Request) -> Response:
+    """Store a file of rows: a form with ``purpose`` (fine-tune) and ``file``."""
+    access, service, jobs = training_of(request)
+    with service.uploading(access) as open_uploads:
+        if service.keys is not None:
+            count = await answered(service, lambda: jobs.database.file_count(access.name, "fine-tune"))
+            if count + open_uploads > service.limits.files:
+                raise too_many(f"This key has {count} files, and may have {service.limits.files}; delete one.")
+        try:
+            file = await receive_file(request, service, jobs.directory, access.name)
+        except RunFailed as error:
+            raise no_room(error) from None
+    return JSONResponse(_card(file))
+
+
+@router.get("/v1/files", response_model=None)
+async def list_files(
+    request: Request,
+    purpose: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
+    after: str | None = None,
+    order: Literal["asc", "desc"] = "desc",
+) -> Response:
+    """The sender's files."""
+    access, service, jobs = training_of(request)
+
+    def cards() -> list[dict[str, Any]]:
+        found = jobs.database.files(access.name, purpose, after, limit + 1, order == "desc")
+        return [_card(file) for file in found]
+
+    return JSONResponse(listed(await answered(service, cards, _UNKNOWN), limit))
+
+
+@router.get("/v1/files/{file_id}", response_model=None)
+async def describe_file(request: Request, file_id: str) -> Response:
+    """One file."""
+    access, service, jobs = training_of(request)
+    return JSONResponse(_card(await answered(service, lambda: jobs.database.file(file_id, access.name), _UNKNOWN)))
+
+
+@router.get("/v1/files/{file_id}/content", response_model=None)
+async def file_content(request: Request, file_id: str) -> Response:
+    """Its bytes."""
+    access, service, jobs = training_of(request)
+    file = await answered(service, lambda: jobs.database.file(file_id, access.name), _UNKNOWN)
+    return FileStream(jobs.directory.place(file), file.size_bytes, service)
+
+
+@router.delete("/v1/files/{file_id}", response_model=None)
+async def delete_file(request: Request, file_id: str) -> Response:
+    """Delete it."""
+    access, service, jobs = training_of(request)
+
+    def delete() -> None:
+        file = jobs.database.file(file_id, access.name)
+        if (job := jobs.database.remove_file(file_id, access.name)) is not None:
+            raise ApiError(409, f"The job {job} needs this file; wait for it, or cancel it.", code="file_in_use")
+        jobs.directory.remove_file(file)
+
+    await answered(service, delete, _UNKNOWN)
+    return JSONResponse({"id": file_id, "object": "file", "deleted": True})
+
+
+def _card(file: StoredFile) -> dict[str, Any]:
+    return {
+        "id": file.id,
+        "object": "file",
+        "bytes": file.size_bytes,
+        "created_at": file.created,
+        "filename": file.name,
+        "purpose": file.purpose,
+        "status": "processed",
+        "status_details": None,
+        "expires_at": None,
+    }
+
+
+class FileStream(Response):
+    """A file's bytes, to be saved. A client that takes nothing for ``send_seconds`` gets no more of them.
+
+    It is never shown as a page: what somebody has uploaded may hold a script, and the server's own page holds a key.
+    """
+
+    media_type = "application/octet-stream"
+
+    def __init__(self, path: Path, size_bytes: int, service: Service) -> None:
+        super().__init__(
+            headers={
+                "Content-Disposition": f'attachment; filename="{path.name}"',
+                "X-Content-Type-Options": "nosniff",
+                "Content-Length": str(size_bytes),
+            }
+        )
+        self._path, self._service = path, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the file, or as much as the client takes."""
+        in_thread, seconds = self._service.in_thread, self._service.limits.send_seconds
+        try:
+            stream = await in_thread(lambda: self._path.open("rb"), quick=True)
+        except OSError:
+            return await ApiError(500, "The file can't be read any more.").response()(scope, receive, send)
+        with stream:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            more = True
+            while more:
+                block = await in_thread(lambda: stream.read(_BLOCK_BYTES), quick=True)
+                more = len(block) == _BLOCK_BYTES
+                try:
+                    async with asyncio.timeout(seconds):
+                        await send({"type": "http.response.body", "body": block, "more_body": more})
+                except TimeoutError:
+                    return
+
+
+_BLOCK_BYTES = 256 << 10

@@ -1,0 +1,218 @@
+"""What a client may do with jobs: create, cancel, pause, resume, delete the model. Any thread but the event loop's."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from qvera.serve.fine_tuning.directory import TrainingDirectory
+from qvera.serve.fine_tuning.errors import NotMade, Refused, TooMany, UnknownRecord
+from qvera.serve.fine_tuning.preparing import Preparer
+from qvera.serve.fine_tuning.recipes import Recipes
+from qvera.serve.fine_tuning.records import BEFORE, OPEN, TRAINING, Event, Job, Status, StoredFile, new_id, now
+from qvera.serve.fine_tuning.results import maker_of
+from qvera.serve.fine_tuning.worker import Worker
+from qvera.utils.adapter_names import shown_name
+from qvera.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from qvera.serve.fine_tuning.trainer import Trainer
+    from qvera.serve.fine_tuning.worker import Places
+
+_RUNS: tuple[Status, ...] = (*BEFORE, "running")
+"""A job that may be paused; with those that are paused, one that may be cancelled."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Asked:
+    """A job as a client asks for it, by OpenAI's names."""
+
+    base: str
+    training_file: str
+    validation_file: str | None
+    suffix: str | None
+    seed: int | None
+    hyperparameters: dict[str, Any]
+    metadata: dict[str, str]
+    replace: bool
+
+
+class Jobs:
+    """The jobs of a training directory.
+
+    Attributes:
+        worker: the engine's background work.
+    """
+
+    def __init__(
+        self,
+        directory: TrainingDirectory,
+        recipes: Recipes,
+        trainer: Trainer,
+        store: Places,
+        tokenizer: PreTrainedTokenizerBase,
+        wake: Callable[[], None],
+    ) -> None:
+        """``wake``: tells the engine to ask ``worker.has_work`` again."""
+        self.directory, self.database = directory, directory.database
+        self._recipes, self._store = recipes, store
+        self._naming = threading.Lock()
+        """No two jobs take one name."""
+        self.worker = Worker(directory, trainer, store, wake)
+        self._preparer = Preparer(directory, recipes, tokenizer, trainer, self.worker.add)
+
+    def __enter__(self) -> Self:
+        """Go on with the jobs that were open when the last server ended; those that were running come first."""
+        found = [job for job in self.database.open_jobs() if job.status != "paused"]
+        for job in sorted(found, key=lambda job: job.status in BEFORE):
+            self._preparer.add(job.id)
+        self._preparer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Save what is being trained; the engine's thread has ended."""
+        self._preparer.close()
+        self.worker.close()
+
+    def create(self, asked: Asked, owner: str, covers: Callable[[str], bool], most_open: int | None) -> Job:
+        """Queue a job.
+
+        Args:
+            covers: whether the owner may use a model of a name.
+            most_open: how many open jobs an owner may have; None: any number.
+
+        Raises:
+            Refused: a file is not there, or the name can't be given.
+            InputError: the hyperparameters do not go together.
+            TooMany: the owner has too many.
+        """
+        files = [self._file(asked.training_file, owner, "training_file")]
+        if asked.validation_file is not None:
+            files.append(self._file(asked.validation_file, owner, "validation_file"))
+            if asked.validation_file == asked.training_file:
+                raise Refused("validation_file: is the training file; held-out rows are others.", "validation_file")
+        job_id = new_id("ftjob")
+        model = asked.suffix if asked.suffix is not None else f"ft-{job_id.partition('-')[2]}"
+        if not covers(model):
+            how = "may not use a model of this name" if asked.suffix else "has models of its own: give the name of one"
+            raise Refused(f"suffix: {shown_name(model)} would be the model's name, and this key {how}.", "suffix")
+        names = [self.directory.place(file).name for file in files]
+        job = Job(
+            id=job_id,
+            owner=owner,
+            model=model,
+            base=asked.base,
+            training_file=asked.training_file,
+            validation_file=asked.validation_file,
+            seed=asked.seed,
+            asked=asked.hyperparameters,
+            replaces=asked.replace,
+            metadata=asked.metadata,
+            recipe={},
+        )
+        recipe = self._recipes.of(job, names[0], names[1] if len(names) > 1 else None)
+        job = dataclasses.replace(job, recipe=recipe.to_dict())
+        said = [Event(job.id, f"Created fine-tuning job: {job.id}")]
+        said += [Event(job.id, f"Validating file: {file.name}") for file in files]
+        with self._naming:
+            self._require_free(model, asked.replace)
+            if not self.database.add_job(job, said, most_open):
+                raise TooMany
+        self._preparer.add(job.id)
+        return job
+
+    def _file(self, file_id: str, owner: str, param: str) -> StoredFile:
+        try:
+            file = self.database.file(file_id, owner)
+        except UnknownRecord:
+            raise Refused(f"{param}: there is no file {file_id[:100]!r}.", param, "invalid_file") from None
+        if file.purpose != TRAINING:
+            raise Refused(f"{param}: {file_id} has the purpose {file.purpose!r}; expected {TRAINING!r}.", param)
+        return file
+
+    def _require_free(self, model: str, replace: bool) -> None:
+        """Refuse a name that can't be given."""
+        try:
+            directory = self._store.directory_for(model)
+        except InputError as error:
+            raise Refused(f"suffix: {error}", "suffix") from None
+        if self.database.job_of_model(model, OPEN) is not None:
+            raise Refused(
+                f"suffix: another job makes {shown_name(model)} already; wait for it, or cancel it.", "suffix"
+            )
+        if directory.exists() and not replace:
+            raise Refused(
+                f'suffix: there is a model {shown_name(model)} already. Use another name, or send "replace": true.',
+                "suffix",
+                "name_taken",
+            )
+
+    def cancel(self, job_id: str, owner: str) -> Job:
+        """End a job; nothing of it is kept but its events.
+
+        Raises:
+            UnknownRecord: there is none.
+            Refused: it has ended.
+        """
+        event = Event(job_id, "Fine-tuning job cancelled")
+        return self._stop(job_id, owner, (*_RUNS, "paused"), "cancelled", event)
+
+    def pause(self, job_id: str, owner: str) -> Job:
+        """Save a job and free its slot.
+
+        Raises:
+            UnknownRecord: there is none.
+            Refused: it has ended, or is paused.
+        """
+        return self._stop(job_id, owner, _RUNS, "paused", Event(job_id, "Fine-tuning job paused"))
+
+    def _stop(self, job_id: str, owner: str, expected: tuple[Status, ...], status: Status, event: Event) -> Job:
+        job = self.database.job(job_id, owner)
+        ended = {"finished": now()} if status == "cancelled" else {}
+        if not self.database.move(job_id, expected, status, event, **ended):
+            raise self._too_late(job)
+        self.worker.stop(job_id, "cancel" if status == "cancelled" else "pause")
+        return self.database.job(job_id)
+
+    def resume(self, job_id: str, owner: str) -> Job:
+        """Queue a paused job again; it goes on where it was.
+
+        Raises:
+            UnknownRecord: there is none.
+            Refused: it is not paused.
+        """
+        job = self.database.job(job_id, owner)
+        event = Event(job_id, "Fine-tuning job resumed")
+        if not self.database.move(job_id, ("paused",), "validating_files", event):
+            raise self._too_late(job)
+        self._preparer.add(job_id)
+        return self.database.job(job_id)
+
+    def _too_late(self, job: Job) -> Refused:
+        status = self.database.job(job.id).status
+        return Refused(f"The job {job.id} is {status.replace('_', ' ')}, so that can't be done.", code="invalid_status")
+
+    def delete_model(self, model: str, owner: str) -> Path:
+        """Delete an adapter that a job of this owner made; returns where it was.
+
+        Raises:
+            NotMade: none did, or others' vectors lie there now.
+        """
+        job = self.database.job_of_model(model, ("succeeded",))
+        directory = self._store.directory_for(model)
+        if job is None or job.owner != owner or maker_of(directory) != job.id:
+            raise NotMade
+        if (other := self.database.job_of_model(model, OPEN)) is not None:
+            raise Refused(f"The job {other.id} makes this model anew; cancel it first.", "model")
+        gone = directory.with_name(f".{directory.name}.deleted")
+        shutil.rmtree(gone, ignore_errors=True)
+        directory.rename(gone)  # at once: nobody finds half of it
+        shutil.rmtree(gone, ignore_errors=True)
+        self.database.forget_model(job.id)
+        return directory

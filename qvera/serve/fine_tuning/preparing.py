@@ -1,0 +1,154 @@
+"""Reads and checks the rows of jobs in a thread of its own: neither answers nor trainings wait for it."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from qvera.data import build_datasets, data_warnings
+from qvera.serve.fine_tuning.directory import TrainingDirectory, shown
+from qvera.serve.fine_tuning.errors import UnknownRecord
+from qvera.serve.fine_tuning.recipes import Recipes, section_in
+from qvera.serve.fine_tuning.records import BEFORE, TRAINED, Event, Job, now
+from qvera.training.run_dir import changed_keys
+from qvera.utils.errors import InputError, RunFailed, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from qvera.serve.fine_tuning.trainer import Trainer
+
+_logger = logging.getLogger(__name__)
+_MOST_JSON_BYTES = 64 * 2**20
+"""A .json file is read into memory as a whole, at several times its size."""
+_RETRY_SECONDS = 30.0
+_JOIN_SECONDS = 5.0
+"""A file of millions of rows is not waited for when the server ends."""
+
+
+class Preparer:
+    """A thread that makes jobs ready to begin, one after the other."""
+
+    def __init__(
+        self,
+        directory: TrainingDirectory,
+        recipes: Recipes,
+        tokenizer: PreTrainedTokenizerBase,
+        trainer: Trainer,
+        on_ready: Callable[[Job, Any], None],
+    ) -> None:
+        """``on_ready``: called in this thread with a job and its run."""
+        self._directory, self._recipes, self._tokenizer, self._trainer = directory, recipes, tokenizer, trainer
+        self._on_ready = on_ready
+        self._jobs: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="qvera-rows", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def add(self, job_id: str) -> None:
+        """Queue a job; any thread."""
+        self._jobs.put(job_id)
+
+    def close(self) -> None:
+        """End the thread. The job whose rows it reads is read again when the server is started next."""
+        self._closing.set()
+        self._jobs.put(None)
+        if self._thread.is_alive():
+            self._thread.join(_JOIN_SECONDS)
+
+    def _run(self) -> None:
+        while (job_id := self._jobs.get()) is not None and not self._closing.is_set():
+            while not self._closing.is_set():
+                try:
+                    self._prepare(job_id)
+                    break
+                except RunFailed as error:  # a full disk: of the database, or of what the rows are mapped from
+                    _logger.warning(
+                        "%s: its rows can't be read now, and are in %g s: %s", job_id, _RETRY_SECONDS, error
+                    )
+                    self._closing.wait(_RETRY_SECONDS)
+                except Exception as error:
+                    _logger.exception("the rows of %s", job_id)
+                    self._fail(job_id, "server_error", f"The server failed: {first_line(error)}", None)
+                    break
+
+    def _prepare(self, job_id: str) -> None:
+        database = self._directory.database
+        try:
+            job = database.job(job_id)
+        except UnknownRecord:
+            return
+        if job.status not in (*BEFORE, *TRAINED):
+            return  # cancelled or paused meanwhile
+        try:
+            self._on_ready(*self._ready(job))
+        except InputError as error:
+            text, param = self._for_its_owner(job, str(error))
+            self._fail(job.id, "invalid_training_file" if param else "invalid_job", text, param)
+
+    def _ready(self, job: Job) -> tuple[Job, Any]:
+        database, directory = self._directory.database, self._directory
+        places = self._places(job)
+        for place in places:
+            if place.suffix == ".json" and place.stat().st_size > _MOST_JSON_BYTES:
+                size = f"at most {_MOST_JSON_BYTES >> 20} MiB; send .jsonl"
+                raise InputError(f"{place}: a .json file is read as a whole, so it may have {size}.")
+        recipe = self._recipes.of(job, places[0].name, places[1].name if len(places) > 1 else None)
+        if directory.state(job.id).exists() and (changed := changed_keys(job.recipe, recipe)):
+            raise InputError(
+                f"The server was started again with another recipe ({', '.join(changed)}), by which this job can't go "
+                "on. Create the job anew."
+            )
+        section = section_in(recipe, directory.files)
+        datasets = build_datasets(section, self._tokenizer, Console(quiet=True), cached=False)
+        run = self._trainer.prepare(job.id, recipe, datasets)
+        if job.status == "validating_files":
+            rows = f"{len(datasets.train):,} training rows"
+            rows += f" and {len(datasets.eval):,} held-out rows" if len(datasets.eval) else ""
+            said = [Event(job.id, f"Files validated: {rows}. Moving job to queued state.")]
+            warnings = [self._for_its_owner(job, text)[0] for text in data_warnings(datasets.stats)]
+            said += [Event(job.id, text, level="warn") for text in warnings]
+            database.move(job.id, ("validating_files",), "queued", *said, recipe=recipe.to_dict())
+        return database.job(job.id), run
+
+    def _places(self, job: Job) -> list[Path]:
+        """Where the files of a job lie."""
+        found = []
+        for file_id in filter(None, (job.training_file, job.validation_file)):
+            try:
+                found.append(self._directory.place(self._directory.database.file(file_id)))
+            except UnknownRecord:
+                raise InputError(f"The file {file_id} is not there any more.") from None
+        return found
+
+    def _for_its_owner(self, job: Job, text: str) -> tuple[str, str | None]:
+        """A message with the names of files in place of where they lie; and which file it is about."""
+        param = None
+        for key in ("training_file", "validation_file"):
+            file_id = getattr(job, key)
+            if file_id is None:
+                continue
+            try:
+                file = self._directory.database.file(file_id)
+            except UnknownRecord:
+                continue
+            place = str(self._directory.place(file))
+            if place in text:
+                param = param or key
+                text = text.replace(place, shown(file.name))
+        return text.replace(str(self._directory.path), "DIR"), param
+
+    def _fail(self, job_id: str, code: str, message: str, param: str | None) -> None:
+        error = {"code": code, "message": message, "param": param}
+        event = Event(job_id, message, level="error")
+        self._directory.database.move(job_id, (*BEFORE, *TRAINED), "failed", event, error=error, finished=now())
+        self._directory.state(job_id).unlink(missing_ok=True)

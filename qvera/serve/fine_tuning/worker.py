@@ -1,0 +1,295 @@
+"""Trains the jobs of a training directory in the engine's thread, part by part, between answers.
+
+A job goes on from its last saved state after whatever end the server had. It is saved first and stands as done in the
+database last, so a process that is killed in between does the last things again: they come out the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from qvera.serve.fine_tuning.directory import TrainingDirectory
+from qvera.serve.fine_tuning.records import TRAINED, Event, Job, Status, now
+from qvera.serve.fine_tuning.results import metrics_event, steps_csv, write_facts
+from qvera.utils.adapter_names import shown_name
+from qvera.utils.errors import InputError, RunFailed, first_line
+
+if TYPE_CHECKING:
+    from qvera.serve.fine_tuning.trainer import TrainedRun, Trainer
+
+_logger = logging.getLogger(__name__)
+_SAVE_SECONDS = 30.0
+"""A killed server takes the steps of at most this long again."""
+_SAVE_STEPS = 100
+_WRITE_SECONDS = 1.0
+"""Events of steps are written this often, not each by itself."""
+_PARK_SECONDS = 30.0
+"""How long nothing is trained after the disk was full."""
+
+
+class Places(Protocol):
+    """What the worker knows of `qvera.serve.store.AdapterStore`."""
+
+    def directory_for(self, name: str) -> Path:
+        """Where an adapter of this name lies, or would lie."""
+
+    def add(self, name: str, directory: Path) -> None:
+        """Have the adapter answer by its name."""
+
+
+@dataclasses.dataclass
+class Trained:
+    """A job that has a slot.
+
+    Attributes:
+        is_named: whether its adapter may be written under its name; what lies there since may be the job's own.
+    """
+
+    job: Job
+    run: TrainedRun
+    saved_step: int
+    saved_at: float
+    is_named: bool
+
+
+class Worker:
+    """The engine's `BackgroundWork`.
+
+    Attributes:
+        tokens: that were trained on since the server was started.
+    """
+
+    def __init__(
+        self,
+        directory: TrainingDirectory,
+        trainer: Trainer,
+        store: Places,
+        wake: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``wake``: tells the engine to ask `has_work` again; ``clock``: seconds."""
+        self._directory, self._database, self._trainer, self._store = directory, directory.database, trainer, store
+        self._wake, self._clock = wake, clock
+        self._lock = threading.Lock()
+        self._ready: dict[str, tuple[Job, TrainedRun]] = {}
+        self._stops: dict[str, Literal["cancel", "pause"]] = {}
+        self._trained: dict[str, Trained] = {}
+        self._events: list[Event] = []
+        self._taken_again: dict[str, int] = {}
+        """Job → the step after which its events are to be removed, before new ones are written."""
+        self._wrote_at = clock()
+        self._parked_until: float | None = None
+        self._timer: threading.Timer | None = None
+        self.tokens = 0
+
+    # Called from any thread
+
+    def add(self, job: Job, run: TrainedRun) -> None:
+        """A job may begin: its rows are read."""
+        with self._lock:
+            self._ready[job.id] = job, run
+        self._wake()
+
+    def stop(self, job_id: str, how: Literal["cancel", "pause"]) -> None:
+        """Take a job out that the database says is cancelled or paused."""
+        with self._lock:
+            self._ready.pop(job_id, None)
+            self._stops[job_id] = how
+        self._wake()
+
+    def has_work(self) -> bool:
+        """See `BackgroundWork.has_work`."""
+        with self._lock:
+            if self._parked_until is not None and self._clock() < self._parked_until:
+                return False
+            return bool(self._trained or self._stops or self._ready)
+
+    # The engine's thread
+
+    def do_part(self) -> None:
+        """See `BackgroundWork.do_part`. Errors end jobs, or are waited for; none gets out."""
+        try:
+            with self._lock:
+                self._parked_until = None
+            self._take_stops()
+            self._begin_ready()
+            if self._trained:
+                self._train()
+            self._write_events()
+        except RunFailed as error:
+            self._park(error)
+
+    def _take_stops(self) -> None:
+        while True:
+            with self._lock:
+                if not self._stops:
+                    return
+                job_id, how = next(iter(self._stops.items()))
+            trained = self._trained.get(job_id)
+            if trained is not None:
+                if how == "pause":
+                    self._save(trained)
+                self._let_go(trained)
+            if how == "cancel":
+                self._directory.state(job_id).unlink(missing_ok=True)
+            with self._lock:
+                if self._stops.get(job_id) == how:
+                    del self._stops[job_id]
+
+    def _begin_ready(self) -> None:
+        """Give free slots to jobs: those that were running first, then the oldest of whoever has fewest running."""
+        while self._trainer.free_slots:
+            with self._lock:
+                if not self._ready:
+                    return
+                owners = [trained.job.owner for trained in self._trained.values()]
+
+                def turn(pair: tuple[Job, TrainedRun], owners: Sequence[str] = owners) -> tuple[bool, int, float]:
+                    job, _ = pair
+                    return job.status not in TRAINED, owners.count(job.owner), job.created
+
+                job, run = min(self._ready.values(), key=turn)
+                del self._ready[job.id]
+            self._begin(job, run)
+
+    def _begin(self, job: Job, run: TrainedRun) -> None:
+        if job.id in self._trained:
+            return
+        state = self._directory.state(job.id)
+        saved = state if state.exists() else None
+        finishing = job.status == "finishing"
+        status: Status = "finishing" if finishing else "running"
+        try:
+            if not self._database.move(job.id, ("queued", *TRAINED), status, started=job.started or now()):
+                return  # cancelled or paused meanwhile
+            try:
+                self._trainer.begin(run, saved)
+            except Exception as error:
+                if not isinstance(error, InputError):
+                    _logger.exception("%s can't begin", job.id)
+                self._fail(job, "server_error", f"It can't begin: {self._text(error)}")
+                return
+        except RunFailed:
+            self.add(job, run)
+            raise
+        step = run.state.step
+        self._trained[job.id] = Trained(job, run, step, self._clock(), finishing)
+        self._taken_again[job.id] = -1 if saved is None else step
+        text = "Fine-tuning job started" if saved is None else f"Fine-tuning job goes on after step {step:,}"
+        self._events.append(Event(job.id, f"{text}: {run.steps:,} steps over {len(run.rows.train):,} rows"))
+        self._write_events(at_once=True)
+
+    def _train(self) -> None:
+        try:
+            records = self._trainer.do_part()
+        except Exception as error:
+            _logger.exception("training failed; the jobs that were trained together are ended")
+            for trained in list(self._trained.values()):
+                self._fail(trained.job, "server_error", f"Training failed: {self._text(error)}")
+                self._let_go(trained)
+            return
+        for record in records:
+            steps = self._trained[record["adapter"]].run.steps
+            self.tokens += record.get("input_tokens", 0)
+            self._events.append(metrics_event(record["adapter"], record, steps))
+        for trained in list(self._trained.values()):
+            try:
+                if trained.run.has_ended:
+                    self._finish(trained)
+                elif self._is_due(trained):
+                    self._save(trained)
+            except RunFailed:
+                raise
+            except Exception as error:
+                _logger.exception("%s can't be saved", trained.job.id)
+                self._fail(trained.job, "server_error", f"It can't be saved: {self._text(error)}")
+                self._let_go(trained)
+
+    def _is_due(self, trained: Trained) -> bool:
+        steps = trained.run.state.step - trained.saved_step
+        return steps >= _SAVE_STEPS or (steps > 0 and self._clock() - trained.saved_at >= _SAVE_SECONDS)
+
+    def _save(self, trained: Trained) -> None:
+        self._write_events(at_once=True)
+        self._trainer.save(trained.run, self._directory.state(trained.job.id))
+        trained.saved_step, trained.saved_at = trained.run.state.step, self._clock()
+
+    def _finish(self, trained: Trained) -> None:
+        """Save the adapter of a job that has taken its steps; then it is a model."""
+        job, run = trained.job, trained.run
+        if run.reason is not None:
+            self._write_events(at_once=True)
+            self._fail(job, "training_failed", run.reason)
+            self._let_go(trained)
+            return
+        self._save(trained)
+        directory = self._store.directory_for(job.model)
+        if directory.exists() and not (job.replaces or trained.is_named):
+            text = f"While this job ran, another adapter was given the name {shown_name(job.model)}."
+            self._fail(job, "name_taken", f"{text} It was not replaced.")
+            self._let_go(trained)
+            return
+        if not self._database.move(job.id, TRAINED, "finishing"):
+            return  # cancelled or paused: `_take_stops` sees to it
+        trained.is_named = True
+        self._trainer.save_adapter(run, directory)
+        write_facts(directory, job, run)
+        self._store.add(job.model, directory)
+        results = steps_csv(self._database.metrics(job.id))
+        file = self._directory.write_results(job.owner, f"{job.id}-steps.csv", results)
+        events = (
+            Event(job.id, f"New fine-tuned model created: {job.model}"),
+            Event(job.id, "The job has successfully completed"),
+        )
+        tokens, step = run.state.input_tokens, run.state.step
+        try:
+            self._database.succeed(job.id, file, *events, finished=now(), trained_tokens=tokens, step=step)
+        except RunFailed:
+            self._directory.remove_file(file)
+            raise
+        self._let_go(trained)
+        self._directory.state(job.id).unlink(missing_ok=True)
+
+    def _fail(self, job: Job, code: str, message: str) -> None:
+        error = {"code": code, "message": message, "param": None}
+        event = Event(job.id, message, level="error")
+        self._database.move(job.id, ("queued", *TRAINED), "failed", event, error=error, finished=now())
+        self._directory.state(job.id).unlink(missing_ok=True)
+
+    def _text(self, error: Exception) -> str:
+        """What a job's owner is told: without places on the server's disk."""
+        return first_line(error).replace(f"{self._directory.path}/", "")
+
+    def _let_go(self, trained: Trained) -> None:
+        self._trainer.end(trained.run)
+        del self._trained[trained.job.id]
+
+    def _write_events(self, at_once: bool = False) -> None:
+        if self._events and (at_once or not self._trained or self._clock() - self._wrote_at >= _WRITE_SECONDS):
+            self._database.add_events(self._events, self._taken_again)
+            self._events, self._taken_again, self._wrote_at = [], {}, self._clock()
+
+    def _park(self, error: RunFailed) -> None:
+        """Train nothing for a while: what a full disk did not take is written again then."""
+        _logger.warning("training waits %g s: %s", _PARK_SECONDS, error)
+        with self._lock:
+            self._parked_until = self._clock() + _PARK_SECONDS
+            self._timer = threading.Timer(_PARK_SECONDS, self._wake)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def close(self) -> None:
+        """Save what is being trained, once the engine's thread has ended."""
+        if self._timer is not None:
+            self._timer.cancel()
+        for trained in list(self._trained.values()):
+            try:
+                self._save(trained)
+            except RunFailed as error:  # it goes on from the state before
+                _logger.warning("%s: %s", trained.job.id, error)

@@ -1,0 +1,268 @@
+"""Jobs of a server that is killed, full disks, damaged databases: nothing is lost, and nothing comes twice."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qvera.config.schema import Recipe
+from qvera.evaluation.load import EvalTarget
+from qvera.serve.fine_tuning import worker as worker_module
+from qvera.serve.fine_tuning.directory import DATABASE, TrainingDirectory, Upload
+from qvera.serve.fine_tuning.jobs import Asked, Jobs
+from qvera.serve.fine_tuning.recipes import Recipes
+from qvera.serve.fine_tuning.records import Job
+from qvera.utils.errors import InputError, RunFailed
+from qvera.utils.paths import ADAPTER_WEIGHTS
+from tests.helpers import wait_until
+from tests.serve.scripted_training import ScriptedTrainer, chat_rows, jobs_of, target
+
+STEPS = 5
+
+
+class Killed(BaseException):
+    """Where the process would end."""
+
+
+def create(jobs: Jobs, suffix: str | None = "anna", **changes: Any) -> Job:
+    """A job of `STEPS` steps."""
+    upload = Upload(jobs.directory, "me")
+    upload.begin("rows.jsonl")
+    upload.write(chat_rows(4))
+    file = upload.finish("fine-tune")
+    hyperparameters = {"n_epochs": float(STEPS), "batch_size": 4, "learning_rate_multiplier": "auto"}
+    asked = {"suffix": suffix, "seed": None, "hyperparameters": hyperparameters, "metadata": {}, "replace": False}
+    return jobs.create(Asked("tiny", file.id, None, **{**asked, **changes}), "me", lambda name: True, None)
+
+
+def run_all(jobs: Jobs) -> None:
+    """As an engine would, until nothing is left to do."""
+
+    def nothing_left() -> bool:
+        while jobs.worker.has_work():
+            jobs.worker.do_part()
+        return not [job for job in jobs.database.open_jobs() if job.status != "paused"]
+
+    wait_until(nothing_left, 20)
+
+
+def wait_for_rows(jobs: Jobs, job: Job) -> None:
+    wait_until(lambda: jobs.worker.has_work() and jobs.database.job(job.id).status == "queued")
+
+
+def kill_at(number: int, trainer: ScriptedTrainer, jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """End the process at the ``number``-th of all calls that write something, before it or after it."""
+    calls = 0
+
+    def count(when: str) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            raise Killed(when)
+
+    def killing(call: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def wrapped(*arguments: Any, **settings: Any) -> Any:
+            count(f"before {name}")
+            result = call(*arguments, **settings)
+            count(f"after {name}")
+            return result
+
+        return wrapped
+
+    for owner, name in (
+        (trainer, "begin"),
+        (trainer, "do_part"),
+        (trainer, "save"),
+        (trainer, "save_adapter"),
+        (trainer, "end"),
+        (jobs.database, "move"),
+        (jobs.database, "succeed"),
+        (jobs.database, "add_events"),
+        (jobs.directory, "write_results"),
+        (worker_module, "write_facts"),
+    ):
+        monkeypatch.setattr(owner, name, killing(getattr(owner, name), name))
+
+
+def test_a_job_killed_at_any_call_goes_on_and_comes_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_module, "_SAVE_STEPS", 2)
+    number, places = 0, set()
+    while True:
+        number += 1
+        here = tmp_path / str(number)
+        root = here / "adapters"
+        root.mkdir(parents=True)
+        killed = None
+        with TrainingDirectory.open(here / "training") as directory, monkeypatch.context() as patched:
+            trainer = ScriptedTrainer()
+            jobs = jobs_of(directory, root, trainer)
+            with jobs:
+                job = create(jobs)
+                wait_for_rows(jobs, job)
+            kill_at(number, trainer, jobs, patched)
+            try:
+                run_all(jobs)
+            except Killed as error:
+                killed = str(error)
+        if killed is None:
+            break
+        places.add(killed)
+        with (
+            TrainingDirectory.open(here / "training") as directory,
+            jobs_of(directory, root, ScriptedTrainer()) as jobs,
+        ):
+            run_all(jobs)
+            done = directory.database.job(job.id)
+            assert done.status == "succeeded", (killed, done.error)
+            assert done.trained_tokens == 10 * STEPS
+            assert (root / "anna" / ADAPTER_WEIGHTS).read_text() == f"{job.id} after step {STEPS}"
+            assert [path.name for path in root.iterdir()] == ["anna"]
+            steps = [event.step for event in directory.database.metrics(job.id)]
+            assert steps == list(range(1, STEPS + 1)), killed
+            files = {path.stem for path in directory.files.iterdir()}
+            assert files == {job.training_file, done.result_file}
+            assert list(directory.states.iterdir()) == []
+    assert {"after save_adapter", "before succeed", "after succeed", "after save", "after write_facts"} <= places
+    assert number > 30
+
+
+def test_steps_after_the_last_saved_state_are_taken_again(tmp_path: Path) -> None:
+    (tmp_path / "adapters").mkdir()
+    with TrainingDirectory.open(tmp_path / "training") as directory:
+        jobs = jobs_of(directory, tmp_path / "adapters", ScriptedTrainer())
+        with jobs:
+            job = create(jobs)
+            wait_until(lambda: jobs.worker.has_work())
+            for _ in range(3):
+                jobs.worker.do_part()
+        # leaving it saved it, as SIGTERM does
+        assert directory.state(job.id).exists()
+    with (
+        TrainingDirectory.open(tmp_path / "training") as directory,
+        jobs_of(directory, tmp_path / "adapters", ScriptedTrainer()) as jobs,
+    ):
+        run_all(jobs)
+        assert [event.step for event in directory.database.metrics(job.id)] == [1, 2, 3, 4, 5]
+        said = [event.message for event in directory.database.events(job.id, None, 100)]
+        assert any("goes on after step 3" in text for text in said)
+
+
+def test_a_job_does_not_go_on_by_another_recipe(tmp_path: Path) -> None:
+    (tmp_path / "adapters").mkdir()
+    with TrainingDirectory.open(tmp_path / "training") as directory:
+        with jobs_of(directory, tmp_path / "adapters", ScriptedTrainer()) as jobs:
+            begun, fresh = create(jobs), create(jobs, "ben")
+            wait_until(lambda: directory.database.job(fresh.id).status == "queued")
+            jobs.pause(fresh.id, "me")
+            jobs.worker.do_part()
+        jobs.resume(fresh.id, "me")
+    served = target(max_length=99)
+    with TrainingDirectory.open(tmp_path / "training") as directory:
+        with jobs_of(directory, tmp_path / "adapters", ScriptedTrainer(), served=served) as jobs:
+            run_all(jobs)
+        error = directory.database.job(begun.id).error
+        assert error is not None
+        assert "data.max_length" in error["message"]
+        assert directory.database.job(fresh.id).status == "succeeded"  # it had not begun
+        assert directory.database.job(fresh.id).recipe["data"]["max_length"] == 99
+
+
+@pytest.mark.parametrize("full", ["save", "save_adapter", "move", "add_events", "succeed", "write_results"])
+def test_a_full_disk_is_waited_for_and_loses_nothing(
+    tmp_path: Path, full: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "adapters").mkdir()
+    now, failures = [0.0], [RunFailed("the disk is full")] * 2
+    with TrainingDirectory.open(tmp_path / "training") as directory:
+        trainer = ScriptedTrainer()
+        jobs = jobs_of(directory, tmp_path / "adapters", trainer)
+        jobs.worker._clock = lambda: now[0]
+        with jobs:
+            job = create(jobs)
+            wait_for_rows(jobs, job)
+            owner: Any = next(one for one in (trainer, directory, directory.database) if hasattr(one, full))
+            call = getattr(owner, full)
+
+            def or_full(*arguments: Any, **changes: Any) -> Any:
+                if failures:
+                    raise failures.pop()
+                return call(*arguments, **changes)
+
+            monkeypatch.setattr(owner, full, or_full)
+            waits = 0
+            while jobs.database.job(job.id).is_open:
+                if not jobs.worker.has_work():
+                    now[0] += 31
+                    waits += 1
+                    assert waits < 10
+                jobs.worker.do_part()
+        assert waits == 2
+        done = jobs.database.job(job.id)
+        assert done.status == "succeeded"
+        assert [event.step for event in directory.database.metrics(job.id)] == [1, 2, 3, 4, 5]
+        assert {path.stem for path in directory.files.iterdir()} == {job.training_file, done.result_file}
+
+
+def test_an_error_of_the_trainer_ends_the_jobs_it_was_training_and_no_others(tmp_path: Path) -> None:
+    (tmp_path / "adapters").mkdir()
+    with TrainingDirectory.open(tmp_path / "training") as directory:
+        trainer = ScriptedTrainer(slots=1)
+        with jobs_of(directory, tmp_path / "adapters", trainer) as jobs:
+            first, second = create(jobs), create(jobs, "ben")
+            wait_until(lambda: directory.database.job(second.id).status == "queued")
+            trainer.fails = RuntimeError("a kernel failed")
+            run_all(jobs)
+        failed, done = directory.database.job(first.id), directory.database.job(second.id)
+        assert failed.error == {"code": "server_error", "message": "Training failed: a kernel failed.", "param": None}
+        assert done.status == "succeeded"
+
+
+def test_a_directory_is_for_one_server(tmp_path: Path) -> None:
+    with (
+        TrainingDirectory.open(tmp_path / "training"),
+        pytest.raises(InputError, match="trains in this directory.*--training-dir"),
+        TrainingDirectory.open(tmp_path / "training"),
+    ):
+        pass
+    with TrainingDirectory.open(tmp_path / "training"):
+        pass
+
+
+def test_a_database_that_can_t_be_read_is_named(tmp_path: Path) -> None:
+    here = tmp_path / "training"
+    with TrainingDirectory.open(here) as directory:
+        create(jobs_of(directory, tmp_path, ScriptedTrainer()))
+    whole = (here / DATABASE).read_bytes()
+    for damaged in (whole[:5000], b"no database at all" * 99, whole[:4096] + b"\xff" * (len(whole) - 4096)):
+        (here / DATABASE).write_bytes(damaged)
+        with pytest.raises(InputError, match=f"{DATABASE}: is damaged"), TrainingDirectory.open(here):
+            pass
+    (here / DATABASE).write_bytes(whole)
+    with sqlite3.connect(here / DATABASE) as newer:
+        newer.execute("PRAGMA user_version = 99")
+    newer.close()
+    with pytest.raises(InputError, match="newer version of qvera .its version is 99"), TrainingDirectory.open(here):
+        pass
+
+
+def test_what_was_cut_off_is_removed(tmp_path: Path) -> None:
+    with TrainingDirectory.open(tmp_path / "training") as directory:
+        kept = create(jobs_of(directory, tmp_path, ScriptedTrainer()))
+        half = Upload(directory, "me")
+        half.begin("rows.jsonl")
+        half.write(b"{}")
+        (directory.files / "file-000.jsonl").write_text("written, and never noted")
+        directory.state("ftjob-gone").write_text("{}")
+    with TrainingDirectory.open(tmp_path / "training") as directory:
+        assert [path.stem for path in directory.files.iterdir()] == [kept.training_file]
+        assert list(directory.states.iterdir()) == []
+
+
+def test_a_recipe_that_can_t_train_beside_others_is_refused(tmp_path: Path) -> None:
+    recipe = Recipe.model_validate({"model": "tiny", "data": {"path": "x"}, "adapter": {"dropout": 0.1}})
+    with pytest.raises(InputError, match="(?s)--training-dir: the recipe of .*adapter.dropout"):
+        Recipes(EvalTarget(tmp_path, "a run", recipe.model, recipe=recipe, run=tmp_path))
