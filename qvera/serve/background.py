@@ -14,13 +14,17 @@ if TYPE_CHECKING:
     from qvera.serve.engine import BackgroundWork
 
 _logger = logging.getLogger(__name__)
+_ANSWERING_SECONDS = 1.0
+"""So long after its last step an engine counts as answering."""
 
 
 class Background:
     """An engine's background work and its share of the time.
 
-    A part begins at once where nobody waits for an answer. Else a part that took t seconds is followed by at least
-    t · (1 - share) / share seconds of answers. Work that raises an error is parked until somebody calls `resume`.
+    A part begins at once where there has been nobody to answer for a second. Else a part that took t seconds is
+    followed by at least t · (1 - share) / share seconds of answers. That second counts as time of answers: a client
+    that sends one request after the other leaves some milliseconds between them, and would wait for a whole part each
+    time. Work that raises an error is parked until somebody calls `resume`.
 
     Attributes:
         seconds, parts: what it has taken since the engine's start.
@@ -33,7 +37,7 @@ class Background:
         self.seconds, self.parts = 0.0, 0
         self.failure: str | None = None
         self._pause = math.inf if share <= 0 else (1 - share) / share
-        self._next_at = -math.inf
+        self._next_at = self._answered_at = -math.inf
         self._work: BackgroundWork | None = None
 
     def set(self, work: BackgroundWork | None) -> None:
@@ -44,10 +48,20 @@ class Background:
         """Try work again that was parked."""
         self.failure = None
 
+    def answered(self) -> None:
+        """Note that a step of answers was taken."""
+        self._answered_at = self.clock()
+
+    def seconds_to_wait(self, answering: bool) -> float:
+        """How long no part may begin, from now on; 0: one may begin. ``answering``: requests run or wait."""
+        now = self.clock()
+        free_at = self._next_at if answering else min(self._next_at, self._answered_at + _ANSWERING_SECONDS)
+        return max(free_at - now, 0.0)
+
     def has_part(self, answering: bool) -> bool:
         """Whether a part may begin now. ``answering``: requests run or wait."""
         work = self._work
-        if work is None or self.failure is not None or (answering and self.clock() < self._next_at):
+        if work is None or self.failure is not None or self.seconds_to_wait(answering):
             return False
         try:
             return work.has_work()

@@ -118,7 +118,7 @@ class EngineSettings:
     share_prefixes: bool = True
     """Whether requests of one adapter share the keys and values of what their prompts begin with."""
     training_share: float = 0.1
-    """Of the time while requests run or wait: what background work may take. While none does, it takes all."""
+    """Of the time while requests run or wait, and a second longer: what background work may take. Else it takes all."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -228,9 +228,10 @@ class ThreadedEngine(ABC):
             # without the lock, which the work may wait for; one that has something to do from here on sets the flag
             if self.background.has_part(answering=False):
                 return True
+            seconds = self.background.seconds_to_wait(answering=False)
             with self._wake:
-                while not (self._woken or self._is_asked()):
-                    self._wake.wait()
+                if not (self._woken or self._is_asked()):
+                    self._wake.wait(seconds or None)
 
     def _is_asked(self) -> bool:
         """Whether there is something to do but background work; with the lock."""
@@ -319,6 +320,7 @@ class ThreadedEngine(ABC):
             self.recover()
             return
         self._failures = 0
+        self.background.answered()
         for live, event in got:
             self._pass_on(live, event)
         if not got:

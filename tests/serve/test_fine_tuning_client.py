@@ -101,7 +101,8 @@ def test_two_users_train_at_once_while_answers_go_on(
     users = {name: new_key(keys, name, "use", "train") for name in WORDS}
     reader = new_key(keys, "reader", "use")
     names = {name: f"{name} {engine}" for name in WORDS}
-    command = serve(tiny_model_dir, adapters, tmp_path / "training", "--keys", str(keys), "--engine", engine)
+    more = ["--keys", str(keys), "--engine", engine, "--training-share", "0.5"]
+    command = serve(tiny_model_dir, adapters, tmp_path / "training", *more)
     try:
         clients = {name: client_of(command, key) for name, key in users.items()}
         reading = client_of(command, reader)

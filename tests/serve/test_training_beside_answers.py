@@ -183,6 +183,8 @@ def test_work_takes_its_share_of_the_time_beside_answers_and_all_of_it_without_t
         wait_until(lambda: work.parts > 20)
         answers = [submit(engine, request([3], max_tokens=100)) for _ in range(2)]
         assert [answer.end() for answer in answers] == [EndEvent("length")] * 2
+        clock.now += 1
+        engine.wake()
         parts = work.parts
         wait_until(lambda: work.parts > parts + 20)
     # what began while nobody asked may be under way when the first request comes, and when the second one begins
@@ -211,6 +213,26 @@ def test_a_pause_follows_the_length_of_the_part_before_it() -> None:
         assert length
     assert background.has_part(answering=True)
     assert (background.seconds, background.parts) == (7.0, 2)
+
+
+def test_a_client_that_asks_again_and_again_waits_for_few_parts() -> None:
+    """The moments between its requests are no time without answers; a second without any is."""
+    clock = Clock()
+    background = Background(0.1, clock)
+    background.set(Parts(lambda: setattr(clock, "now", clock.now + 5)))
+    assert background.do_part()
+    waited = 0
+    for _ in range(440):  # steps of a tenth of a second, and as long between two requests
+        clock.now += 0.1
+        background.answered()
+        clock.now += 0.1
+        if background.has_part(answering=False):
+            background.do_part()
+            waited += 1
+    assert waited == 1  # 45 s after the first one, and the next one would be after 95 s
+    assert background.seconds_to_wait(answering=False) == pytest.approx(0.9)
+    clock.now += 1
+    assert background.has_part(answering=False)
 
 
 def test_an_idle_engine_sleeps_until_it_is_woken(tiny_model_dir: Path) -> None:

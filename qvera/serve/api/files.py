@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, Response
 
 from qvera.serve.api.errors import ApiError
 from qvera.serve.api.training import answered, listed, no_room, too_many, training_of
@@ -15,9 +13,6 @@ from qvera.serve.api.upload import receive_file
 from qvera.utils.errors import RunFailed
 
 if TYPE_CHECKING:
-    from starlette.types import Receive, Scope, Send
-
-    from qvera.serve.api.service import Service
     from qvera.serve.fine_tuning.records import StoredFile
 
 router = APIRouter()
@@ -85,10 +80,14 @@ async def describe_file(request: Request, file_id: str) -> Response:
 
 @router.get("/v1/files/{file_id}/content", response_model=None)
 async def file_content(request: Request, file_id: str) -> Response:
-    """Its bytes."""
+    """Its bytes, to be saved.
+
+    They are never shown as a page: what somebody has uploaded may hold a script, and the server's own page holds a key.
+    """
     access, service, jobs = training_of(request)
-    file = await answered(service, lambda: jobs.database.file(file_id, access.name), _UNKNOWN)
-    return FileStream(jobs.directory.place(file), file.size_bytes, service)
+    place = jobs.directory.place(await answered(service, lambda: jobs.database.file(file_id, access.name), _UNKNOWN))
+    no_page = {"X-Content-Type-Options": "nosniff"}
+    return FileResponse(place, headers=no_page, media_type="application/octet-stream", filename=place.name)
 
 
 @router.delete("/v1/files/{file_id}", response_model=None)
@@ -118,44 +117,3 @@ def _card(file: StoredFile) -> dict[str, Any]:
         "status_details": None,
         "expires_at": None,
     }
-
-
-class FileStream(Response):
-    """A file's bytes, to be saved. A client that takes nothing for ``send_seconds`` gets no more of them.
-
-    It is never shown as a page: what somebody has uploaded may hold a script, and the server's own page holds a key.
-    """
-
-    media_type = "application/octet-stream"
-
-    def __init__(self, path: Path, size_bytes: int, service: Service) -> None:
-        super().__init__(
-            headers={
-                "Content-Disposition": f'attachment; filename="{path.name}"',
-                "X-Content-Type-Options": "nosniff",
-                "Content-Length": str(size_bytes),
-            }
-        )
-        self._path, self._service = path, service
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the file, or as much as the client takes."""
-        in_thread, seconds = self._service.in_thread, self._service.limits.send_seconds
-        try:
-            stream = await in_thread(lambda: self._path.open("rb"), quick=True)
-        except OSError:
-            return await ApiError(500, "The file can't be read any more.").response()(scope, receive, send)
-        with stream:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            more = True
-            while more:
-                block = await in_thread(lambda: stream.read(_BLOCK_BYTES), quick=True)
-                more = len(block) == _BLOCK_BYTES
-                try:
-                    async with asyncio.timeout(seconds):
-                        await send({"type": "http.response.body", "body": block, "more_body": more})
-                except TimeoutError:
-                    return
-
-
-_BLOCK_BYTES = 256 << 10

@@ -224,7 +224,7 @@ def test_a_client_that_goes_away_frees_its_places(start: Start, stream: bool) ->
     client.close()
     wait_until(lambda: len(served.engine.cancelled) == 3, 10)
     wait_until(lambda: served.engine.stats().running == 0, 10)
-    assert served.app.state.service.running == 0
+    wait_until(lambda: served.app.state.service.running == 0, 10)
 
 
 def test_a_client_that_goes_away_while_its_requests_are_handed_over_leaves_none(
