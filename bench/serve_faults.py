@@ -26,7 +26,6 @@ import asyncio
 import collections
 import contextlib
 import json
-import os
 import random
 import shutil
 import signal
@@ -42,15 +41,15 @@ import yaml
 from bench.adapters import write_adapters
 from bench.bad_bodies import bad_call
 from bench.common import RESULTS, header, smollm2
-from bench.serve_load import REFUSED, Tally, Truth, ask_all, body_of, load
+from bench.file_changes import change_files
+from bench.serve_load import CLIENTS, REFUSED, Tally, Truth, ask_all, body_of, for_seconds, load
 from bench.serving import ServerProcess
 from bench.slow_clients import KINDS, SlowClient
 from bench.small_disk import fill, small_disk
 from qvera.config.schema import ModelSection
-from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTERS, RECIPE_FILE
+from qvera.utils.paths import ADAPTERS, RECIPE_FILE
 
 PARTS = ("kill", "files", "slow", "bodies", "disk")
-CLIENTS = 8
 MOST_GROWTH_BYTES = 300_000_000
 """Of the server's memory, from its first load to its last."""
 
@@ -106,12 +105,13 @@ def kill(scene: Scene, server: ServerProcess, kills: int, seconds: float) -> tup
         "wrong": 0,
     }
 
-    async def later(victim: ServerProcess) -> None:
-        await asyncio.sleep(seconds)
-        await asyncio.to_thread(victim.kill)
-
     for _ in range(kills):
-        under = asyncio.run(load(server.url, scene.truth, scene.questions, CLIENTS, later(server)))
+
+        async def later(tally: Tally, victim: ServerProcess = server) -> None:
+            await for_seconds(tally, seconds, 2 * CLIENTS)
+            await asyncio.to_thread(victim.kill)
+
+        under = asyncio.run(load(server.url, scene.truth, scene.questions, CLIENTS, later))
         scene.check("kill", under)
         server = scene.serve()
         after = asyncio.run(ask_all(server.url, scene.truth, scene.questions))
@@ -126,74 +126,15 @@ def kill(scene: Scene, server: ServerProcess, kills: int, seconds: float) -> tup
     return server, facts
 
 
-async def change_files(scene: Scene, rounds: int) -> dict[str, int]:
-    """One change of an adapter's files after the other, and back again."""
-    done: collections.Counter[str] = collections.Counter()
-    pairs = list(zip(scene.names, scene.spares, strict=True))
-    kinds = ("renamed", "copied", "cut short", "deleted", "moved away", "config broken")
-    for number in range(rounds):
-        kind, (name, spare) = kinds[number % len(kinds)], pairs[number // len(kinds) % len(pairs)]
-        directory, becomes = scene.directory(name), scene.truth.becomes
-        weights, config = directory / ADAPTER_WEIGHTS, directory / ADAPTER_CONFIG
-        old, new = weights.read_bytes(), (scene.directory(spare) / ADAPTER_WEIGHTS).read_bytes()
-        if kind in ("renamed", "copied"):
-            for content, before, after in ((new, name, spare), (old, spare, name)):
-                becomes(name, before, after, *([REFUSED] if kind == "copied" else []))
-                if kind == "renamed":
-                    _replace(weights, content)
-                else:
-                    await _copy_slowly(weights, content)
-                becomes(name, after)
-                await asyncio.sleep(0.3)
-        else:
-            becomes(name, name, REFUSED)
-            if kind == "cut short":
-                os.truncate(weights, len(old) // 2)
-            elif kind == "deleted":
-                weights.unlink()
-            elif kind == "moved away":
-                directory.rename(scene.root / "away")
-            else:
-                kept = config.read_bytes()
-                config.write_bytes(kept[: len(kept) // 2])
-            becomes(name, REFUSED)
-            await asyncio.sleep(0.3)
-            becomes(name, name, REFUSED)
-            if kind == "moved away":
-                (scene.root / "away").rename(directory)
-            elif kind == "config broken":
-                _replace(config, kept)
-            else:
-                _replace(weights, old)
-            becomes(name, name)
-            await asyncio.sleep(0.3)
-        done[kind] += 1
-    return dict(done)
-
-
-def _replace(file: Path, content: bytes) -> None:
-    beside = file.with_name(f".{file.name}.new")
-    beside.write_bytes(content)
-    beside.rename(file)
-
-
-async def _copy_slowly(file: Path, content: bytes) -> None:
-    """As `cp` does, on a slow disk."""
-    with open(file, "wb", buffering=0) as handle:
-        for start in range(0, len(content), len(content) // 4):
-            handle.write(content[start : start + len(content) // 4])
-            await asyncio.sleep(0.05)
-
-
 def files(scene: Scene, server: ServerProcess, rounds: int) -> dict[str, Any]:
     pairs = list(zip(scene.names, scene.spares, strict=True))
     questions = [question for name, spare in pairs for question in scene.truth.questions(name, spare)]
     done: list[dict[str, int]] = []
 
-    async def changes() -> None:
-        done.append(await change_files(scene, rounds))
+    async def changes(tally: Tally) -> None:
+        done.append(await change_files(scene.root / ADAPTERS, scene.truth, pairs, rounds, tally))
 
-    tally = asyncio.run(load(server.url, scene.truth, questions, CLIENTS, changes()))
+    tally = asyncio.run(load(server.url, scene.truth, questions, CLIENTS, changes))
     if tally.broken:
         scene.faults.append(f"files: {tally.broken} requests without an answer")
     return {"changes": done[0], **scene.check("files", tally)}
@@ -205,7 +146,7 @@ def slow(scene: Scene, server: ServerProcess, count: int, seconds: float) -> dic
     clients = [SlowClient(KINDS[number % len(KINDS)], server.port, body) for number in range(count)]
     files_before, most_files = server.open_files(), 0
 
-    async def be_slow() -> None:
+    async def be_slow(_: Tally) -> None:
         nonlocal most_files
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -214,7 +155,7 @@ def slow(scene: Scene, server: ServerProcess, count: int, seconds: float) -> dic
             most_files = max(most_files, server.open_files())
             await asyncio.sleep(1)
 
-    tally = asyncio.run(load(server.url, scene.truth, scene.questions, CLIENTS, be_slow()))
+    tally = asyncio.run(load(server.url, scene.truth, scene.questions, CLIENTS, be_slow))
     if tally.broken:
         scene.faults.append(f"slow: {tally.broken} normal requests without an answer")
     began, limit = time.monotonic(), 150.0  # a head has 15 s, a body 30, a reader 60
@@ -257,10 +198,10 @@ async def send_bad(url: str, scene: Scene, count: int, seed: int) -> dict[str, A
 def bodies(scene: Scene, server: ServerProcess, count: int) -> dict[str, Any]:
     found: list[dict[str, Any]] = []
 
-    async def send() -> None:
+    async def send(_: Tally) -> None:
         found.append(await send_bad(server.url, scene, count, seed=0))
 
-    tally = asyncio.run(load(server.url, scene.truth, scene.questions, CLIENTS // 2, send()))
+    tally = asyncio.run(load(server.url, scene.truth, scene.questions, CLIENTS // 2, send))
     if tally.broken:
         scene.faults.append(f"bodies: {tally.broken} normal requests without an answer")
     return {"bodies": count, "statuses_of_bad": found[0], "normal": scene.check("bodies", tally)}
@@ -280,8 +221,8 @@ def disk(scene: Scene, seconds: float) -> dict[str, Any]:
         new, source = where / "run" / ADAPTERS / "new", scene.directory(scene.spares[0])
         new_questions = [("new", number) for _, number in scene.truth.questions(scene.spares[0])]
 
-        async def fill_and_free() -> None:
-            await asyncio.sleep(seconds / 4)
+        async def fill_and_free(tally: Tally) -> None:
+            await for_seconds(tally, seconds / 4, 2 * CLIENTS)
             filler = fill(where)
             lines = server.said.count("\n")
             try:
@@ -293,17 +234,17 @@ def disk(scene: Scene, seconds: float) -> dict[str, Any]:
             refused = await ask_all(server.url, scene.truth, new_questions)
             facts["half_copied_adapter_refused"] = refused.refused
             scene.faults += [f"disk: {fault}" for fault in refused.faults]
-            await asyncio.sleep(seconds / 2)
+            await for_seconds(tally, seconds / 2, 2 * CLIENTS)
             facts["log_lines_while_full"] = server.said.count("\n") - lines
             filler.unlink()
             shutil.copytree(source, new, dirs_exist_ok=True)
             scene.truth.becomes("new", scene.spares[0])
             lines = server.said.count("\n")
-            await asyncio.sleep(seconds / 4)
+            await for_seconds(tally, seconds / 4, 2 * CLIENTS)
             facts["log_lines_after"] = server.said.count("\n") - lines
             facts["new_adapter_answers"] = scene.check("disk", await ask_all(server.url, scene.truth, new_questions))
 
-        tally = asyncio.run(load(server.url, scene.truth, scene.questions, CLIENTS, fill_and_free()))
+        tally = asyncio.run(load(server.url, scene.truth, scene.questions, CLIENTS, fill_and_free))
         if tally.broken:
             scene.faults.append(f"disk: {tally.broken} requests without an answer")
         if not facts["log_lines_after"]:
@@ -338,13 +279,16 @@ def run(scene: Scene, args: argparse.Namespace) -> dict[str, Any]:
         if document["adapters_with_answers_of_their_own"] < len(everything):
             scene.faults.append("the adapters do not all differ, so an answer of the wrong one could pass")
 
+        async def some_time(tally: Tally) -> None:
+            await for_seconds(tally, args.seconds / 4, 2 * CLIENTS)
+
         def note(part: str) -> None:
             document["rss_bytes"][part], document["open_files"][part] = server.rss_bytes(), server.open_files()
             print(part, json.dumps(document.get(part)), flush=True)
 
         if "kill" in args.parts:
             server, document["kill"] = kill(scene, server, args.kills, args.seconds / 4)
-        tally = asyncio.run(load(server.url, scene.truth, scene.questions, CLIENTS, asyncio.sleep(args.seconds / 4)))
+        tally = asyncio.run(load(server.url, scene.truth, scene.questions, CLIENTS, some_time))
         document["load"] = scene.check("load", tally)
         note("load")
         if "files" in args.parts:
@@ -356,7 +300,7 @@ def run(scene: Scene, args: argparse.Namespace) -> dict[str, Any]:
         if "bodies" in args.parts:
             document["bodies"] = bodies(scene, server, args.bodies)
             note("bodies")
-        tally = asyncio.run(load(server.url, scene.truth, scene.questions, CLIENTS, asyncio.sleep(args.seconds / 4)))
+        tally = asyncio.run(load(server.url, scene.truth, scene.questions, CLIENTS, some_time))
         document["last load"] = scene.check("last load", tally)
         document["end"] = healthy(scene, server)
         note("last load")

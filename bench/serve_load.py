@@ -6,7 +6,7 @@ import asyncio
 import collections
 import random
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ import httpx
 
 from bench.serving import completion
 
+CLIENTS = 8
 NEW_TOKENS = 12
 NEAR = 1e-3
 """Log-probabilities that differ by less may change places when other requests share the batch."""
@@ -33,6 +34,8 @@ class Truth:
         self.texts: dict[tuple[str, int], str] = {}
         """(adapter, number of the prompt) → its answer; without those in which two tokens are nearly as likely."""
         self.prompts: list[list[int]] = []
+        self.focus: list[tuple[str, int]] = []
+        """Questions of which half of the load consists, where there are some."""
         self._states: dict[str, list[tuple[float, frozenset[str]]]] = collections.defaultdict(list)
 
     def learn(self, url: str, names: Sequence[str], prompts: Sequence[list[int]]) -> None:
@@ -85,6 +88,11 @@ class Tally:
     statuses: collections.Counter[int] = field(default_factory=collections.Counter)
     faults: list[str] = field(default_factory=list)
 
+    @property
+    def ended(self) -> int:
+        """Requests that have ended, in whatever way."""
+        return self.right + self.refused + self.broken + len(self.faults)
+
     def document(self) -> dict[str, Any]:
         """For the result file."""
         statuses = {str(status): count for status, count in sorted(self.statuses.items())}
@@ -116,16 +124,23 @@ async def ask_known(client: httpx.AsyncClient, truth: Truth, question: tuple[str
 
 
 async def load(
-    url: str, truth: Truth, questions: Sequence[tuple[str, int]], clients: int, until: Awaitable[Any], seed: int = 0
+    url: str,
+    truth: Truth,
+    questions: Sequence[tuple[str, int]],
+    clients: int,
+    during: Callable[[Tally], Awaitable[None]],
+    seed: int = 0,
 ) -> Tally:
-    """Clients that ask one question after the other until ``until`` is done; `httpx` errors are counted, not raised."""
-    tally, chooser, task = Tally(), random.Random(seed), asyncio.ensure_future(until)
+    """Clients that ask one question after the other until ``during``, which is given the tally, is done."""
+    tally, chooser = Tally(), random.Random(seed)
+    task = asyncio.ensure_future(during(tally))
     limits = httpx.Limits(max_connections=None)
 
     async def one_client(client: httpx.AsyncClient) -> None:
         while not task.done():
             before = tally.broken
-            await ask_known(client, truth, chooser.choice(questions), tally)
+            source = truth.focus if truth.focus and chooser.random() < 0.5 else questions
+            await ask_known(client, truth, chooser.choice(source), tally)
             if tally.broken > before:
                 await asyncio.sleep(0.05)  # the server is gone, and may be killed at leisure
 
@@ -133,6 +148,13 @@ async def load(
         await asyncio.gather(*(one_client(client) for _ in range(clients)))
     await task
     return tally
+
+
+async def for_seconds(tally: Tally, seconds: float, answers: int) -> None:
+    """Let the load go on for some time, and for so many answers at least."""
+    end, wanted = time.monotonic() + seconds, tally.ended + answers
+    while time.monotonic() < end or tally.ended < wanted:
+        await asyncio.sleep(0.02)
 
 
 async def ask_all(url: str, truth: Truth, questions: Sequence[tuple[str, int]], clients: int = 8) -> Tally:
