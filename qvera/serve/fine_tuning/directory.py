@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 from qvera.data.readers import EXTENSIONS
 from qvera.serve.fine_tuning.database import Database
-from qvera.serve.fine_tuning.records import RESULTS, StoredFile, new_id
+from qvera.serve.fine_tuning.records import BEFORE, RESULTS, TRAINED, Event, StoredFile, new_id, now
 from qvera.training.run_dir import run_lock
 from qvera.utils.atomic import disk_errors, flush, replace_text
 from qvera.utils.errors import InputError
@@ -77,6 +77,22 @@ class TrainingDirectory:
     def remove_file(self, file: StoredFile) -> None:
         """Delete the bytes of a file that the database has forgotten."""
         self.place(file).unlink(missing_ok=True)
+
+    def fail(self, job_id: str, code: str, message: str, param: str | None = None) -> None:
+        """End a job that can't go on, and delete its state. One that was cancelled or paused meanwhile stays so.
+
+        Args:
+            code: OpenAI's word for it.
+            message: for its owner.
+            param: the key of its body that it is about.
+
+        Raises:
+            RunFailed: the disk is full.
+        """
+        error = {"code": code, "message": message, "param": param}
+        event = Event(job_id, message, level="error")
+        if self.database.move(job_id, (*BEFORE, *TRAINED), "failed", event, error=error, finished=now()):
+            self.state(job_id).unlink(missing_ok=True)
 
     def write_results(self, owner: str, name: str, text: str) -> StoredFile:
         """Write a job's results; the caller puts the file into the database.

@@ -15,7 +15,7 @@ from qvera.data import build_datasets, data_warnings
 from qvera.serve.fine_tuning.directory import TrainingDirectory, shown
 from qvera.serve.fine_tuning.errors import UnknownRecord
 from qvera.serve.fine_tuning.recipes import Recipes, section_in
-from qvera.serve.fine_tuning.records import BEFORE, TRAINED, Event, Job, now
+from qvera.serve.fine_tuning.records import BEFORE, TRAINED, Event, Job
 from qvera.training.run_dir import changed_keys
 from qvera.utils.errors import InputError, RunFailed, first_line
 
@@ -78,7 +78,7 @@ class Preparer:
                     self._closing.wait(_RETRY_SECONDS)
                 except Exception as error:
                     _logger.exception("the rows of %s", job_id)
-                    self._fail(job_id, "server_error", f"The server failed: {first_line(error)}", None)
+                    self._directory.fail(job_id, "server_error", f"The server failed: {first_line(error)}")
                     break
 
     def _prepare(self, job_id: str) -> None:
@@ -93,7 +93,7 @@ class Preparer:
             self._on_ready(*self._ready(job))
         except InputError as error:
             text, param = self._for_its_owner(job, str(error))
-            self._fail(job.id, "invalid_training_file" if param else "invalid_job", text, param)
+            self._directory.fail(job.id, "invalid_training_file" if param else "invalid_job", text, param)
 
     def _ready(self, job: Job) -> tuple[Job, Any]:
         database, directory = self._directory.database, self._directory
@@ -146,9 +146,3 @@ class Preparer:
                 param = param or key
                 text = text.replace(place, shown(file.name))
         return text.replace(str(self._directory.path), "DIR"), param
-
-    def _fail(self, job_id: str, code: str, message: str, param: str | None) -> None:
-        error = {"code": code, "message": message, "param": param}
-        event = Event(job_id, message, level="error")
-        self._directory.database.move(job_id, (*BEFORE, *TRAINED), "failed", event, error=error, finished=now())
-        self._directory.state(job_id).unlink(missing_ok=True)

@@ -173,7 +173,7 @@ class Worker:
             except Exception as error:
                 if not isinstance(error, InputError):
                     _logger.exception("%s can't begin", job.id)
-                self._fail(job, "server_error", f"It can't begin: {self._text(error)}")
+                self._directory.fail(job.id, "server_error", f"It can't begin: {self._text(error)}")
                 return
         except RunFailed:
             self.add(job, run)
@@ -191,7 +191,7 @@ class Worker:
         except Exception as error:
             _logger.exception("training failed; the jobs that were trained together are ended")
             for trained in list(self._trained.values()):
-                self._fail(trained.job, "server_error", f"Training failed: {self._text(error)}")
+                self._directory.fail(trained.job.id, "server_error", f"Training failed: {self._text(error)}")
                 self._let_go(trained)
             return
         for record in records:
@@ -208,7 +208,7 @@ class Worker:
                 raise
             except Exception as error:
                 _logger.exception("%s can't be saved", trained.job.id)
-                self._fail(trained.job, "server_error", f"It can't be saved: {self._text(error)}")
+                self._directory.fail(trained.job.id, "server_error", f"It can't be saved: {self._text(error)}")
                 self._let_go(trained)
 
     def _is_due(self, trained: Trained) -> bool:
@@ -225,14 +225,14 @@ class Worker:
         job, run = trained.job, trained.run
         if run.reason is not None:
             self._write_events(at_once=True)
-            self._fail(job, "training_failed", run.reason)
+            self._directory.fail(job.id, "training_failed", run.reason)
             self._let_go(trained)
             return
         self._save(trained)
         directory = self._store.directory_for(job.model)
         if directory.exists() and not (job.replaces or trained.is_named):
             text = f"While this job ran, another adapter was given the name {shown_name(job.model)}."
-            self._fail(job, "name_taken", f"{text} It was not replaced.")
+            self._directory.fail(job.id, "name_taken", f"{text} It was not replaced.")
             self._let_go(trained)
             return
         if not self._database.move(job.id, TRAINED, "finishing"):
@@ -254,12 +254,6 @@ class Worker:
             self._directory.remove_file(file)
             raise
         self._let_go(trained)
-        self._directory.state(job.id).unlink(missing_ok=True)
-
-    def _fail(self, job: Job, code: str, message: str) -> None:
-        error = {"code": code, "message": message, "param": None}
-        event = Event(job.id, message, level="error")
-        self._database.move(job.id, ("queued", *TRAINED), "failed", event, error=error, finished=now())
         self._directory.state(job.id).unlink(missing_ok=True)
 
     def _text(self, error: Exception) -> str:
