@@ -16,7 +16,7 @@ import httpx
 import pytest
 import torch
 
-from bench import family, family_picture, serve_faults, serve_load
+from bench import family, family_picture, lora_cut, serve_faults, serve_load
 from bench.common import do_missing, read_lines
 from bench.trials import Trial, run
 from qvera.adapters.methods import check_recipe
@@ -227,3 +227,9 @@ def test_a_server_stands_the_faults_of_the_bench(parts: list[str], tiny_model_di
     assert code == 0
     assert document["load"]["right"] > 0
     assert all(part in document for part in parts)
+
+
+def test_the_page_of_serving_at_scale_shows_the_measured_loss_of_a_cut() -> None:
+    page = (ROOT / "docs" / "serving-at-scale.md").read_text(encoding="utf-8")
+    cases = json.loads((ROOT / "bench" / "results" / "lora_cut.json").read_text())["cases"]
+    assert lora_cut.table(cases) in page

@@ -33,6 +33,7 @@ PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", *OTHER_PAGES, *OF_ALL_ME
 NOT_RUN = {
     "qvera quickstart": "downloads a model; `make quickstart` is run by hand before each release",
     "qvera train recipes/quickstart.yaml": "needs the quickstart's model",
+    "qvera export runs/quickstart": "needs the quickstart's run; bench/lora_cut.py does the same",
     "qvera train recipes/customers.yaml": "tests/test_readme_customers.py runs it on a small model",
     "qvera generate runs/customers --adapter chloe --adapter gina": "tests/test_readme_customers.py does",
     "qvera serve": "runs until it is stopped; tests/serve/api/test_command.py does",
