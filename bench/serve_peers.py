@@ -178,7 +178,8 @@ def llama_cpp(base: str, scratch: Path, names: Sequence[str], prompts: Prompts, 
                 "temperature": 0,
                 "ignore_eos": True,
                 "cache_prompt": False,
-                "lora": [] if name is None else [{"id": number[name], "scale": 1.0}],
+                # those that are not listed get 0; with an empty list all keep their own scale, which is 1
+                "lora": [{"id": 0, "scale": 0.0} if name is None else {"id": number[name], "scale": 1.0}],
             }  # fmt: skip
         )
         return int(found["usage"]["completion_tokens"])

@@ -226,6 +226,7 @@ def _require_packages(*names: str) -> None:
 
 def _start_engine(name: Literal["auto", "continuous", "static"], served: Served, settings: EngineSettings) -> Engine:
     from qvera.serve.continuous import ContinuousEngine
+    from qvera.serve.opening import warm_up
     from qvera.serve.paged import missing_internals
     from qvera.serve.static import StaticEngine
 
@@ -240,4 +241,5 @@ def _start_engine(name: Literal["auto", "continuous", "static"], served: Served,
     kind = StaticEngine if name == "static" else ContinuousEngine
     engine = kind(served.opened.base, settings)
     engine.start()
+    warm_up(engine, served.store)
     return engine

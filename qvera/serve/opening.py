@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qvera.config.schema import ModelSection
 from qvera.evaluation.load import EvalTarget, OpenRun, find_target, open_target
@@ -12,6 +14,12 @@ from qvera.models.loader import load_base
 from qvera.serve.store import AdapterStore
 from qvera.utils.errors import InputError
 from qvera.utils.paths import ADAPTER_CONFIG, CERTIFICATE, RECIPE_FILE, resolve_path
+
+if TYPE_CHECKING:
+    from qvera.serve.engine import Engine
+
+_TRIED = 8
+"""Adapters that are tried one after the other, where the first ones are damaged."""
 
 
 @dataclasses.dataclass
@@ -59,6 +67,18 @@ def open_served(path: str, adapters: Path | None = None) -> Served:
     if single is not None:
         store.add(directory.resolve().name, single)
     return Served(opened, store, name)
+
+
+def warm_up(engine: Engine, store: AdapterStore) -> None:
+    """Make the layers that adapters need now, by loading one, so that the first request for one does not wait for it.
+
+    Adapters that differ from it in rank or targets still need layers of their own.
+    """
+    for name in store.names()[:_TRIED]:
+        with contextlib.suppress(InputError):  # a damaged one is told to who asks for it
+            if (adapter := store.resolve(name)) is not None:
+                engine.load(adapter)
+                return
 
 
 def _open_base(path: str, adapters: Path | None) -> OpenRun:

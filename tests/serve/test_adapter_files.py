@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from qvera.adapters.files import save_load
 from qvera.adapters.files.save_load import attach
 from qvera.config.schema import AdapterSection
+from qvera.serve.opening import warm_up
 from qvera.serve.requests import AdapterChanged, EndEvent, ResolvedAdapter
 from qvera.serve.store import AdapterStore
 from qvera.utils.errors import InputError
@@ -238,3 +239,17 @@ def test_a_blend_of_adapters_that_differ_in_more_than_b_is_refused_with_the_reas
             submit(engine, request([3], store.resolve("one*0.5+two*0.5")))
         with pytest.raises(InputError, match="one and seeded differ in seed"):
             submit(engine, request([3], store.resolve("one*0.5+seeded*0.5")))
+
+
+def test_a_server_that_starts_makes_the_layers_of_the_first_adapter_that_is_whole(
+    tiny_model_dir: Path, adapters_dir: Path, tmp_path: Path
+) -> None:
+    _copy(adapters_dir, tmp_path, "a1", "a2", "a3")
+    (tmp_path / "a1" / ADAPTER_WEIGHTS).write_bytes(b"cut")
+    store = AdapterStore(tmp_path)
+    with engine_of(tiny_model_dir) as engine:
+        warm_up(engine, AdapterStore(None))  # there is none: nothing is done
+        assert engine.stats().adapters_resident == 0
+        warm_up(engine, store)
+        assert engine.stats().adapters_resident == 1
+        assert not engine.bank.needs_layers(engine.bank.read(_resolve(store, "a3")))
