@@ -225,10 +225,11 @@ class ThreadedEngine(ABC):
                 self._woken = False
                 if self._is_asked():
                     return not self._closing
-            # without the lock, which the work may wait for; one that has something to do from here on sets the flag
-            if self.background.has_part(answering=False):
-                return True
+            # without the lock, which the work may wait for; one that has something to do from here on sets the flag.
+            # The time is asked for first: if it came in between, nobody would look for the part any more.
             seconds = self.background.seconds_to_wait(answering=False)
+            if not seconds and self.background.has_part(answering=False):
+                return True
             with self._wake:
                 if not (self._woken or self._is_asked()):
                     self._wake.wait(seconds or None)

@@ -235,6 +235,25 @@ def test_a_client_that_asks_again_and_again_waits_for_few_parts() -> None:
     assert background.has_part(answering=False)
 
 
+@pytest.mark.parametrize("tick", [0.4, 0.21])
+def test_a_part_whose_time_comes_while_the_engine_looks_is_done(tick: float, tiny_model_dir: Path) -> None:
+    """Each look at the clock takes a while: with these ticks the second without answers ends between two of them."""
+    clock = Clock()
+
+    def read() -> float:
+        clock.now += tick
+        return clock.now
+
+    with engine_of(tiny_model_dir, training_share=0.0) as engine:
+        engine.background.clock = read
+        work = Parts()
+        engine.set_background(work)
+        wait_until(lambda: work.parts)
+        assert submit(engine, request([3], max_tokens=3)).end() == EndEvent("length")
+        parts = work.parts
+        wait_until(lambda: work.parts > parts + 3, 20)
+
+
 def test_an_idle_engine_sleeps_until_it_is_woken(tiny_model_dir: Path) -> None:
     with engine_of(tiny_model_dir) as engine:
         work = Parts()
