@@ -149,13 +149,18 @@ class LiveTrainer:
         if not self._attached:
             self._attach()
         slot = heapq.heappop(self._free)
-        self.bank.start(slot)
-        self.adamw.reset(slot)
-        run.state, run.best, run.after, run.reason = TrainState(), None, None, None
-        run.slot, run.status = slot, "in_flight"
-        if found is not None:
-            found.put_into(run, self.bank, self.adamw)
-        run.begin(rate_shares(run.recipe.training, run.steps))
+        try:
+            self.bank.start(slot)
+            self.adamw.reset(slot)
+            run.state, run.best, run.after, run.reason = TrainState(), None, None, None
+            run.slot, run.status = slot, "in_flight"
+            if found is not None:
+                found.put_into(run, self.bank, self.adamw)
+            run.begin(rate_shares(run.recipe.training, run.steps))
+        except BaseException:
+            run.slot, run.status = None, "waiting"
+            heapq.heappush(self._free, slot)
+            raise
         self.in_flight.append(run)
 
     def do_part(self) -> list[dict[str, Any]]:

@@ -93,6 +93,12 @@ class SavedRun:
             raise InputError(
                 f"{file}: is no saved state of a job, or is damaged ({first_line(error)}) Begin the job anew."
             ) from None
+        try:
+            TrainState(**found.state["state"])
+        except TypeError as error:
+            raise InputError(
+                f"{file}: was written by another version of qvera ({error}). Begin the job anew."
+            ) from None
         if changed := changed_keys(found.state["recipe"], run.recipe):
             raise InputError(f"{file}: is of another job; {', '.join(changed)} differ from the recipe of {run.id}.")
         for key, value in _identity(run, base).items():

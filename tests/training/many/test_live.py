@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from qvera.data import Example
 from qvera.models.loader import load_base
+from qvera.training.many import saved_run
 from qvera.training.many.live import LiveTrainer
 from qvera.training.many.live_run import LiveRun
 from qvera.training.trainer import train
@@ -175,6 +177,12 @@ def test_a_damaged_file_or_that_of_another_job_is_refused_and_takes_no_slot(
     whole = (tmp_path / "anna").read_bytes()
     (tmp_path / "flipped").write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
     (tmp_path / "short").write_bytes(whole[:1000])
+    with safe_open(tmp_path / "anna", "pt") as stored:
+        metadata, tensors = stored.metadata(), {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    state = json.loads(metadata["state"])
+    text = json.dumps({**state, "state": {**state["state"], "mood": "good"}})
+    written = {**metadata, "state": text, "sha256": saved_run._sha256(text, tensors)}
+    save_file(tensors, tmp_path / "newer", written)
     other_rate = own["anna"].replace(training=own["anna"].training.replace(learning_rate=0.5))
     for name, recipe, file, message in (
         ("ben", own["ben"], "anna", r"data\.path"),
@@ -183,6 +191,7 @@ def test_a_damaged_file_or_that_of_another_job_is_refused_and_takes_no_slot(
         ("anna", own["anna"], "flipped", "SHA-256"),
         ("anna", own["anna"], "short", "damaged"),
         ("anna", own["anna"], "missing", "damaged"),
+        ("anna", own["anna"], "newer", "another version of qvera"),
     ):
         with pytest.raises(InputError, match=message):
             jobs.begin(name, recipe, tmp_path / file)
