@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ import pytest
 
 from qvera.config.schema import Recipe
 from qvera.evaluation.load import EvalTarget
+from qvera.serve.fine_tuning import preparing
 from qvera.serve.fine_tuning import worker as worker_module
 from qvera.serve.fine_tuning.directory import DATABASE, TrainingDirectory, Upload
 from qvera.serve.fine_tuning.jobs import Asked, Jobs
 from qvera.serve.fine_tuning.recipes import Recipes
-from qvera.serve.fine_tuning.records import Job
+from qvera.serve.fine_tuning.records import OPEN, Job
 from qvera.utils.errors import InputError, RunFailed
 from qvera.utils.paths import ADAPTER_WEIGHTS
 from tests.helpers import wait_until
@@ -28,15 +30,19 @@ class Killed(BaseException):
     """Where the process would end."""
 
 
-def create(jobs: Jobs, suffix: str | None = "anna", **changes: Any) -> Job:
-    """A job of `STEPS` steps."""
+def send(jobs: Jobs, rows: bytes) -> str:
     upload = Upload(jobs.directory, "me")
     upload.begin("rows.jsonl")
-    upload.write(chat_rows(4))
-    file = upload.finish("fine-tune")
+    upload.write(rows)
+    return upload.finish("fine-tune").id
+
+
+def create(jobs: Jobs, suffix: str | None = "anna", held_out: str | None = None, **changes: Any) -> Job:
+    """A job of `STEPS` steps."""
+    file_id = send(jobs, chat_rows(4))
     hyperparameters = {"n_epochs": float(STEPS), "batch_size": 4, "learning_rate_multiplier": "auto"}
     asked = {"suffix": suffix, "seed": None, "hyperparameters": hyperparameters, "metadata": {}, "replace": False}
-    return jobs.create(Asked("tiny", file.id, None, **{**asked, **changes}), "me", lambda name: True, None)
+    return jobs.create(Asked("tiny", file_id, held_out, **{**asked, **changes}), "me", lambda name: True, None)
 
 
 def run_all(jobs: Jobs) -> None:
@@ -171,6 +177,170 @@ def test_a_job_does_not_go_on_by_another_recipe(tmp_path: Path) -> None:
         assert directory.database.job(fresh.id).recipe["data"]["max_length"] == 99
 
 
+def test_a_job_that_begins_by_the_recipe_of_a_later_server_goes_on_by_it(tmp_path: Path) -> None:
+    (tmp_path / "adapters").mkdir()
+    with TrainingDirectory.open(tmp_path / "training") as directory:
+        with jobs_of(directory, tmp_path / "adapters", ScriptedTrainer()) as jobs:
+            job = create(jobs)
+            wait_for_rows(jobs, job)
+    for parts in (3, STEPS):
+        with TrainingDirectory.open(tmp_path / "training") as directory:
+            served = target(max_length=99)
+            with jobs_of(directory, tmp_path / "adapters", ScriptedTrainer(), served=served) as jobs:
+                wait_until(jobs.worker.has_work)
+                for _ in range(parts):
+                    jobs.worker.do_part()
+            ended = directory.database.job(job.id)
+            assert ended.recipe["data"]["max_length"] == 99
+    assert ended.status == "succeeded", ended.error
+
+
+def test_a_job_that_is_resumed_before_it_was_saved_goes_on(tmp_path: Path) -> None:
+    """The worker hears of the pause while it begins another job."""
+    (tmp_path / "adapters").mkdir()
+    trainer = ScriptedTrainer(slots=3)
+    with (
+        TrainingDirectory.open(tmp_path / "training") as directory,
+        jobs_of(directory, tmp_path / "adapters", trainer) as jobs,
+    ):
+        first = create(jobs)
+        wait_for_rows(jobs, first)
+        jobs.worker.do_part()
+        second = create(jobs, "ben")
+        wait_until(lambda: second.id in jobs.worker._ready)
+
+        def pause_and_resume(name: str) -> None:
+            if name == "begin" and not resumed:
+                resumed.append(jobs.pause(first.id, "me"))
+                jobs.resume(first.id, "me")
+                wait_until(lambda: first.id in jobs.worker._ready)
+
+        resumed: list[Job] = []
+        trainer.before = pause_and_resume
+        run_all(jobs)
+        assert resumed
+        assert [directory.database.job(one.id).status for one in (first, second)] == ["succeeded"] * 2
+        assert [event.step for event in directory.database.metrics(first.id)] == list(range(1, STEPS + 1))
+
+
+def test_a_pause_that_comes_late_to_the_worker_does_not_stop_the_resumed_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "adapters").mkdir()
+    with (
+        TrainingDirectory.open(tmp_path / "training") as directory,
+        jobs_of(directory, tmp_path / "adapters", ScriptedTrainer()) as jobs,
+    ):
+        job = create(jobs)
+        wait_for_rows(jobs, job)
+        jobs.worker.do_part()
+        resuming = threading.Thread(target=lambda: jobs.resume(job.id, "me"))
+        stop = jobs.worker.stop
+
+        def late(job_id: str, how: Any) -> None:
+            resuming.start()
+            resuming.join(1)
+            if not resuming.is_alive():  # it did not wait
+                wait_until(lambda: job_id in jobs.worker._ready)
+            stop(job_id, how)
+
+        monkeypatch.setattr(jobs.worker, "stop", late)
+        jobs.pause(job.id, "me")
+        resuming.join(20)
+        run_all(jobs)
+        assert directory.database.job(job.id).status == "succeeded"
+
+
+def test_an_error_with_the_rows_of_one_job_holds_up_no_other_and_tells_no_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full just then, too."""
+    (tmp_path / "adapters").mkdir()
+    monkeypatch.setattr(preparing, "_RETRY_SECONDS", 0.01)
+    trainer, failures = ScriptedTrainer(), [RunFailed("the disk is full")]
+    with (
+        TrainingDirectory.open(tmp_path / "training") as directory,
+        jobs_of(directory, tmp_path / "adapters", trainer) as jobs,
+    ):
+        prepare, fail = trainer.prepare, directory.fail
+
+        def no_such_file(id: str, *others: Any) -> Any:
+            if id == bad[0]:
+                raise FileNotFoundError(2, "No such file or directory", str(tmp_path / "secret"))
+            return prepare(id, *others)
+
+        def or_full(*arguments: Any) -> None:
+            if failures:
+                raise failures.pop()
+            fail(*arguments)
+
+        monkeypatch.setattr(trainer, "prepare", no_such_file)
+        monkeypatch.setattr(directory, "fail", or_full)
+        bad: list[str] = []
+        with monkeypatch.context() as held:
+            held.setattr(jobs._preparer, "add", bad.append)
+            create(jobs)
+        jobs._preparer.add(bad[0])
+        good = create(jobs, "ben")
+        run_all(jobs)
+        error = directory.database.job(bad[0]).error
+        assert error == {"code": "server_error", "message": "The server failed; its log says why.", "param": None}
+        assert not failures
+        assert directory.database.job(good.id).status == "succeeded"
+
+
+def test_rows_for_which_there_is_no_room_hold_up_no_other_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "adapters").mkdir()
+    trainer = ScriptedTrainer()
+    with (
+        TrainingDirectory.open(tmp_path / "training") as directory,
+        jobs_of(directory, tmp_path / "adapters", trainer) as jobs,
+    ):
+        prepare, large = trainer.prepare, list[str]()
+
+        def or_full(id: str, *others: Any) -> Any:
+            if not large or id == large[0]:
+                large[:] = [id]
+                raise RunFailed("the disk for temporary files is full")
+            return prepare(id, *others)
+
+        monkeypatch.setattr(trainer, "prepare", or_full)
+        first, second = create(jobs), create(jobs, "ben")
+
+        def done() -> bool:
+            while jobs.worker.has_work():
+                jobs.worker.do_part()
+            return directory.database.job(second.id).status == "succeeded"
+
+        wait_until(done, 20)
+        assert directory.database.job(first.id).status == "validating_files"
+
+
+def test_files_of_something_else_are_not_removed(tmp_path: Path) -> None:
+    for part in ("files", "states"):
+        here = tmp_path / part
+        (here / part).mkdir(parents=True)
+        (here / part / "precious").write_text("yes")
+        with pytest.raises(InputError, match=f"{part}: is of something else"), TrainingDirectory.open(here):
+            pass
+        assert [file.name for file in here.rglob("*")] == [part, "precious"]
+
+
+def test_messages_have_no_place_of_the_server_and_all_of_their_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "adapters").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with (
+        TrainingDirectory.open(Path("training")) as directory,
+        jobs_of(directory, tmp_path / "adapters", ScriptedTrainer()) as jobs,
+    ):
+        job = create(jobs, held_out=send(jobs, chat_rows(2)))
+        run_all(jobs)
+        said = [event.message for event in directory.database.events(job.id, None, 100)]
+        assert any(text.startswith("Held-out rows that are also training rows: 2.") for text in said), said
+
+
 @pytest.mark.parametrize("full", ["save", "save_adapter", "move", "add_events", "succeed", "write_results"])
 def test_a_full_disk_is_waited_for_and_loses_nothing(
     tmp_path: Path, full: str, monkeypatch: pytest.MonkeyPatch
@@ -194,7 +364,7 @@ def test_a_full_disk_is_waited_for_and_loses_nothing(
 
             monkeypatch.setattr(owner, full, or_full)
             waits = 0
-            while jobs.database.job(job.id).is_open:
+            while jobs.database.job(job.id).status in OPEN:
                 if not jobs.worker.has_work():
                     now[0] += 31
                     waits += 1

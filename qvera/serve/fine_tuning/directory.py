@@ -26,6 +26,7 @@ from qvera.utils.atomic import disk_errors, flush, replace_text
 from qvera.utils.errors import InputError
 
 DATABASE = "fine_tuning.sqlite"
+_PARTS = ("files", "states")
 _KEPT = "Nothing of this file was kept."
 
 
@@ -34,7 +35,7 @@ class TrainingDirectory:
 
     def __init__(self, path: Path, database: Database) -> None:
         self.path, self.database = path, database
-        self.files, self.states = path / "files", path / "states"
+        self.files, self.states = (path / name for name in _PARTS)
 
     @classmethod
     @contextlib.contextmanager
@@ -42,9 +43,12 @@ class TrainingDirectory:
         """Take a directory, which is made where there is none, for this process.
 
         Raises:
-            InputError: another server uses it, its database can't be read, or nothing can be written there.
+            InputError: another server uses it, it has files of something else, its database can't be read, or nothing
+                can be written there.
         """
+        path = path.absolute()  # a message about it has no word that another text may have
         with run_lock(path, socket.gethostname(), what="--training-dir"):
+            _require_own(path)
             database = Database.open(path / DATABASE)
             with contextlib.closing(database):
                 directory = cls(path, database)
@@ -73,6 +77,10 @@ class TrainingDirectory:
     def state(self, job_id: str) -> Path:
         """What a job goes on from; there is none before it is saved first."""
         return self.states / f"{job_id}.safetensors"
+
+    def without_places(self, text: str) -> str:
+        """A message for a job's owner, who need not know where this directory is."""
+        return text.replace(f"{self.path}/", "")
 
     def remove_file(self, file: StoredFile) -> None:
         """Delete the bytes of a file that the database has forgotten."""
@@ -104,6 +112,16 @@ class TrainingDirectory:
         with disk_errors(name, _KEPT):
             replace_text(self.place(file), text)
         return file
+
+
+def _require_own(path: Path) -> None:
+    """Refuse files beside no database: they would be taken for what was cut off, and removed."""
+    for part in [] if (path / DATABASE).exists() else [path / name for name in _PARTS]:
+        if part.exists() and not (part.is_dir() and not any(part.iterdir())):
+            raise InputError(
+                f"{part}: is of something else, or {DATABASE} beside it was lost. Put that back, or choose another "
+                "--training-dir."
+            )
 
 
 class Upload:

@@ -18,6 +18,7 @@ from qvera.serve.fine_tuning.results import maker_of
 from qvera.serve.fine_tuning.worker import Worker
 from qvera.utils.adapter_names import shown_name
 from qvera.utils.errors import InputError
+from qvera.utils.paths import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,6 +65,8 @@ class Jobs:
         self._recipes, self._store = recipes, store
         self._naming = threading.Lock()
         """No two jobs take one name."""
+        self._changing = threading.Lock()
+        """The worker hears of a pause before the job is resumed, and not afterwards."""
         self.worker = Worker(directory, trainer, store, wake)
         self._preparer = Preparer(directory, recipes, tokenizer, trainer, self.worker.add)
 
@@ -146,6 +149,9 @@ class Jobs:
             raise Refused(
                 f"suffix: another job makes {shown_name(model)} already; wait for it, or cancel it.", "suffix"
             )
+        if directory.exists() and not (directory / ADAPTER_CONFIG).is_file():
+            text = f"suffix: what lies in the place of {shown_name(model)} is no adapter. Use another name."
+            raise Refused(text, "suffix", "name_taken")
         if directory.exists() and not replace:
             raise Refused(
                 f'suffix: there is a model {shown_name(model)} already. Use another name, or send "replace": true.',
@@ -175,9 +181,10 @@ class Jobs:
     def _stop(self, job_id: str, owner: str, expected: tuple[Status, ...], status: Status, event: Event) -> Job:
         job = self.database.job(job_id, owner)
         ended = {"finished": now()} if status == "cancelled" else {}
-        if not self.database.move(job_id, expected, status, event, **ended):
-            raise self._too_late(job)
-        self.worker.stop(job_id, "cancel" if status == "cancelled" else "pause")
+        with self._changing:
+            if not self.database.move(job_id, expected, status, event, **ended):
+                raise self._too_late(job)
+            self.worker.stop(job_id, "cancel" if status == "cancelled" else "pause")
         return self.database.job(job_id)
 
     def resume(self, job_id: str, owner: str) -> Job:
@@ -189,8 +196,9 @@ class Jobs:
         """
         job = self.database.job(job_id, owner)
         event = Event(job_id, "Fine-tuning job resumed")
-        if not self.database.move(job_id, ("paused",), "validating_files", event):
-            raise self._too_late(job)
+        with self._changing:
+            if not self.database.move(job_id, ("paused",), "validating_files", event):
+                raise self._too_late(job)
         self._preparer.add(job_id)
         return self.database.job(job_id)
 

@@ -17,7 +17,7 @@ from qvera.serve.fine_tuning.errors import UnknownRecord
 from qvera.serve.fine_tuning.recipes import Recipes, section_in
 from qvera.serve.fine_tuning.records import BEFORE, TRAINED, Event, Job
 from qvera.training.run_dir import changed_keys
-from qvera.utils.errors import InputError, RunFailed, first_line
+from qvera.utils.errors import InputError, RunFailed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,19 +67,13 @@ class Preparer:
 
     def _run(self) -> None:
         while (job_id := self._jobs.get()) is not None and not self._closing.is_set():
-            while not self._closing.is_set():
-                try:
-                    self._prepare(job_id)
-                    break
-                except RunFailed as error:  # a full disk: of the database, or of what the rows are mapped from
-                    _logger.warning(
-                        "%s: its rows can't be read now, and are in %g s: %s", job_id, _RETRY_SECONDS, error
-                    )
-                    self._closing.wait(_RETRY_SECONDS)
-                except Exception as error:
-                    _logger.exception("the rows of %s", job_id)
-                    self._directory.fail(job_id, "server_error", f"The server failed: {first_line(error)}")
-                    break
+            try:
+                self._prepare(job_id)
+            except RunFailed as error:  # a full disk: of the database, or of what the rows are mapped from
+                _logger.warning("%s: its rows can't be read now; again in %g s: %s", job_id, _RETRY_SECONDS, error)
+                again = threading.Timer(_RETRY_SECONDS, self.add, (job_id,))  # others may need less room
+                again.daemon = True
+                again.start()
 
     def _prepare(self, job_id: str) -> None:
         database = self._directory.database
@@ -94,6 +88,11 @@ class Preparer:
         except InputError as error:
             text, param = self._for_its_owner(job, str(error))
             self._directory.fail(job.id, "invalid_training_file" if param else "invalid_job", text, param)
+        except RunFailed:
+            raise
+        except Exception:
+            _logger.exception("the rows of %s", job.id)
+            self._directory.fail(job.id, "server_error", "The server failed; its log says why.")
 
     def _ready(self, job: Job) -> tuple[Job, Any]:
         database, directory = self._directory.database, self._directory
@@ -103,7 +102,8 @@ class Preparer:
                 size = f"at most {_MOST_JSON_BYTES >> 20} MiB; send .jsonl"
                 raise InputError(f"{place}: a .json file is read as a whole, so it may have {size}.")
         recipe = self._recipes.of(job, places[0].name, places[1].name if len(places) > 1 else None)
-        if directory.state(job.id).exists() and (changed := changed_keys(job.recipe, recipe)):
+        has_begun = directory.state(job.id).exists()
+        if has_begun and (changed := changed_keys(job.recipe, recipe)):
             raise InputError(
                 f"The server was started again with another recipe ({', '.join(changed)}), by which this job can't go "
                 "on. Create the job anew."
@@ -118,6 +118,8 @@ class Preparer:
             warnings = [self._for_its_owner(job, text)[0] for text in data_warnings(datasets.stats)]
             said += [Event(job.id, text, level="warn") for text in warnings]
             database.move(job.id, ("validating_files",), "queued", *said, recipe=recipe.to_dict())
+        elif not has_begun:  # its rows were read first by a server with another recipe, maybe
+            database.move(job.id, (job.status,), job.status, recipe=recipe.to_dict())
         return database.job(job.id), run
 
     def _places(self, job: Job) -> list[Path]:
@@ -145,4 +147,4 @@ class Preparer:
             if place in text:
                 param = param or key
                 text = text.replace(place, shown(file.name))
-        return text.replace(str(self._directory.path), "DIR"), param
+        return self._directory.without_places(text), param

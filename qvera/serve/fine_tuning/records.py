@@ -76,11 +76,6 @@ class Job:
     deleted: bool = False
     """Whether its adapter was deleted by its owner."""
 
-    @property
-    def is_open(self) -> bool:
-        """Whether it may still change."""
-        return self.status in OPEN
-
 
 @dataclass(frozen=True, slots=True)
 class Event:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -37,10 +36,6 @@ class TrainedRun(Protocol):
 
 class Trainer(Protocol):
     """Trains adapters that come and go. All but `prepare` is called in the engine's thread."""
-
-    @property
-    def in_flight(self) -> Sequence[Any]:
-        """The runs that have a slot."""
 
     @property
     def free_slots(self) -> int:

@@ -146,7 +146,9 @@ class Worker:
         """Give free slots to jobs: those that were running first, then the oldest of whoever has fewest running."""
         while self._trainer.free_slots:
             with self._lock:
-                if not self._ready:
+                # one that was paused and resumed still has a slot until `_take_stops` has saved it
+                ready = [pair for job_id, pair in self._ready.items() if job_id not in self._trained]
+                if not ready:
                     return
                 owners = [trained.job.owner for trained in self._trained.values()]
 
@@ -154,13 +156,11 @@ class Worker:
                     job, _ = pair
                     return job.status not in TRAINED, owners.count(job.owner), job.created
 
-                job, run = min(self._ready.values(), key=turn)
+                job, run = min(ready, key=turn)
                 del self._ready[job.id]
             self._begin(job, run)
 
     def _begin(self, job: Job, run: TrainedRun) -> None:
-        if job.id in self._trained:
-            return
         state = self._directory.state(job.id)
         saved = state if state.exists() else None
         finishing = job.status == "finishing"
@@ -258,11 +258,11 @@ class Worker:
 
     def _text(self, error: Exception) -> str:
         """What a job's owner is told: without places on the server's disk."""
-        return first_line(error).replace(f"{self._directory.path}/", "")
+        return "its log says why." if isinstance(error, OSError) else self._directory.without_places(first_line(error))
 
     def _let_go(self, trained: Trained) -> None:
         self._trainer.end(trained.run)
-        del self._trained[trained.job.id]
+        self._trained.pop(trained.job.id, None)
 
     def _write_events(self, at_once: bool = False) -> None:
         if self._events and (at_once or not self._trained or self._clock() - self._wrote_at >= _WRITE_SECONDS):
@@ -285,5 +285,5 @@ class Worker:
         for trained in list(self._trained.values()):
             try:
                 self._save(trained)
-            except RunFailed as error:  # it goes on from the state before
+            except Exception as error:  # it goes on from the state before, and the others are saved all the same
                 _logger.warning("%s: %s", trained.job.id, error)
