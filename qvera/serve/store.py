@@ -150,13 +150,15 @@ class AdapterStore:
         """Where an adapter of this name lies, or would lie if there were one.
 
         Raises:
-            InputError: the name is no name, or that of the base, or there is no directory of adapters.
+            InputError: the name is no name, or means the base or a blend, or there is no directory of adapters.
         """
         if name in self.base_names:
             raise InputError(f"{shown_name(name)}: is the name of the base.")
         if self._root is None:
             raise InputError("there is no directory of adapters; start the server with --adapters DIR.")
         known = self._directories()
+        if self._is_blend(name, known):
+            raise InputError(f"{shown_name(name)}: means a sum of adapters that are there; expected a name of its own.")
         return known.get(name) or self._root / directory_names([*known, name])[name]
 
     def facts(self, name: str) -> AdapterFacts:
@@ -240,6 +242,12 @@ class AdapterStore:
         if len(weights) > _MOST_PARTS:
             raise InputError(f"model: a blend has at most {_MOST_PARTS} adapters, this one {len(weights)}.")
         return weights
+
+    def _is_blend(self, name: str, directories: Collection[str]) -> bool:
+        try:
+            return name not in self._weights(name, directories)
+        except UnknownAdapter:
+            return False
 
     def _unknown(self, name: str) -> UnknownAdapter:
         shown = shown_name(name if len(name) <= 100 else f"{name[:100]}…")

@@ -77,6 +77,17 @@ def test_facts_of_a_run_of_one_adapter(trained_run: Path) -> None:
     )
 
 
+def test_a_new_name_means_neither_the_base_nor_a_sum_of_others(tmp_path: Path) -> None:
+    store = AdapterStore(tmp_path, base_names=["tiny"])
+    for name in ("a", "b*2"):
+        _write(tmp_path / directory_names([name])[name])
+    assert store.directory_for("a*x") == tmp_path / "a=2Ax"
+    assert store.directory_for("b*2") == tmp_path / "b=2A2"
+    for name in ("tiny", "a*0.5", "a*0.5+b*2*1"):
+        with pytest.raises(InputError, match="is the name of the base|means a sum of adapters"):
+            store.directory_for(name)
+
+
 def test_one_of_ten_thousand_is_found_by_four_looks_and_two_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
