@@ -31,6 +31,8 @@ class ApiError(Exception):
         param: the key of the body that it is about.
         code: OpenAI's word for it, which clients look at.
         retry_seconds: when to ask again; None: asking again does not help.
+        retried: whether OpenAI's clients ask again by themselves, as after 408, 409, 429 and 5xx; False: it would not
+            help.
     """
 
     def __init__(
@@ -40,10 +42,13 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_seconds: int | None = None,
+        retried: bool = True,
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
         self.headers = {} if retry_seconds is None else {"Retry-After": str(retry_seconds)}
+        if not retried:
+            self.headers["x-should-retry"] = "false"
         if status == 401:
             self.headers["WWW-Authenticate"] = "Bearer"
 

@@ -98,7 +98,8 @@ async def delete_file(request: Request, file_id: str) -> Response:
     def delete() -> None:
         file = jobs.database.file(file_id, access.name)
         if (job := jobs.database.remove_file(file_id, access.name)) is not None:
-            raise ApiError(409, f"The job {job} needs this file; wait for it, or cancel it.", code="file_in_use")
+            text = f"The job {job} needs this file; wait for it, or cancel it."
+            raise ApiError(409, text, code="file_in_use", retried=False)
         jobs.directory.remove_file(file)
 
     await answered(service, delete, _UNKNOWN)

@@ -96,7 +96,7 @@ class Guard:
         access = None
         if scheme.lower() == "bearer":
             keys = service.keys
-            access = await service.in_thread(lambda: keys.find(key.strip()), quick=True)
+            access = await service.in_thread(lambda: keys.find(key.strip()), "quick")
         if access is None:
             raise ApiError(
                 401, "Send a key that this server knows as 'Authorization: Bearer KEY'.", code="invalid_api_key"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from fastapi import Request
 
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _THREADS = 4
 """Prompts that are tokenized, and adapters that are read, at a time."""
+_QUICK_THREADS = 2
+_DISK_THREADS = 4
 _COMPARED_NAMES = 1000
 """A wrong name is compared with this many: it takes some microseconds for each."""
 
@@ -97,6 +99,7 @@ class Service:
     created: int = field(default_factory=lambda: int(time.time()))
     _threads: ThreadPoolExecutor = field(init=False)
     _quick_threads: ThreadPoolExecutor = field(init=False)
+    _disk_threads: ThreadPoolExecutor = field(init=False)
     _open_answers: dict[str, int] = field(default_factory=dict)
     _open_uploads: dict[str, int] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -104,19 +107,21 @@ class Service:
     def __post_init__(self) -> None:
         self.texts = TokenTexts(self.prompts.encoder.tokenizer)
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="qvera-serve")
-        self._quick_threads = ThreadPoolExecutor(2, thread_name_prefix="qvera-quick")
+        self._quick_threads = ThreadPoolExecutor(_QUICK_THREADS, thread_name_prefix="qvera-quick")
+        self._disk_threads = ThreadPoolExecutor(_DISK_THREADS, thread_name_prefix="qvera-disk")
 
-    async def in_thread(self, work: Callable[[], T], *, quick: bool = False) -> T:
+    async def in_thread(self, work: Callable[[], T], kind: Literal["long", "quick", "disk"] = "long") -> T:
         """Do what takes long apart from the event loop, so that other requests go on.
 
         Args:
-            quick: it only waits for a lock or a small file, and is not to wait behind long prompts.
+            kind: ``quick``: it only waits for a lock or a small file, and is not to wait behind long prompts.
+                ``disk``: it writes files or asks the database of jobs, and no key or prompt is to wait behind it.
 
         Raises:
             ApiError: the engine has ended.
         """
+        threads = {"long": self._threads, "quick": self._quick_threads, "disk": self._disk_threads}[kind]
         try:
-            threads = self._quick_threads if quick else self._threads
             return await asyncio.get_running_loop().run_in_executor(threads, work)
         except EngineDead as error:
             raise ApiError(503, f"The engine has ended: {error}") from None
@@ -167,6 +172,7 @@ class Service:
         """End the threads."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._quick_threads.shutdown(wait=False)
+        self._disk_threads.shutdown(wait=False, cancel_futures=True)
 
     def require_model(self, model: str, access: Access) -> None:
         """Refuse a model that is not there or that the sender may not use.

@@ -43,7 +43,7 @@ async def answered(service: Service, work: Callable[[], T], unknown: str = "") -
         ApiError: 404 for an unknown record, 400 for what can't be done, 429 for too many jobs, 507 for a full disk.
     """
     try:
-        return await service.in_thread(work)
+        return await service.in_thread(work, "disk")
     except UnknownRecord as error:
         raise ApiError(404, f"{unknown or 'There is no'} {shortened(str(error.args[0]))!r}.", "id") from None
     except Refused as error:
@@ -58,13 +58,14 @@ async def answered(service: Service, work: Callable[[], T], unknown: str = "") -
 
 def too_many(text: str) -> ApiError:
     """429: a key has as much as it may have. Coming back in a second does not help, but in a minute it may."""
-    return ApiError(429, text, code="too_many", retry_seconds=60)
+    return ApiError(429, text, code="too_many", retry_seconds=60, retried=False)
 
 
 def no_room(error: RunFailed) -> ApiError:
     """507: the disk is full, or can't be written."""
     _logger.warning("%s", error)
-    return ApiError(507, "The server's disk is full, or can't be written. Nothing was changed.", code="disk_full")
+    text = "The server's disk is full, or can't be written. Nothing was changed."
+    return ApiError(507, text, code="disk_full", retried=False)
 
 
 def listed(records: Sequence[dict[str, Any]], limit: int) -> dict[str, Any]:

@@ -52,8 +52,8 @@ async def receive_file(request: Request, service: Service, directory: TrainingDi
             except TimeoutError:
                 text = f"{_BLOCK_BYTES >> 10} KiB of the file did not arrive within {limits.body_seconds:g} s."
                 raise ApiError(408, text) from None
-            await service.in_thread(lambda data=bytes(block): form.feed(data), quick=True)  # type: ignore[misc]
-        return await service.in_thread(form.finish, quick=True)
+            await service.in_thread(lambda data=bytes(block): form.feed(data), "disk")  # type: ignore[misc]
+        return await service.in_thread(form.finish, "disk")
     finally:
         upload.discard()
 
@@ -102,6 +102,8 @@ class _Form:
             self._parser.write(data)
         except self._error as error:
             raise bad_request(f"The body is no multipart form: {error}.") from None
+        if self._size - self._upload.size_bytes > _FORM_BYTES:
+            raise bad_request(f"The form has more than {_FORM_BYTES:,} bytes beside its file.")
 
     def finish(self) -> StoredFile:
         """The stored file, once all has been fed."""

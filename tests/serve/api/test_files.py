@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import threading
@@ -110,6 +111,7 @@ PURPOSE, FILE = ('name="purpose"', b"fine-tune"), ('name="file"; filename="a.jso
         (form(PURPOSE, ('name="colour"', b"red"), FILE), "Unknown key 'colour'"),
         (form(PURPOSE, ('name="expires_after[seconds]"', b"9"), FILE), "expires_after: is not supported"),
         (form(*[PURPOSE] * 9), "more than 8 parts"),
+        (form(PURPOSE, FILE, end="--x--\r\n" + "y" * 300_000), "more than 65,536 bytes beside its file"),
         (form(PURPOSE, (f'name="file"; filename="{"x" * 5000}"', b"{}")), "no multipart form|header of the form"),
     ],
 )
@@ -168,6 +170,34 @@ def test_a_full_disk_is_told_and_nothing_is_kept(start: Start, tmp_path: Path) -
         assert stored(served) == [f"{kept['id']}.jsonl"]
         filler.unlink()
         assert send(served, b"x" * 3_000_000).status_code == 200
+
+
+def test_a_slow_disk_holds_up_no_other_call(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "keys.json"
+    headers = {"Authorization": f"Bearer {new_key(path, 'anna', ['*'], ['use', 'train'])}"}
+    served = start(training_dir=tmp_path / "training", keys=KeyFile(path))
+    waiting, go_on, fsync = threading.Semaphore(0), threading.Event(), os.fsync
+
+    def slow(descriptor: int) -> None:
+        waiting.release()
+        go_on.wait(60)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    got: list[int] = []
+    uploads = [threading.Thread(target=lambda: got.append(send(served, headers=headers).status_code)) for _ in range(6)]
+    for upload in uploads:
+        upload.start()
+    try:
+        for _ in range(2):
+            assert waiting.acquire(timeout=20)
+        body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
+        assert served.post("/v1/chat/completions", body, headers=headers).status_code == 200
+    finally:
+        go_on.set()
+        for upload in uploads:
+            upload.join()
+    assert got == [200] * 6
 
 
 def test_a_client_that_reads_nothing_is_let_go(start: Start, tmp_path: Path) -> None:

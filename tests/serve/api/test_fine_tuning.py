@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 
 from qvera.serve.api.keys import KeyFile, new_key
@@ -223,6 +224,16 @@ def test_a_name_that_is_taken_is_replaced_only_where_that_is_asked_for(training:
     assert training.chat(model="anna").json()["system_fingerprint"] != before
 
 
+def test_what_is_no_adapter_is_not_replaced(training: Served) -> None:
+    other = training.trained.root / "backup"
+    other.mkdir()
+    (other / "precious").write_text("yes")
+    refused = create(training, suffix="backup", replace=True)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["code"] == "name_taken"
+    assert (other / "precious").read_text() == "yes"
+
+
 def test_an_adapter_that_came_meanwhile_is_not_replaced(training: Served) -> None:
     training.trained.driver.hold.set()
     made = create(training, suffix="anna").json()
@@ -350,6 +361,28 @@ def test_keys_have_jobs_models_and_limits_of_their_own(start: Start, tmp_path: P
     assert (served.trained.root / "ben").exists()
     say = {"model": "anna", "messages": [{"role": "user", "content": "hi"}]}
     assert served.post("/v1/chat/completions", say, headers=anna).status_code == 404
+
+
+def test_openai_s_client_does_not_ask_again_what_somebody_has_to_change_first(
+    start: Start, tmp_path: Path, keys: Any
+) -> None:
+    file, headers = keys
+    served = start(training_dir=tmp_path / "training", keys=file, open_jobs=1)
+    served.trained.driver.hold.set()
+    made = create(served, headers["ben"]).json()
+    key = headers["ben"]["Authorization"].removeprefix("Bearer ")
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key=key, timeout=30) as client:
+        with pytest.raises(openai.ConflictError):
+            client.files.delete(made["training_file"])
+        with pytest.raises(openai.RateLimitError):
+            client.fine_tuning.jobs.create(model="tiny", training_file=made["training_file"])
+    with served.client() as asking:
+        calls = asking.get("/metrics", headers=headers["ben"]).text
+    assert 'qvera_calls_total{path="/v1/files",status="409"} 1.0' in calls
+    assert 'qvera_calls_total{path="/v1/fine_tuning/jobs",status="429"} 1.0' in calls
+    served.trained.driver.hold.clear()
+    served.trained.driver.wake()
+    wait_for(served, made["id"], "succeeded", headers=headers["ben"])
 
 
 def test_whoever_has_fewest_running_is_next(start: Start, tmp_path: Path, keys: Any) -> None:
