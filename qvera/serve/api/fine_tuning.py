@@ -135,10 +135,7 @@ async def list_checkpoints(request: Request, job_id: str, limit: Limit = 10, aft
         job = jobs.database.job(job_id, access.name)
         if job.status != "succeeded" or after is not None:
             return []
-        numbers: dict[str, Any] = {}
-        for event in jobs.database.metrics(job_id):
-            numbers |= event.data or {}
-        return [_checkpoint_card(job, numbers)]
+        return [_checkpoint_card(job, jobs.database.last_losses(job_id))]
 
     return JSONResponse(listed(await answered(service, cards, _UNKNOWN), limit))
 
@@ -182,14 +179,13 @@ def _event_card(event: Event) -> dict[str, Any]:
     }
 
 
-def _checkpoint_card(job: Job, numbers: dict[str, Any]) -> dict[str, Any]:
-    metrics = {key: numbers[key] for key in ("train_loss", "valid_loss") if key in numbers}
+def _checkpoint_card(job: Job, losses: dict[str, float]) -> dict[str, Any]:
     return {
         "id": job.id.replace("ftjob", "ftckpt"),
         "object": "fine_tuning.job.checkpoint",
         "created_at": job.finished,
         "fine_tuned_model_checkpoint": job.model,
         "fine_tuning_job_id": job.id,
-        "metrics": {"step": job.step, **metrics},
+        "metrics": {"step": job.step, **losses},
         "step_number": job.step,
     }

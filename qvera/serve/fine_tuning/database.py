@@ -275,6 +275,15 @@ class Database:
         query = "SELECT * FROM events WHERE job = ? AND step IS NOT NULL ORDER BY step, number"
         return [_event(row) for row in self._rows(query, (job_id,))]
 
+    def last_losses(self, job_id: str) -> dict[str, float]:
+        """``train_loss`` and ``valid_loss`` of a job, the last ones that there are. Its events may be millions."""
+        found = {}
+        for name in ("train_loss", "valid_loss"):
+            query = "SELECT data FROM events WHERE job = ? AND json_extract(data, ?) IS NOT NULL"
+            for row in self._rows(f"{query} ORDER BY number DESC LIMIT 1", (job_id, f"$.{name}")):
+                found[name] = float(row["data"][name])
+        return found
+
     def _one(self, table: str, key: str, owner: str | None) -> dict[str, Any]:
         where, values = ("", ()) if owner is None else (" AND owner = ?", (owner,))
         found = self._rows(f"SELECT * FROM {table} WHERE id = ?{where}", (key, *values))
