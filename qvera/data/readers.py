@@ -5,6 +5,7 @@ import difflib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,8 +205,8 @@ def _parse_json(text: str) -> tuple[object, _Repeated]:
     def as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
         if len(value) != len(pairs):
-            names = [name for name, _ in pairs]
-            repeated.append((value, next(name for name in names if names.count(name) > 1)))
+            counts = Counter(name for name, _ in pairs)
+            repeated.append((value, next(name for name, count in counts.items() if count > 1)))
         return value
 
     return json.loads(text, object_pairs_hook=as_object), repeated
@@ -314,10 +315,10 @@ def _csv_header(file: Path, line: int, record: list[str], delimiter: str) -> lis
     if len(header) == 1 and delimiter == "," and re.search(r"[;\t]", header[0]):
         found = "semicolons" if ";" in header[0] else "tabs (rename it to .tsv)"
         raise InputError(f"{file}:{line}: columns are separated by {found}; expected commas. Convert the file.")
-    for name in header:
+    for name, count in Counter(header).items():
         if not name:
             raise InputError(f"{file}:{line}: a column of the header has no name. Expected a name for each column.")
-        if header.count(name) > 1:
+        if count > 1:
             raise InputError(f"{file}:{line}: the column {name!r} occurs twice in the header. Rename one of them.")
     return header
 

@@ -27,6 +27,8 @@ from qvera.utils.errors import InputError
 
 DATABASE = "fine_tuning.sqlite"
 _PARTS = ("files", "states")
+_MESSAGE_CHARACTERS = 2000
+"""Of an error: a message may list all columns of a file."""
 _KEPT = "Nothing of this file was kept."
 
 
@@ -97,6 +99,8 @@ class TrainingDirectory:
         Raises:
             RunFailed: the disk is full.
         """
+        if len(message) > _MESSAGE_CHARACTERS:
+            message = f"{message[:_MESSAGE_CHARACTERS]}…"
         error = {"code": code, "message": message, "param": param}
         event = Event(job_id, message, level="error")
         if self.database.move(job_id, (*BEFORE, *TRAINED), "failed", event, error=error, finished=now()):

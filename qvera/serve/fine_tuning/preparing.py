@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import queue
 import threading
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 _MOST_JSON_BYTES = 64 * 2**20
 """A .json file is read into memory as a whole, at several times its size."""
+_MOST_LINE_BYTES = 4 * 2**20
+"""A line is a row, of which all tokens are in memory at a time, at a hundred bytes each."""
 _RETRY_SECONDS = 30.0
 _JOIN_SECONDS = 5.0
 """A file of millions of rows is not waited for when the server ends."""
@@ -101,6 +104,8 @@ class Preparer:
             if place.suffix == ".json" and place.stat().st_size > _MOST_JSON_BYTES:
                 size = f"at most {_MOST_JSON_BYTES >> 20} MiB; send .jsonl"
                 raise InputError(f"{place}: a .json file is read as a whole, so it may have {size}.")
+            if place.suffix in (".jsonl", ".csv", ".tsv"):
+                _require_short_lines(place)
         recipe = self._recipes.of(job, places[0].name, places[1].name if len(places) > 1 else None)
         has_begun = directory.state(job.id).exists()
         if has_begun and (changed := changed_keys(job.recipe, recipe)):
@@ -148,3 +153,16 @@ class Preparer:
                 param = param or key
                 text = text.replace(place, shown(file.name))
         return self._directory.without_places(text), param
+
+
+def _require_short_lines(file: Path) -> None:
+    """Raises InputError for a line that would take much memory, without reading it as a whole."""
+    with file.open("rb") as stream:
+        for number in itertools.count(1):
+            line = stream.readline(_MOST_LINE_BYTES + 1)
+            if len(line) > _MOST_LINE_BYTES:
+                raise InputError(
+                    f"{file}:{number}: a line may have at most {_MOST_LINE_BYTES:,} bytes; divide the row."
+                )
+            if not line:
+                return

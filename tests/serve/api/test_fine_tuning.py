@@ -137,6 +137,10 @@ def test_auto_is_what_the_server_s_recipe_says(training: Served) -> None:
         (b"", "rows.jsonl: holds no rows"),
         (b'{"colour": "red"}\n', "rows.jsonl:1: the columns match no known format"),
         (b"\xff\xfe\n", "rows.jsonl:1: not UTF-8 text"),
+        (
+            json.dumps(dict.fromkeys(map(str, range(9000)), 1)).encode(),
+            "rows.jsonl:1: the columns match no known format",
+        ),
     ],
 )
 def test_a_bad_file_fails_its_job_and_names_the_line(training: Served, rows: bytes, message: str) -> None:
@@ -144,6 +148,7 @@ def test_a_bad_file_fails_its_job_and_names_the_line(training: Served, rows: byt
     failed = wait_for(training, made["id"], "failed", "succeeded")
     assert failed["status"] == "failed"
     assert message in failed["error"]["message"]
+    assert len(failed["error"]["message"]) <= 2001
     assert str(training.trained.directory.path) not in json.dumps(failed)
     assert (failed["error"]["code"], failed["error"]["param"]) == ("invalid_training_file", "training_file")
     assert messages(training, made["id"])[-1] == failed["error"]["message"]
@@ -163,6 +168,12 @@ def test_a_file_that_is_read_as_a_whole_may_not_be_large(training: Served, monke
         ended = wait_for(training, made["id"], "succeeded", "failed")
         assert ended["status"] == status
     assert "rows.json: a .json file is read as a whole, so it may have at most 1 MiB" in ended["error"]["message"]
+    monkeypatch.setattr(preparing, "_MOST_LINE_BYTES", 200)
+    for length, status in ((200, "succeeded"), (201, "failed")):
+        rows = chat_rows(2) + chat_rows(1).strip().ljust(length - 1) + b"\n" + chat_rows(1)
+        ended = wait_for(training, create(training, rows=rows).json()["id"], "succeeded", "failed")
+        assert ended["status"] == status
+    assert ended["error"]["message"].startswith("rows.jsonl:3: a line may have at most 200 bytes")
 
 
 @pytest.mark.parametrize(
