@@ -377,6 +377,35 @@ def test_a_full_disk_is_waited_for_and_loses_nothing(
         assert {path.stem for path in directory.files.iterdir()} == {job.training_file, done.result_file}
 
 
+def test_a_disk_that_fails_while_a_job_is_cancelled_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "adapters").mkdir()
+    now = [0.0]
+
+    def broken(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(5, "Input/output error", str(path))
+
+    with (
+        TrainingDirectory.open(tmp_path / "training") as directory,
+        jobs_of(directory, tmp_path / "adapters", ScriptedTrainer()) as jobs,
+    ):
+        jobs.worker._clock = lambda: now[0]
+        job = create(jobs)
+        wait_for_rows(jobs, job)
+        jobs.worker.do_part()
+        jobs.cancel(job.id, "me")
+        with monkeypatch.context() as failing:
+            failing.setattr(Path, "unlink", broken)
+            jobs.worker.do_part()
+        assert not jobs.worker.has_work()
+        now[0] += 31
+        other = create(jobs, "ben")
+        run_all(jobs)
+        assert directory.database.job(job.id).status == "cancelled"
+        assert directory.database.job(other.id).status == "succeeded"
+
+
 def test_an_error_of_the_trainer_ends_the_jobs_it_was_training_and_no_others(tmp_path: Path) -> None:
     (tmp_path / "adapters").mkdir()
     with TrainingDirectory.open(tmp_path / "training") as directory:

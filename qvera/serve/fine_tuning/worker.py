@@ -122,7 +122,7 @@ class Worker:
             if self._trained:
                 self._train()
             self._write_events()
-        except RunFailed as error:
+        except (RunFailed, OSError) as error:
             self._park(error)
 
     def _take_stops(self) -> None:
@@ -258,7 +258,11 @@ class Worker:
 
     def _text(self, error: Exception) -> str:
         """What a job's owner is told: without places on the server's disk."""
-        return "its log says why." if isinstance(error, OSError) else self._directory.without_places(first_line(error))
+        return (
+            "the server's log says why."
+            if isinstance(error, OSError)
+            else self._directory.without_places(first_line(error))
+        )
 
     def _let_go(self, trained: Trained) -> None:
         self._trainer.end(trained.run)
@@ -269,7 +273,7 @@ class Worker:
             self._database.add_events(self._events, self._taken_again)
             self._events, self._taken_again, self._wrote_at = [], {}, self._clock()
 
-    def _park(self, error: RunFailed) -> None:
+    def _park(self, error: Exception) -> None:
         """Train nothing for a while: what a full disk did not take is written again then."""
         _logger.warning("training waits %g s: %s", _PARK_SECONDS, error)
         with self._lock:
