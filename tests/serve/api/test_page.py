@@ -88,7 +88,9 @@ def test_the_keyboard_chooses_filters_and_stops(start: Start, browser: Any) -> N
     wait_until(lambda: len(page.text_content(".said.assistant >> nth=0")) > 20)
     page.keyboard.press("Escape")
     wait_until(lambda: page.text_content("#send") == "Send")
-    wait_until(lambda: served.engine.cancelled == [served.engine.requests[0].id])
+    # the adapter's short answer may have ended by itself
+    [base_request] = [request for request in served.engine.requests if request.adapter is None]
+    wait_until(lambda: base_request.id in served.engine.cancelled)
     assert len(page.text_content(".said.assistant >> nth=0")) < len(served.said["tiny"])
     page.close()
 
