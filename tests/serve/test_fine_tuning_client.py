@@ -185,7 +185,7 @@ def test_a_killed_server_goes_on_to_the_same_adapters(tiny_model_dir: Path, adap
 def test_sigterm_saves_what_is_trained(tiny_model_dir: Path, adapters: Path, tmp_path: Path) -> None:
     command = serve(tiny_model_dir, adapters, tmp_path / "training")
     client = client_of(command)
-    job = begin(client, rows_of("red"), "long", n_epochs=5000)
+    job = begin(client, rows_of("red"), "long", n_epochs=1000)
     paused = begin(client, rows_of("blue"), "later", n_epochs=10)
     client.fine_tuning.jobs.pause(paused.id)
     wait_until(lambda: len(client.fine_tuning.jobs.list_events(job.id).data) > 10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
@@ -10,6 +11,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from qvera.serve.api.errors import ApiError
 from qvera.serve.api.training import answered, listed, no_room, too_many, training_of
 from qvera.serve.api.upload import receive_file
+from qvera.serve.fine_tuning.errors import UnknownRecord
 from qvera.utils.errors import RunFailed
 
 if TYPE_CHECKING:
@@ -85,7 +87,14 @@ async def file_content(request: Request, file_id: str) -> Response:
     They are never shown as a page: what somebody has uploaded may hold a script, and the server's own page holds a key.
     """
     access, service, jobs = training_of(request)
-    place = jobs.directory.place(await answered(service, lambda: jobs.database.file(file_id, access.name), _UNKNOWN))
+
+    def find() -> Path:
+        place = jobs.directory.place(jobs.database.file(file_id, access.name))
+        if not place.is_file():  # deleted since it was looked up
+            raise UnknownRecord(file_id)
+        return place
+
+    place = await answered(service, find, _UNKNOWN)
     no_page = {"X-Content-Type-Options": "nosniff"}
     return FileResponse(place, headers=no_page, media_type="application/octet-stream", filename=place.name)
 

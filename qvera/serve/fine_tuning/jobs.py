@@ -220,7 +220,10 @@ class Jobs:
             raise Refused(f"The job {other.id} makes this model anew; cancel it first.", "model")
         gone = directory.with_name(f".{directory.name}.deleted")
         shutil.rmtree(gone, ignore_errors=True)
-        directory.rename(gone)  # at once: nobody finds half of it
+        try:
+            directory.rename(gone)  # at once: nobody finds half of it
+        except FileNotFoundError:  # another call was first
+            raise NotMade from None
         shutil.rmtree(gone, ignore_errors=True)
         self.database.forget_model(job.id)
         return directory

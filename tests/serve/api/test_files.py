@@ -66,6 +66,13 @@ def test_a_file_comes_back_as_it_was_sent(training: Served, name: str, tmp_path:
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_file_whose_bytes_are_gone_is_not_found(training: Served) -> None:
+    card, jobs = send(training, b"{}", "rows.jsonl").json(), training.trained.jobs
+    jobs.directory.place(jobs.database.file(card["id"], "local")).unlink()
+    with training.client() as client:
+        assert client.get(f"/v1/files/{card['id']}/content").status_code == 404
+
+
 def test_lists_come_in_pages(training: Served) -> None:
     ids = [send(training).json()["id"] for _ in range(5)]
     with training.client() as client:

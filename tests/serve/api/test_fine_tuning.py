@@ -190,6 +190,7 @@ def test_a_file_that_is_read_as_a_whole_may_not_be_large(training: Served, monke
         ({"hyperparameters": {"batch_size": 0}}, "hyperparameters", "greater than or equal to 1"),
         ({"hyperparameters": {"batch_size": True}}, "hyperparameters", "valid integer"),
         ({"hyperparameters": {"n_epochs": -1}}, "hyperparameters", "greater than 0"),
+        ({"hyperparameters": {"n_epochs": 1001}}, "hyperparameters", "less than or equal to 1000"),
         (
             {
                 "hyperparameters": {"n_epochs": 1},
