@@ -86,17 +86,18 @@ def has_finite_loss(scores: dict[str, Any]) -> bool:
     return scores["loss"] is not None and math.isfinite(scores["loss"])
 
 
-def held_out_not_finite(step: int, before: dict[str, Any] | None) -> str:
+def held_out_not_finite(step: str, before: dict[str, Any] | None) -> str:
     """Why an adapter is not saved that has taken its steps and whose held-out loss is not finite.
 
     Args:
+        step: which one was the last, to begin the sentence with.
         before: the scores before training; None where there are none.
     """
     if before is None or has_finite_loss(before):
         advice = "Lower training.learning_rate."
     else:
         advice = "It was not finite before training either: look at the held-out rows."
-    return f"step {step}: its held-out loss is not finite. {advice}"
+    return f"{step}: its held-out loss is not finite. {advice}"
 
 
 def step_error(

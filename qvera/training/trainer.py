@@ -158,7 +158,7 @@ class Trainer(Run):
             NotFinite: it was taken back; checkpoints are kept.
         """
         state = self.state
-        text = held_out_not_finite(state.step, state.before).replace("step", "Step", 1)
+        text = held_out_not_finite(f"Step {state.step}", state.before)
         if state.before is not None and not has_finite_loss(state.before):
             self.warn(text)
             return

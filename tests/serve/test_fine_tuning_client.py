@@ -33,7 +33,7 @@ WORDS = {"anna": "red red", "ben": "blue"}
 
 
 def rows_of(word: str, count: int = 16) -> bytes:
-    """Rows that are all answered alike."""
+    """Rows whose every answer is ``word``."""
     rows = [
         {"messages": [{"role": "user", "content": f"say {k}"}, {"role": "assistant", "content": word}]}
         for k in range(count)

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 
 from qvera.serve.api.errors import ApiError
-from qvera.serve.api.training import answered, listed, no_room, too_many, training_of
+from qvera.serve.api.training import answered, no_room, page, too_many, training_of
 from qvera.serve.api.upload import receive_file
 from qvera.serve.fine_tuning.errors import UnknownRecord
 from qvera.utils.errors import RunFailed
@@ -66,11 +66,10 @@ async def list_files(
     """The sender's files."""
     access, service, jobs = training_of(request)
 
-    def cards() -> list[dict[str, Any]]:
-        found = jobs.database.files(access.name, purpose, after, limit + 1, order == "desc")
-        return [_card(file) for file in found]
+    def cards(most: int) -> list[dict[str, Any]]:
+        return [_card(file) for file in jobs.database.files(access.name, purpose, after, most, order == "desc")]
 
-    return JSONResponse(listed(await answered(service, cards, _UNKNOWN), limit))
+    return await page(service, cards, limit, _UNKNOWN)
 
 
 @router.get("/v1/files/{file_id}", response_model=None)

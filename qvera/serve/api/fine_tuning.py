@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse, Response
 
 from qvera.serve.api.errors import bad_request, shortened
 from qvera.serve.api.schemas import JobBody
-from qvera.serve.api.training import answered, listed, training_of
+from qvera.serve.api.training import answered, page, training_of
 from qvera.serve.fine_tuning.records import Event, Job
 from qvera.utils.errors import did_you_mean
 
@@ -78,10 +78,10 @@ async def list_jobs(request: Request, limit: Limit = 20, after: str | None = Non
     if len(wanted) > 16:
         raise bad_request("metadata: has at most 16 keys.", "metadata")
 
-    def cards() -> list[dict[str, Any]]:
-        return [_card(job) for job in jobs.database.jobs(access.name, wanted, after, limit + 1)]
+    def cards(most: int) -> list[dict[str, Any]]:
+        return [_card(job) for job in jobs.database.jobs(access.name, wanted, after, most)]
 
-    return JSONResponse(listed(await answered(service, cards, _UNKNOWN), limit))
+    return await page(service, cards, limit, _UNKNOWN)
 
 
 @router.get("/v1/fine_tuning/jobs/{job_id}", response_model=None)
@@ -119,11 +119,11 @@ async def list_events(request: Request, job_id: str, limit: Limit = 20, after: s
     """What has happened to it, the newest first; each step with its loss."""
     access, service, jobs = training_of(request)
 
-    def cards() -> list[dict[str, Any]]:
+    def cards(most: int) -> list[dict[str, Any]]:
         jobs.database.job(job_id, access.name)
-        return [_event_card(event) for event in jobs.database.events(job_id, after, limit + 1)]
+        return [_event_card(event) for event in jobs.database.events(job_id, after, most)]
 
-    return JSONResponse(listed(await answered(service, cards, "There is no"), limit))
+    return await page(service, cards, limit, "There is no")
 
 
 @router.get("/v1/fine_tuning/jobs/{job_id}/checkpoints", response_model=None)
@@ -131,13 +131,13 @@ async def list_checkpoints(request: Request, job_id: str, limit: Limit = 10, aft
     """The models that came of it: one, once it has succeeded. States in between are no models."""
     access, service, jobs = training_of(request)
 
-    def cards() -> list[dict[str, Any]]:
+    def cards(_: int) -> list[dict[str, Any]]:
         job = jobs.database.job(job_id, access.name)
         if job.status != "succeeded" or after is not None:
             return []
         return [_checkpoint_card(job, jobs.database.last_losses(job_id))]
 
-    return JSONResponse(listed(await answered(service, cards, _UNKNOWN), limit))
+    return await page(service, cards, limit, _UNKNOWN)
 
 
 def _card(job: Job) -> dict[str, Any]:

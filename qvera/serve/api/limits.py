@@ -26,9 +26,9 @@ class Limits:
     file_bytes: int = 512 << 20
     """Of one uploaded file; 256 KiB of it must arrive within ``body_seconds``."""
     files: int = 100
-    """Uploaded files of one key; without keys there is no such limit, nor the next one."""
+    """Uploaded files of one key. Without keys there is no such limit."""
     open_jobs: int = 16
-    """Fine-tuning jobs of one key that have not ended."""
+    """Fine-tuning jobs of one key that have not ended. Without keys there is no such limit."""
     jobs_at_once: int = 8
     """Fine-tuning jobs that are trained together."""
     stop_strings: int = 4

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import Request
+from fastapi.responses import JSONResponse
 
 from qvera.serve.api.errors import ApiError, bad_request, shortened
 from qvera.serve.api.keys import Access
@@ -68,8 +69,17 @@ def no_room(error: RunFailed) -> ApiError:
     return ApiError(507, text, code="disk_full", retried=False)
 
 
-def listed(records: Sequence[dict[str, Any]], limit: int) -> dict[str, Any]:
-    """A page of a list, of which one record more than ``limit`` was asked for, to know whether there are more."""
-    page = list(records[:limit])
-    ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {"first_id": None, "last_id": None}
-    return {"object": "list", "data": page, "has_more": len(records) > limit, **ends}
+async def page(
+    service: Service, cards: Callable[[int], Sequence[dict[str, Any]]], limit: int, unknown: str
+) -> JSONResponse:
+    """A page of a list.
+
+    Args:
+        cards: at most so many records. It is called as `answered` does, for one more than ``limit``, which shows
+            whether there are more.
+        unknown: see `answered`.
+    """
+    found = await answered(service, lambda: cards(limit + 1), unknown)
+    shown = list(found[:limit])
+    ends = {"first_id": shown[0]["id"], "last_id": shown[-1]["id"]} if shown else {"first_id": None, "last_id": None}
+    return JSONResponse({"object": "list", "data": shown, "has_more": len(found) > limit, **ends})

@@ -1,8 +1,9 @@
-"""A file of a multipart form, from the network to the disk: neither it nor the form is ever held as a whole."""
+"""Receives an uploaded file and writes it to the disk piece by piece. It is never in memory as a whole."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 from typing import TYPE_CHECKING
 
 from qvera.serve.api.errors import ApiError, ClientGone, bad_request, shortened
@@ -52,7 +53,7 @@ async def receive_file(request: Request, service: Service, directory: TrainingDi
             except TimeoutError:
                 text = f"{_BLOCK_BYTES >> 10} KiB of the file did not arrive within {limits.body_seconds:g} s."
                 raise ApiError(408, text) from None
-            await service.in_thread(lambda data=bytes(block): form.feed(data), "disk")  # type: ignore[misc]
+            await service.in_thread(functools.partial(form.feed, bytes(block)), "disk")
         return await service.in_thread(form.finish, "disk")
     finally:
         upload.discard()

@@ -13,12 +13,13 @@ import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qvera.serve.fine_tuning.errors import UnknownRecord
 from qvera.serve.fine_tuning.records import OPEN, Event, Job, Status, StoredFile
 from qvera.utils.errors import InputError, RunFailed
 
+R = TypeVar("R", StoredFile, Job, Event)
 VERSION = 1
 _SCHEMA = """
 CREATE TABLE files (
@@ -135,7 +136,7 @@ class Database:
         Raises:
             UnknownRecord: there is none.
         """
-        return _file(self._one("files", file_id, owner))
+        return _record(StoredFile, self._one("files", file_id, owner))
 
     def files(
         self, owner: str, purpose: str | None, after: str | None, limit: int, newest_first: bool
@@ -146,7 +147,10 @@ class Database:
             UnknownRecord: there is no file ``after``.
         """
         where, values = ("", []) if purpose is None else (" AND purpose = ?", [purpose])
-        return [_file(row) for row in self._page("files", "owner", owner, where, values, after, limit, newest_first)]
+        return [
+            _record(StoredFile, row)
+            for row in self._page("files", "owner", owner, where, values, after, limit, newest_first)
+        ]
 
     def file_count(self, owner: str, purpose: str) -> int:
         """How many an owner has."""
@@ -191,7 +195,7 @@ class Database:
         Raises:
             UnknownRecord: there is none.
         """
-        return _job(self._one("jobs", job_id, owner))
+        return _record(Job, self._one("jobs", job_id, owner))
 
     def jobs(self, owner: str, metadata: Mapping[str, str], after: str | None, limit: int) -> list[Job]:
         """The jobs of an owner that have these metadata behind the job ``after``, the newest first.
@@ -201,12 +205,14 @@ class Database:
         """
         where = " AND EXISTS (SELECT 1 FROM json_each(metadata) AS pair WHERE pair.key = ? AND pair.value = ?)"
         values = [part for pair in metadata.items() for part in pair]
-        return [_job(row) for row in self._page("jobs", "owner", owner, where * len(metadata), values, after, limit)]
+        return [
+            _record(Job, row) for row in self._page("jobs", "owner", owner, where * len(metadata), values, after, limit)
+        ]
 
     def open_jobs(self) -> list[Job]:
         """Jobs that were not done when the server ended, in the order in which they came; paused ones too."""
         query = f"SELECT * FROM jobs WHERE status IN ({_marks(OPEN)}) ORDER BY number"
-        return [_job(row) for row in self._rows(query, OPEN)]
+        return [_record(Job, row) for row in self._rows(query, OPEN)]
 
     def job_of_model(self, model: str, statuses: Sequence[Status]) -> Job | None:
         """The newest job of one of these statuses that makes, or made, an adapter of this name; not a deleted one."""
@@ -215,7 +221,7 @@ class Database:
             "ORDER BY number DESC LIMIT 1"
         )
         found = self._rows(query, (model, *statuses))
-        return _job(found[0]) if found else None
+        return _record(Job, found[0]) if found else None
 
     def counts(self) -> dict[str, int]:
         """Status → how many jobs have it."""
@@ -268,12 +274,12 @@ class Database:
         Raises:
             UnknownRecord: there is no event ``after``.
         """
-        return [_event(row) for row in self._page("events", "job", job_id, "", [], after, limit)]
+        return [_record(Event, row) for row in self._page("events", "job", job_id, "", [], after, limit)]
 
     def metrics(self, job_id: str) -> list[Event]:
         """The events of a job's steps, in order."""
         query = "SELECT * FROM events WHERE job = ? AND step IS NOT NULL ORDER BY step, number"
-        return [_event(row) for row in self._rows(query, (job_id,))]
+        return [_record(Event, row) for row in self._rows(query, (job_id,))]
 
     def last_losses(self, job_id: str) -> dict[str, float]:
         """``train_loss`` and ``valid_loss`` of a job, the last ones that there are. Its events may be millions."""
@@ -351,13 +357,5 @@ def _read(row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def _file(row: dict[str, Any]) -> StoredFile:
-    return StoredFile(**{name: value for name, value in row.items() if name != "number"})
-
-
-def _job(row: dict[str, Any]) -> Job:
-    return Job(**{name: value for name, value in row.items() if name != "number"})
-
-
-def _event(row: dict[str, Any]) -> Event:
-    return Event(**{name: value for name, value in row.items() if name != "number"})
+def _record(kind: type[R], row: dict[str, Any]) -> R:
+    return kind(**{name: value for name, value in row.items() if name != "number"})

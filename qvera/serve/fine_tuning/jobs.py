@@ -6,7 +6,6 @@ import dataclasses
 import shutil
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from qvera.serve.fine_tuning.directory import TrainingDirectory
@@ -105,7 +104,6 @@ class Jobs:
         if not covers(model):
             how = "may not use a model of this name" if asked.suffix else "has models of its own: give the name of one"
             raise Refused(f"suffix: {shown_name(model)} would be the model's name, and this key {how}.", "suffix")
-        names = [self.directory.place(file).name for file in files]
         job = Job(
             id=job_id,
             owner=owner,
@@ -119,7 +117,7 @@ class Jobs:
             metadata=asked.metadata,
             recipe={},
         )
-        recipe = self._recipes.of(job, names[0], names[1] if len(names) > 1 else None)
+        recipe = self._recipes.of(job, *(self.directory.place(file).name for file in files))
         job = dataclasses.replace(job, recipe=recipe.to_dict())
         said = [Event(job.id, f"Created fine-tuning job: {job.id}")]
         said += [Event(job.id, f"Validating file: {file.name}") for file in files]
@@ -206,8 +204,8 @@ class Jobs:
         status = self.database.job(job.id).status
         return Refused(f"The job {job.id} is {status.replace('_', ' ')}, so that can't be done.", code="invalid_status")
 
-    def delete_model(self, model: str, owner: str) -> Path:
-        """Delete an adapter that a job of this owner made; returns where it was.
+    def delete_model(self, model: str, owner: str) -> None:
+        """Delete an adapter that a job of this owner made.
 
         Raises:
             NotMade: none did, or others' vectors lie there now.
@@ -226,4 +224,3 @@ class Jobs:
             raise NotMade from None
         shutil.rmtree(gone, ignore_errors=True)
         self.database.forget_model(job.id)
-        return directory

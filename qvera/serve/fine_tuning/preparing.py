@@ -93,7 +93,7 @@ class Preparer:
             self._directory.fail(job.id, "invalid_training_file" if param else "invalid_job", text, param)
         except RunFailed:
             raise
-        except Exception:
+        except Exception:  # it ends this job alone: the thread reads the rows of all
             _logger.exception("the rows of %s", job.id)
             self._directory.fail(job.id, "server_error", "The server failed; its log says why.")
 
@@ -106,7 +106,7 @@ class Preparer:
                 raise InputError(f"{place}: a .json file is read as a whole, so it may have {size}.")
             if place.suffix in (".jsonl", ".csv", ".tsv"):
                 _require_short_lines(place)
-        recipe = self._recipes.of(job, places[0].name, places[1].name if len(places) > 1 else None)
+        recipe = self._recipes.of(job, *(place.name for place in places))
         has_begun = directory.state(job.id).exists()
         if has_begun and (changed := changed_keys(job.recipe, recipe)):
             raise InputError(

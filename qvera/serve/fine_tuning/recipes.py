@@ -55,7 +55,7 @@ class Recipes:
         rows = {"path": "rows.jsonl", "adapter_column": "adapter", **self._data}
         self.server = self._parse({**self._common, "data": rows, "training": shared})
 
-    def of(self, job: Job, training_file: str, validation_file: str | None) -> Recipe:
+    def of(self, job: Job, training_file: str, validation_file: str | None = None) -> Recipe:
         """The recipe of a job.
 
         Args:

@@ -26,7 +26,6 @@ import contextlib
 import heapq
 import itertools
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +42,6 @@ from qvera.models.attention import implementation_on
 from qvera.models.checkpointing import enable_checkpointing
 from qvera.training import checkpoint
 from qvera.training.checkpoint import TrainState
-from qvera.training.failures import held_out_not_finite
 from qvera.training.many.live_run import LiveRun, Purpose, prepared_run, require_trainable
 from qvera.training.many.optimizer import BankAdamW
 from qvera.training.many.roster import AdapterRun
@@ -362,8 +360,7 @@ class LiveTrainer:
                 run.after = result  # of the very vectors that are saved
         else:
             run.after, is_new = result, run.best is None
-        if run.after is not None and not math.isfinite(run.after["loss"]):
-            run.reason, run.after = held_out_not_finite(run.state.step, run.state.before), None
+        run.refuse_bad_score()
         return is_new
 
 

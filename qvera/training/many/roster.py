@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qvera.data import adapter_batches, planned_steps
 from qvera.training.checkpoint import TrainState
+from qvera.training.failures import has_finite_loss, held_out_not_finite
 from qvera.utils.adapter_names import directory_names
 
 if TYPE_CHECKING:
@@ -128,6 +129,11 @@ class AdapterRun:
             return False
         vectors.copy_(self.best)
         return True
+
+    def refuse_bad_score(self) -> None:
+        """Give a reason not to save its vectors, where their held-out loss is not finite."""
+        if self.after is not None and not has_finite_loss(self.after):
+            self.reason, self.after = held_out_not_finite(f"step {self.state.step}", self.state.before), None
 
 
 def adapter_runs(recipe: Recipe, datasets: Datasets) -> list[AdapterRun]:

@@ -1,8 +1,8 @@
 """A round: one optimizer step of every adapter in flight, in forward passes that they share.
 
 The rows of all adapters are sorted by length and cut into passes. A row's loss is divided by the trained tokens of its
-own adapter's step, so neither the neighbours nor the passes change an adapter's gradient, beyond rounding. Rounds and
-evaluations go on pass by pass, so that a server can answer between two passes (`live`).
+own adapter's step. So an adapter's gradient does not depend on the other adapters or on the passes, up to rounding.
+Rounds and evaluations are computed pass by pass, so that a server can answer between two passes (`live`).
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -27,7 +26,7 @@ from qvera.adapters.training_bank import TrainingBank
 from qvera.data import Example
 from qvera.distributed.group import ALONE, for_all
 from qvera.models.checkpointing import enable_checkpointing
-from qvera.training.failures import held_out_not_finite, step_error
+from qvera.training.failures import step_error
 from qvera.training.logging import MetricsLog, ProgressBar, status_line
 from qvera.training.many import checkpoints
 from qvera.training.many.optimizer import BankAdamW
@@ -300,8 +299,7 @@ class ManyTrainer(Run):
         for run, result in zip(scored, self._held_out(scored), strict=True):
             run.after = result
         for run in leaving:
-            if run.after is not None and not math.isfinite(run.after["loss"]):
-                run.reason, run.after = held_out_not_finite(run.state.step, run.state.before), None
+            run.refuse_bad_score()
             if run.reason is None:
                 self._save_adapter(run)
                 self.roster.leave(run, "stopped_early" if run.state.stopped_early else "done")
