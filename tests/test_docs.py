@@ -40,6 +40,7 @@ NOT_RUN = {
     "curl": "asks a server; tests/serve/api does",
     "qvera chat http://127.0.0.1:8000": "asks a server; tests/serve/api/test_client.py does",
     "qvera generate http://127.0.0.1:8000": "asks a server; tests/serve/api/test_client.py does",
+    "qvera eval runs/my --judge": "asks a server; tests/evaluation/test_judge.py does",
     "qvera launch": "starts other processes; tests/distributed does",
     "qvera harness": "needs lm-eval; tests/evaluation/test_lm_eval.py does",
     "qvera doctor": "tests/cli does; its exit code depends on the machine",

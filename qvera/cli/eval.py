@@ -11,7 +11,7 @@ import typer
 
 from qvera.cli.common import AdapterName, EvalPath, console, progress, quiet_libraries, require_new_file
 from qvera.utils.atomic import replace_text
-from qvera.utils.errors import InputError
+from qvera.utils.errors import InputError, RunFailed
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -43,6 +43,17 @@ def evaluate(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Tokens per answer (default: the recipe's).")
     ] = None,
+    judge: Annotated[
+        str | None, typer.Option(metavar="URL", help="Let a model of this server compare answers, in both orders.")
+    ] = None,
+    judge_model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Which of its models (default: its only one).")
+    ] = None,
+    judge_against: Annotated[
+        str | None,
+        typer.Option(metavar="base|reference|FILE", help="What answers are compared with (default: base)."),
+    ] = None,
+    judge_prompt: Annotated[Path | None, typer.Option(metavar="FILE", help="What the judge is asked.")] = None,
     predictions: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a line of JSON a prompt.")] = None,
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a page: base, adapter and reference side by side.")
@@ -67,7 +78,14 @@ def evaluate(
     Example:
         qvera eval runs/quickstart --with-base --html page.html
     """
+    from qvera.cli.judge import Judge, summary_text
+
     _check_options(base, with_base, no_generation, group_prompts, json_file, predictions, html)
+    judging = Judge.of_options(judge, judge_model, judge_against, judge_prompt, no_generation)
+    if judging is not None and judging.against == "base":
+        if base:
+            raise InputError("--judge: compares with the base, and --base asks for it; add --judge-against.")
+        with_base = True
 
     from qvera.evaluation.metrics import text_metrics
 
@@ -132,7 +150,7 @@ def evaluate(
         ]
     about = _subject(target, section, base_alone=base, data=data)
     about |= {"inputs_sha256": inputs_sha256(answers), "max_new_tokens": answer_tokens, "adapter_sha256": sha256}
-    document = {
+    document: dict[str, Any] = {
         "subject": about,
         "scores": scores,
         "base_scores": base_scores,
@@ -141,9 +159,18 @@ def evaluate(
             for m in chosen
             if scores.get("scored_rows")
         ],
+        "judge": None,
         "versions": memory.versions(),
         "answers": answers,
     }
+    failure = None
+    if judging is not None:
+        decode = opened.base.tokenizer.decode
+        questions = [decode(prompt.example.prompt_ids.tolist(), skip_special_tokens=True) for prompt in prompts]
+        try:
+            document["judge"] = judging.judge(answers, questions)
+        except (InputError, RunFailed) as error:  # the answers are written all the same
+            failure = error
     if predictions is not None:
         lines = (json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
         replace_text(predictions, "".join(lines))
@@ -152,10 +179,14 @@ def evaluate(
     if html is not None:
         replace_text(html, answers_page(document))
     _print_scores(document)
+    if document["judge"] is not None:
+        print("\n".join(summary_text(document["judge"], about["column"].lower())))
     files = ((predictions, f"{len(prompts)} answers"), (json_file, "scores and answers"), (html, "the page"))
     for path, what in files:
         if path is not None:
             print(f"{path}: {what}")
+    if failure is not None:
+        raise failure
 
 
 def _check_options(base: bool, with_base: bool, no_generation: bool, group_prompts: bool, *files: Path | None) -> None:

@@ -52,9 +52,31 @@ class ServerClient:
         Raises:
             InputError: the server has no such model, or several and none is named.
         """
-        with self._call("/v1/models") as answer:
-            models = {model["id"]: model.get("parent") for model in json.load(answer)["data"]}
+        models = self._models()
         return {name: self._pick_model(models, name, base) for name in names}
+
+    def pick_judge(self, name: str | None) -> str:
+        """The model that judges: this one, or the server's only one.
+
+        Raises:
+            InputError: the server has no such model, or several and none is named.
+        """
+        models = self._models()
+        if name is not None and name not in models:
+            raise InputError(f"--judge-model {name}: {self.url} has no model of this name{did_you_mean(name, models)}")
+        if name is None and len(models) != 1:
+            raise InputError(
+                f"{self.url}: has {len(models):,} models. Name one with --judge-model: {_some_of(list(models))}."
+            )
+        return name or next(iter(models))
+
+    def _models(self) -> dict[str, str | None]:
+        """Each model of the server, and for an adapter its base."""
+        try:
+            with self._call("/v1/models") as answer:
+                return {model["id"]: model.get("parent") for model in json.load(answer)["data"]}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise RunFailed(f"{self.url}: /v1/models is no list of models. Is this a server of OpenAI's API?") from None
 
     def _pick_model(self, models: Mapping[str, str | None], name: str | None, base: bool) -> str:
         adapters = [model for model, parent in models.items() if parent is not None]
@@ -67,8 +89,7 @@ class ServerClient:
             return name
         if len(adapters) == 1 or not adapters:
             return (adapters or bases)[0]
-        shown = ", ".join(adapters[:8]) + (f" and {len(adapters) - 8:,} more" if len(adapters) > 8 else "")
-        raise InputError(f"{self.url}: has several adapters. Name one with --adapter NAME: {shown}.")
+        raise InputError(f"{self.url}: has several adapters. Name one with --adapter NAME: {_some_of(adapters)}.")
 
     def chat(
         self,
@@ -144,6 +165,10 @@ class ServerClient:
             message += f" Set {KEY_VARIABLE} to a key of this server."
         kind = RunFailed if error.code >= 500 or error.code in _BUSY else InputError
         return kind(f"{self.url}: {message}")
+
+
+def _some_of(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8:,} more" if len(names) > 8 else "")
 
 
 def _wait_seconds(error: urllib.error.HTTPError) -> float:

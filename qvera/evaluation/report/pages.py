@@ -102,6 +102,7 @@ def answers_page(evaluation: dict[str, Any]) -> str:
         evaluation=evaluation,
         name=Path(evaluation["subject"]["path"]).resolve().name,
         scores=scores,
+        judge=_judge_facts(evaluation.get("judge")),
         signatures=[(metric["label"], metric["signature"]) for metric in evaluation["metrics"]],
         changes=_changes(evaluation),
         samples=[_sample(row, evaluation) for row in evaluation["answers"][:MAX_ROWS]],
@@ -115,10 +116,35 @@ def _sample(row: dict[str, Any], evaluation: dict[str, Any]) -> Sample:
         """The scores of one answer, without exact match, which the verdict says already."""
         return " · ".join(f"{labels[name]} {significant(value)}" for name, value in scores.items() if name != "exact")
 
-    answers = [(evaluation["subject"]["column"], row["answer"], note(row["scores"]))]
+    verdict = _judge_note(row["judge"]) if "judge" in row else ""
+    notes = [text for text in (note(row["scores"]), verdict) if text]
+    answers = [(evaluation["subject"]["column"], row["answer"], " · ".join(notes))]
     if "base_answer" in row:
         answers.insert(0, ("Base", row["base_answer"], note(row["base_scores"])))
     return make_sample(row["source"], row["prompt"], answers, row["references"])
+
+
+def _judge_note(judged: dict[str, Any]) -> str:
+    """The judge's outcome of one answer, and its scores beside the other answer's in both orders."""
+    scores = ", ".join(f"{mine:g} to {other:g}" for mine, other in filter(None, judged["scores"]))
+    return f"judge: {judged['outcome']}" + (f" ({scores})" if scores else "")
+
+
+def _judge_facts(judge: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """What a judge found over all rows."""
+    if judge is None:
+        return []
+    facts = [
+        ("Judge", f"{judge['model']}, against {judge['against']}, both orders"),
+        ("Wins, ties, losses", ", ".join(count(judge[key]) for key in ("wins", "ties", "losses"))),
+        ("Win rate, a tie counts half", text_or_dash(judge["win_rate"], significant)),
+        ("Pairs without a verdict", count(judge["unreadable"]) if judge["unreadable"] else ""),
+    ]
+    if judge["score"] is not None:
+        facts.append(("Mean scores", f"{significant(judge['score'])} to {significant(judge['other_score'])}"))
+    if judge["consistent"] is not None:
+        facts.append(("Same verdict in both orders", f"{judge['consistent']:.0%}"))
+    return facts
 
 
 def _changes(evaluation: dict[str, Any]) -> list[tuple[str, list[str]]]:

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from qvera.cli.main import main
+from qvera.evaluation.judge import JudgePrompt, Pair, judge_pairs
 from qvera.serve.api.keys import KeyFile, new_key
-from qvera.serve.client import KEY_VARIABLE, server_url
+from qvera.serve.client import KEY_VARIABLE, ServerClient, server_url
+from qvera.utils.errors import InputError
 from tests.helpers import wait_until
 from tests.serve.api.conftest import Start
 
@@ -63,6 +65,21 @@ def test_a_busy_server_is_asked_again(start: Start, tmp_path: Path) -> None:
     assert main(["generate", served.url, str(rows), "--adapter", "anna", "--out", str(tmp_path / "out")]) == 0
     assert len((tmp_path / "out").read_text().splitlines()) == 3
     wait_until(lambda: served.engine.stats().running == 0)
+
+
+def test_a_server_of_ours_judges_pairs(start: Start) -> None:
+    served = start()
+    client = ServerClient.at(served.url)
+    model = client.pick_judge("tiny")
+
+    def ask(text: str) -> str:
+        return client.chat(model, [{"role": "user", "content": text}], temperature=0.0, max_tokens=20)
+
+    judged = judge_pairs([Pair("q", "one", "two")], JudgePrompt.read(), ask)
+    assert [row["replies"] for row in judged] == [[served.said["tiny"]] * 2]
+    assert judged[0]["outcome"] == "unreadable"
+    with pytest.raises(InputError, match="has 3 models. Name one with --judge-model: "):
+        client.pick_judge(None)
 
 
 def test_what_a_server_refuses_is_said(

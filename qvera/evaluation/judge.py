@@ -1,0 +1,204 @@
+"""Pairs of answers, scored by a language model in both orders (MT-Bench's pairwise comparison, arXiv 2306.05685).
+
+A judge prefers what it reads first more often than chance, so it reads each pair twice. An answer wins where it is
+preferred both times, as in the paper; where the two verdicts differ, the pair is a tie.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.resources import files
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+from qvera.utils.errors import InputError
+
+Outcome = Literal["win", "tie", "loss", "unreadable"]
+
+_PLACES = re.compile(r"\{(question|reference|answer_a|answer_b)\}")
+_NEEDED = ("question", "answer_a", "answer_b")
+_NUMBER = r"\d+(?:\.\d+)?"
+_VERDICT = re.compile(rf"\[\[\s*(?:([ABC])|({_NUMBER})\s*,\s*({_NUMBER}))\s*\]\]")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one request."""
+
+    question: str
+    answer: str
+    other: str
+    references: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a judge said of answers A and B.
+
+    Attributes:
+        preference: 1 for A, -1 for B, 0 for neither.
+        scores: those of A and of B, where the judge gives such.
+    """
+
+    preference: int
+    scores: tuple[float, float] | None = None
+
+    def swapped(self) -> Verdict:
+        """The same with A and B exchanged."""
+        return Verdict(-self.preference, None if self.scores is None else (self.scores[1], self.scores[0]))
+
+
+@dataclass(frozen=True)
+class JudgePrompt:
+    """What asks a judge, with the places ``{question}``, ``{answer_a}``, ``{answer_b}`` and ``{reference}``."""
+
+    text: str
+
+    @classmethod
+    def read(cls, path: Path | None = None) -> JudgePrompt:
+        """From a file; None: our own.
+
+        Raises:
+            InputError: there is no such file, or it lacks one of the places that it must have.
+        """
+        if path is None:
+            return cls(files("qvera.evaluation").joinpath("judge_prompt.txt").read_text(encoding="utf-8"))
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--judge-prompt {path}: can't be read as UTF-8 text: {error}.") from None
+        found = {match[1] for match in _PLACES.finditer(text)}
+        if missing := [f"{{{name}}}" for name in _NEEDED if name not in found]:
+            raise InputError(
+                f"--judge-prompt {path}: has no place for {', '.join(missing)}. A judge's prompt has {{question}}, "
+                "{answer_a}, {answer_b} and, if you like, {reference}, and asks for a last line such as [[7, 4]] (the "
+                "scores of A and B) or [[A]], [[B]] or [[C]] (a tie)."
+            )
+        return cls(text)
+
+    @property
+    def sha256(self) -> str:
+        """Of the text, to tell one judge's prompt from another."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+    def filled(self, pair: Pair, swapped: bool) -> str:
+        """The text about a pair. ``swapped``: its answer is B, and the other one is A."""
+        first, second = (pair.other, pair.answer) if swapped else (pair.answer, pair.other)
+        values = {"question": pair.question, "answer_a": first, "answer_b": second}
+        values["reference"] = "\n\n".join(pair.references) or "(none)"
+        # in one pass: what an answer contains is no place
+        return _PLACES.sub(lambda place: values[place[1]].strip(), self.text)
+
+
+def read_verdict(reply: str) -> Verdict | None:
+    """The last ``[[7, 4]]``, ``[[A]]``, ``[[B]]`` or ``[[C]]`` (a tie) of a reply; None: there is none."""
+    found = list(_VERDICT.finditer(reply))
+    if not found:
+        return None
+    letter, first, second = found[-1].groups()
+    if letter:
+        return Verdict({"A": 1, "B": -1, "C": 0}[letter])
+    a, b = float(first), float(second)
+    return Verdict((a > b) - (a < b), (a, b))
+
+
+def outcome_of(verdicts: Sequence[Verdict | None]) -> Outcome:
+    """What the verdicts on the two orders come to, each with the answer as A."""
+    known = [verdict.preference for verdict in verdicts if verdict is not None]
+    if len(known) < len(verdicts):
+        return "unreadable"
+    if all(preference == 1 for preference in known):
+        return "win"
+    return "loss" if all(preference == -1 for preference in known) else "tie"
+
+
+def judge_pairs(
+    pairs: Sequence[Pair],
+    prompt: JudgePrompt,
+    ask: Callable[[str], str],
+    at_once: int = 8,
+    progress: Callable[[int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Ask a judge about each pair, in both orders.
+
+    Args:
+        pairs: equal answers are a tie, and nobody is asked.
+        prompt: what is asked.
+        ask: a prompt → the judge's reply; called from several threads. What it raises ends the judging.
+        at_once: requests at the same time.
+        progress: called with how many replies have come.
+
+    Returns:
+        One dict a pair: ``outcome`` (`Outcome`), and for each of the two orders: ``scores`` of the answer and of the
+        other one (None where the judge gave none), ``preferences`` (1: the answer, -1: the other one, 0: neither, None:
+        no verdict) and ``replies``. The lists are empty for equal answers.
+    """
+    asked = [number for number, pair in enumerate(pairs) if pair.answer.strip() != pair.other.strip()]
+    prompts = [prompt.filled(pairs[number], swapped) for number in asked for swapped in (False, True)]
+    replies = list(_all_replies(prompts, ask, at_once, progress))
+    judged: list[dict[str, Any]] = [{"outcome": "tie", "scores": [], "preferences": [], "replies": []} for _ in pairs]
+    for number, texts in zip(asked, zip(replies[::2], replies[1::2], strict=True), strict=True):
+        first, second = map(read_verdict, texts)
+        verdicts = [first, None if second is None else second.swapped()]
+        judged[number] = {
+            "outcome": outcome_of(verdicts),
+            "scores": [
+                None if verdict is None or verdict.scores is None else list(verdict.scores) for verdict in verdicts
+            ],
+            "preferences": [None if verdict is None else verdict.preference for verdict in verdicts],
+            "replies": list(texts),
+        }
+    return judged
+
+
+def _all_replies(
+    prompts: Sequence[str], ask: Callable[[str], str], at_once: int, progress: Callable[[int], None] | None
+) -> Iterator[str]:
+    executor = ThreadPoolExecutor(at_once, thread_name_prefix="judge")
+    try:
+        for done, reply in enumerate(executor.map(ask, prompts), start=1):
+            if progress is not None:
+                progress(done)
+            yield reply
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)  # after an error nobody waits for the other replies
+
+
+def summary_of(judged: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Counts and means over the pairs.
+
+    Returns:
+        ``pairs``, ``wins``, ``ties``, ``losses``, ``unreadable``; ``win_rate``, the mean of 1 for a win and ½ for a
+        tie, and its standard error ``win_rate_error``; ``score`` and ``other_score``, the mean scores; ``consistent``,
+        the share of asked pairs on which both orders agree; ``first_preferred``, of the verdicts that prefer an answer
+        the share that prefers the one read first (½: no bias). None where there is nothing to take a mean of.
+    """
+    outcomes = [row["outcome"] for row in judged]
+    points = [{"win": 1.0, "tie": 0.5, "loss": 0.0}[outcome] for outcome in outcomes if outcome != "unreadable"]
+    both = [row["preferences"] for row in judged if row["replies"] and row["outcome"] != "unreadable"]
+    first = [place * sign > 0 for pair in both for place, sign in zip(pair, (1, -1), strict=True) if place]
+    scores = [pair for pair in chain.from_iterable(row["scores"] for row in judged) if pair is not None]
+
+    def mean(values: Sequence[float]) -> float | None:
+        return statistics.fmean(values) if values else None
+
+    return {
+        "pairs": len(judged),
+        "wins": outcomes.count("win"),
+        "ties": outcomes.count("tie"),
+        "losses": outcomes.count("loss"),
+        "unreadable": outcomes.count("unreadable"),
+        "win_rate": mean(points),
+        "win_rate_error": statistics.stdev(points) / math.sqrt(len(points)) if len(points) > 1 else None,
+        "score": mean([answer for answer, _ in scores]),
+        "other_score": mean([other for _, other in scores]),
+        "consistent": mean([pair[0] == pair[1] for pair in both]),
+        "first_preferred": mean(first),
+    }

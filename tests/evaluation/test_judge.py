@@ -1,0 +1,235 @@
+"""`qvera eval --judge`: pairs of answers, each read in both orders, scored by a server's model."""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qvera.cli.main import main
+from qvera.evaluation.judge import JudgePrompt, Pair, judge_pairs, outcome_of, read_verdict, summary_of
+from qvera.utils.errors import InputError, RunFailed
+
+PROMPT = JudgePrompt("Q {question} R {reference} A <a>{answer_a}</a> B <b>{answer_b}</b>")
+
+
+def read_pair(prompt: str) -> tuple[str, str]:
+    found = re.search(r"<a>(.*)</a> B <b>(.*)</b>", prompt, re.DOTALL)
+    assert found is not None
+    return found[1], found[2]
+
+
+def longest_wins(prompt: str) -> str:
+    a, b = read_pair(prompt)
+    return f"[[A]] would be too quick. [[{len(a)}, {len(b)}]]"
+
+
+def first_wins(_: str) -> str:
+    return "The first one. [[A]]"
+
+
+@pytest.mark.parametrize(
+    ("reply", "preference", "scores"),
+    [
+        ("Both are fine.\n[[7, 4]]", 1, (7.0, 4.0)),
+        ("[[9, 1]] at first sight, but: [[ 3.5,6 ]]", -1, (3.5, 6.0)),
+        ("Even. [[5, 5]]", 0, (5.0, 5.0)),
+        ("[[A]]", 1, None),
+        ("[[B]]", -1, None),
+        ("[[C]]", 0, None),
+    ],
+)
+def test_the_last_verdict_of_a_reply_counts(reply: str, preference: int, scores: tuple[float, float] | None) -> None:
+    verdict = read_verdict(reply)
+    assert verdict is not None
+    assert (verdict.preference, verdict.scores) == (preference, scores)
+
+
+@pytest.mark.parametrize("reply", ["", "A is better", "[7, 4]", "[[7]]", "[[D]]", "[[-1, 4]]"])
+def test_a_reply_without_a_verdict_is_none(reply: str) -> None:
+    assert read_verdict(reply) is None
+    assert outcome_of([read_verdict(reply), read_verdict("[[A]]")]) == "unreadable"
+
+
+def test_an_answer_wins_where_it_is_preferred_in_both_orders() -> None:
+    pairs = [Pair("q", "long answer", "short"), Pair("q", "no", "longer"), Pair("q", "same", "also")]
+    judged = judge_pairs(pairs, PROMPT, longest_wins)
+    assert [row["outcome"] for row in judged] == ["win", "loss", "tie"]
+    assert judged[0]["scores"] == [[11.0, 5.0], [11.0, 5.0]]
+    found = summary_of(judged)
+    assert (found["win_rate"], found["consistent"], found["first_preferred"]) == (0.5, 1.0, 0.5)
+    assert (found["score"], found["other_score"]) == pytest.approx(((11 + 2 + 4) / 3, (5 + 6 + 4) / 3))
+
+
+def test_a_judge_that_always_prefers_the_first_answer_makes_ties_and_is_found_out() -> None:
+    found = summary_of(judge_pairs([Pair("q", "one", "two")] * 3, PROMPT, first_wins))
+    assert (found["ties"], found["win_rate"], found["consistent"], found["first_preferred"]) == (3, 0.5, 0.0, 1.0)
+    assert found["score"] is None
+
+
+def test_nobody_is_asked_about_equal_answers() -> None:
+    asked: list[str] = []
+    judged = judge_pairs([Pair("q", "same ", " same")], PROMPT, lambda text: asked.append(text) or "")  # type: ignore[func-returns-value]
+    assert (judged[0]["outcome"], asked) == ("tie", [])
+    assert summary_of(judged)["consistent"] is None
+
+
+def test_what_an_answer_contains_is_no_place_of_the_prompt() -> None:
+    filled = PROMPT.filled(Pair("{answer_b}", "{question}", "{x} {reference}", ["right", "also"]), swapped=True)
+    assert filled == "Q {answer_b} R right\n\nalso A <a>{x} {reference}</a> B <b>{question}</b>"
+
+
+def test_an_error_ends_the_judging() -> None:
+    asked = []
+
+    def fails(prompt: str) -> str:
+        asked.append(prompt)
+        raise RunFailed("gone")
+
+    with pytest.raises(RunFailed, match="gone"):
+        judge_pairs([Pair("q", str(n), "x") for n in range(100)], PROMPT, fails, at_once=1)
+    assert len(asked) < 100
+
+
+def test_a_prompt_without_its_places_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("{question} {answer_a}")
+    with pytest.raises(InputError, match=r"has no place for \{answer_b\}"):
+        JudgePrompt.read(tmp_path / "p.txt")
+    assert {"{question}", "{answer_a}", "{answer_b}", "{reference}"} <= set(
+        re.findall(r"\{\w+\}", JudgePrompt.read().text)
+    )
+
+
+class Server:
+    """A server of OpenAI's API whose models answer by a function."""
+
+    def __init__(self, reply: Callable[[str], str], models: list[str]) -> None:
+        self.reply, self.models = reply, models
+        self.bodies: list[dict[str, Any]] = []
+        self.url = ""
+
+
+@contextlib.contextmanager
+def serving(reply: Callable[[str], str], *models: str) -> Iterator[Server]:
+    server = Server(reply, list(models) or ["judge"])
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def _send(self, status: int, text: str) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def do_GET(self) -> None:
+            self._send(200, json.dumps({"data": [{"id": name} for name in server.models]}))
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            server.bodies.append(body)
+            try:
+                text = server.reply(body["messages"][0]["content"])
+            except RunFailed as error:
+                self._send(500, json.dumps({"error": {"message": str(error)}}))
+                return
+            event = json.dumps({"choices": [{"delta": {"content": text}}]})
+            self._send(200, f"data: {event}\n\ndata: [DONE]\n\n")
+
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.url = f"http://127.0.0.1:{httpd.server_port}/v1"
+    thread = threading.Thread(target=httpd.serve_forever, args=(0.05,))
+    thread.start()
+    try:
+        yield server
+    finally:
+        httpd.shutdown()
+        thread.join()
+        httpd.server_close()
+
+
+@pytest.fixture
+def prompt_file(tmp_path: Path) -> Path:
+    (tmp_path / "judge.txt").write_text(PROMPT.text)
+    return tmp_path / "judge.txt"
+
+
+@pytest.mark.process
+def test_eval_has_a_server_judge_the_answers(trained_run: Path, tmp_path: Path, prompt_file: Path, capsys: Any) -> None:
+    files = [tmp_path / name for name in ("scores.json", "page.html", "answers.jsonl")]
+    with serving(longest_wins) as server:
+        ask = ["eval", str(trained_run), "--max-new-tokens", "6", "--judge", server.url]
+        written = ["--json", str(files[0]), "--html", str(files[1]), "--predictions", str(files[2])]
+        assert main([*ask, "--judge-against", "reference", "--judge-prompt", str(prompt_file), *written]) == 0
+        bodies = list(server.bodies)
+        assert main([*ask, "--judge-against", str(files[2]), "--json", str(tmp_path / "again.json")]) == 0
+        assert main([*ask, "--json", str(tmp_path / "base.json")]) == 0
+    document, again, base = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("scores", "again", "base"))
+    rows, summary = document["answers"], document["judge"]
+    points = {1: "win", 0: "tie", -1: "loss"}
+    for row in rows:
+        mine, other = len(row["answer"].strip()), len(row["references"][0].strip())
+        assert row["judge"]["outcome"] == points[(mine > other) - (mine < other)]
+    assert len(bodies) == 2 * len(rows)
+    assert summary["pairs"] == len(rows) == summary["wins"] + summary["ties"] + summary["losses"]
+    assert {(body["model"], body["temperature"]) for body in bodies} == {("judge", 0.0)}
+    question = bodies[0]["messages"][0]["content"]
+    assert "<|im_start|>" in rows[0]["prompt"]
+    assert "<|im_start|>" not in question
+    assert "R (none) " in question, "the judge must not be told which answer is the reference"
+    assert "win rate" in capsys.readouterr().out
+    assert "Wins, ties, losses" in files[1].read_text()
+    assert again["judge"]["ties"] == len(rows), "against its own answers"
+    assert base["judge"]["against"] == "base"
+    assert "base_answer" in base["answers"][0]
+
+
+@pytest.mark.process
+def test_a_judge_that_fails_costs_no_answers(trained_run: Path, tmp_path: Path, capsys: Any) -> None:
+    def fails(_: str) -> str:
+        raise RunFailed("out of credit")
+
+    with serving(fails) as server:
+        line = ["eval", str(trained_run), "--judge", server.url, "--judge-against", "reference"]
+        assert main([*line, "--max-new-tokens", "2", "--json", str(tmp_path / "scores.json")]) == 1
+    assert "out of credit" in capsys.readouterr().err
+    document = json.loads((tmp_path / "scores.json").read_text())
+    assert document["answers"]
+    assert document["judge"] is None
+
+
+def test_wrong_options_are_said_before_anything_is_loaded(tmp_path: Path, capsys: Any) -> None:
+    with serving(first_wins, "one", "two") as server:
+        for options, said in (
+            (["--judge-model", "x"], "--judge-model: goes with --judge URL only"),
+            (["--judge", "runs/judge"], "takes the address of a server"),
+            (["--judge", server.url], "has 2 models. Name one with --judge-model: one, two"),
+            (["--judge", server.url, "--judge-model", "onr"], "has no model of this name; did you mean"),
+            (["--judge", server.url, "--no-generation"], "--judge: compares answers"),
+            (["--judge", server.url, "--judge-against", str(tmp_path / "no.jsonl")], "there is no such file"),
+            (["--judge", server.url, "--judge-prompt", str(tmp_path / "no.txt")], "can't be read as UTF-8 text"),
+            (["--judge", server.url, "--judge-model", "one", "--base"], "--base asks for it; add --judge-against"),
+        ):
+            assert main(["eval", str(tmp_path), *options]) == 2, options
+            assert said in " ".join(capsys.readouterr().err.split()), options
+
+
+def test_answers_to_other_prompts_are_not_compared(tmp_path: Path) -> None:
+    from qvera.cli.judge import _other_answers
+
+    rows = [{"prompt": "a", "source": "rows.jsonl:1", "answer": "x"}]
+    for text, said in (
+        ('{"prompt": "b", "answer": "y"}\n', "line 1 answers another prompt than rows.jsonl:1"),
+        ("[]\n", "line 1 is none of"),
+        ("", "has 0 answers, and there are 1 here"),
+    ):
+        (tmp_path / "answers.jsonl").write_text(text)
+        with pytest.raises(InputError, match=said):
+            _other_answers(tmp_path / "answers.jsonl", rows)
