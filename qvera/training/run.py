@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qvera.distributed.init import restarted
 from qvera.training.logging import MetricsLog, Trackers
-from qvera.training.run_dir import check_run_dir, run_lock
+from qvera.training.run_dir import check_run_dir, run_lock, write_run_json
 from qvera.training.session import TrainingSession
 from qvera.utils.atomic import disk_errors, replace_text
 from qvera.utils.signals import StopRequests
@@ -43,6 +43,7 @@ class Run(TrainingSession):
         self.signals = StopRequests()
         self.stopped_by: str | None = None
         self.log_file: MetricsLog | None = None
+        self.run: dict[str, Any] = {}
         names = recipe.training.report_to if group.first else []
         self.trackers = group.agree(lambda: Trackers(names, run_dir, recipe.to_dict()))
 
@@ -76,3 +77,8 @@ class Run(TrainingSession):
             self.run_dir.mkdir(parents=True, exist_ok=True)
             self.log_file = MetricsLog(self.run_dir / "metrics.jsonl", last, unit, again=again)
             replace_text(self.run_dir / "recipe.yaml", self.recipe.to_yaml())
+
+    def write_begun(self, **known: Any) -> None:
+        """Write run.json while the run goes; ``known``: what it has besides `begun_run`. All ranks call this."""
+        self.run |= known
+        self.group.on_first(lambda: write_run_json(self.run_dir, self.run))

@@ -21,11 +21,12 @@ from qvera.training.logging import read_records
 from qvera.utils.atomic import disk_errors, replace_text
 from qvera.utils.errors import InputError, QveraError
 from qvera.utils.files import existing_parent, plain_json, try_read_json
+from qvera.utils.paths import RUN_OWNER
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-_LOCK, _OWNER = ".qvera_run.lock", ".qvera_run.owner"
+_LOCK = ".qvera_run.lock"
 
 
 def run_directory(recipe: Recipe, recipe_path: Path | None) -> Path:
@@ -53,7 +54,7 @@ def run_lock(run_dir: Path, host: str, wait_seconds: float = 0.0, what: str = "t
     """
     require_writable(run_dir, what)
     made = [place for place in (run_dir, *run_dir.parents) if not place.exists()]
-    owner, lock = run_dir / _OWNER, FileLock(run_dir / _LOCK, timeout=wait_seconds)
+    owner, lock = run_dir / RUN_OWNER, FileLock(run_dir / _LOCK, timeout=wait_seconds)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -188,6 +189,16 @@ def _check_same_run(found: checkpoint.Checkpoint, recipe: Recipe) -> None:
         raise InputError(f"{found.path}: was written by another version of qvera ({error}).") from None
 
 
+def write_run_json(run_dir: Path, run: dict[str, Any]) -> None:
+    """Write run.json: when a run begins, so that others see what it is made of, and when it ends.
+
+    Raises:
+        RunFailed: the disk is full or read-only.
+    """
+    with disk_errors(str(run_dir / "run.json"), "Checkpoints are kept; mend that and go on with --resume."):
+        replace_text(run_dir / "run.json", json.dumps(plain_json(run), indent=1, ensure_ascii=False))
+
+
 def write_run(run_dir: Path, run: dict[str, Any], console: Console) -> None:
     """Write run.json and the report page.
 
@@ -195,9 +206,8 @@ def write_run(run_dir: Path, run: dict[str, Any], console: Console) -> None:
         RunFailed: the disk is full or read-only.
     """
     run["finished"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    with disk_errors(str(run_dir / "run.json"), "Checkpoints are kept; mend that and go on with --resume."):
-        replace_text(run_dir / "run.json", json.dumps(plain_json(run), indent=1, ensure_ascii=False))
-        try:
-            write_report(run_dir)
-        except QveraError as error:  # the page can be made again; the run is what counts
-            console.print(f"[yellow]No report was written: {error}")
+    write_run_json(run_dir, run)
+    try:
+        write_report(run_dir)
+    except QveraError as error:  # the page can be made again; the run is what counts
+        console.print(f"[yellow]No report was written: {error}")

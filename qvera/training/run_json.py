@@ -13,11 +13,12 @@ if TYPE_CHECKING:
 
 
 def begun_run(session: TrainingSession, started: str) -> dict[str, Any]:
-    """The contents of run.json before the first step; ``started``: when, in ISO format."""
+    """The contents of run.json while the run goes; ``started``: when, in ISO format."""
     return {
         "format": 1,
         "status": "running",
         "started": started,
+        "planned_steps": session.steps,
         "model": session.base.facts,
         "adapter": {**adapter_facts(session.model), "file_bytes": None},
         "data": session.datasets.stats.to_dict(),
@@ -27,6 +28,11 @@ def begun_run(session: TrainingSession, started: str) -> dict[str, Any]:
         "gradient_checkpointing": session.checkpointing,
         "processes": {"count": session.group.world_size, "deepspeed": session.recipe.deepspeed},
     }
+
+
+def begun_samples(answers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The samples of run.json while there are only those from before training."""
+    return [{"prompt": one["prompt"], "reference": one["reference"], "before": one["answer"]} for one in answers]
 
 
 def add_result(
@@ -66,8 +72,8 @@ def add_result(
         **({"adaptation": list(adaptation)} if adaptation else {}),
     }
     run["samples"] = [
-        {"prompt": a["prompt"], "reference": a["reference"], "before": b["answer"], "after": a["answer"]}
-        for b, a in zip(state.samples_before, samples, strict=False)
+        {**before, "after": after["answer"]}
+        for before, after in zip(begun_samples(state.samples_before), samples, strict=False)
     ]
 
 

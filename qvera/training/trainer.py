@@ -32,7 +32,7 @@ from qvera.training.optim import build_schedule, optimizer_bytes
 from qvera.training.plan import planned_steps
 from qvera.training.run import Run, RunResult
 from qvera.training.run_dir import newest_checkpoint, write_run
-from qvera.training.run_json import add_result, begun_run
+from qvera.training.run_json import add_result, begun_run, begun_samples
 from qvera.utils.atomic import disk_errors
 from qvera.utils.errors import InputError, Interrupted, NotFinite, OutOfMemory, RunFailed
 from qvera.utils.files import plain_json
@@ -96,6 +96,7 @@ class Trainer(Run):
             + (f" and {others} more." if others else "."),
             soft_wrap=True,
         )
+        self.write_begun()
 
     def train(self) -> RunResult | None:
         """Take the steps that are left, then evaluate, save the adapter and write run.json.
@@ -110,6 +111,7 @@ class Trainer(Run):
         with self.signals, self.trackers:
             if state.before is None and self.datasets.eval:
                 state.before, state.samples_before = self.score("Before training")
+                self.write_begun(result={"eval_before": state.before}, samples=begun_samples(state.samples_before))
             self.model.train()
             with ProgressBar(self.console, self.steps, state.step) as self.progress:
                 if state.evaluation_due:  # the run ran out of memory in it

@@ -5,6 +5,8 @@ from pathlib import Path
 
 RECIPE_FILE = "recipe.yaml"
 """The recipe in a run's directory."""
+RUN_OWNER = ".qvera_run.owner"
+"""The file in a run's directory in which the process that trains there says who it is: host, pid, started (ISO)."""
 ADAPTERS = "adapters"
 """The directory of a run that trained many adapters, with one directory for each."""
 ADAPTER_CONFIG = "adapter_config.json"

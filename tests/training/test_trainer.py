@@ -469,3 +469,23 @@ def test_a_disk_that_fills_up_stops_the_run_and_resume_ends_where_it_would_have(
         assert main([*command, "--resume"]) == 0
         vectors = (disk / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
     assert vectors == (tmp_path / "whole" / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def test_run_json_says_what_a_run_is_made_of_while_it_goes(
+    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, Any]] = []
+    log = Trainer.log
+
+    def spy(self: Trainer, record: dict[str, Any]) -> None:
+        seen.append(json.loads((self.run_dir / "run.json").read_text()))
+        log(self, record)
+
+    monkeypatch.setattr(Trainer, "log", spy)
+    result = train(make_recipe(training={"max_steps": 2, "sample_count": 1}), tmp_path / "run")
+    assert result is not None
+    begun, done = seen[0], result.run
+    assert (begun["status"], begun["planned_steps"]) == ("running", 2)
+    assert begun["result"] == {"eval_before": done["result"]["eval_before"]}
+    assert [begun["samples"][0] | {"after": done["samples"][0]["after"]}] == done["samples"]
+    assert [begun[key] for key in ("model", "data", "device")] == [done[key] for key in ("model", "data", "device")]

@@ -126,6 +126,7 @@ class ManyTrainer(Run):
         self.run = begun_run(self, self.started)
         facts = self.run["adapter"]
         facts["trainable_parameters"] = self.bank.trained_numbers  # of each adapter; the model's are frozen
+        self.write_begun(planned_steps=int(self.group.sum([float(self.steps)])[0]))  # of all processes
         self.console.print(
             f"Training {self.bank.trained_numbers:,} parameters of each adapter in {facts['adapted_modules']} linear "
             f"layers, at most {self.bank.slots:,} adapters at a time, on {self.run['device']}"
