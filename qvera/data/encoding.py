@@ -32,22 +32,20 @@ class Encoder:
         splits: a text may be encoded in parts. SentencePiece tokenizers that put a space in front of whatever they
             are given can't do that.
 
+    Args:
+        has_answers: rows have answers, which end with eos.
+
     Raises:
-        InputError: the tokenizer has no eos token.
+        InputError: the tokenizer has no eos token and rows have answers, or it has neither eos nor a pad token.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        name = tokenizer.name_or_path or "this model"
-        if tokenizer.eos_token_id is None:
-            raise InputError(
-                f"The tokenizer of {name} has no eos_token, so an answer could never end. Set eos_token in its "
-                "tokenizer_config.json to the token that ends a text (</s>, <|endoftext|>, ...), or name another "
-                "model.tokenizer."
-            )
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, has_answers: bool = True) -> None:
+        if has_answers:
+            require_eos(tokenizer)
         self.tokenizer = tokenizer
-        self.eos_id = int(tokenizer.eos_token_id)
+        self.eos_id: int | None = tokenizer.eos_token_id
         self.pads_with_eos = tokenizer.pad_token_id is None
-        self.pad_id = self.eos_id if self.pads_with_eos else int(tokenizer.pad_token_id)
+        self.pad_id = pad_id_of(tokenizer)
         self.bos_id: int | None = None
         bos = tokenizer.bos_token_id
         if bos is not None:
@@ -129,6 +127,31 @@ class Encoder:
             return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
         return [(tokens_before(header), tokens_before(start), tokens_before(end)) for header, start, end in answers]
+
+
+def require_eos(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse (InputError) the tokenizer of a model that answers, if it has no end-of-sequence token."""
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"The tokenizer of {tokenizer.name_or_path or 'this model'} has no end-of-sequence token, so no answer "
+            "could ever end. Set eos_token in its tokenizer_config.json to the token that ends a text (</s>, "
+            "<|endoftext|>, ...), or name another model.tokenizer."
+        )
+
+
+def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that fills up a batch: the tokenizer's, or eos where it has none.
+
+    Raises:
+        InputError: it has neither.
+    """
+    found = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if found is None:
+        raise InputError(
+            f"The tokenizer of {tokenizer.name_or_path or 'this model'} has no pad_token and no eos_token, so rows of "
+            "different lengths can't stand in one batch. Set model.pad_token to one of its tokens."
+        )
+    return int(found)
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

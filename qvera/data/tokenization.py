@@ -147,6 +147,7 @@ class RowTokenizer:
                     prompt_ids, prompt_text = input_ids[:start], text[: answer.start]
                     reference = row.turns[last].content
         if append_eos:
+            assert self.encoder.eos_id is not None  # rows with answers ask for one
             input_ids = [*input_ids, self.encoder.eos_id]
             trained = np.append(trained, True)
         trained[:1] = False

@@ -11,13 +11,15 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from qvera.config.schema import ModelSection
+from qvera.data.encoding import pad_id_of, require_eos
 from qvera.distributed.zero_params import whole_numel
 from qvera.models import attention, linear, quantization, quantized_cache, stream
 from qvera.models.hub import base_directory
 from qvera.models.mmap import NotMappable, WeightSharder, load_mapped
+from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.model_config import empty_model, load_config, require_own_weights
 from qvera.models.quantize_checkpoint import NotPlain
 from qvera.models.tokenizer import ids_of, load_tokenizer, place_token_rows
@@ -69,6 +71,7 @@ def load_base(
     device: torch.device | None = None,
     progress: StageProgress | None = None,
     sharder: WeightSharder | None = None,
+    model_class: ModelClass = CAUSAL_LM,
 ) -> Base:
     """Load the base model of a recipe, quantized and frozen, in evaluation mode.
 
@@ -77,16 +80,18 @@ def load_base(
     loads int8, dense and unusual checkpoints. `qvera.models.linear` then runs every quantized linear.
 
     ``progress`` is called while the base is quantized for the first time. A ``sharder`` keeps only a share of each
-    weight of a 4-bit base (`load_mapped`).
+    weight of a 4-bit base (`load_mapped`). ``model_class`` says which model is made, and what head it gets.
 
     Raises:
-        InputError: there is no causal language model at that path, its weights are not those of its config, or what was
+        InputError: there is no model of this class at that path, its weights are not those of its config, or what was
             loaded is not what the recipe says.
     """
     device = device or accelerator.current_device()
     dtype = pick_compute_dtype(section.compute_dtype, device)
     name = resolve_path(section.path)
     tokenizer = load_tokenizer(section)
+    if not model_class.has_own_head:
+        require_eos(tokenizer)
     if section.stream is True and sharder is not None:
         raise InputError(
             "model.stream: ZeRO-3 divides the base among the ranks, and brings its layers to the device itself. Leave "
@@ -100,8 +105,10 @@ def load_base(
     try:
         config = load_config(section)
         if Path(name).is_dir():
-            require_own_weights(Path(name), checkpoint_tensors(Path(name)), empty_model(section))
-        model = _load_mapped(section, config, dtype, device, progress, sharder)
+            require_own_weights(
+                Path(name), checkpoint_tensors(Path(name)), empty_model(section, None, model_class), model_class
+            )
+        model = _load_mapped(section, config, dtype, device, progress, sharder, model_class)
         if model is None and sharder is not None:
             raise InputError(
                 f"deepspeed: ZeRO-3 spreads a 4-bit base over the ranks while it reads it, and {name!r} with "
@@ -113,15 +120,17 @@ def load_base(
                 f"with model.quantization {section.quantization} can't be read so. Leave model.stream out."
             )
         if model is None:
-            model = _load_by_transformers(section, config, dtype, device)
+            model = _load_by_transformers(section, config, dtype, device, model_class)
     except (OSError, ValueError, KeyError, HFValidationError, SafetensorError, ImportError) as error:
         raise InputError(
-            f"model.path: {name!r} can't be loaded as a causal language model: {first_line(error)} Expected a hub id, "
-            "or a directory with config.json and safetensors weights."
+            f"model.path: {name!r} can't be loaded as {model_class.what}: {first_line(error)} Expected a hub id, or a "
+            "directory with config.json and safetensors weights."
         ) from None
     model.name_or_path = model.config._name_or_path = name  # not the cached copy's: PEFT writes it into adapters
     model.requires_grad_(False)
     model.eval()
+    if model_class.has_own_head:  # a decoder's head reads the last token that is no padding
+        model.config.get_text_config().pad_token_id = pad_id_of(tokenizer)
     ids = ids_of(tokenizer, section.added_tokens)
     if ids:
         place_token_rows(model, ids)
@@ -151,6 +160,7 @@ def _load_mapped(
     device: torch.device,
     progress: StageProgress | None,
     sharder: WeightSharder | None,
+    model_class: ModelClass,
 ) -> PreTrainedModel | None:
     """The model from its mapped 4-bit file, written now if there is none yet; None: transformers has to load it."""
     if _is_quantized(config):
@@ -163,15 +173,16 @@ def _load_mapped(
         if _is_quantized(config):
             directory = base_directory(section)
         else:
-            directory = quantized_cache.cached_base(section, device=device, progress=progress)
+            directory = quantized_cache.cached_base(section, device=device, progress=progress, model_class=model_class)
             config = AutoConfig.from_pretrained(directory, trust_remote_code=section.trust_remote_code)
         streamed = section.stream is True
         if section.stream == "auto" and sharder is None:
             stored = sum(entry.size_bytes for entry in checkpoint_tensors(directory))
             streamed = stream.streams_by_itself(stored, device)
         model = load_mapped(
-            directory, config, dtype, device, _attention(section), section.trust_remote_code, sharder, streamed
-        )
+            directory, config, dtype, device, _attention(section), section.trust_remote_code, sharder, streamed,
+            model_class,
+        )  # fmt: skip
         if streamed:
             stream.stream_layers(model, device)
         return model
@@ -180,17 +191,19 @@ def _load_mapped(
 
 
 def _load_by_transformers(
-    section: ModelSection, config: PretrainedConfig, dtype: torch.dtype, device: torch.device
+    section: ModelSection, config: PretrainedConfig, dtype: torch.dtype, device: torch.device, model_class: ModelClass
 ) -> PreTrainedModel:
     """The model as `from_pretrained` loads it.
 
     Raises:
         InputError: the checkpoint lacks weights, which transformers would draw at random.
     """
-    wanted = None if _is_quantized(config) else quantization.quantization_config(section, dtype)
-    name = resolve_path(section.path)
-    model, loading = AutoModelForCausalLM.from_pretrained(
+    heads = list(model_class.head_modules(empty_model(section, None, model_class))) if model_class.has_own_head else []
+    wanted = None if _is_quantized(config) else quantization.quantization_config(section, dtype, heads)
+    name, keeps_head = resolve_path(section.path), model_class.finds_head(config)
+    model, loading = model_class.from_pretrained(
         name,
+        config,
         dtype=dtype,
         device_map={"": device},
         use_safetensors=True,
@@ -200,12 +213,13 @@ def _load_by_transformers(
         attn_implementation=_attention(section),
         **({} if wanted is None else {"quantization_config": wanted}),
     )
-    missing = sorted(loading["missing_keys"])
+    missing = sorted(key for key in loading["missing_keys"] if keeps_head or key.partition(".")[0] not in heads)
     if missing and not _is_quantized(config):
         raise InputError(
             f"model.path: the weights of {name!r} hold no {first_of(missing)}, which transformers would draw "
             "at random. Copy config.json and all weight files of one checkpoint again."
         )
+    model_class.start_head(model, keeps_head, device)
     return model
 
 
@@ -304,17 +318,18 @@ def require_packing(model: PreTrainedModel | PeftModel) -> None:
         )
 
 
-def load_exported(directory: Path, device: torch.device) -> PreTrainedModel:
+def load_exported(directory: Path, device: torch.device, model_class: ModelClass = CAUSAL_LM) -> PreTrainedModel:
     """The checkpoint in evaluation mode: mapped, in fp32, on a CPU; as plain transformers loads it on an accelerator.
 
     fp16 products are slow or missing on CPUs; fp32 holds every value of the file exactly.
     """
+    config = AutoConfig.from_pretrained(directory)
     if accelerator.is_accelerator(device):
-        return AutoModelForCausalLM.from_pretrained(directory, dtype="auto", device_map={"": device}).eval()
+        return model_class.from_pretrained(str(directory), config, dtype="auto", device_map={"": device}).eval()
     try:
-        return load_mapped(directory, AutoConfig.from_pretrained(directory), torch.float32, device)
+        return load_mapped(directory, config, torch.float32, device, model_class=model_class)
     except NotMappable:
-        return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        return model_class.from_pretrained(str(directory), config, dtype=torch.float32).eval()
 
 
 def exported_bytes(directory: Path, device: torch.device) -> int:

@@ -18,10 +18,11 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from qvera.distributed.zero_params import decoder_layers
 from qvera.models import linear, quantization
+from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.utils.errors import InputError
 from qvera.utils.formatting import first_of
 from qvera.utils.safetensors_io import TensorEntry, checkpoint_tensors
@@ -58,8 +59,9 @@ def load_mapped(
     trust_remote_code: bool = False,
     sharder: WeightSharder | None = None,
     layers_in_ram: bool = False,
+    model_class: ModelClass = CAUSAL_LM,
 ) -> PreTrainedModel:
-    """The causal language model of a checkpoint directory, frozen, in evaluation mode, its big tensors mapped.
+    """The model of a checkpoint directory, frozen, in evaluation mode, its big tensors mapped.
 
     Args:
         directory: the checkpoint.
@@ -72,17 +74,22 @@ def load_mapped(
             time. A head that is the embedding stays whole and mapped: its two users would release it under each other.
         layers_in_ram: leave the packed weights of the decoder layers in the mapped file, whatever the device is
             (`qvera.models.stream`).
+        model_class: which model. A head of its own is fp32, and drawn anew where the checkpoint has none of its labels.
 
     Raises:
         InputError: a shard is missing or cut short, or a tensor has not the shape that the config says.
         NotMappable: the names in the file are not those of the model.
     """
     entries = {entry.name: entry for entry in checkpoint_tensors(directory)}
+    keeps_head = model_class.finds_head(config)
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
+        model = model_class.from_config(
             config, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation=attn_implementation
         )
-    packed, plain = _sorted_by_kind(entries)
+    heads = tuple(f"{name}." for name in model_class.head_modules(model))
+    wanted = model_class.stored_names(entries, model)
+    wanted = wanted if keeps_head else {name for name in wanted if not name.startswith(heads)}
+    packed, plain = _sorted_by_kind({name: entry for name, entry in entries.items() if name in wanted})
     _check_names(model, packed, plain)
     dense = set() if sharder is None else _weights_to_shard(model, config, plain)
     kept = _names_in_layers(model, packed) if layers_in_ram else set()
@@ -110,12 +117,13 @@ def load_mapped(
                 module = model.get_submodule(name.rpartition(".")[0])
                 sharder(module.weight, table=any(module is end for end in tables))
     model.tie_weights()
-    missing = [name for name, p in model.named_parameters() if p.is_meta]
+    missing = [n for n, p in model.named_parameters() if p.is_meta and (keeps_head or not n.startswith(heads))]
     if missing:
         raise NotMappable(f"{directory} has no {first_of(missing)}")
     for buffer in model.buffers():
         buffer.data = buffer.to(device)
     linear.compute_in(model, dtype)
+    model_class.start_head(model, keeps_head, device)
     with contextlib.suppress(OSError):  # not every model has one
         model.generation_config = GenerationConfig.from_pretrained(directory)
     return model.requires_grad_(False).eval()

@@ -11,9 +11,10 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from qvera.config.schema import ModelSection
+from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.formatting import first_of
 from qvera.utils.paths import resolve_path
@@ -69,21 +70,23 @@ def _require_possible(raw: Mapping[str, object], where: str) -> None:
             raise InputError(f"{where} has hidden_size {hidden}, not a multiple of num_attention_heads {heads}.")
 
 
-def empty_model(section: ModelSection, source: Path | str | None = None) -> PreTrainedModel:
+def empty_model(
+    section: ModelSection, source: Path | str | None = None, model_class: ModelClass = CAUSAL_LM
+) -> PreTrainedModel:
     """The base without weights, on the meta device: its modules and their shapes.
 
     Raises:
-        InputError: its config can't be read, or no causal language model can be made from it.
+        InputError: its config can't be read, or no model of this class can be made from it.
     """
     name = str(source or resolve_path(section.path))
     try:
         config = load_config(section, source)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=section.trust_remote_code)
+            return model_class.from_config(config, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise InputError(
-            f"model.path: no model can be made from the config of {name!r}; it can't be loaded as a causal language "
-            f"model: {first_line(error)}"
+            f"model.path: no model can be made from the config of {name!r}; it can't be loaded as {model_class.what}: "
+            f"{first_line(error)}"
         ) from None
 
 
@@ -97,11 +100,14 @@ def head_size(model: torch.nn.Module) -> int | None:
     return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) else None
 
 
-def require_own_weights(directory: Path, entries: list[TensorEntry], model: PreTrainedModel) -> None:
+def require_own_weights(
+    directory: Path, entries: list[TensorEntry], model: PreTrainedModel, model_class: ModelClass = CAUSAL_LM
+) -> None:
     """Compare the tensors of a checkpoint with the model that its config.json describes.
 
     Only tensors with the names of the model's parameters are compared: transformers may rename the others while
-    loading. ``entries`` are the checkpoint's tensors, ``model`` is `empty_model` of it.
+    loading. ``entries`` are the checkpoint's tensors, ``model`` is `empty_model` of it. A head of its own that the
+    class asks for need not be stored.
 
     Raises:
         InputError: the weights have more or fewer layers than the config, no output head where the config ties none,
@@ -114,15 +120,17 @@ def require_own_weights(directory: Path, entries: list[TensorEntry], model: PreT
     if getattr(model.config, "quantization_config", None) is not None:
         return  # packed weights have other shapes and dtypes
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    missing = [n for n, _ in model.named_parameters() if n not in stored and n not in tied.values()]
-    if missing and stored.keys() <= model.state_dict().keys():
+    heads = tuple(f"{name}." for name in model_class.head_modules(model))
+    wanted = [n for n, _ in model.named_parameters() if not n.startswith(heads)]
+    missing = [n for n in wanted if n not in stored and n not in tied.values()]
+    if missing and model_class.stored_names(stored, model) <= model.state_dict().keys():
         raise InputError(
             f"{directory}: the weights hold no {first_of(missing)}, which config.json asks for. Copy config.json and "
             "all weight files of one checkpoint again."
         )
     for name, tensor in model.state_dict().items():
         entry = stored.get(name)
-        if entry is None:
+        if entry is None or name.startswith(heads):
             continue
         if entry.shape != tuple(tensor.shape):
             raise InputError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -35,13 +35,20 @@ else:
 bnb_functional = bnb.functional
 
 
-def quantization_config(section: ModelSection, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """What transformers needs in order to quantize while it loads; None for an unquantized base."""
+def quantization_config(
+    section: ModelSection, compute_dtype: torch.dtype, heads: Sequence[str] = ()
+) -> BitsAndBytesConfig | None:
+    """What transformers needs in order to quantize while it loads; None for an unquantized base.
+
+    ``heads``: modules that stay dense; none: transformers looks for an output head.
+    """
     if section.quantization == "none":
         return None
+    skipped = list(heads) or None
     if section.quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     return BitsAndBytesConfig(
+        llm_int8_skip_modules=skipped,
         load_in_4bit=True,
         bnb_4bit_quant_type=section.quantization,
         bnb_4bit_use_double_quant=section.double_quant,
@@ -50,12 +57,13 @@ def quantization_config(section: ModelSection, compute_dtype: torch.dtype) -> Bi
     )
 
 
-def four_bit_linears(model: nn.Module, section: ModelSection) -> set[str]:
+def four_bit_linears(model: nn.Module, section: ModelSection, heads: Sequence[str] = ()) -> set[str]:
     """Names of the modules that transformers makes 4-bit in this model (on the meta device; it is changed in place).
 
-    All `nn.Linear` (and Conv1D) but the output head, what is tied to the embeddings, and what the model keeps in fp32.
+    All `nn.Linear` (and Conv1D) but the output head (or ``heads``), what is tied to the embeddings, and what the model
+    keeps in fp32.
     """
-    quantizer = AutoHfQuantizer.from_config(quantization_config(section, torch.bfloat16), pre_quantized=False)
+    quantizer = AutoHfQuantizer.from_config(quantization_config(section, torch.bfloat16, heads), pre_quantized=False)
     quantizer.preprocess_model(model, device_map=None)
     return {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
 

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qvera.config.schema import ModelSection
 from qvera.models import nf4, quantization
+from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.model_config import empty_model, require_own_weights
 from qvera.models.quantized_record import RECORD, content_identity, settings_of
 from qvera.models.safetensors_stream import Block, CheckpointReader, in_order, write_index, write_shard
@@ -72,6 +73,10 @@ class SourceCheckpoint:
     """Those that the model has."""
     quantized: set[str]
     """Names of the weights that become 4-bit."""
+    model_class: ModelClass
+    """What the copy is made for."""
+    head_names: list[str]
+    """Modules that are never quantized, since they are trained."""
 
     @property
     def files(self) -> list[Path]:
@@ -84,8 +89,10 @@ class SourceCheckpoint:
         return sum(stamp[0] for stamp in self.stamps.values())
 
 
-def read_source(section: ModelSection, directory: Path) -> SourceCheckpoint:
+def read_source(section: ModelSection, directory: Path, model_class: ModelClass = CAUSAL_LM) -> SourceCheckpoint:
     """Config and headers of a 16-bit checkpoint, checked; no weights are read.
+
+    ``model_class``: what is going to be made of it. The copy is that of a language model where it can be.
 
     Raises:
         InputError: a shard is missing, cut short or damaged, a tensor's shape is not the config's, or the checkpoint is
@@ -100,10 +107,12 @@ def read_source(section: ModelSection, directory: Path) -> SourceCheckpoint:
         )
     entries = checkpoint_tensors(directory)
     stored = {entry.name for entry in entries}
-    model = empty_model(section, directory)
-    names = model.state_dict().keys()
+    model_class = model_class.copied_as(config.get("architectures"))
+    model = empty_model(section, directory, model_class)
+    heads = list(model_class.head_modules(model))
+    names = {name for name in model.state_dict() if name in stored or name.partition(".")[0] not in heads}
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    require_own_weights(directory, entries, model)
+    require_own_weights(directory, entries, model, model_class)
     absent = [n for n in names if n not in stored and tied.get(n) not in stored and n not in tied.values()]
     if absent:
         raise NotPlain(
@@ -111,7 +120,7 @@ def read_source(section: ModelSection, directory: Path) -> SourceCheckpoint:
             f"or fuses tensors while loading. {_NOT_AHEAD}"
         )
     transposed = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
-    linears = quantization.four_bit_linears(model, section)
+    linears = quantization.four_bit_linears(model, section, heads)
     if transposed & linears:
         raise NotPlain(
             f"{directory}: stores {min(transposed & linears)} transposed (a Conv1D), and transformers turns it while "
@@ -130,7 +139,8 @@ def read_source(section: ModelSection, directory: Path) -> SourceCheckpoint:
             )
     tensors = [entry for entry in entries if entry.name in names]
     digest = file_sha256(directory / "config.json")
-    return SourceCheckpoint(directory, config, digest, entries, file_stamps(entries), tensors, quantized)
+    stamps = file_stamps(entries)
+    return SourceCheckpoint(directory, config, digest, entries, stamps, tensors, quantized, model_class, heads)
 
 
 def quantize_checkpoint(
@@ -153,12 +163,13 @@ def quantize_checkpoint(
     """
     began = time.perf_counter()
     device = device or torch.device("cpu")
+    settings = settings_of(section, source.model_class.settings)
     # what the bytes are a function of; the device, because bitsandbytes' kernels may round its statistics otherwise
     identity = {
         "source": str(source.directory.resolve()),
         "files": source.stamps,
         "config": source.config_sha256,
-        "settings": settings_of(section),
+        "settings": settings,
         "device": device.type,
         "shard_bytes": shard_bytes or SHARD_BYTES,
     }
@@ -204,8 +215,8 @@ def quantize_checkpoint(
                     name: {"sha256": reader.sha256[name], "bytes": stamp[0]} for name, stamp in source.stamps.items()
                 },
             },
-            "settings": settings_of(section),
-            "identity": content_identity(source.config_sha256, reader.sha256, settings_of(section)),
+            "settings": settings,
+            "identity": content_identity(source.config_sha256, reader.sha256, settings),
             "files": {name: {"sha256": work.shards[name], "bytes": (out / name).stat().st_size} for name, _ in shards},
             "seconds": time.perf_counter() - began,
             "versions": memory.versions(),
@@ -291,7 +302,7 @@ def _write_small_files(
     write_source_fingerprint(out, base_fingerprint(source.directory))
     dtypes = [entry.dtype for entry in source.tensors if entry.name in source.quantized]
     dtype = max(set(dtypes), key=dtypes.count) if dtypes else torch.bfloat16
-    wanted = quantization.quantization_config(section, dtype)
+    wanted = quantization.quantization_config(section, dtype, source.head_names)
     assert wanted is not None  # read_source was asked for 4 bits
     config = dict(source.config)
     config["quantization_config"] = json.loads(wanted.to_json_string(use_diff=False))

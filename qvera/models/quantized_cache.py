@@ -11,12 +11,13 @@ import torch
 from qvera.config.schema import ModelSection
 from qvera.models import quantize_checkpoint
 from qvera.models.hub import base_directory
+from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.quantize_checkpoint import SourceCheckpoint, read_source
 from qvera.models.quantized_record import BASES, content_identity, problem_of, read_record, settings_of
 from qvera.utils.atomic import flush
 from qvera.utils.cache_dir import UNFINISHED, HashIndex, StageProgress, discard, size_bytes
 from qvera.utils.errors import InputError
-from qvera.utils.files import file_sha256
+from qvera.utils.files import file_sha256, try_read_json
 from qvera.utils.safetensors_io import shard_files
 
 
@@ -26,6 +27,7 @@ def cached_base(
     device: torch.device | None = None,
     verify: bool = False,
     progress: StageProgress | None = None,
+    model_class: ModelClass = CAUSAL_LM,
 ) -> Path:
     """The directory of the quantized copy of ``section.path``, made on first use.
 
@@ -40,11 +42,12 @@ def cached_base(
         RunFailed: a weight has NaN or Inf, or the disk is full; finished shards stay.
     """
     directory = base_directory(section)
-    if not verify and (found := find_base(section, directory)) is not None:
+    if not verify and (found := find_base(section, directory, model_class)) is not None:
         return found  # without a look at the model
-    source = read_source(section, directory)
+    source = read_source(section, directory, model_class)
+    settings = settings_of(section, source.model_class.settings)
     root, hashes = BASES.root, BASES.hashes
-    key = _key(source, section, device)
+    key = _key(source, settings, device)
     unfinished = root / f"{UNFINISHED}{key}"
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -60,10 +63,10 @@ def cached_base(
 
     with BASES.locked(key, None if progress is None else waiting):
         known = {} if verify else hashes.known(source.files)
-        if verify or (len(known) < len(source.files) and _similar(source, section)):
+        if verify or (len(known) < len(source.files) and _similar(source, settings)):
             known = hashes.hashed(source.files, known, progress)
         if len(known) == len(source.files):
-            target = root / _name(section, _identity(source.config_sha256, section, known))
+            target = root / _name(section, _identity(source.config_sha256, settings, known))
             if target.exists() and problem_of(target, verify=verify) is None:
                 return target
         BASES.clear_removed()
@@ -78,15 +81,17 @@ def cached_base(
         return _publish(unfinished, root / _name(section, record["identity"]))
 
 
-def find_base(section: ModelSection, directory: Path | None = None) -> Path | None:
+def find_base(section: ModelSection, directory: Path | None = None, model_class: ModelClass = CAUSAL_LM) -> Path | None:
     """The finished copy for this section, if there is one and the source's hashes are known; nothing is hashed."""
     directory = directory or base_directory(section)
     files = shard_files(directory)
     known = BASES.hashes.known(files)
     if not files or len(known) < len(files) or not (directory / "config.json").is_file():
         return None
+    architectures = (try_read_json(directory / "config.json") or {}).get("architectures")
+    settings = settings_of(section, model_class.copied_as(architectures).settings)
     config = file_sha256(directory / "config.json")
-    target = BASES.root / _name(section, _identity(config, section, known))
+    target = BASES.root / _name(section, _identity(config, settings, known))
     return target if problem_of(target) is None else None
 
 
@@ -106,12 +111,12 @@ def quantized_copy(
     source = read_source(section, base_directory(section))
     hashes = BASES.hashes
     known = {} if verify else hashes.known(source.files)
-    record = read_record(out)
+    record, settings = read_record(out), settings_of(section)
     if record is not None:
-        if record["settings"] != settings_of(section):
+        if record["settings"] != settings:
             raise InputError(f"{out}: is quantized with other settings ({record['settings']}). Name another directory.")
         known = hashes.hashed(source.files, known, progress)
-        if record["identity"] != _identity(source.config_sha256, section, known):
+        if record["identity"] != _identity(source.config_sha256, settings, known):
             raise InputError(f"{out}: is the quantized copy of another checkpoint. Name another directory.")
         if (problem := problem_of(out, verify=verify)) is not None:
             raise InputError(f"{problem}. Delete {out} and run again.")
@@ -126,28 +131,28 @@ def _remember(hashes: HashIndex, source: SourceCheckpoint, record: dict[str, Any
     hashes.add({file: (source.stamps[file.name], recorded[file.name]["sha256"]) for file in source.files})
 
 
-def _identity(config_sha256: str, section: ModelSection, known: dict[Path, str]) -> str:
+def _identity(config_sha256: str, settings: dict[str, Any], known: dict[Path, str]) -> str:
     names = {file.name: digest for file, digest in known.items()}
-    return content_identity(config_sha256, names, settings_of(section))
+    return content_identity(config_sha256, names, settings)
 
 
 def _name(section: ModelSection, identity: str) -> str:
     return f"{section.quantization}-{identity[:24]}"
 
 
-def _key(source: SourceCheckpoint, section: ModelSection, device: torch.device | None) -> str:
+def _key(source: SourceCheckpoint, settings: dict[str, Any], device: torch.device | None) -> str:
     where = [device.type if device is not None else "cpu", quantize_checkpoint.SHARD_BYTES]
     parts = [str(source.directory.resolve()), source.stamps, source.config_sha256, *where]
-    text = json.dumps([parts, settings_of(section)], sort_keys=True)
+    text = json.dumps([parts, settings], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _similar(source: SourceCheckpoint, section: ModelSection) -> bool:
+def _similar(source: SourceCheckpoint, settings: dict[str, Any]) -> bool:
     """Whether a finished copy was made from files of these names and sizes: then it pays to hash before quantizing."""
     sizes = {name: stamp[0] for name, stamp in source.stamps.items()}
     for record in (entry.record for entry in BASES.listed() if entry.record is not None):
         recorded = {name: value["bytes"] for name, value in record["source"]["files"].items()}
-        if record["settings"] == settings_of(section) and recorded == sizes:
+        if record["settings"] == settings and recorded == sizes:
             return True
     return False
 

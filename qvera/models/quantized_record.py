@@ -18,10 +18,10 @@ RECORD = "qvera_quantized.json"
 """Beside the weights: what they were made from, and their hashes."""
 
 
-def settings_of(section: ModelSection) -> dict[str, Any]:
-    """What a quantized copy depends on besides the source."""
+def settings_of(section: ModelSection, of_class: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """What a quantized copy depends on besides the source; ``of_class``: `ModelClass.settings`."""
     keys = ("quantization", "double_quant", "quant_storage")
-    return {key: getattr(section, key) for key in keys} | {"blocksize": 64}
+    return {key: getattr(section, key) for key in keys} | {"blocksize": 64, **(of_class or {})}
 
 
 def content_identity(config_sha256: str, files: Mapping[str, str], settings: Mapping[str, Any]) -> str:

@@ -45,7 +45,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     """The tokenizer of a model section.
 
     Raises:
-        InputError: there is none, it has no end-of-sequence token, or it has a token that the section adds.
+        InputError: there is none, or it has a token that the section adds.
     """
     require_model_files(resolve_path(section.path))
     if Path(resolve_path(section.path)).is_dir():
@@ -63,11 +63,6 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
             "tokenizer.model beside the weights; or name another one with model.tokenizer."
         ) from None
     add_tokens(tokenizer, section.added_tokens, section.pad_token, section.eos_token)
-    if tokenizer.eos_token_id is None:
-        raise InputError(
-            f"model.path: the tokenizer of {name!r} has no end-of-sequence token, so no answer could ever end. Set "
-            "eos_token in its tokenizer_config.json."
-        )
     return tokenizer
 
 

@@ -208,7 +208,7 @@ def test_many_hollow_rows_make_one_short_message(write: Write, base_tokenizer: P
 
 def test_tokenizer_without_eos_or_pad(write: Write, make_tokenizer: MakeTokenizer) -> None:
     path = write(pairs(2))
-    with pytest.raises(InputError, match="has no eos_token"):
+    with pytest.raises(InputError, match="no end-of-sequence token"):
         build_datasets(DataSection(path=path), make_tokenizer(eos=None))
     tokenizer = make_tokenizer(pad=None)
     size = len(tokenizer)
