@@ -1,6 +1,6 @@
 """Every method of `adapter.method` at an equal budget on SmolLM2-135M in NF4: the table of docs/methods/table.md.
 
-    python bench/family.py run ../shared/data       # goes on where it stopped; --only e2e, --only lora for a part
+    python bench/family.py run ../shared/data       # goes on where it stopped; --only e2e, --only vera for a part
     python bench/family.py table                    # what is there, as Markdown
 
 `run` takes the trials in the order of `plan`: for each method four learning rates around its own (`RATES`), 50 steps of 8
@@ -265,7 +265,7 @@ def main() -> None:
     parser.add_argument(
         "data", type=Path, nargs="?", help="directory with e2e, text_classification and alpaca_en_demo.json"
     )
-    parser.add_argument("--only", nargs="*", default=[], help="tasks or methods")
+    parser.add_argument("--only", nargs="*", default=[], help="tasks, methods, or both: these methods on these tasks")
     parser.add_argument("--trials", type=int, help="stop after as many")
     args = parser.parse_args()
     if args.what == "table":
@@ -273,9 +273,12 @@ def main() -> None:
         return
     if args.data is None:
         parser.error("data: name the directory with the rows")
+    if unknown := [name for name in args.only if name not in TASKS and name not in METHODS]:
+        parser.error(f"--only {unknown[0]}: is no task ({', '.join(TASKS)}) and no method ({', '.join(METHODS)})")
+    tasks, named = ([name for name in args.only if name in known] for known in (TASKS, METHODS))
 
     def chosen() -> Iterator[Trial]:
-        return (t for t in plan() if not args.only or t.method in args.only or t.task in args.only)
+        return (t for t in plan() if t.task in (tasks or TASKS) and t.method in (named or METHODS))
 
     do_missing(LINES, Trial, chosen, functools.partial(do, data_dir=args.data), args.trials)
 
