@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 _HEAD = """\
 # The recipe, key by key
 
-A recipe is one YAML file with five sections and one key beside them. Only `model.path` and `data.path` have no default;
+A recipe is one YAML file with five sections and two keys beside them. Only `model.path` and `data.path` have no default;
 `model: some/path` is short for `model: {path: some/path}`. This page is written by `python docs/make_reference.py` from
 `qvera/config/schema/`.
 

@@ -32,6 +32,7 @@ from qvera.utils.safetensors_io import base_fingerprint, checkpoint_tensors
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from qvera.data.collate import Joined
@@ -292,6 +293,12 @@ def read_back(
 def causal_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The transformers model itself, whether or not PEFT is wrapped around it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def core_of(model: PreTrainedModel | PeftModel) -> nn.Module:
+    """What a pass calls: the decoder, whose frozen head the loss applies by chunks; or a model with its own head."""
+    inner = causal_model(model)
+    return inner if inner.get_output_embeddings() is None else inner.get_decoder()
 
 
 def takes_prefix_once(model: PreTrainedModel | PeftModel) -> bool:

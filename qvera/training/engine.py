@@ -28,7 +28,7 @@ from qvera.distributed import zero_params
 from qvera.distributed.deepspeed_import import deepspeed_module
 from qvera.distributed.group import Group
 from qvera.distributed.zero_config import Sizes, ZeroConfig
-from qvera.models.loader import causal_model
+from qvera.models.loader import causal_model, core_of
 from qvera.training.optim import current_rate
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ class LocalEngine:
     method together.
     """
 
-    decoder: Callable[..., torch.Tensor] | None = None
-    """What to call in place of the model's decoder; None: the decoder itself."""
+    core: Callable[..., torch.Tensor] | None = None
+    """What to call in place of the model's `core_of`; None: that itself."""
 
     def __init__(
         self,
@@ -160,7 +160,7 @@ class ZeroEngine(LocalEngine):
         self.config = config
         before = {name: dict(optimizer.state[p]) for name, p in vectors.items() if p in optimizer.state}
         optimizer.state.clear()
-        decoder = causal_model(model).get_decoder()
+        decoder = core_of(model)
         module = decoder if config.shards_base else _VectorsOnly(list(vectors.values()))
         sizes = _sizes(decoder, vectors) if config.shards_base else Sizes()
         sizes = dataclasses.replace(sizes, trained=sum(vector.numel() for vector in vectors.values()))
@@ -169,11 +169,12 @@ class ZeroEngine(LocalEngine):
             _show_shared(decoder, vectors)
         with _embedding_hidden(decoder) if config.shards_base else contextlib.nullcontext():
             self.deepspeed: Any = deepspeed_module().initialize(model=module, optimizer=optimizer, config=tree)[0]
-        self.decoder = self.deepspeed if config.shards_base else None
+        self.core = self.deepspeed if config.shards_base else None
         if config.shards_base:
             self._gather_unsharded()
             for end in (causal_model(model).get_input_embeddings(), causal_model(model).get_output_embeddings()):
-                zero_params.gather_at_call(end)
+                if end is not None:
+                    zero_params.gather_at_call(end)
         if before:
             self._take_over(before)
 

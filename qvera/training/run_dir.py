@@ -133,7 +133,10 @@ def changed_keys(before: dict[str, Any], recipe: Recipe) -> list[str]:
     before = plain_json(before)
     for section, now in plain_json(recipe.to_dict()).items():
         then = before.get(section)
-        if section in _FREE_SECTIONS or not isinstance(now, dict) or not isinstance(then, dict):
+        if section in _FREE_SECTIONS or section not in before:
+            continue
+        if not isinstance(now, dict) or not isinstance(then, dict):
+            found += [section] if then != now else []
             continue
         keys = [k for k in now if k in then and k not in _FREE.get(section, ())]
         found += [f"{section}.{key}" for key in keys if then[key] != now[key]]

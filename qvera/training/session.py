@@ -26,12 +26,12 @@ from qvera.distributed.deepspeed_import import require_deepspeed, require_overfl
 from qvera.distributed.group import Group
 from qvera.distributed.zero_config import zero_config_of
 from qvera.distributed.zero_params import BaseSharder
-from qvera.evaluation import evaluate
 from qvera.models.attention import choose_implementation
 from qvera.models.checkpointing import Mode, enable_checkpointing
 from qvera.models.compile import compile_layers
 from qvera.models.loader import Base, load_base, pick_compute_dtype, require_packing, rows_joined
 from qvera.models.tokenizer import load_tokenizer
+from qvera.tasks import task_of
 from qvera.training.checkpoint import TrainState
 from qvera.training.engine import LocalEngine, ZeroEngine, trained_vectors
 from qvera.training.failures import longest_batch_error
@@ -64,7 +64,7 @@ class TrainingSession:
         self.recipe, self.run_dir, self.group = recipe, run_dir, group
         self.console = (console or Console(stderr=True)) if group.first else Console(quiet=True)
         self.resources = contextlib.ExitStack()
-        self.state = TrainState()
+        self.state, self.task = TrainState(), task_of(recipe)
         self.zero = group.agree(lambda: zero_config_of(recipe))
         if (word := recipe.deepspeed) is not None:
             group.agree(lambda: require_deepspeed(word))
@@ -236,7 +236,8 @@ class TrainingSession:
             def progress(stage: str, done: int, total: int, _: str) -> None:
                 update(f"{stage.capitalize()} {section.path}: {done / max(total, 1):.0%} of {size(total)}")
 
-            read = functools.partial(load_base, section, self.device, progress, self.sharder)
+            model_class = self.task.model_class(self.recipe, self.datasets)
+            read = functools.partial(load_base, section, self.device, progress, self.sharder, model_class)
             return self.group.agree(read) if self.sharder is None else read()  # ranks meet while they shard it
 
     def _plan_memory(self) -> Plan | None:
@@ -296,7 +297,8 @@ class TrainingSession:
     def longest_batch(self) -> list[Example]:
         """The rows of the run's longest forward pass."""
         recipe, rows = self.recipe, self.datasets.train
-        joined = rows_joined(self.model, recipe.data.prefix_once, recipe.data.packing)
+        prefix_once = recipe.data.prefix_once and self.task.joins_rows
+        joined = rows_joined(self.model, prefix_once, recipe.data.packing)
         return [rows[i] for i in longest_rows(recipe, rows, joined, self.steps)]
 
     def try_batch(self, examples: list[Example]) -> None:
@@ -307,23 +309,14 @@ class TrainingSession:
     def nll(
         self,
         rows: list[Example],
-        decoder: Callable[..., torch.Tensor] | None = None,
+        core: Callable[..., torch.Tensor] | None = None,
         expected_grad: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, int]:
-        """Summed negative log likelihood of the rows' trained tokens, and how many there are."""
-        data, chunk = self.recipe.data, self.recipe.training.loss_chunk_tokens
-        batch = evaluate.make_batch(self.model, rows, self.datasets.pad_id, data.prefix_once, data.packing)
-        return evaluate.batch_nll(self.model, batch, chunk, decoder, expected_grad)
+        """Summed loss of the rows' targets, and how many there are (`qvera.tasks.Task.loss`)."""
+        return self.task.loss(self.model, rows, self.datasets, self.recipe, core, expected_grad)
 
     def held_out_loss(self) -> dict[str, Any]:
-        """Loss and perplexity of all held-out rows, the very same values on all ranks."""
+        """Loss and scores of all held-out rows, the very same values on all ranks."""
         training, datasets = self.recipe.training, self.datasets
-        result = evaluate.held_out_loss(
-            self.model,
-            datasets.eval,
-            pad_id=datasets.pad_id,
-            batch_size=training.per_device_eval_batch_size,
-            chunk_tokens=training.loss_chunk_tokens,
-            group=self.group,
-        )
+        result = self.task.held_out_loss(self.model, datasets.eval, datasets, training, self.group)
         return self.group.broadcast(result)

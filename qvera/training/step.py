@@ -90,7 +90,7 @@ class StepAttempt:
         for number, micro in enumerate(self.passes, start=1):
             # a rank without rows runs a dummy pass so that collectives stay in sync
             self.examples = [session.datasets.train[i] for i in micro or self.rows[:1]]
-            nll, _ = session.nll(self.examples, engine.decoder, expected_grad)
+            nll, _ = session.nll(self.examples, engine.core, expected_grad)
             # divided by the tokens of the whole global batch, so that neither accumulation nor ranks change the mean
             engine.backward(nll / self.trained_tokens if micro else nll * 0.0, last=number == len(self.passes))
             if micro:

@@ -6,7 +6,6 @@ the same bits as an uninterrupted one.
 """
 
 import dataclasses
-import itertools
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,6 @@ from qvera.adapters.products.fused import BUILDS_UNHELD
 from qvera.config.schema import Recipe
 from qvera.distributed.group import for_all
 from qvera.distributed.init import in_group
-from qvera.distributed.zero_params import any_sharded
 from qvera.evaluation import evaluate
 from qvera.training import checkpoint
 from qvera.training.adapt import adapt_to_held_out_tasks
@@ -221,9 +219,7 @@ class Trainer(Run):
             raise self.end(error) from None
         state.evaluation_due = False
         state.add_evaluation(result["loss"], patience)
-        self.console.print(
-            f"step {state.step}: held-out loss {result['loss']:.4f}, perplexity {result['perplexity']:.3f}"
-        )
+        self.console.print(f"step {state.step}: {self.task.line(result)}")
         if state.stopped_early:
             self.console.print(
                 f"stopping: {patience} evaluations without a lower held-out loss (best: step {state.best_step})"
@@ -233,39 +229,22 @@ class Trainer(Run):
     def score(self, label: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Held-out loss and, where the recipe asks for it, exact match of greedy answers.
 
-        The ranks share the held-out rows. Rank 0 alone answers prompts, unless ZeRO-3 has sharded the weights: then all
-        ranks walk through the layers together and rank 0's answers count.
+        The ranks share the held-out rows.
 
         Returns:
             The scores, and the answers to show as samples.
         """
-        training, rows = self.recipe.training, self.datasets.eval
-        answers: list[dict[str, Any]] = []
+        training, rows, task = self.recipe.training, self.datasets.eval, self.task
         with status_line(self.console, f"{label}: held-out loss") as update, evaluate.scoring(self.model):
             result = self.held_out_loss()
-            asked = (i for i, row in enumerate(rows) if len(row.prompt_ids))
-            with_reference = (i for i, row in enumerate(rows) if len(row.prompt_ids) and row.reference is not None)
-            sample_rows = list(itertools.islice(asked, training.sample_count))
-            match_rows = list(itertools.islice(with_reference, training.exact_match_rows))
-            indices = list(dict.fromkeys(match_rows + sample_rows))  # each is answered once
-            if self.group.first or any_sharded(self.model):
-                answers = evaluate.answer_rows(
-                    self.model,
-                    self.base.tokenizer,
-                    [rows[i] for i in indices],
-                    max_new_tokens=training.sample_max_new_tokens,
-                    batch_size=training.answer_batch_size,
-                    progress=lambda done: update(f"{label}: {done} of {len(indices)} answers"),
-                )
-            answers = self.group.broadcast(answers)
-        by_row = dict(zip(indices, answers, strict=True))
-        text = f"{label}: held-out loss {result['loss']:.4f}"
-        if match_rows:
-            result["exact_match"] = sum(bool(by_row[i]["exact"]) for i in match_rows) / len(match_rows)
-            result["exact_match_rows"] = len(match_rows)
-            text += f", exact match {result['exact_match']:.1%} of {len(match_rows)} rows"
-        self.console.print(text)
-        return result, [by_row[i] for i in sample_rows]
+
+            def say(text: str) -> None:
+                update(f"{label}: {text}")
+
+            found, samples = task.answers(self.model, self.base.tokenizer, rows, training, self.group, say)
+        result |= found
+        self.console.print(f"{label}: {task.line(result)}")
+        return result, samples
 
     def save_checkpoint(self) -> None:
         """Save everything that a later step depends on, and delete checkpoints beyond the recipe's limit."""

@@ -1,4 +1,4 @@
-"""The recipe: one YAML file with five sections and one key. Every default is written here and nowhere else.
+"""The recipe: one YAML file with five sections and two keys. Every default is written here and nowhere else.
 
 Each section has a module of its own. The text below each field is its description in the JSON schema (`json_schema`)
 and in docs/recipe.md.

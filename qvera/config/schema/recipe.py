@@ -1,7 +1,7 @@
 """The recipe as a whole: its sections, the keys beside them, and how it is read from a parsed YAML file."""
 
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
@@ -38,6 +38,8 @@ class Recipe(Section):
     """The training loop."""
     export: ExportSection = Field(default_factory=ExportSection)
     """The defaults of ``qvera export``."""
+    task: Literal["causal-lm"] = "causal-lm"
+    """What is trained: ``causal-lm``, a language model on answers or text."""
     deepspeed: NonEmpty | None = None
     """How several processes share the work. Null: they sum their gradients and share nothing else; right for almost
     every run. ``zero3``: each process holds only a shard of the frozen 4-bit base, for a base that does not fit on one

@@ -1,0 +1,18 @@
+"""The kinds of runs, by the name that a recipe's ``task`` has."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qvera.tasks.base import Task
+from qvera.tasks.causal_lm import CausalLM
+
+if TYPE_CHECKING:
+    from qvera.config.schema import Recipe
+
+TASKS: dict[str, Task] = {task.name: task for task in (CausalLM(),)}
+
+
+def task_of(recipe: Recipe) -> Task:
+    """The task of a recipe."""
+    return TASKS[recipe.task]

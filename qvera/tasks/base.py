@@ -1,0 +1,91 @@
+"""What a task declares: the model that it trains, the loss of its rows, and how rows that were held out are scored.
+
+A task is one file in this package. The loop, the plan, the commands and the exports ask it and know no task by name.
+How its rows are read is the data room's, by ``data.format``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from qvera.distributed.group import ALONE, Group
+from qvera.models.model_class import ModelClass
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from qvera.config.schema import Recipe, TrainingSection
+    from qvera.data import Datasets, Example
+
+
+class Task(ABC):
+    """One kind of run. Stateless: one instance serves all runs."""
+
+    name: ClassVar[str]
+    """``task`` in a recipe."""
+    joins_rows: ClassVar[bool] = False
+    """Whether rows may stand in one sequence (``data.prefix_once``, ``data.packing``)."""
+    has_answers: ClassVar[bool] = False
+    """Whether its model writes text: chat, generate, serve and the text metrics are for these."""
+
+    @abstractmethod
+    def model_class(self, recipe: Recipe, datasets: Datasets | None) -> ModelClass:
+        """Which model is made of the base. ``datasets`` None: the rows are not known, as in a plan."""
+
+    @abstractmethod
+    def loss(
+        self,
+        model: nn.Module,
+        rows: Sequence[Example],
+        datasets: Datasets,
+        recipe: Recipe,
+        core: Callable[..., Any] | None = None,
+        expected_grad: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, int]:
+        """The training loss of a forward pass, summed over its targets (scalar), and how many targets there are.
+
+        Args:
+            model: base and adapter.
+            rows: of the pass.
+            datasets: that the rows are of.
+            recipe: the run's.
+            core: what to call in place of the model's `qvera.models.loader.core_of`, such as a DeepSpeed engine.
+            expected_grad: see `qvera.models.loss.fused_linear_cross_entropy`.
+        """
+
+    @abstractmethod
+    def held_out_loss(
+        self,
+        model: nn.Module,
+        rows: Sequence[Example],
+        datasets: Datasets,
+        training: TrainingSection,
+        group: Group = ALONE,
+        progress: Callable[[int], None] | None = None,
+    ) -> dict[str, Any]:
+        """The mean loss over all targets of ``rows`` and the scores that come with it. All ranks call it together.
+
+        Returns:
+            ``loss``, ``rows``, ``trained_tokens`` (targets), ``seconds``, and what the task adds; the same on all
+            ranks, up to the seconds.
+        """
+
+    def answers(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Sequence[Example],
+        training: TrainingSection,
+        group: Group,
+        progress: Callable[[str], None],
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Scores of answers to held-out rows, and answers to show; neither where a model writes no text."""
+        return {}, []
+
+    @abstractmethod
+    def line(self, scores: dict[str, Any]) -> str:
+        """What `held_out_loss` and `answers` found, in a few words."""

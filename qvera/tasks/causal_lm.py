@@ -1,0 +1,110 @@
+"""Causal language modelling: the loss is the cross entropy of the trained tokens, and the model answers prompts."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from qvera.distributed.group import ALONE, Group
+from qvera.distributed.zero_params import any_sharded
+from qvera.evaluation import evaluate
+from qvera.models.model_class import CAUSAL_LM, ModelClass
+from qvera.tasks.base import Task
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from qvera.config.schema import Recipe, TrainingSection
+    from qvera.data import Datasets, Example
+
+
+class CausalLM(Task):
+    """Each token is predicted from those before it. A target is a trained token."""
+
+    name = "causal-lm"
+    joins_rows = True
+    has_answers = True
+
+    def model_class(self, recipe: Recipe, datasets: Datasets | None) -> ModelClass:
+        """See `Task.model_class`."""
+        return CAUSAL_LM
+
+    def loss(
+        self,
+        model: nn.Module,
+        rows: Sequence[Example],
+        datasets: Datasets,
+        recipe: Recipe,
+        core: Callable[..., Any] | None = None,
+        expected_grad: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, int]:
+        """See `Task.loss`."""
+        data = recipe.data
+        batch = evaluate.make_batch(model, rows, datasets.pad_id, data.prefix_once, data.packing)
+        return evaluate.batch_nll(model, batch, recipe.training.loss_chunk_tokens, core, expected_grad)
+
+    def held_out_loss(
+        self,
+        model: nn.Module,
+        rows: Sequence[Example],
+        datasets: Datasets,
+        training: TrainingSection,
+        group: Group = ALONE,
+        progress: Callable[[int], None] | None = None,
+    ) -> dict[str, Any]:
+        """See `Task.held_out_loss`; adds ``perplexity``."""
+        return evaluate.held_out_loss(
+            model,
+            rows,
+            pad_id=datasets.pad_id,
+            batch_size=training.per_device_eval_batch_size,
+            chunk_tokens=training.loss_chunk_tokens,
+            progress=progress,
+            group=group,
+        )
+
+    def answers(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Sequence[Example],
+        training: TrainingSection,
+        group: Group,
+        progress: Callable[[str], None],
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Greedy answers for the samples and, where the recipe asks for it, their exact match.
+
+        Rank 0 alone answers prompts, unless ZeRO-3 has sharded the weights: then all ranks walk through the layers
+        together and rank 0's answers count.
+        """
+        asked = (i for i, row in enumerate(rows) if len(row.prompt_ids))
+        with_reference = (i for i, row in enumerate(rows) if len(row.prompt_ids) and row.reference is not None)
+        sample_rows = list(itertools.islice(asked, training.sample_count))
+        match_rows = list(itertools.islice(with_reference, training.exact_match_rows))
+        indices = list(dict.fromkeys(match_rows + sample_rows))  # each is answered once
+        answers: list[dict[str, Any]] = []
+        if group.first or any_sharded(model):
+            answers = evaluate.answer_rows(
+                model,
+                tokenizer,
+                [rows[i] for i in indices],
+                max_new_tokens=training.sample_max_new_tokens,
+                batch_size=training.answer_batch_size,
+                progress=lambda done: progress(f"{done} of {len(indices)} answers"),
+            )
+        by_row = dict(zip(indices, group.broadcast(answers), strict=True))
+        scores: dict[str, Any] = {}
+        if match_rows:
+            scores["exact_match"] = sum(bool(by_row[i]["exact"]) for i in match_rows) / len(match_rows)
+            scores["exact_match_rows"] = len(match_rows)
+        return scores, [by_row[i] for i in sample_rows]
+
+    def line(self, scores: dict[str, Any]) -> str:
+        """See `Task.line`."""
+        text = f"held-out loss {scores['loss']:.4f}, "
+        if "exact_match" in scores:
+            return text + f"exact match {scores['exact_match']:.1%} of {scores['exact_match_rows']} rows"
+        return text + f"perplexity {scores['perplexity']:.3f}"
