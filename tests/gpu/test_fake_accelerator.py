@@ -21,7 +21,7 @@ from qvera.adapters.multi_adapter import load_adapters
 from qvera.evaluation import evaluate
 from qvera.evaluation.generate import generate
 from qvera.export.deltas import read_deltas
-from qvera.export.merged import _MergedExport
+from qvera.export.merging import Merging
 from qvera.models.safetensors_stream import Block
 from tests.gpu.fake_accelerator import FakeAccelerator, FakeSession
 from tests.gpu.own_process import measured
@@ -48,9 +48,9 @@ TOKEN_SYNCS = {
 BATCH_SYNCS = {"evaluation.generate.answer: copy to device", "evaluation.generate.answer: list"}
 """For each batch of answers: its prompts and transformers' special tokens go over, its answers come back."""
 MERGE_SYNCS = {
-    "export.merged._merge: copy to device": 1,
-    "export.merged._merge: list": 1,  # the largest change, and whether all is finite
-    "export.merged._merge: copy to host": 1,
+    "export.merging._merge: copy to device": 1,
+    "export.merging._merge: list": 1,  # the largest change, and whether all is finite
+    "export.merging._merge: copy to host": 1,
 }
 """For each block of rows of a merged export."""
 
@@ -109,7 +109,7 @@ def merge(fake: FakeAccelerator, base: LlamaForCausalLM, adapter: Path) -> dict[
     deltas = read_deltas(adapter, base).on(fake.device)
     rows = torch.empty(256, deltas.layers[name].shape[1], dtype=torch.bfloat16)
     entry: Any = SimpleNamespace(name=f"{name}.weight")
-    export = _MergedExport.__new__(_MergedExport)
+    export = Merging.__new__(Merging)
     export.deltas, export.tables, export.dtype = {entry.name: deltas.layers[name]}, {}, torch.float16
     export.reader = None  # type: ignore[assignment]
     with fake.record() as seen:

@@ -1,0 +1,228 @@
+"""W + ΔW for every adapted weight, some rows at a time: what every export of a whole model writes."""
+
+import contextlib
+import math
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from qvera.adapters.files.adapter_file import require_tokens
+from qvera.adapters.files.save_load import ADAPTER_WEIGHTS
+from qvera.config.schema import ExportSection, ModelSection
+from qvera.export.base import open_adapter_on_base
+from qvera.export.deltas import TokenTable, token_tables
+from qvera.export.stream import PackedBaseReader, TrainedBaseReader, one_thread_each
+from qvera.models.safetensors_stream import Block, CheckpointReader, in_order
+from qvera.models.tokenizer import ADDED_ROWS, ids_of, load_tokenizer
+from qvera.utils import accelerator, memory
+from qvera.utils.errors import InputError, RunFailed
+from qvera.utils.files import file_sha256
+from qvera.utils.safetensors_io import TensorSpec
+
+_MERGING_BYTES = 2 * 10**9
+"""What an accelerator must have free: the pair of a 70B at rank 1024 in fp32 is 230 MB, and blocks are in work."""
+Merged = tuple[Block, torch.Tensor, tuple[float, float] | None]
+"""Rows in the output's dtype, and the largest and the sum of |ΔW| in them where the weight is adapted."""
+
+
+class Merging:
+    """Base and adapter, opened and compared before anything is written; then their rows, merged.
+
+    Attributes:
+        specs: the tensors of the merged model, in the order of the base's files.
+        tokenizer: with the template that was trained with, where it had none.
+        layers: adapted weight → max and mean |ΔW|, of those that are merged.
+
+    Raises:
+        InputError: they do not fit.
+    """
+
+    reader: CheckpointReader
+
+    def __init__(
+        self, adapter_dir: Path, section: ModelSection, options: ExportSection, chat_template: str | None = None
+    ) -> None:
+        self.adapter_dir, self.section, self.options = adapter_dir, section, options
+        self.base = open_adapter_on_base(adapter_dir, section)
+        self.adapter, self.entries, self.stamps = self.base.adapter, self.base.entries, self.base.stamps
+        self.dtype: torch.dtype = getattr(torch, options.dtype)
+        self._check_stored_quantization()
+        self.tokenizer = load_tokenizer(section)
+        if chat_template is not None and not self.tokenizer.chat_template:
+            self.tokenizer.chat_template = chat_template
+        self.added_tokens = ids_of(self.tokenizer, section.added_tokens)
+        require_tokens(self.adapter.config, adapter_dir, self.added_tokens)
+        self.tables: dict[str, TokenTable] = {}
+        if self.added_tokens:
+            self.tables = token_tables(self.base.model, self.added_tokens, adapter_dir, self.entries)
+        self.device = _merging_device()
+        self.deltas = {f"{name}.weight": delta for name, delta in self.adapter.on(self.device).layers.items()}
+        self.specs = [
+            TensorSpec(e.name, self.dtype, self.tables[e.name].shape if e.name in self.tables else e.shape)
+            for e in self.entries
+        ]
+        self.layers: dict[str, dict[str, float]] = {}
+
+    def _check_stored_quantization(self) -> None:
+        """Leave the quantization out of the export's config.
+
+        Raises:
+            InputError: the original weights are wanted of a base that is stored in 4 bits.
+        """
+        if getattr(self.base.config, "quantization_config", None) is None:
+            return
+        if self.options.base == "original":
+            raise InputError(
+                f"--base original: {self.base.directory} is stored in 4 bits, so the original weights are not there. "
+                "Use --base dequantized, or point model.path at the 16-bit checkpoint it was made from."
+            )
+        del self.base.config.quantization_config
+
+    def identity(self) -> dict[str, Any]:
+        """What an export is a function of: an interrupted one is continued only where all of this is equal.
+
+        The base counts as the same by the size, time and inode of its files; their SHA-256 is taken while they are
+        merged.
+        """
+        section, token_rows = self.section, self.adapter_dir / ADDED_ROWS
+        return {
+            "adapter": file_sha256(self.adapter_dir / ADAPTER_WEIGHTS),
+            "tokens": file_sha256(token_rows) if token_rows.is_file() else None,
+            "base": [str(self.base.directory.resolve()), self.stamps],
+            "options": self.options.to_dict(),
+            "device": self.device.type,  # another one may round otherwise
+            "quantization": [section.quantization, section.double_quant, str(self.base.compute)],
+        }
+
+    @contextlib.contextmanager
+    def merged(self, skip: Collection[str], known: dict[str, str]) -> Iterator[Iterator[Merged]]:
+        """Open the merged rows of all tensors but those in ``skip``, in order; `layers` grows with them.
+
+        ``known`` has the SHA-256 of the base's files that are hashed already.
+        """
+        if self.base.packed or self.options.base == "dequantized":
+            self.reader = self.base.reader(self.section, known)
+        else:
+            self.reader = CheckpointReader(self.base.stored, self.stamps, known)
+        with (
+            one_thread_each() as workers,
+            contextlib.closing(in_order(self.reader.blocks(skip), self._merge, workers, 3 * workers + 2)) as results,
+        ):
+            yield self._counted(results)
+
+    def _counted(self, results: Iterator[Merged]) -> Iterator[Merged]:
+        largest = total = 0.0
+        for block, rows, found in results:
+            if found is not None:
+                largest, total = max(largest, found[0]), total + found[1]
+                if block.last:
+                    self.layers[block.entry.name] = {"max_abs": largest, "mean_abs": total / block.entry.numel}
+                    largest = total = 0.0
+            yield block, rows, found
+
+    def sha256(self) -> dict[str, str]:
+        """Of the base's files, when all of them are read."""
+        return {name: self.reader.sha256[name] for name in self.stamps}
+
+    def delta(self) -> dict[str, dict[str, float]]:
+        """`layers` in the order of the files."""
+        return {e.name: self.layers[e.name] for e in self.entries if e.name in self.layers}
+
+    def _merge(self, block: Block) -> Merged:
+        """W + ΔW in fp32, rounded once to the output's dtype; a tensor that is not adapted is only cast.
+
+        On an accelerator where there is one. The host waits for it twice a block: for the numbers and for the rows.
+
+        Raises:
+            RunFailed: the result has NaN or Inf in it.
+        """
+        name, weight, found = block.entry.name, block.rows, None
+        numbers: list[torch.Tensor] = []
+        delta = self.deltas.get(name)
+        if name in self.tables:
+            weight = self.tables[name].put(weight, block.first, block.last)
+        if isinstance(self.reader, (TrainedBaseReader, PackedBaseReader)):
+            weight = self.reader.as_trained(block, weight)
+        if delta is None:
+            exact = weight if self.dtype == weight.dtype else weight.to(torch.float32)
+        else:
+            exact = delta.rows(block.first, len(weight), weight)
+            numbers += [*torch.aminmax(exact), exact.abs().sum()]
+            exact.add_(weight.to(exact.device))  # in fp32, like weight.float() + ΔW
+        result = exact.to(self.dtype).contiguous()
+        numbers += torch.aminmax(result)  # both are NaN where one element is
+        *of_delta, low, high = torch.stack([number.float() for number in numbers]).tolist()
+        if of_delta:
+            found = (max(-of_delta[0], of_delta[1]), of_delta[2])
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise RunFailed(_not_finite(block, exact, self.dtype, delta is not None))
+        return block, result.cpu(), found
+
+    def config(self) -> PretrainedConfig:
+        """That of the merged model: its dtype, its tokens, no quantization."""
+        config, section = self.base.config, self.section
+        config.dtype = self.dtype
+        for table in self.tables.values():
+            config.get_text_config().vocab_size = table.shape[0]
+        if section.eos_token is not None:
+            config.eos_token_id = self.tokenizer.eos_token_id
+        if section.pad_token is not None:
+            config.pad_token_id = self.tokenizer.pad_token_id
+        config.architectures = config.architectures or [type(self.base.model).__name__]
+        return config
+
+    def certificate(self, kind: str, base_sha256: dict[str, str], files: dict[str, str]) -> dict[str, Any]:
+        """What was merged onto what; ``files``: what was written → its SHA-256."""
+        section, config = self.section, self.adapter.config
+        trained_on: dict[str, Any] = {"quantization": section.quantization, "double_quant": section.double_quant}
+        for weight in self.base.packed.values():  # what is in the file, whatever the recipe says
+            trained_on = {"quantization": weight.quant_type, "double_quant": weight.double_quant}
+        return {
+            "format": 1,
+            "kind": kind,
+            "base": {
+                "path": section.path,
+                "revision": section.revision,
+                "weights": self.options.base,
+                "stored_in_4_bits": bool(self.base.packed),
+                "fingerprint": self.base.fingerprint,
+                "sha256": base_sha256,
+            },
+            "adapter": {
+                "path": str(self.adapter_dir),
+                "sha256": file_sha256(self.adapter_dir / ADAPTER_WEIGHTS),
+                "kind": str(getattr(config.peft_type, "value", config.peft_type)),
+                "method": self.adapter.method,
+                "rank": self.adapter.rank,
+                "b_groups": self.adapter.groups,
+                "input_scale": self.adapter.input_scale,
+                "magnitude": self.adapter.magnitude,
+                "seed": self.adapter.seed,
+            },
+            "trained_on": trained_on,
+            "added_tokens": self.added_tokens,
+            "dtype": self.options.dtype,
+            "files": files,
+            "delta": self.delta(),
+            "versions": memory.versions(),
+        }
+
+
+def _merging_device() -> torch.device:
+    """The accelerator, unless something else has filled it; else the CPU."""
+    device = accelerator.current_device()
+    return device if memory.available_bytes(device) >= _MERGING_BYTES else torch.device("cpu")
+
+
+def _not_finite(block: Block, exact: torch.Tensor, dtype: torch.dtype, adapted: bool) -> str:
+    name = block.entry.name
+    if not torch.isfinite(block.rows.float()).all():
+        return f"{name}: the base weight itself has NaN or Inf ({block.entry.file})."
+    if not torch.isfinite(exact.float()).all():
+        what = "has NaN or Inf" + (" after merging" if adapted else "")
+    else:
+        what = f"has values up to {exact.abs().max().item():.6g}, beyond {dtype} (largest {torch.finfo(dtype).max:g})"
+    return f"{name}: {what}. Export with --dtype bfloat16, or look at this adapter; this shard was not finished."
