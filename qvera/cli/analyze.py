@@ -71,8 +71,8 @@ def analyze(
     from qvera.adapters.files.adapter_file import read_config
     from qvera.evaluation.load import adapter_sha256, find_adapter, find_target
     from qvera.export.analyze import analyze_adapter
-    from qvera.export.lora import require_empty
     from qvera.utils import memory
+    from qvera.utils.atomic import require_empty
 
     _, section, adapter_dir = find_adapter(run, adapter)
     target = find_target(run, name=adapter)

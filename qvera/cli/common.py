@@ -50,6 +50,7 @@ AdapterNames = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 Dtype = Literal["float16", "bfloat16", "float32"]
+GgufDtype = Literal["float16", "bfloat16", "float32", "q8_0"]
 
 # What `qvera launch` passes on to `qvera train`. The default rates are those of qvera.config.range_test.RangeTest.
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest intact checkpoint.")]

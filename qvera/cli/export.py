@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
-from qvera.cli.common import AdapterName, Dtype, RunPath, console, progress, quiet_libraries
+from qvera.cli.common import AdapterName, GgufDtype, RunPath, console, progress, quiet_libraries
 from qvera.utils import formatting
 from qvera.utils.atomic import replace_text
 from qvera.utils.errors import InputError
@@ -27,9 +27,13 @@ def export(
     run: RunPath,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new or empty directory, or this export unfinished.")],
     adapter: AdapterName = None,
-    to: Annotated[Literal["merged", "lora", "peft"], typer.Option(help="What to write.")] = "merged",
-    rank: Annotated[int | None, typer.Option(metavar="K", help="With --to lora: keep the best K directions.")] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Default: the recipe's, float16.")] = None,
+    to: Annotated[
+        Literal["merged", "lora", "peft", "gguf", "gguf-lora"], typer.Option(help="What to write.")
+    ] = "merged",
+    rank: Annotated[
+        int | None, typer.Option(metavar="K", help="With --to lora or gguf-lora: keep the best K directions.")
+    ] = None,
+    dtype: Annotated[GgufDtype | None, typer.Option(help="Default: the recipe's, float16. q8_0: GGUF only.")] = None,
     base: Annotated[Literal["original", "dequantized"] | None, typer.Option(help="Default: the recipe's.")] = None,
     no_compare: Annotated[bool, typer.Option("--no-compare", help="Do not measure the difference.")] = False,
     compare_only: Annotated[bool, typer.Option("--compare-only", help="Only measure the export in OUT.")] = False,
@@ -44,11 +48,16 @@ def export(
     --to lora: the same change as a LoRA for PEFT, exact with --dtype float32, or cut to the best --rank K, with its
     error. --to peft: an adapter of PEFT's own VeRA, projections in the file.
 
+    --to gguf: the merged model as a GGUF file for llama.cpp and Ollama, with a Modelfile; --dtype q8_0: 8 bits.
+    --to gguf-lora: the adapter alone as such a file, for a GGUF of its base.
+
     Example:
         qvera export runs/quickstart out/ --to merged
     """
-    if rank is not None and to != "lora":
-        raise InputError("--rank: goes with --to lora only.")
+    if rank is not None and to not in ("lora", "gguf-lora"):
+        raise InputError("--rank: goes with --to lora and --to gguf-lora only.")
+    if dtype == "q8_0" and not to.startswith("gguf"):
+        raise InputError("--dtype q8_0: goes with --to gguf and --to gguf-lora only. Take float16 or bfloat16.")
     if to != "merged" and compare_only:
         raise InputError("--compare-only: goes with --to merged only.")
     quiet_libraries()
@@ -63,10 +72,18 @@ def export(
 
     recipe, section, adapter_dir = find_adapter(run, adapter)
     options = recipe.export if recipe is not None else ExportSection()
-    options = options.replace(dtype=dtype or options.dtype, base=base or options.base)
+    written = dtype or options.dtype
+    options = options.replace(dtype="float32" if written == "q8_0" else written, base=base or options.base)
+    chat = _chat(recipe, run, section)
+    if to == "gguf":
+        _merge_to_gguf(section, adapter_dir, out, options, written, chat)
+        return
     if to != "merged":
         require_base(read_config(adapter_dir), adapter_dir, section.path, fingerprint_of(section))
-        _export_adapter(to, section, adapter_dir, out, getattr(torch, options.dtype), rank)
+        if to == "gguf-lora":
+            _export_gguf_lora(section, adapter_dir, out, written, rank, chat)
+        else:
+            _export_adapter(to, section, adapter_dir, out, getattr(torch, options.dtype), rank)
         return
     if compare_only:
         certificate = read_json(out / CERTIFICATE, "the certificate of a finished merged export", ("adapter", "base"))
@@ -75,7 +92,7 @@ def export(
         if certificate["adapter"].get("sha256") != file_sha256(adapter_dir / ADAPTER_WEIGHTS):
             raise InputError(f"{out / CERTIFICATE}: is of another adapter than that of {run} (adapter.sha256).")
     else:
-        certificate = _merge(recipe, run, section, adapter_dir, out, options)
+        certificate = _merge(section, adapter_dir, out, options, chat)
     certificate["difference"] = None
     if recipe is not None and (compare_only or (not no_compare and options.certificate_rows)):
         certificate["difference"] = _difference(recipe, run, adapter, out, options)
@@ -84,25 +101,34 @@ def export(
         print(difference_text(certificate["difference"], certificate["base"]["weights"]))
 
 
-def _merge(
-    recipe: Recipe | None, run: Path, section: ModelSection, adapter_dir: Path, out: Path, options: ExportSection
-) -> dict[str, Any]:
-    """Write the merged checkpoint; returns its certificate."""
+class Chat(NamedTuple):
+    """What a run was trained with, for those who will talk to the export: its chat template and system prompt."""
+
+    template: str | None
+    system: str | None
+
+
+def _chat(recipe: Recipe | None, run: Path, section: ModelSection) -> Chat:
     from qvera.data import resolve_template
     from qvera.evaluation.load import template_of
-    from qvera.export import export_merged
     from qvera.models.tokenizer import load_tokenizer
 
-    template = None
-    if recipe is not None:
-        template = resolve_template(template_of(recipe, run), load_tokenizer(section)).jinja
+    if recipe is None:
+        return Chat(None, None)
+    return Chat(resolve_template(template_of(recipe, run), load_tokenizer(section)).jinja, recipe.data.system)
+
+
+def _merge(section: ModelSection, adapter_dir: Path, out: Path, options: ExportSection, chat: Chat) -> dict[str, Any]:
+    """Write the merged checkpoint; returns its certificate."""
+    from qvera.export import export_merged
+
     with progress("Merging") as show:
         certificate = export_merged(
             adapter_dir,
             section,
             out,
             options,
-            chat_template=template,
+            chat_template=chat.template,
             progress=lambda done, total, name: show(f"Merging: {done} of {total} tensors ({name})"),
         )
     files, changed = certificate["files"], len(certificate["delta"])
@@ -111,6 +137,55 @@ def _merge(
     if certificate["base"]["stored_in_4_bits"]:
         print(f"merged into the dequantized weights of {section.path}, which is stored in 4 bits")
     return certificate
+
+
+def _merge_to_gguf(
+    section: ModelSection, adapter_dir: Path, out: Path, options: ExportSection, dtype: str, chat: Chat
+) -> None:
+    """--to gguf."""
+    from qvera.export.gguf import export_gguf
+
+    with progress("Merging") as show:
+        certificate = export_gguf(
+            adapter_dir,
+            section,
+            out,
+            options,
+            dtype,
+            chat_template=chat.template,
+            system=chat.system,
+            progress=lambda done, total, name: show(f"Merging: {done} of {total} tensors ({name})"),
+        )
+    (file,) = certificate["files"]
+    size = formatting.size((out / file).stat().st_size)
+    print(f"{size} in {out / file}, {len(certificate['delta'])} weights changed")
+    print(f"Ollama takes it with: ollama create NAME -f {shlex.quote(str(out / 'Modelfile'))}")
+
+
+def _export_gguf_lora(
+    section: ModelSection, adapter_dir: Path, out: Path, dtype: str, rank: int | None, chat: Chat
+) -> None:
+    """--to gguf-lora."""
+    import torch
+
+    from qvera.adapters.files.adapter_file import read_config
+    from qvera.export import lora
+    from qvera.export.deltas import read_deltas
+    from qvera.export.gguf import export_gguf_lora
+    from qvera.models.model_config import empty_model
+
+    require_no_added_tokens(read_config(adapter_dir), adapter_dir, "--to gguf-lora")
+    adapter = read_deltas(adapter_dir, empty_model(section), section)
+    factors = None
+    if rank is not None:
+        whole = ((name, delta.lora()) for name, delta in adapter.layers.items())
+        factors, errors = lora.truncate_all(whole, adapter.rank, rank, torch.float32)
+        print(lora.truncation_text(errors, adapter.rank, rank))
+    size = export_gguf_lora(
+        adapter, adapter_dir, section, out, dtype, factors, chat_template=chat.template, system=chat.system
+    )
+    print(f"{formatting.size(size)} in {out}: LoRA of rank {rank or adapter.rank} on {len(adapter.layers)} linears")
+    print(f"Put the path of the base's GGUF file into {out / 'Modelfile'} for Ollama, or name both files to llama.cpp.")
 
 
 def _export_adapter(

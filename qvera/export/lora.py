@@ -7,8 +7,6 @@ to the file's dtype (`rounding_text`). An adapter with ``b_groups`` or ``input_s
 """
 
 import json
-import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from qvera.adapters.config import PREFIX
 from qvera.adapters.files.save_load import ADAPTER_CONFIG, ADAPTER_WEIGHTS, portable_name
 from qvera.export.deltas import AdapterDeltas
 from qvera.models.safetensors_stream import write_shard
+from qvera.utils.atomic import new_directory
 from qvera.utils.errors import InputError
 from qvera.utils.safetensors_io import TensorSpec
 
@@ -198,14 +197,6 @@ def _common(adapter: AdapterDeltas) -> dict[str, Any]:
     }
 
 
-def require_empty(out: Path) -> None:
-    """Refuse an output directory that holds something (InputError)."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(
-            f"{out}: is not an empty directory. Nothing is overwritten; name a directory that is new or empty."
-        )
-
-
 def write_adapter(
     out: Path, config: Mapping[str, object], specs: list[TensorSpec], tensors: Iterator[torch.Tensor]
 ) -> int:
@@ -214,19 +205,8 @@ def write_adapter(
     Raises:
         InputError: ``out`` holds something, or can't be written.
     """
-    require_empty(out)
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"{out}: can't be written ({error}). Name another directory.") from None
-    try:
+    with new_directory(out) as partial:
         write_shard(partial / ADAPTER_WEIGHTS, specs, tensors)
         text = json.dumps(config, indent=2, sort_keys=True, default=sorted)  # PEFT's configs have sets
         (partial / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return sum(file.stat().st_size for file in out.iterdir())

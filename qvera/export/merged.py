@@ -37,7 +37,7 @@ def export_merged(
         adapter_dir: the trained adapter.
         section: the base it was trained on.
         options: dtype, base (original or dequantized), shard size.
-        chat_template: a template for the tokenizer, where it has none of its own.
+        chat_template: the template that was trained with, for the tokenizer.
         progress: called with (tensors done, tensors in all, tensor name).
 
     Raises:

@@ -33,7 +33,7 @@ class Merging:
 
     Attributes:
         specs: the tensors of the merged model, in the order of the base's files.
-        tokenizer: with the template that was trained with, where it had none.
+        tokenizer: with the chat template that was trained with.
         layers: adapted weight → max and mean |ΔW|, of those that are merged.
 
     Raises:
@@ -51,7 +51,8 @@ class Merging:
         self.dtype: torch.dtype = getattr(torch, options.dtype)
         self._check_stored_quantization()
         self.tokenizer = load_tokenizer(section)
-        if chat_template is not None and not self.tokenizer.chat_template:
+        own = self.tokenizer.get_chat_template() if self.tokenizer.chat_template else None
+        if chat_template not in (None, own):
             self.tokenizer.chat_template = chat_template
         self.added_tokens = ids_of(self.tokenizer, section.added_tokens)
         require_tokens(self.adapter.config, adapter_dir, self.added_tokens)

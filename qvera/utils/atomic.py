@@ -112,6 +112,36 @@ class OutputDirectory(contextlib.AbstractContextManager["OutputDirectory"]):
         self.close()
 
 
+def require_empty(out: Path) -> None:
+    """Refuse an output directory that holds something (InputError)."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(
+            f"{out}: is not an empty directory. Nothing is overwritten; name a directory that is new or empty."
+        )
+
+
+@contextlib.contextmanager
+def new_directory(out: Path) -> Iterator[Path]:
+    """A directory to fill under a temporary name, which is ``out`` when it is whole, and is deleted if it fails.
+
+    Raises:
+        InputError: ``out`` holds something, or can't be written.
+    """
+    require_empty(out)
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{out}: can't be written ({error}). Name another directory.") from None
+    try:
+        yield partial
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def flush(path: Path) -> None:
     """Fsync a file or a directory: a rename must not reach the disk before what it names."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -219,7 +219,7 @@ def test_the_command_says_rank_size_and_error(trained: Any, tmp_path: Path, caps
     assert "not an empty directory" in capsys.readouterr().err
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
     assert main(["export", str(adapter_dir), str(tmp_path / "x"), "--to", "peft", "--rank", "3"]) == 2
-    assert "--to lora only" in capsys.readouterr().err
+    assert "--to lora and --to gguf-lora only" in capsys.readouterr().err
     assert main(["export", str(adapter_dir), str(tmp_path / "x"), "--to", "peft"]) == (2 if grouped else 0)
     assert ("--to lora" in capsys.readouterr().err) if grouped else ("projections included" in capsys.readouterr().out)
 

@@ -66,6 +66,14 @@ def test_every_weight_is_w_plus_delta_in_fp32_before_the_cast(
         assert (name in change) == (not torch.equal(wide[name], weight.float()))
 
 
+def test_the_export_has_the_template_that_was_trained_with(trained: Any, tmp_path: Path) -> None:
+    _, section, adapter = trained
+    export_merged(adapter, section, tmp_path / "own", ExportSection())
+    export_merged(adapter, section, tmp_path / "plain", ExportSection(), chat_template="{{ messages[0]['content'] }}")
+    assert "<|im_start|>" in (tmp_path / "own" / "chat_template.jinja").read_text()
+    assert (tmp_path / "plain" / "chat_template.jinja").read_text() == "{{ messages[0]['content'] }}"
+
+
 def test_the_dequantized_base_gives_the_trained_models_logits(trained: Any, tmp_path: Path) -> None:
     model, section, adapter = trained
     options = ExportSection(dtype="float32", base="dequantized")

@@ -1,0 +1,170 @@
+"""A tokenizer as a GGUF file holds it, so that llama.cpp splits a text into the same tokens.
+
+Two kinds: byte-level BPE, whose way of splitting a text into words llama.cpp knows by name, and BPE with byte fallback
+as SentencePiece makes it, whose merges llama.cpp finds by the scores of the pieces.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qvera.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SPLITTERS = {
+    (_WORDS % r"\p{N}{1,3}",): "llama-bpe",
+    (_WORDS % r"\p{N}",): "qwen2",
+    ("digits", "words"): "smollm",
+    ("words",): "gpt-2",
+}
+"""How a text becomes words → llama.cpp's name of it (``tokenizer.ggml.pre``; llama-vocab.cpp has the same patterns)."""
+_SPACE = "▁"
+_PIECE_OF_NO_MERGE = -1e6
+_NOT_A_TOKEN = "[PAD{}]"
+
+
+def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+    """Write vocabulary, merges or scores, special tokens and the chat template.
+
+    Raises:
+        InputError: llama.cpp has no tokenizer that splits texts as this one does.
+    """
+    import gguf
+
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer.save_pretrained(scratch)
+        config.save_pretrained(scratch)  # gguf looks there for special tokens that the tokenizer does not name
+        file = Path(scratch) / "tokenizer.json"
+        if not file.is_file():
+            raise _refused("has no tokenizer.json")
+        tree = json.loads(file.read_text(encoding="utf-8"))
+        model = tree["model"]
+        if model["type"] != "BPE":
+            raise _refused(f"is of type {model['type']}, not BPE")
+        tokens, types = _tokens(tokenizer, config.vocab_size)
+        byte_level = not model.get("byte_fallback")
+        writer.add_tokenizer_model("gpt2" if byte_level else "llama")
+        writer.add_tokenizer_pre(_splitter(tree) if byte_level else "default")
+        if not byte_level:
+            _refuse_other_merges(model)
+            scores = _scores(model)
+            writer.add_token_scores([scores.get(token, _PIECE_OF_NO_MERGE) for token in tokens])
+            writer.add_add_space_prefix(_prefixes_space(tree))
+        writer.add_token_list(tokens)
+        writer.add_token_types(types)
+        special = gguf.SpecialVocab(scratch, load_merges=byte_level, n_vocab=len(tokens))
+        read = tokenizer("a")["input_ids"]
+        special.add_special_token = {
+            "bos": read[0] == tokenizer.bos_token_id,
+            "eos": read[-1] == tokenizer.eos_token_id,
+        }
+        special.add_to_gguf(writer, quiet=True)
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, count: int) -> tuple[list[str], list[int]]:
+    """The text and the kind of each id, as llama.cpp's converter has them."""
+    from gguf import TokenType
+
+    vocabulary, added = {number: text for text, number in tokenizer.get_vocab().items()}, tokenizer.added_tokens_decoder
+    if max(vocabulary) >= count:
+        raise _refused(f"has an id {max(vocabulary)}, and the model has {count} rows for tokens")
+    fallback = [f"<0x{byte:02X}>" for byte in range(256)]
+    is_fallback = set(fallback) if all(text in tokenizer.get_vocab() for text in fallback) else set()
+    unknown = tokenizer.unk_token_id
+    texts, types = [], []
+    for number in range(count):
+        text, kind = vocabulary.get(number, _NOT_A_TOKEN.format(number)), TokenType.NORMAL
+        if number not in vocabulary:
+            kind = TokenType.UNUSED
+        elif text in is_fallback:
+            kind = TokenType.BYTE
+        elif number in added:
+            if added[number].normalized:
+                _refuse_changed_text(tokenizer, text)
+            else:
+                text = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) or text
+            marker = text.startswith("<|") and text.endswith("|>")
+            kind = TokenType.CONTROL if added[number].special or marker else TokenType.USER_DEFINED
+            if number == unknown and is_fallback:
+                kind = TokenType.UNKNOWN
+            if kind == TokenType.USER_DEFINED:
+                text = text.replace(_SPACE, " ")
+        texts.append(text)
+        types.append(int(kind))
+    return texts, types
+
+
+def _refuse_changed_text(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    """Refuse an added token that is looked for in the normalized text, and whose own text the normalizer changes."""
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    if normalizer is not None and (changed := normalizer.normalize_str(text)) != text:
+        raise _refused(f"looks for its added token {text!r} as {changed!r} (add it with normalized=False)")
+
+
+def _splitter(tree: dict[str, Any]) -> str:
+    """llama.cpp's name of how a byte-level BPE splits texts into words."""
+    parts = tree.get("pre_tokenizer") or {}
+    found = []
+    for part in parts.get("pretokenizers", [parts]):
+        kind = part.get("type")
+        if kind == "Digits" and part["individual_digits"]:
+            found.append("digits")
+        elif kind == "Split" and part["behavior"] == "Isolated" and not part["invert"] and "Regex" in part["pattern"]:
+            found.append(part["pattern"]["Regex"])
+        elif kind == "ByteLevel" and not part["add_prefix_space"]:
+            found += ["words"] if part["use_regex"] else []
+        else:
+            found.append(str(kind))
+    name = _SPLITTERS.get(tuple(found))
+    if name is None:
+        raise _refused(f"splits texts into words by {found}, for which no name of llama.cpp's is known here")
+    if (name == "llama-bpe") != bool(tree["model"].get("ignore_merges")):
+        raise _refused(f"has ignore_merges {tree['model'].get('ignore_merges')}, which llama.cpp's {name} has not")
+    return name
+
+
+def _prefixes_space(tree: dict[str, Any]) -> bool:
+    """Whether a text is read as if a space stood before it."""
+    parts = [tree.get("pre_tokenizer") or {}, *((tree.get("normalizer") or {}).get("normalizers", []))]
+    parts += [tree.get("normalizer") or {}]
+    return any(
+        part.get("type") == "Prepend" or (part.get("type") == "Metaspace" and part.get("prepend_scheme") != "never")
+        for part in parts
+    )
+
+
+def _pairs(model: dict[str, Any]) -> list[tuple[str, str]]:
+    merges = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
+    return [(left, right) for left, right in merges]
+
+
+def _scores(model: dict[str, Any]) -> dict[str, float]:
+    """Piece → minus its place among the merges: SentencePiece's scores of a BPE have the same order."""
+    scores: dict[str, float] = {}
+    for place, (left, right) in enumerate(_pairs(model)):
+        scores.setdefault(left + right, -float(place))
+    return scores
+
+
+def _refuse_other_merges(model: dict[str, Any]) -> None:
+    """Refuse a BPE that does not merge every two pieces whose sum is a piece, as SentencePiece and llama.cpp do."""
+    vocabulary, merges = model["vocab"], set(_pairs(model))
+    for left, right in merges:
+        piece = left + right
+        for place in range(1, len(piece)):
+            if (pair := (piece[:place], piece[place:])) not in merges and all(part in vocabulary for part in pair):
+                raise _refused(f"does not merge {pair[0]!r} and {pair[1]!r} to its token {piece!r}")
+
+
+def _refused(why: str) -> InputError:
+    return InputError(
+        f"--to gguf: the tokenizer {why}, so llama.cpp might read other tokens. Convert the merged export (--to "
+        "merged) with llama.cpp's convert_hf_to_gguf.py."
+    )

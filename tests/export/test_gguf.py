@@ -1,0 +1,364 @@
+"""GGUF files: llama.cpp loads them and answers as transformers does on the merged model, token by token."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+import transformers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from bench.common import smollm2
+from qvera.adapters.files.save_load import attach, named_vectors, save_adapter
+from qvera.cli.main import main
+from qvera.config.schema import AdapterSection, ExportSection, ModelSection
+from qvera.export import export_merged
+from qvera.export.deltas import read_deltas
+from qvera.export.gguf import export_gguf, export_gguf_lora
+from qvera.export.gguf import file as gguf_file
+from qvera.models.loader import load_base
+from qvera.models.model_config import empty_model
+from qvera.utils.errors import InputError, RunFailed
+from tests.adapters.helpers import perturb
+from tests.export.llama_cpp import Answer, half_characters, llama_cpp, transformers_answer
+
+pytestmark = pytest.mark.process
+
+PROMPTS = [
+    "say the word",
+    "assistant, say 12345 words twice!",
+    "Zoë\n\n  pays £12.50 🙂",
+    "  we'll SAY'S\t\tit\r\n 我想",
+]
+LLAMA_3 = {
+    "rope_type": "llama3", "rope_theta": 10_000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+SIZES: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 320, "max_position_embeddings": 256, "eos_token_id": 2,
+    "bos_token_id": None, "pad_token_id": 0, "initializer_range": 0.15,
+}  # fmt: skip
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"tie_word_embeddings": False, "attention_bias": True}),
+    "llama-tied": ("Llama", {"tie_word_embeddings": True}),
+    "llama-3.1": ("Llama", {"rope_parameters": LLAMA_3, "head_dim": 32}),
+    "llama-linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
+    "llama-yarn": ("Llama", {"rope_parameters": YARN}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"head_dim": 32}),
+}
+
+
+def byte_level(kind: str) -> PreTrainedTokenizerFast:
+    """A small byte-level BPE that splits texts as the tokenizers of GPT-2, SmolLM, Qwen 2 or Llama 3 do."""
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind in ("gpt-2", "smollm"))
+    before: list[Any] = []
+    if kind == "smollm":
+        before = [pre_tokenizers.Digits(individual_digits=True)]
+    elif kind != "gpt-2":
+        numbers = r"\p{N}{1,3}" if kind == "llama-bpe" else r"\p{N}"
+        pattern = (
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + numbers
+            + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        )  # fmt: skip
+        before = [pre_tokenizers.Split(Regex(pattern), behavior="isolated", invert=False)]
+    backend = Tokenizer(models.BPE(ignore_merges=kind == "llama-bpe"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*before, words])
+    backend.decoder = decoders.ByteLevel()
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=310,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(["say the word 12345 twice\n\n  we'll  £££ 12.50 assistant"] * 4, trainer)
+    bos = "<|endoftext|>" if kind == "llama-bpe" else None
+    if bos is not None:
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, 0)]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", bos_token=bos)
+
+
+def sentence_pieces() -> PreTrainedTokenizerFast:
+    """A BPE as SentencePiece makes it, with scores and byte fallback, in the form of Llama 2's tokenizer.json."""
+    base = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    # SentencePiece orders pieces by score; every two pieces whose sum is a piece are merged
+    pieces = [
+        "th",
+        "he",
+        "the",
+        "▁th",
+        "▁the",
+        "ay",
+        "say",
+        "▁s",
+        "▁say",
+        "▁▁",
+        "or",
+        "wor",
+        "word",
+        "▁w",
+        "▁word",
+        "wo",
+    ]
+    letters = sorted({letter for piece in pieces for letter in piece} | set("12345, !i"))
+    vocabulary = {piece: number for number, piece in enumerate([*base, *pieces, *letters])}
+    merges = [
+        (piece[:place], piece[place:])
+        for piece in pieces
+        for place in range(1, len(piece))
+        if piece[:place] in vocabulary and piece[place:] in vocabulary
+    ]
+    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def small_model(name: str, directory: Path, tokenizer: Any = None) -> ModelSection:
+    kind, changes = MODELS[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **changes})
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.dim() == 1:  # norms and biases that are told apart
+                parameter.add_(0.2 * torch.randn_like(parameter))
+            assert torch.isfinite(parameter).all(), key
+    model.save_pretrained(directory)
+    (tokenizer or byte_level("gpt-2")).save_pretrained(directory)
+    return ModelSection(path=str(directory), compute_dtype="float32")
+
+
+def small_adapter(section: ModelSection, directory: Path, *, zero: bool = False, **settings: Any) -> Path:
+    model = attach(load_base(section).model, AdapterSection(**{"rank": 8, **settings}), section.path)
+    if not zero:
+        perturb(model)
+    save_adapter(model, directory)
+    return directory
+
+
+def merged_model(adapter: Path, section: ModelSection, directory: Path) -> tuple[Any, Any]:
+    export_merged(adapter, section, directory, ExportSection(dtype="float32"))
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(directory)
+
+
+def assert_same(found: Answer, expected: Answer, tolerance: float) -> None:
+    assert found.tokens == expected.tokens
+    assert found.prompt_tokens == expected.prompt_tokens
+    assert found.log_probabilities == pytest.approx(expected.log_probabilities, abs=tolerance)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_llama_cpp_answers_as_transformers_does_on_the_merged_model(name: str, tmp_path: Path) -> None:
+    section = small_model(name, tmp_path / "base")
+    adapter = small_adapter(section, tmp_path / "adapter")
+    certificate = export_gguf(adapter, section, tmp_path / "gguf", ExportSection(), "float32")
+    model, tokenizer = merged_model(adapter, section, tmp_path / "merged")
+    assert list(certificate["files"]) == ["model-f32.gguf"]
+    assert certificate == json.loads((tmp_path / "gguf" / "qvera_export.json").read_text())
+    assert len(certificate["delta"]) == 14
+    with llama_cpp(tmp_path / "gguf" / "model-f32.gguf") as loaded:
+        banned = half_characters(tokenizer, 320)
+        for prompt in PROMPTS:
+            ids = tokenizer(prompt)["input_ids"]
+            assert_same(loaded.answer(prompt, banned), transformers_answer(model, ids, banned), 2e-4)
+
+
+@pytest.mark.parametrize("kind", ["gpt-2", "smollm", "qwen2", "llama-bpe", "llama"])
+def test_llama_cpp_reads_the_same_tokens(kind: str, tmp_path: Path) -> None:
+    tokenizer = sentence_pieces() if kind == "llama" else byte_level(kind)
+    # one that looks special, and one that does not
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in ("<|call|>", "[WORD]")])
+    section = small_model("llama", tmp_path / "base", tokenizer)
+    adapter = small_adapter(section, tmp_path / "adapter")
+    export_gguf(adapter, section, tmp_path / "gguf", ExportSection(), "float32")
+    texts = [*PROMPTS, "the words say the   word", "say the<|call|>word [WORD] the", "1234567 say 12.5", "\n\n\n   the"]
+    if kind != "llama":
+        texts += ["<|im_start|>user\nthe word<|im_end|>\n", "I'll say'd X'LL"]
+    with llama_cpp(tmp_path / "gguf" / "model-f32.gguf") as loaded:
+        banned = half_characters(tokenizer, 320)
+        for text in texts:
+            ids = tokenizer(text)["input_ids"]
+            read = loaded.answer(text, banned, 1)
+            assert read == loaded.answer(ids, banned, 1), (text, tokenizer.convert_ids_to_tokens(ids))
+            assert read.prompt_tokens == len(ids)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 2e-2), ("bfloat16", 0.1), ("q8_0", 0.1)])
+def test_smaller_types_are_as_near_as_they_can_be(dtype: str, tolerance: float, tmp_path: Path) -> None:
+    section = small_model("llama", tmp_path / "base")
+    adapter = small_adapter(section, tmp_path / "adapter")
+    certificate = export_gguf(adapter, section, tmp_path / "gguf", ExportSection(), dtype)
+    assert certificate["dtype"] == dtype
+    model, tokenizer = merged_model(adapter, section, tmp_path / "merged")
+    ids = tokenizer(PROMPTS[1])["input_ids"]
+    (name,) = certificate["files"]
+    with llama_cpp(tmp_path / "gguf" / name) as loaded:
+        banned = half_characters(tokenizer, 320)
+        assert_same(loaded.answer(ids, banned, 4), transformers_answer(model, ids, banned, 4), tolerance)
+
+
+@pytest.mark.parametrize("settings", [{}, {"b_groups": 2, "input_scale": True}, {"method": "lora", "alpha": 4}])
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_a_lora_file_on_the_bases_file_answers_as_the_merged_model(
+    name: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    section = small_model(name, tmp_path / "base")
+    nothing = small_adapter(section, tmp_path / "nothing", zero=True)
+    export_gguf(nothing, section, tmp_path / "base-gguf", ExportSection(), "float32")
+    adapter = small_adapter(section, tmp_path / "adapter", **settings)
+    deltas = read_deltas(adapter, empty_model(section), section)
+    size = export_gguf_lora(deltas, adapter, section, tmp_path / "lora", "float32")
+    file = tmp_path / "lora" / "adapter-f32.gguf"
+    assert size == file.stat().st_size
+    model, tokenizer = merged_model(adapter, section, tmp_path / "merged")
+    base = tmp_path / "base-gguf" / "model-f32.gguf"
+    with llama_cpp(base, file) as loaded, llama_cpp(base) as bare:
+        banned = half_characters(tokenizer, 320)
+        for prompt in PROMPTS:
+            ids = tokenizer(prompt)["input_ids"]
+            assert_same(loaded.answer(prompt, banned), transformers_answer(model, ids, banned), 2e-4)
+            assert bare.answer(prompt, banned) != loaded.answer(prompt, banned)
+
+
+def test_layers_of_other_ranks_are_scaled_to_one_alpha(tmp_path: Path) -> None:
+    section = small_model("llama", tmp_path / "base")
+    export_gguf(
+        small_adapter(section, tmp_path / "nothing", zero=True), section, tmp_path / "b", ExportSection(), "float32"
+    )
+    adapter = small_adapter(section, tmp_path / "adapter")
+    deltas = read_deltas(adapter, empty_model(section), section)
+    factors = {}
+    for number, (layer, delta) in enumerate(deltas.layers.items()):
+        A, B = delta.lora()
+        more = number % 3  # zeros that change the rank and nothing else
+        factors[layer] = (torch.cat([A, A.new_zeros(more, A.shape[1])]), torch.cat([B, B.new_zeros(len(B), more)], 1))
+    export_gguf_lora(deltas, adapter, section, tmp_path / "lora", "float32", factors)
+    model, tokenizer = merged_model(adapter, section, tmp_path / "merged")
+    ids = tokenizer(PROMPTS[1])["input_ids"]
+    with llama_cpp(tmp_path / "b" / "model-f32.gguf", tmp_path / "lora" / "adapter-f32.gguf") as loaded:
+        banned = half_characters(tokenizer, 320)
+        assert_same(loaded.answer(ids, banned), transformers_answer(model, ids, banned), 2e-4)
+
+
+def test_what_llama_cpp_might_read_otherwise_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusal(section: ModelSection, adapter: Path) -> str:
+        with pytest.raises(InputError) as caught:
+            export_gguf(adapter, section, tmp_path / "out", ExportSection(), "float16")
+        assert not (tmp_path / "out").exists()
+        return str(caught.value)
+
+    section = small_model("llama", tmp_path / "base")
+    adapter = small_adapter(section, tmp_path / "adapter")
+    config = tmp_path / "base" / "config.json"
+    tree, tokenizer_file = json.loads(config.read_text()), tmp_path / "base" / "tokenizer.json"
+    for changes, words in (
+        ({"hidden_act": "gelu"}, "hidden_act gelu"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type dynamic"),
+        ({"architectures": ["ArceeForCausalLM"]}, "ArceeForCausalLM; here LlamaForCausalLM,"),
+    ):
+        config.write_text(json.dumps({**tree, **changes}))
+        message = refusal(section, adapter)
+        assert words in message and "convert_hf_to_gguf.py" in message
+    config.write_text(json.dumps(tree))
+
+    tokens = json.loads(tokenizer_file.read_text())
+    sentence_pieces().save_pretrained(tmp_path / "pieces")
+    pieces = json.loads((tmp_path / "pieces" / "tokenizer.json").read_text())
+    pieces["model"]["merges"].remove(["▁", "the"])
+    splits = {**tokens, "pre_tokenizer": {"type": "Whitespace"}}
+    named = sentence_pieces()
+    named.add_tokens(["[WORD]"])
+    named.save_pretrained(tmp_path / "named")
+    named = json.loads((tmp_path / "named" / "tokenizer.json").read_text())
+    merges = {**tokens, "model": {**tokens["model"], "ignore_merges": True}}
+    for changed, words in (
+        (splits, "splits texts into words by ['Whitespace']"),
+        (merges, "has ignore_merges True"),
+        (named, "looks for its added token '[WORD]' as '▁[WORD]'"),
+        (pieces, "does not merge '▁' and 'the' to its token '▁the'"),
+    ):
+        tokenizer_file.write_text(json.dumps(changed))
+        assert words in refusal(section, adapter)
+    tokenizer_file.write_text(json.dumps(tokens))
+
+    monkeypatch.setattr(gguf_file, "find_spec", lambda name: None)
+    assert "pip install 'qvera[gguf]'" in refusal(section, adapter)
+
+
+def test_a_context_is_no_longer_than_the_attention_window(tmp_path: Path) -> None:
+    section = small_model("mistral", tmp_path / "base")
+    config = tmp_path / "base" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "sliding_window": 100}))
+    export_gguf(small_adapter(section, tmp_path / "adapter"), section, tmp_path / "out", ExportSection(), "q8_0")
+    settings = gguf.GGUFReader(tmp_path / "out" / "model-q8_0.gguf").fields
+    assert settings["llama.context_length"].contents() == 100
+    assert settings["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q8_0
+
+
+def test_a_weight_beyond_float16_leaves_nothing_behind(tmp_path: Path) -> None:
+    section = small_model("llama", tmp_path / "base")
+    model = attach(load_base(section).model, AdapterSection(rank=8), section.path)
+    perturb(model)
+    with torch.no_grad():
+        next(v for name, v in named_vectors(model).items() if name.endswith("_b")).fill_(1e9)
+    save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(RunFailed, match="--dtype bfloat16"):
+        export_gguf(tmp_path / "adapter", section, tmp_path / "out", ExportSection(), "float16")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+    export_gguf(tmp_path / "adapter", section, tmp_path / "out", ExportSection(), "bfloat16")
+
+
+def test_the_command_writes_the_model_and_the_adapter(trained_run: Path, tmp_path: Path, capsys: Any) -> None:
+    assert main(["export", str(trained_run), str(tmp_path / "model"), "--to", "gguf", "--dtype", "q8_0"]) == 0
+    said = capsys.readouterr().out
+    assert "model-q8_0.gguf, 14 weights changed" in said and f"ollama create NAME -f {tmp_path / 'model'}" in said
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
+        "Modelfile", "model-q8_0.gguf", "qvera_export.json",
+    ]  # fmt: skip
+    assert main(["export", str(trained_run), str(tmp_path / "lora"), "--to", "gguf-lora", "--rank", "2"]) == 0
+    assert "rank 2 of 8: relative error" in capsys.readouterr().out
+    text = (tmp_path / "lora" / "Modelfile").read_text()
+    assert "FROM ./base.gguf\nADAPTER ./adapter-f16.gguf\nTEMPLATE" in text
+    assert main(["export", str(trained_run), str(tmp_path / "x"), "--dtype", "q8_0"]) == 2
+    assert "--dtype q8_0: goes with --to gguf" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_smollm2_answers_20_prompts_in_llama_cpp_as_in_transformers(tmp_path: Path) -> None:
+    section = ModelSection(path=smollm2(), compute_dtype="float32")
+    model = attach(load_base(section).model, AdapterSection(rank=64), section.path)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for vector in named_vectors(model).values():
+            vector.add_(0.01 * torch.randn(vector.shape, generator=generator))
+    save_adapter(model, tmp_path / "adapter")
+    del model
+    export_gguf(tmp_path / "adapter", section, tmp_path / "gguf", ExportSection(), "float32")
+    merged, tokenizer = merged_model(tmp_path / "adapter", section, tmp_path / "merged")
+    rows = (Path(__file__).parents[2] / "recipes" / "quickstart" / "heldout.jsonl").read_text().splitlines()[:20]
+    with llama_cpp(tmp_path / "gguf" / "model-f32.gguf") as loaded:
+        for row in rows:
+            prompt = [{"role": "user", "content": json.loads(row)["prompt"]}]
+            text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            assert_same(loaded.answer(text, (), 16), transformers_answer(merged, ids, (), 16), 5e-3)
