@@ -216,7 +216,7 @@ def _data_section(run: Path, data: str | None, rows: int | None, target: EvalTar
                 f"{run}: {target.what} has no recipe that names held-out rows. Name a file with --data FILE, or the "
                 "run (or recipe) that it belongs to with --recipe."
             )
-        if not (recipe.data.eval_path or recipe.data.eval_fraction):
+        if not recipe.data.has_held_out_rows:
             raise InputError(f"{run}: its recipe holds out no rows; name a file with --data.")
         return recipe.data.replace(template=template_of(recipe, target.run))
     if recipe is None:
@@ -231,6 +231,7 @@ def _data_section(run: Path, data: str | None, rows: int | None, target: EvalTar
         mixture=[],
         weight=1.0,
         eval_path=None,
+        eval_split=None,
         eval_fraction=0.0,
         limit=rows,
     )
@@ -240,7 +241,9 @@ def _subject(target: EvalTarget, section: DataSection, *, base_alone: bool, data
     """What was evaluated on what."""
     what = "the base alone" if base_alone else target.what
     column = "Adapter" if target.adapter is not None else "Export" if target.merged else "Model"
-    held_out = section.eval_path or f"{section.path}, {section.eval_fraction:.1%} held out by its seed"
+    held_out = section.held_out_path or f"{section.path}, {section.eval_fraction:.1%} held out by its seed"
+    if section.eval_split is not None:
+        held_out += f", split {section.eval_split}"
     return {
         "path": str(target.path),
         "what": what[0].upper() + what[1:],

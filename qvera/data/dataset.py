@@ -225,11 +225,11 @@ def build_datasets(
 
 
 def _sources(section: DataSection) -> list[DataSection]:
-    """``path`` and each part of the mixture as a section of its own; ``eval_path`` belongs to the first."""
+    """``path`` and each part of the mixture as a section; ``eval_path`` and ``eval_split`` are the first's."""
     sources = [section.model_copy(update={"mixture": []})]
     for part in section.mixture:
-        fraction = section.eval_fraction if section.eval_path is None else 0.0
-        own = {"mixture": [], "eval_path": None, "eval_fraction": fraction, **dict(part)}
+        fraction = section.eval_fraction if section.held_out_path is None else 0.0
+        own = {"mixture": [], "eval_path": None, "eval_split": None, "eval_fraction": fraction, **dict(part)}
         sources.append(section.model_copy(update=own))
     return sources
 

@@ -19,6 +19,17 @@ from qvera.utils.adapter_names import escape_name
 from qvera.utils.errors import InputError, did_you_mean
 
 
+def _split(section: DataSection, held_out: bool) -> str:
+    return section.eval_split or section.split if held_out else section.split
+
+
+def source_paths(section: DataSection) -> Iterator[tuple[str, str]]:
+    """Path and split of all that a source reads, training rows first; the split counts for a hub dataset only."""
+    yield section.path, section.split
+    if section.held_out_path is not None:
+        yield section.held_out_path, _split(section, True)
+
+
 def source_files(section: DataSection, path: str) -> list[Path] | None:
     """The files of ``data.path`` or ``data.eval_path``; None for a hub dataset.
 
@@ -28,24 +39,33 @@ def source_files(section: DataSection, path: str) -> list[Path] | None:
     return adapter_files(path) if section.adapter_files else local_files(path)
 
 
-def raw_rows(section: DataSection, path: str) -> Iterator[RawRow]:
-    """The raw rows of ``data.path`` or ``data.eval_path``, one at a time, each with its task or adapter as ``owner``.
+def raw_rows(section: DataSection, held_out: bool = False) -> Iterator[RawRow]:
+    """The raw rows of a source, one at a time, each with its task or adapter as ``owner``.
+
+    ``held_out``: those of ``data.held_out_path``, where there is one, in place of those of ``data.path``.
 
     Raises:
         InputError: a file or a row can't be read, or does not name its task or adapter.
     """
     rows: Iterator[RawRow]
+    path = str(section.held_out_path) if held_out else section.path
+    if held_out and section.eval_split is not None and local_files(path) is not None:
+        raise InputError(
+            f"data.eval_split: {section.eval_split!r} has a meaning for hub datasets only, and {path} is local. Remove "
+            "the key, and name the file of held-out rows in data.eval_path."
+        )
     if section.adapter_files:
         rows = (replace(row, owner=file.stem) for file in adapter_files(path) for row in read_file(file))
     elif path == section.path or not Path(path).expanduser().exists():
-        rows = read_rows(path, split=section.split, config_name=section.config_name, revision=section.revision)
+        split = _split(section, held_out)
+        rows = read_rows(path, split=split, config_name=section.config_name, revision=section.revision)
     else:  # a local eval file beside a hub dataset: the hub's keys are not about it
         rows = read_rows(path)
     if section.task_column is not None:
         rows = _with_owners(rows, section.task_column, "task")
     elif section.adapter_column is not None:
         rows = _with_owners(rows, section.adapter_column, "adapter")
-    limit = section.limit if path == section.path else None
+    limit = None if held_out else section.limit
     return _first_of_each(rows, limit) if section.has_adapters and limit else itertools.islice(rows, limit)
 
 
@@ -77,7 +97,7 @@ def _first_of_each(rows: Iterator[RawRow], limit: int) -> Iterator[RawRow]:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What one pass over the raw rows of a path finds.
+    """What one pass over the raw rows of a source finds.
 
     Attributes:
         first: the first row.
@@ -94,8 +114,8 @@ class Survey:
     members: list[np.ndarray]
 
 
-def survey(section: DataSection, path: str) -> Survey:
-    """Read all rows of ``data.path`` or ``data.eval_path`` once.
+def survey(section: DataSection, held_out: bool = False) -> Survey:
+    """Read all rows of `raw_rows` once.
 
     Raises:
         InputError: as `raw_rows` and `detect_format`; the name of an adapter can't be a directory's (`escape_name`); or
@@ -103,7 +123,7 @@ def survey(section: DataSection, path: str) -> Survey:
     """
     firsts: dict[frozenset[str], RawRow] = {}  # by their columns: the first row of all, and of each adapter
     count, numbers, owner_of = 0, dict[str, int](), array("q")
-    for row in raw_rows(section, path):
+    for row in raw_rows(section, held_out):
         count += 1
         if not firsts:
             firsts[frozenset(row.fields)] = row
@@ -143,7 +163,7 @@ def choose_rows(section: DataSection, rows: Survey, eval_rows: Survey | None) ->
 
     Args:
         rows: of ``data.path``.
-        eval_rows: of ``data.eval_path``; None: the held-out rows are drawn from ``rows``.
+        eval_rows: of ``data.held_out_path``; None: the held-out rows are drawn from ``rows``.
 
     Returns:
         bool [raw rows of ``data.path``] and bool [raw rows that held-out rows come from].

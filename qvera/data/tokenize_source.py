@@ -28,7 +28,7 @@ from qvera.data.chat_template import resolve_template
 from qvera.data.encoding import Encoder, tokenizer_sha256
 from qvera.data.readers import load_hub
 from qvera.data.rows import Rows, write_table
-from qvera.data.source_rows import choose_rows, raw_rows, source_files, survey
+from qvera.data.source_rows import choose_rows, raw_rows, source_files, source_paths, survey
 from qvera.data.tokenization import RowCounts, RowTokenizer, TokenizedChunk
 from qvera.utils.cache_dir import HashIndex
 from qvera.utils.errors import InputError
@@ -56,7 +56,7 @@ _ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "USE_
 
 def source_bytes(section: DataSection) -> int | None:
     """Bytes of the local files that a source is read from; None where some of it is a hub dataset."""
-    files = [source_files(section, path) for path in (section.path, section.eval_path) if path]
+    files = [source_files(section, path) for path, _ in source_paths(section)]
     return None if None in files else sum(file.stat().st_size for found in files for file in found or [])
 
 
@@ -66,13 +66,13 @@ def source_content(section: DataSection, hashes: HashIndex) -> list[list[str]] |
     None where nothing tells one content from another.
     """
     content: list[list[str]] = []
-    for path in filter(None, (section.path, section.eval_path)):
+    for path, split in source_paths(section):
         files = source_files(section, path)
         if files is not None:
             sha256_of = hashes.hashed(files, hashes.known(files), None)
             content += [[str(file), sha256_of[file]] for file in files]
             continue
-        dataset = load_hub(path, section.split, section.config_name, section.revision)
+        dataset = load_hub(path, split, section.config_name, section.revision)
         fingerprint = getattr(dataset, "_fingerprint", None)
         if fingerprint is None:
             return None
@@ -111,13 +111,13 @@ class Part:
     Attributes:
         tokenizer: tokenizes them.
         name: `TRAIN` or `EVAL`.
-        path: where they are read from.
-        chosen: bool [raw rows of ``path``]; which of them are of this part.
+        held_out: they are read from ``data.held_out_path``, not from ``data.path``.
+        chosen: bool [raw rows]; which of them are of this part.
     """
 
     tokenizer: RowTokenizer
     name: str
-    path: str
+    held_out: bool
     chosen: np.ndarray
 
     @property
@@ -127,7 +127,7 @@ class Part:
 
     def chunks(self, first: int, step: int = 1) -> Iterator[TokenizedChunk]:
         """The chunks ``first``, ``first + step``, ... in order, tokenized by this process."""
-        rows = itertools.compress(raw_rows(self.tokenizer.section, self.path), self.chosen)
+        rows = itertools.compress(raw_rows(self.tokenizer.section, self.held_out), self.chosen)
         chunks = iter(lambda: list(itertools.islice(rows, CHUNK_ROWS)), [])  # up to an empty one
         return map(self.tokenizer.tokenize_chunk, itertools.islice(chunks, first, None, step))
 
@@ -144,14 +144,14 @@ def tokenize_source(
     Raises:
         InputError: anything wrong with the recipe's ``data``, a file or a row.
     """
-    rows, eval_rows = survey(section, section.path), None
-    if section.eval_path is not None:
-        if section.eval_path == section.path:
+    rows, eval_rows = survey(section), None
+    if section.held_out_path is not None:
+        if section.eval_path == section.path and section.eval_split is None:
             raise InputError(
                 f"data.eval_path: {section.path} is data.path too, so nothing would be held out. Name another file, or "
                 "set data.eval_fraction instead."
             )
-        eval_rows = survey(section, section.eval_path)
+        eval_rows = survey(section, held_out=True)
     elif section.eval_fraction > 0 and rows.count < 2 and not section.has_adapters:
         raise InputError(
             f"data.eval_fraction: {rows.first.source} is the only row, so none can be held out. Add rows, or set "
@@ -161,11 +161,11 @@ def tokenize_source(
     unused = [name for name in rows.format.unused if name not in (section.task_column, section.adapter_column)]
     source = TokenizedSource(rows.format.name, unused, template.name, RowCounts(), Rows(), Rows(), rows.names)
     train, held = choose_rows(section, rows, eval_rows)
-    part = Part(RowTokenizer(section, encoder, template, rows.format), TRAIN, section.path, train)
+    part = Part(RowTokenizer(section, encoder, template, rows.format), TRAIN, False, train)
     source.train = _tokenize(part, directory, source, console)
     if held.any():
         tokenizer = RowTokenizer(section, encoder, template, (eval_rows or rows).format)
-        part = Part(tokenizer, EVAL, section.eval_path or section.path, held)
+        part = Part(tokenizer, EVAL, eval_rows is not None, held)
         source.eval = _tokenize(part, directory, source, console)
     return source
 
@@ -191,7 +191,7 @@ def _tokenize(part: Part, directory: Path, source: TokenizedSource, console: Con
     from rich.progress import Progress
 
     section = part.tokenizer.section
-    path, count = part.path, part.rows
+    path, count = section.held_out_path if part.held_out else section.path, part.rows
     empty_rows: list[str] = []
     console = console or Console(stderr=True)
     progress = Progress(console=console, transient=True, disable=count <= _PROGRESS_ROWS)

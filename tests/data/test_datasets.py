@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
-from qvera.config.schema import DataSection
+from qvera.config.schema import DataSection, parse_recipe
 from qvera.data import Datasets, build_datasets, print_preflight
 from qvera.data.dataset import length_histogram
 from qvera.data.source_rows import hold_out
@@ -305,3 +305,33 @@ def test_a_negative_number_of_rows_to_show_is_refused(write: Write, base_tokeniz
 def test_reading_rows_takes_no_torch() -> None:
     code = "import sys, qvera.data as data\nassert 'torch' not in sys.modules\nassert data.Example and data.DataStats"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_held_out_rows_may_be_another_split_of_a_hub_dataset(
+    monkeypatch: pytest.MonkeyPatch, base_tokenizer: Any
+) -> None:
+    import datasets
+
+    def load_dataset(path: str, split: str, **_: object) -> datasets.Dataset:
+        return datasets.Dataset.from_list(pairs({"train": 6, "validation": 3}[split], f"{path} {split}"))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    data = build_datasets(DataSection(path="owner/name", eval_split="validation", limit=4), base_tokenizer)
+    assert [row.reference for row in data.eval] == [f" owner/name validation {n}" for n in range(3)]
+    assert data.eval[0].source == "owner/name[validation] row 1"
+    assert len(data.train) == 4
+    data = build_datasets(DataSection(path="a/a", eval_path="b/b", eval_split="validation"), base_tokenizer)
+    assert [row.reference for row in data.eval] == [f" b/b validation {n}" for n in range(3)]
+    mixed = DataSection(path="a/a", eval_split="validation", mixture=[{"path": "b/b"}])  # type: ignore[list-item]
+    assert [row.reference for row in build_datasets(mixed, base_tokenizer).eval] == [
+        f" a/a validation {n}" for n in range(3)
+    ]
+
+
+def test_a_split_of_held_out_rows_must_be_another_one_of_a_hub_dataset(write: Write, base_tokenizer: Any) -> None:
+    with pytest.raises(InputError, match=r"data\.eval_split: 'test' has a meaning for hub datasets only"):
+        build_datasets(DataSection(path=write(pairs(4)), eval_split="test"), base_tokenizer)
+    with pytest.raises(InputError, match=r"eval_split: is data\.split too \(train\), so nothing would be held out"):
+        parse_recipe({"model": "m", "data": {"path": "a/b", "eval_split": "train"}}, "r.yaml")
+    with pytest.raises(InputError, match=r"eval_fraction: held-out rows already come from data\.eval_split"):
+        parse_recipe({"model": "m", "data": {"path": "a/b", "eval_split": "x", "eval_fraction": 0.5}}, "r.yaml")

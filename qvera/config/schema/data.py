@@ -8,7 +8,7 @@ from pydantic import Field, Strict
 from qvera.config.fields import Bool, Fraction, NonEmpty, NonNegative, OnlyWith, Passes, Positive, Section, Seed
 
 _BY_TASK = OnlyWith("data.sampling: task")
-_EVALUATED = OnlyWith("data.eval_path", "data.eval_fraction", "data.held_out_tasks")
+_EVALUATED = OnlyWith("data.eval_path", "data.eval_split", "data.eval_fraction", "data.held_out_tasks")
 
 
 class DataSource(Section):
@@ -51,6 +51,9 @@ class DataSection(DataSource):
     eval_path: str | None = None
     """A file of held-out rows; with ``adapter_files`` a directory of files with the same names. Default:
     ``eval_fraction`` of each source is held out, chosen by ``seed``."""
+    eval_split: NonEmpty | None = None
+    """The split of a hub dataset whose rows are held out, such as ``validation``: of ``eval_path`` where that is a hub
+    dataset id, else of ``path``."""
     eval_fraction: Fraction = 0.0
     """The share of each source that is held out for evaluation; of many adapters, of each. 0: none."""
     train_on: Literal["assistant", "last", "all"] = "assistant"
@@ -109,8 +112,11 @@ class DataSection(DataSource):
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Yield keys that contradict each other."""
-        if self.eval_path is not None and self.eval_fraction > 0:
-            yield "eval_fraction", "held-out rows already come from data.eval_path; remove one of the two."
+        if self.held_out_path is not None and self.eval_fraction > 0:
+            key = "eval_split" if self.eval_path is None else "eval_path"
+            yield "eval_fraction", f"held-out rows already come from data.{key}; remove one of the two."
+        if self.held_out_path == self.path and self.eval_split == self.split:
+            yield "eval_split", f"is data.split too ({self.split}), so nothing would be held out. Name another split."
         yield from self._task_contradictions()
         if self.has_adapters:
             yield from self._adapter_contradictions()
@@ -161,4 +167,9 @@ class DataSection(DataSource):
     @property
     def has_held_out_rows(self) -> bool:
         """Whether the recipe names rows to evaluate on."""
-        return self.eval_path is not None or self.eval_fraction > 0
+        return self.held_out_path is not None or self.eval_fraction > 0
+
+    @property
+    def held_out_path(self) -> str | None:
+        """Where held-out rows come from that are not drawn from the training rows; None: there are none such."""
+        return self.path if self.eval_path is None and self.eval_split is not None else self.eval_path

@@ -88,7 +88,10 @@ class Recipe(Section):
         used = [name for name in names if getattr(self.training, name)]
         if not self.data.has_held_out_rows:
             for name in used:
-                yield f"training.{name}", "needs held-out rows; set data.eval_path or data.eval_fraction."
+                yield (
+                    f"training.{name}",
+                    "needs held-out rows; set data.eval_path, eval_split or eval_fraction.",
+                )
         elif not self.training.eval_steps:
             for name in used:
                 yield f"training.{name}", "needs training.eval_steps above 0."

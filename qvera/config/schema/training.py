@@ -114,7 +114,7 @@ class TrainingSection(Section):
     """Prompts that are answered at the same time, for the samples and the exact match."""
     sample_max_new_tokens: Positive = 160
     """The most tokens of an answer."""
-    exact_match_rows: Annotated[NonNegative, OnlyWith("data.eval_path", "data.eval_fraction")] = 0
+    exact_match_rows: Annotated[NonNegative, OnlyWith("data.eval_path", "data.eval_split", "data.eval_fraction")] = 0
     """Held-out rows that are answered greedily before and after training and compared with their reference. 0: none."""
     bilevel: Bool = False
     """Train two groups of parameters on two disjoint parts of the rows in turn, so that neither fits both (BiLoRA,

@@ -267,7 +267,7 @@ def _answers(run: PlannedRun) -> tuple[Component, ...]:
     """
     shape, machine, size = run.shape, run.machine, run.itemsize
     training, data = run.recipe.training, run.recipe.data
-    if run.slots or not (data.eval_path or data.eval_fraction):
+    if run.slots or not data.has_held_out_rows:
         return ()
     if not (training.sample_count or training.exact_match_rows):
         return ()
