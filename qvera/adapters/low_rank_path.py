@@ -21,12 +21,15 @@ from qvera.adapters.products.sparse import Watch
 from qvera.adapters.products.token_sampling import TokenSampler
 from qvera.distributed.zero_params import is_sharded
 from qvera.models import linear, quantization
+from qvera.models.structure import returns_more
 
 
 def layer_shape(base_layer: nn.Module) -> tuple[int, int] | None:
     """(in_features, out_features) of a layer that can be adapted, else None."""
     if isinstance(base_layer, Conv1D):
         return base_layer.weight.shape[0], base_layer.weight.shape[1]
+    if returns_more(base_layer):
+        return None
     if isinstance(base_layer, nn.Linear):  # bitsandbytes' linears are nn.Linear too
         return base_layer.in_features, base_layer.out_features
     return None

@@ -17,6 +17,7 @@ from qvera.adapters.multi_adapter import BASE, SeedBank, plan_rows
 from qvera.adapters.projection import OwnProjection, SharedProjection, projection_sha256
 from qvera.models import linear, norm_mlp, rope
 from qvera.models.model_config import head_size
+from qvera.models.structure import beside_the_layers
 from qvera.models.tokenizer import PLACED
 from qvera.utils.errors import InputError
 
@@ -178,6 +179,7 @@ class QveraModel(BaseTuner):
         if config.target_modules is None:
             raise InputError("target_modules: takes `all-linear` or a list of module names, got nothing.")
         if config.target_modules is not before:  # all linears by full names, which would overrule layers_to_transform
+            config.target_modules = set(config.target_modules or ()) - beside_the_layers(model)
             config.target_modules = _short_names(config.target_modules, list(config.target_modules), model)
         targets = config.target_modules
         names = {targets} if isinstance(targets, str) else set(targets)

@@ -12,7 +12,7 @@ from qvera.cli.common import console, progress, quiet_libraries
 from qvera.serve.address import is_loopback
 from qvera.serve.api.limits import DEFAULTS
 from qvera.serve.requests import EngineSettings
-from qvera.utils.errors import InputError
+from qvera.utils.errors import InputError, RunFailed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -239,7 +239,13 @@ def _start_engine(name: Literal["auto", "continuous", "static"], served: Served,
         )
         name = "static"
     kind = StaticEngine if name == "static" else ContinuousEngine
-    engine = kind(served.opened.base, settings)
+    try:
+        engine = kind(served.opened.base, settings)
+    except RunFailed as error:
+        if name != "auto":
+            raise
+        console.print(f"{error} Answering in static batches.", markup=False, highlight=False)
+        engine = StaticEngine(served.opened.base, settings)
     engine.start()
     warm_up(engine, served.store)
     return engine

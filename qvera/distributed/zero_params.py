@@ -29,12 +29,6 @@ def any_sharded(model: nn.Module) -> bool:
     return any(is_sharded(p) for p in model.parameters())
 
 
-def decoder_layers(decoder: nn.Module) -> list[nn.Module]:
-    """Return the modules that are gathered one after the other; the decoder itself if it has no layers."""
-    layers = getattr(decoder, "layers", None)
-    return [decoder] if layers is None else list(layers)
-
-
 def whole_numel(parameter: torch.Tensor) -> int:
     """Return the elements of the whole parameter, over all ranks."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -22,6 +22,7 @@ from qvera.models import linear
 from qvera.models.attention import needs_padding_mask, open_mask, takes_open_mask
 from qvera.models.loader import causal_model, rows_joined
 from qvera.models.loss import Head, fused_linear_cross_entropy, row_cross_entropy
+from qvera.models.structure import decoder_of
 from qvera.utils.out_of_memory import each_in_halves
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def hidden_states(model: nn.Module, batch: dict[str, Any], decoder: Callable[...
     ``decoder``: what to call in its place, such as a DeepSpeed engine around it.
     """
     inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "trained")}
-    return (decoder or causal_model(model).get_decoder())(**inputs, use_cache=False).last_hidden_state
+    return (decoder or decoder_of(causal_model(model)))(**inputs, use_cache=False).last_hidden_state
 
 
 def batch_nll(

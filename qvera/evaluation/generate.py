@@ -19,6 +19,7 @@ from qvera.data import microbatches
 from qvera.distributed.zero_params import any_sharded, is_sharded
 from qvera.models import linear, quantization
 from qvera.models.loader import causal_model, takes_prefix_once
+from qvera.models.structure import decoder_of
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import InputError
 from qvera.utils.out_of_memory import each_in_halves
@@ -219,7 +220,7 @@ def _prefix_cache(model: nn.Module, prefix: Sequence[int], device: torch.device)
     """The KV cache of one row after ``prefix``, to be repeated for every batch."""
     cache = DynamicCache(config=causal_model(model).config)
     ids = torch.as_tensor([list(prefix)], dtype=torch.long, device=device)
-    causal_model(model).get_decoder()(input_ids=ids, use_cache=True, **{CACHE_ARGUMENT: cache})
+    decoder_of(causal_model(model))(input_ids=ids, use_cache=True, **{CACHE_ARGUMENT: cache})
     return cache
 
 

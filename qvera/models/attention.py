@@ -44,10 +44,13 @@ GROUPS_PER_OCTAVE = 2
 
 _CAUSAL_TYPES = (
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt2", "gpt_neox", "olmo2",
-    "granite", "stablelm", "cohere", "smollm3", "opt", "falcon",
+    "granite", "stablelm", "cohere", "cohere2", "smollm3", "starcoder2", "opt", "falcon",
 )  # fmt: skip
 """Model types whose loss and gradients are the same to the bit without a padding mask in fp32; each is tested."""
-JOINABLE_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+JOINABLE_TYPES = (
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "phi3", "olmo2", "granite", "smollm3", "cohere", "starcoder2",
+    "gpt_neox", "mixtral", "qwen3_moe",
+)  # fmt: skip
 """Model types whose attention takes positions and a mask [1, 1, T, T] as given; each is tested."""
 
 

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from qvera.distributed.zero_params import decoder_layers
 from qvera.models import stream
 from qvera.models.loader import causal_model
+from qvera.models.structure import decoder_layers, decoder_of
 from qvera.utils.errors import InputError
 
 
@@ -36,7 +36,7 @@ def compile_layers(model: nn.Module, backend: str | Callable[..., Any] = "induct
             "training.torch_compile: the layers of this base are streamed to the device, which compiled code does not "
             "wait for. Leave torch_compile out, or set model.stream: false."
         )
-    layers = decoder_layers(inner.get_decoder())
+    layers = decoder_layers(decoder_of(inner))
     for layer in layers:
         layer.forward = _compiled_in_training(layer, backend)
     return len(layers)

@@ -22,11 +22,12 @@ from qvera.models.mmap import NotMappable, WeightSharder, load_mapped
 from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.model_config import empty_model, load_config, require_own_weights
 from qvera.models.quantize_checkpoint import NotPlain
+from qvera.models.structure import decoder_of, expert_weights
 from qvera.models.tokenizer import ids_of, load_tokenizer, place_token_rows
 from qvera.utils import accelerator
 from qvera.utils.cache_dir import StageProgress
 from qvera.utils.errors import InputError, first_line
-from qvera.utils.formatting import first_of
+from qvera.utils.formatting import first_of, size
 from qvera.utils.paths import resolve_path
 from qvera.utils.safetensors_io import base_fingerprint, checkpoint_tensors
 
@@ -267,6 +268,15 @@ def read_back(
     problems += [
         f"{key} is {value}, the recipe says {wanted[key]}" for key, value in found.items() if value != wanted[key]
     ]
+    if not four_bit and section.quantization in ("nf4", "fp4"):
+        head = model.get_output_embeddings()
+        linears = (m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head)
+        kinds = sorted({type(m).__name__ for m in linears})
+        raise InputError(
+            f"model.quantization: no linear of {section.path!r} is in 4 bits. bitsandbytes takes modules of the class "
+            f"Linear, and {type(model).__name__} has {', '.join(kinds) or 'none'}. Set model.quantization: none, or "
+            "point model.path at a checkpoint in 16 bits if this one is stored in another format."
+        )
     if problems:
         raise InputError(
             f"model: what was loaded from {section.path!r} is not what the recipe says: {'; '.join(problems)}."
@@ -275,6 +285,7 @@ def read_back(
     dense = [p for p in model.parameters() if id(p) not in quantized]
     dense_bytes = sum(whole_numel(p) * p.element_size() for p in dense)
     parameters = sum(whole_numel(p) for p in dense)
+    experts = expert_weights(model).values()
     parameters += sum(m.in_features * m.out_features for m in [*four_bit, *eight_bit])
     return {
         "path": section.path,
@@ -286,8 +297,21 @@ def read_back(
         "quant_storage": storage,
         "four_bit_modules": len(four_bit),
         "int8_modules": len(eight_bit),
+        "expert_tensors": len(experts),
+        "expert_bytes": sum(whole_numel(p) * p.element_size() for p in experts),
         "base_bytes": dense_bytes + sum(quantization.storage_bytes(m) for m in [*four_bit, *eight_bit]),
     }
+
+
+def experts_note(facts: dict[str, Any]) -> str | None:
+    """One sentence on weights that are neither adapted nor quantized, of a base with experts; ``facts`` are its own."""
+    if not facts.get("expert_tensors"):
+        return None
+    size_bytes, share = facts["expert_bytes"], facts["expert_bytes"] / facts["base_bytes"]
+    return (
+        f"{facts['expert_tensors']} tensors of experts ({size(size_bytes)}, {share:.0%} of the base) are neither "
+        "adapted nor quantized: they are no linears. Attention and dense MLPs are."
+    )
 
 
 def causal_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -298,7 +322,7 @@ def causal_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 def core_of(model: PreTrainedModel | PeftModel) -> nn.Module:
     """What a pass calls: the decoder, whose frozen head the loss applies by chunks; or a model with its own head."""
     inner = causal_model(model)
-    return inner if inner.get_output_embeddings() is None else inner.get_decoder()
+    return inner if inner.get_output_embeddings() is None else decoder_of(inner)
 
 
 def takes_prefix_once(model: PreTrainedModel | PeftModel) -> bool:

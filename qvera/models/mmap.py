@@ -20,9 +20,9 @@ from safetensors import safe_open
 from torch import nn
 from transformers import GenerationConfig
 
-from qvera.distributed.zero_params import decoder_layers
 from qvera.models import linear, quantization
 from qvera.models.model_class import CAUSAL_LM, ModelClass
+from qvera.models.structure import decoder_layers, decoder_of
 from qvera.utils.errors import InputError
 from qvera.utils.formatting import first_of
 from qvera.utils.safetensors_io import TensorEntry, checkpoint_tensors
@@ -131,7 +131,7 @@ def load_mapped(
 
 def _names_in_layers(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
     """Those of the modules that lie in a decoder layer."""
-    layers = set(decoder_layers(model.get_decoder()))
+    layers = set(decoder_layers(decoder_of(model)))
     prefixes = tuple(f"{name}." for name, module in model.named_modules() if module in layers)
     return {name for name in names if name.startswith(prefixes)}
 
@@ -148,7 +148,7 @@ def _weights_to_shard(model: PreTrainedModel, config: PretrainedConfig, plain: l
 def _announce(sharder: WeightSharder, model: PreTrainedModel, weights: list[TensorEntry]) -> None:
     """Tell what is going to be sharded in the layers; the tables at both ends are not in any."""
     names = {module: name for name, module in model.named_modules()}
-    layers = [f"{names[layer]}." for layer in decoder_layers(model.get_decoder())]
+    layers = [f"{names[layer]}." for layer in decoder_layers(decoder_of(model))]
     inside = [[math.prod(entry.shape) for entry in weights if entry.name.startswith(layer)] for layer in layers]
     sharder.expect(max((numel for layer in inside for numel in layer), default=0), max(map(len, inside)))
 

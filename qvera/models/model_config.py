@@ -171,7 +171,7 @@ def _require_head(directory: Path, stored: Mapping[str, TensorEntry], model: Pre
         return
     table, output = stored[names[embedding]], stored.get(names[head])
     tied = head.weight is embedding.weight
-    if output is None and not tied:
+    if output is None and not tied and not _is_renamed(model, stored, names[head]):
         raise InputError(
             f"{directory}: the weights hold no {names[head]}, and config.json does not tie it to the embedding, so "
             "the model would get a random output head. Copy all weight files again; or, if the model has none of its "
@@ -182,6 +182,12 @@ def _require_head(directory: Path, stored: Mapping[str, TensorEntry], model: Pre
             f"{directory}: config.json ties the output head to the embedding, but {names[head]} differs from "
             f"{table.name}. Set tie_word_embeddings: false in config.json, or take the head out of the weights."
         )
+
+
+def _is_renamed(model: PreTrainedModel, stored: Mapping[str, TensorEntry], name: str) -> bool:
+    """Whether transformers may find a parameter under another name: one of its shape that the model does not have."""
+    own = model.state_dict()
+    return any(entry.shape == tuple(own[name].shape) for entry in stored.values() if entry.name not in own)
 
 
 def _same_tensor(one: TensorEntry, other: TensorEntry) -> bool:

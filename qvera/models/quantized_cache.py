@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ from qvera.config.schema import ModelSection
 from qvera.models import quantize_checkpoint
 from qvera.models.hub import base_directory
 from qvera.models.model_class import CAUSAL_LM, ModelClass
-from qvera.models.quantize_checkpoint import SourceCheckpoint, read_source
+from qvera.models.quantize_checkpoint import NotPlain, SourceCheckpoint, read_source
 from qvera.models.quantized_record import BASES, content_identity, problem_of, read_record, settings_of
 from qvera.utils.atomic import flush
 from qvera.utils.cache_dir import UNFINISHED, HashIndex, StageProgress, discard, size_bytes
 from qvera.utils.errors import InputError
 from qvera.utils.files import file_sha256, try_read_json
-from qvera.utils.safetensors_io import shard_files
+from qvera.utils.paths import resolve_path
+from qvera.utils.safetensors_io import checkpoint_tensors, shard_files
 
 
 def cached_base(
@@ -93,6 +95,30 @@ def find_base(section: ModelSection, directory: Path | None = None, model_class:
     config = file_sha256(directory / "config.json")
     target = BASES.root / _name(section, _identity(config, settings, known))
     return target if problem_of(target) is None else None
+
+
+def how_stored(section: ModelSection) -> tuple[bool, int]:
+    """Of a 4-bit base: whether it is mapped from a file, and the bytes of a dense number in it. No weights are read.
+
+    A base that is not on this machine is taken for a usual one: mapped, in 16 bits.
+    """
+    directory = Path(resolve_path(section.path))
+    try:
+        if not directory.is_dir():
+            return True, 2
+        sizes = Counter[int]()
+        for entry in checkpoint_tensors(directory):
+            if entry.dtype.is_floating_point and len(entry.shape) > 1:
+                sizes[entry.dtype.itemsize] += entry.size_bytes
+        itemsize = max(sizes, key=sizes.__getitem__, default=2)
+        is_quantized = (try_read_json(directory / "config.json") or {}).get("quantization_config")
+        if not is_quantized and find_base(section, directory) is None:
+            read_source(section, directory)
+    except NotPlain:
+        return False, itemsize
+    except InputError:  # loading it tells
+        return True, 2
+    return True, itemsize
 
 
 def quantized_copy(

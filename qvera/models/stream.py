@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from qvera.distributed.zero_params import decoder_layers
 from qvera.models import quantization
 from qvera.models.copy_stream import CopyStream, PinnedChunks, pairs
 from qvera.models.quantization import Linear4bit
+from qvera.models.structure import decoder_layers, decoder_of
 from qvera.utils import accelerator, memory
 
 if TYPE_CHECKING:
@@ -53,9 +53,7 @@ def stream_layers(model: PreTrainedModel, device: torch.device) -> None:
 
     Everything else of the model has to be on the device already.
     """
-    layers = [
-        [m for m in layer.modules() if isinstance(m, Linear4bit)] for layer in decoder_layers(model.get_decoder())
-    ]
+    layers = [[m for m in layer.modules() if isinstance(m, Linear4bit)] for layer in decoder_layers(decoder_of(model))]
     LayerStream([layer for layer in layers if layer], device)
 
 

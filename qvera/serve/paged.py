@@ -31,9 +31,11 @@ from transformers import DynamicCache, GenerationConfig
 
 from qvera.evaluation.generate import CACHE_ARGUMENT
 from qvera.models.attention import takes_open_mask
+from qvera.models.structure import decoder_of
+from qvera.serve.paged_trial import ordinary_logits, require_same
 from qvera.serve.requests import EngineSettings
 from qvera.utils import accelerator, memory
-from qvera.utils.errors import RunFailed
+from qvera.utils.errors import RunFailed, first_line
 
 try:
     from transformers import ContinuousBatchingConfig
@@ -52,6 +54,8 @@ if TYPE_CHECKING:
 
 TESTED_VERSIONS = ("5.24",)
 """Of transformers, major and minor: those whose internals `missing_internals` was written for."""
+_KNOWN_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+"""Model types that need not be tried before the first request."""
 PAGE_TOKENS = 16
 """Tokens of a page, and so of what is shared: a common prefix of fewer is computed again."""
 
@@ -144,7 +148,7 @@ def key_dtype(model: PreTrainedModel) -> torch.dtype:
     """The dtype of keys and values, which need not be that of any weight: a pass over one token tells."""
     cache = DynamicCache(config=model.config)
     ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    model.get_decoder()(input_ids=ids, use_cache=True, **{CACHE_ARGUMENT: cache})
+    decoder_of(model)(input_ids=ids, use_cache=True, **{CACHE_ARGUMENT: cache})
     dtype = cache.layers[0].keys.dtype
     assert isinstance(dtype, torch.dtype)
     return dtype
@@ -187,7 +191,8 @@ class PagedModel:
             adapter_of: request → the identity of its adapter; requests of one identity share prefixes.
 
         Raises:
-            RunFailed: this transformers is another one than was tested, or memory is short.
+            RunFailed: this transformers is another one than was tested, this model can't be run from pages, or memory
+                is short.
         """
         if (missing := missing_internals()) or not _imported:
             raise RunFailed(
@@ -197,25 +202,41 @@ class PagedModel:
             )
         self._model, self._dtype = model, key_dtype(model)
         self._attention = model.config._attn_implementation
+        is_known = model.config.model_type in _KNOWN_TYPES
+        wanted = {} if is_known else ordinary_logits(model)
         if takes_open_mask(self._attention):  # ours, of an accelerator: transformers pages its own only
             model.set_attn_implementation("sdpa")
-        # the seed that a processor draws is torch's global one, which belongs to whoever called us
-        with accelerator.forked_random_state():
-            self._manager: Any = model.init_continuous_batching(
-                generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
-                continuous_batching_config=ContinuousBatchingConfig(
-                    page_size=PAGE_TOKENS,
-                    num_blocks=max(1, cache_tokens(model, settings, self._dtype) // PAGE_TOKENS),
-                    max_batch_tokens=settings.step_tokens,
-                    max_requests_per_batch=min(settings.max_running, settings.step_tokens),
-                    max_blocks_per_request=0,
-                    allow_block_sharing=settings.share_prefixes,
-                    use_async_batching=False,
-                    use_cuda_graph=False,
-                    auto_switch_to_flash=False,  # it would look for kernels on the hub
-                ),
-            )
-            self._processor = self._make_processor(choose, adapter_of)
+        try:
+            # the seed that a processor draws is torch's global one, which belongs to whoever called us
+            with accelerator.forked_random_state():
+                self._manager = self._make_manager(settings)
+                self._processor = self._make_processor(choose, adapter_of)
+                require_same(self, self._processor, wanted)
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+            self.close()
+            if is_known or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise RunFailed(
+                f"transformers' continuous batching can't run {type(model).__name__} ({type(error).__name__}: "
+                f"{first_line(error)}) Use the static engine (--engine static)."
+            ) from None
+
+    def _make_manager(self, settings: EngineSettings) -> Any:
+        model = self._model
+        return model.init_continuous_batching(
+            generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
+            continuous_batching_config=ContinuousBatchingConfig(
+                page_size=PAGE_TOKENS,
+                num_blocks=max(1, cache_tokens(model, settings, self._dtype) // PAGE_TOKENS),
+                max_batch_tokens=settings.step_tokens,
+                max_requests_per_batch=min(settings.max_running, settings.step_tokens),
+                max_blocks_per_request=0,
+                allow_block_sharing=settings.share_prefixes,
+                use_async_batching=False,
+                use_cuda_graph=False,
+                auto_switch_to_flash=False,  # it would look for kernels on the hub
+            ),
+        )
 
     def _make_processor(self, choose: Any, adapter_of: Callable[[str], str]) -> Any:
         manager, model = self._manager, self._model

@@ -29,6 +29,7 @@ from qvera.distributed.deepspeed_import import deepspeed_module
 from qvera.distributed.group import Group
 from qvera.distributed.zero_config import Sizes, ZeroConfig
 from qvera.models.loader import causal_model, core_of
+from qvera.models.structure import decoder_layers
 from qvera.training.optim import current_rate
 
 if TYPE_CHECKING:
@@ -322,7 +323,7 @@ def _show_shared(decoder: nn.Module, vectors: dict[str, nn.Parameter]) -> None:
 
 def _sizes(decoder: nn.Module, vectors: dict[str, nn.Parameter]) -> Sizes:
     """Of a decoder whose weights are spread already."""
-    layers = [list(layer.parameters()) for layer in zero_params.decoder_layers(decoder)]
+    layers = [list(layer.parameters()) for layer in decoder_layers(decoder)]
     # a table is whole where the head is tied to it
     tables = {id(m.weight) for m in decoder.modules() if isinstance(m, nn.Embedding)}
     small = [p.numel() for p in decoder.parameters() if not zero_params.is_sharded(p) and id(p) not in tables]

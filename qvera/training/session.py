@@ -29,7 +29,7 @@ from qvera.distributed.zero_params import BaseSharder
 from qvera.models.attention import choose_implementation
 from qvera.models.checkpointing import Mode, enable_checkpointing
 from qvera.models.compile import compile_layers
-from qvera.models.loader import Base, load_base, pick_compute_dtype, require_packing, rows_joined
+from qvera.models.loader import Base, experts_note, load_base, pick_compute_dtype, require_packing, rows_joined
 from qvera.models.tokenizer import load_tokenizer
 from qvera.tasks import task_of
 from qvera.training.checkpoint import TrainState
@@ -125,6 +125,8 @@ class TrainingSession:
         if recipe.data.has_adapters:
             choose_implementation(self.base.model, self.device, dtype, whole_rows=True)
         facts = self.base.facts
+        if (note := experts_note(facts)) is not None:
+            self.warn(note)
         identity = facts.get("fingerprint"), facts.get("added_tokens")
         phases = phase_count(recipe, len(self.datasets.train))
         with status_line(self.console, "Putting the adapter on") as update:

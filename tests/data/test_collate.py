@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM
 
 from qvera.adapters import QveraConfig
 from qvera.data import Example, collate, collate_prefix_once
 from qvera.data.collate import Joined, common_prefix
 from qvera.evaluation import evaluate
-from qvera.models.attention import CAUSAL, VARLEN
+from qvera.models.attention import CAUSAL, JOINABLE_TYPES, VARLEN
 from qvera.models.loader import causal_model, takes_prefix_once
 from qvera.models.loss import Head, fused_linear_cross_entropy
 from tests.conftest import small_llama
+from tests.families import FAMILIES
 
 
 def example(ids: list[int], prompt: int) -> Example:
@@ -41,12 +43,9 @@ def rows() -> list[Example]:
 def small(kind: str) -> Any:
     if kind == "llama":
         return small_llama()
-    config = {"mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[kind](
-        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=304, head_dim=16, sliding_window=None,
-    )  # fmt: skip
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config)
+    family = next(family for family in FAMILIES.values() if family.model_type == kind)
+    return AutoModelForCausalLM.from_config(family.config())
 
 
 def test_collate_is_exact() -> None:
@@ -57,12 +56,12 @@ def test_collate_is_exact() -> None:
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 
-# Each kind of model and each kind of attention; the other half of the grid is slow.
-_FAST = [("llama", "sdpa"), ("mistral", "eager"), ("qwen2", VARLEN), ("qwen3", "eager"), ("llama", VARLEN)]
-_REST = [("llama", "eager"), ("mistral", "sdpa"), ("qwen2", "sdpa"), ("qwen3", "sdpa"), ("mistral", VARLEN)]
-_REST += [("qwen2", "eager"), ("qwen3", VARLEN), ("llama", CAUSAL)]
+# Each kind of model, and each kind of attention with some; the rest of the grid is slow.
+_FAST = {("mistral", "eager"), ("qwen2", VARLEN), ("qwen3", "eager"), ("llama", VARLEN), ("mixtral", VARLEN)}
+_FAST |= {(kind, "sdpa") for kind in JOINABLE_TYPES} - {(kind, "sdpa") for kind, _ in _FAST - {("llama", VARLEN)}}
+_GRID = [*itertools.product(JOINABLE_TYPES, ("sdpa", "eager", VARLEN)), ("llama", CAUSAL)]
 MODELS = pytest.mark.parametrize(
-    ("kind", "attention"), [*_FAST, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in _REST)]
+    ("kind", "attention"), [pytest.param(*pair, marks=() if pair in _FAST else pytest.mark.slow) for pair in _GRID]
 )
 
 

@@ -60,6 +60,8 @@ def test_facts_of_a_4_bit_base(tiny_model_dir: Path, quantization: str, double_q
         "quant_storage": storage,
         "four_bit_modules": 14,
         "int8_modules": 0,
+        "expert_tensors": 0,
+        "expert_bytes": 0,
         "base_bytes": LINEAR_PARAMETERS // 2 + scales + 2 * DENSE_PARAMETERS,
         "fingerprint": base_fingerprint(tiny_model_dir),
     }
@@ -75,6 +77,8 @@ def test_facts_of_int8_and_of_an_unquantized_base(tiny_model_dir: Path) -> None:
         "double_quant": None,
         "quant_storage": None,
         "four_bit_modules": 0,
+        "expert_tensors": 0,
+        "expert_bytes": 0,
         "compute_dtype": "bfloat16",
         "fingerprint": base_fingerprint(tiny_model_dir),
     }

@@ -52,11 +52,13 @@ def tiny_base(model_dir: Path, **model: Any) -> Base:
     return load_base(ModelSection.model_validate({"path": str(model_dir), "compute_dtype": "float32", **model}))
 
 
-def write_adapters(root: Path, model_dir: Path, seeds: dict[str, int], **settings: Any) -> None:
+def write_adapters(
+    root: Path, model_dir: Path, seeds: dict[str, int], base: dict[str, Any] | None = None, **settings: Any
+) -> None:
     """An adapter of other vectors for each directory name and seed."""
-    base = tiny_base(model_dir)
+    loaded = tiny_base(model_dir, **(base or {}))
     section = AdapterSection.model_validate({"rank": 8, "targets": "all-linear", **settings})
-    model = attach(base.model, section, str(model_dir), base.facts.get("fingerprint"))
+    model = attach(loaded.model, section, str(model_dir), loaded.facts.get("fingerprint"))
     for name, seed in seeds.items():
         perturb(model, seed=seed)
         save_adapter(model, root / name)

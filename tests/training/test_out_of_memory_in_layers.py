@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from qvera.distributed.zero_params import decoder_layers
 from qvera.models import stream
 from qvera.models.checkpointing import enable_checkpointing, offload_inputs
 from qvera.models.copy_stream import PinnedChunks
 from qvera.models.loader import causal_model
+from qvera.models.structure import decoder_layers
 from qvera.training import session
 from qvera.training.session import TrainingSession
 from qvera.training.trainer import train

@@ -165,7 +165,8 @@ def _standing(run: PlannedRun) -> tuple[Component, ...]:
     linears = sum(weight_storage_bytes(x, recipe, size) for x in shape.linears if x.quantizable)
     stored = {"none": "dense linears", "int8": "int8 linears"}.get(recipe.model.quantization, "4-bit linears")
     tables = shape.vocabulary * shape.hidden * (1 if shape.tied else 2) if shape.grown_rows else 0
-    dense = (shape.dense_numbers - tables) * (2 if machine.mapped_base else size)
+    (dense_size, dense_mapped), (expert_size, experts_mapped) = machine.dense_itemsize(), machine.dense_itemsize(False)
+    dense = (shape.dense_numbers - shape.expert_numbers - tables) * dense_size
     trained = run.vector_sizes(trained_only=True)
     method, places = run.method, [x.place for x in run.adapted]
     buffers = 2 * max(layer_bytes(run), default=0) if run.streams else 0
@@ -177,8 +178,9 @@ def _standing(run: PlannedRun) -> tuple[Component, ...]:
         Component("workspaces of matrix products", "runtime", machine.workspace_bytes),
         Component(stored, "base", linears, machine.mapped_base, 3),
         Component("two streamed layers", "base", buffers),
-        Component("embeddings, head, norms", "base", dense, machine.mapped_base, 3),
-        Component("embedding and head with more rows", "base", tables * (2 if machine.mapped_base else size)),
+        Component("experts, not quantized", "base", shape.expert_numbers * expert_size, experts_mapped, 3),
+        Component("embeddings, head, norms", "base", dense, dense_mapped, 3),
+        Component("embedding and head with more rows", "base", tables * dense_size),
         Component("projections A, B", "projections", _projection_numbers(run) * size),
         Component("made from the weights", "projections", method.held_bytes(recipe.adapter, places, size)),
         *_vectors(run, trained),
@@ -254,7 +256,7 @@ def _loss(run: PlannedRun) -> tuple[Component, ...]:
         Component("logits of a chunk", "loss", 2 * chunk * vocabulary * max(size, 4)),
         Component("hidden states and their gradient", "loss", states),
     ]
-    if machine.mapped_base and size != 2:  # the head is mapped in 16 bits and cast a block at a time
+    if machine.dense_itemsize()[0] != size:  # the head is mapped in 16 bits and cast a block at a time
         block = min(vocabulary * hidden, BLOCK_ELEMENTS)
         found.append(Component("a block of the head in the compute dtype", "loss", block * size))
     return tuple(found)
@@ -275,7 +277,7 @@ def _answers(run: PlannedRun) -> tuple[Component, ...]:
     rows = min(training.answer_batch_size, max(training.sample_count, training.exact_match_rows))
     cache = 2 * shape.layers * rows * tokens * shape.kv_heads * shape.head_dim * size
     found = [Component("keys and values of answers", "answers", cache)]
-    if machine.mapped_base and size != 2:
+    if machine.dense_itemsize()[0] != size:
         found.append(Component("head in the compute dtype", "answers", shape.vocabulary * shape.hidden * size))
     weights = [x.n * x.m for x in run.adapted]
     if not machine.on_gpu and size * sum(weights) <= machine.available_bytes // 4:

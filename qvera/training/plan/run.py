@@ -16,6 +16,7 @@ from qvera.config.schema import ModelSection, Recipe
 from qvera.models.checkpointing import Mode
 from qvera.models.linear import BLOCK_WEIGHTS, backward_by_blocks
 from qvera.models.loader import pick_compute_dtype
+from qvera.models.quantized_cache import how_stored
 from qvera.training.plan.ranks import ALONE, Sharing, share
 from qvera.training.plan.shape import Linear, Shape
 from qvera.utils import accelerator, memory
@@ -40,12 +41,23 @@ class Machine:
     context_bytes: int = 0  # the CUDA context
     workspace_bytes: int = 0  # what the library of products keeps for itself on a GPU
     host_bytes: int | None = None  # free RAM beside an accelerator, where that is known
+    stored_itemsize: int = 2  # bytes of a dense number in that file
     kernel_bytes: int = 0  # what each new shape of a product leaves behind (`qvera.data.collate`), measured
 
     @property
     def on_gpu(self) -> bool:
         """Whether it is an accelerator."""
         return accelerator.is_accelerator(self.device_type)
+
+    def dense_itemsize(self, is_table: bool = True) -> tuple[int, bool]:
+        """Bytes of a number of the dense weights, and whether they lie in the mapped file.
+
+        ``is_table``: an embedding, head or dense linear, which stays as it is stored unless it would shrink. Others
+        are cast to the compute dtype.
+        """
+        size, stored = self.dtype.itemsize, self.stored_itemsize
+        mapped = self.mapped_base and (stored <= size if is_table else stored == size)
+        return (stored if mapped else size), mapped
 
 
 def parse_size(text: str) -> int:
@@ -86,9 +98,11 @@ def this_machine(section: ModelSection, device: torch.device) -> Machine:
         host = memory.available_bytes(torch.device("cpu"))
         return Machine(name, device.type, dtype, False, total, host_bytes=host, **held)
     runtime = memory.private_bytes()
-    mapped = section.quantization in ("nf4", "fp4")  # `qvera.models.mmap`; unusual checkpoints are held instead
+    # `qvera.models.mmap`; transformers holds what is dense, and unusual checkpoints
+    mapped, stored = how_stored(section) if section.quantization in ("nf4", "fp4") else (False, 2)
     available = memory.available_bytes(device) + runtime
-    return Machine(name, "cpu", dtype, mapped, available, runtime, kernel_bytes=memory.kernel_bytes(dtype))
+    kernels = memory.kernel_bytes(dtype)
+    return Machine(name, "cpu", dtype, mapped, available, runtime, stored_itemsize=stored, kernel_bytes=kernels)
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from qvera.adapters.low_rank_path import layer_shape
 from qvera.adapters.methods import Place
 from qvera.models.model_config import head_size
+from qvera.models.structure import beside_the_layers, expert_weights
 from qvera.utils.errors import InputError
 
 _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
@@ -25,7 +27,8 @@ class Linear:
     n: int
     m: int
     layer: int | None
-    quantizable: bool  # a quantized load converts it (every linear but the head)
+    quantizable: bool  # a quantized load converts it (every linear but the head, and those with a forward of their own)
+    is_target: bool = True  # ``all-linear`` means it (`beside_the_layers`)
 
     @property
     def role(self) -> str:
@@ -55,6 +58,7 @@ class Shape:
     head_norms: bool  # q and k are normalized per head (Qwen3)
     linears: tuple[Linear, ...]
     dense_numbers: int  # embeddings, head, norms, biases: all but quantizable weights; a tied head counts once
+    expert_numbers: int  # of those, weights that hold all experts of a layer in one tensor (`expert_weights`)
     attention: str  # the implementation that the model picks by itself
     grown_rows: int = 0  # that model.added_tokens need; embedding and head are then private copies, not mapped
 
@@ -64,13 +68,13 @@ class Shape:
         return self.dense_numbers + sum(x.n * x.m for x in self.linears if x.quantizable)
 
     def adapted(self, targets: str | list[str]) -> tuple[Linear, ...]:
-        """The linears that a recipe's ``adapter.targets`` name; ``all-linear`` is every one but the head.
+        """The linears that a recipe's ``adapter.targets`` name; ``all-linear`` is every one but heads and routers.
 
         Raises:
             InputError: a name matches no linear.
         """
         if isinstance(targets, str):
-            return tuple(x for x in self.linears if x.quantizable)
+            return tuple(x for x in self.linears if x.is_target)
         found = {t: [x for x in self.linears if x.name == t or x.name.endswith(f".{t}")] for t in targets}
         missing = sorted(t for t, hits in found.items() if not hits)
         if missing:
@@ -100,13 +104,15 @@ def shape_of(model: nn.Module) -> Shape:
     stored = stored if isinstance(stored, dict) else stored.to_dict()
     kept_dense = tuple(name for key in _SKIPPED_BY_CONFIG for name in stored.get(key) or ())
     linears: list[Linear] = []
+    beside = beside_the_layers(model)
     for name, module in model.named_modules():
         size = layer_shape(module)
         if size is None or module is head:
             continue
         layer = _LAYER.search(f".{name}.")
         skipped = any(name == k or name.endswith(f".{k}") or f".{k}." in f".{name}." for k in kept_dense)
-        linears.append(Linear(name, *size, int(layer[1]) if layer else None, not skipped))
+        converted = type(module) in (nn.Linear, Conv1D) and not skipped
+        linears.append(Linear(name, *size, int(layer[1]) if layer else None, converted, name not in beside))
     layers = {x.layer for x in linears} - {None}
     if not layers or head is None:
         raise NotPlannable(f"model.path: {type(model).__name__} has no decoder layers that a plan could be made for.")
@@ -135,5 +141,6 @@ def shape_of(model: nn.Module) -> Shape:
         head_norms="q_norm" in names and "k_norm" in names,
         linears=tuple(linears),
         dense_numbers=dense,
+        expert_numbers=sum(p.numel() for p in expert_weights(model).values()),
         attention=str(getattr(config, "_attn_implementation", None) or "sdpa"),
     )

@@ -27,6 +27,11 @@ def print_plan(plan: Plan, console: Console) -> None:
         table.add_row(part.name, where, size(part.bytes))
     table.add_row("total", "", size(plan.memory.total_bytes), style="bold")
     console.print(table)
+    if plan.shape.expert_numbers:
+        console.print(
+            f"{count(plan.shape.expert_numbers)} of the parameters are experts. They are neither adapted nor "
+            "quantized: they are no linears."
+        )
     others = [
         f"{_MOMENTS[name]} {size(sum(c.bytes for c in plan.memory.at(name)))}"
         for name in plan.memory.moments

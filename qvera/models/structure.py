@@ -1,0 +1,88 @@
+"""Parts of a model that are found by what they are: its decoder, its layers, routers, and stacked experts."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+
+_ROUTER = re.compile(r"(?:^|\.)router(?:\.|$)")
+_GATES = ("gate", "shared_expert_gate")
+_LAYER_LISTS = ("layers", "h", "blocks", "layer")
+
+
+def decoder_of(model: Any) -> Any:
+    """What a language model calls before its head: embeddings and layers, and the norm behind them.
+
+    transformers' ``get_decoder`` returns the whole model where a class names its decoder otherwise than it says
+    (Llama 4's text model). Then it is the part that holds the input embedding.
+    """
+    found = model.get_decoder()
+    if found is not model or model.get_output_embeddings() is None:
+        return found
+    embedding = model.get_input_embeddings()
+    for child in model.children():
+        if child is not embedding and any(module is embedding for module in child.modules()):
+            return child
+    return found
+
+
+def decoder_layers(decoder: nn.Module) -> list[nn.Module]:
+    """The layers of a decoder or encoder, in their order; the module itself if it has no list of layers."""
+    for module in (decoder, getattr(decoder, "encoder", None), getattr(decoder, "decoder", None)):
+        for name in _LAYER_LISTS:
+            if isinstance(found := getattr(module, name, None), nn.ModuleList):
+                return list(found)
+    return [decoder]
+
+
+def routers(model: nn.Module) -> set[str]:
+    """Names of the linears that choose experts: an adapter there would change which weights a token meets."""
+    modules = dict(model.named_modules())
+    found = set()
+    for name, module in modules.items():
+        parent, _, last = name.rpartition(".")
+        is_gate = last in _GATES and hasattr(modules[parent], "experts")
+        if isinstance(module, nn.Linear) and (is_gate or _ROUTER.search(name) or returns_more(module)):
+            found.add(name)
+    return found
+
+
+def beside_the_layers(model: nn.Module) -> set[str]:
+    """Names of the linears that ``all-linear`` leaves out: heads, poolers, and `routers`.
+
+    A head is what lies outside of the part that transformers calls the base model: the output head of a language model,
+    or the classifier of an encoder with all of its layers. A model that is its own base model has its output embeddings
+    for a head.
+    """
+    backbone: Any = getattr(model, "base_model", model)
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    inside = set(map(id, backbone.modules()))
+    found = routers(model)
+    for name, module in model.named_modules():
+        outside = id(module) not in inside or module is head
+        if outside or "pooler" in name.split("."):
+            found.add(name)
+    return found
+
+
+def returns_more(module: nn.Module) -> bool:
+    """Whether this subclass of a linear returns more than a product, as Llama 4's router does."""
+    return isinstance(module, nn.Linear) and "Router" in type(module).__name__
+
+
+def expert_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Weights that hold all experts of a layer in one tensor [experts, .., ..], by name.
+
+    They are no linears: bitsandbytes does not quantize them, and no adapter is put on them.
+    """
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 3 and _holds_experts(model, name.rpartition(".")[0])
+    }
+
+
+def _holds_experts(model: nn.Module, name: str) -> bool:
+    return "experts" in name.split(".") or "Experts" in type(model.get_submodule(name)).__name__

@@ -1,0 +1,157 @@
+"""The model families that docs/models.md lists: a tiny random checkpoint of each, and what is expected of it.
+
+`python -m tests.families` writes the table of that page.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.conftest import small_tokenizer
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
+_BEGIN, _END = "<!-- families:begin -->", "<!-- families:end -->"
+
+_COMMON: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 304, "max_position_embeddings": 128, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.1,
+}  # fmt: skip
+_LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+_SEVEN = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
+_ATTENTION = "q_proj k_proj v_proj o_proj"
+_NEOX = "query_key_value dense dense_h_to_4h dense_4h_to_h"
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A family of causal language models."""
+
+    title: str
+    """As people call it."""
+    model_type: str
+    """transformers' name."""
+    targets: str = _SEVEN
+    """What ``all-linear`` adapts."""
+    changes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Of the tiny config."""
+    four_bit: str = "mapped"
+    """``mapped``: from the quantized cache; ``each load``: by transformers, each time; or ``no``."""
+    joins: bool = False
+    """Whether rows can stand in one sequence: ``data.prefix_once`` and ``data.packing``."""
+    continuous: bool = True
+    """Whether `qvera serve` takes it in continuous batches; else in static ones."""
+    has_experts: bool = False
+    limits: str = ""
+    """For the page: what it can't do beside that."""
+
+    def config(self) -> Any:
+        """A config of two layers, of width 64."""
+        tree = {**_COMMON, **self.changes}
+        return AutoConfig.for_model(self.model_type, **{k: v for k, v in tree.items() if v is not ...})
+
+    def write(self, directory: Path, dtype: torch.dtype = torch.float32) -> None:
+        """A random checkpoint, with biases that are not zero: zeros would hide that one is forgotten."""
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(self.config())
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith(("bias", "gate.weight")) or "expert" in name or "router" in name:
+                    parameter.normal_(std=0.1)
+        model.to(dtype).save_pretrained(directory)
+        small_tokenizer().save_pretrained(directory)
+
+
+_EXPERTS = "experts are neither adapted nor quantized"
+FAMILIES: dict[str, Family] = {
+    "llama": Family("Llama 2, 3, 3.x, SmolLM2", "llama", changes={"rope_parameters": _LLAMA3_ROPE}, joins=True),
+    "llama4": Family(
+        "Llama 4, text", "llama4_text", continuous=False, has_experts=True, limits=_EXPERTS,
+        changes={
+            "head_dim": 16, "intermediate_size_mlp": 128, "num_local_experts": 2, "interleave_moe_layer_step": 2,
+            "attention_chunk_size": 64,
+        },
+    ),
+    "mistral": Family("Mistral", "mistral", changes={"head_dim": 16, "sliding_window": None}, joins=True),
+    "qwen2": Family("Qwen2, Qwen2.5", "qwen2", joins=True),
+    "qwen3": Family("Qwen3", "qwen3", changes={"head_dim": 16}, joins=True),
+    "gemma": Family("Gemma", "gemma", changes={"head_dim": 16}, joins=True),
+    "gemma2": Family("Gemma 2", "gemma2", changes={"head_dim": 16, "sliding_window": 64}),
+    "gemma3": Family("Gemma 3, text", "gemma3_text", changes={"head_dim": 16, "sliding_window": 64}),
+    "phi": Family("Phi-1.5, Phi-2", "phi", "q_proj k_proj v_proj dense fc1 fc2", joins=True),
+    "phi3": Family("Phi-3, Phi-4", "phi3", "qkv_proj o_proj gate_up_proj down_proj", joins=True),
+    "olmo2": Family("OLMo 2", "olmo2", joins=True),
+    "granite": Family("Granite 3", "granite", joins=True),
+    "smollm3": Family("SmolLM3", "smollm3", joins=True),
+    "cohere": Family("Command R", "cohere", joins=True),
+    "cohere2": Family("Command R7B, Command A", "cohere2", changes={"sliding_window": 64}),
+    "stablelm": Family("StableLM", "stablelm", continuous=False),
+    "starcoder2": Family("StarCoder2", "starcoder2", f"{_ATTENTION} c_fc c_proj", {"sliding_window": None}, joins=True),
+    "gpt_neox": Family(
+        "GPT-NeoX, Pythia", "gpt_neox", _NEOX, {"num_key_value_heads": ...}, "each load", joins=True, continuous=False
+    ),
+    "opt": Family(
+        "OPT", "opt", "q_proj k_proj v_proj out_proj fc1 fc2",
+        {"num_key_value_heads": ..., "ffn_dim": 128, "word_embed_proj_dim": 64, "dropout": 0.0}, continuous=False,
+    ),
+    "gpt2": Family(
+        "GPT-2", "gpt2", "c_attn c_proj c_fc",
+        {"num_key_value_heads": ..., "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, "each load",
+    ),
+    "falcon": Family(
+        "Falcon", "falcon", _NEOX, {"num_key_value_heads": ...}, "no", continuous=False,
+        limits="not in 4 bits: its linears are of a class of their own. Set `model.quantization: none`",
+    ),
+    "mixtral": Family(
+        "Mixtral", "mixtral", _ATTENTION, {"num_local_experts": 4, "num_experts_per_tok": 2}, "each load",
+        has_experts=True, limits=_EXPERTS, joins=True,
+    ),
+    "qwen3_moe": Family(
+        "Qwen3 with experts", "qwen3_moe", _ATTENTION,
+        {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}, "each load",
+        has_experts=True, limits=_EXPERTS, joins=True,
+    ),
+    "gpt_oss": Family(
+        "gpt-oss", "gpt_oss", _ATTENTION,
+        {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64},
+        has_experts=True, limits=f"{_EXPERTS}; the published MXFP4 files have to be converted to 16 bits first",
+    ),
+}  # fmt: skip
+
+
+def table() -> str:
+    """The table of docs/models.md."""
+    lines = [
+        "| family | `model_type` | `all-linear` adapts | 4-bit weights | packing, `prefix_once` | continuous batches | limits |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for one in FAMILIES.values():
+        targets = ", ".join(one.targets.split()) if one.targets != _SEVEN else "the seven of Llama"
+        four_bit = {"mapped": "mapped from the cache", "each load": "made at each load", "no": "no"}[one.four_bit]
+        cells = [
+            one.title,
+            f"`{one.model_type}`",
+            targets,
+            four_bit,
+            *("yes" if x else "no" for x in (one.joins, one.continuous)),
+        ]
+        lines.append(f"| {' | '.join(cells)} | {one.limits or '–'} |")
+    return "\n".join(lines)
+
+
+def page() -> str:
+    """docs/models.md with the table of today."""
+    head, _, rest = PAGE.read_text(encoding="utf-8").partition(_BEGIN)
+    return f"{head}{_BEGIN}\n{table()}\n{_END}{rest.partition(_END)[2]}"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

@@ -1,0 +1,194 @@
+"""Families beyond Llama, from tiny random checkpoints: trained, resumed, saved, exported, answering and served.
+
+tests/families.py has the list with what is expected of each; docs/models.md shows it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from qvera.adapters import QveraLinear
+from qvera.adapters.files.save_load import attach, load_adapter, save_adapter
+from qvera.cli.serve import _start_engine
+from qvera.config.schema import AdapterSection, ExportSection, ModelSection, Recipe
+from qvera.evaluation.generate import generate
+from qvera.evaluation.load import open_run
+from qvera.export import export_merged
+from qvera.export.deltas import read_deltas
+from qvera.export.lora import export_lora
+from qvera.models.loader import load_base, takes_prefix_once
+from qvera.models.model_config import empty_model
+from qvera.models.quantized_cache import find_base
+from qvera.serve.opening import open_served
+from qvera.serve.requests import EngineSettings
+from qvera.serve.static import StaticEngine
+from qvera.training.plan import shape_of
+from qvera.training.trainer import train
+from qvera.utils.errors import InputError, RunFailed
+from tests.adapters.helpers import perturb
+from tests.families import FAMILIES, PAGE, Family, page
+from tests.serve.helpers import BASE, Alone, assert_same, engine_of, request, store_of, submit, write_adapters
+from tests.training.test_trainer import cut_off
+
+IDS = torch.randint(3, 300, (2, 11), generator=torch.Generator().manual_seed(0))
+_FAST = ("llama4", "phi3", "gpt2", "mixtral")
+"""One of each kind: a decoder and router of its own, fused linears, Conv1D, and tensors that are fused while loading."""
+_PARAMS = [pytest.param(name, marks=() if name in _FAST else pytest.mark.slow) for name in FAMILIES]
+
+
+@pytest.fixture(scope="module", params=_PARAMS)
+def checkpoint(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Family, Path]:
+    """A family, and the directory of its tiny checkpoint."""
+    family, directory = FAMILIES[request.param], tmp_path_factory.mktemp("families") / request.param
+    family.write(directory)
+    return family, directory
+
+
+def quantization(family: Family) -> str:
+    return "none" if family.four_bit == "no" else "nf4"
+
+
+def recipe_of(make_recipe: Any, family: Family, directory: Path, **data: Any) -> Recipe:
+    return make_recipe(
+        model={"path": str(directory), "quantization": quantization(family), "compute_dtype": "float32"},
+        data=data,
+        training={"max_steps": 2, "save_steps": 1},
+    )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_all_linear_is_every_linear_of_the_layers_but_the_routers(name: str, tmp_path: Path) -> None:
+    family = FAMILIES[name]
+    family.config().save_pretrained(tmp_path)
+    model = empty_model(ModelSection(path=str(tmp_path)))
+    shape = shape_of(model)
+    adapted = attach(model, AdapterSection(rank=8), str(tmp_path))
+    layers = {n for n, m in adapted.get_base_model().named_modules() if isinstance(m, QveraLinear)}
+    assert {n.rpartition(".")[2] for n in layers} == set(family.targets.split())
+    assert {x.name for x in shape.adapted("all-linear")} == layers
+    assert bool(shape.expert_numbers) == family.has_experts
+
+
+def test_the_page_of_models_is_made_from_what_is_tested() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(), "run: python -m tests.families"
+
+
+def test_a_run_learns_and_resumes_to_the_same_bytes(
+    checkpoint: tuple[Family, Path], make_recipe: Any, tmp_path: Path
+) -> None:
+    family, directory = checkpoint
+    recipe = recipe_of(make_recipe, family, directory)
+    train(recipe, tmp_path / "run")
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["result"]["eval_after"]["loss"] < run["result"]["eval_before"]["loss"]
+    assert run["model"]["quantization"] == quantization(family)
+    assert (find_base(recipe.model) is not None) == (family.four_bit == "mapped")
+    assert bool(run["model"]["expert_bytes"]) == family.has_experts
+    planned = run["plan"]["memory"]
+    standing = [part["bytes"] for part in planned["moments"]["answers"] if part["kind"] == "base"]
+    assert sum(standing) == pytest.approx(run["model"]["base_bytes"], rel=0.02)
+    assert bool(planned["mapped_bytes"]) == (family.four_bit == "mapped")
+    train(recipe, cut_off(tmp_path / "run", tmp_path / "cut", after=1), resume=True)
+    written = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("run", "cut")]
+    assert written[0] == written[1]
+    opened = open_run(tmp_path / "run")
+    prompts = [[5, 6, 7], [8, 9, 10, 11, 12]]
+    together = generate(opened.model, opened.base.tokenizer, prompts, max_new_tokens=4)
+    alone = [generate(opened.model, opened.base.tokenizer, [one], max_new_tokens=4)[0] for one in prompts]
+    assert together == alone
+
+
+def test_rows_are_packed_or_that_is_refused(checkpoint: tuple[Family, Path], make_recipe: Any, tmp_path: Path) -> None:
+    family, directory = checkpoint
+    recipe = recipe_of(make_recipe, family, directory, packing=True)
+    assert takes_prefix_once(load_base(recipe.model).model) == family.joins
+    if not family.joins:
+        with pytest.raises(InputError, match=r"data\.packing: rows of one sequence would see each other in this model"):
+            train(recipe, tmp_path / "run")
+        return
+    train(recipe, tmp_path / "run")
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["result"]["eval_after"]["loss"] < run["result"]["eval_before"]["loss"]
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_saved_and_exported_it_gives_the_same_logits(
+    quantized: bool, checkpoint: tuple[Family, Path], tmp_path: Path
+) -> None:
+    family, directory = checkpoint
+    if quantized and family.four_bit == "no":
+        with pytest.raises(InputError, match=r"no linear of .* is in 4 bits"):
+            load_base(ModelSection(path=str(directory), compute_dtype="float32"))
+        return
+    section = ModelSection(path=str(directory), quantization="nf4" if quantized else "none", compute_dtype="float32")
+    model = attach(load_base(section).model, AdapterSection(rank=8), section.path)
+    perturb(model)
+    save_adapter(model, tmp_path / "adapter")
+    again = load_adapter(load_base(section).model, tmp_path / "adapter")
+    options = ExportSection(dtype="float32", base="dequantized" if quantized else "original")
+    export_merged(tmp_path / "adapter", section, tmp_path / "merged", options)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        trained, with_base = model(input_ids=IDS).logits, load_base(section).model(input_ids=IDS).logits
+        assert (trained - with_base).abs().max() > 0.01
+        assert torch.equal(again(input_ids=IDS).logits, trained)
+        torch.testing.assert_close(merged(input_ids=IDS).logits, trained, rtol=1e-4, atol=1e-4)
+        if not quantized:
+            export_lora(read_deltas(tmp_path / "adapter", empty_model(section)), tmp_path / "lora", torch.float32)
+            plain = AutoModelForCausalLM.from_pretrained(directory)
+            stock = PeftModel.from_pretrained(plain, tmp_path / "lora").eval()
+            torch.testing.assert_close(stock(input_ids=IDS).logits, trained, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["static", "continuous"])
+def test_each_request_of_a_batch_gets_its_own_adapters_answer(
+    kind: str, checkpoint: tuple[Family, Path], tmp_path: Path
+) -> None:
+    family, directory = checkpoint
+    model: Any = {"quantization": quantization(family)}
+    if kind == "continuous" and not family.continuous:
+        with (
+            pytest.raises(RunFailed, match=r"continuous batching can't run .* Use the static engine"),
+            engine_of(directory, kind, model),
+        ):
+            pass
+        return
+    write_adapters(tmp_path / "adapters", directory, {"a": 1, "b": 2}, base=model)
+    store, names = store_of(tmp_path / "adapters"), (BASE, "a", "b")
+    asked = [request([5, 6, 7, 8][: 2 + i], store.resolve(name), 5, top_logprobs=1) for i, name in enumerate(names)]
+    adapters = [None if name == BASE else tmp_path / "adapters" / name for name in names]
+    expected = [Alone(directory, one, **model).answer(ask) for one, ask in zip(adapters, asked, strict=True)]
+    with engine_of(directory, kind, model) as engine:
+        for answer, events in zip([submit(engine, one) for one in asked], expected, strict=True):
+            assert_same(answer, events)
+
+
+def test_many_adapters_are_trained_together(checkpoint: tuple[Family, Path], make_recipe: Any, tmp_path: Path) -> None:
+    family, directory = checkpoint
+    rows = tmp_path / "rows.jsonl"
+    lines = ({"who": "ab"[i % 2], "prompt": f"say red {i}", "completion": "red red"} for i in range(24))
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    train(recipe_of(make_recipe, family, directory, path=str(rows), adapter_column="who"), tmp_path / "run")
+    found = json.loads((tmp_path / "run" / "run.json").read_text())["adapters"]
+    assert [one["name"] for one in found] == ["a", "b"]
+    assert all(one["eval_after"]["loss"] < one["eval_before"]["loss"] for one in found)
+
+
+def test_a_server_takes_static_batches_where_pages_are_not_known(tmp_path: Path, capsys: Any) -> None:
+    FAMILIES["opt"].write(tmp_path / "opt")
+    engine = _start_engine("auto", open_served(str(tmp_path / "opt")), EngineSettings(cache_tokens=512))
+    try:
+        assert isinstance(engine, StaticEngine)
+        assert submit(engine, request([5, 6, 7], None, 3)).end().reason == "length"
+    finally:
+        engine.close()
+    said = " ".join(capsys.readouterr().err.split())
+    assert "continuous batching can't run OPTForCausalLM" in said
+    assert "Answering in static batches." in said
