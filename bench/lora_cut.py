@@ -17,16 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 
 from bench.common import header, markdown, write_result
-from bench.quickstart import scored
 from qvera.data import build_datasets
-from qvera.evaluation import evaluate
-from qvera.evaluation.load import open_run
+from qvera.evaluation.load import OpenRun, open_run
 from qvera.export import lora
 from qvera.export.deltas import read_deltas
-from qvera.models.loader import load_base
+from qvera.export.lora_scores import adapter_scores, open_lora
 from qvera.models.model_config import empty_model
 from qvera.utils import formatting
 from qvera.utils.paths import ADAPTER_WEIGHTS
@@ -46,20 +43,18 @@ def main() -> None:
     datasets = build_datasets(recipe.data, opened.base.tokenizer)
     rows, document = datasets.eval, {**header(), "rows": len(datasets.eval), "cases": {}}
 
-    def record(name: str, model: Any, **facts: Any) -> None:
-        loss = evaluate.held_out_loss(
-            model, rows, pad_id=datasets.pad_id, batch_size=recipe.training.per_device_eval_batch_size,
-            chunk_tokens=recipe.training.loss_chunk_tokens,
-        )  # fmt: skip
-        found = scored(model, opened.base.tokenizer, rows, recipe.training.sample_max_new_tokens)
-        del found["seconds"]
-        document["cases"][name] = {"held_out_loss": loss["loss"], **found, **facts}
+    def record(name: str, model: OpenRun, **facts: Any) -> None:
+        found = adapter_scores(model, recipe, datasets, rows)
+        document["cases"][name] = {"held_out_loss": found.pop("loss"), **found, **facts}
         write_result(args.result, document)
-        print(f"{name:<20} loss {loss['loss']:.4f}  exact {found['exact_match']:.1%}", flush=True)
+        print(
+            f"{name:<20} loss {document['cases'][name]['held_out_loss']:.4f}  exact {found['exact_match']:.1%}",
+            flush=True,
+        )
 
-    record("VeRA", opened.model, file_bytes=(adapter / ADAPTER_WEIGHTS).stat().st_size)
+    record("VeRA", opened, file_bytes=(adapter / ADAPTER_WEIGHTS).stat().st_size)
     with opened.model.disable_adapter():
-        record("base", opened.model)
+        record("base", opened)
     deltas = read_deltas(adapter, empty_model(recipe.model), recipe.model)
     for rank in [*args.ranks, None]:
         factors, facts = None, dict[str, Any]()
@@ -70,7 +65,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as directory:
             out = Path(directory) / "lora"
             lora.export_lora(deltas, out, torch.float16, factors)
-            model = PeftModel.from_pretrained(load_base(recipe.model).model, str(out)).eval()
+            model = open_lora(out, args.run)
             facts["file_bytes"] = (out / ADAPTER_WEIGHTS).stat().st_size
         record(f"LoRA r={rank or deltas.rank}" + ("" if rank else ", whole"), model, **facts)
     print(table(document["cases"]))

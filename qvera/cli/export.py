@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -46,7 +47,7 @@ def export(
     same command continues from the finished shards.
 
     --to lora: the same change as a LoRA for PEFT, exact with --dtype float32, or cut to the best --rank K, with its
-    error. --to peft: an adapter of PEFT's own VeRA, projections in the file.
+    error and what it costs on held-out rows. --to peft: an adapter of PEFT's own VeRA, projections in the file.
 
     --to gguf: the merged model as a GGUF file for llama.cpp and Ollama, with a Modelfile; --dtype q8_0: 8 bits.
     --to gguf-lora: the adapter alone as such a file, for a GGUF of its base.
@@ -82,8 +83,11 @@ def export(
         require_base(read_config(adapter_dir), adapter_dir, section.path, fingerprint_of(section))
         if to == "gguf-lora":
             _export_gguf_lora(section, adapter_dir, out, written, rank, chat)
-        else:
-            _export_adapter(to, section, adapter_dir, out, getattr(torch, options.dtype), rank)
+            return
+        certificate = _export_adapter(to, section, adapter_dir, out, getattr(torch, options.dtype), rank)
+        if rank is not None and recipe is not None and not no_compare and options.certificate_rows:
+            certificate["difference"] = _lora_difference(recipe, run, adapter, out, options)
+        replace_text(out / CERTIFICATE, json.dumps(certificate, indent=1))
         return
     if compare_only:
         certificate = read_json(out / CERTIFICATE, "the certificate of a finished merged export", ("adapter", "base"))
@@ -190,20 +194,35 @@ def _export_gguf_lora(
 
 def _export_adapter(
     to: str, section: ModelSection, adapter_dir: Path, out: Path, dtype: torch.dtype, rank: int | None
-) -> None:
-    """--to lora and --to peft."""
+) -> dict[str, Any]:
+    """--to lora and --to peft; returns the certificate."""
     from qvera.adapters.files.adapter_file import read_config
     from qvera.export.deltas import read_deltas
-    from qvera.export.lora import export_stock_vera
+    from qvera.export.lora import export_stock_vera, serving_text
     from qvera.models.model_config import empty_model
+    from qvera.utils import memory
 
     require_no_added_tokens(read_config(adapter_dir), adapter_dir, f"--to {to}")
     adapter = read_deltas(adapter_dir, empty_model(section), section)
+    errors = None
     if to == "peft":
         size = export_stock_vera(adapter, out)
         print(f"{formatting.size(size)} in {out}: PEFT's VeRA of rank {adapter.rank}, projections included")
-        return
-    write_lora(adapter, out, dtype, adapter.rank, rank, None)
+    else:
+        errors = write_lora(adapter, out, dtype, adapter.rank, rank, None)
+        print(serving_text(rank or adapter.rank))
+    return {
+        "format": 1,
+        "kind": to,
+        "base": {"path": section.path, "revision": section.revision},
+        "adapter": adapter.facts(adapter_dir),
+        "rank": rank or adapter.rank,
+        "dtype": str(dtype).removeprefix("torch.") if to == "lora" else "float32",
+        "files": {ADAPTER_WEIGHTS: file_sha256(out / ADAPTER_WEIGHTS)},
+        "relative_errors": errors,
+        "difference": None,
+        "versions": memory.versions(),
+    }
 
 
 def write_lora(
@@ -213,13 +232,15 @@ def write_lora(
     own_rank: int,
     rank: int | None,
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]] | None,
-) -> None:
+) -> dict[str, float] | None:
     """Print errors, rank and size, and write a LoRA: of ``own_rank``, where it is exact, or cut to ``rank``.
 
-    ``factors`` are those of ΔW = B A by layer, as `export_lora` takes them; None: those of ``adapter``.
+    ``factors`` are those of ΔW = B A by layer, as `export_lora` takes them; None: those of ``adapter``. Returns the
+    error of each layer where it is cut.
     """
     from qvera.export import lora
 
+    errors = None
     kind = "DoRA" if adapter.magnitude else "LoRA"
     if rank is not None:
         whole = factors.items() if factors else ((name, delta.lora()) for name, delta in adapter.layers.items())
@@ -229,6 +250,7 @@ def write_lora(
         print(f"{kind} of rank {own_rank}: {lora.rounding_text(dtype)}")
     size = formatting.size(lora.export_lora(adapter, out, dtype, factors))
     print(f"{size} in {out}: {kind} of rank {rank or own_rank} on {len(adapter.layers)} linears, for stock PEFT")
+    return errors
 
 
 def require_no_added_tokens(config: object, adapter_dir: Path, what: str) -> None:
@@ -240,10 +262,37 @@ def require_no_added_tokens(config: object, adapter_dir: Path, what: str) -> Non
         )
 
 
-def _difference(recipe: Recipe, run: Path, adapter: str | None, out: Path, options: ExportSection) -> dict[str, Any]:
-    """The measured part of the certificate. If data is gone or memory is short, it says so and the export stands."""
+def _lora_difference(
+    recipe: Recipe, run: Path, adapter: str | None, out: Path, options: ExportSection
+) -> dict[str, Any]:
+    """What the cut costs on held-out rows, printed too."""
+    from qvera.export.lora_scores import compare_lora, scores_text
+
+    def measure() -> dict[str, Any]:
+        with progress(f"Loading {run}") as show:
+            return compare_lora(recipe, run, adapter, out, options.certificate_rows, console, show)
+
+    found = _measured(measure, "Export again to measure it, or use `qvera eval` on either.")
+    print(f"not measured: {found['not_measured']}" if "not_measured" in found else scores_text(found))
+    return found
+
+
+def _measured(measure: Callable[[], dict[str, Any]], again: str) -> dict[str, Any]:
+    """What ``measure`` gives. If data is gone or memory is short, it says so and the export stands."""
     import torch
 
+    try:
+        return measure()
+    except (InputError, OSError, ValueError) as error:
+        return {"not_measured": f"{error} {again}"}
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        return {"not_measured": f"the memory gave out. {again}"}
+
+
+def _difference(recipe: Recipe, run: Path, adapter: str | None, out: Path, options: ExportSection) -> dict[str, Any]:
+    """The measured part of a merged export's certificate."""
     from qvera.data import build_datasets
     from qvera.evaluation.load import open_run
     from qvera.evaluation.named_adapters import held_out_rows
@@ -251,7 +300,8 @@ def _difference(recipe: Recipe, run: Path, adapter: str | None, out: Path, optio
 
     option = "" if adapter is None else f" --adapter {shlex.quote(adapter)}"
     again = f"`qvera export {run} {out}{option} --compare-only` measures it later, or on a larger machine."
-    try:
+
+    def measure() -> dict[str, Any]:
         trained = (try_read_json(run / "run.json") or {}).get("model", {})
         if (reason := too_little_memory(out, trained.get("base_bytes", 0))) is not None:
             return {"not_measured": f"{reason}. {again}"}
@@ -261,9 +311,5 @@ def _difference(recipe: Recipe, run: Path, adapter: str | None, out: Path, optio
         rows = (held_out_rows(datasets, adapter) or datasets.train)[: options.certificate_rows]
         with progress("Comparing the trained with the exported model"):
             return measure_difference(opened.model, out, rows, datasets.pad_id)
-    except (InputError, OSError, ValueError) as error:
-        return {"not_measured": f"{error} {again}"}
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
-            raise
-        return {"not_measured": f"the memory gave out. {again}"}
+
+    return _measured(measure, again)

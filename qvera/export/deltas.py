@@ -17,6 +17,7 @@ from peft.tuners.vera.model import _kaiming_init
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from qvera import __version__
 from qvera.adapters.config import PREFIX, SHARED_PREFIX, QveraConfig
 from qvera.adapters.factors import Factors
 from qvera.adapters.files import lora_file
@@ -30,6 +31,8 @@ from qvera.models.loader import load_base
 from qvera.models.model_config import head_size
 from qvera.models.tokenizer import ADDED_ROWS, read_token_rows
 from qvera.utils.errors import InputError
+from qvera.utils.files import file_sha256
+from qvera.utils.paths import ADAPTER_WEIGHTS
 from qvera.utils.safetensors_io import TensorEntry
 
 
@@ -77,11 +80,15 @@ class Delta:
 
 @dataclasses.dataclass
 class AdapterDeltas:
-    """All of an adapter: its config, the shared pair at full size where it has one, and module name → `Delta`."""
+    """All of an adapter: its config, the shared pair at full size where it has one, and module name → `Delta`.
+
+    ``sha256`` is that of its file; None for a sum.
+    """
 
     config: Any
     pair: Pair | None
     layers: dict[str, Delta]
+    sha256: str | None = None
 
     def on(self, device: torch.device) -> AdapterDeltas:
         """The same with its factors on a device, what layers share once; itself on a CPU."""
@@ -130,6 +137,31 @@ class AdapterDeltas:
     def magnitude(self) -> bool:
         """Whether rows of W + ΔW are scaled to trained norms."""
         return any(delta.magnitude is not None for delta in self.layers.values())
+
+    def facts(self, adapter_dir: Path) -> dict[str, Any]:
+        """What a certificate says of the adapter in ``adapter_dir``."""
+        return {
+            "path": str(adapter_dir),
+            "sha256": self.sha256,
+            "kind": str(getattr(self.config.peft_type, "value", self.config.peft_type)),
+            "method": self.method,
+            "rank": self.rank,
+            "b_groups": self.groups,
+            "input_scale": self.input_scale,
+            "magnitude": self.magnitude,
+            "seed": self.seed,
+        }
+
+    def header(self, base: str | None = None) -> dict[str, str]:
+        """For the header of a safetensors file that is made from it: base, adapter, version; no one's directories."""
+        name = base or self.config.base_model_name_or_path or ""
+        found = {
+            "qvera_version": __version__,
+            "base": Path(name).name if Path(name).is_dir() else name,
+            "base_fingerprint": getattr(self.config, "base_fingerprint", None),
+            "adapter_sha256": self.sha256,
+        }
+        return {key: value for key, value in found.items() if value}
 
     @property
     def seed(self) -> int | None:
@@ -210,7 +242,7 @@ def read_deltas(adapter_dir: Path, base: torch.nn.Module, section: ModelSection 
         layers[name] = Delta(factors, isinstance(modules[name], Conv1D))
     if not layers:
         raise InputError(f"{adapter_dir}: has no vectors in it.")
-    return AdapterDeltas(config, pair, layers)
+    return AdapterDeltas(config, pair, layers, file_sha256(adapter_dir / ADAPTER_WEIGHTS))
 
 
 def _shared_tensors(

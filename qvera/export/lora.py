@@ -9,6 +9,7 @@ to the file's dtype (`rounding_text`). An adapter with ``b_groups`` or ``input_s
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,6 +26,18 @@ from qvera.utils.safetensors_io import TensorSpec
 LIMITS = ("exclude_modules", "layers_to_transform")
 """Settings by which an adapter leaves out linears that its targets name. A config that is written here names the others
 in full instead."""
+
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM's --max-lora-rank takes (0.14)."""
+
+
+def serving_text(rank: int) -> str:
+    """With which setting the engines that serve LoRA take one of this rank."""
+    place = next((known for known in VLLM_RANKS if known >= rank), None)
+    if place is None:
+        return f"vLLM takes ranks up to {VLLM_RANKS[-1]}: cut it with --rank. SGLang reads the rank from the adapter"
+    return f"vLLM takes it with --max-lora-rank {place}; SGLang reads the rank from the adapter"
 
 
 def truncation_text(errors: Mapping[str, float], own: int, rank: int) -> str:
@@ -145,7 +158,7 @@ def export_lora(
     # PEFT multiplies by alpha / r
     patterns = {"rank_pattern": others, "alpha_pattern": others}
     config = own or LoraConfig(r=rank, lora_alpha=rank, use_dora=adapter.magnitude, **patterns)
-    return write_adapter(out, {**config.to_dict(), **_common(adapter)}, specs, tensors())
+    return write_adapter(out, {**config.to_dict(), **_common(adapter)}, specs, tensors(), adapter.header())
 
 
 def export_stock_vera(adapter: AdapterDeltas, out: Path) -> int:
@@ -178,7 +191,7 @@ def export_stock_vera(adapter: AdapterDeltas, out: Path) -> int:
         specs.append(TensorSpec(f"base_model.{suffix}", torch.float32, tuple(matrix.shape)))
         values.append(matrix)
     config = VeraConfig(r=adapter.rank, save_projection=True, **_common(adapter))
-    return write_adapter(out, config.to_dict(), specs, (value.float() for value in values))
+    return write_adapter(out, config.to_dict(), specs, (value.float() for value in values), adapter.header())
 
 
 def _common(adapter: AdapterDeltas) -> dict[str, Any]:
@@ -198,15 +211,21 @@ def _common(adapter: AdapterDeltas) -> dict[str, Any]:
 
 
 def write_adapter(
-    out: Path, config: Mapping[str, object], specs: list[TensorSpec], tensors: Iterator[torch.Tensor]
+    out: Path,
+    config: Mapping[str, object],
+    specs: list[TensorSpec],
+    tensors: Iterator[torch.Tensor],
+    header: Mapping[str, str] = MappingProxyType({}),
 ) -> int:
     """Both files of an adapter directory, under a temporary name until they are whole; returns their bytes.
+
+    ``header`` goes into that of the safetensors file.
 
     Raises:
         InputError: ``out`` holds something, or can't be written.
     """
     with new_directory(out) as partial:
-        write_shard(partial / ADAPTER_WEIGHTS, specs, tensors)
+        write_shard(partial / ADAPTER_WEIGHTS, specs, tensors, header)
         text = json.dumps(config, indent=2, sort_keys=True, default=sorted)  # PEFT's configs have sets
         (partial / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
     return sum(file.stat().st_size for file in out.iterdir())

@@ -82,6 +82,7 @@ class _MergedExport:
         merging.layers = {name: found for name, found in work.facts.get("layers", {}).items() if name in skip}
         needed = sum(e.numel for e in merging.entries if e.name not in skip) * merging.dtype.itemsize
         require_space(work.out, needed, "the rest of the export" if skip else "the export")
+        header = merging.adapter.header(merging.section.path) | {"base_fingerprint": merging.base.fingerprint}
         with merging.merged(skip, work.facts.get("base", {})) as results:
             rows = self._rows(results, work, len(skip))
             for name, group in self.shards:
@@ -89,7 +90,7 @@ class _MergedExport:
                     continue
                 kept = _KEPT.format(done=len(work.shards), total=len(self.shards))
                 with disk_errors(str(work.out / name), kept):
-                    sha256 = write_shard(work.out / name, group, rows)
+                    sha256 = write_shard(work.out / name, group, rows, header)
                     work.facts.update(base=dict(merging.reader.sha256), layers=dict(merging.layers))
                     work.finished(name, sha256)
             for _ in results:  # what is left to read is only hashed

@@ -10,7 +10,6 @@ import torch
 from transformers import PretrainedConfig
 
 from qvera.adapters.files.adapter_file import require_tokens
-from qvera.adapters.files.save_load import ADAPTER_WEIGHTS
 from qvera.config.schema import ExportSection, ModelSection
 from qvera.export.base import open_adapter_on_base
 from qvera.export.deltas import TokenTable, token_tables
@@ -90,7 +89,7 @@ class Merging:
         """
         section, token_rows = self.section, self.adapter_dir / ADDED_ROWS
         return {
-            "adapter": file_sha256(self.adapter_dir / ADAPTER_WEIGHTS),
+            "adapter": self.adapter.sha256,
             "tokens": file_sha256(token_rows) if token_rows.is_file() else None,
             "base": [str(self.base.directory.resolve()), self.stamps],
             "options": self.options.to_dict(),
@@ -177,7 +176,7 @@ class Merging:
 
     def certificate(self, kind: str, base_sha256: dict[str, str], files: dict[str, str]) -> dict[str, Any]:
         """What was merged onto what; ``files``: what was written → its SHA-256."""
-        section, config = self.section, self.adapter.config
+        section = self.section
         trained_on: dict[str, Any] = {"quantization": section.quantization, "double_quant": section.double_quant}
         for weight in self.base.packed.values():  # what is in the file, whatever the recipe says
             trained_on = {"quantization": weight.quant_type, "double_quant": weight.double_quant}
@@ -192,17 +191,7 @@ class Merging:
                 "fingerprint": self.base.fingerprint,
                 "sha256": base_sha256,
             },
-            "adapter": {
-                "path": str(self.adapter_dir),
-                "sha256": file_sha256(self.adapter_dir / ADAPTER_WEIGHTS),
-                "kind": str(getattr(config.peft_type, "value", config.peft_type)),
-                "method": self.adapter.method,
-                "rank": self.adapter.rank,
-                "b_groups": self.adapter.groups,
-                "input_scale": self.adapter.input_scale,
-                "magnitude": self.adapter.magnitude,
-                "seed": self.adapter.seed,
-            },
+            "adapter": self.adapter.facts(self.adapter_dir),
             "trained_on": trained_on,
             "added_tokens": self.added_tokens,
             "dtype": self.options.dtype,

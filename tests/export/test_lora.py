@@ -11,9 +11,11 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.vera import VeraConfig
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from qvera import __version__
 from qvera.adapters import QveraLinear
 from qvera.adapters.files.save_load import attach, load_adapter, save_adapter
 from qvera.cli.main import main
@@ -23,6 +25,7 @@ from qvera.export.lora import (
     export_lora,
     export_stock_vera,
     rounding_text,
+    serving_text,
     truncate,
     truncate_all,
     truncation_text,
@@ -30,6 +33,7 @@ from qvera.export.lora import (
 from qvera.models.loader import load_base
 from qvera.models.model_config import empty_model
 from qvera.utils.errors import InputError
+from qvera.utils.files import file_sha256
 from tests.adapters.helpers import perturb, relative
 from tests.export.test_merged import deltas
 
@@ -207,7 +211,7 @@ def test_the_command_says_rank_size_and_error(trained: Any, tmp_path: Path, caps
     assert main(["export", str(adapter_dir), str(out), "--to", "lora", "--rank", "3", "--dtype", "bfloat16"]) == 0
     said = capsys.readouterr().out
     assert "rank 3 of 8: relative error of ΔW (Frobenius)" in said
-    assert len(said.splitlines()) == 2
+    assert len(said.splitlines()) == 3
     assert "LoRA of rank 3 on 14 linears" in said
     assert json.loads((out / "adapter_config.json").read_text())["r"] == 3
     tensors = load_file(out / "adapter_model.safetensors")
@@ -222,6 +226,43 @@ def test_the_command_says_rank_size_and_error(trained: Any, tmp_path: Path, caps
     assert "--to lora and --to gguf-lora only" in capsys.readouterr().err
     assert main(["export", str(adapter_dir), str(tmp_path / "x"), "--to", "peft"]) == (2 if grouped else 0)
     assert ("--to lora" in capsys.readouterr().err) if grouped else ("projections included" in capsys.readouterr().out)
+
+
+def test_a_cut_is_measured_on_held_out_rows(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def export(name: str, *options: str) -> dict[str, Any]:
+        assert main(["export", str(trained_run), str(tmp_path / name), "--to", "lora", *options]) == 0
+        found: dict[str, Any] = json.loads((tmp_path / name / "qvera_export.json").read_text())
+        assert found["adapter"]["sha256"] == file_sha256(trained_run / "adapter" / "adapter_model.safetensors")
+        return found
+
+    found = export("cut", "--rank", "1")
+    said = capsys.readouterr().out
+    scores = {}
+    for path, options in ((trained_run, ()), (tmp_path / "cut", ("--recipe", str(trained_run)))):
+        assert main(["eval", str(path), *options, "--json", str(tmp_path / f"{path.name}.json")]) == 0
+        scores[path.name] = json.loads((tmp_path / f"{path.name}.json").read_text())["scores"]
+    difference = found["difference"]
+    for key, expected in (("trained", scores["run"]), ("exported", scores["cut"])):
+        assert difference[key] == {name: pytest.approx(expected[name], rel=1e-5) for name in difference[key]}
+        assert difference[key]["exact_match"] is not None
+    assert difference["trained"]["loss"] != difference["exported"]["loss"]
+    assert f"loss {difference['trained']['loss']:.4f} vs {difference['exported']['loss']:.4f}, right answers" in said
+    assert "vLLM takes it with --max-lora-rank 1;" in said
+    assert len(found["relative_errors"]) == 14 and max(found["relative_errors"].values()) > 0.1
+    assert export("quick", "--rank", "1", "--no-compare")["difference"] is None
+    assert export("whole")["difference"] is None  # nothing is lost
+    with safe_open(tmp_path / "whole" / "adapter_model.safetensors", "pt") as stored:
+        header = stored.metadata()
+    assert header["adapter_sha256"] == found["adapter"]["sha256"] and header["format"] == "pt"
+    assert header["qvera_version"] == __version__ and "/" not in header["base"]
+
+
+def test_ranks_are_named_as_vllm_takes_them() -> None:
+    assert "--max-lora-rank 16;" in serving_text(9)
+    assert "--max-lora-rank 320;" in serving_text(300)
+    assert "cut it with --rank" in serving_text(1024)
 
 
 def test_a_factor_beyond_the_dtype_is_refused_and_nothing_is_left(trained: Any, tmp_path: Path) -> None:

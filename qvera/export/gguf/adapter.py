@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
-from qvera.adapters.files.save_load import ADAPTER_WEIGHTS
 from qvera.config.schema import ModelSection
 from qvera.export.deltas import AdapterDeltas
 from qvera.export.gguf.architecture import GgufArchitecture
@@ -18,7 +17,6 @@ from qvera.models.hub import base_directory
 from qvera.models.tokenizer import load_tokenizer
 from qvera.utils.atomic import disk_errors, new_directory
 from qvera.utils.errors import InputError
-from qvera.utils.files import file_sha256
 
 
 def export_gguf_lora(
@@ -80,8 +78,8 @@ def export_gguf_lora(
 
     import gguf
 
-    sha256 = file_sha256(adapter_dir / ADAPTER_WEIGHTS)
-    writer = new_writer(architecture.name, Path(section.path).name, {"adapter_sha256": sha256})
+    facts = {} if adapter.sha256 is None else {"adapter_sha256": adapter.sha256}
+    writer = new_writer(architecture.name, Path(section.path).name, facts)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))

@@ -1,0 +1,89 @@
+"""An adapter as a LoRA beside the adapter that was trained: loss and right answers on the same rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qvera.data import build_datasets
+from qvera.evaluation.evaluate import prompts_of, score_model
+from qvera.evaluation.load import OpenRun, find_target, open_run, open_target
+from qvera.evaluation.metrics import text_metrics
+from qvera.evaluation.named_adapters import held_out_rows
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from qvera.config.schema import Recipe
+    from qvera.data import Datasets, Rows
+
+
+def adapter_scores(opened: OpenRun, recipe: Recipe, datasets: Datasets, rows: Rows) -> dict[str, Any]:
+    """Held-out loss, and the share of right answers (``exact_match``) where rows have references.
+
+    The rest is `qvera.evaluation.evaluate.score_model`'s.
+    """
+    settings = recipe.training
+    scores, _ = score_model(
+        opened.model,
+        opened.base.tokenizer,
+        rows,
+        prompts_of(rows),
+        text_metrics(["exact"]),
+        settings,
+        pad_id=datasets.pad_id,
+        max_new_tokens=settings.sample_max_new_tokens,
+    )
+    return {
+        key: scores[key] for key in ("loss", "rows", "trained_tokens", "exact_match", "scored_rows") if key in scores
+    }
+
+
+def open_lora(lora: Path, run: Path) -> OpenRun:
+    """A LoRA by stock PEFT, on the base of ``run`` as that was trained on."""
+    return open_target(find_target(lora, run))
+
+
+def compare_lora(
+    recipe: Recipe,
+    run: Path,
+    name: str | None,
+    lora: Path,
+    limit: int,
+    console: Console | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Score the adapter of ``run`` and the LoRA that was made of it, on at most ``limit`` held-out rows.
+
+    One model is in memory at a time.
+
+    Args:
+        recipe: of the run.
+        run: its directory.
+        name: which adapter, of a run that trained many.
+        lora: the directory of the LoRA.
+        limit: how many rows.
+        console: for what the data has to say.
+        progress: takes what is being done.
+    """
+    progress(f"Loading {run}")
+    opened = open_run(run, name=name)
+    datasets = build_datasets(recipe.data, opened.base.tokenizer, console)
+    rows = (held_out_rows(datasets, name) or datasets.train)[:limit]
+    progress("Scoring the trained adapter")
+    trained = adapter_scores(opened, recipe, datasets, rows)
+    del opened
+    progress("Loading the LoRA on its base")
+    opened = open_lora(lora, run)
+    progress("Scoring the LoRA")
+    return {"trained": trained, "exported": adapter_scores(opened, recipe, datasets, rows)}
+
+
+def scores_text(difference: dict[str, Any]) -> str:
+    """What `compare_lora` gave in a sentence."""
+    trained, exported = difference["trained"], difference["exported"]
+    text = f"trained vs exported on {trained['rows']} rows: loss {trained['loss']:.4f} vs {exported['loss']:.4f}"
+    if "exact_match" in trained:
+        text += f", right answers {trained['exact_match']:.1%} vs {exported['exact_match']:.1%}"
+    return text
