@@ -108,10 +108,11 @@ def batch_nll(
     chunk_tokens: int,
     decoder: Callable[..., Any] | None = None,
     expected_grad: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
 ) -> tuple[torch.Tensor, int]:
     """Summed negative log likelihood (scalar) of a batch's trained tokens, and how many there are.
 
-    ``expected_grad``: see `fused_linear_cross_entropy`.
+    ``expected_grad``, ``label_smoothing``: see `fused_linear_cross_entropy`.
     """
     hidden, head = hidden_states(model, batch, decoder), Head.of(causal_model(model))
     with gathered(head.module.parameters(recurse=False)):
@@ -122,16 +123,22 @@ def batch_nll(
             chunk_tokens,
             expected_grad=expected_grad,
             trained=batch.get("trained"),
+            label_smoothing=label_smoothing,
         )
 
 
 def row_nll(
-    model: nn.Module, batch: dict[str, Any], chunk_tokens: int, row_weights: torch.Tensor
+    model: nn.Module,
+    batch: dict[str, Any],
+    chunk_tokens: int,
+    row_weights: torch.Tensor,
+    label_smoothing: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The weighted sum (scalar, differentiable) of the rows' negative log likelihoods, and each row's own [B].
 
     Args:
-        model, batch, chunk_tokens: see `batch_nll`; a row of the batch, or of its offsets, for each row.
+        model, batch, chunk_tokens, label_smoothing: see `batch_nll`; a row of the batch, or of its offsets, for
+            each row.
         row_weights: fp32 [B].
     """
     hidden, trained = hidden_states(model, batch), batch["trained"]
@@ -140,7 +147,9 @@ def row_nll(
     else:
         of_trained = trained // batch["labels"].shape[1]
     head = Head.of(causal_model(model))
-    return row_cross_entropy(hidden, batch["labels"], head, chunk_tokens, trained, of_trained, row_weights)
+    return row_cross_entropy(
+        hidden, batch["labels"], head, chunk_tokens, trained, of_trained, row_weights, label_smoothing
+    )
 
 
 @torch.no_grad()

@@ -62,6 +62,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         chunk_tokens: int,
         expected_grad: torch.Tensor | None,
         weights: torch.Tensor | None,
+        smoothing: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         blocks = WeightBlocks(head.module, hidden.dtype, BLOCK_ELEMENTS, reused=True)
         bias = getattr(head.module, "bias", None)
@@ -82,12 +83,16 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
                 slope = 1.0 - (logits / head.softcap).square()
             normalizer = torch.logsumexp(logits, dim=1, keepdim=True)
             own = torch.sub(normalizer, logits.gather(1, y), out=nll[start : start + chunk_tokens].unsqueeze(1))
+            if smoothing:  # the target has 1 - ε of the probability, and every token of the vocabulary ε / V
+                own.lerp_(normalizer - logits.mean(dim=1, keepdim=True), smoothing)
             weight = None if weights is None else weights[start : start + chunk_tokens].unsqueeze(1)
             total += (own if weight is None else own * weight).sum()
             if grad is not None:
-                # ∂nll/∂logits = softmax(logits) - onehot(label), written over the logits
+                # ∂nll/∂logits = softmax(logits) - (1 - ε) onehot(label) - ε / V, written over the logits
                 logits.sub_(normalizer).exp_()
-                logits.scatter_add_(1, y, logits.new_full((1, 1), -1.0).expand_as(y))
+                logits.scatter_add_(1, y, logits.new_full((1, 1), smoothing - 1.0).expand_as(y))
+                if smoothing:
+                    logits -= smoothing / logits.shape[1]
                 if slope is not None:
                     logits *= slope
                 if head.scale != 1.0:
@@ -111,7 +116,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         (grad,) = ctx.saved_tensors  # type: ignore[attr-defined]
         expected = ctx.expected_grad  # type: ignore[attr-defined]
         factor = g if expected is None else g / expected
-        return grad * factor.to(grad.dtype), None, None, None, None, None, None
+        return grad * factor.to(grad.dtype), None, None, None, None, None, None, None
 
 
 def fused_linear_cross_entropy(
@@ -122,6 +127,7 @@ def fused_linear_cross_entropy(
     ignore_index: int = IGNORED,
     expected_grad: torch.Tensor | None = None,
     trained: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
 ) -> tuple[torch.Tensor, int]:
     """Summed cross entropy of the trained tokens, without their logits in memory.
 
@@ -136,6 +142,8 @@ def fused_linear_cross_entropy(
             smallest number of float16. Backward may bring another one; only the rounding is chosen for this.
         trained: int64 [n], the places in the flattened hidden states that predict a trained token (`qvera.data.collate`
             makes them on the host); None: they are looked for in the labels, for which the host waits for the device.
+        label_smoothing: ε; the target distribution is 1 - ε on the label and ε spread evenly over the vocabulary
+            (arXiv 1512.00567, section 7).
 
     Returns:
         The sum (scalar, fp32 or wider, differentiable once in hidden) and the number of trained tokens.
@@ -144,7 +152,7 @@ def fused_linear_cross_entropy(
         row, place = torch.nonzero(labels[:, 1:] != ignore_index, as_tuple=True)
         trained = row * labels.shape[1] + place
     rows, targets = _trained_tokens(hidden, labels, trained)
-    total, _ = _FusedLinearCrossEntropy.apply(rows, targets, head, chunk_tokens, expected_grad, None)
+    total, _ = _FusedLinearCrossEntropy.apply(rows, targets, head, chunk_tokens, expected_grad, None, label_smoothing)
     return total, int(trained.numel())
 
 
@@ -164,11 +172,12 @@ def row_cross_entropy(
     trained: torch.Tensor,
     of_trained: torch.Tensor,
     row_weights: torch.Tensor,
+    label_smoothing: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross entropy of a batch whose rows count differently, as those of different adapters do.
 
     Args:
-        hidden, labels, head, chunk_tokens: see `fused_linear_cross_entropy`.
+        hidden, labels, head, chunk_tokens, label_smoothing: see `fused_linear_cross_entropy`.
         trained: int64 [n], see there.
         of_trained: int64 [n], which row each of them is of.
         row_weights: fp32 [R].
@@ -180,5 +189,5 @@ def row_cross_entropy(
     """
     rows, targets = _trained_tokens(hidden, labels, trained)
     weights = row_weights.index_select(0, of_trained)
-    total, nll = _FusedLinearCrossEntropy.apply(rows, targets, head, chunk_tokens, None, weights)
+    total, nll = _FusedLinearCrossEntropy.apply(rows, targets, head, chunk_tokens, None, weights, label_smoothing)
     return total, nll.new_zeros(len(row_weights)).index_add_(0, of_trained, nll)

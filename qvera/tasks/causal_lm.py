@@ -42,9 +42,10 @@ class CausalLM(Task):
         expected_grad: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, int]:
         """See `Task.loss`."""
-        data = recipe.data
+        data, training = recipe.data, recipe.training
         batch = evaluate.make_batch(model, rows, datasets.pad_id, data.prefix_once, data.packing)
-        return evaluate.batch_nll(model, batch, recipe.training.loss_chunk_tokens, core, expected_grad)
+        chunk, smoothing = training.loss_chunk_tokens, training.label_smoothing
+        return evaluate.batch_nll(model, batch, chunk, core, expected_grad, smoothing)
 
     def held_out_loss(
         self,

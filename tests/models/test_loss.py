@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from qvera.data import IGNORED, Example, collate, collate_prefix_once
 from qvera.data.collate import pad_batch
-from qvera.models.loss import Head, fused_linear_cross_entropy
+from qvera.models.loss import Head, fused_linear_cross_entropy, row_cross_entropy
 from tests.adapters.helpers import base_layer, dense_weight, relative
 from tests.conftest import small_llama
 
@@ -41,7 +41,9 @@ def batch(rows: int, tokens: int, dtype: torch.dtype = torch.float32) -> tuple[t
     return hidden, labels
 
 
-def plain(hidden: torch.Tensor, labels: torch.Tensor, head: Head) -> tuple[torch.Tensor, torch.Tensor]:
+def plain(
+    hidden: torch.Tensor, labels: torch.Tensor, head: Head, smoothing: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Value and gradient of F.cross_entropy over whole logits in fp64."""
     hidden = hidden.detach().double().requires_grad_()
     module: Any = head.module
@@ -50,10 +52,42 @@ def plain(hidden: torch.Tensor, labels: torch.Tensor, head: Head) -> tuple[torch
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
     loss = F.cross_entropy(
-        logits[:, :-1].reshape(-1, VOCABULARY), labels[:, 1:].reshape(-1), ignore_index=IGNORED, reduction="sum"
+        logits[:, :-1].reshape(-1, VOCABULARY),
+        labels[:, 1:].reshape(-1),
+        ignore_index=IGNORED,
+        reduction="sum",
+        label_smoothing=smoothing,
     )
     (grad,) = torch.autograd.grad(loss, hidden)
     return loss.detach(), grad
+
+
+@pytest.mark.parametrize("settings", [{}, {"bias": True, "softcap": 3.0, "scale": 1.7}], ids=["plain", "all"])
+@pytest.mark.parametrize("smoothing", [0.1, 0.9])
+def test_smoothed_labels_have_torchs_value_and_gradient(settings: dict[str, Any], smoothing: float) -> None:
+    hidden, labels = batch(3, 37)
+    hidden.requires_grad_()
+    loss, _ = fused_linear_cross_entropy(hidden, labels, head(**settings), 7, label_smoothing=smoothing)
+    loss.backward()
+    wanted, grad = plain(hidden, labels, head(**settings), smoothing)
+    torch.testing.assert_close(loss.detach().double(), wanted, rtol=1e-6, atol=0)
+    assert hidden.grad is not None
+    assert relative(hidden.grad, grad) < 2e-6
+
+
+def test_rows_that_count_differently_are_smoothed_too() -> None:
+    hidden, labels = batch(2, 19)
+    hidden.requires_grad_()
+    weights = torch.tensor([0.5, 2.0])
+    trained = torch.nonzero((labels[:, 1:] != IGNORED).flatten()).flatten()
+    rows, places = trained // 18, trained % 18
+    total, each = row_cross_entropy(hidden, labels, head(), 5, rows * 19 + places, rows, weights, 0.2)
+    total.backward()
+    for row in range(2):
+        loss, grad = plain(hidden[row : row + 1], labels[row : row + 1], head(), 0.2)
+        torch.testing.assert_close(each[row].double(), loss, rtol=1e-6, atol=0)
+        assert hidden.grad is not None
+        assert relative(hidden.grad[row], weights[row] * grad[0]) < 2e-6
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,8 @@ class Recipe(Section):
                 changed = getattr(section, key) != field.get_default(call_default_factory=True)
                 for mark in field.metadata:
                     if changed and isinstance(mark, OnlyWith) and not mark.is_on(self._value_of):
-                        switches = " or ".join(mark.switches)
+                        *others, last = mark.switches
+                        switches = f"{', '.join(others)} or {last}" if others else last
                         yield f"{name}.{key}", f"has no effect without {switches}. Set that, or remove this key."
 
     def _value_of(self, section: str, key: str) -> object:

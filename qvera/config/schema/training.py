@@ -88,6 +88,9 @@ class TrainingSection(Section):
     """What to do when memory runs out in a step. The step is undone; then ``save`` saves a checkpoint and ends the run,
     and ``halve`` goes on with half as many rows in a pass and the same global batch. Without dropout the numbers are
     the same up to rounding. Not with a ``deepspeed`` key."""
+    label_smoothing: Fraction = 0.0
+    """The share of each target's probability that is spread evenly over all tokens in the training loss. Held-out
+    losses are without it. VeRA's paper trains E2E with 0.1."""
     loss_chunk_tokens: Positive = 512
     """Tokens whose logits are in memory at the same time in the loss."""
     seed: Seed = 0

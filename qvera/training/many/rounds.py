@@ -68,7 +68,9 @@ def bank_nll(
     batch = evaluate.make_batch(passes.model, examples, pad_id, prefix_once=False, whole_rows=True)
     row_weights = torch.tensor(weights or [1.0] * len(slots), dtype=torch.float32).to(passes.device)
     with passes.bank.rows(slots, evaluate.row_tokens(batch, examples)), torch.set_grad_enabled(weights is not None):
-        total, nll = evaluate.row_nll(passes.model, batch, training.loss_chunk_tokens, row_weights)
+        total, nll = evaluate.row_nll(
+            passes.model, batch, training.loss_chunk_tokens, row_weights, training.label_smoothing
+        )
         if weights is not None:
             total.backward()
     return nll
