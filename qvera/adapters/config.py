@@ -11,6 +11,7 @@ from peft import PeftConfig
 from qvera.adapters.products.token_sampling import TokenSampler
 from qvera.adapters.projection import GENERATOR, Pair, Seeds, pair_number, require_same_pairs
 from qvera.config.schema import AdapterSection
+from qvera.models.model_class import CAUSAL_LM, REGRESSION, ModelClass, classification_class
 from qvera.utils.errors import InputError
 
 PEFT_TYPE = "QVERA"
@@ -19,9 +20,9 @@ PREFIX = "base_model.model."
 SHARED_PREFIX = "base_model.shared."
 """What stands before the name of a tensor that all linears share."""
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = LABELS_VERSION = 4
 """The newest format that is read. 1: one b and one d for each linear; 2: ``b_groups``, ``input_scale``; 3: ``method``,
-``seed_chain``, ``magnitude``.
+``seed_chain``, ``magnitude``; 4: ``labels``.
 
 An adapter names the oldest format that has all it needs."""
 
@@ -79,6 +80,8 @@ class QveraConfig(PeftConfig):
         seed_chain: the seeds of the phases of a run that resampled its projections, ``projection_seed`` first. The rank
             is that of all phases together, and each has one of ``b_groups`` vectors b
             (`qvera.adapters.methods.vera.VeraPhases`).
+        labels: the names of a classification head's outputs, in order; None: the model is a language model.
+        problem_type: of that head, as transformers' config has it.
 
     Raises:
         InputError: a value is out of range, or the config was written by a newer format or another generator.
@@ -121,6 +124,8 @@ class QveraConfig(PeftConfig):
     pad_token: str | None = None
     eos_token: str | None = None
     seed_chain: list[int] | None = None
+    labels: list[str] | None = None
+    problem_type: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -149,6 +154,8 @@ class QveraConfig(PeftConfig):
             self.format_version = max(self.format_version, 3)
         if self.seed_chain:
             self.format_version = max(self.format_version, 3)
+        if self.labels:
+            self.format_version = max(self.format_version, LABELS_VERSION)
         self.current_phase: int | None = None
         """The phase of ``seed_chain`` that is trained now; None outside of training. Not part of the file."""
         self.token_sampler: TokenSampler | None = None
@@ -199,9 +206,17 @@ class QveraConfig(PeftConfig):
             raise InputError(
                 f"layers_pattern: takes effect only with layers_to_transform, got {self.layers_pattern!r}."
             )
+        names = self.labels or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise InputError(f"labels: takes the names of the head's outputs, got {names!r}.")
         tokens = self.added_tokens or {}
         if not isinstance(tokens, dict) or not all(type(i) is int and i >= 0 for i in tokens.values()):
             raise InputError(f"added_tokens: takes token → id (whole numbers >= 0), got {tokens!r}.")
+
+    @property
+    def model_class(self) -> ModelClass:
+        """Which model it is an adapter of."""
+        return classification_class(self.labels, self.problem_type == REGRESSION) if self.labels else CAUSAL_LM
 
     @classmethod
     def of_section(cls, section: AdapterSection, **others: Any) -> QveraConfig:

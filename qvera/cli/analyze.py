@@ -141,11 +141,12 @@ def _losses(target: EvalTarget, text: Path, limit: int | None, reduced: Path | N
     from qvera.config.schema import DataSection, TrainingSection
     from qvera.data import build_datasets
     from qvera.evaluation.evaluate import held_out_loss, scoring
-    from qvera.evaluation.load import base_of, open_target, template_of
+    from qvera.evaluation.load import base_of, open_target, require_answers, template_of
     from qvera.evaluation.named_adapters import held_out_rows
 
     recipe = target.recipe
     settings = recipe.training if recipe is not None else TrainingSection()
+    require_answers(target, "--text")
     with progress("Loading the model"):
         opened = open_target(target)
     tokenizer = opened.base.tokenizer

@@ -60,11 +60,13 @@ def _local_answers(
 
     from qvera.data import Turn
     from qvera.evaluation.generate import generate, generating
-    from qvera.evaluation.load import open_run
+    from qvera.evaluation.load import find_target, open_target, require_answers
     from qvera.evaluation.prompts import PromptWriter
 
     with progress(f"Loading {run}"):
-        opened = open_run(run, adapter=not base, name=adapter)
+        target = find_target(run, name=adapter, needs_name=not base)
+        require_answers(target, "qvera chat")
+        opened = open_target(target, adapter=not base)
     prompts, tokenizer = PromptWriter.of(opened), opened.base.tokenizer
 
     def answer(turns: list[Turn], seed: int) -> str:

@@ -78,7 +78,8 @@ def evaluate(
     Example:
         qvera eval runs/quickstart --with-base --html page.html
     """
-    from qvera.cli.judge import Judge, summary_text
+    from qvera.cli.eval_labels import evaluate_labels, refuse_options
+    from qvera.cli.judge import Judge
 
     _check_options(base, with_base, no_generation, group_prompts, json_file, predictions, html)
     judging = Judge.of_options(judge, judge_model, judge_against, judge_prompt, no_generation)
@@ -97,11 +98,26 @@ def evaluate(
     from qvera.evaluation.evaluate import prompts_of, score_model
     from qvera.evaluation.load import adapter_sha256, base_of, find_target, open_target, require_base
     from qvera.evaluation.named_adapters import held_out_rows
-    from qvera.evaluation.report.pages import answers_page
     from qvera.evaluation.report.read import inputs_sha256
     from qvera.utils import memory
 
     target = find_target(run, recipe, name=adapter, needs_name=not base)
+    if target.model_class.has_own_head:
+        text_only = {"metrics": metrics != "exact", "group_prompts": group_prompts, "no_generation": no_generation}
+        text_only |= {
+            "max_new_tokens": max_new_tokens is not None,
+            "html": html is not None,
+            "judge": judge is not None,
+        }
+        refuse_options(target, base=base, with_base=with_base, **text_only)
+        section = _data_section(run, data, rows, target)
+        about = _subject(target, section, base_alone=False, data=data)
+        found = evaluate_labels(target, section, data is not None, rows)
+        about |= {"inputs_sha256": found.pop("inputs_sha256"), "adapter_sha256": adapter_sha256(target)}
+        more = {"base_scores": None, "judge": None, "versions": memory.versions()}
+        what = f"{len(found['answers'])} labels"
+        _write_and_print({"subject": about, **found, **more}, what, predictions, json_file, None)
+        return
     if base or with_base:
         require_base(target)
     elif html is not None:  # the page has a column for the base, if there is one
@@ -171,8 +187,20 @@ def evaluate(
             document["judge"] = judging.judge(answers, questions)
         except (InputError, RunFailed) as error:  # the answers are written all the same
             failure = error
+    _write_and_print(document, f"{len(prompts)} answers", predictions, json_file, html)
+    if failure is not None:
+        raise failure
+
+
+def _write_and_print(
+    document: dict[str, Any], what: str, predictions: Path | None, json_file: Path | None, html: Path | None
+) -> None:
+    """Write the files that were asked for, and print the scores; ``what``: what the predictions are."""
+    from qvera.cli.judge import summary_text
+    from qvera.evaluation.report.pages import answers_page
+
     if predictions is not None:
-        lines = (json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+        lines = (json.dumps(answer, ensure_ascii=False) + "\n" for answer in document["answers"])
         replace_text(predictions, "".join(lines))
     if json_file is not None:
         replace_text(json_file, json.dumps(document, indent=1, ensure_ascii=False))
@@ -180,13 +208,10 @@ def evaluate(
         replace_text(html, answers_page(document))
     _print_scores(document)
     if document["judge"] is not None:
-        print("\n".join(summary_text(document["judge"], about["column"].lower())))
-    files = ((predictions, f"{len(prompts)} answers"), (json_file, "scores and answers"), (html, "the page"))
-    for path, what in files:
+        print("\n".join(summary_text(document["judge"], document["subject"]["column"].lower())))
+    for path, content in ((predictions, what), (json_file, "scores and answers"), (html, "the page")):
         if path is not None:
-            print(f"{path}: {what}")
-    if failure is not None:
-        raise failure
+            print(f"{path}: {content}")
 
 
 def _check_options(base: bool, with_base: bool, no_generation: bool, group_prompts: bool, *files: Path | None) -> None:

@@ -67,7 +67,7 @@ def export(
 
     from qvera.adapters.files.adapter_file import read_config, require_base
     from qvera.config.schema import ExportSection
-    from qvera.evaluation.load import find_adapter
+    from qvera.evaluation.load import find_adapter, find_target, require_answers
     from qvera.export.compare import difference_text
     from qvera.models.loader import fingerprint_of
 
@@ -76,6 +76,8 @@ def export(
     written = dtype or options.dtype
     options = options.replace(dtype="float32" if written == "q8_0" else written, base=base or options.base)
     chat = _chat(recipe, run, section)
+    if to.startswith("gguf"):
+        require_answers(find_target(run, name=adapter), f"--to {to}")
     if to == "gguf":
         _merge_to_gguf(section, adapter_dir, out, options, written, chat)
         return
@@ -116,8 +118,9 @@ def _chat(recipe: Recipe | None, run: Path, section: ModelSection) -> Chat:
     from qvera.data import resolve_template
     from qvera.evaluation.load import template_of
     from qvera.models.tokenizer import load_tokenizer
+    from qvera.tasks import task_of
 
-    if recipe is None:
+    if recipe is None or not task_of(recipe).has_answers:
         return Chat(None, None)
     return Chat(resolve_template(template_of(recipe, run), load_tokenizer(section)).jinja, recipe.data.system)
 
@@ -199,11 +202,14 @@ def _export_adapter(
     from qvera.adapters.files.adapter_file import read_config
     from qvera.export.deltas import read_deltas
     from qvera.export.lora import export_stock_vera, serving_text
+    from qvera.models.model_class import CAUSAL_LM
     from qvera.models.model_config import empty_model
     from qvera.utils import memory
 
-    require_no_added_tokens(read_config(adapter_dir), adapter_dir, f"--to {to}")
-    adapter = read_deltas(adapter_dir, empty_model(section), section)
+    config = read_config(adapter_dir)
+    require_no_added_tokens(config, adapter_dir, f"--to {to}")
+    model_class = getattr(config, "model_class", CAUSAL_LM)
+    adapter = read_deltas(adapter_dir, empty_model(section, None, model_class), section)
     errors = None
     if to == "peft":
         size = export_stock_vera(adapter, out)
@@ -297,6 +303,7 @@ def _difference(recipe: Recipe, run: Path, adapter: str | None, out: Path, optio
     from qvera.evaluation.load import open_run
     from qvera.evaluation.named_adapters import held_out_rows
     from qvera.export.compare import measure_difference, too_little_memory
+    from qvera.tasks import task_of
 
     option = "" if adapter is None else f" --adapter {shlex.quote(adapter)}"
     again = f"`qvera export {run} {out}{option} --compare-only` measures it later, or on a larger machine."
@@ -307,9 +314,11 @@ def _difference(recipe: Recipe, run: Path, adapter: str | None, out: Path, optio
             return {"not_measured": f"{reason}. {again}"}
         with progress(f"Loading {run}"):
             opened = open_run(run, name=adapter)
-        datasets = build_datasets(recipe.data, opened.base.tokenizer, console)
+        task = task_of(recipe)
+        labels = opened.labels if task.exported_class.has_own_head else None
+        datasets = build_datasets(recipe.data, opened.base.tokenizer, console, labels=labels)
         rows = (held_out_rows(datasets, adapter) or datasets.train)[: options.certificate_rows]
         with progress("Comparing the trained with the exported model"):
-            return measure_difference(opened.model, out, rows, datasets.pad_id)
+            return measure_difference(opened.model, out, rows, datasets.pad_id, task, labels)
 
     return _measured(measure, again)

@@ -86,13 +86,14 @@ def generate(
     quiet_libraries()
 
     from qvera.evaluation.generate import generate as generate_texts
-    from qvera.evaluation.load import find_target, open_target
+    from qvera.evaluation.load import find_target, open_target, require_answers
     from qvera.evaluation.load_many import open_adapters
     from qvera.evaluation.named_adapters import adapters_root, require_all_named
     from qvera.evaluation.prompts import PromptWriter
 
     many = not base and adapters_root(run) is not None
     target = find_target(run, name=adapters[0] if adapters else None, needs_name=False)
+    require_answers(target, "qvera generate")
     questions = _questions(target, prompts, prompt or [], adapters, many)
     names = list(dict.fromkeys(name for _, name in questions if name is not None))
     keys: dict[str, str] = {}

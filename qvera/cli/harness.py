@@ -45,11 +45,12 @@ def harness(
         require_new_file(json_file)
 
     from qvera.evaluation.lm_eval import find_tasks, run_harness
-    from qvera.evaluation.load import find_target, open_target, require_base
+    from qvera.evaluation.load import find_target, open_target, require_answers, require_base
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     manager = find_tasks(names, include)
     target = find_target(run, recipe, name=adapter, needs_name=not base)
+    require_answers(target, "qvera harness")
     if base:
         require_base(target)
     with progress(f"Loading {run}"):

@@ -60,6 +60,7 @@ def merge_adapters(
     from qvera.evaluation.load import find_adapter
     from qvera.export.deltas import read_deltas
     from qvera.export.merge_adapters import same_directions, stacked_factors, union, weighted_sum, write_vectors
+    from qvera.models.model_class import CAUSAL_LM
     from qvera.models.model_config import empty_model
 
     if names and len(adapters) != 1:
@@ -68,8 +69,11 @@ def merge_adapters(
     _require_one_base(found)
     for _, _, directory in found:
         require_no_added_tokens(read_config(directory), directory, "merge-adapters")
-    model = empty_model(found[0][1])
+    model = empty_model(found[0][1], None, getattr(read_config(found[0][2]), "model_class", CAUSAL_LM))
     deltas = [read_deltas(directory, model, section) for _, section, directory in found]
+    for (_, _, directory), adapter in zip(found, deltas, strict=True):
+        if adapter.head:
+            raise InputError(f"{directory}: has a classification head, and heads can't be added. Export it alone.")
     factors = weights or [1.0 / len(deltas)] * len(deltas)
     own_rank = sum(adapter.rank for adapter in deltas)
     why = same_directions(deltas) if to is None else None

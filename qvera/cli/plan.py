@@ -53,7 +53,7 @@ def plan(
     sharing = Sharing.of(zero_config_of(loaded), nodes or 1, gpus or 1)
     data = _local_data(loaded)
     rows, adapter_rows = (None, []) if data is None else (data.train, [len(one.train) for one in data.adapters])
-    made = make_plan(loaded, machine or device, rows, sharing, every_way=several, adapter_rows=adapter_rows)
+    made = make_plan(loaded, machine or device, rows, sharing, several, adapter_rows, data)
     if machine is None and not no_timing:
         with progress("Timing this machine"):
             made = dataclasses.replace(made, seconds=time_step(made, device))

@@ -39,7 +39,7 @@ class OnlyWith:
 
     Args:
         switches: keys as ``section.key``, switched on by any value but false, zero or an empty one; or
-            ``section.key: value``, by that value. One of them is enough.
+            ``section.key: value``, by that value; ``key: value`` for a key beside the sections. One of them is enough.
     """
 
     switches: tuple[str, ...]
@@ -48,10 +48,13 @@ class OnlyWith:
         object.__setattr__(self, "switches", switches)
 
     def is_on(self, value_of: Callable[[str, str], object]) -> bool:
-        """Whether one of the switches is on. ``value_of(section, key)`` returns what a recipe has there."""
+        """Whether one of the switches is on. ``value_of(section, key)`` returns what a recipe has there.
+
+        The section is "" for a key beside the sections.
+        """
         for switch in self.switches:
             path, _, value = switch.partition(": ")
-            section, _, key = path.partition(".")
+            section, _, key = path.rpartition(".")
             found = value_of(section, key)
             if found == value if value else found:
                 return True

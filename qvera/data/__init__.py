@@ -9,6 +9,7 @@ from qvera.data.collate import IGNORED, collate, collate_prefix_once
 from qvera.data.dataset import Datasets, DataStats, build_datasets, data_sha256
 from qvera.data.encoding import Encoder, decode
 from qvera.data.formats import Turn, read_prompts
+from qvera.data.labelled import Labels
 from qvera.data.parts import BilevelBatches, TaskBatches
 from qvera.data.preview import data_warnings, print_preflight
 from qvera.data.recipe_batches import adapter_batches, batches_of, planned_steps
@@ -26,6 +27,7 @@ __all__ = [
     "Datasets",
     "Encoder",
     "Example",
+    "Labels",
     "Rows",
     "TaskBatches",
     "Turn",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qvera.data.formats import Conversation, Turn
+from qvera.data.formats import UNRENDERED, Conversation, Turn
 from qvera.data.loss_mask import AnswerSpan, Layouts, Message, TemplateError, Tools, answer_spans
 from qvera.utils.errors import InputError, did_you_mean
 
@@ -33,7 +33,7 @@ def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase, format: str 
 
     Args:
         name: ``auto``, ``tokenizer`` (the tokenizer's own, or fail) or one of `NAMED_TEMPLATES`. ``auto`` is the
-            tokenizer's own where it has one; else ``plain`` for prompt-completion and text rows, which say everything
+            tokenizer's own where it has one; else ``plain`` for prompt-completion rows and texts, which say everything
             themselves, and ``alpaca`` for the others.
         format: of the rows.
 
@@ -42,7 +42,7 @@ def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase, format: str 
     """
     own = _own_template(tokenizer)
     if name == "auto":
-        name = OWN if own else "plain" if format in ("prompt-completion", "text") else "alpaca"
+        name = OWN if own else "plain" if format in ("prompt-completion", *UNRENDERED) else "alpaca"
     if name == OWN:
         if not own:
             raise InputError(

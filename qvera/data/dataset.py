@@ -14,6 +14,8 @@ from qvera.data.adapter_rows import AdapterRows, Adapters, take_adapters
 from qvera.data.cache import tokenized, tokenized_uncached
 from qvera.data.chat_template import OWN, ChatTemplate, resolve_template
 from qvera.data.encoding import Encoder
+from qvera.data.formats import UNRENDERED
+from qvera.data.labelled import FORMAT, Labels, labels_of
 from qvera.data.rows import Rows, concatenated
 from qvera.data.sampler import random_order
 from qvera.data.tasks import Tasks, take_tasks
@@ -44,7 +46,7 @@ class SourceStats:
     @property
     def layout(self) -> str:
         """Format and template in a few words."""
-        return self.format + ("" if self.format == "text" else f", template: {self.template_text}")
+        return self.format + ("" if self.format in UNRENDERED else f", template: {self.template_text}")
 
 
 @dataclass(slots=True)
@@ -61,6 +63,7 @@ class DataStats(RowCounts):
         cache_entries: names of the cache's entries that rows came from; other sources were tokenized now.
         histogram_edges, histogram_counts: training rows by length in tokens; counts[i] is of
             edges[i] <= T < edges[i + 1].
+        labels: of labelled texts. ``label_rows``: training rows of each class, ``eval_label_rows``: held-out ones.
     """
 
     sources: list[SourceStats] = field(default_factory=list)
@@ -77,6 +80,20 @@ class DataStats(RowCounts):
     histogram_edges: list[int] = field(default_factory=list)
     histogram_counts: list[int] = field(default_factory=list)
     adapters: Adapters | None = None
+    labels: Labels | None = None
+    label_rows: list[int] = field(default_factory=list)
+    eval_label_rows: list[int] = field(default_factory=list)
+
+    @property
+    def targets_text(self) -> str:
+        """What the loss covers, in a few words."""
+        if self.labels is None:
+            return f"the loss covers {self.trained_tokens:,} of {self.tokens:,} tokens"
+        if self.labels.is_regression:
+            return "each row's label is a number"
+        counts = zip(self.labels.names, self.label_rows, strict=True)
+        shown = ", ".join(f"{name}: {count:,}" for name, count in itertools.islice(counts, 8))
+        return f"{len(self.labels.names)} classes ({shown}" + (", ...)" if len(self.labels.names) > 8 else ")")
 
     @property
     def format(self) -> str:
@@ -97,7 +114,11 @@ class DataStats(RowCounts):
         """The ``data`` object of run.json."""
         counts = ["train_rows", "eval_rows", "tokens", "trained_tokens", "longest_tokens", "truncated_rows"]
         counts += ["truncated_tokens", "split_rows", "split_parts", "dropped_rows"]
-        adapters = {} if self.adapters is None else {"adapters": self.adapters.to_dict()}
+        others = {} if self.adapters is None else {"adapters": self.adapters.to_dict()}
+        if self.labels is not None:
+            names, counts_of = list(self.labels.names), (self.label_rows, self.eval_label_rows)
+            others["labels"] = {"names": names, "is_regression": self.labels.is_regression}
+            others["labels"] |= dict(zip(("train_rows", "eval_rows"), counts_of, strict=True))
         return {
             **{name: getattr(self, name) for name in counts},
             "dropped": {reason: len(sources) for reason, sources in self.dropped.items()},
@@ -106,7 +127,7 @@ class DataStats(RowCounts):
             "format": self.format,
             "template": self.template,
             "length_histogram": {"edges": self.histogram_edges, "counts": self.histogram_counts},
-            **adapters,
+            **others,
         }
 
 
@@ -130,6 +151,11 @@ class Datasets:
     pad_id: int
     task_names: list[str] = field(default_factory=list)
     held_out_tasks: dict[str, Rows] = field(default_factory=dict)
+
+    @property
+    def labels(self) -> Labels | None:
+        """What the labels of labelled texts mean; None where rows are no such."""
+        return self.stats.labels
 
     @property
     def adapters(self) -> list[AdapterRows]:
@@ -174,7 +200,11 @@ def data_sha256(datasets: Datasets) -> str:
 
 
 def build_datasets(
-    section: DataSection, tokenizer: PreTrainedTokenizerBase, console: Console | None = None, cached: bool = True
+    section: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    console: Console | None = None,
+    cached: bool = True,
+    labels: Labels | None = None,
 ) -> Datasets:
     """Read, check, render and tokenize the rows that a recipe names, or find them in the cache.
 
@@ -183,11 +213,14 @@ def build_datasets(
         tokenizer: the base model's.
         console: where warnings and the progress bar of a long run go (default: stderr).
         cached: False: no copy of the rows stays on disk, for rows that are somebody else's.
+        labels: those of a trained model, for labelled rows that are scored; None: the rows say which there are.
 
     Raises:
         InputError: anything wrong with the recipe's ``data``, a file, a row or the tokenizer.
     """
-    encoder = Encoder(tokenizer)
+    if labels is not None and not labels.is_regression:
+        section = section.replace(label_names=list(labels.names))
+    encoder = Encoder(tokenizer, has_answers=section.format != FORMAT)
     stats = DataStats(pads_with_eos=encoder.pads_with_eos)
     sections = _sources(section)
     read = tokenized if cached else tokenized_uncached
@@ -203,7 +236,7 @@ def build_datasets(
         stats.unused_columns += [name for name in source.unused_columns if name not in stats.unused_columns]
         if source.cache_entry:
             stats.cache_entries.append(source.cache_entry)
-        if about.template == "auto" and source.format != "text" and source.template != OWN:
+        if about.template == "auto" and source.format not in UNRENDERED and source.template != OWN:
             stats.default_templates.append(source.template)
     train = concatenated([source.train for source in sources])
     held_out = concatenated([source.eval for source in sources])
@@ -219,6 +252,9 @@ def build_datasets(
     else:
         # by sorting: hashes are no table's indices, and numpy 2.0 overflows where it tries 64 unsigned bits as such
         stats.repeated_rows = int(np.isin(held_out.ids_hash, train.ids_hash, kind="sort").sum())
+    if section.format == FORMAT:
+        stats.labels = found = labels or labels_of(section, train, held_out)
+        stats.label_rows, stats.eval_label_rows = found.counts(train), found.counts(held_out)
     stats.histogram_edges, stats.histogram_counts = length_histogram(train.lengths)
     template = resolve_template(section.template, tokenizer, sources[0].format)
     return Datasets(train, held_out, stats, template, encoder.pad_id, tasks.names, tasks.held_out)

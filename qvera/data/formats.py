@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,17 @@ _FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "alpaca": (("instruction", "output"), ("input", "system")),
     "prompt-completion": (("prompt", "completion"), ("system", "tools")),
     "text": (("text",), ()),
+    "classification": (("text", "label"), ("text_pair",)),
 }
+UNRENDERED = ("text", "classification")
+"""Formats whose texts are taken as they are: no template has a part in them."""
+_DETECTED = [name for name in _FORMATS if name != "classification"]
+"""A text with a label is a classification's row only where the recipe's task says so."""
+_USUAL_TEXTS = (
+    ("text", "text_pair"), ("text",), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"),
+    ("question", "sentence"), ("sentence",),
+)  # fmt: skip
+"""Columns that labelled texts usually have, GLUE's among them."""
 
 _ALIASES = {
     "system": ("developer",),
@@ -98,6 +108,8 @@ def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | N
         InputError: an unknown field or a column that is not there, or nothing known matches.
     """
     columns = columns or {}
+    if format == "classification":
+        columns = {**_usual_columns(row.fields, columns), **columns}
     known = sorted({name for required, optional in _FORMATS.values() for name in required + optional})
     found = ", ".join(map(str, row.fields)) or "none"
     for ours, theirs in columns.items():
@@ -109,11 +121,11 @@ def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | N
             raise InputError(f"{row.source}: no column {theirs!r} (data.columns.{ours}){hint} Columns found: {found}.")
     present = {name for name in known if name in columns or name in row.fields}
     if format == "auto":
-        matches = [name for name, (required, _) in _FORMATS.items() if present.issuperset(required)]
+        matches = [name for name in _DETECTED if present.issuperset(_FORMATS[name][0])]
         # A column that the recipe names is meant to be read: formats that read it come first.
         matches.sort(key=lambda name: not set(columns) & {*_FORMATS[name][0], *_FORMATS[name][1]})
         if not matches:
-            shapes = "; ".join(f"{name} ({', '.join(required)})" for name, (required, _) in _FORMATS.items())
+            shapes = "; ".join(f"{name} ({', '.join(_FORMATS[name][0])})" for name in _DETECTED)
             raise InputError(
                 f"{row.source}: the columns match no known format. Columns found: {found}. Known: {shapes}. "
                 "Name yours in the recipe, for example data.columns: {prompt: question, completion: answer}."
@@ -138,6 +150,15 @@ def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | N
     return RowFormat(format, read, unused)
 
 
+def _usual_columns(fields: Mapping[str, object], named: Mapping[str, str]) -> dict[str, str]:
+    """The columns of a labelled text that go by a usual name; none for the texts where the recipe names one."""
+    texts: tuple[str, ...] = ()
+    if not named.keys() & {"text", "text_pair"}:
+        texts = next((names for names in _USUAL_TEXTS if all(name in fields for name in names)), ())
+    found = dict(zip(("text", "text_pair"), texts, strict=False))
+    return found | ({"label": "labels"} if "label" not in fields and "labels" in fields else {})
+
+
 def parse_row(
     row: RawRow, format: RowFormat, system: str | None = None, label_names: Sequence[str] = ()
 ) -> Conversation | Text:
@@ -153,7 +174,7 @@ def parse_row(
             source.
     """
     if format.name == "text":
-        return Text(_text(row, format, "text"), row.source)
+        return Text(row_text(row, format, "text"), row.source)
     tools = _tools(row, format)
     own_system = _optional_text(row, format, "system")
     if format.name == "messages":
@@ -162,19 +183,22 @@ def parse_row(
         turns = _turns(row, format, "conversations")
     elif format.name == "alpaca":
         context = _optional_text(row, format, "input")
-        question = Turn("user", _text(row, format, "instruction"), context=context if context.strip() else None)
+        question = Turn("user", row_text(row, format, "instruction"), context=context if context.strip() else None)
         turns = [question, Turn("assistant", _answer(row, format, "output", label_names))]
-    elif isinstance(_value(row, format, "prompt"), list):  # TRL's conversational form: both sides are lists of messages
+    elif isinstance(
+        row_value(row, format, "prompt"), list
+    ):  # TRL's conversational form: both sides are lists of messages
         turns = _turns(row, format, "prompt") + _turns(row, format, "completion")
     else:
         answer = _answer(row, format, "completion", label_names)
-        turns = [Turn("user", _text(row, format, "prompt")), Turn("assistant", answer)]
+        turns = [Turn("user", row_text(row, format, "prompt")), Turn("assistant", answer)]
     if turns[0].role != "system" and (own_system or system):
         turns = [Turn("system", own_system or system or ""), *turns]
     return Conversation(turns, row.source, tools)
 
 
-def _value(row: RawRow, format: RowFormat, name: str) -> object:
+def row_value(row: RawRow, format: RowFormat, name: str) -> object:
+    """What a row has for one of our field names; InputError where it lacks that column."""
     column = format.column(name)
     if column not in row.fields:
         raise InputError(
@@ -184,8 +208,9 @@ def _value(row: RawRow, format: RowFormat, name: str) -> object:
     return row.fields[column]
 
 
-def _text(row: RawRow, format: RowFormat, name: str) -> str:
-    value, column = _value(row, format, name), format.column(name)
+def row_text(row: RawRow, format: RowFormat, name: str) -> str:
+    """The same, which has to be text of whole characters (InputError)."""
+    value, column = row_value(row, format, name), format.column(name)
     if not isinstance(value, str):
         raise InputError(f"{row.source}: {column} must be text, got {describe(value)}. Fix the row.")
     _require_whole_characters(value, f"{row.source}: {column}")
@@ -193,12 +218,12 @@ def _text(row: RawRow, format: RowFormat, name: str) -> str:
 
 
 def _optional_text(row: RawRow, format: RowFormat, name: str) -> str:
-    return "" if row.fields.get(format.column(name)) is None else _text(row, format, name)
+    return "" if row.fields.get(format.column(name)) is None else row_text(row, format, name)
 
 
 def _answer(row: RawRow, format: RowFormat, name: str, label_names: Sequence[str]) -> str:
     """An answer, which may be a number: it becomes text, or the name of the label that it is."""
-    value, column = _value(row, format, name), format.column(name)
+    value, column = row_value(row, format, name), format.column(name)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if label_names:
         digits = str(value).strip() if isinstance(value, (int, str)) and not isinstance(value, bool) else ""
@@ -208,7 +233,7 @@ def _answer(row: RawRow, format: RowFormat, name: str, label_names: Sequence[str
                 f"{len(label_names)}), got {describe(value)}. Fix the row, or data.label_names."
             )
         return label_names[int(digits)]
-    return str(value) if is_number else _text(row, format, name)
+    return str(value) if is_number else row_text(row, format, name)
 
 
 def _require_whole_characters(value: object, where: str) -> None:
@@ -246,7 +271,7 @@ def _from_json(value: object) -> object:
 
 
 def _turns(row: RawRow, format: RowFormat, name: str) -> list[Turn]:
-    value, column = _from_json(_value(row, format, name)), format.column(name)
+    value, column = _from_json(row_value(row, format, name)), format.column(name)
     if not isinstance(value, list):
         raise InputError(
             f'{row.source}: {column} must be a list of turns such as {{"role": "user", "content": "..."}}, '

@@ -40,6 +40,10 @@ def print_preflight(
         console.print(Text(line))
     for example in datasets.first_rows(rows or max(_SHOWN_ROWS, len(stats.sources))):
         console.print()
+        if example.is_labelled:
+            console.print(Text.assemble((example.source, "bold"), "  label: ", (str(example.reference), "green")))
+            console.print(Text(_shortened(decode(tokenizer, example.input_ids.tolist()))))
+            continue
         console.print(Text.assemble((example.source, "bold"), "  ⟦trained⟧"))
         console.print(_mark_trained(example, tokenizer))
     console.print()
@@ -49,7 +53,6 @@ def _summary(stats: DataStats) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
     table.add_column()
-    share = stats.trained_tokens / stats.tokens
     mean = stats.tokens / stats.train_rows
     rows = f"{stats.train_rows:,} to train on"
     if stats.eval_rows:
@@ -64,7 +67,11 @@ def _summary(stats: DataStats) -> Table:
             text = f"{source.taken:,} from {source.path} ({source.rows:,} x {source.weight:g}): {source.layout}"
             table.add_row("  of these", Text(text))
     table.add_row("Tokens", f"{stats.tokens:,} (mean {mean:,.0f}, longest {stats.longest_tokens:,} a row)")
-    table.add_row("Trained", f"{stats.trained_tokens:,} tokens, {share:.1%}")
+    if stats.labels is None:
+        share = stats.trained_tokens / stats.tokens
+        table.add_row("Trained", f"{stats.trained_tokens:,} tokens, {share:.1%}")
+    else:
+        table.add_row("Labels", Text(stats.targets_text))
     table.add_row("Truncated", f"{stats.truncated_rows:,} rows, {stats.truncated_tokens:,} tokens cut off")
     if stats.split_rows:
         table.add_row("Split", f"{stats.split_rows:,} rows into {stats.split_parts:,}")
@@ -115,6 +122,10 @@ def _histogram_lines(edges: list[int], counts: list[int]) -> list[str]:
         bar = "█" * max(length, 1 if count else 0)
         lines.append(f"{low:>{digits},} – {high - 1:>{digits},}  {bar:<{_BAR_WIDTH}}  {count:,}")
     return lines
+
+
+def _shortened(text: str, most: int = 1_600) -> str:
+    return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"
 
 
 def _mark_trained(example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:

@@ -30,6 +30,7 @@ SCHEMA = pa.schema(
         ("ids_hash", pa.uint64()),
         ("mask_hash", pa.uint64()),
         ("owner", pa.string()),
+        ("pair_start", pa.int32()),
     ]
 )
 _BATCH_ROWS = 4096
@@ -48,9 +49,10 @@ class Example:
         prompt_ids: int32 [P]; what the last assistant turn is generated from, BOS included. Empty for plain text and
             for rows that do not end with an assistant turn.
         prompt_text: the same as text (without a BOS that the tokenizer itself would add).
-        reference: the content of that last assistant turn, or None.
+        reference: the content of that last assistant turn, or None. Of a labelled row its label.
         owner: the task or adapter that the row belongs to (its value of ``data.task_column`` or
             ``data.adapter_column``), or None.
+        pair_start: of a labelled pair of texts the first token of the second, where the model is told so.
     """
 
     input_ids: np.ndarray
@@ -60,6 +62,12 @@ class Example:
     prompt_text: str
     reference: str | None
     owner: str | None = None
+    pair_start: int | None = None
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether the row is a text with a label: its last token stands for its one target."""
+        return self.reference is not None and not len(self.prompt_ids)
 
     @property
     def trained_tokens(self) -> int:
@@ -78,15 +86,16 @@ def record_batch(examples: Sequence[Example]) -> pa.RecordBatch:
             "trained": example.trained.view(np.uint8),
             "trained_tokens": example.trained_tokens,
             "ids_hash": _hash(example.input_ids),
-            "mask_hash": _hash(example.trained),
+            "mask_hash": _hash(example.trained, example.reference if example.is_labelled else None),
         }
         for example in examples
     ]
     return pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
 
 
-def _hash(array: np.ndarray) -> int:
-    return int.from_bytes(hashlib.blake2b(np.ascontiguousarray(array).tobytes(), digest_size=8).digest(), "little")
+def _hash(array: np.ndarray, label: str | None = None) -> int:
+    content = np.ascontiguousarray(array).tobytes() + (label or "").encode()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def write_table(batches: Iterable[pa.RecordBatch], path: Path) -> Rows:
@@ -159,12 +168,12 @@ class Rows(Sequence[Example]):
             self.table[name][number].values.to_numpy()[: self._max_tokens]
             for name in ("input_ids", "trained", "prompt_ids")
         )
-        source, prompt_text, reference, owner = (
-            self.table[name][number].as_py() for name in ("source", "prompt_text", "reference", "owner")
+        source, prompt_text, reference, owner, pair_start = (
+            self.table[name][number].as_py() for name in ("source", "prompt_text", "reference", "owner", "pair_start")
         )
         if self._max_tokens is not None:
             prompt_ids, prompt_text, reference = prompt_ids[:0], "", None
-        return Example(ids, trained.view(bool), source, prompt_ids, prompt_text, reference, owner)
+        return Example(ids, trained.view(bool), source, prompt_ids, prompt_text, reference, owner, pair_start)
 
     def take(self, rows: np.ndarray) -> Rows:
         """The rows of these numbers, in this order."""

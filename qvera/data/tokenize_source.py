@@ -26,6 +26,7 @@ import pyarrow as pa
 from qvera.config.schema import DataSection
 from qvera.data.chat_template import resolve_template
 from qvera.data.encoding import Encoder, tokenizer_sha256
+from qvera.data.labelled import tokenizer_for
 from qvera.data.readers import load_hub
 from qvera.data.rows import Rows, write_table
 from qvera.data.source_rows import choose_rows, raw_rows, source_files, source_paths, survey
@@ -161,10 +162,11 @@ def tokenize_source(
     unused = [name for name in rows.format.unused if name not in (section.task_column, section.adapter_column)]
     source = TokenizedSource(rows.format.name, unused, template.name, RowCounts(), Rows(), Rows(), rows.names)
     train, held = choose_rows(section, rows, eval_rows)
-    part = Part(RowTokenizer(section, encoder, template, rows.format), TRAIN, False, train)
+    part = Part(tokenizer_for(rows.format)(section, encoder, template, rows.format), TRAIN, False, train)
     source.train = _tokenize(part, directory, source, console)
     if held.any():
-        tokenizer = RowTokenizer(section, encoder, template, (eval_rows or rows).format)
+        held_out_format = (eval_rows or rows).format
+        tokenizer = tokenizer_for(held_out_format)(section, encoder, template, held_out_format)
         part = Part(tokenizer, EVAL, eval_rows is not None, held)
         source.eval = _tokenize(part, directory, source, console)
     return source

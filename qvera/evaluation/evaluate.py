@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from qvera.utils.out_of_memory import each_in_halves
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
+
+
+Found = TypeVar("Found")
 
 
 def make_batch(
@@ -165,51 +168,75 @@ def held_out_loss(
 ) -> dict[str, Any]:
     """Mean negative log likelihood over all trained tokens of ``examples``, and its exponential.
 
-    Where memory runs out, batches are halved.
-
     Args:
-        group: the ranks that share the batches among them; all have to call this.
+        progress, group: see `over_held_out`.
 
     Returns:
         ``loss`` (nats a token), ``perplexity``, ``rows``, ``trained_tokens``, ``seconds``.
     """
     started = time.perf_counter()
+
+    def loss_of(rows: list[int]) -> tuple[torch.Tensor, int]:
+        return batch_nll(model, make_batch(model, [examples[i] for i in rows], pad_id), chunk_tokens)
+
+    advice = "Lower data.max_length or training.loss_chunk_tokens."
+    found = over_held_out(model, examples, loss_of, batch_size, advice, progress, group)
+    losses, tokens = [nll for _, (nll, _) in found], sum(count for _, (_, count) in found)
+    # read once, at the end: a device is not waited for batch by batch
+    total, counted = group.sum([sum(torch.stack(losses).tolist()) if losses else 0.0, tokens])
+    return loss_scores(total, int(counted), len(examples), time.perf_counter() - started)
+
+
+@torch.no_grad()
+def over_held_out(
+    model: nn.Module,
+    examples: Sequence[Example],
+    compute: Callable[[list[int]], Found],
+    batch_size: int,
+    advice: str,
+    progress: Callable[[int], None] | None = None,
+    group: Group = ALONE,
+) -> list[tuple[list[int], Found]]:
+    """What ``compute`` makes of the rows, batch by batch in evaluation mode, those of like length together.
+
+    Where memory runs out, batches are halved.
+
+    Args:
+        compute: takes the numbers of a batch's rows.
+        advice: a sentence for a single row that does not fit.
+        progress: called with the rows that are done.
+        group: the ranks that share the batches among them; all have to call this.
+
+    Returns:
+        The rows' numbers and the result of each of this rank's batches.
+    """
     was_training = model.training
     model.eval()
-    losses: list[torch.Tensor] = []
-    tokens = 0
+    found: list[tuple[list[int], Found]] = []
+    done = 0
     try:
         by_length = np.argsort(lengths_of(examples), kind="stable").tolist()
-        done = 0
         batches = list(microbatches(by_length, batch_size))
         mine = batches[group.rank :: group.world_size]
         # a rank that has a batch less runs one for nothing where the others need its share of the weights
         together = any_sharded(model)
         idle = -(-len(batches) // group.world_size) - len(mine) if together else 0
-
-        def loss_of(rows: list[int]) -> tuple[torch.Tensor, int]:
-            return batch_nll(model, make_batch(model, [examples[i] for i in rows], pad_id), chunk_tokens)
-
         device = next(model.parameters()).device
-        advice = "Lower data.max_length or training.loss_chunk_tokens."
         each = (
-            ((rows, loss_of(rows)) for rows in mine + batches[:1] * idle)
+            ((rows, compute(rows)) for rows in mine + batches[:1] * idle)
             if together
-            else each_in_halves(mine, loss_of, device, "held-out rows", advice)
+            else each_in_halves(mine, compute, device, "held-out rows", advice)
         )
-        for rows, (nll, count) in each:
+        for rows, result in each:
             if rows is batches[0] and group.rank:
                 continue
-            losses.append(nll)
-            tokens += count
+            found.append((rows, result))
             done += len(rows)
             if progress is not None:
                 progress(done)
     finally:
         model.train(was_training)
-    # read once, at the end: a device is not waited for batch by batch
-    total, counted = group.sum([sum(torch.stack(losses).tolist()) if losses else 0.0, tokens])
-    return loss_scores(total, int(counted), len(examples), time.perf_counter() - started)
+    return found
 
 
 def loss_scores(total: float, tokens: int, rows: int, seconds: float) -> dict[str, Any]:

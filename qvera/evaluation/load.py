@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from qvera.adapters.files import adapter_file, save_load
 from qvera.config.load import load_recipe
 from qvera.config.schema import ModelSection, Recipe
-from qvera.data import NAMED_TEMPLATES
+from qvera.data import NAMED_TEMPLATES, Labels
 from qvera.evaluation.named_adapters import (
     adapters_root,
     name_of,
@@ -27,6 +27,7 @@ from qvera.evaluation.named_adapters import (
 from qvera.evaluation.run_info import load_run_recipe, read_certificate
 from qvera.models import loader
 from qvera.models.hub import base_directory
+from qvera.models.model_class import CAUSAL_LM, REGRESSION, ModelClass, classification_class
 from qvera.utils import accelerator
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.files import file_sha256, read_json, try_read_json
@@ -60,6 +61,15 @@ class EvalTarget:
     name: str | None = None
     merged: dict[str, Any] | None = None
 
+    @property
+    def model_class(self) -> ModelClass:
+        """Which model it is; InputError where an adapter does not say it."""
+        if self.adapter is not None:
+            return adapter_file.model_class_of(self.adapter, _config(self.adapter))
+        architectures = (try_read_json(self.path / "config.json") or {}).get("architectures") or ()
+        is_classifier = any("SequenceClassification" in name for name in architectures)
+        return classification_class() if is_classifier else CAUSAL_LM
+
 
 @dataclasses.dataclass
 class OpenRun:
@@ -68,6 +78,26 @@ class OpenRun:
     target: EvalTarget
     base: loader.Base
     model: Any
+
+    @property
+    def labels(self) -> Labels:
+        """What the outputs of a classifier mean."""
+        config = loader.causal_model(self.model).config
+        names = tuple(config.id2label[number] for number in range(config.num_labels))
+        return Labels(names, config.problem_type == REGRESSION)
+
+
+def require_answers(target: EvalTarget, what: str) -> None:
+    """Refuse a classifier where text is wanted.
+
+    Raises:
+        InputError: it is one; ``what`` is for models that write text.
+    """
+    if target.model_class.has_own_head:
+        raise InputError(
+            f"{target.path}: is a classifier, and {what} is for models that write text. `qvera eval {target.path} "
+            "--predictions FILE` writes its labels."
+        )
 
 
 def find_adapter(path: Path, name: str | None = None) -> tuple[Recipe | None, ModelSection, Path]:
@@ -235,14 +265,14 @@ def open_target(target: EvalTarget, *, adapter: bool = True) -> OpenRun:
         InputError: what is there does not fit together, or a checkpoint names no base.
     """
     if target.adapter is None:
-        base = _load_stored(target.path) if adapter else _load_merged_base(target)
+        base = _load_stored(target.path, target.model_class) if adapter else _load_merged_base(target)
         return OpenRun(target, base, base.model)
     ours = adapter_file.runs_on_our_layers(_config(target.adapter))
     if adapter and ours:
         adapter_file.read_adapter(target.adapter)  # a broken adapter is found before a big model is loaded
     elif adapter:
         _require_loadable(target.adapter)
-    base = loader.load_base(target.section)
+    base = loader.load_base(target.section, model_class=target.model_class)
     if not adapter:
         return OpenRun(target, base, base.model)
     load = save_load.load_adapter if ours else _load_other_adapter
@@ -335,7 +365,7 @@ def require_base(target: EvalTarget) -> None:
         raise InputError(f"{target.path / CERTIFICATE}: names a base that is not there any more. {error}") from None
 
 
-def _load_stored(directory: Path) -> loader.Base:
+def _load_stored(directory: Path, model_class: ModelClass = CAUSAL_LM) -> loader.Base:
     """A 16-bit checkpoint as it is stored."""
     tokenizer = loader.load_tokenizer(ModelSection(path=str(directory)))
     if read_json(directory / "config.json", "the config of a model").get("quantization_config"):
@@ -344,10 +374,10 @@ def _load_stored(directory: Path) -> loader.Base:
             "writes. A run or an adapter on this base can be evaluated."
         )
     try:
-        loaded = loader.load_exported(directory, accelerator.current_device())
+        loaded = loader.load_exported(directory, accelerator.current_device(), model_class)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(
-            f"{directory}: can't be loaded as a causal language model: {first_line(error)} Expected a finished export."
+            f"{directory}: can't be loaded as {model_class.what}: {first_line(error)} Expected a finished export."
         ) from None
     loaded.requires_grad_(False)
     facts = {"path": str(directory), "architecture": type(loaded).__name__, "quantization": "none"}

@@ -123,6 +123,8 @@ def _adapter(directory: Path) -> dict[str, Any]:
     config = read_json(directory / ADAPTER_CONFIG, "the config of a PEFT adapter", keys=("peft_type",))
     parameters = _parameters(weights)
     trained = {name: count for name, count in parameters.items() if name.rpartition(".")[2] not in _PROJECTIONS}
+    heads = tuple(f"base_model.model.{name}." for name in config.get("modules_to_save") or ())
+    head = {name: trained.pop(name) for name in list(trained) if name.startswith(heads)}
     is_lora = config["peft_type"] == "LORA"
     config |= own_facts(weights) if is_lora else {}
     targets = config.get("target_modules")
@@ -141,6 +143,7 @@ def _adapter(directory: Path) -> dict[str, Any]:
         "adapted_modules": config.get("shared_by")
         or len({name.removesuffix(".weight").rpartition(".")[0] for name in trained}),
         "trained_parameters": sum(trained.values()),
+        **({"head_parameters": sum(head.values()), "labels": config.get("labels")} if head else {}),
         "adapter_file_bytes": weights.stat().st_size,
         "projection_seed": config.get("projection_seed", config.get("projection_prng_key")),
         **({"seed_chain": config["seed_chain"]} if config.get("seed_chain") else {}),

@@ -15,6 +15,7 @@ from qvera.export.deltas import AdapterDeltas, read_deltas
 from qvera.export.stream import PackedBaseReader, TrainedBaseReader
 from qvera.models.hub import base_directory
 from qvera.models.loader import pick_compute_dtype
+from qvera.models.model_class import CAUSAL_LM
 from qvera.models.model_config import empty_model, require_own_weights
 from qvera.models.packed_weights import PackedWeight, packed_weights, without_statistics
 from qvera.utils import accelerator
@@ -33,7 +34,8 @@ class AdapterOnBase(NamedTuple):
         model: the base model without weights.
         stored: the tensors of the checkpoint as they lie on disk.
         packed: those of them that are 4-bit weights.
-        entries: the tensors without the statistics of 4-bit weights.
+        entries: the tensors that the model has, without the statistics of 4-bit weights and without a head that the
+            adapter has.
         stamps: `file_stamp` of each file.
         fingerprint: of the base's content.
         compute: the dtype that the base computed in.
@@ -64,23 +66,27 @@ def open_adapter_on_base(adapter_dir: Path, section: ModelSection) -> AdapterOnB
     Raises:
         InputError: they do not fit, or the base is stored quantized, and not in bitsandbytes' 4 bits.
     """
-    read_adapter(adapter_dir)  # a broken adapter is found before a base is downloaded
+    own, _ = read_adapter(adapter_dir)  # a broken adapter is found before a base is downloaded
+    model_class = getattr(own, "model_class", CAUSAL_LM)
     directory = base_directory(section)
     compute = pick_compute_dtype(section.compute_dtype, accelerator.current_device())
     stored = checkpoint_tensors(directory)
     config = AutoConfig.from_pretrained(directory, trust_remote_code=section.trust_remote_code)
-    model = empty_model(section, directory)
-    packed = packed_weights(stored, model)
+    model = empty_model(section, directory, model_class)
+    require_own_weights(directory, stored, model, model_class)
+    heads = tuple(f"{name}." for name in model_class.head_modules(model))
+    kept = model_class.stored_names((entry.name for entry in stored), model)
+    kept = {name for name in kept if not name.startswith(heads)}  # the adapter has its own
+    packed = packed_weights([entry for entry in stored if entry.name in kept], model)
     if getattr(config, "quantization_config", None) is not None and not packed:
         raise InputError(
             f"{directory}: the base is stored quantized, and not in bitsandbytes' 4 bits, so its weights can't be read "
             "here. Point model.path at the 16-bit checkpoint it was made from."
         )
-    entries = without_statistics(stored, packed)
+    entries = [entry for entry in without_statistics(stored, packed) if entry.name in kept]
     adapter = read_deltas(adapter_dir, model, section)
     fingerprint = base_fingerprint(directory)
     require_base(adapter.config, adapter_dir, section.path, fingerprint)
-    require_own_weights(directory, stored, model)
     for entry in entries:  # whole numbers would be rounded
         if not entry.dtype.is_floating_point:
             raise InputError(f"{entry.file}: {entry.name} is {entry.dtype}, expected a floating-point weight.")
@@ -88,7 +94,8 @@ def open_adapter_on_base(adapter_dir: Path, section: ModelSection) -> AdapterOnB
     if absent:
         raise InputError(f"{directory}: has no {first_of(absent)}, which the adapter changes.")
     stamps = file_stamps(stored)
-    return AdapterOnBase(directory, config, model, stored, packed, entries, stamps, fingerprint, compute, adapter)
+    opened = directory, model_class.configured(config), model, stored, packed, entries
+    return AdapterOnBase(*opened, stamps, fingerprint, compute, adapter)
 
 
 def read_trained_weight(reader: TrainedBaseReader | PackedBaseReader, entry: TensorEntry) -> torch.Tensor:

@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import nn
 
-from qvera.data import IGNORED, Example, collate
-from qvera.evaluation.evaluate import hidden_states
-from qvera.models.loader import causal_model, exported_bytes, load_exported
-from qvera.models.loss import Head
+from qvera.data import Example, Labels
+from qvera.models.loader import exported_bytes, load_exported
+from qvera.tasks import TASKS, Task
 from qvera.utils import accelerator, formatting, memory
 
+CAUSAL = TASKS["causal-lm"]
 BATCH_TOKENS = 2048
 """Tokens of a batch, padding included: each batch dequantizes (or casts) all weights once, so single rows would take
 longer."""
@@ -36,18 +35,6 @@ def _batches(examples: Sequence[Example]) -> Iterator[list[Example]]:
         yield batch
 
 
-@torch.no_grad()
-def _logits(model: nn.Module, rows: list[Example], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [tokens, vocabulary] fp32 at the trained positions, row after row, and the targets."""
-    device = next(model.parameters()).device
-    batch = collate(rows, pad_id, device)
-    hidden = hidden_states(model, batch)[:, :-1]
-    targets = batch["labels"][:, 1:]
-    trained = targets != IGNORED
-    head = Head.of(causal_model(model))
-    return head.logits(head.module(hidden[trained]).float()).cpu(), targets[trained].cpu()
-
-
 def too_little_memory(exported_dir: Path, trained_bytes: int) -> str | None:
     """Why the two models can't be compared in the memory there is; None where ``trained_bytes`` and the export fit."""
     device = accelerator.current_device()
@@ -58,26 +45,38 @@ def too_little_memory(exported_dir: Path, trained_bytes: int) -> str | None:
     return f"holding the trained and the exported model together takes {sizes}"
 
 
+@torch.no_grad()
 def measure_difference(
     trained: PeftModel,
     exported_dir: Path,
     examples: Sequence[Example],
     pad_id: int,
+    task: Task = CAUSAL,
+    labels: Labels | None = None,
 ) -> dict[str, Any]:
-    """Compare the trained model with the exported checkpoint on the trained tokens of ``examples``.
+    """Compare the trained model with the exported checkpoint on the targets of ``examples``.
+
+    Args:
+        task: of the run.
+        labels: what the outputs of a classifier mean.
 
     Returns:
-        Mean loss of both (nats per token), KL(trained || exported) mean and max per token, the largest difference of a
-        logit and of a log probability, the share of tokens whose most likely token agrees, the number of answers (rows)
-        in which it agrees at every token, rows and tokens.
+        Mean loss of both (nats per target, or the squared error of a regression), the largest difference of a logit,
+        rows and targets (``tokens``), and what a target is (``unit``). Where outputs are tokens or classes, also
+        KL(trained || exported) mean and max per target, the largest difference of a log probability, the share of
+        targets whose most likely output agrees, and the number of rows in which it agrees at every target.
     """
-    exported = load_exported(exported_dir, next(trained.parameters()).device)
+    exported = load_exported(exported_dir, next(trained.parameters()).device, task.exported_class)
     loss_trained = loss_exported = kl_sum = kl_max = largest = largest_logit = 0.0
     agree: list[torch.Tensor] = []
     for rows in _batches(examples):
-        trained_logits, targets = _logits(trained, rows, pad_id)
-        logits, _ = _logits(exported, rows, pad_id)
+        trained_logits, targets = task.logits(trained, rows, pad_id, labels)
+        logits, _ = task.logits(exported, rows, pad_id, labels)
         largest_logit = max(largest_logit, (trained_logits - logits).abs().max().item())
+        if labels is not None and labels.is_regression:
+            loss_trained += (trained_logits.squeeze(1) - targets).square().sum().item()
+            loss_exported += (logits.squeeze(1) - targets).square().sum().item()
+            continue
         ours, theirs = torch.log_softmax(trained_logits, dim=-1), torch.log_softmax(logits, dim=-1)
         kl = (ours.exp() * (ours - theirs)).sum(dim=1)
         kl_sum, kl_max = kl_sum + kl.sum().item(), max(kl_max, kl.max().item())
@@ -87,14 +86,20 @@ def measure_difference(
         loss_trained -= ours.gather(1, targets.unsqueeze(1)).sum().item()
         loss_exported -= theirs.gather(1, targets.unsqueeze(1)).sum().item()
     tokens = sum(e.trained_tokens for e in examples)
-    return {
+    found = {
         "rows": len(examples),
         "tokens": tokens,
+        "unit": task.unit,
         "loss_trained": loss_trained / tokens,
         "loss_exported": loss_exported / tokens,
+        "logit_max_difference": largest_logit,
+    }
+    if not agree:
+        return found
+    return {
+        **found,
         "kl_mean": kl_sum / tokens,
         "kl_max": kl_max,
-        "logit_max_difference": largest_logit,
         "log_probability_max_difference": largest,
         "top1_agreement": torch.cat(agree).double().mean().item(),
         "answers_agree": sum(bool(row.all()) for row in agree),
@@ -105,12 +110,19 @@ def difference_text(difference: dict[str, Any], base: str) -> str:
     """What `measure_difference` gave (or ``not_measured`` and why) in a sentence or two, for ``base`` of the export."""
     if "not_measured" in difference:
         return f"not measured: {difference['not_measured']}"
-    rows, agree = difference["rows"], difference["answers_agree"]
+    rows, unit = difference["rows"], difference.get("unit", "token")
+    agree = difference.get("answers_agree", rows)
     text = (
         f"trained vs exported on {rows} rows: loss {difference['loss_trained']:.4f} vs "
-        f"{difference['loss_exported']:.4f}, KL {difference['kl_mean']:.2e} per token, same first choice at "
-        f"{difference['top1_agreement']:.1%} of the tokens and throughout {agree} of {rows} answers"
+        f"{difference['loss_exported']:.4f}, "
     )
+    if "kl_mean" not in difference:
+        return f"{text}largest difference of a value {difference['logit_max_difference']:.2e}"
+    text += f"KL {difference['kl_mean']:.2e} per {unit}, same first choice "
+    if unit == "row":
+        text += f"in {agree} of {rows} rows"
+    else:
+        text += f"at {difference['top1_agreement']:.1%} of the tokens and throughout {agree} of {rows} answers"
     if base == "original" and agree < rows:
         text += (
             "\nThe adapter was trained on the quantized base and is merged onto the original 16-bit weights here. "

@@ -82,13 +82,15 @@ class Delta:
 class AdapterDeltas:
     """All of an adapter: its config, the shared pair at full size where it has one, and module name → `Delta`.
 
-    ``sha256`` is that of its file; None for a sum.
+    ``head`` has the tensors of a classification head by their names in the model. ``sha256`` is that of the adapter's
+    file; None for a sum.
     """
 
     config: Any
     pair: Pair | None
     layers: dict[str, Delta]
     sha256: str | None = None
+    head: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
 
     def on(self, device: torch.device) -> AdapterDeltas:
         """The same with its factors on a device, what layers share once; itself on a CPU."""
@@ -189,7 +191,8 @@ def read_deltas(adapter_dir: Path, base: torch.nn.Module, section: ModelSection 
         InputError: it is no VeRA adapter, or another model's.
     """
     config, tensors = read_adapter(adapter_dir)
-    if config.modules_to_save or config.bias != "none":
+    has_head = isinstance(config, QveraConfig) and config.model_class.has_own_head
+    if (config.modules_to_save and not has_head) or config.bias != "none":
         raise InputError(
             f"{adapter_dir}: has trained parameters beside its vectors (modules_to_save {config.modules_to_save}, bias "
             f"{config.bias}), which an export of ΔW would lose. Use PEFT's merge_and_unload() on the loaded model."
@@ -197,10 +200,12 @@ def read_deltas(adapter_dir: Path, base: torch.nn.Module, section: ModelSection 
     modules = dict(base.named_modules())
     own = config if isinstance(config, QveraConfig) else None
     pair = _stock_pair(config, tensors, modules) if own is None else _own_pair(own)
+    head = _head_tensors(adapter_dir, config, tensors, base) if has_head else {}
     found: dict[str, dict[str, torch.Tensor]] = {}
     for key in sorted(k for k in tensors if k.startswith(PREFIX)):
         name, _, kind = key.removeprefix(PREFIX).rpartition(".")
-        found.setdefault(name, {})[kind] = tensors[key]
+        if f"{name}.{kind}" not in head:
+            found.setdefault(name, {})[kind] = tensors[key]
     shared = {} if own is None else _shared_tensors(adapter_dir, own, tensors, base, found)
     own_pairs = {} if own is None else _pairs_of_weights(own, found.keys(), modules, section)
     layers: dict[str, Delta] = {}
@@ -242,7 +247,23 @@ def read_deltas(adapter_dir: Path, base: torch.nn.Module, section: ModelSection 
         layers[name] = Delta(factors, isinstance(modules[name], Conv1D))
     if not layers:
         raise InputError(f"{adapter_dir}: has no vectors in it.")
-    return AdapterDeltas(config, pair, layers, file_sha256(adapter_dir / ADAPTER_WEIGHTS))
+    return AdapterDeltas(config, pair, layers, file_sha256(adapter_dir / ADAPTER_WEIGHTS), head)
+
+
+def _head_tensors(
+    adapter_dir: Path, config: QveraConfig, tensors: Mapping[str, torch.Tensor], base: torch.nn.Module
+) -> dict[str, torch.Tensor]:
+    """The tensors of the head, in fp32, with every shape compared with the base model's."""
+    starts = tuple(f"{name}." for name in config.modules_to_save or ())
+    found = {key.removeprefix(PREFIX): tensor.float() for key, tensor in tensors.items()}
+    found = {name: tensor for name, tensor in found.items() if name.startswith(starts)}
+    expected = {name: tuple(t.shape) for name, t in base.named_parameters() if name.startswith(starts)}
+    if (has := {name: tuple(tensor.shape) for name, tensor in found.items()}) != expected:
+        raise InputError(
+            f"{adapter_dir}: the base with its config asks for a head of {expected}, but the adapter has {has}: the "
+            "file is damaged, or another model's adapter."
+        )
+    return found
 
 
 def _shared_tensors(
@@ -292,7 +313,7 @@ def _pairs_of_weights(
                     f"{place.name}: A and B are not in the cache. Open the run once, as with qvera eval, on this "
                     "machine; then they are."
                 )
-            model = load_base(section, torch.device("cpu")).model
+            model = load_base(section, torch.device("cpu"), model_class=config.model_class).model
         made = method.own_pair(config, place, model.get_submodule(place.name))
         assert made is not None
         config.check_pair(place.name, made)

@@ -6,6 +6,7 @@ to the file's dtype (`rounding_text`). An adapter with ``b_groups`` or ``input_s
 (`deltas.Delta`); PEFT's VeRA has no place for these. One with ``magnitude`` is PEFT's DoRA.
 """
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from qvera.export.deltas import AdapterDeltas
 from qvera.models.safetensors_stream import write_shard
 from qvera.utils.atomic import new_directory
 from qvera.utils.errors import InputError
-from qvera.utils.safetensors_io import TensorSpec
+from qvera.utils.safetensors_io import FACTS, TensorSpec
 
 LIMITS = ("exclude_modules", "layers_to_transform")
 """Settings by which an adapter leaves out linears that its targets name. A config that is written here names the others
@@ -153,12 +154,15 @@ def export_lora(
             if delta.magnitude is not None:
                 yield delta.magnitude.float()
 
+    specs += [TensorSpec(f"{PREFIX}{name}", torch.float32, tuple(t.shape)) for name, t in adapter.head.items()]
     rank = max(ranks.values())
     others = {name: one for name, one in ranks.items() if one != rank}
     # PEFT multiplies by alpha / r
     patterns = {"rank_pattern": others, "alpha_pattern": others}
     config = own or LoraConfig(r=rank, lora_alpha=rank, use_dora=adapter.magnitude, **patterns)
-    return write_adapter(out, {**config.to_dict(), **_common(adapter)}, specs, tensors(), adapter.header())
+    values = itertools.chain(tensors(), adapter.head.values())
+    header = {**adapter.header(), **_facts(adapter)}
+    return write_adapter(out, {**config.to_dict(), **_common(adapter)}, specs, values, header)
 
 
 def export_stock_vera(adapter: AdapterDeltas, out: Path) -> int:
@@ -190,6 +194,8 @@ def export_stock_vera(adapter: AdapterDeltas, out: Path) -> int:
     for suffix, matrix in zip(("vera_A", "vera_B"), adapter.pair, strict=True):
         specs.append(TensorSpec(f"base_model.{suffix}", torch.float32, tuple(matrix.shape)))
         values.append(matrix)
+    specs += [TensorSpec(f"{PREFIX}{name}", torch.float32, tuple(t.shape)) for name, t in adapter.head.items()]
+    values += adapter.head.values()
     config = VeraConfig(r=adapter.rank, save_projection=True, **_common(adapter))
     return write_adapter(out, config.to_dict(), specs, (value.float() for value in values), adapter.header())
 
@@ -205,9 +211,17 @@ def _common(adapter: AdapterDeltas) -> dict[str, Any]:
         "fan_in_fan_out": all(delta.transposed for delta in adapter.layers.values()),
         "target_modules": targets if isinstance(targets, str) else sorted(targets),
         "task_type": config.task_type,
+        "modules_to_save": sorted(config.modules_to_save) if adapter.head else None,
         "base_model_name_or_path": None if base is None else portable_name(base),
         "inference_mode": True,
     }
+
+
+def _facts(adapter: AdapterDeltas) -> dict[str, str]:
+    """What only qvera reads, for the header of a LoRA: what the outputs of its head mean."""
+    if not adapter.head:
+        return {}
+    return {FACTS: json.dumps({key: getattr(adapter.config, key) for key in ("labels", "problem_type")})}
 
 
 def write_adapter(

@@ -11,6 +11,7 @@ from qvera.evaluation.evaluate import prompts_of, score_model
 from qvera.evaluation.load import OpenRun, find_target, open_run, open_target
 from qvera.evaluation.metrics import text_metrics
 from qvera.evaluation.named_adapters import held_out_rows
+from qvera.tasks import task_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,20 +25,22 @@ def adapter_scores(opened: OpenRun, recipe: Recipe, datasets: Datasets, rows: Ro
 
     The rest is `qvera.evaluation.evaluate.score_model`'s.
     """
-    settings = recipe.training
-    scores, _ = score_model(
-        opened.model,
-        opened.base.tokenizer,
-        rows,
-        prompts_of(rows),
-        text_metrics(["exact"]),
-        settings,
-        pad_id=datasets.pad_id,
-        max_new_tokens=settings.sample_max_new_tokens,
-    )
-    return {
-        key: scores[key] for key in ("loss", "rows", "trained_tokens", "exact_match", "scored_rows") if key in scores
-    }
+    settings, task = recipe.training, task_of(recipe)
+    if not task.has_answers:
+        scores = task.held_out_loss(opened.model, rows, datasets, settings)
+    else:
+        scores, _ = score_model(
+            opened.model,
+            opened.base.tokenizer,
+            rows,
+            prompts_of(rows),
+            text_metrics(["exact"]),
+            settings,
+            pad_id=datasets.pad_id,
+            max_new_tokens=settings.sample_max_new_tokens,
+        )
+    kept = ("loss", "rows", "trained_tokens", "exact_match", "scored_rows", "accuracy", "pearson")
+    return {key: scores[key] for key in kept if key in scores}
 
 
 def open_lora(lora: Path, run: Path) -> OpenRun:
@@ -69,7 +72,8 @@ def compare_lora(
     """
     progress(f"Loading {run}")
     opened = open_run(run, name=name)
-    datasets = build_datasets(recipe.data, opened.base.tokenizer, console)
+    labels = opened.labels if task_of(recipe).exported_class.has_own_head else None
+    datasets = build_datasets(recipe.data, opened.base.tokenizer, console, labels=labels)
     rows = (held_out_rows(datasets, name) or datasets.train)[:limit]
     progress("Scoring the trained adapter")
     trained = adapter_scores(opened, recipe, datasets, rows)

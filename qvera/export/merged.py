@@ -4,6 +4,7 @@ Each file of the base is read once, from start to end, as `qvera.models.safetens
 without which nothing takes a directory for a model, is written last. An interrupted export goes on from whole shards.
 """
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -84,7 +85,8 @@ class _MergedExport:
         require_space(work.out, needed, "the rest of the export" if skip else "the export")
         header = merging.adapter.header(merging.section.path) | {"base_fingerprint": merging.base.fingerprint}
         with merging.merged(skip, work.facts.get("base", {})) as results:
-            rows = self._rows(results, work, len(skip))
+            head = (tensor for name, tensor in merging.head.items() if name not in skip)
+            rows = itertools.chain(self._rows(results, work, len(skip)), head)
             for name, group in self.shards:
                 if name in finished:
                     continue

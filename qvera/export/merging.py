@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 
 from qvera.adapters.files.adapter_file import require_tokens
 from qvera.config.schema import ExportSection, ModelSection
+from qvera.data.encoding import pad_id_of
 from qvera.export.base import open_adapter_on_base
 from qvera.export.deltas import TokenTable, token_tables
 from qvera.export.stream import PackedBaseReader, TrainedBaseReader, one_thread_each
@@ -31,7 +32,8 @@ class Merging:
     """Base and adapter, opened and compared before anything is written; then their rows, merged.
 
     Attributes:
-        specs: the tensors of the merged model, in the order of the base's files.
+        specs: the tensors of the merged model, in the order of the base's files; then those of ``head``.
+        head: the tensors of a classification head by name, fp32.
         tokenizer: with the chat template that was trained with.
         layers: adapted weight → max and mean |ΔW|, of those that are merged.
 
@@ -64,6 +66,8 @@ class Merging:
             TensorSpec(e.name, self.dtype, self.tables[e.name].shape if e.name in self.tables else e.shape)
             for e in self.entries
         ]
+        self.head = dict(sorted(self.adapter.head.items()))
+        self.specs += [TensorSpec(name, torch.float32, tuple(tensor.shape)) for name, tensor in self.head.items()]
         self.layers: dict[str, dict[str, float]] = {}
 
     def _check_stored_quantization(self) -> None:
@@ -99,7 +103,7 @@ class Merging:
 
     @contextlib.contextmanager
     def merged(self, skip: Collection[str], known: dict[str, str]) -> Iterator[Iterator[Merged]]:
-        """Open the merged rows of all tensors but those in ``skip``, in order; `layers` grows with them.
+        """Open the merged rows of the base's tensors but those in ``skip``, in order; `layers` grows with them.
 
         ``known`` has the SHA-256 of the base's files that are hashed already.
         """
@@ -107,6 +111,7 @@ class Merging:
             self.reader = self.base.reader(self.section, known)
         else:
             self.reader = CheckpointReader(self.base.stored, self.stamps, known)
+        skip = {entry.name for entry in self.base.stored} - {e.name for e in self.entries} | set(skip)
         with (
             one_thread_each() as workers,
             contextlib.closing(in_order(self.reader.blocks(skip), self._merge, workers, 3 * workers + 2)) as results,
@@ -171,6 +176,9 @@ class Merging:
             config.eos_token_id = self.tokenizer.eos_token_id
         if section.pad_token is not None:
             config.pad_token_id = self.tokenizer.pad_token_id
+        if self.head:
+            config.architectures = [type(self.base.model).__name__]
+            config.get_text_config().pad_token_id = pad_id_of(self.tokenizer)
         config.architectures = config.architectures or [type(self.base.model).__name__]
         return config
 
@@ -194,6 +202,7 @@ class Merging:
             "adapter": self.adapter.facts(self.adapter_dir),
             "trained_on": trained_on,
             "added_tokens": self.added_tokens,
+            "head": list(self.head),
             "dtype": self.options.dtype,
             "files": files,
             "delta": self.delta(),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qvera.config.schema import ModelSection
-from qvera.evaluation.load import EvalTarget, OpenRun, find_target, open_target
+from qvera.evaluation.load import EvalTarget, OpenRun, find_target, open_target, require_answers
 from qvera.evaluation.named_adapters import adapters_root
 from qvera.models.loader import load_base
 from qvera.serve.store import AdapterStore
@@ -52,13 +52,16 @@ def open_served(path: str, adapters: Path | None = None) -> Served:
     has_adapters = any((directory / file).is_file() for file in (RECIPE_FILE, ADAPTER_CONFIG))
     if has_adapters or adapters_root(directory) is not None:
         target = find_target(directory, needs_name=False)
+        require_answers(target, "qvera serve")
         opened = open_target(target, adapter=False)
         if adapters_root(directory) is not None:
             adapters = adapters or directory
         elif target.adapter is not None:
             single = target.adapter
     elif (directory / CERTIFICATE).is_file() and adapters is None:
-        opened = open_target(find_target(directory))
+        target = find_target(directory)
+        require_answers(target, "qvera serve")
+        opened = open_target(target)
     else:
         opened = _open_base(path, adapters)
     section = opened.target.section

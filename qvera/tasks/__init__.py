@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING
 
 from qvera.tasks.base import Task
 from qvera.tasks.causal_lm import CausalLM
+from qvera.tasks.classification import SequenceClassification
 
 if TYPE_CHECKING:
     from qvera.config.schema import Recipe
 
-TASKS: dict[str, Task] = {task.name: task for task in (CausalLM(),)}
+__all__ = ["TASKS", "Task", "task_of"]
+
+TASKS: dict[str, Task] = {task.name: task for task in (CausalLM(), SequenceClassification())}
 
 
 def task_of(recipe: Recipe) -> Task:

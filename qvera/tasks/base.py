@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qvera.distributed.group import ALONE, Group
-from qvera.models.model_class import ModelClass
+from qvera.models.model_class import CAUSAL_LM, ModelClass
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from qvera.config.schema import Recipe, TrainingSection
-    from qvera.data import Datasets, Example
+    from qvera.data import Datasets, Example, Labels
 
 
 class Task(ABC):
@@ -29,8 +29,19 @@ class Task(ABC):
     """``task`` in a recipe."""
     joins_rows: ClassVar[bool] = False
     """Whether rows may stand in one sequence (``data.prefix_once``, ``data.packing``)."""
+    unit: ClassVar[str]
+    """What has a loss of its own: a token, or a row."""
+    exported_class: ClassVar[ModelClass] = CAUSAL_LM
+    """Which model a finished checkpoint of it is; what its outputs mean is in its config."""
     has_answers: ClassVar[bool] = False
     """Whether its model writes text: chat, generate, serve and the text metrics are for these."""
+
+    def check(self, recipe: Recipe) -> None:  # noqa: B027  # optional
+        """Called before anything is read.
+
+        Raises:
+            InputError: a package that the task needs is not installed.
+        """
 
     @abstractmethod
     def model_class(self, recipe: Recipe, datasets: Datasets | None) -> ModelClass:
@@ -72,6 +83,15 @@ class Task(ABC):
         Returns:
             ``loss``, ``rows``, ``trained_tokens`` (targets), ``seconds``, and what the task adds; the same on all
             ranks, up to the seconds.
+        """
+
+    @abstractmethod
+    def logits(
+        self, model: nn.Module, rows: Sequence[Example], pad_id: int, labels: Labels | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The logits of the targets of some rows, row after row: fp32 [targets, outputs], and the targets, on the CPU.
+
+        ``labels``: of labelled rows.
         """
 
     def answers(

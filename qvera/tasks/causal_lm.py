@@ -6,9 +6,12 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from qvera.data import IGNORED, collate
 from qvera.distributed.group import ALONE, Group
 from qvera.distributed.zero_params import any_sharded
 from qvera.evaluation import evaluate
+from qvera.models.loader import causal_model
+from qvera.models.loss import Head
 from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.tasks.base import Task
 
@@ -18,13 +21,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from qvera.config.schema import Recipe, TrainingSection
-    from qvera.data import Datasets, Example
+    from qvera.data import Datasets, Example, Labels
 
 
 class CausalLM(Task):
     """Each token is predicted from those before it. A target is a trained token."""
 
     name = "causal-lm"
+    unit = "token"
     joins_rows = True
     has_answers = True
 
@@ -66,6 +70,15 @@ class CausalLM(Task):
             progress=progress,
             group=group,
         )
+
+    def logits(
+        self, model: nn.Module, rows: Sequence[Example], pad_id: int, labels: Labels | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Task.logits`."""
+        batch = collate(rows, pad_id, next(model.parameters()).device)
+        hidden, targets = evaluate.hidden_states(model, batch)[:, :-1], batch["labels"][:, 1:]
+        trained, head = targets != IGNORED, Head.of(causal_model(model))
+        return head.logits(head.module(hidden[trained]).float()).cpu(), targets[trained].cpu()
 
     def answers(
         self,

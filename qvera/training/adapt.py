@@ -54,7 +54,7 @@ def _adapted(session: TrainingSession, name: str, rows: Rows) -> dict[str, Any]:
     pass_rows = min(training.per_device_train_batch_size, session.batches.pass_rows)
     pack_tokens = session.batches.pack_tokens
     inner.batches = Batches(lengths_of(support), size, pass_rows, pack_tokens=pack_tokens, seed=data.seed)
-    factors = rate_factors(session.model, recipe.adapter)
+    factors = rate_factors(session.model, recipe)
     inner.optimizer = build_optimizer(training.replace(learning_rate=rate), vectors, factors)
     inner.schedule, inner.steps = LambdaLR(inner.optimizer, lambda _: 1.0), training.adapt_steps
     inner.engine = inner.make_engine()

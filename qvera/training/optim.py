@@ -12,10 +12,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from qvera.config.range_test import RangeTest
-from qvera.config.schema import TrainingSection
+from qvera.config.schema import Recipe, TrainingSection
 from qvera.models.bitsandbytes_import import bitsandbytes
 from qvera.utils import accelerator
 from qvera.utils.errors import InputError
+from qvera.utils.formatting import first_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -58,6 +59,16 @@ def build_optimizer(
         "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
     }
     return classes[section.optim](groups, **settings)
+
+
+def require_all_stepped(optimizer: torch.optim.Optimizer, vectors: Mapping[str, nn.Parameter], recipe: Recipe) -> None:
+    """Refuse (InputError) a method's own optimizer that leaves out a tensor to train, such as a task's head."""
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if left_out := [name for name, vector in vectors.items() if id(vector) not in stepped]:
+        raise InputError(
+            f"adapter.method: {recipe.adapter.method} steps its own tensors only, and task: {recipe.task} trains "
+            f"{first_of(left_out)} too. Use another method."
+        )
 
 
 def build_scaler(section: TrainingSection, dtype: torch.dtype, device: torch.device) -> GradScaler | None:

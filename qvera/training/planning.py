@@ -33,11 +33,11 @@ def plan_run(
         NotPlannable: no plan can be made of this model.
     """
     rows, adapter_rows = data.train, [len(adapter.train) for adapter in data.adapters]
-    plan = make_plan(recipe, device, rows, sharing, adapter_rows=adapter_rows)
+    plan = make_plan(recipe, device, rows, sharing, adapter_rows=adapter_rows, datasets=data)
     # ranks with less memory decide for all
     mode: Mode = max(group.gather(plan.checkpointing), key=[False, True, "offload"].index)
     if mode != plan.checkpointing:
-        plan = make_plan(with_mode(recipe, mode), device, rows, sharing, adapter_rows=adapter_rows)
+        plan = make_plan(with_mode(recipe, mode), device, rows, sharing, adapter_rows=adapter_rows, datasets=data)
     if plan.is_refused and group.world_size == 1:
         raise InputError("\n".join(run_lines(plan)))
     style = None if plan.fits and not plan.is_tight else "yellow"

@@ -37,7 +37,7 @@ from qvera.training.engine import LocalEngine, ZeroEngine, trained_vectors
 from qvera.training.failures import longest_batch_error
 from qvera.training.first_gradient import start_from_gradient
 from qvera.training.logging import status_line
-from qvera.training.optim import build_optimizer, build_scaler
+from qvera.training.optim import build_optimizer, build_scaler, require_all_stepped
 from qvera.training.plan import Plan, Sharing, longest_rows, planned_steps
 from qvera.training.plan.shape import NotPlannable
 from qvera.training.plan.sharding import spread_of
@@ -69,6 +69,7 @@ class TrainingSession:
         if (word := recipe.deepspeed) is not None:
             group.agree(lambda: require_deepspeed(word))
         group.agree(lambda: check_recipe(recipe))
+        group.agree(lambda: self.task.check(recipe))
         check_same_setup(recipe, group, self.console)
         self.device = accelerator.current_device()
         torch.manual_seed((recipe.training.seed + group.rank) % 2**64)  # ranks drop out different elements
@@ -138,6 +139,7 @@ class TrainingSession:
                 recipe.model,
                 phases,
                 progress=lambda name: update(f"Decomposing weights: {name}"),
+                model_class=self.task.model_class(recipe, self.datasets),
             )
         self.model.peft_config["default"].token_sampler = token_sampler(recipe)
         if recipe.data.packing:
@@ -148,9 +150,10 @@ class TrainingSession:
         """Make the order of the rows, the optimizer and the step hooks, once the adapter is on the model."""
         recipe, group = self.recipe, self.group
         self.batches = batches_of(recipe, self.datasets.train)
-        self.optimizer = method_of(recipe.adapter).optimizer(self.model, recipe) or build_optimizer(
-            recipe.training, trained_vectors(self.model), rate_factors(self.model, recipe.adapter)
-        )
+        vectors, own = trained_vectors(self.model), method_of(recipe.adapter).optimizer(self.model, recipe)
+        if own is not None:
+            require_all_stepped(own, vectors, recipe)
+        self.optimizer = own or build_optimizer(recipe.training, vectors, rate_factors(self.model, recipe))
         steps = planned_steps(recipe, len(self.datasets.train))
         self.hooks = build_hooks(recipe, self.model, self.optimizer, self.batches, steps, group)
 
@@ -220,8 +223,8 @@ class TrainingSession:
             return datasets
         stats = datasets.stats
         console.print(
-            f"Data: {stats.train_rows:,} rows to train on, {stats.eval_rows:,} held out; the loss covers "
-            f"{stats.trained_tokens:,} of {stats.tokens:,} tokens. `qvera preview` shows the rows.",
+            f"Data: {stats.train_rows:,} rows to train on, {stats.eval_rows:,} held out; "
+            f"{stats.targets_text}. `qvera preview` shows the rows.",
             highlight=False,
             soft_wrap=True,
         )

@@ -88,9 +88,10 @@ class Trainer(Run):
         self.group.on_first(lambda: self.open_files(self.state.step, again=due))
         self.run = begun_run(self, self.started)
         facts, others = self.run["adapter"], self.group.world_size - 1
+        head = f", and {facts['head_parameters']:,} of a head," if "head_parameters" in facts else ""
         self.console.print(
             f"Training {facts['trainable_parameters']:,} parameters in {facts['adapted_modules']} linear layers (LoRA "
-            f"of rank 64: {facts['lora_r64_parameters']:,}) for {self.steps} steps on {self.run['device']}"
+            f"of rank 64: {facts['lora_r64_parameters']:,}){head} for {self.steps} steps on {self.run['device']}"
             + (f" and {others} more." if others else "."),
             soft_wrap=True,
         )

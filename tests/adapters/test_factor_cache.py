@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from qvera.adapters.files.factor_cache import FactorCache
+from qvera.adapters.projection import pair_number
 from qvera.cli.main import main
 from qvera.models.factor_record import FACTORS
 from tests.adapters.helpers import base_layer
@@ -59,6 +60,16 @@ def test_what_differs_is_told_apart(cache: FactorCache, computed: list[str]) -> 
         FactorCache(fingerprint, None, computed.append).pair(name, other, rank)
         assert len(files()) == before + 1
     assert computed == ["q", "k", *["q"] * 6]
+
+
+def test_a_pair_is_found_by_its_number_among_those_of_other_number_formats(cache: FactorCache) -> None:
+    for layer in (base_layer("nf4-uint8"), base_layer("nf4+dq-uint8"), base_layer("linear")):
+        A, B = cache.pair("q", layer, 6)
+        found = cache.find("q", 6, pair_number(B))
+        assert found is not None
+        assert torch.equal(found[0], A)
+        assert torch.equal(found[1], B)
+    assert cache.find("q", 6, 99.0) is None
 
 
 def test_a_model_that_was_changed_in_memory_gets_its_own(cache: FactorCache) -> None:

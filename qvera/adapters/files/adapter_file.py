@@ -15,6 +15,7 @@ from safetensors.torch import load, load_file
 from qvera.adapters.config import PEFT_TYPE, PREFIX, QveraConfig
 from qvera.adapters.files import lora_file
 from qvera.adapters.methods import Place, method_of
+from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.utils.errors import InputError
 from qvera.utils.files import read_json
 from qvera.utils.formatting import first_of
@@ -113,6 +114,24 @@ def require_files(directory: Path) -> None:
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (directory / name).is_file():
             raise InputError(f"{directory}: has no {name}, so it is not an adapter directory.")
+
+
+def model_class_of(directory: Path, raw: dict[str, Any]) -> ModelClass:
+    """Which model the adapter in ``directory`` is for; ``raw`` is its adapter_config.json.
+
+    Raises:
+        InputError: it is a classifier's, and nothing says what its outputs mean.
+    """
+    if raw["peft_type"] in (PEFT_TYPE, lora_file.PEFT_TYPE) and runs_on_our_layers(raw):
+        config = read_config(directory)
+        if isinstance(config, QveraConfig) and config.labels:
+            return config.model_class
+    if raw.get("task_type") == "SEQ_CLS":
+        raise InputError(
+            f"{directory / ADAPTER_CONFIG}: is a classifier's (task_type SEQ_CLS), and does not say what its outputs "
+            "mean, as qvera's own adapters and LoRAs do (labels). Open it with PEFT."
+        )
+    return CAUSAL_LM
 
 
 def runs_on_our_layers(raw: dict[str, Any]) -> bool:

@@ -78,11 +78,14 @@ class FactorCache:
         """A and B of a linear by their `pair_number`, without its weight; None where they are not in the cache."""
         if self.fingerprint is None or number is None:
             return None
-        for file in sorted(self.directory.glob(f"{glob.escape(name)}.*.rank{rank}.safetensors")):
-            found = _read(file)
-            if found is not None and same_pair(pair_number(found["B"]), number):
-                return found["A"], found["B"]
-        return None
+        files = sorted(self.directory.glob(f"{glob.escape(name)}.*.rank{rank}.safetensors"))
+        pairs = [(found["A"], found["B"]) for file in files if (found := _read(file)) is not None]
+        if not pairs:
+            return None
+        # the same weight is there in several number formats, and their pairs may be near to each other
+        numbers = [pair_number(B) for _, B in pairs]
+        nearest = min(range(len(pairs)), key=lambda i: abs(numbers[i] - number))
+        return pairs[nearest] if same_pair(numbers[nearest], number) else None
 
     def singular_values(self, name: str, layer: nn.Module) -> torch.Tensor:
         """All singular values of a linear's weight, fp64, from the largest down."""

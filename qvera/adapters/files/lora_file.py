@@ -22,7 +22,10 @@ from qvera.utils.safetensors_io import FACTS, TensorSpec, own_facts
 
 PEFT_TYPE = "LORA"
 
-_OWN_FIELDS = ("format_version", "projection_seed", "base_fingerprint", "added_tokens", "pad_token", "eos_token")
+_OWN_FIELDS = (
+    "format_version", "projection_seed", "base_fingerprint", "added_tokens", "pad_token", "eos_token", "labels",
+    "problem_type",
+)  # fmt: skip
 _SAME = (
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "use_rslora",
     "rank_pattern", "alpha_pattern", "base_model_name_or_path", "revision", "task_type", "inference_mode",

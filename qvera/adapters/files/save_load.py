@@ -14,17 +14,19 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import nn
 
-from qvera.adapters.config import QveraConfig
+from qvera.adapters.config import LABELS_VERSION, QveraConfig
 from qvera.adapters.files import lora_file
 from qvera.adapters.files.adapter_file import read_adapter, require_base, require_tokens
 from qvera.adapters.layer import QveraLinear, SharedTensors
 from qvera.adapters.methods import Source, method_of
 from qvera.adapters.peft_compat import accelerated_peft
 from qvera.adapters.projection import require_same_pairs
-from qvera.config.schema import AdapterSection, ModelSection
+from qvera.config.schema import AdapterSection, ModelSection, Recipe
+from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.tokenizer import ADDED_ROWS, put_token_rows, read_token_rows, save_token_rows
 from qvera.utils.atomic import disk_errors, exchange, flush
 from qvera.utils.errors import InputError, first_line
@@ -46,10 +48,11 @@ def attach(
     tokens: ModelSection | None = None,
     phases: int = 1,
     progress: Callable[[str], None] | None = None,
+    model_class: ModelClass = CAUSAL_LM,
 ) -> PeftModel:
     """Put a fresh adapter (or, with ``init_from``, the vectors of an existing one) on a loaded base model.
 
-    Only its vectors are trainable afterwards.
+    Only its vectors, and a head that the model's class trains whole, are trainable afterwards.
 
     Args:
         model: the base model.
@@ -60,11 +63,17 @@ def attach(
         tokens: what the recipe says of padding and end-of-sequence tokens.
         phases: how many pairs the run draws one after the other, of as many seeds from ``section.seed`` on.
         progress: called with the name of each weight that is decomposed, for methods that do so.
+        model_class: that the base was loaded as.
 
     Raises:
         InputError: a target matches nothing, or ``init_from`` does not fit.
     """
     config = new_config(section, base_name, base_fingerprint, added_tokens, tokens, phases)
+    if model_class.has_own_head:
+        config.labels, config.problem_type = list(model_class.labels), model_class.problem_type
+        config.modules_to_save = list(model_class.head_modules(model))  # type: ignore[arg-type]
+        config.task_type = "SEQ_CLS"  # type: ignore[assignment]
+        config.format_version = max(config.format_version, LABELS_VERSION)
     config.progress = progress
     try:
         peft_model = put_on(model, config)
@@ -145,24 +154,47 @@ def portable_name(name: str) -> str:
 
 
 def named_vectors(model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
-    """The tensors of an adapter, shared ones too, by their keys in its file: with VeRA ``layer.qvera_b`` and so on."""
+    """The tensors of an adapter, shared ones too, by their keys in its file: with VeRA ``layer.qvera_b`` and so on.
+
+    Those of a head that is trained whole are among them, by the names that PEFT gives them: ``….score.weight``.
+    """
     vectors: dict[str, nn.Parameter] = {}
     for name, module in model.named_modules():
         if isinstance(module, (QveraLinear, SharedTensors)):
             vectors |= {f"{name}.{kind}": vector for kind, vector in module.vectors(adapter).items()}
-    return vectors
+    return vectors | head_tensors(model, adapter)
 
 
-def rate_factors(model: PeftModel, section: AdapterSection) -> dict[str, float]:
-    """Keys of `named_vectors` → learning rate relative to ``training.learning_rate``, as the method says."""
-    method = method_of(section)
-    return {name: method.rate_factor(name.rpartition(".")[2], section) for name in named_vectors(model)}
+def head_tensors(model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
+    """The tensors of the modules that are trained whole (PEFT's ``modules_to_save``), by their keys in the file."""
+    return {
+        f"{name}.{key}": tensor
+        for name, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save
+        for key, tensor in module.modules_to_save[adapter].named_parameters()
+    }
+
+
+def rate_factors(model: PeftModel, recipe: Recipe) -> dict[str, float]:
+    """Keys of `named_vectors` → learning rate relative to ``training.learning_rate``.
+
+    That of a vector is as the method says, that of the head by ``training.head_learning_rate``.
+    """
+    section, training, head = recipe.adapter, recipe.training, head_tensors(model)
+    method, head_factor = method_of(section), (training.head_learning_rate or training.learning_rate)
+    return {
+        name: head_factor / training.learning_rate
+        if name in head
+        else method.rate_factor(name.rpartition(".")[2], section)
+        for name in named_vectors(model)
+    }
 
 
 def adapter_facts(model: PeftModel) -> dict[str, Any]:
     """Counts read from the live adapter (the ``adapter`` object of run.json, less the file size)."""
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QveraLinear) and m.carries("default")}
     config = model.peft_config["default"]
+    head = sum(p.numel() for p in head_tensors(model).values() if p.requires_grad)
     return {
         "method": config.method,
         "rank": config.rank,
@@ -171,7 +203,8 @@ def adapter_facts(model: PeftModel) -> dict[str, Any]:
         "magnitude": config.magnitude,
         "targets": sorted({name.rpartition(".")[2] for name in layers}),
         "adapted_modules": len(layers),
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad) - head,
+        **({"head_parameters": head} if head else {}),
         "seed": config.projection_seed,
         **({"seed_chain": config.seed_chain} if config.seed_chain else {}),
         "lora_r64_parameters": sum(64 * (m.in_features + m.out_features) for m in layers.values()),
@@ -297,7 +330,7 @@ def load_vectors(model: nn.Module, vectors: dict[str, torch.Tensor], source: str
 def _saved_tensors(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
     """Key in the adapter file → the tensor of the model that it is copied into."""
     config = getattr(model, "peft_config", {}).get(adapter)
-    if config is not None and (config.modules_to_save or config.bias != "none"):
+    if config is not None and config.bias != "none":
         return get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     return dict(named_vectors(model, adapter))
 
@@ -305,7 +338,10 @@ def _saved_tensors(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
 def put_on(model: nn.Module, config: QveraConfig, adapter: str = "default") -> PeftModel:
     """`get_peft_model`, with the base named as the config names it, where PEFT would put the loaded model's name."""
     name, config.base_model_name_or_path = config.base_model_name_or_path, None
+    saved = None if config.modules_to_save is None else list(config.modules_to_save)
     peft_model = get_peft_model(model, config, adapter_name=adapter)  # type: ignore[arg-type]
+    if saved is not None:
+        config.modules_to_save = saved  # PEFT adds every name that a classification head may have
     if name is not None:
         config.base_model_name_or_path = name
     return peft_model

@@ -8,6 +8,7 @@ from pydantic import Field, Strict
 from qvera.config.fields import Bool, Fraction, NonEmpty, NonNegative, OnlyWith, Passes, Positive, Section, Seed
 
 _BY_TASK = OnlyWith("data.sampling: task")
+_CAUSAL = OnlyWith("task: causal-lm")
 _EVALUATED = OnlyWith("data.eval_path", "data.eval_split", "data.eval_fraction", "data.held_out_tasks")
 
 
@@ -26,17 +27,19 @@ class DataSource(Section):
     """The configuration of a hub dataset."""
     revision: str | None = None
     """The branch, tag or commit of a hub dataset."""
-    format: Literal["auto", "alpaca", "messages", "sharegpt", "prompt-completion", "text"] = "auto"
-    """The layout of a row. ``auto`` looks at the column names of the first row and reports what it found."""
+    format: Literal["auto", "alpaca", "messages", "sharegpt", "prompt-completion", "text", "classification"] = "auto"
+    """The layout of a row. ``auto`` looks at the column names of the first row and reports what it found.
+    ``classification`` (a text, maybe a ``text_pair``, and a ``label``) is that of ``task: sequence-classification``."""
     columns: dict[str, str] = {}
     """The names of your columns where they differ from the format's: ``{prompt: question, completion: answer}``."""
-    template: NonEmpty = "auto"
+    template: Annotated[NonEmpty, _CAUSAL] = "auto"
     """The chat template. ``auto``: the tokenizer's own; if it has none, ``plain`` for prompt-completion and text rows,
     else ``alpaca``. Or a named one: alpaca, chatml, llama-2, llama-3, mistral, zephyr, plain."""
     label_names: list[NonEmpty] = []
     """The names of integer labels, from 0, where the answers are such labels: ``[negative, positive]``. Without it a
-    number is trained as text."""
-    system: str | None = None
+    number is trained as text. Of ``task: sequence-classification`` the classes, in order; without it they are the
+    labels of the training rows, sorted."""
+    system: Annotated[str | None, _CAUSAL] = None
     """The system prompt of rows that have none of their own. ``qvera generate`` and ``qvera chat`` use it too."""
     limit: Positive | None = None
     """Use only the first rows of ``path``; of many adapters, of each. Default: all."""
@@ -56,22 +59,22 @@ class DataSection(DataSource):
     dataset id, else of ``path``."""
     eval_fraction: Fraction = 0.0
     """The share of each source that is held out for evaluation; of many adapters, of each. 0: none."""
-    train_on: Literal["assistant", "last", "all"] = "assistant"
+    train_on: Annotated[Literal["assistant", "last", "all"], _CAUSAL] = "assistant"
     """Which tokens the loss covers: every assistant turn, only the last one, or all tokens."""
     max_length: Annotated[int, Strict(), Field(ge=8, lt=2**31)] = 1024
     """The most tokens of a row. ``too_long`` sets what happens to longer rows; they are counted and reported."""
     too_long: Literal["cut-end", "cut-start", "split", "drop"] = "cut-end"
     """What happens to a longer row: cut at the end, cut at the start (after the BOS token), split into several rows, or
     dropped."""
-    max_source_length: Positive | None = None
+    max_source_length: Annotated[Positive | None, _CAUSAL] = None
     """The most tokens before the first trained token (VeRA's instruction runs: 768). Default: no limit."""
-    max_target_length: Positive | None = None
+    max_target_length: Annotated[Positive | None, _CAUSAL] = None
     """The most tokens from the first trained token on (VeRA's instruction runs: 256). Default: no limit."""
-    prefix_once: Bool = True
+    prefix_once: Annotated[Bool, _CAUSAL] = True
     """Compute the common beginning of a batch's rows (a system prompt, an instruction) once for all of them, where that
     is faster. The results are the same. Only for Llama-like models with sdpa or eager attention. Attention then tells
     rows apart by a mask, or by their offsets on a GPU that runs torch's variable-length attention."""
-    packing: Bool = False
+    packing: Annotated[Bool, _CAUSAL] = False
     """Put as many rows as fit into one sequence of ``max_length`` tokens, without padding. Each row attends only to
     itself, and losses and gradients are those of padded rows (tested with sdpa and eager attention and with offsets,
     not on a GPU and not with flash-attn). Replaces ``training.per_device_train_batch_size``."""
@@ -105,6 +108,9 @@ class DataSection(DataSource):
     adapter_files: Bool = False
     """As ``adapter_column``, where ``path`` is a directory: each of its files has the rows of one adapter, which is
     called as the file is without its suffix."""
+    regression: Annotated[Bool | Literal["auto"], OnlyWith("task: sequence-classification")] = "auto"
+    """Whether labels are numbers to come near to, and not classes. ``auto``: where a label of the training rows has a
+    fraction."""
     shuffle: Bool = True
     """Shuffle the rows anew in each epoch. ``false``: the order of the file."""
     seed: Seed = 0
@@ -120,6 +126,10 @@ class DataSection(DataSource):
         yield from self._task_contradictions()
         if self.has_adapters:
             yield from self._adapter_contradictions()
+        if self.regression is True and self.label_names:
+            yield "label_names", "are names of classes, and data.regression has none; remove one of the two."
+        if self.format == "classification" and self.too_long == "split":
+            yield "too_long", "split: a text has one label, which its parts have not; use cut-end, cut-start or drop."
 
     def _adapter_contradictions(self) -> Iterator[tuple[str, str]]:
         key = "adapter_files" if self.adapter_files else "adapter_column"

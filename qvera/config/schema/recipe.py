@@ -21,6 +21,16 @@ def _path_alone(value: object) -> object:
     return {"path": value} if isinstance(value, str) else value
 
 
+_FORMAT_OF = {"sequence-classification": "classification"}
+"""Task → the format of its rows, where it has one of its own."""
+
+
+def _with_format(source: object, wanted: str) -> object:
+    if isinstance(source, dict) and source.get("format", "auto") == "auto":
+        return {**source, "format": wanted}
+    return source
+
+
 _SHARED_PASS_ROWS = 16
 """The default of ``training.per_device_train_batch_size`` where many adapters share a forward pass."""
 
@@ -38,8 +48,9 @@ class Recipe(Section):
     """The training loop."""
     export: ExportSection = Field(default_factory=ExportSection)
     """The defaults of ``qvera export``."""
-    task: Literal["causal-lm"] = "causal-lm"
-    """What is trained: ``causal-lm``, a language model on answers or text."""
+    task: Literal["causal-lm", "sequence-classification"] = "causal-lm"
+    """What is trained: ``causal-lm``, a language model on answers or text; or ``sequence-classification``, a model that
+    gives each text or pair of texts a class or a number (docs/classification.md)."""
     deepspeed: NonEmpty | None = None
     """How several processes share the work. Null: they sum their gradients and share nothing else; right for almost
     every run. ``zero3``: each process holds only a shard of the frozen 4-bit base, for a base that does not fit on one
@@ -60,7 +71,7 @@ class Recipe(Section):
                         yield f"{name}.{key}", f"has no effect without {switches}. Set that, or remove this key."
 
     def _value_of(self, section: str, key: str) -> object:
-        return getattr(getattr(self, section), key)
+        return getattr(getattr(self, section) if section else self, key)
 
     @model_validator(mode="before")
     @classmethod
@@ -73,9 +84,35 @@ class Recipe(Section):
             return tree
         return {**tree, "training": {"per_device_train_batch_size": _SHARED_PASS_ROWS, **training}}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fit_format(cls, tree: object) -> object:
+        """Read rows in the format that the task has, where the recipe says no other."""
+        if not isinstance(tree, dict) or (wanted := _FORMAT_OF.get(tree.get("task", ""))) is None:
+            return tree
+        data = tree.get("data")
+        if isinstance(data, DataSection):
+            return {**tree, "data": data.replace(format=wanted) if data.format == "auto" else data}
+        if not isinstance(data, dict):
+            return tree
+        mixture = data.get("mixture", [])
+        if isinstance(mixture, list):
+            mixture = [_with_format(source, wanted) for source in mixture]
+        return {**tree, "data": _with_format({**data, "mixture": mixture}, wanted)}
+
+    def _format_contradictions(self) -> Iterator[tuple[str, str]]:
+        wanted = _FORMAT_OF.get(self.task)
+        for source in (self.data, *self.data.mixture):
+            if wanted is not None and source.format != wanted:
+                yield "data.format", f"task: {self.task} reads rows of the format {wanted}; remove this key."
+            elif wanted is None and source.format in _FORMAT_OF.values():
+                task = next(task for task, format in _FORMAT_OF.items() if format == source.format)
+                yield "data.format", f"{source.format} is for task: {task}. Set that beside the sections."
+
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Yield keys of different sections that contradict each other."""
         yield from self._keys_without_effect()
+        yield from self._format_contradictions()
         if self.data.has_adapters:
             yield from self.many_adapters_contradictions(
                 f"data.{'adapter_files' if self.data.adapter_files else 'adapter_column'}"
@@ -134,6 +171,8 @@ class Recipe(Section):
     def many_adapters_contradictions(self, names: str) -> Iterator[tuple[str, str]]:
         """Yield keys with which no adapters can be trained together. ``names``: what asks for many of them."""
         adapter, training = self.adapter, self.training
+        if self.task != "causal-lm":
+            yield "task", f"many adapters ({names}) are trained as causal-lm only; remove one of the two."
         if adapter.method != "vera":
             yield (
                 "adapter.method",
@@ -199,6 +238,8 @@ def _without_idle_keys(tree: dict[object, object]) -> dict[object, object]:
     }
 
     def value_of(section: str, key: str) -> object:
+        if not section:
+            return sections.get(key, Recipe.model_fields[key].get_default())
         keys = sections.get(section)
         if isinstance(keys, dict) and key in keys:
             return keys[key]

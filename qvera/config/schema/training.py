@@ -19,6 +19,7 @@ from qvera.config.fields import (
     Seed,
 )
 
+_CAUSAL = OnlyWith("task: causal-lm")
 _SCALED = OnlyWith("model.compute_dtype: float16", "model.compute_dtype: auto")
 
 
@@ -50,6 +51,9 @@ class TrainingSection(Section):
     learning_rate: PositiveFloat = 4e-3
     """The highest learning rate, after the warmup. The default is the paper's for 7B models. Small models need more:
     3e-2 for 135M parameters. ``qvera train RECIPE --find-lr`` suggests one."""
+    head_learning_rate: Annotated[PositiveFloat | None, OnlyWith("task: sequence-classification")] = None
+    """The highest learning rate of the head, which is trained whole; warmup and schedule are those of the vectors.
+    Default: ``learning_rate``."""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "linear"
     """The learning rate after the warmup: a decay to zero along a cosine or a line, or constant. The line did better
     than the cosine wherever both were tried (docs/evaluation.md)."""
@@ -89,9 +93,9 @@ class TrainingSection(Section):
     and ``halve`` goes on with half as many rows in a pass and the same global batch. Without dropout the numbers are
     the same up to rounding. Not with a ``deepspeed`` key."""
     label_smoothing: Fraction = 0.0
-    """The share of each target's probability that is spread evenly over all tokens in the training loss. Held-out
-    losses are without it. VeRA's paper trains E2E with 0.1."""
-    loss_chunk_tokens: Positive = 512
+    """The share of each target's probability that is spread evenly over all tokens, or classes, in the training
+    loss. Held-out losses are without it. VeRA's paper trains E2E with 0.1. Not for a regression."""
+    loss_chunk_tokens: Annotated[Positive, _CAUSAL] = 512
     """Tokens whose logits are in memory at the same time in the loss."""
     seed: Seed = 0
     """The seed of everything random in the loop, such as dropout."""
@@ -111,13 +115,15 @@ class TrainingSection(Section):
     report_to: list[NonEmpty] = ["auto"]
     """``tensorboard``, ``wandb`` and others by their usual names. ``auto``: TensorBoard where it is installed.
     metrics.jsonl and report.html are always written."""
-    sample_count: NonNegative = 3
+    sample_count: Annotated[NonNegative, _CAUSAL] = 3
     """Held-out prompts that are answered before and after training, for the report."""
-    answer_batch_size: Positive = 16
+    answer_batch_size: Annotated[Positive, _CAUSAL] = 16
     """Prompts that are answered at the same time, for the samples and the exact match."""
-    sample_max_new_tokens: Positive = 160
+    sample_max_new_tokens: Annotated[Positive, _CAUSAL] = 160
     """The most tokens of an answer."""
-    exact_match_rows: Annotated[NonNegative, OnlyWith("data.eval_path", "data.eval_split", "data.eval_fraction")] = 0
+    exact_match_rows: Annotated[
+        NonNegative, OnlyWith("data.eval_path", "data.eval_split", "data.eval_fraction"), _CAUSAL
+    ] = 0
     """Held-out rows that are answered greedily before and after training and compared with their reference. 0: none."""
     bilevel: Bool = False
     """Train two groups of parameters on two disjoint parts of the rows in turn, so that neither fits both (BiLoRA,

@@ -34,7 +34,7 @@ class Column(NamedTuple):
 
 def score_format(key: str) -> Callable[[float], str]:
     """How a score is written: exact match as a share, losses with four decimals, others with four digits."""
-    if key == "exact_match":
+    if key in ("exact_match", "accuracy"):
         return percent
     return "{:.4f}".format if key.startswith("loss") else lambda value: significant(value, 4)
 
@@ -46,7 +46,14 @@ SCORES = (
     Column("lowest_step", "at step", count),
     Column("perplexity", "Perplexity", score_format("perplexity")),
     Column("exact_match", "Exact match", score_format("exact_match")),
+    Column("accuracy", "Accuracy", score_format("accuracy")),
+    Column("f1", "F1", score_format("f1")),
+    Column("matthews", "Matthews", score_format("matthews")),
+    Column("pearson", "Pearson", score_format("pearson")),
+    Column("spearman", "Spearman", score_format("spearman")),
 )
+AFTER_TRAINING = [column.key for column in SCORES[4:]]
+"""Scores that are those of after training."""
 COSTS = (
     Column("trainable_parameters", "Trainable parameters", count),
     Column("adapter_bytes", "Adapter", size),
@@ -166,8 +173,7 @@ def run_figures(run: Run) -> Figures:
         "loss_after": loss_after,
         "loss_lowest": loss_lowest,
         "lowest_step": lowest_step,
-        "perplexity": run.number("result", "eval_after", "perplexity"),
-        "exact_match": run.number("result", "eval_after", "exact_match"),
+        **{key: run.number("result", "eval_after", key) for key in AFTER_TRAINING},
         "trainable_parameters": run.number("adapter", "trainable_parameters"),
         "adapter_bytes": run.adapter_bytes,
         "peak_bytes": run.totals["peak_bytes"],

@@ -20,6 +20,13 @@ _MEMORY_KINDS = (
     ("p6", "loss", ("loss",)),
     ("p7", "answers", ("answers",)),
 )
+_HEADLINES = (
+    ("exact_match", "Exact match", percent),
+    ("accuracy", "Accuracy", percent),
+    ("pearson", "Pearson correlation", significant),
+    ("loss", "Loss", significant),
+)
+"""Scores by which a run is known, the first that it has."""
 _MOMENTS = {"backward": "Backward pass", "loss": "Loss", "answers": "Answers"}
 
 
@@ -60,7 +67,7 @@ def _model_name(run: Run) -> str:
 def _score(run: Run) -> tuple[str, str, str] | None:
     """The headline: what is measured, before and after; "" for a side that is not known."""
     before, after = get(run.info, "result", "eval_before"), get(run.info, "result", "eval_after")
-    for key, name, text in (("exact_match", "Exact match", percent), ("loss", "Loss", significant)):
+    for key, name, text in _HEADLINES:
         first, last = get_number(before, key), get_number(after, key)
         if last is not None:
             # answers are slow to write: exact match may be over fewer rows than the loss
@@ -96,7 +103,7 @@ def loss_chart(run: Run) -> Chart | None:
     best = run.best_step if lines and lines[-1].style == "held-out" else None
     if best is not None:
         legend.append(("best", f"lowest held-out, step {best:,}"))
-    note = "nats a trained token"
+    note = "of a row" if get(run.info, "data", "labels") else "nats a trained token"
     return line_chart("Loss", lines, note=note, legend=legend, height=300, may_be_log=True, best=best)
 
 

@@ -181,6 +181,7 @@ def _standing(run: PlannedRun) -> tuple[Component, ...]:
         Component("experts, not quantized", "base", shape.expert_numbers * expert_size, experts_mapped, 3),
         Component("embeddings, head, norms", "base", dense, dense_mapped, 3),
         Component("embedding and head with more rows", "base", tables * dense_size),
+        Component("the head as it began", "base", 4 * shape.head_numbers),
         Component("projections A, B", "projections", _projection_numbers(run) * size),
         Component("made from the weights", "projections", method.held_bytes(recipe.adapter, places, size)),
         *_vectors(run, trained),
@@ -248,6 +249,8 @@ def _loss(run: PlannedRun) -> tuple[Component, ...]:
     """
     batch, machine, size = run.batch, run.machine, run.itemsize
     hidden, vocabulary = run.shape.hidden, run.shape.vocabulary
+    if run.shape.head:
+        return _head_loss(run)
     trained = min(batch.trained_tokens, batch.all_tokens)
     rounded = round_up_length(trained) if rounds_lengths(machine.dtype, machine.device_type) else trained
     chunk = min(run.recipe.training.loss_chunk_tokens, rounded)
@@ -262,6 +265,17 @@ def _loss(run: PlannedRun) -> tuple[Component, ...]:
     return tuple(found)
 
 
+def _head_loss(run: PlannedRun) -> tuple[Component, ...]:
+    """Memory of a head that is trained whole: it reads all hidden states of the batch, in fp32."""
+    tokens, hidden = run.batch.all_tokens, run.shape.hidden
+    outputs = min(size[0] for _, size in run.shape.head)
+    read = 2 * 4 * tokens * hidden if run.itemsize < 4 else 0  # and their gradient
+    return (
+        Component("logits of a classifier", "loss", 2 * 4 * tokens * outputs + read),
+        Component("hidden states and their gradient", "loss", 2 * tokens * hidden * run.itemsize),
+    )
+
+
 def _answers(run: PlannedRun) -> tuple[Component, ...]:
     """Memory of answers during a run (`qvera.evaluation.generate`).
 
@@ -269,7 +283,7 @@ def _answers(run: PlannedRun) -> tuple[Component, ...]:
     """
     shape, machine, size = run.shape, run.machine, run.itemsize
     training, data = run.recipe.training, run.recipe.data
-    if run.slots or not data.has_held_out_rows:
+    if run.slots or not run.task.has_answers or not data.has_held_out_rows:
         return ()
     if not (training.sample_count or training.exact_match_rows):
         return ()

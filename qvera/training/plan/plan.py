@@ -12,11 +12,12 @@ import torch
 from qvera.adapters.files.lora_file import to_peft
 from qvera.adapters.methods import Source, check_recipe
 from qvera.config.schema import Recipe
-from qvera.data import Rows
+from qvera.data import Datasets, Rows
 from qvera.data.collate import rounds_lengths
 from qvera.models.attention import implementation_on, joining_of, needs_padding_mask
 from qvera.models.model_config import empty_model
 from qvera.models.tokenizer import ids_of, load_tokenizer
+from qvera.tasks import task_of
 from qvera.training.plan.activations import RANDOM_STATE_BYTES, offloaded_bytes
 from qvera.training.plan.bank import slot_bytes, wanted_slots, with_fitting_slots
 from qvera.training.plan.changes import Change, nearest_changes
@@ -82,8 +83,8 @@ class Plan(PlannedRun):
 
     @property
     def trained_parameters(self) -> int:
-        """How many parameters are trained."""
-        return sum(self.vector_sizes(trained_only=True))
+        """How many parameters of the adapter are trained, without a head's."""
+        return sum(self.vector_sizes(trained_only=True)) - self.shape.head_numbers
 
     @cached_property
     def adapter_bytes(self) -> int:
@@ -146,6 +147,7 @@ class Plan(PlannedRun):
             "pinned_bytes": offloaded_bytes(self),
             "parameters": self.shape.parameters,
             "trained_numbers": self.trained_parameters,
+            "head_numbers": self.shape.head_numbers or None,
             "adapters_at_once": self.slots or None,
             "first_phase_only": self.has_first_phase_only,
             "memory": self.memory.to_dict(),
@@ -183,6 +185,7 @@ def make_plan(
     sharing: Sharing = ALONE,
     every_way: bool = False,
     adapter_rows: Sequence[int] = (),
+    datasets: Datasets | None = None,
 ) -> Plan:
     """Plan a run from its recipe and the base model's config; no weights are read.
 
@@ -193,6 +196,7 @@ def make_plan(
         sharing: how many ranks there are and what each holds; the plan is that of one of them.
         every_way: plan the other ways of sharing on as many ranks too.
         adapter_rows: the training rows of each adapter, where the recipe trains many.
+        datasets: that ``rows`` are of, which say how many outputs a classifier has.
 
     Raises:
         InputError: the config can't be read, it is no decoder of linears, a target matches nothing, or the adapter's
@@ -204,8 +208,10 @@ def make_plan(
     if rows is not None or recipe.training.max_steps >= 0:
         recipe = with_phases(recipe, phases)
     with torch.random.fork_rng(devices=[]):
-        model = empty_model(recipe.model)
-    shape = _grown(shape_of(model), recipe)
+        task = task_of(recipe)
+        model_class = task.model_class(recipe, datasets)
+        model = empty_model(recipe.model, None, model_class)
+    shape = _grown(shape_of(model, model_class), recipe)
     masked, config = needs_padding_mask(model), model.config
     del model
     device = machine if isinstance(machine, torch.device) else None
@@ -216,7 +222,8 @@ def make_plan(
     if name == "sdpa":
         device = device if machine.on_gpu else torch.device("cpu")
         name = implementation_on(device, config, machine.dtype, whole_rows=many)
-    joined = joining_of(config, name, recipe.data.prefix_once, recipe.data.packing, whole_rows=many)
+    prefix_once = recipe.data.prefix_once and task.joins_rows
+    joined = joining_of(config, name, prefix_once, recipe.data.packing, whole_rows=many)
     batch_of = longest_batch(rows, joined, rounds_lengths(machine.dtype, machine.device_type), masked)
     run, decided, streaming = decide_both(
         PlannedRun(shape, recipe, batch_of(recipe), machine, sharing=sharing, slots=wanted_slots(recipe, adapter_rows))

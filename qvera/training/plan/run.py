@@ -17,6 +17,7 @@ from qvera.models.checkpointing import Mode
 from qvera.models.linear import BLOCK_WEIGHTS, backward_by_blocks
 from qvera.models.loader import pick_compute_dtype
 from qvera.models.quantized_cache import how_stored
+from qvera.tasks import Task, task_of
 from qvera.training.plan.ranks import ALONE, Sharing, share
 from qvera.training.plan.shape import Linear, Shape
 from qvera.utils import accelerator, memory
@@ -158,7 +159,10 @@ class PlannedRun:
         return [x for x in self.shape.linears if x.layer == number]
 
     def vector_shapes(self, trained_only: bool = False) -> dict[str, tuple[int, ...]]:
-        """Keys of the adapter file and the shape of each vector; ``trained_only``: of those that the recipe trains."""
+        """Keys of the adapter file and the shape of each tensor; ``trained_only``: of those that the recipe trains.
+
+        Those of a head that is trained whole are among them.
+        """
         section, method, places = self.recipe.adapter, self.method, [x.place for x in self.adapted]
         found = {
             f"{PREFIX}{place.name}.{kind}": size
@@ -167,9 +171,11 @@ class PlannedRun:
         }
         shared = method.shared_tensors(section, places, self.shape.head_dim)
         found |= {f"{SHARED_PREFIX}{kind}": size for kind, size in shared.items()}
+        head = {f"{PREFIX}{name}": size for name, size in self.shape.head}
         if not trained_only:
-            return found
-        return {key: size for key, size in found.items() if method.is_trained(key.rpartition(".")[2], section)}
+            return found | head
+        found = {key: size for key, size in found.items() if method.is_trained(key.rpartition(".")[2], section)}
+        return found | head
 
     @property
     def vector_bytes(self) -> int:
@@ -244,6 +250,11 @@ class PlannedRun:
         """The tokens of each input that backward keeps (``training.sample_tokens``); None: all, where it keeps any."""
         share = self.recipe.training.sample_tokens
         return max(1, math.ceil(share * self.batch.all_tokens)) if share and self.method.samples_tokens else None
+
+    @property
+    def task(self) -> Task:
+        """The run's task."""
+        return task_of(self.recipe)
 
     @property
     def rank(self) -> int:

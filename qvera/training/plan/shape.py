@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qvera.adapters.low_rank_path import layer_shape
 from qvera.adapters.methods import Place
+from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.model_config import head_size
 from qvera.models.structure import beside_the_layers, expert_weights
 from qvera.utils.errors import InputError
@@ -43,7 +45,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a causal language model memory and time depend on. Counts are numbers, not bytes."""
+    """What of a model memory and time depend on. Counts are numbers, not bytes."""
 
     model_type: str
     hidden: int
@@ -57,10 +59,16 @@ class Shape:
     tied: bool  # the head is the input embedding
     head_norms: bool  # q and k are normalized per head (Qwen3)
     linears: tuple[Linear, ...]
-    dense_numbers: int  # embeddings, head, norms, biases: all but quantizable weights; a tied head counts once
+    dense_numbers: int  # embeddings, frozen head, norms, biases: all but quantizable weights; a tied head counts once
     expert_numbers: int  # of those, weights that hold all experts of a layer in one tensor (`expert_weights`)
     attention: str  # the implementation that the model picks by itself
+    head: tuple[tuple[str, tuple[int, ...]], ...] = ()  # name and shape of each tensor of a head that is trained whole
     grown_rows: int = 0  # that model.added_tokens need; embedding and head are then private copies, not mapped
+
+    @property
+    def head_numbers(self) -> int:
+        """How many parameters a head has that is trained whole."""
+        return sum(math.prod(shape) for _, shape in self.head)
 
     @property
     def parameters(self) -> int:
@@ -90,8 +98,8 @@ class NotPlannable(InputError):
     """The plan's formulas do not know this kind of model. It can still be trained."""
 
 
-def shape_of(model: nn.Module) -> Shape:
-    """Read the shapes off a model; one without weights (`qvera.models.model_config`) will do.
+def shape_of(model: nn.Module, model_class: ModelClass = CAUSAL_LM) -> Shape:
+    """Read the shapes off a model of this class; one without weights (`qvera.models.model_config`) will do.
 
     Raises:
         InputError: it has no decoder layers as this project knows them.
@@ -105,16 +113,18 @@ def shape_of(model: nn.Module) -> Shape:
     kept_dense = tuple(name for key in _SKIPPED_BY_CONFIG for name in stored.get(key) or ())
     linears: list[Linear] = []
     beside = beside_the_layers(model)
+    own_heads = tuple(f"{name}." for name in model_class.head_modules(model))  # type: ignore[arg-type]
+    own_head = tuple((name, tuple(p.shape)) for name, p in model.named_parameters() if name.startswith(own_heads))
     for name, module in model.named_modules():
         size = layer_shape(module)
-        if size is None or module is head:
+        if size is None or module is head or f"{name}.".startswith(own_heads):
             continue
         layer = _LAYER.search(f".{name}.")
         skipped = any(name == k or name.endswith(f".{k}") or f".{k}." in f".{name}." for k in kept_dense)
         converted = type(module) in (nn.Linear, Conv1D) and not skipped
         linears.append(Linear(name, *size, int(layer[1]) if layer else None, converted, name not in beside))
     layers = {x.layer for x in linears} - {None}
-    if not layers or head is None:
+    if not layers or (head is None and not own_head):
         raise NotPlannable(f"model.path: {type(model).__name__} has no decoder layers that a plan could be made for.")
     for key in ("num_attention_heads", "hidden_size"):
         if not isinstance(getattr(config, key, None), int):
@@ -122,10 +132,12 @@ def shape_of(model: nn.Module) -> Shape:
                 f"model.path: the config of {type(model).__name__} has no whole number {key} to plan with."
             )
     hidden, heads = config.hidden_size, config.num_attention_heads
-    tied = bool(getattr(config, "tie_word_embeddings", False)) or head.weight is embedding.weight
-    dense = sum(p.numel() for p in model.parameters()) - sum(x.n * x.m for x in linears if x.quantizable)
-    if tied and head.weight is not embedding.weight:  # a model on the meta device may not have tied its weights yet
-        dense -= head.weight.numel()
+    output = embedding if head is None else head
+    tied = bool(getattr(config, "tie_word_embeddings", False)) or output.weight is embedding.weight
+    dense = sum(p.numel() for n, p in model.named_parameters() if not n.startswith(own_heads))
+    dense -= sum(x.n * x.m for x in linears if x.quantizable)
+    if tied and output.weight is not embedding.weight:  # a model on the meta device may not have tied its weights yet
+        dense -= output.weight.numel()
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     return Shape(
         model_type=str(config.model_type),
@@ -135,12 +147,13 @@ def shape_of(model: nn.Module) -> Shape:
         heads=heads,
         kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
         head_dim=head_size(model) or hidden // heads,
-        vocabulary=int(head.weight.shape[0]),
+        vocabulary=int(output.weight.shape[0]),
         longest_tokens=int(getattr(config, "max_position_embeddings", None) or 2**31),
         tied=tied,
         head_norms="q_norm" in names and "k_norm" in names,
         linears=tuple(linears),
         dense_numbers=dense,
         expert_numbers=sum(p.numel() for p in expert_weights(model).values()),
+        head=own_head,
         attention=str(getattr(config, "_attn_implementation", None) or "sdpa"),
     )

@@ -17,8 +17,10 @@ _MOMENTS = {"backward": "backward pass", "loss": "loss", "answers": "answers"}
 
 def print_plan(plan: Plan, console: Console) -> None:
     """The whole plan: a table of components, files, time, and one sentence whether it fits."""
+    trained = f"{plan.trained_parameters:,} trained"
+    trained += f" and a head of {plan.shape.head_numbers:,}" if plan.shape.head else ""
     console.print(
-        f"{plan.shape.model_type}, {count(plan.shape.parameters)} parameters; {plan.trained_parameters:,} trained; "
+        f"{plan.shape.model_type}, {count(plan.shape.parameters)} parameters; {trained}; "
         f"computes in {str(plan.machine.dtype).removeprefix('torch.')}; planned for {plan.batch.source}"
     )
     table = Table("At the peak", "where", Column("bytes", justify="right"), **_STYLE)

@@ -163,7 +163,7 @@ def _work(run: Plan) -> dict[str, tuple[str, float]]:
     attention = (passes - 1 + 2.5) * 4 * b.rows * b.tokens * seen * s.heads * s.head_dim
     # some 12 passes over the stream, 5 over the MLP's inside, 6 over q and k; the same again in each pass
     passed += passes * size * T * (24 * s.hidden + 10 * s.ff + 12 * s.heads * s.head_dim)
-    head = 4 * min(b.trained_tokens, T) * s.vocabulary * s.hidden
+    head = 6 * T * s.head_numbers if s.head else 4 * min(b.trained_tokens, T) * s.vocabulary * s.hidden
     return {
         "frozen products": ("products", s.layers * flops),
         "dequantization": ("dequantization", s.layers * weights),

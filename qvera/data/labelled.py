@@ -1,0 +1,261 @@
+"""Rows of the format ``classification``: a text or a pair of texts, and a label. Tokenized, and labels as targets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+
+from qvera.config.schema import DataSection
+from qvera.data.formats import RowFormat, row_text, row_value
+from qvera.data.readers import RawRow, describe
+from qvera.data.rows import Example, Rows
+from qvera.data.tokenization import RowCounts, RowTokenizer
+from qvera.utils.errors import InputError, did_you_mean
+from qvera.utils.formatting import first_of
+
+FORMAT = "classification"
+VALUE = "value"
+"""The name of a regression's one output."""
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledText:
+    """A row: ``text_pair`` is None for a single text; the label is a name, or a number as text."""
+
+    text: str
+    text_pair: str | None
+    label: str
+    source: str
+    owner: str | None = None
+
+    @property
+    def whole(self) -> str:
+        """Both texts, as a person reads them."""
+        return self.text if self.text_pair is None else f"{self.text}\n{self.text_pair}"
+
+
+def parse_labelled(row: RawRow, format: RowFormat, label_names: Sequence[str] = ()) -> LabelledText:
+    """Check one row.
+
+    Args:
+        label_names: the names of the classes. A label may be one of them, or the number of one, from 0.
+
+    Raises:
+        InputError: a column is missing or of the wrong type, or the label is missing or not one of ``label_names``.
+    """
+    pair = format.column("text_pair")
+    text_pair = row_text(row, format, "text_pair") if row.fields.get(pair) is not None else None
+    label = _label(row, format, label_names)
+    return LabelledText(row_text(row, format, "text"), text_pair, label, row.source)
+
+
+def _label(row: RawRow, format: RowFormat, names: Sequence[str]) -> str:
+    value, column = row_value(row, format, "label"), format.column("label")
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value is None or (isinstance(value, str) and not value.strip()) or (is_number and value != value):
+        raise InputError(f"{row.source}: {column} is empty. Each row needs its label: fill it in, or remove the row.")
+    if not is_number and not isinstance(value, (str, bool)):
+        raise InputError(f"{row.source}: {column} must be a label (a name or a number), got {describe(value)}.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{row.source}: {column} must be finite, got {value}. Fix the row.")
+    label = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    if not names or label in names:
+        return label
+    if label.isascii() and label.isdigit() and int(label) < len(names):
+        return names[int(label)]
+    raise InputError(
+        f"{row.source}: {column} is {describe(value)}, which is no label of data.label_names"
+        f"{did_you_mean(label, names)} Expected {first_of(names)}, or a number from 0 to {len(names) - 1}."
+    )
+
+
+class LabelledTokenizer(RowTokenizer):
+    """Rows → examples. The special tokens are those that the tokenizer puts around a text or a pair by itself.
+
+    The last token of an example stands for its one target, the label (`Example.is_labelled`). A pair whose tokenizer
+    knows no pairs is joined by a line break. A row is never longer than the tokenizer says that its model takes.
+    """
+
+    def _parse(self, row: RawRow) -> Any:
+        parsed = parse_labelled(row, self.row_format, self.section.label_names)
+        return parsed if row.owner is None else replace(parsed, owner=row.owner)
+
+    def _is_empty(self, row: Any) -> bool:
+        return not row.text.strip()
+
+    def empty_rows_message(self, sources: Sequence[str]) -> str:
+        """See `RowTokenizer.empty_rows_message`."""
+        return f"{first_of(list(sources))}: the text is empty. Fill it in, or remove the row."
+
+    def encode(self, rows: Sequence[LabelledText]) -> tuple[list[Example], RowCounts]:  # type: ignore[override]
+        """See `RowTokenizer.encode`."""
+        self._counts, examples = RowCounts(), []
+        for row in rows:
+            self._counts.special_token_rows += bool(self.template.special.search(row.whole))
+            ids, pair_start = self._ids(row)
+            limit = min(self.section.max_length, self.encoder.tokenizer.model_max_length)
+            if len(ids) > limit and self.section.too_long == "drop":
+                self._counts.dropped.setdefault(f"longer than data.max_length ({limit})", []).append(row.source)
+                continue
+            if len(ids) > limit:
+                self._counts.truncated_rows += 1
+                self._counts.truncated_tokens += len(ids) - limit
+                ids, pair_start = self._ids(row, truncation=True, max_length=limit)
+            trained = np.zeros(len(ids), dtype=bool)
+            trained[-1:] = True
+            whole, nothing = np.asarray(ids, np.int32), np.zeros(0, np.int32)
+            examples.append(Example(whole, trained, row.source, nothing, row.whole, row.label, row.owner, pair_start))
+        return examples, self._counts
+
+    def _ids(self, row: LabelledText, **options: Any) -> tuple[list[int], int | None]:
+        """The ids of a row, and where its second text begins if the model is told so."""
+        tokenizer = self.encoder.tokenizer
+        side, tokenizer.truncation_side = tokenizer.truncation_side, self._cut_side
+        try:
+            texts = (row.text, row.text_pair) if row.text_pair is not None and self._knows_pairs else (row.whole,)
+            found = tokenizer(*texts, return_attention_mask=False, verbose=False, **options)
+        finally:
+            tokenizer.truncation_side = side
+        kinds = found.get("token_type_ids") or []
+        return found["input_ids"], kinds.index(1) if 1 in kinds else None
+
+    @property
+    def _cut_side(self) -> str:
+        return "left" if self.section.too_long == "cut-start" else "right"
+
+    @property
+    def _knows_pairs(self) -> bool:
+        tokenizer = self.encoder.tokenizer
+        return tokenizer.num_special_tokens_to_add(pair=True) > tokenizer.num_special_tokens_to_add(pair=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """What the rows' labels mean.
+
+    Attributes:
+        names: the classes in the order of the model's outputs; `VALUE` alone for a regression.
+        is_regression: labels are numbers to come near to, not classes.
+    """
+
+    names: tuple[str, ...]
+    is_regression: bool = False
+
+    def targets(self, rows: Sequence[Example]) -> np.ndarray:
+        """The targets of rows: the number of each class, int64 [n], or the values, fp32 [n].
+
+        Raises:
+            InputError: a row has a label that is not among them; names the row.
+        """
+        if self.is_regression:
+            return np.array([_number(row) for row in rows], np.float32)
+        numbers = {name: number for number, name in enumerate(self.names)}
+        for row in rows:
+            if row.reference not in numbers:
+                raise InputError(
+                    f"{row.source}: has the label {row.reference!r}{did_you_mean(str(row.reference), self.names)} "
+                    f"Expected {first_of(list(self.names))}: those of the training rows."
+                )
+        return np.array([numbers[str(row.reference)] for row in rows], np.int64)
+
+    def counts(self, rows: Rows) -> list[int]:
+        """How many rows each class has; of a regression none."""
+        found = rows_by_label(rows)
+        return [] if self.is_regression else [found.get(name, 0) for name in self.names]
+
+
+def rows_by_label(rows: Rows) -> dict[str, int]:
+    """Label → how many rows have it."""
+    column = rows.table["reference"]
+    column = column if rows.chosen is None else column.take(rows.chosen)
+    return {entry["values"].as_py(): entry["counts"].as_py() for entry in pc.value_counts(column)}
+
+
+def labels_of(section: DataSection, train: Rows, held_out: Rows) -> Labels:
+    """What the labels of the training rows are, checked against those of the held-out rows.
+
+    Classes are those of ``data.label_names``, else those of the training rows, sorted: numbers by value, names by their
+    characters. A label with a fraction makes it a regression, unless ``data.regression`` says.
+
+    Raises:
+        InputError: fewer than two classes, a class without training rows, a held-out label that no training row has, or
+            a label that is no number in a regression.
+    """
+    found = rows_by_label(train)
+    numbers = {label: _as_number(label) for label in found}
+    has_fraction = any(value is not None and not value.is_integer() for value in numbers.values())
+    asked = section.regression
+    if asked is True or (asked == "auto" and has_fraction and None not in numbers.values() and not section.label_names):
+        labels = Labels((VALUE,), True)
+        for rows in (train, held_out):
+            if any(_as_number(label) is None for label in rows_by_label(rows)):
+                labels.targets(rows)
+        return labels
+    names = section.label_names or sorted(found, key=lambda label: (numbers[label] or 0.0, label))
+    if None in numbers.values() and not section.label_names:
+        names = sorted(found)
+    if unused := [name for name in names if name not in found]:
+        raise InputError(
+            f"data.label_names: no training row of {section.path} has the label {first_of(unused)}. Add rows of it, or "
+            "remove the name."
+        )
+    if len(names) < 2:
+        raise InputError(
+            f"{section.path}: all {len(train):,} training rows have the label {names[0]!r}, and a classifier needs two "
+            "labels. Add rows of another label, or name the right column in data.columns ({label: YOUR_COLUMN})."
+        )
+    labels = Labels(tuple(names))
+    if rows_by_label(held_out).keys() - found.keys():
+        labels.targets(held_out)
+    return labels
+
+
+def _as_number(label: str) -> float | None:
+    try:
+        value = float(label)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _number(row: Example) -> float:
+    value = _as_number(str(row.reference))
+    if value is None:
+        raise InputError(
+            f"{row.source}: the label {row.reference!r} is no number, and this is a regression (data.regression). Fix "
+            "the row, or set data.regression: false for classes."
+        )
+    return value
+
+
+def labelled_arrays(examples: Sequence[Example], tokens: int, pad_id: int, masked: bool) -> dict[str, np.ndarray]:
+    """Rows padded on the right to ``tokens``.
+
+    Args:
+        masked: with a mask, for a model in which a token sees the padding behind it.
+
+    Returns:
+        ``input_ids`` int64 [B, T]; with ``masked`` ``attention_mask`` int64 [B, T]; ``token_type_ids`` int64 [B, T], 1
+        from a row's second text on, where any row is a pair of a model that is told so.
+    """
+    lengths = np.array([len(example.input_ids) for example in examples])
+    columns, ids = np.arange(tokens), np.full((len(examples), tokens), pad_id, dtype=np.int64)
+    for row, example in enumerate(examples):
+        ids[row, : lengths[row]] = example.input_ids
+    arrays = {"input_ids": ids}
+    if masked:
+        arrays["attention_mask"] = (columns < lengths[:, None]).astype(np.int64)
+    starts = np.array([tokens if e.pair_start is None else e.pair_start for e in examples])
+    if (starts < tokens).any():
+        arrays["token_type_ids"] = ((columns >= starts[:, None]) & (columns < lengths[:, None])).astype(np.int64)
+    return arrays
+
+
+def tokenizer_for(format: RowFormat) -> type[RowTokenizer]:
+    """What tokenizes rows of this format."""
+    return LabelledTokenizer if format.name == FORMAT else RowTokenizer

@@ -1,0 +1,54 @@
+"""Scores of classes and of numbers by scikit-learn and scipy (the extra ``classification``)."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import warnings
+from typing import TYPE_CHECKING
+
+from qvera.utils.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def require_packages() -> None:
+    """Raises InputError where scikit-learn or scipy is missing."""
+    for module, package in (("sklearn", "scikit-learn"), ("scipy", "scipy")):
+        if importlib.util.find_spec(module) is None:
+            raise InputError(
+                f"task: sequence-classification is scored by {package}, which is not installed. Run "
+                "pip install 'qvera[classification]'."
+            )
+
+
+def class_scores(targets: np.ndarray, found: np.ndarray, classes: int) -> dict[str, float]:
+    """``accuracy``; ``f1``, of two classes that of the second, else the mean over the classes; ``matthews``.
+
+    Args:
+        targets, found: the number of each row's class and that of the predicted one, int [n].
+        classes: how many there are.
+    """
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+    average = {"average": "binary", "pos_label": 1} if classes == 2 else {"average": "macro"}
+    return {
+        "accuracy": float(accuracy_score(targets, found)),
+        "f1": float(
+            f1_score(targets, found, labels=None if classes == 2 else list(range(classes)), zero_division=0, **average)
+        ),
+        "matthews": float(matthews_corrcoef(targets, found)),
+    }
+
+
+def value_scores(targets: np.ndarray, found: np.ndarray) -> dict[str, float]:
+    """``pearson`` and ``spearman`` of values fp [n]; neither where one side is constant or there is one row."""
+    from scipy.stats import pearsonr, spearmanr
+
+    if len(targets) < 2:
+        return {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a constant side has no correlation
+        scores = {"pearson": float(pearsonr(targets, found)[0]), "spearman": float(spearmanr(targets, found)[0])}
+    return {name: score for name, score in scores.items() if math.isfinite(score)}

@@ -1,0 +1,340 @@
+"""A classifier learns, resumes to the bit, and gives the same logits wherever it goes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+
+from qvera.adapters.files.save_load import named_vectors
+from qvera.cli.main import main
+from qvera.config.schema import ModelSection, Recipe
+from qvera.data import Datasets, build_datasets
+from qvera.distributed.group import Group
+from qvera.evaluation.load import OpenRun, find_target, open_run, open_target
+from qvera.models.loader import causal_model
+from qvera.tasks.classification import held_out_logits, label_scores, row_logits
+from qvera.training.plan import make_plan
+from qvera.training.session import TrainingSession
+from qvera.training.trainer import Trainer, train
+from qvera.utils.errors import InputError
+
+CPU = torch.device("cpu")
+METHODS = {
+    "vera": {},
+    "lora": {"method": "lora", "rank": 4},
+    "lora-xs": {"method": "lora-xs", "rank": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def finished(classify: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of a few epochs. Read it, never change it."""
+    run_dir = tmp_path_factory.mktemp("runs") / "classes"
+    train(classify(training={"max_steps": 30, "eval_steps": 10, "save_steps": 10}), run_dir)
+    return run_dir
+
+
+def rows_of(opened: OpenRun) -> Datasets:
+    assert opened.target.recipe is not None
+    return build_datasets(opened.target.recipe.data, opened.base.tokenizer, labels=opened.labels)
+
+
+def logits(opened: OpenRun) -> torch.Tensor:
+    datasets = rows_of(opened)
+    with torch.no_grad():
+        return row_logits(opened.model, list(datasets.eval), datasets.pad_id)
+
+
+def plain_logits(model: Any, datasets: Datasets) -> torch.Tensor:
+    """Of transformers alone, each row by itself, without padding."""
+    with torch.no_grad():
+        rows = [model(input_ids=torch.tensor(row.input_ids[None], dtype=torch.int64)) for row in datasets.eval]
+    return torch.cat([row.logits for row in rows])
+
+
+def session_of(recipe: Recipe, run_dir: Path) -> TrainingSession:
+    """A session that is ready for its first step, adapter vectors not zero."""
+    session = TrainingSession(recipe, run_dir, Group())
+    session.load_data()
+    session.load_model()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, vector in named_vectors(session.model).items():
+            if "qvera" in name:
+                vector.add_(torch.randn(vector.shape, generator=generator) * 0.1)
+    session.model.train()
+    return session
+
+
+def gradients(session: TrainingSession, rows: list[int], passes: int = 1) -> dict[str, torch.Tensor]:
+    """Of the mean loss over the rows, in so many passes."""
+    for part in torch.tensor(rows).chunk(passes):
+        loss, _ = session.nll([session.datasets.train[i] for i in part.tolist()])
+        (loss / len(rows)).backward()
+    return {name: vector.grad.clone() for name, vector in named_vectors(session.model).items()}
+
+
+def test_a_run_learns_its_labels_and_says_what_it_trained(finished: Path) -> None:
+    run = json.loads((finished / "run.json").read_text())
+    before, after = run["result"]["eval_before"], run["result"]["eval_after"]
+    assert after["accuracy"] >= 0.75 > before["accuracy"] + 0.2
+    assert after["loss"] < 0.5 * before["loss"]
+    assert run["data"]["labels"]["names"] == ["colour", "fruit", "pet"]
+    tensors = load_file(finished / "adapter" / "adapter_model.safetensors")
+    head = tensors.pop("base_model.model.score.weight")
+    assert head.dtype == torch.float32
+    assert run["adapter"]["head_parameters"] == head.numel() == 3 * 64
+    assert run["adapter"]["trainable_parameters"] == sum(t.numel() for t in tensors.values())
+    assert json.loads((finished / "adapter" / "adapter_config.json").read_text())["labels"] == [
+        "colour",
+        "fruit",
+        "pet",
+    ]
+    assert "accuracy" in (finished / "report.html").read_text().lower()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_gradient_is_that_of_a_dense_model_in_fp64(classify: Any, tmp_path: Path, method: str) -> None:
+    recipe = classify(adapter=METHODS[method], model={"quantization": "none"}, training={"learning_rate": 1e-2})
+    session = session_of(recipe, tmp_path)
+    rows = list(range(7))
+    found = gradients(session, rows)
+    reference = session.model.double().zero_grad() or session.model.double()
+    inner = causal_model(reference)
+    examples = [session.datasets.train[i] for i in rows]
+    targets = torch.from_numpy(session.datasets.labels.targets(examples))
+    losses = [
+        F.cross_entropy(inner(torch.tensor(e.input_ids[None], dtype=torch.int64), use_cache=False).logits, t[None])
+        for e, t in zip(examples, targets, strict=True)
+    ]
+    torch.stack(losses).mean().backward()
+    expected = {name: vector.grad for name, vector in named_vectors(reference).items()}
+    assert "base_model.model.score.weight" in found
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient.double(), expected[name].double(), rtol=2e-4, atol=2e-6, msg=name)
+
+
+def test_the_loss_does_not_depend_on_accumulation(classify: Any, tmp_path: Path) -> None:
+    session = session_of(classify(), tmp_path)
+    whole = gradients(session, list(range(8)))
+    session.model.zero_grad()
+    for name, gradient in gradients(session, list(range(8)), passes=3).items():
+        torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-7)
+
+
+def test_padding_changes_nothing(finished: Path) -> None:
+    opened = open_run(finished)
+    datasets = rows_of(opened)
+    rows = list(datasets.eval)
+    assert len({len(row.input_ids) for row in rows}) > 2
+    torch.testing.assert_close(logits(opened), plain_logits(causal_model(opened.model), datasets), rtol=1e-4, atol=1e-5)
+
+
+def test_the_head_has_a_rate_of_its_own_and_the_same_schedule(classify: Any, tmp_path: Path) -> None:
+    recipe = classify(training={"head_learning_rate": 5e-3, "warmup_steps": 2})
+    trainer = Trainer(recipe, tmp_path, Group())
+    trainer.load_data()
+    trainer.load_model()
+    trainer.setup()
+    first = trainer.optimizer.param_groups[0]["lr"]
+    head = next(t for name, t in named_vectors(trainer.model).items() if name.endswith("score.weight"))
+    own = next(g for g in trainer.optimizer.param_groups if any(p is head for p in g["params"]))
+    assert own["lr"] == pytest.approx(first / 4)
+    assert len(own["params"]) == 1
+    assert 0 < first < 2e-2  # the warmup's first step
+    trainer.__exit__()
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(classify: Any, tmp_path: Path) -> None:
+    recipe = classify(adapter={"dropout": 0.1}, training={"max_steps": 6, "save_steps": 3, "head_learning_rate": 1e-2})
+    train(recipe, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for left in ("adapter", "checkpoints/step-00000006"):
+        shutil.rmtree(tmp_path / "cut" / left)
+    (tmp_path / "cut" / "run.json").unlink()
+    train(recipe, tmp_path / "cut", resume=True)
+    one, other = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "cut"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_adapter_gives_the_same_logits_in_plain_peft(finished: Path, tiny_model_dir: Path) -> None:
+    opened = open_run(finished)
+    assert torch.equal(logits(opened), logits(open_run(finished)))
+    dense = ModelSection(path=str(tiny_model_dir), quantization="none", compute_dtype="float32")
+    expected = open_target(dataclasses.replace(find_target(finished), section=dense))
+    datasets = rows_of(expected)
+    plain = AutoModelForSequenceClassification.from_pretrained(tiny_model_dir, num_labels=3, dtype=torch.float32)
+    model = PeftModel.from_pretrained(plain, finished / "adapter").eval()
+    torch.testing.assert_close(plain_logits(model, datasets), logits(expected), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["merged", "lora", "peft"])
+def test_an_export_gives_the_trained_logits(finished: Path, tiny_model_dir: Path, tmp_path: Path, kind: str) -> None:
+    options = ["--base", "dequantized"] if kind == "merged" else []
+    assert main(["export", str(finished), str(tmp_path / "out"), "--to", kind, "--dtype", "float32", *options]) == 0
+    opened = open_run(finished)
+    if kind == "merged":
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+        assert model.config.id2label == {0: "colour", 1: "fruit", 2: "pet"}
+        difference = json.loads((tmp_path / "out" / "qvera_export.json").read_text())["difference"]
+        assert difference["answers_agree"] == difference["rows"] == 12
+    else:
+        dense = ModelSection(path=str(tiny_model_dir), quantization="none", compute_dtype="float32")
+        opened = open_target(dataclasses.replace(find_target(finished), section=dense))
+        plain = AutoModelForSequenceClassification.from_pretrained(tiny_model_dir, num_labels=3, dtype=torch.float32)
+        model = PeftModel.from_pretrained(plain, tmp_path / "out").eval()
+    torch.testing.assert_close(plain_logits(model, rows_of(opened)), logits(opened), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "lora-xs"])
+def test_another_method_trains_saves_and_merges_its_head(classify: Any, tmp_path: Path, method: str) -> None:
+    train(classify(adapter=METHODS[method], training={"learning_rate": 1e-2}), tmp_path / "run")
+    assert (
+        main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--dtype", "float32", "--base", "dequantized"])
+        == 0
+    )
+    opened = open_run(tmp_path / "run")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(plain_logits(model, rows_of(opened)), logits(opened), rtol=1e-4, atol=1e-5)
+
+
+def test_eval_writes_a_label_for_each_row(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "new.jsonl").write_text(
+        '{"text": "say red", "label": "colour"}\n{"text": "say hen", "label": "colour"}\n'
+    )
+    command = ["eval", str(finished), "--data", str(tmp_path / "new.jsonl"), "--predictions", str(tmp_path / "p.jsonl")]
+    assert main(command) == 0
+    one, other = map(json.loads, (tmp_path / "p.jsonl").read_text().splitlines())
+    assert (one["prediction"], other["prediction"], other["label"]) == ("colour", "pet", "colour")
+    assert sum(one["probabilities"].values()) == pytest.approx(1.0)
+    assert "accuracy     0.5000" in capsys.readouterr().out
+
+
+def test_a_regression_learns_numbers(classify: Any, tmp_path: Path) -> None:
+    rows = [{"sentence": "again " * n, "label": n / 2 + 0.25} for n in range(1, 9)] * 6
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = classify(data={"path": str(tmp_path / "rows.jsonl")}, training={"max_steps": 40})
+    train(recipe, tmp_path / "run")
+    after = json.loads((tmp_path / "run" / "run.json").read_text())["result"]["eval_after"]
+    assert after["pearson"] > 0.8
+    assert "accuracy" not in after
+    assert (
+        main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--dtype", "float32", "--base", "dequantized"])
+        == 0
+    )
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert (model.config.problem_type, model.config.num_labels) == ("regression", 1)
+
+
+def test_the_scores_of_labels_are_those_of_their_definitions() -> None:
+    from qvera.data import Labels
+    from tests.tasks.rows import labelled
+
+    labels = Labels(("no", "yes"))
+    rows = [labelled("yes"), labelled("yes"), labelled("no"), labelled("no"), labelled("no")]
+    found = torch.tensor([[0.0, 2.0], [2.0, 0.0], [2.0, 0.0], [2.0, 0.0], [0.0, 2.0]])
+    scores = label_scores(found, rows, labels)
+    assert scores["accuracy"] == pytest.approx(3 / 5)
+    assert scores["f1"] == pytest.approx(0.5)  # of "yes": 1 right, 1 missed, 1 wrong
+    assert scores["matthews"] == pytest.approx((1 * 2 - 1 * 1) / (2 * 2 * 3 * 3) ** 0.5)
+    values = label_scores(
+        torch.tensor([[1.0], [2.0], [9.0]]), [labelled(x) for x in ("1.5", "2", "3")], Labels(("v",), True)
+    )
+    assert values["spearman"] == pytest.approx(1.0)
+    assert values["loss"] == pytest.approx((0.25 + 0 + 36) / 3)
+
+
+def test_the_plan_counts_the_head_and_no_vocabulary(classify: Any) -> None:
+    recipe = classify()
+    plan = make_plan(recipe, CPU)
+    language = make_plan(classify(task="causal-lm", data={"format": "text"}), CPU)
+    assert plan.shape.head_numbers == 2 * 64
+    assert plan.trained_parameters == language.trained_parameters
+    assert plan.adapter_bytes > language.adapter_bytes + 4 * 2 * 64
+    names = {part.name for part in plan.memory.at("loss")}
+    assert "logits of a classifier" in names
+    assert "logits of a chunk" not in names
+
+
+def test_commands_for_text_refuse_a_classifier(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["generate", "--prompt", "x"], ["chat"], ["serve"]):
+        assert main([command[0], str(finished), *command[1:]]) == 2
+        assert "is a classifier" in capsys.readouterr().err
+    assert main(["eval", str(finished), "--with-base"]) == 2
+    assert "no head that was trained" in capsys.readouterr().err
+
+
+def test_held_out_rows_have_the_same_scores_on_any_number_of_ranks(finished: Path) -> None:
+    opened = open_run(finished)
+    datasets = rows_of(opened)
+    rows = list(datasets.eval)
+    whole = held_out_logits(opened.model, rows, datasets.pad_id, 5)
+    assert whole.shape == (12, 3)
+    for number, row in enumerate(rows):  # in the order of the rows, whatever their lengths
+        alone = row_logits(opened.model, [row], datasets.pad_id)[0]
+        torch.testing.assert_close(whole[number], alone, rtol=1e-4, atol=1e-5)
+
+
+BAD_ROWS = {
+    "a missing label": ([{"text": "a", "label": "x"}, {"text": "b"}], r"rows\.jsonl:2: the column 'label' is missing"),
+    "an empty label": ([{"text": "a", "label": "x"}, {"text": "b", "label": None}], r"rows\.jsonl:2: label is empty"),
+    "a label that is NaN": ([{"text": "a", "label": 1}, {"text": "b", "label": float("nan")}], r":2: label is empty"),
+    "an empty text": ([{"text": "a", "label": 1}, {"text": " ", "label": 0}], r":2: the text is empty"),
+    "one class": ([{"text": "a", "label": 1}, {"text": "b", "label": 1}], "a classifier needs two labels"),
+    "no such column": ([{"words": "a", "label": 1}], r"needs the column text.*YOUR_COLUMN"),
+}
+
+
+@pytest.mark.parametrize(("rows", "message"), BAD_ROWS.values(), ids=list(BAD_ROWS))
+def test_bad_rows_are_named(rows: list[dict[str, Any]], message: str, classify: Any, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = classify(data={"path": str(tmp_path / "rows.jsonl"), "eval_fraction": 0.0})
+    with pytest.raises(InputError, match=message):
+        build_datasets(recipe.data, open_tokenizer(recipe))
+
+
+def open_tokenizer(recipe: Recipe) -> Any:
+    from qvera.models.tokenizer import load_tokenizer
+
+    return load_tokenizer(recipe.model)
+
+
+def test_a_label_that_only_held_out_rows_have_is_named(classify: Any, labelled_rows: Path, tmp_path: Path) -> None:
+    (tmp_path / "eval.jsonl").write_text('{"text": "red", "label": "colour"}\n{"text": "oak", "label": "tree"}\n')
+    recipe = classify(data={"eval_path": str(tmp_path / "eval.jsonl"), "eval_fraction": 0.0})
+    with pytest.raises(InputError, match=r"eval\.jsonl:2: has the label 'tree'.*those of the training rows"):
+        build_datasets(recipe.data, open_tokenizer(recipe))
+    names = classify(data={"label_names": ["colour", "fruit", "pet", "tree"]})
+    with pytest.raises(InputError, match=r"no training row of .* has the label tree"):
+        build_datasets(names.data, open_tokenizer(names))
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"data": {"packing": True}}, {"data": {"prefix_once": False}}, {"data": {"train_on": "last"}},
+        {"training": {"sample_count": 1}}, {"training": {"exact_match_rows": 4}}, {"data": {"format": "alpaca"}},
+        {"data": {"too_long": "split"}}, {"data": {"adapter_column": "label", "eval_fraction": 0.2}},
+    ],
+    ids=lambda section: next(iter(next(iter(section.values())))),
+)  # fmt: skip
+def test_keys_without_a_meaning_are_refused_by_name(classify: Any, section: dict[str, Any]) -> None:
+    key = next(iter(next(iter(section.values()))))
+    with pytest.raises(InputError, match=key if key != "adapter_column" else "many adapters"):
+        classify(**section)
+
+
+def test_a_method_that_steps_its_own_tensors_only_is_refused(classify: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"spiel steps its own tensors only.*score\.weight"):
+        train(classify(adapter={"method": "spiel", "rank": 2}), tmp_path / "run")
