@@ -338,7 +338,12 @@ def test_keys_that_contradict_each_other(changes: dict[str, Any], key: str) -> N
         ),
         ({"data.held_out_tasks": ["a"]}, "data.held_out_tasks", "data.sampling: task", {}),
         ({"data.task_steps": 2}, "data.task_steps", "data.sampling: task", {}),
-        ({"data.eval_limit": 9}, "data.eval_limit", "data.eval_path or data.eval_split or data.eval_fraction", {"data.eval_path": "b"}),
+        (
+            {"data.eval_limit": 9},
+            "data.eval_limit",
+            "data.eval_path or data.eval_split or data.eval_fraction",
+            {"data.eval_path": "b"},
+        ),
         ({"training.exact_match_rows": 9}, "training.exact_match_rows", "data.eval_path", {"data.eval_fraction": 0.1}),
         (
             {"training.loss_scale_window": 9, "model.compute_dtype": "bfloat16"},
