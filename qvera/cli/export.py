@@ -35,6 +35,9 @@ def export(
         int | None, typer.Option(metavar="K", help="With --to lora or gguf-lora: keep the best K directions.")
     ] = None,
     dtype: Annotated[GgufDtype | None, typer.Option(help="Default: the recipe's, float16. q8_0: GGUF only.")] = None,
+    quantize: Annotated[
+        Literal["nf4", "fp4"] | None, typer.Option(help="With --to merged: write it in 4 bits.")
+    ] = None,
     base: Annotated[Literal["original", "dequantized"] | None, typer.Option(help="Default: the recipe's.")] = None,
     no_compare: Annotated[bool, typer.Option("--no-compare", help="Do not measure the difference.")] = False,
     compare_only: Annotated[bool, typer.Option("--compare-only", help="Only measure the export in OUT.")] = False,
@@ -43,8 +46,8 @@ def export(
 
     --to merged: W + dW in 16 bits; transformers loads it. --base dequantized merges into the weights that training
     used, so that the export answers as the run does; --base original into the original 16-bit ones. The difference
-    between the trained and the exported model is measured and written to OUT/qvera_export.json. If it is stopped, the
-    same command continues from the finished shards.
+    between the trained and the exported model is measured and written to OUT/qvera_export.json. --quantize nf4 writes
+    the merge in 4 bits. If it is stopped, the same command continues from the finished shards.
 
     --to lora: the same change as a LoRA for PEFT, exact with --dtype float32, or cut to the best --rank K, with its
     error and what it costs on held-out rows. --to peft: an adapter of PEFT's own VeRA, projections in the file.
@@ -59,6 +62,8 @@ def export(
         raise InputError("--rank: goes with --to lora and --to gguf-lora only.")
     if dtype == "q8_0" and not to.startswith("gguf"):
         raise InputError("--dtype q8_0: goes with --to gguf and --to gguf-lora only. Take float16 or bfloat16.")
+    if quantize is not None and to != "merged":
+        raise InputError("--quantize: goes with --to merged only. With --to gguf, --dtype q8_0 is the smallest type.")
     if to != "merged" and compare_only:
         raise InputError("--compare-only: goes with --to merged only.")
     quiet_libraries()
@@ -98,7 +103,7 @@ def export(
         if certificate["adapter"].get("sha256") != file_sha256(adapter_dir / ADAPTER_WEIGHTS):
             raise InputError(f"{out / CERTIFICATE}: is of another adapter than that of {run} (adapter.sha256).")
     else:
-        certificate = _merge(section, adapter_dir, out, options, chat)
+        certificate = _merge(section, adapter_dir, out, options, chat, quantize)
     certificate["difference"] = None
     if recipe is not None and (compare_only or (not no_compare and options.certificate_rows)):
         certificate["difference"] = _difference(recipe, run, adapter, out, options)
@@ -125,22 +130,32 @@ def _chat(recipe: Recipe | None, run: Path, section: ModelSection) -> Chat:
     return Chat(resolve_template(template_of(recipe, run), load_tokenizer(section)).jinja, recipe.data.system)
 
 
-def _merge(section: ModelSection, adapter_dir: Path, out: Path, options: ExportSection, chat: Chat) -> dict[str, Any]:
+def _merge(
+    section: ModelSection, adapter_dir: Path, out: Path, options: ExportSection, chat: Chat, quantize: str | None
+) -> dict[str, Any]:
     """Write the merged checkpoint; returns its certificate."""
     from qvera.export import export_merged
+    from qvera.export.quantized import errors_text, export_quantized
 
     with progress("Merging") as show:
-        certificate = export_merged(
-            adapter_dir,
-            section,
-            out,
-            options,
-            chat_template=chat.template,
-            progress=lambda done, total, name: show(f"Merging: {done} of {total} tensors ({name})"),
-        )
+        if quantize is None:
+            certificate = export_merged(
+                adapter_dir,
+                section,
+                out,
+                options,
+                chat_template=chat.template,
+                progress=lambda done, total, name: show(f"Merging: {done} of {total} tensors ({name})"),
+            )
+        else:
+            certificate = export_quantized(
+                adapter_dir, section, out, options, quantize, chat_template=chat.template, progress=show
+            )
     files, changed = certificate["files"], len(certificate["delta"])
     size = sum((out / name).stat().st_size for name in files)
     print(f"{formatting.size(size)} in {len(files)} file(s) in {out}, {changed} weights changed")
+    if quantize is not None:
+        print(errors_text(certificate["quantized"]))
     if certificate["base"]["stored_in_4_bits"]:
         print(f"merged into the dequantized weights of {section.path}, which is stored in 4 bits")
     return certificate

@@ -366,13 +366,8 @@ def require_base(target: EvalTarget) -> None:
 
 
 def _load_stored(directory: Path, model_class: ModelClass = CAUSAL_LM) -> loader.Base:
-    """A 16-bit checkpoint as it is stored."""
+    """A checkpoint as it is stored, in 16 bits or in bitsandbytes' 4 bits."""
     tokenizer = loader.load_tokenizer(ModelSection(path=str(directory)))
-    if read_json(directory / "config.json", "the config of a model").get("quantization_config"):
-        raise InputError(
-            f"{directory}: is stored quantized; expected a 16-bit checkpoint, such as `qvera export --to merged` "
-            "writes. A run or an adapter on this base can be evaluated."
-        )
     try:
         loaded = loader.load_exported(directory, accelerator.current_device(), model_class)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -380,7 +375,8 @@ def _load_stored(directory: Path, model_class: ModelClass = CAUSAL_LM) -> loader
             f"{directory}: can't be loaded as {model_class.what}: {first_line(error)} Expected a finished export."
         ) from None
     loaded.requires_grad_(False)
-    facts = {"path": str(directory), "architecture": type(loaded).__name__, "quantization": "none"}
+    stored = "stored" if hasattr(loaded.config, "quantization_config") else "none"
+    facts = {"path": str(directory), "architecture": type(loaded).__name__, "quantization": stored}
     return loader.Base(loaded, tokenizer, facts)
 
 

@@ -352,9 +352,20 @@ def require_packing(model: PreTrainedModel | PeftModel) -> None:
 def load_exported(directory: Path, device: torch.device, model_class: ModelClass = CAUSAL_LM) -> PreTrainedModel:
     """The checkpoint in evaluation mode: mapped, in fp32, on a CPU; as plain transformers loads it on an accelerator.
 
-    fp16 products are slow or missing on CPUs; fp32 holds every value of the file exactly.
+    fp16 products are slow or missing on CPUs; fp32 holds every value of the file exactly. One that is stored in 4 bits
+    is loaded as a base is, and computes in the same dtypes.
     """
     config = AutoConfig.from_pretrained(directory)
+    if _is_quantized(config):
+        stored = config.quantization_config
+        section = ModelSection(
+            path=str(directory),
+            quantization=stored.get("bnb_4bit_quant_type", "nf4"),
+            double_quant=bool(stored.get("bnb_4bit_use_double_quant")),
+        )
+        if not accelerator.is_accelerator(device):
+            section = section.replace(compute_dtype="float32")
+        return load_base(section, device, model_class=model_class).model
     if accelerator.is_accelerator(device):
         return model_class.from_pretrained(str(directory), config, dtype="auto", device_map={"": device}).eval()
     try:

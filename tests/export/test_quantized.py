@@ -1,0 +1,101 @@
+"""A merged export in 4 bits: transformers and qvera open it, and its error is measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from qvera.adapters.files.save_load import attach, save_adapter
+from qvera.cli.main import main
+from qvera.config.schema import AdapterSection, ExportSection, ModelSection
+from qvera.evaluation.load import open_run
+from qvera.export import export_merged, quantized
+from qvera.export.quantized import export_quantized
+from qvera.models.loader import load_base
+from qvera.utils.errors import InputError
+from tests.adapters.helpers import perturb
+
+pytestmark = pytest.mark.process
+
+IDS = torch.arange(3, 43).view(2, 20)
+
+
+@pytest.fixture
+def adapter(tiny_model_dir: Path, tmp_path: Path) -> tuple[ModelSection, Path]:
+    section = ModelSection(path=str(tiny_model_dir), compute_dtype="float32")
+    model = attach(load_base(section).model, AdapterSection(rank=8), section.path)
+    perturb(model)
+    save_adapter(model, tmp_path / "adapter")
+    return section, tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_transformers_and_qvera_open_the_merge_in_4_bits(
+    kind: str, adapter: tuple[ModelSection, Path], tmp_path: Path
+) -> None:
+    section, directory = adapter
+    options = ExportSection(dtype="float32")
+    certificate = export_quantized(directory, section, tmp_path / "out", options, kind)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "out"]  # no merge in 16 bits is left
+    export_merged(directory, section, tmp_path / "merged", options)
+    dense = load_file(tmp_path / "merged" / "model.safetensors")
+
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    errors = certificate["quantized"]["relative_errors"]
+    assert len(errors) == 14
+    for name, error in errors.items():  # by bitsandbytes' own dequantization, in what transformers has loaded
+        module = stock.get_submodule(name.removesuffix(".weight"))
+        found = dequantize_4bit(module.weight.data, module.weight.quant_state).float()
+        expected = (found - dense[name]).norm() / dense[name].norm()
+        assert error == pytest.approx(expected.item(), rel=1e-3)
+        assert 0.02 < error < 0.3
+    stock.train()  # in evaluation mode stock Linear4bit would repack its weights
+    with torch.no_grad():
+        logits = stock(IDS).logits
+        ours = open_run(tmp_path / "out").model(IDS).logits
+        base = load_base(section.replace(path=str(tmp_path / "out"), quantization=kind)).model(IDS).logits
+    torch.testing.assert_close(ours, logits, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(base, ours, rtol=1e-5, atol=1e-5)
+
+
+def test_the_command_measures_what_is_lost(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(trained_run), str(tmp_path / "out"), "--quantize", "nf4"]) == 0
+    said = capsys.readouterr().out
+    certificate = json.loads((tmp_path / "out" / "qvera_export.json").read_text())
+    assert "nf4: relative error of W + ΔW (Frobenius)" in said and "KL" in said
+    assert set(certificate["files"]) == {path.name for path in (tmp_path / "out").glob("*.safetensors")}
+    assert certificate["difference"]["kl_mean"] > 1e-7
+    assert main(["eval", str(tmp_path / "out"), "--json", str(tmp_path / "eval.json")]) == 0
+    scores = json.loads((tmp_path / "eval.json").read_text())["scores"]
+    assert scores["loss"] == pytest.approx(certificate["difference"]["loss_exported"], rel=0.01)
+    assert main(["export", str(trained_run), str(tmp_path / "x"), "--to", "lora", "--quantize", "nf4"]) == 2
+    assert "--quantize: goes with --to merged only" in capsys.readouterr().err
+    assert main(["export", str(trained_run), str(tmp_path / "out"), "--quantize", "nf4"]) == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+def test_an_interrupted_one_goes_on_from_the_finished_merge(
+    adapter: tuple[ModelSection, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section, directory = adapter
+    out, options = tmp_path / "out", ExportSection()
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(quantized, "quantize_checkpoint", fail)
+        export_quantized(directory, section, out, options, "nf4")
+    with pytest.raises(InputError, match="holds the merge of another export"):
+        export_quantized(directory, section, out, ExportSection(dtype="bfloat16"), "nf4")
+    monkeypatch.setattr(quantized, "export_merged", fail)  # it is not made again
+    assert len(export_quantized(directory, section, out, options, "nf4")["quantized"]["relative_errors"]) == 14
