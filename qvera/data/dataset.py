@@ -15,7 +15,7 @@ from qvera.data.cache import tokenized, tokenized_uncached
 from qvera.data.chat_template import OWN, ChatTemplate, resolve_template
 from qvera.data.encoding import Encoder
 from qvera.data.formats import UNRENDERED
-from qvera.data.labelled import FORMAT, Labels, labels_of
+from qvera.data.labelled import FORMAT, Labels, few_of_each_label, labels_of
 from qvera.data.rows import Rows, concatenated
 from qvera.data.sampler import random_order
 from qvera.data.tasks import Tasks, take_tasks
@@ -240,6 +240,8 @@ def build_datasets(
             stats.default_templates.append(source.template)
     train = concatenated([source.train for source in sources])
     held_out = concatenated([source.eval for source in sources])
+    if section.rows_per_label is not None:
+        train = few_of_each_label(train, section.rows_per_label, section.seed)
     if tasks.names:
         train.task_of = np.concatenate(tasks.numbers)
     stats.train_rows, stats.eval_rows = len(train), len(held_out)

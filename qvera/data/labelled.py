@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +15,7 @@ from qvera.config.schema import DataSection
 from qvera.data.formats import RowFormat, row_text, row_value
 from qvera.data.readers import RawRow, describe
 from qvera.data.rows import Example, Rows
+from qvera.data.sampler import random_order
 from qvera.data.tokenization import RowCounts, RowTokenizer
 from qvera.utils.errors import InputError, did_you_mean
 from qvera.utils.formatting import first_of
@@ -167,6 +169,29 @@ class Labels:
         """How many rows each class has; of a regression none."""
         found = rows_by_label(rows)
         return [] if self.is_regression else [found.get(name, 0) for name in self.names]
+
+
+def few_of_each_label(rows: Rows, count: int, seed: int) -> Rows:
+    """At most ``count`` rows of each label, chosen by ``seed``, in the order that they had.
+
+    Raises:
+        InputError: labels have fractions, so they are no classes.
+    """
+    labels = rows.table["reference"] if rows.chosen is None else rows.table["reference"].take(rows.chosen)
+    names = labels.to_pylist()
+    for row, name in enumerate(names):
+        if (value := _as_number(name)) is not None and not value.is_integer():
+            raise InputError(
+                f"data.rows_per_label: counts the rows of classes, and {rows[row].source} has the label {name}, a "
+                "number of a regression. Remove the key, or set data.limit."
+            )
+    seen: Counter[str] = Counter()
+    taken = []
+    for row in random_order(len(names), seed, 2**62).tolist():
+        seen[names[row]] += 1
+        if seen[names[row]] <= count:
+            taken.append(row)
+    return rows.take(np.sort(np.array(taken, dtype=np.int64)))
 
 
 def rows_by_label(rows: Rows) -> dict[str, int]:

@@ -17,7 +17,8 @@ def random_order(n: int, seed: int, stream: int) -> np.ndarray:
 
     It sorts raw 64-bit words of numpy's Philox: numpy promises the bit stream of a bit generator across versions, not
     what a Generator makes of it. The streams: epochs count up from 0, held-out rows have -1, the batches of epochs that
-    are grouped by length count down from -2, and the sources of a mixture count up from 2^63. Epoch e of part p of the
+    are grouped by length count down from -2, the choice of
+    ``data.rows_per_label`` has 2^62, and the sources of a mixture count up from 2^63. Epoch e of part p of the
     rows (a task, a level of `qvera.data.parts`) has (p + 1) 2^32 + e.
     """
     # uint64 by hand: numpy makes floats of large mixed lists

@@ -22,6 +22,7 @@ from qvera.data import Datasets, build_datasets
 from qvera.distributed.group import Group
 from qvera.evaluation.load import OpenRun, find_target, open_run, open_target
 from qvera.models.loader import causal_model
+from qvera.models.tokenizer import load_tokenizer
 from qvera.tasks.classification import held_out_logits, label_scores, row_logits
 from qvera.training.plan import make_plan
 from qvera.training.session import TrainingSession
@@ -338,3 +339,27 @@ def test_keys_without_a_meaning_are_refused_by_name(classify: Any, section: dict
 def test_a_method_that_steps_its_own_tensors_only_is_refused(classify: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"spiel steps its own tensors only.*score\.weight"):
         train(classify(adapter={"method": "spiel", "rank": 2}), tmp_path / "run")
+
+
+def test_a_few_rows_of_each_label_are_chosen_by_the_seed(classify: Any) -> None:
+    def rows(**data: Any) -> Datasets:
+        recipe = classify(data={"rows_per_label": 4, **data})
+        return build_datasets(recipe.data, load_tokenizer(recipe.model))
+
+    found, again, other = rows(), rows(), rows(seed=1)
+    assert found.stats.label_rows == [4, 4, 4]
+    sources = [row.source for row in found.train]
+    assert sources == [row.source for row in again.train] == sorted(sources, key=lambda s: int(s.rpartition(":")[2]))
+    assert sources != [row.source for row in other.train]
+    assert not set(sources) & {row.source for row in found.eval}
+    assert len(rows(rows_per_label=1000).train) == 48
+
+
+def test_rows_of_numbers_are_not_counted_by_label(classify: Any, tmp_path: Path) -> None:
+    path = tmp_path / "numbers.jsonl"
+    path.write_text("".join(json.dumps({"text": "say", "label": n / 2}) + "\n" for n in range(6)))
+    recipe = classify(data={"path": str(path), "rows_per_label": 2})
+    with pytest.raises(InputError, match=r"data.rows_per_label: .*numbers.jsonl:\d has the label \d.5, a number"):
+        build_datasets(recipe.data, load_tokenizer(recipe.model))
+    with pytest.raises(InputError, match=r"rows_per_label: counts the rows of classes, and data.regression has none"):
+        classify(data={"rows_per_label": 2, "regression": True})

@@ -111,6 +111,8 @@ class DataSection(DataSource):
     regression: Annotated[Bool | Literal["auto"], OnlyWith("task: sequence-classification")] = "auto"
     """Whether labels are numbers to come near to, and not classes. ``auto``: where a label of the training rows has a
     fraction."""
+    rows_per_label: Annotated[Positive | None, OnlyWith("task: sequence-classification")] = None
+    """Train on only so many rows of each label, chosen by ``seed``. Default: all."""
     shuffle: Bool = True
     """Shuffle the rows anew in each epoch. ``false``: the order of the file."""
     seed: Seed = 0
@@ -126,6 +128,8 @@ class DataSection(DataSource):
         yield from self._task_contradictions()
         if self.has_adapters:
             yield from self._adapter_contradictions()
+        if self.regression is True and self.rows_per_label is not None:
+            yield "rows_per_label", "counts the rows of classes, and data.regression has none; remove one of the two."
         if self.regression is True and self.label_names:
             yield "label_names", "are names of classes, and data.regression has none; remove one of the two."
         if self.format == "classification" and self.too_long == "split":
