@@ -37,6 +37,8 @@ NOT_RUN = {
     "qvera train recipes/customers.yaml": "tests/test_readme_customers.py runs it on a small model",
     "qvera generate runs/customers --adapter chloe --adapter gina": "tests/test_readme_customers.py does",
     "qvera serve": "runs until it is stopped; tests/serve/api/test_command.py does",
+    "qvera ui": "runs until it is stopped; tests/serve/ui/test_command.py does",
+    "ssh": "needs another machine",
     "curl": "asks a server; tests/serve/api does",
     "qvera chat http://127.0.0.1:8000": "asks a server; tests/serve/api/test_client.py does",
     "qvera generate http://127.0.0.1:8000": "asks a server; tests/serve/api/test_client.py does",

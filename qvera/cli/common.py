@@ -124,6 +124,17 @@ def _quiet_imports() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT uses a renamed attribute
 
 
+def require_packages(extra: str, *names: str) -> None:
+    """Refuse (InputError) to go on without packages that an extra of qvera brings."""
+    from importlib.util import find_spec
+
+    missing = [name for name in names if find_spec(name) is None]
+    if missing:
+        raise InputError(
+            f"needs the package {missing[0]}, which is not installed. Install it with: pip install 'qvera[{extra}]'"
+        )
+
+
 def require_new_file(path: Path) -> None:
     """Refuse an output file that exists or can't be made (InputError), before any work goes into it."""
     if path.exists():

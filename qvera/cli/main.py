@@ -33,13 +33,14 @@ from qvera.cli import (
     schema,
     serve,
     train,
+    ui,
 )
 from qvera.cli.common import help_of, with_exit_code
 from qvera.utils.errors import EXIT_DONE, EXIT_FAILED
 
 PANELS: dict[str, tuple[Callable[..., int | None], ...]] = {
     "Train": (quickstart.quickstart, init.init, preview.preview, plan.plan, train.train, launch.launch),
-    "Look": (eval.evaluate, compare.compare, harness.harness, analyze.analyze, info.info),
+    "Look": (eval.evaluate, compare.compare, harness.harness, analyze.analyze, info.info, ui.ui),
     "Use": (chat.chat, generate.generate, serve.serve),
     "Share": (export.export, merge_adapters.merge_adapters),
     "Setup": (doctor.doctor, schema.schema),
@@ -54,7 +55,7 @@ class CommandsByPanel(TyperGroup):
 
     def format_help(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
         """Write a line for each command; the first of a group begins with the group's name."""
-        lines, last = [f"Usage: qvera COMMAND [OPTIONS]    {self.help}", ""], ""
+        lines, last = [f"Usage: qvera COMMAND [OPTIONS]    {self.help}"], ""
         for name in self.list_commands(ctx):
             command = self.get_command(ctx, name)
             assert command is not None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from qvera.cli.common import console, progress, quiet_libraries
+from qvera.cli.common import console, progress, quiet_libraries, require_packages
 from qvera.serve.address import is_loopback
 from qvera.serve.api.limits import DEFAULTS
 from qvera.serve.requests import EngineSettings
@@ -115,7 +115,7 @@ def serve(
     if model is None:
         raise InputError("name what to serve: a run, a directory of adapters, or a base.")
     _require_safe(host, keys)
-    _require_packages(*_PACKAGES, *([] if training_dir is None else [_TRAINING_PACKAGE]))
+    require_packages("serve", *_PACKAGES, *([] if training_dir is None else [_TRAINING_PACKAGE]))
     quiet_libraries()
 
     import dataclasses
@@ -211,16 +211,6 @@ def _require_safe(host: str, keys: Path | None) -> None:
         raise InputError(
             f"--host {host}: others can reach this address, so it needs --keys FILE. Make a key with "
             "`qvera serve --new-key NAME --keys FILE`, or leave --host out."
-        )
-
-
-def _require_packages(*names: str) -> None:
-    from importlib.util import find_spec
-
-    missing = [name for name in names if find_spec(name) is None]
-    if missing:
-        raise InputError(
-            f"needs the package {missing[0]}, which is not installed. Install it with: pip install 'qvera[serve]'"
         )
 
 

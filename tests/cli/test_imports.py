@@ -81,6 +81,7 @@ def test_light_commands_import_no_torch(trained_run: Path, tmp_path: Path) -> No
         ["train", "--help"],
         ["schema"],
         ["cache", "ls"],
+        ["ui", "--help"],
         ["info", str(trained_run)],
         ["compare", str(trained_run), str(other), "--html", str(tmp_path / "page.html")],
     ]

@@ -1,7 +1,9 @@
-"""Ten adapters of the tiny model, and what each of them answers alone."""
+"""Ten adapters of the tiny model, what each of them answers alone, and a real browser."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 from tests.serve.helpers import Alone, write_adapters
 
 NAMES = [f"a{i}" for i in range(10)]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +28,17 @@ def adapters_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory)
 def alone(tiny_model_dir: Path) -> Any:
     """``alone(adapter directory)`` answers as that adapter does by itself; None: the base."""
     return lru_cache(maxsize=None)(lambda adapter: Alone(tiny_model_dir, adapter))
+
+
+@pytest.fixture
+def browser() -> Iterator[Any]:
+    """Chromium; the test is skipped where that or playwright is missing."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    if CHROMIUM is None:
+        pytest.skip("apt-get install chromium")
+    with sync_api.sync_playwright() as playwright:
+        found = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        )
+        yield found
+        found.close()

@@ -108,6 +108,14 @@ def table(columns: Sequence[Column], figures: dict[str, Figures]) -> tuple[list[
     return [column.title for column in shown], rows
 
 
+def require_comparable(number: int) -> None:
+    """Raises InputError where a comparison can't have as many runs."""
+    if number < 2:
+        raise InputError(f"compare takes two runs or more, got {number}.")
+    if number > MAX_RUNS:
+        raise InputError(f"compare takes at most {MAX_RUNS} runs, got {number}. Compare the best of each part.")
+
+
 def compare_runs(paths: Sequence[Path], adapters: Sequence[str] = ()) -> Comparison:
     """Read several runs and compare them.
 
@@ -118,11 +126,7 @@ def compare_runs(paths: Sequence[Path], adapters: Sequence[str] = ()) -> Compari
         InputError: Fewer than two, too many, the same one twice, a directory that holds no run, or one that trained
             many adapters of which none is named.
     """
-    number = len(paths) * max(1, len(adapters))
-    if number < 2:
-        raise InputError(f"compare takes two runs or more, got {number}.")
-    if number > MAX_RUNS:
-        raise InputError(f"compare takes at most {MAX_RUNS} runs, got {number}. Compare the best of each part.")
+    require_comparable(len(paths) * max(1, len(adapters)))
     places = [path.resolve() for path in paths]
     for named in (places, list(adapters)):
         twice = next((one for i, one in enumerate(named) if one in named[:i]), None)
@@ -136,6 +140,11 @@ def compare_runs(paths: Sequence[Path], adapters: Sequence[str] = ()) -> Compari
             runs[label] = read_run(path, evaluation=True)
             if trained_many(runs[label].info, runs[label].recipe):
                 raise InputError(f"{path}: trained many adapters; name those to compare with --adapter NAME.")
+    return compare(runs)
+
+
+def compare(runs: dict[str, Run]) -> Comparison:
+    """Compare runs that are read already, each under a name of its own."""
     figures = {label: run_figures(run) for label, run in runs.items()}
     gaps = [gap for label, run in runs.items() for gap in _gaps_in_files(run, label, figures[label])]
     for sentence, ask in _QUESTIONS.items():

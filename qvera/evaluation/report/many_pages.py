@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -24,8 +23,28 @@ _SHOWN_NAMES = 5
 """The notice of a flag names at most this many adapters; the table has all."""
 
 
-def many_page(many: ManyRun) -> str:
-    """The page of the whole run as HTML."""
+def page_file(entry: AdapterEntry) -> str:
+    """The file name of an adapter's page; "" where run.json names no directory."""
+    return f"{entry.directory}.html" if entry.directory else ""
+
+
+def _href(entry: AdapterEntry) -> str:
+    return f"{PAGES}/{quote(page_file(entry))}" if page_file(entry) else ""
+
+
+def many_page(
+    many: ManyRun,
+    shown: Sequence[AdapterEntry] | None = None,
+    href: Callable[[AdapterEntry], str] = _href,
+    **more: object,
+) -> str:
+    """The page of the whole run as HTML.
+
+    Args:
+        shown: the adapters that the table has; None: all of them.
+        href: where the page of an adapter is.
+        more: for the template.
+    """
     scored = any(entry.loss_before is not None or entry.loss_after is not None for entry in many.entries)
     before, after = many.median("loss_before"), many.median("loss_after")
     run = many.run
@@ -33,24 +52,33 @@ def many_page(many: ManyRun) -> str:
     return render(
         "many.html",
         statuses=[(f"{text[0].upper()}{text[1:]}", count(number)) for text, number in many.statuses().items()],
-        rows=[(entry, _href(entry), _cells(entry, scored)) for entry in many.entries],
+        adapters=len(many.entries),
+        rows=[(entry, href(entry), _cells(entry, scored)) for entry in (many.entries if shown is None else shown)],
         scored=scored,
-        flags=[(flag, len(named), _links(named)) for flag, named in many.flags().items()],
+        flags=[
+            (flag, len(named), [(entry.name, href(entry)) for entry in named[:_SHOWN_NAMES]])
+            for flag, named in many.flags().items()
+        ],
         median=None if before is None or after is None else (significant(before), significant(after)),
         an_hour=None if not seconds or not ended else ended * 3600 / seconds,
         overview=_overview(many.entries),
         round_charts=_round_charts(run.train),
         **run_context(run),
+        **more,
     )
 
 
-def adapter_page(many: ManyRun, entry: AdapterEntry) -> str:
-    """The page of one adapter as HTML: its curve and its facts."""
+def adapter_page(many: ManyRun, entry: AdapterEntry, run_href: str = "../report.html", **more: object) -> str:
+    """The page of one adapter as HTML: its curve and its facts.
+
+    ``run_href`` leads to the run; ``more`` is for the template.
+    """
     run = many.adapter_run(entry)
     return render(
         "adapter.html",
         run=run,
         run_name=many.run.name,
+        run_href=run_href,
         entry=entry,
         notices=_notices(entry),
         losses=[
@@ -66,6 +94,7 @@ def adapter_page(many: ManyRun, entry: AdapterEntry) -> str:
             small_chart(run, "Learning rate", "learning rate", "learning_rate"),
             small_chart(run, "Gradient norm", "gradient norm", "grad_norm", "before clipping"),
         ],
+        **more,
     )
 
 
@@ -74,20 +103,6 @@ def _notices(entry: AdapterEntry) -> list[str]:
     reason = get_text(entry.tree, "reason")
     sentences = [*entry.flags, *([f"stopped: {reason}"] if reason else [])]
     return [f"{text[0].upper()}{text[1:].rstrip('.')}." for text in sentences if text]
-
-
-def page_file(entry: AdapterEntry) -> str:
-    """The file name of an adapter's page; "" where run.json names no directory, or one that is elsewhere."""
-    name = entry.directory
-    return f"{name}.html" if name and name == Path(name).name and not name.startswith(".") else ""
-
-
-def _href(entry: AdapterEntry) -> str:
-    return f"{PAGES}/{quote(page_file(entry))}" if page_file(entry) else ""
-
-
-def _links(entries: Sequence[AdapterEntry]) -> list[tuple[str, str]]:
-    return [(entry.name, _href(entry)) for entry in entries[:_SHOWN_NAMES]]
 
 
 def _cells(entry: AdapterEntry, scored: bool) -> list[str]:

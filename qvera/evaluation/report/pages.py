@@ -159,15 +159,15 @@ def _changes(evaluation: dict[str, Any]) -> list[tuple[str, list[str]]]:
     return changes
 
 
-def compare_page(comparison: Comparison) -> str:
-    """The page of ``qvera compare``: tables and curves of several runs."""
+def compare_page(comparison: Comparison, **more: object) -> str:
+    """The page of ``qvera compare``: tables and curves of several runs. ``more`` is for the template."""
     tables = {
         "Scores on held-out rows": table(SCORES, comparison.figures),
         "Scores by qvera eval": table(score_columns(comparison.runs), comparison.score_figures),
         "Cost": table(COSTS, comparison.figures),
     }
     charts = [_loss_chart(comparison, held_out, unit) for unit in ("step", "token") for held_out in (True, False)]
-    return render("compare.html", comparison=comparison, tables=tables, charts=charts)
+    return render("compare.html", comparison=comparison, tables=tables, charts=charts, **more)
 
 
 def _loss_chart(comparison: Comparison, held_out: bool, unit: str) -> Chart | None:

@@ -17,7 +17,8 @@ from qvera.utils.files import file_sha256, read_json
 Point = tuple[float, float | None]
 """x (a step, say) and y. A y of None is a gap in the curve."""
 
-_FILES = ("recipe.yaml", "metrics.jsonl", "run.json")
+RUN_FILES = ("recipe.yaml", "metrics.jsonl", "run.json")
+"""A directory that holds one of these holds a run."""
 _MAX_STEP = 1e12
 
 
@@ -79,6 +80,7 @@ class Run:
         evals: Rows of kind "eval", likewise.
         evaluation: eval.json, where it was asked for and exists.
         notes: What could not be read, in sentences for the reader of the page.
+        recorded: Totals of all steps, under the keys of ``totals``, where ``train`` has only some of them.
     """
 
     name: str
@@ -90,6 +92,7 @@ class Run:
     adapter_file_bytes: int | None
     evaluation: Evaluation | None
     notes: list[str]
+    recorded: dict[str, float | None] | None = None
 
     def number(self, *keys: str) -> float | None:
         """A number of run.json."""
@@ -119,7 +122,7 @@ class Run:
         From run.json's result, or from metrics.jsonl where that has none (a killed run).
         """
         seconds, tokens = sum(self.values("step_seconds")), sum(self.values("input_tokens"))
-        measured = {
+        measured = self.recorded or {
             "steps": float(self.train[-1]["step"]) if self.train else None,
             "seconds": seconds or None,
             "tokens_per_second": tokens / seconds if tokens and seconds else None,
@@ -210,10 +213,10 @@ def read_run(run_dir: str | Path, *, evaluation: bool = False, metrics: bool = T
     root = Path(run_dir)
     if not root.is_dir():
         raise InputError(f"{root}: no such directory. Give the directory that `qvera train` wrote its run into.")
-    if not any((root / name).is_file() for name in _FILES):
+    if not any((root / name).is_file() for name in RUN_FILES):
         raise InputError(
-            f"{root}: not a run directory: it holds none of {', '.join(_FILES)}. Give the directory that `qvera train` "
-            "printed (training.output_dir of the recipe)."
+            f"{root}: not a run directory: it holds none of {', '.join(RUN_FILES)}. Give the directory that "
+            "`qvera train` printed (training.output_dir of the recipe)."
         )
     notes: list[str] = []
     info = _read_object(root / "run.json", "the summary of a run", notes)
@@ -306,23 +309,30 @@ def _read_recipe(path: Path, notes: list[str]) -> tuple[str, dict[str, Any]]:
     return text, tree if isinstance(tree, dict) else {}
 
 
-def read_rows(path: Path, places: Sequence[str], notes: list[str]) -> Iterator[dict[str, Any]]:
-    """The lines of metrics.jsonl that say in one of ``places`` (``step``, say) where they belong, one after the other.
+def parse_row(line: str | bytes, places: Sequence[str]) -> dict[str, Any] | None:
+    """A line of metrics.jsonl that says in one of ``places`` (``step``, say) where it belongs; None for another."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    known = any(0 <= place < _MAX_STEP for key in places if (place := get_number(row, key)) is not None)
+    return row if known else None
 
-    Then ``notes`` says what could not be read.
+
+def read_rows(path: Path, places: Sequence[str], notes: list[str], containing: str = "") -> Iterator[dict[str, Any]]:
+    """The lines of metrics.jsonl that `parse_row` can read, one after the other.
+
+    Then ``notes`` says what could not be read. Lines without the text ``containing`` are passed over.
     """
     unreadable: list[int] = []
     number, line = 0, "\n"
     try:
         with open(path, encoding="utf-8", errors="replace") as lines:
             for number, line in enumerate(lines, start=1):
-                if not line.strip():
+                if containing not in line or not line.strip():
                     continue
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError):
-                    row = None
-                if any(0 <= place < _MAX_STEP for key in places if (place := get_number(row, key)) is not None):
+                row = parse_row(line, places)
+                if row is not None:
                     yield row
                 else:
                     unreadable.append(number)
@@ -343,10 +353,13 @@ def _read_metrics(path: Path, notes: list[str]) -> tuple[list[dict[str, Any]], l
         if get_text(row, "kind") in kinds:
             kinds[get_text(row, "kind")][int(row["step"])] = row
     train, evals = ([steps[key] for key in sorted(steps)] for steps in kinds.values())
-    broken = [row["step"] for row in train if "loss" in row and get_number(row, "loss") is None]
-    if broken:
-        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
-        notes.append(
-            f"The training loss is not a finite number at step {int(broken[0]):,}{more}: left out of the curve."
-        )
+    notes += not_finite_notes(train)
     return train, evals
+
+
+def not_finite_notes(train: Sequence[dict[str, Any]]) -> list[str]:
+    """A sentence on training steps whose loss is not finite, if there are any."""
+    broken = [row["step"] for row in train if "loss" in row and get_number(row, "loss") is None]
+    more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+    sentence = "The training loss is not a finite number at step {:,}{}: left out of the curve."
+    return [sentence.format(int(broken[0]), more)] if broken else []

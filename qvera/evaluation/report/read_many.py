@@ -7,6 +7,7 @@ kept.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import statistics
 from array import array
@@ -39,7 +40,7 @@ class AdapterEntry:
 
     Attributes:
         name: as the data has it.
-        directory: of its files in ``adapters/``, and of its page.
+        directory: of its files in ``adapters/``, and of its page; "" where it has none.
         status: a key of `STATUS_TEXTS`; "" for one that has not finished.
         flags: what a person should look at, in words.
         tree: the whole entry of run.json.
@@ -89,7 +90,7 @@ def entries_of(info: object) -> list[AdapterEntry]:
         entries.append(
             AdapterEntry(
                 name=name,
-                directory=get_text(tree, "directory"),
+                directory=_plain_name(get_text(tree, "directory")),
                 status=get_text(tree, "status"),
                 **{key: get_number(tree, key) for key in _NUMBERS},
                 loss_before=get_number(tree, "eval_before", "loss"),
@@ -99,6 +100,11 @@ def entries_of(info: object) -> list[AdapterEntry]:
             )
         )
     return entries
+
+
+def _plain_name(directory: str) -> str:
+    """The name of a directory, or "" where it leads elsewhere: run.json may come from anywhere."""
+    return directory if directory == Path(directory).name and not directory.startswith(".") else ""
 
 
 @dataclass(slots=True)
@@ -189,7 +195,7 @@ def read_many(run_dir: str | Path, only: str | None = None) -> ManyRun:
     """Read what `qvera train` has written so far of a run of many adapters.
 
     Args:
-        only: keep the curve of this adapter alone.
+        only: keep the curve of this adapter alone, and no rounds.
 
     Raises:
         InputError: there is no such directory, or no run has written to it.
@@ -199,7 +205,8 @@ def read_many(run_dir: str | Path, only: str | None = None) -> ManyRun:
     entries = entries_of(run.info)
     rounds: dict[int, dict[str, Any]] = {}
     curves: dict[str, Curve] = {}
-    for row in read_rows(root / "metrics.jsonl", ("step", "round"), run.notes):
+    written = "" if only is None else json.dumps(only)  # as the trainer writes it
+    for row in read_rows(root / "metrics.jsonl", ("step", "round"), run.notes, containing=written):
         if row.get("kind") == "round":
             if not row.get("rank"):
                 rounds[int(get_number(row, "round") or 0)] = row
@@ -210,7 +217,7 @@ def read_many(run_dir: str | Path, only: str | None = None) -> ManyRun:
     weights = next((root / ADAPTERS / entry.directory / ADAPTER_WEIGHTS for entry in entries if entry.directory), None)
     size = weights.stat().st_size if weights is not None and weights.is_file() else None
     in_order = [rounds[number] for number in sorted(rounds)]
-    run = dataclasses.replace(run, adapter_file_bytes=size, train=[_as_step(row) for row in in_order])
+    run = dataclasses.replace(run, adapter_file_bytes=size, train=[round_as_step(row) for row in in_order])
     return ManyRun(run, entries, curves)
 
 
@@ -232,7 +239,7 @@ def read_adapter(run_dir: Path, name: str) -> Run:
     return dataclasses.replace(run, evaluation=evaluation)
 
 
-def _as_step(row: dict[str, Any]) -> dict[str, Any]:
+def round_as_step(row: dict[str, Any]) -> dict[str, Any]:
     """A line of a round with the keys of one of a step, by which `Run.totals` counts."""
     seconds, speed = get_number(row, "step_seconds"), get_number(row, "tokens_per_second")
     tokens = None if seconds is None or speed is None else seconds * speed

@@ -30,10 +30,10 @@ _HEADLINES = (
 _MOMENTS = {"backward": "Backward pass", "loss": "Loss", "answers": "Answers"}
 
 
-def run_page(run: Run) -> str:
-    """The page as HTML, sections in the order that a reader wants."""
+def run_page(run: Run, **more: object) -> str:
+    """The page as HTML, sections in the order that a reader wants. ``more`` is for the template."""
     return render(
-        "run.html", score=_score(run), loss_chart=loss_chart(run), charts=_small_charts(run), **run_context(run)
+        "run.html", score=_score(run), loss_chart=loss_chart(run), charts=_small_charts(run), **run_context(run), **more
     )
 
 
@@ -160,7 +160,10 @@ def _samples(run: Run) -> list[Sample]:
     made = []
     for sample in samples if isinstance(samples, list) else ():
         if isinstance(sample, dict):
-            answers = [(when.capitalize(), get_text(sample, when), "") for when in ("before", "after")]
+            # while a run goes, there are those from before
+            answers = [
+                (when.capitalize(), get_text(sample, when), "") for when in ("before", "after") if when in sample
+            ]
             reference = get_text(sample, "reference")
             made.append(make_sample("Prompt", get_text(sample, "prompt"), answers, [reference] if reference else []))
     return made

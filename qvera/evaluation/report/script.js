@@ -1,8 +1,13 @@
 // Tooltips, as text only (textContent). Charts over the same x axis point at the same place together.
+// The page of a running run gets new charts while it is open, so events are caught at the document.
 (() => {
-  const charts = [...document.querySelectorAll('.plot')].map(box => ({
-    box, data: JSON.parse(box.dataset.tips), tip: box.querySelector('.tip'), rule: box.querySelector('.rule'), index: -1
-  }));
+  const states = new WeakMap();
+  const chartOf = box => {
+    const state = states.get(box) ?? {box, tips: null, index: -1};
+    if (state.tips !== box.dataset.tips) state.data = JSON.parse(state.tips = box.dataset.tips);
+    states.set(box, state);
+    return state;
+  };
   const nearest = (list, value) => {
     let low = 0, high = list.length - 1;
     while (high - low > 1) {
@@ -14,49 +19,61 @@
   const show = (chart, index) => {
     chart.index = index;
     const at = chart.data.at[index], lines = chart.data.text[index];
-    for (const side of ['x1', 'x2']) chart.rule.setAttribute(side, 100 * at + '%');
-    chart.rule.style.visibility = 'visible';
-    chart.tip.replaceChildren(...lines.map((line, i) => {
+    const [tip, rule] = ['.tip', '.rule'].map(name => chart.box.querySelector(name));
+    for (const side of ['x1', 'x2']) rule.setAttribute(side, 100 * at + '%');
+    rule.style.visibility = 'visible';
+    tip.replaceChildren(...lines.map((line, i) => {
       const part = document.createElement(i ? 'div' : 'b');
       part.textContent = line;
       return part;
     }));
-    chart.tip.style.left = at < 0.5 ? `calc(${100 * at}% + 8px)` : 'auto';
-    chart.tip.style.right = at < 0.5 ? 'auto' : `calc(${100 * (1 - at)}% + 8px)`;
-    chart.tip.hidden = false;
+    tip.style.left = at < 0.5 ? `calc(${100 * at}% + 8px)` : 'auto';
+    tip.style.right = at < 0.5 ? 'auto' : `calc(${100 * (1 - at)}% + 8px)`;
+    tip.hidden = false;
   };
   const hide = chart => {
     chart.index = -1;
-    chart.tip.hidden = true;
-    chart.rule.style.visibility = 'hidden';
+    chart.box.querySelector('.tip').hidden = true;
+    chart.box.querySelector('.rule').style.visibility = 'hidden';
   };
-  const peers = chart => charts.filter(
-    other => other === chart || (other.box.dataset.sync && other.box.dataset.sync === chart.box.dataset.sync)
+  const peers = chart => [...document.querySelectorAll('.plot')].map(chartOf).filter(
+    other => other.data.at.length && (other === chart || (other.box.dataset.sync && other.box.dataset.sync === chart.box.dataset.sync))
   );
   const point = (chart, index) => {
     const x = chart.data.x[index];
     for (const peer of peers(chart)) show(peer, peer === chart ? index : nearest(peer.data.x, x));
   };
-  for (const chart of charts) {
-    if (!chart.data.at.length) continue;
-    const leave = () => peers(chart).forEach(hide);
-    chart.box.addEventListener('pointermove', event => {
-      const frame = chart.box.getBoundingClientRect();
-      point(chart, nearest(chart.data.at, (event.clientX - frame.left) / frame.width));
-    });
-    chart.box.addEventListener('pointerleave', leave);
-    chart.box.addEventListener('blur', leave);
-    chart.box.addEventListener('keydown', event => {
-      const move = {ArrowLeft: -1, ArrowRight: 1}[event.key];
-      if (event.key === 'Escape') leave();
-      if (!move) return;
-      event.preventDefault();
-      const start = chart.index < 0 ? (move > 0 ? -1 : chart.data.at.length) : chart.index;
-      point(chart, Math.min(Math.max(start + move, 0), chart.data.at.length - 1));
-    });
-  }
+  const on = (kind, act) => document.addEventListener(kind, event => {
+    const box = event.target.closest?.('.plot');
+    const chart = box && chartOf(box);
+    if (chart && chart.data.at.length) act(chart, event);
+  }, true);
+  const leave = chart => peers(chart).forEach(hide);
+  on('pointermove', (chart, event) => {
+    const frame = chart.box.getBoundingClientRect();
+    point(chart, nearest(chart.data.at, (event.clientX - frame.left) / frame.width));
+  });
+  for (const kind of ['pointerleave', 'blur']) on(kind, (chart, event) => { if (event.target === chart.box) leave(chart); });
+  on('keydown', (chart, event) => {
+    const move = {ArrowLeft: -1, ArrowRight: 1}[event.key];
+    if (event.key === 'Escape') leave(chart);
+    if (!move) return;
+    event.preventDefault();
+    const start = chart.index < 0 ? (move > 0 ? -1 : chart.data.at.length) : chart.index;
+    point(chart, Math.min(Math.max(start + move, 0), chart.data.at.length - 1));
+  });
+  const tidy = () => {  // titles are for browsers without scripts
+    for (const title of document.querySelectorAll('.plot title')) title.remove();
+  };
+  // A chart that was drawn again points where it pointed.
+  document.addEventListener('redrawn', () => {
+    tidy();
+    for (const chart of [...document.querySelectorAll('.plot')].map(chartOf)) {
+      if (chart.index >= 0) show(chart, Math.min(chart.index, chart.data.at.length - 1));
+    }
+  });
   // Tables of many rows: sorted by the title that is clicked, filtered by name, and the first 200 shown.
-  for (const table of document.querySelectorAll('table.many')) {
+  for (const table of document.querySelectorAll('table.many:not(.served)')) {
     const body = table.tBodies[0], controls = table.closest('section').querySelector('.controls');
     const [text, flagged] = controls.querySelectorAll('input'), shown = controls.querySelector('.shown');
     const all = controls.querySelector('button'), titles = [...table.tHead.rows[table.tHead.rows.length - 1].cells];
@@ -100,7 +117,7 @@
       });
     });
   }
-  for (const title of document.querySelectorAll('.plot title')) title.remove();
+  tidy();
   addEventListener('beforeprint', () => document.querySelectorAll('details').forEach(d => { d.open = true; }));
   document.documentElement.classList.add('js');
 })();

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
+from qvera.serve.api.event_stream import EventStream
 from qvera.serve.api.generation import Answers, Call, Piece, ScoredToken, while_connected
 from qvera.serve.api.service import access_of, service_of
-from qvera.serve.api.stream import EventStream
+from qvera.serve.api.stream import chunk_events
 
 if TYPE_CHECKING:
     from qvera.serve.api.schemas import GenerationBody
@@ -66,7 +67,7 @@ async def answer(request: Request, body: GenerationBody, call: Call, form: Form)
     head |= {"object": form.chunk, "system_fingerprint": answers.fingerprint}
     with_usage = body.stream_options is not None and body.stream_options.include_usage
     chunks = _chunks(answers, call, form, head, with_usage)
-    return EventStream(chunks, answers.close)
+    return EventStream(chunk_events(chunks), answers.close)
 
 
 async def _whole(answers: Answers, call: Call) -> list[tuple[str, list[ScoredToken], str]]:

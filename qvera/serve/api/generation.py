@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from qvera.serve.api.errors import ApiError, ClientGone, bad_request
+from qvera.serve.api.event_stream import wait_until_gone
 from qvera.serve.requests import (
     AdapterChanged,
     Busy,
@@ -313,9 +314,3 @@ async def while_connected(receive: Receive, work: Awaitable[T]) -> T:
         for each in (task, gone):
             each.cancel()
         await asyncio.gather(task, gone, return_exceptions=True)
-
-
-async def wait_until_gone(receive: Receive) -> None:
-    """Return when the client has closed its connection. The whole body must have been received."""
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
 
-from qvera.serve.address import is_loopback
+from qvera.serve.address import is_loopback, is_of_other_site, name_of
 from qvera.serve.api.errors import ApiError, ClientGone
 from qvera.serve.api.keys import LOCAL, Access
 from qvera.serve.page import PAGE_PATHS
@@ -138,15 +138,13 @@ class Guard:
 def _require_own_page(host: str, origin: str | None) -> None:
     """Refuse pages of other sites, which a browser on this machine would let call the loopback address.
 
-    Without keys that address is all that protects a server. A page may have its own name point to this machine (DNS
-    rebinding): then the host is not this machine's. Or it may post here from its own name: then the origin is not ours.
+    Without keys that address is all that protects a server.
     """
-    name = host.rsplit(":", 1)[0] if host.count(":") == 1 or "]:" in host else host
-    if not is_loopback(name.strip("[]")):
+    if not is_loopback(name_of(host)):
         raise ApiError(
             403, f"The host {host!r} is not this machine's own name. Use localhost, or start the server with --keys."
         )
-    if origin is not None and origin.partition("://")[2] != host:
+    if is_of_other_site(host, origin):
         raise ApiError(403, f"Pages of {origin!r} may not call this server. Start it with --keys.")
 
 

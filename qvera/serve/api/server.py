@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import uvicorn
 
@@ -16,9 +16,9 @@ from qvera.serve.api.connections import Connection, end_silent, end_those_that_d
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
+    from starlette.applications import Starlette
 
-    from qvera.serve.api.service import Service
+    from qvera.serve.api.limits import Limits
 
 _CLOSE_SECONDS = 2
 """For connections that are still open when the drain ends."""
@@ -41,6 +41,19 @@ def bound(host: str, port: int) -> Iterator[tuple[socket.socket, str]]:
         yield taken, f"http://{shown}:{taken.getsockname()[1]}"
 
 
+class ServerState(Protocol):
+    """What a server knows of its app, as ``app.state.service``.
+
+    Attributes:
+        running: calls that are being answered.
+        draining: the server stops, and takes no new calls.
+    """
+
+    limits: Limits
+    running: int
+    draining: bool
+
+
 class Server(uvicorn.Server):
     """Serves an app: ``run(sockets=[...])``.
 
@@ -51,10 +64,10 @@ class Server(uvicorn.Server):
         drained_at: when it stops at the latest (`time.monotonic`); None while it serves.
     """
 
-    def __init__(self, app: FastAPI, *, log_calls: bool = False, on_start: Callable[[], None] | None = None) -> None:
+    def __init__(self, app: Starlette, *, log_calls: bool = False, on_start: Callable[[], None] | None = None) -> None:
         """``on_start``: called once calls are taken."""
         self._on_start = on_start
-        self.service: Service = app.state.service
+        self.service: ServerState = app.state.service
         self.drained_at: float | None = None
         super().__init__(
             uvicorn.Config(

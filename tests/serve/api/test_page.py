@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,6 @@ from qvera.serve.api.keys import KeyFile, new_key
 from qvera.serve.page import PAGE_PATHS
 from tests.helpers import wait_until
 from tests.serve.api.conftest import Start
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 def test_the_page_needs_no_key_and_asks_no_other_host(start: Start, tmp_path: Path) -> None:
@@ -28,19 +24,6 @@ def test_the_page_needs_no_key_and_asks_no_other_host(start: Start, tmp_path: Pa
             assert not re.search(r"https?://", answer.text)
         assert client.get("/v1/models").status_code == 401
         assert client.get("/page/../keys.py").status_code in (401, 404)
-
-
-@pytest.fixture
-def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-    if CHROMIUM is None:
-        pytest.skip("apt-get install chromium")
-    with sync_api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        )
-        yield found
-        found.close()
 
 
 @pytest.mark.parametrize("width", [1280, 820, 390])

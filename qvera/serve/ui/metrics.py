@@ -1,0 +1,238 @@
+"""metrics.jsonl while it grows: what is new is read once, and curves keep a bounded number of steps."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from qvera.evaluation.report.read import get_number, get_text, parse_row
+from qvera.evaluation.report.read_many import AdapterEntry, round_as_step
+from qvera.serve.ui.directories import open_plain
+from qvera.utils.formatting import count, size
+
+MOST_ROWS = 4_096
+"""Steps that a curve keeps: with more, every second of them, then every fourth, and so on. A chart draws fewer."""
+MOST_ADAPTERS = 20_000
+WHOLE_BYTES = 48 << 20
+"""A longer file is not read as a whole: of it `_SAMPLES` pieces, evenly spread, and its end."""
+_SAMPLES = 3_000
+_SAMPLE_BYTES = 8 << 10
+_CHUNK_BYTES = 1 << 20
+_LINE_BYTES = 1 << 20
+"""A longer line is no record."""
+_PLACES = ("step", "round")
+
+
+class Position(NamedTuple):
+    """How far a file was read. A file that takes its place has another inode."""
+
+    inode: int
+    offset: int
+
+    def __str__(self) -> str:
+        return f"{self.inode}-{self.offset}"
+
+    @classmethod
+    def parse(cls, text: str) -> Position | None:
+        """What `str` of one gives back; None for any other text."""
+        inode, _, offset = text.partition("-")
+        if not (inode.isascii() and inode.isdecimal() and offset.isascii() and offset.isdecimal() and len(text) < 64):
+            return None
+        return cls(int(inode), int(offset))
+
+
+NOTHING = Position(0, 0)
+"""Of a file that is not there yet."""
+
+
+class Curve:
+    """Records by step, each step once, the later one; evenly thinned where there are more than `MOST_ROWS`."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, dict[str, Any]] = {}
+        self._every, self._seen = 1, 0
+        self.last: dict[str, Any] | None = None
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Keep a record, or not; its key ``step`` says where it belongs."""
+        self.last = row
+        self._seen += 1
+        if (self._seen - 1) % self._every == 0:
+            self._rows[int(row["step"])] = row
+        if len(self._rows) > MOST_ROWS:
+            self._every *= 2
+            self._rows = {step: self._rows[step] for step in sorted(self._rows)[::2]}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Those that were kept, and the last one, by rising step."""
+        last = {} if self.last is None else {int(self.last["step"]): self.last}
+        found = {**self._rows, **last}
+        return [found[step] for step in sorted(found)]
+
+
+@dataclass
+class Totals:
+    """Sums over all steps."""
+
+    seconds: float = 0.0
+    tokens: float = 0.0
+    adapter_steps: float = 0.0
+    """Of a run of many adapters: optimizer steps of all of them."""
+    peak_bytes: float | None = None
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Add a step, or a round in the form of one."""
+        self.seconds += get_number(row, "step_seconds") or 0.0
+        self.tokens += get_number(row, "input_tokens") or 0.0
+        self.adapter_steps += get_number(row, "adapters") or 0.0
+        peak = get_number(row, "peak_bytes")
+        if peak is not None:
+            self.peak_bytes = max(self.peak_bytes or 0.0, peak)
+
+
+@dataclass
+class Read:
+    """What was read of a file, from its beginning on.
+
+    Attributes:
+        position: up to where.
+        train: steps, or rounds in the form of steps.
+        adapters: of a run of many adapters, name → its numbers so far.
+        sampled_bytes: the size of a file of which only some pieces were read; 0 for any other.
+        unreadable: lines that are no records.
+    """
+
+    position: Position
+    train: Curve = field(default_factory=Curve)
+    evals: Curve = field(default_factory=Curve)
+    totals: Totals = field(default_factory=Totals)
+    adapters: dict[str, dict[str, Any]] = field(default_factory=dict)
+    sampled_bytes: int = 0
+    unreadable: int = 0
+
+    def notes(self) -> list[str]:
+        """What a reader of the curves should know."""
+        notes = []
+        if self.sampled_bytes:
+            notes.append(
+                f"metrics.jsonl had {size(self.sampled_bytes)} when it was opened: of what was there then, the curves "
+                "show pieces that are spread evenly over it."
+            )
+        if self.unreadable:
+            notes.append(f"metrics.jsonl: {count(self.unreadable)} lines can't be read and are left out.")
+        return notes
+
+    def recorded(self) -> dict[str, float | None]:
+        """Totals under the keys of `Run.totals`; those that pieces of a file do not give are None."""
+        totals, last = self.totals, self.train.last
+        whole = not self.sampled_bytes and totals.seconds > 0
+        return {
+            "steps": None if last is None else float(last["step"]),
+            "seconds": totals.seconds if whole else None,
+            "tokens_per_second": totals.tokens / totals.seconds if whole and totals.tokens else None,
+            "peak_bytes": totals.peak_bytes,
+        }
+
+    def entries(self) -> list[AdapterEntry]:
+        """The adapters that have taken a step, in the order in which they began."""
+        return [AdapterEntry(name, "", **numbers) for name, numbers in self.adapters.items()]
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Add a record of any kind."""
+        kind, adapter = get_text(row, "kind"), get_text(row, "adapter")
+        if kind == "round" and not row.get("rank") and get_number(row, "round") is not None:
+            row = round_as_step(row)
+            self.train.add(row)
+            self.totals.add(row)
+        elif get_number(row, "step") is None:
+            return
+        elif adapter:
+            self._add_to_adapter(adapter, kind, row)
+        elif kind == "train":
+            self.train.add(row)
+            self.totals.add(row)
+        elif kind == "eval":
+            self.evals.add(row)
+
+    def _add_to_adapter(self, name: str, kind: str, row: dict[str, Any]) -> None:
+        if kind != "train" or (name not in self.adapters and len(self.adapters) == MOST_ADAPTERS):
+            return
+        numbers = self.adapters.setdefault(name, {"train_loss_first": get_number(row, "loss")})
+        numbers |= {"steps": get_number(row, "step"), "train_loss_last": get_number(row, "loss")}
+
+
+class MetricsFile:
+    """A metrics.jsonl that may grow, be replaced, be damaged, or not be there. Not for several threads at once."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.read = Read(NOTHING)
+
+    def update(self) -> Read:
+        """Read what is new: from the beginning where the file is another one or has become shorter."""
+        descriptor = open_plain(self._path)
+        if descriptor is None:
+            self.read = Read(NOTHING)
+            return self.read
+        try:
+            facts = os.fstat(descriptor)
+            known = self.read.position
+            if facts.st_ino != known.inode or facts.st_size < known.offset:
+                self.read = Read(Position(facts.st_ino, 0))
+            if facts.st_size - self.read.position.offset > WHOLE_BYTES:
+                self._sample(descriptor, facts.st_size)
+            self._read_on(descriptor, facts.st_size)
+        except OSError:  # the disk is gone: what was read stays
+            pass
+        finally:
+            os.close(descriptor)
+        return self.read
+
+    def _read_on(self, descriptor: int, end: int) -> None:
+        read = self.read
+        for line, offset in whole_lines(descriptor, read.position.offset, end):
+            row = parse_row(line, _PLACES)
+            if row is not None:
+                read.add(row)
+            elif line.strip():
+                read.unreadable += 1
+            read.position = Position(read.position.inode, offset)
+
+    def _sample(self, descriptor: int, end: int) -> None:
+        """Read pieces of a long file, and go on near its end."""
+        read = self.read
+        start = read.position.offset
+        read.sampled_bytes = end
+        stop = end - _CHUNK_BYTES
+        for number in range(_SAMPLES):
+            place = start + (stop - start) * number // _SAMPLES
+            piece = os.pread(descriptor, _SAMPLE_BYTES, place)
+            lines = piece.split(b"\n")[(1 if place else 0) : -1]  # the first and the last are cut
+            for row in filter(None, (parse_row(line, _PLACES) for line in lines)):
+                read.add(row)
+        after = os.pread(descriptor, _LINE_BYTES, stop).find(b"\n")
+        read.position = Position(read.position.inode, stop + after + 1)
+
+
+def whole_lines(descriptor: int, offset: int, end: int) -> Iterator[tuple[bytes, int]]:
+    """The lines between two places of a file that have ended, each with the place after it.
+
+    Of a line beyond `_LINE_BYTES` only its end is given, which no reader takes for a record.
+    """
+    kept = b""
+    while offset < end:
+        chunk = os.pread(descriptor, min(_CHUNK_BYTES, end - offset), offset)
+        if not chunk:
+            return
+        *lines, rest = (kept + chunk).split(b"\n")
+        at = offset - len(kept)
+        for line in lines:
+            at += len(line) + 1
+            yield line, at
+        offset += len(chunk)
+        kept = rest if len(rest) <= _LINE_BYTES else b"x"
+        if kept != rest:
+            yield b"x", offset - 1  # so that its beginning is not read again

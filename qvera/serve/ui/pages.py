@@ -1,0 +1,224 @@
+"""The pages: those of the report, with what only a server can add. Each is made once for all its readers."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+from urllib.parse import quote, urlencode
+
+from qvera.evaluation.report.compare import compare, require_comparable
+from qvera.evaluation.report.many_pages import adapter_page, many_page
+from qvera.evaluation.report.pages import compare_page, render
+from qvera.evaluation.report.read import Run, get_number
+from qvera.evaluation.report.read_many import read_many
+from qvera.evaluation.report.run_page import run_page
+from qvera.serve.ui.directories import MOST_RUNS, RunDirectories
+from qvera.serve.ui.finder import Finder, find
+from qvera.serve.ui.summaries import Summaries, Summary, left_seconds
+from qvera.serve.ui.views import View, Views
+from qvera.utils.errors import InputError
+from qvera.utils.formatting import count, duration, significant, text_or_dash
+
+MOST_PAGES = 64
+Trail = Sequence[tuple[str, str]]
+
+
+def run_href(id: str) -> str:
+    """The address of a run's page."""
+    return f"/run/{quote(id)}"
+
+
+class Pages:
+    """Every page as HTML. All methods may be called from any thread.
+
+    Args:
+        place: what was named on the command line, for the list's head.
+    """
+
+    def __init__(self, place: str, directories: RunDirectories, summaries: Summaries, views: Views) -> None:
+        self._place, self._directories, self._summaries, self._views = place, directories, summaries, views
+        self._made: OrderedDict[object, tuple[object, str]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def runs(self, asked: Finder) -> str:
+        """The list of all runs."""
+        runs = self._summaries.list()
+        shown, finder = find(runs, asked, lambda run: run.id)
+
+        def make() -> str:
+            cut = f"There are more runs than the {MOST_RUNS:,} that are looked at." if self._directories.is_cut else ""
+            return render(
+                "runs.html",
+                place=self._place,
+                notices=[cut] if cut else [],
+                empty_text=f"No run of this name is in {self._place}."
+                if runs
+                else "No run is here yet; the next one shows up.",
+                runs=[(run, run_href(run.id), _cells(run)) for run in shown],
+                served=_served([], f"/events/runs?{urlencode({'seen': list_signature(runs)})}", finder=finder),
+            )
+
+        return self._once(("runs", asked), (shown, finder, bool(runs), self._directories.is_cut), make)
+
+    def run(self, id: str, asked: Finder) -> str:
+        """A run.
+
+        Raises:
+            NotFound: there is none of this id.
+            InputError: its files are not ones that are read.
+        """
+        view = self._views.get(id)
+
+        def make() -> str:
+            events = f"/events/run/{quote(id)}?{urlencode({'from': view.read.position, 'seen': view.signature})}"
+            served = _served([(id, "")], events, id=id, state=view.state, recipe=f"{view.directory}/recipe.yaml")
+            served |= _now(view)
+            if view.many is None:
+                return run_page(view.run, served=served)
+            shown, finder = find(view.many.entries, asked, lambda entry: entry.name, lambda entry: entry.is_flagged)
+            served["finder"] = finder
+            return many_page(view.many, shown, lambda entry: adapter_href(id, entry.name), served=served)
+
+        return self._once(("run", id, asked), (view.signature, view.read.position), make)
+
+    def adapter(self, id: str, name: str) -> str:
+        """One adapter of a run of many.
+
+        Raises:
+            NotFound: there is no such run or adapter.
+            InputError: the run's files are not ones that are read.
+        """
+        view, entry = self._views.adapter(id, name)
+
+        def make() -> str:
+            many = dataclasses.replace(read_many(view.directory, only=name), entries=[entry])
+            many = dataclasses.replace(many, run=dataclasses.replace(many.run, name=id))
+            trail = [(id, run_href(id)), (name, "")]
+            return adapter_page(many, entry, run_href(id), served=_served(trail))
+
+        return self._once(("adapter", id, name), (view.signature, view.read.position), make)
+
+    def compare(self, ids: Sequence[str], adapters: Sequence[str]) -> str:
+        """Two to eight runs side by side, or adapters of one run.
+
+        Raises:
+            NotFound: there is no such run or adapter.
+            InputError: too few, too many, or of another kind; or their files are not ones that are read.
+        """
+        ids, adapters = list(dict.fromkeys(ids)), list(dict.fromkeys(adapters))
+        require_comparable(len(ids) * max(1, len(adapters)))
+        views = self._views
+        if adapters and len(ids) != 1:
+            raise InputError("adapters are compared within one run; choose them on its page.")
+        signatures = tuple((one.signature, one.read.position) for one in map(views.get, ids))
+
+        def make() -> str:
+            runs: dict[str, Run] = (
+                {name: views.adapter_with_scores(ids[0], name) for name in adapters}
+                if adapters
+                else {id: views.with_scores(id) for id in ids}
+            )
+            trail = [(ids[0], run_href(ids[0]))] if adapters else []
+            return compare_page(compare(runs), served=_served([*trail, ("compare", "")]))
+
+        return self._once(("compare", tuple(ids), tuple(adapters)), signatures, make)
+
+    def refused(self, title: str, reasons: Sequence[str]) -> str:
+        """A page that says what can't be shown."""
+        return render("refused.html", title=title, reasons=reasons, served=_served([(title, "")]))
+
+    def _once(self, key: object, signature: object, make: Callable[[], str]) -> str:
+        """The page that was made of the same, or a new one."""
+        with self._lock:
+            known = self._made.get(key)
+        if known is not None and known[0] == signature:
+            return known[1]
+        page = make()
+        with self._lock:
+            self._made[key] = signature, page
+            self._made.move_to_end(key)
+            while len(self._made) > MOST_PAGES:
+                self._made.popitem(last=False)
+        return page
+
+
+def adapter_href(id: str, name: str) -> str:
+    """The address of an adapter's page."""
+    return f"/adapter/{quote(id)}?{urlencode({'name': name})}"
+
+
+def list_signature(runs: Sequence[Summary]) -> str:
+    """Differs between two lists of runs that differ."""
+    return hashlib.sha256(repr(runs).encode(errors="replace")).hexdigest()[:16]
+
+
+def _served(trail: Trail, events: str = "", **more: Any) -> dict[str, Any]:
+    """What the templates know of the server: where the page is, and where it hears of news."""
+    return {"trail": trail, "events": events, "now": [], "planned_steps": None, **more}
+
+
+def _cells(run: Summary) -> list[str]:
+    """A row of the list: what it is, and its numbers."""
+    facts = run.facts
+    adapters = "" if facts.adapters is None else f"{count(facts.adapters)} adapters"
+    what = ", ".join(filter(None, (facts.model, facts.method, adapters)))
+    of = f" of {facts.planned_steps:,.0f}" if facts.planned_steps else ""
+    step = "–" if facts.step is None else f"{'round ' if facts.is_rounds else ''}{facts.step:,.0f}{of}"
+    going = run.state == "running"
+    return [
+        what,
+        step,
+        text_or_dash(facts.train_loss, lambda value: significant(value, 4)),
+        text_or_dash(facts.eval_loss, lambda value: significant(value, 4)),
+        text_or_dash(facts.tokens_per_second, count),
+        text_or_dash(facts.left_seconds, duration) if going else "",
+        run.changed_text,
+    ]
+
+
+def _now(view: View) -> dict[str, Any]:
+    """Where a running run is, for its page: key, title, value and note of each figure."""
+    last = view.read.train.last
+    if view.state != "running" or last is None:
+        return {}
+    step, is_many = get_number(last, "step") or 0.0, view.many is not None
+    planned, many_steps = view.run.number("planned_steps"), view.read.totals.adapter_steps
+    if is_many and (view.read.sampled_bytes or (view.run.number("processes", "count") or 1) > 1):
+        planned = None  # not all steps of the adapters are known
+    done = many_steps if is_many else step
+    rows = view.read.train.rows()
+    left = None if planned is None else left_seconds(rows, planned - done)
+    if is_many and left is not None:
+        left = left / max(1.0, many_steps / step)  # a round is a step of several adapters
+    held_out = view.read.evals.last
+    figures = [
+        (
+            "step",
+            "Round" if is_many else "Step",
+            f"{step:,.0f}",
+            f"of {planned:,.0f}" if planned and not is_many else "",
+        ),
+        ("left", "Left", "" if left is None else duration(left), "at the pace of the last steps"),
+        ("loss", "Training loss", _four_digits(get_number(last, "loss")), "of the last step"),
+        (
+            "held-out",
+            "Held-out loss",
+            _four_digits(get_number(held_out, "loss")),
+            "" if held_out is None else f"at step {get_number(held_out, 'step'):,.0f}",
+        ),
+        ("speed", "Tokens per second", _in_words(get_number(last, "tokens_per_second")), "in the last step"),
+    ]
+    shown = [figure for figure in figures if figure[2]]
+    return {"now": shown, "planned_steps": planned, "step": done}
+
+
+def _four_digits(value: float | None) -> str:
+    return "" if value is None else significant(value, 4)
+
+
+def _in_words(value: float | None) -> str:
+    return "" if value is None else count(value)

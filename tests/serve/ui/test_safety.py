@@ -1,0 +1,216 @@
+"""Nothing outside of the runs is served, whatever is asked for and whatever lies in them; and no other site may ask."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qvera.serve.address import is_own_name
+from tests.evaluation.report.conftest import evaluation, many_info
+from tests.serve.ui.conftest import Served
+
+Build = Callable[..., Path]
+Serve = Callable[..., Served]
+SECRET = "hunter2-secret"
+
+
+@pytest.fixture
+def outside(build_run: Build, tmp_path: Path) -> Path:
+    """A run beside the served directory, all of whose files hold a secret."""
+    run = build_run(name="outside")
+    recipe = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(f"# {SECRET}\n{recipe}")
+    info = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**info, "device": SECRET}))
+    scores = evaluation()
+    scores["metrics"][0]["label"] = SECRET
+    (run / "eval.json").write_text(json.dumps(scores))
+    (run / "secret.txt").write_text(SECRET)
+    (tmp_path / "runs").mkdir()
+    return run
+
+
+def put(build_run: Build, tmp_path: Path, name: str, **parts: object) -> Path:
+    return Path(shutil.move(build_run(name=name, **parts), tmp_path / "runs" / name))
+
+
+def test_links_are_not_followed(build_run: Build, serve: Serve, outside: Path, tmp_path: Path) -> None:
+    good = put(build_run, tmp_path, "good")
+    (tmp_path / "runs" / "linked").symlink_to(outside)
+    (tmp_path / "runs" / "up").symlink_to("..")
+    for name in ("recipe.yaml", "run.json", "eval.json", "metrics.jsonl"):
+        run = put(build_run, tmp_path, f"with-{name}")
+        (run / name).unlink(missing_ok=True)
+        (run / name).symlink_to(outside / name)
+    served = serve(tmp_path / "runs")
+    listed = served.get("/")
+    assert SECRET not in listed.text
+    assert "linked" not in listed.text
+    for id in ("linked", "up/outside", "with-recipe.yaml", "with-run.json", "with-eval.json", "with-metrics.jsonl"):
+        for path in (f"/run/{id}", f"/compare?run={id}&run=good", f"/adapter/{id}?name=x"):
+            assert SECRET not in served.get(path).text, path
+    assert "recipe.yaml is a link" in served.get("/run/with-recipe.yaml").text
+    assert served.get("/run/good").status_code == 200
+    assert good.is_dir()
+
+
+@pytest.mark.parametrize("directory", ["../../outside", "/etc", "..", ".", "a/../../../outside", "linked"])
+def test_a_summary_leads_nowhere_else(
+    build_run: Build, serve: Serve, outside: Path, tmp_path: Path, directory: str
+) -> None:
+    """run.json names the directory of each adapter, and may come from anywhere."""
+    info = many_info()
+    for entry in info["adapters"][:2]:
+        entry["directory"] = directory
+    run = put(build_run, tmp_path, "many", info=info)
+    (run / "adapters").mkdir()
+    (run / "adapters" / "linked").symlink_to(outside)
+    served = serve(tmp_path / "runs")
+    names = [entry["name"] for entry in info["adapters"][:2]]
+    query = "&".join(f"adapter={name.replace(' ', '+').replace('<', '%3C')}" for name in names)
+    for path in ("/run/many", f"/compare?run=many&{query}", f"/adapter/many?name={names[1].replace('<', '%3C')}"):
+        answer = served.get(path)
+        assert answer.status_code in (200, 400), path
+        assert SECRET not in answer.text, path
+
+
+def attempts() -> list[bytes]:
+    """Ways to ask for a file beside the runs."""
+    ups = [
+        b"..",
+        b"%2e%2e",
+        b"%252e%252e",
+        b"..%00",
+        b"..;",
+        b"%c0%ae%c0%ae",
+        b"..%5c",
+        b"..\\",
+        b".%2e",
+        b"%uff0e%uff0e",
+    ]
+    slashes = [b"/", b"%2f", b"%5c", b"//", b"%252f"]
+    ends = [b"outside", b"outside/secret.txt", b"etc/passwd", b"outside/run.json"]
+    fronts = [
+        b"/run/",
+        b"/look/",
+        b"/adapter/",
+        b"/events/run/",
+        b"/",
+        b"/run/good/",
+        b"//",
+        b"file:///",
+        b"/compare?run=good&run=",
+    ]
+    made = [front + up + slash + end for front in fronts for up in ups for slash in slashes for end in ends]
+    made += [front + (up + slash) * 8 + end for front in fronts[:4] for up in ups for slash in slashes for end in ends]
+    chooser = random.Random(0)
+    alphabet = [
+        *ups,
+        *slashes,
+        *ends,
+        b"run",
+        b"good",
+        b"?",
+        b"&",
+        b"=",
+        b"%",
+        b"%0a",
+        b"%ff",
+        b"~",
+        b"*",
+        b"name=",
+        b"from=1-2",
+    ]
+    made += [b"/" + b"".join(chooser.choices(alphabet, k=chooser.randint(1, 12))) for _ in range(300)]
+    return chooser.sample(made, 400)
+
+
+def test_no_address_leads_out_of_the_runs(
+    build_run: Build, serve: Serve, outside: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(build_run, tmp_path, "good")
+    served = serve(tmp_path / "runs")
+    for target in attempts():
+        if target.startswith((b"/events/run/good", b"/events/runs")):
+            continue  # streams do not end
+        answer = served.raw(target)
+        assert answer.startswith((b"HTTP/1.1 200", b"HTTP/1.1 4", b"HTTP/1.1 3")) or b"event: gone" in answer, target
+        assert SECRET.encode() not in answer, target
+        assert b"root:" not in answer, target
+    assert "Traceback" not in caplog.text
+
+
+def test_names_of_other_alphabets_and_of_markup_are_texts(build_run: Build, serve: Serve, tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    names = ["Ünï 漢字", "a<script>alert(1)<", "q\"uo'te", "50% ? & #1 +", "a..b", "%2e%2e"]
+    for name in names:
+        put(build_run, tmp_path, name)
+    served = serve(tmp_path / "runs")
+    page = served.get("/").text
+    assert "<script>alert" not in page
+    hrefs = [part.split('"')[0].replace("&amp;", "&") for part in page.split('<a href="/run')[1:]]
+    assert len(hrefs) == len(names)
+    for href in hrefs:
+        assert served.get(f"/run{href}").status_code == 200, href
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "status"),
+    [
+        ("localhost", None, 200),
+        ("127.0.0.1:8001", None, 200),
+        ("[::1]:8001", None, 200),
+        ("localhost:1", "http://localhost:1", 200),
+        ("evil.example", None, 403),
+        ("localhost.evil.example", None, 403),
+        ("10.0.0.1", None, 403),
+        ("", None, 403),
+        ("localhost", "https://evil.example", 403),
+        ("localhost", "null", 403),
+    ],
+)
+def test_other_sites_are_refused(
+    build_run: Build, serve: Serve, tmp_path: Path, host: str, origin: str | None, status: int
+) -> None:
+    build_run(name="one")
+    answer = serve(tmp_path).get("/run/one", Host=host, **({"Origin": origin} if origin else {}))
+    assert answer.status_code == status
+    assert ("SmolLM2" in answer.text) == (status == 200)
+    assert "access-control-allow-origin" not in answer.headers
+
+
+def test_a_server_that_others_reach_takes_addresses_and_its_own_names() -> None:
+    assert all(is_own_name(host, "0.0.0.0") for host in ("192.168.0.7:8001", "[fe80::1]:80", socket.gethostname()))
+    assert not any(is_own_name(host, "0.0.0.0") for host in ("evil.example", "192.168.0.7.evil.example", "", "a:b:c"))
+    assert is_own_name("box.lan:8001", "box.lan")
+
+
+def test_every_answer_forbids_scripts_and_loads_of_others(build_run: Build, serve: Serve, tmp_path: Path) -> None:
+    build_run(name="one")
+    served = serve(tmp_path)
+    for path in ("/", "/run/one", "/compare", "/nowhere", "/look/live.js", "/look/style.css", "/health"):
+        answer = served.get(path)
+        policy = answer.headers["content-security-policy"]
+        assert policy.startswith("default-src 'none'"), path
+        assert "unsafe" not in policy
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert "http://" not in answer.text.replace("http://www.w3.org", "")
+        for inline in ("<script>", "<style>", " style=", " onclick", "javascript:"):
+            assert inline not in answer.text or path.startswith("/look"), (path, inline)
+
+
+@pytest.mark.parametrize("method", [b"POST", b"PUT", b"DELETE", b"PATCH", b"OPTIONS"])
+def test_only_reading_is_allowed(build_run: Build, serve: Serve, tmp_path: Path, method: bytes) -> None:
+    build_run(name="one")
+    assert serve(tmp_path).raw(b"/run/one", method=method).startswith(b"HTTP/1.1 405")
+
+
+def test_a_query_without_end_is_refused(build_run: Build, serve: Serve, tmp_path: Path) -> None:
+    build_run(name="one")
+    assert serve(tmp_path).get("/?q=" + "x" * 20_000).status_code == 414
