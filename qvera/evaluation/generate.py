@@ -41,7 +41,7 @@ def generating(model: nn.Module, base_only: bool = False) -> Iterator[None]:
     alone, for batches whose rows use different adapters.
     """
     inner = causal_model(model)
-    was_training, used_cache = model.training, inner.config.use_cache
+    was_training, used_cache = model.training, getattr(inner.config, "use_cache", None)  # an encoder may have none
     layers = [m for m in model.modules() if isinstance(m, LowRankPath) and not m.disable_adapters]
     layers = [m for m in layers if not is_sharded(m.base_layer.weight)]
     if any(layer.holds_inference_weight for layer in layers) or not _dense_fits(layers):
@@ -57,7 +57,10 @@ def generating(model: nn.Module, base_only: bool = False) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.hold_inference_weight(False)
-        inner.config.use_cache = used_cache
+        if used_cache is None:
+            del inner.config.use_cache
+        else:
+            inner.config.use_cache = used_cache
         model.train(was_training)
 
 

@@ -133,6 +133,7 @@ def load_base(
     model.eval()
     if model_class.has_own_head:  # a decoder's head reads the last token that is no padding
         model.config.get_text_config().pad_token_id = pad_id_of(tokenizer)
+        model.config.use_cache = False
     ids = ids_of(tokenizer, section.added_tokens)
     if ids:
         place_token_rows(model, ids)

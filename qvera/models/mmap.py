@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 _STATE = ".quant_state.bitsandbytes__"
 _BIG = (nn.Embedding, nn.Linear)
 """Modules whose dense weights are large: they stay as stored, and ZeRO-3 shards them like the packed ones."""
+_TABLE_NUMEL = 2**22
+"""Embeddings of fewer weights, such as those of positions, are cast: DeBERTa reads such a weight without a call."""
 _IGNORED = (".rotary_emb.inv_freq",)  # old Llama checkpoints carry these; the model computes them
 
 
@@ -214,6 +216,13 @@ def _put_plain(
     # On a CPU it stays in the file as it is, and is cast for each product. An accelerator has it in the compute dtype,
     # unless that would take more room than the file's.
     narrower, as_wide = tensor.dtype.itemsize < dtype.itemsize, tensor.dtype.itemsize == dtype.itemsize
-    stays = type(module) in _BIG and key == "weight" and (narrower or (as_wide and device.type == "cpu"))
+    is_big = (
+        type(module) in _BIG
+        and key == "weight"
+        and (
+            isinstance(module, nn.Linear) or tensor.numel() >= _TABLE_NUMEL or module is model.get_input_embeddings()  # type: ignore[operator]
+        )
+    )
+    stays = is_big and (narrower or (as_wide and device.type == "cpu"))
     value = tensor.to(device=device, dtype=tensor.dtype if stays else dtype)
     setattr(module, key, nn.Parameter(value, requires_grad=False))

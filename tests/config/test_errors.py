@@ -341,7 +341,7 @@ def test_keys_that_contradict_each_other(changes: dict[str, Any], key: str) -> N
         (
             {"data.eval_limit": 9},
             "data.eval_limit",
-            "data.eval_path or data.eval_split or data.eval_fraction",
+            "data.eval_path, data.eval_split, data.eval_fraction",
             {"data.eval_path": "b"},
         ),
         ({"training.exact_match_rows": 9}, "training.exact_match_rows", "data.eval_path", {"data.eval_fraction": 0.1}),
