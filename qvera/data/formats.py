@@ -26,7 +26,7 @@ _DETECTED = [name for name in _FORMATS if name != "classification"]
 """A text with a label is a classification's row only where the recipe's task says so."""
 _USUAL_TEXTS = (
     ("text", "text_pair"), ("text",), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"),
-    ("question", "sentence"), ("sentence",),
+    ("question", "sentence"), ("sentence",), ("question",),
 )  # fmt: skip
 """Columns that labelled texts usually have, GLUE's among them."""
 

@@ -194,7 +194,9 @@ def private_bytes(storages: dict[int, tuple[int, str]]) -> dict[str, int]:
 
 
 def _embedding(model: Any) -> dict[str, bool]:
-    weight, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    weight = model.get_input_embeddings().weight
+    output = model.get_output_embeddings()  # a classifier has none
+    head = weight if output is None else output.weight
     return {
         "sharded": zero_params.is_sharded(weight),
         "is_the_head": weight.numel() > 0 and weight.data_ptr() == head.data_ptr(),

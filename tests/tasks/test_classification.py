@@ -336,6 +336,11 @@ def test_keys_without_a_meaning_are_refused_by_name(classify: Any, section: dict
         classify(**section)
 
 
+def test_new_tokens_are_refused(classify: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"model\.added_tokens.*a sequence classification model"):
+        train(classify(model={"added_tokens": ["<|x|>"]}), tmp_path / "run")
+
+
 def test_a_method_that_steps_its_own_tensors_only_is_refused(classify: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"spiel steps its own tensors only.*score\.weight"):
         train(classify(adapter={"method": "spiel", "rank": 2}), tmp_path / "run")
