@@ -46,6 +46,7 @@ NOT_RUN = {
     "qvera launch": "starts other processes; tests/distributed does",
     "qvera harness": "needs lm-eval; tests/evaluation/test_lm_eval.py does",
     "qvera doctor": "tests/cli does; its exit code depends on the machine",
+    "python -m bench.paper": "needs the hub; tests/test_paper.py runs it on tiny models",
     "torchrun": "starts other processes; tests/distributed does",
     "deepspeed": "needs other machines; tests/distributed does",
     "sbatch": "needs Slurm; tests/distributed/test_slurm.py does",

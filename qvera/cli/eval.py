@@ -257,6 +257,7 @@ def _data_section(run: Path, data: str | None, rows: int | None, target: EvalTar
         weight=1.0,
         eval_path=None,
         eval_split=None,
+        rows_per_label=None,
         eval_fraction=0.0,
         limit=rows,
     )

@@ -7,19 +7,24 @@ from pathlib import Path
 
 import pytest
 
+from bench.paper import TABLES
 from qvera.config.load import load_recipe, read_yaml
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 SCHEMA = RECIPES.parent / "qvera" / "config" / "recipe.schema.json"
-NAMES = [
+OVER_LLAMA = [
     "customers",
     "e2e/smollm2-135m",
     "e2e/smollm2-135m-lora",
+    "instruct/llama-13b",
+    "instruct/llama-7b",
     "instruct/llama2-13b",
     "instruct/llama2-7b",
     "instruct/smollm2-135m",
     "quickstart",
 ]
+OF_THE_PAPER = [row.recipe for rows in TABLES.values() for row in rows.values()]
+NAMES = sorted(OVER_LLAMA + OF_THE_PAPER)
 
 
 def test_no_recipe_is_unknown_to_this_test() -> None:
@@ -29,8 +34,8 @@ def test_no_recipe_is_unknown_to_this_test() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_recipe_parses_and_names_the_schema(name: str) -> None:
     recipe = load_recipe(RECIPES / f"{name}.yaml")
-    assert recipe.adapter.targets == "all-linear"
-    assert recipe.model.quantization == "nf4"
+    assert (recipe.adapter.targets == "all-linear") == (name in OVER_LLAMA)
+    assert recipe.model.quantization == ("nf4" if name in OVER_LLAMA else "none")
     path = RECIPES / f"{name}.yaml"
     first = path.read_text(encoding="utf-8").partition("\n")[0]
     assert (path.parent / first.removeprefix("# yaml-language-server: $schema=")).samefile(SCHEMA)
@@ -74,9 +79,10 @@ def test_presets_are_the_best_of_the_sweep_that_they_name(task: str) -> None:
 
 
 @pytest.mark.parametrize("size", ["7b", "13b"])
-def test_llama2_recipes_have_the_papers_settings(size: str) -> None:
-    recipe = load_recipe(RECIPES / f"instruct/llama2-{size}.yaml")
-    assert recipe.model.path == f"meta-llama/Llama-2-{size}-hf"
+@pytest.mark.parametrize("model", ["llama", "llama2"])
+def test_llama_recipes_have_the_papers_settings(model: str, size: str) -> None:
+    recipe = load_recipe(RECIPES / f"instruct/{model}-{size}.yaml")
+    assert recipe.model.path == {"llama": f"huggyllama/llama-{size}", "llama2": f"meta-llama/Llama-2-{size}-hf"}[model]
     assert recipe.model.double_quant
     assert (recipe.adapter.rank, recipe.adapter.d_initial) == (1024, 0.1)
     assert (recipe.data.path, recipe.data.template, recipe.data.train_on) == (
@@ -96,3 +102,35 @@ def test_quickstart_recipe_stays_small() -> None:
     assert recipe.adapter.rank == 256
     rows = recipe.training.max_steps * recipe.training.global_batch_size
     assert 0 < rows <= 1000, "the quickstart has six minutes on two cores"
+
+
+# The paper's table of hyperparameters: epochs, VeRA's rate, the head's rate.
+GLUE = {
+    ("base", "sst2"): (60, 4e-3, 4e-3), ("base", "mrpc"): (30, 1e-2, 4e-3), ("base", "cola"): (80, 1e-2, 1e-2),
+    ("base", "qnli"): (25, 1e-2, 4e-3), ("base", "rte"): (160, 4e-3, 1e-2), ("base", "stsb"): (80, 1e-2, 1e-2),
+    ("large", "sst2"): (10, 1e-2, 6e-3), ("large", "mrpc"): (40, 3e-2, 3e-3), ("large", "cola"): (40, 1e-2, 6e-3),
+    ("large", "qnli"): (20, 1e-2, 2e-4), ("large", "rte"): (40, 2e-2, 2e-3), ("large", "stsb"): (20, 2e-2, 2e-3),
+}  # fmt: skip
+SIZES = {"base": (1024, 64, 512), "large": (256, 128, 128)}  # rank, batch, most tokens
+
+
+@pytest.mark.parametrize(("size", "task"), GLUE)
+def test_glue_recipes_have_the_papers_settings(size: str, task: str) -> None:
+    recipe = load_recipe(RECIPES / f"glue/{task}-roberta-{size}.yaml")
+    training, data = recipe.training, recipe.data
+    rates = training.num_train_epochs, training.learning_rate, training.head_learning_rate
+    assert rates == GLUE[size, task]
+    assert (recipe.adapter.rank, training.global_batch_size, data.max_length) == SIZES[size]
+    assert recipe.adapter.targets == ["query", "value"]
+    assert (training.lr_scheduler_type, training.warmup_ratio, training.optim) == ("linear", 0.06, "adamw")
+    assert (data.path, data.config_name, data.eval_split) == ("nyu-mll/glue", task, "validation")
+    assert (data.regression is True) == (task == "stsb")
+
+
+@pytest.mark.parametrize(("size", "rate"), [("medium", 1e-1), ("large", 2e-2)])
+def test_e2e_recipes_have_the_papers_settings(size: str, rate: float) -> None:
+    recipe = load_recipe(RECIPES / f"e2e/gpt2-{size}.yaml")
+    training = recipe.training
+    assert (recipe.adapter.rank, training.learning_rate, training.num_train_epochs) == (1024, rate, 5)
+    assert (training.global_batch_size, training.warmup_steps) == (8, 500)
+    assert (training.weight_decay, training.label_smoothing) == (0.01, 0.1)
