@@ -34,7 +34,7 @@ quickstart: $(VENV)/.installed-quickstart
 # One worker a core; each computes on one thread (tests/conftest.py).
 PARALLEL = -n auto --dist loadfile
 
-test: $(VENV)/.installed-test
+test: $(VENV)/.installed-test $(VENV)/.installed-trl
 	$(BIN)/python -m pytest -q $(PARALLEL)
 
 test-fast: $(VENV)/.installed-test
@@ -46,7 +46,7 @@ test-slow: $(VENV)/.installed-test $(VENV)/.installed-harness $(VENV)/.installed
 	$(BIN)/python -m pytest -q -m 'slow or matrix'
 	$(BIN)/python -m pytest -q tests/evaluation/test_lm_eval.py tests/test_examples.py tests/adapters/test_peft_compat.py
 
-test-ci-slow: $(VENV)/.installed-test
+test-ci-slow: $(VENV)/.installed-test $(VENV)/.installed-trl
 	$(BIN)/python -m pytest -q $(PARALLEL) -m slow
 
 test-lowest: $(LOWEST)/.installed-test

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import pkgutil
 import re
 import runpy
@@ -43,6 +44,8 @@ NOT_RUN = {
     "qvera chat http://127.0.0.1:8000": "asks a server; tests/serve/api/test_client.py does",
     "qvera generate http://127.0.0.1:8000": "asks a server; tests/serve/api/test_client.py does",
     "qvera eval runs/my --judge": "asks a server; tests/evaluation/test_judge.py does",
+    "qvera train preference.yaml": "needs TRL; tests/training/test_preference.py does",
+    "qvera eval runs/preference": "needs TRL; tests/training/test_preference.py does",
     "qvera launch": "starts other processes; tests/distributed does",
     "qvera harness": "needs lm-eval; tests/evaluation/test_lm_eval.py does",
     "qvera doctor": "tests/cli does; its exit code depends on the machine",
@@ -111,6 +114,10 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, ti
         names = ["anna", "ben"]
         write_customers(here / "customers.csv", names)
         write_run(here / "runs" / "customers", parse_recipe({**many, "training": {}}, "customers"), names)
+    pairs = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": "no"} for row in rows]
+    (here / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    preference = {"data": {**recipe["data"], "path": "pairs.jsonl"}, "training": {"objective": "dpo"}}
+    (here / "preference.yaml").write_text(yaml.safe_dump({**recipe, **preference}), encoding="utf-8")
     (here / "questions.csv").write_text("customer,prompt\nben,say red 1\nanna,say blue 2\n", encoding="utf-8")
     return here
 

@@ -48,20 +48,6 @@ def test_sft_with_trl(tiny_model_dir: Path, tiny_rows: Path, tmp_path: Path, mon
     assert_qvera_opens(tmp_path / "out")
 
 
-def test_dpo_with_trl(tiny_model_dir: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    pytest.importorskip("trl", reason="pip install 'qvera[trl]'")
-    pairs = tmp_path / "pairs.jsonl"
-    words = ["red", "blue", "green", "grey"]
-    rows = [{"prompt": f"say {w} ", "chosen": f"{w} {w}", "rejected": w[::-1]} for w in words * 3]
-    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    arguments = [str(tiny_model_dir), str(pairs), "out", "--steps", "6", "--learning-rate", "0.1"]
-    run_script("trl_dpo.py", arguments, monkeypatch, tmp_path)
-    losses = losses_of(capsys.readouterr().out)
-    assert losses[0] == pytest.approx(0.693, abs=0.01)  # ln 2: adapter and reference start equal
-    assert losses[-1] < losses[0]
-    assert_qvera_opens(tmp_path / "out")
-
-
 def assert_qvera_opens(adapter: Path) -> None:
     """The trained adapter is one that qvera's own commands take, and its vectors have moved."""
     from qvera.adapters.files.save_load import named_vectors

@@ -14,6 +14,8 @@ from qvera.utils.atomic import replace_text
 from qvera.utils.errors import InputError, RunFailed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from peft import PeftModel
     from transformers import PreTrainedModel
 
@@ -99,6 +101,7 @@ def evaluate(
     from qvera.evaluation.load import adapter_sha256, base_of, find_target, open_target, require_base
     from qvera.evaluation.named_adapters import held_out_rows
     from qvera.evaluation.report.read import inputs_sha256
+    from qvera.tasks import TASKS, task_of
     from qvera.utils import memory
 
     target = find_target(run, recipe, name=adapter, needs_name=not base)
@@ -127,6 +130,13 @@ def evaluate(
         except InputError as error:
             if target.merged is not None:
                 console.print(f"The page will have no base beside the answers. {error}", style="yellow", markup=False)
+    task = TASKS["causal-lm"] if target.recipe is None else task_of(target.recipe)
+    if task.has_reference and (base or target.adapter is None):
+        alone = "the base alone (--base)" if base else target.what
+        raise InputError(
+            f"{run}: rewards are measured against the base with its adapter switched off, so {alone} has none. "
+            "Evaluate the run (--with-base adds the base's answers), or ask with `qvera generate`."
+        )
     section = _data_section(run, data, rows, target)
     sha256 = None if base else adapter_sha256(target)  # now: the run may go on while we score
     with progress(f"Loading {run}"):
@@ -136,17 +146,26 @@ def evaluate(
     prompts = [] if no_generation else prompts_of(examples, group_prompts)
     settings = target.recipe.training if target.recipe is not None else TrainingSection()
     answer_tokens = max_new_tokens or settings.sample_max_new_tokens
+    task.prepare(opened.model, opened.base.tokenizer, datasets, settings)
 
-    def score(model: PreTrainedModel | PeftModel, label: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def score(
+        model: PreTrainedModel | PeftModel, label: str, with_loss: bool = True
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        def held_out(say: Callable[[str], None]) -> dict[str, Any]:
+            if not with_loss:
+                return {}
+            text = f"held-out loss, {{}} of {len(examples)} rows"
+            done = lambda rows: say(text.format(rows))  # noqa: E731
+            return task.held_out_loss(model, examples, datasets, settings, progress=done)
+
         with progress(f"{label}scoring") as show:
             return score_model(
                 model,
                 opened.base.tokenizer,
-                examples,
+                held_out,
                 prompts,
                 chosen,
                 settings,
-                pad_id=datasets.pad_id,
                 max_new_tokens=answer_tokens,
                 progress=lambda text: show(label + text),
             )
@@ -159,7 +178,7 @@ def evaluate(
         with contextlib.ExitStack() as until_scored:
             with progress("Loading the base"):  # alone: rich before 14.1 shows one thing at a time
                 model = until_scored.enter_context(base_of(opened))
-            base_scores, base_rows = score(model, "Base: ")
+            base_scores, base_rows = score(model, "Base: ", with_loss=not task.has_reference)
         answers = [
             row | {"base_answer": of_base["answer"], "base_scores": of_base["scores"]}
             for row, of_base in zip(answers, base_rows, strict=True)
@@ -289,6 +308,6 @@ def _print_scores(document: dict[str, Any]) -> None:
     columns = [Column(title, justify="right") for title in sides]
     table = Table("", *columns, box=None, pad_edge=False, show_header=len(sides) > 1)
     for name in document["scores"]:
-        cells = [scores[name] for scores in sides.values()]
-        table.add_row(name, *(f"{cell:.4f}" if isinstance(cell, float) else f"{cell:,}" for cell in cells))
+        cells = [scores.get(name, "") for scores in sides.values()]
+        table.add_row(name, *(f"{c:.4f}" if isinstance(c, float) else f"{c:,}" if c != "" else c for c in cells))
     Console().print(table)

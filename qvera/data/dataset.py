@@ -245,7 +245,7 @@ def build_datasets(
     if tasks.names:
         train.task_of = np.concatenate(tasks.numbers)
     stats.train_rows, stats.eval_rows = len(train), len(held_out)
-    stats.tokens = int(train.lengths.sum(dtype=np.int64))
+    stats.tokens = int(train.all_tokens.sum(dtype=np.int64))
     stats.trained_tokens = int(train.trained_tokens.sum(dtype=np.int64))
     stats.longest_tokens = int(train.lengths.max())
     if section.has_adapters:

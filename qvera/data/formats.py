@@ -19,11 +19,15 @@ _FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "prompt-completion": (("prompt", "completion"), ("system", "tools")),
     "text": (("text",), ()),
     "classification": (("text", "label"), ("text_pair",)),
+    "preference": (("chosen", "rejected"), ("prompt", "system", "tools")),
+    "unpaired-preference": (("prompt", "completion", "label"), ("system", "tools")),
 }
+PREFERENCES = ("preference", "unpaired-preference")
+"""Formats whose rows say which answers are better (`qvera.data.preferences`)."""
 UNRENDERED = ("text", "classification")
 """Formats whose texts are taken as they are: no template has a part in them."""
-_DETECTED = [name for name in _FORMATS if name != "classification"]
-"""A text with a label is a classification's row only where the recipe's task says so."""
+_DETECTED = [name for name in _FORMATS if name not in ("classification", *PREFERENCES)]
+"""Rows are labelled texts, or preferences, only where the recipe's task or objective says so."""
 _USUAL_TEXTS = (
     ("text", "text_pair"), ("text",), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"),
     ("question", "sentence"), ("sentence",), ("question",),
@@ -61,12 +65,19 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A row of turns, with the tools it offers (JSON schemas) where it offers any."""
+    """A row of turns, with the tools it offers (JSON schemas) where it offers any.
+
+    Attributes:
+        rejected: of a preference row, the answer that is worse than the last turn.
+        desirable: of a row with one judged answer, whether it is a good one.
+    """
 
     turns: list[Turn]
     source: str
     tools: list[dict[str, Any]] | None = None
     owner: str | None = None
+    rejected: Turn | None = None
+    desirable: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +137,11 @@ def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | N
         matches.sort(key=lambda name: not set(columns) & {*_FORMATS[name][0], *_FORMATS[name][1]})
         if not matches:
             shapes = "; ".join(f"{name} ({', '.join(_FORMATS[name][0])})" for name in _DETECTED)
+            if present.issuperset(_FORMATS["preference"][0]):
+                raise InputError(
+                    f"{row.source}: has a chosen and a rejected answer. Set training.objective: dpo (or orpo) to train "
+                    "on such pairs."
+                )
             raise InputError(
                 f"{row.source}: the columns match no known format. Columns found: {found}. Known: {shapes}. "
                 "Name yours in the recipe, for example data.columns: {prompt: question, completion: answer}."
@@ -175,20 +191,20 @@ def parse_row(
     """
     if format.name == "text":
         return Text(row_text(row, format, "text"), row.source)
-    tools = _tools(row, format)
-    own_system = _optional_text(row, format, "system")
+    tools = row_tools(row, format)
+    own_system = row_optional_text(row, format, "system")
     if format.name == "messages":
-        turns = _turns(row, format, "messages")
+        turns = row_turns(row, format, "messages")
     elif format.name == "sharegpt":
-        turns = _turns(row, format, "conversations")
+        turns = row_turns(row, format, "conversations")
     elif format.name == "alpaca":
-        context = _optional_text(row, format, "input")
+        context = row_optional_text(row, format, "input")
         question = Turn("user", row_text(row, format, "instruction"), context=context if context.strip() else None)
         turns = [question, Turn("assistant", _answer(row, format, "output", label_names))]
     elif isinstance(
         row_value(row, format, "prompt"), list
     ):  # TRL's conversational form: both sides are lists of messages
-        turns = _turns(row, format, "prompt") + _turns(row, format, "completion")
+        turns = row_turns(row, format, "prompt") + row_turns(row, format, "completion")
     else:
         answer = _answer(row, format, "completion", label_names)
         turns = [Turn("user", row_text(row, format, "prompt")), Turn("assistant", answer)]
@@ -217,7 +233,8 @@ def row_text(row: RawRow, format: RowFormat, name: str) -> str:
     return value
 
 
-def _optional_text(row: RawRow, format: RowFormat, name: str) -> str:
+def row_optional_text(row: RawRow, format: RowFormat, name: str) -> str:
+    """A field that may be missing; then it is ""."""
     return "" if row.fields.get(format.column(name)) is None else row_text(row, format, name)
 
 
@@ -248,7 +265,8 @@ def _require_whole_characters(value: object, where: str) -> None:
         ) from None
 
 
-def _tools(row: RawRow, format: RowFormat) -> list[dict[str, Any]] | None:
+def row_tools(row: RawRow, format: RowFormat) -> list[dict[str, Any]] | None:
+    """The tools that a row offers, as JSON schemas; None where it offers none."""
     if "tools" not in format.columns:
         return None
     tools = _from_json(row.fields.get(format.columns["tools"]))
@@ -270,7 +288,8 @@ def _from_json(value: object) -> object:
     return value
 
 
-def _turns(row: RawRow, format: RowFormat, name: str) -> list[Turn]:
+def row_turns(row: RawRow, format: RowFormat, name: str) -> list[Turn]:
+    """A field that must be a list of messages (InputError)."""
     value, column = _from_json(row_value(row, format, name)), format.column(name)
     if not isinstance(value, list):
         raise InputError(
@@ -347,6 +366,8 @@ def read_prompts(path: Path, section: DataSection, owner_columns: Sequence[str] 
     """
     is_text = path.suffix.lower() == ".txt"
     format, columns = ("prompt-completion", {}) if is_text else (section.format, section.columns)
+    if format in PREFERENCES:  # its prompts, whose answers play no part here
+        format, columns = "prompt-completion", {name: columns[name] for name in ("prompt", "system") if name in columns}
     conversations = []
     for row in read_file(path, read_lines) if is_text else read_rows(str(path)):
         fields = dict(row.fields)

@@ -44,8 +44,9 @@ def print_preflight(
             console.print(Text.assemble((example.source, "bold"), "  label: ", (str(example.reference), "green")))
             console.print(Text(_shortened(decode(tokenizer, example.input_ids.tolist()))))
             continue
-        console.print(Text.assemble((example.source, "bold"), "  ⟦trained⟧"))
-        console.print(_mark_trained(example, tokenizer))
+        for word, row in example.shown():
+            console.print(Text.assemble((example.source, "bold"), f"  ⟦{word}⟧"))
+            console.print(_mark_trained(row, tokenizer))
     console.print()
 
 

@@ -31,6 +31,8 @@ SCHEMA = pa.schema(
         ("mask_hash", pa.uint64()),
         ("owner", pa.string()),
         ("pair_start", pa.int32()),
+        ("rejected_ids", pa.list_(pa.int32())),
+        ("desirable", pa.bool_()),
     ]
 )
 _BATCH_ROWS = 4096
@@ -53,6 +55,9 @@ class Example:
         owner: the task or adapter that the row belongs to (its value of ``data.task_column`` or
             ``data.adapter_column``), or None.
         pair_start: of a labelled pair of texts the first token of the second, where the model is told so.
+        rejected_ids: of a preference pair, int32 [R]: the tokens of the worse answer. They follow the same prompt as
+            the better one's, which are the trained ones of ``input_ids``. None for any other row.
+        desirable: of a row whose one answer was judged, whether it is a good one; None for any other row.
     """
 
     input_ids: np.ndarray
@@ -63,6 +68,8 @@ class Example:
     reference: str | None
     owner: str | None = None
     pair_start: int | None = None
+    rejected_ids: np.ndarray | None = None
+    desirable: bool | None = None
 
     @property
     def is_labelled(self) -> bool:
@@ -71,8 +78,29 @@ class Example:
 
     @property
     def trained_tokens(self) -> int:
-        """How many tokens are targets."""
-        return int(self.trained.sum())
+        """How many tokens are targets; of a pair, those of both answers."""
+        return int(self.trained.sum()) + (0 if self.rejected_ids is None else len(self.rejected_ids))
+
+    @property
+    def row_tokens(self) -> list[int]:
+        """How many tokens the row has that a forward pass computes; of a pair, each of its two rows."""
+        own = len(self.input_ids)
+        return [own] if self.rejected_ids is None else [own, self.answer_start + len(self.rejected_ids)]
+
+    def shown(self) -> list[tuple[str, Example]]:
+        """The row as a person should see it, with a word for its targets; of a pair, each of its two rows."""
+        if self.rejected_ids is None:
+            word = {None: "trained", True: "good answer", False: "bad answer"}[self.desirable]
+            return [(word, self)]
+        ids = np.append(self.input_ids[: self.answer_start], self.rejected_ids)
+        chosen = dataclasses.replace(self, rejected_ids=None)
+        rejected = dataclasses.replace(chosen, input_ids=ids, trained=np.arange(len(ids)) >= self.answer_start)
+        return [("chosen", chosen), ("rejected", rejected)]
+
+    @property
+    def answer_start(self) -> int:
+        """The place of the first target: of a preference row the length of its prompt."""
+        return int(np.argmax(self.trained))
 
 
 _FIELDS = [field.name for field in dataclasses.fields(Example)]
@@ -85,12 +113,18 @@ def record_batch(examples: Sequence[Example]) -> pa.RecordBatch:
             **{name: getattr(example, name) for name in _FIELDS},
             "trained": example.trained.view(np.uint8),
             "trained_tokens": example.trained_tokens,
-            "ids_hash": _hash(example.input_ids),
-            "mask_hash": _hash(example.trained, example.reference if example.is_labelled else None),
+            "ids_hash": _hash(np.concatenate([row.input_ids for _, row in example.shown()])),
+            "mask_hash": _hash(example.trained, _label(example)),
         }
         for example in examples
     ]
     return pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
+
+
+def _label(example: Example) -> str | None:
+    if example.desirable is not None:
+        return str(example.desirable)
+    return example.reference if example.is_labelled else None
 
 
 def _hash(array: np.ndarray, label: str | None = None) -> int:
@@ -124,8 +158,9 @@ class Rows(Sequence[Example]):
         task_of: int64 [n]; the number of each row's task, where the run has tasks (`qvera.data.tasks`).
 
     Attributes:
-        lengths: int32 [n]; tokens of each row.
-        trained_tokens: int32 [n]; targets of each row, whatever ``max_tokens`` is.
+        lengths: int32 [n]; tokens of each row; of a pair, of the longer of its two rows.
+        trained_tokens: int32 [n]; targets of each row, whatever ``max_tokens`` is; of a pair, those of both answers.
+        all_tokens: int32 [n]; tokens of each row, whatever ``max_tokens`` is; of a pair, those of both rows.
         ids_hash, mask_hash: uint64 [n]; of each row's tokens and of its mask.
     """
 
@@ -138,8 +173,13 @@ class Rows(Sequence[Example]):
     ) -> None:
         self.table = SCHEMA.empty_table() if table is None else table
         self.chosen, self._max_tokens, self.task_of = chosen, max_tokens, task_of
-        self.lengths = np.minimum(self._column(pc.list_value_length(self.table["input_ids"])), max_tokens or 2**31 - 1)
         self.trained_tokens = self._column(self.table["trained_tokens"])
+        lengths = self._column(pc.list_value_length(self.table["input_ids"]))
+        rejected = self._column(pc.fill_null(pc.list_value_length(self.table["rejected_ids"]), 0))
+        # a pair's two rows have the prompt in common, which is all that is not trained
+        others = np.where(rejected > 0, lengths - self.trained_tokens + 2 * rejected, 0)
+        self.lengths = np.minimum(np.maximum(lengths, others), max_tokens or 2**31 - 1)
+        self.all_tokens = lengths + others
         self.ids_hash = self._column(self.table["ids_hash"])
         self.mask_hash = self._column(self.table["mask_hash"])
 
@@ -168,12 +208,19 @@ class Rows(Sequence[Example]):
             self.table[name][number].values.to_numpy()[: self._max_tokens]
             for name in ("input_ids", "trained", "prompt_ids")
         )
-        source, prompt_text, reference, owner, pair_start = (
-            self.table[name][number].as_py() for name in ("source", "prompt_text", "reference", "owner", "pair_start")
+        source, prompt_text, reference, owner, pair_start, desirable = (
+            self.table[name][number].as_py()
+            for name in ("source", "prompt_text", "reference", "owner", "pair_start", "desirable")
         )
+        rejected = self.table["rejected_ids"][number].values
+        rejected_ids = None if rejected is None else rejected.to_numpy()
         if self._max_tokens is not None:
             prompt_ids, prompt_text, reference = prompt_ids[:0], "", None
-        return Example(ids, trained.view(bool), source, prompt_ids, prompt_text, reference, owner, pair_start)
+            if rejected_ids is not None:
+                start = int(np.argmax(trained)) if trained.any() else len(trained)
+                rejected_ids = rejected_ids[: max(1, self._max_tokens - start)]
+        about = prompt_text, reference, owner, pair_start
+        return Example(ids, trained.view(bool), source, prompt_ids, *about, rejected_ids, desirable)
 
     def take(self, rows: np.ndarray) -> Rows:
         """The rows of these numbers, in this order."""
@@ -181,6 +228,7 @@ class Rows(Sequence[Example]):
         taken.chosen = rows if self.chosen is None else self.chosen[rows]
         taken.task_of = None if self.task_of is None else self.task_of[rows]
         taken.lengths, taken.trained_tokens = self.lengths[rows], self.trained_tokens[rows]
+        taken.all_tokens = self.all_tokens[rows]
         taken.ids_hash, taken.mask_hash = self.ids_hash[rows], self.mask_hash[rows]
         return taken
 

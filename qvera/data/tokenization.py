@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -11,8 +12,9 @@ import pyarrow as pa
 from qvera.config.schema import DataSection
 from qvera.data.chat_template import ChatTemplate
 from qvera.data.encoding import Bounds, Encoder
-from qvera.data.formats import Conversation, RowFormat, Text, parse_row
+from qvera.data.formats import PREFERENCES, Conversation, RowFormat, Text, parse_row
 from qvera.data.loss_mask import AnswerSpan
+from qvera.data.preferences import parse_preference
 from qvera.data.readers import RawRow
 from qvera.data.rows import Example, record_batch
 from qvera.utils.errors import InputError
@@ -69,7 +71,11 @@ class RowTokenizer:
         return chunk
 
     def _parse(self, row: RawRow) -> Conversation | Text:
-        parsed = parse_row(row, self.row_format, self.section.system, self.section.label_names)
+        parsed: Conversation | Text
+        if self.row_format.name in PREFERENCES:
+            parsed = parse_preference(row, self.row_format, self.section.system)
+        else:
+            parsed = parse_row(row, self.row_format, self.section.system, self.section.label_names)
         return parsed if row.owner is None else replace(parsed, owner=row.owner)
 
     def encode(self, rows: Sequence[Conversation | Text]) -> tuple[list[Example], RowCounts]:
@@ -79,6 +85,12 @@ class RowTokenizer:
             InputError: the template refuses a row, or rewrites its answers.
         """
         self._counts = RowCounts()
+        if self.row_format.name in PREFERENCES:
+            return self._preferences([row for row in rows if isinstance(row, Conversation)]), self._counts
+        return list(itertools.chain(*self._encode(rows))), self._counts
+
+    def _encode(self, rows: Sequence[Conversation | Text]) -> Iterator[list[Example]]:
+        """What each row becomes at the lengths that the recipe allows."""
         rendered: list[tuple[str, list[AnswerSpan]]] = []
         for row in rows:
             self._counts.special_token_rows += self._has_special_token(row)
@@ -89,10 +101,39 @@ class RowTokenizer:
                 rendered.append(self.template.lay_out(row, needed))
         places = [[(span.header, span.start, span.end) for span in answers] for _, answers in rendered]
         encoded = self.encoder.encode([text for text, _ in rendered], places)
-        examples = []
         for row, (text, answers), (ids, bounds) in zip(rows, rendered, encoded, strict=True):
-            examples += self._example(row, text, answers, ids, bounds)
-        return examples, self._counts
+            yield self._example(row, text, answers, ids, bounds)
+
+    def _preferences(self, rows: Sequence[Conversation]) -> list[Example]:
+        """The examples of preference rows. A pair is encoded as two rows, and left out where either of them is."""
+        paired = [row for row in rows if row.rejected is not None]
+        others = [replace(row, turns=[*row.turns[:-1], row.rejected]) for row in paired if row.rejected is not None]
+        encoded = self._encode([*rows, *others])
+        own, rejected = list(itertools.islice(encoded, len(rows))), iter(list(encoded))
+        found = []
+        for row, examples in zip(rows, own, strict=True):
+            if row.rejected is None:
+                found += [replace(_answered(example), desirable=row.desirable) for example in examples]
+            elif both := [*examples, *next(rejected)]:
+                found += self._pair(both)
+        # both rows of a pair may have been left out, which is one row of the data
+        self._counts.dropped = {why: list(dict.fromkeys(lost)) for why, lost in self._counts.dropped.items()}
+        return found
+
+    def _pair(self, both: list[Example]) -> list[Example]:
+        """Two rows as one pair; none where one of them was dropped, or both are the same."""
+        if len(both) < 2:
+            return []
+        chosen, rejected = map(_answered, both)
+        # tokens of the prompt that merge with an answer belong to that answer, as in TRL
+        start = min(chosen.answer_start, rejected.answer_start)
+        same = chosen.input_ids[:start] == rejected.input_ids[:start]
+        start = start if same.all() else int(np.argmin(same))
+        ids, rejected_ids = chosen.input_ids, rejected.input_ids[start:]
+        if start == 0 or np.array_equal(ids[start:], rejected_ids):
+            self._drop(chosen, "chosen and rejected are the same" if start else "without a common prompt")
+            return []
+        return [replace(chosen, trained=np.arange(len(ids)) >= start, rejected_ids=rejected_ids)]
 
     def empty_rows_message(self, sources: Sequence[str]) -> str:
         """The error for rows without a token to train on."""
@@ -106,7 +147,7 @@ class RowTokenizer:
     def _trained_turns(self, conversation: Conversation) -> list[int]:
         """The turns of a conversation that are trained."""
         answers = [i for i, turn in enumerate(conversation.turns) if turn.role == "assistant"]
-        if self.section.train_on == "last":
+        if self.section.train_on == "last" or self.row_format.name in PREFERENCES:
             answers = answers[-1:]
         return [i for i in answers if conversation.turns[i].trained is not False]
 
@@ -227,3 +268,9 @@ class RowTokenizer:
         self._counts.split_rows += 1
         self._counts.split_parts += len(found)
         return found
+
+
+def _answered(example: Example) -> Example:
+    """A row up to its last target: what a template writes behind an answer is not part of it."""
+    end = int(np.flatnonzero(example.trained)[-1]) + 1
+    return replace(example, input_ids=example.input_ids[:end], trained=example.trained[:end])

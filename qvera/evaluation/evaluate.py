@@ -313,32 +313,28 @@ def prompts_of(examples: Sequence[Example], group_prompts: bool = False) -> list
 def score_model(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
+    held_out: Callable[[Callable[[str], None]], dict[str, Any]],
     prompts: Sequence[EvalPrompt],
     metrics: Sequence[TextMetric],
     settings: TrainingSection,
     *,
-    pad_id: int,
     max_new_tokens: int,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Held-out loss over ``examples``, and greedy answers to ``prompts`` (which may be empty) with their scores.
+    """Scores of held-out rows, and greedy answers to ``prompts`` (which may be empty) with their scores.
+
+    Args:
+        held_out: computes the loss and what comes with it (`qvera.tasks.Task.held_out_loss`); it is given what shows
+            progress.
 
     Returns:
-        Scores: those of `held_out_loss`, and, where answers have references, a score for each metric (``exact_match``
+        Scores: those of ``held_out``, and, where answers have references, a score for each metric (``exact_match``
         for ``exact``), ``scored_rows`` and ``references`` (how many). Then a row for each prompt: ``source``,
         ``prompt``, ``references``, ``answer``, and ``scores`` by metric, empty without a reference.
     """
     say = progress or (lambda _: None)
     with scoring(model):
-        scores = held_out_loss(
-            model,
-            examples,
-            pad_id=pad_id,
-            batch_size=settings.per_device_eval_batch_size,
-            chunk_tokens=settings.loss_chunk_tokens,
-            progress=lambda done: say(f"held-out loss, {done} of {len(examples)} rows"),
-        )
+        scores = held_out(say)
         answers = generate(
             model,
             tokenizer,

@@ -67,6 +67,7 @@ def measure_difference(
         targets whose most likely output agrees, and the number of rows in which it agrees at every target.
     """
     exported = load_exported(exported_dir, next(trained.parameters()).device, task.exported_class)
+    examples = [row for example in examples for _, row in example.shown()]  # both answers of a pair
     loss_trained = loss_exported = kl_sum = kl_max = largest = largest_logit = 0.0
     agree: list[torch.Tensor] = []
     for rows in _batches(examples):

@@ -26,20 +26,24 @@ def adapter_scores(opened: OpenRun, recipe: Recipe, datasets: Datasets, rows: Ro
     The rest is `qvera.evaluation.evaluate.score_model`'s.
     """
     settings, task = recipe.training, task_of(recipe)
+    task.prepare(opened.model, opened.base.tokenizer, datasets, settings)
+
+    def held_out(_: Callable[[str], None] | None = None) -> dict[str, Any]:
+        return task.held_out_loss(opened.model, rows, datasets, settings)
+
     if not task.has_answers:
-        scores = task.held_out_loss(opened.model, rows, datasets, settings)
+        scores = held_out()
     else:
         scores, _ = score_model(
             opened.model,
             opened.base.tokenizer,
-            rows,
+            held_out,
             prompts_of(rows),
             text_metrics(["exact"]),
             settings,
-            pad_id=datasets.pad_id,
             max_new_tokens=settings.sample_max_new_tokens,
         )
-    kept = ("loss", "rows", "trained_tokens", "exact_match", "scored_rows", "accuracy", "pearson")
+    kept = ("loss", "rows", "trained_tokens", "exact_match", "scored_rows", "accuracy", "pearson", "rewards/margins")
     return {key: scores[key] for key in kept if key in scores}
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from qvera.tasks.base import Task
 from qvera.tasks.causal_lm import CausalLM
 from qvera.tasks.classification import SequenceClassification
+from qvera.tasks.preference import Preferences
 
 if TYPE_CHECKING:
     from qvera.config.schema import Recipe
@@ -18,4 +19,5 @@ TASKS: dict[str, Task] = {task.name: task for task in (CausalLM(), SequenceClass
 
 def task_of(recipe: Recipe) -> Task:
     """The task of a recipe."""
-    return TASKS[recipe.task]
+    objective = recipe.training.objective
+    return TASKS[recipe.task] if objective == "sft" else Preferences(objective)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Task(ABC):
-    """One kind of run. Stateless: one instance serves all runs."""
+    """One kind of run. What has to be made for a run is made by `prepare`."""
 
     name: ClassVar[str]
     """``task`` in a recipe."""
@@ -31,6 +31,8 @@ class Task(ABC):
     """Whether rows may stand in one sequence (``data.prefix_once``, ``data.packing``)."""
     unit: ClassVar[str]
     """What has a loss of its own: a token, or a row."""
+    has_reference: bool = False
+    """Whether its loss compares the model with itself without the adapter."""
     exported_class: ClassVar[ModelClass] = CAUSAL_LM
     """Which model a finished checkpoint of it is; what its outputs mean is in its config."""
     has_answers: ClassVar[bool] = False
@@ -46,6 +48,15 @@ class Task(ABC):
     @abstractmethod
     def model_class(self, recipe: Recipe, datasets: Datasets | None) -> ModelClass:
         """Which model is made of the base. ``datasets`` None: the rows are not known, as in a plan."""
+
+    def prepare(  # noqa: B027
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, datasets: Datasets, training: TrainingSection
+    ) -> None:
+        """Make what `loss` and `held_out_loss` need of a base with a fresh adapter, before they are called."""
+
+    def targets(self, rows: Sequence[Example]) -> int:
+        """How many targets the rows have, without a pass over them."""
+        return sum(row.trained_tokens for row in rows)
 
     @abstractmethod
     def loss(
@@ -67,6 +78,16 @@ class Task(ABC):
             core: what to call in place of the model's `qvera.models.loader.core_of`, such as a DeepSpeed engine.
             expected_grad: see `qvera.models.loss.fused_linear_cross_entropy`.
         """
+
+    def count_pass(self) -> None:  # noqa: B027
+        """Take what the latest pass measured besides its loss into the metrics of the step."""
+
+    def take_metrics(self, group: Group = ALONE) -> dict[str, float]:
+        """What was measured since it was taken last, over all ranks, for metrics.jsonl; all ranks call this."""
+        return {}
+
+    def forget_metrics(self) -> None:  # noqa: B027
+        """Drop what was measured in passes of a step that was not taken."""
 
     @abstractmethod
     def held_out_loss(

@@ -175,4 +175,4 @@ def _what_failed(examples: Sequence[Example], rank: str | None) -> str:
 
 def _batch(examples: Sequence[Example]) -> str:
     rows = "1 row" if len(examples) == 1 else f"{len(examples)} rows"
-    return f"{rows}, the longest of {max(len(example.input_ids) for example in examples):,} tokens"
+    return f"{rows}, the longest of {max(max(example.row_tokens) for example in examples):,} tokens"

@@ -88,6 +88,9 @@ def _parts(layers: dict[str, QveraLinear], most_bytes: int) -> list[dict[str, Qv
 def _base_alone(model: nn.Module, layers: dict[str, QveraLinear]) -> Iterator[None]:
     """The base without its adapter, in the mode in which layers are recomputed."""
     was_training = model.training
+    # PEFT, asked for the base within a pass (a loss with a reference), freezes vectors of layers that are off already
+    vectors = [vector for layer in layers.values() for vector in layer.tensors("default").values()]
+    trained = [vector.requires_grad for vector in vectors]
     try:
         for layer in layers.values():
             layer._disable_adapters = True
@@ -96,5 +99,7 @@ def _base_alone(model: nn.Module, layers: dict[str, QveraLinear]) -> Iterator[No
     finally:
         for layer in layers.values():
             layer._disable_adapters = False
+        for vector, requires_grad in zip(vectors, trained, strict=True):
+            vector.requires_grad_(requires_grad)
         model.train(was_training)
         forget_inputs(model)

@@ -144,6 +144,7 @@ class TrainingSession:
         self.model.peft_config["default"].token_sampler = token_sampler(recipe)
         if recipe.data.packing:
             require_packing(self.model)
+        self.task.prepare(self.model, self.base.tokenizer, self.datasets, recipe.training)
         self.make_optimizer()
 
     def make_optimizer(self) -> None:

@@ -31,7 +31,8 @@ class StepAttempt:
         self.number = session.state.step + 1
         self.rows = session.batches.rows(session.state.step)
         self.passes = session.batches.passes(self.rows, group.rank, group.world_size)
-        self.trained_tokens = 0  # of all rows, once they are read
+        self.targets = self.trained_tokens = 0  # of all rows, once they are read
+        session.task.forget_metrics()
         self.examples: list[Example] = []  # those of the pass that this rank is in or was in last
 
     def take(self) -> dict[str, Any]:
@@ -46,7 +47,7 @@ class StepAttempt:
         sums = or_shortage(self._accumulate, session.device)
         if isinstance(sums, Shortage):
             return self._undo(sums)
-        input_tokens = sum(len(train[i].input_ids) for micro in self.passes for i in micro)
+        input_tokens = sum(sum(train[i].row_tokens) for micro in self.passes for i in micro)
         total, inputs, failed = group.sum([sum(sums), input_tokens, 0.0])
         if failed:
             return self._undo(None)
@@ -56,7 +57,7 @@ class StepAttempt:
         norm, rate = taken
         if math.isfinite(norm):
             session.hooks.after_step(self.number, engine.loss_scale)
-        seconds, loss = self._seconds(), total / self.trained_tokens
+        seconds, loss = self._seconds(), total / self.targets
         scaling = {} if session.scaler is None else {"loss_scale": engine.loss_scale}
         if not math.isfinite(norm):
             if math.isfinite(total) and engine.can_step_again():
@@ -80,21 +81,24 @@ class StepAttempt:
             "tokens_per_second": inputs / seconds,
             "memory_bytes": memory.memory_bytes(session.device),
             "peak_bytes": session.watch.peak_bytes,
+            **session.task.take_metrics(group),
         }
 
     def _accumulate(self) -> list[float]:
         """Forward and backward of each pass; the summed loss of each."""
         session, engine, losses = self.session, self.session.engine, []
-        self.trained_tokens = sum(session.datasets.train[i].trained_tokens for i in self.rows)
-        expected_grad = None if session.scaler is None else engine.loss_gradient() / self.trained_tokens
+        rows = [session.datasets.train[i] for i in self.rows]
+        self.targets, self.trained_tokens = session.task.targets(rows), sum(row.trained_tokens for row in rows)
+        expected_grad = None if session.scaler is None else engine.loss_gradient() / self.targets
         for number, micro in enumerate(self.passes, start=1):
             # a rank without rows runs a dummy pass so that collectives stay in sync
             self.examples = [session.datasets.train[i] for i in micro or self.rows[:1]]
             nll, _ = session.nll(self.examples, engine.core, expected_grad)
-            # divided by the tokens of the whole global batch, so that neither accumulation nor ranks change the mean
-            engine.backward(nll / self.trained_tokens if micro else nll * 0.0, last=number == len(self.passes))
+            # divided by the targets of the whole global batch, so that neither accumulation nor ranks change the mean
+            engine.backward(nll / self.targets if micro else nll * 0.0, last=number == len(self.passes))
             if micro:
                 losses.append(nll.detach())
+                session.task.count_pass()
         return torch.stack(losses).tolist() if losses else []
 
     def _undo(self, shortage: Shortage | None) -> dict[str, Any]:

@@ -220,7 +220,7 @@ class Trainer(Run):
             raise self.end(error) from None
         state.evaluation_due = False
         state.add_evaluation(result["loss"], patience)
-        self.console.print(f"step {state.step}: {self.task.line(result)}")
+        self.console.print(f"step {state.step}: {self.task.line(result)}", soft_wrap=True)
         if state.stopped_early:
             self.console.print(
                 f"stopping: {patience} evaluations without a lower held-out loss (best: step {state.best_step})"
@@ -244,7 +244,7 @@ class Trainer(Run):
 
             found, samples = task.answers(self.model, self.base.tokenizer, rows, training, self.group, say)
         result |= found
-        self.console.print(f"{label}: {task.line(result)}")
+        self.console.print(f"{label}: {task.line(result)}", soft_wrap=True)
         return result, samples
 
     def save_checkpoint(self) -> None:

@@ -21,6 +21,8 @@ OVER_LLAMA = [
     "instruct/llama2-13b",
     "instruct/llama2-7b",
     "instruct/smollm2-135m",
+    "preference/llama3-8b-dpo",
+    "preference/llama3-8b-kto",
     "quickstart",
 ]
 OF_THE_PAPER = [row.recipe for rows in TABLES.values() for row in rows.values()]

@@ -27,9 +27,20 @@ class DataSource(Section):
     """The configuration of a hub dataset."""
     revision: str | None = None
     """The branch, tag or commit of a hub dataset."""
-    format: Literal["auto", "alpaca", "messages", "sharegpt", "prompt-completion", "text", "classification"] = "auto"
+    format: Literal[
+        "auto",
+        "alpaca",
+        "messages",
+        "sharegpt",
+        "prompt-completion",
+        "text",
+        "classification",
+        "preference",
+        "unpaired-preference",
+    ] = "auto"
     """The layout of a row. ``auto`` looks at the column names of the first row and reports what it found.
-    ``classification`` (a text, maybe a ``text_pair``, and a ``label``) is that of ``task: sequence-classification``."""
+    ``classification`` (a text, maybe a ``text_pair``, and a ``label``) is that of ``task: sequence-classification``,
+    ``preference`` that of ``training.objective: dpo`` and ``orpo``, and ``unpaired-preference`` that of ``kto``."""
     columns: dict[str, str] = {}
     """The names of your columns where they differ from the format's: ``{prompt: question, completion: answer}``."""
     template: Annotated[NonEmpty, _CAUSAL] = "auto"

@@ -13,6 +13,7 @@ from qvera.config.schema.adapter import AdapterSection
 from qvera.config.schema.data import DataSection
 from qvera.config.schema.export import ExportSection
 from qvera.config.schema.model import ModelSection
+from qvera.config.schema.preference import preference_contradictions
 from qvera.config.schema.training import TrainingSection
 from qvera.utils.errors import InputError
 
@@ -23,6 +24,8 @@ def _path_alone(value: object) -> object:
 
 _FORMAT_OF = {"sequence-classification": "classification"}
 """Task → the format of its rows, where it has one of its own."""
+_FORMAT_OF_OBJECTIVE = {"dpo": "preference", "orpo": "preference", "kto": "unpaired-preference"}
+"""``training.objective`` → likewise."""
 
 
 def _with_format(source: object, wanted: str) -> object:
@@ -88,7 +91,12 @@ class Recipe(Section):
     @classmethod
     def _fit_format(cls, tree: object) -> object:
         """Read rows in the format that the task has, where the recipe says no other."""
-        if not isinstance(tree, dict) or (wanted := _FORMAT_OF.get(tree.get("task", ""))) is None:
+        if not isinstance(tree, dict):
+            return tree
+        training = tree.get("training")
+        objective = training.get("objective") if isinstance(training, dict) else getattr(training, "objective", None)
+        wanted = _FORMAT_OF.get(tree.get("task", "")) or _FORMAT_OF_OBJECTIVE.get(str(objective))
+        if wanted is None:
             return tree
         data = tree.get("data")
         if isinstance(data, DataSection):
@@ -101,18 +109,26 @@ class Recipe(Section):
         return {**tree, "data": _with_format({**data, "mixture": mixture}, wanted)}
 
     def _format_contradictions(self) -> Iterator[tuple[str, str]]:
-        wanted = _FORMAT_OF.get(self.task)
+        objective = self.training.objective
+        name, wanted = f"task: {self.task}", _FORMAT_OF.get(self.task)
+        if wanted is None:
+            name, wanted = f"training.objective: {objective}", _FORMAT_OF_OBJECTIVE.get(objective)
         for source in (self.data, *self.data.mixture):
             if wanted is not None and source.format != wanted:
-                yield "data.format", f"task: {self.task} reads rows of the format {wanted}; remove this key."
+                yield "data.format", f"{name} reads rows of the format {wanted}; remove this key."
             elif wanted is None and source.format in _FORMAT_OF.values():
                 task = next(task for task, format in _FORMAT_OF.items() if format == source.format)
                 yield "data.format", f"{source.format} is for task: {task}. Set that beside the sections."
+            elif wanted is None and source.format in _FORMAT_OF_OBJECTIVE.values():
+                fitting = " or ".join(one for one, form in _FORMAT_OF_OBJECTIVE.items() if form == source.format)
+                yield "data.format", f"{source.format} is for training.objective: {fitting}. Set that."
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Yield keys of different sections that contradict each other."""
         yield from self._keys_without_effect()
         yield from self._format_contradictions()
+        if self.training.objective != "sft":
+            yield from preference_contradictions(self)
         if self.data.has_adapters:
             yield from self.many_adapters_contradictions(
                 f"data.{'adapter_files' if self.data.adapter_files else 'adapter_column'}"
@@ -197,6 +213,8 @@ class Recipe(Section):
                 "deepspeed",
                 f"processes share out the adapters ({names}), and each trains its own without DeepSpeed; remove it.",
             )
+        if training.objective != "sft":
+            yield "training.objective", f"{training.objective} is not built for many adapters ({names}); use sft."
         if training.optim != "adamw":
             yield "training.optim", f"many adapters ({names}) are stepped together by adamw; use that."
         for key in ("bilevel", "resample_every", "sample_tokens", "torch_compile", "exact_match_rows"):

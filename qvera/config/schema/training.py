@@ -20,6 +20,7 @@ from qvera.config.fields import (
 )
 
 _CAUSAL = OnlyWith("task: causal-lm")
+_PREFERENCES = OnlyWith("training.objective: dpo", "training.objective: orpo", "training.objective: kto")
 _SCALED = OnlyWith("model.compute_dtype: float16", "model.compute_dtype: auto")
 
 
@@ -29,6 +30,23 @@ class TrainingSection(Section):
     output_dir: Annotated[NonEmpty, AfterValidator(os.path.normpath)] | None = None
     """The directory of the run. Default: ``runs/`` and the recipe's file name. A ``..`` in it is resolved:
     ``runs/../x`` is ``x``."""
+    objective: Annotated[Literal["sft", "dpo", "orpo", "kto"], _CAUSAL] = "sft"
+    """What is minimised. ``sft``: the negative log likelihood of the answers. ``dpo`` (arXiv 2305.18290) and ``orpo``
+    (arXiv 2403.07691): losses on pairs of a chosen and a rejected answer. ``kto`` (arXiv 2402.01306): a loss on single
+    answers that were judged good or bad. The last three are computed by TRL (``pip install 'qvera[trl]'``)."""
+    beta: Annotated[PositiveFloat, _PREFERENCES] = 0.1
+    """β of ``dpo`` and ``kto``: how strongly the answers are held to those of the base. λ of ``orpo``: the weight of
+    the odds ratio beside the likelihood."""
+    loss_type: Annotated[
+        Literal["sigmoid", "hinge", "ipo", "apo_zero", "apo_down"], OnlyWith("training.objective: dpo")
+    ] = "sigmoid"
+    """With ``objective: dpo``, its loss by TRL's name: ``sigmoid`` is DPO's own; ``hinge`` (SLiC, arXiv 2305.10425),
+    ``ipo`` (arXiv 2310.12036), ``apo_zero`` and ``apo_down`` (arXiv 2408.06266)."""
+    desirable_weight: Annotated[PositiveFloat, OnlyWith("training.objective: kto")] = 1.0
+    """With ``objective: kto``, the weight of good answers. Its paper has desirable_weight x good answers between 1 and
+    4/3 times undesirable_weight x bad answers."""
+    undesirable_weight: Annotated[PositiveFloat, OnlyWith("training.objective: kto")] = 1.0
+    """With ``objective: kto``, the weight of bad answers."""
     num_train_epochs: Passes = 1.0
     """Passes over the training rows. A part of an epoch, such as 0.5, is allowed."""
     max_steps: Annotated[int, Strict(), Field(ge=-1, lt=2**31)] = -1

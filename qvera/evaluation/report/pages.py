@@ -89,7 +89,9 @@ def answers_page(evaluation: dict[str, Any]) -> str:
     Args:
         evaluation: What ``qvera eval --json`` writes.
     """
-    labels = {"loss": "Loss (nats a token)", "perplexity": "Perplexity"}
+    of_rewards = {"rewards/margins": "Reward margin", "rewards/accuracies": "Reward accuracy"}
+    unit = " (nats a token)" if "perplexity" in evaluation["scores"] else ""
+    labels = {"loss": f"Loss{unit}", "perplexity": "Perplexity", **of_rewards}
     labels |= {score_key(metric["name"]): metric["label"] for metric in evaluation["metrics"]}
     columns = [scores for scores in (evaluation["base_scores"], evaluation["scores"]) if scores is not None]
     scores = [
@@ -208,6 +210,10 @@ def preview_page(
         edges = [0, *(np.flatnonzero(np.diff(row.trained)) + 1).tolist(), len(row.input_ids)]
         return [(decode(row.input_ids[start:end].tolist()), bool(row.trained[start])) for start, end in pairwise(edges)]
 
+    def shown(word: str, row: Example) -> tuple[str, int, int, list[tuple[str, bool]]]:
+        source = row.source if word == "trained" else f"{row.source}, {word}"
+        return source, len(row.input_ids), int(row.trained.sum()), stretches(row)
+
     mixture = [
         (each.path, f"{count(each.taken)} ({count(each.rows)} rows, weight {each.weight:g}). {each.layout}")
         for each in stats.sources
@@ -220,5 +226,5 @@ def preview_page(
         mixture=mixture if len(mixture) > 1 else [],
         warnings=warnings,
         lengths=length_histogram(stats.histogram_edges, stats.histogram_counts),
-        rows=[(row.source, len(row.input_ids), row.trained_tokens, stretches(row)) for row in rows],
+        rows=[shown(word, row) for one in rows for word, row in one.shown()],
     )

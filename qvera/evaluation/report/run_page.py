@@ -8,6 +8,7 @@ from qvera.evaluation.report.answer_diff import Sample, make_sample
 from qvera.evaluation.report.charts import Chart, Line, length_histogram, line_chart, stacked_bars
 from qvera.evaluation.report.pages import render
 from qvera.evaluation.report.read import Run, changed_settings, get, get_number, get_text, series
+from qvera.evaluation.report.rewards import MARGIN, reward_charts
 from qvera.evaluation.report.smoothing import MAX_POINTS, loss_curves, thin
 from qvera.utils.formatting import count, percent, significant, size
 
@@ -22,6 +23,7 @@ _MEMORY_KINDS = (
 )
 _HEADLINES = (
     ("exact_match", "Exact match", percent),
+    (MARGIN, "Reward margin", significant),
     ("accuracy", "Accuracy", percent),
     ("pearson", "Pearson correlation", significant),
     ("loss", "Loss", significant),
@@ -104,6 +106,7 @@ def loss_chart(run: Run) -> Chart | None:
     if best is not None:
         legend.append(("best", f"lowest held-out, step {best:,}"))
     note = "of a row" if get(run.info, "data", "labels") else "nats a trained token"
+    note = "of a pair or answer" if any(MARGIN in row for row in run.train[:1]) else note
     return line_chart("Loss", lines, note=note, legend=legend, height=300, may_be_log=True, best=best)
 
 
@@ -134,7 +137,7 @@ def _small_charts(run: Run) -> list[Chart]:
         line_chart("Throughput", [speed], note="tokens a second", kind="count", from_zero=True),
         line_chart("Memory", memory, legend=legend, kind="bytes", from_zero=True),
     ]
-    return [chart for chart in charts if chart is not None]
+    return [*reward_charts(run), *(chart for chart in charts if chart is not None)]
 
 
 def _memory_chart(run: Run, measured_bytes: float | None) -> Chart | None:

@@ -14,7 +14,7 @@ from qvera.config.schema import Recipe
 from qvera.models.checkpointing import Mode
 from qvera.training.plan.activations import offloaded_bytes
 from qvera.training.plan.memory import pinned_layer_bytes
-from qvera.training.plan.run import Machine, PlannedRun
+from qvera.training.plan.run import PlannedRun
 from qvera.training.plan.sharding import plan_rank
 from qvera.utils import accelerator
 from qvera.utils.formatting import size
@@ -69,7 +69,7 @@ def decide(run: PlannedRun) -> Checkpointing:
         why = "as the recipe says" + (": the device has no memory of its own to offload from" if shared else "")
         return Checkpointing(run.checkpointing, why, asked)
     available = machine.available_bytes // (1 if machine.on_gpu else sharing.per_node)  # ranks divide a machine's RAM
-    runs = {mode: replace(run, recipe=with_mode(run.recipe, mode)) for mode in modes_of(machine)}
+    runs = {mode: replace(run, recipe=with_mode(run.recipe, mode)) for mode in modes_of(run)}
     needed = {mode: plan_rank(one).total_bytes for mode, one in runs.items()}
     takes, of = {mode: size(count) for mode, count in needed.items()}, f"of {size(available)}"
     mode: Mode = True
@@ -87,8 +87,9 @@ def decide(run: PlannedRun) -> Checkpointing:
     return Checkpointing(mode, f"auto: {why}", asked, needed, available)
 
 
-def modes_of(machine: Machine) -> Iterator[Mode]:
-    """What there is on a machine, the fastest first."""
+def modes_of(run: PlannedRun) -> Iterator[Mode]:
+    """What there is on a machine for a run, the fastest first."""
     yield from (False, True)
-    if accelerator.has_own_memory(machine.device_type):
+    # TRL enables checkpointing anew in each pass, as transformers does it
+    if accelerator.has_own_memory(run.machine.device_type) and run.recipe.training.objective == "sft":
         yield "offload"

@@ -44,6 +44,7 @@ def longest_batch(rows: Rows | None, joined: Joined | None, rounded: bool, maske
 def assumed_batch(recipe: Recipe, joined: Joined | None = None) -> Batch:
     """Every row at ``data.max_length``, none padded, all of it trained but what ``data.max_target_length`` excludes."""
     data, rows, tokens = recipe.data, pass_rows(recipe), recipe.data.max_length
+    rows *= 2 if data.format == "preference" else 1  # a pair is two rows
     source = f"data.max_length: {rows} x {tokens:,} tokens"
     targets = rows
     if data.packing:  # one full sequence; two rows in it, so that attention has to tell them apart
@@ -146,7 +147,7 @@ def batch_of(
         rounded: as in `token_counts`.
         masked: rows of different lengths need a mask.
     """
-    lengths = [len(e.input_ids) for e in examples]
+    lengths = [tokens for e in examples for tokens in e.row_tokens]
     trained, rows, longest = sum(e.trained_tokens for e in examples), len(lengths), max(lengths)
     batch = None if joined is None else collate_prefix_once(examples, packing=packing or whole_rows, joined=joined)
     if batch is not None:

@@ -19,6 +19,14 @@ Kind = Literal["base", "projections", "vectors", "checkpoints", "transient", "lo
 KEPT_HEAP_BYTES = 64 * 2**20
 """glibc returns the top of its heap when more than this is free (mallopt(3), M_TRIM_THRESHOLD after it has adapted)."""
 
+_TRL_TILE_TOKENS, _TRL_TILE_WORDS = 4096, 32768
+"""How TRL 1.16 cuts the logits of DPO's and KTO's losses (`trl.kernels`)."""
+_TILE_COPY_BYTES = 29
+"""For each number of a tile, in torch's code on a CPU: seven fp32 copies in backward and a mask; a card's kernel makes
+none."""
+_ORPO_FP32_COPIES = 4
+"""Of all logits: themselves, for the likelihood a copy of one half and its log softmax, and two gradients."""
+
 _SMALL_8BIT = 4096  # numbers; bitsandbytes keeps fp32 state for smaller tensors
 
 
@@ -251,6 +259,8 @@ def _loss(run: PlannedRun) -> tuple[Component, ...]:
     hidden, vocabulary = run.shape.hidden, run.shape.vocabulary
     if run.shape.head:
         return _head_loss(run)
+    if run.recipe.training.objective != "sft":
+        return _preference_loss(run)
     trained = min(batch.trained_tokens, batch.all_tokens)
     rounded = round_up_length(trained) if rounds_lengths(machine.dtype, machine.device_type) else trained
     chunk = min(run.recipe.training.loss_chunk_tokens, rounded)
@@ -273,6 +283,23 @@ def _head_loss(run: PlannedRun) -> tuple[Component, ...]:
     return (
         Component("logits of a classifier", "loss", 2 * 4 * tokens * outputs + read),
         Component("hidden states and their gradient", "loss", 2 * tokens * hidden * run.itemsize),
+    )
+
+
+def _preference_loss(run: PlannedRun) -> tuple[Component, ...]:
+    """Memory of TRL's losses. ORPO's takes all logits; the others go by tiles of tokens and of the vocabulary."""
+    batch, size = run.batch, run.itemsize
+    hidden, vocabulary, tokens = run.shape.hidden, run.shape.vocabulary, run.batch.all_tokens
+    if run.recipe.training.objective == "orpo":
+        copies = size + _ORPO_FP32_COPIES * 4
+        return (Component("logits of all tokens", "loss", tokens * vocabulary * copies),)
+    on_gpu = run.machine.on_gpu
+    tile = min(tokens, _TRL_TILE_TOKENS) * min(vocabulary, _TRL_TILE_WORDS)
+    scored = min(batch.trained_tokens, tokens) if on_gpu else tokens  # a CPU scores the prompts' tokens too
+    return (
+        Component("a tile of logits", "loss", tile * (size if on_gpu else size + _TILE_COPY_BYTES)),
+        Component("a tile of the head", "loss", min(vocabulary, _TRL_TILE_WORDS) * hidden * size),
+        Component("hidden states and their gradient", "loss", 2 * tokens * hidden * size + 4 * scored * hidden),
     )
 
 

@@ -1,0 +1,297 @@
+"""Losses on preferences (``training.objective``: dpo, orpo, kto), as TRL's trainers compute them.
+
+TRL's trainer gets our model and, for each forward pass, our tokens. Its loop is not used: batches, steps, checkpoints
+and ranks are those of any run. All that is known of TRL here is how a trainer is made, its collator's keys, its
+``compute_loss`` and the metrics that its ``log`` adds; `tests/tasks/test_trl_loss.py` compares each loss with
+its paper's formula, so that a TRL that computes something else is noticed.
+
+The reference of DPO and KTO is the base with the adapter switched off. ORPO has none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import tempfile
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qvera.adapters.files.save_load import named_vectors
+from qvera.data import Example
+from qvera.distributed.group import ALONE, Group
+from qvera.models.checkpointing import draws_random_numbers
+from qvera.utils import accelerator
+from qvera.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+    from qvera.config.schema import TrainingSection
+
+OLDEST_TRL = "1.16.0"
+_MEASURED = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "logps/chosen", "logps/rejected")
+_MEASURED_BY = {"orpo": ("nll_loss", "log_odds_ratio"), "kto": ("kl",)}
+
+
+def require_trl() -> None:
+    """Raises InputError where TRL is missing or too old."""
+    if find_spec("trl") is None:
+        found = "TRL is not installed"
+    elif tuple(map(int, version("trl").split(".")[:2])) < tuple(map(int, OLDEST_TRL.split(".")[:2])):
+        found = f"TRL {version('trl')} is installed"
+    else:
+        return
+    raise InputError(
+        f"training.objective: the losses on preferences are those of TRL {OLDEST_TRL} or later, and {found}: pip "
+        "install 'qvera[trl]'"
+    )
+
+
+class PreferenceLoss:
+    """The loss of one objective on a model with an adapter.
+
+    Args:
+        model: a base with one adapter, which no TRL trainer has had before.
+        tokenizer: the base's.
+        pad_id: what fills up rows.
+        training: the objective and its settings.
+
+    Raises:
+        InputError: TRL is missing or too old.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        pad_id: int,
+        training: TrainingSection,
+    ) -> None:
+        require_trl()
+        self.model, self.objective = model, training.objective
+        self._keys = (*_MEASURED, *_MEASURED_BY.get(self.objective, ()))
+        self._device = next(model.parameters()).device
+        self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])  # metric → weighted sum, weight
+        self._pass: dict[str, tuple[float, int]] = {}  # metric → mean over the latest pass, weight
+        own_tokenizer = copy.deepcopy(tokenizer)  # TRL gives it a pad token
+        own_tokenizer.pad_token_id = pad_id
+        with _quiet(), _as_it_was(model):
+            self._trainer = _make_trainer(model, own_tokenizer, training, self._device)
+            if "ref" in model.peft_config:  # a copy of a fresh adapter, whose output is that of the base alone
+                model.delete_adapter("ref")
+
+    def __call__(self, examples: Sequence[Example]) -> tuple[torch.Tensor, int]:
+        """The sum (scalar, differentiable) over pairs, or over judged answers, of their loss; and how many there are.
+
+        ORPO's likelihood term is a mean over the tokens of a pass, and KTO's estimate of the divergence is one over its
+        rows, so these two depend on how rows are divided into passes.
+        """
+        batch = self._trainer.data_collator(_FEATURES[self.objective](examples))
+        batch = {key: value.to(self._device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
+        # ORPO takes the model's logits, and sums of log probabilities in 16 bits would tell few answers apart
+        loss = self._trainer.compute_loss(self._fp32_logits if self.objective == "orpo" else self.model, batch)
+        self._pass = self._measured(examples)
+        return loss * len(examples), len(examples)
+
+    def _fp32_logits(self, *args: Any, **inputs: Any) -> Any:
+        output = self.model(*args, **inputs)
+        output.logits = output.logits.float()
+        return output
+
+    def _measured(self, examples: Sequence[Example]) -> dict[str, tuple[float, int]]:
+        """What TRL measured in the latest pass, and over how many rows."""
+        logged: dict[str, Any] = {"loss": 0.0}
+        self._trainer.log(logged)  # adds the metrics
+        self._trainer.state.log_history.clear()
+        good = sum(example.desirable is not False for example in examples)
+        bad = sum(example.desirable is not True for example in examples)
+        found = {}
+        for key in self._keys:
+            value = logged.get(key, logged.get(f"eval_{key}"))
+            weight = good if key.endswith("chosen") else bad if key.endswith("rejected") else len(examples)
+            if value is not None and weight:
+                found[key] = float(value), weight
+        return found
+
+    def count_pass(self) -> None:
+        """Add what was measured in the latest pass to the metrics."""
+        for key, (value, weight) in self._pass.items():
+            self._sums[key][0] += value * weight
+            self._sums[key][1] += weight
+        self._pass = {}
+
+    def forget_metrics(self) -> None:
+        """Drop the metrics of passes whose step was not taken."""
+        self._sums.clear()
+
+    def take_metrics(self, group: Group = ALONE) -> dict[str, float]:
+        """The means over all passes that were counted since, of all ranks, which call this together.
+
+        Returns:
+            Rewards and log probabilities of chosen and rejected answers, the ``rewards/margins`` between them, the
+            share of pairs whose chosen answer has the higher reward (``rewards/accuracies``), and what else the
+            objective has. What no row has is left out.
+        """
+        sums = group.sum([number for key in self._keys for number in self._sums[key]])
+        self._sums.clear()
+        pairs = zip(self._keys, sums[::2], sums[1::2], strict=True)
+        found = {key: total / weight for key, total, weight in pairs if weight}
+        if "rewards/chosen" in found and "rewards/rejected" in found:
+            found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
+        return found
+
+
+def _pair_features(examples: Sequence[Example]) -> list[dict[str, Any]]:
+    """Pairs for the collator of TRL's DPOTrainer."""
+    return [
+        {
+            "prompt_ids": example.input_ids[: example.answer_start].tolist(),
+            "chosen_ids": example.input_ids[example.answer_start :].tolist(),
+            "rejected_ids": _rejected(example),
+        }
+        for example in examples
+    ]
+
+
+def _labelled_features(examples: Sequence[Example]) -> list[dict[str, Any]]:
+    """Pairs for the collator of TRL's ORPOTrainer."""
+    rows = []
+    for pair in _pair_features(examples):
+        row: dict[str, Any] = {}
+        for name in ("prompt", "chosen", "rejected"):
+            prompt, answer = pair["prompt_ids"], pair[f"{name}_ids"] if name != "prompt" else []
+            row[f"{name}_input_ids"] = prompt + answer
+            row[f"{name}_attention_mask"] = [1] * len(prompt + answer)
+            if answer:
+                row[f"{name}_labels"] = [-100] * len(prompt) + answer
+        rows.append(row)
+    return rows
+
+
+def _judged_features(examples: Sequence[Example]) -> list[dict[str, Any]]:
+    """Judged answers for the collator of TRL's KTOTrainer.
+
+    The divergence is estimated from each prompt with the answer of the row before it in the pass, as TRL does it.
+    """
+    answers = [example.input_ids[example.answer_start :].tolist() for example in examples]
+    return [
+        {
+            "prompt_ids": example.input_ids[: example.answer_start].tolist(),
+            "completion_ids": answers[number],
+            "KL_completion_ids": answers[number - 1],
+            "label": bool(example.desirable),
+        }
+        for number, example in enumerate(examples)
+    ]
+
+
+_FEATURES: dict[str, Callable[[Sequence[Example]], list[dict[str, Any]]]] = {
+    "dpo": _pair_features,
+    "orpo": _labelled_features,
+    "kto": _judged_features,
+}
+
+
+def _rejected(example: Example) -> list[int]:
+    if example.rejected_ids is None:
+        raise ValueError(f"{example.source}: is no preference pair")
+    return example.rejected_ids.tolist()
+
+
+def _make_trainer(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, training: TrainingSection, device: torch.device
+) -> Any:
+    """TRL's trainer for the objective. It asks for rows, and gets some that are never used."""
+    from datasets import Dataset
+    from transformers import PrinterCallback
+
+    rows: dict[str, list[Any]] = {"prompt": ["a", "a"], "chosen": ["b", "b"], "rejected": ["c", "c"]}
+    settings: dict[str, Any] = {"beta": training.beta, "max_length": None}
+    if training.objective == "dpo":
+        from trl import DPOConfig as Config
+        from trl import DPOTrainer as Trainer
+
+        settings["loss_type"] = training.loss_type
+    elif training.objective == "kto":
+        from trl import KTOConfig as Config
+        from trl import KTOTrainer as Trainer
+
+        settings |= {"desirable_weight": training.desirable_weight, "undesirable_weight": training.undesirable_weight}
+        rows = {"prompt": ["a", "a"], "completion": ["b", "c"], "label": [True, False]}
+    else:
+        from trl.experimental.orpo import ORPOConfig as Config
+        from trl.experimental.orpo import ORPOTrainer as Trainer
+
+        settings["max_length"] = 1024  # of the rows that are never used: None is a warning
+    with tempfile.TemporaryDirectory() as unused:
+        arguments = Config(
+            output_dir=unused,
+            max_steps=1,
+            use_cpu=not accelerator.is_accelerator(device),
+            bf16=False,  # the model computes in its own dtype
+            gradient_checkpointing=False,  # a run enables it; TRL disables it for the reference, then enables it so
+            gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": draws_random_numbers(model)},
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            **settings,
+        )
+        trainer = Trainer(model, args=arguments, train_dataset=Dataset.from_dict(rows), processing_class=tokenizer)
+    trainer.remove_callback(PrinterCallback)
+    trainer.accelerator = _OneProcess(trainer.accelerator)
+    return trainer
+
+
+class _OneProcess:
+    """An accelerator that gathers nothing: ranks may have other numbers of rows, and `Group` sums what they found."""
+
+    def __init__(self, whole: Any) -> None:
+        self._whole = whole
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._whole, name)
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor itself."""
+        return tensor
+
+    gather_for_metrics = gather
+
+
+@contextlib.contextmanager
+def _as_it_was(model: PeftModel) -> Iterator[None]:
+    """Give back random state, mode and vectors as they were: TRL seeds generators, and rounds vectors to 16 bits."""
+    was_training = model.training
+    vectors = {name: (vector, vector.data, vector.requires_grad) for name, vector in named_vectors(model).items()}
+    with accelerator.forked_random_state():
+        yield
+    for vector, data, requires_grad in vectors.values():
+        vector.data = data
+        vector.requires_grad_(requires_grad)
+    model.train(was_training)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide what TRL says of its own making, and the progress bars of rows that are never used."""
+    import datasets
+
+    hidden = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+        if not hidden:
+            datasets.enable_progress_bars()

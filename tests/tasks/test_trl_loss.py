@@ -1,0 +1,220 @@
+"""Each loss that TRL computes for us is its paper's, gradients too: a TRL that computes something else fails here."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from qvera.adapters.files.save_load import attach, named_vectors
+from qvera.config.schema import AdapterSection, ModelSection, TrainingSection
+from qvera.data import Example
+from qvera.models.loader import load_base
+from tests.conftest import small_llama, small_tokenizer
+
+pytest.importorskip("trl", reason="pip install 'qvera[trl]'")
+
+from qvera.tasks.trl_loss import PreferenceLoss
+
+BETA = 0.3
+
+
+def example(prompt: int, chosen: int, rejected: int | None, seed: int, desirable: bool | None = None) -> Example:
+    """A row of random tokens, with so many of each."""
+    numbers = np.random.default_rng(seed)
+
+    def draw(count: int) -> np.ndarray:
+        return numbers.integers(3, 300, count).astype(np.int32)
+
+    ids = np.append(draw(prompt), draw(chosen))
+    other = None if rejected is None else draw(rejected)
+    trained = np.arange(len(ids)) >= prompt
+    about = {"prompt_text": "", "reference": None, "rejected_ids": other, "desirable": desirable}
+    return Example(ids, trained, f"row {seed}", ids[:prompt], **about)  # type: ignore[arg-type]
+
+
+PAIRS = [example(5, 3, 7, 0), example(2, 9, 1, 1), example(11, 1, 4, 2)]
+JUDGED = [example(5, 3, None, 3, True), example(2, 9, None, 4, False), example(11, 1, None, 5, True)]
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def model(request: Any, tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
+    """A 4-bit base with tied embeddings and an adapter whose vectors are not zero."""
+    directory = tmp_path_factory.mktemp("model")
+    small_llama(tie_word_embeddings=True).to(torch.bfloat16).save_pretrained(directory)
+    small_tokenizer().save_pretrained(directory)
+    base = load_base(ModelSection(path=str(directory), compute_dtype=request.param), torch.device("cpu"))
+    peft_model = attach(base.model, AdapterSection(rank=8), str(directory))
+    numbers = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for vector in named_vectors(peft_model).values():
+            vector.add_(torch.randn(vector.shape, generator=numbers) * 0.3)
+    return peft_model.eval()
+
+
+def log_probabilities(model: nn.Module, prompt: np.ndarray, answer: np.ndarray) -> torch.Tensor:
+    """log p of each token of the answer, of one row alone: no padding, no tiles, all logits."""
+    ids = torch.from_numpy(np.append(prompt, answer).astype(np.int64))[None]
+    found = F.log_softmax(model(input_ids=ids).logits.float(), -1)[0, :-1]
+    return found.gather(1, ids[0, 1:, None])[len(prompt) - 1 :, 0]
+
+
+def parts(row: Example) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    start = row.answer_start
+    rejected = row.input_ids[start:] if row.rejected_ids is None else row.rejected_ids
+    return row.input_ids[:start], row.input_ids[start:], rejected
+
+
+def of_reference(model: Any, prompt: np.ndarray, answer: np.ndarray) -> torch.Tensor:
+    with torch.no_grad(), model.disable_adapter():
+        return log_probabilities(model, prompt, answer)
+
+
+def dpo(loss: Callable[..., torch.Tensor]) -> Callable[[Any], torch.Tensor]:
+    """The sum over pairs of a loss of the log ratios of both answers and their lengths."""
+
+    def total(model: Any) -> torch.Tensor:
+        losses = []
+        for prompt, chosen, rejected in map(parts, PAIRS):
+            ratios = [
+                (log_probabilities(model, prompt, a) - of_reference(model, prompt, a)).sum() for a in (chosen, rejected)
+            ]
+            losses.append(loss(*ratios, len(chosen), len(rejected)))
+        return torch.stack(losses).sum()
+
+    return total
+
+
+def orpo(model: Any) -> torch.Tensor:
+    """Equation 6 of arXiv 2403.07691; the likelihood is that of prompts and chosen answers, as TRL has it."""
+    likelihoods, ratios = [], []
+    for prompt, chosen, rejected in map(parts, PAIRS):
+        likelihoods.append(log_probabilities(model, prompt[:1], np.append(prompt[1:], chosen)))
+        means = [log_probabilities(model, prompt, answer).mean() for answer in (chosen, rejected)]
+        odds = [mean - torch.log1p(-mean.exp()) for mean in means]
+        ratios.append(F.logsigmoid(odds[0] - odds[1]))
+    return len(PAIRS) * (-torch.cat(likelihoods).mean() - BETA * torch.stack(ratios).mean())
+
+
+def kto(model: Any) -> torch.Tensor:
+    """Equation 8 of arXiv 2402.01306, with z₀ from each prompt and the answer of the row before it."""
+    answers = [parts(row)[1] for row in JUDGED]
+    with torch.no_grad():
+        shifts = [
+            (
+                log_probabilities(model, parts(row)[0], answers[i - 1])
+                - of_reference(model, parts(row)[0], answers[i - 1])
+            ).sum()
+            for i, row in enumerate(JUDGED)
+        ]
+        z = torch.stack(shifts).mean().clamp(min=0)
+    losses = []
+    for row in JUDGED:
+        prompt, answer, _ = parts(row)
+        ratio = (log_probabilities(model, prompt, answer) - of_reference(model, prompt, answer)).sum()
+        value = 2.0 * torch.sigmoid(BETA * (ratio - z)) if row.desirable else 0.5 * torch.sigmoid(BETA * (z - ratio))
+        losses.append((2.0 if row.desirable else 0.5) - value)
+    return torch.stack(losses).sum()
+
+
+SIGMOID = torch.sigmoid
+FORMULAS: dict[str, tuple[dict[str, Any], list[Example], Callable[[Any], torch.Tensor]]] = {
+    "dpo": ({"objective": "dpo"}, PAIRS, dpo(lambda w, r, *_: -F.logsigmoid(BETA * (w - r)))),
+    "hinge": ({"objective": "dpo", "loss_type": "hinge"}, PAIRS, dpo(lambda w, r, *_: F.relu(1 - BETA * (w - r)))),
+    "ipo": (
+        {"objective": "dpo", "loss_type": "ipo"},
+        PAIRS,
+        dpo(lambda w, r, n, m: (w / n - r / m - 1 / (2 * BETA)) ** 2),
+    ),
+    "apo_zero": (
+        {"objective": "dpo", "loss_type": "apo_zero"},
+        PAIRS,
+        dpo(lambda w, r, *_: 1 - SIGMOID(BETA * w) + SIGMOID(BETA * r)),
+    ),
+    "apo_down": (
+        {"objective": "dpo", "loss_type": "apo_down"},
+        PAIRS,
+        dpo(lambda w, r, *_: SIGMOID(BETA * w) + 1 - SIGMOID(BETA * (w - r))),
+    ),
+    "orpo": ({"objective": "orpo"}, PAIRS, orpo),
+    "kto": ({"objective": "kto", "desirable_weight": 2.0, "undesirable_weight": 0.5}, JUDGED, kto),
+}
+
+
+@pytest.mark.parametrize("name", list(FORMULAS))
+def test_loss_and_gradients_are_those_of_the_formula(model: Any, name: str) -> None:
+    settings, rows, formula = FORMULAS[name]
+    vectors = list(named_vectors(model).values())
+    before = [vector.detach().clone() for vector in vectors]
+    held_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    loss = PreferenceLoss(model, small_tokenizer(), 0, TrainingSection(beta=BETA, **settings))
+    # no second model, and no second adapter; the vectors are as they were, and fp32
+    assert sum(p.numel() * p.element_size() for p in model.parameters()) == held_bytes
+    assert list(model.peft_config) == ["default"]
+    assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(vectors, before, strict=True))
+    found, count = loss(rows)
+    assert count == len(rows)
+    expected = formula(model)
+    is_exact = model.get_base_model().model.embed_tokens(torch.tensor([0])).dtype == torch.float32
+    tolerance = 2e-4 if is_exact else 5e-2
+    assert found.item() == pytest.approx(expected.item(), rel=tolerance)
+    ours, theirs = torch.autograd.grad(found, vectors), torch.autograd.grad(expected, vectors)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).norm() <= 5 * tolerance * b.norm() + 1e-6
+
+
+def test_metrics_are_means_over_the_passes_that_count(model: Any) -> None:
+    loss = PreferenceLoss(model, small_tokenizer(), 0, TrainingSection(objective="dpo", beta=BETA))
+    rewards = []
+    for prompt, *answers in map(parts, PAIRS):
+        ratios = [log_probabilities(model, prompt, a) - of_reference(model, prompt, a) for a in answers]
+        rewards.append([BETA * ratio.sum().item() for ratio in ratios])
+    with torch.no_grad():
+        loss(PAIRS[:2])
+        loss.count_pass()
+        loss(PAIRS[2:])
+        loss.count_pass()
+        loss(PAIRS)  # of a step that is not taken, say
+    found = loss.take_metrics()
+    chosen, rejected = (sum(reward) / len(PAIRS) for reward in zip(*rewards, strict=True))
+    assert found["rewards/chosen"] == pytest.approx(chosen, abs=0.03)
+    assert found["rewards/margins"] == pytest.approx(chosen - rejected, abs=0.06)
+    assert found["rewards/accuracies"] == pytest.approx(sum(w > r for w, r in rewards) / len(PAIRS))
+    assert loss.take_metrics() == {}
+
+
+def test_judged_answers_of_one_kind_have_no_margin(model: Any) -> None:
+    loss = PreferenceLoss(model, small_tokenizer(), 0, TrainingSection(objective="kto"))
+    good = [dataclasses.replace(row, desirable=True) for row in copy.copy(JUDGED)]
+    with torch.no_grad():
+        total, _ = loss(good)
+    loss.count_pass()
+    found = loss.take_metrics()
+    assert math.isfinite(total.item()) and "rewards/chosen" in found
+    assert not {"rewards/rejected", "rewards/margins"} & set(found)
+
+
+def test_a_missing_trl_is_named_with_what_installs_it(
+    monkeypatch: pytest.MonkeyPatch, make_recipe: Any, tmp_path: Path
+) -> None:
+    from qvera.tasks import trl_loss
+    from qvera.training.trainer import train
+    from qvera.utils.errors import InputError
+
+    recipe = make_recipe(training={"objective": "dpo"})
+    monkeypatch.setattr(trl_loss, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"TRL is not installed: pip install 'qvera\[trl\]'"):
+        train(recipe, tmp_path / "run")
+    monkeypatch.undo()
+    monkeypatch.setattr(trl_loss, "version", lambda name: "1.9.2")
+    with pytest.raises(InputError, match=r"TRL 1.9.2 is installed: pip install 'qvera\[trl\]'"):
+        train(recipe, tmp_path / "run")

@@ -1,0 +1,228 @@
+"""Runs on preferences: they move the margin of held-out pairs, resume to the bit, and are refused what they can't have."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qvera.cli.main import main
+from qvera.config.schema import Recipe
+from qvera.training.plan import make_plan
+from qvera.training.trainer import Trainer, train
+from qvera.utils.errors import InputError
+from tests.training.test_trainer import cut_off, records, same, vectors
+
+pytestmark = pytest.mark.process
+
+WORDS = ["red", "blue", "green", "grey", "gold"]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """40 pairs, and as many judged answers: the word that was asked for is better than another one."""
+    directory, chooser = tmp_path_factory.mktemp("preferences"), random.Random(0)
+    pairs, judged = [], []
+    for number in range(40):
+        word, other = chooser.sample(WORDS, 2)
+        prompt = f"say {word} {chooser.randint(0, 99)}"
+        pairs.append({"prompt": prompt, "chosen": f"{word} {word}", "rejected": f"{other} {word}"})
+        good = number % 2 == 0
+        judged.append({"prompt": prompt, "completion": f"{word if good else other} {word}", "label": good})
+    files: dict[str, list[dict[str, Any]]] = {"preference": pairs, "unpaired-preference": judged}
+    for name, lines in files.items():
+        (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    return {name: directory / f"{name}.jsonl" for name in files}
+
+
+@pytest.fixture(scope="module")
+def recipe_of(make_recipe: Any, rows: dict[str, Path]) -> Any:
+    def make(objective: str, data: dict[str, Any] | None = None, **training: Any) -> Recipe:
+        path = rows["unpaired-preference" if objective == "kto" else "preference"]
+        training = {"objective": objective, "learning_rate": 0.1, **training}
+        return make_recipe(data={"path": str(path), **(data or {})}, training=training)
+
+    return make
+
+
+trl = pytest.mark.skipif(find_spec("trl") is None, reason="pip install 'qvera[trl]'")
+
+
+@trl
+@pytest.mark.parametrize("objective", ["dpo", "orpo", "kto"])
+def test_a_run_moves_the_margin_of_held_out_rows(objective: str, recipe_of: Any, tmp_path: Path, capsys: Any) -> None:
+    steps = 60 if objective == "orpo" else 24
+    recipe = recipe_of(objective, max_steps=steps, eval_steps=12, output_dir=str(tmp_path / "run"))
+    result = train(recipe, tmp_path / "run")
+    assert result is not None
+    before, after = (result.run["result"][when] for when in ("eval_before", "eval_after"))
+    assert after["rewards/margins"] > before["rewards/margins"] + (0.01 if objective == "orpo" else 0.2)
+    assert after["rows"] == 8
+    wanted = {"loss", "learning_rate", "step_seconds", "rewards/chosen", "rewards/rejected", "rewards/margins"}
+    wanted |= set() if objective == "kto" else {"rewards/accuracies"}
+    assert all(wanted <= set(record) for record in records(tmp_path / "run"))
+    assert [record["step"] for record in records(tmp_path / "run", "eval")] == list(range(12, steps + 1, 12))
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Reward margin" in page and "held-out margin" in page
+    # the same scores, of the adapter as it was saved
+    scores = tmp_path / "scores.json"
+    assert main(["eval", str(tmp_path / "run"), "--no-generation", "--json", str(scores)]) == 0
+    again = json.loads(scores.read_text())["scores"]
+    for key in ("loss", "rewards/margins", "rows"):
+        assert again[key] == pytest.approx(after[key], rel=1e-4)
+
+
+@trl
+def test_exports_are_compared_on_both_answers(recipe_of: Any, tmp_path: Path, capsys: Any) -> None:
+    run = str(tmp_path / "run")
+    train(recipe_of("dpo", max_steps=8, output_dir=run), tmp_path / "run")
+    assert main(["export", run, str(tmp_path / "merged")]) == 0
+    assert "on 16 rows" in capsys.readouterr().out  # 8 held-out pairs
+    assert main(["eval", str(tmp_path / "merged")]) == 2
+    assert "so a merged export has none" in capsys.readouterr().err
+    assert main(["eval", run, "--base"]) == 2
+    assert main(["export", run, str(tmp_path / "lora"), "--to", "lora"]) == 0
+    scores = []
+    for number, asked in enumerate(([run], [str(tmp_path / "lora"), "--recipe", run])):
+        file = tmp_path / f"scores-{number}.json"
+        assert main(["eval", *asked, "--no-generation", "--with-base", "--json", str(file)]) == 0
+        scores.append(json.loads(file.read_text())["scores"]["rewards/margins"])
+    assert scores[0] == pytest.approx(scores[1], rel=1e-3) and scores[0] > 0.1
+
+
+@trl
+@pytest.mark.parametrize("objective", ["dpo", "orpo", "kto"])
+def test_a_resumed_run_gives_the_bits_of_an_uninterrupted_one(objective: str, recipe_of: Any, tmp_path: Path) -> None:
+    recipe = recipe_of(objective, max_steps=6, save_steps=2, save_total_limit=3, gradient_checkpointing=True)
+    train(recipe, tmp_path / "whole")
+    cut_off(tmp_path / "whole", tmp_path / "cut", after=2)
+    train(recipe, tmp_path / "cut", resume=True)
+    assert same(vectors(tmp_path / "whole"), vectors(tmp_path / "cut"))
+    timed = {"step_seconds", "tokens_per_second", "memory_bytes", "peak_bytes"}
+    runs = [[{k: v for k, v in r.items() if k not in timed} for r in records(tmp_path / n)] for n in ("whole", "cut")]
+    assert runs[0] == runs[1]
+
+
+@trl
+def test_how_pairs_are_divided_into_passes_changes_nothing(recipe_of: Any, tmp_path: Path) -> None:
+    for rows_of_pass in (8, 2):
+        recipe = recipe_of("dpo", max_steps=3, per_device_train_batch_size=rows_of_pass)
+        train(recipe, tmp_path / f"by-{rows_of_pass}")
+    one, two = (records(tmp_path / name) for name in ("by-8", "by-2"))
+    for a, b in zip(one, two, strict=True):
+        for key in ("loss", "grad_norm", "rewards/margins", "logps/chosen"):
+            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-4)
+
+
+@trl
+@pytest.mark.parametrize("method", ["lora", "lora-sb", "lorta", "spiel"])
+def test_other_methods_train_on_preferences_too(method: str, recipe_of: Any, tmp_path: Path) -> None:
+    recipe = recipe_of("dpo", max_steps=8, learning_rate=0.02)
+    train(recipe.replace(adapter=recipe.adapter.replace(method=method, rank=4)), tmp_path / "run")
+    losses = [record["loss"] for record in records(tmp_path / "run")]
+    assert losses[-1] < losses[0]
+
+
+@trl
+def test_a_loss_that_is_not_finite_ends_the_run(
+    recipe_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nll = Trainer.nll
+
+    def spoilt(trainer: Trainer, *arguments: Any) -> Any:
+        total, count = nll(trainer, *arguments)
+        return (total * float("nan") if trainer.state.step == 2 else total), count
+
+    monkeypatch.setattr(Trainer, "nll", spoilt)
+    with pytest.raises(Exception, match=r"Step 3: the loss or its gradient is not finite .*preference.jsonl:\d+"):
+        train(recipe_of("dpo", max_steps=4), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+
+
+@trl
+def test_a_range_test_of_rates_uses_the_objective(recipe_of: Any, tmp_path: Path) -> None:
+    from qvera.config.range_test import RangeTest
+    from qvera.training.lr_finder import find_lr
+
+    found = find_lr(recipe_of("dpo"), tmp_path / "out", RangeTest(steps=10))
+    assert found is not None and found.points[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
+
+
+def test_a_plan_counts_both_answers_of_a_pair(recipe_of: Any, make_recipe: Any) -> None:
+    device = torch.device("cpu")
+    pairs, judged, imitated = (
+        make_plan(recipe, device) for recipe in (recipe_of("dpo"), recipe_of("kto"), make_recipe())
+    )
+    assert (pairs.batch.rows, judged.batch.rows, imitated.batch.rows) == (8, 4, 4)
+    assert pairs.memory.total_bytes > judged.memory.total_bytes
+    all_logits = {part.name for part in make_plan(recipe_of("orpo"), device).memory.moments["loss"]}
+    assert "logits of all tokens" in all_logits
+
+
+REFUSED: list[tuple[str, dict[str, dict[str, Any]], str]] = [
+    ("dpo", {"data": {"packing": True}}, "data.packing: is not built for training.objective: dpo"),
+    ("dpo", {"data": {"too_long": "split"}}, "data.too_long: split would part an answer from its prompt"),
+    ("dpo", {"data": {"train_on": "all"}}, "data.train_on"),
+    ("dpo", {"data": {"max_target_length": 8}}, "data.max_target_length"),
+    ("dpo", {"data": {"adapter_column": "who"}}, "training.objective: dpo is not built for many adapters"),
+    ("dpo", {"data": {"format": "text"}}, "training.objective: dpo reads rows of the format preference"),
+    ("kto", {"data": {"format": "preference"}}, "training.objective: kto reads rows of the format unpaired-preference"),
+    ("sft", {"data": {"format": "preference"}}, "preference is for training.objective: dpo or orpo. Set that"),
+    ("sft", {"training": {"beta": 0.2}}, "training.beta: has no effect without"),
+    ("orpo", {"training": {"loss_type": "ipo"}}, "training.loss_type: has no effect without training.objective: dpo"),
+    ("dpo", {"training": {"bilevel": True}}, "training.bilevel: is not built for"),
+    ("dpo", {"training": {"torch_compile": True}}, "training.torch_compile: is not built for"),
+    ("dpo", {"training": {"loss_chunk_tokens": 64}}, "training.loss_chunk_tokens"),
+    ("kto", {"training": {"on_oom": "halve"}}, "halve changes the loss of training.objective: kto"),
+    ("kto", {"training": {"per_device_train_batch_size": 1}}, "pairs each prompt with another row's answer"),
+    ("dpo", {"adapter": {"dropout": 0.1}}, "adapter.dropout: TRL's losses are computed without dropout"),
+    ("dpo", {"adapter": {"init_from": "x"}}, "the reference of training.objective: dpo is the base"),
+    ("dpo", {"deepspeed": "zero3"}, "deepspeed: zero3 is not built for"),  # type: ignore[dict-item]
+]
+
+
+@pytest.mark.parametrize(("objective", "keys", "said"), REFUSED)
+def test_what_an_objective_can_not_have_is_refused_by_name(
+    objective: str, keys: dict[str, Any], said: str, make_recipe: Any
+) -> None:
+    from qvera.config.schema import parse_recipe
+
+    tree = make_recipe().to_dict()
+    tree["data"] = {"path": "x.jsonl"}
+    tree["training"] = {"objective": objective}
+    for section, values in keys.items():
+        tree[section] = values if isinstance(values, str) else {**tree[section], **values}
+    with pytest.raises(InputError, match=re.escape(said)):
+        parse_recipe(tree, "recipe")
+
+
+def test_the_format_follows_the_objective_in_each_source(make_recipe: Any) -> None:
+    recipe = make_recipe(training={"objective": "kto"}, data={"mixture": [{"path": "more.jsonl"}]})
+    assert [source.format for source in (recipe.data, *recipe.data.mixture)] == ["unpaired-preference"] * 2
+
+
+@trl
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [None, "zero1", "zero2"])
+def test_two_processes_train_as_one_does(stage: str | None, recipe_of: Any, tmp_path: Path) -> None:
+    from tests.distributed.ranks import Ranks
+
+    settings = {"max_steps": 3, "eval_steps": 3, "per_device_train_batch_size": 2}
+    train(recipe_of("dpo", **settings), tmp_path / "one")
+    recipe = recipe_of("dpo", **settings, output_dir=str(tmp_path / "two")).replace(deepspeed=stage)
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    ranks = Ranks(["-m", "qvera", "train", str(tmp_path / "recipe.yaml")], 2, tmp_path / "logs")
+    assert ranks.wait(240) == [0, 0], ranks.text()
+    one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
+    for name, vector in one.items():
+        torch.testing.assert_close(vector, two[name], rtol=1e-3, atol=1e-4)
+    for key in ("loss", "rewards/margins", "rewards/accuracies", "rows"):
+        (a,), (b,) = records(tmp_path / "one", "eval"), records(tmp_path / "two", "eval")
+        assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-4)
