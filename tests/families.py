@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.conftest import small_tokenizer
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
-_BEGIN, _END = "<!-- families:begin -->", "<!-- families:end -->"
 
 _COMMON: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -96,7 +96,7 @@ FAMILIES: dict[str, Family] = {
     "stablelm": Family("StableLM", "stablelm", continuous=False),
     "starcoder2": Family("StarCoder2", "starcoder2", f"{_ATTENTION} c_fc c_proj", {"sliding_window": None}, joins=True),
     "gpt_neox": Family(
-        "GPT-NeoX, Pythia", "gpt_neox", _NEOX, {"num_key_value_heads": ...}, "each load", joins=True, continuous=False
+        "GPT-NeoX, Pythia", "gpt_neox", _NEOX, {"num_key_value_heads": ...}, joins=True, continuous=False
     ),
     "opt": Family(
         "OPT", "opt", "q_proj k_proj v_proj out_proj fc1 fc2",
@@ -127,6 +127,77 @@ FAMILIES: dict[str, Family] = {
 }  # fmt: skip
 
 
+_ENCODER: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 304,
+    "max_position_embeddings": 128, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "pad_token_id": 0,
+    "initializer_range": 0.1,
+}  # fmt: skip
+_VISION = {"image_size": 32, "patch_size": 8, "num_channels": 3}
+_DEBERTA = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "pooler_hidden_size": 64}
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """A family of models that are given a head for classes; written as the published checkpoints are."""
+
+    title: str
+    model_type: str
+    published: str
+    """The auto class that the published checkpoint is of; its tensors are named by it."""
+    targets: str
+    changes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    four_bit: str = "mapped"
+    takes_images: bool = False
+
+    def write(self, directory: Path) -> None:
+        """A random checkpoint, with biases that are not zero."""
+        torch.manual_seed(0)
+        tree = {**_ENCODER, **self.changes}
+        config = AutoConfig.for_model(self.model_type, **{k: v for k, v in tree.items() if v is not ...})
+        model = getattr(transformers, self.published).from_config(config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias"):
+                    parameter.normal_(std=0.1)
+        model.save_pretrained(directory)
+        small_tokenizer().save_pretrained(directory)
+
+
+ENCODERS: dict[str, Encoder] = {
+    "bert": Encoder("BERT, MiniLM", "bert", "AutoModel", "query key value dense"),
+    "roberta": Encoder("RoBERTa, XLM-R", "roberta", "AutoModelForMaskedLM", "query key value dense"),
+    "deberta-v2": Encoder(
+        "DeBERTa v2, v3", "deberta-v2", "AutoModelForMaskedLM", "query_proj key_proj value_proj dense",
+        {**_DEBERTA, "position_buckets": 16, "norm_rel_ebd": "layer_norm", "share_att_key": True},
+    ),
+    "distilbert": Encoder(
+        "DistilBERT", "distilbert", "AutoModelForMaskedLM", "q_lin k_lin v_lin out_lin lin1 lin2",
+        {"dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 4, "dropout": 0.0, "attention_dropout": 0.0,
+         "seq_classif_dropout": 0.0, "hidden_size": ..., "num_hidden_layers": ..., "num_attention_heads": ...},
+    ),
+    "modernbert": Encoder(
+        "ModernBERT", "modernbert", "AutoModelForMaskedLM", "Wqkv Wi Wo",
+        {"bos_token_id": 1, "cls_token_id": 1, "eos_token_id": 2, "sep_token_id": 2},
+    ),
+    "gpt2": Encoder(
+        "GPT-2", "gpt2", "AutoModel", "c_attn c_proj c_fc",
+        {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": 2}, "each load",
+    ),
+    "vit": Encoder("ViT", "vit", "AutoModel", "q_proj k_proj v_proj o_proj fc1 fc2", _VISION, takes_images=True),
+}  # fmt: skip
+_FOUR_BIT = {"mapped": "mapped from the cache", "each load": "made at each load", "no": "no"}
+
+
+def encoder_table() -> str:
+    """The second table of docs/models.md."""
+    lines = ["| family | `model_type` | `all-linear` adapts | 4-bit weights |", "|---|---|---|---|"]
+    for one in ENCODERS.values():
+        lines.append(
+            f"| {one.title} | `{one.model_type}` | {', '.join(one.targets.split())} | {_FOUR_BIT[one.four_bit]} |"
+        )
+    return "\n".join(lines)
+
+
 def table() -> str:
     """The table of docs/models.md."""
     lines = [
@@ -135,7 +206,7 @@ def table() -> str:
     ]
     for one in FAMILIES.values():
         targets = ", ".join(one.targets.split()) if one.targets != _SEVEN else "the seven of Llama"
-        four_bit = {"mapped": "mapped from the cache", "each load": "made at each load", "no": "no"}[one.four_bit]
+        four_bit = _FOUR_BIT[one.four_bit]
         cells = [
             one.title,
             f"`{one.model_type}`",
@@ -148,9 +219,13 @@ def table() -> str:
 
 
 def page() -> str:
-    """docs/models.md with the table of today."""
-    head, _, rest = PAGE.read_text(encoding="utf-8").partition(_BEGIN)
-    return f"{head}{_BEGIN}\n{table()}\n{_END}{rest.partition(_END)[2]}"
+    """docs/models.md with the tables of today."""
+    text = PAGE.read_text(encoding="utf-8")
+    for name, made in (("families", table()), ("encoders", encoder_table())):
+        head, begin, rest = text.partition(f"<!-- {name}:begin -->\n")
+        _, end, tail = rest.partition(f"<!-- {name}:end -->")
+        text = f"{head}{begin}{made}\n{end}{tail}"
+    return text
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from qvera.adapters.files.adapter_file import read_adapter, require_base
+from qvera.adapters.low_rank_path import layer_shape
 from qvera.config.schema import ModelSection
 from qvera.export.deltas import AdapterDeltas, read_deltas
 from qvera.export.stream import PackedBaseReader, TrainedBaseReader
@@ -18,6 +19,8 @@ from qvera.models.loader import pick_compute_dtype
 from qvera.models.model_class import CAUSAL_LM
 from qvera.models.model_config import empty_model, require_own_weights
 from qvera.models.packed_weights import PackedWeight, packed_weights, without_statistics
+from qvera.models.stored_names import as_named
+from qvera.models.structure import beside_the_layers
 from qvera.utils import accelerator
 from qvera.utils.errors import InputError, RunFailed
 from qvera.utils.files import file_stamp
@@ -73,7 +76,10 @@ def open_adapter_on_base(adapter_dir: Path, section: ModelSection) -> AdapterOnB
     stored = checkpoint_tensors(directory)
     config = AutoConfig.from_pretrained(directory, trust_remote_code=section.trust_remote_code)
     model = empty_model(section, directory, model_class)
-    require_own_weights(directory, stored, model, model_class)
+    named = as_named(stored, model)
+    require_own_weights(directory, named, model, model_class)
+    if model_class.has_own_head or not _stores_layers(stored, model):
+        stored = named  # else the merged files keep the names that other tools know
     heads = tuple(f"{name}." for name in model_class.head_modules(model))
     kept = model_class.stored_names((entry.name for entry in stored), model)
     kept = {name for name in kept if not name.startswith(heads)}  # the adapter has its own
@@ -96,6 +102,14 @@ def open_adapter_on_base(adapter_dir: Path, section: ModelSection) -> AdapterOnB
     stamps = file_stamps(stored)
     opened = directory, model_class.configured(config), model, stored, packed, entries
     return AdapterOnBase(*opened, stamps, fingerprint, compute, adapter)
+
+
+def _stores_layers(stored: list[TensorEntry], model: PreTrainedModel) -> bool:
+    """Whether the file has the linears of the layers under the model's names, whatever it calls the rest."""
+    names = {entry.name for entry in stored}
+    skipped = beside_the_layers(model)
+    linears = (n for n, module in model.named_modules() if layer_shape(module) is not None and n not in skipped)
+    return all(f"{name}.weight" in names for name in linears)
 
 
 def read_trained_weight(reader: TrainedBaseReader | PackedBaseReader, entry: TensorEntry) -> torch.Tensor:

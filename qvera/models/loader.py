@@ -22,6 +22,7 @@ from qvera.models.mmap import NotMappable, WeightSharder, load_mapped
 from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.model_config import empty_model, load_config, require_own_weights
 from qvera.models.quantize_checkpoint import NotPlain
+from qvera.models.stored_names import as_named
 from qvera.models.structure import decoder_of, expert_weights
 from qvera.models.tokenizer import ids_of, load_tokenizer, place_token_rows
 from qvera.utils import accelerator
@@ -112,9 +113,9 @@ def load_base(
     try:
         config = load_config(section)
         if Path(name).is_dir():
-            require_own_weights(
-                Path(name), checkpoint_tensors(Path(name)), empty_model(section, None, model_class), model_class
-            )
+            empty = empty_model(section, None, model_class)
+            entries = as_named(checkpoint_tensors(Path(name)), empty)
+            require_own_weights(Path(name), entries, empty, model_class)
         model = _load_mapped(section, config, dtype, device, progress, sharder, model_class)
         if model is None and sharder is not None:
             raise InputError(

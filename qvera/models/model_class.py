@@ -8,6 +8,7 @@ such head; it is drawn as torch draws its layers, from a seed, so it is the same
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")
 """Ends of the names of classes whose checkpoints are those of causal language models."""
+_BUFFERS = r"(?:^|\.)(?:position_ids|inv_freq)$"
+"""That old checkpoints carry; the model makes them."""
 REGRESSION, CLASSES = "regression", "single_label_classification"
 """transformers' ``problem_type``."""
 
@@ -88,7 +91,9 @@ class ModelClass:
         if not self.has_own_head:
             return set(names)
         known, inside = model.state_dict().keys(), f"{model.base_model_prefix}."
-        return {name for name in names if name in known or name.startswith(inside)}
+        ignored = [_BUFFERS, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
+        within = (name for name in names if name in known or name.startswith(inside))
+        return {name for name in within if name in known or not any(re.search(one, name) for one in ignored)}
 
     def copied_as(self, architectures: Iterable[str] | None) -> ModelClass:
         """The class that a quantized copy of a checkpoint is made for: all tasks share that of a language model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
@@ -28,6 +28,7 @@ _LARGEST = {
     "hidden_size": 2**20, "intermediate_size": 2**24, "vocab_size": 2**24,
 }  # fmt: skip
 """Far above any model there is, and far below what would end in a traceback or fill the memory."""
+_COMPARED_BYTES = 2**24
 _LAYER = re.compile(r"(.*?\b(?:layers|h|blocks)\.)(\d+)\.")
 
 
@@ -171,7 +172,7 @@ def _require_head(directory: Path, stored: Mapping[str, TensorEntry], model: Pre
         return
     table, output = stored[names[embedding]], stored.get(names[head])
     tied = head.weight is embedding.weight
-    if output is None and not tied and not _is_renamed(model, stored, names[head]):
+    if output is None and not tied:
         raise InputError(
             f"{directory}: the weights hold no {names[head]}, and config.json does not tie it to the embedding, so "
             "the model would get a random output head. Copy all weight files again; or, if the model has none of its "
@@ -184,14 +185,14 @@ def _require_head(directory: Path, stored: Mapping[str, TensorEntry], model: Pre
         )
 
 
-def _is_renamed(model: PreTrainedModel, stored: Mapping[str, TensorEntry], name: str) -> bool:
-    """Whether transformers may find a parameter under another name: one of its shape that the model does not have."""
-    own = model.state_dict()
-    return any(entry.shape == tuple(own[name].shape) for entry in stored.values() if entry.name not in own)
-
-
 def _same_tensor(one: TensorEntry, other: TensorEntry) -> bool:
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    with safe_open(one.file, framework="pt") as first, safe_open(other.file, framework="pt") as second:
-        return torch.equal(first.get_tensor(one.name), second.get_tensor(other.name))
+    with open(one.file, "rb", buffering=0) as first, open(other.file, "rb", buffering=0) as second:
+        for start in range(0, one.size_bytes, _COMPARED_BYTES):
+            count = min(_COMPARED_BYTES, one.size_bytes - start)
+            if os.pread(first.fileno(), count, one.start + start) != os.pread(
+                second.fileno(), count, other.start + start
+            ):
+                return False
+    return True

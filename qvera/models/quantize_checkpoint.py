@@ -24,6 +24,7 @@ from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.model_config import empty_model, require_own_weights
 from qvera.models.quantized_record import RECORD, content_identity, settings_of
 from qvera.models.safetensors_stream import Block, CheckpointReader, in_order, write_index, write_shard
+from qvera.models.stored_names import as_named
 from qvera.utils import memory
 from qvera.utils.atomic import OutputDirectory, disk_errors, flush, replace_text, require_space
 from qvera.utils.cache_dir import StageProgress
@@ -105,10 +106,10 @@ def read_source(section: ModelSection, directory: Path, model_class: ModelClass 
             f"{directory}: is already quantized (config.json has a quantization_config). Use it as model.path as it "
             "is, or name the 16-bit checkpoint that it was made from."
         )
-    entries = checkpoint_tensors(directory)
-    stored = {entry.name for entry in entries}
     model_class = model_class.copied_as(config.get("architectures"))
     model = empty_model(section, directory, model_class)
+    entries = as_named(checkpoint_tensors(directory), model)
+    stored = {entry.name for entry in entries}
     heads = list(model_class.head_modules(model))
     names = {name for name in model.state_dict() if name in stored or name.partition(".")[0] not in heads}
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
