@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from qvera.serve.address import is_of_other_site, is_own_name
 from qvera.serve.api.event_stream import EventStream
 from qvera.serve.api.limits import Limits
 from qvera.serve.ui.directories import RunDirectories
-from qvera.serve.ui.events import list_events, run_events
+from qvera.serve.ui.events import LOOK_SECONDS, list_events, run_events
 from qvera.serve.ui.finder import Finder
 from qvera.serve.ui.metrics import NOTHING, Position
 from qvera.serve.ui.pages import Pages, list_signature, run_href
@@ -67,6 +68,8 @@ class Service:
     running: int = 0
     draining: bool = False
     streams: int = 0
+    _listed: tuple[float, str] = (0.0, "")
+    """When the list was looked at last for those who wait for news, and its signature then."""
 
     def __post_init__(self) -> None:
         self.summaries = Summaries(self.directories)
@@ -74,8 +77,11 @@ class Service:
         self.pages = Pages(self.place, self.directories, self.summaries, self.views)
 
     def list_signature(self) -> str:
-        """Changes with what the list of runs shows."""
-        return list_signature(self.summaries.list())
+        """Changes with what the list of runs shows; looked at once for all who ask at about the same time."""
+        now = time.monotonic()
+        if now - self._listed[0] > LOOK_SECONDS / 2:
+            self._listed = now, list_signature(self.summaries.list())
+        return self._listed[1]
 
     def run_signature(self, id: str) -> str:
         """Changes with the state of a run and with its files but metrics.jsonl, of which there are records."""

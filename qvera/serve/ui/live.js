@@ -66,6 +66,6 @@
     redraw().then(open);
   });
   addEventListener('pagehide', close);
-  addEventListener('pageshow', open);
+  addEventListener('pageshow', event => { if (event.persisted) soon(); open(); });
   open();
 })();

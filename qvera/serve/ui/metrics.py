@@ -24,6 +24,8 @@ _CHUNK_BYTES = 1 << 20
 _LINE_BYTES = 1 << 20
 """A longer line is no record."""
 _PLACES = ("step", "round")
+_KEYS, _CHARACTERS = 64, 512
+"""Of a record so many keys are kept, and no longer texts: a file that is none of ours must not fill the memory."""
 
 
 class Position(NamedTuple):
@@ -53,17 +55,19 @@ class Curve:
 
     def __init__(self) -> None:
         self._rows: dict[int, dict[str, Any]] = {}
-        self._every, self._seen = 1, 0
+        self._seen = 0
+        self.every = 1
+        """Of so many records one is kept."""
         self.last: dict[str, Any] | None = None
 
     def add(self, row: dict[str, Any]) -> None:
         """Keep a record, or not; its key ``step`` says where it belongs."""
         self.last = row
         self._seen += 1
-        if (self._seen - 1) % self._every == 0:
+        if (self._seen - 1) % self.every == 0:
             self._rows[int(row["step"])] = row
         if len(self._rows) > MOST_ROWS:
-            self._every *= 2
+            self.every *= 2
             self._rows = {step: self._rows[step] for step in sorted(self._rows)[::2]}
 
     def rows(self) -> list[dict[str, Any]]:
@@ -121,6 +125,8 @@ class Read:
                 f"metrics.jsonl had {size(self.sampled_bytes)} when it was opened: of what was there then, the curves "
                 "show pieces that are spread evenly over it."
             )
+        if self.train.every > 1:
+            notes.append(f"There are more steps than the curves hold: they are made of every {self.train.every}th.")
         if self.unreadable:
             notes.append(f"metrics.jsonl: {count(self.unreadable)} lines can't be read and are left out.")
         return notes
@@ -143,6 +149,9 @@ class Read:
     def add(self, row: dict[str, Any]) -> None:
         """Add a record of any kind."""
         kind, adapter = get_text(row, "kind"), get_text(row, "adapter")
+        if len(adapter) > _CHARACTERS:
+            return
+        row = {key: value for key, value in list(row.items())[:_KEYS] if _is_short(key) and _is_short(value)}
         if kind == "round" and not row.get("rank") and get_number(row, "round") is not None:
             row = round_as_step(row)
             self.train.add(row)
@@ -162,6 +171,11 @@ class Read:
             return
         numbers = self.adapters.setdefault(name, {"train_loss_first": get_number(row, "loss")})
         numbers |= {"steps": get_number(row, "step"), "train_loss_last": get_number(row, "loss")}
+
+
+def _is_short(value: object) -> bool:
+    """Whether a key or a value of a record is one that a curve or a name can be made of."""
+    return len(value) <= _CHARACTERS if isinstance(value, str) else value is None or isinstance(value, int | float)
 
 
 class MetricsFile:

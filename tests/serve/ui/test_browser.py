@@ -63,7 +63,7 @@ def test_a_run_that_trains_shows_up_and_its_curve_grows(
     page = watched(browser, problems)
     page.goto(served.url)
     assert "No run is here yet" in page.text_content("main")
-    training = {"max_steps": 60, "eval_steps": 10, "save_steps": 60, "sample_count": 1}
+    training = {"max_steps": 40, "eval_steps": 10, "save_steps": 40, "sample_count": 1}
     process = start_process(train_slowly, make_recipe(training=training), runs / "live", 0.25)
     try:
         page.wait_for_selector("td.running", timeout=60_000)  # without a reload
@@ -79,10 +79,10 @@ def test_a_run_that_trains_shows_up_and_its_curve_grows(
         assert page.evaluate("document.activeElement.className") == "plot"  # what a reader does, stays
         assert page.is_visible(".plot .tip >> nth=0")
         assert page.locator("details[open]").count() == 1
-        assert "of 60" in page.text_content(".now")
+        assert "of 40" in page.text_content(".now")
         page.wait_for_selector("text=finished", timeout=60_000)
         page.wait_for_selector(".now", state="detached")
-        wait_until(lambda: points(page) == 60, 30)
+        wait_until(lambda: points(page) == 40, 30)
         assert "Held-out prompts" in page.text_content("main")
         assert page.evaluate("window.sameDocument") is True
         assert problems == []
@@ -93,8 +93,7 @@ def test_a_run_that_trains_shows_up_and_its_curve_grows(
     wait_until(lambda: served.service.streams == 0, 10)
 
 
-@pytest.mark.parametrize("width", [360, 768, 1280])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "scheme"), [(360, "light"), (768, "dark"), (1280, "light")])
 def test_pages_fit_their_widths_and_load_nothing_else(
     build_run: Build, serve: Serve, browser: Any, tmp_path: Path, width: int, scheme: str
 ) -> None:

@@ -69,6 +69,7 @@ def test_totals_count_steps_that_a_long_curve_no_longer_has(tmp_path: Path, monk
     assert 25 <= len(kept) <= 51
     assert {later - earlier for earlier, later in zip(kept, kept[1:-1], strict=False)} == {16}  # evenly spread
     assert kept[-1] == 700
+    assert "every 16th" in found.notes()[0]
     assert found.recorded() == pytest.approx(whole.totals)
 
 
@@ -128,6 +129,17 @@ def test_a_line_without_end_takes_no_memory(tmp_path: Path, monkeypatch: pytest.
     with open(path, "ab") as handle:
         handle.write(b"\n" + lines(rows[1]))
     assert [row["step"] for row in file.update().train.rows()] == [1, 2]
+
+
+def test_a_record_that_is_none_of_ours_takes_little_memory(tmp_path: Path) -> None:
+    odd = {f"key {n}": n for n in range(1000)} | {"long": "x" * 10_000, "list": [1], "x" * 10_000: 1}
+    append(tmp_path, {**train_rows(1)[0], **odd}, {"kind": "train", "adapter": "x" * 10_000, "step": 1})
+    found = MetricsFile(tmp_path / "metrics.jsonl").update()
+    (row,) = found.train.rows()
+    assert len(row) <= 64
+    assert row["loss"] == train_rows(1)[0]["loss"]
+    assert all(len(str(value)) < 600 for value in row.values())
+    assert not found.adapters
 
 
 def test_news_are_the_new_records_alone(tmp_path: Path) -> None:
