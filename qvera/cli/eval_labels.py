@@ -45,6 +45,7 @@ def evaluate_labels(target: EvalTarget, section: DataSection, all_rows: bool, li
     from importlib import metadata
 
     from qvera.data import build_datasets
+    from qvera.data.labelled import FORMAT
     from qvera.evaluation.class_metrics import require_packages
     from qvera.evaluation.evaluate import scoring
     from qvera.evaluation.load import open_target
@@ -52,6 +53,7 @@ def evaluate_labels(target: EvalTarget, section: DataSection, all_rows: bool, li
     from qvera.tasks.classification import held_out_logits, label_scores, predictions
 
     require_packages()
+    section = section.replace(format=FORMAT)  # an adapter alone has no recipe that says it
     with progress(f"Loading {target.path}"):
         opened = open_target(target)
     labels = opened.labels

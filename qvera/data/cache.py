@@ -42,7 +42,7 @@ _WORTH_BYTES = 256 * 1024
 """Local files smaller than this are tokenized in less than a second, which is not worth an entry."""
 _NOT_OF_THE_ROWS = (
     *("mixture", "weight", "shuffle", "prefix_once", "packing", "group_by_length", "tokenize_processes"),
-    *("sampling", "task_labels", "task_count", "task_steps", "held_out_tasks"),
+    *("sampling", "task_labels", "task_count", "task_steps", "held_out_tasks", "regression", "rows_per_label"),
 )
 """Keys of a source that decide how rows are used, not what they are.
 

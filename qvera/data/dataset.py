@@ -255,7 +255,7 @@ def build_datasets(
         # by sorting: hashes are no table's indices, and numpy 2.0 overflows where it tries 64 unsigned bits as such
         stats.repeated_rows = int(np.isin(held_out.ids_hash, train.ids_hash, kind="sort").sum())
     if section.format == FORMAT:
-        stats.labels = found = labels or labels_of(section, train, held_out)
+        stats.labels = found = labels or labels_of(section, train, held_out, *tasks.held_out.values())
         stats.label_rows, stats.eval_label_rows = found.counts(train), found.counts(held_out)
     stats.histogram_edges, stats.histogram_counts = length_histogram(train.lengths)
     template = resolve_template(section.template, tokenizer, sources[0].format)

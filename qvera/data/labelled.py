@@ -201,7 +201,7 @@ def rows_by_label(rows: Rows) -> dict[str, int]:
     return {entry["values"].as_py(): entry["counts"].as_py() for entry in pc.value_counts(column)}
 
 
-def labels_of(section: DataSection, train: Rows, held_out: Rows) -> Labels:
+def labels_of(section: DataSection, train: Rows, *held_out: Rows) -> Labels:
     """What the labels of the training rows are, checked against those of the held-out rows.
 
     Classes are those of ``data.label_names``, else those of the training rows, sorted: numbers by value, names by their
@@ -217,7 +217,7 @@ def labels_of(section: DataSection, train: Rows, held_out: Rows) -> Labels:
     asked = section.regression
     if asked is True or (asked == "auto" and has_fraction and None not in numbers.values() and not section.label_names):
         labels = Labels((VALUE,), True)
-        for rows in (train, held_out):
+        for rows in (train, *held_out):
             if any(_as_number(label) is None for label in rows_by_label(rows)):
                 labels.targets(rows)
         return labels
@@ -235,8 +235,9 @@ def labels_of(section: DataSection, train: Rows, held_out: Rows) -> Labels:
             "labels. Add rows of another label, or name the right column in data.columns ({label: YOUR_COLUMN})."
         )
     labels = Labels(tuple(names))
-    if rows_by_label(held_out).keys() - found.keys():
-        labels.targets(held_out)
+    for rows in held_out:
+        if rows_by_label(rows).keys() - found.keys():
+            labels.targets(rows)
     return labels
 
 

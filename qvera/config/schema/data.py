@@ -113,10 +113,10 @@ class DataSection(DataSource):
     held_out_tasks: Annotated[NonNegative | list[NonEmpty], _BY_TASK] = 0
     """Tasks that are not trained: their names (paths, or values of ``task_column``), or how many are chosen by
     ``seed``. ``training.adapt_steps`` adapts to each of them after training."""
-    adapter_column: NonEmpty | None = None
+    adapter_column: Annotated[NonEmpty | None, _CAUSAL] = None
     """The column that names the adapter each row trains: many VeRA adapters in one run, each with rows, order, steps,
     schedule and held-out rows of its own. A name is a text or a whole number; 1 and "1" are the same."""
-    adapter_files: Bool = False
+    adapter_files: Annotated[Bool, _CAUSAL] = False
     """As ``adapter_column``, where ``path`` is a directory: each of its files has the rows of one adapter, which is
     called as the file is without its suffix."""
     regression: Annotated[Bool | Literal["auto"], OnlyWith("task: sequence-classification")] = "auto"

@@ -187,8 +187,6 @@ class Recipe(Section):
     def many_adapters_contradictions(self, names: str) -> Iterator[tuple[str, str]]:
         """Yield keys with which no adapters can be trained together. ``names``: what asks for many of them."""
         adapter, training = self.adapter, self.training
-        if self.task != "causal-lm":
-            yield "task", f"many adapters ({names}) are trained as causal-lm only; remove one of the two."
         if adapter.method != "vera":
             yield (
                 "adapter.method",
