@@ -193,15 +193,11 @@ def _now(view: View) -> dict[str, Any]:
     rows = view.read.train.rows()
     left = None if planned is None else left_seconds(rows, planned - done)
     if is_many and left is not None:
-        left = left / max(1.0, many_steps / step)  # a round is a step of several adapters
+        left /= max(1.0, many_steps / max(1.0, step))  # a round is a step of several adapters
     held_out = view.read.evals.last
+    of = "" if planned is None else f"{done:,.0f} of {planned:,.0f} steps" if is_many else f"of {planned:,.0f}"
     figures = [
-        (
-            "step",
-            "Round" if is_many else "Step",
-            f"{step:,.0f}",
-            f"of {planned:,.0f}" if planned and not is_many else "",
-        ),
+        ("step", "Round" if is_many else "Step", f"{step:,.0f}", of),
         ("left", "Left", "" if left is None else duration(left), "at the pace of the last steps"),
         ("loss", "Training loss", _four_digits(get_number(last, "loss")), "of the last step"),
         (

@@ -127,6 +127,10 @@ ODD: dict[str, Callable[[Path], object]] = {
     "directories": lambda run: [(run / "run.json").unlink(), (run / "run.json").mkdir()],
     "a huge recipe": lambda run: os.truncate(run / "recipe.yaml", 1 << 32),
     "a huge summary": lambda run: os.truncate(run / "run.json", 1 << 33),
+    "a round zero": lambda run: [
+        begin(run, status="running", planned_steps=9, adapters=[]),
+        append(run, {"kind": "round", "round": 0, "adapters": 2, "step_seconds": 1.0}),
+    ],
     "an odd owner": lambda run: (run / RUN_OWNER).write_text('{"host": 3, "pid": 1e400, "started": []}'),
 }
 
@@ -195,7 +199,7 @@ def test_a_run_of_many_that_goes_on_shows_those_that_have_begun(build_run: Build
     assert (run / "metrics.jsonl").is_file()
     page = serve(tmp_path).get("/run/many")
     text = text_of(page.text)
-    assert "Round 12" in text
+    assert "Round 12 24 of 100 steps" in text
     assert 'max="100.0" value="24.0"' in page.text  # steps of all adapters
     assert "2 adapters trained together" in text
     # 76 steps are left, two in a round of half a second
