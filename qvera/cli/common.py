@@ -16,14 +16,22 @@ from rich.console import Console
 from qvera.utils.errors import EXIT_DONE, EXIT_FAILED, InputError, QveraError
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file; see recipes/ and docs/recipe.md.")]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory or an adapter directory.")]
+RunPath = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A run or an adapter: its directory, or USER/NAME on the hub.")
+]
 RunOrServer = Annotated[
     Path,
     typer.Argument(
-        metavar="RUN", help="A run, an adapter directory, an exported checkpoint, or the http:// address of a server."
+        metavar="RUN",
+        help="A run, an adapter or an exported checkpoint: its directory, or USER/NAME on the hub; or http://SERVER.",
     ),
 ]
-EvalPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run, an adapter directory or an exported checkpoint.")]
+EvalPath = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN", help="A run, an adapter or an exported checkpoint: its directory, or USER/NAME on the hub."
+    ),
+]
 Overrides = Annotated[
     list[str],
     typer.Option(

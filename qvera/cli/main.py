@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from qvera.cli import (
     analyze,
     cache,
+    card,
     chat,
     compare,
     doctor,
@@ -28,6 +29,7 @@ from qvera.cli import (
     merge_adapters,
     plan,
     preview,
+    push,
     quantize,
     quickstart,
     schema,
@@ -42,7 +44,7 @@ PANELS: dict[str, tuple[Callable[..., int | None], ...]] = {
     "Train": (quickstart.quickstart, init.init, preview.preview, plan.plan, train.train, launch.launch),
     "Look": (eval.evaluate, compare.compare, harness.harness, analyze.analyze, info.info, ui.ui),
     "Use": (chat.chat, generate.generate, serve.serve),
-    "Share": (export.export, merge_adapters.merge_adapters),
+    "Share": (export.export, merge_adapters.merge_adapters, card.card, push.push),
     "Setup": (doctor.doctor, schema.schema),
     "Bases": (quantize.quantize,),
 }
@@ -55,7 +57,7 @@ class CommandsByPanel(TyperGroup):
 
     def format_help(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
         """Write a line for each command; the first of a group begins with the group's name."""
-        lines, last = [f"Usage: qvera COMMAND [OPTIONS]    {self.help}"], ""
+        lines, last = [_USAGE], ""
         for name in self.list_commands(ctx):
             command = self.get_command(ctx, name)
             assert command is not None
@@ -63,12 +65,10 @@ class CommandsByPanel(TyperGroup):
             summary = (command.help or "").partition("\n")[0]
             lines.append(f"{panel if panel != last else '':<6} {name:<15} {summary}")
             last = panel
-        formatter.write("\n".join([*lines, _EPILOG]))
+        formatter.write("\n".join(lines))
 
 
-_EPILOG = """\
---version, --traceback, --install-completion; an example: qvera COMMAND --help
-Exit codes: 0 done, 1 failed, 2 wrong input, 75 interrupted and saved (--resume)"""
+_USAGE = "qvera [--version] COMMAND [--help]. Exit codes: 1 failed, 2 bad input, 75 saved"
 
 
 def build_app() -> typer.Typer:

@@ -26,7 +26,7 @@ from qvera.evaluation.named_adapters import (
 )
 from qvera.evaluation.run_info import load_run_recipe, read_certificate
 from qvera.models import loader
-from qvera.models.hub import base_directory
+from qvera.models.hub import base_directory, local_directory
 from qvera.models.model_class import CAUSAL_LM, REGRESSION, ModelClass, classification_class
 from qvera.utils import accelerator
 from qvera.utils.errors import InputError, first_line
@@ -104,11 +104,13 @@ def find_adapter(path: Path, name: str | None = None) -> tuple[Recipe | None, Mo
     """Recipe, model section and adapter directory of a run or adapter directory, without loading anything big.
 
     Args:
+        path: its directory, or the id of an adapter of the hub.
         name: which adapter, where there are many.
 
     Raises:
         InputError: it is neither, the run has no adapter yet, or none of this name.
     """
+    path = local_directory(path)
     recipe = load_run_recipe(path) if (path / RECIPE_FILE).is_file() else None
     if adapters_root(path) is not None:
         directory = require_named(path, name)
@@ -135,7 +137,7 @@ def open_run(path: str | Path, *, adapter: bool = True, name: str | None = None)
 def find_target(
     path: Path, recipe: Path | None = None, *, name: str | None = None, needs_name: bool = True
 ) -> EvalTarget:
-    """Find out what a directory is.
+    """Find out what a directory is, or what the hub has by this id (``user/name`` or ``user/name@revision``).
 
     Args:
         recipe: a recipe file, or a run's directory, whose rows, lengths and template are used. Without it they are
@@ -147,6 +149,7 @@ def find_target(
     Raises:
         InputError: it is none of these, there is no adapter of this name, or the recipe can't be read.
     """
+    path = local_directory(path)
     if not path.is_dir():
         raise InputError(f"{path}: no such directory. Expected a run, an adapter directory or an exported checkpoint.")
     given = None if recipe is None else _recipe_of(recipe)

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from qvera.config.load import load_recipe
 from qvera.config.schema import Recipe
 from qvera.evaluation.named_adapters import adapters_root, named_directories, refuse_name, require_named
+from qvera.models.hub import local_directory
 from qvera.utils.errors import InputError
 from qvera.utils.files import file_sha256, read_json
 from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTERS, CERTIFICATE, RECIPE_FILE
@@ -30,13 +31,14 @@ def directory_facts(path: str | Path, name: str | None = None) -> dict[str, Any]
 
     Args:
         path: a run, an adapter directory (QVERA, or any other of PEFT's types, such as an exported LoRA), a merged
-            export, a run that trained many adapters, or a directory of adapters. Of these two ``adapters`` lists all.
+            export, a run that trained many adapters, or a directory of adapters (of these two ``adapters`` lists all);
+            or the hub id of an adapter.
         name: show this one of many adapters.
 
     Raises:
         InputError: it is none of these, it has no adapter of this name, or a file in it is damaged.
     """
-    path = Path(path)
+    path = local_directory(Path(path))
     if not path.is_dir():
         raise InputError(
             f"{path}: no such directory. Expected a run, an adapter directory or a merged export of qvera."

@@ -1,13 +1,111 @@
-"""The directory behind a recipe's ``model.path``: a local one, or a snapshot from the hub."""
+"""The hub: the directory behind a recipe's ``model.path``, or behind the id of an adapter; and what is sent there."""
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+)
 
 from qvera.config.schema import ModelSection
-from qvera.utils.errors import InputError
-from qvera.utils.paths import resolve_path
+from qvera.utils.errors import InputError, first_line
+from qvera.utils.paths import ADAPTER_CONFIG, resolve_path
 from qvera.utils.safetensors_io import INDEX, weight_map
+
+FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.md")
+"""What is read of a repository: nothing that Python would run or unpickle."""
+_HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
+
+
+def is_hub_id(name: str | Path) -> bool:
+    """Whether a name is that of a repository: ``user/name`` or ``user/name@revision``, and nothing here has it.
+
+    Beside files that are here, it is taken for a misspelt path.
+    """
+    path = Path(name)
+    return _HUB_ID.fullmatch(str(name)) is not None and not path.exists() and not path.parent.exists()
+
+
+def local_directory(path: Path) -> Path:
+    """The directory ``path``; of the id of a repository on the hub its snapshot, downloaded where it is not yet.
+
+    Raises:
+        InputError: it is an id, and can't be downloaded.
+    """
+    if not is_hub_id(path):
+        return path
+    found = _HUB_ID.fullmatch(str(path))
+    assert found is not None
+    try:
+        return Path(
+            snapshot_download(
+                found["repo"], revision=found["revision"], allow_patterns=list(FILES), ignore_patterns="*/*"
+            )
+        )
+    except Exception as error:  # huggingface_hub raises httpx's, OSError's and its own
+        raise InputError(f"{path}: no such directory here, and not to be had from the hub: {_reason(error)}") from None
+
+
+def is_adapter_of_hub(name: str) -> bool:
+    """Whether a repository of the hub has an adapter in it; False for any other name, and where it can't be asked."""
+    if not is_hub_id(name):
+        return False
+    found = _HUB_ID.fullmatch(name)
+    assert found is not None
+    try:
+        hf_hub_download(found["repo"], ADAPTER_CONFIG, revision=found["revision"])
+    except Exception:  # no such file or repository, or no network: what loads it then says so
+        return False
+    return True
+
+
+def send_files(files: Mapping[str, Path | bytes], repo: str, *, private: bool, message: str) -> str:
+    """Make the repository ``user/name`` if there is none, and commit these files; returns its address.
+
+    Args:
+        files: name in the repository → a file, or its bytes.
+        repo: ``user/name``.
+        private: a repository that is made now is private. One that exists stays as it is.
+        message: of the commit.
+
+    Raises:
+        InputError: the id is none, or the hub refuses the token or can't be reached.
+    """
+    found = _HUB_ID.fullmatch(repo)
+    if found is None or found["revision"]:
+        raise InputError(f"{repo}: is no name of a repository of the hub. Expected USER/NAME.")
+    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=what) for name, what in files.items()]
+    api = HfApi()
+    try:
+        address = api.create_repo(repo, private=private, exist_ok=True)
+        api.create_commit(repo, operations, commit_message=message)
+    except Exception as error:
+        raise InputError(f"{repo}: nothing was sent to the hub: {_reason(error)}") from None
+    return str(address)
+
+
+def _reason(error: Exception) -> str:
+    """Why the hub gave or took nothing, and what to do."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, LocalTokenNotFoundError) or status == 401:
+        if isinstance(error, RepositoryNotFoundError):
+            return "there is no such repository, or it is private. If so, run `hf auth login` or set HF_TOKEN."
+        return "it wants a token. Run `hf auth login`, or set HF_TOKEN to one that may write to this repository."
+    if isinstance(error, GatedRepoError):
+        return "access to it has to be asked for on its page."
+    if status == 403:
+        return "this token may not do that. Set HF_TOKEN to one that may write to this repository."
+    if isinstance(error, (RepositoryNotFoundError, EntryNotFoundError)):
+        return f"there is no such repository or revision ({first_line(error)})."
+    if isinstance(error, HfHubHTTPError):
+        return f"it answered {status}: {first_line(error)}"
+    return f"{type(error).__name__}: {first_line(error)} Look at the network, HF_ENDPOINT and HF_HUB_OFFLINE."
 
 
 def base_directory(section: ModelSection) -> Path:
@@ -20,7 +118,7 @@ def base_directory(section: ModelSection) -> Path:
     require_model_files(name)
     if Path(name).is_dir():
         return Path(name)
-    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+    patterns = [*FILES]
     patterns += ["*.py"] if section.trust_remote_code else []
     again = ["original/*", "consolidated*.safetensors"]  # the same weights in another format
     try:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from qvera.config.schema import ModelSection
 from qvera.evaluation.load import EvalTarget, OpenRun, find_target, open_target, require_answers
 from qvera.evaluation.named_adapters import adapters_root
+from qvera.models.hub import is_adapter_of_hub, local_directory
 from qvera.models.loader import load_base
 from qvera.serve.store import AdapterStore
 from qvera.utils.errors import InputError
@@ -39,8 +40,8 @@ def open_served(path: str, adapters: Path | None = None) -> Served:
     """Load what `qvera serve` is given.
 
     Args:
-        path: a run, an adapter directory, a directory of adapters, an exported checkpoint, or a base: a directory or
-            a hub id. A base is loaded as the run says that the adapters are of, else in 4 bits.
+        path: a run, an adapter directory or one's hub id, a directory of adapters, an exported checkpoint, or a base: a
+            directory or a hub id. A base is loaded as the run says that the adapters are of, else in 4 bits.
         adapters: a directory of adapters, or a run that trained many. None: those of ``path``, if it has any.
 
     Raises:
@@ -49,6 +50,8 @@ def open_served(path: str, adapters: Path | None = None) -> Served:
     if adapters is not None and not adapters.is_dir():
         raise InputError(f"--adapters {adapters}: is no directory. Make it, or name a run that trained many adapters.")
     single, directory = None, Path(resolve_path(path))
+    if is_adapter_of_hub(path):
+        directory = local_directory(directory)
     has_adapters = any((directory / file).is_file() for file in (RECIPE_FILE, ADAPTER_CONFIG))
     if has_adapters or adapters_root(directory) is not None:
         target = find_target(directory, needs_name=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from qvera.export.gguf.file import TYPES, GgufTensor, new_writer, require_gguf, 
 from qvera.export.gguf.modelfile import modelfile
 from qvera.models.hub import base_directory
 from qvera.models.tokenizer import load_tokenizer
+from qvera.utils import memory
 from qvera.utils.atomic import disk_errors, new_directory
 from qvera.utils.errors import InputError
+from qvera.utils.paths import CERTIFICATE
 
 
 def export_gguf_lora(
@@ -30,7 +33,7 @@ def export_gguf_lora(
     chat_template: str | None = None,
     system: str | None = None,
 ) -> int:
-    """Write adapter-TYPE.gguf and a Modelfile for Ollama to ``out``; returns the bytes of the first.
+    """Write adapter-TYPE.gguf, a Modelfile for Ollama and a certificate to ``out``; returns the bytes of the first.
 
     llama.cpp adds alpha / r B A. Alpha is the largest rank; the B of a layer of smaller rank is scaled to it.
 
@@ -89,7 +92,17 @@ def export_gguf_lora(
     with new_directory(out) as partial:
         file = partial / f"adapter-{wanted.lower()}.gguf"
         with disk_errors(str(out), "Make room, and run the same command again."):
-            write_gguf(file, writer, tensors, values())
-            text = modelfile(None, file.name, tokenizer, system, base=section.path)
+            certificate = {
+                "format": 1,
+                "kind": "gguf-lora",
+                "base": {"path": section.path, "revision": section.revision},
+                "adapter": adapter.facts(adapter_dir),
+                "rank": alpha,
+                "dtype": dtype,
+                "files": {file.name: write_gguf(file, writer, tensors, values())},
+                "versions": memory.versions(),
+            }
+            text = modelfile(None, file.name, tokenizer, system, base=Path(section.path).name)
             (partial / "Modelfile").write_text(text, encoding="utf-8")
+            (partial / CERTIFICATE).write_text(json.dumps(certificate, indent=1), encoding="utf-8")
     return (out / file.name).stat().st_size

@@ -1,0 +1,47 @@
+"""`qvera push`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qvera.cli.common import AdapterName, console, progress, quiet_libraries
+from qvera.utils import formatting
+
+
+def push(
+    path: Annotated[Path, typer.Argument(metavar="RUN", help="A run, an adapter directory, or an export.")],
+    repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="The repository on the hub.")],
+    adapter: AdapterName = None,
+    private: Annotated[bool, typer.Option("--private", help="A repository that is made now is private.")] = False,
+) -> None:
+    """Send an adapter or an export to the hub.
+
+    A run's adapter, or the files of what `qvera export` wrote, and README.md: the one beside them, else the card that
+    `qvera card` writes. Recipes, data and certificates stay here. The token is that of `hf auth login` or HF_TOKEN.
+
+    Example:
+        qvera push runs/quickstart anna/orders --private
+    """
+    quiet_libraries()
+
+    from qvera.export.card import files_of, find_subject, local_base, readme
+    from qvera.models.hub import send_files
+
+    subject = find_subject(path, adapter)
+    files = files_of(subject)
+    if (base := local_base(subject)) is not None:
+        console.print(
+            f"The adapter names a directory of this computer as its base, {base}. Others need that model under the "
+            "same name. Train with a hub id in model.path to name it for them.",
+            style="yellow",
+            markup=False,
+            highlight=False,
+        )
+    size = sum(file.stat().st_size for file in files)
+    with progress(f"Sending {formatting.size(size)}"):
+        contents = {file.name: file for file in files} | {"README.md": readme(subject, repo)}
+        address = send_files(contents, repo, private=private, message=f"{subject.kind} by qvera")
+    print(f"{address}: {formatting.size(size)} in {len(files)} files, and README.md")

@@ -1,0 +1,352 @@
+"""The README.md of an adapter or an export: a model card of the Hugging Face hub, from what the run's files say.
+
+Format: huggingface.co/docs/hub/model-cards. What is not known is left out. No directory of this computer is named.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from huggingface_hub import try_to_load_from_cache
+
+from qvera.adapters.methods import method_of, names
+from qvera.config.schema import AdapterSection, ModelSection, Recipe
+from qvera.evaluation.load import find_target
+from qvera.evaluation.run_info import directory_facts
+from qvera.export.gguf.architecture import ARCHITECTURES
+from qvera.models.hub import is_hub_id
+from qvera.tasks import task_of
+from qvera.utils import formatting
+from qvera.utils.errors import InputError
+from qvera.utils.files import read_json, try_read_json
+from qvera.utils.paths import ADAPTER_CONFIG, CERTIFICATE, resolve_path
+
+_RELATIONS = {"adapter": "adapter", "lora": "adapter", "gguf-lora": "adapter", "merged": "finetune", "gguf": "finetune"}
+"""Kind → the hub's base_model_relation."""
+_NO_SCORES = ("rows", "trained_tokens", "seconds", "scored_rows", "references")
+_LICENSE_KEYS = ("license", "license_name", "license_link")
+_FORMS = {
+    "adapter": "",
+    "lora": ", as a LoRA",
+    "gguf-lora": ", as a LoRA in a GGUF file",
+    "merged": ", merged into it",
+    "gguf": ", merged into it, as a GGUF file",
+}
+"""Kind → what became of the adapter."""
+
+
+class CardSubject(NamedTuple):
+    """What a card is of.
+
+    Attributes:
+        kind: a key of `_RELATIONS`.
+        directory: that is shared; `files_of` says which of its files.
+        adapter: the facts of the adapter (`directory_facts`); {} where it is gone.
+        base: the model that it was trained on.
+        recipe: of the run, and ``run``, its run.json, and ``scores``, of its eval.json; where they are there.
+    """
+
+    kind: str
+    directory: Path
+    adapter: dict[str, Any]
+    base: ModelSection
+    recipe: Recipe | None
+    run: dict[str, Any]
+    scores: dict[str, Any]
+
+
+def find_subject(path: Path, name: str | None = None) -> CardSubject:
+    """Find out what is to be shared.
+
+    Args:
+        path: a run, an adapter directory, or what `qvera export` wrote.
+        name: which adapter, of a run that trained many.
+
+    Raises:
+        InputError: it is none of these.
+    """
+    certificate = try_read_json(path / CERTIFICATE) or {}
+    kind = certificate.get("kind", "adapter")
+    if kind not in _RELATIONS or not isinstance(certificate.get("adapter"), dict):
+        kind = "adapter"
+    if kind == "adapter":
+        target = find_target(path, name=name)
+        if target.adapter is None:
+            raise InputError(f"{path}: is a checkpoint that no adapter was merged into. Expected a run, or an export.")
+        facts, run = directory_facts(target.adapter), target.run
+        return CardSubject(kind, target.adapter, facts, target.section, target.recipe, *_outcome(run, target.name))
+    trained = Path(certificate["adapter"]["path"])
+    base = ModelSection(path=certificate["base"]["path"], revision=certificate["base"].get("revision"))
+    facts, recipe, outcome = dict(certificate["adapter"]), None, _outcome(None, None)
+    if trained.is_dir() and directory_facts(trained)["adapter_sha256"] == certificate["adapter"]["sha256"]:
+        target = find_target(trained)
+        facts, recipe, outcome = directory_facts(trained), target.recipe, _outcome(target.run, target.name)
+    if kind in ("lora", "gguf-lora"):
+        facts["rank"] = certificate["rank"]
+    return CardSubject(kind, path, facts, base, recipe, *outcome)
+
+
+def _outcome(run: Path | None, name: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """run.json, and the scores of eval.json; of one of many adapters what is said of it alone."""
+    if run is None:
+        return {}, {}
+    summary = try_read_json(run / "run.json") or {}
+    if name is None:
+        return summary, (try_read_json(run / "eval.json") or {}).get("scores") or {}
+    own: dict[str, Any] = next((one for one in summary.get("adapters") or () if one.get("name") == name), {})
+    data = {**(summary.get("data") or {}), "train_rows": own.get("rows")}
+    return {**summary, "data": data, "result": own}, {}
+
+
+def model_card(subject: CardSubject, repo: str | None = None) -> str:
+    """The text of README.md. ``repo``: ``user/name``, where it will be; else a placeholder stands in the commands."""
+    title = repo or "USER/NAME"
+    parts = [
+        f"---\n{yaml.safe_dump(_front_matter(subject), sort_keys=False, allow_unicode=True)}---\n",
+        f"# {title.rpartition('/')[2]}\n" if repo else f"# {_base_name(subject.base)}, {subject.adapter['method']}\n",
+        _summary(subject),
+        "## How to use it\n\n" + _usage(subject, title),
+        _scores(subject),
+        _training(subject),
+        _license_text(subject),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _base_name(base: ModelSection) -> str:
+    """The hub's id of the base, or the last part of its directory."""
+    return hub_name(base) or Path(resolve_path(base.path)).name
+
+
+def hub_name(base: ModelSection) -> str | None:
+    """The hub's id of the base; None where it is a directory, whose origin is not known."""
+    return base.path if is_hub_id(base.path) else None
+
+
+def _license(base: ModelSection) -> dict[str, str]:
+    """What the base's own card says of its license: of its directory, or as it lies in the hub's cache."""
+    found: Any = Path(resolve_path(base.path)) / "README.md"
+    if hub_name(base) is not None:
+        found = try_to_load_from_cache(base.path, "README.md", revision=base.revision)
+    if not isinstance(found, (str, Path)) or not Path(found).is_file():
+        return {}
+    _, _, rest = Path(found).read_text(encoding="utf-8", errors="replace").partition("---\n")
+    try:
+        tree = yaml.safe_load(rest.partition("\n---")[0])
+    except yaml.YAMLError:
+        return {}
+    return {key: tree[key] for key in _LICENSE_KEYS if isinstance(tree.get(key), str)} if isinstance(tree, dict) else {}
+
+
+def _front_matter(subject: CardSubject) -> dict[str, Any]:
+    """The fields that the hub reads."""
+    tree: dict[str, Any] = {}
+    if (name := hub_name(subject.base)) is not None:
+        tree |= {"base_model": name, "base_model_relation": _RELATIONS[subject.kind]}
+    tree["library_name"] = "transformers" if subject.kind == "merged" else "peft"
+    if "gguf" in subject.kind:
+        tree["library_name"] = "gguf"
+    recipe = subject.recipe
+    if recipe is not None:
+        tree["pipeline_tag"] = "text-generation" if task_of(recipe).has_answers else "text-classification"
+    tree["tags"] = ["qvera", str(subject.adapter["method"])]
+    tree |= _license(subject.base)
+    if recipe is not None:
+        sources = [source.path for source in (recipe.data.mixture or [recipe.data])]
+        if datasets := [path for path in sources if path and is_hub_id(path)]:
+            tree["datasets"] = datasets
+    measured = {"exact_match", "accuracy", "f1", "matthews_correlation", "pearson", "spearman"}
+    if metrics := sorted(measured & {*_after(subject), *subject.scores}):
+        tree["metrics"] = metrics
+    return tree
+
+
+def _summary(subject: CardSubject) -> str:
+    facts = subject.adapter
+    method = {"vera": "VeRA", "lora": "LoRA"}.get(facts["method"], facts["method"])
+    article = "An" if method[0].lower() in "aeiou" else "A"
+    rank = f" of rank {facts['rank']}" if facts.get("rank") else ""
+    trained = facts.get("trained_parameters")
+    size = "" if trained is None else f" with {trained:,} trained parameters"
+    version = (subject.run.get("versions") or {}).get("qvera")
+    trained_with = "qvera" if version is None else f"qvera {version}"
+    return (
+        f"{article} {method} adapter{rank}{size}, for {_base_name(subject.base)}{_FORMS[subject.kind]}. It was trained "
+        f"with {trained_with}.\n"
+    )
+
+
+def _block(language: str, text: str) -> str:
+    return f"```{language}\n{text.strip()}\n```\n"
+
+
+def _usage(subject: CardSubject, repo: str) -> str:
+    base, kind = _base_name(subject.base), subject.kind
+    if kind in ("gguf", "gguf-lora"):
+        found = sorted(subject.directory.glob("*.gguf"))
+        file = found[0].name if found else "model.gguf"
+        if kind == "gguf-lora":
+            return (
+                "llama.cpp, with a GGUF file of the base:\n\n"
+                + _block("bash", f"hf download {repo} --local-dir here\nllama-cli -m BASE.gguf --lora here/{file}")
+                + "\nOllama: put the base's file into the Modelfile.\n\n"
+                + _block("bash", "ollama create NAME -f here/Modelfile")
+            )
+        text = f"hf download {repo} --local-dir here\nllama-cli -m here/{file}\nollama create NAME -f here/Modelfile"
+        return "llama.cpp and Ollama:\n\n" + _block("bash", text)
+    if kind == "merged":
+        return (
+            "transformers:\n\n"
+            + _block("python", f"{_import_of(subject)}\n\nmodel = {_class_of(subject)}.from_pretrained({repo!r})")
+            + "\nqvera:\n\n"
+            + _block("bash", f"qvera eval {repo} --data rows.jsonl")
+        )
+    is_lora = subject.adapter.get("peft_type") == "LORA" or kind == "lora"
+    before = "" if is_lora else "import qvera  # PEFT knows the adapter's type from here on\n"
+    parts = [
+        "PEFT:\n",
+        _block(
+            "python",
+            f"{before}from peft import PeftModel\n{_import_of(subject)}\n\n"
+            f"base = {_class_of(subject)}.from_pretrained({base!r})\n"
+            f"model = PeftModel.from_pretrained(base, {repo!r})",
+        ),
+    ]
+    answers = subject.recipe is None or task_of(subject.recipe).has_answers
+    lines = [f"qvera generate {repo} --prompt 'Hello'"] if answers else [f"qvera eval {repo} --data rows.csv"]
+    if answers:
+        lines.append(f"qvera chat {repo}")
+    parts += ["qvera:\n", _block("bash", "\n".join(lines))]
+    parts += ["Merged, for transformers alone:\n", _block("bash", f"qvera export {repo} merged/ --to merged")]
+    if answers and _has_lora(subject):
+        rank = min(int(subject.adapter.get("rank") or 64), 64)
+        served = f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules name=lora/"
+        if is_lora:
+            served = served.replace("name=lora/", f"name={repo}")
+        else:
+            served = f"qvera export {repo} lora/ --to lora{_rank_option(subject, rank)}\n{served}"
+        parts += ["vLLM:\n", _block("bash", served)]
+    if answers and (subject.run.get("model") or {}).get("architecture") in (None, *ARCHITECTURES):
+        text = f"qvera export {repo} gguf/ --to gguf\nollama create NAME -f gguf/Modelfile"
+        parts += ["Ollama:\n", _block("bash", text)]
+    return "\n".join(parts)
+
+
+def _has_lora(subject: CardSubject) -> bool:
+    """Whether the adapter is the same as a LoRA that vLLM takes."""
+    name = subject.adapter["method"]
+    if subject.adapter.get("magnitude") or subject.adapter.get("added_tokens"):
+        return False
+    return name not in names() or method_of(AdapterSection.model_construct(method=name)).is_low_rank
+
+
+def _rank_option(subject: CardSubject, rank: int) -> str:
+    return f" --rank {rank}" if int(subject.adapter.get("rank") or 0) > rank else ""
+
+
+def _class_of(subject: CardSubject) -> str:
+    answers = subject.recipe is None or task_of(subject.recipe).has_answers
+    return "AutoModelForCausalLM" if answers else "AutoModelForSequenceClassification"
+
+
+def _import_of(subject: CardSubject) -> str:
+    return f"from transformers import {_class_of(subject)}"
+
+
+def _after(subject: CardSubject) -> dict[str, Any]:
+    return dict((subject.run.get("result") or {}).get("eval_after") or {})
+
+
+def _scores(subject: CardSubject) -> str:
+    """What was measured on held-out rows, before and after training."""
+    after, before = _after(subject), (subject.run.get("result") or {}).get("eval_before") or {}
+    more = {key: value for key, value in subject.scores.items() if key not in after}
+    names = [key for key, value in {**after, **more}.items() if key not in _NO_SCORES and _is_number(value)]
+    if not names:
+        return ""
+    rows = [
+        f"| {name.replace('_', ' ')} | {_number(before.get(name))} | {_number(after.get(name, more.get(name)))} |"
+        for name in names
+    ]
+    count = after.get("rows") or subject.scores.get("rows")
+    return "\n".join(
+        [f"## Scores\n\nOn {count:,} held-out rows.\n", "| | base | trained |", "|---|---|---|", *rows, ""]
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> str:
+    return formatting.significant(value, 4) if _is_number(value) else "–"
+
+
+def _training(subject: CardSubject) -> str:
+    """How it was trained, as far as the recipe and the run say it."""
+    recipe, run, facts = subject.recipe, subject.run, subject.adapter
+    if recipe is None:
+        return ""
+    data, result, training = run.get("data") or {}, run.get("result") or {}, recipe.training
+    sources = [source.path for source in (recipe.data.mixture or [recipe.data])]
+    targets = facts.get("targets")
+    rows = {
+        "data": ", ".join(path if is_hub_id(path) else Path(path).name for path in sources if path),
+        "rows": data.get("train_rows"),
+        "template": data.get("template"),
+        "method": facts["method"],
+        "rank": facts.get("rank"),
+        "adapted linears": ", ".join(targets) if isinstance(targets, list) else targets,
+        "base held in": recipe.model.quantization,
+        "learning rate": training.learning_rate,
+        "schedule": training.lr_scheduler_type,
+        "steps": result.get("steps"),
+        "rows of a step": training.global_batch_size,
+        "epochs": None if result.get("epochs") is None else round(result["epochs"], 2),
+        "seed": facts.get("projection_seed"),
+        "time": None if result.get("seconds") is None else formatting.duration(result["seconds"]),
+        "device": run.get("device"),
+        "versions": ", ".join(f"{name} {number}" for name, number in (run.get("versions") or {}).items()),
+        "SHA-256 of the adapter": facts.get("adapter_sha256") or facts.get("sha256"),
+        "fingerprint of the base": facts.get("base_fingerprint"),
+    }
+    lines = [f"| {name} | {value} |" for name, value in rows.items() if value not in (None, "")]
+    return "\n".join(["## Training\n", "| | |", "|---|---|", *lines, ""])
+
+
+def _license_text(subject: CardSubject) -> str:
+    found = _license(subject.base)
+    if not found:
+        return (
+            "## License\n\nThe files of the base that were at hand name no license. That of the base holds here too.\n"
+        )
+    return f"## License\n\nThat of the base: {found.get('license_name') or found['license']}.\n"
+
+
+def files_of(subject: CardSubject) -> list[Path]:
+    """The files to share: no file that names directories of this computer, and none that Python would run."""
+    kept = (".safetensors", ".json", ".jinja", ".model", ".txt", ".gguf")
+    return [
+        file
+        for file in sorted(subject.directory.iterdir())
+        if file.is_file()
+        and not file.name.startswith((".", "qvera_"))
+        and (file.suffix in kept or file.name == "Modelfile")
+    ]
+
+
+def local_base(subject: CardSubject) -> str | None:
+    """The directory that an adapter's config names as its base; None where it names the hub's id, or there is none."""
+    config = subject.directory / ADAPTER_CONFIG
+    if not config.is_file():
+        return None
+    name = read_json(config, "the config of a PEFT adapter", keys=("peft_type",)).get("base_model_name_or_path")
+    return None if not isinstance(name, str) or is_hub_id(name) else name
+
+
+def readme(subject: CardSubject, repo: str) -> bytes:
+    """The README.md that lies there, else the card."""
+    own = subject.directory / "README.md"
+    return own.read_bytes() if own.is_file() else model_card(subject, repo).encode()

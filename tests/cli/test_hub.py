@@ -1,0 +1,112 @@
+"""`qvera push`, and adapters by their hub id, with the real huggingface_hub against a hub on this computer."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qvera.evaluation.run_info import directory_facts
+from qvera.models.hub import is_hub_id
+from tests.hub_server import Hub, hub_server
+
+pytestmark = pytest.mark.process
+
+
+def commands(hub: Hub, directory: Path, lines: list[list[str]], token: str = "hf_write") -> list[tuple[int, str, str]]:
+    """Run commands in a process that knows only this hub; exit code, output and errors of each."""
+    code = """
+import contextlib, io, json, sys
+from qvera.cli.main import main
+found = []
+for line in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        status = main(line)
+    found.append((status, out.getvalue(), err.getvalue()))
+print("RESULT" + json.dumps(found))
+"""
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": hub.address,
+        "HF_HOME": str(directory / "hf"),
+        "HF_TOKEN": token,
+        "HF_HUB_DISABLE_XET": "1",  # a protocol of its own, of huggingface.co alone
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(lines)],
+        cwd=directory, env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert "RESULT" in done.stdout, done.stderr[-3000:]
+    return [tuple(one) for one in json.loads(done.stdout.rpartition("RESULT")[2])]
+
+
+def test_an_adapter_goes_to_the_hub_and_is_used_by_its_id(trained_run: Path, tmp_path: Path) -> None:
+    with hub_server() as hub:
+        (pushed,) = commands(hub, tmp_path, [["push", str(trained_run), "anna/orders", "--private"]])
+        assert pushed[0] == 0, pushed
+        assert pushed[1].startswith(f"{hub.address}/anna/orders: ")
+        assert hub.private == {"anna/orders"} and hub.messages == ["adapter by qvera"]
+        files = hub.repositories["anna/orders"]
+        adapter = {path.name: path.read_bytes() for path in (trained_run / "adapter").iterdir()}
+        assert {name: data for name, data in files.items() if name != "README.md"} == adapter
+        assert b"PeftModel.from_pretrained(base, 'anna/orders')" in files["README.md"]
+
+        files |= {
+            "adapter_model.bin": b"pickle",
+            "evil.py": b"raise SystemExit(9)",
+            "old/adapter_model.safetensors": b"",
+        }
+        used = commands(
+            hub,
+            tmp_path,
+            [
+                ["info", "anna/orders", "--json"],
+                ["generate", "anna/orders", "--prompt", "say red 1", "--max-new-tokens", "4"],
+                ["generate", str(trained_run), "--prompt", "say red 1", "--max-new-tokens", "4"],
+                ["eval", "anna/orders", "--recipe", str(trained_run), "--no-generation", "--json", "scores.json"],
+                ["export", "anna/orders", "lora", "--to", "lora"],
+                ["push", "lora", "anna/lora"],
+                ["eval", "anna/lora", "--recipe", str(trained_run), "--no-generation", "--json", "lora.json"],
+            ],
+        )
+        assert [status for status, *_ in used] == [0] * 7, used
+        own = directory_facts(trained_run / "adapter")
+        assert json.loads(used[0][1])["adapter_sha256"] == own["adapter_sha256"]
+        assert used[1][1] == used[2][1] != ""
+        result = json.loads((trained_run / "run.json").read_text())["result"]
+        for name in ("scores.json", "lora.json"):
+            scores = json.loads((tmp_path / name).read_text())["scores"]
+            assert scores["loss"] == pytest.approx(result["eval_after"]["loss"], rel=1e-3)
+        asked = "\n".join(hub.requests)
+        assert "adapter_model.bin" not in asked and "evil.py" not in asked and "old/" not in asked
+        assert "qvera_export.json" not in hub.repositories["anna/lora"]  # it names directories of this computer
+        assert "anna/lora" not in hub.private
+
+
+def test_what_the_hub_refuses_is_said_in_a_sentence(trained_run: Path, tmp_path: Path) -> None:
+    push = ["push", str(trained_run), "anna/orders"]
+    with hub_server() as hub:
+        for token, words in (("hf_read", "this token may not do that"), ("", "Run `hf auth login`, or set HF_TOKEN")):
+            lines = [push, ["info", "anna/none"]] if token else [push]
+            refused, *missing = commands(hub, tmp_path, lines, token)
+            assert refused[0] == 2 and words in refused[2] and "nothing was sent" in refused[2]
+            for status, _, error in missing:
+                assert status == 2 and "anna/none: no such directory here" in error and "no such repository" in error
+        assert hub.repositories.get("anna/orders", {}) == {}
+    hub.address = "http://127.0.0.1:9"  # nobody listens
+    misnamed, failed = commands(hub, tmp_path, [["push", str(trained_run), "anna"], push])
+    assert misnamed[0] == 2 and "Expected USER/NAME" in misnamed[2]
+    assert failed[0] == 2 and "Look at the network, HF_ENDPOINT" in failed[2]
+
+
+def test_a_misspelt_path_is_not_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    known: dict[Any, bool] = {"anna/orders": True, "anna/orders@v1.0": True, "runs/misspelt": False}
+    known |= {"./anna/orders": False, "~/orders": False, "orders": False, "a/b/c": False, str(tmp_path / "x"): False}
+    assert {name: is_hub_id(name) for name in known} == known
