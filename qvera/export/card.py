@@ -27,6 +27,14 @@ _RELATIONS = {"adapter": "adapter", "lora": "adapter", "gguf-lora": "adapter", "
 """Kind → the hub's base_model_relation."""
 _NO_SCORES = ("rows", "trained_tokens", "seconds", "scored_rows", "references")
 _LICENSE_KEYS = ("license", "license_name", "license_link")
+_PIPELINES = {"causal-lm": "text-generation", "sequence-classification": "text-classification"}
+"""A recipe's task → the hub's pipeline_tag, where they differ."""
+_CLASSES = {
+    "text-generation": "AutoModelForCausalLM",
+    "text-classification": "AutoModelForSequenceClassification",
+    "image-classification": "AutoModelForImageClassification",
+}
+"""pipeline_tag → transformers' class."""
 _FORMS = {
     "adapter": "",
     "lora": ", as a LoRA",
@@ -150,7 +158,7 @@ def _front_matter(subject: CardSubject) -> dict[str, Any]:
         tree["library_name"] = "gguf"
     recipe = subject.recipe
     if recipe is not None:
-        tree["pipeline_tag"] = "text-generation" if task_of(recipe).has_answers else "text-classification"
+        tree["pipeline_tag"] = _PIPELINES.get(recipe.task, recipe.task)
     tree["tags"] = ["qvera", str(subject.adapter["method"])]
     tree |= _license(subject.base)
     if recipe is not None:
@@ -247,8 +255,8 @@ def _rank_option(subject: CardSubject, rank: int) -> str:
 
 
 def _class_of(subject: CardSubject) -> str:
-    answers = subject.recipe is None or task_of(subject.recipe).has_answers
-    return "AutoModelForCausalLM" if answers else "AutoModelForSequenceClassification"
+    pipeline = "text-generation" if subject.recipe is None else _PIPELINES.get(subject.recipe.task, subject.recipe.task)
+    return _CLASSES[pipeline]
 
 
 def _import_of(subject: CardSubject) -> str:

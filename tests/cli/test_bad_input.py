@@ -289,6 +289,16 @@ TABLE: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     "adapter for another model": (adapter_for_another_model, "another base model"),
     "export over something": (export_over_something, "not empty"),
     "export with a missing shard": (export_missing_shard, "missing"),
+    "8 bits without GGUF": (
+        lambda p: ["export", str(p.run), str(p.root / "x"), "--dtype", "q8_0"],
+        "--dtype q8_0: goes with --to gguf",
+    ),
+    "4 bits of a LoRA": (
+        lambda p: ["export", str(p.run), str(p.root / "x"), "--to", "lora", "--quantize", "nf4"],
+        "--quantize: goes with --to merged only",
+    ),
+    "card of a base": (lambda p: ["card", str(p.root / "model")], "a checkpoint that no adapter was merged into"),
+    "push without an owner": (lambda p: ["push", str(p.run), "orders"], "Expected USER/NAME"),
     "answers file exists": (answers_exist, "exists; nothing is overwritten"),
     "quantize what is not there": (lambda p: ["quantize", "./nowhere", str(p.root / "q")], "is not a directory"),
     "quantize over something": (lambda p: ["quantize", str(p.root / "model"), str(p.root / "model")], "not empty"),

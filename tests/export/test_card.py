@@ -107,6 +107,18 @@ def test_an_export_has_the_card_of_its_run(run: Path, to: str, library: str, rel
     assert use in text and "## Scores" not in text and "of rank 8" in text
 
 
+def test_a_classifier_is_used_as_one(run: Path) -> None:
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    rows = run.parent / "rows.csv"
+    rows.write_text("text,label\nred,0\nblue,1\n")
+    recipe |= {"task": "sequence-classification", "data": {"path": str(rows), "eval_fraction": 0.5}}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    front, text = written(run, "--repo", "anna/topics")
+    assert front["pipeline_tag"] == "text-classification"
+    assert "AutoModelForSequenceClassification.from_pretrained(" in text and "qvera eval anna/topics" in text
+    assert "qvera chat" not in text and "vllm" not in text and "ollama" not in text
+
+
 def test_one_of_many_adapters_has_a_card_of_its_own(make_recipe: Any, tmp_path: Path) -> None:
     run = write_run(tmp_path / "many", make_recipe())
     entry = json.loads((run / "run.json").read_text())["adapters"][0]
