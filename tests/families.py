@@ -14,6 +14,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.conftest import small_tokenizer
+from tests.tasks.images import image_processor
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
 
@@ -160,7 +161,10 @@ class Encoder:
                 if name.endswith("bias"):
                     parameter.normal_(std=0.1)
         model.save_pretrained(directory)
-        small_tokenizer().save_pretrained(directory)
+        if self.takes_images:
+            image_processor(config.image_size).save_pretrained(directory)
+        else:
+            small_tokenizer().save_pretrained(directory)
 
 
 ENCODERS: dict[str, Encoder] = {

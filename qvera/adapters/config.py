@@ -11,7 +11,7 @@ from peft import PeftConfig
 from qvera.adapters.products.token_sampling import TokenSampler
 from qvera.adapters.projection import GENERATOR, Pair, Seeds, pair_number, require_same_pairs
 from qvera.config.schema import AdapterSection
-from qvera.models.model_class import CAUSAL_LM, REGRESSION, ModelClass, classification_class
+from qvera.models.model_class import CAUSAL_LM, REGRESSION, ModelClass, classification_class, image_class
 from qvera.utils.errors import InputError
 
 PEFT_TYPE = "QVERA"
@@ -216,7 +216,11 @@ class QveraConfig(PeftConfig):
     @property
     def model_class(self) -> ModelClass:
         """Which model it is an adapter of."""
-        return classification_class(self.labels, self.problem_type == REGRESSION) if self.labels else CAUSAL_LM
+        if not self.labels:
+            return CAUSAL_LM
+        if self.task_type is None:  # PEFT has no name for images
+            return image_class(self.labels)
+        return classification_class(self.labels, self.problem_type == REGRESSION)
 
     @classmethod
     def of_section(cls, section: AdapterSection, **others: Any) -> QveraConfig:

@@ -11,7 +11,14 @@ if TYPE_CHECKING:
     from qvera.config.schema import DataSection
     from qvera.evaluation.load import EvalTarget
 
-TITLES = {"accuracy": "Accuracy", "f1": "F1", "matthews": "Matthews", "pearson": "Pearson", "spearman": "Spearman"}
+TITLES = {
+    "accuracy": "Accuracy",
+    "top5": "Top 5",
+    "f1": "F1",
+    "matthews": "Matthews",
+    "pearson": "Pearson",
+    "spearman": "Spearman",
+}
 
 
 def refuse_options(target: EvalTarget, **given: bool) -> None:
@@ -45,15 +52,16 @@ def evaluate_labels(target: EvalTarget, section: DataSection, all_rows: bool, li
     from importlib import metadata
 
     from qvera.data import build_datasets
-    from qvera.data.labelled import FORMAT
     from qvera.evaluation.class_metrics import require_packages
     from qvera.evaluation.evaluate import scoring
     from qvera.evaluation.load import open_target
     from qvera.evaluation.report.read import inputs_sha256
-    from qvera.tasks.classification import held_out_logits, label_scores, predictions
+    from qvera.tasks import classification_of
+    from qvera.tasks.classification import label_scores, predictions
 
-    require_packages()
-    section = section.replace(format=FORMAT)  # an adapter alone has no recipe that says it
+    task = classification_of(target.model_class)
+    require_packages(task.name)
+    section = section.replace(format=task.row_format)  # an adapter alone has no recipe that says it
     with progress(f"Loading {target.path}"):
         opened = open_target(target)
     labels = opened.labels
@@ -61,7 +69,7 @@ def evaluate_labels(target: EvalTarget, section: DataSection, all_rows: bool, li
     rows = (datasets.train if all_rows else datasets.eval)[:limit]
     batch_size = target.recipe.training.per_device_eval_batch_size if target.recipe else 4
     with progress("Scoring") as show, scoring(opened.model):
-        logits = held_out_logits(
+        logits = task.held_out_logits(
             opened.model,
             rows,
             datasets.pad_id,

@@ -231,7 +231,8 @@ def _export_adapter(
         print(f"{formatting.size(size)} in {out}: PEFT's VeRA of rank {adapter.rank}, projections included")
     else:
         errors = write_lora(adapter, out, dtype, adapter.rank, rank, None)
-        print(serving_text(rank or adapter.rank))
+        if not model_class.has_own_head:
+            print(serving_text(rank or adapter.rank))
     return {
         "format": 1,
         "kind": to,

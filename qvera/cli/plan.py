@@ -66,12 +66,13 @@ def plan(
 def _local_data(recipe: Recipe) -> Datasets | None:
     """The rows, if they and the tokenizer are local; a plan must not wait for a download."""
     from qvera.data import build_datasets
-    from qvera.models.tokenizer import load_tokenizer
+    from qvera.models.processor import load_processor
+    from qvera.tasks import task_of
 
     if not Path(resolve_path(recipe.data.path)).exists() or not Path(resolve_path(recipe.model.path)).is_dir():
         return None
     try:
-        tokenizer = load_tokenizer(recipe.model)
+        tokenizer = load_processor(recipe.model, task_of(recipe).exported_class)
     except InputError:
         return None
     return build_datasets(recipe.data, tokenizer, console)

@@ -28,13 +28,14 @@ def preview(
     from qvera.config.load import load_recipe
     from qvera.data import build_datasets, data_warnings, decode, print_preflight
     from qvera.evaluation.report.pages import preview_page
-    from qvera.models.tokenizer import load_tokenizer
+    from qvera.models.processor import load_processor
+    from qvera.tasks import task_of
 
     loaded = load_recipe(recipe, overrides)
     if html is not None:
         require_new_file(html)
     quiet_libraries()
-    tokenizer = load_tokenizer(loaded.model)
+    tokenizer = load_processor(loaded.model, task_of(loaded).exported_class)
     datasets = build_datasets(loaded.data, tokenizer, console)
     shown = datasets.first_rows(rows)
     print_preflight(datasets, tokenizer, Console(), rows)

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qvera.config.schema import DataSection
-from qvera.data.encoding import Encoder, tokenizer_sha256
+from qvera.data.encoding import Encoder
+from qvera.data.image_rows import ImageEncoder
 from qvera.data.rows import Rows
 from qvera.data.tokenization import RowCounts
 from qvera.data.tokenize_source import EVAL, TRAIN, TokenizedSource, source_bytes, source_content, tokenize_source
@@ -34,7 +35,6 @@ from qvera.utils.files import file_sha256, file_stamp, try_read_json
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from transformers import PreTrainedTokenizerBase
 
 RECORD = "record.json"
 PREFIX = "rows-"
@@ -51,7 +51,7 @@ Any other key, a new one too, makes another entry.
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")
 
 
-def tokenized(section: DataSection, encoder: Encoder, console: Console | None) -> TokenizedSource:
+def tokenized(section: DataSection, encoder: Encoder | ImageEncoder, console: Console | None) -> TokenizedSource:
     """The rows of one source: from the cache, or tokenized now (and cached, where that is worth it and possible).
 
     Raises:
@@ -60,7 +60,7 @@ def tokenized(section: DataSection, encoder: Encoder, console: Console | None) -
     """
     root = ROWS.root
     hashes = ROWS.hashes
-    key = _key_of(section, encoder.tokenizer, hashes)
+    key = _key_of(section, encoder, hashes)
     if key is None:
         return tokenized_uncached(section, encoder, console)
     sha256 = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
@@ -93,7 +93,9 @@ def _stamp(file: Path) -> list[int] | None:
     return file_stamp(file.stat()) if file.exists() else None
 
 
-def tokenized_uncached(section: DataSection, encoder: Encoder, console: Console | None) -> TokenizedSource:
+def tokenized_uncached(
+    section: DataSection, encoder: Encoder | ImageEncoder, console: Console | None
+) -> TokenizedSource:
     """Rows that leave nothing on disk: mapped from a file whose name is gone once it is mapped.
 
     Raises:
@@ -109,7 +111,7 @@ def tokenized_uncached(section: DataSection, encoder: Encoder, console: Console 
 
 def _make_entry(
     section: DataSection,
-    encoder: Encoder,
+    encoder: Encoder | ImageEncoder,
     key: dict[str, Any],
     target: Path,
     hashes: HashIndex,
@@ -137,18 +139,19 @@ def _make_entry(
     return source
 
 
-def _key_of(section: DataSection, tokenizer: PreTrainedTokenizerBase, hashes: HashIndex) -> dict[str, Any] | None:
+def _key_of(section: DataSection, encoder: Encoder | ImageEncoder, hashes: HashIndex) -> dict[str, Any] | None:
     """Everything that a source's rows are a function of, as JSON; None where they are not cached."""
     size_bytes = source_bytes(section)
     if size_bytes is not None and size_bytes < _WORTH_BYTES:
         return None
-    content, tokenizer_hash = source_content(section, hashes), tokenizer_sha256(tokenizer)
+    content, tokenizer_hash = source_content(section, hashes), encoder.sha256()
     if content is None or tokenizer_hash is None:
         return None
     keys = {k: v for k, v in section.to_dict().items() if k not in _NOT_OF_THE_ROWS}
     if not section.eval_fraction:
         del keys["seed"]  # it has chosen nothing here
-    dated = "strftime_now" in json.dumps(tokenizer.chat_template)
+    tokenizer = encoder.tokenizer
+    dated = "strftime_now" in json.dumps(getattr(tokenizer, "chat_template", None))
     return {
         "format": 1,
         "content": content,  # and the names of files, which messages show

@@ -12,10 +12,11 @@ import numpy as np
 from qvera.config.schema import DataSection
 from qvera.data.adapter_rows import AdapterRows, Adapters, take_adapters
 from qvera.data.cache import tokenized, tokenized_uncached
-from qvera.data.chat_template import OWN, ChatTemplate, resolve_template
-from qvera.data.encoding import Encoder
-from qvera.data.formats import UNRENDERED
-from qvera.data.labelled import FORMAT, Labels, few_of_each_label, labels_of
+from qvera.data.chat_template import OWN, ChatTemplate
+from qvera.data.formats import LABELLED, UNRENDERED
+from qvera.data.image_processor import ImageProcessor
+from qvera.data.labelled import Labels, few_of_each_label, labels_of
+from qvera.data.row_kinds import encoder_of, template_of
 from qvera.data.rows import Rows, concatenated
 from qvera.data.sampler import random_order
 from qvera.data.tasks import Tasks, take_tasks
@@ -24,7 +25,8 @@ from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from transformers import PreTrainedTokenizerBase
+
+    from qvera.data.row_kinds import Processor
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +140,7 @@ class Datasets:
     Attributes:
         train, eval: rows in file order, one source after the other; ``eval`` is empty where the recipe holds none out.
         stats: counts for the preview and run.json.
-        template: the template that was used (for the first source of a mixture).
+        template: the template that was used (for the first source of a mixture); None for images.
         pad_id: for `collate`.
         task_names: with ``data.sampling: task``, the names that ``train.task_of`` has the numbers of.
         held_out_tasks: the rows of each task that is not trained, by its name.
@@ -147,7 +149,7 @@ class Datasets:
     train: Rows
     eval: Rows
     stats: DataStats
-    template: ChatTemplate
+    template: ChatTemplate | None
     pad_id: int
     task_names: list[str] = field(default_factory=list)
     held_out_tasks: dict[str, Rows] = field(default_factory=dict)
@@ -201,7 +203,7 @@ def data_sha256(datasets: Datasets) -> str:
 
 def build_datasets(
     section: DataSection,
-    tokenizer: PreTrainedTokenizerBase,
+    processor: Processor,
     console: Console | None = None,
     cached: bool = True,
     labels: Labels | None = None,
@@ -210,7 +212,7 @@ def build_datasets(
 
     Args:
         section: the recipe's ``data``.
-        tokenizer: the base model's.
+        processor: the base model's tokenizer, or its image processor.
         console: where warnings and the progress bar of a long run go (default: stderr).
         cached: False: no copy of the rows stays on disk, for rows that are somebody else's.
         labels: those of a trained model, for labelled rows that are scored; None: the rows say which there are.
@@ -220,7 +222,7 @@ def build_datasets(
     """
     if labels is not None and not labels.is_regression:
         section = section.replace(label_names=list(labels.names))
-    encoder = Encoder(tokenizer, has_answers=section.format != FORMAT)
+    encoder = encoder_of(section, processor)
     stats = DataStats(pads_with_eos=encoder.pads_with_eos)
     sections = _sources(section)
     read = tokenized if cached else tokenized_uncached
@@ -254,11 +256,14 @@ def build_datasets(
     else:
         # by sorting: hashes are no table's indices, and numpy 2.0 overflows where it tries 64 unsigned bits as such
         stats.repeated_rows = int(np.isin(held_out.ids_hash, train.ids_hash, kind="sort").sum())
-    if section.format == FORMAT:
+    if isinstance(processor, ImageProcessor):
+        for part in (train, held_out, *tasks.held_out.values()):
+            part.processor = processor
+    if section.format in LABELLED:
         stats.labels = found = labels or labels_of(section, train, held_out, *tasks.held_out.values())
         stats.label_rows, stats.eval_label_rows = found.counts(train), found.counts(held_out)
     stats.histogram_edges, stats.histogram_counts = length_histogram(train.lengths)
-    template = resolve_template(section.template, tokenizer, sources[0].format)
+    template = template_of(section, encoder, sources[0].format)
     return Datasets(train, held_out, stats, template, encoder.pad_id, tasks.names, tasks.held_out)
 
 

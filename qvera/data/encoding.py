@@ -57,6 +57,10 @@ class Encoder:
         ids = list(itertools.chain(*probe["input_ids"]))
         self.splits = bool(getattr(probe, "encodings", None)) and decode(tokenizer, ids) == "ab"
 
+    def sha256(self) -> str | None:
+        """See `tokenizer_sha256`."""
+        return tokenizer_sha256(self.tokenizer)
+
     def with_bos(self, ids: list[int]) -> list[int]:
         """``ids`` with exactly one BOS in front where the model wants one; a template may have written it already."""
         if self.bos_id is None or ids[:1] == [self.bos_id]:

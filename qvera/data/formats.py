@@ -19,15 +19,18 @@ _FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "prompt-completion": (("prompt", "completion"), ("system", "tools")),
     "text": (("text",), ()),
     "classification": (("text", "label"), ("text_pair",)),
+    "image": (("image", "label"), ()),
     "preference": (("chosen", "rejected"), ("prompt", "system", "tools")),
     "unpaired-preference": (("prompt", "completion", "label"), ("system", "tools")),
 }
 PREFERENCES = ("preference", "unpaired-preference")
 """Formats whose rows say which answers are better (`qvera.data.preferences`)."""
-UNRENDERED = ("text", "classification")
+LABELLED = ("classification", "image")
+"""Formats whose rows have a label."""
+UNRENDERED = ("text", *LABELLED)
 """Formats whose texts are taken as they are: no template has a part in them."""
-_DETECTED = [name for name in _FORMATS if name not in ("classification", *PREFERENCES)]
-"""Rows are labelled texts, or preferences, only where the recipe's task or objective says so."""
+_DETECTED = [name for name in _FORMATS if name not in (*LABELLED, *PREFERENCES)]
+"""Rows have labels, or preferences, only where the recipe's task or objective says so."""
 _USUAL_TEXTS = (
     ("text", "text_pair"), ("text",), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"),
     ("question", "sentence"), ("sentence",), ("question",),
@@ -119,8 +122,8 @@ def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | N
         InputError: an unknown field or a column that is not there, or nothing known matches.
     """
     columns = columns or {}
-    if format == "classification":
-        columns = {**_usual_columns(row.fields, columns), **columns}
+    if format in LABELLED:
+        columns = {**_usual_columns(format, row.fields, columns), **columns}
     known = sorted({name for required, optional in _FORMATS.values() for name in required + optional})
     found = ", ".join(map(str, row.fields)) or "none"
     for ours, theirs in columns.items():
@@ -166,12 +169,14 @@ def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | N
     return RowFormat(format, read, unused)
 
 
-def _usual_columns(fields: Mapping[str, object], named: Mapping[str, str]) -> dict[str, str]:
-    """The columns of a labelled text that go by a usual name; none for the texts where the recipe names one."""
-    texts: tuple[str, ...] = ()
-    if not named.keys() & {"text", "text_pair"}:
+def _usual_columns(format: str, fields: Mapping[str, object], named: Mapping[str, str]) -> dict[str, str]:
+    """The columns of a labelled row that go by a usual name; none for the texts where the recipe names one."""
+    found: dict[str, str] = {}
+    if format == "image":
+        found = {"image": "img"} if "image" not in fields and "img" in fields else {}
+    elif not named.keys() & {"text", "text_pair"}:
         texts = next((names for names in _USUAL_TEXTS if all(name in fields for name in names)), ())
-    found = dict(zip(("text", "text_pair"), texts, strict=False))
+        found = dict(zip(("text", "text_pair"), texts, strict=False))
     return found | ({"label": "labels"} if "label" not in fields and "labels" in fields else {})
 
 

@@ -52,11 +52,12 @@ def parse_labelled(row: RawRow, format: RowFormat, label_names: Sequence[str] = 
     """
     pair = format.column("text_pair")
     text_pair = row_text(row, format, "text_pair") if row.fields.get(pair) is not None else None
-    label = _label(row, format, label_names)
+    label = row_label(row, format, label_names)
     return LabelledText(row_text(row, format, "text"), text_pair, label, row.source)
 
 
-def _label(row: RawRow, format: RowFormat, names: Sequence[str]) -> str:
+def row_label(row: RawRow, format: RowFormat, names: Sequence[str] = ()) -> str:
+    """The label of a row as text; ``names`` and errors as in `parse_labelled`."""
     value, column = row_value(row, format, "label"), format.column("label")
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if value is None or (isinstance(value, str) and not value.strip()) or (is_number and value != value):
@@ -214,7 +215,7 @@ def labels_of(section: DataSection, train: Rows, *held_out: Rows) -> Labels:
     found = rows_by_label(train)
     numbers = {label: _as_number(label) for label in found}
     has_fraction = any(value is not None and not value.is_integer() for value in numbers.values())
-    asked = section.regression
+    asked = section.regression if section.format == FORMAT else False  # an image has a class
     if asked is True or (asked == "auto" and has_fraction and None not in numbers.values() and not section.label_names):
         labels = Labels((VALUE,), True)
         for rows in (train, *held_out):
@@ -280,8 +281,3 @@ def labelled_arrays(examples: Sequence[Example], tokens: int, pad_id: int, maske
     if (starts < tokens).any():
         arrays["token_type_ids"] = ((columns >= starts[:, None]) & (columns < lengths[:, None])).astype(np.int64)
     return arrays
-
-
-def tokenizer_for(format: RowFormat) -> type[RowTokenizer]:
-    """What tokenizes rows of this format."""
-    return LabelledTokenizer if format.name == FORMAT else RowTokenizer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.table import Table
@@ -22,31 +22,37 @@ _SHOWN_TOKENS = 400
 _BAR_WIDTH = 40
 
 
-def print_preflight(
-    datasets: Datasets, tokenizer: PreTrainedTokenizerBase, console: Console, rows: int | None = None
-) -> None:
+def print_preflight(datasets: Datasets, processor: Any, console: Console, rows: int | None = None) -> None:
     """Print counts, a histogram of lengths, what was cut or dropped, and ``rows`` rows with trained tokens marked.
 
-    ``rows`` None: two, and of a mixture at least one of each source. They come from each source in turn, see
-    `Datasets.first_rows`. Trained tokens stand in ⟦…⟧ and in colour, so that they show in a log file too.
+    Trained tokens stand in ⟦…⟧ and in colour, so that they show in a log file too.
+
+    Args:
+        processor: the base's tokenizer, or its image processor.
+        rows: None: two, and of a mixture at least one of each source. They come from each source in turn, see
+            `Datasets.first_rows`.
     """
     stats = datasets.stats
     console.print(_summary(stats))
     for line in data_warnings(stats):
         console.print(Text(line, style="yellow"))
-    console.print()
-    console.print(Text("Training rows by length (tokens)", style="bold"))
-    for line in _histogram_lines(stats.histogram_edges, stats.histogram_counts):
-        console.print(Text(line))
+    if datasets.train.processor is None:  # images are all equally long
+        console.print()
+        console.print(Text("Training rows by length (tokens)", style="bold"))
+        for line in _histogram_lines(stats.histogram_edges, stats.histogram_counts):
+            console.print(Text(line))
     for example in datasets.first_rows(rows or max(_SHOWN_ROWS, len(stats.sources))):
         console.print()
         if example.is_labelled:
             console.print(Text.assemble((example.source, "bold"), "  label: ", (str(example.reference), "green")))
-            console.print(Text(_shortened(decode(tokenizer, example.input_ids.tolist()))))
+            if example.image is None:
+                console.print(Text(_shortened(decode(processor, example.input_ids.tolist()))))
+            else:
+                console.print("{} x {} pixels".format(*example.image.open().size))
             continue
         for word, row in example.shown():
             console.print(Text.assemble((example.source, "bold"), f"  ⟦{word}⟧"))
-            console.print(_mark_trained(row, tokenizer))
+            console.print(_mark_trained(row, processor))
     console.print()
 
 

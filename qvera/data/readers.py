@@ -7,13 +7,16 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qvera.data.image_folder import image_files, image_row
+from qvera.data.images import IMAGE_EXTENSIONS
 from qvera.utils.errors import InputError
 
 EXTENSIONS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+_BATCH_BYTES = 16 * 2**20
 _ACCEPTED = ".jsonl, .json, .csv, .tsv or .parquet"
 _TRAIN_NAME = re.compile(r"(^|[^a-z])train", re.IGNORECASE)
 _HELD_OUT_NAME = re.compile(r"(^|[^a-z])(test|valid|validation|val|eval|dev|held[-_]?out)([^a-z]|$)", re.IGNORECASE)
@@ -28,11 +31,13 @@ class RawRow:
         source: ``train.jsonl:17`` (line number, from 1) for JSONL and CSV; ``train.json row 17`` (row number, from 1)
             where lines mean nothing: JSON, Parquet and hub datasets.
         owner: the task or adapter that it belongs to, where the recipe has any.
+        file: that it was read from; None: a hub dataset.
     """
 
     fields: dict[str, Any]
     source: str
     owner: str | None = None
+    file: Path | None = field(default=None, compare=False)
 
 
 def read_rows(
@@ -41,7 +46,7 @@ def read_rows(
     """Yield the rows of a file, of every data file of a directory in name order, or of a hub dataset.
 
     Args:
-        path: a .jsonl, .json, .csv, .tsv or .parquet file, a directory of them, or a hub dataset id.
+        path: a .jsonl, .json, .csv, .tsv or .parquet file, a directory of them or of folders of images, or a hub id.
         split, config_name, revision: which part of a hub dataset; they have no meaning for files.
 
     Raises:
@@ -59,7 +64,10 @@ def read_rows(
                 f"key."
             )
     for file in files:
-        yield from read_file(file)
+        if file.suffix.lower() in IMAGE_EXTENSIONS and Path(path).expanduser().is_dir():
+            yield RawRow(image_row(file), str(file))
+        else:
+            yield from read_file(file)
 
 
 def read_file(file: Path, reader: Callable[[Path], Iterator[RawRow]] | None = None) -> Iterator[RawRow]:
@@ -110,10 +118,15 @@ def local_files(path: str) -> list[Path] | None:
 
 def _data_files(directory: Path) -> list[Path]:
     files = sorted(p for p in directory.iterdir() if p.is_file() and p.suffix.lower() in EXTENSIONS)
+    if not files and (images := image_files(directory)):
+        return images
     if not files:
         others = sorted(p.name for p in directory.iterdir())[:5]
         found = f"it holds {', '.join(others)}" if others else "it is empty"
-        raise InputError(f"{directory}: no data files in this directory ({found}). Expected {_ACCEPTED} in it.")
+        raise InputError(
+            f"{directory}: no data files in this directory ({found}). Expected {_ACCEPTED} in it, or a folder of "
+            "images for each class."
+        )
     train = [p.name for p in files if _TRAIN_NAME.search(p.stem)]
     held_out = [p.name for p in files if _HELD_OUT_NAME.search(p.stem) and p.name not in train]
     if train and held_out:
@@ -236,7 +249,7 @@ def _read_jsonl(file: Path) -> Iterator[RawRow]:
                     f'{{"prompt": ..., "completion": ...}}, got {describe(value)}.{hint}'
                 )
             _require_unique_keys(repeated, source)
-            yield RawRow(value, source)
+            yield RawRow(value, source, file=file)
 
 
 def _bad_line(source: str, number: int, line: str, error: Exception) -> InputError:
@@ -281,7 +294,7 @@ def _read_json(file: Path) -> Iterator[RawRow]:
         if not isinstance(row, dict):
             raise InputError(f"{source}: expected an object with named fields, got {describe(row)}.")
         _require_unique_keys([each for each in repeated[:1] if each[0] is row], source)
-        yield RawRow(row, source)
+        yield RawRow(row, source, file=file)
     _require_unique_keys(repeated, str(file))  # within a row
 
 
@@ -304,7 +317,7 @@ def _read_csv(file: Path) -> Iterator[RawRow]:
                         "line break must be in double quotes."
                     )
                 elif record:
-                    yield RawRow(dict(zip(header, record, strict=True)), f"{file}:{line}")
+                    yield RawRow(dict(zip(header, record, strict=True)), f"{file}:{line}", file=file)
                 line = reader.line_num + 1
         except csv.Error as error:
             raise InputError(f"{file}:{line}: not valid CSV: {error}. Check the quotes there.") from None
@@ -328,10 +341,12 @@ def _read_parquet(file: Path) -> Iterator[RawRow]:
     import pyarrow.parquet as pq
 
     try:
-        batches = pq.ParquetFile(file).iter_batches(batch_size=1024)
+        parquet = pq.ParquetFile(file)
+        row_bytes = file.stat().st_size // max(parquet.metadata.num_rows, 1)  # large where rows hold images
+        batches = parquet.iter_batches(batch_size=min(1024, _BATCH_BYTES // max(row_bytes, 1) + 1))
         rows = (fields for batch in batches for fields in batch.to_pylist())
         for number, fields in enumerate(rows, start=1):
-            yield RawRow(fields, f"{file} row {number}")
+            yield RawRow(fields, f"{file} row {number}", file=file)
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{file}: can't be read as Parquet: {_one_line(error)}. Is the file complete?") from None
 
@@ -345,7 +360,7 @@ def _read_hub(path: str, split: str, config_name: str | None, revision: str | No
 
 
 def load_hub(path: str, split: str, config_name: str | None, revision: str | None) -> Iterable[dict[str, Any]]:
-    """A hub dataset as `datasets` has it: Arrow files in its cache, memory-mapped.
+    """A hub dataset as `datasets` has it: Arrow files in its cache, memory-mapped. Images are not decoded.
 
     Raises:
         InputError: there is none of that name, or the hub can't be reached.
@@ -353,7 +368,11 @@ def load_hub(path: str, split: str, config_name: str | None, revision: str | Non
     import datasets
 
     try:
-        return datasets.load_dataset(path, name=config_name, split=split, revision=revision)
+        dataset = datasets.load_dataset(path, name=config_name, split=split, revision=revision)
+        images = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+        for name in images:  # rows get them as they are stored
+            dataset = dataset.cast_column(name, datasets.Image(decode=False))
+        return dataset
     except Exception as error:  # the hub's client raises many unrelated types, all of them about what was asked for
         hint = "Check data.path, data.config_name, data.split and data.revision."
         if isinstance(error, ConnectionError) or "offline" in str(error).lower():

@@ -18,6 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from qvera.data.image_processor import ImageProcessor, StoredImage
+
 SCHEMA = pa.schema(
     [
         ("input_ids", pa.list_(pa.int32())),
@@ -31,6 +33,7 @@ SCHEMA = pa.schema(
         ("mask_hash", pa.uint64()),
         ("owner", pa.string()),
         ("pair_start", pa.int32()),
+        ("image", pa.binary()),
         ("rejected_ids", pa.list_(pa.int32())),
         ("desirable", pa.bool_()),
     ]
@@ -58,6 +61,8 @@ class Example:
         rejected_ids: of a preference pair, int32 [R]: the tokens of the worse answer. They follow the same prompt as
             the better one's, which are the trained ones of ``input_ids``. None for any other row.
         desirable: of a row whose one answer was judged, whether it is a good one; None for any other row.
+        image: of a labelled image. ``input_ids`` then has a 0 for each patch, and ``prompt_text`` the path of its file,
+            if it has one.
     """
 
     input_ids: np.ndarray
@@ -70,10 +75,11 @@ class Example:
     pair_start: int | None = None
     rejected_ids: np.ndarray | None = None
     desirable: bool | None = None
+    image: StoredImage | None = None
 
     @property
     def is_labelled(self) -> bool:
-        """Whether the row is a text with a label: its last token stands for its one target."""
+        """Whether the row is a text or an image with a label: its last token stands for its one target."""
         return self.reference is not None and not len(self.prompt_ids)
 
     @property
@@ -113,12 +119,19 @@ def record_batch(examples: Sequence[Example]) -> pa.RecordBatch:
             **{name: getattr(example, name) for name in _FIELDS},
             "trained": example.trained.view(np.uint8),
             "trained_tokens": example.trained_tokens,
-            "ids_hash": _hash(np.concatenate([row.input_ids for _, row in example.shown()])),
-            "mask_hash": _hash(example.trained, _label(example)),
+            "image": None if example.image is None else example.image.stored_bytes,
+            "ids_hash": _hash(_content(example)),
+            "mask_hash": _hash(example.trained.tobytes(), _label(example)),
         }
         for example in examples
     ]
     return pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
+
+
+def _content(example: Example) -> bytes:
+    if example.image is not None:
+        return example.image.read_bytes()
+    return np.concatenate([row.input_ids for _, row in example.shown()]).tobytes()
 
 
 def _label(example: Example) -> str | None:
@@ -127,8 +140,8 @@ def _label(example: Example) -> str | None:
     return example.reference if example.is_labelled else None
 
 
-def _hash(array: np.ndarray, label: str | None = None) -> int:
-    content = np.ascontiguousarray(array).tobytes() + (label or "").encode()
+def _hash(content: bytes, label: str | None = None) -> int:
+    content += (label or "").encode()
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
@@ -156,6 +169,7 @@ class Rows(Sequence[Example]):
         chosen: int64 [n]; the numbers of the rows that are taken. None: all of them.
         max_tokens: give each row as it would be with at most so many tokens and without a prompt.
         task_of: int64 [n]; the number of each row's task, where the run has tasks (`qvera.data.tasks`).
+        processor: of images; it makes their pixel values.
 
     Attributes:
         lengths: int32 [n]; tokens of each row; of a pair, of the longer of its two rows.
@@ -170,9 +184,10 @@ class Rows(Sequence[Example]):
         chosen: np.ndarray | None = None,
         max_tokens: int | None = None,
         task_of: np.ndarray | None = None,
+        processor: ImageProcessor | None = None,
     ) -> None:
         self.table = SCHEMA.empty_table() if table is None else table
-        self.chosen, self._max_tokens, self.task_of = chosen, max_tokens, task_of
+        self.chosen, self._max_tokens, self.task_of, self.processor = chosen, max_tokens, task_of, processor
         self.trained_tokens = self._column(self.table["trained_tokens"])
         lengths = self._column(pc.list_value_length(self.table["input_ids"]))
         rejected = self._column(pc.fill_null(pc.list_value_length(self.table["rejected_ids"]), 0))
@@ -212,6 +227,10 @@ class Rows(Sequence[Example]):
             self.table[name][number].as_py()
             for name in ("source", "prompt_text", "reference", "owner", "pair_start", "desirable")
         )
+        if self.processor is not None:
+            stored = self.table["image"][number]
+            image = StoredImage(stored.as_buffer() if stored.is_valid else prompt_text, source, self.processor)
+            return Example(ids, trained.view(bool), source, prompt_ids, prompt_text, reference, owner, image=image)
         rejected = self.table["rejected_ids"][number].values
         rejected_ids = None if rejected is None else rejected.to_numpy()
         if self._max_tokens is not None:
@@ -233,8 +252,11 @@ class Rows(Sequence[Example]):
         return taken
 
     def cut(self, max_tokens: int) -> Rows:
-        """All rows as they would be with at most ``max_tokens`` tokens and without prompts, for a plan."""
-        return Rows(self.table, self.chosen, max_tokens, self.task_of)
+        """All rows as they would be with at most ``max_tokens`` tokens and without prompts, for a plan.
+
+        Images are never cut.
+        """
+        return self if self.processor is not None else Rows(self.table, self.chosen, max_tokens, self.task_of)
 
     def owners(self) -> list[str]:
         """The task or adapter of each row."""

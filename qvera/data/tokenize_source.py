@@ -24,10 +24,10 @@ import numpy as np
 import pyarrow as pa
 
 from qvera.config.schema import DataSection
-from qvera.data.chat_template import resolve_template
-from qvera.data.encoding import Encoder, tokenizer_sha256
-from qvera.data.labelled import tokenizer_for
+from qvera.data.encoding import Encoder
+from qvera.data.image_rows import ImageEncoder
 from qvera.data.readers import load_hub
+from qvera.data.row_kinds import row_tokenizer, template_of
 from qvera.data.rows import Rows, write_table
 from qvera.data.source_rows import choose_rows, raw_rows, source_files, source_paths, survey
 from qvera.data.tokenization import RowCounts, RowTokenizer, TokenizedChunk
@@ -134,7 +134,7 @@ class Part:
 
 
 def tokenize_source(
-    section: DataSection, encoder: Encoder, directory: Path, console: Console | None
+    section: DataSection, encoder: Encoder | ImageEncoder, directory: Path, console: Console | None
 ) -> TokenizedSource:
     """Read, check, render and tokenize one source.
 
@@ -158,15 +158,15 @@ def tokenize_source(
             f"data.eval_fraction: {rows.first.source} is the only row, so none can be held out. Add rows, or set "
             "data.eval_path, or remove data.eval_fraction."
         )
-    template = resolve_template(section.template, encoder.tokenizer, rows.format.name)  # of the held-out rows too
+    template = template_of(section, encoder, rows.format.name)  # of the held-out rows too
     unused = [name for name in rows.format.unused if name not in (section.task_column, section.adapter_column)]
-    source = TokenizedSource(rows.format.name, unused, template.name, RowCounts(), Rows(), Rows(), rows.names)
+    name = "" if template is None else template.name
+    source = TokenizedSource(rows.format.name, unused, name, RowCounts(), Rows(), Rows(), rows.names)
     train, held = choose_rows(section, rows, eval_rows)
-    part = Part(tokenizer_for(rows.format)(section, encoder, template, rows.format), TRAIN, False, train)
+    part = Part(row_tokenizer(section, encoder, template, rows.format), TRAIN, False, train)
     source.train = _tokenize(part, directory, source, console)
     if held.any():
-        held_out_format = (eval_rows or rows).format
-        tokenizer = tokenizer_for(held_out_format)(section, encoder, template, held_out_format)
+        tokenizer = row_tokenizer(section, encoder, template, (eval_rows or rows).format)
         part = Part(tokenizer, EVAL, eval_rows is not None, held)
         source.eval = _tokenize(part, directory, source, console)
     return source
@@ -260,7 +260,7 @@ def _chunks_by_processes(part: Part, first: int, processes: int) -> Iterator[Tok
     with contextlib.ExitStack() as stack:
         try:
             job = stack.enter_context(tempfile.NamedTemporaryFile())
-            pickle.dump((part, tokenizer_sha256(part.tokenizer.encoder.tokenizer), first, processes), job)
+            pickle.dump((part, part.tokenizer.encoder.sha256(), first, processes), job)
             job.flush()
             outputs: list[IO[bytes]] = []
             for number in range(processes):
@@ -287,7 +287,7 @@ def work(job: str, number: int, out: IO[bytes]) -> None:
     """Write one process's chunks: ``first + number``, ``first + number + processes``, ..."""
     with open(job, "rb") as file:
         part, sha256, first, processes = pickle.load(file)
-    if tokenizer_sha256(part.tokenizer.encoder.tokenizer) != sha256:
+    if part.tokenizer.encoder.sha256() != sha256:
         raise SystemExit("the tokenizer is another one here")
     for chunk in part.chunks(first + number, processes):
         pickle.dump(chunk, out)

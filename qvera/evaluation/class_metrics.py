@@ -13,33 +13,36 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-def require_packages() -> None:
-    """Raises InputError where scikit-learn or scipy is missing."""
+def require_packages(task: str) -> None:
+    """Raises InputError, which names the task, where scikit-learn or scipy is missing."""
     for module, package in (("sklearn", "scikit-learn"), ("scipy", "scipy")):
         if importlib.util.find_spec(module) is None:
             raise InputError(
-                f"task: sequence-classification is scored by {package}, which is not installed. Run "
-                "pip install 'qvera[classification]'."
+                f"task: {task} is scored by {package}, which is not installed. Run pip install 'qvera[classification]'."
             )
 
 
-def class_scores(targets: np.ndarray, found: np.ndarray, classes: int) -> dict[str, float]:
-    """``accuracy``; ``f1``, of two classes that of the second, else the mean over the classes; ``matthews``.
+def class_scores(targets: np.ndarray, logits: np.ndarray) -> dict[str, float]:
+    """``accuracy``; ``f1``, of two classes that of the second, else the mean over the classes; ``matthews``; ``top5``.
+
+    The last is the share of rows whose class is among the five with the highest logits, where there are ten or more.
 
     Args:
-        targets, found: the number of each row's class and that of the predicted one, int [n].
-        classes: how many there are.
+        targets: the number of each row's class, int [n].
+        logits: fp [n, classes].
     """
-    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, top_k_accuracy_score
 
-    average = {"average": "binary", "pos_label": 1} if classes == 2 else {"average": "macro"}
-    return {
+    found, classes = logits.argmax(1), list(range(logits.shape[1]))
+    average = {"average": "binary", "pos_label": 1} if len(classes) == 2 else {"average": "macro", "labels": classes}
+    scores = {
         "accuracy": float(accuracy_score(targets, found)),
-        "f1": float(
-            f1_score(targets, found, labels=None if classes == 2 else list(range(classes)), zero_division=0, **average)
-        ),
+        "f1": float(f1_score(targets, found, zero_division=0, **average)),
         "matthews": float(matthews_corrcoef(targets, found)),
     }
+    if len(classes) >= 10:
+        scores["top5"] = float(top_k_accuracy_score(targets, logits, k=5, labels=classes))
+    return scores
 
 
 def value_scores(targets: np.ndarray, found: np.ndarray) -> dict[str, float]:

@@ -27,7 +27,8 @@ from qvera.evaluation.named_adapters import (
 from qvera.evaluation.run_info import load_run_recipe, read_certificate
 from qvera.models import loader
 from qvera.models.hub import base_directory, local_directory
-from qvera.models.model_class import CAUSAL_LM, REGRESSION, ModelClass, classification_class
+from qvera.models.model_class import CAUSAL_LM, REGRESSION, ModelClass, stored_class
+from qvera.models.processor import load_processor
 from qvera.utils import accelerator
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.files import file_sha256, read_json, try_read_json
@@ -66,9 +67,7 @@ class EvalTarget:
         """Which model it is; InputError where an adapter does not say it."""
         if self.adapter is not None:
             return adapter_file.model_class_of(self.adapter, _config(self.adapter))
-        architectures = (try_read_json(self.path / "config.json") or {}).get("architectures") or ()
-        is_classifier = any("SequenceClassification" in name for name in architectures)
-        return classification_class() if is_classifier else CAUSAL_LM
+        return stored_class((try_read_json(self.path / "config.json") or {}).get("architectures"))
 
 
 @dataclasses.dataclass
@@ -370,7 +369,7 @@ def require_base(target: EvalTarget) -> None:
 
 def _load_stored(directory: Path, model_class: ModelClass = CAUSAL_LM) -> loader.Base:
     """A checkpoint as it is stored, in 16 bits or in bitsandbytes' 4 bits."""
-    tokenizer = loader.load_tokenizer(ModelSection(path=str(directory)))
+    tokenizer = load_processor(ModelSection(path=str(directory)), model_class)
     try:
         loaded = loader.load_exported(directory, accelerator.current_device(), model_class)
     except (OSError, ValueError, KeyError, SafetensorError) as error:

@@ -16,7 +16,7 @@ from qvera.export.deltas import AdapterDeltas, read_deltas
 from qvera.export.stream import PackedBaseReader, TrainedBaseReader
 from qvera.models.hub import base_directory
 from qvera.models.loader import pick_compute_dtype
-from qvera.models.model_class import CAUSAL_LM
+from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.model_config import empty_model, require_own_weights
 from qvera.models.packed_weights import PackedWeight, packed_weights, without_statistics
 from qvera.models.stored_names import as_named
@@ -43,6 +43,7 @@ class AdapterOnBase(NamedTuple):
         fingerprint: of the base's content.
         compute: the dtype that the base computed in.
         adapter: the factors of ΔW.
+        model_class: which model it is.
     """
 
     directory: Path
@@ -55,6 +56,7 @@ class AdapterOnBase(NamedTuple):
     fingerprint: str
     compute: torch.dtype
     adapter: AdapterDeltas
+    model_class: ModelClass
 
     def reader(self, section: ModelSection, known: dict[str, str]) -> TrainedBaseReader | PackedBaseReader:
         """Reads the weights as they were trained on; ``known`` has the SHA-256 of files that are hashed already."""
@@ -101,7 +103,7 @@ def open_adapter_on_base(adapter_dir: Path, section: ModelSection) -> AdapterOnB
         raise InputError(f"{directory}: has no {first_of(absent)}, which the adapter changes.")
     stamps = file_stamps(stored)
     opened = directory, model_class.configured(config), model, stored, packed, entries
-    return AdapterOnBase(*opened, stamps, fingerprint, compute, adapter)
+    return AdapterOnBase(*opened, stamps, fingerprint, compute, adapter, model_class)
 
 
 def _stores_layers(stored: list[TensorEntry], model: PreTrainedModel) -> bool:

@@ -4,7 +4,7 @@ import contextlib
 import math
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PretrainedConfig
@@ -15,8 +15,9 @@ from qvera.data.encoding import pad_id_of
 from qvera.export.base import open_adapter_on_base
 from qvera.export.deltas import TokenTable, token_tables
 from qvera.export.stream import PackedBaseReader, TrainedBaseReader, one_thread_each
+from qvera.models.processor import load_processor
 from qvera.models.safetensors_stream import Block, CheckpointReader, in_order
-from qvera.models.tokenizer import ADDED_ROWS, ids_of, load_tokenizer
+from qvera.models.tokenizer import ADDED_ROWS, ids_of
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import InputError, RunFailed
 from qvera.utils.files import file_sha256
@@ -51,10 +52,11 @@ class Merging:
         self.adapter, self.entries, self.stamps = self.base.adapter, self.base.entries, self.base.stamps
         self.dtype: torch.dtype = getattr(torch, options.dtype)
         self._check_stored_quantization()
-        self.tokenizer = load_tokenizer(section)
-        own = self.tokenizer.get_chat_template() if self.tokenizer.chat_template else None
-        if chat_template not in (None, own):
-            self.tokenizer.chat_template = chat_template
+        self.tokenizer = cast(Any, load_processor(section, self.base.model_class))
+        if chat_template is not None:  # never of images
+            own = self.tokenizer.get_chat_template() if self.tokenizer.chat_template else None
+            if chat_template != own:
+                self.tokenizer.chat_template = chat_template
         self.added_tokens = ids_of(self.tokenizer, section.added_tokens)
         require_tokens(self.adapter.config, adapter_dir, self.added_tokens)
         self.tables: dict[str, TokenTable] = {}
@@ -178,7 +180,8 @@ class Merging:
             config.pad_token_id = self.tokenizer.pad_token_id
         if self.head:
             config.architectures = [type(self.base.model).__name__]
-            config.get_text_config().pad_token_id = pad_id_of(self.tokenizer)
+            if not self.base.model_class.reads_images:
+                config.get_text_config().pad_token_id = pad_id_of(self.tokenizer)
         config.architectures = config.architectures or [type(self.base.model).__name__]
         return config
 

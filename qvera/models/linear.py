@@ -235,7 +235,7 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
 
 def embedding_dtype(module: nn.Module) -> torch.dtype:
     """The dtype that an embedding returns, which is that of a model's activations."""
-    return module.output_dtype if isinstance(module, FrozenEmbedding) else cast(nn.Embedding, module).weight.dtype
+    return module.output_dtype if isinstance(module, FrozenEmbedding) else next(module.parameters()).dtype
 
 
 def freeze_linears(model: nn.Module) -> None:

@@ -21,10 +21,11 @@ from qvera.models.hub import base_directory
 from qvera.models.mmap import NotMappable, WeightSharder, load_mapped
 from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.model_config import empty_model, load_config, require_own_weights
+from qvera.models.processor import load_processor
 from qvera.models.quantize_checkpoint import NotPlain
 from qvera.models.stored_names import as_named
 from qvera.models.structure import decoder_of, expert_weights
-from qvera.models.tokenizer import ids_of, load_tokenizer, place_token_rows
+from qvera.models.tokenizer import ids_of, place_token_rows
 from qvera.utils import accelerator
 from qvera.utils.cache_dir import StageProgress
 from qvera.utils.errors import InputError, first_line
@@ -35,17 +36,17 @@ from qvera.utils.safetensors_io import base_fingerprint, checkpoint_tensors
 if TYPE_CHECKING:
     from peft import PeftModel
     from torch import nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from qvera.data.collate import Joined
 
 
 @dataclasses.dataclass
 class Base:
-    """A loaded base model with its tokenizer."""
+    """A loaded base model with its tokenizer, or (as ``tokenizer``) its image processor."""
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
     facts: dict[str, Any]
     """What was read back from the loaded modules (`read_back`)."""
     adapted: PeftModel | None = None
@@ -92,7 +93,7 @@ def load_base(
     device = device or accelerator.current_device()
     dtype = pick_compute_dtype(section.compute_dtype, device)
     name = resolve_path(section.path)
-    tokenizer = load_tokenizer(section)
+    tokenizer = load_processor(section, model_class)
     if not model_class.has_own_head:
         require_eos(tokenizer)
     if section.stream is True and sharder is not None:
@@ -137,7 +138,9 @@ def load_base(
     model.name_or_path = model.config._name_or_path = name  # not the cached copy's: PEFT writes it into adapters
     model.requires_grad_(False)
     model.eval()
-    if model_class.has_own_head:  # a decoder's head reads the last token that is no padding
+    if (
+        model_class.has_own_head and not model_class.reads_images
+    ):  # a decoder's head reads the last token that is no padding
         model.config.get_text_config().pad_token_id = pad_id_of(tokenizer)
         model.config.use_cache = False
     ids = ids_of(tokenizer, section.added_tokens)

@@ -23,6 +23,7 @@ _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")
 """Ends of the names of classes whose checkpoints are those of causal language models."""
 _BUFFERS = r"(?:^|\.)(?:position_ids|inv_freq)$"
 """That old checkpoints carry; the model makes them."""
+_OF_TEXTS, _OF_IMAGES = "AutoModelForSequenceClassification", "AutoModelForImageClassification"
 REGRESSION, CLASSES = "regression", "single_label_classification"
 """transformers' ``problem_type``."""
 
@@ -46,6 +47,11 @@ class ModelClass:
     labels: tuple[str, ...] = ()
     problem_type: str | None = None
     seed: int = 0
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether an image processor makes its input, and no tokenizer."""
+        return self.auto == _OF_IMAGES
 
     def from_config(self, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
         """The model of a config, as transformers initializes it."""
@@ -134,4 +140,20 @@ def classification_class(labels: Iterable[str] = (), is_regression: bool = False
     labels = tuple(labels)
     problem = (REGRESSION if is_regression else CLASSES) if labels else None
     what = "a sequence classification model"
-    return ModelClass("AutoModelForSequenceClassification", what, True, labels, problem, seed)
+    return ModelClass(_OF_TEXTS, what, True, labels, problem, seed)
+
+
+def image_class(labels: Iterable[str] = (), seed: int = 0) -> ModelClass:
+    """A model that gives each image a class; without labels those of its checkpoint."""
+    labels = tuple(labels)
+    return ModelClass(_OF_IMAGES, "an image classification model", True, labels, CLASSES if labels else None, seed)
+
+
+def stored_class(architectures: Iterable[str] | None) -> ModelClass:
+    """The class of a finished checkpoint, by the ``architectures`` of its config."""
+    for name in architectures or ():
+        if "SequenceClassification" in name:
+            return classification_class()
+        if "ImageClassification" in name:
+            return image_class()
+    return CAUSAL_LM

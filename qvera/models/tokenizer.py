@@ -102,7 +102,7 @@ def add_tokens(
 
 def ids_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> dict[str, int]:
     """Token → id, in the order of the ids."""
-    vocabulary = tokenizer.get_vocab()
+    vocabulary = tokenizer.get_vocab() if tokens else {}
     return dict(sorted(((token, vocabulary[token]) for token in tokens), key=lambda pair: pair[1]))
 
 

@@ -58,6 +58,10 @@ class Task(ABC):
         """How many targets the rows have, without a pass over them."""
         return sum(row.trained_tokens for row in rows)
 
+    def training_row(self, row: Example, number: int, step: int, recipe: Recipe) -> Example:
+        """A training row as optimizer step ``step`` (from 1) sees it; ``number`` is its place among all rows."""
+        return row
+
     @abstractmethod
     def loss(
         self,

@@ -1,21 +1,22 @@
-"""Sequence classification: a model gives each text, or pair of texts, a class or a number.
+"""Classification: a model gives each row a class; sequence classification: each text, or pair of texts, or a number.
 
-The model is transformers' own ``…ForSequenceClassification``, called as a whole: its head reads the state of the last
-token of a decoder, or of the first one of an encoder. Logits are fp32, whatever the base computes in.
+The model of texts is transformers' own ``…ForSequenceClassification``, called as a whole: its head reads the state of
+the last token of a decoder, or of the first one of an encoder. Logits are fp32, whatever the base computes in.
 """
 
 from __future__ import annotations
 
 import inspect
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 
 from qvera.data.collate import round_up_length, rounds_lengths
-from qvera.data.labelled import labelled_arrays
+from qvera.data.labelled import FORMAT, labelled_arrays
 from qvera.distributed.group import ALONE, Group
 from qvera.evaluation.class_metrics import class_scores, require_packages, value_scores
 from qvera.evaluation.evaluate import over_held_out
@@ -32,27 +33,25 @@ if TYPE_CHECKING:
     from qvera.config.schema import Recipe, TrainingSection
     from qvera.data import Datasets, Example, Labels
 
-_ADVICE = "Lower data.max_length."
 
-
-class SequenceClassification(Task):
+class Classification(Task):
     """A row has one target, its label, however long it is; so a row counts once in the loss."""
 
-    name = "sequence-classification"
     unit = "row"
-    exported_class = classification_class()
+    row_format: ClassVar[str]
+    """``data.format`` of its rows."""
+    too_large: ClassVar[str]
+    """What helps where a single row does not fit into memory."""
 
     def check(self, recipe: Recipe) -> None:
         """See `Task.check`: the scores need scikit-learn and scipy."""
-        require_packages()
+        require_packages(self.name)
 
-    def model_class(self, recipe: Recipe, datasets: Datasets | None) -> ModelClass:
-        """See `Task.model_class`; where the rows are not known, a head of ``data.label_names``, or of two classes."""
-        seed = recipe.training.seed
-        if datasets is None or datasets.labels is None:
-            names = [] if recipe.data.regression is True else recipe.data.label_names or ["0", "1"]
-            return classification_class(names or ["value"], not names, seed)
-        return classification_class(datasets.labels.names, datasets.labels.is_regression, seed)
+    @abstractmethod
+    def row_logits(
+        self, model: nn.Module, rows: Sequence[Example], pad_id: int, core: Callable[..., Any] | None = None
+    ) -> torch.Tensor:
+        """The logits of rows, fp32 [B, outputs]; ``core``: see `Task.loss`."""
 
     def loss(
         self,
@@ -65,7 +64,7 @@ class SequenceClassification(Task):
     ) -> tuple[torch.Tensor, int]:
         """See `Task.loss`: cross entropy, or the squared error of a regression."""
         labels = _labels(datasets)
-        logits = row_logits(model, rows, datasets.pad_id, core)
+        logits = self.row_logits(model, rows, datasets.pad_id, core)
         targets, smoothing = _targets(labels, rows, logits.device), recipe.training.label_smoothing
         return _row_losses(logits, targets, labels.is_regression, smoothing).sum(), len(rows)
 
@@ -80,7 +79,8 @@ class SequenceClassification(Task):
     ) -> dict[str, Any]:
         """See `Task.held_out_loss`; adds the scores of `qvera.evaluation.class_metrics`."""
         started, labels = time.perf_counter(), _labels(datasets)
-        logits = held_out_logits(model, rows, datasets.pad_id, training.per_device_eval_batch_size, group, progress)
+        batch_size = training.per_device_eval_batch_size
+        logits = self.held_out_logits(model, rows, datasets.pad_id, batch_size, group, progress)
         scores = label_scores(logits, rows, labels)
         return {**scores, "seconds": time.perf_counter() - started}
 
@@ -89,13 +89,80 @@ class SequenceClassification(Task):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Task.logits`."""
         assert labels is not None
-        return row_logits(model, rows, pad_id).cpu(), torch.from_numpy(labels.targets(rows))
+        return self.row_logits(model, rows, pad_id).cpu(), torch.from_numpy(labels.targets(rows))
+
+    def held_out_logits(
+        self,
+        model: nn.Module,
+        rows: Sequence[Example],
+        pad_id: int,
+        batch_size: int,
+        group: Group = ALONE,
+        progress: Callable[[int], None] | None = None,
+    ) -> torch.Tensor:
+        """The logits of all rows in order, fp32 [rows, outputs] on the CPU; ranks share the rows, and all get them."""
+
+        def compute(numbers: list[int]) -> torch.Tensor:
+            return self.row_logits(model, [rows[i] for i in numbers], pad_id)
+
+        found = over_held_out(model, rows, compute, batch_size, self.too_large, progress, group)
+        mine = [(numbers, logits.tolist()) for numbers, logits in found]
+        by_row = {
+            number: values
+            for part in group.gather(mine)
+            for numbers, batch in part
+            for number, values in zip(numbers, batch, strict=True)
+        }
+        return torch.tensor([by_row[number] for number in range(len(rows))])
 
     def line(self, scores: dict[str, Any]) -> str:
         """See `Task.line`."""
-        shown = {"accuracy": "{:.1%}", "f1": "{:.4f}", "matthews": "{:.4f}", "pearson": "{:.4f}", "spearman": "{:.4f}"}
+        shown = {
+            "accuracy": "{:.1%}",
+            "top5": "{:.1%}",
+            "f1": "{:.4f}",
+            "matthews": "{:.4f}",
+            "pearson": "{:.4f}",
+            "spearman": "{:.4f}",
+        }
         found = [f"{name} {text.format(scores[name])}" for name, text in shown.items() if scores.get(name) is not None]
         return ", ".join([f"held-out loss {scores['loss']:.4f}", *found])
+
+
+class SequenceClassification(Classification):
+    """A row is a text or a pair of texts; its label may be a number."""
+
+    name = "sequence-classification"
+    exported_class = classification_class()
+    row_format = FORMAT
+    too_large = "Lower data.max_length."
+
+    def model_class(self, recipe: Recipe, datasets: Datasets | None) -> ModelClass:
+        """See `Task.model_class`; where the rows are not known, a head of ``data.label_names``, or of two classes."""
+        seed = recipe.training.seed
+        if datasets is None or datasets.labels is None:
+            names = [] if recipe.data.regression is True else recipe.data.label_names or ["0", "1"]
+            return classification_class(names or ["value"], not names, seed)
+        return classification_class(datasets.labels.names, datasets.labels.is_regression, seed)
+
+    def row_logits(
+        self, model: nn.Module, rows: Sequence[Example], pad_id: int, core: Callable[..., Any] | None = None
+    ) -> torch.Tensor:
+        """See `Classification.row_logits`.
+
+        On a CPU in 16 bits the batch is padded to one of a few lengths (`qvera.data.collate`).
+        """
+        inner = causal_model(model)
+        device, implementation = next(model.parameters()).device, inner.config._attn_implementation
+        tokens = max(len(row.input_ids) for row in rows)
+        if rounds_lengths(linear.embedding_dtype(inner.get_input_embeddings()), device.type):
+            most = getattr(inner.config, "max_position_embeddings", None) or 2**31
+            tokens = max(tokens, min(round_up_length(tokens), most))
+        batch = accelerator.tensors_on(device, labelled_arrays(rows, tokens, pad_id, needs_padding_mask(inner)))
+        if "attention_mask" not in batch and takes_open_mask(implementation):
+            batch["attention_mask"] = open_mask(batch["input_ids"])
+        takes_cache = "use_cache" in inspect.signature(type(inner).forward).parameters
+        return (core or inner)(**batch, **({"use_cache": False} if takes_cache else {})).logits.float()
 
 
 def _labels(datasets: Datasets) -> Labels:
@@ -116,50 +183,6 @@ def _row_losses(
     return F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
 
 
-def row_logits(
-    model: nn.Module, rows: Sequence[Example], pad_id: int, core: Callable[..., Any] | None = None
-) -> torch.Tensor:
-    """The logits of rows, fp32 [B, outputs]; ``core``: see `Task.loss`.
-
-    On a CPU in 16 bits the batch is padded to one of a few lengths (`qvera.data.collate`).
-    """
-    inner = causal_model(model)
-    device, implementation = next(model.parameters()).device, inner.config._attn_implementation
-    tokens = max(len(row.input_ids) for row in rows)
-    if rounds_lengths(linear.embedding_dtype(inner.get_input_embeddings()), device.type):
-        most = getattr(inner.config, "max_position_embeddings", None) or 2**31
-        tokens = max(tokens, min(round_up_length(tokens), most))
-    batch = accelerator.tensors_on(device, labelled_arrays(rows, tokens, pad_id, needs_padding_mask(inner)))
-    if "attention_mask" not in batch and takes_open_mask(implementation):
-        batch["attention_mask"] = open_mask(batch["input_ids"])
-    takes_cache = "use_cache" in inspect.signature(type(inner).forward).parameters
-    return (core or inner)(**batch, **({"use_cache": False} if takes_cache else {})).logits.float()
-
-
-def held_out_logits(
-    model: nn.Module,
-    rows: Sequence[Example],
-    pad_id: int,
-    batch_size: int,
-    group: Group = ALONE,
-    progress: Callable[[int], None] | None = None,
-) -> torch.Tensor:
-    """The logits of all rows in order, fp32 [rows, outputs] on the CPU; the ranks share the rows, and all get them."""
-
-    def compute(numbers: list[int]) -> torch.Tensor:
-        return row_logits(model, [rows[i] for i in numbers], pad_id)
-
-    found = over_held_out(model, rows, compute, batch_size, _ADVICE, progress, group)
-    mine = [(numbers, logits.tolist()) for numbers, logits in found]
-    by_row = {
-        number: values
-        for part in group.gather(mine)
-        for numbers, batch in part
-        for number, values in zip(numbers, batch, strict=True)
-    }
-    return torch.tensor([by_row[number] for number in range(len(rows))])
-
-
 def label_scores(logits: torch.Tensor, rows: Sequence[Example], labels: Labels) -> dict[str, Any]:
     """Loss and scores of logits fp32 [rows, outputs]; without ``seconds``."""
     targets = torch.from_numpy(labels.targets(rows))
@@ -167,14 +190,15 @@ def label_scores(logits: torch.Tensor, rows: Sequence[Example], labels: Labels) 
     counts = {"loss": float(losses.mean()), "rows": len(rows), "trained_tokens": len(rows)}
     if labels.is_regression:
         return counts | value_scores(targets.numpy(), logits.squeeze(1).numpy())
-    return counts | class_scores(targets.numpy(), logits.argmax(1).numpy(), len(labels.names))
+    return counts | class_scores(targets.numpy(), logits.numpy())
 
 
 def predictions(logits: torch.Tensor, rows: Sequence[Example], labels: Labels) -> list[dict[str, Any]]:
     """For each row its ``source``, ``text`` and ``label``, the ``prediction``, and of classes ``probabilities``."""
     found = []
     for row, values in zip(rows, logits, strict=True):
-        about: dict[str, Any] = {"source": row.source, "text": row.prompt_text, "label": row.reference}
+        what = {"text": row.prompt_text} if row.image is None else {}
+        about: dict[str, Any] = {"source": row.source, **what, "label": row.reference}
         if labels.is_regression:
             about |= {"label": float(labels.targets([row])[0]), "prediction": float(values[0])}
         else:

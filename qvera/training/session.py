@@ -30,7 +30,7 @@ from qvera.models.attention import choose_implementation
 from qvera.models.checkpointing import Mode, enable_checkpointing
 from qvera.models.compile import compile_layers
 from qvera.models.loader import Base, experts_note, load_base, pick_compute_dtype, require_packing, rows_joined
-from qvera.models.tokenizer import load_tokenizer
+from qvera.models.processor import load_processor
 from qvera.tasks import task_of
 from qvera.training.checkpoint import TrainState
 from qvera.training.engine import LocalEngine, ZeroEngine, trained_vectors
@@ -215,7 +215,7 @@ class TrainingSession:
 
     def _read_rows(self, preview: bool) -> Datasets:
         recipe, console = self.recipe, self.console
-        tokenizer = load_tokenizer(recipe.model)
+        tokenizer = load_processor(recipe.model, self.task.exported_class)
         datasets = build_datasets(recipe.data, tokenizer, console)
         if not datasets.train:
             raise InputError(f"{recipe.data.path}: no row is left to train on. Raise data.max_length.")

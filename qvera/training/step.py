@@ -92,7 +92,8 @@ class StepAttempt:
         expected_grad = None if session.scaler is None else engine.loss_gradient() / self.targets
         for number, micro in enumerate(self.passes, start=1):
             # a rank without rows runs a dummy pass so that collectives stay in sync
-            self.examples = [session.datasets.train[i] for i in micro or self.rows[:1]]
+            train, chosen = session.datasets.train, micro or self.rows[:1]
+            self.examples = [session.task.training_row(train[i], i, self.number, session.recipe) for i in chosen]
             nll, _ = session.nll(self.examples, engine.core, expected_grad)
             # divided by the targets of the whole global batch, so that neither accumulation nor ranks change the mean
             engine.backward(nll / self.targets if micro else nll * 0.0, last=number == len(self.passes))

@@ -38,7 +38,8 @@ def batches():
         ids[:, 1] = numbers // 50_000
         text = pa.array([f"rows.jsonl:{i}" for i in numbers])
         columns = [lists(ids), lists((ids % 2).astype(np.uint8)), lists(ids), text, text, text,
-                   pa.array((ids % 2).sum(1).astype(np.int32)), *[pa.array(numbers.astype(np.uint64))] * 2, pa.nulls(n, pa.string())]
+                   pa.array((ids % 2).sum(1).astype(np.int32)), *[pa.array(numbers.astype(np.uint64))] * 2]
+        columns += [pa.nulls(n, field.type) for field in list(SCHEMA)[len(columns):]]
         yield pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 
 write_table(batches(), file)

@@ -23,14 +23,15 @@ from qvera.distributed.group import Group
 from qvera.evaluation.load import OpenRun, find_target, open_run, open_target
 from qvera.models.loader import causal_model
 from qvera.models.tokenizer import load_tokenizer
-from qvera.tasks.classification import held_out_logits, label_scores, row_logits
+from qvera.tasks.classification import SequenceClassification, label_scores
 from qvera.training.plan import make_plan
-from qvera.training.session import TrainingSession
 from qvera.training.trainer import Trainer, train
 from qvera.utils.errors import InputError
 from tests.tasks.encoders import save_family
+from tests.tasks.sessions import gradients, session_of
 
 CPU = torch.device("cpu")
+TASK = SequenceClassification()
 METHODS = {
     "vera": {},
     "lora": {"method": "lora", "rank": 4},
@@ -54,7 +55,7 @@ def rows_of(opened: OpenRun) -> Datasets:
 def logits(opened: OpenRun) -> torch.Tensor:
     datasets = rows_of(opened)
     with torch.no_grad():
-        return row_logits(opened.model, list(datasets.eval), datasets.pad_id)
+        return TASK.row_logits(opened.model, list(datasets.eval), datasets.pad_id)
 
 
 def plain_logits(model: Any, datasets: Datasets) -> torch.Tensor:
@@ -62,28 +63,6 @@ def plain_logits(model: Any, datasets: Datasets) -> torch.Tensor:
     with torch.no_grad():
         rows = [model(input_ids=torch.tensor(row.input_ids[None], dtype=torch.int64)) for row in datasets.eval]
     return torch.cat([row.logits for row in rows])
-
-
-def session_of(recipe: Recipe, run_dir: Path) -> TrainingSession:
-    """A session that is ready for its first step, adapter vectors not zero."""
-    session = TrainingSession(recipe, run_dir, Group())
-    session.load_data()
-    session.load_model()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, vector in named_vectors(session.model).items():
-            if "qvera" in name:
-                vector.add_(torch.randn(vector.shape, generator=generator) * 0.1)
-    session.model.train()
-    return session
-
-
-def gradients(session: TrainingSession, rows: list[int], passes: int = 1) -> dict[str, torch.Tensor]:
-    """Of the mean loss over the rows, in so many passes."""
-    for part in torch.tensor(rows).chunk(passes):
-        loss, _ = session.nll([session.datasets.train[i] for i in part.tolist()])
-        (loss / len(rows)).backward()
-    return {name: vector.grad.clone() for name, vector in named_vectors(session.model).items()}
 
 
 def test_a_run_learns_its_labels_and_says_what_it_trained(finished: Path) -> None:
@@ -291,10 +270,10 @@ def test_held_out_rows_have_the_same_scores_on_any_number_of_ranks(finished: Pat
     opened = open_run(finished)
     datasets = rows_of(opened)
     rows = list(datasets.eval)
-    whole = held_out_logits(opened.model, rows, datasets.pad_id, 5)
+    whole = TASK.held_out_logits(opened.model, rows, datasets.pad_id, 5)
     assert whole.shape == (12, 3)
     for number, row in enumerate(rows):  # in the order of the rows, whatever their lengths
-        alone = row_logits(opened.model, [row], datasets.pad_id)[0]
+        alone = TASK.row_logits(opened.model, [row], datasets.pad_id)[0]
         torch.testing.assert_close(whole[number], alone, rtol=1e-4, atol=1e-5)
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 from qvera.cli.main import main
 from qvera.data import build_datasets
 from qvera.evaluation.load import open_run
-from qvera.tasks.classification import row_logits
+from qvera.tasks.classification import SequenceClassification
 from qvera.training.trainer import train
 from tests.tasks.conftest import WORDS
 from tests.tasks.encoders import FAMILIES, save_family, word_tokenizer
@@ -42,8 +42,10 @@ def test_a_family_trains_its_head_and_exports_its_logits(
     opened = open_run(tmp_path / "run")
     datasets = build_datasets(recipe.data, opened.base.tokenizer, labels=opened.labels)
     with torch.no_grad():
-        together = row_logits(opened.model, list(datasets.eval), datasets.pad_id)
-        alone = torch.cat([row_logits(opened.model, [row], datasets.pad_id) for row in datasets.eval])
+        together = SequenceClassification().row_logits(opened.model, list(datasets.eval), datasets.pad_id)
+        alone = torch.cat(
+            [SequenceClassification().row_logits(opened.model, [row], datasets.pad_id) for row in datasets.eval]
+        )
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
     command = ["export", str(tmp_path / "run"), str(tmp_path / "out"), "--dtype", "float32", "--base", "dequantized"]
@@ -69,7 +71,7 @@ def test_the_second_text_of_a_pair_has_its_token_type(classify: Any, tmp_path: P
     train(recipe, tmp_path / "run")
     opened = open_run(tmp_path / "run")
     with torch.no_grad():
-        found = row_logits(opened.model, list(datasets.train[:2]), datasets.pad_id)
+        found = SequenceClassification().row_logits(opened.model, list(datasets.train[:2]), datasets.pad_id)
         encoded = word_tokenizer()([row["premise"] for row in pairs[:2]], [row["hypothesis"] for row in pairs[:2]])
         expected = opened.model(**{key: torch.tensor(value) for key, value in encoded.items()}).logits
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

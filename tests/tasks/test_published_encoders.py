@@ -21,7 +21,7 @@ from qvera.export import export_merged
 from qvera.models.attention import needs_padding_mask
 from qvera.models.checkpointing import enable_checkpointing
 from qvera.models.loader import load_base, takes_prefix_once
-from qvera.models.model_class import CLASSES, ModelClass, classification_class
+from qvera.models.model_class import ModelClass, classification_class, image_class
 from qvera.models.quantization import Linear4bit
 from qvera.models.quantized_cache import find_base
 from qvera.training.trainer import train
@@ -31,7 +31,7 @@ from tests.training.test_trainer import cut_off
 
 LABELS = ("colour", "fruit", "pet")
 TEXTS = classification_class(LABELS)
-IMAGES = ModelClass("AutoModelForImageClassification", "an image classification model", True, LABELS, CLASSES)
+IMAGES = image_class(LABELS)
 _TEXT_MODELS = [name for name, encoder in ENCODERS.items() if not encoder.takes_images]
 _FAST = ("roberta", "gpt2")
 

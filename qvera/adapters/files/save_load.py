@@ -72,7 +72,7 @@ def attach(
     if model_class.has_own_head:
         config.labels, config.problem_type = list(model_class.labels), model_class.problem_type
         config.modules_to_save = list(model_class.head_modules(model))  # type: ignore[arg-type]
-        config.task_type = "SEQ_CLS"  # type: ignore[assignment]
+        config.task_type = None if model_class.reads_images else "SEQ_CLS"  # type: ignore[assignment]
         config.format_version = max(config.format_version, LABELS_VERSION)
     config.progress = progress
     try:

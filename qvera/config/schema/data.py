@@ -9,6 +9,9 @@ from qvera.config.fields import Bool, Fraction, NonEmpty, NonNegative, OnlyWith,
 
 _BY_TASK = OnlyWith("data.sampling: task")
 _CAUSAL = OnlyWith("task: causal-lm")
+_OF_TEXTS = OnlyWith("task: causal-lm", "task: sequence-classification")
+_OF_IMAGES = OnlyWith("task: image-classification")
+_LABELLED = OnlyWith("task: sequence-classification", "task: image-classification")
 _EVALUATED = OnlyWith("data.eval_path", "data.eval_split", "data.eval_fraction", "data.held_out_tasks")
 
 
@@ -16,7 +19,8 @@ class DataSource(Section):
     """Rows of one kind, and how they become text."""
 
     path: NonEmpty
-    """A .jsonl, .json, .csv, .tsv or .parquet file, a directory of such files, or a hub dataset id."""
+    """A .jsonl, .json, .csv, .tsv or .parquet file, a directory of such files, or a hub dataset id. Of images also a
+    directory with a folder for each class."""
     weight: Passes = 1.0
     """How often each row is seen in an epoch: 2 is twice, 0.5 is every other row (chosen by ``data.seed``, the same
     rows in every epoch). To give a small source half of an epoch, weigh it by rows: 1,000 rows beside 10,000 need a
@@ -35,12 +39,14 @@ class DataSource(Section):
         "prompt-completion",
         "text",
         "classification",
+        "image",
         "preference",
         "unpaired-preference",
     ] = "auto"
     """The layout of a row. ``auto`` looks at the column names of the first row and reports what it found.
     ``classification`` (a text, maybe a ``text_pair``, and a ``label``) is that of ``task: sequence-classification``,
-    ``preference`` that of ``training.objective: dpo`` and ``orpo``, and ``unpaired-preference`` that of ``kto``."""
+    ``image`` (an ``image`` and a ``label``) that of ``task: image-classification``, ``preference`` that of
+    ``training.objective: dpo`` and ``orpo``, and ``unpaired-preference`` that of ``kto``."""
     columns: dict[str, str] = {}
     """The names of your columns where they differ from the format's: ``{prompt: question, completion: answer}``."""
     template: Annotated[NonEmpty, _CAUSAL] = "auto"
@@ -48,7 +54,7 @@ class DataSource(Section):
     else ``alpaca``. Or a named one: alpaca, chatml, llama-2, llama-3, mistral, zephyr, plain."""
     label_names: list[NonEmpty] = []
     """The names of integer labels, from 0, where the answers are such labels: ``[negative, positive]``. Without it a
-    number is trained as text. Of ``task: sequence-classification`` the classes, in order; without it they are the
+    number is trained as text. Of the classification tasks the classes, in order; without it they are the
     labels of the training rows, sorted."""
     system: Annotated[str | None, _CAUSAL] = None
     """The system prompt of rows that have none of their own. ``qvera generate`` and ``qvera chat`` use it too."""
@@ -72,9 +78,9 @@ class DataSection(DataSource):
     """The share of each source that is held out for evaluation; of many adapters, of each. 0: none."""
     train_on: Annotated[Literal["assistant", "last", "all"], _CAUSAL] = "assistant"
     """Which tokens the loss covers: every assistant turn, only the last one, or all tokens."""
-    max_length: Annotated[int, Strict(), Field(ge=8, lt=2**31)] = 1024
+    max_length: Annotated[int, Strict(), Field(ge=8, lt=2**31), _OF_TEXTS] = 1024
     """The most tokens of a row. ``too_long`` sets what happens to longer rows; they are counted and reported."""
-    too_long: Literal["cut-end", "cut-start", "split", "drop"] = "cut-end"
+    too_long: Annotated[Literal["cut-end", "cut-start", "split", "drop"], _OF_TEXTS] = "cut-end"
     """What happens to a longer row: cut at the end, cut at the start (after the BOS token), split into several rows, or
     dropped."""
     max_source_length: Annotated[Positive | None, _CAUSAL] = None
@@ -89,11 +95,11 @@ class DataSection(DataSource):
     """Put as many rows as fit into one sequence of ``max_length`` tokens, without padding. Each row attends only to
     itself, and losses and gradients are those of padded rows (tested with sdpa and eager attention and with offsets,
     not on a GPU and not with flash-attn). Replaces ``training.per_device_train_batch_size``."""
-    group_by_length: Bool = False
+    group_by_length: Annotated[Bool, _OF_TEXTS] = False
     """Put rows of similar length into one optimizer step. Less padding, but the order is less random."""
     tokenize_processes: Positive | None = None
-    """Processes that tokenize. Default: one, and one per core when the rest would take one process another minute. The
-    rows are the same. Tokenized rows are kept in a cache (``qvera cache ls``)."""
+    """Processes that tokenize texts or check images. Default: one, and one per core when the rest would take one
+    process another minute. The rows are the same. Tokenized rows are kept in a cache (``qvera cache ls``)."""
     eval_limit: Annotated[Positive | None, _EVALUATED] = None
     """Use only the first held-out rows of each source; of many adapters, of each. Default: all."""
     sampling: Literal["rows", "task"] = "rows"
@@ -119,10 +125,14 @@ class DataSection(DataSource):
     adapter_files: Annotated[Bool, _CAUSAL] = False
     """As ``adapter_column``, where ``path`` is a directory: each of its files has the rows of one adapter, which is
     called as the file is without its suffix."""
+    augment: Annotated[Literal["none", "crop-flip"], _OF_IMAGES] = "none"
+    """What is done to training images. ``crop-flip``: a random part of the image, of 8 to 100 % of its area, at the
+    model's size, flipped left to right every other time. It is drawn anew in each step, from ``seed``, the step and the
+    row alone."""
     regression: Annotated[Bool | Literal["auto"], OnlyWith("task: sequence-classification")] = "auto"
     """Whether labels are numbers to come near to, and not classes. ``auto``: where a label of the training rows has a
     fraction."""
-    rows_per_label: Annotated[Positive | None, OnlyWith("task: sequence-classification")] = None
+    rows_per_label: Annotated[Positive | None, _LABELLED] = None
     """Train on only so many rows of each label, chosen by ``seed``. Default: all."""
     shuffle: Bool = True
     """Shuffle the rows anew in each epoch. ``false``: the order of the file."""

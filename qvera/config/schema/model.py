@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 from qvera.config.fields import Bool, NonEmpty, OnlyWith, Section
 
+_OF_TEXTS = OnlyWith("task: causal-lm", "task: sequence-classification")
+
 
 class ModelSection(Section):
     """The frozen base model. ``model: some/path`` alone is short for ``model: {path: some/path}``."""
@@ -37,16 +39,16 @@ class ModelSection(Section):
     package."""
     trust_remote_code: Bool = False
     """Run Python code that comes with the model. Only for a model whose authors you trust."""
-    tokenizer: str | None = None
+    tokenizer: Annotated[str | None, _OF_TEXTS] = None
     """The directory or hub id of another tokenizer. Default: the model's own."""
-    added_tokens: list[NonEmpty] = []
+    added_tokens: Annotated[list[NonEmpty], _OF_TEXTS] = []
     """New tokens, such as ``["<|tool|>"]``. The embedding and the head are frozen, so each new token keeps an initial
     row that is drawn from the mean and spread of the other rows, seeded by the token's text. The adapter and a merged
     export carry the rows and ids. Not supported under ZeRO-3."""
-    pad_token: str | None = None
+    pad_token: Annotated[str | None, _OF_TEXTS] = None
     """The token that pads batches: one of the model's or of ``added_tokens``. Default: the tokenizer's own, else its
     eos token. No row looks at padding, so it may be a token that is used elsewhere."""
-    eos_token: str | None = None
+    eos_token: Annotated[str | None, _OF_TEXTS] = None
     """The token that ends an answer, in place of the tokenizer's (ChatML's ``<|im_end|>``, say): one of the model's or
     of ``added_tokens``."""
 

@@ -22,7 +22,7 @@ def _path_alone(value: object) -> object:
     return {"path": value} if isinstance(value, str) else value
 
 
-_FORMAT_OF = {"sequence-classification": "classification"}
+_FORMAT_OF = {"sequence-classification": "classification", "image-classification": "image"}
 """Task → the format of its rows, where it has one of its own."""
 _FORMAT_OF_OBJECTIVE = {"dpo": "preference", "orpo": "preference", "kto": "unpaired-preference"}
 """``training.objective`` → likewise."""
@@ -51,9 +51,10 @@ class Recipe(Section):
     """The training loop."""
     export: ExportSection = Field(default_factory=ExportSection)
     """The defaults of ``qvera export``."""
-    task: Literal["causal-lm", "sequence-classification"] = "causal-lm"
-    """What is trained: ``causal-lm``, a language model on answers or text; or ``sequence-classification``, a model that
-    gives each text or pair of texts a class or a number (docs/classification.md)."""
+    task: Literal["causal-lm", "sequence-classification", "image-classification"] = "causal-lm"
+    """What is trained: ``causal-lm``, a language model on answers or text; ``sequence-classification``, a model that
+    gives each text or pair of texts a class or a number (docs/classification.md); or ``image-classification``, a model
+    that gives each image a class (docs/images.md)."""
     deepspeed: NonEmpty | None = None
     """How several processes share the work. Null: they sum their gradients and share nothing else; right for almost
     every run. ``zero3``: each process holds only a shard of the frozen 4-bit base, for a base that does not fit on one

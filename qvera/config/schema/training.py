@@ -20,6 +20,7 @@ from qvera.config.fields import (
 )
 
 _CAUSAL = OnlyWith("task: causal-lm")
+_HEADED = OnlyWith("task: sequence-classification", "task: image-classification")
 _PREFERENCES = OnlyWith("training.objective: dpo", "training.objective: orpo", "training.objective: kto")
 _SCALED = OnlyWith("model.compute_dtype: float16", "model.compute_dtype: auto")
 
@@ -69,7 +70,7 @@ class TrainingSection(Section):
     learning_rate: PositiveFloat = 4e-3
     """The highest learning rate, after the warmup. The default is the paper's for 7B models. Small models need more:
     3e-2 for 135M parameters. ``qvera train RECIPE --find-lr`` suggests one."""
-    head_learning_rate: Annotated[PositiveFloat | None, OnlyWith("task: sequence-classification")] = None
+    head_learning_rate: Annotated[PositiveFloat | None, _HEADED] = None
     """The highest learning rate of the head, which is trained whole; warmup and schedule are those of the vectors.
     Default: ``learning_rate``."""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "linear"

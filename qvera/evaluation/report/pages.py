@@ -18,6 +18,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from qvera.data.images import thumbnail_uri
 from qvera.evaluation.report.answer_diff import Sample, make_sample
 from qvera.evaluation.report.charts import Chart, Line, length_histogram, line_chart
 from qvera.evaluation.report.compare import (
@@ -202,7 +203,7 @@ def preview_page(
         title: The recipe's name.
         source: Where the data comes from.
         warnings: What a person should know about the data, a sentence each.
-        decode: Token ids → text, special tokens included.
+        decode: Token ids → text, special tokens included. Images are shown small.
     """
 
     def stretches(row: Example) -> list[tuple[str, bool]]:
@@ -210,9 +211,12 @@ def preview_page(
         edges = [0, *(np.flatnonzero(np.diff(row.trained)) + 1).tolist(), len(row.input_ids)]
         return [(decode(row.input_ids[start:end].tolist()), bool(row.trained[start])) for start, end in pairwise(edges)]
 
-    def shown(word: str, row: Example) -> tuple[str, int, int, list[tuple[str, bool]]]:
+    def shown(word: str, row: Example) -> tuple[str, int, str, list[tuple[str, bool]], str]:
         source = row.source if word == "trained" else f"{row.source}, {word}"
-        return source, len(row.input_ids), int(row.trained.sum()), stretches(row)
+        targets = f"label: {row.reference}" if row.is_labelled else f"{count(int(row.trained.sum()))} trained"
+        if row.image is not None:
+            return source, len(row.input_ids), targets, [], thumbnail_uri(row.image.open())
+        return source, len(row.input_ids), targets, stretches(row), ""
 
     mixture = [
         (each.path, f"{count(each.taken)} ({count(each.rows)} rows, weight {each.weight:g}). {each.layout}")

@@ -133,10 +133,13 @@ def shape_of(model: nn.Module, model_class: ModelClass = CAUSAL_LM) -> Shape:
             )
     hidden, heads = config.hidden_size, config.num_attention_heads
     output = embedding if head is None else head
-    tied = bool(getattr(config, "tie_word_embeddings", False)) or output.weight is embedding.weight
+    table = getattr(output, "weight", None)  # patches of images are in none
+    tied = bool(getattr(config, "tie_word_embeddings", False)) or table is getattr(embedding, "weight", None)
     dense = sum(p.numel() for n, p in model.named_parameters() if not n.startswith(own_heads))
     dense -= sum(x.n * x.m for x in linears if x.quantizable)
-    if tied and output.weight is not embedding.weight:  # a model on the meta device may not have tied its weights yet
+    if tied and table is not getattr(
+        embedding, "weight", None
+    ):  # a model on the meta device may not have tied them yet
         dense -= output.weight.numel()
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     return Shape(
@@ -147,7 +150,7 @@ def shape_of(model: nn.Module, model_class: ModelClass = CAUSAL_LM) -> Shape:
         heads=heads,
         kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
         head_dim=head_size(model) or hidden // heads,
-        vocabulary=int(output.weight.shape[0]),
+        vocabulary=0 if table is None else int(table.shape[0]),
         longest_tokens=int(getattr(config, "max_position_embeddings", None) or 2**31),
         tied=tied,
         head_norms="q_norm" in names and "k_norm" in names,

@@ -1,0 +1,63 @@
+"""Image classification: a model gives each image a class.
+
+The model is transformers' own ``…ForImageClassification``. Its image processor makes the pixel values, here and in an
+exported checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qvera.data.image_processor import Draw, pixel_batch
+from qvera.data.image_rows import FORMAT
+from qvera.data.images import require_pillow
+from qvera.models.loader import causal_model
+from qvera.models.model_class import ModelClass, image_class
+from qvera.tasks.classification import Classification
+from qvera.utils import accelerator
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from qvera.config.schema import Recipe
+    from qvera.data import Datasets, Example
+
+
+class ImageClassification(Classification):
+    """A row has one target, its label."""
+
+    name = "image-classification"
+    exported_class = image_class()
+    row_format = FORMAT
+    too_large = "Use a base of a smaller image size."
+
+    def check(self, recipe: Recipe) -> None:
+        """See `Task.check`: images need Pillow too."""
+        super().check(recipe)
+        require_pillow()
+
+    def model_class(self, recipe: Recipe, datasets: Datasets | None) -> ModelClass:
+        """See `Task.model_class`; where the rows are not known, a head of ``data.label_names``, or of two classes."""
+        labels = None if datasets is None else datasets.labels
+        names = (recipe.data.label_names or ["0", "1"]) if labels is None else labels.names
+        return image_class(names, recipe.training.seed)
+
+    def training_row(self, row: Example, number: int, step: int, recipe: Recipe) -> Example:
+        """See `Task.training_row`: a crop and a flip that depend on ``data.seed``, the step and the row alone."""
+        if recipe.data.augment == "none":
+            return row
+        assert row.image is not None
+        return replace(row, image=row.image.drawn(Draw(recipe.data.seed, step, number)))
+
+    def row_logits(
+        self, model: nn.Module, rows: Sequence[Example], pad_id: int, core: Callable[..., Any] | None = None
+    ) -> torch.Tensor:
+        """See `Classification.row_logits`."""
+        inner, device = causal_model(model), next(model.parameters()).device
+        pixels = pixel_batch([row.image for row in rows if row.image is not None])
+        values = accelerator.tensors_on(device, {"pixel_values": pixels})["pixel_values"]
+        return (core or inner)(pixel_values=values.to(inner.dtype)).logits.float()

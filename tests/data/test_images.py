@@ -1,0 +1,229 @@
+"""Images of every usual kind are read as a person sees them, and what is no image is refused by name."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from qvera.config.schema import parse_recipe
+from qvera.data import build_datasets, data_sha256
+from qvera.data.image_processor import Draw, ImageProcessor, crop_box
+from qvera.data.images import open_image
+from qvera.utils.errors import InputError
+from tests.tasks.images import SIZE, image_processor, picture, write_folders
+
+
+def bytes_of(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format, **options)
+    return stream.getvalue()
+
+
+def section_of(path: Path, **keys: Any) -> Any:
+    return parse_recipe({"task": "image-classification", "model": "m", "data": {"path": str(path), **keys}}, "t").data
+
+
+@pytest.fixture(scope="module")
+def images() -> ImageProcessor:
+    return ImageProcessor(image_processor(), (SIZE, SIZE), 17)
+
+
+def solid(mode: str, colour: Any) -> Image.Image:
+    return Image.new(mode, (5, 4), colour)
+
+
+def palette_with_a_transparent_colour() -> bytes:
+    image = solid("P", 0)
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    return bytes_of(image, transparency=0)
+
+
+KINDS = {
+    "grey": (bytes_of(solid("L", 40)), (40, 40, 40)),
+    "grey of 16 bits": (bytes_of(Image.fromarray(np.full((4, 5), 257 * 90, np.uint16))), (90, 90, 90)),
+    "black and white": (bytes_of(solid("1", 1)), (255, 255, 255)),
+    "CMYK": (bytes_of(solid("CMYK", (0, 255, 255, 0)), "TIFF"), (255, 0, 0)),
+    "half transparent": (bytes_of(solid("RGBA", (255, 0, 0, 0))), (255, 255, 255)),
+    "a transparent palette": (palette_with_a_transparent_colour(), (255, 255, 255)),
+    "one pixel": (bytes_of(Image.new("RGB", (1, 1), (1, 2, 3))), (1, 2, 3)),
+}
+
+
+@pytest.mark.parametrize(("content", "colour"), KINDS.values(), ids=list(KINDS))
+def test_an_image_becomes_rgb(content: bytes, colour: tuple[int, ...], images: ImageProcessor) -> None:
+    found = open_image(content, "it")
+    assert (found.mode, found.getpixel((0, 0))) == ("RGB", colour)
+    assert images.pixels(found, "it").shape == (3, SIZE, SIZE)
+
+
+def test_a_photo_is_turned_as_the_camera_was(tmp_path: Path) -> None:
+    photo, exif = Image.new("RGB", (8, 4), "red"), Image.Exif()
+    photo.paste((0, 0, 255), (0, 0, 4, 4))  # blue on the left
+    exif[0x0112] = 6  # to be turned by 90 degrees, clockwise
+    found = open_image(bytes_of(photo, "JPEG", exif=exif, quality=95), "it")
+    assert found.size == (4, 8)
+    blue = np.asarray(found)[:, :, 2]
+    assert blue[:3].min() > 200 > 60 > blue[5:].max()
+
+
+NO_IMAGES = {
+    "text": (b"hello", "is no image that Pillow can read"),
+    "a file of no bytes": (b"", "is no image that Pillow can read"),
+    "a JPEG that was cut": (bytes_of(picture("red", 1).resize((64, 64)), "JPEG")[:-200], "damaged"),
+    "a PNG with changed bytes": (
+        bytes_of(picture("red", 1))[:60] + b"\0" * 40 + bytes_of(picture("red", 1))[100:],
+        "dam",
+    ),
+    "fractions": (bytes_of(Image.fromarray(np.full((4, 5), 0.5, np.float32)), "TIFF"), "whose range is not known"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), NO_IMAGES.values(), ids=list(NO_IMAGES))
+def test_what_is_no_image_is_named(content: bytes, message: str, tmp_path: Path, images: ImageProcessor) -> None:
+    write_folders(tmp_path / "rows", 2)
+    (tmp_path / "rows" / "green" / "bad.png").write_bytes(content)
+    with pytest.raises(InputError, match=rf"rows/green/bad\.png: .*{message}"):
+        build_datasets(section_of(tmp_path / "rows"), images)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_an_image_of_too_many_pixels_is_not_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    for side in (11, 99):  # Pillow warns of the first, and refuses the second
+        with pytest.raises(InputError, match="it: has more than 100 pixels"):
+            open_image(bytes_of(Image.new("RGB", (side, side))), "it")
+
+
+def test_folders_are_classes_and_images_stay_on_disk(tmp_path: Path, images: ImageProcessor) -> None:
+    write_folders(tmp_path / "rows", 4)
+    (tmp_path / "rows" / "red" / "notes.txt").write_text("no image")
+    (tmp_path / "rows" / ".hidden").mkdir()
+    found = build_datasets(section_of(tmp_path / "rows", eval_fraction=0.25), images)
+    assert (len(found.train), len(found.eval), found.labels.names) == (9, 3, ("blue", "green", "red"))
+    row = found.train[0]
+    assert (row.reference, len(row.input_ids)) == (Path(row.source).parent.name, 17)
+    assert row.image.pixels().dtype == np.float32
+    Path(row.source).unlink()
+    with pytest.raises(InputError, match="there is no image file"):  # it was not kept in memory
+        row.image.pixels()
+
+
+def test_data_files_hold_bytes_or_paths(tmp_path: Path, images: ImageProcessor) -> None:
+    write_folders(tmp_path / "rows", 2)
+    files = sorted((tmp_path / "rows").rglob("*.png"))
+    lines = [{"img": str(f.relative_to(tmp_path)), "label": f.parent.name} for f in files]
+    (tmp_path / "paths.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    stored = [{"bytes": f.read_bytes(), "path": f.name} for f in files]
+    table = pa.table({"image": stored, "label": [sorted({"blue", "green", "red"}).index(f.parent.name) for f in files]})
+    pq.write_table(table, tmp_path / "bytes.parquet")
+    names = {"label_names": ["blue", "green", "red"]}
+    kinds = [
+        build_datasets(section_of(tmp_path / "rows"), images),
+        build_datasets(section_of(tmp_path / "paths.jsonl"), images),
+        build_datasets(section_of(tmp_path / "bytes.parquet", **names), images),
+    ]
+    assert len({data_sha256(kind) for kind in kinds}) == 1
+    for kind in kinds:
+        np.testing.assert_array_equal(kind.train[3].image.pixels(), kinds[0].train[3].image.pixels())
+        assert kind.stats.label_rows == [2, 2, 2]
+
+
+def test_a_hub_dataset_gives_its_images_undecoded(
+    monkeypatch: pytest.MonkeyPatch, images: ImageProcessor, tmp_path: Path
+) -> None:
+    rows = {"img": [picture("red", 1), picture("blue", 1)], "fine_label": [1, 0]}
+    features = datasets.Features({"img": datasets.Image(), "fine_label": datasets.ClassLabel(names=["blue", "red"])})
+    hub = datasets.Dataset.from_dict(rows, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, **kwargs: hub)
+    section = section_of(Path("some/cifar"), columns={"label": "fine_label"}, label_names=["blue", "red"])
+    found = build_datasets(section, images, cached=False)
+    assert [row.reference for row in found.train] == ["red", "blue"]
+    assert found.train[0].image.open().size == picture("red", 1).size
+
+
+def test_an_image_that_is_held_out_and_trained_is_counted(tmp_path: Path, images: ImageProcessor) -> None:
+    write_folders(tmp_path / "rows", 3)
+    write_folders(tmp_path / "eval", 5)
+    found = build_datasets(section_of(tmp_path / "rows", eval_path=str(tmp_path / "eval")), images)
+    assert found.stats.repeated_rows == 9
+
+
+def _beside(root: Path) -> None:
+    picture("red", 1).save(root / "beside.png")
+
+
+def _empty(root: Path) -> None:
+    (root / "yellow").mkdir()
+
+
+def _splits(root: Path) -> None:
+    for split in ("train", "val"):
+        write_folders(root / split, 1)
+
+
+BAD_FOLDERS = {
+    "an image beside the folders": (_beside, r"beside\.png: stands beside the folders"),
+    "a class without images": (_empty, "yellow: holds no images"),
+    "splits": (_splits, "Set data.path to .*/train and data.eval_path to .*/val"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), BAD_FOLDERS.values(), ids=list(BAD_FOLDERS))
+def test_a_directory_that_is_no_set_of_classes_is_refused(
+    make: Any, message: str, tmp_path: Path, images: ImageProcessor
+) -> None:
+    write_folders(tmp_path, 1)
+    make(tmp_path)
+    with pytest.raises(InputError, match=message):
+        build_datasets(section_of(tmp_path), images)
+
+
+BAD_VALUES = {
+    "no image": ({"image": None, "label": "a"}, r"rows\.jsonl:2: image must be an image.*got null"),
+    "a number": ({"image": 3, "label": "a"}, "image must be an image.*a number"),
+    "no label": ({"image": "0.png", "label": None}, "label is empty"),
+    "a missing file": ({"image": "9.png", "label": "a"}, r"rows\.jsonl:2: there is no image file .*/9\.png"),
+}
+
+
+@pytest.mark.parametrize(("row", "message"), BAD_VALUES.values(), ids=list(BAD_VALUES))
+def test_a_bad_row_is_named(row: Any, message: str, tmp_path: Path, images: ImageProcessor) -> None:
+    picture("red", 0).save(tmp_path / "0.png")
+    rows = [{"image": "0.png", "label": "b"}, row]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    with pytest.raises(InputError, match=message):
+        build_datasets(section_of(tmp_path / "rows.jsonl"), images)
+
+
+def test_crops_lie_in_the_image_and_depend_on_seed_step_and_row_alone() -> None:
+    draws = [Draw(7, step, row) for step in range(20) for row in range(20)]
+    found = [crop_box(50, 40, draw) for draw in draws]
+    assert found == [crop_box(50, 40, draw) for draw in draws]
+    assert len(set(found)) > 390
+    assert crop_box(50, 40, Draw(8, 0, 0)) != found[0]
+    boxes = np.array([box for box, _ in found])
+    assert (boxes[:, :2] >= 0).all()
+    assert (boxes[:, 2] <= 50).all()
+    assert (boxes[:, 3] <= 40).all()
+    sides = boxes[:, 2:] - boxes[:, :2]
+    areas = sides.prod(axis=1) / 2000
+    assert 0.07 < areas.min() < 0.15
+    assert 0.85 < areas.max() <= 1
+    assert np.abs(np.log(sides[:, 0] / sides[:, 1])).max() < np.log(4 / 3) + 0.1
+    assert 0.4 < np.mean([flipped for _, flipped in found]) < 0.6
+    assert crop_box(1, 1, Draw(0, 0, 0))[0] == (0, 0, 1, 1)
+    assert crop_box(1000, 1, Draw(0, 0, 0))[0][3] == 1
+
+
+def test_a_processor_that_makes_another_size_is_refused() -> None:
+    with pytest.raises(InputError, match=r"it: the image processor .* \[3, 16, 16\].*takes \[3, 32, 32\]"):
+        ImageProcessor(image_processor(), (32, 32), 65).pixels(picture("red", 1), "it")
