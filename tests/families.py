@@ -87,6 +87,17 @@ FAMILIES: dict[str, Family] = {
     "gemma": Family("Gemma", "gemma", changes={"head_dim": 16}, joins=True),
     "gemma2": Family("Gemma 2", "gemma2", changes={"head_dim": 16, "sliding_window": 64}),
     "gemma3": Family("Gemma 3, text", "gemma3_text", changes={"head_dim": 16, "sliding_window": 64}),
+    "gemma3_images": Family(
+        "Gemma 3 with images, trained on text", "gemma3", limits="its vision tower is neither adapted nor trained",
+        changes={
+            **dict.fromkeys(_COMMON, ...), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+            "text_config": {**_COMMON, "head_dim": 16, "sliding_window": 64}, "mm_tokens_per_image": 4,
+            "vision_config": {
+                "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+                "image_size": 28, "patch_size": 14,
+            },
+        },
+    ),
     "phi": Family("Phi-1.5, Phi-2", "phi", "q_proj k_proj v_proj dense fc1 fc2", joins=True),
     "phi3": Family("Phi-3, Phi-4", "phi3", "qkv_proj o_proj gate_up_proj down_proj", joins=True),
     "olmo2": Family("OLMo 2", "olmo2", joins=True),

@@ -50,14 +50,14 @@ def routers(model: nn.Module) -> set[str]:
 
 
 def beside_the_layers(model: nn.Module) -> set[str]:
-    """Names of the linears that ``all-linear`` leaves out: heads, poolers, and `routers`.
+    """Names of the linears that ``all-linear`` leaves out: heads, poolers, `routers`, and what images go through.
 
-    A head is what lies outside of the part that transformers calls the base model: the output head of a language model,
-    or the classifier of an encoder with all of its layers. A model that is its own base model has its output embeddings
-    for a head.
+    Of a language model that is all outside of its decoder: the output head, and the vision tower of one that takes
+    images too, which rows of text never reach. Of another model it is all outside of what transformers calls its base
+    model, such as a classifier with all of its layers.
     """
-    backbone: Any = getattr(model, "base_model", model)
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    backbone: Any = getattr(model, "base_model", model) if head is None else decoder_of(model)
     inside = set(map(id, backbone.modules()))
     found = routers(model)
     for name, module in model.named_modules():
