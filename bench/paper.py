@@ -1,12 +1,12 @@
 """The VeRA paper's tables (arXiv 2310.11454) by the recipes in recipes/, beside the paper's figures.
 
-    python -m bench.paper run glue-base                     # or glue-large, e2e; goes on where it stopped
+    python -m bench.paper run glue-base                     # or glue-large, e2e, vision-base, vision-large; goes on where it stopped
     python -m bench.paper run glue-base --only rte mrpc --seeds 0 1 2
     python -m bench.paper run glue-base --set model.quantization=nf4 --lines mine.jsonl
     python -m bench.paper table                             # what is there, beside the paper's figures, as Markdown
 
 `run` trains each recipe of a table with each seed and writes a line in results/paper.jsonl. It needs the hub, and a GPU for
-more than a try. GLUE's score is that of the best epoch, and a table shows the median of the seeds, as in the paper. E2E
+more than a try. The score of a classification is that of the best epoch, and a table shows the median of the seeds, as in the paper. E2E
 is decoded greedily and scored by sacrebleu and rouge-score, where the paper has a beam of 10 and the challenge's script.
 The instruction-tuning recipes (recipes/instruct/) are not in it: MT-Bench needs its questions and GPT-4 as a judge; `qvera eval
 --judge` compares such runs with any judge.
@@ -54,6 +54,10 @@ def _glue(size: str, trained: int, figures: Mapping[str, float]) -> dict[str, Ro
     }
 
 
+def _vision(size: str, trained: int, figures: Mapping[str, float]) -> dict[str, Row]:
+    return {name: Row(f"vision/{name}-vit-{size}", trained, {"accuracy": figure}) for name, figure in figures.items()}
+
+
 TABLES: dict[str, dict[str, Row]] = {
     "glue-base": _glue(
         "base", 43_008, {"sst2": 94.6, "mrpc": 89.5, "cola": 65.6, "qnli": 91.8, "rte": 78.7, "stsb": 90.7}
@@ -65,6 +69,8 @@ TABLES: dict[str, dict[str, Row]] = {
         "medium": Row("e2e/gpt2-medium", 98_304, {"bleu": 70.1, "rougeL": 71.5}),
         "large": Row("e2e/gpt2-large", 175_104, {"bleu": 70.3, "rougeL": 71.6}),
     },
+    "vision-base": _vision("base", 24_576, {"cifar100": 84.8, "food101": 89.0, "flowers102": 99.0, "resisc45": 77.0}),
+    "vision-large": _vision("large", 61_440, {"cifar100": 87.5, "food101": 79.2, "flowers102": 99.2, "resisc45": 78.6}),
 }
 """Table → row → recipe and figures. The paper counts 165,888 numbers on GPT-2 large, where q and v are adapted apart from k;
 here they are one linear, c_attn."""

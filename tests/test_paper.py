@@ -16,6 +16,7 @@ from transformers import (
     GPT2Config,
     PretrainedConfig,
     RobertaConfig,
+    ViTConfig,
 )
 
 from bench import paper
@@ -25,6 +26,7 @@ from qvera.adapters.files.save_load import attach, named_vectors
 from qvera.config.load import load_recipe
 from qvera.tasks import task_of
 from tests.conftest import small_tokenizer
+from tests.tasks.images import save_vit, write_folders
 
 _PUBLISHED: dict[str, PretrainedConfig] = {
     "FacebookAI/roberta-base": RobertaConfig(),
@@ -33,6 +35,10 @@ _PUBLISHED: dict[str, PretrainedConfig] = {
     ),
     "openai-community/gpt2-medium": GPT2Config(n_embd=1024, n_layer=24, n_head=16),
     "openai-community/gpt2-large": GPT2Config(n_embd=1280, n_layer=36, n_head=20),
+    "google/vit-base-patch16-224-in21k": ViTConfig(),
+    "google/vit-large-patch16-224-in21k": ViTConfig(
+        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
+    ),
 }
 """The shapes of the published models."""
 _ROWS = [pytest.param(row, id=row.recipe) for rows in TABLES.values() for row in rows.values()]
@@ -53,7 +59,9 @@ _WORDS = ["good", "bad", "red", "blue"]
 
 
 def write_rows(directory: Path, columns: dict[str, str], kind: str) -> Path:
-    """40 rows with the columns of a recipe."""
+    """40 rows with the columns of a recipe, or folders of images."""
+    if kind == "image":
+        return write_folders(directory / "images")
     chooser, rows = random.Random(0), []
     for number in range(40):
         row: dict[str, Any] = {column: f"say {chooser.choice(_WORDS)} {number}" for column in columns.values()}
@@ -68,6 +76,8 @@ def write_rows(directory: Path, columns: dict[str, str], kind: str) -> Path:
 def write_model(directory: Path, recipe_path: str) -> Path:
     """A tiny random checkpoint of the architecture that a recipe's model has."""
     model_type = _PUBLISHED[recipe_path].model_type
+    if model_type == "vit":
+        return save_vit(directory / "model")
     sizes: dict[str, Any] = {"vocab_size": 304, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     if model_type == "gpt2":
         sizes |= {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
@@ -85,7 +95,12 @@ def write_model(directory: Path, recipe_path: str) -> Path:
 @pytest.mark.process
 @pytest.mark.parametrize(
     ("table", "name", "kind"),
-    [("glue-base", "mrpc", "class"), ("glue-base", "stsb", "value"), ("e2e", "medium", "text")],
+    [
+        ("glue-base", "mrpc", "class"),
+        ("glue-base", "stsb", "value"),
+        ("e2e", "medium", "text"),
+        ("vision-base", "flowers102", "image"),
+    ],
 )
 def test_a_table_is_run_and_shown_beside_the_papers_figures(
     table: str, name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
@@ -95,7 +110,7 @@ def test_a_table_is_run_and_shown_beside_the_papers_figures(
     rows = write_rows(tmp_path, recipe.data.columns, kind)
     changes = {
         "model.path": write_model(tmp_path, recipe.model.path), "data.path": rows, "data.eval_fraction": 0.25,
-        "data.eval_split": "null", "data.revision": "null", "data.config_name": "null", "data.max_length": 60,
+        "data.eval_split": "null", "data.revision": "null", "data.config_name": "null",
         "training.max_steps": 2, "training.global_batch_size": 4, "training.per_device_train_batch_size": 4,
         "adapter.rank": 8, "training.warmup_steps": 0,
     }  # fmt: skip
@@ -104,6 +119,8 @@ def test_a_table_is_run_and_shown_beside_the_papers_figures(
         changes |= {"training.sample_count": 0, "data.eval_limit": 4}
     else:
         changes |= {"training.eval_steps": 1}
+    if kind != "image":
+        changes |= {"data.max_length": 60}
     lines, runs = tmp_path / "lines.jsonl", tmp_path / "runs"
     line = ["paper", "run", table, "--only", name, "--seeds", "0", "1", "--lines", str(lines), "--runs", str(runs)]
     for key, value in changes.items():

@@ -136,3 +136,12 @@ def test_e2e_recipes_have_the_papers_settings(size: str, rate: float) -> None:
     assert (recipe.adapter.rank, training.learning_rate, training.num_train_epochs) == (1024, rate, 5)
     assert (training.global_batch_size, training.warmup_steps) == (8, 500)
     assert (training.weight_decay, training.label_smoothing) == (0.01, 0.1)
+
+
+@pytest.mark.parametrize("name", TABLES["vision-base"])
+@pytest.mark.parametrize("size", ["base", "large"])
+def test_vision_recipes_have_the_papers_settings(size: str, name: str) -> None:
+    recipe = load_recipe(RECIPES / f"vision/{name}-vit-{size}.yaml")
+    assert recipe.model.path == f"google/vit-{size}-patch16-224-in21k"
+    assert (recipe.adapter.rank, recipe.data.rows_per_label, recipe.training.num_train_epochs) == (256, 10, 10)
+    assert 2e-2 <= recipe.training.learning_rate <= 7e-2
