@@ -1,7 +1,7 @@
 """DPO, ORPO or KTO on a real model: how far the margin of held-out pairs moves.
 
     pip install 'qvera[trl]'
-    python bench/preference.py [--objective dpo] [--pairs 60] [--held-out 24] [--epochs 3] [--learning-rate 5e-3]
+    python bench/preference.py [--objective dpo] [--pairs 60] [--held-out 16] [--epochs 1] [--learning-rate 1e-2]
 
 SmolLM2-135M-Instruct in NF4 with VeRA r=256. The rows are the quickstart's: a delivery order in free text, and the order
 as JSON. The chosen answer is the right JSON; in the rejected one a single field is wrong (the count, the colour, the
@@ -58,9 +58,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--objective", choices=["dpo", "orpo", "kto"], default="dpo")
     parser.add_argument("--pairs", type=int, default=60)
-    parser.add_argument("--held-out", type=int, default=24)
-    parser.add_argument("--epochs", type=float, default=3)
-    parser.add_argument("--learning-rate", type=float, default=5e-3)
+    parser.add_argument("--held-out", type=int, default=16)
+    parser.add_argument("--epochs", type=float, default=1)
+    parser.add_argument("--learning-rate", type=float, default=1e-2)
     args = parser.parse_args()
     about = header()
     with tempfile.TemporaryDirectory() as name:
@@ -79,7 +79,7 @@ def main() -> None:
                 "training": {
                     "objective": args.objective,
                     "num_train_epochs": args.epochs,
-                    "global_batch_size": 8,
+                    "global_batch_size": 4,
                     "learning_rate": args.learning_rate,
                     "sample_count": 0,
                     "report_to": [],
