@@ -18,8 +18,8 @@ def reward_charts(run: Run) -> list[Chart]:
     held_out_share = Line("held out", _held_out(run, ACCURACY), "held-out", percent)
     charts = [
         _chart("Reward margin", [margin, held_out], "chosen less rejected"),
-        _chart("Rewards", [chosen, rejected], "β log of the probability over the reference's"),
-        _chart("Reward accuracy", [share, held_out_share], "pairs whose chosen answer has the higher reward"),
+        _chart("Rewards", [chosen, rejected], "β log of the ratio to the reference"),
+        _chart("Reward accuracy", [share, held_out_share], "chosen above rejected"),
     ]
     return [chart for chart in charts if chart is not None]
 
