@@ -244,6 +244,8 @@ def _make_trainer(
             disable_tqdm=True,
             **settings,
         )
+        # one process uses one GPU; TRL refuses several that it sees, as transformers would put a model on all of them
+        arguments._n_gpu = min(arguments.n_gpu, 1)
         trainer = Trainer(model, args=arguments, train_dataset=Dataset.from_dict(rows), processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)
     trainer.accelerator = _OneProcess(trainer.accelerator)
