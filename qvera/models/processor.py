@@ -55,24 +55,32 @@ def load_image_processor(section: ModelSection) -> ImageProcessor:
     if (channels := getattr(config, "num_channels", 3)) != 3:
         raise InputError(f"model.path: {name!r} takes images of {channels} channels, and rows are read as RGB, of 3.")
     height, width = _input_size(config, processor, name)
-    return ImageProcessor(processor, (height, width), _patches(config, height, width))
+    return ImageProcessor(processor, (height, width), image_tokens(config, height, width))
 
 
 def _input_size(config: PretrainedConfig, processor: Any, name: str) -> tuple[int, int]:
     """Height and width of the images that a model takes: by its config, else as the processor makes them."""
     crop, size = getattr(processor, "crop_size", None), getattr(processor, "size", None)
     made = dict((crop if getattr(processor, "do_center_crop", False) else size) or {})
-    for found in (getattr(config, "image_size", None), (made.get("height"), made.get("width"))):
-        pair = (found, found) if isinstance(found, int) else tuple(found or ())
-        if len(pair) == 2 and all(isinstance(side, int) for side in pair):
-            return pair
+    if (sides := image_sides(config)) is not None:
+        return sides
+    height, width = made.get("height"), made.get("width")
+    if isinstance(height, int) and isinstance(width, int):
+        return height, width
     raise InputError(
         f"model.path: neither the config of {name!r} (image_size) nor its {PROCESSOR_FILE} (size or crop_size, with "
         "height and width) says how large its images are, and a batch needs images of one size. Add it there."
     )
 
 
-def _patches(config: PretrainedConfig, height: int, width: int) -> int:
+def image_sides(config: PretrainedConfig) -> tuple[int, int] | None:
+    """Height and width of the images that a model takes, where its config says so."""
+    size = getattr(config, "image_size", None)
+    pair = (size, size) if isinstance(size, int) else tuple(size or ())
+    return pair if len(pair) == 2 and all(isinstance(side, int) for side in pair) else None
+
+
+def image_tokens(config: PretrainedConfig, height: int, width: int) -> int:
     """The tokens that a vision transformer makes of an image, that of the class included; 1 of any other model."""
     patch = getattr(config, "patch_size", None)
     if patch is None:

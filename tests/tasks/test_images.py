@@ -26,7 +26,9 @@ from qvera.config.schema import ModelSection, Recipe, parse_recipe
 from qvera.data import Datasets, build_datasets
 from qvera.evaluation.load import OpenRun, find_target, open_run, open_target
 from qvera.models.loader import causal_model
+from qvera.models.processor import load_image_processor
 from qvera.tasks.images import ImageClassification
+from qvera.training.plan import make_plan
 from qvera.training.session import TrainingSession
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
@@ -236,6 +238,15 @@ def test_five_guesses_count_where_there_are_ten_classes() -> None:
     expected = (values.topk(5).indices == targets[:, None]).any(1).double().mean()
     assert class_scores(targets.numpy(), values.numpy())["top5"] == pytest.approx(float(expected))
     assert "top5" not in class_scores((targets % 9).numpy(), values[:, :9].numpy())
+
+
+def test_a_plan_counts_images_with_and_without_the_rows(see: Any, tmp_path: Path, pictures: Path) -> None:
+    recipe = see()
+    rows = build_datasets(recipe.data, load_image_processor(recipe.model))
+    for plan in (make_plan(recipe, torch.device("cpu")), make_plan(recipe, torch.device("cpu"), rows.train)):
+        assert (plan.batch.rows, plan.batch.tokens, plan.batch.trained_tokens) == (4, 17, 4)
+        parts = {part.name: part.bytes for part in plan.memory.at("loss")}
+        assert parts["pixel values"] == 4 * 3 * 16 * 16 * 4
 
 
 def test_preview_shows_small_images(see: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

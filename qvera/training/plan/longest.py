@@ -19,10 +19,15 @@ _CANDIDATES = 200
 """How many of the longest forward passes are looked at closely."""
 
 
-def longest_batch(rows: Rows | None, joined: Joined | None, rounded: bool, masked: bool) -> BatchOf:
-    """The longest batch over these rows, remembered by what it depends on."""
+def longest_batch(
+    rows: Rows | None, joined: Joined | None, rounded: bool, masked: bool, image_tokens: int = 0
+) -> BatchOf:
+    """The longest batch over these rows, remembered by what it depends on.
+
+    ``image_tokens``: of each row, for a model that takes images.
+    """
     if rows is None:
-        return lambda recipe: assumed_batch(recipe, joined)
+        return lambda recipe: image_batch(recipe, image_tokens) if image_tokens else assumed_batch(recipe, joined)
 
     found: dict[tuple[int, int], Batch] = {}
 
@@ -58,6 +63,12 @@ def assumed_batch(recipe: Recipe, joined: Joined | None = None) -> Batch:
     rows, all_tokens = (1, rows * tokens) if together else (rows, tokens)
     packed = int(data.packing)
     return Batch(rows, all_tokens, trained, False, together, source, tokens, packed, offsets=offsets, groups=groups)
+
+
+def image_batch(recipe: Recipe, tokens: int) -> Batch:
+    """A full pass of images, each of so many tokens; the last token stands for the class."""
+    rows = recipe.training.per_device_train_batch_size
+    return Batch(rows, tokens, rows, False, False, f"images of the base's size: {rows} x {tokens:,} tokens", tokens)
 
 
 def longest_of_many(recipe: Recipe, rows: Rows) -> list[int]:

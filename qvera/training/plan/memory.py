@@ -283,7 +283,15 @@ def _head_loss(run: PlannedRun) -> tuple[Component, ...]:
     return (
         Component("logits of a classifier", "loss", 2 * 4 * tokens * outputs + read),
         Component("hidden states and their gradient", "loss", 2 * tokens * hidden * run.itemsize),
+        *_pixels(run),
     )
+
+
+def _pixels(run: PlannedRun) -> tuple[Component, ...]:
+    """The pixel values of a pass of images, in fp32 and in the compute dtype."""
+    numbers = run.batch.rows * run.shape.image_numbers
+    each = 4 + (run.itemsize if run.itemsize < 4 else 0)
+    return (Component("pixel values", "loss", numbers * each),) if numbers else ()
 
 
 def _preference_loss(run: PlannedRun) -> tuple[Component, ...]:

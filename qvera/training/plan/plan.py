@@ -226,7 +226,7 @@ def make_plan(
     joined = joining_of(config, name, prefix_once, recipe.data.packing, whole_rows=many)
     is_likelihood = recipe.training.objective == "sft"  # TRL pads rows to their own length, and masks the padding
     rounded = is_likelihood and rounds_lengths(machine.dtype, machine.device_type)
-    batch_of = longest_batch(rows, joined, rounded, masked or not is_likelihood)
+    batch_of = longest_batch(rows, joined, rounded, masked or not is_likelihood, shape.image_tokens)
     run, decided, streaming = decide_both(
         PlannedRun(shape, recipe, batch_of(recipe), machine, sharing=sharing, slots=wanted_slots(recipe, adapter_rows))
     )

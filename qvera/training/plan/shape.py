@@ -14,6 +14,7 @@ from qvera.adapters.low_rank_path import layer_shape
 from qvera.adapters.methods import Place
 from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.model_config import head_size
+from qvera.models.processor import image_sides, image_tokens
 from qvera.models.structure import beside_the_layers, expert_weights
 from qvera.utils.errors import InputError
 
@@ -63,6 +64,8 @@ class Shape:
     expert_numbers: int  # of those, weights that hold all experts of a layer in one tensor (`expert_weights`)
     attention: str  # the implementation that the model picks by itself
     head: tuple[tuple[str, tuple[int, ...]], ...] = ()  # name and shape of each tensor of a head that is trained whole
+    image_tokens: int = 0  # of an image, for a model that takes them
+    image_numbers: int = 0  # pixel values of an image
     grown_rows: int = 0  # that model.added_tokens need; embedding and head are then private copies, not mapped
 
     @property
@@ -142,6 +145,7 @@ def shape_of(model: nn.Module, model_class: ModelClass = CAUSAL_LM) -> Shape:
     ):  # a model on the meta device may not have tied them yet
         dense -= output.weight.numel()
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    height, width = (image_sides(config) or (0, 0)) if model_class.reads_images else (0, 0)
     return Shape(
         model_type=str(config.model_type),
         hidden=hidden,
@@ -158,5 +162,7 @@ def shape_of(model: nn.Module, model_class: ModelClass = CAUSAL_LM) -> Shape:
         dense_numbers=dense,
         expert_numbers=sum(p.numel() for p in expert_weights(model).values()),
         head=own_head,
+        image_tokens=image_tokens(config, height, width) if height else 0,
+        image_numbers=3 * height * width,
         attention=str(getattr(config, "_attn_implementation", None) or "sdpa"),
     )
