@@ -41,8 +41,8 @@ class ImageEncoder:
         self.patches = patches
 
     def sha256(self) -> str:
-        """What the rows depend on."""
-        return f"{self.patches} tokens"
+        """What the rows depend on: they have absolute paths, where a recipe may have relative ones."""
+        return f"{self.patches} tokens, from {Path.cwd()}"
 
 
 class ImageReader(RowTokenizer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from PIL import Image
 
 from qvera.config.schema import parse_recipe
-from qvera.data import build_datasets, data_sha256
+from qvera.data import build_datasets, cache, data_sha256
 from qvera.data.image_processor import Draw, ImageProcessor, crop_box
 from qvera.data.images import open_image
 from qvera.utils.errors import InputError
@@ -155,6 +156,20 @@ def test_an_image_that_is_held_out_and_trained_is_counted(tmp_path: Path, images
     write_folders(tmp_path / "eval", 5)
     found = build_datasets(section_of(tmp_path / "rows", eval_path=str(tmp_path / "eval")), images)
     assert found.stats.repeated_rows == 9
+
+
+def test_a_copy_of_the_images_in_another_place_is_read_from_there(
+    tmp_path: Path, images: ImageProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "_WORTH_BYTES", 0)
+    for place in ("one", "other"):
+        write_folders(tmp_path / place / "rows", 2)
+        monkeypatch.chdir(tmp_path / place)
+        build_datasets(section_of(Path("rows")), images)
+        again = build_datasets(section_of(Path("rows")), images)
+        assert again.stats.cache_entries
+        assert again.train[0].image.content == str(tmp_path / place / "rows" / "blue" / "00.png")
+        shutil.rmtree(tmp_path / "one", ignore_errors=True)
 
 
 def _beside(root: Path) -> None:
