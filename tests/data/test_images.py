@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import shutil
@@ -18,7 +19,7 @@ from PIL import Image
 from qvera.config.schema import parse_recipe
 from qvera.data import build_datasets, cache, data_sha256
 from qvera.data.image_processor import Draw, ImageProcessor, crop_box
-from qvera.data.images import open_image
+from qvera.data.images import open_image, require_pillow
 from qvera.utils.errors import InputError
 from tests.tasks.images import SIZE, image_processor, picture, write_folders
 
@@ -237,6 +238,12 @@ def test_crops_lie_in_the_image_and_depend_on_seed_step_and_row_alone() -> None:
     assert 0.4 < np.mean([flipped for _, flipped in found]) < 0.6
     assert crop_box(1, 1, Draw(0, 0, 0))[0] == (0, 0, 1, 1)
     assert crop_box(1000, 1, Draw(0, 0, 0))[0][3] == 1
+
+
+def test_a_missing_pillow_is_named_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install 'qvera\[vision\]'"):
+        require_pillow()
 
 
 def test_a_processor_that_makes_another_size_is_refused() -> None:
