@@ -228,12 +228,16 @@ def build_datasets(
     read = tokenized if cached else tokenized_uncached
     sources = [read(each, encoder, console) for each in sections]
     tasks = take_tasks(section, sections, sources) if section.sampling == "task" else Tasks()
+    if section.rows_per_label is not None:
+        few = few_of_each_label([source.train for source in sources], section.rows_per_label, section.seed)
+        for source, rows in zip(sources, few, strict=True):
+            source.train = rows
     for number, (about, source) in enumerate(zip(sections, sources, strict=True)):
-        rows = len(source.train)
+        count = len(source.train)
         if about.weight != 1:
-            source.train = source.train.take(weighted(rows, about.weight, section.seed, number))
+            source.train = source.train.take(weighted(count, about.weight, section.seed, number))
         looks = source.format, source.template
-        stats.sources.append(SourceStats(about.path, about.weight, rows, len(source.train), *looks))
+        stats.sources.append(SourceStats(about.path, about.weight, count, len(source.train), *looks))
         stats.add(source.counts)
         stats.unused_columns += [name for name in source.unused_columns if name not in stats.unused_columns]
         if source.cache_entry:
@@ -242,10 +246,6 @@ def build_datasets(
             stats.default_templates.append(source.template)
     train = concatenated([source.train for source in sources])
     held_out = concatenated([source.eval for source in sources])
-    if section.rows_per_label is not None:
-        train = few_of_each_label(train, section.rows_per_label, section.seed)
-    if tasks.names:
-        train.task_of = np.concatenate(tasks.numbers)
     stats.train_rows, stats.eval_rows = len(train), len(held_out)
     stats.tokens = int(train.all_tokens.sum(dtype=np.int64))
     stats.trained_tokens = int(train.trained_tokens.sum(dtype=np.int64))

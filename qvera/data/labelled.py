@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from qvera.config.schema import DataSection
 from qvera.data.formats import RowFormat, row_text, row_value
 from qvera.data.readers import RawRow, describe
-from qvera.data.rows import Example, Rows
+from qvera.data.rows import Example, Rows, concatenated
 from qvera.data.sampler import random_order
 from qvera.data.tokenization import RowCounts, RowTokenizer
 from qvera.utils.errors import InputError, did_you_mean
@@ -172,34 +173,38 @@ class Labels:
         return [] if self.is_regression else [found.get(name, 0) for name in self.names]
 
 
-def few_of_each_label(rows: Rows, count: int, seed: int) -> Rows:
-    """At most ``count`` rows of each label, chosen by ``seed``, in the order that they had.
+def few_of_each_label(sources: Sequence[Rows], count: int, seed: int) -> list[Rows]:
+    """At most ``count`` rows of each label over all sources, chosen by ``seed``, in the order that they had.
 
     Raises:
         InputError: labels have fractions, so they are no classes.
     """
-    labels = rows.table["reference"] if rows.chosen is None else rows.table["reference"].take(rows.chosen)
-    names = labels.to_pylist()
+    names = [name for rows in sources for name in _reference(rows).to_pylist()]
     for row, name in enumerate(names):
         if (value := _as_number(name)) is not None and not value.is_integer():
             raise InputError(
-                f"data.rows_per_label: counts the rows of classes, and {rows[row].source} has the label {name}, a "
-                "number of a regression. Remove the key, or set data.limit."
+                f"data.rows_per_label: counts the rows of classes, and {concatenated(sources)[row].source} has the "
+                f"label {name}, a number of a regression. Remove the key, or set data.limit."
             )
     seen: Counter[str] = Counter()
-    taken = []
+    taken = np.zeros(len(names), dtype=bool)
     for row in random_order(len(names), seed, 2**62).tolist():
         seen[names[row]] += 1
-        if seen[names[row]] <= count:
-            taken.append(row)
-    return rows.take(np.sort(np.array(taken, dtype=np.int64)))
+        taken[row] = seen[names[row]] <= count
+    return [
+        rows.take(np.flatnonzero(part))
+        for rows, part in zip(sources, np.split(taken, np.cumsum([len(rows) for rows in sources])[:-1]), strict=True)
+    ]
+
+
+def _reference(rows: Rows) -> pa.ChunkedArray:
+    column = rows.table["reference"]
+    return column if rows.chosen is None else column.take(rows.chosen)
 
 
 def rows_by_label(rows: Rows) -> dict[str, int]:
     """Label → how many rows have it."""
-    column = rows.table["reference"]
-    column = column if rows.chosen is None else column.take(rows.chosen)
-    return {entry["values"].as_py(): entry["counts"].as_py() for entry in pc.value_counts(column)}
+    return {entry["values"].as_py(): entry["counts"].as_py() for entry in pc.value_counts(_reference(rows))}
 
 
 def labels_of(section: DataSection, train: Rows, *held_out: Rows) -> Labels:

@@ -273,11 +273,14 @@ class Rows(Sequence[Example]):
 def concatenated(parts: Sequence[Rows]) -> Rows:
     """The rows of several selections, one selection after the other."""
     table = pa.concat_tables([part.table for part in parts])
+    numbers = [part.task_of for part in parts if part.task_of is not None]
+    task_of = np.concatenate(numbers) if numbers else None
     if all(part.chosen is None for part in parts):
-        return Rows(table)
+        return Rows(table, task_of=task_of)
     starts = np.cumsum([0, *(part.table.num_rows for part in parts)])
-    numbers = [np.arange(len(part)) if part.chosen is None else part.chosen for part in parts]
-    return Rows(table, np.concatenate([start + rows for start, rows in zip(starts[:-1], numbers, strict=True)]))
+    chosen = [np.arange(len(part)) if part.chosen is None else part.chosen for part in parts]
+    chosen = [start + rows for start, rows in zip(starts[:-1], chosen, strict=True)]
+    return Rows(table, np.concatenate(chosen), task_of=task_of)
 
 
 def lengths_of(rows: Sequence[Example]) -> np.ndarray:

@@ -21,17 +21,17 @@ class Tasks:
 
     Attributes:
         names: of the tasks that are trained.
-        numbers: for each source, the number in ``names`` of each training row, int64.
         held_out: the rows of each task that is not trained, by its name.
     """
 
     names: list[str] = field(default_factory=list)
-    numbers: list[np.ndarray] = field(default_factory=list)
     held_out: dict[str, Rows] = field(default_factory=dict)
 
 
 def take_tasks(section: DataSection, sections: Sequence[DataSection], sources: Sequence[TokenizedSource]) -> Tasks:
-    """The tasks of all rows. The rows of held-out tasks, evaluation rows too, are taken out of their source.
+    """The tasks of all rows; training rows get their numbers (`Rows.task_of`).
+
+    The rows of held-out tasks, evaluation rows too, are taken out of their source.
 
     Args:
         section: the recipe's ``data``.
@@ -69,15 +69,15 @@ def take_tasks(section: DataSection, sections: Sequence[DataSection], sources: S
                 if (values == name).any():
                     parts.append(rows.take(np.flatnonzero(values == name)))
         source.train = _without(source.train, train_names, found)
+        source.train.task_of = np.array([number_of[n] for n in train_names if n in number_of], dtype=np.int64)
         source.eval = _without(source.eval, eval_names, found)
-    numbers = [np.array([number_of[n] for n in values if n in number_of], dtype=np.int64) for values in of_train]
     held_out = {name: concatenated(parts) for name, parts in found.items()}
     if single := [name for name, rows in held_out.items() if len(rows) < 2]:
         raise InputError(
             f"data.held_out_tasks: {_listed(single)}: a single row, of which none would be left to score after "
             "adapting to it. Hold out tasks with at least two rows."
         )
-    return Tasks(trained, numbers, held_out)
+    return Tasks(trained, held_out)
 
 
 def _without(rows: Rows, values: np.ndarray, names: dict[str, list[Rows]]) -> Rows:

@@ -350,6 +350,32 @@ def test_a_few_rows_of_each_label_are_chosen_by_the_seed(classify: Any) -> None:
     assert len(rows(rows_per_label=1000).train) == 48
 
 
+def test_few_rows_of_several_sources_keep_their_tasks_and_are_repeated_by_weight(
+    classify: Any, tmp_path: Path, labelled_rows: Path
+) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text(labelled_rows.read_text())
+
+    def rows(weight: float = 1.0, **data: Any) -> Datasets:
+        mixture = [{"path": str(other), "weight": weight}]
+        recipe = classify(data={"rows_per_label": 10, "eval_fraction": 0.0, "mixture": mixture, **data})
+        return build_datasets(recipe.data, load_tokenizer(recipe.model))
+
+    def file_of(row: Any) -> str:
+        return row.source.rpartition(":")[0]
+
+    by_task, repeated = rows(sampling="task"), rows(weight=2.0)
+    assert by_task.train.task_of is not None
+    assert [by_task.task_names[number] for number in by_task.train.task_of] == [*map(file_of, by_task.train)]
+    assert [source.taken for source in by_task.stats.sources] == [
+        sum(file_of(row) == source.path for row in by_task.train) for source in by_task.stats.sources
+    ]
+    assert {file_of(row) for row in by_task.first_rows(2)} == {str(labelled_rows), str(other)}
+    assert len(by_task.first_rows(100)) == len(by_task.train) == 30
+    assert sorted({row.source for row in repeated.train}) == sorted(row.source for row in by_task.train)
+    assert len(repeated.train) == 30 + by_task.stats.sources[1].taken
+
+
 def test_rows_of_numbers_are_not_counted_by_label(classify: Any, tmp_path: Path) -> None:
     path = tmp_path / "numbers.jsonl"
     path.write_text("".join(json.dumps({"text": "say", "label": n / 2}) + "\n" for n in range(6)))
