@@ -207,6 +207,11 @@ def zero_config_of(recipe: Recipe) -> ZeroConfig | None:
             raise InputError(
                 "training.torch_compile: ZeRO-3 gathers weights between a layer's parts; remove one of the two."
             )
+        if (objective := recipe.training.objective) != "sft":
+            raise InputError(
+                f"deepspeed: {recipe.deepspeed} shards the base (ZeRO-3), which is not built for training.objective: "
+                f"{objective}; use zero1, zero2 or none."
+            )
     return config
 
 

@@ -210,16 +210,17 @@ def stage_three(request: Any, tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("section", "key", "words"),
+    ("section", "keys", "words"),
     [
-        ("model", "stream", "model.stream: ZeRO-3 brings the layers"),
-        ("training", "torch_compile", "training.torch_compile: ZeRO-3 gathers"),
+        ("model", {"stream": True}, "model.stream: ZeRO-3 brings the layers"),
+        ("training", {"torch_compile": True}, "training.torch_compile: ZeRO-3 gathers"),
+        ("training", {"objective": "dpo"}, "which is not built for training.objective: dpo"),
     ],
 )
 def test_what_does_not_go_with_a_sharded_base_is_refused_by_run_and_plan(
-    stage_three: str, section: str, key: str, words: str, make_recipe: Any, tmp_path: Path, capsys: Any
+    stage_three: str, section: str, keys: dict[str, Any], words: str, make_recipe: Any, tmp_path: Path, capsys: Any
 ) -> None:
-    recipe = make_recipe(**{section: {key: True}})
+    recipe = make_recipe(**{section: keys})
     assert zero_config_of(recipe) is None
     assert zero_config_of(recipe.replace(deepspeed="zero2")) is not None
     recipe = recipe.replace(deepspeed=stage_three)

@@ -47,5 +47,3 @@ def preference_contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for key in ("per_device_train_batch_size", "per_device_eval_batch_size"):
         if objective == "kto" and getattr(training, key) < 2:
             yield f"training.{key}", f"{name} pairs each prompt with another row's answer; set 2 or more."
-    if recipe.deepspeed is not None and recipe.deepspeed.startswith("zero3"):
-        yield "deepspeed", f"{recipe.deepspeed} is not built for {name}; use zero1, zero2 or none."
