@@ -69,13 +69,12 @@ def analyze(
     quiet_libraries()
 
     from qvera.adapters.files.adapter_file import read_config
-    from qvera.evaluation.load import adapter_sha256, find_adapter, find_target
+    from qvera.evaluation.load import adapter_sha256, find_adapter
     from qvera.export.analyze import analyze_adapter
     from qvera.utils import memory
     from qvera.utils.atomic import require_empty
 
-    _, section, adapter_dir = find_adapter(run, adapter)
-    target = find_target(run, name=adapter)
+    target, adapter_dir = find_adapter(run, adapter)
     sha256 = adapter_sha256(target)  # now: the run may go on meanwhile
     if out is not None:
         require_empty(out)
@@ -83,7 +82,7 @@ def analyze(
     with progress("Analyzing") as show:
         analysis = analyze_adapter(
             adapter_dir,
-            section,
+            target.section,
             top_k=top_k,
             epsilon=epsilon,
             keep=reduce,
@@ -95,8 +94,8 @@ def analyze(
             "method": analysis.adapter.method,
             "rank": analysis.rank,
             "adapter_sha256": sha256,
-            "base": section.path,
-            "quantization": section.quantization,
+            "base": target.section.path,
+            "quantization": target.section.quantization,
         },
         "top_k": top_k,
         "epsilon": epsilon,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from qvera.config.schema import ExportSection, ModelSection, Recipe
+    from qvera.evaluation.load import EvalTarget
     from qvera.export.deltas import AdapterDeltas
 
 
@@ -58,31 +59,25 @@ def export(
     Example:
         qvera export runs/quickstart out/ --to merged
     """
-    if rank is not None and to not in ("lora", "gguf-lora"):
-        raise InputError("--rank: goes with --to lora and --to gguf-lora only.")
-    if dtype == "q8_0" and not to.startswith("gguf"):
-        raise InputError("--dtype q8_0: goes with --to gguf and --to gguf-lora only. Take float16 or bfloat16.")
-    if quantize is not None and to != "merged":
-        raise InputError("--quantize: goes with --to merged only. With --to gguf, --dtype q8_0 is the smallest type.")
-    if to != "merged" and compare_only:
-        raise InputError("--compare-only: goes with --to merged only.")
+    _check_options(to, rank, dtype, quantize, base, no_compare, compare_only)
     quiet_libraries()
 
     import torch
 
     from qvera.adapters.files.adapter_file import read_config, require_base
     from qvera.config.schema import ExportSection
-    from qvera.evaluation.load import find_adapter, find_target, require_answers
+    from qvera.evaluation.load import find_adapter, require_answers
     from qvera.export.compare import difference_text
     from qvera.models.loader import fingerprint_of
 
-    recipe, section, adapter_dir = find_adapter(run, adapter)
+    target, adapter_dir = find_adapter(run, adapter)
+    recipe, section = target.recipe, target.section
     options = recipe.export if recipe is not None else ExportSection()
     written = dtype or options.dtype
     options = options.replace(dtype="float32" if written == "q8_0" else written, base=base or options.base)
-    chat = _chat(recipe, run, section)
+    chat = _chat(target)
     if to.startswith("gguf"):
-        require_answers(find_target(run, name=adapter), f"--to {to}")
+        require_answers(target, f"--to {to}")
     if to == "gguf":
         _merge_to_gguf(section, adapter_dir, out, options, written, chat)
         return
@@ -93,7 +88,7 @@ def export(
             return
         certificate = _export_adapter(to, section, adapter_dir, out, getattr(torch, options.dtype), rank)
         if rank is not None and recipe is not None and not no_compare and options.certificate_rows:
-            certificate["difference"] = _lora_difference(recipe, run, adapter, out, options)
+            certificate["difference"] = _lora_difference(recipe, target, out, options)
         replace_text(out / CERTIFICATE, json.dumps(certificate, indent=1))
         return
     if compare_only:
@@ -106,10 +101,31 @@ def export(
         certificate = _merge(section, adapter_dir, out, options, chat, quantize)
     certificate["difference"] = None
     if recipe is not None and (compare_only or (not no_compare and options.certificate_rows)):
-        certificate["difference"] = _difference(recipe, run, adapter, out, options)
+        certificate["difference"] = _difference(recipe, target, run, adapter, out, options)
     replace_text(out / CERTIFICATE, json.dumps(certificate, indent=1))
     if certificate["difference"] is not None:
         print(difference_text(certificate["difference"], certificate["base"]["weights"]))
+
+
+def _check_options(
+    to: str, rank: int | None, dtype: str | None, quantize: str | None, base: str | None, no_compare: bool, only: bool
+) -> None:
+    """Raise InputError for an option that has no effect beside the others."""
+    if rank is not None and to not in ("lora", "gguf-lora"):
+        raise InputError("--rank: goes with --to lora and --to gguf-lora only.")
+    if dtype == "q8_0" and not to.startswith("gguf"):
+        raise InputError("--dtype q8_0: goes with --to gguf and --to gguf-lora only. Take float16 or bfloat16.")
+    if dtype is not None and to == "peft":
+        raise InputError("--dtype: --to peft writes float32, as training does. Leave it out.")
+    if quantize is not None and to != "merged":
+        raise InputError("--quantize: goes with --to merged only. With --to gguf, --dtype q8_0 is the smallest type.")
+    if base is not None and to not in ("merged", "gguf"):
+        raise InputError(f"--base: goes with --to merged and --to gguf only; --to {to} writes no weights of the base.")
+    if only and to != "merged":
+        raise InputError("--compare-only: goes with --to merged only.")
+    given = {"--dtype": dtype, "--quantize": quantize, "--base": base, "--no-compare": no_compare or None}
+    if only and (extra := [name for name, value in given.items() if value is not None]):
+        raise InputError(f"--compare-only: measures the export as it is; drop {extra[0]}.")
 
 
 class Chat(NamedTuple):
@@ -119,15 +135,17 @@ class Chat(NamedTuple):
     system: str | None
 
 
-def _chat(recipe: Recipe | None, run: Path, section: ModelSection) -> Chat:
+def _chat(target: EvalTarget) -> Chat:
     from qvera.data import resolve_template
     from qvera.evaluation.load import template_of
     from qvera.models.tokenizer import load_tokenizer
     from qvera.tasks import task_of
 
+    recipe = target.recipe
     if recipe is None or not task_of(recipe).has_answers:
         return Chat(None, None)
-    return Chat(resolve_template(template_of(recipe, run), load_tokenizer(section)).jinja, recipe.data.system)
+    template = resolve_template(template_of(recipe, target.run), load_tokenizer(target.section))
+    return Chat(template.jinja, recipe.data.system)
 
 
 def _merge(
@@ -284,15 +302,13 @@ def require_no_added_tokens(config: object, adapter_dir: Path, what: str) -> Non
         )
 
 
-def _lora_difference(
-    recipe: Recipe, run: Path, adapter: str | None, out: Path, options: ExportSection
-) -> dict[str, Any]:
+def _lora_difference(recipe: Recipe, target: EvalTarget, out: Path, options: ExportSection) -> dict[str, Any]:
     """What the cut costs on held-out rows, printed too."""
     from qvera.export.lora_scores import compare_lora, scores_text
 
     def measure() -> dict[str, Any]:
-        with progress(f"Loading {run}") as show:
-            return compare_lora(recipe, run, adapter, out, options.certificate_rows, console, show)
+        with progress(f"Loading {target.path}") as show:
+            return compare_lora(recipe, target, out, options.certificate_rows, console, show)
 
     found = _measured(measure, "Export again to measure it, or use `qvera eval` on either.")
     print(f"not measured: {found['not_measured']}" if "not_measured" in found else scores_text(found))
@@ -313,10 +329,12 @@ def _measured(measure: Callable[[], dict[str, Any]], again: str) -> dict[str, An
         return {"not_measured": f"the memory gave out. {again}"}
 
 
-def _difference(recipe: Recipe, run: Path, adapter: str | None, out: Path, options: ExportSection) -> dict[str, Any]:
-    """The measured part of a merged export's certificate."""
+def _difference(
+    recipe: Recipe, target: EvalTarget, run: Path, adapter: str | None, out: Path, options: ExportSection
+) -> dict[str, Any]:
+    """The measured part of a merged export's certificate; ``run`` and ``adapter`` as they were named."""
     from qvera.data import build_datasets
-    from qvera.evaluation.load import open_run
+    from qvera.evaluation.load import open_target
     from qvera.evaluation.named_adapters import held_out_rows
     from qvera.export.compare import measure_difference, too_little_memory
     from qvera.tasks import task_of
@@ -325,15 +343,16 @@ def _difference(recipe: Recipe, run: Path, adapter: str | None, out: Path, optio
     again = f"`qvera export {run} {out}{option} --compare-only` measures it later, or on a larger machine."
 
     def measure() -> dict[str, Any]:
-        trained = (try_read_json(run / "run.json") or {}).get("model", {})
+        summary = None if target.run is None else try_read_json(target.run / "run.json")
+        trained = (summary or {}).get("model", {})
         if (reason := too_little_memory(out, trained.get("base_bytes", 0))) is not None:
             return {"not_measured": f"{reason}. {again}"}
         with progress(f"Loading {run}"):
-            opened = open_run(run, name=adapter)
+            opened = open_target(target)
         task = task_of(recipe)
         labels = opened.labels if task.exported_class.has_own_head else None
         datasets = build_datasets(recipe.data, opened.base.tokenizer, console, labels=labels)
-        rows = (held_out_rows(datasets, adapter) or datasets.train)[: options.certificate_rows]
+        rows = (held_out_rows(datasets, target.name) or datasets.train)[: options.certificate_rows]
         with progress("Comparing the trained with the exported model"):
             return measure_difference(opened.model, out, rows, datasets.pad_id, task, labels)
 

@@ -15,7 +15,7 @@ from qvera.utils.errors import InputError
 from qvera.utils.safetensors_io import same_base
 
 if TYPE_CHECKING:
-    from qvera.config.schema import ModelSection, Recipe
+    from qvera.evaluation.load import EvalTarget
 
 
 class Weights(TyperCommand):
@@ -67,11 +67,11 @@ def merge_adapters(
         raise InputError("--adapter: takes the adapters of one run; name one directory and OUT.")
     found = [find_adapter(adapters[0], name) for name in names] or [find_adapter(path) for path in adapters]
     _require_one_base(found)
-    for _, _, directory in found:
+    for _, directory in found:
         require_no_added_tokens(read_config(directory), directory, "merge-adapters")
-    model = empty_model(found[0][1], None, getattr(read_config(found[0][2]), "model_class", CAUSAL_LM))
-    deltas = [read_deltas(directory, model, section) for _, section, directory in found]
-    for (_, _, directory), adapter in zip(found, deltas, strict=True):
+    model = empty_model(found[0][0].section, None, getattr(read_config(found[0][1]), "model_class", CAUSAL_LM))
+    deltas = [read_deltas(directory, model, target.section) for target, directory in found]
+    for (_, directory), adapter in zip(found, deltas, strict=True):
         if adapter.head:
             raise InputError(f"{directory}: has a classification head, and heads can't be added. Export it alone.")
     factors = weights or [1.0 / len(deltas)] * len(deltas)
@@ -82,7 +82,7 @@ def merge_adapters(
     if to == "qvera":
         if rank is not None:
             raise InputError("--rank: goes with --to lora only.")
-        write_vectors(found[0][2], weighted_sum(deltas, factors), out)
+        write_vectors(found[0][1], weighted_sum(deltas, factors), out)
         print(f"{len(deltas)} adapters, weights {', '.join(f'{w:g}' for w in factors)}: exact, in {out}")
         return
     stacked = stacked_factors(deltas, factors)
@@ -92,12 +92,12 @@ def merge_adapters(
     write_lora(union(deltas), out, getattr(torch, dtype), own_rank, rank, stacked)
 
 
-def _require_one_base(found: list[tuple[Recipe | None, ModelSection, Path]]) -> None:
+def _require_one_base(found: list[tuple[EvalTarget, Path]]) -> None:
     """All adapters must have one base: by content if all say it, else by name."""
     from qvera.adapters.files.adapter_file import read_config
 
-    names = [section.path for _, section, _ in found]
-    prints = [getattr(read_config(path), "base_fingerprint", None) for _, _, path in found]
+    names = [target.section.path for target, _ in found]
+    prints = [getattr(read_config(path), "base_fingerprint", None) for _, path in found]
     if all(prints):
         different = any(not same_base(prints[0], other) for other in prints)
     else:

@@ -99,28 +99,19 @@ def require_answers(target: EvalTarget, what: str) -> None:
         )
 
 
-def find_adapter(path: Path, name: str | None = None) -> tuple[Recipe | None, ModelSection, Path]:
-    """Recipe, model section and adapter directory of a run or adapter directory, without loading anything big.
-
-    Args:
-        path: its directory, or the id of an adapter of the hub.
-        name: which adapter, where there are many.
+def find_adapter(path: Path, name: str | None = None) -> tuple[EvalTarget, Path]:
+    """A run or an adapter as `find_target` finds it, and the directory of its adapter.
 
     Raises:
-        InputError: it is neither, the run has no adapter yet, or none of this name.
+        InputError: as `find_target`, or it is a whole checkpoint.
     """
-    path = local_directory(path)
-    recipe = load_run_recipe(path) if (path / RECIPE_FILE).is_file() else None
-    if adapters_root(path) is not None:
-        directory = require_named(path, name)
-    else:
-        refuse_name(path, name)
-        directory = path if recipe is None else path / "adapter"
-    if recipe is not None:
-        return recipe, recipe.model, directory
-    if (directory / ADAPTER_CONFIG).is_file():
-        return None, _base_of_adapter(directory), directory
-    raise InputError(f"{path}: is neither a run (with {RECIPE_FILE}) nor an adapter directory (with {ADAPTER_CONFIG}).")
+    target = find_target(path, name=name)
+    if target.adapter is None:
+        raise InputError(
+            f"{path}: is {target.what}, and neither a run (with {RECIPE_FILE}) nor an adapter directory (with "
+            f"{ADAPTER_CONFIG})."
+        )
+    return target, target.adapter
 
 
 def open_run(path: str | Path, *, adapter: bool = True, name: str | None = None) -> OpenRun:

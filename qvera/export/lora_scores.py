@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qvera.data import build_datasets
 from qvera.evaluation.evaluate import prompts_of, score_model
-from qvera.evaluation.load import OpenRun, find_target, open_run, open_target
+from qvera.evaluation.load import EvalTarget, OpenRun, find_target, open_target
 from qvera.evaluation.metrics import text_metrics
 from qvera.evaluation.named_adapters import held_out_rows
 from qvera.tasks import task_of
@@ -47,43 +47,41 @@ def adapter_scores(opened: OpenRun, recipe: Recipe, datasets: Datasets, rows: Ro
     return {key: scores[key] for key in kept if key in scores}
 
 
-def open_lora(lora: Path, run: Path) -> OpenRun:
+def open_lora(lora: Path, run: Path | None) -> OpenRun:
     """A LoRA by stock PEFT, on the base of ``run`` as that was trained on."""
     return open_target(find_target(lora, run))
 
 
 def compare_lora(
     recipe: Recipe,
-    run: Path,
-    name: str | None,
+    target: EvalTarget,
     lora: Path,
     limit: int,
     console: Console | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Score the adapter of ``run`` and the LoRA that was made of it, on at most ``limit`` held-out rows.
+    """Score the adapter of ``target`` and the LoRA that was made of it, on at most ``limit`` held-out rows.
 
     One model is in memory at a time.
 
     Args:
         recipe: of the run.
-        run: its directory.
-        name: which adapter, of a run that trained many.
+        target: its adapter.
         lora: the directory of the LoRA.
         limit: how many rows.
         console: for what the data has to say.
         progress: takes what is being done.
     """
-    progress(f"Loading {run}")
-    opened = open_run(run, name=name)
+    progress(f"Loading {target.path}")
+    opened = open_target(target)
     labels = opened.labels if task_of(recipe).exported_class.has_own_head else None
     datasets = build_datasets(recipe.data, opened.base.tokenizer, console, labels=labels)
-    rows = (held_out_rows(datasets, name) or datasets.train)[:limit]
+    rows = (held_out_rows(datasets, target.name) or datasets.train)[:limit]
     progress("Scoring the trained adapter")
     trained = adapter_scores(opened, recipe, datasets, rows)
     del opened
     progress("Loading the LoRA on its base")
-    opened = open_lora(lora, run)
+    opened = open_lora(lora, target.run)
     progress("Scoring the LoRA")
     return {"trained": trained, "exported": adapter_scores(opened, recipe, datasets, rows)}
 

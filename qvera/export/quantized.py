@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 
+from qvera.adapters.files.adapter_file import read_config
 from qvera.config.schema import ExportSection, ModelSection
 from qvera.export.merged import export_merged
 from qvera.export.stream import PackedBaseReader
 from qvera.models.hub import base_directory
+from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.model_config import empty_model
 from qvera.models.packed_weights import packed_weights, without_statistics
 from qvera.models.quantize_checkpoint import quantize_checkpoint, read_source
@@ -25,7 +27,7 @@ from qvera.models.safetensors_stream import CheckpointReader
 from qvera.utils import accelerator
 from qvera.utils.atomic import replace_text
 from qvera.utils.errors import InputError, Interrupted
-from qvera.utils.files import file_sha256, try_read_json
+from qvera.utils.files import file_sha256, read_json, try_read_json
 from qvera.utils.paths import ADAPTER_WEIGHTS, CERTIFICATE
 from qvera.utils.safetensors_io import TensorEntry, checkpoint_tensors, file_stamps
 from qvera.utils.signals import StopRequests
@@ -59,6 +61,8 @@ def export_quantized(
     """
     if (out / "config.json").is_file():
         raise InputError(f"{out}: is not empty. Nothing is overwritten; name a directory that is new or empty.")
+    model_class = getattr(read_config(adapter_dir), "model_class", CAUSAL_LM)
+    _require_quantizable(section.replace(quantization=quantization), model_class)  # before anything is merged
     merged = out.absolute().with_name(f".{out.name}.merged")
     certificate = _finished_merge(merged, adapter_dir, section, options)
     if certificate is None:
@@ -85,7 +89,7 @@ def export_quantized(
                 raise Interrupted(f"{stop.asked}: stopped. The same command goes on from the finished shards.")
 
         record = quantize_checkpoint(
-            target, read_source(target, merged), out, device=accelerator.current_device(), progress=report
+            target, read_source(target, merged, model_class), out, device=accelerator.current_device(), progress=report
         )
     progress("Measuring the error of each weight")
     certificate |= {
@@ -93,12 +97,21 @@ def export_quantized(
         "quantized": {
             "quantization": quantization,
             "double_quant": section.double_quant,
-            "relative_errors": weight_errors(merged, out, target),
+            "relative_errors": weight_errors(merged, out, target, model_class),
         },
     }
     replace_text(out / CERTIFICATE, json.dumps(certificate, indent=1))
     shutil.rmtree(merged)
     return certificate
+
+
+def _require_quantizable(section: ModelSection, model_class: ModelClass) -> None:
+    """Raises InputError for a base whose merge could not be quantized; one that is in 4 bits already can be."""
+    directory = base_directory(section)
+    if read_json(directory / "config.json", "the config of a model").get("quantization_config") is None:
+        if read_source(section, directory, model_class).quantized:
+            return
+        raise InputError(f"--quantize: {directory} has no linear of a class that bitsandbytes quantizes. Leave it out.")
 
 
 def _finished_merge(
@@ -119,12 +132,14 @@ def _finished_merge(
 
 
 @torch.no_grad()
-def weight_errors(dense: Path, quantized: Path, section: ModelSection) -> dict[str, float]:
+def weight_errors(
+    dense: Path, quantized: Path, section: ModelSection, model_class: ModelClass = CAUSAL_LM
+) -> dict[str, float]:
     """Name of each 4-bit weight → ‖Q(W) - W‖ / ‖W‖ (Frobenius), W being that of the checkpoint ``dense``.
 
     One weight of ``dense`` is in memory at a time.
     """
-    model = empty_model(section, base_directory(section.replace(path=str(quantized))))
+    model = empty_model(section, base_directory(section.replace(path=str(quantized))), model_class)
     stored = checkpoint_tensors(quantized)
     packed = packed_weights(stored, model)
     reader = PackedBaseReader(stored, file_stamps(stored), {}, packed, torch.float32)

@@ -297,6 +297,18 @@ TABLE: dict[str, tuple[Callable[[Place], list[str]], str]] = {
         lambda p: ["export", str(p.run), str(p.root / "x"), "--to", "lora", "--quantize", "nf4"],
         "--quantize: goes with --to merged only",
     ),
+    "base of a LoRA": (
+        lambda p: ["export", str(p.run), str(p.root / "x"), "--to", "lora", "--base", "original"],
+        "--base: goes with --to merged and --to gguf only",
+    ),
+    "dtype of PEFT's VeRA": (
+        lambda p: ["export", str(p.run), str(p.root / "x"), "--to", "peft", "--dtype", "float16"],
+        "--dtype: --to peft writes float32",
+    ),
+    "comparison that changes the export": (
+        lambda p: ["export", str(p.run), str(p.root / "x"), "--compare-only", "--base", "original"],
+        "--compare-only: measures the export as it is; drop --base",
+    ),
     "card of a base": (lambda p: ["card", str(p.root / "model")], "a checkpoint that no adapter was merged into"),
     "push without an owner": (lambda p: ["push", str(p.run), "orders"], "Expected USER/NAME"),
     "answers file exists": (answers_exist, "exists; nothing is overwritten"),

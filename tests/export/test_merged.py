@@ -217,6 +217,26 @@ def test_the_command_measures_the_difference(write_recipe: Any, tmp_path: Path, 
     assert "throughout 8 of 8 answers" in capsys.readouterr().out
 
 
+def test_the_adapter_in_a_run_is_exported_as_the_run_is(write_recipe: Any, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    recipe = write_recipe(
+        model={"quantization": "none"},
+        data={"template": "alpaca", "max_length": 192},
+        training={"output_dir": str(run), "max_steps": 4},
+    )
+    assert main(["train", str(recipe)]) == 0
+    files, differences = [], []
+    for number, named in enumerate((run, run / "adapter")):
+        out = tmp_path / str(number)
+        assert main(["export", str(named), str(out), "--dtype", "float32"]) == 0
+        certificate = json.loads((out / "qvera_export.json").read_text())
+        assert certificate["trained_on"]["quantization"] == "none"
+        differences.append(certificate["difference"])
+        files.append({path.name: path.read_bytes() for path in out.iterdir() if path.name != "qvera_export.json"})
+    assert files[0] == files[1] and "Alpaca" in files[0]["chat_template.jinja"].decode()
+    assert differences[0] == differences[1] and differences[0]["kl_max"] < 1e-6
+
+
 def test_the_exported_weights_are_those_the_run_answers_with(write_recipe: Any, tmp_path: Path) -> None:
     """`chat` and `generate` hold W + ΔW while they answer: the same tensors as an export on the dequantized base."""
     recipe = write_recipe(training={"output_dir": str(tmp_path / "run"), "max_steps": 4})

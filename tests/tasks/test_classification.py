@@ -196,6 +196,22 @@ def test_another_method_trains_saves_and_merges_its_head(classify: Any, tmp_path
     torch.testing.assert_close(plain_logits(model, rows_of(opened)), logits(opened), rtol=1e-4, atol=1e-5)
 
 
+def test_a_classifier_is_exported_in_4_bits_with_its_head(finished: Path, tmp_path: Path) -> None:
+    assert main(["export", str(finished), str(tmp_path / "out"), "--quantize", "nf4", "--dtype", "float32"]) == 0
+    certificate = json.loads((tmp_path / "out" / "qvera_export.json").read_text())
+    assert certificate["difference"]["rows"] and all(
+        error < 0.3 for error in certificate["quantized"]["relative_errors"].values()
+    )
+    stored, trained = (
+        load_file(f)
+        for f in (tmp_path / "out" / "model.safetensors", finished / "adapter" / "adapter_model.safetensors")
+    )
+    assert torch.equal(stored["score.weight"], trained["base_model.model.score.weight"])
+    assert main(["eval", str(tmp_path / "out"), "--json", str(tmp_path / "scores.json")]) == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())["scores"]
+    assert scores["loss"] == pytest.approx(certificate["difference"]["loss_exported"], rel=1e-4)
+
+
 def test_eval_writes_a_label_for_each_row(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "new.jsonl").write_text(
         '{"text": "say red", "label": "colour"}\n{"text": "say hen", "label": "colour"}\n'
