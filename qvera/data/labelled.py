@@ -46,7 +46,8 @@ def parse_labelled(row: RawRow, format: RowFormat, label_names: Sequence[str] = 
     """Check one row.
 
     Args:
-        label_names: the names of the classes. A label may be one of them, or the number of one, from 0.
+        label_names: the names of the classes. A label may be one of them, or, where none is a number itself, the number
+            of one, from 0.
 
     Raises:
         InputError: a column is missing or of the wrong type, or the label is missing or not one of ``label_names``.
@@ -70,12 +71,18 @@ def row_label(row: RawRow, format: RowFormat, names: Sequence[str] = ()) -> str:
     label = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
     if not names or label in names:
         return label
-    if label.isascii() and label.isdigit() and int(label) < len(names):
+    may_count = not any(map(_is_count, names))  # a class that is called 1 is not the one after the first
+    if may_count and _is_count(label) and int(label) < len(names):
         return names[int(label)]
+    or_number = f", or a number from 0 to {len(names) - 1}" if may_count else ""
     raise InputError(
         f"{row.source}: {column} is {describe(value)}, which is no label of data.label_names"
-        f"{did_you_mean(label, names)} Expected {first_of(names)}, or a number from 0 to {len(names) - 1}."
+        f"{did_you_mean(label, names)} Expected {first_of(names)}{or_number}."
     )
+
+
+def _is_count(label: str) -> bool:
+    return label.isascii() and label.isdigit()
 
 
 class LabelledTokenizer(RowTokenizer):
@@ -163,7 +170,8 @@ class Labels:
             if row.reference not in numbers:
                 raise InputError(
                     f"{row.source}: has the label {row.reference!r}{did_you_mean(str(row.reference), self.names)} "
-                    f"Expected {first_of(list(self.names))}: those of the training rows."
+                    f"Expected {first_of(list(self.names))}: those of data.label_names, or without it of the training "
+                    "rows. Each part of data.mixture has label_names of its own."
                 )
         return np.array([numbers[str(row.reference)] for row in rows], np.int64)
 
@@ -214,7 +222,7 @@ def labels_of(section: DataSection, train: Rows, *held_out: Rows) -> Labels:
     characters. A label with a fraction makes it a regression, unless ``data.regression`` says.
 
     Raises:
-        InputError: fewer than two classes, a class without training rows, a held-out label that no training row has, or
+        InputError: fewer than two classes, a class without training rows, a label that is no class, or
             a label that is no number in a regression.
     """
     found = rows_by_label(train)
@@ -241,8 +249,8 @@ def labels_of(section: DataSection, train: Rows, *held_out: Rows) -> Labels:
             "labels. Add rows of another label, or name the right column in data.columns ({label: YOUR_COLUMN})."
         )
     labels = Labels(tuple(names))
-    for rows in held_out:
-        if rows_by_label(rows).keys() - found.keys():
+    for rows in (train, *held_out):
+        if rows_by_label(rows).keys() - set(names):
             labels.targets(rows)
     return labels
 

@@ -383,6 +383,17 @@ def test_a_key_whose_switch_is_off_is_refused(
     assert recipe(changes, drop_idle_keys=True) == recipe({k: v for k, v in changes.items() if k != key})
 
 
+def test_a_source_of_a_mixture_has_no_key_whose_switch_is_off() -> None:
+    tree = {**MINIMAL, "task": "sequence-classification"}
+    tree["data"] = {"path": "a", "mixture": [{"path": "b"}, {"path": "c", "system": "Be brief."}]}
+    assert list(problems(tree)) == ["data.mixture.1.system"]
+    assert parse_recipe(tree, "x", drop_idle_keys=True).data.mixture[1].system is None
+
+
+def test_a_task_that_is_no_text_is_refused() -> None:
+    assert list(problems({**MINIMAL, "task": ["image-classification"]})) == ["task"]
+
+
 def test_defaults_are_not_shared_between_recipes() -> None:
     one, other = parse_recipe(MINIMAL, "x"), parse_recipe(MINIMAL, "x")
     one.training.report_to.append("wandb")

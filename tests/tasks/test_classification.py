@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification
 from qvera.adapters.files.save_load import named_vectors
 from qvera.cli.main import main
 from qvera.config.schema import ModelSection, Recipe
-from qvera.data import Datasets, build_datasets
+from qvera.data import Datasets, Labels, build_datasets
 from qvera.distributed.group import Group
 from qvera.evaluation.load import OpenRun, find_target, open_run, open_target
 from qvera.models.loader import causal_model
@@ -320,11 +320,31 @@ def open_tokenizer(recipe: Recipe) -> Any:
 def test_a_label_that_only_held_out_rows_have_is_named(classify: Any, labelled_rows: Path, tmp_path: Path) -> None:
     (tmp_path / "eval.jsonl").write_text('{"text": "red", "label": "colour"}\n{"text": "oak", "label": "tree"}\n')
     recipe = classify(data={"eval_path": str(tmp_path / "eval.jsonl"), "eval_fraction": 0.0})
-    with pytest.raises(InputError, match=r"eval\.jsonl:2: has the label 'tree'.*those of the training rows"):
+    with pytest.raises(InputError, match=r"eval\.jsonl:2: has the label 'tree'.*or without it of the training rows"):
         build_datasets(recipe.data, open_tokenizer(recipe))
     names = classify(data={"label_names": ["colour", "fruit", "pet", "tree"]})
     with pytest.raises(InputError, match=r"no training row of .* has the label tree"):
         build_datasets(names.data, open_tokenizer(names))
+
+
+def test_a_training_label_that_is_no_class_is_named_before_training(classify: Any, tmp_path: Path) -> None:
+    (tmp_path / "more.jsonl").write_text('{"text": "red", "label": 0}\n{"text": "oak", "label": 1}\n')
+    more: dict[str, Any] = {"path": str(tmp_path / "more.jsonl"), "format": "classification"}
+    names = ["colour", "fruit", "pet"]
+    recipe = classify(data={"label_names": names, "mixture": [more]})
+    with pytest.raises(
+        InputError, match=r"more\.jsonl:\d: has the label '\d'.*data\.mixture has label_names of its own"
+    ):
+        build_datasets(recipe.data, open_tokenizer(recipe))
+    recipe = classify(data={"label_names": names, "mixture": [{**more, "label_names": names}]})
+    assert build_datasets(recipe.data, open_tokenizer(recipe)).labels == Labels(tuple(names))
+
+
+def test_a_number_is_no_place_among_classes_that_are_numbers(classify: Any, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "red", "label": 1}\n{"text": "oak", "label": 0}\n')
+    recipe = classify(data={"path": str(tmp_path / "rows.jsonl"), "eval_fraction": 0.0})
+    with pytest.raises(InputError, match=r"rows\.jsonl:2: label is a number \(0\).*Expected 1 \(and 2 more\)\.$"):
+        build_datasets(recipe.data, open_tokenizer(recipe), labels=Labels(("1", "2", "3")))
 
 
 @pytest.mark.parametrize(
@@ -333,6 +353,7 @@ def test_a_label_that_only_held_out_rows_have_is_named(classify: Any, labelled_r
         {"data": {"packing": True}}, {"data": {"prefix_once": False}}, {"data": {"train_on": "last"}},
         {"training": {"sample_count": 1}}, {"training": {"exact_match_rows": 4}}, {"data": {"format": "alpaca"}},
         {"data": {"too_long": "split"}}, {"data": {"adapter_column": "label", "eval_fraction": 0.2}},
+        {"data": {"mixture": [{"path": "more.jsonl", "template": "alpaca"}]}},
     ],
     ids=lambda section: next(iter(next(iter(section.values())))),
 )  # fmt: skip

@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 from qvera.config.fields import NonEmpty, OnlyWith, Section
 from qvera.config.problems import describe, move_renamed_keys
 from qvera.config.schema.adapter import AdapterSection
-from qvera.config.schema.data import DataSection
+from qvera.config.schema.data import DataSection, DataSource
 from qvera.config.schema.export import ExportSection
 from qvera.config.schema.model import ModelSection
 from qvera.config.schema.preference import preference_contradictions
@@ -65,8 +65,10 @@ class Recipe(Section):
 
     def _keys_without_effect(self) -> Iterator[tuple[str, str]]:
         """Yield keys that are set while what they are about is switched off (`OnlyWith`)."""
-        for name, section in self:
-            for key, field in type(section).model_fields.items() if isinstance(section, Section) else ():
+        sections = [(name, section) for name, section in self if isinstance(section, Section)]
+        sections += [(f"data.mixture.{number}", part) for number, part in enumerate(self.data.mixture)]
+        for name, section in sections:
+            for key, field in type(section).model_fields.items():
                 changed = getattr(section, key) != field.get_default(call_default_factory=True)
                 for mark in field.metadata:
                     if changed and isinstance(mark, OnlyWith) and not mark.is_on(self._value_of):
@@ -96,7 +98,7 @@ class Recipe(Section):
             return tree
         training = tree.get("training")
         objective = training.get("objective") if isinstance(training, dict) else getattr(training, "objective", None)
-        wanted = _FORMAT_OF.get(tree.get("task", "")) or _FORMAT_OF_OBJECTIVE.get(str(objective))
+        wanted = _FORMAT_OF.get(str(tree.get("task"))) or _FORMAT_OF_OBJECTIVE.get(str(objective))
         if wanted is None:
             return tree
         data = tree.get("data")
@@ -250,6 +252,9 @@ def json_schema() -> dict[str, object]:
 def _without_idle_keys(tree: dict[object, object]) -> dict[object, object]:
     """Return the tree of a recipe less the keys of its sections whose switch is off (`OnlyWith`)."""
     sections = {name: dict(keys) if isinstance(keys, dict) else keys for name, keys in tree.items()}
+    data, parts = sections.get("data"), []
+    if isinstance(data, dict) and isinstance(mixture := data.get("mixture"), list):
+        data["mixture"] = parts = [dict(part) if isinstance(part, dict) else part for part in mixture]
     kinds = {
         name: type_of for name, field in Recipe.model_fields.items() if (type_of := _section_of(field)) is not None
     }
@@ -263,10 +268,11 @@ def _without_idle_keys(tree: dict[object, object]) -> dict[object, object]:
         return kinds[section].model_fields[key].get_default(call_default_factory=True)
 
     def idle() -> Iterator[tuple[dict[object, object], str]]:
-        for name, kind in kinds.items():
+        places: list[tuple[object, type[Section]]] = [(sections.get(name), kind) for name, kind in kinds.items()]
+        places += [(part, DataSource) for part in parts]
+        for keys, kind in places:
             for key, field in kind.model_fields.items():
                 marks = [mark for mark in field.metadata if isinstance(mark, OnlyWith)]
-                keys = sections.get(name)
                 if isinstance(keys, dict) and key in keys and not all(mark.is_on(value_of) for mark in marks):
                     yield keys, key
 
