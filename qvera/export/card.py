@@ -5,6 +5,7 @@ Format: huggingface.co/docs/hub/model-cards. What is not known is left out. No d
 
 from __future__ import annotations
 
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,28 +14,32 @@ from huggingface_hub import try_to_load_from_cache
 
 from qvera.adapters.methods import method_of, names
 from qvera.config.schema import AdapterSection, ModelSection, Recipe
-from qvera.evaluation.load import find_target
+from qvera.evaluation.load import EvalTarget, adapter_sha256, find_target
 from qvera.evaluation.run_info import directory_facts
+from qvera.export.card_scores import metrics_of, read_evaluation, scores_text
 from qvera.export.gguf.architecture import ARCHITECTURES
 from qvera.models.hub import is_hub_id
-from qvera.tasks import task_of
+from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.utils import formatting
 from qvera.utils.errors import InputError
-from qvera.utils.files import read_json, try_read_json
-from qvera.utils.paths import ADAPTER_CONFIG, CERTIFICATE, resolve_path
+from qvera.utils.files import file_sha256, read_json, try_read_json
+from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CERTIFICATE, resolve_path
 
 _RELATIONS = {"adapter": "adapter", "lora": "adapter", "gguf-lora": "adapter", "merged": "finetune", "gguf": "finetune"}
 """Kind → the hub's base_model_relation."""
-_NO_SCORES = ("rows", "trained_tokens", "seconds", "scored_rows", "references")
 _LICENSE_KEYS = ("license", "license_name", "license_link")
-_PIPELINES = {"causal-lm": "text-generation", "sequence-classification": "text-classification"}
-"""A recipe's task → the hub's pipeline_tag, where they differ."""
-_CLASSES = {
-    "text-generation": "AutoModelForCausalLM",
-    "text-classification": "AutoModelForSequenceClassification",
-    "image-classification": "AutoModelForImageClassification",
+_PIPELINES = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForImageClassification": "image-classification",
 }
-"""pipeline_tag → transformers' class."""
+"""transformers' class → the hub's pipeline_tag."""
+_SHARED = (
+    "*.safetensors", "*.safetensors.index.json", "*.gguf", "Modelfile", ADAPTER_CONFIG, "config.json",
+    "generation_config.json", "preprocessor_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "*.model", "*.jinja",
+)  # fmt: skip
+"""Names of the files that are shared."""
 _FORMS = {
     "adapter": "",
     "lora": ", as a LoRA",
@@ -53,16 +58,22 @@ class CardSubject(NamedTuple):
         directory: that is shared; `files_of` says which of its files.
         adapter: the facts of the adapter (`directory_facts`); {} where it is gone.
         base: the model that it was trained on.
-        recipe: of the run, and ``run``, its run.json, and ``scores``, of its eval.json; where they are there.
+        model_class: which model it is.
+        recipe: of the run, where it is there.
+        run: its run.json; of one of many adapters with what is said of it alone.
+        evaluation: what ``qvera eval --json`` wrote into the run, if that is of this adapter.
+        certificate: of an export; {} for an adapter.
     """
 
     kind: str
     directory: Path
     adapter: dict[str, Any]
     base: ModelSection
+    model_class: ModelClass
     recipe: Recipe | None
     run: dict[str, Any]
-    scores: dict[str, Any]
+    evaluation: dict[str, Any]
+    certificate: dict[str, Any]
 
 
 def find_subject(path: Path, name: str | None = None) -> CardSubject:
@@ -83,29 +94,32 @@ def find_subject(path: Path, name: str | None = None) -> CardSubject:
         target = find_target(path, name=name)
         if target.adapter is None:
             raise InputError(f"{path}: is a checkpoint that no adapter was merged into. Expected a run, or an export.")
-        facts, run = directory_facts(target.adapter), target.run
-        return CardSubject(kind, target.adapter, facts, target.section, target.recipe, *_outcome(run, target.name))
-    trained = Path(certificate["adapter"]["path"])
+        facts, outcome = directory_facts(target.adapter), _outcome(target)
+        return CardSubject(kind, target.adapter, facts, target.section, target.model_class, target.recipe, *outcome, {})
+    weights = Path(certificate["adapter"]["path"]) / ADAPTER_WEIGHTS
     base = ModelSection(path=certificate["base"]["path"], revision=certificate["base"].get("revision"))
-    facts, recipe, outcome = dict(certificate["adapter"]), None, _outcome(None, None)
-    if trained.is_dir() and directory_facts(trained)["adapter_sha256"] == certificate["adapter"]["sha256"]:
-        target = find_target(trained)
-        facts, recipe, outcome = directory_facts(trained), target.recipe, _outcome(target.run, target.name)
+    facts, recipe, outcome = dict(certificate["adapter"]), None, ({}, {})
+    if weights.is_file() and file_sha256(weights) == certificate["adapter"].get("sha256"):
+        target = find_target(weights.parent)
+        facts, recipe, outcome = directory_facts(weights.parent), target.recipe, _outcome(target)
     if kind in ("lora", "gguf-lora"):
         facts["rank"] = certificate["rank"]
-    return CardSubject(kind, path, facts, base, recipe, *outcome)
+    model_class = CAUSAL_LM if "gguf" in kind else find_target(path).model_class
+    return CardSubject(kind, path, facts, base, model_class, recipe, *outcome, certificate)
 
 
-def _outcome(run: Path | None, name: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """run.json, and the scores of eval.json; of one of many adapters what is said of it alone."""
-    if run is None:
+def _outcome(target: EvalTarget) -> tuple[dict[str, Any], dict[str, Any]]:
+    """run.json and eval.json of the run that an adapter lies in; of one of many adapters what is said of it alone."""
+    if target.run is None or target.adapter is None:
         return {}, {}
-    summary = try_read_json(run / "run.json") or {}
-    if name is None:
-        return summary, (try_read_json(run / "eval.json") or {}).get("scores") or {}
-    own: dict[str, Any] = next((one for one in summary.get("adapters") or () if one.get("name") == name), {})
-    data = {**(summary.get("data") or {}), "train_rows": own.get("rows")}
-    return {**summary, "data": data, "result": own}, {}
+    summary, place = try_read_json(target.run / "run.json") or {}, target.run
+    if target.name is not None:
+        place = target.adapter
+        entries = summary.get("adapters") or ()
+        own: dict[str, Any] = next((one for one in entries if one.get("name") == target.name), {})
+        data = {**(summary.get("data") or {}), "train_rows": own.get("rows")}
+        summary = {**summary, "data": data, "result": own}
+    return summary, read_evaluation(place / "eval.json", adapter_sha256(target))
 
 
 def model_card(subject: CardSubject, repo: str | None = None) -> str:
@@ -157,16 +171,14 @@ def _front_matter(subject: CardSubject) -> dict[str, Any]:
     if "gguf" in subject.kind:
         tree["library_name"] = "gguf"
     recipe = subject.recipe
-    if recipe is not None:
-        tree["pipeline_tag"] = _PIPELINES.get(recipe.task, recipe.task)
+    tree["pipeline_tag"] = _PIPELINES[subject.model_class.auto]
     tree["tags"] = ["qvera", str(subject.adapter["method"])]
     tree |= _license(subject.base)
     if recipe is not None:
         sources = [source.path for source in (recipe.data.mixture or [recipe.data])]
         if datasets := [path for path in sources if path and is_hub_id(path)]:
             tree["datasets"] = datasets
-    measured = {"exact_match", "accuracy", "f1", "matthews_correlation", "pearson", "spearman"}
-    if metrics := sorted(measured & {*_after(subject), *subject.scores}):
+    if metrics := metrics_of(_after(subject), subject.evaluation.get("scores") or {}):
         tree["metrics"] = metrics
     return tree
 
@@ -181,9 +193,15 @@ def _summary(subject: CardSubject) -> str:
     version = (subject.run.get("versions") or {}).get("qvera")
     trained_with = "qvera" if version is None else f"qvera {version}"
     return (
-        f"{article} {method} adapter{rank}{size}, for {_base_name(subject.base)}{_FORMS[subject.kind]}. It was trained "
+        f"{article} {method} adapter{rank}{size}, for {_base_name(subject.base)}{_form(subject)}. It was trained "
         f"with {trained_with}.\n"
     )
+
+
+def _form(subject: CardSubject) -> str:
+    """What became of the adapter."""
+    quantized = (subject.certificate.get("quantized") or {}).get("quantization")
+    return _FORMS[subject.kind] + (f", in 4 bits ({quantized})" if quantized else "")
 
 
 def _block(language: str, text: str) -> str:
@@ -218,11 +236,11 @@ def _usage(subject: CardSubject, repo: str) -> str:
         _block(
             "python",
             f"{before}from peft import PeftModel\n{_import_of(subject)}\n\n"
-            f"base = {_class_of(subject)}.from_pretrained({base!r})\n"
+            f"base = {_class_of(subject)}.from_pretrained({base!r}{_head_options(subject)})\n"
             f"model = PeftModel.from_pretrained(base, {repo!r})",
         ),
     ]
-    answers = subject.recipe is None or task_of(subject.recipe).has_answers
+    answers = not subject.model_class.has_own_head
     lines = [f"qvera generate {repo} --prompt 'Hello'"] if answers else [f"qvera eval {repo} --data rows.csv"]
     if answers:
         lines.append(f"qvera chat {repo}")
@@ -255,8 +273,13 @@ def _rank_option(subject: CardSubject, rank: int) -> str:
 
 
 def _class_of(subject: CardSubject) -> str:
-    pipeline = "text-generation" if subject.recipe is None else _PIPELINES.get(subject.recipe.task, subject.recipe.task)
-    return _CLASSES[pipeline]
+    return subject.model_class.auto
+
+
+def _head_options(subject: CardSubject) -> str:
+    """What makes a base a classifier with the head that the adapter brings."""
+    labels = subject.model_class.labels
+    return f", num_labels={len(labels)}, ignore_mismatched_sizes=True" if labels else ""
 
 
 def _import_of(subject: CardSubject) -> str:
@@ -268,28 +291,9 @@ def _after(subject: CardSubject) -> dict[str, Any]:
 
 
 def _scores(subject: CardSubject) -> str:
-    """What was measured on held-out rows, before and after training."""
-    after, before = _after(subject), (subject.run.get("result") or {}).get("eval_before") or {}
-    more = {key: value for key, value in subject.scores.items() if key not in after}
-    names = [key for key, value in {**after, **more}.items() if key not in _NO_SCORES and _is_number(value)]
-    if not names:
-        return ""
-    rows = [
-        f"| {name.replace('_', ' ')} | {_number(before.get(name))} | {_number(after.get(name, more.get(name)))} |"
-        for name in names
-    ]
-    count = after.get("rows") or subject.scores.get("rows")
-    return "\n".join(
-        [f"## Scores\n\nOn {count:,} held-out rows.\n", "| | base | trained |", "|---|---|---|", *rows, ""]
-    )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _number(value: Any) -> str:
-    return formatting.significant(value, 4) if _is_number(value) else "–"
+    before = (subject.run.get("result") or {}).get("eval_before") or {}
+    difference = subject.certificate.get("difference") or {}
+    return scores_text(before, _after(subject), subject.evaluation, difference, subject.kind != "adapter")
 
 
 def _training(subject: CardSubject) -> str:
@@ -334,15 +338,9 @@ def _license_text(subject: CardSubject) -> str:
 
 
 def files_of(subject: CardSubject) -> list[Path]:
-    """The files to share: no file that names directories of this computer, and none that Python would run."""
-    kept = (".safetensors", ".json", ".jinja", ".model", ".txt", ".gguf")
-    return [
-        file
-        for file in sorted(subject.directory.iterdir())
-        if file.is_file()
-        and not file.name.startswith((".", "qvera_"))
-        and (file.suffix in kept or file.name == "Modelfile")
-    ]
+    """The files to share: weights, settings, tokenizer. Whatever else lies there may hold rows or answers."""
+    found = sorted(subject.directory.iterdir())
+    return [file for file in found if file.is_file() and any(fnmatch(file.name, name) for name in _SHARED)]
 
 
 def local_base(subject: CardSubject) -> str | None:

@@ -13,7 +13,8 @@ from huggingface_hub import ModelCard
 
 from qvera.cli.main import main
 from qvera.export import card
-from qvera.export.card import find_subject, model_card
+from qvera.export.card import files_of, find_subject, model_card
+from qvera.utils.files import file_sha256
 from tests.many_adapters import write_run
 
 pytestmark = pytest.mark.process
@@ -66,7 +67,10 @@ def test_the_card_has_what_was_measured_and_how_it_was_trained(run: Path, capsys
 
 
 def test_what_the_base_and_the_scores_say_is_taken_over(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (run / "eval.json").write_text(json.dumps({"scores": {"loss": 1.0, "exact_match": 0.8125, "rows": 8}}))
+    about = {"column": "Adapter", "adapter_sha256": file_sha256(run / "adapter" / "adapter_model.safetensors")}
+    about["data"] = "/home/anna/rows.jsonl, 20.0% held out by its seed"
+    scores, of_base = {"exact_match": 0.8125, "rows": 4}, {"exact_match": 0.25, "rows": 4}
+    (run / "eval.json").write_text(json.dumps({"subject": about, "scores": scores, "base_scores": of_base}))
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     base = Path(recipe["model"]["path"])
     copy = Path(shutil.copytree(base, run.parent / "base"))
@@ -77,7 +81,8 @@ def test_what_the_base_and_the_scores_say_is_taken_over(run: Path, monkeypatch: 
     front, text = written(run)
     assert (front["license"], front["license_name"], front["license_link"]) == ("other", "small", "LICENSE")
     assert front["datasets"] == ["tatsu-lab/alpaca"] and front["metrics"] == ["exact_match"]
-    assert section(text, "Scores")["exact match"] == ["–", "0.8125"]
+    assert section(text, "Scores")["exact match"] == ["0.2500", "0.8125"]
+    assert "On 4 rows of rows.jsonl, 20.0% held out by its seed, by `qvera eval`." in text and "/home" not in text
     assert "That of the base: small." in text
     recipe["model"]["path"] = "meta/base"
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -85,6 +90,32 @@ def test_what_the_base_and_the_scores_say_is_taken_over(run: Path, monkeypatch: 
     front, text = written(run)
     assert (front["base_model"], front["base_model_relation"]) == ("meta/base", "adapter")
     assert "from_pretrained('meta/base')" in text and front["license_name"] == "small"
+
+
+@pytest.mark.parametrize("changes", [{"adapter_sha256": "0" * 64}, {"adapter_sha256": None}, {"column": "Export"}])
+def test_scores_of_anything_but_this_adapter_are_left_out(run: Path, changes: dict[str, Any]) -> None:
+    about = {"column": "Adapter", "adapter_sha256": file_sha256(run / "adapter" / "adapter_model.safetensors")}
+    (run / "eval.json").write_text(json.dumps({"subject": about | changes, "scores": {"bleu": 99.5, "rows": 8}}))
+    front, text = written(run)
+    assert "99.5" not in text and "metrics" not in front
+
+
+def test_the_card_of_a_cut_lora_has_its_own_scores(run: Path) -> None:
+    out = run.parent / "out"
+    assert main(["export", str(run), str(out), "--to", "lora", "--rank", "1"]) == 0
+    found = json.loads((out / "qvera_export.json").read_text())["difference"]
+    _, text = written(out)
+    trained, exported = section(text, "Scores")["loss"]
+    assert float(trained) == pytest.approx(found["trained"]["loss"], rel=1e-3)
+    assert float(exported) == pytest.approx(found["exported"]["loss"], rel=1e-3)
+    assert "They are those of the adapter before it was exported." in text
+
+
+def test_only_weights_settings_and_tokenizer_are_shared(run: Path) -> None:
+    adapter = run / "adapter"
+    for name in ("eval.json", "answers.txt", "rows.json", "adapter_config.json.bak"):
+        (adapter / name).write_text('{"prompt": "secret"}')
+    assert [file.name for file in files_of(find_subject(run))] == ["adapter_config.json", "adapter_model.safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -105,18 +136,6 @@ def test_an_export_has_the_card_of_its_run(run: Path, to: str, library: str, rel
     shutil.rmtree(run)  # the certificate alone says less, and nothing wrong
     _, text = written(out, "--repo", "anna/x")
     assert use in text and "## Scores" not in text and "of rank 8" in text
-
-
-def test_a_classifier_is_used_as_one(run: Path) -> None:
-    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
-    rows = run.parent / "rows.csv"
-    rows.write_text("text,label\nred,0\nblue,1\n")
-    recipe |= {"task": "sequence-classification", "data": {"path": str(rows), "eval_fraction": 0.5}}
-    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    front, text = written(run, "--repo", "anna/topics")
-    assert front["pipeline_tag"] == "text-classification"
-    assert "AutoModelForSequenceClassification.from_pretrained(" in text and "qvera eval anna/topics" in text
-    assert "qvera chat" not in text and "vllm" not in text and "ollama" not in text
 
 
 def test_one_of_many_adapters_has_a_card_of_its_own(make_recipe: Any, tmp_path: Path) -> None:

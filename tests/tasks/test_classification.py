@@ -212,6 +212,24 @@ def test_a_classifier_is_exported_in_4_bits_with_its_head(finished: Path, tmp_pa
     assert scores["loss"] == pytest.approx(certificate["difference"]["loss_exported"], rel=1e-4)
 
 
+def test_the_card_says_how_the_classifier_is_used(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "adapter", tmp_path / "adapter")  # without its run: the adapter says what it is
+    assert main(["card", str(tmp_path / "adapter"), "--repo", "anna/topics"]) == 0
+    text = (tmp_path / "adapter" / "README.md").read_text()
+    assert "pipeline_tag: text-classification" in text and "qvera eval anna/topics" in text
+    assert not any(word in text for word in ("qvera chat", "vllm", "ollama"))
+    code = text.partition("```python\n")[2].partition("```")[0]
+    opened = open_run(finished)
+    base = opened.target.section.path
+    names: dict[str, Any] = {}
+    exec(
+        code.replace(repr(Path(base).name), repr(base)).replace("'anna/topics'", repr(str(tmp_path / "adapter"))), names
+    )
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")["base_model.model.score.weight"]
+    head = names["model"].get_base_model().score.modules_to_save["default"].weight
+    torch.testing.assert_close(head.float(), stored, rtol=1e-2, atol=1e-3)  # plain PEFT has it in the base's bfloat16
+
+
 def test_eval_writes_a_label_for_each_row(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "new.jsonl").write_text(
         '{"text": "say red", "label": "colour"}\n{"text": "say hen", "label": "colour"}\n'
