@@ -1,7 +1,7 @@
 # make quickstart   fine-tune a small real Llama on this machine, no GPU needed (minutes)
 # make test         the test suite
 # make test-fast    the part of it that takes a minute or two
-# make lint         ruff, mypy and import-linter
+# make lint         ruff, mypy, import-linter and hadolint
 # make docs         the documentation as HTML, in docs/_build/html
 #
 # PYTHON chooses the interpreter that makes the virtual environment: make test PYTHON=python3.12
@@ -23,7 +23,7 @@ help:
 	@echo "make test-slow     all slow tests: matrices of ZeRO stages and ranks, ssh, Slurm, NVMe, lm-eval (about an hour)"
 	@echo "make test-ci-slow  the slow tests that .ci/run runs: those that guard files and gradients"
 	@echo "make test-lowest   the test suite with the oldest versions that pyproject.toml allows"
-	@echo "make lint          ruff check, ruff format --check, mypy, import-linter"
+	@echo "make lint          ruff check, ruff format --check, mypy, import-linter, hadolint"
 	@echo "make format        let ruff mend what it can"
 	@echo "make docs          the documentation, as HTML in docs/_build/html; warnings are errors"
 	@echo "make clean         remove virtual environments, caches and builds (runs/ stays)"
@@ -58,6 +58,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy qvera tests bench
 	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

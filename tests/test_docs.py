@@ -56,6 +56,9 @@ NOT_RUN = {
     "python -m bench.paper": "needs the hub; tests/test_paper.py runs it on tiny models",
     "torchrun": "starts other processes; tests/distributed does",
     "deepspeed": "needs other machines; tests/distributed does",
+    "docker": "needs Docker; what comes after the image is parsed below",
+    "sky": "needs SkyPilot and a cloud; tests/distributed/test_schedulers.py runs its script",
+    "kubectl": "needs a cluster; tests/distributed/test_schedulers.py runs its script",
     "sbatch": "needs Slurm; tests/distributed/test_slurm.py does",
     "lm_eval": "needs lm-eval; tests/evaluation/test_lm_eval.py does",
     "git clone": "needs a network",
@@ -175,6 +178,9 @@ def test_commands_that_are_not_run_parse(page: str) -> None:
         words = shlex.split(command)
         if words[0] == "qvera" and reason_not_run(command):
             assert parse(words[1:])[0] == words[1]
+        elif words[:2] == ["docker", "run"]:
+            rest = words[next(i for i, word in enumerate(words) if word in ("qvera", "qvera:cuda")) + 1 :]
+            assert parse(rest)[0] == rest[0]
         elif words[0] == "make":
             assert set(words[1:]) <= targets, command
         elif words[0] == "sbatch":

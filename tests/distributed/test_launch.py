@@ -18,7 +18,7 @@ from qvera.cli.main import main
 from qvera.distributed import launch
 from qvera.utils.errors import InputError
 from tests.cli.helpers import parse
-from tests.distributed.ranks import ROOT, clean_environment, free_port
+from tests.distributed.ranks import clean_environment, free_port
 
 pytestmark = pytest.mark.process
 
@@ -130,42 +130,6 @@ def test_what_train_would_refuse_starts_nothing(write_recipe: Any, capsys: Any, 
     said = capsys.readouterr().err
     assert words in said
     assert "torch.distributed.run" not in said
-
-
-_SLURM_TOOLS = {
-    "scontrol": """case "$1" in show) echo node7; echo node9;; requeue) echo "requeue $2" >> CALLED;; esac""",
-    "srun": """for id in 0 1; do SLURM_NODEID=$id "$@"; code=$?; done; exit $code""",
-    "qvera": """printf '%s\\n' "$*" >> CALLED; exit CODE""",
-}
-
-
-@pytest.mark.parametrize(("code", "before"), [(0, False), (75, False), (1, True)])
-def test_the_slurm_script(tmp_path: Path, code: int, before: bool) -> None:
-    """Read by bash, and run with Slurm's commands replaced: an agent on each node, --resume where there is a run, 75 requeues."""
-    script = ROOT / "docs" / "slurm.sh"
-    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
-    tools, run = tmp_path / "bin", tmp_path / "a run"
-    tools.mkdir()
-    for name, text in _SLURM_TOOLS.items():
-        text = text.replace("CALLED", f"'{tmp_path}/called'").replace("CODE", str(code))
-        (tools / name).write_text(f"#!/bin/bash\n{text}\n")
-        (tools / name).chmod(0o755)
-    if before:
-        run.mkdir()
-        (run / "recipe.yaml").touch()
-    slurm = {"SLURM_JOB_NODELIST": "node[7,9]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "5", "SLURM_GPUS_ON_NODE": "4"}
-    environment = os.environ | slurm | {"PATH": f"{tools}:{os.environ['PATH']}"}
-    done = subprocess.run(["bash", str(script), "r.yaml", str(run)], env=environment)
-    assert done.returncode == code
-    called = (tmp_path / "called").read_text().splitlines()
-    resume = " --resume" * before
-    for number in range(2):
-        rest = f"--nnodes 2 --rdzv node7:29500 --gpus 4 --set training.output_dir={run}{resume} --node-rank {number}"
-        assert called[number] == f"launch r.yaml {rest}"
-    assert called[2:] == (["requeue 5"] if code == 75 else [])
-    _, options = parse(called[1].replace(str(run), "run").split())
-    assert launch.launch_command(**{name: options[name] for name in ("recipe", "gpus", "node_rank", "nnodes", "rdzv")})
-    assert subprocess.run(["bash", str(script)], env=environment, capture_output=True).returncode != 0
 
 
 @pytest.mark.parametrize(
