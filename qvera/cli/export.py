@@ -137,12 +137,14 @@ class Chat(NamedTuple):
 
 def _chat(target: EvalTarget) -> Chat:
     from qvera.data import resolve_template
-    from qvera.evaluation.load import template_of
+    from qvera.evaluation.load import template_beside, template_of
     from qvera.models.tokenizer import load_tokenizer
     from qvera.tasks import task_of
 
     recipe = target.recipe
-    if recipe is None or not task_of(recipe).has_answers:
+    if recipe is None:
+        return Chat(template_beside(target), None)
+    if not task_of(recipe).has_answers:
         return Chat(None, None)
     template = resolve_template(template_of(recipe, target.run), load_tokenizer(target.section))
     return Chat(template.jinja, recipe.data.system)

@@ -108,8 +108,11 @@ class Judge:
 
 
 def _other_answers(path: Path, answers: list[dict[str, Any]]) -> list[str]:
-    lines = path.read_text(encoding="utf-8").splitlines()
     where = f"--judge-against {path}"
+    try:  # str.splitlines would split an answer at other characters too
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line]
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: can't be read as UTF-8 text: {error}.") from None
     if len(lines) != len(answers):
         raise InputError(
             f"{where}: has {len(lines)} answers, and there are {len(answers)} here. Evaluate both on the same rows."

@@ -27,7 +27,7 @@ def push(
     """
     quiet_libraries()
 
-    from qvera.export.card import files_of, find_subject, local_base, readme
+    from qvera.export.card import contents_of, files_of, find_subject, local_base
     from qvera.models.hub import send_files
 
     subject = find_subject(path, adapter)
@@ -42,6 +42,5 @@ def push(
         )
     size = sum(file.stat().st_size for file in files)
     with progress(f"Sending {formatting.size(size)}"):
-        contents = {file.name: file for file in files} | {"README.md": readme(subject, repo)}
-        address = send_files(contents, repo, private=private, message=f"{subject.kind} by qvera")
+        address = send_files(contents_of(subject, repo), repo, private=private, message=f"{subject.kind} by qvera")
     print(f"{address}: {formatting.size(size)} in {len(files)} files, and README.md")

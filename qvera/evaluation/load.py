@@ -33,7 +33,7 @@ from qvera.utils import accelerator
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.files import file_sha256, read_json, try_read_json
 from qvera.utils.formatting import first_of
-from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CERTIFICATE, RECIPE_FILE
+from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CERTIFICATE, CHAT_TEMPLATE, RECIPE_FILE
 
 if TYPE_CHECKING:
     from torch import nn
@@ -244,6 +244,12 @@ def template_of(recipe: Recipe, run: Path | None) -> str:
     return used if isinstance(used, str) and used in NAMED_TEMPLATES else name
 
 
+def template_beside(target: EvalTarget) -> str | None:
+    """The chat template in the directory of an adapter whose run is not known; None: there is none, or a recipe is."""
+    file = None if target.adapter is None or target.recipe is not None else target.adapter / CHAT_TEMPLATE
+    return file.read_text(encoding="utf-8") if file is not None and file.is_file() else None
+
+
 def open_target(target: EvalTarget, *, adapter: bool = True) -> OpenRun:
     """Load it, ready for scores and answers.
 
@@ -266,6 +272,8 @@ def open_target(target: EvalTarget, *, adapter: bool = True) -> OpenRun:
     elif adapter:
         _require_loadable(target.adapter)
     base = loader.load_base(target.section, model_class=target.model_class)
+    if (template := template_beside(target)) is not None:
+        base.tokenizer.chat_template = template
     if not adapter:
         return OpenRun(target, base, base.model)
     load = save_load.load_adapter if ours else _load_other_adapter

@@ -14,7 +14,8 @@ from huggingface_hub import try_to_load_from_cache
 
 from qvera.adapters.methods import method_of, names
 from qvera.config.schema import AdapterSection, ModelSection, Recipe
-from qvera.evaluation.load import EvalTarget, adapter_sha256, find_target
+from qvera.data import NAMED_TEMPLATES
+from qvera.evaluation.load import EvalTarget, adapter_sha256, find_target, template_beside, template_of
 from qvera.evaluation.run_info import directory_facts
 from qvera.export.card_scores import metrics_of, read_evaluation, scores_text
 from qvera.export.gguf.architecture import ARCHITECTURES
@@ -23,7 +24,7 @@ from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.utils import formatting
 from qvera.utils.errors import InputError
 from qvera.utils.files import file_sha256, read_json, try_read_json
-from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CERTIFICATE, resolve_path
+from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CERTIFICATE, CHAT_TEMPLATE, resolve_path
 
 _RELATIONS = {"adapter": "adapter", "lora": "adapter", "gguf-lora": "adapter", "merged": "finetune", "gguf": "finetune"}
 """Kind → the hub's base_model_relation."""
@@ -62,6 +63,7 @@ class CardSubject(NamedTuple):
         recipe: of the run, where it is there.
         run: its run.json; of one of many adapters with what is said of it alone.
         evaluation: what ``qvera eval --json`` wrote into the run, if that is of this adapter.
+        chat_template: that it was trained with, where that is not the base's own.
         certificate: of an export; {} for an adapter.
     """
 
@@ -73,6 +75,7 @@ class CardSubject(NamedTuple):
     recipe: Recipe | None
     run: dict[str, Any]
     evaluation: dict[str, Any]
+    chat_template: str | None
     certificate: dict[str, Any]
 
 
@@ -98,7 +101,7 @@ def find_subject(path: Path, name: str | None = None) -> CardSubject:
         return CardSubject(kind, target.adapter, facts, target.section, target.model_class, target.recipe, *outcome, {})
     weights = Path(certificate["adapter"]["path"]) / ADAPTER_WEIGHTS
     base = ModelSection(path=certificate["base"]["path"], revision=certificate["base"].get("revision"))
-    facts, recipe, outcome = dict(certificate["adapter"]), None, ({}, {})
+    facts, recipe, outcome = dict(certificate["adapter"]), None, ({}, {}, None)
     if weights.is_file() and file_sha256(weights) == certificate["adapter"].get("sha256"):
         target = find_target(weights.parent)
         facts, recipe, outcome = directory_facts(weights.parent), target.recipe, _outcome(target)
@@ -108,10 +111,10 @@ def find_subject(path: Path, name: str | None = None) -> CardSubject:
     return CardSubject(kind, path, facts, base, model_class, recipe, *outcome, certificate)
 
 
-def _outcome(target: EvalTarget) -> tuple[dict[str, Any], dict[str, Any]]:
-    """run.json and eval.json of the run that an adapter lies in; of one of many adapters what is said of it alone."""
-    if target.run is None or target.adapter is None:
-        return {}, {}
+def _outcome(target: EvalTarget) -> tuple[dict[str, Any], dict[str, Any], str | None]:
+    """run.json, eval.json and chat template of an adapter's run; of one of many adapters what is said of it alone."""
+    if target.run is None or target.adapter is None or target.recipe is None:
+        return {}, {}, template_beside(target)
     summary, place = try_read_json(target.run / "run.json") or {}, target.run
     if target.name is not None:
         place = target.adapter
@@ -119,7 +122,8 @@ def _outcome(target: EvalTarget) -> tuple[dict[str, Any], dict[str, Any]]:
         own: dict[str, Any] = next((one for one in entries if one.get("name") == target.name), {})
         data = {**(summary.get("data") or {}), "train_rows": own.get("rows")}
         summary = {**summary, "data": data, "result": own}
-    return summary, read_evaluation(place / "eval.json", adapter_sha256(target))
+    template = NAMED_TEMPLATES.get(template_of(target.recipe, target.run))
+    return summary, read_evaluation(place / "eval.json", adapter_sha256(target)), template
 
 
 def model_card(subject: CardSubject, repo: str | None = None) -> str:
@@ -244,6 +248,8 @@ def _usage(subject: CardSubject, repo: str) -> str:
     lines = [f"qvera generate {repo} --prompt 'Hello'"] if answers else [f"qvera eval {repo} --data rows.csv"]
     if answers:
         lines.append(f"qvera chat {repo}")
+    if subject.chat_template is not None and answers:
+        parts.append(f"Prompts have the chat template in {CHAT_TEMPLATE}.\n")
     parts += ["qvera:\n", _block("bash", "\n".join(lines))]
     parts += ["Merged, for transformers alone:\n", _block("bash", f"qvera export {repo} merged/ --to merged")]
     if answers and _has_lora(subject):
@@ -341,6 +347,14 @@ def files_of(subject: CardSubject) -> list[Path]:
     """The files to share: weights, settings, tokenizer. Whatever else lies there may hold rows or answers."""
     found = sorted(subject.directory.iterdir())
     return [file for file in found if file.is_file() and any(fnmatch(file.name, name) for name in _SHARED)]
+
+
+def contents_of(subject: CardSubject, repo: str) -> dict[str, Path | bytes]:
+    """Name → file or bytes of all that is sent: `files_of`, the card, and the template that an adapter needs."""
+    contents: dict[str, Path | bytes] = {}
+    if subject.kind in ("adapter", "lora") and subject.chat_template is not None:
+        contents[CHAT_TEMPLATE] = subject.chat_template.encode()
+    return contents | {file.name: file for file in files_of(subject)} | {"README.md": readme(subject, repo)}
 
 
 def local_base(subject: CardSubject) -> str | None:

@@ -13,6 +13,7 @@ import pytest
 
 from qvera.evaluation.run_info import directory_facts
 from qvera.models.hub import is_hub_id
+from qvera.training.trainer import train
 from tests.hub_server import Hub, hub_server
 
 pytestmark = pytest.mark.process
@@ -86,6 +87,27 @@ def test_an_adapter_goes_to_the_hub_and_is_used_by_its_id(trained_run: Path, tmp
         assert "adapter_model.bin" not in asked and "evil.py" not in asked and "old/" not in asked
         assert "qvera_export.json" not in hub.repositories["anna/lora"]  # it names directories of this computer
         assert "anna/lora" not in hub.private
+
+
+def test_an_adapter_of_the_hub_is_asked_with_the_template_of_its_training(make_recipe: Any, tmp_path: Path) -> None:
+    run = tmp_path / "alpaca"
+    train(make_recipe(data={"template": "alpaca", "max_length": 192}), run)
+    ask = ["--prompt", "say red 1", "--max-new-tokens", "4", "--out"]
+    with hub_server() as hub:
+        lines = [
+            ["push", str(run), "anna/alpaca"],
+            ["generate", str(run), *ask, "run.jsonl"],
+            ["generate", "anna/alpaca", *ask, "hub.jsonl"],
+            ["export", "anna/alpaca", "merged"],
+        ]
+        assert [status for status, *_ in commands(hub, tmp_path, lines)] == [0] * 4
+        template = hub.repositories["anna/alpaca"]["chat_template.jinja"].decode()
+        assert (
+            "Prompts have the chat template in chat_template.jinja."
+            in hub.repositories["anna/alpaca"]["README.md"].decode()
+        )
+    assert (tmp_path / "run.jsonl").read_text() == (tmp_path / "hub.jsonl").read_text()
+    assert "alpaca" in template and (tmp_path / "merged" / "chat_template.jinja").read_text() == template
 
 
 def test_what_the_hub_refuses_is_said_in_a_sentence(trained_run: Path, tmp_path: Path) -> None:

@@ -233,3 +233,14 @@ def test_answers_to_other_prompts_are_not_compared(tmp_path: Path) -> None:
         (tmp_path / "answers.jsonl").write_text(text)
         with pytest.raises(InputError, match=said):
             _other_answers(tmp_path / "answers.jsonl", rows)
+    (tmp_path / "answers.jsonl").write_bytes(b"\xff\n")
+    with pytest.raises(InputError, match="can't be read as UTF-8"):
+        _other_answers(tmp_path / "answers.jsonl", rows)
+
+
+def test_answers_with_line_separators_in_them_are_compared(tmp_path: Path) -> None:
+    from qvera.cli.judge import _other_answers
+
+    rows = [{"prompt": "a\u2028b", "source": "rows.jsonl:1", "answer": "x\x85y"}]
+    (tmp_path / "answers.jsonl").write_text(json.dumps(rows[0], ensure_ascii=False) + "\n", encoding="utf-8")
+    assert _other_answers(tmp_path / "answers.jsonl", rows) == ["x\x85y"]
