@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from qvera.data.collate import round_up_length, rounds_lengths
-from qvera.data.labelled import FORMAT, labelled_arrays
+from qvera.data.labelled import FORMAT, VALUE, Labels, labelled_arrays
 from qvera.distributed.group import ALONE, Group
 from qvera.evaluation.class_metrics import class_scores, require_packages, value_scores
 from qvera.evaluation.evaluate import over_held_out
@@ -26,12 +26,13 @@ from qvera.models.loader import causal_model
 from qvera.models.model_class import ModelClass, classification_class
 from qvera.tasks.base import Task
 from qvera.utils import accelerator
+from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
     from torch import nn
 
     from qvera.config.schema import Recipe, TrainingSection
-    from qvera.data import Datasets, Example, Labels
+    from qvera.data import Datasets, Example
 
 
 class Classification(Task):
@@ -138,12 +139,21 @@ class SequenceClassification(Classification):
     too_large = "Lower data.max_length."
 
     def model_class(self, recipe: Recipe, datasets: Datasets | None) -> ModelClass:
-        """See `Task.model_class`; where the rows are not known, a head of ``data.label_names``, or of two classes."""
-        seed = recipe.training.seed
-        if datasets is None or datasets.labels is None:
-            names = [] if recipe.data.regression is True else recipe.data.label_names or ["0", "1"]
-            return classification_class(names or ["value"], not names, seed)
-        return classification_class(datasets.labels.names, datasets.labels.is_regression, seed)
+        """See `Task.model_class`; where the rows are not known, a head of ``data.label_names``, or of two classes.
+
+        Raises:
+            InputError: a regression's targets would be smoothed.
+        """
+        labels = None if datasets is None else datasets.labels
+        if labels is None and recipe.data.regression is True:
+            labels = Labels((VALUE,), True)
+        labels = labels or Labels(tuple(recipe.data.label_names or ["0", "1"]))
+        if labels.is_regression and recipe.training.label_smoothing:
+            raise InputError(
+                "training.label_smoothing: spreads the probability of classes, and the labels are numbers "
+                "(data.regression), which have none. Remove the key, or set data.regression: false."
+            )
+        return classification_class(labels.names, labels.is_regression, recipe.training.seed)
 
     def row_logits(
         self, model: nn.Module, rows: Sequence[Example], pad_id: int, core: Callable[..., Any] | None = None

@@ -381,6 +381,15 @@ def test_keys_without_a_meaning_are_refused_by_name(classify: Any, section: dict
         classify(**section)
 
 
+@pytest.mark.parametrize("regression", ["auto", True])
+def test_the_targets_of_a_regression_are_not_smoothed(classify: Any, tmp_path: Path, regression: Any) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "red", "label": 0.5}\n{"text": "plum", "label": 1}\n')
+    data = {"path": str(tmp_path / "rows.jsonl"), "eval_fraction": 0.0, "regression": regression}
+    recipe = classify(data=data, training={"label_smoothing": 0.1})
+    with pytest.raises(InputError, match=r"training\.label_smoothing: .* the labels are numbers"):
+        train(recipe, tmp_path / "run")
+
+
 def test_new_tokens_are_refused(classify: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"model\.added_tokens.*a sequence classification model"):
         train(classify(model={"added_tokens": ["<|x|>"]}), tmp_path / "run")
