@@ -28,6 +28,7 @@ class LabelledImage:
     content: str | bytes
     label: str
     source: str
+    owner: str | None = None
 
 
 class ImageEncoder:
@@ -77,7 +78,7 @@ class ImageReader(RowTokenizer):
             image = StoredImage(row.content, row.source)
             image.open()
             where = row.content if isinstance(row.content, str) else ""
-            examples.append(Example(ids, trained, row.source, nothing, where, row.label, image=image))
+            examples.append(Example(ids, trained, row.source, nothing, where, row.label, row.owner, image=image))
         return examples, RowCounts()
 
 

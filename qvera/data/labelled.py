@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -93,8 +93,7 @@ class LabelledTokenizer(RowTokenizer):
     """
 
     def _parse(self, row: RawRow) -> Any:
-        parsed = parse_labelled(row, self.row_format, self.section.label_names)
-        return parsed if row.owner is None else replace(parsed, owner=row.owner)
+        return parse_labelled(row, self.row_format, self.section.label_names)
 
     def _is_empty(self, row: Any) -> bool:
         return not row.text.strip()

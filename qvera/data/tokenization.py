@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -62,6 +63,10 @@ class RowTokenizer:
         chunk = TokenizedChunk()
         try:
             parsed = [self._parse(row) for row in rows]
+            parsed = [
+                one if row.owner is None else replace(one, owner=row.owner)
+                for one, row in zip(parsed, rows, strict=True)
+            ]
             chunk.empty_rows = [row.source for row in parsed if self._is_empty(row)]
             if not chunk.empty_rows:
                 examples, chunk.counts = self.encode(parsed)
@@ -70,13 +75,11 @@ class RowTokenizer:
             chunk.error = str(error)
         return chunk
 
-    def _parse(self, row: RawRow) -> Conversation | Text:
-        parsed: Conversation | Text
+    def _parse(self, row: RawRow) -> Any:
+        """One row, without its owner."""
         if self.row_format.name in PREFERENCES:
-            parsed = parse_preference(row, self.row_format, self.section.system)
-        else:
-            parsed = parse_row(row, self.row_format, self.section.system, self.section.label_names)
-        return parsed if row.owner is None else replace(parsed, owner=row.owner)
+            return parse_preference(row, self.row_format, self.section.system)
+        return parse_row(row, self.row_format, self.section.system, self.section.label_names)
 
     def encode(self, rows: Sequence[Conversation | Text]) -> tuple[list[Example], RowCounts]:
         """Their examples in order, and what was cut, split and dropped on the way.

@@ -249,3 +249,17 @@ def test_a_missing_pillow_is_named_with_what_installs_it(monkeypatch: pytest.Mon
 def test_a_processor_that_makes_another_size_is_refused() -> None:
     with pytest.raises(InputError, match=r"it: the image processor .* \[3, 16, 16\].*takes \[3, 32, 32\]"):
         ImageProcessor(image_processor(), (32, 32), 65).pixels(picture("red", 1), "it")
+
+
+def test_tasks_are_values_of_a_column(images: ImageProcessor, tmp_path: Path) -> None:
+    write_folders(tmp_path / "pictures", 4)
+    rows = [
+        {"image": str(file), "label": file.parent.name, "site": f"site {file.stem[-1]}"}
+        for file in sorted((tmp_path / "pictures").rglob("*.png"))
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = build_datasets(section_of(tmp_path / "rows.jsonl", sampling="task", task_column="site"), images)
+    assert found.task_names == ["site 0", "site 1", "site 2", "site 3"]
+    assert found.train.task_of is not None
+    assert [found.task_names[number] for number in found.train.task_of] == [row["site"] for row in rows]
+    assert found.stats.unused_columns == []
