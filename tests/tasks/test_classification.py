@@ -390,6 +390,17 @@ def test_the_targets_of_a_regression_are_not_smoothed(classify: Any, tmp_path: P
         train(recipe, tmp_path / "run")
 
 
+def test_a_head_of_labels_in_another_order_is_no_start(classify: Any, finished: Path, tmp_path: Path) -> None:
+    def recipe(names: list[str]) -> Recipe:
+        return classify(data={"label_names": names}, adapter={"init_from": str(finished / "adapter")})
+
+    with pytest.raises(InputError, match=r"init_from: .* has labels \['colour', 'fruit', 'pet'\], the recipe \['pet',"):
+        train(recipe(["pet", "fruit", "colour"]), tmp_path / "run")
+    train(recipe(["colour", "fruit", "pet"]), tmp_path / "run")
+    first, second = (json.loads((run / "run.json").read_text())["result"] for run in (finished, tmp_path / "run"))
+    assert second["eval_before"]["loss"] == pytest.approx(first["eval_after"]["loss"])
+
+
 def test_new_tokens_are_refused(classify: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"model\.added_tokens.*a sequence classification model"):
         train(classify(model={"added_tokens": ["<|x|>"]}), tmp_path / "run")

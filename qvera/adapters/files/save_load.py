@@ -120,7 +120,7 @@ def start_from(peft_model: PeftModel, config: QveraConfig, init_from: str, adapt
             f"adapter.init_from: {init_from} is an adapter of PEFT's own VeRA, whose projections are not drawn from a "
             "seed as ours are. Train it further with PEFT after qvera.adapters.accelerate_peft(), or start anew."
         )
-    fields = {key: key for key in ("method", "rank", "b_groups", "input_scale", "magnitude")}
+    fields = {key: key for key in ("method", "rank", "b_groups", "input_scale", "magnitude", "labels", "problem_type")}
     if method_of(config).source is not Source.TRAINED:
         fields |= {
             "projection_seed": "seed",
