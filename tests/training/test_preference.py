@@ -177,6 +177,7 @@ REFUSED: list[tuple[str, dict[str, dict[str, Any]], str]] = [
     ("sft", {"data": {"format": "preference"}}, "preference is for training.objective: dpo or orpo. Set that"),
     ("sft", {"training": {"beta": 0.2}}, "training.beta: has no effect without"),
     ("orpo", {"training": {"loss_type": "ipo"}}, "training.loss_type: has no effect without training.objective: dpo"),
+    ("dpo", {"data": {"mixture": [{"path": "y", "label_names": ["a", "b"]}]}}, "data.label_names: has no meaning for"),
     ("dpo", {"training": {"bilevel": True}}, "training.bilevel: is not built for"),
     ("dpo", {"training": {"torch_compile": True}}, "training.torch_compile: is not built for"),
     ("dpo", {"training": {"loss_chunk_tokens": 64}}, "training.loss_chunk_tokens"),
