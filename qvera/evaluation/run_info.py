@@ -14,7 +14,7 @@ from qvera.config.schema import Recipe
 from qvera.evaluation.named_adapters import adapters_root, named_directories, refuse_name, require_named
 from qvera.models.hub import local_directory
 from qvera.utils.errors import InputError
-from qvera.utils.files import file_sha256, read_json
+from qvera.utils.files import file_sha256, read_json, try_read_json
 from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTERS, CERTIFICATE, RECIPE_FILE
 from qvera.utils.safetensors_io import own_facts
 
@@ -24,6 +24,10 @@ _PROJECTIONS = frozenset({"vera_A", "vera_B", "qvera_frozen_A", "qvera_frozen_B"
 
 _CERTIFICATE_TEXTS = {"base": ("path", "weights"), "adapter": ("path", "sha256"), "files": (), "delta": ()}
 """Sections of a merged export's certificate, and the texts that each must have."""
+_LORA_TEXTS = {"base": ("path",), "adapter": ("path", "sha256"), "files": ()}
+"""The same of a LoRA, into which no weight is merged."""
+_EXPORTS = {"gguf": "merged export (GGUF)", "gguf-lora": "LoRA (GGUF)"}
+"""The certificate's kind → what it is of, where that is no merged checkpoint."""
 
 
 def directory_facts(path: str | Path, name: str | None = None) -> dict[str, Any]:
@@ -51,7 +55,7 @@ def directory_facts(path: str | Path, name: str | None = None) -> dict[str, Any]
     if (path / ADAPTER_CONFIG).is_file():
         return {"kind": "adapter", "path": str(path), **_adapter(path)}
     if (path / CERTIFICATE).is_file():
-        return _merged_export(path)
+        return _export(path)
     raise InputError(
         f"{path}: is neither a run (it has no {RECIPE_FILE}) nor an adapter directory (no {ADAPTER_CONFIG}) nor a "
         f"merged export (no {CERTIFICATE})."
@@ -179,35 +183,37 @@ def _parameters(weights: Path) -> dict[str, int]:
 
 
 def read_certificate(directory: Path) -> dict[str, Any]:
-    """The certificate of a merged export.
+    """The certificate of a merged export, or of a LoRA in a GGUF file.
 
     Raises:
         InputError: the file is damaged, or something else.
     """
     file, what = directory / CERTIFICATE, "the certificate of a merged export"
     fix = "Export again, or remove it to have the directory taken for a plain checkpoint."
-    certificate = read_json(file, what, tuple(_CERTIFICATE_TEXTS), fix)
-    for section, keys in _CERTIFICATE_TEXTS.items():
+    is_lora = (try_read_json(file) or {}).get("kind") == "gguf-lora"
+    texts: dict[str, tuple[str, ...]] = _LORA_TEXTS if is_lora else _CERTIFICATE_TEXTS
+    certificate = read_json(file, what, tuple(texts), fix)
+    for section, keys in texts.items():
         tree = certificate[section]
         if not isinstance(tree, dict) or not all(isinstance(tree.get(key), str) for key in keys):
             raise InputError(f"{file}: {section} is no mapping, or lacks a text; expected {what}. {fix}")
     return certificate
 
 
-def _merged_export(path: Path) -> dict[str, Any]:
+def _export(path: Path) -> dict[str, Any]:
     certificate = read_certificate(path)
     base, adapter = certificate["base"], certificate["adapter"]
     return {
-        "kind": "merged export",
+        "kind": _EXPORTS.get(str(certificate.get("kind")), "merged export"),
         "path": str(path),
         "base": base["path"],
         "base_revision": base.get("revision"),
-        "base_weights": base["weights"],
+        "base_weights": base.get("weights"),
         "base_fingerprint": base.get("fingerprint"),
         "adapter": adapter["path"],
         "adapter_sha256": adapter["sha256"],
-        "rank": adapter.get("rank"),
-        "changed_weights": len(certificate["delta"]),
+        "rank": certificate.get("rank", adapter.get("rank")),
+        "changed_weights": len(certificate.get("delta", ())),
         "weights_bytes": sum((path / name).stat().st_size for name in certificate["files"]),
         "added_tokens": certificate.get("added_tokens"),
         "difference": certificate.get("difference"),

@@ -25,7 +25,7 @@ from qvera.models.packed_weights import packed_weights, without_statistics
 from qvera.models.quantize_checkpoint import quantize_checkpoint, read_source
 from qvera.models.safetensors_stream import CheckpointReader
 from qvera.utils import accelerator
-from qvera.utils.atomic import replace_text
+from qvera.utils.atomic import replace_text, require_new_or_unfinished
 from qvera.utils.errors import InputError, Interrupted
 from qvera.utils.files import file_sha256, read_json, try_read_json
 from qvera.utils.paths import ADAPTER_WEIGHTS, CERTIFICATE
@@ -59,10 +59,9 @@ def export_quantized(
     Raises:
         InputError, RunFailed, Interrupted: as `export_merged` and `quantize_checkpoint`.
     """
-    if (out / "config.json").is_file():
-        raise InputError(f"{out}: is not empty. Nothing is overwritten; name a directory that is new or empty.")
+    require_new_or_unfinished(out, "quantize")  # before anything is merged
     model_class = getattr(read_config(adapter_dir), "model_class", CAUSAL_LM)
-    _require_quantizable(section.replace(quantization=quantization), model_class)  # before anything is merged
+    _require_quantizable(section.replace(quantization=quantization), model_class)
     merged = out.absolute().with_name(f".{out.name}.merged")
     certificate = _finished_merge(merged, adapter_dir, section, options)
     if certificate is None:

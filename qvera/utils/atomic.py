@@ -58,12 +58,7 @@ class OutputDirectory(contextlib.AbstractContextManager["OutputDirectory"]):
         Raises:
             InputError: it holds something else, is not writable, or another process works in it.
         """
-        if out.exists() and not out.is_dir():
-            raise InputError(f"{out}: is a file; name a directory that is new or empty.")
-        state = out / f".qvera_{what}_state.json"
-        # killed in its first moment, an export leaves a lock or half a state file: nothing of anyone's
-        if out.is_dir() and not state.is_file() and any(not p.name.startswith(f".qvera_{what}") for p in out.iterdir()):
-            raise InputError(f"{out}: is not empty. Nothing is overwritten; name a directory that is new or empty.")
+        state = require_new_or_unfinished(out, what)
         fresh = {"identity": json.loads(json.dumps(identity)), "shards": {}, "facts": {}}
         lock = FileLock(out / f".qvera_{what}.lock", timeout=0)
         try:
@@ -110,6 +105,17 @@ class OutputDirectory(contextlib.AbstractContextManager["OutputDirectory"]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def require_new_or_unfinished(out: Path, what: str) -> Path:
+    """Refuse (InputError) a directory that `OutputDirectory.open` would refuse for what lies in it; its state file."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: is a file; name a directory that is new or empty.")
+    state = out / f".qvera_{what}_state.json"
+    # killed in its first moment, an export leaves a lock or half a state file: nothing of anyone's
+    if out.is_dir() and not state.is_file() and any(not p.name.startswith(f".qvera_{what}") for p in out.iterdir()):
+        raise InputError(f"{out}: is not empty. Nothing is overwritten; name a directory that is new or empty.")
+    return state
 
 
 def require_empty(out: Path) -> None:

@@ -17,6 +17,7 @@ from bench.common import smollm2
 from qvera.adapters.files.save_load import attach, named_vectors, save_adapter
 from qvera.cli.main import main
 from qvera.config.schema import AdapterSection, ExportSection, ModelSection
+from qvera.evaluation.run_info import directory_facts
 from qvera.export import export_merged
 from qvera.export.deltas import read_deltas
 from qvera.export.gguf import export_gguf, export_gguf_lora
@@ -341,6 +342,8 @@ def test_the_command_writes_the_model_and_the_adapter(trained_run: Path, tmp_pat
     assert "FROM ./base.gguf\nADAPTER ./adapter-f16.gguf\nTEMPLATE" in text
     assert main(["export", str(trained_run), str(tmp_path / "x"), "--dtype", "q8_0"]) == 2
     assert "--dtype q8_0: goes with --to gguf" in capsys.readouterr().err
+    for name, kind in (("model", "merged export (GGUF)"), ("lora", "LoRA (GGUF)")):
+        assert directory_facts(tmp_path / name)["kind"] == kind
 
 
 @pytest.mark.slow

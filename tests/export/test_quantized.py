@@ -99,3 +99,14 @@ def test_an_interrupted_one_goes_on_from_the_finished_merge(
         export_quantized(directory, section, out, ExportSection(dtype="bfloat16"), "nf4")
     monkeypatch.setattr(quantized, "export_merged", fail)  # it is not made again
     assert len(export_quantized(directory, section, out, options, "nf4")["quantized"]["relative_errors"]) == 14
+
+
+def test_a_directory_with_other_files_is_refused_before_anything_is_merged(
+    adapter: tuple[ModelSection, Path], tmp_path: Path
+) -> None:
+    section, directory = adapter
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").touch()
+    with pytest.raises(InputError, match="is not empty"):
+        export_quantized(directory, section, tmp_path / "out", ExportSection(), "nf4")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "out"]
