@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from qvera.cli.common import quiet_libraries
 from qvera.utils import formatting
-from qvera.utils.errors import EXIT_DONE, EXIT_FAILED
+from qvera.utils.errors import EXIT_DONE, EXIT_FAILED, first_line
 from qvera.utils.files import existing_parent
 from qvera.utils.paths import cache_root
 
@@ -53,7 +53,12 @@ def doctor() -> int:
 
 def examine() -> Iterator[Finding]:
     """Look at versions, device, kernels, compiler, disk and cache."""
-    import torch
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # such as a build for a newer libc, or for another CUDA
+        fix = "Reinstall it; a build for this machine: https://pytorch.org/get-started/locally/"
+        yield Finding("torch", f"can't be imported: {first_line(error)}", True, fix)
+        return
 
     from qvera.models.loader import pick_compute_dtype
     from qvera.utils import accelerator

@@ -16,7 +16,7 @@ from qvera.models.hub import local_directory
 from qvera.utils.errors import InputError
 from qvera.utils.files import file_sha256, read_json, try_read_json
 from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTERS, CERTIFICATE, RECIPE_FILE
-from qvera.utils.safetensors_io import own_facts
+from qvera.utils.safetensors_io import own_facts, unreadable
 
 _PROJECTIONS = frozenset({"vera_A", "vera_B", "qvera_frozen_A", "qvera_frozen_B"})
 """Ends of the names of tensors that PEFT's own VeRA stores and does not train."""
@@ -178,7 +178,7 @@ def _parameters(weights: Path) -> dict[str, int]:
                 if part.get_dtype() in ("F32", "F16") and not np.isfinite(tensors.get_tensor(name)).all():
                     raise InputError(f"{weights}: {name} has NaN or Inf in it.")
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{weights}: not a readable safetensors file, or cut short ({error}).") from None
+        raise unreadable(weights, error) from None
     return counts
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import AddedToken
 from torch import nn
 from transformers import AutoTokenizer
@@ -28,6 +28,7 @@ from qvera.models.hub import require_model_files
 from qvera.models.model_config import load_config
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.paths import resolve_path
+from qvera.utils.safetensors_io import save_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -152,7 +153,7 @@ def save_token_rows(model: PreTrainedModel, ids: dict[str, int], directory: Path
         name: module.weight.detach()[places].cpu().contiguous()
         for name, module in zip(("embedding", "head"), _tables(model), strict=False)
     }
-    save_file(tensors, directory / ADDED_ROWS)
+    save_tensors(tensors, directory / ADDED_ROWS)
 
 
 def read_token_rows(directory: Path) -> dict[str, torch.Tensor]:

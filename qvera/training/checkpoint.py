@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from qvera.distributed.group import Group
@@ -34,6 +34,7 @@ from qvera.utils import accelerator
 from qvera.utils.atomic import disk_errors, flush
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.files import file_sha256
+from qvera.utils.safetensors_io import save_tensors
 
 FORMAT = 1
 _FILES = ("vectors.safetensors", "optimizer.safetensors", "random.safetensors")
@@ -167,7 +168,7 @@ def write(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         for name, tensors in files.items():
-            save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, partial / name)
+            save_tensors({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, partial / name)
         document = {"format": FORMAT, unit: number, **state}
         (partial / _STATE).write_text(json.dumps(document, indent=1))
         manifest = {}

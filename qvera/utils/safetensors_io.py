@@ -11,9 +11,10 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -74,6 +75,30 @@ class TensorEntry(TensorSpec):
     stop: int
 
 
+def save_tensors(tensors: Mapping[str, torch.Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file with the permissions of any new file; the library lets only the owner read it.
+
+    Raises:
+        OSError, SafetensorError: the file can't be written.
+    """
+    from safetensors.torch import save_file
+
+    file.touch()
+    permissions = file.stat().st_mode
+    save_file(dict(tensors), file, metadata)
+    file.chmod(permissions)
+
+
+def unreadable(file: Path, error: Exception) -> InputError:
+    """What to raise for a safetensors file that could not be read."""
+    if file.exists() and not os.access(file, os.R_OK):  # the library calls such a file missing
+        return InputError(f"{file}: this user may not read it. Have its owner run `chmod a+r` on it.")
+    return InputError(
+        f"{file}: not a readable safetensors file, or cut short ({type(error).__name__}: {error}). Copy or download "
+        "it again."
+    )
+
+
 def read_header(file: Path) -> list[TensorEntry]:
     """The tensors of a safetensors file in the order of their bytes; the header ends where the first one starts.
 
@@ -92,10 +117,7 @@ def read_header(file: Path) -> list[TensorEntry]:
             start, stop = (8 + length + int(offset) for offset in value["data_offsets"])
             entries.append(TensorEntry(name, torch_dtypes()[value["dtype"]], tuple(value["shape"]), file, start, stop))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise InputError(
-            f"{file}: not a readable safetensors file, or cut short ({type(error).__name__}: {error}). Copy or "
-            "download it again."
-        ) from None
+        raise unreadable(file, error) from None
     return sorted(entries, key=lambda entry: entry.start)
 
 
@@ -109,7 +131,7 @@ def own_facts(weights: Path) -> dict[str, Any]:
         with safe_open(weights, framework="numpy") as file:
             found = json.loads((file.metadata() or {}).get(FACTS, "{}"))
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{weights}: not a readable safetensors file, or cut short ({error}).") from None
+        raise unreadable(weights, error) from None
     except ValueError as error:
         raise InputError(f"{weights}: the entry {FACTS!r} of its header is not JSON ({error}).") from None
     if not isinstance(found, dict):

@@ -99,6 +99,12 @@ def test_doctor_says_what_would_stop_a_run(tmp_path: Path, capsys: Capture, monk
     assert "apt install g++" in said  # missed by NVMe offload alone, so it stops nothing
 
 
+def test_doctor_finds_a_torch_that_cannot_be_imported(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert main(["doctor"]) == 1
+    assert "! torch             can't be imported" in capsys.readouterr().out
+
+
 def test_doctor_finds_broken_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     import bitsandbytes
     import torch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,14 @@ from safetensors.torch import load_file, save_file
 from qvera.config.schema import ModelSection
 from qvera.models.loader import fingerprint_of
 from qvera.utils.errors import InputError
-from qvera.utils.safetensors_io import SOURCE_FILE, base_fingerprint, read_header, same_base, write_source_fingerprint
+from qvera.utils.safetensors_io import (
+    SOURCE_FILE,
+    base_fingerprint,
+    read_header,
+    same_base,
+    save_tensors,
+    write_source_fingerprint,
+)
 from tests.conftest import small_llama
 
 
@@ -98,3 +106,25 @@ def test_a_base_in_the_hubs_cache_has_the_fingerprint_of_its_snapshot(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert fingerprint_of(ModelSection(path="some/llama")) == base_fingerprint(tiny_model_dir)
     assert fingerprint_of(ModelSection(path="some/other")) is None
+
+
+@pytest.mark.parametrize(("umask", "permissions"), [(0o022, 0o644), (0o007, 0o660), (0o077, 0o600)])
+def test_saved_tensors_may_be_read_by_whom_the_umask_lets(tmp_path: Path, umask: int, permissions: int) -> None:
+    """So that a run of one user can be served by another, such as the user of a container."""
+    before = os.umask(umask)
+    try:
+        save_tensors({"x": torch.ones(3)}, tmp_path / "x.safetensors", {"format": "pt"})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == permissions
+    assert load_file(tmp_path / "x.safetensors")["x"].tolist() == [1, 1, 1]
+
+
+def test_a_file_of_another_user_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(b"short")
+    with pytest.raises(InputError, match="cut short"):
+        read_header(file)
+    monkeypatch.setattr("os.access", lambda *_: False)  # the tests may run as root, who may read everything
+    with pytest.raises(InputError, match="this user may not read it"):
+        read_header(file)

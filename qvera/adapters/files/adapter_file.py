@@ -20,7 +20,7 @@ from qvera.utils.errors import InputError
 from qvera.utils.files import read_json
 from qvera.utils.formatting import first_of
 from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from qvera.utils.safetensors_io import same_base
+from qvera.utils.safetensors_io import same_base, unreadable
 
 
 def read_adapter(
@@ -44,7 +44,7 @@ def read_adapter(
     try:
         tensors = load_file(weights_file) if content is None else load(content)
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{weights_file}: not a readable safetensors file, or cut short ({error}).") from None
+        raise unreadable(weights_file, error) from None
     if isinstance(config, QveraConfig) and method_of(config).writes_lora:
         tensors = {lora_file.to_ours(key): tensor for key, tensor in tensors.items()}
     key, suffix = ("rank", ".qvera_d") if isinstance(config, QveraConfig) else ("r", ".vera_lambda_d")

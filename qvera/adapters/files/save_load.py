@@ -15,7 +15,6 @@ import psutil
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
-from safetensors.torch import save_file
 from torch import nn
 
 from qvera.adapters.config import LABELS_VERSION, QveraConfig
@@ -32,6 +31,7 @@ from qvera.utils.atomic import disk_errors, exchange, flush
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.formatting import first_of
 from qvera.utils.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, resolve_path
+from qvera.utils.safetensors_io import save_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -260,7 +260,7 @@ def _write_adapter(
         elif vectors is not None:
             partial.mkdir(parents=True)
             tensors = {name: vector.detach().cpu().contiguous() for name, vector in vectors.items()}
-            save_file(tensors, partial / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+            save_tensors(tensors, partial / ADAPTER_WEIGHTS, {"format": "pt"})
             written = copy.copy(config)  # as PEFT writes it: for answers
             written.inference_mode = True
             written.save_pretrained(str(partial))

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from qvera.data import data_sha256
 from qvera.training.checkpoint import TrainState
@@ -24,6 +23,7 @@ from qvera.training.run_dir import changed_keys
 from qvera.utils.atomic import disk_errors, flush
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.files import plain_json
+from qvera.utils.safetensors_io import save_tensors
 
 if TYPE_CHECKING:
     from qvera.adapters.training_bank import TrainingBank
@@ -58,7 +58,7 @@ def save_run(file: Path, run: LiveRun, bank: TrainingBank, adamw: BankAdamW, bas
     partial = file.with_name(f".{file.name}.partial")
     with disk_errors(str(file), "What was saved before is kept."):
         try:
-            save_file(held, partial, metadata=metadata)
+            save_tensors(held, partial, metadata)
             flush(partial)
             partial.replace(file)
         finally:
